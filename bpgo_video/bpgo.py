@@ -1,0 +1,280 @@
+"""How far to trust a group's rewards? Prior anchor -> trust w (RAS) and anchored renormalisation R~ (CRT).
+
+BPGO, "Learning What to Trust" (arXiv 2511.18919). With R_i^j the reward of sample j of prompt i and
+R_prior(i) its anchor:
+
+    Eq 2, RAS   w_i = 1 + alpha (2 sigmoid(k (mean_j R_i^j - R_prior)) - 1)
+    Eq 4, CRT   R~_i^j = (lambda (R_i^j - R_prior) + 1{R_i^j > R_prior}) exp(R_i^j)
+    total       L = 1/N sum_i [w_i L_GRPO({R_i^j}) + zeta L_GRPO({R~_i^j})]
+
+Departures:
+- By default both equations run on u = (R - R_prior)/s_ref, with s_ref the within-group std of the reference
+  policy: k, lambda and the exponent carry units of 1/reward. u takes the place of R - R_prior and, in Eq 4,
+  of R, with the exponent clamped to [-1, 3]: the verbatim Eq 4 falls below R_prior - 1, so that the worst
+  samples look average.
+- The authors' released code differs from the paper. It is here as form "released", except that rewards are
+  not overwritten: the transformed ones make a second advantage, as in the paper, and the trust never sees them.
+- Several rewards are anchored and transformed one by one; then advantages are summed by weight and w is
+  averaged by it.
+
+The equations are in `bpgo_forms.py`, on plain tensors; this file composes them into what the loss needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bpgo_video.advantages import clip_advantages, combine, equal_groups, group_relative, zero_std_share
+from bpgo_video.bpgo_forms import (
+    contrastive_reward_transformation,
+    rank_inversion,
+    released_transformation,
+    released_trust,
+    reliability_adaptive_scaling,
+)
+from bpgo_video.types import PriorAnchor
+
+
+@dataclass(frozen=True)
+class BPGOSettings:
+    """What of BPGO is used. alpha = zeta = 0 is GRPO.
+
+    Attributes:
+        form: "paper" (Eq 2, Eq 4) or "released" (the authors' code, there with alpha = 1 and contrast = 50).
+        standardise: use u = (R - R_prior)/s_ref; False is the verbatim equations. The released
+            transformation is always verbatim: in u its factor R sigmoid(R/tau) would change sign at the prior and
+            reverse all that is below.
+        alpha: strength of the trust, w in (1 - alpha, 1 + alpha).
+        k: slope of Eq 2, per u (verbatim: per unit of reward).
+        contrast: lambda of Eq 4, or a of the released form.
+        zeta: weight of the second surrogate; at 0 the transformation is skipped.
+        prior_var: variance of the released form's prior, in u^2 (verbatim: in reward^2).
+        ras_on_crt: weigh the second surrogate with w too; the paper does not.
+    """
+
+    form: str = "paper"
+    standardise: bool = True
+    alpha: float = 0.5
+    k: float = 1.0
+    contrast: float = 1.0
+    zeta: float = 0.5
+    prior_var: float = 1.0
+    ras_on_crt: bool = False
+
+    def __post_init__(self) -> None:
+        alpha_ok = 0 <= self.alpha < 1 or (self.form == "released" and self.alpha == 1)
+        rules = {
+            "form": (self.form in FORMS, f"must be one of {', '.join(FORMS)}"),
+            "alpha": (alpha_ok, "must be in [0, 1), or 1 in the released form; 0 turns the trust off"),
+            "k": (0 < self.k < math.inf, "must be above 0; alpha = 0 turns the trust off"),
+            "contrast": (
+                0 <= self.contrast < math.inf,
+                "must be at least 0: below, worse samples would rank higher",
+            ),
+            "zeta": (0 <= self.zeta < math.inf, "must be at least 0; 0 turns the second surrogate off"),
+            "prior_var": (0 < self.prior_var < math.inf, "must be above 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r}: {rule}")
+
+    @property
+    def needs_prior(self) -> bool:
+        return self.alpha != 0 or self.zeta != 0
+
+
+@dataclass(frozen=True)
+class GroupAdvantages:
+    """What the loss needs of a step's rewards: w surr(ratio, advantage) + zeta surr(ratio, contrastive).
+
+    Attributes:
+        advantage: A, group-relative, without w.
+        contrastive: A~, group-relative advantage of the transformed rewards, without zeta; None when zeta is
+            0. With ras_on_crt it holds w A~ (w > 0 commutes with the surrogate).
+        trust: w.
+        metrics: of this batch, detached; see bpgo_metrics.
+    """
+
+    advantage: Float[Tensor, "prompts group"]
+    contrastive: Float[Tensor, "prompts group"] | None
+    trust: Float[Tensor, "prompts"]
+    metrics: Mapping[str, Tensor]
+
+    def clipped(self, limit: float) -> GroupAdvantages:
+        """Each surrogate's advantage held within [-limit, limit] AFTER the trust: |w A| and |A~| <= limit."""
+        contrastive = None if self.contrastive is None else clip_advantages(self.contrastive, limit)
+        advantage = clip_advantages(self.advantage, limit / self.trust[:, None])
+        return replace(self, advantage=advantage, contrastive=contrastive)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One reading of BPGO: trust(rewards, prior, scale, settings) -> w, transform(same) -> R~."""
+
+    trust: Callable[[Tensor, Tensor, float | None, BPGOSettings], Tensor]
+    transform: Callable[[Tensor, Tensor, float | None, BPGOSettings], Tensor]
+
+
+FORMS: dict[str, Form] = {
+    "paper": Form(
+        trust=lambda rewards, prior, scale, s: reliability_adaptive_scaling(rewards, prior, scale, s.alpha, s.k),
+        transform=lambda rewards, prior, scale, s: contrastive_reward_transformation(rewards, prior, scale, s.contrast),
+    ),
+    "released": Form(
+        trust=lambda rewards, prior, scale, s: released_trust(rewards, prior, scale, s.alpha, s.prior_var),
+        transform=lambda rewards, prior, scale, s: released_transformation(rewards, prior, s.contrast),
+    ),
+}
+
+
+def bpgo_advantages(
+    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]],
+    anchors: Mapping[str, PriorAnchor],
+    weights: Mapping[str, float],
+    settings: BPGOSettings,
+) -> GroupAdvantages:
+    """A, A~ and w of one step's groups; with alpha = zeta = 0 exactly A of GRPO, None and 1.
+
+    Args:
+        anchors: by reward name; needed unless alpha = zeta = 0.
+        weights: by reward name, not negative.
+
+    Raises:
+        ValueError: names the reward that is not finite, has no anchor or one of scale 0, or a negative
+            weight.
+        OverflowError: names the reward whose transformation overflows.
+    """
+    _check_rewards(rewards_by_name, weights)
+    if settings.needs_prior:
+        _check_anchors(rewards_by_name, anchors)
+    advantage = combine({name: group_relative(rewards) for name, rewards in rewards_by_name.items()}, weights)
+    trust = advantage.new_ones(advantage.shape[0])
+    if settings.alpha != 0:
+        trust = _mean_trust(rewards_by_name, anchors, weights, settings).to(advantage.dtype)
+    contrastive, inversions = None, {}
+    if settings.zeta != 0:
+        transformed = _transformed(rewards_by_name, anchors, settings)
+        inversions = {name: rank_inversion(rewards_by_name[name], transformed[name]) for name in transformed}
+        by_name = {name: _anchored_advantage(rewards_by_name[name], transformed[name]) for name in transformed}
+        contrastive = combine(by_name, weights).to(advantage.dtype)
+        contrastive = trust[:, None] * contrastive if settings.ras_on_crt else contrastive
+    metrics = bpgo_metrics(advantage, contrastive, trust, settings.zeta) | _reward_metrics(rewards_by_name, inversions)
+    return GroupAdvantages(advantage, contrastive, trust, metrics)
+
+
+def bpgo_metrics(
+    advantage: Float[Tensor, "prompts group"],
+    contrastive: Float[Tensor, "prompts group"] | None,
+    trust: Float[Tensor, "prompts"],
+    zeta: float,
+) -> dict[str, Tensor]:
+    """What the trust did to this batch.
+
+    `rms_ratio` is RMS(w A + zeta A~)/RMS(A), the step size against GRPO's at ratio 1 (1 when no group has
+    signal): a trust that only rises acts as a larger learning rate, and this shows it.
+    """
+    total = trust[:, None] * advantage
+    total = total if contrastive is None else total + zeta * contrastive
+    plain = advantage.square().mean().sqrt()
+    rms_ratio = torch.where(plain > 0, total.square().mean().sqrt() / plain, torch.ones_like(plain))
+    return {
+        "trust_mean": trust.mean(),
+        "trust_min": trust.min(),
+        "trust_max": trust.max(),
+        "trust_std": trust.std(correction=0),
+        "rms_ratio": rms_ratio,
+    }
+
+
+def _reward_metrics(
+    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]], inversions: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Per reward `zero_std_share/NAME` and `crt/rank_inversion/NAME`; the bare names are the worst case."""
+    shares = {name: zero_std_share(rewards) for name, rewards in rewards_by_name.items()}
+    metrics = {"zero_std_share": torch.stack(list(shares.values())).max()}
+    metrics |= {f"zero_std_share/{name}": share for name, share in shares.items()}
+    if inversions:
+        metrics["crt/rank_inversion"] = torch.stack(list(inversions.values())).max()
+        metrics |= {f"crt/rank_inversion/{name}": share for name, share in inversions.items()}
+    return metrics
+
+
+def _mean_trust(
+    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]],
+    anchors: Mapping[str, PriorAnchor],
+    weights: Mapping[str, float],
+    settings: BPGOSettings,
+) -> Float[Tensor, "prompts"]:
+    trust = FORMS[settings.form].trust
+    by_name = {
+        name: trust(rewards.double(), *_prior_and_scale(anchors[name], rewards, settings), settings)
+        for name, rewards in rewards_by_name.items()
+    }
+    return torch.stack([weights[name] * w for name, w in by_name.items()]).sum(dim=0) / sum(weights.values())
+
+
+def _transformed(
+    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]],
+    anchors: Mapping[str, PriorAnchor],
+    settings: BPGOSettings,
+) -> dict[str, Float[Tensor, "prompts group"]]:
+    """R~ by reward, in fp64: u exp(u) is flat at u = -1, where fp32 would tie rewards that differ."""
+    transform, transformed = FORMS[settings.form].transform, {}
+    for name, rewards in rewards_by_name.items():
+        prior, scale = _prior_and_scale(anchors[name], rewards, settings)
+        try:
+            transformed[name] = transform(rewards.double(), prior, scale, settings)
+        except OverflowError as error:
+            raise OverflowError(f"reward {name!r}: {error}") from error
+    return transformed
+
+
+def _anchored_advantage(
+    rewards: Float[Tensor, "prompts group"], transformed: Float[Tensor, "prompts group"]
+) -> Float[Tensor, "prompts group"]:
+    # Equal rewards count as equal whatever the last bit of exp says, which may depend on a value's place.
+    return group_relative(transformed).masked_fill(equal_groups(rewards)[:, None], 0.0)
+
+
+def _prior_and_scale(
+    anchor: PriorAnchor, rewards: Float[Tensor, "prompts group"], settings: BPGOSettings
+) -> tuple[Float[Tensor, "prompts"], float | None]:
+    return anchor.mean.to(rewards.device), anchor.scale if settings.standardise else None
+
+
+def _check_rewards(rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]], weights: Mapping[str, float]) -> None:
+    for name, rewards in rewards_by_name.items():
+        bad = (~rewards.isfinite()).nonzero()
+        if len(bad):
+            prompt, sample = bad[0].tolist()
+            value = rewards[prompt, sample].item()
+            raise ValueError(f"reward {name!r} is {value} at prompt row {prompt}, sample {sample}: it must be finite")
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"reward {name!r} has weight {weight}: orient rewards upwards and weigh them by 0 or more")
+    if not sum(weights.values()) > 0:
+        raise ValueError(f"weights {dict(weights)}: at least one must be above 0")
+
+
+def _check_anchors(
+    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]], anchors: Mapping[str, PriorAnchor]
+) -> None:
+    for name in rewards_by_name:
+        if name not in anchors:
+            raise ValueError(
+                f"reward {name!r} has no prior anchor, which BPGO compares it with: run "
+                "tools/estimate_priors.py, or set alpha and zeta to 0 for plain GRPO"
+            )
+        if not bool(anchors[name].mean.isfinite().all()):
+            raise ValueError(f"reward {name!r} has an anchor that is not finite: {anchors[name].mean.tolist()}")
+        if not 0 < anchors[name].scale < math.inf:
+            raise ValueError(
+                f"reward {name!r} has an anchor of scale {anchors[name].scale}: the reference samples of every "
+                "prompt scored alike; check the reward, then run tools/estimate_priors.py again"
+            )

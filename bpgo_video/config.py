@@ -1,0 +1,260 @@
+"""What can be configured? One tree of frozen dataclasses, and the rules that tie its values together.
+
+Every number has one home: batch, optimiser and schedule here; ZeRO, precision and offload in the DeepSpeed JSON that
+`deepspeed` names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[int, Field(ge=1)]
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    dir: str
+    """Folder that the run writes; an existing one is never overwritten."""
+    num_steps: Positive = 100
+    """Rollouts in the whole run; each is followed by `optim.updates_per_rollout` optimiser updates."""
+    seed: int = 0
+    """Every random draw is a function of this, the step, the prompt's id and the sample's index."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto` continues from the newest complete checkpoint in `dir`, or starts where there is none."""
+    save_every: Positive = 50
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: Positive = 2
+    """Older checkpoints are deleted."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoraConfig:
+    rank: Annotated[int, Field(ge=0)] = 0
+    """0 trains all weights instead of adapters."""
+    alpha: Positive = 32
+    """The adapters' output is scaled by alpha/rank."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True, config=STRICT)
+class PolicyConfig:
+    folder: str
+    """A diffusers pipeline: local folder, hub id, or `package:module/folder`."""
+    max_sequence_length: Positive
+    """Text tokens; Wan pads without a mask, so this is part of the policy's identity (512 for Wan2.1)."""
+    lora: LoraConfig = LoraConfig()
+    """Train adapters and keep the base weights frozen, or train everything (rank 0, the default)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in replay: less memory, about a third more time."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class VideoConfig:
+    num_frames: Positive
+    height: Positive
+    width: Positive
+    fps: Annotated[float, Field(gt=0.0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class SamplerConfig:
+    name: Literal["flow_sde", "dance_sde", "cps", "sage", "truncated"] = "flow_sde"
+    """Transition of the trained steps (`bpgo_video.sde.SAMPLERS`); the other steps follow the ODE."""
+    num_steps: Annotated[int, Field(ge=2)] = 16
+    """Denoising steps of a rollout."""
+    eta: Annotated[float, Field(gt=0.0)] = 0.7
+    """Noise level of the transition."""
+    guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
+    """Classifier-free guidance in rollout and replay alike; 1 switches it off."""
+    shift: Annotated[float, Field(gt=0.0)] | None = None
+    """Shift of the sigma schedule; None takes the pipeline's own flow_shift."""
+    latents_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Latents are rounded to this before their log-prob is taken, so that replay sees the same numbers."""
+    train_steps: Literal["all", "random"] = "all"
+    """Which steps are stochastic and trained: all but the last, or a random fraction of these in each rollout."""
+    train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class RolloutConfig:
+    prompts_per_step: Positive = 2
+    """Prompts (groups) of one step, over all ranks."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Samples of one prompt, G."""
+    micro_batch_size: Positive = 8
+    """Samples that one rank denoises, decodes and replays at once."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class RewardConfig:
+    model: str
+    """A name of `bpgo_video.rewards.REWARDS`, or a dotted path `my_pkg.rewards:MyReward`."""
+    weight: float = 1.0
+    """Share of the combined advantage."""
+    aggregate: Literal["mean", "min"] = "mean"
+    """How the scores of a video's frames become the video's score."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Keyword arguments of the reward model's constructor."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class PriorConfig:
+    kind: Literal["reference", "constant", "none"] = "reference"
+    """`reference` reads what tools/estimate_priors.py stored with the prompts; `none` needs alpha = zeta = 0."""
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Samples per prompt that tools/estimate_priors.py takes of the starting policy."""
+    mean: float = 0.0
+    """`constant`: the anchor of every prompt, in the reward's units."""
+    scale: Annotated[float, Field(gt=0.0)] = 1.0
+    """`constant`: s_ref, the reward's spread within a group."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class BPGOConfig:
+    """The learner of arXiv 2511.18919; alpha = zeta = 0 is GRPO."""
+
+    form: Literal["paper", "released"] = "paper"
+    """`paper`: Eq 2 and Eq 4; `released`: what the authors' code computes."""
+    standardise: bool = True
+    """Take rewards as (R - R_prior)/s_ref; false gives the verbatim equations (`paper` form)."""
+    alpha: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Width of the trust weight w in (1 - alpha, 1 + alpha)."""
+    k: Annotated[float, Field(gt=0.0)] = 1.0
+    """Steepness of the trust weight."""
+    contrast: NonNegative = 1.0
+    """Lambda of the contrastive reward transformation."""
+    zeta: NonNegative = 0.5
+    """Weight of the second surrogate, over the transformed rewards."""
+    prior_var: Annotated[float, Field(gt=0.0)] = 1.0
+    """`released`: variance of the prior."""
+    ras_on_crt: bool = False
+    """Scale the second surrogate by the trust weight too; the paper does not."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class LossConfig:
+    clip_range: tuple[NonNegative, NonNegative] = (1e-3, 1e-3)
+    """The ratio is clipped to [1 - low, 1 + high]; log-probs are means over latent dimensions, so this is small."""
+    advantage_clip: Annotated[float, Field(gt=0.0)] = 5.0
+    """Advantages are clipped to this magnitude, after the trust weight."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimConfig:
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
+    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 1.0
+    """0 switches clipping off."""
+    updates_per_rollout: Positive = 2
+    """The trained steps are dealt to this many updates, all against the log-probs of the rollout."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up; linear and cosine end at 0."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    shards: str
+    """Folder of prompt shards that tools/make_prompt_shards.py wrote."""
+    split: str = "train"
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluationConfig:
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between held-out evaluations; 0 evaluates before the first and after the last step only."""
+    split: str = "heldout"
+    rewards: dict[str, RewardConfig] = dataclasses.field(default_factory=dict)
+    """Scored on held-out prompts and never trained on; the first one is the run's measure. Empty: no evaluation."""
+    samples_per_prompt: Positive = 4
+    max_prompts: Positive = 256
+    num_steps: Annotated[int, Field(ge=1)] = 16
+    """ODE steps of a held-out sample."""
+    guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
+    videos: Annotated[int, Field(ge=0)] = 8
+    """Held-out videos written before and after, for the report."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class WandbConfig:
+    project: str | None = None
+    """None sends nothing and asks nothing."""
+    name: str | None = None
+    mode: Literal["online", "offline"] | None = None
+    """None is online where an API key is set, else offline."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    run: RunConfig
+    policy: PolicyConfig
+    video: VideoConfig
+    data: DataConfig
+    deepspeed: str
+    """DeepSpeed JSON with ZeRO, precision and offload, for example ds_configs/zero3.json."""
+    rewards: dict[str, RewardConfig]
+    """What the policy is trained on, by a name of your choice."""
+    sampler: SamplerConfig = SamplerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    prior: PriorConfig = PriorConfig()
+    bpgo: BPGOConfig = BPGOConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @property
+    def algorithm(self) -> str:
+        return "grpo" if self.bpgo.alpha == 0 and self.bpgo.zeta == 0 else "bpgo"
+
+
+class ConfigError(ValueError):
+    """The configuration breaks a rule; the message says which one and what to do."""
+
+
+def check(config: Config) -> None:
+    """The rules that tie several keys together.
+
+    Raises:
+        ConfigError: states the values, the rule and the way out.
+    """
+    if not config.rewards:
+        raise ConfigError("rewards is empty; a policy is trained on at least one reward model")
+    if config.prior.kind == "none" and config.algorithm != "grpo":
+        raise ConfigError(
+            f"prior.kind is 'none' with bpgo.alpha = {config.bpgo.alpha}, bpgo.zeta = {config.bpgo.zeta}: BPGO needs "
+            "an anchor; set prior.kind to 'reference' or 'constant', or alpha = zeta = 0 for plain GRPO"
+        )
+    leaked = set(config.rewards) & set(config.evaluation.rewards)
+    if leaked:
+        raise ConfigError(
+            f"{sorted(leaked)} are in rewards and in evaluation.rewards; use two names to train on "
+            "a reward and also report it on held-out prompts"
+        )
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Every rank gets the same whole number of micro-batches.
+
+    Raises:
+        ConfigError: names the numbers and the nearest ones that work.
+    """
+    rollout = config.rollout
+    samples = rollout.prompts_per_step * rollout.group_size
+    unit = world_size * rollout.micro_batch_size
+    if samples % unit:
+        raise ConfigError(
+            f"prompts_per_step x group_size = {rollout.prompts_per_step} x {rollout.group_size} = {samples} samples "
+            f"do not divide into {world_size} ranks x micro_batch_size {rollout.micro_batch_size} = {unit}; change "
+            f"one of them so that the samples are a multiple (for example {max(unit, samples - samples % unit)})"
+        )

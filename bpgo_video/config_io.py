@@ -1,0 +1,107 @@
+"""How is a configuration read? Strictly from YAML, with dotted flags over it; unknown keys are errors.
+
+python pipelines/train_video.py --config pipelines/configs/tiny_wan_bpgo.yaml --run.num-steps 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from bpgo_video import config as tree_of_config
+from bpgo_video.config import Config, ConfigError, check
+
+
+def _known_keys(path: Sequence[Any]) -> list[str]:
+    """Keys of the dataclass at `path` in the tree, for a suggestion; empty where there is none."""
+    node: Any = Config
+    for key in path:
+        fields = {f.name: f.type for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
+        annotation = str(fields.get(key, "RewardConfig" if node is dict else ""))
+        name = next(
+            (n for n in annotation.replace("[", " ").replace("]", " ").split() if n in vars(tree_of_config)),
+            "",
+        )
+        node = dict if annotation.startswith("dict[str, RewardConfig") else vars(tree_of_config).get(name)
+    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        name = ".".join(path)
+        if problem["type"] == "unexpected_keyword_argument":
+            near = difflib.get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.4)
+            hint = f"; perhaps you meant {near[0]!r}" if near else ""
+            lines.append(f"{name}: unknown key{hint}")
+        elif problem["type"] in ("missing", "missing_argument"):
+            lines.append(f"{name}: required, and not given")
+        else:
+            lines.append(f"{name}: {problem['msg']} (given: {problem['input']!r})")
+    return f"{source}:\n  " + "\n  ".join(lines)
+
+
+def config_from_dict(tree: dict[str, Any], source: str = "config") -> Config:
+    """The typed tree behind plain YAML data.
+
+    Raises:
+        ConfigError: an unknown key (names the nearest known one), a missing one, or a value out of range.
+    """
+    try:
+        config = TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+    check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, readable by `read_yaml` again."""
+    tree = TypeAdapter(Config).dump_python(config, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> Config:
+    """The configuration in a YAML file."""
+    if not path.is_file():
+        raise ConfigError(f"config file {str(path)!r} does not exist; recipes are in pipelines/configs/")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}; a mapping with the keys of `--help` is needed")
+    return config_from_dict(tree, str(path))
+
+
+def load_config(argv: Sequence[str] | None = None, description: str | None = None) -> Config:
+    """The configuration that a command line asks for: `--config FILE`, then dotted flags over it.
+
+    The launcher's `--local_rank` is taken first. Exits with a message where a flag is wrong.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--local_rank", type=int)
+    known, rest = early.parse_known_args(argv)
+    wants_help = bool({"-h", "--help"} & set(rest))
+    if known.config is None and not wants_help:
+        raise SystemExit("--config FILE is required, for example --config pipelines/configs/tiny_wan_bpgo.yaml")
+    try:
+        default = read_yaml(known.config) if known.config else tyro.MISSING
+        config = tyro.cli(Config, default=default, args=rest, description=description)
+        check(config)
+    except (ConfigError, ValidationError) as error:
+        message = _explain(error, "command line") if isinstance(error, ValidationError) else str(error)
+        raise SystemExit(f"configuration error: {message}") from None
+    return config

@@ -1,0 +1,213 @@
+"""How did training go? One panel a quantity, drawn from the records of `metrics.jsonl` as inline SVG.
+
+A panel is a function in PANELS that draws on the axes and says in words what it drew, or None where the
+records hold nothing for it. Figures take their colours from the page: text is its currentColor, series are
+its --c1, --c2, --c3. The x axis counts finished steps; 0 is the starting policy.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bpgo_video.metrics import Number
+
+Records = Sequence[Mapping[str, Number]]
+Summary = Mapping[str, Any]
+
+TEXT, SERIES = "#0a0b00", ("#0a0b01", "#0a0b02", "#0a0b03")  # stand-ins: matplotlib knows no CSS
+THEME = {TEXT: "currentColor"} | {colour: f"var(--c{i})" for i, colour in enumerate(SERIES, start=1)}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bpgo_video",  # the same run gives the same file
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": TEXT,
+    "axes.edgecolor": TEXT,
+    "axes.labelcolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "grid.color": TEXT,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A drawn panel: `svg` is markup to inline, `alt` says in words what it shows."""
+
+    title: str
+    caption: str
+    svg: str
+    alt: str
+
+
+def series(records: Records, key: str) -> tuple[list[Number], list[Number]]:
+    """Finished steps and values of the records that hold `key`."""
+    held = [record for record in records if key in record]
+    return [record["step"] + 1 for record in held], [record[key] for record in held]
+
+
+def smoothed(values: Sequence[Number]) -> np.ndarray:
+    """A centred moving mean over a tenth of the run; windows shrink at both ends."""
+    window = np.ones(max(1, len(values) // 10))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _words(label: str, values: Sequence[Number]) -> str:
+    return f"{label} from {values[0]:.3g} to {values[-1]:.3g}"
+
+
+def _line(axes: Axes, records: Records, key: str, label: str) -> str | None:
+    steps, values = series(records, key)
+    if not values:
+        return None
+    axes.plot(steps, values, color=SERIES[0], linewidth=0.8, alpha=0.4)
+    axes.plot(steps, smoothed(values), color=SERIES[0], linewidth=2)
+    return f"{_words(label, smoothed(values).tolist())} over {steps[-1]:,.0f} steps"
+
+
+def _mean_and_extremes(axes: Axes, records: Records, name: str, label: str) -> str | None:
+    steps, values = series(records, f"{name}_mean")
+    if not values:
+        return None
+    words = _words(f"mean {label}", values)
+    (low_steps, low), (_, high) = series(records, f"{name}_min"), series(records, f"{name}_max")
+    if low and len(low) == len(high):
+        axes.fill_between(low_steps, low, high, color=SERIES[0], alpha=0.2, linewidth=0)
+        words += f"; extremes {min(low):.3g} and {max(high):.3g}"
+    axes.plot(steps, values, color=SERIES[0], linewidth=2)
+    axes.axhline(1.0, color=TEXT, linewidth=0.8, linestyle="--", alpha=0.6)
+    return words
+
+
+def heldout(axes: Axes, records: Records, summary: Summary) -> str | None:
+    keys = sorted({key for record in records for key in record if key.startswith("heldout/")})
+    keys = [key for key in keys if not key.endswith("_stderr")]
+    words = []
+    for i, key in enumerate(keys):
+        colour, name = SERIES[i % len(SERIES)], key.removeprefix("heldout/")
+        held = [record for record in records if key in record]
+        steps, values = series(held, key)
+        stderr = [record.get(f"{key}_stderr", 0.0) for record in held]
+        if "heldout_before" in summary and key == f"heldout/{summary.get('heldout_reward', name)}":
+            steps, values = [0, *steps], [summary["heldout_before"], *values]
+            stderr = [summary.get("heldout_before_stderr", 0.0), *stderr]
+            axes.axhline(values[0], color=TEXT, linewidth=0.8, linestyle="--", alpha=0.6)
+        low, high = np.subtract(values, stderr), np.add(values, stderr)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4, label=name)
+        words.append(f"{_words(name, values)} (± {stderr[-1]:.2g})")
+    if len(keys) > 1:
+        axes.legend(loc="best")
+    return "; ".join(words) or None
+
+
+def reward(axes: Axes, records: Records, summary: Summary) -> str | None:
+    return _line(axes, records, "reward", "reward")
+
+
+def trust(axes: Axes, records: Records, summary: Summary) -> str | None:
+    return _mean_and_extremes(axes, records, "trust", "trust weight")
+
+
+def ratio(axes: Axes, records: Records, summary: Summary) -> str | None:
+    return _mean_and_extremes(axes, records, "ratio", "probability ratio")
+
+
+def grad_norm(axes: Axes, records: Records, summary: Summary) -> str | None:
+    return _line(axes, records, "grad_norm", "gradient norm")
+
+
+def seconds(axes: Axes, records: Records, summary: Summary) -> str | None:
+    steps, total = series(records, "seconds")
+    if not total:
+        return None
+    parts = [
+        part for part in ("rollout", "reward", "update") if series(records, f"seconds/{part}")[0] == steps
+    ]
+    if parts:
+        stacks = [series(records, f"seconds/{part}")[1] for part in parts]
+        axes.stackplot(steps, *stacks, labels=parts, colors=SERIES[: len(parts)], alpha=0.6, linewidth=0)
+    axes.plot(steps, total, color=TEXT, linewidth=1, label="whole step")
+    axes.set_ylim(bottom=0, top=1.25 * float(np.quantile(total, 0.98)))
+    axes.legend(loc="upper center", ncols=4, columnspacing=1, handlelength=1.2)
+    return f"a step takes {np.median(total):.3g} seconds (median)"
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    caption: str
+    draw: Callable[[Axes, Records, Summary], str | None]
+
+
+PANELS: Mapping[str, Panel] = {
+    "heldout": Panel(
+        "Held-out alignment",
+        "Prompts that were not trained on. Band: one standard error; dashed: before training.",
+        heldout,
+    ),
+    "reward": Panel(
+        "Training reward",
+        "What the policy was trained on. Thin: each step, other prompts every time; bold: moving mean.",
+        reward,
+    ),
+    "trust": Panel(
+        "Trust weight w",
+        "How much each prompt's group counts in the update; 1 is GRPO. Line: mean; band: extremes.",
+        trust,
+    ),
+    "ratio": Panel(
+        "Probability ratio",
+        "How far updates moved from the policy that sampled; 1 is not at all. Line: mean; band: extremes.",
+        ratio,
+    ),
+    "grad_norm": Panel("Gradient norm", "Before clipping. Thin: each step; bold: moving mean.", grad_norm),
+    "seconds": Panel("Seconds a step", "Where the time goes.", seconds),
+}
+
+
+def draw_curve(name: str, records: Records, summary: Summary) -> Curve | None:
+    """The panel `name` of PANELS as a Curve; None where the records hold nothing for it."""
+    panel = PANELS[name]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="y")
+        alt = panel.draw(axes, records, summary)
+        if alt is None:
+            return None
+        axes.set_xlabel("steps")
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+    return Curve(
+        panel.title, panel.caption, inline_svg(file.getvalue(), name, alt=f"{panel.title}: {alt}"), alt
+    )
+
+
+def inline_svg(document: str, prefix: str, alt: str) -> str:
+    """A matplotlib SVG as markup for a page of several: the page's colours, own ids, nothing fetched."""
+    body = document[document.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    view_box = re.search(r'viewBox="([^"]*)"', body)
+    assert view_box is not None  # matplotlib always writes one
+    label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    head = f'<svg viewBox="{view_box[1]}" role="img" aria-label="{label}">'
+    body = re.sub(r"<svg[^>]*>", lambda _: head, body, count=1, flags=re.DOTALL)
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", body)
+    for stand_in, colour in THEME.items():
+        body = body.replace(stand_in, colour)
+    return body

@@ -1,0 +1,37 @@
+"""In which order are prompts read? A shuffle that depends on the seed and the epoch alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+LARGEST_WINDOW = 4096
+
+
+def window(size: int) -> int:
+    """How many consecutive prompts of the endless order are sure to differ: half the split, at most 4096."""
+    return min(size // 2, LARGEST_WINDOW)
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `size` prompts in an epoch: a permutation, [size] int64.
+
+    With P_e a uniform permutation keyed by (seed, e) and w = window(size), it is P_e with its first w places
+    rearranged: prompts that are not among the last w of P_(e-1) first, the others after them in their order there. Any
+    w consecutive prompts are then distinct, also across the end of an epoch: if m of the first w prompts are among the
+    last w before, the k-th of them now stands at w - m + k, and stood at size - m + k or earlier. The last w places are
+    P_e's own, so no epoch depends on more than the one before it.
+    """
+    order, w = _permutation(size, seed, epoch), window(size)
+    if epoch == 0 or w == 0:
+        return order
+    place = np.full(size, -1)
+    place[_permutation(size, seed, epoch - 1)[size - w :]] = np.arange(w)
+    head = order[:w]
+    order[:w] = head[np.argsort(place[head], kind="stable")]
+    return order
+
+
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Sorts raw Philox words: numpy promises the same ones in every version, which it does not for `permutation`."""
+    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)
+    return np.argsort(words, kind="stable")

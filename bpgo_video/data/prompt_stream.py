@@ -1,0 +1,89 @@
+"""What is the next batch of prompts? A function of the seed and of how many prompts were consumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from bpgo_video.data.prior_files import PriorTable, attach_priors
+from bpgo_video.data.prompt_order import epoch_order, window
+from bpgo_video.data.prompt_records import PromptRecord, ShardError
+from bpgo_video.types import PromptBatch
+
+
+@runtime_checkable
+class RecordSource(Protocol):
+    """What a stream reads from: PromptShards."""
+
+    directory: Path
+
+    def rows(self, split: str | None) -> np.ndarray: ...
+
+    def record(self, row: int) -> PromptRecord: ...
+
+
+class PromptStream:
+    """An endless iterator of PromptBatch. `position`, the number of prompts consumed, is its whole resume state.
+
+    Each epoch has every prompt of the split once; a batch that reaches an epoch's end goes on into the next. No batch
+    holds a prompt twice: prompt_order.py sees to it for batches of up to half the split (at most 4096), larger ones
+    read epoch 0's order again and again, in which any two appearances are a whole split apart.
+
+    Raises:
+        ShardError: no such split, or the split is smaller than the batch.
+    """
+
+    def __init__(
+        self,
+        shards: RecordSource,
+        split: str,
+        seed: int,
+        batch_size: int,
+        start: int = 0,
+        priors: Iterable[PriorTable] = (),
+    ) -> None:
+        self._shards, self._rows, self._priors = shards, shards.rows(split), tuple(priors)
+        if not 1 <= batch_size <= len(self._rows):
+            raise ShardError(
+                f"a batch of {batch_size} prompts needs a split with as many; {split!r} of {shards.directory} has "
+                f"{len(self._rows)}"
+            )
+        if start < 0:
+            raise ValueError(f"the stream's position is {start}; it must be 0 or more")
+        self._seed, self._batch_size, self.position = seed, batch_size, start
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __iter__(self) -> PromptStream:
+        return self
+
+    def __next__(self) -> PromptBatch:
+        records = [self._shards.record(self._row(self.position + i)) for i in range(self._batch_size)]
+        batch = as_batch(records)
+        if self._priors:
+            batch = attach_priors(batch, self._priors)
+        self.position += self._batch_size
+        return batch
+
+    def _row(self, position: int) -> int:
+        size = len(self._rows)
+        epoch, place = divmod(position, size)
+        if self._batch_size > window(size):
+            epoch = 0
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(size, self._seed, epoch)
+        return int(self._rows[self._order[place]])
+
+
+def as_batch(records: Sequence[PromptRecord]) -> PromptBatch:
+    """Stack records of one directory into a batch, without priors."""
+    return PromptBatch(
+        ids=torch.tensor([record.id for record in records], dtype=torch.int64),
+        texts=tuple(record.prompt for record in records),
+        conditioning={
+            name: torch.stack([record.conditioning[name] for record in records]) for name in records[0].conditioning
+        },
+    )

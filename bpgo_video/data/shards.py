@@ -1,0 +1,249 @@
+"""Where do prompts come from? webdataset shards, read in an order that (seed, epoch) fixes and a position resumes.
+
+    prompts-000000.tar ...   per prompt {key}.json {id, prompt, split, tags, conditioning_sha256} and {key}.safetensors
+    negative.safetensors     the conditioning of the negative prompt
+    priors/<reward>.json     what estimate_priors.py adds, see prior_files.py
+    index.json               format_version, count, shards, splits, policy, conditioning, negative_prompt; written last
+
+Every rank reads the same stream. Nothing in a shard is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import webdataset
+from torch import Tensor
+
+from bpgo_video.data.atomic import atomic_file, write_json
+from bpgo_video.data.prior_files import PriorTable
+from bpgo_video.data.prompt_records import (
+    EncoderStamp,
+    Place,
+    PromptRecord,
+    ShardError,
+    damaged,
+    layout_of,
+    read_record,
+    scan_shard,
+    tensor_bytes,
+    to_layout,
+    to_members,
+)
+from bpgo_video.data.prompt_stream import PromptStream
+from bpgo_video.types import Conditioning
+
+FORMAT_VERSION = 1
+
+
+def write_shards(
+    records: Iterable[PromptRecord],
+    output: Path | str,
+    *,
+    negative: Mapping[str, Tensor],
+    policy: EncoderStamp,
+    negative_prompt: str = "",
+    shard_size: int = 1000,
+) -> None:
+    """Write a directory of shards from a stream of records; each file appears complete or not at all, the index last.
+
+    Args:
+        negative: conditioning of the negative prompt, without a batch axis.
+        shard_size: records in a shard.
+
+    Raises:
+        FileExistsError: `output` exists and is not empty.
+        ShardError: no records, an id out of range or used twice, or tensors that do not fit together.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not empty; name another output, or delete it first")
+    layout = layout_of(negative, policy.max_sequence_length)
+    splits: Counter[str] = Counter()
+    checked = _checked(records, layout, splits)
+    shards: list[dict[str, Any]] = []
+    while block := list(islice(checked, shard_size)):
+        shards.append(_write_shard(output / f"prompts-{len(shards):06d}.tar", block, len(shards) * shard_size))
+    if not shards:
+        raise ShardError(f"there are no prompts to write to {output}")
+    negative_bytes = tensor_bytes(negative)
+    with atomic_file(output / "negative.safetensors") as aside:
+        aside.write_bytes(negative_bytes)
+    index = {
+        "format_version": FORMAT_VERSION,
+        "count": sum(splits.values()),
+        "splits": dict(splits),
+        "policy": asdict(policy),
+        "conditioning": layout,
+        "negative_prompt": negative_prompt,
+        "negative_sha256": hashlib.sha256(negative_bytes).hexdigest(),
+        "shards": shards,
+    }
+    write_json(output / "index.json", index)
+
+
+def _checked(
+    records: Iterable[PromptRecord], layout: Mapping[str, Any], splits: Counter[str]
+) -> Iterator[PromptRecord]:
+    seen: set[int] = set()
+    for record in records:
+        if not 0 <= record.id < 2**63:
+            raise ShardError(f"prompt {record.prompt!r} has the id {record.id}; ids go from 0 to 2^63 - 1")
+        if record.id in seen:
+            raise ShardError(f"prompt {record.prompt!r} has the id {record.id} of an earlier prompt")
+        to_layout(record.conditioning, layout, f"prompt {record.prompt!r}")
+        seen.add(record.id)
+        splits[record.split] += 1
+        yield record
+
+
+def _write_shard(path: Path, records: Sequence[PromptRecord], first: int) -> dict[str, Any]:
+    with atomic_file(path) as aside:
+        with aside.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
+            for number, record in enumerate(records, first):
+                tar.write({"__key__": f"{number:09d}", **to_members(record)})
+        digest = _sha256(aside)
+    return {"name": path.name, "count": len(records), "sha256": digest}
+
+
+class PromptShards:
+    """A directory of prompt shards, opened by one scan through the tar headers.
+
+    Attributes:
+        splits: number of prompts of each split.
+        policy: what made the embeddings.
+        negative: conditioning of the negative prompt, axis 0 of size 1.
+        negative_prompt: its text.
+
+    Raises:
+        ShardError: something is missing, damaged or of another format version; the message names file and record.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.index = _read_index(self.directory)
+        self.splits: dict[str, int] = self.index["splits"]
+        self.policy = EncoderStamp(**self.index["policy"])
+        self.negative_prompt: str = self.index["negative_prompt"]
+        self.negative = self._read_negative()
+        self._shards = [self.directory / shard["name"] for shard in self.index["shards"]]
+        self._scan()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def check_policy(self, policy: EncoderStamp) -> None:
+        """Refuse embeddings of another encoder or text length; the folder's name does not matter.
+
+        Raises:
+            ShardError: they differ.
+        """
+        for name in ("fingerprint", "max_sequence_length"):
+            ours, theirs = getattr(self.policy, name), getattr(policy, name)
+            if ours != theirs:
+                raise ShardError(
+                    f"{self.directory} was made with {self.policy.name!r}, whose {name} is {ours}; the policy "
+                    f"{policy.name!r} has {theirs}: build shards for it with tools/make_prompt_shards.py build"
+                )
+
+    def rows(self, split: str | None = None) -> np.ndarray:
+        """Row numbers of the records of a split, or of all, in stored order."""
+        if split is None:
+            return np.arange(len(self))
+        if split not in self.splits:
+            raise ShardError(f"{self.directory} has no split {split!r}; it has {self.splits}")
+        return np.flatnonzero(self._splits == list(self.splits).index(split))
+
+    def record(self, row: int) -> PromptRecord:
+        """Record `row`, read from its shard and checked against its hash; embeddings padded to the policy's length."""
+        place = self._place(row)
+        record = read_record(place)
+        owner = f"{place.shard}: prompt {record.prompt!r}"
+        return replace(record, conditioning=to_layout(record.conditioning, self.index["conditioning"], owner))
+
+    def records(self, split: str | None = None) -> Iterator[PromptRecord]:
+        """The records of a split, or all, in stored order, one in memory at a time."""
+        return (self.record(int(row)) for row in self.rows(split))
+
+    def stream(
+        self, split: str, seed: int, batch_size: int, start: int = 0, priors: Iterable[PriorTable] = ()
+    ) -> PromptStream:
+        """An endless stream of batches that starts after `start` prompts were consumed."""
+        return PromptStream(self, split, seed, batch_size, start, priors)
+
+    def verify(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> None:
+        """Read every record against its hash and every file against the index.
+
+        Args:
+            progress: wraps the iterable of rows, such as tqdm.
+
+        Raises:
+            ShardError: the first damage found.
+        """
+        for row in progress(self.rows()):
+            self.record(int(row))
+        for path, shard in zip(self._shards, self.index["shards"], strict=True):
+            if _sha256(path) != shard["sha256"]:
+                raise ShardError(f"{path}: its sha256 is not the index's: the file was changed; build it again")
+
+    def _place(self, row: int) -> Place:
+        shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        return Place(self._shards[shard], int(self._starts[row]), int(self._stops[row]))
+
+    def _read_negative(self) -> Conditioning:
+        path = self.directory / "negative.safetensors"
+        if not path.is_file():
+            raise ShardError(f"{path} is missing; build the directory again with tools/make_prompt_shards.py")
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.index["negative_sha256"]:
+            raise damaged(path, "(the negative prompt)", "it does not match the index's sha256")
+        tensors = to_layout(safetensors.torch.load(data), self.index["conditioning"], str(path))
+        return {name: value[None] for name, value in tensors.items()}
+
+    def _scan(self) -> None:
+        codes = {name: code for code, name in enumerate(self.splits)}
+        counts = [shard["count"] for shard in self.index["shards"]]
+        for path in self._shards:
+            if not path.is_file():
+                raise ShardError(f"{path} is missing, though {self.directory / 'index.json'} names it; copy it again")
+        tables = [scan_shard(path, count, codes) for path, count in zip(self._shards, counts, strict=True)]
+        join = {name: np.concatenate([getattr(t, name) for t in tables]) for name in vars(tables[0])}
+        self._ids, self._splits = join["ids"], join["splits"]
+        self._starts, self._stops = join["starts"], join["stops"]
+        self._first_rows = np.cumsum([0, *counts[:-1]])
+        ids, occurrences = np.unique(self._ids, return_counts=True)
+        if len(ids) < len(self._ids):
+            raise ShardError(f"{self.directory}: id {ids[occurrences > 1][0]} is used by more than one prompt")
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    again = "with tools/make_prompt_shards.py build --input FILE --output DIR --policy FOLDER"
+    path = directory / "index.json"
+    if not directory.is_dir():
+        raise ShardError(f"the prompt shards {directory} do not exist; make them {again}")
+    if not path.is_file():
+        raise ShardError(f"{path} is missing, so its build did not finish: delete the folder, and build {again}")
+    try:
+        index = json.loads(path.read_text("utf-8"))
+        version, count, shards = index["format_version"], index["count"], index["shards"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is damaged ({error!r}); copy it again, or build {again}") from error
+    if version != FORMAT_VERSION:
+        raise ShardError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; build {again}")
+    if not count or count != sum(shard["count"] for shard in shards):
+        raise ShardError(f"{path} states {count} prompts in {len(shards)} shards that do not add up; build {again}")
+    return index
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

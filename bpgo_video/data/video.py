@@ -1,0 +1,96 @@
+"""How do videos enter and leave? H.264 files, written by PyAV; read by decord, or PyAV where that is missing."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bpgo_video.data.atomic import atomic_file
+
+# Below 720 lines players decode untagged video by BT.601, which is also what swscale converts with: said aloud here.
+COLOUR_TAGS = "colorprim=smpte170m:transfer=smpte170m:colormatrix=smpte170m"
+
+
+class VideoError(ValueError):
+    """A video that cannot be written or read."""
+
+
+def write_video(
+    path: Path | str, video: Float[Tensor, "frames 3 height width"], fps: float | int, crf: int = 17
+) -> None:
+    """Write H.264 (yuv420p, mp4) whose frames last exactly 1 / fps; the file appears complete or not at all.
+
+    Args:
+        video: in [0, 1]; height and width are even, which 4:2:0 needs.
+        fps: frames a second; 29.97 and the like become the nearest fraction over at most 1001.
+        crf: x264's constant rate factor, 0 (lossless luma) to 51.
+
+    Raises:
+        VideoError: another shape, or values outside [0, 1].
+    """
+    if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
+        raise VideoError(
+            f"{path}: the video is {tuple(video.shape)}; it must be (frames, 3, height, width) with even sizes"
+        )
+    if not (video.min() >= 0 and video.max() <= 1):
+        raise VideoError(f"{path}: values span {video.min():.4g} to {video.max():.4g}; they must be in [0, 1]")
+    pixels = (video.detach().float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    rate = Fraction(fps).limit_denominator(1001)
+    with atomic_file(Path(path)) as aside, av.open(str(aside), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "x264-params": COLOUR_TAGS})
+        stream.height, stream.width, stream.pix_fmt = pixels.shape[1], pixels.shape[2], "yuv420p"
+        stream.time_base = 1 / rate
+        for number, image in enumerate(pixels):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def read_video(path: Path | str) -> tuple[Float[Tensor, "frames 3 height width"], float]:
+    """Every frame of a video in [0, 1], and its frames a second. Both readers give the same bits.
+
+    Raises:
+        VideoError: the file is missing, or neither reader can decode it.
+    """
+    if not Path(path).is_file():
+        raise VideoError(f"the video {path} does not exist")
+    try:
+        import decord  # has no wheels for some platforms
+    except ImportError:
+        pixels, fps = read_pyav(path)
+    else:
+        try:
+            pixels, fps = read_decord(path)
+        except (decord.DECORDError, RuntimeError):  # the latter when it cannot open the file
+            pixels, fps = read_pyav(path)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, fps
+
+
+def read_decord(path: Path | str) -> tuple[np.ndarray, float]:
+    """(frames, height, width, 3) uint8 and frames a second."""
+    import decord
+
+    reader = decord.VideoReader(str(path), num_threads=1)
+    return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
+
+
+def read_pyav(path: Path | str) -> tuple[np.ndarray, float]:
+    """(frames, height, width, 3) uint8 and frames a second."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{path} holds no video stream; is it complete?")
+            rate = container.streams.video[0].average_rate
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except av.error.FFmpegError as error:
+        raise VideoError(f"{path} cannot be decoded: {error}; is it complete?") from error
+    if not frames or not rate:
+        raise VideoError(f"{path} holds no frames")
+    return np.stack(frames), float(rate)

@@ -1,0 +1,105 @@
+"""How good is the policy on prompts that it never trains on? The same prompts, the same noise, at every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bpgo_video.config import Config
+from bpgo_video.data.video import write_video
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy
+from bpgo_video.rewards.base import RewardSuite
+from bpgo_video.rollout import Denoiser, sample_chunks
+from bpgo_video.types import Conditioning, PromptBatch, Videos
+
+Scores = Float[Tensor, "prompts samples"]
+
+
+@dataclass(frozen=True)
+class HeldoutScores:
+    """Scores of one evaluation by reward name, the same on every rank."""
+
+    by_name: Mapping[str, Scores]
+
+    def metrics(self) -> dict[str, float]:
+        """`heldout/NAME` and its standard error."""
+        values = {}
+        for name, scores in self.by_name.items():
+            values[f"heldout/{name}"] = float(scores.mean())
+            values[f"heldout/{name}_stderr"] = stderr(scores)
+        return values
+
+
+def stderr(scores: Scores) -> float:
+    """Standard error of the mean over the samples, the prompts being fixed: sqrt(sum_i s_i^2 / n) / P.
+
+    With one sample per prompt, it is that over prompts.
+    """
+    prompts, samples = scores.shape
+    if samples == 1:
+        return float(scores.std() / prompts**0.5)
+    return float((scores.double().var(dim=1) / samples).sum().sqrt() / prompts)
+
+
+def evaluate(
+    policy: Policy,
+    prompts: PromptBatch,
+    negative: Conditioning,
+    suite: RewardSuite,
+    config: Config,
+    mesh: Mesh,
+    videos_to: Path | None = None,
+) -> HeldoutScores:
+    """Sample with the ODE and score; noise is keyed by the seed, the prompt and the sample alone.
+
+    Args:
+        videos_to: folder for the first sample of `evaluation.videos` prompts, spread evenly; None writes none.
+    """
+    samples = config.evaluation.samples_per_prompt
+    shown = shown_rows(len(prompts), samples, config.evaluation.videos)
+    denoiser = Denoiser(
+        policy=policy,
+        sigmas=policy.sigmas(config.evaluation.num_steps, config.sampler.shift),
+        trained_steps=(),
+        sampler="ode",
+        eta=0.0,
+        guidance_scale=config.evaluation.guidance_scale,
+        latents_dtype=torch.float32,
+    )
+    chunks = sample_chunks(
+        denoiser,
+        prompts,
+        negative,
+        mesh,
+        group_size=samples,
+        micro_batch_size=config.rollout.micro_batch_size,
+        latent_shape=policy.latent_shape(config.video),
+        key=(config.run.seed, "heldout"),
+    )
+    scored = []
+    for chunk in chunks:
+        rows = chunk.trajectory.prompt_rows
+        scored.append(suite.score(chunk.videos, [prompts.texts[row] for row in rows.tolist()]))
+        if videos_to is not None:
+            items = (rows * samples + chunk.trajectory.sample_index).tolist()
+            _write_shown(chunk.videos, items, shown, videos_to, config.video.fps)
+    rewards = suite.gather(scored, prompts, samples, mesh)
+    return HeldoutScores({name: scores.cpu() for name, scores in rewards.by_name.items()})
+
+
+def shown_rows(prompts: int, samples: int, videos: int) -> list[int]:
+    """Which (prompt, sample) items are shown: sample 0 of evenly spread prompts."""
+    count = min(videos, prompts)
+    return [round(i * (prompts - 1) / max(1, count - 1)) * samples for i in range(count)]
+
+
+def _write_shown(videos: Videos, items: Sequence[int], shown: Sequence[int], folder: Path, fps: float) -> None:
+    for video, item in zip(videos, items, strict=True):
+        if item in shown:
+            write_video(folder / f"{shown.index(item):03d}.mp4", video.cpu(), fps)

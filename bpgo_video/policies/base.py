@@ -1,0 +1,76 @@
+"""What is a policy? A video diffusion model that speaks rectified flow: x_sigma = (1 - sigma) data + sigma noise.
+
+A family is one class behind this protocol. Everything else (samplers, replay, guidance, LoRA, sharding, export) works
+through it and does not know the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bpgo_video.config import VideoConfig
+from bpgo_video.types import Conditioning, Latents, Velocity, Videos
+
+Trained = dict[str, Any]  # name -> nn.Module, or the DeepSpeed engine that wraps it
+Build = Callable[[Any, Path], nn.Module]  # (model class, its folder) -> the loaded module
+
+
+def from_pretrained(model_class: Any, folder: Path) -> nn.Module:
+    """The whole model on this process: what inference and ZeRO 1 and 2 need."""
+    return model_class.from_pretrained(folder)
+
+
+class Policy(Protocol):
+    """Members that a family must have.
+
+    Attributes:
+        folder: the diffusers pipeline that it was loaded from.
+        transformers: the trained modules by their name in the pipeline; training puts the engine in their place.
+        block_classes: the repeated blocks: ZeRO-3 fetches each as one unit, checkpointing recomputes each.
+        max_sequence_length: text tokens; part of the policy's identity where padding is not masked.
+    """
+
+    folder: Path
+    transformers: Trained
+    block_classes: tuple[type[nn.Module], ...]
+    max_sequence_length: int
+
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditioning of prompts, axis 0 over prompts; needs the text encoder."""
+        ...
+
+    def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
+        """(channels, latent_frames, latent_height, latent_width); ValueError where the family cannot make it."""
+        ...
+
+    def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
+        """The family's own noise levels: [num_steps + 1] in fp32, from 1 down to 0."""
+        ...
+
+    def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
+        """noise - data as the policy sees it at noise level `sigma` (0-dim), fp32; differentiable."""
+        ...
+
+    def decode(self, latents: Latents) -> Videos:
+        """Pixels in [0, 1] of clean latents; needs the VAE; no gradient."""
+        ...
+
+
+def guided_velocity(
+    policy: Policy, latents: Latents, sigma: Tensor, conditioning: Conditioning, negative: Conditioning, scale: float
+) -> Velocity:
+    """v = v_negative + scale (v_prompt - v_negative): classifier-free guidance (arXiv 2207.12598).
+
+    Both halves go through the transformer as one batch, so that ZeRO-3 gathers its parameters once. At scale 1 there is
+    no second half.
+    """
+    if scale == 1.0:
+        return policy.velocity(latents, sigma, conditioning)
+    both = {name: torch.cat([value, negative[name].expand_as(value)]) for name, value in conditioning.items()}
+    prompted, unprompted = policy.velocity(torch.cat([latents, latents]), sigma, both).chunk(2)
+    return unprompted + scale * (prompted - unprompted)

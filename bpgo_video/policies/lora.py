@@ -1,0 +1,65 @@
+"""How are adapters trained instead of all weights? Through peft, by the names that diffusers gives its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from bpgo_video.config import ConfigError, LoraConfig
+
+ADAPTER = "default"
+
+
+class Gatherer(Protocol):
+    """What reading whole parameters needs of the engine."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]: ...
+
+
+def add_lora(transformer: nn.Module, lora: LoraConfig, seed: int) -> None:
+    """Freeze the weights and add low-rank adapters (arXiv 2106.09685): W + alpha/rank B A, B = 0 at the start.
+
+    Raises:
+        ConfigError: no layer has one of the names.
+    """
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    if not any(name.endswith(target) for name in names for target in lora.target_modules):
+        raise ConfigError(
+            f"policy.lora.target_modules {lora.target_modules} match no linear layer; some are {names[:8]}"
+        )
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # every rank draws the same A
+        transformer.add_adapter(  # type: ignore[operator]
+            PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules)), ADAPTER
+        )
+
+
+def merged_parameters(engine: Gatherer) -> Iterator[tuple[str, Tensor]]:
+    """Every base parameter under its original name, whole, adapters added in: W + alpha/rank B A.
+
+    One parameter at a time is gathered; all ranks must iterate to the end together.
+    """
+    module = engine.module
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+    for name, parameter in module.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner = name.removesuffix(".weight").removesuffix(".base_layer")
+        layer = layers.get(owner) if name.endswith(".base_layer.weight") else None
+        adapters = [] if layer is None else [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+        with engine.gathered([parameter, *adapters]):
+            value = parameter.detach()
+            if layer is not None:
+                down, up = (adapter.detach().float() for adapter in adapters)
+                value = (value.float() + layer.scaling[ADAPTER] * (up @ down)).to(value.dtype)
+            yield name.replace(".base_layer.", "."), value

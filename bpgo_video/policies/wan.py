@@ -1,0 +1,103 @@
+"""How does Wan 2.1 text-to-video (arXiv 2503.20314) fit the policy protocol?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import Tensor, nn
+from transformers import UMT5EncoderModel
+
+from bpgo_video import sde
+from bpgo_video.config import VideoConfig
+from bpgo_video.policies.base import Build, Trained
+from bpgo_video.types import Conditioning, Latents, Velocity, Videos
+
+
+class WanPolicy:
+    """Wan's pipeline parts; text encoder and VAE may be absent where embeddings or latents are all that is needed."""
+
+    block_classes: tuple[type[nn.Module], ...] = (WanTransformerBlock,)
+
+    def __init__(self, folder: Path, pipeline: WanPipeline, max_sequence_length: int):
+        self.folder = folder
+        self.pipeline = pipeline
+        self.max_sequence_length = max_sequence_length
+        self.transformers: Trained = {"transformer": pipeline.transformer} if pipeline.transformer else {}
+        self.transformer_config: dict[str, Any] = WanTransformer3DModel.load_config(folder / "transformer")
+        self.vae_config: dict[str, Any] = AutoencoderKLWan.load_config(folder / "vae")
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        max_sequence_length: int,
+        components: frozenset[str],
+        dtype: torch.dtype,
+        device: torch.device,
+        build: Build,
+    ) -> WanPolicy:
+        """The parts of the folder named in `components`; see `load_policy`."""
+        encoder, vae, transformer = None, None, None
+        if "text_encoder" in components:
+            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+            encoder = encoder.to(device).eval().requires_grad_(False)
+        if "vae" in components:
+            vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+            vae = vae.to(device).eval().requires_grad_(False)
+        if "transformer" in components:
+            transformer = build(WanTransformer3DModel, folder / "transformer").to(device=device, dtype=dtype)
+        pipeline = WanPipeline.from_pretrained(folder, transformer=transformer, text_encoder=encoder, vae=vae)
+        return cls(folder, pipeline, max_sequence_length)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        embeddings, _ = self.pipeline.encode_prompt(
+            list(texts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        return {"prompt_embeds": embeddings}
+
+    def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
+        temporal, spatial = self.vae_config["scale_factor_temporal"], self.vae_config["scale_factor_spatial"]
+        _, patch_height, patch_width = self.transformer_config["patch_size"]
+        if video.num_frames % temporal != 1 % temporal:
+            raise ValueError(
+                f"video.num_frames is {video.num_frames}; this policy makes {temporal} n + 1 frames, for example "
+                f"{video.num_frames // temporal * temporal + 1}"
+            )
+        for name, size, patch in (("height", video.height, patch_height), ("width", video.width, patch_width)):
+            if size % (spatial * patch):
+                raise ValueError(f"video.{name} is {size}; this policy needs a multiple of {spatial * patch}")
+        channels = self.transformer_config["in_channels"]
+        frames = (video.num_frames - 1) // temporal + 1
+        return channels, frames, video.height // spatial, video.width // spatial
+
+    def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
+        scheduler = self.pipeline.scheduler.config
+        own = scheduler.get("flow_shift", scheduler.get("shift", 1.0))
+        return sde.shifted_sigmas(num_steps, own if shift is None else shift)
+
+    def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
+        transformer = self.transformers["transformer"]
+        dtype = conditioning["prompt_embeds"].dtype
+        timestep = (sigma * self.pipeline.scheduler.config.num_train_timesteps).expand(latents.shape[0])
+        prediction = transformer(
+            hidden_states=latents.to(dtype),
+            timestep=timestep,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            return_dict=False,
+        )[0]
+        return prediction.float()
+
+    @torch.no_grad()
+    def decode(self, latents: Latents) -> Videos:
+        vae = self.pipeline.vae
+        shape = (1, -1, 1, 1, 1)
+        mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(shape)
+        std = torch.tensor(vae.config.latents_std, device=latents.device).view(shape)
+        pixels = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)

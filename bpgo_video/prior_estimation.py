@@ -1,0 +1,117 @@
+"""What does the starting policy earn on each prompt? The reference prior of arXiv 2511.18919, with its scale s_ref."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from bpgo_video import engine
+from bpgo_video.config import Config, ConfigError, check_world
+from bpgo_video.config_io import load_config
+from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.data.prior_files import write_priors
+from bpgo_video.data.prompt_records import ShardError
+from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy, load_policy
+from bpgo_video.rewards.base import RewardSuite
+from bpgo_video.rollout import sample_chunks, training_denoiser
+from bpgo_video.session import TRAINED, cast, check_inputs
+from bpgo_video.types import Conditioning, PromptBatch, Rewards
+
+PROMPTS_AT_ONCE = 64  # gathered and told together
+
+
+def pooled_scale(scores: Float[Tensor, "prompts samples"]) -> float:
+    """s_ref = sqrt(mean_i s_i^2), s_i the standard deviation of prompt i's samples (ddof 1).
+
+    Raises:
+        ValueError: all samples of every prompt earn the same, so that no deviation could be told from noise.
+    """
+    scale = float(scores.double().var(dim=1).mean().sqrt())
+    if not scale > 0:
+        raise ValueError("every prompt's samples earn the same; the reward does not see what differs between them")
+    return scale
+
+
+def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts samples"]]:
+    """Scores of the starting policy by reward name, over all prompts of the training split; written by rank 0."""
+    check_world(config, mesh.world_size)
+    ds_config, shards = check_inputs(config, mesh, need_priors=False)
+    suite = RewardSuite(config.rewards, mesh.device)
+    dtype = engine.compute_dtype(ds_config)
+    policy = load_policy(
+        config.policy.folder,
+        components=(TRAINED, "vae"),
+        max_sequence_length=config.policy.max_sequence_length,
+        dtype=dtype,
+        device=mesh.device,
+    )
+    negative = cast(shards.negative, dtype, mesh.device)
+    rows = shards.rows(config.data.split).tolist()
+    found: list[Rewards] = []
+    ids: list[int] = []
+    with tqdm(total=len(rows), desc="priors", unit="prompt", disable=not mesh.is_main) as bar:
+        for start in range(0, len(rows), PROMPTS_AT_ONCE):
+            batch = as_batch([shards.record(row) for row in rows[start : start + PROMPTS_AT_ONCE]])
+            batch = PromptBatch(batch.ids, batch.texts, cast(batch.conditioning, dtype))
+            found.append(score_prompts(config, policy, batch, negative, suite, mesh))
+            ids += batch.ids.tolist()
+            bar.update(len(batch))
+    scores = {name: torch.cat([rewards.by_name[name] for rewards in found]).cpu() for name in suite.versions}
+    if mesh.is_main:
+        policy_hash = fingerprint(policy.folder, sorted(policy.transformers))
+        for name, rows_of_scores in scores.items():
+            store(config, name, suite.versions[name], policy_hash, ids, rows_of_scores)
+    mesh.barrier()
+    return scores
+
+
+def score_prompts(
+    config: Config, policy: Policy, prompts: PromptBatch, negative: Conditioning, suite: RewardSuite, mesh: Mesh
+) -> Rewards:
+    """`prior.samples` videos per prompt by the training sampler, with draws that no training step has."""
+    chunks = sample_chunks(
+        training_denoiser(policy, config, step=-1),
+        prompts,
+        negative,
+        mesh,
+        group_size=config.prior.samples,
+        micro_batch_size=config.rollout.micro_batch_size,
+        latent_shape=policy.latent_shape(config.video),
+        key=(config.run.seed, "prior"),
+    )
+    texts = prompts.texts
+    scored = [suite.score(c.videos, [texts[row] for row in c.trajectory.prompt_rows.tolist()]) for c in chunks]
+    return suite.gather(scored, prompts, config.prior.samples, mesh)
+
+
+def store(config: Config, name: str, version: str, policy_hash: str, ids: Sequence[int], scores: Tensor) -> None:
+    try:
+        scale = pooled_scale(scores)
+    except ValueError as error:
+        raise ConfigError(f"reward {name!r}: {error}") from None
+    means, stds = scores.double().mean(dim=1).tolist(), scores.double().std(dim=1).tolist()
+    anchors = {id_: (mean, std, scores.shape[1]) for id_, mean, std in zip(ids, means, stds, strict=True)}
+    path = write_priors(config.data.shards, name, version, scale, policy_hash, anchors)
+    mean = sum(means) / len(means)
+    print(f"{path}: {len(ids)} prompts x {scores.shape[1]} samples, mean {mean:.4f}, s_ref {scale:.4f}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line of tools/estimate_priors.py; it takes the flags of a training run."""
+    config = load_config(argv, description="Measure the reference prior of a recipe and store it with its prompts.")
+    mesh = engine.start_ranks()
+    try:
+        estimate(config, mesh)
+    except (ConfigError, ShardError, FileNotFoundError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    engine.stop_ranks()

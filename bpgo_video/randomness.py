@@ -1,0 +1,28 @@
+"""Where does a random number come from? From its key alone, never from a rank or a global generator.
+
+Every draw is keyed by (seed, purpose, step, prompt id, sample index, denoising step): results do not depend on the
+world size, on resume, on overlap or on evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator_of(*key: int | str) -> torch.Generator:
+    """A CPU generator seeded by a hash of its key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def keyed_noise(shape: Sequence[int], keys: Sequence[tuple[int | str, ...]], device: torch.device | str) -> Tensor:
+    """Standard normal noise, one row per key: [len(keys), *shape], fp32, the same on every device.
+
+    Drawn on the CPU, so that a row is the same number on any hardware and in any batch.
+    """
+    rows = [torch.randn(tuple(shape), generator=generator_of(*key)) for key in keys]
+    return torch.stack(rows).to(device)

@@ -1,0 +1,224 @@
+"""Did training help, at a glance? `report.html` of a run: one file that needs nothing else, for any browser.
+
+Reads `metrics.jsonl`, `summary.json`, `config.yaml` and `samples/` of the run directory; what is missing is
+left out, what is malformed is an error that names the file.
+
+    python -m bpgo_video.report RUN_DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NotRequired
+
+import jinja2
+import torch
+import yaml
+from jaxtyping import Float
+from markupsafe import Markup
+from PIL import Image
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from bpgo_video.curves import PANELS, Curve, draw_curve
+from bpgo_video.data.atomic import atomic_file
+from bpgo_video.data.video import VideoError, read_video
+from bpgo_video.metrics import METRICS_FILE, MalformedFile, Number, read_metrics
+from bpgo_video.summary import heldout_difference, run_facts, summary_rows, verdict
+
+STRIP_FRAMES = 5  # evenly spaced in videos of 4n + 1 frames
+STRIP_HEIGHT = 160  # pixels; larger frames are scaled down
+SHOWN_PAIRS = 8  # the others are folded away
+TABLE_ROWS = 20
+TABLE_KEYS = ("reward", "trust_mean", "ratio_mean", "grad_norm", "seconds")
+
+
+class Sample(TypedDict):
+    """An entry of `samples/samples.json`: one prompt and seed, sampled before and after training."""
+
+    index: int
+    prompt: str
+    seed: int
+    score_before: NotRequired[FiniteFloat | None]
+    score_after: NotRequired[FiniteFloat | None]
+
+
+class Summary(TypedDict, total=False):
+    """What the report shows of `summary.json`; other fields are not looked at."""
+
+    steps: int | None
+    world_size: int | None
+    zero_stage: int | None
+    algorithm: str | None
+    seed: int | None
+    heldout_reward: str | None
+    heldout_before: FiniteFloat | None
+    heldout_after: FiniteFloat | None
+    heldout_before_stderr: FiniteFloat | None
+    heldout_after_stderr: FiniteFloat | None
+    heldout_difference_stderr: FiniteFloat | None
+    heldout_prompts: int | None
+    heldout_videos: int | None
+    videos_generated: int | None
+    seconds: dict[str, FiniteFloat]
+    max_ratio_error_first_update: FiniteFloat | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sample with its contact sheets: data URIs, or None where the video is missing."""
+
+    sample: Sample
+    before: str | None
+    after: str | None
+
+    @property
+    def change(self) -> float | None:
+        before, after = self.sample.get("score_before"), self.sample.get("score_after")
+        return None if before is None or after is None else after - before
+
+    @property
+    def better(self) -> bool:
+        return self.change is not None and self.change > 0
+
+    @property
+    def worse(self) -> bool:
+        return self.change is not None and self.change < 0
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes `report.html` into `run_dir` and returns its path.
+
+    Raises:
+        FileNotFoundError: `run_dir` holds no metrics.jsonl.
+        MalformedFile, VideoError: one of the files is not what it should be; the message names it.
+    """
+    if not (run_dir / METRICS_FILE).exists():
+        raise FileNotFoundError(f"{run_dir} is no run directory: it holds no {METRICS_FILE}")
+    records = read_metrics(run_dir / METRICS_FILE)
+    summary = {
+        key: value
+        for key, value in (_read_json(run_dir / "summary.json", Summary) or {}).items()
+        if value is not None
+    }
+    curves = {name: curve for name in PANELS if (curve := draw_curve(name, records, summary)) is not None}
+    page = _template().render(
+        name=run_dir.resolve().name,
+        summary=summary,
+        verdict=verdict(summary),
+        facts=run_facts(summary),
+        difference=heldout_difference(summary),
+        rows=summary_rows(summary),
+        curves=curves,
+        pairs=read_pairs(run_dir / "samples"),
+        shown=SHOWN_PAIRS,
+        table=numbers_table(records),
+        config=_read_config(run_dir / "config.yaml"),
+    )
+    path = run_dir / "report.html"
+    with atomic_file(path) as aside:
+        aside.write_text(page, encoding="utf-8")
+    return path
+
+
+def read_pairs(folder: Path) -> list[Pair]:
+    """The samples that `samples.json` lists, with the contact sheets of the videos that are there."""
+    samples = _read_json(folder / "samples.json", list[Sample]) or []
+    return [
+        Pair(
+            sample, *(_sheet_of(folder / side / f"{sample['index']:03d}.mp4") for side in ("before", "after"))
+        )
+        for sample in samples
+    ]
+
+
+def contact_sheet(video: Float[Tensor, "frames 3 height width"]) -> str:
+    """STRIP_FRAMES evenly spaced frames of a video in [0, 1], side by side, as a data URI."""
+    count, _, height, width = video.shape
+    rows = torch.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().long()
+    pixels = (video[rows].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    scale = min(1.0, STRIP_HEIGHT / height)
+    size = (round(width * scale), round(height * scale))
+    gap = max(1, size[1] // 32)
+    strip = Image.new("RGB", ((size[0] + gap) * len(pixels) - gap, size[1]), (127, 127, 127))
+    for i, frame in enumerate(pixels):
+        strip.paste(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS), (i * (size[0] + gap), 0))
+    file = io.BytesIO()
+    kind = "png" if height <= STRIP_HEIGHT else "jpeg"  # small synthetic frames compress well without loss
+    strip.save(file, format=kind, **({"quality": 85} if kind == "jpeg" else {"optimize": True}))
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def numbers_table(records: list[dict[str, Number]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of what the curves show: evenly spaced steps, the last, every held-out evaluation."""
+    heldout = sorted({key for record in records for key in record if key.startswith("heldout/")})
+    keys = [key for key in (*heldout, *TABLE_KEYS) if any(key in record for record in records)]
+    stride = max(1, len(records) // TABLE_ROWS)
+    chosen = [
+        record
+        for i, record in enumerate(records)
+        if i % stride == 0 or i == len(records) - 1 or any(key in record for key in heldout)
+    ]
+    cells = [[f"{record[key]:.4g}" if key in record else "" for key in keys] for record in chosen]
+    steps = [f"{record['step'] + 1:.0f}" for record in chosen]
+    return ["steps", *keys], [[step, *row] for step, row in zip(steps, cells, strict=True)]
+
+
+def _sheet_of(path: Path) -> str | None:
+    return contact_sheet(read_video(path)[0]) if path.exists() else None
+
+
+def _read_json(path: Path, form: Any) -> Any:
+    """The content of a JSON file as the type `form`; None where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        return TypeAdapter(form).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise MalformedFile(f"{path}: {error}") from error
+
+
+def _read_config(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise MalformedFile(f"{path}: {error}") from error
+    return text
+
+
+def _template() -> jinja2.Template:
+    source = files("bpgo_video").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["svg"] = _markup
+    return environment.from_string(source)
+
+
+def _markup(curve: Curve) -> Markup:
+    """Our own drawing: the one thing on the page that is markup and not text."""
+    return Markup(curve.svg)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bpgo_video.report", description="Write a run's report.html."
+    )
+    parser.add_argument("run_dir", type=Path, help="the run's directory (run.dir)")
+    try:
+        print(write_report(parser.parse_args().run_dir))
+    except (FileNotFoundError, MalformedFile, VideoError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

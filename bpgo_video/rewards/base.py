@@ -1,0 +1,154 @@
+"""What is a reward? A model that scores the frames of a video, or the video as a whole; and a suite of several.
+
+A user's own reward is any class with these members, named in a recipe as `my_pkg.rewards:MyReward`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bpgo_video.config import ConfigError, RewardConfig
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.types import PromptBatch, Rewards, Videos
+
+
+class RewardModel(Protocol):
+    """Members that a reward model must have.
+
+    Attributes:
+        name, version: what was measured; the version is a hash that changes when the scores do.
+        range: lowest and highest score.
+        higher_is_better: a suite turns the sign of the others.
+        differentiable: scores carry a gradient with respect to the pixels.
+        kind: "real", "proxy" (stands in for a model that is not at hand) or "test" (knows the truth of a toy world).
+    """
+
+    name: str
+    version: str
+    range: tuple[float, float]
+    higher_is_better: bool
+    differentiable: bool
+    kind: str
+
+    def __call__(self, videos: Videos, texts: Sequence[str]) -> Float[Tensor, "samples scored_frames"]:
+        """A score per frame that it looked at; a score per video is a single column."""
+        ...
+
+
+REWARDS: dict[str, str] = {
+    "clip_score": "bpgo_video.rewards.clip:ClipScore",
+    "learned_motion": "bpgo_video.rewards.motion:LearnedMotion",
+    "shapes_oracle": "bpgo_video.rewards.oracle:ShapesOracle",
+}
+AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda per_frame: per_frame.mean(dim=1),
+    "min": lambda per_frame: per_frame.amin(dim=1),
+}
+
+
+class RewardError(RuntimeError):
+    """A reward model failed; the message names the model, the prompt and the sample."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A model with its place in the recipe."""
+
+    model: RewardModel
+    weight: float
+    aggregate: str
+
+
+def build_reward(name: str, reward: RewardConfig, device: torch.device) -> Reward:
+    """The reward model behind a recipe's entry.
+
+    Raises:
+        ConfigError: no such name or dotted path, or the constructor refused its options.
+    """
+    path = REWARDS.get(reward.model, reward.model)
+    module, _, attribute = path.partition(":")
+    if not attribute:
+        raise ConfigError(
+            f"rewards.{name}.model is {reward.model!r}; it must be one of {sorted(REWARDS)} or a dotted path "
+            "like 'my_pkg.rewards:MyReward'"
+        )
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+        model = factory(**_options(reward.options, device, factory))
+    except (ImportError, AttributeError, TypeError, OSError) as error:
+        raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
+    return Reward(model, reward.weight, reward.aggregate)
+
+
+def _options(options: Mapping[str, Any], device: torch.device, factory: Callable[..., Any]) -> dict[str, Any]:
+    names = factory.__init__.__code__.co_varnames if hasattr(factory.__init__, "__code__") else ()  # type: ignore[misc]
+    return {**options, **({"device": device} if "device" in names else {})}
+
+
+class RewardSuite:
+    """The rewards of a recipe, by the names that it gives them."""
+
+    def __init__(self, rewards: Mapping[str, RewardConfig], device: torch.device):
+        self.rewards = {name: build_reward(name, reward, device) for name, reward in rewards.items()}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {name: reward.model.version for name, reward in self.rewards.items()}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: reward.weight for name, reward in self.rewards.items()}
+
+    @torch.no_grad()
+    def score(self, videos: Videos, texts: Sequence[str]) -> dict[str, Float[Tensor, "samples _"]]:
+        """Scores per frame of each model, higher is better, fp32.
+
+        Raises:
+            RewardError: a model returned something else than a row of scores per video.
+        """
+        scores = {}
+        for name, reward in self.rewards.items():
+            rows = reward.model(videos, texts)
+            if rows.ndim != 2 or rows.shape[0] != len(texts) or rows.shape[1] == 0:
+                raise RewardError(
+                    f"reward {name!r} returned the shape {tuple(rows.shape)} for {len(texts)} videos; it must be "
+                    f"({len(texts)}, scored frames)"
+                )
+            scores[name] = rows.float() if reward.model.higher_is_better else -rows.float()
+        return scores
+
+    def gather(
+        self, chunks: Sequence[Mapping[str, Tensor]], prompts: PromptBatch, group_size: int, mesh: Mesh
+    ) -> Rewards:
+        """All ranks' scores as prompts x group, the same on every rank.
+
+        Raises:
+            RewardError: a score is not finite; on every rank, naming the reward, the prompt and the sample.
+        """
+        total = len(prompts) * group_size
+        per_frame, by_name = {}, {}
+        for name, reward in self.rewards.items():
+            rows = mesh.gather(torch.cat([chunk[name] for chunk in chunks]), total)
+            _check_finite(name, rows, prompts, group_size)
+            per_frame[name] = rows.unflatten(0, (len(prompts), group_size))
+            by_name[name] = AGGREGATES[reward.aggregate](rows).unflatten(0, (len(prompts), group_size))
+        weighted = [self.weights[name] * scores for name, scores in by_name.items()]
+        return Rewards(by_name=by_name, total=torch.stack(weighted).sum(dim=0), per_frame=per_frame)
+
+
+def _check_finite(name: str, rows: Tensor, prompts: PromptBatch, group_size: int) -> None:
+    bad = (~rows.isfinite()).nonzero()
+    if len(bad):
+        row, frame = bad[0].tolist()
+        prompt, sample = divmod(row, group_size)
+        raise RewardError(
+            f"reward {name!r} scored {float(rows[row, frame])} for sample {sample} of prompt {prompts.texts[prompt]!r} "
+            f"(id {int(prompts.ids[prompt])}), scored frame {frame}; all ranks stop, nothing was updated with it"
+        )

@@ -1,0 +1,199 @@
+"""How does one denoising step look as a Gaussian? Sigma schedules, samplers and their Transition.
+
+Rectified flow: latents = (1 - sigma) data + sigma noise, velocity = noise - data, sigma from 1 down to 0,
+dt = next_sigma - sigma < 0. Every sampler maps (velocity, latents, step, eta) to a Transition, at eta = 0 the
+Euler step of the probability-flow ODE, and is finite at both ends of the schedule. Rollout and replay call
+the same function.
+
+With few steps no sampler keeps the marginals: on Gaussian data of variance .25 (exact velocity, shift 3), eight
+steps of flow_sde at eta .7 end at .67 of it, twenty at .84. All but cps reach it as the steps grow many; cps stays
+at .72.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bpgo_video.types import Latents, Velocity
+
+TRUNCATED_STD = 0.45  # the largest noise of one step in arXiv 2510.22200
+TRAIN_TIMESTEPS = 1000  # Wan's num_train_timesteps: the last sigma before 0 is the shifted 1/1000
+
+
+@dataclass(frozen=True)
+class Step:
+    """One interval of the schedule, in 0-dim fp64 tensors: fp32 coefficients would cancel at its ends.
+
+    Attributes:
+        sigma: noise level that the step starts from, in (0, 1].
+        next_sigma: noise level that it ends at, in [0, sigma).
+        sigma_g: noise level in 1/(1 - sigma_g). It is sigma, except on the first step (where sigma is 1 or
+            just under and the quotient infinite or huge): there it is next_sigma.
+    """
+
+    sigma: Float[Tensor, ""]
+    next_sigma: Float[Tensor, ""]
+    sigma_g: Float[Tensor, ""]
+
+    @property
+    def dt(self) -> Float[Tensor, ""]:
+        return self.next_sigma - self.sigma
+
+
+@dataclass(frozen=True)
+class Transition:
+    """x' ~ N(mean, std^2): what one step of a sampler does. std is 0 for a deterministic step."""
+
+    mean: Latents
+    std: Float[Tensor, ""]
+
+    @property
+    def is_deterministic(self) -> bool:
+        return bool(self.std == 0)
+
+    def sample(self, noise: Latents) -> Latents:
+        """mean + std noise, in the dtype of the mean (fp32, or fp64 if the latents were)."""
+        return self.mean + self.std * noise.to(self.mean.dtype)
+
+    def log_prob(self, next_latents: Latents) -> Float[Tensor, "samples"]:
+        """log N(x'; mean, std^2) with its normaliser, the MEAN over latent dimensions, in the mean's dtype.
+
+        The mean over dimensions, not the sum, is what the field's clip ranges (1e-5 to 1e-3) are made for.
+        """
+        if self.is_deterministic:
+            raise ValueError(
+                "std = 0: a deterministic transition has no density; train stochastic steps only "
+                "(eta > 0, not the last step, not the ode sampler)"
+            )
+        error = (next_latents.to(self.mean.dtype) - self.mean) / self.std
+        log_density = -0.5 * error.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
+        return log_density.flatten(1).mean(dim=1)
+
+
+Sampler = Callable[[Velocity, Latents, Step, float], Transition]
+
+
+def flow_shift(sigmas: Float[Tensor, "*points"], shift: float) -> Float[Tensor, "*points"]:
+    """sigma' = shift sigma / (1 + (shift - 1) sigma): more steps at high noise for shift > 1 (Wan: 3, 5)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def shifted_sigmas(num_steps: int, shift: float) -> Float[Tensor, "points"]:
+    """The num_steps + 1 noise levels of diffusers' FlowMatchEulerDiscreteScheduler(shift=shift), in fp32.
+
+    Evenly spaced from 1 to flow_shift(1/1000), then shifted (so the smallest level is shifted twice, as
+    there), then 0.
+    """
+    if num_steps < 1 or not shift > 0:
+        raise ValueError(f"num_steps={num_steps}, shift={shift}: a schedule needs num_steps >= 1 and shift > 0")
+    smallest = flow_shift(torch.tensor(1 / TRAIN_TIMESTEPS), shift).item()
+    sigmas = flow_shift(torch.linspace(1, smallest, num_steps, dtype=torch.float64), shift)
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+def steps_of(sigmas: Float[Tensor, "points"]) -> list[Step]:
+    """The intervals of a schedule that falls from at most 1 to at least 0."""
+    levels = sigmas.double()
+    if len(levels) < 2 or not bool((levels.diff() < 0).all()) or levels[0] > 1 or levels[-1] < 0:
+        raise ValueError(f"sigmas={levels.tolist()}: a schedule has two or more levels that fall within [1, 0]")
+    sigma_g = torch.cat([levels[1:2], levels[1:]])
+    return [Step(levels[i], levels[i + 1], sigma_g[i]) for i in range(len(levels) - 1)]
+
+
+def ode(velocity: Velocity, latents: Latents, step: Step, eta: float = 0.0) -> Transition:
+    """x' = x + v dt. Euler's method, as FlowMatchEulerDiscreteScheduler.step; eta has no effect, std is 0."""
+    velocity, latents = _at_least_fp32(velocity), _at_least_fp32(latents)
+    return Transition(mean=latents + step.dt * velocity, std=torch.zeros_like(step.sigma))
+
+
+def flow_sde(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transition:
+    """x' = x + [v + g^2/(2 sigma) (x + (1 - sigma) v)] dt + g sqrt|dt| eps, g = eta sqrt(sigma/(1 -
+    sigma_g)).
+
+    Flow-GRPO (arXiv 2505.05470), there with eta = .7. sigma_g differs from sigma on the first step only,
+    where g would be infinite.
+    """
+    g = eta * (step.sigma / (1 - step.sigma_g)).sqrt()
+    return _marginal_preserving(velocity, latents, step, variance=-(g**2) * step.dt)
+
+
+def dance_sde(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transition:
+    """x' = x + [v + g^2/(2 sigma) (x + (1 - sigma) v)] dt + g sqrt|dt| eps, g = eta.
+
+    DanceGRPO (arXiv 2505.07818), there with eta = .25 for video and .3 for images.
+    """
+    return _marginal_preserving(velocity, latents, step, variance=-(eta**2) * step.dt)
+
+
+def sage(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transition:
+    """x' = x + v dt - S/(2 sigma) (x + (1 - sigma) v) + sqrt(S) eps, S = eta^2 [log((1 - next_sigma)/(1 -
+    sigma)) + dt].
+
+    SAGE (arXiv 2603.21872): S is the integral of Flow-GRPO's g^2 over the step. On the first step, where it
+    diverges at sigma = 1, S = eta^2 sigma |dt| / (1 - sigma_g).
+    """
+    if bool(step.sigma_g == step.sigma):
+        integral = torch.log1p(-step.dt / (1 - step.sigma)) + step.dt
+    else:
+        integral = -step.dt * step.sigma / (1 - step.sigma_g)
+    return _marginal_preserving(velocity, latents, step, variance=eta**2 * integral)
+
+
+def truncated(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transition:
+    """flow_sde with the noise of a step, s = g sqrt|dt|, held at .45 or less, and g = s/sqrt|dt| in the drift
+    too.
+
+    arXiv 2510.22200, there with eta = 1.
+    """
+    g = eta * (step.sigma / (1 - step.sigma_g)).sqrt()
+    std = (g * (-step.dt).sqrt()).clamp(max=TRUNCATED_STD)
+    return _marginal_preserving(velocity, latents, step, variance=std**2)
+
+
+def cps(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transition:
+    """x' = (1 - next_sigma) data + sqrt(next_sigma^2 - std^2) noise + std eps, std = next_sigma sin(eta
+    pi/2).
+
+    Coefficient-preserving sampling (arXiv 2509.05952), eta in [0, 1]; data = x - sigma v and noise = x + (1 -
+    sigma) v as the velocity predicts them. Exact for a single data point only: elsewhere it loses variance at
+    any number of steps.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta}: cps rotates the noise by eta * 90 degrees and needs 0 <= eta <= 1")
+    velocity, latents = _at_least_fp32(velocity), _at_least_fp32(latents)
+    data, noise = latents - step.sigma * velocity, latents + (1 - step.sigma) * velocity
+    kept = step.next_sigma * math.cos(eta * math.pi / 2)  # sqrt(next_sigma^2 - std^2)
+    std = step.next_sigma * math.sin(eta * math.pi / 2)
+    return Transition(mean=(1 - step.next_sigma) * data + kept * noise, std=std)
+
+
+def _marginal_preserving(velocity: Velocity, latents: Latents, step: Step, variance: Float[Tensor, ""]) -> Transition:
+    """x' = x + v dt - variance/(2 sigma) (x + (1 - sigma) v) + sqrt(variance) eps.
+
+    (x + (1 - sigma) v)/sigma is -score, the predicted noise over sigma: the drift takes back on average what
+    eps adds, so that the marginals stay those of the ODE as dt -> 0.
+    """
+    velocity, latents = _at_least_fp32(velocity), _at_least_fp32(latents)
+    noise = latents + (1 - step.sigma) * velocity
+    mean = latents + step.dt * velocity - variance / (2 * step.sigma) * noise
+    return Transition(mean=mean, std=variance.sqrt())
+
+
+def _at_least_fp32(latents: Latents) -> Latents:
+    return latents if latents.dtype == torch.float64 else latents.float()
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ode": ode,
+    "flow_sde": flow_sde,
+    "dance_sde": dance_sde,
+    "cps": cps,
+    "sage": sage,
+    "truncated": truncated,
+}

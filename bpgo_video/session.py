@@ -1,0 +1,154 @@
+"""What does a run stand on? Everything checked first, cheap things before models, then built once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpgo_video import engine as engines
+from bpgo_video.bpgo import BPGOSettings
+from bpgo_video.config import Config, ConfigError, check_world
+from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.data.prior_files import PriorTable, load_priors, require_priors
+from bpgo_video.data.prompt_records import EncoderStamp
+from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.data.shards import PromptShards
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.paths import resolve_folder
+from bpgo_video.policies import Policy, load_policy
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.rewards.base import RewardSuite
+from bpgo_video.schedule import learning_rate_factor
+from bpgo_video.types import Conditioning, PromptBatch
+
+TRAINED = "transformer"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is read of the shards: their folder, the negative prompt's conditioning, and the held-out prompts."""
+
+    shards: PromptShards
+    negative: Conditioning
+    heldout: PromptBatch | None
+
+
+@dataclass(frozen=True)
+class Session:
+    """The parts of a run, built and ready."""
+
+    config: Config
+    mesh: Mesh
+    prompts: Prompts
+    priors: Mapping[str, PriorTable]
+    suite: RewardSuite
+    heldout_suite: RewardSuite | None
+    policy: Policy
+    engine: engines.Engine
+    learner: BPGOSettings
+
+
+def reads_priors(config: Config) -> bool:
+    return config.prior.kind == "reference" and config.algorithm != "grpo"
+
+
+def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[dict[str, Any], PromptShards]:
+    """Everything that can be wrong before a model is loaded.
+
+    Raises:
+        ConfigError, ShardError, FileNotFoundError: state the value, the rule and the way out.
+    """
+    check_world(config, mesh.world_size)
+    ds_config = engines.read_ds_config(config.deepspeed)
+    folder = resolve_folder(config.policy.folder)
+    stamp = EncoderStamp(
+        config.policy.folder, fingerprint(folder, ("text_encoder", "tokenizer")), config.policy.max_sequence_length
+    )
+    shards = PromptShards(config.data.shards)
+    shards.check_policy(stamp)
+    shards.rows(config.data.split)
+    if config.evaluation.rewards:
+        shards.rows(config.evaluation.split)
+    if need_priors and reads_priors(config):
+        require_priors(config.data.shards, config.rewards)
+    return ds_config, shards
+
+
+def heldout_prompts(config: Config, shards: PromptShards) -> PromptBatch | None:
+    """The prompts of the held-out split, at most `evaluation.max_prompts`, evenly spread over it."""
+    if not config.evaluation.rewards:
+        return None
+    rows = shards.rows(config.evaluation.split)
+    count = min(len(rows), config.evaluation.max_prompts)
+    return as_batch([shards.record(int(rows[i * len(rows) // count])) for i in range(count)])
+
+
+def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    return {name: value.to(device=device, dtype=dtype) for name, value in conditioning.items()}
+
+
+def build_engine(config: Config, policy: Policy, ds_config: Mapping[str, Any]) -> engines.Engine:
+    """Adapters and checkpointing on the policy's transformer, which the engine then takes over."""
+    module = policy.transformers[TRAINED]
+    if config.policy.lora.rank:
+        add_lora(module, config.policy.lora, config.run.seed)
+    if config.policy.gradient_checkpointing:
+        module.enable_gradient_checkpointing()
+    optim = config.optim
+    engine = engines.Engine(
+        module,
+        optim,
+        ds_config,
+        micro_batch_size=config.rollout.micro_batch_size,
+        learning_rate_factor=learning_rate_factor(
+            optim.schedule, optim.warmup_updates, config.run.num_steps * optim.updates_per_rollout
+        ),
+        block_classes=policy.block_classes,
+    )
+    policy.transformers[TRAINED] = engine.wrapped
+    return engine
+
+
+def build_session(config: Config, mesh: Mesh) -> Session:
+    """Check, then build: rewards, policy (sharded from birth under ZeRO-3), engine."""
+    ds_config, shards = check_inputs(config, mesh)
+    suite = RewardSuite(config.rewards, mesh.device)
+    heldout_suite = RewardSuite(config.evaluation.rewards, mesh.device) if config.evaluation.rewards else None
+    priors = load_priors(config.data.shards, suite.versions) if reads_priors(config) else {}
+    dtype = engines.compute_dtype(ds_config)
+
+    def build(model_class: type, folder: Path) -> torch.nn.Module:
+        if engines.zero_stage(ds_config) == 3:
+            return engines.build_sharded(model_class, folder, ds_config)
+        return model_class.from_pretrained(folder)  # type: ignore[attr-defined]
+
+    policy = load_policy(
+        config.policy.folder,
+        components=(TRAINED, "vae"),  # embeddings come with the prompts
+        max_sequence_length=config.policy.max_sequence_length,
+        dtype=dtype,
+        device=mesh.device,
+        build=build,
+    )
+    try:
+        policy.latent_shape(config.video)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    heldout = heldout_prompts(config, shards)
+    if heldout is not None:
+        heldout = PromptBatch(heldout.ids, heldout.texts, cast(heldout.conditioning, dtype))
+    return Session(
+        config=config,
+        mesh=mesh,
+        prompts=Prompts(shards, cast(shards.negative, dtype, mesh.device), heldout),
+        priors=priors,
+        suite=suite,
+        heldout_suite=heldout_suite,
+        policy=policy,
+        engine=build_engine(config, policy, ds_config),
+        learner=BPGOSettings(**vars(config.bpgo)),
+    )

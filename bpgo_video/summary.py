@@ -1,0 +1,86 @@
+"""Did training help? What `summary.json` says, in the words and numbers that a run ends with.
+
+± is the standard error of the mean over held-out prompts; that of the difference is paired by prompt.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def heldout_difference(summary: Mapping[str, Any]) -> float | None:
+    """Held-out alignment after less before; None where one of them is missing."""
+    before, after = summary.get("heldout_before"), summary.get("heldout_after")
+    return None if before is None or after is None else after - before
+
+
+def verdict(summary: Mapping[str, Any]) -> str | None:
+    """Whether training helped: two standard errors of the paired difference decide. None without scores."""
+    difference, stderr = heldout_difference(summary), summary.get("heldout_difference_stderr")
+    if difference is None:
+        return None
+    change = f"{summary['heldout_before']:.3f} to {summary['heldout_after']:.3f}"
+    if stderr is None:
+        return f"Held-out alignment went from {change} (no standard error recorded)"
+    if abs(difference) <= 2 * stderr:
+        return f"No difference shown: held-out alignment went from {change}, within two standard errors"
+    effect, direction = ("helped", "rose") if difference > 0 else ("hurt", "fell")
+    return f"Training {effect}: held-out alignment {direction} from {change}"
+
+
+def run_facts(summary: Mapping[str, Any]) -> list[str]:
+    """What kind of run it was, in a few words each; what is not recorded is left out."""
+    forms = {
+        "algorithm": "{}",
+        "steps": "{:,} steps",
+        "world_size": "world size {}",
+        "zero_stage": "ZeRO stage {}",
+        "seed": "seed {}",
+    }
+    return [form.format(summary[key]) for key, form in forms.items() if summary.get(key) is not None]
+
+
+def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `summary.json` says, as (label, text); what is null or missing is left out."""
+    summary = {key: value for key, value in summary.items() if value is not None}
+
+    def with_stderr(score: str, key: str) -> str:
+        stderr = summary.get(f"{key}_stderr")
+        return score if stderr is None else f"{score} ± {stderr:.4f}"
+
+    rows = []
+    for when in ("before", "after"):
+        if (score := summary.get(f"heldout_{when}")) is not None:
+            rows.append((f"held-out alignment {when}", with_stderr(f"{score:.4f}", f"heldout_{when}")))
+    if (difference := heldout_difference(summary)) is not None:
+        rows.append(("paired difference", with_stderr(f"{difference:+.4f}", "heldout_difference")))
+    counts = (("steps", "steps"), ("videos generated", "videos_generated"))
+    rows += [(label, f"{summary[key]:,}") for label, key in counts if key in summary]
+    if "max_ratio_error_first_update" in summary:
+        rows.append(("ratio error, first update", f"{summary['max_ratio_error_first_update']:.3g}"))
+    seconds = summary.get("seconds", {})
+    parts = ("rollout", "reward", "update", "total")
+    return rows + [(f"seconds, {part}", f"{seconds[part]:,.1f}") for part in parts if part in seconds]
+
+
+def summary_table(summary: Mapping[str, Any], paths: Mapping[str, Path] | None = None) -> str:
+    """What a run prints last: `summary_rows` as a table, the verdict, and the `paths` it wrote, by label."""
+    table = Table(box=box.ROUNDED, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for label, value in summary_rows(summary):
+        table.add_row(label, value)
+    text = io.StringIO()
+    Console(file=text, width=110, color_system=None).print(table)
+    lines = [text.getvalue().rstrip()]
+    if words := verdict(summary):
+        lines.append(words)
+    width = max(map(len, paths or {}), default=0)
+    return "\n".join(lines + [f"  {label:<{width}}  {path}" for label, path in (paths or {}).items()])

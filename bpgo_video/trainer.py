@@ -1,0 +1,332 @@
+"""How does a run go? Sample, score, weigh against the prior, update; again and again, then export and report."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpgo_video import checkpoint, engine
+from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
+from bpgo_video.config import Config, ConfigError
+from bpgo_video.config_io import load_config, read_yaml, to_yaml
+from bpgo_video.data.atomic import atomic_file, write_json
+from bpgo_video.data.prompt_records import ShardError
+from bpgo_video.export import export_pipeline
+from bpgo_video.heldout import HeldoutScores, evaluate, shown_rows, stderr
+from bpgo_video.metrics import RunLog, reduce_metrics
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.priors import PRIORS
+from bpgo_video.replay import optimise
+from bpgo_video.report import write_report
+from bpgo_video.rollout import sample_chunks, training_denoiser
+from bpgo_video.session import TRAINED, Session, build_session, cast
+from bpgo_video.summary import summary_table
+from bpgo_video.types import PromptBatch, Rewards, Trajectory
+
+PHASES = ("rollout", "reward", "update")
+
+
+@dataclass
+class Progress:
+    """What a run has done; with the weights, all that a checkpoint holds."""
+
+    step: int = 0
+    position: int = 0
+    videos_generated: int = 0
+    max_ratio_error_first_update: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))
+    heldout_before: dict[str, list[list[float]]] | None = None
+
+
+class Stopwatch:
+    """Seconds of a step by phase."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - started
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def sample_and_score(
+    session: Session, prompts: PromptBatch, step: int, watch: Stopwatch
+) -> tuple[list[Trajectory], Rewards]:
+    """This rank's trajectories, and all ranks' rewards."""
+    config, mesh = session.config, session.mesh
+    chunks = sample_chunks(
+        training_denoiser(session.policy, config, step),
+        prompts,
+        session.prompts.negative,
+        mesh,
+        group_size=config.rollout.group_size,
+        micro_batch_size=config.rollout.micro_batch_size,
+        latent_shape=session.policy.latent_shape(config.video),
+        key=(config.run.seed, "rollout", step),
+    )
+    trajectories, scores = [], []
+    while True:
+        with watch.phase("rollout"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            break
+        trajectories.append(chunk.trajectory)
+        with watch.phase("reward"):
+            texts = [prompts.texts[row] for row in chunk.trajectory.prompt_rows.tolist()]
+            scores.append(session.suite.score(chunk.videos, texts))
+    with watch.phase("reward"):
+        return trajectories, session.suite.gather(scores, prompts, config.rollout.group_size, mesh)
+
+
+def estimate_advantages(session: Session, prompts: PromptBatch, rewards: Rewards) -> GroupAdvantages:
+    """Group-relative advantages, trust and anchored renormalisation: the same numbers on every rank."""
+    config = session.config
+    versions = session.suite.versions
+    anchors = PRIORS[config.prior.kind](config.prior, prompts, versions) if session.learner.needs_prior else {}
+    by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
+    advantages = bpgo_advantages(by_name, anchors, session.suite.weights, session.learner)
+    return advantages.clipped(config.loss.advantage_clip)
+
+
+def train_step(session: Session, prompts: PromptBatch, step: int) -> dict[str, float]:
+    """One rollout and its updates; the step's record."""
+    config, watch = session.config, Stopwatch()
+    trajectories, rewards = sample_and_score(session, prompts, step, watch)
+    advantages = estimate_advantages(session, prompts, rewards)
+    with watch.phase("update"):
+        update = optimise(
+            session.engine,
+            training_denoiser(session.policy, config, step),
+            trajectories,
+            prompts,
+            session.prompts.negative,
+            advantages,
+            updates_per_rollout=config.optim.updates_per_rollout,
+            zeta=config.bpgo.zeta,
+            clip_range=config.loss.clip_range,
+        )
+    return {
+        "reward": float(rewards.total.mean()),
+        "reward_std": float(rewards.total.std(dim=1).mean()),
+        **{f"reward/{name}": float(scores.mean()) for name, scores in rewards.by_name.items()},
+        **{name: float(value) for name, value in advantages.metrics.items()},
+        **reduce_metrics(update),
+        "learning_rate": session.engine.learning_rate,
+        **{f"seconds/{name}": seconds for name, seconds in watch.seconds.items()},
+        "seconds": watch.total,
+    }
+
+
+def evaluate_heldout(session: Session, videos_to: Path | None = None) -> HeldoutScores | None:
+    if session.heldout_suite is None or session.prompts.heldout is None:
+        return None
+    return evaluate(
+        session.policy,
+        session.prompts.heldout,
+        session.prompts.negative,
+        session.heldout_suite,
+        session.config,
+        session.mesh,
+        videos_to,
+    )
+
+
+def prepare_run_dir(config: Config, mesh: Mesh) -> str | None:
+    """Make the run's folder, or find the checkpoint to continue from.
+
+    Raises:
+        ConfigError: the folder holds a run already, or one of another configuration.
+    """
+    run_dir = Path(config.run.dir)
+    found = run_dir.is_dir() and any(run_dir.iterdir())
+    mesh.barrier()  # every rank has looked before the main one writes
+    if found and config.run.resume == "never":
+        raise ConfigError(
+            f"run.dir {str(run_dir)!r} exists and is never overwritten; continue it with --run.resume auto, or name "
+            "another folder with --run.dir"
+        )
+    saved = run_dir / "config.yaml"
+    if saved.is_file():
+        check_same_run(read_yaml(saved), config)
+    elif mesh.is_main:
+        with atomic_file(saved) as path:
+            path.write_text(to_yaml(config))
+    mesh.barrier()
+    return checkpoint.newest(run_dir)
+
+
+def check_same_run(saved: Config, config: Config) -> None:
+    """A resumed run may change how long it runs and what it reports, nothing that it computes."""
+    free = ("wandb", "evaluation")
+    changed = [name for name in vars(config) if name not in (*free, "run") and vars(saved)[name] != vars(config)[name]]
+    if saved.run.seed != config.run.seed:
+        changed.append("run.seed")
+    if changed:
+        raise ConfigError(
+            f"run.dir {config.run.dir!r} was started with other {', '.join(changed)} settings (see its config.yaml); "
+            "resume with the same ones, or start a new run with --run.dir"
+        )
+
+
+def train(config: Config) -> dict[str, Any]:
+    """The whole run on this rank; its summary, the same on every rank.
+
+    Raises:
+        ConfigError, ShardError, RewardError, CheckpointError, FloatingPointError: say what is wrong and what to do.
+    """
+    started = time.perf_counter()
+    mesh = engine.start_ranks()
+    run_dir = Path(config.run.dir)
+    torch.manual_seed(config.run.seed)
+    resume_from = prepare_run_dir(config, mesh)
+    session = build_session(config, mesh)
+    progress = Progress()
+    if resume_from is not None:
+        state = checkpoint.load(session.engine, run_dir, resume_from, mesh)
+        progress = Progress(**state["progress"])
+    elif session.heldout_suite is not None:
+        before = evaluate_heldout(session, run_dir / "samples" / "before")
+        progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()} if before else None
+        progress.videos_generated += _heldout_videos(session)
+    after = run_steps(session, progress, run_dir)
+    export_pipeline(session.engine, session.policy, TRAINED, run_dir / "export", mesh)
+    progress.seconds["total"] += time.perf_counter() - started
+    summary = summarise(session, progress, after)
+    if mesh.is_main:
+        write_results(run_dir, summary, session, progress, after)
+    mesh.barrier()
+    return summary
+
+
+def run_steps(session: Session, progress: Progress, run_dir: Path) -> HeldoutScores | None:
+    """The loop, from where `progress` stands to the end; the last held-out scores."""
+    config, mesh = session.config, session.mesh
+    stream = session.prompts.shards.stream(
+        config.data.split,
+        config.run.seed,
+        config.rollout.prompts_per_step,
+        start=progress.position,
+        priors=session.priors.values(),
+    )
+    dtype = next(iter(session.prompts.negative.values())).dtype
+    after = None
+    with RunLog(run_dir, config.wandb, config.run.num_steps, progress.step, vars(config)) as log:
+        for step in range(progress.step, config.run.num_steps):
+            prompts = next(stream)
+            prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
+            record = train_step(session, prompts, step)
+            advance(progress, record, stream.position, session)
+            last = step + 1 == config.run.num_steps
+            every = config.evaluation.every
+            if last or (every and (step + 1) % every == 0):
+                after = evaluate_heldout(session, run_dir / "samples" / "after" if last else None)
+                if after is not None:
+                    record |= after.metrics()
+                    progress.videos_generated += _heldout_videos(session)
+            log.log(step, record)
+            if last or (step + 1) % config.run.save_every == 0:
+                state = {"progress": vars(progress)}
+                checkpoint.save(session.engine, run_dir, step + 1, state, config.run.keep_checkpoints, mesh)
+    return after or (evaluate_heldout(session, run_dir / "samples" / "after"))
+
+
+def advance(progress: Progress, record: dict[str, float], position: int, session: Session) -> None:
+    rollout = session.config.rollout
+    progress.step += 1
+    progress.position = position
+    progress.videos_generated += rollout.prompts_per_step * rollout.group_size
+    error = record["ratio_error_first_update_max"]
+    progress.max_ratio_error_first_update = max(progress.max_ratio_error_first_update, error)
+    for name in PHASES:
+        progress.seconds[name] += record[f"seconds/{name}"]
+
+
+def _heldout_videos(session: Session) -> int:
+    heldout = session.prompts.heldout
+    return 0 if heldout is None else len(heldout) * session.config.evaluation.samples_per_prompt
+
+
+def summarise(session: Session, progress: Progress, after: HeldoutScores | None) -> dict[str, Any]:
+    """The fields of summary.json; held-out ones by the first reward of `evaluation.rewards`."""
+    config = session.config
+    summary: dict[str, Any] = {
+        "steps": progress.step,
+        "world_size": session.mesh.world_size,
+        "zero_stage": session.engine.stage,
+        "algorithm": config.algorithm,
+        "seed": config.run.seed,
+        "heldout_before": None,
+        "heldout_after": None,
+        "videos_generated": progress.videos_generated,
+        "seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()},
+        "max_ratio_error_first_update": progress.max_ratio_error_first_update,
+    }
+    if after is not None and progress.heldout_before is not None:
+        name = next(iter(config.evaluation.rewards))
+        first, last = torch.tensor(progress.heldout_before[name]), after.by_name[name]
+        summary |= {
+            "heldout_reward": name,
+            "heldout_before": float(first.mean()),
+            "heldout_after": float(last.mean()),
+            "heldout_before_stderr": stderr(first),
+            "heldout_after_stderr": stderr(last),
+            "heldout_difference_stderr": stderr(last - first),
+            "heldout_prompts": last.shape[0],
+            "heldout_videos": last.numel(),
+        }
+    return summary
+
+
+def write_results(
+    run_dir: Path, summary: dict[str, Any], session: Session, progress: Progress, after: HeldoutScores | None
+) -> None:
+    """summary.json, samples.json, report.html and the table on the screen."""
+    write_json(run_dir / "summary.json", summary)
+    heldout = session.prompts.heldout
+    if after is not None and progress.heldout_before is not None and heldout is not None:
+        name, config = summary["heldout_reward"], session.config
+        samples = config.evaluation.samples_per_prompt
+        rows = [row // samples for row in shown_rows(len(heldout), samples, config.evaluation.videos)]
+        shown = [
+            {
+                "index": index,
+                "prompt": heldout.texts[row],
+                "seed": config.run.seed,
+                "score_before": progress.heldout_before[name][row][0],
+                "score_after": float(after.by_name[name][row, 0]),
+            }
+            for index, row in enumerate(rows)
+        ]
+        write_json(run_dir / "samples" / "samples.json", shown)
+    write_report(run_dir)
+    written = ("report.html", "summary.json", "metrics.jsonl", "config.yaml", "samples", "checkpoints", "export")
+    print(summary_table(summary, {name: run_dir / name for name in written}))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line of pipelines/train_video.py; errors that a user can mend are told without a traceback."""
+    config = load_config(argv, description="Post-train a video diffusion policy with BPGO under DeepSpeed.")
+    try:
+        train(config)
+    except (ConfigError, ShardError, FileNotFoundError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    engine.stop_ranks()

@@ -1,0 +1,111 @@
+"""What flows between the parts? Frozen dataclasses, and the one legend of their axes.
+
+    prompts   prompts of one training step, the same list on every rank
+    group     samples of one prompt
+    samples   rows of one chunk: (prompt, sample) pairs in prompt-major order
+    steps     denoising transitions of a trajectory; latents have one entry more
+    channels, latent_frames, latent_height, latent_width: a video in the policy's latent space
+    frames, height, width: a video in pixels, (samples, frames, 3, height, width) in [0, 1]
+    tokens, dim: text embeddings
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Conditioning = Mapping[str, Tensor]  # what the policy's transformer is conditioned on; axis 0 is the prompt or sample
+Latents = Float[Tensor, "samples channels latent_frames latent_height latent_width"]
+Velocity = Latents  # d latents / d sigma = noise - data
+Videos = Float[Tensor, "samples frames 3 height width"]
+
+
+@dataclass(frozen=True)
+class PriorAnchor:
+    """The reward a typical, clear sample of each prompt should earn: R_prior of arXiv 2511.18919.
+
+    Attributes:
+        mean: the anchor, in the reward's own units.
+        std: spread of the reference samples per prompt (ddof 1), or zeros where no samples stand behind it.
+        count: number of reference samples per prompt; 0 where none stand behind it.
+        scale: s_ref, the pooled within-group standard deviation of the reference; above 0.
+        version: the reward version that the anchor was measured with.
+    """
+
+    mean: Float[Tensor, "prompts"]
+    std: Float[Tensor, "prompts"]
+    count: Int[Tensor, "prompts"]
+    scale: float
+    version: str
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of one step. `ids` are unique 64-bit integers; `priors` maps a reward's name to its anchor."""
+
+    ids: Int[Tensor, "prompts"]
+    texts: tuple[str, ...]
+    conditioning: Conditioning
+    priors: Mapping[str, PriorAnchor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What replay needs of a chunk of samples.
+
+    Attributes:
+        prompt_rows: row of each sample's prompt in the step's PromptBatch.
+        sample_index: position of each sample within its group.
+        latents: the path from noise to data, stored in the sampler's declared dtype.
+        log_probs: of each transition, mean over latent dimensions, fp32; nan where the transition was deterministic.
+        sigmas: the noise levels visited, from 1 (or just under) down to 0.
+        trained_steps: indices of the stochastic transitions that the loss is taken over.
+    """
+
+    prompt_rows: Int[Tensor, "samples"]
+    sample_index: Int[Tensor, "samples"]
+    latents: Float[Tensor, "samples steps+1 channels latent_frames latent_height latent_width"]
+    log_probs: Float[Tensor, "samples steps"]
+    sigmas: Float[Tensor, "steps+1"]
+    trained_steps: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+
+@dataclass(frozen=True)
+class RolloutChunk:
+    """One micro-batch of a rollout; the videos are dropped once they are scored."""
+
+    trajectory: Trajectory
+    videos: Videos
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Scores of one step's samples, gathered: the same on every rank.
+
+    Attributes:
+        by_name: each reward model's score per video, oriented so that higher is better.
+        total: their weighted sum, for logs; advantages are estimated per reward.
+        per_frame: each model's score per sampled frame, of this step's samples.
+    """
+
+    by_name: Mapping[str, Float[Tensor, "prompts group"]]
+    total: Float[Tensor, "prompts group"]
+    per_frame: Mapping[str, Float[Tensor, "prompts group scored_frames"]]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to differentiate and the detached numbers that explain it."""
+
+    value: Float[Tensor, ""]
+    metrics: Mapping[str, torch.Tensor]

@@ -1,0 +1,301 @@
+"""Are trust and transformation the paper's numbers, do they reduce to GRPO, and do they fail by name?"""
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bpgo_video.advantages import group_relative
+from bpgo_video.bpgo import (
+    BPGOSettings,
+    bpgo_advantages,
+    contrastive_reward_transformation,
+    rank_inversion,
+    released_transformation,
+    released_trust,
+    reliability_adaptive_scaling,
+)
+from bpgo_video.types import PriorAnchor
+
+REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)  # mean 3, variance (4 + 1 + 0 + 9)/3 = 14/3
+PRIOR = torch.tensor([2.0], dtype=torch.float64)
+OFF = BPGOSettings(alpha=0.0, zeta=0.0)
+
+
+def anchor(mean, scale=1.0):
+    mean = torch.as_tensor(mean)
+    return PriorAnchor(mean, torch.ones_like(mean), torch.full(mean.shape, 8), scale, "test")
+
+
+def one_reward(rewards, prior, settings, scale=1.0):
+    return bpgo_advantages({"clip": rewards}, {"clip": anchor(prior, scale)}, {"clip": 1.0}, settings)
+
+
+def random_rewards(seed, prompts=4, group=6):
+    rng = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(prompts, group, generator=rng, dtype=torch.float64)
+    return rewards, torch.randn(prompts, generator=rng, dtype=torch.float64), rng
+
+
+def test_trust_by_hand():
+    # 2 sigmoid(x) - 1 = tanh(x/2). Standardised: mean u = (3 - 2)/2 = .5, k u = 1; verbatim: mean R - prior = 1
+    assert reliability_adaptive_scaling(REWARDS, PRIOR, 2.0, 0.5, 2.0).item() == pytest.approx(1.2310585786300049)
+    assert reliability_adaptive_scaling(REWARDS, PRIOR, 2.0, 0.5, 1.0).item() == pytest.approx(1.1224593312018546)
+    assert reliability_adaptive_scaling(REWARDS, PRIOR, None, 0.3, 1.0).item() == pytest.approx(
+        1 + 0.3 * math.tanh(0.5)
+    )
+
+
+def test_trust_stays_within_its_range_and_is_one_at_the_prior():
+    rewards = torch.tensor([[-1e6, -1e6], [2.0, 4.0], [1e6, 1e6]])
+    trust = reliability_adaptive_scaling(rewards, torch.full((3,), 3.0), 1.0, 0.5, 1.0)
+    assert trust.tolist() == [0.5, 1.0, 1.5]
+
+
+def test_standardised_transformation_by_hand():
+    # u = (R - 2)/2 = -.5, 0, .5, 2; (u + 1{u > 0}) exp(u)
+    expected = [-0.5 * math.exp(-0.5), 0.0, 1.5 * math.exp(0.5), 3 * math.exp(2)]
+    assert contrastive_reward_transformation(REWARDS, PRIOR, 2.0, 1.0)[0].tolist() == pytest.approx(expected)
+    # the exponent is held in [-1, 3]: u = -4 and 5 give (.7 * -4) exp(-1) and (.7 * 5 + 1) exp(3)
+    far = torch.tensor([[-6.0, 12.0]], dtype=torch.float64)
+    expected = [-2.8 * math.exp(-1), 4.5 * math.exp(3)]
+    assert contrastive_reward_transformation(far, PRIOR, 2.0, 0.7)[0].tolist() == pytest.approx(expected)
+
+
+def test_verbatim_transformation_by_hand():
+    # R - 2 = -1, 0, 1, 4; (2 (R - 2) + 1{R > 2}) exp(R) = -2 e, 0, 3 e^3, 9 e^6
+    expected = [-2 * math.e, 0.0, 3 * math.exp(3), 9 * math.exp(6)]
+    assert contrastive_reward_transformation(REWARDS, PRIOR, None, 2.0)[0].tolist() == pytest.approx(expected)
+
+
+def test_released_form_by_hand():
+    # v = 1/(4/(14/3) + 1/1) = 7/13, m = v (4 * 3/(14/3) + 2) = (7/13)(18/7 + 2) = 32/13, z = (6/13)/sqrt(7/13) = .62897
+    z = (6 / 13) / math.sqrt(7 / 13)
+    trust = 0.5 + 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    assert released_trust(REWARDS, PRIOR, None, 1.0, 1.0).item() == pytest.approx(trust, abs=1e-8)
+    assert released_trust(REWARDS, PRIOR, None, 0.4, 1.0).item() == pytest.approx(1 + 0.4 * (trust - 1), abs=1e-8)
+    # standardised with s_ref = 2: deviations halve, so do z's numerator and, under the root, the variance quarters:
+    # s2 = 14/12, v = 1/(48/14 + 1) = 7/31, m = v * (48/14) * .5 = 12/31
+    z = (12 / 31) / math.sqrt(7 / 31)
+    trust = 0.5 + 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    assert released_trust(REWARDS, PRIOR, 2.0, 1.0, 1.0).item() == pytest.approx(trust, abs=1e-8)
+    # (50 (R - 2) + 1{R > 2}) R sigmoid(R/5)
+    expected = [-50 / (1 + math.exp(-0.2)), 0.0, 51 * 3 / (1 + math.exp(-0.6)), 201 * 6 / (1 + math.exp(-1.2))]
+    assert released_transformation(REWARDS, PRIOR)[0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("contrast", [0.05, 1.0, 50.0])
+def test_standardised_transformation_is_strictly_increasing(contrast):
+    u = torch.linspace(-6, 8, 140_001, dtype=torch.float64)[None]
+    transformed = contrastive_reward_transformation(u, torch.zeros(1), 1.0, contrast)
+    assert (transformed.diff() > 0).all()
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=8), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_standardised_transformation_never_reverses_any_rewards(values, scale):
+    rewards = torch.tensor([[*values, -scale, -scale * (1 - 1e-7), -scale * (1 + 1e-7)]])
+    transformed = contrastive_reward_transformation(rewards, torch.zeros(1), scale, 1.0)
+    assert transformed.isfinite().all()
+    assert rank_inversion(rewards, transformed) == 0
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1e-6, 0.02, 1e6]), st.floats(-10, 10))
+def test_standardised_forms_do_not_depend_on_the_units_of_the_reward(seed, unit, shift):
+    rewards, prior, _ = random_rewards(seed)
+    moved, moved_prior, scale = (rewards + shift) * unit, (prior + shift) * unit, 0.7 * unit
+    for one, other in [
+        (f(rewards, prior, 0.7, *rest), f(moved, moved_prior, scale, *rest))
+        for f, rest in [
+            (reliability_adaptive_scaling, (0.5, 1.0)),
+            (contrastive_reward_transformation, (1.0,)),
+            (released_trust, (1.0, 1.0)),
+        ]
+    ]:
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-9)
+
+
+def test_alpha_and_zeta_zero_are_grpo_bit_for_bit_without_anchors():
+    rewards = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    result = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, OFF)
+    assert torch.equal(result.advantage, group_relative(rewards))
+    assert torch.equal(result.trust, torch.ones(5))
+    assert result.contrastive is None
+    assert result.metrics["rms_ratio"] == 1
+    clipped = result.clipped(1.0)
+    assert torch.equal(clipped.advantage, group_relative(rewards).clamp(-1, 1))
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_assembly_by_hand(form):
+    settings = BPGOSettings(form=form, alpha=0.5, contrast=2.0, zeta=0.5)
+    result = one_reward(REWARDS, [2.0], settings, scale=2.0)
+    if form == "paper":
+        trust = 1 + 0.5 * math.tanh(0.25)
+        transformed = [-math.exp(-0.5), 0.0, 2 * math.exp(0.5), 5 * math.exp(2)]  # (2 u + 1{u > 0}) exp(u)
+    else:
+        trust = released_trust(REWARDS, PRIOR, 2.0, 0.5, 1.0).item()
+        transformed = released_transformation(REWARDS, PRIOR, 2.0)[0].tolist()  # raw rewards, whatever the scale
+    mean, std = statistics.mean(transformed), statistics.stdev(transformed)
+    contrastive = torch.tensor([(value - mean) / (std + 1e-6) for value in transformed], dtype=torch.float64)
+    torch.testing.assert_close(result.advantage, group_relative(REWARDS))
+    torch.testing.assert_close(result.contrastive[0], contrastive)
+    assert result.trust.item() == pytest.approx(trust)
+    total = trust * group_relative(REWARDS)[0] + 0.5 * contrastive
+    rms_ratio = total.square().mean().sqrt() / group_relative(REWARDS).square().mean().sqrt()
+    assert result.metrics["rms_ratio"].item() == pytest.approx(rms_ratio.item())
+
+
+def test_each_half_can_be_used_alone():
+    rewards, prior, _ = random_rewards(2)
+    ras, crt = (one_reward(rewards, prior, BPGOSettings(**off)) for off in ({"zeta": 0.0}, {"alpha": 0.0}))
+    both = one_reward(rewards, prior, BPGOSettings())
+    assert ras.contrastive is None
+    assert "crt/rank_inversion" not in ras.metrics
+    assert torch.equal(ras.trust, both.trust)
+    assert (ras.trust != 1).all()
+    assert torch.equal(crt.trust, torch.ones_like(prior))
+    assert torch.equal(crt.contrastive, both.contrastive)
+
+
+def test_trust_on_the_second_surrogate_only_where_asked():
+    rewards, prior, _ = random_rewards(3)
+    plain, weighed = (one_reward(rewards, prior, BPGOSettings(ras_on_crt=flag)) for flag in (False, True))
+    assert torch.equal(weighed.contrastive, plain.trust[:, None] * plain.contrastive)
+    assert torch.equal(weighed.advantage, plain.advantage)
+
+
+@given(st.integers(0, 2**31), st.sampled_from(["paper", "released"]), st.booleans())
+def test_permuting_samples_or_prompts_permutes_everything(seed, form, standardise):
+    rewards, prior, rng = random_rewards(seed)
+    rows, columns = torch.randperm(4, generator=rng), torch.randperm(6, generator=rng)
+    settings = BPGOSettings(form=form, standardise=standardise)
+    base, moved = one_reward(rewards, prior, settings), one_reward(rewards[rows][:, columns], prior[rows], settings)
+    torch.testing.assert_close(moved.advantage, base.advantage[rows][:, columns])
+    torch.testing.assert_close(moved.contrastive, base.contrastive[rows][:, columns])
+    torch.testing.assert_close(moved.trust, base.trust[rows])
+    for name, value in base.metrics.items():
+        torch.testing.assert_close(moved.metrics[name], value)
+
+
+def test_several_rewards_are_anchored_one_by_one():
+    first, second = REWARDS, torch.tensor([[0.3, 0.1, 0.2, 0.4]], dtype=torch.float64)
+    anchors = {"vq": anchor([2.0], 2.0), "ta": anchor([0.2], 0.1)}
+    result = bpgo_advantages({"vq": first, "ta": second}, anchors, {"vq": 3.0, "ta": 1.0}, BPGOSettings())
+    torch.testing.assert_close(result.advantage, 3 * group_relative(first) + group_relative(second))
+    # mean u: (3 - 2)/2 = .5 and (.25 - .2)/.1 = .5 + rounding of fp32 anchors; 3/4 of one and 1/4 of the other
+    assert result.trust.item() == pytest.approx(1 + 0.5 * math.tanh(0.25), abs=1e-6)
+    transformed = [
+        contrastive_reward_transformation(rewards, anchors[name].mean, anchors[name].scale, 1.0)
+        for name, rewards in (("vq", first), ("ta", second))
+    ]
+    torch.testing.assert_close(result.contrastive, 3 * group_relative(transformed[0]) + group_relative(transformed[1]))
+
+
+def test_trust_of_several_rewards_is_their_weighted_mean():
+    anchors = {"vq": anchor([-1e6]), "ta": anchor([1e6])}  # w = 1.5 and .5
+    result = bpgo_advantages({"vq": REWARDS, "ta": REWARDS}, anchors, {"vq": 3.0, "ta": 1.0}, BPGOSettings(zeta=0.0))
+    assert result.trust.item() == pytest.approx((3 * 1.5 + 0.5) / 4)
+
+
+@pytest.mark.parametrize("group", [6, 8, 12, 24])
+@pytest.mark.parametrize("form", ["paper", "released"])
+@pytest.mark.parametrize("standardise", [True, False])
+def test_equal_rewards_give_exactly_zero_advantages(group, form, standardise):
+    rewards = torch.tensor([0.1, 0.27, 1 / 3, 7.3])[:, None].repeat(1, group)
+    result = one_reward(rewards, [0.2, 0.2, 0.2, 0.2], BPGOSettings(form=form, standardise=standardise), scale=0.05)
+    assert torch.equal(result.advantage, torch.zeros_like(rewards))
+    assert torch.equal(result.contrastive, torch.zeros_like(rewards))
+    assert result.metrics["zero_std_share"] == 1
+    assert result.metrics["rms_ratio"] == 1
+
+
+def test_the_advantage_clip_acts_after_the_trust():
+    settings = BPGOSettings(zeta=0.5)
+    result = one_reward(torch.tensor([[0.0, 1.0, 2.0, 30.0]]), [-1e6], settings)  # w = 1.5
+    limit = 1.5 * result.advantage.max().item() - 0.3
+    clipped = result.clipped(limit)
+    assert (clipped.trust[:, None] * clipped.advantage).max().item() == pytest.approx(limit)
+    assert torch.equal(clipped.advantage[0, :3], result.advantage[0, :3])
+    assert clipped.contrastive.abs().max() <= limit
+
+
+def test_rank_inversion_by_hand():
+    # pairs of (1, 2, 3, 3): 12 13 13 23 23 ordered, 33 tied. Transformed (5, 4, 6, 2): 12 turns, 1-2 turns, 2-2 turns
+    share = rank_inversion(torch.tensor([[1.0, 2.0, 3.0, 3.0]]), torch.tensor([[5.0, 4.0, 6.0, 2.0]]))
+    assert share.item() == pytest.approx(3 / 5)
+
+
+def test_the_verbatim_form_reverses_ranks_far_below_the_prior_and_says_so():
+    rewards = torch.tensor([[-4.0, -3.0, -2.0, 0.5]])
+    verbatim = one_reward(rewards, [0.0], BPGOSettings(standardise=False))
+    assert verbatim.metrics["crt/rank_inversion/clip"].item() == pytest.approx(3 / 6)  # u exp(u) falls below -1
+    assert one_reward(rewards, [0.0], BPGOSettings()).metrics["crt/rank_inversion"] == 0
+
+
+def test_metrics_of_the_trust():
+    rewards = torch.tensor([[0.0, 2.0], [1.0, 1.0], [-1e6, -1e6 + 1]])
+    metrics = one_reward(rewards, [1.0, -1e6, 1e6], BPGOSettings()).metrics  # w = 1, 1.5, .5
+    values = [metrics[f"trust_{name}"].item() for name in ("mean", "min", "max", "std")]
+    assert values == pytest.approx([1.0, 0.5, 1.5, math.sqrt(0.5 / 3)])
+    assert metrics["zero_std_share"].item() == pytest.approx(1 / 3)
+    ras = one_reward(rewards[:1], [-1e6], BPGOSettings(zeta=0.0)).metrics
+    assert ras["rms_ratio"].item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"), [(BPGOSettings(standardise=False), 800.0), (BPGOSettings(form="released"), 1e160)]
+)
+def test_overflow_names_reward_and_value(settings, value):
+    rewards = torch.tensor([[1.0, 2.0], [value, 3.0]], dtype=torch.float64)
+    with pytest.raises(OverflowError, match=rf"'clip'.*{value:g}.*standardise".replace("+", r"\+")):
+        one_reward(rewards, [0.0, 0.0], settings)
+
+
+@pytest.mark.parametrize("value", [1e6, -1e6, 1e-6])
+def test_the_standardised_form_is_finite_on_any_scale(value):
+    result = one_reward(torch.tensor([[value, 2 * value, -value, 0.0]]), [0.0], BPGOSettings())
+    for tensor in (result.advantage, result.contrastive, result.trust, *result.metrics.values()):
+        assert tensor.isfinite().all()
+
+
+def test_errors_name_the_reward():
+    rewards, weights = {"clip": torch.tensor([[0.0, 1.0]])}, {"clip": 1.0}
+    with pytest.raises(ValueError, match=r"'clip' has no prior anchor.*estimate_priors"):
+        bpgo_advantages(rewards, {}, weights, BPGOSettings())
+    with pytest.raises(ValueError, match=r"'clip'.*scale 0"):
+        bpgo_advantages(rewards, {"clip": anchor([0.0], 0.0)}, weights, BPGOSettings())
+    with pytest.raises(ValueError, match=r"'clip'.*not finite"):
+        bpgo_advantages(rewards, {"clip": anchor([math.nan])}, weights, BPGOSettings())
+    with pytest.raises(ValueError, match="'clip' has weight -1"):
+        bpgo_advantages(rewards, {}, {"clip": -1.0}, OFF)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"'clip' is {bad} at prompt row 0, sample 1"):
+            bpgo_advantages({"clip": torch.tensor([[0.0, bad]])}, {}, weights, OFF)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"form": "papers"},
+        {"alpha": -0.1},
+        {"alpha": 1.0},
+        {"alpha": math.nan},
+        {"k": 0.0},
+        {"contrast": -1.0},
+        {"zeta": -0.5},
+        {"prior_var": 0.0},
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        BPGOSettings(**wrong)
+
+
+def test_plain_functions_refuse_a_scale_of_zero_and_a_negative_contrast():
+    with pytest.raises(ValueError, match="scale=0"):
+        reliability_adaptive_scaling(REWARDS, PRIOR, 0.0, 0.5, 1.0)
+    with pytest.raises(ValueError, match="contrast=-1"):
+        contrastive_reward_transformation(REWARDS, PRIOR, 1.0, -1.0)

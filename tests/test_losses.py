@@ -1,0 +1,159 @@
+"""Is the total loss the paper's, with its true gradient, and GRPO's where BPGO is off?"""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from bpgo_video.advantages import group_relative
+from bpgo_video.bpgo import BPGOSettings, bpgo_advantages
+from bpgo_video.losses import bpgo_loss, clipped_surrogate
+from bpgo_video.sde import SAMPLERS, steps_of
+from bpgo_video.types import PriorAnchor
+
+
+def anchor(prior, scale=1.0):
+    return {"clip": PriorAnchor(prior, torch.ones_like(prior), torch.full(prior.shape, 8), scale, "test")}
+
+
+def per_sample(result, group):
+    """Advantages of prompts x group as vectors over samples, in prompt-major order."""
+    contrastive = None if result.contrastive is None else result.contrastive.flatten()
+    return result.advantage.flatten(), contrastive, result.trust.repeat_interleave(group)
+
+
+def test_clipped_surrogate_by_hand():
+    # clip (.1, .2): ratio held in [.9, 1.2]; the minimum keeps the pessimistic side
+    ratio = torch.tensor([1.3, 1.3, 0.8, 0.8, 1.05], dtype=torch.float64)
+    advantage = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0], dtype=torch.float64)
+    # min(2.6, 2.4), min(-2.6, -2.4), min(1.6, 1.8), min(-1.6, -1.8), 2.1, each with its sign turned
+    expected = torch.tensor([-2.4, 2.6, -1.6, 1.8, -2.1], dtype=torch.float64)
+    torch.testing.assert_close(clipped_surrogate(ratio.log(), torch.zeros(5).double(), advantage, (0.1, 0.2)), expected)
+
+
+def test_total_loss_by_hand():
+    # R = 0, 1, 2; prior .5, s_ref 1, alpha .5, k 1, lambda 1, zeta .4; u = -.5, .5, 1.5
+    # w = 1 + .5 tanh(.25); A = (-1, 0, 1)/(1 + 1e-6); R~ = -.5 e^-.5, 1.5 e^.5, 2.5 e^1.5
+    rewards, prior = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    result = bpgo_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, BPGOSettings(zeta=0.4))
+    log_prob = torch.tensor([1.2, 0.8, 1.3], dtype=torch.float64).log()
+    loss = bpgo_loss(log_prob, torch.zeros_like(log_prob), *per_sample(result, 3), 0.4, (0.1, 0.25))
+
+    w, a = 1 + 0.5 * math.tanh(0.25), 1 / (1 + 1e-6)
+    transformed = [-0.5 * math.exp(-0.5), 1.5 * math.exp(0.5), 2.5 * math.exp(1.5)]
+    mean, std = statistics.mean(transformed), statistics.stdev(transformed)
+    b = [(value - mean) / (std + 1e-6) for value in transformed]
+    assert b[0] < b[1] < 0 < b[2]
+    first = [1.2 * a, 0.0, -1.25 * a]  # ratio 1.2 counts in full against A < 0; 1.3 is held at 1.25 for A > 0
+    second = [-1.2 * b[0], -0.9 * b[1], -1.25 * b[2]]  # ratio .8 is held at .9 for A~ < 0
+    expected = sum(w * one + 0.4 * two for one, two in zip(first, second, strict=True)) / 3
+    assert loss.value.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("clip_range", [(1e-3, 1e-3), (0.2, 0.3)])
+def test_alpha_and_zeta_zero_are_grpo_bit_for_bit(clip_range):
+    rng = torch.Generator().manual_seed(5)
+    rewards, old = torch.randn(4, 6, generator=rng), torch.randn(24, generator=rng)
+    values, gradients = [], []
+    for learner in ("bpgo", "grpo"):
+        log_prob = (old + 1e-2 * torch.randn(24, generator=torch.Generator().manual_seed(6))).requires_grad_()
+        if learner == "bpgo":
+            settings = BPGOSettings(alpha=0.0, zeta=0.0)
+            result = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
+            value = bpgo_loss(log_prob, old, *per_sample(result, 6), settings.zeta, clip_range).value
+        else:
+            ratio, advantage = torch.exp(log_prob - old), group_relative(rewards).flatten()
+            low, high = 1 - clip_range[0], 1 + clip_range[1]
+            value = -torch.minimum(ratio * advantage, torch.clamp(ratio, low, high) * advantage).mean()
+        values.append(value.detach())
+        gradients.append(torch.autograd.grad(value, log_prob)[0])
+    assert torch.equal(*values)
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+@pytest.mark.parametrize("sampler", ["flow_sde", "cps"])
+def test_gradient_equals_finite_differences(form, sampler):
+    prompts, group, shape = 3, 4, (12, 2, 1, 2, 2)
+    rng = torch.Generator().manual_seed(7)
+    latents, noise = (torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(2))
+    rewards = torch.randn(prompts, group, generator=rng, dtype=torch.float64)
+    prior, settings = torch.tensor([-0.5, 0.1, 0.9], dtype=torch.float64), BPGOSettings(form=form)
+    result = bpgo_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, settings)
+    step = steps_of(torch.linspace(1, 0, 6))[2]
+
+    def transition(theta):
+        return SAMPLERS[sampler](theta[0] * latents + theta[1] * latents.tanh() + theta[2], latents, step, 0.7)
+
+    behaviour = transition(torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64))
+    next_latents = behaviour.sample(noise)
+    old = behaviour.log_prob(next_latents)
+
+    def loss(theta):
+        log_prob = transition(theta).log_prob(next_latents)
+        return bpgo_loss(log_prob, old, *per_sample(result, group), settings.zeta, (0.02, 0.02))
+
+    theta = torch.tensor([0.5, -0.1, 0.2], dtype=torch.float64, requires_grad=True)
+    assert 0 < loss(theta).metrics["clip_fraction"] < 1  # both sides of the clip are under test
+    gradient = torch.autograd.grad(loss(theta).value, theta)[0]
+    for i in range(3):
+        h = torch.zeros(3, dtype=torch.float64).index_fill_(0, torch.tensor(i), 1e-6)
+        difference = (loss(theta.detach() + h).value - loss(theta.detach() - h).value) / 2e-6
+        assert gradient[i].item() == pytest.approx(difference.item(), rel=1e-6, abs=1e-9)
+        assert gradient[i] != 0
+
+
+@pytest.mark.parametrize("group", [6, 8, 12, 24])
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_equal_rewards_give_exactly_zero_gradient(group, form):
+    rewards, prior = torch.tensor([0.1, 0.27, 1 / 3])[:, None].repeat(1, group), torch.full((3,), 0.2)
+    settings = BPGOSettings(form=form)
+    result = bpgo_advantages({"clip": rewards}, anchor(prior, 0.02), {"clip": 1.0}, settings)
+    rng = torch.Generator().manual_seed(8)
+    old = torch.randn(3 * group, generator=rng)
+    log_prob = (old + 0.01 * torch.randn(3 * group, generator=rng)).requires_grad_()
+    loss = bpgo_loss(log_prob, old, *per_sample(result, group), settings.zeta, (1e-3, 1e-3))
+    loss.value.backward()
+    assert torch.equal(log_prob.grad, torch.zeros_like(log_prob))
+
+
+def test_the_two_surrogates_are_clipped_each_by_itself():
+    # At ratio 1.3, A = 1 is clipped and A~ = -1 is not: the gradient is zeta * 1.3. The merged advantage
+    # 1 - .5 = .5 would be clipped: no gradient.
+    log_prob = torch.tensor([math.log(1.3)], dtype=torch.float64, requires_grad=True)
+    one, old = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    loss = bpgo_loss(log_prob, old, one, -one, 1.2 * one, 0.5, (0.2, 0.2))
+    assert loss.value.item() == pytest.approx(-1.2 * 1.2 + 0.5 * 1.3)
+    assert torch.autograd.grad(loss.value, log_prob)[0].item() == pytest.approx(0.5 * 1.3)
+
+
+def test_on_the_first_update_the_gradient_is_the_weighted_advantage():
+    rng = torch.Generator().manual_seed(9)
+    old, advantage, contrastive, trust = (torch.randn(8, generator=rng) for _ in range(4))
+    log_prob = old.clone().requires_grad_()
+    loss = bpgo_loss(log_prob, old, advantage, contrastive, trust, 0.3, (1e-5, 1e-5))
+    loss.value.backward()
+    torch.testing.assert_close(log_prob.grad, -(trust * advantage + 0.3 * contrastive) / 8)
+    assert [loss.metrics[f"ratio_{name}"].item() for name in ("mean", "std", "min", "max")] == [1, 0, 1, 1]
+    assert loss.metrics["clip_fraction"] == loss.metrics["approx_kl"] == loss.metrics["log_ratio_abs_max"] == 0
+
+
+def test_metrics_by_hand():
+    log_prob = torch.tensor([0.1, -0.2, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    zeros = torch.zeros(4, dtype=torch.float64)
+    metrics = bpgo_loss(log_prob, zeros, zeros, None, zeros, 0.0, (0.15, 0.15)).metrics
+    assert metrics["clip_fraction"] == 0.25  # exp(.1) = 1.105 is inside, exp(-.2) = .819 is not
+    assert metrics["log_ratio_abs_max"].item() == pytest.approx(0.2)
+    assert metrics["approx_kl"].item() == pytest.approx((0.01 + 0.04) / 8)
+    assert metrics["ratio_mean"].item() == pytest.approx((math.exp(0.1) + math.exp(-0.2) + 2) / 4)
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_errors_name_the_value():
+    one = torch.ones(2)
+    with pytest.raises(ValueError, match=r"zeta=0\.5 but no contrastive"):
+        bpgo_loss(one, one, one, None, one, 0.5, (0.1, 0.1))
+    with pytest.raises(ValueError, match="clip_range"):
+        clipped_surrogate(one, one, one, (-0.1, 0.1))
