@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from bpgo_video.config import ConfigError, OptimConfig
 from bpgo_video.parallel.mesh import Mesh
 
-Module = TypeVar("Module", bound=nn.Module)
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
 
@@ -90,13 +91,13 @@ def stop_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def build_sharded(model_class: type[Module], folder: Path, ds_config: Mapping[str, Any]) -> Module:
+def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """A diffusers model that is born sharded (ZeRO-3) and filled tensor by tensor from its safetensors.
 
     No rank ever holds more than its shard and the one tensor at hand; rank 0 reads the file and broadcasts.
     """
-    with deepspeed.zero.Init(config_dict_or_path=_complete(ds_config, 1, 0.0), dtype=compute_dtype(ds_config)):
-        model = model_class.from_config(model_class.load_config(folder))  # type: ignore[attr-defined]
+    with deepspeed.zero.Init(config_dict_or_path=_complete(ds_config, 1, 0.0), dtype=dtype):
+        model = model_class.from_config(model_class.load_config(folder))
     where = tensor_files(folder)
     named = dict(model.named_parameters())
     missing, foreign = sorted(set(named) - set(where)), sorted(set(where) - set(named))
@@ -224,3 +225,13 @@ class Engine:
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint {tag!r} in {folder}")
         return state
+
+
+def full_state_dict(folder: Path) -> dict[str, Tensor]:
+    """The trained parameters in a checkpoint that `Engine.save` wrote under ZeRO of any stage on any number of ranks.
+
+    Whole, fp32 (the optimiser's own), on the CPU and without a process group; frozen parameters are left out. The
+    files are unpickled: `checkpoint.refuse_foreign_pickles` looks at them first.
+    """
+    with redirect_stdout(io.StringIO()):  # DeepSpeed tells what it does in prints
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name, exclude_frozen_parameters=True)

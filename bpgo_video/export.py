@@ -25,25 +25,29 @@ def export_pipeline(engine: Engine, policy: Policy, name: str, output: Path, mes
 
     All ranks call it: parameters are gathered one at a time, and only rank 0 keeps and writes them.
     """
-    partial = output.with_name(f"partial-{output.name}")
-    if mesh.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(policy.folder, partial, ignore=shutil.ignore_patterns(f"{WEIGHTS}*", ".cache", ".git*"))
-        for component in policy.folder.iterdir():  # other components keep their weights; only ours change
-            if component.is_dir() and component.name != name:
-                for weights in component.glob(f"{WEIGHTS}*"):
-                    shutil.copy2(weights, partial / component.name)
     tensors = ((key, value.cpu()) for key, value in merged_parameters(engine) if mesh.is_main)
     if mesh.is_main:
-        write_weights(tensors, partial / name)
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
+        write_pipeline(policy.folder, name, tensors, output)
     else:
         for _ in tensors:  # take part in every gather
             pass
     mesh.barrier()
     return output
+
+
+def write_pipeline(base: Path, name: str, tensors: Iterable[tuple[str, Tensor]], output: Path) -> None:
+    """A copy of the pipeline folder `base` in which component `name` has these weights; takes the place of `output`."""
+    partial = output.with_name(f"partial-{output.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(base, partial, ignore=shutil.ignore_patterns(f"{WEIGHTS}*", ".cache", ".git*"))
+    for component in base.iterdir():  # other components keep their weights; only ours change
+        if component.is_dir() and component.name != name:
+            for weights in component.glob(f"{WEIGHTS}*"):
+                shutil.copy2(weights, partial / component.name)
+    write_weights(tensors, partial / name)
+    if output.exists():
+        shutil.rmtree(output)
+    partial.rename(output)
 
 
 def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -193,7 +193,7 @@ class _Progress:
         self._last_line = -math.inf
         self._bar: tqdm[Any] | None = None
         if sys.stderr.isatty():
-            form = "step {n_fmt}/{total_fmt} |{bar:30}|{postfix}"
+            form = "step {n_fmt}/{total_fmt} |{bar:30}|  {desc}"
             self._bar = tqdm(total=total_steps, initial=start_step, bar_format=form, dynamic_ncols=True)
 
     def update(self, step: int, record: Mapping[str, Number]) -> None:
@@ -204,7 +204,7 @@ class _Progress:
         left = (self._total - done) * (now - self._started) / (done - self._first)
         status = f"reward {record['reward']:.4f}  trust {record['trust_mean']:.3f}  {left:,.0f} s left"
         if self._bar is not None:
-            self._bar.set_postfix_str(status, refresh=False)
+            self._bar.set_description_str(status, refresh=False)
             self._bar.update(done - self._bar.n)
         elif done == self._total or now - self._last_line >= QUIET_SECONDS:
             print(f"step {done}/{self._total}  {status}", file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from bpgo_video.steps import split_updates
 from bpgo_video.types import Conditioning, Loss, PromptBatch, Trajectory
 
 
+@runtime_checkable
 class Learner(Protocol):
     """What an update needs of the engine."""
 
@@ -37,7 +38,9 @@ def replay_loss(
     rows, samples = trajectory.prompt_rows, trajectory.sample_index
     device = trajectory.latents.device
     conditioning = rows_of(prompts.conditioning, rows, device)
-    transition = denoiser.transition(trajectory.latents[:, index], index, conditioning, negative)
+    # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input that takes a gradient.
+    latents = trajectory.latents[:, index].detach().requires_grad_()
+    transition = denoiser.transition(latents, index, conditioning, negative)
     contrastive = advantages.contrastive
     return bpgo_loss(
         log_prob=transition.log_prob(trajectory.latents[:, index + 1]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +12,14 @@ import torch
 from bpgo_video import engine as engines
 from bpgo_video.bpgo import BPGOSettings
 from bpgo_video.config import Config, ConfigError, check_world
-from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.prior_files import PriorTable, load_priors, require_priors
-from bpgo_video.data.prompt_records import EncoderStamp
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
+from bpgo_video.policies.base import from_pretrained
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.rewards.base import RewardSuite
 from bpgo_video.schedule import learning_rate_factor
@@ -65,9 +65,7 @@ def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[
     check_world(config, mesh.world_size)
     ds_config = engines.read_ds_config(config.deepspeed)
     folder = resolve_folder(config.policy.folder)
-    stamp = EncoderStamp(
-        config.policy.folder, fingerprint(folder, ("text_encoder", "tokenizer")), config.policy.max_sequence_length
-    )
+    stamp = encoder_stamp(folder, config.policy.max_sequence_length)
     shards = PromptShards(config.data.shards)
     shards.check_policy(stamp)
     shards.rows(config.data.split)
@@ -113,18 +111,12 @@ def build_engine(config: Config, policy: Policy, ds_config: Mapping[str, Any]) -
     return engine
 
 
-def build_session(config: Config, mesh: Mesh) -> Session:
-    """Check, then build: rewards, policy (sharded from birth under ZeRO-3), engine."""
-    ds_config, shards = check_inputs(config, mesh)
+def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:
+    """Rewards, policy (sharded from birth under ZeRO-3) and engine, once `check_inputs` has passed."""
     suite = RewardSuite(config.rewards, mesh.device)
     heldout_suite = RewardSuite(config.evaluation.rewards, mesh.device) if config.evaluation.rewards else None
     priors = load_priors(config.data.shards, suite.versions) if reads_priors(config) else {}
     dtype = engines.compute_dtype(ds_config)
-
-    def build(model_class: type, folder: Path) -> torch.nn.Module:
-        if engines.zero_stage(ds_config) == 3:
-            return engines.build_sharded(model_class, folder, ds_config)
-        return model_class.from_pretrained(folder)  # type: ignore[attr-defined]
 
     policy = load_policy(
         config.policy.folder,
@@ -132,7 +124,7 @@ def build_session(config: Config, mesh: Mesh) -> Session:
         max_sequence_length=config.policy.max_sequence_length,
         dtype=dtype,
         device=mesh.device,
-        build=build,
+        build=partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained,
     )
     try:
         policy.latent_shape(config.video)

@@ -27,7 +27,7 @@ from bpgo_video.priors import PRIORS
 from bpgo_video.replay import optimise
 from bpgo_video.report import write_report
 from bpgo_video.rollout import sample_chunks, training_denoiser
-from bpgo_video.session import TRAINED, Session, build_session, cast
+from bpgo_video.session import TRAINED, Session, build_session, cast, check_inputs
 from bpgo_video.summary import summary_table
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
@@ -148,28 +148,30 @@ def evaluate_heldout(session: Session, videos_to: Path | None = None) -> Heldout
     )
 
 
-def prepare_run_dir(config: Config, mesh: Mesh) -> str | None:
-    """Make the run's folder, or find the checkpoint to continue from.
+def check_run_dir(config: Config) -> None:
+    """Whether this run may use its folder; nothing is written yet.
 
     Raises:
-        ConfigError: the folder holds a run already, or one of another configuration.
+        ConfigError: it holds a run already that was not asked to go on, or one of other settings.
     """
     run_dir = Path(config.run.dir)
-    found = run_dir.is_dir() and any(run_dir.iterdir())
-    mesh.barrier()  # every rank has looked before the main one writes
-    if found and config.run.resume == "never":
+    if run_dir.is_dir() and any(run_dir.iterdir()) and config.run.resume == "never":
         raise ConfigError(
             f"run.dir {str(run_dir)!r} exists and is never overwritten; continue it with --run.resume auto, or name "
             "another folder with --run.dir"
         )
-    saved = run_dir / "config.yaml"
-    if saved.is_file():
-        check_same_run(read_yaml(saved), config)
-    elif mesh.is_main:
-        with atomic_file(saved) as path:
+    if (run_dir / "config.yaml").is_file():
+        check_same_run(read_yaml(run_dir / "config.yaml"), config)
+
+
+def open_run_dir(config: Config, mesh: Mesh) -> str | None:
+    """Make the run's folder and keep the resolved configuration in it; the checkpoint to continue from, if any."""
+    mesh.barrier()  # every rank has looked before the main one writes
+    if mesh.is_main:
+        with atomic_file(Path(config.run.dir) / "config.yaml") as path:
             path.write_text(to_yaml(config))
     mesh.barrier()
-    return checkpoint.newest(run_dir)
+    return checkpoint.newest(Path(config.run.dir))
 
 
 def check_same_run(saved: Config, config: Config) -> None:
@@ -195,8 +197,10 @@ def train(config: Config) -> dict[str, Any]:
     mesh = engine.start_ranks()
     run_dir = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
-    resume_from = prepare_run_dir(config, mesh)
-    session = build_session(config, mesh)
+    check_run_dir(config)
+    ds_config, shards = check_inputs(config, mesh)
+    resume_from = open_run_dir(config, mesh)
+    session = build_session(config, mesh, ds_config, shards)
     progress = Progress()
     if resume_from is not None:
         state = checkpoint.load(session.engine, run_dir, resume_from, mesh)

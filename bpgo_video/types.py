@@ -3,7 +3,8 @@
     prompts   prompts of one training step, the same list on every rank
     group     samples of one prompt
     samples   rows of one chunk: (prompt, sample) pairs in prompt-major order
-    steps     denoising transitions of a trajectory; latents have one entry more
+    steps     denoising transitions of a trajectory
+    points    noise levels that it visits: one more than steps
     channels, latent_frames, latent_height, latent_width: a video in the policy's latent space
     frames, height, width: a video in pixels, (samples, frames, 3, height, width) in [0, 1]
     tokens, dim: text embeddings
@@ -71,9 +72,9 @@ class Trajectory:
 
     prompt_rows: Int[Tensor, "samples"]
     sample_index: Int[Tensor, "samples"]
-    latents: Float[Tensor, "samples steps+1 channels latent_frames latent_height latent_width"]
+    latents: Float[Tensor, "samples points channels latent_frames latent_height latent_width"]
     log_probs: Float[Tensor, "samples steps"]
-    sigmas: Float[Tensor, "steps+1"]
+    sigmas: Float[Tensor, "points"]
     trained_steps: tuple[int, ...]
 
     def __len__(self) -> int:

@@ -188,5 +188,5 @@ def test_the_command_prints_the_path_and_names_a_wrong_folder(
     done = subprocess.run([*command, str(run_dir)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, str(run_dir / "report.html"))
     monkeypatch.setattr(sys, "argv", ["report", str(run_dir / "samples")])
-    with pytest.raises(SystemExit, match="error: .*samples is no run directory"):
+    with pytest.raises(SystemExit, match=r"error: .*samples is no run directory"):
         main()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpgo_video.steps import STEP_SELECTIONS, split_updates
@@ -12,6 +12,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@settings(deadline=None)  # a first call into torch may take long
 @given(num_steps=st.integers(2, 60), fraction=st.floats(0.01, 1), seed=st.integers(0, 2**31))
 def test_random_steps_are_a_sorted_share_without_the_last(num_steps, fraction, seed):
     steps = STEP_SELECTIONS["random"](num_steps, fraction, generator(seed))
@@ -38,6 +39,7 @@ def test_updates_are_dealt_round_robin():
     assert split_updates((2, 5, 9), 3) == [(2,), (5,), (9,)]
 
 
+@settings(deadline=None)
 @given(steps=st.sets(st.integers(0, 40), min_size=1), data=st.data())
 def test_every_trained_step_is_in_one_update_and_shares_differ_by_at_most_one(steps, data):
     updates = split_updates(sorted(steps), data.draw(st.integers(1, len(steps))))

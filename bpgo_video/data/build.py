@@ -105,7 +105,7 @@ def build_shards(
     negative = {name: value[0] for name, value in encode([negative_prompt]).items()}
     records = _encoded((line.record for line in read_prompts(inputs, split)), encode, batch_size)
     write_shards(
-        progress(records),
+        iter(progress(records)),
         output,
         negative=negative,
         negative_prompt=negative_prompt,

@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def write_shards(
     splits: Counter[str] = Counter()
     checked = _checked(records, layout, splits)
     shards: list[dict[str, Any]] = []
-    while block := list(islice(checked, shard_size)):
+    for record in checked:
+        block = chain([record], islice(checked, shard_size - 1))  # one record in memory at a time
         shards.append(_write_shard(output / f"prompts-{len(shards):06d}.tar", block, len(shards) * shard_size))
     if not shards:
         raise ShardError(f"there are no prompts to write to {output}")
@@ -106,13 +107,15 @@ def _checked(
         yield record
 
 
-def _write_shard(path: Path, records: Sequence[PromptRecord], first: int) -> dict[str, Any]:
+def _write_shard(path: Path, records: Iterable[PromptRecord], first: int) -> dict[str, Any]:
+    count = 0
     with atomic_file(path) as aside:
         with aside.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
-            for number, record in enumerate(records, first):
-                tar.write({"__key__": f"{number:09d}", **to_members(record)})
+            for record in records:
+                tar.write({"__key__": f"{first + count:09d}", **to_members(record)})
+                count += 1
         digest = _sha256(aside)
-    return {"name": path.name, "count": len(records), "sha256": digest}
+    return {"name": path.name, "count": count, "sha256": digest}
 
 
 class PromptShards:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,15 @@ from bpgo_video.config import VideoConfig
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 Trained = dict[str, Any]  # name -> nn.Module, or the DeepSpeed engine that wraps it
-Build = Callable[[Any, Path], nn.Module]  # (model class, its folder) -> the loaded module
+Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
 
 
-def from_pretrained(model_class: Any, folder: Path) -> nn.Module:
+def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The whole model on this process: what inference and ZeRO 1 and 2 need."""
-    return model_class.from_pretrained(folder)
+    return model_class.from_pretrained(folder, torch_dtype=dtype)
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Members that a family must have.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -16,6 +16,7 @@ from bpgo_video.config import ConfigError, LoraConfig
 ADAPTER = "default"
 
 
+@runtime_checkable
 class Gatherer(Protocol):
     """What reading whole parameters needs of the engine."""
 
@@ -60,6 +61,35 @@ def merged_parameters(engine: Gatherer) -> Iterator[tuple[str, Tensor]]:
         with engine.gathered([parameter, *adapters]):
             value = parameter.detach()
             if layer is not None:
-                down, up = (adapter.detach().float() for adapter in adapters)
-                value = (value.float() + layer.scaling[ADAPTER] * (up @ down)).to(value.dtype)
+                value = add_adapter_in(value, *(adapter.detach() for adapter in adapters), layer.scaling[ADAPTER])
             yield name.replace(".base_layer.", "."), value
+
+
+def add_adapter_in(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """W + scaling B A, in fp32 and then in W's own dtype.
+
+    Args:
+        weight: W [out, in].
+        down, up: A [rank, in] and B [out, rank].
+    """
+    return (weight.float() + scaling * (up.float() @ down.float())).to(weight.dtype)
+
+
+def merged_tensors(
+    base: Iterable[tuple[str, Tensor]], adapters: Mapping[str, Tensor], lora: LoraConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """What `merged_parameters` yields, from tensors on their own: those of a base model and a checkpoint's adapters.
+
+    Raises:
+        ValueError: an adapter without its other half, or of a layer that the base model does not have.
+    """
+    unused = set(adapters)
+    for name, weight in base:
+        layer = name.removesuffix(".weight")
+        halves = [f"{layer}.lora_{half}.{ADAPTER}.weight" for half in "AB"]
+        if unused.issuperset(halves):
+            unused -= set(halves)
+            weight = add_adapter_in(weight, *(adapters[half] for half in halves), lora.alpha / lora.rank)
+        yield name, weight
+    if unused:
+        raise ValueError(f"adapters {sorted(unused)[:3]} fit no layer of the base model; is it the one of this run?")

@@ -50,7 +50,7 @@ class WanPolicy:
             vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
             vae = vae.to(device).eval().requires_grad_(False)
         if "transformer" in components:
-            transformer = build(WanTransformer3DModel, folder / "transformer").to(device=device, dtype=dtype)
+            transformer = build(WanTransformer3DModel, folder / "transformer", dtype).to(device)
         pipeline = WanPipeline.from_pretrained(folder, transformer=transformer, text_encoder=encoder, vae=vae)
         return cls(folder, pipeline, max_sequence_length)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.types import PromptBatch, Rewards, Videos
 
 
+@runtime_checkable
 class RewardModel(Protocol):
     """Members that a reward model must have.
 

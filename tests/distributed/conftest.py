@@ -1,0 +1,67 @@
+"""Worlds of one and two ranks, each started once for all tests of a session."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.recipes import ROOT, make_shards
+
+STAGES = ("zero1", "zero2", "zero3")
+SHARED = [f"gradient-{stage}=gradient:{stage}" for stage in STAGES]
+WORLD_CASES = {
+    1: SHARED,
+    2: [
+        *SHARED,
+        *(f"ratio-{stage}-{lora}=exact_ratio:{stage}:{lora}" for stage in STAGES for lora in ("full", "lora")),
+        "whole=steps:4",
+        "stopped=steps:2",
+        "stopped=steps:4:auto",
+        "smoke-offload=smoke:zero3_offload",
+        "smoke-bf16=smoke:zero3_bf16",
+    ],
+}
+
+
+def run_ranks(world_size: int, arguments: list[str], timeout: float = 600) -> None:
+    """Start the worker on `world_size` local ranks and wait; the ranks' output is shown where one fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}  # fmt: skip
+    command = [sys.executable, "-m", "tests.distributed.worker", *arguments]
+    ranks = [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, output in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, output[-6000:]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("prompts") / "shards")
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, Path]:
+    """Folder of results by world size."""
+    folders = {}
+    for world_size, cases in WORLD_CASES.items():
+        folders[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
+        run_ranks(world_size, [str(shards), str(folders[world_size]), *cases])
+    return folders

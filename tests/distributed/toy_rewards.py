@@ -1,0 +1,33 @@
+"""Rewards for tests: one that the policy can move, and one that breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Redness:
+    """Mean of the red channel, per frame."""
+
+    name, version = "redness", "1"
+    range = (0.0, 1.0)
+    higher_is_better, differentiable, kind = True, True, "test"
+
+    def __call__(self, videos: Tensor, texts: Sequence[str]) -> Tensor:
+        return videos[:, :, 0].mean(dim=(2, 3))
+
+
+class NanOnSecondRank(Redness):
+    """Fine for two calls, then not a number for one sample of the last rank."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, videos: Tensor, texts: Sequence[str]) -> Tensor:
+        self.calls += 1
+        scores = super().__call__(videos, texts)
+        if self.calls > 2 and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            scores[-1, 0] = torch.nan
+        return scores

@@ -1,0 +1,78 @@
+"""What every rank runs: each case is one short training run in the same process group.
+
+    python worker.py SHARDS OUTPUT CASE ...
+
+Started once per world size, since starting takes longer than a case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpgo_video import engine
+from bpgo_video.config import Config, LoraConfig
+from bpgo_video.trainer import train
+from tests.recipes import rewarded_by, small_recipe, without_evaluation
+
+REDNESS = "tests.distributed.toy_rewards:Redness"
+HUGE_STEP = 1e5  # of SGD: the weights' change is the gradient, to many digits
+
+
+def gradient(shards: Path, run_dir: Path, stage: str) -> Config:
+    """One update of plain SGD without clipping, so that errors of scale cannot hide."""
+    optim: dict[str, Any] = {
+        "name": "sgd", "learning_rate": HUGE_STEP, "max_grad_norm": 0.0, "updates_per_rollout": 1, "weight_decay": 0.0,
+        "schedule": "constant", "warmup_updates": 0,
+    }  # fmt: skip
+    config = small_recipe(run_dir, shards, optim=optim, loss={"clip_range": (0.5, 0.5)})
+    return with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
+
+
+def exact_ratio(shards: Path, run_dir: Path, stage: str, lora: str) -> Config:
+    """Two updates of one rollout: the ratio is 1 on the first and not on the second."""
+    config = small_recipe(run_dir, shards, optim={"updates_per_rollout": 2, "learning_rate": 1e-3})
+    config = with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
+    rank = {"full": 0, "lora": 4}[lora]
+    return replace(config, policy=replace(config.policy, lora=LoraConfig(rank=rank)))
+
+
+def steps(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") -> Config:
+    """The recipe itself, with its own rewards and evaluation."""
+    return small_recipe(run_dir, shards, run={"num_steps": int(num_steps), "save_every": 2, "resume": resume})
+
+
+def smoke(shards: Path, run_dir: Path, stage: str) -> Config:
+    """Two steps of the recipe under another DeepSpeed configuration."""
+    return with_stage(without_evaluation(small_recipe(run_dir, shards, run={"num_steps": 2})), stage)
+
+
+def with_stage(config: Config, stage: str) -> Config:
+    return replace(config, deepspeed=f"ds_configs/{stage}.json")
+
+
+CASES: dict[str, Callable[..., Config]] = {
+    "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "smoke": smoke,
+}  # fmt: skip
+
+
+def main() -> None:
+    shards, output, *cases = sys.argv[1:]
+    for case in cases:
+        folder, _, call = case.partition("=")
+        name, *arguments = call.split(":")
+        config = CASES[name](Path(shards), Path(output) / folder, *arguments)
+        summary = train(config)
+        if torch.distributed.get_rank() == 0:
+            (Path(output) / f"{folder}.{config.run.num_steps}.json").write_text(json.dumps(summary))
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""Convert a training checkpoint to what inference tools read.
+
+    python tools/convert_checkpoint.py --checkpoint runs/demo --output wan-bpgo --format diffusers --verify
+    python tools/convert_checkpoint.py --checkpoint runs/demo/checkpoints/step-000050 --output step50 --format diffusers
+
+Joins ZeRO's parts of any stage and number of ranks on one CPU, without a process group; nothing in a checkpoint is
+unpickled before it has been looked at. LoRA adapters are merged into the weights that the run started from.
+"""
+
+import sys
+
+from bpgo_video.conversion import main
+
+if __name__ == "__main__":
+    sys.exit(main())
