@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import tyro
 from diffusers import DiffusionPipeline
-from pydantic import ValidationError
 from tqdm import tqdm
 
 from bpgo_video.config import ConfigError, VideoConfig
@@ -27,7 +26,7 @@ from bpgo_video.data.atomic import write_json
 from bpgo_video.data.build import PromptFileError, check_prompts, read_prompts
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.data.video import VideoError, read_video, write_video
+from bpgo_video.data.video import VideoError, read_pyav, write_video
 from bpgo_video.generation_settings import DTYPES, CallSettings, GenerationError, GenerationSettings, resolve
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
@@ -95,9 +94,9 @@ def describe(settings: GenerationSettings, policy: Policy, call: CallSettings) -
     parts = [path.name for path in policy.folder.iterdir() if path.is_dir()]
     lora = settings.lora and hashlib.sha256(settings.lora.read_bytes()).hexdigest()[:16]
     return {
-        "policy": fingerprint(policy.folder, parts),
-        "lora": lora,
-        "prompts": hashlib.sha256(settings.prompts.read_bytes()).hexdigest()[:16],
+        "policy_fingerprint": fingerprint(policy.folder, parts),
+        "lora_sha256": lora,
+        "prompts_sha256": hashlib.sha256(settings.prompts.read_bytes()).hexdigest()[:16],
         "seed": settings.seed,
         "negative_prompt": settings.negative_prompt,
         "samples_per_prompt": settings.samples_per_prompt,
@@ -151,10 +150,10 @@ def is_complete(file: Path, video: VideoConfig) -> bool:
     if not file.is_file():
         return False
     try:
-        frames, _ = read_video(file)
+        frames, _ = read_pyav(file)
     except VideoError:
         return False
-    return tuple(frames.shape) == (video.num_frames, 3, video.height, video.width)
+    return frames.shape == (video.num_frames, video.height, video.width, 3)
 
 
 def load_pipeline(folder: Path, settings: GenerationSettings) -> Any:
@@ -199,10 +198,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of pipelines/generate_video.py; 0 only when every video is there."""
     try:
         manifest = generate(tyro.cli(GenerationSettings, args=arguments))
-    except ValidationError as error:
-        problems = [f"--{'.'.join(map(str, p['loc'])).replace('_', '-')}: {p['msg']}" for p in error.errors()]
-        print("error: " + "; ".join(problems), file=sys.stderr)
-        return 1
     except (GenerationError, ConfigError, PromptFileError, OSError) as error:  # wrong input; else keep the traceback
         print(f"error: {error}", file=sys.stderr)
         return 1

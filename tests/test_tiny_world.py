@@ -22,7 +22,8 @@ def test_captions_are_read_back_and_split_in_halves():
     assert len({caption.text for caption in captions}) == len(captions)
     assert [world.Caption.parse(caption.text) for caption in captions] == captions
     train, heldout = world.captions("train"), world.captions("heldout")
-    assert not set(train) & set(heldout) and len(train) + len(heldout) == len(captions)
+    assert not set(train) & set(heldout)
+    assert len(train) + len(heldout) == len(captions)
     for split in (train, heldout):
         assert 0.4 <= sum(caption.is_clear for caption in split) / len(split) <= 0.6
     with pytest.raises(ValueError, match="purple"):
@@ -41,7 +42,8 @@ def test_oracle_accepts_every_completion_on_ground_truth(split):
     captions = world.captions(split) * 4
     scores = oracle_scores(clip(captions), [caption.text for caption in captions])
     assert scores.shape == (len(captions), world.FRAMES)
-    assert scores.mean() > 0.99 and scores.mean(dim=1).min() > 0.9
+    assert scores.mean() > 0.99
+    assert scores.mean(dim=1).min() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,8 @@ def test_oracle_refuses_one_wrong_attribute_and_says_which(attribute, part, wron
         for pair in ((shown, RED_CIRCLE_LEFT), (RED_CIRCLE_LEFT, shown)):
             parts = oracle_parts(clip([pair[0]] * 8), [pair[1].text] * 8)
             right = [scores.mean() for name, scores in parts.items() if name != part]
-            assert parts[part].max() < 0.05 and min(right) > 0.95
+            assert parts[part].max() < 0.05
+            assert min(right) > 0.95
 
 
 def test_oracle_is_near_zero_on_frames_without_a_moving_thing():
@@ -79,7 +82,7 @@ def test_oracle_is_near_zero_on_frames_without_a_moving_thing():
         for text in (RED_CIRCLE_LEFT.text, "a red object", "a shape moving left"):
             scores = oracle_scores(failure, [text])
             assert scores.isfinite().all(), name
-            assert name == "backwards" and text == "a red object" or scores.mean() < 0.25, (name, text)
+            assert (name, text) == ("backwards", "a red object") or scores.mean() < 0.25, (name, text)
 
 
 def test_an_open_attribute_is_completed_in_one_way_for_the_whole_clip():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -51,7 +51,7 @@ def merged_parameters(engine: Gatherer) -> Iterator[tuple[str, Tensor]]:
     One parameter at a time is gathered; all ranks must iterate to the end together.
     """
     module = engine.module
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+    layers: dict[str, Any] = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
     for name, parameter in module.named_parameters():
         if ".lora_" in name:
             continue
@@ -61,7 +61,8 @@ def merged_parameters(engine: Gatherer) -> Iterator[tuple[str, Tensor]]:
         with engine.gathered([parameter, *adapters]):
             value = parameter.detach()
             if layer is not None:
-                value = add_adapter_in(value, *(adapter.detach() for adapter in adapters), layer.scaling[ADAPTER])
+                down, up = (adapter.detach() for adapter in adapters)
+                value = add_adapter_in(value, down, up, layer.scaling[ADAPTER])
             yield name.replace(".base_layer.", "."), value
 
 
@@ -86,10 +87,10 @@ def merged_tensors(
     unused = set(adapters)
     for name, weight in base:
         layer = name.removesuffix(".weight")
-        halves = [f"{layer}.lora_{half}.{ADAPTER}.weight" for half in "AB"]
-        if unused.issuperset(halves):
-            unused -= set(halves)
-            weight = add_adapter_in(weight, *(adapters[half] for half in halves), lora.alpha / lora.rank)
+        down, up = (f"{layer}.lora_{half}.{ADAPTER}.weight" for half in "AB")
+        if unused.issuperset((down, up)):
+            unused -= {down, up}
+            weight = add_adapter_in(weight, adapters[down], adapters[up], lora.alpha / lora.rank)
         yield name, weight
     if unused:
         raise ValueError(f"adapters {sorted(unused)[:3]} fit no layer of the base model; is it the one of this run?")

@@ -3,11 +3,11 @@
 A frame's score is colour x shape x motion, each in [0, 1]:
 
     colour   share of the foreground that has the hue of an allowed palette colour
-    shape    soft intersection over union with an allowed shape's template, drawn at the frame's own centroid and area
+    shape    soft intersection over union with an allowed shape's template at the frame's own centroid and area
     motion   steps of the centroid to the neighbouring frames, along an allowed direction
 
-An attribute that the caption leaves open may be completed in any way, but in one way for the whole clip: of the allowed
-values the one with the best mean over frames counts.
+An attribute that the caption leaves open may be completed in any way, but in one way for the whole clip: of the
+allowed values the one with the best mean over frames counts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Rule:
     hue_cosine: float = 0.9  # between a pixel's and a palette colour's difference from the background
     small: tuple[float, float] = (4.0, 5.5)  # radius in pixels of the circle with the mask's area
     large: tuple[float, float] = (15.0, 12.5)
-    overlap: tuple[float, float] = (0.85, 0.91)  # soft IoU: the wrong shape of equal area stays below the first
+    overlap: tuple[float, float] = (0.85, 0.91)  # soft IoU: a wrong shape of equal area stays below .85
     lead: tuple[float, float] = (0.0, 0.03)  # soft IoU over the next best shape: a blend of two is neither
     speed: tuple[float, float] = (0.4, 1.1)  # pixels a frame along the direction
     leap: tuple[float, float] = (5.5, 3.5)
@@ -48,20 +48,24 @@ def ramp(value: Tensor, ends: tuple[float, float]) -> Tensor:
     return ((value - ends[0]) / (ends[1] - ends[0])).clamp(0, 1)
 
 
-def allowed_values(texts: Sequence[str], attribute: str, names: Sequence[str]) -> Bool[Tensor, "samples values"]:
+def allowed_values(
+    texts: Sequence[str], attribute: str, names: Sequence[str]
+) -> Bool[Tensor, "samples values"]:
     """Which values of an attribute each caption accepts: one, or all where it is left open."""
     wanted = [getattr(world.Caption.parse(text), attribute) for text in texts]
     return torch.tensor([[value is None or value == name for name in names] for value in wanted])
 
 
-def best_allowed(scores: Float[Tensor, "samples values frames"], allowed: Bool[Tensor, "samples values"]) -> Scores:
+def best_allowed(
+    scores: Float[Tensor, "samples values frames"], allowed: Bool[Tensor, "samples values"]
+) -> Scores:
     """The scores under the one allowed value that fits the whole clip best."""
     means = scores.mean(dim=-1).masked_fill(~allowed.to(scores.device), -1.0)
     return scores[torch.arange(len(scores), device=scores.device), means.argmax(dim=1)]
 
 
 def segment(videos: Videos) -> tuple[Tensor, Tensor]:
-    """The moving thing's mask [samples, frames, H, W], and the palette index [same] of each pixel's hue, -1 if none."""
+    """The thing's mask [samples, frames, H, W], and each pixel's hue as a palette index [same], -1 if none."""
     palette = torch.tensor(list(world.COLOURS.values()), device=videos.device) - world.BACKGROUND
     lengths = palette.norm(dim=1)
     r, g, b = (videos.float() - world.BACKGROUND).unbind(dim=2)
@@ -128,7 +132,7 @@ def oracle_parts(videos: Videos, texts: Sequence[str]) -> dict[str, Scores]:
         texts: one caption of the world per sample.
 
     Raises:
-        ValueError: a text is not a caption of the world, or the counts do not agree, or there is one frame only.
+        ValueError: a text is not a caption of the world, the counts do not agree, or there is one frame only.
     """
     if len(videos) != len(texts) or videos.shape[1] < 2:
         raise ValueError(f"{len(texts)} texts for videos {tuple(videos.shape)}: one each, two frames or more")
@@ -139,7 +143,8 @@ def oracle_parts(videos: Videos, texts: Sequence[str]) -> dict[str, Scores]:
         mask, hues = segment(chunk)
         centres, radius = locate(mask)
         present = (ramp(radius, RULE.small) * ramp(radius, RULE.large))[:, None]
-        scores = (colour_scores(mask, hues), shape_scores(shape_overlaps(mask, centres, radius)), motion_scores(centres))
+        overlaps = shape_overlaps(mask, centres, radius)
+        scores = (colour_scores(mask, hues), shape_scores(overlaps), motion_scores(centres))
         chunks.append([score * present for score in scores])
     joined = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
     return {

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffusers import WanTransformer3DModel
 
 from tests.recipes import ROOT, make_shards
 
@@ -52,6 +53,13 @@ def run_ranks(world_size: int, arguments: list[str], timeout: float = 600) -> No
         assert rank.returncode == 0, output[-6000:]
 
 
+def large_transformer(folder: Path) -> Path:
+    """A Wan transformer of 200 MB, large beside everything else that a rank holds."""
+    size = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "num_layers": 10, "text_dim": 64}
+    WanTransformer3DModel(**size, in_channels=8, out_channels=8, freq_dim=64).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("prompts") / "shards")
@@ -61,7 +69,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def worlds(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, Path]:
     """Folder of results by world size."""
     folders = {}
+    memory = f"memory=sharded_memory:{large_transformer(tmp_path_factory.mktemp('large'))}"
     for world_size, cases in WORLD_CASES.items():
         folders[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
-        run_ranks(world_size, [str(shards), str(folders[world_size]), *cases])
+        first = [memory] if world_size == 2 else []
+        run_ranks(world_size, [str(shards), str(folders[world_size]), *first, *cases])
     return folders

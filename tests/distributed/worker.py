@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from bpgo_video import engine
 from bpgo_video.config import Config, LoraConfig
@@ -53,6 +54,28 @@ def smoke(shards: Path, run_dir: Path, stage: str) -> Config:
     return with_stage(without_evaluation(small_recipe(run_dir, shards, run={"num_steps": 2})), stage)
 
 
+def sharded_memory(folder: Path) -> dict[str, float]:
+    """Megabytes that building a model under ZeRO-3 adds at its peak and at its end, and that the whole model has."""
+    engine.start_ranks()
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident_megabytes("VmRSS")
+    ds_config = engine.read_ds_config("ds_configs/zero3.json")
+    model = engine.build_sharded(ds_config, WanTransformer3DModel, folder, torch.float32)
+    whole = max(parameter.numel() for parameter in model.parameters())
+    return {
+        "whole": size,
+        "peak": resident_megabytes("VmHWM") - before,
+        "end": resident_megabytes("VmRSS") - before,
+        "largest_parameter_in_memory": whole,
+    }
+
+
+def resident_megabytes(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
+
+
 def with_stage(config: Config, stage: str) -> Config:
     return replace(config, deepspeed=f"ds_configs/{stage}.json")
 
@@ -67,6 +90,10 @@ def main() -> None:
     for case in cases:
         folder, _, call = case.partition("=")
         name, *arguments = call.split(":")
+        if name == "sharded_memory":
+            found = sharded_memory(Path(arguments[0]))
+            (Path(output) / f"{folder}.rank{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+            continue
         config = CASES[name](Path(shards), Path(output) / folder, *arguments)
         summary = train(config)
         if torch.distributed.get_rank() == 0:

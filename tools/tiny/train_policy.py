@@ -50,7 +50,9 @@ def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
     """Wan2.1's parts at about one million parameters; eight heads, so that ranks can share them."""
     tokenizer = build_tokenizer()
     encoder = UMT5EncoderModel(
-        UMT5Config(vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=1, num_heads=4, dropout_rate=0)
+        UMT5Config(
+            vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=1, num_heads=4, dropout_rate=0.0
+        )
     )
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -124,7 +126,9 @@ def flow_loss(pipeline: WanPipeline, data: Tensor, texts: Sequence[str], generat
 
 
 @torch.no_grad()
-def sample_heldout(policy: WanPolicy, samples: int, guidance_scale: float, num_steps: int = 8) -> tuple[Tensor, list[str]]:
+def sample_heldout(
+    policy: WanPolicy, samples: int, guidance_scale: float, num_steps: int = 8
+) -> tuple[Tensor, list[str]]:
     """Videos of every held-out caption by Euler's method; the same noise at every call."""
     texts = [caption.text for caption in world.captions("heldout") for _ in range(samples)]
     generator = torch.Generator().manual_seed(11)
@@ -175,19 +179,23 @@ def train(pipeline: WanPipeline, args: argparse.Namespace) -> None:
         progress.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
         if (step + 1) % args.save_every == 0:
             pipeline.save_pretrained(args.output)
-            progress.write(f"step {step + 1}: {heldout_score(args.output, 4, args.guidance_scale)}")
+            scores = heldout_score(args.output, 8, args.guidance_scale)
+            progress.write(f"step {step + 1}: {scores}")
+            if scores["oracle"] >= args.stop_at:
+                break
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=6000, help="length of the learning-rate schedule")
+    parser.add_argument("--stop-at", type=float, default=0.52, help="held-out oracle score at which training stops")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--clips", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--guidance-scale", type=float, default=2.0)
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,0 +1,52 @@
+# make demo      post-train the embedded video policy with BPGO on two CPU ranks, and write runs/demo/report.html
+# make test      the suite, at most 15 minutes on two cores;  make test-all adds launches, kills and long runs
+# make lint      ruff and mypy
+
+PYTHON ?= python3.11
+RANKS ?= 2
+SEED ?= 0
+DEMO_DIR ?= runs/demo
+PROMPTS := runs/demo-prompts
+RECIPE := pipelines/configs/tiny_wan_bpgo.yaml
+BIN := .venv/bin
+LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
+
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-all lint clean install
+
+install: .venv/installed
+
+# torch first: where an index offers several builds, the exact version keeps pip from taking another.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install $(PROMPTS)/priors/motion.json
+	$(LAUNCH) pipelines/train_video.py --config $(RECIPE) --run.dir $(DEMO_DIR) --run.seed $(SEED) --run.resume auto
+
+$(PROMPTS)/index.json: | install
+	rm -rf $(PROMPTS)
+	$(BIN)/python tools/make_prompt_shards.py build --input bpgo_video/tiny/prompts.jsonl --output $(PROMPTS) \
+		--policy package:bpgo_video.tiny/weights/wan --max-sequence-length 16
+
+$(PROMPTS)/priors/motion.json: $(PROMPTS)/index.json
+	$(LAUNCH) tools/estimate_priors.py --config $(RECIPE)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: install
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,76 @@
+"""What happens under the launcher itself: the two commands, a NaN on one rank, a mistake in the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bpgo_video.config import Config
+from bpgo_video.config_io import to_yaml
+from bpgo_video.metrics import read_metrics
+from tests.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
+
+pytestmark = pytest.mark.slow
+
+
+def launch(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`deepspeed --num_accelerators 2`, from the clone."""
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def recipe_file(config: Config, path: Path) -> str:
+    path.write_text(to_yaml(config))
+    return str(path)
+
+
+def test_a_nan_on_one_rank_stops_all_and_loses_nothing(tmp_path: Path, shards: Path) -> None:
+    config = small_recipe(tmp_path / "run", shards, run={"num_steps": 5})
+    config = without_evaluation(rewarded_by(config, "tests.distributed.toy_rewards:NanOnSecondRank"))
+    started = time.monotonic()
+    result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert "reward 'only' scored nan for sample 3 of prompt" in output
+    assert time.monotonic() - started < 120
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-000002"
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+
+
+def test_priors_then_training_from_the_command_line(tmp_path: Path, shards: Path) -> None:
+    config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 2}, run={"num_steps": 2})
+    recipe = recipe_file(without_evaluation(config), tmp_path / "recipe.yaml")
+    first = launch("pipelines/train_video.py", "--config", recipe)
+    assert first.returncode != 0
+    assert "tools/estimate_priors.py" in first.stderr
+    assert not (tmp_path / "run").exists(), "nothing is written before the input is known to be good"
+    measured = launch("tools/estimate_priors.py", "--config", recipe)
+    assert measured.returncode == 0, measured.stderr[-3000:]
+    assert {path.stem for path in (shards / "priors").glob("*.json")} == set(config.rewards)
+    trained = launch("pipelines/train_video.py", "--config", recipe)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    for name in ("metrics.jsonl", "config.yaml", "summary.json", "report.html", "checkpoints", "export"):
+        assert (tmp_path / "run" / name).exists(), name
+    again = launch("pipelines/train_video.py", "--config", recipe)
+    assert again.returncode != 0
+    assert "--run.resume auto" in again.stderr
+
+
+def test_plain_python_is_one_rank(tmp_path: Path, shards: Path) -> None:
+    config = without_evaluation(small_recipe(tmp_path / "run", shards))
+    command = [sys.executable, "pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml")]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "run" / "summary.json").exists()

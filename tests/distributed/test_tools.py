@@ -1,0 +1,53 @@
+"""What the tools make of real runs: checkpoints convert to the run's own export, and score as the run said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bpgo_video.config_io import read_yaml
+from bpgo_video.conversion import convert_to_diffusers, find_source
+from bpgo_video.heldout_evaluation import asked, evaluate_folder
+from bpgo_video.metrics import read_metrics
+from bpgo_video.parallel.mesh import Mesh
+from tests.distributed.conftest import STAGES
+
+WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
+RUNS = [f"ratio-{stage}-{adapters}" for stage in STAGES for adapters in ("full", "lora")]
+
+
+@pytest.mark.parametrize("name", [*RUNS, "smoke-offload", "smoke-bf16"])
+def test_a_checkpoint_converts_to_the_export_bit_for_bit(worlds: dict[int, Path], tmp_path: Path, name: str) -> None:
+    run_dir = worlds[2] / name
+    dtype = torch.bfloat16 if name == "smoke-bf16" else torch.float32
+    output = convert_to_diffusers(find_source(run_dir), tmp_path / "out", dtype, verify=True)
+    expected, found = load_file(run_dir / "export" / WEIGHTS), load_file(output / WEIGHTS)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype
+        assert torch.equal(found[key], tensor), key
+
+
+def test_an_earlier_checkpoint_is_not_the_newest(worlds: dict[int, Path], tmp_path: Path) -> None:
+    checkpoints = worlds[2] / "whole" / "checkpoints"
+    early = convert_to_diffusers(find_source(checkpoints / "step-000002"), tmp_path / "early")
+    late = convert_to_diffusers(find_source(checkpoints.parent), tmp_path / "late")
+    exported = load_file(worlds[2] / "whole" / "export" / WEIGHTS)
+    assert all(torch.equal(tensor, exported[key]) for key, tensor in load_file(late / WEIGHTS).items())
+    assert not all(torch.equal(tensor, exported[key]) for key, tensor in load_file(early / WEIGHTS).items())
+
+
+def test_the_export_scores_what_the_run_reported(worlds: dict[int, Path]) -> None:
+    run_dir = worlds[2] / "whole"
+    config = asked(read_yaml(run_dir / "config.yaml"), policy=str(run_dir / "export"))
+    config = replace(config, evaluation=replace(config.evaluation, videos=0))
+    mesh = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
+    found = evaluate_folder(config, mesh).scores.metrics()
+    reported = read_metrics(run_dir / "metrics.jsonl")[-1]
+    assert found, "the recipe must have held-out rewards"
+    for name, value in found.items():
+        assert value == pytest.approx(reported[name], abs=1e-5)

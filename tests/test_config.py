@@ -1,0 +1,96 @@
+"""A configuration is read strictly, and its errors say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bpgo_video.config import ConfigError, check_world
+from bpgo_video.config_io import config_from_dict, load_config, read_yaml, to_yaml
+from bpgo_video.engine import read_ds_config
+from tests.recipes import RECIPE, ROOT
+
+
+def tree() -> dict:
+    return yaml.safe_load(RECIPE.read_text())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_read_and_survives_a_round_trip(path: Path) -> None:
+    config = read_yaml(path)
+    assert config_from_dict(yaml.safe_load(to_yaml(config))) == config
+    read_ds_config(str(ROOT / config.deepspeed))
+
+
+def test_flags_go_over_the_file() -> None:
+    flags = ["--config", str(RECIPE), "--run.num-steps", "3", "--run.seed", "7", "--local_rank=1"]
+    config = load_config([*flags, "--rewards.motion.weight", "0.25", "--policy.lora.rank", "8"])
+    assert (config.run.num_steps, config.run.seed, config.policy.lora.rank) == (3, 7, 8)
+    assert config.rewards["motion"].weight == 0.25
+    assert config.video == read_yaml(RECIPE).video
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("run", "num_stepps", 3, "run.num_stepps: unknown key; perhaps you meant 'num_steps'"),
+        ("rollout", "group_size", 1, "rollout.group_size: Input should be greater than or equal to 2 (given: 1)"),
+        ("sampler", "name", "euler", "sampler.name"),
+        ("bpgo", "alpha", 1.5, "bpgo.alpha"),
+        ("policy", "lora", {"rnak": 4}, "perhaps you meant 'rank'"),
+    ],
+)
+def test_a_bad_key_or_value_is_named(section: str, key: str, value: object, message: str) -> None:
+    broken = tree()
+    broken.setdefault(section, {})[key] = value
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(broken)
+    assert message in str(error.value)
+
+
+def test_a_misspelt_reward_key_gets_the_nearest_name() -> None:
+    broken = tree()
+    broken["rewards"]["motion"]["wieght"] = 1.0
+    with pytest.raises(ConfigError, match=r"rewards\.motion\.wieght: unknown key; perhaps you meant 'weight'"):
+        config_from_dict(broken)
+
+
+def test_a_reward_cannot_be_trained_on_and_held_out() -> None:
+    broken = tree()
+    broken["evaluation"]["rewards"]["motion"] = broken["rewards"]["motion"]
+    with pytest.raises(ConfigError, match=r"motion.*two names"):
+        config_from_dict(broken)
+
+
+def test_bpgo_without_an_anchor_is_refused() -> None:
+    broken = tree() | {"prior": {"kind": "none"}}
+    with pytest.raises(ConfigError, match="alpha = zeta = 0"):
+        config_from_dict(broken)
+    assert config_from_dict(broken | {"bpgo": {"alpha": 0.0, "zeta": 0.0}}).algorithm == "grpo"
+
+
+def test_a_world_that_does_not_divide_is_named_with_a_way_out() -> None:
+    config = read_yaml(RECIPE)
+    check_world(config, 2)
+    with pytest.raises(ConfigError, match="do not divide into 3 ranks"):
+        check_world(config, 3)
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler"])
+def test_what_the_yaml_owns_is_refused_in_the_deepspeed_json(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(f'{{"{key}": 1}}')
+    with pytest.raises(ConfigError, match=key):
+        read_ds_config(str(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_deepspeed_json_is_accepted(path: Path) -> None:
+    assert read_ds_config(str(path))["zero_optimization"]["stage"] in (1, 2, 3)
+
+
+def test_a_missing_config_file_points_to_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="pipelines/configs"):
+        load_config(["--config", "nowhere.yaml"])

@@ -1,0 +1,104 @@
+"""The denoising loop: it is diffusers' own with the ODE, and its draws depend on their keys alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+from bpgo_video.config import Config
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy
+from bpgo_video.randomness import keyed_noise
+from bpgo_video.rollout import Denoiser, sample_chunks, training_denoiser
+from bpgo_video.types import PromptBatch
+
+TEXTS = ("a red circle moving left", "a blue object")
+CPU = torch.device("cpu")
+
+
+def batch(policy: Policy, texts: tuple[str, ...] = TEXTS) -> PromptBatch:
+    return PromptBatch(torch.arange(10, 10 + len(texts)), texts, policy.encode(texts))
+
+
+def euler(policy: Policy, num_steps: int, guidance_scale: float) -> Denoiser:
+    sigmas = policy.sigmas(num_steps)
+    return Denoiser(policy, sigmas, (), "ode", 0.0, guidance_scale, torch.float32)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_ode_rollout_is_the_pipelines_own_loop(policy: Policy, recipe: Config, guidance_scale: float) -> None:
+    latents = keyed_noise(policy.latent_shape(recipe.video), [("noise", i) for i in range(4)], CPU)
+    texts = [TEXTS[0]] * 4
+    path, log_probs = euler(policy, 6, guidance_scale).denoise(
+        latents, policy.encode(texts), policy.encode([""]), lambda _: pytest.fail("the ODE draws no noise")
+    )
+    pipeline = WanPipeline.from_pretrained(policy.folder)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 6, "max_sequence_length": 16}
+    expected = pipeline(
+        texts, negative_prompt="", latents=latents, guidance_scale=guidance_scale, output_type="latent", **settings
+    ).frames
+    torch.testing.assert_close(path[:, -1], expected, rtol=0, atol=1e-5)
+    pixels = pipeline(texts, negative_prompt="", latents=latents, guidance_scale=guidance_scale, output_type="pt",
+                      **settings).frames  # fmt: skip
+    torch.testing.assert_close(policy.decode(path[:, -1]), pixels, rtol=0, atol=1e-4)
+    assert log_probs.isnan().all()
+
+
+def test_trained_steps_are_stochastic_and_the_last_step_is_not(policy: Policy, recipe: Config) -> None:
+    denoiser = training_denoiser(policy, recipe, step=3)
+    chunk = next(sample(denoiser, policy, recipe, Mesh(0, 1, CPU), micro_batch_size=4))
+    trained = set(denoiser.trained_steps)
+    assert trained
+    assert recipe.sampler.num_steps - 1 not in trained
+    finite = chunk.trajectory.log_probs.isfinite().all(dim=0)
+    assert set(finite.nonzero().flatten().tolist()) == trained
+
+
+def sample(denoiser: Denoiser, policy: Policy, recipe: Config, mesh: Mesh, micro_batch_size: int):
+    prompts = batch(policy)
+    return sample_chunks(
+        denoiser,
+        prompts,
+        policy.encode([""]),
+        mesh,
+        group_size=4,
+        micro_batch_size=micro_batch_size,
+        latent_shape=policy.latent_shape(recipe.video),
+        key=(0, "rollout", 3),
+    )
+
+
+def test_samples_do_not_depend_on_how_they_are_spread_over_ranks(policy: Policy, recipe: Config) -> None:
+    denoiser = training_denoiser(policy, recipe, step=3)
+    alone = list(sample(denoiser, policy, recipe, Mesh(0, 1, CPU), 4))
+    spread = [next(sample(denoiser, policy, recipe, Mesh(rank, 2, CPU), 4)) for rank in (0, 1)]
+    for one, other in zip(alone, spread, strict=True):
+        assert torch.equal(one.trajectory.latents, other.trajectory.latents)
+        assert torch.equal(one.trajectory.prompt_rows, other.trajectory.prompt_rows)
+    assert not torch.equal(alone[0].trajectory.latents[:, 0], alone[1].trajectory.latents[:, 0])
+
+
+def test_uneven_totals_give_every_rank_equally_many_micro_batches() -> None:
+    shares = [Mesh(rank, 3, CPU).share(10, 2) for rank in range(3)]
+    assert [len(share) for share in shares] == [2, 2, 2]
+    assert all(len(items) == 2 for share in shares for items in share)
+    flat = [item for share in shares for items in share for item in items]
+    assert flat[:10] == list(range(10))
+    assert set(flat[10:]) == {9}
+
+
+def test_stored_latents_are_rounded_before_their_log_prob(policy: Policy, recipe: Config) -> None:
+    rounded = replace(training_denoiser(policy, recipe, step=0), latents_dtype=torch.bfloat16)
+    chunk = next(sample(rounded, policy, recipe, Mesh(0, 1, CPU), 4))
+    path, index = chunk.trajectory.latents, rounded.trained_steps[0]
+    assert path.dtype == torch.bfloat16
+    prompts = batch(policy)
+    conditioning = {name: value[chunk.trajectory.prompt_rows] for name, value in prompts.conditioning.items()}
+    with torch.no_grad():
+        transition = rounded.transition(path[:, index], index, conditioning, policy.encode([""]))
+    assert torch.equal(transition.log_prob(path[:, index + 1]), chunk.trajectory.log_probs[:, index])

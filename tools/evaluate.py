@@ -1,0 +1,79 @@
+"""Measure a policy.
+
+    python tools/evaluate.py heldout --config RECIPE.yaml --policy runs/demo/export --output scores.json
+    deepspeed --num_accelerators 8 tools/evaluate.py heldout --config RECIPE.yaml
+
+heldout scores a policy folder on the recipe's held-out prompts with its `evaluation.rewards`: the same function,
+prompts and noise as the evaluations within a training run. The standard error is over samples, the prompts being fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def heldout(args: argparse.Namespace) -> None:
+    """Rewards and models are loaded only once the command line is known to be good."""
+    from bpgo_video import engine
+    from bpgo_video.config_io import read_yaml
+    from bpgo_video.data.atomic import write_json
+    from bpgo_video.heldout_evaluation import as_json, as_table, asked, evaluate_folder
+
+    config = asked(
+        read_yaml(args.config),
+        policy=args.policy,
+        split=args.split,
+        samples_per_prompt=args.samples_per_prompt,
+        seed=args.seed,
+    )
+    mesh = engine.start_ranks()
+    evaluation = evaluate_folder(config, mesh)
+    if mesh.is_main:
+        print(as_table(evaluation))
+        if args.output is not None:
+            write_json(args.output, as_json(evaluation))
+            print(args.output)
+    mesh.barrier()
+    engine.stop_ranks()
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
+    commands = top.add_subparsers(dest="command", required=True)
+    add_heldout(commands.add_parser("heldout", help="score a policy folder on a recipe's held-out prompts"))
+    return top
+
+
+def add_heldout(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    add("--config", type=Path, required=True, metavar="RECIPE", help="a training recipe, or the config.yaml of a run")
+    add("--policy", metavar="FOLDER", help="diffusers pipeline, such as RUN/export (the recipe's policy.folder)")
+    add("--split", help="split of the prompts (the recipe's evaluation.split)")
+    add("--samples-per-prompt", type=positive, metavar="N", help="(the recipe's evaluation.samples_per_prompt)")
+    add("--seed", type=int, metavar="S", help="of the noise (the recipe's run.seed)")
+    add("--output", type=Path, metavar="FILE.json", help="settings, summary and every score; none is written without")
+    command.set_defaults(run=heldout)
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:  # what wrong input raises; anything else is a defect and keeps its traceback
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
