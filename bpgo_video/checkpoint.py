@@ -53,7 +53,8 @@ def save(engine: Engine, run_dir: Path, step: int, state: Mapping[str, Any], kee
         (folder / partial).rename(folder / name)
         with atomic_file(folder / LATEST) as path:
             path.write_text(name)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        others = sorted(path for path in folder.glob("step-*") if path.name != name)
+        for old in others[: max(0, len(others) + 1 - keep)]:
             shutil.rmtree(old)
     mesh.barrier()
     return folder / name

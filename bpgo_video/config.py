@@ -7,15 +7,18 @@ Every number has one home: batch, optimiser and schedule here; ZeRO, precision a
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid")
+REWARD_NAME = re.compile(r"[\w:-][\w.:-]*")
 Positive = Annotated[int, Field(ge=1)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -24,7 +27,7 @@ class RunConfig:
     """Folder that the run writes; an existing one is never overwritten."""
     num_steps: Positive = 100
     """Rollouts in the whole run; each is followed by `optim.updates_per_rollout` optimiser updates."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Every random draw is a function of this, the step, the prompt's id and the sample's index."""
     resume: Literal["never", "auto"] = "never"
     """`auto` continues from the newest complete checkpoint in `dir`, or starts where there is none."""
@@ -81,6 +84,12 @@ class SamplerConfig:
     """Which steps are stochastic and trained: all but the last, or a random fraction of these in each rollout."""
     train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
+    @property
+    def trained_count(self) -> int:
+        """How many steps of a rollout are trained; the last one never is."""
+        share = self.train_fraction if self.train_steps == "random" else 1.0
+        return max(1, round(share * (self.num_steps - 1)))
+
 
 @dataclass(frozen=True, config=STRICT)
 class RolloutConfig:
@@ -95,8 +104,8 @@ class RolloutConfig:
 @dataclass(frozen=True, config=STRICT)
 class RewardConfig:
     model: str
-    """A name of `bpgo_video.rewards.REWARDS`, or a dotted path `my_pkg.rewards:MyReward`."""
-    weight: float = 1.0
+    """A name of `bpgo_video.rewards.base.REWARDS`, or a dotted path `my_pkg.rewards:MyReward`."""
+    weight: NonNegative = 1.0
     """Share of the combined advantage."""
     aggregate: Literal["mean", "min"] = "mean"
     """How the scores of a video's frames become the video's score."""
@@ -124,8 +133,8 @@ class BPGOConfig:
     """`paper`: Eq 2 and Eq 4; `released`: what the authors' code computes."""
     standardise: bool = True
     """Take rewards as (R - R_prior)/s_ref; false gives the verbatim equations (`paper` form)."""
-    alpha: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """Width of the trust weight w in (1 - alpha, 1 + alpha)."""
+    alpha: Unit = 0.5
+    """Width of the trust weight w in (1 - alpha, 1 + alpha); below 1, or 1 in the released form."""
     k: Annotated[float, Field(gt=0.0)] = 1.0
     """Steepness of the trust weight."""
     contrast: NonNegative = 1.0
@@ -140,7 +149,7 @@ class BPGOConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LossConfig:
-    clip_range: tuple[NonNegative, NonNegative] = (1e-3, 1e-3)
+    clip_range: tuple[BelowOne, NonNegative] = (1e-3, 1e-3)
     """The ratio is clipped to [1 - low, 1 + high]; log-probs are means over latent dimensions, so this is small."""
     advantage_clip: Annotated[float, Field(gt=0.0)] = 5.0
     """Advantages are clipped to this magnitude, after the trust weight."""
@@ -228,8 +237,22 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: states the values, the rule and the way out.
     """
-    if not config.rewards:
-        raise ConfigError("rewards is empty; a policy is trained on at least one reward model")
+    if not any(reward.weight > 0 for reward in config.rewards.values()):
+        raise ConfigError("a policy is trained on at least one reward of weight above 0; rewards has none")
+    for name in (*config.rewards, *config.evaluation.rewards):
+        if not REWARD_NAME.fullmatch(name):
+            raise ConfigError(f"reward name {name!r} must consist of letters, digits and any of . : _ -")
+    if config.bpgo.alpha == 1 and config.bpgo.form == "paper":
+        raise ConfigError("bpgo.alpha is 1, which only the released form takes; set it below 1")
+    if config.sampler.name == "cps" and config.sampler.eta > 1:
+        raise ConfigError(f"sampler.eta is {config.sampler.eta}; cps takes values up to 1")
+    trained = config.sampler.trained_count
+    if config.optim.updates_per_rollout > trained:
+        raise ConfigError(
+            f"optim.updates_per_rollout is {config.optim.updates_per_rollout}, but {trained} of "
+            f"{config.sampler.num_steps} denoising steps are trained and each update needs one of its own; lower it to "
+            f"{trained}, or train more steps"
+        )
     if config.prior.kind == "none" and config.algorithm != "grpo":
         raise ConfigError(
             f"prior.kind is 'none' with bpgo.alpha = {config.bpgo.alpha}, bpgo.zeta = {config.bpgo.zeta}: BPGO needs "

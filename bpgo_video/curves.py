@@ -135,9 +135,7 @@ def seconds(axes: Axes, records: Records, summary: Summary) -> str | None:
     steps, total = series(records, "seconds")
     if not total:
         return None
-    parts = [
-        part for part in ("rollout", "reward", "update") if series(records, f"seconds/{part}")[0] == steps
-    ]
+    parts = [part for part in ("rollout", "reward", "update") if series(records, f"seconds/{part}")[0] == steps]
     if parts:
         stacks = [series(records, f"seconds/{part}")[1] for part in parts]
         axes.stackplot(steps, *stacks, labels=parts, colors=SERIES[: len(parts)], alpha=0.6, linewidth=0)
@@ -193,9 +191,7 @@ def draw_curve(name: str, records: Records, summary: Summary) -> Curve | None:
         axes.set_xlabel("steps")
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
-    return Curve(
-        panel.title, panel.caption, inline_svg(file.getvalue(), name, alt=f"{panel.title}: {alt}"), alt
-    )
+    return Curve(panel.title, panel.caption, inline_svg(file.getvalue(), name, alt=f"{panel.title}: {alt}"), alt)
 
 
 def inline_svg(document: str, prefix: str, alt: str) -> str:

@@ -52,6 +52,8 @@ def read_ds_config(path: str) -> dict[str, Any]:
     for key, home in OWNED_BY_YAML.items():
         if key in ds_config:
             raise ConfigError(f"{path} sets {key!r}, which is set by {home} in the YAML; remove it from the JSON")
+    if zero_stage(ds_config) not in (1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(ds_config)}; it must be 1, 2 or 3")
     if ds_config.get("fp16", {}).get("enabled"):
         raise ConfigError(f"{path} enables fp16, whose range is too small for log-probs; use bf16 or fp32")
     return ds_config
@@ -191,7 +193,7 @@ class Engine:
         """One optimiser update; the gradient's norm before clipping.
 
         Raises:
-            FloatingPointError: the gradient is not finite; nothing was updated from it that could be saved.
+            FloatingPointError: the gradient is not finite; the weights in memory are spoilt, the checkpoints are not.
         """
         self.wrapped.step()
         norm = self.wrapped.get_global_grad_norm()

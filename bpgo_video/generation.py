@@ -91,7 +91,7 @@ def plan(settings: GenerationSettings) -> list[Job]:
 
 def describe(settings: GenerationSettings, policy: Policy, call: CallSettings) -> dict[str, Any]:
     """All that the videos depend on; plain JSON data."""
-    parts = [path.name for path in policy.folder.iterdir() if path.is_dir()]
+    parts = [path.name for path in policy.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     lora = settings.lora and hashlib.sha256(settings.lora.read_bytes()).hexdigest()[:16]
     return {
         "policy_fingerprint": fingerprint(policy.folder, parts),

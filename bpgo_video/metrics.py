@@ -41,9 +41,7 @@ class MalformedFile(ValueError):
     """A file of the run directory that cannot be read as what it should be; the message names it."""
 
 
-def reduce_metrics(
-    values: Mapping[str, Tensor | Number], group: dist.ProcessGroup | None = None
-) -> dict[str, float]:
+def reduce_metrics(values: Mapping[str, Tensor | Number], group: dist.ProcessGroup | None = None) -> dict[str, float]:
     """Means over the ranks of `group`, in one all_reduce; keys ending in `_max` or `_min` are extremes.
 
     Every rank must bring the same keys. Each rank fills its own row of a ranks x keys table of zeros: the sum

@@ -35,6 +35,4 @@ def resolve_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{name!r} is no local folder, and the hub did not give it either: {error}"
-        ) from error
+        raise FileNotFoundError(f"{name!r} is no local folder, and the hub did not give it either: {error}") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video import engine
-from bpgo_video.config import Config, ConfigError, check_world
+from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import load_config
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import write_priors
@@ -28,21 +28,20 @@ from bpgo_video.types import Conditioning, PromptBatch, Rewards
 PROMPTS_AT_ONCE = 64  # gathered and told together
 
 
-def pooled_scale(scores: Float[Tensor, "prompts samples"]) -> float:
+def pooled_scale(name: str, scores: Float[Tensor, "prompts samples"]) -> float:
     """s_ref = sqrt(mean_i s_i^2), s_i the standard deviation of prompt i's samples (ddof 1).
 
     Raises:
-        ValueError: all samples of every prompt earn the same, so that no deviation could be told from noise.
+        ConfigError: all samples of every prompt earn the same, so that no deviation could be told from noise.
     """
     scale = float(scores.double().var(dim=1).mean().sqrt())
     if not scale > 0:
-        raise ValueError("every prompt's samples earn the same; the reward does not see what differs between them")
+        raise ConfigError(f"reward {name!r}: every prompt's samples earn the same; it does not see what differs")
     return scale
 
 
 def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts samples"]]:
     """Scores of the starting policy by reward name, over all prompts of the training split; written by rank 0."""
-    check_world(config, mesh.world_size)
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
     suite = RewardSuite(config.rewards, mesh.device)
     dtype = engine.compute_dtype(ds_config)
@@ -65,10 +64,11 @@ def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts sam
             ids += batch.ids.tolist()
             bar.update(len(batch))
     scores = {name: torch.cat([rewards.by_name[name] for rewards in found]).cpu() for name in suite.versions}
+    scales = {name: pooled_scale(name, rows_of_scores) for name, rows_of_scores in scores.items()}
     if mesh.is_main:
         policy_hash = fingerprint(policy.folder, sorted(policy.transformers))
         for name, rows_of_scores in scores.items():
-            store(config, name, suite.versions[name], policy_hash, ids, rows_of_scores)
+            store(config, name, suite.versions[name], policy_hash, ids, rows_of_scores, scales[name])
     mesh.barrier()
     return scores
 
@@ -92,11 +92,9 @@ def score_prompts(
     return suite.gather(scored, prompts, config.prior.samples, mesh)
 
 
-def store(config: Config, name: str, version: str, policy_hash: str, ids: Sequence[int], scores: Tensor) -> None:
-    try:
-        scale = pooled_scale(scores)
-    except ValueError as error:
-        raise ConfigError(f"reward {name!r}: {error}") from None
+def store(
+    config: Config, name: str, version: str, policy_hash: str, ids: Sequence[int], scores: Tensor, scale: float
+) -> None:
     means, stds = scores.double().mean(dim=1).tolist(), scores.double().std(dim=1).tolist()
     anchors = {id_: (mean, std, scores.shape[1]) for id_, mean, std in zip(ids, means, stds, strict=True)}
     path = write_priors(config.data.shards, name, version, scale, policy_hash, anchors)

@@ -81,7 +81,7 @@ def optimise(
             losses.append({**loss.metrics, "loss": loss.value.detach()})
             if update == 0:
                 error = torch.maximum(loss.metrics["ratio_max"] - 1, 1 - loss.metrics["ratio_min"])
-                first_error = max(first_error, float(error))
+                first_error = float(torch.maximum(torch.tensor(first_error), error))  # nan stays nan
         norms.append(learner.step())
     return {**_summary(losses), "grad_norm": sum(norms) / len(norms), "ratio_error_first_update_max": first_error}
 

@@ -103,9 +103,7 @@ def write_report(run_dir: Path) -> Path:
         raise FileNotFoundError(f"{run_dir} is no run directory: it holds no {METRICS_FILE}")
     records = read_metrics(run_dir / METRICS_FILE)
     summary = {
-        key: value
-        for key, value in (_read_json(run_dir / "summary.json", Summary) or {}).items()
-        if value is not None
+        key: value for key, value in (_read_json(run_dir / "summary.json", Summary) or {}).items() if value is not None
     }
     curves = {name: curve for name in PANELS if (curve := draw_curve(name, records, summary)) is not None}
     page = _template().render(
@@ -131,9 +129,7 @@ def read_pairs(folder: Path) -> list[Pair]:
     """The samples that `samples.json` lists, with the contact sheets of the videos that are there."""
     samples = _read_json(folder / "samples.json", list[Sample]) or []
     return [
-        Pair(
-            sample, *(_sheet_of(folder / side / f"{sample['index']:03d}.mp4") for side in ("before", "after"))
-        )
+        Pair(sample, *(_sheet_of(folder / side / f"{sample['index']:03d}.mp4") for side in ("before", "after")))
         for sample in samples
     ]
 
@@ -210,9 +206,7 @@ def _markup(curve: Curve) -> Markup:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bpgo_video.report", description="Write a run's report.html."
-    )
+    parser = argparse.ArgumentParser(prog="python -m bpgo_video.report", description="Write a run's report.html.")
     parser.add_argument("run_dir", type=Path, help="the run's directory (run.dir)")
     try:
         print(write_report(parser.parse_args().run_dir))

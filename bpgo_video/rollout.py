@@ -121,6 +121,4 @@ def sample_chunks(
         conditioning = rows_of(prompts.conditioning, rows, mesh.device)
         path, log_probs = denoiser.denoise(noise_of("start"), conditioning, negative, noise_of)
         videos = denoiser.policy.decode(path[:, -1].float())
-        yield RolloutChunk(
-            Trajectory(rows, samples, path, log_probs, denoiser.sigmas, denoiser.trained_steps), videos
-        )
+        yield RolloutChunk(Trajectory(rows, samples, path, log_probs), videos)

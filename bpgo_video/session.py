@@ -11,8 +11,8 @@ import torch
 
 from bpgo_video import engine as engines
 from bpgo_video.bpgo import BPGOSettings
-from bpgo_video.config import Config, ConfigError, check_world
-from bpgo_video.data.fingerprint import encoder_stamp
+from bpgo_video.config import Config
+from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, require_priors
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
@@ -62,7 +62,6 @@ def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[
     Raises:
         ConfigError, ShardError, FileNotFoundError: state the value, the rule and the way out.
     """
-    check_world(config, mesh.world_size)
     ds_config = engines.read_ds_config(config.deepspeed)
     folder = resolve_folder(config.policy.folder)
     stamp = encoder_stamp(folder, config.policy.max_sequence_length)
@@ -116,6 +115,9 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     suite = RewardSuite(config.rewards, mesh.device)
     heldout_suite = RewardSuite(config.evaluation.rewards, mesh.device) if config.evaluation.rewards else None
     priors = load_priors(config.data.shards, suite.versions) if reads_priors(config) else {}
+    starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))
+    for prior in priors.values():
+        prior.check_policy(starting_policy)
     dtype = engines.compute_dtype(ds_config)
 
     policy = load_policy(
@@ -126,10 +128,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         device=mesh.device,
         build=partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained,
     )
-    try:
-        policy.latent_shape(config.video)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    policy.latent_shape(config.video)  # a size that the family cannot make ends the run here
     heldout = heldout_prompts(config, shards)
     if heldout is not None:
         heldout = PromptBatch(heldout.ids, heldout.texts, cast(heldout.conditioning, dtype))

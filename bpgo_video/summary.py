@@ -1,6 +1,6 @@
 """Did training help? What `summary.json` says, in the words and numbers that a run ends with.
 
-± is the standard error of the mean over held-out prompts; that of the difference is paired by prompt.
+± is the standard error over samples, the held-out prompts being fixed; that of the difference is paired by sample.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import torch
 
 from bpgo_video import checkpoint, engine
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
-from bpgo_video.config import Config, ConfigError
+from bpgo_video.checkpoint import CheckpointError
+from bpgo_video.config import Config, ConfigError, check_world
 from bpgo_video.config_io import load_config, read_yaml, to_yaml
 from bpgo_video.data.atomic import atomic_file, write_json
 from bpgo_video.data.prompt_records import ShardError
@@ -110,6 +111,7 @@ def train_step(session: Session, prompts: PromptBatch, step: int) -> dict[str, f
     config, watch = session.config, Stopwatch()
     trajectories, rewards = sample_and_score(session, prompts, step, watch)
     advantages = estimate_advantages(session, prompts, rewards)
+    learning_rate = session.engine.learning_rate
     with watch.phase("update"):
         update = optimise(
             session.engine,
@@ -128,7 +130,7 @@ def train_step(session: Session, prompts: PromptBatch, step: int) -> dict[str, f
         **{f"reward/{name}": float(scores.mean()) for name, scores in rewards.by_name.items()},
         **{name: float(value) for name, value in advantages.metrics.items()},
         **reduce_metrics(update),
-        "learning_rate": session.engine.learning_rate,
+        "learning_rate": learning_rate,
         **{f"seconds/{name}": seconds for name, seconds in watch.seconds.items()},
         "seconds": watch.total,
     }
@@ -175,11 +177,13 @@ def open_run_dir(config: Config, mesh: Mesh) -> str | None:
 
 
 def check_same_run(saved: Config, config: Config) -> None:
-    """A resumed run may change how long it runs and what it reports, nothing that it computes."""
-    free = ("wandb", "evaluation")
-    changed = [name for name in vars(config) if name not in (*free, "run") and vars(saved)[name] != vars(config)[name]]
+    """A resumed run may change how long it runs and how often it saves, nothing that it computes."""
+    free = ("wandb", "run")
+    changed = [name for name in vars(config) if name not in free and vars(saved)[name] != vars(config)[name]]
     if saved.run.seed != config.run.seed:
         changed.append("run.seed")
+    if config.optim.schedule != "constant" and saved.run.num_steps != config.run.num_steps:
+        changed.append(f"run.num_steps (where the {config.optim.schedule} schedule ends)")
     if changed:
         raise ConfigError(
             f"run.dir {config.run.dir!r} was started with other {', '.join(changed)} settings (see its config.yaml); "
@@ -195,6 +199,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     started = time.perf_counter()
     mesh = engine.start_ranks()
+    check_world(config, mesh.world_size)
     run_dir = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
     check_run_dir(config)
@@ -205,13 +210,14 @@ def train(config: Config) -> dict[str, Any]:
     if resume_from is not None:
         state = checkpoint.load(session.engine, run_dir, resume_from, mesh)
         progress = Progress(**state["progress"])
+        started -= progress.seconds["total"]
     elif session.heldout_suite is not None:
         before = evaluate_heldout(session, run_dir / "samples" / "before")
         progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()} if before else None
         progress.videos_generated += _heldout_videos(session)
-    after = run_steps(session, progress, run_dir)
+    after = run_steps(session, progress, run_dir, started)
     export_pipeline(session.engine, session.policy, TRAINED, run_dir / "export", mesh)
-    progress.seconds["total"] += time.perf_counter() - started
+    progress.seconds["total"] = time.perf_counter() - started
     summary = summarise(session, progress, after)
     if mesh.is_main:
         write_results(run_dir, summary, session, progress, after)
@@ -219,8 +225,12 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
-def run_steps(session: Session, progress: Progress, run_dir: Path) -> HeldoutScores | None:
-    """The loop, from where `progress` stands to the end; the last held-out scores."""
+def run_steps(session: Session, progress: Progress, run_dir: Path, started: float) -> HeldoutScores | None:
+    """The loop, from where `progress` stands to the end; the last held-out scores.
+
+    Args:
+        started: when the run began, on the clock of time.perf_counter, earlier launches counted in.
+    """
     config, mesh = session.config, session.mesh
     stream = session.prompts.shards.stream(
         config.data.split,
@@ -244,8 +254,11 @@ def run_steps(session: Session, progress: Progress, run_dir: Path) -> HeldoutSco
                 if after is not None:
                     record |= after.metrics()
                     progress.videos_generated += _heldout_videos(session)
+                    if last:
+                        log.media(step, "heldout", shown_videos(session, run_dir / "samples" / "after"))
             log.log(step, record)
             if last or (step + 1) % config.run.save_every == 0:
+                progress.seconds["total"] = time.perf_counter() - started
                 state = {"progress": vars(progress)}
                 checkpoint.save(session.engine, run_dir, step + 1, state, config.run.keep_checkpoints, mesh)
     return after or (evaluate_heldout(session, run_dir / "samples" / "after"))
@@ -260,6 +273,16 @@ def advance(progress: Progress, record: dict[str, float], position: int, session
     progress.max_ratio_error_first_update = max(progress.max_ratio_error_first_update, error)
     for name in PHASES:
         progress.seconds[name] += record[f"seconds/{name}"]
+
+
+def shown_videos(session: Session, folder: Path) -> list[tuple[Path, str]]:
+    """The held-out videos that are shown, each with its prompt."""
+    heldout, config = session.prompts.heldout, session.config.evaluation
+    if heldout is None:
+        return []
+    rows = shown_rows(len(heldout), config.samples_per_prompt, config.videos)
+    texts = [heldout.texts[row // config.samples_per_prompt] for row in rows]
+    return [(folder / f"{index:03d}.mp4", text) for index, text in enumerate(texts)]
 
 
 def _heldout_videos(session: Session) -> int:
@@ -329,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(argv, description="Post-train a video diffusion policy with BPGO under DeepSpeed.")
     try:
         train(config)
-    except (ConfigError, ShardError, FileNotFoundError) as error:
+    except (ConfigError, ShardError, CheckpointError, FileNotFoundError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

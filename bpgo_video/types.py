@@ -1,13 +1,13 @@
 """What flows between the parts? Frozen dataclasses, and the one legend of their axes.
 
-    prompts   prompts of one training step, the same list on every rank
-    group     samples of one prompt
-    samples   rows of one chunk: (prompt, sample) pairs in prompt-major order
-    steps     denoising transitions of a trajectory
-    points    noise levels that it visits: one more than steps
-    channels, latent_frames, latent_height, latent_width: a video in the policy's latent space
-    frames, height, width: a video in pixels, (samples, frames, 3, height, width) in [0, 1]
-    tokens, dim: text embeddings
+prompts   prompts of one training step, the same list on every rank
+group     samples of one prompt
+samples   rows of one chunk: (prompt, sample) pairs in prompt-major order
+steps     denoising transitions of a trajectory
+points    noise levels that it visits: one more than steps
+channels, latent_frames, latent_height, latent_width: a video in the policy's latent space
+frames, height, width: a video in pixels, (samples, frames, 3, height, width) in [0, 1]
+tokens, dim: text embeddings
 """
 
 from __future__ import annotations
@@ -66,16 +66,12 @@ class Trajectory:
         sample_index: position of each sample within its group.
         latents: the path from noise to data, stored in the sampler's declared dtype.
         log_probs: of each transition, mean over latent dimensions, fp32; nan where the transition was deterministic.
-        sigmas: the noise levels visited, from 1 (or just under) down to 0.
-        trained_steps: indices of the stochastic transitions that the loss is taken over.
     """
 
     prompt_rows: Int[Tensor, "samples"]
     sample_index: Int[Tensor, "samples"]
     latents: Float[Tensor, "samples points channels latent_frames latent_height latent_width"]
     log_probs: Float[Tensor, "samples steps"]
-    sigmas: Float[Tensor, "points"]
-    trained_steps: tuple[int, ...]
 
     def __len__(self) -> int:
         return self.latents.shape[0]

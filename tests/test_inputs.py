@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bpgo_video import session
-from bpgo_video.config import Config, ConfigError
+from bpgo_video.config import Config, ConfigError, check_world
 from bpgo_video.config_io import to_yaml
 from bpgo_video.data.prior_files import PriorError, write_priors
 from bpgo_video.data.prompt_records import ShardError
@@ -87,7 +87,7 @@ def test_shards_of_another_text_encoder_are_refused(config: Config) -> None:
 
 def test_a_world_that_does_not_divide_is_refused(config: Config) -> None:
     with pytest.raises(ConfigError, match="3 ranks"):
-        session.check_inputs(config, Mesh(0, 3, torch.device("cpu")))
+        check_world(config, 3)
 
 
 def test_an_existing_run_is_never_overwritten(config: Config) -> None:

@@ -48,9 +48,7 @@ def test_resume_leaves_the_lines_before_its_step_untouched_and_makes_the_others_
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("nan"))])
-def test_a_value_that_is_no_number_names_its_key_and_step_and_writes_nothing(
-    tmp_path: Path, value: float
-) -> None:
+def test_a_value_that_is_no_number_names_its_key_and_step_and_writes_nothing(tmp_path: Path, value: float) -> None:
     with (
         RunLog(tmp_path, None, total_steps=9) as log,
         pytest.raises(ValueError, match=r"'grad_norm'.*step 7"),
@@ -68,9 +66,7 @@ def test_a_record_must_be_new_and_complete(tmp_path: Path) -> None:
             log.log(1, {"grad_norm": 1.0, "ratio_mean": 1.0, "seconds": 1.0})
 
 
-@pytest.mark.parametrize(
-    "line", ["not json", "[1]", '{"reward": 1.0}', '{"step": 1, "reward": NaN}', '{"step": "a"}']
-)
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"reward": 1.0}', '{"step": 1, "reward": NaN}', '{"step": "a"}'])
 def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 0}}\n{line}\n')
@@ -78,9 +74,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
         read_metrics(path)
 
 
-def test_without_a_terminal_progress_is_few_whole_lines(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_terminal_progress_is_few_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log_steps(tmp_path, 0, 50)
     lines = capsys.readouterr().err.split("\n")
     assert lines[0].startswith("step 1/50  reward 0.5000  trust 0.900  12 s left")  # 49 steps of .25 s

@@ -55,9 +55,7 @@ def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text("run:\n  dir: '<b>runs/demo</b>'\n")
     for i, side in enumerate(("before", "after")):
         (tmp_path / "samples" / side).mkdir(parents=True)
-        write_video(
-            tmp_path / "samples" / side / "000.mp4", torch.full((9, 3, 32, 32), 0.25 + 0.5 * i), fps=8.0
-        )
+        write_video(tmp_path / "samples" / side / "000.mp4", torch.full((9, 3, 32, 32), 0.25 + 0.5 * i), fps=8.0)
     sample = {"index": 0, "prompt": PROMPT, "seed": 7, "score_before": 0.31, "score_after": 0.78}
     (tmp_path / "samples" / "samples.json").write_text(json.dumps([sample]))
     return tmp_path
@@ -181,9 +179,7 @@ def test_curves_count_finished_steps_and_are_the_same_for_the_same_run() -> None
     assert draw_curve("ratio", records, {}) == draw_curve("ratio", records, {})
 
 
-def test_the_command_prints_the_path_and_names_a_wrong_folder(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_prints_the_path_and_names_a_wrong_folder(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-m", "bpgo_video.report"]
     done = subprocess.run([*command, str(run_dir)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, str(run_dir / "report.html"))

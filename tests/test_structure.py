@@ -39,8 +39,8 @@ def test_pure_modules_import_torch_types_and_each_other_only(name: str) -> None:
 
 
 def test_deepspeed_is_imported_in_one_file() -> None:
-    roots = {path.name: {name.split(".")[0] for name in imports(path)} for path in PACKAGE.rglob("*.py")}
-    assert [name for name, found in roots.items() if "deepspeed" in found] == ["engine.py"]
+    roots = {path: {name.split(".")[0] for name in imports(path)} for path in PACKAGE.rglob("*.py")}
+    assert [path for path, found in roots.items() if "deepspeed" in found] == [PACKAGE / "engine.py"]
 
 
 @pytest.mark.parametrize("folder", ["policies", "rewards", "data", "parallel", "tiny"])

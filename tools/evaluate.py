@@ -10,6 +10,7 @@ prompts and noise as the evaluations within a training run. The standard error i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, OSError) as error:  # what wrong input raises; anything else is a defect and keeps its traceback
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # once, not on every rank
+            print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -46,6 +46,14 @@ class PriorTable:
     anchors: np.ndarray
     command: str
 
+    def check_policy(self, policy: str) -> None:
+        """PriorError where the samples behind the anchors came from another policy than the one with this hash."""
+        if self.policy != policy:
+            raise PriorError(
+                f"the prior of reward {self.reward!r} is stale: it was measured on a policy of hash {self.policy}, the "
+                f"starting policy has {policy}; run: {self.command}"
+            )
+
     def anchor(self, batch: PromptBatch) -> PriorAnchor:
         """The anchors of a batch's prompts.
 

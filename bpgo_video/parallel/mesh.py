@@ -51,14 +51,6 @@ class Mesh:
         dist.all_gather(parts, rows)
         return torch.cat(parts)[:total]
 
-    def maximum(self, value: float) -> float:
-        """The largest of all ranks' values."""
-        if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return float(tensor)
-
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

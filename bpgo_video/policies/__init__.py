@@ -6,7 +6,7 @@ policy = load_policy("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", max_sequence_length=512
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -17,7 +17,7 @@ from bpgo_video.policies.wan import WanPolicy
 
 __all__ = ["FAMILIES", "Policy", "guided_velocity", "load_policy"]
 
-FAMILIES: dict[str, type[WanPolicy]] = {"WanPipeline": WanPolicy}
+FAMILIES: dict[str, Callable[..., Policy]] = {"WanPipeline": WanPolicy.load}
 COMPONENTS = ("transformer", "text_encoder", "vae")
 
 
@@ -52,4 +52,4 @@ def load_policy(
     unknown = set(components) - set(COMPONENTS)
     if unknown:
         raise ValueError(f"components {sorted(unknown)} are unknown; they are among {COMPONENTS}")
-    return FAMILIES[name].load(path, max_sequence_length, frozenset(components), dtype, torch.device(device), build)
+    return FAMILIES[name](path, max_sequence_length, frozenset(components), dtype, torch.device(device), build)

@@ -22,7 +22,13 @@ Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folde
 
 def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The whole model on this process: what inference and ZeRO 1 and 2 need."""
-    return model_class.from_pretrained(folder, torch_dtype=dtype)
+    model = model_class.from_pretrained(folder, torch_dtype=dtype)
+    return model.to(dtype)  # every weight, as DeepSpeed has it: diffusers would keep some in fp32
+
+
+def frozen(model: nn.Module, device: torch.device) -> nn.Module:
+    """A part that is used and never trained."""
+    return model.to(device).eval().requires_grad_(False)
 
 
 @runtime_checkable
@@ -46,7 +52,7 @@ class Policy(Protocol):
         ...
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
-        """(channels, latent_frames, latent_height, latent_width); ValueError where the family cannot make it."""
+        """(channels, latent_frames, latent_height, latent_width); ConfigError where the family cannot make it."""
         ...
 
     def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:

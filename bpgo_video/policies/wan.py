@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from bpgo_video import sde
-from bpgo_video.config import VideoConfig
-from bpgo_video.policies.base import Build, Trained
+from bpgo_video.config import ConfigError, VideoConfig
+from bpgo_video.policies.base import Build, Trained, frozen
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 
@@ -23,11 +23,11 @@ class WanPolicy:
 
     block_classes: tuple[type[nn.Module], ...] = (WanTransformerBlock,)
 
-    def __init__(self, folder: Path, pipeline: WanPipeline, max_sequence_length: int):
+    def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
         self.folder = folder
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
-        self.transformers: Trained = {"transformer": pipeline.transformer} if pipeline.transformer else {}
+        self.transformers: Trained = {"transformer": self.pipeline.transformer} if self.pipeline.transformer else {}
         self.transformer_config: dict[str, Any] = WanTransformer3DModel.load_config(folder / "transformer")
         self.vae_config: dict[str, Any] = AutoencoderKLWan.load_config(folder / "vae")
 
@@ -44,11 +44,9 @@ class WanPolicy:
         """The parts of the folder named in `components`; see `load_policy`."""
         encoder, vae, transformer = None, None, None
         if "text_encoder" in components:
-            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-            encoder = encoder.to(device).eval().requires_grad_(False)
+            encoder = frozen(UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype), device)
         if "vae" in components:
-            vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-            vae = vae.to(device).eval().requires_grad_(False)
+            vae = frozen(AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32), device)
         if "transformer" in components:
             transformer = build(WanTransformer3DModel, folder / "transformer", dtype).to(device)
         pipeline = WanPipeline.from_pretrained(folder, transformer=transformer, text_encoder=encoder, vae=vae)
@@ -65,13 +63,13 @@ class WanPolicy:
         temporal, spatial = self.vae_config["scale_factor_temporal"], self.vae_config["scale_factor_spatial"]
         _, patch_height, patch_width = self.transformer_config["patch_size"]
         if video.num_frames % temporal != 1 % temporal:
-            raise ValueError(
+            raise ConfigError(
                 f"video.num_frames is {video.num_frames}; this policy makes {temporal} n + 1 frames, for example "
                 f"{video.num_frames // temporal * temporal + 1}"
             )
         for name, size, patch in (("height", video.height, patch_height), ("width", video.width, patch_width)):
             if size % (spatial * patch):
-                raise ValueError(f"video.{name} is {size}; this policy needs a multiple of {spatial * patch}")
+                raise ConfigError(f"video.{name} is {size}; this policy needs a multiple of {spatial * patch}")
         channels = self.transformer_config["in_channels"]
         frames = (video.num_frames - 1) // temporal + 1
         return channels, frames, video.height // spatial, video.width // spatial

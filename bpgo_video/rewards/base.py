@@ -6,6 +6,7 @@ A user's own reward is any class with these members, named in a recipe as `my_pk
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -89,8 +90,8 @@ def build_reward(name: str, reward: RewardConfig, device: torch.device) -> Rewar
 
 
 def _options(options: Mapping[str, Any], device: torch.device, factory: Callable[..., Any]) -> dict[str, Any]:
-    names = factory.__init__.__code__.co_varnames if hasattr(factory.__init__, "__code__") else ()  # type: ignore[misc]
-    return {**options, **({"device": device} if "device" in names else {})}
+    takes_device = "device" in inspect.signature(factory).parameters
+    return {**options, **({"device": device} if takes_device else {})}
 
 
 class RewardSuite:
@@ -136,7 +137,7 @@ class RewardSuite:
         total = len(prompts) * group_size
         per_frame, by_name = {}, {}
         for name, reward in self.rewards.items():
-            rows = mesh.gather(torch.cat([chunk[name] for chunk in chunks]), total)
+            rows = mesh.gather(torch.cat([chunk[name].to(mesh.device) for chunk in chunks]), total)
             _check_finite(name, rows, prompts, group_size)
             per_frame[name] = rows.unflatten(0, (len(prompts), group_size))
             by_name[name] = AGGREGATES[reward.aggregate](rows).unflatten(0, (len(prompts), group_size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -51,7 +52,8 @@ class ClipScore:
     ):
         folder = resolve_folder(model)
         self.frames = frames
-        self.clip = CLIPModel.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+        clip: Any = CLIPModel.from_pretrained(folder, dtype=dtype)
+        self.clip = clip.to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.size, self.mean, self.std = _preprocessing(folder)
         self.version = "-".join((fingerprint(folder, (".",)), str(frames or "all")))

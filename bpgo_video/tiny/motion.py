@@ -25,9 +25,7 @@ WORDS = sorted({word for caption in world.all_captions() for word in caption.tex
 
 def block(inputs: int, outputs: int, time: int, stride: int) -> nn.Sequential:
     """A convolution over `time` frames and 3x3 pixels, each channel normalised on its own."""
-    convolution = nn.Conv3d(
-        inputs, outputs, (time, 3, 3), stride=(1, stride, stride), padding=((time - 1) // 2, 1, 1)
-    )
+    convolution = nn.Conv3d(inputs, outputs, (time, 3, 3), stride=(1, stride, stride), padding=((time - 1) // 2, 1, 1))
     return nn.Sequential(convolution, nn.GroupNorm(4, outputs), nn.SiLU())
 
 

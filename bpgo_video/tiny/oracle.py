@@ -48,17 +48,13 @@ def ramp(value: Tensor, ends: tuple[float, float]) -> Tensor:
     return ((value - ends[0]) / (ends[1] - ends[0])).clamp(0, 1)
 
 
-def allowed_values(
-    texts: Sequence[str], attribute: str, names: Sequence[str]
-) -> Bool[Tensor, "samples values"]:
+def allowed_values(texts: Sequence[str], attribute: str, names: Sequence[str]) -> Bool[Tensor, "samples values"]:
     """Which values of an attribute each caption accepts: one, or all where it is left open."""
     wanted = [getattr(world.Caption.parse(text), attribute) for text in texts]
     return torch.tensor([[value is None or value == name for name in names] for value in wanted])
 
 
-def best_allowed(
-    scores: Float[Tensor, "samples values frames"], allowed: Bool[Tensor, "samples values"]
-) -> Scores:
+def best_allowed(scores: Float[Tensor, "samples values frames"], allowed: Bool[Tensor, "samples values"]) -> Scores:
     """The scores under the one allowed value that fits the whole clip best."""
     means = scores.mean(dim=-1).masked_fill(~allowed.to(scores.device), -1.0)
     return scores[torch.arange(len(scores), device=scores.device), means.argmax(dim=1)]

@@ -57,9 +57,7 @@ class Caption:
             ValueError: the text is not a sentence of this world.
         """
         words = text.lower().split()
-        found = [
-            next((w for w in words if w in names), None) for names in (SHAPES, COLOURS, DIRECTIONS)
-        ]
+        found = [next((w for w in words if w in names), None) for names in (SHAPES, COLOURS, DIRECTIONS)]
         caption = cls(*found)
         if caption.text != " ".join(words):
             raise ValueError(

@@ -46,6 +46,16 @@ def test_a_nan_on_one_rank_stops_all_and_loses_nothing(tmp_path: Path, shards: P
     assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
 
 
+def test_an_error_on_one_rank_ends_all(tmp_path: Path, shards: Path) -> None:
+    config = without_evaluation(small_recipe(tmp_path / "run", shards))
+    config = rewarded_by(config, "tests.distributed.toy_rewards:BreaksOnSecondRank")
+    started = time.monotonic()
+    result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
+    assert result.returncode != 0
+    assert "the reward model ran out of patience" in result.stderr
+    assert time.monotonic() - started < 120
+
+
 def test_priors_then_training_from_the_command_line(tmp_path: Path, shards: Path) -> None:
     config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 2}, run={"num_steps": 2})
     recipe = recipe_file(without_evaluation(config), tmp_path / "recipe.yaml")

@@ -31,3 +31,12 @@ class NanOnSecondRank(Redness):
         if self.calls > 2 and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             scores[-1, 0] = torch.nan
         return scores
+
+
+class BreaksOnSecondRank(Redness):
+    """Raises on the last rank alone."""
+
+    def __call__(self, videos: Tensor, texts: Sequence[str]) -> Tensor:
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            raise RuntimeError("the reward model ran out of patience")
+        return super().__call__(videos, texts)

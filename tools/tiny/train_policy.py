@@ -1,6 +1,6 @@
 """Train the embedded policy: a complete diffusers WanPipeline on the world of moving shapes, from scratch.
 
-    python tools/tiny/train_policy.py --vae bpgo_video/tiny/weights/wan/vae --output bpgo_video/tiny/weights/wan
+    python -m tools.tiny.train_policy --vae bpgo_video/tiny/weights/wan/vae --output bpgo_video/tiny/weights/wan
 
 Rectified flow on cached latents, text encoder and transformer jointly, on the captions of the training split alone. It
 is stopped while it still makes mistakes (held-out oracle between .45 and .60), so that post-training has room.

@@ -1,14 +1,15 @@
 """Train the embedded default's two learned rewards on the world of moving shapes, from scratch.
 
-    python tools/tiny/train_rewards.py --output bpgo_video/tiny/weights
+    python -m tools.tiny.train_rewards --output bpgo_video/tiny/weights
 
 clip    a small CLIPModel that scores frames for shape and colour; a frame cannot show a direction
 motion  a small video-text model that scores clips for their direction
 
-Both learn from soft labels on frames and clips that are spoilt the way a half-trained policy spoils them (blended shapes
-and colours, fading, blur, noise, stray objects; stops, jitter, jumps, wrong turns), so that scores grade imperfect
-videos. They are imperfect on purpose: rewards that are right everywhere would not show what BPGO is for. Deterministic in
---seed on one thread. Prints at the end how well they tell right captions from wrong ones.
+Both learn from soft labels on frames and clips that are spoilt the way a half-trained policy spoils them (warped
+outlines, blended shapes, patches of another colour, fading, blur, noise, stray objects; stops, jitter, jumps, wrong
+turns), so that scores grade imperfect videos. They are imperfect on purpose: rewards that are right everywhere would
+not show what BPGO is for. Deterministic in --seed on one thread. Prints at the end how well they tell right captions
+from wrong ones.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
+from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, grid_sample, interpolate, one_hot
 from tqdm import trange
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
@@ -31,7 +32,7 @@ from bpgo_video.tiny import world
 from bpgo_video.tiny.motion import MotionMatch
 from tools.tiny.train_policy import build_tokenizer
 
-IMAGE_SIZE, TEXT_TOKENS = 32, 16
+IMAGE_SIZE, TEXT_TOKENS = 64, 16
 NORMALISATION = {"image_mean": [0.25, 0.25, 0.25], "image_std": [0.25, 0.25, 0.25]}
 
 
@@ -39,56 +40,89 @@ def build_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     """transformers' CLIPModel at half a million parameters."""
     shared = {"num_attention_heads": 4, "intermediate_size": 192}
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": TEXT_TOKENS}
-    vision = {"hidden_size": 96, "num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": 4}
-    return CLIPModel(CLIPConfig(text_config={**text, **shared, **special}, vision_config={**vision, **shared}, projection_dim=64))
+    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2}
+    text |= {"max_position_embeddings": TEXT_TOKENS, **shared, **special}
+    vision = {"hidden_size": 96, "num_hidden_layers": 3, "image_size": IMAGE_SIZE, "patch_size": 8, **shared}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
-def soft(share: Tensor) -> Tensor:
-    """A label that falls from 1 to 0 as `share` of something wrong goes from 0 to a half."""
-    return (1 - 2 * share).clamp(0, 1)
+def ramp(value: Tensor, low: float, high: float) -> Tensor:
+    return ((value - low) / (high - low)).clamp(0, 1)
 
 
-def spoilt_frames(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames (count, 3, SIZE, SIZE), and how much each shows every shape [count, 3] and every colour [count, 4]."""
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
-
-    def some(probability: float, largest: float = 1.0) -> Tensor:
-        return uniform(count) * largest * (uniform(count) < probability)
-
-    shapes, colours = (torch.randint(n, (2, count), generator=generator) for n in (3, 4))
-    centres = world.MARGIN + (world.SIZE - 2 * world.MARGIN) * uniform(count, 2)
-    radius = 6.0 + 5.0 * uniform(count)
-    blend, tint = some(0.4), some(0.4)
-    masks = [world.coverage(shape, centres, radius) for shape in shapes]
-    mask = (1 - blend)[:, None, None] * masks[0] + blend[:, None, None] * masks[1]
-    palette = torch.tensor(list(world.COLOURS.values()))
-    colour = (1 - tint)[:, None] * palette[colours[0]] + tint[:, None] * palette[colours[1]]
-    fade, warp = some(0.3, 0.8), some(0.4)
-    mask = mask * (1 - fade)[:, None, None]
-    lumps = interpolate(torch.randn(count, 1, 9, 9, generator=generator), (world.SIZE, world.SIZE), mode="bicubic")[:, 0]
-    mask = (mask + (warp * 0.9)[:, None, None] * lumps.clamp(-1, 1) * avg_pool2d(mask[:, None], 9, 1, 4)[:, 0]).clamp(0, 1)
-    frames = mask[:, None] * colour[..., None, None] + (1 - mask[:, None]) * world.BACKGROUND
-    stray, other = some(0.3), torch.randint(4, (count,), generator=generator)
-    blob = world.coverage(shapes[1], world.SIZE * uniform(count, 2), 3 + 5 * uniform(count)) * stray[:, None, None]
-    frames = torch.lerp(frames, palette[other][..., None, None].expand_as(frames), blob[:, None])
-    blur = (some(0.3) > 0.3).view(-1, 1, 1, 1)
-    frames = torch.where(blur, avg_pool2d(frames, 5, 1, 2, count_include_pad=False), frames)
-    noise = some(0.5, 0.15)
-    frames = (frames + noise.view(-1, 1, 1, 1) * torch.randn(frames.shape, generator=generator)).clamp(0, 1)
-    quality = soft(0.5 * fade) * (1 - 0.7 * warp) * (1 - 0.5 * stray) * (1 - 2 * noise)
-    shape_labels = _mixture(shapes, blend, 3) * quality[:, None]
-    return frames, shape_labels, _mixture(colours, tint, 4) * soft(0.3 * fade)[:, None]
+def some(shape: tuple[int, ...], share: float, largest: float, generator: torch.Generator) -> Tensor:
+    """Uniform in [0, largest] for a share of the entries, zero for the others."""
+    amount, chosen = torch.rand(2, *shape, generator=generator)
+    return largest * amount * (chosen < share)
 
 
-def _mixture(pair: Tensor, share: Tensor, values: int) -> Tensor:
-    """Soft labels of (1 - share) of the first and share of the second; equal ones are no mixture."""
-    first, second = (torch.nn.functional.one_hot(index, values).float() for index in pair)
-    same = (pair[0] == pair[1])[:, None]
-    labels = soft(share)[:, None] * first + soft(1 - share)[:, None] * second
-    return torch.where(same, first, labels)
+def waves(count: int, channels: int, cells: int, generator: torch.Generator) -> Tensor:
+    """Smooth noise: (count, channels, SIZE, SIZE)."""
+    coarse = torch.randn(count, channels, cells, cells, generator=generator)
+    return interpolate(coarse, (world.SIZE, world.SIZE), mode="bicubic")
+
+
+def spoilt_masks(shapes: Tensor, centres: Tensor, radius: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Outlines gone wrong, (count, SIZE, SIZE), and how much each shows every shape, (count, 3).
+
+    Half are blended with another shape or rounded, most are warped. The label of a shape is how well the outcome covers
+    that shape drawn cleanly at the same place, shared among shapes that cover it about as well.
+    """
+    count = len(shapes)
+    clean = torch.stack([world.coverage(torch.full_like(shapes, k), centres, radius) for k in range(3)])
+    rows = torch.arange(count)
+    other = torch.randint(3, (count,), generator=generator)
+    blend = some((count,), 0.5, 1.0, generator)[:, None, None]
+    mixed = avg_pool2d(torch.lerp(clean[shapes, rows], clean[other, rows], blend)[:, None], 5, 1, 2)[:, 0]
+    mask = torch.where(blend > 0, ((mixed - 0.5) * 3 + 0.5).clamp(0, 1), clean[shapes, rows])
+    axis = (torch.arange(world.SIZE) + 0.5) * 2 / world.SIZE - 1
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
+    pixels = some((count,), 0.6, 3.0, generator)[:, None, None, None] * waves(count, 2, 8, generator)
+    grid = grid + pixels.permute(0, 2, 3, 1) * 2 / world.SIZE
+    mask = grid_sample(mask[:, None], grid, align_corners=False)[:, 0]
+    overlap = torch.minimum(mask, clean).sum(dim=(2, 3)) / torch.maximum(mask, clean).sum(dim=(2, 3))
+    quality = ramp(overlap.amax(dim=0), 0.5, 0.97) * ramp(radius, 3.0, 6.0)
+    return mask, ((overlap / 0.03).softmax(dim=0) * quality).T
+
+
+def spoilt_colours(count: int, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Colours with patches of another, (count, 3, SIZE, SIZE), and how much of `mask` shows each, (count, 4)."""
+    first, second = torch.randint(4, (2, count), generator=generator)
+    palette = torch.tensor(list(world.COLOURS.values()))[..., None, None]
+    even, patchy = some((2, count, 1, 1, 1), 0.35, 1.0, generator)
+    sharp = waves(count, 1, 10, generator) * 2 + 6 * patchy - 4
+    share = torch.maximum(0.7 * even, torch.where(patchy > 0, sharp.clamp(0, 1), 0.0))
+    colour = torch.lerp(palette[first], palette[second], share)
+    area = mask.sum(dim=(1, 2)).clamp(min=1)
+    part = ((share[:, 0] * mask).sum(dim=(1, 2)) / area)[:, None]
+    labels = one_hot(first, 4) * ramp(1 - part, 0.3, 1.0) + one_hot(second, 4) * ramp(part, 0.3, 1.0)
+    return colour, torch.where((first == second)[:, None], one_hot(first, 4).float(), labels)
+
+
+def spoilt_frames(
+    shapes: Tensor, centres: Tensor, radius: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames (count, 3, SIZE, SIZE), and how much each shows every shape (count, 3) and every colour (count, 4)."""
+    count = len(shapes)
+    mask, shape_labels = spoilt_masks(shapes, centres, radius, generator)
+    colour, colour_labels = spoilt_colours(count, mask, generator)
+    stray, fade, haze, noise = some((4, count, 1, 1, 1), 0.15, 1.0, generator)
+    place = world.SIZE * torch.rand(count, 2, generator=generator)
+    second = world.coverage(shapes.roll(1), place, 3 + 5 * torch.rand(count, generator=generator))
+    whole = torch.maximum(mask, second * (stray[:, 0] > 0) * (1 - mask))[:, None] * (1 - 0.8 * fade)
+    frames = torch.lerp(world.BACKGROUND + 0.15 * haze * waves(count, 3, 8, generator), colour, whole)
+    frames = frames + 0.12 * noise * torch.randn(frames.shape, generator=generator)
+    blurred = torch.rand(count, 1, 1, 1, generator=generator) < 0.15
+    frames = torch.where(blurred, avg_pool2d(frames, 5, 1, 2, count_include_pad=False), frames).clamp(0, 1)
+    quality = (1 - fade) * (1 - 0.5 * (stray > 0)) * (1 - 0.3 * noise) * (1 - 0.3 * haze)
+    return frames, shape_labels * quality[:, :, 0, 0] * (1 - 0.4 * blurred[:, :, 0, 0]), colour_labels
+
+
+def random_frames(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """`spoilt_frames` of random shapes, places and sizes."""
+    shapes = torch.randint(3, (count,), generator=generator)
+    centres = 12 + (world.SIZE - 24) * torch.rand(count, 2, generator=generator)
+    return spoilt_frames(shapes, centres, 4 + 7 * torch.rand(count, generator=generator), generator)
 
 
 def attribute_match(labels: Tensor, wanted: Sequence[str | None], names: Sequence[str]) -> Tensor:
@@ -114,7 +148,7 @@ def train_clip(output: Path, args: argparse.Namespace) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.clip_steps, pct_start=0.1)
     progress = trange(args.clip_steps, desc="clip", mininterval=10)
     for _ in progress:
-        frames, shape_labels, colour_labels = spoilt_frames(args.batch_size, generator)
+        frames, shape_labels, colour_labels = random_frames(args.batch_size, generator)
         chosen = [captions[i] for i in torch.randint(len(captions), (32,), generator=generator)]
         labels = attribute_match(shape_labels, [c.shape for c in chosen], world.SHAPES)
         labels = labels * attribute_match(colour_labels, [c.colour for c in chosen], list(world.COLOURS))
@@ -125,7 +159,7 @@ def train_clip(output: Path, args: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     clip.eval().save_pretrained(output)
 
 
@@ -147,11 +181,13 @@ def spoilt_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     jitter = 2.5 * uniform(count, 1, 1) * (uniform(count, 1, 1) < 0.4)
     steps = steps + jitter * torch.randn(steps.shape, generator=generator)
     centres = torch.cat([scenes.centres[:, :1], scenes.centres[:, :1] + steps.cumsum(dim=1)], dim=1)
-    spoilt = world.Scenes(scenes.shapes, scenes.colours, scenes.directions, centres, scenes.radius)
-    frames = world.render(spoilt)
-    fade = 1 - 0.7 * uniform(count, 1, 1, 1, 1) * (uniform(count, 1, 1, 1, 1) < 0.3)
-    frames = (world.BACKGROUND + fade * (frames - world.BACKGROUND)).clamp(0, 1)
-    frames = (frames + 0.08 * uniform(count, 1, 1, 1, 1) * torch.randn(frames.shape, generator=generator)).clamp(0, 1)
+    clean = world.render(world.Scenes(scenes.shapes, scenes.colours, scenes.directions, centres, scenes.radius))
+    length = centres.shape[1]
+    radius = scenes.radius[:, None] * (1 - some((count, length), 0.2, 0.5, generator))
+    damaged, *_ = spoilt_frames(
+        scenes.shapes.repeat_interleave(length), centres.flatten(0, 1), radius.flatten(), generator
+    )
+    frames = torch.where(uniform(count, 1, 1, 1, 1) < 0.4, clean, damaged.unflatten(0, (count, length)))
     along = torch.einsum("sfc,dc->sdf", steps, torch.tensor(list(world.DIRECTIONS.values())))
     sideways = (steps.square().sum(dim=-1)[:, None] - along.square()).clamp(min=0).sqrt()
     right = ((along - 0.3) / 0.9).clamp(0, 1) * (1 - (sideways / along.clamp(min=0.3) - 0.2) / 0.8).clamp(0, 1)
@@ -161,21 +197,24 @@ def spoilt_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
 def train_motion(output: Path, args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     model = MotionMatch()
+    pool = [spoilt_clips(128, generator) for _ in range(args.clips // 128)]
+    videos = torch.cat([(clips * 255).round().byte() for clips, _ in pool])
+    directions = torch.cat([labels for _, labels in pool])
     captions = world.all_captions()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.motion_steps, pct_start=0.1)
     progress = trange(args.motion_steps, desc="motion", mininterval=10)
     for _ in progress:
-        videos, directions = spoilt_clips(args.batch_size, generator)
+        rows = torch.randint(len(videos), (args.batch_size,), generator=generator)
         chosen = [captions[i] for i in torch.randint(len(captions), (32,), generator=generator)]
-        labels = attribute_match(directions, [c.direction for c in chosen], list(world.DIRECTIONS))
-        logits = model.logits(model.embed_videos(videos), model.embed_texts([c.text for c in chosen]))
+        labels = attribute_match(directions[rows], [c.direction for c in chosen], list(world.DIRECTIONS))
+        logits = model.logits(model.embed_videos(videos[rows] / 255), model.embed_texts([c.text for c in chosen]))
         loss = binary_cross_entropy_with_logits(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        progress.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.save(output)
 
 
@@ -198,8 +237,9 @@ def ranking_accuracy(reward: ClipScore | LearnedMotion, attribute: str, count: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="gets the folders clip/ and motion/")
-    parser.add_argument("--clip-steps", type=int, default=3000)
-    parser.add_argument("--motion-steps", type=int, default=1500)
+    parser.add_argument("--clip-steps", type=int, default=2200)
+    parser.add_argument("--motion-steps", type=int, default=1000)
+    parser.add_argument("--clips", type=int, default=3072, help="spoilt clips that the motion model learns from")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

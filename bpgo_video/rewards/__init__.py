@@ -1,0 +1,1 @@
+"""Reward models: one file each, a protocol and a suite of several in base.py."""
