@@ -26,16 +26,18 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: install $(PROMPTS)/priors/motion.json
+demo: install $(PROMPTS)/priors/measured
 	$(LAUNCH) pipelines/train_video.py --config $(RECIPE) --run.dir $(DEMO_DIR) --run.seed $(SEED) --run.resume auto
 
-$(PROMPTS)/index.json: | install
+$(PROMPTS)/index.json: bpgo_video/tiny/prompts.jsonl bpgo_video/tiny/weights/wan/model_index.json | install
 	rm -rf $(PROMPTS)
 	$(BIN)/python tools/make_prompt_shards.py build --input bpgo_video/tiny/prompts.jsonl --output $(PROMPTS) \
 		--policy package:bpgo_video.tiny/weights/wan --max-sequence-length 16
 
-$(PROMPTS)/priors/motion.json: $(PROMPTS)/index.json
+# Measured again when the recipe changes.
+$(PROMPTS)/priors/measured: $(PROMPTS)/index.json $(RECIPE)
 	$(LAUNCH) tools/estimate_priors.py --config $(RECIPE)
+	touch $@
 
 test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu"

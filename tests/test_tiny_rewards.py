@@ -128,7 +128,7 @@ def test_clip_score_is_the_cosine_recomputed_with_pillow_and_numpy():
 def test_frames_are_spread_evenly_and_wide_videos_are_cropped_in_the_middle(clip):
     assert evenly_spread(9, 3) == [0, 4, 8]
     assert evenly_spread(9, None) == list(range(9))
-    assert evenly_spread(9, 1) == [0] or evenly_spread(9, 1) == [4]
+    assert evenly_spread(9, 1) == [0]
     videos, captions = heldout_clips(1)
     texts = [caption.text for caption in captions]
     margin = torch.rand(*videos.shape[:4], 20, generator=torch.Generator().manual_seed(0))

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -40,7 +41,7 @@ class MotionMatch(nn.Module):
 
     def __init__(self, words: Sequence[str] = WORDS, width: int = 16, dim: int = 32):
         super().__init__()
-        self.config = {"words": list(words), "width": width, "dim": dim}
+        self.config: dict[str, Any] = {"words": list(words), "width": width, "dim": dim}
         self.video = nn.Sequential(
             block(3, width, 1, 2),
             block(width, 2 * width, 3, 2),
