@@ -48,6 +48,7 @@ def small_recipe(run_dir: Path, shards: Path, **sections: dict[str, Any]) -> Con
         "data": {"shards": str(shards)},
         "sampler": {"num_steps": 4, "train_steps": "all"},
         "rollout": {"prompts_per_step": 2, "group_size": 4, "micro_batch_size": 4},
+        "optim": {"schedule": "constant", "warmup_updates": 0},
         "prior": {"kind": "constant", "mean": 0.1, "scale": 0.1},
         "evaluation": {"num_steps": 4, "samples_per_prompt": 2, "every": 0, "videos": 1},
     }

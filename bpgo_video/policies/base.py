@@ -23,7 +23,7 @@ Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folde
 def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The whole model on this process: what inference and ZeRO 1 and 2 need."""
     model = model_class.from_pretrained(folder, torch_dtype=dtype)
-    return model.to(dtype)  # every weight, as DeepSpeed has it: diffusers would keep some in fp32
+    return nn.Module.to(model, dtype)  # every weight, as DeepSpeed has it: diffusers would keep some in fp32
 
 
 def frozen(model: nn.Module, device: torch.device) -> nn.Module:

@@ -35,10 +35,7 @@ class Rule:
     small: tuple[float, float] = (4.0, 5.5)  # radius in pixels of the circle with the mask's area
     large: tuple[float, float] = (15.0, 12.5)
     overlap: tuple[float, float] = (0.70, 0.85)  # soft IoU with the template
-    lead: tuple[float, float] = (
-        0.0,
-        0.03,
-    )  # soft IoU over the next best shape: the wrong one scores 0, and so does a blend
+    lead: tuple[float, float] = (0.0, 0.03)  # soft IoU over the next best shape: wrong ones and blends score 0
     speed: tuple[float, float] = (0.4, 1.1)  # pixels a frame along the direction
     leap: tuple[float, float] = (5.5, 3.5)
     drift: tuple[float, float] = (0.7, 0.2)  # sideways pixels per pixel along the direction

@@ -29,13 +29,13 @@ WORLD_CASES = {
 }
 
 
-def run_ranks(world_size: int, arguments: list[str], timeout: float = 600) -> None:
+def run_ranks(world_size: int, arguments: list[str], timeout: float = 600, **environment: str) -> None:
     """Start the worker on `world_size` local ranks and wait; the ranks' output is shown where one fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}  # fmt: skip
+            "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), **environment}  # fmt: skip
     command = [sys.executable, "-m", "tests.distributed.worker", *arguments]
     ranks = [
         subprocess.Popen(
@@ -69,9 +69,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def worlds(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, Path]:
     """Folder of results by world size."""
     folders = {}
-    memory = f"memory=sharded_memory:{large_transformer(tmp_path_factory.mktemp('large'))}"
     for world_size, cases in WORLD_CASES.items():
         folders[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
-        first = [memory] if world_size == 2 else []
-        run_ranks(world_size, [str(shards), str(folders[world_size]), *first, *cases])
+        run_ranks(world_size, [str(shards), str(folders[world_size]), *cases])
     return folders
+
+
+@pytest.fixture(scope="session")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what each of two ranks held while it built a large model under ZeRO-3.
+
+    In processes of their own, with an allocator that gives freed memory back at once, so that the resident size is
+    what is held.
+    """
+    folder = tmp_path_factory.mktemp("memory")
+    case = f"memory=sharded_memory:{large_transformer(tmp_path_factory.mktemp('large'))}"
+    run_ranks(2, ["unused", str(folder), case], MALLOC_MMAP_THRESHOLD_="65536")
+    return folder
