@@ -99,6 +99,9 @@ class RolloutConfig:
     """Samples of one prompt, G."""
     micro_batch_size: Positive = 8
     """Samples that one rank denoises, decodes and replays at once."""
+    same_start: bool = False
+    """Start all samples of a prompt from the same noise (DanceGRPO, arXiv 2505.07818): their rewards then differ by the
+    trained steps alone."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -105,10 +105,14 @@ def sample_chunks(
     micro_batch_size: int,
     latent_shape: tuple[int, int, int, int],
     key: tuple[int | str, ...],
+    same_start: bool = False,
 ) -> Iterator[RolloutChunk]:
     """This rank's samples of `group_size` videos per prompt, one micro-batch at a time, so that scoring can start.
 
     Every draw is keyed by (*key, prompt id, sample, denoising step).
+
+    Args:
+        same_start: the samples of a prompt start from the same noise, that of sample 0.
     """
     for items in mesh.share(len(prompts) * group_size, micro_batch_size):
         rows = torch.tensor(items) // group_size
@@ -119,6 +123,7 @@ def sample_chunks(
             return keyed_noise(latent_shape, [(*key, *owner, step) for owner in owners], mesh.device)
 
         conditioning = rows_of(prompts.conditioning, rows, mesh.device)
-        path, log_probs = denoiser.denoise(noise_of("start"), conditioning, negative, noise_of)
+        start = noise_of("start", [(prompt, 0) for prompt, _ in owners]) if same_start else noise_of("start")
+        path, log_probs = denoiser.denoise(start, conditioning, negative, noise_of)
         videos = denoiser.policy.decode(path[:, -1].float())
         yield RolloutChunk(Trajectory(rows, samples, path, log_probs), videos)

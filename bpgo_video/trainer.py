@@ -81,6 +81,7 @@ def sample_and_score(
         micro_batch_size=config.rollout.micro_batch_size,
         latent_shape=session.policy.latent_shape(config.video),
         key=(config.run.seed, "rollout", step),
+        same_start=config.rollout.same_start,
     )
     trajectories, scores = [], []
     while True:

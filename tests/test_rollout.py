@@ -83,6 +83,20 @@ def test_samples_do_not_depend_on_how_they_are_spread_over_ranks(policy: Policy,
     assert not torch.equal(alone[0].trajectory.latents[:, 0], alone[1].trajectory.latents[:, 0])
 
 
+def test_a_group_can_start_from_the_same_noise(policy: Policy, recipe: Config) -> None:
+    denoiser, mesh = training_denoiser(policy, recipe, step=3), Mesh(0, 1, CPU)
+    settings = {"group_size": 2, "micro_batch_size": 4, "latent_shape": policy.latent_shape(recipe.video)}
+    chunk = next(
+        sample_chunks(
+            denoiser, batch(policy), policy.encode([""]), mesh, key=(0, "rollout", 3), same_start=True, **settings
+        )
+    )
+    start, end = chunk.trajectory.latents[:, 0], chunk.trajectory.latents[:, -1]
+    assert torch.equal(start[0], start[1])
+    assert not torch.equal(start[0], start[2]), "another prompt, another noise"
+    assert not torch.equal(end[0], end[1]), "the stochastic steps part them"
+
+
 def test_uneven_totals_give_every_rank_equally_many_micro_batches() -> None:
     shares = [Mesh(rank, 3, CPU).share(10, 2) for rank in range(3)]
     assert [len(share) for share in shares] == [2, 2, 2]
