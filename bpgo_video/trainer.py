@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +17,18 @@ from bpgo_video import checkpoint, engine
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
 from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.config import Config, ConfigError, check_world
-from bpgo_video.config_io import load_config, read_yaml, to_yaml
-from bpgo_video.data.atomic import atomic_file, write_json
+from bpgo_video.config_io import load_config
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.export import export_pipeline
-from bpgo_video.heldout import HeldoutScores, evaluate, shown_rows, stderr
+from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.metrics import RunLog, reduce_metrics
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.priors import PRIORS
 from bpgo_video.replay import optimise
-from bpgo_video.report import write_report
+from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
 from bpgo_video.rollout import sample_chunks, training_denoiser
+from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.session import TRAINED, Session, build_session, cast, check_inputs
-from bpgo_video.summary import summary_table
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
-
-PHASES = ("rollout", "reward", "update")
-
-
-@dataclass
-class Progress:
-    """What a run has done; with the weights, all that a checkpoint holds."""
-
-    step: int = 0
-    position: int = 0
-    videos_generated: int = 0
-    max_ratio_error_first_update: float = 0.0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))
-    heldout_before: dict[str, list[list[float]]] | None = None
 
 
 class Stopwatch:
@@ -151,47 +135,6 @@ def evaluate_heldout(session: Session, videos_to: Path | None = None) -> Heldout
     )
 
 
-def check_run_dir(config: Config) -> None:
-    """Whether this run may use its folder; nothing is written yet.
-
-    Raises:
-        ConfigError: it holds a run already that was not asked to go on, or one of other settings.
-    """
-    run_dir = Path(config.run.dir)
-    if run_dir.is_dir() and any(run_dir.iterdir()) and config.run.resume == "never":
-        raise ConfigError(
-            f"run.dir {str(run_dir)!r} exists and is never overwritten; continue it with --run.resume auto, or name "
-            "another folder with --run.dir"
-        )
-    if (run_dir / "config.yaml").is_file():
-        check_same_run(read_yaml(run_dir / "config.yaml"), config)
-
-
-def open_run_dir(config: Config, mesh: Mesh) -> str | None:
-    """Make the run's folder and keep the resolved configuration in it; the checkpoint to continue from, if any."""
-    mesh.barrier()  # every rank has looked before the main one writes
-    if mesh.is_main:
-        with atomic_file(Path(config.run.dir) / "config.yaml") as path:
-            path.write_text(to_yaml(config))
-    mesh.barrier()
-    return checkpoint.newest(Path(config.run.dir))
-
-
-def check_same_run(saved: Config, config: Config) -> None:
-    """A resumed run may change how long it runs and how often it saves, nothing that it computes."""
-    free = ("wandb", "run")
-    changed = [name for name in vars(config) if name not in free and vars(saved)[name] != vars(config)[name]]
-    if saved.run.seed != config.run.seed:
-        changed.append("run.seed")
-    if config.optim.schedule != "constant" and saved.run.num_steps != config.run.num_steps:
-        changed.append(f"run.num_steps (where the {config.optim.schedule} schedule ends)")
-    if changed:
-        raise ConfigError(
-            f"run.dir {config.run.dir!r} was started with other {', '.join(changed)} settings (see its config.yaml); "
-            "resume with the same ones, or start a new run with --run.dir"
-        )
-
-
 def train(config: Config) -> dict[str, Any]:
     """The whole run on this rank; its summary, the same on every rank.
 
@@ -215,7 +158,7 @@ def train(config: Config) -> dict[str, Any]:
     elif session.heldout_suite is not None:
         before = evaluate_heldout(session, run_dir / "samples" / "before")
         progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()} if before else None
-        progress.videos_generated += _heldout_videos(session)
+        progress.videos_generated += heldout_videos(session)
     after = run_steps(session, progress, run_dir, started)
     export_pipeline(session.engine, session.policy, TRAINED, run_dir / "export", mesh)
     progress.seconds["total"] = time.perf_counter() - started
@@ -254,7 +197,7 @@ def run_steps(session: Session, progress: Progress, run_dir: Path, started: floa
                 after = evaluate_heldout(session, run_dir / "samples" / "after" if last else None)
                 if after is not None:
                     record |= after.metrics()
-                    progress.videos_generated += _heldout_videos(session)
+                    progress.videos_generated += heldout_videos(session)
                     if last:
                         log.media(step, "heldout", shown_videos(session, run_dir / "samples" / "after"))
             log.log(step, record)
@@ -274,78 +217,6 @@ def advance(progress: Progress, record: dict[str, float], position: int, session
     progress.max_ratio_error_first_update = max(progress.max_ratio_error_first_update, error)
     for name in PHASES:
         progress.seconds[name] += record[f"seconds/{name}"]
-
-
-def shown_videos(session: Session, folder: Path) -> list[tuple[Path, str]]:
-    """The held-out videos that are shown, each with its prompt."""
-    heldout, config = session.prompts.heldout, session.config.evaluation
-    if heldout is None:
-        return []
-    rows = shown_rows(len(heldout), config.samples_per_prompt, config.videos)
-    texts = [heldout.texts[row // config.samples_per_prompt] for row in rows]
-    return [(folder / f"{index:03d}.mp4", text) for index, text in enumerate(texts)]
-
-
-def _heldout_videos(session: Session) -> int:
-    heldout = session.prompts.heldout
-    return 0 if heldout is None else len(heldout) * session.config.evaluation.samples_per_prompt
-
-
-def summarise(session: Session, progress: Progress, after: HeldoutScores | None) -> dict[str, Any]:
-    """The fields of summary.json; held-out ones by the first reward of `evaluation.rewards`."""
-    config = session.config
-    summary: dict[str, Any] = {
-        "steps": progress.step,
-        "world_size": session.mesh.world_size,
-        "zero_stage": session.engine.stage,
-        "algorithm": config.algorithm,
-        "seed": config.run.seed,
-        "heldout_before": None,
-        "heldout_after": None,
-        "videos_generated": progress.videos_generated,
-        "seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()},
-        "max_ratio_error_first_update": progress.max_ratio_error_first_update,
-    }
-    if after is not None and progress.heldout_before is not None:
-        name = next(iter(config.evaluation.rewards))
-        first, last = torch.tensor(progress.heldout_before[name]), after.by_name[name]
-        summary |= {
-            "heldout_reward": name,
-            "heldout_before": float(first.mean()),
-            "heldout_after": float(last.mean()),
-            "heldout_before_stderr": stderr(first),
-            "heldout_after_stderr": stderr(last),
-            "heldout_difference_stderr": stderr(last - first),
-            "heldout_prompts": last.shape[0],
-            "heldout_videos": last.numel(),
-        }
-    return summary
-
-
-def write_results(
-    run_dir: Path, summary: dict[str, Any], session: Session, progress: Progress, after: HeldoutScores | None
-) -> None:
-    """summary.json, samples.json, report.html and the table on the screen."""
-    write_json(run_dir / "summary.json", summary)
-    heldout = session.prompts.heldout
-    if after is not None and progress.heldout_before is not None and heldout is not None:
-        name, config = summary["heldout_reward"], session.config
-        samples = config.evaluation.samples_per_prompt
-        rows = [row // samples for row in shown_rows(len(heldout), samples, config.evaluation.videos)]
-        shown = [
-            {
-                "index": index,
-                "prompt": heldout.texts[row],
-                "seed": config.run.seed,
-                "score_before": progress.heldout_before[name][row][0],
-                "score_after": float(after.by_name[name][row, 0]),
-            }
-            for index, row in enumerate(rows)
-        ]
-        write_json(run_dir / "samples" / "samples.json", shown)
-    write_report(run_dir)
-    written = ("report.html", "summary.json", "metrics.jsonl", "config.yaml", "samples", "checkpoints", "export")
-    print(summary_table(summary, {name: run_dir / name for name in written}))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

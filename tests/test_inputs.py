@@ -15,7 +15,7 @@ from bpgo_video.config_io import to_yaml
 from bpgo_video.data.prior_files import PriorError, write_priors
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.trainer import check_run_dir
+from bpgo_video.run_folder import check_run_dir
 from tests.recipes import make_shards, small_recipe
 
 MESH = Mesh(0, 1, torch.device("cpu"))

@@ -1,0 +1,101 @@
+"""What has a run done, and what does it leave? Its progress, summary.json, samples.json, the report and the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpgo_video.data.atomic import write_json
+from bpgo_video.heldout import HeldoutScores, shown_rows, stderr
+from bpgo_video.report import write_report
+from bpgo_video.session import Session
+from bpgo_video.summary import summary_table
+
+PHASES = ("rollout", "reward", "update")
+
+
+@dataclass
+class Progress:
+    """What a run has done; with the weights, all that a checkpoint holds."""
+
+    step: int = 0
+    position: int = 0
+    videos_generated: int = 0
+    max_ratio_error_first_update: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))
+    heldout_before: dict[str, list[list[float]]] | None = None
+
+
+def shown_videos(session: Session, folder: Path) -> list[tuple[Path, str]]:
+    """The held-out videos that are shown, each with its prompt."""
+    heldout, config = session.prompts.heldout, session.config.evaluation
+    if heldout is None:
+        return []
+    rows = shown_rows(len(heldout), config.samples_per_prompt, config.videos)
+    texts = [heldout.texts[row // config.samples_per_prompt] for row in rows]
+    return [(folder / f"{index:03d}.mp4", text) for index, text in enumerate(texts)]
+
+
+def heldout_videos(session: Session) -> int:
+    heldout = session.prompts.heldout
+    return 0 if heldout is None else len(heldout) * session.config.evaluation.samples_per_prompt
+
+
+def summarise(session: Session, progress: Progress, after: HeldoutScores | None) -> dict[str, Any]:
+    """The fields of summary.json; held-out ones by the first reward of `evaluation.rewards`."""
+    config = session.config
+    summary: dict[str, Any] = {
+        "steps": progress.step,
+        "world_size": session.mesh.world_size,
+        "zero_stage": session.engine.stage,
+        "algorithm": config.algorithm,
+        "seed": config.run.seed,
+        "heldout_before": None,
+        "heldout_after": None,
+        "videos_generated": progress.videos_generated,
+        "seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()},
+        "max_ratio_error_first_update": progress.max_ratio_error_first_update,
+    }
+    if after is not None and progress.heldout_before is not None:
+        name = next(iter(config.evaluation.rewards))
+        first, last = torch.tensor(progress.heldout_before[name]), after.by_name[name]
+        summary |= {
+            "heldout_reward": name,
+            "heldout_before": float(first.mean()),
+            "heldout_after": float(last.mean()),
+            "heldout_before_stderr": stderr(first),
+            "heldout_after_stderr": stderr(last),
+            "heldout_difference_stderr": stderr(last - first),
+            "heldout_prompts": last.shape[0],
+            "heldout_videos": last.numel(),
+        }
+    return summary
+
+
+def write_results(
+    run_dir: Path, summary: dict[str, Any], session: Session, progress: Progress, after: HeldoutScores | None
+) -> None:
+    """summary.json, samples.json, report.html and the table on the screen."""
+    write_json(run_dir / "summary.json", summary)
+    heldout = session.prompts.heldout
+    if after is not None and progress.heldout_before is not None and heldout is not None:
+        name, config = summary["heldout_reward"], session.config
+        samples = config.evaluation.samples_per_prompt
+        rows = [row // samples for row in shown_rows(len(heldout), samples, config.evaluation.videos)]
+        shown = [
+            {
+                "index": index,
+                "prompt": heldout.texts[row],
+                "seed": config.run.seed,
+                "score_before": progress.heldout_before[name][row][0],
+                "score_after": float(after.by_name[name][row, 0]),
+            }
+            for index, row in enumerate(rows)
+        ]
+        write_json(run_dir / "samples" / "samples.json", shown)
+    write_report(run_dir)
+    written = ("report.html", "summary.json", "metrics.jsonl", "config.yaml", "samples", "checkpoints", "export")
+    print(summary_table(summary, {name: run_dir / name for name in written}))
