@@ -17,9 +17,8 @@ from bpgo_video import engine
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.heldout import HeldoutScores, Scores, evaluate, stderr
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.policies import load_policy
 from bpgo_video.rewards.base import RewardSuite
-from bpgo_video.session import TRAINED, cast, check_inputs, heldout_prompts
+from bpgo_video.session import cast, check_inputs, heldout_prompts, sampling_policy
 from bpgo_video.types import PromptBatch
 
 ALL = "all"
@@ -83,13 +82,7 @@ def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
     tags = {record.id: record.tags for record in shards.records(config.evaluation.split)}
     suite = RewardSuite(config.evaluation.rewards, mesh.device)
     dtype = engine.compute_dtype(ds_config)
-    policy = load_policy(
-        config.policy.folder,
-        components=(TRAINED, "vae"),
-        max_sequence_length=config.policy.max_sequence_length,
-        dtype=dtype,
-        device=mesh.device,
-    )
+    policy = sampling_policy(config, ds_config, mesh)
     prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
     negative = cast(shards.negative, dtype, mesh.device)
     return HeldoutEvaluation(

@@ -19,10 +19,10 @@ from bpgo_video.data.prior_files import write_priors
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.policies import Policy, load_policy
+from bpgo_video.policies import Policy
 from bpgo_video.rewards.base import RewardSuite
 from bpgo_video.rollout import sample_chunks, training_denoiser
-from bpgo_video.session import TRAINED, cast, check_inputs
+from bpgo_video.session import cast, check_inputs, sampling_policy
 from bpgo_video.types import Conditioning, PromptBatch, Rewards
 
 PROMPTS_AT_ONCE = 64  # gathered and told together
@@ -45,13 +45,7 @@ def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts sam
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
     suite = RewardSuite(config.rewards, mesh.device)
     dtype = engine.compute_dtype(ds_config)
-    policy = load_policy(
-        config.policy.folder,
-        components=(TRAINED, "vae"),
-        max_sequence_length=config.policy.max_sequence_length,
-        dtype=dtype,
-        device=mesh.device,
-    )
+    policy = sampling_policy(config, ds_config, mesh)
     negative = cast(shards.negative, dtype, mesh.device)
     rows = shards.rows(config.data.split).tolist()
     found: list[Rewards] = []

@@ -19,7 +19,7 @@ from bpgo_video.data.shards import PromptShards
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.policies.base import from_pretrained
+from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.rewards.base import RewardSuite
 from bpgo_video.schedule import learning_rate_factor
@@ -88,6 +88,22 @@ def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | 
     return {name: value.to(device=device, dtype=dtype) for name, value in conditioning.items()}
 
 
+def sampling_policy(config: Config, ds_config: Mapping[str, Any], mesh: Mesh, build: Build = from_pretrained) -> Policy:
+    """The recipe's policy without its text encoder: embeddings come with the prompts.
+
+    Args:
+        build: how the transformer comes into being; by default whole on every rank.
+    """
+    return load_policy(
+        config.policy.folder,
+        components=(TRAINED, "vae"),
+        max_sequence_length=config.policy.max_sequence_length,
+        dtype=engines.compute_dtype(ds_config),
+        device=mesh.device,
+        build=build,
+    )
+
+
 def build_engine(config: Config, policy: Policy, ds_config: Mapping[str, Any]) -> engines.Engine:
     """Adapters and checkpointing on the policy's transformer, which the engine then takes over."""
     module = policy.transformers[TRAINED]
@@ -120,14 +136,8 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         prior.check_policy(starting_policy)
     dtype = engines.compute_dtype(ds_config)
 
-    policy = load_policy(
-        config.policy.folder,
-        components=(TRAINED, "vae"),  # embeddings come with the prompts
-        max_sequence_length=config.policy.max_sequence_length,
-        dtype=dtype,
-        device=mesh.device,
-        build=partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained,
-    )
+    build = partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained
+    policy = sampling_policy(config, ds_config, mesh, build)
     policy.latent_shape(config.video)  # a size that the family cannot make ends the run here
     heldout = heldout_prompts(config, shards)
     if heldout is not None:

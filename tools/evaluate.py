@@ -10,9 +10,10 @@ prompts and noise as the evaluations within a training run. The standard error i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
+
+from bpgo_video.cli import positive, run_command
 
 
 def heldout(args: argparse.Namespace) -> None:
@@ -60,21 +61,8 @@ def add_heldout(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=heldout)
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
-    return value
-
-
 def main(arguments: list[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:  # what wrong input raises; anything else is a defect and keeps its traceback
-        if os.environ.get("RANK", "0") == "0":  # once, not on every rank
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(parser(), arguments)
 
 
 if __name__ == "__main__":

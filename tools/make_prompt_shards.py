@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from bpgo_video.cli import positive, run_command
 from bpgo_video.data.build import build_shards, check_prompts
 from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.shards import PromptShards
@@ -138,20 +139,8 @@ def add_build(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=build)
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
-    return value
-
-
 def main(arguments: list[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:  # what wrong input raises; anything else is a defect and keeps its traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+"""How does a tool meet its user? Errors that can be mended are told in one line, once over all ranks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+
+def positive(text: str) -> int:
+    """An argument's type: an integer of 1 or more."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
+    return value
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
+    """Call the `run` that the chosen command has set; its exit code."""
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:  # what wrong input raises; anything else is a defect and keeps its traceback
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
