@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.utils import set_z3_leaf_modules
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors import safe_open
@@ -52,8 +53,8 @@ def read_ds_config(path: str) -> dict[str, Any]:
     for key, home in OWNED_BY_YAML.items():
         if key in ds_config:
             raise ConfigError(f"{path} sets {key!r}, which is set by {home} in the YAML; remove it from the JSON")
-    if zero_stage(ds_config) not in (1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(ds_config)}; it must be 1, 2 or 3")
+    if zero_stage(ds_config) not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(ds_config)}; it must be 0, 1, 2 or 3")
     if ds_config.get("fp16", {}).get("enabled"):
         raise ConfigError(f"{path} enables fp16, whose range is too small for log-probs; use bf16 or fp32")
     return ds_config
@@ -209,6 +210,24 @@ class Engine:
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
         """Whole parameters for reading inside the block, where ZeRO-3 shards them."""
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
+            yield
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of the module's weights, what this rank does not hold."""
+        sharded = [parameter for parameter in self.module.parameters() if hasattr(parameter, "ds_numel")]
+        return sum((p.ds_numel - p.ds_tensor.numel()) * p.element_size() for p in sharded)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """All weights on every rank inside the block, where ZeRO-3 shards them: forwards fetch nothing.
+
+        Ranks may run different numbers of forwards inside; all of them enter and leave together.
+        """
+        if self.stage != 3:
+            yield
+            return
+        with unwrap_model_for_generation(self.wrapped):
             yield
 
     def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
