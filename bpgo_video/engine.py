@@ -53,8 +53,8 @@ def read_ds_config(path: str) -> dict[str, Any]:
     for key, home in OWNED_BY_YAML.items():
         if key in ds_config:
             raise ConfigError(f"{path} sets {key!r}, which is set by {home} in the YAML; remove it from the JSON")
-    if zero_stage(ds_config) not in (0, 1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(ds_config)}; it must be 0, 1, 2 or 3")
+    if zero_stage(ds_config) not in (1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(ds_config)}; it must be 1, 2 or 3")
     if ds_config.get("fp16", {}).get("enabled"):
         raise ConfigError(f"{path} enables fp16, whose range is too small for log-probs; use bf16 or fp32")
     return ds_config
@@ -216,7 +216,7 @@ class Engine:
     def missing_bytes(self) -> int:
         """Of the module's weights, what this rank does not hold."""
         sharded = [parameter for parameter in self.module.parameters() if hasattr(parameter, "ds_numel")]
-        return sum((p.ds_numel - p.ds_tensor.numel()) * p.element_size() for p in sharded)
+        return sum((p.ds_numel - p.ds_tensor.numel()) * p.element_size() for p in sharded)  # type: ignore[attr-defined]
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
