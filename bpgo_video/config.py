@@ -172,6 +172,11 @@ class BPGOConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LossConfig:
+    objective: Literal["policy_gradient", "awm", "nft"] = "policy_gradient"
+    """What is minimised: the surrogate over the rollout's own transitions, or advantage weighted matching or
+    DiffusionNFT on its final videos. These two sample by the ODE and learn at the noise levels of the trained steps."""
+    nft_beta: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """`nft`: how far its two implicit policies lie from the old one."""
     clip_range: tuple[BelowOne, NonNegative] = (1e-3, 1e-3)
     """The ratio is clipped to [1 - low, 1 + high]; log-probs are means over latent dimensions, so this is small."""
     advantage_clip: Annotated[float, Field(gt=0.0)] = 5.0

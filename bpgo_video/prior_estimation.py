@@ -21,7 +21,7 @@ from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.base import RewardSuite
-from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.session import cast, check_inputs, sampling_policy
 from bpgo_video.types import Conditioning, PromptBatch, Rewards
 
@@ -71,7 +71,7 @@ def score_prompts(
     config: Config, policy: Policy, prompts: PromptBatch, negative: Conditioning, suite: RewardSuite, mesh: Mesh
 ) -> Rewards:
     """`prior.samples` videos per prompt by the training sampler, with draws that no training step has."""
-    steps = trained_steps_of(config, step=-1)(0)  # the same for all prompts, so that a micro-batch may hold several
+    steps = sampled_steps(config, step=-1)(0)  # the same for all prompts, so that a micro-batch may hold several
     chunks = sample_chunks(
         training_denoiser(policy, config),
         prompts,

@@ -36,6 +36,10 @@ class Objective(Protocol):
         """The passes that a micro-batch takes; as many for each."""
         ...
 
+    def prepare(self, trajectories: Sequence[Trajectory], updates_per_rollout: int) -> None:
+        """Record what the updates need of the policy as it is before the first of them."""
+        ...
+
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
         """The loss of one micro-batch in pass `index`, with gradients, at the batch shape of the rollout."""
         ...
@@ -68,6 +72,9 @@ class Replay:
     def passes(self, trajectory: Trajectory) -> Sequence[int]:
         return trajectory.trained_steps
 
+    def prepare(self, trajectories: Sequence[Trajectory], updates_per_rollout: int) -> None:
+        """Nothing: the rollout has recorded its log-probs."""
+
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
         rows, samples = trajectory.prompt_rows, trajectory.sample_index
         device = trajectory.latents.device
@@ -98,7 +105,12 @@ class Replay:
 
 
 def replay_objective(
-    policy: Policy, config: Config, prompts: PromptBatch, negative: Conditioning, advantages: GroupAdvantages
+    policy: Policy,
+    config: Config,
+    prompts: PromptBatch,
+    negative: Conditioning,
+    advantages: GroupAdvantages,
+    step: int,
 ) -> Replay:
     denoiser = training_denoiser(policy, config)
     weights = StepWeights.of(config.loss.step_weights, denoiser)
@@ -114,6 +126,7 @@ def optimise(
         Means over micro-batches of the loss's metrics, `grad_norm` (mean over updates) and
         `ratio_error_first_update_max`: the largest |ratio - 1| before the first update, 0 where replay is exact.
     """
+    objective.prepare(trajectories, updates_per_rollout)
     dealt = [split_updates(objective.passes(trajectory), updates_per_rollout) for trajectory in trajectories]
     losses: list[Mapping[str, Tensor]] = []
     norms, first_error = [], 0.0

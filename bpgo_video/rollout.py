@@ -32,7 +32,8 @@ class Denoiser:
         sigmas: noise levels of the whole schedule.
         sampler: transition of the stochastic steps; the others follow the ODE by `solver`.
         latents_dtype: latents are rounded to it after each step, before a log-prob is taken.
-        records_means: keep the mean of each stochastic transition, for objectives that compare it.
+        records_means: keep the mean of each stochastic transition, for trust regions that compare it.
+        records_path: keep the latents of every noise level, not of the last alone.
     """
 
     policy: Policy
@@ -43,6 +44,7 @@ class Denoiser:
     latents_dtype: torch.dtype
     solver: str = "euler"
     records_means: bool = False
+    records_path: bool = True
 
     def velocity(self, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning) -> Velocity:
         """At the start of step `index`, guided; differentiable in the policy's parameters."""
@@ -85,12 +87,13 @@ class Denoiser:
             slope = sde.Slope(self.velocity(points[-1], index, conditioning, negative), step)
             points.append(sde.SOLVERS[self.solver](slope, before, points[-1].float()).to(self.latents_dtype))
             before = slope
-        return Path(torch.stack(points, dim=1), log_probs, torch.stack(means, dim=1) if means else None)
+        kept = points if self.records_path else points[-1:]
+        return Path(torch.stack(kept, dim=1), log_probs, torch.stack(means, dim=1) if means else None)
 
 
 @dataclass(frozen=True)
 class Path:
-    """Latents at every noise level, log-probs of the stochastic steps (nan elsewhere) and, if recorded, their means."""
+    """Latents at every noise level (or the last), log-probs of the stochastic steps (nan elsewhere), their means."""
 
     latents: Float[Tensor, "samples points channels latent_frames latent_height latent_width"]
     log_probs: Float[Tensor, "samples steps"]
@@ -109,6 +112,7 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
         latents_dtype=LATENTS_DTYPES[sampler.latents_dtype],
         solver=sampler.solver,
         records_means=trust_region(config).needs_means,
+        records_path=config.loss.objective == "policy_gradient",
     )
 
 
@@ -128,6 +132,11 @@ def trained_steps_of(config: Config, step: int) -> TrainedSteps:
         return STEP_SELECTIONS[sampler.train_steps](sampler.num_steps, sampler.trained_count, start, generator)
 
     return select
+
+
+def sampled_steps(config: Config, step: int) -> TrainedSteps:
+    """The stochastic steps of a rollout: the trained ones, or none where only its final videos are learnt from."""
+    return trained_steps_of(config, step) if config.loss.objective == "policy_gradient" else no_steps
 
 
 def rows_of(conditioning: Conditioning, rows: Tensor, device: torch.device) -> dict[str, Tensor]:

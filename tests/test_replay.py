@@ -59,7 +59,7 @@ def rollout(policy: Policy, recipe: Config, **sections: dict[str, Any]) -> tuple
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
     trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
-    return replay_objective(policy, recipe, prompts, negative, advantages), trajectories
+    return replay_objective(policy, recipe, prompts, negative, advantages, 0), trajectories
 
 
 def losses(objective: Replay, trajectories: list[Trajectory]) -> Iterator[dict[str, Tensor]]:

@@ -172,7 +172,7 @@ def phases(config: Config, mesh: Mesh) -> dict[str, float]:
     trajectories, rewards = sample_and_score(session, prompts, 1, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learner = TimedLearner(session.engine)
-    objective = replay_objective(session.policy, config, prompts, session.prompts.negative, advantages)
+    objective = replay_objective(session.policy, config, prompts, session.prompts.negative, advantages, 1)
     with waiting() as exposed:
         total = seconds(lambda: optimise(learner, objective, trajectories, config.optim.updates_per_rollout))
     updates = config.optim.updates_per_rollout
