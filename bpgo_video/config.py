@@ -187,6 +187,10 @@ class LossConfig:
     """`divergence_mask`: where |d mean|^2 / (2 std^2) reaches this, a sample moves no further outwards."""
     ratio: Literal["plain", "guard"] = "plain"
     """`guard` centres the log ratio and gives it one scale at every noise level (GRPO-Guard)."""
+    kl_weight: NonNegative = 0.0
+    """Weight of the divergence from the starting policy (adapters off, or a frozen copy); 0 keeps no reference."""
+    kl_space: Literal["velocity", "mean"] = "velocity"
+    """Where the divergence is measured: between velocities, or between the means of transitions, over their std."""
     step_weights: Literal["none", "flash", "longcat", "guard", "tempflow"] = "none"
     """How much each denoising step counts in the loss (`bpgo_video.steps.STEP_WEIGHTS`), with a mean of 1."""
 

@@ -148,6 +148,13 @@ def _optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     )
 
 
+def frozen(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:
+    """A module that is used and never trained: under ZeRO-3 sharded, fetching as it goes, else whole."""
+    if zero_stage(ds_config) != 3:
+        return module
+    return deepspeed.initialize(model=module, config=_complete(ds_config, 1, 0.0))[0]
+
+
 class Engine:
     """One trained module under DeepSpeed.
 

@@ -24,10 +24,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.bpgo import GroupAdvantages
-from bpgo_video.config import Config
 from bpgo_video.losses import Move, TrustRegion, bpgo_loss, ratio_metrics
-from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
+from bpgo_video.replay import Setting
 from bpgo_video.rollout import Denoiser, TrainedSteps, rows_of, trained_steps_of, training_denoiser, trust_region
 from bpgo_video.types import Conditioning, Latents, Loss, PromptBatch, Trajectory, Velocity
 
@@ -155,19 +154,13 @@ class ForwardProcess:
         return keyed_noise(like.shape[1:], [(*self.key, *owner, index) for owner in owners], like.device)
 
 
-def forward_objective(
-    policy: Policy,
-    config: Config,
-    prompts: PromptBatch,
-    negative: Conditioning,
-    advantages: GroupAdvantages,
-    step: int,
-) -> ForwardProcess:
+def forward_objective(setting: Setting, advantages: GroupAdvantages, step: int) -> ForwardProcess:
+    config = setting.config
     return ForwardProcess(
         kind=config.loss.objective,
-        denoiser=training_denoiser(policy, config),
-        prompts=prompts,
-        negative=negative,
+        denoiser=training_denoiser(setting.policy, config),
+        prompts=setting.prompts,
+        negative=setting.negative,
         advantages=advantages,
         settings=MatchingSettings(
             config.bpgo.zeta, trust_region(config), config.loss.nft_beta, config.loss.advantage_clip

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bpgo_video.bpgo import GroupAdvantages
-from bpgo_video.config import Config
 from bpgo_video.forward_process import forward_objective
-from bpgo_video.policies import Policy
-from bpgo_video.replay import Objective, replay_objective
-from bpgo_video.types import Conditioning, PromptBatch
+from bpgo_video.replay import Objective, Setting, replay_objective
 
-Build = Callable[[Policy, Config, PromptBatch, Conditioning, GroupAdvantages, int], Objective]
-
-OBJECTIVES: dict[str, Build] = {
+OBJECTIVES: dict[str, Callable[[Setting, GroupAdvantages, int], Objective]] = {
     "policy_gradient": replay_objective,
     "awm": forward_objective,
     "nft": forward_objective,

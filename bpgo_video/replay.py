@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,9 +15,10 @@ from bpgo_video.bpgo import GroupAdvantages
 from bpgo_video.config import Config
 from bpgo_video.losses import Move, TrustRegion, bpgo_loss
 from bpgo_video.policies import Policy
+from bpgo_video.reference import DIVERGENCES, Divergence, Reference
 from bpgo_video.rollout import Denoiser, rows_of, training_denoiser, trust_region
 from bpgo_video.steps import split_updates, step_weights
-from bpgo_video.types import Conditioning, Loss, PromptBatch, Trajectory
+from bpgo_video.types import Conditioning, Latents, Loss, PromptBatch, Trajectory, Velocity
 
 
 @runtime_checkable
@@ -46,6 +48,22 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What an objective is built from, beside the advantages.
+
+    Attributes:
+        negative: conditioning of the negative prompt.
+        reference: the starting policy, where the loss holds the policy near it.
+    """
+
+    policy: Policy
+    config: Config
+    prompts: PromptBatch
+    negative: Conditioning
+    reference: Reference | None = None
+
+
+@dataclass(frozen=True)
 class StepWeights:
     """The weight of each trainable denoising step in the loss, mean 1."""
 
@@ -55,6 +73,15 @@ class StepWeights:
     def of(cls, name: str, denoiser: Denoiser) -> StepWeights:
         sampler = sde.SAMPLERS[denoiser.sampler]
         return cls(tuple(step_weights(name, sampler, sde.steps_of(denoiser.sigmas), denoiser.eta)))
+
+
+@dataclass(frozen=True)
+class ReferenceAnchor:
+    """A pull towards the starting policy: weight x divergence is added to the loss."""
+
+    reference: Reference
+    divergence: Divergence
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -68,6 +95,7 @@ class Replay:
     zeta: float
     region: TrustRegion
     weights: StepWeights
+    anchor: ReferenceAnchor | None = None
 
     def passes(self, trajectory: Trajectory) -> Sequence[int]:
         return trajectory.trained_steps
@@ -76,11 +104,14 @@ class Replay:
         """Nothing: the rollout has recorded its log-probs."""
 
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
-        rows, samples = trajectory.prompt_rows, trajectory.sample_index
-        device = trajectory.latents.device
+        rows, samples, device = trajectory.prompt_rows, trajectory.sample_index, trajectory.latents.device
         contrastive, advantages = self.advantages.contrastive, self.advantages
+        # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
+        latents = trajectory.latents[:, index].detach().requires_grad_()
+        conditioning = rows_of(self.prompts.conditioning, rows, device)
+        velocity = self.denoiser.velocity(latents, index, conditioning, self.negative)
         loss = bpgo_loss(
-            move=self.move(trajectory, index),
+            move=self._move(trajectory, index, self.denoiser.transition_of(velocity, latents, index)),
             advantage=advantages.advantage[rows, samples].to(device),
             contrastive=None if contrastive is None else contrastive[rows, samples].to(device),
             trust=advantages.trust[rows].to(device),
@@ -88,14 +119,19 @@ class Replay:
             region=self.region,
         )
         weight = self.weights.by_step[index]
-        return loss if weight == 1.0 else Loss(weight * loss.value, loss.metrics)
+        value, metrics = weight * loss.value, loss.metrics
+        if self.anchor is not None:
+            start = self.anchor.reference.velocity(self.denoiser, latents, index, conditioning, self.negative)
+            divergence = self.anchor.divergence(velocity, start, partial(self._transition_of, latents, index)).mean()
+            value, metrics = value + self.anchor.weight * divergence, {**metrics, "kl": divergence.detach()}
+        return Loss(value, metrics)
 
-    def move(self, trajectory: Trajectory, index: int) -> Move:
+    def _transition_of(self, latents: Latents, index: int, velocity: Velocity) -> sde.Transition:
+        return self.denoiser.transition_of(velocity, latents, index)
+
+    @staticmethod
+    def _move(trajectory: Trajectory, index: int, transition: sde.Transition) -> Move:
         """How far the policy has moved on step `index` since the rollout."""
-        conditioning = rows_of(self.prompts.conditioning, trajectory.prompt_rows, trajectory.latents.device)
-        # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
-        latents = trajectory.latents[:, index].detach().requires_grad_()
-        transition = self.denoiser.transition(latents, index, conditioning, self.negative)
         log_ratio = transition.log_prob(trajectory.latents[:, index + 1]) - trajectory.log_probs[:, index]
         if trajectory.means is None:
             return Move(log_ratio)
@@ -104,17 +140,22 @@ class Replay:
         return Move(log_ratio, divergence, transition.std.to(log_ratio))
 
 
-def replay_objective(
-    policy: Policy,
-    config: Config,
-    prompts: PromptBatch,
-    negative: Conditioning,
-    advantages: GroupAdvantages,
-    step: int,
-) -> Replay:
-    denoiser = training_denoiser(policy, config)
-    weights = StepWeights.of(config.loss.step_weights, denoiser)
-    return Replay(denoiser, prompts, negative, advantages, config.bpgo.zeta, trust_region(config), weights)
+def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -> Replay:
+    config = setting.config
+    denoiser = training_denoiser(setting.policy, config)
+    anchor = None
+    if setting.reference is not None:
+        anchor = ReferenceAnchor(setting.reference, DIVERGENCES[config.loss.kl_space], config.loss.kl_weight)
+    return Replay(
+        denoiser=denoiser,
+        prompts=setting.prompts,
+        negative=setting.negative,
+        advantages=advantages,
+        zeta=config.bpgo.zeta,
+        region=trust_region(config),
+        weights=StepWeights.of(config.loss.step_weights, denoiser),
+        anchor=anchor,
+    )
 
 
 def optimise(

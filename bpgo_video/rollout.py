@@ -55,7 +55,10 @@ class Denoiser:
         self, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
     ) -> sde.Transition:
         """Where the stochastic step `index` leads from `latents`; differentiable in the policy's parameters."""
-        velocity = self.velocity(latents, index, conditioning, negative)
+        return self.transition_of(self.velocity(latents, index, conditioning, negative), latents, index)
+
+    def transition_of(self, velocity: Velocity, latents: Latents, index: int) -> sde.Transition:
+        """Where the stochastic step `index` leads with this velocity."""
         return sde.SAMPLERS[self.sampler](velocity, latents.float(), sde.steps_of(self.sigmas)[index], self.eta)
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.reference import FrozenCopy, Reference, WithoutAdapters
 from bpgo_video.rewards.base import RewardSuite
 from bpgo_video.schedule import learning_rate_factor
 from bpgo_video.types import Conditioning, PromptBatch
@@ -55,6 +56,7 @@ class Session:
     engine: engines.Engine
     learner: BPGOSettings
     gathers_for_rollout: bool
+    reference: Reference | None
 
     def rollout_weights(self) -> AbstractContextManager[None]:
         """Where videos are sampled: with all weights at hand, or with each block fetched for every step."""
@@ -98,7 +100,13 @@ def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | 
     return {name: value.to(device=device, dtype=dtype) for name, value in conditioning.items()}
 
 
-def sampling_policy(config: Config, ds_config: Mapping[str, Any], mesh: Mesh, build: Build = from_pretrained) -> Policy:
+def sampling_policy(
+    config: Config,
+    ds_config: Mapping[str, Any],
+    mesh: Mesh,
+    build: Build = from_pretrained,
+    components: Collection[str] = (TRAINED, "vae"),
+) -> Policy:
     """The recipe's policy without its text encoder: embeddings come with the prompts.
 
     Args:
@@ -106,7 +114,7 @@ def sampling_policy(config: Config, ds_config: Mapping[str, Any], mesh: Mesh, bu
     """
     return load_policy(
         config.policy.folder,
-        components=(TRAINED, "vae"),
+        components=components,
         max_sequence_length=config.policy.max_sequence_length,
         dtype=engines.compute_dtype(ds_config),
         device=mesh.device,
@@ -144,6 +152,26 @@ def gathers_for_rollout(config: Config, engine: engines.Engine, mesh: Mesh) -> b
     return config.rollout.parameters == "gathered"
 
 
+def build_reference(
+    config: Config, engine: engines.Engine, ds_config: Mapping[str, Any], mesh: Mesh
+) -> Reference | None:
+    """The starting policy, where the loss asks for it."""
+    if config.loss.kl_weight == 0:
+        return None
+    if config.policy.lora.rank:
+        return WithoutAdapters(engine.module)
+    policy = sampling_policy(config, ds_config, mesh, builder(ds_config), components=(TRAINED,))
+    module = policy.transformers[TRAINED].requires_grad_(False)
+    parallelise(module, mesh)
+    policy.transformers[TRAINED] = engines.frozen(module, ds_config)
+    return FrozenCopy(policy)
+
+
+def builder(ds_config: Mapping[str, Any]) -> Build:
+    """How transformers come into being: sharded from birth under ZeRO-3."""
+    return partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained
+
+
 def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:
     """Rewards, policy (sharded from birth under ZeRO-3) and engine, once `check_inputs` has passed."""
     suite = RewardSuite(config.rewards, mesh.device)
@@ -154,8 +182,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         prior.check_policy(starting_policy)
     dtype = engines.compute_dtype(ds_config)
 
-    build = partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained
-    policy = sampling_policy(config, ds_config, mesh, build)
+    policy = sampling_policy(config, ds_config, mesh, builder(ds_config))
     policy.latent_shape(config.video)  # a size that the family cannot make ends the run here
     heldout = heldout_prompts(config, shards)
     if heldout is not None:
@@ -172,4 +199,5 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         engine=engine,
         learner=BPGOSettings(**vars(config.bpgo)),
         gathers_for_rollout=gathers_for_rollout(config, engine, mesh),
+        reference=build_reference(config, engine, ds_config, mesh),
     )

@@ -25,7 +25,7 @@ from bpgo_video.metrics import RunLog, reduce_metrics
 from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.mesh import make_mesh
 from bpgo_video.priors import PRIORS
-from bpgo_video.replay import optimise
+from bpgo_video.replay import Setting, optimise
 from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
 from bpgo_video.rewards.base import ScoredChunk
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
@@ -107,8 +107,8 @@ def train_step(session: Session, prompts: PromptBatch, step: int) -> dict[str, f
     advantages = estimate_advantages(session, prompts, rewards)
     learning_rate = session.engine.learning_rate
     with watch.phase("update"):
-        build = OBJECTIVES[config.loss.objective]
-        objective = build(session.policy, config, prompts, session.prompts.negative, advantages, step)
+        setting = Setting(session.policy, config, prompts, session.prompts.negative, session.reference)
+        objective = OBJECTIVES[config.loss.objective](setting, advantages, step)
         update = optimise(session.engine, objective, trajectories, config.optim.updates_per_rollout)
     return {
         "reward": float(rewards.total.mean()),

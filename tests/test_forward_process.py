@@ -24,7 +24,7 @@ from bpgo_video.losses import TrustRegion
 from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.replay import optimise
+from bpgo_video.replay import Setting, optimise
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.types import PromptBatch, Trajectory
 from tests.test_replay import PlainLearner
@@ -101,7 +101,7 @@ def rollout(policy: Policy, recipe: Config, kind: str) -> tuple[ForwardProcess, 
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
     trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
-    return OBJECTIVES[kind](policy, recipe, prompts, negative, advantages, 0), trajectories
+    return OBJECTIVES[kind](Setting(policy, recipe, prompts, negative), advantages, 0), trajectories
 
 
 @pytest.mark.parametrize("kind", ["awm", "nft"])

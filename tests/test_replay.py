@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from bpgo_video.bpgo import GroupAdvantages
-from bpgo_video.config import Config
+from bpgo_video.config import Config, LoraConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.replay import Replay, StepWeights, optimise, replay_objective
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.reference import FrozenCopy, Reference, WithoutAdapters
+from bpgo_video.replay import Replay, Setting, StepWeights, optimise, replay_objective
 from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.sde import SAMPLERS, steps_of
 from bpgo_video.types import PromptBatch, Trajectory
 
 CPU = torch.device("cpu")
@@ -43,7 +46,9 @@ def own_policy(recipe: Config) -> Policy:
     return load_policy(recipe.policy.folder, max_sequence_length=16)
 
 
-def rollout(policy: Policy, recipe: Config, **sections: dict[str, Any]) -> tuple[Replay, list[Trajectory]]:
+def rollout(
+    policy: Policy, recipe: Config, reference: Reference | None = None, **sections: dict[str, Any]
+) -> tuple[Replay, list[Trajectory]]:
     """Two groups of four, all of four steps trained but the last, with advantages of the test's own."""
     sampler = replace(recipe.sampler, num_steps=4, **sections.pop("sampler", {}))
     loss = replace(recipe.loss, **sections.pop("loss", {}))
@@ -59,7 +64,8 @@ def rollout(policy: Policy, recipe: Config, **sections: dict[str, Any]) -> tuple
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
     trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
-    return replay_objective(policy, recipe, prompts, negative, advantages, 0), trajectories
+    setting = Setting(policy, recipe, prompts, negative, reference)
+    return replay_objective(setting, advantages, 0), trajectories
 
 
 def losses(objective: Replay, trajectories: list[Trajectory]) -> Iterator[dict[str, Tensor]]:
@@ -126,3 +132,51 @@ def test_each_group_can_have_a_step_of_its_own(policy: Policy, recipe: Config) -
         for metrics in losses(objective, trajectories):
             assert float(metrics["ratio_min"]) == 1.0
     assert any(first != second for first, second in chosen)
+
+
+class Perturbed:
+    """A reference whose velocity differs by a constant."""
+
+    def __init__(self, offset: float):
+        self.offset = offset
+
+    def velocity(self, denoiser: Any, *arguments: Any) -> Tensor:
+        with torch.no_grad():
+            return denoiser.velocity(*arguments) + self.offset
+
+
+@pytest.mark.parametrize("space", ["velocity", "mean"])
+def test_the_pull_towards_the_start_is_its_divergence_and_has_a_gradient(
+    own_policy: Policy, recipe: Config, space: str
+) -> None:
+    settings = {"kl_weight": 2.0, "kl_space": space}
+    objective, trajectories = rollout(own_policy, recipe, Perturbed(0.1), loss=settings)
+    free = replace(objective, anchor=None)
+    index = 1
+    held, plain = objective.loss(trajectories[0], index), free.loss(trajectories[0], index)
+    step = steps_of(objective.denoiser.sigmas)[index]
+    unit = torch.ones(1, 1, 1, 1, 1)
+    transition = SAMPLERS[objective.denoiser.sampler](unit, torch.zeros_like(unit), step, objective.denoiser.eta)
+    expected = 0.01 if space == "velocity" else 0.01 * float((transition.mean / transition.std).square()) / 2
+    assert float(held.metrics["kl"]) == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(held.value, plain.value + 2 * held.metrics["kl"])
+    weight = next(own_policy.transformers["transformer"].proj_out.parameters())
+    pulled, pushed = (torch.autograd.grad(loss.value, weight)[0] for loss in (held, plain))
+    assert (pulled - pushed).norm() > 1e-3 * pushed.norm()
+
+
+def test_before_any_update_the_starting_policy_is_the_policy_itself(own_policy: Policy, recipe: Config) -> None:
+    objective, trajectories = rollout(own_policy, recipe, FrozenCopy(own_policy), loss={"kl_weight": 1.0})
+    assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0
+
+
+def test_adapters_are_off_for_the_reference_alone(own_policy: Policy, recipe: Config) -> None:
+    module = own_policy.transformers["transformer"]
+    add_lora(module, LoraConfig(rank=4), seed=0)
+    objective, trajectories = rollout(own_policy, recipe, WithoutAdapters(module), loss={"kl_weight": 1.0})
+    assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0, "adapters start at nothing"
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    first, second = (float(objective.loss(trajectories[0], 0).metrics["kl"]) for _ in range(2))
+    assert first == second > 0

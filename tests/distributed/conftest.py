@@ -28,6 +28,11 @@ WORLD_CASES = {
         *(f"gradient-{stage}-sequence2=gradient:{stage}:2" for stage in STAGES),
         *(f"ratio-zero3-{lora}-sequence2=exact_ratio:zero3:{lora}:2" for lora in ("full", "lora")),
         *(f"ratio-zero3-{lora}-gathered=exact_ratio:zero3:{lora}:1:gathered" for lora in ("full", "lora")),
+        *(
+            f"held-{stage}-{lora}-{weight}=held:{stage}:{lora}:{weight}"
+            for stage, lora in (("zero2", "full"), ("zero3", "full"), ("zero3", "lora"))
+            for weight in ("0", "1000")
+        ),
         *(f"uneven-{parameters}=uneven:{parameters}" for parameters in ("sharded", "gathered")),
     ],
     4: [

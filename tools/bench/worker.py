@@ -25,7 +25,7 @@ from bpgo_video.config_io import read_yaml
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.replay import optimise, replay_objective
+from bpgo_video.replay import Setting, optimise, replay_objective
 from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser
 from bpgo_video.session import (
     Session,
@@ -172,7 +172,8 @@ def phases(config: Config, mesh: Mesh) -> dict[str, float]:
     trajectories, rewards = sample_and_score(session, prompts, 1, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learner = TimedLearner(session.engine)
-    objective = replay_objective(session.policy, config, prompts, session.prompts.negative, advantages, 1)
+    setting = Setting(session.policy, config, prompts, session.prompts.negative)
+    objective = replay_objective(setting, advantages, 1)
     with waiting() as exposed:
         total = seconds(lambda: optimise(learner, objective, trajectories, config.optim.updates_per_rollout))
     updates = config.optim.updates_per_rollout
