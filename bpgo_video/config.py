@@ -102,6 +102,16 @@ class RolloutConfig:
     same_start: bool = False
     """Start all samples of a prompt from the same noise (DanceGRPO, arXiv 2505.07818): their rewards then differ by the
     trained steps alone."""
+    parameters: Literal["auto", "gathered", "sharded"] = "auto"
+    """Under ZeRO-3: `gathered` keeps all weights on every rank for the length of a rollout, `sharded` fetches each
+    block for every denoising step; `auto` gathers where the weights take at most half of the memory that is free."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ParallelConfig:
+    sequence: Positive = 1
+    """Ranks that share the tokens of each sample (Ulysses); divides the ranks and the policy's attention heads. Groups
+    of that many neighbouring ranks are data-parallel to each other."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -218,6 +228,7 @@ class Config:
     """What the policy is trained on, by a name of your choice."""
     sampler: SamplerConfig = SamplerConfig()
     rollout: RolloutConfig = RolloutConfig()
+    parallel: ParallelConfig = ParallelConfig()
     prior: PriorConfig = PriorConfig()
     bpgo: BPGOConfig = BPGOConfig()
     loss: LossConfig = LossConfig()
@@ -275,12 +286,19 @@ def check_world(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: names the numbers and the nearest ones that work.
     """
-    rollout = config.rollout
+    rollout, sequence = config.rollout, config.parallel.sequence
+    if world_size % sequence:
+        raise ConfigError(
+            f"parallel.sequence is {sequence}, which does not divide {world_size} ranks into groups; it can be one of "
+            f"{[size for size in range(1, world_size + 1) if world_size % size == 0]}"
+        )
     samples = rollout.prompts_per_step * rollout.group_size
-    unit = world_size * rollout.micro_batch_size
+    groups = world_size // sequence
+    unit = groups * rollout.micro_batch_size
     if samples % unit:
         raise ConfigError(
             f"prompts_per_step x group_size = {rollout.prompts_per_step} x {rollout.group_size} = {samples} samples "
-            f"do not divide into {world_size} ranks x micro_batch_size {rollout.micro_batch_size} = {unit}; change "
-            f"one of them so that the samples are a multiple (for example {max(unit, samples - samples % unit)})"
+            f"do not divide into {groups} {'ranks' if sequence == 1 else 'sequence groups'} x micro_batch_size "
+            f"{rollout.micro_batch_size} = {unit}; change one of them so that the samples are a multiple (for example "
+            f"{max(unit, samples - samples % unit)})"
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.utils import set_z3_leaf_modules
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors import safe_open
@@ -209,6 +210,24 @@ class Engine:
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
         """Whole parameters for reading inside the block, where ZeRO-3 shards them."""
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
+            yield
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of the module's weights, what this rank does not hold."""
+        sharded = [parameter for parameter in self.module.parameters() if hasattr(parameter, "ds_numel")]
+        return sum((p.ds_numel - p.ds_tensor.numel()) * p.element_size() for p in sharded)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """All weights on every rank inside the block, where ZeRO-3 shards them: forwards fetch nothing.
+
+        Ranks may run different numbers of forwards inside; all of them enter and leave together.
+        """
+        if self.stage != 3:
+            yield
+            return
+        with unwrap_model_for_generation(self.wrapped):
             yield
 
     def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:

@@ -81,9 +81,7 @@ def score_prompts(
         latent_shape=policy.latent_shape(config.video),
         key=(config.run.seed, "prior"),
     )
-    texts = prompts.texts
-    scored = [suite.score(c.videos, [texts[row] for row in c.trajectory.prompt_rows.tolist()]) for c in chunks]
-    return suite.gather(scored, prompts, config.prior.samples, mesh)
+    return suite.gather([suite.score(chunk, prompts.texts) for chunk in chunks], prompts, config.prior.samples, mesh)
 
 
 def store(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -107,23 +108,38 @@ def sample_chunks(
     key: tuple[int | str, ...],
     same_start: bool = False,
 ) -> Iterator[RolloutChunk]:
-    """This rank's samples of `group_size` videos per prompt, one micro-batch at a time, so that scoring can start.
+    """This rank's samples of `group_size` videos per prompt, a micro-batch at a time, so that scoring can start.
+
+    The ranks of a sequence group make the same trajectories together and decode different ones of their videos.
 
     Every draw is keyed by (*key, prompt id, sample, denoising step).
 
     Args:
         same_start: the samples of a prompt start from the same noise, that of sample 0.
     """
-    for items in mesh.share(len(prompts) * group_size, micro_batch_size):
-        rows = torch.tensor(items) // group_size
-        samples = torch.tensor(items) % group_size
-        owners = list(zip(prompts.ids[rows].tolist(), samples.tolist(), strict=True))
+    shares = mesh.share(len(prompts) * group_size, micro_batch_size)
+    together = mesh.sequence // gcd(mesh.sequence, micro_batch_size)  # so that a group's videos divide over its ranks
+    for first in range(0, len(shares), together):
+        trajectories = []
+        for items in shares[first : first + together]:
+            rows = torch.tensor(items) // group_size
+            samples = torch.tensor(items) % group_size
+            owners = list(zip(prompts.ids[rows].tolist(), samples.tolist(), strict=True))
 
-        def noise_of(step: int | str, owners: list[tuple[int, int]] = owners) -> Latents:
-            return keyed_noise(latent_shape, [(*key, *owner, step) for owner in owners], mesh.device)
+            def noise_of(step: int | str, owners: list[tuple[int, int]] = owners) -> Latents:
+                return keyed_noise(latent_shape, [(*key, *owner, step) for owner in owners], mesh.device)
 
-        conditioning = rows_of(prompts.conditioning, rows, mesh.device)
-        start = noise_of("start", [(prompt, 0) for prompt, _ in owners]) if same_start else noise_of("start")
-        path, log_probs = denoiser.denoise(start, conditioning, negative, noise_of)
-        videos = denoiser.policy.decode(path[:, -1].float())
-        yield RolloutChunk(Trajectory(rows, samples, path, log_probs), videos)
+            conditioning = rows_of(prompts.conditioning, rows, mesh.device)
+            start = noise_of("start", [(prompt, 0) for prompt, _ in owners]) if same_start else noise_of("start")
+            path, log_probs = denoiser.denoise(start, conditioning, negative, noise_of)
+            trajectories.append(Trajectory(rows, samples, path, log_probs))
+        yield _decoded(denoiser.policy, tuple(trajectories), mesh)
+
+
+def _decoded(policy: Policy, trajectories: tuple[Trajectory, ...], mesh: Mesh) -> RolloutChunk:
+    """The trajectories with those of their videos that fall to this rank of its sequence group."""
+    latents = torch.cat([trajectory.latents[:, -1] for trajectory in trajectories])
+    mine = mesh.part(len(latents))
+    rows = torch.cat([trajectory.prompt_rows for trajectory in trajectories])
+    samples = torch.cat([trajectory.sample_index for trajectory in trajectories])
+    return RolloutChunk(trajectories, policy.decode(latents[mine].float()), rows[mine], samples[mine])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +18,9 @@ from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, require_priors
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
+from bpgo_video.parallel.memory import fits_everywhere
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.parallel.sequence import check_heads, parallelise
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
@@ -50,6 +54,11 @@ class Session:
     policy: Policy
     engine: engines.Engine
     learner: BPGOSettings
+    gathers_for_rollout: bool
+
+    def rollout_weights(self) -> AbstractContextManager[None]:
+        """Where videos are sampled: with all weights at hand, or with each block fetched for every step."""
+        return self.engine.whole_weights() if self.gathers_for_rollout else nullcontext()
 
 
 def reads_priors(config: Config) -> bool:
@@ -64,6 +73,7 @@ def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[
     """
     ds_config = engines.read_ds_config(config.deepspeed)
     folder = resolve_folder(config.policy.folder)
+    check_heads(json.loads((folder / TRAINED / "config.json").read_text()), config.parallel.sequence)
     stamp = encoder_stamp(folder, config.policy.max_sequence_length)
     shards = PromptShards(config.data.shards)
     shards.check_policy(stamp)
@@ -104,13 +114,14 @@ def sampling_policy(config: Config, ds_config: Mapping[str, Any], mesh: Mesh, bu
     )
 
 
-def build_engine(config: Config, policy: Policy, ds_config: Mapping[str, Any]) -> engines.Engine:
-    """Adapters and checkpointing on the policy's transformer, which the engine then takes over."""
+def build_engine(config: Config, policy: Policy, ds_config: Mapping[str, Any], mesh: Mesh) -> engines.Engine:
+    """Adapters, checkpointing and sequence groups on the policy's transformer, which the engine then takes over."""
     module = policy.transformers[TRAINED]
     if config.policy.lora.rank:
         add_lora(module, config.policy.lora, config.run.seed)
     if config.policy.gradient_checkpointing:
         module.enable_gradient_checkpointing()
+    parallelise(module, mesh)
     optim = config.optim
     engine = engines.Engine(
         module,
@@ -124,6 +135,13 @@ def build_engine(config: Config, policy: Policy, ds_config: Mapping[str, Any]) -
     )
     policy.transformers[TRAINED] = engine.wrapped
     return engine
+
+
+def gathers_for_rollout(config: Config, engine: engines.Engine, mesh: Mesh) -> bool:
+    """What `rollout.parameters` means for this policy on these ranks."""
+    if config.rollout.parameters == "auto":
+        return fits_everywhere(engine.missing_bytes, mesh)
+    return config.rollout.parameters == "gathered"
 
 
 def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:
@@ -142,6 +160,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     heldout = heldout_prompts(config, shards)
     if heldout is not None:
         heldout = PromptBatch(heldout.ids, heldout.texts, cast(heldout.conditioning, dtype))
+    engine = build_engine(config, policy, ds_config, mesh)
     return Session(
         config=config,
         mesh=mesh,
@@ -150,6 +169,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         suite=suite,
         heldout_suite=heldout_suite,
         policy=policy,
-        engine=build_engine(config, policy, ds_config),
+        engine=engine,
         learner=BPGOSettings(**vars(config.bpgo)),
+        gathers_for_rollout=gathers_for_rollout(config, engine, mesh),
     )

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.export import export_pipeline
 from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.metrics import RunLog, reduce_metrics
+from bpgo_video.parallel.mesh import make_mesh
 from bpgo_video.priors import PRIORS
 from bpgo_video.replay import optimise
 from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
+from bpgo_video.rewards.base import ScoredChunk
 from bpgo_video.rollout import sample_chunks, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.session import TRAINED, Session, build_session, cast, check_inputs
@@ -67,16 +69,21 @@ def sample_and_score(
         key=(config.run.seed, "rollout", step),
         same_start=config.rollout.same_start,
     )
-    trajectories, scores = [], []
-    while True:
+    trajectories: list[Trajectory] = []
+    scores: list[ScoredChunk] = []
+    with ExitStack() as weights:
         with watch.phase("rollout"):
-            chunk = next(chunks, None)
-        if chunk is None:
-            break
-        trajectories.append(chunk.trajectory)
-        with watch.phase("reward"):
-            texts = [prompts.texts[row] for row in chunk.trajectory.prompt_rows.tolist()]
-            scores.append(session.suite.score(chunk.videos, texts))
+            weights.enter_context(session.rollout_weights())
+        while True:
+            with watch.phase("rollout"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                break
+            trajectories += chunk.trajectories
+            with watch.phase("reward"):
+                scores.append(session.suite.score(chunk, prompts.texts))
+        with watch.phase("rollout"):
+            weights.close()
     with watch.phase("reward"):
         return trajectories, session.suite.gather(scores, prompts, config.rollout.group_size, mesh)
 
@@ -124,15 +131,16 @@ def train_step(session: Session, prompts: PromptBatch, step: int) -> dict[str, f
 def evaluate_heldout(session: Session, videos_to: Path | None = None) -> HeldoutScores | None:
     if session.heldout_suite is None or session.prompts.heldout is None:
         return None
-    return evaluate(
-        session.policy,
-        session.prompts.heldout,
-        session.prompts.negative,
-        session.heldout_suite,
-        session.config,
-        session.mesh,
-        videos_to,
-    )
+    with session.rollout_weights():
+        return evaluate(
+            session.policy,
+            session.prompts.heldout,
+            session.prompts.negative,
+            session.heldout_suite,
+            session.config,
+            session.mesh,
+            videos_to,
+        )
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -144,6 +152,7 @@ def train(config: Config) -> dict[str, Any]:
     started = time.perf_counter()
     mesh = engine.start_ranks()
     check_world(config, mesh.world_size)
+    mesh = make_mesh(mesh.device, config.parallel.sequence)
     run_dir = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
     check_run_dir(config)

@@ -79,10 +79,18 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RolloutChunk:
-    """One micro-batch of a rollout; the videos are dropped once they are scored."""
+    """A few micro-batches of a rollout and, of their samples, the videos that this rank decodes.
 
-    trajectory: Trajectory
+    A rank that is alone in its sequence group decodes all; the ranks of one share them. Videos are dropped once scored.
+
+    Attributes:
+        prompt_rows, sample_index: whose these videos are, as in Trajectory.
+    """
+
+    trajectories: tuple[Trajectory, ...]
     videos: Videos
+    prompt_rows: Int[Tensor, "samples"]
+    sample_index: Int[Tensor, "samples"]
 
 
 @dataclass(frozen=True)

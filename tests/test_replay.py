@@ -56,7 +56,7 @@ def rollout(policy: Policy, recipe: Config) -> Case:
     )  # fmt: skip
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
-    return denoiser, [chunk.trajectory for chunk in chunks], prompts, negative, advantages
+    return denoiser, [chunk.trajectories[0] for chunk in chunks], prompts, negative, advantages
 
 
 def losses(case: Case) -> Iterator[dict[str, Tensor]]:

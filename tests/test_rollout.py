@@ -55,7 +55,7 @@ def test_trained_steps_are_stochastic_and_the_last_step_is_not(policy: Policy, r
     trained = set(denoiser.trained_steps)
     assert trained
     assert recipe.sampler.num_steps - 1 not in trained
-    finite = chunk.trajectory.log_probs.isfinite().all(dim=0)
+    finite = chunk.trajectories[0].log_probs.isfinite().all(dim=0)
     assert set(finite.nonzero().flatten().tolist()) == trained
 
 
@@ -78,9 +78,9 @@ def test_samples_do_not_depend_on_how_they_are_spread_over_ranks(policy: Policy,
     alone = list(sample(denoiser, policy, recipe, Mesh(0, 1, CPU), 4))
     spread = [next(sample(denoiser, policy, recipe, Mesh(rank, 2, CPU), 4)) for rank in (0, 1)]
     for one, other in zip(alone, spread, strict=True):
-        assert torch.equal(one.trajectory.latents, other.trajectory.latents)
-        assert torch.equal(one.trajectory.prompt_rows, other.trajectory.prompt_rows)
-    assert not torch.equal(alone[0].trajectory.latents[:, 0], alone[1].trajectory.latents[:, 0])
+        assert torch.equal(one.trajectories[0].latents, other.trajectories[0].latents)
+        assert torch.equal(one.trajectories[0].prompt_rows, other.trajectories[0].prompt_rows)
+    assert not torch.equal(alone[0].trajectories[0].latents[:, 0], alone[1].trajectories[0].latents[:, 0])
 
 
 def test_a_group_can_start_from_the_same_noise(policy: Policy, recipe: Config) -> None:
@@ -91,7 +91,7 @@ def test_a_group_can_start_from_the_same_noise(policy: Policy, recipe: Config) -
             denoiser, batch(policy), policy.encode([""]), mesh, key=(0, "rollout", 3), same_start=True, **settings
         )
     )
-    start, end = chunk.trajectory.latents[:, 0], chunk.trajectory.latents[:, -1]
+    start, end = chunk.trajectories[0].latents[:, 0], chunk.trajectories[0].latents[:, -1]
     assert torch.equal(start[0], start[1])
     assert not torch.equal(start[0], start[2]), "another prompt, another noise"
     assert not torch.equal(end[0], end[1]), "the stochastic steps part them"
@@ -109,10 +109,10 @@ def test_uneven_totals_give_every_rank_equally_many_micro_batches() -> None:
 def test_stored_latents_are_rounded_before_their_log_prob(policy: Policy, recipe: Config) -> None:
     rounded = replace(training_denoiser(policy, recipe, step=0), latents_dtype=torch.bfloat16)
     chunk = next(sample(rounded, policy, recipe, Mesh(0, 1, CPU), 4))
-    path, index = chunk.trajectory.latents, rounded.trained_steps[0]
+    path, index = chunk.trajectories[0].latents, rounded.trained_steps[0]
     assert path.dtype == torch.bfloat16
     prompts = batch(policy)
-    conditioning = {name: value[chunk.trajectory.prompt_rows] for name, value in prompts.conditioning.items()}
+    conditioning = {name: value[chunk.trajectories[0].prompt_rows] for name, value in prompts.conditioning.items()}
     with torch.no_grad():
         transition = rounded.transition(path[:, index], index, conditioning, policy.encode([""]))
-    assert torch.equal(transition.log_prob(path[:, index + 1]), chunk.trajectory.log_probs[:, index])
+    assert torch.equal(transition.log_prob(path[:, index + 1]), chunk.trajectories[0].log_probs[:, index])
