@@ -1,4 +1,4 @@
-"""May a run use its folder? It is never overwritten, and continued only by a run of the same settings."""
+"""May a run use its folder? It is never overwritten, continued by the same settings only, and seen by every rank."""
 
 from __future__ import annotations
 

@@ -69,6 +69,6 @@ def same_everywhere(values: Mapping[str, str], mesh: Mesh) -> None:
     for rank, (host, found) in enumerate(everyone):
         if other := [name for name in expected if found[name] != expected[name]]:
             raise ConfigError(
-                f"rank {rank} on {host} has another {', '.join(other)} than rank 0 on {main_host}; every node "
+                f"rank {rank} on {host} differs from rank 0 on {main_host} in: {', '.join(other)}; every node "
                 "needs the same command, files and packages: see docs/multi_node.md"
             )

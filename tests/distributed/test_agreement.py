@@ -42,7 +42,7 @@ def test_what_differs_is_named_and_what_does_not_passes(told: Told) -> None:
     host = socket.gethostname()
     for verdict in told:
         assert str(verdict["other shards"]).startswith(
-            f"ConfigError: rank 1 on {host} has another prompt shards than rank 0 on {host}"
+            f"ConfigError: rank 1 on {host} differs from rank 0 on {host} in: prompt shards;"
         )
         assert verdict["from rank 0"] is None
 
