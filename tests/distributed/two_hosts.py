@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -222,6 +223,7 @@ def main() -> int:
     if reason := why_not():
         print(f"error: {reason}", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder is removed then, too
     with two_hosts() as hosts:
         command = [word.format(hostfile=hosts.hostfile, local=hosts.local) for word in command]
         return subprocess.run(hosts.on(0, command), check=False).returncode
