@@ -20,7 +20,7 @@ from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.base import RewardSuite
-from bpgo_video.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.session import cast, check_inputs, sampling_policy
 from bpgo_video.types import Conditioning, PromptBatch, Rewards
 
@@ -70,8 +70,9 @@ def score_prompts(
     config: Config, policy: Policy, prompts: PromptBatch, negative: Conditioning, suite: RewardSuite, mesh: Mesh
 ) -> Rewards:
     """`prior.samples` videos per prompt by the training sampler, with draws that no training step has."""
+    steps = sampled_steps(config, step=-1)(0)  # the same for all prompts, so that a micro-batch may hold several
     chunks = sample_chunks(
-        training_denoiser(policy, config, step=-1),
+        training_denoiser(policy, config),
         prompts,
         negative,
         mesh,
@@ -79,6 +80,7 @@ def score_prompts(
         micro_batch_size=config.rollout.micro_batch_size,
         latent_shape=policy.latent_shape(config.video),
         key=(config.run.seed, "prior"),
+        trained_steps=lambda prompt: steps,
     )
     return suite.gather([suite.score(chunk, prompts.texts) for chunk in chunks], prompts, config.prior.samples, mesh)
 

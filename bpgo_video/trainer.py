@@ -21,13 +21,14 @@ from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.export import export_pipeline
 from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.metrics import RunLog, reduce_metrics
+from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.mesh import make_mesh
 from bpgo_video.priors import PRIORS
 from bpgo_video.replay import optimise
 from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
 from bpgo_video.rewards.base import ScoredChunk
-from bpgo_video.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.session import TRAINED, Session, build_session, cast, check_inputs
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
@@ -59,7 +60,7 @@ def sample_and_score(
     """This rank's trajectories, and all ranks' rewards."""
     config, mesh = session.config, session.mesh
     chunks = sample_chunks(
-        training_denoiser(session.policy, config, step),
+        training_denoiser(session.policy, config),
         prompts,
         session.prompts.negative,
         mesh,
@@ -67,6 +68,7 @@ def sample_and_score(
         micro_batch_size=config.rollout.micro_batch_size,
         latent_shape=session.policy.latent_shape(config.video),
         key=(config.run.seed, "rollout", step),
+        trained_steps=sampled_steps(config, step),
         same_start=config.rollout.same_start,
     )
     trajectories: list[Trajectory] = []
@@ -105,17 +107,9 @@ def train_step(session: Session, prompts: PromptBatch, step: int) -> dict[str, f
     advantages = estimate_advantages(session, prompts, rewards)
     learning_rate = session.engine.learning_rate
     with watch.phase("update"):
-        update = optimise(
-            session.engine,
-            training_denoiser(session.policy, config, step),
-            trajectories,
-            prompts,
-            session.prompts.negative,
-            advantages,
-            updates_per_rollout=config.optim.updates_per_rollout,
-            zeta=config.bpgo.zeta,
-            clip_range=config.loss.clip_range,
-        )
+        build = OBJECTIVES[config.loss.objective]
+        objective = build(session.policy, config, prompts, session.prompts.negative, advantages, step)
+        update = optimise(session.engine, objective, trajectories, config.optim.updates_per_rollout)
     return {
         "reward": float(rewards.total.mean()),
         "reward_std": float(rewards.total.std(dim=1).mean()),

@@ -199,7 +199,8 @@ def booted(folder: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         if process.poll() is None:  # sshd is process 1 there: all others end with it
-            subprocess.run(inside(process.pid, ["sh", "-c", "kill 1"]), check=False)
+            end = inside(process.pid, ["sh", "-c", "kill 1"])
+            subprocess.run(end, stderr=subprocess.DEVNULL, check=False)  # it may be ending by itself
             time.sleep(0.2)
         process.kill()
         process.wait()

@@ -25,8 +25,8 @@ from bpgo_video.config_io import read_yaml
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.replay import optimise
-from bpgo_video.rollout import sample_chunks, training_denoiser
+from bpgo_video.replay import optimise, replay_objective
+from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser
 from bpgo_video.session import (
     Session,
     build_engine,
@@ -72,8 +72,9 @@ def rollout(policy: Policy, config: Config, mesh: Mesh) -> Callable[[], object]:
         "micro_batch_size": SAMPLES_PER_RANK,
         "latent_shape": policy.latent_shape(config.video),
         "key": (0, "bench"),
+        "trained_steps": trained_steps_of(config, 0),
     }
-    denoiser = training_denoiser(policy, config, 0)
+    denoiser = training_denoiser(policy, config)
     return lambda: list(sample_chunks(denoiser, prompts, negative, mesh, **settings))
 
 
@@ -171,14 +172,9 @@ def phases(config: Config, mesh: Mesh) -> dict[str, float]:
     trajectories, rewards = sample_and_score(session, prompts, 1, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learner = TimedLearner(session.engine)
+    objective = replay_objective(session.policy, config, prompts, session.prompts.negative, advantages, 1)
     with waiting() as exposed:
-        total = seconds(
-            lambda: optimise(
-                learner, training_denoiser(session.policy, config, 1), trajectories, prompts, session.prompts.negative,
-                advantages, updates_per_rollout=config.optim.updates_per_rollout, zeta=config.bpgo.zeta,
-                clip_range=config.loss.clip_range,
-            )
-        )  # fmt: skip
+        total = seconds(lambda: optimise(learner, objective, trajectories, config.optim.updates_per_rollout))
     updates = config.optim.updates_per_rollout
     return {
         "replay": (total - exposed.seconds - learner.optimiser_seconds) / updates,
