@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video import engine
+from bpgo_video.cli import tell
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import load_config
 from bpgo_video.data.fingerprint import fingerprint
@@ -99,11 +98,9 @@ def store(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of tools/estimate_priors.py; it takes the flags of a training run."""
     config = load_config(argv, description="Measure the reference prior of a recipe and store it with its prompts.")
-    mesh = engine.start_ranks()
     try:
-        estimate(config, mesh)
+        estimate(config, engine.start_ranks())
     except (ConfigError, ShardError, FileNotFoundError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(error)
         raise SystemExit(2) from None
     engine.stop_ranks()

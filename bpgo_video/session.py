@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +17,10 @@ from bpgo_video import engine as engines
 from bpgo_video.bpgo import BPGOSettings
 from bpgo_video.config import Config
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
-from bpgo_video.data.prior_files import PriorTable, load_priors, require_priors
+from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
+from bpgo_video.parallel.agreement import same_everywhere, same_verdict
 from bpgo_video.parallel.memory import fits_everywhere
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import check_heads, parallelise
@@ -31,6 +34,7 @@ from bpgo_video.schedule import learning_rate_factor
 from bpgo_video.types import Conditioning, PromptBatch
 
 TRAINED = "transformer"
+PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,20 @@ def reads_priors(config: Config) -> bool:
 
 
 def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[dict[str, Any], PromptShards]:
-    """Everything that can be wrong before a model is loaded.
+    """Everything that can be wrong before a model is loaded, on any rank; that all ranks read the same.
 
     Raises:
         ConfigError, ShardError, FileNotFoundError: state the value, the rule and the way out.
     """
+    with same_verdict(mesh):
+        ds_config, shards = read_inputs(config, need_priors)
+        stands_on = identity(config, ds_config, shards, need_priors)
+    same_everywhere(stands_on, mesh)
+    return ds_config, shards
+
+
+def read_inputs(config: Config, need_priors: bool) -> tuple[dict[str, Any], PromptShards]:
+    """The DeepSpeed configuration and the prompts, checked on this rank."""
     ds_config = engines.read_ds_config(config.deepspeed)
     folder = resolve_folder(config.policy.folder)
     check_heads(json.loads((folder / TRAINED / "config.json").read_text()), config.parallel.sequence)
@@ -85,6 +98,19 @@ def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[
     if need_priors and reads_priors(config):
         require_priors(config.data.shards, config.rewards)
     return ds_config, shards
+
+
+def identity(config: Config, ds_config: Mapping[str, Any], shards: PromptShards, need_priors: bool) -> dict[str, str]:
+    """All that the numbers of a run depend on, as text by what it is called."""
+    found = {f"{name} section": repr(section) for name, section in vars(config).items()}
+    found["DeepSpeed configuration"] = repr(ds_config)
+    found["prompt shards"] = repr(shards.index)
+    found["model"] = fingerprint(resolve_folder(config.policy.folder), (TRAINED, "vae"))
+    if need_priors and reads_priors(config):
+        found["priors"] = "".join(prior_path(config.data.shards, name).read_text() for name in config.rewards)
+    found["bpgo_video code"] = "".join(path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py")))
+    found["package versions"] = repr({name: version(name) for name in PACKAGES})
+    return found
 
 
 def heldout_prompts(config: Config, shards: PromptShards) -> PromptBatch | None:
@@ -174,12 +200,13 @@ def builder(ds_config: Mapping[str, Any]) -> Build:
 
 def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:
     """Rewards, policy (sharded from birth under ZeRO-3) and engine, once `check_inputs` has passed."""
-    suite = RewardSuite(config.rewards, mesh.device)
-    heldout_suite = RewardSuite(config.evaluation.rewards, mesh.device) if config.evaluation.rewards else None
-    priors = load_priors(config.data.shards, suite.versions) if reads_priors(config) else {}
-    starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))
-    for prior in priors.values():
-        prior.check_policy(starting_policy)
+    with same_verdict(mesh):
+        suite = RewardSuite(config.rewards, mesh.device)
+        heldout_suite = RewardSuite(config.evaluation.rewards, mesh.device) if config.evaluation.rewards else None
+        priors = load_priors(config.data.shards, suite.versions) if reads_priors(config) else {}
+        starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))
+        for prior in priors.values():
+            prior.check_policy(starting_policy)
     dtype = engines.compute_dtype(ds_config)
 
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +14,7 @@ import torch
 from bpgo_video import checkpoint, engine
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
 from bpgo_video.checkpoint import CheckpointError
+from bpgo_video.cli import tell
 from bpgo_video.config import Config, ConfigError, check_world
 from bpgo_video.config_io import load_config
 from bpgo_video.data.prompt_records import ShardError
@@ -23,6 +22,7 @@ from bpgo_video.export import export_pipeline
 from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.metrics import RunLog, reduce_metrics
 from bpgo_video.objectives import OBJECTIVES
+from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.mesh import make_mesh
 from bpgo_video.priors import PRIORS
 from bpgo_video.replay import Setting, optimise
@@ -149,7 +149,8 @@ def train(config: Config) -> dict[str, Any]:
     mesh = make_mesh(mesh.device, config.parallel.sequence)
     run_dir = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
-    check_run_dir(config)
+    with same_verdict(mesh):
+        check_run_dir(config)
     ds_config, shards = check_inputs(config, mesh)
     resume_from = open_run_dir(config, mesh)
     session = build_session(config, mesh, ds_config, shards)
@@ -228,7 +229,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(config)
     except (ConfigError, ShardError, CheckpointError, FileNotFoundError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(error)
         raise SystemExit(2) from None
     engine.stop_ranks()
