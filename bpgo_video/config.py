@@ -117,6 +117,13 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ParallelConfig:
+    heartbeat_timeout: Annotated[float, Field(ge=1.0)] = 45.0
+    """Seconds without a sign of life after which a rank counts as dead and the others end; raise it where code keeps
+    Python's interpreter lock for longer. A slow reward needs no change."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class PriorConfig:
     kind: Literal["reference", "constant", "none"] = "reference"
     """`reference` reads what tools/estimate_priors.py stored with the prompts; `none` needs alpha = zeta = 0."""
@@ -218,6 +225,7 @@ class Config:
     """What the policy is trained on, by a name of your choice."""
     sampler: SamplerConfig = SamplerConfig()
     rollout: RolloutConfig = RolloutConfig()
+    parallel: ParallelConfig = ParallelConfig()
     prior: PriorConfig = PriorConfig()
     bpgo: BPGOConfig = BPGOConfig()
     loss: LossConfig = LossConfig()

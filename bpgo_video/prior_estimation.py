@@ -18,6 +18,7 @@ from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import write_priors
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.base import RewardSuite
@@ -101,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(argv, description="Measure the reference prior of a recipe and store it with its prompts.")
     mesh = engine.start_ranks()
     try:
-        estimate(config, mesh)
+        with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
+            heartbeat.enter("priors")
+            estimate(config, mesh)
     except (ConfigError, ShardError, FileNotFoundError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
