@@ -97,7 +97,7 @@ class StopRequests:
                 if first is None:
                     first = now
                     self._terminated.set()
-                    self._say("saving and stopping at the end of this step; another one ends at once")
+                    self._say("will save and stop at the end of this step; another one ends at once")
                 elif now - first > INSISTING_SECONDS:
                     self._say("a second one: ending at once")
                     os._exit(128 + signal.SIGTERM)

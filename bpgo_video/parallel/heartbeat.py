@@ -8,13 +8,13 @@ needs the interpreter's lock: code that keeps it for longer than the timeout loo
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
 import sys
 import threading
 import time
 from dataclasses import replace
-from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -50,7 +50,9 @@ class Heartbeat:
         self._mesh, self._timeout, self._advice = mesh, timeout, advice
         self._beat = Beat()
         self._telling = threading.Lock()
-        self._ended = threading.Event()
+        self._ended, self._closed = threading.Event(), threading.Event()
+        self._interval = min(LONGEST_INTERVAL, timeout / BEATS_PER_TIMEOUT)
+        self._unanswered = 0
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Heartbeat:
@@ -61,10 +63,10 @@ class Heartbeat:
         store = dist.PrefixStore(f"heartbeat-{next(Heartbeat._instances)}", connection)
         me = Member(self._mesh.rank, socket.gethostname(), this_process())
         members = introduce(store, me, self._mesh.world_size)
-        store.set_timeout(timedelta(seconds=self._timeout))
         self._liveness = Liveness(store, self._mesh.rank, members, self._timeout)
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, name="heartbeat-guard", daemon=True).start()
         return self
 
     def enter(self, phase: str, step: int | None = None) -> None:
@@ -85,6 +87,7 @@ class Heartbeat:
         if error is not None:
             self._fail(error)
         self._thread.join()
+        self._closed.set()
 
     def _tell(self, **changes: Any) -> None:
         with self._telling:
@@ -92,29 +95,39 @@ class Heartbeat:
             self._liveness.tell(self._beat)
 
     def _watch(self) -> None:
-        interval = min(LONGEST_INTERVAL, self._timeout / BEATS_PER_TIMEOUT)
-        while not self._ended.wait(interval):
+        while not self._ended.wait(self._interval):
             verdict = self._look()
+            self._unanswered = 0
             if verdict is not None and not self._ended.wait(OWN_ERROR_SECONDS):
                 self._end(verdict)
+
+    def _guard(self) -> None:
+        """End this rank where the store does not even fail: a request to a frozen or unreachable host waits for ever.
+
+        Intervals are counted, and no clock is read, since a thread that could not run was not waiting for an answer.
+        """
+        while not self._closed.wait(self._interval):
+            self._unanswered += 1
+            if self._unanswered * self._interval > self._timeout:
+                self._end(self._liveness.without_store())
 
     def _look(self) -> Verdict | None:
         try:
             verdict = self._liveness.judge()
-            self._tell()
+            if verdict is None:
+                self._tell()
+            return verdict
         except dist.DistError:
             return self._liveness.without_store()
-        return verdict
 
     def _leave(self) -> None:
         self._tell(left=True)
-        while self._mesh.is_main and self._liveness.remaining():  # the store must outlive the others' last look
-            time.sleep(0.05)
+        self._wait_for_the_others()
 
     def _fail(self, error: BaseException) -> None:
         what = f"failed {self._beat.where}: {type(error).__name__}: {error}"
         try:
-            self._say_goodbye(self._liveness.pronounce(self._mesh.rank, what[:LONGEST_MESSAGE]))
+            self._leave_on(self._liveness.pronounce(self._mesh.rank, what[:LONGEST_MESSAGE]))
         except dist.DistError:
             print(f"[rank {self._mesh.rank}] rank 0 is gone; nobody is there to tell", file=sys.stderr, flush=True)
 
@@ -124,17 +137,20 @@ class Heartbeat:
             sys.stdout.flush()
             sys.stderr.write(text.rstrip() + "\n")  # in one piece among the lines of other ranks
             sys.stderr.flush()
-            self._say_goodbye(verdict)
-        except dist.DistError:
-            pass  # rank 0 is gone and waits for no goodbye
-        finally:
+            if verdict.rank != 0 or self._mesh.is_main:
+                self._leave_on(verdict)
+        finally:  # whatever else has gone since, this process must not stay
             os._exit(EXIT_CODE)
 
-    def _say_goodbye(self, verdict: Verdict) -> None:
-        """Leave early; rank 0 stays until the others have read the verdict, which goes with it."""
+    def _leave_on(self, verdict: Verdict) -> None:
         self._tell(left=True)
-        latest = time.monotonic() + FAREWELL_SECONDS
+        self._wait_for_the_others(verdict, FAREWELL_SECONDS)
+
+    def _wait_for_the_others(self, verdict: Verdict | None = None, at_most: float = math.inf) -> None:
+        """Rank 0 stays until the others have read what is in the store, which goes with it."""
+        latest = time.monotonic() + at_most
         while self._mesh.is_main and time.monotonic() < latest and self._liveness.remaining(verdict):
+            self._unanswered = 0
             time.sleep(0.05)
 
 

@@ -122,9 +122,9 @@ class Liveness:
         """
         return self._dead_neighbour() or self._told() or self._silent()
 
-    def without_store(self) -> Verdict:
+    def without_store(self, what: str = "died or cannot be reached") -> Verdict:
         """The store lives in rank 0's process: where it is gone, each rank concludes for itself that rank 0 is."""
-        return Verdict(0, f"{self._members[0]} died or cannot be reached; it was last seen {self._last[0].where}")
+        return Verdict(0, f"{self._members[0]} {what}; when last heard, it was {self._last[0].where}")
 
     def pronounce(self, rank: int, what: str) -> Verdict:
         """Put a verdict where all ranks see it, unless there is one; the one that stands."""
@@ -143,7 +143,7 @@ class Liveness:
     def _dead_neighbour(self) -> Verdict | None:
         for rank in [rank for rank in self._neighbours if not self._running(self._members[rank].process)]:
             if rank == 0:  # the store went with it; asking would only bring a C++ stack trace to the screen
-                return self.without_store()
+                return self.without_store("died")
             beat = self._read([rank])[rank]
             if not beat.left:
                 return self.pronounce(rank, f"died {beat.where}")
