@@ -122,6 +122,9 @@ class ParallelConfig:
     sequence: Positive = 1
     """Ranks that share the tokens of each sample (Ulysses); divides the ranks and the policy's attention heads. Groups
     of that many neighbouring ranks are data-parallel to each other."""
+    heartbeat_timeout: Annotated[float, Field(ge=1.0)] = 45.0
+    """Seconds without a sign of life after which a rank counts as dead and the others end; raise it where code keeps
+    Python's interpreter lock for longer. A slow reward needs no change."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -17,6 +17,7 @@ from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import write_priors
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.base import RewardSuite
@@ -99,7 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line of tools/estimate_priors.py; it takes the flags of a training run."""
     config = load_config(argv, description="Measure the reference prior of a recipe and store it with its prompts.")
     try:
-        estimate(config, engine.start_ranks())
+        mesh = engine.start_ranks()
+        with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
+            heartbeat.enter("priors")
+            estimate(config, mesh)
     except (ConfigError, ShardError, FileNotFoundError) as error:
         tell(error)
         raise SystemExit(2) from None

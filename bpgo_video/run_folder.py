@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from bpgo_video import checkpoint
@@ -94,7 +95,8 @@ def appears(path: Path, patience: float) -> bool:
 
 
 def check_same_run(saved: Config, config: Config) -> None:
-    """A resumed run may change how long it runs and how often it saves, nothing that it computes."""
+    """A resumed run may change how long it runs, how often it saves and its timeout, nothing that it computes."""
+    saved = replace(saved, parallel=replace(saved.parallel, heartbeat_timeout=config.parallel.heartbeat_timeout))
     free = ("wandb", "run")
     changed = [name for name in vars(config) if name not in free and vars(saved)[name] != vars(config)[name]]
     if saved.run.seed != config.run.seed:

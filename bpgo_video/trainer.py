@@ -23,7 +23,8 @@ from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.metrics import RunLog, reduce_metrics
 from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.agreement import same_verdict
-from bpgo_video.parallel.mesh import make_mesh
+from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.priors import PRIORS
 from bpgo_video.replay import Setting, optimise
 from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
@@ -31,18 +32,23 @@ from bpgo_video.rewards.base import ScoredChunk
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.session import TRAINED, Session, build_session, cast, check_inputs
+from bpgo_video.stopping import Request, StopRequests
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
+
+GO_ON = "The run goes on from its last checkpoint with the same command and --run.resume auto."
 
 
 class Stopwatch:
-    """Seconds of a step by phase."""
+    """Seconds of a step by phase; the other ranks hear which phase this one is in."""
 
-    def __init__(self) -> None:
+    def __init__(self, heartbeat: Heartbeat, step: int) -> None:
+        self.heartbeat, self.step = heartbeat, step
         self.started = time.perf_counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self.heartbeat.enter(name, self.step)
         started = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -100,9 +106,9 @@ def estimate_advantages(session: Session, prompts: PromptBatch, rewards: Rewards
     return advantages.clipped(config.loss.advantage_clip)
 
 
-def train_step(session: Session, prompts: PromptBatch, step: int) -> dict[str, float]:
+def train_step(session: Session, prompts: PromptBatch, step: int, heartbeat: Heartbeat) -> dict[str, float]:
     """One rollout and its updates; the step's record."""
-    config, watch = session.config, Stopwatch()
+    config, watch = session.config, Stopwatch(heartbeat, step)
     trajectories, rewards = sample_and_score(session, prompts, step, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learning_rate = session.engine.learning_rate
@@ -137,14 +143,24 @@ def evaluate_heldout(session: Session, videos_to: Path | None = None) -> Heldout
         )
 
 
-def train(config: Config) -> dict[str, Any]:
-    """The whole run on this rank; its summary, the same on every rank.
+def train(config: Config) -> dict[str, Any] | None:
+    """The whole run on this rank; its summary, the same on every rank, or None where the run was asked to stop.
 
     Raises:
         ConfigError, ShardError, RewardError, CheckpointError, FloatingPointError: say what is wrong and what to do.
     """
-    started = time.perf_counter()
     mesh = engine.start_ranks()
+    # A launcher terminates the survivors of a dead rank: the handler must outlast the heartbeat's wait for the verdict.
+    with (
+        StopRequests(Path(config.run.dir), mesh) as requests,
+        Heartbeat(mesh, config.parallel.heartbeat_timeout, advice=GO_ON) as heartbeat,
+    ):
+        return run(config, mesh, heartbeat, requests)
+
+
+def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests) -> dict[str, Any] | None:
+    """From the checks to the report, under the heartbeat's watch."""
+    started = time.perf_counter()
     check_world(config, mesh.world_size)
     mesh = make_mesh(mesh.device, config.parallel.sequence)
     run_dir = Path(config.run.dir)
@@ -153,6 +169,7 @@ def train(config: Config) -> dict[str, Any]:
         check_run_dir(config)
     ds_config, shards = check_inputs(config, mesh)
     resume_from = open_run_dir(config, mesh)
+    requests.forget_files()
     session = build_session(config, mesh, ds_config, shards)
     progress = Progress()
     if resume_from is not None:
@@ -160,10 +177,14 @@ def train(config: Config) -> dict[str, Any]:
         progress = Progress(**state["progress"])
         started -= progress.seconds["total"]
     elif session.heldout_suite is not None:
+        heartbeat.enter("evaluation")
         before = evaluate_heldout(session, run_dir / "samples" / "before")
         progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()} if before else None
         progress.videos_generated += heldout_videos(session)
-    after = run_steps(session, progress, run_dir, started)
+    after = run_steps(session, progress, run_dir, started, heartbeat, requests)
+    if progress.step < config.run.num_steps:
+        return None
+    heartbeat.enter("export")
     export_pipeline(session.engine, session.policy, TRAINED, run_dir / "export", mesh)
     progress.seconds["total"] = time.perf_counter() - started
     summary = summarise(session, progress, after)
@@ -173,13 +194,20 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
-def run_steps(session: Session, progress: Progress, run_dir: Path, started: float) -> HeldoutScores | None:
-    """The loop, from where `progress` stands to the end; the last held-out scores.
+def run_steps(
+    session: Session,
+    progress: Progress,
+    run_dir: Path,
+    started: float,
+    heartbeat: Heartbeat,
+    requests: StopRequests,
+) -> HeldoutScores | None:
+    """The loop, from where `progress` stands to the end, or to where it was asked to stop; the last held-out scores.
 
     Args:
         started: when the run began, on the clock of time.perf_counter, earlier launches counted in.
     """
-    config, mesh = session.config, session.mesh
+    config = session.config
     stream = session.prompts.shards.stream(
         config.data.split,
         config.run.seed,
@@ -193,11 +221,12 @@ def run_steps(session: Session, progress: Progress, run_dir: Path, started: floa
         for step in range(progress.step, config.run.num_steps):
             prompts = next(stream)
             prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
-            record = train_step(session, prompts, step)
+            record = train_step(session, prompts, step, heartbeat)
             advance(progress, record, stream.position, session)
             last = step + 1 == config.run.num_steps
             every = config.evaluation.every
             if last or (every and (step + 1) % every == 0):
+                heartbeat.enter("evaluation", step)
                 after = evaluate_heldout(session, run_dir / "samples" / "after" if last else None)
                 if after is not None:
                     record |= after.metrics()
@@ -205,11 +234,21 @@ def run_steps(session: Session, progress: Progress, run_dir: Path, started: floa
                     if last:
                         log.media(step, "heldout", shown_videos(session, run_dir / "samples" / "after"))
             log.log(step, record)
-            if last or (step + 1) % config.run.save_every == 0:
-                progress.seconds["total"] = time.perf_counter() - started
-                state = {"progress": vars(progress)}
-                checkpoint.save(session.engine, run_dir, step + 1, state, config.run.keep_checkpoints, mesh)
+            request = Request.NONE if last else requests.agreed()
+            if last or request or (step + 1) % config.run.save_every == 0:
+                heartbeat.enter("checkpoint", step)
+                saved = save(session, progress, run_dir, started)
+                requests.obeyed(request, f"after {step + 1} of {config.run.num_steps} steps, in {saved}")
+            if request is Request.STOP:
+                return after
     return after or (evaluate_heldout(session, run_dir / "samples" / "after"))
+
+
+def save(session: Session, progress: Progress, run_dir: Path, started: float) -> Path:
+    progress.seconds["total"] = time.perf_counter() - started
+    state = {"progress": vars(progress)}
+    keep = session.config.run.keep_checkpoints
+    return checkpoint.save(session.engine, run_dir, progress.step, state, keep, session.mesh)
 
 
 def advance(progress: Progress, record: dict[str, float], position: int, session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, shards: Path) -> None:
     result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
     assert result.returncode != 0
     assert "the reward model ran out of patience" in result.stderr
+    assert re.search(r"\[rank 0\] rank 1 \(.+\) failed in phase reward of step 0: RuntimeError: the rew", result.stderr)
     assert time.monotonic() - started < 120
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bpgo_video import engine as engines
 from bpgo_video.config import Config, ParallelConfig
 from bpgo_video.config_io import read_yaml
+from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
@@ -138,10 +139,15 @@ def session_and_prompts(config: Config, mesh: Mesh) -> tuple[Session, Iterator[P
     return session, shards.stream(config.data.split, 0, config.rollout.prompts_per_step, priors=session.priors.values())
 
 
+def unwatched(mesh: Mesh) -> Heartbeat:
+    """One that nobody has started: a bench that fails is run again."""
+    return Heartbeat(mesh, timeout=60)
+
+
 def step_seconds(config: Config, mesh: Mesh) -> dict[str, float]:
     """Median of a few whole steps, by phase; the engine is built for them and thrown away."""
     session, stream = session_and_prompts(config, mesh)
-    records = [train_step(session, next(stream), step) for step in range(STEP_ROUNDS + 1)][1:]
+    records = [train_step(session, next(stream), step, unwatched(mesh)) for step in range(STEP_ROUNDS + 1)][1:]
     names = ("seconds", "seconds/rollout", "seconds/reward", "seconds/update")
     return {name: statistics.median(record[name] for record in records) for name in names}
 
@@ -167,8 +173,8 @@ class TimedLearner:
 def phases(config: Config, mesh: Mesh) -> dict[str, float]:
     """Seconds of one update: in replay (forward, backward and their hooks), waiting for ranks, in the optimiser."""
     session, stream = session_and_prompts(config, mesh)
-    train_step(session, next(stream), 0)
-    prompts, watch = next(stream), Stopwatch()
+    train_step(session, next(stream), 0, unwatched(mesh))
+    prompts, watch = next(stream), Stopwatch(unwatched(mesh), 1)
     trajectories, rewards = sample_and_score(session, prompts, 1, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learner = TimedLearner(session.engine)
