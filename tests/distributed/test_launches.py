@@ -86,3 +86,20 @@ def test_plain_python_is_one_rank(tmp_path: Path, shards: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_doctor_tells_a_healthy_recipe_from_a_blind_reward(tmp_path: Path, shards: Path) -> None:
+    healthy = rewarded_by(
+        without_evaluation(small_recipe(tmp_path / "run", shards)), "tests.distributed.toy_rewards:Redness"
+    )
+    result = launch("tools/doctor.py", "--config", recipe_file(healthy, tmp_path / "healthy.yaml"))
+    assert result.returncode == 0, result.stderr
+    assert "exactly 1 before the first update" in result.stdout
+    assert "Ready to train" in result.stdout
+    assert not (tmp_path / "run").exists(), "nothing is saved"
+
+    blind = rewarded_by(healthy, "tests.distributed.toy_rewards:Blind")
+    result = launch("tools/doctor.py", "--config", recipe_file(blind, tmp_path / "blind.yaml"))
+    assert result.returncode == 1
+    assert "only gives all 4 samples of a prompt the same score" in " ".join(result.stdout.replace("│", " ").split())
+    assert "Not ready: mend rewards first" in result.stdout

@@ -59,3 +59,10 @@ class AsTold(Redness):
         if os.environ.get("REWARD_DIES") == now:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(videos, texts)
+
+
+class Blind(Redness):
+    """The same score for every video."""
+
+    def __call__(self, videos: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        return torch.full((len(texts), 1), 0.5)
