@@ -94,3 +94,24 @@ def test_every_shipped_deepspeed_json_is_accepted(path: Path) -> None:
 def test_a_missing_config_file_points_to_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="pipelines/configs"):
         load_config(["--config", "nowhere.yaml"])
+
+
+def test_a_recipe_changes_its_base_key_by_key(tmp_path: Path) -> None:
+    base, recipe = tmp_path / "base.yaml", tmp_path / "recipe.yaml"
+    base.write_text(RECIPE.read_text())
+    recipe.write_text("base: base.yaml\noptim: {learning_rate: 3.0e-5}\nrewards: {only: {model: clip_score}}\n")
+    config, original = read_yaml(recipe), read_yaml(base)
+    assert config.optim.learning_rate == 3e-5
+    assert config.optim.updates_per_rollout == original.optim.updates_per_rollout
+    assert set(config.rewards) == {"only"}, "rewards are replaced as a whole"
+    assert config.evaluation == original.evaluation
+
+
+def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("base: second.yaml\n")
+    with pytest.raises(ConfigError, match=r"second\.yaml', which .*first\.yaml names as its base, does not exist"):
+        read_yaml(first)
+    second.write_text("base: first.yaml\n")
+    with pytest.raises(ConfigError, match=r"first\.yaml is its own base, by way of .*first\.yaml -> .*second\.yaml"):
+        read_yaml(first)
