@@ -1,5 +1,6 @@
 # make demo      post-train the embedded video policy with BPGO on two CPU ranks, and write runs/demo/report.html
 # make test      the suite, at most 15 minutes on two cores;  make test-all adds launches, kills and long runs
+# make bench     what sharding costs and how a step grows, as ratios: runs/bench/bench.json
 # make lint      ruff and mypy
 
 PYTHON ?= python3.11
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint clean install
+.PHONY: demo test test-all bench lint clean install
 
 install: .venv/installed
 
@@ -44,6 +45,9 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -m "not gpu"
+
+bench: install $(PROMPTS)/priors/measured
+	$(BIN)/python -m tools.bench --recipe $(RECIPE) --output runs/bench
 
 lint: install
 	$(BIN)/ruff check .

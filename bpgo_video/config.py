@@ -80,14 +80,24 @@ class SamplerConfig:
     """Shift of the sigma schedule; None takes the pipeline's own flow_shift."""
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
     """Latents are rounded to this before their log-prob is taken, so that replay sees the same numbers."""
-    train_steps: Literal["all", "random"] = "all"
-    """Which steps are stochastic and trained: all but the last, or a random fraction of these in each rollout."""
+    train_steps: Literal["all", "random", "window", "random_window"] = "all"
+    """Which steps are stochastic and trained; the last one never is. `random` draws a share in each rollout; a window
+    is a run of neighbouring steps, in a place of its own or drawn in each rollout."""
     train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the steps but the last that are trained, at least one: the window's length, too."""
+    window_start: Annotated[int, Field(ge=0)] = 0
+    """`window`: its first step; 0 is the noisiest."""
+    window_every: Annotated[int, Field(ge=0)] = 0
+    """`window`: it moves on by one step every so many training steps, and begins anew behind the end; 0 keeps it."""
+    share_steps: Literal["batch", "group"] = "batch"
+    """Random steps are drawn once for all prompts of a training step, or for each prompt, whose group shares them."""
+    solver: Literal["euler", "adams_bashforth"] = "euler"
+    """How the untrained steps follow the ODE: first order, or second order at the same cost."""
 
     @property
     def trained_count(self) -> int:
-        """How many steps of a rollout are trained; the last one never is."""
-        share = self.train_fraction if self.train_steps == "random" else 1.0
+        """How many steps of a rollout are trained."""
+        share = 1.0 if self.train_steps == "all" else self.train_fraction
         return max(1, round(share * (self.num_steps - 1)))
 
 
@@ -102,6 +112,19 @@ class RolloutConfig:
     same_start: bool = False
     """Start all samples of a prompt from the same noise (DanceGRPO, arXiv 2505.07818): their rewards then differ by the
     trained steps alone."""
+    parameters: Literal["auto", "gathered", "sharded"] = "auto"
+    """Under ZeRO-3: `gathered` keeps all weights on every rank for the length of a rollout, `sharded` fetches each
+    block for every denoising step; `auto` gathers where the weights take at most half of the memory that is free."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ParallelConfig:
+    sequence: Positive = 1
+    """Ranks that share the tokens of each sample (Ulysses); divides the ranks and the policy's attention heads. Groups
+    of that many neighbouring ranks are data-parallel to each other."""
+    heartbeat_timeout: Annotated[float, Field(ge=1.0)] = 45.0
+    """Seconds without a sign of life after which a rank counts as dead and the others end; raise it where code keeps
+    Python's interpreter lock for longer. A slow reward needs no change."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -114,13 +137,6 @@ class RewardConfig:
     """How the scores of a video's frames become the video's score."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keyword arguments of the reward model's constructor."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class ParallelConfig:
-    heartbeat_timeout: Annotated[float, Field(ge=1.0)] = 45.0
-    """Seconds without a sign of life after which a rank counts as dead and the others end; raise it where code keeps
-    Python's interpreter lock for longer. A slow reward needs no change."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -159,10 +175,27 @@ class BPGOConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LossConfig:
+    objective: Literal["policy_gradient", "awm", "nft"] = "policy_gradient"
+    """What is minimised: the surrogate over the rollout's own transitions, or advantage weighted matching or
+    DiffusionNFT on its final videos. These two sample by the ODE and learn at the noise levels of the trained steps."""
+    nft_beta: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """`nft`: how far its two implicit policies lie from the old one."""
     clip_range: tuple[BelowOne, NonNegative] = (1e-3, 1e-3)
     """The ratio is clipped to [1 - low, 1 + high]; log-probs are means over latent dimensions, so this is small."""
     advantage_clip: Annotated[float, Field(gt=0.0)] = 5.0
     """Advantages are clipped to this magnitude, after the trust weight."""
+    trust_region: Literal["clip", "divergence_mask"] = "clip"
+    """What bounds a step: the ratio's clip, or a limit on the divergence of the transitions (DPPO)."""
+    divergence_limit: Annotated[float, Field(gt=0.0)] = 1e-5
+    """`divergence_mask`: where |d mean|^2 / (2 std^2) reaches this, a sample moves no further outwards."""
+    ratio: Literal["plain", "guard"] = "plain"
+    """`guard` centres the log ratio and gives it one scale at every noise level (GRPO-Guard)."""
+    kl_weight: NonNegative = 0.0
+    """Weight of the divergence from the starting policy (adapters off, or a frozen copy); 0 keeps no reference."""
+    kl_space: Literal["velocity", "mean"] = "velocity"
+    """Where the divergence is measured: between velocities, or between the means of transitions, over their std."""
+    step_weights: Literal["none", "flash", "longcat", "guard", "tempflow"] = "none"
+    """How much each denoising step counts in the loss (`bpgo_video.steps.STEP_WEIGHTS`), with a mean of 1."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -257,6 +290,13 @@ def check(config: Config) -> None:
         raise ConfigError("bpgo.alpha is 1, which only the released form takes; set it below 1")
     if config.sampler.name == "cps" and config.sampler.eta > 1:
         raise ConfigError(f"sampler.eta is {config.sampler.eta}; cps takes values up to 1")
+    rollout = config.rollout
+    if config.sampler.share_steps == "group" and rollout.group_size % rollout.micro_batch_size:
+        raise ConfigError(
+            "sampler.share_steps is 'group', which gives each prompt its own trained steps, but "
+            f"rollout.micro_batch_size {rollout.micro_batch_size} mixes prompts of group_size {rollout.group_size}; "
+            "set it to a divisor of that"
+        )
     trained = config.sampler.trained_count
     if config.optim.updates_per_rollout > trained:
         raise ConfigError(
@@ -283,12 +323,19 @@ def check_world(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: names the numbers and the nearest ones that work.
     """
-    rollout = config.rollout
+    rollout, sequence = config.rollout, config.parallel.sequence
+    if world_size % sequence:
+        raise ConfigError(
+            f"parallel.sequence is {sequence}, which does not divide {world_size} ranks into groups; it can be one of "
+            f"{[size for size in range(1, world_size + 1) if world_size % size == 0]}"
+        )
     samples = rollout.prompts_per_step * rollout.group_size
-    unit = world_size * rollout.micro_batch_size
+    groups = world_size // sequence
+    unit = groups * rollout.micro_batch_size
     if samples % unit:
         raise ConfigError(
             f"prompts_per_step x group_size = {rollout.prompts_per_step} x {rollout.group_size} = {samples} samples "
-            f"do not divide into {world_size} ranks x micro_batch_size {rollout.micro_batch_size} = {unit}; change "
-            f"one of them so that the samples are a multiple (for example {max(unit, samples - samples % unit)})"
+            f"do not divide into {groups} {'ranks' if sequence == 1 else 'sequence groups'} x micro_batch_size "
+            f"{rollout.micro_batch_size} = {unit}; change one of them so that the samples are a multiple (for example "
+            f"{max(unit, samples - samples % unit)})"
         )

@@ -66,7 +66,6 @@ def evaluate(
     denoiser = Denoiser(
         policy=policy,
         sigmas=policy.sigmas(config.evaluation.num_steps, config.sampler.shift),
-        trained_steps=(),
         sampler="ode",
         eta=0.0,
         guidance_scale=config.evaluation.guidance_scale,
@@ -84,10 +83,9 @@ def evaluate(
     )
     scored = []
     for chunk in chunks:
-        rows = chunk.trajectory.prompt_rows
-        scored.append(suite.score(chunk.videos, [prompts.texts[row] for row in rows.tolist()]))
+        scored.append(suite.score(chunk, prompts.texts))
         if videos_to is not None:
-            items = (rows * samples + chunk.trajectory.sample_index).tolist()
+            items = (chunk.prompt_rows * samples + chunk.sample_index).tolist()
             _write_shown(chunk.videos, items, shown, videos_to, config.video.fps)
     rewards = suite.gather(scored, prompts, samples, mesh)
     return HeldoutScores({name: scores.cpu() for name, scores in rewards.by_name.items()})

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,22 @@ import torch
 from bpgo_video import checkpoint, engine
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
 from bpgo_video.checkpoint import CheckpointError
+from bpgo_video.cli import tell
 from bpgo_video.config import Config, ConfigError, check_world
 from bpgo_video.config_io import load_config
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.export import export_pipeline
 from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.metrics import RunLog, reduce_metrics
+from bpgo_video.objectives import OBJECTIVES
+from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.priors import PRIORS
-from bpgo_video.replay import optimise
+from bpgo_video.replay import Setting, optimise
 from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
-from bpgo_video.rollout import sample_chunks, training_denoiser
+from bpgo_video.rewards.base import ScoredChunk
+from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.session import TRAINED, Session, build_session, cast, check_inputs
 from bpgo_video.stopping import Request, StopRequests
@@ -64,7 +66,7 @@ def sample_and_score(
     """This rank's trajectories, and all ranks' rewards."""
     config, mesh = session.config, session.mesh
     chunks = sample_chunks(
-        training_denoiser(session.policy, config, step),
+        training_denoiser(session.policy, config),
         prompts,
         session.prompts.negative,
         mesh,
@@ -72,18 +74,24 @@ def sample_and_score(
         micro_batch_size=config.rollout.micro_batch_size,
         latent_shape=session.policy.latent_shape(config.video),
         key=(config.run.seed, "rollout", step),
+        trained_steps=sampled_steps(config, step),
         same_start=config.rollout.same_start,
     )
-    trajectories, scores = [], []
-    while True:
+    trajectories: list[Trajectory] = []
+    scores: list[ScoredChunk] = []
+    with ExitStack() as weights:
         with watch.phase("rollout"):
-            chunk = next(chunks, None)
-        if chunk is None:
-            break
-        trajectories.append(chunk.trajectory)
-        with watch.phase("reward"):
-            texts = [prompts.texts[row] for row in chunk.trajectory.prompt_rows.tolist()]
-            scores.append(session.suite.score(chunk.videos, texts))
+            weights.enter_context(session.rollout_weights())
+        while True:
+            with watch.phase("rollout"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                break
+            trajectories += chunk.trajectories
+            with watch.phase("reward"):
+                scores.append(session.suite.score(chunk, prompts.texts))
+        with watch.phase("rollout"):
+            weights.close()
     with watch.phase("reward"):
         return trajectories, session.suite.gather(scores, prompts, config.rollout.group_size, mesh)
 
@@ -105,17 +113,9 @@ def train_step(session: Session, prompts: PromptBatch, step: int, heartbeat: Hea
     advantages = estimate_advantages(session, prompts, rewards)
     learning_rate = session.engine.learning_rate
     with watch.phase("update"):
-        update = optimise(
-            session.engine,
-            training_denoiser(session.policy, config, step),
-            trajectories,
-            prompts,
-            session.prompts.negative,
-            advantages,
-            updates_per_rollout=config.optim.updates_per_rollout,
-            zeta=config.bpgo.zeta,
-            clip_range=config.loss.clip_range,
-        )
+        setting = Setting(session.policy, config, prompts, session.prompts.negative, session.reference)
+        objective = OBJECTIVES[config.loss.objective](setting, advantages, step)
+        update = optimise(session.engine, objective, trajectories, config.optim.updates_per_rollout)
     return {
         "reward": float(rewards.total.mean()),
         "reward_std": float(rewards.total.std(dim=1).mean()),
@@ -131,15 +131,16 @@ def train_step(session: Session, prompts: PromptBatch, step: int, heartbeat: Hea
 def evaluate_heldout(session: Session, videos_to: Path | None = None) -> HeldoutScores | None:
     if session.heldout_suite is None or session.prompts.heldout is None:
         return None
-    return evaluate(
-        session.policy,
-        session.prompts.heldout,
-        session.prompts.negative,
-        session.heldout_suite,
-        session.config,
-        session.mesh,
-        videos_to,
-    )
+    with session.rollout_weights():
+        return evaluate(
+            session.policy,
+            session.prompts.heldout,
+            session.prompts.negative,
+            session.heldout_suite,
+            session.config,
+            session.mesh,
+            videos_to,
+        )
 
 
 def train(config: Config) -> dict[str, Any] | None:
@@ -161,9 +162,11 @@ def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests
     """From the checks to the report, under the heartbeat's watch."""
     started = time.perf_counter()
     check_world(config, mesh.world_size)
+    mesh = make_mesh(mesh.device, config.parallel.sequence)
     run_dir = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
-    check_run_dir(config)
+    with same_verdict(mesh):
+        check_run_dir(config)
     ds_config, shards = check_inputs(config, mesh)
     resume_from = open_run_dir(config, mesh)
     requests.forget_files()
@@ -265,7 +268,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(config)
     except (ConfigError, ShardError, CheckpointError, FileNotFoundError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(error)
         raise SystemExit(2) from None
     engine.stop_ranks()

@@ -7,8 +7,8 @@ import torch
 
 from bpgo_video.config import ConfigError, RewardConfig
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.rewards.base import RewardError, RewardSuite
-from bpgo_video.types import PromptBatch
+from bpgo_video.rewards.base import RewardError, RewardSuite, ScoredChunk
+from bpgo_video.types import PromptBatch, RolloutChunk
 
 CPU = torch.device("cpu")
 MESH = Mesh(0, 1, CPU)
@@ -36,6 +36,11 @@ def suite(**rewards: RewardConfig) -> RewardSuite:
     return RewardSuite(rewards, CPU)
 
 
+def chunk_of(videos: torch.Tensor) -> RolloutChunk:
+    """Two samples of each of the two prompts."""
+    return RolloutChunk((), videos, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]))
+
+
 def own(name: str, **keys: object) -> RewardConfig:
     return RewardConfig(model=f"tests.test_reward_suite:{name}", **keys)
 
@@ -44,7 +49,7 @@ def test_scores_are_aggregated_weighted_and_oriented() -> None:
     videos = torch.zeros(4, 3, 3, 2, 2)
     videos[1, 0] = 0.9
     both = suite(mean=own("Row", weight=2.0), worst=own("LowerIsBetter", aggregate="min"))
-    rewards = both.gather([both.score(videos, ["first"] * 4)], PROMPTS, 2, MESH)
+    rewards = both.gather([both.score(chunk_of(videos), PROMPTS.texts)], PROMPTS, 2, MESH)
     torch.testing.assert_close(rewards.by_name["mean"], torch.tensor([[0.0, 0.3], [0.0, 0.0]]))
     torch.testing.assert_close(rewards.by_name["worst"], torch.tensor([[0.0, -0.9], [0.0, 0.0]]))
     torch.testing.assert_close(rewards.total, torch.tensor([[0.0, -0.3], [0.0, 0.0]]))
@@ -55,13 +60,14 @@ def test_a_nan_names_reward_prompt_and_sample() -> None:
     broken = suite(row=own("Row"))
     scores = torch.zeros(4, 3)
     scores[3, 1] = torch.nan
+    rows, samples = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
     with pytest.raises(RewardError, match=r"'row' scored nan for sample 1 of prompt 'second' \(id 6\), scored frame 1"):
-        broken.gather([{"row": scores}], PROMPTS, 2, MESH)
+        broken.gather([ScoredChunk(rows, samples, {"row": scores})], PROMPTS, 2, MESH)
 
 
 def test_a_wrong_shape_is_named() -> None:
     with pytest.raises(RewardError, match=r"'row' returned the shape \(4, 0\)"):
-        suite(row=own("Row", options={"columns": 0})).score(torch.zeros(4, 3, 3, 2, 2), ["x"] * 4)
+        suite(row=own("Row", options={"columns": 0})).score(chunk_of(torch.zeros(4, 3, 3, 2, 2)), PROMPTS.texts)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bpgo_video.config import ConfigError, RewardConfig
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.types import PromptBatch, Rewards, Videos
+from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Videos
 
 
 @runtime_checkable
@@ -94,6 +94,15 @@ def _options(options: Mapping[str, Any], device: torch.device, factory: Callable
     return {**options, **({"device": device} if takes_device else {})}
 
 
+@dataclass(frozen=True)
+class ScoredChunk:
+    """What a rank's videos of one chunk earned: rows of scores per frame by reward name, and whose they are."""
+
+    prompt_rows: Int[Tensor, "samples"]
+    sample_index: Int[Tensor, "samples"]
+    scores: Mapping[str, Float[Tensor, "samples _"]]
+
+
 class RewardSuite:
     """The rewards of a recipe, by the names that it gives them."""
 
@@ -109,35 +118,38 @@ class RewardSuite:
         return {name: reward.weight for name, reward in self.rewards.items()}
 
     @torch.no_grad()
-    def score(self, videos: Videos, texts: Sequence[str]) -> dict[str, Float[Tensor, "samples _"]]:
+    def score(self, chunk: RolloutChunk, texts: Sequence[str]) -> ScoredChunk:
         """Scores per frame of each model, higher is better, fp32.
+
+        Args:
+            texts: of the step's prompts, by the chunk's prompt rows.
 
         Raises:
             RewardError: a model returned something else than a row of scores per video.
         """
         scores = {}
+        own_texts = [texts[row] for row in chunk.prompt_rows.tolist()]
         for name, reward in self.rewards.items():
-            rows = reward.model(videos, texts)
-            if rows.ndim != 2 or rows.shape[0] != len(texts) or rows.shape[1] == 0:
+            rows = reward.model(chunk.videos, own_texts)
+            if rows.ndim != 2 or rows.shape[0] != len(own_texts) or rows.shape[1] == 0:
                 raise RewardError(
-                    f"reward {name!r} returned the shape {tuple(rows.shape)} for {len(texts)} videos; it must be "
-                    f"({len(texts)}, scored frames)"
+                    f"reward {name!r} returned the shape {tuple(rows.shape)} for {len(own_texts)} videos; it must be "
+                    f"({len(own_texts)}, scored frames)"
                 )
             scores[name] = rows.float() if reward.model.higher_is_better else -rows.float()
-        return scores
+        return ScoredChunk(chunk.prompt_rows, chunk.sample_index, scores)
 
-    def gather(
-        self, chunks: Sequence[Mapping[str, Tensor]], prompts: PromptBatch, group_size: int, mesh: Mesh
-    ) -> Rewards:
+    def gather(self, chunks: Sequence[ScoredChunk], prompts: PromptBatch, group_size: int, mesh: Mesh) -> Rewards:
         """All ranks' scores as prompts x group, the same on every rank.
 
         Raises:
             RewardError: a score is not finite; on every rank, naming the reward, the prompt and the sample.
         """
         total = len(prompts) * group_size
+        items = torch.cat([chunk.prompt_rows * group_size + chunk.sample_index for chunk in chunks]).tolist()
         per_frame, by_name = {}, {}
         for name, reward in self.rewards.items():
-            rows = mesh.gather(torch.cat([chunk[name].to(mesh.device) for chunk in chunks]), total)
+            rows = mesh.gather(torch.cat([chunk.scores[name].to(mesh.device) for chunk in chunks]), items, total)
             _check_finite(name, rows, prompts, group_size)
             per_frame[name] = rows.unflatten(0, (len(prompts), group_size))
             by_name[name] = AGGREGATES[reward.aggregate](rows).unflatten(0, (len(prompts), group_size))

@@ -25,18 +25,33 @@ WORLD_CASES = {
         "stopped=steps:4:auto",
         "smoke-offload=smoke:zero3_offload",
         "smoke-bf16=smoke:zero3_bf16",
+        *(f"gradient-{stage}-sequence2=gradient:{stage}:2" for stage in STAGES),
+        *(f"ratio-zero3-{lora}-sequence2=exact_ratio:zero3:{lora}:2" for lora in ("full", "lora")),
+        *(f"ratio-zero3-{lora}-gathered=exact_ratio:zero3:{lora}:1:gathered" for lora in ("full", "lora")),
+        *(
+            f"held-{stage}-{lora}-{weight}=held:{stage}:{lora}:{weight}"
+            for stage, lora in (("zero2", "full"), ("zero3", "full"), ("zero3", "lora"))
+            for weight in ("0", "1000")
+        ),
+        *(f"uneven-{parameters}=uneven:{parameters}" for parameters in ("sharded", "gathered")),
+    ],
+    4: [
+        "gradient-zero3-sequence2=gradient:zero3:2",
+        "ratio-zero3-full-sequence4=exact_ratio:zero3:full:4:gathered",
     ],
 }
 
 
-def run_ranks(world_size: int, arguments: list[str], timeout: float = 600, **environment: str) -> None:
+def run_ranks(
+    world_size: int, arguments: list[str], timeout: float = 600, worker: str = "worker", **environment: str
+) -> None:
     """Start the worker on `world_size` local ranks and wait; the ranks' output is shown where one fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), **environment}  # fmt: skip
-    command = [sys.executable, "-m", "tests.distributed.worker", *arguments]
+    command = [sys.executable, "-m", f"tests.distributed.{worker}", *arguments]
     ranks = [
         subprocess.Popen(
             command, cwd=ROOT, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},

@@ -45,15 +45,58 @@ def test_gradient_is_the_same_on_any_world_and_stage(worlds: dict[int, Path], st
         assert (gradient - expected).norm() / expected.norm() < 1e-5, name
 
 
-@pytest.mark.parametrize("adapters", ["full", "lora"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_ratio_is_one_before_the_first_update_and_not_after(worlds: dict[int, Path], stage: str, adapters: str) -> None:
-    name = f"ratio-{stage}-{adapters}"
-    summary = summary_of(worlds[2], name)
+@pytest.mark.parametrize(
+    ("world_size", "name"), [(2, f"gradient-{stage}-sequence2") for stage in STAGES] + [(4, "gradient-zero3-sequence2")]
+)
+def test_gradient_is_the_same_where_ranks_share_tokens(worlds: dict[int, Path], world_size: int, name: str) -> None:
+    """Through the whole trainer: noise, rewards and advantages are those of a single process, too."""
+    start, reference = starting_weights(), exported(worlds[1] / "gradient-zero1")
+    found = exported(worlds[world_size] / name)
+    errors = {key: (found[key] - reference[key]).norm() / (reference[key] - start[key]).norm() for key in start}
+    assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
+
+
+RATIO_CASES = [
+    *((2, f"ratio-{stage}-{adapters}") for stage in STAGES for adapters in ("full", "lora")),
+    *((2, f"ratio-zero3-{adapters}-sequence2") for adapters in ("full", "lora")),
+    *((2, f"ratio-zero3-{adapters}-gathered") for adapters in ("full", "lora")),
+    (4, "ratio-zero3-full-sequence4"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "name"), RATIO_CASES)
+def test_ratio_is_one_before_the_first_update_and_not_after(
+    worlds: dict[int, Path], world_size: int, name: str
+) -> None:
+    summary = summary_of(worlds[world_size], name)
     assert summary["max_ratio_error_first_update"] == 0.0
-    assert summary["zero_stage"] == int(stage[-1])
-    record = read_metrics(worlds[2] / name / "metrics.jsonl")[0]
+    assert f"zero{summary['zero_stage']}" in name
+    record = read_metrics(worlds[world_size] / name / "metrics.jsonl")[0]
     assert record["log_ratio_abs_max"] > 1e-6, "the second update must see a policy that has moved"
+
+
+def test_a_gathered_rollout_samples_what_a_sharded_one_does(worlds: dict[int, Path]) -> None:
+    for adapters in ("full", "lora"):
+        sharded, gathered = (
+            read_metrics(worlds[2] / f"ratio-zero3-{adapters}{name}" / "metrics.jsonl") for name in ("", "-gathered")
+        )
+        assert [{k: v for k, v in record.items() if "seconds" not in k} for record in sharded] == [
+            {k: v for k, v in record.items() if "seconds" not in k} for record in gathered
+        ]
+
+
+@pytest.mark.parametrize("name", ["zero2-full", "zero3-full", "zero3-lora"])
+def test_a_pull_towards_the_start_moves_the_second_update(worlds: dict[int, Path], name: str) -> None:
+    free, held = (read_metrics(worlds[2] / f"held-{name}-{weight}" / "metrics.jsonl")[0] for weight in ("0", "1000"))
+    assert held["kl"] > 0, "the second update sees a policy that has left its start"
+    assert "kl" not in free
+    assert held["grad_norm"] != free["grad_norm"], "and is pulled back"
+    assert held["ratio_error_first_update_max"] == 0.0
+
+
+@pytest.mark.parametrize("parameters", ["sharded", "gathered"])
+def test_uneven_work_hangs_nothing(worlds: dict[int, Path], parameters: str) -> None:
+    assert summary_of(worlds[2], f"uneven-{parameters}")["heldout_videos"] == 3
 
 
 def test_stopping_and_resuming_changes_nothing(worlds: dict[int, Path]) -> None:

@@ -18,7 +18,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from bpgo_video import engine
-from bpgo_video.config import Config, LoraConfig
+from bpgo_video.config import Config, LoraConfig, ParallelConfig
 from bpgo_video.paths import resolve_folder
 from bpgo_video.trainer import train
 from tests.recipes import rewarded_by, small_recipe, without_evaluation
@@ -28,7 +28,7 @@ SMALL = resolve_folder("package:bpgo_video.tiny/weights/wan") / "transformer"
 HUGE_STEP = 1e5  # of SGD: the weights' change is the gradient, to many digits
 
 
-def gradient(shards: Path, run_dir: Path, stage: str) -> Config:
+def gradient(shards: Path, run_dir: Path, stage: str, sequence: str = "1") -> Config:
     """One update of plain SGD without clipping, so that errors of scale cannot hide.
 
     Samples start from noise of their own: from the same start, terms of opposite advantage nearly cancel (most of all
@@ -39,15 +39,36 @@ def gradient(shards: Path, run_dir: Path, stage: str) -> Config:
     }  # fmt: skip
     rollout = {"same_start": False}
     config = small_recipe(run_dir, shards, optim=optim, rollout=rollout, loss={"clip_range": (0.5, 0.5)})
+    config = replace(config, parallel=ParallelConfig(sequence=int(sequence)))
     return with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
 
 
-def exact_ratio(shards: Path, run_dir: Path, stage: str, lora: str) -> Config:
+def exact_ratio(
+    shards: Path, run_dir: Path, stage: str, lora: str, sequence: str = "1", parameters: str = "sharded"
+) -> Config:
     """Two updates of one rollout: the ratio is 1 on the first and not on the second."""
-    config = small_recipe(run_dir, shards, optim={"updates_per_rollout": 2, "learning_rate": 1e-3})
+    rollout: dict[str, Any] = {"parameters": parameters}
+    config = small_recipe(run_dir, shards, optim={"updates_per_rollout": 2, "learning_rate": 1e-3}, rollout=rollout)
     config = with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
-    rank = {"full": 0, "lora": 4}[lora]
-    return replace(config, policy=replace(config.policy, lora=LoraConfig(rank=rank)))
+    config = replace(config, parallel=ParallelConfig(sequence=int(sequence)))
+    rank, checkpointing = {"full": 0, "lora": 4}[lora], int(sequence) > 1
+    policy = replace(config.policy, lora=LoraConfig(rank=rank), gradient_checkpointing=checkpointing)
+    return replace(config, policy=policy)
+
+
+def held_near_the_start(shards: Path, run_dir: Path, stage: str, lora: str, weight: str) -> Config:
+    """Two updates of plain SGD with a pull towards the starting policy, which moves only the second."""
+    optim = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "updates_per_rollout": 2}
+    config = small_recipe(run_dir, shards, optim=optim, loss={"kl_weight": float(weight), "clip_range": (0.5, 0.5)})
+    config = with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
+    return replace(config, policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])))
+
+
+def uneven(shards: Path, run_dir: Path, parameters: str) -> Config:
+    """An evaluation of three videos on two ranks that take four at once."""
+    config = small_recipe(run_dir, shards, rollout={"parameters": parameters})
+    heldout = replace(config.evaluation, max_prompts=1, samples_per_prompt=3)
+    return replace(config, evaluation=heldout)
 
 
 def steps(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") -> Config:
@@ -90,7 +111,8 @@ def with_stage(config: Config, stage: str) -> Config:
 
 
 CASES: dict[str, Callable[..., Config]] = {
-    "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "smoke": smoke,
+    "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "smoke": smoke, "uneven": uneven,
+    "held": held_near_the_start,
 }  # fmt: skip
 
 

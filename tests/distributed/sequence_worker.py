@@ -1,0 +1,127 @@
+"""What every rank of a world runs: one update per combination of family, tokens, ZeRO, sequence and checkpointing.
+
+    python -m tests.distributed.sequence_worker OUTPUT
+
+Each update is plain SGD without clipping, compared with the single process's, of which every rank makes its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bpgo_video import engine
+from bpgo_video.config import OptimConfig
+from bpgo_video.parallel import ulysses
+from bpgo_video.parallel.mesh import Mesh, make_mesh
+from bpgo_video.parallel.sequence import parallelise
+from tests.distributed.transformers import FAMILIES, LATENTS, SAMPLES, inputs, random_transformer, sample_losses
+
+BLIND = "refiner_blocks.0.attn.to_k.bias"  # no key normalisation: softmax does not see a shift, its gradient is 0
+HUGE_STEP = 1e5  # the weights' change is the gradient, to many digits
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    tokens: str
+    stage: int
+    sequence: int
+    checkpointing: bool
+    breaks_scaling: bool = False
+
+
+def cases(world_size: int) -> Iterator[Case]:
+    sequences = [size for size in (1, 2, 4) if world_size % size == 0]
+    for values in product(FAMILIES, LATENTS, (1, 2, 3), sequences, (False, True)):
+        yield Case(*values)
+    if world_size > 1:
+        yield Case("wan", "even", 1, world_size, checkpointing=False, breaks_scaling=True)
+
+
+@cache
+def reference(family: str, tokens: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output, losses and gradients of a single process without any engine."""
+    module = random_transformer(family)
+    output, losses = sample_losses(module, *inputs(family, tokens))
+    losses.mean().backward()
+    return output.detach(), losses.detach(), {name: p.grad for name, p in module.named_parameters()}
+
+
+def relative(found: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
+    """Error in L2, as a share of `size`, by default of what is expected."""
+    return float((found - expected).norm() / (expected if size is None else size).norm())
+
+
+def run(case: Case, mesh: Mesh) -> dict[str, Any]:
+    """One update by the engine; its errors against the reference."""
+    module = random_transformer(case.family)
+    start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    if case.checkpointing:
+        module.enable_gradient_checkpointing()
+    parallelise(module, mesh)
+    learner = engine.Engine(
+        module,
+        OptimConfig(name="sgd", learning_rate=HUGE_STEP, max_grad_norm=0.0),
+        {"zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0}},
+        micro_batch_size=SAMPLES,
+        learning_rate_factor=lambda _: 1.0,
+        block_classes=FAMILIES[case.family].block_classes,
+    )
+    mine = mesh.share(SAMPLES, SAMPLES // mesh.data_size)[0]
+    arguments, target = inputs(case.family, case.tokens)
+    arguments = {name: value[mine] for name, value in arguments.items()}
+    with torch.no_grad():
+        rollout, _ = sample_losses(learner.wrapped, arguments, target[mine])
+    output, losses = sample_losses(learner.wrapped, arguments, target[mine])
+    learner.backward(losses.mean(), last=True)
+    learner.step()
+    expected, expected_losses, gradients = reference(case.family, case.tokens)
+    errors = {}
+    for name, parameter in learner.module.named_parameters():
+        with learner.gathered([parameter]):
+            size = gradients[name.replace("bias", "weight")] if name.endswith(BLIND) else None
+            errors[name] = relative((start[name] - parameter.detach()) / HUGE_STEP, gradients[name], size)
+    return {
+        **asdict(case),
+        "replay_is_exact": torch.equal(rollout, output),
+        "output": relative(output.detach(), expected[mine]),
+        "loss": relative(losses.detach(), expected_losses[mine]),
+        "gradients": errors,
+    }
+
+
+def slice_only(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    """The mistake that public trainers ship: the join's backward without the sum over ranks."""
+    size, rank = dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
+    return grads[0].chunk(size, ctx.dim)[rank], None, None
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    world_size = engine.start_ranks().world_size
+    meshes = {size: make_mesh(CPU, size) for size in (1, 2, 4) if world_size % size == 0}
+    results = []
+    for case in cases(world_size):
+        right = ulysses.Gathered.backward
+        if case.breaks_scaling:
+            ulysses.Gathered.backward = staticmethod(slice_only)
+        results.append(run(case, meshes[case.sequence]))
+        ulysses.Gathered.backward = right
+    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

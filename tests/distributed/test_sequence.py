@@ -1,0 +1,67 @@
+"""Sequence groups compute what a single process does: outputs, losses, and the gradient of every parameter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import run_ranks
+
+BOUND = 1e-5
+CLASSES = {  # what each class of parameters is called
+    "wan": {
+        "patch embedding": "patch_embedding", "time embedding": "time_embedder", "text embedding": "text_embedder",
+        "self-attention": "attn1", "cross-attention": "attn2", "modulation": "scale_shift_table",
+        "feed-forward": "ffn", "head": "proj_out",
+    },
+    "hunyuan": {
+        "patch embedding": "x_embedder", "time embedding": "timestep_embedder", "text embedding": "context_embedder",
+        "joint attention": ".attn.", "text's side of it": "add_q_proj", "modulation": "norm1.linear",
+        "feed-forward": ".ff.", "single blocks": "single_transformer_blocks", "head": "proj_out",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Results of every rank of a world, started once for all of its cases."""
+    folder = tmp_path_factory.mktemp(f"sequence{request.param}")
+    run_ranks(request.param, [str(folder)], worker="sequence_worker")
+    return [result for path in sorted(folder.glob("rank*.json")) for result in json.loads(path.read_text())]
+
+
+def sound(world: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for result in world:
+        if not result["breaks_scaling"]:
+            keys = ("family", "tokens", "stage", "sequence", "checkpointing")
+            yield ", ".join(f"{key} {result[key]}" for key in keys), result
+
+
+def test_output_loss_and_every_gradient_are_the_single_processs(world: list[dict[str, Any]]) -> None:
+    for name, result in sound(world):
+        assert result["output"] < BOUND, name
+        assert result["loss"] < BOUND, name
+        for parameter, error in result["gradients"].items():
+            assert error < BOUND, f"{name}: {parameter}"
+
+
+def test_every_class_of_parameters_is_compared(world: list[dict[str, Any]]) -> None:
+    for name, result in sound(world):
+        for title, part in CLASSES[result["family"]].items():
+            assert any(part in parameter for parameter in result["gradients"]), f"{name}: {title}"
+
+
+def test_replay_is_bit_equal_to_rollout(world: list[dict[str, Any]]) -> None:
+    assert all(result["replay_is_exact"] for _, result in sound(world))
+
+
+def test_a_join_without_its_sum_is_found_out(world: list[dict[str, Any]]) -> None:
+    broken = [result for result in world if result["breaks_scaling"]]
+    assert broken or max(result["sequence"] for result in world) == 1
+    for result in broken:
+        assert result["output"] < BOUND, "only the gradient is wrong"
+        blocks = {name: error for name, error in result["gradients"].items() if name.startswith("blocks")}
+        assert min(blocks.values()) > 0.4, "off by a factor of the sequence group's size"

@@ -1,0 +1,60 @@
+"""Measure what sharding costs, how the rollout compares with diffusers' own, and how a step grows: `make bench`.
+
+    python -m tools.bench --recipe pipelines/configs/tiny_wan_bpgo.yaml --output runs/bench
+
+One world of two ranks and one of one rank, one thread each. Prints the table and writes OUTPUT/bench.json and
+OUTPUT/bench.md; figures that matter are ratios within this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bpgo_video.data.atomic import atomic_file, write_json
+from tools.bench.table import as_markdown
+
+
+def measure(world_size: int, recipe: Path, output: Path) -> dict[str, Any]:
+    """What a world of that many ranks finds."""
+    result = output / f"world{world_size}.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}",
+               "-m", "tools.bench.worker", str(recipe), str(result)]  # fmt: skip
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(result.read_text())
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    return {"date": datetime.now(UTC).date().isoformat(), "processor": name, "cores": os.cpu_count()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", type=Path, default=Path("pipelines/configs/tiny_wan_bpgo.yaml"))
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    one, two = (measure(world_size, args.recipe, args.output) for world_size in (1, 2))
+    found = {**one, **two, "scaling": one["scaling"] + two["scaling"], "machine": machine()}
+    write_json(args.output / "bench.json", found)
+    table = as_markdown(found)
+    with atomic_file(args.output / "bench.md") as path:
+        path.write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

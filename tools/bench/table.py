@@ -1,0 +1,47 @@
+"""How are the bench's figures read? As the tables of docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SIZES = ("frames", "group_size", "steps", "sequence")
+
+
+def as_markdown(found: Mapping[str, Any]) -> str:
+    """The whole of bench.json as markdown tables."""
+    machine = found["machine"]
+    sections = [
+        f"{machine['date']}, {machine['processor']}, {machine['cores']} cores, one thread a rank, `make bench`",
+        _table(("ratio within this run", ""), _ratios(found)),
+        _table(("one update, ZeRO-3, 2 ranks", "seconds"), [(k, f"{v:.3f}") for k, v in found["phases"].items()]),
+        _table(("step of the recipe with", "ranks", "seconds", "rollout", "reward", "update"), _scaling(found)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _ratios(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("rollout, ZeRO-3 gathered / ZeRO-0, 2 ranks", found["zero3_gathered_over_zero0"]),
+        ("rollout, ZeRO-3 sharded / ZeRO-0, 2 ranks", found["zero3_sharded_over_zero0"]),
+        ("parameter memory of a rank, ZeRO-3 / ZeRO-0, 2 ranks", found["zero3_memory_over_zero0"]),
+        *(
+            (f"rollout with log-probs / diffusers' WanPipeline, {name}, 1 rank", case["ratio"])
+            for name, case in found["against_diffusers"].items()
+        ),
+    ]
+    return [(name, f"{ratio:.3f}") for name, ratio in rows]
+
+
+def _scaling(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for row in found["scaling"]:
+        name = next(size for size in SIZES if size in row)
+        times = [row["seconds"], *(row[f"seconds/{phase}"] for phase in ("rollout", "reward", "update"))]
+        rows.append((f"{name} {row[name]}", str(row["ranks"]), *(f"{value:.2f}" for value in times)))
+    return rows
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,236 @@
+"""What the ranks of one world measure: python -m torch.distributed.run ... -m tools.bench.worker RECIPE OUTPUT
+
+Two ranks measure what sharding costs, one rank measures against diffusers, and both measure how a step grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from torch import Tensor, nn
+
+from bpgo_video import engine as engines
+from bpgo_video.config import Config, ParallelConfig
+from bpgo_video.config_io import read_yaml
+from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.parallel.mesh import Mesh, make_mesh
+from bpgo_video.policies import Policy
+from bpgo_video.randomness import keyed_noise
+from bpgo_video.replay import Setting, optimise, replay_objective
+from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.session import (
+    Session,
+    build_engine,
+    build_session,
+    cast,
+    check_inputs,
+    heldout_prompts,
+    sampling_policy,
+)
+from bpgo_video.trainer import Stopwatch, estimate_advantages, sample_and_score, train_step
+from bpgo_video.types import Conditioning, PromptBatch
+from tools.bench.timing import in_turn, seconds, waiting
+
+ROUNDS = 7
+STEP_ROUNDS = 3
+SAMPLES_PER_RANK = 16
+GROWTH = {  # how a step of the recipe is changed, one thing at a time
+    "frames": (5, 9, 17),
+    "group_size": (4, 8, 16),
+    "steps": (4, 8, 16),
+    "sequence": (1, 2),
+}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+
+
+def prompts_for(config: Config, mesh: Mesh) -> tuple[PromptBatch, Conditioning]:
+    _, shards = check_inputs(config, mesh)
+    prompts = heldout_prompts(config, shards)
+    assert prompts is not None
+    dtype = torch.float32
+    two = PromptBatch(prompts.ids[:2], prompts.texts[:2], {k: v[:2] for k, v in prompts.conditioning.items()})
+    return two, cast(shards.negative, dtype, mesh.device)
+
+
+def rollout(policy: Policy, config: Config, mesh: Mesh) -> Callable[[], object]:
+    """Sampling and decoding SAMPLES_PER_RANK videos on every rank, log-probs included."""
+    prompts, negative = prompts_for(config, mesh)
+    settings = {
+        "group_size": SAMPLES_PER_RANK * mesh.world_size // len(prompts),
+        "micro_batch_size": SAMPLES_PER_RANK,
+        "latent_shape": policy.latent_shape(config.video),
+        "key": (0, "bench"),
+        "trained_steps": trained_steps_of(config, 0),
+    }
+    denoiser = training_denoiser(policy, config)
+    return lambda: list(sample_chunks(denoiser, prompts, negative, mesh, **settings))
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """What this rank holds of a module's parameters."""
+    held = [p.ds_tensor if hasattr(p, "ds_tensor") else p.data for p in module.parameters()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def sharding(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Rollout time and parameter memory under ZeRO-0 and ZeRO-3."""
+    policies = {stage: sampling_policy(config, zero(stage), mesh) for stage in (0, 3)}
+    learners = {stage: build_engine(config, policy, zero(stage), mesh) for stage, policy in policies.items()}
+    memory = {stage: parameter_bytes(learner.module) for stage, learner in learners.items()}
+    plain, sharded = (rollout(policies[stage], config, mesh) for stage in (0, 3))
+
+    def gathered() -> None:
+        with learners[3].whole_weights():
+            sharded()
+
+    times = in_turn({"zero0": plain, "zero3_sharded": sharded, "zero3_gathered": gathered}, ROUNDS)
+    return {
+        "rollout_seconds": times,
+        "parameter_bytes": {f"zero{stage}": size for stage, size in memory.items()},
+        "zero3_gathered_over_zero0": times["zero3_gathered"] / times["zero0"],
+        "zero3_sharded_over_zero0": times["zero3_sharded"] / times["zero0"],
+        "zero3_memory_over_zero0": memory[3] / memory[0],
+    }
+
+
+def against_diffusers(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Our rollout with its log-probs against WanPipeline's own loop, with the same videos, steps and embeddings."""
+    policy = sampling_policy(config, zero(0), mesh)
+    pipeline = WanPipeline.from_pretrained(policy.folder, text_encoder=None, tokenizer=None)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, negative = prompts_for(config, mesh)
+    each = SAMPLES_PER_RANK // len(prompts)
+    embeddings = prompts.conditioning["prompt_embeds"].repeat_interleave(each, 0)
+    latents = keyed_noise(policy.latent_shape(config.video), [("bench", i) for i in range(SAMPLES_PER_RANK)], "cpu")
+
+    def theirs(guidance_scale: float) -> None:
+        pipeline(
+            prompt_embeds=embeddings, negative_prompt_embeds=negative["prompt_embeds"].expand_as(embeddings),
+            height=config.video.height, width=config.video.width, num_frames=config.video.num_frames,
+            num_inference_steps=config.sampler.num_steps, guidance_scale=guidance_scale, latents=latents,
+            max_sequence_length=config.policy.max_sequence_length, output_type="pt",
+        )  # fmt: skip
+
+    found = {}
+    for scale in (1.0, 3.0):
+        guided = replace(config, sampler=replace(config.sampler, guidance_scale=scale))
+        times = in_turn({"ours": rollout(policy, guided, mesh), "diffusers": partial(theirs, scale)}, ROUNDS)
+        found[f"guidance_scale {scale}"] = {**times, "ratio": times["ours"] / times["diffusers"]}
+    return {"rollout_over_diffusers": max(case["ratio"] for case in found.values()), "against_diffusers": found}
+
+
+def session_and_prompts(config: Config, mesh: Mesh) -> tuple[Session, Iterator[PromptBatch]]:
+    ds_config, shards = check_inputs(config, mesh)
+    session = build_session(config, mesh, ds_config, shards)
+    return session, shards.stream(config.data.split, 0, config.rollout.prompts_per_step, priors=session.priors.values())
+
+
+def unwatched(mesh: Mesh) -> Heartbeat:
+    """One that nobody has started: a bench that fails is run again."""
+    return Heartbeat(mesh, timeout=60)
+
+
+def step_seconds(config: Config, mesh: Mesh) -> dict[str, float]:
+    """Median of a few whole steps, by phase; the engine is built for them and thrown away."""
+    session, stream = session_and_prompts(config, mesh)
+    records = [train_step(session, next(stream), step, unwatched(mesh)) for step in range(STEP_ROUNDS + 1)][1:]
+    names = ("seconds", "seconds/rollout", "seconds/reward", "seconds/update")
+    return {name: statistics.median(record[name] for record in records) for name in names}
+
+
+class TimedLearner:
+    """An engine whose optimiser steps are timed, without the waiting in them."""
+
+    def __init__(self, engine: engines.Engine):
+        self.engine = engine
+        self.optimiser_seconds = 0.0
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.backward(loss, last=last)
+
+    def step(self) -> float:
+        started = time.perf_counter()
+        with waiting() as inside:
+            norm = self.engine.step()
+        self.optimiser_seconds += time.perf_counter() - started - inside.seconds
+        return norm
+
+
+def phases(config: Config, mesh: Mesh) -> dict[str, float]:
+    """Seconds of one update: in replay (forward, backward and their hooks), waiting for ranks, in the optimiser."""
+    session, stream = session_and_prompts(config, mesh)
+    train_step(session, next(stream), 0, unwatched(mesh))
+    prompts, watch = next(stream), Stopwatch(unwatched(mesh), 1)
+    trajectories, rewards = sample_and_score(session, prompts, 1, watch)
+    advantages = estimate_advantages(session, prompts, rewards)
+    learner = TimedLearner(session.engine)
+    setting = Setting(session.policy, config, prompts, session.prompts.negative)
+    objective = replay_objective(setting, advantages, 1)
+    with waiting() as exposed:
+        total = seconds(lambda: optimise(learner, objective, trajectories, config.optim.updates_per_rollout))
+    updates = config.optim.updates_per_rollout
+    return {
+        "replay": (total - exposed.seconds - learner.optimiser_seconds) / updates,
+        "communication": exposed.seconds / updates,
+        "optimiser": learner.optimiser_seconds / updates,
+    }
+
+
+def changed(config: Config, name: str, value: int) -> Config:
+    """The recipe with one size changed."""
+    if name == "frames":
+        return replace(config, video=replace(config.video, num_frames=value))
+    if name == "steps":
+        return replace(config, sampler=replace(config.sampler, num_steps=value))
+    if name == "sequence":
+        return replace(config, parallel=ParallelConfig(sequence=value))
+    return replace(config, rollout=replace(config.rollout, group_size=value, micro_batch_size=min(16, 2 * value)))
+
+
+def growth(config: Config, world_size: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, values in GROWTH.items():
+        for value in values:
+            if name == "sequence" and value > world_size:
+                continue
+            other = changed(config, name, value)
+            mesh = make_mesh(torch.device("cpu"), other.parallel.sequence)
+            rows.append({"ranks": world_size, name: value, **step_seconds(other, mesh)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("output", type=Path)
+    args = parser.parse_args()
+    config = read_yaml(args.recipe)
+    config = replace(config, evaluation=replace(config.evaluation, max_prompts=2))
+    mesh = engines.start_ranks()
+    found: dict[str, Any] = {}
+    if mesh.world_size == 1:
+        found |= against_diffusers(config, mesh)
+    else:
+        found |= sharding(config, mesh) | {"phases": phases(config, mesh)}
+    found["scaling"] = growth(config, mesh.world_size)
+    if mesh.is_main:
+        args.output.write_text(json.dumps(found))
+    engines.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
