@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 STEPS = 16
 SECONDS_TO_END = 60  # what a rank's death may take to end the others
 TRAIN = ["pipelines/train_video.py"]
-MORTAL = ["tests/distributed/mortal.py"]
+MORTAL = "tests.distributed.mortal"  # a module, since a script's own folder comes first in sys.path
 
 
 FROZEN = """
@@ -150,7 +150,7 @@ def broken_off(launches: Launches) -> dict[str, Launch]:
     """Every launch of the broken run, by what happened to it; one that dies is given up to the next one."""
     happened = {}
 
-    launch = happened["death in rollout"] = launches.ranks(MORTAL, "broken", DIES_ENTERING="1 rollout 2")
+    launch = happened["death in rollout"] = launches.ranks(["-m", MORTAL], "broken", DIES_ENTERING="1 rollout 2")
     launch.wait_for_a_death()
     launch.processes[0].terminate()  # as launchers do
     launch.end()
@@ -159,7 +159,7 @@ def broken_off(launches: Launches) -> dict[str, Launch]:
     launch.wait_for_a_death()
     launch.end()
 
-    launch = happened["death in update"] = launches.launcher(MORTAL, "broken", DIES_ENTERING="1 update 5")
+    launch = happened["death in update"] = launches.launcher(["--module", MORTAL], "broken", DIES_ENTERING="1 update 5")
     launch.wait_until(lambda: "Killing subprocess" in launch.output)
     launch.end()
 
