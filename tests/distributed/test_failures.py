@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pytest
 
 from bpgo_video.config_io import to_yaml
 from bpgo_video.metrics import read_metrics
+from tests.distributed.conftest import free_port
 from tests.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
 
 pytestmark = pytest.mark.slow
@@ -46,12 +46,6 @@ with Heartbeat(Mesh(rank, 2, torch.device("cpu")), timeout=2) as heartbeat:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

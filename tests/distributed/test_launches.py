@@ -14,6 +14,7 @@ import pytest
 from bpgo_video.config import Config
 from bpgo_video.config_io import to_yaml
 from bpgo_video.metrics import read_metrics
+from tests.distributed.conftest import free_port
 from tests.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
 
 pytestmark = pytest.mark.slow
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 def launch(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_accelerators 2`, from the clone."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", *arguments]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
+    command = [*launcher, "--master_port", str(free_port()), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
