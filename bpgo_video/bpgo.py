@@ -30,7 +30,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.advantages import clip_advantages, combine, equal_groups, group_relative, zero_std_share
+from bpgo_video.advantages import (
+    COMBINATIONS,
+    NORMALISERS,
+    AdvantageSettings,
+    best_and_worst,
+    clip_advantages,
+    equal_groups,
+    loss_scale,
+)
 from bpgo_video.bpgo_forms import (
     contrastive_reward_transformation,
     rank_inversion,
@@ -38,7 +46,10 @@ from bpgo_video.bpgo_forms import (
     released_trust,
     reliability_adaptive_scaling,
 )
+from bpgo_video.bpgo_metrics import reward_metrics, rms_quotient, trust_metrics
 from bpgo_video.types import PriorAnchor
+
+GRPO_ADVANTAGES = AdvantageSettings()
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ class BPGOSettings:
         zeta: weight of the second surrogate; at 0 the transformation is skipped.
         prior_var: variance of the released form's prior, in u^2 (verbatim: in reward^2).
         ras_on_crt: weigh the second surrogate with w too; the paper does not.
+        match_rms: scale both surrogates' advantages by the one factor RMS(A)/RMS(w A + zeta A~) of the batch, taken
+            before the advantage clip: a step as large as GRPO's, so that what is left is trust and not step size.
     """
 
     form: str = "paper"
@@ -66,6 +79,7 @@ class BPGOSettings:
     zeta: float = 0.5
     prior_var: float = 1.0
     ras_on_crt: bool = False
+    match_rms: bool = False
 
     def __post_init__(self) -> None:
         alpha_ok = 0 <= self.alpha < 1 or (self.form == "released" and self.alpha == 1)
@@ -98,7 +112,7 @@ class GroupAdvantages:
         contrastive: A~, group-relative advantage of the transformed rewards, without zeta; None when zeta is
             0. With ras_on_crt it holds w A~ (w > 0 commutes with the surrogate).
         trust: w.
-        metrics: of this batch, detached; see bpgo_metrics.
+        metrics: of this batch, detached; see bpgo_metrics.py.
     """
 
     advantage: Float[Tensor, "prompts group"]
@@ -106,11 +120,21 @@ class GroupAdvantages:
     trust: Float[Tensor, "prompts"]
     metrics: Mapping[str, Tensor]
 
+    def total(self, zeta: float) -> Float[Tensor, "prompts group"]:
+        """w A + zeta A~: what the loss's gradient is proportional to at ratio 1."""
+        total = self.trust[:, None] * self.advantage
+        return total if self.contrastive is None else total + zeta * self.contrastive
+
     def clipped(self, limit: float) -> GroupAdvantages:
         """Each surrogate's advantage held within [-limit, limit] AFTER the trust: |w A| and |A~| <= limit."""
         contrastive = None if self.contrastive is None else clip_advantages(self.contrastive, limit)
         advantage = clip_advantages(self.advantage, limit / self.trust[:, None])
         return replace(self, advantage=advantage, contrastive=contrastive)
+
+    def times(self, factor: float | Float[Tensor, "..."]) -> GroupAdvantages:
+        """Both surrogates' advantages times a factor: one number, or one a sample."""
+        contrastive = None if self.contrastive is None else factor * self.contrastive
+        return replace(self, advantage=factor * self.advantage, contrastive=contrastive)
 
 
 @dataclass(frozen=True)
@@ -138,8 +162,12 @@ def bpgo_advantages(
     anchors: Mapping[str, PriorAnchor],
     weights: Mapping[str, float],
     settings: BPGOSettings,
+    advantage_settings: AdvantageSettings = GRPO_ADVANTAGES,
 ) -> GroupAdvantages:
     """A, A~ and w of one step's groups; with alpha = zeta = 0 exactly A of GRPO, None and 1.
+
+    In this order: samples are left out (best_of), the step size is matched (match_rms), advantages are clipped, and
+    the loss's mean is rescaled to the samples that count. "GRPO on the same batch" is the same with w = 1 and no A~.
 
     Args:
         anchors: by reward name; needed unless alpha = zeta = 0.
@@ -153,7 +181,8 @@ def bpgo_advantages(
     _check_rewards(rewards_by_name, weights)
     if settings.needs_prior:
         _check_anchors(rewards_by_name, anchors)
-    advantage = combine({name: group_relative(rewards) for name, rewards in rewards_by_name.items()}, weights)
+    normalise, combine = NORMALISERS[advantage_settings.normalise], COMBINATIONS[advantage_settings.combine]
+    advantage = combine({name: normalise(rewards) for name, rewards in rewards_by_name.items()}, weights)
     trust = advantage.new_ones(advantage.shape[0])
     if settings.alpha != 0:
         trust = _mean_trust(rewards_by_name, anchors, weights, settings).to(advantage.dtype)
@@ -161,48 +190,24 @@ def bpgo_advantages(
     if settings.zeta != 0:
         transformed = _transformed(rewards_by_name, anchors, settings)
         inversions = {name: rank_inversion(rewards_by_name[name], transformed[name]) for name in transformed}
-        by_name = {name: _anchored_advantage(rewards_by_name[name], transformed[name]) for name in transformed}
+        by_name = {name: _anchored(normalise, rewards_by_name[name], transformed[name]) for name in transformed}
         contrastive = combine(by_name, weights).to(advantage.dtype)
         contrastive = trust[:, None] * contrastive if settings.ras_on_crt else contrastive
-    metrics = bpgo_metrics(advantage, contrastive, trust, settings.zeta) | _reward_metrics(rewards_by_name, inversions)
-    return GroupAdvantages(advantage, contrastive, trust, metrics)
-
-
-def bpgo_metrics(
-    advantage: Float[Tensor, "prompts group"],
-    contrastive: Float[Tensor, "prompts group"] | None,
-    trust: Float[Tensor, "prompts"],
-    zeta: float,
-) -> dict[str, Tensor]:
-    """What the trust did to this batch.
-
-    `rms_ratio` is RMS(w A + zeta A~)/RMS(A), the step size against GRPO's at ratio 1 (1 when no group has
-    signal): a trust that only rises acts as a larger learning rate, and this shows it.
-    """
-    total = trust[:, None] * advantage
-    total = total if contrastive is None else total + zeta * contrastive
-    plain = advantage.square().mean().sqrt()
-    rms_ratio = torch.where(plain > 0, total.square().mean().sqrt() / plain, torch.ones_like(plain))
-    return {
-        "trust_mean": trust.mean(),
-        "trust_min": trust.min(),
-        "trust_max": trust.max(),
-        "trust_std": trust.std(correction=0),
-        "rms_ratio": rms_ratio,
+    found = GroupAdvantages(advantage, contrastive, trust, {})
+    if advantage_settings.best_of is not None:
+        found = found.times(best_and_worst(advantage, advantage_settings.best_of).to(advantage.dtype))
+    grpo = found.advantage
+    if settings.match_rms:
+        found = found.times(rms_quotient(grpo, found.total(settings.zeta)))
+    found = found.clipped(advantage_settings.clip)
+    step_size = rms_quotient(found.total(settings.zeta), clip_advantages(grpo, advantage_settings.clip))
+    metrics = {
+        **trust_metrics(trust, settings.alpha),
+        "rms_ratio": step_size,
+        **reward_metrics(rewards_by_name, inversions),
     }
-
-
-def _reward_metrics(
-    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]], inversions: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Per reward `zero_std_share/NAME` and `crt/rank_inversion/NAME`; the bare names are the worst case."""
-    shares = {name: zero_std_share(rewards) for name, rewards in rewards_by_name.items()}
-    metrics = {"zero_std_share": torch.stack(list(shares.values())).max()}
-    metrics |= {f"zero_std_share/{name}": share for name, share in shares.items()}
-    if inversions:
-        metrics["crt/rank_inversion"] = torch.stack(list(inversions.values())).max()
-        metrics |= {f"crt/rank_inversion/{name}": share for name, share in inversions.items()}
-    return metrics
+    flat = torch.stack([equal_groups(rewards) for name, rewards in rewards_by_name.items() if weights[name]]).all(dim=0)
+    return replace(found.times(loss_scale(advantage_settings, flat, advantage.shape[1])), metrics=metrics)
 
 
 def _mean_trust(
@@ -235,11 +240,13 @@ def _transformed(
     return transformed
 
 
-def _anchored_advantage(
-    rewards: Float[Tensor, "prompts group"], transformed: Float[Tensor, "prompts group"]
+def _anchored(
+    normalise: Callable[[Tensor], Tensor],
+    rewards: Float[Tensor, "prompts group"],
+    transformed: Float[Tensor, "prompts group"],
 ) -> Float[Tensor, "prompts group"]:
     # Equal rewards count as equal whatever the last bit of exp says, which may depend on a value's place.
-    return group_relative(transformed).masked_fill(equal_groups(rewards)[:, None], 0.0)
+    return normalise(transformed).masked_fill(equal_groups(rewards)[:, None], 0.0)
 
 
 def _prior_and_scale(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bpgo_video import engine as engines
+from bpgo_video.advantages import AdvantageSettings
 from bpgo_video.bpgo import BPGOSettings
 from bpgo_video.config import Config
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
@@ -54,6 +55,7 @@ class Session:
     policy: Policy
     engine: engines.Engine
     learner: BPGOSettings
+    advantages: AdvantageSettings
     gathers_for_rollout: bool
 
     def rollout_weights(self) -> AbstractContextManager[None]:
@@ -171,5 +173,6 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         policy=policy,
         engine=engine,
         learner=BPGOSettings(**vars(config.bpgo)),
+        advantages=AdvantageSettings(**vars(config.advantage), clip=config.loss.advantage_clip),
         gathers_for_rollout=gathers_for_rollout(config, engine, mesh),
     )

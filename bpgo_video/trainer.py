@@ -94,8 +94,7 @@ def estimate_advantages(session: Session, prompts: PromptBatch, rewards: Rewards
     versions = session.suite.versions
     anchors = PRIORS[config.prior.kind](config.prior, prompts, versions) if session.learner.needs_prior else {}
     by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
-    advantages = bpgo_advantages(by_name, anchors, session.suite.weights, session.learner)
-    return advantages.clipped(config.loss.advantage_clip)
+    return bpgo_advantages(by_name, anchors, session.suite.weights, session.learner, session.advantages)
 
 
 def train_step(session: Session, prompts: PromptBatch, step: int) -> dict[str, float]:

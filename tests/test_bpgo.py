@@ -2,13 +2,14 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.advantages import group_relative
+from bpgo_video.advantages import NORMALISERS, AdvantageSettings, best_and_worst, group_relative
 from bpgo_video.bpgo import (
     FORMS,
     BPGOSettings,
@@ -20,6 +21,7 @@ from bpgo_video.bpgo import (
     released_trust,
     reliability_adaptive_scaling,
 )
+from bpgo_video.bpgo_metrics import trust_histogram
 from bpgo_video.types import PriorAnchor
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)  # mean 3, variance (4 + 1 + 0 + 9)/3 = 14/3
@@ -32,8 +34,9 @@ def anchor(mean, scale=1.0):
     return PriorAnchor(mean, torch.ones_like(mean), torch.full(mean.shape, 8), scale, "test")
 
 
-def one_reward(rewards, prior, settings, scale=1.0):
-    return bpgo_advantages({"clip": rewards}, {"clip": anchor(prior, scale)}, {"clip": 1.0}, settings)
+def one_reward(rewards, prior, settings, scale=1.0, **advantage):
+    anchors = {"clip": anchor(prior, scale)}
+    return bpgo_advantages({"clip": rewards}, anchors, {"clip": 1.0}, settings, AdvantageSettings(**advantage))
 
 
 def random_rewards(seed, prompts=4, group=6):
@@ -234,6 +237,86 @@ def test_the_advantage_clip_acts_after_the_trust():
     assert (clipped.trust[:, None] * clipped.advantage).max().item() == pytest.approx(limit)
     assert torch.equal(clipped.advantage[0, :3], result.advantage[0, :3])
     assert clipped.contrastive.abs().max() <= limit
+
+
+def rms(tensor):
+    return tensor.square().mean().sqrt().item()
+
+
+def test_step_size_is_measured_after_the_clip():
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 30.0]], dtype=torch.float64)
+    clipped = one_reward(rewards, [-1e6], BPGOSettings(zeta=0.0), clip=1.2)  # w = 1.5, A = about (-.6, -.5, -.4, 1.5)
+    plain = group_relative(rewards).clamp(-1.2, 1.2)
+    expected = rms((1.5 * group_relative(rewards)).clamp(-1.2, 1.2)) / rms(plain)
+    assert clipped.metrics["rms_ratio"].item() == pytest.approx(expected)
+    assert expected < 1.4, "without the clip it is 1.5"
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(["paper", "released"]), st.booleans())
+def test_matching_the_rms_takes_one_factor_on_both_advantages(seed, form, ras_on_crt):
+    rewards, prior, _ = random_rewards(seed)
+    settings = BPGOSettings(form=form, ras_on_crt=ras_on_crt, zeta=0.8)
+    free = one_reward(rewards, prior, settings)
+    matched = one_reward(rewards, prior, replace(settings, match_rms=True))
+    total = matched.trust[:, None] * matched.advantage + 0.8 * matched.contrastive
+    assert rms(total) == pytest.approx(rms(group_relative(rewards)))
+    assert matched.metrics["rms_ratio"].item() == pytest.approx(1)
+    assert torch.equal(matched.trust, free.trust)
+    factor = 1 / free.metrics["rms_ratio"]
+    torch.testing.assert_close(matched.advantage, factor * free.advantage)
+    torch.testing.assert_close(matched.contrastive, factor * free.contrastive)
+
+
+def test_matching_a_batch_without_signal_changes_nothing():
+    result = one_reward(torch.full((2, 4), 0.3), [0.2, 0.2], BPGOSettings(match_rms=True))
+    assert torch.equal(result.advantage, torch.zeros(2, 4))
+    assert result.metrics["rms_ratio"] == 1
+
+
+@pytest.mark.parametrize("normalise", sorted(NORMALISERS))
+def test_both_surrogates_take_the_same_norm(normalise):
+    rewards, prior, _ = random_rewards(4)
+    result = one_reward(rewards, prior, BPGOSettings(), normalise=normalise)
+    transformed = contrastive_reward_transformation(rewards, prior, 1.0, 1.0)
+    torch.testing.assert_close(result.advantage, NORMALISERS[normalise](rewards))
+    torch.testing.assert_close(result.contrastive, NORMALISERS[normalise](transformed))
+
+
+def test_samples_that_are_left_out_are_zero_and_the_others_weigh_more():
+    rewards, prior, _ = random_rewards(5)  # groups of 6
+    whole = one_reward(rewards, prior, BPGOSettings())
+    best = one_reward(rewards, prior, BPGOSettings(), best_of=1)
+    kept = best_and_worst(whole.advantage, 1).double()
+    torch.testing.assert_close(best.advantage, 3 * kept * whole.advantage)
+    torch.testing.assert_close(best.contrastive, 3 * kept * whole.contrastive)
+    per_sample = (whole.trust[:, None] * whole.advantage)[kept.bool()]
+    assert (best.trust[:, None] * best.advantage).square().mean() == pytest.approx(3 * per_sample.square().mean())
+
+
+def test_the_clip_bounds_an_advantage_and_not_the_rescaled_mean():
+    result = one_reward(torch.tensor([[0.0, 1.0, 2.0, 30.0]]), [0.0], OFF, best_of=1, clip=0.7)
+    assert result.advantage[0, 3].item() == pytest.approx(2 * 0.7)
+
+
+def test_dropping_flat_groups_rescales_the_others():
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [0.0, 1.0, 2.0], [5.0, 5.0, 5.0]])
+    result = one_reward(rewards, [0.0, 0.0, 0.0], OFF, drop_zero_std=True)
+    torch.testing.assert_close(result.advantage, 3 * group_relative(rewards))
+    both = {"flat": torch.ones(3, 3), "clip": rewards}
+    settings = AdvantageSettings(drop_zero_std=True)
+    result = bpgo_advantages(both, {}, {"flat": 1.0, "clip": 1.0}, OFF, settings)
+    torch.testing.assert_close(result.advantage, 3 * group_relative(rewards))  # a group counts if any reward differs
+
+
+def test_histogram_of_the_trust():
+    rewards = torch.tensor([[0.0, 2.0], [1.0, 1.0], [-1e6, -1e6 + 1], [2.0, 4.0]])
+    metrics = one_reward(rewards, [1.0, -1e6, 1e6, 3.0], BPGOSettings()).metrics  # w = 1, 1.5, .5, 1
+    shares = [metrics[f"trust/hist/{place:02d}"].item() for place in range(10)]
+    assert shares == [0.25, 0, 0, 0, 0, 0.5, 0, 0, 0, 0.25]
+    assert not any("hist" in name for name in one_reward(rewards, [0.0] * 4, OFF).metrics)
+    exact = trust_histogram(torch.tensor([0.76, 0.83, 0.97, 1.07, 1.24]), 0.25)  # edges .75, .8, ..., 1.25
+    assert exact.tolist() == pytest.approx([0.2, 0.2, 0, 0, 0.2, 0, 0.2, 0, 0, 0.2])
 
 
 def test_rank_inversion_by_hand():

@@ -71,6 +71,27 @@ def test_bpgo_without_an_anchor_is_refused() -> None:
     assert config_from_dict(broken | {"bpgo": {"alpha": 0.0, "zeta": 0.0}}).algorithm == "grpo"
 
 
+@pytest.mark.parametrize(
+    ("advantage", "bpgo", "keys"),
+    [
+        ({"normalise": "max_std"}, {}, ("advantage.normalise", "bpgo.alpha")),
+        ({"drop_zero_std": True}, {}, ("advantage.drop_zero_std", "bpgo.alpha")),
+        ({"normalise": "none"}, {}, ("advantage.normalise", "bpgo.zeta")),
+        ({"normalise": "win_rate"}, {}, ("advantage.normalise", "bpgo.zeta")),
+        ({"best_of": 5}, {}, ("advantage.best_of", "rollout.group_size")),
+        ({}, {"alpha": 1.0}, ("bpgo.alpha", "released form")),
+    ],
+)
+def test_parts_of_the_learner_that_do_not_go_together_are_named(
+    advantage: dict, bpgo: dict, keys: tuple[str, str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(tree() | {"advantage": advantage, "bpgo": bpgo})
+    assert all(key in str(error.value) for key in keys)
+    if "alpha" not in bpgo and "best_of" not in advantage:
+        config_from_dict(tree() | {"advantage": advantage, "bpgo": {"alpha": 0.0, "zeta": 0.0}})
+
+
 def test_a_world_that_does_not_divide_is_named_with_a_way_out() -> None:
     config = read_yaml(RECIPE)
     check_world(config, 2)
