@@ -8,19 +8,24 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.config_fields import STRICT, NonNegative, Positive, Unit
+from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
 
 
 @dataclass(frozen=True, config=STRICT)
 class PriorConfig:
-    kind: Literal["reference", "constant", "none"] = "reference"
-    """`reference` reads what tools/estimate_priors.py stored with the prompts; `none` needs alpha = zeta = 0."""
+    kind: Literal["reference", "shrunk", "ema", "global", "first_frame", "constant", "none"] = "reference"
+    """`reference` reads what tools/estimate_priors.py stored with the prompts, `shrunk` draws it towards the mean over
+    prompts; `ema` and `global` are moving averages of the run's rewards, per prompt and over all; `first_frame` scores
+    the conditioning image; `none` needs alpha = zeta = 0."""
     samples: Annotated[int, Field(ge=2)] = 8
     """Samples per prompt that tools/estimate_priors.py takes of the starting policy."""
     mean: float = 0.0
     """`constant`: the anchor of every prompt, in the reward's units."""
-    scale: Annotated[float, Field(gt=0.0)] = 1.0
-    """`constant`: s_ref, the reward's spread within a group."""
+    scale: Annotated[float, Field(gt=0.0)] | None = None
+    """s_ref, the reward's spread within a group. `constant`: the number itself, None is 1. `ema`, `global` and
+    `first_frame`: where its moving average starts, None at the first batch's spread."""
+    decay: BelowOne = 0.9
+    """`ema`, `global` and `first_frame`: share that a moving average keeps when a batch is added."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -75,6 +80,11 @@ def broken_rules(prior: PriorConfig, advantage: AdvantageConfig, bpgo: BPGOConfi
         yield (
             f"prior.kind is 'none' with bpgo.alpha = {bpgo.alpha}, bpgo.zeta = {bpgo.zeta}: BPGO needs "
             "an anchor; set prior.kind to 'reference' or 'constant', or alpha = zeta = 0 for plain GRPO"
+        )
+    if prior.kind == "first_frame":
+        yield (
+            "prior.kind is 'first_frame', but prompts carry no conditioning image: shards hold texts and their "
+            "embeddings alone; set prior.kind to 'reference' or 'ema'"
         )
     if advantage.best_of is not None and 2 * advantage.best_of > group_size:
         yield (

@@ -11,6 +11,7 @@ import torch
 from bpgo_video.data.atomic import write_json
 from bpgo_video.heldout import HeldoutScores, shown_rows, stderr
 from bpgo_video.report import write_report
+from bpgo_video.running_priors import RunningRewards
 from bpgo_video.session import Session
 from bpgo_video.summary import summary_table
 
@@ -27,6 +28,7 @@ class Progress:
     max_ratio_error_first_update: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))
     heldout_before: dict[str, list[list[float]]] | None = None
+    running_rewards: RunningRewards = field(default_factory=dict)
 
 
 def shown_videos(session: Session, folder: Path) -> list[tuple[Path, str]]:

@@ -26,6 +26,7 @@ from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.priors import STORED
 from bpgo_video.rewards.base import RewardSuite
 from bpgo_video.schedule import learning_rate_factor
 from bpgo_video.types import Conditioning, PromptBatch
@@ -64,7 +65,7 @@ class Session:
 
 
 def reads_priors(config: Config) -> bool:
-    return config.prior.kind == "reference" and config.algorithm != "grpo"
+    return config.prior.kind in STORED and config.algorithm != "grpo"
 
 
 def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[dict[str, Any], PromptShards]:
@@ -154,6 +155,8 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))
     for prior in priors.values():
         prior.check_policy(starting_policy)
+    if config.prior.kind == "shrunk":
+        priors = {name: prior.shrunk() for name, prior in priors.items()}
     dtype = engines.compute_dtype(ds_config)
 
     build = partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained

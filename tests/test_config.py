@@ -71,6 +71,11 @@ def test_bpgo_without_an_anchor_is_refused() -> None:
     assert config_from_dict(broken | {"bpgo": {"alpha": 0.0, "zeta": 0.0}}).algorithm == "grpo"
 
 
+def test_a_prior_of_images_is_refused_while_prompts_carry_none() -> None:
+    with pytest.raises(ConfigError, match=r"prior\.kind is 'first_frame'.*no conditioning image"):
+        config_from_dict(tree() | {"prior": {"kind": "first_frame"}})
+
+
 @pytest.mark.parametrize(
     ("advantage", "bpgo", "keys"),
     [

@@ -10,7 +10,10 @@ import pytest
 import bpgo_video
 
 PACKAGE = Path(bpgo_video.__file__).parent
-PURE = ("sde", "steps", "advantages", "bpgo", "bpgo_forms", "bpgo_metrics", "losses", "schedule")
+PURE = (
+    *("sde", "steps", "losses", "schedule"),
+    *("advantages", "bpgo", "bpgo_forms", "bpgo_metrics", "running_priors", "shrinkage"),
+)
 ALLOWED_IN_PURE = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "jaxtyping", "bpgo_video"}
 TOP = {"trainer", "session", "engine", "checkpoint", "export", "metrics", "report"}
 

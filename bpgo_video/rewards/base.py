@@ -127,17 +127,19 @@ class RewardSuite:
         Raises:
             RewardError: a model returned something else than a row of scores per video.
         """
-        scores = {}
         own_texts = [texts[row] for row in chunk.prompt_rows.tolist()]
-        for name, reward in self.rewards.items():
-            rows = reward.model(chunk.videos, own_texts)
-            if rows.ndim != 2 or rows.shape[0] != len(own_texts) or rows.shape[1] == 0:
-                raise RewardError(
-                    f"reward {name!r} returned the shape {tuple(rows.shape)} for {len(own_texts)} videos; it must be "
-                    f"({len(own_texts)}, scored frames)"
-                )
-            scores[name] = rows.float() if reward.model.higher_is_better else -rows.float()
+        scores = {name: _score(name, reward.model, chunk.videos, own_texts) for name, reward in self.rewards.items()}
         return ScoredChunk(chunk.prompt_rows, chunk.sample_index, scores)
+
+    @torch.no_grad()
+    def score_images(
+        self, images: Float[Tensor, "prompts 3 height width"], texts: Sequence[str]
+    ) -> dict[str, Float[Tensor, "prompts"]]:
+        """What a video of one frame would earn, by reward name: conditioning images, or videos' first frames."""
+        return {
+            name: AGGREGATES[reward.aggregate](_score(name, reward.model, images[:, None], texts))
+            for name, reward in self.rewards.items()
+        }
 
     def gather(self, chunks: Sequence[ScoredChunk], prompts: PromptBatch, group_size: int, mesh: Mesh) -> Rewards:
         """All ranks' scores as prompts x group, the same on every rank.
@@ -155,6 +157,18 @@ class RewardSuite:
             by_name[name] = AGGREGATES[reward.aggregate](rows).unflatten(0, (len(prompts), group_size))
         weighted = [self.weights[name] * scores for name, scores in by_name.items()]
         return Rewards(by_name=by_name, total=torch.stack(weighted).sum(dim=0), per_frame=per_frame)
+
+
+def _score(
+    name: str, model: RewardModel, videos: Videos, texts: Sequence[str]
+) -> Float[Tensor, "samples scored_frames"]:
+    rows = model(videos, texts)
+    if rows.ndim != 2 or rows.shape[0] != len(texts) or rows.shape[1] == 0:
+        raise RewardError(
+            f"reward {name!r} returned the shape {tuple(rows.shape)} for {len(texts)} videos; it must be "
+            f"({len(texts)}, scored frames)"
+        )
+    return rows.float() if model.higher_is_better else -rows.float()
 
 
 def _check_finite(name: str, rows: Tensor, prompts: PromptBatch, group_size: int) -> None:
