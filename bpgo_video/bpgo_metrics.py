@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.advantages import zero_std_share
+from bpgo_video.types import PriorAnchor
 
 TRUST_BINS = 10
 
@@ -59,3 +60,9 @@ def reward_metrics(
         metrics["crt/rank_inversion"] = torch.stack(list(inversions.values())).max()
         metrics |= {f"crt/rank_inversion/{name}": share for name, share in inversions.items()}
     return metrics
+
+
+def anchor_metrics(anchors: Mapping[str, PriorAnchor]) -> dict[str, Tensor]:
+    """Per reward `prior/mean/NAME`, the mean anchor of the step's prompts, and `prior/scale/NAME`, s_ref."""
+    means = {f"prior/mean/{name}": anchor.mean.mean() for name, anchor in anchors.items()}
+    return means | {f"prior/scale/{name}": torch.tensor(anchor.scale) for name, anchor in anchors.items()}

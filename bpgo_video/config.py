@@ -122,6 +122,9 @@ class RewardConfig:
     """How the scores of a video's frames become the video's score."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keyword arguments of the reward model's constructor."""
+    second: dict[str, Any] | None = None
+    """Trust `reliability`: options in place of some of `options` for a second scoring of each video, say other
+    `frames`."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -205,6 +208,11 @@ class Config:
     def algorithm(self) -> str:
         return "bpgo" if self.bpgo.trusts or self.bpgo.zeta != 0 else "grpo"
 
+    @property
+    def scores_twice(self) -> bool:
+        """Whether each video is scored a second time."""
+        return self.bpgo.trusts and self.bpgo.trust == "reliability"
+
 
 class ConfigError(ValueError):
     """The configuration breaks a rule; the message says which one and what to do."""
@@ -221,8 +229,17 @@ def check(config: Config) -> None:
     for name in (*config.rewards, *config.evaluation.rewards):
         if not REWARD_NAME.fullmatch(name):
             raise ConfigError(f"reward name {name!r} must consist of letters, digits and any of . : _ -")
-    for message in broken_rules(config.prior, config.advantage, config.bpgo, config.rollout.group_size):
+    rollout = config.rollout
+    for message in broken_rules(
+        config.prior, config.advantage, config.bpgo, rollout.prompts_per_step, rollout.group_size
+    ):
         raise ConfigError(message)
+    for name, reward in config.rewards.items() if config.scores_twice else ():
+        if reward.second is None or {**reward.options, **reward.second} == reward.options:
+            raise ConfigError(
+                f"bpgo.trust is 'reliability', which compares two scorings, but rewards.{name}.second is "
+                f"{reward.second}: give it options that differ from rewards.{name}.options"
+            )
     if config.sampler.name == "cps" and config.sampler.eta > 1:
         raise ConfigError(f"sampler.eta is {config.sampler.eta}; cps takes values up to 1")
     trained = config.sampler.trained_count

@@ -53,14 +53,19 @@ class BPGOConfig:
     """Take rewards as (R - R_prior)/s_ref; false gives the verbatim equations (`paper` form)."""
     alpha: Unit = 0.5
     """Width of the trust weight w in (1 - alpha, 1 + alpha); below 1, or 1 in the released form."""
+    trust: Literal["sigmoid", "posterior", "reliability", "none"] | None = None
+    """What a group's trust is: Eq 2, the probability that its mean lies above the anchor, or how well two scorings of
+    it agree (`rewards.NAME.second`); None is the form's own, sigmoid or posterior."""
+    ras_center: Literal["none", "batch_mean"] = "none"
+    """`batch_mean` takes the step's mean off before it becomes w: trust then only redistributes between groups."""
     k: Annotated[float, Field(gt=0.0)] = 1.0
-    """Steepness of the trust weight."""
+    """Steepness of the trust weight (`sigmoid`)."""
     contrast: NonNegative = 1.0
     """Lambda of the contrastive reward transformation."""
     zeta: NonNegative = 0.5
     """Weight of the second surrogate, over the transformed rewards."""
     prior_var: Annotated[float, Field(gt=0.0)] = 1.0
-    """`released`: variance of the prior."""
+    """Trust `posterior`: variance of the prior."""
     ras_on_crt: bool = False
     """Scale the second surrogate by the trust weight too; the paper does not."""
     match_rms: bool = False
@@ -69,14 +74,25 @@ class BPGOConfig:
     @property
     def trusts(self) -> bool:
         """Whether groups are weighed against each other at all."""
-        return self.alpha != 0
+        return self.alpha != 0 and self.trust != "none"
+
+    @property
+    def needs_prior(self) -> bool:
+        return self.zeta != 0 or (self.trusts and self.trust != "reliability")
 
 
-def broken_rules(prior: PriorConfig, advantage: AdvantageConfig, bpgo: BPGOConfig, group_size: int) -> Iterator[str]:
+def broken_rules(
+    prior: PriorConfig, advantage: AdvantageConfig, bpgo: BPGOConfig, prompts_per_step: int, group_size: int
+) -> Iterator[str]:
     """What does not go together, each with the values, the rule and the way out."""
-    if bpgo.alpha == 1 and bpgo.form == "paper":
-        yield "bpgo.alpha is 1, which only the released form takes; set it below 1"
-    if prior.kind == "none" and (bpgo.trusts or bpgo.zeta != 0):
+    if bpgo.alpha == 1 and not (bpgo.form == "released" and bpgo.trust in (None, "posterior")):
+        yield "bpgo.alpha is 1, which only the released form takes, with its own trust; set it below 1"
+    if bpgo.trusts and bpgo.ras_center == "batch_mean" and prompts_per_step == 1:
+        yield (
+            "bpgo.ras_center is 'batch_mean' with rollout.prompts_per_step = 1: the one group is its own mean, so that "
+            "its trust is always 1; take more prompts a step, or set ras_center to 'none'"
+        )
+    if prior.kind == "none" and bpgo.needs_prior:
         yield (
             f"prior.kind is 'none' with bpgo.alpha = {bpgo.alpha}, bpgo.zeta = {bpgo.zeta}: BPGO needs "
             "an anchor; set prior.kind to 'reference' or 'constant', or alpha = zeta = 0 for plain GRPO"

@@ -13,7 +13,7 @@ import torch
 
 from bpgo_video import engine as engines
 from bpgo_video.advantages import AdvantageSettings
-from bpgo_video.bpgo import BPGOSettings
+from bpgo_video.bpgo_settings import BPGOSettings
 from bpgo_video.config import Config
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, require_priors
@@ -65,7 +65,7 @@ class Session:
 
 
 def reads_priors(config: Config) -> bool:
-    return config.prior.kind in STORED and config.algorithm != "grpo"
+    return config.prior.kind in STORED and config.bpgo.needs_prior
 
 
 def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[dict[str, Any], PromptShards]:
@@ -149,7 +149,7 @@ def gathers_for_rollout(config: Config, engine: engines.Engine, mesh: Mesh) -> b
 
 def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:
     """Rewards, policy (sharded from birth under ZeRO-3) and engine, once `check_inputs` has passed."""
-    suite = RewardSuite(config.rewards, mesh.device)
+    suite = RewardSuite(config.rewards, mesh.device, twice=config.scores_twice)
     heldout_suite = RewardSuite(config.evaluation.rewards, mesh.device) if config.evaluation.rewards else None
     priors = load_priors(config.data.shards, suite.versions) if reads_priors(config) else {}
     starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))

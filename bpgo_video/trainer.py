@@ -102,7 +102,8 @@ def estimate_advantages(
     by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
     seen = Seen(prompts, suite.versions, by_name, running)
     anchors = PRIORS[prior.kind](prior, seen) if session.learner.needs_prior else {}
-    advantages = bpgo_advantages(by_name, anchors, suite.weights, session.learner, session.advantages)
+    second = {name: scores.cpu() for name, scores in rewards.second.items()}
+    advantages = bpgo_advantages(by_name, anchors, suite.weights, session.learner, session.advantages, second)
     if prior.kind in RUNNING:
         running |= updated(running, prompts.ids.tolist(), by_name, prior.decay, prior.scale)
     return advantages

@@ -10,11 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpgo_video.advantages import NORMALISERS, AdvantageSettings, best_and_worst, group_relative
-from bpgo_video.bpgo import (
-    FORMS,
-    BPGOSettings,
-    Form,
-    bpgo_advantages,
+from bpgo_video.bpgo import TRANSFORMS, bpgo_advantages
+from bpgo_video.bpgo_forms import (
     contrastive_reward_transformation,
     rank_inversion,
     released_transformation,
@@ -22,6 +19,8 @@ from bpgo_video.bpgo import (
     reliability_adaptive_scaling,
 )
 from bpgo_video.bpgo_metrics import trust_histogram
+from bpgo_video.bpgo_settings import BPGOSettings
+from bpgo_video.reliability import reliability_trust
 from bpgo_video.types import PriorAnchor
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)  # mean 3, variance (4 + 1 + 0 + 9)/3 = 14/3
@@ -167,6 +166,64 @@ def test_each_half_can_be_used_alone():
     assert torch.equal(crt.contrastive, both.contrastive)
 
 
+def test_centred_trust_by_hand_redistributes_between_groups():
+    rewards = torch.tensor([[1.0, 3.0], [4.0, 6.0], [6.0, 8.0]], dtype=torch.float64)  # mean u = (2, 5, 7) - 1
+    prior = torch.ones(3, dtype=torch.float64)
+    centred = reliability_adaptive_scaling(rewards, prior, 1.0, 0.5, 0.3, centre=True)
+    x = [0.3 * (mean - 14 / 3) for mean in (2, 5, 7)]
+    assert centred.tolist() == pytest.approx([1 + 0.5 * math.tanh(value / 2) for value in x])
+    # a shift that all groups share changes nothing: no hidden learning rate
+    torch.testing.assert_close(reliability_adaptive_scaling(rewards + 9, prior, 1.0, 0.5, 0.3, centre=True), centred)
+    released = released_trust(rewards, prior, 1.0, 1.0, 1.0, centre=True)
+    z = [math.sqrt(1 / 2) * mean for mean in (1, 4, 6)]  # s2 = 2, v = 1/(2/2 + 1) = 1/2, m = v * mean u
+    phi = [0.5 * (1 + math.erf((value - sum(z) / 3) / math.sqrt(2))) for value in z]
+    assert released.tolist() == pytest.approx([0.5 + value for value in phi], abs=1e-7)
+
+
+@pytest.mark.parametrize("trust", ["sigmoid", "posterior"])
+def test_a_lone_group_or_equal_groups_have_centred_trust_one(trust):
+    rewards, _, _ = random_rewards(6)
+    settings = BPGOSettings(trust=trust, ras_center="batch_mean")
+    assert one_reward(rewards[:1], [-3.0], settings).trust.tolist() == [1.0]
+    same = one_reward(rewards[:1].repeat(3, 1), [-3.0] * 3, settings)
+    assert same.trust.tolist() == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_each_form_takes_any_trust_and_has_its_own(form):
+    rewards, prior, _ = random_rewards(7)
+    found = {t: one_reward(rewards, prior, BPGOSettings(form=form, trust=t)) for t in ("sigmoid", "posterior", "none")}
+    torch.testing.assert_close(found["sigmoid"].trust, reliability_adaptive_scaling(rewards, prior, 1.0, 0.5, 1.0))
+    torch.testing.assert_close(found["posterior"].trust, released_trust(rewards, prior, 1.0, 0.5, 1.0))
+    assert torch.equal(found["none"].trust, torch.ones_like(prior))
+    own = one_reward(rewards, prior, BPGOSettings(form=form))
+    assert torch.equal(own.trust, found["sigmoid" if form == "paper" else "posterior"].trust)
+    assert all(torch.equal(result.contrastive, own.contrastive) for result in found.values())
+
+
+def test_trust_in_reliability_needs_two_scorings_and_no_anchor():
+    settings = BPGOSettings(trust="reliability", zeta=0.0)
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 1.0, 2.0, 3.0]])
+    second = torch.tensor([[2.0, 3.0, 4.0, 7.0], [3.0, 2.0, 1.0, 0.0]])  # the same but for a shift; the reverse
+    result = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, second={"clip": second})
+    assert result.trust.tolist() == pytest.approx([1.5, 0.5])
+    assert torch.equal(result.advantage, group_relative(rewards))
+    # pooled: covariances 14/3 and -5/3 over variances 14/3 and 5/3
+    assert result.metrics["icc/clip"].item() == pytest.approx((14 - 5) / (14 + 5))
+    with pytest.raises(ValueError, match=r"'clip' was scored once.*reliability"):
+        bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
+    with pytest.raises(ValueError, match=r"'clip' has second scores that are not finite"):
+        bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, second={"clip": second / 0})
+    icc = torch.tensor([0.9, 0.4, -0.3])
+    assert reliability_trust(icc, 0.5).tolist() == pytest.approx([1.4, 0.9, 0.5])
+    assert reliability_trust(icc, 0.5, centre=True).tolist() == pytest.approx([1.4667, 0.9667, 0.5667], abs=1e-4)
+
+
+def test_anchors_are_in_the_metrics():
+    metrics = one_reward(random_rewards(8)[0], [1.0, 2.0, 3.0, 4.0], BPGOSettings(), scale=0.3).metrics
+    assert (metrics["prior/mean/clip"].item(), metrics["prior/scale/clip"].item()) == pytest.approx((2.5, 0.3))
+
+
 def test_trust_on_the_second_surrogate_only_where_asked():
     rewards, prior, _ = random_rewards(3)
     plain, weighed = (one_reward(rewards, prior, BPGOSettings(ras_on_crt=flag)) for flag in (False, True))
@@ -224,7 +281,7 @@ def test_equal_rewards_stay_equal_when_the_transformation_rounds_them_apart(monk
     def rounds_by_place(rewards, prior, scale, settings):
         return rewards + 1e-7 * torch.arange(rewards.shape[1])
 
-    monkeypatch.setitem(FORMS, "paper", Form(FORMS["paper"].trust, rounds_by_place))
+    monkeypatch.setitem(TRANSFORMS, "paper", rounds_by_place)
     result = one_reward(torch.full((1, 8), 0.3), [0.2], BPGOSettings())
     assert torch.equal(result.contrastive, torch.zeros(1, 8))
 
@@ -377,6 +434,8 @@ def test_errors_name_the_reward():
     "wrong",
     [
         {"form": "papers"},
+        {"trust": "sigmoids"},
+        {"ras_center": "median"},
         {"alpha": -0.1},
         {"alpha": 1.0},
         {"alpha": math.nan},
