@@ -20,6 +20,7 @@ from bpgo_video.bpgo_forms import (
 )
 from bpgo_video.bpgo_metrics import trust_histogram
 from bpgo_video.bpgo_settings import BPGOSettings
+from bpgo_video.losses import bpgo_loss
 from bpgo_video.reliability import reliability_trust
 from bpgo_video.types import PriorAnchor
 
@@ -231,18 +232,87 @@ def test_trust_on_the_second_surrogate_only_where_asked():
     assert torch.equal(weighed.advantage, plain.advantage)
 
 
+SETTINGS = st.builds(
+    BPGOSettings,
+    form=st.sampled_from(["paper", "released"]),
+    trust=st.sampled_from([None, "sigmoid", "posterior", "reliability", "none"]),
+    standardise=st.booleans(),
+    ras_center=st.sampled_from(["none", "batch_mean"]),
+    ras_on_crt=st.booleans(),
+    match_rms=st.booleans(),
+    zeta=st.sampled_from([0.0, 0.5]),
+)
+ADVANTAGE_SETTINGS = st.builds(
+    AdvantageSettings,
+    normalise=st.sampled_from(sorted(NORMALISERS)),
+    combine=st.sampled_from(["weighted_sum", "gdpo"]),
+    drop_zero_std=st.booleans(),
+    best_of=st.sampled_from([None, 2]),
+    clip=st.sampled_from([math.inf, 1.0]),
+)
+
+
+def scored_twice(rewards, second, prior, settings, advantage, scale=1.0):
+    anchors, weights = {"clip": anchor(prior, scale)}, {"clip": 1.0}
+    return bpgo_advantages({"clip": rewards}, anchors, weights, settings, advantage, {"clip": second})
+
+
 @settings(deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from(["paper", "released"]), st.booleans())
-def test_permuting_samples_or_prompts_permutes_everything(seed, form, standardise):
+@given(st.integers(0, 2**31), SETTINGS, ADVANTAGE_SETTINGS)
+def test_permuting_samples_or_prompts_permutes_everything(seed, bpgo, advantage):
     rewards, prior, rng = random_rewards(seed)
+    second = rewards + torch.randn(4, 6, generator=rng, dtype=torch.float64)
     rows, columns = torch.randperm(4, generator=rng), torch.randperm(6, generator=rng)
-    settings = BPGOSettings(form=form, standardise=standardise)
-    base, moved = one_reward(rewards, prior, settings), one_reward(rewards[rows][:, columns], prior[rows], settings)
+    base = scored_twice(rewards, second, prior, bpgo, advantage)
+    moved = scored_twice(rewards[rows][:, columns], second[rows][:, columns], prior[rows], bpgo, advantage)
     torch.testing.assert_close(moved.advantage, base.advantage[rows][:, columns])
-    torch.testing.assert_close(moved.contrastive, base.contrastive[rows][:, columns])
+    if bpgo.zeta:
+        torch.testing.assert_close(moved.contrastive, base.contrastive[rows][:, columns])
     torch.testing.assert_close(moved.trust, base.trust[rows])
     for name, value in base.metrics.items():
         torch.testing.assert_close(moved.metrics[name], value)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), SETTINGS, ADVANTAGE_SETTINGS, st.sampled_from([1e6, 1e-6]))
+def test_standardised_settings_are_finite_on_any_scale(seed, bpgo, advantage, unit):
+    rewards, prior, rng = random_rewards(seed)
+    second = rewards + torch.randn(4, 6, generator=rng, dtype=torch.float64)
+    bpgo = replace(bpgo, form="paper", standardise=True)
+    found = scored_twice(
+        *((unit * tensor).float() for tensor in (rewards, second, prior)), bpgo, advantage, scale=0.7 * unit
+    )
+    for tensor in (found.advantage, found.trust, *found.metrics.values(), *([found.contrastive] * bool(bpgo.zeta))):
+        assert tensor.isfinite().all()
+
+
+@settings(deadline=None)
+@given(st.floats(-5, 5, width=32), SETTINGS, ADVANTAGE_SETTINGS)
+def test_equal_rewards_have_no_gradient_under_any_settings(value, bpgo, advantage):
+    rewards = torch.full((3, 6), value)
+    found = scored_twice(rewards, rewards, [0.1, 0.2, 0.3], bpgo, advantage)
+    log_prob = torch.zeros(18, requires_grad=True)
+    contrastive = None if found.contrastive is None else found.contrastive.flatten()
+    trust = found.trust.repeat_interleave(6)
+    bpgo_loss(
+        log_prob, torch.zeros(18), found.advantage.flatten(), contrastive, trust, bpgo.zeta, (0.5, 0.5)
+    ).value.backward()
+    assert torch.equal(log_prob.grad, torch.zeros(18))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), SETTINGS, ADVANTAGE_SETTINGS)
+def test_no_trust_and_no_second_surrogate_is_grpo_bit_for_bit(seed, bpgo, advantage):
+    rewards, prior, _ = random_rewards(seed)
+    off = replace(bpgo, zeta=0.0, match_rms=False, **({"alpha": 0.0} if bpgo.trust != "none" else {}))
+    found = scored_twice(rewards, rewards, prior, off, advantage)
+    plain = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, OFF, advantage)
+    assert torch.equal(found.advantage, plain.advantage)
+    assert torch.equal(found.trust, torch.ones_like(prior))
+    assert found.contrastive is None
+    assert found.metrics["rms_ratio"] == 1
+    matched = scored_twice(rewards, rewards, prior, replace(off, match_rms=True), advantage)
+    assert torch.equal(matched.advantage, plain.advantage)
 
 
 def test_several_rewards_are_anchored_one_by_one():
@@ -425,7 +495,7 @@ def test_errors_name_the_reward():
         bpgo_advantages(rewards, {"clip": anchor([math.nan])}, weights, BPGOSettings())
     with pytest.raises(ValueError, match="'clip' has weight -1"):
         bpgo_advantages(rewards, {}, {"clip": -1.0}, OFF)
-    for bad in (math.nan, math.inf):
+    for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match=f"'clip' is {bad} at prompt row 0, sample 1"):
             bpgo_advantages({"clip": torch.tensor([[0.0, bad]])}, {}, weights, OFF)
 
