@@ -39,11 +39,12 @@ def idle_trust(records: Records, summary: Summary) -> str | None:
     low, high = min(_values(trusting, "trust_min")), max(_values(trusting, "trust_max"))
     if max(1 - low, high - 1) > IDLE:
         return None
+    told = f"Trust did nothing: w stayed within {low:.3f}-{high:.3f}."
+    if any(key.startswith("icc/") for key in trusting[0]):
+        return f"{told} Every group's two scorings agree equally well."
     spread = _values(records, "reward_std")
-    scale = f" Rewards differ by {fmean(spread):.2g} within a group:" if spread else ""
-    return (
-        f"Trust did nothing: w stayed within {low:.3f}-{high:.3f}.{scale} set bpgo.standardise: true, or raise bpgo.k."
-    )
+    scale = f" Rewards differ by {fmean(spread):.2g} within a group." if spread else ""
+    return f"{told}{scale} Set bpgo.standardise: true, or raise bpgo.k."
 
 
 def trust_as_learning_rate(records: Records, summary: Summary) -> str | None:

@@ -43,6 +43,7 @@ def test_records_of_grpo_and_of_few_keys_are_read():
             {"trust_min": 0.998, "trust_max": 1.002},
             ("Trust did nothing: w stayed within 0.998-1.002", "differ by 0.02 within", "standardise", "raise bpgo.k"),
         ),
+        ({"trust_min": 0.998, "trust_max": 1.002, "icc/clip": 0.9}, ("Trust did nothing", "agree equally well")),
         ({"trust_mean": 1.45, "trust_std": 0.02}, ("Trust acted as a learning rate", "near 1.45", "batch_mean")),
         ({"rms_ratio": 1.6}, ("1.60 times GRPO's", "bpgo.match_rms")),
         ({"rms_ratio": 0.5}, ("0.50 times GRPO's",)),
