@@ -1,4 +1,4 @@
-"""How does a tool meet its user? Errors that can be mended are told in one line, once over all ranks."""
+"""How does a tool meet its user? Errors that can be mended are told in one line, once on every host."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ def positive(text: str) -> int:
     return value
 
 
+def tell(error: Exception) -> None:
+    """Print an error that the user can mend, from the first rank of each host: hosts may have logs of their own."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Call the `run` that the chosen command has set; its exit code."""
     args = parser.parse_args(arguments)
     try:
         args.run(args)
     except (ValueError, OSError) as error:  # what wrong input raises; anything else is a defect and keeps its traceback
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 1
     return 0

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
-from bpgo_video.learner_config import AdvantageConfig, BPGOConfig, PriorConfig, broken_rules
+from bpgo_video.learner_config import AdvantageConfig, BPGOConfig, PriorConfig, RewardConfig, broken_rules
 
 REWARD_NAME = re.compile(r"[\w:-][\w.:-]*")
 
@@ -78,14 +78,24 @@ class SamplerConfig:
     """Shift of the sigma schedule; None takes the pipeline's own flow_shift."""
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
     """Latents are rounded to this before their log-prob is taken, so that replay sees the same numbers."""
-    train_steps: Literal["all", "random"] = "all"
-    """Which steps are stochastic and trained: all but the last, or a random fraction of these in each rollout."""
+    train_steps: Literal["all", "random", "window", "random_window"] = "all"
+    """Which steps are stochastic and trained; the last one never is. `random` draws a share in each rollout; a window
+    is a run of neighbouring steps, in a place of its own or drawn in each rollout."""
     train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the steps but the last that are trained, at least one: the window's length, too."""
+    window_start: Annotated[int, Field(ge=0)] = 0
+    """`window`: its first step; 0 is the noisiest."""
+    window_every: Annotated[int, Field(ge=0)] = 0
+    """`window`: it moves on by one step every so many training steps, and begins anew behind the end; 0 keeps it."""
+    share_steps: Literal["batch", "group"] = "batch"
+    """Random steps are drawn once for all prompts of a training step, or for each prompt, whose group shares them."""
+    solver: Literal["euler", "adams_bashforth"] = "euler"
+    """How the untrained steps follow the ODE: first order, or second order at the same cost."""
 
     @property
     def trained_count(self) -> int:
-        """How many steps of a rollout are trained; the last one never is."""
-        share = self.train_fraction if self.train_steps == "random" else 1.0
+        """How many steps of a rollout are trained."""
+        share = 1.0 if self.train_steps == "all" else self.train_fraction
         return max(1, round(share * (self.num_steps - 1)))
 
 
@@ -110,29 +120,34 @@ class ParallelConfig:
     sequence: Positive = 1
     """Ranks that share the tokens of each sample (Ulysses); divides the ranks and the policy's attention heads. Groups
     of that many neighbouring ranks are data-parallel to each other."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class RewardConfig:
-    model: str
-    """A name of `bpgo_video.rewards.base.REWARDS`, or a dotted path `my_pkg.rewards:MyReward`."""
-    weight: NonNegative = 1.0
-    """Share of the combined advantage."""
-    aggregate: Literal["mean", "min"] = "mean"
-    """How the scores of a video's frames become the video's score."""
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Keyword arguments of the reward model's constructor."""
-    second: dict[str, Any] | None = None
-    """Trust `reliability`: options in place of some of `options` for a second scoring of each video, say other
-    `frames`."""
+    heartbeat_timeout: Annotated[float, Field(ge=1.0)] = 45.0
+    """Seconds without a sign of life after which a rank counts as dead and the others end; raise it where code keeps
+    Python's interpreter lock for longer. A slow reward needs no change."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class LossConfig:
+    objective: Literal["policy_gradient", "awm", "nft"] = "policy_gradient"
+    """What is minimised: the surrogate over the rollout's own transitions, or advantage weighted matching or
+    DiffusionNFT on its final videos. These two sample by the ODE and learn at the noise levels of the trained steps."""
+    nft_beta: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """`nft`: how far its two implicit policies lie from the old one."""
     clip_range: tuple[BelowOne, NonNegative] = (1e-3, 1e-3)
     """The ratio is clipped to [1 - low, 1 + high]; log-probs are means over latent dimensions, so this is small."""
     advantage_clip: Annotated[float, Field(gt=0.0)] = 5.0
     """Advantages are clipped to this magnitude, after the trust weight."""
+    trust_region: Literal["clip", "divergence_mask"] = "clip"
+    """What bounds a step: the ratio's clip, or a limit on the divergence of the transitions (DPPO)."""
+    divergence_limit: Annotated[float, Field(gt=0.0)] = 1e-5
+    """`divergence_mask`: where |d mean|^2 / (2 std^2) reaches this, a sample moves no further outwards."""
+    ratio: Literal["plain", "guard"] = "plain"
+    """`guard` centres the log ratio and gives it one scale at every noise level (GRPO-Guard)."""
+    kl_weight: NonNegative = 0.0
+    """Weight of the divergence from the starting policy (adapters off, or a frozen copy); 0 keeps no reference."""
+    kl_space: Literal["velocity", "mean"] = "velocity"
+    """Where the divergence is measured: between velocities, or between the means of transitions, over their std."""
+    step_weights: Literal["none", "flash", "longcat", "guard", "tempflow"] = "none"
+    """How much each denoising step counts in the loss (`bpgo_video.steps.STEP_WEIGHTS`), with a mean of 1."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -208,11 +223,6 @@ class Config:
     def algorithm(self) -> str:
         return "bpgo" if self.bpgo.trusts or self.bpgo.zeta != 0 else "grpo"
 
-    @property
-    def scores_twice(self) -> bool:
-        """Whether each video is scored a second time."""
-        return self.bpgo.trusts and self.bpgo.trust == "reliability"
-
 
 class ConfigError(ValueError):
     """The configuration breaks a rule; the message says which one and what to do."""
@@ -231,17 +241,23 @@ def check(config: Config) -> None:
             raise ConfigError(f"reward name {name!r} must consist of letters, digits and any of . : _ -")
     rollout = config.rollout
     for message in broken_rules(
-        config.prior, config.advantage, config.bpgo, rollout.prompts_per_step, rollout.group_size
+        config.prior,
+        config.advantage,
+        config.bpgo,
+        config.rewards,
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        objective=config.loss.objective,
     ):
         raise ConfigError(message)
-    for name, reward in config.rewards.items() if config.scores_twice else ():
-        if reward.second is None or {**reward.options, **reward.second} == reward.options:
-            raise ConfigError(
-                f"bpgo.trust is 'reliability', which compares two scorings, but rewards.{name}.second is "
-                f"{reward.second}: give it options that differ from rewards.{name}.options"
-            )
     if config.sampler.name == "cps" and config.sampler.eta > 1:
         raise ConfigError(f"sampler.eta is {config.sampler.eta}; cps takes values up to 1")
+    if config.sampler.share_steps == "group" and rollout.group_size % rollout.micro_batch_size:
+        raise ConfigError(
+            "sampler.share_steps is 'group', which gives each prompt its own trained steps, but "
+            f"rollout.micro_batch_size {rollout.micro_batch_size} mixes prompts of group_size {rollout.group_size}; "
+            "set it to a divisor of that"
+        )
     trained = config.sampler.trained_count
     if config.optim.updates_per_rollout > trained:
         raise ConfigError(

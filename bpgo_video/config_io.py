@@ -72,16 +72,38 @@ def to_yaml(config: Config) -> str:
 
 
 def read_yaml(path: Path) -> Config:
-    """The configuration in a YAML file."""
+    """The configuration in a YAML file; see `read_tree` for `base`."""
+    return config_from_dict(read_tree(path), str(path))
+
+
+def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Plain data of a recipe. Its `base`, a path beside it, names a recipe whose values it changes key by key.
+
+    `rewards` and `evaluation.rewards` are replaced as a whole: what a policy is trained on is read in one place.
+    """
     if not path.is_file():
-        raise ConfigError(f"config file {str(path)!r} does not exist; recipes are in pipelines/configs/")
+        named = f", which {above[-1]} names as its base," if above else ""
+        raise ConfigError(f"config file {str(path)!r}{named} does not exist; recipes are in pipelines/configs/")
+    if path.resolve() in above:
+        raise ConfigError(f"{path} is its own base, by way of {' -> '.join(map(str, above))}")
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}; a mapping with the keys of `--help` is needed")
-    return config_from_dict(tree, str(path))
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merged(read_tree(path.parent / str(base), (*above, path.resolve())), tree)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "rewards"
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
 
 
 def load_config(argv: Sequence[str] | None = None, description: str | None = None) -> Config:

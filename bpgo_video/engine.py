@@ -71,6 +71,7 @@ def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
 def start_ranks(timeout_minutes: float = 30) -> Mesh:
     """Join the process group that the launcher describes, or be the only rank where there is none."""
     if "RANK" not in os.environ:
+        refuse_lone_tasks()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -86,6 +87,20 @@ def start_ranks(timeout_minutes: float = 30) -> Mesh:
     )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Mesh(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), device=device)
+
+
+def refuse_lone_tasks() -> None:
+    """A process that srun or mpirun started beside others, and DeepSpeed's launcher did not, would train alone.
+
+    Raises:
+        ConfigError: names the variable that tells, and the way out.
+    """
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name, "1")) > 1:
+            raise ConfigError(
+                f"{name} is {os.environ[name]}, but RANK is not set: each of these processes would train alone; "
+                "start `deepspeed --no_ssh --node_rank N ...` once on every node, as docs/multi_node.md shows"
+            )
 
 
 def stop_ranks() -> None:
@@ -146,6 +161,13 @@ def _optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         trained, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
+
+
+def frozen(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:
+    """A module that is used and never trained: under ZeRO-3 sharded, fetching as it goes, else whole."""
+    if zero_stage(ds_config) != 3:
+        return module
+    return deepspeed.initialize(model=module, config=_complete(ds_config, 1, 0.0))[0]
 
 
 class Engine:

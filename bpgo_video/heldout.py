@@ -66,7 +66,6 @@ def evaluate(
     denoiser = Denoiser(
         policy=policy,
         sigmas=policy.sigmas(config.evaluation.num_steps, config.sampler.shift),
-        trained_steps=(),
         sampler="ode",
         eta=0.0,
         guidance_scale=config.evaluation.guidance_scale,

@@ -1,14 +1,30 @@
-"""How can the learner be set? Prior, advantages and BPGO, and which of their values do not go together."""
+"""How can the learner be set? Rewards, prior, advantages and BPGO, and which of their values do not go together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
+
+
+@dataclass(frozen=True, config=STRICT)
+class RewardConfig:
+    model: str
+    """A name of `bpgo_video.rewards.base.REWARDS`, or a dotted path `my_pkg.rewards:MyReward`."""
+    weight: NonNegative = 1.0
+    """Share of the combined advantage."""
+    aggregate: Literal["mean", "min"] = "mean"
+    """How the scores of a video's frames become the video's score."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the reward model's constructor."""
+    second: dict[str, Any] | None = None
+    """Trust `reliability`: options in place of some of `options` for a second scoring of each video, say other
+    `frames`."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -77,12 +93,24 @@ class BPGOConfig:
         return self.alpha != 0 and self.trust != "none"
 
     @property
+    def scores_twice(self) -> bool:
+        """Whether each video is scored a second time."""
+        return self.trusts and self.trust == "reliability"
+
+    @property
     def needs_prior(self) -> bool:
-        return self.zeta != 0 or (self.trusts and self.trust != "reliability")
+        return self.zeta != 0 or (self.trusts and not self.scores_twice)
 
 
 def broken_rules(
-    prior: PriorConfig, advantage: AdvantageConfig, bpgo: BPGOConfig, prompts_per_step: int, group_size: int
+    prior: PriorConfig,
+    advantage: AdvantageConfig,
+    bpgo: BPGOConfig,
+    rewards: Mapping[str, RewardConfig],
+    *,
+    prompts_per_step: int,
+    group_size: int,
+    objective: str,
 ) -> Iterator[str]:
     """What does not go together, each with the values, the rule and the way out."""
     if bpgo.alpha == 1 and not (bpgo.form == "released" and bpgo.trust in (None, "posterior")):
@@ -128,3 +156,16 @@ def broken_rules(
             f"advantage.drop_zero_std is true with bpgo.alpha = {bpgo.alpha}: leaving groups out rescales the others, "
             "a step size of each batch that cannot be told from the trust; set one of them to false or 0"
         )
+    for name, reward in rewards.items() if bpgo.scores_twice else ():
+        if reward.second is None or {**reward.options, **reward.second} == reward.options:
+            yield (
+                f"bpgo.trust is 'reliability', which compares two scorings, but rewards.{name}.second is "
+                f"{reward.second}: give it options that differ from rewards.{name}.options"
+            )
+    for key in ("best_of", "drop_zero_std") if objective == "nft" else ():
+        if getattr(advantage, key):
+            yield (
+                f"advantage.{key} is {getattr(advantage, key)} with loss.objective = 'nft', which takes an advantage "
+                "for a certainty and not for a weight in the loss, so that samples left out would count as average; "
+                f"leave {key} at its default"
+            )

@@ -1,6 +1,9 @@
-"""What is minimised? The clipped surrogate, and BPGO's two of them on one replayed log-prob."""
+"""What is minimised? A surrogate inside a trust region, and BPGO's two of them on one replayed log-prob."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,31 +14,100 @@ from bpgo_video.types import Loss
 ClipRange = tuple[float, float]  # (low, high): the ratio is clamped to [1 - low, 1 + high]
 
 
-def clipped_surrogate(
-    log_prob: Float[Tensor, "samples"],
-    old_log_prob: Float[Tensor, "samples"],
-    advantage: Float[Tensor, "samples"],
-    clip_range: ClipRange,
-) -> Float[Tensor, "samples"]:
-    """-min(ratio A, clamp(ratio, 1 - low, 1 + high) A), ratio = exp(log_prob - old_log_prob).
+@dataclass(frozen=True)
+class Move:
+    """How far the policy has moved since it sampled, per sample.
 
-    The loss of PPO (arXiv 1707.06347), per sample.
+    Attributes:
+        log_ratio: log-prob of the recorded transition now minus then, means over latent dimensions.
+        divergence: |d mean|^2 / (2 std^2), the KL between the two Gaussian transitions, mean over latent dimensions;
+            None where the rollout did not record its means.
+        std: of the transition.
     """
-    low, high = clip_range
-    if not (0 <= low < 1 and high >= 0):
-        raise ValueError(f"clip_range=({low}, {high}): widths below and above 1, with 0 <= low < 1 and high >= 0")
-    ratio = (log_prob - old_log_prob).exp()
+
+    log_ratio: Float[Tensor, "samples"]
+    divergence: Float[Tensor, "samples"] | None = None
+    std: Float[Tensor, ""] | None = None
+
+
+def plain_ratio(move: Move) -> Float[Tensor, "samples"]:
+    """log ratio as it is."""
+    return move.log_ratio
+
+
+def guard_ratio(move: Move) -> Float[Tensor, "samples"]:
+    """std (log ratio + |d mean|^2 / (2 std^2)): centred on 0 and equally wide at every step.
+
+    GRPO-Guard (arXiv 2510.22319). In expectation the log ratio is minus the divergence, and its spread goes with
+    |d mean|/std: unnormalised, ratios sit below 1 and a clip range fits one noise level only.
+    """
+    divergence, std = _recorded(move, "loss.ratio guard")
+    return std * (move.log_ratio + divergence)
+
+
+RATIOS: dict[str, Callable[[Move], Tensor]] = {"plain": plain_ratio, "guard": guard_ratio}
+NEEDS_MEANS = frozenset({"guard", "divergence_mask"})  # ratios and trust regions that compare the transitions' means
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """How a step is bounded.
+
+    Attributes:
+        kind: a name of TRUST_REGIONS.
+        clip_range: `clip`: the ratio is clamped to [1 - low, 1 + high].
+        divergence_limit: `divergence_mask`: largest divergence at which a sample still moves outwards.
+        ratio: a name of RATIOS.
+    """
+
+    kind: str = "clip"
+    clip_range: ClipRange = (1e-3, 1e-3)
+    divergence_limit: float = 1e-5
+    ratio: str = "plain"
+
+    def __post_init__(self) -> None:
+        low, high = self.clip_range
+        if not (0 <= low < 1 and high >= 0):
+            raise ValueError(f"clip_range=({low}, {high}): widths below and above 1, with 0 <= low < 1 and high >= 0")
+
+    @property
+    def needs_means(self) -> bool:
+        return bool(NEEDS_MEANS & {self.kind, self.ratio})
+
+
+def clipped_surrogate(move: Move, advantage: Float[Tensor, "samples"], region: TrustRegion) -> Float[Tensor, "samples"]:
+    """-min(ratio A, clamp(ratio, 1 - low, 1 + high) A): the loss of PPO (arXiv 1707.06347), per sample."""
+    low, high = region.clip_range
+    ratio = RATIOS[region.ratio](move).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
+def divergence_masked_surrogate(
+    move: Move, advantage: Float[Tensor, "samples"], region: TrustRegion
+) -> Float[Tensor, "samples"]:
+    """-ratio A, but 0 where the divergence has reached its limit and the sample would move further out.
+
+    The directional mask of DPPO (arXiv 2602.04879), on the transition's KL instead of a token's: ratio above 1 with
+    A > 0, or below 1 with A < 0. The bound is one of distance, where a clip bounds a noisy ratio.
+    """
+    divergence, _ = _recorded(move, "loss.trust_region divergence_mask")
+    log_ratio = RATIOS[region.ratio](move)
+    outwards = log_ratio.detach() * advantage > 0
+    kept = ~(outwards & (divergence.detach() >= region.divergence_limit))
+    return -(log_ratio.exp() * advantage * kept)
+
+
+Surrogate = Callable[[Move, Tensor, TrustRegion], Tensor]
+TRUST_REGIONS: dict[str, Surrogate] = {"clip": clipped_surrogate, "divergence_mask": divergence_masked_surrogate}
+
+
 def bpgo_loss(
-    log_prob: Float[Tensor, "samples"],
-    old_log_prob: Float[Tensor, "samples"],
+    move: Move,
     advantage: Float[Tensor, "samples"],
     contrastive: Float[Tensor, "samples"] | None,
     trust: Float[Tensor, "samples"],
     zeta: float,
-    clip_range: ClipRange,
+    region: TrustRegion,
 ) -> Loss:
     """L = mean_s [w surr(ratio, A) + zeta surr(ratio, A~)]: the total loss of arXiv 2511.18919, per sample.
 
@@ -46,34 +118,42 @@ def bpgo_loss(
 
     Args:
         advantage, contrastive, trust: A, A~ and w of each sample's group; contrastive may be None when zeta is 0.
-        clip_range: (low, high), the ratio is clamped to [1 - low, 1 + high].
     """
-    loss = trust * clipped_surrogate(log_prob, old_log_prob, advantage, clip_range)
+    surrogate = TRUST_REGIONS[region.kind]
+    loss = trust * surrogate(move, advantage, region)
     if zeta != 0:
         if contrastive is None:
             raise ValueError(f"zeta={zeta} but no contrastive advantage: estimate advantages with the same zeta")
-        loss = loss + zeta * clipped_surrogate(log_prob, old_log_prob, contrastive, clip_range)
-    return Loss(value=loss.mean(), metrics=ratio_metrics(log_prob, old_log_prob, clip_range))
+        loss = loss + zeta * surrogate(move, contrastive, region)
+    return Loss(value=loss.mean(), metrics=ratio_metrics(move, advantage, region))
 
 
-def ratio_metrics(
-    log_prob: Float[Tensor, "samples"], old_log_prob: Float[Tensor, "samples"], clip_range: ClipRange
-) -> dict[str, Tensor]:
+def ratio_metrics(move: Move, advantage: Float[Tensor, "samples"], region: TrustRegion) -> dict[str, Tensor]:
     """How far the policy has moved from the one that sampled, detached.
 
-    `clip_fraction` is the share of ratios outside the clip range, `approx_kl` is mean (log ratio)^2 / 2 (the
-    well conditioned estimator at ratios of 1 +- 1e-3); log-probs being means over latent dimensions, so is
-    the KL's unit.
+    `clip_fraction` is the share of ratios outside the clip range, parted by the advantage's sign; `approx_kl` is
+    mean (log ratio)^2 / 2 (the well conditioned estimator at ratios of 1 +- 1e-3); log-probs being means over latent
+    dimensions, so is the KL's unit. `effective_samples` is (sum r)^2 / sum r^2 as a share of the samples.
     """
-    low, high = clip_range
-    log_ratio = (log_prob - old_log_prob).detach()
+    low, high = region.clip_range
+    log_ratio = RATIOS[region.ratio](move).detach()
     ratio = log_ratio.exp()
+    outside = (ratio < 1 - low) | (ratio > 1 + high)
     return {
         "ratio_mean": ratio.mean(),
         "ratio_std": ratio.std(correction=0),
         "ratio_min": ratio.min(),
         "ratio_max": ratio.max(),
         "log_ratio_abs_max": log_ratio.abs().max(),
-        "clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype).mean(),
+        "clip_fraction": outside.to(ratio.dtype).mean(),
+        "clip_fraction/positive": (outside & (advantage > 0)).to(ratio.dtype).mean(),
+        "clip_fraction/negative": (outside & (advantage < 0)).to(ratio.dtype).mean(),
         "approx_kl": 0.5 * log_ratio.square().mean(),
+        "effective_samples": ratio.sum().square() / ratio.square().sum() / len(ratio),
     }
+
+
+def _recorded(move: Move, key: str) -> tuple[Tensor, Tensor]:
+    if move.divergence is None or move.std is None:
+        raise ValueError(f"{key} compares the means of transitions, which this rollout did not record")
+    return move.divergence, move.std

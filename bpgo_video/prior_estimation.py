@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,16 +10,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video import engine
+from bpgo_video.cli import tell
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import load_config
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import write_priors
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.base import RewardSuite
-from bpgo_video.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.session import cast, check_inputs, sampling_policy
 from bpgo_video.types import Conditioning, PromptBatch, Rewards
 
@@ -71,8 +71,9 @@ def score_prompts(
     config: Config, policy: Policy, prompts: PromptBatch, negative: Conditioning, suite: RewardSuite, mesh: Mesh
 ) -> Rewards:
     """`prior.samples` videos per prompt by the training sampler, with draws that no training step has."""
+    steps = sampled_steps(config, step=-1)(0)  # the same for all prompts, so that a micro-batch may hold several
     chunks = sample_chunks(
-        training_denoiser(policy, config, step=-1),
+        training_denoiser(policy, config),
         prompts,
         negative,
         mesh,
@@ -80,6 +81,7 @@ def score_prompts(
         micro_batch_size=config.rollout.micro_batch_size,
         latent_shape=policy.latent_shape(config.video),
         key=(config.run.seed, "prior"),
+        trained_steps=lambda prompt: steps,
     )
     return suite.gather([suite.score(chunk, prompts.texts) for chunk in chunks], prompts, config.prior.samples, mesh)
 
@@ -97,11 +99,12 @@ def store(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of tools/estimate_priors.py; it takes the flags of a training run."""
     config = load_config(argv, description="Measure the reference prior of a recipe and store it with its prompts.")
-    mesh = engine.start_ranks()
     try:
-        estimate(config, mesh)
+        mesh = engine.start_ranks()
+        with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
+            heartbeat.enter("priors")
+            estimate(config, mesh)
     except (ConfigError, ShardError, FileNotFoundError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(error)
         raise SystemExit(2) from None
     engine.stop_ranks()

@@ -1,18 +1,24 @@
-"""How does a rollout become gradients? Its transitions again, now with gradients, into the clipped surrogate."""
+"""How does a rollout become gradients? Its transitions again, now with gradients, into a surrogate."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from bpgo_video import sde
 from bpgo_video.bpgo import GroupAdvantages
-from bpgo_video.losses import bpgo_loss
-from bpgo_video.rollout import Denoiser, rows_of
-from bpgo_video.steps import split_updates
-from bpgo_video.types import Conditioning, Loss, PromptBatch, Trajectory
+from bpgo_video.config import Config
+from bpgo_video.losses import Move, TrustRegion, bpgo_loss
+from bpgo_video.policies import Policy
+from bpgo_video.reference import DIVERGENCES, Divergence, Reference
+from bpgo_video.rollout import Denoiser, rows_of, training_denoiser, trust_region
+from bpgo_video.steps import split_updates, step_weights
+from bpgo_video.types import Conditioning, Latents, Loss, PromptBatch, Trajectory, Velocity
 
 
 @runtime_checkable
@@ -24,59 +30,155 @@ class Learner(Protocol):
     def step(self) -> float: ...
 
 
-def replay_loss(
-    denoiser: Denoiser,
-    trajectory: Trajectory,
-    index: int,
-    prompts: PromptBatch,
-    negative: Conditioning,
-    advantages: GroupAdvantages,
-    zeta: float,
-    clip_range: tuple[float, float],
-) -> Loss:
-    """The loss of one micro-batch at one trained step, at the batch shape of the rollout."""
-    rows, samples = trajectory.prompt_rows, trajectory.sample_index
-    device = trajectory.latents.device
-    conditioning = rows_of(prompts.conditioning, rows, device)
-    # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input that takes a gradient.
-    latents = trajectory.latents[:, index].detach().requires_grad_()
-    transition = denoiser.transition(latents, index, conditioning, negative)
-    contrastive = advantages.contrastive
-    return bpgo_loss(
-        log_prob=transition.log_prob(trajectory.latents[:, index + 1]),
-        old_log_prob=trajectory.log_probs[:, index],
-        advantage=advantages.advantage[rows, samples].to(device),
-        contrastive=None if contrastive is None else contrastive[rows, samples].to(device),
-        trust=advantages.trust[rows].to(device),
-        zeta=zeta,
-        clip_range=clip_range,
+@runtime_checkable
+class Objective(Protocol):
+    """What is minimised over a rollout, one pass through the policy at a time."""
+
+    def passes(self, trajectory: Trajectory) -> Sequence[int]:
+        """The passes that a micro-batch takes; as many for each."""
+        ...
+
+    def prepare(self, trajectories: Sequence[Trajectory], updates_per_rollout: int) -> None:
+        """Record what the updates need of the policy as it is before the first of them."""
+        ...
+
+    def loss(self, trajectory: Trajectory, index: int) -> Loss:
+        """The loss of one micro-batch in pass `index`, with gradients, at the batch shape of the rollout."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an objective is built from, beside the advantages.
+
+    Attributes:
+        negative: conditioning of the negative prompt.
+        reference: the starting policy, where the loss holds the policy near it.
+    """
+
+    policy: Policy
+    config: Config
+    prompts: PromptBatch
+    negative: Conditioning
+    reference: Reference | None = None
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """The weight of each trainable denoising step in the loss, mean 1."""
+
+    by_step: tuple[float, ...]
+
+    @classmethod
+    def of(cls, name: str, denoiser: Denoiser) -> StepWeights:
+        sampler = sde.SAMPLERS[denoiser.sampler]
+        return cls(tuple(step_weights(name, sampler, sde.steps_of(denoiser.sigmas), denoiser.eta)))
+
+
+@dataclass(frozen=True)
+class ReferenceAnchor:
+    """A pull towards the starting policy: weight x divergence is added to the loss."""
+
+    reference: Reference
+    divergence: Divergence
+    weight: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The surrogate of BPGO and GRPO over the trained transitions of a rollout: a pass is a denoising step."""
+
+    denoiser: Denoiser
+    prompts: PromptBatch
+    negative: Conditioning
+    advantages: GroupAdvantages
+    zeta: float
+    region: TrustRegion
+    weights: StepWeights
+    anchor: ReferenceAnchor | None = None
+
+    def passes(self, trajectory: Trajectory) -> Sequence[int]:
+        return trajectory.trained_steps
+
+    def prepare(self, trajectories: Sequence[Trajectory], updates_per_rollout: int) -> None:
+        """Nothing: the rollout has recorded its log-probs."""
+
+    def loss(self, trajectory: Trajectory, index: int) -> Loss:
+        rows, samples, device = trajectory.prompt_rows, trajectory.sample_index, trajectory.latents.device
+        contrastive, advantages = self.advantages.contrastive, self.advantages
+        # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
+        latents = trajectory.latents[:, index].detach().requires_grad_()
+        conditioning = rows_of(self.prompts.conditioning, rows, device)
+        velocity = self.denoiser.velocity(latents, index, conditioning, self.negative)
+        loss = bpgo_loss(
+            move=self._move(trajectory, index, self.denoiser.transition_of(velocity, latents, index)),
+            advantage=advantages.advantage[rows, samples].to(device),
+            contrastive=None if contrastive is None else contrastive[rows, samples].to(device),
+            trust=advantages.trust[rows].to(device),
+            zeta=self.zeta,
+            region=self.region,
+        )
+        weight = self.weights.by_step[index]
+        value, metrics = weight * loss.value, loss.metrics
+        if self.anchor is not None:
+            start = self.anchor.reference.velocity(self.denoiser, latents, index, conditioning, self.negative)
+            divergence = self.anchor.divergence(velocity, start, partial(self._transition_of, latents, index)).mean()
+            value, metrics = value + self.anchor.weight * divergence, {**metrics, "kl": divergence.detach()}
+        return Loss(value, metrics)
+
+    def _transition_of(self, latents: Latents, index: int, velocity: Velocity) -> sde.Transition:
+        return self.denoiser.transition_of(velocity, latents, index)
+
+    @staticmethod
+    def _move(trajectory: Trajectory, index: int, transition: sde.Transition) -> Move:
+        """How far the policy has moved on step `index` since the rollout."""
+        log_ratio = transition.log_prob(trajectory.latents[:, index + 1]) - trajectory.log_probs[:, index]
+        if trajectory.means is None:
+            return Move(log_ratio)
+        change = transition.mean - trajectory.means[:, trajectory.trained_steps.index(index)]
+        divergence = (change / transition.std).square().flatten(1).mean(dim=1) / 2
+        return Move(log_ratio, divergence, transition.std.to(log_ratio))
+
+
+def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -> Replay:
+    config = setting.config
+    denoiser = training_denoiser(setting.policy, config)
+    anchor = None
+    if setting.reference is not None:
+        anchor = ReferenceAnchor(setting.reference, DIVERGENCES[config.loss.kl_space], config.loss.kl_weight)
+    return Replay(
+        denoiser=denoiser,
+        prompts=setting.prompts,
+        negative=setting.negative,
+        advantages=advantages,
+        zeta=config.bpgo.zeta,
+        region=trust_region(config),
+        weights=StepWeights.of(config.loss.step_weights, denoiser),
+        anchor=anchor,
     )
 
 
 def optimise(
-    learner: Learner,
-    denoiser: Denoiser,
-    trajectories: Sequence[Trajectory],
-    prompts: PromptBatch,
-    negative: Conditioning,
-    advantages: GroupAdvantages,
-    *,
-    updates_per_rollout: int,
-    zeta: float,
-    clip_range: tuple[float, float],
+    learner: Learner, objective: Objective, trajectories: Sequence[Trajectory], updates_per_rollout: int
 ) -> dict[str, float]:
-    """The optimiser updates of one rollout, all against the log-probs that the rollout recorded.
+    """The optimiser updates of one rollout, all against what the rollout recorded.
 
     Returns:
         Means over micro-batches of the loss's metrics, `grad_norm` (mean over updates) and
         `ratio_error_first_update_max`: the largest |ratio - 1| before the first update, 0 where replay is exact.
     """
+    objective.prepare(trajectories, updates_per_rollout)
+    dealt = [split_updates(objective.passes(trajectory), updates_per_rollout) for trajectory in trajectories]
     losses: list[Mapping[str, Tensor]] = []
     norms, first_error = [], 0.0
-    for update, steps in enumerate(split_updates(denoiser.trained_steps, updates_per_rollout)):
-        units = [(trajectory, index) for trajectory in trajectories for index in steps]
+    for update in range(updates_per_rollout):
+        units = [
+            (trajectory, index)
+            for trajectory, shares in zip(trajectories, dealt, strict=True)
+            for index in shares[update]
+        ]
         for number, (trajectory, index) in enumerate(units, start=1):
-            loss = replay_loss(denoiser, trajectory, index, prompts, negative, advantages, zeta, clip_range)
+            loss = objective.loss(trajectory, index)
             learner.backward(loss.value / len(units), last=number == len(units))
             losses.append({**loss.metrics, "loss": loss.value.detach()})
             if update == 0:

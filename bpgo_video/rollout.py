@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from math import gcd
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video import sde
 from bpgo_video.config import Config
+from bpgo_video.losses import TrustRegion
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, guided_velocity
 from bpgo_video.randomness import generator_of, keyed_noise
 from bpgo_video.steps import STEP_SELECTIONS
-from bpgo_video.types import Conditioning, Latents, PromptBatch, RolloutChunk, Trajectory
+from bpgo_video.types import Conditioning, Latents, PromptBatch, RolloutChunk, Trajectory, Velocity
+
+TrainedSteps = Callable[[int], tuple[int, ...]]  # prompt id -> indices of its stochastic steps
 
 LATENTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -26,28 +30,36 @@ class Denoiser:
 
     Attributes:
         sigmas: noise levels of the whole schedule.
-        trained_steps: these are stochastic and follow `sampler`; the others follow the ODE.
+        sampler: transition of the stochastic steps; the others follow the ODE by `solver`.
         latents_dtype: latents are rounded to it after each step, before a log-prob is taken.
+        records_means: keep the mean of each stochastic transition, for trust regions that compare it.
+        records_path: keep the latents of every noise level, not of the last alone.
     """
 
     policy: Policy
     sigmas: Tensor
-    trained_steps: tuple[int, ...]
     sampler: str
     eta: float
     guidance_scale: float
     latents_dtype: torch.dtype
+    solver: str = "euler"
+    records_means: bool = False
+    records_path: bool = True
+
+    def velocity(self, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning) -> Velocity:
+        """At the start of step `index`, guided; differentiable in the policy's parameters."""
+        sigma = self.sigmas[index].to(latents.device)
+        return guided_velocity(self.policy, latents.float(), sigma, conditioning, negative, self.guidance_scale)
 
     def transition(
         self, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
     ) -> sde.Transition:
-        """Where step `index` leads from `latents`; differentiable in the policy's parameters."""
-        step = sde.steps_of(self.sigmas)[index]
-        sigma = self.sigmas[index].to(latents.device)
-        latents = latents.float()
-        velocity = guided_velocity(self.policy, latents, sigma, conditioning, negative, self.guidance_scale)
-        sampler = sde.SAMPLERS[self.sampler if index in self.trained_steps else "ode"]
-        return sampler(velocity, latents, step, self.eta)
+        """Where the stochastic step `index` leads from `latents`; differentiable in the policy's parameters."""
+        return self.transition_of(self.velocity(latents, index, conditioning, negative), latents, index)
+
+    def transition_of(self, velocity: Velocity, latents: Latents, index: int) -> sde.Transition:
+        """Where the stochastic step `index` leads with this velocity."""
+        return sde.SAMPLERS[self.sampler](velocity, latents.float(), sde.steps_of(self.sigmas)[index], self.eta)
 
     @torch.no_grad()
     def denoise(
@@ -56,44 +68,88 @@ class Denoiser:
         conditioning: Conditioning,
         negative: Conditioning,
         noise_of: Callable[[int], Latents],
-    ) -> tuple[Tensor, Tensor]:
-        """From noise to data: the path [samples, steps + 1, ...] and its log-probs [samples, steps].
+        trained_steps: Collection[int] = (),
+    ) -> Path:
+        """From noise to data.
 
         Args:
             noise_of: standard normal noise of a stochastic step, by the step's index.
+            trained_steps: these are stochastic; their log-probs are recorded.
         """
-        path = [latents.to(self.latents_dtype)]
-        num_steps = len(self.sigmas) - 1
-        log_probs = torch.full((latents.shape[0], num_steps), torch.nan, device=latents.device)
-        for index in range(num_steps):
-            transition = self.transition(path[-1], index, conditioning, negative)
-            if transition.is_deterministic:
-                path.append(transition.mean.to(self.latents_dtype))
+        points, means, steps = [latents.to(self.latents_dtype)], [], sde.steps_of(self.sigmas)
+        log_probs = torch.full((latents.shape[0], len(steps)), torch.nan, device=latents.device)
+        before: sde.Slope | None = None  # of the step before, where that one followed the ODE too
+        for index, step in enumerate(steps):
+            if index in trained_steps:
+                transition = self.transition(points[-1], index, conditioning, negative)
+                points.append(transition.sample(noise_of(index)).to(self.latents_dtype))
+                log_probs[:, index] = transition.log_prob(points[-1])
+                means += [transition.mean] if self.records_means else []
+                before = None
                 continue
-            path.append(transition.sample(noise_of(index)).to(self.latents_dtype))
-            log_probs[:, index] = transition.log_prob(path[-1])
-        return torch.stack(path, dim=1), log_probs
+            slope = sde.Slope(self.velocity(points[-1], index, conditioning, negative), step)
+            points.append(sde.SOLVERS[self.solver](slope, before, points[-1].float()).to(self.latents_dtype))
+            before = slope
+        kept = points if self.records_path else points[-1:]
+        return Path(torch.stack(kept, dim=1), log_probs, torch.stack(means, dim=1) if means else None)
 
 
-def training_denoiser(policy: Policy, config: Config, step: int) -> Denoiser:
-    """The denoiser of a training step: which steps it trains is drawn by (seed, step)."""
+@dataclass(frozen=True)
+class Path:
+    """Latents at every noise level (or the last), log-probs of the stochastic steps (nan elsewhere), their means."""
+
+    latents: Float[Tensor, "samples points channels latent_frames latent_height latent_width"]
+    log_probs: Float[Tensor, "samples steps"]
+    means: Float[Tensor, "samples trained channels latent_frames latent_height latent_width"] | None
+
+
+def training_denoiser(policy: Policy, config: Config) -> Denoiser:
+    """The denoiser of rollouts and their replay."""
     sampler = config.sampler
-    select = STEP_SELECTIONS[sampler.train_steps]
-    generator = generator_of(config.run.seed, "trained steps", step)
     return Denoiser(
         policy=policy,
         sigmas=policy.sigmas(sampler.num_steps, sampler.shift),
-        trained_steps=select(sampler.num_steps, sampler.train_fraction, generator),
         sampler=sampler.name,
         eta=sampler.eta,
         guidance_scale=sampler.guidance_scale,
         latents_dtype=LATENTS_DTYPES[sampler.latents_dtype],
+        solver=sampler.solver,
+        records_means=trust_region(config).needs_means,
+        records_path=config.loss.objective == "policy_gradient",
     )
+
+
+def trust_region(config: Config) -> TrustRegion:
+    loss = config.loss
+    return TrustRegion(loss.trust_region, loss.clip_range, loss.divergence_limit, loss.ratio)
+
+
+def trained_steps_of(config: Config, step: int) -> TrainedSteps:
+    """Which denoising steps training step `step` trains: drawn once for all prompts, or for each by its id."""
+    sampler, seed = config.sampler, config.run.seed
+    start = sampler.window_start + (step // sampler.window_every if sampler.window_every else 0)
+
+    def select(prompt: int) -> tuple[int, ...]:
+        own = (prompt,) if sampler.share_steps == "group" else ()
+        generator = generator_of(seed, "trained steps", step, *own)
+        return STEP_SELECTIONS[sampler.train_steps](sampler.num_steps, sampler.trained_count, start, generator)
+
+    return select
+
+
+def sampled_steps(config: Config, step: int) -> TrainedSteps:
+    """The stochastic steps of a rollout: the trained ones, or none where only its final videos are learnt from."""
+    return trained_steps_of(config, step) if config.loss.objective == "policy_gradient" else no_steps
 
 
 def rows_of(conditioning: Conditioning, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
     """The conditioning of each sample, from that of the prompts, which rests on the CPU."""
     return {name: value[rows].to(device, non_blocking=True) for name, value in conditioning.items()}
+
+
+def no_steps(prompt: int) -> tuple[int, ...]:
+    """Every step follows the ODE."""
+    return ()
 
 
 def sample_chunks(
@@ -106,6 +162,7 @@ def sample_chunks(
     micro_batch_size: int,
     latent_shape: tuple[int, int, int, int],
     key: tuple[int | str, ...],
+    trained_steps: TrainedSteps = no_steps,
     same_start: bool = False,
 ) -> Iterator[RolloutChunk]:
     """This rank's samples of `group_size` videos per prompt, a micro-batch at a time, so that scoring can start.
@@ -115,6 +172,7 @@ def sample_chunks(
     Every draw is keyed by (*key, prompt id, sample, denoising step).
 
     Args:
+        trained_steps: the stochastic steps of a prompt's samples; the same for all prompts of a micro-batch.
         same_start: the samples of a prompt start from the same noise, that of sample 0.
     """
     shares = mesh.share(len(prompts) * group_size, micro_batch_size)
@@ -131,8 +189,9 @@ def sample_chunks(
 
             conditioning = rows_of(prompts.conditioning, rows, mesh.device)
             start = noise_of("start", [(prompt, 0) for prompt, _ in owners]) if same_start else noise_of("start")
-            path, log_probs = denoiser.denoise(start, conditioning, negative, noise_of)
-            trajectories.append(Trajectory(rows, samples, path, log_probs))
+            chosen = trained_steps(owners[0][0])
+            path = denoiser.denoise(start, conditioning, negative, noise_of, chosen)
+            trajectories.append(Trajectory(rows, samples, chosen, path.latents, path.log_probs, path.means))
         yield _decoded(denoiser.policy, tuple(trajectories), mesh)
 
 

@@ -1,14 +1,21 @@
-"""May a run use its folder? It is never overwritten, and continued only by a run of the same settings."""
+"""May a run use its folder? It is never overwritten, continued by the same settings only, and seen by every rank."""
 
 from __future__ import annotations
 
+import os
+import secrets
+import time
+from dataclasses import replace
 from pathlib import Path
 
 from bpgo_video import checkpoint
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import read_yaml, to_yaml
 from bpgo_video.data.atomic import atomic_file
+from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
+
+PATIENCE = 60.0  # seconds; an NFS client may remember for as long that a name was not there (acdirmax)
 
 
 def check_run_dir(config: Config) -> None:
@@ -28,17 +35,68 @@ def check_run_dir(config: Config) -> None:
 
 
 def open_run_dir(config: Config, mesh: Mesh) -> str | None:
-    """Make the run's folder and keep the resolved configuration in it; the checkpoint to continue from, if any."""
+    """Make the run's folder and keep the resolved configuration in it; the checkpoint to continue from, if any.
+
+    Raises:
+        ConfigError: a rank does not see the folder, or cannot write to it.
+    """
+    run_dir = Path(config.run.dir)
     mesh.barrier()  # every rank has looked before the main one writes
+    check_shared(run_dir, mesh)
+    newest = None
+    with same_verdict(mesh):
+        if mesh.is_main:
+            with atomic_file(run_dir / "config.yaml") as path:
+                path.write_text(to_yaml(config))
+            newest = checkpoint.newest(run_dir)
+    return from_main(newest, mesh)  # a network file system may show another rank an older state
+
+
+def check_shared(run_dir: Path, mesh: Mesh, patience: float = PATIENCE) -> None:
+    """Every rank sees the folder that rank 0 makes and may write to it: each writes a part of every checkpoint.
+
+    Raises:
+        ConfigError: names the rank and host that does not; the folder is removed again if nothing else is in it.
+    """
+    token = run_dir / f".seen-by-every-rank-{from_main(secrets.token_hex(8), mesh)}"
+    try:
+        with same_verdict(mesh):
+            if mesh.is_main:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                token.touch()
+        with same_verdict(mesh):
+            if not appears(token, patience):
+                raise ConfigError(
+                    f"run.dir {str(run_dir)!r} is not the folder that rank 0 has under this name: every rank writes "
+                    "its part of a checkpoint there; put it on storage that all nodes share, with --run.dir"
+                )
+            if not os.access(run_dir, os.W_OK):
+                raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written to; every rank must write there")
+    except ConfigError:
+        if mesh.is_main:
+            token.unlink(missing_ok=True)
+            if not any(run_dir.iterdir()):
+                run_dir.rmdir()
+        raise
     if mesh.is_main:
-        with atomic_file(Path(config.run.dir) / "config.yaml") as path:
-            path.write_text(to_yaml(config))
-    mesh.barrier()
-    return checkpoint.newest(Path(config.run.dir))
+        token.unlink()
+
+
+def appears(path: Path, patience: float) -> bool:
+    """Whether a file is there within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+        if path.parent.parent.is_dir():
+            os.listdir(path.parent.parent)  # makes a network file system look again
+    return True
 
 
 def check_same_run(saved: Config, config: Config) -> None:
-    """A resumed run may change how long it runs and how often it saves, nothing that it computes."""
+    """A resumed run may change how long it runs, how often it saves and its timeout, nothing that it computes."""
+    saved = replace(saved, parallel=replace(saved.parallel, heartbeat_timeout=config.parallel.heartbeat_timeout))
     free = ("wandb", "run")
     changed = [name for name in vars(config) if name not in free and vars(saved)[name] != vars(config)[name]]
     if saved.run.seed != config.run.seed:

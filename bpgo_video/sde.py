@@ -185,6 +185,36 @@ def _marginal_preserving(velocity: Velocity, latents: Latents, step: Step, varia
     return Transition(mean=mean, std=variance.sqrt())
 
 
+@dataclass(frozen=True)
+class Slope:
+    """The velocity at the start of a step of the ODE."""
+
+    velocity: Velocity
+    step: Step
+
+
+def euler(slope: Slope, before: Slope | None, latents: Latents) -> Latents:
+    """x' = x + v dt: first order, FlowMatchEulerDiscreteScheduler's."""
+    return ode(slope.velocity, latents, slope.step).mean
+
+
+def adams_bashforth(slope: Slope, before: Slope | None, latents: Latents) -> Latents:
+    """x' = x + [(1 + r/2) v - r/2 v_before] dt, r = dt/dt_before: second order at one velocity a step.
+
+    The two-step Adams-Bashforth method on uneven steps; Euler's where the step before was not of the ODE.
+    """
+    if before is None:
+        return euler(slope, before, latents)
+    ratio = slope.step.dt / before.step.dt
+    return latents + slope.step.dt * ((1 + ratio / 2) * slope.velocity - ratio / 2 * before.velocity)
+
+
+SOLVERS: dict[str, Callable[[Slope, Slope | None, Latents], Latents]] = {
+    "euler": euler,
+    "adams_bashforth": adams_bashforth,
+}
+
+
 def _at_least_fp32(latents: Latents) -> Latents:
     return latents if latents.dtype == torch.float64 else latents.float()
 

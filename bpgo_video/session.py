@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from bpgo_video.advantages import AdvantageSettings
 from bpgo_video.bpgo_settings import BPGOSettings
 from bpgo_video.config import Config
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
-from bpgo_video.data.prior_files import PriorTable, load_priors, require_priors
+from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
+from bpgo_video.parallel.agreement import same_everywhere, same_verdict
 from bpgo_video.parallel.memory import fits_everywhere
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import check_heads, parallelise
@@ -27,11 +30,13 @@ from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.priors import STORED
+from bpgo_video.reference import FrozenCopy, Reference, WithoutAdapters
 from bpgo_video.rewards.base import RewardSuite
 from bpgo_video.schedule import learning_rate_factor
 from bpgo_video.types import Conditioning, PromptBatch
 
 TRAINED = "transformer"
+PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Session:
     learner: BPGOSettings
     advantages: AdvantageSettings
     gathers_for_rollout: bool
+    reference: Reference | None
 
     def rollout_weights(self) -> AbstractContextManager[None]:
         """Where videos are sampled: with all weights at hand, or with each block fetched for every step."""
@@ -69,11 +75,20 @@ def reads_priors(config: Config) -> bool:
 
 
 def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[dict[str, Any], PromptShards]:
-    """Everything that can be wrong before a model is loaded.
+    """Everything that can be wrong before a model is loaded, on any rank; that all ranks read the same.
 
     Raises:
         ConfigError, ShardError, FileNotFoundError: state the value, the rule and the way out.
     """
+    with same_verdict(mesh):
+        ds_config, shards = read_inputs(config, need_priors)
+        stands_on = identity(config, ds_config, shards, need_priors)
+    same_everywhere(stands_on, mesh)
+    return ds_config, shards
+
+
+def read_inputs(config: Config, need_priors: bool) -> tuple[dict[str, Any], PromptShards]:
+    """The DeepSpeed configuration and the prompts, checked on this rank."""
     ds_config = engines.read_ds_config(config.deepspeed)
     folder = resolve_folder(config.policy.folder)
     check_heads(json.loads((folder / TRAINED / "config.json").read_text()), config.parallel.sequence)
@@ -86,6 +101,19 @@ def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[
     if need_priors and reads_priors(config):
         require_priors(config.data.shards, config.rewards)
     return ds_config, shards
+
+
+def identity(config: Config, ds_config: Mapping[str, Any], shards: PromptShards, need_priors: bool) -> dict[str, str]:
+    """All that the numbers of a run depend on, as text by what it is called."""
+    found = {f"{name} section": repr(section) for name, section in vars(config).items()}
+    found["DeepSpeed configuration"] = repr(ds_config)
+    found["prompt shards"] = repr(shards.index)
+    found["model"] = fingerprint(resolve_folder(config.policy.folder), (TRAINED, "vae"))
+    if need_priors and reads_priors(config):
+        found["priors"] = "".join(prior_path(config.data.shards, name).read_text() for name in config.rewards)
+    found["bpgo_video code"] = "".join(path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py")))
+    found["package versions"] = repr({name: version(name) for name in PACKAGES})
+    return found
 
 
 def heldout_prompts(config: Config, shards: PromptShards) -> PromptBatch | None:
@@ -101,7 +129,13 @@ def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | 
     return {name: value.to(device=device, dtype=dtype) for name, value in conditioning.items()}
 
 
-def sampling_policy(config: Config, ds_config: Mapping[str, Any], mesh: Mesh, build: Build = from_pretrained) -> Policy:
+def sampling_policy(
+    config: Config,
+    ds_config: Mapping[str, Any],
+    mesh: Mesh,
+    build: Build = from_pretrained,
+    components: Collection[str] = (TRAINED, "vae"),
+) -> Policy:
     """The recipe's policy without its text encoder: embeddings come with the prompts.
 
     Args:
@@ -109,7 +143,7 @@ def sampling_policy(config: Config, ds_config: Mapping[str, Any], mesh: Mesh, bu
     """
     return load_policy(
         config.policy.folder,
-        components=(TRAINED, "vae"),
+        components=components,
         max_sequence_length=config.policy.max_sequence_length,
         dtype=engines.compute_dtype(ds_config),
         device=mesh.device,
@@ -147,20 +181,40 @@ def gathers_for_rollout(config: Config, engine: engines.Engine, mesh: Mesh) -> b
     return config.rollout.parameters == "gathered"
 
 
+def build_reference(
+    config: Config, engine: engines.Engine, ds_config: Mapping[str, Any], mesh: Mesh
+) -> Reference | None:
+    """The starting policy, where the loss asks for it."""
+    if config.loss.kl_weight == 0:
+        return None
+    if config.policy.lora.rank:
+        return WithoutAdapters(engine.module)
+    policy = sampling_policy(config, ds_config, mesh, builder(ds_config), components=(TRAINED,))
+    module = policy.transformers[TRAINED].requires_grad_(False)
+    parallelise(module, mesh)
+    policy.transformers[TRAINED] = engines.frozen(module, ds_config)
+    return FrozenCopy(policy)
+
+
+def builder(ds_config: Mapping[str, Any]) -> Build:
+    """How transformers come into being: sharded from birth under ZeRO-3."""
+    return partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained
+
+
 def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:
     """Rewards, policy (sharded from birth under ZeRO-3) and engine, once `check_inputs` has passed."""
-    suite = RewardSuite(config.rewards, mesh.device, twice=config.scores_twice)
-    heldout_suite = RewardSuite(config.evaluation.rewards, mesh.device) if config.evaluation.rewards else None
-    priors = load_priors(config.data.shards, suite.versions) if reads_priors(config) else {}
-    starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))
-    for prior in priors.values():
-        prior.check_policy(starting_policy)
-    if config.prior.kind == "shrunk":
-        priors = {name: prior.shrunk() for name, prior in priors.items()}
+    with same_verdict(mesh):
+        suite = RewardSuite(config.rewards, mesh.device, twice=config.bpgo.scores_twice)
+        heldout_suite = RewardSuite(config.evaluation.rewards, mesh.device) if config.evaluation.rewards else None
+        priors = load_priors(config.data.shards, suite.versions) if reads_priors(config) else {}
+        starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))
+        for prior in priors.values():
+            prior.check_policy(starting_policy)
+        if config.prior.kind == "shrunk":
+            priors = {name: prior.shrunk() for name, prior in priors.items()}
     dtype = engines.compute_dtype(ds_config)
 
-    build = partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained
-    policy = sampling_policy(config, ds_config, mesh, build)
+    policy = sampling_policy(config, ds_config, mesh, builder(ds_config))
     policy.latent_shape(config.video)  # a size that the family cannot make ends the run here
     heldout = heldout_prompts(config, shards)
     if heldout is not None:
@@ -178,4 +232,5 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         learner=BPGOSettings(**vars(config.bpgo)),
         advantages=AdvantageSettings(**vars(config.advantage), clip=config.loss.advantage_clip),
         gathers_for_rollout=gathers_for_rollout(config, engine, mesh),
+        reference=build_reference(config, engine, ds_config, mesh),
     )

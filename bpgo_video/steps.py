@@ -1,7 +1,6 @@
-"""Which denoising steps are stochastic and trained, and which optimiser update trains which of them?
+"""Which denoising steps are stochastic and trained, how much does each weigh, and which update trains which of them?
 
-The last step is never trained: it ends at sigma = 0, where its density is degenerate or pure noise in the
-video.
+The last step is never trained: it ends at sigma = 0, where its density is degenerate or pure noise in the video.
 """
 
 from __future__ import annotations
@@ -9,26 +8,95 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-StepSelection = Callable[[int, float, torch.Generator], tuple[int, ...]]
+from bpgo_video.sde import Sampler, Step
+
+StepSelection = Callable[[int, int, int, torch.Generator], tuple[int, ...]]
+StepWeight = Callable[[Sampler, Step, float], Tensor]
 
 
-def all_steps(num_steps: int, fraction: float, generator: torch.Generator) -> tuple[int, ...]:
-    """Every step but the last; fraction and generator have no effect."""
+def all_steps(num_steps: int, count: int, start: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Every step but the last; the other arguments have no effect."""
     return tuple(range(_trainable(num_steps)))
 
 
-def random_steps(num_steps: int, fraction: float, generator: torch.Generator) -> tuple[int, ...]:
-    """round(fraction (num_steps - 1)), at least one, of the steps but the last, drawn without replacement."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction}: the share of trained steps lies above 0 and at most at 1")
-    trainable = _trainable(num_steps)
-    count = max(1, round(fraction * trainable))
-    order = torch.randperm(trainable, generator=generator, device=generator.device)
+def random_steps(num_steps: int, count: int, start: int, generator: torch.Generator) -> tuple[int, ...]:
+    """`count` of the steps but the last, drawn without replacement (DanceGRPO, arXiv 2505.07818, trains 60 %)."""
+    order = torch.randperm(_trainable(num_steps, count), generator=generator, device=generator.device)
     return tuple(sorted(order[:count].tolist()))
 
 
-STEP_SELECTIONS: dict[str, StepSelection] = {"all": all_steps, "random": random_steps}
+def window(num_steps: int, count: int, start: int, generator: torch.Generator) -> tuple[int, ...]:
+    """`count` neighbouring steps from `start` on (MixGRPO, arXiv 2507.21802); behind the end it begins anew."""
+    places = _trainable(num_steps, count) - count + 1
+    return tuple(range(start % places, start % places + count))
+
+
+def random_window(num_steps: int, count: int, start: int, generator: torch.Generator) -> tuple[int, ...]:
+    """`count` neighbouring steps from a place that is drawn evenly; `start` has no effect."""
+    places = _trainable(num_steps, count) - count + 1
+    first = int(torch.randint(places, (1,), generator=generator, device=generator.device))
+    return tuple(range(first, first + count))
+
+
+STEP_SELECTIONS: dict[str, StepSelection] = {
+    "all": all_steps,
+    "random": random_steps,
+    "window": window,
+    "random_window": random_window,
+}
+
+
+def even_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
+    """1: every step counts alike, so that those of high noise, whose log-prob moves most, dominate."""
+    return torch.ones_like(step.sigma)
+
+
+def flash_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
+    """1/lambda, lambda = |d mean / d velocity| / std: how far the log-prob moves with the velocity (Flash-GRPO).
+
+    Takes the sampler's own mean, which is linear in the velocity: at velocity 1 and latents 0 it is the factor.
+    """
+    one = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
+    transition = sampler(one, torch.zeros_like(one), step, eta)
+    return transition.std / transition.mean.abs().squeeze()
+
+
+def longcat_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
+    """sqrt(sigma / ((1 - sigma_g) |dt|)), sigma_g being sigma but on the first step (LongCat, arXiv 2510.22200)."""
+    return (step.sigma / ((1 - step.sigma_g) * -step.dt)).sqrt()
+
+
+def guard_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
+    """1/|dt| (GRPO-Guard, arXiv 2510.22319), made for its normalised ratio."""
+    return -1 / step.dt
+
+
+def tempflow_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
+    """The step's noise, std: exploration is credited where there is some (TempFlow-GRPO, arXiv 2508.04324)."""
+    return sampler(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), step, eta).std
+
+
+STEP_WEIGHTS: dict[str, StepWeight] = {
+    "none": even_weight,
+    "flash": flash_weight,
+    "longcat": longcat_weight,
+    "guard": guard_weight,
+    "tempflow": tempflow_weight,
+}
+
+
+def step_weights(name: str, sampler: Sampler, steps: Sequence[Step], eta: float) -> list[float]:
+    """The weight of each step but the last in the loss, scaled to a mean of 1 over them: [len(steps) - 1].
+
+    The scale is that of all trainable steps, whichever of them a rollout trains: a step weighs the same in each.
+    """
+    weights = torch.stack([STEP_WEIGHTS[name](sampler, step, eta).double() for step in steps[:-1]])
+    if not bool((weights.isfinite() & (weights > 0)).all()):
+        raise ValueError(f"step weights {name!r} are {weights.tolist()}; they must be finite and above 0")
+    return (weights / weights.mean()).tolist()
 
 
 def split_updates(trained_steps: Sequence[int], updates_per_rollout: int) -> list[tuple[int, ...]]:
@@ -46,7 +114,9 @@ def split_updates(trained_steps: Sequence[int], updates_per_rollout: int) -> lis
     return [tuple(trained_steps[update::updates_per_rollout]) for update in range(updates_per_rollout)]
 
 
-def _trainable(num_steps: int) -> int:
+def _trainable(num_steps: int, count: int = 1) -> int:
     if num_steps < 2:
         raise ValueError(f"num_steps={num_steps}: the last step is never trained, so a rollout needs 2 steps or more")
+    if not 1 <= count < num_steps:
+        raise ValueError(f"count={count}: of {num_steps} denoising steps, 1 to {num_steps - 1} can be trained")
     return num_steps - 1

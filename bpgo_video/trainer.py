@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,33 +14,42 @@ import torch
 from bpgo_video import checkpoint, engine
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
 from bpgo_video.checkpoint import CheckpointError
+from bpgo_video.cli import tell
 from bpgo_video.config import Config, ConfigError, check_world
 from bpgo_video.config_io import load_config
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.export import export_pipeline
 from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.metrics import RunLog, reduce_metrics
-from bpgo_video.parallel.mesh import make_mesh
+from bpgo_video.objectives import OBJECTIVES
+from bpgo_video.parallel.agreement import same_verdict
+from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.priors import PRIORS, RUNNING, Seen
-from bpgo_video.replay import optimise
+from bpgo_video.replay import Setting, optimise
 from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
 from bpgo_video.rewards.base import ScoredChunk
-from bpgo_video.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.running_priors import RunningRewards, updated
 from bpgo_video.session import TRAINED, Session, build_session, cast, check_inputs
+from bpgo_video.stopping import Request, StopRequests
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
+
+GO_ON = "The run goes on from its last checkpoint with the same command and --run.resume auto."
 
 
 class Stopwatch:
-    """Seconds of a step by phase."""
+    """Seconds of a step by phase; the other ranks hear which phase this one is in."""
 
-    def __init__(self) -> None:
+    def __init__(self, heartbeat: Heartbeat, step: int) -> None:
+        self.heartbeat, self.step = heartbeat, step
         self.started = time.perf_counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self.heartbeat.enter(name, self.step)
         started = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -60,7 +67,7 @@ def sample_and_score(
     """This rank's trajectories, and all ranks' rewards."""
     config, mesh = session.config, session.mesh
     chunks = sample_chunks(
-        training_denoiser(session.policy, config, step),
+        training_denoiser(session.policy, config),
         prompts,
         session.prompts.negative,
         mesh,
@@ -68,6 +75,7 @@ def sample_and_score(
         micro_batch_size=config.rollout.micro_batch_size,
         latent_shape=session.policy.latent_shape(config.video),
         key=(config.run.seed, "rollout", step),
+        trained_steps=sampled_steps(config, step),
         same_start=config.rollout.same_start,
     )
     trajectories: list[Trajectory] = []
@@ -110,25 +118,17 @@ def estimate_advantages(
 
 
 def train_step(
-    session: Session, prompts: PromptBatch, step: int, running: RunningRewards | None = None
+    session: Session, prompts: PromptBatch, step: int, heartbeat: Heartbeat, running: RunningRewards | None = None
 ) -> dict[str, float]:
     """One rollout and its updates; the step's record."""
-    config, watch = session.config, Stopwatch()
+    config, watch = session.config, Stopwatch(heartbeat, step)
     trajectories, rewards = sample_and_score(session, prompts, step, watch)
     advantages = estimate_advantages(session, prompts, rewards, running)
     learning_rate = session.engine.learning_rate
     with watch.phase("update"):
-        update = optimise(
-            session.engine,
-            training_denoiser(session.policy, config, step),
-            trajectories,
-            prompts,
-            session.prompts.negative,
-            advantages,
-            updates_per_rollout=config.optim.updates_per_rollout,
-            zeta=config.bpgo.zeta,
-            clip_range=config.loss.clip_range,
-        )
+        setting = Setting(session.policy, config, prompts, session.prompts.negative, session.reference)
+        objective = OBJECTIVES[config.loss.objective](setting, advantages, step)
+        update = optimise(session.engine, objective, trajectories, config.optim.updates_per_rollout)
     return {
         "reward": float(rewards.total.mean()),
         "reward_std": float(rewards.total.std(dim=1).mean()),
@@ -156,21 +156,33 @@ def evaluate_heldout(session: Session, videos_to: Path | None = None) -> Heldout
         )
 
 
-def train(config: Config) -> dict[str, Any]:
-    """The whole run on this rank; its summary, the same on every rank.
+def train(config: Config) -> dict[str, Any] | None:
+    """The whole run on this rank; its summary, the same on every rank, or None where the run was asked to stop.
 
     Raises:
         ConfigError, ShardError, RewardError, CheckpointError, FloatingPointError: say what is wrong and what to do.
     """
-    started = time.perf_counter()
     mesh = engine.start_ranks()
+    # A launcher terminates the survivors of a dead rank: the handler must outlast the heartbeat's wait for the verdict.
+    with (
+        StopRequests(Path(config.run.dir), mesh) as requests,
+        Heartbeat(mesh, config.parallel.heartbeat_timeout, advice=GO_ON) as heartbeat,
+    ):
+        return run(config, mesh, heartbeat, requests)
+
+
+def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests) -> dict[str, Any] | None:
+    """From the checks to the report, under the heartbeat's watch."""
+    started = time.perf_counter()
     check_world(config, mesh.world_size)
     mesh = make_mesh(mesh.device, config.parallel.sequence)
     run_dir = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
-    check_run_dir(config)
+    with same_verdict(mesh):
+        check_run_dir(config)
     ds_config, shards = check_inputs(config, mesh)
     resume_from = open_run_dir(config, mesh)
+    requests.forget_files()
     session = build_session(config, mesh, ds_config, shards)
     progress = Progress()
     if resume_from is not None:
@@ -178,10 +190,14 @@ def train(config: Config) -> dict[str, Any]:
         progress = Progress(**state["progress"])
         started -= progress.seconds["total"]
     elif session.heldout_suite is not None:
+        heartbeat.enter("evaluation")
         before = evaluate_heldout(session, run_dir / "samples" / "before")
         progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()} if before else None
         progress.videos_generated += heldout_videos(session)
-    after = run_steps(session, progress, run_dir, started)
+    after = run_steps(session, progress, run_dir, started, heartbeat, requests)
+    if progress.step < config.run.num_steps:
+        return None
+    heartbeat.enter("export")
     export_pipeline(session.engine, session.policy, TRAINED, run_dir / "export", mesh)
     progress.seconds["total"] = time.perf_counter() - started
     summary = summarise(session, progress, after)
@@ -191,13 +207,20 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
-def run_steps(session: Session, progress: Progress, run_dir: Path, started: float) -> HeldoutScores | None:
-    """The loop, from where `progress` stands to the end; the last held-out scores.
+def run_steps(
+    session: Session,
+    progress: Progress,
+    run_dir: Path,
+    started: float,
+    heartbeat: Heartbeat,
+    requests: StopRequests,
+) -> HeldoutScores | None:
+    """The loop, from where `progress` stands to the end, or to where it was asked to stop; the last held-out scores.
 
     Args:
         started: when the run began, on the clock of time.perf_counter, earlier launches counted in.
     """
-    config, mesh = session.config, session.mesh
+    config = session.config
     stream = session.prompts.shards.stream(
         config.data.split,
         config.run.seed,
@@ -211,11 +234,12 @@ def run_steps(session: Session, progress: Progress, run_dir: Path, started: floa
         for step in range(progress.step, config.run.num_steps):
             prompts = next(stream)
             prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
-            record = train_step(session, prompts, step, progress.running_rewards)
+            record = train_step(session, prompts, step, heartbeat, progress.running_rewards)
             advance(progress, record, stream.position, session)
             last = step + 1 == config.run.num_steps
             every = config.evaluation.every
             if last or (every and (step + 1) % every == 0):
+                heartbeat.enter("evaluation", step)
                 after = evaluate_heldout(session, run_dir / "samples" / "after" if last else None)
                 if after is not None:
                     record |= after.metrics()
@@ -223,11 +247,21 @@ def run_steps(session: Session, progress: Progress, run_dir: Path, started: floa
                     if last:
                         log.media(step, "heldout", shown_videos(session, run_dir / "samples" / "after"))
             log.log(step, record)
-            if last or (step + 1) % config.run.save_every == 0:
-                progress.seconds["total"] = time.perf_counter() - started
-                state = {"progress": vars(progress)}
-                checkpoint.save(session.engine, run_dir, step + 1, state, config.run.keep_checkpoints, mesh)
+            request = Request.NONE if last else requests.agreed()
+            if last or request or (step + 1) % config.run.save_every == 0:
+                heartbeat.enter("checkpoint", step)
+                saved = save(session, progress, run_dir, started)
+                requests.obeyed(request, f"after {step + 1} of {config.run.num_steps} steps, in {saved}")
+            if request is Request.STOP:
+                return after
     return after or (evaluate_heldout(session, run_dir / "samples" / "after"))
+
+
+def save(session: Session, progress: Progress, run_dir: Path, started: float) -> Path:
+    progress.seconds["total"] = time.perf_counter() - started
+    state = {"progress": vars(progress)}
+    keep = session.config.run.keep_checkpoints
+    return checkpoint.save(session.engine, run_dir, progress.step, state, keep, session.mesh)
 
 
 def advance(progress: Progress, record: dict[str, float], position: int, session: Session) -> None:
@@ -247,7 +281,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(config)
     except (ConfigError, ShardError, CheckpointError, FileNotFoundError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(error)
         raise SystemExit(2) from None
     engine.stop_ranks()

@@ -64,14 +64,18 @@ class Trajectory:
     Attributes:
         prompt_rows: row of each sample's prompt in the step's PromptBatch.
         sample_index: position of each sample within its group.
+        trained_steps: indices of the stochastic steps, in order.
         latents: the path from noise to data, stored in the sampler's declared dtype.
         log_probs: of each transition, mean over latent dimensions, fp32; nan where the transition was deterministic.
+        means: of the trained steps' transitions, where the objective compares them.
     """
 
     prompt_rows: Int[Tensor, "samples"]
     sample_index: Int[Tensor, "samples"]
+    trained_steps: tuple[int, ...]
     latents: Float[Tensor, "samples points channels latent_frames latent_height latent_width"]
     log_probs: Float[Tensor, "samples steps"]
+    means: Float[Tensor, "samples trained channels latent_frames latent_height latent_width"] | None = None
 
     def __len__(self) -> int:
         return self.latents.shape[0]

@@ -20,7 +20,7 @@ from bpgo_video.bpgo_forms import (
 )
 from bpgo_video.bpgo_metrics import trust_histogram
 from bpgo_video.bpgo_settings import BPGOSettings
-from bpgo_video.losses import bpgo_loss
+from bpgo_video.losses import Move, TrustRegion, bpgo_loss
 from bpgo_video.reliability import reliability_trust
 from bpgo_video.types import PriorAnchor
 
@@ -291,13 +291,11 @@ def test_standardised_settings_are_finite_on_any_scale(seed, bpgo, advantage, un
 def test_equal_rewards_have_no_gradient_under_any_settings(value, bpgo, advantage):
     rewards = torch.full((3, 6), value)
     found = scored_twice(rewards, rewards, [0.1, 0.2, 0.3], bpgo, advantage)
-    log_prob = torch.zeros(18, requires_grad=True)
+    log_ratio = torch.zeros(18, requires_grad=True)
     contrastive = None if found.contrastive is None else found.contrastive.flatten()
     trust = found.trust.repeat_interleave(6)
-    bpgo_loss(
-        log_prob, torch.zeros(18), found.advantage.flatten(), contrastive, trust, bpgo.zeta, (0.5, 0.5)
-    ).value.backward()
-    assert torch.equal(log_prob.grad, torch.zeros(18))
+    bpgo_loss(Move(log_ratio), found.advantage.flatten(), contrastive, trust, bpgo.zeta, TrustRegion()).value.backward()
+    assert torch.equal(log_ratio.grad, torch.zeros(18))
 
 
 @settings(deadline=None)

@@ -81,8 +81,8 @@ def test_trust_in_reliability_needs_second_options_of_every_reward() -> None:
         config_from_dict(broken)
     for reward in broken["rewards"].values():
         reward["second"] = {"frames": 4}
-    assert config_from_dict(broken).scores_twice
-    assert not config_from_dict(broken | {"bpgo": {"trust": "none"}}).scores_twice
+    assert config_from_dict(broken).bpgo.scores_twice
+    assert not config_from_dict(broken | {"bpgo": {"trust": "none"}}).bpgo.scores_twice
 
 
 def test_only_what_uses_an_anchor_needs_one() -> None:
@@ -91,6 +91,15 @@ def test_only_what_uses_an_anchor_needs_one() -> None:
         assert config.algorithm == "grpo"
     with pytest.raises(ConfigError, match="needs an anchor"):
         config_from_dict(tree() | {"prior": {"kind": "none"}, "bpgo": {"trust": "none"}})
+
+
+@pytest.mark.parametrize("key", ["best_of", "drop_zero_std"])
+def test_nft_counts_every_sample(key: str) -> None:
+    broken = tree() | {"advantage": {key: 1}, "bpgo": {"alpha": 0.0}}
+    config_from_dict(broken)
+    broken["loss"] = {**broken.get("loss", {}), "objective": "nft"}
+    with pytest.raises(ConfigError, match=rf"advantage\.{key}.*loss\.objective"):
+        config_from_dict(broken)
 
 
 def test_a_prior_of_images_is_refused_while_prompts_carry_none() -> None:
@@ -151,3 +160,24 @@ def test_every_shipped_deepspeed_json_is_accepted(path: Path) -> None:
 def test_a_missing_config_file_points_to_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="pipelines/configs"):
         load_config(["--config", "nowhere.yaml"])
+
+
+def test_a_recipe_changes_its_base_key_by_key(tmp_path: Path) -> None:
+    base, recipe = tmp_path / "base.yaml", tmp_path / "recipe.yaml"
+    base.write_text(RECIPE.read_text())
+    recipe.write_text("base: base.yaml\noptim: {learning_rate: 3.0e-5}\nrewards: {only: {model: clip_score}}\n")
+    config, original = read_yaml(recipe), read_yaml(base)
+    assert config.optim.learning_rate == 3e-5
+    assert config.optim.updates_per_rollout == original.optim.updates_per_rollout
+    assert set(config.rewards) == {"only"}, "rewards are replaced as a whole"
+    assert config.evaluation == original.evaluation
+
+
+def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("base: second.yaml\n")
+    with pytest.raises(ConfigError, match=r"second\.yaml', which .*first\.yaml names as its base, does not exist"):
+        read_yaml(first)
+    second.write_text("base: first.yaml\n")
+    with pytest.raises(ConfigError, match=r"first\.yaml is its own base, by way of .*first\.yaml -> .*second\.yaml"):
+        read_yaml(first)

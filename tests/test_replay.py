@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from bpgo_video.bpgo import GroupAdvantages
-from bpgo_video.config import Config
+from bpgo_video.config import Config, LoraConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.replay import optimise, replay_loss
-from bpgo_video.rollout import Denoiser, sample_chunks, training_denoiser
-from bpgo_video.types import Conditioning, PromptBatch, Trajectory
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.reference import FrozenCopy, Reference, WithoutAdapters
+from bpgo_video.replay import Replay, Setting, StepWeights, optimise, replay_objective
+from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.sde import SAMPLERS, steps_of
+from bpgo_video.types import PromptBatch, Trajectory
 
 CPU = torch.device("cpu")
 
@@ -42,70 +46,137 @@ def own_policy(recipe: Config) -> Policy:
     return load_policy(recipe.policy.folder, max_sequence_length=16)
 
 
-Case = tuple[Denoiser, list[Trajectory], PromptBatch, Conditioning, GroupAdvantages]
-
-
-def rollout(policy: Policy, recipe: Config) -> Case:
-    recipe = replace(recipe, sampler=replace(recipe.sampler, num_steps=4, train_steps="all"))
+def rollout(
+    policy: Policy, recipe: Config, reference: Reference | None = None, **sections: dict[str, Any]
+) -> tuple[Replay, list[Trajectory]]:
+    """Two groups of four, all of four steps trained but the last, with advantages of the test's own."""
+    sampler = replace(recipe.sampler, num_steps=4, **sections.pop("sampler", {}))
+    loss = replace(recipe.loss, **sections.pop("loss", {}))
+    recipe = replace(recipe, sampler=sampler, loss=loss)
     texts = ("a red circle moving left", "a blue object")
     prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts))
-    denoiser, negative = training_denoiser(policy, recipe, 0), policy.encode([""])
+    negative = policy.encode([""])
     chunks = sample_chunks(
-        denoiser, prompts, negative, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
+        training_denoiser(policy, recipe), prompts, negative, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
         latent_shape=policy.latent_shape(recipe.video), key=(0, "rollout", 0),
+        trained_steps=trained_steps_of(recipe, 0),
     )  # fmt: skip
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
-    return denoiser, [chunk.trajectories[0] for chunk in chunks], prompts, negative, advantages
+    trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
+    setting = Setting(policy, recipe, prompts, negative, reference)
+    return replay_objective(setting, advantages, 0), trajectories
 
 
-def losses(case: Case) -> Iterator[dict[str, Tensor]]:
-    denoiser, trajectories, prompts, negative, advantages = case
+def losses(objective: Replay, trajectories: list[Trajectory]) -> Iterator[dict[str, Tensor]]:
     for trajectory in trajectories:
-        for index in denoiser.trained_steps:
-            yield dict(
-                replay_loss(denoiser, trajectory, index, prompts, negative, advantages, 0.5, (1e-3, 1e-3)).metrics
-            )
+        for index in objective.passes(trajectory):
+            yield dict(objective.loss(trajectory, index).metrics)
 
 
-def test_ratio_is_exactly_one_before_any_update(policy: Policy, recipe: Config) -> None:
-    for metrics in losses(rollout(policy, recipe)):
+@pytest.mark.parametrize("loss", [{}, {"ratio": "guard"}, {"trust_region": "divergence_mask"}])
+def test_ratio_is_exactly_one_before_any_update(policy: Policy, recipe: Config, loss: dict[str, Any]) -> None:
+    for metrics in losses(*rollout(policy, recipe, loss=loss)):
         assert float(metrics["ratio_min"]) == float(metrics["ratio_max"]) == 1.0
 
 
 def test_a_disturbed_latent_is_seen_in_the_ratio(policy: Policy, recipe: Config) -> None:
-    case = rollout(policy, recipe)
-    case[1][0].latents[1, 2].view(-1)[7] += 0.01
-    assert max(float(metrics["log_ratio_abs_max"]) for metrics in losses(case)) > 1e-6
+    objective, trajectories = rollout(policy, recipe)
+    trajectories[0].latents[1, 2].view(-1)[7] += 0.01
+    assert max(float(metrics["log_ratio_abs_max"]) for metrics in losses(objective, trajectories)) > 1e-6
 
 
 def test_the_second_update_sees_a_policy_that_moved(own_policy: Policy, recipe: Config) -> None:
-    denoiser, trajectories, prompts, negative, advantages = rollout(own_policy, recipe)
+    objective, trajectories = rollout(own_policy, recipe)
     learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=0.1)
-    metrics = optimise(
-        learner, denoiser, trajectories, prompts, negative, advantages,
-        updates_per_rollout=2, zeta=0.5, clip_range=(1e-3, 1e-3),
-    )  # fmt: skip
+    metrics = optimise(learner, objective, trajectories, updates_per_rollout=2)
     assert learner.updates == 2
     assert metrics["ratio_error_first_update_max"] == 0.0
     assert metrics["log_ratio_abs_max"] > 1e-7
 
 
-def test_an_update_lowers_its_own_loss(own_policy: Policy, recipe: Config) -> None:
-    denoiser, trajectories, prompts, negative, advantages = rollout(own_policy, recipe)
+@pytest.mark.parametrize("loss", [{}, {"ratio": "guard", "step_weights": "guard"}, {"step_weights": "flash"},
+                                  {"trust_region": "divergence_mask", "divergence_limit": 1.0}])  # fmt: skip
+def test_an_update_lowers_its_own_loss(own_policy: Policy, recipe: Config, loss: dict[str, Any]) -> None:
+    objective, trajectories = rollout(own_policy, recipe, loss={**loss, "clip_range": (0.9, 9.0)})
     learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=1e-2)
-    wide = (0.9, 9.0)
 
     def total() -> float:
         with torch.no_grad():
             return sum(
-                float(replay_loss(denoiser, trajectory, index, prompts, negative, advantages, 0.5, wide).value)
+                float(objective.loss(trajectory, index).value)
                 for trajectory in trajectories
-                for index in denoiser.trained_steps
+                for index in objective.passes(trajectory)
             )
 
     before = total()
-    optimise(
-        learner, denoiser, trajectories, prompts, negative, advantages, updates_per_rollout=1, zeta=0.5, clip_range=wide
-    )
+    optimise(learner, objective, trajectories, updates_per_rollout=1)
     assert total() < before
+
+
+def test_step_weights_scale_the_loss_of_their_step_alone(policy: Policy, recipe: Config) -> None:
+    plain, trajectories = rollout(policy, recipe)
+    weighted = replace(plain, weights=StepWeights((2.0, 1.0, 0.5)))
+    for index, weight in enumerate((2.0, 1.0, 0.5)):
+        expected = weight * plain.loss(trajectories[0], index).value
+        torch.testing.assert_close(weighted.loss(trajectories[0], index).value, expected, rtol=0, atol=0)
+
+
+def test_each_group_can_have_a_step_of_its_own(policy: Policy, recipe: Config) -> None:
+    sampler = {"train_steps": "random_window", "train_fraction": 0.1, "share_steps": "group"}
+    chosen = set()
+    for seed in range(6):
+        objective, trajectories = rollout(policy, replace(recipe, run=replace(recipe.run, seed=seed)), sampler=sampler)
+        assert [len(objective.passes(trajectory)) for trajectory in trajectories] == [1, 1]
+        chosen.add(tuple(trajectory.trained_steps for trajectory in trajectories))
+        for metrics in losses(objective, trajectories):
+            assert float(metrics["ratio_min"]) == 1.0
+    assert any(first != second for first, second in chosen)
+
+
+class Perturbed:
+    """A reference whose velocity differs by a constant."""
+
+    def __init__(self, offset: float):
+        self.offset = offset
+
+    def velocity(self, denoiser: Any, *arguments: Any) -> Tensor:
+        with torch.no_grad():
+            return denoiser.velocity(*arguments) + self.offset
+
+
+@pytest.mark.parametrize("space", ["velocity", "mean"])
+def test_the_pull_towards_the_start_is_its_divergence_and_has_a_gradient(
+    own_policy: Policy, recipe: Config, space: str
+) -> None:
+    settings = {"kl_weight": 2.0, "kl_space": space}
+    objective, trajectories = rollout(own_policy, recipe, Perturbed(0.1), loss=settings)
+    free = replace(objective, anchor=None)
+    index = 1
+    held, plain = objective.loss(trajectories[0], index), free.loss(trajectories[0], index)
+    step = steps_of(objective.denoiser.sigmas)[index]
+    unit = torch.ones(1, 1, 1, 1, 1)
+    transition = SAMPLERS[objective.denoiser.sampler](unit, torch.zeros_like(unit), step, objective.denoiser.eta)
+    expected = 0.01 if space == "velocity" else 0.01 * float((transition.mean / transition.std).square()) / 2
+    assert float(held.metrics["kl"]) == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(held.value, plain.value + 2 * held.metrics["kl"])
+    weight = next(own_policy.transformers["transformer"].proj_out.parameters())
+    pulled, pushed = (torch.autograd.grad(loss.value, weight)[0] for loss in (held, plain))
+    assert (pulled - pushed).norm() > 1e-3 * pushed.norm()
+
+
+def test_before_any_update_the_starting_policy_is_the_policy_itself(own_policy: Policy, recipe: Config) -> None:
+    objective, trajectories = rollout(own_policy, recipe, FrozenCopy(own_policy), loss={"kl_weight": 1.0})
+    assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0
+
+
+def test_adapters_are_off_for_the_reference_alone(own_policy: Policy, recipe: Config) -> None:
+    module = own_policy.transformers["transformer"]
+    add_lora(module, LoraConfig(rank=4), seed=0)
+    objective, trajectories = rollout(own_policy, recipe, WithoutAdapters(module), loss={"kl_weight": 1.0})
+    assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0, "adapters start at nothing"
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    first, second = (float(objective.loss(trajectories[0], 0).metrics["kl"]) for _ in range(2))
+    assert first == second > 0

@@ -12,7 +12,7 @@ from bpgo_video.config import Config
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.rollout import Denoiser, sample_chunks, training_denoiser
+from bpgo_video.rollout import Denoiser, sample_chunks, trained_steps_of, training_denoiser
 from bpgo_video.types import PromptBatch
 
 TEXTS = ("a red circle moving left", "a blue object")
@@ -25,16 +25,17 @@ def batch(policy: Policy, texts: tuple[str, ...] = TEXTS) -> PromptBatch:
 
 def euler(policy: Policy, num_steps: int, guidance_scale: float) -> Denoiser:
     sigmas = policy.sigmas(num_steps)
-    return Denoiser(policy, sigmas, (), "ode", 0.0, guidance_scale, torch.float32)
+    return Denoiser(policy, sigmas, "ode", 0.0, guidance_scale, torch.float32)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_ode_rollout_is_the_pipelines_own_loop(policy: Policy, recipe: Config, guidance_scale: float) -> None:
     latents = keyed_noise(policy.latent_shape(recipe.video), [("noise", i) for i in range(4)], CPU)
     texts = [TEXTS[0]] * 4
-    path, log_probs = euler(policy, 6, guidance_scale).denoise(
+    found = euler(policy, 6, guidance_scale).denoise(
         latents, policy.encode(texts), policy.encode([""]), lambda _: pytest.fail("the ODE draws no noise")
     )
+    path, log_probs = found.latents, found.log_probs
     pipeline = WanPipeline.from_pretrained(policy.folder)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
     pipeline.set_progress_bar_config(disable=True)
@@ -50,9 +51,9 @@ def test_ode_rollout_is_the_pipelines_own_loop(policy: Policy, recipe: Config, g
 
 
 def test_trained_steps_are_stochastic_and_the_last_step_is_not(policy: Policy, recipe: Config) -> None:
-    denoiser = training_denoiser(policy, recipe, step=3)
+    denoiser = training_denoiser(policy, recipe)
     chunk = next(sample(denoiser, policy, recipe, Mesh(0, 1, CPU), micro_batch_size=4))
-    trained = set(denoiser.trained_steps)
+    trained = set(chunk.trajectories[0].trained_steps)
     assert trained
     assert recipe.sampler.num_steps - 1 not in trained
     finite = chunk.trajectories[0].log_probs.isfinite().all(dim=0)
@@ -70,11 +71,12 @@ def sample(denoiser: Denoiser, policy: Policy, recipe: Config, mesh: Mesh, micro
         micro_batch_size=micro_batch_size,
         latent_shape=policy.latent_shape(recipe.video),
         key=(0, "rollout", 3),
+        trained_steps=trained_steps_of(recipe, 3),
     )
 
 
 def test_samples_do_not_depend_on_how_they_are_spread_over_ranks(policy: Policy, recipe: Config) -> None:
-    denoiser = training_denoiser(policy, recipe, step=3)
+    denoiser = training_denoiser(policy, recipe)
     alone = list(sample(denoiser, policy, recipe, Mesh(0, 1, CPU), 4))
     spread = [next(sample(denoiser, policy, recipe, Mesh(rank, 2, CPU), 4)) for rank in (0, 1)]
     for one, other in zip(alone, spread, strict=True):
@@ -84,11 +86,18 @@ def test_samples_do_not_depend_on_how_they_are_spread_over_ranks(policy: Policy,
 
 
 def test_a_group_can_start_from_the_same_noise(policy: Policy, recipe: Config) -> None:
-    denoiser, mesh = training_denoiser(policy, recipe, step=3), Mesh(0, 1, CPU)
+    denoiser, mesh = training_denoiser(policy, recipe), Mesh(0, 1, CPU)
     settings = {"group_size": 2, "micro_batch_size": 4, "latent_shape": policy.latent_shape(recipe.video)}
     chunk = next(
         sample_chunks(
-            denoiser, batch(policy), policy.encode([""]), mesh, key=(0, "rollout", 3), same_start=True, **settings
+            denoiser,
+            batch(policy),
+            policy.encode([""]),
+            mesh,
+            key=(0, "rollout", 3),
+            trained_steps=trained_steps_of(recipe, 3),
+            same_start=True,
+            **settings,
         )
     )
     start, end = chunk.trajectories[0].latents[:, 0], chunk.trajectories[0].latents[:, -1]
@@ -107,9 +116,9 @@ def test_uneven_totals_give_every_rank_equally_many_micro_batches() -> None:
 
 
 def test_stored_latents_are_rounded_before_their_log_prob(policy: Policy, recipe: Config) -> None:
-    rounded = replace(training_denoiser(policy, recipe, step=0), latents_dtype=torch.bfloat16)
+    rounded = replace(training_denoiser(policy, recipe), latents_dtype=torch.bfloat16)
     chunk = next(sample(rounded, policy, recipe, Mesh(0, 1, CPU), 4))
-    path, index = chunk.trajectories[0].latents, rounded.trained_steps[0]
+    path, index = chunk.trajectories[0].latents, chunk.trajectories[0].trained_steps[0]
     assert path.dtype == torch.bfloat16
     prompts = batch(policy)
     conditioning = {name: value[chunk.trajectories[0].prompt_rows] for name, value in prompts.conditioning.items()}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bpgo_video.sde import SAMPLERS, Step, flow_shift, shifted_sigmas, steps_of
+from bpgo_video.sde import SAMPLERS, SOLVERS, Slope, Step, flow_shift, shifted_sigmas, steps_of
 
 ETAS = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.7, "sage": 0.7, "truncated": 1.0}
 STOCHASTIC = [name for name in SAMPLERS if name != "ode"]
@@ -197,3 +197,24 @@ def test_cps_refuses_an_angle_beyond_a_quarter_turn():
     latents, half = latents_of(1, 1, 1, 2, 2), torch.tensor(0.5)
     with pytest.raises(ValueError, match=r"eta=1\.5"):
         SAMPLERS["cps"](latents, latents, Step(half * 2, half, half), 1.5)
+
+
+def gaussian_ode_error(solver, num_steps, spread=0.5):
+    """|x(0) - spread x(1)| along the ODE of data N(0, spread^2), whose velocity is known."""
+    latents, before = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), None
+    for step in steps_of(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)):
+        clean = (1 - step.sigma) * spread**2
+        velocity = latents * (step.sigma - clean) / ((1 - step.sigma) * clean + step.sigma**2)
+        slope = Slope(velocity, step)
+        latents, before = SOLVERS[solver](slope, before, latents), slope
+    return abs(latents.item() - spread)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("adams_bashforth", 2)])
+def test_a_solver_has_its_order(solver, order):
+    errors = [gaussian_ode_error(solver, num_steps) for num_steps in (100, 200)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
+
+
+def test_second_order_needs_fewer_steps():
+    assert gaussian_ode_error("adams_bashforth", 16) < gaussian_ode_error("euler", 64)

@@ -22,6 +22,7 @@ def heldout(args: argparse.Namespace) -> None:
     from bpgo_video.config_io import read_yaml
     from bpgo_video.data.atomic import write_json
     from bpgo_video.heldout_evaluation import as_json, as_table, asked, evaluate_folder
+    from bpgo_video.parallel.heartbeat import Heartbeat
 
     config = asked(
         read_yaml(args.config),
@@ -31,7 +32,9 @@ def heldout(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     mesh = engine.start_ranks()
-    evaluation = evaluate_folder(config, mesh)
+    with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
+        heartbeat.enter("evaluation")
+        evaluation = evaluate_folder(config, mesh)
     if mesh.is_main:
         print(as_table(evaluation))
         if args.output is not None:

@@ -85,6 +85,14 @@ class Mesh:
         dist.all_gather(parts, rows)
         return parts
 
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values, on every rank."""
+        if self.world_size == 1:
+            return value
+        found = torch.tensor(value, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

@@ -31,6 +31,11 @@ WORLD_CASES = {
         *(f"gradient-{stage}-sequence2=gradient:{stage}:2" for stage in STAGES),
         *(f"ratio-zero3-{lora}-sequence2=exact_ratio:zero3:{lora}:2" for lora in ("full", "lora")),
         *(f"ratio-zero3-{lora}-gathered=exact_ratio:zero3:{lora}:1:gathered" for lora in ("full", "lora")),
+        *(
+            f"held-{stage}-{lora}-{weight}=held:{stage}:{lora}:{weight}"
+            for stage, lora in (("zero2", "full"), ("zero3", "full"), ("zero3", "lora"))
+            for weight in ("0", "1000")
+        ),
         *(f"uneven-{parameters}=uneven:{parameters}" for parameters in ("sharded", "gathered")),
     ],
     4: [
@@ -40,15 +45,19 @@ WORLD_CASES = {
 }
 
 
+def free_port() -> int:
+    """A port for one launch: the launcher's own default is one for the whole machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def run_ranks(
     world_size: int, arguments: list[str], timeout: float = 600, worker: str = "worker", **environment: str
 ) -> None:
     """Start the worker on `world_size` local ranks and wait; the ranks' output is shown where one fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), **environment}  # fmt: skip
+            "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT), **environment}  # fmt: skip
     command = [sys.executable, "-m", f"tests.distributed.{worker}", *arguments]
     ranks = [
         subprocess.Popen(

@@ -25,7 +25,7 @@ from bpgo_video.config import OptimConfig
 from bpgo_video.parallel import ulysses
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.parallel.sequence import parallelise
-from tests.distributed.transformers import FAMILIES, LATENTS, SAMPLES, inputs, random_transformer, sample_losses
+from tests.distributed.small_transformers import FAMILIES, LATENTS, SAMPLES, inputs, random_transformer, sample_losses
 
 BLIND = "refiner_blocks.0.attn.to_k.bias"  # no key normalisation: softmax does not see a shift, its gradient is 0
 HUGE_STEP = 1e5  # the weights' change is the gradient, to many digits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from bpgo_video.config import Config
 from bpgo_video.config_io import to_yaml
 from bpgo_video.metrics import read_metrics
+from tests.distributed.conftest import free_port
 from tests.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
 
 pytestmark = pytest.mark.slow
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 def launch(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_accelerators 2`, from the clone."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", *arguments]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
+    command = [*launcher, "--master_port", str(free_port()), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
@@ -53,6 +56,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, shards: Path) -> None:
     result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
     assert result.returncode != 0
     assert "the reward model ran out of patience" in result.stderr
+    assert re.search(r"\[rank 0\] rank 1 \(.+\) failed in phase reward of step 0: RuntimeError: the rew", result.stderr)
     assert time.monotonic() - started < 120
 
 
@@ -84,3 +88,20 @@ def test_plain_python_is_one_rank(tmp_path: Path, shards: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_doctor_tells_a_healthy_recipe_from_a_blind_reward(tmp_path: Path, shards: Path) -> None:
+    healthy = rewarded_by(
+        without_evaluation(small_recipe(tmp_path / "run", shards)), "tests.distributed.toy_rewards:Redness"
+    )
+    result = launch("tools/doctor.py", "--config", recipe_file(healthy, tmp_path / "healthy.yaml"))
+    assert result.returncode == 0, result.stderr
+    assert "exactly 1 before the first update" in result.stdout
+    assert "Ready to train" in result.stdout
+    assert not (tmp_path / "run").exists(), "nothing is saved"
+
+    blind = rewarded_by(healthy, "tests.distributed.toy_rewards:Blind")
+    result = launch("tools/doctor.py", "--config", recipe_file(blind, tmp_path / "blind.yaml"))
+    assert result.returncode == 1
+    assert "only gives all 4 samples of a prompt the same score" in " ".join(result.stdout.replace("│", " ").split())
+    assert "Not ready: mend rewards first" in result.stdout

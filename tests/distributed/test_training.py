@@ -85,6 +85,15 @@ def test_a_gathered_rollout_samples_what_a_sharded_one_does(worlds: dict[int, Pa
         ]
 
 
+@pytest.mark.parametrize("name", ["zero2-full", "zero3-full", "zero3-lora"])
+def test_a_pull_towards_the_start_moves_the_second_update(worlds: dict[int, Path], name: str) -> None:
+    free, held = (read_metrics(worlds[2] / f"held-{name}-{weight}" / "metrics.jsonl")[0] for weight in ("0", "1000"))
+    assert held["kl"] > 0, "the second update sees a policy that has left its start"
+    assert "kl" not in free
+    assert held["grad_norm"] != free["grad_norm"], "and is pulled back"
+    assert held["ratio_error_first_update_max"] == 0.0
+
+
 @pytest.mark.parametrize("parameters", ["sharded", "gathered"])
 def test_uneven_work_hangs_nothing(worlds: dict[int, Path], parameters: str) -> None:
     assert summary_of(worlds[2], f"uneven-{parameters}")["heldout_videos"] == 3

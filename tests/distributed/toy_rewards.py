@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Sequence
 
 import torch
@@ -40,3 +43,26 @@ class BreaksOnSecondRank(Redness):
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             raise RuntimeError("the reward model ran out of patience")
         return super().__call__(videos, texts)
+
+
+class AsTold(Redness):
+    """Redness that does what the environment says, at "RANK CALL", from 0: REWARD_SLEEPS, REWARD_DIES."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, videos: Tensor, texts: Sequence[str]) -> Tensor:
+        now = f"{torch.distributed.get_rank()} {self.calls}"
+        self.calls += 1
+        if os.environ.get("REWARD_SLEEPS") == now:
+            time.sleep(8)
+        if os.environ.get("REWARD_DIES") == now:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(videos, texts)
+
+
+class Blind(Redness):
+    """The same score for every video."""
+
+    def __call__(self, videos: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        return torch.full((len(texts), 1), 0.5)

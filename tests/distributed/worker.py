@@ -56,6 +56,14 @@ def exact_ratio(
     return replace(config, policy=policy)
 
 
+def held_near_the_start(shards: Path, run_dir: Path, stage: str, lora: str, weight: str) -> Config:
+    """Two updates of plain SGD with a pull towards the starting policy, which moves only the second."""
+    optim = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "updates_per_rollout": 2}
+    config = small_recipe(run_dir, shards, optim=optim, loss={"kl_weight": float(weight), "clip_range": (0.5, 0.5)})
+    config = with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
+    return replace(config, policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])))
+
+
 def uneven(shards: Path, run_dir: Path, parameters: str) -> Config:
     """An evaluation of three videos on two ranks that take four at once."""
     config = small_recipe(run_dir, shards, rollout={"parameters": parameters})
@@ -113,6 +121,7 @@ def with_stage(config: Config, stage: str) -> Config:
 
 CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "smoke": smoke, "uneven": uneven,
+    "held": held_near_the_start,
 }  # fmt: skip
 
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from bpgo_video import engine as engines
 from bpgo_video.config import Config, ParallelConfig
 from bpgo_video.config_io import read_yaml
+from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.replay import optimise
-from bpgo_video.rollout import sample_chunks, training_denoiser
+from bpgo_video.replay import Setting, optimise, replay_objective
+from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser
 from bpgo_video.session import (
     Session,
     build_engine,
@@ -72,8 +73,9 @@ def rollout(policy: Policy, config: Config, mesh: Mesh) -> Callable[[], object]:
         "micro_batch_size": SAMPLES_PER_RANK,
         "latent_shape": policy.latent_shape(config.video),
         "key": (0, "bench"),
+        "trained_steps": trained_steps_of(config, 0),
     }
-    denoiser = training_denoiser(policy, config, 0)
+    denoiser = training_denoiser(policy, config)
     return lambda: list(sample_chunks(denoiser, prompts, negative, mesh, **settings))
 
 
@@ -137,10 +139,15 @@ def session_and_prompts(config: Config, mesh: Mesh) -> tuple[Session, Iterator[P
     return session, shards.stream(config.data.split, 0, config.rollout.prompts_per_step, priors=session.priors.values())
 
 
+def unwatched(mesh: Mesh) -> Heartbeat:
+    """One that nobody has started: a bench that fails is run again."""
+    return Heartbeat(mesh, timeout=60)
+
+
 def step_seconds(config: Config, mesh: Mesh) -> dict[str, float]:
     """Median of a few whole steps, by phase; the engine is built for them and thrown away."""
     session, stream = session_and_prompts(config, mesh)
-    records = [train_step(session, next(stream), step) for step in range(STEP_ROUNDS + 1)][1:]
+    records = [train_step(session, next(stream), step, unwatched(mesh)) for step in range(STEP_ROUNDS + 1)][1:]
     names = ("seconds", "seconds/rollout", "seconds/reward", "seconds/update")
     return {name: statistics.median(record[name] for record in records) for name in names}
 
@@ -166,19 +173,15 @@ class TimedLearner:
 def phases(config: Config, mesh: Mesh) -> dict[str, float]:
     """Seconds of one update: in replay (forward, backward and their hooks), waiting for ranks, in the optimiser."""
     session, stream = session_and_prompts(config, mesh)
-    train_step(session, next(stream), 0)
-    prompts, watch = next(stream), Stopwatch()
+    train_step(session, next(stream), 0, unwatched(mesh))
+    prompts, watch = next(stream), Stopwatch(unwatched(mesh), 1)
     trajectories, rewards = sample_and_score(session, prompts, 1, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learner = TimedLearner(session.engine)
+    setting = Setting(session.policy, config, prompts, session.prompts.negative)
+    objective = replay_objective(setting, advantages, 1)
     with waiting() as exposed:
-        total = seconds(
-            lambda: optimise(
-                learner, training_denoiser(session.policy, config, 1), trajectories, prompts, session.prompts.negative,
-                advantages, updates_per_rollout=config.optim.updates_per_rollout, zeta=config.bpgo.zeta,
-                clip_range=config.loss.clip_range,
-            )
-        )  # fmt: skip
+        total = seconds(lambda: optimise(learner, objective, trajectories, config.optim.updates_per_rollout))
     updates = config.optim.updates_per_rollout
     return {
         "replay": (total - exposed.seconds - learner.optimiser_seconds) / updates,

@@ -1,0 +1,80 @@
+"""How far is the policy from where it started? The starting policy's velocity, and the divergence from it.
+
+Under LoRA the starting policy is the same module with its adapters switched off. With all weights trained it is a
+frozen copy, sharded like the policy under ZeRO-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bpgo_video.policies import Policy
+from bpgo_video.rollout import Denoiser
+from bpgo_video.sde import Transition
+from bpgo_video.types import Conditioning, Latents, Velocity
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """The starting policy."""
+
+    def velocity(
+        self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
+    ) -> Velocity:
+        """What the denoiser would find with the starting policy; no gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class WithoutAdapters:
+    """The trained module itself, its adapters switched off for the forward."""
+
+    module: Any
+
+    @torch.no_grad()
+    def velocity(
+        self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
+    ) -> Velocity:
+        self.module.disable_adapters()
+        try:
+            return denoiser.velocity(latents, index, conditioning, negative)
+        finally:
+            self.module.enable_adapters()
+
+
+@dataclass(frozen=True)
+class FrozenCopy:
+    """A policy of its own, with the starting weights."""
+
+    policy: Policy
+
+    @torch.no_grad()
+    def velocity(
+        self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
+    ) -> Velocity:
+        return replace(denoiser, policy=self.policy).velocity(latents, index, conditioning, negative)
+
+
+def velocity_divergence(
+    velocity: Velocity, reference: Velocity, transition_of: Callable[[Velocity], Transition]
+) -> Float[Tensor, "samples"]:
+    """|v - v_ref|^2, the mean over latent dimensions: the same pull at every noise level."""
+    return (velocity - reference).square().flatten(1).mean(dim=1)
+
+
+def mean_divergence(
+    velocity: Velocity, reference: Velocity, transition_of: Callable[[Velocity], Transition]
+) -> Float[Tensor, "samples"]:
+    """|mean - mean_ref|^2 / (2 std^2): the KL of the transitions, the mean over latent dimensions (Flow-GRPO)."""
+    own, other = transition_of(velocity), transition_of(reference)
+    return ((own.mean - other.mean) / own.std).square().flatten(1).mean(dim=1) / 2
+
+
+Divergence = Callable[[Velocity, Velocity, Callable[[Velocity], Transition]], Tensor]
+DIVERGENCES: dict[str, Divergence] = {"velocity": velocity_divergence, "mean": mean_divergence}

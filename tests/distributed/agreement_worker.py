@@ -1,0 +1,72 @@
+"""What two ranks agree on: each case is tried on both, and each notes what it was told.
+
+    python -m tests.distributed.agreement_worker OUTPUT
+
+Rank 1 sees another folder than rank 0 under some names, as a node without shared storage does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from bpgo_video import engine
+from bpgo_video.config import ConfigError
+from bpgo_video.parallel.agreement import from_main, same_everywhere, same_verdict
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.run_folder import check_shared
+
+
+def fails_on(failing: int, mesh: Mesh) -> None:
+    with same_verdict(mesh):
+        if mesh.rank == failing:
+            raise FileNotFoundError("the model is missing")
+
+
+def everyone_fails(mesh: Mesh) -> None:
+    with same_verdict(mesh):
+        raise FileNotFoundError(f"seen by {mesh.rank}")
+
+
+def other_shards(mesh: Mesh) -> None:
+    same_everywhere({"recipe": "the same", "prompt shards": f"of rank {mesh.rank}"}, mesh)
+
+
+def from_rank_0(mesh: Mesh) -> None:
+    assert from_main(f"said by {mesh.rank}", mesh) == "said by 0"
+    same_everywhere({"recipe": "the same"}, mesh)
+
+
+def cases(output: Path, rank: int) -> Mapping[str, Callable[[Mesh], None]]:
+    own = output / f"disk-of-{rank}"
+    own.mkdir()
+    return {
+        "one fails": lambda mesh: fails_on(1, mesh),
+        "main fails": lambda mesh: fails_on(0, mesh),
+        "everyone fails": everyone_fails,
+        "other shards": other_shards,
+        "from rank 0": from_rank_0,
+        "shared folder": lambda mesh: check_shared(output / "shared" / "run", mesh, patience=1.0),
+        "own folders": lambda mesh: check_shared(own / "run", mesh, patience=1.0),
+    }
+
+
+def main() -> None:
+    output, mesh = Path(sys.argv[1]), engine.start_ranks()
+    told = {}
+    for name, case in cases(output, mesh.rank).items():
+        try:
+            case(mesh)
+            told[name] = None
+        except (ConfigError, FileNotFoundError) as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(told))
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

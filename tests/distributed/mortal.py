@@ -1,0 +1,22 @@
+"""pipelines/train_video.py with one rank that kills itself as it enters a phase: DIES_ENTERING is "RANK PHASE STEP"."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.trainer import main
+
+enter = Heartbeat.enter
+
+
+def enter_and_perhaps_die(heartbeat: Heartbeat, phase: str, step: int | None = None) -> None:
+    enter(heartbeat, phase, step)
+    if os.environ.get("DIES_ENTERING") == f"{os.environ['RANK']} {phase} {step}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    Heartbeat.enter = enter_and_perhaps_die
+    main()

@@ -1,0 +1,150 @@
+"""A run over two hosts is the run of two local ranks, bit for bit, however it is started; mistakes name their host."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpgo_video.config import Config
+from bpgo_video.metrics import read_metrics
+from tests.distributed.test_launches import launch, recipe_file
+from tests.distributed.two_hosts import ADDRESSES, INTERFACE, NAMES, Finished, TwoHosts, two_hosts, why_not
+from tests.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
+
+DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
+TRAIN = "pipelines/train_video.py"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": INTERFACE}
+SECONDS = 240  # for a launch; a good one takes 30, and one that hangs would take the half hour of torch's timeout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def possible() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoHosts]:
+    """Two hosts, and a `.deepspeed_env`, which is all of the environment that pdsh carries over."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in ENVIRONMENT.items()))
+    with two_hosts() as running:
+        yield running
+
+
+def over_ssh(hosts: TwoHosts, recipe: str, *flags: str) -> Finished:
+    """The launcher on the first host; it reaches both by pdsh and ssh."""
+    command = [DEEPSPEED, "--hostfile", str(hosts.hostfile), TRAIN, "--config", recipe, *flags]
+    return hosts.run(command, timeout=SECONDS, DS_ENV_FILE=str(Path(recipe).parent / "deepspeed_env"))[0]
+
+
+def on_each(hosts: TwoHosts, recipe: str, *flags: str) -> list[Finished]:
+    """A launcher on each host, as a cluster's own job starter does."""
+    start = [DEEPSPEED, "--hostfile", str(hosts.hostfile), "--no_ssh", "--master_addr", ADDRESSES[0]]
+    commands = [[*start, "--node_rank", str(rank), TRAIN, "--config", recipe, *flags] for rank in range(len(NAMES))]
+    return hosts.run(*commands, timeout=SECONDS, **ENVIRONMENT)
+
+
+def short_run(run_dir: Path, shards: Path, **sections: dict[str, Any]) -> Config:
+    """Three steps under ZeRO-3 with evaluation, checkpoints of which the first is not the last, and an export."""
+    config = small_recipe(run_dir, shards, run={"num_steps": 3, "save_every": 2}, **sections)
+    assert config.deepspeed == "ds_configs/zero3.json"
+    return config
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    return [
+        {key: value for key, value in record.items() if not key.startswith("seconds")}
+        for record in read_metrics(run_dir / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> list[dict[str, Any]]:
+    """What two ranks on this machine record."""
+    folder = tmp_path_factory.mktemp("local")
+    result = launch(TRAIN, "--config", recipe_file(short_run(folder / "run", shards), folder / "recipe.yaml"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return records(folder / "run")
+
+
+@pytest.mark.slow
+def test_one_launch_over_ssh_trains_what_two_local_ranks_train(
+    hosts: TwoHosts, tmp_path: Path, shards: Path, expected: list[dict[str, Any]]
+) -> None:
+    recipe = recipe_file(short_run(tmp_path / "run", shards), tmp_path / "recipe.yaml")
+    first = over_ssh(hosts, recipe, "--run.num-steps", "2")
+    assert first.returncode == 0, first.output[-6000:]
+    resumed = over_ssh(hosts, recipe, "--run.resume", "auto")
+    assert resumed.returncode == 0, resumed.output[-6000:]
+    found = records(tmp_path / "run")
+    assert len(found) == len(expected) == 3
+    assert found[0] == expected[0]
+    assert {key: found[1][key] for key in expected[1]} == expected[1], "and its own last evaluation"
+    assert found[2] == expected[2]
+    assert (tmp_path / "run" / "export" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_one_launch_per_node_trains_what_two_local_ranks_train(
+    hosts: TwoHosts, tmp_path: Path, shards: Path, expected: list[dict[str, Any]]
+) -> None:
+    recipe = recipe_file(short_run(tmp_path / "run", shards), tmp_path / "recipe.yaml")
+    for result in on_each(hosts, recipe):
+        assert result.returncode == 0, result.output[-6000:]
+    assert records(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+def test_a_run_folder_on_a_nodes_own_disk_is_refused_by_name(hosts: TwoHosts, tmp_path: Path, shards: Path) -> None:
+    config = without_evaluation(short_run(hosts.local / "run", shards))
+    results = on_each(hosts, recipe_file(config, tmp_path / "recipe.yaml"))
+    for result in results:
+        assert result.returncode != 0
+        assert "is not the folder that rank 0 has under this name" in result.output, "told on both consoles"
+    assert f"error: rank 1 on {NAMES[1]}: run.dir" in results[0].output
+    assert "Loading" not in results[0].output, "before any model is loaded"
+
+
+@pytest.mark.slow
+def test_prompts_that_one_node_lacks_are_told_with_its_name(hosts: TwoHosts, tmp_path: Path, shards: Path) -> None:
+    config = without_evaluation(short_run(tmp_path / "run", hosts.local / "shards"))
+    copied = hosts.run(["cp", "-r", str(shards), str(hosts.local / "shards")], timeout=20)[0]
+    assert copied.returncode == 0, copied.output
+    result = over_ssh(hosts, recipe_file(config, tmp_path / "recipe.yaml"))
+    assert result.returncode != 0
+    assert f"error: rank 1 on {NAMES[1]}: the prompt shards {hosts.local / 'shards'} do not exist" in result.output
+    assert not (tmp_path / "run").exists(), "nothing is written before the input is known to be good"
+
+
+@pytest.mark.slow
+def test_an_error_on_one_host_ends_the_other(hosts: TwoHosts, tmp_path: Path, shards: Path) -> None:
+    config = without_evaluation(short_run(tmp_path / "run", shards))
+    config = rewarded_by(config, "tests.distributed.toy_rewards:BreaksOnSecondRank")
+    result = over_ssh(hosts, recipe_file(config, tmp_path / "recipe.yaml"))
+    assert result.returncode != 0
+    assert "RuntimeError: the reward model ran out of patience" in result.output
+
+
+def test_two_hosts_end_with_all_that_runs_on_them(tmp_path: Path) -> None:
+    """Ranks that a launcher left behind, too; and nothing of the hosts is to be seen outside of them."""
+    started = tmp_path / "started"
+    with two_hosts() as running:
+        folder = running.folder
+        left_behind = f"hostname > {started}; touch {running.local}/x; setsid sleep 4321 & sleep 1"
+        running.run(["sh", "-c", left_behind], timeout=20)
+        assert started.read_text().strip() == NAMES[0]
+        assert list(running.local.iterdir()) == []
+        assert sleepers() == 1
+    assert sleepers() == 0
+    assert not folder.exists()
+
+
+def sleepers() -> int:
+    commands = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
+    return sum(command == b"sleep\x004321\x00" for command in commands)

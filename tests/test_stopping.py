@@ -1,0 +1,87 @@
+"""Requests to stop or to save: files, SIGTERM, and a second SIGTERM while the main thread cannot hear."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.stopping import Request, StopRequests
+
+ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
+OTHER = Mesh(rank=1, world_size=1, device=torch.device("cpu"))  # one that looks at no file
+
+DEAF = """
+import ctypes
+from pathlib import Path
+import torch
+from bpgo_video import stopping
+from bpgo_video.parallel.mesh import Mesh
+stopping.INSISTING_SECONDS = 1.0
+with stopping.StopRequests(Path("unused"), Mesh(0, 1, torch.device("cpu"))):
+    print("ready", flush=True)
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex)
+    lock(mutex)  # for ever, and no signal interrupts it
+"""
+
+
+@pytest.mark.parametrize(("name", "expected"), [("save", Request.SAVE), ("save_quit", Request.STOP)])
+def test_a_file_asks_until_it_is_obeyed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, expected: Request
+) -> None:
+    requests = StopRequests(tmp_path, ALONE)
+    assert requests.agreed() is Request.NONE
+    (tmp_path / name).touch()
+    assert requests.agreed() is expected
+    assert StopRequests(tmp_path, OTHER).agreed() is Request.NONE, "files are rank 0's to read"
+    requests.obeyed(expected, "after 3 of 9 steps, in here")
+    assert "after 3 of 9 steps, in here" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert requests.agreed() is Request.NONE
+
+
+def test_stopping_goes_before_saving(tmp_path: Path) -> None:
+    (tmp_path / "save").touch()
+    (tmp_path / "save_quit").touch()
+    assert StopRequests(tmp_path, ALONE).agreed() is Request.STOP
+
+
+def test_nothing_is_removed_that_was_not_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "save").touch()
+    StopRequests(tmp_path, ALONE).obeyed(Request.NONE, "at its turn")
+    assert (tmp_path / "save").exists()
+
+
+def test_sigterm_asks_to_stop_and_the_old_handler_comes_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequests(tmp_path, OTHER) as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher's repetition
+        deadline = time.monotonic() + 10
+        while requests.agreed() is Request.NONE and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert requests.agreed() is Request.STOP
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_sigterm_ends_a_rank_that_is_inside_foreign_code(tmp_path: Path) -> None:
+    rank = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == "ready\n"
+    rank.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert rank.poll() is None
+    rank.send_signal(signal.SIGTERM)
+    assert rank.wait(timeout=10) == 128 + signal.SIGTERM
+    rank.stdout.close()
+    assert rank.stderr is not None
+    with rank.stderr as said:
+        assert "a second one" in said.read()
