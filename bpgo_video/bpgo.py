@@ -30,63 +30,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.advantages import clip_advantages, combine, equal_groups, group_relative, zero_std_share
+from bpgo_video.advantages import (
+    COMBINATIONS,
+    NORMALISERS,
+    AdvantageSettings,
+    best_and_worst,
+    clip_advantages,
+    equal_groups,
+    loss_scale,
+)
 from bpgo_video.bpgo_forms import (
     contrastive_reward_transformation,
     rank_inversion,
     released_transformation,
-    released_trust,
-    reliability_adaptive_scaling,
 )
+from bpgo_video.bpgo_metrics import anchor_metrics, reward_metrics, rms_quotient, trust_metrics
+from bpgo_video.bpgo_settings import BPGOSettings
+from bpgo_video.reliability import consistency, pooled_consistency
+from bpgo_video.trust import TRUSTS, Evidence
 from bpgo_video.types import PriorAnchor
 
-
-@dataclass(frozen=True)
-class BPGOSettings:
-    """What of BPGO is used. alpha = zeta = 0 is GRPO.
-
-    Attributes:
-        form: "paper" (Eq 2, Eq 4) or "released" (the authors' code, there with alpha = 1 and contrast = 50).
-        standardise: use u = (R - R_prior)/s_ref; False is the verbatim equations. The released
-            transformation is always verbatim: in u its factor R sigmoid(R/tau) would change sign at the prior and
-            reverse all that is below.
-        alpha: strength of the trust, w in (1 - alpha, 1 + alpha).
-        k: slope of Eq 2, per u (verbatim: per unit of reward).
-        contrast: lambda of Eq 4, or a of the released form.
-        zeta: weight of the second surrogate; at 0 the transformation is skipped.
-        prior_var: variance of the released form's prior, in u^2 (verbatim: in reward^2).
-        ras_on_crt: weigh the second surrogate with w too; the paper does not.
-    """
-
-    form: str = "paper"
-    standardise: bool = True
-    alpha: float = 0.5
-    k: float = 1.0
-    contrast: float = 1.0
-    zeta: float = 0.5
-    prior_var: float = 1.0
-    ras_on_crt: bool = False
-
-    def __post_init__(self) -> None:
-        alpha_ok = 0 <= self.alpha < 1 or (self.form == "released" and self.alpha == 1)
-        rules = {
-            "form": (self.form in FORMS, f"must be one of {', '.join(FORMS)}"),
-            "alpha": (alpha_ok, "must be in [0, 1), or 1 in the released form; 0 turns the trust off"),
-            "k": (0 < self.k < math.inf, "must be above 0; alpha = 0 turns the trust off"),
-            "contrast": (
-                0 <= self.contrast < math.inf,
-                "must be at least 0: below, worse samples would rank higher",
-            ),
-            "zeta": (0 <= self.zeta < math.inf, "must be at least 0; 0 turns the second surrogate off"),
-            "prior_var": (0 < self.prior_var < math.inf, "must be above 0"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r}: {rule}")
-
-    @property
-    def needs_prior(self) -> bool:
-        return self.alpha != 0 or self.zeta != 0
+GRPO_ADVANTAGES = AdvantageSettings()
 
 
 @dataclass(frozen=True)
@@ -98,7 +62,7 @@ class GroupAdvantages:
         contrastive: A~, group-relative advantage of the transformed rewards, without zeta; None when zeta is
             0. With ras_on_crt it holds w A~ (w > 0 commutes with the surrogate).
         trust: w.
-        metrics: of this batch, detached; see bpgo_metrics.
+        metrics: of this batch, detached; see bpgo_metrics.py.
     """
 
     advantage: Float[Tensor, "prompts group"]
@@ -106,30 +70,27 @@ class GroupAdvantages:
     trust: Float[Tensor, "prompts"]
     metrics: Mapping[str, Tensor]
 
+    def total(self, zeta: float) -> Float[Tensor, "prompts group"]:
+        """w A + zeta A~: what the loss's gradient is proportional to at ratio 1."""
+        total = self.trust[:, None] * self.advantage
+        return total if self.contrastive is None else total + zeta * self.contrastive
+
     def clipped(self, limit: float) -> GroupAdvantages:
         """Each surrogate's advantage held within [-limit, limit] AFTER the trust: |w A| and |A~| <= limit."""
         contrastive = None if self.contrastive is None else clip_advantages(self.contrastive, limit)
         advantage = clip_advantages(self.advantage, limit / self.trust[:, None])
         return replace(self, advantage=advantage, contrastive=contrastive)
 
-
-@dataclass(frozen=True)
-class Form:
-    """One reading of BPGO: trust(rewards, prior, scale, settings) -> w, transform(same) -> R~."""
-
-    trust: Callable[[Tensor, Tensor, float | None, BPGOSettings], Tensor]
-    transform: Callable[[Tensor, Tensor, float | None, BPGOSettings], Tensor]
+    def times(self, factor: float | Float[Tensor, "..."]) -> GroupAdvantages:
+        """Both surrogates' advantages times a factor: one number, or one a sample."""
+        contrastive = None if self.contrastive is None else factor * self.contrastive
+        return replace(self, advantage=factor * self.advantage, contrastive=contrastive)
 
 
-FORMS: dict[str, Form] = {
-    "paper": Form(
-        trust=lambda rewards, prior, scale, s: reliability_adaptive_scaling(rewards, prior, scale, s.alpha, s.k),
-        transform=lambda rewards, prior, scale, s: contrastive_reward_transformation(rewards, prior, scale, s.contrast),
-    ),
-    "released": Form(
-        trust=lambda rewards, prior, scale, s: released_trust(rewards, prior, scale, s.alpha, s.prior_var),
-        transform=lambda rewards, prior, scale, s: released_transformation(rewards, prior, s.contrast),
-    ),
+Transform = Callable[[Tensor, Tensor, float | None, BPGOSettings], Tensor]
+TRANSFORMS: dict[str, Transform] = {  # form -> (rewards, prior, scale, settings) -> R~
+    "paper": lambda rewards, prior, scale, s: contrastive_reward_transformation(rewards, prior, scale, s.contrast),
+    "released": lambda rewards, prior, scale, s: released_transformation(rewards, prior, s.contrast),
 }
 
 
@@ -138,71 +99,72 @@ def bpgo_advantages(
     anchors: Mapping[str, PriorAnchor],
     weights: Mapping[str, float],
     settings: BPGOSettings,
+    advantage_settings: AdvantageSettings = GRPO_ADVANTAGES,
+    second: Mapping[str, Float[Tensor, "prompts group"]] | None = None,
 ) -> GroupAdvantages:
     """A, A~ and w of one step's groups; with alpha = zeta = 0 exactly A of GRPO, None and 1.
 
+    In this order: samples are left out (best_of), the step size is matched (match_rms), advantages are clipped, and
+    the loss's mean is rescaled to the samples that count. "GRPO on the same batch" is the same with w = 1 and no A~.
+
     Args:
-        anchors: by reward name; needed unless alpha = zeta = 0.
+        anchors: by reward name; needed where settings.needs_prior says so.
         weights: by reward name, not negative.
+        second: the same videos scored again, by reward name; what trust "reliability" needs.
 
     Raises:
-        ValueError: names the reward that is not finite, has no anchor or one of scale 0, or a negative
-            weight.
+        ValueError: names the reward that is not finite, has no anchor or one of scale 0, no second scores, or a
+            negative weight.
         OverflowError: names the reward whose transformation overflows.
     """
     _check_rewards(rewards_by_name, weights)
     if settings.needs_prior:
         _check_anchors(rewards_by_name, anchors)
-    advantage = combine({name: group_relative(rewards) for name, rewards in rewards_by_name.items()}, weights)
-    trust = advantage.new_ones(advantage.shape[0])
-    if settings.alpha != 0:
-        trust = _mean_trust(rewards_by_name, anchors, weights, settings).to(advantage.dtype)
-    contrastive, inversions = None, {}
-    if settings.zeta != 0:
-        transformed = _transformed(rewards_by_name, anchors, settings)
-        inversions = {name: rank_inversion(rewards_by_name[name], transformed[name]) for name in transformed}
-        by_name = {name: _anchored_advantage(rewards_by_name[name], transformed[name]) for name in transformed}
-        contrastive = combine(by_name, weights).to(advantage.dtype)
-        contrastive = trust[:, None] * contrastive if settings.ras_on_crt else contrastive
-    metrics = bpgo_metrics(advantage, contrastive, trust, settings.zeta) | _reward_metrics(rewards_by_name, inversions)
-    return GroupAdvantages(advantage, contrastive, trust, metrics)
-
-
-def bpgo_metrics(
-    advantage: Float[Tensor, "prompts group"],
-    contrastive: Float[Tensor, "prompts group"] | None,
-    trust: Float[Tensor, "prompts"],
-    zeta: float,
-) -> dict[str, Tensor]:
-    """What the trust did to this batch.
-
-    `rms_ratio` is RMS(w A + zeta A~)/RMS(A), the step size against GRPO's at ratio 1 (1 when no group has
-    signal): a trust that only rises acts as a larger learning rate, and this shows it.
-    """
-    total = trust[:, None] * advantage
-    total = total if contrastive is None else total + zeta * contrastive
-    plain = advantage.square().mean().sqrt()
-    rms_ratio = torch.where(plain > 0, total.square().mean().sqrt() / plain, torch.ones_like(plain))
-    return {
-        "trust_mean": trust.mean(),
-        "trust_min": trust.min(),
-        "trust_max": trust.max(),
-        "trust_std": trust.std(correction=0),
-        "rms_ratio": rms_ratio,
+    second = second or {}
+    if settings.trusts and settings.own_trust == "reliability":
+        _check_second(rewards_by_name, second)
+    agreement = {name: torch.stack([rewards_by_name[name], scores], dim=2) for name, scores in second.items()}
+    found, inversions = _surrogates(rewards_by_name, anchors, weights, settings, advantage_settings, agreement)
+    if advantage_settings.best_of is not None:
+        found = found.times(best_and_worst(found.advantage, advantage_settings.best_of).to(found.advantage.dtype))
+    grpo = found.advantage
+    if settings.match_rms:
+        found = found.times(rms_quotient(grpo, found.total(settings.zeta)))
+    found = found.clipped(advantage_settings.clip)
+    step_size = rms_quotient(found.total(settings.zeta), clip_advantages(grpo, advantage_settings.clip))
+    metrics = {
+        **trust_metrics(found.trust, settings.alpha if settings.trusts else 0.0),
+        "rms_ratio": step_size,
+        **reward_metrics(rewards_by_name, inversions),
+        **anchor_metrics(anchors),
+        **{f"icc/{name}": pooled_consistency(scores).float() for name, scores in agreement.items()},
     }
+    flat = torch.stack([equal_groups(rewards) for name, rewards in rewards_by_name.items() if weights[name]]).all(dim=0)
+    return replace(found.times(loss_scale(advantage_settings, flat, grpo.shape[1])), metrics=metrics)
 
 
-def _reward_metrics(
-    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]], inversions: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Per reward `zero_std_share/NAME` and `crt/rank_inversion/NAME`; the bare names are the worst case."""
-    shares = {name: zero_std_share(rewards) for name, rewards in rewards_by_name.items()}
-    metrics = {"zero_std_share": torch.stack(list(shares.values())).max()}
-    metrics |= {f"zero_std_share/{name}": share for name, share in shares.items()}
-    if inversions:
-        metrics["crt/rank_inversion"] = torch.stack(list(inversions.values())).max()
-        metrics |= {f"crt/rank_inversion/{name}": share for name, share in inversions.items()}
-    return metrics
+def _surrogates(
+    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]],
+    anchors: Mapping[str, PriorAnchor],
+    weights: Mapping[str, float],
+    settings: BPGOSettings,
+    advantage_settings: AdvantageSettings,
+    agreement: Mapping[str, Float[Tensor, "prompts group 2"]],
+) -> tuple[GroupAdvantages, dict[str, Tensor]]:
+    """A, A~ and w before anything bounds them, and the rank inversions of A~ by reward."""
+    normalise, combine = NORMALISERS[advantage_settings.normalise], COMBINATIONS[advantage_settings.combine]
+    advantage = combine({name: normalise(rewards) for name, rewards in rewards_by_name.items()}, weights)
+    trust = advantage.new_ones(advantage.shape[0])
+    if settings.trusts:
+        trust = _mean_trust(rewards_by_name, anchors, weights, settings, agreement).to(advantage.dtype)
+    if settings.zeta == 0:
+        return GroupAdvantages(advantage, None, trust, {}), {}
+    transformed = _transformed(rewards_by_name, anchors, settings)
+    inversions = {name: rank_inversion(rewards_by_name[name], transformed[name]) for name in transformed}
+    by_name = {name: _anchored(normalise, rewards_by_name[name], transformed[name]) for name in transformed}
+    contrastive = combine(by_name, weights).to(advantage.dtype)
+    contrastive = trust[:, None] * contrastive if settings.ras_on_crt else contrastive
+    return GroupAdvantages(advantage, contrastive, trust, {}), inversions
 
 
 def _mean_trust(
@@ -210,12 +172,16 @@ def _mean_trust(
     anchors: Mapping[str, PriorAnchor],
     weights: Mapping[str, float],
     settings: BPGOSettings,
+    agreement: Mapping[str, Float[Tensor, "prompts group 2"]],
 ) -> Float[Tensor, "prompts"]:
-    trust = FORMS[settings.form].trust
-    by_name = {
-        name: trust(rewards.double(), *_prior_and_scale(anchors[name], rewards, settings), settings)
-        for name, rewards in rewards_by_name.items()
-    }
+    by_name = {}
+    for name, rewards in rewards_by_name.items():
+        prior, scale, icc = None, None, None
+        if settings.own_trust == "reliability":
+            icc = consistency(agreement[name])
+        else:
+            prior, scale = _prior_and_scale(anchors[name], rewards, settings)
+        by_name[name] = TRUSTS[settings.own_trust](Evidence(rewards.double(), prior, scale, icc), settings)
     return torch.stack([weights[name] * w for name, w in by_name.items()]).sum(dim=0) / sum(weights.values())
 
 
@@ -225,7 +191,7 @@ def _transformed(
     settings: BPGOSettings,
 ) -> dict[str, Float[Tensor, "prompts group"]]:
     """R~ by reward, in fp64: u exp(u) is flat at u = -1, where fp32 would tie rewards that differ."""
-    transform, transformed = FORMS[settings.form].transform, {}
+    transform, transformed = TRANSFORMS[settings.form], {}
     for name, rewards in rewards_by_name.items():
         prior, scale = _prior_and_scale(anchors[name], rewards, settings)
         try:
@@ -235,11 +201,13 @@ def _transformed(
     return transformed
 
 
-def _anchored_advantage(
-    rewards: Float[Tensor, "prompts group"], transformed: Float[Tensor, "prompts group"]
+def _anchored(
+    normalise: Callable[[Tensor], Tensor],
+    rewards: Float[Tensor, "prompts group"],
+    transformed: Float[Tensor, "prompts group"],
 ) -> Float[Tensor, "prompts group"]:
     # Equal rewards count as equal whatever the last bit of exp says, which may depend on a value's place.
-    return group_relative(transformed).masked_fill(equal_groups(rewards)[:, None], 0.0)
+    return normalise(transformed).masked_fill(equal_groups(rewards)[:, None], 0.0)
 
 
 def _prior_and_scale(
@@ -278,3 +246,11 @@ def _check_anchors(
                 f"reward {name!r} has an anchor of scale {anchors[name].scale}: the reference samples of every "
                 "prompt scored alike; check the reward, then run tools/estimate_priors.py again"
             )
+
+
+def _check_second(rewards_by_name: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    for name in rewards_by_name:
+        if name not in second:
+            raise ValueError(f"reward {name!r} was scored once: trust 'reliability' compares two scorings of it")
+        if not bool(second[name].isfinite().all()):
+            raise ValueError(f"reward {name!r} has second scores that are not finite")

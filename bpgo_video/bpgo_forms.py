@@ -24,15 +24,18 @@ def reliability_adaptive_scaling(
     scale: float | None,
     alpha: float,
     k: float,
+    centre: bool = False,
 ) -> Float[Tensor, "prompts"]:
     """w = 1 + alpha (2 sigmoid(k mean_j u) - 1), in (1 - alpha, 1 + alpha); exactly 1 at alpha = 0. Eq 2.
 
     Args:
         prior: R_prior, in the reward's units.
         scale: s_ref in u = (R - R_prior)/s_ref; None for the verbatim equation, u = R - R_prior.
+        centre: take x_i - mean_i x_i in place of x_i = k mean_j u.
     """
-    u = _deviation(rewards, prior, scale)
-    w = 1 + alpha * (2 * torch.sigmoid(k * u.mean(dim=1)) - 1)
+    x = k * _deviation(rewards, prior, scale).mean(dim=1)
+    x = x - x.mean() if centre else x
+    w = 1 + alpha * (2 * torch.sigmoid(x) - 1)
     return w.to(_result_dtype(rewards))
 
 
@@ -63,12 +66,13 @@ def released_trust(
     scale: float | None,
     alpha: float,
     prior_var: float,
+    centre: bool = False,
 ) -> Float[Tensor, "prompts"]:
     """clamp(1 + alpha (w - 1), .01, 10), w = .5 + Phi((m - p)/sqrt(v)): trust as in the authors' code.
 
     v = 1/(G/s2 + 1/prior_var) and m = v (G mean/s2 + p/prior_var) are the posterior of the group's mean
     reward under the prior N(p, prior_var), s2 = var_j + 1e-8 (ddof 1); w in [.5, 1.5]. With a scale all of it
-    is in u, where p = 0.
+    is in u, where p = 0. Where `centre` is set, z = (m - p)/sqrt(v) loses its mean over prompts.
     """
     u = _deviation(rewards, prior, scale)  # m - p depends on R - p only
     group = u.shape[1]
@@ -76,7 +80,9 @@ def released_trust(
     v = 1 / (group / s2 + 1 / prior_var)
     m = v * group * u.mean(dim=1) / s2
     w_min, w_max = RELEASED_TRUST_RANGE
-    w = w_min + (w_max - w_min) * torch.special.ndtr(m / v.sqrt())
+    z = m / v.sqrt()
+    z = z - z.mean() if centre else z
+    w = w_min + (w_max - w_min) * torch.special.ndtr(z)
     return (1 + alpha * (w - 1)).clamp(*RELEASED_SCALE_RANGE).to(_result_dtype(rewards))
 
 

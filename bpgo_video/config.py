@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid")
+from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
+from bpgo_video.learner_config import AdvantageConfig, BPGOConfig, PriorConfig, RewardConfig, broken_rules
+
 REWARD_NAME = re.compile(r"[\w:-][\w.:-]*")
-Positive = Annotated[int, Field(ge=1)]
-Unit = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -128,52 +126,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class RewardConfig:
-    model: str
-    """A name of `bpgo_video.rewards.base.REWARDS`, or a dotted path `my_pkg.rewards:MyReward`."""
-    weight: NonNegative = 1.0
-    """Share of the combined advantage."""
-    aggregate: Literal["mean", "min"] = "mean"
-    """How the scores of a video's frames become the video's score."""
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Keyword arguments of the reward model's constructor."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class PriorConfig:
-    kind: Literal["reference", "constant", "none"] = "reference"
-    """`reference` reads what tools/estimate_priors.py stored with the prompts; `none` needs alpha = zeta = 0."""
-    samples: Annotated[int, Field(ge=2)] = 8
-    """Samples per prompt that tools/estimate_priors.py takes of the starting policy."""
-    mean: float = 0.0
-    """`constant`: the anchor of every prompt, in the reward's units."""
-    scale: Annotated[float, Field(gt=0.0)] = 1.0
-    """`constant`: s_ref, the reward's spread within a group."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class BPGOConfig:
-    """The learner of arXiv 2511.18919; alpha = zeta = 0 is GRPO."""
-
-    form: Literal["paper", "released"] = "paper"
-    """`paper`: Eq 2 and Eq 4; `released`: what the authors' code computes."""
-    standardise: bool = True
-    """Take rewards as (R - R_prior)/s_ref; false gives the verbatim equations (`paper` form)."""
-    alpha: Unit = 0.5
-    """Width of the trust weight w in (1 - alpha, 1 + alpha); below 1, or 1 in the released form."""
-    k: Annotated[float, Field(gt=0.0)] = 1.0
-    """Steepness of the trust weight."""
-    contrast: NonNegative = 1.0
-    """Lambda of the contrastive reward transformation."""
-    zeta: NonNegative = 0.5
-    """Weight of the second surrogate, over the transformed rewards."""
-    prior_var: Annotated[float, Field(gt=0.0)] = 1.0
-    """`released`: variance of the prior."""
-    ras_on_crt: bool = False
-    """Scale the second surrogate by the trust weight too; the paper does not."""
-
-
-@dataclass(frozen=True, config=STRICT)
 class LossConfig:
     objective: Literal["policy_gradient", "awm", "nft"] = "policy_gradient"
     """What is minimised: the surrogate over the rollout's own transitions, or advantage weighted matching or
@@ -260,6 +212,7 @@ class Config:
     rollout: RolloutConfig = RolloutConfig()
     parallel: ParallelConfig = ParallelConfig()
     prior: PriorConfig = PriorConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
     bpgo: BPGOConfig = BPGOConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -268,7 +221,7 @@ class Config:
 
     @property
     def algorithm(self) -> str:
-        return "grpo" if self.bpgo.alpha == 0 and self.bpgo.zeta == 0 else "bpgo"
+        return "bpgo" if self.bpgo.trusts or self.bpgo.zeta != 0 else "grpo"
 
 
 class ConfigError(ValueError):
@@ -286,11 +239,19 @@ def check(config: Config) -> None:
     for name in (*config.rewards, *config.evaluation.rewards):
         if not REWARD_NAME.fullmatch(name):
             raise ConfigError(f"reward name {name!r} must consist of letters, digits and any of . : _ -")
-    if config.bpgo.alpha == 1 and config.bpgo.form == "paper":
-        raise ConfigError("bpgo.alpha is 1, which only the released form takes; set it below 1")
+    rollout = config.rollout
+    for message in broken_rules(
+        config.prior,
+        config.advantage,
+        config.bpgo,
+        config.rewards,
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        objective=config.loss.objective,
+    ):
+        raise ConfigError(message)
     if config.sampler.name == "cps" and config.sampler.eta > 1:
         raise ConfigError(f"sampler.eta is {config.sampler.eta}; cps takes values up to 1")
-    rollout = config.rollout
     if config.sampler.share_steps == "group" and rollout.group_size % rollout.micro_batch_size:
         raise ConfigError(
             "sampler.share_steps is 'group', which gives each prompt its own trained steps, but "
@@ -303,11 +264,6 @@ def check(config: Config) -> None:
             f"optim.updates_per_rollout is {config.optim.updates_per_rollout}, but {trained} of "
             f"{config.sampler.num_steps} denoising steps are trained and each update needs one of its own; lower it to "
             f"{trained}, or train more steps"
-        )
-    if config.prior.kind == "none" and config.algorithm != "grpo":
-        raise ConfigError(
-            f"prior.kind is 'none' with bpgo.alpha = {config.bpgo.alpha}, bpgo.zeta = {config.bpgo.zeta}: BPGO needs "
-            "an anchor; set prior.kind to 'reference' or 'constant', or alpha = zeta = 0 for plain GRPO"
         )
     leaked = set(config.rewards) & set(config.evaluation.rewards)
     if leaked:

@@ -25,6 +25,7 @@ Summary = Mapping[str, Any]
 
 TEXT, SERIES = "#0a0b00", ("#0a0b01", "#0a0b02", "#0a0b03")  # stand-ins: matplotlib knows no CSS
 THEME = {TEXT: "currentColor"} | {colour: f"var(--c{i})" for i, colour in enumerate(SERIES, start=1)}
+HISTOGRAM_COLUMNS = 50
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bpgo_video",  # the same run gives the same file
@@ -123,6 +124,23 @@ def trust(axes: Axes, records: Records, summary: Summary) -> str | None:
     return _mean_and_extremes(axes, records, "trust", "trust weight")
 
 
+def trust_histogram(axes: Axes, records: Records, summary: Summary) -> str | None:
+    keys = sorted({key for record in records for key in record if key.startswith("trust/hist/")})
+    held = [record for record in records if all(key in record for key in keys)]
+    if not keys or not held:
+        return None
+    stride = -(-len(held) // HISTOGRAM_COLUMNS)
+    columns = [held[start : start + stride] for start in range(0, len(held), stride)]
+    shares = np.array([[np.mean([record[key] for record in column]) for column in columns] for key in keys])
+    edges = [column[0]["step"] + 0.5 for column in columns] + [held[-1]["step"] + 1.5]
+    for row, place in np.argwhere(shares > 0):
+        alpha = float(shares[row, place])
+        axes.fill_between(edges[place : place + 2], row, row + 1, color=SERIES[0], alpha=alpha, linewidth=0)
+    axes.set(ylim=(0, len(keys)), xlim=(edges[0], edges[-1]))
+    axes.set_yticks([0, len(keys) / 2, len(keys)], ["1 - α", "1", "1 + α"])
+    return f"{shares[len(keys) // 2 :].sum(axis=0).mean():.0%} of the groups at w = 1 or above"
+
+
 def ratio(axes: Axes, records: Records, summary: Summary) -> str | None:
     return _mean_and_extremes(axes, records, "ratio", "probability ratio")
 
@@ -167,6 +185,11 @@ PANELS: Mapping[str, Panel] = {
         "Trust weight w",
         "How much each prompt's group counts in the update; 1 is GRPO. Line: mean; band: extremes.",
         trust,
+    ),
+    "trust_histogram": Panel(
+        "Trust of the groups",
+        "Share of each step's groups by trust weight, in ten bins; the darker, the more.",
+        trust_histogram,
     ),
     "ratio": Panel(
         "Probability ratio",

@@ -1,34 +1,109 @@
-"""Where does a prior anchor come from? A table of sources; each gives the anchors of a batch by reward name."""
+"""Where does a prior anchor come from? A table of sources; each gives the anchors of a batch by reward name.
+
+Two kinds of question: a prior of a prompt's own samples by the starting policy (`reference`, `shrunk`) asks whether the
+policy has improved on it; a shared one (`global`, `constant`, and `ema` until a prompt comes again) asks whether the
+prompt is easy.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from bpgo_video.config import PriorConfig
+from bpgo_video.config import ConfigError
+from bpgo_video.learner_config import PriorConfig
+from bpgo_video.running_priors import RunningReward, per_prompt, started
 from bpgo_video.types import PriorAnchor, PromptBatch
 
-Source = Callable[[PriorConfig, PromptBatch, Mapping[str, str]], Mapping[str, PriorAnchor]]
+STORED = ("reference", "shrunk")  # what tools/estimate_priors.py measures
+RUNNING = ("ema", "global", "first_frame")  # what takes numbers from the run's own rewards
 
 
-def reference(prior: PriorConfig, prompts: PromptBatch, versions: Mapping[str, str]) -> Mapping[str, PriorAnchor]:
-    """What tools/estimate_priors.py measured on the starting policy and stored with the prompts."""
-    return prompts.priors
+@dataclass(frozen=True)
+class Seen:
+    """What a source may look at.
+
+    Attributes:
+        versions: of the reward models, by reward name; anchors carry them.
+        rewards: of this batch. Only a run's first batch is seen with them, as there is nothing else.
+        running: averages over the batches before this one.
+        first_frames: each reward of the prompts' conditioning images.
+    """
+
+    prompts: PromptBatch
+    versions: Mapping[str, str]
+    rewards: Mapping[str, Float[Tensor, "prompts group"]] = field(default_factory=dict)
+    running: Mapping[str, RunningReward] = field(default_factory=dict)
+    first_frames: Mapping[str, Float[Tensor, "prompts"]] = field(default_factory=dict)
 
 
-def constant(prior: PriorConfig, prompts: PromptBatch, versions: Mapping[str, str]) -> Mapping[str, PriorAnchor]:
+Source = Callable[[PriorConfig, Seen], Mapping[str, PriorAnchor]]
+
+
+def stored(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+    """What tools/estimate_priors.py measured on the starting policy; for `shrunk`, shrunk as it was loaded."""
+    return seen.prompts.priors
+
+
+def constant(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
     """One number for every prompt, from the recipe."""
-    zeros = torch.zeros(len(prompts))
-    return {
-        name: PriorAnchor(zeros + prior.mean, zeros, zeros.long(), prior.scale, version)
-        for name, version in versions.items()
-    }
+    mean = torch.full((len(seen.prompts),), prior.mean)
+    return {name: _without_samples(mean, prior.scale or 1.0, version) for name, version in seen.versions.items()}
 
 
-def none(prior: PriorConfig, prompts: PromptBatch, versions: Mapping[str, str]) -> Mapping[str, PriorAnchor]:
+def ema(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+    """Each prompt's own moving average, and the one over all prompts until it was seen."""
+    ids = seen.prompts.ids.tolist()
+    return _running(prior, seen, lambda name, running: per_prompt(running, ids))
+
+
+def over_all_prompts(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+    """One moving average over all prompts."""
+    count = len(seen.prompts)
+    return _running(prior, seen, lambda name, running: torch.full((count,), running["mean"], dtype=torch.float64))
+
+
+def first_frame(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+    """What the conditioning image itself earns: the paper's prior for image-to-video.
+
+    Raises:
+        ConfigError: the prompts carry no image.
+    """
+    if missing := sorted(set(seen.versions) - set(seen.first_frames)):
+        raise ConfigError(f"prior.kind is 'first_frame', but no conditioning image was scored by {missing}")
+    return _running(prior, seen, lambda name, running: seen.first_frames[name].double().cpu())
+
+
+def none(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
     """No anchor: plain GRPO."""
     return {}
 
 
-PRIORS: dict[str, Source] = {"reference": reference, "constant": constant, "none": none}
+PRIORS: dict[str, Source] = {
+    "reference": stored,
+    "shrunk": stored,
+    "ema": ema,
+    "global": over_all_prompts,
+    "first_frame": first_frame,
+    "constant": constant,
+    "none": none,
+}
+
+
+def _running(
+    prior: PriorConfig, seen: Seen, mean: Callable[[str, RunningReward], Float[Tensor, "prompts"]]
+) -> dict[str, PriorAnchor]:
+    """Anchors with the run's s_ref; any scale does while no group has had two different rewards."""
+    anchors = {}
+    for name, version in seen.versions.items():
+        running = seen.running.get(name) or started(seen.rewards[name], prior.scale)
+        anchors[name] = _without_samples(mean(name, running), running["spread"] or 1.0, version)
+    return anchors
+
+
+def _without_samples(mean: Float[Tensor, "prompts"], scale: float, version: str) -> PriorAnchor:
+    return PriorAnchor(mean, torch.zeros_like(mean), torch.zeros(len(mean), dtype=torch.int64), scale, version)

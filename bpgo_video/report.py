@@ -29,6 +29,7 @@ from typing_extensions import TypedDict
 from bpgo_video.curves import PANELS, Curve, draw_curve
 from bpgo_video.data.atomic import atomic_file
 from bpgo_video.data.video import VideoError, read_video
+from bpgo_video.diagnosis import diagnose
 from bpgo_video.metrics import METRICS_FILE, MalformedFile, Number, read_metrics
 from bpgo_video.summary import heldout_difference, run_facts, summary_rows, verdict
 
@@ -117,6 +118,7 @@ def write_report(run_dir: Path) -> Path:
         pairs=read_pairs(run_dir / "samples"),
         shown=SHOWN_PAIRS,
         table=numbers_table(records),
+        diagnosis=diagnose(records, summary),
         config=_read_config(run_dir / "config.yaml"),
     )
     path = run_dir / "report.html"

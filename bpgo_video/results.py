@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from bpgo_video.data.atomic import write_json
+from bpgo_video.diagnosis import diagnose
 from bpgo_video.heldout import HeldoutScores, shown_rows, stderr
+from bpgo_video.metrics import METRICS_FILE, read_metrics
 from bpgo_video.report import write_report
+from bpgo_video.running_priors import RunningRewards
 from bpgo_video.session import Session
 from bpgo_video.summary import summary_table
 
@@ -27,6 +30,7 @@ class Progress:
     max_ratio_error_first_update: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))
     heldout_before: dict[str, list[list[float]]] | None = None
+    running_rewards: RunningRewards = field(default_factory=dict)
 
 
 def shown_videos(session: Session, folder: Path) -> list[tuple[Path, str]]:
@@ -78,7 +82,8 @@ def summarise(session: Session, progress: Progress, after: HeldoutScores | None)
 def write_results(
     run_dir: Path, summary: dict[str, Any], session: Session, progress: Progress, after: HeldoutScores | None
 ) -> None:
-    """summary.json, samples.json, report.html and the table on the screen."""
+    """summary.json, samples.json, report.html, and on the screen the table with what to know about the run."""
+    summary = {**summary, "diagnosis": diagnose(read_metrics(run_dir / METRICS_FILE), summary)}
     write_json(run_dir / "summary.json", summary)
     heldout = session.prompts.heldout
     if after is not None and progress.heldout_before is not None and heldout is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from bpgo_video import engine as engines
-from bpgo_video.bpgo import BPGOSettings
+from bpgo_video.advantages import AdvantageSettings
+from bpgo_video.bpgo_settings import BPGOSettings
 from bpgo_video.config import Config
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
@@ -28,6 +29,7 @@ from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.priors import STORED
 from bpgo_video.reference import FrozenCopy, Reference, WithoutAdapters
 from bpgo_video.rewards.base import RewardSuite
 from bpgo_video.schedule import learning_rate_factor
@@ -59,6 +61,7 @@ class Session:
     policy: Policy
     engine: engines.Engine
     learner: BPGOSettings
+    advantages: AdvantageSettings
     gathers_for_rollout: bool
     reference: Reference | None
 
@@ -68,7 +71,7 @@ class Session:
 
 
 def reads_priors(config: Config) -> bool:
-    return config.prior.kind == "reference" and config.algorithm != "grpo"
+    return config.prior.kind in STORED and config.bpgo.needs_prior
 
 
 def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[dict[str, Any], PromptShards]:
@@ -201,12 +204,14 @@ def builder(ds_config: Mapping[str, Any]) -> Build:
 def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:
     """Rewards, policy (sharded from birth under ZeRO-3) and engine, once `check_inputs` has passed."""
     with same_verdict(mesh):
-        suite = RewardSuite(config.rewards, mesh.device)
+        suite = RewardSuite(config.rewards, mesh.device, twice=config.bpgo.scores_twice)
         heldout_suite = RewardSuite(config.evaluation.rewards, mesh.device) if config.evaluation.rewards else None
         priors = load_priors(config.data.shards, suite.versions) if reads_priors(config) else {}
         starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))
         for prior in priors.values():
             prior.check_policy(starting_policy)
+        if config.prior.kind == "shrunk":
+            priors = {name: prior.shrunk() for name, prior in priors.items()}
     dtype = engines.compute_dtype(ds_config)
 
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config))
@@ -225,6 +230,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         policy=policy,
         engine=engine,
         learner=BPGOSettings(**vars(config.bpgo)),
+        advantages=AdvantageSettings(**vars(config.advantage), clip=config.loss.advantage_clip),
         gathers_for_rollout=gathers_for_rollout(config, engine, mesh),
         reference=build_reference(config, engine, ds_config, mesh),
     )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def summary_table(summary: Mapping[str, Any], paths: Mapping[str, Path] | None = None) -> str:
-    """What a run prints last: `summary_rows` as a table, the verdict, and the `paths` it wrote, by label."""
+    """What a run prints last: `summary_rows` as a table, verdict and diagnosis, and the `paths` it wrote, by label."""
     table = Table(box=box.ROUNDED, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -82,5 +83,7 @@ def summary_table(summary: Mapping[str, Any], paths: Mapping[str, Path] | None =
     lines = [text.getvalue().rstrip()]
     if words := verdict(summary):
         lines.append(words)
+    for sentence in summary.get("diagnosis") or ():
+        lines += textwrap.wrap(sentence, width=110, initial_indent="- ", subsequent_indent="  ")
     width = max(map(len, paths or {}), default=0)
     return "\n".join(lines + [f"  {label:<{width}}  {path}" for label, path in (paths or {}).items()])

@@ -25,12 +25,13 @@ from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
-from bpgo_video.priors import PRIORS
+from bpgo_video.priors import PRIORS, RUNNING, Seen
 from bpgo_video.replay import Setting, optimise
 from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
 from bpgo_video.rewards.base import ScoredChunk
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
+from bpgo_video.running_priors import RunningRewards, updated
 from bpgo_video.session import TRAINED, Session, build_session, cast, check_inputs
 from bpgo_video.stopping import Request, StopRequests
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
@@ -96,21 +97,33 @@ def sample_and_score(
         return trajectories, session.suite.gather(scores, prompts, config.rollout.group_size, mesh)
 
 
-def estimate_advantages(session: Session, prompts: PromptBatch, rewards: Rewards) -> GroupAdvantages:
-    """Group-relative advantages, trust and anchored renormalisation: the same numbers on every rank."""
-    config = session.config
-    versions = session.suite.versions
-    anchors = PRIORS[config.prior.kind](config.prior, prompts, versions) if session.learner.needs_prior else {}
+def estimate_advantages(
+    session: Session, prompts: PromptBatch, rewards: Rewards, running: RunningRewards | None = None
+) -> GroupAdvantages:
+    """Group-relative advantages, trust and anchored renormalisation: the same numbers on every rank.
+
+    Args:
+        running: averages of the batches before this one; this batch goes into them after use.
+    """
+    prior, suite = session.config.prior, session.suite
+    running = {} if running is None else running
     by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
-    advantages = bpgo_advantages(by_name, anchors, session.suite.weights, session.learner)
-    return advantages.clipped(config.loss.advantage_clip)
+    seen = Seen(prompts, suite.versions, by_name, running)
+    anchors = PRIORS[prior.kind](prior, seen) if session.learner.needs_prior else {}
+    second = {name: scores.cpu() for name, scores in rewards.second.items()}
+    advantages = bpgo_advantages(by_name, anchors, suite.weights, session.learner, session.advantages, second)
+    if prior.kind in RUNNING:
+        running |= updated(running, prompts.ids.tolist(), by_name, prior.decay, prior.scale)
+    return advantages
 
 
-def train_step(session: Session, prompts: PromptBatch, step: int, heartbeat: Heartbeat) -> dict[str, float]:
+def train_step(
+    session: Session, prompts: PromptBatch, step: int, heartbeat: Heartbeat, running: RunningRewards | None = None
+) -> dict[str, float]:
     """One rollout and its updates; the step's record."""
     config, watch = session.config, Stopwatch(heartbeat, step)
     trajectories, rewards = sample_and_score(session, prompts, step, watch)
-    advantages = estimate_advantages(session, prompts, rewards)
+    advantages = estimate_advantages(session, prompts, rewards, running)
     learning_rate = session.engine.learning_rate
     with watch.phase("update"):
         setting = Setting(session.policy, config, prompts, session.prompts.negative, session.reference)
@@ -221,7 +234,7 @@ def run_steps(
         for step in range(progress.step, config.run.num_steps):
             prompts = next(stream)
             prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
-            record = train_step(session, prompts, step, heartbeat)
+            record = train_step(session, prompts, step, heartbeat, progress.running_rewards)
             advance(progress, record, stream.position, session)
             last = step + 1 == config.run.num_steps
             every = config.evaluation.every

@@ -105,11 +105,13 @@ class Rewards:
         by_name: each reward model's score per video, oriented so that higher is better.
         total: their weighted sum, for logs; advantages are estimated per reward.
         per_frame: each model's score per sampled frame, of this step's samples.
+        second: the videos' scores by the second models, oriented alike; empty where none are used.
     """
 
     by_name: Mapping[str, Float[Tensor, "prompts group"]]
     total: Float[Tensor, "prompts group"]
     per_frame: Mapping[str, Float[Tensor, "prompts group scored_frames"]]
+    second: Mapping[str, Float[Tensor, "prompts group"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,32 @@
 """Are advantages relative to the group, exactly 0 where it is flat, and independent of the order of samples?"""
 
 import math
+import statistics
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.advantages import clip_advantages, combine, group_relative, zero_std_share
+from bpgo_video.advantages import (
+    NORMALISERS,
+    AdvantageSettings,
+    batch_relative,
+    batch_standardised_sum,
+    best_and_worst,
+    clip_advantages,
+    group_relative,
+    loss_scale,
+    max_std_relative,
+    mean_subtracted,
+    weighted_sum,
+    win_rate_relative,
+    win_rates,
+    zero_std_share,
+)
+
+TWO_GROUPS = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
+DEVIATIONS = [[-2.0, -1.0, 0.0, 3.0], [-0.5, 0.5, -0.5, 0.5]]  # from the means 3 and .5
 
 
 def test_group_relative_by_hand():
@@ -28,14 +47,104 @@ def test_a_flat_group_gives_exactly_zero(group, value):
     assert (advantage[1] != 0).any()
 
 
+@pytest.mark.parametrize("normalise", NORMALISERS)
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6])
+def test_flat_groups_are_exactly_zero_by_every_norm(normalise, value):
+    rewards = torch.cat([torch.full((2, 6), value), torch.randn(1, 6)])
+    assert torch.equal(NORMALISERS[normalise](rewards)[:2], torch.zeros(2, 6))
+    assert torch.equal(NORMALISERS[normalise](rewards[:2]), torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("norm", "spread"),
+    [
+        (batch_relative, statistics.stdev([1, 2, 3, 6, 0, 1, 0, 1]) + 1e-6),
+        (max_std_relative, math.sqrt(14 / 3) + 1e-6),  # the first group's
+        (mean_subtracted, 1.0),
+    ],
+)
+def test_one_spread_for_all_groups_by_hand(norm, spread):
+    expected = torch.tensor(DEVIATIONS, dtype=torch.float64) / spread
+    torch.testing.assert_close(norm(TWO_GROUPS), expected, rtol=0, atol=1e-15)
+
+
+def test_win_rates_by_hand_see_the_order_alone():
+    rewards = torch.tensor([[1.0, 5.0, 5.0, 900.0], [0.3, 0.2, 0.1, 0.0]])
+    expected = torch.tensor([[0, 1.5 / 3, 1.5 / 3, 1], [1, 2 / 3, 1 / 3, 0]])
+    torch.testing.assert_close(win_rates(rewards), expected)
+    torch.testing.assert_close(win_rate_relative(rewards), win_rate_relative(rewards**3))
+    torch.testing.assert_close(win_rate_relative(rewards), group_relative(win_rates(rewards)))
+
+
 @settings(deadline=None)  # a first call into torch may take long
-@given(seed=st.integers(0, 2**31), prompts=st.integers(1, 5), group=st.integers(2, 9))
-def test_permuting_samples_or_prompts_permutes_advantages(seed, prompts, group):
+@given(st.integers(0, 2**31), st.sampled_from([1.0, 1e6]), st.floats(-10, 10), st.sampled_from(sorted(NORMALISERS)))
+def test_all_norms_but_none_forget_the_unit_and_the_offset(seed, unit, shift, normalise):
+    rewards = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    moved, expected = NORMALISERS[normalise]((rewards + shift) * unit), NORMALISERS[normalise](rewards)
+    expected = expected * unit if normalise == "none" else expected
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-6 * (unit if normalise == "none" else 1))
+
+
+@pytest.mark.parametrize("normalise", NORMALISERS)
+@pytest.mark.parametrize("unit", [1e6, 1e-6])
+def test_every_norm_is_finite_on_any_scale(normalise, unit):
+    assert NORMALISERS[normalise](unit * torch.randn(3, 8)).isfinite().all()
+
+
+def test_best_and_worst_by_hand():
+    advantage = torch.tensor([[0.5, -1.0, 2.0, 0.0, -2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert best_and_worst(advantage, 1).tolist() == [
+        [False, False, True, False, True],
+        [True, False, False, False, True],
+    ]
+    assert best_and_worst(advantage, 2)[0].tolist() == [True, True, True, False, True]
+    with pytest.raises(ValueError, match=r"best_of=3 of a group of 5.*<= 2"):
+        best_and_worst(advantage, 3)
+
+
+def test_loss_scale_makes_the_mean_one_over_what_counts():
+    flat = torch.tensor([True, False, False, True, True])
+    assert loss_scale(AdvantageSettings(), flat, 8) == 1
+    assert loss_scale(AdvantageSettings(drop_zero_std=True), flat, 8) == 5 / 2
+    assert loss_scale(AdvantageSettings(drop_zero_std=True), flat.new_ones(5), 8) == 1
+    assert loss_scale(AdvantageSettings(drop_zero_std=True, best_of=2), flat, 12) == 5 / 2 * 3
+
+
+def test_gdpo_by_hand():
+    # A of each: (-1, 1)/sqrt(2); the sum 2 A + A' over {(0, 1), (5, 9)} and {(3, 1), (2, 2)}
+    first, second = torch.tensor([[0.0, 1.0], [5.0, 9.0]]).double(), torch.tensor([[3.0, 1.0], [2.0, 2.0]]).double()
+    sums = [value / math.sqrt(2) for value in (-1, 1, -2, 2)]
+    advantages = {"a": group_relative(first), "b": group_relative(second)}
+    found = batch_standardised_sum(advantages, {"a": 2.0, "b": 1.0})
+    expected = torch.tensor(sums).double().reshape(2, 2) / statistics.stdev(sums)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert torch.equal(batch_standardised_sum({"a": torch.zeros(2, 4)}, {"a": 1.0}), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"normalise": "std"}, {"combine": "sum"}, {"best_of": 0}, {"clip": 0.0}, {"clip": math.nan}]
+)
+def test_settings_out_of_range_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        AdvantageSettings(**wrong)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    prompts=st.integers(1, 5),
+    group=st.integers(2, 9),
+    normalise=st.sampled_from(sorted(NORMALISERS)),
+)
+def test_permuting_samples_or_prompts_permutes_advantages(seed, prompts, group, normalise):
+    norm = NORMALISERS[normalise]
     rng = torch.Generator().manual_seed(seed)
     rewards = torch.randn(prompts, group, generator=rng, dtype=torch.float64)
     rows, columns = torch.randperm(prompts, generator=rng), torch.randperm(group, generator=rng)
-    permuted = group_relative(rewards[rows][:, columns])
-    torch.testing.assert_close(permuted, group_relative(rewards)[rows][:, columns], rtol=1e-12, atol=1e-12)
+    permuted = norm(rewards[rows][:, columns])
+    torch.testing.assert_close(permuted, norm(rewards)[rows][:, columns], rtol=1e-12, atol=1e-12)
+    if group >= 4:
+        torch.testing.assert_close(best_and_worst(permuted, 2), best_and_worst(norm(rewards), 2)[rows][:, columns])
 
 
 def test_dtype_is_fp32_at_least():
@@ -49,13 +158,13 @@ def test_a_group_of_one_is_refused():
         group_relative(torch.ones(3, 1))
 
 
-def test_combine_is_the_weighted_sum_and_one_reward_of_weight_one_is_untouched():
+def test_several_rewards_are_summed_by_weight_and_one_reward_of_weight_one_is_untouched():
     first, second = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, -0.5]])
-    assert torch.equal(combine({"a": first, "b": second}, {"b": 4.0, "a": 2.0}), torch.tensor([[4.0, -4.0]]))
+    assert torch.equal(weighted_sum({"a": first, "b": second}, {"b": 4.0, "a": 2.0}), torch.tensor([[4.0, -4.0]]))
     rewards = torch.randn(3, 7)
-    assert torch.equal(combine({"a": rewards}, {"a": 1.0}), rewards)
+    assert torch.equal(weighted_sum({"a": rewards}, {"a": 1.0}), rewards)
     with pytest.raises(ValueError, match=r"'a'.*'b'"):
-        combine({"a": first}, {"b": 1.0})
+        weighted_sum({"a": first}, {"b": 1.0})
 
 
 def test_clip_with_one_limit_or_one_per_prompt():

@@ -2,24 +2,26 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.advantages import group_relative
-from bpgo_video.bpgo import (
-    FORMS,
-    BPGOSettings,
-    Form,
-    bpgo_advantages,
+from bpgo_video.advantages import NORMALISERS, AdvantageSettings, best_and_worst, group_relative
+from bpgo_video.bpgo import TRANSFORMS, bpgo_advantages
+from bpgo_video.bpgo_forms import (
     contrastive_reward_transformation,
     rank_inversion,
     released_transformation,
     released_trust,
     reliability_adaptive_scaling,
 )
+from bpgo_video.bpgo_metrics import trust_histogram
+from bpgo_video.bpgo_settings import BPGOSettings
+from bpgo_video.losses import Move, TrustRegion, bpgo_loss
+from bpgo_video.reliability import reliability_trust
 from bpgo_video.types import PriorAnchor
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)  # mean 3, variance (4 + 1 + 0 + 9)/3 = 14/3
@@ -32,8 +34,9 @@ def anchor(mean, scale=1.0):
     return PriorAnchor(mean, torch.ones_like(mean), torch.full(mean.shape, 8), scale, "test")
 
 
-def one_reward(rewards, prior, settings, scale=1.0):
-    return bpgo_advantages({"clip": rewards}, {"clip": anchor(prior, scale)}, {"clip": 1.0}, settings)
+def one_reward(rewards, prior, settings, scale=1.0, **advantage):
+    anchors = {"clip": anchor(prior, scale)}
+    return bpgo_advantages({"clip": rewards}, anchors, {"clip": 1.0}, settings, AdvantageSettings(**advantage))
 
 
 def random_rewards(seed, prompts=4, group=6):
@@ -164,6 +167,64 @@ def test_each_half_can_be_used_alone():
     assert torch.equal(crt.contrastive, both.contrastive)
 
 
+def test_centred_trust_by_hand_redistributes_between_groups():
+    rewards = torch.tensor([[1.0, 3.0], [4.0, 6.0], [6.0, 8.0]], dtype=torch.float64)  # mean u = (2, 5, 7) - 1
+    prior = torch.ones(3, dtype=torch.float64)
+    centred = reliability_adaptive_scaling(rewards, prior, 1.0, 0.5, 0.3, centre=True)
+    x = [0.3 * (mean - 14 / 3) for mean in (2, 5, 7)]
+    assert centred.tolist() == pytest.approx([1 + 0.5 * math.tanh(value / 2) for value in x])
+    # a shift that all groups share changes nothing: no hidden learning rate
+    torch.testing.assert_close(reliability_adaptive_scaling(rewards + 9, prior, 1.0, 0.5, 0.3, centre=True), centred)
+    released = released_trust(rewards, prior, 1.0, 1.0, 1.0, centre=True)
+    z = [math.sqrt(1 / 2) * mean for mean in (1, 4, 6)]  # s2 = 2, v = 1/(2/2 + 1) = 1/2, m = v * mean u
+    phi = [0.5 * (1 + math.erf((value - sum(z) / 3) / math.sqrt(2))) for value in z]
+    assert released.tolist() == pytest.approx([0.5 + value for value in phi], abs=1e-7)
+
+
+@pytest.mark.parametrize("trust", ["sigmoid", "posterior"])
+def test_a_lone_group_or_equal_groups_have_centred_trust_one(trust):
+    rewards, _, _ = random_rewards(6)
+    settings = BPGOSettings(trust=trust, ras_center="batch_mean")
+    assert one_reward(rewards[:1], [-3.0], settings).trust.tolist() == [1.0]
+    same = one_reward(rewards[:1].repeat(3, 1), [-3.0] * 3, settings)
+    assert same.trust.tolist() == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_each_form_takes_any_trust_and_has_its_own(form):
+    rewards, prior, _ = random_rewards(7)
+    found = {t: one_reward(rewards, prior, BPGOSettings(form=form, trust=t)) for t in ("sigmoid", "posterior", "none")}
+    torch.testing.assert_close(found["sigmoid"].trust, reliability_adaptive_scaling(rewards, prior, 1.0, 0.5, 1.0))
+    torch.testing.assert_close(found["posterior"].trust, released_trust(rewards, prior, 1.0, 0.5, 1.0))
+    assert torch.equal(found["none"].trust, torch.ones_like(prior))
+    own = one_reward(rewards, prior, BPGOSettings(form=form))
+    assert torch.equal(own.trust, found["sigmoid" if form == "paper" else "posterior"].trust)
+    assert all(torch.equal(result.contrastive, own.contrastive) for result in found.values())
+
+
+def test_trust_in_reliability_needs_two_scorings_and_no_anchor():
+    settings = BPGOSettings(trust="reliability", zeta=0.0)
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 1.0, 2.0, 3.0]])
+    second = torch.tensor([[2.0, 3.0, 4.0, 7.0], [3.0, 2.0, 1.0, 0.0]])  # the same but for a shift; the reverse
+    result = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, second={"clip": second})
+    assert result.trust.tolist() == pytest.approx([1.5, 0.5])
+    assert torch.equal(result.advantage, group_relative(rewards))
+    # pooled: covariances 14/3 and -5/3 over variances 14/3 and 5/3
+    assert result.metrics["icc/clip"].item() == pytest.approx((14 - 5) / (14 + 5))
+    with pytest.raises(ValueError, match=r"'clip' was scored once.*reliability"):
+        bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
+    with pytest.raises(ValueError, match=r"'clip' has second scores that are not finite"):
+        bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, second={"clip": second / 0})
+    icc = torch.tensor([0.9, 0.4, -0.3])
+    assert reliability_trust(icc, 0.5).tolist() == pytest.approx([1.4, 0.9, 0.5])
+    assert reliability_trust(icc, 0.5, centre=True).tolist() == pytest.approx([1.4667, 0.9667, 0.5667], abs=1e-4)
+
+
+def test_anchors_are_in_the_metrics():
+    metrics = one_reward(random_rewards(8)[0], [1.0, 2.0, 3.0, 4.0], BPGOSettings(), scale=0.3).metrics
+    assert (metrics["prior/mean/clip"].item(), metrics["prior/scale/clip"].item()) == pytest.approx((2.5, 0.3))
+
+
 def test_trust_on_the_second_surrogate_only_where_asked():
     rewards, prior, _ = random_rewards(3)
     plain, weighed = (one_reward(rewards, prior, BPGOSettings(ras_on_crt=flag)) for flag in (False, True))
@@ -171,18 +232,85 @@ def test_trust_on_the_second_surrogate_only_where_asked():
     assert torch.equal(weighed.advantage, plain.advantage)
 
 
+SETTINGS = st.builds(
+    BPGOSettings,
+    form=st.sampled_from(["paper", "released"]),
+    trust=st.sampled_from([None, "sigmoid", "posterior", "reliability", "none"]),
+    standardise=st.booleans(),
+    ras_center=st.sampled_from(["none", "batch_mean"]),
+    ras_on_crt=st.booleans(),
+    match_rms=st.booleans(),
+    zeta=st.sampled_from([0.0, 0.5]),
+)
+ADVANTAGE_SETTINGS = st.builds(
+    AdvantageSettings,
+    normalise=st.sampled_from(sorted(NORMALISERS)),
+    combine=st.sampled_from(["weighted_sum", "gdpo"]),
+    drop_zero_std=st.booleans(),
+    best_of=st.sampled_from([None, 2]),
+    clip=st.sampled_from([math.inf, 1.0]),
+)
+
+
+def scored_twice(rewards, second, prior, settings, advantage, scale=1.0):
+    anchors, weights = {"clip": anchor(prior, scale)}, {"clip": 1.0}
+    return bpgo_advantages({"clip": rewards}, anchors, weights, settings, advantage, {"clip": second})
+
+
 @settings(deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from(["paper", "released"]), st.booleans())
-def test_permuting_samples_or_prompts_permutes_everything(seed, form, standardise):
+@given(st.integers(0, 2**31), SETTINGS, ADVANTAGE_SETTINGS)
+def test_permuting_samples_or_prompts_permutes_everything(seed, bpgo, advantage):
     rewards, prior, rng = random_rewards(seed)
+    second = rewards + torch.randn(4, 6, generator=rng, dtype=torch.float64)
     rows, columns = torch.randperm(4, generator=rng), torch.randperm(6, generator=rng)
-    settings = BPGOSettings(form=form, standardise=standardise)
-    base, moved = one_reward(rewards, prior, settings), one_reward(rewards[rows][:, columns], prior[rows], settings)
+    base = scored_twice(rewards, second, prior, bpgo, advantage)
+    moved = scored_twice(rewards[rows][:, columns], second[rows][:, columns], prior[rows], bpgo, advantage)
     torch.testing.assert_close(moved.advantage, base.advantage[rows][:, columns])
-    torch.testing.assert_close(moved.contrastive, base.contrastive[rows][:, columns])
+    if bpgo.zeta:
+        torch.testing.assert_close(moved.contrastive, base.contrastive[rows][:, columns])
     torch.testing.assert_close(moved.trust, base.trust[rows])
     for name, value in base.metrics.items():
         torch.testing.assert_close(moved.metrics[name], value)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), SETTINGS, ADVANTAGE_SETTINGS, st.sampled_from([1e6, 1e-6]))
+def test_standardised_settings_are_finite_on_any_scale(seed, bpgo, advantage, unit):
+    rewards, prior, rng = random_rewards(seed)
+    second = rewards + torch.randn(4, 6, generator=rng, dtype=torch.float64)
+    bpgo = replace(bpgo, form="paper", standardise=True)
+    found = scored_twice(
+        *((unit * tensor).float() for tensor in (rewards, second, prior)), bpgo, advantage, scale=0.7 * unit
+    )
+    for tensor in (found.advantage, found.trust, *found.metrics.values(), *([found.contrastive] * bool(bpgo.zeta))):
+        assert tensor.isfinite().all()
+
+
+@settings(deadline=None)
+@given(st.floats(-5, 5, width=32), SETTINGS, ADVANTAGE_SETTINGS)
+def test_equal_rewards_have_no_gradient_under_any_settings(value, bpgo, advantage):
+    rewards = torch.full((3, 6), value)
+    found = scored_twice(rewards, rewards, [0.1, 0.2, 0.3], bpgo, advantage)
+    log_ratio = torch.zeros(18, requires_grad=True)
+    contrastive = None if found.contrastive is None else found.contrastive.flatten()
+    trust = found.trust.repeat_interleave(6)
+    bpgo_loss(Move(log_ratio), found.advantage.flatten(), contrastive, trust, bpgo.zeta, TrustRegion()).value.backward()
+    assert torch.equal(log_ratio.grad, torch.zeros(18))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), SETTINGS, ADVANTAGE_SETTINGS)
+def test_no_trust_and_no_second_surrogate_is_grpo_bit_for_bit(seed, bpgo, advantage):
+    rewards, prior, _ = random_rewards(seed)
+    off = replace(bpgo, zeta=0.0, match_rms=False, **({"alpha": 0.0} if bpgo.trust != "none" else {}))
+    found = scored_twice(rewards, rewards, prior, off, advantage)
+    plain = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, OFF, advantage)
+    assert torch.equal(found.advantage, plain.advantage)
+    assert torch.equal(found.trust, torch.ones_like(prior))
+    assert found.contrastive is None
+    assert found.metrics["rms_ratio"] == 1
+    matched = scored_twice(rewards, rewards, prior, replace(off, match_rms=True), advantage)
+    assert torch.equal(matched.advantage, plain.advantage)
 
 
 def test_several_rewards_are_anchored_one_by_one():
@@ -221,7 +349,7 @@ def test_equal_rewards_stay_equal_when_the_transformation_rounds_them_apart(monk
     def rounds_by_place(rewards, prior, scale, settings):
         return rewards + 1e-7 * torch.arange(rewards.shape[1])
 
-    monkeypatch.setitem(FORMS, "paper", Form(FORMS["paper"].trust, rounds_by_place))
+    monkeypatch.setitem(TRANSFORMS, "paper", rounds_by_place)
     result = one_reward(torch.full((1, 8), 0.3), [0.2], BPGOSettings())
     assert torch.equal(result.contrastive, torch.zeros(1, 8))
 
@@ -234,6 +362,86 @@ def test_the_advantage_clip_acts_after_the_trust():
     assert (clipped.trust[:, None] * clipped.advantage).max().item() == pytest.approx(limit)
     assert torch.equal(clipped.advantage[0, :3], result.advantage[0, :3])
     assert clipped.contrastive.abs().max() <= limit
+
+
+def rms(tensor):
+    return tensor.square().mean().sqrt().item()
+
+
+def test_step_size_is_measured_after_the_clip():
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 30.0]], dtype=torch.float64)
+    clipped = one_reward(rewards, [-1e6], BPGOSettings(zeta=0.0), clip=1.2)  # w = 1.5, A = about (-.6, -.5, -.4, 1.5)
+    plain = group_relative(rewards).clamp(-1.2, 1.2)
+    expected = rms((1.5 * group_relative(rewards)).clamp(-1.2, 1.2)) / rms(plain)
+    assert clipped.metrics["rms_ratio"].item() == pytest.approx(expected)
+    assert expected < 1.4, "without the clip it is 1.5"
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(["paper", "released"]), st.booleans())
+def test_matching_the_rms_takes_one_factor_on_both_advantages(seed, form, ras_on_crt):
+    rewards, prior, _ = random_rewards(seed)
+    settings = BPGOSettings(form=form, ras_on_crt=ras_on_crt, zeta=0.8)
+    free = one_reward(rewards, prior, settings)
+    matched = one_reward(rewards, prior, replace(settings, match_rms=True))
+    total = matched.trust[:, None] * matched.advantage + 0.8 * matched.contrastive
+    assert rms(total) == pytest.approx(rms(group_relative(rewards)))
+    assert matched.metrics["rms_ratio"].item() == pytest.approx(1)
+    assert torch.equal(matched.trust, free.trust)
+    factor = 1 / free.metrics["rms_ratio"]
+    torch.testing.assert_close(matched.advantage, factor * free.advantage)
+    torch.testing.assert_close(matched.contrastive, factor * free.contrastive)
+
+
+def test_matching_a_batch_without_signal_changes_nothing():
+    result = one_reward(torch.full((2, 4), 0.3), [0.2, 0.2], BPGOSettings(match_rms=True))
+    assert torch.equal(result.advantage, torch.zeros(2, 4))
+    assert result.metrics["rms_ratio"] == 1
+
+
+@pytest.mark.parametrize("normalise", sorted(NORMALISERS))
+def test_both_surrogates_take_the_same_norm(normalise):
+    rewards, prior, _ = random_rewards(4)
+    result = one_reward(rewards, prior, BPGOSettings(), normalise=normalise)
+    transformed = contrastive_reward_transformation(rewards, prior, 1.0, 1.0)
+    torch.testing.assert_close(result.advantage, NORMALISERS[normalise](rewards))
+    torch.testing.assert_close(result.contrastive, NORMALISERS[normalise](transformed))
+
+
+def test_samples_that_are_left_out_are_zero_and_the_others_weigh_more():
+    rewards, prior, _ = random_rewards(5)  # groups of 6
+    whole = one_reward(rewards, prior, BPGOSettings())
+    best = one_reward(rewards, prior, BPGOSettings(), best_of=1)
+    kept = best_and_worst(whole.advantage, 1).double()
+    torch.testing.assert_close(best.advantage, 3 * kept * whole.advantage)
+    torch.testing.assert_close(best.contrastive, 3 * kept * whole.contrastive)
+    per_sample = (whole.trust[:, None] * whole.advantage)[kept.bool()]
+    assert (best.trust[:, None] * best.advantage).square().mean() == pytest.approx(3 * per_sample.square().mean())
+
+
+def test_the_clip_bounds_an_advantage_and_not_the_rescaled_mean():
+    result = one_reward(torch.tensor([[0.0, 1.0, 2.0, 30.0]]), [0.0], OFF, best_of=1, clip=0.7)
+    assert result.advantage[0, 3].item() == pytest.approx(2 * 0.7)
+
+
+def test_dropping_flat_groups_rescales_the_others():
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [0.0, 1.0, 2.0], [5.0, 5.0, 5.0]])
+    result = one_reward(rewards, [0.0, 0.0, 0.0], OFF, drop_zero_std=True)
+    torch.testing.assert_close(result.advantage, 3 * group_relative(rewards))
+    both = {"flat": torch.ones(3, 3), "clip": rewards}
+    settings = AdvantageSettings(drop_zero_std=True)
+    result = bpgo_advantages(both, {}, {"flat": 1.0, "clip": 1.0}, OFF, settings)
+    torch.testing.assert_close(result.advantage, 3 * group_relative(rewards))  # a group counts if any reward differs
+
+
+def test_histogram_of_the_trust():
+    rewards = torch.tensor([[0.0, 2.0], [1.0, 1.0], [-1e6, -1e6 + 1], [2.0, 4.0]])
+    metrics = one_reward(rewards, [1.0, -1e6, 1e6, 3.0], BPGOSettings()).metrics  # w = 1, 1.5, .5, 1
+    shares = [metrics[f"trust/hist/{place:02d}"].item() for place in range(10)]
+    assert shares == [0.25, 0, 0, 0, 0, 0.5, 0, 0, 0, 0.25]
+    assert not any("hist" in name for name in one_reward(rewards, [0.0] * 4, OFF).metrics)
+    exact = trust_histogram(torch.tensor([0.76, 0.83, 0.97, 1.07, 1.24]), 0.25)  # edges .75, .8, ..., 1.25
+    assert exact.tolist() == pytest.approx([0.2, 0.2, 0, 0, 0.2, 0, 0.2, 0, 0, 0.2])
 
 
 def test_rank_inversion_by_hand():
@@ -285,7 +493,7 @@ def test_errors_name_the_reward():
         bpgo_advantages(rewards, {"clip": anchor([math.nan])}, weights, BPGOSettings())
     with pytest.raises(ValueError, match="'clip' has weight -1"):
         bpgo_advantages(rewards, {}, {"clip": -1.0}, OFF)
-    for bad in (math.nan, math.inf):
+    for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match=f"'clip' is {bad} at prompt row 0, sample 1"):
             bpgo_advantages({"clip": torch.tensor([[0.0, bad]])}, {}, weights, OFF)
 
@@ -294,6 +502,8 @@ def test_errors_name_the_reward():
     "wrong",
     [
         {"form": "papers"},
+        {"trust": "sigmoids"},
+        {"ras_center": "median"},
         {"alpha": -0.1},
         {"alpha": 1.0},
         {"alpha": math.nan},

@@ -71,6 +71,72 @@ def test_bpgo_without_an_anchor_is_refused() -> None:
     assert config_from_dict(broken | {"bpgo": {"alpha": 0.0, "zeta": 0.0}}).algorithm == "grpo"
 
 
+def test_trust_in_reliability_needs_second_options_of_every_reward() -> None:
+    broken = tree() | {"bpgo": {"trust": "reliability"}}
+    with pytest.raises(ConfigError, match=r"bpgo\.trust.*rewards\.alignment\.second is None"):
+        config_from_dict(broken)
+    for reward in broken["rewards"].values():
+        reward["second"] = reward["options"]
+    with pytest.raises(ConfigError, match="options that differ"):
+        config_from_dict(broken)
+    for reward in broken["rewards"].values():
+        reward["second"] = {"frames": 4}
+    assert config_from_dict(broken).bpgo.scores_twice
+    assert not config_from_dict(broken | {"bpgo": {"trust": "none"}}).bpgo.scores_twice
+
+
+def test_only_what_uses_an_anchor_needs_one() -> None:
+    for bpgo in ({"zeta": 0.0, "trust": "none"}, {"zeta": 0.0, "alpha": 0.0}):
+        config = config_from_dict(tree() | {"prior": {"kind": "none"}, "bpgo": bpgo})
+        assert config.algorithm == "grpo"
+    with pytest.raises(ConfigError, match="needs an anchor"):
+        config_from_dict(tree() | {"prior": {"kind": "none"}, "bpgo": {"trust": "none"}})
+
+
+@pytest.mark.parametrize("key", ["best_of", "drop_zero_std"])
+def test_nft_counts_every_sample(key: str) -> None:
+    broken = tree() | {"advantage": {key: 1}, "bpgo": {"alpha": 0.0}}
+    config_from_dict(broken)
+    broken["loss"] = {**broken.get("loss", {}), "objective": "nft"}
+    with pytest.raises(ConfigError, match=rf"advantage\.{key}.*loss\.objective"):
+        config_from_dict(broken)
+
+
+def test_a_prior_of_images_is_refused_while_prompts_carry_none() -> None:
+    with pytest.raises(ConfigError, match=r"prior\.kind is 'first_frame'.*no conditioning image"):
+        config_from_dict(tree() | {"prior": {"kind": "first_frame"}})
+
+
+@pytest.mark.parametrize(
+    ("advantage", "bpgo", "keys"),
+    [
+        ({"normalise": "max_std"}, {}, ("advantage.normalise", "bpgo.alpha")),
+        ({"drop_zero_std": True}, {}, ("advantage.drop_zero_std", "bpgo.alpha")),
+        ({"normalise": "none"}, {}, ("advantage.normalise", "bpgo.zeta")),
+        ({"normalise": "win_rate"}, {}, ("advantage.normalise", "bpgo.zeta")),
+        ({"best_of": 5}, {}, ("advantage.best_of", "rollout.group_size")),
+        ({}, {"alpha": 1.0}, ("bpgo.alpha", "released form")),
+        ({}, {"alpha": 1.0, "form": "released", "trust": "sigmoid"}, ("bpgo.alpha", "released form")),
+    ],
+)
+def test_parts_of_the_learner_that_do_not_go_together_are_named(
+    advantage: dict, bpgo: dict, keys: tuple[str, str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(tree() | {"advantage": advantage, "bpgo": bpgo})
+    assert all(key in str(error.value) for key in keys)
+    if "alpha" not in bpgo and "best_of" not in advantage:
+        config_from_dict(tree() | {"advantage": advantage, "bpgo": {"alpha": 0.0, "zeta": 0.0}})
+
+
+def test_centring_one_prompt_is_refused() -> None:
+    broken = tree() | {"bpgo": {"ras_center": "batch_mean"}}
+    config_from_dict(broken)
+    broken["rollout"]["prompts_per_step"] = 1
+    with pytest.raises(ConfigError, match=r"bpgo\.ras_center.*rollout\.prompts_per_step"):
+        config_from_dict(broken)
+
+
 def test_a_world_that_does_not_divide_is_named_with_a_way_out() -> None:
     config = read_yaml(RECIPE)
     check_world(config, 2)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from bpgo_video.curves import PANELS, draw_curve, series, smoothed
 from bpgo_video.data.video import VideoError, write_video
+from bpgo_video.diagnosis import NOTHING
 from bpgo_video.metrics import MalformedFile
 from bpgo_video.report import contact_sheet, main, write_report
 
@@ -43,6 +44,7 @@ def record(step: int) -> dict[str, float]:
         "trust_max": 1.4,
     }
     values |= {"ratio_mean": 1.001, "ratio_min": 0.9, "ratio_max": 1.1, "grad_norm": 0.5, "seconds": 2.0}
+    values |= {f"trust/hist/{place:02d}": 0.5 * (place in (2, 7)) for place in range(10)}
     values |= {"seconds/rollout": 0.9, "seconds/reward": 0.1, "seconds/update": 0.8}
     return values | ({"heldout/oracle": 0.6, "heldout/oracle_stderr": 0.02} if step % 3 == 2 else {})
 
@@ -124,6 +126,21 @@ def test_the_verdict_and_the_numbers_behind_it_are_on_the_page(run_dir: Path) ->
         assert words in text
     assert "score 0.31 → 0.78 ▲ better" in text
     assert "1 score higher after training, 0 lower" in text
+
+
+def test_the_diagnosis_is_on_the_page(run_dir: Path) -> None:
+    assert NOTHING in page_of(run_dir).text
+    lines = [json.dumps(record(step) | {"zero_std_share": 0.6}) + "\n" for step in range(6)]
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
+    assert "Zero-std groups: 60%" in page_of(run_dir).text
+
+
+def test_the_histogram_of_the_trust_is_drawn_in_the_pages_colours() -> None:
+    records = [record(step) for step in range(120)]
+    curve = draw_curve("trust_histogram", records, {})
+    assert curve is not None
+    assert "50% of the groups at w = 1 or above" in curve.alt
+    assert curve.svg.count("fill-opacity: 0.5") == 2 * 40, "two of ten bins, in columns of three steps"
 
 
 def test_what_is_missing_is_left_out(run_dir: Path) -> None:

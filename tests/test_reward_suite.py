@@ -56,6 +56,18 @@ def test_scores_are_aggregated_weighted_and_oriented() -> None:
     assert rewards.per_frame["mean"].shape == (2, 2, 3)
 
 
+def test_videos_are_scored_again_by_other_options_where_asked() -> None:
+    videos = torch.zeros(4, 3, 3, 2, 2)
+    videos[1, 0] = 0.9
+    config = own("LowerIsBetter", options={"low": 0.1}, second={"columns": 1})
+    twice = RewardSuite({"row": config}, CPU, twice=True)
+    rewards = twice.gather([twice.score(chunk_of(videos), PROMPTS.texts)], PROMPTS, 2, MESH)
+    torch.testing.assert_close(rewards.by_name["row"], torch.tensor([[-0.1, -0.4], [-0.1, -0.1]]))
+    torch.testing.assert_close(rewards.second["row"], torch.tensor([[-0.1, -1.0], [-0.1, -0.1]]))
+    once = suite(row=config)
+    assert not once.gather([once.score(chunk_of(videos), PROMPTS.texts)], PROMPTS, 2, MESH).second
+
+
 def test_a_nan_names_reward_prompt_and_sample() -> None:
     broken = suite(row=own("Row"))
     scores = torch.zeros(4, 3)

@@ -18,6 +18,7 @@ import torch
 
 from bpgo_video.data.atomic import write_json
 from bpgo_video.data.prompt_records import ShardError
+from bpgo_video.shrinkage import shrunk_means
 from bpgo_video.types import PriorAnchor, PromptBatch
 
 FORMAT_VERSION = 1
@@ -53,6 +54,12 @@ class PriorTable:
                 f"the prior of reward {self.reward!r} is stale: it was measured on a policy of hash {self.policy}, the "
                 f"starting policy has {policy}; run: {self.command}"
             )
+
+    def shrunk(self) -> PriorTable:
+        """The same with means drawn towards the mean over prompts; see shrinkage.py."""
+        mean, std, count = torch.from_numpy(self.anchors).T
+        means = shrunk_means(mean, std, count.long())
+        return replace(self, anchors=torch.stack([means, std, count], dim=1).numpy())
 
     def anchor(self, batch: PromptBatch) -> PriorAnchor:
         """The anchors of a batch's prompts.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -61,15 +61,19 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Reward:
-    """A model with its place in the recipe."""
+    """A model with its place in the recipe; `second` scores the same videos again, by other options."""
 
     model: RewardModel
     weight: float
     aggregate: str
+    second: RewardModel | None = None
 
 
-def build_reward(name: str, reward: RewardConfig, device: torch.device) -> Reward:
+def build_reward(name: str, reward: RewardConfig, device: torch.device, twice: bool = False) -> Reward:
     """The reward model behind a recipe's entry.
+
+    Args:
+        twice: build the second model, too, where the entry has one.
 
     Raises:
         ConfigError: no such name or dotted path, or the constructor refused its options.
@@ -84,9 +88,12 @@ def build_reward(name: str, reward: RewardConfig, device: torch.device) -> Rewar
     try:
         factory = getattr(importlib.import_module(module), attribute)
         model = factory(**_options(reward.options, device, factory))
+        second = None
+        if twice and reward.second is not None:
+            second = factory(**_options({**reward.options, **reward.second}, device, factory))
     except (ImportError, AttributeError, TypeError, OSError) as error:
         raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
-    return Reward(model, reward.weight, reward.aggregate)
+    return Reward(model, reward.weight, reward.aggregate, second)
 
 
 def _options(options: Mapping[str, Any], device: torch.device, factory: Callable[..., Any]) -> dict[str, Any]:
@@ -96,18 +103,22 @@ def _options(options: Mapping[str, Any], device: torch.device, factory: Callable
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """What a rank's videos of one chunk earned: rows of scores per frame by reward name, and whose they are."""
+    """What a rank's videos of one chunk earned: rows of scores per frame by reward name, and whose they are.
+
+    `second` holds the second models' scores, by the names of the rewards that have one.
+    """
 
     prompt_rows: Int[Tensor, "samples"]
     sample_index: Int[Tensor, "samples"]
     scores: Mapping[str, Float[Tensor, "samples _"]]
+    second: Mapping[str, Float[Tensor, "samples _"]] = field(default_factory=dict)
 
 
 class RewardSuite:
     """The rewards of a recipe, by the names that it gives them."""
 
-    def __init__(self, rewards: Mapping[str, RewardConfig], device: torch.device):
-        self.rewards = {name: build_reward(name, reward, device) for name, reward in rewards.items()}
+    def __init__(self, rewards: Mapping[str, RewardConfig], device: torch.device, twice: bool = False):
+        self.rewards = {name: build_reward(name, reward, device, twice) for name, reward in rewards.items()}
 
     @property
     def versions(self) -> dict[str, str]:
@@ -127,17 +138,24 @@ class RewardSuite:
         Raises:
             RewardError: a model returned something else than a row of scores per video.
         """
-        scores = {}
         own_texts = [texts[row] for row in chunk.prompt_rows.tolist()]
-        for name, reward in self.rewards.items():
-            rows = reward.model(chunk.videos, own_texts)
-            if rows.ndim != 2 or rows.shape[0] != len(own_texts) or rows.shape[1] == 0:
-                raise RewardError(
-                    f"reward {name!r} returned the shape {tuple(rows.shape)} for {len(own_texts)} videos; it must be "
-                    f"({len(own_texts)}, scored frames)"
-                )
-            scores[name] = rows.float() if reward.model.higher_is_better else -rows.float()
-        return ScoredChunk(chunk.prompt_rows, chunk.sample_index, scores)
+        scores = {name: _score(name, reward.model, chunk.videos, own_texts) for name, reward in self.rewards.items()}
+        second = {
+            name: _score(name, reward.second, chunk.videos, own_texts)
+            for name, reward in self.rewards.items()
+            if reward.second is not None
+        }
+        return ScoredChunk(chunk.prompt_rows, chunk.sample_index, scores, second)
+
+    @torch.no_grad()
+    def score_images(
+        self, images: Float[Tensor, "prompts 3 height width"], texts: Sequence[str]
+    ) -> dict[str, Float[Tensor, "prompts"]]:
+        """What a video of one frame would earn, by reward name: conditioning images, or videos' first frames."""
+        return {
+            name: AGGREGATES[reward.aggregate](_score(name, reward.model, images[:, None], texts))
+            for name, reward in self.rewards.items()
+        }
 
     def gather(self, chunks: Sequence[ScoredChunk], prompts: PromptBatch, group_size: int, mesh: Mesh) -> Rewards:
         """All ranks' scores as prompts x group, the same on every rank.
@@ -147,14 +165,35 @@ class RewardSuite:
         """
         total = len(prompts) * group_size
         items = torch.cat([chunk.prompt_rows * group_size + chunk.sample_index for chunk in chunks]).tolist()
-        per_frame, by_name = {}, {}
-        for name, reward in self.rewards.items():
-            rows = mesh.gather(torch.cat([chunk.scores[name].to(mesh.device) for chunk in chunks]), items, total)
+
+        def gathered(name: str, scores: Sequence[Tensor]) -> Tensor:
+            rows = mesh.gather(torch.cat([score.to(mesh.device) for score in scores]), items, total)
             _check_finite(name, rows, prompts, group_size)
+            return rows
+
+        per_frame, by_name, second = {}, {}, {}
+        for name, reward in self.rewards.items():
+            aggregate = AGGREGATES[reward.aggregate]
+            rows = gathered(name, [chunk.scores[name] for chunk in chunks])
             per_frame[name] = rows.unflatten(0, (len(prompts), group_size))
-            by_name[name] = AGGREGATES[reward.aggregate](rows).unflatten(0, (len(prompts), group_size))
+            by_name[name] = aggregate(rows).unflatten(0, (len(prompts), group_size))
+            if reward.second is not None:
+                again = gathered(f"{name}.second", [chunk.second[name] for chunk in chunks])
+                second[name] = aggregate(again).unflatten(0, (len(prompts), group_size))
         weighted = [self.weights[name] * scores for name, scores in by_name.items()]
-        return Rewards(by_name=by_name, total=torch.stack(weighted).sum(dim=0), per_frame=per_frame)
+        return Rewards(by_name=by_name, total=torch.stack(weighted).sum(dim=0), per_frame=per_frame, second=second)
+
+
+def _score(
+    name: str, model: RewardModel, videos: Videos, texts: Sequence[str]
+) -> Float[Tensor, "samples scored_frames"]:
+    rows = model(videos, texts)
+    if rows.ndim != 2 or rows.shape[0] != len(texts) or rows.shape[1] == 0:
+        raise RewardError(
+            f"reward {name!r} returned the shape {tuple(rows.shape)} for {len(texts)} videos; it must be "
+            f"({len(texts)}, scored frames)"
+        )
+    return rows.float() if model.higher_is_better else -rows.float()
 
 
 def _check_finite(name: str, rows: Tensor, prompts: PromptBatch, group_size: int) -> None:

@@ -119,6 +119,23 @@ def test_stopping_and_resuming_changes_nothing(worlds: dict[int, Path]) -> None:
     assert any(not torch.equal(first[name], start[name]) for name in first), "the run must have trained something"
 
 
+def test_a_prior_that_follows_the_run_resumes_to_the_bit(worlds: dict[int, Path]) -> None:
+    states, records = [], []
+    for name in ("ema-whole", "ema-stopped"):
+        folder = worlds[2] / name / "checkpoints" / "step-000004"
+        loaded = [torch.load(path, weights_only=False)["progress"] for path in sorted(folder.glob("*model_states.pt"))]
+        assert all(state["running_rewards"] == loaded[0]["running_rewards"] for state in loaded), "on every rank"
+        states.append(loaded[0]["running_rewards"])
+        found = read_metrics(worlds[2] / name / "metrics.jsonl")
+        records.append([{k: v for k, v in record.items() if not k.startswith("seconds")} for record in found])
+    assert states[0] == states[1]
+    assert all(len(running["prompts"]) == 4 for running in states[0].values())
+    assert records[0] == records[1]
+    assert records[0][3]["trust_std"] > 0, "the anchors must matter"
+    first, second = exported(worlds[2] / "ema-whole"), exported(worlds[2] / "ema-stopped")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_export_generates_what_the_trained_policy_generates(worlds: dict[int, Path], shards: Path) -> None:
     run_dir = worlds[2] / "whole"
     config = read_yaml(run_dir / "config.yaml")

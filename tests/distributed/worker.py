@@ -76,6 +76,15 @@ def steps(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") ->
     return small_recipe(run_dir, shards, run={"num_steps": int(num_steps), "save_every": 2, "resume": resume})
 
 
+def ema(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") -> Config:
+    """A prior that follows the run; the four prompts come again after two steps."""
+    config = small_recipe(
+        run_dir, shards, run={"num_steps": int(num_steps), "save_every": 3, "resume": resume}, prior={"kind": "ema"}
+    )
+    config = replace(config, prior=replace(config.prior, scale=None), sampler=replace(config.sampler, num_steps=3))
+    return without_evaluation(config)
+
+
 def smoke(shards: Path, run_dir: Path, stage: str) -> Config:
     """Two steps of the recipe under another DeepSpeed configuration."""
     return with_stage(without_evaluation(small_recipe(run_dir, shards, run={"num_steps": 2})), stage)
@@ -111,7 +120,7 @@ def with_stage(config: Config, stage: str) -> Config:
 
 
 CASES: dict[str, Callable[..., Config]] = {
-    "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "smoke": smoke, "uneven": uneven,
+    "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "smoke": smoke, "uneven": uneven,
     "held": held_near_the_start,
 }  # fmt: skip
 
