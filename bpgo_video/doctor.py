@@ -137,7 +137,7 @@ def gradient_flows(found: Examination) -> Finding:
     assert found.trajectories is not None
     with found.watch.phase("update"):
         update = optimise(session.engine, found.objective, found.trajectories, config.optim.updates_per_rollout)
-    norm, limit = update["grad_norm"], config.optim.max_grad_norm
+    norm, limit = update.metrics["grad_norm"], config.optim.max_grad_norm
     words = f"norm {norm:.3g}"
     if norm == 0:
         return Finding(

@@ -158,18 +158,27 @@ def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -
     )
 
 
+@dataclass(frozen=True)
+class Update:
+    """What the optimiser updates of one rollout did, on this rank.
+
+    Attributes:
+        metrics: means over micro-batches of the loss's metrics, `grad_norm` (mean over updates) and
+            `ratio_error_first_update_max`: the largest |ratio - 1| before the first update, 0 where replay is exact.
+        passes: index and metrics of each pass.
+    """
+
+    metrics: dict[str, float]
+    passes: list[tuple[int, Mapping[str, Tensor]]]
+
+
 def optimise(
     learner: Learner, objective: Objective, trajectories: Sequence[Trajectory], updates_per_rollout: int
-) -> dict[str, float]:
-    """The optimiser updates of one rollout, all against what the rollout recorded.
-
-    Returns:
-        Means over micro-batches of the loss's metrics, `grad_norm` (mean over updates) and
-        `ratio_error_first_update_max`: the largest |ratio - 1| before the first update, 0 where replay is exact.
-    """
+) -> Update:
+    """The optimiser updates of one rollout, all against what the rollout recorded."""
     objective.prepare(trajectories, updates_per_rollout)
     dealt = [split_updates(objective.passes(trajectory), updates_per_rollout) for trajectory in trajectories]
-    losses: list[Mapping[str, Tensor]] = []
+    losses: list[tuple[int, Mapping[str, Tensor]]] = []
     norms, first_error = [], 0.0
     for update in range(updates_per_rollout):
         units = [
@@ -180,12 +189,14 @@ def optimise(
         for number, (trajectory, index) in enumerate(units, start=1):
             loss = objective.loss(trajectory, index)
             learner.backward(loss.value / len(units), last=number == len(units))
-            losses.append({**loss.metrics, "loss": loss.value.detach()})
+            losses.append((index, {**loss.metrics, "loss": loss.value.detach()}))
             if update == 0:
                 error = torch.maximum(loss.metrics["ratio_max"] - 1, 1 - loss.metrics["ratio_min"])
                 first_error = float(torch.maximum(torch.tensor(first_error), error))  # nan stays nan
         norms.append(learner.step())
-    return {**_summary(losses), "grad_norm": sum(norms) / len(norms), "ratio_error_first_update_max": first_error}
+    summary = _summary([metrics for _, metrics in losses])
+    own = {"grad_norm": sum(norms) / len(norms), "ratio_error_first_update_max": first_error}
+    return Update({**summary, **own}, losses)
 
 
 def _summary(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:

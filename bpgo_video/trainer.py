@@ -34,6 +34,7 @@ from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.running_priors import RunningRewards, updated
 from bpgo_video.session import TRAINED, Session, build_session, cast, check_inputs
 from bpgo_video.stopping import Request, StopRequests
+from bpgo_video.timesteps import step_metrics, step_sums
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
 GO_ON = "The run goes on from its last checkpoint with the same command and --run.resume auto."
@@ -134,7 +135,8 @@ def train_step(
         "reward_std": float(rewards.total.std(dim=1).mean()),
         **{f"reward/{name}": float(scores.mean()) for name, scores in rewards.by_name.items()},
         **{name: float(value) for name, value in advantages.metrics.items()},
-        **reduce_metrics(update),
+        **reduce_metrics(update.metrics),
+        **step_metrics(session.mesh.total(step_sums(update.passes, config.sampler.num_steps))),
         "learning_rate": learning_rate,
         **{f"seconds/{name}": seconds for name, seconds in watch.seconds.items()},
         "seconds": watch.total,

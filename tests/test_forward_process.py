@@ -122,7 +122,7 @@ def test_an_update_lowers_its_own_loss(own_policy: Policy, recipe: Config, kind:
     before = total()
     fresh = replace(objective, recorded={})
     learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=1e-3)
-    metrics = optimise(learner, fresh, trajectories, updates_per_rollout=updates)
+    metrics = optimise(learner, fresh, trajectories, updates_per_rollout=updates).metrics
     assert metrics["ratio_error_first_update_max"] == 0.0
     assert (metrics["log_ratio_abs_max"] > 1e-7) == (updates > 1), "later updates see a policy that has moved"
     assert total() < before

@@ -89,7 +89,7 @@ def test_a_disturbed_latent_is_seen_in_the_ratio(policy: Policy, recipe: Config)
 def test_the_second_update_sees_a_policy_that_moved(own_policy: Policy, recipe: Config) -> None:
     objective, trajectories = rollout(own_policy, recipe)
     learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=0.1)
-    metrics = optimise(learner, objective, trajectories, updates_per_rollout=2)
+    metrics = optimise(learner, objective, trajectories, updates_per_rollout=2).metrics
     assert learner.updates == 2
     assert metrics["ratio_error_first_update_max"] == 0.0
     assert metrics["log_ratio_abs_max"] > 1e-7

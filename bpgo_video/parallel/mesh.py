@@ -93,6 +93,13 @@ class Mesh:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
+    def total(self, table: Tensor) -> Tensor:
+        """The sum over all ranks, on the CPU."""
+        summed = table.to(self.device, copy=True)
+        if self.world_size > 1:
+            dist.all_reduce(summed)
+        return summed.cpu()
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
