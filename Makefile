@@ -47,7 +47,7 @@ test-all: install
 	$(BIN)/python -m pytest -m "not gpu"
 
 bench: install $(PROMPTS)/priors/measured
-	$(BIN)/python -m tools.bench --recipe $(RECIPE) --output runs/bench
+	$(BIN)/python -m tools.bench --output runs/bench
 
 lint: install
 	$(BIN)/ruff check .

@@ -44,10 +44,19 @@ def test_the_table_shows_every_figure() -> None:
     found = {
         "machine": {"date": "2026-01-02", "processor": "P", "cores": 2},
         "zero3_gathered_over_zero0": 1.01, "zero3_sharded_over_zero0": 1.3, "zero3_memory_over_zero0": 0.5,
+        "learner_over_step": 0.004,
         "against_diffusers": {"guidance_scale 1.0": {"ratio": 0.97}},
         "phases": {"replay": 0.5, "communication": 0.125, "optimiser": 0.01},
         "scaling": [{"ranks": 2, "frames": 17, **times}],
     }  # fmt: skip
     table = as_markdown(found)
-    for figure in ("1.010", "1.300", "0.500", "0.970", "0.125", "| frames 17 | 2 | 4.00 | 1.50 | 0.25 | 2.00 |"):
+    for figure in (
+        "1.010",
+        "1.300",
+        "0.500",
+        "0.970",
+        "0.125",
+        "0.004",
+        "| frames 17 | 2 | 4.00 | 1.50 | 0.25 | 2.00 |",
+    ):
         assert figure in table

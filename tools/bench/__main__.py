@@ -1,6 +1,6 @@
 """Measure what sharding costs, how the rollout compares with diffusers' own, and how a step grows: `make bench`.
 
-    python -m tools.bench --recipe pipelines/configs/tiny_wan_bpgo.yaml --output runs/bench
+    python -m tools.bench --recipe pipelines/configs/tiny_wan_full.yaml --output runs/bench
 
 One world of two ranks and one of one rank, one thread each. Prints the table and writes OUTPUT/bench.json and
 OUTPUT/bench.md; figures that matter are ratios within this run.
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", type=Path, default=Path("pipelines/configs/tiny_wan_bpgo.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path("pipelines/configs/tiny_wan_full.yaml"))
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -20,14 +20,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor, nn
 
 from bpgo_video import engine as engines
+from bpgo_video.bpgo import BPGOSettings
 from bpgo_video.config import Config, ParallelConfig
 from bpgo_video.config_io import read_yaml
+from bpgo_video.losses import Move, bpgo_loss
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.replay import Setting, optimise, replay_objective
-from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser, trust_region
 from bpgo_video.session import (
     Session,
     build_engine,
@@ -190,6 +192,33 @@ def phases(config: Config, mesh: Mesh) -> dict[str, float]:
     }
 
 
+def learner_overhead(config: Config, mesh: Mesh) -> dict[str, float]:
+    """What BPGO adds to GRPO in one step, in seconds: to its advantages, and to the losses of all its passes."""
+    session, stream = session_and_prompts(config, mesh)
+    prompts, watch = next(stream), Stopwatch(unwatched(mesh), 0)
+    trajectories, rewards = sample_and_score(session, prompts, 0, watch)
+    plain = replace(session, learner=BPGOSettings(alpha=0.0, zeta=0.0))
+    estimates = in_turn(
+        {
+            "bpgo": lambda: estimate_advantages(session, prompts, rewards),
+            "grpo": lambda: estimate_advantages(plain, prompts, rewards),
+        },
+        ROUNDS,
+    )
+    rng = torch.Generator().manual_seed(0)
+    ratio, one, other, trust = (torch.randn(config.rollout.micro_batch_size, generator=rng) for _ in range(4))
+
+    def loss(zeta: float) -> None:
+        bpgo_loss(Move(ratio.requires_grad_()), one, other, trust, zeta, trust_region(config)).value.backward()
+
+    losses = in_turn({"bpgo": partial(loss, config.bpgo.zeta), "grpo": partial(loss, 0.0)}, 10 * ROUNDS)
+    passes = len(trajectories) * config.sampler.trained_count
+    return {
+        "advantages": estimates["bpgo"] - estimates["grpo"],
+        "losses": passes * (losses["bpgo"] - losses["grpo"]),
+    }
+
+
 def changed(config: Config, name: str, value: int) -> Config:
     """The recipe with one size changed."""
     if name == "frames":
@@ -226,6 +255,8 @@ def main() -> None:
         found |= against_diffusers(config, mesh)
     else:
         found |= sharding(config, mesh) | {"phases": phases(config, mesh)}
+        found["learner_seconds"] = learner_overhead(config, mesh)
+        found["learner_over_step"] = sum(found["learner_seconds"].values()) / step_seconds(config, mesh)["seconds"]
     found["scaling"] = growth(config, mesh.world_size)
     if mesh.is_main:
         args.output.write_text(json.dumps(found))
