@@ -21,6 +21,16 @@ def tell(error: Exception) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
 
 
+def show_loading_once() -> None:
+    """Bars of model loading on one rank, and none in a log file, which would keep every carriage return."""
+    import diffusers  # heavy, and a tool's --help needs neither
+    import transformers
+
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+
+
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Call the `run` that the chosen command has set; its exit code."""
     args = parser.parse_args(arguments)

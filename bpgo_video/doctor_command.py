@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from bpgo_video import engine
 from bpgo_video.checkpoint import CheckpointError
-from bpgo_video.cli import tell
+from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import Config, ConfigError, check_world
 from bpgo_video.config_io import load_config
 from bpgo_video.data.prompt_records import ShardError
@@ -33,6 +33,7 @@ def examine_recipe(config: Config, mesh: Mesh, heartbeat: Heartbeat) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(argv, description="Examine a recipe before a long run; nothing is saved.")
+    show_loading_once()
     try:
         mesh = engine.start_ranks()
         with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:

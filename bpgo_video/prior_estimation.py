@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video import engine
-from bpgo_video.cli import tell
+from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import load_config
 from bpgo_video.data.fingerprint import fingerprint
@@ -99,6 +99,7 @@ def store(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of tools/estimate_priors.py; it takes the flags of a training run."""
     config = load_config(argv, description="Measure the reference prior of a recipe and store it with its prompts.")
+    show_loading_once()
     try:
         mesh = engine.start_ranks()
         with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:

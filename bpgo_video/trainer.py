@@ -14,7 +14,7 @@ import torch
 from bpgo_video import checkpoint, engine
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
 from bpgo_video.checkpoint import CheckpointError
-from bpgo_video.cli import tell
+from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import Config, ConfigError, check_world
 from bpgo_video.config_io import load_config
 from bpgo_video.data.prompt_records import ShardError
@@ -280,6 +280,7 @@ def advance(progress: Progress, record: dict[str, float], position: int, session
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of pipelines/train_video.py; errors that a user can mend are told without a traceback."""
     config = load_config(argv, description="Post-train a video diffusion policy with BPGO under DeepSpeed.")
+    show_loading_once()
     try:
         train(config)
     except (ConfigError, ShardError, CheckpointError, FileNotFoundError) as error:

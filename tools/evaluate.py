@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bpgo_video.cli import positive, run_command
+from bpgo_video.cli import positive, run_command, show_loading_once
 
 
 def heldout(args: argparse.Namespace) -> None:
@@ -31,6 +31,7 @@ def heldout(args: argparse.Namespace) -> None:
         samples_per_prompt=args.samples_per_prompt,
         seed=args.seed,
     )
+    show_loading_once()
     mesh = engine.start_ranks()
     with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
         heartbeat.enter("evaluation")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bpgo_video import engine as engines
 from bpgo_video.bpgo import BPGOSettings
+from bpgo_video.cli import show_loading_once
 from bpgo_video.config import Config, ParallelConfig
 from bpgo_video.config_io import read_yaml
 from bpgo_video.losses import Move, bpgo_loss
@@ -249,6 +250,7 @@ def main() -> None:
     args = parser.parse_args()
     config = read_yaml(args.recipe)
     config = replace(config, evaluation=replace(config.evaluation, max_prompts=2))
+    show_loading_once()
     mesh = engines.start_ranks()
     found: dict[str, Any] = {}
     if mesh.world_size == 1:
