@@ -125,3 +125,31 @@ def test_stored_latents_are_rounded_before_their_log_prob(policy: Policy, recipe
     with torch.no_grad():
         transition = rounded.transition(path[:, index], index, conditioning, policy.encode([""]))
     assert torch.equal(transition.log_prob(path[:, index + 1]), chunk.trajectories[0].log_probs[:, index])
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_a_sequence_group_shares_out_the_decoding(policy: Policy, recipe: Config, micro_batch_size: int) -> None:
+    """Of two ranks with the same trajectories, each decodes the half of the videos that the other does not."""
+    denoiser = training_denoiser(policy, recipe)
+    ranks = [
+        list(sample(denoiser, policy, recipe, Mesh(rank, 2, CPU, sequence=2), micro_batch_size)) for rank in (0, 1)
+    ]
+    owners = []
+    for mine, other in zip(*ranks, strict=True):
+        for one, same in zip(mine.trajectories, other.trajectories, strict=True):
+            assert torch.equal(one.latents, same.latents)
+        samples = sum(len(trajectory) for trajectory in mine.trajectories)
+        assert len(mine.videos) == len(other.videos) == samples // 2
+        for chunk in (mine, other):
+            owners += list(zip(chunk.prompt_rows.tolist(), chunk.sample_index.tolist(), strict=True))
+            latents = {
+                (row, index): path
+                for trajectory in chunk.trajectories
+                for row, index, path in zip(
+                    trajectory.prompt_rows.tolist(), trajectory.sample_index.tolist(), trajectory.latents, strict=True
+                )
+            }
+            row, index = int(chunk.prompt_rows[0]), int(chunk.sample_index[0])
+            expected = policy.decode(latents[row, index][-1:])
+            torch.testing.assert_close(chunk.videos[:1], expected, rtol=0, atol=1e-5)
+    assert sorted(owners) == [(prompt, index) for prompt in range(2) for index in range(4)]
