@@ -249,6 +249,8 @@ class Engine:
         if self.stage != 3:
             yield
             return
+        parameters: list[Any] = list(self.module.parameters())
+        parameters[0].all_gather_coalesced(parameters).wait()  # in one collective; `unwrap...` would take one for each
         with unwrap_model_for_generation(self.wrapped):
             yield
 

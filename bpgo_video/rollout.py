@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 
 import torch
@@ -46,6 +47,10 @@ class Denoiser:
     records_means: bool = False
     records_path: bool = True
 
+    @cached_property
+    def steps(self) -> list[sde.Step]:
+        return sde.steps_of(self.sigmas)
+
     def velocity(self, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning) -> Velocity:
         """At the start of step `index`, guided; differentiable in the policy's parameters."""
         sigma = self.sigmas[index].to(latents.device)
@@ -59,7 +64,7 @@ class Denoiser:
 
     def transition_of(self, velocity: Velocity, latents: Latents, index: int) -> sde.Transition:
         """Where the stochastic step `index` leads with this velocity."""
-        return sde.SAMPLERS[self.sampler](velocity, latents.float(), sde.steps_of(self.sigmas)[index], self.eta)
+        return sde.SAMPLERS[self.sampler](velocity, latents.float(), self.steps[index], self.eta)
 
     @torch.no_grad()
     def denoise(
@@ -76,7 +81,7 @@ class Denoiser:
             noise_of: standard normal noise of a stochastic step, by the step's index.
             trained_steps: these are stochastic; their log-probs are recorded.
         """
-        points, means, steps = [latents.to(self.latents_dtype)], [], sde.steps_of(self.sigmas)
+        points, means, steps = [latents.to(self.latents_dtype)], [], self.steps
         log_probs = torch.full((latents.shape[0], len(steps)), torch.nan, device=latents.device)
         before: sde.Slope | None = None  # of the step before, where that one followed the ODE too
         for index, step in enumerate(steps):

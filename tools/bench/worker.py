@@ -44,7 +44,7 @@ from bpgo_video.trainer import Stopwatch, estimate_advantages, sample_and_score,
 from bpgo_video.types import Conditioning, PromptBatch
 from tools.bench.timing import in_turn, seconds, waiting
 
-ROUNDS = 7
+ROUNDS = 15
 STEP_ROUNDS = 3
 SAMPLES_PER_RANK = 16
 GROWTH = {  # how a step of the recipe is changed, one thing at a time
