@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero import unwrap_model_for_generation
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors import safe_open
@@ -249,8 +250,10 @@ class Engine:
         if self.stage != 3:
             yield
             return
-        parameters: list[Any] = list(self.module.parameters())
-        parameters[0].all_gather_coalesced(parameters).wait()  # in one collective; `unwrap...` would take one for each
+        every: list[Any] = list(self.module.parameters())
+        sharded = [parameter for parameter in every if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if sharded:  # in one collective; `unwrap_model_for_generation` would take one for each
+            sharded[0].all_gather_coalesced(sharded).wait()
         with unwrap_model_for_generation(self.wrapped):
             yield
 

@@ -88,7 +88,7 @@ def own_policy(recipe: Config) -> Policy:
 
 
 def rollout(policy: Policy, recipe: Config, kind: str) -> tuple[ForwardProcess, list[Trajectory]]:
-    sampler = replace(recipe.sampler, num_steps=4)
+    sampler = replace(recipe.sampler, num_steps=4, train_steps="all", share_steps="batch")
     recipe = replace(recipe, sampler=sampler, loss=replace(recipe.loss, objective=kind, clip_range=(0.9, 9.0)))
     texts = ("a red circle moving left", "a blue object")
     prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts))

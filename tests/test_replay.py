@@ -50,8 +50,9 @@ def rollout(
     policy: Policy, recipe: Config, reference: Reference | None = None, **sections: dict[str, Any]
 ) -> tuple[Replay, list[Trajectory]]:
     """Two groups of four, all of four steps trained but the last, with advantages of the test's own."""
-    sampler = replace(recipe.sampler, num_steps=4, **sections.pop("sampler", {}))
-    loss = replace(recipe.loss, **sections.pop("loss", {}))
+    every = {"num_steps": 4, "train_steps": "all", "share_steps": "batch"}
+    sampler = replace(recipe.sampler, **{**every, **sections.pop("sampler", {})})
+    loss = replace(recipe.loss, **{"step_weights": "none", **sections.pop("loss", {})})
     recipe = replace(recipe, sampler=sampler, loss=loss)
     texts = ("a red circle moving left", "a blue object")
     prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts))
