@@ -14,7 +14,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
-from bpgo_video.learner_config import AdvantageConfig, BPGOConfig, PriorConfig, RewardConfig, broken_rules
+from bpgo_video.learner_config import (
+    AdvantageConfig,
+    BPGOConfig,
+    PriorConfig,
+    RewardConfig,
+    aggregate_rules,
+    broken_rules,
+)
 
 REWARD_NAME = re.compile(r"[\w:-][\w.:-]*")
 
@@ -239,6 +246,9 @@ def check(config: Config) -> None:
     for name in (*config.rewards, *config.evaluation.rewards):
         if not REWARD_NAME.fullmatch(name):
             raise ConfigError(f"reward name {name!r} must consist of letters, digits and any of . : _ -")
+    for section, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
+        for message in aggregate_rules(section, rewards):
+            raise ConfigError(message)
     rollout = config.rollout
     for message in broken_rules(
         config.prior,

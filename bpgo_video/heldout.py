@@ -14,7 +14,7 @@ from bpgo_video.config import Config
 from bpgo_video.data.video import write_video
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.rewards.base import RewardSuite
+from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollout import Denoiser, sample_chunks
 from bpgo_video.types import Conditioning, PromptBatch, Videos
 
@@ -83,7 +83,7 @@ def evaluate(
     )
     scored = []
     for chunk in chunks:
-        scored.append(suite.score(chunk, prompts.texts))
+        scored.append(suite.score(chunk, prompts))
         if videos_to is not None:
             items = (chunk.prompt_rows * samples + chunk.sample_index).tolist()
             _write_shown(chunk.videos, items, shown, videos_to, config.video.fps)

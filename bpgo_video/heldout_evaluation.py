@@ -17,7 +17,7 @@ from bpgo_video import engine
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.heldout import HeldoutScores, Scores, evaluate, stderr
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.rewards.base import RewardSuite
+from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.session import cast, check_inputs, heldout_prompts, sampling_policy
 from bpgo_video.types import PromptBatch
 
@@ -80,7 +80,7 @@ def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
     prompts = heldout_prompts(config, shards)
     assert prompts is not None  # `asked` saw to it that there are rewards
     tags = {record.id: record.tags for record in shards.records(config.evaluation.split)}
-    suite = RewardSuite(config.evaluation.rewards, mesh.device)
+    suite = RewardSuite(config.evaluation.rewards, mesh.device, config.video.fps)
     dtype = engine.compute_dtype(ds_config)
     policy = sampling_policy(config, ds_config, mesh)
     prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))

@@ -15,11 +15,14 @@ from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Un
 @dataclass(frozen=True, config=STRICT)
 class RewardConfig:
     model: str
-    """A name of `bpgo_video.rewards.base.REWARDS`, or a dotted path `my_pkg.rewards:MyReward`."""
+    """A name of `bpgo_video.rewards.suite.REWARDS`, or a dotted path `my_pkg.rewards:MyReward`."""
     weight: NonNegative = 1.0
     """Share of the combined advantage."""
-    aggregate: Literal["mean", "min"] = "mean"
+    aggregate: Literal["mean", "min", "soft_min", "top_share", "share_above"] = "mean"
     """How the scores of a video's frames become the video's score."""
+    aggregate_at: float | None = None
+    """`soft_min`: its temperature, in the score's units; `top_share`: which share of the frames, the best, is averaged;
+    `share_above`: the score above which a frame counts."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward model's constructor."""
     second: dict[str, Any] | None = None
@@ -113,6 +116,14 @@ def broken_rules(
     objective: str,
 ) -> Iterator[str]:
     """What does not go together, each with the values, the rule and the way out."""
+    yield from trust_rules(bpgo, rewards, prompts_per_step)
+    yield from prior_rules(prior, bpgo)
+    yield from advantage_rules(advantage, group_size, objective)
+    yield from weighing_rules(advantage, bpgo)
+
+
+def trust_rules(bpgo: BPGOConfig, rewards: Mapping[str, RewardConfig], prompts_per_step: int) -> Iterator[str]:
+    """Trust needs a range, other groups to be centred on, and two scorings where it compares them."""
     if bpgo.alpha == 1 and not (bpgo.form == "released" and bpgo.trust in (None, "posterior")):
         yield "bpgo.alpha is 1, which only the released form takes, with its own trust; set it below 1"
     if bpgo.trusts and bpgo.ras_center == "batch_mean" and prompts_per_step == 1:
@@ -120,6 +131,16 @@ def broken_rules(
             "bpgo.ras_center is 'batch_mean' with rollout.prompts_per_step = 1: the one group is its own mean, so that "
             "its trust is always 1; take more prompts a step, or set ras_center to 'none'"
         )
+    for name, reward in rewards.items() if bpgo.scores_twice else ():
+        if reward.second is None or {**reward.options, **reward.second} == reward.options:
+            yield (
+                f"bpgo.trust is 'reliability', which compares two scorings, but rewards.{name}.second is "
+                f"{reward.second}: give it options that differ from rewards.{name}.options"
+            )
+
+
+def prior_rules(prior: PriorConfig, bpgo: BPGOConfig) -> Iterator[str]:
+    """What is weighed against an anchor needs one."""
     if prior.kind == "none" and bpgo.needs_prior:
         yield (
             f"prior.kind is 'none' with bpgo.alpha = {bpgo.alpha}, bpgo.zeta = {bpgo.zeta}: BPGO needs "
@@ -130,11 +151,26 @@ def broken_rules(
             "prior.kind is 'first_frame', but prompts carry no conditioning image: shards hold texts and their "
             "embeddings alone; set prior.kind to 'reference' or 'ema'"
         )
+
+
+def advantage_rules(advantage: AdvantageConfig, group_size: int, objective: str) -> Iterator[str]:
+    """Which samples can be left out."""
     if advantage.best_of is not None and 2 * advantage.best_of > group_size:
         yield (
             f"advantage.best_of is {advantage.best_of}, but a group of rollout.group_size = {group_size} has no "
             f"{advantage.best_of} best and {advantage.best_of} worst samples; set it to {group_size // 2} at most"
         )
+    for key in ("best_of", "drop_zero_std") if objective == "nft" else ():
+        if getattr(advantage, key):
+            yield (
+                f"advantage.{key} is {getattr(advantage, key)} with loss.objective = 'nft', which takes an advantage "
+                "for a certainty and not for a weight in the loss, so that samples left out would count as average; "
+                f"leave {key} at its default"
+            )
+
+
+def weighing_rules(advantage: AdvantageConfig, bpgo: BPGOConfig) -> Iterator[str]:
+    """Normalisations that would undo or repeat what BPGO does to the same advantages."""
     if advantage.normalise == "none" and bpgo.zeta != 0:
         yield (
             f"advantage.normalise is 'none' with bpgo.zeta = {bpgo.zeta}: the first advantage is then in the reward's "
@@ -156,16 +192,17 @@ def broken_rules(
             f"advantage.drop_zero_std is true with bpgo.alpha = {bpgo.alpha}: leaving groups out rescales the others, "
             "a step size of each batch that cannot be told from the trust; set one of them to false or 0"
         )
-    for name, reward in rewards.items() if bpgo.scores_twice else ():
-        if reward.second is None or {**reward.options, **reward.second} == reward.options:
-            yield (
-                f"bpgo.trust is 'reliability', which compares two scorings, but rewards.{name}.second is "
-                f"{reward.second}: give it options that differ from rewards.{name}.options"
-            )
-    for key in ("best_of", "drop_zero_std") if objective == "nft" else ():
-        if getattr(advantage, key):
-            yield (
-                f"advantage.{key} is {getattr(advantage, key)} with loss.objective = 'nft', which takes an advantage "
-                "for a certainty and not for a weight in the loss, so that samples left out would count as average; "
-                f"leave {key} at its default"
-            )
+
+
+def aggregate_rules(section: str, rewards: Mapping[str, RewardConfig]) -> Iterator[str]:
+    """An aggregate's number, where it has one."""
+    for name, reward in rewards.items():
+        where, at = f"{section}.{name}", reward.aggregate_at
+        if reward.aggregate in ("mean", "min") and at is not None:
+            yield f"{where}.aggregate_at is {at}, which aggregate = {reward.aggregate!r} does not use; remove it"
+        if reward.aggregate not in ("mean", "min") and at is None:
+            yield f"{where}.aggregate is {reward.aggregate!r}, which needs a number: set {where}.aggregate_at"
+        if reward.aggregate == "soft_min" and at is not None and not at > 0:
+            yield f"{where}.aggregate_at is {at}; soft_min's temperature must be above 0"
+        if reward.aggregate == "top_share" and at is not None and not 0 < at <= 1:
+            yield f"{where}.aggregate_at is {at}; top_share's share must be above 0 and at most 1"

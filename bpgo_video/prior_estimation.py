@@ -20,7 +20,7 @@ from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.rewards.base import RewardSuite
+from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.session import cast, check_inputs, sampling_policy
 from bpgo_video.types import Conditioning, PromptBatch, Rewards
@@ -43,7 +43,7 @@ def pooled_scale(name: str, scores: Float[Tensor, "prompts samples"]) -> float:
 def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts samples"]]:
     """Scores of the starting policy by reward name, over all prompts of the training split; written by rank 0."""
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
-    suite = RewardSuite(config.rewards, mesh.device)
+    suite = RewardSuite(config.rewards, mesh.device, config.video.fps)
     dtype = engine.compute_dtype(ds_config)
     policy = sampling_policy(config, ds_config, mesh)
     negative = cast(shards.negative, dtype, mesh.device)
@@ -83,7 +83,7 @@ def score_prompts(
         key=(config.run.seed, "prior"),
         trained_steps=lambda prompt: steps,
     )
-    return suite.gather([suite.score(chunk, prompts.texts) for chunk in chunks], prompts, config.prior.samples, mesh)
+    return suite.gather([suite.score(chunk, prompts) for chunk in chunks], prompts, config.prior.samples, mesh)
 
 
 def store(

@@ -28,7 +28,7 @@ from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.priors import PRIORS, RUNNING, Seen
 from bpgo_video.replay import Setting, optimise
 from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
-from bpgo_video.rewards.base import ScoredChunk
+from bpgo_video.rewards.suite import ScoredChunk
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.running_priors import RunningRewards, updated
@@ -91,7 +91,7 @@ def sample_and_score(
                 break
             trajectories += chunk.trajectories
             with watch.phase("reward"):
-                scores.append(session.suite.score(chunk, prompts.texts))
+                scores.append(session.suite.score(chunk, prompts))
         with watch.phase("rollout"):
             weights.close()
     with watch.phase("reward"):

@@ -46,12 +46,19 @@ class PriorAnchor:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of one step. `ids` are unique 64-bit integers; `priors` maps a reward's name to its anchor."""
+    """Prompts of one step.
+
+    Attributes:
+        ids: unique 64-bit integers.
+        priors: a reward's name -> its anchor.
+        images: what each prompt's videos continue (image-to-video), RGB in [0, 1] of the videos' size.
+    """
 
     ids: Int[Tensor, "prompts"]
     texts: tuple[str, ...]
     conditioning: Conditioning
     priors: Mapping[str, PriorAnchor] = field(default_factory=dict)
+    images: Float[Tensor, "prompts 3 height width"] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -104,13 +111,15 @@ class Rewards:
     Attributes:
         by_name: each reward model's score per video, oriented so that higher is better.
         total: their weighted sum, for logs; advantages are estimated per reward.
-        per_frame: each model's score per sampled frame, of this step's samples.
+        per_frame: each model's score per sampled frame, oriented alike.
+        frame_times: seconds of those frames; None where a model scores videos as a whole.
         second: the videos' scores by the second models, oriented alike; empty where none are used.
     """
 
     by_name: Mapping[str, Float[Tensor, "prompts group"]]
     total: Float[Tensor, "prompts group"]
-    per_frame: Mapping[str, Float[Tensor, "prompts group scored_frames"]]
+    per_frame: Mapping[str, Float[Tensor, "prompts group scored"]]
+    frame_times: Mapping[str, Float[Tensor, "scored"] | None]
     second: Mapping[str, Float[Tensor, "prompts group"]] = field(default_factory=dict)
 
 

@@ -19,6 +19,7 @@ from bpgo_video.heldout import stderr
 from bpgo_video.heldout_evaluation import as_json, asked, by_tag, evaluate_folder
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import load_policy
+from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from tests.random_wan import TEXT_TOKENS, random_wan
 from tests.recipes import small_recipe
 from tools.evaluate import main
@@ -36,10 +37,11 @@ class WhichPrompt:
     """A score that tells prompts apart, and samples of one prompt too."""
 
     name, version, range = "which prompt", "7", (0.0, 10.0)
-    higher_is_better, differentiable, kind = True, False, "test"
+    higher_is_better, differentiable, kind, frames = True, False, "test", FrameSampling()
 
-    def __call__(self, videos: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        return torch.tensor([[float(len(text))] for text in texts]) + videos[:, 4, 0, 20, 20, None]
+    def __call__(self, clips: Clips) -> FrameScores:
+        length = torch.tensor([[float(len(text))] for text in clips.texts])
+        return FrameScores(length + clips.videos[:, 4, 0, 20, 20, None])
 
 
 @pytest.fixture(scope="module")

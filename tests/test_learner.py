@@ -20,7 +20,9 @@ PROMPTS = PromptBatch(torch.tensor([4, 9]), ("first", "second"), {})
 def rewards_of(seed: int, second: bool = False) -> Rewards:
     rng = torch.Generator().manual_seed(seed)
     scores, again = torch.randn(2, 6, generator=rng), torch.randn(2, 6, generator=rng)
-    return Rewards({"clip": scores}, scores, {"clip": scores[..., None]}, {"clip": again} if second else {})
+    return Rewards(
+        {"clip": scores}, scores, {"clip": scores[..., None]}, {"clip": None}, {"clip": again} if second else {}
+    )
 
 
 def session(learner: BPGOSettings, prior: PriorConfig) -> Session:

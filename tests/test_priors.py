@@ -14,7 +14,8 @@ from bpgo_video.config import ConfigError, RewardConfig
 from bpgo_video.data.prior_files import PriorTable
 from bpgo_video.learner_config import PriorConfig
 from bpgo_video.priors import PRIORS, Seen
-from bpgo_video.rewards.base import RewardSuite
+from bpgo_video.rewards import FrameSampling, FrameScores
+from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.running_priors import pooled_spread, updated
 from bpgo_video.shrinkage import shrunk_means
 from bpgo_video.types import PromptBatch
@@ -143,16 +144,17 @@ def test_a_stored_table_can_be_shrunk():
 
 class Darkness:
     name, version, range, kind = "darkness", "1", (0.0, 1.0), "test"
-    higher_is_better, differentiable = False, True
+    higher_is_better, differentiable, frames = False, True, FrameSampling()
 
-    def __call__(self, videos, texts):
-        return videos.mean(dim=(2, 3, 4)) * torch.tensor([len(text) for text in texts])[:, None]
+    def __call__(self, clips):
+        brightness = clips.videos.mean(dim=(2, 3, 4))
+        return FrameScores(brightness * torch.tensor([len(text) for text in clips.texts])[:, None], clips.times)
 
 
 def test_first_frame_is_what_the_image_earns_by_the_same_reward():
-    suite = RewardSuite({"dark": RewardConfig(model="tests.test_priors:Darkness")}, torch.device("cpu"))
+    suite = RewardSuite({"dark": RewardConfig(model="tests.test_priors:Darkness")}, torch.device("cpu"), fps=8.0)
     images = torch.stack([torch.full((3, 4, 4), 0.5), torch.full((3, 4, 4), 0.25)])
-    scored = suite.score_images(images, ("ab", "abcd"))
+    scored = suite.score_images(PromptBatch(torch.tensor([1, 2]), ("ab", "abcd"), {}, images=images))
     assert scored["dark"].tolist() == [-1.0, -1.0]  # oriented, and with each prompt's own text
     batch, rewards = prompts(1, 2), {"dark": FIRST}
     seen = Seen(batch, suite.versions, rewards, {}, scored)

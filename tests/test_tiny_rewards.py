@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards.clip import ClipScore, evenly_spread
+from bpgo_video.rewards import Clips, FrameSampling
+from bpgo_video.rewards.clip import ClipScore
 from bpgo_video.rewards.motion import LearnedMotion
 from bpgo_video.rewards.oracle import ShapesOracle
 from bpgo_video.tiny import world
@@ -44,6 +45,10 @@ def with_wrong(captions: list[world.Caption], attribute: str, shift: int) -> lis
     return [dataclasses.replace(c, **{attribute: values[i]}).text for c, i in zip(captions, index, strict=True)]
 
 
+def score(reward, videos: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    return reward(Clips(videos, 8.0, tuple(texts))).values
+
+
 def area_under_curve(right: torch.Tensor, wrong: torch.Tensor) -> float:
     """Share of (right, wrong) pairs in which the right one scores higher."""
     return (right[:, None] > wrong[None]).float().mean().item()
@@ -56,18 +61,18 @@ def size_in_mib(folder: str) -> float:
 @pytest.mark.parametrize("attribute", ["shape", "colour"])
 def test_clip_tells_a_wrong_shape_or_colour_on_heldout_clips(clip, attribute):
     videos, captions = heldout_clips()
-    right = clip(videos, [caption.text for caption in captions]).mean(dim=1)
+    right = score(clip, videos, [caption.text for caption in captions]).mean(dim=1)
     for shift in range(1, len(VALUES[attribute])):
-        wrong = clip(videos, with_wrong(captions, attribute, shift)).mean(dim=1)
+        wrong = score(clip, videos, with_wrong(captions, attribute, shift)).mean(dim=1)
         assert area_under_curve(right, wrong) > 0.95
         assert (right > wrong).float().mean() > 0.95
 
 
 def test_motion_tells_a_wrong_direction_on_heldout_clips(motion):
     videos, captions = heldout_clips()
-    right = motion(videos, [caption.text for caption in captions])[:, 0]
+    right = score(motion, videos, [caption.text for caption in captions])[:, 0]
     for shift in (1, 2, 3):
-        wrong = motion(videos, with_wrong(captions, "direction", shift))[:, 0]
+        wrong = score(motion, videos, with_wrong(captions, "direction", shift))[:, 0]
         assert area_under_curve(right, wrong) > 0.97
     assert right.mean() > 0.7
 
@@ -77,12 +82,12 @@ def test_motion_accepts_any_direction_where_it_is_open_but_not_stillness(motion)
     open_texts = [dataclasses.replace(caption, direction=None).text for caption in captions]
     for direction in world.DIRECTIONS:
         moving = [caption.direction == direction for caption in captions]
-        assert motion(videos, open_texts)[moving].mean() > 0.7
+        assert score(motion, videos, open_texts)[moving].mean() > 0.7
     still = videos[:, :1].expand_as(videos)
     jumping = videos[:, [4, 0, 8, 2, 6, 1, 7, 3, 5]]
     for wrong in (still, jumping):
-        assert motion(wrong, open_texts).mean() < 0.3
-        assert motion(wrong, [caption.text for caption in captions]).mean() < 0.3
+        assert score(motion, wrong, open_texts).mean() < 0.3
+        assert score(motion, wrong, [caption.text for caption in captions]).mean() < 0.3
 
 
 def test_scores_fall_step_by_step_as_the_picture_gets_worse(clip, motion):
@@ -94,12 +99,12 @@ def test_scores_fall_step_by_step_as_the_picture_gets_worse(clip, motion):
         torch.Generator().manual_seed(3),
     )
     blended = [torch.lerp(videos, world.render(other), share) for share in (0.0, 0.3, 0.6, 1.0)]
-    means = torch.stack([clip(video, texts).mean() for video in blended])
+    means = torch.stack([score(clip, video, texts).mean() for video in blended])
     assert (means.diff() < -0.01).all()
     faded = [torch.lerp(videos, torch.full_like(videos, world.BACKGROUND), f) for f in (0.0, 0.5, 0.8)]
-    assert (torch.stack([clip(video, texts).mean() for video in faded]).diff() < -0.01).all()
+    assert (torch.stack([score(clip, video, texts).mean() for video in faded]).diff() < -0.01).all()
     slowed = [videos[:, [round(i * speed) for i in range(world.FRAMES)]] for speed in (1.0, 0.5, 0.25)]
-    assert (torch.stack([motion(video, texts).mean() for video in slowed]).diff() < -0.03).all()
+    assert (torch.stack([score(motion, video, texts).mean() for video in slowed]).diff() < -0.03).all()
 
 
 def test_clip_score_is_the_cosine_recomputed_with_pillow_and_numpy():
@@ -122,19 +127,22 @@ def test_clip_score_is_the_cosine_recomputed_with_pillow_and_numpy():
             shown = reward.clip.get_image_features(pixel_values=pixels).pooler_output.detach().numpy()[0]
             shown = shown.astype(np.float64)
             expected[sample, frame] = shown @ wanted / np.linalg.norm(shown) / np.linalg.norm(wanted)
-    np.testing.assert_allclose(reward(videos, texts).numpy(), expected, atol=2e-4)
+    np.testing.assert_allclose(score(reward, videos, texts).numpy(), expected, atol=2e-4)
 
 
 def test_frames_are_spread_evenly_and_wide_videos_are_cropped_in_the_middle(clip):
-    assert evenly_spread(9, 3) == [0, 4, 8]
-    assert evenly_spread(9, None) == list(range(9))
-    assert evenly_spread(9, 1) == [0]
+    assert FrameSampling(3).indices(9, 8.0) == [0, 4, 8]
+    assert FrameSampling().indices(9, 8.0) == list(range(9))
+    assert FrameSampling(1).indices(9, 8.0) == [0]
+    assert FrameSampling(fps=2.0).indices(10, 8.0) == [0, 4, 8]
+    assert FrameSampling(fps=16.0).indices(3, 8.0) == [0, 1, 2]
+    assert clip(Clips(torch.rand(1, 9, 3, 64, 64), 8.0, ("a red object",))).times.tolist() == [0.0, 0.5, 1.0]
     videos, captions = heldout_clips(1)
     texts = [caption.text for caption in captions]
     margin = torch.rand(*videos.shape[:4], 20, generator=torch.Generator().manual_seed(0))
     wide = torch.cat([margin, videos, margin], dim=-1)
-    torch.testing.assert_close(clip(wide, texts), clip(videos, texts), atol=0.05, rtol=0)
-    torch.testing.assert_close(clip(videos, texts), ClipScore(CLIP)(videos, texts)[:, [0, 4, 8]])
+    torch.testing.assert_close(score(clip, wide, texts), score(clip, videos, texts), atol=0.05, rtol=0)
+    torch.testing.assert_close(score(clip, videos, texts), score(ClipScore(CLIP), videos, texts)[:, [0, 4, 8]])
 
 
 def test_learned_rewards_carry_a_gradient_that_raises_them(clip, motion):
@@ -143,9 +151,9 @@ def test_learned_rewards_carry_a_gradient_that_raises_them(clip, motion):
     noisy = (videos + 0.1 * torch.randn(videos.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     for reward in (clip, motion):
         pixels = noisy.clone().requires_grad_(True)
-        before = reward(pixels, texts).mean()
+        before = score(reward, pixels, texts).mean()
         (gradient,) = torch.autograd.grad(before, pixels)
-        after = reward(noisy + 0.5 * gradient / gradient.abs().max(), texts).mean()
+        after = score(reward, noisy + 0.5 * gradient / gradient.abs().max(), texts).mean()
         assert reward.differentiable
         assert after > before
 
@@ -158,9 +166,9 @@ def test_a_reward_says_what_it_is(clip, motion):
         assert len(reward.version) >= 8
     videos, captions = heldout_clips(1)
     texts = [caption.text for caption in captions]
-    torch.testing.assert_close(oracle(videos, texts), oracle_scores(videos, texts))
+    torch.testing.assert_close(score(oracle, videos, texts), oracle_scores(videos, texts))
     for reward in (clip, motion, oracle):
-        scores = reward(videos, texts)
+        scores = score(reward, videos, texts)
         assert reward.range[0] <= scores.min()
         assert scores.max() <= reward.range[1]
 

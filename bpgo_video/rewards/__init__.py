@@ -1,1 +1,5 @@
-"""Reward models: one file each, a protocol and a suite of several in base.py."""
+"""Reward models: the contract in base.py, several at once in suite.py, one model a file."""
+
+from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardModel
+
+__all__ = ["Clips", "FrameSampling", "FrameScores", "RewardModel"]

@@ -1,23 +1,97 @@
-"""What is a reward? A model that scores the frames of a video, or the video as a whole; and a suite of several.
+"""What is a reward? A model that scores the frames of videos, or each video as a whole.
 
-A user's own reward is any class with these members, named in a recipe as `my_pkg.rewards:MyReward`.
+A user's own reward is any class with the members of `RewardModel`, named in a recipe as `my_pkg.rewards:MyReward`.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.config import ConfigError, RewardConfig
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Videos
+from bpgo_video.types import Videos
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What a reward model is shown.
+
+    Attributes:
+        videos: RGB pixels in [0, 1].
+        fps: frames a second, above 0.
+        texts: the prompt of each video.
+        images: the picture that each video was to continue (image-to-video), RGB in [0, 1]; None for prompts of texts.
+    """
+
+    videos: Videos
+    fps: float
+    texts: tuple[str, ...]
+    images: Float[Tensor, "samples 3 height width"] | None = None
+    _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return self.videos.shape[0]
+
+    @property
+    def times(self) -> Float[Tensor, "frames"]:
+        """Seconds of each frame from the first."""
+        return torch.arange(self.videos.shape[1], dtype=torch.float64) / self.fps
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute()`, or what it gave for these clips before: rewards on one network share features by their key."""
+        if key not in self._found:
+            self._found[key] = compute()
+        return self._found[key]
+
+
+@dataclass(frozen=True)
+class FrameScores:
+    """What a reward model found.
+
+    Attributes:
+        values: a score per video and frame that was looked at, or a single column for the video as a whole.
+        times: seconds of those frames from the first, increasing; None where the score is of the whole video.
+    """
+
+    values: Float[Tensor, "samples scored"]
+    times: Float[Tensor, "scored"] | None = None
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames a model looks at: all of them, `count` spread evenly, or `fps` of every second.
+
+    Raises:
+        ValueError: both are given, or one that is not above 0.
+    """
+
+    count: int | None = None
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.fps is not None:
+            raise ValueError(f"frames = {self.count} and frames_per_second = {self.fps}: give one of them")
+        for name, value in (("frames", self.count), ("frames_per_second", self.fps)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} = {value}: must be above 0; leave it out to look at every frame")
+
+    def indices(self, total: int, fps: float) -> list[int]:
+        """Of a video of `total` frames at `fps` a second, in order; an even spread of 2 or more has both ends."""
+        if self.fps is not None:
+            stride = max(1.0, fps / self.fps)
+            return [round(i * stride) for i in range(int((total - 1) / stride) + 1)]
+        if self.count is None or self.count >= total:
+            return list(range(total))
+        return [round(i * (total - 1) / max(1, self.count - 1)) for i in range(self.count)]
+
+    def __str__(self) -> str:
+        return f"{self.fps:g}fps" if self.fps is not None else str(self.count or "all")
 
 
 @runtime_checkable
@@ -30,6 +104,7 @@ class RewardModel(Protocol):
         higher_is_better: a suite turns the sign of the others.
         differentiable: scores carry a gradient with respect to the pixels.
         kind: "real", "proxy" (stands in for a model that is not at hand) or "test" (knows the truth of a toy world).
+        frames: which frames it looks at.
     """
 
     name: str
@@ -38,170 +113,10 @@ class RewardModel(Protocol):
     higher_is_better: bool
     differentiable: bool
     kind: str
+    frames: FrameSampling
 
-    def __call__(self, videos: Videos, texts: Sequence[str]) -> Float[Tensor, "samples scored_frames"]:
-        """A score per frame that it looked at; a score per video is a single column."""
-        ...
-
-
-REWARDS: dict[str, str] = {
-    "clip_score": "bpgo_video.rewards.clip:ClipScore",
-    "learned_motion": "bpgo_video.rewards.motion:LearnedMotion",
-    "shapes_oracle": "bpgo_video.rewards.oracle:ShapesOracle",
-}
-AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda per_frame: per_frame.mean(dim=1),
-    "min": lambda per_frame: per_frame.amin(dim=1),
-}
+    def __call__(self, clips: Clips) -> FrameScores: ...
 
 
 class RewardError(RuntimeError):
     """A reward model failed; the message names the model, the prompt and the sample."""
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A model with its place in the recipe; `second` scores the same videos again, by other options."""
-
-    model: RewardModel
-    weight: float
-    aggregate: str
-    second: RewardModel | None = None
-
-
-def build_reward(name: str, reward: RewardConfig, device: torch.device, twice: bool = False) -> Reward:
-    """The reward model behind a recipe's entry.
-
-    Args:
-        twice: build the second model, too, where the entry has one.
-
-    Raises:
-        ConfigError: no such name or dotted path, or the constructor refused its options.
-    """
-    path = REWARDS.get(reward.model, reward.model)
-    module, _, attribute = path.partition(":")
-    if not attribute:
-        raise ConfigError(
-            f"rewards.{name}.model is {reward.model!r}; it must be one of {sorted(REWARDS)} or a dotted path "
-            "like 'my_pkg.rewards:MyReward'"
-        )
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-        model = factory(**_options(reward.options, device, factory))
-        second = None
-        if twice and reward.second is not None:
-            second = factory(**_options({**reward.options, **reward.second}, device, factory))
-    except (ImportError, AttributeError, TypeError, OSError) as error:
-        raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
-    return Reward(model, reward.weight, reward.aggregate, second)
-
-
-def _options(options: Mapping[str, Any], device: torch.device, factory: Callable[..., Any]) -> dict[str, Any]:
-    takes_device = "device" in inspect.signature(factory).parameters
-    return {**options, **({"device": device} if takes_device else {})}
-
-
-@dataclass(frozen=True)
-class ScoredChunk:
-    """What a rank's videos of one chunk earned: rows of scores per frame by reward name, and whose they are.
-
-    `second` holds the second models' scores, by the names of the rewards that have one.
-    """
-
-    prompt_rows: Int[Tensor, "samples"]
-    sample_index: Int[Tensor, "samples"]
-    scores: Mapping[str, Float[Tensor, "samples _"]]
-    second: Mapping[str, Float[Tensor, "samples _"]] = field(default_factory=dict)
-
-
-class RewardSuite:
-    """The rewards of a recipe, by the names that it gives them."""
-
-    def __init__(self, rewards: Mapping[str, RewardConfig], device: torch.device, twice: bool = False):
-        self.rewards = {name: build_reward(name, reward, device, twice) for name, reward in rewards.items()}
-
-    @property
-    def versions(self) -> dict[str, str]:
-        return {name: reward.model.version for name, reward in self.rewards.items()}
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {name: reward.weight for name, reward in self.rewards.items()}
-
-    @torch.no_grad()
-    def score(self, chunk: RolloutChunk, texts: Sequence[str]) -> ScoredChunk:
-        """Scores per frame of each model, higher is better, fp32.
-
-        Args:
-            texts: of the step's prompts, by the chunk's prompt rows.
-
-        Raises:
-            RewardError: a model returned something else than a row of scores per video.
-        """
-        own_texts = [texts[row] for row in chunk.prompt_rows.tolist()]
-        scores = {name: _score(name, reward.model, chunk.videos, own_texts) for name, reward in self.rewards.items()}
-        second = {
-            name: _score(name, reward.second, chunk.videos, own_texts)
-            for name, reward in self.rewards.items()
-            if reward.second is not None
-        }
-        return ScoredChunk(chunk.prompt_rows, chunk.sample_index, scores, second)
-
-    @torch.no_grad()
-    def score_images(
-        self, images: Float[Tensor, "prompts 3 height width"], texts: Sequence[str]
-    ) -> dict[str, Float[Tensor, "prompts"]]:
-        """What a video of one frame would earn, by reward name: conditioning images, or videos' first frames."""
-        return {
-            name: AGGREGATES[reward.aggregate](_score(name, reward.model, images[:, None], texts))
-            for name, reward in self.rewards.items()
-        }
-
-    def gather(self, chunks: Sequence[ScoredChunk], prompts: PromptBatch, group_size: int, mesh: Mesh) -> Rewards:
-        """All ranks' scores as prompts x group, the same on every rank.
-
-        Raises:
-            RewardError: a score is not finite; on every rank, naming the reward, the prompt and the sample.
-        """
-        total = len(prompts) * group_size
-        items = torch.cat([chunk.prompt_rows * group_size + chunk.sample_index for chunk in chunks]).tolist()
-
-        def gathered(name: str, scores: Sequence[Tensor]) -> Tensor:
-            rows = mesh.gather(torch.cat([score.to(mesh.device) for score in scores]), items, total)
-            _check_finite(name, rows, prompts, group_size)
-            return rows
-
-        per_frame, by_name, second = {}, {}, {}
-        for name, reward in self.rewards.items():
-            aggregate = AGGREGATES[reward.aggregate]
-            rows = gathered(name, [chunk.scores[name] for chunk in chunks])
-            per_frame[name] = rows.unflatten(0, (len(prompts), group_size))
-            by_name[name] = aggregate(rows).unflatten(0, (len(prompts), group_size))
-            if reward.second is not None:
-                again = gathered(f"{name}.second", [chunk.second[name] for chunk in chunks])
-                second[name] = aggregate(again).unflatten(0, (len(prompts), group_size))
-        weighted = [self.weights[name] * scores for name, scores in by_name.items()]
-        return Rewards(by_name=by_name, total=torch.stack(weighted).sum(dim=0), per_frame=per_frame, second=second)
-
-
-def _score(
-    name: str, model: RewardModel, videos: Videos, texts: Sequence[str]
-) -> Float[Tensor, "samples scored_frames"]:
-    rows = model(videos, texts)
-    if rows.ndim != 2 or rows.shape[0] != len(texts) or rows.shape[1] == 0:
-        raise RewardError(
-            f"reward {name!r} returned the shape {tuple(rows.shape)} for {len(texts)} videos; it must be "
-            f"({len(texts)}, scored frames)"
-        )
-    return rows.float() if model.higher_is_better else -rows.float()
-
-
-def _check_finite(name: str, rows: Tensor, prompts: PromptBatch, group_size: int) -> None:
-    bad = (~rows.isfinite()).nonzero()
-    if len(bad):
-        row, frame = bad[0].tolist()
-        prompt, sample = divmod(row, group_size)
-        raise RewardError(
-            f"reward {name!r} scored {float(rows[row, frame])} for sample {sample} of prompt {prompts.texts[prompt]!r} "
-            f"(id {int(prompts.ids[prompt])}), scored frame {frame}; all ranks stop, nothing was updated with it"
-        )

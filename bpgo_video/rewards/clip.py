@@ -15,16 +15,9 @@ from transformers import AutoTokenizer, CLIPModel
 
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
-from bpgo_video.types import Videos
+from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
 
 FRAMES_AT_ONCE = 64
-
-
-def evenly_spread(total: int, count: int | None) -> list[int]:
-    """Indices of `count` frames spread over `total`, first and last among them; None takes all."""
-    if count is None or count >= total:
-        return list(range(total))
-    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
 
 
 class ClipScore:
@@ -35,6 +28,7 @@ class ClipScore:
     Args:
         model: local folder, hub id (openai/clip-vit-large-patch14) or `package:module/folder`.
         frames: how many frames are scored, spread evenly; None scores all.
+        frames_per_second: how many of each second are scored instead.
     """
 
     name = "clip_score"
@@ -47,21 +41,23 @@ class ClipScore:
         self,
         model: str,
         frames: int | None = None,
+        frames_per_second: float | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
         folder = resolve_folder(model)
-        self.frames = frames
+        self.frames = FrameSampling(frames, frames_per_second)
         clip: Any = CLIPModel.from_pretrained(folder, dtype=dtype)
         self.clip = clip.to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.size, self.mean, self.std = _preprocessing(folder)
-        self.version = "-".join((fingerprint(folder, (".",)), str(frames or "all")))
+        self.version = "-".join((fingerprint(folder, (".",)), str(self.frames)))
 
-    def __call__(self, videos: Videos, texts: Sequence[str]) -> Float[Tensor, "samples scored_frames"]:
-        chosen = videos[:, evenly_spread(videos.shape[1], self.frames)]
+    def __call__(self, clips: Clips) -> FrameScores:
+        indices = self.frames.indices(clips.videos.shape[1], clips.fps)
+        chosen = clips.videos[:, indices]
         images = self.embed_frames(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])
-        return torch.einsum("sfd,sd->sf", images, self.embed_texts(texts))
+        return FrameScores(torch.einsum("sfd,sd->sf", images, self.embed_texts(clips.texts)), clips.times[indices])
 
     def embed_frames(self, frames: Float[Tensor, "frames 3 height width"]) -> Float[Tensor, "frames dim"]:
         """Unit vectors of images in [0, 1]."""

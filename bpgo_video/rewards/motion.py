@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
+from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
 from bpgo_video.tiny.motion import MotionMatch
-from bpgo_video.types import Videos
 
 
 class LearnedMotion:
@@ -26,12 +22,14 @@ class LearnedMotion:
     higher_is_better = True
     differentiable = True
     kind = "proxy"
+    frames = FrameSampling()
 
     def __init__(self, model: str, device: torch.device | str = "cpu"):
         folder = resolve_folder(model)
         self.model = MotionMatch.load(folder).to(device)
         self.version = fingerprint(folder, (".",))
 
-    def __call__(self, videos: Videos, texts: Sequence[str]) -> Float[Tensor, "samples 1"]:
-        embeddings = self.model.embed_videos(videos.to(self.model.scale.device)), self.model.embed_texts(texts)
-        return (self.model.scale * (embeddings[0] * embeddings[1]).sum(dim=1, keepdim=True) + self.model.bias).sigmoid()
+    def __call__(self, clips: Clips) -> FrameScores:
+        videos = self.model.embed_videos(clips.videos.to(self.model.scale.device))
+        match = (videos * self.model.embed_texts(clips.texts)).sum(dim=1, keepdim=True)
+        return FrameScores((self.model.scale * match + self.model.bias).sigmoid())

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
-from jaxtyping import Float
-from torch import Tensor
-
+from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
 from bpgo_video.tiny.oracle import RULE, oracle_scores
-from bpgo_video.types import Videos
 
 
 class ShapesOracle:
@@ -20,7 +16,8 @@ class ShapesOracle:
     higher_is_better = True
     differentiable = False
     kind = "test"
+    frames = FrameSampling()
     version = hashlib.sha256(repr(RULE).encode()).hexdigest()[:16]
 
-    def __call__(self, videos: Videos, texts: Sequence[str]) -> Float[Tensor, "samples frames"]:
-        return oracle_scores(videos, texts)
+    def __call__(self, clips: Clips) -> FrameScores:
+        return FrameScores(oracle_scores(clips.videos, clips.texts), clips.times)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+
+from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 
 
 class Redness:
@@ -17,9 +17,10 @@ class Redness:
     name, version = "redness", "1"
     range = (0.0, 1.0)
     higher_is_better, differentiable, kind = True, True, "test"
+    frames = FrameSampling()
 
-    def __call__(self, videos: Tensor, texts: Sequence[str]) -> Tensor:
-        return videos[:, :, 0].mean(dim=(2, 3))
+    def __call__(self, clips: Clips) -> FrameScores:
+        return FrameScores(clips.videos[:, :, 0].mean(dim=(2, 3)), clips.times)
 
 
 class NanOnSecondRank(Redness):
@@ -28,21 +29,21 @@ class NanOnSecondRank(Redness):
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, videos: Tensor, texts: Sequence[str]) -> Tensor:
+    def __call__(self, clips: Clips) -> FrameScores:
         self.calls += 1
-        scores = super().__call__(videos, texts)
+        scores = super().__call__(clips)
         if self.calls > 2 and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            scores[-1, 0] = torch.nan
+            scores.values[-1, 0] = torch.nan
         return scores
 
 
 class BreaksOnSecondRank(Redness):
     """Raises on the last rank alone."""
 
-    def __call__(self, videos: Tensor, texts: Sequence[str]) -> Tensor:
+    def __call__(self, clips: Clips) -> FrameScores:
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             raise RuntimeError("the reward model ran out of patience")
-        return super().__call__(videos, texts)
+        return super().__call__(clips)
 
 
 class AsTold(Redness):
@@ -51,18 +52,18 @@ class AsTold(Redness):
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, videos: Tensor, texts: Sequence[str]) -> Tensor:
+    def __call__(self, clips: Clips) -> FrameScores:
         now = f"{torch.distributed.get_rank()} {self.calls}"
         self.calls += 1
         if os.environ.get("REWARD_SLEEPS") == now:
             time.sleep(8)
         if os.environ.get("REWARD_DIES") == now:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(videos, texts)
+        return super().__call__(clips)
 
 
 class Blind(Redness):
     """The same score for every video."""
 
-    def __call__(self, videos: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        return torch.full((len(texts), 1), 0.5)
+    def __call__(self, clips: Clips) -> FrameScores:
+        return FrameScores(torch.full((len(clips), 1), 0.5))

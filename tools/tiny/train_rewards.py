@@ -26,6 +26,7 @@ from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, gr
 from tqdm import trange
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
+from bpgo_video.rewards import Clips
 from bpgo_video.rewards.clip import ClipScore
 from bpgo_video.rewards.motion import LearnedMotion
 from bpgo_video.tiny import world
@@ -254,8 +255,9 @@ def ranking_accuracy(reward: ClipScore | LearnedMotion, attribute: str, count: i
     for caption in right:
         index = list(names).index(getattr(caption, attribute)) + 1
         wrong.append(world.Caption(**{**vars(caption), attribute: names[index % len(names)]}))
-    scores = [reward(videos, [caption.text for caption in texts]).mean(dim=1) for texts in (right, wrong)]
-    return float((scores[0] > scores[1]).float().mean())
+    clips = (Clips(videos, world.FPS, tuple(caption.text for caption in texts)) for texts in (right, wrong))
+    better, worse = (reward(own).values.mean(dim=1) for own in clips)
+    return float((better > worse).float().mean())
 
 
 def main() -> None:

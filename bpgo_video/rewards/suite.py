@@ -1,0 +1,198 @@
+"""What did a step's videos earn? A recipe's rewards: built by name or path, asked one by one, gathered over ranks."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bpgo_video.config import ConfigError, RewardConfig
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.rewards.aggregate import AGGREGATES
+from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel
+from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
+
+REWARDS: dict[str, str] = {
+    "clip_score": "bpgo_video.rewards.clip:ClipScore",
+    "learned_motion": "bpgo_video.rewards.motion:LearnedMotion",
+    "shapes_oracle": "bpgo_video.rewards.oracle:ShapesOracle",
+}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A model with its place in the recipe; `second` scores the same videos again, by other options."""
+
+    model: RewardModel
+    config: RewardConfig
+    second: RewardModel | None = None
+
+    @property
+    def version(self) -> str:
+        """Changes when a video's score does."""
+        how = "" if self.config.aggregate == "mean" else f"-{self.config.aggregate}{self.config.aggregate_at or ''}"
+        return f"{self.model.version}{how}"
+
+    def aggregate(self, rows: Float[Tensor, "samples scored"]) -> Float[Tensor, "samples"]:
+        """Each video's score, from oriented ones."""
+        at = self.config.aggregate_at or 0.0
+        if self.config.aggregate == "share_above" and not self.model.higher_is_better:
+            at = -at  # stated in the model's own units
+        return AGGREGATES[self.config.aggregate](rows, at)
+
+
+def build_reward(name: str, reward: RewardConfig, device: torch.device, twice: bool = False) -> Reward:
+    """The reward model behind a recipe's entry.
+
+    Args:
+        twice: build the second model, too, where the entry has one.
+
+    Raises:
+        ConfigError: no such name or dotted path, or the constructor refused its options.
+    """
+    path = REWARDS.get(reward.model, reward.model)
+    module, _, attribute = path.partition(":")
+    if not attribute:
+        raise ConfigError(
+            f"rewards.{name}.model is {reward.model!r}; it must be one of {sorted(REWARDS)} or a dotted path "
+            "like 'my_pkg.rewards:MyReward'"
+        )
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+        model = factory(**_options(reward.options, device, factory))
+        second = None
+        if twice and reward.second is not None:
+            second = factory(**_options({**reward.options, **reward.second}, device, factory))
+    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
+    return Reward(model, reward, second)
+
+
+def _options(options: Mapping[str, Any], device: torch.device, factory: Callable[..., Any]) -> dict[str, Any]:
+    takes_device = "device" in inspect.signature(factory).parameters
+    return {**options, **({"device": device} if takes_device else {})}
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """What a rank's videos of one chunk earned: oriented scores by reward name, and whose they are.
+
+    `second` holds the second models' scores, by the names of the rewards that have one.
+    """
+
+    prompt_rows: Int[Tensor, "samples"]
+    sample_index: Int[Tensor, "samples"]
+    scores: Mapping[str, FrameScores]
+    second: Mapping[str, FrameScores] = field(default_factory=dict)
+
+
+class RewardSuite:
+    """The rewards of a recipe, by the names that it gives them.
+
+    Args:
+        fps: of the videos, which come without.
+        twice: build the second models, too.
+    """
+
+    def __init__(self, rewards: Mapping[str, RewardConfig], device: torch.device, fps: float, twice: bool = False):
+        self.fps = fps
+        self.rewards = {name: build_reward(name, reward, device, twice) for name, reward in rewards.items()}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {name: reward.version for name, reward in self.rewards.items()}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: reward.config.weight for name, reward in self.rewards.items()}
+
+    @torch.no_grad()
+    def score(self, chunk: RolloutChunk, prompts: PromptBatch) -> ScoredChunk:
+        """Scores of each model, oriented, fp32.
+
+        Raises:
+            RewardError: a model returned something else than a row of scores per video.
+        """
+        rows = chunk.prompt_rows
+        images = None if prompts.images is None else prompts.images[rows].to(chunk.videos.device)
+        clips = Clips(chunk.videos, self.fps, tuple(prompts.texts[row] for row in rows.tolist()), images)
+        first = {name: _score(name, reward.model, clips) for name, reward in self.rewards.items()}
+        second = {
+            name: _score(name, reward.second, clips)
+            for name, reward in self.rewards.items()
+            if reward.second is not None
+        }
+        return ScoredChunk(rows, chunk.sample_index, first, second)
+
+    @torch.no_grad()
+    def score_images(self, prompts: PromptBatch) -> dict[str, Float[Tensor, "prompts"]]:
+        """What a video of one frame, each prompt's conditioning image, would earn, by reward name."""
+        if prompts.images is None:
+            return {}
+        clips = Clips(prompts.images[:, None], self.fps, prompts.texts, prompts.images)
+        return {
+            name: reward.aggregate(_score(name, reward.model, clips).values) for name, reward in self.rewards.items()
+        }
+
+    def gather(self, chunks: Sequence[ScoredChunk], prompts: PromptBatch, group_size: int, mesh: Mesh) -> Rewards:
+        """All ranks' scores as prompts x group, the same on every rank.
+
+        Raises:
+            RewardError: a score is not finite; on every rank, naming the reward, the prompt and the sample.
+        """
+        total = len(prompts) * group_size
+        items = torch.cat([chunk.prompt_rows * group_size + chunk.sample_index for chunk in chunks]).tolist()
+
+        def gathered(name: str, scores: Sequence[FrameScores]) -> Tensor:
+            rows = mesh.gather(torch.cat([score.values.to(mesh.device) for score in scores]), items, total)
+            _check_finite(name, rows, prompts, group_size)
+            return rows
+
+        per_frame, times, by_name, second = {}, {}, {}, {}
+        for name, reward in self.rewards.items():
+            rows = gathered(name, [chunk.scores[name] for chunk in chunks])
+            times[name] = chunks[0].scores[name].times
+            per_frame[name] = rows.unflatten(0, (len(prompts), group_size))
+            by_name[name] = reward.aggregate(rows).unflatten(0, (len(prompts), group_size))
+            if reward.second is not None:
+                again = gathered(f"{name}.second", [chunk.second[name] for chunk in chunks])
+                second[name] = reward.aggregate(again).unflatten(0, (len(prompts), group_size))
+        weighted = [self.weights[name] * scores for name, scores in by_name.items()]
+        return Rewards(by_name, torch.stack(weighted).sum(dim=0), per_frame, times, second)
+
+
+def _score(name: str, model: RewardModel, clips: Clips) -> FrameScores:
+    """A model's scores, oriented.
+
+    Raises:
+        RewardError: names the reward and what is wrong with the shape.
+    """
+    found = model(clips)
+    shape = tuple(found.values.shape)
+    if len(shape) != 2 or shape[0] != len(clips) or shape[1] == 0:
+        raise RewardError(
+            f"reward {name!r} returned the shape {shape} for {len(clips)} videos; it must be "
+            f"({len(clips)}, scored frames)"
+        )
+    if shape[1] != (1 if found.times is None else len(found.times)):
+        stated = "no frame times" if found.times is None else f"{len(found.times)} frame times"
+        raise RewardError(f"reward {name!r} returned {shape[1]} scores a video with {stated}; the two must agree")
+    values = found.values.float()
+    return FrameScores(values if model.higher_is_better else -values, found.times)
+
+
+def _check_finite(name: str, rows: Tensor, prompts: PromptBatch, group_size: int) -> None:
+    bad = (~rows.isfinite()).nonzero()
+    if len(bad):
+        row, frame = bad[0].tolist()
+        prompt, sample = divmod(row, group_size)
+        raise RewardError(
+            f"reward {name!r} scored {float(rows[row, frame])} for sample {sample} of prompt {prompts.texts[prompt]!r} "
+            f"(id {int(prompts.ids[prompt])}), scored frame {frame}; all ranks stop, nothing was updated with it"
+        )
