@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bpgo_video import engine
-from bpgo_video.checkpoint import CheckpointError
-from bpgo_video.cli import show_loading_once, tell
-from bpgo_video.config import Config, ConfigError, check_world
+from bpgo_video.config import Config, check_world
 from bpgo_video.config_io import load_config
-from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.doctor import diagnose
+from bpgo_video.launch import launched
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.session import build_session, cast, check_inputs
@@ -33,13 +31,8 @@ def examine_recipe(config: Config, mesh: Mesh, heartbeat: Heartbeat) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(argv, description="Examine a recipe before a long run; nothing is saved.")
-    show_loading_once()
-    try:
+    with launched():
         mesh = engine.start_ranks()
         with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
             healthy = examine_recipe(config, mesh, heartbeat)
-    except (ConfigError, ShardError, CheckpointError, FileNotFoundError) as error:
-        tell(error)
-        raise SystemExit(2) from None
-    engine.stop_ranks()
     raise SystemExit(0 if healthy else 1)

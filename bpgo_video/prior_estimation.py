@@ -10,13 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video import engine
-from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import load_config
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import write_priors
-from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.launch import launched
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
@@ -99,13 +98,8 @@ def store(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of tools/estimate_priors.py; it takes the flags of a training run."""
     config = load_config(argv, description="Measure the reference prior of a recipe and store it with its prompts.")
-    show_loading_once()
-    try:
+    with launched():
         mesh = engine.start_ranks()
         with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
             heartbeat.enter("priors")
             estimate(config, mesh)
-    except (ConfigError, ShardError, FileNotFoundError) as error:
-        tell(error)
-        raise SystemExit(2) from None
-    engine.stop_ranks()

@@ -18,7 +18,7 @@ from bpgo_video.policies import Policy
 from bpgo_video.reference import DIVERGENCES, Divergence, Reference
 from bpgo_video.rollout import Denoiser, rows_of, training_denoiser, trust_region
 from bpgo_video.steps import split_updates, step_weights
-from bpgo_video.types import Conditioning, Latents, Loss, PromptBatch, Trajectory, Velocity
+from bpgo_video.types import Conditioning, Loss, PromptBatch, Trajectory
 
 
 @runtime_checkable
@@ -72,7 +72,7 @@ class StepWeights:
     @classmethod
     def of(cls, name: str, denoiser: Denoiser) -> StepWeights:
         sampler = sde.SAMPLERS[denoiser.sampler]
-        return cls(tuple(step_weights(name, sampler, sde.steps_of(denoiser.sigmas), denoiser.eta)))
+        return cls(tuple(step_weights(name, sampler, denoiser.steps, denoiser.eta)))
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,10 @@ class Replay:
         value, metrics = weight * loss.value, loss.metrics
         if self.anchor is not None:
             start = self.anchor.reference.velocity(self.denoiser, latents, index, conditioning, self.negative)
-            divergence = self.anchor.divergence(velocity, start, partial(self._transition_of, latents, index)).mean()
+            transition_of = partial(self.denoiser.transition_of, latents=latents, index=index)
+            divergence = self.anchor.divergence(velocity, start, transition_of).mean()
             value, metrics = value + self.anchor.weight * divergence, {**metrics, "kl": divergence.detach()}
         return Loss(value, metrics)
-
-    def _transition_of(self, latents: Latents, index: int, velocity: Velocity) -> sde.Transition:
-        return self.denoiser.transition_of(velocity, latents, index)
 
     @staticmethod
     def _move(trajectory: Trajectory, index: int, transition: sde.Transition) -> Move:

@@ -13,13 +13,11 @@ import torch
 
 from bpgo_video import checkpoint, engine
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
-from bpgo_video.checkpoint import CheckpointError
-from bpgo_video.cli import show_loading_once, tell
-from bpgo_video.config import Config, ConfigError, check_world
+from bpgo_video.config import Config, check_world
 from bpgo_video.config_io import load_config
-from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.export import export_pipeline
 from bpgo_video.heldout import HeldoutScores, evaluate
+from bpgo_video.launch import launched
 from bpgo_video.metrics import RunLog, reduce_metrics
 from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.agreement import same_verdict
@@ -278,12 +276,7 @@ def advance(progress: Progress, record: dict[str, float], position: int, session
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of pipelines/train_video.py; errors that a user can mend are told without a traceback."""
+    """The command line of pipelines/train_video.py."""
     config = load_config(argv, description="Post-train a video diffusion policy with BPGO under DeepSpeed.")
-    show_loading_once()
-    try:
+    with launched():
         train(config)
-    except (ConfigError, ShardError, CheckpointError, FileNotFoundError) as error:
-        tell(error)
-        raise SystemExit(2) from None
-    engine.stop_ranks()

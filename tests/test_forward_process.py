@@ -27,7 +27,7 @@ from bpgo_video.policies import Policy, load_policy
 from bpgo_video.replay import Setting, optimise
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.types import PromptBatch, Trajectory
-from tests.test_replay import PlainLearner
+from tests.test_replay import PlainLearner, total_loss
 
 SHAPE = (3, 1, 1, 1, 2)
 SETTINGS = MatchingSettings(zeta=0.5, region=TrustRegion(clip_range=(0.2, 0.2)), beta=0.5, limit=2.0)
@@ -110,19 +110,10 @@ def test_an_update_lowers_its_own_loss(own_policy: Policy, recipe: Config, kind:
     objective, trajectories = rollout(own_policy, recipe, kind)
     assert all(trajectory.latents.shape[1] == 1 for trajectory in trajectories), "final latents alone are stored"
     objective.prepare(trajectories, 2)
-
-    def total() -> float:
-        with torch.no_grad():
-            return sum(
-                float(objective.loss(trajectory, index).value)
-                for trajectory in trajectories
-                for index in objective.passes(trajectory)
-            )
-
-    before = total()
+    before = total_loss(objective, trajectories)
     fresh = replace(objective, recorded={})
     learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=1e-3)
     metrics = optimise(learner, fresh, trajectories, updates_per_rollout=updates).metrics
     assert metrics["ratio_error_first_update_max"] == 0.0
     assert (metrics["log_ratio_abs_max"] > 1e-7) == (updates > 1), "later updates see a policy that has moved"
-    assert total() < before
+    assert total_loss(objective, trajectories) < before

@@ -16,7 +16,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.reference import FrozenCopy, Reference, WithoutAdapters
-from bpgo_video.replay import Replay, Setting, StepWeights, optimise, replay_objective
+from bpgo_video.replay import Objective, Replay, Setting, StepWeights, optimise, replay_objective
 from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser
 from bpgo_video.sde import SAMPLERS, steps_of
 from bpgo_video.types import PromptBatch, Trajectory
@@ -69,6 +69,12 @@ def rollout(
     return replay_objective(setting, advantages, 0), trajectories
 
 
+@torch.no_grad()
+def total_loss(objective: Objective, trajectories: list[Trajectory]) -> float:
+    passes = ((trajectory, index) for trajectory in trajectories for index in objective.passes(trajectory))
+    return sum(float(objective.loss(*one).value) for one in passes)
+
+
 def losses(objective: Replay, trajectories: list[Trajectory]) -> Iterator[dict[str, Tensor]]:
     for trajectory in trajectories:
         for index in objective.passes(trajectory):
@@ -101,18 +107,9 @@ def test_the_second_update_sees_a_policy_that_moved(own_policy: Policy, recipe: 
 def test_an_update_lowers_its_own_loss(own_policy: Policy, recipe: Config, loss: dict[str, Any]) -> None:
     objective, trajectories = rollout(own_policy, recipe, loss={**loss, "clip_range": (0.9, 9.0)})
     learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=1e-2)
-
-    def total() -> float:
-        with torch.no_grad():
-            return sum(
-                float(objective.loss(trajectory, index).value)
-                for trajectory in trajectories
-                for index in objective.passes(trajectory)
-            )
-
-    before = total()
+    before = total_loss(objective, trajectories)
     optimise(learner, objective, trajectories, updates_per_rollout=1)
-    assert total() < before
+    assert total_loss(objective, trajectories) < before
 
 
 def test_step_weights_scale_the_loss_of_their_step_alone(policy: Policy, recipe: Config) -> None:

@@ -45,7 +45,7 @@ def same_verdict(mesh: Mesh) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except Exception as own:
+    except Exception as own:  # whatever it is: the others wait in the next line, and it is raised behind that
         error = own
     verdicts = from_all((socket.gethostname(), error and f"{error}"), mesh)
     if error is not None:

@@ -11,6 +11,7 @@ times the data-parallel groups, is the single-process gradient: nothing is scale
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Tokens = Float[Tensor, "samples tokens heads head_dim"]
+Move = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
 def _exchange(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -32,41 +34,30 @@ def _exchange(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _scatter_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[samples, tokens/S, heads, d] -> [samples, tokens, heads/S, d]."""
     size = dist.get_world_size(group)
     rows = x.unflatten(2, (size, -1)).movedim(2, 0)  # ranks samples tokens/S heads/S head_dim
     return _exchange(rows, group).movedim(0, 1).flatten(1, 2)
 
 
 def _scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[samples, tokens, heads/S, d] -> [samples, tokens/S, heads, d]."""
     size = dist.get_world_size(group)
     rows = x.unflatten(1, (size, -1)).movedim(1, 0)  # ranks samples tokens/S heads/S head_dim
     return _exchange(rows, group).movedim(0, 2).flatten(2, 3)
 
 
-class HeadsScattered(torch.autograd.Function):
-    """[samples, tokens/S, heads, d] -> [samples, tokens, heads/S, d]. The adjoint is `TokensScattered`."""
+class Scattered(torch.autograd.Function):
+    """One of the two moves above; the other is its adjoint."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _scatter_heads(x, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, move: Move, adjoint: Move) -> Tensor:
+        ctx.group, ctx.adjoint = group, adjoint
+        return move(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _scatter_tokens(grads[0], ctx.group), None
-
-
-class TokensScattered(torch.autograd.Function):
-    """[samples, tokens, heads/S, d] -> [samples, tokens/S, heads, d]. The adjoint is `HeadsScattered`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _scatter_tokens(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _scatter_heads(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.adjoint(grads[0], ctx.group), None, None, None
 
 
 class Gathered(torch.autograd.Function):
@@ -133,13 +124,13 @@ class Ulysses:
         attended = dispatch_attention_fn(query, key, value, **options)
         before, video, behind = self._parts(attended, text, self.tokens)
         missing = -self.tokens % self.size
-        video = TokensScattered.apply(F.pad(video, (0, 0, 0, 0, 0, missing)), self.group)
+        video = Scattered.apply(F.pad(video, (0, 0, 0, 0, 0, missing)), self.group, _scatter_tokens, _scatter_heads)
         return torch.cat([self._all_heads(before), video, self._all_heads(behind)], dim=1)
 
     def _whole(self, x: Tokens, text: int) -> Tokens:
         """All tokens with this rank's heads, of this rank's tokens with all heads."""
         before, video, behind = self._parts(x, text, x.shape[1] - text)
-        video = HeadsScattered.apply(video, self.group)[:, : self.tokens]
+        video = Scattered.apply(video, self.group, _scatter_heads, _scatter_tokens)[:, : self.tokens]
         own = slice(self.rank * video.shape[2], (self.rank + 1) * video.shape[2])
         return torch.cat([before[:, :, own], video, behind[:, :, own]], dim=1)
 
