@@ -46,12 +46,19 @@ class PriorAnchor:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of one step. `ids` are unique 64-bit integers; `priors` maps a reward's name to its anchor."""
+    """Prompts of one step.
+
+    Attributes:
+        ids: unique 64-bit integers.
+        priors: a reward's name -> its anchor.
+        images: what image-to-video starts from, RGB in [0, 1] at the video's size, where the prompts have images.
+    """
 
     ids: Int[Tensor, "prompts"]
     texts: tuple[str, ...]
     conditioning: Conditioning
     priors: Mapping[str, PriorAnchor] = field(default_factory=dict)
+    images: Float[Tensor, "prompts 3 height width"] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
