@@ -51,7 +51,7 @@ class PromptBatch:
     Attributes:
         ids: unique 64-bit integers.
         priors: a reward's name -> its anchor.
-        images: what each prompt's videos continue (image-to-video), RGB in [0, 1] of the videos' size.
+        images: what image-to-video starts from, RGB in [0, 1] at the video's size, where the prompts have images.
     """
 
     ids: Int[Tensor, "prompts"]

@@ -312,4 +312,4 @@ def test_a_prior_that_means_nothing_is_not_written(directory: Path) -> None:
 def test_memory_of_a_directory_is_its_table(directory: Path) -> None:
     shards = PromptShards(directory)
     held = Counter(type(value).__name__ for value in vars(shards).values())
-    assert held["ndarray"] == 5  # ids, splits, starts, stops, first rows: no text and no embedding
+    assert held["ndarray"] == 6  # ids, splits, starts, stops, images, first rows: no text and no embedding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -13,11 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from bpgo_video.data.prompt_records import EncoderStamp, PromptRecord
+from bpgo_video.data.images import decode_image, image_extension
+from bpgo_video.data.prompt_records import MEDIA, EncoderStamp, Media, PromptRecord
 from bpgo_video.data.shards import write_shards
+from bpgo_video.data.video import read_video
 
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> tensors whose axis 0 is the texts
-FIELDS = {"prompt": str, "id": int, "split": str, "tags": list}
+FIELDS = {"prompt": str, "id": int, "split": str, "tags": list, "image": str, "video": str}
+
+
+Parsed = tuple[PromptRecord, Mapping[str, str]]  # and the names of its image and video files
 
 
 class PromptFileError(ValueError):
@@ -25,10 +31,11 @@ class PromptFileError(ValueError):
 
 
 class Line(NamedTuple):
-    """A prompt, not yet encoded, and the place it comes from."""
+    """A prompt, not yet encoded, the place it comes from, and the files of its image and video."""
 
     record: PromptRecord
     place: str
+    media: Mapping[str, Path]
 
 
 def prompt_id(prompt: str) -> int:
@@ -37,7 +44,9 @@ def prompt_id(prompt: str) -> int:
 
 
 def read_prompts(inputs: Iterable[Path | str], split: str = "train") -> Iterator[Line]:
-    """The prompts of .txt files (one a line) and .jsonl files ({"prompt", "id"?, "split"?, "tags"?}), in order.
+    """The prompts of .txt files (one a line) and .jsonl files, in order.
+
+    A line of .jsonl is {"prompt", "id"?, "split"?, "tags"?, "image"?, "video"?}, the last two relative to its folder.
 
     Args:
         split: of the prompts that do not name one.
@@ -54,10 +63,11 @@ def read_prompts(inputs: Iterable[Path | str], split: str = "train") -> Iterator
             for number, line in enumerate(stream, 1):
                 place = f"{path}:{number}"
                 try:
-                    record = PARSERS[path.suffix](line.decode("utf-8").strip(), split)
+                    record, media = PARSERS[path.suffix](line.decode("utf-8").strip(), split)
+                    files = {kind: _media_path(path.parent, name) for kind, name in media.items()}
                 except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
                     raise PromptFileError(f"{place}: {error}") from error
-                yield Line(record, place)
+                yield Line(record, place, files)
 
 
 def check_prompts(inputs: Sequence[Path | str], split: str = "train") -> int:
@@ -103,7 +113,7 @@ def build_shards(
         progress: wraps the iterable of records, such as tqdm.
     """
     negative = {name: value[0] for name, value in encode([negative_prompt]).items()}
-    records = _encoded((line.record for line in read_prompts(inputs, split)), encode, batch_size)
+    records = _encoded(map(_with_media, read_prompts(inputs, split)), encode, batch_size)
     write_shards(
         iter(progress(records)),
         output,
@@ -122,13 +132,50 @@ def _encoded(records: Iterable[PromptRecord], encode: Encode, batch_size: int) -
             yield replace(record, conditioning={name: value[i] for name, value in tensors.items()})
 
 
-def _parse_text(line: str, split: str) -> PromptRecord:
+def _media_path(folder: Path, name: str) -> Path:
+    """A file named relative to the prompt file's folder, and not outside of it."""
+    inside = os.path.normpath(name)
+    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+        raise ValueError(f"the path {name!r} leads out of the folder of the prompt file; put the file into it")
+    if not (folder / inside).is_file():
+        raise ValueError(f"the file {folder / inside} does not exist")
+    return folder / inside
+
+
+def _with_media(line: Line) -> PromptRecord:
+    media = {}
+    for kind, path in line.media.items():
+        data = path.read_bytes()
+        try:
+            media[kind] = Media(EXTENSION_OF[kind](path, data), data)
+        except ValueError as error:
+            raise PromptFileError(f"{line.place}: {error}") from error
+    return replace(line.record, media=media)
+
+
+def _image_extension(path: Path, data: bytes) -> str:
+    decode_image(data, str(path))
+    return image_extension(data, str(path))
+
+
+def _video_extension(path: Path, data: bytes) -> str:
+    extension = path.suffix.removeprefix(".").lower()
+    if extension not in MEDIA["video"]:
+        raise ValueError(f"{path}: videos are {', '.join(MEDIA['video'])} files")
+    read_video(path)
+    return extension
+
+
+EXTENSION_OF: Mapping[str, Callable[[Path, bytes], str]] = {"image": _image_extension, "video": _video_extension}
+
+
+def _parse_text(line: str, split: str) -> Parsed:
     if not line:
         raise ValueError("the line is empty; remove it")
-    return PromptRecord(prompt_id(line), line, split)
+    return PromptRecord(prompt_id(line), line, split), {}
 
 
-def _parse_json(line: str, split: str) -> PromptRecord:
+def _parse_json(line: str, split: str) -> Parsed:
     if not line:
         raise ValueError("the line is empty; remove it")
     content: dict[str, Any] = json.loads(line)
@@ -143,7 +190,8 @@ def _parse_json(line: str, split: str) -> PromptRecord:
     key = content.get("id", prompt_id(prompt))
     if not 0 <= key < 2**63:
         raise ValueError(f"the id is {key}; ids go from 0 to 2^63 - 1")
-    return PromptRecord(key, prompt, content.get("split", split), tuple(content.get("tags", ())))
+    record = PromptRecord(key, prompt, content.get("split", split), tuple(content.get("tags", ())))
+    return record, {kind: content[kind] for kind in MEDIA if kind in content}
 
 
-PARSERS: Mapping[str, Callable[[str, str], PromptRecord]] = {".txt": _parse_text, ".jsonl": _parse_json}
+PARSERS: Mapping[str, Callable[[str, str], Parsed]] = {".txt": _parse_text, ".jsonl": _parse_json}

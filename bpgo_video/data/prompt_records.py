@@ -1,17 +1,22 @@
-"""What is one prompt on disk? Two members of a tar file, `{key}.json` and `{key}.safetensors`; nothing is unpickled."""
+"""What is one prompt on disk? Members of a tar file with one key; nothing is unpickled.
+
+{key}.json           id, prompt, split, tags, and the sha256 of the other members
+{key}.safetensors    what the policy's transformer is conditioned on
+{key}.image.png      optional, or jpg, webp: the first frame of image-to-video, in the bytes it came in
+{key}.video.mp4      optional, or mkv, mov, webm: a reference video, in the bytes it came in
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import re
 import tarfile
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -19,12 +24,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-MEMBER = re.compile(r"(?P<key>[0-9A-Za-z-]+)\.(?P<kind>json|safetensors)")
-TAR_BLOCK = 512
+from bpgo_video.data.images import EXTENSIONS
+
+MEDIA: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"image": tuple(EXTENSIONS.values()), "video": ("mp4", "mkv", "mov", "webm")}  # extensions of each kind
+)
 
 
 class ShardError(ValueError):
     """Prompt shards that are missing, incomplete, damaged or made for something else."""
+
+
+class Media(NamedTuple):
+    """An image or video file as it came: its extension, without the dot, and its bytes."""
+
+    extension: str
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,7 @@ class PromptRecord:
     Attributes:
         id: unique within a directory, from 0 to 2^63 - 1.
         conditioning: tensors without a batch axis; those with two axes are (tokens, dim).
+        media: "image" and "video", where the prompt has them.
     """
 
     id: int
@@ -41,6 +57,7 @@ class PromptRecord:
     split: str = "train"
     tags: tuple[str, ...] = ()
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)
+    media: Mapping[str, Media] = field(default_factory=dict)
 
 
 class Place(NamedTuple):
@@ -49,16 +66,6 @@ class Place(NamedTuple):
     shard: Path
     start: int
     stop: int
-
-
-@dataclass
-class ShardTable:
-    """Every record of one shard, in machine integers: 32 bytes a prompt, whatever its embeddings weigh."""
-
-    ids: array = field(default_factory=lambda: array("q"))
-    splits: array = field(default_factory=lambda: array("q"))
-    starts: array = field(default_factory=lambda: array("q"))
-    stops: array = field(default_factory=lambda: array("q"))
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def to_layout(conditioning: Mapping[str, Tensor], layout: Mapping[str, Any], own
 
 
 def to_members(record: PromptRecord) -> dict[str, bytes]:
-    """The contents of a record's two tar members; the JSON carries the hash of the tensors."""
+    """The contents of a record's tar members by the name after its key; the JSON carries the hashes of the others."""
     tensors = tensor_bytes(record.conditioning)
     header = {
         "id": record.id,
@@ -106,8 +113,10 @@ def to_members(record: PromptRecord) -> dict[str, bytes]:
         "split": record.split,
         "tags": list(record.tags),
         "conditioning_sha256": hashlib.sha256(tensors).hexdigest(),
+        **{f"{kind}_sha256": hashlib.sha256(media.data).hexdigest() for kind, media in record.media.items()},
     }
-    return {"json": json.dumps(header, ensure_ascii=False).encode(), "safetensors": tensors}
+    files = {f"{kind}.{media.extension}": media.data for kind, media in record.media.items()}
+    return {"json": json.dumps(header, ensure_ascii=False).encode(), "safetensors": tensors, **files}
 
 
 def tensor_bytes(conditioning: Mapping[str, Tensor]) -> bytes:
@@ -123,7 +132,7 @@ def _trim(value: Tensor) -> Tensor:
 
 
 def read_record(place: Place) -> PromptRecord:
-    """One record of a shard, checked against its hash.
+    """One record of a shard, checked against its hashes.
 
     Raises:
         ShardError: it is damaged; the message names file and record.
@@ -131,7 +140,7 @@ def read_record(place: Place) -> PromptRecord:
     with place.shard.open("rb") as stream:
         stream.seek(place.start)
         data = stream.read(place.stop - place.start)
-    key = data[:100].split(b"\0")[0].decode(errors="replace").removesuffix(".json") or f"at byte {place.start}"
+    key = data[:100].split(b"\0")[0].decode(errors="replace").split(".")[0] or f"at byte {place.start}"
     try:
         files = tar_file_expander([{"url": str(place.shard), "stream": io.BytesIO(data)}])
         (members,) = group_by_keys(files)
@@ -141,13 +150,24 @@ def read_record(place: Place) -> PromptRecord:
         raise damaged(place.shard, key, str(error)) from error
     if hashlib.sha256(tensors).hexdigest() != header["conditioning_sha256"]:
         raise damaged(place.shard, key, "its tensors do not match their sha256")
+    media = _media(members)
+    for kind in MEDIA:
+        found = hashlib.sha256(media[kind].data).hexdigest() if kind in media else None
+        if found != header.get(f"{kind}_sha256"):
+            raise damaged(place.shard, key, f"its {kind} does not match its sha256")
     return PromptRecord(
         id=header["id"],
         prompt=header["prompt"],
         split=header["split"],
         tags=tuple(header["tags"]),
         conditioning=safetensors.torch.load(tensors),
+        media=media,
     )
+
+
+def _media(members: Mapping[str, Any]) -> dict[str, Media]:
+    named = [(kind, extension) for kind, extensions in MEDIA.items() for extension in extensions]
+    return {kind: Media(ext, members[f"{kind}.{ext}"]) for kind, ext in named if f"{kind}.{ext}" in members}
 
 
 def parse_header(data: bytes) -> dict[str, Any]:
@@ -160,60 +180,6 @@ def parse_header(data: bytes) -> dict[str, Any]:
         if not isinstance(header.get(name), kind):
             raise ValueError(f"{name!r} of its JSON is {header.get(name)!r}, which is not of type {kind.__name__}")
     return header
-
-
-def scan_shard(path: Path, count: int, split_codes: Mapping[str, int]) -> ShardTable:
-    """Find every record of a tar file by its headers; of the contents only the JSON is read.
-
-    Args:
-        count: the number of records that it must hold.
-        split_codes: the integer to write for each split.
-
-    Raises:
-        ShardError: the file is damaged or holds anything but pairs of JSON and safetensors.
-    """
-    table, key = ShardTable(), "(the first)"
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for first, second in _pairs(path, tar):
-                key = _key(first)
-                header = parse_header(cast(IO[bytes], tar.extractfile(first)).read())
-                table.ids.append(header["id"])
-                table.splits.append(split_codes[header["split"]])
-                table.starts.append(first.offset)
-                table.stops.append(second.offset_data + -(-second.size // TAR_BLOCK) * TAR_BLOCK)
-    except KeyError as error:
-        raise damaged(path, key, f"its split {error} is not in index.json") from error
-    except (tarfile.TarError, json.JSONDecodeError, TypeError) as error:
-        raise damaged(path, key, f"in or after it: {error}") from error
-    if len(table.ids) != count:
-        raise damaged(path, key, f"the last of {len(table.ids)} that can be read; the index states {count}")
-    return table
-
-
-def _pairs(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo]]:
-    first: tarfile.TarInfo | None = None
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-        match = MEMBER.fullmatch(member.name)
-        if match is None or not member.isreg():
-            raise ShardError(
-                f"{path}: member {member.name!r} is refused: prompt shards hold regular files KEY.json and "
-                f"KEY.safetensors only, and nothing is ever unpickled; build the shards again"
-            )
-        if first is None and match["kind"] == "json":
-            first = member
-        elif first is not None and member.name == f"{_key(first)}.safetensors":
-            yield first, member
-            first = None
-        else:
-            raise damaged(path, match["key"], "KEY.json must come first and KEY.safetensors next")
-    if first is not None:
-        raise damaged(path, _key(first), "the file ends before its tensors")
-
-
-def _key(first: tarfile.TarInfo) -> str:
-    return first.name.removesuffix(".json")
 
 
 def damaged(path: Path, key: str, reason: str) -> ShardError:

@@ -8,11 +8,16 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from bpgo_video.data.images import decode_image, fit_image
 from bpgo_video.data.prior_files import PriorTable, attach_priors
 from bpgo_video.data.prompt_order import epoch_order, window
 from bpgo_video.data.prompt_records import PromptRecord, ShardError
 from bpgo_video.types import PromptBatch
+
+Size = tuple[int, int]  # height, width
 
 
 @runtime_checkable
@@ -22,6 +27,8 @@ class RecordSource(Protocol):
     directory: Path
 
     def rows(self, split: str | None) -> np.ndarray: ...
+
+    def has_images(self, split: str) -> bool: ...
 
     def record(self, row: int) -> PromptRecord: ...
 
@@ -34,7 +41,8 @@ class PromptStream:
     read epoch 0's order again and again, in which any two appearances are a whole split apart.
 
     Raises:
-        ShardError: no such split, or the split is smaller than the batch.
+        ShardError: no such split, the split is smaller than the batch, or `size` is given and only some of the prompts
+            have an image.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class PromptStream:
         batch_size: int,
         start: int = 0,
         priors: Iterable[PriorTable] = (),
+        size: Size | None = None,
     ) -> None:
         self._shards, self._rows, self._priors = shards, shards.rows(split), tuple(priors)
         if not 1 <= batch_size <= len(self._rows):
@@ -54,7 +63,9 @@ class PromptStream:
             )
         if start < 0:
             raise ValueError(f"the stream's position is {start}; it must be 0 or more")
-        self._seed, self._batch_size, self.position = seed, batch_size, start
+        if size is not None:
+            shards.has_images(split)  # a mixture ends the run here
+        self._seed, self._batch_size, self._size, self.position = seed, batch_size, size, start
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __iter__(self) -> PromptStream:
@@ -62,7 +73,7 @@ class PromptStream:
 
     def __next__(self) -> PromptBatch:
         records = [self._shards.record(self._row(self.position + i)) for i in range(self._batch_size)]
-        batch = as_batch(records)
+        batch = as_batch(records, self._size)
         if self._priors:
             batch = attach_priors(batch, self._priors)
         self.position += self._batch_size
@@ -78,12 +89,34 @@ class PromptStream:
         return int(self._rows[self._order[place]])
 
 
-def as_batch(records: Sequence[PromptRecord]) -> PromptBatch:
-    """Stack records of one directory into a batch, without priors."""
+def as_batch(records: Sequence[PromptRecord], size: Size | None = None) -> PromptBatch:
+    """Stack records of one directory into a batch, without priors.
+
+    Args:
+        size: height and width of the batch's images, where the records have images; None leaves them out.
+
+    Raises:
+        ShardError: `size` is given, and only some of the records have an image.
+        ImageError: an image does not decode.
+    """
     return PromptBatch(
         ids=torch.tensor([record.id for record in records], dtype=torch.int64),
         texts=tuple(record.prompt for record in records),
         conditioning={
             name: torch.stack([record.conditioning[name] for record in records]) for name in records[0].conditioning
         },
+        images=None if size is None else _images(records, size),
+    )
+
+
+def _images(records: Sequence[PromptRecord], size: Size) -> Float[Tensor, "prompts 3 height width"] | None:
+    having = [record for record in records if "image" in record.media]
+    if not having:
+        return None
+    if len(having) < len(records):
+        raise ShardError(
+            f"{len(having)} prompts have an image, {len(records) - len(having)} of the same batch have none"
+        )
+    return torch.stack(
+        [fit_image(decode_image(record.media["image"].data, f"prompt {record.prompt!r}"), *size) for record in having]
     )

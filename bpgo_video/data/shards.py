@@ -1,6 +1,6 @@
 """Where do prompts come from? webdataset shards, read in an order that (seed, epoch) fixes and a position resumes.
 
-    prompts-000000.tar ...   per prompt {key}.json {id, prompt, split, tags, conditioning_sha256} and {key}.safetensors
+    prompts-000000.tar ...   the records, see prompt_records.py
     negative.safetensors     the conditioning of the negative prompt
     priors/<reward>.json     what estimate_priors.py adds, see prior_files.py
     index.json               format_version, count, shards, splits, policy, conditioning, negative_prompt; written last
@@ -34,12 +34,12 @@ from bpgo_video.data.prompt_records import (
     damaged,
     layout_of,
     read_record,
-    scan_shard,
     tensor_bytes,
     to_layout,
     to_members,
 )
-from bpgo_video.data.prompt_stream import PromptStream
+from bpgo_video.data.prompt_stream import PromptStream, Size
+from bpgo_video.data.shard_scan import scan_shard
 from bpgo_video.types import Conditioning
 
 FORMAT_VERSION = 1
@@ -166,6 +166,21 @@ class PromptShards:
             raise ShardError(f"{self.directory} has no split {split!r}; it has {self.splits}")
         return np.flatnonzero(self._splits == list(self.splits).index(split))
 
+    def has_images(self, split: str) -> bool:
+        """Whether the prompts of a split have images: all, or none.
+
+        Raises:
+            ShardError: some have one and some have none.
+        """
+        rows = self.rows(split)
+        count = int(self._images[rows].sum())
+        if count not in (0, len(rows)):
+            raise ShardError(
+                f"{count} prompts of the split {split!r} of {self.directory} have an image, {len(rows) - count} have "
+                f"none; give all of them one, or put them into two splits"
+            )
+        return count > 0
+
     def record(self, row: int) -> PromptRecord:
         """Record `row`, read from its shard and checked against its hash; embeddings padded to the policy's length."""
         place = self._place(row)
@@ -178,10 +193,16 @@ class PromptShards:
         return (self.record(int(row)) for row in self.rows(split))
 
     def stream(
-        self, split: str, seed: int, batch_size: int, start: int = 0, priors: Iterable[PriorTable] = ()
+        self,
+        split: str,
+        seed: int,
+        batch_size: int,
+        start: int = 0,
+        priors: Iterable[PriorTable] = (),
+        size: Size | None = None,
     ) -> PromptStream:
-        """An endless stream of batches that starts after `start` prompts were consumed."""
-        return PromptStream(self, split, seed, batch_size, start, priors)
+        """An endless stream of batches that starts after `start` prompts were consumed; `size` as in `as_batch`."""
+        return PromptStream(self, split, seed, batch_size, start, priors, size)
 
     def verify(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> None:
         """Read every record against its hash and every file against the index.
@@ -221,7 +242,7 @@ class PromptShards:
         tables = [scan_shard(path, count, codes) for path, count in zip(self._shards, counts, strict=True)]
         join = {name: np.concatenate([getattr(t, name) for t in tables]) for name in vars(tables[0])}
         self._ids, self._splits = join["ids"], join["splits"]
-        self._starts, self._stops = join["starts"], join["stops"]
+        self._starts, self._stops, self._images = join["starts"], join["stops"], join["images"]
         self._first_rows = np.cumsum([0, *counts[:-1]])
         ids, occurrences = np.unique(self._ids, return_counts=True)
         if len(ids) < len(self._ids):
