@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from bpgo_video import engine
 from bpgo_video.config import Config, check_world
@@ -12,7 +11,7 @@ from bpgo_video.doctor import diagnose
 from bpgo_video.launch import launched
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
-from bpgo_video.session import build_session, cast, check_inputs
+from bpgo_video.session import build_session, check_inputs
 
 
 def examine_recipe(config: Config, mesh: Mesh, heartbeat: Heartbeat) -> bool:
@@ -20,12 +19,7 @@ def examine_recipe(config: Config, mesh: Mesh, heartbeat: Heartbeat) -> bool:
     mesh = make_mesh(mesh.device, config.parallel.sequence)
     ds_config, shards = check_inputs(config, mesh)
     session = build_session(config, mesh, ds_config, shards)
-    stream = shards.stream(
-        config.data.split, config.run.seed, config.rollout.prompts_per_step, priors=session.priors.values()
-    )
-    prompts = next(stream)
-    dtype = next(iter(session.prompts.negative.values())).dtype
-    prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
+    prompts, _ = next(session.batches())
     return diagnose(session, prompts, heartbeat)
 
 

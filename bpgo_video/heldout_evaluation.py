@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bpgo_video import engine
+from bpgo_video.conditioning import cast, conditioned
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.heldout import HeldoutScores, Scores, evaluate, stderr
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.session import cast, check_inputs, heldout_prompts, sampling_policy
+from bpgo_video.session import check_inputs, heldout_prompts, sampling_policy
 from bpgo_video.types import PromptBatch
 
 ALL = "all"
@@ -77,13 +78,13 @@ def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
         ConfigError, ShardError, FileNotFoundError, RewardError: state the value, the rule and the way out.
     """
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
-    prompts = heldout_prompts(config, shards)
-    assert prompts is not None  # `asked` saw to it that there are rewards
     tags = {record.id: record.tags for record in shards.records(config.evaluation.split)}
     suite = RewardSuite(config.evaluation.rewards, mesh.device, config.video.fps)
     dtype = engine.compute_dtype(ds_config)
     policy = sampling_policy(config, ds_config, mesh)
-    prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
+    prompts = heldout_prompts(config, shards, policy)
+    assert prompts is not None  # `asked` saw to it that there are rewards
+    prompts = conditioned(prompts, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
     negative = cast(shards.negative, dtype, mesh.device)
     return HeldoutEvaluation(
         config=config,

@@ -146,11 +146,6 @@ def prior_rules(prior: PriorConfig, bpgo: BPGOConfig) -> Iterator[str]:
             f"prior.kind is 'none' with bpgo.alpha = {bpgo.alpha}, bpgo.zeta = {bpgo.zeta}: BPGO needs "
             "an anchor; set prior.kind to 'reference' or 'constant', or alpha = zeta = 0 for plain GRPO"
         )
-    if prior.kind == "first_frame":
-        yield (
-            "prior.kind is 'first_frame', but prompts carry no conditioning image: shards hold texts and their "
-            "embeddings alone; set prior.kind to 'reference' or 'ema'"
-        )
 
 
 def advantage_rules(advantage: AdvantageConfig, group_size: int, objective: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video import engine
+from bpgo_video.conditioning import cast, conditioned, image_size
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import load_config
 from bpgo_video.data.fingerprint import fingerprint
@@ -21,7 +22,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
-from bpgo_video.session import cast, check_inputs, sampling_policy
+from bpgo_video.session import check_inputs, sampling_policy
 from bpgo_video.types import Conditioning, PromptBatch, Rewards
 
 PROMPTS_AT_ONCE = 64  # gathered and told together
@@ -51,8 +52,9 @@ def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts sam
     ids: list[int] = []
     with tqdm(total=len(rows), desc="priors", unit="prompt", disable=not mesh.is_main) as bar:
         for start in range(0, len(rows), PROMPTS_AT_ONCE):
-            batch = as_batch([shards.record(row) for row in rows[start : start + PROMPTS_AT_ONCE]])
-            batch = PromptBatch(batch.ids, batch.texts, cast(batch.conditioning, dtype))
+            records = [shards.record(row) for row in rows[start : start + PROMPTS_AT_ONCE]]
+            batch = as_batch(records, image_size(config, policy))
+            batch = conditioned(batch, policy, config, dtype, mesh, config.prior.samples)
             found.append(score_prompts(config, policy, batch, negative, suite, mesh))
             ids += batch.ids.tolist()
             bar.update(len(batch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from bpgo_video import engine as engines
 from bpgo_video.advantages import AdvantageSettings
 from bpgo_video.bpgo_settings import BPGOSettings
+from bpgo_video.conditioning import cast, check_images, conditioned, image_size
 from bpgo_video.config import Config
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
@@ -26,7 +27,7 @@ from bpgo_video.parallel.memory import fits_everywhere
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import check_heads, parallelise
 from bpgo_video.paths import resolve_folder
-from bpgo_video.policies import Policy, load_policy
+from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.priors import STORED
@@ -65,6 +66,30 @@ class Session:
     gathers_for_rollout: bool
     reference: Reference | None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer and what it is conditioned on."""
+        return next(iter(self.prompts.negative.values())).dtype
+
+    def batches(self, start: int = 0) -> Iterator[tuple[PromptBatch, int]]:
+        """The prompts of each step with all that the policy is conditioned on, and the position behind them.
+
+        Args:
+            start: how many prompts were consumed before.
+        """
+        config = self.config
+        stream = self.prompts.shards.stream(
+            config.data.split,
+            config.run.seed,
+            config.rollout.prompts_per_step,
+            start=start,
+            priors=self.priors.values(),
+            size=image_size(config, self.policy),
+        )
+        for prompts in stream:
+            ready = conditioned(prompts, self.policy, config, self.dtype, self.mesh, config.rollout.group_size)
+            yield ready, stream.position
+
     def rollout_weights(self) -> AbstractContextManager[None]:
         """Where videos are sampled: with all weights at hand, or with each block fetched for every step."""
         return self.engine.whole_weights() if self.gathers_for_rollout else nullcontext()
@@ -95,9 +120,10 @@ def read_inputs(config: Config, need_priors: bool) -> tuple[dict[str, Any], Prom
     stamp = encoder_stamp(folder, config.policy.max_sequence_length)
     shards = PromptShards(config.data.shards)
     shards.check_policy(stamp)
-    shards.rows(config.data.split)
-    if config.evaluation.rewards:
-        shards.rows(config.evaluation.split)
+    splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
+    for split in splits:
+        shards.rows(split)
+    check_images(config, family(folder).takes_images, shards, splits)
     if need_priors and reads_priors(config):
         require_priors(config.data.shards, config.rewards)
     return ds_config, shards
@@ -116,17 +142,14 @@ def identity(config: Config, ds_config: Mapping[str, Any], shards: PromptShards,
     return found
 
 
-def heldout_prompts(config: Config, shards: PromptShards) -> PromptBatch | None:
+def heldout_prompts(config: Config, shards: PromptShards, policy: Policy) -> PromptBatch | None:
     """The prompts of the held-out split, at most `evaluation.max_prompts`, evenly spread over it."""
     if not config.evaluation.rewards:
         return None
     rows = shards.rows(config.evaluation.split)
     count = min(len(rows), config.evaluation.max_prompts)
-    return as_batch([shards.record(int(rows[i * len(rows) // count])) for i in range(count)])
-
-
-def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    return {name: value.to(device=device, dtype=dtype) for name, value in conditioning.items()}
+    records = [shards.record(int(rows[i * len(rows) // count])) for i in range(count)]
+    return as_batch(records, image_size(config, policy))
 
 
 def sampling_policy(
@@ -134,7 +157,7 @@ def sampling_policy(
     ds_config: Mapping[str, Any],
     mesh: Mesh,
     build: Build = from_pretrained,
-    components: Collection[str] = (TRAINED, "vae"),
+    components: Collection[str] = (TRAINED, "vae", "image_encoder"),
 ) -> Policy:
     """The recipe's policy without its text encoder: embeddings come with the prompts.
 
@@ -217,9 +240,9 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
 
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config))
     policy.latent_shape(config.video)  # a size that the family cannot make ends the run here
-    heldout = heldout_prompts(config, shards)
+    heldout = heldout_prompts(config, shards, policy)
     if heldout is not None:
-        heldout = PromptBatch(heldout.ids, heldout.texts, cast(heldout.conditioning, dtype))
+        heldout = conditioned(heldout, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
     engine = build_engine(config, policy, ds_config, mesh)
     return Session(
         config=config,

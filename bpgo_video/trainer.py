@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from bpgo_video.rewards.suite import ScoredChunk
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.running_priors import RunningRewards, updated
-from bpgo_video.session import TRAINED, Session, build_session, cast, check_inputs
+from bpgo_video.session import TRAINED, Session, build_session, check_inputs
 from bpgo_video.stopping import Request, StopRequests
 from bpgo_video.timesteps import step_metrics, step_sums
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
@@ -107,7 +106,8 @@ def estimate_advantages(
     prior, suite = session.config.prior, session.suite
     running = {} if running is None else running
     by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
-    seen = Seen(prompts, suite.versions, by_name, running)
+    images = suite.score_images(prompts, session.mesh) if prior.kind == "first_frame" else {}
+    seen = Seen(prompts, suite.versions, by_name, running, {name: scores.cpu() for name, scores in images.items()})
     anchors = PRIORS[prior.kind](prior, seen) if session.learner.needs_prior else {}
     second = {name: scores.cpu() for name, scores in rewards.second.items()}
     advantages = bpgo_advantages(by_name, anchors, suite.weights, session.learner, session.advantages, second)
@@ -221,21 +221,13 @@ def run_steps(
         started: when the run began, on the clock of time.perf_counter, earlier launches counted in.
     """
     config = session.config
-    stream = session.prompts.shards.stream(
-        config.data.split,
-        config.run.seed,
-        config.rollout.prompts_per_step,
-        start=progress.position,
-        priors=session.priors.values(),
-    )
-    dtype = next(iter(session.prompts.negative.values())).dtype
+    batches = session.batches(progress.position)
     after = None
     with RunLog(run_dir, config.wandb, config.run.num_steps, progress.step, vars(config)) as log:
         for step in range(progress.step, config.run.num_steps):
-            prompts = next(stream)
-            prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
+            prompts, position = next(batches)
             record = train_step(session, prompts, step, heartbeat, progress.running_rewards)
-            advance(progress, record, stream.position, session)
+            advance(progress, record, position, session)
             last = step + 1 == config.run.num_steps
             every = config.evaluation.every
             if last or (every and (step + 1) % every == 0):

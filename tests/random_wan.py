@@ -5,9 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from bpgo_video.tiny import world
 
@@ -15,13 +28,20 @@ TEXT_TOKENS = 16
 LATENTS = (4, 3, 8, 8)  # of 9 frames of 64x64
 
 
-def random_wan(folder: Path, seed: int = 0) -> Path:
-    """Write the pipeline, deterministic in its seed; `folder`."""
+def random_wan(folder: Path, seed: int = 0, images: bool = False, image_encoder: bool = False) -> Path:
+    """Write the pipeline, deterministic in its seed; `folder`.
+
+    Args:
+        images: image-to-video, with the mask and the image's latents as further channels.
+        image_encoder: with a CLIP image encoder beside them, as in Wan 2.1.
+    """
+    own = {"in_channels": 4 + 4 + 4} if images else {"in_channels": 4}
+    own |= {"image_dim": 24, "added_kv_proj_dim": 32} if image_encoder else {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-            ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+            num_attention_heads=2, attention_head_dim=16, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32,
+            num_layers=2, rope_max_seq_len=32, **own,
         )  # fmt: skip
         for parameter in transformer.proj_out.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -34,8 +54,20 @@ def random_wan(folder: Path, seed: int = 0) -> Path:
         encoder = UMT5EncoderModel(
             UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         )
+        vision = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+                patch_size=8,
+            )
+        )  # fmt: skip
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    WanPipeline(tokenizer, encoder, vae, scheduler, transformer).save_pretrained(folder)
+    parts = (tokenizer, encoder, vae, scheduler)
+    if not images:
+        WanPipeline(*parts, transformer).save_pretrained(folder)
+        return folder
+    size = {"height": 16, "width": 16}
+    clip = (CLIPImageProcessor(size=size, crop_size=size), vision) if image_encoder else (None, None)
+    WanImageToVideoPipeline(*parts, *clip, transformer).save_pretrained(folder)
     return folder
 
 

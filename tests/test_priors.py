@@ -13,6 +13,7 @@ from bpgo_video.bpgo import BPGOSettings, bpgo_advantages
 from bpgo_video.config import ConfigError, RewardConfig
 from bpgo_video.data.prior_files import PriorTable
 from bpgo_video.learner_config import PriorConfig
+from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.priors import PRIORS, Seen
 from bpgo_video.rewards import FrameSampling, FrameScores
 from bpgo_video.rewards.suite import RewardSuite
@@ -154,7 +155,9 @@ class Darkness:
 def test_first_frame_is_what_the_image_earns_by_the_same_reward():
     suite = RewardSuite({"dark": RewardConfig(model="tests.test_priors:Darkness")}, torch.device("cpu"), fps=8.0)
     images = torch.stack([torch.full((3, 4, 4), 0.5), torch.full((3, 4, 4), 0.25)])
-    scored = suite.score_images(PromptBatch(torch.tensor([1, 2]), ("ab", "abcd"), {}, images=images))
+    scored = suite.score_images(
+        PromptBatch(torch.tensor([1, 2]), ("ab", "abcd"), {}, images=images), Mesh(0, 1, torch.device("cpu"))
+    )
     assert scored["dark"].tolist() == [-1.0, -1.0]  # oriented, and with each prompt's own text
     batch, rewards = prompts(1, 2), {"dark": FIRST}
     seen = Seen(batch, suite.versions, rewards, {}, scored)

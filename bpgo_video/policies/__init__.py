@@ -6,7 +6,8 @@ policy = load_policy("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", max_sequence_length=512
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from pathlib import Path
 
 import torch
 
@@ -14,11 +15,28 @@ from bpgo_video.config import ConfigError
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies.base import Build, Policy, from_pretrained, guided_velocity
 from bpgo_video.policies.wan import WanPolicy
+from bpgo_video.policies.wan_image import WanImagePolicy
 
-__all__ = ["FAMILIES", "Policy", "guided_velocity", "load_policy"]
+__all__ = ["FAMILIES", "Policy", "family", "guided_velocity", "load_policy"]
 
-FAMILIES: dict[str, Callable[..., Policy]] = {"WanPipeline": WanPolicy.load}
-COMPONENTS = ("transformer", "text_encoder", "vae")
+FAMILIES: dict[str, type[WanPolicy]] = {"WanPipeline": WanPolicy, "WanImageToVideoPipeline": WanImagePolicy}
+COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
+
+
+def family(path: Path) -> type[WanPolicy]:
+    """The class of a pipeline folder's policy.
+
+    Raises:
+        FileNotFoundError: no pipeline folder.
+        ConfigError: a family that is not known; the message names those that are.
+    """
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{path} holds no model_index.json; a policy is a diffusers pipeline folder")
+    name = json.loads(index.read_text()).get("_class_name")
+    if name not in FAMILIES:
+        raise ConfigError(f"{path} is a {name}; known families are {sorted(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def load_policy(
@@ -34,7 +52,7 @@ def load_policy(
 
     Args:
         folder: local folder, hub id, or `package:module/folder`.
-        components: which heavy parts to load; what is absent raises when it is asked for.
+        components: which heavy parts to load, where the folder has them; what is absent raises when it is asked for.
         dtype: of the transformer and the text encoder; the VAE stays in fp32, as Wan's authors run it.
         build: how the trained modules come into being: `from_pretrained`, or the engine's sharded construction.
 
@@ -43,13 +61,7 @@ def load_policy(
         ConfigError: a family that is not known; the message names those that are.
     """
     path = resolve_folder(folder)
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"{path} holds no model_index.json; a policy is a diffusers pipeline folder")
-    name = json.loads(index.read_text()).get("_class_name")
-    if name not in FAMILIES:
-        raise ConfigError(f"{path} is a {name}; known families are {sorted(FAMILIES)}")
     unknown = set(components) - set(COMPONENTS)
     if unknown:
         raise ValueError(f"components {sorted(unknown)} are unknown; they are among {COMPONENTS}")
-    return FAMILIES[name](path, max_sequence_length, frozenset(components), dtype, torch.device(device), build)
+    return family(path).load(path, max_sequence_length, frozenset(components), dtype, torch.device(device), build)

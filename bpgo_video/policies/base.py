@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpgo_video.config import VideoConfig
@@ -40,15 +41,23 @@ class Policy(Protocol):
         transformers: the trained modules by their name in the pipeline; training puts the engine in their place.
         block_classes: the repeated blocks: ZeRO-3 fetches each as one unit, checkpointing recomputes each.
         max_sequence_length: text tokens; part of the policy's identity where padding is not masked.
+        takes_images: its videos continue an image (image-to-video).
     """
 
     folder: Path
     transformers: Trained
     block_classes: tuple[type[nn.Module], ...]
     max_sequence_length: int
+    takes_images: bool
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of prompts, axis 0 over prompts; needs the text encoder."""
+        ...
+
+    def image_conditioning(
+        self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
+    ) -> dict[str, Tensor]:
+        """What images in [0, 1] add to the conditioning, axis 0 over prompts; for policies that take images."""
         ...
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
@@ -73,11 +82,13 @@ def guided_velocity(
 ) -> Velocity:
     """v = v_negative + scale (v_prompt - v_negative): classifier-free guidance (arXiv 2207.12598).
 
-    Both halves go through the transformer as one batch, so that ZeRO-3 gathers its parameters once. At scale 1 there is
-    no second half.
+    What `negative` lacks is the sample's own: an image is kept, whatever the text. Both halves go through the
+    transformer as one batch, so that ZeRO-3 gathers its parameters once. At scale 1 there is no second half.
     """
     if scale == 1.0:
         return policy.velocity(latents, sigma, conditioning)
-    both = {name: torch.cat([value, negative[name].expand_as(value)]) for name, value in conditioning.items()}
+    both = {
+        name: torch.cat([value, negative.get(name, value).expand_as(value)]) for name, value in conditioning.items()
+    }
     prompted, unprompted = policy.velocity(torch.cat([latents, latents]), sigma, both).chunk(2)
     return unprompted + scale * (prompted - unprompted)

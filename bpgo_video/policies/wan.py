@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
@@ -22,6 +24,8 @@ class WanPolicy:
     """Wan's pipeline parts; text encoder and VAE may be absent where embeddings or latents are all that is needed."""
 
     block_classes: tuple[type[nn.Module], ...] = (WanTransformerBlock,)
+    pipeline_class: type[Any] = WanPipeline
+    takes_images = False
 
     def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
         self.folder = folder
@@ -42,15 +46,36 @@ class WanPolicy:
         build: Build,
     ) -> WanPolicy:
         """The parts of the folder named in `components`; see `load_policy`."""
-        encoder, vae, transformer = None, None, None
+        cls.refuse_later_versions(folder)
+        parts: dict[str, nn.Module | None] = dict.fromkeys(("text_encoder", "vae", "transformer"))
         if "text_encoder" in components:
-            encoder = frozen(UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype), device)
+            parts["text_encoder"] = frozen(
+                UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype), device
+            )
         if "vae" in components:
-            vae = frozen(AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32), device)
+            parts["vae"] = frozen(AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32), device)
         if "transformer" in components:
-            transformer = build(WanTransformer3DModel, folder / "transformer", dtype).to(device)
-        pipeline = WanPipeline.from_pretrained(folder, transformer=transformer, text_encoder=encoder, vae=vae)
-        return cls(folder, pipeline, max_sequence_length)
+            parts["transformer"] = build(WanTransformer3DModel, folder / "transformer", dtype).to(device)
+        if cls.takes_images:
+            parts["image_encoder"] = cls.image_encoder(folder, dtype, device) if "image_encoder" in components else None
+        return cls(folder, cls.pipeline_class.from_pretrained(folder, **parts), max_sequence_length)
+
+    @staticmethod
+    def refuse_later_versions(folder: Path) -> None:
+        """Wan 2.2's pipelines bear the same class names, and differ in how they denoise.
+
+        Raises:
+            ConfigError: two transformers, or a noise level for each token.
+        """
+        index = json.loads((folder / "model_index.json").read_text())
+        for key in ("boundary_ratio", "expand_timesteps"):
+            if index.get(key):
+                raise ConfigError(f"{folder} sets {key} (Wan 2.2), which this family does not do; Wan 2.1 works")
+
+    @classmethod
+    def image_encoder(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module | None:
+        """The encoder of conditioning images, where the folder has one."""
+        return None
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -70,7 +95,7 @@ class WanPolicy:
         for name, size, patch in (("height", video.height, patch_height), ("width", video.width, patch_width)):
             if size % (spatial * patch):
                 raise ConfigError(f"video.{name} is {size}; this policy needs a multiple of {spatial * patch}")
-        channels = self.transformer_config["in_channels"]
+        channels = self.vae_config["z_dim"]
         frames = (video.num_frames - 1) // temporal + 1
         return channels, frames, video.height // spatial, video.width // spatial
 
@@ -84,18 +109,32 @@ class WanPolicy:
         dtype = conditioning["prompt_embeds"].dtype
         timestep = (sigma * self.pipeline.scheduler.config.num_train_timesteps).expand(latents.shape[0])
         prediction = transformer(
-            hidden_states=latents.to(dtype),
+            hidden_states=self.transformer_input(latents, conditioning).to(dtype),
             timestep=timestep,
             encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_hidden_states_image=conditioning.get("image_embeds"),
             return_dict=False,
         )[0]
         return prediction.float()
 
+    def transformer_input(self, latents: Latents, conditioning: Conditioning) -> Tensor:
+        """What enters the first layer: here the noisy latents alone."""
+        return latents
+
+    def image_conditioning(
+        self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
+    ) -> dict[str, Tensor]:
+        raise TypeError(f"{type(self).__name__} makes videos of texts alone")
+
+    def latent_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents, by channel: the policy's latents have 0 and 1."""
+        config = self.vae_config
+        mean, std = (torch.tensor(config[f"latents_{name}"], device=device) for name in ("mean", "std"))
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
     @torch.no_grad()
     def decode(self, latents: Latents) -> Videos:
         vae = self.pipeline.vae
-        shape = (1, -1, 1, 1, 1)
-        mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(shape)
-        std = torch.tensor(vae.config.latents_std, device=latents.device).view(shape)
+        mean, std = self.latent_statistics(latents.device)
         pixels = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)

@@ -131,14 +131,18 @@ class RewardSuite:
         return ScoredChunk(rows, chunk.sample_index, first, second)
 
     @torch.no_grad()
-    def score_images(self, prompts: PromptBatch) -> dict[str, Float[Tensor, "prompts"]]:
-        """What a video of one frame, each prompt's conditioning image, would earn, by reward name."""
+    def score_images(self, prompts: PromptBatch, mesh: Mesh) -> dict[str, Float[Tensor, "prompts"]]:
+        """What a video of one frame, each prompt's conditioning image, would earn, by reward name; gathered."""
         if prompts.images is None:
             return {}
-        clips = Clips(prompts.images[:, None], self.fps, prompts.texts, prompts.images)
-        return {
-            name: reward.aggregate(_score(name, reward.model, clips).values) for name, reward in self.rewards.items()
-        }
+        rows = [row for (row,) in mesh.share(len(prompts), 1)]
+        images = prompts.images[rows].to(mesh.device)
+        clips = Clips(images[:, None], self.fps, tuple(prompts.texts[row] for row in rows), images)
+        found = {}
+        for name, reward in self.rewards.items():
+            scores = reward.aggregate(_score(name, reward.model, clips).values)
+            found[name] = mesh.gather(scores.to(mesh.device), rows, len(prompts))
+        return found
 
     def gather(self, chunks: Sequence[ScoredChunk], prompts: PromptBatch, group_size: int, mesh: Mesh) -> Rewards:
         """All ranks' scores as prompts x group, the same on every rank.
