@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bpgo_video.advantages import (
@@ -54,6 +54,19 @@ GRPO_ADVANTAGES = AdvantageSettings()
 
 
 @dataclass(frozen=True)
+class LossAdvantages:
+    """A, A~ and w of each row of a loss: a sample, or a latent frame of one."""
+
+    advantage: Float[Tensor, "rows"]
+    contrastive: Float[Tensor, "rows"] | None
+    trust: Float[Tensor, "rows"]
+
+    def to(self, device: torch.device) -> LossAdvantages:
+        contrastive = None if self.contrastive is None else self.contrastive.to(device)
+        return LossAdvantages(self.advantage.to(device), contrastive, self.trust.to(device))
+
+
+@dataclass(frozen=True)
 class GroupAdvantages:
     """What the loss needs of a step's rewards: w surr(ratio, advantage) + zeta surr(ratio, contrastive).
 
@@ -63,12 +76,14 @@ class GroupAdvantages:
             0. With ras_on_crt it holds w A~ (w > 0 commutes with the surrogate).
         trust: w.
         metrics: of this batch, detached; see bpgo_metrics.py.
+        by_frame: what each latent frame adds to A, with mean 0 over them (credit.py); None credits videos as a whole.
     """
 
     advantage: Float[Tensor, "prompts group"]
     contrastive: Float[Tensor, "prompts group"] | None
     trust: Float[Tensor, "prompts"]
     metrics: Mapping[str, Tensor]
+    by_frame: Float[Tensor, "prompts group latent_frames"] | None = None
 
     def total(self, zeta: float) -> Float[Tensor, "prompts group"]:
         """w A + zeta A~: what the loss's gradient is proportional to at ratio 1."""
@@ -83,8 +98,24 @@ class GroupAdvantages:
 
     def times(self, factor: float | Float[Tensor, "..."]) -> GroupAdvantages:
         """Both surrogates' advantages times a factor: one number, or one a sample."""
+        factor = torch.as_tensor(factor, dtype=self.advantage.dtype)
         contrastive = None if self.contrastive is None else factor * self.contrastive
-        return replace(self, advantage=factor * self.advantage, contrastive=contrastive)
+        by_frame = None if self.by_frame is None else factor[..., None] * self.by_frame
+        return replace(self, advantage=factor * self.advantage, contrastive=contrastive, by_frame=by_frame)
+
+    def of(self, rows: Int[Tensor, "samples"], samples: Int[Tensor, "samples"]) -> LossAdvantages:
+        """A, A~ and w of single samples, or of their latent frames where those are credited (frames innermost)."""
+        advantage, trust = self.advantage[rows, samples], self.trust[rows]
+        contrastive = None if self.contrastive is None else self.contrastive[rows, samples]
+        if self.by_frame is None:
+            return LossAdvantages(advantage, contrastive, trust)
+        credited = advantage[:, None] + self.by_frame[rows, samples]
+
+        def of_each_frame(values: Tensor) -> Tensor:
+            return values[:, None].expand_as(credited).flatten()
+
+        contrastive = None if contrastive is None else of_each_frame(contrastive)
+        return LossAdvantages(credited.flatten(), contrastive, of_each_frame(trust))
 
 
 Transform = Callable[[Tensor, Tensor, float | None, BPGOSettings], Tensor]
@@ -101,6 +132,7 @@ def bpgo_advantages(
     settings: BPGOSettings,
     advantage_settings: AdvantageSettings = GRPO_ADVANTAGES,
     second: Mapping[str, Float[Tensor, "prompts group"]] | None = None,
+    by_frame: Float[Tensor, "prompts group latent_frames"] | None = None,
 ) -> GroupAdvantages:
     """A, A~ and w of one step's groups; with alpha = zeta = 0 exactly A of GRPO, None and 1.
 
@@ -111,6 +143,7 @@ def bpgo_advantages(
         anchors: by reward name; needed where settings.needs_prior says so.
         weights: by reward name, not negative.
         second: the same videos scored again, by reward name; what trust "reliability" needs.
+        by_frame: what each latent frame adds to A; it takes part in everything but the clip.
 
     Raises:
         ValueError: names the reward that is not finite, has no anchor or one of scale 0, no second scores, or a
@@ -125,6 +158,7 @@ def bpgo_advantages(
         _check_second(rewards_by_name, second)
     agreement = {name: torch.stack([rewards_by_name[name], scores], dim=2) for name, scores in second.items()}
     found, inversions = _surrogates(rewards_by_name, anchors, weights, settings, advantage_settings, agreement)
+    found = replace(found, by_frame=by_frame)
     if advantage_settings.best_of is not None:
         found = found.times(best_and_worst(found.advantage, advantage_settings.best_of).to(found.advantage.dtype))
     grpo = found.advantage

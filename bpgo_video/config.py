@@ -17,6 +17,7 @@ from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Un
 from bpgo_video.learner_config import (
     AdvantageConfig,
     BPGOConfig,
+    CreditConfig,
     PriorConfig,
     RewardConfig,
     aggregate_rules,
@@ -220,6 +221,7 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     prior: PriorConfig = PriorConfig()
     advantage: AdvantageConfig = AdvantageConfig()
+    credit: CreditConfig = CreditConfig()
     bpgo: BPGOConfig = BPGOConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -253,6 +255,7 @@ def check(config: Config) -> None:
     for message in broken_rules(
         config.prior,
         config.advantage,
+        config.credit,
         config.bpgo,
         config.rewards,
         prompts_per_step=rollout.prompts_per_step,

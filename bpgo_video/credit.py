@@ -1,4 +1,4 @@
-"""Which part of a video earned its advantage? A video's advantage spread over its latent frames.
+"""Which part of a video earned its advantage? What each latent frame adds to the video's advantage.
 
 A reward that scores frames knows more than the mean that becomes the video's score. Segment credit keeps the video's
 advantage as the mean over latent frames and moves it towards those in which the sample beats its group. It is beyond
@@ -7,6 +7,10 @@ the paper.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,42 +18,70 @@ from torch import Tensor
 from bpgo_video.advantages import group_relative
 
 
-def segment_advantages(
-    advantage: Float[Tensor, "prompts group"],
-    frame_scores: Float[Tensor, "prompts group frames"],
-    stride: int,
-    gamma: float,
-) -> Float[Tensor, "prompts group latent_frames"]:
-    """A_{i,f} = A_i + gamma (z_{i,f} - mean_f z_i), so that mean_f A_{i,f} = A_i.
-
-    z_{i,f} is the score of latent frame f, standardised over the group; see `latent_frame_scores`. A video whose latent
-    frames all stand alike within their group has A_i everywhere.
-
-    Args:
-        frame_scores: of every pixel frame, higher is better.
-        stride: pixel frames to a latent frame after the first; 4 for Wan's VAE.
-        gamma: how much of a frame's own standing counts; at 0 every latent frame has A_i.
+@dataclass(frozen=True)
+class FrameLayout:
+    """How a causal VAE lays a video's frames onto latent frames: the first by itself, then `stride` to each.
 
     Raises:
-        ValueError: names a gamma below 0, or a number of frames that is not 1 more than a multiple of the stride.
+        ValueError: num_frames is not 1 more than a multiple of the stride.
     """
-    if not gamma >= 0:
-        raise ValueError(f"gamma={gamma}: must be at least 0; below, frames would be blamed for what they did well")
-    scores = latent_frame_scores(frame_scores, stride)
-    z = torch.stack([group_relative(of_frame) for of_frame in scores.unbind(dim=2)], dim=2)
-    return advantage[:, :, None] + gamma * (z - z.mean(dim=2, keepdim=True))
+
+    num_frames: int
+    fps: float
+    stride: int
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or (self.num_frames - 1) % self.stride:
+            raise ValueError(
+                f"{self.num_frames} frames at a temporal stride of {self.stride}: a causal VAE has 1 + n * stride"
+            )
+
+    def weights(self, times: Float[Tensor, "scored"]) -> Float[Tensor, "scored latent_frames"]:
+        """How much the score at each time counts in each latent frame, columns adding up to 1.
+
+        Scores are interpolated linearly to all frames, held before the first and behind the last, and averaged over the
+        frames of each latent frame.
+        """
+        frames = np.arange(self.num_frames) / self.fps
+        at_frames = np.stack([np.interp(frames, times.cpu().numpy(), basis) for basis in np.eye(len(times))])
+        rest = at_frames[:, 1:].reshape(len(times), -1, self.stride).mean(axis=2)
+        return torch.from_numpy(np.concatenate([at_frames[:, :1], rest], axis=1))
 
 
-def latent_frame_scores(
-    frame_scores: Float[Tensor, "prompts group frames"], stride: int
+def frame_credit(
+    frame_scores: Float[Tensor, "prompts group scored"], times: Float[Tensor, "scored"], layout: FrameLayout
 ) -> Float[Tensor, "prompts group latent_frames"]:
-    """Means over the pixel frames behind each latent frame of a causal VAE: 1, then `stride` each."""
-    frames = frame_scores.shape[2]
-    if stride < 1 or (frames - 1) % stride:
+    """z_{i,f} - mean_f z_i, z_{i,f} the score of latent frame f standardised over the group."""
+    scores = frame_scores.double() @ layout.weights(times).to(frame_scores.device)
+    z = torch.stack([group_relative(of_frame) for of_frame in scores.unbind(dim=2)], dim=2)
+    return z - z.mean(dim=2, keepdim=True)
+
+
+def segment_credit(
+    per_frame: Mapping[str, Float[Tensor, "prompts group _"]],
+    times: Mapping[str, Float[Tensor, "_"] | None],
+    weights: Mapping[str, float],
+    layout: FrameLayout,
+    gamma: float,
+) -> Float[Tensor, "prompts group latent_frames"]:
+    """sum_r weight_r gamma (z_{r,i,f} - mean_f z_{r,i}): added to A_i = sum_r weight_r A_{r,i}, whose mean it keeps.
+
+    Rewards that score videos as a whole say nothing of their frames and add nothing.
+
+    Args:
+        gamma: how much of a frame's own standing counts, at least 0.
+
+    Raises:
+        ValueError: no reward of weight above 0 scores frames.
+    """
+    found = [
+        weights[name] * frame_credit(per_frame[name], of_reward, layout)
+        for name, of_reward in times.items()
+        if of_reward is not None and weights[name] > 0
+    ]
+    if not found:
         raise ValueError(
-            f"{frames} frame scores at a temporal stride of {stride}: a causal VAE has 1 + n * stride frames; score "
-            "every frame of the video"
+            f"credit.kind is 'segment', but {sorted(times)} score videos as a whole; set it to 'video', or train on a "
+            "reward that scores frames"
         )
-    prompts, group, _ = frame_scores.shape
-    rest = frame_scores[:, :, 1:].reshape(prompts, group, (frames - 1) // stride, stride)
-    return torch.cat([frame_scores[:, :, :1], rest.mean(dim=3)], dim=2)
+    return (gamma * torch.stack(found).sum(dim=0)).float()

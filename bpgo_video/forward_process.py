@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.bpgo import GroupAdvantages
+from bpgo_video.bpgo import GroupAdvantages, LossAdvantages
 from bpgo_video.losses import Move, TrustRegion, bpgo_loss, ratio_metrics
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.replay import Setting
@@ -51,15 +51,6 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class SampleAdvantages:
-    """A, A~ and w of the samples of a micro-batch."""
-
-    advantage: Float[Tensor, "samples"]
-    contrastive: Float[Tensor, "samples"] | None
-    trust: Float[Tensor, "samples"]
-
-
-@dataclass(frozen=True)
 class MatchingSettings:
     """Of both objectives: zeta of BPGO and the trust region; of nft: beta, and the advantage that counts as certain."""
 
@@ -77,13 +68,13 @@ def nft_error(pair: Pair, advantage: Float[Tensor, "samples"], settings: Matchin
     return optimality * better + (1 - optimality) * worse
 
 
-def awm_loss(pair: Pair, advantages: SampleAdvantages, settings: MatchingSettings) -> Loss:
+def awm_loss(pair: Pair, advantages: LossAdvantages, settings: MatchingSettings) -> Loss:
     """The clipped surrogate with the matching error in place of the log-prob."""
     own = advantages
     return bpgo_loss(pair.move, own.advantage, own.contrastive, own.trust, settings.zeta, settings.region)
 
 
-def nft_loss(pair: Pair, advantages: SampleAdvantages, settings: MatchingSettings) -> Loss:
+def nft_loss(pair: Pair, advantages: LossAdvantages, settings: MatchingSettings) -> Loss:
     """w nft(A) + zeta nft(A~); the metrics are those of the matching error's ratio, which nothing clips."""
 
     def error(advantage: Tensor) -> Tensor:
@@ -95,7 +86,7 @@ def nft_loss(pair: Pair, advantages: SampleAdvantages, settings: MatchingSetting
     return Loss(loss.mean(), ratio_metrics(pair.move, advantages.advantage, settings.region))
 
 
-MATCHING_LOSSES: dict[str, Callable[[Pair, SampleAdvantages, MatchingSettings], Loss]] = {
+MATCHING_LOSSES: dict[str, Callable[[Pair, LossAdvantages, MatchingSettings], Loss]] = {
     "awm": awm_loss,
     "nft": nft_loss,
 }
@@ -131,12 +122,7 @@ class ForwardProcess:
         velocity, target = self._velocity(trajectory, index)
         old = self.recorded.get((id(trajectory), index), velocity.detach())
         rows, samples, device = trajectory.prompt_rows, trajectory.sample_index, velocity.device
-        contrastive = self.advantages.contrastive
-        own = SampleAdvantages(
-            self.advantages.advantage[rows, samples].to(device),
-            None if contrastive is None else contrastive[rows, samples].to(device),
-            self.advantages.trust[rows].to(device),
-        )
+        own = self.advantages.of(rows, samples).to(device)
         return MATCHING_LOSSES[self.kind](Pair(velocity, old, target), own, self.settings)
 
     def _velocity(self, trajectory: Trajectory, index: int) -> tuple[Velocity, Velocity]:

@@ -63,6 +63,17 @@ class AdvantageConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class CreditConfig:
+    """Which part of a video its advantage goes to."""
+
+    kind: Literal["video", "segment"] = "video"
+    """`segment` gives each latent frame a ratio and an advantage of its own: more to those in which the sample beats
+    its group, with the video's advantage as their mean. It needs a reward that scores frames."""
+    gamma: NonNegative = 0.5
+    """`segment`: how much of a frame's own standing counts; at 0 every latent frame has the video's advantage."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class BPGOConfig:
     """The learner of arXiv 2511.18919; alpha = zeta = 0 is GRPO."""
 
@@ -108,6 +119,7 @@ class BPGOConfig:
 def broken_rules(
     prior: PriorConfig,
     advantage: AdvantageConfig,
+    credit: CreditConfig,
     bpgo: BPGOConfig,
     rewards: Mapping[str, RewardConfig],
     *,
@@ -120,6 +132,8 @@ def broken_rules(
     yield from prior_rules(prior, bpgo)
     yield from advantage_rules(advantage, group_size, objective)
     yield from weighing_rules(advantage, bpgo)
+    if credit.kind == "segment":
+        yield from segment_rules(advantage, objective)
 
 
 def trust_rules(bpgo: BPGOConfig, rewards: Mapping[str, RewardConfig], prompts_per_step: int) -> Iterator[str]:
@@ -186,6 +200,20 @@ def weighing_rules(advantage: AdvantageConfig, bpgo: BPGOConfig) -> Iterator[str
         yield (
             f"advantage.drop_zero_std is true with bpgo.alpha = {bpgo.alpha}: leaving groups out rescales the others, "
             "a step size of each batch that cannot be told from the trust; set one of them to false or 0"
+        )
+
+
+def segment_rules(advantage: AdvantageConfig, objective: str) -> Iterator[str]:
+    """Credit by frames needs a log-prob of frames, and advantages of a fixed size beside it."""
+    if objective != "policy_gradient":
+        yield (
+            f"credit.kind is 'segment' with loss.objective = {objective!r}, which takes no log-prob of frames; set "
+            "credit.kind to 'video', or the objective to 'policy_gradient'"
+        )
+    if advantage.combine == "gdpo":
+        yield (
+            "credit.kind is 'segment' with advantage.combine = 'gdpo', which rescales the sum over rewards by the "
+            "batch, so that gamma has no fixed size beside it; set combine to 'weighted_sum', or credit.kind to 'video'"
         )
 
 

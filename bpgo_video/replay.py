@@ -105,16 +105,16 @@ class Replay:
 
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
         rows, samples, device = trajectory.prompt_rows, trajectory.sample_index, trajectory.latents.device
-        contrastive, advantages = self.advantages.contrastive, self.advantages
+        own = self.advantages.of(rows, samples).to(device)
         # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
         latents = trajectory.latents[:, index].detach().requires_grad_()
         conditioning = rows_of(self.prompts.conditioning, rows, device)
         velocity = self.denoiser.velocity(latents, index, conditioning, self.negative)
         loss = bpgo_loss(
             move=self._move(trajectory, index, self.denoiser.transition_of(velocity, latents, index)),
-            advantage=advantages.advantage[rows, samples].to(device),
-            contrastive=None if contrastive is None else contrastive[rows, samples].to(device),
-            trust=advantages.trust[rows].to(device),
+            advantage=own.advantage,
+            contrastive=own.contrastive,
+            trust=own.trust,
             zeta=self.zeta,
             region=self.region,
         )
@@ -129,12 +129,17 @@ class Replay:
 
     @staticmethod
     def _move(trajectory: Trajectory, index: int, transition: sde.Transition) -> Move:
-        """How far the policy has moved on step `index` since the rollout."""
-        log_ratio = transition.log_prob(trajectory.latents[:, index + 1]) - trajectory.log_probs[:, index]
+        """How far the policy has moved on step `index` since the rollout, a row per sample or credited frame."""
+        reached, by_frame = trajectory.latents[:, index + 1], trajectory.frame_log_probs
+        if by_frame is None:
+            log_ratio = transition.log_prob(reached) - trajectory.log_probs[:, index]
+        else:
+            log_ratio = (transition.frame_log_prob(reached) - by_frame[:, index]).flatten()
         if trajectory.means is None:
             return Move(log_ratio)
-        change = transition.mean - trajectory.means[:, trajectory.trained_steps.index(index)]
-        divergence = (change / transition.std).square().flatten(1).mean(dim=1) / 2
+        change = (transition.mean - trajectory.means[:, trajectory.trained_steps.index(index)]) / transition.std
+        over = (1, 2, 3, 4) if by_frame is None else (1, 3, 4)
+        divergence = change.square().mean(dim=over).flatten() / 2
         return Move(log_ratio, divergence, transition.std.to(log_ratio))
 
 

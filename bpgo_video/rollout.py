@@ -35,6 +35,7 @@ class Denoiser:
         latents_dtype: latents are rounded to it after each step, before a log-prob is taken.
         records_means: keep the mean of each stochastic transition, for trust regions that compare it.
         records_path: keep the latents of every noise level, not of the last alone.
+        records_frames: keep the log-probs of each latent frame, for credit by frames.
     """
 
     policy: Policy
@@ -46,6 +47,7 @@ class Denoiser:
     solver: str = "euler"
     records_means: bool = False
     records_path: bool = True
+    records_frames: bool = False
 
     @cached_property
     def steps(self) -> list[sde.Step]:
@@ -83,12 +85,15 @@ class Denoiser:
         """
         points, means, steps = [latents.to(self.latents_dtype)], [], self.steps
         log_probs = torch.full((latents.shape[0], len(steps)), torch.nan, device=latents.device)
+        by_frame = log_probs[:, :, None].repeat(1, 1, latents.shape[2]) if self.records_frames else None
         before: sde.Slope | None = None  # of the step before, where that one followed the ODE too
         for index, step in enumerate(steps):
             if index in trained_steps:
                 transition = self.transition(points[-1], index, conditioning, negative)
                 points.append(transition.sample(noise_of(index)).to(self.latents_dtype))
                 log_probs[:, index] = transition.log_prob(points[-1])
+                if by_frame is not None:
+                    by_frame[:, index] = transition.frame_log_prob(points[-1])
                 means += [transition.mean] if self.records_means else []
                 before = None
                 continue
@@ -96,16 +101,17 @@ class Denoiser:
             points.append(sde.SOLVERS[self.solver](slope, before, points[-1].float()).to(self.latents_dtype))
             before = slope
         kept = points if self.records_path else points[-1:]
-        return Path(torch.stack(kept, dim=1), log_probs, torch.stack(means, dim=1) if means else None)
+        return Path(torch.stack(kept, dim=1), log_probs, torch.stack(means, dim=1) if means else None, by_frame)
 
 
 @dataclass(frozen=True)
 class Path:
-    """Latents at every noise level (or the last), log-probs of the stochastic steps (nan elsewhere), their means."""
+    """Latents at every noise level (or the last); of the stochastic steps log-probs (nan elsewhere) and their means."""
 
     latents: Float[Tensor, "samples points channels latent_frames latent_height latent_width"]
     log_probs: Float[Tensor, "samples steps"]
     means: Float[Tensor, "samples trained channels latent_frames latent_height latent_width"] | None
+    frame_log_probs: Float[Tensor, "samples steps latent_frames"] | None = None
 
 
 def training_denoiser(policy: Policy, config: Config) -> Denoiser:
@@ -121,6 +127,7 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
         solver=sampler.solver,
         records_means=trust_region(config).needs_means,
         records_path=config.loss.objective == "policy_gradient",
+        records_frames=config.credit.kind == "segment",
     )
 
 
@@ -196,7 +203,8 @@ def sample_chunks(
             start = noise_of("start", [(prompt, 0) for prompt, _ in owners]) if same_start else noise_of("start")
             chosen = trained_steps(owners[0][0])
             path = denoiser.denoise(start, conditioning, negative, noise_of, chosen)
-            trajectories.append(Trajectory(rows, samples, chosen, path.latents, path.log_probs, path.means))
+            recorded = (path.latents, path.log_probs, path.means, path.frame_log_probs)
+            trajectories.append(Trajectory(rows, samples, chosen, *recorded))
         yield _decoded(denoiser.policy, tuple(trajectories), mesh)
 
 

@@ -66,14 +66,20 @@ class Transition:
 
         The mean over dimensions, not the sum, is what the field's clip ranges (1e-5 to 1e-3) are made for.
         """
+        return self._log_density(next_latents).flatten(1).mean(dim=1)
+
+    def frame_log_prob(self, next_latents: Latents) -> Float[Tensor, "samples latent_frames"]:
+        """`log_prob` of each latent frame: the mean over its dimensions."""
+        return self._log_density(next_latents).mean(dim=(1, 3, 4))
+
+    def _log_density(self, next_latents: Latents) -> Latents:
         if self.is_deterministic:
             raise ValueError(
                 "std = 0: a deterministic transition has no density; train stochastic steps only "
                 "(eta > 0, not the last step, not the ode sampler)"
             )
         error = (next_latents.to(self.mean.dtype) - self.mean) / self.std
-        log_density = -0.5 * error.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
-        return log_density.flatten(1).mean(dim=1)
+        return -0.5 * error.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
 
 
 Sampler = Callable[[Velocity, Latents, Step, float], Transition]

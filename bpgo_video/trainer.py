@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from bpgo_video import checkpoint, engine
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
 from bpgo_video.config import Config, check_world
 from bpgo_video.config_io import load_config
+from bpgo_video.credit import FrameLayout, segment_credit
 from bpgo_video.export import export_pipeline
 from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.launch import launched
@@ -110,10 +113,23 @@ def estimate_advantages(
     seen = Seen(prompts, suite.versions, by_name, running, {name: scores.cpu() for name, scores in images.items()})
     anchors = PRIORS[prior.kind](prior, seen) if session.learner.needs_prior else {}
     second = {name: scores.cpu() for name, scores in rewards.second.items()}
-    advantages = bpgo_advantages(by_name, anchors, suite.weights, session.learner, session.advantages, second)
+    by_frame = credit_by_frame(session, rewards)
+    advantages = bpgo_advantages(by_name, anchors, suite.weights, session.learner, session.advantages, second, by_frame)
     if prior.kind in RUNNING:
         running |= updated(running, prompts.ids.tolist(), by_name, prior.decay, prior.scale)
     return advantages
+
+
+def credit_by_frame(session: Session, rewards: Rewards) -> Float[Tensor, "prompts group latent_frames"] | None:
+    """What each latent frame adds to its video's advantage, where frames are credited."""
+    credit, video = session.config.credit, session.config.video
+    if credit.kind == "video":
+        return None
+    later_latents = session.policy.latent_shape(video)[1] - 1
+    stride = (video.num_frames - 1) // later_latents if later_latents else 1
+    per_frame = {name: scores.cpu() for name, scores in rewards.per_frame.items()}
+    layout = FrameLayout(video.num_frames, video.fps, stride)
+    return segment_credit(per_frame, rewards.frame_times, session.suite.weights, layout, credit.gamma)
 
 
 def train_step(

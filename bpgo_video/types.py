@@ -75,6 +75,7 @@ class Trajectory:
         latents: the path from noise to data, stored in the sampler's declared dtype.
         log_probs: of each transition, mean over latent dimensions, fp32; nan where the transition was deterministic.
         means: of the trained steps' transitions, where the objective compares them.
+        frame_log_probs: as log_probs, of each latent frame, where frames are credited by themselves.
     """
 
     prompt_rows: Int[Tensor, "samples"]
@@ -83,6 +84,7 @@ class Trajectory:
     latents: Float[Tensor, "samples points channels latent_frames latent_height latent_width"]
     log_probs: Float[Tensor, "samples steps"]
     means: Float[Tensor, "samples trained channels latent_frames latent_height latent_width"] | None = None
+    frame_log_probs: Float[Tensor, "samples steps latent_frames"] | None = None
 
     def __len__(self) -> int:
         return self.latents.shape[0]

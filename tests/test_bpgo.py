@@ -523,3 +523,19 @@ def test_plain_functions_refuse_a_scale_of_zero_and_a_negative_contrast():
         reliability_adaptive_scaling(REWARDS, PRIOR, 0.0, 0.5, 1.0)
     with pytest.raises(ValueError, match="contrast=-1"):
         contrastive_reward_transformation(REWARDS, PRIOR, 1.0, -1.0)
+
+
+def test_what_frames_add_is_scaled_with_the_advantage_and_never_clipped() -> None:
+    rewards = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    by_frame = torch.tensor([3.0, -1.0, -2.0]).expand(2, 6, 3)
+    settings = AdvantageSettings(best_of=2, clip=0.5)
+    found = bpgo_advantages({"a": rewards}, {}, {"a": 1.0}, BPGOSettings(alpha=0, zeta=0), settings, by_frame=by_frame)
+    kept = found.advantage != 0
+    assert kept.sum(dim=1).tolist() == [4, 4]
+    torch.testing.assert_close(found.by_frame, 1.5 * by_frame * kept[..., None])  # 6 / (2 x 2) of the loss's mean
+    rows, samples = torch.tensor([1, 0]), torch.tensor([0, 5])
+    own = found.of(rows, samples)
+    video = found.advantage[rows, samples]
+    torch.testing.assert_close(own.advantage.view(2, 3).mean(dim=1), video)
+    torch.testing.assert_close(own.advantage.view(2, 3), video[:, None] + found.by_frame[rows, samples])
+    assert own.trust.shape == (6,)

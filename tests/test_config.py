@@ -102,9 +102,35 @@ def test_nft_counts_every_sample(key: str) -> None:
         config_from_dict(broken)
 
 
-def test_a_prior_of_images_is_refused_while_prompts_carry_none() -> None:
-    with pytest.raises(ConfigError, match=r"prior\.kind is 'first_frame'.*no conditioning image"):
-        config_from_dict(tree() | {"prior": {"kind": "first_frame"}})
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        ({"loss": {"objective": "awm"}}, ("credit.kind", "loss.objective")),
+        ({"advantage": {"combine": "gdpo"}}, ("credit.kind", "advantage.combine")),
+    ],
+)
+def test_credit_by_frames_needs_log_probs_and_a_fixed_size(change: dict, keys: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(tree() | {"credit": {"kind": "segment"}} | change)
+    assert all(key in str(error.value) for key in keys)
+    config_from_dict(tree() | {"credit": {"kind": "video"}} | change)
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "message"),
+    [
+        ({"aggregate": "min", "aggregate_at": 0.5}, "does not use"),
+        ({"aggregate": "soft_min"}, "needs a number"),
+        ({"aggregate": "soft_min", "aggregate_at": 0.0}, "above 0"),
+        ({"aggregate": "top_share", "aggregate_at": 1.5}, "at most 1"),
+    ],
+)
+def test_an_aggregate_has_the_number_that_it_needs(aggregate: dict, message: str) -> None:
+    for section in ("rewards", "evaluation"):
+        reward = {"own": {"model": "shapes_oracle", **aggregate}}
+        change = {"rewards": reward} if section == "rewards" else {"evaluation": {"rewards": reward}}
+        with pytest.raises(ConfigError, match=rf"{section}.*own\.aggregate.*{message}"):
+            config_from_dict(tree() | change)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Does segment credit spread a video's advantage over its frames without changing it?"""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
@@ -9,52 +11,50 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpgo_video.advantages import group_relative
-from bpgo_video.credit import latent_frame_scores, segment_advantages
+from bpgo_video.credit import FrameLayout, frame_credit, segment_credit
 
 
-def test_latent_frames_by_hand():
-    scores = torch.tensor([[[7.0, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 2.0, 2.0]]])  # 9 pixel frames, stride 4: 1, 4, 4
-    assert latent_frame_scores(scores, 4).tolist() == [[[7.0, 2.5, 1.0]]]
-    assert latent_frame_scores(scores[:, :, :1], 4).tolist() == [[[7.0]]]
-    assert latent_frame_scores(scores, 1).tolist() == scores.tolist()
-    with pytest.raises(ValueError, match="8 frame scores at a temporal stride of 4"):
-        latent_frame_scores(scores[:, :, :8], 4)
+def test_latent_frames_by_hand() -> None:
+    scores = torch.tensor([7.0, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 2.0, 2.0], dtype=torch.float64)
+    layout = FrameLayout(9, 8.0, 4)  # 1, 4, 4
+    assert (scores @ layout.weights(torch.arange(9) / 8)).tolist() == [7.0, 2.5, 1.0]
+    assert FrameLayout(1, 8.0, 4).weights(torch.zeros(1)).tolist() == [[1.0]]
+    with pytest.raises(ValueError, match="8 frames at a temporal stride of 4"):
+        FrameLayout(8, 8.0, 4)
 
 
-def test_segment_credit_by_hand():
-    # two samples, two latent frames at stride 2: sample 0 is better in the first, worse in the second; z = +-1/sqrt(2)
+def test_scores_of_some_frames_are_interpolated() -> None:
+    layout = FrameLayout(5, 2.0, 2)  # frames at 0, .5, 1, 1.5, 2 seconds
+    sparse = torch.tensor([2.0, 4.0], dtype=torch.float64) @ layout.weights(torch.tensor([0.5, 1.5]))
+    assert sparse.tolist() == [2.0, 2.5, 4.0]  # held, mean of (2, 3), mean of (4, held)
+
+
+def test_segment_credit_by_hand() -> None:
+    # two samples, two latent frames: sample 0 is better in the first, worse in the second; z = +-1/sqrt(2)
     scores = torch.tensor([[[3.0, 0.0, 0.0], [1.0, 2.0, 4.0]]], dtype=torch.float64)
-    advantage = torch.tensor([[0.5, -0.5]], dtype=torch.float64)
-    z = 1 / math.sqrt(2)
-    expected = torch.tensor([[[0.5 + 0.3 * z, 0.5 - 0.3 * z], [-0.5 - 0.3 * z, -0.5 + 0.3 * z]]], dtype=torch.float64)
-    torch.testing.assert_close(segment_advantages(advantage, scores, 2, 0.3), expected, rtol=0, atol=1e-6)
+    times, layout, z = torch.arange(3) / 8, FrameLayout(3, 8.0, 2), 1 / math.sqrt(2)
+    expected = torch.tensor([[[z, -z], [-z, z]]])
+    per_frame, weights = {"a": scores, "b": scores[..., :1], "c": scores}, {"a": 2.0, "b": 1.0, "c": 0.0}
+    found = segment_credit(per_frame, {"a": times, "b": None, "c": times}, weights, layout, 0.3)
+    torch.testing.assert_close(found, 2.0 * 0.3 * expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"\['b'\] score videos as a whole"):
+        segment_credit({"b": scores[..., :1]}, {"b": None}, weights, layout, 0.3)
 
 
 @settings(deadline=None)  # a first call into torch may take long
-@given(st.integers(0, 2**31), st.floats(0, 3), st.sampled_from([1, 2, 4]))
-def test_segment_credit_is_the_formula_and_its_mean_the_video_advantage(seed, gamma, stride):
+@given(st.integers(0, 2**31), st.sampled_from([1, 2, 4]))
+def test_credit_is_the_formula_and_has_mean_0_over_frames(seed: int, stride: int) -> None:
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(3, 5, 9))
     latent = np.stack([scores[..., 0], *(scores[..., i : i + stride].mean(-1) for i in range(1, 9, stride))], axis=-1)
     z = (latent - latent.mean(1, keepdims=True)) / (latent.std(1, ddof=1, keepdims=True) + 1e-6)
-    advantage = group_relative(torch.from_numpy(scores.mean(-1)))
-    expected = advantage.numpy()[..., None] + gamma * (z - z.mean(-1, keepdims=True))
-    found = segment_advantages(advantage, torch.from_numpy(scores), stride, gamma)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found.mean(dim=2), advantage)
+    found = frame_credit(torch.from_numpy(scores), torch.arange(9) / 8, FrameLayout(9, 8.0, stride))
+    np.testing.assert_allclose(found.numpy(), z - z.mean(-1, keepdims=True), rtol=1e-9, atol=1e-9)
+    assert found.mean(dim=2).abs().max() < 1e-12
 
 
-def test_equal_frame_scores_give_the_video_advantage_everywhere():
-    rewards = torch.randn(3, 6, dtype=torch.float64)
-    advantage = group_relative(rewards)
-    found = segment_advantages(advantage, rewards[:, :, None].expand(3, 6, 9), 4, 2.0)
-    torch.testing.assert_close(found, advantage[:, :, None].expand(3, 6, 3))
-    flat = segment_advantages(torch.zeros(1, 4), torch.full((1, 4, 5), 0.1), 4, 1.0)
-    assert torch.equal(flat, torch.zeros(1, 4, 2))
-
-
-def test_no_weight_on_frames_is_the_video_advantage_and_a_negative_one_is_refused():
-    advantage, scores = torch.randn(2, 4), torch.randn(2, 4, 5)
-    assert torch.equal(segment_advantages(advantage, scores, 4, 0.0), advantage[:, :, None].expand(2, 4, 2))
-    with pytest.raises(ValueError, match="gamma=-1"):
-        segment_advantages(advantage, scores, 4, -1.0)
+def test_frames_that_stand_alike_in_their_group_get_nothing() -> None:
+    alike = torch.randn(3, 6, 1, dtype=torch.float64).expand(3, 6, 9)
+    assert frame_credit(alike, torch.arange(9) / 8, FrameLayout(9, 8.0, 4)).abs().max() < 1e-9
+    assert not frame_credit(torch.full((1, 4, 5), 0.1), torch.arange(5) / 8, FrameLayout(5, 8.0, 4)).any()
+    assert group_relative(alike[..., 0]).abs().max() > 0.5

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video.bpgo import GroupAdvantages
+from bpgo_video.bpgo import GroupAdvantages, LossAdvantages
 from bpgo_video.config import Config
 from bpgo_video.forward_process import (
     ForwardProcess,
     MatchingSettings,
     Pair,
-    SampleAdvantages,
     awm_loss,
     matching_error,
     nft_error,
@@ -62,7 +61,7 @@ def test_on_policy_the_gradient_of_awm_is_that_of_weighted_matching() -> None:
     old, target = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(2))
     advantage, contrastive, trust = (torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3))
     velocity, plain = old.clone().requires_grad_(), old.clone().requires_grad_()
-    awm_loss(Pair(velocity, old, target), SampleAdvantages(advantage, contrastive, trust), SETTINGS).value.backward()
+    awm_loss(Pair(velocity, old, target), LossAdvantages(advantage, contrastive, trust), SETTINGS).value.backward()
     ((trust * advantage + 0.5 * contrastive) * matching_error(plain, target)).mean().backward()
     torch.testing.assert_close(velocity.grad, plain.grad)
 
@@ -71,7 +70,7 @@ def test_on_policy_the_gradient_of_awm_is_that_of_weighted_matching() -> None:
 def test_gradients_equal_finite_differences(loss: Any) -> None:
     rng = torch.Generator().manual_seed(2)
     old, target, base, way = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(4))
-    own = SampleAdvantages(*(torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3)))
+    own = LossAdvantages(*(torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3)))
     wide = replace(SETTINGS, region=TrustRegion(clip_range=(0.9, 9.0)))
 
     def value(theta: torch.Tensor) -> torch.Tensor:

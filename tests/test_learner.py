@@ -8,7 +8,7 @@ import torch
 from bpgo_video.advantages import AdvantageSettings
 from bpgo_video.bpgo import bpgo_advantages
 from bpgo_video.bpgo_settings import BPGOSettings
-from bpgo_video.learner_config import PriorConfig
+from bpgo_video.learner_config import CreditConfig, PriorConfig
 from bpgo_video.priors import PRIORS, Seen
 from bpgo_video.session import Session
 from bpgo_video.trainer import estimate_advantages
@@ -28,7 +28,7 @@ def rewards_of(seed: int, second: bool = False) -> Rewards:
 def session(learner: BPGOSettings, prior: PriorConfig) -> Session:
     """The parts that advantages are estimated with, and no others."""
     parts = {
-        "config": SimpleNamespace(prior=prior),
+        "config": SimpleNamespace(prior=prior, credit=CreditConfig()),
         "suite": SimpleNamespace(versions={"clip": "v1"}, weights={"clip": 1.0}),
         "learner": learner,
         "advantages": AdvantageSettings(),

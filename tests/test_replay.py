@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bpgo_video.bpgo import GroupAdvantages
-from bpgo_video.config import Config, LoraConfig
+from bpgo_video.config import Config, CreditConfig, LoraConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.lora import add_lora
@@ -79,6 +79,34 @@ def losses(objective: Replay, trajectories: list[Trajectory]) -> Iterator[dict[s
     for trajectory in trajectories:
         for index in objective.passes(trajectory):
             yield dict(objective.loss(trajectory, index).metrics)
+
+
+def gradients(objective: Replay, trajectories: list[Trajectory]) -> list[Tensor]:
+    transformer = objective.denoiser.policy.transformers["transformer"]
+    for trajectory in trajectories:
+        for index in objective.passes(trajectory):
+            objective.loss(trajectory, index).value.backward()
+    found = [parameter.grad.clone() for parameter in transformer.parameters()]
+    transformer.zero_grad()
+    return found
+
+
+def test_frames_that_add_nothing_leave_the_gradient_of_whole_videos(own_policy: Policy, recipe: Config) -> None:
+    """At a ratio of 1; and what a frame adds moves that frame's log-prob alone."""
+    by_video, trajectories = rollout(own_policy, recipe)
+    by_frame, in_frames = rollout(own_policy, replace(recipe, credit=CreditConfig(kind="segment")))
+    nothing = torch.zeros(2, 4, 3)
+    silent = replace(by_frame, advantages=replace(by_frame.advantages, by_frame=nothing))
+    for metrics in losses(silent, in_frames):
+        assert float(metrics["ratio_min"]) == float(metrics["ratio_max"]) == 1.0
+    expected = gradients(by_video, trajectories)
+    for found, one in zip(gradients(silent, in_frames), expected, strict=True):
+        assert (found - one).norm() <= 1e-5 * one.norm()
+    added = nothing.clone()
+    added[..., 0], added[..., 2] = 0.5, -0.5
+    credited = replace(by_frame, advantages=replace(by_frame.advantages, by_frame=added))
+    moved = gradients(credited, in_frames)
+    assert any((found - one).norm() > 1e-2 * one.norm() for found, one in zip(moved, expected, strict=True))
 
 
 @pytest.mark.parametrize("loss", [{}, {"ratio": "guard"}, {"trust_region": "divergence_mask"}])
