@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,18 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is damaged, of another layout, or not what it claims to be."""
 
 
-def save(engine: Engine, run_dir: Path, step: int, state: Mapping[str, Any], keep: int, mesh: Mesh) -> Path:
+Part = Callable[[Path, int], None]  # writes what a rank keeps beside the engine's state: (folder, rank)
+
+
+def save(
+    engine: Engine,
+    run_dir: Path,
+    step: int,
+    state: Mapping[str, Any],
+    keep: int,
+    mesh: Mesh,
+    parts: Sequence[Part] = (),
+) -> Path:
     """Write the checkpoint of a finished `step`; all ranks call it, and it is complete when any of them returns."""
     folder = run_dir / FOLDER
     name = f"step-{step:06d}"
@@ -46,6 +57,8 @@ def save(engine: Engine, run_dir: Path, step: int, state: Mapping[str, Any], kee
             shutil.rmtree(leftover)
     mesh.barrier()
     engine.save(folder, partial, {**state, "layout_version": LAYOUT_VERSION, "world_size": mesh.world_size})
+    for write in parts:
+        write(folder / partial, mesh.rank)
     mesh.barrier()
     if mesh.is_main:
         _flush(folder / partial)
