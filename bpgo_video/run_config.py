@@ -24,6 +24,8 @@ class RunConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Positive = 2
     """Older checkpoints are deleted."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none for good."""
 
 
 @dataclass(frozen=True, config=STRICT)

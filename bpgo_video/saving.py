@@ -6,24 +6,18 @@ from functools import partial
 from pathlib import Path
 
 from bpgo_video import checkpoint
+from bpgo_video.checkpoint import Saved
 from bpgo_video.ema_files import load_average, save_average
 from bpgo_video.export import export_pipeline
 from bpgo_video.results import Progress
 from bpgo_video.session import TRAINED, Session
 
 
-def save(session: Session, progress: Progress, run_dir: Path) -> Path:
-    """A checkpoint of the finished step; its folder."""
+def save(session: Session, progress: Progress) -> Saved:
+    """A checkpoint of the finished step."""
     parts = [partial(save_average, session.ema)] if session.ema else []
-    return checkpoint.save(
-        session.engine,
-        run_dir,
-        progress.step,
-        {"progress": vars(progress)},
-        session.config.run.keep_checkpoints,
-        session.mesh,
-        parts,
-    )
+    state = {"progress": vars(progress)}
+    return checkpoint.save(session.engine, session.config.run, progress.step, state, session.mesh, parts)
 
 
 def resume(session: Session, run_dir: Path, name: str) -> Progress:

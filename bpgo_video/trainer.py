@@ -252,8 +252,9 @@ def run_steps(
             if last or request or (step + 1) % config.run.save_every == 0:
                 heartbeat.enter("checkpoint", step)
                 progress.seconds["total"] = time.perf_counter() - started
-                saved = save(session, progress, run_dir)
-                requests.obeyed(request, f"after {step + 1} of {config.run.num_steps} steps, in {saved}")
+                saved = save(session, progress)
+                log.later(str(saved), saved.metrics())
+                requests.obeyed(request, f"after {step + 1} of {config.run.num_steps} steps, in {saved.folder}")
             if request is Request.STOP:
                 return after
     return after or (evaluate_heldout(session, run_dir / "samples" / "after"))
