@@ -3,27 +3,37 @@
     RUN/checkpoints/step-000050/   what DeepSpeed wrote, every rank its part, with the run's own state
     RUN/checkpoints/latest         the newest complete one's name, moved last
 
-A checkpoint is written aside under `partial-...` and renamed when every rank is done; leftovers are removed by the next
-save. Random draws are keyed, so no generator's state is stored.
+A checkpoint is written aside under `partial-...`, flushed to the disk by the ranks that wrote it, and renamed when all
+have; an old one is renamed before it is removed. So every `step-...` is complete at any moment. The next save or resume
+removes leftovers. Random draws are keyed, so no generator's state is stored.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from safetensors import SafetensorError
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from bpgo_video.data.atomic import atomic_file
-from bpgo_video.engine import Engine
+from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.run_config import RunConfig
 
 LAYOUT_VERSION = 1
 FOLDER = "checkpoints"
 LATEST = "latest"
+ASIDE = "partial-"
+FAILED_WRITES = ("inline_container", "PytorchStreamWriter", "iostream error")  # one is in what torch's writer raises
 ALLOWED_GLOBALS = {  # what DeepSpeed's own files name; anything else could run code
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -33,31 +43,127 @@ ALLOWED_GLOBALS = {  # what DeepSpeed's own files name; anything else could run 
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, of another layout, or not what it claims to be."""
+    """A checkpoint that is damaged, of another layout, not what it claims to be, or could not be written."""
 
 
-def save(engine: Engine, run_dir: Path, step: int, state: Mapping[str, Any], keep: int, mesh: Mesh) -> Path:
-    """Write the checkpoint of a finished `step`; all ranks call it, and it is complete when any of them returns."""
-    folder = run_dir / FOLDER
-    name = f"step-{step:06d}"
-    partial = f"partial-{name}"
-    if mesh.is_main:
-        for leftover in folder.glob("partial-*"):
-            shutil.rmtree(leftover)
-    mesh.barrier()
-    engine.save(folder, partial, {**state, "layout_version": LAYOUT_VERSION, "world_size": mesh.world_size})
-    mesh.barrier()
-    if mesh.is_main:
-        _flush(folder / partial)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / partial).rename(folder / name)
-        with atomic_file(folder / LATEST) as path:
-            path.write_text(name)
-        others = sorted(path for path in folder.glob("step-*") if path.name != name)
-        for old in others[: max(0, len(others) + 1 - keep)]:
-            shutil.rmtree(old)
-    mesh.barrier()
-    return folder / name
+@runtime_checkable
+class Stateful(Protocol):
+    """What a checkpoint needs of the engine."""
+
+    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
+        """Every rank writes its part into folder/tag; `state` comes back from `load`."""
+        ...
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Continue from what `save` wrote, on the same number of ranks; its `state`."""
+        ...
+
+
+Part = Callable[[Path, int], None]  # writes what a rank keeps beside the engine's state: (folder, rank)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint, its size over all ranks and how long the ranks waited for it."""
+
+    folder: Path
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.folder.name}: {self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"
+
+    def metrics(self) -> dict[str, float]:
+        return {"seconds/checkpoint": self.seconds, "checkpoint/bytes": float(self.bytes)}
+
+
+def save(
+    engine: Stateful, run: RunConfig, step: int, state: Mapping[str, Any], mesh: Mesh, parts: Sequence[Part] = ()
+) -> Saved:
+    """Write the checkpoint of a finished `step`; all ranks call it, and it is complete when any of them returns.
+
+    Raises:
+        CheckpointError: it could not be written; the one before it stands. A rank that fails while others are inside
+            DeepSpeed's own barriers raises alone: the heartbeat ends them.
+    """
+    started = time.perf_counter()
+    folder = Path(run.dir) / FOLDER
+    whole = folder / f"step-{step:06d}"
+    aside = folder / f"{ASIDE}{whole.name}"
+    told = partial(_told, Path(run.dir), step)
+    with same_verdict(mesh), told():
+        if mesh.is_main:
+            clear_leftovers(Path(run.dir))
+    with told():
+        engine.save(folder, aside.name, {**state, "layout_version": LAYOUT_VERSION, "world_size": mesh.world_size})
+    with same_verdict(mesh), told():
+        for write in parts:
+            write(aside, mesh.rank)
+        _flush(_written_by(mesh.rank, aside))
+    with same_verdict(mesh), told():
+        if mesh.is_main:
+            _publish(aside, whole)
+            _prune(whole, run)
+    size = sum(path.stat().st_size for path in whole.rglob("*")) if mesh.is_main else 0
+    return Saved(whole, from_main(size, mesh), time.perf_counter() - started)
+
+
+def _publish(aside: Path, whole: Path) -> None:
+    """From a folder that every rank has written to the newest checkpoint; each step is on the disk before the next."""
+    _flush([*aside.rglob("*"), aside])
+    if whole.exists():  # of a launch that ended before it could move `latest`
+        _discard(whole)
+    aside.rename(whole)
+    _flush([whole.parent])
+    with atomic_file(whole.parent / LATEST) as path:
+        path.write_text(whole.name)
+
+
+def _prune(newest: Path, run: RunConfig) -> None:
+    """Discard what is neither among the newest `keep_checkpoints` nor a multiple of `keep_every`."""
+    others = sorted((path for path in newest.parent.glob("step-*") if path != newest), key=_step)
+    for old in others[: max(0, len(others) + 1 - run.keep_checkpoints)]:
+        if not run.keep_every or _step(old) % run.keep_every:
+            _discard(old)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint so that a kill leaves it whole, or under a name that none has."""
+    gone = folder.with_name(f"{ASIDE}old-{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what saves that were broken off have left: it is no checkpoint, and takes the room of one."""
+    for leftover in (run_dir / FOLDER).glob(f"{ASIDE}*"):
+        shutil.rmtree(leftover)
+
+
+@contextmanager
+def _told(run_dir: Path, step: int) -> Iterator[None]:
+    """What a full disk, and what libraries make of it, becomes: which save, why, and what is left."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in FAILED_WRITES):
+            raise
+        room = f"{shutil.disk_usage(run_dir).free / 1e9:,.1f} GB free"
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {run_dir / FOLDER}, with {room} there: {error}; "
+            f"the newest complete one is {newest(run_dir) or 'none yet'}, untouched: make room, then go on with "
+            "--run.resume auto"
+        ) from error
+
+
+def _written_by(rank: int, folder: Path) -> list[Path]:
+    """A rank's own files: only the host that wrote a file can be sure to flush it."""
+    mine = re.compile(rf"rank[_-]0*{rank}(?!\d)")
+    return [path for path in folder.rglob("*") if mine.search(path.name)]
 
 
 def newest(run_dir: Path) -> str | None:
@@ -71,7 +177,7 @@ def newest(run_dir: Path) -> str | None:
     return name
 
 
-def load(engine: Engine, run_dir: Path, name: str, mesh: Mesh) -> dict[str, Any]:
+def load(engine: Stateful, run_dir: Path, name: str, mesh: Mesh) -> dict[str, Any]:
     """Put a checkpoint's weights and optimiser into the engine; the run's own state.
 
     Raises:
@@ -105,8 +211,8 @@ def refuse_foreign_pickles(folder: Path) -> None:
             raise CheckpointError(f"{path} names {sorted(foreign)}, as no checkpoint of this program does: not loaded")
 
 
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
+def _flush(paths: Iterable[Path]) -> None:
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

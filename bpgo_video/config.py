@@ -23,24 +23,9 @@ from bpgo_video.learner_config import (
     aggregate_rules,
     broken_rules,
 )
+from bpgo_video.run_config import EmaConfig, RunConfig
 
 REWARD_NAME = re.compile(r"[\w:-][\w.:-]*")
-
-
-@dataclass(frozen=True, config=STRICT)
-class RunConfig:
-    dir: str
-    """Folder that the run writes; an existing one is never overwritten."""
-    num_steps: Positive = 100
-    """Rollouts in the whole run; each is followed by `optim.updates_per_rollout` optimiser updates."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Every random draw is a function of this, the step, the prompt's id and the sample's index."""
-    resume: Literal["never", "auto"] = "never"
-    """`auto` continues from the newest complete checkpoint in `dir`, or starts where there is none."""
-    save_every: Positive = 50
-    """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: Positive = 2
-    """Older checkpoints are deleted."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -195,6 +180,8 @@ class EvaluationConfig:
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
     videos: Annotated[int, Field(ge=0)] = 8
     """Held-out videos written before and after, for the report."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Which weights are evaluated; `ema` needs `ema.decay` above 0."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -225,6 +212,7 @@ class Config:
     bpgo: BPGOConfig = BPGOConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     wandb: WandbConfig = WandbConfig()
 
@@ -277,6 +265,11 @@ def check(config: Config) -> None:
             f"optim.updates_per_rollout is {config.optim.updates_per_rollout}, but {trained} of "
             f"{config.sampler.num_steps} denoising steps are trained and each update needs one of its own; lower it to "
             f"{trained}, or train more steps"
+        )
+    if config.evaluation.weights == "ema" and config.ema.decay == 0:
+        raise ConfigError(
+            "evaluation.weights is 'ema' with ema.decay = 0, which keeps no average; set ema.decay (0.99 forgets an "
+            "update after some hundred), or evaluate the 'raw' weights"
         )
     leaked = set(config.rewards) & set(config.evaluation.rewards)
     if leaked:

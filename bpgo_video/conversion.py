@@ -26,12 +26,14 @@ from bpgo_video import checkpoint
 from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.config import ConfigError, LoraConfig
 from bpgo_video.config_io import read_yaml
+from bpgo_video.ema_files import average_in
 from bpgo_video.engine import full_state_dict, tensor_files
 from bpgo_video.export import WEIGHTS, write_pipeline
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies.lora import merged_tensors
 from bpgo_video.session import TRAINED
 
+KINDS = {"raw": full_state_dict, "ema": average_in}  # of weights: a checkpoint's folder -> the trained ones, fp32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -91,7 +93,7 @@ def trained_tensors(
     """Every tensor of the trained transformer, under the name that it has in the base folder; adapters merged.
 
     Args:
-        trained: the checkpoint's parameters, fp32: `full_state_dict(source.folder)`.
+        trained: the checkpoint's parameters, fp32: what a function of KINDS gives.
 
     Raises:
         CheckpointError: the checkpoint does not fit the base folder.
@@ -122,12 +124,13 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def convert_to_diffusers(
-    source: Source, output: Path, dtype: torch.dtype = torch.float32, verify: bool = False
+    source: Source, output: Path, dtype: torch.dtype = torch.float32, verify: bool = False, weights: str = "raw"
 ) -> Path:
     """Write a diffusers pipeline folder: the base folder with the trained transformer in it; written aside, renamed.
 
     Args:
         verify: load the result through diffusers and compare every tensor; it is left in place where they differ.
+        weights: a key of KINDS, the trained ones or their average.
 
     Raises:
         FileExistsError: `output` exists and is not an empty folder.
@@ -135,7 +138,7 @@ def convert_to_diffusers(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not empty; name another --output, or delete it first")
-    trained = full_state_dict(source.folder)
+    trained = KINDS[weights](source.folder)
     bar = partial(tqdm, total=len(tensor_files(source.base / TRAINED)), unit="tensor")
     with bar(trained_tensors(source, trained, dtype), desc="Writing") as tensors:
         write_pipeline(source.base, TRAINED, iter(tensors), output)
@@ -192,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, required=True, metavar="DIR", help="new folder; an existing one is refused")
     add("--format", choices=("diffusers",), required=True, help="diffusers: a pipeline folder, adapters merged")
-    add("--weights", choices=("raw",), default="raw", help="raw: as the optimiser holds them (%(default)s)")
+    add("--weights", choices=tuple(KINDS), default="raw", help="as the optimiser holds them, or their average (raw)")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of the trained weights (%(default)s)")
     add("--verify", action="store_true", help="load the result through diffusers and compare every tensor")
     return top
@@ -203,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         source = find_source(args.checkpoint)
-        convert_to_diffusers(source, args.output, DTYPES[args.dtype], args.verify)
+        convert_to_diffusers(source, args.output, DTYPES[args.dtype], args.verify, args.weights)
     except (CheckpointError, ConfigError, OSError, ValueError) as error:  # wrong input; else keep the traceback
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from bpgo_video.config import ConfigError, OptimConfig
+from bpgo_video.master_weights import ZeroMasters
 from bpgo_video.parallel.mesh import Mesh
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -203,6 +204,10 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         return self.wrapped.module
+
+    @property
+    def masters(self) -> ZeroMasters:
+        return ZeroMasters(self.wrapped, self.stage)
 
     @property
     def learning_rate(self) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import secrets
 import sys
 import time
@@ -86,6 +87,7 @@ class RunLog:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._next_step = start_step
+        self._later: Mapping[str, Number] = {}
         self._file: TextIO | None = None
         self._wandb: Any = None
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
@@ -104,15 +106,22 @@ class RunLog:
         Raises:
             ValueError: on every rank, before anything is written, naming the step and the key.
         """
-        record = self._checked(step, values)
-        self._next_step = step + 1
+        record = self._checked(step, {**values, **self._later})
+        self._next_step, self._later = step + 1, {}
         if self._file is None:
             return
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint that outlives a loss of power must find its records
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in record.items() if key != "step"}, step=step)
         self._progress.update(step, record)
+
+    def later(self, told: str, values: Mapping[str, Number]) -> None:
+        """Tell what came after a record, and put its values into the next one."""
+        self._later = values
+        if self._file is not None:
+            tqdm.write(told, file=sys.stderr)
 
     def media(self, step: int, name: str, videos: Sequence[tuple[Path, str]]) -> None:
         """Sends (mp4 path, caption) pairs to wandb under `name`; nothing where wandb is not configured."""

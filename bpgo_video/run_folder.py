@@ -46,6 +46,7 @@ def open_run_dir(config: Config, mesh: Mesh) -> str | None:
     newest = None
     with same_verdict(mesh):
         if mesh.is_main:
+            checkpoint.clear_leftovers(run_dir)
             with atomic_file(run_dir / "config.yaml") as path:
                 path.write_text(to_yaml(config))
             newest = checkpoint.newest(run_dir)

@@ -22,6 +22,7 @@ from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
+from bpgo_video.ema import EMA
 from bpgo_video.parallel.agreement import same_everywhere, same_verdict
 from bpgo_video.parallel.memory import fits_everywhere
 from bpgo_video.parallel.mesh import Mesh
@@ -32,6 +33,7 @@ from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.priors import STORED
 from bpgo_video.reference import FrozenCopy, Reference, WithoutAdapters
+from bpgo_video.replay import Followed, Learner
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.schedule import learning_rate_factor
 from bpgo_video.types import Conditioning, PromptBatch
@@ -65,6 +67,7 @@ class Session:
     advantages: AdvantageSettings
     gathers_for_rollout: bool
     reference: Reference | None
+    ema: EMA | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,6 +96,15 @@ class Session:
     def rollout_weights(self) -> AbstractContextManager[None]:
         """Where videos are sampled: with all weights at hand, or with each block fetched for every step."""
         return self.engine.whole_weights() if self.gathers_for_rollout else nullcontext()
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """Where the policy is measured: with its weights, or with their average."""
+        return self.ema.weights() if self.ema and self.config.evaluation.weights == "ema" else nullcontext()
+
+    @property
+    def updates(self) -> Learner:
+        """What takes gradients and steps: the engine, and the average behind it."""
+        return Followed(self.engine, self.ema.update) if self.ema else self.engine
 
 
 def reads_priors(config: Config) -> bool:
@@ -257,4 +269,5 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         advantages=AdvantageSettings(**vars(config.advantage), clip=config.loss.advantage_clip),
         gathers_for_rollout=gathers_for_rollout(config, engine, mesh),
         reference=build_reference(config, engine, ds_config, mesh),
+        ema=EMA(engine.masters, config.ema) if config.ema.decay else None,
     )

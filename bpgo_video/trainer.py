@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video import checkpoint, engine
+from bpgo_video import engine
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
 from bpgo_video.config import Config, check_world
 from bpgo_video.config_io import load_config
 from bpgo_video.credit import FrameLayout, segment_credit
-from bpgo_video.export import export_pipeline
 from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.launch import launched
 from bpgo_video.metrics import RunLog, reduce_metrics
@@ -32,7 +31,8 @@ from bpgo_video.rewards.suite import ScoredChunk
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.running_priors import RunningRewards, updated
-from bpgo_video.session import TRAINED, Session, build_session, check_inputs
+from bpgo_video.saving import export, resume, save
+from bpgo_video.session import Session, build_session, check_inputs
 from bpgo_video.stopping import Request, StopRequests
 from bpgo_video.timesteps import step_metrics, step_sums
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
@@ -143,7 +143,7 @@ def train_step(
     with watch.phase("update"):
         setting = Setting(session.policy, config, prompts, session.prompts.negative, session.reference)
         objective = OBJECTIVES[config.loss.objective](setting, advantages, step)
-        update = optimise(session.engine, objective, trajectories, config.optim.updates_per_rollout)
+        update = optimise(session.updates, objective, trajectories, config.optim.updates_per_rollout)
     return {
         "reward": float(rewards.total.mean()),
         "reward_std": float(rewards.total.std(dim=1).mean()),
@@ -160,7 +160,7 @@ def train_step(
 def evaluate_heldout(session: Session, videos_to: Path | None = None) -> HeldoutScores | None:
     if session.heldout_suite is None or session.prompts.heldout is None:
         return None
-    with session.rollout_weights():
+    with session.evaluated_weights(), session.rollout_weights():
         return evaluate(
             session.policy,
             session.prompts.heldout,
@@ -202,8 +202,7 @@ def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests
     session = build_session(config, mesh, ds_config, shards)
     progress = Progress()
     if resume_from is not None:
-        state = checkpoint.load(session.engine, run_dir, resume_from, mesh)
-        progress = Progress(**state["progress"])
+        progress = resume(session, run_dir, resume_from)
         started -= progress.seconds["total"]
     elif session.heldout_suite is not None:
         heartbeat.enter("evaluation")
@@ -214,7 +213,7 @@ def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests
     if progress.step < config.run.num_steps:
         return None
     heartbeat.enter("export")
-    export_pipeline(session.engine, session.policy, TRAINED, run_dir / "export", mesh)
+    export(session, run_dir)
     progress.seconds["total"] = time.perf_counter() - started
     summary = summarise(session, progress, after)
     if mesh.is_main:
@@ -258,18 +257,13 @@ def run_steps(
             request = Request.NONE if last else requests.agreed()
             if last or request or (step + 1) % config.run.save_every == 0:
                 heartbeat.enter("checkpoint", step)
-                saved = save(session, progress, run_dir, started)
-                requests.obeyed(request, f"after {step + 1} of {config.run.num_steps} steps, in {saved}")
+                progress.seconds["total"] = time.perf_counter() - started
+                saved = save(session, progress)
+                log.later(str(saved), saved.metrics())
+                requests.obeyed(request, f"after {step + 1} of {config.run.num_steps} steps, in {saved.folder}")
             if request is Request.STOP:
                 return after
     return after or (evaluate_heldout(session, run_dir / "samples" / "after"))
-
-
-def save(session: Session, progress: Progress, run_dir: Path, started: float) -> Path:
-    progress.seconds["total"] = time.perf_counter() - started
-    state = {"progress": vars(progress)}
-    keep = session.config.run.keep_checkpoints
-    return checkpoint.save(session.engine, run_dir, progress.step, state, keep, session.mesh)
 
 
 def advance(progress: Progress, record: dict[str, float], position: int, session: Session) -> None:

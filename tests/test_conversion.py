@@ -5,6 +5,7 @@ The checkpoints here are made by hand in ZeRO-2's layout; tests/distributed conv
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -88,6 +89,25 @@ def test_the_parts_of_all_ranks_come_together_bit_for_bit(
     for path in set(others) - {WEIGHTS}:
         assert (output / path).read_bytes() == (base / path).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "run"]
+
+
+def test_the_average_converts_as_the_weights_do(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run", base, weights_of(base))
+    arguments = ["--checkpoint", str(folder), "--output", str(tmp_path / "out"), "--format", "diffusers", "--verify"]
+    assert main([*arguments, "--weights", "ema"]) == 1
+    assert "kept no average" in capsys.readouterr().err
+    average = trained_weights(base)
+    save_file(
+        {name: tensor.flatten() for name, tensor in average.items()},
+        folder / "ema-rank-00000.safetensors",
+        metadata={
+            "updates": "2",
+            "shards": json.dumps({n: {"start": 0, "shape": t.shape} for n, t in average.items()}),
+        },
+    )
+    assert main([*arguments, "--weights", "ema"]) == 0
+    found = weights_of(tmp_path / "out")
+    assert all(torch.equal(found[name], average[name]) for name in average)
 
 
 def test_bfloat16_is_the_rounded_weights(base: Path, tmp_path: Path) -> None:

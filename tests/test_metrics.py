@@ -47,6 +47,19 @@ def test_resume_leaves_the_lines_before_its_step_untouched_and_makes_the_others_
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_what_comes_after_a_record_is_told_and_goes_into_the_next_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, None, total_steps=3) as log:
+        log.log(0, VALUES)
+        log.later("saved it", {"seconds/checkpoint": 2.0})
+        assert "saved it\n" in capsys.readouterr().err
+        log.log(1, VALUES)
+        log.log(2, VALUES)
+    found = [record.get("seconds/checkpoint") for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert found == [None, 2.0, None]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("nan"))])
 def test_a_value_that_is_no_number_names_its_key_and_step_and_writes_nothing(tmp_path: Path, value: float) -> None:
     with (

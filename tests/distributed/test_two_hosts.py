@@ -59,7 +59,7 @@ def short_run(run_dir: Path, shards: Path, **sections: dict[str, Any]) -> Config
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     return [
-        {key: value for key, value in record.items() if not key.startswith("seconds")}
+        {key: value for key, value in record.items() if not key.startswith(("seconds", "checkpoint"))}
         for record in read_metrics(run_dir / "metrics.jsonl")
     ]
 

@@ -1,0 +1,36 @@
+"""How can a run be set? Its length, seed and checkpoints, and the average of its weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from bpgo_video.config_fields import STRICT, BelowOne, Positive
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    dir: str
+    """Folder that the run writes; an existing one is never overwritten."""
+    num_steps: Positive = 100
+    """Rollouts in the whole run; each is followed by `optim.updates_per_rollout` optimiser updates."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Every random draw is a function of this, the step, the prompt's id and the sample's index."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto` continues from the newest complete checkpoint in `dir`, or starts where there is none."""
+    save_every: Positive = 50
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: Positive = 2
+    """Older checkpoints are deleted."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none for good."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EmaConfig:
+    decay: BelowOne = 0.0
+    """Share that the average of the trained weights keeps in each update; 0 keeps no average."""
+    warmup: bool = True
+    """Keep (1 + n) / (10 + n) after n updates where that is less, so that a short run's average leaves its start."""

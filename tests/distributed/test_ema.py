@@ -1,0 +1,43 @@
+"""The average of the weights under ZeRO 1, 2 and 3, in fp32 and bf16: right, sharded, swapped in without a trace."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import run_ranks
+from tests.distributed.ema_worker import CASES, Block
+
+TRAINED = {name: parameter.numel() for name, parameter in Block().named_parameters() if parameter.requires_grad}
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """Results by rank."""
+    folder = tmp_path_factory.mktemp(f"ema{request.param}")
+    run_ranks(request.param, [str(folder)], worker="ema_worker")
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+
+
+def test_each_rank_averages_its_own_share_and_all_of_them_every_trained_element(
+    world: list[list[dict[str, Any]]],
+) -> None:
+    for results in zip(*world, strict=True):
+        assert sum(result["elements"] for result in results) == sum(TRAINED.values()), results[0]
+        assert max(result["elements"] for result in results) <= sum(TRAINED.values()) / len(results) + len(TRAINED)
+
+
+def test_the_average_is_that_of_the_fp32_weights(world: list[list[dict[str, Any]]]) -> None:
+    for result in world[0]:
+        assert result["names"] == sorted(TRAINED)
+        assert result["error"] < 1e-6, result
+
+
+@pytest.mark.parametrize("fact", ["inside", "moved", "restored", "output", "gathered", "trains on"])
+def test_the_model_computes_with_the_average_inside_and_with_its_weights_again_behind(
+    world: list[list[dict[str, Any]]], fact: str
+) -> None:
+    assert [result for results in world for result in results if not result[fact]] == []
+    assert all(len(results) == len(CASES) for results in world)
