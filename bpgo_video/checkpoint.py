@@ -15,25 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.serialization import get_unsafe_globals_in_checkpoint
-
 from bpgo_video.data.atomic import atomic_file
 from bpgo_video.engine import Engine
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.zero_files import CheckpointError, refuse_foreign_pickles
 
 LAYOUT_VERSION = 1
 FOLDER = "checkpoints"
 LATEST = "latest"
-ALLOWED_GLOBALS = {  # what DeepSpeed's own files name; anything else could run code
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, of another layout, or not what it claims to be."""
 
 
 def save(engine: Engine, run_dir: Path, step: int, state: Mapping[str, Any], keep: int, mesh: Mesh) -> Path:
@@ -91,18 +80,6 @@ def load(engine: Engine, run_dir: Path, name: str, mesh: Mesh) -> dict[str, Any]
             f"{folder / name} has layout version {state.get('layout_version')}, this program reads {LAYOUT_VERSION}"
         )
     return state
-
-
-def refuse_foreign_pickles(folder: Path) -> None:
-    """DeepSpeed unpickles its files; look at what they name before it does, without running anything.
-
-    Raises:
-        CheckpointError: a file names a global that DeepSpeed's own checkpoints do not have.
-    """
-    for path in sorted(folder.glob("*.pt")):
-        foreign = set(get_unsafe_globals_in_checkpoint(path)) - ALLOWED_GLOBALS
-        if foreign:
-            raise CheckpointError(f"{path} names {sorted(foreign)}, as no checkpoint of this program does: not loaded")
 
 
 def _flush(folder: Path) -> None:

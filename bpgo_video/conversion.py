@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video import checkpoint
-from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.config import ConfigError, LoraConfig
 from bpgo_video.config_io import read_yaml
 from bpgo_video.engine import full_state_dict, tensor_files
@@ -31,6 +30,7 @@ from bpgo_video.export import WEIGHTS, write_pipeline
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies.lora import merged_tensors
 from bpgo_video.session import TRAINED
+from bpgo_video.zero_files import CheckpointError, refuse_foreign_pickles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -70,19 +70,9 @@ def find_source(path: Path) -> Source:
     config_file = folder.parents[1] / "config.yaml"
     if not config_file.is_file():
         raise CheckpointError(f"{config_file} is missing: it says which model the run started from; copy it there")
-    _look_at(folder)
+    refuse_foreign_pickles(folder)
     policy = read_yaml(config_file).policy
     return Source(folder, resolve_folder(policy.folder), policy.lora)
-
-
-def _look_at(folder: Path) -> None:
-    """Refuse files that name code to run or are no checkpoint files, before anything unpickles them."""
-    try:
-        checkpoint.refuse_foreign_pickles(folder)
-    except CheckpointError:
-        raise
-    except (RuntimeError, ValueError, OSError) as error:  # what torch raises over a file that it cannot read
-        raise CheckpointError(f"{folder} holds a damaged .pt file ({error}); copy the checkpoint again") from error
 
 
 def trained_tensors(

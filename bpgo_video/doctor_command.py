@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bpgo_video import engine
-from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import Config, ConfigError, check_world
 from bpgo_video.config_io import load_config
@@ -15,6 +14,7 @@ from bpgo_video.doctor import diagnose
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.session import build_session, cast, check_inputs
+from bpgo_video.zero_files import CheckpointError
 
 
 def examine_recipe(config: Config, mesh: Mesh, heartbeat: Heartbeat) -> bool:

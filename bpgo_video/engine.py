@@ -1,4 +1,4 @@
-"""How does training run on DeepSpeed? The only file that imports it: start, build, backward, step, save, load."""
+"""How does training run on DeepSpeed? The only file that runs it: start, build, backward, step, save, load."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ import torch
 
 from bpgo_video import checkpoint, engine
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
-from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import Config, ConfigError, check_world
 from bpgo_video.config_io import load_config
@@ -36,6 +35,7 @@ from bpgo_video.session import TRAINED, Session, build_session, cast, check_inpu
 from bpgo_video.stopping import Request, StopRequests
 from bpgo_video.timesteps import step_metrics, step_sums
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
+from bpgo_video.zero_files import CheckpointError
 
 GO_ON = "The run goes on from its last checkpoint with the same command and --run.resume auto."
 

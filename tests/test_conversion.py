@@ -15,11 +15,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.config import LoraConfig
 from bpgo_video.config_io import to_yaml
 from bpgo_video.conversion import convert_to_diffusers, find_source, main, verify_pipeline
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
+from bpgo_video.zero_files import CheckpointError
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
 from tests.recipes import small_recipe
 
