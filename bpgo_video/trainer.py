@@ -20,6 +20,7 @@ from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.export import export_pipeline
 from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.metrics import RunLog, reduce_metrics
+from bpgo_video.model_card import EXPORTED, CardFacts
 from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.heartbeat import Heartbeat
@@ -200,7 +201,8 @@ def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests
     if progress.step < config.run.num_steps:
         return None
     heartbeat.enter("export")
-    export_pipeline(session.engine, session.policy, TRAINED, run_dir / "export", mesh)
+    card = CardFacts(config, progress.step, "raw", EXPORTED)
+    export_pipeline(session.engine, session.policy, TRAINED, run_dir / "export", mesh, card)
     progress.seconds["total"] = time.perf_counter() - started
     summary = summarise(session, progress, after)
     if mesh.is_main:

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import argparse
 import io
-import shutil
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import torch
 from deepspeed.checkpoint import ds_to_universal
+from torch import Tensor
+from tqdm import tqdm
 
+from bpgo_video.data.atomic import new_folder
 from bpgo_video.zero_files import CheckpointError, complete_optimiser_files, read_file, refuse_foreign_pickles
 
 
@@ -30,21 +34,13 @@ def to_universal(checkpoint_folder: Path, output_folder: Path) -> Path:
         checkpoint_folder: what `Engine.save` wrote, `RUN/checkpoints/step-XXXXXX`, under ZeRO 1, 2 or 3.
 
     Raises:
-        FileExistsError: `output_folder` exists.
+        FileExistsError: `output_folder` exists and is not an empty folder.
         CheckpointError: the checkpoint is damaged, incomplete, names code to run, or was not written by AdamW.
     """
-    if output_folder.exists():
-        raise FileExistsError(f"{output_folder} exists; name another output, or delete it first")
-    refuse_foreign_pickles(checkpoint_folder)
-    check_convertible(checkpoint_folder)
-    aside = output_folder.with_name(f"partial-{output_folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        (aside / "whole").mkdir(parents=True)  # DeepSpeed writes `latest_universal` beside its output
-        _convert(checkpoint_folder, aside / "whole")
-        (aside / "whole").rename(output_folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with new_folder(output_folder) as aside:
+        refuse_foreign_pickles(checkpoint_folder)
+        check_convertible(checkpoint_folder)
+        _convert(checkpoint_folder, aside)
     return output_folder
 
 
@@ -64,9 +60,10 @@ def check_convertible(folder: Path) -> None:
 def _convert(folder: Path, output: Path) -> None:
     """DeepSpeed's own conversion, in this process; what it tells as it goes is shown where it fails."""
     told = io.StringIO()
+    converted = output / "converted"  # beside it DeepSpeed writes `latest_universal`, which nothing reads
     settings = argparse.Namespace(
         input_folder=str(folder),
-        output_folder=str(output),
+        output_folder=str(converted),
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
@@ -78,3 +75,23 @@ def _convert(folder: Path, output: Path) -> None:
             ds_to_universal.main(settings)
     except (AssertionError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"DeepSpeed could not convert {folder}: {error!r}\n{told.getvalue()[-2000:]}") from error
+    for path in converted.iterdir():
+        path.rename(output / path.name)
+    converted.rmdir()
+    (output / "latest_universal").unlink()
+
+
+def verify_universal(trained: Mapping[str, Tensor], output_folder: Path) -> None:
+    """Compare the fp32 weights in a universal checkpoint with the parameters `trained`.
+
+    Raises:
+        CheckpointError: names the parameter that differs, is missing, or should not be there.
+    """
+    found = {path.parent.name for path in output_folder.glob("zero/*/fp32.pt")}
+    if foreign := sorted(found ^ set(trained)):
+        raise CheckpointError(f"{output_folder} has other parameters than the checkpoint, {foreign[:3]} among them")
+    for name, tensor in tqdm(trained.items(), desc="Comparing", unit="tensor"):
+        content = read_file(output_folder / "zero" / name / "fp32.pt")
+        whole = content["param"] if isinstance(content, dict) else content  # ZeRO 1 and 2 write a dictionary
+        if not torch.equal(whole.flatten(), tensor.flatten()):
+            raise CheckpointError(f"{output_folder}: {name} is not the checkpoint's")

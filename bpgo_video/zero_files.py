@@ -7,13 +7,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 ALLOWED = (ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address)  # what DeepSpeed's own files name
@@ -39,17 +44,66 @@ def refuse_foreign_pickles(folder: Path) -> None:
             raise CheckpointError(f"{path} names {sorted(foreign)}, as no checkpoint of this program does: not loaded")
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> Any:
     """A file of a checkpoint, its tensors mapped into memory rather than read.
 
     Raises:
         CheckpointError: see `refuse_foreign_pickles`.
     """
+    return _load(path, mmap=True)
+
+
+def read_without_tensors(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint in which tensors are stand-ins without data: `Stored.of` says where theirs lies.
+
+    Raises:
+        CheckpointError: see `refuse_foreign_pickles`.
+    """
+    with FakeTensorMode():
+        return _load(path, mmap=False)
+
+
+def _load(path: Path, mmap: bool) -> Any:
     try:
         with safe_globals(list(ALLOWED)):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again") from error
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
+        raise CheckpointError(f"{path} is damaged, or no file of DeepSpeed's ({error})") from error
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A flat tensor of `numel` values that lies in a file from byte `offset` on."""
+
+    path: Path
+    offset: int
+    numel: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, path: Path, tensor: Tensor) -> Stored:
+        """Where the data of a tensor of `read_without_tensors(path)` lies."""
+        storage: Any = tensor.untyped_storage()
+        begin = storage._checkpoint_offset  # set under FakeTensorMode, as torch.load documents
+        return cls(path, begin + int(tensor.storage_offset()) * tensor.itemsize, tensor.numel(), tensor.dtype)
+
+    def read_into(self, target: Tensor, start: int) -> None:
+        """Fill `target` [n] with the values from `start` on."""
+        size = self.dtype.itemsize
+        raw = np.fromfile(self.path, np.uint8, len(target) * size, offset=self.offset + start * size)
+        target.copy_(torch.from_numpy(raw).view(self.dtype))
+
+
+def model_file(folder: Path) -> Path:
+    """The file with the shapes of all parameters: the only one, or rank 0's.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    files = sorted(folder.glob("*mp_rank_00_model_states.pt"), key=lambda path: (len(path.name), path.name))
+    if not files:
+        raise CheckpointError(f"{folder} has no *_model_states.pt; is it a checkpoint, RUN/checkpoints/step-XXXXXX?")
+    return files[0]
 
 
 def complete_optimiser_files(folder: Path) -> list[Path]:
