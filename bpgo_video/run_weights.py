@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -127,6 +128,13 @@ def trained_tensors(
         )
     for name in names:
         yield name, trained[name].to(dtype)
+
+
+def put_into(transformer: Any, source: Source, trained: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Replace the weights of a whole transformer, that of `source.base`, by the trained ones; see `trained_tensors`."""
+    weights = transformer.state_dict()
+    for name, tensor in trained_tensors(source, trained, dtype):
+        weights[name].copy_(tensor)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ from bpgo_video.export import WEIGHTS
 from bpgo_video.model_card import CARD
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.lora import ADAPTER
-from bpgo_video.run_weights import Source, read_tensors, trained_tensors
+from bpgo_video.run_weights import Source, put_into, read_tensors
 from bpgo_video.session import TRAINED
 from bpgo_video.zero_files import CheckpointError
 
@@ -114,10 +114,7 @@ def forward(source: Source, transformer: Any) -> Tensor:
 def expected_forward(source: Source, trained: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """`forward` under the base transformer's weights, replaced by the checkpoint's."""
     transformer = load_transformer(source.base / TRAINED, dtype)
-    with torch.no_grad():
-        parameters = transformer.state_dict()
-        for name, tensor in trained_tensors(source, trained, dtype):
-            parameters[name].copy_(tensor)
+    put_into(transformer, source, trained, dtype)
     return forward(source, transformer)
 
 
