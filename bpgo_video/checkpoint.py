@@ -22,28 +22,18 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from safetensors import SafetensorError
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from bpgo_video.data.atomic import atomic_file
 from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.run_config import RunConfig
+from bpgo_video.zero_files import CheckpointError, refuse_foreign_pickles
 
 LAYOUT_VERSION = 1
 FOLDER = "checkpoints"
 LATEST = "latest"
 ASIDE = "partial-"
 FAILED_WRITES = ("inline_container", "PytorchStreamWriter", "iostream error")  # one is in what torch's writer raises
-ALLOWED_GLOBALS = {  # what DeepSpeed's own files name; anything else could run code
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, of another layout, not what it claims to be, or could not be written."""
 
 
 @runtime_checkable
@@ -197,18 +187,6 @@ def load(engine: Stateful, run_dir: Path, name: str, mesh: Mesh) -> dict[str, An
             f"{folder / name} has layout version {state.get('layout_version')}, this program reads {LAYOUT_VERSION}"
         )
     return state
-
-
-def refuse_foreign_pickles(folder: Path) -> None:
-    """DeepSpeed unpickles its files; look at what they name before it does, without running anything.
-
-    Raises:
-        CheckpointError: a file names a global that DeepSpeed's own checkpoints do not have.
-    """
-    for path in sorted(folder.glob("*.pt")):
-        foreign = set(get_unsafe_globals_in_checkpoint(path)) - ALLOWED_GLOBALS
-        if foreign:
-            raise CheckpointError(f"{path} names {sorted(foreign)}, as no checkpoint of this program does: not loaded")
 
 
 def _flush(paths: Iterable[Path]) -> None:

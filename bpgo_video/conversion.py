@@ -1,184 +1,169 @@
-"""How does a training checkpoint become a model folder? Its parts joined, adapters merged, without a process group.
+"""How does a training checkpoint become what inference tools read? Its parts joined on the CPU, one tensor at a time.
 
-    RUN/checkpoints/step-000050 and the pipeline folder that RUN/config.yaml names -> a diffusers pipeline folder
+    diffusers   a pipeline folder, or its transformer alone; adapters merged into the weights that the run started from
+    lora        the adapters on their own, for `load_lora_weights`
+    comfyui     the same in the layout that ComfyUI reads
+    universal   DeepSpeed's checkpoint for any number of ranks
 
-Weights are the optimiser's fp32 ones, rounded to the asked dtype before adapters are merged, as training holds them.
+Memory holds one shard of the output and the adapters. Verifying loads one whole transformer.
 """
 
 from __future__ import annotations
 
 import argparse
-import filecmp
-import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video import checkpoint
-from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.config import ConfigError, LoraConfig
-from bpgo_video.config_io import read_yaml
-from bpgo_video.ema_files import average_in
-from bpgo_video.engine import full_state_dict, tensor_files
-from bpgo_video.export import WEIGHTS, write_pipeline
-from bpgo_video.paths import resolve_folder
-from bpgo_video.policies.lora import merged_tensors
+from bpgo_video.data.atomic import new_folder
+from bpgo_video.engine import tensor_files
+from bpgo_video.export import SHARD_BYTES, write_pipeline, write_transformer
+from bpgo_video.lora_files import write_comfyui_lora, write_diffusers_lora
+from bpgo_video.model_card import EXPORTED, CardFacts, write_card
+from bpgo_video.run_weights import DTYPES, WEIGHTS, Source, adapter_tensors, find_source, trained_tensors
 from bpgo_video.session import TRAINED
-
-KINDS = {"raw": full_state_dict, "ema": average_in}  # of weights: a checkpoint's folder -> the trained ones, fp32
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from bpgo_video.universal import to_universal, verify_universal
+from bpgo_video.verification import (
+    compare_forward,
+    expected_forward,
+    forward,
+    verify_adapters,
+    verify_copies,
+    verify_transformer,
+)
+from bpgo_video.zero_files import CheckpointError
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a conversion reads.
+class Conversion:
+    """What is converted into what.
 
     Attributes:
-        folder: the checkpoint, `RUN/checkpoints/step-XXXXXX`.
-        base: the diffusers pipeline folder that the run started from.
-        lora: its adapters; rank 0 where all weights were trained.
+        source: the checkpoint, and the model that its run started from.
+        weights: a name of `WEIGHTS`.
+        output: a new folder.
+        dtype: of the trained weights in it.
+        transformer_only: write the transformer's folder instead of the whole pipeline's; format diffusers.
+        shard_bytes: size of a safetensors file, and of the buffer in memory.
     """
 
-    folder: Path
-    base: Path
-    lora: LoraConfig
+    source: Source
+    weights: str
+    output: Path
+    dtype: torch.dtype = torch.float32
+    transformer_only: bool = False
+    shard_bytes: int = SHARD_BYTES
+
+    @property
+    def trained(self) -> Mapping[str, Tensor]:
+        """The checkpoint's parameters, fp32, each read when it is asked for."""
+        return WEIGHTS[self.weights](self.source.folder)
+
+    @property
+    def adapters(self) -> dict[str, Tensor]:
+        """In the dtype of the output."""
+        found = adapter_tensors(self.source, self.trained)
+        return {name: tensor.to(self.dtype) for name, tensor in found.items()}
+
+    @property
+    def lora(self) -> LoraConfig:
+        return self.source.config.policy.lora
+
+    @property
+    def transformer_folder(self) -> Path:
+        return self.output if self.transformer_only else self.output / TRAINED
+
+    def card(self, contents: str) -> CardFacts:
+        return CardFacts(self.source.config, self.source.step, self.weights, contents)
+
+    def tensors(self, doing: str) -> tqdm[tuple[str, Tensor]]:
+        """Every tensor of the trained transformer, behind a bar."""
+        every = trained_tensors(self.source, self.trained, self.dtype)
+        return tqdm(every, total=len(tensor_files(self.source.base / TRAINED)), desc=doing, unit="tensor")
 
 
-def find_source(path: Path) -> Source:
-    """The checkpoint at `path`, or the newest one of the run at `path`, with what the run's config.yaml says of it.
+def write_diffusers(job: Conversion) -> None:
+    base = job.source.base
+    with job.tensors("Writing") as tensors:
+        if job.transformer_only:
+            card = job.card("A transformer for a diffusers pipeline")
+            write_transformer(base / TRAINED, iter(tensors), job.output, card, job.shard_bytes)
+        else:
+            write_pipeline(base, TRAINED, iter(tensors), job.output, job.card(EXPORTED), job.shard_bytes)
+
+
+def verify_diffusers(job: Conversion) -> None:
+    if not job.transformer_only:
+        verify_copies(job.source.base, job.output)
+    expected = expected_forward(job.source, job.trained, job.dtype)
+    with job.tensors("Comparing") as tensors:
+        transformer = verify_transformer(iter(tensors), job.transformer_folder)
+    compare_forward(forward(job.source, transformer), expected, job.dtype, job.output)
+
+
+def write_adapters(job: Conversion, write: Callable[..., Path], contents: str) -> None:
+    with new_folder(job.output) as folder:
+        write(job.adapters, job.lora, job.source.pipeline_class, folder)
+        write_card(job.card(contents), folder)
+
+
+def verify_lora(job: Conversion) -> None:
+    expected = expected_forward(job.source, job.trained, job.dtype)
+    transformer = verify_adapters(job.adapters, job.lora, job.source, job.output)
+    compare_forward(forward(job.source, transformer), expected, job.dtype, job.output)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One thing that a checkpoint becomes: how it is written, how it is checked, and for whom it is."""
+
+    write: Callable[[Conversion], object]
+    verify: Callable[[Conversion], None]
+    purpose: str
+
+
+FORMATS = {
+    "diffusers": Format(write_diffusers, verify_diffusers, "a pipeline folder, adapters merged"),
+    "lora": Format(
+        partial(write_adapters, write=write_diffusers_lora, contents="LoRA adapters for diffusers"),
+        verify_lora,
+        "adapters for load_lora_weights",
+    ),
+    "comfyui": Format(
+        partial(write_adapters, write=write_comfyui_lora, contents="LoRA adapters for ComfyUI"),
+        verify_lora,
+        "adapters for ComfyUI",
+    ),
+    "universal": Format(
+        lambda job: to_universal(job.source.folder, job.output),
+        lambda job: verify_universal(job.trained, job.output),
+        "DeepSpeed's checkpoint for any number of ranks",
+    ),
+}
+
+
+def convert(job: Conversion, form: str, verify: bool = False) -> None:
+    """Write a new folder, complete or not at all; with `verify`, load it again and compare every tensor and a forward.
+
+    What fails the comparison is left in place.
 
     Raises:
-        CheckpointError: there is none; or it is none of ZeRO, or names code to run.
-        ConfigError, FileNotFoundError: config.yaml, or the model folder that it names, is missing or damaged.
-    """
-    folder = path.resolve()
-    if (folder / checkpoint.FOLDER).is_dir():
-        name = checkpoint.newest(folder)
-        if name is None:
-            raise CheckpointError(f"{path / checkpoint.FOLDER} holds no complete checkpoint yet")
-        folder = folder / checkpoint.FOLDER / name
-    if not list(folder.glob("*_model_states.pt")):
-        raise CheckpointError(f"{path} is neither a checkpoint (RUN/checkpoints/step-XXXXXX) nor a run's folder")
-    if not list(folder.glob("*_optim_states.pt")):
-        raise CheckpointError(f"{folder} has no *_optim_states.pt, where ZeRO keeps the weights; is the copy complete?")
-    config_file = folder.parents[1] / "config.yaml"
-    if not config_file.is_file():
-        raise CheckpointError(f"{config_file} is missing: it says which model the run started from; copy it there")
-    _look_at(folder)
-    policy = read_yaml(config_file).policy
-    return Source(folder, resolve_folder(policy.folder), policy.lora)
-
-
-def _look_at(folder: Path) -> None:
-    """Refuse files that name code to run or are no checkpoint files, before anything unpickles them."""
-    try:
-        checkpoint.refuse_foreign_pickles(folder)
-    except CheckpointError:
-        raise
-    except (RuntimeError, ValueError, OSError) as error:  # what torch raises over a file that it cannot read
-        raise CheckpointError(f"{folder} holds a damaged .pt file ({error}); copy the checkpoint again") from error
-
-
-def trained_tensors(
-    source: Source, trained: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the trained transformer, under the name that it has in the base folder; adapters merged.
-
-    Args:
-        trained: the checkpoint's parameters, fp32: what a function of KINDS gives.
-
-    Raises:
-        CheckpointError: the checkpoint does not fit the base folder.
-    """
-    if source.lora.rank:
-        adapters = {name: tensor.to(dtype) for name, tensor in trained.items() if ".lora_" in name}
-        base = ((name, tensor.to(dtype)) for name, tensor in read_tensors(source.base / TRAINED))
-        try:
-            yield from merged_tensors(base, adapters, source.lora)
-        except ValueError as error:
-            raise CheckpointError(f"{source.folder} does not fit {source.base / TRAINED}: {error}") from None
-        return
-    names = tensor_files(source.base / TRAINED)
-    missing = sorted(set(names) - set(trained))
-    if missing:
-        raise CheckpointError(
-            f"{source.folder} lacks {len(missing)} tensors of {source.base / TRAINED}, {missing[:3]} among them"
-        )
-    for name in names:
-        yield name, trained[name].to(dtype)
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model folder's safetensors, one in memory at a time."""
-    for name, path in tensor_files(folder).items():
-        with safe_open(path, framework="pt") as file:
-            yield name, file.get_tensor(name)
-
-
-def convert_to_diffusers(
-    source: Source, output: Path, dtype: torch.dtype = torch.float32, verify: bool = False, weights: str = "raw"
-) -> Path:
-    """Write a diffusers pipeline folder: the base folder with the trained transformer in it; written aside, renamed.
-
-    Args:
-        verify: load the result through diffusers and compare every tensor; it is left in place where they differ.
-        weights: a key of KINDS, the trained ones or their average.
-
-    Raises:
-        FileExistsError: `output` exists and is not an empty folder.
+        FileExistsError: `job.output` exists and is not an empty folder.
         CheckpointError: the checkpoint does not fit the base folder, or the result is not what was to be written.
+        ConfigError: the format has no names for the family's layers.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not empty; name another --output, or delete it first")
-    trained = KINDS[weights](source.folder)
-    bar = partial(tqdm, total=len(tensor_files(source.base / TRAINED)), unit="tensor")
-    with bar(trained_tensors(source, trained, dtype), desc="Writing") as tensors:
-        write_pipeline(source.base, TRAINED, iter(tensors), output)
+    if job.output.exists() and (not job.output.is_dir() or any(job.output.iterdir())):
+        raise FileExistsError(f"{job.output} exists and is not empty; name another --output, or delete it first")
+    FORMATS[form].write(job)
     if verify:
-        with bar(trained_tensors(source, trained, dtype), desc="Comparing") as tensors:
-            verify_pipeline(iter(tensors), source.base, output)
-    return output
-
-
-def verify_pipeline(expected: Iterable[tuple[str, Tensor]], base: Path, output: Path) -> None:
-    """Load `output` through diffusers and compare the transformer's tensors with `expected`, other files with `base`.
-
-    Raises:
-        CheckpointError: names the tensor or the file that differs.
-    """
-    loaded = load_transformer(output).state_dict()
-    found = {name: tensor for name, tensor in loaded.items() if not tensor.is_meta}  # meta: not in the file
-    compared = set()
-    for name, tensor in expected:
-        if name not in found or not torch.equal(found[name].float(), tensor.float()):  # some load as fp32 on purpose
-            raise CheckpointError(f"{output / TRAINED}: {name}, as diffusers loads it, is not the checkpoint's")
-        compared.add(name)
-    if foreign := sorted(set(found) - compared):
-        raise CheckpointError(f"{output / TRAINED}: diffusers loads {foreign[:3]}, which the checkpoint does not have")
-    for file in (path for path in output.rglob("*") if path.is_file()):
-        relative = file.relative_to(output)
-        ours = relative.parent == Path(TRAINED) and file.name.startswith(WEIGHTS)
-        if not ours and not filecmp.cmp(file, base / relative, shallow=False):
-            raise CheckpointError(f"{file} is not a copy of {base / relative}")
-
-
-def load_transformer(folder: Path) -> torch.nn.Module:
-    """The transformer as diffusers' own pipeline class loads it, in the dtype on disk; no other weights are read."""
-    index = json.loads((folder / "model_index.json").read_text())
-    weighty = [name for name in index if list((folder / name).glob("*.safetensors")) and name != TRAINED]
-    dtypes = {tensor.dtype for _, tensor in read_tensors(folder / TRAINED)}
-    pipeline = DiffusionPipeline.from_pretrained(
-        folder, dtype=dtypes.pop() if len(dtypes) == 1 else None, **dict.fromkeys(weighty)
-    )
-    return getattr(pipeline, TRAINED)
+        FORMATS[form].verify(job)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -194,10 +179,13 @@ def parser() -> argparse.ArgumentParser:
         help="RUN/checkpoints/step-XXXXXX, or RUN for its newest; ZeRO of any stage, from any number of ranks",
     )
     add("--output", type=Path, required=True, metavar="DIR", help="new folder; an existing one is refused")
-    add("--format", choices=("diffusers",), required=True, help="diffusers: a pipeline folder, adapters merged")
-    add("--weights", choices=tuple(KINDS), default="raw", help="as the optimiser holds them, or their average (raw)")
+    purposes = "; ".join(f"{name}: {form.purpose}" for name, form in FORMATS.items())
+    add("--format", choices=tuple(FORMATS), required=True, help=purposes)
+    add("--weights", choices=tuple(WEIGHTS), default="raw", help="raw: as the optimiser holds them (%(default)s)")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of the trained weights (%(default)s)")
-    add("--verify", action="store_true", help="load the result through diffusers and compare every tensor")
+    add("--transformer-only", action="store_true", help="diffusers: the transformer's folder, not the whole pipeline")
+    add("--shard-gigabytes", type=float, default=SHARD_BYTES / 1e9, help="of a weight file (%(default)s)")
+    add("--verify", action="store_true", help="load the result; compare every tensor, and one forward pass")
     return top
 
 
@@ -206,7 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         source = find_source(args.checkpoint)
-        convert_to_diffusers(source, args.output, DTYPES[args.dtype], args.verify, args.weights)
+        shard_bytes = int(args.shard_gigabytes * 1e9)
+        job = Conversion(source, args.weights, args.output, DTYPES[args.dtype], args.transformer_only, shard_bytes)
+        convert(job, args.format, args.verify)
     except (CheckpointError, ConfigError, OSError, ValueError) as error:  # wrong input; else keep the traceback
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -42,10 +41,16 @@ class FrameLayout:
         Scores are interpolated linearly to all frames, held before the first and behind the last, and averaged over the
         frames of each latent frame.
         """
-        frames = np.arange(self.num_frames) / self.fps
-        at_frames = np.stack([np.interp(frames, times.cpu().numpy(), basis) for basis in np.eye(len(times))])
-        rest = at_frames[:, 1:].reshape(len(times), -1, self.stride).mean(axis=2)
-        return torch.from_numpy(np.concatenate([at_frames[:, :1], rest], axis=1))
+        known = times.double().cpu()
+        at_frames = torch.ones(1, self.num_frames, dtype=torch.float64)
+        if len(known) > 1:
+            frames = torch.arange(self.num_frames, dtype=torch.float64) / self.fps
+            right = torch.searchsorted(known, frames).clamp(1, len(known) - 1)
+            share = ((frames - known[right - 1]) / (known[right] - known[right - 1])).clamp(0, 1)
+            basis = torch.eye(len(known), dtype=torch.float64)
+            at_frames = (1 - share) * basis[:, right - 1] + share * basis[:, right]
+        rest = at_frames[:, 1:].unflatten(1, (-1, self.stride)).mean(dim=2) if self.num_frames > 1 else at_frames[:, 1:]
+        return torch.cat([at_frames[:, :1], rest], dim=1)
 
 
 def frame_credit(

@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.ema import EMA
 from bpgo_video.master_weights import Shard
+from bpgo_video.zero_files import CheckpointError
 
 FILES = "ema-rank-*.safetensors"
 
@@ -131,7 +131,7 @@ def load_average(ema: EMA, folder: Path) -> None:
 
 
 def average_in(folder: Path) -> dict[str, Tensor]:
-    """The whole average in a checkpoint, fp32 by parameter name: what `engine.full_state_dict` is to the raw weights.
+    """The whole average in a checkpoint, fp32 by parameter name: what `ZeroParameters` are to the raw weights.
 
     Raises:
         CheckpointError: the run kept none, or files are missing.

@@ -1,15 +1,14 @@
-"""How does training run on DeepSpeed? The only file that imports it: start, build, backward, step, save, load."""
+"""How does training run on DeepSpeed? The only file that runs it: start, build, backward, step, save, load."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -278,13 +276,3 @@ class Engine:
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint {tag!r} in {folder}")
         return state
-
-
-def full_state_dict(folder: Path) -> dict[str, Tensor]:
-    """The trained parameters in a checkpoint that `Engine.save` wrote under ZeRO of any stage on any number of ranks.
-
-    Whole, fp32 (the optimiser's own), on the CPU and without a process group; frozen parameters are left out. The
-    files are unpickled: `checkpoint.refuse_foreign_pickles` looks at them first.
-    """
-    with redirect_stdout(io.StringIO()):  # DeepSpeed tells what it does in prints
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name, exclude_frozen_parameters=True)

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bpgo_video.data.atomic import new_folder
 from bpgo_video.engine import Engine
+from bpgo_video.model_card import CardFacts, write_card
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import merged_parameters
@@ -20,14 +22,14 @@ WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 5 * 10**9
 
 
-def export_pipeline(engine: Engine, policy: Policy, name: str, output: Path, mesh: Mesh) -> Path:
+def export_pipeline(engine: Engine, policy: Policy, name: str, output: Path, mesh: Mesh, card: CardFacts) -> Path:
     """The policy's pipeline with its transformer `name` as trained, adapters merged; written aside, then renamed.
 
     All ranks call it: parameters are gathered one at a time, and only rank 0 keeps and writes them.
     """
     tensors = ((key, value.cpu()) for key, value in merged_parameters(engine) if mesh.is_main)
     if mesh.is_main:
-        write_pipeline(policy.folder, name, tensors, output)
+        write_pipeline(policy.folder, name, tensors, output, card)
     else:
         for _ in tensors:  # take part in every gather
             pass
@@ -35,7 +37,14 @@ def export_pipeline(engine: Engine, policy: Policy, name: str, output: Path, mes
     return output
 
 
-def write_pipeline(base: Path, name: str, tensors: Iterable[tuple[str, Tensor]], output: Path) -> None:
+def write_pipeline(
+    base: Path,
+    name: str,
+    tensors: Iterable[tuple[str, Tensor]],
+    output: Path,
+    card: CardFacts,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """A copy of the pipeline folder `base` in which component `name` has these weights; takes the place of `output`."""
     partial = output.with_name(f"partial-{output.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -44,10 +53,21 @@ def write_pipeline(base: Path, name: str, tensors: Iterable[tuple[str, Tensor]],
         if component.is_dir() and component.name != name:
             for weights in component.glob(f"{WEIGHTS}*"):
                 shutil.copy2(weights, partial / component.name)
-    write_weights(tensors, partial / name)
+    write_weights(tensors, partial / name, shard_bytes)
+    write_card(card, partial)
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)
+
+
+def write_transformer(
+    base: Path, tensors: Iterable[tuple[str, Tensor]], output: Path, card: CardFacts, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """A transformer's folder alone: the configuration of `base` with these weights."""
+    with new_folder(output) as folder:
+        shutil.copy2(base / "config.json", folder)
+        write_weights(tensors, folder, shard_bytes)
+        write_card(card, folder)
 
 
 def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -1,18 +1,17 @@
-"""How are videos made with a finished policy? By diffusers' own pipeline and its shipped scheduler, into mp4 files.
+"""How are videos made with a finished policy? By diffusers' own pipeline, each rank its own videos, into mp4 files.
 
-    OUTPUT/00003-01.mp4      sample 1 of prompt 3 (both from 0, prompts in the file's order)
-    OUTPUT/generation.json   {"complete", "settings", "videos": [{"prompt", "id", "seed", "sample", "file"}]}
-
-Initial latents are keyed by (seed, prompt id, sample): how videos are batched, and what was made before, changes none.
+Initial latents are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and what was made
+before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the same command.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import json
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,158 +20,166 @@ import tyro
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
+from bpgo_video import engine
+from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import ConfigError, VideoConfig
-from bpgo_video.data.atomic import write_json
 from bpgo_video.data.build import PromptFileError, check_prompts, read_prompts
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.data.video import VideoError, read_pyav, write_video
-from bpgo_video.generation_settings import DTYPES, CallSettings, GenerationError, GenerationSettings, resolve
-from bpgo_video.policies import Policy
+from bpgo_video.data.prompt_records import PromptRecord, ShardError
+from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.video import write_video
+from bpgo_video.generation_files import (
+    MANIFEST,
+    Job,
+    by_prompt,
+    check_and_show,
+    check_manifest,
+    whole_video,
+    write_manifest,
+)
+from bpgo_video.generation_settings import (
+    CallSettings,
+    GenerationError,
+    GenerationSettings,
+    Model,
+    chosen_scheduler,
+    find_model,
+    resolve,
+)
+from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
+from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.randomness import keyed_noise
+from bpgo_video.run_weights import DTYPES, WEIGHTS, put_into
+from bpgo_video.session import TRAINED
 from bpgo_video.types import Latents, Videos
+from bpgo_video.zero_files import CheckpointError
 
-MANIFEST = "generation.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video to make: sample `sample` of `prompt`, into `file`."""
-
-    prompt: PromptRecord
-    seed: int
-    sample: int
-    file: Path
-
-    @property
-    def latents_key(self) -> tuple[int | str, ...]:
-        return (self.seed, "generation", self.prompt.id, self.sample)
+ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+PATIENCE = 24 * 60.0  # minutes that a rank waits for the slowest one's videos; a rank that dies is noticed at once
 
 
-def generate(settings: GenerationSettings) -> Path:
-    """Make every video that is not there yet; the path of the manifest.
+def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
+    """Make every video that is not there yet, and check all of them; the path of the manifest. Every rank calls it.
 
     Raises:
-        FileNotFoundError, ConfigError: no such model folder, or a family that is not known.
-        PromptFileError: the prompt file is missing, empty, or has a line that is no prompt.
-        GenerationError: a size that the policy cannot make, adapters that do not fit, or an output folder that holds
-            videos of other settings.
+        FileNotFoundError, ConfigError: no such model folder, a family that is not known, or an error of another rank.
+        CheckpointError: a training checkpoint that cannot be used.
+        PromptFileError, ShardError: the prompts are missing, empty or damaged.
+        GenerationError: a size that the policy cannot make, adapters that do not fit, an output folder that holds
+            videos of other settings, or a video that is not whole after all.
     """
-    check_prompts([settings.prompts])
-    policy, call = resolve(settings)
-    jobs = plan(settings)
-    record = describe(settings, policy, call)
     manifest = settings.output / MANIFEST
-    check_manifest(manifest, record)
+    with same_verdict(mesh):
+        prompts = read_records(settings)
+        model = find_model(settings)
+        call = resolve(settings, model.policy)
+        record = describe(settings, model, call)
+        check_manifest(manifest, record)
+    same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
+    jobs = plan(settings, prompts)
     video = VideoConfig(num_frames=call.num_frames, height=call.height, width=call.width, fps=settings.fps)
-    todo = [job for job in jobs if not is_complete(job.file, video)]
-    write_manifest(manifest, record, jobs, todo)
-    if todo:
-        pipeline = load_pipeline(policy.folder, settings)
-        with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="Videos", unit="video") as bar:
-            for start in range(0, len(todo), settings.batch_size):
-                batch = todo[start : start + settings.batch_size]
-                videos = sample(pipeline, batch, policy.latent_shape(video), call, settings.negative_prompt)
-                for job, frames in zip(batch, videos, strict=True):
-                    write_video(job.file, frames, settings.fps)
-                    bar.update()
-    write_manifest(manifest, record, jobs, todo=())
+    mine = [job for job in dealt(jobs, mesh) if whole_video(job.file, video) is None]
+    todo = sorted(chain(*from_all(mine, mesh)), key=lambda job: (job.number, job.sample))
+    if mesh.is_main:
+        write_manifest(manifest, record, jobs, todo)
+    with same_verdict(mesh):
+        make(dealt(todo, mesh), settings, model, call, mesh)
+    with same_verdict(mesh):
+        for group in dealt(by_prompt(jobs), mesh):
+            if damaged := list(check_and_show(group, video)):
+                raise GenerationError(f"{damaged[0].file} was written and is not a whole video; start again")
+    if mesh.is_main:
+        write_manifest(manifest, record, jobs, todo=())
     return manifest
 
 
-def plan(settings: GenerationSettings) -> list[Job]:
+def dealt(items: Sequence[Any], mesh: Mesh) -> Sequence[Any]:
+    """This rank's share of a list that all ranks have; shares differ by one item at most."""
+    return items[mesh.rank :: mesh.world_size]
+
+
+def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: CallSettings, mesh: Mesh) -> None:
+    """This rank's videos, batch by batch; each is written when its batch is done."""
+    if not jobs:
+        return
+    pipeline = load_pipeline(model, settings, mesh.device)
+    shape = model.policy.latent_shape(VideoConfig(call.num_frames, call.height, call.width, settings.fps))
+    with tqdm(total=len(jobs), desc="Videos", unit="video", disable=not mesh.is_main) as bar:
+        for start in range(0, len(jobs), settings.batch_size):
+            batch = jobs[start : start + settings.batch_size]
+            videos = sample(pipeline, batch, shape, call, settings.negative_prompt)
+            for job, frames in zip(batch, videos, strict=True):
+                write_video(job.file, frames, settings.fps)
+                bar.update()
+
+
+def read_records(settings: GenerationSettings) -> list[PromptRecord]:
+    """The prompts of a file or of shards, without embeddings."""
+    if settings.prompts.is_dir():
+        records = PromptShards(settings.prompts).records(settings.split)
+        return [PromptRecord(record.id, record.prompt, record.split, record.tags) for record in records]
+    if settings.split is not None:
+        raise GenerationError(f"split is {settings.split!r}, but {settings.prompts} is no folder of prompt shards")
+    check_prompts([settings.prompts])
+    return [line.record for line in read_prompts([settings.prompts])]
+
+
+def plan(settings: GenerationSettings, prompts: Sequence[PromptRecord]) -> list[Job]:
     """Every video of the generation, samples of one prompt side by side."""
     return [
-        Job(line.record, settings.seed, sample, settings.output / f"{number:05d}-{sample:02d}.mp4")
-        for number, line in enumerate(read_prompts([settings.prompts]))
+        Job(prompt, number, settings.seed, sample, settings.output / f"{number:05d}-{sample:02d}.mp4")
+        for number, prompt in enumerate(prompts)
         for sample in range(settings.samples_per_prompt)
     ]
 
 
-def describe(settings: GenerationSettings, policy: Policy, call: CallSettings) -> dict[str, Any]:
+def describe(settings: GenerationSettings, model: Model, call: CallSettings) -> dict[str, Any]:
     """All that the videos depend on; plain JSON data."""
-    parts = [path.name for path in policy.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    folder, checkpoint = model.policy.folder, model.checkpoint
+    parts = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    prompts = settings.prompts / "index.json" if settings.prompts.is_dir() else settings.prompts
     lora = settings.lora and hashlib.sha256(settings.lora.read_bytes()).hexdigest()[:16]
     return {
-        "policy_fingerprint": fingerprint(policy.folder, parts),
+        "policy_fingerprint": fingerprint(folder, parts),
+        "checkpoint_fingerprint": checkpoint and fingerprint(checkpoint.folder.parent, (checkpoint.folder.name,)),
+        "weights": checkpoint and settings.weights,
         "lora_sha256": lora,
-        "prompts_sha256": hashlib.sha256(settings.prompts.read_bytes()).hexdigest()[:16],
+        "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()[:16],
+        "split": settings.split,
         "seed": settings.seed,
         "negative_prompt": settings.negative_prompt,
         "samples_per_prompt": settings.samples_per_prompt,
+        "scheduler": settings.scheduler,
+        "flow_shift": settings.flow_shift,
         "fps": settings.fps,
         "dtype": settings.dtype,
         **asdict(call),
     }
 
 
-def check_manifest(path: Path, settings: Mapping[str, Any]) -> None:
-    """Whether the folder of the manifest `path` may be written to.
-
-    Raises:
-        GenerationError: it holds videos of other settings (names them), or of nobody knows which.
-    """
-    if not path.is_file():
-        if list(path.parent.glob("*.mp4")):
-            raise GenerationError(f"{path.parent} holds videos and no {MANIFEST}; name another --output")
-        return
-    try:
-        earlier = json.loads(path.read_text("utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise GenerationError(f"{path} is damaged ({error!r}); name another --output, or delete the folder") from error
-    names = sorted(name for name in settings if earlier.get(name) != settings[name])
-    if names:
-        changes = ", ".join(f"{name} {earlier.get(name)!r} (now {settings[name]!r})" for name in names)
-        raise GenerationError(
-            f"{path.parent} was generated with other settings: {changes}; use the same ones, or name another --output"
-        )
-
-
-def write_manifest(path: Path, settings: Mapping[str, Any], jobs: Sequence[Job], todo: Sequence[Job]) -> None:
-    """The manifest of the videos that are there: `jobs` without `todo`."""
-    missing = {job.file for job in todo}
-    videos = [
-        {
-            "prompt": job.prompt.prompt,
-            "id": job.prompt.id,
-            "seed": job.seed,
-            "sample": job.sample,
-            "file": job.file.name,
-        }
-        for job in jobs
-        if job.file not in missing
-    ]
-    write_json(path, {"complete": not todo, "settings": dict(settings), "videos": videos})
-
-
-def is_complete(file: Path, video: VideoConfig) -> bool:
-    """Whether a file holds a whole video of this size."""
-    if not file.is_file():
-        return False
-    try:
-        frames, _ = read_pyav(file)
-    except VideoError:
-        return False
-    return frames.shape == (video.num_frames, video.height, video.width, 3)
-
-
-def load_pipeline(folder: Path, settings: GenerationSettings) -> Any:
-    """diffusers' pipeline of the folder's own class, adapters loaded, on the accelerator where there is one.
+def load_pipeline(model: Model, settings: GenerationSettings, device: torch.device) -> Any:
+    """diffusers' pipeline of the folder's own class, with the checkpoint's weights and the adapters in it.
 
     Raises:
         GenerationError: the adapters fit no layer.
     """
-    dtypes = {"default": DTYPES[settings.dtype], "vae": torch.float32}
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes)
+    dtype = DTYPES[settings.dtype]
+    pipeline = DiffusionPipeline.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": torch.float32})
+    pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
+    if model.checkpoint is not None:
+        weights = WEIGHTS[settings.weights](model.checkpoint.folder)
+        put_into(getattr(pipeline, TRAINED), model.checkpoint, weights, dtype)
     if settings.lora is not None:
         try:
             pipeline.load_lora_weights(str(settings.lora.parent), weight_name=settings.lora.name)
         except ValueError as error:
             raise GenerationError(f"{settings.lora}: {error}") from error
         if not pipeline.get_list_adapters():
-            raise GenerationError(f"{settings.lora} has no adapter for a layer of {folder}; is it of this model?")
+            raise GenerationError(
+                f"{settings.lora} has no adapter for a layer of {model.policy.folder}; is it of this model?"
+            )
     pipeline.set_progress_bar_config(leave=False, disable=None)  # per denoising step, on a terminal alone
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(device)
 
 
 def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> Latents:
@@ -195,11 +202,19 @@ def sample(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of pipelines/generate_video.py; 0 only when every video is there."""
+    """The command line of pipelines/generate_video.py; 0 only when every video is there and whole."""
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--local_rank", type=int)  # the launcher's own
+    _, rest = launcher.parse_known_args(arguments)
+    settings = tyro.cli(GenerationSettings, args=rest)
+    show_loading_once()
+    mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
     try:
-        manifest = generate(tyro.cli(GenerationSettings, args=arguments))
-    except (GenerationError, ConfigError, PromptFileError, OSError) as error:  # wrong input; else keep the traceback
-        print(f"error: {error}", file=sys.stderr)
+        manifest = generate(settings, mesh)
+    except (GenerationError, ConfigError, PromptFileError, ShardError, CheckpointError, OSError) as error:
+        tell(error)  # wrong input; anything else keeps its traceback
         return 1
-    print(manifest)
+    if mesh.is_main:
+        print(manifest)
+    engine.stop_ranks()
     return 0

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import diffusers
-import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from bpgo_video.config import STRICT, Positive, VideoConfig
 from bpgo_video.policies import Policy, load_policy
+from bpgo_video.run_weights import Source, find_source, holds_checkpoint
 
 WAN_FPS = 16.0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _multistep(kind: Any, shift: float, timesteps: int) -> Any:
+    return kind(
+        num_train_timesteps=timesteps, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+
+
+SCHEDULERS: dict[str, Callable[[float, int], Any]] = {  # of (flow shift, training timesteps)
+    "unipc": partial(_multistep, diffusers.UniPCMultistepScheduler),
+    "dpm": partial(_multistep, diffusers.DPMSolverMultistepScheduler),
+    "euler": lambda shift, timesteps: diffusers.FlowMatchEulerDiscreteScheduler(timesteps, shift=shift),
+}
 
 
 class GenerationError(ValueError):
@@ -28,15 +43,20 @@ class GenerationSettings:
     """Generate videos with a policy: prompts in, mp4 files and a manifest out. What exists already is skipped."""
 
     policy: str
-    """A diffusers pipeline, such as a run's export: local folder, hub id, or `package:module/folder`."""
+    """A diffusers pipeline, such as a run's export: local folder, hub id, or `package:module/folder`. Or a training
+    checkpoint, RUN/checkpoints/step-XXXXXX, or a RUN for its newest: its weights in the pipeline it started from."""
     prompts: Path
-    """.txt, one prompt a line; or .jsonl, {"prompt", "id"?, "split"?, "tags"?} a line."""
+    """.txt, one prompt a line; .jsonl, {"prompt", "id"?, "split"?, "tags"?} a line; or a folder of prompt shards."""
     output: Path
     """Folder for the videos; a generation of the same settings that was cut short there is continued."""
     seed: int
     """The initial latents of a video are a function of this, its prompt's id and its sample number."""
     lora: Path | None = None
     """Adapters to load on top, a .safetensors file in a layout that diffusers reads."""
+    weights: Literal["raw"] = "raw"
+    """Of a training checkpoint: raw, as the optimiser holds them."""
+    split: str | None = None
+    """Of prompt shards; None takes all."""
     negative_prompt: str = ""
     """What guidance steers away from."""
     num_steps: Positive | None = None
@@ -51,6 +71,10 @@ class GenerationSettings:
     """Pixels."""
     max_sequence_length: Positive | None = None
     """Text tokens, as in training; None takes the tokenizer's own limit where that is below the pipeline's."""
+    scheduler: Literal["unipc", "dpm", "euler"] | None = None
+    """Solver of the flow; None takes the pipeline's own, as for the next."""
+    flow_shift: Annotated[float, Field(gt=0.0)] | None = None
+    """Where denoising steps lie: larger ones lie nearer to noise. Wan's authors: 3 for 480 lines, 5 for 720."""
     fps: float = WAN_FPS
     """Frames a second of the files."""
     samples_per_prompt: Positive = 1
@@ -73,9 +97,37 @@ class CallSettings:
     max_sequence_length: int
 
 
-def resolve(settings: GenerationSettings) -> tuple[Policy, CallSettings]:
-    """The policy's description (no weights) and the call's settings, checked against it."""
-    policy = load_policy(settings.policy, max_sequence_length=1, components=())
+@dataclass(frozen=True)
+class Model:
+    """The model that generates.
+
+    Attributes:
+        policy: its description, no weights.
+        checkpoint: whose weights take the place of the pipeline's own.
+    """
+
+    policy: Policy
+    checkpoint: Source | None
+
+
+def find_model(settings: GenerationSettings) -> Model:
+    """The pipeline folder or the training checkpoint that `settings.policy` names.
+
+    Raises:
+        FileNotFoundError, ConfigError, CheckpointError: there is none, or it cannot be used.
+    """
+    path = Path(settings.policy).expanduser()
+    checkpoint = find_source(path) if path.is_dir() and holds_checkpoint(path) else None
+    folder = settings.policy if checkpoint is None else str(checkpoint.base)
+    return Model(load_policy(folder, max_sequence_length=1, components=()), checkpoint)
+
+
+def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
+    """The call's settings, checked against the policy.
+
+    Raises:
+        GenerationError: a size that the policy cannot make, or a value out of range.
+    """
     index = json.loads((policy.folder / "model_index.json").read_text())
     given = asdict(settings) | {"num_inference_steps": settings.num_steps}
     defaults = pipeline_defaults(index["_class_name"])
@@ -94,7 +146,23 @@ def resolve(settings: GenerationSettings) -> tuple[Policy, CallSettings]:
         policy.latent_shape(VideoConfig(call.num_frames, call.height, call.width, settings.fps))
     except ValueError as error:
         raise GenerationError(str(error).replace("video.", "")) from None
-    return policy, call
+    return call
+
+
+def chosen_scheduler(settings: GenerationSettings, own: Any) -> Any:
+    """The scheduler that is asked for; the pipeline's `own` where nothing is said, and its shift where none is.
+
+    Raises:
+        GenerationError: a shift for a scheduler that is not of the table.
+    """
+    if settings.scheduler is None and settings.flow_shift is None:
+        return own
+    if settings.scheduler is None:
+        raise GenerationError(f"flow_shift is {settings.flow_shift}; say for which --scheduler: {sorted(SCHEDULERS)}")
+    shift = own.config.get("flow_shift", own.config.get("shift", 1.0))
+    if settings.flow_shift is not None:
+        shift = settings.flow_shift
+    return SCHEDULERS[settings.scheduler](shift, own.config.num_train_timesteps)
 
 
 def pipeline_defaults(class_name: str) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from bpgo_video import engine
-from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import ConfigError
 from bpgo_video.data.prompt_records import ShardError
+from bpgo_video.zero_files import CheckpointError
 
 MENDABLE = (ConfigError, ShardError, CheckpointError, FileNotFoundError)
 

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 import jinja2
-import torch
 import yaml
 from jaxtyping import Float
 from markupsafe import Markup
-from PIL import Image
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from bpgo_video.contact_sheets import STRIP_HEIGHT, strip
 from bpgo_video.curves import PANELS, Curve, draw_curve
 from bpgo_video.data.atomic import atomic_file
 from bpgo_video.data.video import VideoError, read_video
@@ -33,8 +32,6 @@ from bpgo_video.diagnosis import diagnose
 from bpgo_video.metrics import METRICS_FILE, MalformedFile, Number, read_metrics
 from bpgo_video.summary import heldout_difference, run_facts, summary_rows, verdict
 
-STRIP_FRAMES = 5  # evenly spaced in videos of 4n + 1 frames
-STRIP_HEIGHT = 160  # pixels; larger frames are scaled down
 SHOWN_PAIRS = 8  # the others are folded away
 TABLE_ROWS = 20
 TABLE_KEYS = ("reward", "trust_mean", "ratio_mean", "grad_norm", "seconds")
@@ -137,19 +134,10 @@ def read_pairs(folder: Path) -> list[Pair]:
 
 
 def contact_sheet(video: Float[Tensor, "frames 3 height width"]) -> str:
-    """STRIP_FRAMES evenly spaced frames of a video in [0, 1], side by side, as a data URI."""
-    count, _, height, width = video.shape
-    rows = torch.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().long()
-    pixels = (video[rows].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    scale = min(1.0, STRIP_HEIGHT / height)
-    size = (round(width * scale), round(height * scale))
-    gap = max(1, size[1] // 32)
-    strip = Image.new("RGB", ((size[0] + gap) * len(pixels) - gap, size[1]), (127, 127, 127))
-    for i, frame in enumerate(pixels):
-        strip.paste(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS), (i * (size[0] + gap), 0))
+    """The strip of a video in [0, 1], as a data URI."""
     file = io.BytesIO()
-    kind = "png" if height <= STRIP_HEIGHT else "jpeg"  # small synthetic frames compress well without loss
-    strip.save(file, format=kind, **({"quality": 85} if kind == "jpeg" else {"optimize": True}))
+    kind = "png" if video.shape[2] <= STRIP_HEIGHT else "jpeg"  # small synthetic frames compress well without loss
+    strip(video).save(file, format=kind, **({"quality": 85} if kind == "jpeg" else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

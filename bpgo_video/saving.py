@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from bpgo_video import checkpoint
 from bpgo_video.checkpoint import Saved
 from bpgo_video.ema_files import load_average, save_average
 from bpgo_video.export import export_pipeline
+from bpgo_video.model_card import EXPORTED, CardFacts
 from bpgo_video.results import Progress
 from bpgo_video.session import TRAINED, Session
 
@@ -31,7 +33,8 @@ def resume(session: Session, run_dir: Path, name: str) -> Progress:
 def export(session: Session, run_dir: Path) -> None:
     """The trained weights in RUN/export, and their average, where one is kept, in RUN/export-ema."""
     write = partial(export_pipeline, session.engine, session.policy, TRAINED, mesh=session.mesh)
-    write(output=run_dir / "export")
+    card = CardFacts(session.config, session.config.run.num_steps, "raw", EXPORTED)
+    write(output=run_dir / "export", card=card)
     if session.ema:
         with session.ema.weights():
-            write(output=run_dir / "export-ema")
+            write(output=run_dir / "export-ema", card=replace(card, weights="ema"))

@@ -5,27 +5,38 @@ The checkpoints here are made by hand in ZeRO-2's layout; tests/distributed conv
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
-from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+from huggingface_hub import ModelCard
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.config import LoraConfig
 from bpgo_video.config_io import to_yaml
-from bpgo_video.conversion import convert_to_diffusers, find_source, main, verify_pipeline
+from bpgo_video.conversion import Conversion, convert, main, verify_diffusers, verify_lora
+from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
+from bpgo_video.run_weights import find_source
+from bpgo_video.universal import verify_universal
+from bpgo_video.zero_files import CheckpointError
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
 from tests.recipes import small_recipe
+from tests.zero_checkpoints import write_checkpoint
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 LORA = LoraConfig(rank=4, alpha=8)
+LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "linear_1", "linear_2", "time_proj", "proj_out")
+EVERYWHERE = LoraConfig(rank=4, alpha=2, target_modules=LINEAR)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -44,10 +55,10 @@ def trained_weights(base: Path) -> Tensors:
     return {name: weight + 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
 
 
-def adapted_transformer(base: Path) -> WanTransformer3DModel:
+def adapted_transformer(base: Path, lora: LoraConfig = LORA) -> WanTransformer3DModel:
     """The base transformer with adapters that are not zero."""
     model = WanTransformer3DModel.from_pretrained(base / "transformer")
-    add_lora(model, LORA, seed=0)
+    add_lora(model, lora, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
@@ -55,22 +66,20 @@ def adapted_transformer(base: Path) -> WanTransformer3DModel:
     return model
 
 
-def write_run(run_dir: Path, base: Path, tensors: Tensors, lora: LoraConfig | None = None) -> Path:
-    """A run's folder with one checkpoint of two ranks, as ZeRO-2 writes it; the checkpoint's folder."""
+def write_run(run_dir: Path, base: Path, tensors: Tensors, lora: LoraConfig | None = None, stage: int = 2) -> Path:
+    """A run's folder with one checkpoint of two ranks; the checkpoint's folder."""
     config = small_recipe(run_dir, run_dir / "shards", policy={"folder": str(base), "lora": lora or LoraConfig()})
     folder = run_dir / "checkpoints" / "step-000002"
     folder.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     (run_dir / "checkpoints" / "latest").write_text(folder.name)
-    shapes = OrderedDict((name, tensor.shape) for name, tensor in tensors.items())
-    model = {"buffer_names": [], "param_shapes": [shapes], "module": {}, "shared_params": {}, "ds_version": "0"}
-    torch.save(model, folder / "mp_rank_00_model_states.pt")
-    flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 4))
-    for rank, part in enumerate(flat.chunk(2)):
-        state = {"zero_stage": 2, "partition_count": 2, "single_partition_of_fp32_groups": [part.clone()]}
-        torch.save({"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-    return folder
+    moments = [tensors, tensors] if stage == 3 else None
+    return write_checkpoint(folder, [tensors], stage, moments=moments)
+
+
+def converted(checkpoint: Path, output: Path, form: str = "diffusers", verify: bool = True, **options: Any) -> Path:
+    convert(Conversion(find_source(checkpoint), "raw", output, **options), form, verify)
+    return output
 
 
 def test_the_parts_of_all_ranks_come_together_bit_for_bit(
@@ -85,6 +94,7 @@ def test_the_parts_of_all_ranks_come_together_bit_for_bit(
     found = load_file(output / WEIGHTS)
     assert found.keys() == trained.keys()
     assert all(torch.equal(found[name], trained[name]) for name in trained)
+    assert (output / "README.md").is_file()
     others = [path.relative_to(base) for path in base.rglob("*") if path.is_file()]
     for path in set(others) - {WEIGHTS}:
         assert (output / path).read_bytes() == (base / path).read_bytes()
@@ -112,16 +122,15 @@ def test_the_average_converts_as_the_weights_do(base: Path, tmp_path: Path, caps
 
 def test_bfloat16_is_the_rounded_weights(base: Path, tmp_path: Path) -> None:
     trained = trained_weights(base)
-    source = find_source(write_run(tmp_path / "run", base, trained))
-    found = load_file(convert_to_diffusers(source, tmp_path / "out", torch.bfloat16, verify=True) / WEIGHTS)
+    checkpoint = write_run(tmp_path / "run", base, trained)
+    found = load_file(converted(checkpoint, tmp_path / "out", dtype=torch.bfloat16) / WEIGHTS)
     assert all(torch.equal(found[name], trained[name].bfloat16()) for name in trained)
 
 
 def test_merged_adapters_compute_what_the_adapters_did(base: Path, tmp_path: Path) -> None:
     model = adapted_transformer(base)
     adapters = {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
-    source = find_source(write_run(tmp_path / "run", base, adapters, LORA))
-    output = convert_to_diffusers(source, tmp_path / "out", verify=True)
+    output = converted(write_run(tmp_path / "run", base, adapters, LORA), tmp_path / "out")
     merged = WanTransformer3DModel.from_pretrained(output / "transformer")
     generator = torch.Generator().manual_seed(2)
     inputs = {
@@ -158,7 +167,9 @@ def test_merging_tensors_is_merging_modules(base: Path) -> None:
 @pytest.mark.parametrize("change", ["tensor", "missing", "file"])
 def test_verify_finds_what_is_not_as_it_was_written(base: Path, tmp_path: Path, change: str) -> None:
     trained = trained_weights(base)
-    output = convert_to_diffusers(find_source(write_run(tmp_path / "run", base, trained)), tmp_path / "out")
+    job = Conversion(find_source(write_run(tmp_path / "run", base, trained)), "raw", tmp_path / "out")
+    convert(job, "diffusers")
+    output = job.output
     changed = {name: tensor.clone() for name, tensor in trained.items()}
     name = "blocks.0.attn1.to_q.weight"
     if change == "tensor":
@@ -169,7 +180,7 @@ def test_verify_finds_what_is_not_as_it_was_written(base: Path, tmp_path: Path, 
     if change == "file":
         (output / "scheduler" / "scheduler_config.json").write_text((output / "model_index.json").read_text())
     with pytest.raises(CheckpointError, match="scheduler_config" if change == "file" else name):
-        verify_pipeline(trained.items(), base, output)
+        verify_diffusers(job)
 
 
 def fail(capsys: pytest.CaptureFixture[str], checkpoint: Path, output: Path) -> str:
@@ -197,7 +208,7 @@ def test_a_checkpoint_that_names_code_is_refused_before_it_runs(
 def test_a_missing_rank_is_an_error(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", base, weights_of(base))
     (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    assert "Expected 2" in fail(capsys, folder, tmp_path / "out")
+    assert "written by 2 ranks" in fail(capsys, folder, tmp_path / "out")
     (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
     assert "is the copy complete" in fail(capsys, folder, tmp_path / "out")
 
@@ -230,3 +241,111 @@ def test_an_existing_folder_is_never_overwritten(
     (output / "mine").write_text("kept")
     assert "is not empty" in fail(capsys, folder, output)
     assert [path.name for path in output.iterdir()] == ["mine"]
+
+
+def adapted_run(base: Path, tmp_path: Path, lora: LoraConfig) -> tuple[Path, WanTransformer3DModel]:
+    model = adapted_transformer(base, lora)
+    adapters = {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
+    return write_run(tmp_path / "run", base, adapters, lora), model
+
+
+@pytest.mark.parametrize("form", ["lora", "comfyui"])
+@pytest.mark.parametrize("lora", [LORA, EVERYWHERE], ids=["attention", "everywhere"])
+def test_a_lora_file_makes_the_merged_models_video(base: Path, tmp_path: Path, form: str, lora: LoraConfig) -> None:
+    """Through diffusers' own pipeline: load_lora_weights on the base model, against the merged export."""
+    checkpoint, _ = adapted_run(base, tmp_path, lora)
+    output = converted(checkpoint, tmp_path / "lora", form)
+    merged = WanPipeline.from_pretrained(converted(checkpoint, tmp_path / "merged"))
+    adapted, plain = (WanPipeline.from_pretrained(base) for _ in range(2))
+    adapted.load_lora_weights(output)
+    inputs = {
+        "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 1.0,
+        "max_sequence_length": TEXT_TOKENS, "output_type": "latent", "latents": torch.randn(1, *LATENTS),
+    }  # fmt: skip
+    expected, found, before = (pipe("a red circle", **inputs).frames for pipe in (merged, adapted, plain))
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    assert (before - expected).norm() / expected.norm() > 1e-3
+
+
+def test_the_comfyui_layout_is_what_diffusers_inverts(base: Path, tmp_path: Path) -> None:
+    """Names by the authors' code; diffusers' converter gives back each adapter, alpha / rank in one of its halves."""
+    checkpoint, model = adapted_run(base, tmp_path, EVERYWHERE)
+    found = load_file(converted(checkpoint, tmp_path / "comfy", "comfyui") / "pytorch_lora_weights.safetensors")
+    for layer in ("blocks.1.self_attn.q", "blocks.0.cross_attn.o", "blocks.1.ffn.0", "blocks.0.ffn.2"):
+        assert float(found[f"diffusion_model.{layer}.alpha"]) == EVERYWHERE.alpha
+    for layer in ("text_embedding.0", "time_embedding.2", "time_projection.1", "head.head"):
+        assert f"diffusion_model.{layer}.lora_up.weight" in found
+    back = _convert_non_diffusers_wan_lora_to_diffusers(found)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    assert len(back) == 2 * len(layers)
+    for name, layer in layers.items():
+        down, up = (back[f"transformer.{name}.lora_{half}.weight"] for half in "AB")
+        assert torch.allclose(up @ down, layer.get_delta_weight("default"), atol=1e-6)
+
+
+def test_adapters_leave_with_their_alpha(base: Path, tmp_path: Path) -> None:
+    checkpoint, model = adapted_run(base, tmp_path, LORA)
+    found = load_file(converted(checkpoint, tmp_path / "lora", "lora") / "pytorch_lora_weights.safetensors")
+    expected = {name: tensor for name, tensor in model.named_parameters() if ".lora_" in name}
+    assert found.keys() == {f"transformer.{name.replace('.default.', '.')}" for name in expected}
+    for name, tensor in expected.items():
+        assert torch.equal(found[f"transformer.{name.replace('.default.', '.')}"], tensor)
+    pipeline = WanPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(tmp_path / "lora", adapter_name="run")
+    settings = pipeline.transformer.peft_config["run"]
+    assert (settings.r, settings.lora_alpha) == (LORA.rank, LORA.alpha)
+
+
+@pytest.mark.parametrize("form", ["lora", "comfyui"])
+def test_a_run_without_adapters_has_none_to_leave(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    checkpoint = write_run(tmp_path / "run", base, weights_of(base))
+    assert main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--format", form]) == 1
+    assert "trained all weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_finds_an_adapter_that_is_not_the_checkpoints(base: Path, tmp_path: Path) -> None:
+    checkpoint, _ = adapted_run(base, tmp_path, LORA)
+    job = Conversion(find_source(checkpoint), "raw", converted(checkpoint, tmp_path / "lora", "lora"))
+    file = job.output / "pytorch_lora_weights.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    tensors["transformer.blocks.1.attn2.to_v.lora_B.weight"][0, 0] += 1
+    save_file(tensors, file, metadata)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn2\.to_v"):
+        verify_lora(job)
+
+
+def test_the_transformer_leaves_alone_and_in_shards(base: Path, tmp_path: Path) -> None:
+    trained = trained_weights(base)
+    checkpoint = write_run(tmp_path / "run", base, trained)
+    output = converted(checkpoint, tmp_path / "out", transformer_only=True, shard_bytes=20_000)
+    assert len(list(output.glob("diffusion_pytorch_model-*.safetensors"))) > 1
+    found = WanTransformer3DModel.from_pretrained(output).state_dict()
+    assert all(torch.equal(found[name], trained[name]) for name in trained)
+
+
+def test_the_card_says_what_was_trained_and_which_files_it_speaks_of(base: Path, tmp_path: Path) -> None:
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    output = converted(write_run(tmp_path / "run", base, trained_weights(base)), tmp_path / "out")
+    (base / "README.md").unlink()
+    card = ModelCard.load(output / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-video")
+    assert "after 2 steps of BPGO" in card.text
+    digest = hashlib.sha256((output / WEIGHTS).read_bytes()).hexdigest()
+    assert f"| {WEIGHTS} | `{digest}` |" in card.text
+    assert fingerprint(base, ("transformer",)) in card.text
+
+
+def test_a_universal_checkpoint_has_the_checkpoints_weights(base: Path, tmp_path: Path) -> None:
+    trained = trained_weights(base)
+    checkpoint = write_run(tmp_path / "run", base, trained, stage=3)
+    output = converted(checkpoint, tmp_path / "universal", "universal")
+    name = "blocks.0.attn1.to_q.weight"
+    torch.save(trained[name].flatten() + 1, output / "zero" / name / "fp32.pt")
+    with pytest.raises(CheckpointError, match=name):
+        verify_universal(trained, output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from bpgo_video import generation
 from bpgo_video.config import LoraConfig
 from bpgo_video.data.build import prompt_id
 from bpgo_video.data.video import read_video
-from bpgo_video.generation import generate, initial_latents, load_pipeline, main, plan, sample
-from bpgo_video.generation_settings import GenerationSettings, resolve
+from bpgo_video.generation import generate, initial_latents, load_pipeline, main, plan, read_records, sample
+from bpgo_video.generation_files import Job
+from bpgo_video.generation_settings import CallSettings, GenerationSettings, find_model, resolve
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.randomness import keyed_noise
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
@@ -40,6 +42,18 @@ def settings(folder: Path, tmp_path: Path) -> GenerationSettings:
     )  # fmt: skip
 
 
+def jobs_of(settings: GenerationSettings) -> list[Job]:
+    return plan(settings, read_records(settings))
+
+
+def call_of(settings: GenerationSettings) -> CallSettings:
+    return resolve(settings, find_model(settings).policy)
+
+
+def pipeline_of(settings: GenerationSettings) -> Any:
+    return load_pipeline(find_model(settings), settings, torch.device("cpu"))
+
+
 def flags(settings: GenerationSettings, **changes: object) -> list[str]:
     values = {**vars(settings), **changes}
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value not in (None, "")]
@@ -47,8 +61,7 @@ def flags(settings: GenerationSettings, **changes: object) -> list[str]:
 
 
 def test_a_video_is_the_same_alone_and_in_a_batch(settings: GenerationSettings) -> None:
-    pipeline, jobs = load_pipeline(Path(settings.policy), settings), plan(settings)
-    _, call = resolve(settings)
+    pipeline, jobs, call = pipeline_of(settings), jobs_of(settings), call_of(settings)
     together = sample(pipeline, jobs, LATENTS, call, "")
     for number in (0, 3):
         alone = sample(pipeline, [jobs[number]], LATENTS, call, "")
@@ -58,8 +71,8 @@ def test_a_video_is_the_same_alone_and_in_a_batch(settings: GenerationSettings) 
 
 
 def test_a_video_is_what_diffusers_makes_by_hand(settings: GenerationSettings) -> None:
-    jobs, (_, call) = plan(settings), resolve(settings)
-    found = sample(load_pipeline(Path(settings.policy), settings), jobs[3:4], LATENTS, call, "")
+    jobs, call = jobs_of(settings), call_of(settings)
+    found = sample(pipeline_of(settings), jobs[3:4], LATENTS, call, "")
     pipeline = WanPipeline.from_pretrained(settings.policy)
     noise = keyed_noise(LATENTS, [(5, "generation", prompt_id(TEXTS[1]), 1)], "cpu")
     expected = pipeline(
@@ -70,12 +83,12 @@ def test_a_video_is_what_diffusers_makes_by_hand(settings: GenerationSettings) -
 
 
 def test_noise_depends_on_seed_prompt_and_sample_and_on_nothing_else(settings: GenerationSettings) -> None:
-    noise = initial_latents(plan(settings), LATENTS)
+    noise = initial_latents(jobs_of(settings), LATENTS)
     assert len({tuple(row.flatten()[:4].tolist()) for row in noise}) == 6
-    other_seed = initial_latents(plan(replace(settings, seed=6)), LATENTS)
+    other_seed = initial_latents(jobs_of(replace(settings, seed=6)), LATENTS)
     assert not torch.isclose(noise, other_seed).all(dim=(1, 2, 3, 4)).any()
     settings.prompts.write_text("\n".join(reversed(TEXTS)))
-    reordered = initial_latents(plan(replace(settings, samples_per_prompt=1, batch_size=1)), LATENTS)
+    reordered = initial_latents(jobs_of(replace(settings, samples_per_prompt=1, batch_size=1)), LATENTS)
     assert torch.equal(reordered.flip(0), noise[::2])
 
 
@@ -89,7 +102,7 @@ def test_the_manifest_says_what_each_file_is_and_finished_videos_are_kept(
         "prompt": TEXTS[1], "id": prompt_id(TEXTS[1]), "seed": 5, "sample": 1, "file": "00001-01.mp4"
     }  # fmt: skip
     files = {video["file"]: settings.output / video["file"] for video in content["videos"]}
-    assert {path.name for path in settings.output.iterdir()} == {*files, "generation.json"}
+    assert {path.name for path in settings.output.iterdir()} == {*files, "generation.json", "sheets"}
     frames, fps = read_video(files["00001-01.mp4"])
     assert (tuple(frames.shape), fps) == ((9, 3, 64, 64), 8)
     before = {name: path.read_bytes() for name, path in files.items()}
@@ -124,7 +137,8 @@ def test_other_settings_in_the_same_folder_are_an_error(
     settings: GenerationSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("nothing may be loaded"))
-    monkeypatch.setattr(generation, "is_complete", lambda *_: True)
+    monkeypatch.setattr(generation, "whole_video", lambda *_: torch.zeros(9, 3, 64, 64))
+    monkeypatch.setattr(generation, "check_and_show", lambda *_: [])
     generate(settings)
     for name, value, words in (
         ("seed", 6, "seed 5 (now 6)"),
@@ -168,12 +182,12 @@ def test_an_empty_prompt_file_is_named(settings: GenerationSettings, capsys: pyt
 
 def test_what_is_not_said_is_diffusers_own_default(settings: GenerationSettings) -> None:
     unsaid = dict.fromkeys(("num_steps", "guidance_scale", "num_frames", "height", "width"))
-    _, call = resolve(replace(settings, **unsaid))
+    call = call_of(replace(settings, **unsaid))
     assert vars(call) == {
         "num_inference_steps": 50, "guidance_scale": 5.0, "num_frames": 81, "height": 480, "width": 832,
         "max_sequence_length": TEXT_TOKENS,
     }  # fmt: skip
-    assert resolve(replace(settings, max_sequence_length=8))[1].max_sequence_length == 8
+    assert call_of(replace(settings, max_sequence_length=8)).max_sequence_length == 8
 
 
 def test_adapters_are_loaded_on_top(settings: GenerationSettings, tmp_path: Path) -> None:
@@ -185,10 +199,10 @@ def test_adapters_are_loaded_on_top(settings: GenerationSettings, tmp_path: Path
             torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(3))
     adapters = get_peft_model_state_dict(base.transformer, adapter_name="default")
     WanPipeline.save_lora_weights(tmp_path, adapters, weight_name="adapters.safetensors")
-    jobs, (_, call) = plan(settings)[:1], resolve(settings)
+    jobs, call = jobs_of(settings)[:1], call_of(settings)
     with_lora = replace(settings, lora=tmp_path / "adapters.safetensors")
-    found = sample(load_pipeline(Path(settings.policy), with_lora), jobs, LATENTS, call, "")
-    plain = sample(load_pipeline(Path(settings.policy), settings), jobs, LATENTS, call, "")
+    found = sample(pipeline_of(with_lora), jobs, LATENTS, call, "")
+    plain = sample(pipeline_of(settings), jobs, LATENTS, call, "")
     assert (found - sample(base, jobs, LATENTS, call, "")).abs().max() < 1e-5
     assert (found - plain).abs().max() > 1e-2
 
@@ -197,4 +211,4 @@ def test_adapters_of_another_model_are_an_error(settings: GenerationSettings, tm
     foreign = {f"unet.down.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}
     save_file(foreign, tmp_path / "foreign.safetensors")
     with pytest.raises(generation.GenerationError, match=r"foreign.safetensors"):
-        load_pipeline(Path(settings.policy), replace(settings, lora=tmp_path / "foreign.safetensors"))
+        pipeline_of(replace(settings, lora=tmp_path / "foreign.safetensors"))

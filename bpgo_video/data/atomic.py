@@ -1,9 +1,10 @@
-"""How does a file appear complete or not at all? Written aside, flushed to the disk, renamed."""
+"""How does a file, or a folder, appear complete or not at all? Written aside, flushed to the disk, renamed."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,25 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; it takes the name `path` when the block ends without an error, else it goes.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; name another output, or delete it first")
+    aside = path.with_name(f"partial-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -64,6 +64,10 @@ class Policy(Protocol):
         """(channels, latent_frames, latent_height, latent_width); ConfigError where the family cannot make it."""
         ...
 
+    def example(self) -> tuple[Latents, Conditioning]:
+        """A small input of one sample for the transformer, always the same: to compare two sets of weights."""
+        ...
+
     def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
         """The family's own noise levels: [num_steps + 1] in fp32, from 1 down to 0."""
         ...

@@ -40,9 +40,12 @@ def add_lora(transformer: nn.Module, lora: LoraConfig, seed: int) -> None:
     transformer.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # every rank draws the same A
-        transformer.add_adapter(  # type: ignore[operator]
-            PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules)), ADAPTER
-        )
+        transformer.add_adapter(peft_config(lora), ADAPTER)  # type: ignore[operator]
+
+
+def peft_config(lora: LoraConfig) -> PeftConfig:
+    """What peft calls these settings."""
+    return PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
 
 
 def merged_parameters(engine: Gatherer) -> Iterator[tuple[str, Tensor]]:
@@ -81,6 +84,8 @@ def merged_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """What `merged_parameters` yields, from tensors on their own: those of a base model and a checkpoint's adapters.
 
+    Adapters are rounded to the dtype of the weight that they are added to.
+
     Raises:
         ValueError: an adapter without its other half, or of a layer that the base model does not have.
     """
@@ -90,7 +95,8 @@ def merged_tensors(
         down, up = (f"{layer}.lora_{half}.{ADAPTER}.weight" for half in "AB")
         if unused.issuperset((down, up)):
             unused -= {down, up}
-            weight = add_adapter_in(weight, adapters[down], adapters[up], lora.alpha / lora.rank)
+            halves = {half: adapters[half].to(weight.dtype) for half in (down, up)}  # as training held them
+            weight = add_adapter_in(weight, halves[down], halves[up], lora.alpha / lora.rank)
         yield name, weight
     if unused:
         raise ValueError(f"adapters {sorted(unused)[:3]} fit no layer of the base model; is it the one of this run?")

@@ -99,6 +99,13 @@ class WanPolicy:
         frames = (video.num_frames - 1) // temporal + 1
         return channels, frames, video.height // spatial, video.width // spatial
 
+    def example(self) -> tuple[Latents, Conditioning]:
+        config, generator = self.transformer_config, torch.Generator().manual_seed(0)
+        frames, height, width = config["patch_size"]
+        latents = torch.randn(1, config["in_channels"], 2 * frames, 2 * height, 2 * width, generator=generator)
+        texts = torch.randn(1, 4, config["text_dim"], generator=generator)
+        return latents, {"prompt_embeds": texts}
+
     def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
         scheduler = self.pipeline.scheduler.config
         own = scheduler.get("flow_shift", scheduler.get("shift", 1.0))

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from bpgo_video.config_io import read_yaml
-from bpgo_video.conversion import convert_to_diffusers, find_source
+from bpgo_video.conversion import Conversion, convert
 from bpgo_video.heldout_evaluation import asked, evaluate_folder
 from bpgo_video.metrics import read_metrics
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.run_weights import find_source
 from tests.distributed.conftest import STAGES
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
@@ -24,7 +25,8 @@ RUNS = [f"ratio-{stage}-{adapters}" for stage in STAGES for adapters in ("full",
 def test_a_checkpoint_converts_to_the_export_bit_for_bit(worlds: dict[int, Path], tmp_path: Path, name: str) -> None:
     run_dir = worlds[2] / name
     dtype = torch.bfloat16 if name == "smoke-bf16" else torch.float32
-    output = convert_to_diffusers(find_source(run_dir), tmp_path / "out", dtype, verify=True)
+    output = tmp_path / "out"
+    convert(Conversion(find_source(run_dir), "raw", output, dtype), "diffusers", verify=True)
     expected, found = load_file(run_dir / "export" / WEIGHTS), load_file(output / WEIGHTS)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -34,8 +36,9 @@ def test_a_checkpoint_converts_to_the_export_bit_for_bit(worlds: dict[int, Path]
 
 def test_an_earlier_checkpoint_is_not_the_newest(worlds: dict[int, Path], tmp_path: Path) -> None:
     checkpoints = worlds[2] / "whole" / "checkpoints"
-    early = convert_to_diffusers(find_source(checkpoints / "step-000002"), tmp_path / "early")
-    late = convert_to_diffusers(find_source(checkpoints.parent), tmp_path / "late")
+    early, late = tmp_path / "early", tmp_path / "late"
+    convert(Conversion(find_source(checkpoints / "step-000002"), "raw", early), "diffusers")
+    convert(Conversion(find_source(checkpoints.parent), "raw", late), "diffusers")
     exported = load_file(worlds[2] / "whole" / "export" / WEIGHTS)
     assert all(torch.equal(tensor, exported[key]) for key, tensor in load_file(late / WEIGHTS).items())
     assert not all(torch.equal(tensor, exported[key]) for key, tensor in load_file(early / WEIGHTS).items())

@@ -1,0 +1,88 @@
+"""What is in a model folder? A README.md: what was trained, how, by which code; the hashes of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from bpgo_video.config import Config
+from bpgo_video.config_io import to_yaml
+from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.paths import resolve_folder
+
+CARD = "README.md"
+EXPORTED = "A diffusers pipeline with its transformer"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card is about.
+
+    Attributes:
+        config: the run's own.
+        step: finished training steps.
+        weights: which of the run's weights these are, raw or averaged.
+        contents: what the folder is, in words.
+    """
+
+    config: Config
+    step: int
+    weights: str
+    contents: str
+
+
+def write_card(facts: CardFacts, folder: Path) -> Path:
+    """README.md of a finished model folder: huggingface's YAML header, then the text; its path."""
+    config = facts.config
+    base = resolve_folder(config.policy.folder)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("bpgo_video").joinpath("model_card.md.j2").read_text("utf-8"))
+    text = template.render(
+        header=yaml.safe_dump(header(config, base), sort_keys=False, allow_unicode=True).strip(),
+        facts=facts,
+        config=config,
+        base_fingerprint=fingerprint(base, ("transformer",)),
+        config_sha256=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+        version=version("bpgo-video"),
+        commit=commit(),
+        hashes={str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*.safetensors"))},
+    )
+    (folder / CARD).write_text(text, "utf-8")
+    return folder / CARD
+
+
+def header(config: Config, base: Path) -> dict[str, Any]:
+    """The card's YAML: what the hub files a model under. The license is the base model's, where its card names one."""
+    tags = ["bpgo_video", config.algorithm, *(["lora"] if config.policy.lora.rank else [])]
+    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-video", "tags": tags}
+    if not config.policy.folder.startswith((".", "/", "~", "package:")):
+        found["base_model"] = config.policy.folder
+    card = base / CARD
+    parts = card.read_text("utf-8").split("---\n", 2) if card.is_file() else []
+    if len(parts) == 3 and not parts[0]:
+        given = yaml.safe_load(parts[1])
+        found |= {name: given[name] for name in ("license", "license_name", "license_link") if name in given}
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this code; None where it is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or an installed package
+        return None
+
+
+def sha256(path: Path) -> str:
+    """Of a whole file, 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,145 @@
+"""Which weights did a run train, and under which names does the model have them? Read from a checkpoint, one at a time.
+
+    RUN/checkpoints/step-000050 and the pipeline folder that RUN/config.yaml names -> every tensor of the transformer
+
+Weights are the optimiser's fp32 ones, rounded to the asked dtype before adapters are merged, as training holds them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from bpgo_video import checkpoint
+from bpgo_video.config import Config
+from bpgo_video.config_io import read_yaml
+from bpgo_video.ema_files import average_in
+from bpgo_video.engine import tensor_files
+from bpgo_video.paths import resolve_folder
+from bpgo_video.policies.lora import merged_tensors
+from bpgo_video.session import TRAINED
+from bpgo_video.zero_files import (
+    CheckpointError,
+    complete_optimiser_files,
+    model_file,
+    read_file,
+    refuse_foreign_pickles,
+)
+from bpgo_video.zero_parameters import ZeroParameters
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {"raw": ZeroParameters, "ema": average_in}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and the model that its run started from.
+
+    Attributes:
+        folder: the checkpoint, `RUN/checkpoints/step-XXXXXX`.
+        base: the diffusers pipeline folder that the run started from.
+        config: the run's own.
+        step: finished training steps.
+    """
+
+    folder: Path
+    base: Path
+    config: Config
+    step: int
+
+    @property
+    def pipeline_class(self) -> str:
+        """diffusers' name of the pipeline's class."""
+        return str(json.loads((self.base / "model_index.json").read_text())["_class_name"])
+
+
+def holds_checkpoint(path: Path) -> bool:
+    """Whether `path` looks like a checkpoint, or like a run's folder that has checkpoints."""
+    return (path / checkpoint.FOLDER).is_dir() or any(path.glob("*_model_states.pt"))
+
+
+def find_source(path: Path) -> Source:
+    """The checkpoint at `path`, or the newest one of the run at `path`, with what the run's config.yaml says of it.
+
+    Raises:
+        CheckpointError: there is none; or it is none of ZeRO, incomplete, or names code to run.
+        ConfigError, FileNotFoundError: config.yaml, or the model folder that it names, is missing or damaged.
+    """
+    folder = path.resolve()
+    if not holds_checkpoint(folder):
+        raise CheckpointError(f"{path} is neither a checkpoint (RUN/checkpoints/step-XXXXXX) nor a run's folder")
+    if (folder / checkpoint.FOLDER).is_dir():
+        name = checkpoint.newest(folder)
+        if name is None:
+            raise CheckpointError(f"{path / checkpoint.FOLDER} holds no complete checkpoint yet")
+        folder = folder / checkpoint.FOLDER / name
+    config_file = folder.parents[1] / "config.yaml"
+    if not config_file.is_file():
+        raise CheckpointError(f"{config_file} is missing: it says which model the run started from; copy it there")
+    refuse_foreign_pickles(folder)
+    complete_optimiser_files(folder)
+    state = read_file(model_file(folder))
+    if "progress" not in state:
+        raise CheckpointError(f"{folder} was not written by a run of this program: it has no progress in it")
+    config = read_yaml(config_file)
+    return Source(folder, resolve_folder(config.policy.folder), config, state["progress"]["step"])
+
+
+def adapter_tensors(source: Source, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters in a checkpoint, A and B of every layer, fp32.
+
+    Raises:
+        CheckpointError: the run trained all weights.
+    """
+    if not source.config.policy.lora.rank:
+        raise CheckpointError(f"{source.folder} holds no adapters: its run trained all weights (policy.lora.rank 0)")
+    return {name: trained[name] for name in trained if ".lora_" in name}
+
+
+def trained_tensors(
+    source: Source, trained: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the trained transformer, under the name that it has in the base folder; adapters merged.
+
+    Args:
+        trained: the checkpoint's parameters, fp32: `WEIGHTS["raw"](source.folder)`.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the base folder.
+    """
+    if source.config.policy.lora.rank:
+        base = ((name, tensor.to(dtype)) for name, tensor in read_tensors(source.base / TRAINED))
+        try:
+            yield from merged_tensors(base, adapter_tensors(source, trained), source.config.policy.lora)
+        except ValueError as error:
+            raise CheckpointError(f"{source.folder} does not fit {source.base / TRAINED}: {error}") from None
+        return
+    names = tensor_files(source.base / TRAINED)
+    missing = sorted(set(names) - set(trained))
+    if missing:
+        raise CheckpointError(
+            f"{source.folder} lacks {len(missing)} tensors of {source.base / TRAINED}, {missing[:3]} among them"
+        )
+    for name in names:
+        yield name, trained[name].to(dtype)
+
+
+def put_into(transformer: Any, source: Source, trained: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Replace the weights of a whole transformer, that of `source.base`, by the trained ones; see `trained_tensors`."""
+    weights = transformer.state_dict()
+    for name, tensor in trained_tensors(source, trained, dtype):
+        weights[name].copy_(tensor)
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model folder's safetensors, one in memory at a time."""
+    for name, path in tensor_files(folder).items():
+        with safe_open(path, framework="pt") as file:
+            yield name, file.get_tensor(name)

@@ -1,0 +1,132 @@
+"""Is an export what was to be written? Loaded by diffusers, compared tensor by tensor, and by one forward pass.
+
+The forward pass is that of the policy whose base weights were replaced, in memory, by what the checkpoint says. One
+transformer is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from tqdm import tqdm
+
+from bpgo_video.config import LoraConfig
+from bpgo_video.export import WEIGHTS
+from bpgo_video.model_card import CARD
+from bpgo_video.policies import load_policy
+from bpgo_video.policies.lora import ADAPTER
+from bpgo_video.run_weights import Source, put_into, read_tensors
+from bpgo_video.session import TRAINED
+from bpgo_video.zero_files import CheckpointError
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a forward pass, relative; merging and adding round apart
+
+
+def verify_transformer(expected: Iterable[tuple[str, Tensor]], folder: Path) -> Any:
+    """Load a transformer's folder through diffusers and compare its tensors with `expected`; what was loaded.
+
+    Raises:
+        CheckpointError: names a tensor that differs, is missing, or should not be there.
+    """
+    module = load_transformer(folder)
+    found = {name: tensor for name, tensor in module.state_dict().items() if not tensor.is_meta}  # else not in the file
+    compared = set()
+    for name, tensor in expected:
+        if name not in found or not torch.equal(found[name].float(), tensor.float()):  # some load as fp32 on purpose
+            raise CheckpointError(f"{folder}: {name}, as diffusers loads it, is not the checkpoint's")
+        compared.add(name)
+    if foreign := sorted(set(found) - compared):
+        raise CheckpointError(f"{folder}: diffusers loads {foreign[:3]}, which the checkpoint does not have")
+    return module
+
+
+def verify_copies(base: Path, output: Path) -> None:
+    """Everything in a pipeline folder but the trained weights and the card is as in the base folder.
+
+    Raises:
+        CheckpointError: names the file that differs.
+    """
+    for file in (path for path in output.rglob("*") if path.is_file()):
+        relative = file.relative_to(output)
+        ours = relative == Path(CARD) or (relative.parent == Path(TRAINED) and file.name.startswith(WEIGHTS))
+        if not ours and not filecmp.cmp(file, base / relative, shallow=False):
+            raise CheckpointError(f"{file} is not a copy of {base / relative}")
+
+
+def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """A transformer's folder as diffusers loads it, by default in the dtype on disk."""
+    model_class = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
+    dtypes = {tensor.dtype for _, tensor in read_tensors(folder)} if dtype is None else {dtype}
+    return model_class.from_pretrained(folder, torch_dtype=dtypes.pop() if len(dtypes) == 1 else None)
+
+
+def verify_adapters(adapters: Mapping[str, Tensor], lora: LoraConfig, source: Source, output: Path) -> Any:
+    """Load adapters through diffusers, on the base model, and compare what each adds to its layer, alpha/rank B A.
+
+    Args:
+        adapters: in fp32 or as they were rounded for the file.
+        output: the folder that `load_lora_weights` is given.
+
+    Raises:
+        CheckpointError: names the layer that differs.
+    """
+    transformer = load_transformer(source.base / TRAINED, next(iter(adapters.values())).dtype)
+    pipeline = pipeline_around(source.base, transformer)
+    pipeline.load_lora_weights(output, adapter_name=ADAPTER)
+    layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
+    expected = {name.partition(".lora_")[0] for name in adapters}
+    if set(layers) != expected:
+        raise CheckpointError(f"{output}: diffusers adapts layers {sorted(set(layers) ^ expected)[:3]} differently")
+    for name, layer in tqdm(layers.items(), desc="Comparing", unit="layer"):
+        down, up = (adapters[f"{name}.lora_{half}.{ADAPTER}.weight"].float() for half in "AB")
+        added, wanted = layer.get_delta_weight(ADAPTER).float(), lora.alpha / lora.rank * (up @ down)
+        if not torch.linalg.norm(added - wanted) <= TOLERANCE[transformer.dtype] * torch.linalg.norm(wanted):
+            raise CheckpointError(f"{output}: {name}, as diffusers loads it, is not the checkpoint's adapter")
+    return transformer
+
+
+def pipeline_around(folder: Path, transformer: Any) -> Any:
+    """diffusers' pipeline of a folder with this transformer; no other weights are read."""
+    index = json.loads((folder / "model_index.json").read_text())
+    others = [name for name in index if list((folder / name).glob("*.safetensors")) and name != TRAINED]
+    pipeline_class = getattr(diffusers, index["_class_name"])  # DiffusionPipeline would not take ours
+    return pipeline_class.from_pretrained(folder, **{TRAINED: transformer}, **dict.fromkeys(others))
+
+
+def forward(source: Source, transformer: Any) -> Tensor:
+    """The velocity of the policy's smallest input under these weights."""
+    policy = load_policy(str(source.base), max_sequence_length=1, components=())
+    latents, conditioning = policy.example()
+    policy.transformers[TRAINED] = transformer.eval()
+    inputs = {name: value.to(transformer.dtype) for name, value in conditioning.items()}
+    with torch.no_grad():
+        return policy.velocity(latents, torch.tensor(0.7), inputs)
+
+
+def expected_forward(source: Source, trained: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """`forward` under the base transformer's weights, replaced by the checkpoint's."""
+    transformer = load_transformer(source.base / TRAINED, dtype)
+    put_into(transformer, source, trained, dtype)
+    return forward(source, transformer)
+
+
+def compare_forward(found: Tensor, expected: Tensor, dtype: torch.dtype, output: Path) -> float:
+    """The relative error of an export's forward pass.
+
+    Raises:
+        CheckpointError: it is larger than rounding.
+    """
+    error = float((found - expected).norm() / expected.norm())
+    if not error <= TOLERANCE[dtype]:
+        raise CheckpointError(
+            f"{output}: its forward pass is {error:.2g} off the checkpoint's; rounding is {TOLERANCE[dtype]}"
+        )
+    return error

@@ -1,0 +1,88 @@
+"""Generation on two ranks: each its own videos, one manifest; what a killed rank leaves is continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed.conftest import free_port
+from tests.random_wan import random_wan
+from tests.recipes import ROOT
+
+pytestmark = pytest.mark.slow
+LAUNCHER = Path(sys.executable).with_name("deepspeed")
+
+
+def command(output: Path, policy: Path, prompts: Path, *launcher: str) -> list[str]:
+    return [
+        *launcher, "pipelines/generate_video.py", "--policy", str(policy), "--prompts", str(prompts), "--output",
+        str(output), "--seed", "3", "--num-steps", "3", "--guidance-scale", "1", "--num-frames", "9", "--height", "64",
+        "--width", "64", "--samples-per-prompt", "2",
+    ]  # fmt: skip
+
+
+def on_two_ranks(output: Path, policy: Path, prompts: Path) -> subprocess.Popen[str]:
+    launcher = (str(LAUNCHER), "--num_accelerators", "2", "--master_port", str(free_port()))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(output, policy, prompts, *launcher), cwd=ROOT, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def manifest(output: Path) -> dict:
+    return json.loads((output / "generation.json").read_text())
+
+
+def test_two_ranks_make_what_one_makes_and_go_on_after_a_kill(tmp_path: Path) -> None:
+    policy, prompts = random_wan(tmp_path / "wan"), tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a red circle moving left {number}\n" for number in range(40)))
+    first = on_two_ranks(tmp_path / "two", policy, prompts)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "two").glob("*.mp4"))) < 4:
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.communicate()[0][-3000:]
+        time.sleep(0.05)
+    kill_one_rank(first.pid)
+    first.communicate(timeout=120)
+    assert first.returncode != 0
+    assert not manifest(tmp_path / "two")["complete"]
+    early = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("*.mp4")}
+    assert 4 <= len(early) < 80
+    second = on_two_ranks(tmp_path / "two", policy, prompts)
+    told = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, told[-3000:]
+    assert manifest(tmp_path / "two")["complete"]
+    kept = {name: (tmp_path / "two" / name).stat().st_mtime_ns for name in early}
+    assert kept == early
+    subprocess.run(
+        command(tmp_path / "one", policy, prompts, sys.executable), cwd=ROOT, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
+    for path in (tmp_path / "one").glob("*.mp4"):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def kill_one_rank(launcher: int) -> None:
+    """SIGKILL to the rank whose number is 1, found among the launcher's own descendants."""
+    for process in psutil.Process(launcher).children(recursive=True):
+        if process.environ().get("RANK") == "1":
+            process.kill()
+            return
+    raise AssertionError("there is no rank 1")
+
+
+def test_an_error_of_any_rank_is_everyones_exit_code(tmp_path: Path) -> None:
+    process = on_two_ranks(tmp_path / "out", tmp_path / "none", tmp_path / "none.txt")
+    told = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "none.txt does not exist" in told
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,165 @@
+"""Videos come from checkpoints and shards as from exports and files, with any solver, and are checked at the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from bpgo_video import generation
+from bpgo_video.config import LoraConfig
+from bpgo_video.config_io import to_yaml
+from bpgo_video.conversion import Conversion, convert
+from bpgo_video.data.build import build_shards, prompt_id
+from bpgo_video.data.prompt_records import EncoderStamp
+from bpgo_video.data.video import write_video
+from bpgo_video.generation import generate, load_pipeline, plan, read_records, sample
+from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.run_weights import find_source
+from tests.random_wan import LATENTS, random_wan
+from tests.recipes import small_recipe
+from tests.zero_checkpoints import write_checkpoint
+
+TEXTS = ["a red circle moving left", "a blue square moving up", "a shape moving right"]
+LORA = LoraConfig(rank=2, alpha=4)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_wan(tmp_path_factory.mktemp("policy") / "wan")
+
+
+@pytest.fixture
+def settings(base: Path, tmp_path: Path) -> GenerationSettings:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(TEXTS) + "\n")
+    return GenerationSettings(
+        policy=str(base), prompts=prompts, output=tmp_path / "videos", seed=5, num_steps=2, guidance_scale=1.0,
+        num_frames=9, height=64, width=64, fps=8, samples_per_prompt=2, batch_size=6,
+    )  # fmt: skip
+
+
+def write_run(base: Path, run_dir: Path, lora: LoraConfig) -> Path:
+    """A run of one checkpoint whose weights are not the base model's; its folder."""
+    generator = torch.Generator().manual_seed(7)
+    model = WanPipeline.from_pretrained(base).transformer
+    if lora.rank:
+        add_lora(model, lora, seed=0)
+    trained = {
+        name: parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    write_checkpoint(run_dir / "checkpoints" / "step-000002", [trained])
+    (run_dir / "checkpoints" / "latest").write_text("step-000002")
+    config = small_recipe(run_dir, run_dir / "shards", policy={"folder": str(base), "lora": lora})
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    return run_dir
+
+
+def first_video(settings: GenerationSettings) -> torch.Tensor:
+    model = find_model(settings)
+    pipeline = load_pipeline(model, settings, torch.device("cpu"))
+    jobs = plan(settings, read_records(settings))[:1]
+    return sample(pipeline, jobs, LATENTS, resolve(settings, model.policy), "")
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("named", ["run", "checkpoint"])
+def test_a_checkpoint_makes_its_exports_video(
+    base: Path, settings: GenerationSettings, tmp_path: Path, lora: LoraConfig, named: str
+) -> None:
+    run_dir = write_run(base, tmp_path / "run", lora)
+    convert(Conversion(find_source(run_dir), "raw", tmp_path / "export"), "diffusers")
+    path = {"run": run_dir, "checkpoint": run_dir / "checkpoints" / "step-000002"}[named]
+    found = first_video(replace(settings, policy=str(path)))
+    assert torch.equal(found, first_video(replace(settings, policy=str(tmp_path / "export"))))
+    assert (found - first_video(settings)).abs().max() > 1e-3
+
+
+def test_a_checkpoint_is_part_of_what_the_videos_depend_on(
+    base: Path, settings: GenerationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = write_run(base, tmp_path / "run", LORA)
+    from_run = replace(settings, policy=str(run_dir))
+    monkeypatch.setattr(generation, "make", lambda *_: None)
+    with pytest.raises(GenerationError, match="is not a whole video"):
+        generate(from_run)
+    content = json.loads((settings.output / "generation.json").read_text())
+    assert (content["complete"], content["settings"]["weights"]) == (False, "raw")
+    with pytest.raises(GenerationError, match="checkpoint_fingerprint"):
+        generate(settings)
+
+
+def test_prompts_come_from_shards(base: Path, settings: GenerationSettings, tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.jsonl"
+    splits = ("train", "heldout", "heldout")
+    lines.write_text("".join(f'{{"prompt": "{t}", "split": "{s}"}}\n' for t, s in zip(TEXTS, splits, strict=True)))
+    stamp = EncoderStamp("none", "0" * 16, 4)
+    build_shards([lines], tmp_path / "shards", lambda texts: {"x": torch.zeros(len(texts), 4, 2)}, stamp)
+    from_shards = replace(settings, prompts=tmp_path / "shards", split="heldout")
+    found = plan(from_shards, read_records(from_shards))
+    assert [(job.prompt.prompt, job.prompt.id) for job in found[::2]] == [(t, prompt_id(t)) for t in TEXTS[1:]]
+    assert len(read_records(replace(from_shards, split=None))) == 3
+    with pytest.raises(GenerationError, match="no folder of prompt shards"):
+        read_records(replace(settings, split="heldout"))
+
+
+def test_another_solver_is_diffusers_own(settings: GenerationSettings, base: Path) -> None:
+    found = first_video(replace(settings, scheduler="euler", flow_shift=7.0, num_steps=4))
+    pipeline = WanPipeline.from_pretrained(base)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    jobs = plan(settings, read_records(settings))[:1]
+    call = resolve(replace(settings, num_steps=4), find_model(settings).policy)
+    assert torch.equal(found, sample(pipeline, jobs, LATENTS, call, ""))
+    assert (found - first_video(replace(settings, num_steps=4))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm", "euler"])
+def test_every_solver_ends_at_the_same_video_where_steps_are_many(settings: GenerationSettings, name: Any) -> None:
+    reference = first_video(replace(settings, scheduler="euler", num_steps=200))
+    found = first_video(replace(settings, scheduler=name, num_steps=60))
+    assert (found - reference).abs().mean() < 0.01
+
+
+def test_a_shift_needs_a_solver(settings: GenerationSettings) -> None:
+    with pytest.raises(GenerationError, match="flow_shift is 5"):
+        first_video(replace(settings, flow_shift=5.0))
+
+
+def test_a_contact_sheet_shows_every_sample_of_a_prompt(settings: GenerationSettings) -> None:
+    generate(settings)
+    sheets = sorted(path.name for path in (settings.output / "sheets").iterdir())
+    assert sheets == [f"{number:05d}.jpg" for number in range(3)]
+    with Image.open(settings.output / "sheets" / "00001.jpg") as sheet:
+        assert sheet.size == (5 * (64 + 2) - 2, 2 * (64 + 2) - 2)
+
+
+def test_a_video_that_is_damaged_after_it_was_written_is_found(
+    settings: GenerationSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(path: Path, frames: torch.Tensor, fps: float) -> None:
+        write_video(path, frames[:5] if path.name == "00001-01.mp4" else frames, fps)
+
+    monkeypatch.setattr(generation, "write_video", cut)
+    with pytest.raises(GenerationError, match=r"00001-01\.mp4"):
+        generate(settings)
+    content = json.loads((settings.output / "generation.json").read_text())
+    assert not content["complete"]
+    monkeypatch.undo()
+    assert len(json.loads(generate(settings).read_text())["videos"]) == 6
+
+
+def test_the_base_model_is_not_changed(base: Path, settings: GenerationSettings, tmp_path: Path) -> None:
+    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    first_video(replace(settings, policy=str(write_run(base, tmp_path / "run", LoraConfig()))))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(file).items())
