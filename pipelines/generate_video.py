@@ -1,7 +1,7 @@
-"""Generate videos with a policy: a base model, a run's export, or either with LoRA adapters.
+"""Generate videos with a policy: a base model, an export, a checkpoint or a run, with or without LoRA adapters.
 
 python pipelines/generate_video.py --policy runs/demo/export --prompts prompts.txt --output videos --seed 0
-python pipelines/generate_video.py --help
+deepspeed pipelines/generate_video.py --policy runs/demo --prompts runs/demo-prompts --output videos --seed 0
 """
 
 import sys

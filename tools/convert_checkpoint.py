@@ -1,10 +1,10 @@
 """Convert a training checkpoint to what inference tools read.
 
     python tools/convert_checkpoint.py --checkpoint runs/demo --output wan-bpgo --format diffusers --verify
-    python tools/convert_checkpoint.py --checkpoint runs/demo/checkpoints/step-000050 --output step50 --format diffusers
+    python tools/convert_checkpoint.py --checkpoint runs/demo/checkpoints/step-000050 --output adapters --format lora
 
-Joins ZeRO's parts of any stage and number of ranks on one CPU, without a process group; nothing in a checkpoint is
-unpickled before it has been looked at. LoRA adapters are merged into the weights that the run started from.
+Joins ZeRO's parts of any stage and number of ranks on one CPU, a tensor at a time, without a process group; nothing in
+a checkpoint is unpickled before it has been looked at. Formats: diffusers, lora, comfyui, universal.
 """
 
 import sys

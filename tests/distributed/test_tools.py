@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 
 from bpgo_video.config_io import read_yaml
@@ -15,6 +18,7 @@ from bpgo_video.heldout_evaluation import asked, evaluate_folder
 from bpgo_video.metrics import read_metrics
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.run_weights import find_source
+from bpgo_video.zero_parameters import ZeroParameters
 from tests.distributed.conftest import STAGES
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
@@ -32,6 +36,29 @@ def test_a_checkpoint_converts_to_the_export_bit_for_bit(worlds: dict[int, Path]
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype
         assert torch.equal(found[key], tensor), key
+
+
+def test_parameters_are_what_deepspeed_joins_on_any_world_and_stage(worlds: dict[int, Path]) -> None:
+    names = {1: [f"gradient-{stage}" for stage in STAGES], 2: [*RUNS, "smoke-offload", "smoke-bf16", "whole"]}
+    for folder in (worlds[size] / name for size, runs in names.items() for name in runs):
+        checkpoint = find_source(folder).folder
+        found = ZeroParameters(checkpoint)
+        with redirect_stdout(io.StringIO()):
+            expected = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint.parent), checkpoint.name, exclude_frozen_parameters=True
+            )
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize("form", ["lora", "comfyui", "universal"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_and_universal_checkpoints_of_real_runs_verify(
+    worlds: dict[int, Path], tmp_path: Path, stage: str, form: str
+) -> None:
+    source = find_source(worlds[2] / f"ratio-{stage}-lora")
+    convert(Conversion(source, "raw", tmp_path / "out"), form, verify=True)
+    assert not list(tmp_path.glob("partial-*"))
 
 
 def test_an_earlier_checkpoint_is_not_the_newest(worlds: dict[int, Path], tmp_path: Path) -> None:
