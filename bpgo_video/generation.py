@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from bpgo_video.config import ConfigError, VideoConfig
 from bpgo_video.data.atomic import write_json
-from bpgo_video.data.build import PromptFileError, check_prompts, read_prompts
 from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.data.prompt_files import PromptFileError, read_prompts
+from bpgo_video.data.prompt_plan import make_plan
 from bpgo_video.data.prompt_records import PromptRecord
 from bpgo_video.data.video import VideoError, read_pyav, write_video
 from bpgo_video.generation_settings import DTYPES, CallSettings, GenerationError, GenerationSettings, resolve
@@ -58,7 +59,7 @@ def generate(settings: GenerationSettings) -> Path:
         GenerationError: a size that the policy cannot make, adapters that do not fit, or an output folder that holds
             videos of other settings.
     """
-    check_prompts([settings.prompts])
+    make_plan([settings.prompts])
     policy, call = resolve(settings)
     jobs = plan(settings)
     record = describe(settings, policy, call)
