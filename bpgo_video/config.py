@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
 from bpgo_video.learner_config import AdvantageConfig, BPGOConfig, PriorConfig, RewardConfig, broken_rules
+from bpgo_video.paths import SHARD_CACHE
 
 REWARD_NAME = re.compile(r"[\w:-][\w.:-]*")
 
@@ -169,8 +170,10 @@ class OptimConfig:
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
     shards: str
-    """Folder of prompt shards that tools/make_prompt_shards.py wrote."""
+    """Prompt shards that tools/make_prompt_shards.py wrote: a folder, glob, brace range or URL."""
     split: str = "train"
+    cache: str = SHARD_CACHE
+    """Where the shards behind a URL are copied to, and where their priors lie."""
 
 
 @dataclass(frozen=True, config=STRICT)

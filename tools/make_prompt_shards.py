@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bpgo_video.cli import positive, run_command
+from bpgo_video.cli import positive, run_command, show_loading_once
 from bpgo_video.data.build import SKIPPED, Build, BuildSettings
 from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.near_duplicates import THRESHOLD
@@ -60,6 +60,7 @@ def encoder(args: argparse.Namespace) -> Any:
 
         from bpgo_video.policies import load_policy
 
+        show_loading_once()
         local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         return load_policy(
             args.policy,
@@ -115,6 +116,7 @@ def counts(table: Mapping[str, int]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = top.add_subparsers(dest="command", required=True)
     add_build(commands.add_parser("build", help="encode the prompts of files and write shards"))
     for run, text in (
@@ -170,7 +172,6 @@ def add_build(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=32, metavar="N", help="prompts encoded at once (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of encoder and embeddings (%(default)s)")
     add("--device", default="cpu", help="where the encoder runs: cpu, cuda (the rank's own) (%(default)s)")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     command.set_defaults(run=build)
 
 

@@ -36,13 +36,20 @@ from bpgo_video.data.prompt_records import (
 from bpgo_video.data.prompt_stream import PromptStream, Size
 from bpgo_video.data.shard_scan import read_headers, scan_shard
 from bpgo_video.data.shard_writing import FORMAT_VERSION, file_sha256
+from bpgo_video.data.sources import Source, local_source
+from bpgo_video.paths import SHARD_CACHE
 from bpgo_video.types import Conditioning
 
 
 class PromptShards:
-    """A directory of prompt shards, opened by one scan through the tar headers.
+    """Prompt shards, opened by one scan through the tar headers.
+
+    Args:
+        source: a folder, glob, brace range or URL, see sources.py.
+        cache: where what is behind a URL is copied to.
 
     Attributes:
+        directory: the folder on this machine; priors lie in it.
         splits: number of prompts of each split.
         policy: what made the embeddings.
         negative: conditioning of the negative prompt, axis 0 of size 1.
@@ -52,15 +59,19 @@ class PromptShards:
         ShardError: something is missing, damaged or of another format version; the message names file and record.
     """
 
-    def __init__(self, directory: Path | str) -> None:
-        self.directory = Path(directory)
+    def __init__(self, source: Path | str, cache: Path | str = SHARD_CACHE) -> None:
+        chosen = local_source(str(source), cache)
+        self.directory = chosen.folder
         self.index = _read_index(self.directory)
-        self.splits: dict[str, int] = self.index["splits"]
+        if chosen.names is not None:
+            self.index = {**self.index, "shards": _chosen(self.index["shards"], chosen)}
         self.policy = EncoderStamp(**self.index["policy"])
         self.negative_prompt: str = self.index["negative_prompt"]
         self.negative = self._read_negative()
         self._shards = [self.directory / shard["name"] for shard in self.index["shards"]]
         self._scan()
+        names = list(self.index["splits"])
+        self.splits = {name: int((self._splits == code).sum()) for code, name in enumerate(names)}
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -83,7 +94,7 @@ class PromptShards:
         """Row numbers of the records of a split, or of all, in stored order."""
         if split is None:
             return np.arange(len(self))
-        if split not in self.splits:
+        if not self.splits.get(split):
             raise ShardError(f"{self.directory} has no split {split!r}; it has {self.splits}")
         return np.flatnonzero(self._splits == list(self.splits).index(split))
 
@@ -160,7 +171,7 @@ class PromptShards:
         return {name: value[None] for name, value in tensors.items()}
 
     def _scan(self) -> None:
-        codes = {name: code for code, name in enumerate(self.splits)}
+        codes = {name: code for code, name in enumerate(self.index["splits"])}
         counts = [shard["count"] for shard in self.index["shards"]]
         for path in self._shards:
             if not path.is_file():
@@ -173,6 +184,13 @@ class PromptShards:
         ids, occurrences = np.unique(self._ids, return_counts=True)
         if len(ids) < len(self._ids):
             raise ShardError(f"{self.directory}: id {ids[occurrences > 1][0]} is used by more than one prompt")
+
+
+def _chosen(shards: list[dict[str, Any]], source: Source) -> list[dict[str, Any]]:
+    unknown = set(source.names or ()) - {shard["name"] for shard in shards}
+    if unknown:
+        raise ShardError(f"{source.folder / 'index.json'} has no shard {', '.join(sorted(unknown))}")
+    return [shard for shard in shards if shard["name"] in (source.names or ())]
 
 
 def _read_index(directory: Path) -> dict[str, Any]:
