@@ -23,6 +23,7 @@ from bpgo_video.learner_config import (
     aggregate_rules,
     broken_rules,
 )
+from bpgo_video.paths import SHARD_CACHE
 from bpgo_video.run_config import EmaConfig, RunConfig
 
 REWARD_NAME = re.compile(r"[\w:-][\w.:-]*")
@@ -162,8 +163,10 @@ class OptimConfig:
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
     shards: str
-    """Folder of prompt shards that tools/make_prompt_shards.py wrote."""
+    """Prompt shards that tools/make_prompt_shards.py wrote: a folder, glob, brace range or URL."""
     split: str = "train"
+    cache: str = SHARD_CACHE
+    """Where the shards behind a URL are copied to, and where their priors lie."""
 
 
 @dataclass(frozen=True, config=STRICT)

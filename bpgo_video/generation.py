@@ -23,8 +23,8 @@ from tqdm import tqdm
 from bpgo_video import engine
 from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import ConfigError, VideoConfig
-from bpgo_video.data.build import PromptFileError, check_prompts, read_prompts
 from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.data.prompt_files import PromptFileError, read_prompts
 from bpgo_video.data.prompt_records import PromptRecord, ShardError
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.data.video import write_video
@@ -120,7 +120,7 @@ def read_records(settings: GenerationSettings) -> list[PromptRecord]:
         return [PromptRecord(record.id, record.prompt, record.split, record.tags) for record in records]
     if settings.split is not None:
         raise GenerationError(f"split is {settings.split!r}, but {settings.prompts} is no folder of prompt shards")
-    check_prompts([settings.prompts])
+    make_plan([settings.prompts])
     return [line.record for line in read_prompts([settings.prompts])]
 
 

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 PACKAGE_PREFIX = "package:"
+SHARD_CACHE = "~/.cache/bpgo_video/shards"
 
 
 def resolve_folder(name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -63,7 +64,7 @@ def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts sam
     if mesh.is_main:
         policy_hash = fingerprint(policy.folder, sorted(policy.transformers))
         for name, rows_of_scores in scores.items():
-            store(config, name, suite.versions[name], policy_hash, ids, rows_of_scores, scales[name])
+            store(shards.directory, name, suite.versions[name], policy_hash, ids, rows_of_scores, scales[name])
     mesh.barrier()
     return scores
 
@@ -88,11 +89,11 @@ def score_prompts(
 
 
 def store(
-    config: Config, name: str, version: str, policy_hash: str, ids: Sequence[int], scores: Tensor, scale: float
+    directory: Path, name: str, version: str, policy_hash: str, ids: Sequence[int], scores: Tensor, scale: float
 ) -> None:
     means, stds = scores.double().mean(dim=1).tolist(), scores.double().std(dim=1).tolist()
     anchors = {id_: (mean, std, scores.shape[1]) for id_, mean, std in zip(ids, means, stds, strict=True)}
-    path = write_priors(config.data.shards, name, version, scale, policy_hash, anchors)
+    path = write_priors(directory, name, version, scale, policy_hash, anchors)
     mean = sum(means) / len(means)
     print(f"{path}: {len(ids)} prompts x {scores.shape[1]} samples, mean {mean:.4f}, s_ref {scale:.4f}")
 

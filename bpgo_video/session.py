@@ -130,14 +130,14 @@ def read_inputs(config: Config, need_priors: bool) -> tuple[dict[str, Any], Prom
     folder = resolve_folder(config.policy.folder)
     check_heads(json.loads((folder / TRAINED / "config.json").read_text()), config.parallel.sequence)
     stamp = encoder_stamp(folder, config.policy.max_sequence_length)
-    shards = PromptShards(config.data.shards)
+    shards = PromptShards(config.data.shards, config.data.cache)
     shards.check_policy(stamp)
     splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
     for split in splits:
         shards.rows(split)
     check_images(config, family(folder).takes_images, shards, splits)
     if need_priors and reads_priors(config):
-        require_priors(config.data.shards, config.rewards)
+        require_priors(shards.directory, config.rewards)
     return ds_config, shards
 
 
@@ -148,7 +148,7 @@ def identity(config: Config, ds_config: Mapping[str, Any], shards: PromptShards,
     found["prompt shards"] = repr(shards.index)
     found["model"] = fingerprint(resolve_folder(config.policy.folder), (TRAINED, "vae"))
     if need_priors and reads_priors(config):
-        found["priors"] = "".join(prior_path(config.data.shards, name).read_text() for name in config.rewards)
+        found["priors"] = "".join(prior_path(shards.directory, name).read_text() for name in config.rewards)
     found["bpgo_video code"] = "".join(path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py")))
     found["package versions"] = repr({name: version(name) for name in PACKAGES})
     return found
@@ -242,7 +242,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         fps, heldout_rewards = config.video.fps, config.evaluation.rewards
         suite = RewardSuite(config.rewards, mesh.device, fps, twice=config.bpgo.scores_twice)
         heldout_suite = RewardSuite(heldout_rewards, mesh.device, fps) if heldout_rewards else None
-        priors = load_priors(config.data.shards, suite.versions) if reads_priors(config) else {}
+        priors = load_priors(shards.directory, suite.versions) if reads_priors(config) else {}
         starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))
         for prior in priors.values():
             prior.check_policy(starting_policy)

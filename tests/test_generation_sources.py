@@ -17,7 +17,8 @@ from bpgo_video import generation
 from bpgo_video.config import LoraConfig
 from bpgo_video.config_io import to_yaml
 from bpgo_video.conversion import Conversion, convert
-from bpgo_video.data.build import build_shards, prompt_id
+from bpgo_video.data.build import build_shards
+from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.prompt_records import EncoderStamp
 from bpgo_video.data.video import write_video
 from bpgo_video.generation import generate, load_pipeline, plan, read_records, sample

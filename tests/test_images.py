@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bpgo_video.data.build import PromptFileError, build_shards
+from bpgo_video.data.build import build_shards
 from bpgo_video.data.images import ImageError, decode_image, fit_image, image_extension
+from bpgo_video.data.prompt_files import PromptFileError
 from bpgo_video.data.prompt_records import EncoderStamp, ShardError
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards

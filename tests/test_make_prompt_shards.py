@@ -11,7 +11,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from bpgo_video.data.build import PromptFileError, build_shards, check_prompts, prompt_id, read_prompts
+from bpgo_video.data.build import build_shards
+from bpgo_video.data.prompt_files import PromptFileError, prompt_id, read_prompts
+from bpgo_video.data.prompt_plan import make_plan
 from bpgo_video.data.prompt_records import EncoderStamp
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.tiny import prompts, world
@@ -121,13 +123,13 @@ def test_a_repeated_prompt_names_both_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "b.jsonl").write_text('{"prompt": "four"}\n{"prompt": "two"}\n')
     with pytest.raises(PromptFileError, match=r"a.txt:2 and .*b.jsonl:2 have the same id"):
-        check_prompts([tmp_path / "a.txt", tmp_path / "b.jsonl"])
+        make_plan([tmp_path / "a.txt", tmp_path / "b.jsonl"])
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", b"one\n\ntwo\n", r"p.txt:2: the line is empty"),
+        ("p.txt", b"one\n\ntwo\n", r"p.txt:2: the prompt is empty"),
         ("p.txt", b"one\n\xff\xfe\n", r"p.txt:2: .*utf-8"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"p.jsonl:2: Expecting value"),
         ("p.jsonl", b'{"text": "a"}\n', r"p.jsonl:1: .*\"prompt\""),
@@ -136,7 +138,7 @@ def test_a_repeated_prompt_names_both_lines(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": "a", "id": 9223372036854775808}\n', r"p.jsonl:1: .*2\^63"),
         ("p.jsonl", b'{"prompt": "a", "id": -1}\n', r"p.jsonl:1: .*from 0"),
         ("p.txt", b"", "no prompts"),
-        ("p.csv", b"a", "'.csv'"),
+        ("p.tsv", b"a", "'.tsv'"),
     ],
 )
 def test_a_mistake_in_the_input_is_named_before_anything_is_loaded(
@@ -144,8 +146,8 @@ def test_a_mistake_in_the_input_is_named_before_anything_is_loaded(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PromptFileError, match=message):
-        check_prompts([tmp_path / name])
+        make_plan([tmp_path / name])
     arguments = ["--input", str(tmp_path / name), "--output", str(tmp_path / "out"), "--policy", "nowhere"]
     assert tool.main(["build", *arguments]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes the name `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.partial-{os.getpid()}"
+    aside = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"  # process ids repeat on other hosts
     try:
         yield aside
         _flush(aside)

@@ -1,197 +1,191 @@
-"""How do lines of text become prompt shards? Read and checked first, then encoded batch by batch into tar files."""
+"""How do prompts become shards? Planned in one pass, then encoded shard by shard, by any number of ranks.
+
+While a build is unfinished, its folder holds `.unfinished/`: what it depends on (identity.json), a note for every shard
+that is done, and the conditioning of repeated texts. The same command goes on where it stopped, at the last whole
+shard. Rank r of n writes the shards r, r + n, ...; the ranks meet in the folder alone, and the one that finds all
+shards done writes the index.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from torch import Tensor
+import safetensors.torch
 
-from bpgo_video.data.images import decode_image, image_extension
-from bpgo_video.data.prompt_records import MEDIA, EncoderStamp, Media, PromptRecord
-from bpgo_video.data.shards import write_shards
-from bpgo_video.data.video import read_video
+from bpgo_video.data.atomic import atomic_file, write_json
+from bpgo_video.data.media import read_media
+from bpgo_video.data.once import Encode, EncodeOnce
+from bpgo_video.data.prompt_files import Line, PromptFileError, Rejected
+from bpgo_video.data.prompt_plan import Plan, Progress, make_plan, without_bar
+from bpgo_video.data.prompt_records import EncoderStamp, PromptRecord, layout_of
+from bpgo_video.data.shard_writing import NEGATIVE, write_index, write_negative, write_shard
 
-Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> tensors whose axis 0 is the texts
-FIELDS = {"prompt": str, "id": int, "split": str, "tags": list, "image": str, "video": str}
-
-
-Parsed = tuple[PromptRecord, Mapping[str, str]]  # and the names of its image and video files
-
-
-class PromptFileError(ValueError):
-    """A prompt file that cannot be used as it is; the message names the file and the line."""
+UNFINISHED = ".unfinished"
+SKIPPED = "skipped.jsonl"
 
 
-class Line(NamedTuple):
-    """A prompt, not yet encoded, the place it comes from, and the files of its image and video."""
+@dataclass(frozen=True)
+class BuildSettings:
+    """What the bytes of a folder depend on besides prompts and encoder.
 
-    record: PromptRecord
-    place: str
-    media: Mapping[str, Path]
-
-
-def prompt_id(prompt: str) -> int:
-    """A prompt's default id: 63 bits of the blake2b hash of its text, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def read_prompts(inputs: Iterable[Path | str], split: str = "train") -> Iterator[Line]:
-    """The prompts of .txt files (one a line) and .jsonl files, in order.
-
-    A line of .jsonl is {"prompt", "id"?, "split"?, "tags"?, "image"?, "video"?}, the last two relative to its folder.
-
-    Args:
-        split: of the prompts that do not name one.
-
-    Raises:
-        PromptFileError: an unknown kind of file, an empty or malformed line, or text that is not UTF-8.
+    Attributes:
+        shard_size: prompts in a shard.
+        batch_size: prompts encoded at once.
+        dtype: of the embeddings, by torch's name.
     """
-    for path in map(Path, inputs):
-        if path.suffix not in PARSERS:
-            raise PromptFileError(f"{path}: prompts are read from {', '.join(PARSERS)}, not {path.suffix!r}")
-        if not path.is_file():
-            raise PromptFileError(f"{path} does not exist")
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                place = f"{path}:{number}"
-                try:
-                    record, media = PARSERS[path.suffix](line.decode("utf-8").strip(), split)
-                    files = {kind: _media_path(path.parent, name) for kind, name in media.items()}
-                except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-                    raise PromptFileError(f"{place}: {error}") from error
-                yield Line(record, place, files)
 
-
-def check_prompts(inputs: Sequence[Path | str], split: str = "train") -> int:
-    """Read everything once, keep the ids alone, and return how many prompts there are.
-
-    Raises:
-        PromptFileError: see `read_prompts`; no prompts at all; or two lines with one id, both named.
-    """
-    ids = np.fromiter((line.record.id for line in read_prompts(inputs, split)), dtype=np.int64)
-    if not len(ids):
-        raise PromptFileError(f"there are no prompts in {', '.join(map(str, inputs))}")
-    order = np.argsort(ids, kind="stable")
-    repeated = np.flatnonzero(np.diff(ids[order]) == 0)
-    if len(repeated):
-        numbers = order[repeated[0] : repeated[0] + 2].tolist()
-        lines = {i: line for i, line in enumerate(read_prompts(inputs, split)) if i in numbers}
-        first, second = (lines[number] for number in numbers)
-        raise PromptFileError(
-            f"{first.place} and {second.place} have the same id {first.record.id} ({first.record.prompt!r} and "
-            f"{second.record.prompt!r}); remove one line, or give it another id in a .jsonl file"
-        )
-    return len(ids)
+    negative_prompt: str = ""
+    shard_size: int = 1000
+    batch_size: int = 32
+    dtype: str = "float32"
 
 
 def build_shards(
-    inputs: Sequence[Path | str],
+    inputs: Iterable[Path | str],
     output: Path | str,
     encode: Encode,
     policy: EncoderStamp,
     *,
     split: str = "train",
-    negative_prompt: str = "",
-    shard_size: int = 1000,
-    batch_size: int = 32,
-    progress: Callable[[Iterable[PromptRecord]], Iterable[PromptRecord]] = iter,
+    on_error: str = "stop",
+    **settings: Any,
 ) -> None:
-    """Encode the prompts of `inputs` and write them to the directory `output`.
+    """Plan and build on this process alone; `settings` as in BuildSettings."""
+    plan = make_plan(list(inputs), split, on_error=on_error)
+    Build(plan, Path(output), encode, policy, BuildSettings(**settings)).run()
+
+
+class Build:
+    """The build of one folder, on one rank.
 
     Args:
-        encode: the policy's text encoder.
+        encode: the policy's text encoder; not called where nothing is left to encode.
         policy: what it is.
-        batch_size: prompts encoded at once.
-        progress: wraps the iterable of records, such as tqdm.
+
+    Raises:
+        FileExistsError: the folder holds something else, or shards of other prompts or settings; what differs is named.
     """
-    negative = {name: value[0] for name, value in encode([negative_prompt]).items()}
-    records = _encoded(map(_with_media, read_prompts(inputs, split)), encode, batch_size)
-    write_shards(
-        iter(progress(records)),
-        output,
-        negative=negative,
-        negative_prompt=negative_prompt,
-        policy=policy,
-        shard_size=shard_size,
-    )
 
+    def __init__(self, plan: Plan, output: Path, encode: Encode, policy: EncoderStamp, settings: BuildSettings) -> None:
+        self.plan, self.output, self.policy, self.settings = plan, output, policy, settings
+        self.num_shards = -(-plan.count // settings.shard_size)
+        self._notes = output / UNFINISHED
+        self._encode = encode
+        self._encode_once = EncodeOnce(encode, self._notes / "texts", plan.is_repeated)
+        self.identity = {
+            "prompts": plan.digest,
+            "count": plan.count,
+            "encoder": policy.fingerprint,
+            "max_sequence_length": policy.max_sequence_length,
+            **asdict(settings),
+        }
+        self._open()
 
-def _encoded(records: Iterable[PromptRecord], encode: Encode, batch_size: int) -> Iterator[PromptRecord]:
-    records = iter(records)
-    while batch := list(islice(records, batch_size)):
-        tensors = encode([record.prompt for record in batch])
-        for i, record in enumerate(batch):
-            yield replace(record, conditioning={name: value[i] for name, value in tensors.items()})
+    def run(self, rank: int = 0, world_size: int = 1, progress: Progress = without_bar) -> bool:
+        """Write what is missing of this rank's shards; whether the folder is now complete.
 
+        Raises:
+            PromptFileError: an image or video that does not decode, and `on_error` is "stop".
+        """
+        if (self.output / "index.json").is_file():
+            self._clean()
+            return True
+        todo = {n for n in range(rank, self.num_shards, world_size) if not self._note(n).is_file()}
+        size = self.settings.shard_size
+        total = sum(min(size, self.plan.count - number * size) for number in todo)
+        lines = progress(self._numbered(todo), total=total, desc="prompts")
+        for number, group in groupby(lines, key=lambda item: item[0]):
+            self._write(number, (line for _, line in group))
+        return self._finish()
 
-def _media_path(folder: Path, name: str) -> Path:
-    """A file named relative to the prompt file's folder, and not outside of it."""
-    inside = os.path.normpath(name)
-    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
-        raise ValueError(f"the path {name!r} leads out of the folder of the prompt file; put the file into it")
-    if not (folder / inside).is_file():
-        raise ValueError(f"the file {folder / inside} does not exist")
-    return folder / inside
+    def _open(self) -> None:
+        present = {path.name for path in self.output.iterdir()} if self.output.exists() else set()
+        if present and not present & {UNFINISHED, "index.json"}:
+            raise FileExistsError(f"{self.output} exists and is not empty; name another output, or delete it first")
+        identity = self._notes / "identity.json"
+        if "index.json" in present:
+            found = json.loads((self.output / "index.json").read_text("utf-8")).get("build", {})
+        elif identity.is_file():
+            found = json.loads(identity.read_text("utf-8"))
+        else:
+            write_json(identity, self.identity)
+            return
+        differing = [name for name in self.identity if found.get(name) != self.identity[name]]
+        if differing:
+            told = "; ".join(f"{name} {found.get(name)!r}, now {self.identity[name]!r}" for name in differing)
+            raise FileExistsError(
+                f"{self.output} was built from other prompts or settings ({told}); name another output, or delete "
+                f"it first"
+            )
 
+    def _numbered(self, shards: set[int]) -> Iterator[tuple[int, Line]]:
+        if not shards:
+            return
+        usable = (line for line in self.plan.lines() if isinstance(line, Line))
+        for row, line in enumerate(usable):
+            if (number := row // self.settings.shard_size) in shards:
+                yield number, line
 
-def _with_media(line: Line) -> PromptRecord:
-    media = {}
-    for kind, path in line.media.items():
-        data = path.read_bytes()
+    def _write(self, number: int, lines: Iterator[Line]) -> None:
+        rejected: list[Rejected] = []
+        records = self._encoded(lines, rejected)
+        path = self.output / f"prompts-{number:06d}.tar"
+        shard = write_shard(path, records, number * self.settings.shard_size, self._layout())
+        write_json(self._note(number), {**shard, "rejected": rejected})
+
+    def _encoded(self, lines: Iterator[Line], rejected: list[Rejected]) -> Iterator[PromptRecord]:
+        while batch := list(islice(lines, self.settings.batch_size)):
+            records = [record for line in batch if (record := self._with_media(line, rejected))]
+            tensors = self._encode_once([record.prompt for record in records])
+            for record, conditioning in zip(records, tensors, strict=True):
+                yield replace(record, conditioning=conditioning)
+
+    def _with_media(self, line: Line, rejected: list[Rejected]) -> PromptRecord | None:
         try:
-            media[kind] = Media(EXTENSION_OF[kind](path, data), data)
-        except ValueError as error:
-            raise PromptFileError(f"{line.place}: {error}") from error
-    return replace(line.record, media=media)
+            return replace(line.record, media={kind: read_media(kind, path) for kind, path in line.media.items()})
+        except (ValueError, OSError) as error:  # ImageError and VideoError are ValueErrors
+            if self.plan.on_error == "stop":
+                raise PromptFileError(f"{line.place}: {error}") from error
+            rejected.append(Rejected(line.place, str(error)))
+            return None
 
+    def _layout(self) -> dict[str, Any]:
+        path = self.output / NEGATIVE
+        if not path.is_file():
+            tensors = self._encode([self.settings.negative_prompt])
+            write_negative(self.output, {name: value[0] for name, value in tensors.items()})
+        return layout_of(safetensors.torch.load(path.read_bytes()), self.policy.max_sequence_length)
 
-def _image_extension(path: Path, data: bytes) -> str:
-    decode_image(data, str(path))
-    return image_extension(data, str(path))
+    def _note(self, number: int) -> Path:
+        return self._notes / f"{number:06d}.json"
 
+    def _finish(self) -> bool:
+        try:
+            notes = [json.loads(self._note(number).read_text("utf-8")) for number in range(self.num_shards)]
+        except FileNotFoundError:  # another rank still writes shards, or has just finished the folder
+            return (self.output / "index.json").is_file()
+        skipped = self._list_skipped([Rejected(*fields) for note in notes for fields in note["rejected"]])
+        build = {**self.identity, "skipped": skipped}
+        write_index(self.output, notes, self.policy, self.settings.negative_prompt, build)
+        self._clean()
+        return True
 
-def _video_extension(path: Path, data: bytes) -> str:
-    extension = path.suffix.removeprefix(".").lower()
-    if extension not in MEDIA["video"]:
-        raise ValueError(f"{path}: videos are {', '.join(MEDIA['video'])} files")
-    read_video(path)
-    return extension
+    def _list_skipped(self, undecodable: list[Rejected]) -> int:
+        if not (self.plan.rejected or undecodable):
+            return 0
+        unusable = (line for line in self.plan.lines() if isinstance(line, Rejected))
+        with atomic_file(self.output / SKIPPED) as aside, aside.open("w", encoding="utf-8") as stream:
+            for line in chain(unusable, undecodable):
+                stream.write(json.dumps(line._asdict()) + "\n")
+        return self.plan.rejected + len(undecodable)
 
-
-EXTENSION_OF: Mapping[str, Callable[[Path, bytes], str]] = {"image": _image_extension, "video": _video_extension}
-
-
-def _parse_text(line: str, split: str) -> Parsed:
-    if not line:
-        raise ValueError("the line is empty; remove it")
-    return PromptRecord(prompt_id(line), line, split), {}
-
-
-def _parse_json(line: str, split: str) -> Parsed:
-    if not line:
-        raise ValueError("the line is empty; remove it")
-    content: dict[str, Any] = json.loads(line)
-    if not isinstance(content, dict) or not content.get("prompt"):
-        raise ValueError('each line must be an object with a "prompt"')
-    for name, value in content.items():
-        if name not in FIELDS:
-            raise ValueError(f"unknown field {name!r}; known are {', '.join(FIELDS)}")
-        if not isinstance(value, FIELDS[name]):
-            raise ValueError(f"{name!r} is {value!r}, which is not of type {FIELDS[name].__name__}")
-    prompt = content["prompt"]
-    key = content.get("id", prompt_id(prompt))
-    if not 0 <= key < 2**63:
-        raise ValueError(f"the id is {key}; ids go from 0 to 2^63 - 1")
-    record = PromptRecord(key, prompt, content.get("split", split), tuple(content.get("tags", ())))
-    return record, {kind: content[kind] for kind in MEDIA if kind in content}
-
-
-PARSERS: Mapping[str, Callable[[str, str], Parsed]] = {".txt": _parse_text, ".jsonl": _parse_json}
+    def _clean(self) -> None:
+        for path in self.output.glob(".prompts-*.partial-*"):  # of builds that were killed
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self._notes, ignore_errors=True)  # ranks that end together delete it together

@@ -50,6 +50,7 @@ class PromptRecord:
         id: unique within a directory, from 0 to 2^63 - 1.
         conditioning: tensors without a batch axis; those with two axes are (tokens, dim).
         media: "image" and "video", where the prompt has them.
+        info: what else its source says, as JSON; VBench's auxiliary_info, for example.
     """
 
     id: int
@@ -58,6 +59,7 @@ class PromptRecord:
     tags: tuple[str, ...] = ()
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)
     media: Mapping[str, Media] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Place(NamedTuple):
@@ -113,6 +115,7 @@ def to_members(record: PromptRecord) -> dict[str, bytes]:
         "split": record.split,
         "tags": list(record.tags),
         "conditioning_sha256": hashlib.sha256(tensors).hexdigest(),
+        **({"info": dict(record.info)} if record.info else {}),
         **{f"{kind}_sha256": hashlib.sha256(media.data).hexdigest() for kind, media in record.media.items()},
     }
     files = {f"{kind}.{media.extension}": media.data for kind, media in record.media.items()}
@@ -162,6 +165,7 @@ def read_record(place: Place) -> PromptRecord:
         tags=tuple(header["tags"]),
         conditioning=safetensors.torch.load(tensors),
         media=media,
+        info=header.get("info", {}),
     )
 
 

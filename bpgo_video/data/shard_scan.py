@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from bpgo_video.data.prompt_records import MEDIA, ShardError, damaged, parse_header
 
@@ -46,24 +46,34 @@ def scan_shard(path: Path, count: int, split_codes: Mapping[str, int]) -> ShardT
         ShardError: the file is damaged or holds anything but the members of prompt records.
     """
     table, key = ShardTable(), "(the first)"
+    for key, members, header in _records(path):
+        if header["split"] not in split_codes:
+            raise damaged(path, key, f"its split {header['split']!r} is not in index.json")
+        last = max(members.values(), key=lambda member: member.offset)
+        table.ids.append(header["id"])
+        table.splits.append(split_codes[header["split"]])
+        table.starts.append(min(member.offset for member in members.values()))
+        table.stops.append(last.offset_data + -(-last.size // TAR_BLOCK) * TAR_BLOCK)
+        table.images.append("image" in members)
+    if len(table.ids) != count:
+        raise damaged(path, key, f"the last of {len(table.ids)} that can be read; the index states {count}")
+    return table
+
+
+def read_headers(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON of every record of a shard; embeddings, images and videos stay unread. Raises as `scan_shard`."""
+    return (header for _, _, header in _records(path))
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], dict[str, Any]]]:
+    key = "(the first)"
     try:
         with tarfile.open(path, "r:") as tar:
             for key, group in groupby(_members(path, tar), key=_key):
                 members = _by_kind(path, key, group)
-                header = parse_header(cast(IO[bytes], tar.extractfile(members["json"])).read())
-                last = max(members.values(), key=lambda member: member.offset)
-                table.ids.append(header["id"])
-                table.splits.append(split_codes[header["split"]])
-                table.starts.append(min(member.offset for member in members.values()))
-                table.stops.append(last.offset_data + -(-last.size // TAR_BLOCK) * TAR_BLOCK)
-                table.images.append("image" in members)
-    except KeyError as error:
-        raise damaged(path, key, f"its split {error} is not in index.json") from error
+                yield key, members, parse_header(cast(IO[bytes], tar.extractfile(members["json"])).read())
     except (tarfile.TarError, json.JSONDecodeError, TypeError) as error:
         raise damaged(path, key, f"in or after it: {error}") from error
-    if len(table.ids) != count:
-        raise damaged(path, key, f"the last of {len(table.ids)} that can be read; the index states {count}")
-    return table
 
 
 def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

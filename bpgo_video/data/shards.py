@@ -3,7 +3,8 @@
     prompts-000000.tar ...   the records, see prompt_records.py
     negative.safetensors     the conditioning of the negative prompt
     priors/<reward>.json     what estimate_priors.py adds, see prior_files.py
-    index.json               format_version, count, shards, splits, policy, conditioning, negative_prompt; written last
+    skipped.jsonl            the prompts that the build left out, and why
+    index.json               what all this is: counts, hashes, encoder, layout of the tensors; written last
 
 Every rank reads the same stream. Nothing in a shard is ever unpickled.
 """
@@ -12,19 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
-import webdataset
-from torch import Tensor
 
-from bpgo_video.data.atomic import atomic_file, write_json
+from bpgo_video.data.media import check_media
 from bpgo_video.data.prior_files import PriorTable
 from bpgo_video.data.prompt_records import (
     EncoderStamp,
@@ -32,96 +30,26 @@ from bpgo_video.data.prompt_records import (
     PromptRecord,
     ShardError,
     damaged,
-    layout_of,
     read_record,
-    tensor_bytes,
     to_layout,
-    to_members,
 )
 from bpgo_video.data.prompt_stream import PromptStream, Size
-from bpgo_video.data.shard_scan import scan_shard
+from bpgo_video.data.shard_scan import read_headers, scan_shard
+from bpgo_video.data.shard_writing import FORMAT_VERSION, file_sha256
+from bpgo_video.data.sources import Source, local_source
+from bpgo_video.paths import SHARD_CACHE
 from bpgo_video.types import Conditioning
-
-FORMAT_VERSION = 1
-
-
-def write_shards(
-    records: Iterable[PromptRecord],
-    output: Path | str,
-    *,
-    negative: Mapping[str, Tensor],
-    policy: EncoderStamp,
-    negative_prompt: str = "",
-    shard_size: int = 1000,
-) -> None:
-    """Write a directory of shards from a stream of records; each file appears complete or not at all, the index last.
-
-    Args:
-        negative: conditioning of the negative prompt, without a batch axis.
-        shard_size: records in a shard.
-
-    Raises:
-        FileExistsError: `output` exists and is not empty.
-        ShardError: no records, an id out of range or used twice, or tensors that do not fit together.
-    """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not empty; name another output, or delete it first")
-    layout = layout_of(negative, policy.max_sequence_length)
-    splits: Counter[str] = Counter()
-    checked = _checked(records, layout, splits)
-    shards: list[dict[str, Any]] = []
-    for record in checked:
-        block = chain([record], islice(checked, shard_size - 1))  # one record in memory at a time
-        shards.append(_write_shard(output / f"prompts-{len(shards):06d}.tar", block, len(shards) * shard_size))
-    if not shards:
-        raise ShardError(f"there are no prompts to write to {output}")
-    negative_bytes = tensor_bytes(negative)
-    with atomic_file(output / "negative.safetensors") as aside:
-        aside.write_bytes(negative_bytes)
-    index = {
-        "format_version": FORMAT_VERSION,
-        "count": sum(splits.values()),
-        "splits": dict(splits),
-        "policy": asdict(policy),
-        "conditioning": layout,
-        "negative_prompt": negative_prompt,
-        "negative_sha256": hashlib.sha256(negative_bytes).hexdigest(),
-        "shards": shards,
-    }
-    write_json(output / "index.json", index)
-
-
-def _checked(
-    records: Iterable[PromptRecord], layout: Mapping[str, Any], splits: Counter[str]
-) -> Iterator[PromptRecord]:
-    seen: set[int] = set()
-    for record in records:
-        if not 0 <= record.id < 2**63:
-            raise ShardError(f"prompt {record.prompt!r} has the id {record.id}; ids go from 0 to 2^63 - 1")
-        if record.id in seen:
-            raise ShardError(f"prompt {record.prompt!r} has the id {record.id} of an earlier prompt")
-        to_layout(record.conditioning, layout, f"prompt {record.prompt!r}")
-        seen.add(record.id)
-        splits[record.split] += 1
-        yield record
-
-
-def _write_shard(path: Path, records: Iterable[PromptRecord], first: int) -> dict[str, Any]:
-    count = 0
-    with atomic_file(path) as aside:
-        with aside.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
-            for record in records:
-                tar.write({"__key__": f"{first + count:09d}", **to_members(record)})
-                count += 1
-        digest = _sha256(aside)
-    return {"name": path.name, "count": count, "sha256": digest}
 
 
 class PromptShards:
-    """A directory of prompt shards, opened by one scan through the tar headers.
+    """Prompt shards, opened by one scan through the tar headers.
+
+    Args:
+        source: a folder, glob, brace range or URL, see sources.py.
+        cache: where what is behind a URL is copied to.
 
     Attributes:
+        directory: the folder on this machine; priors lie in it.
         splits: number of prompts of each split.
         policy: what made the embeddings.
         negative: conditioning of the negative prompt, axis 0 of size 1.
@@ -131,15 +59,19 @@ class PromptShards:
         ShardError: something is missing, damaged or of another format version; the message names file and record.
     """
 
-    def __init__(self, directory: Path | str) -> None:
-        self.directory = Path(directory)
+    def __init__(self, source: Path | str, cache: Path | str = SHARD_CACHE) -> None:
+        chosen = local_source(str(source), cache)
+        self.directory = chosen.folder
         self.index = _read_index(self.directory)
-        self.splits: dict[str, int] = self.index["splits"]
+        if chosen.names is not None:
+            self.index = {**self.index, "shards": _chosen(self.index["shards"], chosen)}
         self.policy = EncoderStamp(**self.index["policy"])
         self.negative_prompt: str = self.index["negative_prompt"]
         self.negative = self._read_negative()
         self._shards = [self.directory / shard["name"] for shard in self.index["shards"]]
         self._scan()
+        names = list(self.index["splits"])
+        self.splits = {name: int((self._splits == code).sum()) for code, name in enumerate(names)}
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -162,7 +94,7 @@ class PromptShards:
         """Row numbers of the records of a split, or of all, in stored order."""
         if split is None:
             return np.arange(len(self))
-        if split not in self.splits:
+        if not self.splits.get(split):
             raise ShardError(f"{self.directory} has no split {split!r}; it has {self.splits}")
         return np.flatnonzero(self._splits == list(self.splits).index(split))
 
@@ -192,6 +124,10 @@ class PromptShards:
         """The records of a split, or all, in stored order, one in memory at a time."""
         return (self.record(int(row)) for row in self.rows(split))
 
+    def headers(self) -> Iterator[dict[str, Any]]:
+        """What the records say of themselves, in stored order, without their tensors, images and videos."""
+        return chain.from_iterable(map(read_headers, self._shards))
+
     def stream(
         self,
         split: str,
@@ -205,18 +141,19 @@ class PromptShards:
         return PromptStream(self, split, seed, batch_size, start, priors, size)
 
     def verify(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> None:
-        """Read every record against its hash and every file against the index.
+        """Read every record against its hashes, decode every image and video, compare every file with the index.
 
         Args:
             progress: wraps the iterable of rows, such as tqdm.
 
         Raises:
-            ShardError: the first damage found.
+            ShardError, ImageError, VideoError: the first damage found.
         """
         for row in progress(self.rows()):
-            self.record(int(row))
+            record = self.record(int(row))
+            check_media(record.media, f"{self._place(int(row)).shard}: prompt {record.prompt!r}")
         for path, shard in zip(self._shards, self.index["shards"], strict=True):
-            if _sha256(path) != shard["sha256"]:
+            if file_sha256(path) != shard["sha256"]:
                 raise ShardError(f"{path}: its sha256 is not the index's: the file was changed; build it again")
 
     def _place(self, row: int) -> Place:
@@ -234,7 +171,7 @@ class PromptShards:
         return {name: value[None] for name, value in tensors.items()}
 
     def _scan(self) -> None:
-        codes = {name: code for code, name in enumerate(self.splits)}
+        codes = {name: code for code, name in enumerate(self.index["splits"])}
         counts = [shard["count"] for shard in self.index["shards"]]
         for path in self._shards:
             if not path.is_file():
@@ -247,6 +184,13 @@ class PromptShards:
         ids, occurrences = np.unique(self._ids, return_counts=True)
         if len(ids) < len(self._ids):
             raise ShardError(f"{self.directory}: id {ids[occurrences > 1][0]} is used by more than one prompt")
+
+
+def _chosen(shards: list[dict[str, Any]], source: Source) -> list[dict[str, Any]]:
+    unknown = set(source.names or ()) - {shard["name"] for shard in shards}
+    if unknown:
+        raise ShardError(f"{source.folder / 'index.json'} has no shard {', '.join(sorted(unknown))}")
+    return [shard for shard in shards if shard["name"] in (source.names or ())]
 
 
 def _read_index(directory: Path) -> dict[str, Any]:
@@ -266,8 +210,3 @@ def _read_index(directory: Path) -> dict[str, Any]:
     if not count or count != sum(shard["count"] for shard in shards):
         raise ShardError(f"{path} states {count} prompts in {len(shards)} shards that do not add up; build {again}")
     return index
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import IO, Any
 
 import av
 import numpy as np
@@ -83,14 +86,31 @@ def read_decord(path: Path | str) -> tuple[np.ndarray, float]:
 
 def read_pyav(path: Path | str) -> tuple[np.ndarray, float]:
     """(frames, height, width, 3) uint8 and frames a second."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} holds no video stream; is it complete?")
-            rate = container.streams.video[0].average_rate
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except av.error.FFmpegError as error:
-        raise VideoError(f"{path} cannot be decoded: {error}; is it complete?") from error
+    with _opened(str(path), str(path)) as container:
+        rate = container.streams.video[0].average_rate
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     if not frames or not rate:
         raise VideoError(f"{path} holds no frames")
     return np.stack(frames), float(rate)
+
+
+def check_video(source: str | IO[bytes], owner: str) -> None:
+    """Decode every frame, one in memory at a time.
+
+    Raises:
+        VideoError: that fails, or there is no frame.
+    """
+    with _opened(source, owner) as container:
+        if not sum(1 for _ in container.decode(video=0)):
+            raise VideoError(f"{owner} holds no frames")
+
+
+@contextmanager
+def _opened(source: str | IO[bytes], owner: str) -> Iterator[Any]:
+    try:
+        with av.open(source) as container:
+            if not container.streams.video:
+                raise VideoError(f"{owner} holds no video stream; is it complete?")
+            yield container
+    except av.error.FFmpegError as error:
+        raise VideoError(f"{owner} cannot be decoded: {error}; is it complete?") from error

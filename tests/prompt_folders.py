@@ -1,0 +1,28 @@
+"""Folders of prompt shards from ready-made records; shared by tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from bpgo_video.data.prompt_records import EncoderStamp, PromptRecord, layout_of
+from bpgo_video.data.shard_writing import write_index, write_negative, write_shard
+
+
+def write_shards(
+    records: Iterable[PromptRecord],
+    output: Path,
+    *,
+    negative: Mapping[str, Tensor],
+    policy: EncoderStamp,
+    shard_size: int = 1000,
+) -> None:
+    records, shards = list(records), []
+    write_negative(output, negative)
+    layout = layout_of(negative, policy.max_sequence_length)
+    for number, first in enumerate(range(0, len(records), shard_size)):
+        path = output / f"prompts-{number:06d}.tar"
+        shards.append(write_shard(path, records[first : first + shard_size], first, layout))
+    write_index(output, shards, policy)

@@ -1,0 +1,209 @@
+"""Builds of prompt shards: interrupted, shared by ranks, with repeated texts and strange input, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import tracemalloc
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpgo_video.data.build import SKIPPED, Build, BuildSettings, build_shards
+from bpgo_video.data.once import Encode
+from bpgo_video.data.prompt_files import PromptFileError, prompt_id
+from bpgo_video.data.prompt_plan import make_plan
+from bpgo_video.data.prompt_records import EncoderStamp
+from bpgo_video.data.shards import PromptShards
+
+STAMP = EncoderStamp("stub", "0123456789abcdef", 4)
+
+
+class Encoder:
+    """A stub that counts how often it was given each text, and can be interrupted."""
+
+    def __init__(self, calls: int | None = None) -> None:
+        self.texts: Counter[str] = Counter()
+        self._calls_left = calls
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        if self._calls_left == 0:
+            raise KeyboardInterrupt
+        self._calls_left = self._calls_left and self._calls_left - 1
+        self.texts.update(texts)
+        rows = [[[float(prompt_id(text) % 1009)], [1.0], [0.0], [0.0]] for text in texts]
+        return {"prompt_embeds": torch.tensor(rows)}
+
+
+def write_lines(path: Path, lines: Sequence[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def job(path: Path, output: Path, encode: Encode, on_error: str = "stop", **settings) -> Build:
+    return Build(make_plan([path], on_error=on_error), output, encode, STAMP, BuildSettings(**settings))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """25 prompts; every fifth has the same text."""
+    texts = [f"prompt {i}" if i % 5 else "again" for i in range(25)]
+    return write_lines(tmp_path / "p.jsonl", [{"prompt": text, "id": i} for i, text in enumerate(texts)])
+
+
+def test_equal_texts_are_encoded_once(prompts: Path, tmp_path: Path) -> None:
+    encode = Encoder()
+    assert job(prompts, tmp_path / "out", encode, shard_size=4, batch_size=3).run()
+    assert set(encode.texts.values()) == {1}
+    assert len(encode.texts) == 20 + 1 + 1  # single ones, "again", and the negative prompt
+    for record in PromptShards(tmp_path / "out").records():
+        assert torch.equal(record.conditioning["prompt_embeds"], Encoder()([record.prompt])["prompt_embeds"][0])
+
+
+@pytest.mark.parametrize("calls", range(0, 14, 2))
+def test_an_interrupted_build_goes_on_to_the_same_bytes(prompts: Path, tmp_path: Path, calls: int) -> None:
+    settings = {"shard_size": 4, "batch_size": 3, "negative_prompt": "bad"}
+    job(prompts, tmp_path / "whole", Encoder(), **settings).run()
+    first, second = Encoder(calls), Encoder()
+    with pytest.raises(KeyboardInterrupt):
+        job(prompts, tmp_path / "out", first, **settings).run()
+    finished = len(list((tmp_path / "out").glob("prompts-*.tar")))
+    (tmp_path / "out" / ".prompts-000001.tar.partial-0").write_bytes(b"of a build that was killed")
+    job(prompts, tmp_path / "out", second, **settings).run()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    again = {text for text, count in (first.texts + second.texts).items() if count > 1}
+    assert again <= {f"prompt {i}" for i in range(4 * finished, 4 * finished + 4)}  # of the shard that was cut off
+
+
+def test_a_folder_without_an_index_is_refused_by_the_reader(prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        job(prompts, tmp_path / "out", Encoder(6), shard_size=4, batch_size=3).run()
+    with pytest.raises(ValueError, match=r"index.json is missing, so its build did not finish"):
+        PromptShards(tmp_path / "out")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 9])
+def test_ranks_write_what_one_would(prompts: Path, tmp_path: Path, world_size: int) -> None:
+    settings = {"shard_size": 4, "batch_size": 3}
+    job(prompts, tmp_path / "whole", Encoder(), **settings).run()
+    encoders = [Encoder() for _ in range(world_size)]
+    jobs = [job(prompts, tmp_path / "out", encode, **settings) for encode in encoders]
+    complete = [one.run(rank, world_size) for rank, one in enumerate(jobs)]
+    assert complete == [rank >= min(world_size, 7) - 1 for rank in range(world_size)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    single = sum((Counter(e.texts) for e in encoders), Counter())
+    assert {single[f"prompt {i}"] for i in range(25) if i % 5} == {1}
+    assert single["again"] == 1
+    assert all(not encode.texts for encode in encoders[7:])  # ranks without a shard never load the encoder
+
+
+def test_a_finished_build_is_left_alone_and_another_refused(prompts: Path, tmp_path: Path) -> None:
+    job(prompts, tmp_path / "out", Encoder()).run()
+    before = contents(tmp_path / "out")
+    again = Encoder(0)
+    assert job(prompts, tmp_path / "out", again).run()
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(FileExistsError, match=r"other prompts or settings \(shard_size 1000, now 8\)"):
+        job(prompts, tmp_path / "out", again, shard_size=8)
+    with prompts.open("a") as stream:
+        stream.write('{"prompt": "one more"}\n')
+    with pytest.raises(FileExistsError, match=r"prompts '.*'; count 25, now 26\)"):
+        job(prompts, tmp_path / "out", again)
+
+
+STRANGE = (
+    b'{"prompt": "fine"}\n'
+    b"\n"
+    b'{"prompt": "bell \\u0007"}\n'
+    b'{"prompt": "half a pair \\ud800"}\n'
+    b'{"prompt": "latin \xe9"}\n'
+    b'{"prompt": "' + 10_000 * b"x" + b'"}\n'
+    b'{"prompt": "fine"}\n'
+    b'{"prompt": "other", "image": "broken.png"}\n'
+    b'{"prompt": "other", "tags": [1]}\n' + 5000 * b"[" + b"\n" + b'{"prompt": "last", "id": 3}\n'
+)
+REASONS = {
+    2: "the line is empty",
+    3: "U\\+0007, a control character",
+    4: "U\\+D800, text that is not UTF-8",
+    5: "utf-8",
+    6: "has 10000 characters",
+    9: "the tag 1 is no text",
+    10: "recursion",
+    7: "that of an earlier prompt",
+    8: "broken.png: this is no PNG, JPEG, WEBP image",
+}
+
+
+def test_strange_prompts_are_skipped_counted_and_listed(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(STRANGE)
+    (tmp_path / "broken.png").write_bytes(b"hello")
+    job(tmp_path / "p.jsonl", tmp_path / "out", Encoder(), on_error="skip", shard_size=1).run()
+    shards = PromptShards(tmp_path / "out")
+    assert [record.prompt for record in shards.records()] == ["fine", "last"]
+    assert shards.index["build"]["skipped"] == len(REASONS)
+    listed = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
+    assert {int(entry["place"].rsplit(":")[-1]) for entry in listed} == REASONS.keys()
+    for entry in listed:
+        assert re.search(REASONS[int(entry["place"].removeprefix(f"{tmp_path / 'p.jsonl'}:"))], entry["reason"])
+    shards.verify()
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 6, 9, 10, 8])
+def test_each_strange_prompt_stops_a_build_that_shall_stop(tmp_path: Path, number: int) -> None:
+    lines = STRANGE.split(b"\n")
+    (tmp_path / "p.jsonl").write_bytes(b"\n".join([lines[0], lines[number - 1], lines[-2]]) + b"\n")
+    (tmp_path / "broken.png").write_bytes(b"hello")
+    with pytest.raises(PromptFileError, match=rf"p.jsonl:2: .*{REASONS[number]}"):
+        build_shards([tmp_path / "p.jsonl"], tmp_path / "out", Encoder(), STAMP)
+
+
+def test_a_build_that_stopped_at_an_image_goes_on_when_it_is_mended_or_skipped(tmp_path: Path) -> None:
+    lines = [*({"prompt": f"prompt {i}"} for i in range(8)), {"prompt": "x", "image": "x.png"}]
+    path = write_lines(tmp_path / "p.jsonl", lines)
+    (tmp_path / "x.png").write_bytes(b"hello")
+    with pytest.raises(PromptFileError, match=r"p\.jsonl:9"):
+        job(path, tmp_path / "out", Encoder(), shard_size=4).run()
+    encode = Encoder()
+    job(path, tmp_path / "out", encode, on_error="skip", shard_size=4).run()
+    assert not encode.texts  # eight prompts were done, the ninth was skipped
+    assert len(PromptShards(tmp_path / "out")) == 8
+
+
+def test_a_line_without_an_end_is_no_prompt_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"one\n" + bytes(3 * 2**20))
+    with pytest.raises(PromptFileError, match=r"p.txt:2: the line is longer than 1 MiB"):
+        make_plan([tmp_path / "p.txt"], on_error="skip")
+
+
+def peak_bytes(folder: Path, count: int) -> int:
+    folder.mkdir()
+    path = folder / "p.txt"
+    with path.open("w") as stream:
+        stream.writelines(f"prompt {i:09d} {1500 * 'x'}\n" for i in range(count))
+    build = {"shard_size": 50, "batch_size": 10}
+    tracemalloc.start()
+    job(path, folder / "out", lambda texts: {"prompt_embeds": torch.ones(len(texts), 4, 1)}, **build).run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_grows_by_two_integers_a_prompt_not_by_its_text(tmp_path: Path) -> None:
+    """16 bytes a prompt are kept, sorted copies come and go; a text has 1517 characters."""
+    peak_bytes(tmp_path / "warm", 100)
+    small, large = peak_bytes(tmp_path / "small", 100), peak_bytes(tmp_path / "large", 600)
+    assert (large - small) / 500 < 100
+
+
+def test_nothing_but_the_shards_is_left_of_a_build(prompts: Path, tmp_path: Path) -> None:
+    job(prompts, tmp_path / "out", Encoder(), shard_size=10).run()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"index.json", "negative.safetensors", *(f"prompts-{i:06d}.tar" for i in range(3))}

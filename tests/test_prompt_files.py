@@ -1,0 +1,106 @@
+"""Prompt files: what each format says, and that each mistake is named by its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bpgo_video.data.prompt_files import Line, PromptFileError, Rejected, prompt_id, read_lines
+from bpgo_video.data.prompt_plan import make_plan
+
+
+def read(path: Path, content: str | bytes) -> list[Line | Rejected]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(read_lines([path]))
+
+
+def test_csv_says_what_jsonl_says(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    table = 'id,prompt,tags,split,image\n7,"one, ""two""\nthree",x|y,heldout,a.png\n,four,,,\n'
+    objects = [
+        {"id": 7, "prompt": 'one, "two"\nthree', "tags": ["x", "y"], "split": "heldout", "image": "a.png"},
+        {"prompt": "four"},
+    ]
+    from_table = read(tmp_path / "p.csv", table)
+    from_objects = read(tmp_path / "p.jsonl", "".join(json.dumps(line) + "\n" for line in objects))
+    assert [line.record for line in from_table] == [line.record for line in from_objects]
+    assert [line.media for line in from_table] == [{"image": tmp_path / "a.png"}, {}]
+    assert [line.place for line in from_table] == [f"{tmp_path / 'p.csv'}:{number}" for number in (3, 4)]
+
+
+def test_the_rows_after_a_bad_one_are_read(tmp_path: Path) -> None:
+    rows = b'prompt,id\none,1\ntwo\n\nlatin \xe9,3\nfour,4x\n"fi"ve,5\nsix,6\n'
+    found = read(tmp_path / "p.csv", rows)
+    assert [line.record.id for line in found if isinstance(line, Line)] == [1, 6]
+    reasons = [line.reason for line in found if isinstance(line, Rejected)]
+    for reason, expected in zip(
+        reasons, ["1 cells, the first line 2", "0 cells", "not UTF-8", "'4x'", "expected after"], strict=True
+    ):
+        assert expected in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "text\nhello\n", r"must name the columns.*not \['text'\]"),
+        ("p.csv", "prompt,colour\nhello,red\n", r"must name the columns"),
+        ("p.csv", "", r"must name the columns"),
+        ("p.csv", '"prompt\n', r"unexpected end of data"),
+        ("p.json", "{}", r"VBench's list"),
+        ("p.json", "[", r"p.json: Expecting value"),
+    ],
+)
+def test_a_file_without_the_form_of_its_kind_is_refused_whole(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    with pytest.raises(PromptFileError, match=message):
+        read(tmp_path / name, content)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    for name in ("p.txt", "p.csv"):
+        content = "\ufeffprompt\nhello\n"
+        assert read(tmp_path / name, content)[-1].record.prompt == "hello"
+        assert read(tmp_path / name, content)[0].record.id in (prompt_id("prompt"), prompt_id("hello"))
+
+
+VBENCH = [
+    {
+        "prompt_en": "a person and a cup",
+        "dimension": ["multiple_objects"],
+        "auxiliary_info": {"multiple_objects": {"object": "a cup"}},
+    },
+    {"prompt_en": "a red car", "dimension": ["color"], "auxiliary_info": {"color": "red"}},
+    {"prompt_en": "a person and a cup", "dimension": ["subject_consistency"]},
+    {"prompt_en": "a red car", "dimension": ["object_class"], "auxiliary_info": {"object_class": {"object": "car"}}},
+    {"prompt_en": "a still frame"},
+]
+
+
+def test_vbench_dimensions_become_tags_and_equal_prompts_one(tmp_path: Path) -> None:
+    records = [line.record for line in read(tmp_path / "VBench_full_info.json", json.dumps(VBENCH))]
+    assert [(record.prompt, record.tags) for record in records] == [
+        ("a person and a cup", ("multiple_objects", "subject_consistency")),
+        ("a red car", ("color", "object_class")),
+        ("a still frame", ()),
+    ]
+    assert records[0].info == {"auxiliary_info": VBENCH[0]["auxiliary_info"]}
+    assert records[1].info == {"auxiliary_info": {"color": "red", "object_class": {"object": "car"}}}
+    assert records[2].info == {}
+
+
+def test_vbench_entries_that_contradict_each_other_are_no_one_prompt(tmp_path: Path) -> None:
+    entries = [*VBENCH, {"prompt_en": "a red car", "auxiliary_info": {"color": "blue"}}, {"prompt": "x"}, 5]
+    path = tmp_path / "p.json"
+    rejected = [line for line in read(path, json.dumps(entries)) if isinstance(line, Rejected)]
+    assert [line.place for line in rejected] == [f"{path}[6]", f"{path}[7]"]
+    plan = make_plan([path], on_error="skip")
+    assert [line.place for line in plan.lines() if isinstance(line, Rejected)][-1] == f"{path}[1]"
+    assert (plan.count, plan.rejected) == (3, 3)
+
+
+def test_what_a_source_says_besides_comes_back(tmp_path: Path) -> None:
+    (line,) = read(tmp_path / "p.jsonl", '{"prompt": "x", "info": {"seed": [1, 2]}}\n')
+    assert line.record.info == {"seed": [1, 2]}
