@@ -27,11 +27,12 @@ from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.config import ConfigError, LoraConfig
 from bpgo_video.config_io import read_yaml
 from bpgo_video.ema_files import average_in
-from bpgo_video.engine import full_state_dict, tensor_files
+from bpgo_video.engine import tensor_files
 from bpgo_video.export import WEIGHTS, write_pipeline
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies.lora import merged_tensors
 from bpgo_video.session import TRAINED
+from bpgo_video.zero_files import full_state_dict
 
 KINDS = {"raw": full_state_dict, "ema": average_in}  # of weights: a checkpoint's folder -> the trained ones, fp32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

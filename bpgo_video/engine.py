@@ -1,15 +1,17 @@
-"""How does training run on DeepSpeed? The only file that imports it: start, build, backward, step, save, load."""
+"""How does training run on DeepSpeed? Start, build, backward, step, save, load.
+
+Of the package, this file and `zero_files.py` alone import it.
+"""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ import torch
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -189,7 +190,8 @@ class Engine:
         learning_rate_factor: Callable[[int], float],
         block_classes: tuple[type[nn.Module], ...],
     ):
-        self.stage = zero_stage(ds_config)
+        self.stage, self.dtype = zero_stage(ds_config), compute_dtype(ds_config)
+        self.remembers = optim.name != "sgd"  # whether the optimiser has a state
         self.trains_all = all(parameter.requires_grad for parameter in module.parameters())
         if self.stage == 3:  # a block is fetched as one unit: fewer hooks, fewer and larger gathers
             set_z3_leaf_modules(module, list(block_classes))
@@ -272,19 +274,17 @@ class Engine:
             exclude_frozen_parameters=not self.trains_all,
         )
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Continue from what `save` wrote, on the same number of ranks; its `state`."""
+    def load(self, folder: Path, tag: str, universal: bool = False) -> dict[str, Any]:
+        """Continue from what `save` wrote, on the same number of ranks, or from universal files; its `state`."""
+        self.wrapped._config.load_universal_checkpoint = universal
         path, state = self.wrapped.load_checkpoint(str(folder), tag, load_module_strict=self.trains_all)
+        self.wrapped._config.load_universal_checkpoint = False
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint {tag!r} in {folder}")
         return state
 
-
-def full_state_dict(folder: Path) -> dict[str, Tensor]:
-    """The trained parameters in a checkpoint that `Engine.save` wrote under ZeRO of any stage on any number of ranks.
-
-    Whole, fp32 (the optimiser's own), on the CPU and without a process group; frozen parameters are left out. The
-    files are unpickled: `checkpoint.refuse_foreign_pickles` looks at them first.
-    """
-    with redirect_stdout(io.StringIO()):  # DeepSpeed tells what it does in prints
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name, exclude_frozen_parameters=True)
+    def continue_schedule(self, state: dict[str, Any]) -> None:
+        """Go on in the learning-rate schedule from its state, without the optimiser's."""
+        self.schedule.load_state_dict(state)
+        for group, rate in zip(self.schedule.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
