@@ -10,42 +10,58 @@ removes leftovers. Random draws are keyed, so no generator's state is stored.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from safetensors import SafetensorError
 
-from bpgo_video.data.atomic import atomic_file
+from bpgo_video.data.atomic import atomic_file, write_json
 from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.run_config import RunConfig
-from bpgo_video.zero_files import CheckpointError, refuse_foreign_pickles
+from bpgo_video.zero_files import CheckpointError
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
+LAYOUT = "layout.json"
 FOLDER = "checkpoints"
 LATEST = "latest"
 ASIDE = "partial-"
 FAILED_WRITES = ("inline_container", "PytorchStreamWriter", "iostream error")  # one is in what torch's writer raises
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What decides how a checkpoint can be read, in its layout.json."""
+
+    world_size: int
+    zero_stage: int
+    dtype: str
+    version: int = LAYOUT_VERSION
+
+    @classmethod
+    def of(cls, engine: Stateful, mesh: Mesh) -> Layout:
+        return cls(mesh.world_size, engine.stage, str(engine.dtype))
+
+
 @runtime_checkable
 class Stateful(Protocol):
     """What a checkpoint needs of the engine."""
 
-    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
-        """Every rank writes its part into folder/tag; `state` comes back from `load`."""
-        ...
+    stage: int
+    dtype: torch.dtype
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Continue from what `save` wrote, on the same number of ranks; its `state`."""
+    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
+        """Every rank writes its part, `state` too, into folder/tag."""
         ...
 
 
@@ -85,8 +101,10 @@ def save(
         if mesh.is_main:
             clear_leftovers(Path(run.dir))
     with told():
-        engine.save(folder, aside.name, {**state, "layout_version": LAYOUT_VERSION, "world_size": mesh.world_size})
+        engine.save(folder, aside.name, state)
     with same_verdict(mesh), told():
+        if mesh.is_main:
+            write_json(aside / LAYOUT, asdict(Layout.of(engine, mesh)))
         for write in parts:
             write(aside, mesh.rank)
         _flush(_written_by(mesh.rank, aside))
@@ -167,26 +185,17 @@ def newest(run_dir: Path) -> str | None:
     return name
 
 
-def load(engine: Stateful, run_dir: Path, name: str, mesh: Mesh) -> dict[str, Any]:
-    """Put a checkpoint's weights and optimiser into the engine; the run's own state.
+def read_layout(folder: Path) -> Layout:
+    """How a checkpoint was written.
 
     Raises:
-        CheckpointError: another layout or world size, or a file that names code to run.
+        CheckpointError: it has another layout.
     """
-    folder = run_dir / FOLDER
-    refuse_foreign_pickles(folder / name)
-    written_by = sum(1 for _ in (folder / name).glob("*zero_pp_rank_*_optim_states.pt"))
-    if written_by and written_by != mesh.world_size:
-        raise CheckpointError(
-            f"{folder / name} was written by {written_by} ranks, this run has {mesh.world_size}; "
-            f"start it on {written_by}"
-        )
-    state = engine.load(folder, name)
-    if state.get("layout_version") != LAYOUT_VERSION:
-        raise CheckpointError(
-            f"{folder / name} has layout version {state.get('layout_version')}, this program reads {LAYOUT_VERSION}"
-        )
-    return state
+    path = folder / LAYOUT
+    found = json.loads(path.read_text()) if path.is_file() else {"version": 1}
+    if found["version"] != LAYOUT_VERSION:
+        raise CheckpointError(f"{folder} has layout version {found['version']}, this program reads {LAYOUT_VERSION}")
+    return Layout(**found)
 
 
 def _flush(paths: Iterable[Path]) -> None:

@@ -31,7 +31,7 @@ class EMA:
     def __init__(self, masters: MasterWeights, config: EmaConfig) -> None:
         self._masters, self._config = masters, config
         self._weights = masters.shards()
-        self.shards = [replace(shard, values=shard.values.detach().clone()) for shard in self._weights]
+        self.shards = [replace(shard, values=shard.values.clone()) for shard in self._weights]
         self.updates = 0
 
     def update(self) -> None:
@@ -53,7 +53,6 @@ class EMA:
         yield
         self._exchange()
 
-    @torch.no_grad()
     def _exchange(self) -> None:
         for own, other in zip(_values(self.shards), _values(self._weights), strict=True):
             held = other.clone()

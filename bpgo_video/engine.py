@@ -187,7 +187,8 @@ class Engine:
         learning_rate_factor: Callable[[int], float],
         block_classes: tuple[type[nn.Module], ...],
     ):
-        self.stage = zero_stage(ds_config)
+        self.stage, self.dtype = zero_stage(ds_config), compute_dtype(ds_config)
+        self.remembers = optim.name != "sgd"  # whether the optimiser has a state
         self.trains_all = all(parameter.requires_grad for parameter in module.parameters())
         if self.stage == 3:  # a block is fetched as one unit: fewer hooks, fewer and larger gathers
             set_z3_leaf_modules(module, list(block_classes))
@@ -270,9 +271,17 @@ class Engine:
             exclude_frozen_parameters=not self.trains_all,
         )
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Continue from what `save` wrote, on the same number of ranks; its `state`."""
+    def load(self, folder: Path, tag: str, universal: bool = False) -> dict[str, Any]:
+        """Continue from what `save` wrote, on the same number of ranks, or from universal files; its `state`."""
+        self.wrapped._config.load_universal_checkpoint = universal
         path, state = self.wrapped.load_checkpoint(str(folder), tag, load_module_strict=self.trains_all)
+        self.wrapped._config.load_universal_checkpoint = False
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint {tag!r} in {folder}")
         return state
+
+    def continue_schedule(self, state: dict[str, Any]) -> None:
+        """Go on in the learning-rate schedule from its state, without the optimiser's."""
+        self.schedule.load_state_dict(state)
+        for group, rate in zip(self.schedule.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate

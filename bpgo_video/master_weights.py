@@ -59,8 +59,8 @@ class ZeroMasters:
     def shards(self) -> list[Shard]:
         if self.engine.zero_nvme_offload_optimizer():
             raise ConfigError(
-                "ema.decay is above 0, but the DeepSpeed JSON offloads the optimiser to NVMe, where its weights cannot "
-                "be averaged; set zero_optimization.offload_optimizer.device to 'cpu', or ema.decay to 0"
+                "the DeepSpeed JSON offloads the optimiser to NVMe, where its weights can be neither averaged nor set; "
+                "set zero_optimization.offload_optimizer.device to 'cpu', or ema.decay to 0"
             )
         found = _sharded_with_the_model if self.stage == 3 else _sharded_on_their_own
         return list(found(self.engine.module, self.engine.optimizer))
@@ -81,7 +81,7 @@ def _sharded_on_their_own(module: nn.Module, optimizer: Any) -> Iterator[Shard]:
     for name, parameter in _trained(module):
         mapping = parameter._hp_mapping
         if mapping is not None:  # else all of it is on other ranks
-            yield Shard(name, tuple(parameter.shape), mapping.lp_fragment_address.start, mapping.hp_fragment)
+            yield Shard(name, tuple(parameter.shape), mapping.lp_fragment_address.start, mapping.hp_fragment.detach())
 
 
 def _sharded_with_the_model(module: nn.Module, optimizer: Any) -> Iterator[Shard]:
@@ -92,7 +92,7 @@ def _sharded_with_the_model(module: nn.Module, optimizer: Any) -> Iterator[Shard
         count = min(part, parameter.ds_numel - start)
         if count > 0:
             masters = optimizer.fp32_partitioned_groups_flat[group]
-            yield Shard(name, tuple(parameter.ds_shape), start, masters.narrow(0, offset, count))
+            yield Shard(name, tuple(parameter.ds_shape), start, masters.detach().narrow(0, offset, count))
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,9 @@ class RunConfig:
     """Every random draw is a function of this, the step, the prompt's id and the sample's index."""
     resume: Literal["never", "auto"] = "never"
     """`auto` continues from the newest complete checkpoint in `dir`, or starts where there is none."""
+    resume_optimizer: Literal["keep", "fresh"] = "keep"
+    """`fresh` resumes weights, their average, data position and schedule, and starts the optimiser's moments anew: the
+    way between ZeRO 3 and the other stages."""
     save_every: Positive = 50
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Positive = 2

@@ -96,9 +96,9 @@ def appears(path: Path, patience: float) -> bool:
 
 
 def check_same_run(saved: Config, config: Config) -> None:
-    """A resumed run may change how long it runs, how often it saves and its timeout, nothing that it computes."""
+    """A resumed run may change its length, when it saves, its sharding and timeout, nothing that it computes."""
     saved = replace(saved, parallel=replace(saved.parallel, heartbeat_timeout=config.parallel.heartbeat_timeout))
-    free = ("wandb", "run")
+    free = ("wandb", "run", "deepspeed")
     changed = [name for name in vars(config) if name not in free and vars(saved)[name] != vars(config)[name]]
     if saved.run.seed != config.run.seed:
         changed.append("run.seed")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bpgo_video import checkpoint
+from bpgo_video import checkpoint, resuming
 from bpgo_video.checkpoint import Saved
 from bpgo_video.ema_files import load_average, save_average
 from bpgo_video.export import export_pipeline
@@ -24,9 +24,10 @@ def save(session: Session, progress: Progress) -> Saved:
 
 def resume(session: Session, run_dir: Path, name: str) -> Progress:
     """Put the checkpoint `name` into the session; what the run had done by then."""
-    state = checkpoint.load(session.engine, run_dir, name, session.mesh)
+    folder = run_dir / checkpoint.FOLDER / name
+    state = resuming.load(session.engine, folder, session.mesh, session.config.run.resume_optimizer)
     if session.ema:
-        load_average(session.ema, run_dir / checkpoint.FOLDER / name)
+        load_average(session.ema, folder)
     return Progress(**state["progress"])
 
 

@@ -35,6 +35,8 @@ CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncat
 class SmallEngine:
     """What a checkpoint needs of the engine; its weights and its average are filled with the step's number."""
 
+    stage, dtype = 1, torch.float32
+
     def __init__(self) -> None:
         self.weights = torch.zeros(20_000)
         self.ema = EMA(self, EmaConfig(decay=0.9))
@@ -74,7 +76,8 @@ def loadable(run: RunConfig) -> int:
     run_dir, found = Path(run.dir), []
     for folder in sorted((run_dir / checkpoint.FOLDER).glob("step-*")):
         engine = SmallEngine()
-        step = checkpoint.load(engine, run_dir, folder.name, ALONE)["step"]
+        assert checkpoint.read_layout(folder) == checkpoint.Layout(1, 1, "torch.float32")
+        step = engine.load(folder.parent, folder.name)["step"]
         load_average(engine.ema, folder)
         assert folder.name == f"step-{step:06d}"
         assert bool((engine.weights == step).all())

@@ -18,12 +18,13 @@ from bpgo_video.metrics import read_metrics
 from bpgo_video.paths import resolve_folder
 from bpgo_video.randomness import keyed_noise
 from tests.distributed.conftest import STAGES
+from tests.distributed.sameness import assert_same_run
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 
 
-def exported(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "export" / WEIGHTS)
+def exported(run_dir: Path, folder: str = "export") -> dict[str, torch.Tensor]:
+    return load_file(run_dir / folder / WEIGHTS)
 
 
 def starting_weights() -> dict[str, torch.Tensor]:
@@ -119,23 +120,18 @@ def test_stopping_and_resuming_changes_nothing(worlds: dict[int, Path]) -> None:
     assert any(not torch.equal(first[name], start[name]) for name in first), "the run must have trained something"
 
 
-def test_a_prior_that_follows_the_run_resumes_to_the_bit(worlds: dict[int, Path]) -> None:
-    states, records = [], []
-    for name in ("ema-whole", "ema-stopped"):
-        folder = worlds[2] / name / "checkpoints" / "step-000004"
-        loaded = [torch.load(path, weights_only=False)["progress"] for path in sorted(folder.glob("*model_states.pt"))]
-        assert all(state["running_rewards"] == loaded[0]["running_rewards"] for state in loaded), "on every rank"
-        states.append(loaded[0]["running_rewards"])
-        found = read_metrics(worlds[2] / name / "metrics.jsonl")
-        records.append(
-            [{k: v for k, v in record.items() if not k.startswith(("seconds", "checkpoint"))} for record in found]
-        )
-    assert states[0] == states[1]
-    assert all(len(running["prompts"]) == 4 for running in states[0].values())
-    assert records[0] == records[1]
-    assert records[0][3]["trust_std"] > 0, "the anchors must matter"
-    first, second = exported(worlds[2] / "ema-whole"), exported(worlds[2] / "ema-stopped")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_a_prior_and_an_average_that_follow_the_run_resume_to_the_bit(worlds: dict[int, Path]) -> None:
+    whole, stopped = (worlds[2] / name for name in ("ema-whole", "ema-stopped"))
+    assert_same_run(whole, stopped)
+    parts = sorted((whole / "checkpoints" / "step-000004").glob("*model_states.pt"))
+    states = [torch.load(path, weights_only=False)["progress"] for path in parts]
+    assert all(state["running_rewards"] == states[0]["running_rewards"] for state in states), "on every rank"
+    assert all(len(running["prompts"]) == 4 for running in states[0]["running_rewards"].values())
+    assert read_metrics(whole / "metrics.jsonl")[3]["trust_std"] > 0, "the anchors must matter"
+    average, start = exported(whole, "export-ema"), starting_weights()
+    assert all(torch.equal(average[name], tensor) for name, tensor in exported(stopped, "export-ema").items())
+    for other in (start, exported(whole)):
+        assert any(not torch.equal(average[name], other[name]) for name in start), "it lies between start and end"
 
 
 def test_export_generates_what_the_trained_policy_generates(worlds: dict[int, Path], shards: Path) -> None:

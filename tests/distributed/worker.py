@@ -77,12 +77,22 @@ def steps(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") ->
 
 
 def ema(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") -> Config:
-    """A prior that follows the run; the four prompts come again after two steps."""
+    """A prior that follows the run, and an average of the weights; the four prompts come again after two steps."""
     config = small_recipe(
-        run_dir, shards, run={"num_steps": int(num_steps), "save_every": 3, "resume": resume}, prior={"kind": "ema"}
+        run_dir,
+        shards,
+        run={"num_steps": int(num_steps), "save_every": 3, "resume": resume},
+        prior={"kind": "ema"},
+        ema={"decay": 0.9},
     )
     config = replace(config, prior=replace(config.prior, scale=None), sampler=replace(config.sampler, num_steps=3))
     return without_evaluation(config)
+
+
+def exact(shards: Path, run_dir: Path, stage: str, lora: str, num_steps: str, resume: str = "never") -> Config:
+    """The same under any stage, with all weights or adapters."""
+    config = with_stage(ema(shards, run_dir, num_steps, resume), stage)
+    return replace(config, policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])))
 
 
 def smoke(shards: Path, run_dir: Path, stage: str) -> Config:
@@ -120,8 +130,8 @@ def with_stage(config: Config, stage: str) -> Config:
 
 
 CASES: dict[str, Callable[..., Config]] = {
-    "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "smoke": smoke, "uneven": uneven,
-    "held": held_near_the_start,
+    "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
+    "uneven": uneven, "held": held_near_the_start,
 }  # fmt: skip
 
 

@@ -1,0 +1,134 @@
+"""What every rank of a world runs: a small model that saves in the middle of its training, or goes on from such a save.
+
+    python -m tests.distributed.resume_worker OUTPUT write|read SAVES
+
+Ranks share each batch of eight, so that worlds of any size compute the same gradients up to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor
+
+from bpgo_video import checkpoint, engine, resuming
+from bpgo_video.checkpoint import CheckpointError
+from bpgo_video.config import EmaConfig, OptimConfig, RunConfig
+from bpgo_video.ema import EMA
+from bpgo_video.ema_files import load_average, save_average
+from bpgo_video.parallel.mesh import Mesh
+from tests.distributed.ema_worker import Block
+
+UPDATES = 3
+STAGES = (1, 2, 3)
+OPTIMIZERS = ("adamw", "sgd")
+Weights = dict[str, Tensor]
+
+
+def build(stage: int, name: str) -> engine.Engine:
+    torch.manual_seed(0)
+    return engine.Engine(
+        Block(),
+        OptimConfig(name=name, learning_rate=0.05, max_grad_norm=1.0),
+        {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}},
+        micro_batch_size=4,
+        learning_rate_factor=lambda update: 1 / (1 + update),
+        block_classes=(Block,),
+    )
+
+
+def train(learner: engine.Engine, ema: EMA, mesh: Mesh, first: int) -> None:
+    for number in range(first, first + UPDATES):
+        batch = torch.randn(8, 7, generator=torch.Generator().manual_seed(number))
+        mine = batch.chunk(mesh.world_size)[mesh.rank].requires_grad_()
+        learner.backward(learner.wrapped(mine).square().mean(), last=True)
+        learner.step()
+        ema.update()
+
+
+def weights(learner: engine.Engine) -> Weights:
+    named = learner.module.named_parameters()
+    return {name: safe_get_full_fp32_param(p).cpu() for name, p in named if p.requires_grad}
+
+
+def write(saves: Path, stage: int, name: str, mesh: Mesh) -> None:
+    """Save in the middle; what a run that was never stopped ends with lies beside it."""
+    learner = build(stage, name)
+    ema = EMA(learner.masters, EmaConfig(decay=0.8))
+    run = RunConfig(dir=str(saves / f"{stage}-{name}"))
+    train(learner, ema, mesh, 0)
+    checkpoint.save(learner, run, UPDATES, {"progress": {"position": 17}}, mesh, [partial(save_average, ema)])
+    middle = weights(learner)
+    train(learner, ema, mesh, UPDATES)
+    save_average(ema, Path(run.dir), mesh.rank)
+    end = weights(learner)
+    if mesh.is_main:
+        torch.save({"middle": middle, "end": end}, Path(run.dir) / "weights.pt")
+
+
+def by_hand(middle: Weights, name: str) -> Weights:
+    """From the weights in the middle with a fresh optimiser, by torch alone and on one rank."""
+    module = Block()
+    module.load_state_dict(middle, strict=False)
+    torch.manual_seed(0)
+    module.frozen.load_state_dict(Block().frozen.state_dict())
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer: Any = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "sgd": torch.optim.SGD}[name](trained)
+    for number in range(UPDATES, 2 * UPDATES):
+        optimizer.param_groups[0]["lr"] = 0.05 / (1 + number)
+        batch = torch.randn(8, 7, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        module(batch).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def read(saves: Path, written: int, stage: int, name: str, optimizer: str, mesh: Mesh) -> dict[str, Any]:
+    """Go on under another stage; how far the end is from that of a run that was never stopped."""
+    run_dir = saves / f"{written}-{name}"
+    folder = run_dir / "checkpoints" / f"step-{UPDATES:06d}"
+    result = {"written": written, "stage": stage, "optimizer": optimizer, "name": name}
+    learner = build(stage, name)
+    ema = EMA(learner.masters, EmaConfig(decay=0.8))
+    try:
+        state = resuming.load(learner, folder, mesh, optimizer)
+    except CheckpointError as error:
+        return {**result, "refused": str(error)}
+    load_average(ema, folder)
+    reference = torch.load(run_dir / "weights.pt")
+    loaded = weights(learner)
+    train(learner, ema, mesh, UPDATES)
+    end = weights(learner)
+    expected = reference["end"] if optimizer == "keep" else by_hand(reference["middle"], name)
+    return {
+        **result,
+        "position": state["progress"]["position"],
+        "loaded": all(torch.equal(loaded[key], value) for key, value in reference["middle"].items()),
+        "error": max(float((end[key] - value).norm() / value.norm()) for key, value in expected.items()),
+        "left": sorted(path.name for path in folder.parent.iterdir() if path.suffix != ".py"),  # DeepSpeed's
+    }
+
+
+def main() -> None:
+    output, action, saves = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    mesh = engine.start_ranks()
+    if action == "write":
+        for stage, name in product(STAGES, OPTIMIZERS):
+            write(saves, stage, name, mesh)
+    cases = product(STAGES, STAGES, OPTIMIZERS, ("keep", "fresh"))
+    results = [read(saves, *case, mesh) for case in cases]
+    if mesh.is_main:
+        (output / "results.json").write_text(json.dumps(results))
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""When are two runs the same? When their last checkpoints hold the same bits, and their records the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from bpgo_video.metrics import read_metrics
+
+MEASURED = ("seconds", "checkpoint")  # what a clock or a disk says of a step
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run has logged, without what it measured of itself."""
+    found = read_metrics(run_dir / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if not key.startswith(MEASURED)} for record in found]
+
+
+def assert_same(first: Any, second: Any, where: str) -> None:
+    """Equal to the bit, at any depth; `seconds` of a run's progress may differ."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, Mapping):
+        assert list(first) == list(second), where
+        for key in first:
+            if key != "seconds":
+                assert_same(first[key], second[key], f"{where} {key}")
+    elif isinstance(first, Sequence) and not isinstance(first, str):
+        assert len(first) == len(second), where
+        for index, (one, other) in enumerate(zip(first, second, strict=True)):
+            assert_same(one, other, f"{where} {index}")
+    elif not hasattr(first, "__dict__"):
+        assert first == second, where
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, optimiser, average, data position, prior statistics and records."""
+    names = [(run_dir / "checkpoints" / "latest").read_text() for run_dir in (first, second)]
+    assert names[0] == names[1]
+    folders = [run_dir / "checkpoints" / names[0] for run_dir in (first, second)]
+    files = sorted(path.name for path in folders[0].iterdir())
+    assert files == sorted(path.name for path in folders[1].iterdir())
+    assert any(name.startswith("ema-rank") for name in files)
+    for name in files:
+        load = load_file if name.endswith(".safetensors") else lambda path: torch.load(path, weights_only=False)
+        assert_same(load(folders[0] / name), load(folders[1] / name), name)
+    assert records(first) == records(second)

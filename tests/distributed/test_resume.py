@@ -1,0 +1,91 @@
+"""Runs that were stopped and went on are runs that were never stopped: to the bit, under any stage, after any kill."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bpgo_video.metrics import read_metrics
+from tests.distributed.conftest import STAGES, run_ranks
+from tests.distributed.sameness import assert_same_run, records
+from tests.distributed.test_failures import TRAIN, Launch, Launches
+from tests.distributed.test_training import WEIGHTS
+
+pytestmark = pytest.mark.slow
+
+KILLS = 10
+SETTINGS = ["--run.num-steps", "12", "--run.save-every", "1", "--ema.decay", "0.9"]
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """Runs of four steps, and of two and two, of every stage, with all weights and with adapters."""
+    folder = tmp_path_factory.mktemp("halves")
+    cases = []
+    for stage, lora in product(STAGES, ("full", "lora")):
+        cases += [f"{stage}-{lora}-whole=exact:{stage}:{lora}:4"]
+        cases += [f"{stage}-{lora}-stopped=exact:{stage}:{lora}:{steps}" for steps in ("2", "4:auto")]
+    run_ranks(2, [str(shards), str(folder), *cases])
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("lora", ["full", "lora"])
+def test_two_and_two_steps_are_four_steps(halves: Path, stage: str, lora: str) -> None:
+    assert_same_run(halves / f"{stage}-{lora}-whole", halves / f"{stage}-{lora}-stopped")
+
+
+def ended(launch: Launch) -> bool:
+    return all(process.poll() is not None for process in launch.processes)
+
+
+def kill(launch: Launch) -> None:
+    for process in launch.processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in launch.processes:
+        process.wait()
+
+
+def logged(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return len(read_metrics(path)) if path.exists() else 0
+
+
+def wait_for_a_record(launch: Launch) -> None:
+    before = logged(launch.run_dir)
+    launch.wait_until(lambda: logged(launch.run_dir) != before or ended(launch))
+
+
+def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path, shards: Path) -> None:
+    launches, draws, moments = Launches(tmp_path, shards), random.Random(0), []
+    try:
+        alone = launches.ranks(TRAIN, "alone", *SETTINGS).end()
+        step = sorted(record["seconds"] for record in read_metrics(alone.run_dir / "metrics.jsonl"))[4]
+        for number in range(KILLS):
+            launch = launches.ranks(TRAIN, "killed", *SETTINGS)
+            if number % 3 == 0:  # while it starts
+                time.sleep(draws.uniform(0, 10))
+            else:  # in a step, or in the save behind it
+                wait_for_a_record(launch)
+                time.sleep(draws.uniform(0, step))
+            kill(launch)
+            moments.append(logged(launch.run_dir))
+        end = launches.ranks(TRAIN, "killed", *SETTINGS).end()
+    finally:
+        launches.end_what_is_left()
+    assert end.codes == [0, 0], end.output[-5000:]
+    assert len(set(moments)) > 2, f"kills must come at different steps, not all at {moments}"
+    assert records(end.run_dir) == records(alone.run_dir)
+    assert_same_run(end.run_dir, alone.run_dir)
+    for folder in ("export", "export-ema"):
+        first, second = (load_file(launch.run_dir / folder / WEIGHTS) for launch in (end, alone))
+        assert all(torch.equal(first[name], second[name]) for name in first)
