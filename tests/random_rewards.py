@@ -20,6 +20,8 @@ from transformers import (
     VideoPrismConfig,
     ViTConfig,
     ViTModel,
+    VJEPA2Config,
+    VJEPA2Model,
     XCLIPConfig,
     XCLIPModel,
 )
@@ -127,3 +129,12 @@ def random_videoprism(folder: Path) -> Path:
         text_config={**TEXT, "hidden_size": 24}, vision_config={**vision, "num_auxiliary_layers": 1}
     )
     return write(folder, VideoPrismClipModel, config, stretches(12, resample=3), ends=False)
+
+
+def random_vjepa(folder: Path) -> Path:
+    predictor = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 2}
+    config = VJEPA2Config(
+        crop_size=28, patch_size=14, frames_per_clip=8, hidden_size=24, num_attention_heads=2, num_hidden_layers=2,
+        **predictor,
+    )  # fmt: skip
+    return write(folder, VJEPA2Model, config, crops(32, 28, resample=2))

@@ -12,19 +12,22 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, CLIPModel, SiglipModel, VideoPrismClipModel, XCLIPModel
+from transformers import AutoModel, CLIPModel, SiglipModel, VideoPrismClipModel, VJEPA2Model, XCLIPModel
 
 from bpgo_video.config import ConfigError, RewardConfig
 from bpgo_video.rewards import Clips, preprocessing
 from bpgo_video.rewards.aesthetic import Aesthetic
 from bpgo_video.rewards.backbones import Backbones
+from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.clip import ClipScore
 from bpgo_video.rewards.dino import FirstFrameConsistency, SubjectConsistency
 from bpgo_video.rewards.hpsv2 import HPSv2
+from bpgo_video.rewards.open_clip import from_open_clip
 from bpgo_video.rewards.pickscore import PickScore
 from bpgo_video.rewards.siglip import SiglipScore
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.videoprism import VideoPrismScore
+from bpgo_video.rewards.vjepa import VJepaPrediction
 from bpgo_video.rewards.xclip import XClipScore
 from bpgo_video.types import PromptBatch, RolloutChunk
 from tests import random_rewards as folders
@@ -185,8 +188,6 @@ def test_hpsv2_is_open_clip_s_cosine_of_whole_frames(tmp_path: Path, size: tuple
 
 
 def test_open_clip_s_names_are_those_of_clip_model_and_nothing_else(tmp_path: Path) -> None:
-    from bpgo_video.rewards.open_clip import from_open_clip
-
     weights = random_hps(tmp_path / "hps").state_dict()
     converted, wanted = from_open_clip(weights), CLIPModel(folders.clip_config()).state_dict()
     assert {name: w.shape for name, w in converted.items()} == {name: w.shape for name, w in wanted.items()}
@@ -323,7 +324,7 @@ def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be 'siglip'"):
         SiglipScore(str(tmp_path / "clip"))
     with pytest.raises(ValueError, match="dtype = 'half'"):
-        PickScore(str(tmp_path / "clip"), dtype="half")  # type: ignore[arg-type]
+        Backbones().load(CLIPModel, tmp_path / "clip", "cpu", "half")
 
 
 @pytest.mark.parametrize("make", [folders.random_dino, folders.random_vit])
@@ -387,12 +388,51 @@ def test_a_video_shorter_than_a_network_wants_is_repeated(tmp_path: Path, frames
     torch.testing.assert_close(reward(clips).values, reward(replace(clips, videos=repeated, _found={})).values)
 
 
+def test_vjepa_compares_what_it_foresaw_of_the_second_half_with_what_it_saw(tmp_path: Path) -> None:
+    """Seven frames are three steps of two: the first foretells two."""
+    folder, clips = folders.random_vjepa(tmp_path), some_clips(7)
+    model = VJEPA2Model.from_pretrained(folder).eval()
+    found = VJepaPrediction(str(folder))(clips)
+    assert found.times.tolist() == [0.25, 0.5]
+    for sample, video in enumerate(clips.videos):
+        pixels = torch.cat([cut(frame, 32, 28, Image.Resampling.BILINEAR) for frame in video[:6]])[None]
+        saw = model(pixels, skip_predictor=True).last_hidden_state[0].detach().double().numpy()
+        begun = model(pixels[:, :2], skip_predictor=True).last_hidden_state
+        tokens = torch.arange(12)[None]
+        foresaw = model.predictor(begun, [tokens[:, :4]], [tokens[:, 4:]]).last_hidden_state[0]
+        for step in (0, 1):
+            expected = []
+            for token in range(4 * step, 4 * step + 4):
+                seen = saw[4 + token]
+                seen = (seen - seen.mean()) / np.sqrt(seen.var() + 1e-5)
+                expected.append(unit(foresaw[token]) @ seen / np.linalg.norm(seen))
+            assert found.values[sample, step].item() == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def test_vjepa_foresees_from_the_first_half_alone_and_needs_two_steps(tmp_path: Path, monkeypatch) -> None:
+    reward, clips, foreseen = VJepaPrediction(str(folders.random_vjepa(tmp_path))), some_clips(8), []
+    predict = reward.backbone.network.predictor.forward
+    monkeypatch.setattr(
+        reward.backbone.network.predictor,
+        "forward",
+        lambda *a: foreseen.append(predict(*a).last_hidden_state) or predict(*a),
+    )
+    other = clips.videos.clone()
+    other[:, 4:] = other[:, 4:].flip(-1)
+    first, second = reward(clips).values, reward(replace(clips, videos=other)).values
+    torch.testing.assert_close(foreseen[0], foreseen[1])
+    assert not torch.allclose(first, second, atol=1e-3)
+    with pytest.raises(RewardError, match="it needs at least 4"):
+        reward(replace(clips, videos=clips.videos[:, :3]))
+
+
 MAKERS = {
     ClipScore: folders.random_clip,
     SiglipScore: folders.random_siglip,
     SubjectConsistency: folders.random_dino,
     XClipScore: folders.random_xclip,
     VideoPrismScore: folders.random_videoprism,
+    VJepaPrediction: folders.random_vjepa,
 }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,7 +54,7 @@ class Aesthetic:
         backbone = (backbones or Backbones()).load(CLIPModel, folder, device, dtype)
         self.encoder = ImageTextEncoder(backbone, folder, Preprocessing.of_folder(folder))
         self.layers = [(w.to(device), b.to(device)) for w, b in chain(read_weights(path), path)]
-        self.version = version([folder], self.frames, dtype, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+        self.version = version([folder], self.frames, dtype, sha256(path.read_bytes()).hexdigest())
 
     def __call__(self, clips: Clips) -> FrameScores:
         indices = self.frames.indices(clips.videos.shape[1], clips.fps)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.rewards.base import FrameSampling
@@ -29,11 +30,11 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.network.device
+        return next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.network.dtype
+        return next(self.network.parameters()).dtype
 
 
 class Backbones:
@@ -99,7 +100,24 @@ def complete(source: Path, unread: Sequence[str], model: nn.Module, loading: dic
     return model
 
 
+def from_weights(network: Any, config: Any, weights: dict[str, Tensor], source: Path, dtype: torch.dtype) -> nn.Module:
+    """The model class `network` of `config` with weights that were converted from the file `source`.
+
+    Raises:
+        ValueError: weights are missing, of another shape, or of no use.
+    """
+    model, loading = network.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    if loading["unexpected_keys"]:
+        raise ValueError(
+            f"{source} holds weights that {network.__name__} lacks: {sorted(loading['unexpected_keys'])[:3]}"
+        )
+    return complete(source, (), model, loading)
+
+
 def version(folders: Sequence[Path], frames: FrameSampling, dtype: str, *settings: object) -> str:
     """A hash per folder, the sampling, and what of the rest is not the default: a score's identity."""
-    rest = [str(setting) for setting in settings] + ([] if dtype == "float32" else [dtype])
+    rest = [sha256("\0".join(map(str, settings)).encode()).hexdigest()[:16]] if settings else []
+    rest += [] if dtype == "float32" else [dtype]
     return "-".join([*(fingerprint(folder, (".",)) for folder in folders), str(frames), *rest])

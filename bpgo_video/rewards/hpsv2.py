@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards.backbones import Backbones, Dtype, complete, version
+from bpgo_video.rewards.backbones import Backbones, Dtype, from_weights, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.image_text import ImageTextEncoder
 from bpgo_video.rewards.open_clip import from_open_clip
@@ -66,6 +65,4 @@ class HPSv2:
 
 def _load(checkpoint: Path, shape: Path, dtype: torch.dtype) -> nn.Module:
     config, weights = CLIPConfig.from_pretrained(shape), from_open_clip(read_weights(checkpoint))
-    network: Any = CLIPModel
-    found = network.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
-    return complete(checkpoint, (), *found)
+    return from_weights(CLIPModel, config, weights, checkpoint, dtype)

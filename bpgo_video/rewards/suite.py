@@ -30,6 +30,9 @@ REWARDS: dict[str, str] = {
     "siglip_score": "bpgo_video.rewards.siglip:SiglipScore",
     "subject_consistency": "bpgo_video.rewards.dino:SubjectConsistency",
     "videoprism_score": "bpgo_video.rewards.videoprism:VideoPrismScore",
+    "videoalign": "bpgo_video.rewards.videoalign:VideoAlign",
+    "vjepa_prediction": "bpgo_video.rewards.vjepa:VJepaPrediction",
+    "vlm_judge": "bpgo_video.rewards.judge:VlmJudge",
     "xclip_score": "bpgo_video.rewards.xclip:XClipScore",
 }
 
