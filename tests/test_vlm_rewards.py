@@ -63,6 +63,12 @@ def test_patches_run_over_time_then_tokens_then_their_patches() -> None:
     torch.testing.assert_close(found, torch.stack(expected))
 
 
+def test_two_frames_of_480x832_are_252_tokens() -> None:
+    patches, grid = PatchLayout(14, 2, 2, tuple(MEAN), tuple(STD)).patches(torch.zeros(2, 3, 480, 832))
+    assert grid == (1, 24, 42)
+    assert len(patches) == 4 * 252
+
+
 def probability_by_generation(folder: Path, judge: VlmJudge, clips: Clips, row: int, indices: list[int]) -> float:
     """The library's own first generated token, from a question that is written out here."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import CLIPModel
 
+from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import Backbones, Dtype, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
@@ -54,7 +55,7 @@ class Aesthetic:
         backbone = (backbones or Backbones()).load(CLIPModel, folder, device, dtype)
         self.encoder = ImageTextEncoder(backbone, folder, Preprocessing.of_folder(folder))
         self.layers = [(w.to(device), b.to(device)) for w, b in chain(read_weights(path), path)]
-        self.version = version([folder], self.frames, dtype, sha256(path.read_bytes()).hexdigest())
+        self.version = version([fingerprint(folder, (".",))], self.frames, dtype, sha256(path.read_bytes()).hexdigest())
 
     def __call__(self, clips: Clips) -> FrameScores:
         indices = self.frames.indices(clips.videos.shape[1], clips.fps)

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.rewards.base import FrameSampling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.jinja")  # files of a model folder that hold configuration and tokenizer
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -116,8 +116,8 @@ def from_weights(network: Any, config: Any, weights: dict[str, Tensor], source: 
     return complete(source, (), model, loading)
 
 
-def version(folders: Sequence[Path], frames: FrameSampling, dtype: str, *settings: object) -> str:
-    """A hash per folder, the sampling, and what of the rest is not the default: a score's identity."""
+def version(fingerprints: Sequence[str], frames: FrameSampling, dtype: str, *settings: object) -> str:
+    """Which files were read, the sampling, the settings, and the dtype where it is not fp32: a score's identity."""
     rest = [sha256("\0".join(map(str, settings)).encode()).hexdigest()[:16]] if settings else []
     rest += [] if dtype == "float32" else [dtype]
-    return "-".join([*(fingerprint(folder, (".",)) for folder in folders), str(frames), *rest])
+    return "-".join([*fingerprints, str(frames), *rest])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import CLIPModel
 
+from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import Backbones, Dtype, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
@@ -40,7 +41,7 @@ class ClipScore:
         self.frames = FrameSampling(frames, frames_per_second)
         backbone = (backbones or Backbones()).load(CLIPModel, folder, device, dtype)
         self.encoder = ImageTextEncoder(backbone, folder, Preprocessing.of_folder(folder))
-        self.version = version([folder], self.frames, dtype)
+        self.version = version([fingerprint(folder, (".",))], self.frames, dtype)
 
     def __call__(self, clips: Clips) -> FrameScores:
         return self.encoder.scores(clips, self.frames)

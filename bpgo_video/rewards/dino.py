@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel
 
+from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import Backbones, Dtype, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
@@ -42,7 +43,7 @@ class _DinoFrames:
         self.frames = FrameSampling(frames, frames_per_second)
         self.backbone = (backbones or Backbones()).load(AutoModel, folder, device, dtype, unread=("pooler.",))
         self.preprocessing = Preprocessing.of_folder(folder)
-        self.version = version([folder], self.frames, dtype)
+        self.version = version([fingerprint(folder, (".",))], self.frames, dtype)
 
     def features(self, clips: Clips, indices: list[int]) -> Features:
         return frame_features(clips, indices, self.backbone, self.preprocessing, self._encode)

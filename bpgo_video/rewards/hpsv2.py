@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
+from bpgo_video.data.fingerprint import fingerprint_of
 from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards.backbones import Backbones, Dtype, from_weights, version
+from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones, Dtype, from_weights, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.image_text import ImageTextEncoder
 from bpgo_video.rewards.open_clip import from_open_clip
@@ -49,7 +50,7 @@ class HPSv2:
         backbones: Backbones | None = None,
     ):
         folder = resolve_folder(model, only=(checkpoint,))
-        shape = resolve_folder(base, only=("*.json", "*.txt"))
+        shape = resolve_folder(base, only=WITHOUT_WEIGHTS)
         self.frames = FrameSampling(frames, frames_per_second)
         source = (CLIPModel.__name__, str((folder / checkpoint).resolve()), str(shape.resolve()))
         backbone = (backbones or Backbones()).once(
@@ -57,7 +58,8 @@ class HPSv2:
         )
         whole_frame = replace(Preprocessing.of_folder(shape), fit="pad", edge=0)
         self.encoder = ImageTextEncoder(backbone, shape, whole_frame)
-        self.version = version([folder, shape], self.frames, dtype, checkpoint)
+        parts = fingerprint_of(folder, (checkpoint,)), fingerprint_of(shape, WITHOUT_WEIGHTS)
+        self.version = version(parts, self.frames, dtype)
 
     def __call__(self, clips: Clips) -> FrameScores:
         return self.encoder.scores(clips, self.frames)

@@ -21,14 +21,15 @@ class ImageTextEncoder:
 
     Args:
         folder: of the tokenizer.
-        pads: every text to the network's length; SigLIP was trained so, and reads its last token. CLIP reads its end
-            token, which comes before the padding.
+        as_siglip: texts in lower case, padded to the network's length: so SigLIP was trained, and it reads the last
+            token. CLIP reads the end token, which comes before the padding.
     """
 
-    def __init__(self, backbone: Backbone, folder: Path, preprocessing: Preprocessing, pads: bool = False):
+    def __init__(self, backbone: Backbone, folder: Path, preprocessing: Preprocessing, as_siglip: bool = False):
         self.backbone, self.preprocessing = backbone, preprocessing
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.padding = "max_length" if pads else "longest"
+        self.padding = "max_length" if as_siglip else "longest"
+        self.cased = str.lower if as_siglip else str
 
     def scores(self, clips: Clips, sampling: FrameSampling) -> FrameScores:
         """cos(frame, prompt) of the sampled frames."""
@@ -49,11 +50,11 @@ class ImageTextEncoder:
         return self.backbone.network.get_image_features(pixel_values=pixels).pooler_output
 
     def _embed_texts(self, texts: tuple[str, ...]) -> Tensor:
-        network, unique = self.backbone.network, list(dict.fromkeys(texts))
+        network, unique = self.backbone.network, list(dict.fromkeys(map(self.cased, texts)))
         length = network.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             unique, padding=self.padding, truncation=True, max_length=length, return_tensors="pt"
         ).to(self.backbone.device)
         # Attention is causal in CLIP and unmasked in SigLIP: padding is never masked out.
         features = normalize(network.get_text_features(input_ids=tokens.input_ids).pooler_output.float(), dim=-1)
-        return features[[unique.index(text) for text in texts]]
+        return features[[unique.index(self.cased(text)) for text in texts]]

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import Backbones, Dtype, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
@@ -56,7 +57,9 @@ class VlmJudge:
         backbone = (backbones or Backbones()).load(AutoModelForImageTextToText, folder, device, dtype)
         self.qwen = QwenVL(backbone, backbone.network.config, folder, min_pixels, max_pixels)
         self.answers = [self._token(word) for word in answers]
-        self.version = version([folder], self.frames, dtype, min_pixels, max_pixels, question, *answers)
+        self.version = version(
+            [fingerprint(folder, (".",))], self.frames, dtype, min_pixels, max_pixels, question, *answers
+        )
 
     def __call__(self, clips: Clips) -> FrameScores:
         indices = self.frames.indices(clips.videos.shape[1], clips.fps)

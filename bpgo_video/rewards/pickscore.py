@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import CLIPModel
 
+from bpgo_video.data.fingerprint import fingerprint, fingerprint_of
 from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards.backbones import Backbones, Dtype, version
+from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones, Dtype, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.image_text import ImageTextEncoder
 from bpgo_video.rewards.preprocessing import Preprocessing
@@ -40,13 +41,16 @@ class PickScore:
         backbones: Backbones | None = None,
     ):
         folder = resolve_folder(model)
-        words = folder if processor is None else resolve_folder(processor, only=("*.json", "*.txt"))
+        words = folder if processor is None else resolve_folder(processor, only=WITHOUT_WEIGHTS)
         self.frames = FrameSampling(frames, frames_per_second)
         backbone = (backbones or Backbones()).load(CLIPModel, folder, device, dtype)
         self.encoder = ImageTextEncoder(backbone, words, Preprocessing.of_folder(words))
         self.scale = float(backbone.network.logit_scale.float().exp())
         self.range = (-self.scale, self.scale)
-        self.version = version(list(dict.fromkeys((folder, words))), self.frames, dtype)
+        parts = [fingerprint(folder, (".",))]
+        if processor is not None:
+            parts.append(fingerprint_of(words, WITHOUT_WEIGHTS))
+        self.version = version(parts, self.frames, dtype)
 
     def __call__(self, clips: Clips) -> FrameScores:
         cosines = self.encoder.scores(clips, self.frames)

@@ -65,11 +65,11 @@ class Preprocessing:
             raise ValueError(
                 f"{folder}: resample = {config.get('resample')} in its preprocessor config; must be one of {MODES}"
             )
-        does_crop = crop is not None and config.get("do_center_crop", True)
+        does_crop = config.get("do_center_crop", crop is not None)
         normalises = config.get("do_normalize", True)
         return cls(
             fit="crop" if does_crop else "stretch",
-            size=_sides(crop if does_crop else size),
+            size=_sides(crop or size if does_crop else size),
             mean=tuple(config["image_mean"]) if normalises else (0.0, 0.0, 0.0),
             std=tuple(config["image_std"]) if normalises else (1.0, 1.0, 1.0),
             mode=mode,

@@ -58,7 +58,8 @@ class PatchLayout:
 
         Frames are resized to multiples of a token's side (bicubic), the last one is repeated to fill a step.
         """
-        size = smart_resize(*frames.shape[-2:], self.patch * self.merge, self.least, self.most)
+        height, width = frames.shape[-2:]
+        size = smart_resize(height, width, self.patch * self.merge, self.least, self.most)
         pixels = Preprocessing("stretch", size, self.mean, self.std)(frames)
         pixels = torch.cat([pixels, pixels[-1:].expand(-len(pixels) % self.steps, -1, -1, -1)])
         found = rearrange(

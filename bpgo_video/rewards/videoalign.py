@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import Qwen2VLConfig
 
+from bpgo_video.data.fingerprint import fingerprint_of
 from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards.backbones import Backbones, Dtype, version
+from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones, Dtype, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardError
 from bpgo_video.rewards.qwen_vl import MIN_PIXELS, QwenVL
-from bpgo_video.rewards.videoalign_checkpoint import load_videoalign, read_settings
+from bpgo_video.rewards.videoalign_checkpoint import FILES, load_videoalign, read_settings
 
 PARTS = ("VQ", "MQ", "TA")
 SCORES: dict[str, tuple[int, ...]] = {"VQ": (0,), "MQ": (1,), "TA": (2,), "overall": (0, 1, 2)}
@@ -61,8 +62,8 @@ class VideoAlign:
     ):
         if score not in SCORES:
             raise ValueError(f"score = {score!r}: must be one of {sorted(SCORES)}")
-        folder = resolve_folder(model, only=("model_config.json", "checkpoint-*/model.pth"))
-        qwen = resolve_folder(base, only=("*.json", "*.txt", "*.jinja"))
+        folder = resolve_folder(model, only=FILES)
+        qwen = resolve_folder(base, only=WITHOUT_WEIGHTS)
         self.template, self.columns, settings = read_template(Path(template)), SCORES[score], read_settings(folder)
         data, statistics = settings["data_config"], settings["inference_config"]
         self.frames = FrameSampling(fps=data["fps"])
@@ -74,7 +75,8 @@ class VideoAlign:
         self.qwen = QwenVL(backbone, config, qwen, MIN_PIXELS, data["max_frame_pixels"])
         self.qwen.tokenizer.add_special_tokens({"additional_special_tokens": list(TOKENS)})
         self.mean, self.std = (torch.tensor([statistics[f"{p}_{which}"] for p in PARTS]) for which in ("mean", "std"))
-        self.version = version([folder, qwen], self.frames, dtype, score, self.template)
+        parts = fingerprint_of(folder, FILES), fingerprint_of(qwen, WITHOUT_WEIGHTS)
+        self.version = version(parts, self.frames, dtype, score, self.template)
 
     def __call__(self, clips: Clips) -> FrameScores:
         key = (self.qwen.backbone.key, self.template)

@@ -19,6 +19,7 @@ PREFIXES = (
     ("model.language_model.", "language_model."),
     ("model.", "language_model."),  # as transformers wrote it when the checkpoint was made
 )
+FILES = ("model_config.json", "checkpoint-*/model.pth")
 DROPPED = ("lm_head.",)
 
 
@@ -59,14 +60,14 @@ def load_videoalign(folder: Path, base: Path, lora: dict[str, Any], dtype: torch
         FileNotFoundError: no checkpoint-*/model.pth.
         ValueError: weights are missing, or of another model.
     """
-    files = sorted(folder.glob("checkpoint-*/model.pth"), key=lambda path: int(path.parent.name.split("-")[-1]))
+    files = sorted(folder.glob(FILES[1]), key=lambda path: int(path.parent.name.split("-")[-1]))
     if not files:
-        raise FileNotFoundError(f"{folder} has no checkpoint-*/model.pth")
+        raise FileNotFoundError(f"{folder} has no {FILES[1]}")
     scale = lora["lora_alpha"] / (math.sqrt(lora["lora_r"]) if lora.get("use_rslora") else lora["lora_r"])
     weights = merged(read_weights(files[-1]), scale)
     if "rm_head.weight" not in weights or "language_model.embed_tokens.weight" not in weights:
         raise ValueError(f"{files[-1]} has no rm_head.weight and embeddings; it is no reward on Qwen2-VL")
-    config = Qwen2VLConfig.from_pretrained(base)
+    config: Any = Qwen2VLConfig.from_pretrained(base)
     config.text_config.vocab_size = weights["language_model.embed_tokens.weight"].shape[0]
     head = weights.pop("rm_head.weight").to(dtype)
     return VideoRewardNetwork(from_weights(Qwen2VLModel, config, weights, files[-1], dtype), head)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, VideoPrismClipModel
 
+from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import Backbones, Dtype, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
@@ -44,7 +45,7 @@ class VideoPrismScore:
         self.frames = FrameSampling(count=vision.num_frames)
         self.preprocessing = Preprocessing("stretch", size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.version = version([folder], self.frames, dtype)
+        self.version = version([fingerprint(folder, (".",))], self.frames, dtype)
 
     def __call__(self, clips: Clips) -> FrameScores:
         network = self.backbone.network

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm
 from transformers import VJEPA2Model
 
+from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import Backbones, Dtype, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardError
@@ -52,7 +53,7 @@ class VJepaPrediction:
         self.frames = FrameSampling(frames if frames_per_second is None else None, frames_per_second)
         self.backbone = (backbones or Backbones()).load(VJEPA2Model, folder, device, dtype)
         self.preprocessing = Preprocessing.of_folder(folder)
-        self.version = version([folder], self.frames, dtype)
+        self.version = version([fingerprint(folder, (".",))], self.frames, dtype)
 
     def __call__(self, clips: Clips) -> FrameScores:
         per_step = self.backbone.network.config.tubelet_size

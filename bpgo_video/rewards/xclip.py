@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, XCLIPModel
 
+from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import Backbones, Dtype, version
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
@@ -42,7 +43,7 @@ class XClipScore:
         self.frames = FrameSampling(count=self.backbone.network.config.vision_config.num_frames)
         self.preprocessing = Preprocessing.of_folder(folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.version = version([folder], self.frames, dtype)
+        self.version = version([fingerprint(folder, (".",))], self.frames, dtype)
 
     def __call__(self, clips: Clips) -> FrameScores:
         network = self.backbone.network
