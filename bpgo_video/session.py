@@ -34,6 +34,7 @@ from bpgo_video.policies.lora import add_lora
 from bpgo_video.priors import STORED
 from bpgo_video.reference import FrozenCopy, Reference, WithoutAdapters
 from bpgo_video.replay import Followed, Learner
+from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.schedule import learning_rate_factor
 from bpgo_video.types import Conditioning, PromptBatch
@@ -240,8 +241,9 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     """Rewards, policy (sharded from birth under ZeRO-3) and engine, once `check_inputs` has passed."""
     with same_verdict(mesh):
         fps, heldout_rewards = config.video.fps, config.evaluation.rewards
-        suite = RewardSuite(config.rewards, mesh.device, fps, twice=config.bpgo.scores_twice)
-        heldout_suite = RewardSuite(heldout_rewards, mesh.device, fps) if heldout_rewards else None
+        backbones = Backbones()
+        suite = RewardSuite(config.rewards, mesh.device, fps, config.bpgo.scores_twice, backbones)
+        heldout_suite = RewardSuite(heldout_rewards, mesh.device, fps, backbones=backbones) if heldout_rewards else None
         priors = load_priors(shards.directory, suite.versions) if reads_priors(config) else {}
         starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))
         for prior in priors.values():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.aggregate import AGGREGATES
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.suite import RewardSuite, ScoredChunk
+from bpgo_video.rewards.suite import REWARDS, RewardSuite, ScoredChunk
 from bpgo_video.types import PromptBatch, RolloutChunk
 
 CPU = torch.device("cpu")
@@ -152,3 +154,10 @@ def test_scores_and_their_times_agree() -> None:
     object.__setattr__(broken.rewards["row"], "model", Untimed())
     with pytest.raises(RewardError, match="returned 3 scores a video with no frame times"):
         broken.score(chunk_of(torch.zeros(4, 3, 3, 2, 2)), PROMPTS)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_registered_reward_exists_and_is_documented(name: str) -> None:
+    module, _, attribute = REWARDS[name].partition(":")
+    assert getattr(importlib.import_module(module), attribute).name == name
+    assert f"`{name}`" in (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()

@@ -115,8 +115,13 @@ def test_clip_score_is_the_cosine_recomputed_with_pillow_and_numpy():
     size = config["crop_size"]["height"]
     expected = np.zeros(videos.shape[:2])
     for sample, text in enumerate(texts):
-        tokens = reward.tokenizer([text], return_tensors="pt")
-        wanted = reward.clip.get_text_features(**tokens).pooler_output.detach().numpy()[0].astype(np.float64)
+        tokens = reward.encoder.tokenizer([text], return_tensors="pt")
+        wanted = (
+            reward.encoder.backbone.network.get_text_features(**tokens)
+            .pooler_output.detach()
+            .numpy()[0]
+            .astype(np.float64)
+        )
         for frame, picture in enumerate(videos[sample]):
             channels = [
                 np.asarray(Image.fromarray(channel.numpy()).resize((size, size), Image.Resampling.BICUBIC))
@@ -124,7 +129,11 @@ def test_clip_score_is_the_cosine_recomputed_with_pillow_and_numpy():
             ]
             mean, std = (np.array(config[name])[:, None, None] for name in ("image_mean", "image_std"))
             pixels = torch.tensor((np.clip(channels, 0, 1) - mean) / std, dtype=torch.float32)[None]
-            shown = reward.clip.get_image_features(pixel_values=pixels).pooler_output.detach().numpy()[0]
+            shown = (
+                reward.encoder.backbone.network.get_image_features(pixel_values=pixels)
+                .pooler_output.detach()
+                .numpy()[0]
+            )
             shown = shown.astype(np.float64)
             expected[sample, frame] = shown @ wanted / np.linalg.norm(shown) / np.linalg.norm(wanted)
     np.testing.assert_allclose(score(reward, videos, texts).numpy(), expected, atol=2e-4)

@@ -26,15 +26,34 @@ def fingerprint(folder: Path | str, components: Sequence[str]) -> str:
     Raises:
         FileNotFoundError: `folder` lacks a component.
     """
-    digest = hashlib.sha256()
+    found: list[tuple[str, Path]] = []
     for component in sorted(components):
         root = Path(folder) / component
         if not root.is_dir():
             raise FileNotFoundError(f"{folder} has no subfolder {component!r}; is it a diffusers pipeline folder?")
-        for file in sorted(path for path in root.rglob("*") if path.is_file()):
-            digest.update(f"{component}/{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
-            for block in _sample(file):
-                digest.update(block)
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        found += [(f"{component}/{file.relative_to(root)}", file) for file in files]
+    return _digest(found)
+
+
+def fingerprint_of(folder: Path, patterns: Sequence[str]) -> str:
+    """The same of the files that match one of `patterns`, whatever else the folder holds.
+
+    Raises:
+        FileNotFoundError: none matches.
+    """
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    if not files:
+        raise FileNotFoundError(f"{folder} has no file like {' or '.join(patterns)}")
+    return _digest([(str(file.relative_to(folder)), file) for file in files])
+
+
+def _digest(files: Sequence[tuple[str, Path]]) -> str:
+    digest = hashlib.sha256()
+    for name, file in files:
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        for block in _sample(file):
+            digest.update(block)
     return digest.hexdigest()[:16]
 
 

@@ -15,13 +15,25 @@ from torch import Tensor
 from bpgo_video.config import ConfigError, RewardConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.aggregate import AGGREGATES
+from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 REWARDS: dict[str, str] = {
+    "aesthetic": "bpgo_video.rewards.aesthetic:Aesthetic",
     "clip_score": "bpgo_video.rewards.clip:ClipScore",
+    "first_frame_consistency": "bpgo_video.rewards.dino:FirstFrameConsistency",
+    "hpsv2": "bpgo_video.rewards.hpsv2:HPSv2",
     "learned_motion": "bpgo_video.rewards.motion:LearnedMotion",
+    "pickscore": "bpgo_video.rewards.pickscore:PickScore",
     "shapes_oracle": "bpgo_video.rewards.oracle:ShapesOracle",
+    "siglip_score": "bpgo_video.rewards.siglip:SiglipScore",
+    "subject_consistency": "bpgo_video.rewards.dino:SubjectConsistency",
+    "videoprism_score": "bpgo_video.rewards.videoprism:VideoPrismScore",
+    "videoalign": "bpgo_video.rewards.videoalign:VideoAlign",
+    "vjepa_prediction": "bpgo_video.rewards.vjepa:VJepaPrediction",
+    "vlm_judge": "bpgo_video.rewards.judge:VlmJudge",
+    "xclip_score": "bpgo_video.rewards.xclip:XClipScore",
 }
 
 
@@ -47,11 +59,14 @@ class Reward:
         return AGGREGATES[self.config.aggregate](rows, at)
 
 
-def build_reward(name: str, reward: RewardConfig, device: torch.device, twice: bool = False) -> Reward:
+def build_reward(
+    name: str, reward: RewardConfig, device: torch.device, twice: bool = False, backbones: Backbones | None = None
+) -> Reward:
     """The reward model behind a recipe's entry.
 
     Args:
         twice: build the second model, too, where the entry has one.
+        backbones: networks that rewards share; None shares none.
 
     Raises:
         ConfigError: no such name or dotted path, or the constructor refused its options.
@@ -65,18 +80,20 @@ def build_reward(name: str, reward: RewardConfig, device: torch.device, twice: b
         )
     try:
         factory = getattr(importlib.import_module(module), attribute)
-        model = factory(**_options(reward.options, device, factory))
+        given = {"device": device, "backbones": backbones or Backbones()}
+        model = factory(**_options(reward.options, given, factory))
         second = None
         if twice and reward.second is not None:
-            second = factory(**_options({**reward.options, **reward.second}, device, factory))
+            second = factory(**_options({**reward.options, **reward.second}, given, factory))
     except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
     return Reward(model, reward, second)
 
 
-def _options(options: Mapping[str, Any], device: torch.device, factory: Callable[..., Any]) -> dict[str, Any]:
-    takes_device = "device" in inspect.signature(factory).parameters
-    return {**options, **({"device": device} if takes_device else {})}
+def _options(options: Mapping[str, Any], given: Mapping[str, Any], factory: Callable[..., Any]) -> dict[str, Any]:
+    """A recipe's options with what of `given` the constructor takes."""
+    takes = inspect.signature(factory).parameters
+    return {**options, **{name: value for name, value in given.items() if name in takes}}
 
 
 @dataclass(frozen=True)
@@ -98,11 +115,20 @@ class RewardSuite:
     Args:
         fps: of the videos, which come without.
         twice: build the second models, too.
+        backbones: networks that another suite's rewards may stand on, too.
     """
 
-    def __init__(self, rewards: Mapping[str, RewardConfig], device: torch.device, fps: float, twice: bool = False):
+    def __init__(
+        self,
+        rewards: Mapping[str, RewardConfig],
+        device: torch.device,
+        fps: float,
+        twice: bool = False,
+        backbones: Backbones | None = None,
+    ):
         self.fps = fps
-        self.rewards = {name: build_reward(name, reward, device, twice) for name, reward in rewards.items()}
+        shared = backbones or Backbones()
+        self.rewards = {name: build_reward(name, reward, device, twice, shared) for name, reward in rewards.items()}
 
     @property
     def versions(self) -> dict[str, str]:

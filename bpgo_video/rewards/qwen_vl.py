@@ -1,0 +1,143 @@
+"""How is a video put before a Qwen-VL model? Patches, place holders and a question, in torch alone.
+
+The models' own video processors need torchvision. One video is asked about at a time: nothing is padded, and memory
+does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from bpgo_video.rewards.backbones import Backbone
+from bpgo_video.rewards.preprocessing import Preprocessing, read_config
+
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"  # what a chat template writes for a video
+MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 256 * 28 * 28  # of a frame
+Frames = Float[Tensor, "frames 3 height width"]
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """How a model's vision tower takes a video.
+
+    Attributes:
+        patch: pixels of a patch's side.
+        steps: frames that share a patch.
+        merge: patches of a side that become one token.
+        mean, std: per channel.
+        least, most: pixels of a resized frame.
+    """
+
+    patch: int
+    steps: int
+    merge: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    least: int = MIN_PIXELS
+    most: int = MAX_PIXELS
+
+    @classmethod
+    def of(cls, vision: Any, folder: Path, least: int, most: int) -> PatchLayout:
+        """Of a model's `vision_config` and its folder's preprocessor_config.json."""
+        found = read_config(folder)
+        sizes = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
+        return cls(*sizes, tuple(found["image_mean"]), tuple(found["image_std"]), least, most)
+
+    def patches(self, frames: Frames) -> tuple[Float[Tensor, "patches dim"], tuple[int, int, int]]:
+        """Pixels by patch, in the order of the tokens that they become, and the grid (time, height, width) of patches.
+
+        Frames are resized to multiples of a token's side (bicubic), the last one is repeated to fill a step.
+        """
+        height, width = frames.shape[-2:]
+        size = smart_resize(height, width, self.patch * self.merge, self.least, self.most)
+        pixels = Preprocessing("stretch", size, self.mean, self.std)(frames)
+        pixels = torch.cat([pixels, pixels[-1:].expand(-len(pixels) % self.steps, -1, -1, -1)])
+        found = rearrange(
+            pixels,
+            "(t s) c (h mh ph) (w mw pw) -> (t h w mh mw) (c s ph pw)",
+            s=self.steps, mh=self.merge, mw=self.merge, ph=self.patch, pw=self.patch,
+        )  # fmt: skip
+        return found, (len(pixels) // self.steps, size[0] // self.patch, size[1] // self.patch)
+
+
+def in_one_piece(step_tokens: int, step_times: Sequence[float]) -> str:
+    return f"<|vision_start|>{'<|video_pad|>' * step_tokens * len(step_times)}<|vision_end|>"
+
+
+def step_by_step(step_tokens: int, step_times: Sequence[float]) -> str:
+    """Each step behind its time."""
+    pads = "<|video_pad|>" * step_tokens
+    return "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in step_times)
+
+
+PLACE_HOLDERS: dict[str, Callable[[int, Sequence[float]], str]] = {
+    "qwen2_vl": in_one_piece,
+    "qwen2_5_vl": in_one_piece,
+    "qwen3_vl": step_by_step,
+}
+
+
+class QwenVL:
+    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL network with its tokenizer.
+
+    Args:
+        config: the whole model's.
+        folder: of tokenizer, chat template and preprocessor_config.json.
+        least, most: pixels of a resized frame.
+
+    Raises:
+        ValueError: another kind of model, or a chat template that shows no video.
+    """
+
+    def __init__(self, backbone: Backbone, config: Any, folder: Path, least: int, most: int):
+        if config.model_type not in PLACE_HOLDERS:
+            raise ValueError(f"{folder} is of type {config.model_type!r}; must be one of {sorted(PLACE_HOLDERS)}")
+        self.backbone, self.config = backbone, config
+        self.layout = PatchLayout.of(config.vision_config, folder, least, most)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        if self._chat("").count(VIDEO) != 1:
+            raise ValueError(f"{folder}: the chat template must write {VIDEO} for a video; it wrote {self._chat('')!r}")
+
+    def inputs(self, frames: Frames, times: Float[Tensor, "frames"], question: str) -> dict[str, Tensor]:
+        """What the network takes, of one video and one question, but for positions.
+
+        Args:
+            times: seconds of the frames.
+        """
+        patches, grid = self.layout.patches(frames.to(self.backbone.device))
+        ids = self._tokens(question, grid, times)
+        return {
+            "input_ids": ids,
+            "pixel_values_videos": patches.to(self.backbone.dtype),
+            "video_grid_thw": torch.tensor([grid], device=ids.device),
+        }
+
+    def _tokens(
+        self, question: str, grid: tuple[int, int, int], times: Float[Tensor, "frames"]
+    ) -> Int[Tensor, "1 tokens"]:
+        moments = times.tolist()
+        moments += moments[-1:] * (-len(moments) % self.layout.steps)
+        steps = [
+            (moments[i] + moments[i + self.layout.steps - 1]) / 2 for i in range(0, len(moments), self.layout.steps)
+        ]
+        shown = PLACE_HOLDERS[self.config.model_type](grid[1] * grid[2] // self.layout.merge**2, steps)
+        tokens = self.tokenizer(
+            self._chat(question).replace(VIDEO, shown, 1), add_special_tokens=False, return_tensors="pt"
+        )
+        return tokens.input_ids.to(self.backbone.device)
+
+    def _chat(self, question: str) -> str:
+        """The video, then the question, up to where the answer begins."""
+        content = [{"type": "video"}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
