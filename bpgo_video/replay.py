@@ -52,7 +52,7 @@ class Setting:
     """What an objective is built from, beside the advantages.
 
     Attributes:
-        negative: conditioning of the negative prompt.
+        negative: conditioning of the negative prompt, on the device where the policy computes.
         reference: the starting policy, where the loss holds the policy near it.
     """
 
@@ -61,6 +61,10 @@ class Setting:
     prompts: PromptBatch
     negative: Conditioning
     reference: Reference | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.negative.values())).device
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class Replay:
     zeta: float
     region: TrustRegion
     weights: StepWeights
+    device: torch.device
     anchor: ReferenceAnchor | None = None
 
     def passes(self, trajectory: Trajectory) -> Sequence[int]:
@@ -104,10 +109,10 @@ class Replay:
         """Nothing: the rollout has recorded its log-probs."""
 
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
-        rows, samples, device = trajectory.prompt_rows, trajectory.sample_index, trajectory.latents.device
+        rows, samples, device = trajectory.prompt_rows, trajectory.sample_index, self.device
         contrastive, advantages = self.advantages.contrastive, self.advantages
         # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
-        latents = trajectory.latents[:, index].detach().requires_grad_()
+        latents = trajectory.latents[:, index].to(device).detach().requires_grad_()
         conditioning = rows_of(self.prompts.conditioning, rows, device)
         velocity = self.denoiser.velocity(latents, index, conditioning, self.negative)
         loss = bpgo_loss(
@@ -132,10 +137,12 @@ class Replay:
     @staticmethod
     def _move(trajectory: Trajectory, index: int, transition: sde.Transition) -> Move:
         """How far the policy has moved on step `index` since the rollout."""
-        log_ratio = transition.log_prob(trajectory.latents[:, index + 1]) - trajectory.log_probs[:, index]
+        device = transition.mean.device
+        log_prob = transition.log_prob(trajectory.latents[:, index + 1].to(device))
+        log_ratio = log_prob - trajectory.log_probs[:, index].to(device)
         if trajectory.means is None:
             return Move(log_ratio)
-        change = transition.mean - trajectory.means[:, trajectory.trained_steps.index(index)]
+        change = transition.mean - trajectory.means[:, trajectory.trained_steps.index(index)].to(device)
         divergence = (change / transition.std).square().flatten(1).mean(dim=1) / 2
         return Move(log_ratio, divergence, transition.std.to(log_ratio))
 
@@ -154,6 +161,7 @@ def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -
         zeta=config.bpgo.zeta,
         region=trust_region(config),
         weights=StepWeights.of(config.loss.step_weights, denoiser),
+        device=setting.device,
         anchor=anchor,
     )
 

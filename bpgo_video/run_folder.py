@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from bpgo_video import checkpoint
-from bpgo_video.config import Config, ConfigError
+from bpgo_video.config import Config, ConfigError, RewardConfig
 from bpgo_video.config_io import read_yaml, to_yaml
 from bpgo_video.data.atomic import atomic_file
 from bpgo_video.parallel.agreement import from_main, same_verdict
@@ -95,10 +96,11 @@ def appears(path: Path, patience: float) -> bool:
 
 
 def check_same_run(saved: Config, config: Config) -> None:
-    """A resumed run may change how long it runs, how often it saves and its timeout, nothing that it computes."""
-    saved = replace(saved, parallel=replace(saved.parallel, heartbeat_timeout=config.parallel.heartbeat_timeout))
-    free = ("wandb", "run")
-    changed = [name for name in vars(config) if name not in free and vars(saved)[name] != vars(config)[name]]
+    """A resumed run may change how long it runs, how often it saves, its timeouts, and when and where things that come
+    out the same are done: nothing that it computes.
+    """
+    before, after = vars(computed(saved)), vars(computed(config))
+    changed = [name for name in after if name not in ("wandb", "run") and before[name] != after[name]]
     if saved.run.seed != config.run.seed:
         changed.append("run.seed")
     if config.optim.schedule != "constant" and saved.run.num_steps != config.run.num_steps:
@@ -108,3 +110,19 @@ def check_same_run(saved: Config, config: Config) -> None:
             f"run.dir {config.run.dir!r} was started with other {', '.join(changed)} settings (see its config.yaml); "
             "resume with the same ones, or start a new run with --run.dir"
         )
+
+
+def computed(config: Config) -> Config:
+    """The settings that the run's numbers depend on, the others at a common value."""
+    return replace(
+        config,
+        parallel=replace(config.parallel, heartbeat_timeout=1.0),
+        rollout=replace(config.rollout, score_ahead=0, offload_trajectories=False),
+        rewards=without_places(config.rewards),
+        evaluation=replace(config.evaluation, rewards=without_places(config.evaluation.rewards)),
+    )
+
+
+def without_places(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardConfig]:
+    """Rewards as they score, without where their models are and how long that may take."""
+    return {name: replace(reward, timeout=1.0, rests_on="device") for name, reward in rewards.items()}
