@@ -16,6 +16,7 @@ from bpgo_video.data.atomic import atomic_file
 from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 
+PLACES = {"worker": {"python"}, "remote": {"url", "token_env"}}  # options that say where a model is
 PATIENCE = 60.0  # seconds; an NFS client may remember for as long that a name was not there (acdirmax)
 
 
@@ -125,4 +126,16 @@ def computed(config: Config) -> Config:
 
 def without_places(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardConfig]:
     """Rewards as they score, without where their models are and how long that may take."""
-    return {name: replace(reward, timeout=1.0, rests_on="device") for name, reward in rewards.items()}
+
+    def places(reward: RewardConfig) -> set[str]:
+        return PLACES.get(reward.model, set())
+
+    return {
+        name: replace(
+            reward,
+            timeout=1.0,
+            rests_on="device",
+            options={key: value for key, value in reward.options.items() if key not in places(reward)},
+        )
+        for name, reward in rewards.items()
+    }

@@ -25,6 +25,8 @@ REWARDS: dict[str, str] = {
     "clip_score": "bpgo_video.rewards.clip:ClipScore",
     "learned_motion": "bpgo_video.rewards.motion:LearnedMotion",
     "shapes_oracle": "bpgo_video.rewards.oracle:ShapesOracle",
+    "worker": "bpgo_video.rewards.worker:WorkerReward",
+    "remote": "bpgo_video.rewards.remote:RemoteReward",
 }
 
 
@@ -72,10 +74,10 @@ def build_reward(name: str, reward: RewardConfig, device: torch.device, twice: b
         )
     try:
         factory = getattr(importlib.import_module(module), attribute)
-        model = factory(**_options(reward.options, device, factory))
+        model = factory(**_options(reward, {}, device, factory))
         second = None
         if twice and reward.second is not None:
-            second = factory(**_options({**reward.options, **reward.second}, device, factory))
+            second = factory(**_options(reward, reward.second, device, factory))
         built = Reward(model, reward, second)
         if reward.rests_on == "cpu":
             move(built.models, torch.device("cpu"))
@@ -84,9 +86,13 @@ def build_reward(name: str, reward: RewardConfig, device: torch.device, twice: b
     return built
 
 
-def _options(options: Mapping[str, Any], device: torch.device, factory: Callable[..., Any]) -> dict[str, Any]:
-    takes_device = "device" in inspect.signature(factory).parameters
-    return {**options, **({"device": device} if takes_device else {})}
+def _options(
+    reward: RewardConfig, changes: Mapping[str, Any], device: torch.device, factory: Callable[..., Any]
+) -> dict[str, Any]:
+    """The constructor's arguments: the recipe's options, and what it takes of what the run knows."""
+    known = {"device": device, "timeout": reward.timeout}
+    taken = inspect.signature(factory).parameters
+    return {**{name: value for name, value in known.items() if name in taken}, **reward.options, **changes}
 
 
 @dataclass(frozen=True)
