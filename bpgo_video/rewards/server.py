@@ -138,7 +138,8 @@ class Handler(BaseHTTPRequestHandler):
             status, message = refusal.status, {"error": str(refusal)}
             self.rfile.read(min(self.left, DRAINED))
         self._send(status, message)
-        log.info("%s %s %d in %.3f s", self.command, self.path, status, time.monotonic() - began)
+        path = "an unknown path" if status == 404 else self.path
+        log.info("%s %s %d in %.3f s", self.command, path, status, time.monotonic() - began)
 
     def _send(self, status: int, message: Mapping[str, Any]) -> None:
         text = json.dumps(message).encode()
