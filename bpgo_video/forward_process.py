@@ -104,6 +104,7 @@ class ForwardProcess:
     settings: MatchingSettings
     trained_steps: TrainedSteps
     key: tuple[int | str, ...]
+    device: torch.device
     recorded: dict[tuple[int, int], Velocity] = field(default_factory=dict)
 
     def passes(self, trajectory: Trajectory) -> Sequence[int]:
@@ -127,7 +128,7 @@ class ForwardProcess:
 
     def _velocity(self, trajectory: Trajectory, index: int) -> tuple[Velocity, Velocity]:
         """The policy's velocity on noised final latents, and the one that it should have."""
-        clean = trajectory.latents[:, -1].float()
+        clean = trajectory.latents[:, -1].to(self.device).float()
         noise = self._noise(trajectory, index, clean)
         sigma = self.denoiser.sigmas[index].to(clean.device)
         noised = ((1 - sigma) * clean + sigma * noise).requires_grad_(torch.is_grad_enabled())
@@ -153,4 +154,5 @@ def forward_objective(setting: Setting, advantages: GroupAdvantages, step: int) 
         ),
         trained_steps=trained_steps_of(config, step),
         key=(config.run.seed, "forward process", step),
+        device=setting.device,
     )

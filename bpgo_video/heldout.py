@@ -14,6 +14,7 @@ from bpgo_video.config import Config
 from bpgo_video.data.video import write_video
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
+from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollout import Denoiser, sample_chunks
 from bpgo_video.types import Conditioning, PromptBatch, Videos
@@ -81,13 +82,14 @@ def evaluate(
         latent_shape=policy.latent_shape(config.video),
         key=(config.run.seed, "heldout"),
     )
-    scored = []
-    for chunk in chunks:
-        scored.append(suite.score(chunk, prompts))
-        if videos_to is not None:
-            items = (chunk.prompt_rows * samples + chunk.sample_index).tolist()
-            _write_shown(chunk.videos, items, shown, videos_to, config.video.fps)
-    rewards = suite.gather(scored, prompts, samples, mesh)
+    with suite.at_work(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
+        for chunk in chunks:
+            scoring.put(chunk)
+            if videos_to is not None:
+                items = (chunk.prompt_rows * samples + chunk.sample_index).tolist()
+                _write_shown(chunk.videos, items, shown, videos_to, config.video.fps)
+            del chunk
+        rewards = suite.gather(scoring.scores(), prompts, samples, mesh)
     return HeldoutScores({name: scores.cpu() for name, scores in rewards.by_name.items()})
 
 

@@ -28,6 +28,12 @@ class RewardConfig:
     second: dict[str, Any] | None = None
     """Trust `reliability`: options in place of some of `options` for a second scoring of each video, say other
     `frames`."""
+    timeout: Annotated[float, Field(gt=0.0)] = 1500.0
+    """Seconds that one call, the videos of one chunk, may take before the run ends with the model's name; the default
+    is below the half hour after which a collective gives up without it."""
+    rests_on: Literal["device", "cpu"] = "device"
+    """Where the model's weights are while nothing is scored: `cpu` frees their memory for the update, and moves them
+    there and back once a step."""
 
 
 @dataclass(frozen=True, config=STRICT)

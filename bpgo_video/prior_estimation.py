@@ -21,6 +21,7 @@ from bpgo_video.launch import launched
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
+from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.session import check_inputs, sampling_policy
@@ -85,7 +86,11 @@ def score_prompts(
         key=(config.run.seed, "prior"),
         trained_steps=lambda prompt: steps,
     )
-    return suite.gather([suite.score(chunk, prompts) for chunk in chunks], prompts, config.prior.samples, mesh)
+    with suite.at_work(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
+        for chunk in chunks:
+            scoring.put(chunk)
+            del chunk
+        return suite.gather(scoring.scores(), prompts, config.prior.samples, mesh)
 
 
 def store(

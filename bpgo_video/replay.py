@@ -68,7 +68,7 @@ class Setting:
     """What an objective is built from, beside the advantages.
 
     Attributes:
-        negative: conditioning of the negative prompt.
+        negative: conditioning of the negative prompt, on the device where the policy computes.
         reference: the starting policy, where the loss holds the policy near it.
     """
 
@@ -77,6 +77,10 @@ class Setting:
     prompts: PromptBatch
     negative: Conditioning
     reference: Reference | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.negative.values())).device
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ class Replay:
     zeta: float
     region: TrustRegion
     weights: StepWeights
+    device: torch.device
     anchor: ReferenceAnchor | None = None
 
     def passes(self, trajectory: Trajectory) -> Sequence[int]:
@@ -120,10 +125,10 @@ class Replay:
         """Nothing: the rollout has recorded its log-probs."""
 
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
-        rows, samples, device = trajectory.prompt_rows, trajectory.sample_index, trajectory.latents.device
+        rows, samples, device = trajectory.prompt_rows, trajectory.sample_index, self.device
         own = self.advantages.of(rows, samples).to(device)
         # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
-        latents = trajectory.latents[:, index].detach().requires_grad_()
+        latents = trajectory.latents[:, index].to(device).detach().requires_grad_()
         conditioning = rows_of(self.prompts.conditioning, rows, device)
         velocity = self.denoiser.velocity(latents, index, conditioning, self.negative)
         loss = bpgo_loss(
@@ -146,16 +151,17 @@ class Replay:
     @staticmethod
     def _move(trajectory: Trajectory, index: int, transition: sde.Transition) -> Move:
         """How far the policy has moved on step `index` since the rollout, a row per sample or credited frame."""
-        reached, by_frame = trajectory.latents[:, index + 1], trajectory.frame_log_probs
+        device = transition.mean.device
+        reached, by_frame = trajectory.latents[:, index + 1].to(device), trajectory.frame_log_probs
         if by_frame is None:
-            log_ratio = transition.log_prob(reached) - trajectory.log_probs[:, index]
+            log_ratio = transition.log_prob(reached) - trajectory.log_probs[:, index].to(device)
         else:
-            log_ratio = (transition.frame_log_prob(reached) - by_frame[:, index]).flatten()
+            log_ratio = (transition.frame_log_prob(reached) - by_frame[:, index].to(device)).flatten()
         if trajectory.means is None:
             return Move(log_ratio)
-        change = (transition.mean - trajectory.means[:, trajectory.trained_steps.index(index)]) / transition.std
+        old_mean = trajectory.means[:, trajectory.trained_steps.index(index)].to(device)
         over = (1, 2, 3, 4) if by_frame is None else (1, 3, 4)
-        divergence = change.square().mean(dim=over).flatten() / 2
+        divergence = ((transition.mean - old_mean) / transition.std).square().mean(dim=over).flatten() / 2
         return Move(log_ratio, divergence, transition.std.to(log_ratio))
 
 
@@ -173,6 +179,7 @@ def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -
         zeta=config.bpgo.zeta,
         region=trust_region(config),
         weights=StepWeights.of(config.loss.step_weights, denoiser),
+        device=setting.device,
         anchor=anchor,
     )
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from bpgo_video import checkpoint
-from bpgo_video.config import Config, ConfigError
+from bpgo_video.config import Config, ConfigError, RewardConfig
 from bpgo_video.config_io import read_yaml, to_yaml
 from bpgo_video.data.atomic import atomic_file
 from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 
+PLACES = {"worker": {"python"}, "remote": {"url", "token_env"}}  # options that say where a model is
 PATIENCE = 60.0  # seconds; an NFS client may remember for as long that a name was not there (acdirmax)
 
 
@@ -96,10 +98,11 @@ def appears(path: Path, patience: float) -> bool:
 
 
 def check_same_run(saved: Config, config: Config) -> None:
-    """A resumed run may change its length, when it saves, its sharding and timeout, nothing that it computes."""
-    saved = replace(saved, parallel=replace(saved.parallel, heartbeat_timeout=config.parallel.heartbeat_timeout))
-    free = ("wandb", "run", "deepspeed")
-    changed = [name for name in vars(config) if name not in free and vars(saved)[name] != vars(config)[name]]
+    """A resumed run may change how long it runs, how often it saves, its sharding, its timeouts, and when and where
+    things that come out the same are done: nothing that it computes.
+    """
+    before, after = vars(computed(saved)), vars(computed(config))
+    changed = [name for name in after if name not in ("wandb", "run", "deepspeed") and before[name] != after[name]]
     if saved.run.seed != config.run.seed:
         changed.append("run.seed")
     if config.optim.schedule != "constant" and saved.run.num_steps != config.run.num_steps:
@@ -109,3 +112,31 @@ def check_same_run(saved: Config, config: Config) -> None:
             f"run.dir {config.run.dir!r} was started with other {', '.join(changed)} settings (see its config.yaml); "
             "resume with the same ones, or start a new run with --run.dir"
         )
+
+
+def computed(config: Config) -> Config:
+    """The settings that the run's numbers depend on, the others at a common value."""
+    return replace(
+        config,
+        parallel=replace(config.parallel, heartbeat_timeout=1.0),
+        rollout=replace(config.rollout, score_ahead=0, offload_trajectories=False),
+        rewards=without_places(config.rewards),
+        evaluation=replace(config.evaluation, rewards=without_places(config.evaluation.rewards)),
+    )
+
+
+def without_places(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardConfig]:
+    """Rewards as they score, without where their models are and how long that may take."""
+
+    def places(reward: RewardConfig) -> set[str]:
+        return PLACES.get(reward.model, set())
+
+    return {
+        name: replace(
+            reward,
+            timeout=1.0,
+            rests_on="device",
+            options={key: value for key, value in reward.options.items() if key not in places(reward)},
+        )
+        for name, reward in rewards.items()
+    }

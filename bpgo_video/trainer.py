@@ -27,7 +27,7 @@ from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.priors import PRIORS, RUNNING, Seen
 from bpgo_video.replay import Setting, optimise
 from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
-from bpgo_video.rewards.suite import ScoredChunk
+from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
 from bpgo_video.running_priors import RunningRewards, updated
@@ -35,18 +35,22 @@ from bpgo_video.saving import export, resume, save
 from bpgo_video.session import Session, build_session, check_inputs
 from bpgo_video.stopping import Request, StopRequests
 from bpgo_video.timesteps import step_metrics, step_sums
-from bpgo_video.types import PromptBatch, Rewards, Trajectory
+from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 
 GO_ON = "The run goes on from its last checkpoint with the same command and --run.resume auto."
 
 
 class Stopwatch:
-    """Seconds of a step by phase; the other ranks hear which phase this one is in."""
+    """Seconds of a step by phase; the other ranks hear which phase this one is in.
+
+    The phase `reward` is the time that the loop waits for scores; `reward_work` what scoring took, mostly beside it.
+    """
 
     def __init__(self, heartbeat: Heartbeat, step: int) -> None:
         self.heartbeat, self.step = heartbeat, step
         self.started = time.perf_counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.reward_work = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -54,7 +58,7 @@ class Stopwatch:
         started = time.perf_counter()
         yield
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # the device would also wait for the stream that scores
         self.seconds[name] += time.perf_counter() - started
 
     @property
@@ -62,16 +66,14 @@ class Stopwatch:
         return time.perf_counter() - self.started
 
 
-def sample_and_score(
-    session: Session, prompts: PromptBatch, step: int, watch: Stopwatch
-) -> tuple[list[Trajectory], Rewards]:
-    """This rank's trajectories, and all ranks' rewards."""
-    config, mesh = session.config, session.mesh
-    chunks = sample_chunks(
+def rollout_chunks(session: Session, prompts: PromptBatch, step: int) -> Iterator[RolloutChunk]:
+    """This rank's samples of a training step."""
+    config = session.config
+    return sample_chunks(
         training_denoiser(session.policy, config),
         prompts,
         session.prompts.negative,
-        mesh,
+        session.mesh,
         group_size=config.rollout.group_size,
         micro_batch_size=config.rollout.micro_batch_size,
         latent_shape=session.policy.latent_shape(config.video),
@@ -79,9 +81,21 @@ def sample_and_score(
         trained_steps=sampled_steps(config, step),
         same_start=config.rollout.same_start,
     )
+
+
+def sample_and_score(
+    session: Session, prompts: PromptBatch, step: int, watch: Stopwatch
+) -> tuple[list[Trajectory], Rewards]:
+    """This rank's trajectories, and all ranks' rewards."""
+    suite, rollout, device = session.suite, session.config.rollout, session.mesh.device
+    trajectories_rest_on = torch.device("cpu") if rollout.offload_trajectories else device
+    chunks = rollout_chunks(session, prompts, step)
     trajectories: list[Trajectory] = []
-    scores: list[ScoredChunk] = []
-    with ExitStack() as weights:
+    with (
+        suite.at_work(),
+        ScoreAhead(suite, prompts, rollout.score_ahead, device) as scoring,
+        ExitStack() as weights,
+    ):
         with watch.phase("rollout"):
             weights.enter_context(session.rollout_weights())
         while True:
@@ -89,13 +103,16 @@ def sample_and_score(
                 chunk = next(chunks, None)
             if chunk is None:
                 break
-            trajectories += chunk.trajectories
+            trajectories += [trajectory.to(trajectories_rest_on) for trajectory in chunk.trajectories]
             with watch.phase("reward"):
-                scores.append(session.suite.score(chunk, prompts))
+                scoring.put(chunk)
+            del chunk  # its videos go once scored, not once the next ones are sampled
         with watch.phase("rollout"):
             weights.close()
-    with watch.phase("reward"):
-        return trajectories, session.suite.gather(scores, prompts, config.rollout.group_size, mesh)
+        with watch.phase("reward"):
+            rewards = suite.gather(scoring.scores(), prompts, rollout.group_size, session.mesh)
+    watch.reward_work = scoring.seconds
+    return trajectories, rewards
 
 
 def estimate_advantages(
@@ -153,6 +170,7 @@ def train_step(
         **step_metrics(session.mesh.total(step_sums(update.passes, config.sampler.num_steps))),
         "learning_rate": learning_rate,
         **{f"seconds/{name}": seconds for name, seconds in watch.seconds.items()},
+        "seconds/reward_work": watch.reward_work,
         "seconds": watch.total,
     }
 

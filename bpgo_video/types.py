@@ -13,7 +13,7 @@ tokens, dim: text embeddings
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -88,6 +88,11 @@ class Trajectory:
 
     def __len__(self) -> int:
         return self.latents.shape[0]
+
+    def to(self, device: torch.device) -> Trajectory:
+        """The same with its latents, log-probs and means there; indices stay where they are."""
+        means = None if self.means is None else self.means.to(device)
+        return replace(self, latents=self.latents.to(device), log_probs=self.log_probs.to(device), means=means)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def test_the_table_shows_every_figure() -> None:
         "machine": {"date": "2026-01-02", "processor": "P", "cores": 2},
         "zero3_gathered_over_zero0": 1.01, "zero3_sharded_over_zero0": 1.3, "zero3_memory_over_zero0": 0.5,
         "learner_over_step": 0.004,
+        "overlap": {"chunks": 8, "bound": 1.181, "inline": {"over_longer": 1.96}, "beside": {"over_longer": 1.14}},
         "against_diffusers": {"guidance_scale 1.0": {"ratio": 0.97}},
         "phases": {"replay": 0.5, "communication": 0.125, "optimiser": 0.01},
         "scaling": [{"ranks": 2, "frames": 17, **times}],
@@ -57,6 +58,9 @@ def test_the_table_shows_every_figure() -> None:
         "0.970",
         "0.125",
         "0.004",
+        "1.960",
+        "1.140",
+        "8 chunks",
         "| frames 17 | 2 | 4.00 | 1.50 | 0.25 | 2.00 |",
     ):
         assert figure in table

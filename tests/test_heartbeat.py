@@ -23,6 +23,7 @@ def test_a_lost_peer_is_known_by_its_error_and_by_what_followed_from_it() -> Non
 def test_errors_of_this_rank_are_its_own() -> None:
     assert not is_lost_contact(RuntimeError("the reward model ran out of patience"))
     assert not is_lost_contact(ConnectionResetError("Connection reset by peer")), "a reward's own connection"
+    assert not is_lost_contact(RuntimeError("reward 'a' failed on prompt 'an igloo in the snow'"))
     assert not is_lost_contact(KeyboardInterrupt())
 
 

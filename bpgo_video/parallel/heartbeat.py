@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import socket
 import sys
 import threading
@@ -31,6 +32,7 @@ OWN_ERROR_SECONDS = 1.0  # that a rank has to end by its own error, where all ra
 FAREWELL_SECONDS = 10.0  # that rank 0, who keeps the store, gives the others to read the verdict
 LONGEST_MESSAGE = 1000  # characters of an error that are told to the other ranks
 EXIT_CODE = 1
+GLOO = re.compile(r"\bgloo\b")  # as its errors name their file; an igloo may be in a prompt
 
 
 class Heartbeat:
@@ -157,7 +159,7 @@ class Heartbeat:
 def is_lost_contact(error: BaseException | None) -> bool:
     """Whether an exception, or the one in whose handling it was raised, says that a peer does not answer."""
     while error is not None:
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and GLOO.search(str(error))):
             return True
         error = error.__cause__ or error.__context__
     return False

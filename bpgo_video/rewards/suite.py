@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.aggregate import AGGREGATES
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel
+from bpgo_video.rewards.calls import Call, ask
+from bpgo_video.rewards.resting import at_work, move
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 REWARDS: dict[str, str] = {
@@ -34,6 +37,8 @@ REWARDS: dict[str, str] = {
     "vjepa_prediction": "bpgo_video.rewards.vjepa:VJepaPrediction",
     "vlm_judge": "bpgo_video.rewards.judge:VlmJudge",
     "xclip_score": "bpgo_video.rewards.xclip:XClipScore",
+    "worker": "bpgo_video.rewards.worker:WorkerReward",
+    "remote": "bpgo_video.rewards.remote:RemoteReward",
 }
 
 
@@ -50,6 +55,10 @@ class Reward:
         """Changes when a video's score does."""
         how = "" if self.config.aggregate == "mean" else f"-{self.config.aggregate}{self.config.aggregate_at or ''}"
         return f"{self.model.version}{how}"
+
+    @property
+    def models(self) -> list[RewardModel]:
+        return [self.model, *([] if self.second is None else [self.second])]
 
     def aggregate(self, rows: Float[Tensor, "samples scored"]) -> Float[Tensor, "samples"]:
         """Each video's score, from oriented ones."""
@@ -80,20 +89,23 @@ def build_reward(
         )
     try:
         factory = getattr(importlib.import_module(module), attribute)
-        given = {"device": device, "backbones": backbones or Backbones()}
+        given = {"device": device, "timeout": reward.timeout, "backbones": backbones or Backbones()}
         model = factory(**_options(reward.options, given, factory))
         second = None
         if twice and reward.second is not None:
             second = factory(**_options({**reward.options, **reward.second}, given, factory))
+        built = Reward(model, reward, second)
+        if reward.rests_on == "cpu":
+            move(built.models, torch.device("cpu"))
     except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
-    return Reward(model, reward, second)
+    return built
 
 
 def _options(options: Mapping[str, Any], given: Mapping[str, Any], factory: Callable[..., Any]) -> dict[str, Any]:
-    """A recipe's options with what of `given` the constructor takes."""
-    takes = inspect.signature(factory).parameters
-    return {**options, **{name: value for name, value in given.items() if name in takes}}
+    """A recipe's options, behind what of `given` the constructor takes."""
+    taken = inspect.signature(factory).parameters
+    return {**{name: value for name, value in given.items() if name in taken}, **options}
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,7 @@ class RewardSuite:
         twice: bool = False,
         backbones: Backbones | None = None,
     ):
-        self.fps = fps
+        self.fps, self.device = fps, device
         shared = backbones or Backbones()
         self.rewards = {name: build_reward(name, reward, device, twice, shared) for name, reward in rewards.items()}
 
@@ -138,19 +150,37 @@ class RewardSuite:
     def weights(self) -> dict[str, float]:
         return {name: reward.config.weight for name, reward in self.rewards.items()}
 
+    def at_work(self) -> AbstractContextManager[None]:
+        """Where videos are scored: models that rest on the CPU are on the device meanwhile."""
+        rewards = self.rewards.values()
+        resting = [model for reward in rewards if reward.config.rests_on == "cpu" for model in reward.models]
+        return at_work(resting, self.device)
+
     @torch.no_grad()
-    def score(self, chunk: RolloutChunk, prompts: PromptBatch) -> ScoredChunk:
-        """Scores of each model, oriented, fp32.
+    def score(
+        self, chunk: RolloutChunk, prompts: PromptBatch, begins: Callable[[Call], object] = lambda call: None
+    ) -> ScoredChunk:
+        """Scores of each model, oriented, fp32, on the CPU.
+
+        Args:
+            begins: hears of each call before it is made.
 
         Raises:
-            RewardError: a model returned something else than a row of scores per video.
+            RewardError: a model failed, or returned something else than a row of scores per video; names the model,
+                the prompts and the samples.
         """
         rows = chunk.prompt_rows
         images = None if prompts.images is None else prompts.images[rows].to(chunk.videos.device)
         clips = Clips(chunk.videos, self.fps, tuple(prompts.texts[row] for row in rows.tolist()), images)
-        first = {name: _score(name, reward.model, clips) for name, reward in self.rewards.items()}
+
+        def scores(name: str, reward: Reward, model: RewardModel) -> FrameScores:
+            call = Call(name, reward.config.timeout, prompts, rows, chunk.sample_index)
+            begins(call)
+            return ask(call, model, clips)
+
+        first = {name: scores(name, reward, reward.model) for name, reward in self.rewards.items()}
         second = {
-            name: _score(name, reward.second, clips)
+            name: scores(f"{name}.second", reward, reward.second)
             for name, reward in self.rewards.items()
             if reward.second is not None
         }
@@ -161,25 +191,30 @@ class RewardSuite:
         """What a video of one frame, each prompt's conditioning image, would earn, by reward name; gathered."""
         if prompts.images is None:
             return {}
-        rows = [row for (row,) in mesh.share(len(prompts), 1)]
+        rows = torch.tensor(mesh.share(len(prompts), 1)).flatten()
         images = prompts.images[rows].to(mesh.device)
-        clips = Clips(images[:, None], self.fps, tuple(prompts.texts[row] for row in rows), images)
-        found = {}
-        for name, reward in self.rewards.items():
-            scores = reward.aggregate(_score(name, reward.model, clips).values)
-            found[name] = mesh.gather(scores.to(mesh.device), rows, len(prompts))
-        return found
+        clips = Clips(images[:, None], self.fps, tuple(prompts.texts[row] for row in rows.tolist()), images)
+
+        def scores(name: str, reward: Reward) -> Tensor:
+            call = Call(name, reward.config.timeout, prompts, rows, torch.zeros_like(rows))
+            found = reward.aggregate(ask(call, reward.model, clips).values)
+            return mesh.gather(found.to(mesh.device), rows.tolist(), len(prompts))
+
+        return {name: scores(name, reward) for name, reward in self.rewards.items()}
 
     def gather(self, chunks: Sequence[ScoredChunk], prompts: PromptBatch, group_size: int, mesh: Mesh) -> Rewards:
         """All ranks' scores as prompts x group, the same on every rank.
 
         Raises:
-            RewardError: a score is not finite; on every rank, naming the reward, the prompt and the sample.
+            RewardError: a score is not finite, or videos differ in how many they have; on every rank, naming the
+                reward, the prompt and the sample.
         """
         total = len(prompts) * group_size
         items = torch.cat([chunk.prompt_rows * group_size + chunk.sample_index for chunk in chunks]).tolist()
 
         def gathered(name: str, scores: Sequence[FrameScores]) -> Tensor:
+            widths = torch.cat([torch.full((len(score.values),), score.values.shape[1]) for score in scores])
+            _check_alike(name, mesh.gather(widths.to(mesh.device), items, total), prompts, group_size)
             rows = mesh.gather(torch.cat([score.values.to(mesh.device) for score in scores]), items, total)
             _check_finite(name, rows, prompts, group_size)
             return rows
@@ -197,32 +232,26 @@ class RewardSuite:
         return Rewards(by_name, torch.stack(weighted).sum(dim=0), per_frame, times, second)
 
 
-def _score(name: str, model: RewardModel, clips: Clips) -> FrameScores:
-    """A model's scores, oriented.
-
-    Raises:
-        RewardError: names the reward and what is wrong with the shape.
-    """
-    found = model(clips)
-    shape = tuple(found.values.shape)
-    if len(shape) != 2 or shape[0] != len(clips) or shape[1] == 0:
+def _check_alike(name: str, widths: Tensor, prompts: PromptBatch, group_size: int) -> None:
+    other = (widths != widths[0]).nonzero()
+    if len(other):
+        row = int(other[0])
         raise RewardError(
-            f"reward {name!r} returned the shape {shape} for {len(clips)} videos; it must be "
-            f"({len(clips)}, scored frames)"
+            f"reward {name!r} gave {int(widths[0])} scores for the first sample and {int(widths[row])} for "
+            f"{_sample_of(row, prompts, group_size)}; videos of one step have equally many scored frames"
         )
-    if shape[1] != (1 if found.times is None else len(found.times)):
-        stated = "no frame times" if found.times is None else f"{len(found.times)} frame times"
-        raise RewardError(f"reward {name!r} returned {shape[1]} scores a video with {stated}; the two must agree")
-    values = found.values.float()
-    return FrameScores(values if model.higher_is_better else -values, found.times)
+
+
+def _sample_of(row: int, prompts: PromptBatch, group_size: int) -> str:
+    prompt, sample = divmod(row, group_size)
+    return f"sample {sample} of prompt {prompts.texts[prompt]!r} (id {int(prompts.ids[prompt])})"
 
 
 def _check_finite(name: str, rows: Tensor, prompts: PromptBatch, group_size: int) -> None:
     bad = (~rows.isfinite()).nonzero()
     if len(bad):
         row, frame = bad[0].tolist()
-        prompt, sample = divmod(row, group_size)
         raise RewardError(
-            f"reward {name!r} scored {float(rows[row, frame])} for sample {sample} of prompt {prompts.texts[prompt]!r} "
-            f"(id {int(prompts.ids[prompt])}), scored frame {frame}; all ranks stop, nothing was updated with it"
+            f"reward {name!r} scored {float(rows[row, frame])} for {_sample_of(row, prompts, group_size)}, "
+            f"scored frame {frame}; all ranks stop, nothing was updated with it"
         )

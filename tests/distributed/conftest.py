@@ -36,6 +36,7 @@ WORLD_CASES = {
             for stage, lora in (("zero2", "full"), ("zero3", "full"), ("zero3", "lora"))
             for weight in ("0", "1000")
         ),
+        *(f"ahead-{chunks}=ahead:{chunks}" for chunks in (0, 2)),
         *(f"uneven-{parameters}=uneven:{parameters}" for parameters in ("sharded", "gathered")),
     ],
     4: [

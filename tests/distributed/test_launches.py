@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,25 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, shards: Path) -> None:
     result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
     assert result.returncode != 0
     assert "the reward model ran out of patience" in result.stderr
-    assert re.search(r"\[rank 0\] rank 1 \(.+\) failed in phase reward of step 0: RuntimeError: the rew", result.stderr)
+    said = (
+        r"\[rank 0\] rank 1 \(.+\) failed in phase reward of step 0: RewardError: reward 'only' on samples .+ of prompt"
+    )
+    assert re.search(said, result.stderr)
     assert time.monotonic() - started < 120
+
+
+def test_a_reward_that_hangs_on_one_rank_ends_all(tmp_path: Path, shards: Path) -> None:
+    config = without_evaluation(small_recipe(tmp_path / "run", shards))
+    config = rewarded_by(config, "tests.distributed.toy_rewards:HangsOnSecondRank")
+    config = replace(config, rewards={"only": replace(config.rewards["only"], timeout=2.0)})
+    started = time.monotonic()
+    result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
+    assert result.returncode != 0
+    said = (
+        r"\[rank 0\] rank 1 .+ failed in phase reward .+ of prompt '.+' \(id -?\d+\) has not answered within .+ of 2 s"
+    )
+    assert re.search(said, result.stderr), result.stderr[-5000:]
+    assert time.monotonic() - started < 90
 
 
 def test_priors_then_training_from_the_command_line(tmp_path: Path, shards: Path) -> None:

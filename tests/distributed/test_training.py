@@ -100,6 +100,23 @@ def test_uneven_work_hangs_nothing(worlds: dict[int, Path], parameters: str) -> 
     assert summary_of(worlds[2], f"uneven-{parameters}")["heldout_videos"] == 3
 
 
+def test_scoring_beside_the_rollout_changes_nothing(worlds: dict[int, Path]) -> None:
+    """Nor do models that rest on the CPU, and trajectories that do."""
+    inline, beside = (worlds[2] / f"ahead-{chunks}" for chunks in (0, 2))
+    one, other = (
+        [
+            {name: value for name, value in record.items() if not name.startswith("seconds")}
+            for record in read_metrics(folder / "metrics.jsonl")
+        ]
+        for folder in (inline, beside)
+    )
+    assert len(one) == 2
+    assert one == other
+    weights = exported(beside)
+    assert all(torch.equal(weights[name], weight) for name, weight in exported(inline).items())
+    assert all(record["seconds/reward_work"] > 0 for record in read_metrics(beside / "metrics.jsonl"))
+
+
 def test_stopping_and_resuming_changes_nothing(worlds: dict[int, Path]) -> None:
     whole, stopped = (
         [

@@ -46,8 +46,28 @@ class BreaksOnSecondRank(Redness):
         return super().__call__(clips)
 
 
+class HangsOnSecondRank(Redness):
+    """Never answers on the last rank."""
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            time.sleep(3600)
+        return super().__call__(clips)
+
+
+class Drawn(Redness):
+    """Redness with a draw of torch's global generator."""
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        scores = super().__call__(clips)
+        return FrameScores(scores.values + 0.01 * torch.randn_like(scores.values), scores.times)
+
+
 class AsTold(Redness):
-    """Redness that does what the environment says, at "RANK CALL", from 0: REWARD_SLEEPS, REWARD_DIES."""
+    """Redness that does what the environment says, at "RANK CALL", from 0: REWARD_SLEEPS, REWARD_DIES.
+
+    It dies a second later, when the rollout beside it is over and the loop waits for the scores.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
@@ -58,6 +78,7 @@ class AsTold(Redness):
         if os.environ.get("REWARD_SLEEPS") == now:
             time.sleep(8)
         if os.environ.get("REWARD_DIES") == now:
+            time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(clips)
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from bpgo_video import engine
-from bpgo_video.config import Config, LoraConfig, ParallelConfig
+from bpgo_video.config import Config, LoraConfig, ParallelConfig, RewardConfig
 from bpgo_video.paths import resolve_folder
 from bpgo_video.trainer import train
 from tests.recipes import rewarded_by, small_recipe, without_evaluation
@@ -95,6 +95,15 @@ def exact(shards: Path, run_dir: Path, stage: str, lora: str, num_steps: str, re
     return replace(config, policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])))
 
 
+def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
+    """Two steps of four chunks a rank, scored in line or beside the rollout, by rewards that draw and that rest."""
+    rollout = {"micro_batch_size": 1, "score_ahead": int(chunks), "offload_trajectories": int(chunks) > 0}
+    config = without_evaluation(small_recipe(run_dir, shards, run={"num_steps": 2}, rollout=rollout))
+    rests_on = "cpu" if int(chunks) else "device"
+    rewards = {name: replace(reward, rests_on=rests_on) for name, reward in config.rewards.items()}
+    return replace(config, rewards={**rewards, "drawn": RewardConfig(model="tests.distributed.toy_rewards:Drawn")})
+
+
 def smoke(shards: Path, run_dir: Path, stage: str) -> Config:
     """Two steps of the recipe under another DeepSpeed configuration."""
     return with_stage(without_evaluation(small_recipe(run_dir, shards, run={"num_steps": 2})), stage)
@@ -131,7 +140,7 @@ def with_stage(config: Config, stage: str) -> Config:
 
 CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
-    "uneven": uneven, "held": held_near_the_start,
+    "uneven": uneven, "ahead": ahead, "held": held_near_the_start,
 }  # fmt: skip
 
 

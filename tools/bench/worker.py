@@ -42,6 +42,7 @@ from bpgo_video.session import (
 )
 from bpgo_video.trainer import Stopwatch, estimate_advantages, sample_and_score, train_step
 from bpgo_video.types import Conditioning, PromptBatch
+from tools.bench.overlap import in_chunks, overlap
 from tools.bench.timing import in_turn, seconds, waiting
 
 ROUNDS = 15
@@ -255,6 +256,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     if mesh.world_size == 1:
         found |= against_diffusers(config, mesh)
+        session, stream = session_and_prompts(in_chunks(config), mesh)
+        found["overlap"] = overlap(session, next(stream))
     else:
         found |= sharding(config, mesh) | {"phases": phases(config, mesh)}
         found["learner_seconds"] = learner_overhead(config, mesh)

@@ -1,0 +1,75 @@
+"""What does scoring beside the rollout save? A step's rollout and reward against the longer of the two.
+
+The reward waits (it sleeps) for as long as a chunk's rollout takes, as a model on another device or machine does: two
+that computed on the same cores would share them, and no order of work could save anything.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+from bpgo_video.config import Config, PriorConfig, RewardConfig
+from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.rewards import Clips, FrameSampling, FrameScores
+from bpgo_video.session import Session
+from bpgo_video.trainer import Stopwatch, sample_and_score
+from bpgo_video.types import PromptBatch
+from tools.bench.timing import seconds
+
+CHUNKS = 8
+ROUNDS = 5
+
+
+class Waits:
+    """Brightness, after a while."""
+
+    name, version, range = "waits", "1", (0.0, 1.0)
+    higher_is_better, differentiable, kind, frames = True, False, "test", FrameSampling()
+    seconds = 0.0
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        time.sleep(self.seconds)
+        return FrameScores(clips.videos.mean(dim=(2, 3, 4)), clips.times)
+
+
+def in_chunks(config: Config) -> Config:
+    """The recipe with one reward that waits, and a rank's rollout in CHUNKS."""
+    samples = config.rollout.prompts_per_step * config.rollout.group_size
+    return replace(
+        config,
+        rewards={"waits": RewardConfig(model="tools.bench.overlap:Waits")},
+        prior=PriorConfig(kind="constant"),
+        rollout=replace(config.rollout, micro_batch_size=max(1, samples // CHUNKS)),
+    )
+
+
+def step(session: Session, prompts: PromptBatch, ahead: int) -> dict[str, float]:
+    """Seconds of rollout and reward together, of each, and of the whole over the longer one."""
+    rollout = replace(session.config.rollout, score_ahead=ahead)
+    session = replace(session, config=replace(session.config, rollout=rollout))
+    watch = Stopwatch(Heartbeat(session.mesh, timeout=60), 0)
+    whole = seconds(lambda: sample_and_score(session, prompts, 0, watch))
+    parts = {"rollout": watch.seconds["rollout"], "reward": watch.reward_work}
+    return {"whole": whole, **parts, "over_longer": whole / max(parts.values())}
+
+
+def overlap(session: Session, prompts: PromptBatch) -> dict[str, Any]:
+    """Medians of a few steps scored in line and beside the rollout, taken in turn.
+
+    Args:
+        session: of a recipe that `in_chunks` made, on one rank.
+    """
+    model = session.suite.rewards["waits"].model
+    step(session, prompts, 0)
+    model.seconds = step(session, prompts, 0)["rollout"] / CHUNKS  # type: ignore[attr-defined]
+    found: dict[int, list[dict[str, float]]] = {0: [], session.config.rollout.score_ahead: []}
+    for _ in range(ROUNDS):
+        for ahead, steps in found.items():
+            steps.append(step(session, prompts, ahead))
+    inline, beside = (
+        {name: statistics.median(step[name] for step in steps) for name in steps[0]} for steps in found.values()
+    )
+    return {"chunks": CHUNKS, "inline": inline, "beside": beside, "bound": 1.05 * (CHUNKS + 1) / CHUNKS}
