@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from transformers import CLIPModel, SiglipModel
 
 from bpgo_video.config import ConfigError, RewardConfig
+from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards import preprocessing
 from bpgo_video.rewards.aesthetic import Aesthetic
-from bpgo_video.rewards.backbones import Backbones
+from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones
 from bpgo_video.rewards.clip import ClipScore
 from bpgo_video.rewards.hpsv2 import HPSv2
 from bpgo_video.rewards.open_clip import from_open_clip
@@ -254,6 +255,18 @@ def test_preprocessor_configs_of_all_families_are_understood(tmp_path: Path, nam
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | statistics | {"resample": 1}))
     with pytest.raises(ValueError, match="resample = 1"):
         Preprocessing.of_folder(tmp_path)
+
+
+def test_a_hub_folder_is_asked_for_the_files_that_are_needed(tmp_path: Path, monkeypatch) -> None:
+    asked: list[tuple[str, list[str] | None]] = []
+
+    def download(name: str, allow_patterns: list[str] | None) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve_folder("owner/name", only=WITHOUT_WEIGHTS) == resolve_folder("owner/name") == tmp_path
+    assert asked == [("owner/name", ["*.json", "*.txt", "*.jinja"]), ("owner/name", None)]
 
 
 def test_a_version_follows_the_files_that_are_read_and_no_others(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.judge import VlmJudge
 from bpgo_video.rewards.qwen_vl import PatchLayout
 from bpgo_video.rewards.videoalign import VideoAlign, frame_count, read_template
-from tests.random_qwen import KINDS, MEAN, NORMALISATION, STD, random_qwen, random_videoalign, tokenizer
+from tests.random_qwen import CHAT, KINDS, MEAN, NORMALISATION, STD, random_qwen, random_videoalign, tokenizer
 
 PIXELS = {"min_pixels": 64 * 64, "max_pixels": 100 * 100}
 TEXTS = ("a red circle", "circle a")
@@ -112,6 +113,17 @@ def test_the_judge_refuses_what_it_cannot_ask(tmp_path: Path) -> None:
         VlmJudge(str(folder))
 
 
+def test_a_folder_s_template_for_videos_goes_before_its_tokenizer_s(tmp_path: Path) -> None:
+    folder, clips = random_qwen(tmp_path, "qwen2_5_vl"), some_clips(4)
+    before = VlmJudge(str(folder), **PIXELS)(clips).values
+    (folder / "chat_template.jinja").rename(folder / "video.jinja")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    text_only = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": text_only}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT}))
+    torch.testing.assert_close(VlmJudge(str(folder), **PIXELS)(clips).values, before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_judge_s_gradient_raises_its_probability(tmp_path: Path, kind: str) -> None:
     judge, clips = VlmJudge(str(random_qwen(tmp_path, kind)), frames=2, **PIXELS), some_clips(3)
@@ -187,6 +199,7 @@ def test_rewards_of_several_scores_ask_once(tmp_path: Path, monkeypatch) -> None
     assert len(calls) == len(clips)
 
 
+EMBEDDINGS = "base_model.model.model.embed_tokens.weight"
 BAD = (("model.embed_tokens.lora_embedding_A.default", "low-rank updates have no linear layer"),)
 
 
@@ -210,6 +223,9 @@ def test_videoalign_refuses_other_formats(tmp_path: Path) -> None:
         torch.save(broken, checkpoint)
         with pytest.raises(ValueError, match=message):
             VideoAlign(**paths)
+    torch.save(weights | {EMBEDDINGS: weights[EMBEDDINGS][:-1].clone()}, checkpoint)
+    with pytest.raises(ValueError, match="they must be its last"):
+        VideoAlign(**paths)
     checkpoint.unlink()
     with pytest.raises(FileNotFoundError, match="has no checkpoint"):
         VideoAlign(**paths)

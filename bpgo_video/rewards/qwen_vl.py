@@ -6,6 +6,7 @@ does not grow with the batch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ class QwenVL:
         self.backbone, self.config = backbone, config
         self.layout = PatchLayout.of(config.vision_config, folder, least, most)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.template = processor_template(folder)
         if self._chat("").count(VIDEO) != 1:
             raise ValueError(f"{folder}: the chat template must write {VIDEO} for a video; it wrote {self._chat('')!r}")
 
@@ -140,4 +142,17 @@ class QwenVL:
         """The video, then the question, up to where the answer begins."""
         content = [{"type": "video"}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+        )
+
+
+def processor_template(folder: Path) -> str | None:
+    """The chat template of a folder's chat_template.json, None for the tokenizer's own.
+
+    Older folders hold two: the tokenizer's may know nothing of videos, and the model was trained with this one.
+    """
+    path = folder / "chat_template.json"
+    if (folder / "chat_template.jinja").is_file() or not path.is_file():
+        return None
+    return json.loads(path.read_text())["chat_template"]

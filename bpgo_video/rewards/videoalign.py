@@ -73,7 +73,7 @@ class VideoAlign:
         )
         config = Qwen2VLConfig.from_pretrained(qwen)
         self.qwen = QwenVL(backbone, config, qwen, MIN_PIXELS, data["max_frame_pixels"])
-        self.qwen.tokenizer.add_special_tokens({"additional_special_tokens": list(TOKENS)})
+        self._add_tokens()
         self.mean, self.std = (torch.tensor([statistics[f"{p}_{which}"] for p in PARTS]) for which in ("mean", "std"))
         parts = fingerprint_of(folder, FILES), fingerprint_of(qwen, WITHOUT_WEIGHTS)
         self.version = version(parts, self.frames, dtype, score, self.template)
@@ -99,6 +99,14 @@ class VideoAlign:
         scores = hidden[places].float() @ network.head.float().T
         raw = scores.diagonal() if scores.shape[1] == len(PARTS) else scores[:, 0]
         return (raw - self.mean.to(raw.device)) / self.std.to(raw.device)
+
+    def _add_tokens(self) -> None:
+        """The special tokens are the last rows of the embeddings that the checkpoint holds."""
+        tokenizer, embeddings = self.qwen.tokenizer, self.qwen.backbone.network.model.get_input_embeddings()
+        tokenizer.add_special_tokens({"additional_special_tokens": list(TOKENS)})
+        ids, rows = tokenizer.convert_tokens_to_ids(list(TOKENS)), embeddings.num_embeddings
+        if ids != list(range(rows - len(TOKENS), rows)):
+            raise ValueError(f"{TOKENS} are the tokens {ids} of base; the checkpoint has {rows}: they must be its last")
 
     def _place(self, ids: Tensor, token: str) -> int:
         places = (ids == self.qwen.tokenizer.convert_tokens_to_ids(token)).nonzero()
