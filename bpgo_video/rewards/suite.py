@@ -19,9 +19,16 @@ from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 REWARDS: dict[str, str] = {
+    "brisque": "bpgo_video.rewards.brisque:Brisque",
     "clip_score": "bpgo_video.rewards.clip:ClipScore",
+    "dynamic_degree": "bpgo_video.rewards.dynamics:DynamicDegree",
+    "frame_consistency": "bpgo_video.rewards.consistency:FrameConsistency",
     "learned_motion": "bpgo_video.rewards.motion:LearnedMotion",
+    "niqe": "bpgo_video.rewards.niqe:Niqe",
+    "ocr_text": "bpgo_video.rewards.text:OcrText",
     "shapes_oracle": "bpgo_video.rewards.oracle:ShapesOracle",
+    "shot_cuts": "bpgo_video.rewards.shots:ShotCuts",
+    "temporal_flickering": "bpgo_video.rewards.flickering:TemporalFlickering",
 }
 
 
