@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from bpgo_video.config import ConfigError, RewardConfig
+from bpgo_video.config_io import read_yaml
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.consistency import FrameConsistency
@@ -240,3 +241,11 @@ def test_a_package_without_its_file_is_told() -> None:
 def test_what_is_installed_alone_is_said_where_a_user_looks(file: str) -> None:
     text = (ROOT / file).read_text()
     assert f"--no-deps {' '.join(ALONE.values())}" in text
+
+
+def test_the_shipped_recipe_trains_on_a_packaged_network_and_the_oracle_watches() -> None:
+    config = read_yaml(ROOT / "pipelines" / "configs" / "tiny_wan_consistency.yaml")
+    trained, watched = (RewardSuite(rewards, CPU, fps=8.0) for rewards in (config.rewards, config.evaluation.rewards))
+    assert {reward.model.kind for reward in trained.rewards.values()} == {"real"}
+    assert [reward.model.name for reward in watched.rewards.values()] == ["frame_consistency", "shapes_oracle"]
+    assert trained.versions["consistency"] == watched.versions["heldout_consistency"]

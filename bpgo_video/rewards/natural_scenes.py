@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate
 
@@ -83,19 +83,19 @@ def fit(values: Float[Tensor, "frames pixels"]) -> Shape:
     left, right = (
         ((squares * side).sum(dim=1) / side.sum(dim=1).clamp(min=1)).sqrt() for side in (negative, ~negative)
     )
-    gamma = left / right.clamp(min=TINY)
+    gamma = left.double() / right.clamp(min=TINY)  # its fourth power leaves fp32 where no value is positive
     r = values.abs().mean(dim=1) ** 2 / squares.mean(dim=1).clamp(min=TINY)
     big_r = r * (gamma**3 + 1) * (gamma + 1) / (gamma**2 + 1) ** 2
-    return Shape(_alpha_of(big_r), left, right)
+    return Shape(_alpha_of(big_r).to(values.dtype), left, right)
 
 
-def _alpha_of(big_r: Float[Tensor, "frames"]) -> Float[Tensor, "frames"]:
+def _alpha_of(big_r: Float64[Tensor, "frames"]) -> Float64[Tensor, "frames"]:
     """Inverse of rho(alpha) = Gamma(2/alpha)^2 / (Gamma(1/alpha) Gamma(3/alpha)), which grows with alpha."""
     alphas, rhos = (column.to(big_r.device) for column in _table())
-    above = torch.searchsorted(rhos, big_r.double().contiguous()).clamp(1, len(rhos) - 1)
+    above = torch.searchsorted(rhos, big_r).clamp(1, len(rhos) - 1)
     low, high = rhos[above - 1], rhos[above]
     share = ((big_r - low) / (high - low)).clamp(0, 1)
-    return torch.lerp(alphas[above - 1], alphas[above], share).to(big_r.dtype)
+    return torch.lerp(alphas[above - 1], alphas[above], share)
 
 
 @cache
