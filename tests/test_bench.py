@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tools.bench.gpu import WAN_1_3B, Shape, forward_operations, measure, random_policy
+from tools.bench.rewards import as_markdown as rewards_table
+from tools.bench.rewards import measure as measure_rewards
 from tools.bench.table import as_markdown
 from tools.bench.timing import waiting
 
@@ -64,3 +66,10 @@ def test_the_table_shows_every_figure() -> None:
         "| frames 17 | 2 | 4.00 | 1.50 | 0.25 | 2.00 |",
     ):
         assert figure in table
+
+
+def test_rewards_are_timed_on_real_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.bench.rewards.FRAMES", 3)
+    found = measure_rewards(["temporal_flickering"])
+    assert all(time > 0 for time in found["temporal_flickering"])
+    assert "| `temporal_flickering` | 1.5 | 2.0 |" in rewards_table({"temporal_flickering": [1.5, 2.0]}, 1)

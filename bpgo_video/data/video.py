@@ -11,7 +11,7 @@ from typing import IO, Any
 import av
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from bpgo_video.data.atomic import atomic_file
@@ -43,7 +43,7 @@ def write_video(
         )
     if not (video.min() >= 0 and video.max() <= 1):
         raise VideoError(f"{path}: values span {video.min():.4g} to {video.max():.4g}; they must be in [0, 1]")
-    pixels = (video.detach().float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = as_bytes(video)
     rate = Fraction(fps).limit_denominator(1001)
     with atomic_file(Path(path)) as aside, av.open(str(aside), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "x264-params": COLOUR_TAGS})
@@ -54,6 +54,11 @@ def write_video(
             frame.pts, frame.time_base = number, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def as_bytes(video: Float[Tensor, "frames 3 height width"]) -> UInt8[np.ndarray, "frames height width 3"]:
+    """A video in [0, 1] as files and libraries for pictures want it."""
+    return (video.detach().float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def read_video(path: Path | str) -> tuple[Float[Tensor, "frames 3 height width"], float]:

@@ -120,3 +120,12 @@ class RewardModel(Protocol):
 
 class RewardError(RuntimeError):
     """A reward model failed; the message names the model, the prompt and the sample."""
+
+
+def at_least_two_frames(name: str, clips: Clips) -> None:
+    """
+    Raises:
+        RewardError: a reward that compares frames is shown single pictures.
+    """
+    if clips.videos.shape[1] < 2:
+        raise RewardError(f"reward {name!r} compares neighbouring frames; {clips.texts[0]!r} has a video of one frame")

@@ -24,21 +24,28 @@ from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 REWARDS: dict[str, str] = {
     "aesthetic": "bpgo_video.rewards.aesthetic:Aesthetic",
+    "brisque": "bpgo_video.rewards.brisque:Brisque",
     "clip_score": "bpgo_video.rewards.clip:ClipScore",
+    "dynamic_degree": "bpgo_video.rewards.dynamics:DynamicDegree",
     "first_frame_consistency": "bpgo_video.rewards.dino:FirstFrameConsistency",
+    "frame_consistency": "bpgo_video.rewards.consistency:FrameConsistency",
     "hpsv2": "bpgo_video.rewards.hpsv2:HPSv2",
     "learned_motion": "bpgo_video.rewards.motion:LearnedMotion",
+    "niqe": "bpgo_video.rewards.niqe:Niqe",
+    "ocr_text": "bpgo_video.rewards.text:OcrText",
     "pickscore": "bpgo_video.rewards.pickscore:PickScore",
+    "remote": "bpgo_video.rewards.remote:RemoteReward",
     "shapes_oracle": "bpgo_video.rewards.oracle:ShapesOracle",
+    "shot_cuts": "bpgo_video.rewards.shots:ShotCuts",
     "siglip_score": "bpgo_video.rewards.siglip:SiglipScore",
     "subject_consistency": "bpgo_video.rewards.dino:SubjectConsistency",
-    "videoprism_score": "bpgo_video.rewards.videoprism:VideoPrismScore",
+    "temporal_flickering": "bpgo_video.rewards.flickering:TemporalFlickering",
     "videoalign": "bpgo_video.rewards.videoalign:VideoAlign",
+    "videoprism_score": "bpgo_video.rewards.videoprism:VideoPrismScore",
     "vjepa_prediction": "bpgo_video.rewards.vjepa:VJepaPrediction",
     "vlm_judge": "bpgo_video.rewards.judge:VlmJudge",
-    "xclip_score": "bpgo_video.rewards.xclip:XClipScore",
     "worker": "bpgo_video.rewards.worker:WorkerReward",
-    "remote": "bpgo_video.rewards.remote:RemoteReward",
+    "xclip_score": "bpgo_video.rewards.xclip:XClipScore",
 }
 
 

