@@ -25,6 +25,7 @@ from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import ConfigError, VideoConfig
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prompt_files import PromptFileError, read_prompts
+from bpgo_video.data.prompt_plan import make_plan
 from bpgo_video.data.prompt_records import PromptRecord, ShardError
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.data.video import write_video
