@@ -28,16 +28,19 @@ from tests.distributed.ema_worker import Block
 
 UPDATES = 3
 STAGES = (1, 2, 3)
-OPTIMIZERS = ("adamw", "sgd")
+KINDS = (("adamw", "float32"), ("sgd", "float32"), ("adamw", "bfloat16"))
 Weights = dict[str, Tensor]
 
 
-def build(stage: int, name: str) -> engine.Engine:
+def build(stage: int, name: str, dtype: str) -> engine.Engine:
     torch.manual_seed(0)
     return engine.Engine(
         Block(),
         OptimConfig(name=name, learning_rate=0.05, max_grad_norm=1.0),
-        {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}},
+        {
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "bf16": {"enabled": dtype == "bfloat16"},
+        },
         micro_batch_size=4,
         learning_rate_factor=lambda update: 1 / (1 + update),
         block_classes=(Block,),
@@ -47,8 +50,8 @@ def build(stage: int, name: str) -> engine.Engine:
 def train(learner: engine.Engine, ema: EMA, mesh: Mesh, first: int) -> None:
     for number in range(first, first + UPDATES):
         batch = torch.randn(8, 7, generator=torch.Generator().manual_seed(number))
-        mine = batch.chunk(mesh.world_size)[mesh.rank].requires_grad_()
-        learner.backward(learner.wrapped(mine).square().mean(), last=True)
+        mine = batch.chunk(mesh.world_size)[mesh.rank].to(learner.dtype).requires_grad_()
+        learner.backward(learner.wrapped(mine).float().square().mean(), last=True)
         learner.step()
         ema.update()
 
@@ -58,11 +61,11 @@ def weights(learner: engine.Engine) -> Weights:
     return {name: safe_get_full_fp32_param(p).cpu() for name, p in named if p.requires_grad}
 
 
-def write(saves: Path, stage: int, name: str, mesh: Mesh) -> None:
+def write(saves: Path, stage: int, name: str, dtype: str, mesh: Mesh) -> None:
     """Save in the middle; what a run that was never stopped ends with lies beside it."""
-    learner = build(stage, name)
+    learner = build(stage, name, dtype)
     ema = EMA(learner.masters, EmaConfig(decay=0.8))
-    run = RunConfig(dir=str(saves / f"{stage}-{name}"))
+    run = RunConfig(dir=str(saves / f"{stage}-{name}-{dtype}"))
     train(learner, ema, mesh, 0)
     checkpoint.save(learner, run, UPDATES, {"progress": {"position": 17}}, mesh, [partial(save_average, ema)])
     middle = weights(learner)
@@ -91,12 +94,12 @@ def by_hand(middle: Weights, name: str) -> Weights:
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def read(saves: Path, written: int, stage: int, name: str, optimizer: str, mesh: Mesh) -> dict[str, Any]:
+def read(saves: Path, written: int, stage: int, name: str, dtype: str, optimizer: str, mesh: Mesh) -> dict[str, Any]:
     """Go on under another stage; how far the end is from that of a run that was never stopped."""
-    run_dir = saves / f"{written}-{name}"
+    run_dir = saves / f"{written}-{name}-{dtype}"
     folder = run_dir / "checkpoints" / f"step-{UPDATES:06d}"
-    result = {"written": written, "stage": stage, "optimizer": optimizer, "name": name}
-    learner = build(stage, name)
+    result = {"written": written, "stage": stage, "optimizer": optimizer, "name": name, "dtype": dtype}
+    learner = build(stage, name, dtype)
     ema = EMA(learner.masters, EmaConfig(decay=0.8))
     try:
         state = resuming.load(learner, folder, mesh, optimizer)
@@ -121,10 +124,10 @@ def main() -> None:
     output, action, saves = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     mesh = engine.start_ranks()
     if action == "write":
-        for stage, name in product(STAGES, OPTIMIZERS):
-            write(saves, stage, name, mesh)
-    cases = product(STAGES, STAGES, OPTIMIZERS, ("keep", "fresh"))
-    results = [read(saves, *case, mesh) for case in cases]
+        for stage, kind in product(STAGES, KINDS):
+            write(saves, stage, *kind, mesh)
+    cases = product(STAGES, STAGES, KINDS, ("keep", "fresh"))
+    results = [read(saves, written, stage, *kind, optimizer, mesh) for written, stage, kind, optimizer in cases]
     if mesh.is_main:
         (output / "results.json").write_text(json.dumps(results))
     engine.stop_ranks()

@@ -27,13 +27,18 @@ SETTINGS = ["--run.num-steps", "12", "--run.save-every", "1", "--ema.decay", "0.
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """Runs of four steps, and of two and two, of every stage, with all weights and with adapters."""
+    """Runs of four steps, and of two and two: of every stage, with all weights and adapters; and on other ranks."""
     folder = tmp_path_factory.mktemp("halves")
     cases = []
     for stage, lora in product(STAGES, ("full", "lora")):
         cases += [f"{stage}-{lora}-whole=exact:{stage}:{lora}:4"]
         cases += [f"{stage}-{lora}-stopped=exact:{stage}:{lora}:{steps}" for steps in ("2", "4:auto")]
-    run_ranks(2, [str(shards), str(folder), *cases])
+    moves = [f"{world}-to-{3 - world}=exact:zero{world}:full" for world in (1, 2)]  # zero1 on one rank, zero2 on two
+    for world_size, move in zip((1, 2), moves, strict=True):
+        run_ranks(world_size, [str(shards), str(folder), f"{move}:2", *(cases if world_size == 2 else [])])
+    for world_size, move in zip((2, 1), moves, strict=True):
+        name, _, _ = move.partition("=")
+        run_ranks(world_size, [str(shards), str(folder), f"{name}=exact:zero{world_size}:full:4:auto"])
     return folder
 
 
@@ -41,6 +46,20 @@ def halves(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 @pytest.mark.parametrize("lora", ["full", "lora"])
 def test_two_and_two_steps_are_four_steps(halves: Path, stage: str, lora: str) -> None:
     assert_same_run(halves / f"{stage}-{lora}-whole", halves / f"{stage}-{lora}-stopped")
+
+
+@pytest.mark.parametrize("name", ["1-to-2", "2-to-1"])
+def test_two_steps_and_two_on_other_ranks_under_another_stage_are_four(halves: Path, name: str) -> None:
+    whole, moved = records(halves / "zero1-full-whole"), records(halves / name)
+    assert [list(record) for record in moved] == [list(record) for record in whole]
+    for expected, found in zip(whole, moved, strict=True):
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (expected["step"], key)
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert found["reward"] == pytest.approx(expected["reward"], abs=1e-5), "the same prompts, each once an epoch"
+    for folder in ("export", "export-ema"):
+        first, second = (load_file(halves / run / folder / WEIGHTS) for run in ("zero1-full-whole", name))
+        assert all((first[key] - second[key]).norm() / first[key].norm() < 1e-5 for key in first), folder
 
 
 def ended(launch: Launch) -> bool:

@@ -1,0 +1,36 @@
+"""A disk that is full for one rank ends all of them, who name it; the checkpoint before stands, and the run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.sameness import records
+from tests.distributed.test_failures import TRAIN, Launches
+
+pytestmark = pytest.mark.slow
+
+LIMITED = ["-m", "tests.distributed.limited"]
+SETTINGS = ["--run.num-steps", "4", "--ema.decay", "0.9", "--deepspeed", "ds_configs/zero3.json"]
+
+
+def test_a_full_disk_on_any_rank_ends_all_and_spoils_nothing(tmp_path: Path, shards: Path) -> None:
+    launches = Launches(tmp_path, shards)
+    try:
+        for victim in (0, 1):
+            launch = launches.ranks(LIMITED, "full", *SETTINGS, FULL_ENTERING=f"{victim} checkpoint 3")
+            launch.end()
+            assert launch.codes[victim] == 2, launch.output[-5000:]
+            assert launch.codes[1 - victim] == 1, launch.output[-5000:]
+            assert f"rank {victim} (" in launch.output
+            assert "failed in phase checkpoint of step 3: CheckpointError: the checkpoint of step 4" in launch.output
+            assert "the newest complete one is step-000002, untouched" in launch.output
+            assert launch.checkpoint == "step-000002"
+        end = launches.ranks(TRAIN, "full", *SETTINGS).end()
+        alone = launches.ranks(TRAIN, "alone", *SETTINGS).end()
+    finally:
+        launches.end_what_is_left()
+    assert end.codes == [0, 0], end.output[-5000:]
+    assert not list((end.run_dir / "checkpoints").glob("partial-*"))
+    assert records(end.run_dir) == records(alone.run_dir)
