@@ -18,7 +18,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.aggregate import AGGREGATES
 from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel
 from bpgo_video.rewards.calls import Call, ask
-from bpgo_video.rewards.resting import at_work, move
+from bpgo_video.rewards.resting import at_work, rest
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 REWARDS: dict[str, str] = {
@@ -80,7 +80,7 @@ def build_reward(name: str, reward: RewardConfig, device: torch.device, twice: b
             second = factory(**_options(reward, reward.second, device, factory))
         built = Reward(model, reward, second)
         if reward.rests_on == "cpu":
-            move(built.models, torch.device("cpu"))
+            rest(built.models)
     except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
     return built
@@ -117,7 +117,7 @@ class RewardSuite:
     """
 
     def __init__(self, rewards: Mapping[str, RewardConfig], device: torch.device, fps: float, twice: bool = False):
-        self.fps, self.device = fps, device
+        self.fps = fps
         self.rewards = {name: build_reward(name, reward, device, twice) for name, reward in rewards.items()}
 
     @property
@@ -132,7 +132,7 @@ class RewardSuite:
         """Where videos are scored: models that rest on the CPU are on the device meanwhile."""
         rewards = self.rewards.values()
         resting = [model for reward in rewards if reward.config.rests_on == "cpu" for model in reward.models]
-        return at_work(resting, self.device)
+        return at_work([model for reward in rewards for model in reward.models], resting)
 
     @torch.no_grad()
     def score(
