@@ -8,18 +8,20 @@ import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from bpgo_video.config import Config, RewardConfig
+from bpgo_video.config import Config, ConfigError, RewardConfig
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.base import RewardError
+from bpgo_video.rewards.resting import HOMES, modules_of
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.session import Session
 from bpgo_video.trainer import Stopwatch, sample_and_score
@@ -209,20 +211,34 @@ def test_the_thread_computes_as_its_caller_does() -> None:
 
 
 def test_models_rest_on_the_cpu_between_scorings_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    moves: list[str] = []
-    monkeypatch.setattr(torch.nn.Linear, "to", lambda self, device: moves.append(str(device)))
-    suite = suite_of("Weighing", rests_on="cpu")
-    suite.device = torch.device("meta")
-    assert moves == ["cpu"], "from the start"
-    with suite.at_work():
-        assert moves == ["cpu", "meta"]
-    assert moves == ["cpu", "meta", "cpu"]
-    with suite_of("Weighing").at_work():
-        assert len(moves) == 3, "a model that rests on the device stays there"
+    """With a device of the test's own, since a CPU is the only one at hand."""
+    places: dict[int, str] = {}
+    monkeypatch.setattr(torch.nn.Linear, "to", lambda self, device: places.update({id(self): str(device)}))
+    resting, other = suite_of("Weighing", rests_on="cpu"), suite_of("Weighing")
+    (network,) = modules_of(resting.rewards["toy"].model)
+    assert places == {id(network): "cpu"}, "from the start"
+    HOMES[network] = torch.device("meta")
+    with resting.at_work():
+        assert places == {id(network): "meta"}
+    assert places == {id(network): "cpu"}
+    with other.at_work():
+        assert len(places) == 1, "a model that rests on the device stays there"
+    HOMES[network] = torch.device("meta")
+    object.__setattr__(other.rewards["toy"], "model", resting.rewards["toy"].model)
+    with other.at_work():
+        assert places == {id(network): "meta"}, "where two suites share a network, each finds it at work"
+
+
+def test_networks_are_found_inside_of_what_a_model_holds() -> None:
+    model = Weighing()
+    layer = model.network
+    model.network = {"parts": [SimpleNamespace(backbone=SimpleNamespace(network=layer))]}
+    model.again = layer
+    assert modules_of(model) == [layer]
 
 
 def test_a_model_without_modules_cannot_rest_on_the_cpu() -> None:
-    with pytest.raises(ValueError, match=r"Drawing has no torch\.nn\.Module"):
+    with pytest.raises(ConfigError, match=r"Drawing holds no torch\.nn\.Module"):
         suite_of("Drawing", rests_on="cpu")
 
 

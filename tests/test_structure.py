@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,9 @@ def test_deepspeed_is_imported_where_it_trains_and_where_its_files_are_read_alon
 def test_lower_layers_do_not_import_the_loop(folder: str) -> None:
     for path in (PACKAGE / folder).rglob("*.py"):
         assert not ours(imports(path)) & (TOP | {"rollout", "replay"}), path
+
+
+def test_the_worker_side_runs_under_any_python_without_packages() -> None:
+    path = PACKAGE / "worker_side" / "reward_worker.py"
+    ast.parse(path.read_text(), feature_version=(3, 8))
+    assert {name.split(".")[0] for name in imports(path)} - {"numpy"} <= sys.stdlib_module_names

@@ -12,7 +12,6 @@ import random
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
@@ -155,14 +154,11 @@ def reply_of(text: bytes, request_id: str | None) -> dict[str, Any]:
 
 
 def parts_of(clips: Clips, each: int) -> list[Clips]:
+    """Runs of `each` videos; the last may be shorter."""
+    runs = [slice(first, first + each) for first in range(0, len(clips), each)]
+    images = clips.images
     return [
-        replace(
-            clips,
-            videos=clips.videos[first : first + each],
-            texts=clips.texts[first : first + each],
-            images=None if clips.images is None else clips.images[first : first + each],
-        )
-        for first in range(0, len(clips), each)
+        Clips(clips.videos[run], clips.fps, clips.texts[run], None if images is None else images[run]) for run in runs
     ]
 
 

@@ -2,51 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from bpgo_video.rewards.base import RewardModel
 
-DEPTH = 3  # model, encoder, backbone, network
+DEEPEST = 4  # attributes of attributes that are looked through
+HOMES: WeakKeyDictionary[nn.Module, torch.device] = WeakKeyDictionary()  # of what rests now; suites may share networks
 
 
 def modules_of(model: RewardModel) -> list[nn.Module]:
-    """The model itself, or the networks among its parts and theirs.
+    """The model itself, or the modules among what it holds.
 
     Raises:
         ValueError: there are none, so that nothing can be moved.
     """
-    found = list(_modules(model, DEPTH))
+    found = {id(module): module for module in _modules_in(model, DEEPEST)}
     if not found:
         raise ValueError(
-            f"rests_on is 'cpu', but {type(model).__name__} has no torch.nn.Module among its parts that could be "
-            "moved; leave rests_on at 'device'"
+            f"rests_on is 'cpu', but {type(model).__name__} holds no torch.nn.Module that could be moved; leave "
+            "rests_on at 'device'"
         )
-    return found
+    return list(found.values())
 
 
-def _modules(part: object, depth: int) -> Iterator[nn.Module]:
-    if isinstance(part, nn.Module):
-        yield part
-    elif depth and hasattr(part, "__dict__"):
-        for inner in vars(part).values():
-            yield from _modules(inner, depth - 1)
+def _modules_in(thing: object, depth: int) -> Iterator[nn.Module]:
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif depth and not isinstance(thing, type | ModuleType):
+        for part in _parts_of(thing):
+            yield from _modules_in(part, depth - 1)
 
 
-def move(models: Iterable[RewardModel], device: torch.device) -> None:
-    """Weights keep their bits on the way."""
+def _parts_of(thing: object) -> Iterable[object]:
+    if isinstance(thing, Mapping):
+        return list(thing.values())
+    if isinstance(thing, Sequence) and not isinstance(thing, str | bytes):
+        return list(thing)
+    return list(getattr(thing, "__dict__", {}).values())
+
+
+def rest(models: Iterable[RewardModel]) -> None:
+    """To the CPU, bit by bit the same."""
     for model in models:
         for module in modules_of(model):
-            module.to(device)
+            for tensor in itertools.islice(itertools.chain(module.parameters(), module.buffers()), 1):
+                HOMES.setdefault(module, tensor.device)  # two of these models may stand on it
+            module.to("cpu")
+
+
+def rise(models: Iterable[RewardModel]) -> None:
+    """Back to where they came from; models that do not rest, or whose networks do not, stay where they are."""
+    for model in models:
+        for module in _modules_in(model, DEEPEST):
+            home = HOMES.pop(module, None)
+            if home is not None:
+                module.to(home)
 
 
 @contextmanager
-def at_work(models: Iterable[RewardModel], device: torch.device) -> Iterator[None]:
-    """On `device` inside the block and on the CPU after it, unless it failed."""
-    models = list(models)
-    move(models, device)
+def at_work(models: Iterable[RewardModel], resting: Iterable[RewardModel]) -> Iterator[None]:
+    """All of them on their devices inside the block; those that rest on the CPU are there after it, unless it failed.
+
+    Args:
+        models: of a suite; one may stand on a network that another suite's rests with.
+    """
+    rise(models)
     yield
-    move(models, torch.device("cpu"))
+    rest(resting)

@@ -19,7 +19,7 @@ from bpgo_video.rewards.aggregate import AGGREGATES
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel
 from bpgo_video.rewards.calls import Call, ask
-from bpgo_video.rewards.resting import at_work, move
+from bpgo_video.rewards.resting import at_work, rest
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 REWARDS: dict[str, str] = {
@@ -103,7 +103,7 @@ def build_reward(
             second = factory(**_options({**reward.options, **reward.second}, given, factory))
         built = Reward(model, reward, second)
         if reward.rests_on == "cpu":
-            move(built.models, torch.device("cpu"))
+            rest(built.models)
     except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
     return built
@@ -145,7 +145,7 @@ class RewardSuite:
         twice: bool = False,
         backbones: Backbones | None = None,
     ):
-        self.fps, self.device = fps, device
+        self.fps = fps
         shared = backbones or Backbones()
         self.rewards = {name: build_reward(name, reward, device, twice, shared) for name, reward in rewards.items()}
 
@@ -161,7 +161,7 @@ class RewardSuite:
         """Where videos are scored: models that rest on the CPU are on the device meanwhile."""
         rewards = self.rewards.values()
         resting = [model for reward in rewards if reward.config.rests_on == "cpu" for model in reward.models]
-        return at_work(resting, self.device)
+        return at_work([model for reward in rewards for model in reward.models], resting)
 
     @torch.no_grad()
     def score(
