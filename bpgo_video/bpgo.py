@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bpgo_video.advantages import (
@@ -46,7 +46,6 @@ from bpgo_video.bpgo_forms import (
 )
 from bpgo_video.bpgo_metrics import anchor_metrics, reward_metrics, rms_quotient, trust_metrics
 from bpgo_video.bpgo_settings import BPGOSettings
-from bpgo_video.reliability import consistency, pooled_consistency
 from bpgo_video.trust import TRUSTS, Evidence
 from bpgo_video.types import PriorAnchor
 
@@ -103,6 +102,14 @@ class GroupAdvantages:
         by_frame = None if self.by_frame is None else factor[..., None] * self.by_frame
         return replace(self, advantage=factor * self.advantage, contrastive=contrastive, by_frame=by_frame)
 
+    @property
+    def trains(self) -> Bool[Tensor, "prompts group"]:
+        """Which samples have an advantage at all."""
+        trains = self.advantage != 0
+        if self.contrastive is not None:
+            trains = trains | (self.contrastive != 0)
+        return trains if self.by_frame is None else trains | (self.by_frame != 0).any(dim=2)
+
     def of(self, rows: Int[Tensor, "samples"], samples: Int[Tensor, "samples"]) -> LossAdvantages:
         """A, A~ and w of single samples, or of their latent frames where those are credited (frames innermost)."""
         advantage, trust = self.advantage[rows, samples], self.trust[rows]
@@ -131,7 +138,7 @@ def bpgo_advantages(
     weights: Mapping[str, float],
     settings: BPGOSettings,
     advantage_settings: AdvantageSettings = GRPO_ADVANTAGES,
-    second: Mapping[str, Float[Tensor, "prompts group"]] | None = None,
+    icc: Mapping[str, Float[Tensor, "prompts"]] | None = None,
     by_frame: Float[Tensor, "prompts group latent_frames"] | None = None,
 ) -> GroupAdvantages:
     """A, A~ and w of one step's groups; with alpha = zeta = 0 exactly A of GRPO, None and 1.
@@ -142,22 +149,21 @@ def bpgo_advantages(
     Args:
         anchors: by reward name; needed where settings.needs_prior says so.
         weights: by reward name, not negative.
-        second: the same videos scored again, by reward name; what trust "reliability" needs.
+        icc: how well two scorings of each group agree, by reward name; what trust "reliability" needs.
         by_frame: what each latent frame adds to A; it takes part in everything but the clip.
 
     Raises:
-        ValueError: names the reward that is not finite, has no anchor or one of scale 0, no second scores, or a
+        ValueError: names the reward that is not finite, has no anchor or one of scale 0, no ICC, or a
             negative weight.
         OverflowError: names the reward whose transformation overflows.
     """
     _check_rewards(rewards_by_name, weights)
     if settings.needs_prior:
         _check_anchors(rewards_by_name, anchors)
-    second = second or {}
+    icc = icc or {}
     if settings.trusts and settings.own_trust == "reliability":
-        _check_second(rewards_by_name, second)
-    agreement = {name: torch.stack([rewards_by_name[name], scores], dim=2) for name, scores in second.items()}
-    found, inversions = _surrogates(rewards_by_name, anchors, weights, settings, advantage_settings, agreement)
+        _check_agreement(rewards_by_name, icc)
+    found, inversions = _surrogates(rewards_by_name, anchors, weights, settings, advantage_settings, icc)
     found = replace(found, by_frame=by_frame)
     if advantage_settings.best_of is not None:
         found = found.times(best_and_worst(found.advantage, advantage_settings.best_of).to(found.advantage.dtype))
@@ -171,7 +177,6 @@ def bpgo_advantages(
         "rms_ratio": step_size,
         **reward_metrics(rewards_by_name, inversions),
         **anchor_metrics(anchors),
-        **{f"icc/{name}": pooled_consistency(scores).float() for name, scores in agreement.items()},
     }
     flat = torch.stack([equal_groups(rewards) for name, rewards in rewards_by_name.items() if weights[name]]).all(dim=0)
     return replace(found.times(loss_scale(advantage_settings, flat, grpo.shape[1])), metrics=metrics)
@@ -183,14 +188,14 @@ def _surrogates(
     weights: Mapping[str, float],
     settings: BPGOSettings,
     advantage_settings: AdvantageSettings,
-    agreement: Mapping[str, Float[Tensor, "prompts group 2"]],
+    icc: Mapping[str, Float[Tensor, "prompts"]],
 ) -> tuple[GroupAdvantages, dict[str, Tensor]]:
     """A, A~ and w before anything bounds them, and the rank inversions of A~ by reward."""
     normalise, combine = NORMALISERS[advantage_settings.normalise], COMBINATIONS[advantage_settings.combine]
     advantage = combine({name: normalise(rewards) for name, rewards in rewards_by_name.items()}, weights)
     trust = advantage.new_ones(advantage.shape[0])
     if settings.trusts:
-        trust = _mean_trust(rewards_by_name, anchors, weights, settings, agreement).to(advantage.dtype)
+        trust = _mean_trust(rewards_by_name, anchors, weights, settings, icc).to(advantage.dtype)
     if settings.zeta == 0:
         return GroupAdvantages(advantage, None, trust, {}), {}
     transformed = _transformed(rewards_by_name, anchors, settings)
@@ -206,16 +211,15 @@ def _mean_trust(
     anchors: Mapping[str, PriorAnchor],
     weights: Mapping[str, float],
     settings: BPGOSettings,
-    agreement: Mapping[str, Float[Tensor, "prompts group 2"]],
+    icc: Mapping[str, Float[Tensor, "prompts"]],
 ) -> Float[Tensor, "prompts"]:
     by_name = {}
     for name, rewards in rewards_by_name.items():
-        prior, scale, icc = None, None, None
-        if settings.own_trust == "reliability":
-            icc = consistency(agreement[name])
-        else:
+        prior, scale = None, None
+        if settings.own_trust != "reliability":
             prior, scale = _prior_and_scale(anchors[name], rewards, settings)
-        by_name[name] = TRUSTS[settings.own_trust](Evidence(rewards.double(), prior, scale, icc), settings)
+        evidence = Evidence(rewards.double(), prior, scale, icc.get(name))
+        by_name[name] = TRUSTS[settings.own_trust](evidence, settings)
     return torch.stack([weights[name] * w for name, w in by_name.items()]).sum(dim=0) / sum(weights.values())
 
 
@@ -282,9 +286,9 @@ def _check_anchors(
             )
 
 
-def _check_second(rewards_by_name: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+def _check_agreement(rewards_by_name: Mapping[str, Tensor], icc: Mapping[str, Tensor]) -> None:
     for name in rewards_by_name:
-        if name not in second:
+        if name not in icc:
             raise ValueError(f"reward {name!r} was scored once: trust 'reliability' compares two scorings of it")
-        if not bool(second[name].isfinite().all()):
-            raise ValueError(f"reward {name!r} has second scores that are not finite")
+        if not bool(icc[name].isfinite().all()):
+            raise ValueError(f"reward {name!r} has an ICC that is not finite")

@@ -7,7 +7,6 @@ Every number has one home: batch, optimiser and schedule here; ZeRO, precision a
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -19,14 +18,11 @@ from bpgo_video.learner_config import (
     BPGOConfig,
     CreditConfig,
     PriorConfig,
+    ReliabilityConfig,
     RewardConfig,
-    aggregate_rules,
-    broken_rules,
 )
 from bpgo_video.paths import SHARD_CACHE
 from bpgo_video.run_config import EmaConfig, RunConfig
-
-REWARD_NAME = re.compile(r"[\w:-][\w.:-]*")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -142,7 +138,10 @@ class LossConfig:
     ratio: Literal["plain", "guard"] = "plain"
     """`guard` centres the log ratio and gives it one scale at every noise level (GRPO-Guard)."""
     kl_weight: NonNegative = 0.0
-    """Weight of the divergence from the starting policy (adapters off, or a frozen copy); 0 keeps no reference."""
+    """Weight of the divergence from a reference policy; 0 keeps none."""
+    kl_reference: Literal["start", "ema", "previous"] = "start"
+    """Which: the starting policy (adapters off, or a frozen copy), the average of the weights (`ema.decay`), or the
+    policy that sampled the rollout."""
     kl_space: Literal["velocity", "mean"] = "velocity"
     """Where the divergence is measured: between velocities, or between the means of transitions, over their std."""
     step_weights: Literal["none", "flash", "longcat", "guard", "tempflow"] = "none"
@@ -217,6 +216,7 @@ class Config:
     prior: PriorConfig = PriorConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     credit: CreditConfig = CreditConfig()
+    reliability: ReliabilityConfig = ReliabilityConfig()
     bpgo: BPGOConfig = BPGOConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -231,81 +231,3 @@ class Config:
 
 class ConfigError(ValueError):
     """The configuration breaks a rule; the message says which one and what to do."""
-
-
-def check(config: Config) -> None:
-    """The rules that tie several keys together.
-
-    Raises:
-        ConfigError: states the values, the rule and the way out.
-    """
-    if not any(reward.weight > 0 for reward in config.rewards.values()):
-        raise ConfigError("a policy is trained on at least one reward of weight above 0; rewards has none")
-    for name in (*config.rewards, *config.evaluation.rewards):
-        if not REWARD_NAME.fullmatch(name):
-            raise ConfigError(f"reward name {name!r} must consist of letters, digits and any of . : _ -")
-    for section, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
-        for message in aggregate_rules(section, rewards):
-            raise ConfigError(message)
-    rollout = config.rollout
-    for message in broken_rules(
-        config.prior,
-        config.advantage,
-        config.credit,
-        config.bpgo,
-        config.rewards,
-        prompts_per_step=rollout.prompts_per_step,
-        group_size=rollout.group_size,
-        objective=config.loss.objective,
-    ):
-        raise ConfigError(message)
-    if config.sampler.name == "cps" and config.sampler.eta > 1:
-        raise ConfigError(f"sampler.eta is {config.sampler.eta}; cps takes values up to 1")
-    if config.sampler.share_steps == "group" and rollout.group_size % rollout.micro_batch_size:
-        raise ConfigError(
-            "sampler.share_steps is 'group', which gives each prompt its own trained steps, but "
-            f"rollout.micro_batch_size {rollout.micro_batch_size} mixes prompts of group_size {rollout.group_size}; "
-            "set it to a divisor of that"
-        )
-    trained = config.sampler.trained_count
-    if config.optim.updates_per_rollout > trained:
-        raise ConfigError(
-            f"optim.updates_per_rollout is {config.optim.updates_per_rollout}, but {trained} of "
-            f"{config.sampler.num_steps} denoising steps are trained and each update needs one of its own; lower it to "
-            f"{trained}, or train more steps"
-        )
-    if config.evaluation.weights == "ema" and config.ema.decay == 0:
-        raise ConfigError(
-            "evaluation.weights is 'ema' with ema.decay = 0, which keeps no average; set ema.decay (0.99 forgets an "
-            "update after some hundred), or evaluate the 'raw' weights"
-        )
-    leaked = set(config.rewards) & set(config.evaluation.rewards)
-    if leaked:
-        raise ConfigError(
-            f"{sorted(leaked)} are in rewards and in evaluation.rewards; use two names to train on "
-            "a reward and also report it on held-out prompts"
-        )
-
-
-def check_world(config: Config, world_size: int) -> None:
-    """Every rank gets the same whole number of micro-batches.
-
-    Raises:
-        ConfigError: names the numbers and the nearest ones that work.
-    """
-    rollout, sequence = config.rollout, config.parallel.sequence
-    if world_size % sequence:
-        raise ConfigError(
-            f"parallel.sequence is {sequence}, which does not divide {world_size} ranks into groups; it can be one of "
-            f"{[size for size in range(1, world_size + 1) if world_size % size == 0]}"
-        )
-    samples = rollout.prompts_per_step * rollout.group_size
-    groups = world_size // sequence
-    unit = groups * rollout.micro_batch_size
-    if samples % unit:
-        raise ConfigError(
-            f"prompts_per_step x group_size = {rollout.prompts_per_step} x {rollout.group_size} = {samples} samples "
-            f"do not divide into {groups} {'ranks' if sequence == 1 else 'sequence groups'} x micro_batch_size "
-            f"{rollout.micro_batch_size} = {unit}; change one of them so that the samples are a multiple (for example "
-            f"{max(unit, samples - samples % unit)})"
-        )

@@ -18,7 +18,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from bpgo_video import config as tree_of_config
-from bpgo_video.config import Config, ConfigError, check
+from bpgo_video.config import Config, ConfigError
+from bpgo_video.config_rules import check
 
 
 def _known_keys(path: Sequence[Any]) -> list[str]:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bpgo_video.bpgo import GroupAdvantages
+from bpgo_video.estimation import estimate_advantages
 from bpgo_video.metrics import reduce_metrics
 from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.heartbeat import Heartbeat
@@ -28,7 +29,7 @@ from bpgo_video.randomness import keyed_noise
 from bpgo_video.replay import Objective, Setting, optimise
 from bpgo_video.rollout import rows_of, training_denoiser
 from bpgo_video.session import Session
-from bpgo_video.trainer import Stopwatch, estimate_advantages, sample_and_score
+from bpgo_video.trainer import Stopwatch, sample_and_score
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
 ODE_BOUND = 1e-4  # of latents of unit size, in fp32

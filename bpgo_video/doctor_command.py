@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bpgo_video import engine
-from bpgo_video.config import Config, check_world
+from bpgo_video.config import Config
 from bpgo_video.config_io import load_config
+from bpgo_video.config_rules import check_world
 from bpgo_video.doctor import diagnose
 from bpgo_video.launch import launched
 from bpgo_video.parallel.heartbeat import Heartbeat

@@ -65,7 +65,7 @@ class AdvantageConfig:
     drop_zero_std: bool = False
     """Take the loss's mean over the groups whose rewards differ, not over all."""
     best_of: Positive | None = None
-    """Train on the n best and the n worst samples of each group only; all samples are replayed all the same."""
+    """Train on the n best and the n worst samples of each group only; the others are not replayed."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -77,6 +77,17 @@ class CreditConfig:
     its group, with the video's advantage as their mean. It needs a reward that scores frames."""
     gamma: NonNegative = 0.5
     """`segment`: how much of a frame's own standing counts; at 0 every latent frame has the video's advantage."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ReliabilityConfig:
+    """Trust `reliability`: how often videos are scored a second time."""
+
+    rescore_below: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """A prompt is scored twice while its last ICC by any reward lies below this; where it is not, its last ICC counts.
+    1 scores every prompt twice."""
+    rescore_every: Positive = 5
+    """Each so many times that a prompt comes up it is scored twice all the same."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,7 +1,7 @@
-"""How far is the policy from where it started? The starting policy's velocity, and the divergence from it.
+"""How far is the policy from a reference? The reference's velocity, and the divergence from it.
 
 Under LoRA the starting policy is the same module with its adapters switched off. With all weights trained it is a
-frozen copy, sharded like the policy under ZeRO-3.
+frozen copy, sharded like the policy under ZeRO-3. The average of the weights is the same module with other values.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bpgo_video.ema import EMA
 from bpgo_video.policies import Policy
 from bpgo_video.rollout import Denoiser
 from bpgo_video.sde import Transition
@@ -22,12 +23,13 @@ from bpgo_video.types import Conditioning, Latents, Velocity
 
 @runtime_checkable
 class Reference(Protocol):
-    """The starting policy."""
+    """Another policy."""
 
     def velocity(
         self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
     ) -> Velocity:
-        """What the denoiser would find with the starting policy; no gradient."""
+        """What the denoiser would find with that policy; no gradient. Asked before the policy's own forward, whose
+        weights have to stay as they are until its backward."""
         ...
 
 
@@ -59,6 +61,20 @@ class FrozenCopy:
         self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
     ) -> Velocity:
         return replace(denoiser, policy=self.policy).velocity(latents, index, conditioning, negative)
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The trained module itself, computing with the average of its weights for the forward."""
+
+    ema: EMA
+
+    @torch.no_grad()
+    def velocity(
+        self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
+    ) -> Velocity:
+        with self.ema.weights():
+            return denoiser.velocity(latents, index, conditioning, negative)
 
 
 def velocity_divergence(

@@ -16,8 +16,8 @@ from bpgo_video.config import Config
 from bpgo_video.losses import Move, TrustRegion, bpgo_loss
 from bpgo_video.policies import Policy
 from bpgo_video.reference import DIVERGENCES, Divergence, Reference
-from bpgo_video.rollout import Denoiser, rows_of, training_denoiser, trust_region
-from bpgo_video.steps import split_updates, step_weights
+from bpgo_video.rollout import Denoiser, pulls_to_previous, rows_of, training_denoiser, trust_region
+from bpgo_video.steps import flash_weight, split_updates, step_weights
 from bpgo_video.types import Conditioning, Loss, PromptBatch, Trajectory
 
 
@@ -97,11 +97,32 @@ class StepWeights:
 
 @dataclass(frozen=True)
 class ReferenceAnchor:
-    """A pull towards the starting policy: weight x divergence is added to the loss."""
+    """A pull towards another policy: weight x divergence is added to the loss."""
 
     reference: Reference
     divergence: Divergence
     weight: float
+
+
+@dataclass(frozen=True)
+class PreviousAnchor:
+    """A pull towards the policy that sampled: it asks for no forward, as the rollout recorded its transitions' means.
+
+    Attributes:
+        scale: by step, what makes the transitions' divergence one of velocities, or 1 for the means'.
+    """
+
+    weight: float
+    scale: tuple[float, ...]
+
+    @classmethod
+    def of(cls, weight: float, space: str, denoiser: Denoiser) -> PreviousAnchor:
+        """|v - v_old|^2 = 2 divergence / lambda^2, lambda = |d mean / d v| / std: means are linear in velocities."""
+        if space == "mean":
+            return cls(weight, (1.0,) * (len(denoiser.steps) - 1))
+        sampler = sde.SAMPLERS[denoiser.sampler]
+        inverse = (float(flash_weight(sampler, step, denoiser.eta)) for step in denoiser.steps[:-1])
+        return cls(weight, tuple(2 * one**2 for one in inverse))
 
 
 @dataclass(frozen=True)
@@ -117,6 +138,7 @@ class Replay:
     weights: StepWeights
     device: torch.device
     anchor: ReferenceAnchor | None = None
+    previous: PreviousAnchor | None = None
 
     def passes(self, trajectory: Trajectory) -> Sequence[int]:
         return trajectory.trained_steps
@@ -130,22 +152,27 @@ class Replay:
         # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
         latents = trajectory.latents[:, index].to(device).detach().requires_grad_()
         conditioning = rows_of(self.prompts.conditioning, rows, device)
+        reference = None
+        if self.anchor is not None:
+            reference = self.anchor.reference.velocity(self.denoiser, latents, index, conditioning, self.negative)
         velocity = self.denoiser.velocity(latents, index, conditioning, self.negative)
+        move = self._move(trajectory, index, self.denoiser.transition_of(velocity, latents, index))
         loss = bpgo_loss(
-            move=self._move(trajectory, index, self.denoiser.transition_of(velocity, latents, index)),
+            move=move,
             advantage=own.advantage,
             contrastive=own.contrastive,
             trust=own.trust,
             zeta=self.zeta,
             region=self.region,
         )
-        weight = self.weights.by_step[index]
-        value, metrics = weight * loss.value, loss.metrics
-        if self.anchor is not None:
-            start = self.anchor.reference.velocity(self.denoiser, latents, index, conditioning, self.negative)
+        value, metrics = self.weights.by_step[index] * loss.value, dict(loss.metrics)
+        if self.anchor is not None and reference is not None:
             transition_of = partial(self.denoiser.transition_of, latents=latents, index=index)
-            divergence = self.anchor.divergence(velocity, start, transition_of).mean()
-            value, metrics = value + self.anchor.weight * divergence, {**metrics, "kl": divergence.detach()}
+            divergence = self.anchor.divergence(velocity, reference, transition_of).mean()
+            value, metrics["kl"] = value + self.anchor.weight * divergence, divergence.detach()
+        if self.previous is not None and move.divergence is not None:
+            divergence = self.previous.scale[index] * move.divergence.mean()
+            value, metrics["kl"] = value + self.previous.weight * divergence, divergence.detach()
         return Loss(value, metrics)
 
     @staticmethod
@@ -171,6 +198,9 @@ def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -
     anchor = None
     if setting.reference is not None:
         anchor = ReferenceAnchor(setting.reference, DIVERGENCES[config.loss.kl_space], config.loss.kl_weight)
+    previous = None
+    if pulls_to_previous(config):
+        previous = PreviousAnchor.of(config.loss.kl_weight, config.loss.kl_space, denoiser)
     return Replay(
         denoiser=denoiser,
         prompts=setting.prompts,
@@ -181,6 +211,7 @@ def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -
         weights=StepWeights.of(config.loss.step_weights, denoiser),
         device=setting.device,
         anchor=anchor,
+        previous=previous,
     )
 
 

@@ -13,6 +13,7 @@ from bpgo_video.diagnosis import diagnose
 from bpgo_video.heldout import HeldoutScores, shown_rows, stderr
 from bpgo_video.metrics import METRICS_FILE, read_metrics
 from bpgo_video.report import write_report
+from bpgo_video.rescoring import Agreements
 from bpgo_video.running_priors import RunningRewards
 from bpgo_video.session import Session
 from bpgo_video.summary import summary_table
@@ -31,6 +32,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))
     heldout_before: dict[str, list[list[float]]] | None = None
     running_rewards: RunningRewards = field(default_factory=dict)
+    agreements: Agreements = field(default_factory=dict)
 
 
 def shown_videos(session: Session, folder: Path) -> list[tuple[Path, str]]:

@@ -125,10 +125,15 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
         guidance_scale=sampler.guidance_scale,
         latents_dtype=LATENTS_DTYPES[sampler.latents_dtype],
         solver=sampler.solver,
-        records_means=trust_region(config).needs_means,
+        records_means=trust_region(config).needs_means or pulls_to_previous(config),
         records_path=config.loss.objective == "policy_gradient",
         records_frames=config.credit.kind == "segment",
     )
+
+
+def pulls_to_previous(config: Config) -> bool:
+    """Whether the loss compares the policy with the one that sampled."""
+    return config.loss.kl_weight > 0 and config.loss.kl_reference == "previous"
 
 
 def trust_region(config: Config) -> TrustRegion:

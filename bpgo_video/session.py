@@ -32,7 +32,7 @@ from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.priors import STORED
-from bpgo_video.reference import FrozenCopy, Reference, WithoutAdapters
+from bpgo_video.reference import Averaged, FrozenCopy, Reference, WithoutAdapters
 from bpgo_video.replay import Followed, Learner
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.suite import RewardSuite
@@ -218,11 +218,14 @@ def gathers_for_rollout(config: Config, engine: engines.Engine, mesh: Mesh) -> b
 
 
 def build_reference(
-    config: Config, engine: engines.Engine, ds_config: Mapping[str, Any], mesh: Mesh
+    config: Config, engine: engines.Engine, ds_config: Mapping[str, Any], mesh: Mesh, ema: EMA | None
 ) -> Reference | None:
-    """The starting policy, where the loss asks for it."""
-    if config.loss.kl_weight == 0:
+    """The policy that the loss pulls to, where it is another than the one that sampled."""
+    if config.loss.kl_weight == 0 or config.loss.kl_reference == "previous":
         return None
+    if config.loss.kl_reference == "ema":
+        assert ema is not None  # config_rules refuses this reference without an average
+        return Averaged(ema)
     if config.policy.lora.rank:
         return WithoutAdapters(engine.module)
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config), components=(TRAINED,))
@@ -258,6 +261,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     if heldout is not None:
         heldout = conditioned(heldout, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
     engine = build_engine(config, policy, ds_config, mesh)
+    ema = EMA(engine.masters, config.ema) if config.ema.decay else None
     return Session(
         config=config,
         mesh=mesh,
@@ -270,6 +274,6 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         learner=BPGOSettings(**vars(config.bpgo)),
         advantages=AdvantageSettings(**vars(config.advantage), clip=config.loss.advantage_clip),
         gathers_for_rollout=gathers_for_rollout(config, engine, mesh),
-        reference=build_reference(config, engine, ds_config, mesh),
-        ema=EMA(engine.masters, config.ema) if config.ema.decay else None,
+        reference=build_reference(config, engine, ds_config, mesh, ema),
+        ema=ema,
     )

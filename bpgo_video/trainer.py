@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from bpgo_video import engine
-from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
-from bpgo_video.config import Config, check_world
+from bpgo_video.bpgo import GroupAdvantages
+from bpgo_video.config import Config
 from bpgo_video.config_io import load_config
-from bpgo_video.credit import FrameLayout, segment_credit
+from bpgo_video.config_rules import check_world
+from bpgo_video.estimation import Memory, estimate_advantages, to_be_scored
 from bpgo_video.heldout import HeldoutScores, evaluate
 from bpgo_video.launch import launched
 from bpgo_video.metrics import RunLog, reduce_metrics
@@ -24,14 +23,13 @@ from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
-from bpgo_video.priors import PRIORS, RUNNING, Seen
 from bpgo_video.replay import Setting, optimise
 from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
-from bpgo_video.running_priors import RunningRewards, updated
 from bpgo_video.saving import export, resume, save
+from bpgo_video.selection import worth_replaying
 from bpgo_video.session import Session, build_session, check_inputs
 from bpgo_video.stopping import Request, StopRequests
 from bpgo_video.timesteps import step_metrics, step_sums
@@ -115,49 +113,18 @@ def sample_and_score(
     return trajectories, rewards
 
 
-def estimate_advantages(
-    session: Session, prompts: PromptBatch, rewards: Rewards, running: RunningRewards | None = None
-) -> GroupAdvantages:
-    """Group-relative advantages, trust and anchored renormalisation: the same numbers on every rank.
-
-    Args:
-        running: averages of the batches before this one; this batch goes into them after use.
-    """
-    prior, suite = session.config.prior, session.suite
-    running = {} if running is None else running
-    by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
-    images = suite.score_images(prompts, session.mesh) if prior.kind == "first_frame" else {}
-    seen = Seen(prompts, suite.versions, by_name, running, {name: scores.cpu() for name, scores in images.items()})
-    anchors = PRIORS[prior.kind](prior, seen) if session.learner.needs_prior else {}
-    second = {name: scores.cpu() for name, scores in rewards.second.items()}
-    by_frame = credit_by_frame(session, rewards)
-    advantages = bpgo_advantages(by_name, anchors, suite.weights, session.learner, session.advantages, second, by_frame)
-    if prior.kind in RUNNING:
-        running |= updated(running, prompts.ids.tolist(), by_name, prior.decay, prior.scale)
-    return advantages
-
-
-def credit_by_frame(session: Session, rewards: Rewards) -> Float[Tensor, "prompts group latent_frames"] | None:
-    """What each latent frame adds to its video's advantage, where frames are credited."""
-    credit, video = session.config.credit, session.config.video
-    if credit.kind == "video":
-        return None
-    later_latents = session.policy.latent_shape(video)[1] - 1
-    stride = (video.num_frames - 1) // later_latents if later_latents else 1
-    per_frame = {name: scores.cpu() for name, scores in rewards.per_frame.items()}
-    layout = FrameLayout(video.num_frames, video.fps, stride)
-    return segment_credit(per_frame, rewards.frame_times, session.suite.weights, layout, credit.gamma)
-
-
 def train_step(
-    session: Session, prompts: PromptBatch, step: int, heartbeat: Heartbeat, running: RunningRewards | None = None
+    session: Session, prompts: PromptBatch, step: int, heartbeat: Heartbeat, memory: Memory | None = None
 ) -> dict[str, float]:
     """One rollout and its updates; the step's record."""
-    config, watch = session.config, Stopwatch(heartbeat, step)
+    config, watch, memory = session.config, Stopwatch(heartbeat, step), memory or Memory()
+    prompts = to_be_scored(session, prompts, memory)
     trajectories, rewards = sample_and_score(session, prompts, step, watch)
-    advantages = estimate_advantages(session, prompts, rewards, running)
+    advantages = estimate_advantages(session, prompts, rewards, memory)
     learning_rate = session.engine.learning_rate
     with watch.phase("update"):
+        if config.advantage.best_of is not None:
+            trajectories, advantages = without_the_average(session, trajectories, advantages)
         setting = Setting(session.policy, config, prompts, session.prompts.negative, session.reference)
         objective = OBJECTIVES[config.loss.objective](setting, advantages, step)
         update = optimise(session.updates, objective, trajectories, config.optim.updates_per_rollout)
@@ -173,6 +140,15 @@ def train_step(
         "seconds/reward_work": watch.reward_work,
         "seconds": watch.total,
     }
+
+
+def without_the_average(
+    session: Session, trajectories: list[Trajectory], advantages: GroupAdvantages
+) -> tuple[list[Trajectory], GroupAdvantages]:
+    """The samples that train, and their advantages for a loss that is the mean over fewer of them."""
+    apart = session.config.sampler.share_steps == "group"
+    kept = worth_replaying(trajectories, advantages.trains, apart, session.mesh)
+    return kept, advantages.times(len(kept) / len(trajectories))
 
 
 def evaluate_heldout(session: Session, videos_to: Path | None = None) -> HeldoutScores | None:
@@ -255,11 +231,12 @@ def run_steps(
     """
     config = session.config
     batches = session.batches(progress.position)
+    memory = Memory(progress.running_rewards, progress.agreements)
     after = None
     with RunLog(run_dir, config.wandb, config.run.num_steps, progress.step, vars(config)) as log:
         for step in range(progress.step, config.run.num_steps):
             prompts, position = next(batches)
-            record = train_step(session, prompts, step, heartbeat, progress.running_rewards)
+            record = train_step(session, prompts, step, heartbeat, memory)
             advance(progress, record, position, session)
             last = step + 1 == config.run.num_steps
             every = config.evaluation.every

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Conditioning = Mapping[str, Tensor]  # what the policy's transformer is conditioned on; axis 0 is the prompt or sample
@@ -52,6 +53,7 @@ class PromptBatch:
         ids: unique 64-bit integers.
         priors: a reward's name -> its anchor.
         images: what image-to-video starts from, RGB in [0, 1] at the video's size, where the prompts have images.
+        twice: whose videos are scored by the second models, too, where there are any; None for all.
     """
 
     ids: Int[Tensor, "prompts"]
@@ -59,6 +61,7 @@ class PromptBatch:
     conditioning: Conditioning
     priors: Mapping[str, PriorAnchor] = field(default_factory=dict)
     images: Float[Tensor, "prompts 3 height width"] | None = None
+    twice: Bool[Tensor, "prompts"] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -91,8 +94,9 @@ class Trajectory:
 
     def to(self, device: torch.device) -> Trajectory:
         """The same with its latents, log-probs and means there; indices stay where they are."""
-        means = None if self.means is None else self.means.to(device)
-        return replace(self, latents=self.latents.to(device), log_probs=self.log_probs.to(device), means=means)
+        optional = {"means": self.means, "frame_log_probs": self.frame_log_probs}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in optional.items() if tensor is not None}
+        return replace(self, latents=self.latents.to(device), log_probs=self.log_probs.to(device), **moved)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ class Rewards:
         total: their weighted sum, for logs; advantages are estimated per reward.
         per_frame: each model's score per sampled frame, oriented alike.
         frame_times: seconds of those frames; None where a model scores videos as a whole.
-        second: the videos' scores by the second models, oriented alike; empty where none are used.
+        second: the videos' scores by the second models, oriented alike, nan where a prompt was scored once; empty where
+            none are used.
     """
 
     by_name: Mapping[str, Float[Tensor, "prompts group"]]

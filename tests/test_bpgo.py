@@ -21,7 +21,7 @@ from bpgo_video.bpgo_forms import (
 from bpgo_video.bpgo_metrics import trust_histogram
 from bpgo_video.bpgo_settings import BPGOSettings
 from bpgo_video.losses import Move, TrustRegion, bpgo_loss
-from bpgo_video.reliability import reliability_trust
+from bpgo_video.reliability import consistency, reliability_trust
 from bpgo_video.types import PriorAnchor
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)  # mean 3, variance (4 + 1 + 0 + 9)/3 = 14/3
@@ -206,15 +206,14 @@ def test_trust_in_reliability_needs_two_scorings_and_no_anchor():
     settings = BPGOSettings(trust="reliability", zeta=0.0)
     rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 1.0, 2.0, 3.0]])
     second = torch.tensor([[2.0, 3.0, 4.0, 7.0], [3.0, 2.0, 1.0, 0.0]])  # the same but for a shift; the reverse
-    result = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, second={"clip": second})
+    icc = {"clip": consistency(torch.stack([rewards, second], dim=2))}
+    result = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, icc=icc)
     assert result.trust.tolist() == pytest.approx([1.5, 0.5])
     assert torch.equal(result.advantage, group_relative(rewards))
-    # pooled: covariances 14/3 and -5/3 over variances 14/3 and 5/3
-    assert result.metrics["icc/clip"].item() == pytest.approx((14 - 5) / (14 + 5))
     with pytest.raises(ValueError, match=r"'clip' was scored once.*reliability"):
         bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
-    with pytest.raises(ValueError, match=r"'clip' has second scores that are not finite"):
-        bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, second={"clip": second / 0})
+    with pytest.raises(ValueError, match=r"'clip' has an ICC that is not finite"):
+        bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, icc={"clip": icc["clip"] / 0})
     icc = torch.tensor([0.9, 0.4, -0.3])
     assert reliability_trust(icc, 0.5).tolist() == pytest.approx([1.4, 0.9, 0.5])
     assert reliability_trust(icc, 0.5, centre=True).tolist() == pytest.approx([1.4667, 0.9667, 0.5667], abs=1e-4)
@@ -254,7 +253,8 @@ ADVANTAGE_SETTINGS = st.builds(
 
 def scored_twice(rewards, second, prior, settings, advantage, scale=1.0):
     anchors, weights = {"clip": anchor(prior, scale)}, {"clip": 1.0}
-    return bpgo_advantages({"clip": rewards}, anchors, weights, settings, advantage, {"clip": second})
+    icc = consistency(torch.stack([rewards, second], dim=2))
+    return bpgo_advantages({"clip": rewards}, anchors, weights, settings, advantage, {"clip": icc})
 
 
 @settings(deadline=None)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bpgo_video.config import ConfigError, check_world
+from bpgo_video.config import ConfigError
 from bpgo_video.config_io import config_from_dict, load_config, read_yaml, to_yaml
+from bpgo_video.config_rules import check_world
 from bpgo_video.engine import read_ds_config
 from tests.recipes import RECIPE, ROOT
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bpgo_video import session
-from bpgo_video.config import Config, ConfigError, check_world
+from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import to_yaml
+from bpgo_video.config_rules import check_world
 from bpgo_video.data.prior_files import PriorError, write_priors
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.parallel.mesh import Mesh

@@ -8,10 +8,11 @@ import torch
 from bpgo_video.advantages import AdvantageSettings
 from bpgo_video.bpgo import bpgo_advantages
 from bpgo_video.bpgo_settings import BPGOSettings
-from bpgo_video.learner_config import CreditConfig, PriorConfig
+from bpgo_video.estimation import Memory, estimate_advantages, to_be_scored
+from bpgo_video.learner_config import BPGOConfig, CreditConfig, PriorConfig, ReliabilityConfig
 from bpgo_video.priors import PRIORS, Seen
+from bpgo_video.reliability import consistency, pooled_consistency
 from bpgo_video.session import Session
-from bpgo_video.trainer import estimate_advantages
 from bpgo_video.types import PromptBatch, Rewards
 
 PROMPTS = PromptBatch(torch.tensor([4, 9]), ("first", "second"), {})
@@ -25,10 +26,15 @@ def rewards_of(seed: int, second: bool = False) -> Rewards:
     )
 
 
-def session(learner: BPGOSettings, prior: PriorConfig) -> Session:
+TWICE = ReliabilityConfig()
+
+
+def session(learner: BPGOSettings, prior: PriorConfig, reliability: ReliabilityConfig = TWICE) -> Session:
     """The parts that advantages are estimated with, and no others."""
     parts = {
-        "config": SimpleNamespace(prior=prior, credit=CreditConfig()),
+        "config": SimpleNamespace(
+            prior=prior, credit=CreditConfig(), bpgo=BPGOConfig(trust=learner.trust), reliability=reliability
+        ),
         "suite": SimpleNamespace(versions={"clip": "v1"}, weights={"clip": 1.0}),
         "learner": learner,
         "advantages": AdvantageSettings(),
@@ -41,11 +47,12 @@ def session(learner: BPGOSettings, prior: PriorConfig) -> Session:
 
 @pytest.mark.parametrize("kind", ["ema", "global"])
 def test_a_running_prior_sees_the_batches_before_and_not_this_one(kind: str) -> None:
-    prior, settings, running = PriorConfig(kind=kind), BPGOSettings(), {}
+    prior, settings, memory = PriorConfig(kind=kind), BPGOSettings(), Memory()
+    running = memory.running_rewards
     for seed in range(3):
         rewards = rewards_of(seed)
         before = {name: dict(values) for name, values in running.items()}
-        found = estimate_advantages(session(settings, prior), PROMPTS, rewards, running)
+        found = estimate_advantages(session(settings, prior), PROMPTS, rewards, memory)
         anchors = PRIORS[kind](prior, Seen(PROMPTS, {"clip": "v1"}, rewards.by_name, before))
         expected = bpgo_advantages(rewards.by_name, anchors, {"clip": 1.0}, settings)
         assert torch.equal(found.trust, expected.trust)
@@ -55,16 +62,37 @@ def test_a_running_prior_sees_the_batches_before_and_not_this_one(kind: str) -> 
 
 
 def test_a_prior_that_follows_nothing_keeps_no_averages() -> None:
-    running = {}
-    estimate_advantages(session(BPGOSettings(), PriorConfig(kind="constant")), PROMPTS, rewards_of(0), running)
-    assert running == {}
+    memory = Memory()
+    estimate_advantages(session(BPGOSettings(), PriorConfig(kind="constant")), PROMPTS, rewards_of(0), memory)
+    assert memory == Memory()
 
 
 def test_second_scores_reach_the_trust() -> None:
     settings = BPGOSettings(trust="reliability", zeta=0.0)
     rewards = rewards_of(3, second=True)
     found = estimate_advantages(session(settings, PriorConfig(kind="none")), PROMPTS, rewards)
-    expected = bpgo_advantages(rewards.by_name, {}, {"clip": 1.0}, settings, second=rewards.second)
+    icc = consistency(torch.stack([rewards.by_name["clip"], rewards.second["clip"]], dim=2))
+    expected = bpgo_advantages(rewards.by_name, {}, {"clip": 1.0}, settings, icc={"clip": icc})
     assert torch.equal(found.trust, expected.trust)
     assert found.trust.std() > 0
     assert "icc/clip" in found.metrics
+
+
+def test_a_prompt_that_agreed_is_scored_once_and_its_last_icc_counts() -> None:
+    learner, memory = BPGOSettings(trust="reliability", zeta=0.0), Memory()
+    own = session(learner, PriorConfig(kind="none"), ReliabilityConfig(rescore_below=0.5, rescore_every=3))
+    first = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    again = torch.stack([first[0] + 3.0, -first[1]])  # prompt 4 agrees with itself, prompt 9 is reversed
+    asked, trusts = [], []
+    for _ in range(4):
+        prompts = to_be_scored(own, PROMPTS, memory)
+        asked.append(prompts.twice.tolist())
+        second = again.masked_fill(~prompts.twice[:, None], torch.nan)
+        rewards = Rewards({"clip": first}, first, {"clip": first[..., None]}, {"clip": None}, {"clip": second})
+        found = estimate_advantages(own, prompts, rewards, memory)
+        trusts.append(found.trust.tolist())
+        pairs = torch.stack([first, again], dim=2)[prompts.twice]
+        assert found.metrics["icc/clip"].item() == pytest.approx(float(pooled_consistency(pairs)), rel=1e-5)
+    assert asked == [[True, True], [False, True], [False, True], [True, True]]
+    assert trusts == [pytest.approx([1.5, 0.5])] * 4
+    assert to_be_scored(session(BPGOSettings(), PriorConfig()), PROMPTS, memory).twice is None

@@ -196,6 +196,27 @@ def test_before_any_update_the_starting_policy_is_the_policy_itself(own_policy: 
     assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0
 
 
+@pytest.mark.parametrize("space", ["velocity", "mean"])
+def test_the_pull_towards_the_policy_that_sampled_asks_for_no_forward(
+    own_policy: Policy, recipe: Config, space: str
+) -> None:
+    """The recorded means give what a frozen copy would: the divergence of velocities, or of the means."""
+    settings = {"kl_weight": 2.0, "kl_space": space}
+    start = load_policy(recipe.policy.folder, max_sequence_length=16)
+    objective, trajectories = rollout(own_policy, recipe, loss={**settings, "kl_reference": "previous"})
+    assert float(objective.loss(trajectories[0], 1).metrics["kl"]) == 0.0
+    with torch.no_grad():
+        for parameter in own_policy.transformers["transformer"].proj_out.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    copied, _ = rollout(own_policy, recipe, FrozenCopy(start), loss=settings)
+    weight = next(own_policy.transformers["transformer"].proj_out.parameters())
+    for index in (0, 2):
+        found, expected = (one.loss(trajectories[0], index) for one in (objective, copied))
+        torch.testing.assert_close(found.metrics["kl"], expected.metrics["kl"], rtol=1e-4, atol=0)
+        gradients = [torch.autograd.grad(loss.value, weight)[0] for loss in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
 def test_adapters_are_off_for_the_reference_alone(own_policy: Policy, recipe: Config) -> None:
     module = own_policy.transformers["transformer"]
     add_lora(module, LoraConfig(rank=4), seed=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,9 @@ def test_videos_are_scored_again_by_other_options_where_asked() -> None:
     rewards = twice.gather([twice.score(chunk_of(videos), PROMPTS)], PROMPTS, 2, MESH)
     torch.testing.assert_close(rewards.by_name["row"], torch.tensor([[-0.1, -0.4], [-0.1, -0.1]]))
     torch.testing.assert_close(rewards.second["row"], torch.tensor([[-0.1, -1.0], [-0.1, -0.1]]))
+    some = replace(PROMPTS, twice=torch.tensor([True, False]))
+    partly = twice.gather([twice.score(chunk_of(videos), some)], some, 2, MESH).second["row"]
+    torch.testing.assert_close(partly, torch.tensor([[-0.1, -1.0], [torch.nan] * 2]), equal_nan=True)
     once = suite(row=config)
     assert not once.gather([once.score(chunk_of(videos), PROMPTS)], PROMPTS, 2, MESH).second
 
@@ -87,7 +91,7 @@ def test_a_nan_names_reward_prompt_and_sample() -> None:
 
 
 def test_a_wrong_shape_is_named() -> None:
-    with pytest.raises(RewardError, match=r"'row' returned the shape \(4, 0\)"):
+    with pytest.raises(RewardError, match=r"'row' on samples 0, 1 of prompt 'first'.* returned the shape \(4, 0\)"):
         suite(row=own("Row", options={"columns": 0})).score(chunk_of(torch.zeros(4, 3, 3, 2, 2)), PROMPTS)
 
 

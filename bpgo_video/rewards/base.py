@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bpgo_video.types import Videos
@@ -42,6 +42,11 @@ class Clips:
     def times(self) -> Float[Tensor, "frames"]:
         """Seconds of each frame from the first."""
         return torch.arange(self.videos.shape[1], dtype=torch.float64) / self.fps
+
+    def of(self, rows: Int[Tensor, "rows"]) -> Clips:
+        """Some of the videos; what was found for all is not known of them."""
+        images = None if self.images is None else self.images[rows]
+        return Clips(self.videos[rows], self.fps, tuple(self.texts[row] for row in rows.tolist()), images)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, or what it gave for these clips before: rewards on one network share features by their key."""

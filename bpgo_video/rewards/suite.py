@@ -119,13 +119,14 @@ def _options(options: Mapping[str, Any], given: Mapping[str, Any], factory: Call
 class ScoredChunk:
     """What a rank's videos of one chunk earned: oriented scores by reward name, and whose they are.
 
-    `second` holds the second models' scores, by the names of the rewards that have one.
+    `second` holds the videos' scores by the second models, nan where those were not asked, by the names of the rewards
+    that have one.
     """
 
     prompt_rows: Int[Tensor, "samples"]
     sample_index: Int[Tensor, "samples"]
     scores: Mapping[str, FrameScores]
-    second: Mapping[str, FrameScores] = field(default_factory=dict)
+    second: Mapping[str, Float[Tensor, "samples"]] = field(default_factory=dict)
 
 
 class RewardSuite:
@@ -180,17 +181,21 @@ class RewardSuite:
         images = None if prompts.images is None else prompts.images[rows].to(chunk.videos.device)
         clips = Clips(chunk.videos, self.fps, tuple(prompts.texts[row] for row in rows.tolist()), images)
 
-        def scores(name: str, reward: Reward, model: RewardModel) -> FrameScores:
-            call = Call(name, reward.config.timeout, prompts, rows, chunk.sample_index)
+        def scores(name: str, timeout: float, model: RewardModel, of: Tensor) -> FrameScores:
+            call = Call(name, timeout, prompts, rows[of], chunk.sample_index[of])
             begins(call)
-            return ask(call, model, clips)
+            return ask(call, model, clips if len(of) == len(clips) else clips.of(of))
 
-        first = {name: scores(name, reward, reward.model) for name, reward in self.rewards.items()}
-        second = {
-            name: scores(f"{name}.second", reward, reward.second)
-            for name, reward in self.rewards.items()
-            if reward.second is not None
-        }
+        everyone = torch.arange(len(clips))
+        again = everyone if prompts.twice is None else everyone[prompts.twice[rows]]
+        first, second = {}, {}
+        for name, reward in self.rewards.items():
+            first[name] = scores(name, reward.config.timeout, reward.model, everyone)
+            if reward.second is not None:
+                second[name] = torch.full((len(clips),), torch.nan)
+                if len(again):
+                    found = scores(f"{name}.second", reward.config.timeout, reward.second, again)
+                    second[name][again] = reward.aggregate(found.values)
         return ScoredChunk(rows, chunk.sample_index, first, second)
 
     @torch.no_grad()
@@ -233,8 +238,14 @@ class RewardSuite:
             per_frame[name] = rows.unflatten(0, (len(prompts), group_size))
             by_name[name] = reward.aggregate(rows).unflatten(0, (len(prompts), group_size))
             if reward.second is not None:
-                again = gathered(f"{name}.second", [chunk.second[name] for chunk in chunks])
-                second[name] = reward.aggregate(again).unflatten(0, (len(prompts), group_size))
+                own = torch.cat([chunk.second[name] for chunk in chunks])
+                again = mesh.gather(own.to(mesh.device), items, total)
+                asked = torch.ones(total, dtype=torch.bool)
+                if prompts.twice is not None:
+                    asked = prompts.twice.repeat_interleave(group_size)
+                known = again.masked_fill(~asked.to(again.device), 0.0)
+                _check_finite(f"{name}.second", known[:, None], prompts, group_size)
+                second[name] = again.unflatten(0, (len(prompts), group_size))
         weighted = [self.weights[name] * scores for name, scores in by_name.items()]
         return Rewards(by_name, torch.stack(weighted).sum(dim=0), per_frame, times, second)
 

@@ -24,6 +24,7 @@ from bpgo_video.bpgo import BPGOSettings
 from bpgo_video.cli import show_loading_once
 from bpgo_video.config import Config, ParallelConfig
 from bpgo_video.config_io import read_yaml
+from bpgo_video.estimation import estimate_advantages
 from bpgo_video.losses import Move, bpgo_loss
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
@@ -40,7 +41,7 @@ from bpgo_video.session import (
     heldout_prompts,
     sampling_policy,
 )
-from bpgo_video.trainer import Stopwatch, estimate_advantages, sample_and_score, train_step
+from bpgo_video.trainer import Stopwatch, sample_and_score, train_step
 from bpgo_video.types import Conditioning, PromptBatch
 from tools.bench.overlap import in_chunks, overlap
 from tools.bench.timing import in_turn, seconds, waiting
