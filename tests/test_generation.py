@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from bpgo_video import generation
 from bpgo_video.config import LoraConfig
-from bpgo_video.data.build import prompt_id
+from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import read_video
 from bpgo_video.generation import generate, initial_latents, load_pipeline, main, plan, sample
 from bpgo_video.generation_settings import GenerationSettings, resolve
