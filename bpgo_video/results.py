@@ -104,5 +104,7 @@ def write_results(
         ]
         write_json(run_dir / "samples" / "samples.json", shown)
     write_report(run_dir)
-    written = ("report.html", "summary.json", "metrics.jsonl", "config.yaml", "samples", "checkpoints", "export")
+    written = ["report.html", "summary.json", "metrics.jsonl", "config.yaml", "samples", "checkpoints", "export"]
+    if session.ema:
+        written.append("export-ema")
     print(summary_table(summary, {name: run_dir / name for name in written}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ from safetensors.torch import load_file
 
 from bpgo_video.metrics import read_metrics
 
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    ".json": lambda path: json.loads(path.read_text()),
+    ".pt": partial(torch.load, weights_only=False),
+    ".safetensors": load_file,
+}
 MEASURED = ("seconds", "checkpoint")  # what a clock or a disk says of a step
 
 
@@ -47,6 +54,6 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert files == sorted(path.name for path in folders[1].iterdir())
     assert any(name.startswith("ema-rank") for name in files)
     for name in files:
-        load = load_file if name.endswith(".safetensors") else lambda path: torch.load(path, weights_only=False)
+        load = LOADERS[Path(name).suffix]
         assert_same(load(folders[0] / name), load(folders[1] / name), name)
     assert records(first) == records(second)

@@ -19,7 +19,7 @@ from tests.distributed.sameness import assert_same_run, records
 from tests.distributed.test_failures import TRAIN, Launch, Launches
 from tests.distributed.test_training import WEIGHTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 KILLS = 10
 SETTINGS = ["--run.num-steps", "12", "--run.save-every", "1", "--ema.decay", "0.9"]
