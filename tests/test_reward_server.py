@@ -32,6 +32,8 @@ from bpgo_video.rewards.service import OtherContent, RewardService
 from bpgo_video.rewards.wire import MalformedMessage, packed, received, scores_message, scores_of
 from tests.recipes import ROOT
 
+CPU = torch.device("cpu")
+
 
 class Counting:
     """Brightness; counts what it is shown, by the text of the first video."""
@@ -88,7 +90,7 @@ MISHAPS = ("dropped", "busy", "scored and lost", "garbled", "cut short", "none")
 def served(
     model: RewardModel, token: str | None = None, limits: Limits | None = None, port: int = 0, mishaps: bool = False
 ) -> Iterator[RewardServer]:
-    service = RewardService(model)
+    service = RewardService(model, CPU)
     with RewardServer(service, "127.0.0.1", port, token, limits or Limits()) as server:
         if mishaps:
             server.RequestHandlerClass = Unreliable
@@ -303,7 +305,7 @@ def test_an_id_stands_for_one_request() -> None:
 
 
 def test_kept_scores_are_bounded() -> None:
-    service = RewardService(Counting(), kept=3)
+    service = RewardService(Counting(), CPU, kept=3)
     whole = packed(clips_of("one"))
     asked = received(whole.header, memoryview(bytearray(whole.pixels)))
     for number in range(10):
@@ -312,7 +314,7 @@ def test_kept_scores_are_bounded() -> None:
     with pytest.raises(OtherContent):
         service.submit("id-9", b"other", asked)
     service.close()
-    brief = RewardService(Counting(), keep_seconds=0.0)
+    brief = RewardService(Counting(), CPU, keep_seconds=0.0)
     for _ in range(2):
         assert brief.submit("same-id", b"", asked).done.wait(5)
     brief.close()
