@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bpgo_video import session
-from bpgo_video.config import Config, ConfigError
+from bpgo_video.config import Config, ConfigError, RewardConfig
 from bpgo_video.config_io import to_yaml
 from bpgo_video.config_rules import check_world
 from bpgo_video.data.prior_files import PriorError, write_priors
@@ -103,3 +103,17 @@ def test_an_existing_run_is_never_overwritten(config: Config) -> None:
     other = replace(again, optim=replace(again.optim, learning_rate=0.5))
     with pytest.raises(ConfigError, match="other optim settings"):
         check_run_dir(other)
+
+
+def test_a_resume_may_change_when_and_where_it_computes_and_not_what(config: Config) -> None:
+    far = RewardConfig(model="remote", options={"url": "http://a:1", "videos_per_request": 2})
+    config = replace(config, rewards={"far": far}, run=replace(config.run, resume="auto"))
+    folder = Path(config.run.dir)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    moved = replace(far, timeout=9.0, rests_on="cpu", options={**far.options, "url": "https://b:2", "token_env": "T"})
+    rollout = replace(config.rollout, score_ahead=0, offload_trajectories=True)
+    check_run_dir(replace(config, rewards={"far": moved}, rollout=rollout))
+    for reward in (replace(far, weight=2.0), replace(far, options={**far.options, "videos_per_request": 4})):
+        with pytest.raises(ConfigError, match="other rewards settings"):
+            check_run_dir(replace(config, rewards={"far": reward}))

@@ -23,14 +23,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config import ConfigError, RewardConfig
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
-from bpgo_video.rewards.base import RewardModel
+from bpgo_video.rewards.base import RewardError, RewardModel
 from bpgo_video.rewards.remote import RemoteReward
 from bpgo_video.rewards.server import Handler, Limits, RewardServer, check_exposure
 from bpgo_video.rewards.service import OtherContent, RewardService
+from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.wire import MalformedMessage, packed, received, scores_message, scores_of
+from bpgo_video.types import PromptBatch, RolloutChunk
 from tests.recipes import ROOT
+
+CPU = torch.device("cpu")
 
 
 class Counting:
@@ -88,7 +92,7 @@ MISHAPS = ("dropped", "busy", "scored and lost", "garbled", "cut short", "none")
 def served(
     model: RewardModel, token: str | None = None, limits: Limits | None = None, port: int = 0, mishaps: bool = False
 ) -> Iterator[RewardServer]:
-    service = RewardService(model)
+    service = RewardService(model, CPU)
     with RewardServer(service, "127.0.0.1", port, token, limits or Limits()) as server:
         if mishaps:
             server.RequestHandlerClass = Unreliable
@@ -244,6 +248,19 @@ def test_a_model_that_fails_is_told_at_once_with_its_error() -> None:
     assert model.shown == {"breaks": 1, "next": 1}
 
 
+def test_a_recipe_s_reward_is_oriented_here_and_names_whom_it_failed() -> None:
+    prompts = PromptBatch(torch.tensor([5, 6]), ("good", "breaks"), {})
+    with served(Counting()) as server:
+        config = RewardConfig(model="remote", options={"url": url_of(server)}, timeout=20.0)
+        suite = RewardSuite({"far": config}, CPU, fps=8.0)
+        videos, rows, samples = torch.rand(2, 3, 3, 8, 6), torch.tensor([0, 0]), torch.tensor([2, 3])
+        found = suite.score(RolloutChunk((), videos, rows, samples), prompts).scores["far"].values
+        assert torch.equal(found, -expected(Clips(videos, 8.0, ("good", "good"))))
+        said = r"reward 'far' on samples 2, 3 of prompt 'breaks' \(id 6\) failed: ConnectionError: .* KeyError"
+        with pytest.raises(RewardError, match=said):
+            suite.score(RolloutChunk((), videos, rows + 1, samples), prompts)
+
+
 def body_of(clips: Clips) -> bytes:
     whole = packed(clips)
     return json.dumps(whole.header).encode() + b"\n" + bytes(whole.pixels)
@@ -303,7 +320,7 @@ def test_an_id_stands_for_one_request() -> None:
 
 
 def test_kept_scores_are_bounded() -> None:
-    service = RewardService(Counting(), kept=3)
+    service = RewardService(Counting(), CPU, kept=3)
     whole = packed(clips_of("one"))
     asked = received(whole.header, memoryview(bytearray(whole.pixels)))
     for number in range(10):
@@ -312,7 +329,7 @@ def test_kept_scores_are_bounded() -> None:
     with pytest.raises(OtherContent):
         service.submit("id-9", b"other", asked)
     service.close()
-    brief = RewardService(Counting(), keep_seconds=0.0)
+    brief = RewardService(Counting(), CPU, keep_seconds=0.0)
     for _ in range(2):
         assert brief.submit("same-id", b"", asked).done.wait(5)
     brief.close()

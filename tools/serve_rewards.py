@@ -48,8 +48,9 @@ def serve(args: argparse.Namespace) -> None:
     if args.token_env and not token:
         raise ConfigError(f"--token-env names {args.token_env}, which is not set or empty")
     check_exposure(args.host, token)
-    reward = build_reward(args.reward, reward_named(args.config, args.reward), torch.device(args.device))
-    service = RewardService(reward.model, args.kept)
+    device = torch.device(args.device)
+    reward = build_reward(args.reward, reward_named(args.config, args.reward), device)
+    service = RewardService(reward.model, device, args.kept)
     limits = Limits(waiting=args.waiting, bytes=args.max_megabytes * 2**20)
     with RewardServer(service, args.host, args.port, token, limits) as server:
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bpgo_video.rewards.ahead import own_stream
 from bpgo_video.rewards.base import RewardModel
 from bpgo_video.rewards.wire import Received, description_of, scores_message
 
@@ -49,13 +50,15 @@ class RewardService:
     """Scores requests by id, in a thread of its own.
 
     Args:
+        device: where the model is.
         kept: finished requests whose scores are kept.
         keep_seconds: how long they are kept at most.
     """
 
-    def __init__(self, model: RewardModel, kept: int = 4096, keep_seconds: float = 3600.0):
+    def __init__(self, model: RewardModel, device: torch.device, kept: int = 4096, keep_seconds: float = 3600.0):
         self.description = description_of(model)
         self.scored = 0
+        self._device = device
         self._model, self._kept, self._keep_seconds = model, kept, keep_seconds
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._lock = threading.Lock()
@@ -95,8 +98,9 @@ class RewardService:
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        for job in iter(self._queue.get, None):
-            self._score(job)
+        with own_stream(self._device):
+            for job in iter(self._queue.get, None):
+                self._score(job)
 
     @torch.no_grad()
     def _score(self, job: Job) -> None:
