@@ -72,4 +72,4 @@ def test_rewards_are_timed_on_real_clips(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("tools.bench.rewards.FRAMES", 3)
     found = measure_rewards(["temporal_flickering"])
     assert all(time > 0 for time in found["temporal_flickering"])
-    assert "| `temporal_flickering` | 1.5 | 2.0 |" in rewards_table({"temporal_flickering": [1.5, 2.0]}, 1)
+    assert "| `temporal_flickering` | 1.5 | 2.0 |" in rewards_table({"temporal_flickering": [1.5, 2.0]})
