@@ -5,7 +5,7 @@
     comfyui     the same in the layout that ComfyUI reads
     universal   DeepSpeed's checkpoint for any number of ranks
 
-Memory holds one shard of the output and the adapters. Verifying loads one whole transformer.
+Memory holds one file of the output, twice while it is written, and the adapters. Verifying loads one transformer.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import merged_parameters
 
-WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS_NAME = "diffusion_pytorch_model"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -48,10 +48,10 @@ def write_pipeline(
     """A copy of the pipeline folder `base` in which component `name` has these weights; takes the place of `output`."""
     partial = output.with_name(f"partial-{output.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(base, partial, ignore=shutil.ignore_patterns(f"{WEIGHTS}*", ".cache", ".git*"))
+    shutil.copytree(base, partial, ignore=shutil.ignore_patterns(f"{WEIGHTS_NAME}*", ".cache", ".git*"))
     for component in base.iterdir():  # other components keep their weights; only ours change
         if component.is_dir() and component.name != name:
-            for weights in component.glob(f"{WEIGHTS}*"):
+            for weights in component.glob(f"{WEIGHTS_NAME}*"):
                 shutil.copy2(weights, partial / component.name)
     write_weights(tensors, partial / name, shard_bytes)
     write_card(card, partial)
@@ -79,16 +79,16 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
         written.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     names = (
-        [f"{WEIGHTS}.safetensors"]
+        [f"{WEIGHTS_NAME}.safetensors"]
         if len(written) == 1
-        else [f"{WEIGHTS}-{i + 1:05d}-of-{len(written):05d}.safetensors" for i in range(len(written))]
+        else [f"{WEIGHTS_NAME}-{i + 1:05d}-of-{len(written):05d}.safetensors" for i in range(len(written))]
     )
     for number, name in enumerate(names):
         (folder / f"part-{number}.safetensors").rename(folder / name)
     if len(names) > 1:
         weight_map = {key: name for name, keys in zip(names, written, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (folder / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.config import LoraConfig
-from bpgo_video.export import WEIGHTS
+from bpgo_video.export import WEIGHTS_NAME
 from bpgo_video.model_card import CARD
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.lora import ADAPTER
@@ -56,7 +56,7 @@ def verify_copies(base: Path, output: Path) -> None:
     """
     for file in (path for path in output.rglob("*") if path.is_file()):
         relative = file.relative_to(output)
-        ours = relative == Path(CARD) or (relative.parent == Path(TRAINED) and file.name.startswith(WEIGHTS))
+        ours = relative == Path(CARD) or (relative.parent == Path(TRAINED) and file.name.startswith(WEIGHTS_NAME))
         if not ours and not filecmp.cmp(file, base / relative, shallow=False):
             raise CheckpointError(f"{file} is not a copy of {base / relative}")
 

@@ -35,6 +35,10 @@ SMALL = "package:bpgo_video.tiny/weights/wan"
 RECIPE = Path("pipelines/configs/tiny_wan_bpgo.yaml").absolute()
 TEXT_TOKENS = 16
 INTERVAL = 0.1  # seconds between two looks at the memory
+BUCKETS = {  # DeepSpeed's own sizes, 5e8 values, are 2 GB a rank in fp32
+    "reduce_bucket_size": 5e7, "stage3_prefetch_bucket_size": 5e7, "stage3_max_live_parameters": 1e8,
+    "sub_group_size": 1e8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,6 @@ class Case:
 
     transformer: dict[str, int]
     dtype: torch.dtype
-    deepspeed: str
     lora_rank: int
     formats: Sequence[str]
 
@@ -51,11 +54,11 @@ class Case:
 CASES = {
     "half_billion": Case(
         {"num_attention_heads": 8, "attention_head_dim": 128, "ffn_dim": 4096, "num_layers": 30},
-        torch.float32, "ds_configs/zero3.json", 0, ("diffusers", "universal"),
+        torch.float32, 0, ("diffusers", "universal"),
     ),
     "wan_1_3b": Case(
         {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
-        torch.bfloat16, "ds_configs/zero3_bf16.json", 32, ("diffusers", "lora", "comfyui"),
+        torch.bfloat16, 32, ("diffusers", "lora", "comfyui"),
     ),
 }  # fmt: skip
 
@@ -84,13 +87,16 @@ def write_recipe(case: Case, folder: Path) -> Path:
         },
         "video": {"num_frames": 5, "height": 64, "width": 64},
         "data": {"shards": str(folder / "shards")},
-        "deepspeed": case.deepspeed,
+        "deepspeed": str(folder / "deepspeed.json"),
         "prior": {"kind": "constant", "mean": 0.1, "scale": 0.1},
         "sampler": {"num_steps": 3, "train_steps": "random", "train_fraction": 0.5, "share_steps": "group"},
         "rollout": {"prompts_per_step": 2, "group_size": 2, "micro_batch_size": 2, "parameters": "sharded"},
         "optim": {"updates_per_rollout": 1},
         "evaluation": {"every": 0, "rewards": {}},
     }
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **BUCKETS}
+    bf16 = {"enabled": case.dtype == torch.bfloat16}
+    write_json(folder / "deepspeed.json", {"bf16": bf16, "zero_optimization": zero})
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
