@@ -46,6 +46,20 @@ class Drawing:
         return FrameScores(clips.videos.mean(dim=(2, 3, 4)) + torch.rand(len(clips), 1), clips.times)
 
 
+class Patient(Drawing):
+    """Goes on once one chunk more is sampled than it has scored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sampled = threading.Semaphore(0)
+        self.came_in_time: list[bool] = []
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        waits = 1 if self.came_in_time else 2
+        self.came_in_time.append(all(self.sampled.acquire(timeout=30) for _ in range(waits)))
+        return super().__call__(clips)
+
+
 class Breaking(Drawing):
     """Fails as it is told for the second prompt."""
 
@@ -138,20 +152,17 @@ def test_videos_are_dropped_once_scored_and_few_are_held(ahead: int) -> None:
 
 
 def test_scoring_takes_place_beside_the_rollout() -> None:
-    count, seconds = 10, 0.03
-
-    def slowly() -> Iterator[RolloutChunk]:
-        for chunk in chunks_of(videos=count // 2, each=1):
-            time.sleep(seconds)
-            yield chunk
-
-    started = time.perf_counter()
-    with ScoreAhead(suite_of("Drawing", options={"seconds": seconds}), PROMPTS, 2, CPU) as scoring:
-        for chunk in slowly():
+    """Each chunk's score waits until the next chunk is sampled, and the last one's until there are no more."""
+    suite = suite_of("Patient")
+    patient = suite.rewards["toy"].model
+    assert isinstance(patient, Patient)
+    with ScoreAhead(suite, PROMPTS, 1, CPU) as scoring:
+        for chunk in chunks_of(videos=5, each=1):
+            patient.sampled.release()
             scoring.put(chunk)
-        assert len(scoring.scores()) == count
-    assert time.perf_counter() - started < 1.5 * count * seconds, "one after the other takes twice as long"
-    assert scoring.seconds > 0.99 * count * seconds
+        patient.sampled.release()
+        assert len(scoring.scores()) == 10
+    assert patient.came_in_time == [True] * 10
 
 
 WHOSE = r"samples 0, 1 of prompt 'second' \(id 6\)"
