@@ -1,4 +1,5 @@
 # make demo      post-train the embedded video policy with BPGO on two CPU ranks, and write runs/demo/report.html
+# make demo-i2v  the same for image-to-video: makes a policy that continues images, and prompts with images
 # make test      the suite, at most 15 minutes on two cores;  make test-all adds launches, kills and long runs
 # make bench     what sharding costs and how a step grows, as ratios: runs/bench/bench.json
 # make lint      ruff and mypy
@@ -8,6 +9,7 @@ RANKS ?= 2
 SEED ?= 0
 DEMO_DIR ?= runs/demo
 PROMPTS := runs/demo-prompts
+I2V := runs/tiny-i2v
 RECIPE := pipelines/configs/tiny_wan_bpgo.yaml
 BIN := .venv/bin
 LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
@@ -16,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all bench lint clean install
+.PHONY: demo demo-i2v test test-all bench lint clean install
 
 install: .venv/installed
 
@@ -41,6 +43,17 @@ $(PROMPTS)/index.json: bpgo_video/tiny/prompts.jsonl bpgo_video/tiny/weights/wan
 $(PROMPTS)/priors/measured: $(PROMPTS)/index.json $(RECIPE)
 	$(LAUNCH) tools/estimate_priors.py --config $(RECIPE)
 	touch $@
+
+demo-i2v: $(I2V)/shards/index.json
+	$(LAUNCH) pipelines/train_video.py --config pipelines/configs/tiny_wan_i2v.yaml --run.seed $(SEED) --run.resume auto
+
+$(I2V)/wan/model_index.json: tools/tiny/train_image_policy.py | install
+	$(BIN)/python -m tools.tiny.train_image_policy --output $(I2V)
+
+$(I2V)/shards/index.json: $(I2V)/wan/model_index.json
+	rm -rf $(I2V)/shards
+	$(BIN)/python tools/make_prompt_shards.py build --input $(I2V)/prompts.jsonl --output $(I2V)/shards \
+		--policy $(I2V)/wan --max-sequence-length 16
 
 test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu"

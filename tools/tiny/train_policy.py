@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -102,7 +103,7 @@ def caption_choices(scenes: world.Scenes) -> list[list[str]]:
     return choices
 
 
-def encode_texts(pipeline: WanPipeline, texts: Sequence[str]) -> Tensor:
+def encode_texts(pipeline: Any, texts: Sequence[str]) -> Tensor:
     """What WanPipeline.encode_prompt computes, with gradients: [texts, TEXT_TOKENS, TEXT_DIM], zero after the text."""
     tokens = pipeline.tokenizer(
         list(texts), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
@@ -111,13 +112,20 @@ def encode_texts(pipeline: WanPipeline, texts: Sequence[str]) -> Tensor:
     return embeddings * tokens.attention_mask[..., None]
 
 
-def flow_loss(pipeline: WanPipeline, data: Tensor, texts: Sequence[str], generator: torch.Generator) -> Tensor:
-    """E |v(x_sigma, sigma) - (noise - data)|^2 with sigma as the shifted schedule visits it."""
+def flow_loss(
+    pipeline: Any, data: Tensor, texts: Sequence[str], generator: torch.Generator, image_latents: Tensor | None = None
+) -> Tensor:
+    """E |v(x_sigma, sigma) - (noise - data)|^2 with sigma as the shifted schedule visits it.
+
+    Args:
+        image_latents: further channels of an image-to-video transformer.
+    """
     noise = torch.randn(data.shape, generator=generator)
     sigma = sde.flow_shift(torch.rand(len(data), generator=generator), FLOW_SHIFT)
     level = sigma.view(-1, 1, 1, 1, 1)
+    noised = (1 - level) * data + level * noise
     velocity = pipeline.transformer(
-        hidden_states=(1 - level) * data + level * noise,
+        hidden_states=noised if image_latents is None else torch.cat([noised, image_latents], dim=1),
         timestep=sigma * 1000,
         encoder_hidden_states=encode_texts(pipeline, texts),
         return_dict=False,

@@ -1,0 +1,143 @@
+"""Make an image-to-video policy of the embedded one, and prompts with images for it.
+
+    python -m tools.tiny.train_image_policy --output runs/tiny-i2v
+
+The embedded transformer gets input channels for the mask and the image's latents, at first without weight, so that it
+starts as the text-to-video policy; then it learns by flow matching to continue the first frame of clips. Writes
+OUTPUT/wan, a diffusers WanImageToVideoPipeline, and OUTPUT/prompts.jsonl: the embedded prompts, each with an image, the
+first frame of a scene that fulfils it. Deterministic in --seed on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from PIL import Image
+from torch import Tensor
+from tqdm import trange
+
+from bpgo_video import sde
+from bpgo_video.config import VideoConfig
+from bpgo_video.paths import resolve_folder
+from bpgo_video.policies import load_policy
+from bpgo_video.policies.wan_image import WanImagePolicy
+from bpgo_video.tiny import world
+from bpgo_video.tiny.oracle import oracle_scores
+from bpgo_video.tiny.prompts import PATH as PROMPTS
+from tools.tiny.train_policy import TEXT_TOKENS, caption_choices, encode_clips, flow_loss
+
+VIDEO = VideoConfig(world.FRAMES, world.SIZE, world.SIZE, world.FPS)
+BASE = "package:bpgo_video.tiny/weights/wan"
+INPUT = "patch_embedding.weight"
+
+
+def widened(transformer: WanTransformer3DModel, more: int) -> WanTransformer3DModel:
+    """The same transformer with `more` input channels that it does not look at yet."""
+    channels = transformer.config.in_channels
+    wide = WanTransformer3DModel.from_config({**transformer.config, "in_channels": channels + more})
+    weights = transformer.state_dict()
+    weights[INPUT] = torch.cat([weights[INPUT], torch.zeros_like(wide.state_dict()[INPUT][:, channels:])], dim=1)
+    wide.load_state_dict(weights)
+    return wide
+
+
+def image_pipeline(base: Path) -> WanImageToVideoPipeline:
+    parts = WanPipeline.from_pretrained(base)
+    stride, channels = parts.vae.config.scale_factor_temporal, parts.vae.config.z_dim
+    return WanImageToVideoPipeline(
+        tokenizer=parts.tokenizer,
+        text_encoder=parts.text_encoder,
+        vae=parts.vae,
+        scheduler=parts.scheduler,
+        transformer=widened(parts.transformer, stride + channels),
+    )
+
+
+def train(pipeline: Any, args: argparse.Namespace) -> None:
+    generator = torch.Generator().manual_seed(args.seed)
+    data, scenes = encode_clips(pipeline.vae, args.clips, generator)
+    policy = WanImagePolicy(resolve_folder(args.base), pipeline, TEXT_TOKENS)
+    images = policy.image_conditioning(world.render(scenes)[:, 0], VIDEO)["image_latents"]
+    choices = caption_choices(scenes)
+    weights = list(pipeline.transformer.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
+    progress = trange(args.steps, desc="policy", mininterval=10)
+    for _ in progress:
+        rows = torch.randint(len(data), (args.batch_size,), generator=generator).tolist()
+        picks = torch.rand(args.batch_size, generator=generator).tolist()
+        texts = [choices[row][int(pick * len(choices[row]))] for row, pick in zip(rows, picks, strict=True)]
+        loss = flow_loss(pipeline, data[rows], texts, generator, images[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def first_frames(captions: list[world.Caption], seed: int) -> Tensor:
+    """The first frame of a scene that fulfils each caption: [captions, 3, height, width]."""
+    generator = torch.Generator().manual_seed(seed)
+    return world.render(world.sample_scenes(captions, generator))[:, 0]
+
+
+def write_prompts(output: Path, seed: int) -> None:
+    """The embedded prompts with an image each."""
+    lines = [json.loads(line) for line in PROMPTS.read_text("utf-8").splitlines()]
+    frames = first_frames([world.Caption.parse(line["prompt"]) for line in lines], seed)
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    for number, (line, frame) in enumerate(zip(lines, frames, strict=True)):
+        line["image"] = f"images/{number:03d}.png"
+        pixels = (frame * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(output / line["image"])
+    (output / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+
+
+@torch.no_grad()
+def heldout_score(folder: Path, seed: int, num_steps: int = 8) -> dict[str, float]:
+    """Of videos that continue the held-out captions' images: the oracle, and how far frame 0 is from the image."""
+    policy = load_policy(str(folder), max_sequence_length=TEXT_TOKENS)
+    captions = world.captions("heldout")
+    images = first_frames(captions, seed)
+    conditioning = policy.encode([caption.text for caption in captions]) | policy.image_conditioning(images, VIDEO)
+    sigmas = policy.sigmas(num_steps)
+    latents = torch.randn(len(captions), *policy.latent_shape(VIDEO), generator=torch.Generator().manual_seed(11))
+    for index, step in enumerate(sde.steps_of(sigmas)):
+        latents = sde.ode(policy.velocity(latents, sigmas[index], conditioning), latents, step).mean
+    videos = policy.decode(latents)
+    return {
+        "oracle": round(float(oracle_scores(videos, [caption.text for caption in captions]).mean()), 4),
+        "first frame off by": round(float((videos[:, 0] - images).abs().mean()), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="gets wan/, images/ and prompts.jsonl")
+    parser.add_argument("--base", default=BASE, help="text-to-video pipeline (%(default)s)")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--clips", type=int, default=1024)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    started = time.time()
+    pipeline = image_pipeline(resolve_folder(args.base))
+    train(pipeline, args)
+    pipeline.save_pretrained(args.output / "wan")
+    write_prompts(args.output, args.seed)
+    scores = heldout_score(args.output / "wan", args.seed)
+    print(json.dumps({"heldout": scores, "seconds": round(time.time() - started)}))
+
+
+if __name__ == "__main__":
+    main()
