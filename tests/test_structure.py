@@ -14,7 +14,7 @@ PACKAGE = Path(bpgo_video.__file__).parent
 PURE = (
     *("sde", "steps", "losses", "schedule"),
     *("advantages", "bpgo", "bpgo_forms", "bpgo_metrics", "bpgo_settings"),
-    *("credit", "reliability", "running_priors", "shrinkage", "trust"),
+    *("credit", "reliability", "rescoring", "running_priors", "shrinkage", "trust"),
 )
 ALLOWED_IN_PURE = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "jaxtyping", "bpgo_video"}
 TOP = {"trainer", "session", "engine", "checkpoint", "export", "metrics", "report"}
