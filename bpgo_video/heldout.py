@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from bpgo_video.config import Config
 from bpgo_video.data.video import write_video
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
+from bpgo_video.rewards import FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollout import Denoiser, sample_chunks
@@ -24,9 +25,14 @@ Scores = Float[Tensor, "prompts samples"]
 
 @dataclass(frozen=True)
 class HeldoutScores:
-    """Scores of one evaluation by reward name, the same on every rank."""
+    """Scores of one evaluation by reward name, the same on every rank.
+
+    Attributes:
+        frames: of each prompt's first sample, by the rewards that score frames, with the frames' times.
+    """
 
     by_name: Mapping[str, Scores]
+    frames: Mapping[str, FrameScores] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """`heldout/NAME` and its standard error."""
@@ -90,7 +96,12 @@ def evaluate(
                 _write_shown(chunk.videos, items, shown, videos_to, config.video.fps)
             del chunk
         rewards = suite.gather(scoring.scores(), prompts, samples, mesh)
-    return HeldoutScores({name: scores.cpu() for name, scores in rewards.by_name.items()})
+    frames = {
+        name: FrameScores(rewards.per_frame[name][:, 0].cpu(), times)
+        for name, times in rewards.frame_times.items()
+        if times is not None
+    }
+    return HeldoutScores({name: scores.cpu() for name, scores in rewards.by_name.items()}, frames)
 
 
 def shown_rows(prompts: int, samples: int, videos: int) -> list[int]:

@@ -31,6 +31,7 @@ from bpgo_video.data.atomic import atomic_file
 
 REQUIRED_KEYS = ("reward", "trust_mean", "grad_norm", "ratio_mean", "seconds")
 METRICS_FILE = "metrics.jsonl"
+FRAMES_FILE = "samples/frame_scores.jsonl"
 WANDB_ID_FILE = "wandb_run_id.txt"
 QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal
 RECORD = TypeAdapter(dict[str, FiniteFloat])
@@ -74,8 +75,7 @@ def _communication_device(group: dist.ProcessGroup | None) -> torch.device:
 class RunLog:
     """The log of one run, from `start_step` to `total_steps`; a context manager, opened on every rank.
 
-    Opening cuts the records of `start_step` and later off an existing `metrics.jsonl`, atomically: a resumed
-    run makes them again.
+    Opening cuts the records of `start_step` and later off existing files, atomically: a resumed run makes them again.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class RunLog:
         start_step: int = 0,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self._next_step = start_step
+        self._run_dir, self._next_step = run_dir, start_step
         self._later: Mapping[str, Number] = {}
         self._file: TextIO | None = None
         self._wandb: Any = None
@@ -95,6 +95,7 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         truncate_metrics(path, start_step)
+        truncate_frames(run_dir / FRAMES_FILE, start_step)
         self._file = path.open("a", encoding="utf-8")
         self._progress = _Progress(total_steps, start_step)
         if wandb is not None and wandb.project is not None:
@@ -122,6 +123,15 @@ class RunLog:
         self._later = values
         if self._file is not None:
             tqdm.write(told, file=sys.stderr)
+
+    def frames(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Appends to FRAMES_FILE: what of a held-out evaluation is no number a step. Each line has a `step`."""
+        if self._file is None or not lines:
+            return
+        path = self._run_dir / FRAMES_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
 
     def media(self, step: int, name: str, videos: Sequence[tuple[Path, str]]) -> None:
         """Sends (mp4 path, caption) pairs to wandb under `name`; nothing where wandb is not configured."""
@@ -175,6 +185,15 @@ def truncate_metrics(path: Path, start_step: int) -> None:
     kept = [line for line, record in _lines(path) if record["step"] < start_step]
     with atomic_file(path) as aside:
         aside.write_text("".join(kept), encoding="utf-8")
+
+
+def truncate_frames(path: Path, start_step: int) -> None:
+    """The same for FRAMES_FILE; a line that a kill cut short goes, too."""
+    if not path.exists():
+        return
+    whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    with atomic_file(path) as aside:
+        aside.write_text("".join(line for line in whole if json.loads(line)["step"] < start_step), encoding="utf-8")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Number]]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +30,7 @@ from bpgo_video.curves import PANELS, Curve, draw_curve
 from bpgo_video.data.atomic import atomic_file
 from bpgo_video.data.video import VideoError, read_video
 from bpgo_video.diagnosis import diagnose
+from bpgo_video.frame_strips import CellRow, FrameRow, cell_rows
 from bpgo_video.metrics import METRICS_FILE, MalformedFile, Number, read_metrics
 from bpgo_video.summary import heldout_difference, run_facts, summary_rows, verdict
 
@@ -45,6 +47,7 @@ class Sample(TypedDict):
     seed: int
     score_before: NotRequired[FiniteFloat | None]
     score_after: NotRequired[FiniteFloat | None]
+    frames: NotRequired[dict[str, FrameRow]]
 
 
 class Summary(TypedDict, total=False):
@@ -70,11 +73,12 @@ class Summary(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Pair:
-    """A sample with its contact sheets: data URIs, or None where the video is missing."""
+    """A sample with its contact sheets (data URIs, or None where the video is missing) and its frames' scores."""
 
     sample: Sample
     before: str | None
     after: str | None
+    rows: Sequence[CellRow] = ()
 
     @property
     def change(self) -> float | None:
@@ -127,10 +131,12 @@ def write_report(run_dir: Path) -> Path:
 def read_pairs(folder: Path) -> list[Pair]:
     """The samples that `samples.json` lists, with the contact sheets of the videos that are there."""
     samples = _read_json(folder / "samples.json", list[Sample]) or []
-    return [
-        Pair(sample, *(_sheet_of(folder / side / f"{sample['index']:03d}.mp4") for side in ("before", "after")))
-        for sample in samples
-    ]
+    rows = cell_rows([sample.get("frames", {}) for sample in samples])
+    pairs = []
+    for sample, own in zip(samples, rows, strict=True):
+        before, after = (_sheet_of(folder / side / f"{sample['index']:03d}.mp4") for side in ("before", "after"))
+        pairs.append(Pair(sample, before, after, own))
+    return pairs
 
 
 def contact_sheet(video: Float[Tensor, "frames 3 height width"]) -> str:

@@ -31,18 +31,49 @@ class Progress:
     max_ratio_error_first_update: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))
     heldout_before: dict[str, list[list[float]]] | None = None
+    frames_before: dict[str, list[list[float]]] = field(default_factory=dict)
     running_rewards: RunningRewards = field(default_factory=dict)
     agreements: Agreements = field(default_factory=dict)
 
 
-def shown_videos(session: Session, folder: Path) -> list[tuple[Path, str]]:
-    """The held-out videos that are shown, each with its prompt."""
+def shown_prompts(session: Session) -> list[int]:
+    """The rows of the held-out prompts whose first sample is shown."""
     heldout, config = session.prompts.heldout, session.config.evaluation
     if heldout is None:
         return []
-    rows = shown_rows(len(heldout), config.samples_per_prompt, config.videos)
-    texts = [heldout.texts[row // config.samples_per_prompt] for row in rows]
-    return [(folder / f"{index:03d}.mp4", text) for index, text in enumerate(texts)]
+    return [
+        row // config.samples_per_prompt for row in shown_rows(len(heldout), config.samples_per_prompt, config.videos)
+    ]
+
+
+def shown_videos(session: Session, folder: Path, scores: HeldoutScores) -> list[tuple[Path, str]]:
+    """The held-out videos that are shown, each with its prompt and the scores of its frames."""
+    heldout, captioned = session.prompts.heldout, []
+    for index, row in enumerate(shown_prompts(session)):
+        assert heldout is not None  # or nothing is shown
+        by_reward = [
+            f"{name}: " + " ".join(f"{score:.3g}" for score in found.values[row].tolist())
+            for name, found in scores.frames.items()
+        ]
+        captioned.append((folder / f"{index:03d}.mp4", " | ".join([heldout.texts[row], *by_reward])))
+    return captioned
+
+
+def frame_lines(session: Session, step: int, scores: HeldoutScores) -> list[dict[str, Any]]:
+    """A line of `samples/frame_scores.jsonl` for each shown video and reward."""
+    heldout = session.prompts.heldout
+    return [
+        {
+            "step": step,
+            "prompt": heldout.texts[row],
+            "reward": name,
+            "times": [] if found.times is None else found.times.tolist(),
+            "scores": found.values[row].tolist(),
+        }
+        for row in shown_prompts(session)
+        for name, found in scores.frames.items()
+        if heldout is not None
+    ]
 
 
 def heldout_videos(session: Session) -> int:
@@ -90,8 +121,6 @@ def write_results(
     heldout = session.prompts.heldout
     if after is not None and progress.heldout_before is not None and heldout is not None:
         name, config = summary["heldout_reward"], session.config
-        samples = config.evaluation.samples_per_prompt
-        rows = [row // samples for row in shown_rows(len(heldout), samples, config.evaluation.videos)]
         shown = [
             {
                 "index": index,
@@ -99,8 +128,16 @@ def write_results(
                 "seed": config.run.seed,
                 "score_before": progress.heldout_before[name][row][0],
                 "score_after": float(after.by_name[name][row, 0]),
+                "frames": {
+                    reward: {
+                        "times": [] if found.times is None else found.times.tolist(),
+                        "before": progress.frames_before.get(reward, {row: []})[row],
+                        "after": found.values[row].tolist(),
+                    }
+                    for reward, found in after.frames.items()
+                },
             }
-            for index, row in enumerate(rows)
+            for index, row in enumerate(shown_prompts(session))
         ]
         write_json(run_dir / "samples" / "samples.json", shown)
     write_report(run_dir)

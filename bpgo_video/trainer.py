@@ -24,7 +24,7 @@ from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.replay import Setting, optimise
-from bpgo_video.results import PHASES, Progress, heldout_videos, shown_videos, summarise, write_results
+from bpgo_video.results import PHASES, Progress, frame_lines, heldout_videos, shown_videos, summarise, write_results
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.run_folder import check_run_dir, open_run_dir
@@ -201,7 +201,9 @@ def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests
     elif session.heldout_suite is not None:
         heartbeat.enter("evaluation")
         before = evaluate_heldout(session, run_dir / "samples" / "before")
-        progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()} if before else None
+        if before is not None:
+            progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()}
+            progress.frames_before = {name: found.values.tolist() for name, found in before.frames.items()}
         progress.videos_generated += heldout_videos(session)
     after = run_steps(session, progress, run_dir, started, heartbeat, requests)
     if progress.step < config.run.num_steps:
@@ -246,8 +248,9 @@ def run_steps(
                 if after is not None:
                     record |= after.metrics()
                     progress.videos_generated += heldout_videos(session)
+                    log.frames(frame_lines(session, step, after))
                     if last:
-                        log.media(step, "heldout", shown_videos(session, run_dir / "samples" / "after"))
+                        log.media(step, "heldout", shown_videos(session, run_dir / "samples" / "after", after))
             log.log(step, record)
             request = Request.NONE if last else requests.agreed()
             if last or request or (step + 1) % config.run.save_every == 0:

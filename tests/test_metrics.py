@@ -47,6 +47,18 @@ def test_resume_leaves_the_lines_before_its_step_untouched_and_makes_the_others_
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_resume_makes_the_scores_of_frames_again_too(tmp_path: Path) -> None:
+    lines = [{"step": step, "reward": "own", "scores": [0.1, 0.2]} for step in (1, 3)]
+    with RunLog(tmp_path, None, 6) as log:
+        log.frames(lines[:1])
+        log.frames(lines[1:])
+    path = tmp_path / "samples" / "frame_scores.jsonl"
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines
+    path.write_text(path.read_text() + '{"step": 3, "cut')
+    with RunLog(tmp_path, None, 6, start_step=3):
+        assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:1]
+
+
 def test_what_comes_after_a_record_is_told_and_goes_into_the_next_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from bpgo_video.curves import PANELS, draw_curve, series, smoothed
 from bpgo_video.data.video import VideoError, write_video
 from bpgo_video.diagnosis import NOTHING
+from bpgo_video.frame_strips import cell_rows
 from bpgo_video.metrics import MalformedFile
 from bpgo_video.report import contact_sheet, main, write_report
 
@@ -58,7 +59,8 @@ def run_dir(tmp_path: Path) -> Path:
     for i, side in enumerate(("before", "after")):
         (tmp_path / "samples" / side).mkdir(parents=True)
         write_video(tmp_path / "samples" / side / "000.mp4", torch.full((9, 3, 32, 32), 0.25 + 0.5 * i), fps=8.0)
-    sample = {"index": 0, "prompt": PROMPT, "seed": 7, "score_before": 0.31, "score_after": 0.78}
+    frames = {"<oracle>": {"times": [0.0, 0.125], "before": [0.1, 0.5], "after": [0.9, 0.3]}}
+    sample = {"index": 0, "prompt": PROMPT, "seed": 7, "score_before": 0.31, "score_after": 0.78, "frames": frames}
     (tmp_path / "samples" / "samples.json").write_text(json.dumps([sample]))
     return tmp_path
 
@@ -203,3 +205,20 @@ def test_the_command_prints_the_path_and_names_a_wrong_folder(run_dir: Path, mon
     monkeypatch.setattr(sys, "argv", ["report", str(run_dir / "samples")])
     with pytest.raises(SystemExit, match=r"error: .*samples is no run directory"):
         main()
+
+
+def test_a_strip_shows_which_frame_scored_what(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    told = [tag["aria-label"] for tag in page.all("div") if tag.get("role") == "img"]
+    assert told == [
+        "<oracle> by frame, before: 0.00 s 0.1, 0.12 s 0.5",
+        "<oracle> by frame, after: 0.00 s 0.9, 0.12 s 0.3",
+    ]
+    shades = [tag["style"] for tag in page.all("i")]
+    assert shades == [f"opacity: {0.08 + 0.92 * share:.2f}" for share in (0.0, 0.5, 1.0, 0.25)]
+
+
+def test_shades_compare_all_samples_of_a_reward() -> None:
+    first, second = ({"a": {"times": [0.0], "after": [score]}} for score in (2.0, 4.0))
+    shares = [[cell.share for row in rows for cell in row.cells] for rows in cell_rows([first, second, {}])]
+    assert shares == [[0.0], [1.0], []]
