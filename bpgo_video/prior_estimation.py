@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,9 @@ from bpgo_video.config_io import load_config
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import write_priors
 from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.data.unfinished_priors import Found, UnfinishedPriors
 from bpgo_video.launch import launched
+from bpgo_video.parallel.agreement import from_main
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
@@ -43,31 +45,56 @@ def pooled_scale(name: str, scores: Float[Tensor, "prompts samples"]) -> float:
 
 
 def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts samples"]]:
-    """Scores of the starting policy by reward name, over all prompts of the training split; written by rank 0."""
+    """Scores of the starting policy by reward name, over all prompts of the training split; written by rank 0.
+
+    What an estimation of the same settings found before it was broken off is not sampled again.
+    """
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
     suite = RewardSuite(config.rewards, mesh.device, config.video.fps)
-    dtype = engine.compute_dtype(ds_config)
     policy = sampling_policy(config, ds_config, mesh)
+    policy_hash = fingerprint(policy.folder, sorted(policy.transformers))
+    notes = UnfinishedPriors(shards.directory, settings_of(config, suite.versions, policy_hash))
+    known = from_main(notes.begin() if mesh.is_main else {}, mesh)
+    rows = shards.rows(config.data.split)
+    ids = shards.ids(rows).tolist()
+    missing = [row for row, id_ in zip(rows.tolist(), ids, strict=True) if id_ not in known]
+    dtype = engine.compute_dtype(ds_config)
     negative = cast(shards.negative, dtype, mesh.device)
-    rows = shards.rows(config.data.split).tolist()
-    found: list[Rewards] = []
-    ids: list[int] = []
-    with tqdm(total=len(rows), desc="priors", unit="prompt", disable=not mesh.is_main) as bar:
-        for start in range(0, len(rows), PROMPTS_AT_ONCE):
-            records = [shards.record(row) for row in rows[start : start + PROMPTS_AT_ONCE]]
+    with tqdm(
+        total=len(ids), initial=len(ids) - len(missing), desc="priors", unit="prompt", disable=not mesh.is_main
+    ) as bar:
+        for start in range(0, len(missing), PROMPTS_AT_ONCE):
+            records = [shards.record(row) for row in missing[start : start + PROMPTS_AT_ONCE]]
             batch = as_batch(records, image_size(config, policy))
             batch = conditioned(batch, policy, config, dtype, mesh, config.prior.samples)
-            found.append(score_prompts(config, policy, batch, negative, suite, mesh))
-            ids += batch.ids.tolist()
+            new = by_prompt(batch, score_prompts(config, policy, batch, negative, suite, mesh))
+            known |= new
+            if mesh.is_main:
+                notes.add(new)
             bar.update(len(batch))
-    scores = {name: torch.cat([rewards.by_name[name] for rewards in found]).cpu() for name in suite.versions}
-    scales = {name: pooled_scale(name, rows_of_scores) for name, rows_of_scores in scores.items()}
+    scores = {name: torch.tensor([known[id_][name] for id_ in ids]) for name in suite.versions}
+    scales = {name: pooled_scale(name, of_reward) for name, of_reward in scores.items()}
     if mesh.is_main:
-        policy_hash = fingerprint(policy.folder, sorted(policy.transformers))
-        for name, rows_of_scores in scores.items():
-            store(shards.directory, name, suite.versions[name], policy_hash, ids, rows_of_scores, scales[name])
+        for name, of_reward in scores.items():
+            store(shards.directory, name, suite.versions[name], policy_hash, ids, of_reward, scales[name])
+        notes.remove()
     mesh.barrier()
     return scores
+
+
+def settings_of(config: Config, versions: Mapping[str, str], policy_hash: str) -> dict[str, str]:
+    """All that the scores depend on, as text."""
+    sections = {name: repr(getattr(config, name)) for name in ("policy", "video", "sampler", "data")}
+    draws = f"seed {config.run.seed}, {config.prior.samples} samples"
+    return {**sections, "rewards": repr(dict(versions)), "policy hash": policy_hash, "draws": draws}
+
+
+def by_prompt(prompts: PromptBatch, rewards: Rewards) -> Found:
+    """Each prompt's scores, as plain numbers."""
+    return {
+        id_: {name: scores[row].tolist() for name, scores in rewards.by_name.items()}
+        for row, id_ in enumerate(prompts.ids.tolist())
+    }
 
 
 def score_prompts(

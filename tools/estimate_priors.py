@@ -6,7 +6,7 @@
 Takes `prior.samples` videos per prompt of `data.split` with the recipe's own sampler, scores them with the recipe's
 rewards, and writes SHARDS/priors/<reward>.json: mean, standard deviation and count per prompt, the scale s_ref (pooled
 within-group standard deviation), the reward's version and the policy's hash. A recipe with another reward version or
-starting policy needs them measured again.
+starting policy needs them measured again. An estimation that was broken off goes on where it stopped.
 """
 
 from bpgo_video.prior_estimation import main

@@ -98,6 +98,10 @@ class PromptShards:
             raise ShardError(f"{self.directory} has no split {split!r}; it has {self.splits}")
         return np.flatnonzero(self._splits == list(self.splits).index(split))
 
+    def ids(self, rows: np.ndarray) -> np.ndarray:
+        """Ids of the prompts of these rows, without reading them."""
+        return self._ids[rows]
+
     def has_images(self, split: str) -> bool:
         """Whether the prompts of a split have images: all, or none.
 
