@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -18,15 +18,18 @@ from typing import Any
 import torch
 import tyro
 from diffusers import DiffusionPipeline
+from PIL import Image
 from tqdm import tqdm
 
 from bpgo_video import engine
 from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import ConfigError, VideoConfig
 from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.data.images import decode_image, fit_image
+from bpgo_video.data.media import read_media
 from bpgo_video.data.prompt_files import PromptFileError, read_prompts
 from bpgo_video.data.prompt_plan import make_plan
-from bpgo_video.data.prompt_records import PromptRecord, ShardError
+from bpgo_video.data.prompt_records import Media, PromptRecord, ShardError
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.data.video import write_video
 from bpgo_video.generation_files import (
@@ -71,10 +74,10 @@ def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
     """
     manifest = settings.output / MANIFEST
     with same_verdict(mesh):
-        prompts = read_records(settings)
         model = find_model(settings)
+        prompts = read_records(settings, model.policy.takes_images)
         call = resolve(settings, model.policy)
-        record = describe(settings, model, call)
+        record = describe(settings, model, call, prompts)
         check_manifest(manifest, record)
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
     jobs = plan(settings, prompts)
@@ -114,15 +117,35 @@ def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: 
                 bar.update()
 
 
-def read_records(settings: GenerationSettings) -> list[PromptRecord]:
-    """The prompts of a file or of shards, without embeddings."""
+def read_records(settings: GenerationSettings, with_images: bool = False) -> list[PromptRecord]:
+    """The prompts of a file or of shards, without embeddings; with their images where the model continues images.
+
+    Raises:
+        GenerationError: a prompt has no image, or a split is named and there are no shards.
+    """
     if settings.prompts.is_dir():
-        records = PromptShards(settings.prompts).records(settings.split)
-        return [PromptRecord(record.id, record.prompt, record.split, record.tags) for record in records]
-    if settings.split is not None:
+        found = PromptShards(settings.prompts).records(settings.split)
+        pairs = ((record, record.media) for record in found)
+    elif settings.split is not None:
         raise GenerationError(f"split is {settings.split!r}, but {settings.prompts} is no folder of prompt shards")
-    make_plan([settings.prompts])
-    return [line.record for line in read_prompts([settings.prompts])]
+    else:
+        make_plan([settings.prompts])
+        lines = read_prompts([settings.prompts])
+        pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
+    return [
+        PromptRecord(record.id, record.prompt, record.split, record.tags, media=_image(record, media, with_images))
+        for record, media in pairs
+    ]
+
+
+def _image(record: PromptRecord, media: Mapping[str, Media], with_images: bool) -> Mapping[str, Media]:
+    if not with_images:
+        return {}
+    if "image" not in media:
+        raise GenerationError(
+            f"the model makes videos of images, but prompt {record.prompt!r} has none; give .jsonl lines with 'image'"
+        )
+    return {"image": media["image"]}
 
 
 def plan(settings: GenerationSettings, prompts: Sequence[PromptRecord]) -> list[Job]:
@@ -134,11 +157,14 @@ def plan(settings: GenerationSettings, prompts: Sequence[PromptRecord]) -> list[
     ]
 
 
-def describe(settings: GenerationSettings, model: Model, call: CallSettings) -> dict[str, Any]:
+def describe(
+    settings: GenerationSettings, model: Model, call: CallSettings, records: Sequence[PromptRecord]
+) -> dict[str, Any]:
     """All that the videos depend on; plain JSON data."""
     folder, checkpoint = model.policy.folder, model.checkpoint
     parts = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     prompts = settings.prompts / "index.json" if settings.prompts.is_dir() else settings.prompts
+    images = hashlib.sha256(b"".join(file.data for record in records for file in record.media.values()))
     lora = settings.lora and hashlib.sha256(settings.lora.read_bytes()).hexdigest()[:16]
     return {
         "policy_fingerprint": fingerprint(folder, parts),
@@ -146,6 +172,7 @@ def describe(settings: GenerationSettings, model: Model, call: CallSettings) -> 
         "weights": checkpoint and settings.weights,
         "lora_sha256": lora,
         "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()[:16],
+        "images_sha256": images.hexdigest()[:16] if model.policy.takes_images else None,
         "split": settings.split,
         "seed": settings.seed,
         "negative_prompt": settings.negative_prompt,
@@ -191,15 +218,26 @@ def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> La
 def sample(
     pipeline: Any, jobs: Sequence[Job], shape: tuple[int, int, int, int], call: CallSettings, negative_prompt: str
 ) -> Videos:
-    """Videos in [0, 1] of the jobs, in one batch through the pipeline."""
+    """Videos in [0, 1] of the jobs, in one batch through the pipeline; image-to-video takes one image a call."""
+    if len(jobs) > 1 and jobs[0].prompt.media:
+        return torch.cat([sample(pipeline, [job], shape, call, negative_prompt) for job in jobs])
+    image = {"image": first_frame(jobs[0], call)} if jobs[0].prompt.media else {}
     output = pipeline(
         prompt=[job.prompt.prompt for job in jobs],
         negative_prompt=[negative_prompt] * len(jobs),
         latents=initial_latents(jobs, shape),
         output_type="pt",
+        **image,
         **asdict(call),
     )
     return output.frames.float().clamp(0, 1).cpu()
+
+
+def first_frame(job: Job, call: CallSettings) -> Image.Image:
+    """The job's image, fitted to the video as training fits it."""
+    pixels = decode_image(job.prompt.media["image"].data, f"prompt {job.prompt.prompt!r}")
+    fitted = fit_image(pixels, call.height, call.width)
+    return Image.fromarray((fitted * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

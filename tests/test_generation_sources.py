@@ -69,7 +69,7 @@ def write_run(base: Path, run_dir: Path, lora: LoraConfig) -> Path:
 def first_video(settings: GenerationSettings) -> torch.Tensor:
     model = find_model(settings)
     pipeline = load_pipeline(model, settings, torch.device("cpu"))
-    jobs = plan(settings, read_records(settings))[:1]
+    jobs = plan(settings, read_records(settings, False))[:1]
     return sample(pipeline, jobs, LATENTS, resolve(settings, model.policy), "")
 
 
@@ -118,7 +118,7 @@ def test_another_solver_is_diffusers_own(settings: GenerationSettings, base: Pat
     found = first_video(replace(settings, scheduler="euler", flow_shift=7.0, num_steps=4))
     pipeline = WanPipeline.from_pretrained(base)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-    jobs = plan(settings, read_records(settings))[:1]
+    jobs = plan(settings, read_records(settings, False))[:1]
     call = resolve(replace(settings, num_steps=4), find_model(settings).policy)
     assert torch.equal(found, sample(pipeline, jobs, LATENTS, call, ""))
     assert (found - first_video(replace(settings, num_steps=4))).abs().max() > 1e-3
@@ -164,3 +164,27 @@ def test_the_base_model_is_not_changed(base: Path, settings: GenerationSettings,
     before = {name: tensor.clone() for name, tensor in load_file(file).items()}
     first_video(replace(settings, policy=str(write_run(base, tmp_path / "run", LoraConfig()))))
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(file).items())
+
+
+def test_an_image_to_video_pipeline_continues_the_images_of_its_prompts(
+    settings: GenerationSettings, tmp_path: Path
+) -> None:
+    folder = random_wan(tmp_path / "wan", images=True, image_encoder=True)
+    own = replace(settings, policy=str(folder), samples_per_prompt=1, num_steps=2)
+    with pytest.raises(GenerationError, match="makes videos of images, but prompt 'a red circle moving left' has none"):
+        generate(own)
+    prompts = tmp_path / "prompts.jsonl"
+    lines = []
+    for number, text in enumerate(TEXTS[:2]):
+        Image.new("RGB", (64, 64), (200 * number, 90, 10)).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"prompt": text, "image": f"{number}.png"}))
+    prompts.write_text("\n".join(lines) + "\n")
+    manifest = json.loads(generate(replace(own, prompts=prompts)).read_text())
+    assert manifest["complete"]
+    jobs = plan(replace(own, prompts=prompts), read_records(replace(own, prompts=prompts), True))
+    pipeline = load_pipeline(find_model(own), own, torch.device("cpu"))
+    call = resolve(own, find_model(own).policy)
+    together = sample(pipeline, jobs, LATENTS, call, "")
+    swapped = replace(jobs[0], prompt=replace(jobs[0].prompt, media=jobs[1].prompt.media))
+    assert torch.equal(together[:1], sample(pipeline, jobs[:1], LATENTS, call, ""))
+    assert (sample(pipeline, [swapped], LATENTS, call, "") - together[:1]).abs().mean() > 1e-3

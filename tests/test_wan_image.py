@@ -73,6 +73,17 @@ def test_the_image_moves_the_video(image_policy: Policy, recipe: Config) -> None
     assert (first - second).abs().mean() > 1e-3
 
 
+def test_the_example_to_compare_weights_by_goes_through(image_policy: Policy) -> None:
+    latents, conditioning = image_policy.example()
+    found = image_policy.velocity(latents, torch.tensor(0.5), conditioning)
+    assert found.shape == latents.shape
+    with torch.no_grad():
+        image_policy.transformers["transformer"].patch_embedding.weight[:, -1] *= 2
+        changed = image_policy.velocity(latents, torch.tensor(0.5), conditioning)
+        image_policy.transformers["transformer"].patch_embedding.weight[:, -1] /= 2
+    assert (changed - found).abs().max() > 1e-4, "weights of the image's channels are seen"
+
+
 def test_a_rank_encodes_the_images_of_its_own_samples(image_policy: Policy, recipe: Config) -> None:
     config = replace(recipe, rollout=replace(recipe.rollout, micro_batch_size=2))
     prompts = prompts_of(image_policy, 4)

@@ -102,7 +102,7 @@ class WanPolicy:
     def example(self) -> tuple[Latents, Conditioning]:
         config, generator = self.transformer_config, torch.Generator().manual_seed(0)
         frames, height, width = config["patch_size"]
-        latents = torch.randn(1, config["in_channels"], 2 * frames, 2 * height, 2 * width, generator=generator)
+        latents = torch.randn(1, self.vae_config["z_dim"], 2 * frames, 2 * height, 2 * width, generator=generator)
         texts = torch.randn(1, 4, config["text_dim"], generator=generator)
         return latents, {"prompt_embeds": texts}
 

@@ -35,6 +35,15 @@ class WanImagePolicy(WanPolicy):
     def transformer_input(self, latents: Latents, conditioning: Conditioning) -> Tensor:
         return torch.cat([latents, conditioning["image_latents"].to(latents.dtype)], dim=1)
 
+    def example(self) -> tuple[Latents, Conditioning]:
+        latents, conditioning = super().example()
+        config, generator = self.transformer_config, torch.Generator().manual_seed(1)
+        more = config["in_channels"] - latents.shape[1]
+        images = {"image_latents": torch.randn(1, more, *latents.shape[2:], generator=generator)}
+        if config.get("image_dim"):
+            images["image_embeds"] = torch.randn(1, 4, config["image_dim"], generator=generator)
+        return latents, {**conditioning, **images}
+
     @torch.no_grad()
     def image_conditioning(
         self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
