@@ -14,7 +14,7 @@ from diffusers import WanTransformer3DModel
 from tests.recipes import ROOT, make_shards
 
 STAGES = ("zero1", "zero2", "zero3")
-SHARED = [f"gradient-{stage}=gradient:{stage}" for stage in STAGES]
+SHARED = [*(f"gradient-{stage}=gradient:{stage}" for stage in STAGES), "credited-4=credited:zero3:4"]
 WORLD_CASES = {
     1: SHARED,
     2: [
@@ -35,6 +35,16 @@ WORLD_CASES = {
             f"held-{stage}-{lora}-{weight}=held:{stage}:{lora}:{weight}"
             for stage, lora in (("zero2", "full"), ("zero3", "full"), ("zero3", "lora"))
             for weight in ("0", "1000")
+        ),
+        "credited-2=credited:zero3:2",
+        *(
+            f"held-{stage}-{lora}-{reference}=held:{stage}:{lora}:1000:{reference}"
+            for stage, lora, reference in (
+                ("zero2", "full", "ema"),
+                ("zero3", "full", "ema"),
+                ("zero3", "lora", "ema"),
+                ("zero3", "full", "previous"),
+            )
         ),
         *(f"ahead-{chunks}=ahead:{chunks}" for chunks in (0, 2)),
         *(f"uneven-{parameters}=uneven:{parameters}" for parameters in ("sharded", "gathered")),

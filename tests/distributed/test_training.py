@@ -95,6 +95,27 @@ def test_a_pull_towards_the_start_moves_the_second_update(worlds: dict[int, Path
     assert held["ratio_error_first_update_max"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["zero2-full-ema", "zero3-full-ema", "zero3-lora-ema", "zero3-full-previous"])
+def test_a_pull_towards_the_average_or_the_policy_before_moves_the_second_update(
+    worlds: dict[int, Path], name: str
+) -> None:
+    free, start, pulled = (
+        read_metrics(worlds[2] / f"held-{one}" / "metrics.jsonl")[0]
+        for one in (f"{name.rsplit('-', 1)[0]}-0", f"{name.rsplit('-', 1)[0]}-1000", name)
+    )
+    assert 0 < pulled["kl"] <= 1.001 * start["kl"], "the average is no further off than the start"
+    assert pulled["grad_norm"] != free["grad_norm"]
+    assert pulled["ratio_error_first_update_max"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["credited-4", "credited-2"])
+def test_best_and_worst_by_frames_have_one_gradient_on_any_world(worlds: dict[int, Path], name: str) -> None:
+    start, reference = starting_weights(), exported(worlds[1] / "credited-4")
+    found = exported(worlds[2] / name)
+    errors = {key: (found[key] - reference[key]).norm() / (reference[key] - start[key]).norm() for key in start}
+    assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
+
+
 @pytest.mark.parametrize("parameters", ["sharded", "gathered"])
 def test_uneven_work_hangs_nothing(worlds: dict[int, Path], parameters: str) -> None:
     assert summary_of(worlds[2], f"uneven-{parameters}")["heldout_videos"] == 3

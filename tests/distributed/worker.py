@@ -43,6 +43,17 @@ def gradient(shards: Path, run_dir: Path, stage: str, sequence: str = "1") -> Co
     return with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
 
 
+def credited(shards: Path, run_dir: Path, stage: str, micro_batch_size: str) -> Config:
+    """`gradient` of the best and the worst sample of each group, by frames; a rank may have none or all of them."""
+    config = gradient(shards, run_dir, stage)
+    return replace(
+        config,
+        rollout=replace(config.rollout, micro_batch_size=int(micro_batch_size)),
+        advantage=replace(config.advantage, best_of=1),
+        credit=replace(config.credit, kind="segment"),
+    )
+
+
 def exact_ratio(
     shards: Path, run_dir: Path, stage: str, lora: str, sequence: str = "1", parameters: str = "sharded"
 ) -> Config:
@@ -56,10 +67,11 @@ def exact_ratio(
     return replace(config, policy=policy)
 
 
-def held_near_the_start(shards: Path, run_dir: Path, stage: str, lora: str, weight: str) -> Config:
-    """Two updates of plain SGD with a pull towards the starting policy, which moves only the second."""
+def held(shards: Path, run_dir: Path, stage: str, lora: str, weight: str, reference: str = "start") -> Config:
+    """Two updates of plain SGD with a pull towards another policy, which moves only the second."""
     optim = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "updates_per_rollout": 2}
-    config = small_recipe(run_dir, shards, optim=optim, loss={"kl_weight": float(weight), "clip_range": (0.5, 0.5)})
+    loss: dict[str, Any] = {"kl_weight": float(weight), "kl_reference": reference, "clip_range": (0.5, 0.5)}
+    config = small_recipe(run_dir, shards, optim=optim, loss=loss, ema={"decay": 0.9, "warmup": False})
     config = with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
     return replace(config, policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])))
 
@@ -140,7 +152,7 @@ def with_stage(config: Config, stage: str) -> Config:
 
 CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
-    "uneven": uneven, "ahead": ahead, "held": held_near_the_start,
+    "uneven": uneven, "ahead": ahead, "held": held, "credited": credited,
 }  # fmt: skip
 
 
