@@ -120,6 +120,22 @@ def reward(axes: Axes, records: Records, summary: Summary) -> str | None:
     return _line(axes, records, "reward", "reward")
 
 
+def trained_against_heldout(axes: Axes, records: Records, summary: Summary) -> str | None:
+    """Where the line turns down while it goes on to the right, the policy exploits what it is trained on."""
+    steps, rewards = series(records, "reward")
+    name = summary.get("heldout_reward")
+    held = [(step, value) for step, value in zip(*series(records, f"heldout/{name}"), strict=True) if step in steps]
+    if len(held) < 2:
+        return None
+    bold = dict(zip(steps, smoothed(rewards).tolist(), strict=True))
+    trained, measured = [bold[step] for step, _ in held], [value for _, value in held]
+    axes.plot(trained, measured, color=SERIES[0], linewidth=2, marker="o", markersize=4)
+    for (step, value), reward in zip(held, trained, strict=True):
+        axes.annotate(f"{step:.0f}", (reward, value), textcoords="offset points", xytext=(5, 5), fontsize=9, color=TEXT)
+    axes.set_xlabel("training reward")
+    return f"{_words(f'held-out {name}', measured)} while {_words('the training reward went', trained)}"
+
+
 def trust(axes: Axes, records: Records, summary: Summary) -> str | None:
     return _mean_and_extremes(axes, records, "trust", "trust weight")
 
@@ -181,6 +197,12 @@ PANELS: Mapping[str, Panel] = {
         "What the policy was trained on. Thin: each step, other prompts every time; bold: moving mean.",
         reward,
     ),
+    "trained_against_heldout": Panel(
+        "Held-out score against training reward",
+        "A point an evaluation, with its step. A line that turns down on its way to the right says that the reward is "
+        "exploited.",
+        trained_against_heldout,
+    ),
     "trust": Panel(
         "Trust weight w",
         "How much each prompt's group counts in the update; 1 is GRPO. Line: mean; band: extremes.",
@@ -211,7 +233,8 @@ def draw_curve(name: str, records: Records, summary: Summary) -> Curve | None:
         alt = panel.draw(axes, records, summary)
         if alt is None:
             return None
-        axes.set_xlabel("steps")
+        if not axes.get_xlabel():
+            axes.set_xlabel("steps")
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     return Curve(panel.title, panel.caption, inline_svg(file.getvalue(), name, alt=f"{panel.title}: {alt}"), alt)

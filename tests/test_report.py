@@ -26,6 +26,7 @@ PROMPT = 'a red circle <script>alert("x")</script> & "moving" left'
 SUMMARY = {
     "steps": 6,
     "algorithm": "bpgo",
+    "heldout_reward": "oracle",
     "heldout_before": 0.5,
     "heldout_after": 0.65,
     "heldout_before_stderr": 0.02,
@@ -222,3 +223,12 @@ def test_shades_compare_all_samples_of_a_reward() -> None:
     first, second = ({"a": {"times": [0.0], "after": [score]}} for score in (2.0, 4.0))
     shares = [[cell.share for row in rows for cell in row.cells] for rows in cell_rows([first, second, {}])]
     assert shares == [[0.0], [1.0], []]
+
+
+def test_the_held_out_score_is_drawn_against_the_training_reward() -> None:
+    records = [record(step) for step in range(6)]
+    assert draw_curve("trained_against_heldout", records, {}) is None
+    records[5]["heldout/oracle"] = 0.4  # it fell while the reward went on rising
+    curve = draw_curve("trained_against_heldout", records, {"heldout_reward": "oracle"})
+    assert curve is not None
+    assert "held-out oracle from 0.6 to 0.4 while the training reward went from 0.46 to 0.55" in curve.alt
