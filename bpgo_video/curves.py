@@ -188,7 +188,7 @@ class Panel:
 
 PANELS: Mapping[str, Panel] = {
     "heldout": Panel(
-        "Held-out alignment",
+        "Held-out scores",
         "Prompts that were not trained on. Band: one standard error; dashed: before training.",
         heldout,
     ),

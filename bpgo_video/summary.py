@@ -17,9 +17,14 @@ from rich.table import Table
 
 
 def heldout_difference(summary: Mapping[str, Any]) -> float | None:
-    """Held-out alignment after less before; None where one of them is missing."""
+    """The run's measure after less before; None where one of them is missing."""
     before, after = summary.get("heldout_before"), summary.get("heldout_after")
     return None if before is None or after is None else after - before
+
+
+def measure(summary: Mapping[str, Any]) -> str:
+    """What the run is measured by, in words: the first of `evaluation.rewards` on held-out prompts."""
+    return f"held-out {summary.get('heldout_reward') or 'score'}"
 
 
 def verdict(summary: Mapping[str, Any]) -> str | None:
@@ -29,11 +34,11 @@ def verdict(summary: Mapping[str, Any]) -> str | None:
         return None
     change = f"{summary['heldout_before']:.3f} to {summary['heldout_after']:.3f}"
     if stderr is None:
-        return f"Held-out alignment went from {change} (no standard error recorded)"
+        return f"{measure(summary).capitalize()} went from {change} (no standard error recorded)"
     if abs(difference) <= 2 * stderr:
-        return f"No difference shown: held-out alignment went from {change}, within two standard errors"
+        return f"No difference shown: {measure(summary)} went from {change}, within two standard errors"
     effect, direction = ("helped", "rose") if difference > 0 else ("hurt", "fell")
-    return f"Training {effect}: held-out alignment {direction} from {change}"
+    return f"Training {effect}: {measure(summary)} {direction} from {change}"
 
 
 def run_facts(summary: Mapping[str, Any]) -> list[str]:
@@ -59,7 +64,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for when in ("before", "after"):
         if (score := summary.get(f"heldout_{when}")) is not None:
-            rows.append((f"held-out alignment {when}", with_stderr(f"{score:.4f}", f"heldout_{when}")))
+            rows.append((f"{measure(summary)} {when}", with_stderr(f"{score:.4f}", f"heldout_{when}")))
     if (difference := heldout_difference(summary)) is not None:
         rows.append(("paired difference", with_stderr(f"{difference:+.4f}", "heldout_difference")))
     counts = (("steps", "steps"), ("videos generated", "videos_generated"))

@@ -124,7 +124,7 @@ def test_every_curve_and_both_contact_sheets_are_there_and_described(run_dir: Pa
 
 def test_the_verdict_and_the_numbers_behind_it_are_on_the_page(run_dir: Path) -> None:
     text = " ".join(page_of(run_dir).text.split())
-    verdict = "Training helped: held-out alignment rose from 0.500 to 0.650"
+    verdict = "Training helped: held-out oracle rose from 0.500 to 0.650"
     for words in (verdict, "+0.150 ± 0.012", "seed 7"):
         assert words in text
     assert "score 0.31 → 0.78 ▲ better" in text
