@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class WanPolicy:
     """Wan's pipeline parts; text encoder and VAE may be absent where embeddings or latents are all that is needed."""
 
     block_classes: tuple[type[nn.Module], ...] = (WanTransformerBlock,)
-    pipeline_class: type[Any] = WanPipeline
+    pipeline_name = "WanPipeline"  # looked up late: importing a pipeline that is not used may print warnings
     takes_images = False
 
     def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
@@ -58,7 +59,7 @@ class WanPolicy:
             parts["transformer"] = build(WanTransformer3DModel, folder / "transformer", dtype).to(device)
         if cls.takes_images:
             parts["image_encoder"] = cls.image_encoder(folder, dtype, device) if "image_encoder" in components else None
-        return cls(folder, cls.pipeline_class.from_pretrained(folder, **parts), max_sequence_length)
+        return cls(folder, getattr(diffusers, cls.pipeline_name).from_pretrained(folder, **parts), max_sequence_length)
 
     @staticmethod
     def refuse_later_versions(folder: Path) -> None:

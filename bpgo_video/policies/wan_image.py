@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanImageToVideoPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
@@ -24,7 +23,7 @@ from bpgo_video.types import Conditioning, Latents
 class WanImagePolicy(WanPolicy):
     """`WanPolicy` whose videos continue an image."""
 
-    pipeline_class = WanImageToVideoPipeline
+    pipeline_name = "WanImageToVideoPipeline"
     takes_images = True
 
     @classmethod
