@@ -77,6 +77,43 @@ def test_hpsv2_is_open_clip_s_cosine_of_whole_frames(tmp_path: Path, size: tuple
     np.testing.assert_allclose(HPSv2(str(tmp_path / "hps"), str(base))(clips).values.numpy(), expected, atol=1e-5)
 
 
+def to_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The way back, written by hand: CLIPModel's names to open_clip's."""
+    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
+             "mlp.fc2": "mlp.c_proj"}  # fmt: skip
+    towers = {"text_model": "", "vision_model": "visual."}
+    found = {
+        "logit_scale": weights["logit_scale"],
+        "text_projection": weights["text_projection.weight"].T,
+        "visual.proj": weights["visual_projection.weight"].T,
+        "token_embedding.weight": weights["text_model.embeddings.token_embedding.weight"],
+        "visual.class_embedding": weights["vision_model.embeddings.class_embedding"],
+        "visual.conv1.weight": weights["vision_model.embeddings.patch_embedding.weight"],
+    }
+    for tower, prefix in towers.items():
+        found[f"{prefix}positional_embedding"] = weights[f"{tower}.embeddings.position_embedding.weight"]
+        norms = (
+            {"ln_final": "final_layer_norm"} if not prefix else {"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
+        )
+        for kind in ("weight", "bias"):
+            found |= {f"{prefix}{own}.{kind}": weights[f"{tower}.{theirs}.{kind}"] for own, theirs in norms.items()}
+            layer = 0
+            while (block := f"{tower}.encoder.layers.{layer}") + f".mlp.fc1.{kind}" in weights:
+                own = f"{prefix}transformer.resblocks.{layer}"
+                found |= {f"{own}.{to}.{kind}": weights[f"{block}.{name}.{kind}"] for name, to in parts.items()}
+                joined = [weights[f"{block}.self_attn.{which}_proj.{kind}"] for which in "qkv"]
+                found[f"{own}.attn.in_proj_{kind}"] = torch.cat(joined)
+                layer += 1
+    return found
+
+
+def test_open_clip_s_weights_come_back_to_the_bit(tmp_path: Path) -> None:
+    weights = random_hps(tmp_path / "hps").state_dict()
+    back = to_open_clip(from_open_clip(weights))
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weight) for name, weight in weights.items())
+
+
 def test_open_clip_s_names_are_those_of_clip_model_and_nothing_else(tmp_path: Path) -> None:
     weights = random_hps(tmp_path / "hps").state_dict()
     converted, wanted = from_open_clip(weights), CLIPModel(folders.clip_config()).state_dict()
