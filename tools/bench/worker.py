@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from bpgo_video import engine as engines
 from bpgo_video.bpgo import BPGOSettings
 from bpgo_video.cli import show_loading_once
+from bpgo_video.conditioning import cast
 from bpgo_video.config import Config, ParallelConfig
 from bpgo_video.config_io import read_yaml
+from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.estimation import estimate_advantages
 from bpgo_video.losses import Move, bpgo_loss
 from bpgo_video.parallel.heartbeat import Heartbeat
@@ -32,15 +34,7 @@ from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.replay import Setting, optimise, replay_objective
 from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser, trust_region
-from bpgo_video.session import (
-    Session,
-    build_engine,
-    build_session,
-    cast,
-    check_inputs,
-    heldout_prompts,
-    sampling_policy,
-)
+from bpgo_video.session import Session, build_engine, build_session, check_inputs, sampling_policy
 from bpgo_video.trainer import Stopwatch, sample_and_score, train_step
 from bpgo_video.types import Conditioning, PromptBatch
 from tools.bench.overlap import in_chunks, overlap
@@ -63,11 +57,8 @@ def zero(stage: int) -> dict[str, Any]:
 
 def prompts_for(config: Config, mesh: Mesh) -> tuple[PromptBatch, Conditioning]:
     _, shards = check_inputs(config, mesh)
-    prompts = heldout_prompts(config, shards)
-    assert prompts is not None
-    dtype = torch.float32
-    two = PromptBatch(prompts.ids[:2], prompts.texts[:2], {k: v[:2] for k, v in prompts.conditioning.items()})
-    return two, cast(shards.negative, dtype, mesh.device)
+    two = as_batch([shards.record(int(row)) for row in shards.rows(config.evaluation.split)[:2]])
+    return two, cast(shards.negative, torch.float32, mesh.device)
 
 
 def rollout(policy: Policy, config: Config, mesh: Mesh) -> Callable[[], object]:
