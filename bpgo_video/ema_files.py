@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -32,14 +32,27 @@ def load_average(ema: EMA, folder: Path) -> None:
         ema.updates = int(saved.notes["updates"])
 
 
-def average_in(folder: Path) -> dict[str, Tensor]:
-    """The whole average in a checkpoint, fp32 by parameter name: what `ZeroParameters` are to the raw weights.
+class AverageParameters(Mapping[str, Tensor]):
+    """The average in a checkpoint, fp32 by parameter name, each whole and read when it is asked for.
+
+    What `ZeroParameters` are to the raw weights.
 
     Raises:
         CheckpointError: the run kept none, or files are missing.
     """
-    with _saved_average(folder) as saved:
-        return dict(saved.tensors())
+
+    def __init__(self, folder: Path):
+        self._files = ExitStack()
+        self._saved = self._files.enter_context(_saved_average(folder))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._saved.whole(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._saved.shapes)
+
+    def __len__(self) -> int:
+        return len(self._saved.shapes)
 
 
 @contextmanager

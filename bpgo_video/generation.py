@@ -164,7 +164,9 @@ def describe(
     folder, checkpoint = model.policy.folder, model.checkpoint
     parts = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     prompts = settings.prompts / "index.json" if settings.prompts.is_dir() else settings.prompts
-    images = hashlib.sha256(b"".join(file.data for record in records for file in record.media.values()))
+    images = hashlib.sha256()
+    for file in (file for record in records for file in record.media.values()):
+        images.update(file.data)
     lora = settings.lora and hashlib.sha256(settings.lora.read_bytes()).hexdigest()[:16]
     return {
         "policy_fingerprint": fingerprint(folder, parts),

@@ -20,7 +20,7 @@ from torch import Tensor
 from bpgo_video import checkpoint
 from bpgo_video.config import Config
 from bpgo_video.config_io import read_yaml
-from bpgo_video.ema_files import average_in
+from bpgo_video.ema_files import AverageParameters
 from bpgo_video.engine import tensor_files
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies.lora import merged_tensors
@@ -35,7 +35,7 @@ from bpgo_video.zero_files import (
 from bpgo_video.zero_parameters import ZeroParameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WEIGHTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {"raw": ZeroParameters, "ema": average_in}
+WEIGHTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {"raw": ZeroParameters, "ema": AverageParameters}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ shape that has. So any rank can pick its elements out of all files, and whole pa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -83,10 +83,10 @@ class SavedShards:
             )
         return self._read(shard.name, shard.start, shard.start + shard.values.numel())
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, whole and fp32, one in memory at a time."""
-        for name, shape in self.shapes.items():
-            yield name, self._read(name, 0, prod(shape)).reshape(shape)
+    def whole(self, name: str) -> Tensor:
+        """A parameter of all ranks' shards, fp32, on the CPU."""
+        shape = self.shapes[name]
+        return self._read(name, 0, prod(shape)).reshape(shape)
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         found, missing = torch.empty(stop - start), stop - start

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from bpgo_video.checkpoint import CheckpointError
 from bpgo_video.config import EmaConfig
 from bpgo_video.ema import EMA, decay_after
-from bpgo_video.ema_files import average_in, load_average, save_average
+from bpgo_video.ema_files import AverageParameters, load_average, save_average
 from bpgo_video.master_weights import Shard
+from bpgo_video.shard_files import SavedShards
 
 SHAPES = {"a.weight": (5, 7), "a.bias": (5,), "b.weight": (3, 2, 2)}
 NO_WARMUP = EmaConfig(decay=0.9, warmup=False)
@@ -116,8 +117,8 @@ def test_any_ranks_read_what_any_others_wrote(
         ema.updates = 17
         save_average(ema, folder, rank)
     written = Masters(0).whole
-    assert all(torch.equal(tensor, written[name]) for name, tensor in average_in(folder).items())
-    assert average_in(folder).keys() == SHAPES.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in AverageParameters(folder).items())
+    assert AverageParameters(folder).keys() == SHAPES.keys()
     for cuts in parts(readers):
         ema = EMA(Masters(1, cuts), NO_WARMUP)
         load_average(ema, folder)
@@ -128,7 +129,7 @@ def test_any_ranks_read_what_any_others_wrote(
 
 def test_a_missing_file_another_model_and_no_average_are_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"ema.decay above 0"):
-        average_in(tmp_path)
+        dict(AverageParameters(tmp_path))
     for rank, cuts in enumerate(parts([0.5])):
         save_average(EMA(Masters(0, cuts), NO_WARMUP), tmp_path, rank)
     other = Masters(0)
@@ -137,4 +138,18 @@ def test_a_missing_file_another_model_and_no_average_are_told(tmp_path: Path) ->
         load_average(EMA(other, NO_WARMUP), tmp_path)
     (tmp_path / "ema-rank-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks \d+ elements of a.* in its ema files"):
-        average_in(tmp_path)
+        dict(AverageParameters(tmp_path))
+
+
+def test_a_parameter_of_the_average_is_read_when_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_average(EMA(Masters(0), NO_WARMUP), tmp_path, 0)
+    whole, read = SavedShards.whole, []
+    monkeypatch.setattr(SavedShards, "whole", lambda saved, name: read.append(name) or whole(saved, name))
+    average = AverageParameters(tmp_path)
+    assert set(average) == set(SHAPES)
+    assert len(average) == len(SHAPES)
+    assert read == []
+    assert torch.equal(average["a.bias"], Masters(0).whole["a.bias"])
+    assert read == ["a.bias"]

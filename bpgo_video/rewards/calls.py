@@ -52,7 +52,7 @@ def ask(call: Call, model: RewardModel, clips: Clips) -> FrameScores:
     """
     try:
         found = model(clips)
-    except Exception as error:
+    except Exception as error:  # anything, from users' own models too: told with whose videos it was about
         raise RewardError(f"{call} failed: {type(error).__name__}: {error}") from error
     shape = tuple(found.values.shape)
     if len(shape) != 2 or shape[0] != len(clips) or shape[1] == 0:

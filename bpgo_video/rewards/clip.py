@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from transformers import CLIPModel
 
@@ -23,6 +26,8 @@ class ClipScore:
     """
 
     name = "clip_score"
+    network: type[Any] = CLIPModel
+    as_siglip = False
     range = (-1.0, 1.0)
     higher_is_better = True
     differentiable = True
@@ -38,10 +43,14 @@ class ClipScore:
         backbones: Backbones | None = None,
     ):
         folder = resolve_folder(model)
+        self.check(folder)
         self.frames = FrameSampling(frames, frames_per_second)
-        backbone = (backbones or Backbones()).load(CLIPModel, folder, device, dtype)
-        self.encoder = ImageTextEncoder(backbone, folder, Preprocessing.of_folder(folder))
+        backbone = (backbones or Backbones()).load(self.network, folder, device, dtype)
+        self.encoder = ImageTextEncoder(backbone, folder, Preprocessing.of_folder(folder), self.as_siglip)
         self.version = version([fingerprint(folder, (".",))], self.frames, dtype)
+
+    def check(self, folder: Path) -> None:
+        """Whether the folder's model is one of these; the network's own loading says it of CLIP."""
 
     def __call__(self, clips: Clips) -> FrameScores:
         return self.encoder.scores(clips, self.frames)

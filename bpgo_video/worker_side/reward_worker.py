@@ -88,7 +88,7 @@ def _answer(model, question, descriptor):
     try:
         with mmap.mmap(descriptor, question["bytes"], access=mmap.ACCESS_READ) as memory:
             found = model(Clips(question["clips"], bytes(memory)))
-    except Exception as error:
+    except Exception as error:  # whatever the model raises is told to the run, which ends by it and names the videos
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
     rows, times = found if isinstance(found, tuple) else (found, None)

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from bpgo_video import engine
 from bpgo_video.config import EmaConfig, OptimConfig
 from bpgo_video.ema import EMA
-from bpgo_video.ema_files import average_in, save_average
+from bpgo_video.ema_files import AverageParameters, save_average
 
 CONFIG = EmaConfig(decay=0.8)
 UPDATES = 4
@@ -97,7 +97,7 @@ def run(stage: int, dtype_name: str, persistent: int, folder: Path) -> dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     save_average(ema, folder, dist.get_rank())
     dist.barrier()
-    average = average_in(folder)
+    average = AverageParameters(folder)
 
     before = computed_with(learner)
     with ema.weights():
