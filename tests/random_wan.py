@@ -50,7 +50,7 @@ def random_wan(folder: Path, seed: int = 0, images: bool = False, image_encoder:
             out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=8, latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
         )  # fmt: skip
-        tokenizer = _tokenizer()
+        tokenizer = word_tokenizer()
         encoder = UMT5EncoderModel(
             UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         )
@@ -71,7 +71,7 @@ def random_wan(folder: Path, seed: int = 0, images: bool = False, image_encoder:
     return folder
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     words = sorted({word for caption in world.all_captions() for word in caption.text.split()})
     vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -23,6 +23,8 @@ __all__ = ["FAMILIES", "Policy", "family", "guided_velocity", "load_policy"]
 FAMILIES: dict[str, str] = {  # diffusers' name of a pipeline -> who makes a policy of it; read when it is asked for
     "WanPipeline": "bpgo_video.policies.wan:WanPolicy",
     "WanImageToVideoPipeline": "bpgo_video.policies.wan_image:WanImagePolicy",
+    "CogVideoXPipeline": "bpgo_video.policies.cogvideox:CogVideoXPolicy",
+    "CogVideoXImageToVideoPipeline": "bpgo_video.policies.cogvideox:CogVideoXImagePolicy",
 }
 
 

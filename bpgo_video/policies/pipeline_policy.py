@@ -32,13 +32,17 @@ class PipelinePolicy:
         block_names: class names of the transformer's repeated blocks.
         fps: frames a second that the family's authors train on.
         given_frames: latent frames that the image fixes and the policy does not sample.
+        padding_frames: latent frames that are sampled in front, and dropped before decoding.
+        one_dtype: diffusers' pipeline hands latents from network to network without a cast.
     """
 
     pipeline_name: ClassVar[str]
     block_names: ClassVar[tuple[str, ...]]
-    fps: ClassVar[float]
+    fps: float
     takes_images: ClassVar[bool] = False
     given_frames: ClassVar[int] = 0
+    padding_frames: int = 0
+    one_dtype: ClassVar[bool] = False
 
     def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
         self.folder = folder
@@ -91,6 +95,10 @@ class PipelinePolicy:
         self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
     ) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} makes videos of texts alone")
+
+    def default_size(self) -> dict[str, int]:
+        """Frames, height and width that the pipeline reads from its parts, where its call has no default for them."""
+        return {}
 
     def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
         """What the pipeline's own call takes beside prompt, size and guidance: the initial noise in its layout."""

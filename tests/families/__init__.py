@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from bpgo_video.policies import Policy, load_policy
 from tests.families.case import Case
+from tests.families.cogvideox import COGVIDEOX, COGVIDEOX_IMAGE, COGVIDEOX_PAIRS, COGVIDEOX_PAIRS_IMAGE
 from tests.families.wan import WAN, WAN_IMAGE
 
-CASES: dict[str, Case] = {"wan": WAN, "wan_image": WAN_IMAGE}
+CASES: dict[str, Case] = {
+    "wan": WAN,
+    "wan_image": WAN_IMAGE,
+    "cogvideox": COGVIDEOX,
+    "cogvideox_image": COGVIDEOX_IMAGE,
+    "cogvideox_pairs": COGVIDEOX_PAIRS,
+    "cogvideox_pairs_image": COGVIDEOX_PAIRS_IMAGE,
+}
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]
