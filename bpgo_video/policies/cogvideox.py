@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bpgo_video import sde
 from bpgo_video.config import ConfigError, VideoConfig
+from bpgo_video.parallel.cogvideox_attention import dispatch
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
@@ -50,6 +51,8 @@ class CogVideoXPolicy(PipelinePolicy):
 
     def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
         super().__init__(folder, pipeline, max_sequence_length)
+        for module in self.transformers.values():
+            dispatch(module)
         alpha_squared = pipeline.scheduler.alphas_cumprod.double()
         alpha, s = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
         self.levels = s / (alpha + s)  # sigma of every timestep of training

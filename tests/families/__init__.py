@@ -8,10 +8,11 @@ from __future__ import annotations
 from bpgo_video.policies import Policy, load_policy
 from tests.families.case import Case
 from tests.families.cogvideox import COGVIDEOX, COGVIDEOX_IMAGE, COGVIDEOX_PAIRS, COGVIDEOX_PAIRS_IMAGE
-from tests.families.wan import WAN, WAN_IMAGE
+from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 
 CASES: dict[str, Case] = {
     "wan": WAN,
+    "wan_one_frame": WAN_ONE_FRAME,
     "wan_image": WAN_IMAGE,
     "cogvideox": COGVIDEOX,
     "cogvideox_image": COGVIDEOX_IMAGE,
