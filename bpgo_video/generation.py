@@ -1,7 +1,7 @@
 """How are videos made with a finished policy? By diffusers' own pipeline, each rank its own videos, into mp4 files.
 
-Initial latents are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and what was made
-before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the same command.
+Initial latents and further draws are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and
+what was made before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the same command.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from bpgo_video.generation_settings import (
 from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.randomness import keyed_noise
+from bpgo_video.randomness import generator_of, keyed_noise
 from bpgo_video.run_weights import DTYPES, WEIGHTS, put_into
 from bpgo_video.types import Latents, Videos
 from bpgo_video.zero_files import CheckpointError
@@ -196,7 +196,8 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
     """
     dtype = DTYPES[settings.dtype]
     pipeline_class = getattr(diffusers, model.policy.pipeline_name)
-    pipeline = pipeline_class.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": torch.float32})
+    of_vae = dtype if model.policy.one_dtype else torch.float32
+    pipeline = pipeline_class.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": of_vae})
     pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
     if model.checkpoint is not None:
         weights = WEIGHTS[settings.weights](model.checkpoint.folder)
@@ -228,11 +229,13 @@ def sample(
         return torch.cat([sample(pipeline, policy, [job], settings, call) for job in jobs])
     image = {"image": first_frame(jobs[0], call)} if jobs[0].prompt.media else {}
     video = video_of(settings, call, policy)
+    noise = initial_latents(jobs, policy.latent_shape(video))
     output = pipeline(
         prompt=[job.prompt.prompt for job in jobs],
         negative_prompt=[settings.negative_prompt] * len(jobs),
+        generator=[generator_of(*job.latents_key, "pipeline") for job in jobs],  # of what else a pipeline draws
         output_type="pt",
-        **policy.call_arguments(initial_latents(jobs, policy.latent_shape(video)), video),
+        **policy.call_arguments(noise.to(DTYPES[settings.dtype]) if policy.one_dtype else noise, video),
         **image,
         **asdict(call),
     )

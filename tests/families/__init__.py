@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from bpgo_video.policies import Policy, load_policy
 from tests.families.case import Case
-from tests.families.cogvideox import COGVIDEOX, COGVIDEOX_IMAGE, COGVIDEOX_PAIRS, COGVIDEOX_PAIRS_IMAGE
+from tests.families.cogvideox import (
+    COGVIDEOX,
+    COGVIDEOX_IMAGE,
+    COGVIDEOX_PAIRS,
+    COGVIDEOX_PAIRS_IMAGE,
+    COGVIDEOX_PAIRS_ONE_FRAME,
+)
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 
 CASES: dict[str, Case] = {
@@ -17,6 +23,7 @@ CASES: dict[str, Case] = {
     "cogvideox": COGVIDEOX,
     "cogvideox_image": COGVIDEOX_IMAGE,
     "cogvideox_pairs": COGVIDEOX_PAIRS,
+    "cogvideox_pairs_one_frame": COGVIDEOX_PAIRS_ONE_FRAME,
     "cogvideox_pairs_image": COGVIDEOX_PAIRS_IMAGE,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def random_transformer(config: dict[str, Any]) -> CogVideoXTransformer3DModel:
 COGVIDEOX = Case(random_cogvideox, VIDEO, TEXT_TOKENS, euler=ddim)
 COGVIDEOX_IMAGE = Case(partial(random_cogvideox, own={**IMAGE, **LEARNED}), VIDEO, TEXT_TOKENS, euler=ddim)
 COGVIDEOX_PAIRS = Case(partial(random_cogvideox, own=PAIRS), VIDEO, TEXT_TOKENS, euler=ddim)
+COGVIDEOX_PAIRS_ONE_FRAME = replace(COGVIDEOX_PAIRS, video=replace(VIDEO, num_frames=1))
 COGVIDEOX_PAIRS_IMAGE = Case(
     partial(random_cogvideox, own={**IMAGE, **PAIRS, "ofs_embed_dim": 16}, invert_scale=True),
     VIDEO, TEXT_TOKENS, euler=ddim,
