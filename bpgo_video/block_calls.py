@@ -13,7 +13,7 @@ from torch import nn
 
 
 def call_by_position(module: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> None:
-    """Let every block of these classes see its inputs by position from now on; to be called before DeepSpeed's hooks."""
+    """Let every block of these classes see its inputs by position; to be called before DeepSpeed adds its hooks."""
     for block in module.modules():
         if isinstance(block, block_classes):
             block.register_forward_pre_hook(_by_position, with_kwargs=True)

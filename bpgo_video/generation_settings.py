@@ -81,9 +81,9 @@ class GenerationSettings:
     max_sequence_length: Positive | None = None
     """Text tokens, as in training; None takes the tokenizer's own limit where that is below the pipeline's."""
     scheduler: Literal["unipc", "dpm", "euler", "ddim"] | None = None
-    """Solver: unipc, dpm or euler of a flow, ddim or dpm of CogVideoX; None takes the pipeline's own, as for the next."""
+    """Solver: unipc, dpm, euler of a flow; ddim, dpm of CogVideoX. None takes the pipeline's own, as for the next."""
     flow_shift: Annotated[float, Field(gt=0.0)] | None = None
-    """Where a flow's denoising steps lie: larger ones lie nearer to noise. Wan's authors: 3 for 480 lines, 5 for 720."""
+    """Where a flow's steps lie: larger ones lie nearer to noise. Wan's authors: 3 for 480 lines, 5 for 720."""
     fps: Annotated[float, Field(gt=0.0)] | None = None
     """Frames a second of the files; None takes what the model's authors train on (16 for Wan)."""
     samples_per_prompt: Positive = 1

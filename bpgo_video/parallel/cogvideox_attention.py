@@ -1,11 +1,11 @@
-"""How does CogVideoX attend? As diffusers' processor for it does, through the dispatcher that other families go through.
+"""How does CogVideoX attend? As diffusers' processor for it does, through the dispatcher that other families use.
 
 diffusers' own calls PyTorch's attention directly, which neither a sequence group nor a choice of backend reaches.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -48,7 +48,8 @@ def rotated(x: Float[Tensor, "samples joint heads head_dim"], rotary: Rotary | N
     """The tokens behind the text rotated by their positions, where there are any."""
     if rotary is None:
         return x
-    return torch.cat([x[:, :text], apply_rotary_emb(x[:, text:], rotary, sequence_dim=1)], dim=1)
+    video: Any = apply_rotary_emb(x[:, text:], cast(Any, rotary), sequence_dim=1)  # both annotated as something else
+    return torch.cat([x[:, :text], video], dim=1)
 
 
 def dispatch(transformer: nn.Module) -> None:

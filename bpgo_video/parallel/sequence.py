@@ -65,7 +65,9 @@ class SequencePlan:
 PLANS = {
     "WanTransformer3DModel": SequencePlan(blocks=("blocks",), rope=partial(rope_module, "rope", 1), head="proj_out"),
     "HunyuanVideoTransformer3DModel": SequencePlan(
-        blocks=("transformer_blocks", "single_transformer_blocks"), rope=partial(rope_module, "rope", 0), head="proj_out"
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        rope=partial(rope_module, "rope", 0),
+        head="proj_out",
     ),
     "CogVideoXTransformer3DModel": SequencePlan(
         blocks=("transformer_blocks",),

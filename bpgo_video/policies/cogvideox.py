@@ -98,7 +98,7 @@ class CogVideoXPolicy(PipelinePolicy):
 
     @property
     def _adds_positions(self) -> bool:
-        """To text and video, where the video's are not rotary or are learned beside them (2B, and 5B image-to-video)."""
+        """To text and video: of 2B, whose are not rotary, and of 5B image-to-video, which learned some beside."""
         config = self.transformer_config
         return not config["use_rotary_positional_embeddings"] or bool(config["use_learned_positional_embeddings"])
 
@@ -131,7 +131,9 @@ class CogVideoXPolicy(PipelinePolicy):
         fixed = config["use_learned_positional_embeddings"]
         sides = [config[f"sample_{name}"] if fixed else 2 * config["patch_size"] for name in ("height", "width")]
         tokens = config["max_text_seq_length"] if self._adds_positions else 4
-        latents = torch.randn(1, self.vae_config["latent_channels"], 1 + self.padding_frames, *sides, generator=generator)
+        latents = torch.randn(
+            1, self.vae_config["latent_channels"], 1 + self.padding_frames, *sides, generator=generator
+        )
         return latents, {"prompt_embeds": torch.randn(1, tokens, config["text_embed_dim"], generator=generator)}
 
     def sigmas(self, num_steps: int, video: VideoConfig, shift: float | None = None) -> Tensor:
@@ -185,10 +187,10 @@ class CogVideoXPolicy(PipelinePolicy):
             frames = latents.shape[2] // config["patch_size_t"]
             grid = {"crops_coords": None, "grid_type": "slice", "max_size": (base_height, base_width)}
             grid["temporal_size"] = frames
-        rotary: tuple[Tensor, Tensor] = get_3d_rotary_pos_embed(
+        rotary: Any = get_3d_rotary_pos_embed(
             config["attention_head_dim"], grid_size=(height, width), device=latents.device, **grid
         )
-        return rotary
+        return rotary[0], rotary[1]
 
     @torch.no_grad()
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:

@@ -51,7 +51,8 @@ def peft_config(lora: LoraConfig) -> PeftConfig:
 def merged_parameters(engine: Gatherer, name: str) -> Iterator[tuple[str, Tensor]]:
     """Every base parameter of the transformer `name` under its original name, adapters added in: W + alpha/rank B A.
 
-    Then the buffers that a file of it stores. One parameter at a time is gathered; all ranks must iterate to the end together.
+    Then the buffers that its files store. One parameter at a time is gathered; all ranks must iterate to the end
+    together.
     """
     module = engine.module.get_submodule(name)
     layers: dict[str, Any] = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}

@@ -1,6 +1,6 @@
 """What ranks run to see how far off the buffers of transformers are that are born sharded in bf16.
 
-    python -m tests.distributed.buffers_worker OUTPUT FOLDER...
+python -m tests.distributed.buffers_worker OUTPUT FOLDER...
 """
 
 from __future__ import annotations
