@@ -170,18 +170,26 @@ def chosen_scheduler(settings: GenerationSettings, own: Any) -> Any:
     Raises:
         GenerationError: a scheduler that is not for this model, or a shift for one that has none.
     """
-    is_flow = own.config.get("prediction_type") != "v_prediction"
-    table = FLOW if is_flow else V_PREDICTION
-    if settings.flow_shift is not None and not is_flow:
-        raise GenerationError(f"flow_shift is {settings.flow_shift}, but this model predicts v: leave it out")
+    table = schedulers_like(own)
+    if settings.flow_shift is not None and table is not FLOW:
+        raise GenerationError(f"flow_shift is {settings.flow_shift}, but this model's scheduler has none: leave it out")
     if settings.scheduler is None and settings.flow_shift is not None:
         raise GenerationError(f"flow_shift is {settings.flow_shift}; say for which --scheduler: {sorted(table)}")
     if settings.scheduler is None:
         return own
     if settings.scheduler not in table:
-        raise GenerationError(f"scheduler is {settings.scheduler!r}; this model can use one of {sorted(table)}")
+        raise GenerationError(
+            f"scheduler is {settings.scheduler!r}; this model can use {sorted(table) or 'its own alone'}"
+        )
     shift = own.config.get("flow_shift", own.config.get("shift", 1.0))
     return table[settings.scheduler](own.config, shift if settings.flow_shift is None else settings.flow_shift)
+
+
+def schedulers_like(own: Any) -> Schedulers:
+    """The solvers of the models that ship such a scheduler; none where time runs the other way (Mochi)."""
+    if own.config.get("prediction_type") == "v_prediction":
+        return V_PREDICTION
+    return {} if own.config.get("invert_sigmas") else FLOW
 
 
 def shipped_scheduler(folder: Path) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bpgo_video.config import ConfigError
-from bpgo_video.parallel import cogvideox_attention
+from bpgo_video.parallel import cogvideox_attention, mochi_attention
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.ulysses import Ulysses, attend
 
@@ -75,6 +75,12 @@ PLANS = {
         head="proj_out",
         text_first=True,
         attention=cogvideox_attention.dispatch,
+    ),
+    "MochiTransformer3DModel": SequencePlan(
+        blocks=("transformer_blocks",),
+        rope=partial(rope_module, "rope", 0),
+        head="proj_out",
+        attention=mochi_attention.dispatch,
     ),
 }
 

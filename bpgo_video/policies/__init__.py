@@ -25,6 +25,7 @@ FAMILIES: dict[str, str] = {  # diffusers' name of a pipeline -> who makes a pol
     "WanImageToVideoPipeline": "bpgo_video.policies.wan_image:WanImagePolicy",
     "CogVideoXPipeline": "bpgo_video.policies.cogvideox:CogVideoXPolicy",
     "CogVideoXImageToVideoPipeline": "bpgo_video.policies.cogvideox:CogVideoXImagePolicy",
+    "MochiPipeline": "bpgo_video.policies.mochi:MochiPolicy",
 }
 
 

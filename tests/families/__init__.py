@@ -14,6 +14,7 @@ from tests.families.cogvideox import (
     COGVIDEOX_PAIRS_IMAGE,
     COGVIDEOX_PAIRS_ONE_FRAME,
 )
+from tests.families.mochi import MOCHI
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 
 CASES: dict[str, Case] = {
@@ -25,6 +26,7 @@ CASES: dict[str, Case] = {
     "cogvideox_pairs": COGVIDEOX_PAIRS,
     "cogvideox_pairs_one_frame": COGVIDEOX_PAIRS_ONE_FRAME,
     "cogvideox_pairs_image": COGVIDEOX_PAIRS_IMAGE,
+    "mochi": MOCHI,
 }
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]
