@@ -87,8 +87,8 @@ def plan_of(read: Read, name: str, on_error: str = "stop", progress: Progress = 
         on_error: "stop" raises at the first prompt that cannot be used, "skip" leaves it out and counts it.
 
     Raises:
-        PromptFileError: what `read` raises; no prompts at all; with "stop", a prompt that cannot be used, or two with one
-            id, both named.
+        PromptFileError: what `read` raises; no prompts at all; with "stop", a prompt that cannot be used, or two with
+            one id, both named.
     """
     digest, rejected = hashlib.sha256(), 0
 

@@ -55,8 +55,8 @@ class PromptRecord:
         conditioning: tensors without a batch axis; those with two axes are (tokens, dim).
         media: "image" and "video", where the prompt has them.
         info: what else its source says, as JSON; VBench's auxiliary_info, for example.
-        clip: without a batch axis, a clip's LATENTS [channels, latent_frames, latent_height, latent_width], normalised as
-            the policy's are, and for image-to-video what its first frame adds to the conditioning.
+        clip: without a batch axis, a clip's LATENTS [channels, latent_frames, latent_height, latent_width], normalised
+            as the policy's are, and for image-to-video what its first frame adds to the conditioning.
     """
 
     id: int

@@ -1,6 +1,6 @@
 """Where do prompts come from? webdataset shards, read in an order that (seed, epoch) fixes and a position resumes.
 
-    prompts-000000.tar ...   the records, see prompt_records.py; videos-000000.tar ... where they have clips
+    prompts-000000.tar ...   the records, see prompt_records.py; clips-000000.tar ... where they have clips
     negative.safetensors     the conditioning of the negative prompt
     priors/<reward>.json     what estimate_priors.py adds, see prior_files.py
     skipped.jsonl            the prompts that the build left out, and why
@@ -94,6 +94,18 @@ class PromptShards:
                     f"{self.directory} was made with {self.policy.name!r}, whose {name} is {ours}; the policy "
                     f"{policy.name!r} has {theirs}: build shards for it with tools/make_prompt_shards.py build"
                 )
+
+    def require_clips(self) -> None:
+        """Refuse prompts without clips.
+
+        Raises:
+            ShardError: they have none.
+        """
+        if not self.clip:
+            raise ShardError(
+                f"{self.directory} holds prompts without video clips: build shards of videos with "
+                "tools/make_video_shards.py build"
+            )
 
     def rows(self, split: str | None = None) -> np.ndarray:
         """Row numbers of the records of a split, or of all, in stored order."""

@@ -76,6 +76,11 @@ class Policy(Protocol):
         """noise - data as the policy sees it at noise level `sigma` (0-dim), fp32; differentiable."""
         ...
 
+    def encode_video(self, videos: Videos) -> Latents:
+        """Clean latents of pixels in [0, 1], the mode of the VAE's posterior; `decode` is its inverse, but for what the
+        VAE loses. Needs the VAE; no gradient."""
+        ...
+
     def decode(self, latents: Latents) -> Videos:
         """Pixels in [0, 1] of clean latents; needs the VAE; no gradient."""
         ...

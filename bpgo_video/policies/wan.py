@@ -141,6 +141,14 @@ class WanPolicy:
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
     @torch.no_grad()
+    def encode_video(self, videos: Videos) -> Latents:
+        vae = self.pipeline.vae
+        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
+        encoded = vae.encode(pixels).latent_dist.mode()
+        mean, std = self.latent_statistics(encoded.device)
+        return ((encoded - mean) / std).float()
+
+    @torch.no_grad()
     def decode(self, latents: Latents) -> Videos:
         vae = self.pipeline.vae
         mean, std = self.latent_statistics(latents.device)
