@@ -90,7 +90,7 @@ def test_latents_decode_to_the_clip(built: Path, videos: Path, policy: Policy) -
     for record in PromptShards(built).records():
         if record.info["video"] != "bikes.mp4":  # the embedded VAE knows the embedded world alone
             frames = read_clip(videos / record.info["video"], 0.0, CLIP)
-            decoded = policy.decode(record.clip[LATENTS][None])[0]
+            decoded = policy.decode(record.clip[LATENTS][None], {})[0]
             assert (decoded - frames).abs().mean() < 0.02
             assert (decoded - frames.mean(dim=(0, 2, 3), keepdim=True)).abs().mean() > 0.02
 
