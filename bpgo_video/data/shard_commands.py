@@ -64,6 +64,7 @@ def encoders(args: argparse.Namespace, components: Sequence[str]) -> Callable[[]
             max_sequence_length=args.max_sequence_length,
             dtype=getattr(torch, args.dtype),
             device=local if args.device == "cuda" else args.device,
+            name=args.family,
         )
 
     return policy
@@ -147,6 +148,7 @@ def add_build_arguments(command: argparse.ArgumentParser, what: str, shard_size:
     add = command.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="new folder, or that of the same build, interrupted")
     add("--policy", required=True, metavar="FOLDER", help="diffusers pipeline folder, hub id or package:module/folder")
+    add("--family", metavar="NAME", help="the recipe's policy.family, where it names one")
     add("--split", default="train", help=f"split of {what} that do not name their own (%(default)s)")
     add("--negative-prompt", default="", metavar="TEXT", help="what guidance steers away from (empty)")
     add(
