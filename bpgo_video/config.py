@@ -223,6 +223,16 @@ class Config:
     """What kind of run this is; other kinds have other sections (`sft`: bpgo_video/sft_config.py)."""
 
     @property
+    def micro_batch_size(self) -> int:
+        """Samples that one rank sees at once."""
+        return self.rollout.micro_batch_size
+
+    @property
+    def num_updates(self) -> int:
+        """Of the optimiser, in the whole run."""
+        return self.run.num_steps * self.optim.updates_per_rollout
+
+    @property
     def algorithm(self) -> str:
         return "bpgo" if self.bpgo.trusts or self.bpgo.zeta != 0 else "grpo"
 

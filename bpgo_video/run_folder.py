@@ -105,8 +105,8 @@ def check_same_run(saved: Recipe, config: Recipe) -> None:
     """
     if saved.recipe != config.recipe:
         raise ConfigError(
-            f"run.dir {config.run.dir!r} holds a run of kind {saved.recipe!r}, this one is {config.recipe!r}; start a new "
-            "run with --run.dir"
+            f"run.dir {config.run.dir!r} holds a run of kind {saved.recipe!r}, this one is {config.recipe!r}; start a "
+            "new run with --run.dir"
         )
     before, after = vars(computed(saved)), vars(computed(config))
     changed = [name for name in after if name not in ("wandb", "run", "deepspeed") and before[name] != after[name]]

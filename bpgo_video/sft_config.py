@@ -18,6 +18,7 @@ from bpgo_video.config import (
     WandbConfig,
 )
 from bpgo_video.config_fields import STRICT, Positive, Unit
+from bpgo_video.config_rules import check_division
 from bpgo_video.run_config import EmaConfig, OptimiserConfig, RunConfig
 
 
@@ -36,8 +37,8 @@ class MatchingConfig:
     shift: Annotated[float, Field(gt=0.0)] | None = None
     """Shift of the levels that were drawn; None takes the pipeline's own flow_shift."""
     caption_dropout: Unit = 0.1
-    """Share of clips that are learned under the shards' negative prompt instead of their caption: classifier-free guidance
-    needs some."""
+    """Share of clips that are learned under the shards' negative prompt instead of their caption: classifier-free
+    guidance needs some."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -70,6 +71,16 @@ class SftConfig:
     wandb: WandbConfig = WandbConfig()
 
     @property
+    def micro_batch_size(self) -> int:
+        """Clips that one rank sees at once."""
+        return self.sft.micro_batch_size
+
+    @property
+    def num_updates(self) -> int:
+        """Of the optimiser, in the whole run."""
+        return self.run.num_steps
+
+    @property
     def algorithm(self) -> str:
         return "sft"
 
@@ -85,13 +96,13 @@ def broken_rules(config: SftConfig) -> Iterator[str]:
         )
     if config.evaluation.weights == "ema" and config.ema.decay == 0:
         yield (
-            "evaluation.weights is 'ema' with ema.decay = 0, which keeps no average; set ema.decay, or evaluate the 'raw' "
-            "weights"
+            "evaluation.weights is 'ema' with ema.decay = 0, which keeps no average; set ema.decay, or evaluate the "
+            "'raw' weights"
         )
     if config.evaluation.split == config.data.split:
         yield (
-            f"evaluation.split and data.split are both {config.data.split!r}: what is learned from is not held out; name "
-            "another split, or null for no evaluation"
+            f"evaluation.split and data.split are both {config.data.split!r}: what is learned from is not held out; "
+            "name another split, or null for no evaluation"
         )
 
 
@@ -102,21 +113,5 @@ def check_sft(config: SftConfig) -> None:
 
 
 def check_sft_world(config: SftConfig, world_size: int) -> None:
-    """Every rank gets the same whole number of micro-batches.
-
-    Raises:
-        ConfigError: names the numbers and the nearest ones that work.
-    """
-    sft, sequence = config.sft, config.parallel.sequence
-    if world_size % sequence:
-        raise ConfigError(
-            f"parallel.sequence is {sequence}, which does not divide {world_size} ranks into groups; it can be one of "
-            f"{[size for size in range(1, world_size + 1) if world_size % size == 0]}"
-        )
-    unit = world_size // sequence * sft.micro_batch_size
-    if sft.batch_size % unit:
-        raise ConfigError(
-            f"sft.batch_size {sft.batch_size} does not divide into {world_size // sequence} "
-            f"{'ranks' if sequence == 1 else 'sequence groups'} x micro_batch_size {sft.micro_batch_size} = {unit}; "
-            f"change one of them so that it is a multiple (for example {max(unit, sft.batch_size - sft.batch_size % unit)})"
-        )
+    """Every rank gets the same whole number of micro-batches. Raises ConfigError, as `check_division`."""
+    check_division(config, world_size, config.sft.batch_size, f"sft.batch_size {config.sft.batch_size} clips")

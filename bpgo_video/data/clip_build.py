@@ -44,9 +44,14 @@ def clip_content(
         folder: its pipeline folder.
         dtype: in which latents are kept.
     """
+    complete = partial(with_clip, policy=policy, video=video, dtype=dtype)
+    return Content("clips", complete, clip_stamp(folder, video, takes_images))
+
+
+def clip_stamp(folder: Path, video: VideoConfig, takes_images: bool) -> dict[str, Any]:
+    """What an index says of clips: their size, and the hash of what encodes them."""
     parts = ("vae", "image_encoder") if takes_images and (folder / "image_encoder").is_dir() else ("vae",)
-    stamp = {"video": {**asdict(video), "encoder": fingerprint(folder, parts)}}
-    return Content("clips", partial(with_clip, policy=policy, video=video, dtype=dtype), stamp)
+    return {"video": {**asdict(video), "encoder": fingerprint(folder, parts)}}
 
 
 def with_clip(line: Line, policy: Callable[[], ClipEncoder], video: VideoConfig, dtype: torch.dtype) -> PromptRecord:

@@ -34,8 +34,8 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
 class EndlessOrder:
     """Epoch after epoch of some rows: each once an epoch, and no batch with a row twice.
 
-    `window` sees to the latter for batches of up to half the rows (at most 4096); larger ones read epoch 0's order again
-    and again, in which any two appearances of a row are all rows apart.
+    `window` sees to the latter for batches of up to half the rows (at most 4096); larger ones read epoch 0's order
+    again and again, in which any two appearances of a row are all rows apart.
 
     Args:
         batch_size: rows that are read together; at most all.

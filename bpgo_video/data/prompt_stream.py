@@ -83,7 +83,8 @@ def order_of(shards: RecordSource, split: str, seed: int, batch_size: int) -> En
     rows = shards.rows(split)
     if not 1 <= batch_size <= len(rows):
         raise ShardError(
-            f"a batch of {batch_size} prompts needs a split with as many; {split!r} of {shards.directory} has {len(rows)}"
+            f"a batch of {batch_size} prompts needs a split with as many; {split!r} of {shards.directory} has "
+            f"{len(rows)}"
         )
     return EndlessOrder(rows, seed, batch_size)
 

@@ -82,8 +82,8 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if MEMBER.fullmatch(member.name) is None or not member.isreg():
             raise ShardError(
                 f"{path}: member {member.name!r} is refused: shards hold regular files KEY.json, "
-                "KEY.safetensors, KEY.image.*, KEY.video.* and KEY.clip.safetensors only, and nothing is ever unpickled; "
-                "build them again"
+                "KEY.safetensors, KEY.image.*, KEY.video.* and KEY.clip.safetensors only, and nothing is ever "
+                "unpickled; build them again"
             )
         yield member
 
