@@ -1,7 +1,7 @@
 """How does a warm start go? Clips, noised, each step; a loss on held-out clips; then the policy as a model folder.
 
-One step is one update: |v - (noise - data)|^2 over `sft.batch_size` clips, which the ranks share. Noise, level and whether
-a caption is left out depend on seed, step and clip alone, so that any number of ranks takes the same step.
+One step is one update: |v - (noise - data)|^2 over `sft.batch_size` clips, which the ranks share. Noise, level and
+whether a caption is left out depend on seed, step and clip alone, so that any number of ranks takes the same step.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from torch import Tensor
 from bpgo_video.checkpoint import Saved
 from bpgo_video.course import Dates, launch, open_run, run_steps
 from bpgo_video.data.atomic import write_json
-from bpgo_video.flow_matching import matching_error, noised, on_schedule, without_captions
 from bpgo_video.metrics import MATCHING, RunLog, reduce_metrics
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.randomness import keyed_noise
 from bpgo_video.saving import export, resume, save
 from bpgo_video.sft_config import SftConfig, check_sft_world
-from bpgo_video.sft_session import ClipBatch, SftSession, build_sft_session, check_clips
+from bpgo_video.sft_session import SftSession, build_sft_session, check_clips
 from bpgo_video.stopping import StopRequests
 from bpgo_video.stopwatch import Stopwatch
 from bpgo_video.summary import boxed, listed
@@ -43,36 +41,17 @@ class SftProgress:
     heldout_before: list[float] = field(default_factory=list)
 
 
-def learning_transformer(session: SftSession, step: int) -> str:
-    """The transformer that a step trains, the same on every rank: where a pipeline has several, drawn by the levels."""
-    key = (session.config.run.seed, "sft", "transformer", step)
-    at = session.policy.transformer_at
-    return at(float(session.chances.level(key, session.schedule, lambda sigma: at(sigma) in session.trained)))
-
-
-def clip_errors(session: SftSession, clips: ClipBatch, step: int, transformer: str) -> Float[Tensor, "samples"]:
-    """The loss of each clip of a micro-batch, with gradients."""
-    keys = [(session.config.run.seed, "sft", step, key) for key in clips.ids]
-    at = session.policy.transformer_at
-    drawn = session.chances.draw(keys, clips.latents, session.schedule, lambda sigma: at(sigma) == transformer)
-    # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
-    latents = noised(clips.latents, drawn.noise, drawn.sigma).requires_grad_()
-    conditioning = without_captions(clips.conditioning, session.negative, drawn.drops)
-    velocity = session.policy.velocity(latents, drawn.sigma, conditioning)
-    return matching_error(velocity, drawn.noise - clips.latents)
-
-
 def train_step(session: SftSession, step: int, heartbeat: Heartbeat) -> dict[str, float]:
     """One update; the step's record."""
     sft, watch = session.config.sft, Stopwatch(heartbeat, step)
-    transformer = learning_transformer(session, step)
+    transformer = session.loss.transformer_of(step)
     shares = session.mesh.share(sft.batch_size, sft.micro_batch_size)
     learning_rate, losses = session.engine.learning_rate, []
     for number, places in enumerate(shares, start=1):
         with watch.phase("data"):
             clips = session.clips.read([session.clips.order.row(step * sft.batch_size + place) for place in places])
         with watch.phase("update"):
-            loss = clip_errors(session, clips, step, transformer).mean()
+            loss = session.loss.errors(clips, step, transformer).mean()
             session.updates.backward(loss / len(shares), last=number == len(shares))
             losses.append(loss.detach())
     with watch.phase("update"):
@@ -84,7 +63,6 @@ def train_step(session: SftSession, step: int, heartbeat: Heartbeat) -> dict[str
     }
 
 
-@torch.no_grad()
 def heldout_losses(session: SftSession) -> HeldoutLosses | None:
     """The loss of every held-out clip at each of `evaluation.levels` levels, the same on every rank.
 
@@ -94,33 +72,16 @@ def heldout_losses(session: SftSession) -> HeldoutLosses | None:
     if not count:
         return None
     shares = session.mesh.share(count, session.config.sft.micro_batch_size)
+    levels = session.loss.levels(session.config.evaluation.levels)
     with session.evaluated_weights():
-        found = [_errors_at_levels(session, session.clips.read(rows[items].tolist())) for items in shares]
+        found = [session.loss.errors_at(session.clips.read(rows[items].tolist()), levels) for items in shares]
     items = [item for share in shares for item in share]
     return session.mesh.gather(torch.cat(found), items, count).cpu()
 
 
-def _errors_at_levels(session: SftSession, clips: ClipBatch) -> Float[Tensor, "samples levels"]:
-    errors = []
-    for number, sigma in enumerate(heldout_levels(session)):
-        keys = [(session.config.run.seed, "sft heldout", key, number) for key in clips.ids]
-        noise = keyed_noise(clips.latents.shape[1:], keys, clips.latents.device)
-        latents = noised(clips.latents, noise, sigma.expand(len(keys)))
-        errors.append(
-            matching_error(session.policy.velocity(latents, sigma, clips.conditioning), noise - clips.latents)
-        )
-    return torch.stack(errors, dim=1)
-
-
-def heldout_levels(session: SftSession) -> Float[Tensor, "points"]:
-    """The noise levels of an evaluation: the middles of equal shares of the family's schedule, low ones first."""
-    count = session.config.evaluation.levels
-    return torch.stack([on_schedule((torch.tensor(i) + 0.5) / count, session.schedule) for i in range(count)])
-
-
 def heldout_metrics(session: SftSession, losses: HeldoutLosses) -> dict[str, float]:
     """`heldout/loss`, and the same at each level."""
-    levels = [f"heldout/loss_at_{float(sigma):.3f}" for sigma in heldout_levels(session)]
+    levels = [f"heldout/loss_at_{float(sigma):.3f}" for sigma in session.loss.levels(losses.shape[1])]
     return {"heldout/loss": float(losses.mean()), **dict(zip(levels, losses.mean(dim=0).tolist(), strict=True))}
 
 

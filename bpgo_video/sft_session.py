@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from bpgo_video.clip_loss import ClipBatch, ClipLoss
 from bpgo_video.conditioning import cast
 from bpgo_video.data.clip_build import clip_stamp
 from bpgo_video.data.prompt_order import EndlessOrder
@@ -33,23 +33,8 @@ from bpgo_video.policy_session import (
     sampling_policy,
 )
 from bpgo_video.sft_config import SftConfig
-from bpgo_video.types import Conditioning, Latents
 
 GRID = 1000  # of the family's schedule, on which drawn levels are placed
-
-
-@dataclass(frozen=True)
-class ClipBatch:
-    """A micro-batch of clips, on the device where the policy computes.
-
-    Attributes:
-        ids: of the clips.
-        conditioning: of their captions and, for image-to-video, their first frames; in the transformers' dtype.
-    """
-
-    ids: Sequence[int]
-    latents: Latents
-    conditioning: Conditioning
 
 
 @dataclass(frozen=True)
@@ -82,21 +67,11 @@ def _stack(records: Sequence[PromptRecord], name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class SftSession(PolicySession):
-    """The parts of a warm start, built and ready.
-
-    Attributes:
-        negative: what takes a caption's place where it is left out.
-        schedule: the family's noise levels, from 1 down to 0: a level that was drawn evenly falls on it as the family's
-            own sampler would.
-        trained: names of the transformers that learn.
-    """
+    """The parts of a warm start, built and ready."""
 
     config: SftConfig
     clips: Clips
-    negative: Conditioning
-    chances: Chances
-    schedule: Float[Tensor, "points"]
-    trained: tuple[str, ...]
+    loss: ClipLoss
 
 
 def check_clips(config: SftConfig, mesh: Mesh) -> tuple[dict[str, Any], PromptShards]:
@@ -167,8 +142,12 @@ def build_sft_session(config: SftConfig, mesh: Mesh, ds_config: Mapping[str, Any
             engine.dtype,
             mesh.device,
         ),
-        negative=cast(shards.negative, engine.dtype, mesh.device),
-        chances=Chances(sft.density, sft.density_mean, sft.density_std, sft.caption_dropout),
-        schedule=policy.sigmas(GRID, config.video, sft.shift),
-        trained=trained_names(policy.folder, config.policy.trained),
+        loss=ClipLoss(
+            policy,
+            cast(shards.negative, engine.dtype, mesh.device),
+            Chances(sft.density, sft.density_mean, sft.density_std, sft.caption_dropout),
+            policy.sigmas(GRID, config.video, sft.shift),
+            trained_names(policy.folder, config.policy.trained),
+            config.run.seed,
+        ),
     )
