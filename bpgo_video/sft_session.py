@@ -22,7 +22,7 @@ from bpgo_video.flow_matching import Chances
 from bpgo_video.parallel.agreement import same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.paths import resolve_folder
-from bpgo_video.policies import family
+from bpgo_video.policies import Policy, family
 from bpgo_video.policies.transformers import trained_names
 from bpgo_video.policy_session import (
     PolicySession,
@@ -128,7 +128,6 @@ def build_sft_session(config: SftConfig, mesh: Mesh, ds_config: Mapping[str, Any
     """Policy (sharded from birth under ZeRO-3) and engine, once `check_clips` has passed."""
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config), components=("transformer",))
     engine = build_engine(config, policy, ds_config, mesh)
-    sft = config.sft
     return SftSession(
         config=config,
         mesh=mesh,
@@ -137,17 +136,23 @@ def build_sft_session(config: SftConfig, mesh: Mesh, ds_config: Mapping[str, Any
         ema=EMA(engine.masters, config.ema) if config.ema.decay else None,
         clips=Clips(
             shards,
-            order_of(shards, config.data.split, config.run.seed, sft.batch_size),
+            order_of(shards, config.data.split, config.run.seed, config.sft.batch_size),
             heldout_rows(config, shards),
             engine.dtype,
             mesh.device,
         ),
-        loss=ClipLoss(
-            policy,
-            cast(shards.negative, engine.dtype, mesh.device),
-            Chances(sft.density, sft.density_mean, sft.density_std, sft.caption_dropout),
-            policy.sigmas(GRID, config.video, sft.shift),
-            trained_names(policy.folder, config.policy.trained),
-            config.run.seed,
-        ),
+        loss=clip_loss(config, policy, shards, engine.dtype, mesh),
+    )
+
+
+def clip_loss(config: SftConfig, policy: Policy, shards: PromptShards, dtype: torch.dtype, mesh: Mesh) -> ClipLoss:
+    """The recipe's loss of a policy that computes in `dtype`."""
+    sft = config.sft
+    return ClipLoss(
+        policy=policy,
+        negative=cast(shards.negative, dtype, mesh.device),
+        chances=Chances(sft.density, sft.density_mean, sft.density_std, sft.caption_dropout),
+        schedule=policy.sigmas(GRID, config.video, sft.shift),
+        trained=trained_names(policy.folder, config.policy.trained),
+        seed=config.run.seed,
     )
