@@ -1,4 +1,4 @@
-"""Folders of video shards of the embedded world, encoded by the shipped policy; shared by tests and the ranks they start."""
+"""Folders of video shards of the embedded world, encoded by the shipped policy; shared by tests and their ranks."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def case(
         sft=replace(config.sft, batch_size=8, micro_batch_size=4, density="logit_normal", caption_dropout=0.3),
         optim=replace(config.optim, **{"warmup_updates": 0, **OPTIM[kind]}),
         ema=EmaConfig(decay=0.9),
-        evaluation=replace(config.evaluation, levels=2, every=2),
+        evaluation=replace(config.evaluation, levels=2, every=2, split=None if kind == "gradient" else "heldout"),
     )
 
 

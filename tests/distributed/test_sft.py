@@ -1,4 +1,4 @@
-"""A warm start on real ranks: the gradient is the plain one, any number of ranks takes the same steps, resume is exact."""
+"""A warm start on real ranks: the gradient is the plain one, any ranks take the same steps, resume is exact."""
 
 from __future__ import annotations
 
