@@ -135,6 +135,21 @@ def test_loss_and_gradient_are_those_of_the_formula(small: Policy, monkeypatch: 
     np.testing.assert_allclose(weights.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_image_to_video_learns_from_the_first_frame_also_where_the_caption_is_left_out(tmp_path: Path) -> None:
+    folder = random_wan(tmp_path / "policy", images=True)
+    policy = load_policy(str(folder), max_sequence_length=TEXT_TOKENS)
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain = clips_of(policy)
+    own = policy.image_conditioning(images, VIDEO)
+    clips = ClipBatch(plain.ids, plain.latents, {**plain.conditioning, **own})
+    other = ClipBatch(plain.ids, plain.latents, {**plain.conditioning, **{k: v.flip(0) for k, v in own.items()}})
+    texts = ClipBatch(plain.ids, plain.latents, {**own, "prompt_embeds": plain.conditioning["prompt_embeds"].flip(0)})
+    loss = loss_of(policy, Chances("uniform", 0.0, 1.0, caption_dropout=1.0))
+    found = loss.errors(clips, 0, "transformer")
+    assert torch.equal(found, loss.errors(texts, 0, "transformer")), "every caption is left out"
+    assert not torch.allclose(found, loss.errors(other, 0, "transformer"), rtol=1e-4)
+
+
 def test_noised_is_data_at_level_0_and_noise_at_level_1() -> None:
     data, noise = torch.randn(2, *LATENTS), torch.randn(2, *LATENTS)
     found = noised(data, noise, torch.tensor([0.0, 1.0]))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bpgo_video.cli import positive, run_command
+from bpgo_video.cli import above_zero, positive, run_command
 from bpgo_video.config import VideoConfig
 from bpgo_video.data.build import Build, BuildSettings
 from bpgo_video.data.clips import Cut
@@ -84,13 +84,13 @@ def parser() -> argparse.ArgumentParser:
         add(name, type=positive, required=True, metavar="N", help=text)
     add(
         "--fps",
-        type=float,
+        type=above_zero,
         required=True,
         metavar="F",
         help="frames a second of a clip; of a video the nearest in time",
     )
     add("--clips-per-video", type=positive, default=1, metavar="N", help="at most; as many as fit (%(default)s)")
-    add("--stride", type=float, metavar="S", help="seconds between the starts of clips (a clip's length)")
+    add("--stride", type=above_zero, metavar="S", help="seconds between the starts of clips (a clip's length)")
     add_build_arguments(command, "clips", shard_size=256, batch_size=16)
     command.set_defaults(run=build)
     return top

@@ -1,4 +1,9 @@
-"""How do the embedded policies learn? As any policy does: clips of the world as video shards, and the `sft` recipe."""
+"""How do the embedded policies learn? As any policy does: clips of the world as video shards, and the `sft` recipe.
+
+    python -m tools.tiny.warm_start --output runs/tiny-clips     # the clips alone, for the embedded policy
+
+train_policy.py and train_image_policy.py do the rest, too.
+"""
 
 from __future__ import annotations
 
@@ -127,3 +132,17 @@ def learn(policy_folder: Path, output: Path, args: argparse.Namespace) -> None:
     shards = write_clips(str(policy_folder), aside / "clips", args.clips, seed=args.seed)
     train(recipe(policy_folder, shards, aside / "run", args))
     shutil.copytree(aside / "run" / "export", output, dirs_exist_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="new folder of shards")
+    parser.add_argument("--policy", default="package:bpgo_video.tiny/weights/wan", help="pipeline folder (%(default)s)")
+    parser.add_argument("--clips", type=int, default=512, help="to learn from, beside those held out (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_clips(args.policy, args.output, args.clips, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()
