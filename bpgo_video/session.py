@@ -187,6 +187,7 @@ def sampling_policy(
         device=mesh.device,
         build=build,
         name=config.policy.family,
+        options=config.policy.options,
     )
 
 

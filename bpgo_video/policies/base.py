@@ -6,7 +6,7 @@ through it and does not know the family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,6 +40,9 @@ class Policy(Protocol):
         takes_images: its videos continue an image (image-to-video).
         given_frames: latent frames at the start that the image fixes, and that are not sampled.
         fps: frames a second that the family's authors train on.
+        options: settings that are the family's own, by their names in a recipe's section policy.
+        guidance_argument: what the pipeline's call names classifier-free guidance.
+        casts_for_vae: the pipeline brings latents to the VAE's dtype; where it does not, all parts generate in one.
     """
 
     folder: Path
@@ -51,6 +54,9 @@ class Policy(Protocol):
     takes_images: bool
     given_frames: int
     fps: float
+    options: Mapping[str, float | None]
+    guidance_argument: str
+    casts_for_vae: bool
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of prompts, axis 0 over prompts; needs the text encoder."""
@@ -60,6 +66,10 @@ class Policy(Protocol):
         self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
     ) -> dict[str, Tensor]:
         """What images in [0, 1] add to the conditioning, axis 0 over prompts; for policies that take images."""
+        ...
+
+    def video_conditioning(self, video: VideoConfig) -> dict[str, Tensor]:
+        """What of the video itself the transformer is told, such as its frame rate: one row, in fp32."""
         ...
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
@@ -94,8 +104,19 @@ class Policy(Protocol):
         """Pixels in [0, 1] of clean latents, behind the frames that the conditioning gives; no gradient."""
         ...
 
-    def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
-        """What diffusers' pipeline takes beside prompt, size and guidance: the initial noise in its own layout."""
+    def call_arguments(
+        self,
+        pipeline: Any,
+        latents: Latents,
+        video: VideoConfig,
+        images: Float[Tensor, "samples 3 height width"] | None,
+    ) -> dict[str, Any]:
+        """What diffusers' pipeline takes beside prompt, image, size and guidance: the initial noise in its own layout.
+
+        Args:
+            pipeline: the one to be called, with all its networks.
+            images: in [0, 1], where the policy takes them.
+        """
         ...
 
 
