@@ -52,7 +52,7 @@ PLANS = {
         head="proj_out",
         cross_attention="attn2",
         per_token=("timestep",),
-    ),  # fmt: skip
+    ),
 }
 
 
