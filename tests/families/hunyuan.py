@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from tokenizers import Regex, pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from bpgo_video.config import VideoConfig
@@ -25,8 +27,12 @@ TEXT_TOKENS = 12
 def llama_tokenizer() -> PreTrainedTokenizerFast:
     """Of words; what stands before a prompt in the pipeline's template is as long as the pipeline takes it to be."""
     before = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")[0]
-    length = len(word_tokenizer()(before)["input_ids"])
-    return word_tokenizer(before=DEFAULT_PROMPT_TEMPLATE["crop_start"] - length, limit=256)
+    tokenizer = word_tokenizer(
+        before=DEFAULT_PROMPT_TEMPLATE["crop_start"] - len(re.findall(r"\w+", before)), limit=256
+    )
+    words_alone = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = words_alone
+    return tokenizer
 
 
 def random_hunyuan(folder: Path) -> None:
