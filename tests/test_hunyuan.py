@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bpgo_video.config import ConfigError
+from bpgo_video.config_io import to_yaml
 from bpgo_video.data.build import build_shards
 from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.shards import PromptShards
@@ -21,6 +22,7 @@ from bpgo_video.sde import flow_shift
 from tests.families import CASES
 from tests.families.case import TEXTS
 from tests.random_wan import random_wan
+from tests.zero_checkpoints import write_checkpoint
 
 CASE = CASES["hunyuan"]
 
@@ -54,6 +56,15 @@ def test_the_guidances_are_two_things_to_a_generation(folder: Path, tmp_path: Pa
     told = replace(settings, embedded_guidance=3.0, guidance_scale=2.0)
     policy = find_model(told).policy
     assert (resolve(told, policy).guidance_scale, policy.options) == (2.0, {"embedded_guidance": 3.0})
+
+
+def test_a_checkpoint_generates_with_its_recipes_guidance(folder: Path, tmp_path: Path) -> None:
+    config = CASE.recipe(folder)
+    checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-000002", [{"transformer.x": torch.ones(1)}])
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    settings = GenerationSettings(policy=str(checkpoint), prompts=tmp_path, output=tmp_path, seed=0)
+    assert find_model(settings).policy.options == {"embedded_guidance": 4.0}
+    assert find_model(replace(settings, embedded_guidance=3.0)).policy.options == {"embedded_guidance": 3.0}
 
 
 def test_the_schedule_falls_evenly_and_is_shifted_by_seven(folder: Path) -> None:
