@@ -199,8 +199,8 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
     """
     dtype = DTYPES[settings.dtype]
     pipeline_class = getattr(diffusers, model.policy.pipeline_name)
-    vae_dtype = torch.float32 if model.policy.casts_for_vae else dtype
-    pipeline = pipeline_class.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": vae_dtype})
+    of_vae = dtype if model.policy.one_dtype else torch.float32
+    pipeline = pipeline_class.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": of_vae})
     pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
     if model.checkpoint is not None:
         weights = WEIGHTS[settings.weights](model.checkpoint.folder)

@@ -90,7 +90,7 @@ class GenerationSettings:
     batch_size: Positive = 1
     """Videos made at once; changes the time and memory that they take, and nothing else."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of transformer and text encoder; the VAE stays in fp32."""
+    """Of transformer and text encoder; the VAE stays in fp32, but where a pipeline runs in one dtype."""
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ class Policy(Protocol):
         max_sequence_length: text tokens; part of the policy's identity where padding is not masked.
         takes_images: its videos continue an image (image-to-video).
         given_frames: latent frames at the start that the image fixes, and that are not sampled.
+        one_dtype: diffusers' pipeline runs in one dtype alone, its VAE included.
         fps: frames a second that the family's authors train on.
         options: settings that are the family's own, by their names in a recipe's section policy.
         guidance_argument: what the pipeline's call names classifier-free guidance.
-        casts_for_vae: the pipeline brings latents to the VAE's dtype; where it does not, all parts generate in one.
     """
 
     folder: Path
@@ -53,10 +53,10 @@ class Policy(Protocol):
     max_sequence_length: int
     takes_images: bool
     given_frames: int
+    one_dtype: bool
     fps: float
     options: Mapping[str, float | None]
     guidance_argument: str
-    casts_for_vae: bool
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of prompts, axis 0 over prompts; needs the text encoder."""

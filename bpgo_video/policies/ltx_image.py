@@ -25,7 +25,7 @@ class LTXImagePolicy(LTXPolicy):
     pipeline_name = "LTXImageToVideoPipeline"
     takes_images = True
     given_frames = 1
-    casts_for_vae = False
+    one_dtype = True
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
         shape = super().latent_shape(video)

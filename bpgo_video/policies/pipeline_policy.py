@@ -34,9 +34,9 @@ class PipelinePolicy:
         block_names: class names of the transformer's repeated blocks.
         fps: frames a second that the family's authors train on.
         given_frames: latent frames that the image fixes and the policy does not sample.
+        one_dtype: diffusers' pipeline hands latents from network to network without a cast.
         options: settings that are the family's own, of the class with its pipeline's values.
         guidance_argument: what the pipeline's call names classifier-free guidance.
-        casts_for_vae: whether the pipeline brings latents to the VAE's dtype before it decodes them.
     """
 
     pipeline_name: ClassVar[str]
@@ -44,9 +44,9 @@ class PipelinePolicy:
     fps: ClassVar[float]
     takes_images: ClassVar[bool] = False
     given_frames: ClassVar[int] = 0
+    one_dtype: ClassVar[bool] = False
     options: Mapping[str, float | None] = MappingProxyType({})
     guidance_argument: ClassVar[str] = "guidance_scale"
-    casts_for_vae: ClassVar[bool] = True
 
     def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
         self.folder = folder
