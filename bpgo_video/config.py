@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive
+from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
 from bpgo_video.learner_config import (
     AdvantageConfig,
     BPGOConfig,
@@ -23,6 +23,14 @@ from bpgo_video.learner_config import (
 )
 from bpgo_video.paths import SHARD_CACHE
 from bpgo_video.run_config import EmaConfig, OptimiserConfig, RunConfig
+
+FAMILY_OPTIONS = ("embedded_guidance", "decode_timestep", "decode_noise_scale")
+
+
+def options_of(settings: object) -> dict[str, float]:
+    """Settings of one family alone, of a recipe's or a generation's, where they are set."""
+    found = {name: getattr(settings, name) for name in FAMILY_OPTIONS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -50,6 +58,19 @@ class PolicyConfig:
     """Train adapters and keep the base weights frozen, or train everything (rank 0, the default)."""
     gradient_checkpointing: bool = False
     """Recompute activations in replay: less memory, about a third more time."""
+    embedded_guidance: NonNegative | None = None
+    """HunyuanVideo: the guidance that its distilled transformer is told, in one pass; None takes the pipeline's 6.
+    Classifier-free guidance on top is `sampler.guidance_scale`."""
+    decode_timestep: Unit | None = None
+    """LTX-Video from 0.9.1 on, whose VAE takes out noise that is left: at which level (0.05 by its authors); None takes
+    the pipeline's 0."""
+    decode_noise_scale: Unit | None = None
+    """LTX-Video: how much noise is added for it (0.025 by its authors); None takes decode_timestep."""
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The settings above that are one family's own, where they are set."""
+        return options_of(self)
 
 
 @dataclass(frozen=True, config=STRICT)

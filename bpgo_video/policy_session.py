@@ -102,6 +102,7 @@ def sampling_policy(
         device=mesh.device,
         build=build,
         name=config.policy.family,
+        options=config.policy.options,
     )
 
 
