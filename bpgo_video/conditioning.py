@@ -1,4 +1,5 @@
-"""What is the transformer conditioned on? Text embeddings in its dtype and, for image-to-video, its images' latents."""
+"""What is the transformer conditioned on? Text embeddings in its dtype, of image-to-video its images' latents, and what
+the family tells it of the video itself."""
 
 from __future__ import annotations
 
@@ -69,7 +70,10 @@ def conditioned(
     Args:
         group_size: samples of each prompt that are to be made.
     """
-    prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
+    told = {
+        name: row.expand(len(prompts), *row.shape[1:]) for name, row in policy.video_conditioning(config.video).items()
+    }
+    prompts = replace(prompts, conditioning={**cast(prompts.conditioning, dtype), **told})
     if prompts.images is None:
         return prompts
     shares = mesh.share(len(prompts) * group_size, config.rollout.micro_batch_size)

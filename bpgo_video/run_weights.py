@@ -19,8 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bpgo_video import checkpoint
-from bpgo_video.config import Config
-from bpgo_video.config_io import read_yaml
+from bpgo_video.config_io import read_recipe
 from bpgo_video.ema_files import AverageParameters
 from bpgo_video.engine import tensor_files
 from bpgo_video.model_buffers import model_buffers, stored
@@ -29,6 +28,7 @@ from bpgo_video.policies import family
 from bpgo_video.policies.lora import merged_tensors
 from bpgo_video.policies.pipeline_policy import networks_of
 from bpgo_video.policies.transformers import trained_names
+from bpgo_video.sft_config import Recipe
 from bpgo_video.zero_files import (
     CheckpointError,
     complete_optimiser_files,
@@ -55,7 +55,7 @@ class Source:
 
     folder: Path
     base: Path
-    config: Config
+    config: Recipe
     step: int
 
     @property
@@ -97,7 +97,7 @@ def find_source(path: Path) -> Source:
     state = read_file(model_file(folder))
     if "progress" not in state:
         raise CheckpointError(f"{folder} was not written by a run of this program: it has no progress in it")
-    config = read_yaml(config_file)
+    config = read_recipe(config_file)
     return Source(folder, resolve_folder(config.policy.folder), config, state["progress"]["step"])
 
 

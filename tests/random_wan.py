@@ -12,7 +12,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -71,11 +71,22 @@ def random_wan(folder: Path, seed: int = 0, images: bool = False, image_encoder:
     return folder
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer(before: int = 0, after: int = 0, limit: int = TEXT_TOKENS) -> PreTrainedTokenizerFast:
+    """The tiny world's words.
+
+    Args:
+        before: padding tokens in front of every text.
+        after: </s> behind it.
+        limit: model_max_length.
+    """
     words = sorted({word for caption in world.all_captions() for word in caption.text.split()})
     vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = " ".join(["<pad>"] * before + ["$A"] + ["</s>"] * after)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<pad>", 0), ("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_TOKENS
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=limit
     )

@@ -6,7 +6,7 @@ through it and does not know the family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,6 +42,8 @@ class Policy(Protocol):
         padding_frames: latent frames that are sampled in front of the others, and dropped before decoding.
         one_dtype: diffusers' pipeline runs in one dtype alone, its VAE included.
         fps: frames a second that the family's authors train on.
+        options: settings that are the family's own, by their names in a recipe's section policy.
+        guidance_argument: what the pipeline's call names classifier-free guidance.
     """
 
     folder: Path
@@ -55,6 +57,8 @@ class Policy(Protocol):
     padding_frames: int
     one_dtype: bool
     fps: float
+    options: Mapping[str, float | None]
+    guidance_argument: str
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of prompts, axis 0 over prompts; needs the text encoder."""
@@ -64,6 +68,10 @@ class Policy(Protocol):
         self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
     ) -> dict[str, Tensor]:
         """What images in [0, 1] add to the conditioning, axis 0 over prompts; for policies that take images."""
+        ...
+
+    def video_conditioning(self, video: VideoConfig) -> dict[str, Tensor]:
+        """What of the video itself the transformer is told, such as its frame rate: one row, in fp32."""
         ...
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
@@ -90,7 +98,14 @@ class Policy(Protocol):
         """noise - data as the policy sees it at noise level `sigma`, fp32; differentiable.
 
         Args:
-            sigma: 0-dim, on the CPU.
+            sigma: 0-dim, or one for each sample, all of one transformer; on the CPU.
+        """
+        ...
+
+    def encode_video(self, videos: Videos) -> Latents:
+        """Clean latents of pixels in [0, 1], without the given frames; the mode of the VAE's posterior; no gradient.
+
+        `decode` is its inverse, but for what the VAE loses.
         """
         ...
 
@@ -102,8 +117,19 @@ class Policy(Protocol):
         """`num_frames`, `height` and `width` of the pipeline, where its call has no default for them."""
         ...
 
-    def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
-        """What diffusers' pipeline takes beside prompt, size and guidance: the initial noise in its own layout."""
+    def call_arguments(
+        self,
+        pipeline: Any,
+        latents: Latents,
+        video: VideoConfig,
+        images: Float[Tensor, "samples 3 height width"] | None,
+    ) -> dict[str, Any]:
+        """What diffusers' pipeline takes beside prompt, image, size and guidance: the initial noise in its own layout.
+
+        Args:
+            pipeline: the one to be called, with all its networks.
+            images: in [0, 1], where the policy takes them.
+        """
         ...
 
 

@@ -12,7 +12,6 @@ alpha and s are exact at every sigma; the transformer is told the nearest timest
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -150,12 +149,13 @@ class CogVideoXPolicy(PipelinePolicy):
         return torch.cat([self.levels[scheduler.timesteps], torch.zeros(1)]).float()
 
     def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
-        level, dtype = float(sigma), conditioning["prompt_embeds"].dtype
-        total = 1 / math.hypot(1 - level, level)  # alpha + s
+        level, dtype = sigma.double().reshape(-1, 1, 1, 1, 1), conditioning["prompt_embeds"].dtype
+        timestep = (self.levels - level.reshape(-1, 1)).abs().argmin(dim=1)
+        total = 1 / torch.hypot(1 - level, level)  # alpha + s
+        total, difference = (x.float().to(latents.device) for x in (total, (2 * level - 1) * total))  # s - alpha
         noisy = latents.float() * total
-        timestep = (self.levels - level).abs().argmin()
         prediction = self.transformers(
-            self.transformer_at(level),
+            self.transformer_at(float(sigma.max())),
             hidden_states=self.transformer_input(noisy, conditioning).to(dtype).transpose(1, 2),
             timestep=timestep.to(latents.device).expand(len(latents)),
             encoder_hidden_states=conditioning["prompt_embeds"],
@@ -163,7 +163,7 @@ class CogVideoXPolicy(PipelinePolicy):
             return_dict=False,
             **self.transformer_arguments(latents),
         )[0]
-        return (2 * level - 1) * total * noisy + total * prediction.transpose(1, 2).float()
+        return difference * noisy + total * prediction.transpose(1, 2).float()
 
     def transformer_input(self, noisy: Latents, conditioning: Conditioning) -> Tensor:
         """What enters the first layer, along channels: here the noisy latents alone."""
@@ -193,14 +193,28 @@ class CogVideoXPolicy(PipelinePolicy):
         return rotary[0], rotary[1]
 
     @torch.no_grad()
+    def encode_video(self, videos: Videos) -> Latents:
+        """The frame that is dropped is the first one again."""
+        vae: Any = self.pipeline.vae
+        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
+        latents = vae.encode(pixels).latent_dist.mode().float() * self.vae_config["scaling_factor"]
+        return torch.cat([latents[:, :, : self.padding_frames], latents], dim=2)
+
+    @torch.no_grad()
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
         vae = self.pipeline.vae
         seen = latents[:, :, self.padding_frames :] / self.vae_config["scaling_factor"]
         pixels = vae.decode(seen.to(vae.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
-    def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
-        return {"latents": latents.transpose(1, 2)}
+    def call_arguments(
+        self,
+        pipeline: Any,
+        latents: Latents,
+        video: VideoConfig,
+        images: Float[Tensor, "samples 3 height width"] | None,
+    ) -> dict[str, Any]:
+        return {"latents": latents.transpose(1, 2).to(pipeline.transformer.dtype)}
 
 
 class CogVideoXImagePolicy(CogVideoXPolicy):

@@ -65,7 +65,7 @@ class MochiPolicy(PipelinePolicy):
         texts = conditioning["prompt_embeds"]
         timestep = (1 - sigma.to(latents.device)) * self.pipeline.scheduler.config.num_train_timesteps
         prediction: Tensor = self.transformers(
-            self.transformer_at(float(sigma)),
+            self.transformer_at(float(sigma.max())),
             hidden_states=latents.to(texts.dtype),
             encoder_hidden_states=texts,
             timestep=timestep.expand(len(latents)).to(texts.dtype),
@@ -74,13 +74,24 @@ class MochiPolicy(PipelinePolicy):
         )[0]
         return -prediction.float()  # it predicts data - noise
 
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents, by channel, its scale included."""
+        config = self.vae_config
+        mean, std = (torch.tensor(config[f"latents_{name}"], device=device) for name in ("mean", "std"))
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1) / config["scaling_factor"]
+
+    @torch.no_grad()
+    def encode_video(self, videos: Videos) -> Latents:
+        vae: Any = self.pipeline.vae
+        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
+        encoded = vae.encode(pixels).latent_dist.mode().float()
+        mean, std = self._statistics(encoded.device)
+        return (encoded - mean) / std
+
     @torch.no_grad()
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
         vae: Any = self.pipeline.vae
-        mean, std = (
-            torch.tensor(self.vae_config[f"latents_{name}"], device=latents.device).view(1, -1, 1, 1, 1)
-            for name in ("mean", "std")
-        )
-        scaled = latents * std / self.vae_config["scaling_factor"] + mean
+        mean, std = self._statistics(latents.device)
+        scaled = latents * std + mean
         pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)

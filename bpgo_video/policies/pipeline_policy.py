@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import diffusers
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from bpgo_video.config import ConfigError, VideoConfig
 from bpgo_video.policies.base import Build
 from bpgo_video.policies.transformers import Transformers, transformer_names
-from bpgo_video.types import Latents
+from bpgo_video.types import Latents, Videos
 
 LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # of a pipeline's networks: what each calls the dtype
 COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
@@ -34,6 +36,8 @@ class PipelinePolicy:
         given_frames: latent frames that the image fixes and the policy does not sample.
         padding_frames: latent frames that are sampled in front, and dropped before decoding.
         one_dtype: diffusers' pipeline hands latents from network to network without a cast.
+        options: settings that are the family's own, of the class with its pipeline's values.
+        guidance_argument: what the pipeline's call names classifier-free guidance.
     """
 
     pipeline_name: ClassVar[str]
@@ -43,6 +47,8 @@ class PipelinePolicy:
     given_frames: ClassVar[int] = 0
     padding_frames: int = 0
     one_dtype: ClassVar[bool] = False
+    options: Mapping[str, float | None] = MappingProxyType({})
+    guidance_argument: ClassVar[str] = "guidance_scale"
 
     def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
         self.folder = folder
@@ -96,12 +102,25 @@ class PipelinePolicy:
     ) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} makes videos of texts alone")
 
+    def encode_video(self, videos: Videos) -> Latents:
+        raise TypeError(f"{type(self).__name__} does not encode videos, so that there is no warm start for it")
+
+    def video_conditioning(self, video: VideoConfig) -> dict[str, Tensor]:
+        """What of the video itself the transformer is told: nothing."""
+        return {}
+
     def default_size(self) -> dict[str, int]:
         """Frames, height and width that the pipeline reads from its parts, where its call has no default for them."""
         return {}
 
-    def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
-        """What the pipeline's own call takes beside prompt, size and guidance: the initial noise in its layout."""
+    def call_arguments(
+        self,
+        pipeline: Any,
+        latents: Latents,
+        video: VideoConfig,
+        images: Float[Tensor, "samples 3 height width"] | None,
+    ) -> dict[str, Any]:
+        """What the pipeline's call takes beside prompt, image, size and guidance: the initial noise in its layout."""
         return {"latents": latents}
 
     def check_size(self, video: VideoConfig, temporal: int, multiple: int) -> None:

@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoSingleTransformerBlock,
     HunyuanVideoTransformerBlock,
 )
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,12 +32,17 @@ LATENTS = {"even": (4, 3, 4, 4), "odd": (4, 3, 2, 6)}  # 12 and 9 tokens
 
 @dataclass(frozen=True)
 class Family:
-    """A transformer class, what it is called with beside latents and timestep, and where its latents have frames."""
+    """A transformer class, and how it is called.
+
+    Attributes:
+        text: what it takes beside latents and timestep.
+        layout: how it takes them; it makes arguments and target of latents, timestep and target.
+    """
 
     build: Callable[[], nn.Module]
     block_classes: tuple[type[nn.Module], ...]
-    beside: Callable[[Latents, torch.Generator], dict[str, Any]]
-    frames_dim: int = 2
+    text: Callable[[torch.Generator], dict[str, Tensor]]
+    layout: Callable[[Latents, Tensor, Latents], tuple[dict[str, Any], Tensor]]
 
 
 def wan() -> nn.Module:
@@ -41,7 +52,7 @@ def wan() -> nn.Module:
     )  # fmt: skip
 
 
-def wan_text(latents: Latents, generator: torch.Generator) -> dict[str, Tensor]:
+def wan_text(generator: torch.Generator) -> dict[str, Tensor]:
     return {"encoder_hidden_states": torch.randn(SAMPLES, 5, 8, generator=generator)}
 
 
@@ -53,7 +64,7 @@ def hunyuan() -> nn.Module:
     )  # fmt: skip
 
 
-def hunyuan_text(latents: Latents, generator: torch.Generator) -> dict[str, Tensor]:
+def hunyuan_text(generator: torch.Generator) -> dict[str, Tensor]:
     mask = torch.ones(SAMPLES, 5, dtype=torch.long)
     mask[1, 3:] = 0  # a shorter prompt: its padding is masked
     return {
@@ -70,18 +81,53 @@ def cogvideox() -> nn.Module:
     )  # fmt: skip
 
 
-def cogvideox_text(latents: Latents, generator: torch.Generator) -> dict[str, Any]:
-    """Text, and the rotary embeddings of all samples' tokens."""
+def ltx() -> nn.Module:
+    return LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=8, cross_attention_dim=32,
+        num_layers=2, caption_channels=8,
+    )  # fmt: skip
+
+
+def ltx_text(generator: torch.Generator) -> dict[str, Tensor]:
+    found = hunyuan_text(generator)
+    return {name: found[name] for name in ("encoder_hidden_states", "encoder_attention_mask")}
+
+
+def as_video(latents: Latents, timestep: Tensor, target: Latents) -> tuple[dict[str, Any], Tensor]:
+    """As they are."""
+    return {"hidden_states": latents, "timestep": timestep}, target
+
+
+def frames_first(latents: Latents, timestep: Tensor, target: Latents) -> tuple[dict[str, Any], Tensor]:
+    """Frames before channels, with the rotary embeddings of every sample's tokens."""
     frames, height, width = latents.shape[2:]
     grid = (height // 2, width // 2)
     rotary = get_3d_rotary_pos_embed(16, ((0, 0), grid), grid, temporal_size=frames)
-    return {**wan_text(latents, generator), "image_rotary_emb": rotary}
+    arguments = {"hidden_states": latents.transpose(1, 2), "timestep": timestep, "image_rotary_emb": rotary}
+    return arguments, target.transpose(1, 2)
+
+
+def as_tokens(latents: Latents, timestep: Tensor, target: Latents) -> tuple[dict[str, Any], Tensor]:
+    """Tokens with a timestep and coordinates of each, those of the first frame without noise."""
+    frames, height, width = latents.shape[2:]
+    noisy = torch.ones(frames, height * width)
+    noisy[0] = 0
+    grid = torch.cartesian_prod(*(torch.arange(float(size)) for size in (frames, height, width)))
+    arguments = {
+        "hidden_states": latents.flatten(2).mT,
+        "timestep": timestep[:, None] * noisy.flatten(),
+        "video_coords": grid.mT.expand(SAMPLES, -1, -1),
+    }
+    return arguments, target.flatten(2).mT
 
 
 FAMILIES = {
-    "wan": Family(wan, (WanTransformerBlock,), wan_text),
-    "hunyuan": Family(hunyuan, (HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock), hunyuan_text),
-    "cogvideox": Family(cogvideox, (CogVideoXBlock,), cogvideox_text, frames_dim=1),
+    "wan": Family(wan, (WanTransformerBlock,), wan_text, as_video),
+    "hunyuan": Family(
+        hunyuan, (HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock), hunyuan_text, as_video
+    ),
+    "ltx": Family(ltx, (LTXVideoTransformerBlock,), ltx_text, as_tokens),
+    "cogvideox": Family(cogvideox, (CogVideoXBlock,), wan_text, frames_first),
 }
 
 
@@ -100,9 +146,8 @@ def inputs(family: str, tokens: str) -> tuple[dict[str, Any], Tensor]:
     generator = torch.Generator().manual_seed(1)
     latents, target = (torch.randn(SAMPLES, *LATENTS[tokens], generator=generator) for _ in range(2))
     timestep = torch.tensor([900.0, 700.0, 400.0, 50.0])
-    own, beside = FAMILIES[family], FAMILIES[family].beside(latents, generator)
-    latents, target = (x.movedim(2, own.frames_dim) for x in (latents, target))
-    return {"hidden_states": latents, "timestep": timestep, **beside}, target
+    arguments, target = FAMILIES[family].layout(latents, timestep, target)
+    return {**arguments, **FAMILIES[family].text(generator)}, target
 
 
 def sample_losses(module: Any, arguments: dict[str, Any], target: Tensor) -> tuple[Tensor, Tensor]:

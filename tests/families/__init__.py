@@ -14,6 +14,8 @@ from tests.families.cogvideox import (
     COGVIDEOX_PAIRS_IMAGE,
     COGVIDEOX_PAIRS_ONE_FRAME,
 )
+from tests.families.hunyuan import HUNYUAN
+from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.mochi import MOCHI
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 
@@ -27,6 +29,9 @@ CASES: dict[str, Case] = {
     "cogvideox_pairs_one_frame": COGVIDEOX_PAIRS_ONE_FRAME,
     "cogvideox_pairs_image": COGVIDEOX_PAIRS_IMAGE,
     "mochi": MOCHI,
+    "ltx": LTX,
+    "ltx_image": LTX_IMAGE,
+    "hunyuan": HUNYUAN,
 }
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]
