@@ -62,10 +62,10 @@ class PolicyConfig:
     """HunyuanVideo: the guidance that its distilled transformer is told, in one pass; None takes the pipeline's 6.
     Classifier-free guidance on top is `sampler.guidance_scale`."""
     decode_timestep: Unit | None = None
-    """LTX-Video from 0.9.1 on, whose VAE takes out noise that is left: at which level (0.05 by its authors); None takes
-    the pipeline's 0."""
+    """LTX-Video from 0.9.1 on, whose VAE takes out noise that is left: at which level; None takes the pipeline's 0,
+    diffusers' documentation recommends 0.05."""
     decode_noise_scale: Unit | None = None
-    """LTX-Video: how much noise is added for it (0.025 by its authors); None takes decode_timestep."""
+    """LTX-Video: how much noise is added for it; None takes decode_timestep."""
 
     @property
     def options(self) -> dict[str, float]:
