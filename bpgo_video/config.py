@@ -50,6 +50,19 @@ class PolicyConfig:
     """Train adapters and keep the base weights frozen, or train everything (rank 0, the default)."""
     gradient_checkpointing: bool = False
     """Recompute activations in replay: less memory, about a third more time."""
+    compile_blocks: bool = False
+    """Compile the transformers' repeated blocks with torch.compile. On GPUs it may pay; not under adapters with ZeRO-3."""
+    attention_backend: str | None = None
+    """How attention is computed, by diffusers' names (`native`, `flash`, `_flash_3`, `sage` ...); None leaves diffusers'
+    choice, torch's scaled_dot_product_attention. A backend without gradients cannot train."""
+    vae_tiling: bool = False
+    """Encode and decode videos in overlapping tiles: a fraction of the memory, longer, and tiles are blended where they
+    meet."""
+    vae_slicing: bool = False
+    """Encode and decode one video at a time: the memory of one, whatever the micro-batch."""
+    frozen_rest_on: Literal["device", "cpu"] = "device"
+    """Where VAE and image encoder are while they are not at work: `cpu` frees their memory, and moves them there and
+    back with every micro-batch."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -35,7 +35,7 @@ class Allocations(TorchDispatchMode):
     ) -> Any:
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._see(tensor.untyped_storage())
         return result
 

@@ -10,6 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bpgo_video.config import ConfigError
 from bpgo_video.paths import resolve_folder
 
@@ -92,8 +94,6 @@ def _stored_parameters(folder: Path) -> int:
         return 0
     from transformers import AutoConfig, AutoModel  # slow to import, and few pipelines have such a part
 
-    from bpgo_video.planning.rehearsal import on_shapes
-
-    with on_shapes():
+    with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     return sum(parameter.numel() for parameter in model.parameters())

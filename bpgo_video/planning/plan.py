@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
-from bpgo_video.config import Config, ConfigError
+from bpgo_video.config import Config
 from bpgo_video.config_rules import check_world
 from bpgo_video.engine import compute_dtype
 from bpgo_video.parallel.memory import SHARE_FOR_WEIGHTS
@@ -20,13 +20,14 @@ from bpgo_video.planning.zero import (
     FP32,
     Held,
     Parts,
+    Weights,
     Zero,
-    at_rest,
+    add_at_rest,
+    add_reference,
     during_backward,
     during_step,
     live_weights,
     missing_weights,
-    untrained,
 )
 from bpgo_video.rollout import LATENTS_DTYPES, pulls_to_previous, trust_region
 
@@ -60,24 +61,32 @@ class Job:
         video = self.config.video
         return rehearsal.compression(self.model).latents(video.num_frames, video.height, video.width)
 
-    @property
-    def trained(self) -> int:
-        """How many of the model's transformers are trained."""
-        return len(self.model.transformers)
-
-    @property
+    @cached_property
     def footprint(self) -> Footprint:
-        config = self.config
+        """Of one of the model's transformers; where there are several, one computes at a time."""
+        policy, rollout = self.config.policy, self.config.rollout
+        halves = 2 if self.config.sampler.guidance_scale > 1 else 1
         batch = Batch(
-            samples=config.rollout.micro_batch_size * (2 if config.sampler.guidance_scale > 1 else 1),
+            samples=rollout.micro_batch_size * halves,
             latents=self.latents,
-            text_tokens=config.policy.max_sequence_length,
+            text_tokens=policy.max_sequence_length,
             dtype=compute_dtype(self.ds_config),
             token_timesteps=self.model.token_timesteps,
         )
-        policy = config.policy
-        treatment = Treatment(policy.gradient_checkpointing, policy.lora, config.parallel.sequence)
+        treatment = Treatment(policy.gradient_checkpointing, policy.lora, self.config.parallel.sequence)
         return rehearsal.footprint(self.model, batch, treatment)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Of all of the model's transformers, those that are not trained as they are published."""
+        work, names = self.footprint, self.model.transformers
+        trained = len(self.config.policy.trained or names)
+        published = work.frozen if self.config.policy.lora.rank else work.trained
+        return Weights(
+            trained=work.trained * trained,
+            frozen=work.frozen * trained + published * (len(names) - trained),
+            largest_block=work.largest_block,
+        )
 
 
 @dataclass(frozen=True)
@@ -130,60 +139,52 @@ def reckon(job: Job) -> Plan:
             over the sequence group.
     """
     check_world(job.config, job.ranks)
-    resting, work = _resting(job), job.footprint
+    zero, weights, work, resting = job.zero, job.weights, job.footprint, _resting(job)
     gathers = _gathers(job, resting)
-    weights = missing_weights(job.zero, work) if gathers else live_weights(job.zero, work)
-    beside = {"trajectories": _trajectories(job), "videos to be scored": _videos(job)}
-    rolling = {**resting.device, "weights fetched": weights, **beside}
-    updating = {**resting.device, "trajectories": beside["trajectories"]}
+    fetched = {"weights fetched": missing_weights(zero, weights) if gathers else live_weights(zero, weights)}
+    rolling = _sum(resting.device, {"videos to be scored": _videos(job)}, fetched)
+    live = {"weights fetched": live_weights(zero, weights)}
     phases = (
-        Phase("denoise", {**rolling, "forward": work.forward}),
-        Phase("decode", {**rolling, "VAE at work": _decoding(job)}),
+        Phase("denoise", _sum(rolling, {"forward": work.forward})),
+        Phase("decode", _sum(rolling, _decoding(job))),
         Phase(
             "replay",
-            _sum(
-                updating,
-                {"weights fetched": live_weights(job.zero, work), "forward and backward": work.replay},
-                during_backward(job.zero, work),
-            ),
+            _sum(resting.device, live, {"forward and backward": work.replay}, during_backward(zero, weights)),
         ),
-        Phase("update", _sum(updating, during_backward(job.zero, work), during_step(job.zero, work))),
+        Phase("update", _sum(resting.device, during_step(zero, weights, job.config))),
     )
-    return Plan(tuple(Phase(phase.name, _present(phase.parts)) for phase in phases), resting.host, gathers)
+    return Plan(phases, resting.host, gathers)
 
 
 def _sum(*several: Parts) -> Parts:
-    names = [name for parts in several for name in parts]
-    return {name: sum(parts.get(name, 0) for parts in several) for name in dict.fromkeys(names)}
-
-
-def _present(parts: Parts) -> Parts:
-    return {name: size for name, size in parts.items() if size}
+    """By name; what takes nothing is left out."""
+    names = dict.fromkeys(name for parts in several for name in parts)
+    sums = {name: sum(parts.get(name, 0) for parts in several) for name in names}
+    return {name: size for name, size in sums.items() if size}
 
 
 def _resting(job: Job) -> Held:
-    """What is there in every phase."""
-    held, config, work = Held(), job.config, job.footprint
-    for number in range(len(job.model.transformers)):
-        own = at_rest(job.zero, work, config) if number < job.trained else untrained(job.zero, work)
-        held = Held(_sum(held.device, own.device), _sum(held.host, own.host))
+    """What is there in every phase of a step."""
+    held, config = Held(), job.config
+    add_at_rest(held, job.zero, job.weights, config)
     if config.loss.kl_weight and config.loss.kl_reference == "start" and not config.policy.lora.rank:
-        held.add("reference", sum(untrained(job.zero, work).device.values()))
-    held.add("VAE", rehearsal.vae_bytes(job.model))
-    held.add("image encoder", job.model.image_encoder_parameters * job.zero.weight_bytes)
+        add_reference(held, job.zero, job.weights)
+    held.add("VAE and image encoder", _frozen_bytes(job), config.policy.frozen_rest_on == "cpu")
+    held.add("trajectories", _trajectory_bytes(job), config.rollout.offload_trajectories)
     held.add("reward models", job.reward_bytes)
-    held.add("trajectories", _trajectory_bytes(job), on_host=True) if config.rollout.offload_trajectories else None
     return held
+
+
+def _frozen_bytes(job: Job) -> int:
+    return rehearsal.vae_bytes(job.model) + job.model.image_encoder_parameters * job.zero.weight_bytes
 
 
 def _gathers(job: Job, resting: Held) -> bool:
     """What `rollout.parameters` comes to; `auto` by the rule of `parallel.memory`, on a GPU of the job's size."""
-    if job.zero.stage != 3 or job.config.rollout.parameters == "sharded":
-        return False
-    if job.config.rollout.parameters == "gathered":
-        return True
+    if job.zero.stage != 3 or job.config.rollout.parameters != "auto":
+        return job.zero.stage == 3 and job.config.rollout.parameters == "gathered"
     free = room(job.gigabytes) - sum(resting.device.values())
-    return missing_weights(job.zero, job.footprint) <= SHARE_FOR_WEIGHTS * free
+    return missing_weights(job.zero, job.weights) <= SHARE_FOR_WEIGHTS * free
 
 
 def _samples(job: Job) -> int:
@@ -193,24 +194,13 @@ def _samples(job: Job) -> int:
     return rollout.prompts_per_step * rollout.group_size // groups
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
 def _trajectory_bytes(job: Job) -> int:
     config = job.config
     points = config.sampler.num_steps + 1 if config.loss.objective == "policy_gradient" else 1
     each = points * LATENTS_DTYPES[config.sampler.latents_dtype].itemsize
     if trust_region(config).needs_means or pulls_to_previous(config):
         each += config.sampler.trained_count * FP32
-    return _samples(job) * each * _elements(job.latents)
-
-
-def _trajectories(job: Job) -> int:
-    return 0 if job.config.rollout.offload_trajectories else _trajectory_bytes(job)
+    return _samples(job) * each * prod(job.latents)
 
 
 def _decoded_at_once(job: Job) -> int:
@@ -226,8 +216,8 @@ def _videos(job: Job) -> int:
     return (job.config.rollout.score_ahead + 1) * _decoded_at_once(job) * each
 
 
-def _decoding(job: Job) -> int:
-    return rehearsal.decoding(job.model, job.latents, _decoded_at_once(job))
-
-
-__all__ = ["GPUS", "ConfigError", "Job", "Phase", "Plan", "reckon", "room"]
+def _decoding(job: Job) -> Parts:
+    policy = job.config.policy
+    work = rehearsal.decoding(job.model, job.latents, _decoded_at_once(job), policy.vae_tiling, policy.vae_slicing)
+    resting_elsewhere = rehearsal.vae_bytes(job.model) if policy.frozen_rest_on == "cpu" else 0
+    return {"decoding": work, "VAE and image encoder": resting_elsewhere}

@@ -47,34 +47,33 @@ class Footprint:
     """What one transformer takes on a rank, beside its weights and their gradients.
 
     Attributes:
-        sizes: elements of each parameter, adapters included.
-        trained: elements that are trained.
+        trained, frozen: elements of each parameter; with adapters the transformer's own are frozen.
         largest_block: elements of the largest unit that ZeRO-3 fetches at once.
         forward: bytes at the peak of a forward without gradients.
         replay: bytes at the peak of a forward with its backward, which gives each parameter's gradient away at once.
     """
 
-    sizes: tuple[int, ...]
-    trained: int
+    trained: tuple[int, ...]
+    frozen: tuple[int, ...]
     largest_block: int
     forward: int
     replay: int
 
-    @property
-    def parameters(self) -> int:
-        return sum(self.sizes)
 
+def on_shapes(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A module of the meta device with fake weights in its place; to be called under a FakeTensorMode.
 
-@contextmanager
-def on_shapes(dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Inside, tensors have no memory, and modules are made in `dtype`."""
-    before = torch.get_default_dtype()
-    with FakeTensorMode():
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+    Modules are made and adapted on the meta device, since fake tensors cannot be moved or cast in place.
+    """
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=dtype)
+                part._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return module
 
 
 @contextmanager
@@ -117,15 +116,20 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
         ConfigError: its arguments are not known, or its heads do not divide over the sequence group.
     """
     transformer_class = class_of(model.transformer, "transformer")
-    with alone_in_a_group(treatment.sequence) as mesh, on_shapes(batch.dtype):
-        module = transformer_class.from_config(dict(model.transformer))
-        check_heads({**module.config, "_class_name": transformer_class.__name__}, treatment.sequence)
+    with torch.device("meta"):
+        adapted = transformer_class.from_config(dict(model.transformer))
+        if treatment.lora.rank:
+            add_lora(adapted, treatment.lora, seed=0)
+    check_heads({**adapted.config, "_class_name": transformer_class.__name__}, treatment.sequence)
+    with alone_in_a_group(treatment.sequence) as mesh, FakeTensorMode():
+        module = on_shapes(adapted, batch.dtype)
         _prepare(module, treatment, mesh)
         taken_in = arguments(transformer_class.__name__, module.config, batch)
         forward, replay = _peaks(module, taken_in)
+        parameters = list(module.parameters())
         return Footprint(
-            sizes=tuple(parameter.numel() for parameter in module.parameters()),
-            trained=sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
+            trained=tuple(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            frozen=tuple(parameter.numel() for parameter in parameters if not parameter.requires_grad),
             largest_block=max(_elements(block) for block in repeated_blocks(module)),
             forward=forward,
             replay=replay,
@@ -133,8 +137,6 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
 
 
 def _prepare(module: Any, treatment: Treatment, mesh: Mesh) -> None:
-    if treatment.lora.rank:
-        add_lora(module, treatment.lora, seed=0)
     if treatment.gradient_checkpointing:
         module.enable_gradient_checkpointing()
     parallelise(module, mesh)
@@ -201,8 +203,10 @@ def compression(model: Model) -> Compression:
 
 @contextmanager
 def _vae(model: Model) -> Iterator[Any]:
-    with on_shapes(VAE_DTYPE), torch.no_grad():
-        yield class_of(model.vae, "VAE").from_config(dict(model.vae)).eval()
+    with torch.device("meta"):
+        vae = class_of(model.vae, "VAE").from_config(dict(model.vae)).eval()
+    with FakeTensorMode(), torch.no_grad():
+        yield on_shapes(vae, VAE_DTYPE)
 
 
 @cache
