@@ -85,12 +85,21 @@ def evaluation_rules(config: Config) -> Iterator[str]:
         )
 
 
+def kernel_rules(config: Config) -> Iterator[str]:
+    if config.policy.compile_blocks and config.parallel.sequence > 1:
+        yield (
+            f"policy.compile_blocks is true with parallel.sequence = {config.parallel.sequence}, whose exchanges are not "
+            "compiled and have not been tried with compiled blocks; set one of them to its default"
+        )
+
+
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     reward_rules,
     learner_rules,
     sampler_rules,
     reference_rules,
     evaluation_rules,
+    kernel_rules,
 )
 
 

@@ -73,7 +73,10 @@ def job_of(arguments: argparse.Namespace, flags: Sequence[str]) -> Job:
     if flags:
         raise ConfigError(f"{flags} are flags of a recipe, and --model takes none; see --help")
     config = config_from_dict(recipe_of(arguments), "command line")
-    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": arguments.zero, **OFFLOADS[arguments.offload]}}
+    ds_config = {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": arguments.zero, **OFFLOADS[arguments.offload]},
+    }
     return Job(config, ds_config, model=find_model(arguments.model), **shared)
 
 

@@ -27,6 +27,7 @@ from bpgo_video.parallel.sequence import check_heads, parallelise
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.inputs import Batch, arguments
 from bpgo_video.planning.models import Model
+from bpgo_video.policies.frozen_parts import in_parts
 from bpgo_video.policies.lora import add_lora
 
 VAE_DTYPE = torch.float32  # as policies load it
@@ -219,9 +220,7 @@ def vae_bytes(model: Model) -> int:
 def decoding(model: Model, latents: Latents, samples: int, tiling: bool = False, slicing: bool = False) -> int:
     """Bytes at the peak of decoding so many videos at once, beside the VAE's weights."""
     with _vae(model) as vae:
-        for wanted, name in ((tiling, "enable_tiling"), (slicing, "enable_slicing")):
-            if wanted:
-                getattr(vae, name)()
+        in_parts(vae, tiling=tiling, slicing=slicing)
         with Allocations([*vae.parameters(), *vae.buffers()]) as counted:
             vae.decode(torch.empty(samples, *latents), return_dict=False)
     return counted.peak

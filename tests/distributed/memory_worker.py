@@ -1,6 +1,6 @@
 """What every rank of a world runs: two updates per stage, with everything that is allocated counted.
 
-    python -m tests.distributed.memory_worker OUTPUT
+python -m tests.distributed.memory_worker OUTPUT
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ MODEL = Model(
     vae={"_class_name": "AutoencoderKLWan"},
 )  # fmt: skip
 BATCH = Batch(samples=2, latents=(8, 4, 16, 16), text_tokens=16, dtype=torch.float32)
-CASES = {
+CASES = {  # ZeRO stage, rank of adapters, activation checkpointing
     "zero1": (1, 0, True),
     "zero2": (2, 0, True),
     "zero3": (3, 0, True),
-    "zero3, all kept": (3, 0, False),
-    "zero3, adapters": (3, 8, True),
+    "zero3 keeping all activations": (3, 0, False),
+    "zero3 training adapters": (3, 8, False),
 }
 
 
 def zero(stage: int) -> dict[str, Any]:
     """Few live parameters, so that stage 3 fetches and frees blocks as it does with large models."""
     few = {"stage3_max_live_parameters": 2e6, "stage3_max_reuse_distance": 2e6, "stage3_prefetch_bucket_size": 1e6}
-    return {"zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET, **(few if stage == 3 else {}),
-                                  "stage3_param_persistence_threshold": 0}}  # fmt: skip
+    settings = {"stage": stage, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0}
+    return {"zero_optimization": {**settings, **(few if stage == 3 else {})}}
 
 
 def measure(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
-    """Bytes at rest, and at the peaks of the second update's phases."""
+    """Bytes at rest, and at the peaks of the phases of the second update, which has two passes."""
     with Allocations() as counted:
         module = diffusers.WanTransformer3DModel.from_config(dict(MODEL.transformer))
         if lora_rank:
@@ -62,24 +62,31 @@ def measure(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
             module, OptimConfig(), zero(stage), micro_batch_size=BATCH.samples, learning_rate_factor=lambda _: 1.0,
             block_classes=(type(repeated_blocks(module)[0]),),
         )  # fmt: skip
-        found = {}
-        for _ in range(2):
-            found = {"rest": counted.live}
-            counted.mark()
-            for last in (False, True):
-                taken_in = {name: torch.zeros_like(value) for name, value in
-                            arguments("WanTransformer3DModel", module.config, BATCH).items()}  # fmt: skip
-                with torch.no_grad():
-                    learner.wrapped(**taken_in, return_dict=False)
-                found["denoise"] = max(found.get("denoise", 0), counted.mark())
-                taken_in["hidden_states"].requires_grad_()
-                loss = learner.wrapped(**taken_in, return_dict=False)[0].square().mean()
-                learner.backward(loss, last=last)
-                del taken_in, loss
-                found["replay"] = max(found.get("replay", 0), counted.mark())
-            learner.step()
-            found["update"] = counted.mark()
+        one_update(learner, counted)
+        return one_update(learner, counted)
+
+
+def one_update(learner: engine.Engine, counted: Allocations) -> dict[str, int]:
+    counted.mark()
+    found = {"rest": counted.live}
+    with torch.no_grad():
+        learner.wrapped(**inputs(learner), return_dict=False)
+    found["denoise"] = counted.mark()
+    for last in (False, True):
+        taken_in = inputs(learner)
+        taken_in["hidden_states"].requires_grad_()
+        loss = learner.wrapped(**taken_in, return_dict=False)[0].square().mean()
+        learner.backward(loss, last=last)
+        del taken_in, loss
+    found["replay"] = counted.mark()
+    learner.step()
+    found["update"] = counted.mark()
     return found
+
+
+def inputs(learner: engine.Engine) -> dict[str, torch.Tensor]:
+    shapes = arguments("WanTransformer3DModel", learner.module.config, BATCH)
+    return {name: torch.zeros_like(value) for name, value in shapes.items()}
 
 
 def main() -> None:
