@@ -51,10 +51,10 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in replay: less memory, about a third more time."""
     compile_blocks: bool = False
-    """Compile the transformers' repeated blocks with torch.compile. On GPUs it may pay; not under adapters with ZeRO-3."""
+    """Compile the transformers' repeated blocks with torch.compile."""
     attention_backend: str | None = None
-    """How attention is computed, by diffusers' names (`native`, `flash`, `_flash_3`, `sage` ...); None leaves diffusers'
-    choice, torch's scaled_dot_product_attention. A backend without gradients cannot train."""
+    """How attention is computed, by diffusers' names (`native`, `_native_cudnn`, `flash`, `_flash_3` ...); None leaves
+    diffusers' choice, torch's scaled_dot_product_attention. A backend without gradients cannot train."""
     vae_tiling: bool = False
     """Encode and decode videos in overlapping tiles: a fraction of the memory, longer, and tiles are blended where they
     meet."""

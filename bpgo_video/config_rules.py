@@ -88,8 +88,8 @@ def evaluation_rules(config: Config) -> Iterator[str]:
 def kernel_rules(config: Config) -> Iterator[str]:
     if config.policy.compile_blocks and config.parallel.sequence > 1:
         yield (
-            f"policy.compile_blocks is true with parallel.sequence = {config.parallel.sequence}, whose exchanges are not "
-            "compiled and have not been tried with compiled blocks; set one of them to its default"
+            f"policy.compile_blocks is true with parallel.sequence = {config.parallel.sequence}, whose exchanges have "
+            "not been tried inside compiled blocks; set one of them to its default"
         )
 
 

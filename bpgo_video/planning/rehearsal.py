@@ -31,6 +31,7 @@ from bpgo_video.policies.frozen_parts import in_parts
 from bpgo_video.policies.lora import add_lora
 
 VAE_DTYPE = torch.float32  # as policies load it
+NO_ADAPTERS = LoraConfig()
 Latents = tuple[int, int, int, int]
 
 
@@ -39,7 +40,7 @@ class Treatment:
     """How a transformer is run; see the settings of the same names."""
 
     gradient_checkpointing: bool = False
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = NO_ADAPTERS
     sequence: int = 1
 
 

@@ -5,9 +5,9 @@
     2       whole     a share            a share so far and a share anew, and a bucket
     3       a share   a share            a share, and a bucket: both from the start to the end of a run
 
-Masters and AdamW's two moments are fp32 in every stage, also where the model computes in fp32. During a pass stage 3 also
-holds the whole weights of the blocks that are used next or soon again. `tests/distributed/test_memory.py` compares this
-with what DeepSpeed allocates.
+Masters and AdamW's two moments are fp32 in every stage, also where the model computes in fp32. During a pass stage 3
+also holds the whole weights of the blocks that are used next or soon again. `tests/distributed/test_memory.py` compares
+this with what DeepSpeed allocates.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def save_memory(policy: Any, settings: PolicyConfig, device: torch.device) -> No
     pipeline = getattr(policy, "pipeline", None)
     if pipeline is None:
         raise ConfigError(
-            f"policy.vae_tiling, vae_slicing and frozen_rest_on act on a diffusers pipeline, and {type(policy).__name__} "
-            "has no attribute `pipeline`; leave them at their defaults"
+            "policy.vae_tiling, vae_slicing and frozen_rest_on act on a diffusers pipeline, and "
+            f"{type(policy).__name__} has no attribute `pipeline`; leave them at their defaults"
         )
     if getattr(pipeline, "vae", None) is not None:
         in_parts(pipeline.vae, tiling=settings.vae_tiling, slicing=settings.vae_slicing)
@@ -56,7 +56,7 @@ def in_parts(vae: Any, *, tiling: bool, slicing: bool) -> None:
 
 
 def rest_on_cpu(policy: Any, device: torch.device) -> None:
-    """From now on VAE and image encoder are on the device while `decode` or `image_conditioning` runs, and only then."""
+    """From now on VAE and image encoder are on the device only while `decode` or `image_conditioning` runs."""
     parts = [
         part
         for name, part in policy.pipeline.components.items()

@@ -1,4 +1,4 @@
-"""With which kernels does a transformer compute? Attention by one of diffusers' backends; blocks as written or compiled."""
+"""With which kernels does a transformer compute? Attention by one of diffusers' backends, blocks perhaps compiled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def choose_attention(transformers: Transformers, backend: str | None) -> None:
         raise ConfigError(f"policy.attention_backend is {backend!r}; diffusers knows {known}")
     if INFERENCE_ONLY in backend:
         raise ConfigError(
-            f"policy.attention_backend is {backend!r}, which has no backward and cannot train; take a flash or native one"
+            f"policy.attention_backend is {backend!r}, which has no backward and cannot train; take `flash` or `native`"
         )
     for transformer in transformers.values():
         _choose(transformer, backend)
