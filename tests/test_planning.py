@@ -115,7 +115,7 @@ def test_checkpointing_and_sequence_groups_lower_the_activations() -> None:
         )
     )
     assert recomputed < 0.7 * plain
-    assert shared == pytest.approx(recomputed / 4, rel=0.25), "the video's tokens are divided, the text's are not"
+    assert recomputed / 4 < shared < recomputed / 3, "the video's tokens are divided, the text's are not"
     with pytest.raises(ConfigError, match="attention heads"):
         rehearsal.footprint(MODEL, large, rehearsal.Treatment(sequence=3))
 

@@ -143,7 +143,8 @@ def reckon(job: Job) -> Plan:
     gathers = _gathers(job, resting)
     fetched = {"weights fetched": missing_weights(zero, weights) if gathers else live_weights(zero, weights)}
     rolling = _sum(resting.device, {"videos to be scored": _videos(job)}, fetched)
-    live = {"weights fetched": live_weights(zero, weights)}
+    kept = bool(weights.frozen) and not job.config.policy.gradient_checkpointing
+    live = {"weights fetched": live_weights(zero, weights, held_by_autograd=kept)}
     phases = (
         Phase("denoise", _sum(rolling, {"forward": work.forward})),
         Phase("decode", _sum(rolling, _decoding(job))),

@@ -134,11 +134,17 @@ def _kept_whole(zero: Zero, weights: Weights) -> int:
     return (small + secondary) * zero.weight_bytes
 
 
-def live_weights(zero: Zero, weights: Weights) -> int:
-    """Bytes of whole weights during a pass under stage 3, where not all are gathered for its length."""
+def live_weights(zero: Zero, weights: Weights, held_by_autograd: bool = False) -> int:
+    """Bytes of whole weights during a pass under stage 3, where not all are gathered for its length.
+
+    Args:
+        held_by_autograd: a forward that keeps its activations keeps frozen weights with them, once they are fetched:
+            what it saves of them are views.
+    """
     if zero.stage != 3:
         return 0
-    return min(weights.elements, zero.live + weights.largest_block) * zero.weight_bytes
+    elements = weights.elements if held_by_autograd else zero.live + weights.largest_block
+    return min(weights.elements, elements) * zero.weight_bytes
 
 
 def missing_weights(zero: Zero, weights: Weights) -> int:
