@@ -21,7 +21,7 @@ from bpgo_video.policies import load_policy
 from bpgo_video.policies.frozen_parts import in_parts, save_memory
 from bpgo_video.policies.kernels import choose_attention, compile_blocks
 from bpgo_video.policies.transformers import Transformers, blocks_of
-from bpgo_video.session import sampling_policy
+from bpgo_video.policy_session import sampling_policy
 from tests.distributed.small_transformers import inputs, random_transformer
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
 

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import config_from_dict, load_config
 from bpgo_video.engine import read_ds_config
 from bpgo_video.planning.advice import Advice, advise
@@ -73,6 +73,7 @@ def job_of(arguments: argparse.Namespace, flags: Sequence[str]) -> Job:
     if flags:
         raise ConfigError(f"{flags} are flags of a recipe, and --model takes none; see --help")
     config = config_from_dict(recipe_of(arguments), "command line")
+    assert isinstance(config, Config)  # a recipe that names no other kind
     ds_config = {
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": arguments.zero, **OFFLOADS[arguments.offload]},
