@@ -58,6 +58,19 @@ class PolicyConfig:
     """Train adapters and keep the base weights frozen, or train everything (rank 0, the default)."""
     gradient_checkpointing: bool = False
     """Recompute activations in replay: less memory, about a third more time."""
+    compile_blocks: bool = False
+    """Compile the transformers' repeated blocks with torch.compile."""
+    attention_backend: str | None = None
+    """How attention is computed, by diffusers' names (`native`, `_native_cudnn`, `flash`, `_flash_3` ...); None leaves
+    diffusers' choice, torch's scaled_dot_product_attention. A backend without gradients cannot train."""
+    vae_tiling: bool = False
+    """Encode and decode videos in overlapping tiles: a fraction of the memory, longer, and tiles are blended where they
+    meet."""
+    vae_slicing: bool = False
+    """Encode and decode one video at a time: the memory of one, whatever the micro-batch."""
+    frozen_rest_on: Literal["device", "cpu"] = "device"
+    """Where VAE and image encoder are while they are not at work: `cpu` frees their memory, and moves them there and
+    back with every micro-batch."""
     embedded_guidance: NonNegative | None = None
     """HunyuanVideo: the guidance that its distilled transformer is told, in one pass; None takes the pipeline's 6.
     Classifier-free guidance on top is `sampler.guidance_scale`."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
-from bpgo_video.config import Config, ConfigError, ParallelConfig
+from bpgo_video.config import Config, ConfigError, ParallelConfig, PolicyConfig
 from bpgo_video.learner_config import aggregate_rules, broken_rules
 
 
@@ -98,12 +98,26 @@ def evaluation_rules(config: Config) -> Iterator[str]:
         )
 
 
+def kernel_rules(config: Config) -> Iterator[str]:
+    yield from compiling_rules(config.policy, config.parallel)
+
+
+def compiling_rules(policy: PolicyConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """What compiled blocks do not go with, in recipes of every kind."""
+    if policy.compile_blocks and parallel.sequence > 1:
+        yield (
+            f"policy.compile_blocks is true with parallel.sequence = {parallel.sequence}, whose exchanges have not been "
+            "tried inside compiled blocks; set one of them to its default"
+        )
+
+
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     reward_rules,
     learner_rules,
     sampler_rules,
     reference_rules,
     evaluation_rules,
+    kernel_rules,
 )
 
 
