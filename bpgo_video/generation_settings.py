@@ -111,14 +111,19 @@ class Model:
 
 
 def find_model(settings: GenerationSettings) -> Model:
-    """The pipeline folder or the training checkpoint that `settings.policy` names.
+    """The pipeline folder or the training checkpoint that `settings.policy` names; see `named_model`."""
+    return named_model(settings.policy)
+
+
+def named_model(policy: str) -> Model:
+    """A pipeline folder, a training checkpoint, or a run for its newest one.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: there is none, or it cannot be used.
     """
-    path = Path(settings.policy).expanduser()
+    path = Path(policy).expanduser()
     checkpoint = find_source(path) if path.is_dir() and holds_checkpoint(path) else None
-    folder = settings.policy if checkpoint is None else str(checkpoint.base)
+    folder = policy if checkpoint is None else str(checkpoint.base)
     return Model(load_policy(folder, max_sequence_length=1, components=()), checkpoint)
 
 

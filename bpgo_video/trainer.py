@@ -16,7 +16,7 @@ from bpgo_video.config import Config
 from bpgo_video.config_io import load_config
 from bpgo_video.config_rules import check_world
 from bpgo_video.estimation import Memory, estimate_advantages, to_be_scored
-from bpgo_video.heldout import HeldoutScores, evaluate
+from bpgo_video.heldout import HeldoutScores, evaluate, write_shown
 from bpgo_video.launch import launched
 from bpgo_video.metrics import RunLog, reduce_metrics
 from bpgo_video.objectives import OBJECTIVES
@@ -152,17 +152,13 @@ def without_the_average(
 
 
 def evaluate_heldout(session: Session, videos_to: Path | None = None) -> HeldoutScores | None:
-    if session.heldout_suite is None or session.prompts.heldout is None:
+    heldout, config = session.prompts.heldout, session.config
+    if session.heldout_suite is None or heldout is None:
         return None
+    seen = {} if videos_to is None else {"seen": write_shown(videos_to, len(heldout), config)}
     with session.evaluated_weights(), session.rollout_weights():
         return evaluate(
-            session.policy,
-            session.prompts.heldout,
-            session.prompts.negative,
-            session.heldout_suite,
-            session.config,
-            session.mesh,
-            videos_to,
+            session.policy, heldout, session.prompts.negative, session.heldout_suite, config, session.mesh, **seen
         )
 
 
