@@ -20,8 +20,19 @@ def add_compare(command: argparse.ArgumentParser) -> None:
         help="two or more, the reference first: a diffusers pipeline, a run (its newest checkpoint), a checkpoint, or a "
         "folder of results of an earlier comparison; NAME=MODEL gives it a name",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="report.html, comparison.json, models/ with all scores")
-    add("--config", type=Path, metavar="RECIPE", help="prompts, video size, rewards and deployment settings (a run's own)")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="report.html, comparison.json, models/ with all scores",
+    )
+    add(
+        "--config",
+        type=Path,
+        metavar="RECIPE",
+        help="prompts, video size, rewards and deployment settings (a run's own)",
+    )
     add("--split", help="split of the prompts (the recipe's evaluation.split)")
     add("--samples-per-prompt", type=positive, metavar="N", help="(the recipe's evaluation.samples_per_prompt)")
     add("--seed", type=int, metavar="S", help="of the noise (the recipe's run.seed)")
@@ -76,9 +87,7 @@ def measure_them(args: argparse.Namespace, to_measure: list, found: dict) -> boo
     mesh = engine.start_ranks()
     with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
         heartbeat.enter("evaluation")
-        for one, results in zip(
-            to_measure, measure(to_measure, config, args.weights, args.output, mesh), strict=True
-        ):
+        for one, results in zip(to_measure, measure(to_measure, config, args.weights, args.output, mesh), strict=True):
             found[one] = results
     mesh.barrier()
     engine.stop_ranks()

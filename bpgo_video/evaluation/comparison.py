@@ -197,7 +197,8 @@ def as_json(compared: Compared) -> dict[str, Any]:
             {
                 "run": one.run,
                 "other": one.other,
-                "match": one.match and {**asdict(replace(one.match, effects={})), "effects": effects_json(one.match.effects)},
+                "match": one.match
+                and {**asdict(replace(one.match, effects={})), "effects": effects_json(one.match.effects)},
             }
             for one in compared.matchings
         ],

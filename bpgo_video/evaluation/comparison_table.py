@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bpgo_video.evaluation.comparison import Compared
-from bpgo_video.evaluation.paired import Effect
-from bpgo_video.evaluation.verdict import Comparison, headline, notes
+from bpgo_video.evaluation.verdict import Comparison, headline, notes, span
 
 WIDTH = 110
 SHOWN = {1: "higher", -1: "lower", 0: "no difference shown"}
@@ -32,7 +31,7 @@ def matched_sentences(compared: Compared) -> list[str]:
     sentences = []
     for one in compared.matchings:
         if one.match is None:
-            sentences.append(f"{one.run} never has the training reward of {one.other} between the checkpoints compared.")
+            sentences.append(f"{one.run} never has the training reward of {one.other} between its checkpoints here.")
             continue
         differences = ", ".join(f"{name} {span(effect)}" for name, effect in one.match.effects.items())
         sentences.append(
@@ -40,13 +39,6 @@ def matched_sentences(compared: Compared) -> list[str]:
             f"{one.match.step:.0f}, {one.other} has over it in held-out measures: {differences}."
         )
     return sentences
-
-
-def span(effect: Effect) -> str:
-    """A difference with its interval."""
-    if effect.low is None:
-        return f"{effect.difference:+.3f}"
-    return f"{effect.difference:+.3f} [{effect.low:+.3f}, {effect.high:+.3f}]"
 
 
 def p_text(p: float | None) -> str:
@@ -61,8 +53,8 @@ def _effects(one: Comparison) -> str:
     for name, effect in one.effects.items():
         table.add_row(
             name,
-            f"{effect.mean_a:.3f}",
-            f"{effect.mean_b:.3f}",
+            f"{effect.mean_a:.{effect.decimals}f}",
+            f"{effect.mean_b:.{effect.decimals}f}",
             span(effect),
             p_text(effect.p_adjusted),
             f"{effect.rank_biserial:+.2f}",

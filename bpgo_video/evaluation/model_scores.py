@@ -101,7 +101,11 @@ def read_scores(folder: Path) -> ModelScores:
     except ValidationError as error:
         raise MalformedFile(f"{path}: {error}") from error
     counts = {len(values) for line in found.prompts for values in line.scores.values()}
-    if not found.prompts or len(counts) != 1 or any(line.scores.keys() != found.measures.keys() for line in found.prompts):
+    if (
+        not found.prompts
+        or len(counts) != 1
+        or any(line.scores.keys() != found.measures.keys() for line in found.prompts)
+    ):
         raise MalformedFile(f"{path}: every prompt needs equally many scores of each of {sorted(found.measures)}")
     return found
 

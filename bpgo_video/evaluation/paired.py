@@ -69,6 +69,11 @@ class Effect:
         return int(self.low > 0) - int(self.high < 0)
 
     @property
+    def decimals(self) -> int:
+        """How many show two digits of the scale and one more."""
+        return 3 if self.scale == 0 else min(8, max(0, 2 - math.floor(math.log10(self.scale))))
+
+    @property
     def relative(self) -> float:
         """The difference as a share of A's mean; nan where that is 0."""
         return self.difference / abs(self.mean_a) if self.mean_a else math.nan

@@ -74,10 +74,16 @@ def headline(comparison: Comparison) -> str:
 
 
 def told(name: str, effect: Effect) -> str:
-    """A difference with its interval, in words."""
-    if effect.low is None:
-        return f"held-out {name} {effect.difference:+.3f}"
-    return f"held-out {name} {effect.difference:+.3f} [{effect.low:+.3f}, {effect.high:+.3f}]"
+    """A held-out difference in words."""
+    return f"held-out {name} {span(effect)}"
+
+
+def span(effect: Effect) -> str:
+    """A difference with its interval."""
+    digits = effect.decimals
+    if effect.low is None or effect.high is None:
+        return f"{effect.difference:+.{digits}f}"
+    return f"{effect.difference:+.{digits}f} [{effect.low:+.{digits}f}, {effect.high:+.{digits}f}]"
 
 
 def reward_alone(comparison: Comparison) -> str | None:
@@ -86,18 +92,21 @@ def reward_alone(comparison: Comparison) -> str | None:
         return None
     rest = "held-out scores fell" if comparison.outcome == "worse" else "no held-out score is shown to have risen"
     return (
-        f"The training reward rose by {comparison.training.difference:.3f} and {rest}: what was trained on may have been "
-        "exploited. Look at the biggest losses, and compare earlier checkpoints."
+        f"The training reward rose by {comparison.training.difference:.3f} and {rest}: what was trained on may have "
+        "been exploited. Look at the biggest losses, and compare earlier checkpoints."
     )
 
 
 def stands_still(comparison: Comparison) -> str | None:
-    return _changed(comparison, MOTION, "Videos move less", "a policy that games its rewards often stops moving")
+    return _changed(comparison, MOTION, "Videos move less", "a policy that games its rewards often stops moving.")
 
 
 def alike(comparison: Comparison) -> str | None:
     return _changed(
-        comparison, DIVERSITY, "Samples of one prompt are more alike", "look whether one video stands for all (collapse)"
+        comparison,
+        DIVERSITY,
+        "Samples of one prompt are more alike",
+        "look whether one video stands for all (collapse)",
     )
 
 
@@ -105,23 +114,23 @@ def _changed(comparison: Comparison, name: str, change: str, meaning: str) -> st
     effect = comparison.effects.get(name)
     if effect is None or effect.shown != -1:
         return None
-    return f"{change}: {name} fell by {-effect.relative:.0%}, from {effect.mean_a:.3f} to {effect.mean_b:.3f}; {meaning}."
+    return (
+        f"{change}: {name} fell by {-effect.relative:.0%}, from {effect.mean_a:.3f} to {effect.mean_b:.3f}; {meaning}"
+    )
 
 
 def tags_disagree(comparison: Comparison) -> str | None:
     """Intervals of two tags that do not overlap, in the first held-out measure."""
     name = next(iter(comparison.of_role("heldout")))
-    known = [
-        (tag, effects[name], effects[name].low, effects[name].high) for tag, effects in comparison.by_tag.items()
-    ]
-    ranked = sorted(((tag, effect, low, high) for tag, effect, low, high in known if low is not None and high is not None),
-                    key=lambda entry: entry[1].difference)  # fmt: skip
-    if len(ranked) < 2 or ranked[0][3] >= ranked[-1][2]:
+    known = {tag: effects[name] for tag, effects in comparison.by_tag.items() if effects[name].low is not None}
+    if len(known) < 2:
         return None
-    (worst, low, _, _), (best, high, _, _) = ranked[0], ranked[-1]
+    worst, best = (pick(known, key=lambda tag: known[tag].difference) for pick in (min, max))
+    if (known[worst].high or 0.0) >= (known[best].low or 0.0):
+        return None
     return (
-        f"Prompts differ by tag: {name} changed by {high.difference:+.3f} on {best!r} prompts and by "
-        f"{low.difference:+.3f} on {worst!r} ones."
+        f"Prompts differ by tag: {name} changed by {span(known[best])} on {best!r} prompts and by {span(known[worst])} on "
+        f"{worst!r} ones."
     )
 
 
@@ -131,8 +140,8 @@ def too_few_prompts(comparison: Comparison) -> str | None:
     if least < 1 - LEVEL:
         return None
     return (
-        f"{count} prompts cannot show a difference in one of {len(comparison.effects)} measures, however large: take more "
-        "prompts (evaluation.max_prompts, or a larger split)."
+        f"{count} prompts cannot show a difference in one of {len(comparison.effects)} measures, however large: take "
+        "more prompts (evaluation.max_prompts, or a larger split)."
     )
 
 
