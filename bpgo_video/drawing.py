@@ -1,4 +1,4 @@
-"""How does a matplotlib figure become part of a page? As inline SVG in the page's colours, with words for who cannot see it.
+"""How does a figure become part of a page? As inline SVG in the page's colours, with words for who cannot see it.
 
 Figures take their colours from the page: text is its currentColor, series are its --c1, --c2, --c3.
 """

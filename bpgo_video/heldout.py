@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def evaluate(
     samples = config.evaluation.samples_per_prompt
     denoiser = Denoiser(
         policy=policy,
-        sigmas=policy.sigmas(config.evaluation.num_steps, config.sampler.shift),
+        sigmas=policy.sigmas(config.evaluation.num_steps, config.video, config.sampler.shift),
         sampler="ode",
         eta=0.0,
         guidance_scale=config.evaluation.guidance_scale,

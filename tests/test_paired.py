@@ -44,7 +44,7 @@ def test_a_null_comparison_raises_at_most_10_false_alarms_in_100(prompts: int) -
 
 
 def test_a_planted_improvement_of_5_hundredths_is_found_in_80_of_100() -> None:
-    """48 prompts x 4 samples, same seeds: B's videos are the trained policy's in that share which makes .05 on average."""
+    """48 prompts x 4 samples, same seeds: B's videos are the trained policy's in the share that makes .05."""
     share = 0.05 / (TRAINED["oracle"] - BASE["oracle"]).mean()
     found, gains = 0, []
     for rows, columns, rng in draws(48, 100):

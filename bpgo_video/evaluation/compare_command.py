@@ -17,8 +17,8 @@ def add_compare(command: argparse.ArgumentParser) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help="two or more, the reference first: a diffusers pipeline, a run (its newest checkpoint), a checkpoint, or a "
-        "folder of results of an earlier comparison; NAME=MODEL gives it a name",
+        help="two or more, the reference first: a diffusers pipeline, a run (its newest checkpoint), a checkpoint, or "
+        "a folder of results of an earlier comparison; NAME=MODEL gives it a name",
     )
     add(
         "--output",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from bpgo_video.curves import PANELS, draw_curve
+from bpgo_video.curves import draw_curve
 from bpgo_video.drawing import Curve
 from bpgo_video.evaluation.comparison import Compared, tables
 from bpgo_video.evaluation.comparison_table import SHOWN, matched_sentences, p_text

@@ -27,7 +27,6 @@ from bpgo_video.data.atomic import write_json
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prompt_records import PromptRecord
 from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.data.shards import PromptShards
 from bpgo_video.evaluation.model_scores import (
     Measure,
     ModelScores,
@@ -44,7 +43,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.run_weights import WEIGHTS, put_into
-from bpgo_video.session import TRAINED, check_inputs, heldout_rows, sampling_policy
+from bpgo_video.session import check_inputs, heldout_rows, sampling_policy
 
 MODELS, PARTS = "models", "parts"
 BLOCK = 4  # micro-batches of each rank in a block: rewards move to the device and back once in each
@@ -102,7 +101,7 @@ def measure(asked: Sequence[Asked], config: Config, weights: str, output: Path, 
     suite = RewardSuite(config.evaluation.rewards, mesh.device, config.video.fps)
     found = []
     for one in asked:
-        model = named_model(one.source)
+        model = named_model(one.source, config.policy.family)
         measuring = Measuring(one, model, of_model(config, model, one), weights, suite, mesh)
         found.append(measuring.results(output / MODELS))
     return found
@@ -110,8 +109,10 @@ def measure(asked: Sequence[Asked], config: Config, weights: str, output: Path, 
 
 def of_model(config: Config, model: Model, asked: Asked) -> Config:
     """The recipe with this model's pipeline; all models need text embeddings of one encoder, which is checked later."""
-    folder = asked.source if model.checkpoint is None else str(model.checkpoint.base)
-    return replace(config, policy=replace(config.policy, folder=folder))
+    if model.checkpoint is None:
+        return replace(config, policy=replace(config.policy, folder=asked.source))
+    family = model.checkpoint.config.policy.family
+    return replace(config, policy=replace(config.policy, folder=str(model.checkpoint.base), family=family))
 
 
 def weights_settings(model: Model, weights: str) -> dict[str, Any]:
@@ -209,7 +210,8 @@ class Measuring:
         if self.model.checkpoint is not None:
             trained = WEIGHTS[self.weights](self.model.checkpoint.folder)
             dtype = engine.compute_dtype(self.ds_config)
-            put_into(policy.transformers[TRAINED], self.model.checkpoint, trained, dtype)
+            for name in self.model.checkpoint.trained:
+                put_into(policy.transformers[name], self.model.checkpoint, name, trained, dtype)
         return policy
 
     def block(self, policy: Policy, places: list[int], folder: Path) -> list[PromptLine]:

@@ -1,4 +1,4 @@
-"""Which prompts are looked at, and how do their videos get into one page? The extremes, as small H.264 files in base64."""
+"""Which prompts are looked at, and how do their videos get into one page? The extremes, as small H.264 files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def prompts_of(compared: Compared) -> Sequence[str]:
 
 
 def chosen_rows(compared: Compared, count: int) -> list[int]:
-    """In turns the biggest win, loss and disagreement of each candidate in the first held-out measure, in their order."""
+    """In turns the biggest win, loss and disagreement of each candidate by the first held-out measure; in order."""
     measure = next(iter(compared.comparisons[0].of_role("heldout")))
     first = compared.models[0].scores.table(measure).mean(axis=1)
     ranked = []
