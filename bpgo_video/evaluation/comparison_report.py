@@ -40,6 +40,7 @@ class Row:
     reference: str
     candidate: str
     difference: str
+    interval: str
     p: str
     effect_size: str
     counts: str
@@ -114,7 +115,8 @@ def effect_rows(one: Comparison) -> list[Row]:
             role=ROLES[role_of(one, name)],
             reference=f"{effect.mean_a:.{effect.decimals}f}",
             candidate=f"{effect.mean_b:.{effect.decimals}f}",
-            difference=span(effect),
+            difference=f"{effect.difference:+.{effect.decimals}f}",
+            interval=span(effect).partition(" ")[2],
             p=p_text(effect.p_adjusted),
             effect_size=f"{effect.rank_biserial:+.2f}",
             counts=f"{effect.wins} / {effect.ties} / {effect.losses}",

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
@@ -152,15 +153,17 @@ class Measuring:
         self.suite, self.mesh = suite, mesh
         self.ds_config, self.shards = check_inputs(config, mesh, need_priors=False)
         self.rows = heldout_rows(config, self.shards)
+        self.ids: list[int] = self.shards.ids(np.array(self.rows)).tolist()
         self.measures = measures_of(config, suite)
 
     def settings(self) -> dict[str, Any]:
         """All that the scores depend on; plain JSON data."""
         index = self.shards.index
-        prompts = [index["shards"], index["negative_sha256"], self.shards.ids(self.rows).tolist()]
+        prompts = [index["shards"], index["negative_sha256"], self.ids]
         return {
             **weights_settings(self.model, self.weights),
             "deployment": deployment(self.config, engine.compute_dtype(self.ds_config)),
+            "family": self.config.policy.family,
             "seed": self.config.run.seed,
             "samples_per_prompt": self.config.evaluation.samples_per_prompt,
             "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
@@ -183,7 +186,7 @@ class Measuring:
     def make_lines(self, folder: Path) -> None:
         """Measure the prompts that `folder` has no lines of yet."""
         done = from_main([line.id for line in read_parts(folder)], self.mesh)
-        todo = [place for place, id_ in enumerate(self.shards.ids(self.rows).tolist()) if id_ not in done]
+        todo = [place for place, id_ in enumerate(self.ids) if id_ not in done]
         samples, micro = self.config.evaluation.samples_per_prompt, self.config.rollout.micro_batch_size
         size = max(1, BLOCK * self.mesh.data_size * micro // samples)
         if not todo:
@@ -224,8 +227,10 @@ class Measuring:
         witness = Witness(folder, places, samples, config.video.fps)
         by_name = dict(evaluate(policy, prompts, negative, self.suite, config, self.mesh, witness).by_name)
         by_name |= witness.scores(config.video.num_frames, self.mesh)
-        return [line_of(record, {name: by_name[name][row].tolist() for name in self.measures})
-                for row, record in enumerate(records)]  # fmt: skip
+        return [
+            line_of(record, {name: by_name[name][row].tolist() for name in self.measures})
+            for row, record in enumerate(records)
+        ]
 
     def join(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """The parts as one file; they go."""
@@ -238,10 +243,10 @@ class Measuring:
                 source=self.asked.source,
                 settings=dict(settings),
                 measures=self.measures,
-                prompts=[lines[id_] for id_ in self.shards.ids(self.rows).tolist()],
+                prompts=[lines[id_] for id_ in self.ids],
                 starts_from=settings["pipeline"],
-                run=checkpoint and str(checkpoint.folder.parents[1]),
-                step=checkpoint and checkpoint.step,
+                run=str(checkpoint.folder.parents[1]) if checkpoint else None,
+                step=checkpoint.step if checkpoint else None,
             ),
         )
         shutil.rmtree(folder / PARTS)

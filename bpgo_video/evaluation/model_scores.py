@@ -21,7 +21,6 @@ from bpgo_video.metrics import MalformedFile
 
 SCORES_FILE = "scores.json"
 VIDEOS = "videos"
-FORM = 1  # of scores.json
 PLAIN = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Role = Literal["heldout", "trained", "video"]
@@ -73,7 +72,7 @@ class ModelScores:
     starts_from: str
     run: str | None = None
     step: int | None = None
-    form: Literal[1] = FORM
+    form: Literal[1] = 1
 
     def table(self, measure: str) -> Float[np.ndarray, "prompts samples"]:
         """The scores of one measure."""

@@ -129,8 +129,8 @@ def tags_disagree(comparison: Comparison) -> str | None:
     if (known[worst].high or 0.0) >= (known[best].low or 0.0):
         return None
     return (
-        f"Prompts differ by tag: {name} changed by {span(known[best])} on {best!r} prompts and by {span(known[worst])} on "
-        f"{worst!r} ones."
+        f"Prompts differ by tag: {name} changed by {span(known[best])} on {best!r} prompts and by {span(known[worst])} "
+        f"on {worst!r} ones."
     )
 
 

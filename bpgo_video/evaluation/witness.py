@@ -41,7 +41,8 @@ def motion(videos: Videos) -> Float[Tensor, "samples"]:
 
 def thumbnails(videos: Videos) -> Float[Tensor, "samples cells"]:
     """Means over cells of space and time, flattened."""
-    cells = [min(cells, size) for cells, size in zip(CELLS, (videos.shape[1], *videos.shape[3:]), strict=True)]
+    frames, _, height, width = videos.shape[1:]
+    cells = (min(CELLS[0], frames), min(CELLS[1], height), min(CELLS[2], width))
     return adaptive_avg_pool3d(videos.float().transpose(1, 2), cells).flatten(1)
 
 
@@ -76,9 +77,9 @@ class Witness:
     def scores(self, num_frames: int, mesh: Mesh) -> dict[str, Scores]:
         """Of all ranks' samples, on every rank; see `video_measures` for which."""
         total = len(self._rows) * self._samples
-        gathered = {
-            name: mesh.gather(torch.cat(parts), self._items, total).unflatten(0, (-1, self._samples)).cpu()
-            for name, parts in ((MOTION, self._motion), (DIVERSITY, self._small))
-        }
-        found = {MOTION: gathered[MOTION], DIVERSITY: diversity(gathered[DIVERSITY])}
-        return {name: found[name] for name in video_measures(num_frames, self._samples)}
+        moves, small = (
+            mesh.gather(torch.cat(parts), self._items, total).unflatten(0, (-1, self._samples)).cpu()
+            for parts in (self._motion, self._small)
+        )
+        measured = {MOTION: lambda: moves, DIVERSITY: lambda: diversity(small)}
+        return {name: measured[name]() for name in video_measures(num_frames, self._samples)}
