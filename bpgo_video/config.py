@@ -192,9 +192,15 @@ class EvaluationConfig:
     """ODE steps of a held-out sample."""
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
     videos: Annotated[int, Field(ge=0)] = 8
-    """Held-out videos written before and after, for the report."""
-    weights: Literal["raw", "ema"] = "raw"
-    """Which weights are evaluated; `ema` needs `ema.decay` above 0."""
+    """Held-out videos written at every evaluation, before and after for the report."""
+    weights: Literal["raw", "ema", "both"] = "raw"
+    """Which weights are evaluated; `ema` and `both` need `ema.decay` above 0. `both` measures the run by the raw ones
+    and logs the average's scores beside them, as `heldout_ema/NAME`."""
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Kinds of weights; the run is measured by the first."""
+        return ("raw", "ema") if self.weights == "both" else (self.weights,)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -20,6 +20,7 @@ Records = Sequence[Mapping[str, Number]]
 Summary = Mapping[str, Any]
 
 HISTOGRAM_COLUMNS = 50
+HELDOUT = {"heldout/": "", "heldout_ema/": " (average)"}  # prefixes, and how a legend tells them apart
 
 
 def series(records: Records, key: str) -> tuple[list[Number], list[Number]]:
@@ -62,15 +63,16 @@ def _mean_and_extremes(axes: Axes, records: Records, name: str, label: str) -> s
 
 
 def heldout(axes: Axes, records: Records, summary: Summary) -> str | None:
-    keys = sorted({key for record in records for key in record if key.startswith("heldout/")})
+    keys = sorted({key for record in records for key in record if key.startswith(tuple(HELDOUT))})
     keys = [key for key in keys if not key.endswith("_stderr")]
     words = []
     for i, key in enumerate(keys):
-        colour, name = SERIES[i % len(SERIES)], key.removeprefix("heldout/")
+        colour, (prefix, reward) = SERIES[i % len(SERIES)], key.split("/", 1)
+        name = f"{reward}{HELDOUT[prefix + '/']}"
         held = [record for record in records if key in record]
         steps, values = series(held, key)
         stderr = [record.get(f"{key}_stderr", 0.0) for record in held]
-        if "heldout_before" in summary and key == f"heldout/{summary.get('heldout_reward', name)}":
+        if "heldout_before" in summary and reward == summary.get("heldout_reward", reward):
             steps, values = [0, *steps], [summary["heldout_before"], *values]
             stderr = [summary.get("heldout_before_stderr", 0.0), *stderr]
             axes.axhline(values[0], color=TEXT, linewidth=0.8, linestyle="--", alpha=0.6)

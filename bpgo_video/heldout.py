@@ -35,12 +35,12 @@ class HeldoutScores:
     by_name: Mapping[str, Scores]
     frames: Mapping[str, FrameScores] = field(default_factory=dict)
 
-    def metrics(self) -> dict[str, float]:
-        """`heldout/NAME` and its standard error."""
+    def metrics(self, prefix: str = "heldout") -> dict[str, float]:
+        """`PREFIX/NAME` and its standard error."""
         values = {}
         for name, scores in self.by_name.items():
-            values[f"heldout/{name}"] = float(scores.mean())
-            values[f"heldout/{name}_stderr"] = stderr(scores)
+            values[f"{prefix}/{name}"] = float(scores.mean())
+            values[f"{prefix}/{name}_stderr"] = stderr(scores)
         return values
 
 

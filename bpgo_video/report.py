@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from bpgo_video.contact_sheets import STRIP_HEIGHT, strip
-from bpgo_video.curves import PANELS, draw_curve
+from bpgo_video.curves import HELDOUT, PANELS, draw_curve
 from bpgo_video.data.video import VideoError, read_video
 from bpgo_video.diagnosis import diagnose
 from bpgo_video.frame_strips import CellRow, FrameRow, cell_rows
@@ -148,7 +148,7 @@ def contact_sheet(video: Float[Tensor, "frames 3 height width"]) -> str:
 
 def numbers_table(records: list[dict[str, Number]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of what the curves show: evenly spaced steps, the last, every held-out evaluation."""
-    heldout = sorted({key for record in records for key in record if key.startswith("heldout/")})
+    heldout = sorted({key for record in records for key in record if key.startswith(tuple(HELDOUT))})
     keys = [key for key in (*heldout, *TABLE_KEYS) if any(key in record for record in records)]
     stride = max(1, len(records) // TABLE_ROWS)
     chosen = [

@@ -98,9 +98,9 @@ class Session:
         """Where videos are sampled: with all weights at hand, or with each block fetched for every step."""
         return self.engine.whole_weights() if self.gathers_for_rollout else nullcontext()
 
-    def evaluated_weights(self) -> AbstractContextManager[None]:
-        """Where the policy is measured: with its weights, or with their average."""
-        return self.ema.weights() if self.ema and self.config.evaluation.weights == "ema" else nullcontext()
+    def weights(self, kind: str) -> AbstractContextManager[None]:
+        """Where the policy is measured: with its weights (`raw`), or with their average (`ema`)."""
+        return self.ema.weights() if self.ema and kind == "ema" else nullcontext()
 
     @property
     def updates(self) -> Learner:

@@ -23,6 +23,7 @@ from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
+from bpgo_video.randomness import isolated
 from bpgo_video.replay import Setting, optimise
 from bpgo_video.results import PHASES, Progress, frame_lines, heldout_videos, shown_videos, summarise, write_results
 from bpgo_video.rewards.ahead import ScoreAhead
@@ -151,15 +152,39 @@ def without_the_average(
     return kept, advantages.times(len(kept) / len(trajectories))
 
 
-def evaluate_heldout(session: Session, videos_to: Path | None = None) -> HeldoutScores | None:
+def evaluate_heldout(session: Session, weights: str, videos_to: Path) -> HeldoutScores | None:
+    """Held-out scores of one kind of weights, some videos into a folder; training goes on as if it had not been."""
     heldout, config = session.prompts.heldout, session.config
     if session.heldout_suite is None or heldout is None:
         return None
-    seen = {} if videos_to is None else {"seen": write_shown(videos_to, len(heldout), config)}
-    with session.evaluated_weights(), session.rollout_weights():
+    seen = write_shown(videos_to, len(heldout), config)
+    with isolated(), session.weights(weights), session.rollout_weights():
         return evaluate(
-            session.policy, heldout, session.prompts.negative, session.heldout_suite, config, session.mesh, **seen
+            session.policy, heldout, session.prompts.negative, session.heldout_suite, config, session.mesh, seen
         )
+
+
+def evaluate_step(
+    session: Session, step: int, samples: Path, log: RunLog
+) -> tuple[HeldoutScores | None, dict[str, float]]:
+    """Scores of the weights that the run is measured by, and what all that are evaluated add to the step's record.
+
+    Args:
+        samples: folder of the run's videos.
+    """
+    config, measure, record = session.config, None, {}
+    name = "after" if step + 1 == config.run.num_steps else f"step-{step + 1:06d}"
+    for prefix, weights in zip(("heldout", "heldout_ema"), config.evaluation.measured, strict=False):
+        folder = samples / (name if measure is None else f"{name}-ema")
+        scores = evaluate_heldout(session, weights, folder)
+        if scores is None:
+            break
+        record |= scores.metrics(prefix)
+        log.media(step, prefix, shown_videos(session, folder, scores))
+        measure = measure or scores
+    if measure is not None:
+        log.frames(frame_lines(session, step, measure))
+    return measure, record
 
 
 def train(config: Config) -> dict[str, Any] | None:
@@ -196,7 +221,7 @@ def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests
         started -= progress.seconds["total"]
     elif session.heldout_suite is not None:
         heartbeat.enter("evaluation")
-        before = evaluate_heldout(session, run_dir / "samples" / "before")
+        before = evaluate_heldout(session, config.evaluation.measured[0], run_dir / "samples" / "before")
         if before is not None:
             progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()}
             progress.frames_before = {name: found.values.tolist() for name, found in before.frames.items()}
@@ -240,13 +265,9 @@ def run_steps(
             every = config.evaluation.every
             if last or (every and (step + 1) % every == 0):
                 heartbeat.enter("evaluation", step)
-                after = evaluate_heldout(session, run_dir / "samples" / "after" if last else None)
-                if after is not None:
-                    record |= after.metrics()
-                    progress.videos_generated += heldout_videos(session)
-                    log.frames(frame_lines(session, step, after))
-                    if last:
-                        log.media(step, "heldout", shown_videos(session, run_dir / "samples" / "after", after))
+                after, scores = evaluate_step(session, step, run_dir / "samples", log)
+                record |= scores
+                progress.videos_generated += heldout_videos(session) * len(config.evaluation.measured)
             log.log(step, record)
             request = Request.NONE if last else requests.agreed()
             if last or request or (step + 1) % config.run.save_every == 0:
@@ -257,7 +278,7 @@ def run_steps(
                 requests.obeyed(request, f"after {step + 1} of {config.run.num_steps} steps, in {saved.folder}")
             if request is Request.STOP:
                 return after
-    return after or (evaluate_heldout(session, run_dir / "samples" / "after"))
+    return after or evaluate_heldout(session, config.evaluation.measured[0], run_dir / "samples" / "after")
 
 
 def advance(progress: Progress, record: dict[str, float], position: int, session: Session) -> None:
