@@ -150,6 +150,7 @@ function show() {
 
 if (pairs.length) {
   find("tools").hidden = false;
+  find("without").hidden = true;
   find("tools").addEventListener("submit", (event) => event.preventDefault());
   for (const id of ["candidate", "measure", "order", "tag", "words"]) find(id).addEventListener("input", show);
   find("all").addEventListener("click", () => playAll(!playing));
