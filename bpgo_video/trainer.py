@@ -172,7 +172,8 @@ def evaluate_step(
     Args:
         samples: folder of the run's videos.
     """
-    config, measure, record = session.config, None, {}
+    config, measure = session.config, None
+    record: dict[str, float] = {}
     name = "after" if step + 1 == config.run.num_steps else f"step-{step + 1:06d}"
     for prefix, weights in zip(("heldout", "heldout_ema"), config.evaluation.measured, strict=False):
         folder = samples / (name if measure is None else f"{name}-ema")

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from bpgo_video.config import ConfigError
+from bpgo_video.data.video import read_video
+from bpgo_video.evaluation import paired
 from bpgo_video.evaluation.comparison import as_json, compare, named, recipe_of, write_comparison
 from bpgo_video.evaluation.comparison_table import as_table
 from bpgo_video.evaluation.matching import Point, matched
@@ -25,9 +27,16 @@ from bpgo_video.evaluation.model_scores import (
     write_scores,
 )
 from bpgo_video.evaluation.verdict import TRAINING_REWARD, Comparison, headline, notes
-from bpgo_video.evaluation.witness import diversity, motion, thumbnails
+from bpgo_video.evaluation.witness import Witness, diversity, motion, thumbnails
 from bpgo_video.metrics import MalformedFile
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.types import RolloutChunk
 from tests.made_results import MEASURES, results
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paired, "RESAMPLES", 499)
 
 
 def compared(*models: ModelScores) -> Sequence[Comparison]:
@@ -184,6 +193,21 @@ def test_models_have_names_that_tell_them_apart() -> None:
     assert [one.source for one in named(arguments)][-2:] == ["runs/b=c", "./x=y/z"]
     with pytest.raises(ConfigError, match="name the recipe to measure them by with --config"):
         recipe_of(named(arguments[:1]), None)
+
+
+def test_a_witness_keeps_first_samples_and_sorts_what_it_saw(tmp_path: Path) -> None:
+    """Prompts at places 4 and 7, two samples each, seen out of order; one brightens by .1 a frame, others rest."""
+    witness = Witness(tmp_path, [4, 7], samples=2, fps=8.0)
+    still = torch.tensor([0.2, 0.6, 0.4])[:, None, None, None, None].expand(3, 5, 3, 16, 16)
+    ramp = torch.linspace(0.0, 0.4, 5)[None, :, None, None, None].expand(1, 5, 3, 16, 16)
+    witness(RolloutChunk((), still, torch.tensor([1, 0, 0]), torch.tensor([0, 1, 0])))
+    witness(RolloutChunk((), ramp, torch.tensor([1]), torch.tensor([1])))
+    scores = witness.scores(num_frames=5, mesh=Mesh(rank=0, world_size=1, device=torch.device("cpu")))
+    assert scores["pixel_motion"].tolist() == [[0.0, 0.0], [0.0, pytest.approx(0.1)]]
+    assert scores["pixel_diversity"][0].tolist() == pytest.approx([0.2, 0.2], abs=1e-4)
+    assert scores["pixel_diversity"][1, 0] == scores["pixel_diversity"][1, 1] > 0
+    shades = {path.stem: float(read_video(path)[0].mean()) for path in (tmp_path / "videos").iterdir()}
+    assert shades == {"00004": pytest.approx(0.4, abs=0.01), "00007": pytest.approx(0.2, abs=0.01)}
 
 
 def test_motion_and_diversity_are_what_they_say() -> None:

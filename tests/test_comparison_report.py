@@ -107,9 +107,10 @@ def test_nothing_of_the_page_lies_elsewhere_and_text_stays_text(report: Path) ->
 
 def test_every_picture_control_and_table_has_a_name(visit: Visit) -> None:
     unnamed = visit.page.evaluate(
-        """() => [...document.querySelectorAll("button, select, input, video, svg, [role=region]")].filter(
-            (one) => !(one.ariaLabel || one.getAttribute("aria-labelledby") || (one.labels && one.labels.length) ||
-                       (one.tagName === "BUTTON" && one.textContent.trim()))).map((one) => one.outerHTML.slice(0, 90))"""
+        """() => [...document.querySelectorAll("button, select, input, video, svg, [role=region]")].filter((one) => {
+            const said = one.ariaLabel || one.getAttribute("aria-labelledby") || (one.labels && one.labels.length);
+            return !said && !(one.tagName === "BUTTON" && one.textContent.trim());
+        }).map((one) => one.outerHTML.slice(0, 90))"""
     )
     assert unnamed == []
     ids = visit.page.eval_on_selector_all("[id]", "all => all.map(one => one.id)")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bpgo_video.cli import positive, show_loading_once
+
+if TYPE_CHECKING:  # heavy, and --help needs neither
+    from bpgo_video.evaluation.measuring import Asked, Found
 
 
 def add_compare(command: argparse.ArgumentParser) -> None:
@@ -53,6 +58,7 @@ def run_compare(args: argparse.Namespace) -> None:
     from bpgo_video.evaluation.comparison_table import as_table
     from bpgo_video.evaluation.measuring import Found
     from bpgo_video.evaluation.model_scores import holds_scores, read_scores
+    from bpgo_video.zero_files import CheckpointError
 
     if len(args.models) < 2:
         raise ConfigError(f"a comparison needs two models or more, and {len(args.models)} is named")
@@ -61,7 +67,11 @@ def run_compare(args: argparse.Namespace) -> None:
     found = {one: Found(replace(read_scores(folder), label=one.label), folder) for one, folder in made.items()}
     is_main = True
     if to_measure := [one for one in asked if one not in found]:
-        is_main = measure_them(args, to_measure, found)
+        try:
+            measured, is_main = measure_them(args, to_measure)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error  # wrong input: told in words
+        found |= measured
     if is_main:
         compared = compare([found[one] for one in asked])
         print(as_table(compared))
@@ -69,8 +79,8 @@ def run_compare(args: argparse.Namespace) -> None:
         print(write_report(args.output, compared, shown=args.shown))
 
 
-def measure_them(args: argparse.Namespace, to_measure: list, found: dict) -> bool:
-    """Adds to `found`; whether this is the main rank. Every rank calls it."""
+def measure_them(args: argparse.Namespace, to_measure: Sequence[Asked]) -> tuple[dict[Asked, Found], bool]:
+    """Results of models that have none yet, and whether this is the main rank; every rank calls it."""
     from bpgo_video import engine
     from bpgo_video.evaluation.comparison import recipe_of
     from bpgo_video.evaluation.measuring import measure
@@ -87,8 +97,7 @@ def measure_them(args: argparse.Namespace, to_measure: list, found: dict) -> boo
     mesh = engine.start_ranks()
     with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
         heartbeat.enter("evaluation")
-        for one, results in zip(to_measure, measure(to_measure, config, args.weights, args.output, mesh), strict=True):
-            found[one] = results
+        results = measure(to_measure, config, args.weights, args.output, mesh)
     mesh.barrier()
     engine.stop_ranks()
-    return mesh.is_main
+    return dict(zip(to_measure, results, strict=True)), mesh.is_main

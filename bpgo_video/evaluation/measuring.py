@@ -39,7 +39,7 @@ from bpgo_video.evaluation.model_scores import (
 from bpgo_video.evaluation.witness import Witness, video_measures
 from bpgo_video.generation_settings import Model, named_model
 from bpgo_video.heldout import evaluate
-from bpgo_video.parallel.agreement import from_main
+from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
@@ -100,12 +100,11 @@ def measure(asked: Sequence[Asked], config: Config, weights: str, output: Path, 
     """
     config = with_all_rewards(config)
     suite = RewardSuite(config.evaluation.rewards, mesh.device, config.video.fps)
-    found = []
+    ready = []
     for one in asked:
         model = named_model(one.source, config.policy.family)
-        measuring = Measuring(one, model, of_model(config, model, one), weights, suite, mesh)
-        found.append(measuring.results(output / MODELS))
-    return found
+        ready.append(Measuring(one, model, of_model(config, model, one), weights, suite, mesh))
+    return [measuring.results(output / MODELS) for measuring in ready]
 
 
 def of_model(config: Config, model: Model, asked: Asked) -> Config:
@@ -152,6 +151,8 @@ class Measuring:
         self.asked, self.model, self.config, self.weights = asked, model, config, weights
         self.suite, self.mesh = suite, mesh
         self.ds_config, self.shards = check_inputs(config, mesh, need_priors=False)
+        with same_verdict(mesh):
+            self.trained = WEIGHTS[weights](model.checkpoint.folder) if model.checkpoint else None
         self.rows = heldout_rows(config, self.shards)
         self.ids: list[int] = self.shards.ids(np.array(self.rows)).tolist()
         self.measures = measures_of(config, suite)
@@ -210,11 +211,10 @@ class Measuring:
     def policy(self) -> Policy:
         """The model, whole on this rank, without its text encoder."""
         policy = sampling_policy(self.config, self.ds_config, self.mesh)
-        if self.model.checkpoint is not None:
-            trained = WEIGHTS[self.weights](self.model.checkpoint.folder)
+        if self.model.checkpoint is not None and self.trained is not None:
             dtype = engine.compute_dtype(self.ds_config)
             for name in self.model.checkpoint.trained:
-                put_into(policy.transformers[name], self.model.checkpoint, name, trained, dtype)
+                put_into(policy.transformers[name], self.model.checkpoint, name, self.trained, dtype)
         return policy
 
     def block(self, policy: Policy, places: list[int], folder: Path) -> list[PromptLine]:
