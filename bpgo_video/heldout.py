@@ -68,11 +68,12 @@ def evaluate(
     samples = config.evaluation.samples_per_prompt
     denoiser = Denoiser(
         policy=policy,
-        sigmas=policy.sigmas(config.evaluation.num_steps, config.video, config.sampler.shift),
+        sigmas=policy.sigmas(config.evaluation.num_steps, config.video, config.evaluation.shift_or(config.sampler)),
         sampler="ode",
         eta=0.0,
         guidance_scale=config.evaluation.guidance_scale,
         latents_dtype=torch.float32,
+        solver=config.evaluation.solver,
     )
     chunks = sample_chunks(
         denoiser,

@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bpgo_video.config import Config, ConfigError, EmaConfig, EvaluationConfig
+from bpgo_video.config import Config, ConfigError, EmaConfig, EvaluationConfig, RewardConfig
 from bpgo_video.config_rules import check
 from bpgo_video.data.video import read_video
-from bpgo_video.heldout import HeldoutScores, write_shown
-from bpgo_video.randomness import isolated
-from bpgo_video.types import RolloutChunk
+from bpgo_video.heldout import HeldoutScores, evaluate, write_shown
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy
+from bpgo_video.randomness import isolated, keyed_noise
+from bpgo_video.rewards.suite import RewardSuite
+from bpgo_video.types import PromptBatch, RolloutChunk
 
 
 def draws() -> tuple[float, float, float]:
@@ -51,6 +55,39 @@ def test_both_weights_are_measured_and_the_raw_ones_decide(recipe: Config) -> No
     check(replace(both, ema=EmaConfig(decay=0.99)))
     scores = HeldoutScores({"oracle": torch.tensor([[0.0, 1.0]])})
     assert scores.metrics("heldout_ema").keys() == {"heldout_ema/oracle", "heldout_ema/oracle_stderr"}
+
+
+def test_the_deployments_schedule_is_the_samplers_unless_said(recipe: Config) -> None:
+    sampler = replace(recipe.sampler, shift=3.0)
+    assert EvaluationConfig().shift_or(sampler) == 3.0
+    assert EvaluationConfig(shift=5.0).shift_or(sampler) == 5.0
+    assert EvaluationConfig().shift_or(recipe.sampler) is None
+
+
+@torch.no_grad()
+def test_held_out_videos_follow_the_solver_and_the_shift(policy: Policy, recipe: Config) -> None:
+    """Euler is diffusers' own loop over the shifted schedule; the second-order solver goes elsewhere."""
+    video = replace(recipe.video, num_frames=5, height=32, width=32)
+    base = replace(recipe, video=video, rollout=replace(recipe.rollout, micro_batch_size=1))
+    embeds = policy.encode(["a red circle moving left"])
+    prompts = PromptBatch(torch.tensor([7]), ("a red circle moving left",), embeds)
+    start = keyed_noise(policy.latent_shape(video), [(base.run.seed, "heldout", 7, 0, "start")], "cpu")
+
+    def sampled(solver: str) -> torch.Tensor:
+        settings = {"solver": solver, "shift": 4.0, "num_steps": 3, "samples_per_prompt": 1}
+        config = replace(base, evaluation=replace(base.evaluation, **settings))
+        seen: list[RolloutChunk] = []
+        suite = RewardSuite({"flicker": RewardConfig(model="temporal_flickering")}, torch.device("cpu"), video.fps)
+        evaluate(policy, prompts, {}, suite, config, Mesh(0, 1, torch.device("cpu")), seen.append)
+        return seen[0].trajectories[0].latents[:, -1]
+
+    schedule = FlowMatchEulerDiscreteScheduler(shift=4.0)
+    schedule.set_timesteps(3)
+    latents = start
+    for sigma, timestep in zip(schedule.sigmas, schedule.timesteps, strict=False):
+        latents = schedule.step(policy.velocity(latents, sigma, embeds), timestep, latents, return_dict=False)[0]
+    assert torch.allclose(sampled("euler"), latents, atol=1e-5)
+    assert not torch.allclose(sampled("adams_bashforth"), latents, atol=1e-3)
 
 
 def test_the_first_samples_of_evenly_spread_prompts_are_written(recipe: Config, tmp_path: Path) -> None:

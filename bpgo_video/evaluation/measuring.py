@@ -136,7 +136,8 @@ def deployment(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "video": asdict(config.video),
         "num_steps": evaluation.num_steps,
         "guidance_scale": evaluation.guidance_scale,
-        "shift": config.sampler.shift,
+        "solver": evaluation.solver,
+        "shift": evaluation.shift_or(config.sampler),
         "max_sequence_length": config.policy.max_sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
     }
