@@ -167,32 +167,8 @@ def as_json(compared: Compared) -> dict[str, Any]:
         "prompts": len(reference.prompts),
         "deployment": reference.settings["deployment"],
         "measures": {name: asdict(measure) for name, measure in reference.measures.items()},
-        "models": [
-            {
-                "label": model.scores.label,
-                "source": model.scores.source,
-                "results": str(model.folder),
-                "run": model.scores.run,
-                "step": model.scores.step,
-                "seed": model.scores.settings["seed"],
-                "samples_per_prompt": model.scores.settings["samples_per_prompt"],
-                "means": {name: float(table.mean()) for name, table in tables(model.scores).items()},
-            }
-            for model in compared.models
-        ],
-        "comparisons": [
-            {
-                "reference": one.reference,
-                "candidate": one.candidate,
-                "outcome": one.outcome,
-                "verdict": headline(one),
-                "notes": notes(one),
-                "same_noise": one.same_noise,
-                "effects": effects_json(one.effects),
-                "by_tag": {tag: effects_json(effects) for tag, effects in one.by_tag.items()},
-            }
-            for one in compared.comparisons
-        ],
+        "models": [model_json(model) for model in compared.models],
+        "comparisons": [comparison_json(one) for one in compared.comparisons],
         "matched": [
             {
                 "run": one.run,
@@ -202,6 +178,33 @@ def as_json(compared: Compared) -> dict[str, Any]:
             }
             for one in compared.matchings
         ],
+    }
+
+
+def model_json(model: Found) -> dict[str, Any]:
+    scores = model.scores
+    return {
+        "label": scores.label,
+        "source": scores.source,
+        "results": str(model.folder),
+        "run": scores.run,
+        "step": scores.step,
+        "seed": scores.settings["seed"],
+        "samples_per_prompt": scores.settings["samples_per_prompt"],
+        "means": {name: float(table.mean()) for name, table in tables(scores).items()},
+    }
+
+
+def comparison_json(one: Comparison) -> dict[str, Any]:
+    return {
+        "reference": one.reference,
+        "candidate": one.candidate,
+        "outcome": one.outcome,
+        "verdict": headline(one),
+        "notes": notes(one),
+        "same_noise": one.same_noise,
+        "effects": effects_json(one.effects),
+        "by_tag": {tag: effects_json(effects) for tag, effects in one.by_tag.items()},
     }
 
 
