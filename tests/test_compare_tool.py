@@ -155,7 +155,10 @@ def test_what_cannot_be_compared_is_told_in_words(
     policy, output = recipe_here.policy.folder, ["--output", str(tmp_path / "out")]
     for arguments, words in (
         ([policy], "a comparison needs two models or more, and 1 is named"),
-        ([policy, policy], "none of the models is a run: name the recipe to measure them by with --config"),
+        (
+            [policy, policy],
+            "none of the models is a run with rewards: name the recipe to measure them by with --config",
+        ),
         ([policy, "no/such/folder", "--config", str(run_dir / "config.yaml")], "'no/such/folder' does not exist"),
         ([policy, str(run_dir), "--config", str(tmp_path / "recipe.yaml")], "have names that a comparison uses itself"),
         ([policy, str(run_dir), "--weights", "ema"], "its run kept no average"),

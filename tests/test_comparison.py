@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config import Config, ConfigError
+from bpgo_video.config_io import to_yaml
 from bpgo_video.data.video import read_video
 from bpgo_video.evaluation import paired
 from bpgo_video.evaluation.comparison import as_json, compare, named, recipe_of, write_comparison
@@ -208,6 +209,14 @@ def test_a_witness_keeps_first_samples_and_sorts_what_it_saw(tmp_path: Path) -> 
     assert scores["pixel_diversity"][1, 0] == scores["pixel_diversity"][1, 1] > 0
     shades = {path.stem: float(read_video(path)[0].mean()) for path in (tmp_path / "videos").iterdir()}
     assert shades == {"00004": pytest.approx(0.4, abs=0.01), "00007": pytest.approx(0.2, abs=0.01)}
+
+
+def test_a_run_brings_its_recipe_wherever_it_is_entered(tmp_path: Path, recipe: Config) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(recipe))
+    for place in ("", "export", "export-ema", "checkpoints/step-000002"):
+        assert recipe_of(named(["package:a/b", str(tmp_path / place)]), None) == recipe
+    with pytest.raises(ConfigError, match="a run with rewards"):
+        recipe_of(named([str(tmp_path / "samples")]), None)
 
 
 def test_motion_and_diversity_are_what_they_say() -> None:

@@ -13,17 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from bpgo_video import checkpoint
 from bpgo_video.config import Config, ConfigError
-from bpgo_video.config_io import read_yaml
+from bpgo_video.config_io import read_recipe, read_yaml
 from bpgo_video.data.atomic import write_json
 from bpgo_video.evaluation.matching import Match, Point, matched
 from bpgo_video.evaluation.measuring import Asked, Found
 from bpgo_video.evaluation.model_scores import ModelScores, check_paired, same_noise
 from bpgo_video.evaluation.paired import LEVEL, RESAMPLES, Effect, Scores, as_family, effect
 from bpgo_video.evaluation.verdict import TRAINING_REWARD, Comparison, headline, notes
-from bpgo_video.run_weights import find_source, holds_checkpoint
+from bpgo_video.sft_config import Recipe
 
 COMPARISON_FILE = "comparison.json"
+EXPORTS = ("export", "export-ema")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def default_label(source: str) -> str:
     parts = [part for part in source.replace(":", "/").split("/") if part not in ("", ".")]
     if len(parts) >= 3 and parts[-2] == "checkpoints":
         return f"{parts[-3]} {parts[-1]}"
-    return "/".join(parts[-2:]) if parts[-1].startswith("export") else parts[-1]
+    return "/".join(parts[-2:]) if parts[-1] in EXPORTS else parts[-1]
 
 
 def recipe_of(asked: Sequence[Asked], config: Path | None) -> Config:
@@ -79,12 +81,20 @@ def recipe_of(asked: Sequence[Asked], config: Path | None) -> Config:
     if config is not None:
         return read_yaml(config)
     for one in asked:
-        path = Path(one.source).expanduser()
-        if path.is_dir() and holds_checkpoint(path):
-            return find_source(path).config
-        if (path.parent / "config.yaml").is_file():  # RUN/export
-            return read_yaml(path.parent / "config.yaml")
-    raise ConfigError("none of the models is a run: name the recipe to measure them by with --config")
+        recipe = own_recipe(Path(one.source).expanduser())
+        if isinstance(recipe, Config):  # a warm start has no rewards to measure by
+            return recipe
+    raise ConfigError("none of the models is a run with rewards: name the recipe to measure them by with --config")
+
+
+def own_recipe(path: Path) -> Recipe | None:
+    """The recipe of the run that is at `path`, or that a checkpoint or an export there belongs to."""
+    if path.parent.name == checkpoint.FOLDER:
+        path = path.parents[1]
+    elif path.name in EXPORTS:
+        path = path.parent
+    file = path / "config.yaml"
+    return read_recipe(file) if file.is_file() else None
 
 
 def tables(scores: ModelScores) -> dict[str, Scores]:

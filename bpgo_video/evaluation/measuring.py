@@ -42,9 +42,10 @@ from bpgo_video.heldout import evaluate
 from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
+from bpgo_video.policy_session import sampling_policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.run_weights import WEIGHTS, put_into
-from bpgo_video.session import check_inputs, heldout_rows, sampling_policy
+from bpgo_video.session import check_inputs, heldout_rows
 
 MODELS, PARTS = "models", "parts"
 BLOCK = 4  # micro-batches of each rank in a block: rewards move to the device and back once in each
