@@ -91,10 +91,10 @@ def reference_rules(config: Config) -> Iterator[str]:
 
 
 def evaluation_rules(config: Config) -> Iterator[str]:
-    if config.evaluation.weights == "ema" and config.ema.decay == 0:
+    if "ema" in config.evaluation.measured and config.ema.decay == 0:
         yield (
-            "evaluation.weights is 'ema' with ema.decay = 0, which keeps no average; set ema.decay (0.99 forgets an "
-            "update after some hundred), or evaluate the 'raw' weights"
+            f"evaluation.weights is {config.evaluation.weights!r} with ema.decay = 0, which keeps no average; set "
+            "ema.decay (0.99 forgets an update after some hundred), or evaluate the 'raw' weights"
         )
 
 
@@ -106,7 +106,7 @@ def compiling_rules(policy: PolicyConfig, parallel: ParallelConfig) -> Iterator[
     """What compiled blocks do not go with, in recipes of every kind."""
     if policy.compile_blocks and parallel.sequence > 1:
         yield (
-            f"policy.compile_blocks is true with parallel.sequence = {parallel.sequence}, whose exchanges have not been "
+            f"policy.compile_blocks is true with parallel.sequence = {parallel.sequence}, whose exchanges were never "
             "tried inside compiled blocks; set one of them to its default"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -119,17 +119,26 @@ class Model:
 
 
 def find_model(settings: GenerationSettings) -> Model:
-    """The pipeline folder or the training checkpoint that `settings.policy` names.
+    """The pipeline folder or the training checkpoint that `settings.policy` names; see `named_model`."""
+    return named_model(settings.policy, settings.family, options_of(settings))
+
+
+def named_model(policy: str, family: str | None = None, options: Mapping[str, float] | None = None) -> Model:
+    """A pipeline folder, a training checkpoint, or a run for its newest one.
+
+    Args:
+        family: see `policies.family`; None takes the run's own, or what the folder says.
+        options: settings of the family's own, instead of those of the checkpoint's run.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: there is none, or it cannot be used.
     """
-    path = Path(settings.policy).expanduser()
+    path = Path(policy).expanduser()
     checkpoint = find_source(path) if path.is_dir() and holds_checkpoint(path) else None
-    folder = settings.policy if checkpoint is None else str(checkpoint.base)
-    name = settings.family or (checkpoint.config.policy.family if checkpoint else None)
-    options = (checkpoint.config.policy.options if checkpoint else {}) | options_of(settings)
-    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=options), checkpoint)
+    folder = policy if checkpoint is None else str(checkpoint.base)
+    name = family or (checkpoint.config.policy.family if checkpoint else None)
+    own = (checkpoint.config.policy.options if checkpoint else {}) | dict(options or {})
+    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=own), checkpoint)
 
 
 def video_of(settings: GenerationSettings, call: CallSettings, policy: Policy) -> VideoConfig:

@@ -51,9 +51,9 @@ class PolicySession:
         """Of the transformers and what they are conditioned on."""
         return self.engine.dtype
 
-    def evaluated_weights(self) -> AbstractContextManager[None]:
-        """Where the policy is measured: with its weights, or with their average."""
-        return self.ema.weights() if self.ema and self.config.evaluation.weights == "ema" else nullcontext()
+    def weights(self, kind: str) -> AbstractContextManager[None]:
+        """Where the policy is measured: with its weights (`raw`), or with their average (`ema`)."""
+        return self.ema.weights() if self.ema and kind == "ema" else nullcontext()
 
     @property
     def updates(self) -> Learner:
