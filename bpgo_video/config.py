@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive
+from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
 from bpgo_video.learner_config import (
     AdvantageConfig,
     BPGOConfig,
@@ -23,6 +23,14 @@ from bpgo_video.learner_config import (
 )
 from bpgo_video.paths import SHARD_CACHE
 from bpgo_video.run_config import EmaConfig, OptimiserConfig, RunConfig
+
+FAMILY_OPTIONS = ("embedded_guidance", "decode_timestep", "decode_noise_scale")
+
+
+def options_of(settings: object) -> dict[str, float]:
+    """Settings of one family alone, of a recipe's or a generation's, where they are set."""
+    found = {name: getattr(settings, name) for name in FAMILY_OPTIONS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -63,6 +71,19 @@ class PolicyConfig:
     frozen_rest_on: Literal["device", "cpu"] = "device"
     """Where VAE and image encoder are while they are not at work: `cpu` frees their memory, and moves them there and
     back with every micro-batch."""
+    embedded_guidance: NonNegative | None = None
+    """HunyuanVideo: the guidance that its distilled transformer is told, in one pass; None takes the pipeline's 6.
+    Classifier-free guidance on top is `sampler.guidance_scale`."""
+    decode_timestep: Unit | None = None
+    """LTX-Video from 0.9.1 on, whose VAE takes out noise that is left: at which level; None takes the pipeline's 0,
+    diffusers' documentation recommends 0.05."""
+    decode_noise_scale: Unit | None = None
+    """LTX-Video: how much noise is added for it; None takes decode_timestep."""
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The settings above that are one family's own, where they are set."""
+        return options_of(self)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -22,6 +22,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from bpgo_video.block_calls import call_by_position
 from bpgo_video.config import ConfigError
 from bpgo_video.master_weights import ZeroMasters
 from bpgo_video.parallel.mesh import Mesh
@@ -199,6 +200,7 @@ class Engine:
         self.trains_all = all(parameter.requires_grad for parameter in module.parameters())
         if self.stage == 3:  # a block is fetched as one unit: fewer hooks, fewer and larger gathers
             set_z3_leaf_modules(module, list(block_classes))
+            call_by_position(module, block_classes)
         optimizer = _optimizer(module, optim)
         self.wrapped, _, _, self.schedule = deepspeed.initialize(
             model=module,

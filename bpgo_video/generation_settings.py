@@ -14,7 +14,8 @@ import diffusers
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from bpgo_video.config import STRICT, Positive, VideoConfig
+from bpgo_video.config import STRICT, Positive, VideoConfig, options_of
+from bpgo_video.config_fields import NonNegative, Unit
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.run_weights import Source, find_source, holds_checkpoint
 
@@ -62,7 +63,14 @@ class GenerationSettings:
     num_steps: Positive | None = None
     """Denoising steps; None takes the pipeline's own default (50 for Wan), as for the next six."""
     guidance_scale: float | None = None
-    """Classifier-free guidance; 1 switches it off."""
+    """Classifier-free guidance; 1 switches it off. HunyuanVideo's pipeline names it true_cfg_scale."""
+    embedded_guidance: NonNegative | None = None
+    """HunyuanVideo: what its distilled transformer is told, guidance_scale to its pipeline. None takes, as for the next
+    two, what a training checkpoint's recipe says, or the pipeline's own."""
+    decode_timestep: Unit | None = None
+    """LTX-Video from 0.9.1 on: the noise level at which its VAE decodes."""
+    decode_noise_scale: Unit | None = None
+    """LTX-Video: how much noise is added for it."""
     num_frames: Positive | None = None
     """Frames of a video."""
     height: Positive | None = None
@@ -82,7 +90,7 @@ class GenerationSettings:
     batch_size: Positive = 1
     """Videos made at once; changes the time and memory that they take, and nothing else."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of transformer and text encoder; the VAE stays in fp32."""
+    """Of transformer and text encoder; the VAE stays in fp32, but where a pipeline runs in one dtype."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,8 @@ def find_model(settings: GenerationSettings) -> Model:
     checkpoint = find_source(path) if path.is_dir() and holds_checkpoint(path) else None
     folder = settings.policy if checkpoint is None else str(checkpoint.base)
     name = settings.family or (checkpoint.config.policy.family if checkpoint else None)
-    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name), checkpoint)
+    options = (checkpoint.config.policy.options if checkpoint else {}) | options_of(settings)
+    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=options), checkpoint)
 
 
 def video_of(settings: GenerationSettings, call: CallSettings, policy: Policy) -> VideoConfig:
@@ -137,6 +146,7 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     """
     given = asdict(settings) | {"num_inference_steps": settings.num_steps}
     defaults = pipeline_defaults(policy.pipeline_name)
+    defaults["guidance_scale"] = defaults[policy.guidance_argument]
     limit = tokenizer_limit(policy.folder)
     if limit is not None:
         defaults["max_sequence_length"] = min(defaults["max_sequence_length"], limit)

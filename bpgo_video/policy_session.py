@@ -104,6 +104,7 @@ def sampling_policy(
         device=mesh.device,
         build=build,
         name=config.policy.family,
+        options=config.policy.options,
     )
     save_memory(policy, config.policy, mesh.device)
     choose_attention(policy.transformers, config.policy.attention_backend)

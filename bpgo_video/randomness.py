@@ -7,7 +7,8 @@ world size, on resume, on overlap or on evaluation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,3 +27,15 @@ def keyed_noise(shape: Sequence[int], keys: Sequence[tuple[int | str, ...]], dev
     """
     rows = [torch.randn(tuple(shape), generator=generator_of(*key)) for key in keys]
     return torch.stack(rows).to(device)
+
+
+@contextmanager
+def fixed_draws(device: torch.device | str) -> Iterator[None]:
+    """What draws from torch's global generators inside, and takes no other, draws the same every time.
+
+    LTX-Video 0.9.1's VAE adds noise within its layers. The generators go on outside as if nothing had been drawn.
+    """
+    cuda = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(0)
+        yield

@@ -27,6 +27,8 @@ class SequencePlan:
         rope: the module whose outputs are rotary embeddings, a row per token along `rope_dim`.
         head: the last module that works on tokens.
         text_first: whether text tokens stand before the video's in joint attention.
+        cross_attention: the name, within a block, of attention to text alone: every rank computes it on its own tokens.
+        per_token: inputs of the transformer that may have an entry for each token, along dim 1.
     """
 
     blocks: tuple[str, ...]
@@ -34,12 +36,22 @@ class SequencePlan:
     rope_dim: int
     head: str
     text_first: bool = False
+    cross_attention: str | None = None
+    per_token: tuple[str, ...] = ()
 
 
 PLANS = {
     "WanTransformer3DModel": SequencePlan(blocks=("blocks",), rope="rope", rope_dim=1, head="proj_out"),
     "HunyuanVideoTransformer3DModel": SequencePlan(
         blocks=("transformer_blocks", "single_transformer_blocks"), rope="rope", rope_dim=0, head="proj_out"
+    ),
+    "LTXVideoTransformer3DModel": SequencePlan(
+        blocks=("transformer_blocks",),
+        rope="rope",
+        rope_dim=1,
+        head="proj_out",
+        cross_attention="attn2",
+        per_token=("timestep",),
     ),
 }
 
@@ -75,6 +87,10 @@ def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
     plan = PLANS[type(transformer).__name__]
     ulysses = Ulysses(mesh.sequence_group, plan.text_first)
 
+    def split_inputs(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        own = {name: ulysses.split(kwargs[name], 1) for name in plan.per_token if kwargs[name].ndim > 1}
+        return args, {**kwargs, **own}
+
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_states, *others = (kwargs.pop("hidden_states"),) if "hidden_states" in kwargs else args
         ulysses.tokens = hidden_states.shape[1]
@@ -87,11 +103,13 @@ def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
         return ulysses.join(output, 1)
 
     lists = [transformer.get_submodule(name) for name in plan.blocks]
+    transformer.register_forward_pre_hook(split_inputs, with_kwargs=True)
     transformer.get_submodule(f"{plan.blocks[0]}.0").register_forward_pre_hook(enter, with_kwargs=True)
     transformer.get_submodule(plan.rope).register_forward_hook(split_rope)
     transformer.get_submodule(plan.head).register_forward_hook(join)
     # The class's module looks `dispatch_attention_fn` up at every call; processors hand it their `_parallel_config`.
     sys.modules[type(transformer).__module__].dispatch_attention_fn = attend  # type: ignore[attr-defined]
-    for module in (module for blocks in lists for module in blocks.modules()):
-        if hasattr(getattr(module, "processor", None), "_parallel_config"):
+    for name, module in (named for blocks in lists for named in blocks.named_modules()):
+        crosses = plan.cross_attention is not None and name.endswith(f".{plan.cross_attention}")
+        if not crosses and hasattr(getattr(module, "processor", None), "_parallel_config"):
             module.processor._parallel_config = ulysses  # type: ignore[union-attr]

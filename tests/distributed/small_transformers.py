@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from diffusers import HunyuanVideoTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoSingleTransformerBlock,
     HunyuanVideoTransformerBlock,
 )
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
@@ -22,11 +23,16 @@ LATENTS = {"even": (4, 3, 4, 4), "odd": (4, 3, 2, 6)}  # 12 and 9 tokens
 
 @dataclass(frozen=True)
 class Family:
-    """A transformer class and what it is called with beside latents and timestep."""
+    """A transformer class and what it is called with beside latents and timestep.
+
+    Attributes:
+        tokens: whether it takes latents as tokens, with a timestep and coordinates of each.
+    """
 
     build: Callable[[], nn.Module]
     block_classes: tuple[type[nn.Module], ...]
     text: Callable[[torch.Generator], dict[str, Tensor]]
+    tokens: bool = False
 
 
 def wan() -> nn.Module:
@@ -58,9 +64,22 @@ def hunyuan_text(generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
+def ltx() -> nn.Module:
+    return LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=8, cross_attention_dim=32,
+        num_layers=2, caption_channels=8,
+    )  # fmt: skip
+
+
+def ltx_text(generator: torch.Generator) -> dict[str, Tensor]:
+    found = hunyuan_text(generator)
+    return {name: found[name] for name in ("encoder_hidden_states", "encoder_attention_mask")}
+
+
 FAMILIES = {
     "wan": Family(wan, (WanTransformerBlock,), wan_text),
     "hunyuan": Family(hunyuan, (HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock), hunyuan_text),
+    "ltx": Family(ltx, (LTXVideoTransformerBlock,), ltx_text, tokens=True),
 }
 
 
@@ -79,7 +98,23 @@ def inputs(family: str, tokens: str) -> tuple[dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(1)
     latents, target = (torch.randn(SAMPLES, *LATENTS[tokens], generator=generator) for _ in range(2))
     timestep = torch.tensor([900.0, 700.0, 400.0, 50.0])
-    return {"hidden_states": latents, "timestep": timestep, **FAMILIES[family].text(generator)}, target
+    arguments = {"hidden_states": latents, "timestep": timestep, **FAMILIES[family].text(generator)}
+    return (as_tokens(arguments), target.flatten(2).mT) if FAMILIES[family].tokens else (arguments, target)
+
+
+def as_tokens(arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Latents as tokens, those of the first frame without noise."""
+    latents, timestep = arguments["hidden_states"], arguments["timestep"]
+    frames, height, width = latents.shape[2:]
+    noisy = torch.ones(frames, height * width)
+    noisy[0] = 0
+    grid = torch.cartesian_prod(*(torch.arange(float(size)) for size in (frames, height, width)))
+    own = {
+        "hidden_states": latents.flatten(2).mT,
+        "timestep": timestep[:, None] * noisy.flatten(),
+        "video_coords": grid.mT.expand(SAMPLES, -1, -1),
+    }
+    return {**arguments, **own}
 
 
 def sample_losses(module: Any, arguments: dict[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
