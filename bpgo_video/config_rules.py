@@ -106,8 +106,8 @@ def compiling_rules(policy: PolicyConfig, parallel: ParallelConfig) -> Iterator[
     """What compiled blocks do not go with, in recipes of every kind."""
     if policy.compile_blocks and parallel.sequence > 1:
         yield (
-            f"policy.compile_blocks is true with parallel.sequence = {parallel.sequence}, whose exchanges were never "
-            "tried inside compiled blocks; set one of them to its default"
+            f"policy.compile_blocks is true with parallel.sequence = {parallel.sequence}, whose exchanges have not "
+            "been tried inside compiled blocks; set one of them to its default"
         )
 
 

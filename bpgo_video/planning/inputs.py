@@ -43,7 +43,7 @@ Arguments = dict[str, Any]
 def wan(config: Config, batch: Batch) -> Arguments:
     _, frames, height, width = batch.latents
     tokens = frames * height * width // math.prod(config["patch_size"])
-    arguments = {
+    arguments: Arguments = {
         "hidden_states": batch.empty(config["in_channels"], frames, height, width),
         "timestep": batch.empty(*([tokens] if batch.token_timesteps else []), dtype=torch.float32),
         "encoder_hidden_states": batch.empty(batch.text_tokens, config["text_dim"]),
@@ -55,7 +55,7 @@ def wan(config: Config, batch: Batch) -> Arguments:
 
 def hunyuan_video(config: Config, batch: Batch) -> Arguments:
     _, frames, height, width = batch.latents
-    arguments = {
+    arguments: Arguments = {
         "hidden_states": batch.empty(config["in_channels"], frames, height, width),
         "timestep": batch.empty(dtype=torch.int64),
         "encoder_hidden_states": batch.empty(batch.text_tokens, config["text_embed_dim"]),
@@ -69,7 +69,7 @@ def hunyuan_video(config: Config, batch: Batch) -> Arguments:
 
 def cogvideox(config: Config, batch: Batch) -> Arguments:
     _, frames, height, width = batch.latents
-    arguments = {
+    arguments: Arguments = {
         "hidden_states": batch.empty(frames, config["in_channels"], height, width),
         "timestep": batch.empty(dtype=torch.int64),
         "encoder_hidden_states": batch.empty(batch.text_tokens, config["text_embed_dim"]),
