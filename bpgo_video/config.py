@@ -105,7 +105,7 @@ class SamplerConfig:
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
     """Classifier-free guidance in rollout and replay alike; 1 switches it off."""
     shift: Annotated[float, Field(gt=0.0)] | None = None
-    """Shift of the sigma schedule; None takes the pipeline's own flow_shift."""
+    """Shift of the sigma schedule; None takes the pipeline's own schedule."""
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
     """Latents are rounded to this before their log-prob is taken, so that replay sees the same numbers."""
     train_steps: Literal["all", "random", "window", "random_window"] = "all"

@@ -26,7 +26,7 @@ from tests.families.case import CPU
 from tests.test_replay import PlainLearner, total_loss
 from tests.zero_checkpoints import write_checkpoint
 
-STEPS = 3
+STEPS = 4  # divides the timesteps of training, as diffusers' DDIM wants it
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -39,6 +39,7 @@ class Policy(Protocol):
         max_sequence_length: text tokens; part of the policy's identity where padding is not masked.
         takes_images: its videos continue an image (image-to-video).
         given_frames: latent frames at the start that the image fixes, and that are not sampled.
+        padding_frames: latent frames that are sampled in front of the others, and dropped before decoding.
         one_dtype: diffusers' pipeline runs in one dtype alone, its VAE included.
         fps: frames a second that the family's authors train on.
         options: settings that are the family's own, by their names in a recipe's section policy.
@@ -53,6 +54,7 @@ class Policy(Protocol):
     max_sequence_length: int
     takes_images: bool
     given_frames: int
+    padding_frames: int
     one_dtype: bool
     fps: float
     options: Mapping[str, float | None]
@@ -109,6 +111,10 @@ class Policy(Protocol):
 
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
         """Pixels in [0, 1] of clean latents, behind the frames that the conditioning gives; no gradient."""
+        ...
+
+    def default_size(self) -> dict[str, int]:
+        """`num_frames`, `height` and `width` of the pipeline, where its call has no default for them."""
         ...
 
     def call_arguments(
