@@ -15,8 +15,8 @@ from bpgo_video.policies import Policy
 from bpgo_video.types import Conditioning, PromptBatch
 
 
-def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    return {name: value.to(device=device, dtype=dtype) for name, value in conditioning.items()}
+def cast(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value.to(dtype) for name, value in conditioning.items()}
 
 
 def image_size(config: Config, policy: Policy) -> tuple[int, int] | None:
@@ -65,7 +65,7 @@ def conditioned(
     Args:
         group_size: samples of each prompt that are to be made.
     """
-    prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
+    prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype), negative=cast(prompts.negative, dtype))
     if prompts.images is None:
         return prompts
     shares = mesh.share(len(prompts) * group_size, config.rollout.micro_batch_size)

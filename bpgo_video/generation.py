@@ -133,7 +133,14 @@ def read_records(settings: GenerationSettings, with_images: bool = False) -> lis
         lines = read_prompts([settings.prompts])
         pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
     return [
-        PromptRecord(record.id, record.prompt, record.split, record.tags, media=_image(record, media, with_images))
+        PromptRecord(
+            record.id,
+            record.prompt,
+            record.split,
+            record.tags,
+            record.negative_prompt,
+            media=_image(record, media, with_images),
+        )
         for record, media in pairs
     ]
 
@@ -220,13 +227,17 @@ def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> La
 def sample(
     pipeline: Any, jobs: Sequence[Job], shape: tuple[int, int, int, int], call: CallSettings, negative_prompt: str
 ) -> Videos:
-    """Videos in [0, 1] of the jobs, in one batch through the pipeline; image-to-video takes one image a call."""
+    """Videos in [0, 1] of the jobs, in one batch through the pipeline; image-to-video takes one image a call.
+
+    Args:
+        negative_prompt: of prompts that have none of their own.
+    """
     if len(jobs) > 1 and jobs[0].prompt.media:
         return torch.cat([sample(pipeline, [job], shape, call, negative_prompt) for job in jobs])
     image = {"image": first_frame(jobs[0], call)} if jobs[0].prompt.media else {}
     output = pipeline(
         prompt=[job.prompt.prompt for job in jobs],
-        negative_prompt=[negative_prompt] * len(jobs),
+        negative_prompt=[job.negative_prompt(negative_prompt) for job in jobs],
         latents=initial_latents(jobs, shape),
         output_type="pt",
         **image,

@@ -46,7 +46,8 @@ class GenerationSettings:
     """A diffusers pipeline, such as a run's export: local folder, hub id, or `package:module/folder`. Or a training
     checkpoint, RUN/checkpoints/step-XXXXXX, or a RUN for its newest: its weights in the pipeline it started from."""
     prompts: Path
-    """.txt, one prompt a line; .jsonl, {"prompt", "id"?, "split"?, "tags"?} a line; or a folder of prompt shards."""
+    """.txt, one prompt a line; .jsonl, {"prompt", "negative_prompt"?, "id"?, "split"?, "tags"?} a line; or a folder of
+    prompt shards."""
     output: Path
     """Folder for the videos; a generation of the same settings that was cut short there is continued."""
     seed: int
@@ -58,7 +59,7 @@ class GenerationSettings:
     split: str | None = None
     """Of prompt shards; None takes all."""
     negative_prompt: str = ""
-    """What guidance steers away from."""
+    """What guidance steers away from, for prompts that have no negative prompt of their own."""
     num_steps: Positive | None = None
     """Denoising steps; None takes the pipeline's own default (50 for Wan), as for the next six."""
     guidance_scale: float | None = None

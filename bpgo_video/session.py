@@ -16,7 +16,7 @@ import torch
 from bpgo_video import engine as engines
 from bpgo_video.advantages import AdvantageSettings
 from bpgo_video.bpgo_settings import BPGOSettings
-from bpgo_video.conditioning import cast, check_images, conditioned, image_size
+from bpgo_video.conditioning import check_images, conditioned, image_size
 from bpgo_video.config import Config
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
@@ -37,7 +37,7 @@ from bpgo_video.replay import Followed, Learner
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.schedule import learning_rate_factor
-from bpgo_video.types import Conditioning, PromptBatch
+from bpgo_video.types import PromptBatch
 
 TRAINED = "transformer"
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
@@ -45,19 +45,23 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is read of the shards: their folder, the negative prompt's conditioning, and the held-out prompts."""
+    """What is read of the shards: their folder, and the held-out prompts."""
 
     shards: PromptShards
-    negative: Conditioning
     heldout: PromptBatch | None
 
 
 @dataclass(frozen=True)
 class Session:
-    """The parts of a run, built and ready."""
+    """The parts of a run, built and ready.
+
+    Attributes:
+        dtype: of the transformer and what it is conditioned on.
+    """
 
     config: Config
     mesh: Mesh
+    dtype: torch.dtype
     prompts: Prompts
     priors: Mapping[str, PriorTable]
     suite: RewardSuite
@@ -69,11 +73,6 @@ class Session:
     gathers_for_rollout: bool
     reference: Reference | None
     ema: EMA | None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the transformer and what it is conditioned on."""
-        return next(iter(self.prompts.negative.values())).dtype
 
     def batches(self, start: int = 0) -> Iterator[tuple[PromptBatch, int]]:
         """The prompts of each step with all that the policy is conditioned on, and the position behind them.
@@ -265,7 +264,8 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     return Session(
         config=config,
         mesh=mesh,
-        prompts=Prompts(shards, cast(shards.negative, dtype, mesh.device), heldout),
+        dtype=dtype,
+        prompts=Prompts(shards, heldout),
         priors=priors,
         suite=suite,
         heldout_suite=heldout_suite,

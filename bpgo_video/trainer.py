@@ -70,7 +70,6 @@ def rollout_chunks(session: Session, prompts: PromptBatch, step: int) -> Iterato
     return sample_chunks(
         training_denoiser(session.policy, config),
         prompts,
-        session.prompts.negative,
         session.mesh,
         group_size=config.rollout.group_size,
         micro_batch_size=config.rollout.micro_batch_size,
@@ -125,7 +124,7 @@ def train_step(
     with watch.phase("update"):
         if config.advantage.best_of is not None:
             trajectories, advantages = without_the_average(session, trajectories, advantages)
-        setting = Setting(session.policy, config, prompts, session.prompts.negative, session.reference)
+        setting = Setting(session.policy, config, prompts, session.mesh.device, session.reference)
         objective = OBJECTIVES[config.loss.objective](setting, advantages, step)
         update = optimise(session.updates, objective, trajectories, config.optim.updates_per_rollout)
     return {
@@ -158,7 +157,6 @@ def evaluate_heldout(session: Session, videos_to: Path | None = None) -> Heldout
         return evaluate(
             session.policy,
             session.prompts.heldout,
-            session.prompts.negative,
             session.heldout_suite,
             session.config,
             session.mesh,

@@ -82,6 +82,16 @@ def test_a_video_is_what_diffusers_makes_by_hand(settings: GenerationSettings) -
     assert torch.equal(found, expected)
 
 
+def test_a_prompts_own_negative_prompt_wins(settings: GenerationSettings) -> None:
+    jobs, call, pipeline = jobs_of(settings), call_of(settings), pipeline_of(settings)
+    own = [replace(job, prompt=replace(job.prompt, negative_prompt="a blue object")) for job in jobs[:1]]
+    found = sample(pipeline, [*own, jobs[1]], LATENTS, call, "dark")
+    for job, video, negative in ((jobs[0], found[0], "a blue object"), (jobs[1], found[1], "dark")):
+        expected = sample(pipeline, [job], LATENTS, call, negative)
+        assert (expected[0] - video).abs().max() < 1e-5
+        assert (sample(pipeline, [job], LATENTS, call, "")[0] - video).abs().max() > 1e-4
+
+
 def test_noise_depends_on_seed_prompt_and_sample_and_on_nothing_else(settings: GenerationSettings) -> None:
     noise = initial_latents(jobs_of(settings), LATENTS)
     assert len({tuple(row.flatten()[:4].tolist()) for row in noise}) == 6

@@ -103,13 +103,18 @@ def test_a_checkpoint_is_part_of_what_the_videos_depend_on(
 def test_prompts_come_from_shards(base: Path, settings: GenerationSettings, tmp_path: Path) -> None:
     lines = tmp_path / "prompts.jsonl"
     splits = ("train", "heldout", "heldout")
-    lines.write_text("".join(f'{{"prompt": "{t}", "split": "{s}"}}\n' for t, s in zip(TEXTS, splits, strict=True)))
+    negatives = ({}, {"negative_prompt": ""}, {"negative_prompt": "dark"})
+    objects = [{"prompt": t, "split": s, **n} for t, s, n in zip(TEXTS, splits, negatives, strict=True)]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in objects))
     stamp = EncoderStamp("none", "0" * 16, 4)
     build_shards([lines], tmp_path / "shards", lambda texts: {"x": torch.zeros(len(texts), 4, 2)}, stamp)
     from_shards = replace(settings, prompts=tmp_path / "shards", split="heldout")
     found = plan(from_shards, read_records(from_shards))
     assert [(job.prompt.prompt, job.prompt.id) for job in found[::2]] == [(t, prompt_id(t)) for t in TEXTS[1:]]
-    assert len(read_records(replace(from_shards, split=None))) == 3
+    from_lines = read_records(replace(settings, prompts=lines))
+    assert [record.negative_prompt for record in from_lines] == [None, "", "dark"]
+    from_all = read_records(replace(from_shards, split=None))
+    assert [record.negative_prompt for record in from_all] == [None, "", "dark"]
     with pytest.raises(GenerationError, match="no folder of prompt shards"):
         read_records(replace(settings, split="heldout"))
 

@@ -75,10 +75,11 @@ def encoder(args: argparse.Namespace) -> Any:
 
 def inspect(args: argparse.Namespace) -> None:
     shards = PromptShards(args.directory)
-    print(f"{'id':>19}  {'split':<9} {'tags':<16} {'media':<11} prompt")
+    print(f"{'id':>19}  {'split':<9} {'tags':<16} {'media':<11} prompt | negative prompt of its own")
     for record in islice(shards.records(args.split), args.limit):
         tags, media = ",".join(record.tags), ",".join(record.media)
-        print(f"{record.id:>19}  {record.split:<9} {tags:<16} {media:<11} {' '.join(record.prompt.split())}")
+        texts = [" ".join(text.split()) for text in (record.prompt, record.negative_prompt) if text is not None]
+        print(f"{record.id:>19}  {record.split:<9} {tags:<16} {media:<11} {' | '.join(texts)}")
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -96,6 +97,8 @@ def stats(args: argparse.Namespace) -> None:
     print(f"splits      {counts(shards.splits)}")
     print(f"tags        {counts(found.tags)}")
     print(f"media       {counts(found.media)}")
+    own, distinct = found.negatives
+    print(f"negative    {shards.negative_prompt!r}; {own} prompts have one of their own, {distinct} different ones")
     print(f"characters  {shortest} to {longest}, median {median}")
     print(f"repeated    {found.repeated} prompts have the text of another")
     print(f"near        {in_groups} prompts in {len(found.near)} groups share {THRESHOLD:.0%} of their words or more")
@@ -141,13 +144,13 @@ def add_build(command: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help='.txt, one prompt a line; .jsonl or .csv with "prompt" and any of id, split, tags, image, video; or '
-        "VBench's .json",
+        help='.txt, one prompt a line; .jsonl or .csv with "prompt" and any of negative_prompt, id, split, tags, '
+        "image, video; or VBench's .json",
     )
     add("--output", type=Path, required=True, metavar="DIR", help="new folder, or that of the same build, interrupted")
     add("--policy", required=True, metavar="FOLDER", help="diffusers pipeline folder, hub id or package:module/folder")
     add("--split", default="train", help="split of prompts that do not name their own (%(default)s)")
-    add("--negative-prompt", default="", metavar="TEXT", help="what guidance steers away from (empty)")
+    add("--negative-prompt", default="", metavar="TEXT", help="of prompts that have none of their own (empty)")
     add(
         "--max-sequence-length",
         type=positive,

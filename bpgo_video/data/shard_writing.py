@@ -24,7 +24,8 @@ from bpgo_video.data.prompt_records import (
     to_members,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of 1 differs in what it may leave out: tensors that an earlier record of the shard has
+READABLE = (1, 2)
 NEGATIVE = "negative.safetensors"
 
 
@@ -42,11 +43,13 @@ def write_shard(path: Path, records: Iterable[PromptRecord], first: int, layout:
         ShardError: tensors that do not fit the layout.
     """
     splits: Counter[str] = Counter()
+    stored: set[str] = set()
     with atomic_file(path) as aside:
         with aside.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
             for number, record in enumerate(records, first):
-                to_layout(record.conditioning, layout, f"prompt {record.prompt!r}")
-                tar.write({"__key__": f"{number:09d}", **to_members(record)})
+                for tensors in filter(None, (record.conditioning, record.negative)):
+                    to_layout(tensors, layout, f"prompt {record.prompt!r}")
+                tar.write({"__key__": f"{number:09d}", **to_members(record, stored)})
                 splits[record.split] += 1
         digest = file_sha256(aside)
     return {"name": path.name, "count": sum(splits.values()), "sha256": digest, "splits": dict(splits)}
