@@ -16,7 +16,8 @@ from bpgo_video.types import Conditioning, PromptBatch
 
 
 def cast(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: value.to(dtype) for name, value in conditioning.items()}
+    """Embeddings in `dtype`, masks of tokens as they are."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
 
 
 def image_size(config: Config, policy: Policy) -> tuple[int, int] | None:
