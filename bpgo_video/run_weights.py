@@ -49,12 +49,14 @@ class Source:
         base: the diffusers pipeline folder that the run started from.
         config: the run's own.
         step: finished training steps.
+        code: the versions of the program that made them, in order.
     """
 
     folder: Path
     base: Path
     config: Config
     step: int
+    code: tuple[str, ...] = ()
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -96,7 +98,9 @@ def find_source(path: Path) -> Source:
     if "progress" not in state:
         raise CheckpointError(f"{folder} was not written by a run of this program: it has no progress in it")
     config = read_yaml(config_file)
-    return Source(folder, resolve_folder(config.policy.folder), config, state["progress"]["step"])
+    progress = state["progress"]
+    base = resolve_folder(config.policy.folder)
+    return Source(folder, base, config, progress["step"], tuple(progress.get("code", ())))
 
 
 def adapter_tensors(source: Source, name: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,11 +32,11 @@ def resume(session: Session, run_dir: Path, name: str) -> Progress:
     return Progress(**state["progress"])
 
 
-def export(session: Session, run_dir: Path) -> None:
+def export(session: Session, progress: Progress, run_dir: Path) -> None:
     """The trained weights in RUN/export, and their average, where one is kept, in RUN/export-ema."""
     names = trained_names(session.policy.folder, session.config.policy.trained)
     write = partial(export_pipeline, session.engine, session.policy, names, mesh=session.mesh)
-    card = CardFacts(session.config, session.config.run.num_steps, "raw", EXPORTED)
+    card = CardFacts(session.config, progress.step, "raw", EXPORTED, progress.code)
     write(output=run_dir / "export", card=card)
     if session.ema:
         with session.ema.weights():

@@ -12,6 +12,7 @@ import torch
 
 from bpgo_video import engine
 from bpgo_video.bpgo import GroupAdvantages
+from bpgo_video.code_version import this_code
 from bpgo_video.config import Config
 from bpgo_video.config_io import load_config
 from bpgo_video.config_rules import check_world
@@ -181,7 +182,7 @@ def train(config: Config) -> dict[str, Any] | None:
 
 def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests) -> dict[str, Any] | None:
     """From the checks to the report, under the heartbeat's watch."""
-    started = time.perf_counter()
+    started, code = time.perf_counter(), this_code()
     check_world(config, mesh.world_size)
     mesh = make_mesh(mesh.device, config.parallel.sequence)
     run_dir = Path(config.run.dir)
@@ -203,11 +204,12 @@ def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests
             progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()}
             progress.frames_before = {name: found.values.tolist() for name, found in before.frames.items()}
         progress.videos_generated += heldout_videos(session)
+    progress.code += [code] if code not in progress.code[-1:] else []
     after = run_steps(session, progress, run_dir, started, heartbeat, requests)
     if progress.step < config.run.num_steps:
         return None
     heartbeat.enter("export")
-    export(session, run_dir)
+    export(session, progress, run_dir)
     progress.seconds["total"] = time.perf_counter() - started
     summary = summarise(session, progress, after)
     if mesh.is_main:

@@ -77,6 +77,12 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
         assert read(tmp_path / name, content)[0].record.id in (prompt_id("prompt"), prompt_id("hello"))
 
 
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    (found,) = read(tmp_path / "p.jsonl", '{"prompt": "x", "split": ""}\n')
+    assert isinstance(found, Rejected)
+    assert found.reason == "the split is empty; remove it"
+
+
 def test_a_negative_prompt_may_be_empty_and_must_be_usable(tmp_path: Path) -> None:
     lines = [{"negative_prompt": ""}, {"negative_prompt": " dark "}, {"negative_prompt": None},
              {"negative_prompt": "a\u0007b"}, {"negative_prompt": "x" * 2001}]  # fmt: skip

@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor
 from torch.nn.functional import pad
 
+CODE = "bpgo_video 0.0.1, commit 0123456"
 Tensors = Mapping[str, Tensor]
 
 
@@ -38,7 +39,7 @@ FLAT: dict[int, tuple[str, Callable[[Tensors, int], list[Tensor]]]] = {
 def write_checkpoint(
     folder: Path, groups: list[Tensors], stage: int = 2, world_size: int = 2, moments: list[Tensors] | None = None
 ) -> Path:
-    """The checkpoint of parameter groups, with the run's own state {"progress": {"step": 2}}; `folder`.
+    """The checkpoint of parameter groups, with the run's own progress; `folder`.
 
     Args:
         moments: of AdamW, exp_avg and exp_avg_sq of the one group; ZeRO 3 only.
@@ -49,7 +50,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     model: dict[str, Any] = {
         "param_shapes": shapes, "module": {}, "buffer_names": [], "shared_params": {}, "ds_version": "0",
-        "progress": {"step": 2},
+        "progress": {"step": 2, "code": [CODE]},
     }  # fmt: skip
     for rank in range(world_size):
         adam = {

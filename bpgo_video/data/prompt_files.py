@@ -109,8 +109,9 @@ def _line(place: str, fields: Mapping[str, Any], folder: Path, max_characters: i
         if type(value) is not FIELDS[name]:
             raise ValueError(f"{name!r} is {value!r}, which is not of type {FIELDS[name].__name__}")
     prompt, tags = fields["prompt"].strip(), tuple(fields.get("tags", ()))
-    if not prompt:
-        raise ValueError("the prompt is empty; remove it")
+    for name, text in (("prompt", prompt), ("split", fields["split"])):
+        if not text:
+            raise ValueError(f"the {name} is empty; remove it")
     negative = fields["negative_prompt"].strip() if "negative_prompt" in fields else None
     for name, text in (("prompt", prompt), ("negative prompt", negative or "")):
         if len(text) > max_characters:
