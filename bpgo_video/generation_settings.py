@@ -44,8 +44,8 @@ class GenerationSettings:
     """A diffusers pipeline, such as a run's export: local folder, hub id, or `package:module/folder`. Or a training
     checkpoint, RUN/checkpoints/step-XXXXXX, or a RUN for its newest: its weights in the pipeline it started from."""
     prompts: Path
-    """.txt, one prompt a line; .jsonl, {"prompt", "negative_prompt"?, "id"?, "split"?, "tags"?} a line; or a folder of
-    prompt shards."""
+    """.txt, one prompt a line; .jsonl, {"prompt", "negative_prompt"?, "id"?, "split"?, "tags"?} a line; .csv, the
+    same as columns; VBench's .json; or a folder of prompt shards."""
     output: Path
     """Folder for the videos; a generation of the same settings that was cut short there is continued."""
     seed: int
@@ -54,8 +54,8 @@ class GenerationSettings:
     """As policy.family in recipes; None takes what the folder says, or the run of a training checkpoint."""
     lora: Path | None = None
     """Adapters to load on top, a .safetensors file in a layout that diffusers reads."""
-    weights: Literal["raw"] = "raw"
-    """Of a training checkpoint: raw, as the optimiser holds them."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Of a training checkpoint: raw, as the optimiser holds them, or their average, where the run kept one."""
     split: str | None = None
     """Of prompt shards; None takes all."""
     negative_prompt: str = ""
@@ -116,9 +116,14 @@ def find_model(settings: GenerationSettings) -> Model:
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: there is none, or it cannot be used.
+        GenerationError: other weights than the only ones of a finished model are asked for.
     """
     path = Path(settings.policy).expanduser()
     checkpoint = find_source(path) if path.is_dir() and holds_checkpoint(path) else None
+    if checkpoint is None and settings.weights != "raw":
+        raise GenerationError(
+            f"weights is {settings.weights!r}, but {settings.policy} is no training checkpoint or run"
+        )
     folder = settings.policy if checkpoint is None else str(checkpoint.base)
     name = settings.family or (checkpoint.config.policy.family if checkpoint else None)
     return Model(load_policy(folder, max_sequence_length=1, components=(), name=name), checkpoint)

@@ -6,7 +6,6 @@ The checkpoints here are made by hand in ZeRO-2's layout; tests/distributed conv
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,7 @@ from bpgo_video.universal import verify_universal
 from bpgo_video.zero_files import CheckpointError
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
 from tests.recipes import small_recipe
-from tests.zero_checkpoints import CODE, write_checkpoint
+from tests.zero_checkpoints import CODE, write_average, write_checkpoint
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 LORA = LoraConfig(rank=4, alpha=8)
@@ -109,15 +108,7 @@ def test_the_average_converts_as_the_weights_do(base: Path, tmp_path: Path, caps
     assert main([*arguments, "--weights", "ema"]) == 1
     assert "kept no average" in capsys.readouterr().err
     average = trained_weights(base)
-    named = {f"transformer.{name}": tensor for name, tensor in average.items()}
-    save_file(
-        {name: tensor.flatten() for name, tensor in named.items()},
-        folder / "ema-rank-00000.safetensors",
-        metadata={
-            "updates": "2",
-            "shards": json.dumps({n: {"start": 0, "shape": t.shape} for n, t in named.items()}),
-        },
-    )
+    write_average(folder, {f"transformer.{name}": tensor for name, tensor in average.items()})
     assert main([*arguments, "--weights", "ema"]) == 0
     found = weights_of(tmp_path / "out")
     assert all(torch.equal(found[name], average[name]) for name in average)

@@ -24,10 +24,11 @@ from bpgo_video.data.video import write_video
 from bpgo_video.generation import generate, load_pipeline, plan, read_records, sample
 from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.run_weights import find_source
+from bpgo_video.run_weights import WEIGHTS, find_source
+from bpgo_video.zero_files import CheckpointError
 from tests.random_wan import random_wan
 from tests.recipes import small_recipe
-from tests.zero_checkpoints import write_checkpoint
+from tests.zero_checkpoints import write_average, write_checkpoint
 
 TEXTS = ["a red circle moving left", "a blue square moving up", "a shape moving right"]
 LORA = LoraConfig(rank=2, alpha=4)
@@ -84,6 +85,23 @@ def test_a_checkpoint_makes_its_exports_video(
     found = first_video(replace(settings, policy=str(path)))
     assert torch.equal(found, first_video(replace(settings, policy=str(tmp_path / "export"))))
     assert (found - first_video(settings)).abs().max() > 1e-3
+
+
+def test_a_checkpoints_average_makes_its_exports_video(
+    base: Path, settings: GenerationSettings, tmp_path: Path
+) -> None:
+    run_dir = write_run(base, tmp_path / "run", LoraConfig())
+    source = find_source(run_dir)
+    from_run = replace(settings, policy=str(run_dir), weights="ema")
+    with pytest.raises(CheckpointError, match="kept no average"):
+        first_video(from_run)
+    write_average(source.folder, {name: 0.5 * tensor for name, tensor in WEIGHTS["raw"](source.folder).items()})
+    convert(Conversion(source, "ema", tmp_path / "export"), "diffusers")
+    found = first_video(from_run)
+    assert torch.equal(found, first_video(replace(settings, policy=str(tmp_path / "export"))))
+    assert (found - first_video(replace(from_run, weights="raw"))).abs().max() > 1e-3
+    with pytest.raises(GenerationError, match=r"weights is 'ema', but .* is no training checkpoint"):
+        find_model(replace(settings, weights="ema"))
 
 
 def test_a_checkpoint_is_part_of_what_the_videos_depend_on(

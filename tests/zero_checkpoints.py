@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,11 +10,22 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 CODE = "bpgo_video 0.0.1, commit 0123456"
 Tensors = Mapping[str, Tensor]
+
+
+def write_average(folder: Path, average: Tensors) -> None:
+    """An average of the weights beside them, as a run with `ema.decay` on one rank keeps it."""
+    shards = {name: {"start": 0, "shape": tensor.shape} for name, tensor in average.items()}
+    save_file(
+        {name: tensor.flatten() for name, tensor in average.items()},
+        folder / "ema-rank-00000.safetensors",
+        metadata={"updates": "2", "shards": json.dumps(shards)},
+    )
 
 
 def joined(tensors: Tensors, world_size: int) -> list[Tensor]:
