@@ -110,6 +110,18 @@ def test_a_shard_holds_equal_embeddings_once_and_is_read_alone(guided: Path, tmp
     alone.verify()
 
 
+def test_a_damaged_negative_prompt_is_named(guided: Path, tmp_path: Path) -> None:
+    job(guided, tmp_path / "out", Encoder(), shard_size=12).run()
+    path = tmp_path / "out" / "prompts-000000.tar"
+    with tarfile.open(path) as tar:
+        member = tar.getmember("000000002.negative.safetensors")
+    content = bytearray(path.read_bytes())
+    content[member.offset_data + member.size - 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ShardError, match="record 000000002: its negative tensors do not match their sha256"):
+        PromptShards(tmp_path / "out").verify()
+
+
 def test_repeated_texts_are_stored_once_a_shard(prompts: Path, tmp_path: Path) -> None:
     job(prompts, tmp_path / "out", Encoder(), shard_size=25).run()
     with tarfile.open(tmp_path / "out" / "prompts-000000.tar") as tar:

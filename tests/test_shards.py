@@ -11,10 +11,13 @@ import tarfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.prior_files import PriorError, attach_priors, load_priors, write_priors
@@ -78,6 +81,39 @@ def test_embeddings_are_zero_padded_to_the_text_length_and_stored_without_paddin
     assert read["prompt_embeds"].dtype == torch.bfloat16
     assert torch.equal(read["pooled"], torch.zeros(DIM))
     assert os.path.getsize(tmp_path / "s" / "negative.safetensors") < padded.nbytes / 10
+
+
+POOL = st.integers(0, 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(POOL, st.none() | POOL), min_size=1, max_size=12), st.integers(1, 5))
+def test_whatever_is_repeated_each_record_has_its_own_tensors(chosen: list, shard_size: int) -> None:
+    """And each shard has each distinct tensor once."""
+    pool = [{"prompt_embeds": embeds(number, 1 + number)} for number in range(4)]
+    items = [
+        PromptRecord(
+            id=i,
+            prompt=f"prompt {i}",
+            negative_prompt=None if negative is None else f"negative {negative}",
+            conditioning=pool[text],
+            negative={} if negative is None else pool[negative],
+        )
+        for i, (text, negative) in enumerate(chosen)
+    ]
+    with TemporaryDirectory() as folder:
+        write_shards(items, Path(folder, "s"), negative=NEGATIVE, policy=STAMP, shard_size=shard_size)
+        found = list(PromptShards(Path(folder, "s")).records())
+        for number, first in enumerate(range(0, len(chosen), shard_size)):
+            numbers = {one for pair in chosen[first : first + shard_size] for one in pair if one is not None}
+            with tarfile.open(Path(folder, "s", f"prompts-{number:06d}.tar")) as tar:
+                assert sum(member.name.endswith("safetensors") for member in tar) == len(numbers)
+    for (text, negative), record in zip(chosen, found, strict=True):
+        away = NEGATIVE if negative is None else pool[negative]
+        for expected, tensors in ((pool[text], record.conditioning), (away, record.negative)):
+            rows = len(expected["prompt_embeds"])
+            assert torch.equal(tensors["prompt_embeds"][:rows], expected["prompt_embeds"])
+            assert not tensors["prompt_embeds"][rows:].any()
 
 
 def test_a_tensor_that_no_record_before_has_is_named(tmp_path: Path) -> None:

@@ -142,8 +142,11 @@ def to_members(record: PromptRecord, stored: set[str]) -> dict[str, bytes]:
         **({"info": dict(record.info)} if record.info else {}),
         **{f"{kind}_sha256": hashlib.sha256(media.data).hexdigest() for kind, media in record.media.items()},
     }
-    new = {TENSORS[name]: data for name, data in tensors.items() if hashes[f"{name}_sha256"] not in stored}
-    stored.update(hashes.values())
+    new = {}
+    for name, data in tensors.items():
+        if (digest := hashes[f"{name}_sha256"]) not in stored:
+            stored.add(digest)
+            new[TENSORS[name]] = data
     files = {f"{kind}.{media.extension}": media.data for kind, media in record.media.items()}
     return {"json": json.dumps(header, ensure_ascii=False).encode(), **new, **files}
 
