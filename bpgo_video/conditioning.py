@@ -15,9 +15,12 @@ from bpgo_video.policies import Policy
 from bpgo_video.types import Conditioning, PromptBatch
 
 
-def cast(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
+def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Embeddings in `dtype`, masks of tokens as they are."""
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in conditioning.items()
+    }
 
 
 def image_size(config: Config, policy: Policy) -> tuple[int, int] | None:

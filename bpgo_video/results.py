@@ -23,15 +23,10 @@ PHASES = ("rollout", "reward", "update")
 
 @dataclass
 class Progress:
-    """What a run has done; with the weights, all that a checkpoint holds.
-
-    Attributes:
-        code: the versions of the program that did it, in order, see `this_code`.
-    """
+    """What a run has done; with the weights, all that a checkpoint holds."""
 
     step: int = 0
     position: int = 0
-    code: list[str] = field(default_factory=list)
     videos_generated: int = 0
     max_ratio_error_first_update: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))

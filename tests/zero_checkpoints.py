@@ -62,7 +62,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     model: dict[str, Any] = {
         "param_shapes": shapes, "module": {}, "buffer_names": [], "shared_params": {}, "ds_version": "0",
-        "progress": {"step": 2, "code": [CODE]},
+        "progress": {"step": 2}, "code": [CODE],
     }  # fmt: skip
     for rank in range(world_size):
         adam = {

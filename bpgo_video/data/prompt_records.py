@@ -5,8 +5,9 @@
 {key}.negative.safetensors  where the prompt has a negative prompt of its own: the same of that
 {key}.image.png             optional, or jpg, webp: the first frame of image-to-video, in the bytes it came in
 {key}.video.mp4             optional, or mkv, mov, webm: a reference video, in the bytes it came in
+{key}.clip.safetensors      optional: a video clip that the prompt describes, as the policy's own VAE encodes it
 
-Tensors that an earlier record of the file has are not repeated: their sha256 finds them.
+Conditioning that an earlier record of the file has is not repeated: its sha256 finds it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ MEDIA: Mapping[str, tuple[str, ...]] = MappingProxyType(
 TENSORS: Mapping[str, str] = MappingProxyType(
     {"conditioning": "safetensors", "negative": "negative.safetensors"}  # field of a record -> extension of its member
 )
+CLIP = "clip.safetensors"
+LATENTS = "latents"  # of a clip's tensors, what flow matching learns to make; the others are conditioning
 
 
 class ShardError(ValueError):
@@ -60,6 +63,8 @@ class PromptRecord:
         negative: the same of the negative prompt; in a shard, empty where that is the folder's.
         media: "image" and "video", where the prompt has them.
         info: what else its source says, as JSON; VBench's auxiliary_info, for example.
+        clip: without a batch axis, a clip's LATENTS [channels, latent_frames, latent_height, latent_width], normalised
+            as the policy's are, and for image-to-video what its first frame adds to the conditioning.
     """
 
     id: int
@@ -71,6 +76,7 @@ class PromptRecord:
     negative: Mapping[str, Tensor] = field(default_factory=dict)
     media: Mapping[str, Media] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    clip: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Span(NamedTuple):
@@ -99,11 +105,19 @@ class EncoderStamp:
 
 def layout_of(conditioning: Mapping[str, Tensor], max_sequence_length: int) -> dict[str, dict[str, Any]]:
     """Shape and dtype of each tensor as the policy wants it: (tokens, dim) is padded to the policy's text length."""
-    layout = {}
-    for name, value in conditioning.items():
-        shape = [max_sequence_length, value.shape[1]] if value.ndim == 2 else list(value.shape)
-        layout[name] = {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
+    layout = plain_layout(conditioning)
+    for value in layout.values():
+        if len(value["shape"]) == 2:
+            value["shape"][0] = max_sequence_length
     return layout
+
+
+def plain_layout(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of each tensor as it is."""
+    return {
+        name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        for name, value in tensors.items()
+    }
 
 
 def to_layout(conditioning: Mapping[str, Tensor], layout: Mapping[str, Any], owner: str) -> dict[str, Tensor]:
@@ -128,10 +142,13 @@ def to_members(record: PromptRecord, stored: set[str]) -> dict[str, bytes]:
     """The contents of a record's tar members by the name after its key; the JSON carries the hashes of the others.
 
     Args:
-        stored: hashes of the tensors that the shard has, which are not repeated; the record's are added.
+        stored: hashes of the conditioning that the shard has, which is not repeated; the record's are added.
     """
     tensors = {name: tensor_bytes(values) for name in TENSORS if (values := getattr(record, name))}
     hashes = {f"{name}_sha256": hashlib.sha256(data).hexdigest() for name, data in tensors.items()}
+    files = {f"{kind}.{media.extension}": media.data for kind, media in record.media.items()}
+    if record.clip:
+        files[CLIP] = safetensors.torch.save({name: value.contiguous() for name, value in record.clip.items()})
     header = {
         "id": record.id,
         "prompt": record.prompt,
@@ -140,14 +157,13 @@ def to_members(record: PromptRecord, stored: set[str]) -> dict[str, bytes]:
         "tags": list(record.tags),
         **hashes,
         **({"info": dict(record.info)} if record.info else {}),
-        **{f"{kind}_sha256": hashlib.sha256(media.data).hexdigest() for kind, media in record.media.items()},
+        **{f"{name.split('.')[0]}_sha256": hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
     new = {}
     for name, data in tensors.items():
         if (digest := hashes[f"{name}_sha256"]) not in stored:
             stored.add(digest)
             new[TENSORS[name]] = data
-    files = {f"{kind}.{media.extension}": media.data for kind, media in record.media.items()}
     return {"json": json.dumps(header, ensure_ascii=False).encode(), **new, **files}
 
 
@@ -183,9 +199,10 @@ def read_record(place: Place) -> PromptRecord:
         if hashlib.sha256(stored).hexdigest() != header[f"{name}_sha256"]:
             raise damaged(place.shard, key, f"its {name} tensors do not match their sha256")
         tensors[name] = safetensors.torch.load(stored)
-    media = _media(members)
-    for kind in MEDIA:
-        found = hashlib.sha256(media[kind].data).hexdigest() if kind in media else None
+    media, clip = _media(members), members.get(CLIP)
+    parts = {kind: file.data for kind, file in media.items()} | ({} if clip is None else {"clip": clip})
+    for kind in (*MEDIA, "clip"):
+        found = hashlib.sha256(parts[kind]).hexdigest() if kind in parts else None
         if found != header.get(f"{kind}_sha256"):
             raise damaged(place.shard, key, f"its {kind} does not match its sha256")
     return PromptRecord(
@@ -196,6 +213,7 @@ def read_record(place: Place) -> PromptRecord:
         negative_prompt=header.get("negative_prompt"),
         media=media,
         info=header.get("info", {}),
+        clip={} if clip is None else safetensors.torch.load(clip),
         **tensors,
     )
 
@@ -228,5 +246,5 @@ def parse_header(data: bytes) -> dict[str, Any]:
 def damaged(path: Path, key: str, reason: str) -> ShardError:
     return ShardError(
         f"{path}: record {key}: {reason}. The file is damaged: copy it again, or build the directory again "
-        f"with tools/make_prompt_shards.py"
+        f"with the program in tools/ that made it"
     )

@@ -12,10 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, cast
 
-from bpgo_video.data.prompt_records import MEDIA, TENSORS, ShardError, Span, damaged, parse_header
+from bpgo_video.data.prompt_records import CLIP, MEDIA, TENSORS, ShardError, Span, damaged, parse_header
 
 MEDIA_NAMES = "|".join(rf"{kind}\.(?:{'|'.join(extensions)})" for kind, extensions in MEDIA.items())
-TENSOR_NAMES = "|".join(map(re.escape, TENSORS.values()))
+TENSOR_NAMES = "|".join(map(re.escape, (*TENSORS.values(), CLIP)))
 MEMBER = re.compile(rf"[0-9A-Za-z-]+\.(?:json|{TENSOR_NAMES}|{MEDIA_NAMES})")
 TAR_BLOCK = 512
 
@@ -100,9 +100,9 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         if MEMBER.fullmatch(member.name) is None or not member.isreg():
             raise ShardError(
-                f"{path}: member {member.name!r} is refused: prompt shards hold regular files KEY.json, "
-                f"KEY.safetensors, KEY.negative.safetensors, KEY.image.* and KEY.video.* only, and nothing is ever "
-                f"unpickled; build them again"
+                f"{path}: member {member.name!r} is refused: shards hold regular files KEY.json, KEY.safetensors, "
+                "KEY.negative.safetensors, KEY.clip.safetensors, KEY.image.* and KEY.video.* only, and nothing is ever "
+                "unpickled; build them again"
             )
         yield member
 
