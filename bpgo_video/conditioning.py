@@ -24,6 +24,11 @@ def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | 
     }
 
 
+def for_each(row: Conditioning, count: int) -> dict[str, Tensor]:
+    """The one row, for `count` samples."""
+    return {name: value.expand(count, *value.shape[1:]) for name, value in row.items()}
+
+
 def image_size(config: Config, policy: Policy) -> tuple[int, int] | None:
     """Height and width at which prompts' images are read; None where the policy takes none."""
     return (config.video.height, config.video.width) if policy.takes_images else None
@@ -70,10 +75,9 @@ def conditioned(
     Args:
         group_size: samples of each prompt that are to be made.
     """
-    told = {
-        name: row.expand(len(prompts), *row.shape[1:]) for name, row in policy.video_conditioning(config.video).items()
-    }
-    prompts = replace(prompts, conditioning={**cast(prompts.conditioning, dtype), **told})
+    told = for_each(policy.video_conditioning(config.video), len(prompts))
+    own_texts = {**cast(prompts.conditioning, dtype), **told}
+    prompts = replace(prompts, conditioning=own_texts, negative=cast(prompts.negative, dtype))
     if prompts.images is None:
         return prompts
     shares = mesh.share(len(prompts) * group_size, config.rollout.micro_batch_size)

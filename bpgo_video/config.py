@@ -58,14 +58,27 @@ class PolicyConfig:
     """Train adapters and keep the base weights frozen, or train everything (rank 0, the default)."""
     gradient_checkpointing: bool = False
     """Recompute activations in replay: less memory, about a third more time."""
+    compile_blocks: bool = False
+    """Compile the transformers' repeated blocks with torch.compile."""
+    attention_backend: str | None = None
+    """How attention is computed, by diffusers' names (`native`, `_native_cudnn`, `flash`, `_flash_3` ...); None leaves
+    diffusers' choice, torch's scaled_dot_product_attention. A backend without gradients cannot train."""
+    vae_tiling: bool = False
+    """Encode and decode videos in overlapping tiles: a fraction of the memory, longer, and tiles are blended where they
+    meet."""
+    vae_slicing: bool = False
+    """Encode and decode one video at a time: the memory of one, whatever the micro-batch."""
+    frozen_rest_on: Literal["device", "cpu"] = "device"
+    """Where VAE and image encoder are while they are not at work: `cpu` frees their memory, and moves them there and
+    back with every micro-batch."""
     embedded_guidance: NonNegative | None = None
     """HunyuanVideo: the guidance that its distilled transformer is told, in one pass; None takes the pipeline's 6.
     Classifier-free guidance on top is `sampler.guidance_scale`."""
     decode_timestep: Unit | None = None
-    """LTX-Video from 0.9.1 on, whose VAE takes out noise that is left: at which level (0.05 by its authors); None takes
-    the pipeline's 0."""
+    """LTX-Video from 0.9.1 on, whose VAE takes out noise that is left: at which level; None takes the pipeline's 0,
+    diffusers' documentation recommends 0.05."""
     decode_noise_scale: Unit | None = None
-    """LTX-Video: how much noise is added for it (0.025 by its authors); None takes decode_timestep."""
+    """LTX-Video: how much noise is added for it; None takes decode_timestep."""
 
     @property
     def options(self) -> dict[str, float]:
@@ -201,11 +214,25 @@ class EvaluationConfig:
     max_prompts: Positive = 256
     num_steps: Annotated[int, Field(ge=1)] = 16
     """ODE steps of a held-out sample."""
+    solver: Literal["euler", "adams_bashforth"] = "euler"
+    """How it follows the ODE: first order, or second order at the same cost."""
+    shift: Annotated[float, Field(gt=0.0)] | None = None
+    """Shift of its sigma schedule; None takes the sampler's."""
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
     videos: Annotated[int, Field(ge=0)] = 8
-    """Held-out videos written before and after, for the report."""
-    weights: Literal["raw", "ema"] = "raw"
-    """Which weights are evaluated; `ema` needs `ema.decay` above 0."""
+    """Held-out videos written at every evaluation, before and after for the report."""
+    weights: Literal["raw", "ema", "both"] = "raw"
+    """Which weights are evaluated; `ema` and `both` need `ema.decay` above 0. `both` measures the run by the raw ones
+    and logs the average's scores beside them, as `heldout_ema/NAME`."""
+
+    def shift_or(self, sampler: SamplerConfig) -> float | None:
+        """The shift of the schedule; None takes the pipeline's own."""
+        return sampler.shift if self.shift is None else self.shift
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Kinds of weights; the run is measured by the first."""
+        return ("raw", "ema") if self.weights == "both" else (self.weights,)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero import unwrap_model_for_generation
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
 from safetensors import safe_open
@@ -65,6 +66,11 @@ def read_ds_config(path: str) -> dict[str, Any]:
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def zero_settings(ds_config: Mapping[str, Any]) -> DeepSpeedZeroConfig:
+    """What the JSON says of ZeRO, with DeepSpeed's own defaults for the rest."""
+    return DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
 
 
 def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,8 @@ class GenerationSettings:
     """A diffusers pipeline, such as a run's export: local folder, hub id, or `package:module/folder`. Or a training
     checkpoint, RUN/checkpoints/step-XXXXXX, or a RUN for its newest: its weights in the pipeline it started from."""
     prompts: Path
-    """.txt, one prompt a line; .jsonl, {"prompt", "id"?, "split"?, "tags"?} a line; or a folder of prompt shards."""
+    """.txt, one prompt a line; .jsonl, {"prompt", "negative_prompt"?, "id"?, "split"?, "tags"?} a line; .csv, the
+    same as columns; VBench's .json; or a folder of prompt shards."""
     output: Path
     """Folder for the videos; a generation of the same settings that was cut short there is continued."""
     seed: int
@@ -63,12 +64,12 @@ class GenerationSettings:
     """As policy.family in recipes; None takes what the folder says, or the run of a training checkpoint."""
     lora: Path | None = None
     """Adapters to load on top, a .safetensors file in a layout that diffusers reads."""
-    weights: Literal["raw"] = "raw"
-    """Of a training checkpoint: raw, as the optimiser holds them."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Of a training checkpoint: raw, as the optimiser holds them, or their average, where the run kept one."""
     split: str | None = None
     """Of prompt shards; None takes all."""
     negative_prompt: str = ""
-    """What guidance steers away from."""
+    """What guidance steers away from, for prompts that have no negative prompt of their own."""
     num_steps: Positive | None = None
     """Denoising steps; None takes the pipeline's own default (50 for Wan), as for the next six."""
     guidance_scale: float | None = None
@@ -128,17 +129,35 @@ class Model:
 
 
 def find_model(settings: GenerationSettings) -> Model:
-    """The pipeline folder or the training checkpoint that `settings.policy` names.
+    """The pipeline folder or the training checkpoint that `settings.policy` names; see `named_model`.
+
+    Raises:
+        GenerationError: other weights than the only ones of a finished model are asked for.
+    """
+    model = named_model(settings.policy, settings.family, options_of(settings))
+    if model.checkpoint is None and settings.weights != "raw":
+        raise GenerationError(
+            f"weights is {settings.weights!r}, but {settings.policy} is no training checkpoint or run"
+        )
+    return model
+
+
+def named_model(policy: str, family: str | None = None, options: Mapping[str, float] | None = None) -> Model:
+    """A pipeline folder, a training checkpoint, or a run for its newest one.
+
+    Args:
+        family: see `policies.family`; None takes the run's own, or what the folder says.
+        options: settings of the family's own, instead of those of the checkpoint's run.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: there is none, or it cannot be used.
     """
-    path = Path(settings.policy).expanduser()
+    path = Path(policy).expanduser()
     checkpoint = find_source(path) if path.is_dir() and holds_checkpoint(path) else None
-    folder = settings.policy if checkpoint is None else str(checkpoint.base)
-    name = settings.family or (checkpoint.config.policy.family if checkpoint else None)
-    options = (checkpoint.config.policy.options if checkpoint else {}) | options_of(settings)
-    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=options), checkpoint)
+    folder = policy if checkpoint is None else str(checkpoint.base)
+    name = family or (checkpoint.config.policy.family if checkpoint else None)
+    own = (checkpoint.config.policy.options if checkpoint else {}) | dict(options or {})
+    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=own), checkpoint)
 
 
 def video_of(settings: GenerationSettings, call: CallSettings, policy: Policy) -> VideoConfig:

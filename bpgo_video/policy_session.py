@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bpgo_video import engine as engines
+from bpgo_video.code_version import this_code
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.ema import EMA
@@ -25,6 +26,8 @@ from bpgo_video.parallel.sequence import check_heads, parallelise
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
+from bpgo_video.policies.frozen_parts import save_memory
+from bpgo_video.policies.kernels import choose_attention, compile_blocks
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
 from bpgo_video.replay import Followed, Learner
@@ -36,22 +39,27 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
 
 @dataclass(frozen=True)
 class PolicySession:
-    """The parts that every run has, built and ready."""
+    """The parts that every run has, built and ready.
+
+    Attributes:
+        code: the versions of the program that train, in order; more than one where a run went on with another.
+    """
 
     config: Recipe
     mesh: Mesh
     policy: Policy
     engine: engines.Engine
     ema: EMA | None
+    code: list[str] = field(default_factory=lambda: [this_code()], kw_only=True)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the transformers and what they are conditioned on."""
         return self.engine.dtype
 
-    def evaluated_weights(self) -> AbstractContextManager[None]:
-        """Where the policy is measured: with its weights, or with their average."""
-        return self.ema.weights() if self.ema and self.config.evaluation.weights == "ema" else nullcontext()
+    def weights(self, kind: str) -> AbstractContextManager[None]:
+        """Where the policy is measured: with its weights (`raw`), or with their average (`ema`)."""
+        return self.ema.weights() if self.ema and kind == "ema" else nullcontext()
 
     @property
     def updates(self) -> Learner:
@@ -94,7 +102,7 @@ def sampling_policy(
     Args:
         build: how the transformers come into being; by default whole on every rank.
     """
-    return load_policy(
+    policy = load_policy(
         config.policy.folder,
         components=components,
         max_sequence_length=config.policy.max_sequence_length,
@@ -104,13 +112,17 @@ def sampling_policy(
         name=config.policy.family,
         options=config.policy.options,
     )
+    save_memory(policy, config.policy, mesh.device)
+    choose_attention(policy.transformers, config.policy.attention_backend)
+    return policy
 
 
 def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], mesh: Mesh) -> engines.Engine:
     """Adapters, checkpointing and sequence groups on the policy's transformers, which the engine then takes over."""
     trained = trained_names(policy.folder, config.policy.trained)
+    blocks = blocks_of(policy.transformers, policy.block_names)
     for name, module in policy.transformers.items():
-        prepare(module, config, mesh, trains=name in trained)
+        prepare(module, config, mesh, blocks, trains=name in trained)
     optim = config.optim
     engine = engines.Engine(
         policy.transformers,
@@ -118,13 +130,13 @@ def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], m
         ds_config,
         micro_batch_size=config.micro_batch_size,
         learning_rate_factor=learning_rate_factor(optim.schedule, optim.warmup_updates, config.num_updates),
-        block_classes=blocks_of(policy.transformers, policy.block_names),
+        block_classes=blocks,
     )
     policy.transformers = engine.wrapped
     return engine
 
 
-def prepare(module: Any, config: Recipe, mesh: Mesh, trains: bool) -> None:
+def prepare(module: Any, config: Recipe, mesh: Mesh, blocks: tuple[type, ...], trains: bool) -> None:
     """A transformer as the recipe wants it, before an engine takes it."""
     if not trains:
         module.requires_grad_(False)
@@ -133,6 +145,8 @@ def prepare(module: Any, config: Recipe, mesh: Mesh, trains: bool) -> None:
     if config.policy.gradient_checkpointing:
         module.enable_gradient_checkpointing()
     parallelise(module, mesh)
+    if config.policy.compile_blocks:
+        compile_blocks(module, blocks)
 
 
 def builder(ds_config: Mapping[str, Any]) -> Build:

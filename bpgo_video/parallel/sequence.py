@@ -62,7 +62,7 @@ class SequencePlan:
     head: str
     text_first: bool = False
     attention: Callable[[nn.Module], None] = dispatches
-    cross_attention: str = ""
+    cross_attention: str | None = None
     per_token: tuple[str, ...] = ()
 
 
@@ -148,6 +148,6 @@ def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
     # The class's module looks `dispatch_attention_fn` up at every call; processors hand it their `_parallel_config`.
     sys.modules[type(transformer).__module__].dispatch_attention_fn = attend  # type: ignore[attr-defined]
     for name, module in (named for blocks in lists for named in blocks.named_modules()):
-        crosses = bool(plan.cross_attention) and name.endswith(f".{plan.cross_attention}")
+        crosses = plan.cross_attention is not None and name.endswith(f".{plan.cross_attention}")
         if not crosses and hasattr(getattr(module, "processor", None), "_parallel_config"):
             module.processor._parallel_config = ulysses  # type: ignore[union-attr]

@@ -66,7 +66,7 @@ class HunyuanVideoPolicy(PipelinePolicy):
         train_timesteps = self.pipeline.scheduler.config.num_train_timesteps
         guidance = torch.full((len(latents),), self.embedded_guidance, dtype=dtype, device=latents.device)
         prediction = self.transformers(
-            self.transformer_at(float(sigma)),
+            self.transformer_at(float(sigma.max())),
             hidden_states=latents.to(dtype),
             timestep=(sigma.to(latents.device) * train_timesteps).expand(len(latents)),
             encoder_hidden_states=conditioning["prompt_embeds"],
@@ -83,6 +83,12 @@ class HunyuanVideoPolicy(PipelinePolicy):
         scale = self.options["embedded_guidance"]
         assert scale is not None
         return scale
+
+    @torch.no_grad()
+    def encode_video(self, videos: Videos) -> Latents:
+        vae = self.pipeline.vae
+        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
+        return vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:

@@ -89,7 +89,7 @@ class LTXPolicy(PipelinePolicy):
         temporal, spatial = self.strides
         seconds = temporal / conditioning["frame_rate"].view(-1, 1, 1, 1, 1)  # that a latent frame lasts
         prediction = self.transformers(
-            self.transformer_at(float(sigma)),
+            self.transformer_at(float(sigma.max())),
             hidden_states=whole.flatten(2).mT.to(dtype),
             timestep=self.timesteps(sigma, whole),
             encoder_hidden_states=conditioning["prompt_embeds"],
@@ -109,6 +109,18 @@ class LTXPolicy(PipelinePolicy):
     def timesteps(self, sigma: Tensor, whole: Whole) -> Tensor:
         """The noise level as the transformer takes it, for each sample."""
         return (sigma.to(whole.device) * self.pipeline.scheduler.config.num_train_timesteps).expand(len(whole))
+
+    @torch.no_grad()
+    def encode_video(self, videos: Videos) -> Latents:
+        return self.clean_latents(self.pipeline.vae, videos)[:, :, self.given_frames :]
+
+    def clean_latents(self, vae: Any, videos: Videos) -> Whole:
+        """Of pixels in [0, 1]: the mode of the VAE's distribution, normalised."""
+        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
+        encoded = torch.cat([vae.encode(one).latent_dist.mode().float() for one in pixels.split(1)])
+        statistics = (vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+        normalised: Whole = self.pipeline._normalize_latents(encoded, *statistics)
+        return normalised
 
     @torch.no_grad()
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:

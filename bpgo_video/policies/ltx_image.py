@@ -43,15 +43,7 @@ class LTXImagePolicy(LTXPolicy):
     @torch.no_grad()
     def image_conditioning(self, images: Images, video: VideoConfig) -> dict[str, Tensor]:
         """`image_latents`, the given frame: the mode of the VAE's distribution, from which the pipeline draws."""
-        return {"image_latents": self.image_latents(self.pipeline.vae, images)}
-
-    def image_latents(self, vae: Any, images: Images) -> Latents:
-        pixels = (2 * images - 1)[:, :, None].to(vae.device, vae.dtype)
-        encoded = torch.cat([vae.encode(one).latent_dist.mode().float() for one in pixels.split(1)])
-        normalised: Latents = self.pipeline._normalize_latents(
-            encoded, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
-        )
-        return normalised
+        return {"image_latents": self.clean_latents(self.pipeline.vae, images[:, None])}
 
     def whole(self, latents: Latents, conditioning: Conditioning) -> Whole:
         """The given frame and the sampled ones."""
@@ -69,7 +61,7 @@ class LTXImagePolicy(LTXPolicy):
     ) -> dict[str, Any]:
         """The pipeline takes the image for what stands in front of the noise, where it is given noise."""
         assert images is not None
-        given = self.image_latents(pipeline.vae, images).to(latents.device)
+        given = self.clean_latents(pipeline.vae, images[:, None]).to(latents.device)
         arguments = super().call_arguments(pipeline, torch.cat([given, latents], dim=2), video, images)
         seed = generator_of(*DECODE_NOISE).initial_seed()
         return {**arguments, "generator": torch.Generator(pipeline.device).manual_seed(seed)}
