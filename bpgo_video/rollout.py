@@ -32,6 +32,7 @@ class Denoiser:
     Attributes:
         sigmas: noise levels of the whole schedule.
         sampler: transition of the stochastic steps; the others follow the ODE by `solver`.
+        guidance_scale_2: of a pipeline's second transformer; None takes the first one's.
         latents_dtype: latents are rounded to it after each step, before a log-prob is taken.
         records_means: keep the mean of each stochastic transition, for trust regions that compare it.
         records_path: keep the latents of every noise level, not of the last alone.
@@ -48,6 +49,7 @@ class Denoiser:
     records_means: bool = False
     records_path: bool = True
     records_frames: bool = False
+    guidance_scale_2: float | None = None
 
     @cached_property
     def steps(self) -> list[sde.Step]:
@@ -55,8 +57,18 @@ class Denoiser:
 
     def velocity(self, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning) -> Velocity:
         """At the start of step `index`, guided; differentiable in the policy's parameters."""
-        sigma = self.sigmas[index]
-        return guided_velocity(self.policy, latents.float(), sigma, conditioning, negative, self.guidance_scale)
+        scale = self.guidance_at(index)
+        return guided_velocity(self.policy, latents.float(), self.sigmas[index], conditioning, negative, scale)
+
+    def guidance_at(self, index: int) -> float:
+        """The scale of the transformer that computes step `index`."""
+        if self.guidance_scale_2 is None or self.transformer_at(index) == self.policy.transformer_names[0]:
+            return self.guidance_scale
+        return self.guidance_scale_2
+
+    def transformer_at(self, index: int) -> str:
+        """The name of the transformer that computes step `index`."""
+        return self.policy.transformer_at(float(self.sigmas[index]))
 
     def transition(
         self, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning

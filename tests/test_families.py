@@ -47,17 +47,17 @@ def policy(case: Case, folder: Path) -> Policy:
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_ode_rollout_is_the_pipelines_own(case: Case, folder: Path, policy: Policy, guided: bool) -> None:
     """Schedule, shift, text, image, guidance, normalisation of latents: all of it, to the pixel."""
-    scale = case.guidance_scale if guided else 1.0
+    scale, scale_2 = (case.guidance_scale, case.guidance_scale_2) if guided else (1.0, None)
     config = case.recipe(folder)
     prompts, negative = case.prompts(policy, config)
     start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     denoiser = Denoiser(
         policy=policy, sigmas=policy.sigmas(STEPS, case.video), sampler="ode", eta=0.0, guidance_scale=scale,
-        latents_dtype=torch.float32,
+        guidance_scale_2=scale_2, latents_dtype=torch.float32,
     )  # fmt: skip
     latents = denoiser.denoise(start, prompts.conditioning, negative, lambda _: start).latents[:, -1]
     found = policy.decode(latents, prompts.conditioning)
-    expected = case.diffusers_videos(policy, start, STEPS, scale)
+    expected = case.diffusers_videos(policy, start, STEPS, guided)
     assert found.shape[1] == case.video.num_frames
     assert found.std() > 0.01
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
