@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bpgo_video.config import ConfigError, OptimConfig
 from bpgo_video.master_weights import ZeroMasters
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.touched import Touched, alternatives
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
@@ -154,8 +155,9 @@ def _complete(ds_config: Mapping[str, Any], micro_batch_size: int, max_grad_norm
     }
 
 
-def _optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _optimizer(parts: Sequence[nn.Module], optim: OptimConfig) -> torch.optim.Optimizer:
+    """A parameter group for each part."""
+    trained = [{"params": [p for p in part.parameters() if p.requires_grad]} for part in parts]
     if optim.name == "sgd":
         return torch.optim.SGD(trained, lr=optim.learning_rate, weight_decay=optim.weight_decay)
     return torch.optim.AdamW(
@@ -192,13 +194,15 @@ class Engine:
         self.trains_all = all(parameter.requires_grad for parameter in module.parameters())
         if self.stage == 3:  # a block is fetched as one unit: fewer hooks, fewer and larger gathers
             set_z3_leaf_modules(module, list(block_classes))
-        optimizer = _optimizer(module, optim)
+        parts = alternatives(module)
+        optimizer, self._touched = _optimizer(parts, optim), Touched(parts)
         self.wrapped, _, _, self.schedule = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor),
             config=_complete(ds_config, micro_batch_size, optim.max_grad_norm),
         )
+        self._touched.watch(self.wrapped, self.stage)
 
     @property
     def module(self) -> nn.Module:
@@ -223,7 +227,9 @@ class Engine:
         Raises:
             FloatingPointError: the gradient is not finite; the weights in memory are spoilt, the checkpoints are not.
         """
+        self._touched.before_step(self.wrapped, self.stage)
         self.wrapped.step()
+        self._touched.after_step(self.wrapped, self.stage)
         norm = self.wrapped.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
         if norm != norm or norm == float("inf"):

@@ -15,6 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from bpgo_video.config import STRICT, Positive, VideoConfig
+from bpgo_video.experts import guidance_rules
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.run_weights import Source, find_source, holds_checkpoint
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bpgo_video import sde
 from bpgo_video.config import Config
+from bpgo_video.experts import trainable_steps
 from bpgo_video.losses import TrustRegion
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, guided_velocity
@@ -140,6 +141,7 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
         records_means=trust_region(config).needs_means or pulls_to_previous(config),
         records_path=config.loss.objective == "policy_gradient",
         records_frames=config.credit.kind == "segment",
+        guidance_scale_2=sampler.guidance_scale_2,
     )
 
 
@@ -153,22 +155,24 @@ def trust_region(config: Config) -> TrustRegion:
     return TrustRegion(loss.trust_region, loss.clip_range, loss.divergence_limit, loss.ratio)
 
 
-def trained_steps_of(config: Config, step: int) -> TrainedSteps:
+def trained_steps_of(policy: Policy, config: Config, step: int) -> TrainedSteps:
     """Which denoising steps training step `step` trains: drawn once for all prompts, or for each by its id."""
-    sampler, seed = config.sampler, config.run.seed
+    sampler, seed, trainable = config.sampler, config.run.seed, trainable_steps(policy, config)
     start = sampler.window_start + (step // sampler.window_every if sampler.window_every else 0)
 
     def select(prompt: int) -> tuple[int, ...]:
         own = (prompt,) if sampler.share_steps == "group" else ()
         generator = generator_of(seed, "trained steps", step, *own)
-        return STEP_SELECTIONS[sampler.train_steps](sampler.num_steps, sampler.trained_count, start, generator)
+        count = sampler.trained_of(len(trainable))
+        places = STEP_SELECTIONS[sampler.train_steps](len(trainable) + 1, count, start, generator)
+        return tuple(trainable[place] for place in places)
 
     return select
 
 
-def sampled_steps(config: Config, step: int) -> TrainedSteps:
+def sampled_steps(policy: Policy, config: Config, step: int) -> TrainedSteps:
     """The stochastic steps of a rollout: the trained ones, or none where only its final videos are learnt from."""
-    return trained_steps_of(config, step) if config.loss.objective == "policy_gradient" else no_steps
+    return trained_steps_of(policy, config, step) if config.loss.objective == "policy_gradient" else no_steps
 
 
 def rows_of(conditioning: Conditioning, rows: Tensor, device: torch.device) -> dict[str, Tensor]:

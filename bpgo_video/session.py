@@ -23,12 +23,13 @@ from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, req
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.ema import EMA
+from bpgo_video.experts import check_experts
 from bpgo_video.parallel.agreement import same_everywhere, same_verdict
 from bpgo_video.parallel.memory import fits_everywhere
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import check_heads, parallelise
 from bpgo_video.paths import resolve_folder
-from bpgo_video.policies import Policy, family, load_policy
+from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
@@ -137,7 +138,10 @@ def read_inputs(config: Config, need_priors: bool) -> tuple[dict[str, Any], Prom
     splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
     for split in splits:
         shards.rows(split)
-    check_images(config, family(folder, config.policy.family).takes_images, shards, splits)
+    policy = load_policy(config.policy.folder, components=(), max_sequence_length=1, name=config.policy.family)
+    policy.latent_shape(config.video)  # a size that the family cannot make ends the run here
+    check_experts(policy, config)
+    check_images(config, policy.takes_images, shards, splits)
     if need_priors and reads_priors(config):
         require_priors(shards.directory, config.rewards)
     return ds_config, shards
@@ -268,7 +272,6 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     dtype = engines.compute_dtype(ds_config)
 
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config))
-    policy.latent_shape(config.video)  # a size that the family cannot make ends the run here
     heldout = heldout_prompts(config, shards, policy)
     if heldout is not None:
         heldout = conditioned(heldout, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)

@@ -89,7 +89,7 @@ class WanPolicy(PipelinePolicy):
             encoder_hidden_states_image=conditioning.get("image_embeds"),
             return_dict=False,
         )[0]
-        return prediction.float()
+        return prediction[:, :, self.given_frames :].float()
 
     def timesteps(self, latents: Latents, sigma: Tensor) -> Tensor:
         """The noise level in the transformer's units: [samples], or [samples, tokens]."""

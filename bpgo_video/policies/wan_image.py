@@ -18,7 +18,7 @@ from bpgo_video.config import ConfigError, VideoConfig
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.policies.transformers import read_index
 from bpgo_video.policies.wan import WanPolicy
-from bpgo_video.types import Conditioning, Latents, Velocity, Videos
+from bpgo_video.types import Conditioning, Latents, Videos
 
 
 class WanImagePolicy(WanPolicy):
@@ -106,9 +106,6 @@ class WanFirstFramePolicy(WanPolicy):
 
     def transformer_input(self, latents: Latents, conditioning: Conditioning) -> Tensor:
         return torch.cat([conditioning["image_latents"].to(latents), latents], dim=2)
-
-    def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
-        return super().velocity(latents, sigma, conditioning)[:, :, 1:]
 
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
         return super().decode(self.transformer_input(latents, conditioning), conditioning)
