@@ -89,9 +89,9 @@ def credit_by_frame(session: Session, rewards: Rewards) -> Float[Tensor, "prompt
     credit = session.config.credit
     if credit.kind == "video":
         return None
-    video = session.config.video
-    later_latents = session.policy.latent_shape(video)[1] - 1
+    video, policy = session.config.video, session.policy
+    later_latents = policy.latent_shape(video)[1] + policy.given_frames - 1
     stride = (video.num_frames - 1) // later_latents if later_latents else 1
     per_frame = {name: scores.cpu() for name, scores in rewards.per_frame.items()}
-    layout = FrameLayout(video.num_frames, video.fps, stride)
+    layout = FrameLayout(video.num_frames, video.fps, stride, policy.given_frames)
     return segment_credit(per_frame, rewards.frame_times, session.suite.weights, layout, credit.gamma)

@@ -168,9 +168,7 @@ def describe(
     images = hashlib.sha256()
     for file in (file for record in records for file in record.media.values()):
         images.update(file.data)
-    adapters = {
-        name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in settings.adapters.items()
-    }
+    adapters = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in settings.adapters.items()}
     return {
         "policy_fingerprint": fingerprint(folder, parts),
         "checkpoint_fingerprint": checkpoint and fingerprint(checkpoint.folder.parent, (checkpoint.folder.name,)),

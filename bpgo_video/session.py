@@ -32,7 +32,7 @@ from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
+from bpgo_video.policies.transformers import Transformers, blocks_of, trained_names, transformer_names
 from bpgo_video.priors import STORED
 from bpgo_video.reference import Averaged, FrozenCopy, Reference, WithoutAdapters
 from bpgo_video.replay import Followed, Learner
@@ -244,9 +244,11 @@ def build_reference(
     if config.policy.lora.rank:
         return WithoutAdapters(engine.module)
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config), components=("transformer",))
-    for module in policy.transformers.requires_grad_(False).values():
+    trained = trained_names(policy.folder, config.policy.trained)  # steps of the others are never compared
+    kept = Transformers({name: policy.transformers[name] for name in trained}).requires_grad_(False)
+    for module in kept.values():
         parallelise(module, mesh)
-    policy.transformers = engines.frozen(policy.transformers, ds_config)
+    policy.transformers = engines.frozen(kept, ds_config)
     return FrozenCopy(policy)
 
 

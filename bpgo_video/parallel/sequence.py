@@ -26,6 +26,8 @@ class SequencePlan:
         blocks: its lists of blocks, in order; the first argument of the very first block is `hidden_states`.
         rope: the module whose outputs are rotary embeddings, a row per token along `rope_dim`.
         head: the last module that works on tokens.
+        times: the module that embeds timesteps, where every token may have its own: [samples x tokens] and, as the
+            keyword `timestep_seq_len`, how many tokens.
         text_first: whether text tokens stand before the video's in joint attention.
     """
 
@@ -33,11 +35,14 @@ class SequencePlan:
     rope: str
     rope_dim: int
     head: str
+    times: str | None = None
     text_first: bool = False
 
 
 PLANS = {
-    "WanTransformer3DModel": SequencePlan(blocks=("blocks",), rope="rope", rope_dim=1, head="proj_out"),
+    "WanTransformer3DModel": SequencePlan(
+        blocks=("blocks",), rope="rope", rope_dim=1, head="proj_out", times="condition_embedder"
+    ),
     "HunyuanVideoTransformer3DModel": SequencePlan(
         blocks=("transformer_blocks", "single_transformer_blocks"), rope="rope", rope_dim=0, head="proj_out"
     ),
@@ -83,12 +88,23 @@ def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
     def split_rope(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(ulysses.split(part, plan.rope_dim) for part in output)
 
+    def split_times(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tokens = kwargs["timestep_seq_len"]
+        if tokens is None:
+            return args, kwargs
+        own = ulysses.split(args[0].unflatten(0, (-1, tokens)), 1)
+        return (own.flatten(), *args[1:]), {**kwargs, "timestep_seq_len": own.shape[1]}
+
     def join(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         return ulysses.join(output, 1)
 
     lists = [transformer.get_submodule(name) for name in plan.blocks]
     transformer.get_submodule(f"{plan.blocks[0]}.0").register_forward_pre_hook(enter, with_kwargs=True)
     transformer.get_submodule(plan.rope).register_forward_hook(split_rope)
+    if plan.times is not None:
+        transformer.get_submodule(plan.times).register_forward_pre_hook(split_times, with_kwargs=True)
     transformer.get_submodule(plan.head).register_forward_hook(join)
     # The class's module looks `dispatch_attention_fn` up at every call; processors hand it their `_parallel_config`.
     sys.modules[type(transformer).__module__].dispatch_attention_fn = attend  # type: ignore[attr-defined]

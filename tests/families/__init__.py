@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from bpgo_video.policies import Policy, load_policy
 from tests.families.case import Case
-from tests.families.wan import WAN, WAN_IMAGE
+from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 from tests.families.wan22 import WAN_22, WAN_22_IMAGE, WAN_22_TI2V, WAN_22_TI2V_IMAGE
 
 CASES: dict[str, Case] = {
     "wan": WAN,
+    "wan_one_frame": WAN_ONE_FRAME,
     "wan_image": WAN_IMAGE,
     "wan22": WAN_22,
     "wan22_image": WAN_22_IMAGE,
