@@ -151,7 +151,7 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     Raises:
         GenerationError: a size that the policy cannot make, or a value out of range.
     """
-    given = asdict(settings) | {"num_inference_steps": settings.num_steps}
+    given: dict[str, Any] = asdict(settings) | {"num_inference_steps": settings.num_steps}
     defaults = pipeline_defaults(policy.pipeline_name)
     limit = tokenizer_limit(policy.folder)
     if limit is not None:

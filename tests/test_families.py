@@ -69,7 +69,8 @@ def test_the_ratio_is_one_and_an_update_lowers_its_own_loss(case: Case, folder: 
     prompts, negative = case.prompts(policy, config)
     chunks = sample_chunks(
         training_denoiser(policy, config), prompts, negative, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
-        latent_shape=policy.latent_shape(case.video), key=(0, "rollout", 0), trained_steps=trained_steps_of(policy, config, 0),
+        latent_shape=policy.latent_shape(case.video), key=(0, "rollout", 0),
+        trained_steps=trained_steps_of(policy, config, 0),
     )  # fmt: skip
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
