@@ -151,13 +151,14 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     Raises:
         GenerationError: a size that the policy cannot make, or a value out of range.
     """
-    given: dict[str, Any] = asdict(settings) | {"num_inference_steps": settings.num_steps}
+    given = asdict(settings) | {"num_inference_steps": settings.num_steps}
     defaults = pipeline_defaults(policy.pipeline_name)
     limit = tokenizer_limit(policy.folder)
     if limit is not None:
         defaults["max_sequence_length"] = min(defaults["max_sequence_length"], limit)
     names = [field.name for field in fields(CallSettings)]
-    call = CallSettings(**{name: defaults.get(name) if given[name] is None else given[name] for name in names})
+    values: dict[str, Any] = {name: defaults.get(name) if given[name] is None else given[name] for name in names}
+    call = CallSettings(**values)
     if call.guidance_scale < 1:
         raise GenerationError(f"guidance_scale is {call.guidance_scale}; it must be 1 or more, 1 switches it off")
     for message in guidance_rules("", call.guidance_scale, call.guidance_scale_2, policy.transformer_names):

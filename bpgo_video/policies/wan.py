@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video import sde
@@ -82,7 +80,7 @@ class WanPolicy(PipelinePolicy):
     def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
         dtype = conditioning["prompt_embeds"].dtype
         prediction = self.transformers(
-            self.transformer_at(float(sigma)),
+            self.transformer_at(float(sigma.max())),
             hidden_states=self.transformer_input(latents, conditioning).to(dtype),
             timestep=self.timesteps(latents, sigma),
             encoder_hidden_states=conditioning["prompt_embeds"],
@@ -100,18 +98,19 @@ class WanPolicy(PipelinePolicy):
         """What enters the first layer: here the noisy latents alone."""
         return latents
 
-    def encoded(self, pixels: Float[Tensor, "samples 3 frames height width"]) -> Latents:
-        """Latents of videos in [-1, 1], without the encoder's noise."""
-        vae: Any = self.pipeline.vae
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
-        mean, std = self.latent_statistics(latents.device)
-        return (latents - mean) / std
-
     def latent_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's latents, by channel: the policy's latents have 0 and 1."""
         config = self.vae_config
         mean, std = (torch.tensor(config[f"latents_{name}"], device=device) for name in ("mean", "std"))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+    @torch.no_grad()
+    def encode_video(self, videos: Videos) -> Latents:
+        vae = self.pipeline.vae
+        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
+        encoded = vae.encode(pixels).latent_dist.mode()
+        mean, std = self.latent_statistics(encoded.device)
+        return ((encoded - mean) / std).float()
 
     @torch.no_grad()
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:

@@ -55,9 +55,9 @@ class WanImagePolicy(WanPolicy):
         return {"image_latents": latents, "image_embeds": self._image_embeds(images)}
 
     def _image_latents(self, image: Float[Tensor, "1 3 height width"], video: VideoConfig) -> Tensor:
-        pixels = torch.zeros(1, 3, video.num_frames, *image.shape[2:])
-        pixels[:, :, 0] = 2 * image - 1
-        latents = self.encoded(pixels)
+        frames = torch.full((1, video.num_frames, *image.shape[1:]), 0.5)
+        frames[:, 0] = image
+        latents = self.encode_video(frames)
         mask = latents.new_zeros(1, self.vae_config["scale_factor_temporal"], *latents.shape[2:])
         mask[:, :, 0] = 1
         return torch.cat([mask, latents], dim=1)
@@ -95,7 +95,11 @@ class WanFirstFramePolicy(WanPolicy):
         self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
     ) -> dict[str, Tensor]:
         """`image_latents`: the first latent frame, [prompts, channels, 1, latent_height, latent_width]."""
-        return {"image_latents": torch.cat([self.encoded(2 * image[:, :, None] - 1) for image in images[:, None]])}
+        encode = super().encode_video
+        return {"image_latents": torch.cat([encode(image[None, None]) for image in images])}
+
+    def encode_video(self, videos: Videos) -> Latents:
+        return super().encode_video(videos)[:, :, self.given_frames :]
 
     def timesteps(self, latents: Latents, sigma: Tensor) -> Tensor:
         frames, height, width = (
