@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bpgo_video import engine
+from bpgo_video.conditioning import cast
 from bpgo_video.config import OptimConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
@@ -62,7 +63,8 @@ class Learner:
 
     def __init__(self, folder: Path, ds_config: dict[str, Any], inputs: Inputs, mesh: Mesh) -> None:
         build = partial(engine.build_sharded, ds_config) if engine.zero_stage(ds_config) == 3 else from_pretrained
-        self.policy = CASE.policy(folder, components=("transformer",), build=build)
+        dtype = engine.compute_dtype(ds_config)
+        self.policy = CASE.policy(folder, components=("transformer",), build=build, dtype=dtype)
         for module in self.policy.transformers.values():
             module.enable_gradient_checkpointing()
         self.engine = engine.Engine(
@@ -72,7 +74,8 @@ class Learner:
         self.policy.transformers = self.engine.wrapped
         latents, conditioning, target = inputs
         mine = slice(mesh.rank, mesh.rank + 1)
-        self.inputs = (latents[mine], {name: value[mine] for name, value in conditioning.items()}, target[mine])
+        own = cast({name: value[mine] for name, value in conditioning.items()}, dtype)
+        self.inputs = (latents[mine], own, target[mine])
 
     def update(self, number: int) -> float:
         """A rollout through both transformers, sharded or gathered, and then update `number`; its gradient's norm."""
@@ -90,12 +93,18 @@ def run(folder: Path, scratch: Path, ds_config: dict[str, Any], inputs: Inputs, 
     """Errors of each update, and of the last ones by an engine that went on from what the first had saved."""
     expected, norms = reference(folder, inputs)
     first = Learner(folder, ds_config, inputs, mesh)
-    errors, found_norms = [], []
+    size = sum(weight.numel() for weight in expected[0].values()) * first.engine.dtype.itemsize
+    missing = first.engine.missing_bytes / size
+    errors, found_norms, moved = [], [], []
     for number in range(len(UPDATES)):
         if number == 3:
             first.engine.save(scratch, "saved", {})
+        before = whole(first.engine)
         found_norms.append(first.update(number))
-        errors.append(largest_error(whole(first.engine), expected[number]))
+        after = whole(first.engine)
+        errors.append(largest_error(after, expected[number]))
+        changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+        moved.append(sorted({name.partition(".")[0] for name in changed}))
     second = Learner(folder, ds_config, inputs, mesh)
     second.engine.load(scratch, "saved")
     for number in range(3, len(UPDATES)):
@@ -105,6 +114,8 @@ def run(folder: Path, scratch: Path, ds_config: dict[str, Any], inputs: Inputs, 
         "errors": errors,
         "norms": [found / norm - 1 for found, norm in zip(found_norms, norms, strict=True)],
         "resumed": all(torch.equal(last[name], again[name]) for name in last),
+        "moved": moved,
+        "missing": missing,
     }
 
 

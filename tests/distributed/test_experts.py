@@ -21,6 +21,7 @@ from tests.recipes import make_shards
 pytestmark = pytest.mark.slow
 
 CONFIGS = ("zero1", "zero2", "zero3", "zero3_offload")
+BOTH, HIGH, LOW = ["transformer", "transformer_2"], ["transformer"], ["transformer_2"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def updates(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     """What each rank found, by DeepSpeed configuration."""
     output = tmp_path_factory.mktemp("experts")
     CASES["wan22"].write(output / "pipeline")
-    run_ranks(2, [str(output / "pipeline"), str(output), *CONFIGS], worker="experts_worker")
+    run_ranks(2, [str(output / "pipeline"), str(output), *CONFIGS, "zero3_bf16"], worker="experts_worker")
     return [json.loads(path.read_text()) for path in sorted(output.glob("rank*.json"))]
 
 
@@ -37,6 +38,17 @@ def test_updates_that_touch_one_leave_the_other(updates: list[dict[str, dict]], 
     for found in updates:
         assert max(found[config]["errors"]) < 1e-5
         assert max(map(abs, found[config]["norms"])) < 1e-4
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, "zero3_bf16"])
+def test_no_bit_of_the_other_changes(updates: list[dict[str, dict]], config: str) -> None:
+    assert all(found[config]["moved"] == [BOTH, HIGH, BOTH, LOW, BOTH] for found in updates)
+
+
+@pytest.mark.parametrize("config", ["zero3", "zero3_bf16"])
+def test_what_a_gathered_rollout_takes_counts_both(updates: list[dict[str, dict]], config: str) -> None:
+    for found in updates:
+        assert 0.49 < found[config]["missing"] < 0.51  # half of all weights: the other rank has them
 
 
 @pytest.mark.parametrize("config", CONFIGS)
