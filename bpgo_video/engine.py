@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +16,17 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero import unwrap_model_for_generation
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from bpgo_video.block_calls import call_by_position
 from bpgo_video.config import ConfigError
 from bpgo_video.master_weights import ZeroMasters
+from bpgo_video.model_buffers import model_buffers, put_in_place, stored
+from bpgo_video.optimiser import optimiser_of
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.run_config import OptimiserConfig
 from bpgo_video.touched import Touched, alternatives
@@ -64,6 +68,11 @@ def read_ds_config(path: str) -> dict[str, Any]:
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def zero_settings(ds_config: Mapping[str, Any]) -> DeepSpeedZeroConfig:
+    """What the JSON says of ZeRO, with DeepSpeed's own defaults for the rest."""
+    return DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
 
 
 def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
@@ -114,21 +123,22 @@ def stop_ranks() -> None:
 def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """A diffusers model that is born sharded (ZeRO-3) and filled tensor by tensor from its safetensors.
 
-    No rank ever holds more than its shard and the one tensor at hand; rank 0 reads the file and broadcasts.
+    No rank ever holds more than its shard and the one tensor at hand; rank 0 reads the file and broadcasts. Buffers are
+    whole on every rank, and exact.
     """
     with deepspeed.zero.Init(config_dict_or_path=_complete(ds_config, 1, 0.0), dtype=dtype):
         model = model_class.from_config(model_class.load_config(folder))
     where = tensor_files(folder)
-    named = dict(model.named_parameters())
-    missing, foreign = sorted(set(named) - set(where)), sorted(set(where) - set(named))
+    named, buffers = dict(model.named_parameters()), model_buffers(model_class, folder, where)
+    missing, foreign = sorted(set(named) - set(where)), sorted(set(where) - set(named) - set(buffers))
     if missing or foreign:
         raise ValueError(f"{folder}: weights do not fit the config; missing {missing[:3]}, unknown {foreign[:3]}")
     reads_file = torch.distributed.get_rank() == 0
     for name, parameter in named.items():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if reads_file:
-                with safe_open(where[name], framework="pt") as file:
-                    parameter.data.copy_(file.get_tensor(name))
+                parameter.data.copy_(stored(where[name], name))
+    put_in_place(model, buffers)
     return model
 
 
@@ -154,16 +164,6 @@ def _complete(ds_config: Mapping[str, Any], micro_batch_size: int, max_grad_norm
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-
-
-def _optimizer(parts: Sequence[nn.Module], optim: OptimiserConfig) -> torch.optim.Optimizer:
-    """A parameter group for each part."""
-    trained = [{"params": [p for p in part.parameters() if p.requires_grad]} for part in parts]
-    if optim.name == "sgd":
-        return torch.optim.SGD(trained, lr=optim.learning_rate, weight_decay=optim.weight_decay)
-    return torch.optim.AdamW(
-        trained, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-    )
 
 
 def frozen(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:
@@ -195,8 +195,9 @@ class Engine:
         self.trains_all = all(parameter.requires_grad for parameter in module.parameters())
         if self.stage == 3:  # a block is fetched as one unit: fewer hooks, fewer and larger gathers
             set_z3_leaf_modules(module, list(block_classes))
+            call_by_position(module, block_classes)
         parts = alternatives(module)
-        optimizer, self._touched = _optimizer(parts, optim), Touched(parts)
+        optimizer, self._touched = optimiser_of(parts, optim), Touched(parts)
         self.wrapped, _, _, self.schedule = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

@@ -1,7 +1,8 @@
 """How are videos made with a finished policy? By diffusers' own pipeline, each rank its own videos, into mp4 files.
 
-Initial latents are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and what was made
-before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the same command.
+Initial latents and further draws are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and
+what was made before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the
+same command.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 import diffusers
 import torch
 import tyro
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video import engine
@@ -55,7 +58,7 @@ from bpgo_video.lora_files import load_lora
 from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.randomness import keyed_noise
+from bpgo_video.randomness import fixed_draws, generator_of, keyed_noise
 from bpgo_video.run_weights import DTYPES, WEIGHTS, put_into
 from bpgo_video.types import Latents, Videos
 from bpgo_video.zero_files import CheckpointError
@@ -187,6 +190,7 @@ def describe(
         "fps": settings.fps,
         "dtype": settings.dtype,
         **asdict(call),
+        **model.policy.options,
     }
 
 
@@ -198,7 +202,8 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
     """
     dtype = DTYPES[settings.dtype]
     pipeline_class = getattr(diffusers, model.policy.pipeline_name)
-    pipeline = pipeline_class.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": torch.float32})
+    of_vae = dtype if model.policy.one_dtype else torch.float32
+    pipeline = pipeline_class.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": of_vae})
     pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
     if model.checkpoint is not None:
         weights = WEIGHTS[settings.weights](model.checkpoint.folder)
@@ -235,24 +240,34 @@ def sample(
     """Videos in [0, 1] of the jobs, in one batch through the pipeline; image-to-video takes one image a call."""
     if len(jobs) > 1 and jobs[0].prompt.media:
         return torch.cat([sample(pipeline, policy, [job], settings, call) for job in jobs])
-    image = {"image": first_frame(jobs[0], call)} if jobs[0].prompt.media else {}
+    images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
     video = video_of(settings, call, policy)
-    output = pipeline(
-        prompt=[job.prompt.prompt for job in jobs],
-        negative_prompt=[settings.negative_prompt] * len(jobs),
-        output_type="pt",
-        **policy.call_arguments(initial_latents(jobs, policy.latent_shape(video)), video),
-        **image,
-        **call.given(),
-    )
+    latents = initial_latents(jobs, policy.latent_shape(video))
+    arguments = call.given()
+    arguments[policy.guidance_argument] = arguments.pop("guidance_scale")
+    arguments["generator"] = [generator_of(*job.latents_key, "pipeline") for job in jobs]  # of noise within the steps
+    arguments |= policy.call_arguments(pipeline, latents, video, images)
+    if images is not None:
+        arguments["image"] = to_picture(images[0])
+    with fixed_draws(pipeline.device):
+        output = pipeline(
+            prompt=[job.prompt.prompt for job in jobs],
+            negative_prompt=[settings.negative_prompt] * len(jobs),
+            output_type="pt",
+            **arguments,
+        )
     return output.frames.float().clamp(0, 1).cpu()
 
 
-def first_frame(job: Job, call: CallSettings) -> Image.Image:
-    """The job's image, fitted to the video as training fits it."""
+def first_frame(job: Job, call: CallSettings) -> Float[Tensor, "3 height width"]:
+    """The job's image in [0, 1], fitted to the video as training fits it."""
     pixels = decode_image(job.prompt.media["image"].data, f"prompt {job.prompt.prompt!r}")
-    fitted = fit_image(pixels, call.height, call.width)
-    return Image.fromarray((fitted * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    return fit_image(pixels, call.height, call.width)
+
+
+def to_picture(image: Float[Tensor, "3 height width"]) -> Image.Image:
+    """What the pipelines take."""
+    return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from bpgo_video import generation
 from bpgo_video.config import LoraConfig
-from bpgo_video.config_io import to_yaml
 from bpgo_video.conversion import Conversion, convert
 from bpgo_video.data.build import build_shards
 from bpgo_video.data.prompt_files import prompt_id
@@ -23,11 +22,9 @@ from bpgo_video.data.prompt_records import EncoderStamp
 from bpgo_video.data.video import write_video
 from bpgo_video.generation import generate, load_pipeline, plan, read_records, sample
 from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.policies.lora import add_lora
 from bpgo_video.run_weights import find_source
 from tests.random_wan import random_wan
-from tests.recipes import small_recipe
-from tests.zero_checkpoints import write_checkpoint
+from tests.written_runs import write_run
 
 TEXTS = ["a red circle moving left", "a blue square moving up", "a shape moving right"]
 LORA = LoraConfig(rank=2, alpha=4)
@@ -46,24 +43,6 @@ def settings(base: Path, tmp_path: Path) -> GenerationSettings:
         policy=str(base), prompts=prompts, output=tmp_path / "videos", seed=5, num_steps=2, guidance_scale=1.0,
         num_frames=9, height=64, width=64, fps=8, samples_per_prompt=2, batch_size=6,
     )  # fmt: skip
-
-
-def write_run(base: Path, run_dir: Path, lora: LoraConfig) -> Path:
-    """A run of one checkpoint whose weights are not the base model's; its folder."""
-    generator = torch.Generator().manual_seed(7)
-    model = WanPipeline.from_pretrained(base).transformer
-    if lora.rank:
-        add_lora(model, lora, seed=0)
-    trained = {
-        f"transformer.{name}": parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    write_checkpoint(run_dir / "checkpoints" / "step-000002", [trained])
-    (run_dir / "checkpoints" / "latest").write_text("step-000002")
-    config = small_recipe(run_dir, run_dir / "shards", policy={"folder": str(base), "lora": lora})
-    (run_dir / "config.yaml").write_text(to_yaml(config))
-    return run_dir
 
 
 def first_video(settings: GenerationSettings) -> torch.Tensor:

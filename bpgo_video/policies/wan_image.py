@@ -114,6 +114,12 @@ class WanFirstFramePolicy(WanPolicy):
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
         return super().decode(self.transformer_input(latents, conditioning), conditioning)
 
-    def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
+    def call_arguments(
+        self,
+        pipeline: Any,
+        latents: Latents,
+        video: VideoConfig,
+        images: Float[Tensor, "prompts 3 height width"] | None,
+    ) -> dict[str, Any]:
         """The pipeline replaces the first frame of the noise by the image's."""
         return {"latents": torch.cat([torch.zeros_like(latents[:, :, :1]), latents], dim=2)}

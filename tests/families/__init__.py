@@ -7,6 +7,16 @@ from __future__ import annotations
 
 from bpgo_video.policies import Policy, load_policy
 from tests.families.case import Case
+from tests.families.cogvideox import (
+    COGVIDEOX,
+    COGVIDEOX_IMAGE,
+    COGVIDEOX_PAIRS,
+    COGVIDEOX_PAIRS_IMAGE,
+    COGVIDEOX_PAIRS_ONE_FRAME,
+)
+from tests.families.hunyuan import HUNYUAN
+from tests.families.ltx import LTX, LTX_IMAGE
+from tests.families.mochi import MOCHI
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 from tests.families.wan22 import WAN_22, WAN_22_IMAGE, WAN_22_TI2V, WAN_22_TI2V_IMAGE
 
@@ -18,6 +28,15 @@ CASES: dict[str, Case] = {
     "wan22_image": WAN_22_IMAGE,
     "wan22_ti2v": WAN_22_TI2V,
     "wan22_ti2v_image": WAN_22_TI2V_IMAGE,
+    "cogvideox": COGVIDEOX,
+    "cogvideox_image": COGVIDEOX_IMAGE,
+    "cogvideox_pairs": COGVIDEOX_PAIRS,
+    "cogvideox_pairs_one_frame": COGVIDEOX_PAIRS_ONE_FRAME,
+    "cogvideox_pairs_image": COGVIDEOX_PAIRS_IMAGE,
+    "mochi": MOCHI,
+    "ltx": LTX,
+    "ltx_image": LTX_IMAGE,
+    "hunyuan": HUNYUAN,
 }
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]
