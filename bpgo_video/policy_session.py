@@ -118,6 +118,7 @@ def describe_policy(config: Recipe) -> Policy:
         components=(),
         max_sequence_length=config.policy.max_sequence_length,
         name=config.policy.family,
+        options=config.policy.options,
     )
 
 
