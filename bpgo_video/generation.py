@@ -137,7 +137,14 @@ def read_records(settings: GenerationSettings, with_images: bool = False) -> lis
         lines = read_prompts([settings.prompts])
         pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
     return [
-        PromptRecord(record.id, record.prompt, record.split, record.tags, media=_image(record, media, with_images))
+        PromptRecord(
+            record.id,
+            record.prompt,
+            record.split,
+            record.tags,
+            record.negative_prompt,
+            media=_image(record, media, with_images),
+        )
         for record, media in pairs
     ]
 
@@ -252,7 +259,7 @@ def sample(
     with fixed_draws(pipeline.device):
         output = pipeline(
             prompt=[job.prompt.prompt for job in jobs],
-            negative_prompt=[settings.negative_prompt] * len(jobs),
+            negative_prompt=[job.negative_prompt(settings.negative_prompt) for job in jobs],
             output_type="pt",
             **arguments,
         )
