@@ -64,7 +64,7 @@ def test_one_folder_makes_videos_of_texts_and_of_images(small: Path) -> None:
 
 def given_frame(case: Case, small: Path) -> tuple[Policy, torch.Tensor, dict[str, torch.Tensor]]:
     policy = case.policy(small)
-    prompts, _ = case.prompts(policy, case.recipe(small))
+    prompts = case.prompts(policy, case.recipe(small))
     latents = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     return policy, latents, dict(prompts.conditioning)
 
