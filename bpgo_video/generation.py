@@ -54,6 +54,7 @@ from bpgo_video.generation_settings import (
     resolve,
     video_of,
 )
+from bpgo_video.lora_files import load_lora
 from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
@@ -177,12 +178,13 @@ def describe(
     images = hashlib.sha256()
     for file in (file for record in records for file in record.media.values()):
         images.update(file.data)
-    lora = settings.lora and hashlib.sha256(settings.lora.read_bytes()).hexdigest()[:16]
+    adapters = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in settings.adapters.items()}
     return {
         "policy_fingerprint": fingerprint(folder, parts),
         "checkpoint_fingerprint": checkpoint and fingerprint(checkpoint.folder.parent, (checkpoint.folder.name,)),
         "weights": checkpoint and settings.weights,
-        "lora_sha256": lora,
+        "lora_sha256": adapters.get("transformer"),
+        "lora_2_sha256": adapters.get("transformer_2"),
         "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()[:16],
         "images_sha256": images.hexdigest()[:16] if model.policy.takes_images else None,
         "split": settings.split,
@@ -214,17 +216,24 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
         weights = WEIGHTS[settings.weights](model.checkpoint.folder)
         for name in model.checkpoint.trained:
             put_into(getattr(pipeline, name), model.checkpoint, name, weights, dtype)
-    if settings.lora is not None:
-        try:
-            pipeline.load_lora_weights(str(settings.lora.parent), weight_name=settings.lora.name)
-        except ValueError as error:
-            raise GenerationError(f"{settings.lora}: {error}") from error
-        if not pipeline.get_list_adapters():
-            raise GenerationError(
-                f"{settings.lora} has no adapter for a layer of {model.policy.folder}; is it of this model?"
-            )
+    for name, file in settings.adapters.items():
+        add_adapters(pipeline, file, name, model.policy.folder)
     pipeline.set_progress_bar_config(leave=False, disable=None)  # per denoising step, on a terminal alone
     return pipeline.to(device)
+
+
+def add_adapters(pipeline: Any, file: Path, name: str, folder: Path) -> None:
+    """Adapters of a file on top of the pipeline's transformer `name`.
+
+    Raises:
+        GenerationError: they fit no layer.
+    """
+    try:
+        load_lora(pipeline, file, name)
+    except ValueError as error:
+        raise GenerationError(f"{file}: {error}") from error
+    if name not in pipeline.get_list_adapters():
+        raise GenerationError(f"{file} has no adapter for a layer of {folder / name}; is it of this model?")
 
 
 def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> Latents:
@@ -241,7 +250,7 @@ def sample(
     images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
     video = video_of(settings, call, policy)
     latents = initial_latents(jobs, policy.latent_shape(video))
-    arguments = asdict(call)
+    arguments = call.given()
     arguments[policy.guidance_argument] = arguments.pop("guidance_scale")
     arguments["generator"] = [generator_of(*job.latents_key, "pipeline") for job in jobs]  # of noise within the steps
     arguments |= policy.call_arguments(pipeline, latents, video, images)
