@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -33,12 +34,14 @@ from bpgo_video.data.prompt_records import Media, PromptRecord, ShardError
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.data.video import write_video
 from bpgo_video.generation_files import (
-    MANIFEST,
+    TOLD,
     Job,
+    Places,
     by_prompt,
     check_and_show,
     check_manifest,
     whole_video,
+    within,
     write_manifest,
 )
 from bpgo_video.generation_settings import (
@@ -59,11 +62,18 @@ from bpgo_video.types import Latents, Videos
 from bpgo_video.zero_files import CheckpointError
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+Reader = Callable[[GenerationSettings, bool], list[PromptRecord]]  # prompts; with their images, if the flag is set
 PATIENCE = 24 * 60.0  # minutes that a rank waits for the slowest one's videos; a rank that dies is noticed at once
 
 
-def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
+def generate(
+    settings: GenerationSettings, mesh: Mesh = ALONE, read: Reader | None = None, places: Places | None = None
+) -> Path:
     """Make every video that is not there yet, and check all of them; the path of the manifest. Every rank calls it.
+
+    Args:
+        read: reads the prompts; `read_records` where it is None.
+        places: of the files; all in `settings.output` where it is None.
 
     Raises:
         FileNotFoundError, ConfigError: no such model folder, a family that is not known, or an error of another rank.
@@ -72,20 +82,20 @@ def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
         GenerationError: a size that the policy cannot make, adapters that do not fit, an output folder that holds
             videos of other settings, or a video that is not whole after all.
     """
-    manifest = settings.output / MANIFEST
+    places = places or within(settings.output)
     with same_verdict(mesh):
         model = find_model(settings)
-        prompts = read_records(settings, model.policy.takes_images)
+        prompts = (read or read_records)(settings, model.policy.takes_images)
         call = resolve(settings, model.policy)
         record = describe(settings, model, call, prompts)
-        check_manifest(manifest, record)
+        check_manifest(places, record)
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
-    jobs = plan(settings, prompts)
+    jobs = plan(settings, prompts, places)
     video = VideoConfig(num_frames=call.num_frames, height=call.height, width=call.width, fps=settings.fps)
     mine = [job for job in dealt(jobs, mesh) if whole_video(job.file, video) is None]
     todo = sorted(chain(*from_all(mine, mesh)), key=lambda job: (job.number, job.sample))
     if mesh.is_main:
-        write_manifest(manifest, record, jobs, todo)
+        write_manifest(places.manifest, record, jobs, todo)
     with same_verdict(mesh):
         make(dealt(todo, mesh), settings, model, call, mesh)
     with same_verdict(mesh):
@@ -93,8 +103,8 @@ def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
             if damaged := list(check_and_show(group, video)):
                 raise GenerationError(f"{damaged[0].file} was written and is not a whole video; start again")
     if mesh.is_main:
-        write_manifest(manifest, record, jobs, todo=())
-    return manifest
+        write_manifest(places.manifest, record, jobs, todo=())
+    return places.manifest
 
 
 def dealt(items: Sequence[Any], mesh: Mesh) -> Sequence[Any]:
@@ -133,7 +143,14 @@ def read_records(settings: GenerationSettings, with_images: bool = False) -> lis
         lines = read_prompts([settings.prompts])
         pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
     return [
-        PromptRecord(record.id, record.prompt, record.split, record.tags, media=_image(record, media, with_images))
+        PromptRecord(
+            record.id,
+            record.prompt,
+            record.split,
+            record.tags,
+            media=_image(record, media, with_images),
+            info=record.info,
+        )
         for record, media in pairs
     ]
 
@@ -148,10 +165,17 @@ def _image(record: PromptRecord, media: Mapping[str, Media], with_images: bool) 
     return {"image": media["image"]}
 
 
-def plan(settings: GenerationSettings, prompts: Sequence[PromptRecord]) -> list[Job]:
+def plan(settings: GenerationSettings, prompts: Sequence[PromptRecord], places: Places) -> list[Job]:
     """Every video of the generation, samples of one prompt side by side."""
     return [
-        Job(prompt, number, settings.seed, sample, settings.output / f"{number:05d}-{sample:02d}.mp4")
+        Job(
+            prompt,
+            number,
+            settings.seed,
+            sample,
+            file=places.videos / places.name(prompt, number, sample),
+            sheet=places.sheets / f"{number:05d}.jpg",
+        )
         for number, prompt in enumerate(prompts)
         for sample in range(settings.samples_per_prompt)
     ]
@@ -174,6 +198,7 @@ def describe(
         "weights": checkpoint and settings.weights,
         "lora_sha256": lora,
         "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()[:16],
+        "generation_prompts_sha256": _digest_of_told(records),
         "images_sha256": images.hexdigest()[:16] if model.policy.takes_images else None,
         "split": settings.split,
         "seed": settings.seed,
@@ -185,6 +210,11 @@ def describe(
         "dtype": settings.dtype,
         **asdict(call),
     }
+
+
+def _digest_of_told(records: Sequence[PromptRecord]) -> str | None:
+    told = {str(record.id): record.info[TOLD] for record in records if TOLD in record.info}
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] if told else None
 
 
 def load_pipeline(model: Model, settings: GenerationSettings, device: torch.device) -> Any:
@@ -225,7 +255,7 @@ def sample(
         return torch.cat([sample(pipeline, [job], shape, call, negative_prompt) for job in jobs])
     image = {"image": first_frame(jobs[0], call)} if jobs[0].prompt.media else {}
     output = pipeline(
-        prompt=[job.prompt.prompt for job in jobs],
+        prompt=[job.text for job in jobs],
         negative_prompt=[negative_prompt] * len(jobs),
         latents=initial_latents(jobs, shape),
         output_type="pt",

@@ -22,6 +22,7 @@ from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.prompt_records import EncoderStamp
 from bpgo_video.data.video import write_video
 from bpgo_video.generation import generate, load_pipeline, plan, read_records, sample
+from bpgo_video.generation_files import within
 from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.run_weights import find_source
@@ -69,7 +70,7 @@ def write_run(base: Path, run_dir: Path, lora: LoraConfig) -> Path:
 def first_video(settings: GenerationSettings) -> torch.Tensor:
     model = find_model(settings)
     pipeline = load_pipeline(model, settings, torch.device("cpu"))
-    jobs = plan(settings, read_records(settings, False))[:1]
+    jobs = plan(settings, read_records(settings, False), within(settings.output))[:1]
     return sample(pipeline, jobs, LATENTS, resolve(settings, model.policy), "")
 
 
@@ -107,7 +108,7 @@ def test_prompts_come_from_shards(base: Path, settings: GenerationSettings, tmp_
     stamp = EncoderStamp("none", "0" * 16, 4)
     build_shards([lines], tmp_path / "shards", lambda texts: {"x": torch.zeros(len(texts), 4, 2)}, stamp)
     from_shards = replace(settings, prompts=tmp_path / "shards", split="heldout")
-    found = plan(from_shards, read_records(from_shards))
+    found = plan(from_shards, read_records(from_shards), within(from_shards.output))
     assert [(job.prompt.prompt, job.prompt.id) for job in found[::2]] == [(t, prompt_id(t)) for t in TEXTS[1:]]
     assert len(read_records(replace(from_shards, split=None))) == 3
     with pytest.raises(GenerationError, match="no folder of prompt shards"):
@@ -118,7 +119,7 @@ def test_another_solver_is_diffusers_own(settings: GenerationSettings, base: Pat
     found = first_video(replace(settings, scheduler="euler", flow_shift=7.0, num_steps=4))
     pipeline = WanPipeline.from_pretrained(base)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-    jobs = plan(settings, read_records(settings, False))[:1]
+    jobs = plan(settings, read_records(settings, False), within(settings.output))[:1]
     call = resolve(replace(settings, num_steps=4), find_model(settings).policy)
     assert torch.equal(found, sample(pipeline, jobs, LATENTS, call, ""))
     assert (found - first_video(replace(settings, num_steps=4))).abs().max() > 1e-3
@@ -181,7 +182,7 @@ def test_an_image_to_video_pipeline_continues_the_images_of_its_prompts(
     prompts.write_text("\n".join(lines) + "\n")
     manifest = json.loads(generate(replace(own, prompts=prompts)).read_text())
     assert manifest["complete"]
-    jobs = plan(replace(own, prompts=prompts), read_records(replace(own, prompts=prompts), True))
+    jobs = plan(own, read_records(replace(own, prompts=prompts), True), within(own.output))
     pipeline = load_pipeline(find_model(own), own, torch.device("cpu"))
     call = resolve(own, find_model(own).policy)
     together = sample(pipeline, jobs, LATENTS, call, "")
