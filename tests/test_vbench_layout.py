@@ -18,8 +18,9 @@ from PIL import Image
 from bpgo_video import generation
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import VideoHeader, read_video, write_video
-from bpgo_video.evaluation.layout import header_problems, lay_out, layout_problems, read_told
+from bpgo_video.evaluation.layout import lay_out, read_told
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, read_suite
+from bpgo_video.evaluation.video_folder import header_problems, layout_problems
 from bpgo_video.generation import generate
 from bpgo_video.generation_settings import GenerationError, GenerationSettings
 from tests.random_wan import random_wan

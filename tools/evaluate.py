@@ -3,6 +3,13 @@
     python tools/evaluate.py heldout --config RECIPE.yaml --policy runs/demo/export --output scores.json
     deepspeed --num_accelerators 8 tools/evaluate.py heldout --config RECIPE.yaml
 
+    deepspeed tools/evaluate.py layout --policy runs/demo --suite vbench --output videos --seed 0
+    python tools/evaluate.py layout --check --suite vbench --output videos
+    python tools/evaluate.py score --videos videos --suite vbench --dimensions temporal_flickering --output scores.json
+    python tools/evaluate.py vbench --python VBENCH_PYTHON --videos videos --suite vbench --output results
+    python tools/evaluate.py total results --json
+
+layout, score, vbench and total are VBench's videos, dimensions and totals: docs/evaluation.md.
 heldout scores a policy folder on the recipe's held-out prompts with its `evaluation.rewards`: the same function,
 prompts and noise as the evaluations within a training run. The standard error is over samples, the prompts being fixed.
 """
@@ -14,6 +21,7 @@ import sys
 from pathlib import Path
 
 from bpgo_video.cli import positive, run_command, show_loading_once
+from bpgo_video.evaluation.commands import add_commands
 
 
 def heldout(args: argparse.Namespace) -> None:
@@ -50,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
     commands = top.add_subparsers(dest="command", required=True)
     add_heldout(commands.add_parser("heldout", help="score a policy folder on a recipe's held-out prompts"))
+    add_commands(commands)
     return top
 
 

@@ -10,8 +10,6 @@ The noise of a video is a function of the seed, the prompt and i alone: no video
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -19,16 +17,13 @@ from pathlib import Path
 from bpgo_video.data.media import read_media
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.data.video import VideoError, VideoHeader, check_video, read_header
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, folder_problems, foreign_problems, image_path, listing
+from bpgo_video.evaluation.video_folder import beside
 from bpgo_video.generation import ALONE, Reader, generate
 from bpgo_video.generation_files import MANIFEST, TOLD, Places, clear_unfinished
 from bpgo_video.generation_settings import GenerationSettings
 from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.mesh import Mesh
-
-ENCODING = {"codec": "h264", "pixel format": "yuv420p"}
-MEASURES = ("fps", "frames", "size", *ENCODING)
 
 
 def lay_out(
@@ -64,12 +59,11 @@ def lay_out(
 
 def places_of(folder: Path) -> Places:
     """The videos in the folder, the rest beside it."""
-    videos = Path(os.path.abspath(folder))
     return Places(
-        videos,
+        folder,
         lambda record, _, sample: f"{record.prompt}-{sample}.mp4",
-        videos.with_name(f"{videos.name}.{MANIFEST}"),
-        videos.with_name(f"{videos.name}.sheets"),
+        beside(folder, MANIFEST),
+        beside(folder, "sheets"),
     )
 
 
@@ -112,67 +106,3 @@ def read_told(path: Path, suite: Suite) -> dict[str, str]:
     if lacking := sorted(wanted - told.keys()):
         raise SuiteError(f"{path} has no {TOLD} for:{listing(map(repr, lacking))}")
     return told
-
-
-def layout_problems(folder: Path, suite: Suite, fps: float | None = None) -> list[str]:
-    """Everything that keeps VBench from scoring the folder as it should; every video is decoded.
-
-    Args:
-        fps: that the videos must have; None: that of the manifest beside the folder, or of most videos.
-
-    Raises:
-        SuiteError: there is no such folder.
-    """
-    found = folder_problems(folder, suite)
-    headers = {}
-    for name in suite.names():
-        if (folder / name).is_file():
-            try:
-                headers[name] = _whole(folder / name)
-            except VideoError as error:
-                found.append(str(error))
-    return found + header_problems(headers, fps or written_fps(folder))
-
-
-def header_problems(headers: Mapping[str, VideoHeader], fps: float | None) -> list[str]:
-    """Videos of another encoding than VBench's, or of another rate or size than the rest.
-
-    Args:
-        headers: by the file's name.
-        fps: that all must have; None: what most have.
-    """
-    if not headers:
-        return []
-    expected = dict(ENCODING) if fps is None else {**ENCODING, "fps": f"{fps:.4g}"}
-    told = {name: _as_text(header) for name, header in headers.items()}
-    usual = {what: Counter(video[what] for video in told.values()).most_common(1)[0][0] for what in MEASURES}
-    usual |= expected
-    return [
-        f"{name!r} has {what} {video[what]} where {usual[what]} is expected"
-        for name, video in told.items()
-        for what in MEASURES
-        if video[what] != usual[what]
-    ]
-
-
-def _as_text(header: VideoHeader) -> dict[str, str]:
-    return {
-        "fps": f"{header.fps:.4g}",
-        "frames": str(header.frames),
-        "size": f"{header.width}x{header.height}",
-        "codec": header.codec,
-        "pixel format": header.pixel_format,
-    }
-
-
-def _whole(path: Path) -> VideoHeader:
-    header = read_header(path)
-    if (count := check_video(str(path), str(path))) < header.frames:
-        raise VideoError(f"{path} holds {count} of {header.frames} frames; is it complete?")
-    return header
-
-
-def written_fps(folder: Path) -> float | None:
-    """Frames a second of the generation whose manifest lies beside the folder; None where there is none."""
-    manifest = places_of(folder).manifest
-    return float(json.loads(manifest.read_text("utf-8"))["settings"]["fps"]) if manifest.is_file() else None

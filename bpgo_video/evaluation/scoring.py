@@ -10,20 +10,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bpgo_video.data.video import VideoError, read_header
 from bpgo_video.evaluation.dimension import Dimension, DimensionError, Measured, Network, Sources, read_footage
 from bpgo_video.evaluation.dimensions import OF_IMAGES, find_dimension
-from bpgo_video.evaluation.layout import header_problems, written_fps
 from bpgo_video.evaluation.result_files import Result, Video
 from bpgo_video.evaluation.vbench_suite import (
     SUFFIX,
     Suite,
     SuiteError,
     SuitePrompt,
-    foreign_problems,
     image_path,
     listing,
 )
+from bpgo_video.evaluation.video_folder import check_videos
 
 NAMED = re.compile(r"(?P<prompt>.*?)(-\d+)?\.mp4", re.DOTALL)  # VBench reads a custom video's prompt so
 
@@ -64,8 +62,9 @@ def score_folder(
     if unknown:
         raise DimensionError(f"--backbone names {', '.join(unknown)}, which --dimensions does not")
     found = {name: find_dimension(name) for name in asked.dimensions}
-    videos = {name: videos_of(name, asked) for name in found}
-    check_videos(asked, sorted({path for chosen in videos.values() for path, _ in chosen}))
+    videos = {name: videos_of(name, asked.videos, asked.suite) for name in found}
+    paths = sorted({path for chosen in videos.values() for path, _ in chosen})
+    check_videos(asked.videos, asked.suite, paths, asked.fps)
     networks = {name: dimension.network(name, asked.backbones.get(name), sources) for name, dimension in found.items()}
     results: list[Result] = []
     for name, dimension in found.items():
@@ -74,19 +73,18 @@ def score_folder(
     return results
 
 
-def videos_of(dimension: str, asked: Asked) -> list[tuple[Path, SuitePrompt]]:
+def videos_of(dimension: str, folder: Path, suite: Suite | None) -> list[tuple[Path, SuitePrompt]]:
     """The dimension's videos and their prompts.
 
     Raises:
         SuiteError: the folder does not exist, or the dimension has no videos.
     """
-    if not asked.videos.is_dir():
-        raise SuiteError(f"there is no folder of videos {asked.videos}")
-    names = named_by_prompts(asked.videos) if asked.suite is None else asked.suite.names(dimension)
+    if not folder.is_dir():
+        raise SuiteError(f"there is no folder of videos {folder}")
+    names = named_by_prompts(folder) if suite is None else suite.names(dimension)
     if not names:
-        where = asked.videos if asked.suite is None else asked.suite.source
-        raise SuiteError(f"{where} has no videos of {dimension}")
-    return [(asked.videos / name, prompt) for name, prompt in names.items()]
+        raise SuiteError(f"{folder if suite is None else suite.source} has no videos of {dimension}")
+    return [(folder / name, prompt) for name, prompt in names.items()]
 
 
 def named_by_prompts(folder: Path) -> dict[str, SuitePrompt]:
@@ -99,26 +97,6 @@ def named_by_prompts(folder: Path) -> dict[str, SuitePrompt]:
     if other := [repr(name) for name in present if not name.endswith(SUFFIX) or name.startswith(".")]:
         raise SuiteError(f"{folder} has files that are no {SUFFIX} videos; move them:{listing(other)}")
     return {name: SuitePrompt(NAMED.fullmatch(name)["prompt"]) for name in present}  # type: ignore[index]
-
-
-def check_videos(asked: Asked, paths: Sequence[Path]) -> None:
-    """Whether the files are there, open, and are alike, by their headers alone.
-
-    Raises:
-        SuiteError: names every problem.
-    """
-    problems = [f"{path.name!r} is missing" for path in paths if not path.is_file()]
-    problems += [] if asked.suite is None else foreign_problems(asked.videos, asked.suite)
-    headers = {}
-    for path in paths:
-        if path.is_file():
-            try:
-                headers[path.name] = read_header(path)
-            except VideoError as error:
-                problems.append(str(error))
-    problems += header_problems(headers, asked.fps or written_fps(asked.videos))
-    if problems:
-        raise SuiteError(f"{asked.videos} cannot be scored as it is:{listing(problems)}")
 
 
 def with_images(

@@ -112,7 +112,7 @@ def clip_text(spec: str, sources: Sources) -> Network:
 
 
 def adopt_image_text(built: Any, sources: Sources) -> ImageText:
-    """A user's image-text network: prepared frames on the device, (frames, 3, 224, 224), and a text -> (frames,) logits."""
+    """A user's image-text network: prepared frames on the device, (frames, 3, 224, 224), and a text -> logits."""
     return ImageText(built, CLIP, sources.device)
 
 

@@ -12,11 +12,17 @@ that is not whole has no totals, unless they are asked for and labelled.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
+
+from bpgo_video.evaluation.result_files import check_videos, merge
+from bpgo_video.evaluation.vbench_suite import Suite
 
 PLAIN = (0.0, 1.0)
+RESULTS = "*_eval_results.json"
 
 
 class TotalsError(ValueError):
@@ -176,6 +182,37 @@ def totals(name: str, scores: Mapping[str, float], partial: bool = False) -> dic
     if len(there) == len(found):
         total = sum(weights[group] * score for group, score in there.items()) / sum(weights.values())
     return {**found, "total": total}
+
+
+def labelled_totals(paths: Sequence[Path], suite: Suite | None = None, partial: bool = False) -> dict[str, Any]:
+    """`totals` of result files, or of the results in folders; labelled where the set is not the benchmark's own.
+
+    Args:
+        suite: that the results must be of, every video.
+        partial: take what is there; "partial", "benchmark", "missing" and "proxy" then stand beside the totals.
+
+    Raises:
+        FileNotFoundError, ResultError: see `merge`; or a result is not of the suite's videos.
+        TotalsError: see `benchmark_of` and `totals`; or a dimension is a proxy, and `partial` is not set.
+    """
+    results = merge([file for path in paths for file in (sorted(path.glob(RESULTS)) if path.is_dir() else [path])])
+    if not results:
+        raise TotalsError(f"there are no results {RESULTS} in {', '.join(map(str, paths))}")
+    for name, result in results.items():
+        if suite is not None:
+            check_videos(result, list(suite.names(name)))
+    scores = {name: result.score for name, result in results.items()}
+    benchmark = benchmark_of(scores)
+    proxies = [name for name, result in results.items() if "proxy" in result.labels]
+    if proxies and not partial:
+        raise TotalsError(
+            f"{', '.join(proxies)}: measured by a stand-in, which makes no total of {benchmark} (--partial takes it, and "
+            "labels the result)"
+        )
+    found, missing = totals(benchmark, scores, partial), missing_from(benchmark, scores)
+    if not (missing or proxies):
+        return found
+    return {**found, "partial": True, "benchmark": benchmark, "missing": missing, "proxy": proxies}
 
 
 def _group_score(benchmark: Benchmark, group: str, scores: Mapping[str, float]) -> float | None:
