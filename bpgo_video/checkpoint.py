@@ -31,7 +31,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.run_config import RunConfig
 from bpgo_video.zero_files import CheckpointError
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 LAYOUT = "layout.json"
 FOLDER = "checkpoints"
 LATEST = "latest"

@@ -16,7 +16,11 @@ from bpgo_video.types import Conditioning, PromptBatch
 
 
 def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    return {name: value.to(device=device, dtype=dtype) for name, value in conditioning.items()}
+    """Embeddings in `dtype`, masks of tokens as they are."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in conditioning.items()
+    }
 
 
 def image_size(config: Config, policy: Policy) -> tuple[int, int] | None:

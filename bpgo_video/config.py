@@ -40,6 +40,12 @@ class PolicyConfig:
     """A diffusers pipeline: local folder, hub id, or `package:module/folder`."""
     max_sequence_length: Positive
     """Text tokens; Wan pads without a mask, so this is part of the policy's identity (512 for Wan2.1)."""
+    family: str | None = None
+    """Which policy class; None takes what the folder's model_index.json says. Another pipeline of the same weights by
+    diffusers' name (WanImageToVideoPipeline), or a class of your own as 'my_pkg.module:Name' (docs/new_family.md)."""
+    trained: tuple[str, ...] = ()
+    """Which transformers, where a pipeline has several (Wan 2.2: `transformer` at high noise, `transformer_2` at low);
+    empty trains all."""
     lora: LoraConfig = LoraConfig()
     """Train adapters and keep the base weights frozen, or train everything (rank 0, the default)."""
     gradient_checkpointing: bool = False

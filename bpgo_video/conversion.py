@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,10 @@ from tqdm import tqdm
 from bpgo_video.config import ConfigError, LoraConfig
 from bpgo_video.data.atomic import new_folder
 from bpgo_video.engine import tensor_files
-from bpgo_video.export import SHARD_BYTES, write_pipeline, write_transformer
+from bpgo_video.export import SHARD_BYTES, write_pipeline, write_transformers
 from bpgo_video.lora_files import write_comfyui_lora, write_diffusers_lora
 from bpgo_video.model_card import EXPORTED, CardFacts, write_card
 from bpgo_video.run_weights import DTYPES, WEIGHTS, Source, adapter_tensors, find_source, trained_tensors
-from bpgo_video.session import TRAINED
 from bpgo_video.universal import to_universal, verify_universal
 from bpgo_video.verification import (
     compare_forward,
@@ -39,6 +38,8 @@ from bpgo_video.verification import (
     verify_transformer,
 )
 from bpgo_video.zero_files import CheckpointError
+
+ALONE = "Transformers for a diffusers pipeline"
 
 
 @dataclass(frozen=True)
@@ -66,58 +67,57 @@ class Conversion:
         """The checkpoint's parameters, fp32, each read when it is asked for."""
         return WEIGHTS[self.weights](self.source.folder)
 
-    @property
-    def adapters(self) -> dict[str, Tensor]:
-        """In the dtype of the output."""
-        found = adapter_tensors(self.source, self.trained)
-        return {name: tensor.to(self.dtype) for name, tensor in found.items()}
+    def adapters(self, name: str) -> dict[str, Tensor]:
+        """Of a transformer, in the dtype of the output."""
+        found = adapter_tensors(self.source, name, self.trained)
+        return {key: tensor.to(self.dtype) for key, tensor in found.items()}
 
     @property
     def lora(self) -> LoraConfig:
         return self.source.config.policy.lora
 
-    @property
-    def transformer_folder(self) -> Path:
-        return self.output if self.transformer_only else self.output / TRAINED
+    def folder_of(self, name: str) -> Path:
+        """Where a trained transformer lies."""
+        return self.output if self.transformer_only and len(self.source.trained) == 1 else self.output / name
 
     def card(self, contents: str) -> CardFacts:
         return CardFacts(self.source.config, self.source.step, self.weights, contents)
 
-    def tensors(self, doing: str) -> tqdm[tuple[str, Tensor]]:
-        """Every tensor of the trained transformer, behind a bar."""
-        every = trained_tensors(self.source, self.trained, self.dtype)
-        return tqdm(every, total=len(tensor_files(self.source.base / TRAINED)), desc=doing, unit="tensor")
+    def tensors(self, doing: str, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of a trained transformer, behind a bar."""
+        every = trained_tensors(self.source, name, self.trained, self.dtype)
+        return iter(
+            tqdm(every, total=len(tensor_files(self.source.base / name)), desc=f"{doing} {name}", unit="tensor")
+        )
 
 
 def write_diffusers(job: Conversion) -> None:
-    base = job.source.base
-    with job.tensors("Writing") as tensors:
-        if job.transformer_only:
-            card = job.card("A transformer for a diffusers pipeline")
-            write_transformer(base / TRAINED, iter(tensors), job.output, card, job.shard_bytes)
-        else:
-            write_pipeline(base, TRAINED, iter(tensors), job.output, job.card(EXPORTED), job.shard_bytes)
+    write, contents = (write_transformers, ALONE) if job.transformer_only else (write_pipeline, EXPORTED)
+    trained = {name: job.tensors("Writing", name) for name in job.source.trained}
+    write(job.source.base, trained, job.output, job.card(contents), job.shard_bytes)
 
 
 def verify_diffusers(job: Conversion) -> None:
     if not job.transformer_only:
-        verify_copies(job.source.base, job.output)
-    expected = expected_forward(job.source, job.trained, job.dtype)
-    with job.tensors("Comparing") as tensors:
-        transformer = verify_transformer(iter(tensors), job.transformer_folder)
-    compare_forward(forward(job.source, transformer), expected, job.dtype, job.output)
+        verify_copies(job.source.base, job.output, job.source.trained)
+    for name in job.source.trained:
+        expected = expected_forward(job.source, name, job.trained, job.dtype)
+        transformer = verify_transformer(job.tensors("Comparing", name), job.folder_of(name))
+        compare_forward(forward(job.source, name, transformer), expected, job.dtype, job.output)
 
 
 def write_adapters(job: Conversion, write: Callable[..., Path], contents: str) -> None:
     with new_folder(job.output) as folder:
-        write(job.adapters, job.lora, job.source.pipeline_class, folder)
+        for name in job.source.trained:
+            write(job.adapters(name), job.lora, job.source.pipeline_class, folder)
         write_card(job.card(contents), folder)
 
 
 def verify_lora(job: Conversion) -> None:
-    expected = expected_forward(job.source, job.trained, job.dtype)
-    transformer = verify_adapters(job.adapters, job.lora, job.source, job.output)
-    compare_forward(forward(job.source, transformer), expected, job.dtype, job.output)
+    for name in job.source.trained:
+        expected = expected_forward(job.source, name, job.trained, job.dtype)
+        transformer = verify_adapters(job.adapters(name), job.lora, job.source, name, job.output)
+        compare_forward(forward(job.source, name, transformer), expected, job.dtype, job.output)
 
 
 @dataclass(frozen=True)

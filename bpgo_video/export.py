@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,56 +22,62 @@ from bpgo_video.policies.lora import merged_parameters
 WEIGHTS_NAME = "diffusion_pytorch_model"
 SHARD_BYTES = 5 * 10**9
 
+Tensors = Iterable[tuple[str, Tensor]]
 
-def export_pipeline(engine: Engine, policy: Policy, name: str, output: Path, mesh: Mesh, card: CardFacts) -> Path:
-    """The policy's pipeline with its transformer `name` as trained, adapters merged; written aside, then renamed.
+
+def export_pipeline(
+    engine: Engine, policy: Policy, names: Sequence[str], output: Path, mesh: Mesh, card: CardFacts
+) -> Path:
+    """The policy's pipeline with its transformers `names` as trained, adapters merged; written aside, then renamed.
 
     All ranks call it: parameters are gathered one at a time, and only rank 0 keeps and writes them.
     """
-    tensors = ((key, value.cpu()) for key, value in merged_parameters(engine) if mesh.is_main)
+
+    def tensors(name: str) -> Iterator[tuple[str, Tensor]]:
+        return ((key, value.cpu()) for key, value in merged_parameters(engine, name) if mesh.is_main)
+
     if mesh.is_main:
-        write_pipeline(policy.folder, name, tensors, output, card)
+        write_pipeline(policy.folder, {name: tensors(name) for name in names}, output, card)
     else:
-        for _ in tensors:  # take part in every gather
+        for _ in chain.from_iterable(map(tensors, names)):  # take part in every gather
             pass
     mesh.barrier()
     return output
 
 
 def write_pipeline(
-    base: Path,
-    name: str,
-    tensors: Iterable[tuple[str, Tensor]],
-    output: Path,
-    card: CardFacts,
-    shard_bytes: int = SHARD_BYTES,
+    base: Path, trained: Mapping[str, Tensors], output: Path, card: CardFacts, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """A copy of the pipeline folder `base` in which component `name` has these weights; takes the place of `output`."""
+    """A copy of the pipeline folder `base` in which the `trained` components have these weights; replaces `output`."""
     partial = output.with_name(f"partial-{output.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(base, partial, ignore=shutil.ignore_patterns(f"{WEIGHTS_NAME}*", ".cache", ".git*"))
     for component in base.iterdir():  # other components keep their weights; only ours change
-        if component.is_dir() and component.name != name:
+        if component.is_dir() and component.name not in trained:
             for weights in component.glob(f"{WEIGHTS_NAME}*"):
                 shutil.copy2(weights, partial / component.name)
-    write_weights(tensors, partial / name, shard_bytes)
+    for name, tensors in trained.items():
+        write_weights(tensors, partial / name, shard_bytes)
     write_card(card, partial)
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)
 
 
-def write_transformer(
-    base: Path, tensors: Iterable[tuple[str, Tensor]], output: Path, card: CardFacts, shard_bytes: int = SHARD_BYTES
+def write_transformers(
+    base: Path, trained: Mapping[str, Tensors], output: Path, card: CardFacts, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """A transformer's folder alone: the configuration of `base` with these weights."""
+    """The trained components of `base` alone: one as `output` itself, several in folders of it by their names."""
     with new_folder(output) as folder:
-        shutil.copy2(base / "config.json", folder)
-        write_weights(tensors, folder, shard_bytes)
+        for name, tensors in trained.items():
+            part = folder / name if len(trained) > 1 else folder
+            part.mkdir(exist_ok=True)
+            shutil.copy2(base / name / "config.json", part)
+            write_weights(tensors, part, shard_bytes)
         write_card(card, folder)
 
 
-def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def write_weights(tensors: Tensors, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """safetensors in diffusers' naming: one file, or numbered shards with an index; holds one shard in memory."""
     written: list[list[str]] = []
     total = 0
@@ -91,7 +98,7 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
         (folder / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:

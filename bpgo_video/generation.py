@@ -16,15 +16,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import tyro
-from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
 from bpgo_video import engine
 from bpgo_video.cli import show_loading_once, tell
-from bpgo_video.config import ConfigError, VideoConfig
+from bpgo_video.config import ConfigError
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.images import decode_image, fit_image
 from bpgo_video.data.media import read_media
@@ -52,12 +52,13 @@ from bpgo_video.generation_settings import (
     chosen_scheduler,
     find_model,
     resolve,
+    video_of,
 )
 from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.run_weights import DTYPES, WEIGHTS, put_into
-from bpgo_video.session import TRAINED
 from bpgo_video.types import Latents, Videos
 from bpgo_video.zero_files import CheckpointError
 
@@ -91,7 +92,7 @@ def generate(
         check_manifest(places, record)
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
     jobs = plan(settings, prompts, places)
-    video = VideoConfig(num_frames=call.num_frames, height=call.height, width=call.width, fps=settings.fps)
+    video = video_of(settings, call, model.policy)
     mine = [job for job in dealt(jobs, mesh) if whole_video(job.file, video) is None]
     todo = sorted(chain(*from_all(mine, mesh)), key=lambda job: (job.number, job.sample))
     if mesh.is_main:
@@ -116,14 +117,13 @@ def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: 
     """This rank's videos, batch by batch; each is written when its batch is done."""
     if not jobs:
         return
-    pipeline = load_pipeline(model, settings, mesh.device)
-    shape = model.policy.latent_shape(VideoConfig(call.num_frames, call.height, call.width, settings.fps))
+    pipeline, video = load_pipeline(model, settings, mesh.device), video_of(settings, call, model.policy)
     with tqdm(total=len(jobs), desc="Videos", unit="video", disable=not mesh.is_main) as bar:
         for start in range(0, len(jobs), settings.batch_size):
             batch = jobs[start : start + settings.batch_size]
-            videos = sample(pipeline, batch, shape, call, settings.negative_prompt)
+            videos = sample(pipeline, model.policy, batch, settings, call)
             for job, frames in zip(batch, videos, strict=True):
-                write_video(job.file, frames, settings.fps)
+                write_video(job.file, frames, video.fps)
                 bar.update()
 
 
@@ -206,7 +206,8 @@ def describe(
         "samples_per_prompt": settings.samples_per_prompt,
         "scheduler": settings.scheduler,
         "flow_shift": settings.flow_shift,
-        "fps": settings.fps,
+        "family": settings.family,
+        "fps": video_of(settings, call, model.policy).fps,
         "dtype": settings.dtype,
         **asdict(call),
     }
@@ -224,11 +225,13 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
         GenerationError: the adapters fit no layer.
     """
     dtype = DTYPES[settings.dtype]
-    pipeline = DiffusionPipeline.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": torch.float32})
+    pipeline_class = getattr(diffusers, model.policy.pipeline_name)
+    pipeline = pipeline_class.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": torch.float32})
     pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
     if model.checkpoint is not None:
         weights = WEIGHTS[settings.weights](model.checkpoint.folder)
-        put_into(getattr(pipeline, TRAINED), model.checkpoint, weights, dtype)
+        for name in model.checkpoint.trained:
+            put_into(getattr(pipeline, name), model.checkpoint, name, weights, dtype)
     if settings.lora is not None:
         try:
             pipeline.load_lora_weights(str(settings.lora.parent), weight_name=settings.lora.name)
@@ -248,17 +251,18 @@ def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> La
 
 
 def sample(
-    pipeline: Any, jobs: Sequence[Job], shape: tuple[int, int, int, int], call: CallSettings, negative_prompt: str
+    pipeline: Any, policy: Policy, jobs: Sequence[Job], settings: GenerationSettings, call: CallSettings
 ) -> Videos:
     """Videos in [0, 1] of the jobs, in one batch through the pipeline; image-to-video takes one image a call."""
     if len(jobs) > 1 and jobs[0].prompt.media:
-        return torch.cat([sample(pipeline, [job], shape, call, negative_prompt) for job in jobs])
+        return torch.cat([sample(pipeline, policy, [job], settings, call) for job in jobs])
     image = {"image": first_frame(jobs[0], call)} if jobs[0].prompt.media else {}
+    video = video_of(settings, call, policy)
     output = pipeline(
         prompt=[job.text for job in jobs],
-        negative_prompt=[negative_prompt] * len(jobs),
-        latents=initial_latents(jobs, shape),
+        negative_prompt=[settings.negative_prompt] * len(jobs),
         output_type="pt",
+        **policy.call_arguments(initial_latents(jobs, policy.latent_shape(video)), video),
         **image,
         **asdict(call),
     )

@@ -18,8 +18,6 @@ from bpgo_video.config import STRICT, Positive, VideoConfig
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.run_weights import Source, find_source, holds_checkpoint
 
-WAN_FPS = 16.0
-
 
 def _multistep(kind: Any, shift: float, timesteps: int) -> Any:
     return kind(
@@ -51,6 +49,8 @@ class GenerationSettings:
     """Folder for the videos; a generation of the same settings that was cut short there is continued."""
     seed: int
     """The initial latents of a video are a function of this, its prompt's id and its sample number."""
+    family: str | None = None
+    """As policy.family in recipes; None takes what the folder says, or the run of a training checkpoint."""
     lora: Path | None = None
     """Adapters to load on top, a .safetensors file in a layout that diffusers reads."""
     weights: Literal["raw"] = "raw"
@@ -75,8 +75,8 @@ class GenerationSettings:
     """Solver of the flow; None takes the pipeline's own, as for the next."""
     flow_shift: Annotated[float, Field(gt=0.0)] | None = None
     """Where denoising steps lie: larger ones lie nearer to noise. Wan's authors: 3 for 480 lines, 5 for 720."""
-    fps: float = WAN_FPS
-    """Frames a second of the files."""
+    fps: Annotated[float, Field(gt=0.0)] | None = None
+    """Frames a second of the files; None takes what the model's authors train on (16 for Wan)."""
     samples_per_prompt: Positive = 1
     """Videos of each prompt."""
     batch_size: Positive = 1
@@ -119,7 +119,14 @@ def find_model(settings: GenerationSettings) -> Model:
     path = Path(settings.policy).expanduser()
     checkpoint = find_source(path) if path.is_dir() and holds_checkpoint(path) else None
     folder = settings.policy if checkpoint is None else str(checkpoint.base)
-    return Model(load_policy(folder, max_sequence_length=1, components=()), checkpoint)
+    name = settings.family or (checkpoint.config.policy.family if checkpoint else None)
+    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name), checkpoint)
+
+
+def video_of(settings: GenerationSettings, call: CallSettings, policy: Policy) -> VideoConfig:
+    """What each file holds."""
+    fps = policy.fps if settings.fps is None else settings.fps
+    return VideoConfig(num_frames=call.num_frames, height=call.height, width=call.width, fps=fps)
 
 
 def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
@@ -128,22 +135,19 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     Raises:
         GenerationError: a size that the policy cannot make, or a value out of range.
     """
-    index = json.loads((policy.folder / "model_index.json").read_text())
     given = asdict(settings) | {"num_inference_steps": settings.num_steps}
-    defaults = pipeline_defaults(index["_class_name"])
+    defaults = pipeline_defaults(policy.pipeline_name)
     limit = tokenizer_limit(policy.folder)
     if limit is not None:
         defaults["max_sequence_length"] = min(defaults["max_sequence_length"], limit)
     names = [field.name for field in fields(CallSettings)]
     call = CallSettings(**{name: defaults[name] if given[name] is None else given[name] for name in names})
-    if call.guidance_scale < 1 or not settings.fps > 0:
-        raise GenerationError(
-            f"guidance_scale is {call.guidance_scale} and fps is {settings.fps}; they must be 1 or more, and above 0"
-        )
+    if call.guidance_scale < 1:
+        raise GenerationError(f"guidance_scale is {call.guidance_scale}; it must be 1 or more, 1 switches it off")
     if settings.lora is not None and not (settings.lora.is_file() and settings.lora.suffix == ".safetensors"):
         raise GenerationError(f"lora {str(settings.lora)!r} is not a .safetensors file that exists")
     try:
-        policy.latent_shape(VideoConfig(call.num_frames, call.height, call.width, settings.fps))
+        policy.latent_shape(video_of(settings, call, policy))
     except ValueError as error:
         raise GenerationError(str(error).replace("video.", "")) from None
     return call

@@ -72,7 +72,7 @@ def evaluate(
     shown = shown_rows(len(prompts), samples, config.evaluation.videos)
     denoiser = Denoiser(
         policy=policy,
-        sigmas=policy.sigmas(config.evaluation.num_steps, config.sampler.shift),
+        sigmas=policy.sigmas(config.evaluation.num_steps, config.video, config.sampler.shift),
         sampler="ode",
         eta=0.0,
         guidance_scale=config.evaluation.guidance_scale,

@@ -17,6 +17,7 @@ from bpgo_video.config import Config
 from bpgo_video.config_io import to_yaml
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
+from bpgo_video.policies.transformers import transformer_names
 
 CARD = "README.md"
 EXPORTED = "A diffusers pipeline with its transformer"
@@ -49,7 +50,7 @@ def write_card(facts: CardFacts, folder: Path) -> Path:
         header=yaml.safe_dump(header(config, base), sort_keys=False, allow_unicode=True).strip(),
         facts=facts,
         config=config,
-        base_fingerprint=fingerprint(base, ("transformer",)),
+        base_fingerprint=fingerprint(base, transformer_names(base)),
         config_sha256=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
         version=version("bpgo-video"),
         commit=commit(),

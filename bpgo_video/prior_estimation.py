@@ -52,7 +52,7 @@ def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts sam
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
     suite = RewardSuite(config.rewards, mesh.device, config.video.fps)
     policy = sampling_policy(config, ds_config, mesh)
-    policy_hash = fingerprint(policy.folder, sorted(policy.transformers))
+    policy_hash = fingerprint(policy.folder, policy.transformer_names)
     notes = UnfinishedPriors(shards.directory, settings_of(config, suite.versions, policy_hash))
     known = from_main(notes.begin() if mesh.is_main else {}, mesh)
     rows = shards.rows(config.data.split)

@@ -35,7 +35,7 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class WithoutAdapters:
-    """The trained module itself, its adapters switched off for the forward."""
+    """The trained transformers themselves, their adapters switched off for the forward."""
 
     module: Any
 
@@ -43,11 +43,14 @@ class WithoutAdapters:
     def velocity(
         self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
     ) -> Velocity:
-        self.module.disable_adapters()
+        adapted = [module for module in self.module.values() if getattr(module, "peft_config", None)]
+        for module in adapted:
+            module.disable_adapters()
         try:
             return denoiser.velocity(latents, index, conditioning, negative)
         finally:
-            self.module.enable_adapters()
+            for module in adapted:
+                module.enable_adapters()
 
 
 @dataclass(frozen=True)

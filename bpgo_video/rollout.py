@@ -55,7 +55,7 @@ class Denoiser:
 
     def velocity(self, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning) -> Velocity:
         """At the start of step `index`, guided; differentiable in the policy's parameters."""
-        sigma = self.sigmas[index].to(latents.device)
+        sigma = self.sigmas[index]
         return guided_velocity(self.policy, latents.float(), sigma, conditioning, negative, self.guidance_scale)
 
     def transition(
@@ -119,7 +119,7 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
     sampler = config.sampler
     return Denoiser(
         policy=policy,
-        sigmas=policy.sigmas(sampler.num_steps, sampler.shift),
+        sigmas=policy.sigmas(sampler.num_steps, config.video, sampler.shift),
         sampler=sampler.name,
         eta=sampler.eta,
         guidance_scale=sampler.guidance_scale,
@@ -210,13 +210,14 @@ def sample_chunks(
             path = denoiser.denoise(start, conditioning, negative, noise_of, chosen)
             recorded = (path.latents, path.log_probs, path.means, path.frame_log_probs)
             trajectories.append(Trajectory(rows, samples, chosen, *recorded))
-        yield _decoded(denoiser.policy, tuple(trajectories), mesh)
+        yield _decoded(denoiser.policy, tuple(trajectories), prompts, mesh)
 
 
-def _decoded(policy: Policy, trajectories: tuple[Trajectory, ...], mesh: Mesh) -> RolloutChunk:
+def _decoded(policy: Policy, trajectories: tuple[Trajectory, ...], prompts: PromptBatch, mesh: Mesh) -> RolloutChunk:
     """The trajectories with those of their videos that fall to this rank of its sequence group."""
     latents = torch.cat([trajectory.latents[:, -1] for trajectory in trajectories])
     mine = mesh.part(len(latents))
     rows = torch.cat([trajectory.prompt_rows for trajectory in trajectories])
     samples = torch.cat([trajectory.sample_index for trajectory in trajectories])
-    return RolloutChunk(trajectories, policy.decode(latents[mine].float()), rows[mine], samples[mine])
+    conditioning = rows_of(prompts.conditioning, rows[mine], mesh.device)
+    return RolloutChunk(trajectories, policy.decode(latents[mine].float(), conditioning), rows[mine], samples[mine])

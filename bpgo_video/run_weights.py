@@ -1,13 +1,14 @@
 """Which weights did a run train, and under which names does the model have them? Read from a checkpoint, one at a time.
 
-    RUN/checkpoints/step-000050 and the pipeline folder that RUN/config.yaml names -> every tensor of the transformer
+    RUN/checkpoints/step-000050 and the pipeline folder that RUN/config.yaml names -> every tensor of a transformer
+
+A checkpoint's parameters bear the transformer's name in front: `transformer.blocks.0.attn1.to_q.weight`.
 
 Weights are the optimiser's fp32 ones, rounded to the asked dtype before adapters are merged, as training holds them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ from bpgo_video.config_io import read_yaml
 from bpgo_video.ema_files import AverageParameters
 from bpgo_video.engine import tensor_files
 from bpgo_video.paths import resolve_folder
+from bpgo_video.policies import family
 from bpgo_video.policies.lora import merged_tensors
-from bpgo_video.session import TRAINED
+from bpgo_video.policies.transformers import trained_names
 from bpgo_video.zero_files import (
     CheckpointError,
     complete_optimiser_files,
@@ -55,9 +57,14 @@ class Source:
     step: int
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """The transformers that the run trained, by their names in the pipeline."""
+        return trained_names(self.base, self.config.policy.trained)
+
+    @property
     def pipeline_class(self) -> str:
         """diffusers' name of the pipeline's class."""
-        return str(json.loads((self.base / "model_index.json").read_text())["_class_name"])
+        return family(self.base, self.config.policy.family).pipeline_name
 
 
 def holds_checkpoint(path: Path) -> bool:
@@ -92,50 +99,53 @@ def find_source(path: Path) -> Source:
     return Source(folder, resolve_folder(config.policy.folder), config, state["progress"]["step"])
 
 
-def adapter_tensors(source: Source, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters in a checkpoint, A and B of every layer, fp32.
+def adapter_tensors(source: Source, name: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer's adapters in a checkpoint, A and B of every layer by its name in the transformer, fp32.
 
     Raises:
         CheckpointError: the run trained all weights.
     """
     if not source.config.policy.lora.rank:
         raise CheckpointError(f"{source.folder} holds no adapters: its run trained all weights (policy.lora.rank 0)")
-    return {name: trained[name] for name in trained if ".lora_" in name}
+    prefix = f"{name}."
+    own = (key for key in trained if key.startswith(prefix) and ".lora_" in key)
+    return {key.removeprefix(prefix): trained[key] for key in own}
 
 
 def trained_tensors(
-    source: Source, trained: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    source: Source, name: str, trained: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the trained transformer, under the name that it has in the base folder; adapters merged.
+    """Every tensor of a trained transformer, under the name that it has in the base folder; adapters merged.
 
     Args:
+        name: of the transformer, one of `source.trained`.
         trained: the checkpoint's parameters, fp32: `WEIGHTS["raw"](source.folder)`.
 
     Raises:
         CheckpointError: the checkpoint does not fit the base folder.
     """
     if source.config.policy.lora.rank:
-        base = ((name, tensor.to(dtype)) for name, tensor in read_tensors(source.base / TRAINED))
+        base = ((key, tensor.to(dtype)) for key, tensor in read_tensors(source.base / name))
         try:
-            yield from merged_tensors(base, adapter_tensors(source, trained), source.config.policy.lora)
+            yield from merged_tensors(base, adapter_tensors(source, name, trained), source.config.policy.lora)
         except ValueError as error:
-            raise CheckpointError(f"{source.folder} does not fit {source.base / TRAINED}: {error}") from None
+            raise CheckpointError(f"{source.folder} does not fit {source.base / name}: {error}") from None
         return
-    names = tensor_files(source.base / TRAINED)
-    missing = sorted(set(names) - set(trained))
+    keys = tensor_files(source.base / name)
+    missing = sorted(key for key in keys if f"{name}.{key}" not in trained)
     if missing:
         raise CheckpointError(
-            f"{source.folder} lacks {len(missing)} tensors of {source.base / TRAINED}, {missing[:3]} among them"
+            f"{source.folder} lacks {len(missing)} tensors of {source.base / name}, {missing[:3]} among them"
         )
-    for name in names:
-        yield name, trained[name].to(dtype)
+    for key in keys:
+        yield key, trained[f"{name}.{key}"].to(dtype)
 
 
-def put_into(transformer: Any, source: Source, trained: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Replace the weights of a whole transformer, that of `source.base`, by the trained ones; see `trained_tensors`."""
+def put_into(transformer: Any, source: Source, name: str, trained: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Replace the weights of a whole transformer, `name` of the base folder, by what `trained_tensors` gives."""
     weights = transformer.state_dict()
-    for name, tensor in trained_tensors(source, trained, dtype):
-        weights[name].copy_(tensor)
+    for key, tensor in trained_tensors(source, name, trained, dtype):
+        weights[key].copy_(tensor)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -11,8 +11,9 @@ from bpgo_video.checkpoint import Saved
 from bpgo_video.ema_files import load_average, save_average
 from bpgo_video.export import export_pipeline
 from bpgo_video.model_card import EXPORTED, CardFacts
+from bpgo_video.policies.transformers import trained_names
 from bpgo_video.results import Progress
-from bpgo_video.session import TRAINED, Session
+from bpgo_video.session import Session
 
 
 def save(session: Session, progress: Progress) -> Saved:
@@ -33,7 +34,8 @@ def resume(session: Session, run_dir: Path, name: str) -> Progress:
 
 def export(session: Session, run_dir: Path) -> None:
     """The trained weights in RUN/export, and their average, where one is kept, in RUN/export-ema."""
-    write = partial(export_pipeline, session.engine, session.policy, TRAINED, mesh=session.mesh)
+    names = trained_names(session.policy.folder, session.config.policy.trained)
+    write = partial(export_pipeline, session.engine, session.policy, names, mesh=session.mesh)
     card = CardFacts(session.config, session.config.run.num_steps, "raw", EXPORTED)
     write(output=run_dir / "export", card=card)
     if session.ema:

@@ -31,6 +31,7 @@ from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
 from bpgo_video.priors import STORED
 from bpgo_video.reference import Averaged, FrozenCopy, Reference, WithoutAdapters
 from bpgo_video.replay import Followed, Learner
@@ -39,7 +40,6 @@ from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.schedule import learning_rate_factor
 from bpgo_video.types import Conditioning, PromptBatch
 
-TRAINED = "transformer"
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
 
 
@@ -129,14 +129,15 @@ def read_inputs(config: Config, need_priors: bool) -> tuple[dict[str, Any], Prom
     """The DeepSpeed configuration and the prompts, checked on this rank."""
     ds_config = engines.read_ds_config(config.deepspeed)
     folder = resolve_folder(config.policy.folder)
-    check_heads(json.loads((folder / TRAINED / "config.json").read_text()), config.parallel.sequence)
+    for name in trained_names(folder, config.policy.trained):
+        check_heads(json.loads((folder / name / "config.json").read_text()), config.parallel.sequence)
     stamp = encoder_stamp(folder, config.policy.max_sequence_length)
     shards = PromptShards(config.data.shards, config.data.cache)
     shards.check_policy(stamp)
     splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
     for split in splits:
         shards.rows(split)
-    check_images(config, family(folder).takes_images, shards, splits)
+    check_images(config, family(folder, config.policy.family).takes_images, shards, splits)
     if need_priors and reads_priors(config):
         require_priors(shards.directory, config.rewards)
     return ds_config, shards
@@ -147,7 +148,8 @@ def identity(config: Config, ds_config: Mapping[str, Any], shards: PromptShards,
     found = {f"{name} section": repr(section) for name, section in vars(config).items()}
     found["DeepSpeed configuration"] = repr(ds_config)
     found["prompt shards"] = repr(shards.index)
-    found["model"] = fingerprint(resolve_folder(config.policy.folder), (TRAINED, "vae"))
+    folder = resolve_folder(config.policy.folder)
+    found["model"] = fingerprint(folder, (*transformer_names(folder), "vae"))
     if need_priors and reads_priors(config):
         found["priors"] = "".join(prior_path(shards.directory, name).read_text() for name in config.rewards)
     found["bpgo_video code"] = "".join(path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py")))
@@ -170,12 +172,12 @@ def sampling_policy(
     ds_config: Mapping[str, Any],
     mesh: Mesh,
     build: Build = from_pretrained,
-    components: Collection[str] = (TRAINED, "vae", "image_encoder"),
+    components: Collection[str] = ("transformer", "vae", "image_encoder"),
 ) -> Policy:
     """The recipe's policy without its text encoder: embeddings come with the prompts.
 
     Args:
-        build: how the transformer comes into being; by default whole on every rank.
+        build: how the transformers come into being; by default whole on every rank.
     """
     return load_policy(
         config.policy.folder,
@@ -184,30 +186,39 @@ def sampling_policy(
         dtype=engines.compute_dtype(ds_config),
         device=mesh.device,
         build=build,
+        name=config.policy.family,
     )
 
 
 def build_engine(config: Config, policy: Policy, ds_config: Mapping[str, Any], mesh: Mesh) -> engines.Engine:
-    """Adapters, checkpointing and sequence groups on the policy's transformer, which the engine then takes over."""
-    module = policy.transformers[TRAINED]
-    if config.policy.lora.rank:
-        add_lora(module, config.policy.lora, config.run.seed)
-    if config.policy.gradient_checkpointing:
-        module.enable_gradient_checkpointing()
-    parallelise(module, mesh)
+    """Adapters, checkpointing and sequence groups on the policy's transformers, which the engine then takes over."""
+    trained = trained_names(policy.folder, config.policy.trained)
+    for name, module in policy.transformers.items():
+        prepare(module, config, mesh, trains=name in trained)
     optim = config.optim
     engine = engines.Engine(
-        module,
+        policy.transformers,
         optim,
         ds_config,
         micro_batch_size=config.rollout.micro_batch_size,
         learning_rate_factor=learning_rate_factor(
             optim.schedule, optim.warmup_updates, config.run.num_steps * optim.updates_per_rollout
         ),
-        block_classes=policy.block_classes,
+        block_classes=blocks_of(policy.transformers, policy.block_names),
     )
-    policy.transformers[TRAINED] = engine.wrapped
+    policy.transformers = engine.wrapped
     return engine
+
+
+def prepare(module: Any, config: Config, mesh: Mesh, trains: bool) -> None:
+    """A transformer as the recipe wants it, before an engine takes it."""
+    if not trains:
+        module.requires_grad_(False)
+    elif config.policy.lora.rank:
+        add_lora(module, config.policy.lora, config.run.seed)
+    if config.policy.gradient_checkpointing:
+        module.enable_gradient_checkpointing()
+    parallelise(module, mesh)
 
 
 def gathers_for_rollout(config: Config, engine: engines.Engine, mesh: Mesh) -> bool:
@@ -228,10 +239,10 @@ def build_reference(
         return Averaged(ema)
     if config.policy.lora.rank:
         return WithoutAdapters(engine.module)
-    policy = sampling_policy(config, ds_config, mesh, builder(ds_config), components=(TRAINED,))
-    module = policy.transformers[TRAINED].requires_grad_(False)
-    parallelise(module, mesh)
-    policy.transformers[TRAINED] = engines.frozen(module, ds_config)
+    policy = sampling_policy(config, ds_config, mesh, builder(ds_config), components=("transformer",))
+    for module in policy.transformers.requires_grad_(False).values():
+        parallelise(module, mesh)
+    policy.transformers = engines.frozen(policy.transformers, ds_config)
     return FrozenCopy(policy)
 
 
@@ -248,7 +259,8 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         suite = RewardSuite(config.rewards, mesh.device, fps, config.bpgo.scores_twice, backbones)
         heldout_suite = RewardSuite(heldout_rewards, mesh.device, fps, backbones=backbones) if heldout_rewards else None
         priors = load_priors(shards.directory, suite.versions) if reads_priors(config) else {}
-        starting_policy = fingerprint(resolve_folder(config.policy.folder), (TRAINED,))
+        folder = resolve_folder(config.policy.folder)
+        starting_policy = fingerprint(folder, transformer_names(folder))
         for prior in priors.values():
             prior.check_policy(starting_policy)
         if config.prior.kind == "shrunk":

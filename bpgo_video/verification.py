@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import filecmp
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from tqdm import tqdm
 
+from bpgo_video.conditioning import cast
 from bpgo_video.config import LoraConfig
 from bpgo_video.export import WEIGHTS_NAME
 from bpgo_video.model_card import CARD
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.lora import ADAPTER
+from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.transformers import Transformers
 from bpgo_video.run_weights import Source, put_into, read_tensors
-from bpgo_video.session import TRAINED
 from bpgo_video.zero_files import CheckpointError
 
+NOISE_LEVELS = (0.7, 0.99, 0.05)  # one for each transformer of a pipeline with several
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a forward pass, relative; merging and adding round apart
 
 
@@ -48,7 +51,7 @@ def verify_transformer(expected: Iterable[tuple[str, Tensor]], folder: Path) -> 
     return module
 
 
-def verify_copies(base: Path, output: Path) -> None:
+def verify_copies(base: Path, output: Path, trained: Sequence[str]) -> None:
     """Everything in a pipeline folder but the trained weights and the card is as in the base folder.
 
     Raises:
@@ -56,7 +59,7 @@ def verify_copies(base: Path, output: Path) -> None:
     """
     for file in (path for path in output.rglob("*") if path.is_file()):
         relative = file.relative_to(output)
-        ours = relative == Path(CARD) or (relative.parent == Path(TRAINED) and file.name.startswith(WEIGHTS_NAME))
+        ours = relative == Path(CARD) or (str(relative.parent) in trained and file.name.startswith(WEIGHTS_NAME))
         if not ours and not filecmp.cmp(file, base / relative, shallow=False):
             raise CheckpointError(f"{file} is not a copy of {base / relative}")
 
@@ -68,7 +71,7 @@ def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> Any:
     return model_class.from_pretrained(folder, torch_dtype=dtypes.pop() if len(dtypes) == 1 else None)
 
 
-def verify_adapters(adapters: Mapping[str, Tensor], lora: LoraConfig, source: Source, output: Path) -> Any:
+def verify_adapters(adapters: Mapping[str, Tensor], lora: LoraConfig, source: Source, name: str, output: Path) -> Any:
     """Load adapters through diffusers, on the base model, and compare what each adds to its layer, alpha/rank B A.
 
     Args:
@@ -78,44 +81,45 @@ def verify_adapters(adapters: Mapping[str, Tensor], lora: LoraConfig, source: So
     Raises:
         CheckpointError: names the layer that differs.
     """
-    transformer = load_transformer(source.base / TRAINED, next(iter(adapters.values())).dtype)
-    pipeline = pipeline_around(source.base, transformer)
+    transformer = load_transformer(source.base / name, next(iter(adapters.values())).dtype)
+    pipeline = pipeline_around(source, name, transformer)
     pipeline.load_lora_weights(output, adapter_name=ADAPTER)
     layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
     expected = {name.partition(".lora_")[0] for name in adapters}
-    if set(layers) != expected:
-        raise CheckpointError(f"{output}: diffusers adapts layers {sorted(set(layers) ^ expected)[:3]} differently")
-    for name, layer in tqdm(layers.items(), desc="Comparing", unit="layer"):
-        down, up = (adapters[f"{name}.lora_{half}.{ADAPTER}.weight"].float() for half in "AB")
-        added, wanted = layer.get_delta_weight(ADAPTER).float(), lora.alpha / lora.rank * (up @ down)
+    if missing := sorted(expected - set(layers)):
+        raise CheckpointError(f"{output}: diffusers does not adapt layers {missing[:3]}")
+    for key, layer in tqdm(layers.items(), desc="Comparing", unit="layer"):
+        added = layer.get_delta_weight(ADAPTER).float()
+        wanted = torch.zeros_like(added)  # of layers that diffusers adapts on its own, as it does Wan's image keys
+        if key in expected:
+            down, up = (adapters[f"{key}.lora_{half}.{ADAPTER}.weight"].float() for half in "AB")
+            wanted = lora.alpha / lora.rank * (up @ down)
         if not torch.linalg.norm(added - wanted) <= TOLERANCE[transformer.dtype] * torch.linalg.norm(wanted):
-            raise CheckpointError(f"{output}: {name}, as diffusers loads it, is not the checkpoint's adapter")
+            raise CheckpointError(f"{output}: {key}, as diffusers loads it, is not the checkpoint's adapter")
     return transformer
 
 
-def pipeline_around(folder: Path, transformer: Any) -> Any:
-    """diffusers' pipeline of a folder with this transformer; no other weights are read."""
-    index = json.loads((folder / "model_index.json").read_text())
-    others = [name for name in index if list((folder / name).glob("*.safetensors")) and name != TRAINED]
-    pipeline_class = getattr(diffusers, index["_class_name"])  # DiffusionPipeline would not take ours
-    return pipeline_class.from_pretrained(folder, **{TRAINED: transformer}, **dict.fromkeys(others))
+def pipeline_around(source: Source, name: str, transformer: Any) -> Any:
+    """diffusers' pipeline of the base folder with this transformer; no other weights are read."""
+    parts = dict.fromkeys(networks_of(source.base)) | {name: transformer}
+    return getattr(diffusers, source.pipeline_class).from_pretrained(source.base, **parts)
 
 
-def forward(source: Source, transformer: Any) -> Tensor:
-    """The velocity of the policy's smallest input under these weights."""
-    policy = load_policy(str(source.base), max_sequence_length=1, components=())
+def forward(source: Source, name: str, transformer: Any) -> Tensor:
+    """The velocity of the policy's smallest input under these weights, at a noise level of that transformer."""
+    policy = load_policy(str(source.base), max_sequence_length=1, components=(), name=source.config.policy.family)
     latents, conditioning = policy.example()
-    policy.transformers[TRAINED] = transformer.eval()
-    inputs = {name: value.to(transformer.dtype) for name, value in conditioning.items()}
+    policy.transformers = Transformers({name: transformer.eval()})
+    sigma = next(level for level in NOISE_LEVELS if policy.transformer_at(level) == name)
     with torch.no_grad():
-        return policy.velocity(latents, torch.tensor(0.7), inputs)
+        return policy.velocity(latents, torch.tensor(sigma), cast(conditioning, transformer.dtype))
 
 
-def expected_forward(source: Source, trained: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+def expected_forward(source: Source, name: str, trained: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """`forward` under the base transformer's weights, replaced by the checkpoint's."""
-    transformer = load_transformer(source.base / TRAINED, dtype)
-    put_into(transformer, source, trained, dtype)
-    return forward(source, transformer)
+    transformer = load_transformer(source.base / name, dtype)
+    put_into(transformer, source, name, trained, dtype)
+    return forward(source, name, transformer)
 
 
 def compare_forward(found: Tensor, expected: Tensor, dtype: torch.dtype, output: Path) -> float:

@@ -26,6 +26,7 @@ from bpgo_video.config_io import to_yaml
 from bpgo_video.conversion import Conversion, convert, main, verify_diffusers, verify_lora
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
+from bpgo_video.policies.transformers import Transformers
 from bpgo_video.run_weights import find_source
 from bpgo_video.universal import verify_universal
 from bpgo_video.zero_files import CheckpointError
@@ -73,8 +74,8 @@ def write_run(run_dir: Path, base: Path, tensors: Tensors, lora: LoraConfig | No
     folder.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     (run_dir / "checkpoints" / "latest").write_text(folder.name)
-    moments = [tensors, tensors] if stage == 3 else None
-    return write_checkpoint(folder, [tensors], stage, moments=moments)
+    named = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    return write_checkpoint(folder, [named], stage, moments=[named, named] if stage == 3 else None)
 
 
 def converted(checkpoint: Path, output: Path, form: str = "diffusers", verify: bool = True, **options: Any) -> Path:
@@ -107,12 +108,13 @@ def test_the_average_converts_as_the_weights_do(base: Path, tmp_path: Path, caps
     assert main([*arguments, "--weights", "ema"]) == 1
     assert "kept no average" in capsys.readouterr().err
     average = trained_weights(base)
+    named = {f"transformer.{name}": tensor for name, tensor in average.items()}
     save_file(
-        {name: tensor.flatten() for name, tensor in average.items()},
+        {name: tensor.flatten() for name, tensor in named.items()},
         folder / "ema-rank-00000.safetensors",
         metadata={
             "updates": "2",
-            "shards": json.dumps({n: {"start": 0, "shape": t.shape} for n, t in average.items()}),
+            "shards": json.dumps({n: {"start": 0, "shape": t.shape} for n, t in named.items()}),
         },
     )
     assert main([*arguments, "--weights", "ema"]) == 0
@@ -151,13 +153,13 @@ def test_merging_tensors_is_merging_modules(base: Path) -> None:
     model = adapted_transformer(base)
 
     class Whole:
-        module = model
+        module = Transformers({"transformer": model})
 
         @contextmanager
         def gathered(self, parameters):
             yield
 
-    expected = dict(merged_parameters(Whole()))
+    expected = dict(merged_parameters(Whole(), "transformer"))
     adapters = {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
     found = dict(merged_tensors(weights_of(base).items(), adapters, LORA))
     assert found.keys() == expected.keys()
@@ -342,10 +344,10 @@ def test_the_card_says_what_was_trained_and_which_files_it_speaks_of(base: Path,
 
 
 def test_a_universal_checkpoint_has_the_checkpoints_weights(base: Path, tmp_path: Path) -> None:
-    trained = trained_weights(base)
-    checkpoint = write_run(tmp_path / "run", base, trained, stage=3)
+    trained = {f"transformer.{name}": tensor for name, tensor in trained_weights(base).items()}
+    checkpoint = write_run(tmp_path / "run", base, trained_weights(base), stage=3)
     output = converted(checkpoint, tmp_path / "universal", "universal")
-    name = "blocks.0.attn1.to_q.weight"
+    name = "transformer.blocks.0.attn1.to_q.weight"
     torch.save(trained[name].flatten() + 1, output / "zero" / name / "fp32.pt")
     with pytest.raises(CheckpointError, match=name):
         verify_universal(trained, output)

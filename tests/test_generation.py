@@ -20,6 +20,7 @@ from bpgo_video.data.video import read_video
 from bpgo_video.generation import generate, initial_latents, load_pipeline, main, plan, read_records, sample
 from bpgo_video.generation_files import Job, within
 from bpgo_video.generation_settings import CallSettings, GenerationSettings, find_model, resolve
+from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.randomness import keyed_noise
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
@@ -47,7 +48,11 @@ def jobs_of(settings: GenerationSettings) -> list[Job]:
 
 
 def call_of(settings: GenerationSettings) -> CallSettings:
-    return resolve(settings, find_model(settings).policy)
+    return resolve(settings, policy_of(settings))
+
+
+def policy_of(settings: GenerationSettings) -> Policy:
+    return find_model(settings).policy
 
 
 def pipeline_of(settings: GenerationSettings) -> Any:
@@ -62,9 +67,9 @@ def flags(settings: GenerationSettings, **changes: object) -> list[str]:
 
 def test_a_video_is_the_same_alone_and_in_a_batch(settings: GenerationSettings) -> None:
     pipeline, jobs, call = pipeline_of(settings), jobs_of(settings), call_of(settings)
-    together = sample(pipeline, jobs, LATENTS, call, "")
+    together = sample(pipeline, policy_of(settings), jobs, settings, call)
     for number in (0, 3):
-        alone = sample(pipeline, [jobs[number]], LATENTS, call, "")
+        alone = sample(pipeline, policy_of(settings), [jobs[number]], settings, call)
         assert (alone[0] - together[number]).abs().max() < 1e-5
     assert (together[0] - together[1]).abs().max() > 0.01, "two samples of a prompt must differ"
     assert (together[0] - together[2]).abs().max() > 0.01, "two prompts must differ"
@@ -72,7 +77,7 @@ def test_a_video_is_the_same_alone_and_in_a_batch(settings: GenerationSettings) 
 
 def test_a_video_is_what_diffusers_makes_by_hand(settings: GenerationSettings) -> None:
     jobs, call = jobs_of(settings), call_of(settings)
-    found = sample(pipeline_of(settings), jobs[3:4], LATENTS, call, "")
+    found = sample(pipeline_of(settings), policy_of(settings), jobs[3:4], settings, call)
     pipeline = WanPipeline.from_pretrained(settings.policy)
     noise = keyed_noise(LATENTS, [(5, "generation", prompt_id(TEXTS[1]), 1)], "cpu")
     expected = pipeline(
@@ -201,9 +206,9 @@ def test_adapters_are_loaded_on_top(settings: GenerationSettings, tmp_path: Path
     WanPipeline.save_lora_weights(tmp_path, adapters, weight_name="adapters.safetensors")
     jobs, call = jobs_of(settings)[:1], call_of(settings)
     with_lora = replace(settings, lora=tmp_path / "adapters.safetensors")
-    found = sample(pipeline_of(with_lora), jobs, LATENTS, call, "")
-    plain = sample(pipeline_of(settings), jobs, LATENTS, call, "")
-    assert (found - sample(base, jobs, LATENTS, call, "")).abs().max() < 1e-5
+    found = sample(pipeline_of(with_lora), policy_of(settings), jobs, settings, call)
+    plain = sample(pipeline_of(settings), policy_of(settings), jobs, settings, call)
+    assert (found - sample(base, policy_of(settings), jobs, settings, call)).abs().max() < 1e-5
     assert (found - plain).abs().max() > 1e-2
 
 

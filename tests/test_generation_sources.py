@@ -26,7 +26,7 @@ from bpgo_video.generation_files import within
 from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.run_weights import find_source
-from tests.random_wan import LATENTS, random_wan
+from tests.random_wan import random_wan
 from tests.recipes import small_recipe
 from tests.zero_checkpoints import write_checkpoint
 
@@ -56,7 +56,7 @@ def write_run(base: Path, run_dir: Path, lora: LoraConfig) -> Path:
     if lora.rank:
         add_lora(model, lora, seed=0)
     trained = {
-        name: parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator)
+        f"transformer.{name}": parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -71,7 +71,7 @@ def first_video(settings: GenerationSettings) -> torch.Tensor:
     model = find_model(settings)
     pipeline = load_pipeline(model, settings, torch.device("cpu"))
     jobs = plan(settings, read_records(settings, False), within(settings.output))[:1]
-    return sample(pipeline, jobs, LATENTS, resolve(settings, model.policy), "")
+    return sample(pipeline, model.policy, jobs, settings, resolve(settings, model.policy))
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LORA], ids=["full", "lora"])
@@ -120,8 +120,9 @@ def test_another_solver_is_diffusers_own(settings: GenerationSettings, base: Pat
     pipeline = WanPipeline.from_pretrained(base)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
     jobs = plan(settings, read_records(settings, False), within(settings.output))[:1]
-    call = resolve(replace(settings, num_steps=4), find_model(settings).policy)
-    assert torch.equal(found, sample(pipeline, jobs, LATENTS, call, ""))
+    policy = find_model(settings).policy
+    call = resolve(replace(settings, num_steps=4), policy)
+    assert torch.equal(found, sample(pipeline, policy, jobs, settings, call))
     assert (found - first_video(replace(settings, num_steps=4))).abs().max() > 1e-3
 
 
@@ -184,8 +185,9 @@ def test_an_image_to_video_pipeline_continues_the_images_of_its_prompts(
     assert manifest["complete"]
     jobs = plan(own, read_records(replace(own, prompts=prompts), True), within(own.output))
     pipeline = load_pipeline(find_model(own), own, torch.device("cpu"))
-    call = resolve(own, find_model(own).policy)
-    together = sample(pipeline, jobs, LATENTS, call, "")
+    policy = find_model(own).policy
+    call = resolve(own, policy)
+    together = sample(pipeline, policy, jobs, own, call)
     swapped = replace(jobs[0], prompt=replace(jobs[0].prompt, media=jobs[1].prompt.media))
-    assert torch.equal(together[:1], sample(pipeline, jobs[:1], LATENTS, call, ""))
-    assert (sample(pipeline, [swapped], LATENTS, call, "") - together[:1]).abs().mean() > 1e-3
+    assert torch.equal(together[:1], sample(pipeline, policy, jobs[:1], own, call))
+    assert (sample(pipeline, policy, [swapped], own, call) - together[:1]).abs().mean() > 1e-3

@@ -220,7 +220,8 @@ def test_the_pull_towards_the_policy_that_sampled_asks_for_no_forward(
 def test_adapters_are_off_for_the_reference_alone(own_policy: Policy, recipe: Config) -> None:
     module = own_policy.transformers["transformer"]
     add_lora(module, LoraConfig(rank=4), seed=0)
-    objective, trajectories = rollout(own_policy, recipe, WithoutAdapters(module), loss={"kl_weight": 1.0})
+    reference = WithoutAdapters(own_policy.transformers)
+    objective, trajectories = rollout(own_policy, recipe, reference, loss={"kl_weight": 1.0})
     assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0, "adapters start at nothing"
     for name, parameter in module.named_parameters():
         if "lora_B" in name:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-from bpgo_video.config import Config
+from bpgo_video.config import Config, VideoConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
@@ -19,12 +19,15 @@ TEXTS = ("a red circle moving left", "a blue object")
 CPU = torch.device("cpu")
 
 
+VIDEO = VideoConfig(9, 64, 64, 8.0)
+
+
 def batch(policy: Policy, texts: tuple[str, ...] = TEXTS) -> PromptBatch:
     return PromptBatch(torch.arange(10, 10 + len(texts)), texts, policy.encode(texts))
 
 
 def euler(policy: Policy, num_steps: int, guidance_scale: float) -> Denoiser:
-    sigmas = policy.sigmas(num_steps)
+    sigmas = policy.sigmas(num_steps, VIDEO)
     return Denoiser(policy, sigmas, "ode", 0.0, guidance_scale, torch.float32)
 
 
@@ -46,7 +49,7 @@ def test_ode_rollout_is_the_pipelines_own_loop(policy: Policy, recipe: Config, g
     torch.testing.assert_close(path[:, -1], expected, rtol=0, atol=1e-5)
     pixels = pipeline(texts, negative_prompt="", latents=latents, guidance_scale=guidance_scale, output_type="pt",
                       **settings).frames  # fmt: skip
-    torch.testing.assert_close(policy.decode(path[:, -1]), pixels, rtol=0, atol=1e-4)
+    torch.testing.assert_close(policy.decode(path[:, -1], {}), pixels, rtol=0, atol=1e-4)
     assert log_probs.isnan().all()
 
 
@@ -150,6 +153,6 @@ def test_a_sequence_group_shares_out_the_decoding(policy: Policy, recipe: Config
                 )
             }
             row, index = int(chunk.prompt_rows[0]), int(chunk.sample_index[0])
-            expected = policy.decode(latents[row, index][-1:])
+            expected = policy.decode(latents[row, index][-1:], {})
             torch.testing.assert_close(chunk.videos[:1], expected, rtol=0, atol=1e-5)
     assert sorted(owners) == [(prompt, index) for prompt in range(2) for index in range(4)]

@@ -48,8 +48,8 @@ def test_the_ode_rollout_is_diffusers_own(image_policy: Policy, recipe: Config, 
     ready = conditioned(prompts_of(image_policy), image_policy, recipe, torch.float32, Mesh(0, 1, CPU), 1)
     start = torch.randn(2, *LATENTS, generator=torch.Generator().manual_seed(1))
     denoiser = Denoiser(
-        policy=image_policy, sigmas=image_policy.sigmas(4), sampler="ode", eta=0.0, guidance_scale=guidance_scale,
-        latents_dtype=torch.float32,
+        policy=image_policy, sigmas=image_policy.sigmas(4, recipe.video), sampler="ode", eta=0.0,
+        guidance_scale=guidance_scale, latents_dtype=torch.float32,
     )  # fmt: skip
     found = denoiser.denoise(start, ready.conditioning, image_policy.encode([""]), lambda _: start).latents[:, -1]
     pipeline = WanImageToVideoPipeline.from_pretrained(

@@ -14,7 +14,9 @@ BLOCKS, BLOCK = 256, 4096
 
 def encoder_stamp(folder: Path, max_sequence_length: int) -> EncoderStamp:
     """What identifies the embeddings that a policy folder's text encoder makes."""
-    return EncoderStamp(folder.name, fingerprint(folder, ("text_encoder", "tokenizer")), max_sequence_length)
+    further = {path.name for path in folder.iterdir() if path.name.startswith(("text_encoder_", "tokenizer_"))}
+    parts = {"text_encoder", "tokenizer"} | further
+    return EncoderStamp(folder.name, fingerprint(folder, sorted(parts)), max_sequence_length)
 
 
 def fingerprint(folder: Path | str, components: Sequence[str]) -> str:

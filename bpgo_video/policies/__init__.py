@@ -8,35 +8,49 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import torch
 
 from bpgo_video.config import ConfigError
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies.base import Build, Policy, from_pretrained, guided_velocity
-from bpgo_video.policies.wan import WanPolicy
-from bpgo_video.policies.wan_image import WanImagePolicy
+from bpgo_video.policies.pipeline_policy import COMPONENTS
 
 __all__ = ["FAMILIES", "Policy", "family", "guided_velocity", "load_policy"]
 
-FAMILIES: dict[str, type[WanPolicy]] = {"WanPipeline": WanPolicy, "WanImageToVideoPipeline": WanImagePolicy}
-COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
+FAMILIES: dict[str, str] = {  # diffusers' name of a pipeline -> who makes a policy of it; read when it is asked for
+    "WanPipeline": "bpgo_video.policies.wan:WanPolicy",
+    "WanImageToVideoPipeline": "bpgo_video.policies.wan_image:WanImagePolicy",
+}
 
 
-def family(path: Path) -> type[WanPolicy]:
-    """The class of a pipeline folder's policy.
+def family(path: Path, name: str | None = None) -> Any:
+    """The class of a pipeline folder's policy, such as `WanPolicy`.
+
+    Args:
+        name: a key of `FAMILIES`, or a class of the user's own as `my_pkg.module:Name`; None takes what the folder's
+            model_index.json says.
 
     Raises:
         FileNotFoundError: no pipeline folder.
-        ConfigError: a family that is not known; the message names those that are.
+        ConfigError: a family that is not known; the message names those that are, and the way out.
     """
     index = path / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{path} holds no model_index.json; a policy is a diffusers pipeline folder")
-    name = json.loads(index.read_text()).get("_class_name")
-    if name not in FAMILIES:
-        raise ConfigError(f"{path} is a {name}; known families are {sorted(FAMILIES)}")
-    return FAMILIES[name]
+    wanted = name or json.loads(index.read_text()).get("_class_name")
+    place = FAMILIES.get(wanted, wanted if name else "")
+    if ":" not in place:
+        raise ConfigError(
+            f"{name or path} is a {wanted}; known families are {sorted(FAMILIES)}. Write a class for it "
+            "(docs/new_family.md) and name it in policy.family as 'my_pkg.module:Name'"
+        )
+    try:
+        return resolve_name(place)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"policy.family {place!r} cannot be imported: {error}") from error
 
 
 def load_policy(
@@ -47,14 +61,16 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     build: Build = from_pretrained,
+    name: str | None = None,
 ) -> Policy:
-    """A policy from a diffusers pipeline; its family is what the folder's own model_index.json says.
+    """A policy from a diffusers pipeline.
 
     Args:
         folder: local folder, hub id, or `package:module/folder`.
         components: which heavy parts to load, where the folder has them; what is absent raises when it is asked for.
-        dtype: of the transformer and the text encoder; the VAE stays in fp32, as Wan's authors run it.
+        dtype: of the transformers and the text encoders; the VAE stays in fp32, as Wan's authors run it.
         build: how the trained modules come into being: `from_pretrained`, or the engine's sharded construction.
+        name: of the family; see `family`.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -64,4 +80,7 @@ def load_policy(
     unknown = set(components) - set(COMPONENTS)
     if unknown:
         raise ValueError(f"components {sorted(unknown)} are unknown; they are among {COMPONENTS}")
-    return family(path).load(path, max_sequence_length, frozenset(components), dtype, torch.device(device), build)
+    policy: Policy = family(path, name).load(
+        path, max_sequence_length, frozenset(components), dtype, torch.device(device), build
+    )
+    return policy

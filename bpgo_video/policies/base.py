@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from bpgo_video.config import VideoConfig
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
-Trained = dict[str, Any]  # name -> nn.Module, or the DeepSpeed engine that wraps it
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
 
 
@@ -27,28 +26,31 @@ def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Mo
     return nn.Module.to(model, dtype)  # every weight, as DeepSpeed has it: diffusers would keep some in fp32
 
 
-def frozen(model: nn.Module, device: torch.device) -> nn.Module:
-    """A part that is used and never trained."""
-    return model.to(device).eval().requires_grad_(False)
-
-
 @runtime_checkable
 class Policy(Protocol):
     """Members that a family must have.
 
     Attributes:
         folder: the diffusers pipeline that it was loaded from.
-        transformers: the trained modules by their name in the pipeline; training puts the engine in their place.
-        block_classes: the repeated blocks: ZeRO-3 fetches each as one unit, checkpointing recomputes each.
+        pipeline_name: diffusers' class for it, which samples with the shipped scheduler.
+        transformers: `Transformers`, those that are loaded; training puts the engine around them in their place.
+        transformer_names: those of the folder, by their names in the pipeline.
+        block_names: class names of the repeated blocks: ZeRO-3 fetches each block as one unit.
         max_sequence_length: text tokens; part of the policy's identity where padding is not masked.
         takes_images: its videos continue an image (image-to-video).
+        given_frames: latent frames at the start that the image fixes, and that are not sampled.
+        fps: frames a second that the family's authors train on.
     """
 
     folder: Path
-    transformers: Trained
-    block_classes: tuple[type[nn.Module], ...]
+    pipeline_name: str
+    transformers: Any
+    transformer_names: tuple[str, ...]
+    block_names: tuple[str, ...]
     max_sequence_length: int
     takes_images: bool
+    given_frames: int
+    fps: float
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of prompts, axis 0 over prompts; needs the text encoder."""
@@ -61,23 +63,39 @@ class Policy(Protocol):
         ...
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
-        """(channels, latent_frames, latent_height, latent_width); ConfigError where the family cannot make it."""
+        """(channels, latent_frames, latent_height, latent_width) of what is sampled, without the given frames.
+
+        Raises:
+            ConfigError: a size that the family cannot make.
+        """
         ...
 
     def example(self) -> tuple[Latents, Conditioning]:
         """A small input of one sample for the transformer, always the same: to compare two sets of weights."""
         ...
 
-    def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
-        """The family's own noise levels: [num_steps + 1] in fp32, from 1 down to 0."""
+    def sigmas(self, num_steps: int, video: VideoConfig, shift: float | None = None) -> Tensor:
+        """The family's own noise levels for such a video: [num_steps + 1] in fp32, from 1 down to 0."""
+        ...
+
+    def transformer_at(self, sigma: float) -> str:
+        """The name of the transformer that computes at a noise level."""
         ...
 
     def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
-        """noise - data as the policy sees it at noise level `sigma` (0-dim), fp32; differentiable."""
+        """noise - data as the policy sees it at noise level `sigma`, fp32; differentiable.
+
+        Args:
+            sigma: 0-dim, on the CPU.
+        """
         ...
 
-    def decode(self, latents: Latents) -> Videos:
-        """Pixels in [0, 1] of clean latents; needs the VAE; no gradient."""
+    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
+        """Pixels in [0, 1] of clean latents, behind the frames that the conditioning gives; no gradient."""
+        ...
+
+    def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
+        """What diffusers' pipeline takes beside prompt, size and guidance: the initial noise in its own layout."""
         ...
 
 

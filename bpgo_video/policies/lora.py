@@ -48,25 +48,25 @@ def peft_config(lora: LoraConfig) -> PeftConfig:
     return PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
 
 
-def merged_parameters(engine: Gatherer) -> Iterator[tuple[str, Tensor]]:
-    """Every base parameter under its original name, whole, adapters added in: W + alpha/rank B A.
+def merged_parameters(engine: Gatherer, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every base parameter of the transformer `name` under its original name, adapters added in: W + alpha/rank B A.
 
     One parameter at a time is gathered; all ranks must iterate to the end together.
     """
-    module = engine.module
+    module = engine.module.get_submodule(name)
     layers: dict[str, Any] = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
-    for name, parameter in module.named_parameters():
-        if ".lora_" in name:
+    for key, parameter in module.named_parameters():
+        if ".lora_" in key:
             continue
-        owner = name.removesuffix(".weight").removesuffix(".base_layer")
-        layer = layers.get(owner) if name.endswith(".base_layer.weight") else None
+        owner = key.removesuffix(".weight").removesuffix(".base_layer")
+        layer = layers.get(owner) if key.endswith(".base_layer.weight") else None
         adapters = [] if layer is None else [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
         with engine.gathered([parameter, *adapters]):
             value = parameter.detach()
             if layer is not None:
                 down, up = (adapter.detach() for adapter in adapters)
                 value = add_adapter_in(value, down, up, layer.scaling[ADAPTER])
-            yield name.replace(".base_layer.", "."), value
+            yield key.replace(".base_layer.", "."), value
 
 
 def add_adapter_in(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:

@@ -5,64 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from jaxtyping import Float
-from torch import Tensor, nn
-from transformers import UMT5EncoderModel
+from torch import Tensor
 
 from bpgo_video import sde
 from bpgo_video.config import ConfigError, VideoConfig
-from bpgo_video.policies.base import Build, Trained, frozen
+from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 
-class WanPolicy:
-    """Wan's pipeline parts; text encoder and VAE may be absent where embeddings or latents are all that is needed."""
+class WanPolicy(PipelinePolicy):
+    """Wan's pipeline parts."""
 
-    block_classes: tuple[type[nn.Module], ...] = (WanTransformerBlock,)
-    pipeline_name = "WanPipeline"  # looked up late: importing a pipeline that is not used may print warnings
-    takes_images = False
-
-    def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
-        self.folder = folder
-        self.pipeline = pipeline
-        self.max_sequence_length = max_sequence_length
-        self.transformers: Trained = {"transformer": self.pipeline.transformer} if self.pipeline.transformer else {}
-        self.transformer_config: dict[str, Any] = WanTransformer3DModel.load_config(folder / "transformer")
-        self.vae_config: dict[str, Any] = AutoencoderKLWan.load_config(folder / "vae")
+    pipeline_name = "WanPipeline"
+    block_names = ("WanTransformerBlock",)
+    fps = 16.0
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        max_sequence_length: int,
-        components: frozenset[str],
-        dtype: torch.dtype,
-        device: torch.device,
-        build: Build,
-    ) -> WanPolicy:
-        """The parts of the folder named in `components`; see `load_policy`."""
-        cls.refuse_later_versions(folder)
-        parts: dict[str, nn.Module | None] = dict.fromkeys(("text_encoder", "vae", "transformer"))
-        if "text_encoder" in components:
-            parts["text_encoder"] = frozen(
-                UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype), device
-            )
-        if "vae" in components:
-            parts["vae"] = frozen(AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32), device)
-        if "transformer" in components:
-            parts["transformer"] = build(WanTransformer3DModel, folder / "transformer", dtype).to(device)
-        if cls.takes_images:
-            parts["image_encoder"] = cls.image_encoder(folder, dtype, device) if "image_encoder" in components else None
-        return cls(folder, getattr(diffusers, cls.pipeline_name).from_pretrained(folder, **parts), max_sequence_length)
-
-    @staticmethod
-    def refuse_later_versions(folder: Path) -> None:
+    def check(cls, folder: Path) -> None:
         """Wan 2.2's pipelines bear the same class names, and differ in how they denoise.
 
         Raises:
@@ -73,11 +34,6 @@ class WanPolicy:
             if index.get(key):
                 raise ConfigError(f"{folder} sets {key} (Wan 2.2), which this family does not do; Wan 2.1 works")
 
-    @classmethod
-    def image_encoder(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module | None:
-        """The encoder of conditioning images, where the folder has one."""
-        return None
-
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         embeddings, _ = self.pipeline.encode_prompt(
@@ -87,15 +43,8 @@ class WanPolicy:
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
         temporal, spatial = self.vae_config["scale_factor_temporal"], self.vae_config["scale_factor_spatial"]
-        _, patch_height, patch_width = self.transformer_config["patch_size"]
-        if video.num_frames % temporal != 1 % temporal:
-            raise ConfigError(
-                f"video.num_frames is {video.num_frames}; this policy makes {temporal} n + 1 frames, for example "
-                f"{video.num_frames // temporal * temporal + 1}"
-            )
-        for name, size, patch in (("height", video.height, patch_height), ("width", video.width, patch_width)):
-            if size % (spatial * patch):
-                raise ConfigError(f"video.{name} is {size}; this policy needs a multiple of {spatial * patch}")
+        patch = self.transformer_config["patch_size"][-1]  # as high as wide
+        self.check_size(video, temporal, spatial * patch)
         channels = self.vae_config["z_dim"]
         frames = (video.num_frames - 1) // temporal + 1
         return channels, frames, video.height // spatial, video.width // spatial
@@ -107,16 +56,17 @@ class WanPolicy:
         texts = torch.randn(1, 4, config["text_dim"], generator=generator)
         return latents, {"prompt_embeds": texts}
 
-    def sigmas(self, num_steps: int, shift: float | None = None) -> Tensor:
+    def sigmas(self, num_steps: int, video: VideoConfig, shift: float | None = None) -> Tensor:
         scheduler = self.pipeline.scheduler.config
         own = scheduler.get("flow_shift", scheduler.get("shift", 1.0))
         return sde.shifted_sigmas(num_steps, own if shift is None else shift)
 
     def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
-        transformer = self.transformers["transformer"]
         dtype = conditioning["prompt_embeds"].dtype
-        timestep = (sigma * self.pipeline.scheduler.config.num_train_timesteps).expand(latents.shape[0])
-        prediction = transformer(
+        train_timesteps = self.pipeline.scheduler.config.num_train_timesteps
+        timestep = (sigma.to(latents.device) * train_timesteps).expand(latents.shape[0])
+        prediction = self.transformers(
+            self.transformer_at(float(sigma)),
             hidden_states=self.transformer_input(latents, conditioning).to(dtype),
             timestep=timestep,
             encoder_hidden_states=conditioning["prompt_embeds"],
@@ -129,11 +79,6 @@ class WanPolicy:
         """What enters the first layer: here the noisy latents alone."""
         return latents
 
-    def image_conditioning(
-        self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
-    ) -> dict[str, Tensor]:
-        raise TypeError(f"{type(self).__name__} makes videos of texts alone")
-
     def latent_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's latents, by channel: the policy's latents have 0 and 1."""
         config = self.vae_config
@@ -141,7 +86,7 @@ class WanPolicy:
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
     @torch.no_grad()
-    def decode(self, latents: Latents) -> Videos:
+    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
         vae = self.pipeline.vae
         mean, std = self.latent_statistics(latents.device)
         pixels = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]

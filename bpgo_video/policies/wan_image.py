@@ -6,16 +6,13 @@ that is the image and then grey; folders with a CLIP image encoder also attend t
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from transformers import CLIPVisionModel
+from torch import Tensor
 
 from bpgo_video.config import VideoConfig
-from bpgo_video.policies.base import frozen
 from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.types import Conditioning, Latents
 
@@ -25,11 +22,6 @@ class WanImagePolicy(WanPolicy):
 
     pipeline_name = "WanImageToVideoPipeline"
     takes_images = True
-
-    @classmethod
-    def image_encoder(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module | None:
-        path = folder / "image_encoder"
-        return frozen(CLIPVisionModel.from_pretrained(path, dtype=dtype), device) if path.is_dir() else None
 
     def transformer_input(self, latents: Latents, conditioning: Conditioning) -> Tensor:
         return torch.cat([latents, conditioning["image_latents"].to(latents.dtype)], dim=1)

@@ -40,6 +40,7 @@ WAN_1_3B = {
 TEXT_TOKENS = 512
 ROUNDS = 5
 MATRIX = 8192
+VIDEO = VideoConfig(num_frames=81, height=480, width=832, fps=16)  # whose schedule is taken
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def matrix_rate(shape: Shape) -> float:
 
 def step_works(policy: Policy, shape: Shape) -> tuple[Callable[[], object], Callable[[], object]]:
     """One denoising step of a rollout, and the same with its gradient."""
-    denoiser = Denoiser(policy, policy.sigmas(16), "flow_sde", 0.7, 1.0, torch.float32)
+    denoiser = Denoiser(policy, policy.sigmas(16, VIDEO), "flow_sde", 0.7, 1.0, torch.float32)
     latents = torch.randn(1, *shape.latents, device=shape.device)
     noise = torch.randn_like(latents)
     embeddings = torch.randn(1, TEXT_TOKENS, shape.transformer["text_dim"], device=shape.device, dtype=shape.dtype)

@@ -107,11 +107,11 @@ def heldout_score(folder: Path, seed: int, num_steps: int = 8) -> dict[str, floa
     captions = world.captions("heldout")
     images = first_frames(captions, seed)
     conditioning = policy.encode([caption.text for caption in captions]) | policy.image_conditioning(images, VIDEO)
-    sigmas = policy.sigmas(num_steps)
+    sigmas = policy.sigmas(num_steps, VIDEO)
     latents = torch.randn(len(captions), *policy.latent_shape(VIDEO), generator=torch.Generator().manual_seed(11))
     for index, step in enumerate(sde.steps_of(sigmas)):
         latents = sde.ode(policy.velocity(latents, sigmas[index], conditioning), latents, step).mean
-    videos = policy.decode(latents)
+    videos = policy.decode(latents, conditioning)
     return {
         "oracle": round(float(oracle_scores(videos, [caption.text for caption in captions]).mean()), 4),
         "first frame off by": round(float((videos[:, 0] - images).abs().mean()), 4),

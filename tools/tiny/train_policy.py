@@ -24,6 +24,7 @@ from tqdm import trange
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from bpgo_video import sde
+from bpgo_video.config import VideoConfig
 from bpgo_video.policies.base import guided_velocity
 from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.tiny import world
@@ -31,6 +32,7 @@ from bpgo_video.tiny.oracle import oracle_parts, oracle_scores
 
 TEXT_TOKENS, TEXT_DIM = 16, 64
 FLOW_SHIFT = 3.0
+VIDEO = VideoConfig(world.FRAMES, world.SIZE, world.SIZE, world.FPS)
 EMPTY_PROMPT_SHARE = 0.1
 
 
@@ -140,7 +142,7 @@ def sample_heldout(
     """Videos of every held-out caption by Euler's method; the same noise at every call."""
     texts = [caption.text for caption in world.captions("heldout") for _ in range(samples)]
     generator = torch.Generator().manual_seed(11)
-    sigmas = policy.sigmas(num_steps)
+    sigmas = policy.sigmas(num_steps, VIDEO)
     negative = policy.encode([""])
     videos = []
     for start in range(0, len(texts), 32):
@@ -150,7 +152,7 @@ def sample_heldout(
         for index, step in enumerate(sde.steps_of(sigmas)):
             velocity = guided_velocity(policy, latents, sigmas[index], conditioning, negative, guidance_scale)
             latents = sde.ode(velocity, latents, step).mean
-        videos.append(policy.decode(latents))
+        videos.append(policy.decode(latents, conditioning))
     return torch.cat(videos), texts
 
 

@@ -1,0 +1,143 @@
+"""What do all families share that diffusers has a pipeline for? How parts are loaded, and the plain way to do each job.
+
+A family says what differs: its blocks' names, its text embeddings, its schedule, its forward and its latents.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bpgo_video.config import ConfigError, VideoConfig
+from bpgo_video.policies.base import Build
+from bpgo_video.policies.transformers import Transformers, transformer_names
+from bpgo_video.types import Latents
+
+LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # of a pipeline's networks: what each calls the dtype
+COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
+
+
+class PipelinePolicy:
+    """A diffusers pipeline's parts. Text encoders and VAE may be absent where they are not needed.
+
+    Attributes:
+        pipeline_name: diffusers' class; looked up late, since importing a pipeline that is not used may print warnings.
+        block_names: class names of the transformer's repeated blocks.
+        fps: frames a second that the family's authors train on.
+        given_frames: latent frames that the image fixes and the policy does not sample.
+    """
+
+    pipeline_name: ClassVar[str]
+    block_names: ClassVar[tuple[str, ...]]
+    fps: ClassVar[float]
+    takes_images: ClassVar[bool] = False
+    given_frames: ClassVar[int] = 0
+
+    def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
+        self.folder = folder
+        self.pipeline = pipeline
+        self.max_sequence_length = max_sequence_length
+        self.transformer_names = transformer_names(folder)
+        loaded = {name: getattr(pipeline, name) for name in self.transformer_names}
+        self.transformers: Any = Transformers({name: module for name, module in loaded.items() if module is not None})
+        self.transformer_config = read_config(folder / self.transformer_names[0])
+        self.vae_config = read_config(folder / "vae")
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        max_sequence_length: int,
+        components: frozenset[str],
+        dtype: torch.dtype,
+        device: torch.device,
+        build: Build,
+    ) -> PipelinePolicy:
+        """The networks of the folder whose kind is in `components`; see `load_policy`."""
+        cls.check(folder)
+        networks = networks_of(folder)
+        parts: dict[str, nn.Module | None] = dict.fromkeys(networks)
+        for name, model_class in networks.items():
+            kind = kind_of(name)
+            if kind not in components or not (folder / name).is_dir():
+                continue
+            if kind == "transformer":
+                parts[name] = build(model_class, folder / name, dtype).to(device)
+            else:
+                parts[name] = frozen(model_class, folder / name, torch.float32 if kind == "vae" else dtype, device)
+        pipeline_class = getattr(diffusers, cls.pipeline_name)
+        return cls(folder, pipeline_class.from_pretrained(folder, **parts), max_sequence_length)
+
+    @classmethod
+    def check(cls, folder: Path) -> None:
+        """Whether the folder is one that the family knows how to sample.
+
+        Raises:
+            ConfigError: it is not; the message names what it has.
+        """
+
+    def transformer_at(self, sigma: float) -> str:
+        """Which transformer computes at a noise level."""
+        return self.transformer_names[0]
+
+    def image_conditioning(
+        self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
+    ) -> dict[str, Tensor]:
+        raise TypeError(f"{type(self).__name__} makes videos of texts alone")
+
+    def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
+        """What the pipeline's own call takes beside prompt, size and guidance: the initial noise in its layout."""
+        return {"latents": latents}
+
+    def check_size(self, video: VideoConfig, temporal: int, multiple: int) -> None:
+        """Whether the VAE's and the patches' strides divide a video.
+
+        Args:
+            temporal: video frames in a latent frame, but the first.
+            multiple: of height and width.
+
+        Raises:
+            ConfigError: names the nearest size that works.
+        """
+        if video.num_frames % temporal != 1 % temporal:
+            raise ConfigError(
+                f"video.num_frames is {video.num_frames}; this policy makes {temporal} n + 1 frames, for example "
+                f"{video.num_frames // temporal * temporal + 1}"
+            )
+        for name, size in (("height", video.height), ("width", video.width)):
+            if size % multiple:
+                raise ConfigError(f"video.{name} is {size}; this policy needs a multiple of {multiple}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A network's config.json."""
+    return dict(json.loads((folder / "config.json").read_text()))
+
+
+def networks_of(folder: Path) -> dict[str, Any]:
+    """The classes of a pipeline's networks by their names in it."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return {
+        name: getattr(importlib.import_module(part[0]), part[1])
+        for name, part in index.items()
+        if kind_of(name) and part[0] in LIBRARIES
+    }
+
+
+def kind_of(name: str) -> str | None:
+    """The component that a part belongs to, text_encoder_2 to text_encoder; None of tokenizers and the like."""
+    return next((kind for kind in COMPONENTS if name.startswith(kind)), None)
+
+
+def frozen(model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A network that is used and never trained."""
+    library = model_class.__module__.partition(".")[0]
+    model: nn.Module = model_class.from_pretrained(folder, **{LIBRARIES[library]: dtype})
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,133 @@
+"""What two ranks run for one family: an update of its policy's velocity, sharded and split, against a single process.
+
+    python -m tests.distributed.family_worker FAMILY FOLDER OUTPUT
+
+Plain SGD without clipping; the weights' change is the gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bpgo_video import engine
+from bpgo_video.config import OptimConfig
+from bpgo_video.parallel.mesh import Mesh, make_mesh
+from bpgo_video.parallel.sequence import parallelise
+from bpgo_video.policies import Policy
+from bpgo_video.policies.base import Build, from_pretrained
+from bpgo_video.policies.transformers import blocks_of
+from tests.families import CASES, Case
+
+HUGE_STEP = 1e5  # the weights' change is the gradient, to many digits
+SIGMA = torch.tensor(0.95)
+PARALLEL = ((1, 1), (3, 1), (1, 2), (3, 2))  # ZeRO stage, ranks of a sequence group
+
+
+def build_for(ds_config: dict[str, Any]) -> Build:
+    return partial(engine.build_sharded, ds_config) if engine.zero_stage(ds_config) == 3 else from_pretrained
+
+
+def one_loss(policy: Policy, inputs: tuple[Tensor, dict[str, Tensor], Tensor]) -> Tensor:
+    """Every element weighs differently."""
+    latents, conditioning, target = inputs
+    return (policy.velocity(latents, SIGMA, conditioning) - target).square().mean()
+
+
+def inputs_of(case: Case, folder: Path) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Two samples, of two prompts."""
+    policy = case.policy(folder)
+    prompts, _ = case.prompts(policy, case.recipe(folder))
+    generator = torch.Generator().manual_seed(1)
+    latents, target = (torch.randn(2, *policy.latent_shape(case.video), generator=generator) for _ in range(2))
+    return latents, dict(prompts.conditioning), target
+
+
+def reference(case: Case, folder: Path, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of a single process."""
+    policy = case.policy(folder, components=("transformer",))
+    loss = one_loss(policy, inputs)
+    loss.backward()
+    named = policy.transformers.named_parameters()
+    return loss.detach(), {name: p.grad for name, p in named if p.grad is not None}
+
+
+def run(case: Case, folder: Path, stage: int, mesh: Mesh, inputs: Any) -> dict[str, Any]:
+    """One update by the engine: its loss, and the gradient of every parameter that the reference has one of."""
+    ds_config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    policy = case.policy(folder, components=("transformer",), build=build_for(ds_config))
+    for module in policy.transformers.values():
+        module.enable_gradient_checkpointing()
+        parallelise(module, mesh)
+    learner = engine.Engine(
+        policy.transformers,
+        OptimConfig(name="sgd", learning_rate=HUGE_STEP, max_grad_norm=0.0),
+        ds_config,
+        micro_batch_size=2,
+        learning_rate_factor=lambda _: 1.0,
+        block_classes=blocks_of(policy.transformers, policy.block_names),
+    )
+    start = whole(learner)
+    policy.transformers = learner.wrapped
+    mine = mesh.share(2, 2 // mesh.data_size)[0]
+    latents, conditioning, target = inputs
+    own = (latents[mine], {name: value[mine] for name, value in conditioning.items()}, target[mine])
+    loss = one_loss(policy, own)
+    learner.backward(loss, last=True)
+    learner.step()
+    stepped = whole(learner)
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return {
+        "loss": float(total / dist.get_world_size()),
+        "gradients": {name: (start[name] - stepped[name]) / HUGE_STEP for name in start},
+    }
+
+
+def whole(learner: engine.Engine) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in learner.module.named_parameters():
+        with learner.gathered([parameter]):
+            found[name] = parameter.detach().clone()
+    return found
+
+
+def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """In L2, as a share of the gradient, or of the whole one's thousandth where a parameter has next to none."""
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    return {
+        name: float((found[name] - gradient).norm() / max(gradient.norm(), 1e-3 * total))
+        for name, gradient in expected.items()
+    }
+
+
+def main() -> None:
+    family, folder, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    engine.start_ranks()
+    case = CASES[family]
+    inputs = inputs_of(case, folder)
+    loss, gradients = reference(case, folder, inputs)
+    results = []
+    for stage, sequence in PARALLEL:
+        found = run(case, folder, stage, make_mesh(torch.device("cpu"), sequence), inputs)
+        results.append(
+            {
+                "stage": stage,
+                "sequence": sequence,
+                "loss": abs(found["loss"] / float(loss) - 1),
+                "gradients": errors(found["gradients"], gradients),
+            }
+        )
+    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What must the tests know of a family? How its folder is written, and what diffusers' pipeline is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bpgo_video.conditioning import conditioned
+from bpgo_video.config import Config, PolicyConfig, VideoConfig
+from bpgo_video.config_io import read_yaml
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy, load_policy
+from bpgo_video.types import PromptBatch
+from tests.recipes import RECIPE
+
+CPU = torch.device("cpu")
+TEXTS = ("a red circle moving left", "a blue square moving up")
+NEGATIVE = "a green triangle"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family.
+
+    Attributes:
+        write: a pipeline of random weights into a new folder.
+        video: what it makes.
+        text_tokens: max_sequence_length of its policy.
+        family: `policy.family` of its recipe.
+        guidance_scale: at which the rollout is compared with the pipeline's.
+        lora: names of the layers that adapters go to.
+        euler: the scheduler with which the pipeline follows the ODE as the rollout does; by default its own.
+        arguments: what else the pipeline's call is given.
+    """
+
+    write: Callable[[Path], object]
+    video: VideoConfig
+    text_tokens: int
+    family: str | None = None
+    guidance_scale: float = 3.0
+    lora: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    euler: Callable[[Any], Any] = lambda scheduler: scheduler
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def policy(self, folder: Path, **options: Any) -> Policy:
+        return load_policy(str(folder), max_sequence_length=self.text_tokens, name=self.family, **options)
+
+    def recipe(self, folder: Path) -> Config:
+        """The shipped recipe with this policy; all of four steps trained but the last, and all step weights 1."""
+        from dataclasses import replace
+
+        recipe = read_yaml(RECIPE)
+        policy = PolicyConfig(str(folder), self.text_tokens, family=self.family)
+        sampler = replace(recipe.sampler, num_steps=4, train_steps="all", share_steps="batch", shift=None)
+        loss = replace(recipe.loss, step_weights="none")
+        return replace(recipe, policy=policy, video=self.video, sampler=sampler, loss=loss)
+
+    def pictures(self) -> list[Image.Image]:
+        """An image for each of TEXTS, of the video's size."""
+        generator = np.random.default_rng(0)
+        size = (self.video.height, self.video.width, 3)
+        return [Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)) for _ in TEXTS]
+
+    def prompts(self, policy: Policy, config: Config) -> tuple[PromptBatch, dict[str, Tensor]]:
+        """TEXTS with all that the policy is conditioned on, and the negative prompt."""
+        prompts = PromptBatch(torch.tensor([1, 2]), TEXTS, policy.encode(TEXTS), images=self._images(policy))
+        ready = conditioned(prompts, policy, config, torch.float32, Mesh(0, 1, CPU), group_size=4)
+        return ready, policy.encode([NEGATIVE])
+
+    def _images(self, policy: Policy) -> Tensor | None:
+        if not policy.takes_images:
+            return None
+        return torch.stack([torch.from_numpy(np.array(one)) for one in self.pictures()]).permute(0, 3, 1, 2) / 255
+
+    def diffusers_videos(self, policy: Policy, noise: Tensor, num_steps: int, guidance_scale: float) -> Tensor:
+        """What diffusers' own pipeline makes of TEXTS from `noise`, [prompts frames 3 height width] in [0, 1]."""
+        pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(policy.folder)
+        pipeline.scheduler = self.euler(pipeline.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        videos = []
+        for row, text in enumerate(TEXTS):
+            image = {"image": self.pictures()[row]} if policy.takes_images else {}
+            found = pipeline(
+                prompt=text, negative_prompt=NEGATIVE, num_frames=self.video.num_frames, height=self.video.height,
+                width=self.video.width, num_inference_steps=num_steps, max_sequence_length=self.text_tokens,
+                output_type="pt", **{"guidance_scale": guidance_scale, **self.arguments, **image},
+                **policy.call_arguments(noise[row : row + 1], self.video),
+            )  # fmt: skip
+            videos.append(found.frames)
+        return torch.cat(videos)

@@ -1,0 +1,21 @@
+"""Wan 2.1: text-to-video, and image-to-video with its CLIP encoder."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from bpgo_video.config import VideoConfig
+from tests.families.case import Case
+from tests.random_wan import TEXT_TOKENS, random_wan
+
+VIDEO = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)
+
+
+def euler(unipc):
+    return FlowMatchEulerDiscreteScheduler(shift=unipc.config.flow_shift)
+
+
+WAN = Case(random_wan, VIDEO, TEXT_TOKENS, euler=euler)
+WAN_IMAGE = Case(partial(random_wan, images=True, image_encoder=True), VIDEO, TEXT_TOKENS, euler=euler)

@@ -1,0 +1,111 @@
+"""Every family does what diffusers' pipeline does, learns, and leaves in files that diffusers reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpgo_video.bpgo import GroupAdvantages
+from bpgo_video.config import LoraConfig
+from bpgo_video.config_io import to_yaml
+from bpgo_video.conversion import Conversion, convert
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.transformers import blocks_of
+from bpgo_video.replay import Setting, optimise, replay_objective
+from bpgo_video.rollout import Denoiser, sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.run_weights import find_source
+from tests.families import CASES, Case
+from tests.families.case import CPU
+from tests.test_replay import PlainLearner, total_loss
+from tests.zero_checkpoints import write_checkpoint
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("family") / "pipeline"
+    case.write(path)
+    return path
+
+
+@pytest.fixture
+def policy(case: Case, folder: Path) -> Policy:
+    return case.policy(folder)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_ode_rollout_is_the_pipelines_own(case: Case, folder: Path, policy: Policy, guided: bool) -> None:
+    """Schedule, shift, text, image, guidance, normalisation of latents: all of it, to the pixel."""
+    scale = case.guidance_scale if guided else 1.0
+    config = case.recipe(folder)
+    prompts, negative = case.prompts(policy, config)
+    start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
+    denoiser = Denoiser(
+        policy=policy, sigmas=policy.sigmas(STEPS, case.video), sampler="ode", eta=0.0, guidance_scale=scale,
+        latents_dtype=torch.float32,
+    )  # fmt: skip
+    latents = denoiser.denoise(start, prompts.conditioning, negative, lambda _: start).latents[:, -1]
+    found = policy.decode(latents, prompts.conditioning)
+    expected = case.diffusers_videos(policy, start, STEPS, scale)
+    assert found.shape[1] == case.video.num_frames
+    assert found.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_ratio_is_one_and_an_update_lowers_its_own_loss(case: Case, folder: Path, policy: Policy) -> None:
+    config = case.recipe(folder)
+    config = replace(config, loss=replace(config.loss, clip_range=(0.9, 9.0)))
+    prompts, negative = case.prompts(policy, config)
+    chunks = sample_chunks(
+        training_denoiser(policy, config), prompts, negative, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
+        latent_shape=policy.latent_shape(case.video), key=(0, "rollout", 0), trained_steps=trained_steps_of(config, 0),
+    )  # fmt: skip
+    advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
+    advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
+    trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
+    objective = replay_objective(Setting(policy, config, prompts, negative, None), advantages, 0)
+    before = total_loss(objective, trajectories)
+    learner = PlainLearner(policy.transformers, learning_rate=1e-3)
+    found = optimise(learner, objective, trajectories, updates_per_rollout=1)
+    assert found.metrics["ratio_error_first_update_max"] == 0.0
+    assert total_loss(objective, trajectories) < before
+
+
+def test_its_blocks_are_found_and_recomputed(policy: Policy) -> None:
+    assert blocks_of(policy.transformers, policy.block_names)
+    for module in policy.transformers.values():
+        module.enable_gradient_checkpointing()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_is_trained_leaves_in_files_that_diffusers_reads(
+    case: Case, folder: Path, policy: Policy, rank: int, tmp_path: Path
+) -> None:
+    """All weights as a pipeline folder, adapters as a LoRA file; loaded again, compared, and one forward pass."""
+    lora = LoraConfig(rank=rank, alpha=8, target_modules=case.lora)
+    generator = torch.Generator().manual_seed(1)
+    for module in policy.transformers.values():
+        if rank:
+            add_lora(module, lora, seed=0)
+    trained = {
+        name: parameter.detach() + 0.05 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in policy.transformers.named_parameters()
+        if parameter.requires_grad
+    }
+    config = case.recipe(folder)
+    config = replace(config, policy=replace(config.policy, lora=lora))
+    checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-000002", [trained])
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    job = Conversion(find_source(checkpoint), "raw", tmp_path / "out")
+    convert(job, "lora" if rank else "diffusers", verify=True)
