@@ -4,56 +4,56 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bpgo_video.cli import positive, show_loading_once
 
-EPILOG = """
-All flags of pipelines/generate_video.py hold, but --prompts, which the suite is, and --samples-per-prompt: --lora, --weights,
---negative-prompt, --num-steps, --guidance-scale, --num-frames, --height, --width, --max-sequence-length, --scheduler,
---flow-shift, --fps, --batch-size, --dtype.
+GENERATION = """
+The flags of pipelines/generate_video.py hold, but for --prompts and --samples-per-prompt, which are the suite's:
+--family, --lora, --weights, --negative-prompt, --num-steps, --guidance-scale, --num-frames, --height, --width,
+--max-sequence-length, --scheduler, --flow-shift, --batch-size, --dtype.
 """
-Add = Callable[..., Any]
 
 
 def add_commands(commands: Any) -> None:
     """Add the subcommands to what `add_subparsers` returned."""
-    plain = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     add_layout(
-        commands.add_parser(
-            "layout",
-            allow_abbrev=False,
-            help="generate a suite under VBench's names, or check one",
-            epilog=EPILOG,
-            **plain,
-        )
+        commands.add_parser("layout", help="generate a suite under VBench's names, or check one", allow_abbrev=False)
     )
-    add_score(commands.add_parser("score", help="measure VBench's dimensions on a folder of videos", **plain))
-    add_vbench(commands.add_parser("vbench", help="run VBench's own package, in its own interpreter", **plain))
-    add_total(commands.add_parser("total", help="VBench's totals of result files", **plain))
+    add_score(commands.add_parser("score", help="measure VBench's dimensions on a folder of videos"))
+    add_vbench(commands.add_parser("vbench", help="run VBench's own package, in its own interpreter"))
+    add_total(commands.add_parser("total", help="VBench's totals of result files"))
 
 
-def add_suite(add: Add, required: bool) -> None:
-    add("--suite", required=required, metavar="SUITE", help="'vbench' (the list in the installed package), VBench's list "
-        "(.json), or prompts (.txt, .jsonl, .csv)")  # fmt: skip
-    add("--samples", type=positive, default=5, metavar="N", help="videos of each prompt (5)")
-    add("--images", type=Path, metavar="DIR", help="VBench-I2V's images of one shape, data/crop/16-9 for example")
-    add("--fps", type=float, metavar="F", help="frames a second of the videos")
+def add_suite(command: argparse.ArgumentParser, required: bool = False) -> None:
+    kinds = "'vbench' (the list in the installed package), VBench's list (.json), or prompts (.txt, .jsonl, .csv)"
+    command.add_argument("--suite", required=required, help=kinds)
+    command.add_argument("--samples", type=positive, default=5, metavar="N", help="videos of each prompt (5)")
+
+
+def add_videos(command: argparse.ArgumentParser) -> None:
+    """What describes the videos beside the suite."""
+    command.add_argument("--images", type=Path, metavar="DIR", help="VBench-I2V's images of one shape: data/crop/16-9")
+    command.add_argument("--fps", type=float, metavar="F", help="frames a second that every video has")
 
 
 def add_layout(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    command.description = "Generate a suite into DIR as {prompt}-{i}.mp4, on several ranks by the deepspeed launcher; "
-    command.description += "goes on where it was cut short."
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.description = (
+        "Generate a suite into DIR as {prompt}-{i}.mp4, on several ranks by the deepspeed launcher. The same command\n"
+        "goes on where it was cut short; its exit code is 0 when every video is there and whole."
+    )
+    command.epilog = GENERATION
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     add("--policy", metavar="FOLDER|RUN", help="a pipeline folder, a checkpoint, or a run for its newest one")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the videos; the manifest lies beside it")
     add("--seed", type=int, metavar="S", help="noise is a function of this, the prompt and i")
     add("--generation-prompts", type=Path, metavar="FILE.jsonl", help="what the model is told in place of each prompt")
     add("--check", action="store_true", help="make nothing: decode every video of DIR and name what is wrong with it")
-    add_suite(add, required=True)
+    add_suite(command, required=True)
+    add_videos(command)
     command.set_defaults(run=layout, more=[])
 
 
@@ -63,11 +63,13 @@ def layout(args: argparse.Namespace) -> None:
 
     suite = read_suite(args.suite, args.samples)
     if not args.check:
-        return generate_layout(args, suite)
+        generate_layout(args, suite)
+        return
+    if args.more:
+        raise SuiteError(f"--check makes nothing, and takes no {' '.join(args.more)}")
     if problems := layout_problems(args.output, suite, args.fps):
         raise SuiteError(f"{args.output} has {len(problems)} problems:{listing(problems)}")
     print(f"{args.output}: {len(suite.names())} videos, complete")
-    return None
 
 
 def generate_layout(args: argparse.Namespace, suite: Any) -> None:
@@ -97,17 +99,18 @@ def generate_layout(args: argparse.Namespace, suite: Any) -> None:
 def add_score(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     command.description = (
-        "Measure dimensions by VBench's formulas. Every result is labelled: exact (VBench's numbers, no network),\n"
+        "Measure dimensions by VBench's formulas. Every result is labelled: exact (VBench's numbers, no network), "
         "native (VBench's formula and network) or proxy. Without --suite every video is measured by the prompt in its name."
     )
     add("--videos", type=Path, required=True, metavar="DIR")
     add("--dimensions", nargs="+", required=True, metavar="D")
     add("--output", type=Path, required=True, metavar="FILE.json", help="VBench's result form, with labels")
-    add("--backbone", action="append", default=[], metavar="D=NETWORK", help="the network of a dimension: folder or hub "
-        "id, a short name (efficientnet, dis), or a factory of your own, my_pkg.module:build")  # fmt: skip
+    forms = "a network for a dimension: folder, hub id, short name (efficientnet, dis), or a factory, my_pkg.mod:build"
+    add("--backbone", action="append", default=[], metavar="D=NETWORK", help=forms)
     add("--head", type=Path, metavar="FILE", help="LAION's aesthetic head, sa_0_4_vit_l_14_linear.pth")
     add("--device", help="of torch (cuda where there is one)")
-    add_suite(add, required=False)
+    add_suite(command)
+    add_videos(command)
     command.set_defaults(run=score)
 
 
@@ -148,7 +151,7 @@ def add_vbench(command: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of the results; goes on where it was cut short",
+        help="folder of the results; it is continued",
     )
     add("--dimensions", nargs="+", metavar="D", help="(every one of the suite)")
     add("--benchmark", choices=("vbench", "vbench-i2v"), default="vbench")
@@ -158,7 +161,7 @@ def add_vbench(command: argparse.ArgumentParser) -> None:
         "--folder", type=Path, default=Path(), metavar="DIR", help="vbench-i2v: where vbench2_beta_i2v/data/crop is (.)"
     )
     add("--local", action="store_true", help="VBench's option: only weights that are downloaded already")
-    add_suite(add, required=False)
+    add_suite(command)
     command.set_defaults(run=vbench)
 
 
@@ -182,13 +185,13 @@ def vbench(args: argparse.Namespace) -> None:
 def add_total(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     command.description = (
-        "Totals of VBench, VBench-I2V or VBench-2.0, whichever has the dimensions. A set that is not whole, or has proxies, is\n"
-        "refused; --partial takes it, and says in the result what is missing and what is a proxy."
+        "Totals of VBench, VBench-I2V or VBench-2.0, whichever has the dimensions. A set that is not whole, or has "
+        "proxies, is refused; --partial takes it, and says in the result what is missing and what is a proxy."
     )
     add("results", nargs="+", type=Path, metavar="FILE.json", help="result files, or folders of *_eval_results.json")
     add("--json", action="store_true", help="print JSON alone")
     add("--partial", action="store_true", help="take what is there, and label it")
-    add_suite(add, required=False)
+    add_suite(command)
     command.set_defaults(run=total)
 
 

@@ -4,8 +4,8 @@ OUTPUT/{dimension}_eval_results.json     VBench's result, checked: every video, 
 OUTPUT/{dimension}.log                   what the process said
 OUTPUT/measured.yaml                     of which videos and suite the results are
 
-VBench's own command hides exit codes, and goes on where videos are missing. Here a dimension that fails is named when all
-others are done, and the same command measures what is not there yet.
+VBench's own command hides exit codes, and goes on where videos are missing. Here a dimension that fails is named when
+all others are done, and the same command measures what is not there yet.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Preparation:
         longer = int(self.edge * max(height, width) / min(height, width))
         return (self.edge, longer) if height <= width else (longer, self.edge)
 
-    def _cut(self, images: Inputs) -> Inputs:
+    def _cut(self, images: Inputs) -> Float[Tensor, "frames 3 cut_rows cut_columns"]:
         if self.crop is None:
             return images
         top, left = (round((side - self.crop) / 2) for side in images.shape[-2:])

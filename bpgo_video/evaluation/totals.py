@@ -206,8 +206,8 @@ def labelled_totals(paths: Sequence[Path], suite: Suite | None = None, partial: 
     proxies = [name for name, result in results.items() if "proxy" in result.labels]
     if proxies and not partial:
         raise TotalsError(
-            f"{', '.join(proxies)}: measured by a stand-in, which makes no total of {benchmark} (--partial takes it, and "
-            "labels the result)"
+            f"{', '.join(proxies)}: measured by a stand-in, which makes no total of {benchmark} (--partial takes it, "
+            "and labels the result)"
         )
     found, missing = totals(benchmark, scores, partial), missing_from(benchmark, scores)
     if not (missing or proxies):
