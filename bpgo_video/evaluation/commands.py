@@ -100,7 +100,7 @@ def add_score(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     command.description = (
         "Measure dimensions by VBench's formulas. Every result is labelled: exact (VBench's numbers, no network), "
-        "native (VBench's formula and network) or proxy. Without --suite every video is measured by the prompt in its name."
+        "native (VBench's formula and network) or proxy. Without --suite every video of DIR is measured."
     )
     add("--videos", type=Path, required=True, metavar="DIR")
     add("--dimensions", nargs="+", required=True, metavar="D")

@@ -85,7 +85,7 @@ def measure_officially(asked: Official) -> list[Result]:
         try:
             results.append(finished(asked, name, names) or run_dimension(asked, name, names))
         except (OfficialError, ResultError, OSError) as error:
-            failures.append(f"{name}: {error}")
+            failures.append(str(error))
             print(f"{name} failed", flush=True)
     if failures:
         raise OfficialError(f"{len(failures)} of {len(wanted)} dimensions were not measured:{listing(failures)}")
@@ -124,8 +124,8 @@ def run_dimension(asked: Official, dimension: str, names: Sequence[str]) -> Resu
         command = [asked.python, str(vbench_dimension.__file__), json.dumps(task)]
         code = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, cwd=asked.folder, check=False).returncode
     if code != 0:
-        last = log.read_text("utf-8", "replace").splitlines()[-SHOWN:]
-        raise OfficialError(f"{asked.python} ended with exit code {code}: {' / '.join(last)} (all of it: {log})")
+        last = " / ".join(log.read_text("utf-8", "replace").splitlines()[-SHOWN:])
+        raise OfficialError(f"{dimension}: {asked.python} ended with exit code {code}: {last} ({log})")
     return _read(asked, dimension, names)
 
 
