@@ -20,7 +20,7 @@ from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import VideoHeader, read_video, write_video
 from bpgo_video.evaluation.layout import lay_out, read_told
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, read_suite
-from bpgo_video.evaluation.video_folder import header_problems, layout_problems
+from bpgo_video.evaluation.video_folder import ENCODING, header_problems, layout_problems
 from bpgo_video.generation import generate
 from bpgo_video.generation_settings import GenerationError, GenerationSettings
 from tests.random_wan import random_wan
@@ -209,10 +209,12 @@ def test_a_file_that_lost_its_last_frames_is_named(suite: Suite, tmp_path: Path)
 def test_the_rate_is_that_of_the_manifest_or_of_most() -> None:
     header = VideoHeader(fps=16.0, frames=81, height=480, width=832, codec="h264", pixel_format="yuv420p")
     headers = {"a": header, "b": replace(header, fps=8.0), "c": header}
-    assert header_problems(headers, None) == ["'b' has fps 8 where 16 is expected"]
-    assert header_problems(headers, 8.0) == [f"'{name}' has fps 16 where 8 is expected" for name in "ac"]
-    assert header_problems({"a": replace(header, fps=30000 / 1001)}, 29.97) == []
-    assert header_problems({"a": replace(header, codec="hevc", pixel_format="yuv444p")}, None) == [
+    assert header_problems(headers, {}) == ["'b' has fps 8 where 16 is expected"]
+    assert header_problems(headers, {"fps": "8"}) == [f"'{name}' has fps 16 where 8 is expected" for name in "ac"]
+    assert header_problems({"a": replace(header, fps=30000 / 1001)}, {"fps": "29.97"}) == []
+    other = {"a": replace(header, codec="hevc", pixel_format="yuv444p"), "b": replace(header, width=480)}
+    assert header_problems(other, {}, ("fps",)) == []
+    assert header_problems({"a": other["a"]}, ENCODING) == [
         "'a' has codec hevc where h264 is expected", "'a' has pixel format yuv444p where yuv420p is expected",
     ]  # fmt: skip
-    assert header_problems({}, None) == []
+    assert header_problems({}, {}) == []

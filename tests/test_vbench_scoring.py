@@ -323,6 +323,25 @@ def test_the_package_is_not_asked_about_a_folder_that_is_not_whole(
     assert "say which --dimensions" in capsys.readouterr().err
 
 
+def test_image_to_video_is_measured_where_its_images_lie(
+    videos: Path, package: Path, listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """VBench-I2V looks for vbench2_beta_i2v/data/crop/{resolution} below the folder it runs in."""
+    other = package.with_name("vbench2_beta_i2v")
+    other.mkdir()
+    text = FAKE.replace("class VBench", "class VBenchI2V").replace("mode, local", "resolution, local")
+    (other / "__init__.py").write_text(text.replace("{mode} {local}", "{resolution} {os.getcwd()}"))
+    behave(monkeypatch)
+    root, output = tmp_path / "root", tmp_path / "results"
+    root.mkdir()
+    command = officially(videos, output, "--benchmark", "vbench-i2v", "--resolution", "16-9", "--folder", str(root))
+    assert main([*command, "--dimensions", "dynamic_degree"]) == 1
+    assert "vbench-i2v needs its own list" in capsys.readouterr().err
+    assert main([*command, "--dimensions", "dynamic_degree", "--suite", str(listed), "--samples", "1"]) == 0
+    assert (output / "dynamic_degree.calls").read_text() == f"cpu 16-9 {root} {listed}\n"
+
+
 def test_an_interpreter_that_is_not_there_is_named(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

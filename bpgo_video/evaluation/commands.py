@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,39 +60,42 @@ def add_layout(command: argparse.ArgumentParser) -> None:
 
 
 def layout(args: argparse.Namespace) -> None:
+    (check_layout if args.check else generate_layout)(args)
+
+
+def check_layout(args: argparse.Namespace) -> None:
     from bpgo_video.evaluation.vbench_suite import SuiteError, listing, read_suite
     from bpgo_video.evaluation.video_folder import layout_problems
 
-    suite = read_suite(args.suite, args.samples)
-    if not args.check:
-        generate_layout(args, suite)
-        return
     if args.more:
         raise SuiteError(f"--check makes nothing, and takes no {' '.join(args.more)}")
+    suite = read_suite(args.suite, args.samples)
     if problems := layout_problems(args.output, suite, args.fps):
         raise SuiteError(f"{args.output} has {len(problems)} problems:{listing(problems)}")
     print(f"{args.output}: {len(suite.names())} videos, complete")
 
 
-def generate_layout(args: argparse.Namespace, suite: Any) -> None:
-    """Settings are read as pipelines/generate_video.py reads them."""
-    import os
-
+def generate_layout(args: argparse.Namespace) -> None:
+    """Settings are read as pipelines/generate_video.py reads them, before the ranks meet; files when all can fail."""
     import tyro
 
     from bpgo_video import engine
     from bpgo_video.evaluation.layout import lay_out, read_told
+    from bpgo_video.evaluation.vbench_suite import read_suite
     from bpgo_video.generation import ALONE, PATIENCE
     from bpgo_video.generation_settings import GenerationSettings
+    from bpgo_video.parallel.agreement import same_verdict
 
-    given = {"policy": args.policy, "seed": args.seed, "output": args.output, "prompts": suite.source,
-             "samples-per-prompt": suite.samples, "fps": args.fps}  # fmt: skip
+    given = {"policy": args.policy, "seed": args.seed, "output": args.output, "prompts": args.suite,
+             "samples-per-prompt": args.samples, "fps": args.fps}  # fmt: skip
     flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
     settings = tyro.cli(GenerationSettings, args=[*flags, *args.more], prog="evaluate.py layout")
-    told = None if args.generation_prompts is None else read_told(args.generation_prompts, suite)
     show_loading_once()
     mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
-    manifest = lay_out(settings, suite, mesh, args.images, told)
+    with same_verdict(mesh):
+        suite = read_suite(args.suite, args.samples)
+        told = None if args.generation_prompts is None else read_told(args.generation_prompts, suite)
+    manifest = lay_out(replace(settings, prompts=suite.source), suite, mesh, args.images, told)
     if mesh.is_main:
         print(manifest)
     engine.stop_ranks()
@@ -173,6 +178,8 @@ def vbench(args: argparse.Namespace) -> None:
     dimensions = tuple(dict.fromkeys(args.dimensions or (suite.dimensions if suite is not None else ())))
     if not dimensions:
         raise SuiteError("say which --dimensions: without VBench's own list nothing names them")
+    if args.benchmark == "vbench-i2v" and suite is None:
+        raise SuiteError("vbench-i2v needs its own list, vbench2_i2v_full_info.json: --suite FILE")
     options = {"local": args.local} | ({"resolution": args.resolution} if args.benchmark == "vbench-i2v" else {})
     asked = Official(
         args.python, args.videos.absolute(), args.output.absolute(), args.benchmark, suite, dimensions, args.device,

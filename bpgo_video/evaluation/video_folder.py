@@ -41,28 +41,35 @@ def layout_problems(folder: Path, suite: Suite, fps: float | None = None) -> lis
                 headers[name] = _whole(folder / name)
             except VideoError as error:
                 found.append(str(error))
-    return found + header_problems(headers, fps or written_fps(folder))
+    return found + header_problems(headers, {**ENCODING, **_rate(folder, fps)})
 
 
-def header_problems(headers: Mapping[str, VideoHeader], fps: float | None) -> list[str]:
-    """Videos of another encoding than VBench's, or of another rate or size than the rest.
+def header_problems(
+    headers: Mapping[str, VideoHeader], expected: Mapping[str, str], measures: Sequence[str] = MEASURES
+) -> list[str]:
+    """Videos that differ from the rest.
 
     Args:
         headers: by the file's name.
-        fps: that all must have; None: what most have.
+        expected: what they must be; of what it does not say, most videos decide.
+        measures: what is compared.
     """
     if not headers:
         return []
-    expected = dict(ENCODING) if fps is None else {**ENCODING, "fps": f"{fps:.4g}"}
     told = {name: _as_text(header) for name, header in headers.items()}
-    usual = {what: Counter(video[what] for video in told.values()).most_common(1)[0][0] for what in MEASURES}
-    usual |= expected
+    usual = {what: Counter(video[what] for video in told.values()).most_common(1)[0][0] for what in measures}
+    usual |= {what: expected[what] for what in measures if what in expected}
     return [
         f"{name!r} has {what} {video[what]} where {usual[what]} is expected"
         for name, video in told.items()
-        for what in MEASURES
+        for what in measures
         if video[what] != usual[what]
     ]
+
+
+def _rate(folder: Path, fps: float | None) -> dict[str, str]:
+    known = fps or written_fps(folder)
+    return {} if known is None else {"fps": f"{known:.4g}"}
 
 
 def _as_text(header: VideoHeader) -> dict[str, str]:
@@ -83,7 +90,7 @@ def _whole(path: Path) -> VideoHeader:
 
 
 def check_videos(folder: Path, suite: Suite | None, paths: Sequence[Path], fps: float | None) -> None:
-    """Whether the files are there, open, and are alike, by their headers alone, and nothing foreign lies beside.
+    """Whether the files are there, open, and have one rate, by their headers alone, and nothing foreign lies beside.
 
     Args:
         fps: that all videos must have; None: that of the layout's manifest, or of most videos.
@@ -100,7 +107,7 @@ def check_videos(folder: Path, suite: Suite | None, paths: Sequence[Path], fps: 
                 headers[path.name] = read_header(path)
             except VideoError as error:
                 problems.append(str(error))
-    problems += header_problems(headers, fps or written_fps(folder))
+    problems += header_problems(headers, _rate(folder, fps), ("fps",))
     if problems:
         raise SuiteError(f"{folder} cannot be measured as it is:{listing(problems)}")
 
