@@ -1,6 +1,7 @@
 """VBench's dimensions by independent arithmetic: on real clips, on videos whose answer is known, and by label.
 
-That they equal VBench's own code is tested by distributed/test_vbench_package.py.
+That they equal VBench's own code is tested on clips for which it gave the numbers in real_suites.py, and with the code
+itself by distributed/test_vbench_package.py.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from bpgo_video.evaluation.text_alignment import middles
 from bpgo_video.evaluation.vbench_suite import SuitePrompt
 from tests.random_rewards import random_clip, random_vit, random_xclip
 from tests.real_clips import real_clip
+from tests.real_suites import VBENCH, assert_equal, measured, write_clips
 from tests.tiny_vbench import BACKBONES
 from tests.vbench_side import tiny_networks as tiny
 
@@ -57,6 +59,20 @@ def clip_of_a_man() -> Tensor:
     return real_clip("carphone_pristine", 0, 5)
 
 
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("clips") / "videos"
+    folder.mkdir()
+    return write_clips(folder)
+
+
+@pytest.mark.parametrize("name", list(VBENCH))
+def test_vbenchs_own_code_gives_the_same_for_these_clips(
+    name: str, entries: list[dict[str, str]], tmp_path: Path
+) -> None:
+    assert_equal(measured(name, entries, tmp_path), *VBENCH[name])
+
+
 @pytest.mark.parametrize("name", ["subject_consistency", "background_consistency"])
 def test_consistency_is_the_mean_of_two_cosines(name: str, clip_of_a_man: Tensor) -> None:
     """cos(f_t, f_{t-1}) and cos(f_t, f_0), negative ones as 0, of t = 1 to 4, by numpy."""
@@ -65,6 +81,15 @@ def test_consistency_is_the_mean_of_two_cosines(name: str, clip_of_a_man: Tensor
     cosines = np.maximum(units @ units.T, 0)
     expected = np.mean([(cosines[t, t - 1] + cosines[t, 0]) / 2 for t in range(1, 5)])
     assert value(name, footage(clip_of_a_man)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_opposite_features_count_as_unlike() -> None:
+    """f, -f, f: at t = 1 both cosines are -1, which count as 0; at t = 2 one is, and the other 1."""
+    dimension = DIMENSIONS["subject_consistency"]
+    assert dimension.adopt is not None
+    signs = dimension.adopt(lambda pixels: pixels.mean(dim=(2, 3)).sign(), CPU)
+    levels = torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
+    assert dimension.measure(signs, footage(levels)).value == pytest.approx(0.25, abs=1e-6)
 
 
 def test_longer_videos_count_more_where_vbench_averages_over_frames(tmp_path: Path, clip_of_a_man: Tensor) -> None:

@@ -15,19 +15,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from bpgo_video.evaluation.dimension import Sources, read_footage
-from bpgo_video.evaluation.dimensions import DIMENSIONS, OF_IMAGES
+from bpgo_video.evaluation.dimensions import DIMENSIONS
 from bpgo_video.evaluation.official import Official, measure_officially
-from bpgo_video.evaluation.scoring import measure
 from bpgo_video.evaluation.vbench_suite import find_suite, read_suite
 from bpgo_video.rewards.packaged import data_of
-from tests.real_suites import suite_of, write_clips
+from tests.real_suites import VBENCH, assert_equal, measured, write_clips
 from tests.recipes import ROOT
-from tests.tiny_vbench import BACKBONES
-from tests.vbench_side import tiny_networks as tiny
 
 pytestmark = pytest.mark.slow
 SIDE = ROOT / "tests" / "vbench_side"
@@ -70,27 +64,15 @@ def test_every_dimension_that_can_be_compared_is_equal(vbench_python: str, tmp_p
     folder.mkdir()
     entries = write_clips(folder)
     (tmp_path / "entries.json").write_text(json.dumps(entries))
-    weight, bias = tiny.head()
-    save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors")
     command = [vbench_python, str(SIDE / "measure.py"), str(tmp_path / "entries.json"), str(tmp_path / "theirs.json")]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads((tmp_path / "theirs.json").read_text())
-    assert set(theirs) == set(DIMENSIONS)
-    sources = Sources(torch.device("cpu"), head=tmp_path / "head.safetensors")
-    suite = suite_of(entries, tmp_path)
-    footage = [(Path(entry["video"]), prompt) for entry, prompt in zip(entries, suite.prompts, strict=True)]
+    assert theirs.keys() == DIMENSIONS.keys() == VBENCH.keys()
     for name, (score, values) in theirs.items():
-        videos = [(path, prompt, prompt.image if name in OF_IMAGES else None) for path, prompt in footage]
-        network = DIMENSIONS[name].network(name, BACKBONES.get(name), sources)
-        ours = measure(name, DIMENSIONS[name], network, videos)
-        found = [float(video.value) for video in ours.videos]
-        scale = 100 if name == "imaging_quality" else 1  # of its videos' results
-        assert found == pytest.approx(values, abs=1e-6 * scale), name
-        assert ours.score == pytest.approx(score, abs=1e-6), name
-    assert len({round(value, 3) for value in theirs["subject_consistency"][1]}) == 3, "networks that tell videos apart"
-    assert set(theirs["dynamic_degree"][1]) == {0.0, 1.0}
-    assert len(read_footage(footage[0][0], footage[0][1]).frames) == 21
+        ours = measured(name, entries, tmp_path)
+        assert_equal(ours, score, values)
+        assert_equal(ours, *VBENCH[name])
 
 
 def test_the_package_measures_a_layout_of_real_clips(
