@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from bpgo_video.cli import positive, run_command, show_loading_once
-from bpgo_video.evaluation.commands import add_commands
+from bpgo_video.evaluation.vbench_commands import add_vbench_commands
 
 
 def heldout(args: argparse.Namespace) -> None:
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
     commands = top.add_subparsers(dest="command", required=True)
     add_heldout(commands.add_parser("heldout", help="score a policy folder on a recipe's held-out prompts"))
-    add_commands(commands)
+    add_vbench_commands(commands)
     return top
 
 

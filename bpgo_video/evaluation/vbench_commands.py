@@ -18,7 +18,7 @@ The flags of pipelines/generate_video.py hold, but for --prompts and --samples-p
 """
 
 
-def add_commands(commands: Any) -> None:
+def add_vbench_commands(commands: Any) -> None:
     """Add the subcommands to what `add_subparsers` returned."""
     add_layout(
         commands.add_parser("layout", help="generate a suite under VBench's names, or check one", allow_abbrev=False)
