@@ -15,6 +15,14 @@ def positive(text: str) -> int:
     return value
 
 
+def above_zero(text: str) -> float:
+    """An argument's type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} must be above 0, and finite")
+    return value
+
+
 def tell(error: Exception) -> None:
     """Print an error that the user can mend, from the first rank of each host: hosts may have logs of their own."""
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
+from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive
 from bpgo_video.learner_config import (
     AdvantageConfig,
     BPGOConfig,
@@ -22,7 +22,7 @@ from bpgo_video.learner_config import (
     RewardConfig,
 )
 from bpgo_video.paths import SHARD_CACHE
-from bpgo_video.run_config import EmaConfig, RunConfig
+from bpgo_video.run_config import EmaConfig, OptimiserConfig, RunConfig
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -155,19 +155,9 @@ class LossConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class OptimConfig:
-    name: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
-    betas: tuple[Unit, Unit] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: NonNegative = 0.0
-    max_grad_norm: NonNegative = 1.0
-    """0 switches clipping off."""
+class OptimConfig(OptimiserConfig):
     updates_per_rollout: Positive = 2
     """The trained steps are dealt to this many updates, all against the log-probs of the rollout."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up; linear and cosine end at 0."""
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -229,6 +219,18 @@ class Config:
     ema: EmaConfig = EmaConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     wandb: WandbConfig = WandbConfig()
+    recipe: Literal["bpgo"] = "bpgo"
+    """What kind of run this is; other kinds have other sections (`sft`: bpgo_video/sft_config.py)."""
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples that one rank sees at once."""
+        return self.rollout.micro_batch_size
+
+    @property
+    def num_updates(self) -> int:
+        """Of the optimiser, in the whole run."""
+        return self.run.num_steps * self.optim.updates_per_rollout
 
     @property
     def algorithm(self) -> str:

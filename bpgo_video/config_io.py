@@ -9,40 +9,56 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from bpgo_video import config as tree_of_config
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_rules import check
+from bpgo_video.sft_config import Recipe, SftConfig, check_sft
 
 
-def _known_keys(path: Sequence[Any]) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of recipe: the class of its tree, and what checks that its values go together."""
+
+    tree: type
+    check: Callable[[Any], None]
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType({"bpgo": Kind(Config, check), "sft": Kind(SftConfig, check_sft)})
+
+
+def _kind(tree: Mapping[str, Any], source: str) -> Kind:
+    name = tree.get("recipe", "bpgo")
+    if name not in KINDS:
+        raise ConfigError(f"{source}:\n  recipe: {name!r} is not known; it is one of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def _known_keys(root: type, path: Sequence[Any]) -> list[str]:
     """Keys of the dataclass at `path` in the tree, for a suggestion; empty where there is none."""
-    node: Any = Config
+    node: Any = root
     for key in path:
-        fields = {f.name: f.type for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
-        annotation = str(fields.get(key, "RewardConfig" if node is dict else ""))
-        name = next(
-            (n for n in annotation.replace("[", " ").replace("]", " ").split() if n in vars(tree_of_config)),
-            "",
-        )
-        node = dict if annotation.startswith("dict[str, RewardConfig") else vars(tree_of_config).get(name)
+        if dataclasses.is_dataclass(node):
+            node = get_type_hints(node).get(key)
+        elif get_origin(node) is dict:
+            node = get_args(node)[1]
     return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def _explain(error: ValidationError, source: str, root: type) -> str:
     lines = []
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
         name = ".".join(path)
         if problem["type"] == "unexpected_keyword_argument":
-            near = difflib.get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.4)
+            near = difflib.get_close_matches(path[-1], _known_keys(root, path[:-1]), n=1, cutoff=0.4)
             hint = f"; perhaps you meant {near[0]!r}" if near else ""
             lines.append(f"{name}: unknown key{hint}")
         elif problem["type"] in ("missing", "missing_argument"):
@@ -52,29 +68,41 @@ def _explain(error: ValidationError, source: str) -> str:
     return f"{source}:\n  " + "\n  ".join(lines)
 
 
-def config_from_dict(tree: dict[str, Any], source: str = "config") -> Config:
-    """The typed tree behind plain YAML data.
+def config_from_dict(tree: dict[str, Any], source: str = "config") -> Recipe:
+    """The typed tree behind plain YAML data, of the kind that its `recipe` names.
 
     Raises:
         ConfigError: an unknown key (names the nearest known one), a missing one, or a value out of range.
     """
+    kind = _kind(tree, source)
     try:
-        config = TypeAdapter(Config).validate_python(tree)
+        config: Recipe = TypeAdapter(kind.tree).validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
-    check(config)
+        raise ConfigError(_explain(error, source, kind.tree)) from None
+    kind.check(config)
     return config
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved configuration, readable by `read_yaml` again."""
-    tree = TypeAdapter(Config).dump_python(config, mode="json")
+def to_yaml(config: Recipe) -> str:
+    """The resolved configuration, readable by `read_recipe` again."""
+    tree = TypeAdapter(type(config)).dump_python(config, mode="json")
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def read_yaml(path: Path) -> Config:
-    """The configuration in a YAML file; see `read_tree` for `base`."""
+def read_recipe(path: Path) -> Recipe:
+    """The configuration in a YAML file, of any kind; see `read_tree` for `base`."""
     return config_from_dict(read_tree(path), str(path))
+
+
+def read_yaml(path: Path) -> Config:
+    """The configuration in a YAML file of kind bpgo. Raises ConfigError where it is of another."""
+    return _of_bpgo(read_recipe(path), str(path))
+
+
+def _of_bpgo(config: Recipe, source: str) -> Config:
+    if not isinstance(config, Config):
+        raise ConfigError(f"{source} is a recipe of kind {config.recipe!r}; rewards and priors belong to kind 'bpgo'")
+    return config
 
 
 def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -108,9 +136,18 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(argv: Sequence[str] | None = None, description: str | None = None) -> Config:
+    """`load_recipe` of kind bpgo; exits with a message where it is of another."""
+    try:
+        return _of_bpgo(load_recipe(argv, description), "--config")
+    except ConfigError as error:
+        raise SystemExit(f"configuration error: {error}") from None
+
+
+def load_recipe(argv: Sequence[str] | None = None, description: str | None = None) -> Recipe:
     """The configuration that a command line asks for: `--config FILE`, then dotted flags over it.
 
-    The launcher's `--local_rank` is taken first. Exits with a message where a flag is wrong.
+    The file's `recipe` says which flags there are; without a file, `--help` shows those of kind bpgo. The launcher's
+    `--local_rank` is taken first. Exits with a message where a flag is wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -120,11 +157,13 @@ def load_config(argv: Sequence[str] | None = None, description: str | None = Non
     wants_help = bool({"-h", "--help"} & set(rest))
     if known.config is None and not wants_help:
         raise SystemExit("--config FILE is required, for example --config pipelines/configs/tiny_wan_bpgo.yaml")
+    kind = KINDS["bpgo"]
     try:
-        default = read_yaml(known.config) if known.config else tyro.MISSING
-        config = tyro.cli(Config, default=default, args=rest, description=description)
-        check(config)
+        default = read_recipe(known.config) if known.config else tyro.MISSING
+        kind = KINDS[default.recipe] if known.config else kind
+        config: Recipe = tyro.cli(kind.tree, default=default, args=rest, description=description)
+        kind.check(config)
     except (ConfigError, ValidationError) as error:
-        message = _explain(error, "command line") if isinstance(error, ValidationError) else str(error)
+        message = _explain(error, "command line", kind.tree) if isinstance(error, ValidationError) else str(error)
         raise SystemExit(f"configuration error: {message}") from None
     return config

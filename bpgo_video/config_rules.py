@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
 
-from bpgo_video.config import Config, ConfigError
+from bpgo_video.config import Config, ConfigError, ParallelConfig
 from bpgo_video.learner_config import aggregate_rules, broken_rules
+
+
+@runtime_checkable
+class Divided(Protocol):
+    """What a recipe says of how samples are divided."""
+
+    @property
+    def parallel(self) -> ParallelConfig: ...
+
+    @property
+    def micro_batch_size(self) -> int: ...
+
 
 REWARD_NAME = re.compile(r"[\w:-][\w.:-]*")
 
@@ -106,24 +119,33 @@ def check(config: Config) -> None:
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """Every rank gets the same whole number of micro-batches.
+    """Every rank gets the same whole number of micro-batches. Raises ConfigError, as `check_division`."""
+    rollout = config.rollout
+    samples = rollout.prompts_per_step * rollout.group_size
+    told = f"prompts_per_step x group_size = {rollout.prompts_per_step} x {rollout.group_size} = {samples} samples"
+    check_division(config, world_size, samples, told)
+
+
+def check_division(config: Divided, world_size: int, samples: int, told: str) -> None:
+    """Sequence groups divide the ranks, and micro-batches of all groups the samples of a step.
+
+    Args:
+        told: the samples, in words.
 
     Raises:
         ConfigError: names the numbers and the nearest ones that work.
     """
-    rollout, sequence = config.rollout, config.parallel.sequence
+    sequence = config.parallel.sequence
     if world_size % sequence:
         raise ConfigError(
             f"parallel.sequence is {sequence}, which does not divide {world_size} ranks into groups; it can be one of "
             f"{[size for size in range(1, world_size + 1) if world_size % size == 0]}"
         )
-    samples = rollout.prompts_per_step * rollout.group_size
     groups = world_size // sequence
-    unit = groups * rollout.micro_batch_size
+    unit = groups * config.micro_batch_size
     if samples % unit:
         raise ConfigError(
-            f"prompts_per_step x group_size = {rollout.prompts_per_step} x {rollout.group_size} = {samples} samples "
-            f"do not divide into {groups} {'ranks' if sequence == 1 else 'sequence groups'} x micro_batch_size "
-            f"{rollout.micro_batch_size} = {unit}; change one of them so that the samples are a multiple (for example "
+            f"{told} do not divide into {groups} {'ranks' if sequence == 1 else 'sequence groups'} x micro_batch_size "
+            f"{config.micro_batch_size} = {unit}; change one of them so that the samples are a multiple (for example "
             f"{max(unit, samples - samples % unit)})"
         )

@@ -29,7 +29,8 @@ from bpgo_video.randomness import keyed_noise
 from bpgo_video.replay import Objective, Setting, optimise
 from bpgo_video.rollout import rows_of, training_denoiser
 from bpgo_video.session import Session
-from bpgo_video.trainer import Stopwatch, sample_and_score
+from bpgo_video.stopwatch import Stopwatch
+from bpgo_video.trainer import sample_and_score
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
 ODE_BOUND = 1e-4  # of latents of unit size, in fp32

@@ -21,17 +21,18 @@ from deepspeed.utils import set_z3_leaf_modules
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bpgo_video.config import ConfigError, OptimConfig
+from bpgo_video.config import ConfigError
 from bpgo_video.master_weights import ZeroMasters
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.run_config import OptimiserConfig
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
 
 OWNED_BY_YAML = {
-    "train_batch_size": "rollout",
-    "train_micro_batch_size_per_gpu": "rollout.micro_batch_size",
-    "gradient_accumulation_steps": "optim.updates_per_rollout",
+    "train_batch_size": "rollout, or sft.batch_size,",
+    "train_micro_batch_size_per_gpu": "rollout.micro_batch_size, or sft.micro_batch_size,",
+    "gradient_accumulation_steps": "optim.updates_per_rollout, or sft.batch_size,",
     "gradient_clipping": "optim.max_grad_norm",
     "optimizer": "optim",
     "scheduler": "optim.schedule",
@@ -154,7 +155,7 @@ def _complete(ds_config: Mapping[str, Any], micro_batch_size: int, max_grad_norm
     }
 
 
-def _optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+def _optimizer(module: nn.Module, optim: OptimiserConfig) -> torch.optim.Optimizer:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if optim.name == "sgd":
         return torch.optim.SGD(trained, lr=optim.learning_rate, weight_decay=optim.weight_decay)
@@ -180,7 +181,7 @@ class Engine:
     def __init__(
         self,
         module: nn.Module,
-        optim: OptimConfig,
+        optim: OptimiserConfig,
         ds_config: Mapping[str, Any],
         *,
         micro_batch_size: int,
@@ -229,7 +230,7 @@ class Engine:
         if norm != norm or norm == float("inf"):
             raise FloatingPointError(
                 f"gradient norm is {norm}; the last checkpoint is intact: lower the learning rate "
-                "or look at the rewards and ratios of this step in metrics.jsonl"
+                "or look at this step's inputs, and at the records before it in metrics.jsonl"
             )
         return norm
 

@@ -24,16 +24,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.bpgo import GroupAdvantages, LossAdvantages
+from bpgo_video.flow_matching import matching_error
 from bpgo_video.losses import Move, TrustRegion, bpgo_loss, ratio_metrics
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.replay import Setting
 from bpgo_video.rollout import Denoiser, TrainedSteps, rows_of, trained_steps_of, training_denoiser, trust_region
 from bpgo_video.types import Conditioning, Latents, Loss, PromptBatch, Trajectory, Velocity
-
-
-def matching_error(velocity: Velocity, target: Velocity) -> Float[Tensor, "samples"]:
-    """|v - target|^2 of each sample, the mean over latent dimensions."""
-    return (velocity - target).square().flatten(1).mean(dim=1)
 
 
 @dataclass(frozen=True)

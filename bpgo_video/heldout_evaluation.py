@@ -18,8 +18,9 @@ from bpgo_video.conditioning import cast, conditioned
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.heldout import HeldoutScores, Scores, evaluate, stderr
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policy_session import sampling_policy
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.session import check_inputs, heldout_prompts, sampling_policy
+from bpgo_video.session import check_inputs, heldout_prompts
 from bpgo_video.types import PromptBatch
 
 ALL = "all"

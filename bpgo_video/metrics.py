@@ -15,6 +15,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -29,12 +30,26 @@ from tqdm import tqdm
 from bpgo_video.config import WandbConfig
 from bpgo_video.data.atomic import atomic_file
 
-REQUIRED_KEYS = ("reward", "trust_mean", "grad_norm", "ratio_mean", "seconds")
 METRICS_FILE = "metrics.jsonl"
 FRAMES_FILE = "samples/frame_scores.jsonl"
 WANDB_ID_FILE = "wandb_run_id.txt"
 QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal
 RECORD = TypeAdapter(dict[str, FiniteFloat])
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What every record of a run must have, and how the progress line tells some of it."""
+
+    required: tuple[str, ...]
+    shown: Mapping[str, str]
+
+
+ROLLOUTS = Keys(
+    ("reward", "trust_mean", "grad_norm", "ratio_mean", "seconds"),
+    {"reward": "reward {:.4f}", "trust_mean": "trust {:.3f}"},
+)
+MATCHING = Keys(("loss", "grad_norm", "seconds"), {"loss": "loss {:.4f}"})
 
 Number = int | float  # an int is no float to the type checks of the tests
 
@@ -85,8 +100,9 @@ class RunLog:
         total_steps: int,
         start_step: int = 0,
         config: Mapping[str, Any] | None = None,
+        keys: Keys = ROLLOUTS,
     ) -> None:
-        self._run_dir, self._next_step = run_dir, start_step
+        self._run_dir, self._next_step, self._keys = run_dir, start_step, keys
         self._later: Mapping[str, Number] = {}
         self._file: TextIO | None = None
         self._wandb: Any = None
@@ -97,12 +113,12 @@ class RunLog:
         truncate_metrics(path, start_step)
         truncate_frames(run_dir / FRAMES_FILE, start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._progress = _Progress(total_steps, start_step)
+        self._progress = _Progress(total_steps, start_step, keys.shown)
         if wandb is not None and wandb.project is not None:
             self._wandb = _open_wandb(run_dir, wandb, config)
 
     def log(self, step: int, values: Mapping[str, Tensor | Number]) -> None:
-        """Appends the record of `step`: finite, later than the last one, with REQUIRED_KEYS.
+        """Appends the record of `step`: finite, later than the last one, with the required keys.
 
         Raises:
             ValueError: on every rank, before anything is written, naming the step and the key.
@@ -160,7 +176,7 @@ class RunLog:
     def _checked(self, step: int, values: Mapping[str, Tensor | Number]) -> dict[str, Number]:
         if step < self._next_step:
             raise ValueError(f"step {step} is logged already: the next record is of step {self._next_step}")
-        if missing := [key for key in REQUIRED_KEYS if key not in values]:
+        if missing := [key for key in self._keys.required if key not in values]:
             raise ValueError(f"the record of step {step} lacks {', '.join(missing)}")
         record = {key: float(value) for key, value in values.items() if key != "step"}
         for key, value in record.items():
@@ -213,8 +229,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Number]]]:
 class _Progress:
     """A bar in a terminal; elsewhere a line now and then, because a log file keeps every carriage return."""
 
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        self._total, self._first = total_steps, start_step
+    def __init__(self, total_steps: int, start_step: int, shown: Mapping[str, str]) -> None:
+        self._total, self._first, self._shown = total_steps, start_step, shown
         self._started: float | None = None
         self._last_line = -math.inf
         self._bar: tqdm[Any] | None = None
@@ -228,7 +244,8 @@ class _Progress:
             self._started = now - record["seconds"]
         done = step + 1
         left = (self._total - done) * (now - self._started) / (done - self._first)
-        status = f"reward {record['reward']:.4f}  trust {record['trust_mean']:.3f}  {left:,.0f} s left"
+        told = [form.format(record[key]) for key, form in self._shown.items()]
+        status = "  ".join([*told, f"{left:,.0f} s left"])
         if self._bar is not None:
             self._bar.set_description_str(status, refresh=False)
             self._bar.update(done - self._bar.n)

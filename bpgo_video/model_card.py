@@ -13,11 +13,11 @@ from typing import Any
 import jinja2
 import yaml
 
-from bpgo_video.config import Config
 from bpgo_video.config_io import to_yaml
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies.transformers import transformer_names
+from bpgo_video.sft_config import Recipe
 
 CARD = "README.md"
 EXPORTED = "A diffusers pipeline with its transformer"
@@ -34,7 +34,7 @@ class CardFacts:
         contents: what the folder is, in words.
     """
 
-    config: Config
+    config: Recipe
     step: int
     weights: str
     contents: str
@@ -44,9 +44,13 @@ def write_card(facts: CardFacts, folder: Path) -> Path:
     """README.md of a finished model folder: huggingface's YAML header, then the text; its path."""
     config = facts.config
     base = resolve_folder(config.policy.folder)
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("bpgo_video").joinpath("model_card.md.j2").read_text("utf-8"))
-    text = template.render(
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: files("bpgo_video").joinpath(name).read_text("utf-8")),
+    )
+    text = environment.get_template(f"model_card_{config.recipe}.md.j2").render(
         header=yaml.safe_dump(header(config, base), sort_keys=False, allow_unicode=True).strip(),
         facts=facts,
         config=config,
@@ -60,7 +64,7 @@ def write_card(facts: CardFacts, folder: Path) -> Path:
     return folder / CARD
 
 
-def header(config: Config, base: Path) -> dict[str, Any]:
+def header(config: Recipe, base: Path) -> dict[str, Any]:
     """The card's YAML: what the hub files a model under. The license is the base model's, where its card names one."""
     tags = ["bpgo_video", config.algorithm, *(["lora"] if config.policy.lora.rank else [])]
     found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-video", "tags": tags}

@@ -23,10 +23,11 @@ from bpgo_video.parallel.agreement import from_main
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
+from bpgo_video.policy_session import sampling_policy
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
-from bpgo_video.session import check_inputs, sampling_policy
+from bpgo_video.session import check_inputs
 from bpgo_video.types import Conditioning, PromptBatch, Rewards
 
 PROMPTS_AT_ONCE = 64  # gathered and told together

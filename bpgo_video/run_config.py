@@ -1,4 +1,4 @@
-"""How can a run be set? Its length, seed and checkpoints, and the average of its weights."""
+"""How can any run be set? Its length, seed and checkpoints, the optimiser, and the average of its weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.config_fields import STRICT, BelowOne, Positive
+from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -15,7 +15,8 @@ class RunConfig:
     dir: str
     """Folder that the run writes; an existing one is never overwritten."""
     num_steps: Positive = 100
-    """Rollouts in the whole run; each is followed by `optim.updates_per_rollout` optimiser updates."""
+    """Training steps in the whole run: rollouts, each followed by `optim.updates_per_rollout` updates; of a warm start,
+    updates."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Every random draw is a function of this, the step, the prompt's id and the sample's index."""
     resume: Literal["never", "auto"] = "never"
@@ -29,6 +30,20 @@ class RunConfig:
     """Older checkpoints are deleted."""
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Checkpoints of steps that this divides are kept for good; 0 keeps none for good."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimiserConfig:
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
+    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 1.0
+    """0 switches clipping off."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up; linear and cosine end at 0."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True, config=STRICT)

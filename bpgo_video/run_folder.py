@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bpgo_video import checkpoint
 from bpgo_video.config import Config, ConfigError, RewardConfig
-from bpgo_video.config_io import read_yaml, to_yaml
+from bpgo_video.config_io import read_recipe, to_yaml
 from bpgo_video.data.atomic import atomic_file
 from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.sft_config import Recipe
 
 PLACES = {"worker": {"python"}, "remote": {"url", "token_env"}}  # options that say where a model is
 PATIENCE = 60.0  # seconds; an NFS client may remember for as long that a name was not there (acdirmax)
 
 
-def check_run_dir(config: Config) -> None:
+def check_run_dir(config: Recipe) -> None:
     """Whether this run may use its folder; nothing is written yet.
 
     Raises:
@@ -33,10 +35,10 @@ def check_run_dir(config: Config) -> None:
             "another folder with --run.dir"
         )
     if (run_dir / "config.yaml").is_file():
-        check_same_run(read_yaml(run_dir / "config.yaml"), config)
+        check_same_run(read_recipe(run_dir / "config.yaml"), config)
 
 
-def open_run_dir(config: Config, mesh: Mesh) -> str | None:
+def open_run_dir(config: Recipe, mesh: Mesh) -> str | None:
     """Make the run's folder and keep the resolved configuration in it; the checkpoint to continue from, if any.
 
     Raises:
@@ -97,10 +99,15 @@ def appears(path: Path, patience: float) -> bool:
     return True
 
 
-def check_same_run(saved: Config, config: Config) -> None:
+def check_same_run(saved: Recipe, config: Recipe) -> None:
     """A resumed run may change how long it runs, how often it saves, its sharding, its timeouts, and when and where
     things that come out the same are done: nothing that it computes.
     """
+    if saved.recipe != config.recipe:
+        raise ConfigError(
+            f"run.dir {config.run.dir!r} holds a run of kind {saved.recipe!r}, this one is {config.recipe!r}; start a "
+            "new run with --run.dir"
+        )
     before, after = vars(computed(saved)), vars(computed(config))
     changed = [name for name in after if name not in ("wandb", "run", "deepspeed") and before[name] != after[name]]
     if saved.run.seed != config.run.seed:
@@ -114,15 +121,23 @@ def check_same_run(saved: Config, config: Config) -> None:
         )
 
 
-def computed(config: Config) -> Config:
+def computed(config: Recipe) -> Recipe:
     """The settings that the run's numbers depend on, the others at a common value."""
+    config = replace(config, parallel=replace(config.parallel, heartbeat_timeout=1.0))
+    return OWN[config.recipe](config)
+
+
+def scored(config: Config) -> Config:
+    """What is bpgo's own: when videos are scored, where trajectories rest, and where the rewards' models are."""
     return replace(
         config,
-        parallel=replace(config.parallel, heartbeat_timeout=1.0),
         rollout=replace(config.rollout, score_ahead=0, offload_trajectories=False),
         rewards=without_places(config.rewards),
         evaluation=replace(config.evaluation, rewards=without_places(config.evaluation.rewards)),
     )
+
+
+OWN: dict[str, Callable[[Any], Recipe]] = {"bpgo": scored, "sft": lambda config: config}
 
 
 def without_places(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardConfig]:

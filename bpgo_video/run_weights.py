@@ -19,14 +19,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bpgo_video import checkpoint
-from bpgo_video.config import Config
-from bpgo_video.config_io import read_yaml
+from bpgo_video.config_io import read_recipe
 from bpgo_video.ema_files import AverageParameters
 from bpgo_video.engine import tensor_files
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import family
 from bpgo_video.policies.lora import merged_tensors
 from bpgo_video.policies.transformers import trained_names
+from bpgo_video.sft_config import Recipe
 from bpgo_video.zero_files import (
     CheckpointError,
     complete_optimiser_files,
@@ -53,7 +53,7 @@ class Source:
 
     folder: Path
     base: Path
-    config: Config
+    config: Recipe
     step: int
 
     @property
@@ -95,7 +95,7 @@ def find_source(path: Path) -> Source:
     state = read_file(model_file(folder))
     if "progress" not in state:
         raise CheckpointError(f"{folder} was not written by a run of this program: it has no progress in it")
-    config = read_yaml(config_file)
+    config = read_recipe(config_file)
     return Source(folder, resolve_folder(config.policy.folder), config, state["progress"]["step"])
 
 

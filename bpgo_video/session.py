@@ -1,24 +1,18 @@
-"""What does a run stand on? Everything checked first, cheap things before models, then built once."""
+"""What does a run of kind bpgo stand on? Everything checked first, cheap things before models, then built once."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from bpgo_video import engine as engines
 from bpgo_video.advantages import AdvantageSettings
 from bpgo_video.bpgo_settings import BPGOSettings
 from bpgo_video.conditioning import cast, check_images, conditioned, image_size
 from bpgo_video.config import Config
-from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
+from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
@@ -26,21 +20,23 @@ from bpgo_video.ema import EMA
 from bpgo_video.parallel.agreement import same_everywhere, same_verdict
 from bpgo_video.parallel.memory import fits_everywhere
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.parallel.sequence import check_heads, parallelise
+from bpgo_video.parallel.sequence import parallelise
 from bpgo_video.paths import resolve_folder
-from bpgo_video.policies import Policy, family, load_policy
-from bpgo_video.policies.base import Build, from_pretrained
-from bpgo_video.policies.lora import add_lora
-from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
+from bpgo_video.policies import Policy, family
+from bpgo_video.policies.transformers import transformer_names
+from bpgo_video.policy_session import (
+    PolicySession,
+    build_engine,
+    builder,
+    identity,
+    read_foundations,
+    sampling_policy,
+)
 from bpgo_video.priors import STORED
 from bpgo_video.reference import Averaged, FrozenCopy, Reference, WithoutAdapters
-from bpgo_video.replay import Followed, Learner
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.schedule import learning_rate_factor
 from bpgo_video.types import Conditioning, PromptBatch
-
-PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -53,27 +49,18 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Session:
-    """The parts of a run, built and ready."""
+class Session(PolicySession):
+    """The parts of a run of kind bpgo, built and ready."""
 
     config: Config
-    mesh: Mesh
     prompts: Prompts
     priors: Mapping[str, PriorTable]
     suite: RewardSuite
     heldout_suite: RewardSuite | None
-    policy: Policy
-    engine: engines.Engine
     learner: BPGOSettings
     advantages: AdvantageSettings
     gathers_for_rollout: bool
     reference: Reference | None
-    ema: EMA | None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the transformer and what it is conditioned on."""
-        return next(iter(self.prompts.negative.values())).dtype
 
     def batches(self, start: int = 0) -> Iterator[tuple[PromptBatch, int]]:
         """The prompts of each step with all that the policy is conditioned on, and the position behind them.
@@ -98,15 +85,6 @@ class Session:
         """Where videos are sampled: with all weights at hand, or with each block fetched for every step."""
         return self.engine.whole_weights() if self.gathers_for_rollout else nullcontext()
 
-    def evaluated_weights(self) -> AbstractContextManager[None]:
-        """Where the policy is measured: with its weights, or with their average."""
-        return self.ema.weights() if self.ema and self.config.evaluation.weights == "ema" else nullcontext()
-
-    @property
-    def updates(self) -> Learner:
-        """What takes gradients and steps: the engine, and the average behind it."""
-        return Followed(self.engine, self.ema.update) if self.ema else self.engine
-
 
 def reads_priors(config: Config) -> bool:
     return config.prior.kind in STORED and config.bpgo.needs_prior
@@ -120,20 +98,15 @@ def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[
     """
     with same_verdict(mesh):
         ds_config, shards = read_inputs(config, need_priors)
-        stands_on = identity(config, ds_config, shards, need_priors)
+        stands_on = identity(config, ds_config, shards) | (priors_read(config, shards) if need_priors else {})
     same_everywhere(stands_on, mesh)
     return ds_config, shards
 
 
 def read_inputs(config: Config, need_priors: bool) -> tuple[dict[str, Any], PromptShards]:
     """The DeepSpeed configuration and the prompts, checked on this rank."""
-    ds_config = engines.read_ds_config(config.deepspeed)
+    ds_config, shards = read_foundations(config)
     folder = resolve_folder(config.policy.folder)
-    for name in trained_names(folder, config.policy.trained):
-        check_heads(json.loads((folder / name / "config.json").read_text()), config.parallel.sequence)
-    stamp = encoder_stamp(folder, config.policy.max_sequence_length)
-    shards = PromptShards(config.data.shards, config.data.cache)
-    shards.check_policy(stamp)
     splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
     for split in splits:
         shards.rows(split)
@@ -143,18 +116,11 @@ def read_inputs(config: Config, need_priors: bool) -> tuple[dict[str, Any], Prom
     return ds_config, shards
 
 
-def identity(config: Config, ds_config: Mapping[str, Any], shards: PromptShards, need_priors: bool) -> dict[str, str]:
-    """All that the numbers of a run depend on, as text by what it is called."""
-    found = {f"{name} section": repr(section) for name, section in vars(config).items()}
-    found["DeepSpeed configuration"] = repr(ds_config)
-    found["prompt shards"] = repr(shards.index)
-    folder = resolve_folder(config.policy.folder)
-    found["model"] = fingerprint(folder, (*transformer_names(folder), "vae"))
-    if need_priors and reads_priors(config):
-        found["priors"] = "".join(prior_path(shards.directory, name).read_text() for name in config.rewards)
-    found["bpgo_video code"] = "".join(path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py")))
-    found["package versions"] = repr({name: version(name) for name in PACKAGES})
-    return found
+def priors_read(config: Config, shards: PromptShards) -> dict[str, str]:
+    """The priors that a run's numbers depend on, as text by what they are called."""
+    if not reads_priors(config):
+        return {}
+    return {"priors": "".join(prior_path(shards.directory, name).read_text() for name in config.rewards)}
 
 
 def heldout_prompts(config: Config, shards: PromptShards, policy: Policy) -> PromptBatch | None:
@@ -165,60 +131,6 @@ def heldout_prompts(config: Config, shards: PromptShards, policy: Policy) -> Pro
     count = min(len(rows), config.evaluation.max_prompts)
     records = [shards.record(int(rows[i * len(rows) // count])) for i in range(count)]
     return as_batch(records, image_size(config, policy))
-
-
-def sampling_policy(
-    config: Config,
-    ds_config: Mapping[str, Any],
-    mesh: Mesh,
-    build: Build = from_pretrained,
-    components: Collection[str] = ("transformer", "vae", "image_encoder"),
-) -> Policy:
-    """The recipe's policy without its text encoder: embeddings come with the prompts.
-
-    Args:
-        build: how the transformers come into being; by default whole on every rank.
-    """
-    return load_policy(
-        config.policy.folder,
-        components=components,
-        max_sequence_length=config.policy.max_sequence_length,
-        dtype=engines.compute_dtype(ds_config),
-        device=mesh.device,
-        build=build,
-        name=config.policy.family,
-    )
-
-
-def build_engine(config: Config, policy: Policy, ds_config: Mapping[str, Any], mesh: Mesh) -> engines.Engine:
-    """Adapters, checkpointing and sequence groups on the policy's transformers, which the engine then takes over."""
-    trained = trained_names(policy.folder, config.policy.trained)
-    for name, module in policy.transformers.items():
-        prepare(module, config, mesh, trains=name in trained)
-    optim = config.optim
-    engine = engines.Engine(
-        policy.transformers,
-        optim,
-        ds_config,
-        micro_batch_size=config.rollout.micro_batch_size,
-        learning_rate_factor=learning_rate_factor(
-            optim.schedule, optim.warmup_updates, config.run.num_steps * optim.updates_per_rollout
-        ),
-        block_classes=blocks_of(policy.transformers, policy.block_names),
-    )
-    policy.transformers = engine.wrapped
-    return engine
-
-
-def prepare(module: Any, config: Config, mesh: Mesh, trains: bool) -> None:
-    """A transformer as the recipe wants it, before an engine takes it."""
-    if not trains:
-        module.requires_grad_(False)
-    elif config.policy.lora.rank:
-        add_lora(module, config.policy.lora, config.run.seed)
-    if config.policy.gradient_checkpointing:
-        module.enable_gradient_checkpointing()
-    parallelise(module, mesh)
 
 
 def gathers_for_rollout(config: Config, engine: engines.Engine, mesh: Mesh) -> bool:
@@ -244,11 +156,6 @@ def build_reference(
         parallelise(module, mesh)
     policy.transformers = engines.frozen(policy.transformers, ds_config)
     return FrozenCopy(policy)
-
-
-def builder(ds_config: Mapping[str, Any]) -> Build:
-    """How transformers come into being: sharded from birth under ZeRO-3."""
-    return partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained
 
 
 def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +78,27 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def summary_table(summary: Mapping[str, Any], paths: Mapping[str, Path] | None = None) -> str:
     """What a run prints last: `summary_rows` as a table, verdict and diagnosis, and the `paths` it wrote, by label."""
-    table = Table(box=box.ROUNDED, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for label, value in summary_rows(summary):
-        table.add_row(label, value)
-    text = io.StringIO()
-    Console(file=text, width=110, color_system=None).print(table)
-    lines = [text.getvalue().rstrip()]
+    lines = [boxed(summary_rows(summary))]
     if words := verdict(summary):
         lines.append(words)
     for sentence in summary.get("diagnosis") or ():
         lines += textwrap.wrap(sentence, width=110, initial_indent="- ", subsequent_indent="  ")
-    width = max(map(len, paths or {}), default=0)
-    return "\n".join(lines + [f"  {label:<{width}}  {path}" for label, path in (paths or {}).items()])
+    return "\n".join(lines + listed(paths or {}))
+
+
+def boxed(rows: Sequence[tuple[str, str]]) -> str:
+    """Labels and values as a table."""
+    table = Table(box=box.ROUNDED, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for label, value in rows:
+        table.add_row(label, value)
+    text = io.StringIO()
+    Console(file=text, width=110, color_system=None).print(table)
+    return text.getvalue().rstrip()
+
+
+def listed(paths: Mapping[str, Path]) -> list[str]:
+    """A line for each label and its path."""
+    width = max(map(len, paths), default=0)
+    return [f"  {label:<{width}}  {path}" for label, path in paths.items()]

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from bpgo_video.config import ConfigError
-from bpgo_video.config_io import config_from_dict, load_config, read_yaml, to_yaml
+from bpgo_video.config_io import config_from_dict, load_config, load_recipe, read_recipe, read_yaml, to_yaml
 from bpgo_video.config_rules import check_world
 from bpgo_video.engine import read_ds_config
+from bpgo_video.sft_config import check_sft_world
 from tests.recipes import RECIPE, ROOT
 
 
@@ -20,7 +21,7 @@ def tree() -> dict:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_read_and_survives_a_round_trip(path: Path) -> None:
-    config = read_yaml(path)
+    config = read_recipe(path)
     assert config_from_dict(yaml.safe_load(to_yaml(config))) == config
     read_ds_config(str(ROOT / config.deepspeed))
 
@@ -208,3 +209,41 @@ def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path) -> None:
     second.write_text("base: first.yaml\n")
     with pytest.raises(ConfigError, match=r"first\.yaml is its own base, by way of .*first\.yaml -> .*second\.yaml"):
         read_yaml(first)
+
+
+SFT = ROOT / "pipelines" / "configs" / "tiny_wan_sft.yaml"
+
+
+def test_a_recipe_says_of_which_kind_it_is_and_has_flags_of_its_own() -> None:
+    config = load_recipe(["--config", str(SFT), "--sft.batch-size", "64", "--optim.learning-rate", "1e-3"])
+    assert (config.recipe, config.sft.batch_size, config.optim.learning_rate) == ("sft", 64, 1e-3)
+    with pytest.raises(SystemExit, match=r"recipe of kind 'sft'; rewards and priors belong to kind 'bpgo'"):
+        load_config(["--config", str(SFT)])
+    with pytest.raises(ConfigError, match=r"recipe: 'dpo' is not known; it is one of bpgo, sft"):
+        config_from_dict(tree() | {"recipe": "dpo"})
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("sft", {"batch_sise": 3}, "sft.batch_sise: unknown key; perhaps you meant 'batch_size'"),
+        ("optim", {"updates_per_rollout": 3}, "optim.updates_per_rollout: unknown key"),
+        ("sft", {"batch_size": 30, "micro_batch_size": 16}, "30 is no multiple of sft.micro_batch_size 16"),
+        ("evaluation", {"split": "train"}, "what is learned from is not held out"),
+        ("evaluation", {"weights": "ema"}, "set ema.decay"),
+        ("policy", {"lora": {"rnak": 4}}, "perhaps you meant 'rank'"),
+    ],
+)
+def test_what_a_warm_start_cannot_be_is_named(section: str, values: dict, message: str) -> None:
+    broken = yaml.safe_load(SFT.read_text())
+    broken[section] = broken.get(section, {}) | values
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(broken)
+    assert message in str(error.value)
+
+
+def test_clips_that_do_not_divide_are_named() -> None:
+    config = read_recipe(SFT)
+    check_sft_world(config, 2)
+    with pytest.raises(ConfigError, match=r"sft.batch_size 32 clips do not divide into 3 ranks x micro_batch_size 16"):
+        check_sft_world(config, 3)

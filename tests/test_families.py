@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bpgo_video.conversion import Conversion, convert
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.policies.transformers import blocks_of
 from bpgo_video.replay import Setting, optimise, replay_objective
 from bpgo_video.rollout import Denoiser, sample_chunks, trained_steps_of, training_denoiser
@@ -80,6 +82,49 @@ def test_the_ratio_is_one_and_an_update_lowers_its_own_loss(case: Case, folder: 
     found = optimise(learner, objective, trajectories, updates_per_rollout=1)
     assert found.metrics["ratio_error_first_update_max"] == 0.0
     assert total_loss(objective, trajectories) < before
+
+
+@pytest.fixture
+def learner_of_videos(policy: Policy) -> Policy:
+    if type(policy).encode_video is PipelinePolicy.encode_video:
+        pytest.skip("the family does not encode videos: there is no warm start for it")
+    return policy
+
+
+def test_samples_at_levels_of_their_own_are_what_each_is_alone(
+    case: Case, folder: Path, learner_of_videos: Policy
+) -> None:
+    policy, sigma = learner_of_videos, torch.tensor([0.97, 0.93])
+    conditioning = case.prompts(policy, case.recipe(folder))[0].conditioning
+    latents = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
+    together = policy.velocity(latents, sigma, conditioning)
+    for row in range(2):
+        own = {name: value[row : row + 1] for name, value in conditioning.items()}
+        alone = policy.velocity(latents[row : row + 1], sigma[row], own)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together, policy.velocity(latents, sigma[0], conditioning), atol=1e-5)
+
+
+def test_decode_gives_the_vae_what_its_encoder_gave(
+    case: Case, folder: Path, learner_of_videos: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy: Any = learner_of_videos
+    video = case.video
+    shape = (2, video.num_frames, 3, video.height, video.width)
+    videos = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    latents = policy.encode_video(videos)
+    assert latents.shape == (2, *policy.latent_shape(video))
+    assert latents.dtype == torch.float32
+    given: list[torch.Tensor] = []
+    vae, decode = policy.pipeline.vae, policy.pipeline.vae.decode
+    monkeypatch.setattr(
+        vae, "decode", lambda value, *rest, **named: given.append(value) or decode(value, *rest, **named)
+    )
+    policy.decode(latents, case.prompts(policy, case.recipe(folder))[0].conditioning)
+    expected = vae.encode((2 * videos - 1).transpose(1, 2)).latent_dist.mode()
+    torch.testing.assert_close(
+        torch.cat(given)[:, :, policy.given_frames :], expected[:, :, policy.given_frames :], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_its_blocks_are_found_and_recomputed(policy: Policy) -> None:

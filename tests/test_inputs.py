@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video import session
+from bpgo_video import policy_session, session
 from bpgo_video.config import Config, ConfigError, RewardConfig
 from bpgo_video.config_io import to_yaml
 from bpgo_video.config_rules import check_world
@@ -29,7 +29,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setattr(session, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(policy_session, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     return small_recipe(tmp_path / "run", shards)
 
 

@@ -42,9 +42,9 @@ def stub_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text("{}")
 
-    def load_policy(name, *, components, max_sequence_length, dtype, device):
+    def load_policy(folder, *, components, max_sequence_length, dtype, device, name):
         assert components == ("text_encoder",)
-        return SimpleNamespace(folder=Path(name), max_sequence_length=max_sequence_length, encode=encode)
+        return SimpleNamespace(folder=Path(folder), max_sequence_length=max_sequence_length, encode=encode)
 
     monkeypatch.setitem(sys.modules, "bpgo_video.policies", SimpleNamespace(load_policy=load_policy))
     return folder

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,26 @@ class BuildSettings:
     dtype: str = "float32"
 
 
+def with_media(line: Line) -> PromptRecord:
+    """A prompt with the bytes of its image and video. Raises ImageError or VideoError where one does not decode."""
+    return replace(line.record, media={kind: read_media(kind, path) for kind, path in line.media.items()})
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the records of a build hold beside their texts' embeddings.
+
+    Attributes:
+        name: of the shards, and of what they hold.
+        complete: adds to a line's record what its files become; its ImageError or VideoError rejects the line.
+        stamp: what the index says of it; a build of another is refused.
+    """
+
+    name: str = "prompts"
+    complete: Callable[[Line], PromptRecord] = with_media
+    stamp: Mapping[str, Any] = field(default_factory=dict)
+
+
 def build_shards(
     inputs: Iterable[Path | str],
     output: Path | str,
@@ -69,13 +89,22 @@ class Build:
     Args:
         encode: the policy's text encoder; not called where nothing is left to encode.
         policy: what it is.
+        content: what else a record holds.
 
     Raises:
         FileExistsError: the folder holds something else, or shards of other prompts or settings; what differs is named.
     """
 
-    def __init__(self, plan: Plan, output: Path, encode: Encode, policy: EncoderStamp, settings: BuildSettings) -> None:
-        self.plan, self.output, self.policy, self.settings = plan, output, policy, settings
+    def __init__(
+        self,
+        plan: Plan,
+        output: Path,
+        encode: Encode,
+        policy: EncoderStamp,
+        settings: BuildSettings,
+        content: Content = Content(),
+    ) -> None:
+        self.plan, self.output, self.policy, self.settings, self.content = plan, output, policy, settings, content
         self.num_shards = -(-plan.count // settings.shard_size)
         self._notes = output / UNFINISHED
         self._encode = encode
@@ -86,6 +115,7 @@ class Build:
             "encoder": policy.fingerprint,
             "max_sequence_length": policy.max_sequence_length,
             **asdict(settings),
+            **content.stamp,
         }
         self._open()
 
@@ -101,7 +131,7 @@ class Build:
         todo = {n for n in range(rank, self.num_shards, world_size) if not self._note(n).is_file()}
         size = self.settings.shard_size
         total = sum(min(size, self.plan.count - number * size) for number in todo)
-        lines = progress(self._numbered(todo), total=total, desc="prompts")
+        lines = progress(self._numbered(todo), total=total, desc=self.content.name)
         for number, group in groupby(lines, key=lambda item: item[0]):
             self._write(number, (line for _, line in group))
         return self._finish()
@@ -137,20 +167,20 @@ class Build:
     def _write(self, number: int, lines: Iterator[Line]) -> None:
         rejected: list[Rejected] = []
         records = self._encoded(lines, rejected)
-        path = self.output / f"prompts-{number:06d}.tar"
+        path = self.output / f"{self.content.name}-{number:06d}.tar"
         shard = write_shard(path, records, number * self.settings.shard_size, self._layout())
         write_json(self._note(number), {**shard, "rejected": rejected})
 
     def _encoded(self, lines: Iterator[Line], rejected: list[Rejected]) -> Iterator[PromptRecord]:
         while batch := list(islice(lines, self.settings.batch_size)):
-            records = [record for line in batch if (record := self._with_media(line, rejected))]
+            records = [record for line in batch if (record := self._complete(line, rejected))]
             tensors = self._encode_once([record.prompt for record in records])
             for record, conditioning in zip(records, tensors, strict=True):
                 yield replace(record, conditioning=conditioning)
 
-    def _with_media(self, line: Line, rejected: list[Rejected]) -> PromptRecord | None:
+    def _complete(self, line: Line, rejected: list[Rejected]) -> PromptRecord | None:
         try:
-            return replace(line.record, media={kind: read_media(kind, path) for kind, path in line.media.items()})
+            return self.content.complete(line)
         except (ImageError, VideoError) as error:  # a disk that fails is no reason to leave a prompt out
             if self.plan.on_error == "stop":
                 raise PromptFileError(f"{line.place}: {error}") from error
@@ -177,7 +207,7 @@ class Build:
                 (self.output / note["name"]).unlink(missing_ok=True)  # all of its prompts were skipped
         skipped = self._list_skipped([Rejected(*fields) for note in notes for fields in note["rejected"]])
         build = {**self.identity, "skipped": skipped}
-        write_index(self.output, notes, self.policy, self.settings.negative_prompt, build)
+        write_index(self.output, notes, self.policy, self.settings.negative_prompt, build, self.content.stamp)
         self._clean()
         return True
 
@@ -191,6 +221,6 @@ class Build:
         return self.plan.rejected + len(undecodable)
 
     def _clean(self) -> None:
-        for path in self.output.glob(".prompts-*.partial-*"):  # of builds that were killed
+        for path in self.output.glob(f".{self.content.name}-*.partial-*"):  # of builds that were killed
             path.unlink(missing_ok=True)
         shutil.rmtree(self._notes, ignore_errors=True)  # ranks that end together delete it together

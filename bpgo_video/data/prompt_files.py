@@ -80,7 +80,7 @@ def read_lines(
         entries, parse = FORMATS[path.suffix]
         for place, entry in entries(path):
             try:
-                yield _line(place, {"split": split, **parse(entry)}, path.parent, max_characters)
+                yield checked_line(place, {"split": split, **parse(entry)}, path.parent, max_characters)
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
                 yield Rejected(place, str(error))
 
@@ -93,7 +93,12 @@ def read_prompts(inputs: Iterable[Path | str], split: str = "train") -> Iterator
         yield line
 
 
-def _line(place: str, fields: Mapping[str, Any], folder: Path, max_characters: int) -> Line:
+def checked_line(place: str, fields: Mapping[str, Any], folder: Path, max_characters: int) -> Line:
+    """The prompt that these fields of FIELDS describe, with its media's paths relative to `folder`.
+
+    Raises:
+        ValueError: a field cannot be used; the message says why.
+    """
     for name, value in fields.items():
         if name not in FIELDS:
             raise ValueError(f"unknown field {name!r}; known are {', '.join(FIELDS)}")
@@ -132,7 +137,8 @@ def _media_path(folder: Path, name: str) -> Path:
     return folder / inside
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Each line of a file and its place, FILE:NUMBER. Raises PromptFileError at a line over 1 MiB."""
     number = 0
     with path.open("rb") as stream:
         while line := stream.readline(MAX_LINE):
@@ -143,7 +149,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, tuple[list[str], list[str] | csv.Error]]]:
-    rows = csv.reader((line.decode("utf-8", "surrogateescape") for _, line in _lines(path)), strict=True)
+    rows = csv.reader((line.decode("utf-8", "surrogateescape") for _, line in numbered_lines(path)), strict=True)
     try:
         header = next(rows, [])
     except csv.Error as error:
@@ -201,13 +207,19 @@ def _text_fields(line: bytes) -> dict[str, Any]:
     return {"prompt": line.decode("utf-8")}
 
 
-def _json_fields(line: bytes) -> dict[str, Any]:
+def json_object(line: bytes, *required: str) -> dict[str, Any]:
+    """The object that a line of JSON holds. Raises ValueError where it is none, or lacks a required field."""
     if not line.strip():
         raise ValueError("the line is empty; remove it")
     content = json.loads(line.decode("utf-8"))
-    if not isinstance(content, dict) or "prompt" not in content:
-        raise ValueError('each line must be an object with a "prompt"')
+    if not isinstance(content, dict) or not content.keys() >= set(required):
+        named = " and a ".join(f'"{name}"' for name in required)
+        raise ValueError(f"each line must be an object with a {named}")
     return content
+
+
+def _json_fields(line: bytes) -> dict[str, Any]:
+    return json_object(line, "prompt")
 
 
 def _csv_fields(row: tuple[list[str], list[str] | csv.Error]) -> dict[str, Any]:
@@ -233,8 +245,8 @@ CELLS: Mapping[str, Callable[[str], Any]] = MappingProxyType({"id": int, "tags":
 FORMATS: Mapping[str, tuple[Callable[[Path], Iterator[tuple[str, Any]]], Callable[[Any], dict[str, Any]]]] = (
     MappingProxyType(  # extension -> (the entries of a file and their places, the fields of an entry)
         {
-            ".txt": (_lines, _text_fields),
-            ".jsonl": (_lines, _json_fields),
+            ".txt": (numbered_lines, _text_fields),
+            ".jsonl": (numbered_lines, _json_fields),
             ".csv": (_rows, _csv_fields),
             ".json": (_vbench, _vbench_fields),
         }

@@ -31,6 +31,30 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
+class EndlessOrder:
+    """Epoch after epoch of some rows: each once an epoch, and no batch with a row twice.
+
+    `window` sees to the latter for batches of up to half the rows (at most 4096); larger ones read epoch 0's order
+    again and again, in which any two appearances of a row are all rows apart.
+
+    Args:
+        batch_size: rows that are read together; at most all.
+    """
+
+    def __init__(self, rows: np.ndarray, seed: int, batch_size: int) -> None:
+        self._rows, self._seed, self._reshuffles = rows, seed, batch_size <= window(len(rows))
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def row(self, position: int) -> int:
+        """The row at a place of the endless order, counted from 0."""
+        epoch, place = divmod(position, len(self._rows))
+        if not self._reshuffles:
+            epoch = 0
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(len(self._rows), self._seed, epoch)
+        return int(self._rows[self._order[place]])
+
+
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     """Sorts raw Philox words: numpy promises the same ones in every version, which it does not for `permutation`."""
     words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from bpgo_video.data.prompt_files import MAX_CHARACTERS, Line, PromptFileError, Rejected, prompt_id, read_lines
 
 Progress = Callable[..., Iterable[Any]]  # tqdm, or what takes the same iterable, total and desc
+Read = Callable[[], Iterable[Line | Rejected]]
 ENTRY = np.dtype([("id", np.int64), ("text", np.int64)])
 
 
@@ -30,7 +32,7 @@ class Plan:
     """The prompts of a build.
 
     Attributes:
-        inputs, split, max_characters: what `lines` reads again.
+        read: what gives the prompts, once more at each call.
         on_error: "stop" or "skip", see `make_plan`.
         count: prompts to write.
         rejected: prompts left out.
@@ -39,9 +41,7 @@ class Plan:
         digest: sha256 of everything that is read, media by their names.
     """
 
-    inputs: tuple[Path, ...]
-    split: str
-    max_characters: int
+    read: Read
     on_error: str
     count: int
     rejected: int
@@ -50,9 +50,9 @@ class Plan:
     digest: str
 
     def lines(self) -> Iterator[Line | Rejected]:
-        """What `read_lines` gives, with every second use of an id rejected."""
+        """What is read, with every second use of an id rejected."""
         number, left_out = 0, 0
-        for line in read_lines(self.inputs, self.split, self.max_characters):
+        for line in self.read():
             if isinstance(line, Line):
                 if left_out < len(self.second) and self.second[left_out] == number:
                     left_out += 1
@@ -73,20 +73,28 @@ def make_plan(
     on_error: str = "stop",
     progress: Progress = without_bar,
 ) -> Plan:
+    """The plan of prompt files; see `plan_of`."""
+    read = partial(read_lines, tuple(map(Path, inputs)), split, max_characters)
+    return plan_of(read, f"prompts in {', '.join(map(str, inputs))}", on_error, progress)
+
+
+def plan_of(read: Read, name: str, on_error: str = "stop", progress: Progress = without_bar) -> Plan:
     """Read all of the input once.
 
     Args:
+        read: every prompt in order, or why it cannot be used; the same at each call.
+        name: what is read, for messages.
         on_error: "stop" raises at the first prompt that cannot be used, "skip" leaves it out and counts it.
 
     Raises:
-        PromptFileError: see `read_lines`; no prompts at all; with "stop", a prompt that cannot be used, or two with one
-            id, both named.
+        PromptFileError: what `read` raises; no prompts at all; with "stop", a prompt that cannot be used, or two with
+            one id, both named.
     """
     digest, rejected = hashlib.sha256(), 0
 
     def entries() -> Iterator[tuple[int, int]]:
         nonlocal rejected
-        for line in progress(read_lines(inputs, split, max_characters), desc="lines"):
+        for line in progress(read(), desc="lines"):
             if isinstance(line, Rejected):
                 rejected += 1
                 if on_error == "stop":
@@ -100,16 +108,14 @@ def make_plan(
 
     table = np.fromiter(entries(), dtype=ENTRY)
     if not len(table):
-        raise PromptFileError(f"there are no prompts in {', '.join(map(str, inputs))}")
+        raise PromptFileError(f"there are no {name}")
     order = np.argsort(table["id"], kind="stable")
     second = order[1:][np.diff(table["id"][order]) == 0]
     if len(second) and on_error == "stop":
-        raise PromptFileError(_same_id(inputs, split, max_characters, table["id"], int(second.min())))
+        raise PromptFileError(_same_id(read, table["id"], int(second.min())))
     texts = np.sort(np.delete(table["text"], second))
     return Plan(
-        inputs=tuple(map(Path, inputs)),
-        split=split,
-        max_characters=max_characters,
+        read=read,
         on_error=on_error,
         count=len(texts),
         rejected=rejected + len(second),
@@ -119,9 +125,9 @@ def make_plan(
     )
 
 
-def _same_id(inputs: Sequence[Path | str], split: str, max_characters: int, ids: np.ndarray, second: int) -> str:
+def _same_id(read: Read, ids: np.ndarray, second: int) -> str:
     first = int(np.flatnonzero(ids == ids[second])[0])
-    readable = (line for line in read_lines(inputs, split, max_characters) if isinstance(line, Line))
+    readable = (line for line in read() if isinstance(line, Line))
     one, two = (line for number, line in enumerate(readable) if number in (first, second))
     return (
         f"{one.place} and {two.place} have the same id {one.record.id} ({one.record.prompt!r} and "

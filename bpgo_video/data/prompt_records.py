@@ -1,9 +1,10 @@
 """What is one prompt on disk? Members of a tar file with one key; nothing is unpickled.
 
-{key}.json           id, prompt, split, tags, and the sha256 of the other members
-{key}.safetensors    what the policy's transformer is conditioned on
-{key}.image.png      optional, or jpg, webp: the first frame of image-to-video, in the bytes it came in
-{key}.video.mp4      optional, or mkv, mov, webm: a reference video, in the bytes it came in
+{key}.json               id, prompt, split, tags, and the sha256 of the other members
+{key}.safetensors        what the policy's transformer is conditioned on
+{key}.image.png          optional, or jpg, webp: the first frame of image-to-video, in the bytes it came in
+{key}.video.mp4          optional, or mkv, mov, webm: a reference video, in the bytes it came in
+{key}.clip.safetensors   optional: a video clip that the prompt describes, as the policy's own VAE encodes it
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ MEDIA: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+LATENTS = "latents"  # of a clip's tensors, what flow matching learns to make; the others are conditioning
+
+
 class ShardError(ValueError):
     """Prompt shards that are missing, incomplete, damaged or made for something else."""
 
@@ -51,6 +55,8 @@ class PromptRecord:
         conditioning: tensors without a batch axis; those with two axes are (tokens, dim).
         media: "image" and "video", where the prompt has them.
         info: what else its source says, as JSON; VBench's auxiliary_info, for example.
+        clip: without a batch axis, a clip's LATENTS [channels, latent_frames, latent_height, latent_width], normalised
+            as the policy's are, and for image-to-video what its first frame adds to the conditioning.
     """
 
     id: int
@@ -60,6 +66,7 @@ class PromptRecord:
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)
     media: Mapping[str, Media] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    clip: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Place(NamedTuple):
@@ -81,11 +88,19 @@ class EncoderStamp:
 
 def layout_of(conditioning: Mapping[str, Tensor], max_sequence_length: int) -> dict[str, dict[str, Any]]:
     """Shape and dtype of each tensor as the policy wants it: (tokens, dim) is padded to the policy's text length."""
-    layout = {}
-    for name, value in conditioning.items():
-        shape = [max_sequence_length, value.shape[1]] if value.ndim == 2 else list(value.shape)
-        layout[name] = {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
+    layout = plain_layout(conditioning)
+    for value in layout.values():
+        if len(value["shape"]) == 2:
+            value["shape"][0] = max_sequence_length
     return layout
+
+
+def plain_layout(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of each tensor as it is."""
+    return {
+        name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        for name, value in tensors.items()
+    }
 
 
 def to_layout(conditioning: Mapping[str, Tensor], layout: Mapping[str, Any], owner: str) -> dict[str, Tensor]:
@@ -108,18 +123,21 @@ def to_layout(conditioning: Mapping[str, Tensor], layout: Mapping[str, Any], own
 
 def to_members(record: PromptRecord) -> dict[str, bytes]:
     """The contents of a record's tar members by the name after its key; the JSON carries the hashes of the others."""
-    tensors = tensor_bytes(record.conditioning)
+    tensors = {"safetensors": tensor_bytes(record.conditioning)}
+    if record.clip:
+        tensors["clip.safetensors"] = safetensors.torch.save({k: v.contiguous() for k, v in record.clip.items()})
     header = {
         "id": record.id,
         "prompt": record.prompt,
         "split": record.split,
         "tags": list(record.tags),
-        "conditioning_sha256": hashlib.sha256(tensors).hexdigest(),
+        "conditioning_sha256": hashlib.sha256(tensors["safetensors"]).hexdigest(),
         **({"info": dict(record.info)} if record.info else {}),
         **{f"{kind}_sha256": hashlib.sha256(media.data).hexdigest() for kind, media in record.media.items()},
+        **({"clip_sha256": hashlib.sha256(tensors["clip.safetensors"]).hexdigest()} if record.clip else {}),
     }
     files = {f"{kind}.{media.extension}": media.data for kind, media in record.media.items()}
-    return {"json": json.dumps(header, ensure_ascii=False).encode(), "safetensors": tensors, **files}
+    return {"json": json.dumps(header, ensure_ascii=False).encode(), **tensors, **files}
 
 
 def tensor_bytes(conditioning: Mapping[str, Tensor]) -> bytes:
@@ -153,9 +171,10 @@ def read_record(place: Place) -> PromptRecord:
         raise damaged(place.shard, key, str(error)) from error
     if hashlib.sha256(tensors).hexdigest() != header["conditioning_sha256"]:
         raise damaged(place.shard, key, "its tensors do not match their sha256")
-    media = _media(members)
-    for kind in MEDIA:
-        found = hashlib.sha256(media[kind].data).hexdigest() if kind in media else None
+    media, clip = _media(members), members.get("clip.safetensors")
+    parts = {kind: file.data for kind, file in media.items()} | ({} if clip is None else {"clip": clip})
+    for kind in (*MEDIA, "clip"):
+        found = hashlib.sha256(parts[kind]).hexdigest() if kind in parts else None
         if found != header.get(f"{kind}_sha256"):
             raise damaged(place.shard, key, f"its {kind} does not match its sha256")
     return PromptRecord(
@@ -166,6 +185,7 @@ def read_record(place: Place) -> PromptRecord:
         conditioning=safetensors.torch.load(tensors),
         media=media,
         info=header.get("info", {}),
+        clip={} if clip is None else safetensors.torch.load(clip),
     )
 
 
@@ -189,5 +209,5 @@ def parse_header(data: bytes) -> dict[str, Any]:
 def damaged(path: Path, key: str, reason: str) -> ShardError:
     return ShardError(
         f"{path}: record {key}: {reason}. The file is damaged: copy it again, or build the directory again "
-        f"with tools/make_prompt_shards.py"
+        f"with the program in tools/ that made it"
     )

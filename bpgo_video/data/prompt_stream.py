@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bpgo_video.data.images import decode_image, fit_image
 from bpgo_video.data.prior_files import PriorTable, attach_priors
-from bpgo_video.data.prompt_order import epoch_order, window
+from bpgo_video.data.prompt_order import EndlessOrder
 from bpgo_video.data.prompt_records import PromptRecord, ShardError
 from bpgo_video.types import PromptBatch
 
@@ -37,8 +37,7 @@ class PromptStream:
     """An endless iterator of PromptBatch. `position`, the number of prompts consumed, is its whole resume state.
 
     Each epoch has every prompt of the split once; a batch that reaches an epoch's end goes on into the next. No batch
-    holds a prompt twice: prompt_order.py sees to it for batches of up to half the split (at most 4096), larger ones
-    read epoch 0's order again and again, in which any two appearances are a whole split apart.
+    holds a prompt twice: see `EndlessOrder`.
 
     Raises:
         ShardError: no such split, the split is smaller than the batch, or `size` is given and only some of the prompts
@@ -55,38 +54,39 @@ class PromptStream:
         priors: Iterable[PriorTable] = (),
         size: Size | None = None,
     ) -> None:
-        self._shards, self._rows, self._priors = shards, shards.rows(split), tuple(priors)
-        if not 1 <= batch_size <= len(self._rows):
-            raise ShardError(
-                f"a batch of {batch_size} prompts needs a split with as many; {split!r} of {shards.directory} has "
-                f"{len(self._rows)}"
-            )
+        self._shards, self._priors = shards, tuple(priors)
+        self._order = order_of(shards, split, seed, batch_size)
         if start < 0:
             raise ValueError(f"the stream's position is {start}; it must be 0 or more")
         if size is not None:
             shards.has_images(split)  # a mixture ends the run here
-        self._seed, self._batch_size, self._size, self.position = seed, batch_size, size, start
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._batch_size, self._size, self.position = batch_size, size, start
 
     def __iter__(self) -> PromptStream:
         return self
 
     def __next__(self) -> PromptBatch:
-        records = [self._shards.record(self._row(self.position + i)) for i in range(self._batch_size)]
+        records = [self._shards.record(self._order.row(self.position + i)) for i in range(self._batch_size)]
         batch = as_batch(records, self._size)
         if self._priors:
             batch = attach_priors(batch, self._priors)
         self.position += self._batch_size
         return batch
 
-    def _row(self, position: int) -> int:
-        size = len(self._rows)
-        epoch, place = divmod(position, size)
-        if self._batch_size > window(size):
-            epoch = 0
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(size, self._seed, epoch)
-        return int(self._rows[self._order[place]])
+
+def order_of(shards: RecordSource, split: str, seed: int, batch_size: int) -> EndlessOrder:
+    """The endless order of a split's rows.
+
+    Raises:
+        ShardError: no such split, or it is smaller than the batch.
+    """
+    rows = shards.rows(split)
+    if not 1 <= batch_size <= len(rows):
+        raise ShardError(
+            f"a batch of {batch_size} prompts needs a split with as many; {split!r} of {shards.directory} has "
+            f"{len(rows)}"
+        )
+    return EndlessOrder(rows, seed, batch_size)
 
 
 def as_batch(records: Sequence[PromptRecord], size: Size | None = None) -> PromptBatch:

@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 from bpgo_video.data.prompt_records import MEDIA, ShardError, damaged, parse_header
 
 MEDIA_NAMES = "|".join(rf"{kind}\.(?:{'|'.join(extensions)})" for kind, extensions in MEDIA.items())
-MEMBER = re.compile(rf"[0-9A-Za-z-]+\.(?:json|safetensors|{MEDIA_NAMES})")
+MEMBER = re.compile(rf"[0-9A-Za-z-]+\.(?:json|safetensors|{MEDIA_NAMES}|clip\.safetensors)")
 TAR_BLOCK = 512
 
 
@@ -81,8 +81,9 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         if MEMBER.fullmatch(member.name) is None or not member.isreg():
             raise ShardError(
-                f"{path}: member {member.name!r} is refused: prompt shards hold regular files KEY.json, "
-                f"KEY.safetensors, KEY.image.* and KEY.video.* only, and nothing is ever unpickled; build them again"
+                f"{path}: member {member.name!r} is refused: shards hold regular files KEY.json, "
+                "KEY.safetensors, KEY.image.*, KEY.video.* and KEY.clip.safetensors only, and nothing is ever "
+                "unpickled; build them again"
             )
         yield member
 

@@ -19,6 +19,7 @@ from bpgo_video.data.prompt_records import (
     PromptRecord,
     ShardError,
     layout_of,
+    plain_layout,
     tensor_bytes,
     to_layout,
     to_members,
@@ -36,20 +37,30 @@ def write_shard(path: Path, records: Iterable[PromptRecord], first: int, layout:
         layout: of every record's tensors, see `layout_of`.
 
     Returns:
-        The shard's name, count and sha256, and its "splits": prompts of each.
+        The shard's name, count and sha256, its "splits": prompts of each, and its "clip": the layout of their clips.
 
     Raises:
-        ShardError: tensors that do not fit the layout.
+        ShardError: tensors that do not fit the layout, or clips of different layouts.
     """
     splits: Counter[str] = Counter()
+    clip: dict[str, Any] | None = None
     with atomic_file(path) as aside:
         with aside.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
             for number, record in enumerate(records, first):
                 to_layout(record.conditioning, layout, f"prompt {record.prompt!r}")
+                clip = one_clip_layout(plain_layout(record.clip), clip, f"prompt {record.prompt!r}")
                 tar.write({"__key__": f"{number:09d}", **to_members(record)})
                 splits[record.split] += 1
         digest = file_sha256(aside)
-    return {"name": path.name, "count": sum(splits.values()), "sha256": digest, "splits": dict(splits)}
+    count = sum(splits.values())
+    return {"name": path.name, "count": count, "sha256": digest, "splits": dict(splits), "clip": clip}
+
+
+def one_clip_layout(found: dict[str, Any], others: dict[str, Any] | None, owner: str) -> dict[str, Any]:
+    """All clips of a folder are encoded alike: they are the samples of one batch."""
+    if others not in (None, found):
+        raise ShardError(f"{owner} has the clip tensors {found}, the others have {others}")
+    return found
 
 
 def write_negative(output: Path, conditioning: Mapping[str, Tensor]) -> None:
@@ -64,19 +75,24 @@ def write_index(
     policy: EncoderStamp,
     negative_prompt: str = "",
     build: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Complete a folder of shards.
 
     Args:
         shards: what `write_shard` returned, in order; empty ones are left out.
         build: what the build depended on, for the index.
+        more: what else the index says.
 
     Raises:
-        ShardError: no shard has a record.
+        ShardError: no shard has a record, or clips of different layouts.
     """
     splits: Counter[str] = Counter()
+    clip: dict[str, Any] | None = None
     for shard in shards:
         splits.update(shard["splits"])
+        if shard["count"]:
+            clip = one_clip_layout(shard["clip"], clip, shard["name"])
     if not splits:
         raise ShardError(f"there are no prompts to write to {output}")
     negative = (output / NEGATIVE).read_bytes()
@@ -89,6 +105,8 @@ def write_index(
         "negative_prompt": negative_prompt,
         "negative_sha256": hashlib.sha256(negative).hexdigest(),
         "shards": [{name: shard[name] for name in ("name", "count", "sha256")} for shard in shards if shard["count"]],
+        **({"clip": clip} if clip else {}),
+        **(more or {}),
         **({"build": dict(build)} if build else {}),
     }
     write_json(output / "index.json", index)

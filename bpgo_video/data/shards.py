@@ -1,6 +1,6 @@
 """Where do prompts come from? webdataset shards, read in an order that (seed, epoch) fixes and a position resumes.
 
-    prompts-000000.tar ...   the records, see prompt_records.py
+    prompts-000000.tar ...   the records, see prompt_records.py; clips-000000.tar ... where they have clips
     negative.safetensors     the conditioning of the negative prompt
     priors/<reward>.json     what estimate_priors.py adds, see prior_files.py
     skipped.jsonl            the prompts that the build left out, and why
@@ -30,12 +30,13 @@ from bpgo_video.data.prompt_records import (
     PromptRecord,
     ShardError,
     damaged,
+    plain_layout,
     read_record,
     to_layout,
 )
 from bpgo_video.data.prompt_stream import PromptStream, Size
 from bpgo_video.data.shard_scan import read_headers, scan_shard
-from bpgo_video.data.shard_writing import FORMAT_VERSION, file_sha256
+from bpgo_video.data.shard_writing import FORMAT_VERSION, file_sha256, one_clip_layout
 from bpgo_video.data.sources import Source, local_source
 from bpgo_video.paths import SHARD_CACHE
 from bpgo_video.types import Conditioning
@@ -54,6 +55,8 @@ class PromptShards:
         policy: what made the embeddings.
         negative: conditioning of the negative prompt, axis 0 of size 1.
         negative_prompt: its text.
+        clip: shape and dtype of a clip's tensors by name; empty where the prompts have no clips.
+        video: what clips were made of, where there are some: num_frames, height, width and fps, and the encoder's hash.
 
     Raises:
         ShardError: something is missing, damaged or of another format version; the message names file and record.
@@ -68,6 +71,8 @@ class PromptShards:
         self.policy = EncoderStamp(**self.index["policy"])
         self.negative_prompt: str = self.index["negative_prompt"]
         self.negative = self._read_negative()
+        self.clip: dict[str, Any] = self.index.get("clip", {})
+        self.video: dict[str, Any] = self.index.get("video", {})
         self._shards = [self.directory / shard["name"] for shard in self.index["shards"]]
         self._scan()
         names = list(self.index["splits"])
@@ -89,6 +94,18 @@ class PromptShards:
                     f"{self.directory} was made with {self.policy.name!r}, whose {name} is {ours}; the policy "
                     f"{policy.name!r} has {theirs}: build shards for it with tools/make_prompt_shards.py build"
                 )
+
+    def require_clips(self) -> None:
+        """Refuse prompts without clips.
+
+        Raises:
+            ShardError: they have none.
+        """
+        if not self.clip:
+            raise ShardError(
+                f"{self.directory} holds prompts without video clips: build shards of videos with "
+                "tools/make_video_shards.py build"
+            )
 
     def rows(self, split: str | None = None) -> np.ndarray:
         """Row numbers of the records of a split, or of all, in stored order."""
@@ -122,6 +139,7 @@ class PromptShards:
         place = self._place(row)
         record = read_record(place)
         owner = f"{place.shard}: prompt {record.prompt!r}"
+        one_clip_layout(plain_layout(record.clip), self.clip, owner)
         return replace(record, conditioning=to_layout(record.conditioning, self.index["conditioning"], owner))
 
     def records(self, split: str | None = None) -> Iterator[PromptRecord]:

@@ -35,7 +35,7 @@ from bpgo_video.data.shard_writing import NEGATIVE, file_sha256
 from bpgo_video.paths import SHARD_CACHE
 
 REMOTE = re.compile(r"pipe:|[a-z0-9]+://")
-SHARD = re.compile(r"prompts-[^/\s]*\.tar")
+SHARD = re.compile(r"(?:prompts|clips)-[^/\s]*\.tar")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _copy(source: str, cache: Path) -> Source:
     urls = _expanded(source)
     names = [match[0] for url in urls if (match := SHARD.search(url))]
     if names and len(names) != len(urls):
-        raise ShardError(f"{source} must name one folder, or shards prompts-*.tar of one")
+        raise ShardError(f"{source} must name one folder, or shards (prompts-*.tar, clips-*.tar) of one")
     if "*" in source and not source.startswith("pipe:"):
         raise ShardError(f"{source}: a URL cannot be searched; name a folder, or a range such as {{000000..000009}}")
     index = _read(_url(urls[0], "index.json"))

@@ -101,9 +101,9 @@ def read_decord(path: Path | str) -> tuple[np.ndarray, float]:
 
 def read_pyav(path: Path | str) -> tuple[np.ndarray, float]:
     """(frames, height, width, 3) uint8 and frames a second."""
-    with _opened(str(path), str(path)) as container:
+    with opened(str(path), str(path)) as container:
         rate = container.streams.video[0].average_rate
-        frames = [_upright(frame, path) for frame in container.decode(video=0)]
+        frames = [upright(frame, path) for frame in container.decode(video=0)]
     if not frames or not rate:
         raise VideoError(f"{path} holds no frames")
     return np.stack(frames), float(rate)
@@ -132,7 +132,7 @@ def read_header(path: Path | str) -> VideoHeader:
     Raises:
         VideoError: the file is no video, or lacks what players need first, as an mp4 that was cut off does.
     """
-    with _opened(str(path), str(path)) as container:
+    with opened(str(path), str(path)) as container:
         stream = container.streams.video[0]
         if not stream.average_rate:
             raise VideoError(f"{path} holds no frames")
@@ -149,7 +149,7 @@ def check_video(source: str | bytes, owner: str) -> int:
         VideoError: that fails, there is no frame, or the file is cut off.
     """
     check_end(source, owner)
-    with _opened(source, owner) as container:
+    with opened(source, owner) as container:
         count = sum(1 for _ in container.decode(video=0))
     if not count:
         raise VideoError(f"{owner} holds no frames")
@@ -158,7 +158,7 @@ def check_video(source: str | bytes, owner: str) -> int:
 
 def check_end(source: str | bytes, owner: str) -> None:
     """VideoError where a Matroska file (mkv, webm) is shorter than it says: cut off, it ends without another error."""
-    with _opened(source, owner) as container:
+    with opened(source, owner) as container:
         stream = container.streams.video[0]
         tag = stream.metadata.get("DURATION")  # HH:MM:SS.nnn
         if "matroska" not in container.format.name or tag is None:
@@ -172,14 +172,16 @@ def check_end(source: str | bytes, owner: str) -> None:
         raise VideoError(f"{owner} ends after {max(times, default=0):.2f} of {promised:.2f} seconds; is it complete?")
 
 
-def _upright(frame: av.VideoFrame, path: Path | str) -> np.ndarray:
+def upright(frame: av.VideoFrame, path: Path | str) -> np.ndarray:
+    """(height, width, 3) uint8, turned by the file's rotation. Raises VideoError where that is no quarter turn."""
     if frame.rotation % 90:
         raise VideoError(f"{path} is turned by {frame.rotation} degrees; only quarter turns are read")
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 @contextmanager
-def _opened(source: str | bytes, owner: str) -> Iterator[Any]:
+def opened(source: str | bytes, owner: str) -> Iterator[Any]:
+    """A container with a video stream, open inside the block; what goes wrong in it becomes a VideoError."""
     try:
         with av.open(source if isinstance(source, str) else io.BytesIO(source)) as container:
             if not container.streams.video:

@@ -86,7 +86,14 @@ class Policy(Protocol):
         """noise - data as the policy sees it at noise level `sigma`, fp32; differentiable.
 
         Args:
-            sigma: 0-dim, on the CPU.
+            sigma: 0-dim, or one for each sample, all of one transformer; on the CPU.
+        """
+        ...
+
+    def encode_video(self, videos: Videos) -> Latents:
+        """Clean latents of pixels in [0, 1], without the given frames; the mode of the VAE's posterior; no gradient.
+
+        `decode` is its inverse, but for what the VAE loses.
         """
         ...
 

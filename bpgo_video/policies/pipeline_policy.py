@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bpgo_video.config import ConfigError, VideoConfig
 from bpgo_video.policies.base import Build
 from bpgo_video.policies.transformers import Transformers, transformer_names
-from bpgo_video.types import Latents
+from bpgo_video.types import Latents, Videos
 
 LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # of a pipeline's networks: what each calls the dtype
 COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
@@ -91,6 +91,9 @@ class PipelinePolicy:
         self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
     ) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} makes videos of texts alone")
+
+    def encode_video(self, videos: Videos) -> Latents:
+        raise TypeError(f"{type(self).__name__} does not encode videos, so that there is no warm start for it")
 
     def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
         """What the pipeline's own call takes beside prompt, size and guidance: the initial noise in its layout."""

@@ -66,7 +66,7 @@ class WanPolicy(PipelinePolicy):
         train_timesteps = self.pipeline.scheduler.config.num_train_timesteps
         timestep = (sigma.to(latents.device) * train_timesteps).expand(latents.shape[0])
         prediction = self.transformers(
-            self.transformer_at(float(sigma)),
+            self.transformer_at(float(sigma.max())),
             hidden_states=self.transformer_input(latents, conditioning).to(dtype),
             timestep=timestep,
             encoder_hidden_states=conditioning["prompt_embeds"],
@@ -84,6 +84,14 @@ class WanPolicy(PipelinePolicy):
         config = self.vae_config
         mean, std = (torch.tensor(config[f"latents_{name}"], device=device) for name in ("mean", "std"))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+    @torch.no_grad()
+    def encode_video(self, videos: Videos) -> Latents:
+        vae = self.pipeline.vae
+        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
+        encoded = vae.encode(pixels).latent_dist.mode()
+        mean, std = self.latent_statistics(encoded.device)
+        return ((encoded - mean) / std).float()
 
     @torch.no_grad()
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:

@@ -105,6 +105,10 @@ class Scenes:
     centres: Tensor
     radius: Tensor
 
+    def of(self, rows: Tensor) -> Scenes:
+        """The scenes of these rows."""
+        return Scenes(*(value[rows] for value in vars(self).values()))
+
     def caption(self, index: int) -> Caption:
         return Caption(
             SHAPES[int(self.shapes[index])],

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from bpgo_video.policies import Policy, load_policy
 from tests.families.case import Case
-from tests.families.wan import WAN, WAN_IMAGE
+from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 
-CASES: dict[str, Case] = {"wan": WAN, "wan_image": WAN_IMAGE}
+CASES: dict[str, Case] = {"wan": WAN, "wan_one_frame": WAN_ONE_FRAME, "wan_image": WAN_IMAGE}
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,6 @@ class Case:
 
     def recipe(self, folder: Path) -> Config:
         """The shipped recipe with this policy; all of four steps trained but the last, and all step weights 1."""
-        from dataclasses import replace
-
         recipe = read_yaml(RECIPE)
         policy = PolicyConfig(str(folder), self.text_tokens, family=self.family)
         sampler = replace(recipe.sampler, num_steps=4, train_steps="all", share_steps="batch", shift=None)

@@ -1,7 +1,8 @@
-"""Wan 2.1: text-to-video, and image-to-video with its CLIP encoder."""
+"""Wan 2.1: text-to-video, one frame of it (text-to-image), and image-to-video with its CLIP encoder."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -18,4 +19,5 @@ def euler(unipc):
 
 
 WAN = Case(random_wan, VIDEO, TEXT_TOKENS, euler=euler)
+WAN_ONE_FRAME = Case(random_wan, replace(VIDEO, num_frames=1), TEXT_TOKENS, euler=euler)
 WAN_IMAGE = Case(partial(random_wan, images=True, image_encoder=True), VIDEO, TEXT_TOKENS, euler=euler)

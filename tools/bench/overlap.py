@@ -15,7 +15,8 @@ from bpgo_video.config import Config, PriorConfig, RewardConfig
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.session import Session
-from bpgo_video.trainer import Stopwatch, sample_and_score
+from bpgo_video.stopwatch import Stopwatch
+from bpgo_video.trainer import sample_and_score
 from bpgo_video.types import PromptBatch
 from tools.bench.timing import seconds
 
@@ -52,7 +53,7 @@ def step(session: Session, prompts: PromptBatch, ahead: int) -> dict[str, float]
     session = replace(session, config=replace(session.config, rollout=rollout))
     watch = Stopwatch(Heartbeat(session.mesh, timeout=60), 0)
     whole = seconds(lambda: sample_and_score(session, prompts, 0, watch))
-    parts = {"rollout": watch.seconds["rollout"], "reward": watch.reward_work}
+    parts = {"rollout": watch.seconds["rollout"], "reward": watch.seconds["reward_work"]}
     return {"whole": whole, **parts, "over_longer": whole / max(parts.values())}
 
 

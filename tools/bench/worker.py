@@ -31,11 +31,13 @@ from bpgo_video.losses import Move, bpgo_loss
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.policies import Policy
+from bpgo_video.policy_session import build_engine, sampling_policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.replay import Setting, optimise, replay_objective
 from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser, trust_region
-from bpgo_video.session import Session, build_engine, build_session, check_inputs, sampling_policy
-from bpgo_video.trainer import Stopwatch, sample_and_score, train_step
+from bpgo_video.session import Session, build_session, check_inputs
+from bpgo_video.stopwatch import Stopwatch
+from bpgo_video.trainer import sample_and_score, train_step
 from bpgo_video.types import Conditioning, PromptBatch
 from tools.bench.overlap import in_chunks, overlap
 from tools.bench.timing import in_turn, seconds, waiting

@@ -3,9 +3,9 @@
     python -m tools.tiny.train_image_policy --output runs/tiny-i2v
 
 The embedded transformer gets input channels for the mask and the image's latents, at first without weight, so that it
-starts as the text-to-video policy; then it learns by flow matching to continue the first frame of clips. Writes
-OUTPUT/wan, a diffusers WanImageToVideoPipeline, and OUTPUT/prompts.jsonl: the embedded prompts, each with an image, the
-first frame of a scene that fulfils it. Deterministic in --seed on one thread.
+starts as the text-to-video policy; a warm start (docs/training.md) teaches it to continue the first frame of clips.
+Writes OUTPUT/wan, a diffusers WanImageToVideoPipeline, and OUTPUT/prompts.jsonl: the embedded prompts, each with an
+image, the first frame of a scene that fulfils it. Deterministic in --seed on one thread.
 """
 
 from __future__ import annotations
@@ -14,25 +14,20 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor
-from tqdm import trange
 
 from bpgo_video import sde
-from bpgo_video.config import VideoConfig
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import load_policy
-from bpgo_video.policies.wan_image import WanImagePolicy
 from bpgo_video.tiny import world
 from bpgo_video.tiny.oracle import oracle_scores
 from bpgo_video.tiny.prompts import PATH as PROMPTS
-from tools.tiny.train_policy import TEXT_TOKENS, caption_choices, encode_clips, flow_loss
+from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, learn
 
-VIDEO = VideoConfig(world.FRAMES, world.SIZE, world.SIZE, world.FPS)
 BASE = "package:bpgo_video.tiny/weights/wan"
 INPUT = "patch_embedding.weight"
 
@@ -57,29 +52,6 @@ def image_pipeline(base: Path) -> WanImageToVideoPipeline:
         scheduler=parts.scheduler,
         transformer=widened(parts.transformer, stride + channels),
     )
-
-
-def train(pipeline: Any, args: argparse.Namespace) -> None:
-    generator = torch.Generator().manual_seed(args.seed)
-    data, scenes = encode_clips(pipeline.vae, args.clips, generator)
-    policy = WanImagePolicy(resolve_folder(args.base), pipeline, TEXT_TOKENS)
-    images = policy.image_conditioning(world.render(scenes)[:, 0], VIDEO)["image_latents"]
-    choices = caption_choices(scenes)
-    weights = list(pipeline.transformer.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
-    progress = trange(args.steps, desc="policy", mininterval=10)
-    for _ in progress:
-        rows = torch.randint(len(data), (args.batch_size,), generator=generator).tolist()
-        picks = torch.rand(args.batch_size, generator=generator).tolist()
-        texts = [choices[row][int(pick * len(choices[row]))] for row, pick in zip(rows, picks, strict=True)]
-        loss = flow_loss(pipeline, data[rows], texts, generator, images[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def first_frames(captions: list[world.Caption], seed: int) -> Tensor:
@@ -122,18 +94,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="gets wan/, images/ and prompts.jsonl")
     parser.add_argument("--base", default=BASE, help="text-to-video pipeline (%(default)s)")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--clips", type=int, default=1024)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    add_arguments(parser, steps=600, clips=1024, learning_rate=5e-4)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     started = time.time()
-    pipeline = image_pipeline(resolve_folder(args.base))
-    train(pipeline, args)
-    pipeline.save_pretrained(args.output / "wan")
+    start = args.output / "wan-training" / "start"
+    image_pipeline(resolve_folder(args.base)).save_pretrained(start)
+    learn(start, args.output / "wan", args)
     write_prompts(args.output, args.seed)
     scores = heldout_score(args.output / "wan", args.seed)
     print(json.dumps({"heldout": scores, "seconds": round(time.time() - started)}))

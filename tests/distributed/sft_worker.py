@@ -1,0 +1,57 @@
+"""What every rank of a warm start runs: each case is one short run in the same process group.
+
+python -m tests.distributed.sft_worker SHARDS OUTPUT NAME=STAGE:KIND:STEPS[:RESUME[:SEQUENCE]] ...
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bpgo_video import engine
+from bpgo_video.config import LoraConfig, ParallelConfig
+from bpgo_video.run_config import EmaConfig
+from bpgo_video.sft import train
+from bpgo_video.sft_config import SftConfig
+from tests.clip_folders import sft_recipe
+
+HUGE_STEP = 1e5  # of SGD: the weights' change is the gradient, to many digits
+OPTIM: dict[str, dict[str, Any]] = {
+    "full": {"learning_rate": 1e-3},
+    "lora": {"learning_rate": 1e-3},
+    "gradient": {"name": "sgd", "learning_rate": HUGE_STEP, "max_grad_norm": 0.0, "weight_decay": 0.0},
+}
+
+
+def case(
+    shards: Path, run_dir: Path, stage: str, kind: str, steps: str, resume: str = "never", sequence: str = "1"
+) -> SftConfig:
+    """Eight of twenty clips a step, so that a step reaches into the next epoch; saved every other step."""
+    config = sft_recipe()
+    policy = replace(config.policy, lora=LoraConfig(rank={"lora": 4}.get(kind, 0)))
+    return replace(
+        config,
+        run=replace(config.run, dir=str(run_dir), num_steps=int(steps), save_every=2, resume=resume),
+        policy=policy,
+        data=replace(config.data, shards=str(shards)),
+        deepspeed=f"ds_configs/{stage}.json",
+        parallel=ParallelConfig(sequence=int(sequence)),
+        sft=replace(config.sft, batch_size=8, micro_batch_size=4, density="logit_normal", caption_dropout=0.3),
+        optim=replace(config.optim, **{"warmup_updates": 0, **OPTIM[kind]}),
+        ema=EmaConfig(decay=0.9),
+        evaluation=replace(config.evaluation, levels=2, every=2, split=None if kind == "gradient" else "heldout"),
+    )
+
+
+def main() -> None:
+    shards, output, *cases = sys.argv[1:]
+    for named in cases:
+        name, _, arguments = named.partition("=")
+        train(case(Path(shards), Path(output) / name, *arguments.split(":")))
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
