@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -358,6 +360,7 @@ def test_labels_say_how_a_number_was_made() -> None:
     [
         ("motion_smoothness", None, r"needs a frame interpolation .*--backbone motion_smoothness=my_pkg\.module:build"),
         ("imaging_quality", None, "needs MUSIQ's weights"),
+        ("temporal_flickering", "dis", "stands on no network"),
         ("overall_consistency", None, "needs ViCLIP"),
         ("dynamic_degree", "raft", r"'raft' is no network of it; --backbone dynamic_degree=dis \| my_pkg"),
         ("dynamic_degree", "tests.tiny_vbench:broken", "could not be built: no weights here"),
@@ -369,6 +372,31 @@ def test_labels_say_how_a_number_was_made() -> None:
 def test_networks_that_are_missing_are_named_with_the_way_out(name: str, network: str | None, words: str) -> None:
     with pytest.raises(DimensionError, match=words):
         DIMENSIONS[name].network(name, network, CPU)
+
+
+def test_musiq_is_pyiqas_with_the_users_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VBench builds it so: MUSIQ(pretrained_model_path=...), frames in [0, 1]."""
+    torch.save({"params": {"weight": torch.ones(1)}}, tmp_path / "musiq.pth")
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    with pytest.raises(DimensionError, match="pip install pyiqa, or name a factory"):
+        DIMENSIONS["imaging_quality"].network("imaging_quality", str(tmp_path / "musiq.pth"), CPU)
+
+    class Musiq(torch.nn.Module):
+        def __init__(self, pretrained_model_path: str):
+            super().__init__()
+            self.scale = torch.load(pretrained_model_path, weights_only=True)["params"]["weight"]
+
+        def forward(self, frame: Tensor) -> Tensor:
+            return 60 * self.scale * frame.max()
+
+    modules = {name: ModuleType(name) for name in ("pyiqa", "pyiqa.archs", "pyiqa.archs.musiq_arch")}
+    modules["pyiqa.archs.musiq_arch"].MUSIQ = Musiq  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    network = DIMENSIONS["imaging_quality"].network("imaging_quality", str(tmp_path / "musiq.pth"), CPU)
+    assert (network.label, network.name.split()[0]) == ("native", "musiq.pth")
+    white = footage(torch.ones(2, 3, 16, 16))
+    assert DIMENSIONS["imaging_quality"].measure(network.call, white).value == pytest.approx(60)
 
 
 def test_other_dimensions_need_vbenchs_package() -> None:

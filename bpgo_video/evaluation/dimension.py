@@ -132,8 +132,10 @@ class Dimension:
         Raises:
             DimensionError: none is named and there is no default; or it cannot be built.
         """
-        if self.adopt is None:
+        if self.adopt is None and asked is None:
             return NONE
+        if self.adopt is None:
+            raise DimensionError(f"{name} stands on no network, and takes no --backbone {name}={asked}")
         spec = asked or self.default
         if spec is None:
             raise DimensionError(f"{name} needs {self.usual}: --backbone {name}={self.forms}")

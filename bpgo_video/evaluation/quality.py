@@ -15,7 +15,6 @@ from bpgo_video.evaluation.dimension import Dimension, Footage, Measured, Networ
 from bpgo_video.evaluation.encoders import CLIP_L14, clip_encoder, label_of
 from bpgo_video.evaluation.pixels import CLIP, Encoder, Inputs, fitted
 from bpgo_video.rewards.aesthetic import chain
-from bpgo_video.rewards.packaged import imported
 from bpgo_video.rewards.weights import read_weights
 
 Points = Callable[[Inputs], Tensor]  # a frame in [0, 1], (1, 3, rows, columns), -> its points of 100
@@ -85,7 +84,13 @@ def musiq(spec: str, sources: Sources) -> Network:
     """
     path = Path(spec).expanduser()
     read_weights(path)  # pyiqa unpickles the file without looking at it
-    network = imported("pyiqa.archs.musiq_arch").MUSIQ(pretrained_model_path=str(path)).to(sources.device).eval()
+    try:
+        from pyiqa.archs.musiq_arch import MUSIQ  # brings torchvision and more: no dependency
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{error}; MUSIQ's weights are read by pyiqa: pip install pyiqa, or name a factory"
+        ) from error
+    network = MUSIQ(pretrained_model_path=str(path)).to(sources.device).eval()
     return Network(
         adopt_points(network, sources), "native", f"{path.name} {sha256(path.read_bytes()).hexdigest()[:16]}"
     )
