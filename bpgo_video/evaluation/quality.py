@@ -15,7 +15,7 @@ from bpgo_video.evaluation.dimension import Dimension, Footage, Measured, Networ
 from bpgo_video.evaluation.encoders import CLIP_L14, clip_encoder, label_of
 from bpgo_video.evaluation.pixels import CLIP, Encoder, Inputs, fitted
 from bpgo_video.rewards.aesthetic import chain
-from bpgo_video.rewards.weights import read_weights
+from bpgo_video.rewards.weights import read_weights, unpickled
 
 Points = Callable[[Inputs], Tensor]  # a frame in [0, 1], (1, 3, rows, columns), -> its points of 100
 
@@ -83,7 +83,7 @@ def musiq(spec: str, sources: Sources) -> Network:
         ValueError: the file holds more than tensors.
     """
     path = Path(spec).expanduser()
-    read_weights(path)  # pyiqa unpickles the file without looking at it
+    unpickled(path)  # pyiqa unpickles the file without looking at it
     try:
         from pyiqa.archs.musiq_arch import MUSIQ  # brings torchvision and more: no dependency
     except ModuleNotFoundError as error:
