@@ -366,7 +366,7 @@ def test_labels_say_how_a_number_was_made() -> None:
         ("dynamic_degree", "tests.tiny_vbench:broken", "could not be built: no weights here"),
         ("dynamic_degree", "tests.tiny_vbench:none", "could not be built"),
         ("subject_consistency", "no/such/folder", r"does not exist.*=efficientnet \| FOLDER"),
-        ("imaging_quality", "none.pth", "none.pth does not exist"),
+        ("imaging_quality", "none.pth", "No such file or directory: .none.pth."),
     ],
 )
 def test_networks_that_are_missing_are_named_with_the_way_out(name: str, network: str | None, words: str) -> None:

@@ -112,7 +112,7 @@ class Dimension:
         measure: the formula, of a network's `call` and a video.
         default: the network that is taken where none is named; None: one must be.
         named: networks by a short name.
-        folder: builds one from a folder or hub id.
+        folder: builds one from a folder, a file or a hub id.
         adopt: makes a `call` of what a user's factory returned.
         usual: VBench's own network, for messages.
         scale: of the dimension's score to the videos' results.
@@ -155,7 +155,7 @@ class Dimension:
     @property
     def forms(self) -> str:
         """What can be named, for messages."""
-        folder = ["FOLDER or hub id"] if self.folder is not None else []
+        folder = ["FOLDER, FILE or hub id"] if self.folder is not None else []
         return " | ".join([*self.named, *folder, "my_pkg.module:build"])
 
 
