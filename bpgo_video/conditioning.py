@@ -1,4 +1,5 @@
-"""What is the transformer conditioned on? Text embeddings in its dtype and, for image-to-video, its images' latents."""
+"""What is the transformer conditioned on? Text embeddings in its dtype, of image-to-video its images' latents, and what
+the family tells it of the video itself."""
 
 from __future__ import annotations
 
@@ -21,6 +22,11 @@ def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | 
         name: value.to(device, dtype if value.is_floating_point() else value.dtype)
         for name, value in conditioning.items()
     }
+
+
+def for_each(row: Conditioning, count: int) -> dict[str, Tensor]:
+    """The one row, for `count` samples."""
+    return {name: value.expand(count, *value.shape[1:]) for name, value in row.items()}
 
 
 def image_size(config: Config, policy: Policy) -> tuple[int, int] | None:
@@ -69,7 +75,8 @@ def conditioned(
     Args:
         group_size: samples of each prompt that are to be made.
     """
-    prompts = replace(prompts, conditioning=cast(prompts.conditioning, dtype))
+    told = for_each(policy.video_conditioning(config.video), len(prompts))
+    prompts = replace(prompts, conditioning={**cast(prompts.conditioning, dtype), **told})
     if prompts.images is None:
         return prompts
     shares = mesh.share(len(prompts) * group_size, config.rollout.micro_batch_size)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive
+from bpgo_video.config_fields import STRICT, BelowOne, NonNegative, Positive, Unit
 from bpgo_video.learner_config import (
     AdvantageConfig,
     BPGOConfig,
@@ -23,6 +23,14 @@ from bpgo_video.learner_config import (
 )
 from bpgo_video.paths import SHARD_CACHE
 from bpgo_video.run_config import EmaConfig, OptimiserConfig, RunConfig
+
+FAMILY_OPTIONS = ("embedded_guidance", "decode_timestep", "decode_noise_scale")
+
+
+def options_of(settings: object) -> dict[str, float]:
+    """Settings of one family alone, of a recipe's or a generation's, where they are set."""
+    found = {name: getattr(settings, name) for name in FAMILY_OPTIONS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -50,6 +58,32 @@ class PolicyConfig:
     """Train adapters and keep the base weights frozen, or train everything (rank 0, the default)."""
     gradient_checkpointing: bool = False
     """Recompute activations in replay: less memory, about a third more time."""
+    compile_blocks: bool = False
+    """Compile the transformers' repeated blocks with torch.compile."""
+    attention_backend: str | None = None
+    """How attention is computed, by diffusers' names (`native`, `_native_cudnn`, `flash`, `_flash_3` ...); None leaves
+    diffusers' choice, torch's scaled_dot_product_attention. A backend without gradients cannot train."""
+    vae_tiling: bool = False
+    """Encode and decode videos in overlapping tiles: a fraction of the memory, longer, and tiles are blended where they
+    meet."""
+    vae_slicing: bool = False
+    """Encode and decode one video at a time: the memory of one, whatever the micro-batch."""
+    frozen_rest_on: Literal["device", "cpu"] = "device"
+    """Where VAE and image encoder are while they are not at work: `cpu` frees their memory, and moves them there and
+    back with every micro-batch."""
+    embedded_guidance: NonNegative | None = None
+    """HunyuanVideo: the guidance that its distilled transformer is told, in one pass; None takes the pipeline's 6.
+    Classifier-free guidance on top is `sampler.guidance_scale`."""
+    decode_timestep: Unit | None = None
+    """LTX-Video from 0.9.1 on, whose VAE takes out noise that is left: at which level; None takes the pipeline's 0,
+    diffusers' documentation recommends 0.05."""
+    decode_noise_scale: Unit | None = None
+    """LTX-Video: how much noise is added for it; None takes decode_timestep."""
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The settings above that are one family's own, where they are set."""
+        return options_of(self)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -71,7 +105,7 @@ class SamplerConfig:
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
     """Classifier-free guidance in rollout and replay alike; 1 switches it off."""
     shift: Annotated[float, Field(gt=0.0)] | None = None
-    """Shift of the sigma schedule; None takes the pipeline's own flow_shift."""
+    """Shift of the sigma schedule; None takes the pipeline's own schedule."""
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
     """Latents are rounded to this before their log-prob is taken, so that replay sees the same numbers."""
     train_steps: Literal["all", "random", "window", "random_window"] = "all"
@@ -180,11 +214,25 @@ class EvaluationConfig:
     max_prompts: Positive = 256
     num_steps: Annotated[int, Field(ge=1)] = 16
     """ODE steps of a held-out sample."""
+    solver: Literal["euler", "adams_bashforth"] = "euler"
+    """How it follows the ODE: first order, or second order at the same cost."""
+    shift: Annotated[float, Field(gt=0.0)] | None = None
+    """Shift of its sigma schedule; None takes the sampler's."""
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
     videos: Annotated[int, Field(ge=0)] = 8
-    """Held-out videos written before and after, for the report."""
-    weights: Literal["raw", "ema"] = "raw"
-    """Which weights are evaluated; `ema` needs `ema.decay` above 0."""
+    """Held-out videos written at every evaluation, before and after for the report."""
+    weights: Literal["raw", "ema", "both"] = "raw"
+    """Which weights are evaluated; `ema` and `both` need `ema.decay` above 0. `both` measures the run by the raw ones
+    and logs the average's scores beside them, as `heldout_ema/NAME`."""
+
+    def shift_or(self, sampler: SamplerConfig) -> float | None:
+        """The shift of the schedule; None takes the pipeline's own."""
+        return sampler.shift if self.shift is None else self.shift
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Kinds of weights; the run is measured by the first."""
+        return ("raw", "ema") if self.weights == "both" else (self.weights,)
 
 
 @dataclass(frozen=True, config=STRICT)

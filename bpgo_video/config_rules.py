@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
-from bpgo_video.config import Config, ConfigError, ParallelConfig
+from bpgo_video.config import Config, ConfigError, ParallelConfig, PolicyConfig
 from bpgo_video.learner_config import aggregate_rules, broken_rules
 
 
@@ -91,10 +91,23 @@ def reference_rules(config: Config) -> Iterator[str]:
 
 
 def evaluation_rules(config: Config) -> Iterator[str]:
-    if config.evaluation.weights == "ema" and config.ema.decay == 0:
+    if "ema" in config.evaluation.measured and config.ema.decay == 0:
         yield (
-            "evaluation.weights is 'ema' with ema.decay = 0, which keeps no average; set ema.decay (0.99 forgets an "
-            "update after some hundred), or evaluate the 'raw' weights"
+            f"evaluation.weights is {config.evaluation.weights!r} with ema.decay = 0, which keeps no average; set "
+            "ema.decay (0.99 forgets an update after some hundred), or evaluate the 'raw' weights"
+        )
+
+
+def kernel_rules(config: Config) -> Iterator[str]:
+    yield from compiling_rules(config.policy, config.parallel)
+
+
+def compiling_rules(policy: PolicyConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """What compiled blocks do not go with, in recipes of every kind."""
+    if policy.compile_blocks and parallel.sequence > 1:
+        yield (
+            f"policy.compile_blocks is true with parallel.sequence = {parallel.sequence}, whose exchanges have not "
+            "been tried inside compiled blocks; set one of them to its default"
         )
 
 
@@ -104,6 +117,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     sampler_rules,
     reference_rules,
     evaluation_rules,
+    kernel_rules,
 )
 
 

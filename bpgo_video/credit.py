@@ -21,6 +21,9 @@ from bpgo_video.advantages import group_relative
 class FrameLayout:
     """How a causal VAE lays a video's frames onto latent frames: the first by itself, then `stride` to each.
 
+    Attributes:
+        given: latent frames at the start that an image fixes: nothing was sampled there, and nothing is credited.
+
     Raises:
         ValueError: num_frames is not 1 more than a multiple of the stride.
     """
@@ -28,6 +31,7 @@ class FrameLayout:
     num_frames: int
     fps: float
     stride: int
+    given: int = 0
 
     def __post_init__(self) -> None:
         if self.stride < 1 or (self.num_frames - 1) % self.stride:
@@ -36,7 +40,7 @@ class FrameLayout:
             )
 
     def weights(self, times: Float[Tensor, "scored"]) -> Float[Tensor, "scored latent_frames"]:
-        """How much the score at each time counts in each latent frame, columns adding up to 1.
+        """How much the score at each time counts in each sampled latent frame, columns adding up to 1.
 
         Scores are interpolated linearly to all frames, held before the first and behind the last, and averaged over the
         frames of each latent frame.
@@ -50,7 +54,7 @@ class FrameLayout:
             basis = torch.eye(len(known), dtype=torch.float64)
             at_frames = (1 - share) * basis[:, right - 1] + share * basis[:, right]
         rest = at_frames[:, 1:].unflatten(1, (-1, self.stride)).mean(dim=2) if self.num_frames > 1 else at_frames[:, 1:]
-        return torch.cat([at_frames[:, :1], rest], dim=1)
+        return torch.cat([at_frames[:, :1], rest], dim=1)[:, self.given :]
 
 
 def frame_credit(

@@ -1,16 +1,15 @@
 """How are videos made with a finished policy? By diffusers' own pipeline, each rank its own videos, into mp4 files.
 
-Initial latents are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and what was made
-before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the same command.
+Initial latents and further draws are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and
+what was made before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the
+same command.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -19,22 +18,19 @@ from typing import Any
 import diffusers
 import torch
 import tyro
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video import engine
 from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import ConfigError
-from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.images import decode_image, fit_image
-from bpgo_video.data.media import read_media
-from bpgo_video.data.prompt_files import PromptFileError, read_prompts
-from bpgo_video.data.prompt_plan import make_plan
-from bpgo_video.data.prompt_records import Media, PromptRecord, ShardError
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.prompt_files import PromptFileError
+from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.data.video import write_video
 from bpgo_video.generation_files import (
-    TOLD,
     Job,
     Places,
     by_prompt,
@@ -44,6 +40,7 @@ from bpgo_video.generation_files import (
     within,
     write_manifest,
 )
+from bpgo_video.generation_plan import Reader, describe, plan, read_records
 from bpgo_video.generation_settings import (
     CallSettings,
     GenerationError,
@@ -57,13 +54,12 @@ from bpgo_video.generation_settings import (
 from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.randomness import keyed_noise
+from bpgo_video.randomness import fixed_draws, generator_of, keyed_noise
 from bpgo_video.run_weights import DTYPES, WEIGHTS, put_into
 from bpgo_video.types import Latents, Videos
 from bpgo_video.zero_files import CheckpointError
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-Reader = Callable[[GenerationSettings, bool], list[PromptRecord]]  # prompts; with their images, if the flag is set
 PATIENCE = 24 * 60.0  # minutes that a rank waits for the slowest one's videos; a rank that dies is noticed at once
 
 
@@ -127,97 +123,6 @@ def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: 
                 bar.update()
 
 
-def read_records(settings: GenerationSettings, with_images: bool = False) -> list[PromptRecord]:
-    """The prompts of a file or of shards, without embeddings; with their images where the model continues images.
-
-    Raises:
-        GenerationError: a prompt has no image, or a split is named and there are no shards.
-    """
-    if settings.prompts.is_dir():
-        found = PromptShards(settings.prompts).records(settings.split)
-        pairs = ((record, record.media) for record in found)
-    elif settings.split is not None:
-        raise GenerationError(f"split is {settings.split!r}, but {settings.prompts} is no folder of prompt shards")
-    else:
-        make_plan([settings.prompts])
-        lines = read_prompts([settings.prompts])
-        pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
-    return [
-        PromptRecord(
-            record.id,
-            record.prompt,
-            record.split,
-            record.tags,
-            media=_image(record, media, with_images),
-            info=record.info,
-        )
-        for record, media in pairs
-    ]
-
-
-def _image(record: PromptRecord, media: Mapping[str, Media], with_images: bool) -> Mapping[str, Media]:
-    if not with_images:
-        return {}
-    if "image" not in media:
-        raise GenerationError(
-            f"the model makes videos of images, but prompt {record.prompt!r} has none; give .jsonl lines with 'image'"
-        )
-    return {"image": media["image"]}
-
-
-def plan(settings: GenerationSettings, prompts: Sequence[PromptRecord], places: Places) -> list[Job]:
-    """Every video of the generation, samples of one prompt side by side."""
-    return [
-        Job(
-            prompt,
-            number,
-            settings.seed,
-            sample,
-            file=places.videos / places.name(prompt, number, sample),
-            sheet=places.sheets / f"{number:05d}.jpg",
-        )
-        for number, prompt in enumerate(prompts)
-        for sample in range(settings.samples_per_prompt)
-    ]
-
-
-def describe(
-    settings: GenerationSettings, model: Model, call: CallSettings, records: Sequence[PromptRecord]
-) -> dict[str, Any]:
-    """All that the videos depend on; plain JSON data."""
-    folder, checkpoint = model.policy.folder, model.checkpoint
-    parts = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    prompts = settings.prompts / "index.json" if settings.prompts.is_dir() else settings.prompts
-    images = hashlib.sha256()
-    for file in (file for record in records for file in record.media.values()):
-        images.update(file.data)
-    lora = settings.lora and hashlib.sha256(settings.lora.read_bytes()).hexdigest()[:16]
-    return {
-        "policy_fingerprint": fingerprint(folder, parts),
-        "checkpoint_fingerprint": checkpoint and fingerprint(checkpoint.folder.parent, (checkpoint.folder.name,)),
-        "weights": checkpoint and settings.weights,
-        "lora_sha256": lora,
-        "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()[:16],
-        "generation_prompts_sha256": _digest_of_told(records),
-        "images_sha256": images.hexdigest()[:16] if model.policy.takes_images else None,
-        "split": settings.split,
-        "seed": settings.seed,
-        "negative_prompt": settings.negative_prompt,
-        "samples_per_prompt": settings.samples_per_prompt,
-        "scheduler": settings.scheduler,
-        "flow_shift": settings.flow_shift,
-        "family": settings.family,
-        "fps": video_of(settings, call, model.policy).fps,
-        "dtype": settings.dtype,
-        **asdict(call),
-    }
-
-
-def _digest_of_told(records: Sequence[PromptRecord]) -> str | None:
-    told = {str(record.id): record.info[TOLD] for record in records if TOLD in record.info}
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] if told else None
-
-
 def load_pipeline(model: Model, settings: GenerationSettings, device: torch.device) -> Any:
     """diffusers' pipeline of the folder's own class, with the checkpoint's weights and the adapters in it.
 
@@ -226,7 +131,8 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
     """
     dtype = DTYPES[settings.dtype]
     pipeline_class = getattr(diffusers, model.policy.pipeline_name)
-    pipeline = pipeline_class.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": torch.float32})
+    of_vae = dtype if model.policy.one_dtype else torch.float32
+    pipeline = pipeline_class.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": of_vae})
     pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
     if model.checkpoint is not None:
         weights = WEIGHTS[settings.weights](model.checkpoint.folder)
@@ -256,24 +162,34 @@ def sample(
     """Videos in [0, 1] of the jobs, in one batch through the pipeline; image-to-video takes one image a call."""
     if len(jobs) > 1 and jobs[0].prompt.media:
         return torch.cat([sample(pipeline, policy, [job], settings, call) for job in jobs])
-    image = {"image": first_frame(jobs[0], call)} if jobs[0].prompt.media else {}
+    images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
     video = video_of(settings, call, policy)
-    output = pipeline(
-        prompt=[job.text for job in jobs],
-        negative_prompt=[settings.negative_prompt] * len(jobs),
-        output_type="pt",
-        **policy.call_arguments(initial_latents(jobs, policy.latent_shape(video)), video),
-        **image,
-        **asdict(call),
-    )
+    latents = initial_latents(jobs, policy.latent_shape(video))
+    arguments = asdict(call)
+    arguments[policy.guidance_argument] = arguments.pop("guidance_scale")
+    arguments["generator"] = [generator_of(*job.latents_key, "pipeline") for job in jobs]  # of noise within the steps
+    arguments |= policy.call_arguments(pipeline, latents, video, images)
+    if images is not None:
+        arguments["image"] = to_picture(images[0])
+    with fixed_draws(pipeline.device):
+        output = pipeline(
+            prompt=[job.text for job in jobs],
+            negative_prompt=[settings.negative_prompt] * len(jobs),
+            output_type="pt",
+            **arguments,
+        )
     return output.frames.float().clamp(0, 1).cpu()
 
 
-def first_frame(job: Job, call: CallSettings) -> Image.Image:
-    """The job's image, fitted to the video as training fits it."""
+def first_frame(job: Job, call: CallSettings) -> Float[Tensor, "3 height width"]:
+    """The job's image in [0, 1], fitted to the video as training fits it."""
     pixels = decode_image(job.prompt.media["image"].data, f"prompt {job.prompt.prompt!r}")
-    fitted = fit_image(pixels, call.height, call.width)
-    return Image.fromarray((fitted * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    return fit_image(pixels, call.height, call.width)
+
+
+def to_picture(image: Float[Tensor, "3 height width"]) -> Image.Image:
+    """What the pipelines take."""
+    return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

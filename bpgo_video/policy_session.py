@@ -25,6 +25,8 @@ from bpgo_video.parallel.sequence import check_heads, parallelise
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
+from bpgo_video.policies.frozen_parts import save_memory
+from bpgo_video.policies.kernels import choose_attention, compile_blocks
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
 from bpgo_video.replay import Followed, Learner
@@ -49,9 +51,9 @@ class PolicySession:
         """Of the transformers and what they are conditioned on."""
         return self.engine.dtype
 
-    def evaluated_weights(self) -> AbstractContextManager[None]:
-        """Where the policy is measured: with its weights, or with their average."""
-        return self.ema.weights() if self.ema and self.config.evaluation.weights == "ema" else nullcontext()
+    def weights(self, kind: str) -> AbstractContextManager[None]:
+        """Where the policy is measured: with its weights (`raw`), or with their average (`ema`)."""
+        return self.ema.weights() if self.ema and kind == "ema" else nullcontext()
 
     @property
     def updates(self) -> Learner:
@@ -94,7 +96,7 @@ def sampling_policy(
     Args:
         build: how the transformers come into being; by default whole on every rank.
     """
-    return load_policy(
+    policy = load_policy(
         config.policy.folder,
         components=components,
         max_sequence_length=config.policy.max_sequence_length,
@@ -102,14 +104,19 @@ def sampling_policy(
         device=mesh.device,
         build=build,
         name=config.policy.family,
+        options=config.policy.options,
     )
+    save_memory(policy, config.policy, mesh.device)
+    choose_attention(policy.transformers, config.policy.attention_backend)
+    return policy
 
 
 def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], mesh: Mesh) -> engines.Engine:
     """Adapters, checkpointing and sequence groups on the policy's transformers, which the engine then takes over."""
     trained = trained_names(policy.folder, config.policy.trained)
+    blocks = blocks_of(policy.transformers, policy.block_names)
     for name, module in policy.transformers.items():
-        prepare(module, config, mesh, trains=name in trained)
+        prepare(module, config, mesh, blocks, trains=name in trained)
     optim = config.optim
     engine = engines.Engine(
         policy.transformers,
@@ -117,13 +124,13 @@ def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], m
         ds_config,
         micro_batch_size=config.micro_batch_size,
         learning_rate_factor=learning_rate_factor(optim.schedule, optim.warmup_updates, config.num_updates),
-        block_classes=blocks_of(policy.transformers, policy.block_names),
+        block_classes=blocks,
     )
     policy.transformers = engine.wrapped
     return engine
 
 
-def prepare(module: Any, config: Recipe, mesh: Mesh, trains: bool) -> None:
+def prepare(module: Any, config: Recipe, mesh: Mesh, blocks: tuple[type, ...], trains: bool) -> None:
     """A transformer as the recipe wants it, before an engine takes it."""
     if not trains:
         module.requires_grad_(False)
@@ -132,6 +139,8 @@ def prepare(module: Any, config: Recipe, mesh: Mesh, trains: bool) -> None:
     if config.policy.gradient_checkpointing:
         module.enable_gradient_checkpointing()
     parallelise(module, mesh)
+    if config.policy.compile_blocks:
+        compile_blocks(module, blocks)
 
 
 def builder(ds_config: Mapping[str, Any]) -> Build:

@@ -123,14 +123,18 @@ def priors_read(config: Config, shards: PromptShards) -> dict[str, str]:
     return {"priors": "".join(prior_path(shards.directory, name).read_text() for name in config.rewards)}
 
 
-def heldout_prompts(config: Config, shards: PromptShards, policy: Policy) -> PromptBatch | None:
-    """The prompts of the held-out split, at most `evaluation.max_prompts`, evenly spread over it."""
-    if not config.evaluation.rewards:
-        return None
+def heldout_rows(config: Config, shards: PromptShards) -> list[int]:
+    """Where the held-out prompts are in the shards: at most `evaluation.max_prompts`, evenly spread over the split."""
     rows = shards.rows(config.evaluation.split)
     count = min(len(rows), config.evaluation.max_prompts)
-    records = [shards.record(int(rows[i * len(rows) // count])) for i in range(count)]
-    return as_batch(records, image_size(config, policy))
+    return [int(rows[i * len(rows) // count]) for i in range(count)]
+
+
+def heldout_prompts(config: Config, shards: PromptShards, policy: Policy) -> PromptBatch | None:
+    """The held-out prompts, where there are rewards to score them with."""
+    if not config.evaluation.rewards:
+        return None
+    return as_batch([shards.record(row) for row in heldout_rows(config, shards)], image_size(config, policy))
 
 
 def gathers_for_rollout(config: Config, engine: engines.Engine, mesh: Mesh) -> bool:

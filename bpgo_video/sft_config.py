@@ -18,7 +18,7 @@ from bpgo_video.config import (
     WandbConfig,
 )
 from bpgo_video.config_fields import STRICT, Positive, Unit
-from bpgo_video.config_rules import check_division
+from bpgo_video.config_rules import check_division, compiling_rules
 from bpgo_video.run_config import EmaConfig, OptimiserConfig, RunConfig
 
 
@@ -90,6 +90,7 @@ Recipe = Config | SftConfig
 
 def broken_rules(config: SftConfig) -> Iterator[str]:
     sft = config.sft
+    yield from compiling_rules(config.policy, config.parallel)
     if sft.batch_size % sft.micro_batch_size:
         yield (
             f"sft.batch_size {sft.batch_size} is no multiple of sft.micro_batch_size {sft.micro_batch_size}; change one"

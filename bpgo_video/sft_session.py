@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bpgo_video.clip_loss import ClipBatch, ClipLoss
-from bpgo_video.conditioning import cast
+from bpgo_video.conditioning import cast, for_each
 from bpgo_video.data.clip_build import clip_stamp
 from bpgo_video.data.prompt_order import EndlessOrder
 from bpgo_video.data.prompt_records import LATENTS, PromptRecord, ShardError
@@ -33,6 +33,7 @@ from bpgo_video.policy_session import (
     sampling_policy,
 )
 from bpgo_video.sft_config import SftConfig
+from bpgo_video.types import Conditioning
 
 GRID = 1000  # of the family's schedule, on which drawn levels are placed
 
@@ -44,6 +45,7 @@ class Clips:
     Attributes:
         order: in which clips are learned from.
         heldout: rows of the clips whose loss is measured.
+        told: what the policy is told of the clips' size and speed, one row.
     """
 
     shards: PromptShards
@@ -51,6 +53,7 @@ class Clips:
     heldout: np.ndarray
     dtype: torch.dtype
     device: torch.device
+    told: Conditioning = field(default_factory=dict)
 
     def read(self, rows: Sequence[int]) -> ClipBatch:
         """The clips of these rows."""
@@ -58,7 +61,9 @@ class Clips:
         texts = as_batch(records).conditioning
         own = {name: _stack(records, name) for name in self.shards.clip}
         latents = own.pop(LATENTS).to(self.device, torch.float32)
-        return ClipBatch([r.id for r in records], latents, cast({**texts, **own}, self.dtype, self.device))
+        told = for_each(cast(self.told, torch.float32, self.device), len(records))
+        conditioning = {**cast({**texts, **own}, self.dtype, self.device), **told}
+        return ClipBatch([r.id for r in records], latents, conditioning)
 
 
 def _stack(records: Sequence[PromptRecord], name: str) -> Tensor:
@@ -140,6 +145,7 @@ def build_sft_session(config: SftConfig, mesh: Mesh, ds_config: Mapping[str, Any
             heldout_rows(config, shards),
             engine.dtype,
             mesh.device,
+            policy.video_conditioning(config.video),
         ),
         loss=clip_loss(config, policy, shards, engine.dtype, mesh),
     )

@@ -107,7 +107,10 @@ def pipeline_around(source: Source, name: str, transformer: Any) -> Any:
 
 def forward(source: Source, name: str, transformer: Any) -> Tensor:
     """The velocity of the policy's smallest input under these weights, at a noise level of that transformer."""
-    policy = load_policy(str(source.base), max_sequence_length=1, components=(), name=source.config.policy.family)
+    asked = source.config.policy
+    policy = load_policy(
+        str(source.base), max_sequence_length=1, components=(), name=asked.family, options=asked.options
+    )
     latents, conditioning = policy.example()
     policy.transformers = Transformers({name: transformer.eval()})
     sigma = next(level for level in NOISE_LEVELS if policy.transformer_at(level) == name)

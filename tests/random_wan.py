@@ -12,7 +12,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -50,7 +50,7 @@ def random_wan(folder: Path, seed: int = 0, images: bool = False, image_encoder:
             out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=8, latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
         )  # fmt: skip
-        tokenizer = _tokenizer()
+        tokenizer = word_tokenizer()
         encoder = UMT5EncoderModel(
             UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         )
@@ -71,11 +71,22 @@ def random_wan(folder: Path, seed: int = 0, images: bool = False, image_encoder:
     return folder
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer(before: int = 0, after: int = 0, limit: int = TEXT_TOKENS) -> PreTrainedTokenizerFast:
+    """The tiny world's words.
+
+    Args:
+        before: padding tokens in front of every text.
+        after: </s> behind it.
+        limit: model_max_length.
+    """
     words = sorted({word for caption in world.all_captions() for word in caption.text.split()})
     vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = " ".join(["<pad>"] * before + ["$A"] + ["</s>"] * after)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<pad>", 0), ("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_TOKENS
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=limit
     )

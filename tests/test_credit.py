@@ -23,6 +23,14 @@ def test_latent_frames_by_hand() -> None:
         FrameLayout(8, 8.0, 4)
 
 
+def test_given_frames_are_left_out_and_the_mean_is_over_the_sampled_ones() -> None:
+    scores = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    times, whole, layout = torch.arange(9) / 8, FrameLayout(9, 8.0, 4), FrameLayout(9, 8.0, 4, given=1)
+    torch.testing.assert_close(layout.weights(times), whole.weights(times)[:, 1:], rtol=0, atol=0)
+    z = torch.stack([group_relative(scores[..., 1 + 4 * i : 5 + 4 * i].mean(-1)) for i in range(2)], dim=2)
+    torch.testing.assert_close(frame_credit(scores, times, layout), z - z.mean(dim=2, keepdim=True))
+
+
 def test_scores_of_some_frames_are_interpolated() -> None:
     layout = FrameLayout(5, 2.0, 2)  # frames at 0, .5, 1, 1.5, 2 seconds
     sparse = torch.tensor([2.0, 4.0], dtype=torch.float64) @ layout.weights(torch.tensor([0.5, 1.5]))

@@ -18,7 +18,7 @@ from bpgo_video.config import LoraConfig
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import read_video
 from bpgo_video.generation import generate, initial_latents, load_pipeline, main, plan, read_records, sample
-from bpgo_video.generation_files import Job, within
+from bpgo_video.generation_files import Job
 from bpgo_video.generation_settings import CallSettings, GenerationSettings, find_model, resolve
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora
@@ -44,7 +44,7 @@ def settings(folder: Path, tmp_path: Path) -> GenerationSettings:
 
 
 def jobs_of(settings: GenerationSettings) -> list[Job]:
-    return plan(settings, read_records(settings), within(settings.output))
+    return plan(settings, read_records(settings))
 
 
 def call_of(settings: GenerationSettings) -> CallSettings:

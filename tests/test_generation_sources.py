@@ -15,20 +15,16 @@ from safetensors.torch import load_file
 
 from bpgo_video import generation
 from bpgo_video.config import LoraConfig
-from bpgo_video.config_io import to_yaml
 from bpgo_video.conversion import Conversion, convert
 from bpgo_video.data.build import build_shards
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.prompt_records import EncoderStamp
 from bpgo_video.data.video import write_video
 from bpgo_video.generation import generate, load_pipeline, plan, read_records, sample
-from bpgo_video.generation_files import within
 from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.policies.lora import add_lora
 from bpgo_video.run_weights import find_source
 from tests.random_wan import random_wan
-from tests.recipes import small_recipe
-from tests.zero_checkpoints import write_checkpoint
+from tests.written_runs import write_run
 
 TEXTS = ["a red circle moving left", "a blue square moving up", "a shape moving right"]
 LORA = LoraConfig(rank=2, alpha=4)
@@ -49,28 +45,10 @@ def settings(base: Path, tmp_path: Path) -> GenerationSettings:
     )  # fmt: skip
 
 
-def write_run(base: Path, run_dir: Path, lora: LoraConfig) -> Path:
-    """A run of one checkpoint whose weights are not the base model's; its folder."""
-    generator = torch.Generator().manual_seed(7)
-    model = WanPipeline.from_pretrained(base).transformer
-    if lora.rank:
-        add_lora(model, lora, seed=0)
-    trained = {
-        f"transformer.{name}": parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    write_checkpoint(run_dir / "checkpoints" / "step-000002", [trained])
-    (run_dir / "checkpoints" / "latest").write_text("step-000002")
-    config = small_recipe(run_dir, run_dir / "shards", policy={"folder": str(base), "lora": lora})
-    (run_dir / "config.yaml").write_text(to_yaml(config))
-    return run_dir
-
-
 def first_video(settings: GenerationSettings) -> torch.Tensor:
     model = find_model(settings)
     pipeline = load_pipeline(model, settings, torch.device("cpu"))
-    jobs = plan(settings, read_records(settings, False), within(settings.output))[:1]
+    jobs = plan(settings, read_records(settings, False))[:1]
     return sample(pipeline, model.policy, jobs, settings, resolve(settings, model.policy))
 
 
@@ -108,7 +86,7 @@ def test_prompts_come_from_shards(base: Path, settings: GenerationSettings, tmp_
     stamp = EncoderStamp("none", "0" * 16, 4)
     build_shards([lines], tmp_path / "shards", lambda texts: {"x": torch.zeros(len(texts), 4, 2)}, stamp)
     from_shards = replace(settings, prompts=tmp_path / "shards", split="heldout")
-    found = plan(from_shards, read_records(from_shards), within(from_shards.output))
+    found = plan(from_shards, read_records(from_shards))
     assert [(job.prompt.prompt, job.prompt.id) for job in found[::2]] == [(t, prompt_id(t)) for t in TEXTS[1:]]
     assert len(read_records(replace(from_shards, split=None))) == 3
     with pytest.raises(GenerationError, match="no folder of prompt shards"):
@@ -119,7 +97,7 @@ def test_another_solver_is_diffusers_own(settings: GenerationSettings, base: Pat
     found = first_video(replace(settings, scheduler="euler", flow_shift=7.0, num_steps=4))
     pipeline = WanPipeline.from_pretrained(base)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-    jobs = plan(settings, read_records(settings, False), within(settings.output))[:1]
+    jobs = plan(settings, read_records(settings, False))[:1]
     policy = find_model(settings).policy
     call = resolve(replace(settings, num_steps=4), policy)
     assert torch.equal(found, sample(pipeline, policy, jobs, settings, call))
@@ -183,7 +161,7 @@ def test_an_image_to_video_pipeline_continues_the_images_of_its_prompts(
     prompts.write_text("\n".join(lines) + "\n")
     manifest = json.loads(generate(replace(own, prompts=prompts)).read_text())
     assert manifest["complete"]
-    jobs = plan(own, read_records(replace(own, prompts=prompts), True), within(own.output))
+    jobs = plan(own, read_records(replace(own, prompts=prompts), True))
     pipeline = load_pipeline(find_model(own), own, torch.device("cpu"))
     policy = find_model(own).policy
     call = resolve(own, policy)

@@ -112,12 +112,14 @@ def test_heldout_clips_are_spread_over_their_split(config: SftConfig, clips: Pat
 
 def test_a_micro_batch_is_read_in_the_dtypes_of_the_policy(clips: Path) -> None:
     shards = PromptShards(clips)
-    reader = Clips(shards, order_of(shards, "train", 0, 8), shards.rows("heldout"), torch.bfloat16, CPU)
+    told = {"frame_rate": torch.tensor([29.97])}
+    reader = Clips(shards, order_of(shards, "train", 0, 8), shards.rows("heldout"), torch.bfloat16, CPU, told)
     batch = reader.read([3, 1])
     assert batch.ids == [3, 1]
     assert batch.latents.dtype == torch.float32, "noise is added in full precision"
     assert torch.equal(batch.latents[1], shards.record(1).clip[LATENTS])
     assert batch.conditioning["prompt_embeds"].dtype == torch.bfloat16
+    assert torch.equal(batch.conditioning["frame_rate"], torch.tensor([29.97, 29.97])), "in full precision, too"
 
 
 def test_captions_of_the_embedded_clips_are_true(clips: Path, policy: Policy) -> None:

@@ -19,8 +19,9 @@ from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.prompt_records import PromptRecord
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, folder_problems, foreign_problems, image_path, listing
 from bpgo_video.evaluation.video_folder import beside
-from bpgo_video.generation import ALONE, Reader, generate
+from bpgo_video.generation import ALONE, generate
 from bpgo_video.generation_files import MANIFEST, TOLD, Places, clear_unfinished
+from bpgo_video.generation_plan import Reader
 from bpgo_video.generation_settings import GenerationSettings
 from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.mesh import Mesh

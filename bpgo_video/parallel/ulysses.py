@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Tokens = Float[Tensor, "samples tokens heads head_dim"]
+Keys = Float[Tensor, "samples keys heads head_dim"]  # of cross-attention there are others than queries
 Move = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
@@ -127,7 +128,7 @@ class Ulysses:
         video = Scattered.apply(F.pad(video, (0, 0, 0, 0, 0, missing)), self.group, _scatter_tokens, _scatter_heads)
         return torch.cat([self._all_heads(before), video, self._all_heads(behind)], dim=1)
 
-    def _whole(self, x: Tokens, text: int) -> Tokens:
+    def _whole(self, x: Tokens, text: int) -> Tensor:
         """All tokens with this rank's heads, of this rank's tokens with all heads."""
         before, video, behind = self._parts(x, text, x.shape[1] - text)
         video = Scattered.apply(video, self.group, _scatter_heads, _scatter_tokens)[:, : self.tokens]
@@ -138,13 +139,13 @@ class Ulysses:
         sizes = [text, video, 0] if self.text_first else [0, video, text]
         return x.split(sizes, dim=1)
 
-    def _all_heads(self, text: Tokens) -> Tokens:
+    def _all_heads(self, text: Tokens) -> Tensor:
         if text.shape[1] == 0:
             return text.repeat(1, 1, self.size, 1)  # nothing, in the shape of all heads
         return Gathered.apply(text, self.group, 2)
 
 
-def attend(query: Tokens, key: Tokens, value: Tokens, *, parallel_config: Any = None, **options: Any) -> Tokens:
+def attend(query: Tokens, key: Keys, value: Keys, *, parallel_config: Any = None, **options: Any) -> Tokens:
     """diffusers' attention, or that of a sequence group where the processor carries one."""
     if isinstance(parallel_config, Ulysses):
         return parallel_config.attention(query, key, value, **options)

@@ -6,7 +6,7 @@ policy = load_policy("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", max_sequence_length=512
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -23,6 +23,12 @@ __all__ = ["FAMILIES", "Policy", "family", "guided_velocity", "load_policy"]
 FAMILIES: dict[str, str] = {  # diffusers' name of a pipeline -> who makes a policy of it; read when it is asked for
     "WanPipeline": "bpgo_video.policies.wan:WanPolicy",
     "WanImageToVideoPipeline": "bpgo_video.policies.wan_image:WanImagePolicy",
+    "LTXPipeline": "bpgo_video.policies.ltx:LTXPolicy",
+    "LTXImageToVideoPipeline": "bpgo_video.policies.ltx_image:LTXImagePolicy",
+    "HunyuanVideoPipeline": "bpgo_video.policies.hunyuan:HunyuanVideoPolicy",
+    "CogVideoXPipeline": "bpgo_video.policies.cogvideox:CogVideoXPolicy",
+    "CogVideoXImageToVideoPipeline": "bpgo_video.policies.cogvideox:CogVideoXImagePolicy",
+    "MochiPipeline": "bpgo_video.policies.mochi:MochiPolicy",
 }
 
 
@@ -62,6 +68,7 @@ def load_policy(
     device: torch.device | str = "cpu",
     build: Build = from_pretrained,
     name: str | None = None,
+    options: Mapping[str, float] | None = None,
 ) -> Policy:
     """A policy from a diffusers pipeline.
 
@@ -71,16 +78,24 @@ def load_policy(
         dtype: of the transformers and the text encoders; the VAE stays in fp32, as Wan's authors run it.
         build: how the trained modules come into being: `from_pretrained`, or the engine's sharded construction.
         name: of the family; see `family`.
+        options: of the family's own settings, those that are not to be its pipeline's; see `PolicyConfig.options`.
 
     Raises:
         FileNotFoundError: no such folder.
-        ConfigError: a family that is not known; the message names those that are.
+        ConfigError: a family that is not known, or an option that it does not have; the message names those that are.
     """
     path = resolve_folder(folder)
     unknown = set(components) - set(COMPONENTS)
     if unknown:
         raise ValueError(f"components {sorted(unknown)} are unknown; they are among {COMPONENTS}")
-    policy: Policy = family(path, name).load(
+    policy_class, given = family(path, name), dict(options or {})
+    if foreign := sorted(set(given) - set(policy_class.options)):
+        raise ConfigError(
+            f"policy.{foreign[0]} is {given[foreign[0]]}, but {policy_class.__name__} knows "
+            f"{sorted(policy_class.options) or 'no such settings'}; leave it out"
+        )
+    policy: Policy = policy_class.load(
         path, max_sequence_length, frozenset(components), dtype, torch.device(device), build
     )
+    policy.options = {**policy_class.options, **given}
     return policy

@@ -6,7 +6,7 @@ through it and does not know the family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,7 +39,11 @@ class Policy(Protocol):
         max_sequence_length: text tokens; part of the policy's identity where padding is not masked.
         takes_images: its videos continue an image (image-to-video).
         given_frames: latent frames at the start that the image fixes, and that are not sampled.
+        padding_frames: latent frames that are sampled in front of the others, and dropped before decoding.
+        one_dtype: diffusers' pipeline runs in one dtype alone, its VAE included.
         fps: frames a second that the family's authors train on.
+        options: settings that are the family's own, by their names in a recipe's section policy.
+        guidance_argument: what the pipeline's call names classifier-free guidance.
     """
 
     folder: Path
@@ -50,7 +54,11 @@ class Policy(Protocol):
     max_sequence_length: int
     takes_images: bool
     given_frames: int
+    padding_frames: int
+    one_dtype: bool
     fps: float
+    options: Mapping[str, float | None]
+    guidance_argument: str
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of prompts, axis 0 over prompts; needs the text encoder."""
@@ -60,6 +68,10 @@ class Policy(Protocol):
         self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
     ) -> dict[str, Tensor]:
         """What images in [0, 1] add to the conditioning, axis 0 over prompts; for policies that take images."""
+        ...
+
+    def video_conditioning(self, video: VideoConfig) -> dict[str, Tensor]:
+        """What of the video itself the transformer is told, such as its frame rate: one row, in fp32."""
         ...
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
@@ -101,8 +113,23 @@ class Policy(Protocol):
         """Pixels in [0, 1] of clean latents, behind the frames that the conditioning gives; no gradient."""
         ...
 
-    def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
-        """What diffusers' pipeline takes beside prompt, size and guidance: the initial noise in its own layout."""
+    def default_size(self) -> dict[str, int]:
+        """`num_frames`, `height` and `width` of the pipeline, where its call has no default for them."""
+        ...
+
+    def call_arguments(
+        self,
+        pipeline: Any,
+        latents: Latents,
+        video: VideoConfig,
+        images: Float[Tensor, "samples 3 height width"] | None,
+    ) -> dict[str, Any]:
+        """What diffusers' pipeline takes beside prompt, image, size and guidance: the initial noise in its own layout.
+
+        Args:
+            pipeline: the one to be called, with all its networks.
+            images: in [0, 1], where the policy takes them.
+        """
         ...
 
 

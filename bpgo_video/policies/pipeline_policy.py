@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import diffusers
@@ -32,13 +34,21 @@ class PipelinePolicy:
         block_names: class names of the transformer's repeated blocks.
         fps: frames a second that the family's authors train on.
         given_frames: latent frames that the image fixes and the policy does not sample.
+        padding_frames: latent frames that are sampled in front, and dropped before decoding.
+        one_dtype: diffusers' pipeline hands latents from network to network without a cast.
+        options: settings that are the family's own, of the class with its pipeline's values.
+        guidance_argument: what the pipeline's call names classifier-free guidance.
     """
 
     pipeline_name: ClassVar[str]
     block_names: ClassVar[tuple[str, ...]]
-    fps: ClassVar[float]
+    fps: float
     takes_images: ClassVar[bool] = False
     given_frames: ClassVar[int] = 0
+    padding_frames: int = 0
+    one_dtype: ClassVar[bool] = False
+    options: Mapping[str, float | None] = MappingProxyType({})
+    guidance_argument: ClassVar[str] = "guidance_scale"
 
     def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
         self.folder = folder
@@ -95,8 +105,22 @@ class PipelinePolicy:
     def encode_video(self, videos: Videos) -> Latents:
         raise TypeError(f"{type(self).__name__} does not encode videos, so that there is no warm start for it")
 
-    def call_arguments(self, latents: Latents, video: VideoConfig) -> dict[str, Any]:
-        """What the pipeline's own call takes beside prompt, size and guidance: the initial noise in its layout."""
+    def video_conditioning(self, video: VideoConfig) -> dict[str, Tensor]:
+        """What of the video itself the transformer is told: nothing."""
+        return {}
+
+    def default_size(self) -> dict[str, int]:
+        """Frames, height and width that the pipeline reads from its parts, where its call has no default for them."""
+        return {}
+
+    def call_arguments(
+        self,
+        pipeline: Any,
+        latents: Latents,
+        video: VideoConfig,
+        images: Float[Tensor, "samples 3 height width"] | None,
+    ) -> dict[str, Any]:
+        """What the pipeline's call takes beside prompt, image, size and guidance: the initial noise in its layout."""
         return {"latents": latents}
 
     def check_size(self, video: VideoConfig, temporal: int, multiple: int) -> None:

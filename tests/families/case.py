@@ -39,6 +39,7 @@ class Case:
         lora: names of the layers that adapters go to.
         euler: the scheduler with which the pipeline follows the ODE as the rollout does; by default its own.
         arguments: what else the pipeline's call is given.
+        options: settings of the family's own.
     """
 
     write: Callable[[Path], object]
@@ -49,14 +50,17 @@ class Case:
     lora: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     euler: Callable[[Any], Any] = lambda scheduler: scheduler
     arguments: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, float] = field(default_factory=dict)
 
     def policy(self, folder: Path, **options: Any) -> Policy:
-        return load_policy(str(folder), max_sequence_length=self.text_tokens, name=self.family, **options)
+        own: dict[str, Any] = {"name": self.family, "options": self.options, **options}
+        return load_policy(str(folder), max_sequence_length=self.text_tokens, **own)
 
     def recipe(self, folder: Path) -> Config:
         """The shipped recipe with this policy; all of four steps trained but the last, and all step weights 1."""
         recipe = read_yaml(RECIPE)
-        policy = PolicyConfig(str(folder), self.text_tokens, family=self.family)
+        own: dict[str, Any] = self.options
+        policy = PolicyConfig(str(folder), self.text_tokens, family=self.family, **own)
         sampler = replace(recipe.sampler, num_steps=4, train_steps="all", share_steps="batch", shift=None)
         loss = replace(recipe.loss, step_weights="none")
         return replace(recipe, policy=policy, video=self.video, sampler=sampler, loss=loss)
@@ -83,14 +87,15 @@ class Case:
         pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(policy.folder)
         pipeline.scheduler = self.euler(pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        videos = []
+        videos, pictures = [], self._images(policy)
         for row, text in enumerate(TEXTS):
+            images = None if pictures is None else pictures[row : row + 1]
             image = {"image": self.pictures()[row]} if policy.takes_images else {}
             found = pipeline(
                 prompt=text, negative_prompt=NEGATIVE, num_frames=self.video.num_frames, height=self.video.height,
                 width=self.video.width, num_inference_steps=num_steps, max_sequence_length=self.text_tokens,
-                output_type="pt", **{"guidance_scale": guidance_scale, **self.arguments, **image},
-                **policy.call_arguments(noise[row : row + 1], self.video),
+                output_type="pt", **{policy.guidance_argument: guidance_scale, **self.arguments, **image},
+                **policy.call_arguments(pipeline, noise[row : row + 1], self.video, images),
             )  # fmt: skip
             videos.append(found.frames)
         return torch.cat(videos)

@@ -1,6 +1,6 @@
 """Train the embedded policy: a complete diffusers WanPipeline on the world of moving shapes, from scratch.
 
-    python -m tools.tiny.train_policy --vae bpgo_video/tiny/weights/wan/vae --output bpgo_video/tiny/weights/wan
+    python -m tools.tiny.train_policy --vae bpgo_video/tiny/weights/wan/vae --output runs/tiny/wan
 
 A warm start (docs/training.md) of random weights, on the captions of the training split alone: the transformer learns,
 over a text encoder that stays random, which tells the world's words apart all the same. Deterministic in --seed on one
@@ -9,7 +9,9 @@ thread. Prints held-out scores at the end.
 The shipped weights are older than the warm start. They were made by a loop of this script's own, with the same loss,
 noise levels, batch and learning rate, which trained the text encoder, too, drew a caption anew each time a clip came,
 and ended at update 5500 of a schedule of 6000: while it still made mistakes (held-out oracle between .45 and .60), so
-that post-training has room. With other steps the room is another: look at the scores.
+that post-training has room. Over 200 updates on 512 clips the two loops go alike: losses of updates 41 to 60, 91 to
+110 and 181 to 200 are 1.04, .85 and .763 on average here, 1.02, .81 and .764 there (2026-11-23). A full run of this
+script has not been measured: look at the scores for the room that it leaves.
 """
 
 from __future__ import annotations

@@ -1,0 +1,122 @@
+"""What does a transformer take in? Its arguments as shapes, by its class; their values play no part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bpgo_video.config import ConfigError
+
+IMAGE_TOKENS = 257  # of CLIP ViT-H at 224 pixels, which Wan 2.1's image-to-video attends to
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through a transformer at once.
+
+    Attributes:
+        samples: rows, both halves of classifier-free guidance counted.
+        latents: (channels, latent_frames, latent_height, latent_width) of the VAE.
+        text_tokens: of each row.
+        dtype: that the transformer computes in.
+        token_timesteps: each token has a noise level of its own.
+    """
+
+    samples: int
+    latents: tuple[int, int, int, int]
+    text_tokens: int
+    dtype: torch.dtype
+    token_timesteps: bool = False
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(self.samples, *shape, dtype=dtype or self.dtype)
+
+
+Config = Mapping[str, Any]
+Arguments = dict[str, Any]
+
+
+def wan(config: Config, batch: Batch) -> Arguments:
+    _, frames, height, width = batch.latents
+    tokens = frames * height * width // math.prod(config["patch_size"])
+    arguments: Arguments = {
+        "hidden_states": batch.empty(config["in_channels"], frames, height, width),
+        "timestep": batch.empty(*([tokens] if batch.token_timesteps else []), dtype=torch.float32),
+        "encoder_hidden_states": batch.empty(batch.text_tokens, config["text_dim"]),
+    }
+    if config.get("image_dim"):
+        arguments["encoder_hidden_states_image"] = batch.empty(IMAGE_TOKENS, config["image_dim"])
+    return arguments
+
+
+def hunyuan_video(config: Config, batch: Batch) -> Arguments:
+    _, frames, height, width = batch.latents
+    arguments: Arguments = {
+        "hidden_states": batch.empty(config["in_channels"], frames, height, width),
+        "timestep": batch.empty(dtype=torch.int64),
+        "encoder_hidden_states": batch.empty(batch.text_tokens, config["text_embed_dim"]),
+        "encoder_attention_mask": batch.empty(batch.text_tokens, dtype=torch.int64),
+        "pooled_projections": batch.empty(config["pooled_projection_dim"]),
+    }
+    if config["guidance_embeds"]:
+        arguments["guidance"] = batch.empty()
+    return arguments
+
+
+def cogvideox(config: Config, batch: Batch) -> Arguments:
+    _, frames, height, width = batch.latents
+    arguments: Arguments = {
+        "hidden_states": batch.empty(frames, config["in_channels"], height, width),
+        "timestep": batch.empty(dtype=torch.int64),
+        "encoder_hidden_states": batch.empty(batch.text_tokens, config["text_embed_dim"]),
+    }
+    if config["use_rotary_positional_embeddings"]:
+        patch, patch_frames = config["patch_size"], config["patch_size_t"] or 1
+        tokens = frames // patch_frames * (height // patch) * (width // patch)
+        rope = torch.empty(tokens, config["attention_head_dim"], dtype=torch.float32)
+        arguments["image_rotary_emb"] = (rope, rope)
+    if config.get("ofs_embed_dim"):
+        arguments["ofs"] = batch.empty(dtype=torch.float32)
+    return arguments
+
+
+def ltx_video(config: Config, batch: Batch) -> Arguments:
+    _, frames, height, width = batch.latents
+    return {
+        "hidden_states": batch.empty(frames * height * width, config["in_channels"]),
+        "timestep": batch.empty(dtype=torch.int64),
+        "encoder_hidden_states": batch.empty(batch.text_tokens, config["caption_channels"]),
+        "encoder_attention_mask": batch.empty(batch.text_tokens, dtype=torch.int64),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+    }
+
+
+INPUTS: dict[str, Callable[[Config, Batch], Arguments]] = {
+    "WanTransformer3DModel": wan,
+    "HunyuanVideoTransformer3DModel": hunyuan_video,
+    "CogVideoXTransformer3DModel": cogvideox,
+    "LTXVideoTransformer3DModel": ltx_video,
+}
+
+
+def arguments(class_name: str, config: Config, batch: Batch) -> Arguments:
+    """Keyword arguments of one forward.
+
+    Args:
+        config: of the transformer, with its class's defaults filled in.
+
+    Raises:
+        ConfigError: a class whose arguments are not known.
+    """
+    if class_name not in INPUTS:
+        raise ConfigError(
+            f"what {class_name} takes in is not known, so that its activations cannot be counted; known are "
+            f"{sorted(INPUTS)}. Add a function to bpgo_video.planning.inputs.INPUTS"
+        )
+    return INPUTS[class_name](config, batch)

@@ -1,0 +1,107 @@
+"""How does HunyuanVideo text-to-video (arXiv 2412.03603) fit the policy protocol?
+
+Its transformer is distilled: it is told a guidance scale, `policy.embedded_guidance`, and answers in one pass as if it
+were guided by it. Classifier-free guidance (`sampler.guidance_scale`) is another thing, that comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bpgo_video.config import VideoConfig
+from bpgo_video.policies.flow_match import scheduled_sigmas
+from bpgo_video.policies.pipeline_policy import PipelinePolicy
+from bpgo_video.types import Conditioning, Latents, Velocity, Videos
+
+GUIDANCE_UNIT = 1000.0  # of the scale that the transformer is told
+
+
+class HunyuanVideoPolicy(PipelinePolicy):
+    """HunyuanVideo's pipeline parts."""
+
+    pipeline_name = "HunyuanVideoPipeline"
+    block_names = ("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock")
+    fps = 24.0
+    options = MappingProxyType({"embedded_guidance": 6.0})
+    guidance_argument = "true_cfg_scale"
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """LLaMA's states of the text in the pipeline's template, with their mask, and CLIP's pooled ones."""
+        embeddings, pooled, mask = self.pipeline.encode_prompt(
+            list(texts), max_sequence_length=self.max_sequence_length
+        )
+        return {"prompt_embeds": embeddings, "prompt_attention_mask": mask.bool(), "pooled_prompt_embeds": pooled}
+
+    def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
+        config = self.vae_config
+        temporal, spatial = config["temporal_compression_ratio"], config["spatial_compression_ratio"]
+        self.check_size(video, temporal, spatial * self.transformer_config["patch_size"])
+        frames = (video.num_frames - 1) // temporal + 1
+        return config["latent_channels"], frames, video.height // spatial, video.width // spatial
+
+    def example(self) -> tuple[Latents, Conditioning]:
+        config, generator = self.transformer_config, torch.Generator().manual_seed(0)
+        size = 2 * config["patch_size"]
+        latents = torch.randn(1, config["in_channels"], 2 * config["patch_size_t"], size, size, generator=generator)
+        return latents, {
+            "prompt_embeds": torch.randn(1, 4, config["text_embed_dim"], generator=generator),
+            "prompt_attention_mask": torch.ones(1, 4, dtype=torch.bool),
+            "pooled_prompt_embeds": torch.randn(1, config["pooled_projection_dim"], generator=generator),
+        }
+
+    def sigmas(self, num_steps: int, video: VideoConfig, shift: float | None = None) -> Tensor:
+        levels = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
+        return scheduled_sigmas(self.pipeline.scheduler, levels.tolist(), shift)
+
+    def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
+        dtype = conditioning["prompt_embeds"].dtype
+        train_timesteps = self.pipeline.scheduler.config.num_train_timesteps
+        guidance = torch.full((len(latents),), self.embedded_guidance, dtype=dtype, device=latents.device)
+        prediction = self.transformers(
+            self.transformer_at(float(sigma.max())),
+            hidden_states=latents.to(dtype),
+            timestep=(sigma.to(latents.device) * train_timesteps).expand(len(latents)),
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_attention_mask=conditioning["prompt_attention_mask"],
+            pooled_projections=conditioning["pooled_prompt_embeds"],
+            guidance=guidance * GUIDANCE_UNIT,
+            return_dict=False,
+        )[0]
+        return prediction.float()
+
+    @property
+    def embedded_guidance(self) -> float:
+        """The guidance scale that the transformer is told."""
+        scale = self.options["embedded_guidance"]
+        assert scale is not None
+        return scale
+
+    @torch.no_grad()
+    def encode_video(self, videos: Videos) -> Latents:
+        vae = self.pipeline.vae
+        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
+        return vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
+        vae = self.pipeline.vae
+        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+    def call_arguments(
+        self,
+        pipeline: Any,
+        latents: Latents,
+        video: VideoConfig,
+        images: Float[Tensor, "samples 3 height width"] | None,
+    ) -> dict[str, Any]:
+        """The noise, and what the transformer is told: the pipeline names it guidance_scale."""
+        return {"latents": latents, "guidance_scale": self.embedded_guidance}

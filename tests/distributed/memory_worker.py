@@ -1,0 +1,101 @@
+"""What every rank of a world runs: two updates per stage, with everything that is allocated counted.
+
+python -m tests.distributed.memory_worker OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.distributed as dist
+
+from bpgo_video import engine
+from bpgo_video.config import LoraConfig, OptimConfig
+from bpgo_video.planning.allocations import Allocations
+from bpgo_video.planning.inputs import Batch, arguments
+from bpgo_video.planning.models import Model
+from bpgo_video.planning.rehearsal import repeated_blocks
+from bpgo_video.policies.lora import add_lora
+
+BUCKET = 4_000_000
+MODEL = Model(
+    name="medium",
+    source="this test",
+    transformers=("transformer",),
+    transformer={
+        "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 8,
+        "out_channels": 8, "text_dim": 64, "freq_dim": 64, "ffn_dim": 1024, "num_layers": 10,
+    },
+    vae={"_class_name": "AutoencoderKLWan"},
+)  # fmt: skip
+BATCH = Batch(samples=2, latents=(8, 4, 16, 16), text_tokens=16, dtype=torch.float32)
+CASES = {  # ZeRO stage, rank of adapters, activation checkpointing
+    "zero1": (1, 0, True),
+    "zero2": (2, 0, True),
+    "zero3": (3, 0, True),
+    "zero3 keeping all activations": (3, 0, False),
+    "zero3 training adapters": (3, 8, False),
+}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """Few live parameters, so that stage 3 fetches and frees blocks as it does with large models."""
+    few = {"stage3_max_live_parameters": 2e6, "stage3_max_reuse_distance": 2e6, "stage3_prefetch_bucket_size": 1e6}
+    settings = {"stage": stage, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0}
+    return {"zero_optimization": {**settings, **(few if stage == 3 else {})}}
+
+
+def measure(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
+    """Bytes at rest, and at the peaks of the phases of the second update, which has two passes."""
+    with Allocations() as counted:
+        module = diffusers.WanTransformer3DModel.from_config(dict(MODEL.transformer))
+        if lora_rank:
+            add_lora(module, LoraConfig(rank=lora_rank), seed=0)
+        if checkpointing:
+            module.enable_gradient_checkpointing()
+        learner = engine.Engine(
+            module, OptimConfig(), zero(stage), micro_batch_size=BATCH.samples, learning_rate_factor=lambda _: 1.0,
+            block_classes=(type(repeated_blocks(module)[0]),),
+        )  # fmt: skip
+        one_update(learner, counted)
+        return one_update(learner, counted)
+
+
+def one_update(learner: engine.Engine, counted: Allocations) -> dict[str, int]:
+    counted.mark()
+    found = {"rest": counted.live}
+    with torch.no_grad():
+        learner.wrapped(**inputs(learner), return_dict=False)
+    found["denoise"] = counted.mark()
+    for last in (False, True):
+        taken_in = inputs(learner)
+        taken_in["hidden_states"].requires_grad_()
+        loss = learner.wrapped(**taken_in, return_dict=False)[0].square().mean()
+        learner.backward(loss, last=last)
+        del taken_in, loss
+    found["replay"] = counted.mark()
+    learner.step()
+    found["update"] = counted.mark()
+    return found
+
+
+def inputs(learner: engine.Engine) -> dict[str, torch.Tensor]:
+    shapes = arguments("WanTransformer3DModel", learner.module.config, BATCH)
+    return {name: torch.zeros_like(value) for name, value in shapes.items()}
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    engine.start_ranks()
+    found = {name: measure(*case) for name, case in CASES.items()}
+    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

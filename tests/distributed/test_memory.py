@@ -1,0 +1,60 @@
+"""The memory that a plan reckons is what two ranks of DeepSpeed allocate, phase by phase."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bpgo_video.config import LoraConfig
+from bpgo_video.config_io import read_yaml
+from bpgo_video.planning.rehearsal import Treatment, footprint
+from bpgo_video.planning.zero import (
+    Held,
+    Weights,
+    Zero,
+    add_at_rest,
+    during_backward,
+    during_step,
+    live_weights,
+)
+from tests.distributed.conftest import run_ranks
+from tests.distributed.memory_worker import BATCH, CASES, MODEL, zero
+from tests.recipes import RECIPE
+
+pytestmark = pytest.mark.slow
+BOUND = 0.15
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    folder = tmp_path_factory.mktemp("memory")
+    run_ranks(RANKS, [str(folder)], worker="memory_worker")
+    return json.loads(Path(folder / "rank0.json").read_text())
+
+
+def planned(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
+    config, settings = read_yaml(RECIPE), Zero.of(zero(stage), RANKS)
+    work = footprint(MODEL, BATCH, Treatment(checkpointing, LoraConfig(rank=lora_rank)))
+    weights = Weights(work.trained, work.frozen, work.largest_block)
+    held = Held()
+    add_at_rest(held, settings, weights, config)
+    rest, live = sum(held.device.values()), live_weights(settings, weights)
+    kept = live_weights(settings, weights, held_by_autograd=bool(weights.frozen) and not checkpointing)
+    return {
+        "rest": rest,
+        "denoise": rest + live + work.forward,
+        "replay": rest + kept + work.replay + sum(during_backward(settings, weights).values()),
+        "update": rest + sum(during_step(settings, weights, config).values()),
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_is_within_15_percent_of_what_deepspeed_allocates(
+    measured: dict[str, dict[str, int]], case: str
+) -> None:
+    plan = planned(*CASES[case])
+    ratios = {phase: round(plan[phase] / size, 3) for phase, size in measured[case].items()}
+    assert all(1 - BOUND < ratio < 1 + BOUND for ratio in ratios.values()), ratios
