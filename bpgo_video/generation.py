@@ -174,7 +174,7 @@ def sample(
     with fixed_draws(pipeline.device):
         output = pipeline(
             prompt=[job.text for job in jobs],
-            negative_prompt=[settings.negative_prompt] * len(jobs),
+            negative_prompt=[job.negative_prompt(settings.negative_prompt) for job in jobs],
             output_type="pt",
             **arguments,
         )

@@ -2,8 +2,8 @@
 
 OUTPUT/00003-01.mp4        sample 1 of prompt 3 (both from 0, prompts in their order)
 OUTPUT/sheets/00003.jpg    five frames of each sample of prompt 3, one sample a row
-OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "generation_prompt"?, "id", "seed", "sample",
-                           "file"}]}
+OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "generation_prompt"?, "negative_prompt"?, "id",
+                           "seed", "sample", "file"}]}
 
 That is where a generation's own files lie; another layout has other `Places`.
 """
@@ -71,6 +71,10 @@ class Job:
     def text(self) -> str:
         """What the model is told."""
         return str(self.prompt.info.get(TOLD, self.prompt.prompt))
+
+    def negative_prompt(self, default: str) -> str:
+        """The prompt's own, or the default."""
+        return default if self.prompt.negative_prompt is None else self.prompt.negative_prompt
 
     @property
     def latents_key(self) -> tuple[int | str, ...]:
@@ -147,6 +151,7 @@ def write_manifest(path: Path, settings: Mapping[str, Any], jobs: Sequence[Job],
             "seed": job.seed,
             "sample": job.sample,
             "file": job.file.name,
+            **({} if job.prompt.negative_prompt is None else {"negative_prompt": job.prompt.negative_prompt}),
         }
         for job in jobs
         if job.file not in missing

@@ -41,6 +41,7 @@ def read_records(settings: GenerationSettings, with_images: bool = False) -> lis
             record.prompt,
             record.split,
             record.tags,
+            record.negative_prompt,
             media=_image(record, media, with_images),
             info=record.info,
         )

@@ -54,7 +54,8 @@ class GenerationSettings:
     """A diffusers pipeline, such as a run's export: local folder, hub id, or `package:module/folder`. Or a training
     checkpoint, RUN/checkpoints/step-XXXXXX, or a RUN for its newest: its weights in the pipeline it started from."""
     prompts: Path
-    """.txt, one prompt a line; .jsonl, {"prompt", "id"?, "split"?, "tags"?} a line; or a folder of prompt shards."""
+    """.txt, one prompt a line; .jsonl, {"prompt", "negative_prompt"?, "id"?, "split"?, "tags"?} a line; .csv, the
+    same as columns; VBench's .json; or a folder of prompt shards."""
     output: Path
     """Folder for the videos; a generation of the same settings that was cut short there is continued."""
     seed: int
@@ -63,12 +64,12 @@ class GenerationSettings:
     """As policy.family in recipes; None takes what the folder says, or the run of a training checkpoint."""
     lora: Path | None = None
     """Adapters to load on top, a .safetensors file in a layout that diffusers reads."""
-    weights: Literal["raw"] = "raw"
-    """Of a training checkpoint: raw, as the optimiser holds them."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Of a training checkpoint: raw, as the optimiser holds them, or their average, where the run kept one."""
     split: str | None = None
     """Of prompt shards; None takes all."""
     negative_prompt: str = ""
-    """What guidance steers away from."""
+    """What guidance steers away from, for prompts that have no negative prompt of their own."""
     num_steps: Positive | None = None
     """Denoising steps; None takes the pipeline's own default (50 for Wan), as for the next six."""
     guidance_scale: float | None = None
@@ -128,8 +129,17 @@ class Model:
 
 
 def find_model(settings: GenerationSettings) -> Model:
-    """The pipeline folder or the training checkpoint that `settings.policy` names; see `named_model`."""
-    return named_model(settings.policy, settings.family, options_of(settings))
+    """The pipeline folder or the training checkpoint that `settings.policy` names; see `named_model`.
+
+    Raises:
+        GenerationError: other weights than the only ones of a finished model are asked for.
+    """
+    model = named_model(settings.policy, settings.family, options_of(settings))
+    if model.checkpoint is None and settings.weights != "raw":
+        raise GenerationError(
+            f"weights is {settings.weights!r}, but {settings.policy} is no training checkpoint or run"
+        )
+    return model
 
 
 def named_model(policy: str, family: str | None = None, options: Mapping[str, float] | None = None) -> Model:

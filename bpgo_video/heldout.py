@@ -18,7 +18,7 @@ from bpgo_video.rewards import FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollout import Denoiser, sample_chunks
-from bpgo_video.types import Conditioning, PromptBatch, RolloutChunk
+from bpgo_video.types import PromptBatch, RolloutChunk
 
 Scores = Float[Tensor, "prompts samples"]
 Seen = Callable[[RolloutChunk], None]  # what else looks at the videos before they go
@@ -58,7 +58,6 @@ def stderr(scores: Scores) -> float:
 def evaluate(
     policy: Policy,
     prompts: PromptBatch,
-    negative: Conditioning,
     suite: RewardSuite,
     config: Config,
     mesh: Mesh,
@@ -78,7 +77,6 @@ def evaluate(
     chunks = sample_chunks(
         denoiser,
         prompts,
-        negative,
         mesh,
         group_size=samples,
         micro_batch_size=config.rollout.micro_batch_size,

@@ -51,12 +51,14 @@ class Source:
         base: the diffusers pipeline folder that the run started from.
         config: the run's own.
         step: finished training steps.
+        code: the versions of the program that made them, in order.
     """
 
     folder: Path
     base: Path
     config: Recipe
     step: int
+    code: tuple[str, ...] = ()
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -98,7 +100,8 @@ def find_source(path: Path) -> Source:
     if "progress" not in state:
         raise CheckpointError(f"{folder} was not written by a run of this program: it has no progress in it")
     config = read_recipe(config_file)
-    return Source(folder, resolve_folder(config.policy.folder), config, state["progress"]["step"])
+    base = resolve_folder(config.policy.folder)
+    return Source(folder, base, config, state["progress"]["step"], tuple(state.get("code", ())))
 
 
 def adapter_tensors(source: Source, name: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from bpgo_video import engine as engines
 from bpgo_video.advantages import AdvantageSettings
 from bpgo_video.bpgo_settings import BPGOSettings
-from bpgo_video.conditioning import cast, check_images, conditioned, image_size
+from bpgo_video.conditioning import check_images, conditioned, image_size
 from bpgo_video.config import Config
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
@@ -36,15 +36,14 @@ from bpgo_video.priors import STORED
 from bpgo_video.reference import Averaged, FrozenCopy, Reference, WithoutAdapters
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.types import Conditioning, PromptBatch
+from bpgo_video.types import PromptBatch
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is read of the shards: their folder, the negative prompt's conditioning, and the held-out prompts."""
+    """What is read of the shards: their folder, and the held-out prompts."""
 
     shards: PromptShards
-    negative: Conditioning
     heldout: PromptBatch | None
 
 
@@ -188,7 +187,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     return Session(
         config=config,
         mesh=mesh,
-        prompts=Prompts(shards, cast(shards.negative, dtype, mesh.device), heldout),
+        prompts=Prompts(shards, heldout),
         priors=priors,
         suite=suite,
         heldout_suite=heldout_suite,

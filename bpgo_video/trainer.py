@@ -43,7 +43,6 @@ def rollout_chunks(session: Session, prompts: PromptBatch, step: int) -> Iterato
     return sample_chunks(
         training_denoiser(session.policy, config),
         prompts,
-        session.prompts.negative,
         session.mesh,
         group_size=config.rollout.group_size,
         micro_batch_size=config.rollout.micro_batch_size,
@@ -101,7 +100,7 @@ def train_step(
     with watch.phase("update"):
         if config.advantage.best_of is not None:
             trajectories, advantages = without_the_average(session, trajectories, advantages)
-        setting = Setting(session.policy, config, prompts, session.prompts.negative, session.reference)
+        setting = Setting(session.policy, config, prompts, session.mesh.device, session.reference)
         objective = OBJECTIVES[config.loss.objective](setting, advantages, step)
         update = optimise(session.updates, objective, trajectories, config.optim.updates_per_rollout)
     return {
@@ -132,9 +131,7 @@ def evaluate_heldout(session: Session, weights: str, videos_to: Path) -> Heldout
         return None
     seen = write_shown(videos_to, len(heldout), config)
     with isolated(), session.weights(weights), session.rollout_weights():
-        return evaluate(
-            session.policy, heldout, session.prompts.negative, session.heldout_suite, config, session.mesh, seen
-        )
+        return evaluate(session.policy, heldout, session.heldout_suite, config, session.mesh, seen)
 
 
 class Training:

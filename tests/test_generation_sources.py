@@ -22,9 +22,11 @@ from bpgo_video.data.prompt_records import EncoderStamp
 from bpgo_video.data.video import write_video
 from bpgo_video.generation import generate, load_pipeline, plan, read_records, sample
 from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.run_weights import find_source
+from bpgo_video.run_weights import WEIGHTS, find_source
+from bpgo_video.zero_files import CheckpointError
 from tests.random_wan import random_wan
 from tests.written_runs import write_run
+from tests.zero_checkpoints import write_average
 
 TEXTS = ["a red circle moving left", "a blue square moving up", "a shape moving right"]
 LORA = LoraConfig(rank=2, alpha=4)
@@ -65,6 +67,23 @@ def test_a_checkpoint_makes_its_exports_video(
     assert (found - first_video(settings)).abs().max() > 1e-3
 
 
+def test_a_checkpoints_average_makes_its_exports_video(
+    base: Path, settings: GenerationSettings, tmp_path: Path
+) -> None:
+    run_dir = write_run(base, tmp_path / "run", LoraConfig())
+    source = find_source(run_dir)
+    from_run = replace(settings, policy=str(run_dir), weights="ema")
+    with pytest.raises(CheckpointError, match="kept no average"):
+        first_video(from_run)
+    write_average(source.folder, {name: 0.5 * tensor for name, tensor in WEIGHTS["raw"](source.folder).items()})
+    convert(Conversion(source, "ema", tmp_path / "export"), "diffusers")
+    found = first_video(from_run)
+    assert torch.equal(found, first_video(replace(settings, policy=str(tmp_path / "export"))))
+    assert (found - first_video(replace(from_run, weights="raw"))).abs().max() > 1e-3
+    with pytest.raises(GenerationError, match=r"weights is 'ema', but .* is no training checkpoint"):
+        find_model(replace(settings, weights="ema"))
+
+
 def test_a_checkpoint_is_part_of_what_the_videos_depend_on(
     base: Path, settings: GenerationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,13 +101,18 @@ def test_a_checkpoint_is_part_of_what_the_videos_depend_on(
 def test_prompts_come_from_shards(base: Path, settings: GenerationSettings, tmp_path: Path) -> None:
     lines = tmp_path / "prompts.jsonl"
     splits = ("train", "heldout", "heldout")
-    lines.write_text("".join(f'{{"prompt": "{t}", "split": "{s}"}}\n' for t, s in zip(TEXTS, splits, strict=True)))
+    negatives = ({}, {"negative_prompt": ""}, {"negative_prompt": "dark"})
+    objects = [{"prompt": t, "split": s, **n} for t, s, n in zip(TEXTS, splits, negatives, strict=True)]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in objects))
     stamp = EncoderStamp("none", "0" * 16, 4)
     build_shards([lines], tmp_path / "shards", lambda texts: {"x": torch.zeros(len(texts), 4, 2)}, stamp)
     from_shards = replace(settings, prompts=tmp_path / "shards", split="heldout")
     found = plan(from_shards, read_records(from_shards))
     assert [(job.prompt.prompt, job.prompt.id) for job in found[::2]] == [(t, prompt_id(t)) for t in TEXTS[1:]]
-    assert len(read_records(replace(from_shards, split=None))) == 3
+    from_lines = read_records(replace(settings, prompts=lines))
+    assert [record.negative_prompt for record in from_lines] == [None, "", "dark"]
+    from_all = read_records(replace(from_shards, split=None))
+    assert [record.negative_prompt for record in from_all] == [None, "", "dark"]
     with pytest.raises(GenerationError, match="no folder of prompt shards"):
         read_records(replace(settings, split="heldout"))
 

@@ -18,10 +18,11 @@ from PIL import Image
 from bpgo_video import generation
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import VideoHeader, read_video, write_video
-from bpgo_video.evaluation.layout import lay_out, read_told
+from bpgo_video.evaluation.layout import lay_out, places_of, read_told, reader_of
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, read_suite
 from bpgo_video.evaluation.video_folder import ENCODING, header_problems, layout_problems
 from bpgo_video.generation import generate
+from bpgo_video.generation_plan import plan
 from bpgo_video.generation_settings import GenerationError, GenerationSettings
 from tests.random_wan import random_wan
 
@@ -123,6 +124,20 @@ def test_the_model_is_told_something_else_and_the_name_stays(
     assert "a red circle moving left-1.mp4" in {path.name for path in settings.output.iterdir()}
     with pytest.raises(GenerationError, match="generation_prompts_sha256"):
         lay_out(settings, suite)
+
+
+def test_what_a_list_of_ones_own_says_of_its_prompts_reaches_the_model(tmp_path: Path) -> None:
+    line = {
+        "prompt": "a red circle",
+        "negative_prompt": "blurry",
+        "info": {"generation_prompt": "a red circle, slowly"},
+    }
+    (tmp_path / "own.jsonl").write_text(json.dumps(line))
+    suite = read_suite(str(tmp_path / "own.jsonl"), samples=1)
+    settings = GenerationSettings(policy="none", prompts=suite.source, output=tmp_path / "videos", seed=0)
+    (job,) = plan(settings, reader_of(suite, None, None)(settings, False), places_of(settings.output))
+    assert (job.text, job.negative_prompt("other")) == ("a red circle, slowly", "blurry")
+    assert job.file == tmp_path / "videos" / "a red circle-0.mp4"
 
 
 @pytest.mark.parametrize(

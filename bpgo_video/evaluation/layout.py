@@ -77,8 +77,9 @@ def reader_of(suite: Suite, images: Path | None, told: Mapping[str, str] | None)
             PromptRecord(
                 prompt_id(prompt.text),
                 prompt.text,
+                negative_prompt=prompt.negative_prompt,
                 media={"image": image(image_path(prompt, images))} if with_images else {},
-                info={} if told is None else {TOLD: told[prompt.text]},
+                info=prompt.info if told is None else {TOLD: told[prompt.text]},
             )
             for prompt in suite.prompts
         ]

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from bpgo_video import engine
-from bpgo_video.conditioning import cast, conditioned, image_size
+from bpgo_video.conditioning import conditioned, image_size
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.data.atomic import write_json
 from bpgo_video.data.fingerprint import fingerprint
@@ -225,9 +225,8 @@ class Measuring:
         dtype = engine.compute_dtype(self.ds_config)
         records = [self.shards.record(self.rows[place]) for place in places]
         prompts = conditioned(as_batch(records, image_size(config, policy)), policy, config, dtype, self.mesh, samples)
-        negative = cast(self.shards.negative, dtype, self.mesh.device)
         witness = Witness(folder, places, samples, config.video.fps)
-        by_name = dict(evaluate(policy, prompts, negative, self.suite, config, self.mesh, witness).by_name)
+        by_name = dict(evaluate(policy, prompts, self.suite, config, self.mesh, witness).by_name)
         by_name |= witness.scores(config.video.num_frames, self.mesh)
         return [
             line_of(record, {name: by_name[name][row].tolist() for name in self.measures})

@@ -39,12 +39,14 @@ class SuitePrompt:
         dimensions: that are measured on its videos; None: every one that is asked.
         info: what else the list says of it, `auxiliary_info` or `image_name` for example.
         image: what its videos continue, where the list names a file.
+        negative_prompt: what guidance steers away from, where the list says so.
     """
 
     text: str
     dimensions: tuple[str, ...] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     image: Path | None = None
+    negative_prompt: str | None = None
 
     def name(self, sample: int) -> str:
         """The file of one of its videos."""
@@ -112,7 +114,13 @@ def read_suite(source: str, samples: int = SAMPLES) -> Suite:
     make_plan([path])
     listed = path.suffix == ".json"
     prompts = tuple(
-        SuitePrompt(line.record.prompt, line.record.tags if listed else None, line.record.info, line.media.get("image"))
+        SuitePrompt(
+            line.record.prompt,
+            line.record.tags if listed else None,
+            line.record.info,
+            line.media.get("image"),
+            line.record.negative_prompt,
+        )
         for line in read_prompts([path])
     )
     if wrong := [problem for prompt in prompts for problem in name_problems(prompt.text)]:

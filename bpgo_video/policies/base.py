@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpgo_video.config import VideoConfig
-from bpgo_video.types import Conditioning, Latents, Velocity, Videos
+from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
 
@@ -133,18 +133,19 @@ class Policy(Protocol):
         ...
 
 
-def guided_velocity(
-    policy: Policy, latents: Latents, sigma: Tensor, conditioning: Conditioning, negative: Conditioning, scale: float
-) -> Velocity:
-    """v = v_negative + scale (v_prompt - v_negative): classifier-free guidance (arXiv 2207.12598).
+def guided_velocity(policy: Policy, latents: Latents, sigma: Tensor, guidance: Guidance, scale: float) -> Velocity:
+    """v = v_away + scale (v_towards - v_away): classifier-free guidance (arXiv 2207.12598).
 
-    What `negative` lacks is the sample's own: an image is kept, whatever the text. Both halves go through the
-    transformer as one batch, so that ZeRO-3 gathers its parameters once. At scale 1 there is no second half.
+    Both halves go through the transformer as one batch, so that ZeRO-3 gathers its parameters once. At scale 1 there is
+    no second half.
+
+    Raises:
+        ValueError: there is nothing to guide away from.
     """
     if scale == 1.0:
-        return policy.velocity(latents, sigma, conditioning)
-    both = {
-        name: torch.cat([value, negative.get(name, value).expand_as(value)]) for name, value in conditioning.items()
-    }
+        return policy.velocity(latents, sigma, guidance.towards)
+    if not guidance.away:
+        raise ValueError(f"guidance_scale is {scale}, but the prompts have no negative prompt; encode one, or set 1.0")
+    both = {name: torch.cat([value, guidance.away.get(name, value)]) for name, value in guidance.towards.items()}
     prompted, unprompted = policy.velocity(torch.cat([latents, latents]), sigma, both).chunk(2)
     return unprompted + scale * (prompted - unprompted)

@@ -1,0 +1,40 @@
+"""Which code a run names: its commit, where its files are git's."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from bpgo_video.code_version import commit, this_code
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_checkout_has_its_commit_and_says_when_files_differ(tmp_path: Path) -> None:
+    code = tmp_path / "repo" / "package" / "code.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("one")
+    git(tmp_path / "repo", "init", "-q")
+    assert commit(code) is None, "git does not know the file"
+    git(tmp_path / "repo", "add", ".")
+    git(tmp_path / "repo", "commit", "-qm", "first")
+    git(tmp_path / "repo", "tag", "v1")
+    head = git(tmp_path / "repo", "rev-parse", "HEAD")
+    assert commit(code) == head
+    installed = tmp_path / "repo" / "environment" / "code.py"
+    installed.parent.mkdir()
+    installed.write_text("somebody else's")
+    assert commit(installed) is None
+    assert commit(code) == head, "a file beside the code is no change of it"
+    code.write_text("two")
+    assert commit(code) == f"{head}-dirty"
+
+
+def test_a_folder_without_git_has_no_commit(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("")
+    assert commit(tmp_path / "code.py") is None
+    assert this_code().startswith("bpgo_video ")
