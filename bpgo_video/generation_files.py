@@ -2,8 +2,8 @@
 
 OUTPUT/00003-01.mp4        sample 1 of prompt 3 (both from 0, prompts in their order)
 OUTPUT/sheets/00003.jpg    five frames of each sample of prompt 3, one sample a row
-OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "generation_prompt"?, "negative_prompt"?, "id",
-                           "seed", "sample", "file"}]}
+OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "generation_prompt"?, "negative_prompt"?,
+                           "id", "seed", "sample", "file"}]}
 
 That is where a generation's own files lie; another layout has other `Places`.
 """
