@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
+import pytest
+
+from bpgo_video import resuming
 from bpgo_video.code_version import commit, this_code
+from bpgo_video.policy_session import PolicySession
+from bpgo_video.saving import resume
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -38,3 +44,15 @@ def test_a_folder_without_git_has_no_commit(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("")
     assert commit(tmp_path / "code.py") is None
     assert this_code().startswith("bpgo_video ")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"), [({}, ["b"]), ({"code": ["a"]}, ["a", "b"]), ({"code": ["a", "b"]}, ["a", "b"])]
+)
+def test_a_run_that_goes_on_names_the_code_of_all_its_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, earlier: dict[str, list[str]], now: list[str]
+) -> None:
+    monkeypatch.setattr(resuming, "load", lambda *_: {"progress": {"step": 2}, **earlier})
+    session = Mock(spec=PolicySession, code=["b"], ema=None, engine=None, mesh=None, config=Mock())
+    assert resume(session, tmp_path, "step-000002") == {"step": 2}
+    assert session.code == now

@@ -122,8 +122,8 @@ class CogVideoXPolicy(PipelinePolicy):
     def default_size(self) -> dict[str, int]:
         config = self.transformer_config
         spatial = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-        height, width = (config[f"sample_{name}"] * spatial for name in ("height", "width"))
-        return {"num_frames": config["sample_frames"], "height": height, "width": width}
+        sides = {name: config[f"sample_{name}"] * spatial for name in ("height", "width")}
+        return {"num_frames": config["sample_frames"], **sides}
 
     def example(self) -> tuple[Latents, Conditioning]:
         config, generator = self.transformer_config, torch.Generator().manual_seed(0)
@@ -182,13 +182,12 @@ class CogVideoXPolicy(PipelinePolicy):
         base_height, base_width = (config[f"sample_{name}"] // config["patch_size"] for name in ("height", "width"))
         if config["patch_size_t"] is None:  # the grid that was trained on, stretched over this one
             crop = get_resize_crop_region_for_grid((height, width), base_width, base_height)
-            grid: dict[str, Any] = {"crops_coords": crop, "temporal_size": latents.shape[2]}
+            grid: dict[str, Any] = {"crops_coords": crop}
         else:  # a part of the grid that was trained on
-            frames = latents.shape[2] // config["patch_size_t"]
             grid = {"crops_coords": None, "grid_type": "slice", "max_size": (base_height, base_width)}
-            grid["temporal_size"] = frames
+        frames = latents.shape[2] // (config["patch_size_t"] or 1)
         rotary: Any = get_3d_rotary_pos_embed(
-            config["attention_head_dim"], grid_size=(height, width), device=latents.device, **grid
+            config["attention_head_dim"], grid_size=(height, width), temporal_size=frames, device=latents.device, **grid
         )
         return rotary[0], rotary[1]
 
@@ -230,8 +229,7 @@ class CogVideoXImagePolicy(CogVideoXPolicy):
         return torch.cat([noisy, conditioning["image_latents"].to(noisy.dtype)], dim=1)
 
     def transformer_arguments(self, latents: Latents) -> dict[str, Tensor]:
-        told = self.transformer_config["ofs_embed_dim"] is not None
-        return {"ofs": latents.new_full((1,), OFFSET)} if told else {}
+        return {} if self.transformer_config["ofs_embed_dim"] is None else {"ofs": latents.new_full((1,), OFFSET)}
 
     def example(self) -> tuple[Latents, Conditioning]:
         latents, conditioning = super().example()
