@@ -8,10 +8,8 @@ same command.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,23 +25,21 @@ from tqdm import tqdm
 from bpgo_video import engine
 from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import ConfigError
-from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.images import decode_image, fit_image
-from bpgo_video.data.media import read_media
-from bpgo_video.data.prompt_files import PromptFileError, read_prompts
-from bpgo_video.data.prompt_plan import make_plan
-from bpgo_video.data.prompt_records import Media, PromptRecord, ShardError
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.prompt_files import PromptFileError
+from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.data.video import write_video
 from bpgo_video.generation_files import (
-    MANIFEST,
     Job,
+    Places,
     by_prompt,
     check_and_show,
     check_manifest,
     whole_video,
+    within,
     write_manifest,
 )
+from bpgo_video.generation_plan import Reader, describe, plan, read_records
 from bpgo_video.generation_settings import (
     CallSettings,
     GenerationError,
@@ -67,8 +63,14 @@ ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_a
 PATIENCE = 24 * 60.0  # minutes that a rank waits for the slowest one's videos; a rank that dies is noticed at once
 
 
-def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
+def generate(
+    settings: GenerationSettings, mesh: Mesh = ALONE, read: Reader | None = None, places: Places | None = None
+) -> Path:
     """Make every video that is not there yet, and check all of them; the path of the manifest. Every rank calls it.
+
+    Args:
+        read: reads the prompts; `read_records` where it is None.
+        places: of the files; all in `settings.output` where it is None.
 
     Raises:
         FileNotFoundError, ConfigError: no such model folder, a family that is not known, or an error of another rank.
@@ -77,20 +79,20 @@ def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
         GenerationError: a size that the policy cannot make, adapters that do not fit, an output folder that holds
             videos of other settings, or a video that is not whole after all.
     """
-    manifest = settings.output / MANIFEST
+    places = places or within(settings.output)
     with same_verdict(mesh):
         model = find_model(settings)
-        prompts = read_records(settings, model.policy.takes_images)
+        prompts = (read or read_records)(settings, model.policy.takes_images)
         call = resolve(settings, model.policy)
         record = describe(settings, model, call, prompts)
-        check_manifest(manifest, record)
+        check_manifest(places, record)
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
-    jobs = plan(settings, prompts)
+    jobs = plan(settings, prompts, places)
     video = video_of(settings, call, model.policy)
     mine = [job for job in dealt(jobs, mesh) if whole_video(job.file, video) is None]
     todo = sorted(chain(*from_all(mine, mesh)), key=lambda job: (job.number, job.sample))
     if mesh.is_main:
-        write_manifest(manifest, record, jobs, todo)
+        write_manifest(places.manifest, record, jobs, todo)
     with same_verdict(mesh):
         make(dealt(todo, mesh), settings, model, call, mesh)
     with same_verdict(mesh):
@@ -98,8 +100,8 @@ def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
             if damaged := list(check_and_show(group, video)):
                 raise GenerationError(f"{damaged[0].file} was written and is not a whole video; start again")
     if mesh.is_main:
-        write_manifest(manifest, record, jobs, todo=())
-    return manifest
+        write_manifest(places.manifest, record, jobs, todo=())
+    return places.manifest
 
 
 def dealt(items: Sequence[Any], mesh: Mesh) -> Sequence[Any]:
@@ -119,86 +121,6 @@ def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: 
             for job, frames in zip(batch, videos, strict=True):
                 write_video(job.file, frames, video.fps)
                 bar.update()
-
-
-def read_records(settings: GenerationSettings, with_images: bool = False) -> list[PromptRecord]:
-    """The prompts of a file or of shards, without embeddings; with their images where the model continues images.
-
-    Raises:
-        GenerationError: a prompt has no image, or a split is named and there are no shards.
-    """
-    if settings.prompts.is_dir():
-        found = PromptShards(settings.prompts).records(settings.split)
-        pairs = ((record, record.media) for record in found)
-    elif settings.split is not None:
-        raise GenerationError(f"split is {settings.split!r}, but {settings.prompts} is no folder of prompt shards")
-    else:
-        make_plan([settings.prompts])
-        lines = read_prompts([settings.prompts])
-        pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
-    return [
-        PromptRecord(
-            record.id,
-            record.prompt,
-            record.split,
-            record.tags,
-            record.negative_prompt,
-            media=_image(record, media, with_images),
-        )
-        for record, media in pairs
-    ]
-
-
-def _image(record: PromptRecord, media: Mapping[str, Media], with_images: bool) -> Mapping[str, Media]:
-    if not with_images:
-        return {}
-    if "image" not in media:
-        raise GenerationError(
-            f"the model makes videos of images, but prompt {record.prompt!r} has none; give .jsonl lines with 'image'"
-        )
-    return {"image": media["image"]}
-
-
-def plan(settings: GenerationSettings, prompts: Sequence[PromptRecord]) -> list[Job]:
-    """Every video of the generation, samples of one prompt side by side."""
-    return [
-        Job(prompt, number, settings.seed, sample, settings.output / f"{number:05d}-{sample:02d}.mp4")
-        for number, prompt in enumerate(prompts)
-        for sample in range(settings.samples_per_prompt)
-    ]
-
-
-def describe(
-    settings: GenerationSettings, model: Model, call: CallSettings, records: Sequence[PromptRecord]
-) -> dict[str, Any]:
-    """All that the videos depend on; plain JSON data."""
-    folder, checkpoint = model.policy.folder, model.checkpoint
-    parts = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    prompts = settings.prompts / "index.json" if settings.prompts.is_dir() else settings.prompts
-    images = hashlib.sha256()
-    for file in (file for record in records for file in record.media.values()):
-        images.update(file.data)
-    adapters = {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in settings.adapters.items()}
-    return {
-        "policy_fingerprint": fingerprint(folder, parts),
-        "checkpoint_fingerprint": checkpoint and fingerprint(checkpoint.folder.parent, (checkpoint.folder.name,)),
-        "weights": checkpoint and settings.weights,
-        "lora_sha256": adapters.get("transformer"),
-        "lora_2_sha256": adapters.get("transformer_2"),
-        "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()[:16],
-        "images_sha256": images.hexdigest()[:16] if model.policy.takes_images else None,
-        "split": settings.split,
-        "seed": settings.seed,
-        "negative_prompt": settings.negative_prompt,
-        "samples_per_prompt": settings.samples_per_prompt,
-        "scheduler": settings.scheduler,
-        "flow_shift": settings.flow_shift,
-        "family": settings.family,
-        "fps": settings.fps,
-        "dtype": settings.dtype,
-        **asdict(call),
-        **model.policy.options,
-    }
 
 
 def load_pipeline(model: Model, settings: GenerationSettings, device: torch.device) -> Any:
@@ -258,7 +180,7 @@ def sample(
         arguments["image"] = to_picture(images[0])
     with fixed_draws(pipeline.device):
         output = pipeline(
-            prompt=[job.prompt.prompt for job in jobs],
+            prompt=[job.text for job in jobs],
             negative_prompt=[job.negative_prompt(settings.negative_prompt) for job in jobs],
             output_type="pt",
             **arguments,
