@@ -76,7 +76,8 @@ def conditioned(
         group_size: samples of each prompt that are to be made.
     """
     told = for_each(policy.video_conditioning(config.video), len(prompts))
-    prompts = replace(prompts, conditioning={**cast(prompts.conditioning, dtype), **told})
+    own_texts = {**cast(prompts.conditioning, dtype), **told}
+    prompts = replace(prompts, conditioning=own_texts, negative=cast(prompts.negative, dtype))
     if prompts.images is None:
         return prompts
     shares = mesh.share(len(prompts) * group_size, config.rollout.micro_batch_size)

@@ -105,7 +105,7 @@ class SamplerConfig:
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
     """Classifier-free guidance in rollout and replay alike; 1 switches it off."""
     shift: Annotated[float, Field(gt=0.0)] | None = None
-    """Shift of the sigma schedule; None takes the pipeline's own flow_shift."""
+    """Shift of the sigma schedule; None takes the pipeline's own schedule."""
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
     """Latents are rounded to this before their log-prob is taken, so that replay sees the same numbers."""
     train_steps: Literal["all", "random", "window", "random_window"] = "all"
@@ -214,11 +214,25 @@ class EvaluationConfig:
     max_prompts: Positive = 256
     num_steps: Annotated[int, Field(ge=1)] = 16
     """ODE steps of a held-out sample."""
+    solver: Literal["euler", "adams_bashforth"] = "euler"
+    """How it follows the ODE: first order, or second order at the same cost."""
+    shift: Annotated[float, Field(gt=0.0)] | None = None
+    """Shift of its sigma schedule; None takes the sampler's."""
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
     videos: Annotated[int, Field(ge=0)] = 8
-    """Held-out videos written before and after, for the report."""
-    weights: Literal["raw", "ema"] = "raw"
-    """Which weights are evaluated; `ema` needs `ema.decay` above 0."""
+    """Held-out videos written at every evaluation, before and after for the report."""
+    weights: Literal["raw", "ema", "both"] = "raw"
+    """Which weights are evaluated; `ema` and `both` need `ema.decay` above 0. `both` measures the run by the raw ones
+    and logs the average's scores beside them, as `heldout_ema/NAME`."""
+
+    def shift_or(self, sampler: SamplerConfig) -> float | None:
+        """The shift of the schedule; None takes the pipeline's own."""
+        return sampler.shift if self.shift is None else self.shift
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Kinds of weights; the run is measured by the first."""
+        return ("raw", "ema") if self.weights == "both" else (self.weights,)
 
 
 @dataclass(frozen=True, config=STRICT)

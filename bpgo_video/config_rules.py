@@ -91,10 +91,10 @@ def reference_rules(config: Config) -> Iterator[str]:
 
 
 def evaluation_rules(config: Config) -> Iterator[str]:
-    if config.evaluation.weights == "ema" and config.ema.decay == 0:
+    if "ema" in config.evaluation.measured and config.ema.decay == 0:
         yield (
-            "evaluation.weights is 'ema' with ema.decay = 0, which keeps no average; set ema.decay (0.99 forgets an "
-            "update after some hundred), or evaluate the 'raw' weights"
+            f"evaluation.weights is {config.evaluation.weights!r} with ema.decay = 0, which keeps no average; set "
+            "ema.decay (0.99 forgets an update after some hundred), or evaluate the 'raw' weights"
         )
 
 

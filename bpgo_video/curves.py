@@ -1,58 +1,26 @@
 """How did training go? One panel a quantity, drawn from the records of `metrics.jsonl` as inline SVG.
 
 A panel is a function in PANELS that draws on the axes and says in words what it drew, or None where the
-records hold nothing for it. Figures take their colours from the page: text is its currentColor, series are
-its --c1, --c2, --c3. The x axis counts finished steps; 0 is the starting policy.
+records hold nothing for it. The x axis counts finished steps; 0 is the starting policy.
 """
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from bpgo_video.drawing import SERIES, TEXT, Curve, drawn
 from bpgo_video.metrics import Number
 
 Records = Sequence[Mapping[str, Number]]
 Summary = Mapping[str, Any]
 
-TEXT, SERIES = "#0a0b00", ("#0a0b01", "#0a0b02", "#0a0b03")  # stand-ins: matplotlib knows no CSS
-THEME = {TEXT: "currentColor"} | {colour: f"var(--c{i})" for i, colour in enumerate(SERIES, start=1)}
 HISTOGRAM_COLUMNS = 50
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "bpgo_video",  # the same run gives the same file
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": TEXT,
-    "axes.edgecolor": TEXT,
-    "axes.labelcolor": TEXT,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.useoffset": False,
-    "grid.color": TEXT,
-    "grid.alpha": 0.15,
-    "legend.frameon": False,
-}
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A drawn panel: `svg` is markup to inline, `alt` says in words what it shows."""
-
-    title: str
-    caption: str
-    svg: str
-    alt: str
+HELDOUT = {"heldout/": "", "heldout_ema/": " (average)"}  # prefixes, and how a legend tells them apart
 
 
 def series(records: Records, key: str) -> tuple[list[Number], list[Number]]:
@@ -95,15 +63,16 @@ def _mean_and_extremes(axes: Axes, records: Records, name: str, label: str) -> s
 
 
 def heldout(axes: Axes, records: Records, summary: Summary) -> str | None:
-    keys = sorted({key for record in records for key in record if key.startswith("heldout/")})
+    keys = sorted({key for record in records for key in record if key.startswith(tuple(HELDOUT))})
     keys = [key for key in keys if not key.endswith("_stderr")]
     words = []
     for i, key in enumerate(keys):
-        colour, name = SERIES[i % len(SERIES)], key.removeprefix("heldout/")
+        colour, (prefix, reward) = SERIES[i % len(SERIES)], key.split("/", 1)
+        name = f"{reward}{HELDOUT[prefix + '/']}"
         held = [record for record in records if key in record]
         steps, values = series(held, key)
         stderr = [record.get(f"{key}_stderr", 0.0) for record in held]
-        if "heldout_before" in summary and key == f"heldout/{summary.get('heldout_reward', name)}":
+        if "heldout_before" in summary and reward == summary.get("heldout_reward", reward):
             steps, values = [0, *steps], [summary["heldout_before"], *values]
             stderr = [summary.get("heldout_before_stderr", 0.0), *stderr]
             axes.axhline(values[0], color=TEXT, linewidth=0.8, linestyle="--", alpha=0.6)
@@ -155,6 +124,18 @@ def trust_histogram(axes: Axes, records: Records, summary: Summary) -> str | Non
     axes.set(ylim=(0, len(keys)), xlim=(edges[0], edges[-1]))
     axes.set_yticks([0, len(keys) / 2, len(keys)], ["1 - α", "1", "1 + α"])
     return f"{shares[len(keys) // 2 :].sum(axis=0).mean():.0%} of the groups at w = 1 or above"
+
+
+def reliability(axes: Axes, records: Records, summary: Summary) -> str | None:
+    names = sorted({key.removeprefix("icc/") for record in records for key in record if key.startswith("icc/")})
+    words = []
+    for i, name in enumerate(names):
+        steps, values = series(records, f"icc/{name}")
+        axes.plot(steps, smoothed(values), color=SERIES[i % len(SERIES)], linewidth=2, label=name)
+        words.append(_words(name, smoothed(values).tolist()))
+    if len(names) > 1:
+        axes.legend(loc="best")
+    return "; ".join(words) or None
 
 
 def ratio(axes: Axes, records: Records, summary: Summary) -> str | None:
@@ -213,6 +194,11 @@ PANELS: Mapping[str, Panel] = {
         "Share of each step's groups by trust weight, in ten bins; the darker, the more.",
         trust_histogram,
     ),
+    "reliability": Panel(
+        "Agreement of two scorings (ICC)",
+        "Reliability of each reward: 1 means that a second scoring of the same videos says the same. Moving mean.",
+        reliability,
+    ),
     "ratio": Panel(
         "Probability ratio",
         "How far updates moved from the policy that sampled; 1 is not at all. Line: mean; band: extremes.",
@@ -223,33 +209,19 @@ PANELS: Mapping[str, Panel] = {
 }
 
 
-def draw_curve(name: str, records: Records, summary: Summary) -> Curve | None:
-    """The panel `name` of PANELS as a Curve; None where the records hold nothing for it."""
+def draw_curve(name: str, records: Records, summary: Summary, prefix: str = "") -> Curve | None:
+    """The panel `name` of PANELS as a Curve; None where the records hold nothing for it.
+
+    Args:
+        prefix: of the ids in the figure, where a page has the panels of several runs.
+    """
     panel = PANELS[name]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
-        axes = figure.add_subplot()
+
+    def draw(axes: Axes) -> str | None:
         axes.grid(axis="y")
         alt = panel.draw(axes, records, summary)
-        if alt is None:
-            return None
         if not axes.get_xlabel():
             axes.set_xlabel("steps")
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True)
-    return Curve(panel.title, panel.caption, inline_svg(file.getvalue(), name, alt=f"{panel.title}: {alt}"), alt)
+        return alt
 
-
-def inline_svg(document: str, prefix: str, alt: str) -> str:
-    """A matplotlib SVG as markup for a page of several: the page's colours, own ids, nothing fetched."""
-    body = document[document.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    view_box = re.search(r'viewBox="([^"]*)"', body)
-    assert view_box is not None  # matplotlib always writes one
-    label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    head = f'<svg viewBox="{view_box[1]}" role="img" aria-label="{label}">'
-    body = re.sub(r"<svg[^>]*>", lambda _: head, body, count=1, flags=re.DOTALL)
-    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", body)
-    for stand_in, colour in THEME.items():
-        body = body.replace(stand_in, colour)
-    return body
+    return drawn(prefix + name, panel.title, panel.caption, draw)

@@ -27,7 +27,7 @@ from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.replay import Objective, Setting, optimise
-from bpgo_video.rollout import rows_of, training_denoiser
+from bpgo_video.rollout import guidance_of, training_denoiser
 from bpgo_video.session import Session
 from bpgo_video.stopwatch import Stopwatch
 from bpgo_video.trainer import sample_and_score
@@ -61,7 +61,7 @@ class Examination:
     def objective(self) -> Objective:
         session, config = self.session, self.session.config
         assert self.advantages is not None
-        setting = Setting(session.policy, config, self.prompts, session.prompts.negative, session.reference)
+        setting = Setting(session.policy, config, self.prompts, session.mesh.device, session.reference)
         return OBJECTIVES[config.loss.objective](setting, self.advantages, 0)
 
 
@@ -73,14 +73,14 @@ def ode_is_diffusers(found: Examination) -> Finding:
     shape = session.policy.latent_shape(config.video)
     start = keyed_noise(shape, [("doctor", row) for row in range(config.rollout.micro_batch_size)], session.mesh.device)
     rows = torch.zeros(len(start), dtype=torch.long)
-    conditioning, negative = rows_of(found.prompts.conditioning, rows, session.mesh.device), session.prompts.negative
+    guidance = guidance_of(found.prompts, rows, session.mesh.device)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=denoiser.sigmas[:-1].tolist())
     latents = start
     for index, timestep in enumerate(scheduler.timesteps):
-        velocity = denoiser.velocity(latents, index, conditioning, negative)
+        velocity = denoiser.velocity(latents, index, guidance)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-    own = denoiser.denoise(start, conditioning, negative, lambda _: torch.zeros_like(start)).latents[:, -1]
+    own = denoiser.denoise(start, guidance, lambda _: torch.zeros_like(start)).latents[:, -1]
     error = float((own.float() - latents).abs().max())
     if config.sampler.solver != "euler" or config.sampler.latents_dtype != "float32":
         return Finding(

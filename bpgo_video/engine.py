@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bpgo_video.block_calls import call_by_position
 from bpgo_video.config import ConfigError
 from bpgo_video.master_weights import ZeroMasters
+from bpgo_video.model_buffers import model_buffers, put_in_place, stored
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.run_config import OptimiserConfig
 
@@ -120,21 +121,22 @@ def stop_ranks() -> None:
 def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """A diffusers model that is born sharded (ZeRO-3) and filled tensor by tensor from its safetensors.
 
-    No rank ever holds more than its shard and the one tensor at hand; rank 0 reads the file and broadcasts.
+    No rank ever holds more than its shard and the one tensor at hand; rank 0 reads the file and broadcasts. Buffers are
+    whole on every rank, and exact.
     """
     with deepspeed.zero.Init(config_dict_or_path=_complete(ds_config, 1, 0.0), dtype=dtype):
         model = model_class.from_config(model_class.load_config(folder))
     where = tensor_files(folder)
-    named = dict(model.named_parameters())
-    missing, foreign = sorted(set(named) - set(where)), sorted(set(where) - set(named))
+    named, buffers = dict(model.named_parameters()), model_buffers(model_class, folder, where)
+    missing, foreign = sorted(set(named) - set(where)), sorted(set(where) - set(named) - set(buffers))
     if missing or foreign:
         raise ValueError(f"{folder}: weights do not fit the config; missing {missing[:3]}, unknown {foreign[:3]}")
     reads_file = torch.distributed.get_rank() == 0
     for name, parameter in named.items():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if reads_file:
-                with safe_open(where[name], framework="pt") as file:
-                    parameter.data.copy_(file.get_tensor(name))
+                parameter.data.copy_(stored(where[name], name))
+    put_in_place(model, buffers)
     return model
 
 

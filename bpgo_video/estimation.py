@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -90,8 +91,10 @@ def credit_by_frame(session: Session, rewards: Rewards) -> Float[Tensor, "prompt
     if credit.kind == "video":
         return None
     video, policy = session.config.video, session.policy
-    later_latents = policy.latent_shape(video)[1] + policy.given_frames - 1
+    padding = policy.padding_frames  # no frame of the video is theirs: they take the video's own advantage
+    later_latents = policy.latent_shape(video)[1] + policy.given_frames - padding - 1
     stride = (video.num_frames - 1) // later_latents if later_latents else 1
     per_frame = {name: scores.cpu() for name, scores in rewards.per_frame.items()}
     layout = FrameLayout(video.num_frames, video.fps, stride, policy.given_frames)
-    return segment_credit(per_frame, rewards.frame_times, session.suite.weights, layout, credit.gamma)
+    found = segment_credit(per_frame, rewards.frame_times, session.suite.weights, layout, credit.gamma)
+    return F.pad(found, (padding, 0))

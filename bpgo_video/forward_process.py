@@ -28,8 +28,8 @@ from bpgo_video.flow_matching import matching_error
 from bpgo_video.losses import Move, TrustRegion, bpgo_loss, ratio_metrics
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.replay import Setting
-from bpgo_video.rollout import Denoiser, TrainedSteps, rows_of, trained_steps_of, training_denoiser, trust_region
-from bpgo_video.types import Conditioning, Latents, Loss, PromptBatch, Trajectory, Velocity
+from bpgo_video.rollout import Denoiser, TrainedSteps, guidance_of, trained_steps_of, training_denoiser, trust_region
+from bpgo_video.types import Latents, Loss, PromptBatch, Trajectory, Velocity
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,6 @@ class ForwardProcess:
     kind: str
     denoiser: Denoiser
     prompts: PromptBatch
-    negative: Conditioning
     advantages: GroupAdvantages
     settings: MatchingSettings
     trained_steps: TrainedSteps
@@ -128,8 +127,8 @@ class ForwardProcess:
         noise = self._noise(trajectory, index, clean)
         sigma = self.denoiser.sigmas[index].to(clean.device)
         noised = ((1 - sigma) * clean + sigma * noise).requires_grad_(torch.is_grad_enabled())
-        conditioning = rows_of(self.prompts.conditioning, trajectory.prompt_rows, clean.device)
-        return self.denoiser.velocity(noised, index, conditioning, self.negative), noise - clean
+        guidance = guidance_of(self.prompts, trajectory.prompt_rows, clean.device)
+        return self.denoiser.velocity(noised, index, guidance), noise - clean
 
     def _noise(self, trajectory: Trajectory, index: int, like: Latents) -> Latents:
         prompts = self.prompts.ids[trajectory.prompt_rows].tolist()
@@ -143,7 +142,6 @@ def forward_objective(setting: Setting, advantages: GroupAdvantages, step: int) 
         kind=config.loss.objective,
         denoiser=training_denoiser(setting.policy, config),
         prompts=setting.prompts,
-        negative=setting.negative,
         advantages=advantages,
         settings=MatchingSettings(
             config.bpgo.zeta, trust_region(config), config.loss.nft_beta, config.loss.advantage_clip

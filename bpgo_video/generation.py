@@ -1,7 +1,8 @@
 """How are videos made with a finished policy? By diffusers' own pipeline, each rank its own videos, into mp4 files.
 
-Initial latents are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and what was made
-before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the same command.
+Initial latents and further draws are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and
+what was made before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the
+same command.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from bpgo_video.generation_settings import (
 from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.randomness import fixed_draws, keyed_noise
+from bpgo_video.randomness import fixed_draws, generator_of, keyed_noise
 from bpgo_video.run_weights import DTYPES, WEIGHTS, put_into
 from bpgo_video.types import Latents, Videos
 from bpgo_video.zero_files import CheckpointError
@@ -135,7 +136,14 @@ def read_records(settings: GenerationSettings, with_images: bool = False) -> lis
         lines = read_prompts([settings.prompts])
         pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
     return [
-        PromptRecord(record.id, record.prompt, record.split, record.tags, media=_image(record, media, with_images))
+        PromptRecord(
+            record.id,
+            record.prompt,
+            record.split,
+            record.tags,
+            record.negative_prompt,
+            media=_image(record, media, with_images),
+        )
         for record, media in pairs
     ]
 
@@ -235,13 +243,14 @@ def sample(
     latents = initial_latents(jobs, policy.latent_shape(video))
     arguments = asdict(call)
     arguments[policy.guidance_argument] = arguments.pop("guidance_scale")
+    arguments["generator"] = [generator_of(*job.latents_key, "pipeline") for job in jobs]  # of noise within the steps
     arguments |= policy.call_arguments(pipeline, latents, video, images)
     if images is not None:
         arguments["image"] = to_picture(images[0])
     with fixed_draws(pipeline.device):
         output = pipeline(
             prompt=[job.prompt.prompt for job in jobs],
-            negative_prompt=[settings.negative_prompt] * len(jobs),
+            negative_prompt=[job.negative_prompt(settings.negative_prompt) for job in jobs],
             output_type="pt",
             **arguments,
         )

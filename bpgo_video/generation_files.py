@@ -2,7 +2,8 @@
 
 OUTPUT/00003-01.mp4        sample 1 of prompt 3 (both from 0, prompts in their order)
 OUTPUT/sheets/00003.jpg    five frames of each sample of prompt 3, one sample a row
-OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "id", "seed", "sample", "file"}]}
+OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "negative_prompt"?, "id", "seed", "sample",
+                           "file"}]}
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class Job:
     seed: int
     sample: int
     file: Path
+
+    def negative_prompt(self, default: str) -> str:
+        """The prompt's own, or the default."""
+        return default if self.prompt.negative_prompt is None else self.prompt.negative_prompt
 
     @property
     def latents_key(self) -> tuple[int | str, ...]:
@@ -110,6 +115,7 @@ def write_manifest(path: Path, settings: Mapping[str, Any], jobs: Sequence[Job],
             "seed": job.seed,
             "sample": job.sample,
             "file": job.file.name,
+            **({} if job.prompt.negative_prompt is None else {"negative_prompt": job.prompt.negative_prompt}),
         }
         for job in jobs
         if job.file not in missing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -20,16 +20,25 @@ from bpgo_video.policies import Policy, load_policy
 from bpgo_video.run_weights import Source, find_source, holds_checkpoint
 
 
-def _multistep(kind: Any, shift: float, timesteps: int) -> Any:
+def _multistep(kind: Any, own: Any, shift: float) -> Any:
     return kind(
-        num_train_timesteps=timesteps, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        num_train_timesteps=own.num_train_timesteps,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
     )
 
 
-SCHEDULERS: dict[str, Callable[[float, int], Any]] = {  # of (flow shift, training timesteps)
+Schedulers = dict[str, Callable[[Any, float], Any]]  # name -> scheduler of (the shipped one's config, flow shift)
+
+FLOW: Schedulers = {
     "unipc": partial(_multistep, diffusers.UniPCMultistepScheduler),
     "dpm": partial(_multistep, diffusers.DPMSolverMultistepScheduler),
-    "euler": lambda shift, timesteps: diffusers.FlowMatchEulerDiscreteScheduler(timesteps, shift=shift),
+    "euler": lambda own, shift: diffusers.FlowMatchEulerDiscreteScheduler(own.num_train_timesteps, shift=shift),
+}
+V_PREDICTION: Schedulers = {  # CogVideoX; there is no shift
+    "ddim": lambda own, _: diffusers.CogVideoXDDIMScheduler.from_config(own),
+    "dpm": lambda own, _: diffusers.CogVideoXDPMScheduler.from_config(own),
 }
 
 
@@ -45,7 +54,8 @@ class GenerationSettings:
     """A diffusers pipeline, such as a run's export: local folder, hub id, or `package:module/folder`. Or a training
     checkpoint, RUN/checkpoints/step-XXXXXX, or a RUN for its newest: its weights in the pipeline it started from."""
     prompts: Path
-    """.txt, one prompt a line; .jsonl, {"prompt", "id"?, "split"?, "tags"?} a line; or a folder of prompt shards."""
+    """.txt, one prompt a line; .jsonl, {"prompt", "negative_prompt"?, "id"?, "split"?, "tags"?} a line; .csv, the
+    same as columns; VBench's .json; or a folder of prompt shards."""
     output: Path
     """Folder for the videos; a generation of the same settings that was cut short there is continued."""
     seed: int
@@ -54,12 +64,12 @@ class GenerationSettings:
     """As policy.family in recipes; None takes what the folder says, or the run of a training checkpoint."""
     lora: Path | None = None
     """Adapters to load on top, a .safetensors file in a layout that diffusers reads."""
-    weights: Literal["raw"] = "raw"
-    """Of a training checkpoint: raw, as the optimiser holds them."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Of a training checkpoint: raw, as the optimiser holds them, or their average, where the run kept one."""
     split: str | None = None
     """Of prompt shards; None takes all."""
     negative_prompt: str = ""
-    """What guidance steers away from."""
+    """What guidance steers away from, for prompts that have no negative prompt of their own."""
     num_steps: Positive | None = None
     """Denoising steps; None takes the pipeline's own default (50 for Wan), as for the next six."""
     guidance_scale: float | None = None
@@ -79,10 +89,10 @@ class GenerationSettings:
     """Pixels."""
     max_sequence_length: Positive | None = None
     """Text tokens, as in training; None takes the tokenizer's own limit where that is below the pipeline's."""
-    scheduler: Literal["unipc", "dpm", "euler"] | None = None
-    """Solver of the flow; None takes the pipeline's own, as for the next."""
+    scheduler: Literal["unipc", "dpm", "euler", "ddim"] | None = None
+    """Solver: unipc, dpm, euler of a flow; ddim, dpm of CogVideoX. None takes the pipeline's own, as for the next."""
     flow_shift: Annotated[float, Field(gt=0.0)] | None = None
-    """Where denoising steps lie: larger ones lie nearer to noise. Wan's authors: 3 for 480 lines, 5 for 720."""
+    """Where a flow's steps lie: larger ones lie nearer to noise. Wan's authors: 3 for 480 lines, 5 for 720."""
     fps: Annotated[float, Field(gt=0.0)] | None = None
     """Frames a second of the files; None takes what the model's authors train on (16 for Wan)."""
     samples_per_prompt: Positive = 1
@@ -119,17 +129,35 @@ class Model:
 
 
 def find_model(settings: GenerationSettings) -> Model:
-    """The pipeline folder or the training checkpoint that `settings.policy` names.
+    """The pipeline folder or the training checkpoint that `settings.policy` names; see `named_model`.
+
+    Raises:
+        GenerationError: other weights than the only ones of a finished model are asked for.
+    """
+    model = named_model(settings.policy, settings.family, options_of(settings))
+    if model.checkpoint is None and settings.weights != "raw":
+        raise GenerationError(
+            f"weights is {settings.weights!r}, but {settings.policy} is no training checkpoint or run"
+        )
+    return model
+
+
+def named_model(policy: str, family: str | None = None, options: Mapping[str, float] | None = None) -> Model:
+    """A pipeline folder, a training checkpoint, or a run for its newest one.
+
+    Args:
+        family: see `policies.family`; None takes the run's own, or what the folder says.
+        options: settings of the family's own, instead of those of the checkpoint's run.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: there is none, or it cannot be used.
     """
-    path = Path(settings.policy).expanduser()
+    path = Path(policy).expanduser()
     checkpoint = find_source(path) if path.is_dir() and holds_checkpoint(path) else None
-    folder = settings.policy if checkpoint is None else str(checkpoint.base)
-    name = settings.family or (checkpoint.config.policy.family if checkpoint else None)
-    options = (checkpoint.config.policy.options if checkpoint else {}) | options_of(settings)
-    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=options), checkpoint)
+    folder = policy if checkpoint is None else str(checkpoint.base)
+    name = family or (checkpoint.config.policy.family if checkpoint else None)
+    own = (checkpoint.config.policy.options if checkpoint else {}) | dict(options or {})
+    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=own), checkpoint)
 
 
 def video_of(settings: GenerationSettings, call: CallSettings, policy: Policy) -> VideoConfig:
@@ -142,10 +170,11 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     """The call's settings, checked against the policy.
 
     Raises:
-        GenerationError: a size that the policy cannot make, or a value out of range.
+        GenerationError: a size that the policy cannot make, a scheduler that it cannot use, or a value out of range.
     """
     given = asdict(settings) | {"num_inference_steps": settings.num_steps}
     defaults = pipeline_defaults(policy.pipeline_name)
+    defaults |= {name: size for name, size in policy.default_size().items() if defaults[name] is None}
     defaults["guidance_scale"] = defaults[policy.guidance_argument]
     limit = tokenizer_limit(policy.folder)
     if limit is not None:
@@ -156,6 +185,7 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
         raise GenerationError(f"guidance_scale is {call.guidance_scale}; it must be 1 or more, 1 switches it off")
     if settings.lora is not None and not (settings.lora.is_file() and settings.lora.suffix == ".safetensors"):
         raise GenerationError(f"lora {str(settings.lora)!r} is not a .safetensors file that exists")
+    chosen_scheduler(settings, shipped_scheduler(policy.folder))
     try:
         policy.latent_shape(video_of(settings, call, policy))
     except ValueError as error:
@@ -167,16 +197,34 @@ def chosen_scheduler(settings: GenerationSettings, own: Any) -> Any:
     """The scheduler that is asked for; the pipeline's `own` where nothing is said, and its shift where none is.
 
     Raises:
-        GenerationError: a shift for a scheduler that is not of the table.
+        GenerationError: a scheduler that is not for this model, or a shift for one that has none.
     """
-    if settings.scheduler is None and settings.flow_shift is None:
-        return own
+    table = schedulers_like(own)
+    if settings.flow_shift is not None and table is not FLOW:
+        raise GenerationError(f"flow_shift is {settings.flow_shift}, but this model's scheduler has none: leave it out")
+    if settings.scheduler is None and settings.flow_shift is not None:
+        raise GenerationError(f"flow_shift is {settings.flow_shift}; say for which --scheduler: {sorted(table)}")
     if settings.scheduler is None:
-        raise GenerationError(f"flow_shift is {settings.flow_shift}; say for which --scheduler: {sorted(SCHEDULERS)}")
+        return own
+    if settings.scheduler not in table:
+        raise GenerationError(
+            f"scheduler is {settings.scheduler!r}; this model can use {sorted(table) or 'its own alone'}"
+        )
     shift = own.config.get("flow_shift", own.config.get("shift", 1.0))
-    if settings.flow_shift is not None:
-        shift = settings.flow_shift
-    return SCHEDULERS[settings.scheduler](shift, own.config.num_train_timesteps)
+    return table[settings.scheduler](own.config, shift if settings.flow_shift is None else settings.flow_shift)
+
+
+def schedulers_like(own: Any) -> Schedulers:
+    """The solvers of the models that ship such a scheduler; none where time runs the other way (Mochi)."""
+    if own.config.get("prediction_type") == "v_prediction":
+        return V_PREDICTION
+    return {} if own.config.get("invert_sigmas") else FLOW
+
+
+def shipped_scheduler(folder: Path) -> Any:
+    """The scheduler of a pipeline folder."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
 
 
 def pipeline_defaults(class_name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from bpgo_video.rewards import FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollout import Denoiser, sample_chunks
-from bpgo_video.types import Conditioning, PromptBatch, Videos
+from bpgo_video.types import PromptBatch, RolloutChunk
 
 Scores = Float[Tensor, "prompts samples"]
+Seen = Callable[[RolloutChunk], None]  # what else looks at the videos before they go
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class HeldoutScores:
     by_name: Mapping[str, Scores]
     frames: Mapping[str, FrameScores] = field(default_factory=dict)
 
-    def metrics(self) -> dict[str, float]:
-        """`heldout/NAME` and its standard error."""
+    def metrics(self, prefix: str = "heldout") -> dict[str, float]:
+        """`PREFIX/NAME` and its standard error."""
         values = {}
         for name, scores in self.by_name.items():
-            values[f"heldout/{name}"] = float(scores.mean())
-            values[f"heldout/{name}_stderr"] = stderr(scores)
+            values[f"{prefix}/{name}"] = float(scores.mean())
+            values[f"{prefix}/{name}_stderr"] = stderr(scores)
         return values
 
 
@@ -57,31 +58,25 @@ def stderr(scores: Scores) -> float:
 def evaluate(
     policy: Policy,
     prompts: PromptBatch,
-    negative: Conditioning,
     suite: RewardSuite,
     config: Config,
     mesh: Mesh,
-    videos_to: Path | None = None,
+    seen: Seen = lambda chunk: None,
 ) -> HeldoutScores:
-    """Sample with the ODE and score; noise is keyed by the seed, the prompt and the sample alone.
-
-    Args:
-        videos_to: folder for the first sample of `evaluation.videos` prompts, spread evenly; None writes none.
-    """
+    """Sample with the ODE and score; noise is keyed by the seed, the prompt and the sample alone."""
     samples = config.evaluation.samples_per_prompt
-    shown = shown_rows(len(prompts), samples, config.evaluation.videos)
     denoiser = Denoiser(
         policy=policy,
-        sigmas=policy.sigmas(config.evaluation.num_steps, config.video, config.sampler.shift),
+        sigmas=policy.sigmas(config.evaluation.num_steps, config.video, config.evaluation.shift_or(config.sampler)),
         sampler="ode",
         eta=0.0,
         guidance_scale=config.evaluation.guidance_scale,
         latents_dtype=torch.float32,
+        solver=config.evaluation.solver,
     )
     chunks = sample_chunks(
         denoiser,
         prompts,
-        negative,
         mesh,
         group_size=samples,
         micro_batch_size=config.rollout.micro_batch_size,
@@ -91,9 +86,7 @@ def evaluate(
     with suite.at_work(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
         for chunk in chunks:
             scoring.put(chunk)
-            if videos_to is not None:
-                items = (chunk.prompt_rows * samples + chunk.sample_index).tolist()
-                _write_shown(chunk.videos, items, shown, videos_to, config.video.fps)
+            seen(chunk)
             del chunk
         rewards = suite.gather(scoring.scores(), prompts, samples, mesh)
     frames = {
@@ -110,7 +103,15 @@ def shown_rows(prompts: int, samples: int, videos: int) -> list[int]:
     return [round(i * (prompts - 1) / max(1, count - 1)) * samples for i in range(count)]
 
 
-def _write_shown(videos: Videos, items: Sequence[int], shown: Sequence[int], folder: Path, fps: float) -> None:
-    for video, item in zip(videos, items, strict=True):
-        if item in shown:
-            write_video(folder / f"{shown.index(item):03d}.mp4", video.cpu(), fps)
+def write_shown(folder: Path, prompts: int, config: Config) -> Seen:
+    """Writes the first sample of `evaluation.videos` of so many prompts, spread evenly."""
+    samples = config.evaluation.samples_per_prompt
+    shown = shown_rows(prompts, samples, config.evaluation.videos)
+
+    def seen(chunk: RolloutChunk) -> None:
+        items = (chunk.prompt_rows * samples + chunk.sample_index).tolist()
+        for video, item in zip(chunk.videos, items, strict=True):
+            if item in shown:
+                write_video(folder / f"{shown.index(item):03d}.mp4", video.cpu(), config.video.fps)
+
+    return seen

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bpgo_video import engine
-from bpgo_video.conditioning import cast, conditioned
+from bpgo_video.conditioning import conditioned
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.heldout import HeldoutScores, Scores, evaluate, stderr
 from bpgo_video.parallel.mesh import Mesh
@@ -86,13 +86,12 @@ def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
     prompts = heldout_prompts(config, shards, policy)
     assert prompts is not None  # `asked` saw to it that there are rewards
     prompts = conditioned(prompts, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
-    negative = cast(shards.negative, dtype, mesh.device)
     return HeldoutEvaluation(
         config=config,
         prompts=prompts,
         tags=tuple(tags[id_] for id_ in prompts.ids.tolist()),
         versions=suite.versions,
-        scores=evaluate(policy, prompts, negative, suite, config, mesh),
+        scores=evaluate(policy, prompts, suite, config, mesh),
     )
 
 

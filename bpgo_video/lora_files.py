@@ -8,7 +8,7 @@ Both compute W + alpha/rank B A. diffusers reads either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -16,12 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bpgo_video.config import ConfigError, LoraConfig
+from bpgo_video.config import LoraConfig
 from bpgo_video.policies.lora import ADAPTER, peft_config
-from bpgo_video.policies.wan_names import original_layer
+from bpgo_video.policies.original_names import original_names
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
-ORIGINAL_LAYERS: dict[str, Callable[[str], str]] = {"WanPipeline": original_layer}
 
 
 def write_diffusers_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipeline_class: str, folder: Path) -> Path:
@@ -46,17 +45,13 @@ def write_comfyui_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipelin
     Raises:
         ConfigError: a family whose original names are not known.
     """
-    if pipeline_class not in ORIGINAL_LAYERS:
-        raise ConfigError(
-            f"the layer names that ComfyUI has for a {pipeline_class} are not known, only those of "
-            f"{sorted(ORIGINAL_LAYERS)}; write --format lora"
-        )
+    name_of = original_names(pipeline_class)
     tensors: dict[str, Tensor] = {}
     for name, down in adapters.items():
         layer, half, _ = name.partition(f".lora_A.{ADAPTER}.weight")
         if half:
             up = adapters[f"{layer}.lora_B.{ADAPTER}.weight"]
-            tensors |= _comfyui_layer(ORIGINAL_LAYERS[pipeline_class](layer), down, up, lora)
+            tensors |= _comfyui_layer(name_of(layer), down, up, lora)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / LORA_WEIGHTS, metadata={"format": "pt"})
     return folder / LORA_WEIGHTS

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import jinja2
 import yaml
 
+from bpgo_video.code_version import this_code
 from bpgo_video.config_io import to_yaml
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
+from bpgo_video.policies import family
 from bpgo_video.policies.transformers import transformer_names
 from bpgo_video.sft_config import Recipe
 
@@ -31,6 +32,7 @@ class CardFacts:
         config: the run's own.
         step: finished training steps.
         weights: which of the run's weights these are, raw or averaged.
+        code: the versions of the program that trained, in order; empty where the checkpoint does not say.
         contents: what the folder is, in words.
     """
 
@@ -38,6 +40,7 @@ class CardFacts:
     step: int
     weights: str
     contents: str
+    code: Sequence[str] = ()
 
 
 def write_card(facts: CardFacts, folder: Path) -> Path:
@@ -56,9 +59,8 @@ def write_card(facts: CardFacts, folder: Path) -> Path:
         config=config,
         base_fingerprint=fingerprint(base, transformer_names(base)),
         config_sha256=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
-        version=version("bpgo-video"),
-        commit=commit(),
-        hashes={str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*.safetensors"))},
+        written_by=this_code(),
+        hashes={str(path.relative_to(folder)): sha256(path) for path in weight_files(folder)},
     )
     (folder / CARD).write_text(text, "utf-8")
     return folder / CARD
@@ -67,7 +69,8 @@ def write_card(facts: CardFacts, folder: Path) -> Path:
 def header(config: Recipe, base: Path) -> dict[str, Any]:
     """The card's YAML: what the hub files a model under. The license is the base model's, where its card names one."""
     tags = ["bpgo_video", config.algorithm, *(["lora"] if config.policy.lora.rank else [])]
-    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-video", "tags": tags}
+    task = "image-to-video" if family(base, config.policy.family).takes_images else "text-to-video"
+    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task, "tags": tags}
     if not config.policy.folder.startswith((".", "/", "~", "package:")):
         found["base_model"] = config.policy.folder
     card = base / CARD
@@ -78,13 +81,9 @@ def header(config: Recipe, base: Path) -> dict[str, Any]:
     return found
 
 
-def commit() -> str | None:
-    """The git commit of this code; None where it is no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or an installed package
-        return None
+def weight_files(folder: Path) -> list[Path]:
+    """safetensors, and the files of a DeepSpeed checkpoint."""
+    return sorted(path for kind in ("*.safetensors", "*.pt") for path in folder.rglob(kind))
 
 
 def sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bpgo_video import engine as engines
+from bpgo_video.code_version import this_code
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.ema import EMA
@@ -38,22 +39,27 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
 
 @dataclass(frozen=True)
 class PolicySession:
-    """The parts that every run has, built and ready."""
+    """The parts that every run has, built and ready.
+
+    Attributes:
+        code: the versions of the program that train, in order; more than one where a run went on with another.
+    """
 
     config: Recipe
     mesh: Mesh
     policy: Policy
     engine: engines.Engine
     ema: EMA | None
+    code: list[str] = field(default_factory=lambda: [this_code()], kw_only=True)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the transformers and what they are conditioned on."""
         return self.engine.dtype
 
-    def evaluated_weights(self) -> AbstractContextManager[None]:
-        """Where the policy is measured: with its weights, or with their average."""
-        return self.ema.weights() if self.ema and self.config.evaluation.weights == "ema" else nullcontext()
+    def weights(self, kind: str) -> AbstractContextManager[None]:
+        """Where the policy is measured: with its weights (`raw`), or with their average (`ema`)."""
+        return self.ema.weights() if self.ema and kind == "ema" else nullcontext()
 
     @property
     def updates(self) -> Learner:

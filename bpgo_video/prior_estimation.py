@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video import engine
-from bpgo_video.conditioning import cast, conditioned, image_size
+from bpgo_video.conditioning import conditioned, image_size
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import load_config
 from bpgo_video.data.fingerprint import fingerprint
@@ -28,7 +28,7 @@ from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.session import check_inputs
-from bpgo_video.types import Conditioning, PromptBatch, Rewards
+from bpgo_video.types import PromptBatch, Rewards
 
 PROMPTS_AT_ONCE = 64  # gathered and told together
 
@@ -60,7 +60,6 @@ def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts sam
     ids = shards.ids(rows).tolist()
     missing = [row for row, id_ in zip(rows.tolist(), ids, strict=True) if id_ not in known]
     dtype = engine.compute_dtype(ds_config)
-    negative = cast(shards.negative, dtype, mesh.device)
     with tqdm(
         total=len(ids), initial=len(ids) - len(missing), desc="priors", unit="prompt", disable=not mesh.is_main
     ) as bar:
@@ -68,7 +67,7 @@ def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts sam
             records = [shards.record(row) for row in missing[start : start + PROMPTS_AT_ONCE]]
             batch = as_batch(records, image_size(config, policy))
             batch = conditioned(batch, policy, config, dtype, mesh, config.prior.samples)
-            new = by_prompt(batch, score_prompts(config, policy, batch, negative, suite, mesh))
+            new = by_prompt(batch, score_prompts(config, policy, batch, suite, mesh))
             known |= new
             if mesh.is_main:
                 notes.add(new)
@@ -98,15 +97,12 @@ def by_prompt(prompts: PromptBatch, rewards: Rewards) -> Found:
     }
 
 
-def score_prompts(
-    config: Config, policy: Policy, prompts: PromptBatch, negative: Conditioning, suite: RewardSuite, mesh: Mesh
-) -> Rewards:
+def score_prompts(config: Config, policy: Policy, prompts: PromptBatch, suite: RewardSuite, mesh: Mesh) -> Rewards:
     """`prior.samples` videos per prompt by the training sampler, with draws that no training step has."""
     steps = sampled_steps(config, step=-1)(0)  # the same for all prompts, so that a micro-batch may hold several
     chunks = sample_chunks(
         training_denoiser(policy, config),
         prompts,
-        negative,
         mesh,
         group_size=config.prior.samples,
         micro_batch_size=config.rollout.micro_batch_size,

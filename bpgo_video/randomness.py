@@ -7,9 +7,11 @@ world size, on resume, on overlap or on evaluation.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,3 +41,19 @@ def fixed_draws(device: torch.device | str) -> Iterator[None]:
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(0)
         yield
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Draws inside the block, from the global generators of Python, NumPy and torch, leave no trace behind it.
+
+    Our own draws have keys; a user's reward may draw as it likes, and an evaluation must not change what is trained.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -18,16 +18,14 @@ from bpgo_video.ema import EMA
 from bpgo_video.policies import Policy
 from bpgo_video.rollout import Denoiser
 from bpgo_video.sde import Transition
-from bpgo_video.types import Conditioning, Latents, Velocity
+from bpgo_video.types import Guidance, Latents, Velocity
 
 
 @runtime_checkable
 class Reference(Protocol):
     """Another policy."""
 
-    def velocity(
-        self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
-    ) -> Velocity:
+    def velocity(self, denoiser: Denoiser, latents: Latents, index: int, guidance: Guidance) -> Velocity:
         """What the denoiser would find with that policy; no gradient. Asked before the policy's own forward, whose
         weights have to stay as they are until its backward."""
         ...
@@ -40,14 +38,12 @@ class WithoutAdapters:
     module: Any
 
     @torch.no_grad()
-    def velocity(
-        self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
-    ) -> Velocity:
+    def velocity(self, denoiser: Denoiser, latents: Latents, index: int, guidance: Guidance) -> Velocity:
         adapted = [module for module in self.module.values() if getattr(module, "peft_config", None)]
         for module in adapted:
             module.disable_adapters()
         try:
-            return denoiser.velocity(latents, index, conditioning, negative)
+            return denoiser.velocity(latents, index, guidance)
         finally:
             for module in adapted:
                 module.enable_adapters()
@@ -60,10 +56,8 @@ class FrozenCopy:
     policy: Policy
 
     @torch.no_grad()
-    def velocity(
-        self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
-    ) -> Velocity:
-        return replace(denoiser, policy=self.policy).velocity(latents, index, conditioning, negative)
+    def velocity(self, denoiser: Denoiser, latents: Latents, index: int, guidance: Guidance) -> Velocity:
+        return replace(denoiser, policy=self.policy).velocity(latents, index, guidance)
 
 
 @dataclass(frozen=True)
@@ -73,11 +67,9 @@ class Averaged:
     ema: EMA
 
     @torch.no_grad()
-    def velocity(
-        self, denoiser: Denoiser, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
-    ) -> Velocity:
+    def velocity(self, denoiser: Denoiser, latents: Latents, index: int, guidance: Guidance) -> Velocity:
         with self.ema.weights():
-            return denoiser.velocity(latents, index, conditioning, negative)
+            return denoiser.velocity(latents, index, guidance)
 
 
 def velocity_divergence(

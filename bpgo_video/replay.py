@@ -16,9 +16,9 @@ from bpgo_video.config import Config
 from bpgo_video.losses import Move, TrustRegion, bpgo_loss
 from bpgo_video.policies import Policy
 from bpgo_video.reference import DIVERGENCES, Divergence, Reference
-from bpgo_video.rollout import Denoiser, pulls_to_previous, rows_of, training_denoiser, trust_region
+from bpgo_video.rollout import Denoiser, guidance_of, pulls_to_previous, training_denoiser, trust_region
 from bpgo_video.steps import flash_weight, split_updates, step_weights
-from bpgo_video.types import Conditioning, Loss, PromptBatch, Trajectory
+from bpgo_video.types import Loss, PromptBatch, Trajectory
 
 
 @runtime_checkable
@@ -68,19 +68,15 @@ class Setting:
     """What an objective is built from, beside the advantages.
 
     Attributes:
-        negative: conditioning of the negative prompt, on the device where the policy computes.
+        device: where the policy computes.
         reference: the starting policy, where the loss holds the policy near it.
     """
 
     policy: Policy
     config: Config
     prompts: PromptBatch
-    negative: Conditioning
+    device: torch.device
     reference: Reference | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.negative.values())).device
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,6 @@ class Replay:
 
     denoiser: Denoiser
     prompts: PromptBatch
-    negative: Conditioning
     advantages: GroupAdvantages
     zeta: float
     region: TrustRegion
@@ -151,11 +146,11 @@ class Replay:
         own = self.advantages.of(rows, samples).to(device)
         # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
         latents = trajectory.latents[:, index].to(device).detach().requires_grad_()
-        conditioning = rows_of(self.prompts.conditioning, rows, device)
+        guidance = guidance_of(self.prompts, rows, device)
         reference = None
         if self.anchor is not None:
-            reference = self.anchor.reference.velocity(self.denoiser, latents, index, conditioning, self.negative)
-        velocity = self.denoiser.velocity(latents, index, conditioning, self.negative)
+            reference = self.anchor.reference.velocity(self.denoiser, latents, index, guidance)
+        velocity = self.denoiser.velocity(latents, index, guidance)
         move = self._move(trajectory, index, self.denoiser.transition_of(velocity, latents, index))
         loss = bpgo_loss(
             move=move,
@@ -204,7 +199,6 @@ def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -
     return Replay(
         denoiser=denoiser,
         prompts=setting.prompts,
-        negative=setting.negative,
         advantages=advantages,
         zeta=config.bpgo.zeta,
         region=trust_region(config),

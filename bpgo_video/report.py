@@ -13,25 +13,22 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NotRequired
 
-import jinja2
 import yaml
 from jaxtyping import Float
-from markupsafe import Markup
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from bpgo_video.contact_sheets import STRIP_HEIGHT, strip
-from bpgo_video.curves import PANELS, Curve, draw_curve
-from bpgo_video.data.atomic import atomic_file
+from bpgo_video.curves import HELDOUT, PANELS, draw_curve
 from bpgo_video.data.video import VideoError, read_video
 from bpgo_video.diagnosis import diagnose
 from bpgo_video.frame_strips import CellRow, FrameRow, cell_rows
 from bpgo_video.metrics import METRICS_FILE, MalformedFile, Number, read_metrics
+from bpgo_video.pages import write_page
 from bpgo_video.summary import heldout_difference, run_facts, summary_rows, verdict
 
 SHOWN_PAIRS = 8  # the others are folded away
@@ -104,11 +101,11 @@ def write_report(run_dir: Path) -> Path:
     if not (run_dir / METRICS_FILE).exists():
         raise FileNotFoundError(f"{run_dir} is no run directory: it holds no {METRICS_FILE}")
     records = read_metrics(run_dir / METRICS_FILE)
-    summary = {
-        key: value for key, value in (_read_json(run_dir / "summary.json", Summary) or {}).items() if value is not None
-    }
+    summary = read_summary(run_dir)
     curves = {name: curve for name in PANELS if (curve := draw_curve(name, records, summary)) is not None}
-    page = _template().render(
+    return write_page(
+        run_dir / "report.html",
+        "report.html.j2",
         name=run_dir.resolve().name,
         summary=summary,
         verdict=verdict(summary),
@@ -122,10 +119,12 @@ def write_report(run_dir: Path) -> Path:
         diagnosis=diagnose(records, summary),
         config=_read_config(run_dir / "config.yaml"),
     )
-    path = run_dir / "report.html"
-    with atomic_file(path) as aside:
-        aside.write_text(page, encoding="utf-8")
-    return path
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """What `summary.json` says; what is null or missing is left out."""
+    found = _read_json(run_dir / "summary.json", Summary) or {}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def read_pairs(folder: Path) -> list[Pair]:
@@ -149,7 +148,7 @@ def contact_sheet(video: Float[Tensor, "frames 3 height width"]) -> str:
 
 def numbers_table(records: list[dict[str, Number]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of what the curves show: evenly spaced steps, the last, every held-out evaluation."""
-    heldout = sorted({key for record in records for key in record if key.startswith("heldout/")})
+    heldout = sorted({key for record in records for key in record if key.startswith(tuple(HELDOUT))})
     keys = [key for key in (*heldout, *TABLE_KEYS) if any(key in record for record in records)]
     stride = max(1, len(records) // TABLE_ROWS)
     chosen = [
@@ -185,20 +184,6 @@ def _read_config(path: Path) -> str | None:
     except yaml.YAMLError as error:
         raise MalformedFile(f"{path}: {error}") from error
     return text
-
-
-def _template() -> jinja2.Template:
-    source = files("bpgo_video").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["svg"] = _markup
-    return environment.from_string(source)
-
-
-def _markup(curve: Curve) -> Markup:
-    """Our own drawing: the one thing on the page that is markup and not text."""
-    return Markup(curve.svg)
 
 
 def main() -> None:

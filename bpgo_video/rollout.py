@@ -8,7 +8,7 @@ from functools import cached_property
 from math import gcd
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bpgo_video import sde
@@ -18,7 +18,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, guided_velocity
 from bpgo_video.randomness import generator_of, keyed_noise
 from bpgo_video.steps import STEP_SELECTIONS
-from bpgo_video.types import Conditioning, Latents, PromptBatch, RolloutChunk, Trajectory, Velocity
+from bpgo_video.types import Conditioning, Guidance, Latents, PromptBatch, RolloutChunk, Trajectory, Velocity
 
 TrainedSteps = Callable[[int], tuple[int, ...]]  # prompt id -> indices of its stochastic steps
 
@@ -53,16 +53,14 @@ class Denoiser:
     def steps(self) -> list[sde.Step]:
         return sde.steps_of(self.sigmas)
 
-    def velocity(self, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning) -> Velocity:
+    def velocity(self, latents: Latents, index: int, guidance: Guidance) -> Velocity:
         """At the start of step `index`, guided; differentiable in the policy's parameters."""
         sigma = self.sigmas[index]
-        return guided_velocity(self.policy, latents.float(), sigma, conditioning, negative, self.guidance_scale)
+        return guided_velocity(self.policy, latents.float(), sigma, guidance, self.guidance_scale)
 
-    def transition(
-        self, latents: Latents, index: int, conditioning: Conditioning, negative: Conditioning
-    ) -> sde.Transition:
+    def transition(self, latents: Latents, index: int, guidance: Guidance) -> sde.Transition:
         """Where the stochastic step `index` leads from `latents`; differentiable in the policy's parameters."""
-        return self.transition_of(self.velocity(latents, index, conditioning, negative), latents, index)
+        return self.transition_of(self.velocity(latents, index, guidance), latents, index)
 
     def transition_of(self, velocity: Velocity, latents: Latents, index: int) -> sde.Transition:
         """Where the stochastic step `index` leads with this velocity."""
@@ -72,8 +70,7 @@ class Denoiser:
     def denoise(
         self,
         latents: Latents,
-        conditioning: Conditioning,
-        negative: Conditioning,
+        guidance: Guidance,
         noise_of: Callable[[int], Latents],
         trained_steps: Collection[int] = (),
     ) -> Path:
@@ -89,7 +86,7 @@ class Denoiser:
         before: sde.Slope | None = None  # of the step before, where that one followed the ODE too
         for index, step in enumerate(steps):
             if index in trained_steps:
-                transition = self.transition(points[-1], index, conditioning, negative)
+                transition = self.transition(points[-1], index, guidance)
                 points.append(transition.sample(noise_of(index)).to(self.latents_dtype))
                 log_probs[:, index] = transition.log_prob(points[-1])
                 if by_frame is not None:
@@ -97,7 +94,7 @@ class Denoiser:
                 means += [transition.mean] if self.records_means else []
                 before = None
                 continue
-            slope = sde.Slope(self.velocity(points[-1], index, conditioning, negative), step)
+            slope = sde.Slope(self.velocity(points[-1], index, guidance), step)
             points.append(sde.SOLVERS[self.solver](slope, before, points[-1].float()).to(self.latents_dtype))
             before = slope
         kept = points if self.records_path else points[-1:]
@@ -159,9 +156,17 @@ def sampled_steps(config: Config, step: int) -> TrainedSteps:
     return trained_steps_of(config, step) if config.loss.objective == "policy_gradient" else no_steps
 
 
-def rows_of(conditioning: Conditioning, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """The conditioning of each sample, from that of the prompts, which rests on the CPU."""
-    return {name: value[rows].to(device, non_blocking=True) for name, value in conditioning.items()}
+def guidance_of(prompts: PromptBatch, rows: Int[Tensor, "samples"], device: torch.device) -> Guidance:
+    """What guides each sample, from what the prompts have, which rests on the CPU; `rows` are the samples' prompts."""
+    away = torch.zeros_like(rows) if prompts.negative_rows is None else prompts.negative_rows[rows]
+    return Guidance(rows_of(prompts.conditioning, rows, device), rows_of(prompts.negative, away, device))
+
+
+def rows_of(conditioning: Conditioning, rows: Int[Tensor, "samples"], device: torch.device) -> dict[str, Tensor]:
+    """Each distinct row goes to the device once: the samples of a group share their prompt's."""
+    distinct, places = rows.unique(return_inverse=True)
+    there = {name: value[distinct].to(device, non_blocking=True) for name, value in conditioning.items()}
+    return {name: value[places.to(device)] for name, value in there.items()}
 
 
 def no_steps(prompt: int) -> tuple[int, ...]:
@@ -172,7 +177,6 @@ def no_steps(prompt: int) -> tuple[int, ...]:
 def sample_chunks(
     denoiser: Denoiser,
     prompts: PromptBatch,
-    negative: Conditioning,
     mesh: Mesh,
     *,
     group_size: int,
@@ -204,10 +208,10 @@ def sample_chunks(
             def noise_of(step: int | str, owners: list[tuple[int, int]] = owners) -> Latents:
                 return keyed_noise(latent_shape, [(*key, *owner, step) for owner in owners], mesh.device)
 
-            conditioning = rows_of(prompts.conditioning, rows, mesh.device)
+            guidance = guidance_of(prompts, rows, mesh.device)
             start = noise_of("start", [(prompt, 0) for prompt, _ in owners]) if same_start else noise_of("start")
             chosen = trained_steps(owners[0][0])
-            path = denoiser.denoise(start, conditioning, negative, noise_of, chosen)
+            path = denoiser.denoise(start, guidance, noise_of, chosen)
             recorded = (path.latents, path.log_probs, path.means, path.frame_log_probs)
             trajectories.append(Trajectory(rows, samples, chosen, *recorded))
         yield _decoded(denoiser.policy, tuple(trajectories), prompts, mesh)

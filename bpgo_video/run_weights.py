@@ -22,9 +22,11 @@ from bpgo_video import checkpoint
 from bpgo_video.config_io import read_recipe
 from bpgo_video.ema_files import AverageParameters
 from bpgo_video.engine import tensor_files
+from bpgo_video.model_buffers import model_buffers, stored
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import family
 from bpgo_video.policies.lora import merged_tensors
+from bpgo_video.policies.pipeline_policy import networks_of
 from bpgo_video.policies.transformers import trained_names
 from bpgo_video.sft_config import Recipe
 from bpgo_video.zero_files import (
@@ -49,12 +51,14 @@ class Source:
         base: the diffusers pipeline folder that the run started from.
         config: the run's own.
         step: finished training steps.
+        code: the versions of the program that made them, in order.
     """
 
     folder: Path
     base: Path
     config: Recipe
     step: int
+    code: tuple[str, ...] = ()
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -96,7 +100,8 @@ def find_source(path: Path) -> Source:
     if "progress" not in state:
         raise CheckpointError(f"{folder} was not written by a run of this program: it has no progress in it")
     config = read_recipe(config_file)
-    return Source(folder, resolve_folder(config.policy.folder), config, state["progress"]["step"])
+    base = resolve_folder(config.policy.folder)
+    return Source(folder, base, config, state["progress"]["step"], tuple(state.get("code", ())))
 
 
 def adapter_tensors(source: Source, name: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,14 +136,27 @@ def trained_tensors(
         except ValueError as error:
             raise CheckpointError(f"{source.folder} does not fit {source.base / name}: {error}") from None
         return
-    keys = tensor_files(source.base / name)
-    missing = sorted(key for key in keys if f"{name}.{key}" not in trained)
+    for key, file in base_files(source, name, trained).items():
+        tensor = trained[f"{name}.{key}"] if f"{name}.{key}" in trained else stored(file, key)
+        yield key, tensor.to(dtype)
+
+
+def base_files(source: Source, name: str, trained: Mapping[str, Tensor]) -> dict[str, Path]:
+    """Which file of the base folder holds each tensor of a transformer whose parameters are all trained.
+
+    Raises:
+        CheckpointError: the checkpoint lacks one that is no buffer.
+    """
+    folder = source.base / name
+    files = tensor_files(folder)
+    missing = {key for key in files if f"{name}.{key}" not in trained}
+    if missing:  # buffers are no parameters, and an average has none
+        missing -= set(model_buffers(networks_of(source.base)[name], folder, files))
     if missing:
         raise CheckpointError(
-            f"{source.folder} lacks {len(missing)} tensors of {source.base / name}, {missing[:3]} among them"
+            f"{source.folder} lacks {len(missing)} tensors of {folder}, {sorted(missing)[:3]} among them"
         )
-    for key in keys:
-        yield key, trained[f"{name}.{key}"].to(dtype)
+    return files
 
 
 def put_into(transformer: Any, source: Source, name: str, trained: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -20,7 +20,8 @@ from bpgo_video.policy_session import PolicySession
 def save(session: PolicySession, step: int, progress: Mapping[str, Any]) -> Saved:
     """A checkpoint of the finished step; `progress`, plain data, comes back from `resume`."""
     parts = [partial(save_average, session.ema)] if session.ema else []
-    return checkpoint.save(session.engine, session.config.run, step, {"progress": progress}, session.mesh, parts)
+    state = {"progress": progress, "code": session.code}
+    return checkpoint.save(session.engine, session.config.run, step, state, session.mesh, parts)
 
 
 def resume(session: PolicySession, run_dir: Path, name: str) -> dict[str, Any]:
@@ -29,6 +30,8 @@ def resume(session: PolicySession, run_dir: Path, name: str) -> dict[str, Any]:
     state = resuming.load(session.engine, folder, session.mesh, session.config.run.resume_optimizer)
     if session.ema:
         load_average(session.ema, folder)
+    earlier = state.get("code", [])
+    session.code[:] = [*earlier, *(one for one in session.code if one not in earlier[-1:])]
     return dict(state["progress"])
 
 
@@ -36,7 +39,7 @@ def export(session: PolicySession, run_dir: Path) -> None:
     """The trained weights in RUN/export, and their average, where one is kept, in RUN/export-ema."""
     names = trained_names(session.policy.folder, session.config.policy.trained)
     write = partial(export_pipeline, session.engine, session.policy, names, mesh=session.mesh)
-    card = CardFacts(session.config, session.config.run.num_steps, "raw", EXPORTED)
+    card = CardFacts(session.config, session.config.run.num_steps, "raw", EXPORTED, session.code)
     write(output=run_dir / "export", card=card)
     if session.ema:
         with session.ema.weights():

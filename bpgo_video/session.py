@@ -10,7 +10,7 @@ from typing import Any
 from bpgo_video import engine as engines
 from bpgo_video.advantages import AdvantageSettings
 from bpgo_video.bpgo_settings import BPGOSettings
-from bpgo_video.conditioning import cast, check_images, conditioned, image_size
+from bpgo_video.conditioning import check_images, conditioned, image_size
 from bpgo_video.config import Config
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
@@ -36,15 +36,14 @@ from bpgo_video.priors import STORED
 from bpgo_video.reference import Averaged, FrozenCopy, Reference, WithoutAdapters
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.types import Conditioning, PromptBatch
+from bpgo_video.types import PromptBatch
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is read of the shards: their folder, the negative prompt's conditioning, and the held-out prompts."""
+    """What is read of the shards: their folder, and the held-out prompts."""
 
     shards: PromptShards
-    negative: Conditioning
     heldout: PromptBatch | None
 
 
@@ -123,14 +122,18 @@ def priors_read(config: Config, shards: PromptShards) -> dict[str, str]:
     return {"priors": "".join(prior_path(shards.directory, name).read_text() for name in config.rewards)}
 
 
-def heldout_prompts(config: Config, shards: PromptShards, policy: Policy) -> PromptBatch | None:
-    """The prompts of the held-out split, at most `evaluation.max_prompts`, evenly spread over it."""
-    if not config.evaluation.rewards:
-        return None
+def heldout_rows(config: Config, shards: PromptShards) -> list[int]:
+    """Where the held-out prompts are in the shards: at most `evaluation.max_prompts`, evenly spread over the split."""
     rows = shards.rows(config.evaluation.split)
     count = min(len(rows), config.evaluation.max_prompts)
-    records = [shards.record(int(rows[i * len(rows) // count])) for i in range(count)]
-    return as_batch(records, image_size(config, policy))
+    return [int(rows[i * len(rows) // count]) for i in range(count)]
+
+
+def heldout_prompts(config: Config, shards: PromptShards, policy: Policy) -> PromptBatch | None:
+    """The held-out prompts, where there are rewards to score them with."""
+    if not config.evaluation.rewards:
+        return None
+    return as_batch([shards.record(row) for row in heldout_rows(config, shards)], image_size(config, policy))
 
 
 def gathers_for_rollout(config: Config, engine: engines.Engine, mesh: Mesh) -> bool:
@@ -184,7 +187,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     return Session(
         config=config,
         mesh=mesh,
-        prompts=Prompts(shards, cast(shards.negative, dtype, mesh.device), heldout),
+        prompts=Prompts(shards, heldout),
         priors=priors,
         suite=suite,
         heldout_suite=heldout_suite,

@@ -73,7 +73,7 @@ def heldout_losses(session: SftSession) -> HeldoutLosses | None:
         return None
     shares = session.mesh.share(count, session.config.sft.micro_batch_size)
     levels = session.loss.levels(session.config.evaluation.levels)
-    with session.evaluated_weights():
+    with session.weights(session.config.evaluation.weights):
         found = [session.loss.errors_at(session.clips.read(rows[items].tolist()), levels) for items in shares]
     items = [item for share in shares for item in share]
     return session.mesh.gather(torch.cat(found), items, count).cpu()

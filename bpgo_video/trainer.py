@@ -16,11 +16,12 @@ from bpgo_video.config import Config
 from bpgo_video.config_rules import check_world
 from bpgo_video.course import Dates, launch, open_run, run_steps
 from bpgo_video.estimation import Memory, estimate_advantages, to_be_scored
-from bpgo_video.heldout import HeldoutScores, evaluate
+from bpgo_video.heldout import HeldoutScores, evaluate, write_shown
 from bpgo_video.metrics import RunLog, reduce_metrics
 from bpgo_video.objectives import OBJECTIVES
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.randomness import isolated
 from bpgo_video.replay import Setting, optimise
 from bpgo_video.results import PHASES, Progress, frame_lines, heldout_videos, shown_videos, summarise, write_results
 from bpgo_video.rewards.ahead import ScoreAhead
@@ -33,6 +34,8 @@ from bpgo_video.stopwatch import Stopwatch
 from bpgo_video.timesteps import step_metrics, step_sums
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 
+MEASURED = (("heldout", ""), ("heldout_ema", "-ema"))  # of the first and the second kind of weights: metrics, folders
+
 
 def rollout_chunks(session: Session, prompts: PromptBatch, step: int) -> Iterator[RolloutChunk]:
     """This rank's samples of a training step."""
@@ -40,7 +43,6 @@ def rollout_chunks(session: Session, prompts: PromptBatch, step: int) -> Iterato
     return sample_chunks(
         training_denoiser(session.policy, config),
         prompts,
-        session.prompts.negative,
         session.mesh,
         group_size=config.rollout.group_size,
         micro_batch_size=config.rollout.micro_batch_size,
@@ -98,7 +100,7 @@ def train_step(
     with watch.phase("update"):
         if config.advantage.best_of is not None:
             trajectories, advantages = without_the_average(session, trajectories, advantages)
-        setting = Setting(session.policy, config, prompts, session.prompts.negative, session.reference)
+        setting = Setting(session.policy, config, prompts, session.mesh.device, session.reference)
         objective = OBJECTIVES[config.loss.objective](setting, advantages, step)
         update = optimise(session.updates, objective, trajectories, config.optim.updates_per_rollout)
     return {
@@ -122,30 +124,29 @@ def without_the_average(
     return kept, advantages.times(len(kept) / len(trajectories))
 
 
-def evaluate_heldout(session: Session, videos_to: Path | None = None) -> HeldoutScores | None:
-    if session.heldout_suite is None or session.prompts.heldout is None:
+def evaluate_heldout(session: Session, weights: str, videos_to: Path) -> HeldoutScores | None:
+    """Held-out scores of one kind of weights, some videos into a folder; training goes on as if it had not been."""
+    heldout, config = session.prompts.heldout, session.config
+    if session.heldout_suite is None or heldout is None:
         return None
-    with session.evaluated_weights(), session.rollout_weights():
-        return evaluate(
-            session.policy,
-            session.prompts.heldout,
-            session.prompts.negative,
-            session.heldout_suite,
-            session.config,
-            session.mesh,
-            videos_to,
-        )
+    seen = write_shown(videos_to, len(heldout), config)
+    with isolated(), session.weights(weights), session.rollout_weights():
+        return evaluate(session.policy, heldout, session.heldout_suite, config, session.mesh, seen)
 
 
 class Training:
-    """What BPGO does in each step, for the frame of course.py; the last held-out scores are `after`."""
+    """What BPGO does in each step, for the frame of course.py.
+
+    Attributes:
+        after: the last held-out scores, of the weights that the run is measured by.
+    """
 
     def __init__(
         self, session: Session, progress: Progress, run_dir: Path, started: float, heartbeat: Heartbeat
     ) -> None:
         self.session, self.progress, self.heartbeat, self.started = session, progress, heartbeat, started
         self.after: HeldoutScores | None = None
-        self._folder = run_dir / "samples" / "after"
+        self._samples = run_dir / "samples"
         self._batches = session.batches(progress.position)
         self._memory = Memory(progress.running_rewards, progress.agreements)
 
@@ -156,14 +157,20 @@ class Training:
         return record
 
     def evaluate(self, step: int, last: bool, log: RunLog) -> dict[str, float]:
-        self.after = evaluate_heldout(self.session, self._folder if last else None)
-        if self.after is None:
-            return {}
-        self.progress.videos_generated += heldout_videos(self.session)
+        name = "after" if last else f"step-{step + 1:06d}"
+        scores: list[HeldoutScores] = []
+        record: dict[str, float] = {}
+        for kind, (prefix, end) in zip(self.session.config.evaluation.measured, MEASURED, strict=False):
+            found = evaluate_heldout(self.session, kind, folder := self._samples / f"{name}{end}")
+            if found is None:
+                return {}
+            record |= found.metrics(prefix)
+            log.media(step, prefix, shown_videos(self.session, folder, found))
+            self.progress.videos_generated += heldout_videos(self.session)
+            scores.append(found)
+        self.after = scores[0]
         log.frames(frame_lines(self.session, step, self.after))
-        if last:
-            log.media(step, "heldout", shown_videos(self.session, self._folder, self.after))
-        return self.after.metrics()
+        return record
 
     def save(self) -> Saved:
         self.progress.seconds["total"] = time.perf_counter() - self.started
@@ -197,7 +204,7 @@ def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests
         dates = Dates(progress.step, config.run.num_steps, config.evaluation.every, config.run.save_every)
         if not run_steps(training, dates, log, heartbeat, requests):
             return None
-    after = training.after or evaluate_heldout(session, run_dir / "samples" / "after")
+    after = training.after or evaluate_heldout(session, config.evaluation.measured[0], run_dir / "samples" / "after")
     heartbeat.enter("export")
     export(session, run_dir)
     progress.seconds["total"] = time.perf_counter() - started
@@ -210,7 +217,7 @@ def run(config: Config, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests
 
 def evaluate_start(session: Session, progress: Progress, run_dir: Path) -> None:
     """The held-out scores before the first step."""
-    before = evaluate_heldout(session, run_dir / "samples" / "before")
+    before = evaluate_heldout(session, session.config.evaluation.measured[0], run_dir / "samples" / "before")
     if before is not None:
         progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()}
         progress.frames_before = {name: found.values.tolist() for name, found in before.frames.items()}

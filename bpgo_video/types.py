@@ -27,6 +27,17 @@ Videos = Float[Tensor, "samples frames 3 height width"]
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """What each sample is drawn towards, its prompt, and by classifier-free guidance away from, its negative prompt.
+
+    Axis 0 of both is the sample. What `away` lacks is the sample's own: an image is kept, whatever the text.
+    """
+
+    towards: Conditioning
+    away: Conditioning
+
+
+@dataclass(frozen=True)
 class PriorAnchor:
     """The reward a typical, clear sample of each prompt should earn: R_prior of arXiv 2511.18919.
 
@@ -51,6 +62,8 @@ class PromptBatch:
 
     Attributes:
         ids: unique 64-bit integers.
+        negative: conditioning of the negative prompts, each once; axis 0 is the distinct negative prompt.
+        negative_rows: which of them each prompt has; None where all have the first.
         priors: a reward's name -> its anchor.
         images: what image-to-video starts from, RGB in [0, 1] at the video's size, where the prompts have images.
         twice: whose videos are scored by the second models, too, where there are any; None for all.
@@ -59,6 +72,8 @@ class PromptBatch:
     ids: Int[Tensor, "prompts"]
     texts: tuple[str, ...]
     conditioning: Conditioning
+    negative: Conditioning = field(default_factory=dict)
+    negative_rows: Int[Tensor, "prompts"] | None = None
     priors: Mapping[str, PriorAnchor] = field(default_factory=dict)
     images: Float[Tensor, "prompts 3 height width"] | None = None
     twice: Bool[Tensor, "prompts"] | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -81,8 +81,30 @@ def _convert(folder: Path, output: Path) -> None:
     (output / "latest_universal").unlink()
 
 
-def verify_universal(trained: Mapping[str, Tensor], output_folder: Path) -> None:
-    """Compare the fp32 weights in a universal checkpoint with the parameters `trained`.
+class UniversalParameters(Mapping[str, Tensor]):
+    """The fp32 parameters in a universal checkpoint, each read when it is asked for.
+
+    Args:
+        shapes: theirs, which ZeRO 3's conversion forgets.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, torch.Size]):
+        self.folder, self.shapes = folder, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        content = read_file(self.folder / "zero" / name / "fp32.pt")
+        whole: Tensor = content["param"] if isinstance(content, dict) else content  # ZeRO 1 and 2 write a dictionary
+        return whole.view(self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def verify_universal(trained: Mapping[str, Tensor], output_folder: Path) -> UniversalParameters:
+    """Compare the fp32 weights in a universal checkpoint with the parameters `trained`; what was found.
 
     Raises:
         CheckpointError: names the parameter that differs, is missing, or should not be there.
@@ -90,8 +112,10 @@ def verify_universal(trained: Mapping[str, Tensor], output_folder: Path) -> None
     found = {path.parent.name for path in output_folder.glob("zero/*/fp32.pt")}
     if foreign := sorted(found ^ set(trained)):
         raise CheckpointError(f"{output_folder} has other parameters than the checkpoint, {foreign[:3]} among them")
+    shapes: dict[str, torch.Size] = {}
+    weights = UniversalParameters(output_folder, shapes)
     for name, tensor in tqdm(trained.items(), desc="Comparing", unit="tensor"):
-        content = read_file(output_folder / "zero" / name / "fp32.pt")
-        whole = content["param"] if isinstance(content, dict) else content  # ZeRO 1 and 2 write a dictionary
-        if not torch.equal(whole.flatten(), tensor.flatten()):
+        shapes[name] = tensor.shape
+        if not torch.equal(weights[name], tensor):
             raise CheckpointError(f"{output_folder}: {name} is not the checkpoint's")
+    return weights

@@ -71,6 +71,12 @@ def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> Any:
     return model_class.from_pretrained(folder, torch_dtype=dtypes.pop() if len(dtypes) == 1 else None)
 
 
+def load_single_file(file: Path, config_folder: Path, dtype: torch.dtype) -> Any:
+    """A transformer in one file of its authors' names, as diffusers loads it."""
+    model_class = getattr(diffusers, json.loads((config_folder / "config.json").read_text())["_class_name"])
+    return model_class.from_single_file(str(file), config=str(config_folder), torch_dtype=dtype)
+
+
 def verify_adapters(adapters: Mapping[str, Tensor], lora: LoraConfig, source: Source, name: str, output: Path) -> Any:
     """Load adapters through diffusers, on the base model, and compare what each adds to its layer, alpha/rank B A.
 

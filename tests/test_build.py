@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import tarfile
 import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from bpgo_video.data.build import SKIPPED, Build, BuildSettings, build_shards
 from bpgo_video.data.once import Encode
 from bpgo_video.data.prompt_files import PromptFileError, prompt_id
 from bpgo_video.data.prompt_plan import make_plan
-from bpgo_video.data.prompt_records import EncoderStamp
+from bpgo_video.data.prompt_records import EncoderStamp, ShardError
+from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
 
 STAMP = EncoderStamp("stub", "0123456789abcdef", 4)
@@ -66,6 +68,72 @@ def test_equal_texts_are_encoded_once(prompts: Path, tmp_path: Path) -> None:
     assert len(encode.texts) == 20 + 1 + 1  # single ones, "again", and the negative prompt
     for record in PromptShards(tmp_path / "out").records():
         assert torch.equal(record.conditioning["prompt_embeds"], Encoder()([record.prompt])["prompt_embeds"][0])
+
+
+@pytest.fixture
+def guided(tmp_path: Path) -> Path:
+    """12 prompts: four with the folder's negative prompt, two of them by name, the others with three of their own."""
+    own = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"]
+    lines = [{"prompt": f"prompt {i}", "id": i, "negative_prompt": own[i % 6]} for i in range(12)]
+    return write_lines(tmp_path / "n.jsonl", [{k: v for k, v in line.items() if v is not None} for line in lines])
+
+
+def test_each_prompt_has_its_own_negative_prompt_or_the_folders(guided: Path, tmp_path: Path) -> None:
+    encode = Encoder()
+    job(guided, tmp_path / "out", encode, shard_size=5, batch_size=4, negative_prompt="folder's").run()
+    assert set(encode.texts.values()) == {1}
+    assert set(encode.texts) == {*(f"prompt {i}" for i in range(12)), "blurry", "dark", "folder's"}
+    shards = PromptShards(tmp_path / "out")
+    own = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"] * 2
+    records = list(shards.records())
+    assert [record.negative_prompt for record in records] == own
+    batch = as_batch(records)
+    assert len(batch.negative["prompt_embeds"]) == 5, "of twelve prompts; the folder's with and without its name"
+    assert batch.negative_rows is not None
+    for record, row in zip(records, batch.negative_rows, strict=True):
+        expected = Encoder()([record.negative_prompt or "folder's"])["prompt_embeds"][0]
+        assert torch.equal(record.negative["prompt_embeds"], expected)
+        assert torch.equal(batch.negative["prompt_embeds"][row], expected)
+    shards.verify()
+
+
+def test_a_shard_holds_equal_embeddings_once_and_is_read_alone(guided: Path, tmp_path: Path) -> None:
+    job(guided, tmp_path / "out", Encoder(), shard_size=6).run()
+    with tarfile.open(tmp_path / "out" / "prompts-000000.tar") as tar:
+        names = [member.name for member in tar if "safetensors" in member.name]
+    texts = [f"{i:09d}.safetensors" for i in range(6)]
+    negatives = [f"{i:09d}.negative.safetensors" for i in (0, 2, 3)]  # 4 has that of 0, 5 the text of 1
+    assert sorted(names) == sorted(texts + negatives)
+    alone = PromptShards(tmp_path / "out" / "prompts-00000[1].tar")
+    assert [record.negative_prompt for record in alone.records()] == ["blurry", None, "dark", "folder's", "blurry",
+                                                                      "prompt 1"]  # fmt: skip
+    alone.verify()
+
+
+def test_a_damaged_negative_prompt_is_named(guided: Path, tmp_path: Path) -> None:
+    job(guided, tmp_path / "out", Encoder(), shard_size=12).run()
+    path = tmp_path / "out" / "prompts-000000.tar"
+    with tarfile.open(path) as tar:
+        member = tar.getmember("000000002.negative.safetensors")
+    content = bytearray(path.read_bytes())
+    content[member.offset_data + member.size - 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ShardError, match="record 000000002: its negative tensors do not match their sha256"):
+        PromptShards(tmp_path / "out").verify()
+
+
+def test_repeated_texts_are_stored_once_a_shard(prompts: Path, tmp_path: Path) -> None:
+    job(prompts, tmp_path / "out", Encoder(), shard_size=25).run()
+    with tarfile.open(tmp_path / "out" / "prompts-000000.tar") as tar:
+        assert sum(member.name.endswith("safetensors") for member in tar) == 21
+    damaged = tmp_path / "out" / "prompts-000000.tar"
+    with tarfile.open(damaged) as tar:
+        first = tar.getmember("000000000.safetensors")
+    content = bytearray(damaged.read_bytes())
+    content[first.offset_data + first.size - 1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(ShardError, match="record 000000020: its conditioning tensors do not match"):
+        PromptShards(tmp_path / "out").record(20)
 
 
 @pytest.mark.parametrize("calls", range(0, 14, 2))
@@ -205,8 +273,8 @@ def peak_bytes(folder: Path, count: int) -> int:
         gc.unfreeze()
 
 
-def test_memory_grows_by_two_integers_a_prompt_not_by_its_text(tmp_path: Path) -> None:
-    """16 bytes a prompt are kept, sorted copies come and go; a text has 1517 characters."""
+def test_memory_grows_by_three_integers_a_prompt_not_by_its_text(tmp_path: Path) -> None:
+    """24 bytes a prompt are kept, sorted copies come and go; a text has 1517 characters."""
     peak_bytes(tmp_path / "warm", 100)
     small, large = peak_bytes(tmp_path / "small", 100), peak_bytes(tmp_path / "large", 600)
     assert (large - small) / 500 < 100

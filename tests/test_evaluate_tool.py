@@ -11,50 +11,21 @@ import pytest
 import torch
 
 from bpgo_video import engine
-from bpgo_video.config import Config, ConfigError, RewardConfig
+from bpgo_video.config import Config, ConfigError
 from bpgo_video.config_io import to_yaml
-from bpgo_video.data.build import build_shards
-from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.heldout import stderr
 from bpgo_video.heldout_evaluation import as_json, asked, by_tag, evaluate_folder
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.policies import load_policy
-from bpgo_video.rewards import Clips, FrameSampling, FrameScores
-from tests.random_wan import TEXT_TOKENS, random_wan
-from tests.recipes import small_recipe
+from tests.random_wan import random_wan
+from tests.written_runs import PROMPTS, tagged_recipe
 from tools.evaluate import main
 
 ONE_RANK = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
-PROMPTS = [
-    {"prompt": "a red circle moving down", "split": "heldout", "tags": ["clear"]},
-    {"prompt": "a shape moving right", "split": "heldout", "tags": ["open"]},
-    {"prompt": "a blue square moving up", "split": "heldout", "tags": ["clear"]},
-    *({"prompt": text, "tags": []} for text in ("a red object", "a green triangle moving right")),
-]
-
-
-class WhichPrompt:
-    """A score that tells prompts apart, and samples of one prompt too."""
-
-    name, version, range = "which prompt", "7", (0.0, 10.0)
-    higher_is_better, differentiable, kind, frames = True, False, "test", FrameSampling()
-
-    def __call__(self, clips: Clips) -> FrameScores:
-        length = torch.tensor([[float(len(text))] for text in clips.texts])
-        return FrameScores(length + clips.videos[:, 4, 0, 20, 20, None])
 
 
 @pytest.fixture(scope="module")
 def recipe_here(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A recipe over a random policy and prompts with tags."""
-    root = tmp_path_factory.mktemp("evaluate")
-    policy = load_policy(str(random_wan(root / "wan")), max_sequence_length=TEXT_TOKENS, components=("text_encoder",))
-    (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
-    stamp = encoder_stamp(policy.folder, TEXT_TOKENS)
-    build_shards([root / "prompts.jsonl"], root / "shards", policy.encode, stamp)
-    config = small_recipe(root / "run", root / "shards", policy={"folder": str(policy.folder)})
-    rewards = {"which": RewardConfig(model="tests.test_evaluate_tool:WhichPrompt")}
-    return replace(config, evaluation=replace(config.evaluation, rewards=rewards))
+    return tagged_recipe(tmp_path_factory.mktemp("evaluate"))
 
 
 def test_tags_split_the_mean_and_its_standard_error() -> None:

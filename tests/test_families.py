@@ -19,14 +19,14 @@ from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.policies.transformers import blocks_of
 from bpgo_video.replay import Setting, optimise, replay_objective
-from bpgo_video.rollout import Denoiser, sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
 from bpgo_video.run_weights import find_source
 from tests.families import CASES, Case
 from tests.families.case import CPU
 from tests.test_replay import PlainLearner, total_loss
 from tests.zero_checkpoints import write_checkpoint
 
-STEPS = 3
+STEPS = 4  # divides the timesteps of training, as diffusers' DDIM wants it
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -51,13 +51,13 @@ def test_the_ode_rollout_is_the_pipelines_own(case: Case, folder: Path, policy: 
     """Schedule, shift, text, image, guidance, normalisation of latents: all of it, to the pixel."""
     scale = case.guidance_scale if guided else 1.0
     config = case.recipe(folder)
-    prompts, negative = case.prompts(policy, config)
+    prompts = case.prompts(policy, config)
     start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     denoiser = Denoiser(
         policy=policy, sigmas=policy.sigmas(STEPS, case.video), sampler="ode", eta=0.0, guidance_scale=scale,
         latents_dtype=torch.float32,
     )  # fmt: skip
-    latents = denoiser.denoise(start, prompts.conditioning, negative, lambda _: start).latents[:, -1]
+    latents = denoiser.denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start).latents[:, -1]
     found = policy.decode(latents, prompts.conditioning)
     expected = case.diffusers_videos(policy, start, STEPS, scale)
     assert found.shape[1] == case.video.num_frames
@@ -68,15 +68,15 @@ def test_the_ode_rollout_is_the_pipelines_own(case: Case, folder: Path, policy: 
 def test_the_ratio_is_one_and_an_update_lowers_its_own_loss(case: Case, folder: Path, policy: Policy) -> None:
     config = case.recipe(folder)
     config = replace(config, loss=replace(config.loss, clip_range=(0.9, 9.0)))
-    prompts, negative = case.prompts(policy, config)
+    prompts = case.prompts(policy, config)
     chunks = sample_chunks(
-        training_denoiser(policy, config), prompts, negative, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
+        training_denoiser(policy, config), prompts, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
         latent_shape=policy.latent_shape(case.video), key=(0, "rollout", 0), trained_steps=trained_steps_of(config, 0),
     )  # fmt: skip
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
     trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
-    objective = replay_objective(Setting(policy, config, prompts, negative, None), advantages, 0)
+    objective = replay_objective(Setting(policy, config, prompts, CPU, None), advantages, 0)
     before = total_loss(objective, trajectories)
     learner = PlainLearner(policy.transformers, learning_rate=1e-3)
     found = optimise(learner, objective, trajectories, updates_per_rollout=1)

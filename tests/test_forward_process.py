@@ -90,17 +90,16 @@ def rollout(policy: Policy, recipe: Config, kind: str) -> tuple[ForwardProcess, 
     sampler = replace(recipe.sampler, num_steps=4, train_steps="all", share_steps="batch")
     recipe = replace(recipe, sampler=sampler, loss=replace(recipe.loss, objective=kind, clip_range=(0.9, 9.0)))
     texts = ("a red circle moving left", "a blue object")
-    prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts))
-    negative = policy.encode([""])
+    prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts), policy.encode([""]))
     chunks = sample_chunks(
-        training_denoiser(policy, recipe), prompts, negative, Mesh(0, 1, torch.device("cpu")), group_size=4,
+        training_denoiser(policy, recipe), prompts, Mesh(0, 1, torch.device("cpu")), group_size=4,
         micro_batch_size=4, latent_shape=policy.latent_shape(recipe.video), key=(0, "rollout", 0),
         trained_steps=sampled_steps(recipe, 0),
     )  # fmt: skip
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
     trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
-    return OBJECTIVES[kind](Setting(policy, recipe, prompts, negative), advantages, 0), trajectories
+    return OBJECTIVES[kind](Setting(policy, recipe, prompts, torch.device("cpu")), advantages, 0), trajectories
 
 
 @pytest.mark.parametrize("kind", ["awm", "nft"])

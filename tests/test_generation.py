@@ -87,6 +87,20 @@ def test_a_video_is_what_diffusers_makes_by_hand(settings: GenerationSettings) -
     assert torch.equal(found, expected)
 
 
+def test_a_prompts_own_negative_prompt_wins(settings: GenerationSettings) -> None:
+    (first, second, *_), pipeline = jobs_of(settings), pipeline_of(settings)
+
+    def videos(jobs: list[Job], negative: str) -> Any:
+        asked = replace(settings, negative_prompt=negative)
+        return sample(pipeline, policy_of(settings), jobs, asked, call_of(settings))
+
+    own = replace(first, prompt=replace(first.prompt, negative_prompt="a blue object"))
+    found = videos([own, second], "dark")
+    for job, video, negative in ((first, found[0], "a blue object"), (second, found[1], "dark")):
+        assert (videos([job], negative)[0] - video).abs().max() < 1e-5
+        assert (videos([job], "")[0] - video).abs().max() > 1e-4
+
+
 def test_noise_depends_on_seed_prompt_and_sample_and_on_nothing_else(settings: GenerationSettings) -> None:
     noise = initial_latents(jobs_of(settings), LATENTS)
     assert len({tuple(row.flatten()[:4].tolist()) for row in noise}) == 6

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from bpgo_video import generation
 from bpgo_video.config import LoraConfig
-from bpgo_video.config_io import to_yaml
 from bpgo_video.conversion import Conversion, convert
 from bpgo_video.data.build import build_shards
 from bpgo_video.data.prompt_files import prompt_id
@@ -23,11 +22,11 @@ from bpgo_video.data.prompt_records import EncoderStamp
 from bpgo_video.data.video import write_video
 from bpgo_video.generation import generate, load_pipeline, plan, read_records, sample
 from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.policies.lora import add_lora
-from bpgo_video.run_weights import find_source
+from bpgo_video.run_weights import WEIGHTS, find_source
+from bpgo_video.zero_files import CheckpointError
 from tests.random_wan import random_wan
-from tests.recipes import small_recipe
-from tests.zero_checkpoints import write_checkpoint
+from tests.written_runs import write_run
+from tests.zero_checkpoints import write_average
 
 TEXTS = ["a red circle moving left", "a blue square moving up", "a shape moving right"]
 LORA = LoraConfig(rank=2, alpha=4)
@@ -46,24 +45,6 @@ def settings(base: Path, tmp_path: Path) -> GenerationSettings:
         policy=str(base), prompts=prompts, output=tmp_path / "videos", seed=5, num_steps=2, guidance_scale=1.0,
         num_frames=9, height=64, width=64, fps=8, samples_per_prompt=2, batch_size=6,
     )  # fmt: skip
-
-
-def write_run(base: Path, run_dir: Path, lora: LoraConfig) -> Path:
-    """A run of one checkpoint whose weights are not the base model's; its folder."""
-    generator = torch.Generator().manual_seed(7)
-    model = WanPipeline.from_pretrained(base).transformer
-    if lora.rank:
-        add_lora(model, lora, seed=0)
-    trained = {
-        f"transformer.{name}": parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    write_checkpoint(run_dir / "checkpoints" / "step-000002", [trained])
-    (run_dir / "checkpoints" / "latest").write_text("step-000002")
-    config = small_recipe(run_dir, run_dir / "shards", policy={"folder": str(base), "lora": lora})
-    (run_dir / "config.yaml").write_text(to_yaml(config))
-    return run_dir
 
 
 def first_video(settings: GenerationSettings) -> torch.Tensor:
@@ -86,6 +67,23 @@ def test_a_checkpoint_makes_its_exports_video(
     assert (found - first_video(settings)).abs().max() > 1e-3
 
 
+def test_a_checkpoints_average_makes_its_exports_video(
+    base: Path, settings: GenerationSettings, tmp_path: Path
+) -> None:
+    run_dir = write_run(base, tmp_path / "run", LoraConfig())
+    source = find_source(run_dir)
+    from_run = replace(settings, policy=str(run_dir), weights="ema")
+    with pytest.raises(CheckpointError, match="kept no average"):
+        first_video(from_run)
+    write_average(source.folder, {name: 0.5 * tensor for name, tensor in WEIGHTS["raw"](source.folder).items()})
+    convert(Conversion(source, "ema", tmp_path / "export"), "diffusers")
+    found = first_video(from_run)
+    assert torch.equal(found, first_video(replace(settings, policy=str(tmp_path / "export"))))
+    assert (found - first_video(replace(from_run, weights="raw"))).abs().max() > 1e-3
+    with pytest.raises(GenerationError, match=r"weights is 'ema', but .* is no training checkpoint"):
+        find_model(replace(settings, weights="ema"))
+
+
 def test_a_checkpoint_is_part_of_what_the_videos_depend_on(
     base: Path, settings: GenerationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,13 +101,18 @@ def test_a_checkpoint_is_part_of_what_the_videos_depend_on(
 def test_prompts_come_from_shards(base: Path, settings: GenerationSettings, tmp_path: Path) -> None:
     lines = tmp_path / "prompts.jsonl"
     splits = ("train", "heldout", "heldout")
-    lines.write_text("".join(f'{{"prompt": "{t}", "split": "{s}"}}\n' for t, s in zip(TEXTS, splits, strict=True)))
+    negatives = ({}, {"negative_prompt": ""}, {"negative_prompt": "dark"})
+    objects = [{"prompt": t, "split": s, **n} for t, s, n in zip(TEXTS, splits, negatives, strict=True)]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in objects))
     stamp = EncoderStamp("none", "0" * 16, 4)
     build_shards([lines], tmp_path / "shards", lambda texts: {"x": torch.zeros(len(texts), 4, 2)}, stamp)
     from_shards = replace(settings, prompts=tmp_path / "shards", split="heldout")
     found = plan(from_shards, read_records(from_shards))
     assert [(job.prompt.prompt, job.prompt.id) for job in found[::2]] == [(t, prompt_id(t)) for t in TEXTS[1:]]
-    assert len(read_records(replace(from_shards, split=None))) == 3
+    from_lines = read_records(replace(settings, prompts=lines))
+    assert [record.negative_prompt for record in from_lines] == [None, "", "dark"]
+    from_all = read_records(replace(from_shards, split=None))
+    assert [record.negative_prompt for record in from_all] == [None, "", "dark"]
     with pytest.raises(GenerationError, match="no folder of prompt shards"):
         read_records(replace(settings, split="heldout"))
 

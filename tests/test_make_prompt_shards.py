@@ -74,7 +74,7 @@ def test_build_then_inspect_verify_and_stats(tool, stub_policy: Path, tmp_path: 
     assert len(shards) == 96
     assert shards.splits == {"train": 72, "heldout": 24}
     assert shards.negative_prompt == "blurry"
-    assert torch.equal(shards.negative["prompt_embeds"], encode(["blurry"])["prompt_embeds"])
+    assert torch.equal(shards.negative["prompt_embeds"], encode(["blurry"])["prompt_embeds"][0])
     batch = next(shards.stream("train", 0, 6))
     assert torch.equal(batch.conditioning["prompt_embeds"], encode(batch.texts)["prompt_embeds"])
     assert batch.ids.tolist() == [prompt_id(text) for text in batch.texts]
@@ -84,6 +84,7 @@ def test_build_then_inspect_verify_and_stats(tool, stub_policy: Path, tmp_path: 
     assert world.captions("heldout")[1].text in capsys.readouterr().out
     assert tool.main(["stats", output]) == 0
     printed = capsys.readouterr().out
+    assert "negative    'blurry'; 0 prompts have one of their own, 0 different ones" in printed
     assert "train 72, heldout 24" in printed
     assert "clear 48, open 48" in printed
     assert tool.main(["verify", output]) == 0
@@ -92,6 +93,20 @@ def test_build_then_inspect_verify_and_stats(tool, stub_policy: Path, tmp_path: 
     shard.write_bytes(shard.read_bytes().replace(b"moving", b"MOVING", 1))
     assert tool.main(["verify", output]) == 1
     assert "prompts-000001.tar: its sha256" in capsys.readouterr().err
+
+
+def test_negative_prompts_are_shown_and_counted(tool, stub_policy: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "p.csv").write_text("prompt,negative_prompt\na,dark\nb,\nc,dark\nd,blurry\n")
+    output = str(tmp_path / "shards")
+    arguments = ["--output", output, "--policy", str(stub_policy), "--max-sequence-length", "8"]
+    assert tool.main(["build", "--input", str(tmp_path / "p.csv"), *arguments, "--negative-prompt", "blurry"]) == 0
+    capsys.readouterr()
+    assert tool.main(["stats", output]) == 0
+    assert "negative    'blurry'; 3 prompts have one of their own, 2 different ones" in capsys.readouterr().out
+    assert tool.main(["inspect", output]) == 0
+    assert [line.split()[2:] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["a", "|", "dark"], ["b"], ["c", "|", "dark"], ["d", "|", "blurry"]
+    ]  # fmt: skip
 
 
 def test_an_existing_output_is_never_overwritten(tool, stub_policy: Path, tmp_path: Path, capsys) -> None:

@@ -18,14 +18,25 @@ def read(path: Path, content: str | bytes) -> list[Line | Rejected]:
 
 def test_csv_says_what_jsonl_says(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    table = 'id,prompt,tags,split,image\n7,"one, ""two""\nthree",x|y,heldout,a.png\n,four,,,\n'
+    table = (
+        'id,prompt,tags,split,image,negative_prompt\n7,"one, ""two""\nthree",x|y,heldout,a.png,"dark, blurry"\n'
+        ",four,,,,\n"
+    )
     objects = [
-        {"id": 7, "prompt": 'one, "two"\nthree', "tags": ["x", "y"], "split": "heldout", "image": "a.png"},
+        {
+            "id": 7,
+            "prompt": 'one, "two"\nthree',
+            "tags": ["x", "y"],
+            "split": "heldout",
+            "image": "a.png",
+            "negative_prompt": "dark, blurry",
+        },
         {"prompt": "four"},
     ]
     from_table = read(tmp_path / "p.csv", table)
     from_objects = read(tmp_path / "p.jsonl", "".join(json.dumps(line) + "\n" for line in objects))
     assert [line.record for line in from_table] == [line.record for line in from_objects]
+    assert [line.record.negative_prompt for line in from_table] == ["dark, blurry", None]
     assert [line.media for line in from_table] == [{"image": tmp_path / "a.png"}, {}]
     assert [line.place for line in from_table] == [f"{tmp_path / 'p.csv'}:{number}" for number in (3, 4)]
 
@@ -64,6 +75,24 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
         content = "\ufeffprompt\nhello\n"
         assert read(tmp_path / name, content)[-1].record.prompt == "hello"
         assert read(tmp_path / name, content)[0].record.id in (prompt_id("prompt"), prompt_id("hello"))
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    (found,) = read(tmp_path / "p.jsonl", '{"prompt": "x", "split": ""}\n')
+    assert isinstance(found, Rejected)
+    assert found.reason == "the split is empty; remove it"
+
+
+def test_a_negative_prompt_may_be_empty_and_must_be_usable(tmp_path: Path) -> None:
+    lines = [{"negative_prompt": ""}, {"negative_prompt": " dark "}, {"negative_prompt": None},
+             {"negative_prompt": "a\u0007b"}, {"negative_prompt": "x" * 2001}]  # fmt: skip
+    found = read(tmp_path / "p.jsonl", "".join(json.dumps({"prompt": "x", **line}) + "\n" for line in lines))
+    assert [line.record.negative_prompt for line in found if isinstance(line, Line)] == ["", "dark"]
+    reasons = [line.reason for line in found if isinstance(line, Rejected)]
+    for reason, expected in zip(
+        reasons, ["not of type str", "control character", "negative prompt has 2001"], strict=True
+    ):
+        assert expected in reason
 
 
 VBENCH = [

@@ -55,17 +55,18 @@ def rollout(
     loss = replace(recipe.loss, **{"step_weights": "none", **sections.pop("loss", {})})
     recipe = replace(recipe, sampler=sampler, loss=loss)
     texts = ("a red circle moving left", "a blue object")
-    prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts))
-    negative = policy.encode([""])
+    prompts = PromptBatch(
+        torch.tensor([1, 2]), texts, policy.encode(texts), policy.encode(["", "a green square"]), torch.tensor([1, 0])
+    )
     chunks = sample_chunks(
-        training_denoiser(policy, recipe), prompts, negative, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
+        training_denoiser(policy, recipe), prompts, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
         latent_shape=policy.latent_shape(recipe.video), key=(0, "rollout", 0),
         trained_steps=trained_steps_of(recipe, 0),
     )  # fmt: skip
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
     trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
-    setting = Setting(policy, recipe, prompts, negative, reference)
+    setting = Setting(policy, recipe, prompts, CPU, reference)
     return replay_objective(setting, advantages, 0), trajectories
 
 
@@ -113,6 +114,14 @@ def test_frames_that_add_nothing_leave_the_gradient_of_whole_videos(own_policy: 
 def test_ratio_is_exactly_one_before_any_update(policy: Policy, recipe: Config, loss: dict[str, Any]) -> None:
     for metrics in losses(*rollout(policy, recipe, loss=loss)):
         assert float(metrics["ratio_min"]) == float(metrics["ratio_max"]) == 1.0
+
+
+def test_ratio_is_exactly_one_where_each_prompt_has_its_own_negative_prompt(policy: Policy, recipe: Config) -> None:
+    objective, trajectories = rollout(policy, recipe, sampler={"guidance_scale": 3.0})
+    for metrics in losses(objective, trajectories):
+        assert float(metrics["ratio_min"]) == float(metrics["ratio_max"]) == 1.0
+    other = replace(objective, prompts=replace(objective.prompts, negative_rows=torch.tensor([0, 1])))
+    assert all(float(metrics["ratio_max"]) != 1.0 for metrics in losses(other, trajectories))
 
 
 def test_a_disturbed_latent_is_seen_in_the_ratio(policy: Policy, recipe: Config) -> None:

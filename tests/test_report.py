@@ -47,6 +47,7 @@ def record(step: int) -> dict[str, float]:
     }
     values |= {"ratio_mean": 1.001, "ratio_min": 0.9, "ratio_max": 1.1, "grad_norm": 0.5, "seconds": 2.0}
     values |= {f"trust/hist/{place:02d}": 0.5 * (place in (2, 7)) for place in range(10)}
+    values |= {"icc/motion": 0.8}
     values |= {"seconds/rollout": 0.9, "seconds/reward": 0.1, "seconds/update": 0.8}
     return values | ({"heldout/oracle": 0.6, "heldout/oracle_stderr": 0.02} if step % 3 == 2 else {})
 

@@ -12,8 +12,8 @@ from bpgo_video.config import Config, VideoConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.rollout import Denoiser, sample_chunks, trained_steps_of, training_denoiser
-from bpgo_video.types import PromptBatch
+from bpgo_video.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.types import Guidance, PromptBatch
 
 TEXTS = ("a red circle moving left", "a blue object")
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ VIDEO = VideoConfig(9, 64, 64, 8.0)
 
 
 def batch(policy: Policy, texts: tuple[str, ...] = TEXTS) -> PromptBatch:
-    return PromptBatch(torch.arange(10, 10 + len(texts)), texts, policy.encode(texts))
+    return PromptBatch(torch.arange(10, 10 + len(texts)), texts, policy.encode(texts), policy.encode([""]))
 
 
 def euler(policy: Policy, num_steps: int, guidance_scale: float) -> Denoiser:
@@ -36,7 +36,9 @@ def test_ode_rollout_is_the_pipelines_own_loop(policy: Policy, recipe: Config, g
     latents = keyed_noise(policy.latent_shape(recipe.video), [("noise", i) for i in range(4)], CPU)
     texts = [TEXTS[0]] * 4
     found = euler(policy, 6, guidance_scale).denoise(
-        latents, policy.encode(texts), policy.encode([""]), lambda _: pytest.fail("the ODE draws no noise")
+        latents,
+        Guidance(policy.encode(texts), policy.encode([""] * 4)),
+        lambda _: pytest.fail("the ODE draws no noise"),
     )
     path, log_probs = found.latents, found.log_probs
     pipeline = WanPipeline.from_pretrained(policy.folder)
@@ -51,6 +53,33 @@ def test_ode_rollout_is_the_pipelines_own_loop(policy: Policy, recipe: Config, g
                       **settings).frames  # fmt: skip
     torch.testing.assert_close(policy.decode(path[:, -1], {}), pixels, rtol=0, atol=1e-4)
     assert log_probs.isnan().all()
+
+
+def test_each_sample_is_guided_away_from_its_own_negative_prompt(policy: Policy, recipe: Config) -> None:
+    """As diffusers' pipeline does with a list of negative prompts."""
+    negatives = ["", "a green square moving up"]
+    prompts = replace(batch(policy), negative=policy.encode(negatives), negative_rows=torch.tensor([1, 0]))
+    latents = keyed_noise(policy.latent_shape(recipe.video), [("noise", i) for i in range(3)], CPU)
+    guidance = guidance_of(prompts, torch.tensor([1, 0, 1]), CPU)
+    found = euler(policy, 4, 3.0).denoise(latents, guidance, lambda _: latents).latents[:, -1]
+    pipeline = WanPipeline.from_pretrained(policy.folder)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        [TEXTS[1], TEXTS[0], TEXTS[1]], negative_prompt=["", negatives[1], ""], latents=latents, guidance_scale=3.0,
+        height=64, width=64, num_frames=9, num_inference_steps=4, max_sequence_length=16, output_type="latent",
+    ).frames  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+    one = guidance_of(replace(prompts, negative_rows=None), torch.tensor([1, 0, 1]), CPU)
+    assert (euler(policy, 4, 3.0).denoise(latents, one, lambda _: latents).latents[1, -1] - found[1]).abs().max() > 1e-3
+
+
+def test_guidance_without_a_negative_prompt_is_refused(policy: Policy, recipe: Config) -> None:
+    latents = keyed_noise(policy.latent_shape(recipe.video), [("noise", 0)], CPU)
+    nothing = guidance_of(PromptBatch(torch.tensor([1]), TEXTS[:1], policy.encode(TEXTS[:1])), torch.tensor([0]), CPU)
+    assert torch.isfinite(euler(policy, 2, 1.0).velocity(latents, 0, nothing)).all()
+    with pytest.raises(ValueError, match=r"guidance_scale is 3.0, but the prompts have no negative prompt"):
+        euler(policy, 2, 3.0).velocity(latents, 0, nothing)
 
 
 def test_trained_steps_are_stochastic_and_the_last_step_is_not(policy: Policy, recipe: Config) -> None:
@@ -68,7 +97,6 @@ def sample(denoiser: Denoiser, policy: Policy, recipe: Config, mesh: Mesh, micro
     return sample_chunks(
         denoiser,
         prompts,
-        policy.encode([""]),
         mesh,
         group_size=4,
         micro_batch_size=micro_batch_size,
@@ -95,7 +123,6 @@ def test_a_group_can_start_from_the_same_noise(policy: Policy, recipe: Config) -
         sample_chunks(
             denoiser,
             batch(policy),
-            policy.encode([""]),
             mesh,
             key=(0, "rollout", 3),
             trained_steps=trained_steps_of(recipe, 3),
@@ -123,10 +150,9 @@ def test_stored_latents_are_rounded_before_their_log_prob(policy: Policy, recipe
     chunk = next(sample(rounded, policy, recipe, Mesh(0, 1, CPU), 4))
     path, index = chunk.trajectories[0].latents, chunk.trajectories[0].trained_steps[0]
     assert path.dtype == torch.bfloat16
-    prompts = batch(policy)
-    conditioning = {name: value[chunk.trajectories[0].prompt_rows] for name, value in prompts.conditioning.items()}
+    guidance = guidance_of(batch(policy), chunk.trajectories[0].prompt_rows, CPU)
     with torch.no_grad():
-        transition = rounded.transition(path[:, index], index, conditioning, policy.encode([""]))
+        transition = rounded.transition(path[:, index], index, guidance)
     assert torch.equal(transition.log_prob(path[:, index + 1]), chunk.trajectories[0].log_probs[:, index])
 
 

@@ -263,11 +263,10 @@ def step_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[list[Tra
         sampler=replace(recipe.sampler, num_steps=3, train_steps="all"),
     )
     texts = ("a red circle moving left", "a blue object")
-    prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts))
+    prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts), policy.encode([""]))
     session = Mock(
-        spec=Session, config=config, mesh=MESH, policy=policy, prompts=Mock(negative=policy.encode([""])),
-        suite=suite_of("Drawing"), rollout_weights=nullcontext,
-    )  # fmt: skip
+        spec=Session, config=config, mesh=MESH, policy=policy, suite=suite_of("Drawing"), rollout_weights=nullcontext
+    )
     torch.manual_seed(1)
     watch = Stopwatch(Heartbeat(MESH, timeout=60), 0)
     return *sample_and_score(session, prompts, 0, watch), watch

@@ -11,10 +11,13 @@ import tarfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.prior_files import PriorError, attach_priors, load_priors, write_priors
@@ -58,7 +61,7 @@ def test_every_field_comes_back_bit_for_bit(directory: Path) -> None:
         tokens = wrote.conditioning["prompt_embeds"]
         assert torch.equal(read.conditioning["prompt_embeds"][: len(tokens)], tokens)
     assert shards.splits == {"heldout": 3, "train": 17}
-    assert torch.equal(shards.negative["prompt_embeds"], NEGATIVE["prompt_embeds"][None])
+    assert torch.equal(shards.negative["prompt_embeds"], NEGATIVE["prompt_embeds"])
     assert sorted(p.name for p in directory.iterdir()) == [
         "index.json",
         "negative.safetensors",
@@ -78,6 +81,59 @@ def test_embeddings_are_zero_padded_to_the_text_length_and_stored_without_paddin
     assert read["prompt_embeds"].dtype == torch.bfloat16
     assert torch.equal(read["pooled"], torch.zeros(DIM))
     assert os.path.getsize(tmp_path / "s" / "negative.safetensors") < padded.nbytes / 10
+
+
+POOL = st.integers(0, 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(POOL, st.none() | POOL), min_size=1, max_size=12), st.integers(1, 5))
+def test_whatever_is_repeated_each_record_has_its_own_tensors(chosen: list, shard_size: int) -> None:
+    """And each shard has each distinct tensor once."""
+    pool = [{"prompt_embeds": embeds(number, 1 + number)} for number in range(4)]
+    items = [
+        PromptRecord(
+            id=i,
+            prompt=f"prompt {i}",
+            negative_prompt=None if negative is None else f"negative {negative}",
+            conditioning=pool[text],
+            negative={} if negative is None else pool[negative],
+        )
+        for i, (text, negative) in enumerate(chosen)
+    ]
+    with TemporaryDirectory() as folder:
+        write_shards(items, Path(folder, "s"), negative=NEGATIVE, policy=STAMP, shard_size=shard_size)
+        found = list(PromptShards(Path(folder, "s")).records())
+        for number, first in enumerate(range(0, len(chosen), shard_size)):
+            numbers = {one for pair in chosen[first : first + shard_size] for one in pair if one is not None}
+            with tarfile.open(Path(folder, "s", f"prompts-{number:06d}.tar")) as tar:
+                assert sum(member.name.endswith("safetensors") for member in tar) == len(numbers)
+    for (text, negative), record in zip(chosen, found, strict=True):
+        away = NEGATIVE if negative is None else pool[negative]
+        for expected, tensors in ((pool[text], record.conditioning), (away, record.negative)):
+            rows = len(expected["prompt_embeds"])
+            assert torch.equal(tensors["prompt_embeds"][:rows], expected["prompt_embeds"])
+            assert not tensors["prompt_embeds"][rows:].any()
+
+
+def test_a_tensor_that_no_record_before_has_is_named(tmp_path: Path) -> None:
+    """A shard whose second record relies on the first one's, which somebody took out."""
+    twice = [PromptRecord(i, f"prompt {i}", conditioning=NEGATIVE) for i in range(2)]
+    write_shards(twice, tmp_path / "s", negative=NEGATIVE, policy=STAMP)
+    path = tmp_path / "s" / "prompts-000000.tar"
+    with tarfile.open(path) as tar:
+        second = tar.getmember("000000001.json")
+    path.write_bytes(path.read_bytes()[second.offset :])
+    with pytest.raises(ShardError, match="record 000000001: neither it nor a record before it has its conditioning"):
+        PromptShards(tmp_path / "s")
+
+
+def test_folders_of_the_first_format_are_read(directory: Path) -> None:
+    index = json.loads((directory / "index.json").read_text())
+    (directory / "index.json").write_text(json.dumps(index | {"format_version": 1}))
+    shards = PromptShards(directory)
+    assert all(record.negative_prompt is None for record in shards.records())
+    assert torch.equal(shards.record(3).negative["prompt_embeds"], NEGATIVE["prompt_embeds"])
 
 
 def test_two_builds_of_the_same_prompts_are_the_same_bytes(directory: Path, tmp_path: Path) -> None:
@@ -194,7 +250,9 @@ def test_a_damaged_byte_names_file_and_record(directory: Path) -> None:
     data[tensors.offset_data + tensors.size - 1] ^= 1
     path.write_bytes(data)
     shards = PromptShards(directory)
-    with pytest.raises(ShardError, match=r"prompts-000001.tar: record 000000009: its tensors do not match"):
+    with pytest.raises(
+        ShardError, match=r"prompts-000001.tar: record 000000009: its conditioning tensors do not match"
+    ):
         shards.verify()
     with pytest.raises(ShardError, match="record 000000009"):
         list(islice(shards.stream("train", 0, 1), 17))
@@ -313,4 +371,4 @@ def test_a_prior_that_means_nothing_is_not_written(directory: Path) -> None:
 def test_memory_of_a_directory_is_its_table(directory: Path) -> None:
     shards = PromptShards(directory)
     held = Counter(type(value).__name__ for value in vars(shards).values())
-    assert held["ndarray"] == 6  # ids, splits, starts, stops, images, first rows: no text and no embedding
+    assert held["ndarray"] == 5  # ids, splits, spans, images, first rows: no text and no embedding

@@ -61,7 +61,7 @@ def url(folder: Path, asked: list[str]) -> Iterator[str]:
 def ids(source: str, cache: Path) -> list[int]:
     shards = PromptShards(source, cache)
     shards.verify()
-    assert torch.equal(shards.negative["prompt_embeds"][0], NEGATIVE["prompt_embeds"])
+    assert torch.equal(shards.negative["prompt_embeds"], NEGATIVE["prompt_embeds"])
     assert sum(shards.splits.values()) == len(shards)
     return [record.id for record in shards.records()]
 

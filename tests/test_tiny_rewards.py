@@ -115,7 +115,7 @@ def test_clip_score_is_the_cosine_recomputed_with_pillow_and_numpy():
     size = config["crop_size"]["height"]
     expected = np.zeros(videos.shape[:2])
     for sample, text in enumerate(texts):
-        tokens = reward.encoder.tokenizer([text], return_tensors="pt")
+        tokens = reward.encoder.words.tokenizer([text], return_tensors="pt")
         wanted = (
             reward.encoder.backbone.network.get_text_features(**tokens)
             .pooler_output.detach()

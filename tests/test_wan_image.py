@@ -17,7 +17,7 @@ from bpgo_video.config import Config, ConfigError, PriorConfig, VideoConfig
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.rollout import Denoiser
+from bpgo_video.rollout import Denoiser, guidance_of
 from bpgo_video.types import PromptBatch
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
 
@@ -40,7 +40,7 @@ def pictures(count: int) -> list[Image.Image]:
 def prompts_of(policy: Policy, count: int = 2) -> PromptBatch:
     images = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures(count)]).permute(0, 3, 1, 2) / 255
     texts = [TEXTS[i % 2] for i in range(count)]
-    return PromptBatch(torch.arange(count), tuple(texts), policy.encode(texts), images=images)
+    return PromptBatch(torch.arange(count), tuple(texts), policy.encode(texts), policy.encode([""]), images=images)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -51,7 +51,8 @@ def test_the_ode_rollout_is_diffusers_own(image_policy: Policy, recipe: Config, 
         policy=image_policy, sigmas=image_policy.sigmas(4, recipe.video), sampler="ode", eta=0.0,
         guidance_scale=guidance_scale, latents_dtype=torch.float32,
     )  # fmt: skip
-    found = denoiser.denoise(start, ready.conditioning, image_policy.encode([""]), lambda _: start).latents[:, -1]
+    guidance = guidance_of(ready, torch.arange(2), CPU)
+    found = denoiser.denoise(start, guidance, lambda _: start).latents[:, -1]
     pipeline = WanImageToVideoPipeline.from_pretrained(
         image_policy.folder, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
     )

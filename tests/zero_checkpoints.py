@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,10 +10,22 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+CODE = "bpgo_video 0.0.1, commit 0123456"
 Tensors = Mapping[str, Tensor]
+
+
+def write_average(folder: Path, average: Tensors) -> None:
+    """An average of the weights beside them, as a run with `ema.decay` on one rank keeps it."""
+    shards = {name: {"start": 0, "shape": tensor.shape} for name, tensor in average.items()}
+    save_file(
+        {name: tensor.flatten() for name, tensor in average.items()},
+        folder / "ema-rank-00000.safetensors",
+        metadata={"updates": "2", "shards": json.dumps(shards)},
+    )
 
 
 def joined(tensors: Tensors, world_size: int) -> list[Tensor]:
@@ -38,7 +51,7 @@ FLAT: dict[int, tuple[str, Callable[[Tensors, int], list[Tensor]]]] = {
 def write_checkpoint(
     folder: Path, groups: list[Tensors], stage: int = 2, world_size: int = 2, moments: list[Tensors] | None = None
 ) -> Path:
-    """The checkpoint of parameter groups, with the run's own state {"progress": {"step": 2}}; `folder`.
+    """The checkpoint of parameter groups, with the run's own progress; `folder`.
 
     Args:
         moments: of AdamW, exp_avg and exp_avg_sq of the one group; ZeRO 3 only.
@@ -49,7 +62,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     model: dict[str, Any] = {
         "param_shapes": shapes, "module": {}, "buffer_names": [], "shared_params": {}, "ds_version": "0",
-        "progress": {"step": 2},
+        "progress": {"step": 2}, "code": [CODE],
     }  # fmt: skip
     for rank in range(world_size):
         adam = {

@@ -2,9 +2,13 @@
 
     python tools/evaluate.py heldout --config RECIPE.yaml --policy runs/demo/export --output scores.json
     deepspeed --num_accelerators 8 tools/evaluate.py heldout --config RECIPE.yaml
+    python tools/evaluate.py compare package:bpgo_video.tiny/weights/wan runs/demo --output runs/comparison
 
 heldout scores a policy folder on the recipe's held-out prompts with its `evaluation.rewards`: the same function,
 prompts and noise as the evaluations within a training run. The standard error is over samples, the prompts being fixed.
+
+compare measures two models or more alike, on the same prompts and noise, and says which is better: a verdict in words,
+paired statistics in comparison.json, and report.html with the videos side by side (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import sys
 from pathlib import Path
 
 from bpgo_video.cli import positive, run_command, show_loading_once
+from bpgo_video.evaluation.compare_command import add_compare
 
 
 def heldout(args: argparse.Namespace) -> None:
@@ -50,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
     commands = top.add_subparsers(dest="command", required=True)
     add_heldout(commands.add_parser("heldout", help="score a policy folder on a recipe's held-out prompts"))
+    add_compare(commands.add_parser("compare", help="which of several models is better, with statistics and a report"))
     return top
 
 

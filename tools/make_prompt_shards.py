@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help='.txt, one prompt a line; .jsonl or .csv with "prompt" and any of id, split, tags, image, video; or '
-        "VBench's .json",
+        help='.txt, one prompt a line; .jsonl or .csv with "prompt" and any of negative_prompt, id, split, tags, '
+        "image, video; or VBench's .json",
     )
     add_build_arguments(command, "prompts", shard_size=1000, batch_size=32)
     command.set_defaults(run=build)

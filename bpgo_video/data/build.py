@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
 from bpgo_video.data.atomic import atomic_file, write_json
 from bpgo_video.data.images import ImageError
@@ -37,6 +38,7 @@ class BuildSettings:
     """What the bytes of a folder depend on besides prompts and encoder.
 
     Attributes:
+        negative_prompt: of the prompts that have none of their own.
         shard_size: prompts in a shard.
         batch_size: prompts encoded at once.
         dtype: of the embeddings, by torch's name.
@@ -175,8 +177,14 @@ class Build:
         while batch := list(islice(lines, self.settings.batch_size)):
             records = [record for line in batch if (record := self._complete(line, rejected))]
             tensors = self._encode_once([record.prompt for record in records])
+            negatives = self._negatives({record.negative_prompt for record in records})
             for record, conditioning in zip(records, tensors, strict=True):
-                yield replace(record, conditioning=conditioning)
+                yield replace(record, conditioning=conditioning, negative=negatives.get(record.negative_prompt, {}))
+
+    def _negatives(self, texts: set[str | None]) -> dict[str | None, Mapping[str, Tensor]]:
+        """The conditioning of negative prompts that are not the folder's."""
+        own = sorted(text for text in texts if text is not None and text != self.settings.negative_prompt)
+        return dict(zip(own, self._encode_once(own), strict=True))
 
     def _complete(self, line: Line, rejected: list[Rejected]) -> PromptRecord | None:
         try:

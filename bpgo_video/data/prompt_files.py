@@ -27,7 +27,16 @@ from typing import Any, NamedTuple
 from bpgo_video.data.prompt_records import MEDIA, PromptRecord
 
 FIELDS: Mapping[str, type] = MappingProxyType(
-    {"prompt": str, "id": int, "split": str, "tags": list, "image": str, "video": str, "info": dict}
+    {
+        "prompt": str,
+        "negative_prompt": str,
+        "id": int,
+        "split": str,
+        "tags": list,
+        "image": str,
+        "video": str,
+        "info": dict,
+    }
 )
 MAX_LINE = 2**20  # bytes
 MAX_CHARACTERS = 2000  # of a prompt: about 512 tokens of English, beyond which encoders drop the rest
@@ -105,16 +114,19 @@ def checked_line(place: str, fields: Mapping[str, Any], folder: Path, max_charac
         if type(value) is not FIELDS[name]:
             raise ValueError(f"{name!r} is {value!r}, which is not of type {FIELDS[name].__name__}")
     prompt, tags = fields["prompt"].strip(), tuple(fields.get("tags", ()))
-    if not prompt:
-        raise ValueError("the prompt is empty; remove it")
-    if len(prompt) > max_characters:
-        raise ValueError(f"the prompt has {len(prompt)} characters; at most {max_characters} are read")
-    for text in (prompt, fields["split"], *tags):
+    for name, text in (("prompt", prompt), ("split", fields["split"])):
+        if not text:
+            raise ValueError(f"the {name} is empty; remove it")
+    negative = fields["negative_prompt"].strip() if "negative_prompt" in fields else None
+    for name, text in (("prompt", prompt), ("negative prompt", negative or "")):
+        if len(text) > max_characters:
+            raise ValueError(f"the {name} has {len(text)} characters; at most {max_characters} are read")
+    for text in (prompt, negative or "", fields["split"], *tags):
         _check_text(text)
     key = fields.get("id", prompt_id(prompt))
     if not 0 <= key < 2**63:
         raise ValueError(f"the id is {key}; ids go from 0 to 2^63 - 1")
-    record = PromptRecord(key, prompt, fields["split"], tags, info=fields.get("info", {}))
+    record = PromptRecord(key, prompt, fields["split"], tags, negative, info=fields.get("info", {}))
     return Line(record, place, {kind: _media_path(folder, fields[kind]) for kind in MEDIA if kind in fields})
 
 

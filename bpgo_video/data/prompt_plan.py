@@ -1,6 +1,6 @@
 """Which prompts will a build write? Decided by one pass over the input, before anything is encoded.
 
-Of each prompt 16 bytes stay in memory: its id, and a hash of its text.
+Of each prompt 24 bytes stay in memory: its id, and hashes of its text and of its own negative prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from bpgo_video.data.prompt_files import MAX_CHARACTERS, Line, PromptFileError, 
 
 Progress = Callable[..., Iterable[Any]]  # tqdm, or what takes the same iterable, total and desc
 Read = Callable[[], Iterable[Line | Rejected]]
-ENTRY = np.dtype([("id", np.int64), ("text", np.int64)])
+ENTRY = np.dtype([("id", np.int64), ("text", np.int64), ("negative", np.int64)])
+NONE = -1  # no hash is negative
 
 
 def without_bar(iterable: Iterable[Any], total: int | None = None, desc: str = "") -> Iterable[Any]:
@@ -37,7 +38,7 @@ class Plan:
         count: prompts to write.
         rejected: prompts left out.
         second: which of the readable prompts are left out, because an earlier one has their id; ascending.
-        repeated: hashes of the texts that several prompts have; ascending.
+        repeated: hashes of the texts, negative ones too, that several prompts have; ascending.
         digest: sha256 of everything that is read, media by their names.
     """
 
@@ -92,7 +93,7 @@ def plan_of(read: Read, name: str, on_error: str = "stop", progress: Progress = 
     """
     digest, rejected = hashlib.sha256(), 0
 
-    def entries() -> Iterator[tuple[int, int]]:
+    def entries() -> Iterator[tuple[int, int, int]]:
         nonlocal rejected
         for line in progress(read(), desc="lines"):
             if isinstance(line, Rejected):
@@ -102,9 +103,13 @@ def plan_of(read: Read, name: str, on_error: str = "stop", progress: Progress = 
                 continue
             record = line.record
             media = {kind: str(path) for kind, path in line.media.items()}
-            fields = (record.id, record.prompt, record.split, record.tags, record.info, media)
+            fields = [record.id, record.prompt, record.split, record.tags, record.info, media]
+            negative = NONE
+            if record.negative_prompt is not None:
+                fields.append(record.negative_prompt)
+                negative = prompt_id(record.negative_prompt)
             digest.update(json.dumps(fields).encode() + b"\n")
-            yield record.id, prompt_id(record.prompt)
+            yield record.id, prompt_id(record.prompt), negative
 
     table = np.fromiter(entries(), dtype=ENTRY)
     if not len(table):
@@ -113,11 +118,12 @@ def plan_of(read: Read, name: str, on_error: str = "stop", progress: Progress = 
     second = order[1:][np.diff(table["id"][order]) == 0]
     if len(second) and on_error == "stop":
         raise PromptFileError(_same_id(read, table["id"], int(second.min())))
-    texts = np.sort(np.delete(table["text"], second))
+    kept = np.delete(table, second)
+    texts = np.sort(np.concatenate([kept["text"], kept["negative"][kept["negative"] != NONE]]))
     return Plan(
         read=read,
         on_error=on_error,
-        count=len(texts),
+        count=len(kept),
         rejected=rejected + len(second),
         second=np.sort(second),
         repeated=np.unique(texts[1:][np.diff(texts) == 0]),

@@ -1,10 +1,13 @@
 """What is one prompt on disk? Members of a tar file with one key; nothing is unpickled.
 
-{key}.json               id, prompt, split, tags, and the sha256 of the other members
-{key}.safetensors        what the policy's transformer is conditioned on
-{key}.image.png          optional, or jpg, webp: the first frame of image-to-video, in the bytes it came in
-{key}.video.mp4          optional, or mkv, mov, webm: a reference video, in the bytes it came in
-{key}.clip.safetensors   optional: a video clip that the prompt describes, as the policy's own VAE encodes it
+{key}.json                  id, prompt, negative prompt, split, tags, and the sha256 of all that belongs to it
+{key}.safetensors           what the policy's transformer is conditioned on
+{key}.negative.safetensors  where the prompt has a negative prompt of its own: the same of that
+{key}.image.png             optional, or jpg, webp: the first frame of image-to-video, in the bytes it came in
+{key}.video.mp4             optional, or mkv, mov, webm: a reference video, in the bytes it came in
+{key}.clip.safetensors      optional: a video clip that the prompt describes, as the policy's own VAE encodes it
+
+Conditioning that an earlier record of the file has is not repeated: its sha256 finds it.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ MEDIA: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"image": tuple(EXTENSIONS.values()), "video": ("mp4", "mkv", "mov", "webm")}  # extensions of each kind
 )
 
-
+TENSORS: Mapping[str, str] = MappingProxyType(
+    {"conditioning": "safetensors", "negative": "negative.safetensors"}  # field of a record -> extension of its member
+)
+CLIP = "clip.safetensors"
 LATENTS = "latents"  # of a clip's tensors, what flow matching learns to make; the others are conditioning
 
 
@@ -52,7 +58,9 @@ class PromptRecord:
 
     Attributes:
         id: unique within a directory, from 0 to 2^63 - 1.
+        negative_prompt: of its own; None stands for the folder's.
         conditioning: tensors without a batch axis; those with two axes are (tokens, dim).
+        negative: the same of the negative prompt; in a shard, empty where that is the folder's.
         media: "image" and "video", where the prompt has them.
         info: what else its source says, as JSON; VBench's auxiliary_info, for example.
         clip: without a batch axis, a clip's LATENTS [channels, latent_frames, latent_height, latent_width], normalised
@@ -63,18 +71,27 @@ class PromptRecord:
     prompt: str
     split: str = "train"
     tags: tuple[str, ...] = ()
+    negative_prompt: str | None = None
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)
+    negative: Mapping[str, Tensor] = field(default_factory=dict)
     media: Mapping[str, Media] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
     clip: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Place(NamedTuple):
-    """Where a record lies: bytes [start, stop) of a shard."""
+class Span(NamedTuple):
+    """Bytes [start, stop) of a file."""
 
-    shard: Path
     start: int
     stop: int
+
+
+class Place(NamedTuple):
+    """Where a record lies in a shard, and where its tensors do, by the field of the record: there or before."""
+
+    shard: Path
+    record: Span
+    tensors: Mapping[str, Span]
 
 
 @dataclass(frozen=True)
@@ -121,23 +138,33 @@ def to_layout(conditioning: Mapping[str, Tensor], layout: Mapping[str, Any], own
     return padded
 
 
-def to_members(record: PromptRecord) -> dict[str, bytes]:
-    """The contents of a record's tar members by the name after its key; the JSON carries the hashes of the others."""
-    tensors = {"safetensors": tensor_bytes(record.conditioning)}
+def to_members(record: PromptRecord, stored: set[str]) -> dict[str, bytes]:
+    """The contents of a record's tar members by the name after its key; the JSON carries the hashes of the others.
+
+    Args:
+        stored: hashes of the conditioning that the shard has, which is not repeated; the record's are added.
+    """
+    tensors = {name: tensor_bytes(values) for name in TENSORS if (values := getattr(record, name))}
+    hashes = {f"{name}_sha256": hashlib.sha256(data).hexdigest() for name, data in tensors.items()}
+    files = {f"{kind}.{media.extension}": media.data for kind, media in record.media.items()}
     if record.clip:
-        tensors["clip.safetensors"] = safetensors.torch.save({k: v.contiguous() for k, v in record.clip.items()})
+        files[CLIP] = safetensors.torch.save({name: value.contiguous() for name, value in record.clip.items()})
     header = {
         "id": record.id,
         "prompt": record.prompt,
+        **({} if record.negative_prompt is None else {"negative_prompt": record.negative_prompt}),
         "split": record.split,
         "tags": list(record.tags),
-        "conditioning_sha256": hashlib.sha256(tensors["safetensors"]).hexdigest(),
+        **hashes,
         **({"info": dict(record.info)} if record.info else {}),
-        **{f"{kind}_sha256": hashlib.sha256(media.data).hexdigest() for kind, media in record.media.items()},
-        **({"clip_sha256": hashlib.sha256(tensors["clip.safetensors"]).hexdigest()} if record.clip else {}),
+        **{f"{name.split('.')[0]}_sha256": hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
-    files = {f"{kind}.{media.extension}": media.data for kind, media in record.media.items()}
-    return {"json": json.dumps(header, ensure_ascii=False).encode(), **tensors, **files}
+    new = {}
+    for name, data in tensors.items():
+        if (digest := hashes[f"{name}_sha256"]) not in stored:
+            stored.add(digest)
+            new[TENSORS[name]] = data
+    return {"json": json.dumps(header, ensure_ascii=False).encode(), **new, **files}
 
 
 def tensor_bytes(conditioning: Mapping[str, Tensor]) -> bytes:
@@ -158,20 +185,21 @@ def read_record(place: Place) -> PromptRecord:
     Raises:
         ShardError: it is damaged; the message names file and record.
     """
-    with place.shard.open("rb") as stream:
-        stream.seek(place.start)
-        data = stream.read(place.stop - place.start)
-    key = data[:100].split(b"\0")[0].decode(errors="replace").split(".")[0] or f"at byte {place.start}"
+    data = _read(place.shard, place.record)
+    key = data[:100].split(b"\0")[0].decode(errors="replace").split(".")[0] or f"at byte {place.record.start}"
     try:
         files = tar_file_expander([{"url": str(place.shard), "stream": io.BytesIO(data)}])
         (members,) = group_by_keys(files)
         header = parse_header(members["json"])
-        tensors = members["safetensors"]
     except (tarfile.TarError, ValueError, KeyError) as error:
         raise damaged(place.shard, key, str(error)) from error
-    if hashlib.sha256(tensors).hexdigest() != header["conditioning_sha256"]:
-        raise damaged(place.shard, key, "its tensors do not match their sha256")
-    media, clip = _media(members), members.get("clip.safetensors")
+    tensors = {}
+    for name, span in place.tensors.items():
+        stored = members.get(TENSORS[name]) or _read(place.shard, span)
+        if hashlib.sha256(stored).hexdigest() != header[f"{name}_sha256"]:
+            raise damaged(place.shard, key, f"its {name} tensors do not match their sha256")
+        tensors[name] = safetensors.torch.load(stored)
+    media, clip = _media(members), members.get(CLIP)
     parts = {kind: file.data for kind, file in media.items()} | ({} if clip is None else {"clip": clip})
     for kind in (*MEDIA, "clip"):
         found = hashlib.sha256(parts[kind]).hexdigest() if kind in parts else None
@@ -182,11 +210,18 @@ def read_record(place: Place) -> PromptRecord:
         prompt=header["prompt"],
         split=header["split"],
         tags=tuple(header["tags"]),
-        conditioning=safetensors.torch.load(tensors),
+        negative_prompt=header.get("negative_prompt"),
         media=media,
         info=header.get("info", {}),
         clip={} if clip is None else safetensors.torch.load(clip),
+        **tensors,
     )
+
+
+def _read(path: Path, span: Span) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(span.start)
+        return stream.read(span.stop - span.start)
 
 
 def _media(members: Mapping[str, Any]) -> dict[str, Media]:
@@ -197,9 +232,11 @@ def _media(members: Mapping[str, Any]) -> dict[str, Media]:
 def parse_header(data: bytes) -> dict[str, Any]:
     """The JSON of a record. Raises ValueError where a field is missing or has another type."""
     header = json.loads(data)
-    fields = {"id": int, "prompt": str, "split": str, "tags": list, "conditioning_sha256": str}
     if not isinstance(header, dict):
         raise ValueError("its JSON is not an object")
+    required = {"id": int, "prompt": str, "split": str, "tags": list, "conditioning_sha256": str}
+    optional = {"negative_prompt": str, "negative_sha256": str}
+    fields = required | {name: kind for name, kind in optional.items() if name in header}
     for name, kind in fields.items():
         if not isinstance(header.get(name), kind):
             raise ValueError(f"{name!r} of its JSON is {header.get(name)!r}, which is not of type {kind.__name__}")

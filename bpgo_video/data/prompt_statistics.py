@@ -22,6 +22,7 @@ class Statistics:
         characters: shortest, median and longest prompt.
         tags: prompts of each tag.
         media: prompts with an image, with a video.
+        negatives: prompts with a negative prompt of their own, and how many different ones those are.
         repeated: prompts whose text an earlier one has.
         near: groups of rows whose texts are nearly the same, or the same.
         leaks: those of them that are in more than one split.
@@ -31,6 +32,7 @@ class Statistics:
     characters: tuple[int, int, int]
     tags: Mapping[str, int]
     media: Mapping[str, int]
+    negatives: tuple[int, int]
     repeated: int
     near: Sequence[Sequence[int]]
     leaks: Sequence[Sequence[int]]
@@ -42,7 +44,7 @@ def prompt_statistics(headers: Iterable[Mapping[str, Any]]) -> Statistics:
     tags: Counter[str] = Counter()
     media: Counter[str] = Counter()
     codes: dict[str, int] = {}
-    lengths, texts, splits = array("q"), array("q"), array("q")
+    lengths, texts, splits, negatives = (array("q") for _ in range(4))
     near = NearDuplicates()
     for header in headers:
         tags.update(header["tags"])
@@ -50,6 +52,8 @@ def prompt_statistics(headers: Iterable[Mapping[str, Any]]) -> Statistics:
         lengths.append(len(header["prompt"]))
         texts.append(prompt_id(header["prompt"]))
         splits.append(codes.setdefault(header["split"], len(codes)))
+        if "negative_prompt" in header:
+            negatives.append(prompt_id(header["negative_prompt"]))
         near.add(header["prompt"])
     ordered = sorted(lengths)
     groups = near.groups()
@@ -59,6 +63,7 @@ def prompt_statistics(headers: Iterable[Mapping[str, Any]]) -> Statistics:
         characters=(ordered[0], ordered[len(ordered) // 2], ordered[-1]),
         tags=tags,
         media=media,
+        negatives=(len(negatives), len(np.unique(negatives))),
         repeated=len(texts) - len(distinct),
         near=groups,
         leaks=[group for group in groups if len({splits[row] for row in group}) > 1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -99,14 +99,20 @@ def as_batch(records: Sequence[PromptRecord], size: Size | None = None) -> Promp
         ShardError: `size` is given, and only some of the records have an image.
         ImageError: an image does not decode.
     """
+    negatives = {record.negative_prompt: record.negative for record in records}  # None: the folder's
+    number = {text: row for row, text in enumerate(negatives)}
     return PromptBatch(
         ids=torch.tensor([record.id for record in records], dtype=torch.int64),
         texts=tuple(record.prompt for record in records),
-        conditioning={
-            name: torch.stack([record.conditioning[name] for record in records]) for name in records[0].conditioning
-        },
+        conditioning=_stacked([record.conditioning for record in records]),
+        negative=_stacked(list(negatives.values())),
+        negative_rows=torch.tensor([number[record.negative_prompt] for record in records]),
         images=None if size is None else _images(records, size),
     )
+
+
+def _stacked(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([values[name] for values in tensors]) for name in tensors[0]}
 
 
 def _images(records: Sequence[PromptRecord], size: Size) -> Float[Tensor, "prompts 3 height width"] | None:

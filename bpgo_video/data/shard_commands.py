@@ -73,10 +73,11 @@ def encoders(args: argparse.Namespace, components: Sequence[str]) -> Callable[[]
 def inspect(args: argparse.Namespace) -> None:
     title, describe = args.column
     shards = args.open(args.directory)
-    print(f"{'id':>19}  {'split':<9} {'tags':<16} {title} prompt")
+    print(f"{'id':>19}  {'split':<9} {'tags':<16} {title} prompt | negative prompt of its own")
     for record in islice(shards.records(args.split), args.limit):
-        tags, prompt = ",".join(record.tags), " ".join(record.prompt.split())
-        print(f"{record.id:>19}  {record.split:<9} {tags:<16} {describe(record):<{len(title)}} {prompt}")
+        texts = [" ".join(text.split()) for text in (record.prompt, record.negative_prompt) if text is not None]
+        tags, words = ",".join(record.tags), " | ".join(texts)
+        print(f"{record.id:>19}  {record.split:<9} {tags:<16} {describe(record):<{len(title)}} {words}")
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -94,6 +95,8 @@ def stats(args: argparse.Namespace) -> None:
     print(f"splits      {counts(shards.splits)}")
     print(f"tags        {counts(found.tags)}")
     print(f"media       {counts(found.media)}")
+    own, distinct = found.negatives
+    print(f"negative    {shards.negative_prompt!r}; {own} prompts have one of their own, {distinct} different ones")
     print(f"characters  {shortest} to {longest}, median {median}")
     print(f"repeated    {found.repeated} prompts have the text of another")
     print(f"near        {in_groups} prompts in {len(found.near)} groups share {THRESHOLD:.0%} of their words or more")
@@ -150,7 +153,7 @@ def add_build_arguments(command: argparse.ArgumentParser, what: str, shard_size:
     add("--policy", required=True, metavar="FOLDER", help="diffusers pipeline folder, hub id or package:module/folder")
     add("--family", metavar="NAME", help="the recipe's policy.family, where it names one")
     add("--split", default="train", help=f"split of {what} that do not name their own (%(default)s)")
-    add("--negative-prompt", default="", metavar="TEXT", help="what guidance steers away from (empty)")
+    add("--negative-prompt", default="", metavar="TEXT", help="where none is given beside a prompt (empty)")
     add(
         "--max-sequence-length",
         type=positive,

@@ -6,32 +6,33 @@ import json
 import re
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, cast
 
-from bpgo_video.data.prompt_records import MEDIA, ShardError, damaged, parse_header
+from bpgo_video.data.prompt_records import CLIP, MEDIA, TENSORS, ShardError, Span, damaged, parse_header
 
 MEDIA_NAMES = "|".join(rf"{kind}\.(?:{'|'.join(extensions)})" for kind, extensions in MEDIA.items())
-MEMBER = re.compile(rf"[0-9A-Za-z-]+\.(?:json|safetensors|{MEDIA_NAMES}|clip\.safetensors)")
+TENSOR_NAMES = "|".join(map(re.escape, (*TENSORS.values(), CLIP)))
+MEMBER = re.compile(rf"[0-9A-Za-z-]+\.(?:json|{TENSOR_NAMES}|{MEDIA_NAMES})")
 TAR_BLOCK = 512
 
 
 @dataclass
 class ShardTable:
-    """Every record of one shard, in machine integers: 33 bytes a prompt, whatever its embeddings weigh.
+    """Every record of one shard, in machine integers: 65 bytes a prompt, whatever its embeddings weigh.
 
     Attributes:
-        starts, stops: the record's bytes [start, stop).
+        spans: start and stop of the record, of its conditioning and of its negative prompt's; the latter 0 where the
+            negative prompt is the folder's.
         images: 1 where the record has an image, else 0.
     """
 
     ids: array = field(default_factory=lambda: array("q"))
     splits: array = field(default_factory=lambda: array("q"))
-    starts: array = field(default_factory=lambda: array("q"))
-    stops: array = field(default_factory=lambda: array("q"))
+    spans: array = field(default_factory=lambda: array("q"))
     images: array = field(default_factory=lambda: array("b"))
 
 
@@ -45,19 +46,37 @@ def scan_shard(path: Path, count: int, split_codes: Mapping[str, int]) -> ShardT
     Raises:
         ShardError: the file is damaged or holds anything but the members of prompt records.
     """
-    table, key = ShardTable(), "(the first)"
+    table, key, stored = ShardTable(), "(the first)", dict[str, Span]()
     for key, members, header in _records(path):
         if header["split"] not in split_codes:
             raise damaged(path, key, f"its split {header['split']!r} is not in index.json")
-        last = max(members.values(), key=lambda member: member.offset)
         table.ids.append(header["id"])
         table.splits.append(split_codes[header["split"]])
-        table.starts.append(min(member.offset for member in members.values()))
-        table.stops.append(last.offset_data + -(-last.size // TAR_BLOCK) * TAR_BLOCK)
+        for span in (_whole(members.values()), *_tensors(path, key, members, header, stored)):
+            table.spans.extend(span)
         table.images.append("image" in members)
     if len(table.ids) != count:
         raise damaged(path, key, f"the last of {len(table.ids)} that can be read; the index states {count}")
     return table
+
+
+def _whole(members: Collection[tarfile.TarInfo]) -> Span:
+    last = max(members, key=lambda member: member.offset)
+    stop = last.offset_data + -(-last.size // TAR_BLOCK) * TAR_BLOCK
+    return Span(min(member.offset for member in members), stop)
+
+
+def _tensors(
+    path: Path, key: str, members: Mapping[str, tarfile.TarInfo], header: Mapping[str, Any], stored: dict[str, Span]
+) -> Iterator[Span]:
+    """Where a record's tensors are, in the order of TENSORS; those of its own are added to `stored`, by their hash."""
+    for name, extension in TENSORS.items():
+        digest = header.get(f"{name}_sha256")
+        if (member := members.get(extension)) is not None and digest is not None:
+            stored[digest] = Span(member.offset_data, member.offset_data + member.size)
+        if digest is not None and digest not in stored:
+            raise damaged(path, key, f"neither it nor a record before it has its {name} tensors")
+        yield Span(0, 0) if digest is None else stored[digest]
 
 
 def read_headers(path: Path) -> Iterator[dict[str, Any]]:
@@ -81,8 +100,8 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         if MEMBER.fullmatch(member.name) is None or not member.isreg():
             raise ShardError(
-                f"{path}: member {member.name!r} is refused: shards hold regular files KEY.json, "
-                "KEY.safetensors, KEY.image.*, KEY.video.* and KEY.clip.safetensors only, and nothing is ever "
+                f"{path}: member {member.name!r} is refused: shards hold regular files KEY.json, KEY.safetensors, "
+                "KEY.negative.safetensors, KEY.clip.safetensors, KEY.image.* and KEY.video.* only, and nothing is ever "
                 "unpickled; build them again"
             )
         yield member
@@ -91,13 +110,13 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def _by_kind(path: Path, key: str, group: Iterable[tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
     members: dict[str, tarfile.TarInfo] = {}
     for member in group:
-        kind = member.name.split(".")[1]
+        extension = member.name.split(".", 1)[1]
+        kind = extension if extension in TENSORS.values() else extension.split(".")[0]
         if kind in members:
             raise damaged(path, key, f"it has two members of the kind {kind!r}")
         members[kind] = member
-    for kind in ("json", "safetensors"):
-        if kind not in members:
-            raise damaged(path, key, f"the file ends, or the next record begins, before its {kind}")
+    if "json" not in members:
+        raise damaged(path, key, "the file ends, or the next record begins, before its json")
     return members
 
 

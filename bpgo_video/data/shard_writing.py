@@ -25,7 +25,8 @@ from bpgo_video.data.prompt_records import (
     to_members,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of 1 differs in what it may leave out: tensors that an earlier record of the shard has
+READABLE = (1, 2)
 NEGATIVE = "negative.safetensors"
 
 
@@ -43,13 +44,16 @@ def write_shard(path: Path, records: Iterable[PromptRecord], first: int, layout:
         ShardError: tensors that do not fit the layout, or clips of different layouts.
     """
     splits: Counter[str] = Counter()
+    stored: set[str] = set()
     clip: dict[str, Any] | None = None
     with atomic_file(path) as aside:
         with aside.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
             for number, record in enumerate(records, first):
-                to_layout(record.conditioning, layout, f"prompt {record.prompt!r}")
-                clip = one_clip_layout(plain_layout(record.clip), clip, f"prompt {record.prompt!r}")
-                tar.write({"__key__": f"{number:09d}", **to_members(record)})
+                owner = f"prompt {record.prompt!r}"
+                for tensors in filter(None, (record.conditioning, record.negative)):
+                    to_layout(tensors, layout, owner)
+                clip = one_clip_layout(plain_layout(record.clip), clip, owner)
+                tar.write({"__key__": f"{number:09d}", **to_members(record, stored)})
                 splits[record.split] += 1
         digest = file_sha256(aside)
     count = sum(splits.values())

@@ -1,7 +1,7 @@
 """Where do prompts come from? webdataset shards, read in an order that (seed, epoch) fixes and a position resumes.
 
     prompts-000000.tar ...   the records, see prompt_records.py; clips-000000.tar ... where they have clips
-    negative.safetensors     the conditioning of the negative prompt
+    negative.safetensors     the conditioning of the folder's negative prompt
     priors/<reward>.json     what estimate_priors.py adds, see prior_files.py
     skipped.jsonl            the prompts that the build left out, and why
     index.json               what all this is: counts, hashes, encoder, layout of the tensors; written last
@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
+from torch import Tensor
 
 from bpgo_video.data.media import check_media
 from bpgo_video.data.prior_files import PriorTable
 from bpgo_video.data.prompt_records import (
+    TENSORS,
     EncoderStamp,
     Place,
     PromptRecord,
     ShardError,
+    Span,
     damaged,
     plain_layout,
     read_record,
@@ -36,10 +39,9 @@ from bpgo_video.data.prompt_records import (
 )
 from bpgo_video.data.prompt_stream import PromptStream, Size
 from bpgo_video.data.shard_scan import read_headers, scan_shard
-from bpgo_video.data.shard_writing import FORMAT_VERSION, file_sha256, one_clip_layout
+from bpgo_video.data.shard_writing import READABLE, file_sha256, one_clip_layout
 from bpgo_video.data.sources import Source, local_source
 from bpgo_video.paths import SHARD_CACHE
-from bpgo_video.types import Conditioning
 
 
 class PromptShards:
@@ -53,7 +55,7 @@ class PromptShards:
         directory: the folder on this machine; priors lie in it.
         splits: number of prompts of each split.
         policy: what made the embeddings.
-        negative: conditioning of the negative prompt, axis 0 of size 1.
+        negative: conditioning of the negative prompt of all that have none of their own, without a batch axis.
         negative_prompt: its text.
         clip: shape and dtype of a clip's tensors by name; empty where the prompts have no clips.
         video: what clips were made of, where there are some: num_frames, height, width and fps, and the encoder's hash.
@@ -135,12 +137,16 @@ class PromptShards:
         return count > 0
 
     def record(self, row: int) -> PromptRecord:
-        """Record `row`, read from its shard and checked against its hash; embeddings padded to the policy's length."""
+        """Record `row`, read from its shard and checked against its hash; embeddings padded to the policy's length.
+
+        The negative prompt's conditioning is there for every record: its own, or the folder's.
+        """
         place = self._place(row)
-        record = read_record(place)
+        record, layout = read_record(place), self.index["conditioning"]
         owner = f"{place.shard}: prompt {record.prompt!r}"
+        negative = to_layout(record.negative, layout, owner) if record.negative else self.negative
         one_clip_layout(plain_layout(record.clip), self.clip, owner)
-        return replace(record, conditioning=to_layout(record.conditioning, self.index["conditioning"], owner))
+        return replace(record, conditioning=to_layout(record.conditioning, layout, owner), negative=negative)
 
     def records(self, split: str | None = None) -> Iterator[PromptRecord]:
         """The records of a split, or all, in stored order, one in memory at a time."""
@@ -180,17 +186,18 @@ class PromptShards:
 
     def _place(self, row: int) -> Place:
         shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        return Place(self._shards[shard], int(self._starts[row]), int(self._stops[row]))
+        record, *tensors = starmap(Span, self._spans[row].tolist())
+        found = zip(TENSORS, tensors, strict=True)
+        return Place(self._shards[shard], record, {name: span for name, span in found if span.stop})
 
-    def _read_negative(self) -> Conditioning:
+    def _read_negative(self) -> Mapping[str, Tensor]:
         path = self.directory / "negative.safetensors"
         if not path.is_file():
             raise ShardError(f"{path} is missing; build the directory again with tools/make_prompt_shards.py")
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.index["negative_sha256"]:
             raise damaged(path, "(the negative prompt)", "it does not match the index's sha256")
-        tensors = to_layout(safetensors.torch.load(data), self.index["conditioning"], str(path))
-        return {name: value[None] for name, value in tensors.items()}
+        return to_layout(safetensors.torch.load(data), self.index["conditioning"], str(path))
 
     def _scan(self) -> None:
         codes = {name: code for code, name in enumerate(self.index["splits"])}
@@ -200,8 +207,8 @@ class PromptShards:
                 raise ShardError(f"{path} is missing, though {self.directory / 'index.json'} names it; copy it again")
         tables = [scan_shard(path, count, codes) for path, count in zip(self._shards, counts, strict=True)]
         join = {name: np.concatenate([getattr(t, name) for t in tables]) for name in vars(tables[0])}
-        self._ids, self._splits = join["ids"], join["splits"]
-        self._starts, self._stops, self._images = join["starts"], join["stops"], join["images"]
+        self._ids, self._splits, self._images = join["ids"], join["splits"], join["images"]
+        self._spans = join["spans"].reshape(len(self._ids), -1, 2)
         self._first_rows = np.cumsum([0, *counts[:-1]])
         ids, occurrences = np.unique(self._ids, return_counts=True)
         if len(ids) < len(self._ids):
@@ -227,8 +234,8 @@ def _read_index(directory: Path) -> dict[str, Any]:
         version, count, shards = index["format_version"], index["count"], index["shards"]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is damaged ({error!r}); copy it again, or build {again}") from error
-    if version != FORMAT_VERSION:
-        raise ShardError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; build {again}")
+    if version not in READABLE:
+        raise ShardError(f"{path} has format version {version}, this program reads {READABLE}; build {again}")
     if not count or count != sum(shard["count"] for shard in shards):
         raise ShardError(f"{path} states {count} prompts in {len(shards)} shards that do not add up; build {again}")
     return index

@@ -7,15 +7,40 @@ joined behind the output projection; in between every rank computes on its own p
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from bpgo_video.config import ConfigError
+from bpgo_video.parallel import cogvideox_attention, mochi_attention
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.ulysses import Ulysses, attend
+
+
+def rope_module(name: str, dim: int, transformer: nn.Module, ulysses: Ulysses) -> None:
+    """Split what the module `name` gives: rotary embeddings, a row per token along `dim`."""
+
+    def split(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(ulysses.split(part, dim) for part in output)
+
+    transformer.get_submodule(name).register_forward_hook(split)
+
+
+def rope_argument(name: str, dim: int, transformer: nn.Module, ulysses: Ulysses) -> None:
+    """Split what the transformer is called with as `name`: rotary embeddings, or None."""
+
+    def split(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        parts = kwargs[name] and tuple(ulysses.split(part, dim) for part in kwargs[name])
+        return args, {**kwargs, name: parts}
+
+    transformer.register_forward_pre_hook(split, with_kwargs=True)
+
+
+def dispatches(transformer: nn.Module) -> None:
+    """diffusers' own processors go through its dispatcher: nothing is to be done."""
 
 
 @dataclass(frozen=True)
@@ -24,31 +49,46 @@ class SequencePlan:
 
     Attributes:
         blocks: its lists of blocks, in order; the first argument of the very first block is `hidden_states`.
-        rope: the module whose outputs are rotary embeddings, a row per token along `rope_dim`.
+        rope: lets rotary embeddings be split, which come with every token.
         head: the last module that works on tokens.
         text_first: whether text tokens stand before the video's in joint attention.
+        attention: puts processors in place that go through diffusers' dispatcher.
         cross_attention: the name, within a block, of attention to text alone: every rank computes it on its own tokens.
         per_token: inputs of the transformer that may have an entry for each token, along dim 1.
     """
 
     blocks: tuple[str, ...]
-    rope: str
-    rope_dim: int
+    rope: Callable[[nn.Module, Ulysses], None]
     head: str
     text_first: bool = False
+    attention: Callable[[nn.Module], None] = dispatches
     cross_attention: str | None = None
     per_token: tuple[str, ...] = ()
 
 
 PLANS = {
-    "WanTransformer3DModel": SequencePlan(blocks=("blocks",), rope="rope", rope_dim=1, head="proj_out"),
+    "WanTransformer3DModel": SequencePlan(blocks=("blocks",), rope=partial(rope_module, "rope", 1), head="proj_out"),
     "HunyuanVideoTransformer3DModel": SequencePlan(
-        blocks=("transformer_blocks", "single_transformer_blocks"), rope="rope", rope_dim=0, head="proj_out"
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        rope=partial(rope_module, "rope", 0),
+        head="proj_out",
+    ),
+    "CogVideoXTransformer3DModel": SequencePlan(
+        blocks=("transformer_blocks",),
+        rope=partial(rope_argument, "image_rotary_emb", 0),
+        head="proj_out",
+        text_first=True,
+        attention=cogvideox_attention.dispatch,
+    ),
+    "MochiTransformer3DModel": SequencePlan(
+        blocks=("transformer_blocks",),
+        rope=partial(rope_module, "rope", 0),
+        head="proj_out",
+        attention=mochi_attention.dispatch,
     ),
     "LTXVideoTransformer3DModel": SequencePlan(
         blocks=("transformer_blocks",),
-        rope="rope",
-        rope_dim=1,
+        rope=partial(rope_module, "rope", 1),
         head="proj_out",
         cross_attention="attn2",
         per_token=("timestep",),
@@ -96,16 +136,14 @@ def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
         ulysses.tokens = hidden_states.shape[1]
         return (ulysses.split(hidden_states, 1), *others), kwargs
 
-    def split_rope(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(ulysses.split(part, plan.rope_dim) for part in output)
-
     def join(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         return ulysses.join(output, 1)
 
+    plan.attention(transformer)
     lists = [transformer.get_submodule(name) for name in plan.blocks]
     transformer.register_forward_pre_hook(split_inputs, with_kwargs=True)
     transformer.get_submodule(f"{plan.blocks[0]}.0").register_forward_pre_hook(enter, with_kwargs=True)
-    transformer.get_submodule(plan.rope).register_forward_hook(split_rope)
+    plan.rope(transformer, ulysses)
     transformer.get_submodule(plan.head).register_forward_hook(join)
     # The class's module looks `dispatch_attention_fn` up at every call; processors hand it their `_parallel_config`.
     sys.modules[type(transformer).__module__].dispatch_attention_fn = attend  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpgo_video.config import VideoConfig
-from bpgo_video.types import Conditioning, Latents, Velocity, Videos
+from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
 
@@ -39,6 +39,7 @@ class Policy(Protocol):
         max_sequence_length: text tokens; part of the policy's identity where padding is not masked.
         takes_images: its videos continue an image (image-to-video).
         given_frames: latent frames at the start that the image fixes, and that are not sampled.
+        padding_frames: latent frames that are sampled in front of the others, and dropped before decoding.
         one_dtype: diffusers' pipeline runs in one dtype alone, its VAE included.
         fps: frames a second that the family's authors train on.
         options: settings that are the family's own, by their names in a recipe's section policy.
@@ -53,6 +54,7 @@ class Policy(Protocol):
     max_sequence_length: int
     takes_images: bool
     given_frames: int
+    padding_frames: int
     one_dtype: bool
     fps: float
     options: Mapping[str, float | None]
@@ -111,6 +113,10 @@ class Policy(Protocol):
         """Pixels in [0, 1] of clean latents, behind the frames that the conditioning gives; no gradient."""
         ...
 
+    def default_size(self) -> dict[str, int]:
+        """`num_frames`, `height` and `width` of the pipeline, where its call has no default for them."""
+        ...
+
     def call_arguments(
         self,
         pipeline: Any,
@@ -127,18 +133,19 @@ class Policy(Protocol):
         ...
 
 
-def guided_velocity(
-    policy: Policy, latents: Latents, sigma: Tensor, conditioning: Conditioning, negative: Conditioning, scale: float
-) -> Velocity:
-    """v = v_negative + scale (v_prompt - v_negative): classifier-free guidance (arXiv 2207.12598).
+def guided_velocity(policy: Policy, latents: Latents, sigma: Tensor, guidance: Guidance, scale: float) -> Velocity:
+    """v = v_away + scale (v_towards - v_away): classifier-free guidance (arXiv 2207.12598).
 
-    What `negative` lacks is the sample's own: an image is kept, whatever the text. Both halves go through the
-    transformer as one batch, so that ZeRO-3 gathers its parameters once. At scale 1 there is no second half.
+    Both halves go through the transformer as one batch, so that ZeRO-3 gathers its parameters once. At scale 1 there is
+    no second half.
+
+    Raises:
+        ValueError: there is nothing to guide away from.
     """
     if scale == 1.0:
-        return policy.velocity(latents, sigma, conditioning)
-    both = {
-        name: torch.cat([value, negative.get(name, value).expand_as(value)]) for name, value in conditioning.items()
-    }
+        return policy.velocity(latents, sigma, guidance.towards)
+    if not guidance.away:
+        raise ValueError(f"guidance_scale is {scale}, but the prompts have no negative prompt; encode one, or set 1.0")
+    both = {name: torch.cat([value, guidance.away.get(name, value)]) for name, value in guidance.towards.items()}
     prompted, unprompted = policy.velocity(torch.cat([latents, latents]), sigma, both).chunk(2)
     return unprompted + scale * (prompted - unprompted)

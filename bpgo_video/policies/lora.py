@@ -51,7 +51,8 @@ def peft_config(lora: LoraConfig) -> PeftConfig:
 def merged_parameters(engine: Gatherer, name: str) -> Iterator[tuple[str, Tensor]]:
     """Every base parameter of the transformer `name` under its original name, adapters added in: W + alpha/rank B A.
 
-    One parameter at a time is gathered; all ranks must iterate to the end together.
+    Then the buffers that its files store. One parameter at a time is gathered; all ranks must iterate to the end
+    together.
     """
     module = engine.module.get_submodule(name)
     layers: dict[str, Any] = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
@@ -67,6 +68,8 @@ def merged_parameters(engine: Gatherer, name: str) -> Iterator[tuple[str, Tensor
                 down, up = (adapter.detach() for adapter in adapters)
                 value = add_adapter_in(value, down, up, layer.scaling[ADAPTER])
             yield key.replace(".base_layer.", "."), value
+    in_files = module.state_dict()
+    yield from ((key, buffer) for key, buffer in module.named_buffers() if key in in_files)
 
 
 def add_adapter_in(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:

@@ -34,6 +34,7 @@ class PipelinePolicy:
         block_names: class names of the transformer's repeated blocks.
         fps: frames a second that the family's authors train on.
         given_frames: latent frames that the image fixes and the policy does not sample.
+        padding_frames: latent frames that are sampled in front, and dropped before decoding.
         one_dtype: diffusers' pipeline hands latents from network to network without a cast.
         options: settings that are the family's own, of the class with its pipeline's values.
         guidance_argument: what the pipeline's call names classifier-free guidance.
@@ -41,9 +42,10 @@ class PipelinePolicy:
 
     pipeline_name: ClassVar[str]
     block_names: ClassVar[tuple[str, ...]]
-    fps: ClassVar[float]
+    fps: float
     takes_images: ClassVar[bool] = False
     given_frames: ClassVar[int] = 0
+    padding_frames: int = 0
     one_dtype: ClassVar[bool] = False
     options: Mapping[str, float | None] = MappingProxyType({})
     guidance_argument: ClassVar[str] = "guidance_scale"
@@ -105,6 +107,10 @@ class PipelinePolicy:
 
     def video_conditioning(self, video: VideoConfig) -> dict[str, Tensor]:
         """What of the video itself the transformer is told: nothing."""
+        return {}
+
+    def default_size(self) -> dict[str, int]:
+        """Frames, height and width that the pipeline reads from its parts, where its call has no default for them."""
         return {}
 
     def call_arguments(

@@ -8,16 +8,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel
 
-from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards.backbones import Backbones, Dtype, version
-from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
-from bpgo_video.rewards.preprocessing import Preprocessing, frame_features
+from bpgo_video.rewards.base import Clips, FrameScores
+from bpgo_video.rewards.frame_network import FrameNetwork
+from bpgo_video.rewards.preprocessing import frame_features
 
 Features = Float[Tensor, "samples scored dim"]
 
 
-class _DinoFrames:
+class _DinoFrames(FrameNetwork):
     """Frames through DINOv2 (arXiv 2304.07193) or DINO (2104.14294): the class token of the last layer.
 
     Args:
@@ -25,25 +23,9 @@ class _DinoFrames:
         frames, frames_per_second: as in ClipScore.
     """
 
+    network = AutoModel
+    unread = ("pooler.",)
     range = (0.0, 1.0)
-    higher_is_better = True
-    differentiable = True
-    kind = "real"
-
-    def __init__(
-        self,
-        model: str,
-        frames: int | None = None,
-        frames_per_second: float | None = None,
-        device: torch.device | str = "cpu",
-        dtype: Dtype = "float32",
-        backbones: Backbones | None = None,
-    ):
-        folder = resolve_folder(model)
-        self.frames = FrameSampling(frames, frames_per_second)
-        self.backbone = (backbones or Backbones()).load(AutoModel, folder, device, dtype, unread=("pooler.",))
-        self.preprocessing = Preprocessing.of_folder(folder)
-        self.version = version([fingerprint(folder, (".",))], self.frames, dtype)
 
     def features(self, clips: Clips, indices: list[int]) -> Features:
         return frame_features(clips, indices, self.backbone, self.preprocessing, self._encode)

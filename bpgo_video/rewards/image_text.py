@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer
 
 from bpgo_video.rewards.backbones import Backbone
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.preprocessing import Preprocessing, frame_features
+from bpgo_video.rewards.words import Words
 
 
 class ImageTextEncoder:
@@ -27,8 +26,7 @@ class ImageTextEncoder:
 
     def __init__(self, backbone: Backbone, folder: Path, preprocessing: Preprocessing, as_siglip: bool = False):
         self.backbone, self.preprocessing = backbone, preprocessing
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.padding = "max_length" if as_siglip else "longest"
+        self.words = Words(backbone, folder, "max_length" if as_siglip else "longest")
         self.cased = str.lower if as_siglip else str
 
     def scores(self, clips: Clips, sampling: FrameSampling) -> FrameScores:
@@ -51,10 +49,7 @@ class ImageTextEncoder:
 
     def _embed_texts(self, texts: tuple[str, ...]) -> Tensor:
         network, unique = self.backbone.network, list(dict.fromkeys(map(self.cased, texts)))
-        length = network.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            unique, padding=self.padding, truncation=True, max_length=length, return_tensors="pt"
-        ).to(self.backbone.device)
+        tokens = self.words(unique)
         # Attention is causal in CLIP and unmasked in SigLIP: padding is never masked out.
         features = normalize(network.get_text_features(input_ids=tokens.input_ids).pooler_output.float(), dim=-1)
         return features[[unique.index(self.cased(text)) for text in texts]]

@@ -46,6 +46,7 @@ WORLD_CASES = {
                 ("zero3", "full", "previous"),
             )
         ),
+        *(f"evaluated-{every}=evaluated:{every}" for every in ("never", "1")),
         *(f"ahead-{chunks}=ahead:{chunks}" for chunks in (0, 2)),
         *(f"uneven-{parameters}=uneven:{parameters}" for parameters in ("sharded", "gathered")),
     ],

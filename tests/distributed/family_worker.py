@@ -44,7 +44,7 @@ def one_loss(policy: Policy, inputs: tuple[Tensor, dict[str, Tensor], Tensor]) -
 def inputs_of(case: Case, folder: Path) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Two samples, of two prompts."""
     policy = case.policy(folder)
-    prompts, _ = case.prompts(policy, case.recipe(folder))
+    prompts = case.prompts(policy, case.recipe(folder))
     generator = torch.Generator().manual_seed(1)
     latents, target = (torch.randn(2, *policy.latent_shape(case.video), generator=generator) for _ in range(2))
     return latents, dict(prompts.conditioning), target

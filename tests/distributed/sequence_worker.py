@@ -81,7 +81,7 @@ def run(case: Case, mesh: Mesh) -> dict[str, Any]:
     )
     mine = mesh.share(SAMPLES, SAMPLES // mesh.data_size)[0]
     arguments, target = inputs(case.family, case.tokens)
-    arguments = {name: value[mine] for name, value in arguments.items()}
+    arguments = {name: value[mine] if torch.is_tensor(value) else value for name, value in arguments.items()}
     with torch.no_grad():
         rollout, _ = sample_losses(learner.wrapped, arguments, target[mine])
     output, losses = sample_losses(learner.wrapped, arguments, target[mine])

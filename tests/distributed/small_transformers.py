@@ -7,32 +7,42 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import HunyuanVideoTransformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoSingleTransformerBlock,
     HunyuanVideoTransformerBlock,
 )
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from jaxtyping import Float
 from torch import Tensor, nn
 
 SAMPLES = 4
 HEADS = 4
+Latents = Float[Tensor, "samples channels frames height width"]
 LATENTS = {"even": (4, 3, 4, 4), "odd": (4, 3, 2, 6)}  # 12 and 9 tokens
 
 
 @dataclass(frozen=True)
 class Family:
-    """A transformer class and what it is called with beside latents and timestep.
+    """A transformer class, and how it is called.
 
     Attributes:
-        tokens: whether it takes latents as tokens, with a timestep and coordinates of each.
+        text: what it takes beside latents and timestep.
+        layout: how it takes them; it makes arguments and target of latents, timestep and target.
     """
 
     build: Callable[[], nn.Module]
     block_classes: tuple[type[nn.Module], ...]
     text: Callable[[torch.Generator], dict[str, Tensor]]
-    tokens: bool = False
+    layout: Callable[[Latents, Tensor, Latents], tuple[dict[str, Any], Tensor]]
 
 
 def wan() -> nn.Module:
@@ -64,6 +74,13 @@ def hunyuan_text(generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
+def cogvideox() -> nn.Module:
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=8, num_layers=2, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+
+
 def ltx() -> nn.Module:
     return LTXVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=8, cross_attention_dim=32,
@@ -76,10 +93,41 @@ def ltx_text(generator: torch.Generator) -> dict[str, Tensor]:
     return {name: found[name] for name in ("encoder_hidden_states", "encoder_attention_mask")}
 
 
+def as_video(latents: Latents, timestep: Tensor, target: Latents) -> tuple[dict[str, Any], Tensor]:
+    """As they are."""
+    return {"hidden_states": latents, "timestep": timestep}, target
+
+
+def frames_first(latents: Latents, timestep: Tensor, target: Latents) -> tuple[dict[str, Any], Tensor]:
+    """Frames before channels, with the rotary embeddings of every sample's tokens."""
+    frames, height, width = latents.shape[2:]
+    grid = (height // 2, width // 2)
+    rotary = get_3d_rotary_pos_embed(16, ((0, 0), grid), grid, temporal_size=frames)
+    arguments = {"hidden_states": latents.transpose(1, 2), "timestep": timestep, "image_rotary_emb": rotary}
+    return arguments, target.transpose(1, 2)
+
+
+def as_tokens(latents: Latents, timestep: Tensor, target: Latents) -> tuple[dict[str, Any], Tensor]:
+    """Tokens with a timestep and coordinates of each, those of the first frame without noise."""
+    frames, height, width = latents.shape[2:]
+    noisy = torch.ones(frames, height * width)
+    noisy[0] = 0
+    grid = torch.cartesian_prod(*(torch.arange(float(size)) for size in (frames, height, width)))
+    arguments = {
+        "hidden_states": latents.flatten(2).mT,
+        "timestep": timestep[:, None] * noisy.flatten(),
+        "video_coords": grid.mT.expand(SAMPLES, -1, -1),
+    }
+    return arguments, target.flatten(2).mT
+
+
 FAMILIES = {
-    "wan": Family(wan, (WanTransformerBlock,), wan_text),
-    "hunyuan": Family(hunyuan, (HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock), hunyuan_text),
-    "ltx": Family(ltx, (LTXVideoTransformerBlock,), ltx_text, tokens=True),
+    "wan": Family(wan, (WanTransformerBlock,), wan_text, as_video),
+    "hunyuan": Family(
+        hunyuan, (HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock), hunyuan_text, as_video
+    ),
+    "ltx": Family(ltx, (LTXVideoTransformerBlock,), ltx_text, as_tokens),
+    "cogvideox": Family(cogvideox, (CogVideoXBlock,), wan_text, frames_first),
 }
 
 
@@ -93,31 +141,16 @@ def random_transformer(family: str) -> nn.Module:
     return module
 
 
-def inputs(family: str, tokens: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Keyword arguments of a forward over SAMPLES samples, and a target for its output."""
+def inputs(family: str, tokens: str) -> tuple[dict[str, Any], Tensor]:
+    """Keyword arguments of a forward over SAMPLES samples, tensors one row a sample; and a target for its output."""
     generator = torch.Generator().manual_seed(1)
     latents, target = (torch.randn(SAMPLES, *LATENTS[tokens], generator=generator) for _ in range(2))
     timestep = torch.tensor([900.0, 700.0, 400.0, 50.0])
-    arguments = {"hidden_states": latents, "timestep": timestep, **FAMILIES[family].text(generator)}
-    return (as_tokens(arguments), target.flatten(2).mT) if FAMILIES[family].tokens else (arguments, target)
+    arguments, target = FAMILIES[family].layout(latents, timestep, target)
+    return {**arguments, **FAMILIES[family].text(generator)}, target
 
 
-def as_tokens(arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Latents as tokens, those of the first frame without noise."""
-    latents, timestep = arguments["hidden_states"], arguments["timestep"]
-    frames, height, width = latents.shape[2:]
-    noisy = torch.ones(frames, height * width)
-    noisy[0] = 0
-    grid = torch.cartesian_prod(*(torch.arange(float(size)) for size in (frames, height, width)))
-    own = {
-        "hidden_states": latents.flatten(2).mT,
-        "timestep": timestep[:, None] * noisy.flatten(),
-        "video_coords": grid.mT.expand(SAMPLES, -1, -1),
-    }
-    return {**arguments, **own}
-
-
-def sample_losses(module: Any, arguments: dict[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+def sample_losses(module: Any, arguments: dict[str, Any], target: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and a loss per sample that weighs every element differently."""
     output = module(**arguments, return_dict=False)[0]
     return output, ((output - target) ** 2).flatten(1).mean(dim=1)

@@ -22,6 +22,11 @@ CLASSES = {  # what each class of parameters is called
         "joint attention": ".attn.", "text's side of it": "add_q_proj", "modulation": "norm1.linear",
         "feed-forward": ".ff.", "single blocks": "single_transformer_blocks", "head": "proj_out",
     },
+    "cogvideox": {
+        "patch embedding": "patch_embed.proj", "text embedding": "text_proj", "time embedding": "time_embedding",
+        "joint attention": ".attn1.to_q", "its normalisation": "norm_k", "modulation": "norm1.linear",
+        "feed-forward": ".ff.", "modulation of the output": "norm_out", "head": "proj_out",
+    },
     "ltx": {
         "patch embedding": "proj_in", "time embedding": "time_embed", "text embedding": "caption_projection",
         "self-attention": "attn1", "cross-attention": "attn2", "modulation": "scale_shift_table",

@@ -12,6 +12,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 
+from bpgo_video.code_version import this_code
 from bpgo_video.config_io import read_yaml
 from bpgo_video.conversion import Conversion, convert
 from bpgo_video.heldout_evaluation import asked, evaluate_folder
@@ -31,6 +32,8 @@ def test_a_checkpoint_converts_to_the_export_bit_for_bit(worlds: dict[int, Path]
     dtype = torch.bfloat16 if name == "smoke-bf16" else torch.float32
     output = tmp_path / "out"
     convert(Conversion(find_source(run_dir), "raw", output, dtype), "diffusers", verify=True)
+    for card in (run_dir / "export" / "README.md", output / "README.md"):
+        assert f"| trained by | {this_code()} |" in card.read_text()
     expected, found = load_file(run_dir / "export" / WEIGHTS), load_file(output / WEIGHTS)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():

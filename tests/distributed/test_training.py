@@ -18,7 +18,7 @@ from bpgo_video.metrics import read_metrics
 from bpgo_video.paths import resolve_folder
 from bpgo_video.randomness import keyed_noise
 from tests.distributed.conftest import STAGES
-from tests.distributed.sameness import assert_same_run
+from tests.distributed.sameness import assert_same_run, records
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 
@@ -206,6 +206,26 @@ def test_other_deepspeed_configurations_train(worlds: dict[int, Path], name: str
     assert summary["steps"] == 2
     start, trained = starting_weights(), exported(worlds[2] / name)
     assert any(not torch.equal(trained[key].float(), start[key]) for key in start)
+
+
+def test_evaluation_leaves_no_trace_in_training(worlds: dict[int, Path]) -> None:
+    """Both rewards draw from torch's global generator; raw weights and their average are scored after every step."""
+    alone, watched = (worlds[2] / f"evaluated-{every}" for every in ("never", "1"))
+    found = records(watched)
+    names = [key for key in found[0] if key.startswith("heldout")]
+    assert sorted(names) == [
+        "heldout/heldout",
+        "heldout/heldout_stderr",
+        "heldout_ema/heldout",
+        "heldout_ema/heldout_stderr",
+    ]
+    assert found[1]["heldout/heldout"] != found[1]["heldout_ema/heldout"]
+    assert [{key: value for key, value in record.items() if key not in names} for record in found] == records(alone)
+    for folder in ("export", "export-ema"):
+        expected, weights = exported(alone, folder), exported(watched, folder)
+        assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
+    videos = {path.parent.name for path in (watched / "samples").rglob("*.mp4")}
+    assert videos == {"before", "step-000001", "step-000001-ema", "after", "after-ema"}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -116,6 +116,17 @@ def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
     return replace(config, rewards={**rewards, "drawn": RewardConfig(model="tests.distributed.toy_rewards:Drawn")})
 
 
+def evaluated(shards: Path, run_dir: Path, every: str) -> Config:
+    """Two steps trained on a reward that draws, with no evaluation or one a step, of both weights, that draws, too."""
+    drawn = {"model": "tests.distributed.toy_rewards:Drawn"}
+    config = small_recipe(run_dir, shards, run={"num_steps": 2}, ema={"decay": 0.9})
+    config = rewarded_by(config, drawn["model"])
+    if every == "never":
+        return without_evaluation(config)
+    heldout = {"rewards": {"heldout": RewardConfig(**drawn)}, "every": int(every), "weights": "both"}
+    return replace(config, evaluation=replace(config.evaluation, **heldout))
+
+
 def smoke(shards: Path, run_dir: Path, stage: str) -> Config:
     """Two steps of the recipe under another DeepSpeed configuration."""
     return with_stage(without_evaluation(small_recipe(run_dir, shards, run={"num_steps": 2})), stage)
@@ -152,7 +163,7 @@ def with_stage(config: Config, stage: str) -> Config:
 
 CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
-    "uneven": uneven, "ahead": ahead, "held": held, "credited": credited,
+    "uneven": uneven, "ahead": ahead, "held": held, "credited": credited, "evaluated": evaluated,
 }  # fmt: skip
 
 

@@ -7,14 +7,28 @@ from __future__ import annotations
 
 from bpgo_video.policies import Policy, load_policy
 from tests.families.case import Case
+from tests.families.cogvideox import (
+    COGVIDEOX,
+    COGVIDEOX_IMAGE,
+    COGVIDEOX_PAIRS,
+    COGVIDEOX_PAIRS_IMAGE,
+    COGVIDEOX_PAIRS_ONE_FRAME,
+)
 from tests.families.hunyuan import HUNYUAN
 from tests.families.ltx import LTX, LTX_IMAGE
+from tests.families.mochi import MOCHI
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 
 CASES: dict[str, Case] = {
     "wan": WAN,
     "wan_one_frame": WAN_ONE_FRAME,
     "wan_image": WAN_IMAGE,
+    "cogvideox": COGVIDEOX,
+    "cogvideox_image": COGVIDEOX_IMAGE,
+    "cogvideox_pairs": COGVIDEOX_PAIRS,
+    "cogvideox_pairs_one_frame": COGVIDEOX_PAIRS_ONE_FRAME,
+    "cogvideox_pairs_image": COGVIDEOX_PAIRS_IMAGE,
+    "mochi": MOCHI,
     "ltx": LTX,
     "ltx_image": LTX_IMAGE,
     "hunyuan": HUNYUAN,

@@ -29,6 +29,7 @@ from bpgo_video.data.atomic import write_json
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rollout import Denoiser
+from bpgo_video.types import Guidance
 from tools.bench.timing import seconds
 
 WAN_1_3B = {
@@ -99,10 +100,10 @@ def step_works(policy: Policy, shape: Shape) -> tuple[Callable[[], object], Call
     latents = torch.randn(1, *shape.latents, device=shape.device)
     noise = torch.randn_like(latents)
     embeddings = torch.randn(1, TEXT_TOKENS, shape.transformer["text_dim"], device=shape.device, dtype=shape.dtype)
-    conditioning = {"prompt_embeds": embeddings}
+    guidance = Guidance({"prompt_embeds": embeddings}, {})
 
     def log_prob() -> Tensor:
-        transition = denoiser.transition(latents, 3, conditioning, conditioning)
+        transition = denoiser.transition(latents, 3, guidance)
         return transition.log_prob(transition.sample(noise).detach())
 
     def replay() -> None:

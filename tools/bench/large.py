@@ -27,6 +27,7 @@ import torch
 import yaml
 from diffusers import WanTransformer3DModel
 
+from bpgo_video.conversion import FORMATS
 from bpgo_video.data.atomic import write_json
 from bpgo_video.paths import resolve_folder
 from tools.bench.__main__ import machine
@@ -161,7 +162,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
             "--dtype",
             dtype,
         ]
-        small_shards = ["--shard-gigabytes", "0.5"]
+        small_shards = ["--shard-gigabytes", "0.5"] if "shard-gigabytes" in FORMATS[form].takes else []
         found[f"convert to {form}"] = watched([*convert, "--output", folder / form, *small_shards])
         shutil.rmtree(folder / form)
         found[f"convert to {form} and verify"] = watched(

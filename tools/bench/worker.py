@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from bpgo_video import engine as engines
 from bpgo_video.bpgo import BPGOSettings
 from bpgo_video.cli import show_loading_once
-from bpgo_video.conditioning import cast
 from bpgo_video.config import Config, ParallelConfig
 from bpgo_video.config_io import read_yaml
 from bpgo_video.data.prompt_stream import as_batch
@@ -38,7 +37,7 @@ from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoise
 from bpgo_video.session import Session, build_session, check_inputs
 from bpgo_video.stopwatch import Stopwatch
 from bpgo_video.trainer import sample_and_score, train_step
-from bpgo_video.types import Conditioning, PromptBatch
+from bpgo_video.types import PromptBatch
 from tools.bench.overlap import in_chunks, overlap
 from tools.bench.timing import in_turn, seconds, waiting
 
@@ -57,15 +56,14 @@ def zero(stage: int) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
 
 
-def prompts_for(config: Config, mesh: Mesh) -> tuple[PromptBatch, Conditioning]:
+def prompts_for(config: Config, mesh: Mesh) -> PromptBatch:
     _, shards = check_inputs(config, mesh)
-    two = as_batch([shards.record(int(row)) for row in shards.rows(config.evaluation.split)[:2]])
-    return two, cast(shards.negative, torch.float32, mesh.device)
+    return as_batch([shards.record(int(row)) for row in shards.rows(config.evaluation.split)[:2]])
 
 
 def rollout(policy: Policy, config: Config, mesh: Mesh) -> Callable[[], object]:
     """Sampling and decoding SAMPLES_PER_RANK videos on every rank, log-probs included."""
-    prompts, negative = prompts_for(config, mesh)
+    prompts = prompts_for(config, mesh)
     settings = {
         "group_size": SAMPLES_PER_RANK * mesh.world_size // len(prompts),
         "micro_batch_size": SAMPLES_PER_RANK,
@@ -74,7 +72,7 @@ def rollout(policy: Policy, config: Config, mesh: Mesh) -> Callable[[], object]:
         "trained_steps": trained_steps_of(config, 0),
     }
     denoiser = training_denoiser(policy, config)
-    return lambda: list(sample_chunks(denoiser, prompts, negative, mesh, **settings))
+    return lambda: list(sample_chunks(denoiser, prompts, mesh, **settings))
 
 
 def parameter_bytes(module: nn.Module) -> int:
@@ -110,14 +108,14 @@ def against_diffusers(config: Config, mesh: Mesh) -> dict[str, Any]:
     pipeline = WanPipeline.from_pretrained(policy.folder, text_encoder=None, tokenizer=None)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
     pipeline.set_progress_bar_config(disable=True)
-    prompts, negative = prompts_for(config, mesh)
+    prompts = prompts_for(config, mesh)
     each = SAMPLES_PER_RANK // len(prompts)
     embeddings = prompts.conditioning["prompt_embeds"].repeat_interleave(each, 0)
     latents = keyed_noise(policy.latent_shape(config.video), [("bench", i) for i in range(SAMPLES_PER_RANK)], "cpu")
 
     def theirs(guidance_scale: float) -> None:
         pipeline(
-            prompt_embeds=embeddings, negative_prompt_embeds=negative["prompt_embeds"].expand_as(embeddings),
+            prompt_embeds=embeddings, negative_prompt_embeds=prompts.negative["prompt_embeds"].expand_as(embeddings),
             height=config.video.height, width=config.video.width, num_frames=config.video.num_frames,
             num_inference_steps=config.sampler.num_steps, guidance_scale=guidance_scale, latents=latents,
             max_sequence_length=config.policy.max_sequence_length, output_type="pt",
@@ -176,7 +174,7 @@ def phases(config: Config, mesh: Mesh) -> dict[str, float]:
     trajectories, rewards = sample_and_score(session, prompts, 1, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learner = TimedLearner(session.engine)
-    setting = Setting(session.policy, config, prompts, session.prompts.negative)
+    setting = Setting(session.policy, config, prompts, mesh.device)
     objective = replay_objective(setting, advantages, 1)
     with waiting() as exposed:
         total = seconds(lambda: optimise(learner, objective, trajectories, config.optim.updates_per_rollout))

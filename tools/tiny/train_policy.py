@@ -32,6 +32,7 @@ from bpgo_video.policies.base import guided_velocity
 from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.tiny import world
 from bpgo_video.tiny.oracle import oracle_parts, oracle_scores
+from bpgo_video.types import Guidance
 from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, learn
 
 TEXT_DIM = 64
@@ -92,11 +93,12 @@ def sample_heldout(
     for start in range(0, len(texts), 32):
         chunk = texts[start : start + 32]
         latents = torch.randn(len(chunk), policy.transformer_config["in_channels"], 3, 8, 8, generator=generator)
-        conditioning = policy.encode(chunk)
+        away = {name: value.expand(len(chunk), -1, -1) for name, value in negative.items()}
+        guidance = Guidance(policy.encode(chunk), away)
         for index, step in enumerate(sde.steps_of(sigmas)):
-            velocity = guided_velocity(policy, latents, sigmas[index], conditioning, negative, guidance_scale)
+            velocity = guided_velocity(policy, latents, sigmas[index], guidance, guidance_scale)
             latents = sde.ode(velocity, latents, step).mean
-        videos.append(policy.decode(latents, conditioning))
+        videos.append(policy.decode(latents, guidance.towards))
     return torch.cat(videos), texts
 
 

@@ -1,0 +1,37 @@
+"""What ranks run to see how far off the buffers of transformers are that are born sharded in bf16.
+
+python -m tests.distributed.buffers_worker OUTPUT FOLDER...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bpgo_video import engine
+from bpgo_video.policies.pipeline_policy import networks_of
+
+ZERO3_BF16 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+
+
+def errors(folder: Path) -> dict[str, float]:
+    model_class = networks_of(folder)["transformer"]
+    exact = dict(model_class.from_pretrained(folder / "transformer").named_buffers())
+    found = engine.build_sharded(ZERO3_BF16, model_class, folder / "transformer", torch.bfloat16).named_buffers()
+    return {f"{folder.name}.{name}": float((buffer - exact[name]).abs().max()) for name, buffer in found}
+
+
+def main() -> None:
+    output, folders = Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]]
+    engine.start_ranks()
+    found = {name: error for folder in folders for name, error in errors(folder).items()}
+    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

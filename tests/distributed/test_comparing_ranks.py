@@ -1,0 +1,47 @@
+"""A comparison on two ranks: the scores of one rank, to the bit, and one report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpgo_video.config_io import to_yaml
+from bpgo_video.evaluation.measuring import Asked, measure
+from bpgo_video.evaluation.model_scores import read_scores
+from bpgo_video.parallel.mesh import Mesh
+from tests.distributed.conftest import free_port
+from tests.random_wan import random_wan
+from tests.recipes import ROOT
+from tests.written_runs import tagged_recipe
+
+pytestmark = pytest.mark.slow
+LAUNCHER = Path(sys.executable).with_name("deepspeed")
+
+
+def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
+    """Three prompts of two samples, in micro-batches of four: the ranks' last ones repeat samples, which count once."""
+    recipe, other = tagged_recipe(tmp_path), random_wan(tmp_path / "other", seed=1)
+    for part in ("text_encoder", "tokenizer"):
+        for file in (tmp_path / "wan" / part).iterdir():
+            (other / part / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    command = [
+        str(LAUNCHER), "--num_accelerators", "2", "--master_port", str(free_port()), "tools/evaluate.py", "compare",
+        str(tmp_path / "wan"), str(other), "--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "two"),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("No difference shown between wan and other") == 1
+    content = json.loads((tmp_path / "two" / "comparison.json").read_text())
+    asked = [Asked(str(tmp_path / "wan"), "wan"), Asked(str(other), "other")]
+    alone = measure(asked, recipe, "raw", tmp_path / "one", Mesh(rank=0, world_size=1, device=torch.device("cpu")))
+    for model, expected in zip(content["models"], alone, strict=True):
+        assert read_scores(Path(model["results"])) == expected.scores
+    assert (tmp_path / "two" / "report.html").is_file()

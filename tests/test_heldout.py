@@ -1,0 +1,103 @@
+"""Evaluation on held-out prompts: it leaves no trace in random generators, and other eyes see every video once."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from bpgo_video.config import Config, ConfigError, EmaConfig, EvaluationConfig, RewardConfig
+from bpgo_video.config_rules import check
+from bpgo_video.data.video import read_video
+from bpgo_video.heldout import HeldoutScores, evaluate, write_shown
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy
+from bpgo_video.randomness import isolated, keyed_noise
+from bpgo_video.rewards.suite import RewardSuite
+from bpgo_video.types import PromptBatch, RolloutChunk
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_draws_inside_leave_no_trace_behind() -> None:
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    expected = draws()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    with isolated():
+        inside = draws()
+        torch.manual_seed(7)
+    assert inside == expected, "the block goes on where the generators are"
+    assert draws() == expected
+    state = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), isolated():
+        _ = torch.rand(()) / 0 + 1 // 0
+    assert torch.equal(torch.get_rng_state(), state), "also where the block raises"
+
+
+def test_both_weights_are_measured_and_the_raw_ones_decide(recipe: Config) -> None:
+    assert [EvaluationConfig(weights=kind).measured for kind in ("raw", "ema", "both")] == [
+        ("raw",),
+        ("ema",),
+        ("raw", "ema"),
+    ]
+    both = replace(recipe, evaluation=replace(recipe.evaluation, weights="both"))
+    with pytest.raises(ConfigError, match=r"evaluation\.weights is 'both' with ema\.decay = 0"):
+        check(both)
+    check(replace(both, ema=EmaConfig(decay=0.99)))
+    scores = HeldoutScores({"oracle": torch.tensor([[0.0, 1.0]])})
+    assert scores.metrics("heldout_ema").keys() == {"heldout_ema/oracle", "heldout_ema/oracle_stderr"}
+
+
+def test_the_deployments_schedule_is_the_samplers_unless_said(recipe: Config) -> None:
+    sampler = replace(recipe.sampler, shift=3.0)
+    assert EvaluationConfig().shift_or(sampler) == 3.0
+    assert EvaluationConfig(shift=5.0).shift_or(sampler) == 5.0
+    assert EvaluationConfig().shift_or(recipe.sampler) is None
+
+
+@torch.no_grad()
+def test_held_out_videos_follow_the_solver_and_the_shift(policy: Policy, recipe: Config) -> None:
+    """Euler is diffusers' own loop over the shifted schedule; the second-order solver goes elsewhere."""
+    video = replace(recipe.video, num_frames=5, height=32, width=32)
+    base = replace(recipe, video=video, rollout=replace(recipe.rollout, micro_batch_size=1))
+    embeds = policy.encode(["a red circle moving left"])
+    prompts = PromptBatch(torch.tensor([7]), ("a red circle moving left",), embeds)
+    start = keyed_noise(policy.latent_shape(video), [(base.run.seed, "heldout", 7, 0, "start")], "cpu")
+
+    def sampled(solver: str) -> torch.Tensor:
+        settings = {"solver": solver, "shift": 4.0, "num_steps": 3, "samples_per_prompt": 1}
+        config = replace(base, evaluation=replace(base.evaluation, **settings))
+        seen: list[RolloutChunk] = []
+        suite = RewardSuite({"flicker": RewardConfig(model="temporal_flickering")}, torch.device("cpu"), video.fps)
+        evaluate(policy, prompts, {}, suite, config, Mesh(0, 1, torch.device("cpu")), seen.append)
+        return seen[0].trajectories[0].latents[:, -1]
+
+    schedule = FlowMatchEulerDiscreteScheduler(shift=4.0)
+    schedule.set_timesteps(3)
+    latents = start
+    for sigma, timestep in zip(schedule.sigmas, schedule.timesteps, strict=False):
+        latents = schedule.step(policy.velocity(latents, sigma, embeds), timestep, latents, return_dict=False)[0]
+    assert torch.allclose(sampled("euler"), latents, atol=1e-5)
+    assert not torch.allclose(sampled("adams_bashforth"), latents, atol=1e-3)
+
+
+def test_the_first_samples_of_evenly_spread_prompts_are_written(recipe: Config, tmp_path: Path) -> None:
+    """Five prompts of two samples, three shown: prompts 0, 2 and 4, whatever the order and repetition of chunks."""
+    config = replace(recipe, evaluation=replace(recipe.evaluation, samples_per_prompt=2, videos=3))
+    rows, samples = torch.tensor([4, 4, 0, 0, 2, 1, 3]), torch.tensor([0, 1, 0, 0, 0, 0, 1])
+    grey = (rows / 8 + samples / 16)[:, None, None, None, None].expand(-1, 5, 3, 16, 16)
+    seen = write_shown(tmp_path, 5, config)
+    for start in (0, 3):
+        part = slice(start, start + 4)
+        seen(RolloutChunk((), grey[part], rows[part], samples[part]))
+    shades = [float(read_video(path)[0].mean()) for path in sorted(tmp_path.glob("*.mp4"))]
+    assert shades == pytest.approx([0.0, 0.25, 0.5], abs=0.02)

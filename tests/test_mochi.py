@@ -1,0 +1,93 @@
+"""Mochi's attention with masked padding is diffusers' own; its schedule, its empty texts, and its videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import MochiPipeline, MochiTransformer3DModel
+
+from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.generation import load_pipeline, plan, read_records, sample
+from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
+from bpgo_video.parallel.mochi_attention import dispatch
+from bpgo_video.randomness import keyed_noise
+from tests.families.mochi import MOCHI
+
+TEXTS = ["a red circle moving left", "a blue square moving up"]
+SIZE = {"num_frames": 13, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("mochi") / "pipeline"
+    MOCHI.write(path)
+    return path
+
+
+@pytest.fixture
+def settings(folder: Path, tmp_path: Path) -> GenerationSettings:
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    return GenerationSettings(
+        policy=str(folder), prompts=tmp_path / "prompts.txt", output=tmp_path / "videos", seed=5, num_steps=4,
+        guidance_scale=2.0, batch_size=2,
+    )  # fmt: skip
+
+
+def test_masked_padding_is_padding_left_out(folder: Path) -> None:
+    transformer = MochiTransformer3DModel.from_pretrained(folder / "transformer")
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 2:] = False
+    inputs = {
+        "hidden_states": torch.randn(2, 12, 3, 4, 4, generator=generator), "timestep": torch.tensor([900.0, 20.0]),
+        "encoder_hidden_states": torch.randn(2, 6, 16, generator=generator), "encoder_attention_mask": mask,
+        "return_dict": False,
+    }  # fmt: skip
+    expected = transformer(**inputs)[0]
+    dispatch(transformer)
+    torch.testing.assert_close(transformer(**inputs)[0], expected, rtol=0, atol=2e-6)
+    inputs["encoder_hidden_states"][1, 2:] = 7.0
+    torch.testing.assert_close(transformer(**inputs)[0], expected, rtol=0, atol=2e-6)
+    inputs["encoder_attention_mask"] = torch.ones_like(mask)
+    assert (transformer(**inputs)[0][1] - expected[1]).abs().max() > 1e-3
+
+
+def test_the_schedule_is_linear_and_then_quadratic(folder: Path) -> None:
+    """Half of the steps reach 1 - .025; the rest go down to 0 in growing steps."""
+    sigmas = MOCHI.policy(folder, components=()).sigmas(64, MOCHI.video)
+    torch.testing.assert_close(sigmas[:33], 1 - 0.025 * torch.arange(33) / 32, rtol=0, atol=1e-6)
+    assert bool((sigmas[32:].diff().diff() < 0).all())
+    assert float(sigmas[-1]) == 0.0
+
+
+def test_an_empty_text_does_not_change_its_neighbours(folder: Path) -> None:
+    policy = MOCHI.policy(folder, components=("text_encoder",))
+    policy.pipeline.register_to_config(force_zeros_for_empty_prompt=True)
+    alone, beside = policy.encode(TEXTS[:1]), policy.encode([TEXTS[0], ""])
+    for name in alone:
+        assert torch.equal(beside[name][:1], alone[name])
+    assert not beside["mask"][1].any()
+
+
+def test_generation_is_the_pipelines_own(settings: GenerationSettings, folder: Path) -> None:
+    settings = GenerationSettings(**{**vars(settings), **SIZE})
+    model = find_model(settings)
+    jobs, call = plan(settings, read_records(settings)), resolve(settings, model.policy)
+    found = sample(load_pipeline(model, settings, torch.device("cpu")), model.policy, jobs, settings, call)
+    noise = keyed_noise(model.policy.latent_shape(MOCHI.video), [(5, "generation", prompt_id(TEXTS[1]), 0)], "cpu")
+    expected = MochiPipeline.from_pretrained(folder)(
+        prompt=TEXTS[1], negative_prompt="", num_inference_steps=4, guidance_scale=2.0, max_sequence_length=16,
+        latents=noise, output_type="pt", **SIZE,
+    ).frames  # fmt: skip
+    torch.testing.assert_close(found[1:], expected, rtol=0, atol=1e-5)
+    assert found.std() > 0.01
+
+
+def test_its_size_is_the_pipelines_and_its_scheduler_its_own(settings: GenerationSettings) -> None:
+    policy = find_model(settings).policy
+    call = resolve(settings, policy)
+    assert (call.num_frames, call.height, call.width, policy.fps) == (19, 480, 848, 30.0)
+    with pytest.raises(GenerationError, match="scheduler is 'euler'; this model can use its own alone"):
+        resolve(GenerationSettings(**{**vars(settings), "scheduler": "euler"}), policy)

@@ -1,0 +1,73 @@
+"""Buffers of a model that is born sharded are the model's own; blocks see by position what they are called with."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bpgo_video.block_calls import call_by_position
+from bpgo_video.engine import tensor_files
+from bpgo_video.model_buffers import model_buffers
+from bpgo_video.policies.lora import merged_parameters
+from bpgo_video.policies.pipeline_policy import networks_of
+from tests.distributed.conftest import run_ranks
+from tests.families import CASES
+
+LEARNED = "patch_embed.pos_embedding"
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox_image"])
+def test_they_are_those_that_diffusers_loads(name: str, tmp_path: Path) -> None:
+    CASES[name].write(tmp_path)
+    model_class, folder = networks_of(tmp_path)["transformer"], tmp_path / "transformer"
+    expected = dict(model_class.from_pretrained(folder).named_buffers())
+    found = model_buffers(model_class, folder, tensor_files(folder))
+    assert found.keys() == expected.keys()
+    assert found
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_an_export_has_those_that_files_store(tmp_path: Path) -> None:
+    CASES["cogvideox_image"].write(tmp_path)
+    policy = CASES["cogvideox_image"].policy(tmp_path, components=("transformer",))
+    engine: Any = SimpleNamespace(module=policy.transformers, gathered=lambda _: nullcontext())
+    written = dict(merged_parameters(engine, "transformer"))
+    assert written.keys() == tensor_files(tmp_path / "transformer").keys()
+    assert torch.equal(written[LEARNED], policy.transformers["transformer"].patch_embed.pos_embedding)
+
+
+class Block(nn.Module):
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return x + scale * text
+
+
+def test_blocks_called_by_keyword_see_their_inputs_by_position() -> None:
+    blocks = nn.ModuleList([Block(), Block()])
+    call_by_position(blocks, (Block,))
+    seen: list[tuple[Any, ...]] = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args))
+    one = torch.ones(2)
+    assert torch.equal(blocks[0](text=one, x=2 * one), 3 * one)
+    assert torch.equal(blocks[1](2 * one, text=one, scale=3.0), 5 * one)
+    assert [len(args) for args in seen] == [2, 2]
+
+
+@pytest.mark.slow
+def test_they_are_exact_in_bf16_under_zero3(tmp_path: Path) -> None:
+    folders = []
+    for name in ("wan", "cogvideox", "cogvideox_image"):
+        CASES[name].write(tmp_path / name)
+        folders.append(str(tmp_path / name))
+    run_ranks(2, [str(tmp_path), *folders], worker="buffers_worker")
+    for rank in range(2):
+        errors = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert len(errors) >= 4
+        assert set(errors.values()) == {0.0}, errors

@@ -1,0 +1,146 @@
+"""The paired statistics: formulas against independent ones, and their error rates on real held-out scores.
+
+`oracle_scores.json` is the population: scores of the embedded policy and of a post-trained one, with their provenance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from bpgo_video.evaluation import paired
+from bpgo_video.evaluation.paired import Effect, as_family, effect, holm, interval, rank_biserial, signed_rank
+
+POPULATION = json.loads((Path(__file__).parent / "oracle_scores.json").read_text())
+BASE, TRAINED = ({name: np.array(rows) for name, rows in POPULATION[side].items()} for side in ("base", "trained"))
+PROMPTS, SAMPLES = BASE["oracle"].shape
+
+
+def draws(prompts: int, repetitions: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.random.Generator]]:
+    """Rows of some prompts, and for each its samples in an order of its own."""
+    rng = np.random.default_rng(prompts)
+    for _ in range(repetitions):
+        rows = rng.choice(PROMPTS, prompts, replace=False)[:, None]
+        yield rows, np.argsort(rng.random((prompts, SAMPLES)), axis=1), rng
+
+
+@pytest.mark.parametrize("prompts", [24, 48])
+def test_a_null_comparison_raises_at_most_10_false_alarms_in_100(prompts: int) -> None:
+    """The same checkpoint twice, other seeds: an alarm is any measure of the family that is called different."""
+    alarms = 0
+    for rows, columns, _ in draws(prompts, 100):
+        first, second = columns[:, :4], columns[:, 4:8]
+        family = as_family([effect(scores[rows, first], scores[rows, second]) for scores in BASE.values()])
+        alarms += any(found.shown for found in family)
+    assert alarms <= 10
+
+
+def test_a_planted_improvement_of_5_hundredths_is_found_in_80_of_100() -> None:
+    """48 prompts x 4 samples, same seeds: B's videos are the trained policy's in the share that makes .05."""
+    share = 0.05 / (TRAINED["oracle"] - BASE["oracle"]).mean()
+    found, gains = 0, []
+    for rows, columns, rng in draws(48, 100):
+        own = rows, columns[:, :4]
+        taken = rng.random((48, 4)) < share
+        family = as_family(
+            [effect(BASE[name][own], np.where(taken, TRAINED[name][own], BASE[name][own])) for name in BASE]
+        )
+        gains.append(family[0].difference)
+        found += family[0].shown == 1
+    assert np.mean(gains) == pytest.approx(0.05, abs=0.005)
+    assert found >= 80
+
+
+def test_the_interval_holds_its_level_at_24_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,000 samples of the real differences 95 % cover the mean within three standard errors; BCa covers fewer."""
+    monkeypatch.setattr(paired, "RESAMPLES", 999)
+    rng = np.random.default_rng(3)
+    population = (TRAINED["oracle"] - BASE["oracle"])[:, :4].mean(axis=1)
+    covered = {"ours": 0, "BCa": 0}
+    for _ in range(1000):
+        sample = rng.choice(population, 24)
+        bca = stats.bootstrap((sample,), np.mean, n_resamples=999, method="BCa", rng=rng).confidence_interval
+        for name, (low, high) in {"ours": interval(sample), "BCa": bca}.items():
+            assert low is not None
+            assert high is not None
+            covered[name] += low <= population.mean() <= high
+    assert covered["ours"] / 1000 == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / 1000) ** 0.5)
+    assert covered["BCa"] < covered["ours"]
+
+
+def test_an_effect_is_what_its_docstring_says() -> None:
+    """Prompts differ by 1, -3, 0, 4 and 8: W+ = 1 + 3 + 4 of 10 over those that differ."""
+    a = np.array([[0.0, 2.0], [4.0, 6.0], [1.0, 1.0], [0.0, 0.0], [3.0, 5.0]])
+    found = effect(a, a + np.array([1.0, -3.0, 0.0, 4.0, 8.0])[:, None])
+    assert (found.prompts, found.wins, found.ties, found.losses) == (5, 3, 1, 1)
+    assert (found.mean_a, found.mean_b, found.difference) == (2.2, 4.2, 2.0)
+    assert found.scale == pytest.approx(a.std())
+    assert found.rank_biserial == pytest.approx((1 + 3 + 4 - 2) / 10)
+    assert found.relative == pytest.approx(2 / 2.2)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 2.0 < found.high
+
+
+def test_the_signed_rank_p_value_is_that_of_all_sign_flips() -> None:
+    differences = np.array([0.3, -0.1, 0.7, 0.45, 0.9, 0.2])
+    ranks = stats.rankdata(np.abs(differences))
+    observed = (np.sign(differences) * ranks).sum()
+    flips = [(np.array(signs) * ranks).sum() for signs in itertools.product((-1, 1), repeat=6)]
+    assert signed_rank(differences) == pytest.approx(np.mean(np.abs(flips) >= abs(observed)))
+    assert signed_rank(np.abs(differences)) == pytest.approx(paired.smallest_p(6)) == 2 / 2**6
+
+
+def test_holm_is_the_textbook_s() -> None:
+    """4 x .005, 3 x .01, 2 x .03, and .04 raised to its forerunner."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_model_equals_itself_and_rounding_is_a_tie() -> None:
+    scores = BASE["oracle"]
+    (same,) = as_family([effect(scores, scores)])
+    assert (same.difference, same.p_value, same.ties, same.shown) == (0.0, 1.0, PROMPTS, 0)
+    (rounded,) = as_family([effect(scores, scores + 1e-6)])
+    assert (rounded.p_value, rounded.ties, rounded.rank_biserial, rounded.shown) == (1.0, PROMPTS, 0.0, 0)
+
+
+def test_a_single_prompt_shows_nothing() -> None:
+    (found,) = as_family([effect(np.zeros((1, 4)), np.ones((1, 4)))])
+    assert (found.low, found.high, found.shown, found.difference) == (None, None, 0, 1.0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 5), st.integers(0, 1000))
+def test_swapping_the_models_turns_every_sign(prompts: int, samples: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(2, prompts, samples))
+    forth, back = effect(a, b), effect(b, a)
+    assert (back.wins, back.ties, back.losses) == (forth.losses, forth.ties, forth.wins)
+    assert back.difference == pytest.approx(-forth.difference)
+    assert back.p_value == pytest.approx(forth.p_value)
+    assert back.rank_biserial == pytest.approx(-forth.rank_biserial)
+    assert (back.low, back.high) == (pytest.approx(-(forth.high or 0)), pytest.approx(-(forth.low or 0)))
+
+
+def test_rank_biserial_spans_minus_one_to_one() -> None:
+    assert rank_biserial(np.array([1.0, 2.0])) == 1.0
+    assert rank_biserial(np.array([-1.0, -2.0])) == -1.0
+    assert rank_biserial(np.zeros(3)) == 0.0
+
+
+def test_shown_needs_the_interval_and_the_corrected_test_to_agree() -> None:
+    def shown(p: float, low: float, high: float) -> int:
+        return Effect(9, 0.0, 1.0, 1.0, low, high, 1.0, p, 0.5, 5, 0, 4, p_adjusted=p).shown
+
+    assert (shown(0.01, 0.1, 1.0), shown(0.01, -1.0, -0.1)) == (1, -1)
+    assert (shown(0.06, 0.1, 1.0), shown(0.01, -0.1, 1.0)) == (0, 0)
