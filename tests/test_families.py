@@ -95,7 +95,7 @@ def test_samples_at_levels_of_their_own_are_what_each_is_alone(
     case: Case, folder: Path, learner_of_videos: Policy
 ) -> None:
     policy, sigma = learner_of_videos, torch.tensor([0.97, 0.93])
-    conditioning = case.prompts(policy, case.recipe(folder))[0].conditioning
+    conditioning = case.prompts(policy, case.recipe(folder)).conditioning
     latents = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     together = policy.velocity(latents, sigma, conditioning)
     for row in range(2):
@@ -121,7 +121,7 @@ def test_decode_gives_the_vae_what_its_encoder_gave(
     monkeypatch.setattr(
         vae, "decode", lambda value, *rest, **named: given.append(value) or decode(value, *rest, **named)
     )
-    policy.decode(latents, case.prompts(policy, case.recipe(folder))[0].conditioning)
+    policy.decode(latents, case.prompts(policy, case.recipe(folder)).conditioning)
     expected = vae.encode((2 * videos - 1).transpose(1, 2)).latent_dist.mode()
     torch.testing.assert_close(
         torch.cat(given)[:, :, policy.given_frames :], expected[:, :, policy.given_frames :], rtol=1e-5, atol=1e-5

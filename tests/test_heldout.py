@@ -78,7 +78,7 @@ def test_held_out_videos_follow_the_solver_and_the_shift(policy: Policy, recipe:
         config = replace(base, evaluation=replace(base.evaluation, **settings))
         seen: list[RolloutChunk] = []
         suite = RewardSuite({"flicker": RewardConfig(model="temporal_flickering")}, torch.device("cpu"), video.fps)
-        evaluate(policy, prompts, {}, suite, config, Mesh(0, 1, torch.device("cpu")), seen.append)
+        evaluate(policy, prompts, suite, config, Mesh(0, 1, torch.device("cpu")), seen.append)
         return seen[0].trajectories[0].latents[:, -1]
 
     schedule = FlowMatchEulerDiscreteScheduler(shift=4.0)

@@ -17,10 +17,10 @@ from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.generation_settings import GenerationSettings, find_model, resolve
 from bpgo_video.policies import load_policy
-from bpgo_video.rollout import Denoiser
+from bpgo_video.rollout import Denoiser, guidance_of
 from bpgo_video.sde import flow_shift
 from tests.families import CASES
-from tests.families.case import TEXTS
+from tests.families.case import CPU, TEXTS
 from tests.random_wan import random_wan
 from tests.zero_checkpoints import write_checkpoint
 
@@ -78,10 +78,10 @@ def test_one_frame_is_the_pipelines_picture(folder: Path) -> None:
     """Text-to-image."""
     case = replace(CASE, video=replace(CASE.video, num_frames=1))
     policy = case.policy(folder)
-    prompts, negative = case.prompts(policy, case.recipe(folder))
+    prompts = case.prompts(policy, case.recipe(folder))
     start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     denoiser = Denoiser(policy, policy.sigmas(3, case.video), "ode", 0.0, 1.0, torch.float32)
-    latents = denoiser.denoise(start, prompts.conditioning, negative, lambda _: start).latents[:, -1]
+    latents = denoiser.denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start).latents[:, -1]
     found = policy.decode(latents, prompts.conditioning)
     torch.testing.assert_close(found, case.diffusers_videos(policy, start, 3, 1.0), rtol=0, atol=1e-5)
 

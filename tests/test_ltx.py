@@ -14,9 +14,10 @@ from torch import Tensor
 
 from bpgo_video.config import ConfigError
 from bpgo_video.policies import Policy
-from bpgo_video.rollout import Denoiser
+from bpgo_video.rollout import Denoiser, guidance_of
+from bpgo_video.types import PromptBatch
 from tests.families import CASES
-from tests.families.case import NEGATIVE, TEXTS
+from tests.families.case import CPU, NEGATIVE, TEXTS
 from tests.families.ltx import VIDEO
 
 STEPS = 3
@@ -37,9 +38,11 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def ode(policy: Policy, start: Tensor, conditioning: dict[str, Tensor], negative: dict[str, Tensor]) -> Tensor:
+def ode(policy: Policy, start: Tensor, prompts: PromptBatch) -> Tensor:
+    """Of the first prompts, one for each start."""
     denoiser = Denoiser(policy, policy.sigmas(STEPS, VIDEO), "ode", 0.0, 3.0, torch.float32)
-    return denoiser.denoise(start, conditioning, negative, lambda _: start).latents[:, -1]
+    guidance = guidance_of(prompts, torch.arange(len(start)), CPU)
+    return denoiser.denoise(start, guidance, lambda _: start).latents[:, -1]
 
 
 def test_the_given_frame_is_what_the_pipeline_makes_of_the_image_itself(image_folder: Path) -> None:
@@ -55,9 +58,9 @@ def test_the_given_frame_is_what_the_pipeline_makes_of_the_image_itself(image_fo
     generator = torch.Generator().manual_seed(7)
     torch.randn(1, channels, 1, height, width, generator=generator)  # of the image's latents
     noise = torch.randn(1, channels, 1 + frames, height, width, generator=generator)[:, :, 1:]
-    prompts, negative = IMAGE.prompts(policy, IMAGE.recipe(image_folder))
+    prompts = IMAGE.prompts(policy, IMAGE.recipe(image_folder))
     conditioning = {name: value[:1] for name, value in prompts.conditioning.items()}
-    found = policy.decode(ode(policy, noise, conditioning, negative), conditioning)
+    found = policy.decode(ode(policy, noise, prompts), conditioning)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -70,10 +73,10 @@ def test_one_frame_is_the_pipelines_picture(folder: Path) -> None:
     """Text-to-image."""
     case = replace(TEXT, video=replace(VIDEO, num_frames=1))
     policy = case.policy(folder)
-    prompts, negative = case.prompts(policy, case.recipe(folder))
+    prompts = case.prompts(policy, case.recipe(folder))
     start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     denoiser = Denoiser(policy, policy.sigmas(STEPS, case.video), "ode", 0.0, 3.0, torch.float32)
-    latents = denoiser.denoise(start, prompts.conditioning, negative, lambda _: start).latents[:, -1]
+    latents = denoiser.denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start).latents[:, -1]
     found = policy.decode(latents, prompts.conditioning)
     torch.testing.assert_close(found, case.diffusers_videos(policy, start, STEPS, 3.0), rtol=0, atol=1e-5)
 
@@ -99,7 +102,7 @@ def test_the_frame_rate_reaches_the_transformer_in_full_precision(folder: Path) 
     """29.97 is no bf16 number; the embeddings beside it are."""
     policy = TEXT.policy(folder)
     case = replace(TEXT, video=replace(VIDEO, fps=29.97))
-    prompts, _ = case.prompts(policy, case.recipe(folder))
+    prompts = case.prompts(policy, case.recipe(folder))
     assert prompts.conditioning["frame_rate"].tolist() == pytest.approx([29.97, 29.97], rel=1e-7)
     latents, conditioning = policy.example()
     sigma = torch.tensor(0.7)
