@@ -38,19 +38,22 @@ class RewardConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class PriorConfig:
-    kind: Literal["reference", "shrunk", "ema", "global", "first_frame", "first_frame_centred", "constant", "none"] = "reference"
+    kind: Literal["reference", "shrunk", "ema", "global", "first_frame", "first_frame_centred", "constant", "none"] = (
+        "reference"
+    )
     """`reference` reads what tools/estimate_priors.py stored with the prompts, `shrunk` draws it towards the mean over
     prompts; `ema` and `global` are moving averages of the run's rewards, per prompt and over all; `first_frame` scores
-    the conditioning image, `first_frame_centred` moves that to the level of the run's videos; `none` needs alpha = zeta = 0."""
+    the conditioning image, `first_frame_centred` moves that to the level of the run's videos; `none` needs
+    alpha = zeta = 0."""
     samples: Annotated[int, Field(ge=2)] = 8
     """Samples per prompt that tools/estimate_priors.py takes of the starting policy."""
     mean: float = 0.0
     """`constant`: the anchor of every prompt, in the reward's units."""
     scale: Annotated[float, Field(gt=0.0)] | None = None
     """s_ref, the reward's spread within a group. `constant`: the number itself, None is 1. `ema`, `global` and
-    `first_frame`: where its moving average starts, None at the first batch's spread."""
+    both of `first_frame`: where its moving average starts, None at the first batch's spread."""
     decay: BelowOne = 0.9
-    """`ema`, `global` and `first_frame`: share that a moving average keeps when a batch is added."""
+    """`ema`, `global` and both of `first_frame`: share that a moving average keeps when a batch is added."""
 
 
 @dataclass(frozen=True, config=STRICT)

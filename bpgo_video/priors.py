@@ -82,8 +82,9 @@ def first_frame(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
 def first_frame_centred(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
     """What the conditioning image earns, less what images earn more than videos on average over the run.
 
-    A still picture has no blur and no drift, so that it earns more than any video of it; as an anchor above all videos it
-    would call all of them failures. What is left is whether the prompt's picture fits the prompt better than others do.
+    A still picture has no blur and no drift, so that it earns more than a video of it, and an anchor above all videos
+    calls all of them failures. What is left is whether this prompt's picture earns more than other prompts' do. Beyond
+    the paper.
     """
     images = first_frame(prior, seen)
     gaps = {name: level_of(seen, name) - level_of(seen, image_key(name)) for name in images}

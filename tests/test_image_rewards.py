@@ -19,7 +19,7 @@ from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards import preprocessing
 from bpgo_video.rewards.aesthetic import Aesthetic
 from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones
-from bpgo_video.rewards.clip import ClipScore
+from bpgo_video.rewards.clip import ClipImageScore, ClipScore
 from bpgo_video.rewards.hpsv2 import HPSv2
 from bpgo_video.rewards.open_clip import from_open_clip
 from bpgo_video.rewards.pickscore import PickScore
@@ -228,6 +228,16 @@ def test_frames_are_scored_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(reward.encoder, "_encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
     torch.testing.assert_close(reward(replace(clips, _found={})).values, whole)
     assert seen == [3, 3, 3, 1]
+
+
+def test_likeness_is_the_cosine_to_the_picture_or_to_frame_0(tmp_path: Path) -> None:
+    folder, clips = folders.random_clip(tmp_path), some_clips(3)
+    reward = ClipImageScore(str(folder))
+    frames = ClipScore(str(folder)).encoder.embed_frames(clips, [0, 1, 2])
+    torch.testing.assert_close(reward(clips).values, torch.einsum("sfd,sd->sf", frames, frames[:, 0]))
+    pictures = replace(clips, images=clips.videos[:, 2], _found={})
+    torch.testing.assert_close(reward(pictures).values, torch.einsum("sfd,sd->sf", frames, frames[:, 2]))
+    assert reward(pictures).values[:, 2].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
 def test_siglip_score_is_the_cosine_behind_the_model_s_own_logit(tmp_path: Path) -> None:

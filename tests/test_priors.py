@@ -14,7 +14,7 @@ from bpgo_video.config import ConfigError, RewardConfig
 from bpgo_video.data.prior_files import PriorTable
 from bpgo_video.learner_config import PriorConfig
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.priors import PRIORS, Seen
+from bpgo_video.priors import PRIORS, Seen, image_key
 from bpgo_video.rewards import FrameSampling, FrameScores
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.running_priors import pooled_spread, updated
@@ -166,3 +166,21 @@ def test_first_frame_is_what_the_image_earns_by_the_same_reward():
     assert found.scale == pytest.approx(1.0)
     with pytest.raises(ConfigError, match=r"first_frame.*'dark'"):
         PRIORS["first_frame"](PriorConfig(kind="first_frame"), Seen(batch, suite.versions, rewards))
+
+
+def test_a_centred_first_frame_lies_at_the_level_of_the_runs_videos():
+    """Images that earn 5 and 7 where videos earn 1 on average: anchors 0 and 2, at first and with averages."""
+    versions, batch, prior = {"clip": "v1"}, prompts(1, 2), PriorConfig(kind="first_frame_centred")
+    images = {"clip": torch.tensor([5.0, 7.0])}
+    rewards = {"clip": torch.tensor([[0.0, 1.0], [1.0, 2.0]]), image_key("clip"): images["clip"][:, None]}
+    found = PRIORS[prior.kind](prior, Seen(batch, versions, rewards, {}, images))["clip"]
+    assert found.mean.tolist() == [0.0, 2.0]
+    running = updated({}, [1, 2], rewards, decay=0.5, scale=None)
+    later = {"clip": rewards["clip"] + 2, image_key("clip"): rewards[image_key("clip")] + 1}
+    running = updated(running, [1, 2], later, decay=0.5, scale=None)  # levels 2 and 6.5
+    found = PRIORS[prior.kind](prior, Seen(batch, versions, later, running, images))["clip"]
+    assert found.mean.tolist() == pytest.approx([0.5, 2.5])
+    plain = PRIORS["first_frame"](PriorConfig(kind="first_frame"), Seen(batch, versions, later, running, images))[
+        "clip"
+    ]
+    assert found.scale == plain.scale

@@ -126,7 +126,7 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
     with alone_in_a_group(treatment.sequence) as mesh, FakeTensorMode():
         module = on_shapes(adapted, batch.dtype)
         _prepare(module, treatment, mesh)
-        taken_in = arguments(transformer_class.__name__, module.config, batch)
+        taken_in = arguments(transformer_class.__name__, adapted.config, batch)
         forward, replay = _peaks(module, taken_in)
         parameters = list(module.parameters())
         return Footprint(

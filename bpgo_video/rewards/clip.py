@@ -36,8 +36,8 @@ class ClipScore(FrameNetwork):
 class ClipImageScore(ClipScore):
     """cos(frame, picture to be continued) of any CLIPModel, per frame: CLIP-I (arXiv 2208.12242).
 
-    Where there is no picture it is frame 0. A still video earns the most: train on it only beside a reward that asks for
-    what the text says.
+    Where there is no picture it is frame 0. A still video earns the most: train on it only beside a reward that asks
+    for what the text says.
     """
 
     name = "clip_image_score"
