@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,7 +16,8 @@ from bpgo_video.policies import Policy
 from bpgo_video.rewards import FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rollout import Denoiser, sample_chunks
+from bpgo_video.rollout import sample_chunks
+from bpgo_video.shipped_scheduler import evaluation_denoiser
 from bpgo_video.types import PromptBatch, RolloutChunk
 
 Scores = Float[Tensor, "prompts samples"]
@@ -65,18 +65,8 @@ def evaluate(
 ) -> HeldoutScores:
     """Sample with the ODE and score; noise is keyed by the seed, the prompt and the sample alone."""
     samples = config.evaluation.samples_per_prompt
-    denoiser = Denoiser(
-        policy=policy,
-        sigmas=policy.sigmas(config.evaluation.num_steps, config.video, config.evaluation.shift_or(config.sampler)),
-        sampler="ode",
-        eta=0.0,
-        guidance_scale=config.evaluation.guidance_scale,
-        guidance_scale_2=config.evaluation.guidance_scale_2,
-        latents_dtype=torch.float32,
-        solver=config.evaluation.solver,
-    )
     chunks = sample_chunks(
-        denoiser,
+        evaluation_denoiser(policy, config),
         prompts,
         mesh,
         group_size=samples,

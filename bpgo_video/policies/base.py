@@ -32,6 +32,7 @@ class Policy(Protocol):
 
     Attributes:
         folder: the diffusers pipeline that it was loaded from.
+        pipeline: diffusers' object with the parts that are loaded, its scheduler among them.
         pipeline_name: diffusers' class for it, which samples with the shipped scheduler.
         transformers: `Transformers`, those that are loaded; training puts the engine around them in their place.
         transformer_names: those of the folder, by their names in the pipeline.
@@ -47,6 +48,7 @@ class Policy(Protocol):
     """
 
     folder: Path
+    pipeline: Any
     pipeline_name: str
     transformers: Any
     transformer_names: tuple[str, ...]
