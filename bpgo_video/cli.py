@@ -40,8 +40,14 @@ def show_loading_once() -> None:
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
-    """Call the `run` that the chosen command has set; its exit code."""
-    args = parser.parse_args(arguments)
+    """Call the `run` that the chosen command has set; its exit code.
+
+    A command that sets `more` is given the arguments that are not its own there.
+    """
+    args, more = parser.parse_known_args(arguments)
+    if more and "more" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    args.more = more
     try:
         args.run(args)
     except (ValueError, OSError) as error:  # what wrong input raises; anything else is a defect and keeps its traceback

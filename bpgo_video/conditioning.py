@@ -13,6 +13,7 @@ from bpgo_video.config import Config, ConfigError
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
+from bpgo_video.priors import FROM_IMAGES
 from bpgo_video.types import Conditioning, PromptBatch
 
 
@@ -45,9 +46,9 @@ def check_images(config: Config, takes_images: bool, shards: PromptShards, split
         ShardError: some prompts of a split have an image and some have none.
     """
     if not takes_images:
-        if config.prior.kind == "first_frame":
+        if config.prior.kind in FROM_IMAGES:
             raise ConfigError(
-                f"prior.kind is 'first_frame', which scores the images that videos continue, but "
+                f"prior.kind is {config.prior.kind!r}, which scores the images that videos continue, but "
                 f"{config.policy.folder} makes videos of texts; set prior.kind to 'reference' or 'ema'"
             )
         return

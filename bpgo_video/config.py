@@ -53,7 +53,7 @@ class PolicyConfig:
     diffusers' name (WanImageToVideoPipeline), or a class of your own as 'my_pkg.module:Name' (docs/new_family.md)."""
     trained: tuple[str, ...] = ()
     """Which transformers, where a pipeline has several (Wan 2.2: `transformer` at high noise, `transformer_2` at low);
-    empty trains all."""
+    empty trains all. Denoising steps of the others follow the ODE."""
     lora: LoraConfig = LoraConfig()
     """Train adapters and keep the base weights frozen, or train everything (rank 0, the default)."""
     gradient_checkpointing: bool = False
@@ -104,6 +104,8 @@ class SamplerConfig:
     """Noise level of the transition."""
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
     """Classifier-free guidance in rollout and replay alike; 1 switches it off."""
+    guidance_scale_2: Annotated[float, Field(ge=1.0)] | None = None
+    """Of the low-noise transformer, where a pipeline has two (Wan 2.2); None takes guidance_scale."""
     shift: Annotated[float, Field(gt=0.0)] | None = None
     """Shift of the sigma schedule; None takes the pipeline's own schedule."""
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -112,7 +114,8 @@ class SamplerConfig:
     """Which steps are stochastic and trained; the last one never is. `random` draws a share in each rollout; a window
     is a run of neighbouring steps, in a place of its own or drawn in each rollout."""
     train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the steps but the last that are trained, at least one: the window's length, too."""
+    """Share of the steps but the last that are trained, at least one: the window's length, too. Of a pipeline's two
+    transformers with one trained (`policy.trained`), that one's steps are meant here and below."""
     window_start: Annotated[int, Field(ge=0)] = 0
     """`window`: its first step; 0 is the noisiest."""
     window_every: Annotated[int, Field(ge=0)] = 0
@@ -124,9 +127,13 @@ class SamplerConfig:
 
     @property
     def trained_count(self) -> int:
-        """How many steps of a rollout are trained."""
+        """How many steps of a rollout are trained, where all but the last can be."""
+        return self.trained_of(self.num_steps - 1)
+
+    def trained_of(self, trainable: int) -> int:
+        """How many of the steps that can be trained are."""
         share = 1.0 if self.train_steps == "all" else self.train_fraction
-        return max(1, round(share * (self.num_steps - 1)))
+        return max(1, round(share * trainable))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -219,6 +226,8 @@ class EvaluationConfig:
     shift: Annotated[float, Field(gt=0.0)] | None = None
     """Shift of its sigma schedule; None takes the sampler's."""
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
+    guidance_scale_2: Annotated[float, Field(ge=1.0)] | None = None
+    """As sampler.guidance_scale_2."""
     videos: Annotated[int, Field(ge=0)] = 8
     """Held-out videos written at every evaluation, before and after for the report."""
     weights: Literal["raw", "ema", "both"] = "raw"

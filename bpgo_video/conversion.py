@@ -26,7 +26,7 @@ from bpgo_video.config import ConfigError, LoraConfig
 from bpgo_video.data.atomic import new_folder
 from bpgo_video.engine import tensor_files
 from bpgo_video.export import SHARD_BYTES, write_pipeline, write_transformers
-from bpgo_video.lora_files import write_comfyui_lora, write_diffusers_lora
+from bpgo_video.lora_files import lora_file, write_comfyui_lora, write_diffusers_lora
 from bpgo_video.model_card import EXPORTED, CardFacts, write_card
 from bpgo_video.policies.original_names import original_names
 from bpgo_video.run_weights import DTYPES, WEIGHTS, Source, adapter_tensors, find_source, trained_tensors
@@ -112,17 +112,18 @@ def verify_diffusers(job: Conversion) -> None:
         compare_forward(forward(job.source, name, transformer), expected, job.dtype, job.output)
 
 
-def write_adapters(job: Conversion, write: Callable[..., Path], contents: str) -> None:
+def write_adapters(job: Conversion, write: Callable[..., None], contents: str) -> None:
     with new_folder(job.output) as folder:
         for name in job.source.trained:
-            write(job.adapters(name), job.lora, job.source.pipeline_class, folder)
+            write(job.adapters(name), job.lora, job.source.pipeline_class, folder / lora_file(name))
         write_card(job.card(contents), folder)
 
 
 def verify_lora(job: Conversion) -> None:
     for name in job.source.trained:
         expected = expected_forward(job.source, name, job.trained, job.dtype)
-        transformer = verify_adapters(job.adapters(name), job.lora, job.source, name, job.output)
+        file = job.output / lora_file(name)
+        transformer = verify_adapters(job.adapters(name), job.lora, job.source, name, file)
         compare_forward(forward(job.source, name, transformer), expected, job.dtype, job.output)
 
 

@@ -26,8 +26,10 @@ from bpgo_video.block_calls import call_by_position
 from bpgo_video.config import ConfigError
 from bpgo_video.master_weights import ZeroMasters
 from bpgo_video.model_buffers import model_buffers, put_in_place, stored
+from bpgo_video.optimiser import optimiser_of
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.run_config import OptimiserConfig
+from bpgo_video.touched import Touched, alternatives
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
@@ -164,15 +166,6 @@ def _complete(ds_config: Mapping[str, Any], micro_batch_size: int, max_grad_norm
     }
 
 
-def _optimizer(module: nn.Module, optim: OptimiserConfig) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if optim.name == "sgd":
-        return torch.optim.SGD(trained, lr=optim.learning_rate, weight_decay=optim.weight_decay)
-    return torch.optim.AdamW(
-        trained, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-    )
-
-
 def frozen(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:
     """A module that is used and never trained: under ZeRO-3 sharded, fetching as it goes, else whole."""
     if zero_stage(ds_config) != 3:
@@ -203,13 +196,15 @@ class Engine:
         if self.stage == 3:  # a block is fetched as one unit: fewer hooks, fewer and larger gathers
             set_z3_leaf_modules(module, list(block_classes))
             call_by_position(module, block_classes)
-        optimizer = _optimizer(module, optim)
+        parts = alternatives(module)
+        optimizer, self._touched = optimiser_of(parts, optim), Touched(parts)
         self.wrapped, _, _, self.schedule = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor),
             config=_complete(ds_config, micro_batch_size, optim.max_grad_norm),
         )
+        self._touched.watch(self.wrapped, self.stage)
 
     @property
     def module(self) -> nn.Module:
@@ -234,7 +229,9 @@ class Engine:
         Raises:
             FloatingPointError: the gradient is not finite; the weights in memory are spoilt, the checkpoints are not.
         """
+        self._touched.before_step(self.wrapped, self.stage)
         self.wrapped.step()
+        self._touched.after_step(self.wrapped, self.stage)
         norm = self.wrapped.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
         if norm != norm or norm == float("inf"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from bpgo_video import rescoring
 from bpgo_video.bpgo import GroupAdvantages, bpgo_advantages
 from bpgo_video.credit import FrameLayout, segment_credit
-from bpgo_video.priors import PRIORS, RUNNING, Seen
+from bpgo_video.priors import FROM_IMAGES, PRIORS, RUNNING, Seen, image_key
 from bpgo_video.reliability import pooled_consistency
 from bpgo_video.rescoring import Agreements
 from bpgo_video.running_priors import RunningRewards, updated
@@ -53,16 +53,17 @@ def estimate_advantages(
     memory = memory or Memory()
     prior, suite = session.config.prior, session.suite
     by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
-    images = suite.score_images(prompts, session.mesh) if prior.kind == "first_frame" else {}
+    images = suite.score_images(prompts, session.mesh) if prior.kind in FROM_IMAGES else {}
     first_frames = {name: scores.cpu() for name, scores in images.items()}
-    seen = Seen(prompts, suite.versions, by_name, memory.running_rewards, first_frames)
+    averaged = by_name | {image_key(name): scores[:, None] for name, scores in first_frames.items()}
+    seen = Seen(prompts, suite.versions, averaged, memory.running_rewards, first_frames)
     anchors = PRIORS[prior.kind](prior, seen) if session.learner.needs_prior else {}
     icc, agreed = agreement(prompts, rewards, memory)
     by_frame = credit_by_frame(session, rewards)
     found = bpgo_advantages(by_name, anchors, suite.weights, session.learner, session.advantages, icc, by_frame)
     if prior.kind in RUNNING:
         memory.running_rewards |= updated(
-            memory.running_rewards, prompts.ids.tolist(), by_name, prior.decay, prior.scale
+            memory.running_rewards, prompts.ids.tolist(), averaged, prior.decay, prior.scale
         )
     return replace(found, metrics={**found.metrics, **agreed})
 

@@ -146,7 +146,7 @@ def forward_objective(setting: Setting, advantages: GroupAdvantages, step: int) 
         settings=MatchingSettings(
             config.bpgo.zeta, trust_region(config), config.loss.nft_beta, config.loss.advantage_clip
         ),
-        trained_steps=trained_steps_of(config, step),
+        trained_steps=trained_steps_of(setting.policy, config, step),
         key=(config.run.seed, "forward process", step),
         device=setting.device,
     )

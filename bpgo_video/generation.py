@@ -8,10 +8,8 @@ same command.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,23 +25,21 @@ from tqdm import tqdm
 from bpgo_video import engine
 from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config import ConfigError
-from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.images import decode_image, fit_image
-from bpgo_video.data.media import read_media
-from bpgo_video.data.prompt_files import PromptFileError, read_prompts
-from bpgo_video.data.prompt_plan import make_plan
-from bpgo_video.data.prompt_records import Media, PromptRecord, ShardError
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.prompt_files import PromptFileError
+from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.data.video import write_video
 from bpgo_video.generation_files import (
-    MANIFEST,
     Job,
+    Places,
     by_prompt,
     check_and_show,
     check_manifest,
     whole_video,
+    within,
     write_manifest,
 )
+from bpgo_video.generation_plan import Reader, describe, plan, read_records
 from bpgo_video.generation_settings import (
     CallSettings,
     GenerationError,
@@ -54,6 +50,7 @@ from bpgo_video.generation_settings import (
     resolve,
     video_of,
 )
+from bpgo_video.lora_files import load_lora
 from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
@@ -66,8 +63,14 @@ ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_a
 PATIENCE = 24 * 60.0  # minutes that a rank waits for the slowest one's videos; a rank that dies is noticed at once
 
 
-def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
+def generate(
+    settings: GenerationSettings, mesh: Mesh = ALONE, read: Reader | None = None, places: Places | None = None
+) -> Path:
     """Make every video that is not there yet, and check all of them; the path of the manifest. Every rank calls it.
+
+    Args:
+        read: reads the prompts; `read_records` where it is None.
+        places: of the files; all in `settings.output` where it is None.
 
     Raises:
         FileNotFoundError, ConfigError: no such model folder, a family that is not known, or an error of another rank.
@@ -76,20 +79,20 @@ def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
         GenerationError: a size that the policy cannot make, adapters that do not fit, an output folder that holds
             videos of other settings, or a video that is not whole after all.
     """
-    manifest = settings.output / MANIFEST
+    places = places or within(settings.output)
     with same_verdict(mesh):
         model = find_model(settings)
-        prompts = read_records(settings, model.policy.takes_images)
+        prompts = (read or read_records)(settings, model.policy.takes_images)
         call = resolve(settings, model.policy)
         record = describe(settings, model, call, prompts)
-        check_manifest(manifest, record)
+        check_manifest(places, record)
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
-    jobs = plan(settings, prompts)
+    jobs = plan(settings, prompts, places)
     video = video_of(settings, call, model.policy)
     mine = [job for job in dealt(jobs, mesh) if whole_video(job.file, video) is None]
     todo = sorted(chain(*from_all(mine, mesh)), key=lambda job: (job.number, job.sample))
     if mesh.is_main:
-        write_manifest(manifest, record, jobs, todo)
+        write_manifest(places.manifest, record, jobs, todo)
     with same_verdict(mesh):
         make(dealt(todo, mesh), settings, model, call, mesh)
     with same_verdict(mesh):
@@ -97,8 +100,8 @@ def generate(settings: GenerationSettings, mesh: Mesh = ALONE) -> Path:
             if damaged := list(check_and_show(group, video)):
                 raise GenerationError(f"{damaged[0].file} was written and is not a whole video; start again")
     if mesh.is_main:
-        write_manifest(manifest, record, jobs, todo=())
-    return manifest
+        write_manifest(places.manifest, record, jobs, todo=())
+    return places.manifest
 
 
 def dealt(items: Sequence[Any], mesh: Mesh) -> Sequence[Any]:
@@ -120,85 +123,6 @@ def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: 
                 bar.update()
 
 
-def read_records(settings: GenerationSettings, with_images: bool = False) -> list[PromptRecord]:
-    """The prompts of a file or of shards, without embeddings; with their images where the model continues images.
-
-    Raises:
-        GenerationError: a prompt has no image, or a split is named and there are no shards.
-    """
-    if settings.prompts.is_dir():
-        found = PromptShards(settings.prompts).records(settings.split)
-        pairs = ((record, record.media) for record in found)
-    elif settings.split is not None:
-        raise GenerationError(f"split is {settings.split!r}, but {settings.prompts} is no folder of prompt shards")
-    else:
-        make_plan([settings.prompts])
-        lines = read_prompts([settings.prompts])
-        pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
-    return [
-        PromptRecord(
-            record.id,
-            record.prompt,
-            record.split,
-            record.tags,
-            record.negative_prompt,
-            media=_image(record, media, with_images),
-        )
-        for record, media in pairs
-    ]
-
-
-def _image(record: PromptRecord, media: Mapping[str, Media], with_images: bool) -> Mapping[str, Media]:
-    if not with_images:
-        return {}
-    if "image" not in media:
-        raise GenerationError(
-            f"the model makes videos of images, but prompt {record.prompt!r} has none; give .jsonl lines with 'image'"
-        )
-    return {"image": media["image"]}
-
-
-def plan(settings: GenerationSettings, prompts: Sequence[PromptRecord]) -> list[Job]:
-    """Every video of the generation, samples of one prompt side by side."""
-    return [
-        Job(prompt, number, settings.seed, sample, settings.output / f"{number:05d}-{sample:02d}.mp4")
-        for number, prompt in enumerate(prompts)
-        for sample in range(settings.samples_per_prompt)
-    ]
-
-
-def describe(
-    settings: GenerationSettings, model: Model, call: CallSettings, records: Sequence[PromptRecord]
-) -> dict[str, Any]:
-    """All that the videos depend on; plain JSON data."""
-    folder, checkpoint = model.policy.folder, model.checkpoint
-    parts = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    prompts = settings.prompts / "index.json" if settings.prompts.is_dir() else settings.prompts
-    images = hashlib.sha256()
-    for file in (file for record in records for file in record.media.values()):
-        images.update(file.data)
-    lora = settings.lora and hashlib.sha256(settings.lora.read_bytes()).hexdigest()[:16]
-    return {
-        "policy_fingerprint": fingerprint(folder, parts),
-        "checkpoint_fingerprint": checkpoint and fingerprint(checkpoint.folder.parent, (checkpoint.folder.name,)),
-        "weights": checkpoint and settings.weights,
-        "lora_sha256": lora,
-        "prompts_sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()[:16],
-        "images_sha256": images.hexdigest()[:16] if model.policy.takes_images else None,
-        "split": settings.split,
-        "seed": settings.seed,
-        "negative_prompt": settings.negative_prompt,
-        "samples_per_prompt": settings.samples_per_prompt,
-        "scheduler": settings.scheduler,
-        "flow_shift": settings.flow_shift,
-        "family": settings.family,
-        "fps": settings.fps,
-        "dtype": settings.dtype,
-        **asdict(call),
-        **model.policy.options,
-    }
-
-
 def load_pipeline(model: Model, settings: GenerationSettings, device: torch.device) -> Any:
     """diffusers' pipeline of the folder's own class, with the checkpoint's weights and the adapters in it.
 
@@ -214,17 +138,24 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
         weights = WEIGHTS[settings.weights](model.checkpoint.folder)
         for name in model.checkpoint.trained:
             put_into(getattr(pipeline, name), model.checkpoint, name, weights, dtype)
-    if settings.lora is not None:
-        try:
-            pipeline.load_lora_weights(str(settings.lora.parent), weight_name=settings.lora.name)
-        except ValueError as error:
-            raise GenerationError(f"{settings.lora}: {error}") from error
-        if not pipeline.get_list_adapters():
-            raise GenerationError(
-                f"{settings.lora} has no adapter for a layer of {model.policy.folder}; is it of this model?"
-            )
+    for name, file in settings.adapters.items():
+        add_adapters(pipeline, file, name, model.policy.folder)
     pipeline.set_progress_bar_config(leave=False, disable=None)  # per denoising step, on a terminal alone
     return pipeline.to(device)
+
+
+def add_adapters(pipeline: Any, file: Path, name: str, folder: Path) -> None:
+    """Adapters of a file on top of the pipeline's transformer `name`.
+
+    Raises:
+        GenerationError: they fit no layer.
+    """
+    try:
+        load_lora(pipeline, file, name)
+    except ValueError as error:
+        raise GenerationError(f"{file}: {error}") from error
+    if name not in pipeline.get_list_adapters():
+        raise GenerationError(f"{file} has no adapter for a layer of {folder / name}; is it of this model?")
 
 
 def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> Latents:
@@ -241,7 +172,7 @@ def sample(
     images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
     video = video_of(settings, call, policy)
     latents = initial_latents(jobs, policy.latent_shape(video))
-    arguments = asdict(call)
+    arguments = call.given()
     arguments[policy.guidance_argument] = arguments.pop("guidance_scale")
     arguments["generator"] = [generator_of(*job.latents_key, "pipeline") for job in jobs]  # of noise within the steps
     arguments |= policy.call_arguments(pipeline, latents, video, images)
@@ -249,7 +180,7 @@ def sample(
         arguments["image"] = to_picture(images[0])
     with fixed_draws(pipeline.device):
         output = pipeline(
-            prompt=[job.prompt.prompt for job in jobs],
+            prompt=[job.text for job in jobs],
             negative_prompt=[job.negative_prompt(settings.negative_prompt) for job in jobs],
             output_type="pt",
             **arguments,

@@ -2,14 +2,16 @@
 
 OUTPUT/00003-01.mp4        sample 1 of prompt 3 (both from 0, prompts in their order)
 OUTPUT/sheets/00003.jpg    five frames of each sample of prompt 3, one sample a row
-OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "negative_prompt"?, "id", "seed", "sample",
-                           "file"}]}
+OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "generation_prompt"?, "negative_prompt"?,
+                           "id", "seed", "sample", "file"}]}
+
+That is where a generation's own files lie; another layout has other `Places`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -27,17 +29,48 @@ from bpgo_video.generation_settings import GenerationError
 
 MANIFEST = "generation.json"
 SHEETS = "sheets"
+TOLD = "generation_prompt"  # in a prompt's info: what the model is told in its place
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the files of a generation lie.
+
+    Attributes:
+        videos: their folder.
+        name: of a prompt, its number and a sample's number: the name of the video.
+        manifest: the file.
+        sheets: folder of the contact sheets.
+    """
+
+    videos: Path
+    name: Callable[[PromptRecord, int, int], str]
+    manifest: Path
+    sheets: Path
+
+
+def within(output: Path) -> Places:
+    """Everything in one folder, videos by number."""
+    return Places(
+        output, lambda _, number, sample: f"{number:05d}-{sample:02d}.mp4", output / MANIFEST, output / SHEETS
+    )
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make: sample `sample` of `prompt`, the `number`-th, into `file`."""
+    """One video to make: sample `sample` of `prompt`, the `number`-th, into `file`; shown on the prompt's `sheet`."""
 
     prompt: PromptRecord
     number: int
     seed: int
     sample: int
     file: Path
+    sheet: Path
+
+    @property
+    def text(self) -> str:
+        """What the model is told."""
+        return str(self.prompt.info.get(TOLD, self.prompt.prompt))
 
     def negative_prompt(self, default: str) -> str:
         """The prompt's own, or the default."""
@@ -64,11 +97,6 @@ def by_prompt(jobs: Sequence[Job]) -> list[list[Job]]:
     return [list(group) for _, group in groupby(jobs, key=lambda job: job.number)]
 
 
-def sheet_path(job: Job) -> Path:
-    """The contact sheet of a video's prompt."""
-    return job.file.parent / SHEETS / f"{job.number:05d}.jpg"
-
-
 def check_and_show(jobs: Sequence[Job], video: VideoConfig) -> Iterator[Job]:
     """Read one prompt's finished videos and write its contact sheet; yields the videos that are not whole."""
     strips = []
@@ -79,19 +107,20 @@ def check_and_show(jobs: Sequence[Job], video: VideoConfig) -> Iterator[Job]:
         else:
             strips.append(strip(frames))
     if len(strips) == len(jobs):
-        with atomic_file(sheet_path(jobs[0])) as aside:
+        with atomic_file(jobs[0].sheet) as aside:
             stacked(strips).save(aside, format="jpeg", quality=85)
 
 
-def check_manifest(path: Path, settings: Mapping[str, Any]) -> None:
-    """Whether the folder of the manifest `path` may be written to.
+def check_manifest(places: Places, settings: Mapping[str, Any]) -> None:
+    """Whether these places may be written to.
 
     Raises:
         GenerationError: it holds videos of other settings (names them), or of nobody knows which.
     """
+    path, folder = places.manifest, places.videos
     if not path.is_file():
-        if list(path.parent.glob("*.mp4")):
-            raise GenerationError(f"{path.parent} holds videos and no {MANIFEST}; name another --output")
+        if list(folder.glob("*.mp4")):
+            raise GenerationError(f"{folder} holds videos, and there is no {path.name}; name another --output")
         return
     try:
         earlier = json.loads(path.read_text("utf-8"))["settings"]
@@ -101,8 +130,14 @@ def check_manifest(path: Path, settings: Mapping[str, Any]) -> None:
     if names:
         changes = ", ".join(f"{name} {earlier.get(name)!r} (now {settings[name]!r})" for name in names)
         raise GenerationError(
-            f"{path.parent} was generated with other settings: {changes}; use the same ones, or name another --output"
+            f"{folder} was generated with other settings: {changes}; use the same ones, or name another --output"
         )
+
+
+def clear_unfinished(places: Places) -> None:
+    """Remove what a killed generation was writing: a layout holds videos alone."""
+    for path in places.videos.glob(".*.mp4.partial-*"):
+        path.unlink()
 
 
 def write_manifest(path: Path, settings: Mapping[str, Any], jobs: Sequence[Job], todo: Sequence[Job]) -> None:
@@ -111,6 +146,7 @@ def write_manifest(path: Path, settings: Mapping[str, Any], jobs: Sequence[Job],
     videos = [
         {
             "prompt": job.prompt.prompt,
+            **({TOLD: job.text} if TOLD in job.prompt.info else {}),
             "id": job.prompt.id,
             "seed": job.seed,
             "sample": job.sample,

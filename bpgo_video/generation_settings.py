@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from bpgo_video.config import STRICT, Positive, VideoConfig, options_of
 from bpgo_video.config_fields import NonNegative, Unit
+from bpgo_video.experts import guidance_rules
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.run_weights import Source, find_source, holds_checkpoint
 
@@ -63,7 +64,9 @@ class GenerationSettings:
     family: str | None = None
     """As policy.family in recipes; None takes what the folder says, or the run of a training checkpoint."""
     lora: Path | None = None
-    """Adapters to load on top, a .safetensors file in a layout that diffusers reads."""
+    """Adapters to load on top, a .safetensors file in a layout that diffusers reads; of two experts, for high noise."""
+    lora_2: Path | None = None
+    """Adapters for the low-noise expert, transformer_2 (Wan 2.2)."""
     weights: Literal["raw", "ema"] = "raw"
     """Of a training checkpoint: raw, as the optimiser holds them, or their average, where the run kept one."""
     split: str | None = None
@@ -71,9 +74,11 @@ class GenerationSettings:
     negative_prompt: str = ""
     """What guidance steers away from, for prompts that have no negative prompt of their own."""
     num_steps: Positive | None = None
-    """Denoising steps; None takes the pipeline's own default (50 for Wan), as for the next six."""
+    """Denoising steps; None takes the pipeline's own default (50 for Wan), as for the next seven."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 switches it off. HunyuanVideo's pipeline names it true_cfg_scale."""
+    guidance_scale_2: float | None = None
+    """Of the low-noise expert (Wan 2.2); None takes guidance_scale."""
     embedded_guidance: NonNegative | None = None
     """HunyuanVideo: what its distilled transformer is told, guidance_scale to its pipeline. None takes, as for the next
     two, what a training checkpoint's recipe says, or the pipeline's own."""
@@ -102,6 +107,12 @@ class GenerationSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of transformer and text encoder; the VAE stays in fp32, but where a pipeline runs in one dtype."""
 
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The files of adapters by the transformer that they are for."""
+        files = {"transformer": self.lora, "transformer_2": self.lora_2}
+        return {name: file for name, file in files.items() if file is not None}
+
 
 @dataclass(frozen=True)
 class CallSettings:
@@ -113,6 +124,11 @@ class CallSettings:
     height: int
     width: int
     max_sequence_length: int
+    guidance_scale_2: float | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that are set: a pipeline of one transformer knows no guidance_scale_2."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -180,11 +196,17 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     if limit is not None:
         defaults["max_sequence_length"] = min(defaults["max_sequence_length"], limit)
     names = [field.name for field in fields(CallSettings)]
-    call = CallSettings(**{name: defaults[name] if given[name] is None else given[name] for name in names})
+    values: dict[str, Any] = {name: defaults.get(name) if given[name] is None else given[name] for name in names}
+    call = CallSettings(**values)
     if call.guidance_scale < 1:
         raise GenerationError(f"guidance_scale is {call.guidance_scale}; it must be 1 or more, 1 switches it off")
-    if settings.lora is not None and not (settings.lora.is_file() and settings.lora.suffix == ".safetensors"):
-        raise GenerationError(f"lora {str(settings.lora)!r} is not a .safetensors file that exists")
+    for message in guidance_rules("", call.guidance_scale, call.guidance_scale_2, policy.transformer_names):
+        raise GenerationError(message)
+    for name, file in settings.adapters.items():
+        if name not in policy.transformer_names:
+            raise GenerationError(f"lora_2 is {str(file)!r}, but {policy.folder} has no {name}; give --lora alone")
+        if not (file.is_file() and file.suffix == ".safetensors"):
+            raise GenerationError(f"lora {str(file)!r} is not a .safetensors file that exists")
     chosen_scheduler(settings, shipped_scheduler(policy.folder))
     try:
         policy.latent_shape(video_of(settings, call, policy))

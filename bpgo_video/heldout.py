@@ -71,6 +71,7 @@ def evaluate(
         sampler="ode",
         eta=0.0,
         guidance_scale=config.evaluation.guidance_scale,
+        guidance_scale_2=config.evaluation.guidance_scale_2,
         latents_dtype=torch.float32,
         solver=config.evaluation.solver,
     )

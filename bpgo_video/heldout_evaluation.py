@@ -124,6 +124,7 @@ def as_json(evaluation: HeldoutEvaluation) -> dict[str, Any]:
         "samples_per_prompt": config.evaluation.samples_per_prompt,
         "num_steps": config.evaluation.num_steps,
         "guidance_scale": config.evaluation.guidance_scale,
+        "guidance_scale_2": config.evaluation.guidance_scale_2,
         "rewards": {
             name: {"version": evaluation.versions[name], "by_tag": by_tag(scores, evaluation.tags)}
             for name, scores in by_name.items()

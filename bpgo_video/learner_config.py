@@ -38,10 +38,10 @@ class RewardConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class PriorConfig:
-    kind: Literal["reference", "shrunk", "ema", "global", "first_frame", "constant", "none"] = "reference"
+    kind: Literal["reference", "shrunk", "ema", "global", "first_frame", "first_frame_centred", "constant", "none"] = "reference"
     """`reference` reads what tools/estimate_priors.py stored with the prompts, `shrunk` draws it towards the mean over
     prompts; `ema` and `global` are moving averages of the run's rewards, per prompt and over all; `first_frame` scores
-    the conditioning image; `none` needs alpha = zeta = 0."""
+    the conditioning image, `first_frame_centred` moves that to the level of the run's videos; `none` needs alpha = zeta = 0."""
     samples: Annotated[int, Field(ge=2)] = 8
     """Samples per prompt that tools/estimate_priors.py takes of the starting policy."""
     mean: float = 0.0

@@ -1,4 +1,4 @@
-"""How do adapters leave on their own? As one safetensors file, in diffusers' layout or in the one that ComfyUI reads.
+"""How do adapters leave on their own? One safetensors file a transformer, in diffusers' layout or in ComfyUI's.
 
     diffusers   transformer.LAYER.lora_A.weight, .lora_B.weight; rank, alpha and layers are in the file's metadata
     ComfyUI     diffusion_model.LAYER.lora_down.weight, .lora_up.weight, .alpha; LAYER by the model authors' own names
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -20,27 +21,35 @@ from bpgo_video.config import LoraConfig
 from bpgo_video.policies.lora import ADAPTER, peft_config
 from bpgo_video.policies.original_names import original_names
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+
+def lora_file(name: str) -> str:
+    """Of `transformer` what load_lora_weights looks for; of `transformer_2` pytorch_lora_weights_2.safetensors."""
+    return f"pytorch_lora_weights{name.removeprefix('transformer')}.safetensors"
 
 
-def write_diffusers_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipeline_class: str, folder: Path) -> Path:
-    """The file that `pipeline.load_lora_weights(folder)` reads; its path.
+def load_lora(pipeline: Any, file: Path, name: str) -> None:
+    """Adapters in either layout into the transformer `name` of diffusers' pipeline."""
+    into = {"load_into_transformer_2": True} if name == "transformer_2" else {}
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, **into)
+
+
+def write_diffusers_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipeline_class: str, file: Path) -> None:
+    """The file that `pipeline.load_lora_weights` reads.
 
     Args:
         adapters: LAYER.lora_A.default.weight [rank, in] and LAYER.lora_B.default.weight [out, rank].
         pipeline_class: diffusers' name of it, such as WanPipeline.
     """
     getattr(diffusers, pipeline_class).save_lora_weights(
-        folder,
+        file.parent,
         {name.replace(f".{ADAPTER}.", "."): tensor.contiguous() for name, tensor in adapters.items()},
-        weight_name=LORA_WEIGHTS,
+        weight_name=file.name,
         transformer_lora_adapter_metadata=peft_config(lora).to_dict(),
     )
-    return folder / LORA_WEIGHTS
 
 
-def write_comfyui_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipeline_class: str, folder: Path) -> Path:
-    """The file for ComfyUI's LoRA loader; its path. See `write_diffusers_lora`.
+def write_comfyui_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipeline_class: str, file: Path) -> None:
+    """The file for ComfyUI's LoRA loader. See `write_diffusers_lora`.
 
     Raises:
         ConfigError: a family whose original names are not known.
@@ -52,9 +61,7 @@ def write_comfyui_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipelin
         if half:
             up = adapters[f"{layer}.lora_B.{ADAPTER}.weight"]
             tensors |= _comfyui_layer(name_of(layer), down, up, lora)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / LORA_WEIGHTS, metadata={"format": "pt"})
-    return folder / LORA_WEIGHTS
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _comfyui_layer(layer: str, down: Tensor, up: Tensor, lora: LoraConfig) -> dict[str, Tensor]:

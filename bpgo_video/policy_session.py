@@ -117,6 +117,17 @@ def sampling_policy(
     return policy
 
 
+def describe_policy(config: Recipe) -> Policy:
+    """The recipe's policy without any network: what its folder says of it."""
+    return load_policy(
+        config.policy.folder,
+        components=(),
+        max_sequence_length=config.policy.max_sequence_length,
+        name=config.policy.family,
+        options=config.policy.options,
+    )
+
+
 def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], mesh: Mesh) -> engines.Engine:
     """Adapters, checkpointing and sequence groups on the policy's transformers, which the engine then takes over."""
     trained = trained_names(policy.folder, config.policy.trained)

@@ -99,7 +99,9 @@ def by_prompt(prompts: PromptBatch, rewards: Rewards) -> Found:
 
 def score_prompts(config: Config, policy: Policy, prompts: PromptBatch, suite: RewardSuite, mesh: Mesh) -> Rewards:
     """`prior.samples` videos per prompt by the training sampler, with draws that no training step has."""
-    steps = sampled_steps(config, step=-1)(0)  # the same for all prompts, so that a micro-batch may hold several
+    steps = sampled_steps(policy, config, step=-1)(
+        0
+    )  # the same for all prompts, so that a micro-batch may hold several
     chunks = sample_chunks(
         training_denoiser(policy, config),
         prompts,

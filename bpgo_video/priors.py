@@ -8,7 +8,7 @@ prompt is easy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,8 @@ from bpgo_video.running_priors import RunningReward, per_prompt, started
 from bpgo_video.types import PriorAnchor, PromptBatch
 
 STORED = ("reference", "shrunk")  # what tools/estimate_priors.py measures
-RUNNING = ("ema", "global", "first_frame")  # what takes numbers from the run's own rewards
+FROM_IMAGES = ("first_frame", "first_frame_centred")  # what asks for the rewards of conditioning images
+RUNNING = ("ema", "global", "first_frame", "first_frame_centred")  # what takes numbers from the run's own rewards
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,28 @@ def first_frame(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
     return _running(prior, seen, lambda name, running: seen.first_frames[name].double().cpu())
 
 
+def first_frame_centred(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+    """What the conditioning image earns, less what images earn more than videos on average over the run.
+
+    A still picture has no blur and no drift, so that it earns more than any video of it; as an anchor above all videos it
+    would call all of them failures. What is left is whether the prompt's picture fits the prompt better than others do.
+    """
+    images = first_frame(prior, seen)
+    gaps = {name: level_of(seen, name) - level_of(seen, image_key(name)) for name in images}
+    return {name: replace(anchor, mean=anchor.mean + gaps[name]) for name, anchor in images.items()}
+
+
+def level_of(seen: Seen, name: str) -> float:
+    """The run's average of a reward, or the first batch's."""
+    running = seen.running.get(name)
+    return running["mean"] if running else float(seen.rewards[name].double().mean())
+
+
+def image_key(name: str) -> str:
+    """Under which a reward's scores of conditioning images are averaged beside those of videos."""
+    return f"{name} of images"
+
+
 def none(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
     """No anchor: plain GRPO."""
     return {}
@@ -89,6 +112,7 @@ PRIORS: dict[str, Source] = {
     "ema": ema,
     "global": over_all_prompts,
     "first_frame": first_frame,
+    "first_frame_centred": first_frame_centred,
     "constant": constant,
     "none": none,
 }

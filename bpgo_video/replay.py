@@ -13,6 +13,7 @@ from torch import Tensor
 from bpgo_video import sde
 from bpgo_video.bpgo import GroupAdvantages
 from bpgo_video.config import Config
+from bpgo_video.experts import trainable_steps
 from bpgo_video.losses import Move, TrustRegion, bpgo_loss
 from bpgo_video.policies import Policy
 from bpgo_video.reference import DIVERGENCES, Divergence, Reference
@@ -81,14 +82,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class StepWeights:
-    """The weight of each trainable denoising step in the loss, mean 1."""
+    """The weight of each denoising step but the last in the loss, mean 1 over those that can be trained."""
 
     by_step: tuple[float, ...]
 
     @classmethod
-    def of(cls, name: str, denoiser: Denoiser) -> StepWeights:
+    def of(cls, name: str, denoiser: Denoiser, trainable: Sequence[int]) -> StepWeights:
         sampler = sde.SAMPLERS[denoiser.sampler]
-        return cls(tuple(step_weights(name, sampler, denoiser.steps, denoiser.eta)))
+        return cls(tuple(step_weights(name, sampler, denoiser.steps, denoiser.eta, trainable)))
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -
         advantages=advantages,
         zeta=config.bpgo.zeta,
         region=trust_region(config),
-        weights=StepWeights.of(config.loss.step_weights, denoiser),
+        weights=StepWeights.of(config.loss.step_weights, denoiser, trainable_steps(setting.policy, config)),
         device=setting.device,
         anchor=anchor,
         previous=previous,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bpgo_video import sde
 from bpgo_video.config import Config
+from bpgo_video.experts import trainable_steps
 from bpgo_video.losses import TrustRegion
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, guided_velocity
@@ -32,6 +33,7 @@ class Denoiser:
     Attributes:
         sigmas: noise levels of the whole schedule.
         sampler: transition of the stochastic steps; the others follow the ODE by `solver`.
+        guidance_scale_2: of a pipeline's second transformer; None takes the first one's.
         latents_dtype: latents are rounded to it after each step, before a log-prob is taken.
         records_means: keep the mean of each stochastic transition, for trust regions that compare it.
         records_path: keep the latents of every noise level, not of the last alone.
@@ -48,6 +50,7 @@ class Denoiser:
     records_means: bool = False
     records_path: bool = True
     records_frames: bool = False
+    guidance_scale_2: float | None = None
 
     @cached_property
     def steps(self) -> list[sde.Step]:
@@ -55,8 +58,12 @@ class Denoiser:
 
     def velocity(self, latents: Latents, index: int, guidance: Guidance) -> Velocity:
         """At the start of step `index`, guided; differentiable in the policy's parameters."""
-        sigma = self.sigmas[index]
-        return guided_velocity(self.policy, latents.float(), sigma, guidance, self.guidance_scale)
+        return guided_velocity(self.policy, latents.float(), self.sigmas[index], guidance, self.guidance_at(index))
+
+    def guidance_at(self, index: int) -> float:
+        """The scale of the transformer that computes step `index`."""
+        is_first = self.policy.transformer_at(float(self.sigmas[index])) == self.policy.transformer_names[0]
+        return self.guidance_scale if self.guidance_scale_2 is None or is_first else self.guidance_scale_2
 
     def transition(self, latents: Latents, index: int, guidance: Guidance) -> sde.Transition:
         """Where the stochastic step `index` leads from `latents`; differentiable in the policy's parameters."""
@@ -125,6 +132,7 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
         records_means=trust_region(config).needs_means or pulls_to_previous(config),
         records_path=config.loss.objective == "policy_gradient",
         records_frames=config.credit.kind == "segment",
+        guidance_scale_2=sampler.guidance_scale_2,
     )
 
 
@@ -138,22 +146,24 @@ def trust_region(config: Config) -> TrustRegion:
     return TrustRegion(loss.trust_region, loss.clip_range, loss.divergence_limit, loss.ratio)
 
 
-def trained_steps_of(config: Config, step: int) -> TrainedSteps:
+def trained_steps_of(policy: Policy, config: Config, step: int) -> TrainedSteps:
     """Which denoising steps training step `step` trains: drawn once for all prompts, or for each by its id."""
-    sampler, seed = config.sampler, config.run.seed
+    sampler, seed, trainable = config.sampler, config.run.seed, trainable_steps(policy, config)
     start = sampler.window_start + (step // sampler.window_every if sampler.window_every else 0)
 
     def select(prompt: int) -> tuple[int, ...]:
         own = (prompt,) if sampler.share_steps == "group" else ()
         generator = generator_of(seed, "trained steps", step, *own)
-        return STEP_SELECTIONS[sampler.train_steps](sampler.num_steps, sampler.trained_count, start, generator)
+        count = sampler.trained_of(len(trainable))
+        places = STEP_SELECTIONS[sampler.train_steps](len(trainable) + 1, count, start, generator)
+        return tuple(trainable[place] for place in places)
 
     return select
 
 
-def sampled_steps(config: Config, step: int) -> TrainedSteps:
+def sampled_steps(policy: Policy, config: Config, step: int) -> TrainedSteps:
     """The stochastic steps of a rollout: the trained ones, or none where only its final videos are learnt from."""
-    return trained_steps_of(config, step) if config.loss.objective == "policy_gradient" else no_steps
+    return trained_steps_of(policy, config, step) if config.loss.objective == "policy_gradient" else no_steps
 
 
 def guidance_of(prompts: PromptBatch, rows: Int[Tensor, "samples"], device: torch.device) -> Guidance:

@@ -17,17 +17,19 @@ from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, req
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.ema import EMA
+from bpgo_video.experts import check_experts
 from bpgo_video.parallel.agreement import same_everywhere, same_verdict
 from bpgo_video.parallel.memory import fits_everywhere
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import parallelise
 from bpgo_video.paths import resolve_folder
-from bpgo_video.policies import Policy, family
-from bpgo_video.policies.transformers import transformer_names
+from bpgo_video.policies import Policy
+from bpgo_video.policies.transformers import Transformers, trained_names, transformer_names
 from bpgo_video.policy_session import (
     PolicySession,
     build_engine,
     builder,
+    describe_policy,
     identity,
     read_foundations,
     sampling_policy,
@@ -105,11 +107,13 @@ def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[
 def read_inputs(config: Config, need_priors: bool) -> tuple[dict[str, Any], PromptShards]:
     """The DeepSpeed configuration and the prompts, checked on this rank."""
     ds_config, shards = read_foundations(config)
-    folder = resolve_folder(config.policy.folder)
     splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
     for split in splits:
         shards.rows(split)
-    check_images(config, family(folder, config.policy.family).takes_images, shards, splits)
+    policy = describe_policy(config)
+    policy.latent_shape(config.video)  # a size that the family cannot make ends the run here
+    check_experts(policy, config)
+    check_images(config, policy.takes_images, shards, splits)
     if need_priors and reads_priors(config):
         require_priors(shards.directory, config.rewards)
     return ds_config, shards
@@ -155,9 +159,11 @@ def build_reference(
     if config.policy.lora.rank:
         return WithoutAdapters(engine.module)
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config), components=("transformer",))
-    for module in policy.transformers.requires_grad_(False).values():
+    trained = trained_names(policy.folder, config.policy.trained)  # steps of the others are never compared
+    kept = Transformers({name: policy.transformers[name] for name in trained}).requires_grad_(False)
+    for module in kept.values():
         parallelise(module, mesh)
-    policy.transformers = engines.frozen(policy.transformers, ds_config)
+    policy.transformers = engines.frozen(kept, ds_config)
     return FrozenCopy(policy)
 
 
@@ -178,7 +184,6 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     dtype = engines.compute_dtype(ds_config)
 
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config))
-    policy.latent_shape(config.video)  # a size that the family cannot make ends the run here
     heldout = heldout_prompts(config, shards, policy)
     if heldout is not None:
         heldout = conditioned(heldout, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)

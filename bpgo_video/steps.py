@@ -88,15 +88,20 @@ STEP_WEIGHTS: dict[str, StepWeight] = {
 }
 
 
-def step_weights(name: str, sampler: Sampler, steps: Sequence[Step], eta: float) -> list[float]:
-    """The weight of each step but the last in the loss, scaled to a mean of 1 over them: [len(steps) - 1].
+def step_weights(
+    name: str, sampler: Sampler, steps: Sequence[Step], eta: float, trainable: Sequence[int] = ()
+) -> list[float]:
+    """The weight of each step but the last in the loss, scaled to a mean of 1 over the trainable ones.
 
     The scale is that of all trainable steps, whichever of them a rollout trains: a step weighs the same in each.
+
+    Args:
+        trainable: indices of steps; empty means all but the last.
     """
     weights = torch.stack([STEP_WEIGHTS[name](sampler, step, eta).double() for step in steps[:-1]])
     if not bool((weights.isfinite() & (weights > 0)).all()):
         raise ValueError(f"step weights {name!r} are {weights.tolist()}; they must be finite and above 0")
-    return (weights / weights.mean()).tolist()
+    return (weights / weights[list(trainable) or slice(None)].mean()).tolist()
 
 
 def split_updates(trained_steps: Sequence[int], updates_per_rollout: int) -> list[tuple[int, ...]]:

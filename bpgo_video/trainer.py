@@ -48,7 +48,7 @@ def rollout_chunks(session: Session, prompts: PromptBatch, step: int) -> Iterato
         micro_batch_size=config.rollout.micro_batch_size,
         latent_shape=session.policy.latent_shape(config.video),
         key=(config.run.seed, "rollout", step),
-        trained_steps=sampled_steps(config, step),
+        trained_steps=sampled_steps(session.policy, config, step),
         same_start=config.rollout.same_start,
     )
 

@@ -21,11 +21,12 @@ from tqdm import tqdm
 from bpgo_video.conditioning import cast
 from bpgo_video.config import LoraConfig
 from bpgo_video.export import WEIGHTS_NAME
+from bpgo_video.lora_files import load_lora
 from bpgo_video.model_card import CARD
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.lora import ADAPTER
 from bpgo_video.policies.pipeline_policy import networks_of
-from bpgo_video.policies.transformers import Transformers
+from bpgo_video.policies.transformers import Transformers, transformer_names
 from bpgo_video.run_weights import Source, put_into, read_tensors
 from bpgo_video.zero_files import CheckpointError
 
@@ -77,23 +78,22 @@ def load_single_file(file: Path, config_folder: Path, dtype: torch.dtype) -> Any
     return model_class.from_single_file(str(file), config=str(config_folder), torch_dtype=dtype)
 
 
-def verify_adapters(adapters: Mapping[str, Tensor], lora: LoraConfig, source: Source, name: str, output: Path) -> Any:
+def verify_adapters(adapters: Mapping[str, Tensor], lora: LoraConfig, source: Source, name: str, file: Path) -> Any:
     """Load adapters through diffusers, on the base model, and compare what each adds to its layer, alpha/rank B A.
 
     Args:
         adapters: in fp32 or as they were rounded for the file.
-        output: the folder that `load_lora_weights` is given.
+        file: what `load_lora_weights` is given.
 
     Raises:
         CheckpointError: names the layer that differs.
     """
     transformer = load_transformer(source.base / name, next(iter(adapters.values())).dtype)
-    pipeline = pipeline_around(source, name, transformer)
-    pipeline.load_lora_weights(output, adapter_name=ADAPTER)
-    layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
-    expected = {name.partition(".lora_")[0] for name in adapters}
+    load_lora(pipeline_around(source, transformer), file, name)
+    layers = {key: layer for key, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
+    expected = {key.partition(".lora_")[0] for key in adapters}
     if missing := sorted(expected - set(layers)):
-        raise CheckpointError(f"{output}: diffusers does not adapt layers {missing[:3]}")
+        raise CheckpointError(f"{file}: diffusers does not adapt layers {missing[:3]}")
     for key, layer in tqdm(layers.items(), desc="Comparing", unit="layer"):
         added = layer.get_delta_weight(ADAPTER).float()
         wanted = torch.zeros_like(added)  # of layers that diffusers adapts on its own, as it does Wan's image keys
@@ -101,13 +101,13 @@ def verify_adapters(adapters: Mapping[str, Tensor], lora: LoraConfig, source: So
             down, up = (adapters[f"{key}.lora_{half}.{ADAPTER}.weight"].float() for half in "AB")
             wanted = lora.alpha / lora.rank * (up @ down)
         if not torch.linalg.norm(added - wanted) <= TOLERANCE[transformer.dtype] * torch.linalg.norm(wanted):
-            raise CheckpointError(f"{output}: {key}, as diffusers loads it, is not the checkpoint's adapter")
+            raise CheckpointError(f"{file}: {key}, as diffusers loads it, is not the checkpoint's adapter")
     return transformer
 
 
-def pipeline_around(source: Source, name: str, transformer: Any) -> Any:
-    """diffusers' pipeline of the base folder with this transformer; no other weights are read."""
-    parts = dict.fromkeys(networks_of(source.base)) | {name: transformer}
+def pipeline_around(source: Source, transformer: Any) -> Any:
+    """diffusers' pipeline of the base folder with this transformer in place of each; no other weights are read."""
+    parts = dict.fromkeys(networks_of(source.base)) | dict.fromkeys(transformer_names(source.base), transformer)
     return getattr(diffusers, source.pipeline_class).from_pretrained(source.base, **parts)
 
 

@@ -21,17 +21,17 @@ PROMPTS = {
 }
 
 
-def make_shards(folder: Path) -> Path:
-    """Shards of a few prompts, embedded by the shipped policy's own encoder."""
+def make_shards(folder: Path, pipeline: Path | None = None) -> Path:
+    """Shards of a few prompts, embedded by the encoder of a pipeline, or of the shipped policy."""
     recipe = read_yaml(RECIPE)
-    length = recipe.policy.max_sequence_length
-    policy = load_policy(recipe.policy.folder, components=("text_encoder",), max_sequence_length=length)
+    length, where = recipe.policy.max_sequence_length, str(pipeline or recipe.policy.folder)
+    policy = load_policy(where, components=("text_encoder",), max_sequence_length=length)
     inputs = []
     for split, texts in PROMPTS.items():
         path = folder.parent / f"{split}.jsonl"
         path.write_text("".join(f'{{"prompt": "{text}", "split": "{split}"}}\n' for text in texts))
         inputs.append(path)
-    build_shards(inputs, folder, policy.encode, encoder_stamp(resolve_folder(recipe.policy.folder), length))
+    build_shards(inputs, folder, policy.encode, encoder_stamp(resolve_folder(where), length))
     return folder
 
 

@@ -49,17 +49,17 @@ def policy(case: Case, folder: Path) -> Policy:
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_ode_rollout_is_the_pipelines_own(case: Case, folder: Path, policy: Policy, guided: bool) -> None:
     """Schedule, shift, text, image, guidance, normalisation of latents: all of it, to the pixel."""
-    scale = case.guidance_scale if guided else 1.0
+    scale, scale_2 = (case.guidance_scale, case.guidance_scale_2) if guided else (1.0, None)
     config = case.recipe(folder)
     prompts = case.prompts(policy, config)
     start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     denoiser = Denoiser(
         policy=policy, sigmas=policy.sigmas(STEPS, case.video), sampler="ode", eta=0.0, guidance_scale=scale,
-        latents_dtype=torch.float32,
+        guidance_scale_2=scale_2, latents_dtype=torch.float32,
     )  # fmt: skip
     latents = denoiser.denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start).latents[:, -1]
     found = policy.decode(latents, prompts.conditioning)
-    expected = case.diffusers_videos(policy, start, STEPS, scale)
+    expected = case.diffusers_videos(policy, start, STEPS, guided)
     assert found.shape[1] == case.video.num_frames
     assert found.std() > 0.01
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -71,7 +71,8 @@ def test_the_ratio_is_one_and_an_update_lowers_its_own_loss(case: Case, folder: 
     prompts = case.prompts(policy, config)
     chunks = sample_chunks(
         training_denoiser(policy, config), prompts, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
-        latent_shape=policy.latent_shape(case.video), key=(0, "rollout", 0), trained_steps=trained_steps_of(config, 0),
+        latent_shape=policy.latent_shape(case.video), key=(0, "rollout", 0),
+        trained_steps=trained_steps_of(policy, config, 0),
     )  # fmt: skip
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})

@@ -94,7 +94,7 @@ def rollout(policy: Policy, recipe: Config, kind: str) -> tuple[ForwardProcess, 
     chunks = sample_chunks(
         training_denoiser(policy, recipe), prompts, Mesh(0, 1, torch.device("cpu")), group_size=4,
         micro_batch_size=4, latent_shape=policy.latent_shape(recipe.video), key=(0, "rollout", 0),
-        trained_steps=sampled_steps(recipe, 0),
+        trained_steps=sampled_steps(policy, recipe, 0),
     )  # fmt: skip
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})

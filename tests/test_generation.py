@@ -202,7 +202,7 @@ def test_an_empty_prompt_file_is_named(settings: GenerationSettings, capsys: pyt
 def test_what_is_not_said_is_diffusers_own_default(settings: GenerationSettings) -> None:
     unsaid = dict.fromkeys(("num_steps", "guidance_scale", "num_frames", "height", "width"))
     call = call_of(replace(settings, **unsaid))
-    assert vars(call) == {
+    assert call.given() == {
         "num_inference_steps": 50, "guidance_scale": 5.0, "num_frames": 81, "height": 480, "width": 832,
         "max_sequence_length": TEXT_TOKENS,
     }  # fmt: skip

@@ -185,7 +185,7 @@ def test_an_image_to_video_pipeline_continues_the_images_of_its_prompts(
     prompts.write_text("\n".join(lines) + "\n")
     manifest = json.loads(generate(replace(own, prompts=prompts)).read_text())
     assert manifest["complete"]
-    jobs = plan(replace(own, prompts=prompts), read_records(replace(own, prompts=prompts), True))
+    jobs = plan(own, read_records(replace(own, prompts=prompts), True))
     pipeline = load_pipeline(find_model(own), own, torch.device("cpu"))
     policy = find_model(own).policy
     call = resolve(own, policy)

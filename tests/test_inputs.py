@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from bpgo_video.config_rules import check_world
 from bpgo_video.data.prior_files import PriorError, write_priors
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy, load_policy
 from bpgo_video.run_folder import check_run_dir
 from tests.recipes import make_shards, small_recipe
 
@@ -29,8 +32,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setattr(policy_session, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(policy_session, "load_policy", without_models)
     return small_recipe(tmp_path / "run", shards)
+
+
+def without_models(*arguments: Any, components: Collection[str], **options: Any) -> Policy:
+    assert not components, "a model was loaded"
+    return load_policy(*arguments, components=components, **options)
 
 
 def test_good_input_passes(config: Config) -> None:

@@ -61,7 +61,7 @@ def rollout(
     chunks = sample_chunks(
         training_denoiser(policy, recipe), prompts, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
         latent_shape=policy.latent_shape(recipe.video), key=(0, "rollout", 0),
-        trained_steps=trained_steps_of(recipe, 0),
+        trained_steps=trained_steps_of(policy, recipe, 0),
     )  # fmt: skip
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})

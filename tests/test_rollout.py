@@ -102,7 +102,7 @@ def sample(denoiser: Denoiser, policy: Policy, recipe: Config, mesh: Mesh, micro
         micro_batch_size=micro_batch_size,
         latent_shape=policy.latent_shape(recipe.video),
         key=(0, "rollout", 3),
-        trained_steps=trained_steps_of(recipe, 3),
+        trained_steps=trained_steps_of(policy, recipe, 3),
     )
 
 
@@ -125,7 +125,7 @@ def test_a_group_can_start_from_the_same_noise(policy: Policy, recipe: Config) -
             batch(policy),
             mesh,
             key=(0, "rollout", 3),
-            trained_steps=trained_steps_of(recipe, 3),
+            trained_steps=trained_steps_of(policy, recipe, 3),
             same_start=True,
             **settings,
         )

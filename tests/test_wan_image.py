@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,12 +117,3 @@ def test_images_are_there_where_they_are_asked_for(
     with pytest.raises(ConfigError, match=message):
         check_images(config, takes_images, Split(), [split])
     check_images(config, True, Split(), ["pictures"])
-
-
-@pytest.mark.parametrize("key", ["boundary_ratio", "expand_timesteps"])
-def test_wan_2_2_is_refused_by_name(tmp_path: Path, key: str) -> None:
-    folder = random_wan(tmp_path)
-    index = folder / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), key: 0.9}))
-    with pytest.raises(ConfigError, match=key):
-        load_policy(str(folder), max_sequence_length=TEXT_TOKENS)

@@ -4,11 +4,19 @@
     deepspeed --num_accelerators 8 tools/evaluate.py heldout --config RECIPE.yaml
     python tools/evaluate.py compare package:bpgo_video.tiny/weights/wan runs/demo --output runs/comparison
 
+    deepspeed tools/evaluate.py layout --policy runs/demo --suite vbench --output videos --seed 0
+    python tools/evaluate.py layout --check --suite vbench --output videos
+    python tools/evaluate.py score --videos videos --suite vbench --dimensions temporal_flickering --output scores.json
+    python tools/evaluate.py vbench --python VBENCH_PYTHON --videos videos --suite vbench --output results
+    python tools/evaluate.py total results --json
+
 heldout scores a policy folder on the recipe's held-out prompts with its `evaluation.rewards`: the same function,
 prompts and noise as the evaluations within a training run. The standard error is over samples, the prompts being fixed.
 
 compare measures two models or more alike, on the same prompts and noise, and says which is better: a verdict in words,
 paired statistics in comparison.json, and report.html with the videos side by side (docs/evaluation.md).
+
+layout, score, vbench and total are VBench's videos, dimensions and totals.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ from pathlib import Path
 
 from bpgo_video.cli import positive, run_command, show_loading_once
 from bpgo_video.evaluation.compare_command import add_compare
+from bpgo_video.evaluation.vbench_commands import add_vbench_commands
 
 
 def heldout(args: argparse.Namespace) -> None:
@@ -55,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
     commands = top.add_subparsers(dest="command", required=True)
     add_heldout(commands.add_parser("heldout", help="score a policy folder on a recipe's held-out prompts"))
+    add_vbench_commands(commands)
     add_compare(commands.add_parser("compare", help="which of several models is better, with statistics and a report"))
     return top
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,23 @@ def read_video(path: Path | str) -> tuple[Float[Tensor, "frames 3 height width"]
     Raises:
         VideoError: the file is missing or cut off, or neither reader can decode it.
     """
+    pixels, fps = read_pixels(path)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, fps
+
+
+def read_pixels(path: Path | str) -> tuple[UInt8[np.ndarray, "frames height width 3"], float]:
+    """The same, in the bytes that the file holds. Raises VideoError as `read_video` does."""
     if not Path(path).is_file():
         raise VideoError(f"the video {path} does not exist")
     check_end(str(path), str(path))
     try:
         import decord  # has no wheels for some platforms
     except ImportError:
-        pixels, fps = read_pyav(path)
-    else:
-        try:
-            pixels, fps = read_decord(path)
-        except (decord.DECORDError, RuntimeError):  # the latter when it cannot open the file
-            pixels, fps = read_pyav(path)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, fps
+        return read_pyav(path)
+    try:
+        return read_decord(path)
+    except (decord.DECORDError, RuntimeError):  # the latter when it cannot open the file
+        return read_pyav(path)
 
 
 def read_decord(path: Path | str) -> tuple[np.ndarray, float]:
@@ -104,16 +109,51 @@ def read_pyav(path: Path | str) -> tuple[np.ndarray, float]:
     return np.stack(frames), float(rate)
 
 
-def check_video(source: str | bytes, owner: str) -> None:
-    """Decode every frame of a path or of a file's bytes, one in memory at a time.
+@dataclass(frozen=True)
+class VideoHeader:
+    """What a file says of its video, without a frame being decoded.
+
+    Attributes:
+        fps: mean frames a second.
+        frames: how many there are; 0 where the file does not say.
+        codec, pixel_format: by ffmpeg's names, h264 and yuv420p for example.
+    """
+
+    fps: float
+    frames: int
+    height: int
+    width: int
+    codec: str
+    pixel_format: str
+
+
+def read_header(path: Path | str) -> VideoHeader:
+    """
+    Raises:
+        VideoError: the file is no video, or lacks what players need first, as an mp4 that was cut off does.
+    """
+    with opened(str(path), str(path)) as container:
+        stream = container.streams.video[0]
+        if not stream.average_rate:
+            raise VideoError(f"{path} holds no frames")
+        codec = stream.codec_context
+        return VideoHeader(
+            float(stream.average_rate), stream.frames, codec.height, codec.width, codec.name, str(codec.pix_fmt)
+        )
+
+
+def check_video(source: str | bytes, owner: str) -> int:
+    """Decode every frame of a path or of a file's bytes, one in memory at a time; how many there are.
 
     Raises:
         VideoError: that fails, there is no frame, or the file is cut off.
     """
     check_end(source, owner)
     with opened(source, owner) as container:
-        if not sum(1 for _ in container.decode(video=0)):
-            raise VideoError(f"{owner} holds no frames")
+        count = sum(1 for _ in container.decode(video=0))
+    if not count:
+        raise VideoError(f"{owner} holds no frames")
+    return count
 
 
 def check_end(source: str | bytes, owner: str) -> None:

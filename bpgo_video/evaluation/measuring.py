@@ -137,6 +137,7 @@ def deployment(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "video": asdict(config.video),
         "num_steps": evaluation.num_steps,
         "guidance_scale": evaluation.guidance_scale,
+        "guidance_scale_2": evaluation.guidance_scale_2,
         "solver": evaluation.solver,
         "shift": evaluation.shift_or(config.sampler),
         "max_sequence_length": config.policy.max_sequence_length,

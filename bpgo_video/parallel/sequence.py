@@ -67,7 +67,9 @@ class SequencePlan:
 
 
 PLANS = {
-    "WanTransformer3DModel": SequencePlan(blocks=("blocks",), rope=partial(rope_module, "rope", 1), head="proj_out"),
+    "WanTransformer3DModel": SequencePlan(
+        blocks=("blocks",), rope=partial(rope_module, "rope", 1), head="proj_out", per_token=("timestep",)
+    ),
     "HunyuanVideoTransformer3DModel": SequencePlan(
         blocks=("transformer_blocks", "single_transformer_blocks"),
         rope=partial(rope_module, "rope", 0),

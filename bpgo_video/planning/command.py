@@ -72,13 +72,13 @@ def job_of(arguments: argparse.Namespace, flags: Sequence[str]) -> Job:
         return Job(config, read_ds_config(config.deepspeed), model=find_model(config.policy.folder), **shared)
     if flags:
         raise ConfigError(f"{flags} are flags of a recipe, and --model takes none; see --help")
-    made = config_from_dict(recipe_of(arguments), "command line")
-    assert isinstance(made, Config)  # a recipe that names no other kind
+    recipe = config_from_dict(recipe_of(arguments), "command line")
+    assert isinstance(recipe, Config)  # one that names no other kind
     ds_config = {
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": arguments.zero, **OFFLOADS[arguments.offload]},
     }
-    return Job(made, ds_config, model=find_model(arguments.model), **shared)
+    return Job(recipe, ds_config, model=find_model(arguments.model), **shared)
 
 
 def recipe_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bpgo_video.config import ConfigError, VideoConfig
 from bpgo_video.policies.base import Build
-from bpgo_video.policies.transformers import Transformers, transformer_names
+from bpgo_video.policies.transformers import Transformers, read_index, transformer_names
 from bpgo_video.types import Latents, Videos
 
 LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # of a pipeline's networks: what each calls the dtype
@@ -72,6 +72,7 @@ class PipelinePolicy:
     ) -> PipelinePolicy:
         """The networks of the folder whose kind is in `components`; see `load_policy`."""
         cls.check(folder)
+        policy_class = cls.variant(folder)
         networks = networks_of(folder)
         parts: dict[str, nn.Module | None] = dict.fromkeys(networks)
         for name, model_class in networks.items():
@@ -83,7 +84,7 @@ class PipelinePolicy:
             else:
                 parts[name] = frozen(model_class, folder / name, torch.float32 if kind == "vae" else dtype, device)
         pipeline_class = getattr(diffusers, cls.pipeline_name)
-        return cls(folder, pipeline_class.from_pretrained(folder, **parts), max_sequence_length)
+        return policy_class(folder, pipeline_class.from_pretrained(folder, **parts), max_sequence_length)
 
     @classmethod
     def check(cls, folder: Path) -> None:
@@ -92,6 +93,11 @@ class PipelinePolicy:
         Raises:
             ConfigError: it is not; the message names what it has.
         """
+
+    @classmethod
+    def variant(cls, folder: Path) -> type[PipelinePolicy]:
+        """The class for this folder, where one pipeline samples models of several kinds."""
+        return cls
 
     def transformer_at(self, sigma: float) -> str:
         """Which transformer computes at a noise level."""
@@ -150,10 +156,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def networks_of(folder: Path) -> dict[str, Any]:
     """The classes of a pipeline's networks by their names in it."""
-    index = json.loads((folder / "model_index.json").read_text())
     return {
         name: getattr(importlib.import_module(part[0]), part[1])
-        for name, part in index.items()
+        for name, part in read_index(folder).items()
         if kind_of(name) and part[0] in LIBRARIES
     }
 

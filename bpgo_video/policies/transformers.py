@@ -24,8 +24,13 @@ class Transformers(nn.ModuleDict):
 
 def transformer_names(folder: Path) -> tuple[str, ...]:
     """The transformers that a pipeline folder has, by its model_index.json: one, or Wan 2.2's two."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_index(folder)
     return tuple(name for name, part in sorted(index.items()) if name.startswith("transformer") and part[0])
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A pipeline's parts and settings by their names in it."""
+    return dict(json.loads((folder / "model_index.json").read_text()))
 
 
 def trained_names(folder: Path, asked: Collection[str] = ()) -> tuple[str, ...]:

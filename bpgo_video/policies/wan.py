@@ -1,8 +1,12 @@
-"""How does Wan 2.1 text-to-video (arXiv 2503.20314) fit the policy protocol?"""
+"""How does Wan text-to-video (2.1, arXiv 2503.20314, and 2.2) fit the policy protocol?
+
+Wan 2.2's 14B policies have two experts, `transformer` at high noise and `transformer_2` at low. The 5B one is told a
+noise level for each token; without a given image all are one, which is said once for each sample: the same function,
+and no modulation of every token to keep.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from torch import Tensor
 from bpgo_video import sde
 from bpgo_video.config import ConfigError, VideoConfig
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
+from bpgo_video.policies.transformers import read_index, transformer_names
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 
@@ -24,15 +29,26 @@ class WanPolicy(PipelinePolicy):
 
     @classmethod
     def check(cls, folder: Path) -> None:
-        """Wan 2.2's pipelines bear the same class names, and differ in how they denoise.
+        """Two experts need a boundary between them.
 
         Raises:
-            ConfigError: two transformers, or a noise level for each token.
+            ConfigError: one of both is there without the other.
         """
-        index = json.loads((folder / "model_index.json").read_text())
-        for key in ("boundary_ratio", "expand_timesteps"):
-            if index.get(key):
-                raise ConfigError(f"{folder} sets {key} (Wan 2.2), which this family does not do; Wan 2.1 works")
+        names, boundary = transformer_names(folder), read_index(folder).get("boundary_ratio")
+        if (boundary is None) != (len(names) == 1):
+            raise ConfigError(
+                f"{folder} has {list(names)} and boundary_ratio {boundary}; two transformers need a boundary_ratio in "
+                "model_index.json, and one transformer none"
+            )
+
+    def transformer_at(self, sigma: float) -> str:
+        """The high-noise expert from the boundary on, compared in fp32, as the pipeline does."""
+        boundary = self.pipeline.config.boundary_ratio
+        if boundary is None:
+            return self.transformer_names[0]
+        train_timesteps = self.pipeline.scheduler.config.num_train_timesteps
+        is_high = torch.tensor(sigma, dtype=torch.float32) * train_timesteps >= boundary * train_timesteps
+        return "transformer" if bool(is_high) else "transformer_2"
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -63,17 +79,20 @@ class WanPolicy(PipelinePolicy):
 
     def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
         dtype = conditioning["prompt_embeds"].dtype
-        train_timesteps = self.pipeline.scheduler.config.num_train_timesteps
-        timestep = (sigma.to(latents.device) * train_timesteps).expand(latents.shape[0])
         prediction = self.transformers(
             self.transformer_at(float(sigma.max())),
             hidden_states=self.transformer_input(latents, conditioning).to(dtype),
-            timestep=timestep,
+            timestep=self.timesteps(latents, sigma),
             encoder_hidden_states=conditioning["prompt_embeds"],
             encoder_hidden_states_image=conditioning.get("image_embeds"),
             return_dict=False,
         )[0]
-        return prediction.float()
+        return prediction[:, :, self.given_frames :].float()
+
+    def timesteps(self, latents: Latents, sigma: Tensor) -> Tensor:
+        """The noise level in the transformer's units: [samples], or [samples, tokens]."""
+        train_timesteps = self.pipeline.scheduler.config.num_train_timesteps
+        return (sigma.to(latents.device) * train_timesteps).expand(latents.shape[0])
 
     def transformer_input(self, latents: Latents, conditioning: Conditioning) -> Tensor:
         """What enters the first layer: here the noisy latents alone."""

@@ -1,20 +1,24 @@
-"""How does Wan image-to-video (Wan 2.1, arXiv 2503.20314) fit the policy protocol? As text-to-video, with more inputs.
+"""How does Wan image-to-video (2.1, arXiv 2503.20314, and 2.2) fit the policy protocol? In one of two ways.
 
-Beside the noisy latents the transformer sees, as further channels, which frames are given and the latents of a video
-that is the image and then grey; folders with a CLIP image encoder also attend to its features.
+14B: beside the noisy latents the transformer sees, as further channels, which frames are given and the latents of a
+video that is the image and then grey; folders with a CLIP image encoder (2.1) also attend to its features.
+5B (2.2): the image is the first latent frame, clean, at noise level 0, and only the others are sampled.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config import ConfigError, VideoConfig
+from bpgo_video.policies.pipeline_policy import PipelinePolicy
+from bpgo_video.policies.transformers import read_index
 from bpgo_video.policies.wan import WanPolicy
-from bpgo_video.types import Conditioning, Latents
+from bpgo_video.types import Conditioning, Latents, Videos
 
 
 class WanImagePolicy(WanPolicy):
@@ -22,6 +26,10 @@ class WanImagePolicy(WanPolicy):
 
     pipeline_name = "WanImageToVideoPipeline"
     takes_images = True
+
+    @classmethod
+    def variant(cls, folder: Path) -> type[PipelinePolicy]:
+        return WanFirstFramePolicy if read_index(folder).get("expand_timesteps") else cls
 
     def transformer_input(self, latents: Latents, conditioning: Conditioning) -> Tensor:
         return torch.cat([latents, conditioning["image_latents"].to(latents.dtype)], dim=1)
@@ -47,17 +55,71 @@ class WanImagePolicy(WanPolicy):
         return {"image_latents": latents, "image_embeds": self._image_embeds(images)}
 
     def _image_latents(self, image: Float[Tensor, "1 3 height width"], video: VideoConfig) -> Tensor:
-        vae: Any = self.pipeline.vae
-        pixels = torch.zeros(1, 3, video.num_frames, *image.shape[2:])
-        pixels[:, :, 0] = 2 * image - 1
-        encoded = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        mean, std = self.latent_statistics(encoded.device)
-        mask = encoded.new_zeros(1, self.vae_config["scale_factor_temporal"], *encoded.shape[2:])
+        frames = torch.full((1, video.num_frames, *image.shape[1:]), 0.5)
+        frames[:, 0] = image
+        latents = self.encode_video(frames)
+        mask = latents.new_zeros(1, self.vae_config["scale_factor_temporal"], *latents.shape[2:])
         mask[:, :, 0] = 1
-        return torch.cat([mask, (encoded - mean) / std], dim=1)
+        return torch.cat([mask, latents], dim=1)
 
     def _image_embeds(self, images: Float[Tensor, "prompts 3 height width"]) -> Tensor:
         encoder = self.pipeline.image_encoder
         pictures = list((images * 255).round().to(torch.uint8).cpu().numpy())
         pixels = self.pipeline.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         return encoder(pixels.to(encoder.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
+
+
+class WanFirstFramePolicy(WanPolicy):
+    """`WanPolicy` of a folder that knows a noise level for each token; the image's are 0."""
+
+    pipeline_name = "WanImageToVideoPipeline"
+    takes_images = True
+    given_frames = 1
+
+    def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
+        channels, frames, height, width = super().latent_shape(video)
+        if frames == 1:
+            raise ConfigError(
+                f"video.num_frames is {video.num_frames}, and the image is the first of them: nothing would be "
+                f"sampled; take {1 + self.vae_config['scale_factor_temporal']} or more"
+            )
+        return channels, frames - 1, height, width
+
+    def example(self) -> tuple[Latents, Conditioning]:
+        latents, conditioning = super().example()
+        image = torch.randn(latents[:, :, :1].shape, generator=torch.Generator().manual_seed(1))
+        return latents, {**conditioning, "image_latents": image}
+
+    @torch.no_grad()
+    def image_conditioning(
+        self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
+    ) -> dict[str, Tensor]:
+        """`image_latents`: the first latent frame, [prompts, channels, 1, latent_height, latent_width]."""
+        encode = super().encode_video
+        return {"image_latents": torch.cat([encode(image[None, None]) for image in images])}
+
+    def encode_video(self, videos: Videos) -> Latents:
+        return super().encode_video(videos)[:, :, self.given_frames :]
+
+    def timesteps(self, latents: Latents, sigma: Tensor) -> Tensor:
+        frames, height, width = (
+            size // patch for size, patch in zip(latents.shape[2:], self.transformer_config["patch_size"], strict=True)
+        )
+        sampled = super().timesteps(latents, sigma)[:, None].expand(-1, frames * height * width)
+        return torch.cat([sampled.new_zeros(len(latents), height * width), sampled], dim=1)
+
+    def transformer_input(self, latents: Latents, conditioning: Conditioning) -> Tensor:
+        return torch.cat([conditioning["image_latents"].to(latents), latents], dim=2)
+
+    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
+        return super().decode(self.transformer_input(latents, conditioning), conditioning)
+
+    def call_arguments(
+        self,
+        pipeline: Any,
+        latents: Latents,
+        video: VideoConfig,
+        images: Float[Tensor, "prompts 3 height width"] | None,
+    ) -> dict[str, Any]:
+        """The pipeline replaces the first frame of the noise by the image's."""
+        return {"latents": torch.cat([torch.zeros_like(latents[:, :, :1]), latents], dim=2)}

@@ -31,3 +31,21 @@ class ClipScore(FrameNetwork):
 
     def __call__(self, clips: Clips) -> FrameScores:
         return self.encoder.scores(clips, self.frames)
+
+
+class ClipImageScore(ClipScore):
+    """cos(frame, picture to be continued) of any CLIPModel, per frame: CLIP-I (arXiv 2208.12242).
+
+    Where there is no picture it is frame 0. A still video earns the most: train on it only beside a reward that asks for
+    what the text says.
+    """
+
+    name = "clip_image_score"
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        indices = self.frames.indices(clips.videos.shape[1], clips.fps)
+        found = self.encoder.embed_frames(clips, indices)
+        picture = found[:, :1]
+        if clips.images is not None:
+            picture = self.encoder.embed_frames(Clips(clips.images[:, None], clips.fps, clips.texts), [0])
+        return FrameScores((found * picture).sum(dim=-1), clips.times[indices])

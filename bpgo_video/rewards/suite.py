@@ -25,6 +25,7 @@ from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 REWARDS: dict[str, str] = {
     "aesthetic": "bpgo_video.rewards.aesthetic:Aesthetic",
     "brisque": "bpgo_video.rewards.brisque:Brisque",
+    "clip_image_score": "bpgo_video.rewards.clip:ClipImageScore",
     "clip_score": "bpgo_video.rewards.clip:ClipScore",
     "dynamic_degree": "bpgo_video.rewards.dynamics:DynamicDegree",
     "first_frame_consistency": "bpgo_video.rewards.dino:FirstFrameConsistency",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,8 +22,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} does not exist")
     if path.suffix == ".safetensors":
         return load_file(path)
+    found = unpickled(path)
+    return found.get("state_dict", found)
+
+
+def unpickled(path: Path) -> dict[str, Any]:
+    """What torch.save wrote: tensors, and dictionaries of them.
+
+    Raises:
+        ValueError: the pickle holds more.
+    """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors, and is not unpickled: {error}") from error
-    return found.get("state_dict", found)

@@ -73,6 +73,28 @@ def test_two_ranks_make_what_one_makes_and_go_on_after_a_kill(tmp_path: Path) ->
         assert (alone - together).abs().mean() < 0.015  # one pixel rounded the other way; other videos are .036 apart
 
 
+def test_a_layout_is_made_by_two_ranks_and_is_whole(tmp_path: Path) -> None:
+    """Under VBench's names, with what a killed rank left swept away, and nothing else in the folder."""
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "videos"
+    prompts.write_text("".join(f"a red circle moving left {number}\n" for number in range(3)))
+    folder.mkdir()
+    (folder / ".a red circle moving left 0-0.mp4.partial-01234567").write_bytes(b"of a killed rank")
+    made = [
+        "--policy", str(random_wan(tmp_path / "wan")), "--seed", "3", "--num-steps", "2", "--guidance-scale", "1",
+        "--num-frames", "9", "--height", "64", "--width", "64",
+    ]  # fmt: skip
+    suite = ["tools/evaluate.py", "layout", "--suite", str(prompts), "--output", str(folder), "--samples", "2"]
+    launcher = [str(LAUNCHER), "--num_accelerators", "2", "--master_port", str(free_port())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, *suite, *made], cwd=ROOT, env=environment, check=True)
+    names = {f"a red circle moving left {number}-{sample}.mp4" for number in range(3) for sample in range(2)}
+    assert {path.name for path in folder.iterdir()} == names
+    content = json.loads((tmp_path / "videos.generation.json").read_text())
+    assert content["complete"]
+    assert {video["file"] for video in content["videos"]} == names
+    subprocess.run([sys.executable, *suite, "--check"], cwd=ROOT, env=environment, check=True)
+
+
 def kill_one_rank(launcher: int) -> None:
     """SIGKILL to the rank whose number is 1, found among the launcher's own descendants."""
     for process in psutil.Process(launcher).children(recursive=True):

@@ -107,6 +107,34 @@ def exact(shards: Path, run_dir: Path, stage: str, lora: str, num_steps: str, re
     return replace(config, policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])))
 
 
+def experts(shards: Path, run_dir: Path, stage: str, lora: str, num_steps: str, resume: str = "never") -> Config:
+    """Both of Wan 2.2's experts, of which each step trains one: a window of one of three steps, which moves on.
+
+    The second is trained in the third step for the first time. Its pipeline lies beside the shards.
+    """
+    window = {"train_steps": "window", "train_fraction": 0.34, "window_every": 1, "shift": None}
+    config = small_recipe(
+        run_dir,
+        shards,
+        run={"num_steps": int(num_steps), "save_every": 1, "resume": resume},
+        policy={"folder": str(shards.parent / "pipeline"), "lora": LoraConfig(rank={"full": 0, "lora": 4}[lora])},
+        sampler={"num_steps": 4, "guidance_scale": 3.0, "guidance_scale_2": 2.0, **window},
+        optim={"updates_per_rollout": 1, "learning_rate": 1e-3},
+        loss={"kl_weight": 1.0},
+        ema={"decay": 0.9},
+    )
+    return with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
+
+
+def one_expert(shards: Path, run_dir: Path, trained: str, stage: str) -> Config:
+    """Steps drawn for each prompt, so that ranks train different ones: of one expert, or of both, which is refused."""
+    config = experts(shards, run_dir, stage, "full", "2")
+    drawn = {"train_steps": "random", "train_fraction": 0.5, "share_steps": "group", "num_steps": 6}
+    names = () if trained == "both" else (trained,)
+    policy, sampler = replace(config.policy, trained=names), replace(config.sampler, **drawn)
+    return replace(config, policy=policy, sampler=sampler)
+
+
 def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
     """Two steps of four chunks a rank, scored in line or beside the rollout, by rewards that draw and that rest."""
     rollout = {"micro_batch_size": 1, "score_ahead": int(chunks), "offload_trajectories": int(chunks) > 0}
@@ -164,6 +192,7 @@ def with_stage(config: Config, stage: str) -> Config:
 CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
     "uneven": uneven, "ahead": ahead, "held": held, "credited": credited, "evaluated": evaluated,
+    "experts": experts, "one_expert": one_expert,
 }  # fmt: skip
 
 

@@ -18,11 +18,16 @@ from tests.families.hunyuan import HUNYUAN
 from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.mochi import MOCHI
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
+from tests.families.wan22 import WAN_22, WAN_22_IMAGE, WAN_22_TI2V, WAN_22_TI2V_IMAGE
 
 CASES: dict[str, Case] = {
     "wan": WAN,
     "wan_one_frame": WAN_ONE_FRAME,
     "wan_image": WAN_IMAGE,
+    "wan22": WAN_22,
+    "wan22_image": WAN_22_IMAGE,
+    "wan22_ti2v": WAN_22_TI2V,
+    "wan22_ti2v_image": WAN_22_TI2V_IMAGE,
     "cogvideox": COGVIDEOX,
     "cogvideox_image": COGVIDEOX_IMAGE,
     "cogvideox_pairs": COGVIDEOX_PAIRS,

@@ -36,6 +36,7 @@ class Case:
         text_tokens: max_sequence_length of its policy.
         family: `policy.family` of its recipe.
         guidance_scale: at which the rollout is compared with the pipeline's.
+        guidance_scale_2: of a second transformer; None for those with one.
         lora: names of the layers that adapters go to.
         euler: the scheduler with which the pipeline follows the ODE as the rollout does; by default its own.
         arguments: what else the pipeline's call is given.
@@ -47,6 +48,7 @@ class Case:
     text_tokens: int
     family: str | None = None
     guidance_scale: float = 3.0
+    guidance_scale_2: float | None = None
     lora: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     euler: Callable[[Any], Any] = lambda scheduler: scheduler
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -82,8 +84,10 @@ class Case:
             return None
         return torch.stack([torch.from_numpy(np.array(one)) for one in self.pictures()]).permute(0, 3, 1, 2) / 255
 
-    def diffusers_videos(self, policy: Policy, noise: Tensor, num_steps: int, guidance_scale: float) -> Tensor:
+    def diffusers_videos(self, policy: Policy, noise: Tensor, num_steps: int, guided: bool) -> Tensor:
         """What diffusers' own pipeline makes of TEXTS from `noise`, [prompts frames 3 height width] in [0, 1]."""
+        scales = {policy.guidance_argument: self.guidance_scale if guided else 1.0}
+        scales |= {"guidance_scale_2": self.guidance_scale_2} if guided and self.guidance_scale_2 else {}
         pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(policy.folder)
         pipeline.scheduler = self.euler(pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -94,7 +98,7 @@ class Case:
             found = pipeline(
                 prompt=text, negative_prompt=NEGATIVE, num_frames=self.video.num_frames, height=self.video.height,
                 width=self.video.width, num_inference_steps=num_steps, max_sequence_length=self.text_tokens,
-                output_type="pt", **{policy.guidance_argument: guidance_scale, **self.arguments, **image},
+                output_type="pt", **{**scales, **self.arguments, **image},
                 **policy.call_arguments(pipeline, noise[row : row + 1], self.video, images),
             )  # fmt: skip
             videos.append(found.frames)

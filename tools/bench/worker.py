@@ -69,7 +69,7 @@ def rollout(policy: Policy, config: Config, mesh: Mesh) -> Callable[[], object]:
         "micro_batch_size": SAMPLES_PER_RANK,
         "latent_shape": policy.latent_shape(config.video),
         "key": (0, "bench"),
-        "trained_steps": trained_steps_of(config, 0),
+        "trained_steps": trained_steps_of(policy, config, 0),
     }
     denoiser = training_denoiser(policy, config)
     return lambda: list(sample_chunks(denoiser, prompts, mesh, **settings))

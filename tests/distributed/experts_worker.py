@@ -1,0 +1,139 @@
+"""What two ranks run for a policy of two transformers: updates that touch one, the other, or both, by the engine.
+
+    python -m tests.distributed.experts_worker FOLDER OUTPUT DEEPSPEED_CONFIG ...
+
+The reference is AdamW of torch on one process, for which a parameter without a gradient does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bpgo_video import engine
+from bpgo_video.conditioning import cast
+from bpgo_video.config import OptimConfig
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy
+from bpgo_video.policies.base import from_pretrained
+from bpgo_video.policies.transformers import blocks_of
+from tests.distributed.family_worker import inputs_of, whole
+from tests.families import CASES
+
+HIGH, LOW = torch.tensor(0.95), torch.tensor(0.4)  # noise levels of the one and of the other transformer
+UPDATES = ((HIGH, LOW), (HIGH, HIGH), (LOW, HIGH), (LOW,), (HIGH, LOW, HIGH))
+OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1, eps=1e-3, max_grad_norm=0.5)
+CASE = CASES["wan22"]
+Inputs = tuple[Tensor, dict[str, Tensor], Tensor]
+
+
+def loss_of(policy: Policy, inputs: Inputs, sigma: Tensor) -> Tensor:
+    latents, conditioning, target = inputs
+    return (policy.velocity(latents, sigma, conditioning) - target).square().mean()
+
+
+def reference(folder: Path, inputs: Inputs) -> tuple[list[dict[str, Tensor]], list[float]]:
+    """Weights after each update, and its gradient's norm."""
+    policy = CASE.policy(folder, components=("transformer",))
+    parameters = list(policy.transformers.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=OPTIM.learning_rate, weight_decay=OPTIM.weight_decay, eps=OPTIM.eps, betas=OPTIM.betas
+    )
+    weights, norms = [], []
+    for update in UPDATES:
+        for sigma in update:
+            (loss_of(policy, inputs, sigma) / len(update)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, OPTIM.max_grad_norm)))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        weights.append({name: p.detach().clone() for name, p in policy.transformers.named_parameters()})
+    return weights, norms
+
+
+class Learner:
+    """The engine around the policy's transformers on this rank, which has one of the two samples."""
+
+    def __init__(self, folder: Path, ds_config: dict[str, Any], inputs: Inputs, mesh: Mesh) -> None:
+        build = partial(engine.build_sharded, ds_config) if engine.zero_stage(ds_config) == 3 else from_pretrained
+        dtype = engine.compute_dtype(ds_config)
+        self.policy = CASE.policy(folder, components=("transformer",), build=build, dtype=dtype)
+        for module in self.policy.transformers.values():
+            module.enable_gradient_checkpointing()
+        self.engine = engine.Engine(
+            self.policy.transformers, OPTIM, ds_config, micro_batch_size=1, learning_rate_factor=lambda _: 1.0,
+            block_classes=blocks_of(self.policy.transformers, self.policy.block_names),
+        )  # fmt: skip
+        self.policy.transformers = self.engine.wrapped
+        latents, conditioning, target = inputs
+        mine = slice(mesh.rank, mesh.rank + 1)
+        own = cast({name: value[mine] for name, value in conditioning.items()}, dtype)
+        self.inputs = (latents[mine], own, target[mine])
+
+    def update(self, number: int) -> float:
+        """A rollout through both transformers, sharded or gathered, and then update `number`; its gradient's norm."""
+        with torch.no_grad(), self.engine.whole_weights() if number % 2 else nullcontext():
+            for sigma in (HIGH, LOW, HIGH):
+                loss_of(self.policy, self.inputs, sigma)
+        levels = UPDATES[number]
+        for place, sigma in enumerate(levels, start=1):
+            loss = loss_of(self.policy, self.inputs, sigma)
+            self.engine.backward(loss / len(levels), last=place == len(levels))
+        return self.engine.step()
+
+
+def run(folder: Path, scratch: Path, ds_config: dict[str, Any], inputs: Inputs, mesh: Mesh) -> dict[str, Any]:
+    """Errors of each update, and of the last ones by an engine that went on from what the first had saved."""
+    expected, norms = reference(folder, inputs)
+    first = Learner(folder, ds_config, inputs, mesh)
+    size = sum(weight.numel() for weight in expected[0].values()) * first.engine.dtype.itemsize
+    missing = first.engine.missing_bytes / size
+    errors, found_norms, moved = [], [], []
+    for number in range(len(UPDATES)):
+        if number == 3:
+            first.engine.save(scratch, "saved", {})
+        before = whole(first.engine)
+        found_norms.append(first.update(number))
+        after = whole(first.engine)
+        errors.append(largest_error(after, expected[number]))
+        changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+        moved.append(sorted({name.partition(".")[0] for name in changed}))
+    second = Learner(folder, ds_config, inputs, mesh)
+    second.engine.load(scratch, "saved")
+    for number in range(3, len(UPDATES)):
+        second.update(number)
+    last, again = whole(first.engine), whole(second.engine)
+    return {
+        "errors": errors,
+        "norms": [found / norm - 1 for found, norm in zip(found_norms, norms, strict=True)],
+        "resumed": all(torch.equal(last[name], again[name]) for name in last),
+        "moved": moved,
+        "missing": missing,
+    }
+
+
+def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    return max(float((found[name] - weight).abs().max()) for name, weight in expected.items())
+
+
+def main() -> None:
+    folder, output = Path(sys.argv[1]), Path(sys.argv[2])
+    mesh = engine.start_ranks()
+    inputs = inputs_of(CASE, folder)
+    results = {
+        name: run(folder, output / name, engine.read_ds_config(f"ds_configs/{name}.json"), inputs, mesh)
+        for name in sys.argv[3:]
+    }
+    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Stands in for torchvision where VBench's own code runs: what that code calls, after torchvision's documentation."""
