@@ -64,8 +64,8 @@ class Job:
     @cached_property
     def footprint(self) -> Footprint:
         """Of one of the model's transformers; where there are several, one computes at a time."""
-        policy, rollout = self.config.policy, self.config.rollout
-        halves = 2 if self.config.sampler.guidance_scale > 1 else 1
+        policy, rollout, sampler = self.config.policy, self.config.rollout, self.config.sampler
+        halves = 2 if max(sampler.guidance_scale, sampler.guidance_scale_2 or 1) > 1 else 1
         batch = Batch(
             samples=rollout.micro_batch_size * halves,
             latents=self.latents,

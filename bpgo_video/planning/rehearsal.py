@@ -124,7 +124,7 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
             add_lora(adapted, treatment.lora, seed=0)
     check_heads({**adapted.config, "_class_name": transformer_class.__name__}, treatment.sequence)
     with alone_in_a_group(treatment.sequence) as mesh, FakeTensorMode():
-        module = on_shapes(adapted, batch.dtype)
+        module: Any = on_shapes(adapted, batch.dtype)
         _prepare(module, treatment, mesh)
         taken_in = arguments(transformer_class.__name__, adapted.config, batch)
         forward, replay = _peaks(module, taken_in)
