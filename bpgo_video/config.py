@@ -222,7 +222,7 @@ class EvaluationConfig:
     num_steps: Annotated[int, Field(ge=1)] = 16
     """ODE steps of a held-out sample."""
     solver: Literal["euler", "adams_bashforth", "shipped"] = "euler"
-    """How it follows the ODE: first order, second order at the same cost, or by the pipeline's own scheduler (`UniPC` for
+    """How it follows the ODE: first order, second order at the same cost, or by the pipeline's own scheduler (UniPC for
     Wan), as `generate_video.py` does."""
     shift: Annotated[float, Field(gt=0.0)] | None = None
     """Shift of its sigma schedule; None takes the sampler's."""

@@ -23,7 +23,10 @@ def test_videos_are_the_pipelines_own(name: str, tmp_path: Path) -> None:
     case = replace(CASES[name], euler=lambda scheduler: scheduler)
     case.write(tmp_path / "pipeline")
     policy, recipe = case.policy(tmp_path / "pipeline"), case.recipe(tmp_path / "pipeline")
-    evaluation = replace(recipe.evaluation, solver="shipped", num_steps=STEPS, guidance_scale=case.guidance_scale)
+    evaluation = replace(
+        recipe.evaluation, solver="shipped", num_steps=STEPS, guidance_scale=case.guidance_scale,
+        guidance_scale_2=case.guidance_scale_2,
+    )  # fmt: skip
     prompts = case.prompts(policy, recipe)
     denoiser = evaluation_denoiser(policy, replace(recipe, evaluation=evaluation))
     start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
