@@ -234,7 +234,7 @@ def test_size_and_tokens_are_the_models_own_where_nothing_is_said(folders: dict[
     unsaid = dict.fromkeys(("guidance_scale", "num_steps", *SIZE))
     settings = settings_of(folders["cogvideox"], tmp_path, **unsaid)
     call = resolve(settings, find_model(settings).policy)
-    assert vars(call) == {"num_inference_steps": 50, "guidance_scale": 6, "max_sequence_length": 16, **SIZE}
+    assert call.given() == {"num_inference_steps": 50, "guidance_scale": 6, "max_sequence_length": 16, **SIZE}
 
 
 def test_the_learned_size_is_kept(folders: dict[str, Path], tmp_path: Path) -> None:

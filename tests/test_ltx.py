@@ -78,7 +78,7 @@ def test_one_frame_is_the_pipelines_picture(folder: Path) -> None:
     denoiser = Denoiser(policy, policy.sigmas(STEPS, case.video), "ode", 0.0, 3.0, torch.float32)
     latents = denoiser.denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start).latents[:, -1]
     found = policy.decode(latents, prompts.conditioning)
-    torch.testing.assert_close(found, case.diffusers_videos(policy, start, STEPS, 3.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, case.diffusers_videos(policy, start, STEPS, guided=True), rtol=0, atol=1e-5)
 
 
 def test_the_schedule_is_shifted_by_the_videos_size_or_as_the_recipe_says(folder: Path) -> None:

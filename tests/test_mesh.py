@@ -45,8 +45,8 @@ def test_heads_that_cannot_be_shared_out_name_the_sizes_that_can() -> None:
     check_heads(WAN, 4)
     with pytest.raises(ConfigError, match=r"sequence is 8, but .* 12 attention heads .* \[1, 2, 3, 4, 6, 12\]"):
         check_heads(WAN, 8)
-    with pytest.raises(ConfigError, match="MochiTransformer3DModel cannot be split"):
-        check_heads({**WAN, "_class_name": "MochiTransformer3DModel"}, 2)
+    with pytest.raises(ConfigError, match="AllegroTransformer3DModel cannot be split"):
+        check_heads({**WAN, "_class_name": "AllegroTransformer3DModel"}, 2)
 
 
 def test_a_world_that_cannot_be_grouped_names_the_sizes_that_can() -> None:

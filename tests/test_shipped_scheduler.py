@@ -34,7 +34,7 @@ def test_videos_are_the_pipelines_own(name: str, tmp_path: Path) -> None:
     for _ in range(2):  # a scheduler remembers; a denoiser must not
         path = denoiser.denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start)
         found.append(policy.decode(path.latents[:, -1], prompts.conditioning))
-    expected = case.diffusers_videos(policy, start, STEPS, case.guidance_scale)
+    expected = case.diffusers_videos(policy, start, STEPS, guided=True)
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
     assert torch.equal(*found)
     euler = evaluation_denoiser(policy, replace(recipe, evaluation=replace(evaluation, solver="euler")))

@@ -107,7 +107,7 @@ def stats(args: argparse.Namespace) -> None:
     print(f"encoder     {shards.policy.name} {shards.policy.fingerprint}, {shards.policy.max_sequence_length} tokens")
     for name, layout in {**shards.index["conditioning"], **shards.clip}.items():
         print(f"tensor      {name} {layout['dtype']} {layout['shape']}")
-    for line in args.more(shards):
+    for line in args.details(shards):
         print(line)
 
 
@@ -118,14 +118,14 @@ def counts(table: Mapping[str, int]) -> str:
 def shard_parser(
     description: str | None,
     column: tuple[str, Describe],
-    more: Callable[[PromptShards], Sequence[str]],
+    details: Callable[[PromptShards], Sequence[str]],
     open_shards: Callable[[str], PromptShards] = PromptShards,
 ) -> tuple[argparse.ArgumentParser, Any]:
     """The command line with inspect, verify and stats, and where `build` is to be added.
 
     Args:
         column: title, as wide as the column, and content of what `inspect` shows beside tags and prompt.
-        more: further lines of `stats`.
+        details: further lines of `stats`.
         open_shards: refuses those of another program.
     """
     top = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,7 +138,7 @@ def shard_parser(
     ):
         command = commands.add_parser(run.__name__, help=text, description=text)
         command.add_argument("directory", metavar="SHARDS", help="folder, glob, brace range or URL of shards")
-        command.set_defaults(run=run, column=column, more=more, open=open_shards)
+        command.set_defaults(run=run, column=column, details=details, open=open_shards)
         if run is inspect:
             command.add_argument("--split", help="only this split")
         if run is not verify:

@@ -35,7 +35,7 @@ CLASSES = {  # what each class of parameters is called
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Results of every rank of a world, started once for all of its cases."""
     folder = tmp_path_factory.mktemp(f"sequence{request.param}")
