@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -30,6 +30,15 @@ class Kind:
     tree: type
     check: Callable[[Any], None]
 
+
+SHOWN: dict[str, Any] = {  # in `--help` without a recipe: what has no default
+    "run": {"dir": "RUN"},
+    "policy": {"folder": "FOLDER", "max_sequence_length": 512},
+    "video": {"num_frames": 81, "height": 480, "width": 832, "fps": 16},
+    "data": {"shards": "SHARDS"},
+    "deepspeed": "ds_configs/zero3.json",
+    "rewards": {"NAME": {"model": "clip_score"}},
+}
 
 KINDS: Mapping[str, Kind] = MappingProxyType({"bpgo": Kind(Config, check), "sft": Kind(SftConfig, check_sft)})
 
@@ -127,6 +136,34 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merged(read_tree(path.parent / str(base), (*above, path.resolve())), tree)
 
 
+def _flags(node: Any, name: str = "") -> Iterator[str]:
+    """The flags of every value in a tree."""
+    if dataclasses.is_dataclass(node):
+        children = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    elif isinstance(node, dict) and node:
+        children = node
+    else:
+        yield f"--{name}"
+        return
+    for key, child in children.items():
+        yield from _flags(child, f"{name}.{key.replace('_', '-')}".lstrip("."))
+
+
+def _explain_flags(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """What is wrong with what the command line has beside its flags; a value behind an unknown flag goes with it."""
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    lines = []
+    for flag in flags:
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+        lines.append(f"{flag}: unknown flag{f'; perhaps you meant {near[0]}' if near else ''}; --help lists all")
+    if not flags:
+        lines.append(
+            f"{unknown[0]!r} is the value of no flag; a switch takes none: --policy.compile-blocks is on and "
+            "--policy.no-compile-blocks is off"
+        )
+    return "\n  ".join(["command line:", *lines])
+
+
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
@@ -159,9 +196,19 @@ def load_recipe(argv: Sequence[str] | None = None, description: str | None = Non
         raise SystemExit("--config FILE is required, for example --config pipelines/configs/tiny_wan_bpgo.yaml")
     kind = KINDS["bpgo"]
     try:
-        default = read_recipe(known.config) if known.config else tyro.MISSING
-        kind = KINDS[default.recipe] if known.config else kind
-        config: Recipe = tyro.cli(kind.tree, default=default, args=rest, description=description)
+        default = read_recipe(known.config) if known.config else config_from_dict(SHOWN)
+        kind = KINDS[default.recipe]
+        config: Recipe
+        config, unknown = tyro.cli(
+            kind.tree,
+            default=default,
+            args=rest,
+            description=description,
+            return_unknown_args=True,
+            config=(tyro.conf.AvoidSubcommands,),  # of None or a mapping
+        )
+        if unknown:
+            raise ConfigError(_explain_flags(unknown, list(_flags(config))))
         kind.check(config)
     except (ConfigError, ValidationError) as error:
         message = _explain(error, "command line", kind.tree) if isinstance(error, ValidationError) else str(error)

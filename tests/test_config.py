@@ -247,3 +247,27 @@ def test_clips_that_do_not_divide_are_named() -> None:
     check_sft_world(config, 2)
     with pytest.raises(ConfigError, match=r"sft.batch_size 32 clips do not divide into 3 ranks x micro_batch_size 16"):
         check_sft_world(config, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--run.sead", "3"], "--run.sead: unknown flag; perhaps you meant --run.seed"),
+        (["--rewards.motion.wieght=3"], "perhaps you meant --rewards.motion.weight"),
+        (["--policy.compile-blocks", "True"], "'True' is the value of no flag; a switch takes none"),
+    ],
+)
+def test_a_flag_that_is_none_is_told_with_the_nearest(flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load_config(["--config", str(RECIPE), *flags])
+    assert message in str(stopped.value)
+
+
+def test_help_without_a_recipe_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load_config(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--run.dir", "--policy.lora.rank", "--rewards.NAME.model", "--bpgo.zeta", "--evaluation.solver"):
+        assert flag in text
+    assert "{" not in text.partition("\n")[0], "no subcommands"
