@@ -108,5 +108,5 @@ def test_an_error_of_any_rank_is_everyones_exit_code(tmp_path: Path) -> None:
     process = on_two_ranks(tmp_path / "out", tmp_path / "none", tmp_path / "none.txt")
     told = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    assert "none.txt does not exist" in told
+    assert f"model folder '{tmp_path / 'none'}' does not exist" in told
     assert not (tmp_path / "out").exists()
