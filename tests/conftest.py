@@ -1,9 +1,12 @@
-"""Fixtures for all tests: one thread, the shipped policy, its recipe."""
+"""Fixtures for all tests: one thread, the shipped policy, its recipe, and attention as it was."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 
 from bpgo_video.config import Config
 from bpgo_video.config_io import read_yaml
@@ -22,3 +25,10 @@ def recipe() -> Config:
 def policy(recipe: Config) -> Policy:
     """The embedded policy, whole, on this process."""
     return load_policy(recipe.policy.folder, max_sequence_length=recipe.policy.max_sequence_length)
+
+
+@pytest.fixture(autouse=True)
+def own_backend() -> Iterator[None]:
+    """A transformer's choice of attention is one for the whole process in diffusers: no test leaves its own behind."""
+    with attention_backend("native"):
+        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor, nn
 
@@ -30,13 +29,6 @@ from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
 
 CPU = torch.device("cpu")
 FP32: dict[str, Any] = {"zero_optimization": {"stage": 1}}
-
-
-@pytest.fixture(autouse=True)
-def own_backend() -> Iterator[None]:
-    """A transformer's choice of attention is one for the whole process in diffusers: no test leaves its own behind."""
-    with attention_backend("native"):
-        yield
 
 
 @pytest.fixture(scope="module")
