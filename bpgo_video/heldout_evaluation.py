@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from bpgo_video import engine
 from bpgo_video.conditioning import conditioned
 from bpgo_video.config import Config, ConfigError
 from bpgo_video.heldout import HeldoutScores, Scores, evaluate, stderr
+from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policy_session import sampling_policy
 from bpgo_video.rewards.suite import RewardSuite
@@ -42,6 +44,17 @@ class HeldoutEvaluation:
     tags: tuple[tuple[str, ...], ...]
     versions: Mapping[str, str]
     scores: HeldoutScores
+
+
+@contextmanager
+def ranks_at_work(config: Config) -> Iterator[Mesh]:
+    """The ranks that a launcher started, watched over while they evaluate; they part behind the block."""
+    mesh = engine.start_ranks()
+    with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
+        heartbeat.enter("evaluation")
+        yield mesh
+    mesh.barrier()
+    engine.stop_ranks()
 
 
 def asked(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video.data.video import read_video, write_video
+from bpgo_video.data.video import VideoError, read_video, write_video
 from bpgo_video.evaluation.comparison import Compared, compare
 from bpgo_video.evaluation.comparison_report import write_report
 from bpgo_video.evaluation.model_scores import video_path
@@ -215,17 +215,16 @@ def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> 
     assert chosen_rows(models, 99) == list(range(PROMPTS))
 
 
-def test_large_videos_are_embedded_small_and_missing_ones_left_out(models: Compared, tmp_path: Path) -> None:
+def test_large_videos_are_embedded_small_and_missing_ones_named(models: Compared, tmp_path: Path) -> None:
     model = found(tmp_path, results("large", 2))
     write_video(video_path(tmp_path, 0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
     clip = clip_of(model, 0)
-    assert clip is not None
     assert (clip.width, clip.height) == (LONGEST_SIDE, 180)
     (tmp_path / "embedded.mp4").write_bytes(base64.b64decode(clip.video))
     video, fps = read_video(tmp_path / "embedded.mp4")
     assert (tuple(video.shape), fps) == ((3, 3, 180, LONGEST_SIDE), 12.0)
-    assert clip_of(model, 1) is None
+    with pytest.raises(VideoError, match=r"is missing beside its scores; restore it"):
+        clip_of(model, 1)
     small = models.models[1]
     kept = clip_of(small, 0)
-    assert kept is not None
     assert base64.b64decode(kept.video) == video_path(small.folder, 0).read_bytes(), "as it is"

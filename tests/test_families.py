@@ -133,6 +133,7 @@ def test_its_blocks_are_found_and_recomputed(policy: Policy) -> None:
     assert blocks_of(policy.transformers, policy.block_names)
     for module in policy.transformers.values():
         module.enable_gradient_checkpointing()
+        assert module.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -32,11 +32,9 @@ from bpgo_video.evaluation.vbench_commands import add_vbench_commands
 
 def heldout(args: argparse.Namespace) -> None:
     """Rewards and models are loaded only once the command line is known to be good."""
-    from bpgo_video import engine
     from bpgo_video.config_io import read_yaml
     from bpgo_video.data.atomic import write_json
-    from bpgo_video.heldout_evaluation import as_json, as_table, asked, evaluate_folder
-    from bpgo_video.parallel.heartbeat import Heartbeat
+    from bpgo_video.heldout_evaluation import as_json, as_table, asked, evaluate_folder, ranks_at_work
 
     config = asked(
         read_yaml(args.config),
@@ -46,17 +44,13 @@ def heldout(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     show_loading_once()
-    mesh = engine.start_ranks()
-    with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
-        heartbeat.enter("evaluation")
+    with ranks_at_work(config) as mesh:
         evaluation = evaluate_folder(config, mesh)
     if mesh.is_main:
         print(as_table(evaluation))
         if args.output is not None:
             write_json(args.output, as_json(evaluation))
             print(args.output)
-    mesh.barrier()
-    engine.stop_ranks()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -81,11 +81,10 @@ def run_compare(args: argparse.Namespace) -> None:
 
 def measure_them(args: argparse.Namespace, to_measure: Sequence[Asked]) -> tuple[dict[Asked, Found], bool]:
     """Results of models that have none yet, and whether this is the main rank; every rank calls it."""
-    from bpgo_video import engine
     from bpgo_video.evaluation.comparison import recipe_of
     from bpgo_video.evaluation.measuring import measure
     from bpgo_video.heldout_evaluation import asked as in_place
-    from bpgo_video.parallel.heartbeat import Heartbeat
+    from bpgo_video.heldout_evaluation import ranks_at_work
 
     config = in_place(
         recipe_of(to_measure, args.config),
@@ -94,10 +93,6 @@ def measure_them(args: argparse.Namespace, to_measure: Sequence[Asked]) -> tuple
         seed=args.seed,
     )
     show_loading_once()
-    mesh = engine.start_ranks()
-    with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
-        heartbeat.enter("evaluation")
+    with ranks_at_work(config) as mesh:
         results = measure(to_measure, config, args.weights, args.output, mesh)
-    mesh.barrier()
-    engine.stop_ranks()
     return dict(zip(to_measure, results, strict=True)), mesh.is_main

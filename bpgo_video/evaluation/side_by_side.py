@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bpgo_video.data.video import as_bytes, read_video, write_video
+from bpgo_video.data.video import VideoError, as_bytes, read_video, write_video
 from bpgo_video.evaluation.comparison import Compared, tables
 from bpgo_video.evaluation.measuring import Found
 from bpgo_video.evaluation.model_scores import video_path
@@ -95,27 +95,27 @@ def chosen_rows(compared: Compared, count: int) -> list[int]:
 
 
 def pairs(compared: Compared, count: int) -> list[Pair]:
-    """The chosen prompts in their order, with the videos that are there."""
+    """The chosen prompts in their order, with their videos."""
     apart = [disagreement(compared, candidate) for candidate in range(len(compared.comparisons))]
     means = [{name: table.mean(axis=1) for name, table in tables(model.scores).items()} for model in compared.models]
     found = []
     for row in chosen_rows(compared, count):
         line = compared.models[0].scores.prompts[row]
-        clips = [clip for model in compared.models if (clip := clip_of(model, row)) is not None]
+        clips = [clip_of(model, row) for model in compared.models]
         by_model = [{name: float(values[row]) for name, values in own.items()} for own in means]
         found.append(Pair(row, line.prompt, line.tags, clips, by_model, [float(values[row]) for values in apart]))
     return found
 
 
-def clip_of(model: Found, row: int) -> Clip | None:
-    """A model's first video of a prompt, at most LONGEST_SIDE large; None where there is none.
+def clip_of(model: Found, row: int) -> Clip:
+    """A model's first video of a prompt, at most LONGEST_SIDE large.
 
     Raises:
-        VideoError: it cannot be read.
+        VideoError: it is missing, or cannot be read.
     """
     path = video_path(model.folder, row)
     if not path.is_file():
-        return None
+        raise VideoError(f"{path} is missing beside its scores; restore it, or name the model and a new --output")
     video, fps = read_video(path)
     data, (height, width) = path.read_bytes(), video.shape[2:]
     if max(height, width) > LONGEST_SIDE:
