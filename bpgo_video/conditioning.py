@@ -1,5 +1,4 @@
-"""What is the transformer conditioned on? Text embeddings in its dtype, of image-to-video its images' latents, and what
-the family tells it of the video itself."""
+"""What is the transformer conditioned on? Texts, images, and what the family tells it of the video itself."""
 
 from __future__ import annotations
 
