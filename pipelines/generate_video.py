@@ -6,7 +6,7 @@ deepspeed pipelines/generate_video.py --policy runs/demo --prompts runs/demo-pro
 
 import sys
 
-from bpgo_video.generation import main
+from bpgo_video.generation.generate import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,7 +4,7 @@ deepspeed --num_accelerators 2 pipelines/train_video.py --config pipelines/confi
 python pipelines/train_video.py --help
 """
 
-from bpgo_video.train_command import main
+from bpgo_video.training.command import main
 
 if __name__ == "__main__":
     main()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bpgo_video.config_io import read_recipe
-from bpgo_video.sft_config import SftConfig
+from bpgo_video.config.reading import read_recipe
+from bpgo_video.config.sft import SftConfig
 from tests.recipes import ROOT
 from tools.tiny.warm_start import write_clips
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 
-from bpgo_video.config import Config
-from bpgo_video.config_io import read_yaml
+from bpgo_video.config.bpgo import Config
+from bpgo_video.config.reading import read_yaml
 from bpgo_video.policies import Policy, load_policy
 from tests.recipes import RECIPE
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from bpgo_video.data.video import write_video
-from bpgo_video.evaluation.measuring import Found
-from bpgo_video.evaluation.model_scores import Measure, ModelScores, PromptLine, video_path, write_scores
+from bpgo_video.evaluation.comparing.measuring import Found
+from bpgo_video.evaluation.comparing.model_scores import Measure, ModelScores, PromptLine, video_path, write_scores
 
 MEASURES = {
     "oracle": Measure("heldout", "1"),

@@ -10,11 +10,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bpgo_video.data.video import as_bytes, write_video
-from bpgo_video.evaluation.dimension import Sources
-from bpgo_video.evaluation.dimensions import DIMENSIONS
-from bpgo_video.evaluation.result_files import Result
-from bpgo_video.evaluation.scoring import measure
-from bpgo_video.evaluation.vbench_suite import SuitePrompt
+from bpgo_video.evaluation.vbench.dimension import Sources
+from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS
+from bpgo_video.evaluation.vbench.result_files import Result
+from bpgo_video.evaluation.vbench.scoring import measure
+from bpgo_video.evaluation.vbench.suite import SuitePrompt
 from tests.real_clips import real_clip
 from tests.tiny_vbench import BACKBONES
 from tests.vbench_side import tiny_networks as tiny

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.advantages import (
+from bpgo_video.learner.advantages import (
     NORMALISERS,
     AdvantageSettings,
     batch_relative,

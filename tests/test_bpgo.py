@@ -9,19 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.advantages import NORMALISERS, AdvantageSettings, best_and_worst, group_relative
-from bpgo_video.bpgo import TRANSFORMS, bpgo_advantages
-from bpgo_video.bpgo_forms import (
+from bpgo_video.learner.advantages import NORMALISERS, AdvantageSettings, best_and_worst, group_relative
+from bpgo_video.learner.bpgo import TRANSFORMS, bpgo_advantages
+from bpgo_video.learner.bpgo_metrics import trust_histogram
+from bpgo_video.learner.forms import (
     contrastive_reward_transformation,
     rank_inversion,
     released_transformation,
     released_trust,
     reliability_adaptive_scaling,
 )
-from bpgo_video.bpgo_metrics import trust_histogram
-from bpgo_video.bpgo_settings import BPGOSettings
-from bpgo_video.losses import Move, TrustRegion, bpgo_loss
-from bpgo_video.reliability import consistency, reliability_trust
+from bpgo_video.learner.losses import Move, TrustRegion, bpgo_loss
+from bpgo_video.learner.reliability import consistency, reliability_trust
+from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.types import PriorAnchor
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)  # mean 3, variance (4 + 1 + 0 + 9)/3 = 14/3

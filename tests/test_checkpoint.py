@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video import checkpoint
-from bpgo_video.checkpoint import CheckpointError
-from bpgo_video.config import EmaConfig, RunConfig
-from bpgo_video.ema import EMA
-from bpgo_video.ema_files import load_average, save_average
-from bpgo_video.master_weights import Shard
+from bpgo_video.checkpoints import checkpoint
+from bpgo_video.checkpoints.checkpoint import CheckpointError
+from bpgo_video.checkpoints.ema_files import load_average, save_average
+from bpgo_video.config.bpgo import EmaConfig, RunConfig
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.zero.ema import EMA
+from bpgo_video.zero.master_weights import Shard
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
 KILLED = 9

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.clip_loss import ClipBatch, ClipLoss
-from bpgo_video.config import LoraConfig, VideoConfig
-from bpgo_video.flow_matching import Chances, noised, on_schedule, without_captions
+from bpgo_video.config.bpgo import LoraConfig, VideoConfig
+from bpgo_video.diffusion.flow_matching import Chances, noised, on_schedule, without_captions
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.rollouts.clip_loss import ClipBatch, ClipLoss
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
 
 VIDEO = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)

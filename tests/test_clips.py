@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.clips import Cut, Length, nearest, read_clip, read_length
 from bpgo_video.data.images import fit_image
 from bpgo_video.data.video import VideoError

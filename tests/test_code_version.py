@@ -8,10 +8,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from bpgo_video import resuming
+from bpgo_video.checkpoints import resuming
 from bpgo_video.code_version import commit, this_code
-from bpgo_video.policy_session import PolicySession
-from bpgo_video.saving import resume
+from bpgo_video.training.policy_session import PolicySession
+from bpgo_video.training.saving import resume
 
 
 def git(folder: Path, *arguments: str) -> str:

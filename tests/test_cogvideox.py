@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bpgo_video.config import ConfigError, CreditConfig, VideoConfig
+from bpgo_video.config.bpgo import ConfigError, CreditConfig, VideoConfig
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.estimation import credit_by_frame
-from bpgo_video.generation import load_pipeline, plan, read_records, sample
-from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
+from bpgo_video.diffusion.sde import shifted_sigmas
+from bpgo_video.generation.generate import load_pipeline, plan, read_records, sample
+from bpgo_video.generation.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.parallel.cogvideox_attention import dispatch
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import generator_of, keyed_noise
-from bpgo_video.sde import shifted_sigmas
-from bpgo_video.session import Session
+from bpgo_video.training.estimation import credit_by_frame
+from bpgo_video.training.session import Session
 from bpgo_video.types import Rewards
 from tests.families import CASES
 from tests.families.cogvideox import VIDEO

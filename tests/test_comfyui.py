@@ -9,12 +9,12 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from bpgo_video.config import LoraConfig
-from bpgo_video.conversion import Conversion, convert, main, verify_comfyui
+from bpgo_video.checkpoints.run_weights import find_source
+from bpgo_video.checkpoints.zero_files import CheckpointError
+from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.export.conversion import Conversion, convert, main, verify_comfyui
+from bpgo_video.export.single_file import write_single_file
 from bpgo_video.policies.original_names import original_names
-from bpgo_video.run_weights import find_source
-from bpgo_video.single_file import write_single_file
-from bpgo_video.zero_files import CheckpointError
 from tests.random_wan import random_wan
 from tests.test_conversion import LORA, WEIGHTS, adapted_run, converted, trained_weights, write_run
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video import engine
-from bpgo_video.config import Config, LoraConfig
-from bpgo_video.config_io import to_yaml
-from bpgo_video.conversion import Conversion, convert
+from bpgo_video.checkpoints.run_weights import find_source
+from bpgo_video.config.bpgo import Config, LoraConfig
+from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.video import read_video
-from bpgo_video.evaluation import measuring
-from bpgo_video.evaluation.measuring import Asked, measure
-from bpgo_video.heldout_evaluation import evaluate_folder
+from bpgo_video.evaluation.comparing import measuring
+from bpgo_video.evaluation.comparing.measuring import Asked, measure
+from bpgo_video.evaluation.heldout import evaluate_folder
+from bpgo_video.export.conversion import Conversion, convert
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.run_weights import find_source
+from bpgo_video.zero import engine
 from tests.written_runs import PROMPTS, tagged_recipe, write_run
 from tools.evaluate import main
 

@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from bpgo_video.config import Config, ConfigError
-from bpgo_video.config_io import to_yaml
+from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.video import read_video
-from bpgo_video.evaluation import paired
-from bpgo_video.evaluation.comparison import as_json, compare, named, recipe_of, write_comparison
-from bpgo_video.evaluation.comparison_table import as_table
-from bpgo_video.evaluation.matching import Point, matched
-from bpgo_video.evaluation.measuring import Found
-from bpgo_video.evaluation.model_scores import (
+from bpgo_video.evaluation.comparing import paired
+from bpgo_video.evaluation.comparing.comparison import as_json, compare, named, recipe_of, write_comparison
+from bpgo_video.evaluation.comparing.matching import Point, matched
+from bpgo_video.evaluation.comparing.measuring import Found
+from bpgo_video.evaluation.comparing.model_scores import (
     ModelScores,
     PairingError,
     check_paired,
@@ -27,10 +26,11 @@ from bpgo_video.evaluation.model_scores import (
     read_scores,
     write_scores,
 )
-from bpgo_video.evaluation.verdict import TRAINING_REWARD, Comparison, headline, notes
-from bpgo_video.evaluation.witness import Witness, diversity, motion, thumbnails
-from bpgo_video.metrics import MalformedFile
+from bpgo_video.evaluation.comparing.table import as_table
+from bpgo_video.evaluation.comparing.verdict import TRAINING_REWARD, Comparison, headline, notes
+from bpgo_video.evaluation.comparing.witness import Witness, diversity, motion, thumbnails
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.reports.metrics import MalformedFile
 from bpgo_video.types import RolloutChunk
 from tests.made_results import MEASURES, results
 

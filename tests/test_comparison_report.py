@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from bpgo_video.data.video import VideoError, read_video, write_video
-from bpgo_video.evaluation.comparison import Compared, compare
-from bpgo_video.evaluation.comparison_report import write_report
-from bpgo_video.evaluation.model_scores import video_path
-from bpgo_video.evaluation.side_by_side import LONGEST_SIDE, chosen_rows, clip_of, disagreement
+from bpgo_video.evaluation.comparing.comparison import Compared, compare
+from bpgo_video.evaluation.comparing.model_scores import video_path
+from bpgo_video.evaluation.comparing.report import write_report
+from bpgo_video.evaluation.comparing.side_by_side import LONGEST_SIDE, chosen_rows, clip_of, disagreement
 from tests.made_results import found, results
 
 CHROMIUM = Path("/usr/bin/chromium")

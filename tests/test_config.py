@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bpgo_video.config import ConfigError
-from bpgo_video.config_io import config_from_dict, load_config, load_recipe, read_recipe, read_yaml, to_yaml
-from bpgo_video.config_rules import check_world
-from bpgo_video.engine import read_ds_config
-from bpgo_video.sft_config import check_sft_world
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.reading import config_from_dict, load_config, load_recipe, read_recipe, read_yaml, to_yaml
+from bpgo_video.config.rules import check_world
+from bpgo_video.config.sft import check_sft_world
+from bpgo_video.zero.engine import read_ds_config
 from tests.recipes import RECIPE, ROOT
 
 

@@ -20,16 +20,16 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bpgo_video.checkpoints.run_weights import find_source
+from bpgo_video.checkpoints.universal import verify_universal
+from bpgo_video.checkpoints.zero_files import CheckpointError
 from bpgo_video.code_version import this_code
-from bpgo_video.config import LoraConfig
-from bpgo_video.config_io import to_yaml
-from bpgo_video.conversion import Conversion, convert, main, verify_diffusers, verify_lora
+from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.export.conversion import Conversion, convert, main, verify_diffusers, verify_lora
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
 from bpgo_video.policies.transformers import Transformers
-from bpgo_video.run_weights import find_source
-from bpgo_video.universal import verify_universal
-from bpgo_video.zero_files import CheckpointError
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
 from tests.recipes import small_recipe
 from tests.zero_checkpoints import CODE, write_average, write_checkpoint

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.advantages import group_relative
-from bpgo_video.credit import FrameLayout, frame_credit, segment_credit
+from bpgo_video.learner.advantages import group_relative
+from bpgo_video.learner.credit import FrameLayout, frame_credit, segment_credit
 
 
 def test_latent_frames_by_hand() -> None:

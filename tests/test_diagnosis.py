@@ -2,8 +2,8 @@
 
 import pytest
 
-from bpgo_video.diagnosis import NOTHING, diagnose
-from bpgo_video.summary import summary_table
+from bpgo_video.reports.diagnosis import NOTHING, diagnose
+from bpgo_video.reports.summary import summary_table
 
 QUIET = {
     "trust_mean": 1.02,

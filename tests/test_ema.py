@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.checkpoint import CheckpointError
-from bpgo_video.config import EmaConfig
-from bpgo_video.ema import EMA, decay_after
-from bpgo_video.ema_files import AverageParameters, load_average, save_average
-from bpgo_video.master_weights import Shard
-from bpgo_video.shard_files import SavedShards
+from bpgo_video.checkpoints.checkpoint import CheckpointError
+from bpgo_video.checkpoints.ema_files import AverageParameters, load_average, save_average
+from bpgo_video.checkpoints.shard_files import SavedShards
+from bpgo_video.config.bpgo import EmaConfig
+from bpgo_video.zero.ema import EMA, decay_after
+from bpgo_video.zero.master_weights import Shard
 
 SHAPES = {"a.weight": (5, 7), "a.bias": (5,), "b.weight": (3, 2, 2)}
 NO_WARMUP = EmaConfig(decay=0.9, warmup=False)

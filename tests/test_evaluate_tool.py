@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video import engine
-from bpgo_video.config import Config, ConfigError
-from bpgo_video.config_io import to_yaml
-from bpgo_video.heldout import stderr
-from bpgo_video.heldout_evaluation import as_json, asked, by_tag, evaluate_folder
+from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.reading import to_yaml
+from bpgo_video.evaluation.heldout import as_json, asked, by_tag, evaluate_folder
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.training.heldout import stderr
+from bpgo_video.zero import engine
 from tests.random_wan import random_wan
 from tests.written_runs import PROMPTS, tagged_recipe
 from tools.evaluate import main

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video.bpgo import GroupAdvantages
-from bpgo_video.config import LoraConfig
-from bpgo_video.config_io import to_yaml
-from bpgo_video.conversion import Conversion, convert
+from bpgo_video.checkpoints.run_weights import find_source
+from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.reading import to_yaml
+from bpgo_video.export.conversion import Conversion, convert
+from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.policies.transformers import blocks_of
-from bpgo_video.replay import Setting, optimise, replay_objective
-from bpgo_video.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
-from bpgo_video.run_weights import find_source
+from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
+from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
 from tests.families import CASES, Case
 from tests.families.case import CPU
 from tests.test_replay import PlainLearner, total_loss

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.generation import describe, load_pipeline, plan, read_records, sample
-from bpgo_video.generation_settings import GenerationSettings, find_model, resolve
+from bpgo_video.generation.generate import describe, load_pipeline, plan, read_records, sample
+from bpgo_video.generation.settings import GenerationSettings, find_model, resolve
 from bpgo_video.randomness import generator_of, keyed_noise
 from tests.families import CASES
 from tests.families.case import TEXTS

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video.bpgo import GroupAdvantages, LossAdvantages
-from bpgo_video.config import Config
-from bpgo_video.forward_process import (
+from bpgo_video.config.bpgo import Config
+from bpgo_video.learner.bpgo import GroupAdvantages, LossAdvantages
+from bpgo_video.learner.losses import TrustRegion
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy, load_policy
+from bpgo_video.rollouts.forward_process import (
     ForwardProcess,
     MatchingSettings,
     Pair,
@@ -19,12 +22,9 @@ from bpgo_video.forward_process import (
     nft_error,
     nft_loss,
 )
-from bpgo_video.losses import TrustRegion
-from bpgo_video.objectives import OBJECTIVES
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.policies import Policy, load_policy
-from bpgo_video.replay import Setting, optimise
-from bpgo_video.rollout import sample_chunks, sampled_steps, training_denoiser
+from bpgo_video.rollouts.objectives import OBJECTIVES
+from bpgo_video.rollouts.replay import Setting, optimise
+from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_denoiser
 from bpgo_video.types import PromptBatch, Trajectory
 from tests.test_replay import PlainLearner, total_loss
 

@@ -13,17 +13,17 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from bpgo_video import generation
-from bpgo_video.config import LoraConfig
-from bpgo_video.conversion import Conversion, convert
+from bpgo_video.checkpoints.run_weights import WEIGHTS, find_source
+from bpgo_video.checkpoints.zero_files import CheckpointError
+from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.data.build import build_shards
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.prompt_records import EncoderStamp
 from bpgo_video.data.video import write_video
-from bpgo_video.generation import generate, load_pipeline, plan, read_records, sample
-from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.run_weights import WEIGHTS, find_source
-from bpgo_video.zero_files import CheckpointError
+from bpgo_video.export.conversion import Conversion, convert
+from bpgo_video.generation import generate as generation
+from bpgo_video.generation.generate import generate, load_pipeline, plan, read_records, sample
+from bpgo_video.generation.settings import GenerationError, GenerationSettings, find_model, resolve
 from tests.random_wan import random_wan
 from tests.written_runs import write_run
 from tests.zero_checkpoints import write_average

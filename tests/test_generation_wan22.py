@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bpgo_video.config import LoraConfig
-from bpgo_video.config_io import to_yaml
-from bpgo_video.conversion import Conversion, convert
+from bpgo_video.checkpoints.run_weights import find_source
+from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.generation import generate, load_pipeline, plan, read_records, sample
-from bpgo_video.generation_settings import GenerationError, GenerationSettings, find_model, resolve
+from bpgo_video.export.conversion import Conversion, convert
+from bpgo_video.generation.generate import generate, load_pipeline, plan, read_records, sample
+from bpgo_video.generation.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.run_weights import find_source
 from tests.families import CASES, Case
 from tests.zero_checkpoints import write_checkpoint
 

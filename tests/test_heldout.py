@@ -11,14 +11,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bpgo_video.config import Config, ConfigError, EmaConfig, EvaluationConfig, RewardConfig
-from bpgo_video.config_rules import check
+from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, EvaluationConfig, RewardConfig
+from bpgo_video.config.rules import check
 from bpgo_video.data.video import read_video
-from bpgo_video.heldout import HeldoutScores, evaluate, write_shown
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import isolated, keyed_noise
 from bpgo_video.rewards.suite import RewardSuite
+from bpgo_video.training.heldout import HeldoutScores, evaluate, write_shown
 from bpgo_video.types import PromptBatch, RolloutChunk
 
 

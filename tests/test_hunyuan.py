@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bpgo_video.config import ConfigError
-from bpgo_video.config_io import to_yaml
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.build import build_shards
 from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.shards import PromptShards
-from bpgo_video.generation_settings import GenerationSettings, find_model, resolve
+from bpgo_video.diffusion.sde import flow_shift
+from bpgo_video.generation.settings import GenerationSettings, find_model, resolve
 from bpgo_video.policies import load_policy
-from bpgo_video.rollout import Denoiser, guidance_of
-from bpgo_video.sde import flow_shift
+from bpgo_video.rollouts.rollout import Denoiser, guidance_of
 from tests.families import CASES
 from tests.families.case import CPU, TEXTS
 from tests.random_wan import random_wan

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPModel, SiglipModel
 
-from bpgo_video.config import ConfigError, RewardConfig
+from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards import preprocessing
 from bpgo_video.rewards.aesthetic import Aesthetic

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video import policy_session, session
-from bpgo_video.config import Config, ConfigError, RewardConfig
-from bpgo_video.config_io import to_yaml
-from bpgo_video.config_rules import check_world
+from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
+from bpgo_video.config.reading import to_yaml
+from bpgo_video.config.rules import check_world
 from bpgo_video.data.prior_files import PriorError, write_priors
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.run_folder import check_run_dir
+from bpgo_video.training import policy_session, session
+from bpgo_video.training.run_folder import check_run_dir
 from tests.recipes import make_shards, small_recipe
 
 MESH = Mesh(0, 1, torch.device("cpu"))

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bpgo_video.advantages import AdvantageSettings
-from bpgo_video.bpgo import bpgo_advantages
-from bpgo_video.bpgo_settings import BPGOSettings
-from bpgo_video.estimation import Memory, estimate_advantages, to_be_scored
-from bpgo_video.learner_config import BPGOConfig, CreditConfig, PriorConfig, ReliabilityConfig
-from bpgo_video.priors import PRIORS, Seen
-from bpgo_video.reliability import consistency, pooled_consistency
-from bpgo_video.session import Session
+from bpgo_video.config.learner import BPGOConfig, CreditConfig, PriorConfig, ReliabilityConfig
+from bpgo_video.learner.advantages import AdvantageSettings
+from bpgo_video.learner.bpgo import bpgo_advantages
+from bpgo_video.learner.priors import PRIORS, Seen
+from bpgo_video.learner.reliability import consistency, pooled_consistency
+from bpgo_video.learner.settings import BPGOSettings
+from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_scored
+from bpgo_video.training.session import Session
 from bpgo_video.types import PromptBatch, Rewards
 
 PROMPTS = PromptBatch(torch.tensor([4, 9]), ("first", "second"), {})

@@ -6,11 +6,11 @@ import statistics
 import pytest
 import torch
 
-from bpgo_video.advantages import group_relative
-from bpgo_video.bpgo import bpgo_advantages
-from bpgo_video.bpgo_settings import BPGOSettings
-from bpgo_video.losses import Move, TrustRegion, bpgo_loss, clipped_surrogate, divergence_masked_surrogate
-from bpgo_video.sde import SAMPLERS, steps_of
+from bpgo_video.diffusion.sde import SAMPLERS, steps_of
+from bpgo_video.learner.advantages import group_relative
+from bpgo_video.learner.bpgo import bpgo_advantages
+from bpgo_video.learner.losses import Move, TrustRegion, bpgo_loss, clipped_surrogate, divergence_masked_surrogate
+from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.types import PriorAnchor
 
 

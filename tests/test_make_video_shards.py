@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.clips import read_clip
 from bpgo_video.data.prompt_records import LATENTS, EncoderStamp, PromptRecord
 from bpgo_video.data.shards import PromptShards

@@ -13,8 +13,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor, nn
 
-from bpgo_video.config import Config, ConfigError
-from bpgo_video.config_rules import check
+from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.rules import check
 from bpgo_video.parallel import ulysses
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import parallelise
@@ -23,7 +23,7 @@ from bpgo_video.policies import load_policy
 from bpgo_video.policies.frozen_parts import in_parts, save_memory
 from bpgo_video.policies.kernels import choose_attention, compile_blocks
 from bpgo_video.policies.transformers import Transformers, blocks_of
-from bpgo_video.policy_session import sampling_policy
+from bpgo_video.training.policy_session import sampling_policy
 from tests.distributed.small_transformers import inputs, random_transformer
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
 

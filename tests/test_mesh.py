@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.config import ConfigError, ParallelConfig
-from bpgo_video.config_rules import check_world
+from bpgo_video.config.bpgo import ConfigError, ParallelConfig
+from bpgo_video.config.rules import check_world
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import check_heads
 from tests.recipes import small_recipe

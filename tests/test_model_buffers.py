@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bpgo_video.block_calls import call_by_position
-from bpgo_video.engine import tensor_files
-from bpgo_video.model_buffers import model_buffers
 from bpgo_video.policies.lora import merged_parameters
 from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.zero.block_calls import call_by_position
+from bpgo_video.zero.engine import tensor_files
+from bpgo_video.zero.model_buffers import model_buffers
 from tests.distributed.conftest import run_ranks
 from tests.families import CASES
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SkyReelsV2Pipeline, SkyReelsV2Transformer3DModel, WanPipeline
 
-from bpgo_video.config import ConfigError, VideoConfig
+from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from tests import test_families as every
 from tests.families import Case
 from tests.random_wan import TEXT_TOKENS, random_wan

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from bpgo_video.config import ConfigError, RewardConfig
-from bpgo_video.config_io import read_yaml
+from bpgo_video.config.bpgo import ConfigError, RewardConfig
+from bpgo_video.config.reading import read_yaml
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.consistency import FrameConsistency

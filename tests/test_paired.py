@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from bpgo_video.evaluation import paired
-from bpgo_video.evaluation.paired import Effect, as_family, effect, holm, interval, rank_biserial, signed_rank
+from bpgo_video.evaluation.comparing import paired
+from bpgo_video.evaluation.comparing.paired import Effect, as_family, effect, holm, interval, rank_biserial, signed_rank
 
 POPULATION = json.loads((Path(__file__).parent / "oracle_scores.json").read_text())
 BASE, TRAINED = ({name: np.array(rows) for name, rows in POPULATION[side].items()} for side in ("base", "trained"))

@@ -11,9 +11,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from bpgo_video.config import Config, ConfigError, LoraConfig, VideoConfig
-from bpgo_video.config_io import config_from_dict
-from bpgo_video.engine import zero_settings
+from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, VideoConfig
+from bpgo_video.config.reading import config_from_dict
 from bpgo_video.planning import advice, command, rehearsal
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.dry_run import dry_run
@@ -21,6 +20,7 @@ from bpgo_video.planning.inputs import INPUTS, Batch, arguments
 from bpgo_video.planning.models import Model, find_model, known_models
 from bpgo_video.planning.plan import RUNTIME, Job, Plan, reckon, room
 from bpgo_video.planning.zero import Held, Weights, Zero, add_at_rest, during_backward, live_weights, missing_weights
+from bpgo_video.zero.engine import zero_settings
 from tests.random_wan import random_wan
 from tests.recipes import RECIPE
 

@@ -9,16 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.bpgo import BPGOSettings, bpgo_advantages
-from bpgo_video.config import ConfigError, RewardConfig
+from bpgo_video.config.bpgo import ConfigError, RewardConfig
+from bpgo_video.config.learner import PriorConfig
 from bpgo_video.data.prior_files import PriorTable
-from bpgo_video.learner_config import PriorConfig
+from bpgo_video.learner.bpgo import BPGOSettings, bpgo_advantages
+from bpgo_video.learner.priors import PRIORS, Seen, image_key
+from bpgo_video.learner.running_priors import pooled_spread, updated
+from bpgo_video.learner.shrinkage import shrunk_means
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.priors import PRIORS, Seen, image_key
 from bpgo_video.rewards import FrameSampling, FrameScores
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.running_priors import pooled_spread, updated
-from bpgo_video.shrinkage import shrunk_means
 from bpgo_video.types import PromptBatch
 
 FIRST = torch.tensor([[1.0, 3.0], [5.0, 5.0]])  # means 2 and 5, variances 2 and 0

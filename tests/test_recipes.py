@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.config_io import read_yaml
-from bpgo_video.engine import read_ds_config
+from bpgo_video.config.reading import read_yaml
 from bpgo_video.parallel.sequence import check_heads
 from bpgo_video.planning.dry_run import dry_run
 from bpgo_video.planning.models import find_model
 from bpgo_video.planning.plan import Job, reckon
 from bpgo_video.planning.rehearsal import class_of
+from bpgo_video.zero.engine import read_ds_config
 from tests.recipes import ROOT
 
 SCALED = sorted((ROOT / "pipelines" / "configs").glob("*gb.yaml"))

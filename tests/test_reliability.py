@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.reliability import consistency, pooled_consistency
+from bpgo_video.learner.reliability import consistency, pooled_consistency
 
 # Shrout and Fleiss (1979), table 2: six targets by four judges; their ICC(3,1) is .71, their ICC(1,1) .17
 RATINGS = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bpgo_video.bpgo import GroupAdvantages
-from bpgo_video.config import Config, CreditConfig, LoraConfig
+from bpgo_video.config.bpgo import Config, CreditConfig, LoraConfig
+from bpgo_video.diffusion.sde import SAMPLERS, steps_of
+from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.reference import FrozenCopy, Reference, WithoutAdapters
-from bpgo_video.replay import Objective, Replay, Setting, StepWeights, optimise, replay_objective
-from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser
-from bpgo_video.sde import SAMPLERS, steps_of
+from bpgo_video.rollouts.reference import FrozenCopy, Reference, WithoutAdapters
+from bpgo_video.rollouts.replay import Objective, Replay, Setting, StepWeights, optimise, replay_objective
+from bpgo_video.rollouts.rollout import sample_chunks, trained_steps_of, training_denoiser
 from bpgo_video.types import PromptBatch, Trajectory
 
 CPU = torch.device("cpu")

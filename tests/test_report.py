@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from bpgo_video.curves import PANELS, draw_curve, series, smoothed
 from bpgo_video.data.video import VideoError, write_video
-from bpgo_video.diagnosis import NOTHING
-from bpgo_video.frame_strips import cell_rows
-from bpgo_video.metrics import MalformedFile
-from bpgo_video.report import contact_sheet, main, write_report
+from bpgo_video.reports.curves import PANELS, draw_curve, series, smoothed
+from bpgo_video.reports.diagnosis import NOTHING
+from bpgo_video.reports.frame_strips import cell_rows
+from bpgo_video.reports.metrics import MalformedFile
+from bpgo_video.reports.report import contact_sheet, main, write_report
 
 PROMPT = 'a red circle <script>alert("x")</script> & "moving" left'
 SUMMARY = {
@@ -201,7 +201,7 @@ def test_curves_count_finished_steps_and_are_the_same_for_the_same_run() -> None
 
 
 def test_the_command_prints_the_path_and_names_a_wrong_folder(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-m", "bpgo_video.report"]
+    command = [sys.executable, "-m", "bpgo_video.reports.report"]
     done = subprocess.run([*command, str(run_dir)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, str(run_dir / "report.html"))
     monkeypatch.setattr(sys, "argv", ["report", str(run_dir / "samples")])

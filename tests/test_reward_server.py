@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.config import ConfigError, RewardConfig
+from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.base import RewardError, RewardModel
 from bpgo_video.rewards.remote import RemoteReward

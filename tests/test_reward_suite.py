@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.config import ConfigError, RewardConfig
+from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.aggregate import AGGREGATES

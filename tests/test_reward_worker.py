@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.config import ConfigError, RewardConfig
+from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards.base import RewardModel
 from bpgo_video.rewards.suite import RewardSuite

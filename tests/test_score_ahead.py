@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from bpgo_video.config import Config, ConfigError, RewardConfig
+from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
@@ -23,9 +23,9 @@ from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.resting import HOMES, modules_of
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.session import Session
-from bpgo_video.stopwatch import Stopwatch
-from bpgo_video.trainer import sample_and_score
+from bpgo_video.training.session import Session
+from bpgo_video.training.stopwatch import Stopwatch
+from bpgo_video.training.trainer import sample_and_score
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 
 CPU = torch.device("cpu")

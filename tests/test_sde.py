@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bpgo_video.sde import SAMPLERS, SOLVERS, Slope, Step, flow_shift, shifted_sigmas, steps_of
+from bpgo_video.diffusion.sde import SAMPLERS, SOLVERS, Slope, Step, flow_shift, shifted_sigmas, steps_of
 
 ETAS = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.7, "sage": 0.7, "truncated": 1.0}
 STOCHASTIC = [name for name in SAMPLERS if name != "ode"]

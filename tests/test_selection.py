@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from bpgo_video.bpgo import GroupAdvantages
-from bpgo_video.config import Config
+from bpgo_video.config.bpgo import Config
+from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.selection import worth_replaying
+from bpgo_video.rollouts.selection import worth_replaying
 from bpgo_video.types import Trajectory
 from tests.test_replay import gradients, rollout
 

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video import policy_session
-from bpgo_video.config import Config, ConfigError, VideoConfig
-from bpgo_video.config_io import to_yaml
+from bpgo_video.config.bpgo import Config, ConfigError, VideoConfig
+from bpgo_video.config.reading import to_yaml
+from bpgo_video.config.sft import SftConfig
 from bpgo_video.data.prompt_records import LATENTS, ShardError
 from bpgo_video.data.prompt_stream import order_of
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy
-from bpgo_video.run_folder import check_run_dir
-from bpgo_video.sft_config import SftConfig
-from bpgo_video.sft_session import Clips, check_clips, heldout_rows
 from bpgo_video.tiny.oracle import oracle_scores
+from bpgo_video.training import policy_session
+from bpgo_video.training.run_folder import check_run_dir
+from bpgo_video.training.sft_session import Clips, check_clips, heldout_rows
 from tests.clip_folders import HELDOUT, TRAIN, make_clips, sft_recipe
 from tests.recipes import make_shards
 

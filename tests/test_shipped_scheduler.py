@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler
 
-from bpgo_video.config import ConfigError
-from bpgo_video.rollout import Denoiser, guidance_of
-from bpgo_video.shipped_scheduler import ScheduledDenoiser, evaluation_denoiser
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.rollouts.rollout import Denoiser, guidance_of
+from bpgo_video.rollouts.shipped_scheduler import ScheduledDenoiser, evaluation_denoiser
 from tests.families import CASES
 from tests.families.case import CPU
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.sde import SAMPLERS, shifted_sigmas, steps_of
-from bpgo_video.steps import STEP_SELECTIONS, STEP_WEIGHTS, split_updates, step_weights
+from bpgo_video.diffusion.sde import SAMPLERS, shifted_sigmas, steps_of
+from bpgo_video.diffusion.steps import STEP_SELECTIONS, STEP_WEIGHTS, split_updates, step_weights
 
 
 def generator(seed=0):

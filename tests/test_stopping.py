@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.stopping import Request, StopRequests
+from bpgo_video.training.stopping import Request, StopRequests
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
 OTHER = Mesh(rank=1, world_size=1, device=torch.device("cpu"))  # one that looks at no file
@@ -22,7 +22,7 @@ DEAF = """
 import ctypes
 from pathlib import Path
 import torch
-from bpgo_video import stopping
+from bpgo_video.training import stopping
 from bpgo_video.parallel.mesh import Mesh
 stopping.INSISTING_SECONDS = 1.0
 with stopping.StopRequests(Path("unused"), Mesh(0, 1, torch.device("cpu"))):

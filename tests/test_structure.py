@@ -1,4 +1,4 @@
-"""The architecture, as facts: which module may import which, and that DeepSpeed stays in one file."""
+"""The architecture, as facts: which folder may import which, and that DeepSpeed stays where it belongs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ import pytest
 import bpgo_video
 
 PACKAGE = Path(bpgo_video.__file__).parent
-PURE = (
-    *("sde", "steps", "losses", "schedule"),
-    *("advantages", "bpgo", "bpgo_forms", "bpgo_metrics", "bpgo_settings"),
-    *("credit", "reliability", "rescoring", "running_priors", "shrinkage", "trust"),
+LAYERS = (  # a folder imports those before it, never one behind it
+    *("worker_side", "tiny", "config", "parallel", "diffusion", "learner"),
+    *("policies", "data", "rewards", "zero", "rollouts"),
+    *("planning", "checkpoints", "reports", "export", "generation", "training", "evaluation"),
 )
+PURE = [
+    *(path for folder in ("diffusion", "learner") for path in (PACKAGE / folder).glob("*.py")),
+    PACKAGE / "zero" / "schedule.py",
+]
+NOT_PURE = {PACKAGE / "learner" / "priors.py"}  # a table over the configuration
 ALLOWED_IN_PURE = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "jaxtyping", "bpgo_video"}
-TOP = {"trainer", "session", "engine", "checkpoint", "export", "metrics", "report"}
+DEEPSPEED = {"zero/engine.py", "checkpoints/zero_files.py", "checkpoints/universal.py"}
 
 
 def imports(path: Path) -> set[str]:
@@ -35,24 +40,33 @@ def ours(names: set[str]) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("bpgo_video.")}
 
 
-@pytest.mark.parametrize("name", PURE)
-def test_pure_modules_import_torch_types_and_each_other_only(name: str) -> None:
-    found = imports(PACKAGE / f"{name}.py")
+@pytest.mark.parametrize("path", sorted(set(PURE) - NOT_PURE), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_pure_modules_import_torch_types_and_each_other_only(path: Path) -> None:
+    found = imports(path)
     assert {module.split(".")[0] for module in found} <= ALLOWED_IN_PURE
-    assert ours(found) <= {"types", *PURE}
+    assert ours(found) <= {"types", "randomness", "diffusion", "learner"}
     assert not any("distributed" in module for module in found), "pure functions do not communicate"
 
 
 def test_deepspeed_is_imported_where_it_trains_and_where_its_files_are_read_alone() -> None:
     roots = {path: {name.split(".")[0] for name in imports(path)} for path in PACKAGE.rglob("*.py")}
-    found = {str(path.relative_to(PACKAGE)) for path, names in roots.items() if "deepspeed" in names}
-    assert found == {"engine.py", "zero_files.py", "universal.py"}
+    assert {path.relative_to(PACKAGE).as_posix() for path, names in roots.items() if "deepspeed" in names} == DEEPSPEED
 
 
-@pytest.mark.parametrize("folder", ["policies", "rewards", "data", "parallel", "tiny"])
-def test_lower_layers_do_not_import_the_loop(folder: str) -> None:
-    for path in (PACKAGE / folder).rglob("*.py"):
-        assert not ours(imports(path)) & (TOP | {"rollout", "replay"}), path
+def test_every_folder_has_its_layer() -> None:
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LAYERS)
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_a_folder_imports_none_of_a_layer_above_it(folder: str) -> None:
+    above = set(LAYERS[LAYERS.index(folder) + 1 :])
+    found = {path: ours(imports(path)) & above for path in (PACKAGE / folder).rglob("*.py")}
+    assert not {path: names for path, names in found.items() if names}
+
+
+def test_modules_outside_folders_import_none_of_them() -> None:
+    found = set().union(*(ours(imports(path)) for path in PACKAGE.glob("*.py")))
+    assert found & set(LAYERS) == set()
 
 
 def test_the_worker_side_runs_under_any_python_without_packages() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bpgo_video.timesteps import BY_STEP, step_metrics, step_sums
+from bpgo_video.rollouts.timesteps import BY_STEP, step_metrics, step_sums
 
 
 def metrics(value: float) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.universal import to_universal
-from bpgo_video.zero_files import CheckpointError
+from bpgo_video.checkpoints.universal import to_universal
+from bpgo_video.checkpoints.zero_files import CheckpointError
 from tests.zero_checkpoints import write_checkpoint
 
 SHAPES = {"weight": (3, 5), "bias": (3,), "gate": (1,)}

@@ -21,14 +21,14 @@ from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from bpgo_video.data.video import write_video
-from bpgo_video.evaluation import encoders
-from bpgo_video.evaluation.dimension import DimensionError, Footage, Sources, is_dotted, read_footage
-from bpgo_video.evaluation.dimensions import DIMENSIONS, find_dimension
-from bpgo_video.evaluation.image_alignment import motions
-from bpgo_video.evaluation.pixels import CLIP, DINO, VICLIP, Preparation, fitted, replicated
-from bpgo_video.evaluation.scoring import measure
-from bpgo_video.evaluation.text_alignment import middles
-from bpgo_video.evaluation.vbench_suite import SuitePrompt
+from bpgo_video.evaluation.vbench import encoders
+from bpgo_video.evaluation.vbench.dimension import DimensionError, Footage, Sources, is_dotted, read_footage
+from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS, find_dimension
+from bpgo_video.evaluation.vbench.image_alignment import motions
+from bpgo_video.evaluation.vbench.pixels import CLIP, DINO, VICLIP, Preparation, fitted, replicated
+from bpgo_video.evaluation.vbench.scoring import measure
+from bpgo_video.evaluation.vbench.suite import SuitePrompt
+from bpgo_video.evaluation.vbench.text_alignment import middles
 from tests.random_rewards import random_clip, random_vit, random_xclip
 from tests.real_clips import real_clip
 from tests.real_suites import VBENCH, assert_equal, measured, write_clips

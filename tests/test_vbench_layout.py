@@ -15,15 +15,15 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
-from bpgo_video import generation
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import VideoHeader, read_video, write_video
-from bpgo_video.evaluation.layout import lay_out, places_of, read_told, reader_of
-from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, read_suite
-from bpgo_video.evaluation.video_folder import ENCODING, header_problems, layout_problems
-from bpgo_video.generation import generate
-from bpgo_video.generation_plan import plan
-from bpgo_video.generation_settings import GenerationError, GenerationSettings
+from bpgo_video.evaluation.vbench.layout import lay_out, places_of, read_told, reader_of
+from bpgo_video.evaluation.vbench.suite import Suite, SuiteError, read_suite
+from bpgo_video.evaluation.vbench.video_folder import ENCODING, header_problems, layout_problems
+from bpgo_video.generation import generate as generation
+from bpgo_video.generation.generate import generate
+from bpgo_video.generation.plan import plan
+from bpgo_video.generation.settings import GenerationError, GenerationSettings
 from tests.random_wan import random_wan
 
 ENTRIES = [

@@ -14,11 +14,11 @@ import yaml
 from PIL import Image
 
 from bpgo_video.data.video import write_video
-from bpgo_video.evaluation import scoring
-from bpgo_video.evaluation.dimension import DimensionError, Sources
-from bpgo_video.evaluation.result_files import read_results
-from bpgo_video.evaluation.scoring import Asked, named_by_prompts, score_folder
-from bpgo_video.evaluation.vbench_suite import SuiteError, read_suite
+from bpgo_video.evaluation.vbench import scoring
+from bpgo_video.evaluation.vbench.dimension import DimensionError, Sources
+from bpgo_video.evaluation.vbench.result_files import read_results
+from bpgo_video.evaluation.vbench.scoring import Asked, named_by_prompts, score_folder
+from bpgo_video.evaluation.vbench.suite import SuiteError, read_suite
 from bpgo_video.rewards.packaged import data_of
 from tests.random_wan import random_wan
 from tests.real_clips import real_clip
@@ -162,7 +162,7 @@ def test_what_cannot_be_measured_is_an_error(
 
 def test_a_number_that_is_not_finite_is_named(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "bpgo_video.evaluation.motion.frame_differences", lambda frames: torch.tensor([torch.nan]).numpy()
+        "bpgo_video.evaluation.vbench.motion.frame_differences", lambda frames: torch.tensor([torch.nan]).numpy()
     )
     with pytest.raises(DimensionError, match=rf"temporal_flickering of .*{PROMPTS[0]}-0\.mp4 is nan"):
         score_folder(Asked(videos, ("temporal_flickering",), {}), CPU)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bpgo_video.data.prompt_files import PromptFileError
-from bpgo_video.evaluation import vbench_suite
-from bpgo_video.evaluation.vbench_suite import (
+from bpgo_video.evaluation.vbench import suite as vbench_suite
+from bpgo_video.evaluation.vbench.suite import (
     Suite,
     SuiteError,
     SuitePrompt,

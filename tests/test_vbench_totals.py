@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.evaluation.result_files import (
+from bpgo_video.evaluation.vbench.result_files import (
     Result,
     ResultError,
     Video,
@@ -19,7 +19,7 @@ from bpgo_video.evaluation.result_files import (
     read_results,
     write_results,
 )
-from bpgo_video.evaluation.totals import BENCHMARKS, TotalsError, benchmark_of, totals
+from bpgo_video.evaluation.vbench.totals import BENCHMARKS, TotalsError, benchmark_of, totals
 
 GOLDEN = {
     "subject_consistency": 0.95, "background_consistency": 0.96, "temporal_flickering": 0.985,

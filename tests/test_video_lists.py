@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.clips import Cut
 from bpgo_video.data.prompt_files import Line, PromptFileError, Rejected
 from bpgo_video.data.video_lists import plan_clips, read_clips

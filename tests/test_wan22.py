@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.policies import Policy, load_policy
 from tests.families import CASES, Case
 from tests.families.wan22 import BOUNDARY

@@ -10,12 +10,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
 
-from bpgo_video.conditioning import check_images, conditioned
-from bpgo_video.config import Config, ConfigError, PriorConfig, VideoConfig
+from bpgo_video.config.bpgo import Config, ConfigError, PriorConfig, VideoConfig
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.rollout import Denoiser, guidance_of
+from bpgo_video.rollouts.conditioning import check_images, conditioned
+from bpgo_video.rollouts.rollout import Denoiser, guidance_of
 from bpgo_video.types import PromptBatch
 from tests.random_wan import LATENTS, TEXT_TOKENS, random_wan
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from diffusers import WanPipeline
 
-from bpgo_video.config import Config, LoraConfig, RewardConfig
-from bpgo_video.config_io import to_yaml
+from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
+from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.build import build_shards
 from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.policies import load_policy

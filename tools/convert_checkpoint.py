@@ -9,7 +9,7 @@ a checkpoint is unpickled before it has been looked at. Formats: diffusers, lora
 
 import sys
 
-from bpgo_video.conversion import main
+from bpgo_video.export.conversion import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ ratio of 1; the gradient flows; time and memory of a step. Takes every flag of t
 nothing. Exit code 0 where all holds, 1 where a rung breaks, 2 where the inputs are wrong.
 """
 
-from bpgo_video.doctor_command import main
+from bpgo_video.training.doctor_command import main
 
 if __name__ == "__main__":
     main()

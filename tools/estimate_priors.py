@@ -9,7 +9,7 @@ within-group standard deviation), the reward's version and the policy's hash. A 
 starting policy needs them measured again. An estimation that was broken off goes on where it stopped.
 """
 
-from bpgo_video.prior_estimation import main
+from bpgo_video.training.prior_estimation import main
 
 if __name__ == "__main__":
     main()

@@ -26,15 +26,15 @@ import sys
 from pathlib import Path
 
 from bpgo_video.cli import positive, run_command, show_loading_once
-from bpgo_video.evaluation.compare_command import add_compare
-from bpgo_video.evaluation.vbench_commands import add_vbench_commands
+from bpgo_video.evaluation.comparing.command import add_compare
+from bpgo_video.evaluation.vbench.commands import add_vbench_commands
 
 
 def heldout(args: argparse.Namespace) -> None:
     """Rewards and models are loaded only once the command line is known to be good."""
-    from bpgo_video.config_io import read_yaml
+    from bpgo_video.config.reading import read_yaml
     from bpgo_video.data.atomic import write_json
-    from bpgo_video.heldout_evaluation import as_json, as_table, asked, evaluate_folder, ranks_at_work
+    from bpgo_video.evaluation.heldout import as_json, as_table, asked, evaluate_folder, ranks_at_work
 
     config = asked(
         read_yaml(args.config),

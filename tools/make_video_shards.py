@@ -18,7 +18,7 @@ import argparse
 import sys
 
 from bpgo_video.cli import above_zero, positive, run_command
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.build import Build, BuildSettings
 from bpgo_video.data.clips import Cut
 from bpgo_video.data.fingerprint import encoder_stamp

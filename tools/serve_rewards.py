@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from bpgo_video.cli import positive, run_command
-from bpgo_video.config import ConfigError, RewardConfig
-from bpgo_video.config_io import read_yaml
+from bpgo_video.config.bpgo import ConfigError, RewardConfig
+from bpgo_video.config.reading import read_yaml
 from bpgo_video.rewards.server import Limits, RewardServer, check_exposure
 from bpgo_video.rewards.service import RewardService
 from bpgo_video.rewards.suite import build_reward

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.build import Content
 from bpgo_video.data.clips import read_clip
 from bpgo_video.data.fingerprint import fingerprint

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.images import fit_image
 from bpgo_video.data.video import VideoError, opened, upright
 

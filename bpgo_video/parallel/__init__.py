@@ -1,0 +1,1 @@
+"""Ranks together: the mesh, sequence parallelism, agreement, and what happens when one of them dies."""

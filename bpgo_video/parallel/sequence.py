@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.parallel import cogvideox_attention, mochi_attention
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.ulysses import Ulysses, attend

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bpgo_video.config import ConfigError, LoraConfig
+from bpgo_video.config.bpgo import ConfigError, LoraConfig
 from bpgo_video.planning.plan import Job, Plan, reckon
 
 WORTH = 0.99  # of the peak: what lowers it by less is left as it is

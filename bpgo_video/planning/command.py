@@ -14,14 +14,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpgo_video.config import Config, ConfigError
-from bpgo_video.config_io import config_from_dict, load_config
-from bpgo_video.engine import read_ds_config
+from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.reading import config_from_dict, load_config
 from bpgo_video.planning.advice import Advice, advise
 from bpgo_video.planning.dry_run import dry_run
 from bpgo_video.planning.models import find_model
 from bpgo_video.planning.plan import GPUS, Job, Plan, reckon, room
 from bpgo_video.planning.zero import Parts
+from bpgo_video.zero.engine import read_ds_config
 
 GB = 10**9
 DESCRIPTION = "Reckon the memory of a recipe, or of a model and a size, on each rank; no weights are read."

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from bpgo_video.config_rules import check_world
+from bpgo_video.config.rules import check_world
+from bpgo_video.diffusion.steps import split_updates
 from bpgo_video.planning.plan import Job
-from bpgo_video.steps import split_updates
 
 
 @dataclass(frozen=True)

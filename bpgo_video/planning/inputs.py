@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config.bpgo import ConfigError
 
 IMAGE_TOKENS = 257  # of CLIP ViT-H at 224 pixels, which Wan 2.1's image-to-video attends to
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.paths import resolve_folder
 
 

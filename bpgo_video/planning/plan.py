@@ -8,9 +8,8 @@ from functools import cached_property
 from math import gcd, prod
 from typing import Any
 
-from bpgo_video.config import Config
-from bpgo_video.config_rules import check_world
-from bpgo_video.engine import compute_dtype
+from bpgo_video.config.bpgo import Config
+from bpgo_video.config.rules import check_world
 from bpgo_video.parallel.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.planning import rehearsal
 from bpgo_video.planning.inputs import Batch
@@ -29,7 +28,8 @@ from bpgo_video.planning.zero import (
     live_weights,
     missing_weights,
 )
-from bpgo_video.rollout import LATENTS_DTYPES, pulls_to_previous, trust_region
+from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous, trust_region
+from bpgo_video.zero.engine import compute_dtype
 
 RUNTIME = 2 * 10**9  # CUDA context, NCCL's buffers and cuBLAS's workspaces: an assumption, not measured
 FRAGMENTED = 0.05  # of a GPU's memory that its allocator cannot use: an assumption, not measured

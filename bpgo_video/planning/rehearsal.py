@@ -21,7 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bpgo_video.config import ConfigError, LoraConfig
+from bpgo_video.config.bpgo import ConfigError, LoraConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import check_heads, parallelise
 from bpgo_video.planning.allocations import Allocations

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bpgo_video.config import Config
-from bpgo_video.engine import compute_dtype, zero_settings
+from bpgo_video.config.bpgo import Config
+from bpgo_video.zero.engine import compute_dtype, zero_settings
 
 FP32 = 4
 GRADIENT_BYTES = {"fp32": FP32, "fp16": 2, "bf16": 2}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies.base import Build, Policy, from_pretrained, guided_velocity
 from bpgo_video.policies.pipeline_policy import COMPONENTS

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module

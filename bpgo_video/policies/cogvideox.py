@@ -22,8 +22,8 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video import sde
-from bpgo_video.config import ConfigError, VideoConfig
+from bpgo_video.config.bpgo import ConfigError, VideoConfig
+from bpgo_video.diffusion import sde
 from bpgo_video.parallel.cogvideox_attention import dispatch
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos

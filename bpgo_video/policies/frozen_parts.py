@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bpgo_video.config import ConfigError, PolicyConfig
+from bpgo_video.config.bpgo import ConfigError, PolicyConfig
 
 
 def save_memory(policy: Any, settings: PolicyConfig, device: torch.device) -> None:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.policies.flow_match import scheduled_sigmas
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.policies.transformers import Transformers
 
 INFERENCE_ONLY = "sage"  # its kernels have no backward

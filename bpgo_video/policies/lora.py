@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from bpgo_video.config import ConfigError, LoraConfig
+from bpgo_video.config.bpgo import ConfigError, LoraConfig
 
 ADAPTER = "default"
 

@@ -17,7 +17,7 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.policies.flow_match import scheduled_sigmas
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.randomness import fixed_draws, generator_of, keyed_noise

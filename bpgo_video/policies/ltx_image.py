@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.config import ConfigError, VideoConfig
+from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.policies.ltx import DECODE_NOISE, LTXPolicy, Whole
 from bpgo_video.randomness import generator_of
 from bpgo_video.types import Conditioning, Latents

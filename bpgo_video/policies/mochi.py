@@ -10,8 +10,8 @@ import torch
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 from torch import Tensor
 
-from bpgo_video import sde
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.diffusion import sde
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 

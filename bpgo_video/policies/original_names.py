@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.policies.wan_names import original_name
 
 ORIGINAL_NAMES: dict[

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from bpgo_video.config import ConfigError
+from bpgo_video.config.bpgo import ConfigError
 
 
 class Transformers(nn.ModuleDict):

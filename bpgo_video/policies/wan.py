@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bpgo_video import sde
-from bpgo_video.config import ConfigError, VideoConfig
+from bpgo_video.config.bpgo import ConfigError, VideoConfig
+from bpgo_video.diffusion import sde
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.policies.transformers import read_index, transformer_names
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.config import ConfigError, VideoConfig
+from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.policies.transformers import read_index
 from bpgo_video.policies.wan import WanPolicy

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bpgo_video.config import ConfigError, RewardConfig
+from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.aggregate import AGGREGATES
 from bpgo_video.rewards.backbones import Backbones

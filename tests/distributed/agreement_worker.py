@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from bpgo_video import engine
-from bpgo_video.config import ConfigError
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.parallel.agreement import from_main, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.run_folder import check_shared
+from bpgo_video.training.run_folder import check_shared
+from bpgo_video.zero import engine
 
 
 def fails_on(failing: int, mesh: Mesh) -> None:

@@ -14,13 +14,13 @@ import diffusers
 import torch
 import torch.distributed as dist
 
-from bpgo_video import engine
-from bpgo_video.config import LoraConfig, OptimConfig
+from bpgo_video.config.bpgo import LoraConfig, OptimConfig
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.inputs import Batch, arguments
 from bpgo_video.planning.models import Model
 from bpgo_video.planning.rehearsal import repeated_blocks
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.zero import engine
 
 BUCKET = 4_000_000
 MODEL = Model(

@@ -6,7 +6,7 @@ import os
 import signal
 
 from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.train_command import main
+from bpgo_video.training.command import main
 
 enter = Heartbeat.enter
 

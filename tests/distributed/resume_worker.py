@@ -18,12 +18,13 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
-from bpgo_video import checkpoint, engine, resuming
-from bpgo_video.checkpoint import CheckpointError
-from bpgo_video.config import EmaConfig, OptimConfig, RunConfig
-from bpgo_video.ema import EMA
-from bpgo_video.ema_files import load_average, save_average
+from bpgo_video.checkpoints import checkpoint, resuming
+from bpgo_video.checkpoints.checkpoint import CheckpointError
+from bpgo_video.checkpoints.ema_files import load_average, save_average
+from bpgo_video.config.bpgo import EmaConfig, OptimConfig, RunConfig
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.zero import engine
+from bpgo_video.zero.ema import EMA
 from tests.distributed.ema_worker import Block
 
 UPDATES = 3

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bpgo_video import engine
-from bpgo_video.config import OptimConfig
+from bpgo_video.config.bpgo import OptimConfig
 from bpgo_video.parallel import ulysses
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.parallel.sequence import parallelise
+from bpgo_video.zero import engine
 from tests.distributed.small_transformers import FAMILIES, LATENTS, SAMPLES, inputs, random_transformer, sample_losses
 
 BLIND = "refiner_blocks.0.attn.to_k.bias"  # no key normalisation: softmax does not see a shift, its gradient is 0

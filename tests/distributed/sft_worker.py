@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bpgo_video import engine
-from bpgo_video.config import LoraConfig, ParallelConfig
-from bpgo_video.run_config import EmaConfig
-from bpgo_video.sft import train
-from bpgo_video.sft_config import SftConfig
+from bpgo_video.config.bpgo import LoraConfig, ParallelConfig
+from bpgo_video.config.run import EmaConfig
+from bpgo_video.config.sft import SftConfig
+from bpgo_video.training.sft import train
+from bpgo_video.zero import engine
 from tests.clip_folders import sft_recipe
 
 HUGE_STEP = 1e5  # of SGD: the weights' change is the gradient, to many digits

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.config_io import to_yaml
-from bpgo_video.evaluation.measuring import Asked, measure
-from bpgo_video.evaluation.model_scores import read_scores
+from bpgo_video.config.reading import to_yaml
+from bpgo_video.evaluation.comparing.measuring import Asked, measure
+from bpgo_video.evaluation.comparing.model_scores import read_scores
 from bpgo_video.parallel.mesh import Mesh
 from tests.distributed.conftest import free_port
 from tests.random_wan import random_wan

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.config_io import to_yaml
-from bpgo_video.metrics import read_metrics
+from bpgo_video.config.reading import to_yaml
+from bpgo_video.reports.metrics import read_metrics
 from tests.distributed.conftest import free_port
 from tests.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.config import LoraConfig
-from bpgo_video.config_io import read_yaml
+from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.reading import read_yaml
 from bpgo_video.planning.rehearsal import Treatment, footprint
 from bpgo_video.planning.zero import (
     Held,

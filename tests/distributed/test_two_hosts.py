@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bpgo_video.config import Config
-from bpgo_video.metrics import read_metrics
+from bpgo_video.config.bpgo import Config
+from bpgo_video.reports.metrics import read_metrics
 from tests.distributed.test_launches import launch, recipe_file
 from tests.distributed.two_hosts import ADDRESSES, INTERFACE, NAMES, Finished, TwoHosts, two_hosts, why_not
 from tests.recipes import ROOT, rewarded_by, small_recipe, without_evaluation

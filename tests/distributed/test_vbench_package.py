@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.evaluation.dimensions import DIMENSIONS
-from bpgo_video.evaluation.official import Official, measure_officially
-from bpgo_video.evaluation.vbench_suite import find_suite, read_suite
+from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS
+from bpgo_video.evaluation.vbench.official import Official, measure_officially
+from bpgo_video.evaluation.vbench.suite import find_suite, read_suite
 from bpgo_video.rewards.packaged import data_of
 from tests.real_suites import VBENCH, assert_equal, measured, write_clips
 from tests.recipes import ROOT

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
-from bpgo_video import engine
-from bpgo_video.config import Config, LoraConfig, ParallelConfig, RewardConfig
+from bpgo_video.config.bpgo import Config, LoraConfig, ParallelConfig, RewardConfig
 from bpgo_video.paths import resolve_folder
-from bpgo_video.trainer import train
+from bpgo_video.training.trainer import train
+from bpgo_video.zero import engine
 from tests.recipes import rewarded_by, small_recipe, without_evaluation
 
 REDNESS = "tests.distributed.toy_rewards:Redness"

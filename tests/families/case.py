@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bpgo_video.conditioning import conditioned
-from bpgo_video.config import Config, PolicyConfig, VideoConfig
-from bpgo_video.config_io import read_yaml
+from bpgo_video.config.bpgo import Config, PolicyConfig, VideoConfig
+from bpgo_video.config.reading import read_yaml
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
+from bpgo_video.rollouts.conditioning import conditioned
 from bpgo_video.types import PromptBatch
 from tests.recipes import RECIPE
 

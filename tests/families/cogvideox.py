@@ -18,7 +18,7 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
 from tests.random_wan import TEXT_TOKENS, word_tokenizer
 

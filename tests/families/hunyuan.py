@@ -16,7 +16,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from tokenizers import Regex, pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
 from tests.random_wan import word_tokenizer
 

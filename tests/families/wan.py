@@ -7,7 +7,7 @@ from functools import partial
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
 from tests.random_wan import TEXT_TOKENS, random_wan
 

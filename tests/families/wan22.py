@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
 from tests.families.wan import VIDEO, euler
 from tests.random_wan import TEXT_TOKENS, random_wan

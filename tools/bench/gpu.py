@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpgo_video.config import VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.atomic import write_json
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.rollout import Denoiser
+from bpgo_video.rollouts.rollout import Denoiser
 from bpgo_video.types import Guidance
 from tools.bench.timing import seconds
 

@@ -11,12 +11,12 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from bpgo_video.config import Config, PriorConfig, RewardConfig
+from bpgo_video.config.bpgo import Config, PriorConfig, RewardConfig
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
-from bpgo_video.session import Session
-from bpgo_video.stopwatch import Stopwatch
-from bpgo_video.trainer import sample_and_score
+from bpgo_video.training.session import Session
+from bpgo_video.training.stopwatch import Stopwatch
+from bpgo_video.training.trainer import sample_and_score
 from bpgo_video.types import PromptBatch
 from tools.bench.timing import seconds
 

@@ -19,7 +19,7 @@ import av
 import torch
 from torch import Tensor
 
-from bpgo_video.config import RewardConfig
+from bpgo_video.config.bpgo import RewardConfig
 from bpgo_video.rewards import Clips, RewardModel
 from bpgo_video.rewards.packaged import data_of
 from bpgo_video.rewards.suite import build_reward

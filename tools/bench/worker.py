@@ -19,25 +19,25 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor, nn
 
-from bpgo_video import engine as engines
-from bpgo_video.bpgo import BPGOSettings
 from bpgo_video.cli import show_loading_once
-from bpgo_video.config import Config, ParallelConfig
-from bpgo_video.config_io import read_yaml
+from bpgo_video.config.bpgo import Config, ParallelConfig
+from bpgo_video.config.reading import read_yaml
 from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.estimation import estimate_advantages
-from bpgo_video.losses import Move, bpgo_loss
+from bpgo_video.learner.bpgo import BPGOSettings
+from bpgo_video.learner.losses import Move, bpgo_loss
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
 from bpgo_video.policies import Policy
-from bpgo_video.policy_session import build_engine, sampling_policy
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.replay import Setting, optimise, replay_objective
-from bpgo_video.rollout import sample_chunks, trained_steps_of, training_denoiser, trust_region
-from bpgo_video.session import Session, build_session, check_inputs
-from bpgo_video.stopwatch import Stopwatch
-from bpgo_video.trainer import sample_and_score, train_step
+from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
+from bpgo_video.rollouts.rollout import sample_chunks, trained_steps_of, training_denoiser, trust_region
+from bpgo_video.training.estimation import estimate_advantages
+from bpgo_video.training.policy_session import build_engine, sampling_policy
+from bpgo_video.training.session import Session, build_session, check_inputs
+from bpgo_video.training.stopwatch import Stopwatch
+from bpgo_video.training.trainer import sample_and_score, train_step
 from bpgo_video.types import PromptBatch
+from bpgo_video.zero import engine as engines
 from tools.bench.overlap import in_chunks, overlap
 from tools.bench.timing import in_turn, seconds, waiting
 

@@ -20,7 +20,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DMode
 from PIL import Image
 from torch import Tensor
 
-from bpgo_video import sde
+from bpgo_video.diffusion import sde
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import load_policy
 from bpgo_video.tiny import world

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from bpgo_video import sde
+from bpgo_video.diffusion import sde
 from bpgo_video.policies.base import guided_velocity
 from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.tiny import world

@@ -1,0 +1,216 @@
+"""How is a configuration read? Strictly from YAML, with dotted flags over it; unknown keys are errors.
+
+python pipelines/train_video.py --config pipelines/configs/tiny_wan_bpgo.yaml --run.num-steps 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.rules import check
+from bpgo_video.config.sft import Recipe, SftConfig, check_sft
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of recipe: the class of its tree, and what checks that its values go together."""
+
+    tree: type
+    check: Callable[[Any], None]
+
+
+SHOWN: dict[str, Any] = {  # in `--help` without a recipe: what has no default
+    "run": {"dir": "RUN"},
+    "policy": {"folder": "FOLDER", "max_sequence_length": 512},
+    "video": {"num_frames": 81, "height": 480, "width": 832, "fps": 16},
+    "data": {"shards": "SHARDS"},
+    "deepspeed": "ds_configs/zero3.json",
+    "rewards": {"NAME": {"model": "clip_score"}},
+}
+
+KINDS: Mapping[str, Kind] = MappingProxyType({"bpgo": Kind(Config, check), "sft": Kind(SftConfig, check_sft)})
+
+
+def _kind(tree: Mapping[str, Any], source: str) -> Kind:
+    name = tree.get("recipe", "bpgo")
+    if name not in KINDS:
+        raise ConfigError(f"{source}:\n  recipe: {name!r} is not known; it is one of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def _known_keys(root: type, path: Sequence[Any]) -> list[str]:
+    """Keys of the dataclass at `path` in the tree, for a suggestion; empty where there is none."""
+    node: Any = root
+    for key in path:
+        if dataclasses.is_dataclass(node):
+            node = get_type_hints(node).get(key)
+        elif get_origin(node) is dict:
+            node = get_args(node)[1]
+    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+
+
+def _explain(error: ValidationError, source: str, root: type) -> str:
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        name = ".".join(path)
+        if problem["type"] == "unexpected_keyword_argument":
+            near = difflib.get_close_matches(path[-1], _known_keys(root, path[:-1]), n=1, cutoff=0.4)
+            hint = f"; perhaps you meant {near[0]!r}" if near else ""
+            lines.append(f"{name}: unknown key{hint}")
+        elif problem["type"] in ("missing", "missing_argument"):
+            lines.append(f"{name}: required, and not given")
+        else:
+            lines.append(f"{name}: {problem['msg']} (given: {problem['input']!r})")
+    return f"{source}:\n  " + "\n  ".join(lines)
+
+
+def config_from_dict(tree: dict[str, Any], source: str = "config") -> Recipe:
+    """The typed tree behind plain YAML data, of the kind that its `recipe` names.
+
+    Raises:
+        ConfigError: an unknown key (names the nearest known one), a missing one, or a value out of range.
+    """
+    kind = _kind(tree, source)
+    try:
+        config: Recipe = TypeAdapter(kind.tree).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source, kind.tree)) from None
+    kind.check(config)
+    return config
+
+
+def to_yaml(config: Recipe) -> str:
+    """The resolved configuration, readable by `read_recipe` again."""
+    tree = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The configuration in a YAML file, of any kind; see `read_tree` for `base`."""
+    return config_from_dict(read_tree(path), str(path))
+
+
+def read_yaml(path: Path) -> Config:
+    """The configuration in a YAML file of kind bpgo. Raises ConfigError where it is of another."""
+    return _of_bpgo(read_recipe(path), str(path))
+
+
+def _of_bpgo(config: Recipe, source: str) -> Config:
+    if not isinstance(config, Config):
+        raise ConfigError(f"{source} is a recipe of kind {config.recipe!r}; rewards and priors belong to kind 'bpgo'")
+    return config
+
+
+def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Plain data of a recipe. Its `base`, a path beside it, names a recipe whose values it changes key by key.
+
+    `rewards` and `evaluation.rewards` are replaced as a whole: what a policy is trained on is read in one place.
+    """
+    if not path.is_file():
+        named = f", which {above[-1]} names as its base," if above else ""
+        raise ConfigError(f"config file {str(path)!r}{named} does not exist; recipes are in pipelines/configs/")
+    if path.resolve() in above:
+        raise ConfigError(f"{path} is its own base, by way of {' -> '.join(map(str, above))}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}; a mapping with the keys of `--help` is needed")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merged(read_tree(path.parent / str(base), (*above, path.resolve())), tree)
+
+
+def _flags(node: Any, name: str = "") -> Iterator[str]:
+    """The flags of every value in a tree."""
+    if dataclasses.is_dataclass(node):
+        children = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    elif isinstance(node, dict) and node:
+        children = node
+    else:
+        yield f"--{name}"
+        return
+    for key, child in children.items():
+        yield from _flags(child, f"{name}.{key.replace('_', '-')}".lstrip("."))
+
+
+def _explain_flags(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """What is wrong with what the command line has beside its flags; a value behind an unknown flag goes with it."""
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    lines = []
+    for flag in flags:
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+        lines.append(f"{flag}: unknown flag{f'; perhaps you meant {near[0]}' if near else ''}; --help lists all")
+    if not flags:
+        lines.append(
+            f"{unknown[0]!r} is the value of no flag; a switch takes none: --policy.compile-blocks is on and "
+            "--policy.no-compile-blocks is off"
+        )
+    return "\n  ".join(["command line:", *lines])
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "rewards"
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
+
+
+def load_config(argv: Sequence[str] | None = None, description: str | None = None) -> Config:
+    """`load_recipe` of kind bpgo; exits with a message where it is of another."""
+    try:
+        return _of_bpgo(load_recipe(argv, description), "--config")
+    except ConfigError as error:
+        raise SystemExit(f"configuration error: {error}") from None
+
+
+def load_recipe(argv: Sequence[str] | None = None, description: str | None = None) -> Recipe:
+    """The configuration that a command line asks for: `--config FILE`, then dotted flags over it.
+
+    The file's `recipe` says which flags there are; without a file, `--help` shows those of kind bpgo. The launcher's
+    `--local_rank` is taken first. Exits with a message where a flag is wrong.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--local_rank", type=int)
+    known, rest = early.parse_known_args(argv)
+    wants_help = bool({"-h", "--help"} & set(rest))
+    if known.config is None and not wants_help:
+        raise SystemExit("--config FILE is required, for example --config pipelines/configs/tiny_wan_bpgo.yaml")
+    kind = KINDS["bpgo"]
+    try:
+        default = read_recipe(known.config) if known.config else config_from_dict(SHOWN)
+        kind = KINDS[default.recipe]
+        config: Recipe
+        config, unknown = tyro.cli(
+            kind.tree,
+            default=default,
+            args=rest,
+            description=description,
+            return_unknown_args=True,
+            config=(tyro.conf.AvoidSubcommands,),  # of None or a mapping
+        )
+        if unknown:
+            raise ConfigError(_explain_flags(unknown, list(_flags(config))))
+        kind.check(config)
+    except (ConfigError, ValidationError) as error:
+        message = _explain(error, "command line", kind.tree) if isinstance(error, ValidationError) else str(error)
+        raise SystemExit(f"configuration error: {message}") from None
+    return config

@@ -1,0 +1,54 @@
+"""How can any run be set? Its length, seed and checkpoints, the optimiser, and the average of its weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from bpgo_video.config.fields import STRICT, BelowOne, NonNegative, Positive, Unit
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    dir: str
+    """Folder that the run writes; an existing one is never overwritten."""
+    num_steps: Positive = 100
+    """Training steps in the whole run: rollouts, each followed by `optim.updates_per_rollout` updates; of a warm start,
+    updates."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Every random draw is a function of this, the step, the prompt's id and the sample's index."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto` continues from the newest complete checkpoint in `dir`, or starts where there is none."""
+    resume_optimizer: Literal["keep", "fresh"] = "keep"
+    """`fresh` resumes weights, their average, data position and schedule, and starts the optimiser's moments anew: the
+    way between ZeRO 3 and the other stages."""
+    save_every: Positive = 50
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: Positive = 2
+    """Older checkpoints are deleted."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none for good."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimiserConfig:
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
+    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 1.0
+    """0 switches clipping off."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up; linear and cosine end at 0."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True, config=STRICT)
+class EmaConfig:
+    decay: BelowOne = 0.0
+    """Share that the average of the trained weights keeps in each update; 0 keeps no average."""
+    warmup: bool = True
+    """Keep (1 + n) / (10 + n) after n updates where that is less, so that a short run's average leaves its start."""

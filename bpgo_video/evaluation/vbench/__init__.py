@@ -1,0 +1,1 @@
+"""VBench's dimensions and total: its videos laid out, measured by our formulas or by its own package."""

@@ -1,0 +1,1 @@
+"""A policy at work: videos sampled, and what they teach recorded; their transitions again, with gradients."""

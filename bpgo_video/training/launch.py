@@ -1,0 +1,26 @@
+"""How does a command of all ranks end? Well on each; or by an error, without a traceback where it can be mended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bpgo_video.checkpoints.zero_files import CheckpointError
+from bpgo_video.cli import show_loading_once, tell
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.data.prompt_records import ShardError
+from bpgo_video.zero import engine
+
+MENDABLE = (ConfigError, ShardError, CheckpointError, FileNotFoundError)
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """The body of a command that every rank runs; wrong input ends it with exit code 2."""
+    show_loading_once()
+    try:
+        yield
+    except MENDABLE as error:
+        tell(error)
+        raise SystemExit(2) from None
+    engine.stop_ranks()

@@ -1,0 +1,167 @@
+"""What does every run train, and what does it stand on? A policy under its engine; all is checked before it is built.
+
+What a recipe adds is its own: rewards and priors in session.py, clips in sft_session.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bpgo_video
+from bpgo_video.code_version import this_code
+from bpgo_video.config.sft import Recipe
+from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
+from bpgo_video.data.shards import PromptShards
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.parallel.sequence import check_heads, parallelise
+from bpgo_video.paths import resolve_folder
+from bpgo_video.policies import Policy, load_policy
+from bpgo_video.policies.base import Build, from_pretrained
+from bpgo_video.policies.frozen_parts import save_memory
+from bpgo_video.policies.kernels import choose_attention, compile_blocks
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
+from bpgo_video.rollouts.replay import Followed, Learner
+from bpgo_video.zero import engine as engines
+from bpgo_video.zero.ema import EMA
+from bpgo_video.zero.schedule import learning_rate_factor
+
+PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class PolicySession:
+    """The parts that every run has, built and ready.
+
+    Attributes:
+        code: the versions of the program that train, in order; more than one where a run went on with another.
+    """
+
+    config: Recipe
+    mesh: Mesh
+    policy: Policy
+    engine: engines.Engine
+    ema: EMA | None
+    code: list[str] = field(default_factory=lambda: [this_code()], kw_only=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformers and what they are conditioned on."""
+        return self.engine.dtype
+
+    def weights(self, kind: str) -> AbstractContextManager[None]:
+        """Where the policy is measured: with its weights (`raw`), or with their average (`ema`)."""
+        return self.ema.weights() if self.ema and kind == "ema" else nullcontext()
+
+    @property
+    def updates(self) -> Learner:
+        """What takes gradients and steps: the engine, and the average behind it."""
+        return Followed(self.engine, self.ema.update) if self.ema else self.engine
+
+
+def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
+    """The DeepSpeed configuration and the shards, checked on this rank against the policy's folder."""
+    ds_config = engines.read_ds_config(config.deepspeed)
+    folder = resolve_folder(config.policy.folder)
+    for name in trained_names(folder, config.policy.trained):
+        check_heads(json.loads((folder / name / "config.json").read_text()), config.parallel.sequence)
+    shards = PromptShards(config.data.shards, config.data.cache)
+    shards.check_policy(encoder_stamp(folder, config.policy.max_sequence_length))
+    return ds_config, shards
+
+
+def identity(config: Recipe, ds_config: Mapping[str, Any], shards: PromptShards) -> dict[str, str]:
+    """All that the numbers of any run depend on, as text by what it is called."""
+    found = {f"{name} section": repr(section) for name, section in vars(config).items()}
+    found["DeepSpeed configuration"] = repr(ds_config)
+    found["prompt shards"] = repr(shards.index)
+    folder = resolve_folder(config.policy.folder)
+    found["model"] = fingerprint(folder, (*transformer_names(folder), "vae"))
+    code = sorted(Path(bpgo_video.__file__).parent.rglob("*.py"))
+    found["bpgo_video code"] = "".join(path.read_text() for path in code)
+    found["package versions"] = repr({name: version(name) for name in PACKAGES})
+    return found
+
+
+def sampling_policy(
+    config: Recipe,
+    ds_config: Mapping[str, Any],
+    mesh: Mesh,
+    build: Build = from_pretrained,
+    components: Collection[str] = ("transformer", "vae", "image_encoder"),
+) -> Policy:
+    """The recipe's policy without its text encoder: embeddings come with the prompts.
+
+    Args:
+        build: how the transformers come into being; by default whole on every rank.
+    """
+    policy = load_policy(
+        config.policy.folder,
+        components=components,
+        max_sequence_length=config.policy.max_sequence_length,
+        dtype=engines.compute_dtype(ds_config),
+        device=mesh.device,
+        build=build,
+        name=config.policy.family,
+        options=config.policy.options,
+    )
+    save_memory(policy, config.policy, mesh.device)
+    choose_attention(policy.transformers, config.policy.attention_backend)
+    return policy
+
+
+def describe_policy(config: Recipe) -> Policy:
+    """The recipe's policy without any network: what its folder says of it."""
+    return load_policy(
+        config.policy.folder,
+        components=(),
+        max_sequence_length=config.policy.max_sequence_length,
+        name=config.policy.family,
+        options=config.policy.options,
+    )
+
+
+def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], mesh: Mesh) -> engines.Engine:
+    """Adapters, checkpointing and sequence groups on the policy's transformers, which the engine then takes over."""
+    trained = trained_names(policy.folder, config.policy.trained)
+    blocks = blocks_of(policy.transformers, policy.block_names)
+    for name, module in policy.transformers.items():
+        prepare(module, config, mesh, blocks, trains=name in trained)
+    optim = config.optim
+    engine = engines.Engine(
+        policy.transformers,
+        optim,
+        ds_config,
+        micro_batch_size=config.micro_batch_size,
+        learning_rate_factor=learning_rate_factor(optim.schedule, optim.warmup_updates, config.num_updates),
+        block_classes=blocks,
+    )
+    policy.transformers = engine.wrapped
+    return engine
+
+
+def prepare(module: Any, config: Recipe, mesh: Mesh, blocks: tuple[type, ...], trains: bool) -> None:
+    """A transformer as the recipe wants it, before an engine takes it."""
+    if not trains:
+        module.requires_grad_(False)
+    elif config.policy.lora.rank:
+        add_lora(module, config.policy.lora, config.run.seed)
+    if config.policy.gradient_checkpointing:
+        module.enable_gradient_checkpointing()
+    parallelise(module, mesh)
+    if config.policy.compile_blocks:
+        compile_blocks(module, blocks)
+
+
+def builder(ds_config: Mapping[str, Any]) -> Build:
+    """How transformers come into being: sharded from birth under ZeRO-3."""
+    return partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained

@@ -1,0 +1,139 @@
+"""What does the starting policy earn on each prompt? The reference prior of arXiv 2511.18919, with its scale s_ref."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.reading import load_config
+from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.data.prior_files import write_priors
+from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.data.unfinished_priors import Found, UnfinishedPriors
+from bpgo_video.parallel.agreement import from_main
+from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy
+from bpgo_video.rewards.ahead import ScoreAhead
+from bpgo_video.rewards.suite import RewardSuite
+from bpgo_video.rollouts.conditioning import conditioned, image_size
+from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_denoiser
+from bpgo_video.training.launch import launched
+from bpgo_video.training.policy_session import sampling_policy
+from bpgo_video.training.session import check_inputs
+from bpgo_video.types import PromptBatch, Rewards
+from bpgo_video.zero import engine
+
+PROMPTS_AT_ONCE = 64  # gathered and told together
+
+
+def pooled_scale(name: str, scores: Float[Tensor, "prompts samples"]) -> float:
+    """s_ref = sqrt(mean_i s_i^2), s_i the standard deviation of prompt i's samples (ddof 1).
+
+    Raises:
+        ConfigError: all samples of every prompt earn the same, so that no deviation could be told from noise.
+    """
+    scale = float(scores.double().var(dim=1).mean().sqrt())
+    if not scale > 0:
+        raise ConfigError(f"reward {name!r}: every prompt's samples earn the same; it does not see what differs")
+    return scale
+
+
+def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts samples"]]:
+    """Scores of the starting policy by reward name, over all prompts of the training split; written by rank 0.
+
+    What an estimation of the same settings found before it was broken off is not sampled again.
+    """
+    ds_config, shards = check_inputs(config, mesh, need_priors=False)
+    suite = RewardSuite(config.rewards, mesh.device, config.video.fps)
+    policy = sampling_policy(config, ds_config, mesh)
+    policy_hash = fingerprint(policy.folder, policy.transformer_names)
+    notes = UnfinishedPriors(shards.directory, settings_of(config, suite.versions, policy_hash))
+    known = from_main(notes.begin() if mesh.is_main else {}, mesh)
+    rows = shards.rows(config.data.split)
+    ids = shards.ids(rows).tolist()
+    missing = [row for row, id_ in zip(rows.tolist(), ids, strict=True) if id_ not in known]
+    dtype = engine.compute_dtype(ds_config)
+    with tqdm(
+        total=len(ids), initial=len(ids) - len(missing), desc="priors", unit="prompt", disable=not mesh.is_main
+    ) as bar:
+        for start in range(0, len(missing), PROMPTS_AT_ONCE):
+            records = [shards.record(row) for row in missing[start : start + PROMPTS_AT_ONCE]]
+            batch = as_batch(records, image_size(config, policy))
+            batch = conditioned(batch, policy, config, dtype, mesh, config.prior.samples)
+            new = by_prompt(batch, score_prompts(config, policy, batch, suite, mesh))
+            known |= new
+            if mesh.is_main:
+                notes.add(new)
+            bar.update(len(batch))
+    scores = {name: torch.tensor([known[id_][name] for id_ in ids]) for name in suite.versions}
+    scales = {name: pooled_scale(name, of_reward) for name, of_reward in scores.items()}
+    if mesh.is_main:
+        for name, of_reward in scores.items():
+            store(shards.directory, name, suite.versions[name], policy_hash, ids, of_reward, scales[name])
+        notes.remove()
+    mesh.barrier()
+    return scores
+
+
+def settings_of(config: Config, versions: Mapping[str, str], policy_hash: str) -> dict[str, str]:
+    """All that the scores depend on, as text."""
+    sections = {name: repr(getattr(config, name)) for name in ("policy", "video", "sampler", "data")}
+    draws = f"seed {config.run.seed}, {config.prior.samples} samples"
+    return {**sections, "rewards": repr(dict(versions)), "policy hash": policy_hash, "draws": draws}
+
+
+def by_prompt(prompts: PromptBatch, rewards: Rewards) -> Found:
+    """Each prompt's scores, as plain numbers."""
+    return {
+        id_: {name: scores[row].tolist() for name, scores in rewards.by_name.items()}
+        for row, id_ in enumerate(prompts.ids.tolist())
+    }
+
+
+def score_prompts(config: Config, policy: Policy, prompts: PromptBatch, suite: RewardSuite, mesh: Mesh) -> Rewards:
+    """`prior.samples` videos per prompt by the training sampler, with draws that no training step has."""
+    steps = sampled_steps(policy, config, step=-1)(
+        0
+    )  # the same for all prompts, so that a micro-batch may hold several
+    chunks = sample_chunks(
+        training_denoiser(policy, config),
+        prompts,
+        mesh,
+        group_size=config.prior.samples,
+        micro_batch_size=config.rollout.micro_batch_size,
+        latent_shape=policy.latent_shape(config.video),
+        key=(config.run.seed, "prior"),
+        trained_steps=lambda prompt: steps,
+    )
+    with suite.at_work(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
+        for chunk in chunks:
+            scoring.put(chunk)
+            del chunk
+        return suite.gather(scoring.scores(), prompts, config.prior.samples, mesh)
+
+
+def store(
+    directory: Path, name: str, version: str, policy_hash: str, ids: Sequence[int], scores: Tensor, scale: float
+) -> None:
+    means, stds = scores.double().mean(dim=1).tolist(), scores.double().std(dim=1).tolist()
+    anchors = {id_: (mean, std, scores.shape[1]) for id_, mean, std in zip(ids, means, stds, strict=True)}
+    path = write_priors(directory, name, version, scale, policy_hash, anchors)
+    mean = sum(means) / len(means)
+    print(f"{path}: {len(ids)} prompts x {scores.shape[1]} samples, mean {mean:.4f}, s_ref {scale:.4f}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line of tools/estimate_priors.py; it takes the flags of a training run."""
+    config = load_config(argv, description="Measure the reference prior of a recipe and store it with its prompts.")
+    with launched():
+        mesh = engine.start_ranks()
+        with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
+            heartbeat.enter("priors")
+            estimate(config, mesh)

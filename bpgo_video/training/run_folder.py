@@ -1,0 +1,157 @@
+"""May a run use its folder? It is never overwritten, continued by the same settings only, and seen by every rank."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bpgo_video.checkpoints import checkpoint
+from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
+from bpgo_video.config.reading import read_recipe, to_yaml
+from bpgo_video.config.sft import Recipe
+from bpgo_video.data.atomic import atomic_file
+from bpgo_video.parallel.agreement import from_main, same_verdict
+from bpgo_video.parallel.mesh import Mesh
+
+PLACES = {"worker": {"python"}, "remote": {"url", "token_env"}}  # options that say where a model is
+PATIENCE = 60.0  # seconds; an NFS client may remember for as long that a name was not there (acdirmax)
+
+
+def check_run_dir(config: Recipe) -> None:
+    """Whether this run may use its folder; nothing is written yet.
+
+    Raises:
+        ConfigError: it holds a run already that was not asked to go on, or one of other settings.
+    """
+    run_dir = Path(config.run.dir)
+    if run_dir.is_dir() and any(run_dir.iterdir()) and config.run.resume == "never":
+        raise ConfigError(
+            f"run.dir {str(run_dir)!r} exists and is never overwritten; continue it with --run.resume auto, or name "
+            "another folder with --run.dir"
+        )
+    if (run_dir / "config.yaml").is_file():
+        check_same_run(read_recipe(run_dir / "config.yaml"), config)
+
+
+def open_run_dir(config: Recipe, mesh: Mesh) -> str | None:
+    """Make the run's folder and keep the resolved configuration in it; the checkpoint to continue from, if any.
+
+    Raises:
+        ConfigError: a rank does not see the folder, or cannot write to it.
+    """
+    run_dir = Path(config.run.dir)
+    mesh.barrier()  # every rank has looked before the main one writes
+    check_shared(run_dir, mesh)
+    newest = None
+    with same_verdict(mesh):
+        if mesh.is_main:
+            checkpoint.clear_leftovers(run_dir)
+            with atomic_file(run_dir / "config.yaml") as path:
+                path.write_text(to_yaml(config))
+            newest = checkpoint.newest(run_dir)
+    return from_main(newest, mesh)  # a network file system may show another rank an older state
+
+
+def check_shared(run_dir: Path, mesh: Mesh, patience: float = PATIENCE) -> None:
+    """Every rank sees the folder that rank 0 makes and may write to it: each writes a part of every checkpoint.
+
+    Raises:
+        ConfigError: names the rank and host that does not; the folder is removed again if nothing else is in it.
+    """
+    token = run_dir / f".seen-by-every-rank-{from_main(secrets.token_hex(8), mesh)}"
+    try:
+        with same_verdict(mesh):
+            if mesh.is_main:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                token.touch()
+        with same_verdict(mesh):
+            if not appears(token, patience):
+                raise ConfigError(
+                    f"run.dir {str(run_dir)!r} is not the folder that rank 0 has under this name: every rank writes "
+                    "its part of a checkpoint there; put it on storage that all nodes share, with --run.dir"
+                )
+            if not os.access(run_dir, os.W_OK):
+                raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written to; every rank must write there")
+    except ConfigError:
+        if mesh.is_main:
+            token.unlink(missing_ok=True)
+            if not any(run_dir.iterdir()):
+                run_dir.rmdir()
+        raise
+    if mesh.is_main:
+        token.unlink()
+
+
+def appears(path: Path, patience: float) -> bool:
+    """Whether a file is there within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+        if path.parent.parent.is_dir():
+            os.listdir(path.parent.parent)  # makes a network file system look again
+    return True
+
+
+def check_same_run(saved: Recipe, config: Recipe) -> None:
+    """A resumed run may change how long it runs, how often it saves, its sharding, its timeouts, and when and where
+    things that come out the same are done: nothing that it computes.
+    """
+    if saved.recipe != config.recipe:
+        raise ConfigError(
+            f"run.dir {config.run.dir!r} holds a run of kind {saved.recipe!r}, this one is {config.recipe!r}; start a "
+            "new run with --run.dir"
+        )
+    before, after = vars(computed(saved)), vars(computed(config))
+    changed = [name for name in after if name not in ("wandb", "run", "deepspeed") and before[name] != after[name]]
+    if saved.run.seed != config.run.seed:
+        changed.append("run.seed")
+    if config.optim.schedule != "constant" and saved.run.num_steps != config.run.num_steps:
+        changed.append(f"run.num_steps (where the {config.optim.schedule} schedule ends)")
+    if changed:
+        raise ConfigError(
+            f"run.dir {config.run.dir!r} was started with other {', '.join(changed)} settings (see its config.yaml); "
+            "resume with the same ones, or start a new run with --run.dir"
+        )
+
+
+def computed(config: Recipe) -> Recipe:
+    """The settings that the run's numbers depend on, the others at a common value."""
+    config = replace(config, parallel=replace(config.parallel, heartbeat_timeout=1.0))
+    return OWN[config.recipe](config)
+
+
+def scored(config: Config) -> Config:
+    """What is bpgo's own: when videos are scored, where trajectories rest, and where the rewards' models are."""
+    return replace(
+        config,
+        rollout=replace(config.rollout, score_ahead=0, offload_trajectories=False),
+        rewards=without_places(config.rewards),
+        evaluation=replace(config.evaluation, rewards=without_places(config.evaluation.rewards)),
+    )
+
+
+OWN: dict[str, Callable[[Any], Recipe]] = {"bpgo": scored, "sft": lambda config: config}
+
+
+def without_places(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardConfig]:
+    """Rewards as they score, without where their models are and how long that may take."""
+
+    def places(reward: RewardConfig) -> set[str]:
+        return PLACES.get(reward.model, set())
+
+    return {
+        name: replace(
+            reward,
+            timeout=1.0,
+            rests_on="device",
+            options={key: value for key, value in reward.options.items() if key not in places(reward)},
+        )
+        for name, reward in rewards.items()
+    }
