@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.policies import Policy, load_policy
-from tests.recipes import RECIPE
+from tests.made.recipes import RECIPE
 
 torch.set_num_threads(1)
 

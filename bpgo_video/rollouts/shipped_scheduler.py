@@ -14,7 +14,7 @@ from bpgo_video.policies import Policy
 from bpgo_video.rollouts.rollout import Denoiser, Path
 from bpgo_video.types import Guidance, Latents
 
-EULERS_OWN = (  # Euler's steps on the family's noise levels, as tests/test_families.py shows of each
+EULERS_OWN = (  # Euler's steps on the family's noise levels, as tests/policies/test_families.py shows of each
     "FlowMatchEulerDiscreteScheduler",
     "CogVideoXDDIMScheduler",
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from diffusers import WanTransformer3DModel
 
-from tests.recipes import ROOT, make_shards
+from tests.made.recipes import ROOT, make_shards
 
 STAGES = ("zero1", "zero2", "zero3")
 SHARED = [*(f"gradient-{stage}=gradient:{stage}" for stage in STAGES), "credited-4=credited:zero3:4"]

@@ -15,7 +15,7 @@ from bpgo_video.config.run import EmaConfig
 from bpgo_video.config.sft import SftConfig
 from bpgo_video.training.sft import train
 from bpgo_video.zero import engine
-from tests.clip_folders import sft_recipe
+from tests.made.clip_folders import sft_recipe
 
 HUGE_STEP = 1e5  # of SGD: the weights' change is the gradient, to many digits
 OPTIM: dict[str, dict[str, Any]] = {

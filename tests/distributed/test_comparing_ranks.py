@@ -16,9 +16,9 @@ from bpgo_video.evaluation.comparing.measuring import Asked, measure
 from bpgo_video.evaluation.comparing.model_scores import read_scores
 from bpgo_video.parallel.mesh import Mesh
 from tests.distributed.conftest import free_port
-from tests.random_wan import random_wan
-from tests.recipes import ROOT
-from tests.written_runs import tagged_recipe
+from tests.made.random_wan import random_wan
+from tests.made.recipes import ROOT
+from tests.made.written_runs import tagged_recipe
 
 pytestmark = pytest.mark.slow
 LAUNCHER = Path(sys.executable).with_name("deepspeed")

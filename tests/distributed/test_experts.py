@@ -16,7 +16,7 @@ from bpgo_video.reports.metrics import read_metrics
 from tests.distributed.conftest import run_ranks
 from tests.distributed.sameness import assert_same_run
 from tests.families import CASES
-from tests.recipes import make_shards
+from tests.made.recipes import make_shards
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ import pytest
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.reports.metrics import read_metrics
 from tests.distributed.conftest import free_port
-from tests.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
+from tests.made.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
 
 pytestmark = pytest.mark.slow
 

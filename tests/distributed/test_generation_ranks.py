@@ -14,8 +14,8 @@ import pytest
 
 from bpgo_video.data.video import read_video
 from tests.distributed.conftest import free_port
-from tests.random_wan import random_wan
-from tests.recipes import ROOT
+from tests.made.random_wan import random_wan
+from tests.made.recipes import ROOT
 
 pytestmark = pytest.mark.slow
 LAUNCHER = Path(sys.executable).with_name("deepspeed")

@@ -21,7 +21,7 @@ from bpgo_video.planning.zero import (
 )
 from tests.distributed.conftest import run_ranks
 from tests.distributed.memory_worker import BATCH, CASES, MODEL, zero
-from tests.recipes import RECIPE
+from tests.made.recipes import RECIPE
 
 pytestmark = pytest.mark.slow
 BOUND = 0.15

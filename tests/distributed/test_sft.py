@@ -16,11 +16,11 @@ from bpgo_video.export.conversion import Conversion, convert
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import load_policy
 from bpgo_video.training.sft_session import Clips, clip_loss
-from tests.clip_folders import make_clips
 from tests.distributed.conftest import run_ranks
 from tests.distributed.sameness import assert_same_run, records
 from tests.distributed.sft_worker import HUGE_STEP, case
 from tests.distributed.test_training import exported, starting_weights
+from tests.made.clip_folders import make_clips
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -13,7 +13,7 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.reports.metrics import read_metrics
 from tests.distributed.test_launches import launch, recipe_file
 from tests.distributed.two_hosts import ADDRESSES, INTERFACE, NAMES, Finished, TwoHosts, two_hosts, why_not
-from tests.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
+from tests.made.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
 
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
 TRAIN = "pipelines/train_video.py"

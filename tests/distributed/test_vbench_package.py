@@ -20,8 +20,8 @@ from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS
 from bpgo_video.evaluation.vbench.official import Official, measure_officially
 from bpgo_video.evaluation.vbench.suite import find_suite, read_suite
 from bpgo_video.rewards.packaged import data_of
-from tests.real_suites import VBENCH, assert_equal, measured, write_clips
-from tests.recipes import ROOT
+from tests.made.real_suites import VBENCH, assert_equal, measured, write_clips
+from tests.made.recipes import ROOT
 
 pytestmark = pytest.mark.slow
 SIDE = ROOT / "tests" / "vbench_side"

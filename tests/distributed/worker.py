@@ -21,7 +21,7 @@ from bpgo_video.config.bpgo import Config, LoraConfig, ParallelConfig, RewardCon
 from bpgo_video.paths import resolve_folder
 from bpgo_video.training.trainer import train
 from bpgo_video.zero import engine
-from tests.recipes import rewarded_by, small_recipe, without_evaluation
+from tests.made.recipes import rewarded_by, small_recipe, without_evaluation
 
 REDNESS = "tests.distributed.toy_rewards:Redness"
 SMALL = resolve_folder("package:bpgo_video.tiny/weights/wan") / "transformer"

@@ -19,7 +19,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rollouts.conditioning import conditioned
 from bpgo_video.types import PromptBatch
-from tests.recipes import RECIPE
+from tests.made.recipes import RECIPE
 
 CPU = torch.device("cpu")
 TEXTS = ("a red circle moving left", "a blue square moving up")

@@ -20,7 +20,7 @@ from transformers import T5Config, T5EncoderModel
 
 from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
-from tests.random_wan import TEXT_TOKENS, word_tokenizer
+from tests.made.random_wan import TEXT_TOKENS, word_tokenizer
 
 VIDEO = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)
 CHANNELS = 4

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel,
 
 from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
-from tests.random_wan import word_tokenizer
+from tests.made.random_wan import word_tokenizer
 
 VIDEO = VideoConfig(num_frames=9, height=32, width=48, fps=8.0)
 TEXT_TOKENS = 12

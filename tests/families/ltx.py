@@ -17,7 +17,7 @@ from transformers import T5Config, T5EncoderModel
 
 from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
-from tests.random_wan import TEXT_TOKENS, word_tokenizer
+from tests.made.random_wan import TEXT_TOKENS, word_tokenizer
 
 VIDEO = VideoConfig(num_frames=17, height=64, width=96, fps=24.0)  # its pipeline would take 25
 

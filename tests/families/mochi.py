@@ -10,7 +10,7 @@ from transformers import T5Config, T5EncoderModel
 
 from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
-from tests.random_wan import TEXT_TOKENS, word_tokenizer
+from tests.made.random_wan import TEXT_TOKENS, word_tokenizer
 
 CHANNELS = 12  # diffusers' pipeline knows no other
 

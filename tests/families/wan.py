@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
-from tests.random_wan import TEXT_TOKENS, random_wan
+from tests.made.random_wan import TEXT_TOKENS, random_wan
 
 VIDEO = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)
 

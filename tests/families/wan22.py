@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline
 from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
 from tests.families.wan import VIDEO, euler
-from tests.random_wan import TEXT_TOKENS, random_wan
+from tests.made.random_wan import TEXT_TOKENS, random_wan
 
 BOUNDARY = 0.875  # of T2V-A14B
 SMALL_VIDEO = VideoConfig(num_frames=9, height=96, width=96, fps=8.0)  # 27 tokens: an odd number for two ranks

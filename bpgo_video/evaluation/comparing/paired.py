@@ -9,7 +9,7 @@ other prompts, so that interval and test are over prompts alone.
     family     Holm's step-down over all measures and models of one comparison
 
 A percentile interval of 24 prompts covers the mean in 93 of 100 cases instead of 95, BCa hardly more: widened by
-Student's t it holds its level (tests/test_paired.py simulates both).
+Student's t it holds its level (tests/evaluation/test_paired.py simulates both).
 """
 
 from __future__ import annotations

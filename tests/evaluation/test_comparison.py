@@ -1,0 +1,232 @@
+"""What a comparison concludes: verdicts, notes, matched rewards, and what it refuses to pair."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.reading import to_yaml
+from bpgo_video.data.video import read_video
+from bpgo_video.evaluation.comparing import paired
+from bpgo_video.evaluation.comparing.comparison import as_json, compare, named, recipe_of, write_comparison
+from bpgo_video.evaluation.comparing.matching import Point, matched
+from bpgo_video.evaluation.comparing.measuring import Found
+from bpgo_video.evaluation.comparing.model_scores import (
+    ModelScores,
+    PairingError,
+    check_paired,
+    holds_scores,
+    read_scores,
+    write_scores,
+)
+from bpgo_video.evaluation.comparing.table import as_table
+from bpgo_video.evaluation.comparing.verdict import TRAINING_REWARD, Comparison, headline, notes
+from bpgo_video.evaluation.comparing.witness import Witness, diversity, motion, thumbnails
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.reports.metrics import MalformedFile
+from bpgo_video.types import RolloutChunk
+from tests.made.made_results import MEASURES, results
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paired, "RESAMPLES", 499)
+
+
+def compared(*models: ModelScores) -> Sequence[Comparison]:
+    return compare([Found(model, Path("nowhere")) for model in models]).comparisons
+
+
+@pytest.mark.parametrize(
+    ("gains", "outcome", "words"),
+    [
+        ({"oracle": 1.0}, "better", "B is better than A: held-out oracle +1."),
+        ({"oracle": -1.0}, "worse", "B is worse than A: held-out oracle -1."),
+        ({"oracle": 1.0, "second": -1.0}, "mixed", "B is better than A in some held-out measures and worse in others"),
+        ({"pixel_motion": 1.0}, "no difference shown", "No difference shown between A and B: held-out oracle"),
+    ],
+)
+def test_the_verdict_is_about_what_held_out_measures_show(gains: dict[str, float], outcome: str, words: str) -> None:
+    (one,) = compared(results("A"), results("B", gains=gains))
+    assert one.outcome == outcome
+    assert headline(one).startswith(words)
+
+
+def test_the_same_results_show_no_difference() -> None:
+    (one,) = compared(results("A"), replace(results("A"), label="B"))
+    assert one.outcome == "no difference shown"
+    assert all(effect.ties == effect.prompts and effect.p_adjusted == 1.0 for effect in one.effects.values())
+    assert list(notes(one)) == []
+
+
+@pytest.mark.parametrize(
+    ("gains", "words"),
+    [
+        ({"alignment": 1.0}, "no held-out score is shown to have risen: what was trained on may have been exploited"),
+        ({"alignment": 1.0, "oracle": -1.0}, "held-out scores fell: what was trained on may have been exploited"),
+        ({"pixel_motion": -1.0}, "Videos move less: pixel_motion fell by"),
+        ({"pixel_diversity": -1.0}, "Samples of one prompt are more alike: pixel_diversity fell by"),
+    ],
+)
+def test_what_may_mislead_is_said(gains: dict[str, float], words: str) -> None:
+    (one,) = compared(results("A"), results("B", gains=gains))
+    (note,) = notes(one)
+    assert words in note
+
+
+def test_tags_that_disagree_few_prompts_and_other_seeds_are_said() -> None:
+    first, second = results("A"), results("B")
+    lines = [
+        replace(line, scores={**line.scores, "oracle": [score + line.id % 2 for score in line.scores["oracle"]]})
+        for line in second.prompts
+    ]
+    (one,) = compared(first, replace(second, prompts=lines))
+    assert any("oracle changed by +1.0" in note and "on 'clear' prompts" in note for note in notes(one))
+    (few,) = compared(results("A", prompts=4), results("B", prompts=4, gains={"oracle": 9.0}))
+    assert few.outcome == "no difference shown", "2 / 2^4 is above .05"
+    assert "4 prompts cannot show a difference in one of 7 measures" in " ".join(notes(few))
+    (other,) = compared(results("A"), results("B", seed=1))
+    assert "different seeds" in " ".join(notes(other))
+
+
+def test_the_family_is_every_measure_of_every_model() -> None:
+    """Holm over 7 and over 14: an effect that all of 12 prompts show keeps 7 or 14 times its p, 2 / 2^12."""
+    gained = {"oracle": 1.0}
+    (one,) = compared(results("A"), results("B", gains=gained))
+    first, second = compared(results("A"), results("B", gains=gained), results("C"))
+    p = one.effects["oracle"].p_value
+    assert p == pytest.approx(2 / 2**12)
+    assert one.effects["oracle"].p_adjusted == pytest.approx(7 * p)
+    assert first.effects["oracle"].p_adjusted == pytest.approx(14 * p)
+    assert second.effects["oracle"].p_value == pytest.approx(second.effects["oracle"].p_value)
+
+
+def test_the_training_reward_is_the_weighted_sum() -> None:
+    (one,) = compared(results("A"), results("B", gains={"alignment": 1.0, "smooth": 2.0}))
+    parts = one.effects["alignment"].difference + 0.5 * one.effects["smooth"].difference
+    assert one.effects[TRAINING_REWARD].difference == pytest.approx(parts)
+
+
+def test_a_match_is_where_the_curve_first_crosses_the_reward() -> None:
+    """From .0 to .4 over steps 0 to 10, then to .2 at 20: .3 is first at 7.5, three quarters of the way."""
+    rewards, held = (0.0, 0.4, 0.2), (np.array([[0.0], [2.0]]), np.array([[1.0], [4.0]]), np.array([[9.0], [9.0]]))
+    curve = [
+        Point(step, np.full((2, 1), reward), {"oracle": own})
+        for step, reward, own in zip((0, 10, 20), rewards, held, strict=True)
+    ]
+    match = matched(curve, Point(0, np.full((2, 3), 0.3), {"oracle": np.array([[1.0], [3.0]])}))
+    assert match is not None
+    assert (match.step, match.reward) == (pytest.approx(7.5), pytest.approx(0.3))
+    assert match.effects["oracle"].mean_a == pytest.approx((0.75 + 3.5) / 2)
+    assert match.effects["oracle"].difference == pytest.approx(2.0 - 2.125)
+    assert matched(curve, Point(0, np.full((2, 1), 0.5), {})) is None
+
+
+def test_a_runs_curve_starts_at_the_policy_it_started_from() -> None:
+    """Run X reaches Y's training reward between its start and step 100, where Y has more of the oracle."""
+    base = results("base")
+    other = results("Y", gains={"alignment": 1.0, "oracle": 2.0}, run="runs/Y", step=10)
+    models = [base, results("X", gains={"alignment": 2.0, "oracle": 2.0}, run="runs/X", step=100), other]
+    found = compare([Found(model, Path("nowhere")) for model in models])
+    first, second = found.matchings
+    assert (first.run, first.other, second.run, second.other) == ("X", "Y", "Y", "X")
+    assert first.match is not None
+    assert first.match.step == pytest.approx(50, abs=3)
+    assert first.match.effects["oracle"].difference == pytest.approx(1.0, abs=0.1)
+    assert second.match is None
+    told = as_table(found)
+    assert "which X has at step 5" in told or "which X has at step 4" in told
+    assert "Y never has the training reward of X between its checkpoints here" in told
+    assert compare([Found(model, Path("nowhere")) for model in models[:2]]).matchings == []
+
+
+def test_comparison_json_has_everything_and_is_json(tmp_path: Path) -> None:
+    found = compare([Found(results("A"), tmp_path), Found(results("B", gains={"oracle": 1.0}), tmp_path)])
+    content = json.loads(write_comparison(tmp_path, found).read_text())
+    assert content == json.loads(json.dumps(as_json(found)))
+    (one,) = content["comparisons"]
+    assert (one["outcome"], one["reference"], one["candidate"]) == ("better", "A", "B")
+    assert one["effects"]["oracle"]["shown"] == 1
+    assert one["effects"].keys() == {*MEASURES, TRAINING_REWARD}
+    assert one["by_tag"].keys() == {"clear", "open"}
+    assert one["by_tag"]["open"]["oracle"]["p_adjusted"] is None
+    assert [model["label"] for model in content["models"]] == ["A", "B"]
+
+
+def test_results_of_other_prompts_rewards_or_settings_are_not_paired() -> None:
+    first = results("A")
+    check_paired([first, results("B", seed=3)])
+    settings = {**first.settings, "deployment": {**first.settings["deployment"], "num_steps": 4}}
+    for other, words in (
+        (results("B", prompts=11), "scores of other prompts"),
+        (replace(first, measures={name: MEASURES[name] for name in list(MEASURES)[1:]}), "measured by other rewards"),
+        (replace(first, settings=settings), "num_steps 8 and 4"),
+    ):
+        with pytest.raises(PairingError, match=words):
+            check_paired([first, other])
+
+
+def test_results_are_read_as_they_were_written_or_named(tmp_path: Path) -> None:
+    assert not holds_scores(tmp_path)
+    write_scores(tmp_path, results("A", run="runs/X", step=3))
+    assert read_scores(tmp_path) == results("A", run="runs/X", step=3)
+    content = json.loads((tmp_path / "scores.json").read_text())
+    content["prompts"][0]["scores"]["oracle"].pop()
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    with pytest.raises(MalformedFile, match=r"scores\.json: every prompt needs equally many scores"):
+        read_scores(tmp_path)
+    (tmp_path / "scores.json").write_text("{}")
+    with pytest.raises(MalformedFile, match=r"scores\.json"):
+        read_scores(tmp_path)
+
+
+def test_models_have_names_that_tell_them_apart() -> None:
+    arguments = ["package:bpgo_video.tiny/weights/wan", "runs/a/checkpoints/step-000050", "runs/a/export", "runs/a",
+                 "runs/a/", "mine=runs/b=c", "./x=y/z"]  # fmt: skip
+    assert [one.label for one in named(arguments)] == ["wan", "a step-000050", "a/export", "a", "a (2)", "mine", "z"]
+    assert [one.source for one in named(arguments)][-2:] == ["runs/b=c", "./x=y/z"]
+    with pytest.raises(ConfigError, match="name the recipe to measure them by with --config"):
+        recipe_of(named(arguments[:1]), None)
+
+
+def test_a_witness_keeps_first_samples_and_sorts_what_it_saw(tmp_path: Path) -> None:
+    """Prompts at places 4 and 7, two samples each, seen out of order; one brightens by .1 a frame, others rest."""
+    witness = Witness(tmp_path, [4, 7], samples=2, fps=8.0)
+    still = torch.tensor([0.2, 0.6, 0.4])[:, None, None, None, None].expand(3, 5, 3, 16, 16)
+    ramp = torch.linspace(0.0, 0.4, 5)[None, :, None, None, None].expand(1, 5, 3, 16, 16)
+    witness(RolloutChunk((), still, torch.tensor([1, 0, 0]), torch.tensor([0, 1, 0])))
+    witness(RolloutChunk((), ramp, torch.tensor([1]), torch.tensor([1])))
+    scores = witness.scores(num_frames=5, mesh=Mesh(rank=0, world_size=1, device=torch.device("cpu")))
+    assert scores["pixel_motion"].tolist() == [[0.0, 0.0], [0.0, pytest.approx(0.1)]]
+    assert scores["pixel_diversity"][0].tolist() == pytest.approx([0.2, 0.2], abs=1e-4)
+    assert scores["pixel_diversity"][1, 0] == scores["pixel_diversity"][1, 1] > 0
+    shades = {path.stem: float(read_video(path)[0].mean()) for path in (tmp_path / "videos").iterdir()}
+    assert shades == {"00004": pytest.approx(0.4, abs=0.01), "00007": pytest.approx(0.2, abs=0.01)}
+
+
+def test_a_run_brings_its_recipe_wherever_it_is_entered(tmp_path: Path, recipe: Config) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(recipe))
+    for place in ("", "export", "export-ema", "checkpoints/step-000002"):
+        assert recipe_of(named(["package:a/b", str(tmp_path / place)]), None) == recipe
+    with pytest.raises(ConfigError, match="a run with rewards"):
+        recipe_of(named([str(tmp_path / "samples")]), None)
+
+
+def test_motion_and_diversity_are_what_they_say() -> None:
+    """A ramp of .1 a frame moves by .1; samples of shades 0, .3 and .9 lie .3, .6 and .9 apart."""
+    ramp = torch.linspace(0, 0.8, 9)[None, :, None, None, None].expand(1, 9, 3, 40, 24)
+    assert motion(ramp).tolist() == pytest.approx([0.1])
+    assert thumbnails(ramp).shape == (1, 3 * 8 * 16 * 16)
+    assert thumbnails(ramp[:, :1, :, :6, :6]).shape == (1, 3 * 6 * 6)
+    shades = torch.tensor([0.0, 0.3, 0.9])[:, None, None, None, None].expand(3, 9, 3, 40, 24)
+    apart = diversity(thumbnails(shades)[None])
+    assert apart[0].tolist() == pytest.approx([(0.3 + 0.9) / 2, (0.3 + 0.6) / 2, (0.9 + 0.6) / 2], abs=1e-4)
+    grain = 0.5 + 0.1 * torch.randn(2, 9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert diversity(thumbnails(grain)[None]).max() < 0.05 < (grain[0] - grain[1]).square().mean().sqrt()

@@ -1,0 +1,230 @@
+"""The report of a comparison in a browser: offline, playing, sorted, filtered, readable, and without an error."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bpgo_video.data.video import VideoError, read_video, write_video
+from bpgo_video.evaluation.comparing.comparison import Compared, compare
+from bpgo_video.evaluation.comparing.model_scores import video_path
+from bpgo_video.evaluation.comparing.report import write_report
+from bpgo_video.evaluation.comparing.side_by_side import LONGEST_SIDE, chosen_rows, clip_of, disagreement
+from tests.made.made_results import found, results
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync"]  # fmt: skip
+PROMPTS = 14
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """A reference and two candidates; one of them has been trained, and its run has a log."""
+    folder = tmp_path_factory.mktemp("comparison")
+    run = folder / "runs" / "mine"
+    run.mkdir(parents=True)
+    lines = [{"step": step, "reward": 0.1 * step, "icc/alignment": 0.7, "heldout/oracle": 0.5} for step in range(9)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return compare(
+        [
+            found(folder / "a", results("start", PROMPTS), 0.4),
+            found(folder / "b", results("mine", PROMPTS, {"oracle": 1.0}, run=str(run), step=9, spread=0.5), 0.7),
+            found(folder / "c", results("other <i>", PROMPTS, {"second": -1.0}, spread=0.5), 1.0),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def report(models: Compared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(tmp_path_factory.mktemp("report"), models, shown=PROMPTS)
+
+
+@dataclass
+class Visit:
+    """A page and all that went wrong on it."""
+
+    page: Any
+    problems: list[str] = field(default_factory=list)
+
+    def prompts(self) -> list[int]:
+        """Rows of the cards that are visible, in their order."""
+        found = self.page.eval_on_selector_all(".pair:not([hidden])", "all => all.map(one => one.dataset.row)")
+        return [int(row) for row in found]
+
+    def times(self, row: int) -> list[float]:
+        return self.page.eval_on_selector_all(
+            f".pair[data-row='{row}'] video", "all => all.map(one => one.currentTime)"
+        )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"there is no browser at {CHROMIUM}")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    """The report, opened with the context of the test's parameter; a test that ends has met no problem."""
+    context = browser.new_context(**{"reduced_motion": "no-preference", **getattr(request, "param", {})})
+    visit = Visit(context.new_page())
+    visit.page.on("console", lambda message: visit.problems.append(f"{message.type}: {message.text}"))
+    visit.page.on("pageerror", lambda error: visit.problems.append(str(error)))
+    outside = re.compile(r"(?!data:|blob:|file:)")
+    visit.page.on("request", lambda request: outside.match(request.url) and visit.problems.append(request.url))
+    visit.page.goto(report.as_uri())
+    yield visit
+    context.close()
+    assert visit.problems == []
+
+
+def test_nothing_of_the_page_lies_elsewhere_and_text_stays_text(report: Path) -> None:
+    source = report.read_text()
+    assert "http:" not in source.replace("http-equiv", "")
+    assert "https:" not in source
+    for attribute in re.findall(r'\b(?:src|href|poster|data|srcset)="([^"]*)"', source):
+        assert attribute.startswith(("data:", "#")), attribute[:60]
+    assert "<i>" not in re.sub(r'<dd class="track"[^>]*><i ', "", source)
+    assert "other &lt;i&gt;" in source
+    assert "prompt 3 &lt;b&gt;&amp;" in source
+    for title in ("mine is better than start: held‑out oracle +", "other &lt;i&gt; is worse than start"):
+        assert title in source
+
+
+def test_every_picture_control_and_table_has_a_name(visit: Visit) -> None:
+    unnamed = visit.page.evaluate(
+        """() => [...document.querySelectorAll("button, select, input, video, svg, [role=region]")].filter((one) => {
+            const said = one.ariaLabel || one.getAttribute("aria-labelledby") || (one.labels && one.labels.length);
+            return !said && !(one.tagName === "BUTTON" && one.textContent.trim());
+        }).map((one) => one.outerHTML.slice(0, 90))"""
+    )
+    assert unnamed == []
+    ids = visit.page.eval_on_selector_all("[id]", "all => all.map(one => one.id)")
+    assert len(ids) == len(set(ids))
+    assert visit.page.locator("h1").count() == 1
+
+
+def test_videos_that_are_near_play_in_step_and_others_are_not_loaded(visit: Visit) -> None:
+    first, last = visit.prompts()[0], visit.prompts()[-1]
+    visit.page.locator(f".pair[data-row='{first}']").scroll_into_view_if_needed()
+    visit.page.wait_for_function(
+        f"""() => [...document.querySelectorAll(".pair[data-row='{first}'] video")].every(
+            (one) => one.videoWidth === 48 && one.currentTime > 0.2 && !one.error)"""
+    )
+    assert max(visit.times(first)) - min(visit.times(first)) < 0.3
+    assert (
+        visit.page.eval_on_selector_all(f".pair[data-row='{last}'] video", "all => all.map(one => one.src)") == [""] * 3
+    )
+    visit.page.get_by_role("button", name="Pause all").click()
+    stopped = visit.times(first)
+    visit.page.wait_for_timeout(200)
+    assert visit.times(first) == stopped
+    visit.page.locator(f".pair[data-row='{first}'] input").fill("0.5")
+    visit.page.wait_for_function(f"() => document.querySelector(\".pair[data-row='{first}'] video\").currentTime > 0.5")
+    assert visit.times(first) == pytest.approx([9 / 8 / 2] * 3, abs=0.02)
+
+
+def test_sorting_follows_measure_and_model(visit: Visit, models: Compared) -> None:
+    def gains(model: int, measure: str) -> list[float]:
+        first, other = (models.models[place].scores.table(measure).mean(axis=1) for place in (0, model))
+        return (other - first).tolist()
+
+    def sorted_by(values: list[float]) -> list[int]:
+        return sorted(range(PROMPTS), key=lambda row: values[row])
+
+    page = visit.page
+    assert visit.prompts() == sorted_by(gains(1, "oracle"))[::-1]
+    page.get_by_role("combobox", name="Sort by").select_option("biggest loss")
+    assert visit.prompts() == sorted_by(gains(1, "oracle"))
+    page.get_by_role("combobox", name="Measure").select_option("second")
+    page.get_by_role("combobox", name="Compare with start").select_option("other <i>")
+    assert visit.prompts() == sorted_by(gains(2, "second"))
+    page.get_by_role("combobox", name="Sort by").select_option("disagreement between rewards")
+    assert visit.prompts() == sorted_by(disagreement(models, 1).tolist())[::-1]
+    page.get_by_role("combobox", name="Sort by").select_option("prompt order")
+    assert visit.prompts() == list(range(PROMPTS))
+    change = page.locator(".pair .change").first.inner_text()
+    assert float(change.split()[1]) == pytest.approx(gains(2, "second")[0], abs=0.005)
+
+
+def test_filters_and_the_keyboard_reach_everything(visit: Visit) -> None:
+    page = visit.page
+    page.get_by_role("combobox", name="Tag").select_option("clear")
+    assert sorted(visit.prompts()) == list(range(1, PROMPTS, 2))
+    assert page.get_by_role("status").inner_text() == f"{PROMPTS // 2} of {PROMPTS} prompts shown"
+    page.get_by_label("Prompt contains").fill("PROMPT 13")
+    assert visit.prompts() == [13]
+    page.get_by_role("button", name="Pause all").click()
+    page.get_by_label("Prompt contains").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent").startswith("Play the videos of: prompt 13")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelector(\".pair[data-row='13'] video\").currentTime > 0.1")
+
+
+@pytest.mark.parametrize("visit", [{"reduced_motion": "reduce"}], indirect=True)
+def test_nothing_moves_unasked_where_motion_is_unwelcome(visit: Visit) -> None:
+    visit.page.wait_for_timeout(300)
+    assert visit.page.eval_on_selector_all("video", "all => all.every(one => one.paused)")
+    assert visit.page.get_by_role("button", name="Play all").is_visible()
+
+
+@pytest.mark.parametrize(
+    "visit", [{"viewport": {"width": 390, "height": 800}, "color_scheme": scheme} for scheme in ("dark", "light")],
+    indirect=True,
+)  # fmt: skip
+def test_a_phone_shows_it_without_scrolling_sideways_in_its_own_colours(visit: Visit) -> None:
+    assert visit.page.evaluate("document.documentElement.scrollWidth") == 390
+    background, ink = visit.page.evaluate(
+        "(() => { const own = getComputedStyle(document.body); return [own.backgroundColor, own.color]; })()"
+    )
+    shades = [sum(int(part) for part in re.findall(r"\d+", colour)[:3]) / 765 for colour in (background, ink)]
+    assert abs(shades[0] - shades[1]) > 0.7
+    assert (shades[0] < 0.5) == visit.page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+
+
+@pytest.mark.parametrize("visit", [{"java_script_enabled": False}], indirect=True)
+def test_without_scripts_pictures_and_an_explanation_stay(visit: Visit) -> None:
+    assert visit.page.get_by_text("Without scripts the middle frame of each video is shown").is_visible()
+    assert visit.page.locator("video[poster^='data:image/jpeg']").count() == 3 * PROMPTS
+    assert not visit.page.locator("#tools").is_visible()
+
+
+def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> None:
+    first = models.models[0].scores.table("oracle").mean(axis=1)
+    gains = [model.scores.table("oracle").mean(axis=1) - first for model in models.models[1:]]
+    wins_and_losses = {int(row) for gain in gains for row in (gain.argmax(), gain.argmin())}
+    apart = {int(disagreement(models, candidate).argmax()) for candidate in (0, 1)}
+    assert wins_and_losses | apart <= set(chosen_rows(models, 6))
+    assert len(chosen_rows(models, 6)) == 6
+    assert chosen_rows(models, 99) == list(range(PROMPTS))
+
+
+def test_large_videos_are_embedded_small_and_missing_ones_named(models: Compared, tmp_path: Path) -> None:
+    model = found(tmp_path, results("large", 2))
+    write_video(video_path(tmp_path, 0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
+    clip = clip_of(model, 0)
+    assert (clip.width, clip.height) == (LONGEST_SIDE, 180)
+    (tmp_path / "embedded.mp4").write_bytes(base64.b64decode(clip.video))
+    video, fps = read_video(tmp_path / "embedded.mp4")
+    assert (tuple(video.shape), fps) == ((3, 3, 180, LONGEST_SIDE), 12.0)
+    with pytest.raises(VideoError, match=r"is missing beside its scores; restore it"):
+        clip_of(model, 1)
+    small = models.models[1]
+    kept = clip_of(small, 0)
+    assert base64.b64decode(kept.video) == video_path(small.folder, 0).read_bytes(), "as it is"

@@ -1,0 +1,159 @@
+"""Every family does what diffusers' pipeline does, learns, and leaves in files that diffusers reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bpgo_video.checkpoints.run_weights import find_source
+from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.reading import to_yaml
+from bpgo_video.export.conversion import Conversion, convert
+from bpgo_video.learner.bpgo import GroupAdvantages
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.pipeline_policy import PipelinePolicy
+from bpgo_video.policies.transformers import blocks_of
+from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
+from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
+from tests.families import CASES, Case
+from tests.families.case import CPU
+from tests.made.zero_checkpoints import write_checkpoint
+from tests.rollouts.test_replay import PlainLearner, total_loss
+
+STEPS = 4  # divides the timesteps of training, as diffusers' DDIM wants it
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("family") / "pipeline"
+    case.write(path)
+    return path
+
+
+@pytest.fixture
+def policy(case: Case, folder: Path) -> Policy:
+    return case.policy(folder)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_ode_rollout_is_the_pipelines_own(case: Case, folder: Path, policy: Policy, guided: bool) -> None:
+    """Schedule, shift, text, image, guidance, normalisation of latents: all of it, to the pixel."""
+    scale, scale_2 = (case.guidance_scale, case.guidance_scale_2) if guided else (1.0, None)
+    config = case.recipe(folder)
+    prompts = case.prompts(policy, config)
+    start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
+    denoiser = Denoiser(
+        policy=policy, sigmas=policy.sigmas(STEPS, case.video), sampler="ode", eta=0.0, guidance_scale=scale,
+        guidance_scale_2=scale_2, latents_dtype=torch.float32,
+    )  # fmt: skip
+    latents = denoiser.denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start).latents[:, -1]
+    found = policy.decode(latents, prompts.conditioning)
+    expected = case.diffusers_videos(policy, start, STEPS, guided)
+    assert found.shape[1] == case.video.num_frames
+    assert found.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_ratio_is_one_and_an_update_lowers_its_own_loss(case: Case, folder: Path, policy: Policy) -> None:
+    config = case.recipe(folder)
+    config = replace(config, loss=replace(config.loss, clip_range=(0.9, 9.0)))
+    prompts = case.prompts(policy, config)
+    chunks = sample_chunks(
+        training_denoiser(policy, config), prompts, Mesh(0, 1, CPU), group_size=4, micro_batch_size=4,
+        latent_shape=policy.latent_shape(case.video), key=(0, "rollout", 0),
+        trained_steps=trained_steps_of(policy, config, 0),
+    )  # fmt: skip
+    advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
+    advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
+    trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
+    objective = replay_objective(Setting(policy, config, prompts, CPU, None), advantages, 0)
+    before = total_loss(objective, trajectories)
+    learner = PlainLearner(policy.transformers, learning_rate=1e-3)
+    found = optimise(learner, objective, trajectories, updates_per_rollout=1)
+    assert found.metrics["ratio_error_first_update_max"] == 0.0
+    assert total_loss(objective, trajectories) < before
+
+
+@pytest.fixture
+def learner_of_videos(policy: Policy) -> Policy:
+    if type(policy).encode_video is PipelinePolicy.encode_video:
+        pytest.skip("the family does not encode videos: there is no warm start for it")
+    return policy
+
+
+def test_samples_at_levels_of_their_own_are_what_each_is_alone(
+    case: Case, folder: Path, learner_of_videos: Policy
+) -> None:
+    policy, sigma = learner_of_videos, torch.tensor([0.97, 0.93])
+    conditioning = case.prompts(policy, case.recipe(folder)).conditioning
+    latents = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
+    together = policy.velocity(latents, sigma, conditioning)
+    for row in range(2):
+        own = {name: value[row : row + 1] for name, value in conditioning.items()}
+        alone = policy.velocity(latents[row : row + 1], sigma[row], own)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together, policy.velocity(latents, sigma[0], conditioning), atol=1e-5)
+
+
+def test_decode_gives_the_vae_what_its_encoder_gave(
+    case: Case, folder: Path, learner_of_videos: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy: Any = learner_of_videos
+    video = case.video
+    shape = (2, video.num_frames, 3, video.height, video.width)
+    videos = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    latents = policy.encode_video(videos)
+    assert latents.shape == (2, *policy.latent_shape(video))
+    assert latents.dtype == torch.float32
+    given: list[torch.Tensor] = []
+    policy.options = type(policy).options  # without noise for the VAE to take out
+    vae, decode = policy.pipeline.vae, policy.pipeline.vae.decode
+    monkeypatch.setattr(
+        vae, "decode", lambda value, *rest, **named: given.append(value) or decode(value, *rest, **named)
+    )
+    policy.decode(latents, case.prompts(policy, case.recipe(folder)).conditioning)
+    expected = vae.encode((2 * videos - 1).transpose(1, 2)).latent_dist.mode()
+    torch.testing.assert_close(
+        torch.cat(given)[:, :, policy.given_frames :], expected[:, :, policy.given_frames :], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_its_blocks_are_found_and_recomputed(policy: Policy) -> None:
+    assert blocks_of(policy.transformers, policy.block_names)
+    for module in policy.transformers.values():
+        module.enable_gradient_checkpointing()
+        assert module.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_is_trained_leaves_in_files_that_diffusers_reads(
+    case: Case, folder: Path, policy: Policy, rank: int, tmp_path: Path
+) -> None:
+    """All weights as a pipeline folder, adapters as a LoRA file; loaded again, compared, and one forward pass."""
+    lora = LoraConfig(rank=rank, alpha=8, target_modules=case.lora)
+    generator = torch.Generator().manual_seed(1)
+    for module in policy.transformers.values():
+        if rank:
+            add_lora(module, lora, seed=0)
+    trained = {
+        name: parameter.detach() + 0.05 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in policy.transformers.named_parameters()
+        if parameter.requires_grad
+    }
+    config = case.recipe(folder)
+    config = replace(config, policy=replace(config.policy, lora=lora))
+    checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-000002", [trained])
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    job = Conversion(find_source(checkpoint), "raw", tmp_path / "out")
+    convert(job, "lora" if rank else "diffusers", verify=True)

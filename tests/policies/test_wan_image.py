@@ -1,0 +1,119 @@
+"""Image-to-video: our ODE rollout is diffusers' own pipeline, and every rank encodes the images of its own share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+from PIL import Image
+
+from bpgo_video.config.bpgo import Config, ConfigError, PriorConfig, VideoConfig
+from bpgo_video.data.shards import PromptShards
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy, load_policy
+from bpgo_video.rollouts.conditioning import check_images, conditioned
+from bpgo_video.rollouts.rollout import Denoiser, guidance_of
+from bpgo_video.types import PromptBatch
+from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
+
+CPU = torch.device("cpu")
+VIDEO = VideoConfig(9, 64, 64, 8)
+TEXTS = ("a red circle moving left", "a blue square moving up")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["latents", "clip"])
+def image_policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    folder = random_wan(tmp_path_factory.mktemp("wan"), images=True, image_encoder=request.param)
+    return load_policy(str(folder), max_sequence_length=TEXT_TOKENS)
+
+
+def pictures(count: int) -> list[Image.Image]:
+    noise = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    return [Image.fromarray(picture) for picture in noise]
+
+
+def prompts_of(policy: Policy, count: int = 2) -> PromptBatch:
+    images = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures(count)]).permute(0, 3, 1, 2) / 255
+    texts = [TEXTS[i % 2] for i in range(count)]
+    return PromptBatch(torch.arange(count), tuple(texts), policy.encode(texts), policy.encode([""]), images=images)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_ode_rollout_is_diffusers_own(image_policy: Policy, recipe: Config, guidance_scale: float) -> None:
+    ready = conditioned(prompts_of(image_policy), image_policy, recipe, torch.float32, Mesh(0, 1, CPU), 1)
+    start = torch.randn(2, *LATENTS, generator=torch.Generator().manual_seed(1))
+    denoiser = Denoiser(
+        policy=image_policy, sigmas=image_policy.sigmas(4, recipe.video), sampler="ode", eta=0.0,
+        guidance_scale=guidance_scale, latents_dtype=torch.float32,
+    )  # fmt: skip
+    guidance = guidance_of(ready, torch.arange(2), CPU)
+    found = denoiser.denoise(start, guidance, lambda _: start).latents[:, -1]
+    pipeline = WanImageToVideoPipeline.from_pretrained(
+        image_policy.folder, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for sample, picture in enumerate(pictures(2)):
+        expected = pipeline(
+            image=picture, prompt=TEXTS[sample], negative_prompt="", num_frames=9, height=64, width=64,
+            num_inference_steps=4, guidance_scale=guidance_scale, latents=start[sample : sample + 1],
+            max_sequence_length=TEXT_TOKENS, output_type="latent",
+        ).frames  # fmt: skip
+        torch.testing.assert_close(found[sample : sample + 1], expected, rtol=0, atol=2e-5)
+
+
+def test_the_image_moves_the_video(image_policy: Policy, recipe: Config) -> None:
+    ready = conditioned(prompts_of(image_policy), image_policy, recipe, torch.float32, Mesh(0, 1, CPU), 1)
+    latents = torch.randn(1, *LATENTS, generator=torch.Generator().manual_seed(1)).expand(2, -1, -1, -1, -1)
+    same_text = {**ready.conditioning, "prompt_embeds": ready.conditioning["prompt_embeds"][:1].expand(2, -1, -1)}
+    first, second = image_policy.velocity(latents, torch.tensor(0.5), same_text)
+    assert (first - second).abs().mean() > 1e-3
+
+
+def test_the_example_to_compare_weights_by_goes_through(image_policy: Policy) -> None:
+    latents, conditioning = image_policy.example()
+    found = image_policy.velocity(latents, torch.tensor(0.5), conditioning)
+    assert found.shape == latents.shape
+    with torch.no_grad():
+        image_policy.transformers["transformer"].patch_embedding.weight[:, -1] *= 2
+        changed = image_policy.velocity(latents, torch.tensor(0.5), conditioning)
+        image_policy.transformers["transformer"].patch_embedding.weight[:, -1] /= 2
+    assert (changed - found).abs().max() > 1e-4, "weights of the image's channels are seen"
+
+
+def test_a_rank_encodes_the_images_of_its_own_samples(image_policy: Policy, recipe: Config) -> None:
+    config = replace(recipe, rollout=replace(recipe.rollout, micro_batch_size=2))
+    prompts = prompts_of(image_policy, 4)
+    whole = conditioned(prompts, image_policy, config, torch.float32, Mesh(0, 1, CPU), 4).conditioning["image_latents"]
+    for rank in (0, 1):
+        own = conditioned(prompts, image_policy, config, torch.float32, Mesh(rank, 2, CPU), 4).conditioning
+        torch.testing.assert_close(own["image_latents"][2 * rank : 2 * rank + 2], whole[2 * rank : 2 * rank + 2])
+        assert not own["image_latents"][2 - 2 * rank : 4 - 2 * rank].any()
+
+
+class Split(PromptShards):
+    """Shards of which one split has images."""
+
+    def __init__(self) -> None:
+        pass
+
+    def has_images(self, split: str) -> bool:
+        return split == "pictures"
+
+
+@pytest.mark.parametrize(
+    ("takes_images", "kind", "split", "message"),
+    [
+        (False, "first_frame", "pictures", "prior.kind is 'first_frame'.*makes videos of texts"),
+        (True, "first_frame", "words", "split 'words'.*have none"),
+    ],
+)
+def test_images_are_there_where_they_are_asked_for(
+    recipe: Config, takes_images: bool, kind: str, split: str, message: str
+) -> None:
+    config = replace(recipe, prior=PriorConfig(kind=kind))
+    with pytest.raises(ConfigError, match=message):
+        check_images(config, takes_images, Split(), [split])
+    check_images(config, True, Split(), ["pictures"])

@@ -1,0 +1,130 @@
+"""A reward model in a process of its own, under an interpreter that knows the standard library alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpgo_video.config.bpgo import ConfigError, RewardConfig
+from bpgo_video.rewards import Clips
+from bpgo_video.rewards.base import RewardModel
+from bpgo_video.rewards.suite import RewardSuite
+from bpgo_video.rewards.wire import MalformedMessage
+from bpgo_video.rewards.worker import WorkerReward
+from tests.made.recipes import ROOT
+
+SCRIPT = str(ROOT / "tests" / "made" / "toy_worker.py")
+PLAIN = sys._base_executable  # type: ignore[attr-defined]  # outside of the virtual environment
+
+
+def clips_of(samples: int = 2, frames: int = 3, images: bool = False) -> Clips:
+    generator = torch.Generator().manual_seed(samples)
+    videos = torch.rand(samples, frames, 3, 4, 6, generator=generator)
+    pictures = torch.rand(samples, 3, 4, 6, generator=generator) if images else None
+    return Clips(videos, 8.0, tuple(f"prompt {i}" for i in range(samples)), pictures)
+
+
+def worker(how: str = "", once: str = "", **options: object) -> WorkerReward:
+    return WorkerReward(PLAIN, SCRIPT, settings={"how": how, "once": once}, **options)
+
+
+def ended(pid: int, within: float = 5.0) -> bool:
+    deadline = time.monotonic() + within
+    while Path(f"/proc/{pid}").exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_worker_scores_what_it_is_shown() -> None:
+    model = worker()
+    assert isinstance(model, RewardModel)
+    assert (model.name, model.version, model.range) == ("brightness", "toy-1-8bit", (0.0, 255.0))
+    for samples in (2, 5, 1):
+        clips = clips_of(samples)
+        found = model(clips)
+        torch.testing.assert_close(found.values, (clips.videos * 255).round().mean(dim=(2, 3, 4)))
+        assert found.times is not None
+        assert found.times.tolist() == [0.0, 0.125, 0.25]
+    pictured = clips_of(images=True)
+    assert pictured.images is not None
+    torch.testing.assert_close(model(pictured).values[:, 0], (pictured.images * 255).round().mean(dim=(1, 2, 3)))
+    model.close()
+    assert ended(model.pid)
+
+
+def test_a_worker_that_died_is_started_again_and_nothing_else_changes(tmp_path: Path) -> None:
+    clips = clips_of()
+    steady, mortal = worker(), worker("dies", str(tmp_path / "died"))
+    first = mortal.pid
+    assert torch.equal(mortal(clips).values, steady(clips).values)
+    assert mortal.pid != first
+    assert ended(first)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "said"),
+    [
+        ("dies", ConnectionError, "the worker ended with exit code -9"),
+        ("raises", RuntimeError, "in the worker: KeyError: 'no such weight'"),
+        ("hangs", TimeoutError, "has not answered in time"),
+    ],
+)
+def test_a_worker_that_fails_says_how(how: str, error: type[Exception], said: str) -> None:
+    model = worker(how, restarts=1, timeout=1.0)
+    started = time.monotonic()
+    with pytest.raises(error, match=said):
+        model(clips_of())
+    assert time.monotonic() - started < 2.0
+    model.close()
+    assert ended(model.pid), "a worker that hangs ends with its owner"
+
+
+@pytest.mark.parametrize(
+    ("says", "said"),
+    [("hello", "'hello', which is no JSON object"), ('{"hello": {"name": "x"}}', "version: Field required")],
+)
+def test_garbage_is_refused(tmp_path: Path, says: str, said: str) -> None:
+    script = tmp_path / "garbage.py"
+    script.write_text(f"print({says!r}, flush=True)\nimport time\ntime.sleep(60)\n")
+    with pytest.raises(MalformedMessage, match=said):
+        WorkerReward(PLAIN, str(script))
+
+
+def test_a_worker_that_cannot_start_is_an_error_of_the_recipe() -> None:
+    options = {"python": PLAIN, "script": SCRIPT, "settings": {"how": "never ready"}}
+    with pytest.raises(ConfigError, match=r"rewards.toy .*the worker ended with exit code 1; its own output says why"):
+        RewardSuite({"toy": RewardConfig(model="worker", options=options)}, torch.device("cpu"), fps=8.0)
+    with pytest.raises(ConfigError, match=r"script 'nowhere\.py' does not exist"):
+        RewardSuite(
+            {"toy": RewardConfig(model="worker", options={**options, "script": "nowhere.py"})},
+            torch.device("cpu"),
+            fps=8.0,
+        )
+
+
+OWNER = """
+import os, sys, threading, time, torch
+from bpgo_video.rewards import Clips
+from bpgo_video.rewards.worker import WorkerReward
+model = WorkerReward(sys.argv[1], sys.argv[2], settings={"how": "hangs"})
+print(model.pid, flush=True)
+threading.Thread(target=model, args=(Clips(torch.zeros(1, 1, 3, 2, 2), 8.0, ("",)),), daemon=True).start()
+time.sleep(1)
+os._exit(1)  # as the heartbeat ends a rank
+"""
+
+
+def test_a_busy_worker_ends_with_a_process_that_cannot_say_goodbye() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OWNER, PLAIN, SCRIPT]
+    owner = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert owner.returncode == 1
+    assert ended(int(owner.stdout))

@@ -1,0 +1,240 @@
+"""Judges on Qwen-VL: patches, place holders, probabilities, and VideoAlign's scores, recomputed another way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, Qwen2VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from bpgo_video.rewards import Clips
+from bpgo_video.rewards.backbones import Backbones
+from bpgo_video.rewards.base import RewardError
+from bpgo_video.rewards.judge import VlmJudge
+from bpgo_video.rewards.qwen_vl import PatchLayout
+from bpgo_video.rewards.videoalign import VideoAlign, frame_count, read_template
+from tests.made.random_qwen import CHAT, KINDS, MEAN, NORMALISATION, STD, random_qwen, random_videoalign, tokenizer
+
+PIXELS = {"min_pixels": 64 * 64, "max_pixels": 100 * 100}
+TEXTS = ("a red circle", "circle a")
+TEMPLATE = "rate the <|VQ_reward|> red <|MQ_reward|> it show {text_prompt} <|TA_reward|> the"
+
+
+def some_clips(frames: int = 9, height: int = 60, width: int = 84) -> Clips:
+    noise = torch.rand(2 * frames, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    videos = torch.nn.functional.interpolate(noise, (height, width), mode="bilinear").unflatten(0, (2, frames))
+    return Clips(videos, 8.0, TEXTS)
+
+
+@pytest.mark.parametrize(("height", "width", "tolerance"), [(56, 84, 1e-5), (61, 100, 0.02)])
+def test_patches_of_a_still_are_those_of_the_library_s_image_processor(
+    height: int, width: int, tolerance: float
+) -> None:
+    """Exactly where nothing is resized; else to PIL's rounding to 8 bits."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(90, 120, (4, 6, 3), dtype=np.uint8))
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 70 * 70}
+    theirs = Qwen2VLImageProcessorPil(size=size, image_mean=MEAN, image_std=STD)(picture, return_tensors="pt")
+    layout = PatchLayout(14, 2, 2, tuple(MEAN), tuple(STD), 56 * 56, 70 * 70)
+    frame = torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 255
+    ours, grid = layout.patches(frame)
+    assert [grid] == [tuple(row) for row in theirs.image_grid_thw.tolist()]
+    torch.testing.assert_close(ours, theirs.pixel_values, atol=tolerance, rtol=0)
+
+
+def test_patches_run_over_time_then_tokens_then_their_patches() -> None:
+    layout = PatchLayout(2, 2, 2, (0.0,) * 3, (1.0,) * 3, 1, 10**6)
+    frames = torch.rand(3, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    found, grid = layout.patches(frames)
+    expected = []
+    for first, second in ((0, 1), (2, 2)):
+        for top in range(0, 8, 4):
+            for left in range(0, 12, 4):
+                for y in (top, top + 2):
+                    for x in (left, left + 2):
+                        pair = frames[[first, second], :, y : y + 2, x : x + 2]
+                        expected.append(torch.cat([pair[:, channel].flatten() for channel in range(3)]))
+    assert grid == (2, 4, 6)
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_two_frames_of_480x832_are_252_tokens() -> None:
+    patches, grid = PatchLayout(14, 2, 2, tuple(MEAN), tuple(STD)).patches(torch.zeros(2, 3, 480, 832))
+    assert grid == (1, 24, 42)
+    assert len(patches) == 4 * 252
+
+
+def probability_by_generation(folder: Path, judge: VlmJudge, clips: Clips, row: int, indices: list[int]) -> float:
+    """The library's own first generated token, from a question that is written out here."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    patches, grid = judge.qwen.layout.patches(clips.videos[row, indices])
+    pads = "<|video_pad|>" * (grid[1] * grid[2] // 4)
+    steps = [(indices[i] + indices[i + 1]) / 16 for i in range(0, len(indices), 2)]
+    shown = {
+        "qwen3_vl": "".join(f"<{step:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for step in steps),
+        "qwen2_5_vl": f"<|vision_start|>{pads * len(steps)}<|vision_end|>",
+    }[model.config.model_type]
+    chat = f"<|im_start|>user\n{shown}does it show {clips.texts[row]}<|im_end|>\n<|im_start|>assistant\n"
+    words = tokenizer()
+    ids = words(chat, return_tensors="pt").input_ids
+    extra = {"second_per_grid_ts": [2 * 4 / 8]} if model.config.model_type == "qwen2_5_vl" else {}
+    scores = model.generate(
+        input_ids=ids, pixel_values_videos=patches, video_grid_thw=torch.tensor([grid]), max_new_tokens=1,
+        do_sample=False, output_scores=True, return_dict_in_generate=True, **extra,
+        mm_token_type_ids=2 * (ids == words.convert_tokens_to_ids("<|video_pad|>")).int(),
+    ).scores[0][0]  # fmt: skip
+    yes, no = (scores.softmax(0)[words.convert_tokens_to_ids(word)] for word in ("Yes", "No"))
+    return float(yes / (yes + no))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_judge_s_score_is_yes_over_yes_and_no_of_the_first_token(tmp_path: Path, kind: str) -> None:
+    folder, clips = random_qwen(tmp_path, kind), some_clips(13)
+    judge = VlmJudge(str(folder), question="does it show {prompt}", frames=4, **PIXELS)
+    expected = [[probability_by_generation(folder, judge, clips, row, [0, 4, 8, 12])] for row in (0, 1)]
+    found = judge(clips)
+    assert found.times is None
+    np.testing.assert_allclose(found.values.numpy(), expected, atol=1e-5)
+    assert abs(expected[0][0] - expected[1][0]) > 1e-3
+
+
+def test_the_judge_refuses_what_it_cannot_ask(tmp_path: Path) -> None:
+    folder = random_qwen(tmp_path, "qwen2_5_vl")
+    with pytest.raises(ValueError, match=r"'Yes it' is 2 tokens"):
+        VlmJudge(str(folder), answers=("Yes it", "No"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content[1].text }}")
+    with pytest.raises(ValueError, match="chat template must write"):
+        VlmJudge(str(folder))
+
+
+def test_a_folder_s_template_for_videos_goes_before_its_tokenizer_s(tmp_path: Path) -> None:
+    folder, clips = random_qwen(tmp_path, "qwen2_5_vl"), some_clips(4)
+    before = VlmJudge(str(folder), **PIXELS)(clips).values
+    (folder / "chat_template.jinja").rename(folder / "video.jinja")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    text_only = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": text_only}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT}))
+    torch.testing.assert_close(VlmJudge(str(folder), **PIXELS)(clips).values, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_judge_s_gradient_raises_its_probability(tmp_path: Path, kind: str) -> None:
+    judge, clips = VlmJudge(str(random_qwen(tmp_path, kind)), frames=2, **PIXELS), some_clips(3)
+    pixels = clips.videos.clone().requires_grad_()
+    before = judge(replace(clips, videos=pixels)).values.sum()
+    (gradient,) = torch.autograd.grad(before, pixels)
+    better = (clips.videos + 0.01 * gradient / gradient.abs().max()).clamp(0, 1)
+    assert judge(replace(clips, videos=better)).values.sum() > before
+
+
+@pytest.mark.parametrize(
+    ("total", "fps", "count"), [(81, 16, 10), (9, 8, 4), (17, 8, 4), (121, 24, 10), (5, 8, 4), (3, 8, 2), (1, 8, 1)]
+)
+def test_videoalign_looks_at_two_frames_a_second_and_at_least_four(total: int, fps: float, count: int) -> None:
+    assert frame_count(total, fps, 2.0) == count
+
+
+def videoalign(tmp_path: Path, outputs: int) -> tuple[dict[str, str], object, torch.Tensor]:
+    base = random_qwen(tmp_path / "base", "qwen2_vl")
+    peft, head = random_videoalign(tmp_path / "reward", base, outputs)
+    (tmp_path / "template.txt").write_text(TEMPLATE)
+    paths = {"template": str(tmp_path / "template.txt"), "model": str(tmp_path / "reward"), "base": str(base)}
+    return paths, peft, head
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_videoalign_is_the_head_at_its_tokens_normalised(tmp_path: Path, outputs: int) -> None:
+    """The unmerged peft model, positions 0, 1, 2, ... in all three axes; the published means and deviations."""
+    paths, peft, head = videoalign(tmp_path, outputs)
+    clips, rewards = some_clips(9), {part: VideoAlign(score=part, **paths) for part in ("VQ", "MQ", "TA", "overall")}
+    words = tokenizer()
+    marks = [len(words) + i for i in range(3)]
+    words.add_tokens(["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
+    expected, rotated = [], []
+    for row, text in enumerate(TEXTS):
+        patches, grid = rewards["VQ"].qwen.layout.patches(clips.videos[row, [0, 3, 5, 8]])
+        pads = "<|video_pad|>" * (grid[0] * grid[1] * grid[2] // 4)
+        question = TEMPLATE.replace("{text_prompt}", text)
+        chat = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+        ids = words(chat, return_tensors="pt").input_ids
+        shown = {"input_ids": ids, "pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}
+        for positions, results in (
+            ({}, rotated),
+            ({"position_ids": torch.arange(ids.shape[1]).expand(3, 1, -1)}, expected),
+        ):
+            types = (
+                {}
+                if positions
+                else {"mm_token_type_ids": 2 * (ids == words.convert_tokens_to_ids("<|video_pad|>")).int()}
+            )
+            with torch.no_grad():
+                hidden = peft.base_model.model.model(**shown, **types, **positions).last_hidden_state[0]
+            raw = [(hidden[ids[0] == mark] @ head.T)[0][i if outputs == 3 else 0] for i, mark in enumerate(marks)]
+            results.append(
+                [
+                    (float(r) - NORMALISATION[f"{p}_mean"]) / NORMALISATION[f"{p}_std"]
+                    for r, p in zip(raw, ("VQ", "MQ", "TA"), strict=True)
+                ]
+            )
+    found = torch.cat([rewards[part](clips).values for part in ("VQ", "MQ", "TA")], dim=1)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(rewards["overall"](clips).values[:, 0].numpy(), np.sum(expected, axis=1), atol=3e-4)
+    assert np.abs(np.array(expected) - rotated).max() > 1e-2, "positions in space would score otherwise"
+
+
+def test_rewards_of_several_scores_ask_once(tmp_path: Path, monkeypatch) -> None:
+    paths, _, _ = videoalign(tmp_path, 1)
+    calls, forward, backbones = [], Qwen2VLModel.forward, Backbones()
+    monkeypatch.setattr(Qwen2VLModel, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    clips = some_clips(4)
+    for part in ("VQ", "MQ"):
+        VideoAlign(score=part, backbones=backbones, **paths)(clips)
+    assert len(calls) == len(clips)
+
+
+EMBEDDINGS = "base_model.model.model.embed_tokens.weight"
+BAD = (("model.embed_tokens.lora_embedding_A.default", "low-rank updates have no linear layer"),)
+
+
+def test_videoalign_refuses_other_formats(tmp_path: Path) -> None:
+    paths, _, _ = videoalign(tmp_path, 1)
+    with pytest.raises(ValueError, match="score = 'vq'"):
+        VideoAlign(score="vq", **paths)
+    prompt = replace(some_clips(4), texts=("a <|VQ_reward|>", "a"))
+    with pytest.raises(RewardError, match="2 times; a prompt must not contain it"):
+        VideoAlign(**paths)(prompt)
+    checkpoint = tmp_path / "reward" / "checkpoint-7" / "model.pth"
+    weights = torch.load(checkpoint, weights_only=True)
+    for wrong, message in (
+        ("visual.merger.ln_q.weight", "does not hold a whole"),
+        ("extra", "holds weights that"),
+        *BAD,
+    ):
+        broken = dict(weights) | {f"base_model.model.{wrong}": torch.zeros(1)}
+        if "merger" in wrong:
+            del broken[f"base_model.model.{wrong}"]
+        torch.save(broken, checkpoint)
+        with pytest.raises(ValueError, match=message):
+            VideoAlign(**paths)
+    torch.save(weights | {EMBEDDINGS: weights[EMBEDDINGS][:-1].clone()}, checkpoint)
+    with pytest.raises(ValueError, match="they must be its last"):
+        VideoAlign(**paths)
+    checkpoint.unlink()
+    with pytest.raises(FileNotFoundError, match="has no checkpoint"):
+        VideoAlign(**paths)
+
+
+def test_the_authors_template_is_read_and_not_run(tmp_path: Path) -> None:
+    source = tmp_path / "prompt_template.py"
+    source.write_text(f'OTHER = "x"\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = """\n{TEMPLATE}\n"""\nraise SystemExit\n')
+    assert read_template(source) == f"\n{TEMPLATE}\n"
+    source.write_text('DETAILED_PROMPT_WITH_SPECIAL_TOKEN = "{text_prompt}"\n')
+    with pytest.raises(ValueError, match="must hold"):
+        read_template(source)

@@ -1,0 +1,217 @@
+"""The loss of a warm start: its draws, its value and its gradient, against numpy; it falls, and adapters learn, too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bpgo_video.config.bpgo import LoraConfig, VideoConfig
+from bpgo_video.diffusion.flow_matching import Chances, noised, on_schedule, without_captions
+from bpgo_video.policies import Policy, load_policy
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.rollouts.clip_loss import ClipBatch, ClipLoss
+from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
+
+VIDEO = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)
+UNIFORM = Chances("uniform", 0.0, 1.0, caption_dropout=0.0)
+EVEN = torch.linspace(1, 0, 1001)
+CAPTIONS = ("a red circle moving left", "a blue square moving up", "a green triangle moving right", "a red object")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_wan(tmp_path_factory.mktemp("wan") / "policy")
+
+
+@pytest.fixture
+def small(folder: Path) -> Policy:
+    return load_policy(str(folder), max_sequence_length=TEXT_TOKENS)
+
+
+def clips_of(policy: Policy, count: int = 4) -> ClipBatch:
+    generator = torch.Generator().manual_seed(3)
+    texts = policy.encode([CAPTIONS[i % len(CAPTIONS)] for i in range(count)])
+    return ClipBatch(list(range(10, 10 + count)), torch.randn(count, *LATENTS, generator=generator), texts)
+
+
+def loss_of(policy: Policy, chances: Chances = UNIFORM, **changes) -> ClipLoss:
+    schedule = policy.sigmas(1000, VIDEO)
+    return ClipLoss(
+        policy, policy.encode([""]), chances, schedule, **{"trained": ("transformer",), "seed": 7, **changes}
+    )
+
+
+@given(st.floats(0, 1), st.floats(0.5, 12))
+def test_a_place_on_a_schedule_is_the_shifted_level(level: float, shift: float) -> None:
+    schedule = shift * EVEN / (1 + (shift - 1) * EVEN)
+    expected = shift * level / (1 + (shift - 1) * level)
+    assert float(on_schedule(torch.tensor(level), schedule)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_levels_fall_on_the_familys_own_schedule(small: Policy) -> None:
+    levels = torch.linspace(0, 1, 101)
+    found = on_schedule(levels, small.sigmas(1000, VIDEO))
+    assert (found - 3 * levels / (1 + 2 * levels)).abs().max() < 7e-3, "its shift of 3; the last step is a leap"
+    assert (found[0], found[-1]) == (0, 1)
+    assert bool((found.diff() > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("chances", "quantile"),
+    [
+        (UNIFORM, lambda p: p),
+        (
+            Chances("logit_normal", 0.3, 0.8, 0.0),
+            lambda p: 1 / (1 + np.exp(-(0.3 + 0.8 * np.sqrt(2) * erfinv(2 * p - 1)))),
+        ),
+    ],
+)
+def test_levels_have_their_density(chances: Chances, quantile: Callable[[np.ndarray], np.ndarray]) -> None:
+    count = 4000
+    draws = chances.draw([("level", i) for i in range(count)], torch.zeros(1, 1, 1, 1, 1), EVEN).sigma
+    shares = np.linspace(0.05, 0.95, 19)
+    found = np.array([(draws.numpy() <= quantile(share)).mean() for share in shares])
+    assert np.abs(found - shares).max() < 4 * math.sqrt(0.25 / count), "four standard errors"
+
+
+def erfinv(value: np.ndarray) -> np.ndarray:
+    return torch.erfinv(torch.as_tensor(value, dtype=torch.float64)).numpy()
+
+
+def test_draws_belong_to_the_key_whatever_the_batch_is() -> None:
+    chances, like = Chances("logit_normal", 0.0, 1.0, 0.5), torch.zeros(1, *LATENTS)
+    keys = [(0, "sft", 3, 100 + i) for i in range(32)]
+    together = chances.draw(keys, like, EVEN)
+    for row in (0, 13, 31):
+        alone = chances.draw([keys[row]], like, EVEN)
+        assert torch.equal(alone.sigma[0], together.sigma[row])
+        assert torch.equal(alone.noise[0], together.noise[row])
+        assert torch.equal(alone.drops[0], together.drops[row])
+    assert 0 < int(together.drops.sum()) < 32
+    assert abs(float(together.noise.mean())) < 0.02
+    assert float(together.noise.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_left_out_captions_become_the_negative_prompt_and_images_stay() -> None:
+    conditioning = {"prompt_embeds": torch.ones(3, 4, 2), "image_latents": torch.full((3, 2, 1, 1, 1), 5.0)}
+    negative = {"prompt_embeds": torch.full((1, 4, 2), -1.0)}
+    found = without_captions(conditioning, negative, torch.tensor([True, False, True]))
+    assert found["prompt_embeds"][:, 0, 0].tolist() == [-1, 1, -1]
+    assert torch.equal(found["image_latents"], conditioning["image_latents"])
+
+
+def test_loss_and_gradient_are_those_of_the_formula(small: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the velocity a x + b sigma + c t, which numpy differentiates by hand, t being the caption's first number."""
+    weights = torch.tensor([0.7, -0.4, 0.2], requires_grad=True)
+
+    def velocity(self, latents, sigma, conditioning):
+        text = conditioning["prompt_embeds"][:, 0, 0].view(-1, 1, 1, 1, 1)
+        return weights[0] * latents + weights[1] * sigma.view(-1, 1, 1, 1, 1) + weights[2] * text
+
+    monkeypatch.setattr(type(small), "velocity", velocity)
+    chances, clips = Chances("logit_normal", 0.0, 1.0, 0.5), clips_of(small)
+    loss = loss_of(small, chances)
+    value = loss.errors(clips, 5, "transformer").mean()
+    value.backward()
+
+    drawn = chances.draw([(7, "sft", 5, key) for key in clips.ids], clips.latents, loss.schedule)
+    assert 0 < int(drawn.drops.sum()) < 4, "some captions must be left out, and some not"
+    data, noise = clips.latents.double().numpy(), drawn.noise.double().numpy()
+    sigma = drawn.sigma.double().numpy()[:, None, None, None, None]
+    texts = clips.conditioning["prompt_embeds"][:, 0, 0].double().numpy()
+    empty = float(small.encode([""])["prompt_embeds"][0, 0, 0])
+    text = np.where(drawn.drops.numpy(), empty, texts)[:, None, None, None, None]
+    mixed = (1 - sigma) * data + sigma * noise
+    error = 0.7 * mixed - 0.4 * sigma + 0.2 * text - (noise - data)
+    assert float(value.detach()) == pytest.approx((error**2).mean(), rel=1e-5)
+    expected = [2 * (error * part).mean() for part in (mixed, sigma * np.ones_like(mixed), text * np.ones_like(mixed))]
+    np.testing.assert_allclose(weights.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_image_to_video_learns_from_the_first_frame_also_where_the_caption_is_left_out(tmp_path: Path) -> None:
+    folder = random_wan(tmp_path / "policy", images=True)
+    policy = load_policy(str(folder), max_sequence_length=TEXT_TOKENS)
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain = clips_of(policy)
+    own = policy.image_conditioning(images, VIDEO)
+    clips = ClipBatch(plain.ids, plain.latents, {**plain.conditioning, **own})
+    other = ClipBatch(plain.ids, plain.latents, {**plain.conditioning, **{k: v.flip(0) for k, v in own.items()}})
+    texts = ClipBatch(plain.ids, plain.latents, {**own, "prompt_embeds": plain.conditioning["prompt_embeds"].flip(0)})
+    loss = loss_of(policy, Chances("uniform", 0.0, 1.0, caption_dropout=1.0))
+    found = loss.errors(clips, 0, "transformer")
+    assert torch.equal(found, loss.errors(texts, 0, "transformer")), "every caption is left out"
+    assert not torch.allclose(found, loss.errors(other, 0, "transformer"), rtol=1e-4)
+
+
+def test_noised_is_data_at_level_0_and_noise_at_level_1() -> None:
+    data, noise = torch.randn(2, *LATENTS), torch.randn(2, *LATENTS)
+    found = noised(data, noise, torch.tensor([0.0, 1.0]))
+    assert torch.equal(found[0], data[0])
+    assert torch.equal(found[1], noise[1])
+
+
+def test_micro_batches_add_up_to_the_batch(small: Policy) -> None:
+    clips, loss = clips_of(small), loss_of(small, Chances("uniform", 0.0, 1.0, 0.3))
+    whole = loss.errors(clips, 2, "transformer")
+    parts = [
+        ClipBatch(
+            clips.ids[i : i + 2], clips.latents[i : i + 2], {k: v[i : i + 2] for k, v in clips.conditioning.items()}
+        )
+        for i in (0, 2)
+    ]
+    torch.testing.assert_close(torch.cat([loss.errors(part, 2, "transformer") for part in parts]), whole)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_loss_falls_from_random_weights(small: Policy, rank: int) -> None:
+    """On clips that are all alike, but for the noise; of all weights and of adapters."""
+    if rank:
+        add_lora(small.transformers["transformer"], LoraConfig(rank=rank, alpha=8), seed=0)
+    weights = [parameter for parameter in small.transformers.parameters() if parameter.requires_grad]
+    clips, loss = clips_of(small, count=8), loss_of(small)
+    clips = ClipBatch(clips.ids, clips.latents[:1].expand_as(clips.latents), clips.conditioning)
+    before = loss.errors_at(clips, loss.levels(4))
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    for step in range(30):
+        optimizer.zero_grad()
+        loss.errors(clips, step, "transformer").mean().backward()
+        optimizer.step()
+    after = loss.errors_at(clips, loss.levels(4))
+    assert after.mean() < 0.9 * before.mean()
+    assert not after.requires_grad
+
+
+def test_of_two_transformers_a_step_trains_one_as_often_as_its_levels_come(
+    small: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(small), "transformer_at", lambda self, sigma: "high" if sigma > 0.8 else "low")
+    both = loss_of(small, trained=("high", "low"))
+    steps = [both.transformer_of(step) for step in range(1000)]
+    share = 1 - 0.8 / (3 - 2 * 0.8)  # sigma = 3u / (1 + 2u) > .8
+    assert steps.count("high") / 1000 == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 1000))
+    assert {loss_of(small, trained=("low",)).transformer_of(step) for step in range(50)} == {"low"}
+    at = small.transformer_at
+    drawn = UNIFORM.draw(
+        [("x", i) for i in range(50)], torch.zeros(1, *LATENTS), both.schedule, lambda s: at(s) == "high"
+    )
+    assert bool((drawn.sigma > 0.8).all())
+    with pytest.raises(ValueError, match=r"none of 1000 noise levels .* change sft.density_mean or policy.trained"):
+        UNIFORM.level((0,), both.schedule, lambda sigma: False)
+
+
+def test_heldout_errors_have_noise_of_their_own_and_leave_no_caption_out(small: Policy) -> None:
+    loss, clips = loss_of(small, Chances("uniform", 0.0, 1.0, caption_dropout=1.0)), clips_of(small, 2)
+    levels = loss.levels(3)
+    expected_levels = [3 * u / (1 + 2 * u) for u in (1 / 6, 1 / 2, 5 / 6)]
+    assert levels.tolist() == pytest.approx(expected_levels, abs=5e-3)
+    found = loss.errors_at(clips, levels)
+    assert torch.equal(found, loss.errors_at(clips, levels)), "the same at every evaluation"
+    other = ClipBatch(clips.ids, clips.latents, {k: v.flip(0) for k, v in clips.conditioning.items()})
+    assert not torch.allclose(found, loss.errors_at(other, levels)), "captions are seen"

@@ -1,0 +1,117 @@
+"""Learning from final videos: the two losses, their gradients, and what they need of a rollout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from bpgo_video.config.bpgo import Config
+from bpgo_video.learner.bpgo import GroupAdvantages, LossAdvantages
+from bpgo_video.learner.losses import TrustRegion
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy, load_policy
+from bpgo_video.rollouts.forward_process import (
+    ForwardProcess,
+    MatchingSettings,
+    Pair,
+    awm_loss,
+    matching_error,
+    nft_error,
+    nft_loss,
+)
+from bpgo_video.rollouts.objectives import OBJECTIVES
+from bpgo_video.rollouts.replay import Setting, optimise
+from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_denoiser
+from bpgo_video.types import PromptBatch, Trajectory
+from tests.rollouts.test_replay import PlainLearner, total_loss
+
+SHAPE = (3, 1, 1, 1, 2)
+SETTINGS = MatchingSettings(zeta=0.5, region=TrustRegion(clip_range=(0.2, 0.2)), beta=0.5, limit=2.0)
+
+
+def row(*values: float) -> torch.Tensor:
+    """One sample of two latent dimensions."""
+    return torch.tensor(values, dtype=torch.float64).view(1, 1, 1, 1, 2)
+
+
+def test_nft_by_hand() -> None:
+    # beta .5, old (0, 0), v (1, 0), target (1, 1): v+ = (.5, 0), v- = (-.5, 0)
+    pair = Pair(row(1, 0), row(0, 0), row(1, 1))
+    better, worse = (0.25 + 1) / 2, (2.25 + 1) / 2
+    for advantage, optimality in ((0.0, 0.5), (1.0, 0.75), (-1.0, 0.25), (2.0, 1.0), (9.0, 1.0), (-9.0, 0.0)):
+        found = nft_error(pair, torch.tensor([advantage], dtype=torch.float64), SETTINGS)
+        assert found.item() == pytest.approx(optimality * better + (1 - optimality) * worse)
+
+
+def test_on_policy_the_gradient_of_nft_is_the_advantage_times_the_way_to_the_target() -> None:
+    rng = torch.Generator().manual_seed(0)
+    old, target = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(2))
+    velocity = old.clone().requires_grad_()
+    advantage = torch.tensor([1.0, -0.5, 0.0], dtype=torch.float64)
+    nft_error(Pair(velocity, old, target), advantage, SETTINGS).sum().backward()
+    weight = SETTINGS.beta * (advantage / SETTINGS.limit).view(3, 1, 1, 1, 1)
+    torch.testing.assert_close(velocity.grad, weight * 2 * (old - target) / 2)
+
+
+def test_on_policy_the_gradient_of_awm_is_that_of_weighted_matching() -> None:
+    rng = torch.Generator().manual_seed(1)
+    old, target = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(2))
+    advantage, contrastive, trust = (torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3))
+    velocity, plain = old.clone().requires_grad_(), old.clone().requires_grad_()
+    awm_loss(Pair(velocity, old, target), LossAdvantages(advantage, contrastive, trust), SETTINGS).value.backward()
+    ((trust * advantage + 0.5 * contrastive) * matching_error(plain, target)).mean().backward()
+    torch.testing.assert_close(velocity.grad, plain.grad)
+
+
+@pytest.mark.parametrize("loss", [awm_loss, nft_loss])
+def test_gradients_equal_finite_differences(loss: Any) -> None:
+    rng = torch.Generator().manual_seed(2)
+    old, target, base, way = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(4))
+    own = LossAdvantages(*(torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3)))
+    wide = replace(SETTINGS, region=TrustRegion(clip_range=(0.9, 9.0)))
+
+    def value(theta: torch.Tensor) -> torch.Tensor:
+        return loss(Pair(old + 0.01 * base + theta * way, old, target), own, wide).value
+
+    theta = torch.tensor(0.02, dtype=torch.float64, requires_grad=True)
+    gradient = torch.autograd.grad(value(theta), theta)[0].item()
+    assert gradient == pytest.approx(float((value(theta + 1e-6) - value(theta - 1e-6)).detach()) / 2e-6, rel=1e-6)
+
+
+@pytest.fixture
+def own_policy(recipe: Config) -> Policy:
+    return load_policy(recipe.policy.folder, max_sequence_length=16)
+
+
+def rollout(policy: Policy, recipe: Config, kind: str) -> tuple[ForwardProcess, list[Trajectory]]:
+    sampler = replace(recipe.sampler, num_steps=4, train_steps="all", share_steps="batch")
+    recipe = replace(recipe, sampler=sampler, loss=replace(recipe.loss, objective=kind, clip_range=(0.9, 9.0)))
+    texts = ("a red circle moving left", "a blue object")
+    prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts), policy.encode([""]))
+    chunks = sample_chunks(
+        training_denoiser(policy, recipe), prompts, Mesh(0, 1, torch.device("cpu")), group_size=4,
+        micro_batch_size=4, latent_shape=policy.latent_shape(recipe.video), key=(0, "rollout", 0),
+        trained_steps=sampled_steps(policy, recipe, 0),
+    )  # fmt: skip
+    advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
+    advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
+    trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
+    return OBJECTIVES[kind](Setting(policy, recipe, prompts, torch.device("cpu")), advantages, 0), trajectories
+
+
+@pytest.mark.parametrize("kind", ["awm", "nft"])
+@pytest.mark.parametrize("updates", [1, 3])
+def test_an_update_lowers_its_own_loss(own_policy: Policy, recipe: Config, kind: str, updates: int) -> None:
+    objective, trajectories = rollout(own_policy, recipe, kind)
+    assert all(trajectory.latents.shape[1] == 1 for trajectory in trajectories), "final latents alone are stored"
+    objective.prepare(trajectories, 2)
+    before = total_loss(objective, trajectories)
+    fresh = replace(objective, recorded={})
+    learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=1e-3)
+    metrics = optimise(learner, fresh, trajectories, updates_per_rollout=updates).metrics
+    assert metrics["ratio_error_first_update_max"] == 0.0
+    assert (metrics["log_ratio_abs_max"] > 1e-7) == (updates > 1), "later updates see a policy that has moved"
+    assert total_loss(objective, trajectories) < before

@@ -1,0 +1,127 @@
+"""Bad input is told before any model is loaded, with the value, the rule and the way out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
+from bpgo_video.config.reading import to_yaml
+from bpgo_video.config.rules import check_world
+from bpgo_video.data.prior_files import PriorError, write_priors
+from bpgo_video.data.prompt_records import ShardError
+from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies import Policy, load_policy
+from bpgo_video.training import policy_session, session
+from bpgo_video.training.run_folder import check_run_dir
+from tests.made.recipes import make_shards, small_recipe
+
+MESH = Mesh(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("prompts") / "shards")
+
+
+@pytest.fixture
+def config(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setattr(policy_session, "load_policy", without_models)
+    return small_recipe(tmp_path / "run", shards)
+
+
+def without_models(*arguments: Any, components: Collection[str], **options: Any) -> Policy:
+    assert not components, "a model was loaded"
+    return load_policy(*arguments, components=components, **options)
+
+
+def test_good_input_passes(config: Config) -> None:
+    ds_config, found = session.check_inputs(config, MESH)
+    assert ds_config["zero_optimization"]["stage"] == 3
+    assert len(found) == 6
+
+
+def test_a_missing_model_folder_is_named(config: Config) -> None:
+    config = replace(config, policy=replace(config.policy, folder="models/nowhere/wan"))
+    with pytest.raises(FileNotFoundError, match="models/nowhere/wan"):
+        session.check_inputs(config, MESH)
+
+
+def test_missing_shards_name_the_tool(config: Config) -> None:
+    config = replace(config, data=replace(config.data, shards="nowhere"))
+    with pytest.raises(ShardError, match=r"nowhere.*make_prompt_shards\.py"):
+        session.check_inputs(config, MESH)
+
+
+def test_a_truncated_shard_is_named(config: Config, shards: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    tar = next(broken.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:700])
+    config = replace(config, data=replace(config.data, shards=str(broken)))
+    with pytest.raises(ShardError, match=tar.name):
+        session.check_inputs(config, MESH)
+
+
+def test_a_missing_prior_names_the_command(config: Config) -> None:
+    config = replace(config, prior=replace(config.prior, kind="reference"))
+    with pytest.raises(PriorError, match=r"tools/estimate_priors\.py --config"):
+        session.check_inputs(config, MESH)
+
+
+def test_a_prior_of_another_reward_version_is_refused(config: Config, shards: Path, tmp_path: Path) -> None:
+    stale = tmp_path / "stale"
+    shutil.copytree(shards, stale)
+    for name in config.rewards:
+        write_priors(stale, name, "another version", 1.0, "policy", {1: (0.0, 1.0, 8)})
+    changed = replace(
+        config, prior=replace(config.prior, kind="reference"), data=replace(config.data, shards=str(stale))
+    )
+    checked = session.check_inputs(changed, MESH)
+    with pytest.raises(PriorError, match="another version"):
+        session.build_session(changed, MESH, *checked)
+
+
+def test_shards_of_another_text_encoder_are_refused(config: Config) -> None:
+    config = replace(config, policy=replace(config.policy, max_sequence_length=32))
+    with pytest.raises(ShardError, match="max_sequence_length"):
+        session.check_inputs(config, MESH)
+
+
+def test_a_world_that_does_not_divide_is_refused(config: Config) -> None:
+    with pytest.raises(ConfigError, match="3 ranks"):
+        check_world(config, 3)
+
+
+def test_an_existing_run_is_never_overwritten(config: Config) -> None:
+    check_run_dir(config)
+    folder = Path(config.run.dir)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(ConfigError, match=r"--run\.resume auto"):
+        check_run_dir(config)
+    again = replace(config, run=replace(config.run, resume="auto", num_steps=9))
+    check_run_dir(again)
+    other = replace(again, optim=replace(again.optim, learning_rate=0.5))
+    with pytest.raises(ConfigError, match="other optim settings"):
+        check_run_dir(other)
+
+
+def test_a_resume_may_change_when_and_where_it_computes_and_not_what(config: Config) -> None:
+    far = RewardConfig(model="remote", options={"url": "http://a:1", "videos_per_request": 2})
+    config = replace(config, rewards={"far": far}, run=replace(config.run, resume="auto"))
+    folder = Path(config.run.dir)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    moved = replace(far, timeout=9.0, rests_on="cpu", options={**far.options, "url": "https://b:2", "token_env": "T"})
+    rollout = replace(config.rollout, score_ahead=0, offload_trajectories=True)
+    check_run_dir(replace(config, rewards={"far": moved}, rollout=rollout))
+    for reward in (replace(far, weight=2.0), replace(far, options={**far.options, "videos_per_request": 4})):
+        with pytest.raises(ConfigError, match="other rewards settings"):
+            check_run_dir(replace(config, rewards={"far": reward}))
