@@ -49,10 +49,25 @@ class TextAttention:
         return attn.out_layer(found.flatten(2))
 
 
+class Rounded(torch.autograd.Function):
+    """fp32 numbers rounded to bf16, and gradients as they are.
+
+    The ranks of a sequence group find parts of a text's gradient, whose sum has to be that of a single process.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
 def rotated(x: Float[Tensor, "samples tokens heads head_dim"], rope: Tensor) -> Tensor:
     """Each pair of numbers times its token's matrix; rounded to bf16, as diffusers rounds it in every dtype."""
     pairs = x.float().unflatten(3, (-1, 1, 2))
-    return (rope * pairs).sum(dim=-1).reshape(x.shape).to(torch.bfloat16).type_as(x)
+    return Rounded.apply((rope * pairs).sum(dim=-1).reshape(x.shape)).type_as(x)
 
 
 def real_tokens(rope: Tensor) -> Bool[Tensor, "samples text"]:
