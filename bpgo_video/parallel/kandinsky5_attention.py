@@ -71,7 +71,7 @@ def rotated(x: Float[Tensor, "samples tokens heads head_dim"], rope: Tensor) -> 
 
 
 def real_tokens(rope: Tensor) -> Bool[Tensor, "samples text"]:
-    """Which text tokens are no padding, by their rotations [(1) samples text 1 half 2 2]; one row where all share it."""
+    """Which text tokens are no padding, by their rotations [1 samples text 1 half 2 2]; one row where all share it."""
     return rope.flatten(-4).any(dim=-1).reshape(-1, rope.shape[-5])
 
 

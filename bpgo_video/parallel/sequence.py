@@ -175,7 +175,8 @@ def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
     transformer.register_forward_pre_hook(split_inputs, with_kwargs=True)
     transformer.get_submodule(f"{plan.blocks[0]}.0").register_forward_pre_hook(enter, with_kwargs=True)
     plan.rope(transformer, ulysses)
-    (transformer.get_submodule(plan.head) if plan.head else lists[-1][-1]).register_forward_hook(join)
+    last = transformer.get_submodule(plan.head) if plan.head else [*lists[-1].children()][-1]
+    last.register_forward_hook(join)
     # The class's module looks `dispatch_attention_fn` up at every call; processors hand it their `_parallel_config`.
     sys.modules[type(transformer).__module__].dispatch_attention_fn = attend  # type: ignore[attr-defined]
     for name, module in (named for blocks in lists for named in blocks.named_modules()):

@@ -53,7 +53,7 @@ class Kandinsky5Policy(HunyuanVAEPolicy):
         if kind != "regular":
             raise ConfigError(
                 f"{folder} has attention_type {kind!r}: which blocks of tokens it attends to is chosen anew in every "
-                "forward, and it is not trained here; take weights with attention_type 'regular', such as those of 5 s"
+                "forward, and it is not trained here; take weights with attention_type 'regular'"
             )
 
     @torch.no_grad()
@@ -77,8 +77,8 @@ class Kandinsky5Policy(HunyuanVAEPolicy):
         shape = self.compressed(video, patch)
         if max(shape[1] // patch_frames, shape[2] // patch, shape[3] // patch) > POSITIONS:
             raise ConfigError(
-                f"video of {video.num_frames} x {video.height} x {video.width} has latents of {shape[1:]} in patches of "
-                f"{patch_frames, patch, patch}; the transformer knows {POSITIONS} positions along each axis"
+                f"a video of {video.num_frames} x {video.height} x {video.width} has latents of {shape[1:]} in patches "
+                f"of {patch_frames, patch, patch}; the transformer knows {POSITIONS} positions along each axis"
             )
         return shape
 
@@ -128,7 +128,7 @@ class Kandinsky5Policy(HunyuanVAEPolicy):
         return latents
 
     def transformer_input(self, whole: Whole) -> ChannelsLast:
-        """The frames, then as many channels of zeros, then which frames are given; the first alone without the others."""
+        """The frames, and where the folder has channels for them as many zeros, and which frames are given."""
         if not self.transformer_config["visual_cond"]:
             return whole.movedim(1, -1)
         given = torch.zeros_like(whole[:, :1])

@@ -33,6 +33,7 @@ VIDEO = VideoConfig(num_frames=9, height=48, width=48, fps=24.0)
 TEXT_TOKENS = 12
 CHANNELS = 4
 SHORT = 0.03
+ENDS = {"bos_token_id": 0, "eos_token_id": 1}
 
 
 def random_kandinsky5(folder: Path, images: bool = False, visual_cond: bool = False) -> None:
@@ -51,12 +52,10 @@ def random_kandinsky5(folder: Path, images: bool = False, visual_cond: bool = Fa
         torch.nn.init.zeros_(vae.quant_conv.weight[CHANNELS:])
         torch.nn.init.constant_(vae.quant_conv.bias[CHANNELS:], -30.0)
         pipeline_class: Any = Kandinsky5I2VPipeline if images else Kandinsky5T2VPipeline
-        pipeline = pipeline_class(
-            transformer, vae, None, None, None, None, FlowMatchEulerDiscreteScheduler(shift=5.0)
-        )
+        pipeline = pipeline_class(transformer, vae, None, None, None, None, FlowMatchEulerDiscreteScheduler(shift=5.0))
         before = pipeline.prompt_template, pipeline.prompt_template_encode_start_idx
         words, clip_words = template_tokenizer(*before), word_tokenizer(after=1, limit=77)
-        width = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1}
+        width = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": len(words), **ENDS}
         qwen = Qwen2_5_VLConfig(
             text_config={**width, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                          "rope_parameters": ROPE},
@@ -73,8 +72,8 @@ def random_kandinsky5(folder: Path, images: bool = False, visual_cond: bool = Fa
 def random_transformer(**own: Any) -> Kandinsky5Transformer3DModel:
     """Its gates, which are 0 at first, let every block through.
 
-    Queries and keys are `SHORT`: diffusers rounds them to bf16, and what rounds apart in them, or in their gradients, is
-    to stay below 1e-5. What this hides, positions, `test_kandinsky5.py` compares by itself.
+    Queries and keys are `SHORT`: diffusers rounds them to bf16, and what rounds apart in them, or in their gradients,
+    is to stay below 1e-5. What this hides, positions, `test_kandinsky5.py` compares by itself.
     """
     transformer = Kandinsky5Transformer3DModel(
         in_visual_dim=CHANNELS, out_visual_dim=CHANNELS, in_text_dim=32, in_text_dim2=32, time_dim=16, model_dim=32,
