@@ -20,7 +20,7 @@ from bpgo_video.parallel.kandinsky5_attention import PADDING
 from bpgo_video.policies.flow_match import scheduled_sigmas
 from bpgo_video.policies.hunyuan_vae import HunyuanVAEPolicy
 from bpgo_video.policies.kandinsky5_transformer import prepare
-from bpgo_video.policies.pipeline_policy import read_config
+from bpgo_video.policies.pipeline_policy import networks_of, read_config
 from bpgo_video.policies.transformers import transformer_names
 from bpgo_video.types import Conditioning, Latents, Velocity
 
@@ -49,7 +49,8 @@ class Kandinsky5Policy(HunyuanVAEPolicy):
         Raises:
             ConfigError: sparse attention.
         """
-        kind = read_config(folder / transformer_names(folder)[0])["attention_type"]
+        (name,) = transformer_names(folder)
+        kind = read_config(folder / name, networks_of(folder)[name])["attention_type"]
         if kind != "regular":
             raise ConfigError(
                 f"{folder} has attention_type {kind!r}: which blocks of tokens it attends to is chosen anew in every "

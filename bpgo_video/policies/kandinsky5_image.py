@@ -39,8 +39,10 @@ class Kandinsky5ImagePolicy(Kandinsky5Policy):
 
     def example(self) -> tuple[Latents, Conditioning]:
         latents, conditioning = super().example()
-        image = torch.randn(latents[:, :, :1].shape, generator=torch.Generator().manual_seed(1))
-        return latents, {**conditioning, "image_latents": image}
+        samples, channels, _, *side = latents.shape
+        size = (samples, channels, ADJUSTED_FRAMES + 1, *side)
+        whole = torch.randn(size, generator=torch.Generator().manual_seed(1))
+        return whole[:, :, self.given_frames :], {**conditioning, "image_latents": whole[:, :, : self.given_frames]}
 
     @torch.no_grad()
     def image_conditioning(self, images: Images, video: VideoConfig) -> dict[str, Tensor]:

@@ -20,11 +20,13 @@ from diffusers.models.transformers.transformer_kandinsky import (
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.generation.generate import initial_latents, load_pipeline, plan, read_records, sample
+from bpgo_video.generation.settings import GenerationSettings, find_model, resolve
 from bpgo_video.parallel.sequence import check_heads
 from bpgo_video.policies.kandinsky5 import text_positions
 from bpgo_video.policies.kandinsky5_transformer import prepare
 from tests.families import CASES, load_policy
-from tests.families.case import TEXTS
+from tests.families.case import CPU, TEXTS
 from tests.families.kandinsky5 import random_kandinsky5, random_transformer
 
 TEXT, IMAGE = CASES["kandinsky5"], CASES["kandinsky5_image"]
@@ -194,6 +196,25 @@ def test_texts_are_encoded_alone_and_padded(folder: Path) -> None:
         assert together["prompt_attention_mask"][row].tolist() == [place < length for place in range(12)]
         assert not together["prompt_embeds"][row, length:].any()
     assert together["prompt_attention_mask"].sum(dim=1).tolist() == [6, 2], "and what stands behind in the template"
+
+
+def test_a_generated_video_does_not_know_of_longer_texts_beside_its_own(folder: Path, tmp_path: Path) -> None:
+    """diffusers' pipeline, given both in a call, attends to the padding of the shorter one."""
+    (tmp_path / "prompts.txt").write_text(f"{TEXTS[0]}\na")
+    settings = GenerationSettings(
+        policy=str(folder), prompts=tmp_path / "prompts.txt", output=tmp_path / "videos", seed=5, num_steps=2,
+        num_frames=9, height=48, width=48, guidance_scale=1.0, max_sequence_length=TEXT.text_tokens, batch_size=2,
+    )  # fmt: skip
+    model = find_model(settings)
+    call, jobs = resolve(settings, model.policy), plan(settings, read_records(settings))
+    pipeline = load_pipeline(model, settings, CPU)
+    together = sample(pipeline, model.policy, jobs, settings, call)
+    alone = sample(pipeline, model.policy, jobs[1:], settings, call)
+    torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-5)
+    noise = initial_latents(jobs, model.policy.latent_shape(TEXT.video))
+    given = call.given() | model.policy.call_arguments(pipeline, noise, TEXT.video, None)
+    padded = pipeline(prompt=[job.text for job in jobs], output_type="pt", **given).frames
+    assert (padded[1:] - alone).abs().max() > 1e-3
 
 
 def test_the_schedule_is_shifted_to_the_smallest_level_and_again(folder: Path) -> None:
