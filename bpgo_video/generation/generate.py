@@ -167,8 +167,8 @@ def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> La
 def sample(
     pipeline: Any, policy: Policy, jobs: Sequence[Job], settings: GenerationSettings, call: CallSettings
 ) -> Videos:
-    """Videos in [0, 1] of the jobs, in one batch through the pipeline; image-to-video takes one image a call."""
-    if len(jobs) > 1 and jobs[0].prompt.media:
+    """Videos in [0, 1] of the jobs, in one batch through the pipeline; some take one text a call, or one image."""
+    if len(jobs) > 1 and (jobs[0].prompt.media or policy.one_text_a_call):
         return torch.cat([sample(pipeline, policy, [job], settings, call) for job in jobs])
     images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
     video = video_of(settings, call, policy)
