@@ -6,8 +6,9 @@ A family says what differs: its blocks' names, its text embeddings, its schedule
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
+from bpgo_video.parallel.sequence import SequencePlan
 from bpgo_video.policies.base import Build
 from bpgo_video.policies.transformers import Transformers, read_index, transformer_names
 from bpgo_video.types import Latents, Videos
@@ -38,6 +40,9 @@ class PipelinePolicy:
         one_dtype: diffusers' pipeline hands latents from network to network without a cast.
         options: settings that are the family's own, of the class with its pipeline's values.
         guidance_argument: what the pipeline's call names classifier-free guidance.
+        sequence_plan: where the transformer parts its tokens; None takes the one of its class in `sequence.PLANS`.
+        transformer_inputs: what the transformer takes in, as shapes; None takes the function of its class in
+            `planning.inputs.INPUTS`.
     """
 
     pipeline_name: ClassVar[str]
@@ -49,6 +54,8 @@ class PipelinePolicy:
     one_dtype: ClassVar[bool] = False
     options: Mapping[str, float | None] = MappingProxyType({})
     guidance_argument: ClassVar[str] = "guidance_scale"
+    sequence_plan: ClassVar[SequencePlan | None] = None
+    transformer_inputs: ClassVar[Callable[[Mapping[str, Any], Any], dict[str, Any]] | None] = None
 
     def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
         self.folder = folder
@@ -57,8 +64,10 @@ class PipelinePolicy:
         self.transformer_names = transformer_names(folder)
         loaded = {name: getattr(pipeline, name) for name in self.transformer_names}
         self.transformers: Any = Transformers({name: module for name, module in loaded.items() if module is not None})
-        self.transformer_config = read_config(folder / self.transformer_names[0])
-        self.vae_config = read_config(folder / "vae")
+        networks = networks_of(folder)
+        self.transformer_config, self.vae_config = (
+            read_config(folder / name, networks[name]) for name in (self.transformer_names[0], "vae")
+        )
 
     @classmethod
     def load(
@@ -149,9 +158,13 @@ class PipelinePolicy:
                 raise ConfigError(f"video.{name} is {size}; this policy needs a multiple of {multiple}")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A network's config.json."""
-    return dict(json.loads((folder / "config.json").read_text()))
+def read_config(folder: Path, model_class: Any) -> dict[str, Any]:
+    """A network's config.json, with its class's defaults for what an older file leaves out, as diffusers reads it."""
+    parameters = inspect.signature(model_class.__init__).parameters.values()
+    defaults = {
+        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
+    }
+    return {**defaults, **json.loads((folder / "config.json").read_text())}
 
 
 def networks_of(folder: Path) -> dict[str, Any]:
