@@ -57,8 +57,8 @@ class CogVideoXPolicy(PipelinePolicy):
         self.fps = 16.0 if self.padding_frames else 8.0
 
     @cached_property
-    def levels(self) -> Float[Tensor, "timesteps"]:
-        """Sigma of every timestep of training, fp64."""
+    def levels(self) -> Tensor:
+        """Sigma of every timestep of training: [timesteps], fp64."""
         alpha_squared = self.pipeline.scheduler.alphas_cumprod.double()
         alpha, s = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
         return s / (alpha + s)

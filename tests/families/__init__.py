@@ -17,6 +17,7 @@ from tests.families.cogvideox import (
 from tests.families.hunyuan import HUNYUAN
 from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.mochi import MOCHI
+from tests.families.page import SKYREELS
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 from tests.families.wan22 import WAN_22, WAN_22_IMAGE, WAN_22_TI2V, WAN_22_TI2V_IMAGE
 
@@ -37,6 +38,7 @@ CASES: dict[str, Case] = {
     "ltx": LTX,
     "ltx_image": LTX_IMAGE,
     "hunyuan": HUNYUAN,
+    "skyreels": SKYREELS,
 }
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]
