@@ -77,8 +77,8 @@ def generate(
         FileNotFoundError, ConfigError: no such model folder, a family that is not known, or an error of another rank.
         CheckpointError: a training checkpoint that cannot be used.
         PromptFileError, ShardError: the prompts are missing, empty or damaged.
-        GenerationError: a size that the policy cannot make, adapters or memory settings that do not fit, an output folder that holds
-            videos of other settings, or a video that is not whole after all.
+        GenerationError: a size that the policy cannot make, adapters or memory settings that do not fit, an output
+            folder that holds videos of other settings, or a video that is not whole after all.
     """
     places = places or within(settings.output)
     with same_verdict(mesh):

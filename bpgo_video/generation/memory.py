@@ -37,7 +37,8 @@ def means_of(settings: GenerationSettings, model: Model) -> Means:
     own = {"vae_tiling": False, "vae_slicing": False, "attention_backend": None}
     recipe = vars(model.checkpoint.config.policy) if model.checkpoint else own
     asked = {name: getattr(settings, name) for name in own}
-    means = Means(**{name: recipe[name] if value is None else value for name, value in asked.items()})
+    found: dict[str, Any] = {name: recipe[name] if value is None else value for name, value in asked.items()}
+    means = Means(**found)
     try:
         check_backend(means.attention_backend, trains=False)
     except ConfigError as error:

@@ -54,7 +54,9 @@ def _choose(transformer: Any, backend: str) -> None:
     try:
         transformer.set_attention_backend(backend)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"policy.attention_backend {backend!r} cannot be used here: {error}") from error
+        raise ConfigError(
+            f"policy.attention_backend {backend!r} cannot be used here: {error}; `native` needs no package"
+        ) from error
 
 
 def compile_blocks(transformer: nn.Module, block_classes: tuple[type, ...]) -> None:

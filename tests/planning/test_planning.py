@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, VideoConfig
+from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, PolicyConfig, VideoConfig
 from bpgo_video.config.reading import config_from_dict
 from bpgo_video.planning import advice, command, rehearsal
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.dry_run import dry_run
 from bpgo_video.planning.inputs import INPUTS, Batch, arguments
-from bpgo_video.planning.models import Model, find_model, known_models
+from bpgo_video.planning.models import Model, described, find_model, known_models
 from bpgo_video.planning.plan import RUNTIME, Job, Plan, reckon, room
 from bpgo_video.planning.zero import Held, Weights, Zero, add_at_rest, during_backward, live_weights, missing_weights
 from bpgo_video.zero.engine import zero_settings
 from tests.made.random_wan import random_wan
-from tests.made.recipes import RECIPE
+from tests.made.recipes import RECIPE, small_recipe
 
 MODEL = Model(
     name="small",
@@ -154,6 +155,32 @@ def test_every_known_model_names_classes_inputs_and_its_source() -> None:
     assert find_model("Wan-AI/Wan2.2-I2V-A14B-Diffusers").transformers == ("transformer", "transformer_2")
     with pytest.raises(ConfigError, match=r"known without a download are .*hunyuanvideo"):
         find_model("no/such/model")
+
+
+def test_a_published_model_is_seen_as_its_family_sees_it() -> None:
+    """Of TI2V-5B with images a latent frame is given: it is not sampled, passes the transformer, and is decoded."""
+    video = VideoConfig(num_frames=121, height=704, width=1280, fps=24.0)
+    model = find_model("wan2.2-ti2v-5b")
+
+    def shapes(family: str | None) -> tuple[Any, ...]:
+        policy = PolicyConfig("wan2.2-ti2v-5b", 512, family=family)
+        config = replace(small_recipe(Path("run"), Path("shards")), policy=policy, video=video)
+        job = Job(config, BF16, ranks=1, model=model)
+        return job.latents, job.computed, job.decoded, job.policy.given_frames
+
+    whole = (48, 31, 44, 80)
+    assert shapes(None) == (whole, whole, whole, 0)
+    assert shapes("WanImageToVideoPipeline") == ((48, 30, 44, 80), whole, whole, 1)
+    for name, each in known_models().items():
+        assert described(each, PolicyConfig(name, 512)).pipeline_name == each.index["_class_name"]
+    with pytest.raises(ConfigError, match="Path is no PipelinePolicy"):
+        described(model, PolicyConfig("any", 512, family="pathlib:Path"))
+
+
+def test_sizes_that_the_policy_refuses_are_not_planned(job: Job) -> None:
+    odd = replace(job.config, video=replace(job.config.video, height=68))
+    with pytest.raises(ConfigError, match=r"video.height is 68; this policy needs a multiple of 8"):
+        reckon(replace(job, config=odd))
 
 
 def test_a_folder_tells_its_own_shapes(tmp_path: Path) -> None:
@@ -333,6 +360,9 @@ def test_flags_of_a_model_become_a_recipe() -> None:
     assert config.policy.max_sequence_length == 128
     assert config.parallel.sequence == 2
     assert config.rollout.prompts_per_step == 1, "8 samples fill 4 groups"
+    assert config.policy.family is None
+    images = ["--model", "wan2.2-ti2v-5b", "--gpus", "8", "--family", "WanImageToVideoPipeline"]
+    assert config_from_dict(command.recipe_of(command.parser().parse_args(images))).policy.family == images[-1]
 
 
 def test_blocks_are_those_of_a_models_lists() -> None:

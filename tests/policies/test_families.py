@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.policies.pipeline_policy import PipelinePolicy
+from bpgo_video.policies.pipeline_policy import PipelinePolicy, networks_of
 from bpgo_video.policies.transformers import blocks_of
 from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
 from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
@@ -127,6 +130,24 @@ def test_decode_gives_the_vae_what_its_encoder_gave(
     torch.testing.assert_close(
         torch.cat(given)[:, :, policy.given_frames :], expected[:, :, policy.given_frames :], rtol=1e-5, atol=1e-5
     )
+
+
+def test_a_folder_may_leave_out_what_its_classes_take_by_default(case: Case, folder: Path, tmp_path: Path) -> None:
+    """Published folders do: arguments that their diffusers did not know yet."""
+    shutil.copytree(folder, tmp_path / "older", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, model_class in networks_of(folder).items():
+        if name == "vae" or name.startswith("transformer"):
+            file = tmp_path / "older" / name / "config.json"
+            config = json.loads(file.read_text())
+            default = {key: param.default for key, param in signature(model_class.__init__).parameters.items()}
+            whole = {key: list(value) if isinstance(value, tuple) else value for key, value in default.items()}
+            left = {key: value for key, value in config.items() if key not in whole or whole[key] != value}
+            assert len(left) < len(config)
+            file.write_text(json.dumps(left))
+    older, newer = (case.policy(path, components=()) for path in (tmp_path / "older", folder))
+    assert older.latent_shape(case.video) == newer.latent_shape(case.video)
+    assert (older.given_frames, older.padding_frames) == (newer.given_frames, newer.padding_frames)
+    assert torch.equal(older.example()[0], newer.example()[0])
 
 
 def test_its_blocks_are_found_and_recomputed(policy: Policy) -> None:
