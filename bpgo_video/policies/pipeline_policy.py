@@ -65,9 +65,9 @@ class PipelinePolicy:
         loaded = {name: getattr(pipeline, name) for name in self.transformer_names}
         self.transformers: Any = Transformers({name: module for name, module in loaded.items() if module is not None})
         networks = networks_of(folder)
-        self.transformer_config, self.vae_config = (
-            read_config(folder / name, networks[name]) for name in (self.transformer_names[0], "vae")
-        )
+        first = self.transformer_names[0]
+        self.transformer_config = read_config(folder / first, networks[first])
+        self.vae_config = read_config(folder / "vae", networks["vae"])
 
     @classmethod
     def load(
@@ -159,11 +159,9 @@ class PipelinePolicy:
 
 
 def read_config(folder: Path, model_class: Any) -> dict[str, Any]:
-    """A network's config.json, with its class's defaults for what an older file leaves out, as diffusers reads it."""
-    parameters = inspect.signature(model_class.__init__).parameters.values()
-    defaults = {
-        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
-    }
+    """A network's config.json over its class's defaults: a folder of an older diffusers lacks what came later."""
+    arguments = inspect.signature(model_class.__init__).parameters.values()
+    defaults = {one.name: one.default for one in arguments if one.default is not one.empty}
     return {**defaults, **json.loads((folder / "config.json").read_text())}
 
 
