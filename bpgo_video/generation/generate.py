@@ -42,6 +42,7 @@ from bpgo_video.generation.files import (
     within,
     write_manifest,
 )
+from bpgo_video.generation.memory import OFFLOADS, apply, check_offload, means_of
 from bpgo_video.generation.plan import Reader, describe, plan, read_records
 from bpgo_video.generation.settings import (
     CallSettings,
@@ -77,8 +78,8 @@ def generate(
         FileNotFoundError, ConfigError: no such model folder, a family that is not known, or an error of another rank.
         CheckpointError: a training checkpoint that cannot be used.
         PromptFileError, ShardError: the prompts are missing, empty or damaged.
-        GenerationError: a size that the policy cannot make, adapters that do not fit, an output folder that holds
-            videos of other settings, or a video that is not whole after all.
+        GenerationError: a size that the policy cannot make, adapters or memory settings that do not fit, an output
+            folder that holds videos of other settings, or a video that is not whole after all.
     """
     places = places or within(settings.output)
     with same_verdict(mesh):
@@ -87,6 +88,7 @@ def generate(
         call = resolve(settings, model.policy)
         record = describe(settings, model, call, prompts)
         check_manifest(places, record)
+        check_offload(settings.offload, mesh.device)
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
     jobs = plan(settings, prompts, places)
     video = video_of(settings, call, model.policy)
@@ -128,7 +130,7 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
     """diffusers' pipeline of the folder's own class, with the checkpoint's weights and the adapters in it.
 
     Raises:
-        GenerationError: the adapters fit no layer.
+        GenerationError: the adapters fit no layer, or the model cannot decode or attend as it is asked to.
     """
     dtype = DTYPES[settings.dtype]
     pipeline_class = getattr(diffusers, model.policy.pipeline_name)
@@ -142,7 +144,9 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
     for name, file in settings.adapters.items():
         add_adapters(pipeline, file, name, model.policy.folder)
     pipeline.set_progress_bar_config(leave=False, disable=None)  # per denoising step, on a terminal alone
-    return pipeline.to(device)
+    apply(means_of(settings, model), pipeline, model)
+    OFFLOADS[settings.offload](pipeline, device)
+    return pipeline
 
 
 def add_adapters(pipeline: Any, file: Path, name: str, folder: Path) -> None:

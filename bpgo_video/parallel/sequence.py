@@ -1,7 +1,8 @@
 """Where does a transformer part its tokens, and where do they come together again?
 
-A plan per transformer class: tokens are split where they enter the first block, with their rotary embeddings, and
-joined behind the output projection; in between every rank computes on its own part, and self-attention is `ulysses.py`.
+A plan per transformer class, or the family's own: tokens are split where they enter the first block, with their rotary
+embeddings, and joined behind the output projection; in between every rank computes on its own part, and self-attention
+is `ulysses.py`.
 """
 
 from __future__ import annotations
@@ -126,8 +127,11 @@ PLANS = {
 }
 
 
-def check_heads(transformer_config: Mapping[str, Any], sequence: int) -> None:
+def check_heads(transformer_config: Mapping[str, Any], sequence: int, own: SequencePlan | None = None) -> None:
     """Whether a sequence group can share the heads, from the transformer's config.json.
+
+    Args:
+        own: the family's plan, where it brings one.
 
     Raises:
         ConfigError: the heads do not divide, or there is no plan for the class; the message names what works.
@@ -135,11 +139,13 @@ def check_heads(transformer_config: Mapping[str, Any], sequence: int) -> None:
     if sequence == 1:
         return
     name = transformer_config["_class_name"]
-    if name not in PLANS:
+    plan = own or PLANS.get(name)
+    if plan is None:
         raise ConfigError(
-            f"parallel.sequence is {sequence}, but {name} cannot be split; {sorted(PLANS)} can. Set it to 1"
+            f"parallel.sequence is {sequence}, but {name} cannot be split; {sorted(PLANS)} can. Set it to 1, or give "
+            "the family's class a sequence_plan (docs/new_family.md)"
         )
-    heads = PLANS[name].heads(transformer_config)
+    heads = plan.heads(transformer_config)
     if heads % sequence:
         valid = [size for size in range(1, heads + 1) if heads % size == 0]
         raise ConfigError(
@@ -148,14 +154,20 @@ def check_heads(transformer_config: Mapping[str, Any], sequence: int) -> None:
         )
 
 
-def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
+def parallelise(transformer: nn.Module, mesh: Mesh, own: SequencePlan | None = None) -> None:
     """Let the ranks of a sequence group share each sample's tokens in every forward from now on.
 
     Called once adapters are in and before the engine takes the module; a mesh without sequence groups changes nothing.
+
+    Args:
+        own: the family's plan, where it brings one.
+
+    Raises:
+        ConfigError: no attention would look beyond a rank's own tokens.
     """
     if mesh.sequence_group is None:
         return
-    plan = PLANS[type(transformer).__name__]
+    plan = own or PLANS[type(transformer).__name__]
     ulysses = Ulysses(mesh.sequence_group, plan.text_first)
 
     def split_inputs(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -171,15 +183,29 @@ def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
         return ulysses.join(output, 1)
 
     plan.attention(transformer)
-    lists = [transformer.get_submodule(name) for name in plan.blocks]
     transformer.register_forward_pre_hook(split_inputs, with_kwargs=True)
     transformer.get_submodule(f"{plan.blocks[0]}.0").register_forward_pre_hook(enter, with_kwargs=True)
     plan.rope(transformer, ulysses)
-    last = transformer.get_submodule(plan.head) if plan.head else [*lists[-1].children()][-1]
-    last.register_forward_hook(join)
+    last = plan.head or f"{plan.blocks[-1]}.{len(transformer.get_submodule(plan.blocks[-1])) - 1}"  # type: ignore[arg-type]
+    transformer.get_submodule(last).register_forward_hook(join)
     # The class's module looks `dispatch_attention_fn` up at every call; processors hand it their `_parallel_config`.
     sys.modules[type(transformer).__module__].dispatch_attention_fn = attend  # type: ignore[attr-defined]
-    for name, module in (named for blocks in lists for named in blocks.named_modules()):
-        crosses = plan.cross_attention is not None and name.endswith(f".{plan.cross_attention}")
-        if not crosses and hasattr(getattr(module, "processor", None), "_parallel_config"):
-            module.processor._parallel_config = ulysses  # type: ignore[union-attr]
+    for processor in _processors(transformer, plan):
+        processor._parallel_config = ulysses
+
+
+def _processors(transformer: nn.Module, plan: SequencePlan) -> list[Any]:
+    """Of the blocks' attention to all tokens."""
+    named = [part for name in plan.blocks for part in transformer.get_submodule(name).named_modules()]
+    crossing = f".{plan.cross_attention}"
+    attending = [module for name, module in named if not name.endswith(crossing)]
+    found = [
+        module.processor for module in attending if hasattr(getattr(module, "processor", None), "_parallel_config")
+    ]
+    if not found:
+        raise ConfigError(
+            f"the attention of {type(transformer).__name__} in {list(plan.blocks)} does not go through diffusers' "
+            "dispatcher, so that ranks cannot share tokens; give its SequencePlan an `attention`, or set "
+            "parallel.sequence to 1"
+        )
+    return found

@@ -51,6 +51,8 @@ class Policy(Protocol):
         fps: frames a second that the family's authors train on.
         options: settings that are the family's own, by their names in a recipe's section policy.
         guidance_argument: what the pipeline's call names classifier-free guidance.
+        sequence_plan: where its transformer parts its tokens; None takes the one of its class.
+        transformer_inputs: what its transformer takes in, as shapes; None takes the function of its class.
     """
 
     folder: Path
@@ -68,6 +70,8 @@ class Policy(Protocol):
     fps: float
     options: Mapping[str, float | None]
     guidance_argument: str
+    sequence_plan: Any
+    transformer_inputs: Any
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of prompts, axis 0 over prompts; needs the text encoder."""

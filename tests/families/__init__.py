@@ -18,6 +18,7 @@ from tests.families.hunyuan import HUNYUAN
 from tests.families.kandinsky5 import KANDINSKY5, KANDINSKY5_IMAGE
 from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.mochi import MOCHI
+from tests.families.page import SKYREELS
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 from tests.families.wan22 import WAN_22, WAN_22_IMAGE, WAN_22_TI2V, WAN_22_TI2V_IMAGE
 
@@ -40,6 +41,7 @@ CASES: dict[str, Case] = {
     "hunyuan": HUNYUAN,
     "kandinsky5": KANDINSKY5,
     "kandinsky5_image": KANDINSKY5_IMAGE,
+    "skyreels": SKYREELS,
 }
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]

@@ -75,11 +75,11 @@ class Case:
         size = (self.video.height, self.video.width, 3)
         return [Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)) for _ in TEXTS]
 
-    def prompts(self, policy: Policy, config: Config) -> PromptBatch:
+    def prompts(self, policy: Policy, config: Config, dtype: torch.dtype = torch.float32) -> PromptBatch:
         """TEXTS with all that the policy is conditioned on."""
         texts, negative = policy.encode(TEXTS), policy.encode([NEGATIVE])
         prompts = PromptBatch(torch.tensor([1, 2]), TEXTS, texts, negative, images=self._images(policy))
-        return conditioned(prompts, policy, config, torch.float32, Mesh(0, 1, CPU), group_size=4)
+        return conditioned(prompts, policy, config, dtype, Mesh(0, 1, CPU), group_size=4)
 
     def _images(self, policy: Policy) -> Tensor | None:
         if not policy.takes_images:
