@@ -12,6 +12,7 @@ import pytest
 from bpgo_video.evaluation.vbench.kept_scores import kept_beside
 from bpgo_video.evaluation.vbench.result_files import read_results
 from tests.distributed.conftest import free_port
+from tests.made.fake_vbench import fake_package
 from tests.made.recipes import ROOT
 from tests.made.scored_clips import DIMENSIONS, clips, score_command
 
@@ -54,3 +55,25 @@ def test_an_error_before_anything_is_measured_ends_all_ranks_and_is_told_once(tm
     assert failed.stderr.count("error: ") == 1, failed.stderr[-3000:]
     assert "a man talks-1.mp4 cannot be decoded" in failed.stderr
     assert not (tmp_path / "scores.json").exists()
+
+
+def test_the_packages_dimensions_are_dealt_to_ranks_and_a_failed_one_is_measured_again(tmp_path: Path) -> None:
+    """Rank 1 has the second of three, which fails first; the package sees nothing of ranks."""
+    folder, results, interpreter = clips(tmp_path / "videos", count=2), tmp_path / "results", tmp_path / "python"
+    fake_package(tmp_path / "site")
+    interpreter.write_text(
+        f'#!/bin/sh\n[ -z "$RANK$WORLD_SIZE" ] && PYTHONPATH={tmp_path}/site exec {sys.executable} "$@"\n'
+    )
+    interpreter.chmod(0o755)
+    names = ["color", "scene", "human_action"]
+    command = ["vbench", "--python", str(interpreter), "--videos", str(folder), "--output", str(results)]
+    command += ["--device", "cpu", "--dimensions", *names]
+    failed = launched(DEEPSPEED, command, BEHAVIOUR='{"scene": "fails"}')
+    assert failed.returncode != 0
+    assert failed.stderr.count("error: 1 of 3 dimensions were not measured") == 1, failed.stderr[-3000:]
+    assert "CUDA out of memory" in failed.stderr
+    done = launched(DEEPSPEED, command, BEHAVIOUR="{}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.endswith("2 videos")] == names
+    calls = {name: (results / f"{name}.calls").read_text().splitlines() for name in names}
+    assert [len(lines) for lines in calls.values()] == [1, 2, 1]

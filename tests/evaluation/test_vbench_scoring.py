@@ -22,6 +22,7 @@ from bpgo_video.evaluation.vbench.suite import SuiteError, read_suite
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.packaged import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
+from tests.made.fake_vbench import FAKE, fake_package
 from tests.made.random_wan import random_wan
 from tests.made.real_clips import real_clip
 from tests.made.tiny_vbench import BACKBONES
@@ -225,36 +226,10 @@ def test_results_of_fewer_videos_than_the_suites_have_no_total(
     assert f"lacks 1 videos, '{PROMPTS[0]}-1.mp4' first" in capsys.readouterr().err
 
 
-FAKE = '''
-import json, os
-from pathlib import Path
-
-class VBench:
-    """Behaves as BEHAVIOUR says; leaves what it was called with."""
-    def __init__(self, device, full_info, output):
-        self.device, self.full_info, self.output = str(device), full_info, Path(output)
-
-    def evaluate(self, videos_path, name, dimension_list, mode, local):
-        (self.output / f"{name}.calls").open("a").write(f"{self.device} {mode} {local} {self.full_info}\\n")
-        how = json.loads(os.environ["BEHAVIOUR"]).get(name, "whole")
-        if how == "fails":
-            raise RuntimeError("CUDA out of memory")
-        paths = [os.path.join(videos_path, name) for name in sorted(os.listdir(videos_path))]
-        videos = [{"video_path": path, "video_results": 0.5} for path in paths]
-        videos = videos[:-1] if how == "partial" else videos
-        score = float("nan") if how == "nan" else 0.5
-        if how != "silent":
-            (self.output / f"{name}_eval_results.json").write_text(json.dumps({name: [score, videos]}))
-'''
-
-
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for the package, found by the interpreter that is named."""
-    folder = tmp_path / "site" / "vbench"
-    folder.mkdir(parents=True)
-    (folder.parent / "torch.py").write_text("device = str")  # the real one takes seconds to import, once a process
-    (folder / "__init__.py").write_text(FAKE)
+    folder = fake_package(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", str(folder.parent))
     return folder
 

@@ -179,7 +179,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 def add_vbench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    command.description = "Measure by VBench's own code: one process a dimension, checked results, real exit codes."
+    command.description = (
+        "Measure by VBench's own code: one process a dimension, checked results, real exit codes. "
+        "On several ranks by the deepspeed launcher each takes its share of the dimensions."
+    )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
     add("--python", required=True, metavar="PYTHON", help="an interpreter with the package vbench")
     add("--videos", type=Path, required=True, metavar="DIR")
     add(
@@ -202,22 +206,29 @@ def add_vbench(command: argparse.ArgumentParser) -> None:
 
 
 def vbench(args: argparse.Namespace) -> None:
+    from bpgo_video.evaluation.ranks import ranks_or_alone
     from bpgo_video.evaluation.vbench.official import Official, measure_officially
     from bpgo_video.evaluation.vbench.suite import SuiteError, read_suite
+    from bpgo_video.parallel.agreement import same_verdict
 
-    suite = None if args.suite is None else read_suite(args.suite, args.samples)
-    dimensions = tuple(dict.fromkeys(args.dimensions or (suite.dimensions if suite is not None else ())))
-    if not dimensions:
-        raise SuiteError("say which --dimensions: without VBench's own list nothing names them")
-    if args.benchmark == "vbench-i2v" and suite is None:
-        raise SuiteError("vbench-i2v needs its own list, vbench2_i2v_full_info.json: --suite FILE")
-    options = {"local": args.local} | ({"resolution": args.resolution} if args.benchmark == "vbench-i2v" else {})
-    asked = Official(
-        args.python, args.videos.absolute(), args.output.absolute(), args.benchmark, suite, dimensions, args.device,
-        args.folder.absolute(), options,
-    )  # fmt: skip
-    for result in measure_officially(asked):
-        print(f"{result.dimension:24} {result.score:.4f}  {len(result.videos)} videos")
+    with ranks_or_alone() as mesh:
+        with same_verdict(mesh):
+            suite = None if args.suite is None else read_suite(args.suite, args.samples)
+            dimensions = tuple(dict.fromkeys(args.dimensions or (suite.dimensions if suite is not None else ())))
+            if not dimensions:
+                raise SuiteError("say which --dimensions: without VBench's own list nothing names them")
+            if args.benchmark == "vbench-i2v" and suite is None:
+                raise SuiteError("vbench-i2v needs its own list, vbench2_i2v_full_info.json: --suite FILE")
+            options = {"local": args.local}
+            options |= {"resolution": args.resolution} if args.benchmark == "vbench-i2v" else {}
+            asked = Official(
+                args.python, args.videos.absolute(), args.output.absolute(), args.benchmark, suite, dimensions,
+                str(device_of(args.device, mesh)), args.folder.absolute(), options,
+            )  # fmt: skip
+        results = measure_officially(asked, mesh)
+        if mesh.is_main:
+            for result in results:
+                print(f"{result.dimension:24} {result.score:.4f}  {len(result.videos)} videos")
 
 
 def add_total(command: argparse.ArgumentParser) -> None:
