@@ -144,6 +144,11 @@ def test_a_rate_other_than_the_manifests_is_named(videos: Path, capsys: pytest.C
     (videos.parent / "videos.generation.json").write_text(json.dumps({"settings": {"fps": 16.0}}))
     assert main(command_of(videos, "temporal_flickering")) == 1
     assert "has fps 8 where 16 is expected" in capsys.readouterr().err
+    for damaged in ("{", "[]", '{"settings": {}}'):
+        (videos.parent / "videos.generation.json").write_text(damaged)
+        assert main(command_of(videos, "temporal_flickering")) == 1
+        assert "videos.generation.json does not say the rate of its videos" in capsys.readouterr().err
+    assert main([*command_of(videos, "temporal_flickering"), "--fps", "8"]) == 0
 
 
 @pytest.mark.parametrize(
