@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -163,12 +165,16 @@ def test_a_line_of_another_form_is_named(tmp_path: Path, line: str) -> None:
         read_kept(tmp_path, "motion")
 
 
-def test_a_draw_of_a_users_network_is_the_same_in_any_order(folder: Path, tmp_path: Path) -> None:
-    """As a network with noise in its layers draws: from torch's global generator."""
+@pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random, lambda: float(np.random.rand())])
+def test_a_draw_of_a_users_network_is_the_same_in_any_order(folder: Path, tmp_path: Path, draw: Callable) -> None:
+    """As a network with noise in its layers draws: from a global generator, which is left as it was."""
     work = prepare(asked_of(folder), SOURCES, checks_files=False)[0]
-    drawing = replace(work, dimension=replace(work.dimension, measure=lambda *_: Measured(float(torch.rand(())))))
+    drawing = replace(work, dimension=replace(work.dimension, measure=lambda *_: Measured(draw())))
     there, back = (measure(drawing, places, ALONE, tmp_path) for places in (range(5), range(4, -1, -1)))
     assert there == back
+    first = draw()
+    measure(drawing, [0], ALONE, tmp_path)
+    assert draw() != first
 
 
 def test_a_number_that_is_not_finite_is_not_kept(folder: Path, tmp_path: Path) -> None:

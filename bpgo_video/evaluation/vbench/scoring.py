@@ -27,7 +27,7 @@ from bpgo_video.evaluation.vbench.suite import (
 from bpgo_video.evaluation.vbench.video_folder import check_videos
 from bpgo_video.parallel.agreement import from_all, from_main, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.randomness import fixed_draws
+from bpgo_video.randomness import reseeded
 
 NAMED = re.compile(r"(?P<prompt>.*?)(-\d+)?\.mp4", re.DOTALL)  # VBench reads a custom video's prompt so
 
@@ -207,7 +207,7 @@ def measure(work: Work, places: Sequence[int], mesh: Mesh, kept: Path) -> dict[i
 
 
 def number_of(work: Work, item: Item) -> Measured:
-    """One video's number; what a network draws from torch's global generators is the same for each video.
+    """One video's number; what a network draws from global generators is the same for each video.
 
     Raises:
         DimensionError: it is not finite.
@@ -216,7 +216,7 @@ def number_of(work: Work, item: Item) -> Measured:
     """
     footage = read_footage(item.path, item.prompt, item.image)
     try:
-        with fixed_draws(work.sources.device):
+        with reseeded():
             measured = work.dimension.measure(work.network.call, footage)
     except RuntimeError as error:
         raise RuntimeError(f"{work.name} of {item.path}: {error}") from error
