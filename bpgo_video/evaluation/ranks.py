@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from bpgo_video.config.bpgo import ParallelConfig
 from bpgo_video.generation.generate import ALONE, PATIENCE
 from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.parallel.mesh import TIMEOUT, Mesh
 from bpgo_video.zero import engine
 
 
 @contextmanager
-def ranks_at_work(parallel: ParallelConfig, minutes: float = 30) -> Iterator[Mesh]:
+def ranks_at_work(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
     """All ranks, or a group of one where no launcher started any; they part behind the block.
 
     Args:
-        minutes: that a rank waits for the slowest one; one that dies or fails ends the others within seconds.
+        timeout: how long a rank waits for the slowest one; one that dies or fails ends the others within seconds.
     """
-    mesh = engine.start_ranks(minutes)
+    mesh = engine.start_ranks(timeout)
     with Heartbeat(mesh, parallel.heartbeat_timeout) as heartbeat:
         heartbeat.enter("evaluation")
         yield mesh
