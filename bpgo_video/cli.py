@@ -23,10 +23,20 @@ def above_zero(text: str) -> float:
     return value
 
 
-def tell(error: Exception) -> None:
-    """Print an error that the user can mend, from the first rank of each host: hosts may have logs of their own."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def speaks() -> bool:
+    """Whether this rank is the first of its host: hosts may have logs of their own."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def tell(error: Exception) -> int:
+    """Print an error that the user can mend, once on every host.
+
+    Returns:
+        the exit code: 2 where the configuration is wrong, else 1.
+    """
+    if speaks():
         print(f"error: {error}", file=sys.stderr, flush=True)
+    return int(getattr(error, "exit_code", 1))
 
 
 def show_loading_once() -> None:
@@ -51,6 +61,5 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     try:
         args.run(args)
     except (ValueError, OSError) as error:  # what wrong input raises; anything else is a defect and keeps its traceback
-        tell(error)
-        return 1
+        return tell(error)
     return 0

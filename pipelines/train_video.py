@@ -7,4 +7,4 @@ python pipelines/train_video.py --help
 from bpgo_video.training.command import main
 
 if __name__ == "__main__":
-    main()
+    main(description=__doc__)

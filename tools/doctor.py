@@ -10,4 +10,4 @@ nothing. Exit code 0 where all holds, 1 where a rung breaks, 2 where the inputs 
 from bpgo_video.training.doctor_command import main
 
 if __name__ == "__main__":
-    main()
+    main(description=__doc__)

@@ -12,4 +12,4 @@ starting policy needs them measured again. An estimation that was broken off goe
 from bpgo_video.training.prior_estimation import main
 
 if __name__ == "__main__":
-    main()
+    main(description=__doc__)

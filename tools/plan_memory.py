@@ -12,4 +12,4 @@ import sys
 from bpgo_video.planning.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(description=__doc__))

@@ -7,7 +7,7 @@ Every number has one home: batch, optimiser and schedule here; ZeRO, precision a
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -40,6 +40,7 @@ class LoraConfig:
     alpha: Positive = 32
     """The adapters' output is scaled by alpha/rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Which linear layers of the transformer get adapters, by the ends of their names."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -89,9 +90,13 @@ class PolicyConfig:
 @dataclass(frozen=True, config=STRICT)
 class VideoConfig:
     num_frames: Positive
+    """Frames of a video; of what the policy's VAE can make, such as 4 n + 1 of Wan's."""
     height: Positive
+    """Pixels."""
     width: Positive
+    """Pixels."""
     fps: Annotated[float, Field(gt=0.0)]
+    """Frames a second: what rewards and files take a video to have."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -206,6 +211,7 @@ class DataConfig:
     shards: str
     """Prompt shards that tools/make_prompt_shards.py wrote: a folder, glob, brace range or URL."""
     split: str = "train"
+    """Which of the shards' splits is learned from."""
     cache: str = SHARD_CACHE
     """Where the shards behind a URL are copied to, and where their priors lie."""
 
@@ -215,10 +221,13 @@ class EvaluationConfig:
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between held-out evaluations; 0 evaluates before the first and after the last step only."""
     split: str = "heldout"
+    """Which of the shards' splits is held out."""
     rewards: dict[str, RewardConfig] = dataclasses.field(default_factory=dict)
     """Scored on held-out prompts and never trained on; the first one is the run's measure. Empty: no evaluation."""
     samples_per_prompt: Positive = 4
+    """Videos of each held-out prompt."""
     max_prompts: Positive = 256
+    """Held-out prompts at most, evenly spread over the split."""
     num_steps: Annotated[int, Field(ge=1)] = 16
     """ODE steps of a held-out sample."""
     solver: Literal["euler", "adams_bashforth", "shipped"] = "euler"
@@ -227,6 +236,7 @@ class EvaluationConfig:
     shift: Annotated[float, Field(gt=0.0)] | None = None
     """Shift of its sigma schedule; None takes the sampler's."""
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
+    """Classifier-free guidance of a held-out sample; 1 switches it off."""
     guidance_scale_2: Annotated[float, Field(ge=1.0)] | None = None
     """As sampler.guidance_scale_2."""
     videos: Annotated[int, Field(ge=0)] = 8
@@ -250,6 +260,7 @@ class WandbConfig:
     project: str | None = None
     """None sends nothing and asks nothing."""
     name: str | None = None
+    """Of the run in the project; None lets wandb make one up."""
     mode: Literal["online", "offline"] | None = None
     """None is online where an API key is set, else offline."""
 
@@ -297,3 +308,5 @@ class Config:
 
 class ConfigError(ValueError):
     """The configuration breaks a rule; the message says which one and what to do."""
+
+    exit_code: ClassVar[int] = 2

@@ -43,8 +43,8 @@ class PriorConfig:
     )
     """`reference` reads what tools/estimate_priors.py stored with the prompts, `shrunk` draws it towards the mean over
     prompts; `ema` and `global` are moving averages of the run's rewards, per prompt and over all; `first_frame` scores
-    the conditioning image, `first_frame_centred` moves that to the level of the run's videos; `none` needs
-    alpha = zeta = 0."""
+    the conditioning image, `first_frame_centred` moves that to the level of the run's videos; `none` is
+    allowed where nothing uses an anchor: zeta = 0, and alpha = 0 or a trust that looks at none (reliability, none)."""
     samples: Annotated[int, Field(ge=2)] = 8
     """Samples per prompt that tools/estimate_priors.py takes of the starting policy."""
     mean: float = 0.0
@@ -177,8 +177,9 @@ def prior_rules(prior: PriorConfig, bpgo: BPGOConfig) -> Iterator[str]:
     """What is weighed against an anchor needs one."""
     if prior.kind == "none" and bpgo.needs_prior:
         yield (
-            f"prior.kind is 'none' with bpgo.alpha = {bpgo.alpha}, bpgo.zeta = {bpgo.zeta}: BPGO needs "
-            "an anchor; set prior.kind to 'reference' or 'constant', or alpha = zeta = 0 for plain GRPO"
+            f"prior.kind is 'none' with bpgo.alpha = {bpgo.alpha}, bpgo.trust = {bpgo.trust!r} and bpgo.zeta = "
+            f"{bpgo.zeta}: that needs an anchor; set prior.kind to 'reference' or 'constant', or bpgo.zeta to 0 and "
+            "bpgo.alpha to 0 (plain GRPO) or bpgo.trust to 'reliability' or 'none'"
         )
 
 

@@ -1,20 +1,14 @@
-"""How is a configuration read? Strictly from YAML, with dotted flags over it; unknown keys are errors.
-
-python pipelines/train_video.py --config pipelines/configs/tiny_wan_bpgo.yaml --run.num-steps 20
-"""
+"""How is a configuration read? Strictly from YAML; unknown keys are errors."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
-import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,15 +24,6 @@ class Kind:
     tree: type
     check: Callable[[Any], None]
 
-
-SHOWN: dict[str, Any] = {  # in `--help` without a recipe: what has no default
-    "run": {"dir": "RUN"},
-    "policy": {"folder": "FOLDER", "max_sequence_length": 512},
-    "video": {"num_frames": 81, "height": 480, "width": 832, "fps": 16},
-    "data": {"shards": "SHARDS"},
-    "deepspeed": "ds_configs/zero3.json",
-    "rewards": {"NAME": {"model": "clip_score"}},
-}
 
 KINDS: Mapping[str, Kind] = MappingProxyType({"bpgo": Kind(Config, check), "sft": Kind(SftConfig, check_sft)})
 
@@ -61,7 +46,8 @@ def _known_keys(root: type, path: Sequence[Any]) -> list[str]:
     return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
 
 
-def _explain(error: ValidationError, source: str, root: type) -> str:
+def explain(error: ValidationError, source: str, root: type) -> str:
+    """What pydantic refuses of a tree of class `root`, a line a value; `source` is where the values stand."""
     lines = []
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
@@ -87,7 +73,7 @@ def config_from_dict(tree: dict[str, Any], source: str = "config") -> Recipe:
     try:
         config: Recipe = TypeAdapter(kind.tree).validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source, kind.tree)) from None
+        raise ConfigError(explain(error, source, kind.tree)) from None
     kind.check(config)
     return config
 
@@ -105,12 +91,13 @@ def read_recipe(path: Path) -> Recipe:
 
 def read_yaml(path: Path) -> Config:
     """The configuration in a YAML file of kind bpgo. Raises ConfigError where it is of another."""
-    return _of_bpgo(read_recipe(path), str(path))
+    return of_bpgo(read_recipe(path), str(path))
 
 
-def _of_bpgo(config: Recipe, source: str) -> Config:
+def of_bpgo(config: Recipe, source: str) -> Config:
+    """The recipe, where it is of kind bpgo. Raises ConfigError where it is of another."""
     if not isinstance(config, Config):
-        raise ConfigError(f"{source} is a recipe of kind {config.recipe!r}; rewards and priors belong to kind 'bpgo'")
+        raise ConfigError(f"{source} is a recipe of kind {config.recipe!r}; this command takes recipes of kind 'bpgo'")
     return config
 
 
@@ -136,81 +123,9 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merged(read_tree(path.parent / str(base), (*above, path.resolve())), tree)
 
 
-def _flags(node: Any, name: str = "") -> Iterator[str]:
-    """The flags of every value in a tree."""
-    if dataclasses.is_dataclass(node):
-        children = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
-    elif isinstance(node, dict) and node:
-        children = node
-    else:
-        yield f"--{name}"
-        return
-    for key, child in children.items():
-        yield from _flags(child, f"{name}.{key.replace('_', '-')}".lstrip("."))
-
-
-def _explain_flags(unknown: Sequence[str], known: Sequence[str]) -> str:
-    """What is wrong with what the command line has beside its flags; a value behind an unknown flag goes with it."""
-    flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-    lines = []
-    for flag in flags:
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-        lines.append(f"{flag}: unknown flag{f'; perhaps you meant {near[0]}' if near else ''}; --help lists all")
-    if not flags:
-        lines.append(
-            f"{unknown[0]!r} is the value of no flag; a switch takes none: --policy.compile-blocks is on and "
-            "--policy.no-compile-blocks is off"
-        )
-    return "\n  ".join(["command line:", *lines])
-
-
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "rewards"
         merged[key] = _merged(base[key], value) if both else value
     return merged
-
-
-def load_config(argv: Sequence[str] | None = None, description: str | None = None) -> Config:
-    """`load_recipe` of kind bpgo; exits with a message where it is of another."""
-    try:
-        return _of_bpgo(load_recipe(argv, description), "--config")
-    except ConfigError as error:
-        raise SystemExit(f"configuration error: {error}") from None
-
-
-def load_recipe(argv: Sequence[str] | None = None, description: str | None = None) -> Recipe:
-    """The configuration that a command line asks for: `--config FILE`, then dotted flags over it.
-
-    The file's `recipe` says which flags there are; without a file, `--help` shows those of kind bpgo. The launcher's
-    `--local_rank` is taken first. Exits with a message where a flag is wrong.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--local_rank", type=int)
-    known, rest = early.parse_known_args(argv)
-    wants_help = bool({"-h", "--help"} & set(rest))
-    if known.config is None and not wants_help:
-        raise SystemExit("--config FILE is required, for example --config pipelines/configs/tiny_wan_bpgo.yaml")
-    kind = KINDS["bpgo"]
-    try:
-        default = read_recipe(known.config) if known.config else config_from_dict(SHOWN)
-        kind = KINDS[default.recipe]
-        config: Recipe
-        config, unknown = tyro.cli(
-            kind.tree,
-            default=default,
-            args=rest,
-            description=description,
-            return_unknown_args=True,
-            config=(tyro.conf.AvoidSubcommands,),  # of None or a mapping
-        )
-        if unknown:
-            raise ConfigError(_explain_flags(unknown, list(_flags(config))))
-        kind.check(config)
-    except (ConfigError, ValidationError) as error:
-        message = _explain(error, "command line", kind.tree) if isinstance(error, ValidationError) else str(error)
-        raise SystemExit(f"configuration error: {message}") from None
-    return config

@@ -35,15 +35,21 @@ class RunConfig:
 @dataclass(frozen=True, config=STRICT)
 class OptimiserConfig:
     name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or plain gradient descent without momentum."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
+    """After the warm-up, before the schedule lowers it."""
     betas: tuple[Unit, Unit] = (0.9, 0.999)
+    """`adamw`: decay of the averages of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """`adamw`: added to the root of the averaged square."""
     weight_decay: NonNegative = 0.0
+    """Each update takes this times the learning rate of the weights off them."""
     max_grad_norm: NonNegative = 1.0
-    """0 switches clipping off."""
+    """Gradients are clipped to this norm over all weights; 0 switches clipping off."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up; linear and cosine end at 0."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the learning rate rises from 0, linearly."""
 
 
 @dataclass(frozen=True, config=STRICT)

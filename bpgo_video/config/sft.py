@@ -50,6 +50,7 @@ class MatchingEvaluationConfig:
     levels: Positive = 4
     """Noise levels at which each clip is seen, evenly spread before the shift."""
     max_clips: Positive = 256
+    """Clips of that split at most, evenly spread over it."""
     weights: Literal["raw", "ema"] = "raw"
     """Which weights are evaluated; `ema` needs `ema.decay` above 0."""
 
@@ -57,6 +58,7 @@ class MatchingEvaluationConfig:
 @dataclass(frozen=True, config=STRICT)
 class SftConfig:
     recipe: Literal["sft"]
+    """What kind of run this is; see `bpgo` for the other."""
     run: RunConfig
     policy: PolicyConfig
     video: VideoConfig

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.config.reading import config_from_dict, load_config
+from bpgo_video.config.command_line import load_config
+from bpgo_video.config.reading import config_from_dict
 from bpgo_video.planning.advice import Advice, advise
 from bpgo_video.planning.dry_run import dry_run
 from bpgo_video.planning.models import find_model

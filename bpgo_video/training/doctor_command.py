@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bpgo_video.config.bpgo import Config
-from bpgo_video.config.reading import load_config
+from bpgo_video.config.command_line import load_config
 from bpgo_video.config.rules import check_world
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh, make_mesh
@@ -24,8 +24,8 @@ def examine_recipe(config: Config, mesh: Mesh, heartbeat: Heartbeat) -> bool:
     return diagnose(session, prompts, heartbeat)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    config = load_config(argv, description="Examine a recipe before a long run; nothing is saved.")
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+    config = load_config(argv, description)
     with launched():
         mesh = engine.start_ranks()
         with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:

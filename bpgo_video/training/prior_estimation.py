@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.config.reading import load_config
+from bpgo_video.config.command_line import load_config
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import write_priors
 from bpgo_video.data.prompt_stream import as_batch
@@ -129,9 +129,9 @@ def store(
     print(f"{path}: {len(ids)} prompts x {scores.shape[1]} samples, mean {mean:.4f}, s_ref {scale:.4f}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of tools/estimate_priors.py; it takes the flags of a training run."""
-    config = load_config(argv, description="Measure the reference prior of a recipe and store it with its prompts.")
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+    """The command line of tools/estimate_priors.py, described by its docstring; it takes the flags of a run."""
+    config = load_config(argv, description)
     with launched():
         mesh = engine.start_ranks()
         with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:

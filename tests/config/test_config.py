@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.config.reading import config_from_dict, load_config, load_recipe, read_recipe, read_yaml, to_yaml
+from bpgo_video.config.reading import config_from_dict, read_recipe, read_yaml, to_yaml
 from bpgo_video.config.rules import check_world
 from bpgo_video.config.sft import check_sft_world
 from bpgo_video.zero.engine import read_ds_config
@@ -24,14 +24,6 @@ def test_every_shipped_recipe_is_read_and_survives_a_round_trip(path: Path) -> N
     config = read_recipe(path)
     assert config_from_dict(yaml.safe_load(to_yaml(config))) == config
     read_ds_config(str(ROOT / config.deepspeed))
-
-
-def test_flags_go_over_the_file() -> None:
-    flags = ["--config", str(RECIPE), "--run.num-steps", "3", "--run.seed", "7", "--local_rank=1"]
-    config = load_config([*flags, "--rewards.motion.weight", "0.25", "--policy.lora.rank", "8"])
-    assert (config.run.num_steps, config.run.seed, config.policy.lora.rank) == (3, 7, 8)
-    assert config.rewards["motion"].weight == 0.25
-    assert config.video == read_yaml(RECIPE).video
 
 
 @pytest.mark.parametrize(
@@ -68,7 +60,7 @@ def test_a_reward_cannot_be_trained_on_and_held_out() -> None:
 
 def test_bpgo_without_an_anchor_is_refused() -> None:
     broken = tree() | {"prior": {"kind": "none"}}
-    with pytest.raises(ConfigError, match="alpha = zeta = 0"):
+    with pytest.raises(ConfigError, match=r"needs an anchor.*bpgo\.zeta to 0 and bpgo\.alpha to 0"):
         config_from_dict(broken)
     assert config_from_dict(broken | {"bpgo": {"alpha": 0.0, "zeta": 0.0}}).algorithm == "grpo"
 
@@ -196,11 +188,6 @@ def test_every_shipped_deepspeed_json_is_accepted(path: Path) -> None:
     assert read_ds_config(str(path))["zero_optimization"]["stage"] in (1, 2, 3)
 
 
-def test_a_missing_config_file_points_to_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="pipelines/configs"):
-        load_config(["--config", "nowhere.yaml"])
-
-
 def test_a_recipe_changes_its_base_key_by_key(tmp_path: Path) -> None:
     base, recipe = tmp_path / "base.yaml", tmp_path / "recipe.yaml"
     base.write_text(RECIPE.read_text())
@@ -225,11 +212,7 @@ def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path) -> None:
 SFT = ROOT / "pipelines" / "configs" / "tiny_wan_sft.yaml"
 
 
-def test_a_recipe_says_of_which_kind_it_is_and_has_flags_of_its_own() -> None:
-    config = load_recipe(["--config", str(SFT), "--sft.batch-size", "64", "--optim.learning-rate", "1e-3"])
-    assert (config.recipe, config.sft.batch_size, config.optim.learning_rate) == ("sft", 64, 1e-3)
-    with pytest.raises(SystemExit, match=r"recipe of kind 'sft'; rewards and priors belong to kind 'bpgo'"):
-        load_config(["--config", str(SFT)])
+def test_a_kind_of_recipe_that_is_not_known_is_named() -> None:
     with pytest.raises(ConfigError, match=r"recipe: 'dpo' is not known; it is one of bpgo, sft"):
         config_from_dict(tree() | {"recipe": "dpo"})
 
@@ -258,27 +241,3 @@ def test_clips_that_do_not_divide_are_named() -> None:
     check_sft_world(config, 2)
     with pytest.raises(ConfigError, match=r"sft.batch_size 32 clips do not divide into 3 ranks x micro_batch_size 16"):
         check_sft_world(config, 3)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--run.sead", "3"], "--run.sead: unknown flag; perhaps you meant --run.seed"),
-        (["--rewards.motion.wieght=3"], "perhaps you meant --rewards.motion.weight"),
-        (["--policy.compile-blocks", "True"], "'True' is the value of no flag; a switch takes none"),
-    ],
-)
-def test_a_flag_that_is_none_is_told_with_the_nearest(flags: list[str], message: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        load_config(["--config", str(RECIPE), *flags])
-    assert message in str(stopped.value)
-
-
-def test_help_without_a_recipe_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        load_config(["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    for flag in ("--run.dir", "--policy.lora.rank", "--rewards.NAME.model", "--bpgo.zeta", "--evaluation.solver"):
-        assert flag in text
-    assert "{" not in text.partition("\n")[0], "no subcommands"

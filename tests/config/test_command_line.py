@@ -1,0 +1,123 @@
+"""A command line is read as YAML is: flags go over the recipe, and what is wrong is told in the same words, once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from bpgo_video.config.bpgo import Config
+from bpgo_video.config.command_line import load_config, load_recipe
+from bpgo_video.config.reading import read_yaml
+from bpgo_video.config.sft import SftConfig
+from tests.made.recipes import RECIPE, ROOT
+
+SFT = ROOT / "pipelines" / "configs" / "tiny_wan_sft.yaml"
+NAMES = {"recipe": str(RECIPE), "sft": str(SFT)}
+
+
+def test_flags_go_over_the_file() -> None:
+    flags = ["--config", str(RECIPE), "--run.num-steps", "3", "--run.seed", "7", "--local_rank=1"]
+    config = load_config([*flags, "--rewards.motion.weight", "0.25", "--policy.lora.rank", "8"])
+    assert (config.run.num_steps, config.run.seed, config.policy.lora.rank) == (3, 7, 8)
+    assert config.rewards["motion"].weight == 0.25
+    assert config.video == read_yaml(RECIPE).video
+
+
+def test_a_recipe_says_of_which_kind_it_is_and_has_flags_of_its_own() -> None:
+    config = load_recipe(["--config", str(SFT), "--sft.batch-size", "64", "--optim.learning-rate", "1e-3"])
+    assert (config.recipe, config.sft.batch_size, config.optim.learning_rate) == ("sft", 64, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        ("recipe", "--run.sead 3", "--run.sead: unknown flag; perhaps you meant --run.seed"),
+        ("recipe", "--rewards.motion.wieght=3", "perhaps you meant --rewards.motion.weight"),
+        (
+            "recipe",
+            "--rollout.same-start true",
+            "'true' belongs to no flag; switches take no value: write --rollout.same-start or --rollout.no-same-start",
+        ),
+        ("recipe", "--policy.no-vae-tiling 1", "write --policy.vae-tiling or --policy.no-vae-tiling"),
+        ("recipe", "--rollout.group-size 8 9", "'9' belongs to no flag; --help lists all"),
+        ("recipe", "--optim.learning-rate -1", "optim.learning_rate: Input should be greater than 0 (given: -1.0)"),
+        ("recipe", "--optim.betas 0.5 2", "optim.betas.1: Input should be less than or equal to 1 (given: 2.0)"),
+        ("recipe", "--optim.updates-per-rollout 99", "each update needs one of its own"),
+        ("nowhere.yaml", "", "'nowhere.yaml' does not exist; recipes are in pipelines/configs/"),
+        ("sft", "", f"{SFT} is a recipe of kind 'sft'; this command takes recipes of kind 'bpgo'"),
+    ],
+)
+def test_what_is_wrong_is_told_in_words_and_ends_with_code_2(
+    config: str, flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load_config(["--config", NAMES.get(config, config), *flags.split()])
+    shown = capsys.readouterr()
+    assert (stopped.value.code, shown.out) == (2, "")
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--config", str(RECIPE), "--run.sead", "3"], ["--config", "no.yaml"]])
+def test_one_rank_of_a_host_tells_it(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            load_recipe(flags)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("error:") == lines
+
+
+def help_of(flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        load_recipe([*flags, "--help"], description="What the tool does.\n\n    an example")
+    assert stopped.value.code == 0
+    return "\n".join(line.strip(" \u2502") for line in capsys.readouterr().out.splitlines())  # without tyro's frames
+
+
+def keys(tree: Any, above: str = "") -> Iterator[str]:
+    """Every key of a recipe, as its flag is called."""
+    hints = get_type_hints(tree)
+    for field in fields(tree):
+        name = f"{above}{field.name.replace('_', '-')}"
+        if is_dataclass(hints[field.name]):
+            yield from keys(hints[field.name], f"{name}.")
+        elif not any(is_dataclass(part) for part in get_args(hints[field.name])):
+            yield name
+
+
+@pytest.mark.parametrize(("tree", "flags"), [(Config, []), (SftConfig, ["--config", str(SFT)])])
+def test_every_key_has_its_help(
+    tree: Any, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind its flag stands a sentence, and not the default alone."""
+    text = help_of(flags, capsys, monkeypatch)
+    silent = [
+        key for key in keys(tree) if not re.search(rf"\n--{re.escape(key)}\b[^\n]*(\n--[^\n]*)?\n[A-Z0-9`]", text)
+    ]
+    assert not silent
+
+
+def test_help_without_a_recipe_says_what_is_required(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_of([], capsys, monkeypatch)
+    assert re.search(r"What the tool does\.\n+an example\n", text)
+    assert "--config FILE  the recipe (required)" in text
+    assert re.search(r"--run\.dir STR\n[^-]*\(required\)", text)
+    assert "--rewards.NAME.model" in text
+    assert "How rewards become advantages" in text, "what a section is"
+    assert "{" not in text.partition("\n")[0], "no subcommands"
+
+
+def test_help_of_a_recipe_shows_its_values(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = help_of(["--config", str(RECIPE)], capsys, monkeypatch)
+    assert re.search(rf"--run\.dir STR\n[^-]*\(default: {re.escape(read_yaml(RECIPE).run.dir)}\)", text)
+    assert "--rewards.motion.weight" in text
