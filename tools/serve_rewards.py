@@ -20,9 +20,9 @@ import torch
 from bpgo_video.cli import positive, run_command
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
+from bpgo_video.rewards.building import build_reward
 from bpgo_video.rewards.server import Limits, RewardServer, check_exposure
 from bpgo_video.rewards.service import RewardService
-from bpgo_video.rewards.suite import build_reward
 
 
 def reward_named(recipe: Path, name: str) -> RewardConfig:

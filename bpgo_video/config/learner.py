@@ -15,7 +15,7 @@ from bpgo_video.config.fields import STRICT, BelowOne, NonNegative, Positive, Un
 @dataclass(frozen=True, config=STRICT)
 class RewardConfig:
     model: str
-    """A name of `bpgo_video.rewards.suite.REWARDS`, or a dotted path `my_pkg.rewards:MyReward`."""
+    """A name of `bpgo_video.rewards.building.REWARDS`, or a dotted path `my_pkg.rewards:MyReward`."""
     weight: NonNegative = 1.0
     """Share of the combined advantage."""
     aggregate: Literal["mean", "min", "soft_min", "top_share", "share_above"] = "mean"

@@ -113,7 +113,7 @@ def described(model: Model, settings: PolicyConfig) -> Policy:
     Raises:
         ConfigError: a family that is not known, or one that does not say by configs what it samples.
     """
-    found = family_of(model.name, model.index["_class_name"], settings.family)
+    found = family_of(model.name, _index(model), settings.family)
     if not issubclass(found, PipelinePolicy):
         raise ConfigError(f"{found.__name__} is no PipelinePolicy: what it samples is not known without its weights")
     with _configs(model) as folder:
@@ -123,6 +123,16 @@ def described(model: Model, settings: PolicyConfig) -> Policy:
     return known
 
 
+def _parts(model: Model) -> dict[str, Mapping[str, Any]]:
+    """The configs of its transformers and VAE."""
+    return {**dict.fromkeys(model.transformers, model.transformer), "vae": model.vae}
+
+
+def _index(model: Model) -> dict[str, Any]:
+    """Its model_index.json, with their classes."""
+    return {**model.index, **{name: ["diffusers", config["_class_name"]] for name, config in _parts(model).items()}}
+
+
 @contextmanager
 def _configs(model: Model) -> Iterator[Path]:
     """A pipeline folder without weights: the model's own, or one that is written from the table."""
@@ -130,10 +140,8 @@ def _configs(model: Model) -> Iterator[Path]:
         yield model.folder
         return
     with TemporaryDirectory() as scratch:
-        parts = {**dict.fromkeys(model.transformers, model.transformer), "vae": model.vae}
-        index = {**model.index, **{name: ["diffusers", config["_class_name"]] for name, config in parts.items()}}
-        (Path(scratch) / "model_index.json").write_text(json.dumps(index))
-        for name, config in parts.items():
+        (Path(scratch) / "model_index.json").write_text(json.dumps(_index(model)))
+        for name, config in _parts(model).items():
             (Path(scratch) / name).mkdir()
             (Path(scratch) / name / "config.json").write_text(json.dumps(dict(config)))
         yield Path(scratch)

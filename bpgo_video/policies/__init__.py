@@ -5,12 +5,14 @@ policy = load_policy("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", max_sequence_length=512
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, get_args
 
+import diffusers
 import torch
 
 from bpgo_video.config.bpgo import ConfigError
@@ -48,22 +50,46 @@ def family(path: Path, name: str | None = None) -> Any:
     index = path / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{path} holds no model_index.json; a policy is a diffusers pipeline folder")
-    return family_of(str(path), json.loads(index.read_text()).get("_class_name"), name)
+    return family_of(str(path), json.loads(index.read_text()), name)
 
 
-def family_of(what: str, pipeline_class: str | None, name: str | None = None) -> Any:
-    """`family` of what model_index.json says; `what` is its name in errors."""
-    wanted = name or pipeline_class
-    place = FAMILIES.get(wanted or "", name or "")
+def family_of(what: str, index: Mapping[str, Any], name: str | None = None) -> Any:
+    """`family` of what a model_index.json holds; `what` is its folder's name in errors."""
+    pipeline_class = index.get("_class_name")
+    place = FAMILIES.get(name or pipeline_class or "", name or "")
+    if ":" not in place and name:
+        raise ConfigError(
+            f"policy.family is {name!r}; known are {sorted(FAMILIES)}, or a class of your own as 'my_pkg.module:Name' "
+            "(docs/new_family.md)"
+        )
     if ":" not in place:
         raise ConfigError(
-            f"{name or what} is a {wanted}; known families are {sorted(FAMILIES)}. Write a class for it "
+            f"{what} is a {pipeline_class}; known families are {sorted(FAMILIES)}. Write a class for it "
             "(docs/new_family.md) and name it in policy.family as 'my_pkg.module:Name'"
+        )
+    if name in FAMILIES and name != pipeline_class and not _is_made_of(name, index):
+        held = " and ".join(f"{'an' if part[0] in 'AEIOU' else 'a'} {part}" for part in _networks(index).values())
+        fitting = [other for other in FAMILIES if _is_made_of(other, index)]
+        raise ConfigError(
+            f"policy.family is {name!r}, but {what} holds {held}; leave family out, or name one of {fitting}"
         )
     try:
         return resolve_name(place)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"policy.family {place!r} cannot be imported: {error}") from error
+
+
+def _networks(index: Mapping[str, Any]) -> dict[str, str]:
+    """The classes of a folder's transformer and VAE, where its model_index.json names them."""
+    return {part: index[part][1] for part in ("transformer", "vae") if index.get(part, [None])[0]}
+
+
+def _is_made_of(name: str, index: Mapping[str, Any]) -> bool:
+    """Whether diffusers' pipeline of that name takes a folder's networks."""
+    taken = inspect.signature(getattr(diffusers, name)).parameters
+    classes = {part: taken[part].annotation for part in ("transformer", "vae")}
+    names = {part: {one.__name__ for one in (get_args(kind) or (kind,))} for part, kind in classes.items()}
+    return all(network in names[part] for part, network in _networks(index).items())
 
 
 def load_policy(

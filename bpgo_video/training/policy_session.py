@@ -27,7 +27,7 @@ from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.frozen_parts import save_memory
-from bpgo_video.policies.kernels import choose_attention, compile_blocks
+from bpgo_video.policies.kernels import check_backend, choose_attention, compile_blocks
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
 from bpgo_video.rollouts.replay import Followed, Learner
@@ -71,6 +71,7 @@ class PolicySession:
 def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
     """The DeepSpeed configuration and the shards, checked on this rank against the policy's folder."""
     ds_config = engines.read_ds_config(config.deepspeed)
+    check_backend(config.policy.attention_backend, trains=True)
     folder = resolve_folder(config.policy.folder)
     plan = family(folder, config.policy.family).sequence_plan
     for name in trained_names(folder, config.policy.trained):

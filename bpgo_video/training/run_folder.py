@@ -18,6 +18,7 @@ from bpgo_video.data.atomic import atomic_file
 from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 
+SETTINGS = "config.yaml"
 PLACES = {"worker": {"python"}, "remote": {"url", "token_env"}}  # options that say where a model is
 PATIENCE = 60.0  # seconds; an NFS client may remember for as long that a name was not there (acdirmax)
 
@@ -29,13 +30,15 @@ def check_run_dir(config: Recipe) -> None:
         ConfigError: it holds a run already that was not asked to go on, or one of other settings.
     """
     run_dir = Path(config.run.dir)
-    if run_dir.is_dir() and any(run_dir.iterdir()) and config.run.resume == "never":
+    if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {SETTINGS}:
+        return  # empty, or left by a run that ended before it had a policy
+    if run_dir.is_dir() and config.run.resume == "never":
         raise ConfigError(
             f"run.dir {str(run_dir)!r} exists and is never overwritten; continue it with --run.resume auto, or name "
             "another folder with --run.dir"
         )
-    if (run_dir / "config.yaml").is_file():
-        check_same_run(read_recipe(run_dir / "config.yaml"), config)
+    if (run_dir / SETTINGS).is_file():
+        check_same_run(read_recipe(run_dir / SETTINGS), config)
 
 
 def open_run_dir(config: Recipe, mesh: Mesh) -> str | None:
@@ -51,7 +54,7 @@ def open_run_dir(config: Recipe, mesh: Mesh) -> str | None:
     with same_verdict(mesh):
         if mesh.is_main:
             checkpoint.clear_leftovers(run_dir)
-            with atomic_file(run_dir / "config.yaml") as path:
+            with atomic_file(run_dir / SETTINGS) as path:
                 path.write_text(to_yaml(config))
             newest = checkpoint.newest(run_dir)
     return from_main(newest, mesh)  # a network file system may show another rank an older state

@@ -23,6 +23,7 @@ from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy
 from bpgo_video.policies.transformers import Transformers, trained_names, transformer_names
 from bpgo_video.rewards.backbones import Backbones
+from bpgo_video.rewards.building import reward_factory
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import check_images, conditioned, image_size
 from bpgo_video.rollouts.experts import check_experts
@@ -106,6 +107,8 @@ def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[
 
 def read_inputs(config: Config, need_priors: bool) -> tuple[dict[str, Any], PromptShards]:
     """The DeepSpeed configuration and the prompts, checked on this rank."""
+    for name, reward in {**config.rewards, **config.evaluation.rewards}.items():
+        reward_factory(name, reward)
     ds_config, shards = read_foundations(config)
     splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
     for split in splits:

@@ -15,7 +15,8 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.aggregate import AGGREGATES
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.suite import REWARDS, RewardSuite, ScoredChunk
+from bpgo_video.rewards.building import REWARDS
+from bpgo_video.rewards.suite import RewardSuite, ScoredChunk
 from bpgo_video.types import PromptBatch, RolloutChunk
 
 CPU = torch.device("cpu")
@@ -100,7 +101,15 @@ def test_a_wrong_shape_is_named() -> None:
     [
         (RewardConfig(model="clip_scroe"), "must be one of"),
         (RewardConfig(model="tests.nowhere:Reward"), "could not be built"),
-        (own("Row", options={"colour": 1}), "unexpected keyword"),
+        (
+            own("Row", options={"colour": 1}),
+            r"unexpected keyword argument 'colour'; its options are \['low', 'columns'\]",
+        ),
+        (own("Row", second={"colour": 1}), "unexpected keyword argument 'colour'"),
+        (
+            RewardConfig("clip_score", options={"mdoel": "x"}),
+            r"missing a required argument: 'model'; its options are \['model', 'frames', .*'dtype'\]",
+        ),
     ],
 )
 def test_a_reward_that_cannot_be_built_says_why(reward: RewardConfig, message: str) -> None:

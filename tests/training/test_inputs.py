@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
-from bpgo_video.config.reading import to_yaml
+from bpgo_video.config.reading import read_recipe, to_yaml
 from bpgo_video.config.rules import check_world
 from bpgo_video.data.prior_files import PriorError, write_priors
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.training import policy_session, session
-from bpgo_video.training.run_folder import check_run_dir
+from bpgo_video.training.run_folder import check_run_dir, open_run_dir
 from tests.made.recipes import make_shards, small_recipe
 
 MESH = Mesh(0, 1, torch.device("cpu"))
@@ -104,6 +104,7 @@ def test_an_existing_run_is_never_overwritten(config: Config) -> None:
     folder = Path(config.run.dir)
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match=r"--run\.resume auto"):
         check_run_dir(config)
     again = replace(config, run=replace(config.run, resume="auto", num_steps=9))
@@ -113,12 +114,55 @@ def test_an_existing_run_is_never_overwritten(config: Config) -> None:
         check_run_dir(other)
 
 
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_folder_of_settings_alone_is_no_run_yet(config: Config, resume: Any) -> None:
+    """What a run leaves that ended before it had a policy: the mended command takes the same folder."""
+    folder = Path(config.run.dir)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    mended = replace(
+        config,
+        run=replace(config.run, resume=resume),
+        policy=replace(config.policy, attention_backend="native"),
+    )
+    check_run_dir(mended)
+    open_run_dir(mended, MESH)
+    assert read_recipe(folder / "config.yaml") == mended
+    (folder / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"never overwritten|other policy settings"):
+        check_run_dir(replace(mended, policy=config.policy))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rewards": {"motion": RewardConfig("learned_moton")}},
+            r"rewards\.motion\.model is 'learned_moton'; it must be",
+        ),
+        ({"rewards": {"motion": RewardConfig("learned_motion", options={"mdoel": 1})}}, r"its options are \['model'\]"),
+        ({"evaluation": {"rewards": {"held": RewardConfig("no_such:Reward")}}}, r"rewards\.held \(no_such:Reward\)"),
+        ({"policy": {"attention_backend": "fastest"}}, r"attention_backend is 'fastest'; diffusers knows"),
+    ],
+)
+def test_a_name_that_is_misspelt_is_told_before_there_is_a_folder(
+    config: Config, change: dict[str, Any], message: str
+) -> None:
+    sections = {"evaluation": config.evaluation, "policy": config.policy}
+    broken = replace(
+        config, **{key: replace(sections[key], **value) if key in sections else value for key, value in change.items()}
+    )
+    with pytest.raises(ConfigError, match=message):
+        session.check_inputs(broken, MESH)
+
+
 def test_a_resume_may_change_when_and_where_it_computes_and_not_what(config: Config) -> None:
     far = RewardConfig(model="remote", options={"url": "http://a:1", "videos_per_request": 2})
     config = replace(config, rewards={"far": far}, run=replace(config.run, resume="auto"))
     folder = Path(config.run.dir)
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "metrics.jsonl").touch()
     moved = replace(far, timeout=9.0, rests_on="cpu", options={**far.options, "url": "https://b:2", "token_env": "T"})
     rollout = replace(config.rollout, score_ahead=0, offload_trajectories=True)
     check_run_dir(replace(config, rewards={"far": moved}, rollout=rollout))

@@ -92,6 +92,7 @@ def test_a_run_of_another_kind_is_not_continued(config: SftConfig, recipe: Confi
     run_dir = Path(config.run.dir)
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(to_yaml(recipe))
+    (run_dir / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match="holds a run of kind 'bpgo', this one is 'sft'"):
         check_run_dir(replace(config, run=replace(config.run, resume="auto")))
     (run_dir / "config.yaml").write_text(to_yaml(config))

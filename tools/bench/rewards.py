@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import RewardConfig
 from bpgo_video.rewards import Clips, RewardModel
+from bpgo_video.rewards.building import build_reward
 from bpgo_video.rewards.packaged import data_of
-from bpgo_video.rewards.suite import build_reward
 from tools.bench.__main__ import machine
 
 CLIPS = {"carphone_pristine": "176x144", "bikes": "640x272"}
