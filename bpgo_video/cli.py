@@ -23,6 +23,14 @@ def above_zero(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    """An argument's type: a finite number of 0 or more."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} must be 0 or more, and finite")
+    return value
+
+
 def speaks() -> bool:
     """Whether this rank is the first of its host: hosts may have logs of their own."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -4,7 +4,7 @@
     python tools/plan_memory.py --model wan2.1-t2v-14b --size 480x832x81 --gpus 32 --sequence 4
 
 Reads no weights and needs no GPU; tools/doctor.py then measures a step on the GPUs themselves. Exit code 0 where the
-job fits on a GPU of one of the sizes asked for, 1 where it fits on none, 2 where the recipe is wrong.
+job fits on a GPU of one of the sizes asked for, 1 where it fits on none, 2 where the recipe or a flag is wrong.
 """
 
 import sys

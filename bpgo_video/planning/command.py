@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bpgo_video.cli import above_zero, not_negative, positive, tell
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.command_line import load_config
 from bpgo_video.config.reading import config_from_dict
@@ -25,7 +26,6 @@ from bpgo_video.planning.zero import Parts
 from bpgo_video.zero.engine import read_ds_config
 
 GB = 10**9
-DESCRIPTION = "Reckon the memory of a recipe, or of a model and a size, on each rank; no weights are read."
 OFFLOADS = {
     "none": {},
     "optimizer": {"offload_optimizer": {"device": "cpu"}},
@@ -33,29 +33,67 @@ OFFLOADS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="tools/plan_memory.py", description=DESCRIPTION, allow_abbrev=False)
+@dataclass(frozen=True)
+class ModelFlag:
+    """A flag in place of a recipe's; `recipe` says the same of a recipe."""
+
+    recipe: str
+    text: str
+    default: Any = None
+    how: Mapping[str, Any] = field(default_factory=dict)
+
+
+COUNT = {"type": positive, "metavar": "N"}
+MODEL_FLAGS = {
+    "family": ModelFlag("--policy.family {}", "as policy.family in recipes: another pipeline, or module:Name"),
+    "size": ModelFlag(
+        "--video.height H --video.width W --video.num-frames N", "height x width x frames (480x832x81)", "480x832x81"
+    ),
+    "prompts": ModelFlag("--rollout.prompts-per-step {}", "a step (as many as fill the ranks once)", None, COUNT),
+    "group-size": ModelFlag("--rollout.group-size {}", "samples of a prompt, G (8)", 8, COUNT),
+    "micro-batch": ModelFlag("--rollout.micro-batch-size {}", "samples of a rank at once (1)", 1, COUNT),
+    "zero": ModelFlag("--deepspeed ds_configs/zero{}.json", "stage (3)", 3, {"type": int, "choices": (1, 2, 3)}),
+    "sequence": ModelFlag("--parallel.sequence {}", "ranks that share a sample's tokens (1)", 1, COUNT),
+    "lora-rank": ModelFlag("--policy.lora.rank {}", "0 trains all weights (0)", 0, {"type": int, "metavar": "R"}),
+    "offload": ModelFlag(
+        "--deepspeed FILE, of a JSON that offloads", "to the CPU (none)", "none", {"choices": tuple(OFFLOADS)}
+    ),
+    "guidance": ModelFlag(
+        "--sampler.guidance-scale {}", "above 1 both halves are computed (1)", 1.0, {"type": above_zero, "metavar": "S"}
+    ),
+    "no-checkpointing": ModelFlag(
+        "--policy.no-gradient-checkpointing", "keep all activations in replay", False, {"action": "store_true"}
+    ),
+}
+
+
+def parser(description: str | None = None) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="tools/plan_memory.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     what = found.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, help="a recipe; its flags (--rollout.group-size 8) may follow")
     what.add_argument("--model", help="a known model, a hub id or a folder, with the flags below in place of a recipe")
-    found.add_argument("--family", help="of --model, as policy.family in recipes: another pipeline, or module:Name")
-    found.add_argument("--gpus", type=int, required=True, help="of the whole run")
-    found.add_argument(
-        "--gigabytes", type=int, nargs="+", default=list(GPUS), help="of one GPU; several sizes are compared"
-    )
-    found.add_argument("--reward-gigabytes", type=float, default=0.0, help="of reward models on the policy's GPUs")
-    found.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    found.add_argument("--size", default="480x832x81", help="height x width x frames (%(default)s)")
-    found.add_argument("--prompts", type=int, default=None, help="a step (as many as fill the ranks once)")
-    found.add_argument("--group-size", type=int, default=8, help="samples of a prompt, G (%(default)s)")
-    found.add_argument("--micro-batch", type=int, default=1, help="samples of a rank at once (%(default)s)")
-    found.add_argument("--zero", type=int, choices=(1, 2, 3), default=3, help="stage (%(default)s)")
-    found.add_argument("--sequence", type=int, default=1, help="ranks that share a sample's tokens (%(default)s)")
-    found.add_argument("--lora-rank", type=int, default=0, help="0 trains all weights (%(default)s)")
-    found.add_argument("--offload", choices=tuple(OFFLOADS), default="none", help="to the CPU (%(default)s)")
-    found.add_argument("--guidance", type=float, default=1.0, help="above 1 both halves are computed (%(default)s)")
-    found.add_argument("--no-checkpointing", action="store_true", help="keep all activations in replay")
+    add = found.add_argument
+    add("--gpus", required=True, help="ranks of the whole run", **COUNT)
+    sizes = f"of one GPU; several sizes are compared ({' '.join(map(str, GPUS))})"
+    add("--gigabytes", type=positive, nargs="+", default=list(GPUS), metavar="GB", help=sizes)
+    rewards = "of reward models on the policy's GPUs (0)"
+    add("--reward-gigabytes", type=not_negative, default=0.0, metavar="GB", help=rewards)
+    add("--json", action="store_true", help="print JSON in place of tables")
+    group = found.add_argument_group("with --model only")
+    for name, flag in MODEL_FLAGS.items():  # those that are not given are seen to be absent
+        group.add_argument(f"--{name}", help=flag.text, default=argparse.SUPPRESS, **flag.how)
     return found
+
+
+def model_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of MODEL_FLAGS that are given."""
+    given = {name: getattr(arguments, name.replace("-", "_"), None) for name in MODEL_FLAGS}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def job_of(arguments: argparse.Namespace, flags: Sequence[str]) -> Job:
@@ -70,48 +108,54 @@ def job_of(arguments: argparse.Namespace, flags: Sequence[str]) -> Job:
         "gigabytes": max(arguments.gigabytes),
     }
     if arguments.config:
-        config = load_config(["--config", str(arguments.config), *flags], description=DESCRIPTION)
+        for name, value in model_flags(arguments).items():
+            instead = MODEL_FLAGS[name].recipe.format(value)
+            raise ConfigError(f"--{name} is a flag of --model; with a recipe say {instead}")
+        config = load_config(["--config", str(arguments.config), *flags])
         return Job(config, read_ds_config(config.deepspeed), model=find_model(config.policy.folder), **shared)
     if flags:
         raise ConfigError(f"{flags} are flags of a recipe, and --model takes none; see --help")
     recipe = config_from_dict(recipe_of(arguments), "command line")
     assert isinstance(recipe, Config)  # one that names no other kind
-    ds_config = {
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": arguments.zero, **OFFLOADS[arguments.offload]},
-    }
-    return Job(recipe, ds_config, model=find_model(arguments.model), **shared)
+    return Job(recipe, ds_config_of(arguments), model=find_model(arguments.model), **shared)
 
 
 def recipe_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """A recipe of the flags, with the defaults of recipes elsewhere."""
+    asked = {name: flag.default for name, flag in MODEL_FLAGS.items()} | model_flags(arguments)
     try:
-        height, width, frames = map(int, arguments.size.split("x"))
+        height, width, frames = map(int, asked["size"].split("x"))
     except ValueError:
-        raise ConfigError(f"--size is {arguments.size!r}; it must be height x width x frames, 480x832x81") from None
-    groups, group_size = max(1, arguments.gpus // arguments.sequence), arguments.group_size
-    filling = -(-groups * arguments.micro_batch // group_size)
+        raise ConfigError(f"--size is {asked['size']!r}; it must be height x width x frames, 480x832x81") from None
+    groups, group_size = max(1, arguments.gpus // asked["sequence"]), asked["group-size"]
+    filling = -(-groups * asked["micro-batch"] // group_size)
     return {
         "run": {"dir": "none"},
         "policy": {
             "folder": arguments.model,
-            "family": arguments.family,
+            "family": asked["family"],
             "max_sequence_length": find_model(arguments.model).text_tokens or 512,
-            "gradient_checkpointing": not arguments.no_checkpointing,
-            "lora": {"rank": arguments.lora_rank},
+            "gradient_checkpointing": not asked["no-checkpointing"],
+            "lora": {"rank": asked["lora-rank"]},
         },
         "video": {"num_frames": frames, "height": height, "width": width, "fps": 16},
         "data": {"shards": "none"},
         "deepspeed": "none",
         "rewards": {"any": {"model": "none"}},
-        "sampler": {"guidance_scale": arguments.guidance},
+        "sampler": {"guidance_scale": asked["guidance"]},
         "rollout": {
-            "prompts_per_step": arguments.prompts or filling,
+            "prompts_per_step": asked["prompts"] or filling,
             "group_size": group_size,
-            "micro_batch_size": arguments.micro_batch,
+            "micro_batch_size": asked["micro-batch"],
         },
-        "parallel": {"sequence": arguments.sequence},
+        "parallel": {"sequence": asked["sequence"]},
     }
+
+
+def ds_config_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """DeepSpeed's settings of the flags: ZeRO in bf16."""
+    asked = {name: flag.default for name, flag in MODEL_FLAGS.items()} | model_flags(arguments)
+    return {"bf16": {"enabled": True}, "zero_optimization": {"stage": asked["zero"], **OFFLOADS[asked["offload"]]}}
 
 
 def as_json(job: Job, plan: Plan, sizes: Sequence[int], advice: dict[int, Advice]) -> dict[str, Any]:
@@ -168,17 +212,16 @@ def _advised(advice: Advice) -> str:
     return f"   change first: {'; '.join(advice.changes)}. {verdict} ({advice.peak / GB:.1f} GB)"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> int:
     """0 where the job fits on one of the sizes asked for, 1 where it fits on none, 2 where it is wrong."""
-    arguments, flags = parser().parse_known_args(argv)
+    arguments, flags = parser(description).parse_known_args(argv)
     try:
         job = job_of(arguments, flags)
         plan = reckon(job)
         short = [size for size in arguments.gigabytes if not plan.fits(size)]
         advice = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
     except ConfigError as error:
-        print(f"configuration error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     if arguments.json:
         print(json.dumps(as_json(job, plan, arguments.gigabytes, advice), indent=1))
     else:

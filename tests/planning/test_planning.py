@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, PolicyConfig, VideoConfig
+from bpgo_video.config.command_line import load_recipe
 from bpgo_video.config.reading import config_from_dict
 from bpgo_video.planning import advice, command, rehearsal
 from bpgo_video.planning.allocations import Allocations
@@ -343,6 +344,58 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> N
     assert "known without a download" in capsys.readouterr().err
     assert command.main(["--model", "ltx-video", "--gpus", "8", "--size", "large"]) == 2
     assert "height x width x frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", command.MODEL_FLAGS)
+def test_flags_of_a_model_are_refused_beside_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = command.MODEL_FLAGS[name]
+    values = [] if flag.how.get("action") else [{"offload": "all", "zero": "2"}.get(name, "1")]
+    assert command.main(["--config", str(RECIPE), "--gpus", "2", f"--{name}", *values]) == 2
+    said = capsys.readouterr().err
+    assert f"error: --{name} is a flag of --model; with a recipe say {flag.recipe.partition(' ')[0]}" in said
+
+
+def test_what_is_to_be_said_instead_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every single flag that a message names is one of recipes, with the value that was given."""
+    assert command.main(["--config", str(RECIPE), "--gpus", "2", "--sequence", "4"]) == 2
+    assert "say --parallel.sequence 4\n" in capsys.readouterr().err
+    values = {"family": "WanPipeline", "zero": "2", "guidance": "2.0"}
+    plain = {name: flag for name, flag in command.MODEL_FLAGS.items() if name not in ("size", "offload")}
+    for name, flag in plain.items():
+        load_recipe(["--config", str(RECIPE), *flag.recipe.format(values.get(name, "8")).split()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--gpus 0", "--gpus: 0 must be 1 or more"),
+        ("--gpus -1", "--gpus: -1 must be 1 or more"),
+        ("--gpus 1 --gigabytes 0", "--gigabytes: 0 must be 1 or more"),
+        ("--gpus 1 --reward-gigabytes -1", "--reward-gigabytes: -1.0 must be 0 or more"),
+        ("--gpus 1 --sequence 0", "--sequence: 0 must be 1 or more"),
+        ("--gpus 1 --prompts 0", "--prompts: 0 must be 1 or more"),
+        ("--gpus 1 --group-size 0", "--group-size: 0 must be 1 or more"),
+        ("--gpus 1 --micro-batch -2", "--micro-batch: -2 must be 1 or more"),
+        ("--gpus 1 --guidance 0", "--guidance: 0.0 must be above 0"),
+        ("--gpus 1 --lora-rank -1", "policy.lora.rank: Input should be greater than or equal to 0 (given: -1)"),
+        ("--gpus 1 --guidance 0.5", "sampler.guidance_scale: Input should be greater than or equal to 1"),
+        ("--gpus 1 --size 480x0x81", "video.width: Input should be greater than or equal to 1 (given: 0)"),
+    ],
+)
+def test_numbers_that_are_none_are_named(flags: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = command.main(["--model", "ltx-video", *flags.split()])
+    except SystemExit as stopped:  # argparse's own
+        code = int(stopped.code or 0)
+    assert code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_warm_start_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--config", str(RECIPE.with_name("tiny_wan_sft.yaml")), "--gpus", "2"])
+    assert stopped.value.code == 2
+    assert "is a recipe of kind 'sft'; this command takes recipes of kind 'bpgo'" in capsys.readouterr().err
 
 
 def test_the_command_fails_where_nothing_fits(
