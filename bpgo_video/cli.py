@@ -3,9 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names a misspelt flag, with the nearest, before it misses another; told once on every host.
+
+    Attributes:
+        more_help: what stands at the end of --help, where it takes long to come by.
+    """
+
+    more_help: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        if self.more_help is not None:
+            self.epilog = self.more_help()
+        return super().format_help()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._subparsers is None and self.get_default("more") is None:
+            for word in sys.argv[1:] if args is None else args:
+                self._check_flag(word.partition("=")[0])
+        return super().parse_known_args(args, namespace)
+
+    def _check_flag(self, flag: str) -> None:
+        known = self._option_string_actions
+        if not flag.startswith("--") or any(option.startswith(flag) for option in known):
+            return
+        if "." in flag:
+            self.error(f"{flag} is a flag of recipes, and this command takes none of those; change it in the recipe")
+        near = difflib.get_close_matches(flag, known, n=1)
+        self.error(f"{flag}: unknown flag{f'; perhaps you meant {near[0]}' if near else ''}; --help lists all")
+
+    def error(self, message: str) -> NoReturn:
+        if not speaks():
+            self.exit(2)
+        super().error(message)
+
+
+def device(text: str) -> str:
+    """An argument's type: what torch knows as a device."""
+    import torch  # heavy, and --help does not need it
+
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu, cuda or cuda:1") from None
+    return text
 
 
 def positive(text: str) -> int:

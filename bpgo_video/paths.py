@@ -29,8 +29,9 @@ def resolve_folder(name: str, only: Sequence[str] | None = None) -> Path:
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or name.startswith((PACKAGE_PREFIX, ".", "/", "~")):
+        looked = "" if str(folder) == name else f" (looked at {folder})"
         raise FileNotFoundError(
-            f"model folder {name!r} does not exist (looked at {folder}); give a local folder, a hub id "
+            f"model folder {name!r} does not exist{looked}; give a local folder, a hub id "
             f"like 'owner/name', or '{PACKAGE_PREFIX}module/folder'"
         )
     from huggingface_hub import snapshot_download  # network code is loaded only when a hub id is asked for

@@ -25,7 +25,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bpgo_video.cli import positive, run_command, show_loading_once
+from bpgo_video.cli import Parser, positive, run_command, show_loading_once
 from bpgo_video.evaluation.comparing.command import add_compare
 from bpgo_video.evaluation.vbench.commands import add_vbench_commands
 
@@ -55,7 +55,7 @@ def heldout(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
     commands = top.add_subparsers(dest="command", required=True)
     add_heldout(commands.add_parser("heldout", help="score a policy folder on a recipe's held-out prompts"))

@@ -52,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
         help='.txt, one prompt a line; .jsonl or .csv with "prompt" and any of negative_prompt, id, split, tags, '
         "image, video; or VBench's .json",
     )
-    add_build_arguments(command, "prompts", shard_size=1000, batch_size=32)
+    negative = "where none is given beside a prompt"
+    add_build_arguments(command, "prompts", "prompts", negative, shard_size=1000, batch_size=32)
     command.set_defaults(run=build)
     return top
 

@@ -1,4 +1,4 @@
-"""Make video shards for a warm start from videos with captions, and look at them.
+r"""Make video shards for a warm start from videos with captions, and look at them.
 
     python tools/make_video_shards.py build --input FOLDER --output shards --policy FOLDER \
         --num-frames 81 --height 480 --width 832 --fps 16
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--clips-per-video", type=positive, default=1, metavar="N", help="at most; as many as fit (%(default)s)")
     add("--stride", type=above_zero, metavar="S", help="seconds between the starts of clips (a clip's length)")
-    add_build_arguments(command, "clips", shard_size=256, batch_size=16)
+    add_build_arguments(command, "clips", "captions", "of all clips", shard_size=256, batch_size=16)
     command.set_defaults(run=build)
     return top
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bpgo_video.cli import positive, run_command
+from bpgo_video.cli import Parser, device, positive, run_command
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.rewards.building import build_reward
@@ -48,9 +48,9 @@ def serve(args: argparse.Namespace) -> None:
     if args.token_env and not token:
         raise ConfigError(f"--token-env names {args.token_env}, which is not set or empty")
     check_exposure(args.host, token)
-    device = torch.device(args.device)
-    reward = build_reward(args.reward, reward_named(args.config, args.reward), device)
-    service = RewardService(reward.model, device, args.kept)
+    place = torch.device(args.device)
+    reward = build_reward(args.reward, reward_named(args.config, args.reward), place)
+    service = RewardService(reward.model, place, args.kept)
     limits = Limits(waiting=args.waiting, bytes=args.max_megabytes * 2**20)
     with RewardServer(service, args.host, args.port, token, limits) as server:
 
@@ -66,7 +66,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tools/serve_rewards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, required=True, help="recipe")
@@ -74,7 +74,12 @@ def main() -> int:
     parser.add_argument("--port", type=int, required=True, help="0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--token-env", help="environment variable that holds the token that clients must send")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:1 (cuda where there is one)",
+    )
     parser.add_argument("--waiting", type=positive, default=8, help="requests held in memory at once (8)")
     parser.add_argument("--max-megabytes", type=positive, default=1024, help="of one request (1024)")
     parser.add_argument("--kept", type=positive, default=4096, help="scores kept for requests sent again (4096)")

@@ -21,7 +21,7 @@ from bpgo_video.config.learner import (
     ReliabilityConfig,
     RewardConfig,
 )
-from bpgo_video.config.run import EmaConfig, OptimiserConfig, RunConfig
+from bpgo_video.config.run import EmaConfig, OptimiserConfig, ParallelConfig, RunConfig, WandbConfig
 from bpgo_video.paths import SHARD_CACHE
 
 FAMILY_OPTIONS = ("embedded_guidance", "decode_timestep", "decode_noise_scale")
@@ -163,16 +163,6 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class ParallelConfig:
-    sequence: Positive = 1
-    """Ranks that share the tokens of each sample (Ulysses); divides the ranks and the policy's attention heads. Groups
-    of that many neighbouring ranks are data-parallel to each other."""
-    heartbeat_timeout: Annotated[float, Field(ge=1.0)] = 45.0
-    """Seconds without a sign of life after which a rank counts as dead and the others end; raise it where code keeps
-    Python's interpreter lock for longer. A slow reward needs no change."""
-
-
-@dataclass(frozen=True, config=STRICT)
 class LossConfig:
     objective: Literal["policy_gradient", "awm", "nft"] = "policy_gradient"
     """What is minimised: the surrogate over the rollout's own transitions, or advantage weighted matching or
@@ -253,16 +243,6 @@ class EvaluationConfig:
     def measured(self) -> tuple[str, ...]:
         """Kinds of weights; the run is measured by the first."""
         return ("raw", "ema") if self.weights == "both" else (self.weights,)
-
-
-@dataclass(frozen=True, config=STRICT)
-class WandbConfig:
-    project: str | None = None
-    """None sends nothing and asks nothing."""
-    name: str | None = None
-    """Of the run in the project; None lets wandb make one up."""
-    mode: Literal["online", "offline"] | None = None
-    """None is online where an API key is set, else offline."""
 
 
 @dataclass(frozen=True, config=STRICT)

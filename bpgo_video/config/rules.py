@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
-from bpgo_video.config.bpgo import Config, ConfigError, LossConfig, ParallelConfig, PolicyConfig
+from bpgo_video.config.bpgo import Config, ConfigError, LossConfig, PolicyConfig
 from bpgo_video.config.learner import aggregate_rules, broken_rules
+from bpgo_video.config.run import ParallelConfig
 
 
 @runtime_checkable

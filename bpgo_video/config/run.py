@@ -1,4 +1,4 @@
-"""How can any run be set? Its length, seed and checkpoints, the optimiser, and the average of its weights."""
+"""How can any run be set? Its length, seed and checkpoints, ranks, optimiser, the average of its weights, and wandb."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ParallelConfig:
+    sequence: Positive = 1
+    """Ranks that share the tokens of each sample (Ulysses); divides the ranks and the policy's attention heads. Groups
+    of that many neighbouring ranks are data-parallel to each other."""
+    heartbeat_timeout: Annotated[float, Field(ge=1.0)] = 45.0
+    """Seconds without a sign of life after which a rank counts as dead and the others end; raise it where code keeps
+    Python's interpreter lock for longer. A slow reward needs no change."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class OptimiserConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or plain gradient descent without momentum."""
@@ -58,3 +68,13 @@ class EmaConfig:
     """Share that the average of the trained weights keeps in each update; 0 keeps no average."""
     warmup: bool = True
     """Keep (1 + n) / (10 + n) after n updates where that is less, so that a short run's average leaves its start."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class WandbConfig:
+    project: str | None = None
+    """None sends nothing and asks nothing."""
+    name: str | None = None
+    """Of the run in the project; None lets wandb make one up."""
+    mode: Literal["online", "offline"] | None = None
+    """None is online where an API key is set, else offline."""

@@ -12,14 +12,12 @@ from bpgo_video.config.bpgo import (
     Config,
     ConfigError,
     DataConfig,
-    ParallelConfig,
     PolicyConfig,
     VideoConfig,
-    WandbConfig,
 )
 from bpgo_video.config.fields import STRICT, Positive, Unit
 from bpgo_video.config.rules import check_division, compiling_rules
-from bpgo_video.config.run import EmaConfig, OptimiserConfig, RunConfig
+from bpgo_video.config.run import EmaConfig, OptimiserConfig, ParallelConfig, RunConfig, WandbConfig
 
 
 @dataclass(frozen=True, config=STRICT)

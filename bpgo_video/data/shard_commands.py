@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bpgo_video.cli import positive, show_loading_once
+from bpgo_video.cli import Parser, device, positive, show_loading_once
 from bpgo_video.data.build import SKIPPED, Build
 from bpgo_video.data.near_duplicates import THRESHOLD
 from bpgo_video.data.prompt_files import MAX_CHARACTERS
@@ -128,7 +128,7 @@ def shard_parser(
         details: further lines of `stats`.
         open_shards: refuses those of another program.
     """
-    top = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = top.add_subparsers(dest="command", required=True)
     for run, text in (
@@ -146,35 +146,44 @@ def shard_parser(
     return top, commands
 
 
-def add_build_arguments(command: argparse.ArgumentParser, what: str, shard_size: int, batch_size: int) -> None:
-    """The options that every build has; `what` a shard holds, by name."""
+def add_build_arguments(
+    command: argparse.ArgumentParser, what: str, texts: str, negative: str, shard_size: int, batch_size: int
+) -> None:
+    """The options that every build has.
+
+    Args:
+        what: a shard holds, by name; `texts`: what is encoded of them.
+        negative: when the command's negative prompt holds.
+    """
     add = command.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="new folder, or that of the same build, interrupted")
     add("--policy", required=True, metavar="FOLDER", help="diffusers pipeline folder, hub id or package:module/folder")
     add("--family", metavar="NAME", help="the recipe's policy.family, where it names one")
     add("--split", default="train", help=f"split of {what} that do not name their own (%(default)s)")
-    add("--negative-prompt", default="", metavar="TEXT", help="where none is given beside a prompt (empty)")
+    add("--negative-prompt", default="", metavar="TEXT", help=f"{negative} (empty)")
     add(
         "--max-sequence-length",
         type=positive,
         default=512,
         metavar="N",
-        help="text tokens; must equal the recipe's policy.max_sequence_length (%(default)s, Wan's own)",
+        help="text tokens; must equal the recipe's policy.max_sequence_length (%(default)s, Wan's own; "
+        "128 LTX-Video, 226 CogVideoX, 256 HunyuanVideo and Mochi)",
     )
     add(
         "--max-characters",
         type=positive,
         default=MAX_CHARACTERS,
         metavar="N",
-        help="longer prompts are mistakes: the encoder would drop what exceeds its tokens (%(default)s)",
+        help=f"longer {texts} are mistakes: the encoder would drop what exceeds its tokens (%(default)s)",
     )
     add(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help=f"what one of the {what} does that cannot be used: end the build, or be listed in {SKIPPED} (%(default)s)",
+        help=f"what to do about a {what.removesuffix('s')} that cannot be used: end the build, or leave it out and "
+        f"list it in {SKIPPED} (%(default)s)",
     )
     add("--shard-size", type=positive, default=shard_size, metavar="N", help=f"{what} in a shard (%(default)s)")
     add("--batch-size", type=positive, default=batch_size, metavar="N", help="texts encoded at once (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of encoder and tensors (%(default)s)")
-    add("--device", default="cpu", help="where the encoder runs: cpu, cuda (the rank's own) (%(default)s)")
+    add("--device", type=device, default="cpu", help="where the encoder runs: cpu, cuda (the rank's own) (%(default)s)")

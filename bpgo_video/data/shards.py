@@ -228,7 +228,10 @@ def _read_index(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise ShardError(f"the prompt shards {directory} do not exist; make them {again}")
     if not path.is_file():
-        raise ShardError(f"{path} is missing, so its build did not finish: delete the folder, and build {again}")
+        raise ShardError(
+            f"{path} is missing: no prompt shards are here, or their build did not finish; name the folder of a "
+            f"finished build, or build {again}"
+        )
     try:
         index = json.loads(path.read_text("utf-8"))
         version, count, shards = index["format_version"], index["count"], index["shards"]

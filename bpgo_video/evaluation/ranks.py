@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from bpgo_video.config.bpgo import ParallelConfig
+from bpgo_video.config.run import ParallelConfig
 from bpgo_video.generation.generate import ALONE, PATIENCE
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import TIMEOUT, Mesh

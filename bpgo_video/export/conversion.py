@@ -12,7 +12,6 @@ adapters. Verifying loads one transformer.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from bpgo_video.checkpoints.run_weights import DTYPES, WEIGHTS, Source, adapter_tensors, find_source, trained_tensors
 from bpgo_video.checkpoints.universal import to_universal, verify_universal
 from bpgo_video.checkpoints.zero_files import CheckpointError
+from bpgo_video.cli import Parser, above_zero, tell
 from bpgo_video.config.bpgo import ConfigError, LoraConfig
 from bpgo_video.data.atomic import new_folder
 from bpgo_video.export.lora_files import lora_file, write_comfyui_lora, write_diffusers_lora
@@ -239,9 +239,7 @@ def convert(job: Conversion, form: str, verify: bool = False) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        description="Convert a training checkpoint, on the CPU, to what inference tools read."
-    )
+    top = Parser(description="Convert a training checkpoint, on the CPU, to what inference tools read.")
     add = top.add_argument
     add(
         "--checkpoint",
@@ -253,11 +251,17 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="DIR", help="new folder; an existing one is refused")
     purposes = "; ".join(f"{name}: {form.purpose}" for name, form in FORMATS.items())
     add("--format", choices=tuple(FORMATS), required=True, help=purposes)
-    add("--weights", choices=tuple(WEIGHTS), default="raw", help="raw: as the optimiser holds them (%(default)s)")
+    weights = "raw: as the optimiser holds them; ema: their average, where the run kept one (%(default)s)"
+    add("--weights", choices=tuple(WEIGHTS), default="raw", help=weights)
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of the trained weights (%(default)s)")
     add("--transformer-only", action="store_true", help="diffusers: the transformer's folder, not the whole pipeline")
     add("--merged", action="store_true", help="comfyui: the whole transformer, adapters merged, as one file")
-    add("--shard-gigabytes", type=float, default=SHARD_BYTES / 1e9, help="of a weight file (%(default)s)")
+    add(
+        "--shard-gigabytes",
+        type=above_zero,
+        default=SHARD_BYTES / 1e9,
+        help="size of a weight file at most (%(default)s)",
+    )
     add("--verify", action="store_true", help="load the result; compare every tensor, and a forward pass")
     return top
 
@@ -272,7 +276,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = Conversion(source, args.weights, args.output, dtype, whole, args.merged, shard_bytes)
         convert(job, args.format, args.verify)
     except (CheckpointError, ConfigError, OSError, ValueError) as error:  # wrong input; else keep the traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return tell(error)
     print(f"{args.output}: {source.folder.name} of {source.folder.parents[1]}{', verified' if args.verify else ''}")
     return 0

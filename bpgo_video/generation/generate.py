@@ -17,7 +17,6 @@ from typing import Any
 
 import diffusers
 import torch
-import tyro
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -27,6 +26,7 @@ from bpgo_video.checkpoints.run_weights import DTYPES, WEIGHTS, put_into
 from bpgo_video.checkpoints.zero_files import CheckpointError
 from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.command_line import read_settings
 from bpgo_video.data.images import decode_image, fit_image
 from bpgo_video.data.prompt_files import PromptFileError
 from bpgo_video.data.prompt_records import ShardError
@@ -204,14 +204,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--local_rank", type=int)  # the launcher's own
     _, rest = launcher.parse_known_args(arguments)
-    settings = tyro.cli(GenerationSettings, args=rest)
+    try:
+        settings = read_settings(GenerationSettings, rest)
+    except ConfigError as error:
+        return tell(error)
     show_loading_once()
     mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
     try:
         manifest = generate(settings, mesh)
     except (GenerationError, ConfigError, PromptFileError, ShardError, CheckpointError, OSError) as error:
-        tell(error)  # wrong input; anything else keeps its traceback
-        return 1
+        return tell(error)  # wrong input; anything else keeps its traceback
     if mesh.is_main:
         print(manifest)
     engine.stop_ranks()

@@ -74,14 +74,15 @@ class GenerationSettings:
     negative_prompt: str = ""
     """What guidance steers away from, for prompts that have no negative prompt of their own."""
     num_steps: Positive | None = None
-    """Denoising steps; None takes the pipeline's own default (50 for Wan), as for the next seven."""
+    """Denoising steps; None takes the pipeline's own default (50 for Wan), as for guidance_scale, num_frames, height
+    and width."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 switches it off. HunyuanVideo's pipeline names it true_cfg_scale."""
     guidance_scale_2: float | None = None
     """Of the low-noise expert (Wan 2.2); None takes guidance_scale."""
     embedded_guidance: NonNegative | None = None
-    """HunyuanVideo: what its distilled transformer is told, guidance_scale to its pipeline. None takes, as for the next
-    two, what a training checkpoint's recipe says, or the pipeline's own."""
+    """HunyuanVideo: what its distilled transformer is told, guidance_scale to its pipeline. None takes, as for
+    decode_timestep and decode_noise_scale, what a training checkpoint's recipe says, or the pipeline's own."""
     decode_timestep: Unit | None = None
     """LTX-Video from 0.9.1 on: the noise level at which its VAE decodes."""
     decode_noise_scale: Unit | None = None
@@ -95,7 +96,7 @@ class GenerationSettings:
     max_sequence_length: Positive | None = None
     """Text tokens, as in training; None takes the tokenizer's own limit where that is below the pipeline's."""
     scheduler: Literal["unipc", "dpm", "euler", "ddim"] | None = None
-    """Solver: unipc, dpm, euler of a flow; ddim, dpm of CogVideoX. None takes the pipeline's own, as for the next."""
+    """Solver: unipc, dpm, euler of a flow; ddim, dpm of CogVideoX. None takes the pipeline's own, as for flow_shift."""
     flow_shift: Annotated[float, Field(gt=0.0)] | None = None
     """Where a flow's steps lie: larger ones lie nearer to noise. Wan's authors: 3 for 480 lines, 5 for 720."""
     fps: Annotated[float, Field(gt=0.0)] | None = None
@@ -108,7 +109,7 @@ class GenerationSettings:
     """Of transformer and text encoder; the VAE stays in fp32, but where a pipeline runs in one dtype."""
     vae_tiling: bool | None = None
     """Decode in overlapping tiles: a fraction of the memory, longer, and pixels above a tile's size differ a little.
-    None takes what a training checkpoint's recipe says, or False, as for the next."""
+    None takes what a training checkpoint's recipe says, or False, as for vae_slicing."""
     vae_slicing: bool | None = None
     """Decode one video of a batch at a time: the memory of one."""
     attention_backend: str | None = None

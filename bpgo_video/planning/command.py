@@ -43,7 +43,7 @@ class ModelFlag:
     how: Mapping[str, Any] = field(default_factory=dict)
 
 
-COUNT = {"type": positive, "metavar": "N"}
+COUNT: dict[str, Any] = {"type": positive, "metavar": "N"}
 MODEL_FLAGS = {
     "family": ModelFlag("--policy.family {}", "as policy.family in recipes: another pipeline, or module:Name"),
     "size": ModelFlag(

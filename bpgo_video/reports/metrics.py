@@ -24,7 +24,7 @@ from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.config.bpgo import WandbConfig
+from bpgo_video.config.run import WandbConfig
 from bpgo_video.data.atomic import atomic_file
 from bpgo_video.reports.wandb_run import Cell, WandbRun
 

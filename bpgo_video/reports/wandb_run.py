@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from bpgo_video.config.bpgo import WandbConfig
+from bpgo_video.config.run import WandbConfig
 
 WANDB_ID_FILE = "wandb_run_id.txt"
 

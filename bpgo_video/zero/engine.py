@@ -62,7 +62,8 @@ def read_ds_config(path: str) -> dict[str, Any]:
         if key in ds_config:
             raise ConfigError(f"{path} sets {key!r}, which is set by {home} in the YAML; remove it from the JSON")
     if zero_stage(ds_config) not in (1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(ds_config)}; it must be 1, 2 or 3")
+        absent = "" if "zero_optimization" in ds_config else " (it has no zero_optimization)"
+        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(ds_config)}{absent}; it must be 1, 2 or 3")
     if ds_config.get("fp16", {}).get("enabled"):
         raise ConfigError(f"{path} enables fp16, whose range is too small for log-probs; use bf16 or fp32")
     return ds_config

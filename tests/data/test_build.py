@@ -154,7 +154,9 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(prompts: Path, tmp_path:
 def test_a_folder_without_an_index_is_refused_by_the_reader(prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         job(prompts, tmp_path / "out", Encoder(6), shard_size=4, batch_size=3).run()
-    with pytest.raises(ValueError, match=r"index.json is missing, so its build did not finish"):
+    with pytest.raises(
+        ValueError, match=r"index.json is missing: no prompt shards are here, or their build did not finish"
+    ):
         PromptShards(tmp_path / "out")
 
 

@@ -209,7 +209,9 @@ def test_missing_things_say_what_to_do(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"prompts-000001.tar is missing"):
         PromptShards(directory)
     (directory / "index.json").unlink()
-    with pytest.raises(ShardError, match=r"index.json is missing, so its build did not finish"):
+    with pytest.raises(
+        ShardError, match=r"index.json is missing: no prompt shards are here, or their build did not finish"
+    ):
         PromptShards(directory)
 
 

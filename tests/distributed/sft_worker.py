@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bpgo_video.config.bpgo import LoraConfig, ParallelConfig
-from bpgo_video.config.run import EmaConfig
+from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.run import EmaConfig, ParallelConfig
 from bpgo_video.config.sft import SftConfig
 from bpgo_video.training.sft import train
 from bpgo_video.zero import engine

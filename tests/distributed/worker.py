@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
-from bpgo_video.config.bpgo import Config, LoraConfig, ParallelConfig, RewardConfig
+from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
+from bpgo_video.config.run import ParallelConfig
 from bpgo_video.paths import resolve_folder
 from bpgo_video.training.trainer import train
 from bpgo_video.zero import engine

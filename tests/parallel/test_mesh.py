@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.config.bpgo import ConfigError, ParallelConfig
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.rules import check_world
+from bpgo_video.config.run import ParallelConfig
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import check_heads
 from tests.made.recipes import small_recipe

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bpgo_video.config.bpgo import WandbConfig
+from bpgo_video.config.run import WandbConfig
 from bpgo_video.reports.metrics import MalformedFile, RunLog, read_metrics, reduce_metrics
 from bpgo_video.reports.summary import summary_table, verdict
 
@@ -111,7 +111,7 @@ def test_without_a_terminal_progress_is_few_whole_lines(tmp_path: Path, capsys: 
 def test_without_a_project_wandb_is_never_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from bpgo_video.config.bpgo import WandbConfig; from bpgo_video.reports.metrics import RunLog\n"
+        "from bpgo_video.config.run import WandbConfig; from bpgo_video.reports.metrics import RunLog\n"
         f"with RunLog(Path({str(tmp_path)!r}), WandbConfig(), 1) as log:\n"
         f"    log.log(0, {VALUES!r}); log.media(0, 'samples', [])\n"
         "sys.exit('wandb' in sys.modules)"

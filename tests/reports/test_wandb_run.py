@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.config.bpgo import WandbConfig
+from bpgo_video.config.run import WandbConfig
 from bpgo_video.data.video import write_video
 from bpgo_video.reports.metrics import RunLog
 from tests.made.real_clips import real_clip

@@ -74,3 +74,7 @@ def overlap(session: Session, prompts: PromptBatch) -> dict[str, Any]:
         {name: statistics.median(step[name] for step in steps) for name in steps[0]} for steps in found.values()
     )
     return {"chunks": CHUNKS, "inline": inline, "beside": beside, "bound": 1.05 * (CHUNKS + 1) / CHUNKS}
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: this is a part of the bench; run python -m tools.bench --recipe RECIPE.yaml --output DIR")

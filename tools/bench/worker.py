@@ -20,8 +20,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor, nn
 
 from bpgo_video.cli import show_loading_once
-from bpgo_video.config.bpgo import Config, ParallelConfig
+from bpgo_video.config.bpgo import Config
 from bpgo_video.config.reading import read_yaml
+from bpgo_video.config.run import ParallelConfig
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.learner.bpgo import BPGOSettings
 from bpgo_video.learner.losses import Move, bpgo_loss

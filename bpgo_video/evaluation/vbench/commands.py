@@ -6,22 +6,27 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from bpgo_video.cli import positive, show_loading_once
+from bpgo_video.cli import Parser, device, positive, show_loading_once
 
 if TYPE_CHECKING:  # heavy, and --help needs neither
     import torch
 
     from bpgo_video.parallel.mesh import Mesh
 
-GENERATION = """
-The flags of pipelines/generate_video.py hold, but for --prompts and --samples-per-prompt, which are the suite's:
---family, --lora, --weights, --negative-prompt, --num-steps, --guidance-scale, --num-frames, --height, --width,
---max-sequence-length, --scheduler, --flow-shift, --batch-size, --dtype.
-"""
+OWN = (
+    "policy",
+    "prompts",
+    "output",
+    "seed",
+    "samples_per_prompt",
+    "fps",
+    "split",
+)  # said by layout's flags, or a suite's
 
 
 def add_vbench_commands(commands: Any) -> None:
@@ -46,23 +51,32 @@ def add_videos(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fps", type=float, metavar="F", help="frames a second that every video has")
 
 
-def add_layout(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
+def add_layout(command: Parser) -> None:
+    add, command.more_help = command.add_argument, generation_flags
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.description = (
         "Generate a suite into DIR as {prompt}-{i}.mp4, on several ranks by the deepspeed launcher. The same command\n"
         "goes on where it was cut short; its exit code is 0 when every video is there and whole."
     )
-    command.epilog = GENERATION
     add("--local_rank", type=int, help=argparse.SUPPRESS)
-    add("--policy", metavar="FOLDER|RUN", help="a pipeline folder, a checkpoint, or a run for its newest one")
+    model = "a pipeline folder, a checkpoint, or a run for its newest one (required unless --check)"
+    add("--policy", metavar="FOLDER|RUN", help=model)
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the videos; the manifest lies beside it")
-    add("--seed", type=int, metavar="S", help="noise is a function of this, the prompt and i")
+    add("--seed", type=int, metavar="S", help="noise is a function of this, the prompt and i (required unless --check)")
     add("--generation-prompts", type=Path, metavar="FILE.jsonl", help="what the model is told in place of each prompt")
     add("--check", action="store_true", help="make nothing: decode every video of DIR and name what is wrong with it")
     add_suite(command, required=True)
     add_videos(command)
     command.set_defaults(run=layout, more=[])
+
+
+def generation_flags() -> str:
+    """What `layout` takes beside its own flags."""
+    from bpgo_video.generation.settings import GenerationSettings
+
+    flags = [f"--{field.name.replace('_', '-')}" for field in fields(GenerationSettings) if field.name not in OWN]
+    told = "The flags of pipelines/generate_video.py hold, but for --prompts and --samples-per-prompt, the suite's"
+    return fill(f"{told}: {', '.join(flags)}.", width=100, break_on_hyphens=False)
 
 
 def layout(args: argparse.Namespace) -> None:
@@ -83,8 +97,7 @@ def check_layout(args: argparse.Namespace) -> None:
 
 def generate_layout(args: argparse.Namespace) -> None:
     """Settings are read as pipelines/generate_video.py reads them, before the ranks meet; files when all can fail."""
-    import tyro
-
+    from bpgo_video.config.command_line import read_settings
     from bpgo_video.evaluation.vbench.layout import lay_out, read_told
     from bpgo_video.evaluation.vbench.suite import read_suite
     from bpgo_video.generation.generate import ALONE, PATIENCE
@@ -95,7 +108,7 @@ def generate_layout(args: argparse.Namespace) -> None:
     given = {"policy": args.policy, "seed": args.seed, "output": args.output, "prompts": args.suite,
              "samples-per-prompt": args.samples, "fps": args.fps}  # fmt: skip
     flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
-    settings = tyro.cli(GenerationSettings, args=[*flags, *args.more], prog="evaluate.py layout")
+    settings = read_settings(GenerationSettings, [*flags, *args.more], prog="evaluate.py layout")
     show_loading_once()
     mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
     with same_verdict(mesh):
@@ -121,7 +134,7 @@ def add_score(command: argparse.ArgumentParser) -> None:
     forms = "a network for a dimension: folder, hub id, short name (efficientnet, dis), or a factory, my_pkg.mod:build"
     add("--backbone", action="append", default=[], metavar="D=NETWORK", help=forms)
     add("--head", type=Path, metavar="FILE", help="LAION's aesthetic head, sa_0_4_vit_l_14_linear.pth")
-    add("--device", help="of torch (cuda where there is one; of several ranks each its own)")
+    add("--device", type=device, help="of torch (cuda where there is one; of several ranks each its own)")
     add_suite(command)
     add_videos(command)
     command.set_defaults(run=score)
@@ -164,10 +177,10 @@ def device_of(asked: str | None, mesh: Mesh) -> torch.device:
 
     if asked is None:
         return mesh.device
-    device = torch.device(asked)
-    if mesh.world_size > 1 and device.index is not None:
+    found = torch.device(asked)
+    if mesh.world_size > 1 and found.index is not None:
         raise ValueError(f"--device {asked} is one device for {mesh.world_size} ranks; each takes its own without it")
-    return mesh.device if device.type == mesh.device.type and mesh.world_size > 1 else device
+    return mesh.device if found.type == mesh.device.type and mesh.world_size > 1 else found
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -195,7 +208,7 @@ def add_vbench(command: argparse.ArgumentParser) -> None:
     )
     add("--dimensions", nargs="+", metavar="D", help="(every one of the suite)")
     add("--benchmark", choices=("vbench", "vbench-i2v"), default="vbench")
-    add("--device", default="cuda", help="of torch: cuda (default), cuda:1 or cpu")
+    add("--device", type=device, default="cuda", help="of torch: cuda (default), cuda:1 or cpu")
     add("--resolution", default="1-1", help="vbench-i2v: of the images, 1-1 (default), 8-5, 7-4 or 16-9")
     add(
         "--folder", type=Path, default=Path(), metavar="DIR", help="vbench-i2v: where vbench2_beta_i2v/data/crop is (.)"

@@ -195,6 +195,8 @@ def labelled_totals(paths: Sequence[Path], suite: Suite | None = None, partial: 
         FileNotFoundError, ResultError: see `merge`; or a result is not of the suite's videos.
         TotalsError: see `benchmark_of` and `totals`; or a dimension is a proxy, and `partial` is not set.
     """
+    if missing_paths := [str(path) for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"{', '.join(missing_paths)} is neither a result file nor a folder of {RESULTS}")
     results = merge([file for path in paths for file in (sorted(path.glob(RESULTS)) if path.is_dir() else [path])])
     if not results:
         raise TotalsError(f"there are no results {RESULTS} in {', '.join(map(str, paths))}")
