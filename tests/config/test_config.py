@@ -183,6 +183,16 @@ def test_what_the_yaml_owns_is_refused_in_the_deepspeed_json(tmp_path: Path, key
         read_ds_config(str(path))
 
 
+def test_a_deepspeed_json_without_zero_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimisation": {"stage": 2}}')
+    with pytest.raises(ConfigError, match=r"stage is 0 \(it has no zero_optimization\); it must be 1, 2 or 3"):
+        read_ds_config(str(path))
+    path.write_text('{"zero_optimization": {"stage": 0}}')
+    with pytest.raises(ConfigError, match="stage is 0; it must be"):
+        read_ds_config(str(path))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_shipped_deepspeed_json_is_accepted(path: Path) -> None:
     assert read_ds_config(str(path))["zero_optimization"]["stage"] in (1, 2, 3)

@@ -109,6 +109,29 @@ def test_negative_prompts_are_shown_and_counted(tool, stub_policy: Path, tmp_pat
     ]  # fmt: skip
 
 
+def help_of(tool: ModuleType, capsys) -> str:
+    with pytest.raises(SystemExit):
+        tool.main(["build", "--help"])
+    return " ".join(capsys.readouterr().out.split()).replace("LTX- Video", "LTX-Video")
+
+
+def test_help_speaks_of_what_the_shards_hold(tool, capsys) -> None:
+    shown = help_of(tool, capsys)
+    for words in (
+        "where none is given beside a prompt (empty)",
+        "longer prompts are mistakes",
+        "a prompt that cannot be used: end the build, or leave it out and list it in skipped.jsonl (stop)",
+        "(512, Wan's own; 128 LTX-Video, 226 CogVideoX, 256 HunyuanVideo and Mochi)",
+    ):
+        assert words in shown
+
+
+def test_a_misspelt_flag_is_named_before_a_missing_one(tool, capsys) -> None:
+    with pytest.raises(SystemExit):
+        tool.main(["build", "--input", "a.txt", "--outptu", "x", "--policy", "p"])
+    assert "--outptu: unknown flag; perhaps you meant --output" in capsys.readouterr().err
+
+
 def test_an_existing_output_is_never_overwritten(tool, stub_policy: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")

@@ -112,6 +112,17 @@ def test_looking_at_shards(built: Path, tool: ModuleType, capsys: pytest.Capture
     assert "its clip does not match its sha256" in capsys.readouterr().err
 
 
+def test_help_speaks_of_clips_and_its_example_is_whole(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.main(["build", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("of all clips (empty)", "longer captions are mistakes", "about a clip that cannot be used"):
+        assert words in shown
+    with pytest.raises(SystemExit):
+        tool.main(["--help"])
+    assert "--policy FOLDER \\\n        --num-frames 81" in capsys.readouterr().out
+
+
 def test_another_size_or_dtype_is_another_build(
     built: Path, tool: ModuleType, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

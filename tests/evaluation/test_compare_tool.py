@@ -153,16 +153,21 @@ def test_what_cannot_be_compared_is_told_in_words(
         to_yaml(replace(recipe_here, rewards={"pixel_motion": recipe_here.rewards["motion"]}))
     )
     policy, output = recipe_here.policy.folder, ["--output", str(tmp_path / "out")]
-    for arguments, words in (
-        ([policy], "a comparison needs two models or more, and 1 is named"),
+    for code, arguments, words in (
+        (2, [policy], "a comparison needs two models or more, and 1 is named"),
         (
+            2,
             [policy, policy],
             "none of the models is a run with rewards: name the recipe to measure them by with --config",
         ),
-        ([policy, "no/such/folder", "--config", str(run_dir / "config.yaml")], "'no/such/folder' does not exist"),
-        ([policy, str(run_dir), "--config", str(tmp_path / "recipe.yaml")], "have names that a comparison uses itself"),
-        ([policy, str(run_dir), "--weights", "ema"], "its run kept no average"),
+        (1, [policy, "no/such/folder", "--config", str(run_dir / "config.yaml")], "'no/such/folder' does not exist"),
+        (
+            2,
+            [policy, str(run_dir), "--config", str(tmp_path / "recipe.yaml")],
+            "names that a comparison uses itself",
+        ),
+        (2, [policy, str(run_dir), "--weights", "ema"], "its run kept no average"),
     ):
-        assert main(["compare", *arguments, *output]) == 1, arguments
+        assert main(["compare", *arguments, *output]) == code, arguments
         assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "comparison.json").exists()

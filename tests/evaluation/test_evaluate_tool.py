@@ -84,7 +84,7 @@ def test_the_command_prints_a_table_and_writes_json(
     assert "no split 'none'" in capsys.readouterr().err
     assert main([*command, "--policy", "no/such/folder"]) == 1
     assert "model folder 'no/such/folder' does not exist" in capsys.readouterr().err
-    assert main(["heldout", "--config", str(tmp_path / "none.yaml")]) == 1
+    assert main(["heldout", "--config", str(tmp_path / "none.yaml")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from bpgo_video.evaluation.vbench.dimension import DimensionError, Sources
 from bpgo_video.evaluation.vbench.result_files import read_results
 from bpgo_video.evaluation.vbench.scoring import Asked, named_by_prompts, score_folder
 from bpgo_video.evaluation.vbench.suite import SuiteError, read_suite
+from bpgo_video.generation.settings import GenerationSettings
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.packaged import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
@@ -217,7 +220,10 @@ def test_partial_sets_and_proxies_have_no_totals_unless_asked(
     assert json.loads(capsys.readouterr().out)["proxy"] == ["temporal_style"]
     assert main(["total", str(tmp_path)]) == 1
     assert "there are no results" in capsys.readouterr().err
-    assert main(["total", str(tmp_path / "none.json")]) == 1
+    assert main(["total", str(tmp_path / "none")]) == 1
+    assert (
+        f"{tmp_path / 'none'} is neither a result file nor a folder of *_eval_results.json" in capsys.readouterr().err
+    )
 
 
 def test_results_of_fewer_videos_than_the_suites_have_no_total(
@@ -355,8 +361,26 @@ def test_a_layout_is_made_and_checked_by_the_command_line(tmp_path: Path, capsys
     assert main([*command_of(folder, "temporal_flickering"), "--suite", str(prompts), "--samples", "1"]) == 1
 
 
+def test_the_help_of_layout_lists_every_flag_of_a_generation(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["layout", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.count("(required unless --check)") == 2
+    own = {"policy", "prompts", "output", "seed", "samples_per_prompt", "fps", "split"}
+    others = {field.name for field in fields(GenerationSettings)} - own
+    told = shown[shown.index("The flags of pipelines/generate_video.py hold") :]
+    assert {f"--{name.replace('_', '-')}" for name in others} == set(re.findall(r"--[\w-]+", told.partition(":")[2]))
+
+
+def test_a_value_out_of_range_is_told_as_in_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    suite = ["--suite", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "videos"), "--policy", "p"]
+    assert main(["layout", *suite, "--seed", "1", "--num-frames", "-1"]) == 2
+    assert "num_frames: Input should be greater than or equal to 1 (given: -1)" in capsys.readouterr().err
+
+
 def test_flags_that_no_command_knows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["total", "r.json", "--partail"])
     assert caught.value.code == 2
-    assert "unrecognized arguments: --partail" in capsys.readouterr().err
+    assert "--partail: unknown flag; perhaps you meant --partial" in capsys.readouterr().err

@@ -135,6 +135,6 @@ def test_a_setting_that_a_format_does_not_heed_is_refused(
 ) -> None:
     checkpoint, _ = adapted_run(base, tmp_path, LoraConfig(rank=2))
     arguments = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--format", form, *options]
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

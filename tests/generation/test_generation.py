@@ -193,6 +193,25 @@ def test_wrong_settings_are_named_before_any_weights_are_loaded(
     assert not settings.output.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num-frames -1", "num_frames: Input should be greater than or equal to 1 (given: -1)"),
+        ("--flow-shift 0", "flow_shift: Input should be greater than 0 (given: 0.0)"),
+        ("--num-frame 9", "--num-frame: unknown flag; perhaps you meant --num-frames"),
+        ("--family LTXPipeline", "policy.family is 'LTXPipeline', but"),
+    ],
+)
+def test_a_wrong_flag_is_told_in_the_words_of_recipes(
+    settings: GenerationSettings, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    assert main([*flags(settings, num_frames=None), *words.split()]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert message in told
+    assert "pydantic" not in told
+
+
 def test_an_empty_prompt_file_is_named(settings: GenerationSettings, capsys: pytest.CaptureFixture[str]) -> None:
     settings.prompts.write_text("")
     assert main(flags(settings)) == 1

@@ -49,7 +49,7 @@ def test_good_input_passes(config: Config) -> None:
 
 def test_a_missing_model_folder_is_named(config: Config) -> None:
     config = replace(config, policy=replace(config.policy, folder="models/nowhere/wan"))
-    with pytest.raises(FileNotFoundError, match="models/nowhere/wan"):
+    with pytest.raises(FileNotFoundError, match="'models/nowhere/wan' does not exist; give a local folder"):
         session.check_inputs(config, MESH)
 
 

@@ -1,0 +1,86 @@
+"""What a parser says of wrong words, once on every host."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from bpgo_video.cli import Parser, device, run_command, tell
+from bpgo_video.config.bpgo import ConfigError
+from tests.made.recipes import ROOT
+
+
+def parser() -> Parser:
+    top = Parser(prog="tool")
+    commands = top.add_subparsers(required=True)
+    strict = commands.add_parser("build")
+    strict.add_argument("--output", required=True)
+    strict.add_argument("--device", type=device, default="cpu")
+    strict.set_defaults(run=lambda args: None)
+    loose = commands.add_parser("layout", allow_abbrev=False)
+    loose.add_argument("--output", required=True)
+    loose.set_defaults(run=lambda args: None, more=[])
+    return top
+
+
+def refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_args(words.split())
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("build --outptu x", "tool build: error: --outptu: unknown flag; perhaps you meant --output; --help lists all"),
+        ("build --outptu=x", "--outptu: unknown flag; perhaps you meant --output"),
+        ("build --output x --zzz 3", "--zzz: unknown flag; --help lists all"),
+        (
+            "build --output x --data.shards y",
+            "--data.shards is a flag of recipes, and this command takes none of",
+        ),
+        ("build", "the following arguments are required: --output"),
+        ("build --output x --device gpu", "argument --device: 'gpu' is no device; cpu, cuda or cuda:1"),
+        ("build --output x --device cuda:x", "'cuda:x' is no device"),
+    ],
+)
+def test_a_wrong_flag_is_named(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(words, capsys)
+
+
+def test_what_was_right_still_is() -> None:
+    for words in ("build --output x --device cuda:1", "build --outp x", "build --output=x"):
+        assert parser().parse_known_args(words.split())[0].output == "x"
+    assert run_command(parser(), ["layout", "--output", "x", "--num-steps", "3"]) == 0, "flags of another command"
+
+
+def test_one_rank_of_a_host_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert refused("build --outptu x", capsys) == ""
+    tell(ValueError("wrong"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConfigError("a rule"), 2), (ValueError("a file"), 1)])
+def test_a_wrong_configuration_is_told_from_other_wrong_input(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: argparse.Namespace) -> None:
+        raise error
+
+    command = Parser()
+    command.set_defaults(run=fail)
+    assert run_command(command, []) == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_part_of_the_bench_says_what_runs_it() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "tools.bench.overlap", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert told.returncode != 0
+    assert "run python -m tools.bench --recipe" in told.stderr
