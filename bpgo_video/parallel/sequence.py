@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.parallel import cogvideox_attention, mochi_attention
+from bpgo_video.parallel import cogvideox_attention, hunyuan15_attention, mochi_attention
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.ulysses import Ulysses, attend
 
@@ -74,6 +74,12 @@ PLANS = {
         blocks=("transformer_blocks", "single_transformer_blocks"),
         rope=partial(rope_module, "rope", 0),
         head="proj_out",
+    ),
+    "HunyuanVideo15Transformer3DModel": SequencePlan(
+        blocks=("transformer_blocks",),
+        rope=partial(rope_module, "rope", 0),
+        head="proj_out",
+        attention=hunyuan15_attention.dispatch,
     ),
     "CogVideoXTransformer3DModel": SequencePlan(
         blocks=("transformer_blocks",),

@@ -119,6 +119,16 @@ class Policy(Protocol):
         """`num_frames`, `height` and `width` of the pipeline, where its call has no default for them."""
         ...
 
+    def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a call as diffusers' pipeline takes them: what its call is given, the rest set on its parts.
+
+        Args:
+            pipeline: the one to be called.
+            settings: `num_inference_steps`, `num_frames`, `height`, `width`, `guidance_scale`, `max_sequence_length`,
+                and `guidance_scale_2` where there are two transformers.
+        """
+        ...
+
     def call_arguments(
         self,
         pipeline: Any,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.policies.base import Build
+from bpgo_video.policies.kernels import attend_leaner
 from bpgo_video.policies.transformers import Transformers, read_index, transformer_names
 from bpgo_video.types import Latents, Videos
 
@@ -80,11 +81,16 @@ class PipelinePolicy:
             if kind not in components or not (folder / name).is_dir():
                 continue
             if kind == "transformer":
-                parts[name] = build(model_class, folder / name, dtype).to(device)
+                parts[name] = transformer = build(model_class, folder / name, dtype).to(device)
+                attend_leaner(transformer)
             else:
                 parts[name] = frozen(model_class, folder / name, torch.float32 if kind == "vae" else dtype, device)
-        pipeline_class = getattr(diffusers, cls.pipeline_name)
-        return policy_class(folder, pipeline_class.from_pretrained(folder, **parts), max_sequence_length)
+        return policy_class(folder, cls.assemble(folder, parts), max_sequence_length)
+
+    @classmethod
+    def assemble(cls, folder: Path, parts: Mapping[str, nn.Module | None]) -> Any:
+        """diffusers' pipeline of the folder with these networks, None for those that are not loaded."""
+        return getattr(diffusers, cls.pipeline_name).from_pretrained(folder, **parts)
 
     @classmethod
     def check(cls, folder: Path) -> None:
@@ -118,6 +124,11 @@ class PipelinePolicy:
     def default_size(self) -> dict[str, int]:
         """Frames, height and width that the pipeline reads from its parts, where its call has no default for them."""
         return {}
+
+    def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Steps, size, guidance and text tokens as the call's arguments: guidance under the name that it has there."""
+        others = dict(settings)
+        return {self.guidance_argument: others.pop("guidance_scale"), **others}
 
     def call_arguments(
         self,

@@ -15,6 +15,7 @@ from tests.families.cogvideox import (
     COGVIDEOX_PAIRS_ONE_FRAME,
 )
 from tests.families.hunyuan import HUNYUAN
+from tests.families.hunyuan15 import HUNYUAN_15, HUNYUAN_15_IMAGE
 from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.mochi import MOCHI
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
@@ -37,6 +38,8 @@ CASES: dict[str, Case] = {
     "ltx": LTX,
     "ltx_image": LTX_IMAGE,
     "hunyuan": HUNYUAN,
+    "hunyuan15": HUNYUAN_15,
+    "hunyuan15_image": HUNYUAN_15_IMAGE,
 }
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]
