@@ -47,8 +47,8 @@ class HunyuanVideo15Policy(PipelinePolicy):
         for name in transformer_names(folder):
             if read_config(folder / name).get("use_meanflow"):
                 raise ConfigError(
-                    f"{folder / name} sets use_meanflow to True: such a transformer is told where a step ends, too, and "
-                    "steps by an average velocity, which no sampler here takes; take a folder without"
+                    f"{folder / name} sets use_meanflow to True: such a transformer is told where a step ends, too, "
+                    "and steps by an average velocity, which no sampler here takes; take a folder without"
                 )
         guider = read_index(folder).get("guider") or [None, None]
         if guider[1] != GUIDER:
@@ -63,7 +63,7 @@ class HunyuanVideo15Policy(PipelinePolicy):
 
     @classmethod
     def assemble(cls, folder: Path, parts: Mapping[str, nn.Module | None]) -> Any:
-        """Its VAE takes one video at a time; where none is loaded, one of shapes alone tells the pipeline its settings."""
+        """The pipeline asks its VAE for settings as it is made: where none is loaded, one of shapes alone answers."""
         if parts["vae"] is not None:
             return one_video_at_a_time(super().assemble(folder, parts))
         with torch.device("meta"):
