@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
+from bpgo_video.parallel.hunyuan15_attention import dispatch
 from bpgo_video.policies.flow_match import scheduled_sigmas
 from bpgo_video.policies.pipeline_policy import PipelinePolicy, networks_of, read_config
 from bpgo_video.policies.transformers import read_index, transformer_names
@@ -36,6 +37,11 @@ class HunyuanVideo15Policy(PipelinePolicy):
     pipeline_name = "HunyuanVideo15Pipeline"
     block_names = ("HunyuanVideo15TransformerBlock",)
     fps = 24.0
+
+    def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
+        super().__init__(folder, pipeline, max_sequence_length)
+        for module in self.transformers.values():
+            dispatch(module)
 
     @classmethod
     def check(cls, folder: Path) -> None:

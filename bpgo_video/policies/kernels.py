@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.parallel import hunyuan15_attention
 from bpgo_video.policies.transformers import Transformers
 
 INFERENCE_ONLY = "sage"  # its kernels have no backward
-LEANER: dict[str, Callable[[nn.Module], None]] = {  # classes whose attention in diffusers takes memory without need
-    "HunyuanVideo15Transformer3DModel": hunyuan15_attention.dispatch,
-}
-
-
-def attend_leaner(transformer: nn.Module) -> None:
-    """Put attention in place that computes the same in less memory, where there is one for the class."""
-    if type(transformer).__name__ in LEANER:
-        LEANER[type(transformer).__name__](transformer)
 
 
 def choose_attention(transformers: Transformers, backend: str | None) -> None:

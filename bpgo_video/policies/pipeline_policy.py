@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.policies.base import Build
-from bpgo_video.policies.kernels import attend_leaner
 from bpgo_video.policies.transformers import Transformers, read_index, transformer_names
 from bpgo_video.types import Latents, Videos
 
@@ -81,8 +80,7 @@ class PipelinePolicy:
             if kind not in components or not (folder / name).is_dir():
                 continue
             if kind == "transformer":
-                parts[name] = transformer = build(model_class, folder / name, dtype).to(device)
-                attend_leaner(transformer)
+                parts[name] = build(model_class, folder / name, dtype).to(device)
             else:
                 parts[name] = frozen(model_class, folder / name, torch.float32 if kind == "vae" else dtype, device)
         return policy_class(folder, cls.assemble(folder, parts), max_sequence_length)
