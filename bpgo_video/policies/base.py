@@ -116,7 +116,7 @@ class Policy(Protocol):
         ...
 
     def default_size(self) -> dict[str, int]:
-        """`num_frames`, `height` and `width` of the pipeline, where its call has no default for them."""
+        """Size, text tokens and guidance of the pipeline by `CallSettings`' names, where its call has no default."""
         ...
 
     def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

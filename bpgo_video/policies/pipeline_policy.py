@@ -120,7 +120,7 @@ class PipelinePolicy:
         return {}
 
     def default_size(self) -> dict[str, int]:
-        """Frames, height and width that the pipeline reads from its parts, where its call has no default for them."""
+        """What the pipeline reads from its parts, where its call has no default: size, text tokens, guidance."""
         return {}
 
     def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

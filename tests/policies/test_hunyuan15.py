@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import HunyuanVideo15Transformer3DModel
+from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.bpgo import ConfigError, LoraConfig
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.generation.settings import GenerationSettings, find_model, resolve
+from bpgo_video.export.lora_files import write_diffusers_lora
+from bpgo_video.generation.generate import add_adapters
+from bpgo_video.generation.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.parallel.hunyuan15_attention import dispatch
 from bpgo_video.policies.kernels import choose_attention
+from bpgo_video.policies.lora import ADAPTER
 from bpgo_video.policies.transformers import Transformers
 from tests.families.case import CPU
 from tests.families.hunyuan15 import HUNYUAN_15, HUNYUAN_15_IMAGE, TEXTS, random_hunyuan15
@@ -223,3 +226,21 @@ def test_an_image_takes_its_features_and_its_first_frame(image_folder: Path) -> 
     assert mask[:, :, 0].all()
     assert not mask[:, :, 1:].any()
     assert not torch.equal(*seen["image_embeds"])
+
+
+def test_adapters_go_into_the_transformer_of_a_pipeline_that_loads_none(folder: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(*shape, generator=generator) for shape in ((4, 32), (32, 4)))
+
+    def write(layer: str) -> Path:
+        file = tmp_path / layer / "pytorch_lora_weights.safetensors"
+        adapters = {f"{layer}.lora_{half}.{ADAPTER}.weight": value for half, value in (("A", down), ("B", up))}
+        write_diffusers_lora(adapters, LoraConfig(rank=4, alpha=8.0), "HunyuanVideo15Pipeline", file)
+        return file
+
+    pipeline = HunyuanVideo15Pipeline.from_pretrained(folder)
+    with pytest.raises(GenerationError, match="pytorch_lora_weights"):
+        add_adapters(pipeline, write("blocks.0.attn1.to_q"), "transformer", folder)
+    add_adapters(pipeline, write("transformer_blocks.0.attn.to_q"), "transformer", folder)
+    layer = pipeline.transformer.transformer_blocks[0].attn.to_q
+    torch.testing.assert_close(layer.get_delta_weight(ADAPTER), 8 / 4 * up @ down)
