@@ -23,14 +23,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bpgo_video.config.bpgo import ConfigError, LoraConfig
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.parallel.sequence import check_heads, parallelise
+from bpgo_video.parallel.sequence import PLANS, check_heads, parallelise
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.inputs import Batch, arguments
+from bpgo_video.planning.masks import EveryTokenReal
 from bpgo_video.planning.models import Model
 from bpgo_video.policies.frozen_parts import in_parts
 from bpgo_video.policies.lora import add_lora
 
 VAE_DTYPE = torch.float32  # as policies load it
+ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)  # VAEs that their policies let slice batches unasked
 NO_ADAPTERS = LoraConfig()
 Latents = tuple[int, int, int, int]
 
@@ -123,7 +125,7 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
         if treatment.lora.rank:
             add_lora(adapted, treatment.lora, seed=0)
     check_heads({**adapted.config, "_class_name": transformer_class.__name__}, treatment.sequence)
-    with alone_in_a_group(treatment.sequence) as mesh, FakeTensorMode():
+    with alone_in_a_group(treatment.sequence) as mesh, FakeTensorMode(), EveryTokenReal():
         module: Any = on_shapes(adapted, batch.dtype)
         _prepare(module, treatment, mesh)
         taken_in = arguments(transformer_class.__name__, adapted.config, batch)
@@ -141,6 +143,8 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
 def _prepare(module: Any, treatment: Treatment, mesh: Mesh) -> None:
     if treatment.gradient_checkpointing:
         module.enable_gradient_checkpointing()
+    if plan := PLANS.get(type(module).__name__):
+        plan.attention(module)  # on one rank, too, as policies do
     parallelise(module, mesh)
     for parameter in module.parameters():
         if parameter.requires_grad:  # ZeRO takes gradients as they come; what it keeps of them is reckoned apart
@@ -221,7 +225,7 @@ def vae_bytes(model: Model) -> int:
 def decoding(model: Model, latents: Latents, samples: int, tiling: bool = False, slicing: bool = False) -> int:
     """Bytes at the peak of decoding so many videos at once, beside the VAE's weights."""
     with _vae(model) as vae:
-        in_parts(vae, tiling=tiling, slicing=slicing)
+        in_parts(vae, tiling=tiling, slicing=slicing or type(vae).__name__ in ONE_VIDEO_AT_A_TIME)
         with Allocations([*vae.parameters(), *vae.buffers()]) as counted:
             vae.decode(torch.empty(samples, *latents), return_dict=False)
     return counted.peak

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
@@ -99,9 +100,8 @@ class HunyuanVideo15Policy(PipelinePolicy):
 
     def bucket(self, height: int, width: int) -> tuple[int, int]:
         """Height and width, among those of the folder's resolution, at which the pipeline makes such a picture."""
-        sides = self.pipeline.video_processor.calculate_default_height_width(
-            height, width, self.transformer_config["target_size"]
-        )
+        processor = HunyuanVideo15ImageProcessor(vae_scale_factor=self.vae_config["spatial_compression_ratio"])
+        sides = processor.calculate_default_height_width(height, width, self.transformer_config["target_size"])
         return int(sides[0]), int(sides[1])
 
     def default_size(self) -> dict[str, Any]:
