@@ -55,7 +55,7 @@ from bpgo_video.generation.settings import (
 from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.randomness import fixed_draws, generator_of, keyed_noise
+from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Latents, Videos
 from bpgo_video.zero import engine
 
@@ -177,7 +177,7 @@ def sample(
     arguments |= policy.call_arguments(pipeline, latents, video, images)
     if images is not None:
         arguments["image"] = to_picture(images[0])
-    with fixed_draws(pipeline.device):
+    with FixedDraws():
         output = pipeline(
             prompt=[job.text for job in jobs],
             negative_prompt=[job.negative_prompt(settings.negative_prompt) for job in jobs],

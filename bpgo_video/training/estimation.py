@@ -53,7 +53,8 @@ def estimate_advantages(
     memory = memory or Memory()
     prior, suite = session.config.prior, session.suite
     by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
-    images = suite.score_images(prompts, session.mesh) if prior.kind in FROM_IMAGES else {}
+    num_frames = session.config.video.num_frames
+    images = suite.score_images(prompts, num_frames, session.mesh) if prior.kind in FROM_IMAGES else {}
     first_frames = {name: scores.cpu() for name, scores in images.items()}
     averaged = by_name | {image_key(name): scores[:, None] for name, scores in first_frames.items()}
     seen = Seen(prompts, suite.versions, averaged, memory.running_rewards, first_frames)

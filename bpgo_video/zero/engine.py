@@ -19,15 +19,15 @@ from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.run import OptimiserConfig
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.policies.model_buffers import model_buffers, put_in_place
+from bpgo_video.policies.stored_tensors import stored, tensor_files
 from bpgo_video.zero.block_calls import call_by_position
 from bpgo_video.zero.master_weights import ZeroMasters
-from bpgo_video.zero.model_buffers import model_buffers, put_in_place, stored
 from bpgo_video.zero.optimiser import optimiser_of
 from bpgo_video.zero.touched import Touched, alternatives
 
@@ -128,7 +128,7 @@ def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, 
     """
     with deepspeed.zero.Init(config_dict_or_path=_complete(ds_config, 1, 0.0), dtype=dtype):
         model = model_class.from_config(model_class.load_config(folder))
-    where = tensor_files(folder)
+    where = tensor_files(folder, model_class)
     named, buffers = dict(model.named_parameters()), model_buffers(model_class, folder, where)
     missing, foreign = sorted(set(named) - set(where)), sorted(set(where) - set(named) - set(buffers))
     if missing or foreign:
@@ -140,17 +140,6 @@ def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, 
                 parameter.data.copy_(stored(where[name], name))
     put_in_place(model, buffers)
     return model
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file of a model folder holds each tensor."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no .safetensors file; convert the weights to safetensors first")
-    return found
 
 
 def _complete(ds_config: Mapping[str, Any], micro_batch_size: int, max_grad_norm: float) -> dict[str, Any]:
