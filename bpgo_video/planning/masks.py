@@ -1,4 +1,4 @@
-"""What does a forward keep by a mask that has no values? Every token: the most that it can have to hold."""
+"""What of a forward hangs on the values of masks, where there are none? It is taken to keep every token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -32,3 +33,16 @@ class EveryTokenReal(TorchFunctionMode):
         if function is Tensor.__invert__:
             found.keeps_none = True
         return found
+
+
+def at_once(vae: nn.Module) -> None:
+    """Let HunyuanVideo 1.5's VAE take a mask of its size at once: diffusers fills it row by row, minutes for shapes."""
+    for part in vae.modules():
+        if hasattr(part, "prepare_causal_attention_mask"):
+            part.prepare_causal_attention_mask = _square
+
+
+def _square(
+    n_frame: int, n_hw: int, dtype: torch.dtype, device: torch.device, batch_size: int
+) -> Float[Tensor, "samples tokens tokens"]:
+    return torch.empty(n_frame * n_hw, n_frame * n_hw, dtype=dtype, device=device).expand(batch_size, -1, -1)

@@ -26,7 +26,7 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import PLANS, check_heads, parallelise
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.inputs import Batch, arguments
-from bpgo_video.planning.masks import EveryTokenReal
+from bpgo_video.planning.masks import EveryTokenReal, at_once
 from bpgo_video.planning.models import Model
 from bpgo_video.policies.frozen_parts import in_parts
 from bpgo_video.policies.lora import add_lora
@@ -212,6 +212,7 @@ def _vae(model: Model) -> Iterator[Any]:
     with torch.device("meta"):
         vae = class_of(model.vae, "VAE").from_config(dict(model.vae)).eval()
     with FakeTensorMode(), torch.no_grad():
+        at_once(vae)
         yield on_shapes(vae, VAE_DTYPE)
 
 

@@ -51,8 +51,9 @@ class HunyuanVideo15Policy(PipelinePolicy):
         Raises:
             ConfigError: a meanflow transformer, or another guider; the message names what the folder has.
         """
+        networks = networks_of(folder)
         for name in transformer_names(folder):
-            if read_config(folder / name).get("use_meanflow"):
+            if read_config(folder / name, networks[name])["use_meanflow"]:
                 raise ConfigError(
                     f"{folder / name} sets use_meanflow to True: such a transformer is told where a step ends, too, "
                     "and steps by an average velocity, which no sampler here takes; take a folder without"
@@ -73,8 +74,9 @@ class HunyuanVideo15Policy(PipelinePolicy):
         """The pipeline asks its VAE for settings as it is made: where none is loaded, one of shapes alone answers."""
         if parts["vae"] is not None:
             return one_video_at_a_time(super().assemble(folder, parts))
+        vae_class = networks_of(folder)["vae"]
         with torch.device("meta"):
-            shapes = networks_of(folder)["vae"].from_config(read_config(folder / "vae"))
+            shapes = vae_class.from_config(read_config(folder / "vae", vae_class))
         pipeline = super().assemble(folder, {**parts, "vae": shapes})
         pipeline.register_modules(vae=None)
         return pipeline

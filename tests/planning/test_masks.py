@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import HunyuanVideo15Transformer3DModel
+from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -69,6 +69,17 @@ def test_sequence_groups_share_the_activations() -> None:
         rehearsal.footprint(MODEL, BATCH, rehearsal.Treatment(True, sequence=ranks)).replay for ranks in (1, 2)
     )
     assert shared < 0.75 * alone
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_its_vae_holds_its_mask(samples: int) -> None:
+    """As on real tensors, where diffusers fills it row by row."""
+    latents = (4, 3, 12, 12)
+    vae = AutoencoderKLHunyuanVideo15.from_config(dict(MODEL.vae))
+    vae.enable_slicing()
+    with Allocations([*vae.parameters()]) as counted, torch.no_grad():
+        vae.decode(torch.empty(samples, *latents), return_dict=False)
+    assert rehearsal.decoding(MODEL, latents, samples) == pytest.approx(counted.peak, rel=0.01)
 
 
 def test_its_vae_decodes_one_video_after_another() -> None:
