@@ -55,6 +55,7 @@ from bpgo_video.generation.settings import (
 from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
+from bpgo_video.policies.frozen_parts import in_parts
 from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Latents, Videos
 from bpgo_video.zero import engine
@@ -134,6 +135,7 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
     of_vae = dtype if model.policy.one_dtype else torch.float32
     pipeline = pipeline_class.from_pretrained(model.policy.folder, dtype={"default": dtype, "vae": of_vae})
     pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
+    in_parts(pipeline.vae, tiling=settings.vae_tiling, slicing=False)
     if model.checkpoint is not None:
         weights = WEIGHTS[settings.weights](model.checkpoint.folder)
         for name in model.checkpoint.trained:

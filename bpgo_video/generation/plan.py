@@ -105,6 +105,7 @@ def describe(
         "family": settings.family,
         "fps": video_of(settings, call, model.policy).fps,
         "dtype": settings.dtype,
+        "vae_tiling": settings.vae_tiling,
         **asdict(call),
         **model.policy.options,
     }

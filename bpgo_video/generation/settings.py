@@ -106,6 +106,8 @@ class GenerationSettings:
     """Videos made at once; changes the time and memory that they take, and nothing else."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of transformer and text encoder; the VAE stays in fp32, but where a pipeline runs in one dtype."""
+    vae_tiling: bool = False
+    """As policy.vae_tiling in recipes: tile by tile in less memory; pixels differ a little where tiles meet."""
 
     @property
     def adapters(self) -> dict[str, Path]:

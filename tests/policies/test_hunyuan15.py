@@ -12,14 +12,15 @@ import pytest
 import torch
 from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.export.lora_files import write_diffusers_lora
-from bpgo_video.generation.generate import add_adapters
+from bpgo_video.generation.generate import add_adapters, load_pipeline
+from bpgo_video.generation.plan import describe
 from bpgo_video.generation.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.parallel.hunyuan15_attention import dispatch
 from bpgo_video.policies.kernels import choose_attention
@@ -171,6 +172,17 @@ def test_what_a_generation_leaves_out_is_the_pipelines(folder: Path, tmp_path: P
     assert generation_of(distilled).guidance_scale == 1.0
 
 
+def test_a_generation_decodes_in_tiles(folder: Path) -> None:
+    """Whole videos of the published size do not fit on a GPU."""
+    for tiles in (False, True):
+        asked = GenerationSettings(
+            policy=str(folder), prompts=folder / "model_index.json", output=folder, seed=0, vae_tiling=tiles
+        )
+        model = find_model(asked)
+        assert load_pipeline(model, asked, CPU).vae.use_tiling is tiles
+        assert describe(asked, model, resolve(asked, model.policy), [])["vae_tiling"] is tiles
+
+
 def test_a_checkpoint_generates_with_the_scale_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-000002", [{"transformer.x": torch.ones(1)}])
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(HUNYUAN_15.recipe(folder)))
@@ -186,6 +198,7 @@ def resolution(
     return HUNYUAN_15_IMAGE.policy(copy, components=()), request.param
 
 
+@settings(deadline=None, max_examples=50)
 @given(height=st.integers(8, 100), width=st.integers(8, 100))
 def test_a_size_is_the_pipelines_or_one_that_is_named(resolution: tuple[Any, int], height: int, width: int) -> None:
     """Of an image of a size that passes, the pipeline makes a video of that size."""
