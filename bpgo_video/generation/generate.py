@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ from bpgo_video.types import Latents, Videos
 from bpgo_video.zero import engine
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-PATIENCE = 24 * 60.0  # minutes that a rank waits for the slowest one's videos; a rank that dies is noticed at once
+PATIENCE = timedelta(days=1)  # that a rank waits for the slowest one's videos; a rank that dies is noticed at once
 
 
 def generate(

@@ -54,8 +54,11 @@ def estimate_advantages(
     prior, suite = session.config.prior, session.suite
     by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
     num_frames = session.config.video.num_frames
-    images = suite.score_images(prompts, num_frames, session.mesh) if prior.kind in FROM_IMAGES else {}
-    first_frames = {name: scores.cpu() for name, scores in images.items()}
+    first_frames: dict[str, Tensor] = {}
+    if prior.kind in FROM_IMAGES:
+        with suite.at_work():
+            images = suite.score_images(prompts, num_frames, session.mesh)
+        first_frames = {name: scores.cpu() for name, scores in images.items()}
     averaged = by_name | {image_key(name): scores[:, None] for name, scores in first_frames.items()}
     seen = Seen(prompts, suite.versions, averaged, memory.running_rewards, first_frames)
     anchors = PRIORS[prior.kind](prior, seen) if session.learner.needs_prior else {}
