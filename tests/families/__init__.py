@@ -16,8 +16,10 @@ from tests.families.cogvideox import (
 )
 from tests.families.hunyuan import HUNYUAN
 from tests.families.hunyuan15 import HUNYUAN_15, HUNYUAN_15_IMAGE
+from tests.families.kandinsky5 import KANDINSKY5, KANDINSKY5_IMAGE
 from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.mochi import MOCHI
+from tests.families.page import SKYREELS
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 from tests.families.wan22 import WAN_22, WAN_22_IMAGE, WAN_22_TI2V, WAN_22_TI2V_IMAGE
 
@@ -40,6 +42,9 @@ CASES: dict[str, Case] = {
     "hunyuan": HUNYUAN,
     "hunyuan15": HUNYUAN_15,
     "hunyuan15_image": HUNYUAN_15_IMAGE,
+    "kandinsky5": KANDINSKY5,
+    "kandinsky5_image": KANDINSKY5_IMAGE,
+    "skyreels": SKYREELS,
 }
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]

@@ -42,6 +42,7 @@ class Case:
         arguments: what else the pipeline's call is given.
         options: settings of the family's own.
         texts: the prompts.
+        adjusted_frames: latent frames at the start that its pipeline changes by those behind them before it decodes.
     """
 
     write: Callable[[Path], object]
@@ -55,6 +56,7 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     options: dict[str, float] = field(default_factory=dict)
     texts: tuple[str, ...] = TEXTS
+    adjusted_frames: int = 0
 
     def policy(self, folder: Path, **options: Any) -> Policy:
         own: dict[str, Any] = {"name": self.family, "options": self.options, **options}
@@ -75,11 +77,11 @@ class Case:
         size = (self.video.height, self.video.width, 3)
         return [Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)) for _ in self.texts]
 
-    def prompts(self, policy: Policy, config: Config) -> PromptBatch:
+    def prompts(self, policy: Policy, config: Config, dtype: torch.dtype = torch.float32) -> PromptBatch:
         """The texts with all that the policy is conditioned on."""
         texts, negative = policy.encode(self.texts), policy.encode([NEGATIVE])
         prompts = PromptBatch(torch.tensor([1, 2]), self.texts, texts, negative, images=self._images(policy))
-        return conditioned(prompts, policy, config, torch.float32, Mesh(0, 1, CPU), group_size=4)
+        return conditioned(prompts, policy, config, dtype, Mesh(0, 1, CPU), group_size=4)
 
     def _images(self, policy: Policy) -> Tensor | None:
         if not policy.takes_images:

@@ -60,8 +60,8 @@ def pipeline_of(settings: GenerationSettings) -> Any:
 
 
 def flags(settings: GenerationSettings, **changes: object) -> list[str]:
-    given = {name: value for name, value in {**vars(settings), **changes}.items() if value not in (None, "")}
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value is not False]
+    values = {**vars(settings), **changes}
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value not in (None, "")]
     return [text for pair in pairs for text in pair]
 
 

@@ -15,11 +15,11 @@ from bpgo_video.planning import rehearsal
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.inputs import Batch, arguments
 from bpgo_video.planning.masks import EveryTokenReal
-from bpgo_video.planning.models import Model, find_model
+from bpgo_video.planning.models import Model
 
 NAME = "HunyuanVideo15Transformer3DModel"
 MODEL = Model(
-    name="small", source="this test", transformers=("transformer",),
+    name="small", source="this test", index={"_class_name": "HunyuanVideo15Pipeline"}, transformers=("transformer",),
     transformer={
         "_class_name": NAME, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 9, "out_channels": 4,
         "num_layers": 2, "num_refiner_layers": 1, "text_embed_dim": 16, "text_embed_2_dim": 16, "image_embed_dim": 16,
@@ -85,10 +85,3 @@ def test_its_vae_holds_its_mask(samples: int) -> None:
 def test_its_vae_decodes_one_video_after_another() -> None:
     one, three = (rehearsal.decoding(MODEL, (4, 2, 4, 4), samples) for samples in (1, 3))
     assert one < three < 2 * one
-
-
-def test_the_published_model_has_its_parameters() -> None:
-    for name in ("hunyuanvideo-1.5-480p-t2v", "hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v"):
-        with torch.device("meta"):
-            module = HunyuanVideo15Transformer3DModel.from_config(dict(find_model(name).transformer))
-        assert sum(p.numel() for p in module.parameters()) / 1e9 == pytest.approx(8.33, abs=0.006)

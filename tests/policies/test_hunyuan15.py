@@ -19,8 +19,7 @@ from torch import Tensor
 from bpgo_video.config.bpgo import ConfigError, LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.export.lora_files import write_diffusers_lora
-from bpgo_video.generation.generate import add_adapters, load_pipeline
-from bpgo_video.generation.plan import describe
+from bpgo_video.generation.generate import add_adapters
 from bpgo_video.generation.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.parallel.hunyuan15_attention import dispatch
 from bpgo_video.policies.kernels import choose_attention
@@ -170,17 +169,6 @@ def test_what_a_generation_leaves_out_is_the_pipelines(folder: Path, tmp_path: P
     assert (generation_of(published).height, generation_of(published).width) == (480, 848)
     distilled = changed(folder, tmp_path / "distilled", "guider/guider_config.json", enabled=False)
     assert generation_of(distilled).guidance_scale == 1.0
-
-
-def test_a_generation_decodes_in_tiles(folder: Path) -> None:
-    """Whole videos of the published size do not fit on a GPU."""
-    for tiles in (False, True):
-        asked = GenerationSettings(
-            policy=str(folder), prompts=folder / "model_index.json", output=folder, seed=0, vae_tiling=tiles
-        )
-        model = find_model(asked)
-        assert load_pipeline(model, asked, CPU).vae.use_tiling is tiles
-        assert describe(asked, model, resolve(asked, model.policy), [])["vae_tiling"] is tiles
 
 
 def test_a_checkpoint_generates_with_the_scale_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
