@@ -92,24 +92,19 @@ def generate(
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
     jobs = plan(settings, prompts, places)
     video = video_of(settings, call, model.policy)
-    mine = [job for job in dealt(jobs, mesh) if whole_video(job.file, video) is None]
+    mine = [job for job in mesh.dealt(jobs) if whole_video(job.file, video) is None]
     todo = sorted(chain(*from_all(mine, mesh)), key=lambda job: (job.number, job.sample))
     if mesh.is_main:
         write_manifest(places.manifest, record, jobs, todo)
     with same_verdict(mesh):
-        make(dealt(todo, mesh), settings, model, call, mesh)
+        make(mesh.dealt(todo), settings, model, call, mesh)
     with same_verdict(mesh):
-        for group in dealt(by_prompt(jobs), mesh):
+        for group in mesh.dealt(by_prompt(jobs)):
             if damaged := list(check_and_show(group, video)):
                 raise GenerationError(f"{damaged[0].file} was written and is not a whole video; start again")
     if mesh.is_main:
         write_manifest(places.manifest, record, jobs, todo=())
     return places.manifest
-
-
-def dealt(items: Sequence[Any], mesh: Mesh) -> Sequence[Any]:
-    """This rank's share of a list that all ranks have; shares differ by one item at most."""
-    return items[mesh.rank :: mesh.world_size]
 
 
 def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: CallSettings, mesh: Mesh) -> None:
