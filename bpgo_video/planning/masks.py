@@ -39,7 +39,7 @@ def at_once(vae: nn.Module) -> None:
     """Let HunyuanVideo 1.5's VAE take a mask of its size at once: diffusers fills it row by row, minutes for shapes."""
     for part in vae.modules():
         if hasattr(part, "prepare_causal_attention_mask"):
-            part.prepare_causal_attention_mask = _square
+            part.prepare_causal_attention_mask = _square  # type: ignore[assignment]
 
 
 def _square(
