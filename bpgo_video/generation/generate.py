@@ -92,24 +92,19 @@ def generate(
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
     jobs = plan(settings, prompts, places)
     video = video_of(settings, call, model.policy)
-    mine = [job for job in dealt(jobs, mesh) if whole_video(job.file, video) is None]
+    mine = [job for job in mesh.dealt(jobs) if whole_video(job.file, video) is None]
     todo = sorted(chain(*from_all(mine, mesh)), key=lambda job: (job.number, job.sample))
     if mesh.is_main:
         write_manifest(places.manifest, record, jobs, todo)
     with same_verdict(mesh):
-        make(dealt(todo, mesh), settings, model, call, mesh)
+        make(mesh.dealt(todo), settings, model, call, mesh)
     with same_verdict(mesh):
-        for group in dealt(by_prompt(jobs), mesh):
+        for group in mesh.dealt(by_prompt(jobs)):
             if damaged := list(check_and_show(group, video)):
                 raise GenerationError(f"{damaged[0].file} was written and is not a whole video; start again")
     if mesh.is_main:
         write_manifest(places.manifest, record, jobs, todo=())
     return places.manifest
-
-
-def dealt(items: Sequence[Any], mesh: Mesh) -> Sequence[Any]:
-    """This rank's share of a list that all ranks have; shares differ by one item at most."""
-    return items[mesh.rank :: mesh.world_size]
 
 
 def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: CallSettings, mesh: Mesh) -> None:
@@ -171,8 +166,8 @@ def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> La
 def sample(
     pipeline: Any, policy: Policy, jobs: Sequence[Job], settings: GenerationSettings, call: CallSettings
 ) -> Videos:
-    """Videos in [0, 1] of the jobs, in one batch through the pipeline; image-to-video takes one image a call."""
-    if len(jobs) > 1 and jobs[0].prompt.media:
+    """Videos in [0, 1] of the jobs, in one batch through the pipeline; some take one text a call, or one image."""
+    if len(jobs) > 1 and (jobs[0].prompt.media or policy.one_text_a_call):
         return torch.cat([sample(pipeline, policy, [job], settings, call) for job in jobs])
     images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
     video = video_of(settings, call, policy)

@@ -40,6 +40,25 @@ def rope_argument(name: str, dim: int, transformer: nn.Module, ulysses: Ulysses)
     transformer.register_forward_pre_hook(split, with_kwargs=True)
 
 
+def rope_grid(name: str, transformer: nn.Module, ulysses: Ulysses) -> None:
+    """Split what the module `name` gives: rotary embeddings by frame, row and column, which are flattened behind it."""
+
+    def split(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return ulysses.split(output.flatten(1, 3), 1)[:, :, None, None]
+
+    transformer.get_submodule(name).register_forward_hook(split)
+
+
+def declared_heads(config: Mapping[str, Any]) -> int:
+    """The number of attention heads in a transformer's config."""
+    return int(config["num_attention_heads"])
+
+
+def heads_by_width(config: Mapping[str, Any]) -> int:
+    """The same where a head is as wide as its rotary embeddings."""
+    return int(config["model_dim"]) // sum(config["axes_dims"])
+
+
 def dispatches(transformer: nn.Module) -> None:
     """diffusers' own processors go through its dispatcher: nothing is to be done."""
 
@@ -51,20 +70,22 @@ class SequencePlan:
     Attributes:
         blocks: its lists of blocks, in order; the first argument of the very first block is `hidden_states`.
         rope: lets rotary embeddings be split, which come with every token.
-        head: the last module that works on tokens.
+        head: the last module that works on tokens; None where that is the last block.
         text_first: whether text tokens stand before the video's in joint attention.
         attention: puts processors in place that go through diffusers' dispatcher.
         cross_attention: the name, within a block, of attention to text alone: every rank computes it on its own tokens.
         per_token: inputs of the transformer that may have an entry for each token, along dim 1.
+        heads: how many attention heads a config has.
     """
 
     blocks: tuple[str, ...]
     rope: Callable[[nn.Module, Ulysses], None]
-    head: str
+    head: str | None
     text_first: bool = False
     attention: Callable[[nn.Module], None] = dispatches
     cross_attention: str | None = None
     per_token: tuple[str, ...] = ()
+    heads: Callable[[Mapping[str, Any]], int] = declared_heads
 
 
 PLANS = {
@@ -96,6 +117,13 @@ PLANS = {
         cross_attention="attn2",
         per_token=("timestep",),
     ),
+    "Kandinsky5Transformer3DModel": SequencePlan(
+        blocks=("visual_transformer_blocks",),
+        rope=partial(rope_grid, "visual_rope_embeddings"),
+        head=None,
+        cross_attention="cross_attention",
+        heads=heads_by_width,
+    ),
 }
 
 
@@ -110,12 +138,14 @@ def check_heads(transformer_config: Mapping[str, Any], sequence: int, own: Seque
     """
     if sequence == 1:
         return
-    name, heads = transformer_config["_class_name"], transformer_config["num_attention_heads"]
-    if own is None and name not in PLANS:
+    name = transformer_config["_class_name"]
+    plan = own or PLANS.get(name)
+    if plan is None:
         raise ConfigError(
             f"parallel.sequence is {sequence}, but {name} cannot be split; {sorted(PLANS)} can. Set it to 1, or give "
             "the family's class a sequence_plan (docs/new_family.md)"
         )
+    heads = plan.heads(transformer_config)
     if heads % sequence:
         valid = [size for size in range(1, heads + 1) if heads % size == 0]
         raise ConfigError(
@@ -156,7 +186,8 @@ def parallelise(transformer: nn.Module, mesh: Mesh, own: SequencePlan | None = N
     transformer.register_forward_pre_hook(split_inputs, with_kwargs=True)
     transformer.get_submodule(f"{plan.blocks[0]}.0").register_forward_pre_hook(enter, with_kwargs=True)
     plan.rope(transformer, ulysses)
-    transformer.get_submodule(plan.head).register_forward_hook(join)
+    last = plan.head or f"{plan.blocks[-1]}.{len(transformer.get_submodule(plan.blocks[-1])) - 1}"  # type: ignore[arg-type]
+    transformer.get_submodule(last).register_forward_hook(join)
     # The class's module looks `dispatch_attention_fn` up at every call; processors hand it their `_parallel_config`.
     sys.modules[type(transformer).__module__].dispatch_attention_fn = attend  # type: ignore[attr-defined]
     for processor in _processors(transformer, plan):

@@ -106,6 +106,20 @@ def ltx_video(config: Config, batch: Batch) -> Arguments:
     }
 
 
+def kandinsky5(config: Config, batch: Batch) -> Arguments:
+    _, frames, height, width = batch.latents
+    sizes = zip((frames, height, width), config["patch_size"], strict=True)
+    channels = config["in_visual_dim"] * (2 if config["visual_cond"] else 1) + bool(config["visual_cond"])
+    return {
+        "hidden_states": batch.empty(frames, height, width, channels),
+        "timestep": batch.empty(),
+        "encoder_hidden_states": batch.empty(batch.text_tokens, config["in_text_dim"]),
+        "pooled_projections": batch.empty(config["in_text_dim2"]),
+        "visual_rope_pos": [torch.arange(size // patch) for size, patch in sizes],
+        "text_rope_pos": torch.arange(batch.text_tokens).expand(batch.samples, -1),
+    }
+
+
 def mochi(config: Config, batch: Batch) -> Arguments:
     _, frames, height, width = batch.latents
     return {
@@ -121,6 +135,7 @@ INPUTS: dict[str, Inputs] = {
     "HunyuanVideoTransformer3DModel": hunyuan_video,
     "CogVideoXTransformer3DModel": cogvideox,
     "LTXVideoTransformer3DModel": ltx_video,
+    "Kandinsky5Transformer3DModel": kandinsky5,
     "MochiTransformer3DModel": mochi,
 }
 

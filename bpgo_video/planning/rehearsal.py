@@ -27,6 +27,7 @@ from bpgo_video.parallel.sequence import PLANS, SequencePlan, check_heads, paral
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.inputs import Batch, Inputs, arguments
 from bpgo_video.planning.models import Model
+from bpgo_video.policies import kandinsky5_transformer
 from bpgo_video.policies.frozen_parts import in_parts
 from bpgo_video.policies.lora import add_lora
 
@@ -82,6 +83,9 @@ def on_shapes(module: nn.Module, dtype: torch.dtype) -> nn.Module:
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     return module
+
+
+PREPARATIONS = {"Kandinsky5Transformer3DModel": kandinsky5_transformer.prepare}  # what policies do to what they load
 
 
 @contextmanager
@@ -146,6 +150,7 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
 
 
 def _prepare(module: Any, treatment: Treatment, mesh: Mesh) -> None:
+    PREPARATIONS.get(type(module).__name__, lambda _: None)(module)
     if treatment.gradient_checkpointing:
         module.enable_gradient_checkpointing()
     if plan := treatment.plan or PLANS.get(type(module).__name__):

@@ -29,6 +29,8 @@ FAMILIES: dict[str, str] = {  # diffusers' name of a pipeline -> who makes a pol
     "CogVideoXPipeline": "bpgo_video.policies.cogvideox:CogVideoXPolicy",
     "CogVideoXImageToVideoPipeline": "bpgo_video.policies.cogvideox:CogVideoXImagePolicy",
     "MochiPipeline": "bpgo_video.policies.mochi:MochiPolicy",
+    "Kandinsky5T2VPipeline": "bpgo_video.policies.kandinsky5:Kandinsky5Policy",
+    "Kandinsky5I2VPipeline": "bpgo_video.policies.kandinsky5_image:Kandinsky5ImagePolicy",
 }
 
 

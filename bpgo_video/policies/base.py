@@ -47,6 +47,7 @@ class Policy(Protocol):
         given_frames: latent frames at the start that the image fixes, and that are not sampled.
         padding_frames: latent frames that are sampled in front of the others, and dropped before decoding.
         one_dtype: diffusers' pipeline runs in one dtype alone, its VAE included.
+        one_text_a_call: texts beside each other in a call of diffusers' pipeline would change each other's videos.
         fps: frames a second that the family's authors train on.
         options: settings that are the family's own, by their names in a recipe's section policy.
         guidance_argument: what the pipeline's call names classifier-free guidance.
@@ -65,6 +66,7 @@ class Policy(Protocol):
     given_frames: int
     padding_frames: int
     one_dtype: bool
+    one_text_a_call: bool
     fps: float
     options: Mapping[str, float | None]
     guidance_argument: str

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.policies.flow_match import scheduled_sigmas
-from bpgo_video.policies.pipeline_policy import PipelinePolicy
-from bpgo_video.types import Conditioning, Latents, Velocity, Videos
+from bpgo_video.policies.hunyuan_vae import HunyuanVAEPolicy
+from bpgo_video.types import Conditioning, Latents, Velocity
 
 GUIDANCE_UNIT = 1000.0  # of the scale that the transformer is told
 
 
-class HunyuanVideoPolicy(PipelinePolicy):
+class HunyuanVideoPolicy(HunyuanVAEPolicy):
     """HunyuanVideo's pipeline parts."""
 
     pipeline_name = "HunyuanVideoPipeline"
@@ -41,11 +41,7 @@ class HunyuanVideoPolicy(PipelinePolicy):
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask.bool(), "pooled_prompt_embeds": pooled}
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
-        config = self.vae_config
-        temporal, spatial = config["temporal_compression_ratio"], config["spatial_compression_ratio"]
-        self.check_size(video, temporal, spatial * self.transformer_config["patch_size"])
-        frames = (video.num_frames - 1) // temporal + 1
-        return config["latent_channels"], frames, video.height // spatial, video.width // spatial
+        return self.compressed(video, self.transformer_config["patch_size"])
 
     def example(self) -> tuple[Latents, Conditioning]:
         config, generator = self.transformer_config, torch.Generator().manual_seed(0)
@@ -83,18 +79,6 @@ class HunyuanVideoPolicy(PipelinePolicy):
         scale = self.options["embedded_guidance"]
         assert scale is not None
         return scale
-
-    @torch.no_grad()
-    def encode_video(self, videos: Videos) -> Latents:
-        vae = self.pipeline.vae
-        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
-        return vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
-        vae = self.pipeline.vae
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
     def call_arguments(
         self,

@@ -38,6 +38,7 @@ class PipelinePolicy:
         given_frames: latent frames that the image fixes and the policy does not sample.
         padding_frames: latent frames that are sampled in front, and dropped before decoding.
         one_dtype: diffusers' pipeline hands latents from network to network without a cast.
+        one_text_a_call: diffusers' pipeline pads the texts of a call to one length and does not mask it.
         options: settings that are the family's own, of the class with its pipeline's values.
         guidance_argument: what the pipeline's call names classifier-free guidance.
         sequence_plan: where the transformer parts its tokens; None takes the one of its class in `sequence.PLANS`.
@@ -52,6 +53,7 @@ class PipelinePolicy:
     given_frames: ClassVar[int] = 0
     padding_frames: int = 0
     one_dtype: ClassVar[bool] = False
+    one_text_a_call: ClassVar[bool] = False
     options: Mapping[str, float | None] = MappingProxyType({})
     guidance_argument: ClassVar[str] = "guidance_scale"
     sequence_plan: ClassVar[SequencePlan | None] = None

@@ -15,6 +15,7 @@ from tests.families.cogvideox import (
     COGVIDEOX_PAIRS_ONE_FRAME,
 )
 from tests.families.hunyuan import HUNYUAN
+from tests.families.kandinsky5 import KANDINSKY5, KANDINSKY5_IMAGE
 from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.mochi import MOCHI
 from tests.families.page import SKYREELS
@@ -38,6 +39,8 @@ CASES: dict[str, Case] = {
     "ltx": LTX,
     "ltx_image": LTX_IMAGE,
     "hunyuan": HUNYUAN,
+    "kandinsky5": KANDINSKY5,
+    "kandinsky5_image": KANDINSKY5_IMAGE,
     "skyreels": SKYREELS,
 }
 

@@ -41,6 +41,7 @@ class Case:
         euler: the scheduler with which the pipeline follows the ODE as the rollout does; by default its own.
         arguments: what else the pipeline's call is given.
         options: settings of the family's own.
+        adjusted_frames: latent frames at the start that its pipeline changes by those behind them before it decodes.
     """
 
     write: Callable[[Path], object]
@@ -53,6 +54,7 @@ class Case:
     euler: Callable[[Any], Any] = lambda scheduler: scheduler
     arguments: dict[str, Any] = field(default_factory=dict)
     options: dict[str, float] = field(default_factory=dict)
+    adjusted_frames: int = 0
 
     def policy(self, folder: Path, **options: Any) -> Policy:
         own: dict[str, Any] = {"name": self.family, "options": self.options, **options}

@@ -22,14 +22,13 @@ from tests.made.random_wan import word_tokenizer
 
 VIDEO = VideoConfig(num_frames=9, height=32, width=48, fps=8.0)
 TEXT_TOKENS = 12
+LLAMA = {name: DEFAULT_PROMPT_TEMPLATE[name] for name in ("template", "crop_start")}
 
 
-def llama_tokenizer() -> PreTrainedTokenizerFast:
+def template_tokenizer(template: str, crop_start: int) -> PreTrainedTokenizerFast:
     """Of words; what stands before a prompt in the pipeline's template is as long as the pipeline takes it to be."""
-    before = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")[0]
-    tokenizer = word_tokenizer(
-        before=DEFAULT_PROMPT_TEMPLATE["crop_start"] - len(re.findall(r"\w+", before)), limit=256
-    )
+    before = template.partition("{}")[0]
+    tokenizer = word_tokenizer(before=crop_start - len(re.findall(r"\w+", before)), limit=256)
     words_alone = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
     tokenizer.backend_tokenizer.pre_tokenizer = words_alone
     return tokenizer
@@ -47,7 +46,7 @@ def random_hunyuan(folder: Path) -> None:
         vae = AutoencoderKLHunyuanVideo(
             latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
         )
-        tokenizer, tokenizer_2 = llama_tokenizer(), word_tokenizer(after=1, limit=77)
+        tokenizer, tokenizer_2 = template_tokenizer(**LLAMA), word_tokenizer(after=1, limit=77)
         words, width = len(tokenizer), {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
         llama = LlamaModel(LlamaConfig(vocab_size=words, num_hidden_layers=4, num_key_value_heads=2, **width))
         clip = CLIPTextModel(CLIPTextConfig(vocab_size=words, num_hidden_layers=1, eos_token_id=1, **width))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.planning import inputs
@@ -21,7 +21,7 @@ from bpgo_video.planning.plan import Job, reckon
 from bpgo_video.planning.rehearsal import Treatment, footprint
 from tests.families import CASES, Case
 
-NUMBERS = ("rope_interpolation_scale", "return_dict")  # no activations hang on them
+NUMBERS = ("rope_interpolation_scale", "scale_factor", "return_dict")  # no activations hang on them
 DTYPES = {torch.float32: {}, torch.bfloat16: {"bf16": {"enabled": True}}}
 
 
@@ -59,13 +59,8 @@ def job_of(case: Case, folder: Path, dtype: torch.dtype) -> Job:
 
 def shapes(given: dict[str, Any]) -> dict[str, Any]:
     """Shape and dtype of each tensor, other values as they are, what is not given left out."""
-    return {
-        name: [(tuple(part.shape), part.dtype) for part in (value if isinstance(value, tuple) else (value,))]
-        if isinstance(value, Tensor | tuple)
-        else value
-        for name, value in given.items()
-        if value is not None and name not in NUMBERS
-    }
+    kept = {name: value for name, value in given.items() if value is not None and name not in NUMBERS}
+    return tree_map(lambda part: (tuple(part.shape), part.dtype) if isinstance(part, Tensor) else part, kept)
 
 
 def passed(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
