@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.parallel.hunyuan15_attention import dispatch
 from bpgo_video.policies.flow_match import scheduled_sigmas
-from bpgo_video.policies.pipeline_policy import PipelinePolicy, networks_of, read_config
+from bpgo_video.policies.hunyuan_vae import HunyuanVAEPolicy
+from bpgo_video.policies.pipeline_policy import networks_of, read_config
 from bpgo_video.policies.transformers import read_index, transformer_names
-from bpgo_video.types import Conditioning, Latents, Velocity, Videos
+from bpgo_video.types import Conditioning, Latents, Velocity
 
 GUIDER = "ClassifierFreeGuidance"
 PLAIN_GUIDANCE = MappingProxyType(  # what the rollout computes, and the guider's own defaults
@@ -32,7 +33,7 @@ PLAIN_GUIDANCE = MappingProxyType(  # what the rollout computes, and the guider'
 ASPECT = (9, 16)  # height to width, of videos whose size is left out
 
 
-class HunyuanVideo15Policy(PipelinePolicy):
+class HunyuanVideo15Policy(HunyuanVAEPolicy):
     """HunyuanVideo 1.5's pipeline parts."""
 
     pipeline_name = "HunyuanVideo15Pipeline"
@@ -94,11 +95,7 @@ class HunyuanVideo15Policy(PipelinePolicy):
         }
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
-        config = self.vae_config
-        temporal, spatial = config["temporal_compression_ratio"], config["spatial_compression_ratio"]
-        self.check_size(video, temporal, spatial * self.transformer_config["patch_size"])
-        frames = (video.num_frames - 1) // temporal + 1
-        return config["latent_channels"], frames, video.height // spatial, video.width // spatial
+        return self.compressed(video, self.transformer_config["patch_size"])
 
     def bucket(self, height: int, width: int) -> tuple[int, int]:
         """Height and width, among those of the folder's resolution, at which the pipeline makes such a picture."""
@@ -171,18 +168,6 @@ class HunyuanVideo15Policy(PipelinePolicy):
         """
         texts = conditioning["prompt_embeds"]
         return texts.new_zeros(len(texts), 1, self.transformer_config["image_embed_dim"])
-
-    @torch.no_grad()
-    def encode_video(self, videos: Videos) -> Latents:
-        vae = self.pipeline.vae
-        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
-        return vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
-        vae = self.pipeline.vae
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
 
 def one_video_at_a_time(pipeline: Any) -> Any:
