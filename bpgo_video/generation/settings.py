@@ -190,7 +190,7 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     """
     given = asdict(settings) | {"num_inference_steps": settings.num_steps}
     defaults = pipeline_defaults(policy.pipeline_name)
-    defaults |= {name: size for name, size in policy.default_size().items() if defaults[name] is None}
+    defaults |= policy.default_size()
     defaults["guidance_scale"] = defaults[policy.guidance_argument]
     limit = tokenizer_limit(policy.folder)
     if limit is not None:

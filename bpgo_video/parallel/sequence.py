@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +40,11 @@ def rope_argument(name: str, dim: int, transformer: nn.Module, ulysses: Ulysses)
     transformer.register_forward_pre_hook(split, with_kwargs=True)
 
 
+def count_held(place: int, ulysses: Ulysses, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A block's arguments with the number of first tokens at `place` as it is on this rank."""
+    return (*args[:place], ulysses.held(args[place]), *args[place + 1 :])
+
+
 def dispatches(transformer: nn.Module) -> None:
     """diffusers' own processors go through its dispatcher: nothing is to be done."""
 
@@ -55,6 +61,7 @@ class SequencePlan:
         attention: puts processors in place that go through diffusers' dispatcher.
         cross_attention: the name, within a block, of attention to text alone: every rank computes it on its own tokens.
         per_token: inputs of the transformer that may have an entry for each token, along dim 1.
+        first_tokens: the place among a block's arguments of how many of the video's first tokens are given ones.
     """
 
     blocks: tuple[str, ...]
@@ -64,6 +71,7 @@ class SequencePlan:
     attention: Callable[[nn.Module], None] = dispatches
     cross_attention: str | None = None
     per_token: tuple[str, ...] = ()
+    first_tokens: int | None = None
 
 
 PLANS = {
@@ -74,6 +82,7 @@ PLANS = {
         blocks=("transformer_blocks", "single_transformer_blocks"),
         rope=partial(rope_module, "rope", 0),
         head="proj_out",
+        first_tokens=6,
     ),
     "CogVideoXTransformer3DModel": SequencePlan(
         blocks=("transformer_blocks",),
@@ -142,9 +151,11 @@ def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
         return ulysses.join(output, 1)
 
     plan.attention(transformer)
-    lists = [transformer.get_submodule(name) for name in plan.blocks]
+    lists: list[Any] = [transformer.get_submodule(name) for name in plan.blocks]
     transformer.register_forward_pre_hook(split_inputs, with_kwargs=True)
     transformer.get_submodule(f"{plan.blocks[0]}.0").register_forward_pre_hook(enter, with_kwargs=True)
+    for block in chain.from_iterable(lists) if plan.first_tokens is not None else ():
+        block.register_forward_pre_hook(partial(count_held, plan.first_tokens, ulysses))  # behind `enter`
     plan.rope(transformer, ulysses)
     transformer.get_submodule(plan.head).register_forward_hook(join)
     # The class's module looks `dispatch_attention_fn` up at every call; processors hand it their `_parallel_config`.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.policies.base import Build
 from bpgo_video.policies.transformers import Transformers, read_index, transformer_names
-from bpgo_video.types import Latents, Videos
+from bpgo_video.types import Conditioning, Latents, Videos
 
 LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # of a pipeline's networks: what each calls the dtype
 COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
@@ -34,7 +34,8 @@ class PipelinePolicy:
         block_names: class names of the transformer's repeated blocks.
         fps: frames a second that the family's authors train on.
         given_frames: latent frames that the image fixes and the policy does not sample.
-        padding_frames: latent frames that are sampled in front, and dropped before decoding.
+        texts_see_images: the text encoder reads a prompt together with the image.
+        padding_frames: latent frames that are sampled in front, and that the video does not show.
         one_dtype: diffusers' pipeline hands latents from network to network without a cast.
         options: settings that are the family's own, of the class with its pipeline's values.
         guidance_argument: what the pipeline's call names classifier-free guidance.
@@ -44,6 +45,7 @@ class PipelinePolicy:
     block_names: ClassVar[tuple[str, ...]]
     fps: float
     takes_images: ClassVar[bool] = False
+    texts_see_images: ClassVar[bool] = False
     given_frames: ClassVar[int] = 0
     padding_frames: int = 0
     one_dtype: ClassVar[bool] = False
@@ -108,6 +110,15 @@ class PipelinePolicy:
     ) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} makes videos of texts alone")
 
+    def encode_with_images(
+        self, texts: Sequence[str], images: Float[Tensor, "prompts 3 height width"]
+    ) -> dict[str, Tensor]:
+        raise TypeError(f"{type(self).__name__} encodes texts alone")
+
+    def start(self, noise: Latents, conditioning: Conditioning) -> Latents:
+        """Where sampling begins: the noise itself."""
+        return noise
+
     def encode_video(self, videos: Videos) -> Latents:
         raise TypeError(f"{type(self).__name__} does not encode videos, so that there is no warm start for it")
 
@@ -116,7 +127,7 @@ class PipelinePolicy:
         return {}
 
     def default_size(self) -> dict[str, int]:
-        """Frames, height and width that the pipeline reads from its parts, where its call has no default for them."""
+        """Frames, height and width by default, where they are not what the pipeline's call says."""
         return {}
 
     def call_arguments(

@@ -14,7 +14,7 @@ from tests.families.cogvideox import (
     COGVIDEOX_PAIRS_IMAGE,
     COGVIDEOX_PAIRS_ONE_FRAME,
 )
-from tests.families.hunyuan import HUNYUAN
+from tests.families.hunyuan import HUNYUAN, HUNYUAN_CONCAT, HUNYUAN_FIRST_FRAME
 from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.mochi import MOCHI
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
@@ -37,6 +37,8 @@ CASES: dict[str, Case] = {
     "ltx": LTX,
     "ltx_image": LTX_IMAGE,
     "hunyuan": HUNYUAN,
+    "hunyuan_image": HUNYUAN_FIRST_FRAME,
+    "hunyuan_image_concat": HUNYUAN_CONCAT,
 }
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]

@@ -41,6 +41,7 @@ class Case:
         euler: the scheduler with which the pipeline follows the ODE as the rollout does; by default its own.
         arguments: what else the pipeline's call is given.
         options: settings of the family's own.
+        hidden_frames: that the VAE decodes in front of the video, and that are not shown.
     """
 
     write: Callable[[Path], object]
@@ -53,6 +54,7 @@ class Case:
     euler: Callable[[Any], Any] = lambda scheduler: scheduler
     arguments: dict[str, Any] = field(default_factory=dict)
     options: dict[str, float] = field(default_factory=dict)
+    hidden_frames: int = 0
 
     def policy(self, folder: Path, **options: Any) -> Policy:
         own: dict[str, Any] = {"name": self.family, "options": self.options, **options}
@@ -75,8 +77,9 @@ class Case:
 
     def prompts(self, policy: Policy, config: Config) -> PromptBatch:
         """TEXTS with all that the policy is conditioned on."""
-        texts, negative = policy.encode(TEXTS), policy.encode([NEGATIVE])
-        prompts = PromptBatch(torch.tensor([1, 2]), TEXTS, texts, negative, images=self._images(policy))
+        images, negative = self._images(policy), policy.encode([NEGATIVE])
+        texts = policy.encode_with_images(TEXTS, images) if policy.texts_see_images else policy.encode(TEXTS)
+        prompts = PromptBatch(torch.tensor([1, 2]), TEXTS, texts, negative, images=images)
         return conditioned(prompts, policy, config, torch.float32, Mesh(0, 1, CPU), group_size=4)
 
     def _images(self, policy: Policy) -> Tensor | None:
@@ -95,11 +98,12 @@ class Case:
         for row, text in enumerate(TEXTS):
             images = None if pictures is None else pictures[row : row + 1]
             image = {"image": self.pictures()[row]} if policy.takes_images else {}
+            own = policy.call_arguments(pipeline, noise[row : row + 1], self.video, images)
+            size = {"num_frames": self.video.num_frames, "height": self.video.height, "width": self.video.width}
             found = pipeline(
-                prompt=text, negative_prompt=NEGATIVE, num_frames=self.video.num_frames, height=self.video.height,
-                width=self.video.width, num_inference_steps=num_steps, max_sequence_length=self.text_tokens,
-                output_type="pt", **{**scales, **self.arguments, **image},
-                **policy.call_arguments(pipeline, noise[row : row + 1], self.video, images),
+                prompt=text, negative_prompt=NEGATIVE, num_inference_steps=num_steps,
+                max_sequence_length=self.text_tokens, output_type="pt",
+                **{**size, **scales, **self.arguments, **image, **own},
             )  # fmt: skip
             videos.append(found.frames)
         return torch.cat(videos)
