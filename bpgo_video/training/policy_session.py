@@ -20,11 +20,12 @@ import bpgo_video
 from bpgo_video.code_version import this_code
 from bpgo_video.config.sft import Recipe
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
+from bpgo_video.data.image_texts import check_image_stamp
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import check_heads, parallelise
 from bpgo_video.paths import resolve_folder
-from bpgo_video.policies import Policy, load_policy
+from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.frozen_parts import save_memory
 from bpgo_video.policies.kernels import choose_attention, compile_blocks
@@ -76,6 +77,8 @@ def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
         check_heads(json.loads((folder / name / "config.json").read_text()), config.parallel.sequence)
     shards = PromptShards(config.data.shards, config.data.cache)
     shards.check_policy(encoder_stamp(folder, config.policy.max_sequence_length))
+    if family(folder, config.policy.family).texts_see_images:
+        check_image_stamp(shards, folder, (config.video.height, config.video.width))
     return ds_config, shards
 
 
