@@ -46,7 +46,7 @@ def image_text_content(policy: Callable[[], ImageTextEncoder], folder: Path, siz
 
 
 def image_stamp(folder: Path, size: Size) -> dict[str, Any]:
-    """What an index says of the images that its texts were encoded with: their size, and the hash of what reads them."""
+    """What an index says of the images that texts were encoded with: their size, and the hash of what reads them."""
     height, width = size
     return {"images": {"height": height, "width": width, "processor": fingerprint(folder, ("image_processor",))}}
 
@@ -87,6 +87,6 @@ def check_image_stamp(shards: PromptShards, folder: Path, size: Size) -> None:
     if differing := [name for name in expected if found.get(name) != expected[name]]:
         told = "; ".join(f"{name} {found.get(name)!r}, here {expected[name]!r}" for name in differing)
         raise ShardError(
-            f"{shards.directory} holds texts that were encoded with other images ({told}): set the recipe's `video`, or "
-            "build shards for it with tools/make_prompt_shards.py build --height H --width W"
+            f"{shards.directory} holds texts that were encoded with other images ({told}): set the recipe's `video`, "
+            "or build shards for it with tools/make_prompt_shards.py build --height H --width W"
         )

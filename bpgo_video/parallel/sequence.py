@@ -154,8 +154,9 @@ def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
     lists: list[Any] = [transformer.get_submodule(name) for name in plan.blocks]
     transformer.register_forward_pre_hook(split_inputs, with_kwargs=True)
     transformer.get_submodule(f"{plan.blocks[0]}.0").register_forward_pre_hook(enter, with_kwargs=True)
-    for block in chain.from_iterable(lists) if plan.first_tokens is not None else ():
-        block.register_forward_pre_hook(partial(count_held, plan.first_tokens, ulysses))  # behind `enter`
+    if plan.first_tokens is not None:
+        for block in chain.from_iterable(lists):
+            block.register_forward_pre_hook(partial(count_held, plan.first_tokens, ulysses))  # behind `enter`
     plan.rope(transformer, ulysses)
     transformer.get_submodule(plan.head).register_forward_hook(join)
     # The class's module looks `dispatch_attention_fn` up at every call; processors hand it their `_parallel_config`.

@@ -29,6 +29,8 @@ from bpgo_video.types import Conditioning, Latents, Videos
 
 Images = Float[Tensor, "prompts 3 height width"]
 
+TEMPLATE: dict[str, Any] = DEFAULT_PROMPT_TEMPLATE
+IMAGE_TOKENS = int(TEMPLATE["image_emb_len"])  # LLaVA's states of an image
 MIXED = 0.001  # of the image in the first latents
 NEGATIVE_STRIDE = 2  # the pipeline's `image_embed_interleave` of negative prompts, whatever that of prompts is
 PIPELINE_FRAMES = 129  # what its call takes by default, those that are not shown among them
@@ -76,8 +78,7 @@ class HunyuanImagePolicy(HunyuanVideoPolicy):
         embeddings, pooled, mask = self.pipeline.encode_prompt(
             image=picture, prompt=[text], max_sequence_length=self.max_sequence_length, image_embed_interleave=stride
         )
-        image_tokens = DEFAULT_PROMPT_TEMPLATE["image_emb_len"]
-        missing = image_tokens // min(NEGATIVE_STRIDE, stride) - image_tokens // stride
+        missing = IMAGE_TOKENS // NEGATIVE_STRIDE - IMAGE_TOKENS // stride
         return pad(embeddings, (0, 0, 0, missing)), pad(mask.bool(), (0, missing)), pooled
 
     @torch.no_grad()

@@ -121,7 +121,9 @@ def test_another_size_is_another_build_and_not_for_this_recipe(
     assert tool.main([*arguments(prompts, folder, built), "--height", "48", "--width", "48"]) == 1
     assert "images {'height': 32, 'width': 48" in capsys.readouterr().err
     recipe = CASE.recipe(folder)
-    recipe = replace(recipe, data=replace(recipe.data, shards=str(built)), deepspeed=str(ROOT / "ds_configs/zero1.json"))
+    recipe = replace(
+        recipe, data=replace(recipe.data, shards=str(built)), deepspeed=str(ROOT / "ds_configs/zero1.json")
+    )
     assert len(read_foundations(recipe)[1]) == len(LINES)
     with pytest.raises(ShardError, match=r"with other images \(height 32, here 48\): set the recipe's `video`"):
         read_foundations(replace(recipe, video=replace(recipe.video, height=48)))
@@ -167,7 +169,9 @@ def test_a_clip_is_captioned_beside_its_first_frame(name: str, tmp_path: Path) -
     write_video(tmp_path / "videos" / "0.mp4", clip, video.fps, crf=1)
     (tmp_path / "videos" / "0.txt").write_text(caption.text)
     own = [*arguments(tmp_path / "videos", folder, tmp_path / "out"), *SIZE]
-    assert tool_of("make_video_shards").main([*own, "--num-frames", str(video.num_frames), "--fps", str(video.fps)]) == 0
+    assert (
+        tool_of("make_video_shards").main([*own, "--num-frames", str(video.num_frames), "--fps", str(video.fps)]) == 0
+    )
     shards = PromptShards(tmp_path / "out")
     check_image_stamp(shards, folder, (video.height, video.width))
     record, policy = shards.record(0), case.policy(folder)

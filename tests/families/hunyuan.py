@@ -95,9 +95,7 @@ def random_hunyuan(folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts, tokenizer = random_networks(), llama_tokenizer()
-        llama = LlamaModel(
-            LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=4, num_key_value_heads=2, **WIDTH)
-        )
+        llama = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=4, num_key_value_heads=2, **WIDTH))
     HunyuanVideoPipeline(**parts, text_encoder=llama, tokenizer=tokenizer).save_pretrained(folder)
 
 
@@ -107,9 +105,7 @@ def random_hunyuan_image(folder: Path, **transformer: Any) -> None:
         torch.manual_seed(0)
         parts, tokenizer = random_networks(**transformer), llava_tokenizer()
         parts |= {"tokenizer": tokenizer, "text_encoder": random_llava(tokenizer)}
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": PICTURE}, crop_size={"height": PICTURE, "width": PICTURE}
-    )
+    processor = CLIPImageProcessor(size={"shortest_edge": PICTURE}, crop_size={"height": PICTURE, "width": PICTURE})
     HunyuanVideoImageToVideoPipeline(**parts, image_processor=processor).save_pretrained(folder)
 
 
