@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+DRAWS = frozenset({torch.randn, torch.rand, torch.normal, torch.randint, torch.randperm})
 
 
 def generator_of(*key: int | str) -> torch.Generator:
@@ -31,16 +35,27 @@ def keyed_noise(shape: Sequence[int], keys: Sequence[tuple[int | str, ...]], dev
     return torch.stack(rows).to(device)
 
 
-@contextmanager
-def fixed_draws(device: torch.device | str) -> Iterator[None]:
-    """What draws from torch's global generators inside, and takes no other, draws the same every time.
+class FixedDraws(TorchFunctionMode):
+    """Inside, this thread's draws that name no generator come from one of its own: the same every time.
 
-    LTX-Video 0.9.1's VAE adds noise within its layers. The generators go on outside as if nothing had been drawn.
+    LTX-Video 0.9.1's VAE adds noise within its layers. torch's global generators are left to others: rewards may draw
+    from them in another thread meanwhile.
     """
-    cuda = [device] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(0)
-        yield
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), named: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(named or {})
+        if function in DRAWS and given.get("generator") is None:
+            device = torch.device(given.get("device") or torch.get_default_device())
+            if device not in self._generators:
+                self._generators[device] = torch.Generator(device).manual_seed(0)
+            given["generator"] = self._generators[device]
+        return function(*arguments, **given)
 
 
 @contextmanager

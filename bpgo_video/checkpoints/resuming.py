@@ -7,18 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from more_itertools import constrained_batches
+
 from bpgo_video.checkpoints.checkpoint import ASIDE, Layout, read_layout
 from bpgo_video.checkpoints.shard_files import SavedShards, save_shards
 from bpgo_video.checkpoints.universal import to_universal
 from bpgo_video.checkpoints.zero_files import CheckpointError, model_file, read_file, refuse_foreign_pickles
 from bpgo_video.checkpoints.zero_parameters import ZeroParameters
-from bpgo_video.parallel.agreement import same_verdict
+from bpgo_video.parallel.agreement import main_alone, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.zero.engine import Engine
 from bpgo_video.zero.master_weights import Shard
 
 Way = Literal["as written", "universal", "weights"]
 WEIGHTS = "weights"
+DONE = "done"
+FILE_ELEMENTS = 500_000_000  # 2 GB
 
 
 def load(engine: Engine, folder: Path, mesh: Mesh, optimizer: str = "keep") -> dict[str, Any]:
@@ -70,9 +74,7 @@ def _as_written(engine: Engine, folder: Path, mesh: Mesh) -> dict[str, Any]:
 def _by_universal_files(engine: Engine, folder: Path, mesh: Mesh) -> dict[str, Any]:
     """Through files that rank 0 makes of the checkpoint; they take its size once more until all have read them."""
     aside = folder.with_name(f"{ASIDE}universal")
-    with same_verdict(mesh):
-        if mesh.is_main:
-            to_universal(folder, aside / folder.name)
+    main_alone(lambda: to_universal(folder, aside / folder.name), mesh, aside / DONE)
     state = engine.load(aside, folder.name, universal=True)
     _remove(aside, mesh)
     return state
@@ -81,12 +83,7 @@ def _by_universal_files(engine: Engine, folder: Path, mesh: Mesh) -> dict[str, A
 def _by_weights(engine: Engine, folder: Path, mesh: Mesh) -> dict[str, Any]:
     """The masters and the schedule alone; each rank reads its own elements of what rank 0 has put together."""
     aside = folder.with_name(f"{ASIDE}{WEIGHTS}")
-    with same_verdict(mesh):
-        if mesh.is_main:
-            aside.mkdir()
-            whole = ZeroParameters(folder).items()
-            flat = [Shard(name, tuple(tensor.shape), 0, tensor.flatten()) for name, tensor in whole]
-            save_shards(flat, aside, WEIGHTS, mesh.rank)
+    main_alone(lambda: _write_weights(folder, aside), mesh, aside / DONE)
     with same_verdict(mesh), SavedShards(aside, WEIGHTS) as saved:
         for shard in engine.masters.shards():
             shard.values.copy_(saved.elements(shard))
@@ -95,6 +92,18 @@ def _by_weights(engine: Engine, folder: Path, mesh: Mesh) -> dict[str, Any]:
     state = read_file(model_file(folder))
     engine.continue_schedule(state["lr_scheduler"])
     return state
+
+
+def _write_weights(folder: Path, aside: Path) -> None:
+    """A checkpoint's whole parameters, in files of a few gigabytes, of which one is in memory at a time."""
+    aside.mkdir()
+    whole = (Shard(name, tuple(tensor.shape), 0, tensor.flatten()) for name, tensor in ZeroParameters(folder).items())
+    for number, shards in enumerate(constrained_batches(whole, FILE_ELEMENTS, get_len=elements_of, strict=False)):
+        save_shards(shards, aside, WEIGHTS, number)
+
+
+def elements_of(shard: Shard) -> int:
+    return shard.values.numel()
 
 
 def _remove(aside: Path, mesh: Mesh) -> None:

@@ -33,10 +33,10 @@ from bpgo_video.config.sft import Recipe
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import family
 from bpgo_video.policies.lora import merged_tensors
+from bpgo_video.policies.model_buffers import model_buffers, stored
 from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.stored_tensors import tensor_files
 from bpgo_video.policies.transformers import trained_names
-from bpgo_video.zero.engine import tensor_files
-from bpgo_video.zero.model_buffers import model_buffers, stored
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {"raw": ZeroParameters, "ema": AverageParameters}
@@ -64,6 +64,10 @@ class Source:
     def trained(self) -> tuple[str, ...]:
         """The transformers that the run trained, by their names in the pipeline."""
         return trained_names(self.base, self.config.policy.trained)
+
+    def files(self, name: str) -> dict[str, Path]:
+        """Which file of the base folder holds each tensor of a transformer."""
+        return tensor_files(self.base / name, networks_of(self.base)[name])
 
     @property
     def pipeline_class(self) -> str:
@@ -130,7 +134,7 @@ def trained_tensors(
         CheckpointError: the checkpoint does not fit the base folder.
     """
     if source.config.policy.lora.rank:
-        base = ((key, tensor.to(dtype)) for key, tensor in read_tensors(source.base / name))
+        base = ((key, tensor.to(dtype)) for key, tensor in read_tensors(source.files(name)))
         try:
             yield from merged_tensors(base, adapter_tensors(source, name, trained), source.config.policy.lora)
         except ValueError as error:
@@ -148,7 +152,7 @@ def base_files(source: Source, name: str, trained: Mapping[str, Tensor]) -> dict
         CheckpointError: the checkpoint lacks one that is no buffer.
     """
     folder = source.base / name
-    files = tensor_files(folder)
+    files = source.files(name)
     missing = {key for key in files if f"{name}.{key}" not in trained}
     if missing:  # buffers are no parameters, and an average has none
         missing -= set(model_buffers(networks_of(source.base)[name], folder, files))
@@ -166,8 +170,8 @@ def put_into(transformer: Any, source: Source, name: str, trained: Mapping[str, 
         weights[key].copy_(tensor)
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model folder's safetensors, one in memory at a time."""
-    for name, path in tensor_files(folder).items():
+def read_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of safetensors files, by which file holds each; one in memory at a time."""
+    for name, path in files.items():
         with safe_open(path, framework="pt") as file:
             yield name, file.get_tensor(name)

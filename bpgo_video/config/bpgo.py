@@ -149,7 +149,7 @@ class RolloutConfig:
     trained steps alone."""
     parameters: Literal["auto", "gathered", "sharded"] = "auto"
     """Under ZeRO-3: `gathered` keeps all weights on every rank for the length of a rollout, `sharded` fetches each
-    block for every denoising step; `auto` gathers where the weights take at most half of the memory that is free."""
+    block for every denoising step; `auto` gathers where the weights take at most half of the memory free by then."""
     score_ahead: Annotated[int, Field(ge=0)] = 2
     """Chunks of videos that may wait for their scores, or be scored, while the next one is sampled; 0 scores in line.
     The same bits either way; each takes the memory of a micro-batch's videos."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
-from bpgo_video.config.bpgo import Config, ConfigError, ParallelConfig, PolicyConfig
+from bpgo_video.config.bpgo import Config, ConfigError, LossConfig, ParallelConfig, PolicyConfig
 from bpgo_video.config.learner import aggregate_rules, broken_rules
 
 
@@ -90,6 +90,20 @@ def reference_rules(config: Config) -> Iterator[str]:
         )
 
 
+def objective_rules(config: Config) -> Iterator[str]:
+    """What compares the rollout's own transitions needs an objective that replays them."""
+    loss, plain = config.loss, LossConfig()
+    if loss.objective == "policy_gradient":
+        return
+    for name in ("ratio", "trust_region", "step_weights"):
+        if getattr(loss, name) != getattr(plain, name):
+            yield (
+                f"loss.{name} is {getattr(loss, name)!r} with loss.objective = {loss.objective!r}, which learns from "
+                f"final videos and replays no transition; set it to {getattr(plain, name)!r}, or the objective to "
+                "'policy_gradient'"
+            )
+
+
 def evaluation_rules(config: Config) -> Iterator[str]:
     if "ema" in config.evaluation.measured and config.ema.decay == 0:
         yield (
@@ -116,6 +130,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     learner_rules,
     sampler_rules,
     reference_rules,
+    objective_rules,
     evaluation_rules,
     kernel_rules,
 )

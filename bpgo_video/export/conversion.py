@@ -41,7 +41,6 @@ from bpgo_video.export.verification import (
     verify_transformer,
 )
 from bpgo_video.policies.original_names import original_names
-from bpgo_video.zero.engine import tensor_files
 
 ALONE = "Transformers for a diffusers pipeline"
 
@@ -92,9 +91,7 @@ class Conversion:
     def tensors(self, doing: str, name: str) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of a trained transformer, behind a bar."""
         every = trained_tensors(self.source, name, self.trained, self.dtype)
-        return iter(
-            tqdm(every, total=len(tensor_files(self.source.base / name)), desc=f"{doing} {name}", unit="tensor")
-        )
+        return iter(tqdm(every, total=len(self.source.files(name)), desc=f"{doing} {name}", unit="tensor"))
 
 
 def write_diffusers(job: Conversion) -> None:
@@ -139,7 +136,7 @@ def write_comfyui(job: Conversion) -> None:
     name_of = original_names(job.source.pipeline_class)
     with new_folder(job.output) as folder:
         for name in job.source.trained:
-            shapes = {name_of(key): shape for key, shape in shapes_of(job.source.base / name).items()}
+            shapes = {name_of(key): shape for key, shape in shapes_of(job.source.files(name)).items()}
             tensors = renamed(job.tensors("Writing", name), name_of)
             write_single_file(folder / f"{name}.safetensors", shapes, job.dtype, tensors)
         write_card(job.card("A transformer for ComfyUI, by its authors' names"), folder)

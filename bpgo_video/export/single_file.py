@@ -17,16 +17,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bpgo_video.checkpoints.zero_files import CheckpointError
-from bpgo_video.zero.engine import tensor_files
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Of the tensors in a model folder, whose values stay unread."""
+def shapes_of(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+    """Of tensors, by which safetensors file holds each; their values stay unread."""
     shapes = {}
-    for name, path in tensor_files(folder).items():
+    for name, path in files.items():
         with safe_open(path, framework="pt") as file:
             shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes

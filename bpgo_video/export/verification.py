@@ -27,6 +27,7 @@ from bpgo_video.export.pipeline_folder import WEIGHTS_NAME
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.lora import ADAPTER
 from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.stored_tensors import tensor_files
 from bpgo_video.policies.transformers import Transformers, transformer_names
 from bpgo_video.rollouts.conditioning import cast
 
@@ -68,7 +69,9 @@ def verify_copies(base: Path, output: Path, trained: Sequence[str]) -> None:
 def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """A transformer's folder as diffusers loads it, by default in the dtype on disk."""
     model_class = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
-    dtypes = {tensor.dtype for _, tensor in read_tensors(folder)} if dtype is None else {dtype}
+    dtypes = (
+        {tensor.dtype for _, tensor in read_tensors(tensor_files(folder, model_class))} if dtype is None else {dtype}
+    )
     return model_class.from_pretrained(folder, torch_dtype=dtypes.pop() if len(dtypes) == 1 else None)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,12 @@ from bpgo_video.generation.settings import (
 from bpgo_video.parallel.agreement import from_all, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.randomness import fixed_draws, generator_of, keyed_noise
+from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Latents, Videos
 from bpgo_video.zero import engine
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-PATIENCE = 24 * 60.0  # minutes that a rank waits for the slowest one's videos; a rank that dies is noticed at once
+PATIENCE = timedelta(days=1)  # that a rank waits for the slowest one's videos; a rank that dies is noticed at once
 
 
 def generate(
@@ -178,7 +179,7 @@ def sample(
     arguments |= policy.call_arguments(pipeline, latents, video, images)
     if images is not None:
         arguments["image"] = to_picture(images[0])
-    with fixed_draws(pipeline.device):
+    with FixedDraws():
         output = pipeline(
             prompt=[job.text for job in jobs],
             negative_prompt=[job.negative_prompt(settings.negative_prompt) for job in jobs],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bpgo_video.types import Loss
 
+RATIO_ERROR = "ratio_squared_error"
 ClipRange = tuple[float, float]  # (low, high): the ratio is clamped to [1 - low, 1 + high]
 
 
@@ -133,7 +134,7 @@ def ratio_metrics(move: Move, advantage: Float[Tensor, "samples"], region: Trust
 
     `clip_fraction` is the share of ratios outside the clip range, parted by the advantage's sign; `approx_kl` is
     mean (log ratio)^2 / 2 (the well conditioned estimator at ratios of 1 +- 1e-3); log-probs being means over latent
-    dimensions, so is the KL's unit. `effective_samples` is (sum r)^2 / sum r^2 as a share of the samples.
+    dimensions, so is the KL's unit. `RATIO_ERROR`, mean (r - 1)^2, is for `with_spread`.
     """
     low, high = region.clip_range
     log_ratio = RATIOS[region.ratio](move).detach()
@@ -141,7 +142,7 @@ def ratio_metrics(move: Move, advantage: Float[Tensor, "samples"], region: Trust
     outside = (ratio < 1 - low) | (ratio > 1 + high)
     return {
         "ratio_mean": ratio.mean(),
-        "ratio_std": ratio.std(correction=0),
+        RATIO_ERROR: (ratio - 1).square().mean(),
         "ratio_min": ratio.min(),
         "ratio_max": ratio.max(),
         "log_ratio_abs_max": log_ratio.abs().max(),
@@ -149,8 +150,20 @@ def ratio_metrics(move: Move, advantage: Float[Tensor, "samples"], region: Trust
         "clip_fraction/positive": (outside & (advantage > 0)).to(ratio.dtype).mean(),
         "clip_fraction/negative": (outside & (advantage < 0)).to(ratio.dtype).mean(),
         "approx_kl": 0.5 * log_ratio.square().mean(),
-        "effective_samples": ratio.sum().square() / ratio.square().sum() / len(ratio),
     }
+
+
+def with_spread(means: Mapping[str, float]) -> dict[str, float]:
+    """Means over all samples, with what follows from them alone: no micro-batch, however small, knows its spread.
+
+    Returns:
+        `means` with `ratio_std` and `effective_samples`, (sum r)^2 / (n sum r^2), in place of `RATIO_ERROR`.
+    """
+    found = dict(means)
+    shift, error = found["ratio_mean"] - 1, found.pop(RATIO_ERROR)
+    found["ratio_std"] = max(error - shift**2, 0.0) ** 0.5
+    found["effective_samples"] = (1 + shift) ** 2 / (1 + 2 * shift + error)
+    return found
 
 
 def _recorded(move: Move, key: str) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.parallel.mesh import Mesh
 
 T = TypeVar("T")
+PAUSE = 0.5  # seconds between looks
 
 
 def from_all(value: T, mesh: Mesh) -> list[T]:
@@ -55,6 +58,24 @@ def same_verdict(mesh: Mesh) -> Iterator[None]:
         rank, host, message = failed[0]
         others = f" (and {len(failed) - 1} more of {mesh.world_size} ranks)" if len(failed) > 1 else ""
         raise ConfigError(f"rank {rank} on {host}{others}: {message}")
+
+
+def main_alone(work: Callable[[], object], mesh: Mesh, sign: Path) -> None:
+    """Rank 0 does its work for as long as that takes, then all go on; where it raises, all raise.
+
+    The others wait for a folder to appear, and not in a collective, which gives up after half an hour.
+
+    Args:
+        sign: the folder, which all ranks see; it is left.
+    """
+    with same_verdict(mesh):
+        if mesh.is_main:
+            try:
+                work()
+            finally:
+                sign.mkdir(parents=True)
+        while not sign.exists():
+            time.sleep(PAUSE)
 
 
 def same_everywhere(values: Mapping[str, str], mesh: Mesh) -> None:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+TIMEOUT = timedelta(minutes=30)  # of a collective, in every group: a reward may keep a rank for as long
 
 
 @dataclass(frozen=True)
@@ -110,5 +113,7 @@ def make_mesh(device: torch.device, sequence: int = 1) -> Mesh:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if sequence == 1:
         return Mesh(rank, world_size, device)
-    groups = [dist.new_group(range(first, first + sequence)) for first in range(0, world_size, sequence)]
+    groups = [
+        dist.new_group(range(first, first + sequence), timeout=TIMEOUT) for first in range(0, world_size, sequence)
+    ]
     return Mesh(rank, world_size, device, sequence, groups[rank // sequence])

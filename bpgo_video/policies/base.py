@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.policies.model_buffers import model_buffers, put_in_place
+from bpgo_video.policies.stored_tensors import tensor_files
 from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
@@ -23,7 +25,10 @@ Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folde
 def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The whole model on this process: what inference and ZeRO 1 and 2 need."""
     model = model_class.from_pretrained(folder, torch_dtype=dtype)
-    return nn.Module.to(model, dtype)  # every weight, as DeepSpeed has it: diffusers would keep some in fp32
+    for weight in model.parameters():  # every one, as DeepSpeed has it: diffusers would keep some in fp32
+        weight.data = weight.data.to(dtype)
+    put_in_place(model, model_buffers(model_class, folder, tensor_files(folder, model_class)))
+    return model
 
 
 @runtime_checkable

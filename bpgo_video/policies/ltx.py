@@ -20,7 +20,7 @@ from torch import Tensor
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.policies.flow_match import scheduled_sigmas
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
-from bpgo_video.randomness import fixed_draws, generator_of, keyed_noise
+from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 DECODE_NOISE = ("decode",)  # its key
@@ -133,7 +133,7 @@ class LTXPolicy(PipelinePolicy):
             noise = keyed_noise(clean.shape[1:], [DECODE_NOISE], clean.device)
             clean = (1 - scale) * clean + scale * noise
             timestep = clean.new_full((len(clean),), level, dtype=vae.dtype)
-        with fixed_draws(clean.device):
+        with FixedDraws():
             pixels = vae.decode(clean.to(vae.dtype), timestep, return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 

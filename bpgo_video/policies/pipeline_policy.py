@@ -6,6 +6,7 @@ A family says what differs: its blocks' names, its text embeddings, its schedule
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,8 +60,10 @@ class PipelinePolicy:
         self.transformer_names = transformer_names(folder)
         loaded = {name: getattr(pipeline, name) for name in self.transformer_names}
         self.transformers: Any = Transformers({name: module for name, module in loaded.items() if module is not None})
-        self.transformer_config = read_config(folder / self.transformer_names[0])
-        self.vae_config = read_config(folder / "vae")
+        networks = networks_of(folder)
+        first = self.transformer_names[0]
+        self.transformer_config = read_config(folder / first, networks[first])
+        self.vae_config = read_config(folder / "vae", networks["vae"])
 
     @classmethod
     def load(
@@ -160,9 +163,11 @@ class PipelinePolicy:
                 raise ConfigError(f"video.{name} is {size}; this policy needs a multiple of {multiple}")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A network's config.json."""
-    return dict(json.loads((folder / "config.json").read_text()))
+def read_config(folder: Path, model_class: Any) -> dict[str, Any]:
+    """A network's config.json over its class's defaults: a folder of an older diffusers lacks what came later."""
+    arguments = inspect.signature(model_class.__init__).parameters.values()
+    defaults = {one.name: one.default for one in arguments if one.default is not one.empty}
+    return {**defaults, **json.loads((folder / "config.json").read_text())}
 
 
 def networks_of(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ video that is the image and then grey; folders with a CLIP image encoder (2.1) a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from bpgo_video.policies.transformers import read_index
 from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.types import Conditioning, Latents, Videos
 
+TEXT_BESIDE_IMAGES = 512  # tokens: diffusers' attention takes all before the last 512 for the image's
+
 
 class WanImagePolicy(WanPolicy):
     """`WanPolicy` whose videos continue an image."""
@@ -31,6 +34,23 @@ class WanImagePolicy(WanPolicy):
     def variant(cls, folder: Path) -> type[PipelinePolicy]:
         return WanFirstFramePolicy if read_index(folder).get("expand_timesteps") else cls
 
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`prompt_embeds`.
+
+        Raises:
+            ConfigError: another number of tokens than the attention to CLIP's features can tell apart from them.
+        """
+        if self._attends_to_images and self.max_sequence_length != TEXT_BESIDE_IMAGES:
+            raise ConfigError(
+                f"policy.max_sequence_length is {self.max_sequence_length}, but this transformer takes the last "
+                f"{TEXT_BESIDE_IMAGES} tokens for text and those before for the image's; set it to {TEXT_BESIDE_IMAGES}"
+            )
+        return super().encode(texts)
+
+    @property
+    def _attends_to_images(self) -> bool:
+        return self.transformer_config["added_kv_proj_dim"] is not None
+
     def transformer_input(self, latents: Latents, conditioning: Conditioning) -> Tensor:
         return torch.cat([latents, conditioning["image_latents"].to(latents.dtype)], dim=1)
 
@@ -39,8 +59,9 @@ class WanImagePolicy(WanPolicy):
         config, generator = self.transformer_config, torch.Generator().manual_seed(1)
         more = config["in_channels"] - latents.shape[1]
         images = {"image_latents": torch.randn(1, more, *latents.shape[2:], generator=generator)}
-        if config.get("image_dim"):
+        if self._attends_to_images:
             images["image_embeds"] = torch.randn(1, 4, config["image_dim"], generator=generator)
+            images["prompt_embeds"] = torch.randn(1, TEXT_BESIDE_IMAGES, config["text_dim"], generator=generator)
         return latents, {**conditioning, **images}
 
     @torch.no_grad()

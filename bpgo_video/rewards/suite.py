@@ -200,18 +200,25 @@ class RewardSuite:
         return ScoredChunk(rows, chunk.sample_index, first, second)
 
     @torch.no_grad()
-    def score_images(self, prompts: PromptBatch, mesh: Mesh) -> dict[str, Float[Tensor, "prompts"]]:
-        """What a video of one frame, each prompt's conditioning image, would earn, by reward name; gathered."""
+    def score_images(self, prompts: PromptBatch, num_frames: int, mesh: Mesh) -> dict[str, Float[Tensor, "prompts"]]:
+        """What each prompt's conditioning image would earn as a still video of so many frames, by reward; gathered."""
         if prompts.images is None:
             return {}
         rows = torch.tensor(mesh.share(len(prompts), 1)).flatten()
         images = prompts.images[rows].to(mesh.device)
-        clips = Clips(images[:, None], self.fps, tuple(prompts.texts[row] for row in rows.tolist()), images)
+        videos = images[:, None].expand(-1, num_frames, -1, -1, -1)  # the frames of one share its memory
+        texts = [prompts.texts[row] for row in rows.tolist()]
+        stills = [
+            Clips(video[None], self.fps, (text,), image[None])
+            for video, text, image in zip(videos, texts, images, strict=True)
+        ]
 
         def scores(name: str, reward: Reward) -> Tensor:
-            call = Call(name, reward.config.timeout, prompts, rows, torch.zeros_like(rows))
-            found = reward.aggregate(ask(call, reward.model, clips).values)
-            return mesh.gather(found.to(mesh.device), rows.tolist(), len(prompts))
+            found = []
+            for row, still in zip(rows, stills, strict=True):
+                call = Call(name, reward.config.timeout, prompts, row[None], torch.zeros_like(row[None]))
+                found.append(reward.aggregate(ask(call, reward.model, still).values))
+            return mesh.gather(torch.cat(found).to(mesh.device), rows.tolist(), len(prompts))
 
         return {name: scores(name, reward) for name, reward in self.rewards.items()}
 

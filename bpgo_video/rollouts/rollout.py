@@ -87,25 +87,26 @@ class Denoiser:
             noise_of: standard normal noise of a stochastic step, by the step's index.
             trained_steps: these are stochastic; their log-probs are recorded.
         """
-        points, means, steps = [latents.to(self.latents_dtype)], [], self.steps
+        point, means, steps = latents.to(self.latents_dtype), [], self.steps
+        points = [point]
         log_probs = torch.full((latents.shape[0], len(steps)), torch.nan, device=latents.device)
         by_frame = log_probs[:, :, None].repeat(1, 1, latents.shape[2]) if self.records_frames else None
         before: sde.Slope | None = None  # of the step before, where that one followed the ODE too
         for index, step in enumerate(steps):
             if index in trained_steps:
-                transition = self.transition(points[-1], index, guidance)
-                points.append(transition.sample(noise_of(index)).to(self.latents_dtype))
-                log_probs[:, index] = transition.log_prob(points[-1])
+                transition = self.transition(point, index, guidance)
+                point = transition.sample(noise_of(index)).to(self.latents_dtype)
+                log_probs[:, index] = transition.log_prob(point)
                 if by_frame is not None:
-                    by_frame[:, index] = transition.frame_log_prob(points[-1])
+                    by_frame[:, index] = transition.frame_log_prob(point)
                 means += [transition.mean] if self.records_means else []
                 before = None
-                continue
-            slope = sde.Slope(self.velocity(points[-1], index, guidance), step)
-            points.append(sde.SOLVERS[self.solver](slope, before, points[-1].float()).to(self.latents_dtype))
-            before = slope
-        kept = points if self.records_path else points[-1:]
-        return Path(torch.stack(kept, dim=1), log_probs, torch.stack(means, dim=1) if means else None, by_frame)
+            else:
+                slope = sde.Slope(self.velocity(point, index, guidance), step)
+                point = sde.SOLVERS[self.solver](slope, before, point.float()).to(self.latents_dtype)
+                before = slope
+            points = [*points, point] if self.records_path else [point]
+        return Path(torch.stack(points, dim=1), log_probs, torch.stack(means, dim=1) if means else None, by_frame)
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,12 @@ def trust_region(config: Config) -> TrustRegion:
 
 
 def trained_steps_of(policy: Policy, config: Config, step: int) -> TrainedSteps:
-    """Which denoising steps training step `step` trains: drawn once for all prompts, or for each by its id."""
+    """Which denoising steps training step `step` trains: drawn once for all prompts, or for each by its id.
+
+    Below 0, before training, a moving window is where it starts.
+    """
     sampler, seed, trainable = config.sampler, config.run.seed, trainable_steps(policy, config)
-    start = sampler.window_start + (step // sampler.window_every if sampler.window_every else 0)
+    start = sampler.window_start + (max(step, 0) // sampler.window_every if sampler.window_every else 0)
 
     def select(prompt: int) -> tuple[int, ...]:
         own = (prompt,) if sampler.share_steps == "group" else ()

@@ -62,6 +62,7 @@ def evaluation_denoiser(policy: Policy, config: Config) -> Denoiser:
         "guidance_scale": wanted.guidance_scale,
         "guidance_scale_2": wanted.guidance_scale_2,
         "latents_dtype": torch.float32,
+        "records_path": False,
     }
     own = policy.pipeline.scheduler
     if wanted.solver != "shipped" or type(own).__name__ in EULERS_OWN:

@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bpgo_video.learner.losses import RATIO_ERROR, with_spread
+
 # Means over samples; the first is also the noise floor where nothing has moved yet: 0 in an exact replay.
 BY_STEP = (
     "log_ratio_abs_max",
     "ratio_mean",
-    "ratio_std",
-    "effective_samples",
+    RATIO_ERROR,
     "clip_fraction/positive",
     "clip_fraction/negative",
 )
@@ -32,6 +33,6 @@ def step_metrics(sums: Float[Tensor, "steps columns"]) -> dict[str, float]:
     """`timestep/INDEX/NAME`, means over the passes of all ranks; steps that none has trained are left out."""
     found: dict[str, float] = {}
     for index in sums[:, -1].nonzero().flatten().tolist():
-        means = (sums[index, :-1] / sums[index, -1]).tolist()
-        found |= {f"timestep/{index:02d}/{name}": value for name, value in zip(BY_STEP, means, strict=True)}
+        means = dict(zip(BY_STEP, (sums[index, :-1] / sums[index, -1]).tolist(), strict=True))
+        found |= {f"timestep/{index:02d}/{name}": value for name, value in with_spread(means).items()}
     return found

@@ -28,6 +28,7 @@ from bpgo_video.rollouts.objectives import OBJECTIVES
 from bpgo_video.rollouts.replay import Objective, Setting, optimise
 from bpgo_video.rollouts.rollout import guidance_of, training_denoiser
 from bpgo_video.training.estimation import estimate_advantages
+from bpgo_video.training.results import PHASES
 from bpgo_video.training.session import Session
 from bpgo_video.training.stopwatch import Stopwatch
 from bpgo_video.training.trainer import sample_and_score
@@ -156,7 +157,7 @@ def time_and_memory(found: Examination) -> Finding:
     """What the step took, and what it means for the run."""
     session, config = found.session, found.session.config
     seconds = found.watch.seconds
-    step = sum(seconds.values())
+    step = sum(seconds[name] for name in PHASES)  # scoring goes on beside them
     if session.mesh.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(session.mesh.device)
     else:

@@ -36,18 +36,19 @@ class HeldoutScores:
     frames: Mapping[str, FrameScores] = field(default_factory=dict)
 
     def metrics(self, prefix: str = "heldout") -> dict[str, float]:
-        """`PREFIX/NAME` and its standard error."""
+        """`PREFIX/NAME` and its standard error, where there is one."""
         values = {}
         for name, scores in self.by_name.items():
             values[f"{prefix}/{name}"] = float(scores.mean())
-            values[f"{prefix}/{name}_stderr"] = stderr(scores)
+            if scores.numel() > 1:
+                values[f"{prefix}/{name}_stderr"] = stderr(scores)
         return values
 
 
 def stderr(scores: Scores) -> float:
     """Standard error of the mean over the samples, the prompts being fixed: sqrt(sum_i s_i^2 / n) / P.
 
-    With one sample per prompt, it is that over prompts.
+    With one sample per prompt, it is that over prompts; of one video in all it is not known, nan.
     """
     prompts, samples = scores.shape
     if samples == 1:

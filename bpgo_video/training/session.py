@@ -60,7 +60,6 @@ class Session(PolicySession):
     heldout_suite: RewardSuite | None
     learner: BPGOSettings
     advantages: AdvantageSettings
-    gathers_for_rollout: bool
     reference: Reference | None
 
     def batches(self, start: int = 0) -> Iterator[tuple[PromptBatch, int]]:
@@ -84,7 +83,8 @@ class Session(PolicySession):
 
     def rollout_weights(self) -> AbstractContextManager[None]:
         """Where videos are sampled: with all weights at hand, or with each block fetched for every step."""
-        return self.engine.whole_weights() if self.gathers_for_rollout else nullcontext()
+        gathers = gathers_for_rollout(self.config, self.engine, self.mesh)
+        return self.engine.whole_weights() if gathers else nullcontext()
 
 
 def reads_priors(config: Config) -> bool:
@@ -141,7 +141,7 @@ def heldout_prompts(config: Config, shards: PromptShards, policy: Policy) -> Pro
 
 
 def gathers_for_rollout(config: Config, engine: engines.Engine, mesh: Mesh) -> bool:
-    """What `rollout.parameters` means for this policy on these ranks."""
+    """What `rollout.parameters` means for this policy on these ranks now: its optimiser grows with the first update."""
     if config.rollout.parameters == "auto":
         return fits_everywhere(engine.missing_bytes, mesh)
     return config.rollout.parameters == "gathered"
@@ -200,7 +200,6 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         engine=engine,
         learner=BPGOSettings(**vars(config.bpgo)),
         advantages=AdvantageSettings(**vars(config.advantage), clip=config.loss.advantage_clip),
-        gathers_for_rollout=gathers_for_rollout(config, engine, mesh),
         reference=build_reference(config, engine, ds_config, mesh, ema),
         ema=ema,
     )

@@ -14,6 +14,7 @@ from bpgo_video.checkpoints.checkpoint import Saved
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.rules import check_world
 from bpgo_video.learner.bpgo import GroupAdvantages
+from bpgo_video.learner.losses import with_spread
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.randomness import isolated
@@ -116,7 +117,7 @@ def train_step(
         "reward_std": float(rewards.total.std(dim=1).mean()),
         **{f"reward/{name}": float(scores.mean()) for name, scores in rewards.by_name.items()},
         **{name: float(value) for name, value in advantages.metrics.items()},
-        **reduce_metrics(update.metrics),
+        **with_spread(reduce_metrics(update.metrics)),
         **step_metrics(session.mesh.total(step_sums(update.passes, config.sampler.num_steps))),
         "learning_rate": learning_rate,
         **watch.record,

@@ -19,21 +19,23 @@ from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
-from safetensors import safe_open
+from more_itertools import constrained_batches
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.run import OptimiserConfig
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.parallel.mesh import TIMEOUT, Mesh
+from bpgo_video.policies.model_buffers import model_buffers, put_in_place
+from bpgo_video.policies.stored_tensors import stored, tensor_files
 from bpgo_video.zero.block_calls import call_by_position
 from bpgo_video.zero.master_weights import ZeroMasters
-from bpgo_video.zero.model_buffers import model_buffers, put_in_place, stored
 from bpgo_video.zero.optimiser import optimiser_of
 from bpgo_video.zero.touched import Touched, alternatives
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
 
+GATHERED_AT_ONCE = 500_000_000  # elements, which DeepSpeed holds twice while they come together
 OWNED_BY_YAML = {
     "train_batch_size": "rollout, or sft.batch_size,",
     "train_micro_batch_size_per_gpu": "rollout.micro_batch_size, or sft.micro_batch_size,",
@@ -79,7 +81,7 @@ def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
-def start_ranks(timeout_minutes: float = 30) -> Mesh:
+def start_ranks(timeout: timedelta = TIMEOUT) -> Mesh:
     """Join the process group that the launcher describes, or be the only rank where there is none."""
     if "RANK" not in os.environ:
         refuse_lone_tasks()
@@ -93,9 +95,7 @@ def start_ranks(timeout_minutes: float = 30) -> Mesh:
         torch.cuda.set_device(local_rank)
     else:  # without it, init_distributed compiles a shared-memory operator that nothing here needs
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timedelta(minutes=timeout_minutes)
-    )
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Mesh(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), device=device)
 
@@ -128,7 +128,7 @@ def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, 
     """
     with deepspeed.zero.Init(config_dict_or_path=_complete(ds_config, 1, 0.0), dtype=dtype):
         model = model_class.from_config(model_class.load_config(folder))
-    where = tensor_files(folder)
+    where = tensor_files(folder, model_class)
     named, buffers = dict(model.named_parameters()), model_buffers(model_class, folder, where)
     missing, foreign = sorted(set(named) - set(where)), sorted(set(where) - set(named) - set(buffers))
     if missing or foreign:
@@ -142,17 +142,6 @@ def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, 
     return model
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file of a model folder holds each tensor."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no .safetensors file; convert the weights to safetensors first")
-    return found
-
-
 def _complete(ds_config: Mapping[str, Any], micro_batch_size: int, max_grad_norm: float) -> dict[str, Any]:
     """The JSON with what the YAML says; accumulation is counted by us, since updates differ in length."""
     return {
@@ -164,6 +153,11 @@ def _complete(ds_config: Mapping[str, Any], micro_batch_size: int, max_grad_norm
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def elements_of(parameter: Any) -> int:
+    """Of a sharded parameter, on all ranks together."""
+    return int(parameter.ds_numel)
 
 
 def frozen(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:
@@ -264,8 +258,9 @@ class Engine:
             return
         every: list[Any] = list(self.module.parameters())
         sharded = [parameter for parameter in every if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        if sharded:  # in one collective; `unwrap_model_for_generation` would take one for each
-            sharded[0].all_gather_coalesced(sharded).wait()
+        # One collective for each run: `unwrap_model_for_generation` would take one for each parameter.
+        for run in constrained_batches(sharded, GATHERED_AT_ONCE, get_len=elements_of, strict=False):
+            run[0].all_gather_coalesced(list(run)).wait()
         with unwrap_model_for_generation(self.wrapped):
             yield
 

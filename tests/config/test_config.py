@@ -118,6 +118,17 @@ def test_credit_by_frames_needs_log_probs_and_a_fixed_size(change: dict, keys: t
     config_from_dict(tree() | {"credit": {"kind": "video"}} | change)
 
 
+@pytest.mark.parametrize("objective", ["awm", "nft"])
+@pytest.mark.parametrize(
+    ("key", "value"), [("ratio", "guard"), ("trust_region", "divergence_mask"), ("step_weights", "flash")]
+)
+def test_what_compares_transitions_needs_an_objective_that_replays_them(objective: str, key: str, value: str) -> None:
+    loss = {"objective": objective, "step_weights": "none"}
+    config_from_dict(tree() | {"loss": loss})
+    with pytest.raises(ConfigError, match=rf"loss\.{key} is '{value}' with loss\.objective = '{objective}'"):
+        config_from_dict(tree() | {"loss": loss | {key: value}})
+
+
 @pytest.mark.parametrize(
     ("aggregate", "message"),
     [

@@ -8,6 +8,7 @@ from functools import partial
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.policies.wan_image import TEXT_BESIDE_IMAGES
 from tests.families.case import Case
 from tests.made.random_wan import TEXT_TOKENS, random_wan
 
@@ -20,4 +21,6 @@ def euler(unipc):
 
 WAN = Case(random_wan, VIDEO, TEXT_TOKENS, euler=euler)
 WAN_ONE_FRAME = Case(random_wan, replace(VIDEO, num_frames=1), TEXT_TOKENS, euler=euler)
-WAN_IMAGE = Case(partial(random_wan, images=True, image_encoder=True), VIDEO, TEXT_TOKENS, euler=euler)
+WAN_IMAGE = Case(
+    partial(random_wan, images=True, image_encoder=True), VIDEO, TEXT_BESIDE_IMAGES, euler=euler
+)  # with another number diffusers would take image tokens for text

@@ -152,15 +152,29 @@ class Darkness:
         return FrameScores(brightness * torch.tensor([len(text) for text in clips.texts])[:, None], clips.times)
 
 
+class Steadiness:
+    """1 where no frame differs from the one before it."""
+
+    name, version, range, kind = "steadiness", "1", (0.0, 1.0), "test"
+    higher_is_better, differentiable, frames = True, False, FrameSampling()
+
+    def __call__(self, clips):
+        assert clips.videos.shape[1] == 5, "as many frames as the policy's videos"
+        same = (clips.videos.diff(dim=1) == 0).flatten(1).all(dim=1)
+        return FrameScores(same.float()[:, None])
+
+
 def test_first_frame_is_what_the_image_earns_by_the_same_reward():
+    models = {"dark": "tests.learner.test_priors:Darkness", "steady": "tests.learner.test_priors:Steadiness"}
     suite = RewardSuite(
-        {"dark": RewardConfig(model="tests.learner.test_priors:Darkness")}, torch.device("cpu"), fps=8.0
+        {name: RewardConfig(model=model) for name, model in models.items()}, torch.device("cpu"), fps=8.0
     )
     images = torch.stack([torch.full((3, 4, 4), 0.5), torch.full((3, 4, 4), 0.25)])
-    scored = suite.score_images(
-        PromptBatch(torch.tensor([1, 2]), ("ab", "abcd"), {}, images=images), Mesh(0, 1, torch.device("cpu"))
-    )
+    prompted = PromptBatch(torch.tensor([1, 2]), ("ab", "abcd"), {}, images=images)
+    scored = suite.score_images(prompted, 5, Mesh(0, 1, torch.device("cpu")))
     assert scored["dark"].tolist() == [-1.0, -1.0]  # oriented, and with each prompt's own text
+    assert scored.pop("steady").tolist() == [1.0, 1.0]  # a reward of several frames sees a still video
+    suite = RewardSuite({"dark": RewardConfig(model=models["dark"])}, torch.device("cpu"), fps=8.0)
     batch, rewards = prompts(1, 2), {"dark": FIRST}
     seen = Seen(batch, suite.versions, rewards, {}, scored)
     found = PRIORS["first_frame"](PriorConfig(kind="first_frame"), seen)["dark"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from bpgo_video.planning.dry_run import dry_run
 from bpgo_video.planning.models import find_model
 from bpgo_video.planning.plan import Job, reckon
 from bpgo_video.planning.rehearsal import class_of
+from bpgo_video.rollouts.experts import check_experts
 from bpgo_video.zero.engine import read_ds_config
+from tests.families import CASES
 from tests.made.recipes import ROOT
 
 SCALED = sorted((ROOT / "pipelines" / "configs").glob("*gb.yaml"))
@@ -34,6 +37,20 @@ def job_of(path: Path) -> tuple[Job, int]:
     model = find_model(config.policy.folder)
     job = Job(config, read_ds_config(str(ROOT / config.deepspeed)), int(numbers["gpus"]), model, gigabytes=gigabytes)
     return job, gigabytes
+
+
+FAMILIES = {  # of small pipelines of random weights
+    "wan21": "wan", "wan22_a14b": "wan22_image", "hunyuanvideo": "hunyuan", "cogvideox": "cogvideox", "ltx": "ltx",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SCALED, ids=lambda path: path.stem)
+def test_its_steps_fit_the_familys_transformers(path: Path, tmp_path: Path) -> None:
+    """What a run checks of experts and their guidance before it loads them."""
+    case = CASES[next(case for name, case in FAMILIES.items() if path.stem.startswith(name))]
+    case.write(tmp_path)
+    config = read_yaml(path)
+    check_experts(case.policy(tmp_path, components=()), replace(config, policy=replace(config.policy, family=None)))
 
 
 def test_there_is_a_recipe_for_each_model() -> None:

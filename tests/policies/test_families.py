@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.policies.pipeline_policy import PipelinePolicy
+from bpgo_video.policies.pipeline_policy import PipelinePolicy, networks_of
 from bpgo_video.policies.transformers import blocks_of
 from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
 from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
@@ -64,6 +67,33 @@ def test_the_ode_rollout_is_the_pipelines_own(case: Case, folder: Path, policy: 
     assert found.shape[1] == case.video.num_frames
     assert found.std() > 0.01
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_folder_of_an_older_diffusers_is_the_same_policy(case: Case, folder: Path, tmp_path: Path) -> None:
+    """Published folders lack the settings that came after them, where diffusers takes its class's defaults."""
+    older = tmp_path / "older"
+    copytree(folder, older)
+    dropped = 0
+    for name, model_class in networks_of(folder).items():
+        path = older / name / "config.json"
+        config, defaults = json.loads(path.read_text()), inspect.signature(model_class.__init__).parameters
+        kept = {key: value for key, value in config.items() if key not in defaults or defaults[key].default != value}
+        dropped += len(config) - len(kept)
+        path.write_text(json.dumps(kept))
+    assert dropped > 5
+    policies = [case.policy(path, components=("transformer", "vae")) for path in (folder, older)]
+    newer, found = (
+        [policy.latent_shape(case.video), policy.default_size(), policy.padding_frames, policy.fps, decoded(policy)]
+        for policy in policies
+    )
+    assert found == newer
+
+
+def decoded(policy: Policy) -> list[float]:
+    latents, conditioning = policy.example()
+    with torch.no_grad():
+        velocity = policy.velocity(latents, torch.tensor(0.7), conditioning)
+    return policy.decode(latents - 0.7 * velocity, conditioning).flatten().tolist()
 
 
 def test_the_ratio_is_one_and_an_update_lowers_its_own_loss(case: Case, folder: Path, policy: Policy) -> None:

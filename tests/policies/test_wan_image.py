@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bpgo_video.config.bpgo import Config, ConfigError, PriorConfig, VideoConfig
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
+from bpgo_video.policies.wan_image import TEXT_BESIDE_IMAGES
 from bpgo_video.rollouts.conditioning import check_images, conditioned
 from bpgo_video.rollouts.rollout import Denoiser, guidance_of
 from bpgo_video.types import PromptBatch
@@ -27,7 +29,8 @@ TEXTS = ("a red circle moving left", "a blue square moving up")
 @pytest.fixture(scope="module", params=[False, True], ids=["latents", "clip"])
 def image_policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Policy:
     folder = random_wan(tmp_path_factory.mktemp("wan"), images=True, image_encoder=request.param)
-    return load_policy(str(folder), max_sequence_length=TEXT_TOKENS)
+    tokens = TEXT_BESIDE_IMAGES if request.param else TEXT_TOKENS
+    return load_policy(str(folder), max_sequence_length=tokens)
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -59,7 +62,7 @@ def test_the_ode_rollout_is_diffusers_own(image_policy: Policy, recipe: Config, 
         expected = pipeline(
             image=picture, prompt=TEXTS[sample], negative_prompt="", num_frames=9, height=64, width=64,
             num_inference_steps=4, guidance_scale=guidance_scale, latents=start[sample : sample + 1],
-            max_sequence_length=TEXT_TOKENS, output_type="latent",
+            max_sequence_length=image_policy.max_sequence_length, output_type="latent",
         ).frames  # fmt: skip
         torch.testing.assert_close(found[sample : sample + 1], expected, rtol=0, atol=2e-5)
 
@@ -81,6 +84,20 @@ def test_the_example_to_compare_weights_by_goes_through(image_policy: Policy) ->
         changed = image_policy.velocity(latents, torch.tensor(0.5), conditioning)
         image_policy.transformers["transformer"].patch_embedding.weight[:, -1] /= 2
     assert (changed - found).abs().max() > 1e-4, "weights of the image's channels are seen"
+
+
+def test_clips_features_and_the_text_are_told_apart(tmp_path: Path) -> None:
+    """diffusers' attention takes all but the last 512 tokens for the image's: another length is refused."""
+    folder = random_wan(tmp_path, images=True, image_encoder=True)
+    policy = load_policy(str(folder), max_sequence_length=TEXT_BESIDE_IMAGES)
+    latents, conditioning = policy.example()
+    found = policy.velocity(latents, torch.tensor(0.5), conditioning)
+    with torch.no_grad():
+        policy.transformers["transformer"].blocks[0].attn2.add_v_proj.weight.mul_(50)
+    changed = policy.velocity(latents, torch.tensor(0.5), conditioning)
+    assert (changed - found).abs().max() > 1e-3, "weights of the image's keys and values are seen"
+    with pytest.raises(ConfigError, match=r"max_sequence_length is 256.*last 512 tokens.*set it to 512"):
+        load_policy(str(folder), max_sequence_length=256).encode(TEXTS)
 
 
 def test_a_rank_encodes_the_images_of_its_own_samples(image_policy: Policy, recipe: Config) -> None:

@@ -182,3 +182,11 @@ def test_a_sequence_group_shares_out_the_decoding(policy: Policy, recipe: Config
             expected = policy.decode(latents[row, index][-1:], {})
             torch.testing.assert_close(chunk.videos[:1], expected, rtol=0, atol=1e-5)
     assert sorted(owners) == [(prompt, index) for prompt in range(2) for index in range(4)]
+
+
+def test_before_training_a_moving_window_is_where_it_starts(policy: Policy, recipe: Config) -> None:
+    """Priors are measured at step -1: they explore where the first training steps will."""
+    sampler = replace(recipe.sampler, train_steps="window", share_steps="batch", window_start=1, window_every=2)
+    config = replace(recipe, sampler=sampler)
+    windows = [trained_steps_of(policy, config, step)(0) for step in (-1, 0, 1, 2)]
+    assert windows[0] == windows[1] == windows[2] != windows[3]

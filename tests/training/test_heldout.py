@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from bpgo_video.config.rules import check
 from bpgo_video.data.video import read_video
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.randomness import isolated, keyed_noise
+from bpgo_video.randomness import FixedDraws, isolated, keyed_noise
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.training.heldout import HeldoutScores, evaluate, write_shown
 from bpgo_video.types import PromptBatch, RolloutChunk
@@ -41,6 +42,29 @@ def test_draws_inside_leave_no_trace_behind() -> None:
     with pytest.raises(ZeroDivisionError), isolated():
         _ = torch.rand(()) / 0 + 1 // 0
     assert torch.equal(torch.get_rng_state(), state), "also where the block raises"
+
+
+def test_fixed_draws_are_the_same_and_leave_other_threads_generators_alone() -> None:
+    state = torch.random.get_rng_state()
+    drawn, elsewhere = [], []
+    for _ in range(2):
+        with FixedDraws():
+            thread = Thread(target=lambda: elsewhere.append(torch.randn(3)))
+            thread.start()
+            thread.join()
+            drawn.append(torch.cat([torch.randn(3), torch.rand(2), torch.randn(3)]))
+            own = torch.randn(3, generator=torch.Generator().manual_seed(5))
+        assert torch.equal(own, torch.randn(3, generator=torch.Generator().manual_seed(5)))
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0][:3], drawn[0][5:])
+    torch.random.set_rng_state(state)
+    assert torch.equal(torch.cat(elsewhere), torch.cat([torch.randn(3), torch.randn(3)]))
+
+
+def test_one_video_in_all_has_no_standard_error() -> None:
+    assert HeldoutScores({"oracle": torch.tensor([[0.5]])}).metrics() == {"heldout/oracle": 0.5}
+    both = HeldoutScores({"oracle": torch.tensor([[0.25], [0.75]])}).metrics()
+    assert both == {"heldout/oracle": 0.5, "heldout/oracle_stderr": pytest.approx(0.25)}
 
 
 def test_both_weights_are_measured_and_the_raw_ones_decide(recipe: Config) -> None:
@@ -79,6 +103,7 @@ def test_held_out_videos_follow_the_solver_and_the_shift(policy: Policy, recipe:
         seen: list[RolloutChunk] = []
         suite = RewardSuite({"flicker": RewardConfig(model="temporal_flickering")}, torch.device("cpu"), video.fps)
         evaluate(policy, prompts, suite, config, Mesh(0, 1, torch.device("cpu")), seen.append)
+        assert seen[0].trajectories[0].latents.shape[1] == 1, "an evaluation keeps no noise level but the last"
         return seen[0].trajectories[0].latents[:, -1]
 
     schedule = FlowMatchEulerDiscreteScheduler(shift=4.0)

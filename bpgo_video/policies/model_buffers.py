@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor
+
+from bpgo_video.policies.stored_tensors import stored
 
 
 def model_buffers(model_class: Any, folder: Path, files: Mapping[str, Path]) -> dict[str, Tensor]:
@@ -25,13 +26,6 @@ def model_buffers(model_class: Any, folder: Path, files: Mapping[str, Path]) -> 
     with init_empty_weights(include_buffers=False):  # parameters take no memory
         model = model_class.from_config(model_class.load_config(folder))
     return {name: stored(files[name], name) if name in files else buffer for name, buffer in model.named_buffers()}
-
-
-def stored(file: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file."""
-    with safe_open(file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-        return tensor
 
 
 def put_in_place(module: torch.nn.Module, exact: Mapping[str, Tensor]) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bpgo_video.policies.base import from_pretrained
 from bpgo_video.policies.lora import merged_parameters
+from bpgo_video.policies.model_buffers import model_buffers
 from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.stored_tensors import tensor_files
 from bpgo_video.zero.block_calls import call_by_position
-from bpgo_video.zero.engine import tensor_files
-from bpgo_video.zero.model_buffers import model_buffers
 from tests.distributed.conftest import run_ranks
 from tests.families import CASES
 
@@ -28,10 +30,33 @@ def test_they_are_those_that_diffusers_loads(name: str, tmp_path: Path) -> None:
     CASES[name].write(tmp_path)
     model_class, folder = networks_of(tmp_path)["transformer"], tmp_path / "transformer"
     expected = dict(model_class.from_pretrained(folder).named_buffers())
-    found = model_buffers(model_class, folder, tensor_files(folder))
+    found = model_buffers(model_class, folder, tensor_files(folder, model_class))
     assert found.keys() == expected.keys()
     assert found
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox_image"])
+def test_a_whole_model_in_bf16_computes_with_the_same(name: str, tmp_path: Path) -> None:
+    CASES[name].write(tmp_path)
+    model_class, folder = networks_of(tmp_path)["transformer"], tmp_path / "transformer"
+    exact = model_buffers(model_class, folder, tensor_files(folder, model_class))
+    model = from_pretrained(model_class, folder, torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(buffer.float(), exact[key].float()) for key, buffer in model.named_buffers())
+
+
+def test_tensors_that_the_models_class_ignores_are_not_its_own(tmp_path: Path) -> None:
+    """Wan 2.1's published image-to-video folders have them in every block."""
+    CASES["wan_image"].write(tmp_path)
+    model_class, folder = networks_of(tmp_path)["transformer"], tmp_path / "transformer"
+    before = tensor_files(folder, model_class)
+    file = next(iter(before.values()))
+    tensors = {**load_file(file), "blocks.0.attn2.norm_added_q.weight": torch.ones(4)}
+    save_file(tensors, file)
+    assert tensor_files(folder, model_class) == before
+    save_file({**tensors, "blocks.0.unknown": torch.ones(4)}, file)
+    assert tensor_files(folder, model_class).keys() - before.keys() == {"blocks.0.unknown"}
 
 
 def test_an_export_has_those_that_files_store(tmp_path: Path) -> None:
@@ -39,7 +64,8 @@ def test_an_export_has_those_that_files_store(tmp_path: Path) -> None:
     policy = CASES["cogvideox_image"].policy(tmp_path, components=("transformer",))
     engine: Any = SimpleNamespace(module=policy.transformers, gathered=lambda _: nullcontext())
     written = dict(merged_parameters(engine, "transformer"))
-    assert written.keys() == tensor_files(tmp_path / "transformer").keys()
+    model_class = networks_of(tmp_path)["transformer"]
+    assert written.keys() == tensor_files(tmp_path / "transformer", model_class).keys()
     assert torch.equal(written[LEARNED], policy.transformers["transformer"].patch_embed.pos_embedding)
 
 
