@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.policies.flow_match import scheduled_sigmas
-from bpgo_video.policies.pipeline_policy import PipelinePolicy, read_config
+from bpgo_video.policies.pipeline_policy import PipelinePolicy, networks_of, read_config
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 GUIDANCE_UNIT = 1000.0  # of the scale that the transformer is told
@@ -46,7 +46,7 @@ class HunyuanVideoPolicy(PipelinePolicy):
         Raises:
             ConfigError: names what its config says.
         """
-        found = read_config(folder / "transformer").get("image_condition_type")
+        found = image_condition_type(folder)
         if found not in cls.image_condition_types:
             raise ConfigError(
                 f"{folder / 'transformer' / 'config.json'} sets image_condition_type to {found!r}; "
@@ -131,3 +131,9 @@ class HunyuanVideoPolicy(PipelinePolicy):
     ) -> dict[str, Any]:
         """The noise, and what the transformer is told: the pipeline names it guidance_scale."""
         return {"latents": latents, "guidance_scale": self.embedded_guidance}
+
+
+def image_condition_type(folder: Path) -> str | None:
+    """How a pipeline's transformer is told of an image, by its config; None of one that is not."""
+    found: str | None = read_config(folder / "transformer", networks_of(folder)["transformer"])["image_condition_type"]
+    return found

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
-from bpgo_video.policies.hunyuan import HunyuanVideoPolicy
-from bpgo_video.policies.pipeline_policy import PipelinePolicy, read_config
+from bpgo_video.policies.hunyuan import HunyuanVideoPolicy, image_condition_type
+from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.types import Conditioning, Latents, Videos
 
 Images = Float[Tensor, "prompts 3 height width"]
@@ -52,7 +52,7 @@ class HunyuanImagePolicy(HunyuanVideoPolicy):
 
     @classmethod
     def variant(cls, folder: Path) -> type[PipelinePolicy]:
-        return VARIANTS[read_config(folder / "transformer")["image_condition_type"]]
+        return VARIANTS[image_condition_type(folder)]
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ class HunyuanFirstFramePolicy(HunyuanImagePolicy):
         return super().call_arguments(pipeline, whole, video, images)
 
 
-VARIANTS: dict[str, type[PipelinePolicy]] = {  # image_condition_type of the transformer's config -> its policy
+VARIANTS: dict[str | None, type[PipelinePolicy]] = {  # image_condition_type of the transformer's config -> its policy
     "latent_concat": HunyuanConcatPolicy,
     "token_replace": HunyuanFirstFramePolicy,
 }
