@@ -225,6 +225,10 @@ class CogVideoXImagePolicy(CogVideoXPolicy):
     pipeline_name = "CogVideoXImageToVideoPipeline"
     takes_images = True
 
+    def default_size(self) -> dict[str, int]:
+        """Of height and width: the call has a number of frames."""
+        return {name: size for name, size in super().default_size().items() if name != "num_frames"}
+
     def transformer_input(self, noisy: Latents, conditioning: Conditioning) -> Tensor:
         return torch.cat([noisy, conditioning["image_latents"].to(noisy.dtype)], dim=1)
 

@@ -104,12 +104,12 @@ class HunyuanConcatPolicy(HunyuanImagePolicy):
     padding_frames = 1
 
     @property
-    def hidden(self) -> int:
+    def hidden_frames(self) -> int:
         """Video frames that the VAE decodes of the latent frame in front, and that are not shown."""
         return self.padding_frames * int(self.vae_config["temporal_compression_ratio"])
 
     def default_size(self) -> dict[str, int]:
-        return {"num_frames": PIPELINE_FRAMES - self.hidden}
+        return {"num_frames": PIPELINE_FRAMES - self.hidden_frames}
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
         channels, frames, height, width = super().latent_shape(video)
@@ -123,18 +123,18 @@ class HunyuanConcatPolicy(HunyuanImagePolicy):
     @torch.no_grad()
     def encode_video(self, videos: Videos) -> Latents:
         """In the frames that are not shown the first one stands still."""
-        still = videos[:, :1].expand(-1, self.hidden, -1, -1, -1)
+        still = videos[:, :1].expand(-1, self.hidden_frames, -1, -1, -1)
         return super().encode_video(torch.cat([still, videos], dim=1))
 
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
-        return super().decode(latents, conditioning)[:, self.hidden :]
+        return super().decode(latents, conditioning)[:, self.hidden_frames :]
 
     def call_arguments(
         self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None
     ) -> dict[str, Any]:
         """The pipeline counts the frames that it does not show."""
         arguments = super().call_arguments(pipeline, latents, video, images)
-        return {**arguments, "num_frames": video.num_frames + self.hidden}
+        return {**arguments, "num_frames": video.num_frames + self.hidden_frames}
 
 
 class HunyuanFirstFramePolicy(HunyuanImagePolicy):
