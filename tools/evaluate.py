@@ -34,7 +34,8 @@ def heldout(args: argparse.Namespace) -> None:
     """Rewards and models are loaded only once the command line is known to be good."""
     from bpgo_video.config.reading import read_yaml
     from bpgo_video.data.atomic import write_json
-    from bpgo_video.evaluation.heldout import as_json, as_table, asked, evaluate_folder, ranks_at_work
+    from bpgo_video.evaluation.heldout import as_json, as_table, asked, evaluate_folder
+    from bpgo_video.evaluation.ranks import ranks_at_work
 
     config = asked(
         read_yaml(args.config),
@@ -44,7 +45,7 @@ def heldout(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     show_loading_once()
-    with ranks_at_work(config) as mesh:
+    with ranks_at_work(config.parallel) as mesh:
         evaluation = evaluate_folder(config, mesh)
     if mesh.is_main:
         print(as_table(evaluation))

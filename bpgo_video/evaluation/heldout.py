@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned
@@ -44,17 +42,6 @@ class HeldoutEvaluation:
     tags: tuple[tuple[str, ...], ...]
     versions: Mapping[str, str]
     scores: HeldoutScores
-
-
-@contextmanager
-def ranks_at_work(config: Config) -> Iterator[Mesh]:
-    """The ranks that a launcher started, watched over while they evaluate; they part behind the block."""
-    mesh = engine.start_ranks()
-    with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
-        heartbeat.enter("evaluation")
-        yield mesh
-    mesh.barrier()
-    engine.stop_ranks()
 
 
 def asked(

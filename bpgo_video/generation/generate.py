@@ -42,6 +42,7 @@ from bpgo_video.generation.files import (
     within,
     write_manifest,
 )
+from bpgo_video.generation.memory import OFFLOADS, apply, check_offload, means_of
 from bpgo_video.generation.plan import Reader, describe, plan, read_records
 from bpgo_video.generation.settings import (
     CallSettings,
@@ -77,8 +78,8 @@ def generate(
         FileNotFoundError, ConfigError: no such model folder, a family that is not known, or an error of another rank.
         CheckpointError: a training checkpoint that cannot be used.
         PromptFileError, ShardError: the prompts are missing, empty or damaged.
-        GenerationError: a size that the policy cannot make, adapters that do not fit, an output folder that holds
-            videos of other settings, or a video that is not whole after all.
+        GenerationError: a size that the policy cannot make, adapters or memory settings that do not fit, an output
+            folder that holds videos of other settings, or a video that is not whole after all.
     """
     places = places or within(settings.output)
     with same_verdict(mesh):
@@ -87,27 +88,23 @@ def generate(
         call = resolve(settings, model.policy)
         record = describe(settings, model, call, prompts)
         check_manifest(places, record)
+        check_offload(settings.offload, mesh.device)
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
     jobs = plan(settings, prompts, places)
     video = video_of(settings, call, model.policy)
-    mine = [job for job in dealt(jobs, mesh) if whole_video(job.file, video) is None]
+    mine = [job for job in mesh.dealt(jobs) if whole_video(job.file, video) is None]
     todo = sorted(chain(*from_all(mine, mesh)), key=lambda job: (job.number, job.sample))
     if mesh.is_main:
         write_manifest(places.manifest, record, jobs, todo)
     with same_verdict(mesh):
-        make(dealt(todo, mesh), settings, model, call, mesh)
+        make(mesh.dealt(todo), settings, model, call, mesh)
     with same_verdict(mesh):
-        for group in dealt(by_prompt(jobs), mesh):
+        for group in mesh.dealt(by_prompt(jobs)):
             if damaged := list(check_and_show(group, video)):
                 raise GenerationError(f"{damaged[0].file} was written and is not a whole video; start again")
     if mesh.is_main:
         write_manifest(places.manifest, record, jobs, todo=())
     return places.manifest
-
-
-def dealt(items: Sequence[Any], mesh: Mesh) -> Sequence[Any]:
-    """This rank's share of a list that all ranks have; shares differ by one item at most."""
-    return items[mesh.rank :: mesh.world_size]
 
 
 def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: CallSettings, mesh: Mesh) -> None:
@@ -128,7 +125,7 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
     """diffusers' pipeline of the folder's own class, with the checkpoint's weights and the adapters in it.
 
     Raises:
-        GenerationError: the adapters fit no layer.
+        GenerationError: the adapters fit no layer, or the model cannot decode or attend as it is asked to.
     """
     dtype = DTYPES[settings.dtype]
     pipeline_class = getattr(diffusers, model.policy.pipeline_name)
@@ -142,7 +139,9 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
     for name, file in settings.adapters.items():
         add_adapters(pipeline, file, name, model.policy.folder)
     pipeline.set_progress_bar_config(leave=False, disable=None)  # per denoising step, on a terminal alone
-    return pipeline.to(device)
+    apply(means_of(settings, model), pipeline, model)
+    OFFLOADS[settings.offload](pipeline, device)
+    return pipeline
 
 
 def add_adapters(pipeline: Any, file: Path, name: str, folder: Path) -> None:
@@ -167,8 +166,8 @@ def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> La
 def sample(
     pipeline: Any, policy: Policy, jobs: Sequence[Job], settings: GenerationSettings, call: CallSettings
 ) -> Videos:
-    """Videos in [0, 1] of the jobs, in one batch through the pipeline; image-to-video takes one image a call."""
-    if len(jobs) > 1 and jobs[0].prompt.media:
+    """Videos in [0, 1] of the jobs, in one batch through the pipeline; some take one text a call, or one image."""
+    if len(jobs) > 1 and (jobs[0].prompt.media or policy.one_text_a_call):
         return torch.cat([sample(pipeline, policy, [job], settings, call) for job in jobs])
     images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
     video = video_of(settings, call, policy)

@@ -15,6 +15,7 @@ from bpgo_video.data.prompt_plan import make_plan
 from bpgo_video.data.prompt_records import Media, PromptRecord
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.generation.files import TOLD, Job, Places, within
+from bpgo_video.generation.memory import means_of
 from bpgo_video.generation.settings import CallSettings, GenerationError, GenerationSettings, Model, video_of
 
 Reader = Callable[[GenerationSettings, bool], list[PromptRecord]]  # prompts; with their images, if the flag is set
@@ -80,7 +81,7 @@ def describe(
     settings: GenerationSettings, model: Model, call: CallSettings, records: Sequence[PromptRecord]
 ) -> dict[str, Any]:
     """All that the videos depend on; plain JSON data."""
-    folder, checkpoint = model.policy.folder, model.checkpoint
+    folder, checkpoint, means = model.policy.folder, model.checkpoint, means_of(settings, model)
     parts = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     prompts = settings.prompts / "index.json" if settings.prompts.is_dir() else settings.prompts
     images = hashlib.sha256()
@@ -105,6 +106,8 @@ def describe(
         "family": settings.family,
         "fps": video_of(settings, call, model.policy).fps,
         "dtype": settings.dtype,
+        "vae_tiling": means.vae_tiling,
+        "attention_backend": means.attention_backend,
         **asdict(call),
         **model.policy.options,
     }

@@ -106,6 +106,17 @@ class GenerationSettings:
     """Videos made at once; changes the time and memory that they take, and nothing else."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of transformer and text encoder; the VAE stays in fp32, but where a pipeline runs in one dtype."""
+    vae_tiling: bool | None = None
+    """Decode in overlapping tiles: a fraction of the memory, longer, and pixels above a tile's size differ a little.
+    None takes what a training checkpoint's recipe says, or False, as for the next."""
+    vae_slicing: bool | None = None
+    """Decode one video of a batch at a time: the memory of one."""
+    attention_backend: str | None = None
+    """How attention is computed, by diffusers' names (native, _native_cudnn, flash, sage ...). None takes what a
+    training checkpoint's recipe says, or diffusers' choice, torch's scaled_dot_product_attention."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """What does not work rests in the host's memory. model: one network at a time is on the GPU, its largest has to fit
+    (14B in bf16: 28 GB), a little slower; sequential: a layer at a time, a few GB, many times slower."""
 
     @property
     def adapters(self) -> dict[str, Path]:

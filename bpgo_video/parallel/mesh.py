@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of a collective, in every group: a reward may keep a rank for as long
 
 
@@ -63,6 +65,10 @@ class Mesh:
         per_rank = padded // self.data_size
         mine = [min(i, total - 1) for i in range(self.data_rank * per_rank, (self.data_rank + 1) * per_rank)]
         return [mine[i : i + micro_batch_size] for i in range(0, per_rank, micro_batch_size)]
+
+    def dealt(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's share of a list that all ranks have; shares differ by one item at most, and may be empty."""
+        return items[self.rank :: self.world_size]
 
     def part(self, count: int) -> list[int]:
         """Which of `count` items that the sequence group shares this rank takes; equally many on every rank."""

@@ -1,7 +1,8 @@
 """Where does a transformer part its tokens, and where do they come together again?
 
-A plan per transformer class: tokens are split where they enter the first block, with their rotary embeddings, and
-joined behind the output projection; in between every rank computes on its own part, and self-attention is `ulysses.py`.
+A plan per transformer class, or the family's own: tokens are split where they enter the first block, with their rotary
+embeddings, and joined behind the output projection; in between every rank computes on its own part, and self-attention
+is `ulysses.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +45,25 @@ def count_held(place: int, ulysses: Ulysses, _: nn.Module, args: tuple[Any, ...]
     return (*args[:place], ulysses.held(args[place]), *args[place + 1 :])
 
 
+def rope_grid(name: str, transformer: nn.Module, ulysses: Ulysses) -> None:
+    """Split what the module `name` gives: rotary embeddings by frame, row and column, which are flattened behind it."""
+
+    def split(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return ulysses.split(output.flatten(1, 3), 1)[:, :, None, None]
+
+    transformer.get_submodule(name).register_forward_hook(split)
+
+
+def declared_heads(config: Mapping[str, Any]) -> int:
+    """The number of attention heads in a transformer's config."""
+    return int(config["num_attention_heads"])
+
+
+def heads_by_width(config: Mapping[str, Any]) -> int:
+    """The same where a head is as wide as its rotary embeddings."""
+    return int(config["model_dim"]) // sum(config["axes_dims"])
+
+
 def dispatches(transformer: nn.Module) -> None:
     """diffusers' own processors go through its dispatcher: nothing is to be done."""
 
@@ -56,22 +75,24 @@ class SequencePlan:
     Attributes:
         blocks: its lists of blocks, in order; the first argument of the very first block is `hidden_states`.
         rope: lets rotary embeddings be split, which come with every token.
-        head: the last module that works on tokens.
+        head: the last module that works on tokens; None where that is the last block.
         text_first: whether text tokens stand before the video's in joint attention.
         attention: puts processors in place that go through diffusers' dispatcher.
         cross_attention: the name, within a block, of attention to text alone: every rank computes it on its own tokens.
         per_token: inputs of the transformer that may have an entry for each token, along dim 1.
         first_tokens: the place among a block's arguments of how many of the video's first tokens are given ones.
+        heads: how many attention heads a config has.
     """
 
     blocks: tuple[str, ...]
     rope: Callable[[nn.Module, Ulysses], None]
-    head: str
+    head: str | None
     text_first: bool = False
     attention: Callable[[nn.Module], None] = dispatches
     cross_attention: str | None = None
     per_token: tuple[str, ...] = ()
     first_tokens: int | None = None
+    heads: Callable[[Mapping[str, Any]], int] = declared_heads
 
 
 PLANS = {
@@ -104,22 +125,35 @@ PLANS = {
         cross_attention="attn2",
         per_token=("timestep",),
     ),
+    "Kandinsky5Transformer3DModel": SequencePlan(
+        blocks=("visual_transformer_blocks",),
+        rope=partial(rope_grid, "visual_rope_embeddings"),
+        head=None,
+        cross_attention="cross_attention",
+        heads=heads_by_width,
+    ),
 }
 
 
-def check_heads(transformer_config: Mapping[str, Any], sequence: int) -> None:
+def check_heads(transformer_config: Mapping[str, Any], sequence: int, own: SequencePlan | None = None) -> None:
     """Whether a sequence group can share the heads, from the transformer's config.json.
+
+    Args:
+        own: the family's plan, where it brings one.
 
     Raises:
         ConfigError: the heads do not divide, or there is no plan for the class; the message names what works.
     """
     if sequence == 1:
         return
-    name, heads = transformer_config["_class_name"], transformer_config["num_attention_heads"]
-    if name not in PLANS:
+    name = transformer_config["_class_name"]
+    plan = own or PLANS.get(name)
+    if plan is None:
         raise ConfigError(
-            f"parallel.sequence is {sequence}, but {name} cannot be split; {sorted(PLANS)} can. Set it to 1"
+            f"parallel.sequence is {sequence}, but {name} cannot be split; {sorted(PLANS)} can. Set it to 1, or give "
+            "the family's class a sequence_plan (docs/new_family.md)"
         )
+    heads = plan.heads(transformer_config)
     if heads % sequence:
         valid = [size for size in range(1, heads + 1) if heads % size == 0]
         raise ConfigError(
@@ -128,14 +162,20 @@ def check_heads(transformer_config: Mapping[str, Any], sequence: int) -> None:
         )
 
 
-def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
+def parallelise(transformer: nn.Module, mesh: Mesh, own: SequencePlan | None = None) -> None:
     """Let the ranks of a sequence group share each sample's tokens in every forward from now on.
 
     Called once adapters are in and before the engine takes the module; a mesh without sequence groups changes nothing.
+
+    Args:
+        own: the family's plan, where it brings one.
+
+    Raises:
+        ConfigError: no attention would look beyond a rank's own tokens.
     """
     if mesh.sequence_group is None:
         return
-    plan = PLANS[type(transformer).__name__]
+    plan = own or PLANS[type(transformer).__name__]
     ulysses = Ulysses(mesh.sequence_group, plan.text_first)
 
     def split_inputs(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -151,17 +191,32 @@ def parallelise(transformer: nn.Module, mesh: Mesh) -> None:
         return ulysses.join(output, 1)
 
     plan.attention(transformer)
-    lists: list[Any] = [transformer.get_submodule(name) for name in plan.blocks]
     transformer.register_forward_pre_hook(split_inputs, with_kwargs=True)
     transformer.get_submodule(f"{plan.blocks[0]}.0").register_forward_pre_hook(enter, with_kwargs=True)
     if plan.first_tokens is not None:
-        for block in chain.from_iterable(lists):
+        for block in (one for name in plan.blocks for one in transformer.get_submodule(name).children()):
             block.register_forward_pre_hook(partial(count_held, plan.first_tokens, ulysses))  # behind `enter`
     plan.rope(transformer, ulysses)
-    transformer.get_submodule(plan.head).register_forward_hook(join)
+    last = plan.head or f"{plan.blocks[-1]}.{len(transformer.get_submodule(plan.blocks[-1])) - 1}"  # type: ignore[arg-type]
+    transformer.get_submodule(last).register_forward_hook(join)
     # The class's module looks `dispatch_attention_fn` up at every call; processors hand it their `_parallel_config`.
     sys.modules[type(transformer).__module__].dispatch_attention_fn = attend  # type: ignore[attr-defined]
-    for name, module in (named for blocks in lists for named in blocks.named_modules()):
-        crosses = plan.cross_attention is not None and name.endswith(f".{plan.cross_attention}")
-        if not crosses and hasattr(getattr(module, "processor", None), "_parallel_config"):
-            module.processor._parallel_config = ulysses  # type: ignore[union-attr]
+    for processor in _processors(transformer, plan):
+        processor._parallel_config = ulysses
+
+
+def _processors(transformer: nn.Module, plan: SequencePlan) -> list[Any]:
+    """Of the blocks' attention to all tokens."""
+    named = [part for name in plan.blocks for part in transformer.get_submodule(name).named_modules()]
+    crossing = f".{plan.cross_attention}"
+    attending = [module for name, module in named if not name.endswith(crossing)]
+    found = [
+        module.processor for module in attending if hasattr(getattr(module, "processor", None), "_parallel_config")
+    ]
+    if not found:
+        raise ConfigError(
+            f"the attention of {type(transformer).__name__} in {list(plan.blocks)} does not go through diffusers' "
+            "dispatcher, so that ranks cannot share tokens; give its SequencePlan an `attention`, or set "
+            "parallel.sequence to 1"
+        )
+    return found

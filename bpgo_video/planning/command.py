@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     what = found.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, help="a recipe; its flags (--rollout.group-size 8) may follow")
     what.add_argument("--model", help="a known model, a hub id or a folder, with the flags below in place of a recipe")
+    found.add_argument("--family", help="of --model, as policy.family in recipes: another pipeline, or module:Name")
     found.add_argument("--gpus", type=int, required=True, help="of the whole run")
     found.add_argument(
         "--gigabytes", type=int, nargs="+", default=list(GPUS), help="of one GPU; several sizes are compared"
@@ -93,6 +94,7 @@ def recipe_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "run": {"dir": "none"},
         "policy": {
             "folder": arguments.model,
+            "family": arguments.family,
             "max_sequence_length": find_model(arguments.model).text_tokens or 512,
             "gradient_checkpointing": not arguments.no_checkpointing,
             "lora": {"rank": arguments.lora_rank},

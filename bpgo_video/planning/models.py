@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.bpgo import ConfigError, PolicyConfig
 from bpgo_video.paths import resolve_folder
+from bpgo_video.policies import Policy, family_of
+from bpgo_video.policies.pipeline_policy import PipelinePolicy
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,21 +28,23 @@ class Model:
     Attributes:
         name: of the table, or the folder that it was read from.
         source: where its numbers come from.
+        index: its model_index.json but for the parts: the pipeline's `_class_name`, and settings.
         transformers: names of its transformers, all of one shape: two where experts share the denoising.
         transformer, vae: their config.json; `_class_name` is a class of diffusers.
         text_tokens: the length that the model was trained with; None where the folder does not tell.
-        token_timesteps: each token has a noise level of its own.
         image_encoder_parameters: of the encoder of conditioning images; 0 where there is none.
+        folder: that it was read from; None of the table.
     """
 
     name: str
     source: str
+    index: Mapping[str, Any]
     transformers: tuple[str, ...]
     transformer: Mapping[str, Any]
     vae: Mapping[str, Any]
     text_tokens: int | None = None
-    token_timesteps: bool = False
     image_encoder_parameters: int = 0
+    folder: Path | None = None
 
 
 @cache
@@ -80,11 +87,12 @@ def _from_folder(name: str) -> Model:
     return Model(
         name=name,
         source=str(folder),
+        index=index,
         transformers=present,
         transformer=json.loads(configs["transformer"].read_text()),
         vae=json.loads(configs["vae"].read_text()),
-        token_timesteps=bool(index.get("expand_timesteps")),
         image_encoder_parameters=_stored_parameters(folder / "image_encoder"),
+        folder=folder,
     )
 
 
@@ -97,3 +105,35 @@ def _stored_parameters(folder: Path) -> int:
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def described(model: Model, settings: PolicyConfig) -> Policy:
+    """The model as its family's policy without any network or scheduler: what it makes of the configs.
+
+    Raises:
+        ConfigError: a family that is not known, or one that does not say by configs what it samples.
+    """
+    found = family_of(model.name, model.index["_class_name"], settings.family)
+    if not issubclass(found, PipelinePolicy):
+        raise ConfigError(f"{found.__name__} is no PipelinePolicy: what it samples is not known without its weights")
+    with _configs(model) as folder:
+        empty = SimpleNamespace(**dict.fromkeys(model.transformers))
+        policy: Any = found.variant(folder)(folder, empty, settings.max_sequence_length)
+    known: Policy = policy
+    return known
+
+
+@contextmanager
+def _configs(model: Model) -> Iterator[Path]:
+    """A pipeline folder without weights: the model's own, or one that is written from the table."""
+    if model.folder is not None:
+        yield model.folder
+        return
+    with TemporaryDirectory() as scratch:
+        parts = {**dict.fromkeys(model.transformers, model.transformer), "vae": model.vae}
+        index = {**model.index, **{name: ["diffusers", config["_class_name"]] for name, config in parts.items()}}
+        (Path(scratch) / "model_index.json").write_text(json.dumps(index))
+        for name, config in parts.items():
+            (Path(scratch) / name).mkdir()
+            (Path(scratch) / name / "config.json").write_text(json.dumps(dict(config)))
+        yield Path(scratch)

@@ -13,8 +13,8 @@ from bpgo_video.config.rules import check_world
 from bpgo_video.parallel.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.planning import rehearsal
 from bpgo_video.planning.inputs import Batch
-from bpgo_video.planning.models import Model
-from bpgo_video.planning.rehearsal import Footprint, Treatment
+from bpgo_video.planning.models import Model, described
+from bpgo_video.planning.rehearsal import Footprint, Latents, Treatment
 from bpgo_video.planning.zero import (
     FP32,
     Held,
@@ -28,6 +28,7 @@ from bpgo_video.planning.zero import (
     live_weights,
     missing_weights,
 )
+from bpgo_video.policies import Policy
 from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous, trust_region
 from bpgo_video.zero.engine import compute_dtype
 
@@ -57,9 +58,24 @@ class Job:
         return Zero.of(self.ds_config, self.ranks)
 
     @cached_property
-    def latents(self) -> tuple[int, int, int, int]:
-        video = self.config.video
-        return rehearsal.compression(self.model).latents(video.num_frames, video.height, video.width)
+    def policy(self) -> Policy:
+        """The family's, without any network."""
+        return described(self.model, self.config.policy)
+
+    @cached_property
+    def latents(self) -> Latents:
+        """What is sampled, and kept of a path."""
+        return self.policy.latent_shape(self.config.video)
+
+    @property
+    def computed(self) -> Latents:
+        """What passes the transformer: the sampled frames behind those that an image gives."""
+        return _with_frames(self.latents, self.policy.given_frames)
+
+    @property
+    def decoded(self) -> Latents:
+        """What the VAE makes the video of: padding is dropped."""
+        return _with_frames(self.computed, -self.policy.padding_frames)
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -68,12 +84,18 @@ class Job:
         halves = 2 if max(sampler.guidance_scale, sampler.guidance_scale_2 or 1) > 1 else 1
         batch = Batch(
             samples=rollout.micro_batch_size * halves,
-            latents=self.latents,
+            latents=self.computed,
             text_tokens=policy.max_sequence_length,
             dtype=compute_dtype(self.ds_config),
-            token_timesteps=self.model.token_timesteps,
+            given_frames=self.policy.given_frames,
         )
-        treatment = Treatment(policy.gradient_checkpointing, policy.lora, self.config.parallel.sequence)
+        treatment = Treatment(
+            gradient_checkpointing=policy.gradient_checkpointing,
+            lora=policy.lora,
+            sequence=self.config.parallel.sequence,
+            plan=self.policy.sequence_plan,
+            inputs=type(self.policy).transformer_inputs,
+        )
         return rehearsal.footprint(self.model, batch, treatment)
 
     @cached_property
@@ -87,6 +109,11 @@ class Job:
             frozen=work.frozen * trained + published * (len(names) - trained),
             largest_block=work.largest_block,
         )
+
+
+def _with_frames(latents: Latents, more: int) -> Latents:
+    channels, frames, height, width = latents
+    return channels, frames + more, height, width
 
 
 @dataclass(frozen=True)
@@ -135,8 +162,8 @@ def reckon(job: Job) -> Plan:
     """The plan of a job.
 
     Raises:
-        ConfigError: the batch does not divide over the ranks, the VAE makes no such video, or the heads do not divide
-            over the sequence group.
+        ConfigError: the batch does not divide over the ranks, the policy makes no such video, or the heads do not
+            divide over the sequence group.
     """
     check_world(job.config, job.ranks)
     zero, weights, work, resting = job.zero, job.weights, job.footprint, _resting(job)
@@ -219,6 +246,6 @@ def _videos(job: Job) -> int:
 
 def _decoding(job: Job) -> Parts:
     policy = job.config.policy
-    work = rehearsal.decoding(job.model, job.latents, _decoded_at_once(job), policy.vae_tiling, policy.vae_slicing)
+    work = rehearsal.decoding(job.model, job.decoded, _decoded_at_once(job), policy.vae_tiling, policy.vae_slicing)
     resting_elsewhere = rehearsal.vae_bytes(job.model) if policy.frozen_rest_on == "cpu" else 0
     return {"decoding": work, "VAE and image encoder": resting_elsewhere}

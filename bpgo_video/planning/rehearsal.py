@@ -23,10 +23,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bpgo_video.config.bpgo import ConfigError, LoraConfig
 from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.parallel.sequence import check_heads, parallelise
+from bpgo_video.parallel.sequence import PLANS, SequencePlan, check_heads, parallelise
 from bpgo_video.planning.allocations import Allocations
-from bpgo_video.planning.inputs import Batch, arguments
+from bpgo_video.planning.inputs import Batch, Inputs, arguments
 from bpgo_video.planning.models import Model
+from bpgo_video.policies import kandinsky5_transformer
 from bpgo_video.policies.frozen_parts import in_parts
 from bpgo_video.policies.lora import add_lora
 
@@ -37,11 +38,17 @@ Latents = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Treatment:
-    """How a transformer is run; see the settings of the same names."""
+    """How a transformer is run; see the settings of the same names.
+
+    Attributes:
+        plan, inputs: the family's own, `sequence_plan` and `transformer_inputs`; None takes those of its class.
+    """
 
     gradient_checkpointing: bool = False
     lora: LoraConfig = NO_ADAPTERS
     sequence: int = 1
+    plan: SequencePlan | None = None
+    inputs: Inputs | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,9 @@ def on_shapes(module: nn.Module, dtype: torch.dtype) -> nn.Module:
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     return module
+
+
+PREPARATIONS = {"Kandinsky5Transformer3DModel": kandinsky5_transformer.prepare}  # what policies do to what they load
 
 
 @contextmanager
@@ -122,11 +132,12 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
         adapted = transformer_class.from_config(dict(model.transformer))
         if treatment.lora.rank:
             add_lora(adapted, treatment.lora, seed=0)
-    check_heads({**adapted.config, "_class_name": transformer_class.__name__}, treatment.sequence)
+    name = transformer_class.__name__
+    check_heads({**adapted.config, "_class_name": name}, treatment.sequence, treatment.plan)
     with alone_in_a_group(treatment.sequence) as mesh, FakeTensorMode():
         module: Any = on_shapes(adapted, batch.dtype)
         _prepare(module, treatment, mesh)
-        taken_in = arguments(transformer_class.__name__, adapted.config, batch)
+        taken_in = arguments(name, adapted.config, batch, treatment.inputs)
         forward, replay = _peaks(module, taken_in)
         parameters = list(module.parameters())
         return Footprint(
@@ -139,9 +150,12 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
 
 
 def _prepare(module: Any, treatment: Treatment, mesh: Mesh) -> None:
+    PREPARATIONS.get(type(module).__name__, lambda _: None)(module)
     if treatment.gradient_checkpointing:
         module.enable_gradient_checkpointing()
-    parallelise(module, mesh)
+    if plan := treatment.plan or PLANS.get(type(module).__name__):
+        plan.attention(module)  # on one rank, too: shapes alone do not tell which of Mochi's text tokens are padding
+    parallelise(module, mesh, treatment.plan)
     for parameter in module.parameters():
         if parameter.requires_grad:  # ZeRO takes gradients as they come; what it keeps of them is reckoned apart
             parameter.register_post_accumulate_grad_hook(_give_away)
@@ -172,37 +186,6 @@ def _elements(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@dataclass(frozen=True)
-class Compression:
-    """How a VAE shrinks a video: the first frame stands for itself where the VAE is causal."""
-
-    temporal: int
-    spatial: int
-    channels: int
-
-    def latents(self, num_frames: int, height: int, width: int) -> Latents:
-        """Shape of a video's latents.
-
-        Raises:
-            ConfigError: frames or pixels that the VAE does not make.
-        """
-        if (num_frames - 1) % self.temporal or height % self.spatial or width % self.spatial:
-            raise ConfigError(
-                f"{width}x{height} pixels and {num_frames} frames are none that this VAE makes: sides are multiples of "
-                f"{self.spatial}, frames {self.temporal} n + 1"
-            )
-        return self.channels, (num_frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial
-
-
-@cache
-def compression(model: Model) -> Compression:
-    """Found by decoding two small shapes."""
-    with _vae(model) as vae:
-        channels = vae.config.get("z_dim") or vae.config["latent_channels"]
-        shorter, longer = (vae.decode(torch.empty(1, channels, frames, 8, 8)).sample.shape for frames in (3, 5))
-    return Compression((longer[2] - shorter[2]) // 2, longer[3] // 8, channels)
-
-
 @contextmanager
 def _vae(model: Model) -> Iterator[Any]:
     with torch.device("meta"):
@@ -222,6 +205,7 @@ def decoding(model: Model, latents: Latents, samples: int, tiling: bool = False,
     """Bytes at the peak of decoding so many videos at once, beside the VAE's weights."""
     with _vae(model) as vae:
         in_parts(vae, tiling=tiling, slicing=slicing)
+        level = {"temb": torch.empty(samples)} if vae.config.get("timestep_conditioning") else {}  # LTX-Video's
         with Allocations([*vae.parameters(), *vae.buffers()]) as counted:
-            vae.decode(torch.empty(samples, *latents), return_dict=False)
+            vae.decode(torch.empty(samples, *latents), return_dict=False, **level)
     return counted.peak

@@ -30,6 +30,8 @@ FAMILIES: dict[str, str] = {  # diffusers' name of a pipeline -> who makes a pol
     "CogVideoXPipeline": "bpgo_video.policies.cogvideox:CogVideoXPolicy",
     "CogVideoXImageToVideoPipeline": "bpgo_video.policies.cogvideox:CogVideoXImagePolicy",
     "MochiPipeline": "bpgo_video.policies.mochi:MochiPolicy",
+    "Kandinsky5T2VPipeline": "bpgo_video.policies.kandinsky5:Kandinsky5Policy",
+    "Kandinsky5I2VPipeline": "bpgo_video.policies.kandinsky5_image:Kandinsky5ImagePolicy",
 }
 
 
@@ -47,11 +49,16 @@ def family(path: Path, name: str | None = None) -> Any:
     index = path / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{path} holds no model_index.json; a policy is a diffusers pipeline folder")
-    wanted = name or json.loads(index.read_text()).get("_class_name")
-    place = FAMILIES.get(wanted, wanted if name else "")
+    return family_of(str(path), json.loads(index.read_text()).get("_class_name"), name)
+
+
+def family_of(what: str, pipeline_class: str | None, name: str | None = None) -> Any:
+    """`family` of what model_index.json says; `what` is its name in errors."""
+    wanted = name or pipeline_class
+    place = FAMILIES.get(wanted or "", name or "")
     if ":" not in place:
         raise ConfigError(
-            f"{name or path} is a {wanted}; known families are {sorted(FAMILIES)}. Write a class for it "
+            f"{name or what} is a {wanted}; known families are {sorted(FAMILIES)}. Write a class for it "
             "(docs/new_family.md) and name it in policy.family as 'my_pkg.module:Name'"
         )
     try:

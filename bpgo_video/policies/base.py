@@ -48,9 +48,12 @@ class Policy(Protocol):
         given_frames: latent frames at the start that the image fixes, and that are not sampled.
         padding_frames: latent frames that are sampled in front of the others, and that the video does not show.
         one_dtype: diffusers' pipeline runs in one dtype alone, its VAE included.
+        one_text_a_call: texts beside each other in a call of diffusers' pipeline would change each other's videos.
         fps: frames a second that the family's authors train on.
         options: settings that are the family's own, by their names in a recipe's section policy.
         guidance_argument: what the pipeline's call names classifier-free guidance.
+        sequence_plan: where its transformer parts its tokens; None takes the one of its class.
+        transformer_inputs: what its transformer takes in, as shapes; None takes the function of its class.
     """
 
     folder: Path
@@ -65,9 +68,12 @@ class Policy(Protocol):
     given_frames: int
     padding_frames: int
     one_dtype: bool
+    one_text_a_call: bool
     fps: float
     options: Mapping[str, float | None]
     guidance_argument: str
+    sequence_plan: Any
+    transformer_inputs: Any
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of prompts, axis 0 over prompts; needs the text encoder.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,15 @@ class CogVideoXPolicy(PipelinePolicy):
         super().__init__(folder, pipeline, max_sequence_length)
         for module in self.transformers.values():
             dispatch(module)
-        alpha_squared = pipeline.scheduler.alphas_cumprod.double()
-        alpha, s = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
-        self.levels = s / (alpha + s)  # sigma of every timestep of training
         self.padding_frames = 0 if self.transformer_config["patch_size_t"] is None else 1
         self.fps = 16.0 if self.padding_frames else 8.0
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """Sigma of every timestep of training: [timesteps], fp64."""
+        alpha_squared = self.pipeline.scheduler.alphas_cumprod.double()
+        alpha, s = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+        return s / (alpha + s)
 
     @classmethod
     def check(cls, folder: Path) -> None:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.policies.flow_match import scheduled_sigmas
-from bpgo_video.policies.pipeline_policy import PipelinePolicy, networks_of, read_config
-from bpgo_video.types import Conditioning, Latents, Velocity, Videos
+from bpgo_video.policies.hunyuan_vae import HunyuanVAEPolicy
+from bpgo_video.policies.pipeline_policy import networks_of, read_config
+from bpgo_video.types import Conditioning, Latents, Velocity
 
 GUIDANCE_UNIT = 1000.0  # of the scale that the transformer is told
 
 
-class HunyuanVideoPolicy(PipelinePolicy):
+class HunyuanVideoPolicy(HunyuanVAEPolicy):
     """HunyuanVideo's pipeline parts.
 
     Attributes:
@@ -63,11 +64,7 @@ class HunyuanVideoPolicy(PipelinePolicy):
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask.bool(), "pooled_prompt_embeds": pooled}
 
     def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
-        config = self.vae_config
-        temporal, spatial = config["temporal_compression_ratio"], config["spatial_compression_ratio"]
-        self.check_size(video, temporal, spatial * self.transformer_config["patch_size"])
-        frames = (video.num_frames - 1) // temporal + 1
-        return config["latent_channels"], frames, video.height // spatial, video.width // spatial
+        return self.compressed(video, self.transformer_config["patch_size"])
 
     def example(self) -> tuple[Latents, Conditioning]:
         config, generator = self.transformer_config, torch.Generator().manual_seed(0)
@@ -86,7 +83,6 @@ class HunyuanVideoPolicy(PipelinePolicy):
     def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
         dtype = conditioning["prompt_embeds"].dtype
         train_timesteps = self.pipeline.scheduler.config.num_train_timesteps
-        guidance = torch.full((len(latents),), self.embedded_guidance, dtype=dtype, device=latents.device)
         prediction = self.transformers(
             self.transformer_at(float(sigma.max())),
             hidden_states=self.transformer_input(latents, conditioning).to(dtype),
@@ -94,10 +90,16 @@ class HunyuanVideoPolicy(PipelinePolicy):
             encoder_hidden_states=conditioning["prompt_embeds"],
             encoder_attention_mask=conditioning["prompt_attention_mask"],
             pooled_projections=conditioning["pooled_prompt_embeds"],
-            guidance=guidance * GUIDANCE_UNIT,
+            guidance=self.told_guidance(len(latents), dtype, latents.device),
             return_dict=False,
         )[0]
         return prediction[:, :, self.given_frames :].float()
+
+    def told_guidance(self, samples: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "samples"] | None:
+        """`embedded_guidance` in the transformer's unit, of each sample; None where it has no input for it."""
+        if not self.transformer_config["guidance_embeds"]:
+            return None
+        return torch.full((samples,), self.embedded_guidance, dtype=dtype, device=device) * GUIDANCE_UNIT
 
     def transformer_input(self, latents: Latents, conditioning: Conditioning) -> Tensor:
         """What enters the first layer: here the noisy latents alone."""
@@ -109,18 +111,6 @@ class HunyuanVideoPolicy(PipelinePolicy):
         scale = self.options["embedded_guidance"]
         assert scale is not None
         return scale
-
-    @torch.no_grad()
-    def encode_video(self, videos: Videos) -> Latents:
-        vae = self.pipeline.vae
-        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
-        return vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
-        vae = self.pipeline.vae
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
     def call_arguments(
         self,

@@ -84,8 +84,8 @@ class HunyuanImagePolicy(HunyuanVideoPolicy):
     @torch.no_grad()
     def image_conditioning(self, images: Images, video: VideoConfig) -> dict[str, Tensor]:
         """`image_latents`: a latent frame, [prompts, channels, 1, latent_height, latent_width]."""
-        encode = super().encode_video
-        return {"image_latents": torch.cat([encode(image[None, None]) for image in images])}
+        vae = self.pipeline.vae
+        return {"image_latents": torch.cat([self.clean_latents(vae, image[None, None]) for image in images])}
 
     def start(self, noise: Latents, conditioning: Conditioning) -> Latents:
         """The noise with a thousandth of the image in every frame; the noise level counts as 1 nonetheless."""

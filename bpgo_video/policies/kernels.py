@@ -8,32 +8,43 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.parallel.sequence import PLANS
 from bpgo_video.policies.transformers import Transformers
 
 INFERENCE_ONLY = "sage"  # its kernels have no backward
 
 
-def choose_attention(transformers: Transformers, backend: str | None) -> None:
+def choose_attention(transformers: Transformers, backend: str | None, *, trains: bool = True) -> None:
     """Let attention be computed by a backend, in rollout and replay alike; None leaves diffusers' own choice.
 
     Raises:
-        ConfigError: diffusers does not know the backend, it is not installed, it has no gradient, or a transformer's
-            attention does not go through diffusers' dispatch.
+        ConfigError: see `check_backend`; or the backend is not installed, or a transformer's attention does not go
+            through diffusers' dispatch.
     """
-    if backend is None:
-        return
+    check_backend(backend, trains=trains)
+    if backend is not None:
+        for transformer in transformers.values():
+            _choose(transformer, backend)
+
+
+def check_backend(backend: str | None, *, trains: bool) -> None:
+    """Whether a name is one that can be looked for.
+
+    Raises:
+        ConfigError: diffusers does not know it, or it has no gradient and is to train.
+    """
     known = sorted(name.value for name in AttentionBackendName)
-    if backend not in known:
+    if backend is not None and backend not in known:
         raise ConfigError(f"policy.attention_backend is {backend!r}; diffusers knows {known}")
-    if INFERENCE_ONLY in backend:
+    if trains and backend is not None and INFERENCE_ONLY in backend:
         raise ConfigError(
             f"policy.attention_backend is {backend!r}, which has no backward and cannot train; take `flash` or `native`"
         )
-    for transformer in transformers.values():
-        _choose(transformer, backend)
 
 
 def _choose(transformer: Any, backend: str) -> None:
+    if plan := PLANS.get(type(transformer).__name__):
+        plan.attention(transformer)  # diffusers' own processors for some do not go through its dispatcher
     processors = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
         raise ConfigError(
@@ -43,7 +54,9 @@ def _choose(transformer: Any, backend: str) -> None:
     try:
         transformer.set_attention_backend(backend)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"policy.attention_backend {backend!r} cannot be used here: {error}") from error
+        raise ConfigError(
+            f"policy.attention_backend {backend!r} cannot be used here: {error}; `native` needs no package"
+        ) from error
 
 
 def compile_blocks(transformer: nn.Module, block_classes: tuple[type, ...]) -> None:

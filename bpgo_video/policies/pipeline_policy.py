@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
+from bpgo_video.parallel.sequence import SequencePlan
 from bpgo_video.policies.base import Build
 from bpgo_video.policies.transformers import Transformers, read_index, transformer_names
 from bpgo_video.types import Conditioning, Latents, Videos
@@ -38,8 +39,12 @@ class PipelinePolicy:
         texts_see_images: the text encoder reads a prompt together with the image.
         padding_frames: latent frames that are sampled in front, and that the video does not show.
         one_dtype: diffusers' pipeline hands latents from network to network without a cast.
+        one_text_a_call: diffusers' pipeline pads the texts of a call to one length and does not mask it.
         options: settings that are the family's own, of the class with its pipeline's values.
         guidance_argument: what the pipeline's call names classifier-free guidance.
+        sequence_plan: where the transformer parts its tokens; None takes the one of its class in `sequence.PLANS`.
+        transformer_inputs: what the transformer takes in, as shapes; None takes the function of its class in
+            `planning.inputs.INPUTS`.
     """
 
     pipeline_name: ClassVar[str]
@@ -50,8 +55,11 @@ class PipelinePolicy:
     given_frames: ClassVar[int] = 0
     padding_frames: int = 0
     one_dtype: ClassVar[bool] = False
+    one_text_a_call: ClassVar[bool] = False
     options: Mapping[str, float | None] = MappingProxyType({})
     guidance_argument: ClassVar[str] = "guidance_scale"
+    sequence_plan: ClassVar[SequencePlan | None] = None
+    transformer_inputs: ClassVar[Callable[[Mapping[str, Any], Any], dict[str, Any]] | None] = None
 
     def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
         self.folder = folder

@@ -7,11 +7,9 @@ update it was made.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,16 +21,15 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
-from pydantic_core import to_jsonable_python
 from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.config.bpgo import WandbConfig
 from bpgo_video.data.atomic import atomic_file
+from bpgo_video.reports.wandb_run import Cell, WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 FRAMES_FILE = "samples/frame_scores.jsonl"
-WANDB_ID_FILE = "wandb_run_id.txt"
 QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal
 RECORD = TypeAdapter(dict[str, FiniteFloat])
 
@@ -105,7 +102,7 @@ class RunLog:
         self._run_dir, self._next_step, self._keys = run_dir, start_step, keys
         self._later: Mapping[str, Number] = {}
         self._file: TextIO | None = None
-        self._wandb: Any = None
+        self._wandb: WandbRun | None = None
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -115,7 +112,7 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         self._progress = _Progress(total_steps, start_step, keys.shown)
         if wandb is not None and wandb.project is not None:
-            self._wandb = _open_wandb(run_dir, wandb, config)
+            self._wandb = WandbRun(run_dir, wandb, config)
 
     def log(self, step: int, values: Mapping[str, Tensor | Number]) -> None:
         """Appends the record of `step`: finite, later than the last one, with the required keys.
@@ -131,7 +128,7 @@ class RunLog:
         self._file.flush()
         os.fsync(self._file.fileno())  # a checkpoint that outlives a loss of power must find its records
         if self._wandb is not None:
-            self._wandb.log({key: value for key, value in record.items() if key != "step"}, step=step)
+            self._wandb.log(step, {key: value for key, value in record.items() if key != "step"})
         self._progress.update(step, record)
 
     def later(self, told: str, values: Mapping[str, Number]) -> None:
@@ -151,11 +148,13 @@ class RunLog:
 
     def media(self, step: int, name: str, videos: Sequence[tuple[Path, str]]) -> None:
         """Sends (mp4 path, caption) pairs to wandb under `name`; nothing where wandb is not configured."""
-        if self._wandb is None:
-            return
-        wandb = importlib.import_module("wandb")
-        samples = [wandb.Video(str(path), caption=caption, format="mp4") for path, caption in videos]
-        self._wandb.log({name: samples}, step=step)
+        if self._wandb is not None:
+            self._wandb.media(step, name, videos)
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Cell]]) -> None:
+        """Sends a table of these rows to wandb under `name`; a path is shown as the video that it names."""
+        if self._wandb is not None and rows:
+            self._wandb.table(step, name, rows)
 
     def close(self, failed: bool = False) -> None:
         if self._file is None or self._file.closed:
@@ -163,7 +162,7 @@ class RunLog:
         self._file.close()
         self._progress.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
+            self._wandb.finish(failed)
 
     def __enter__(self) -> RunLog:
         return self
@@ -256,29 +255,3 @@ class _Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _open_wandb(run_dir: Path, settings: WandbConfig, config: Mapping[str, Any] | None) -> Any:
-    """A wandb run under the id that the run directory keeps, for a resume to continue; asks for no key."""
-    try:
-        wandb = importlib.import_module("wandb")  # a run without a project must not import it
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"wandb project {settings.project!r} is configured, but wandb is not installed: pip install wandb"
-        ) from error
-    id_file = run_dir / WANDB_ID_FILE
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    mode = settings.mode or "online"
-    if mode == "online" and not wandb.login(prompt=False, verify=False):
-        print("wandb: no API key found, this run is recorded offline", file=sys.stderr)
-        mode = "offline"
-    return wandb.init(
-        project=settings.project,
-        name=settings.name,
-        id=id_file.read_text(encoding="utf-8").strip(),
-        resume=None if mode == "offline" else "allow",
-        mode=mode,
-        dir=run_dir,
-        config=to_jsonable_python(config or {}),
-    )

@@ -73,8 +73,9 @@ def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
     """The DeepSpeed configuration and the shards, checked on this rank against the policy's folder."""
     ds_config = engines.read_ds_config(config.deepspeed)
     folder = resolve_folder(config.policy.folder)
+    plan = family(folder, config.policy.family).sequence_plan
     for name in trained_names(folder, config.policy.trained):
-        check_heads(json.loads((folder / name / "config.json").read_text()), config.parallel.sequence)
+        check_heads(json.loads((folder / name / "config.json").read_text()), config.parallel.sequence, plan)
     shards = PromptShards(config.data.shards, config.data.cache)
     shards.check_policy(encoder_stamp(folder, config.policy.max_sequence_length))
     if family(folder, config.policy.family).texts_see_images:
@@ -138,7 +139,7 @@ def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], m
     trained = trained_names(policy.folder, config.policy.trained)
     blocks = blocks_of(policy.transformers, policy.block_names)
     for name, module in policy.transformers.items():
-        prepare(module, config, mesh, blocks, trains=name in trained)
+        prepare(module, config, mesh, policy, trains=name in trained)
     optim = config.optim
     engine = engines.Engine(
         policy.transformers,
@@ -152,7 +153,7 @@ def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], m
     return engine
 
 
-def prepare(module: Any, config: Recipe, mesh: Mesh, blocks: tuple[type, ...], trains: bool) -> None:
+def prepare(module: Any, config: Recipe, mesh: Mesh, policy: Policy, trains: bool) -> None:
     """A transformer as the recipe wants it, before an engine takes it."""
     if not trains:
         module.requires_grad_(False)
@@ -160,9 +161,9 @@ def prepare(module: Any, config: Recipe, mesh: Mesh, blocks: tuple[type, ...], t
         add_lora(module, config.policy.lora, config.run.seed)
     if config.policy.gradient_checkpointing:
         module.enable_gradient_checkpointing()
-    parallelise(module, mesh)
+    parallelise(module, mesh, policy.sequence_plan)
     if config.policy.compile_blocks:
-        compile_blocks(module, blocks)
+        compile_blocks(module, blocks_of(module, policy.block_names))
 
 
 def builder(ds_config: Mapping[str, Any]) -> Build:

@@ -15,6 +15,7 @@ from bpgo_video.reports.diagnosis import diagnose
 from bpgo_video.reports.metrics import METRICS_FILE, read_metrics
 from bpgo_video.reports.report import write_report
 from bpgo_video.reports.summary import summary_table
+from bpgo_video.reports.wandb_run import Cell
 from bpgo_video.training.heldout import HeldoutScores, shown_rows, stderr
 from bpgo_video.training.session import Session
 
@@ -47,16 +48,40 @@ def shown_prompts(session: Session) -> list[int]:
 
 
 def shown_videos(session: Session, folder: Path, scores: HeldoutScores) -> list[tuple[Path, str]]:
-    """The held-out videos that are shown, each with its prompt and the scores of its frames."""
-    heldout, captioned = session.prompts.heldout, []
-    for index, row in enumerate(shown_prompts(session)):
-        assert heldout is not None  # or nothing is shown
-        by_reward = [
-            f"{name}: " + " ".join(f"{score:.3g}" for score in found.values[row].tolist())
-            for name, found in scores.frames.items()
-        ]
-        captioned.append((folder / f"{index:03d}.mp4", " | ".join([heldout.texts[row], *by_reward])))
-    return captioned
+    """The held-out videos that are shown, each with its prompt and its scores."""
+    heldout = session.prompts.heldout
+    return [
+        (folder / f"{index:03d}.mp4", caption(heldout.texts[row], row, scores))
+        for index, row in enumerate(shown_prompts(session))
+        if heldout is not None
+    ]
+
+
+def caption(prompt: str, row: int, scores: HeldoutScores) -> str:
+    """The prompt of this row, its first sample's scores, and those of frames where a reward has them."""
+    told = [prompt]
+    for name, found in scores.by_name.items():
+        frames = scores.frames[name].values[row].tolist() if name in scores.frames else []
+        by_frame = f" ({' '.join(f'{score:.3g}' for score in frames)})" if frames else ""
+        told.append(f"{name}: {float(found[row, 0]):.3g}{by_frame}")
+    return " | ".join(told)
+
+
+def shown_table(session: Session, progress: Progress, after: HeldoutScores, samples: Path) -> list[dict[str, Cell]]:
+    """What is shown, before the first step and behind the last: a row for each prompt, of its first sample."""
+    heldout, before = session.prompts.heldout, progress.heldout_before
+    if heldout is None or before is None:
+        return []
+    return [
+        {
+            "prompt": heldout.texts[row],
+            "before": samples / "before" / f"{index:03d}.mp4",
+            "after": samples / "after" / f"{index:03d}.mp4",
+            **{f"{name} before": scores[row][0] for name, scores in before.items()},
+            **{f"{name} after": float(scores[row, 0]) for name, scores in after.by_name.items()},
+        }
+        for index, row in enumerate(shown_prompts(session))
+    ]
 
 
 def frame_lines(session: Session, step: int, scores: HeldoutScores) -> list[dict[str, Any]]:

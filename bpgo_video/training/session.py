@@ -162,7 +162,7 @@ def build_reference(
     trained = trained_names(policy.folder, config.policy.trained)  # steps of the others are never compared
     kept = Transformers({name: policy.transformers[name] for name in trained}).requires_grad_(False)
     for module in kept.values():
-        parallelise(module, mesh)
+        parallelise(module, mesh, policy.sequence_plan)
     policy.transformers = engines.frozen(kept, ds_config)
     return FrozenCopy(policy)
 

@@ -33,6 +33,7 @@ from bpgo_video.training.results import (
     Progress,
     frame_lines,
     heldout_videos,
+    shown_table,
     shown_videos,
     summarise,
     write_results,
@@ -178,6 +179,8 @@ class Training:
             self.progress.videos_generated += heldout_videos(self.session)
             scores.append(found)
         self.after = scores[0]
+        if last:
+            log.table(step, "heldout_before_after", shown_table(self.session, self.progress, self.after, self._samples))
         log.frames(frame_lines(self.session, step, self.after))
         return record
 

@@ -66,7 +66,7 @@ def run(case: Case, folder: Path, stage: int, mesh: Mesh, inputs: Any) -> dict[s
     for module in policy.transformers.values():
         if mesh.sequence > 1:  # else without: transformers call their blocks in another way then
             module.enable_gradient_checkpointing()
-        parallelise(module, mesh)
+        parallelise(module, mesh, policy.sequence_plan)
     learner = engine.Engine(
         policy.transformers,
         OptimConfig(name="sgd", learning_rate=HUGE_STEP, max_grad_norm=0.0),

@@ -26,6 +26,7 @@ BUCKET = 4_000_000
 MODEL = Model(
     name="medium",
     source="this test",
+    index={"_class_name": "WanPipeline"},
     transformers=("transformer",),
     transformer={
         "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 8,

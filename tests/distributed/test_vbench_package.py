@@ -19,6 +19,7 @@ import pytest
 from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS
 from bpgo_video.evaluation.vbench.official import Official, measure_officially
 from bpgo_video.evaluation.vbench.suite import find_suite, read_suite
+from bpgo_video.generation.generate import ALONE
 from bpgo_video.rewards.packaged import data_of
 from tests.made.real_suites import VBENCH, assert_equal, measured, write_clips
 from tests.made.recipes import ROOT
@@ -92,7 +93,7 @@ def test_the_package_measures_a_layout_of_real_clips(
         vbench_python, folder, results, "vbench", read_suite(str(tmp_path / "info.json"), samples=1),
         ("temporal_flickering",), "cpu", tmp_path, {"local": True},
     )  # fmt: skip
-    (found,) = measure_officially(asked)
+    (found,) = measure_officially(asked, ALONE)
     values = {Path(video.path).stem.removesuffix("-0"): video.value for video in found.videos}
     assert values == pytest.approx({name: GOLDEN[name] for name in values}, abs=1e-12)
     assert found.score == pytest.approx(sum(values.values()) / 2, abs=1e-12)

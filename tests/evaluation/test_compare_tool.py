@@ -41,7 +41,7 @@ def run_dir(recipe_here: Config, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "start_ranks", lambda: ONE_RANK)
+    monkeypatch.setattr(engine, "start_ranks", lambda timeout: ONE_RANK)
 
 
 def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from bpgo_video.data.video import read_video
 from bpgo_video.evaluation.comparing import paired
 from bpgo_video.evaluation.comparing.comparison import as_json, compare, named, recipe_of, write_comparison
 from bpgo_video.evaluation.comparing.matching import Point, matched
-from bpgo_video.evaluation.comparing.measuring import Found
+from bpgo_video.evaluation.comparing.measuring import Found, read_parts
 from bpgo_video.evaluation.comparing.model_scores import (
     ModelScores,
     PairingError,
@@ -230,3 +230,10 @@ def test_motion_and_diversity_are_what_they_say() -> None:
     assert apart[0].tolist() == pytest.approx([(0.3 + 0.9) / 2, (0.3 + 0.6) / 2, (0.9 + 0.6) / 2], abs=1e-4)
     grain = 0.5 + 0.1 * torch.randn(2, 9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert diversity(thumbnails(grain)[None]).max() < 0.05 < (grain[0] - grain[1]).square().mean().sqrt()
+
+
+def test_a_part_of_another_form_is_named(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "00000.json").write_text('[{"id": 1}]')
+    with pytest.raises(MalformedFile, match=r"(?s)parts/00000\.json: .*delete it"):
+        read_parts(tmp_path)

@@ -67,7 +67,7 @@ def test_scores_belong_to_their_prompts_and_are_the_same_at_every_call(recipe_he
 def test_the_command_prints_a_table_and_writes_json(
     recipe_here: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engine, "start_ranks", lambda: ONE_RANK)
+    monkeypatch.setattr(engine, "start_ranks", lambda timeout: ONE_RANK)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe_here))
     other = random_wan(tmp_path / "other", seed=1)
     for part in ("text_encoder", "tokenizer"):  # another transformer behind the same encoder, as after training

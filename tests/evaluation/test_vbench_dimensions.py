@@ -26,12 +26,12 @@ from bpgo_video.evaluation.vbench.dimension import DimensionError, Footage, Sour
 from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS, find_dimension
 from bpgo_video.evaluation.vbench.image_alignment import motions
 from bpgo_video.evaluation.vbench.pixels import CLIP, DINO, VICLIP, Preparation, fitted, replicated
-from bpgo_video.evaluation.vbench.scoring import measure
+from bpgo_video.evaluation.vbench.scoring import Item, Work
 from bpgo_video.evaluation.vbench.suite import SuitePrompt
 from bpgo_video.evaluation.vbench.text_alignment import middles
 from tests.made.random_rewards import random_clip, random_vit, random_xclip
 from tests.made.real_clips import real_clip
-from tests.made.real_suites import VBENCH, assert_equal, measured, write_clips
+from tests.made.real_suites import VBENCH, assert_equal, measured, measured_alone, write_clips
 from tests.made.tiny_vbench import BACKBONES
 from tests.vbench_side import tiny_networks as tiny
 
@@ -95,17 +95,18 @@ def test_opposite_features_count_as_unlike() -> None:
 
 
 def test_longer_videos_count_more_where_vbench_averages_over_frames(tmp_path: Path, clip_of_a_man: Tensor) -> None:
-    videos = []
+    items = []
     for number, count in enumerate((5, 2)):
         write_video(tmp_path / f"x-{number}.mp4", clip_of_a_man[:count] * (1 - number / 2), fps=8)
-        videos.append((tmp_path / f"x-{number}.mp4", PROMPT, None))
+        items.append(Item(tmp_path / f"x-{number}.mp4", PROMPT, None))
     for name, weights in (
         ("subject_consistency", (4, 1)),
         ("appearance_style", (5, 2)),
         ("temporal_flickering", (1, 1)),
     ):
         dimension = DIMENSIONS[name]
-        result = measure(name, dimension, dimension.network(name, BACKBONES.get(name), CPU), videos)
+        network = dimension.network(name, BACKBONES.get(name), CPU)
+        result = measured_alone(Work(name, dimension, network, tuple(items), CPU))
         first, second = (video.value for video in result.videos)
         assert first != second
         assert result.score == pytest.approx((weights[0] * first + weights[1] * second) / sum(weights), abs=1e-12)
@@ -200,7 +201,8 @@ def test_imaging_quality_is_a_hundredth_of_the_points(tmp_path: Path, clip_of_a_
     write_video(tmp_path / "x-0.mp4", clip_of_a_man, fps=8)
     dimension = DIMENSIONS["imaging_quality"]
     network = dimension.network("imaging_quality", BACKBONES["imaging_quality"], CPU)
-    result = measure("imaging_quality", dimension, network, [(tmp_path / "x-0.mp4", PROMPT, None)])
+    items = (Item(tmp_path / "x-0.mp4", PROMPT, None),)
+    result = measured_alone(Work("imaging_quality", dimension, network, items, CPU))
     frames = read_footage(tmp_path / "x-0.mp4", PROMPT).frames
     expected = torch.cat([tiny.points(frame[None] / 255) for frame in frames]).mean()
     assert result.videos[0].value == pytest.approx(float(expected), abs=1e-4)
@@ -363,7 +365,7 @@ def test_labels_say_how_a_number_was_made() -> None:
         ("temporal_flickering", "dis", "stands on no network"),
         ("overall_consistency", None, "needs ViCLIP"),
         ("dynamic_degree", "raft", r"'raft' is no network of it; --backbone dynamic_degree=dis \| my_pkg"),
-        ("dynamic_degree", "tests.made.tiny_vbench:broken", "could not be built: no weights here"),
+        ("dynamic_degree", "tests.made.tiny_vbench:broken", "could not be built: ValueError: no weights here"),
         ("dynamic_degree", "tests.made.tiny_vbench:none", "could not be built"),
         ("subject_consistency", "no/such/folder", r"does not exist.*=efficientnet \| FOLDER"),
         ("imaging_quality", "none.pth", "No such file or directory: .none.pth."),

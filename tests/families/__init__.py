@@ -15,8 +15,10 @@ from tests.families.cogvideox import (
     COGVIDEOX_PAIRS_ONE_FRAME,
 )
 from tests.families.hunyuan import HUNYUAN, HUNYUAN_CONCAT, HUNYUAN_FIRST_FRAME
+from tests.families.kandinsky5 import KANDINSKY5, KANDINSKY5_IMAGE
 from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.mochi import MOCHI
+from tests.families.page import SKYREELS
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 from tests.families.wan22 import WAN_22, WAN_22_IMAGE, WAN_22_TI2V, WAN_22_TI2V_IMAGE
 
@@ -39,6 +41,9 @@ CASES: dict[str, Case] = {
     "hunyuan": HUNYUAN,
     "hunyuan_image": HUNYUAN_FIRST_FRAME,
     "hunyuan_image_concat": HUNYUAN_CONCAT,
+    "kandinsky5": KANDINSKY5,
+    "kandinsky5_image": KANDINSKY5_IMAGE,
+    "skyreels": SKYREELS,
 }
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]

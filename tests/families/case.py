@@ -42,6 +42,7 @@ class Case:
         arguments: what else the pipeline's call is given.
         options: settings of the family's own.
         hidden_frames: that the VAE decodes in front of the video, and that are not shown.
+        adjusted_frames: latent frames at the start that its pipeline changes by those behind them before it decodes.
     """
 
     write: Callable[[Path], object]
@@ -55,6 +56,7 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     options: dict[str, float] = field(default_factory=dict)
     hidden_frames: int = 0
+    adjusted_frames: int = 0
 
     def policy(self, folder: Path, **options: Any) -> Policy:
         own: dict[str, Any] = {"name": self.family, "options": self.options, **options}
@@ -75,12 +77,12 @@ class Case:
         size = (self.video.height, self.video.width, 3)
         return [Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)) for _ in TEXTS]
 
-    def prompts(self, policy: Policy, config: Config) -> PromptBatch:
+    def prompts(self, policy: Policy, config: Config, dtype: torch.dtype = torch.float32) -> PromptBatch:
         """TEXTS with all that the policy is conditioned on."""
         images, negative = self._images(policy), policy.encode([NEGATIVE])
         texts = policy.encode_with_images(TEXTS, images) if policy.texts_see_images else policy.encode(TEXTS)
         prompts = PromptBatch(torch.tensor([1, 2]), TEXTS, texts, negative, images=images)
-        return conditioned(prompts, policy, config, torch.float32, Mesh(0, 1, CPU), group_size=4)
+        return conditioned(prompts, policy, config, dtype, Mesh(0, 1, CPU), group_size=4)
 
     def _images(self, policy: Policy) -> Tensor | None:
         if not policy.takes_images:

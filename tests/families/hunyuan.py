@@ -39,14 +39,13 @@ TEXT_TOKENS = 12
 WIDTH = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 PICTURE = 48  # pixels of a side, as LLaVA sees it: 24 x 24 patches, for the 576 tokens of the pipeline's template
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
+LLAMA = {name: DEFAULT_PROMPT_TEMPLATE[name] for name in ("template", "crop_start")}
 
 
-def llama_tokenizer() -> PreTrainedTokenizerFast:
+def template_tokenizer(template: str, crop_start: int) -> PreTrainedTokenizerFast:
     """Of words; what stands before a prompt in the pipeline's template is as long as the pipeline takes it to be."""
-    before = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")[0]
-    tokenizer = word_tokenizer(
-        before=DEFAULT_PROMPT_TEMPLATE["crop_start"] - len(re.findall(r"\w+", before)), limit=256
-    )
+    before = template.partition("{}")[0]
+    tokenizer = word_tokenizer(before=crop_start - len(re.findall(r"\w+", before)), limit=256)
     words_alone = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
     tokenizer.backend_tokenizer.pre_tokenizer = words_alone
     return tokenizer
@@ -94,7 +93,7 @@ def random_hunyuan(folder: Path) -> None:
     """Write the pipeline."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts, tokenizer = random_networks(), llama_tokenizer()
+        parts, tokenizer = random_networks(), template_tokenizer(**LLAMA)
         llama = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=4, num_key_value_heads=2, **WIDTH))
     HunyuanVideoPipeline(**parts, text_encoder=llama, tokenizer=tokenizer).save_pretrained(folder)
 

@@ -13,7 +13,7 @@ from bpgo_video.data.video import as_bytes, write_video
 from bpgo_video.evaluation.vbench.dimension import Sources
 from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS
 from bpgo_video.evaluation.vbench.result_files import Result
-from bpgo_video.evaluation.vbench.scoring import measure
+from bpgo_video.evaluation.vbench.scoring import Item, Work, number_of, result_of
 from bpgo_video.evaluation.vbench.suite import SuitePrompt
 from tests.made.real_clips import real_clip
 from tests.made.tiny_vbench import BACKBONES
@@ -46,8 +46,13 @@ def measured(name: str, entries: list[dict[str, str]], folder: Path) -> Result:
     save_file({"weight": weight, "bias": bias}, folder / "head.safetensors")
     sources = Sources(torch.device("cpu"), head=folder / "head.safetensors")
     network = DIMENSIONS[name].network(name, BACKBONES.get(name), sources)
-    videos = [(Path(e["video"]), SuitePrompt(e["prompt"], info=INFO), Path(e["image"])) for e in entries]
-    return measure(name, DIMENSIONS[name], network, videos)
+    items = tuple(Item(Path(e["video"]), SuitePrompt(e["prompt"], info=INFO), Path(e["image"])) for e in entries)
+    return measured_alone(Work(name, DIMENSIONS[name], network, items, sources))
+
+
+def measured_alone(work: Work) -> Result:
+    """The result of one process that keeps nothing."""
+    return result_of(work, [number_of(work, item) for item in work.items])
 
 
 def assert_equal(ours: Result, score: float, values: list[float]) -> None:

@@ -5,28 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, VideoConfig
+from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, PolicyConfig, VideoConfig
 from bpgo_video.config.reading import config_from_dict
 from bpgo_video.planning import advice, command, rehearsal
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.dry_run import dry_run
 from bpgo_video.planning.inputs import INPUTS, Batch, arguments
-from bpgo_video.planning.models import Model, find_model, known_models
+from bpgo_video.planning.models import Model, described, find_model, known_models
 from bpgo_video.planning.plan import RUNTIME, Job, Plan, reckon, room
 from bpgo_video.planning.zero import Held, Weights, Zero, add_at_rest, during_backward, live_weights, missing_weights
 from bpgo_video.zero.engine import zero_settings
 from tests.made.random_wan import random_wan
-from tests.made.recipes import RECIPE
+from tests.made.recipes import RECIPE, small_recipe
 
 MODEL = Model(
     name="small",
     source="this test",
+    index={"_class_name": "WanPipeline"},
     transformers=("transformer",),
     transformer={
         "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4,
@@ -120,14 +122,6 @@ def test_checkpointing_and_sequence_groups_lower_the_activations() -> None:
         rehearsal.footprint(MODEL, large, rehearsal.Treatment(sequence=3))
 
 
-def test_the_vae_tells_its_strides_and_what_it_does_not_make() -> None:
-    strides = rehearsal.compression(MODEL)
-    assert (strides.temporal, strides.spatial, strides.channels) == (4, 4, 4)
-    assert strides.latents(13, 64, 32) == (4, 4, 16, 8)
-    with pytest.raises(ConfigError, match="4 n \\+ 1"):
-        strides.latents(12, 64, 64)
-
-
 def test_decoding_takes_a_video_after_the_other_where_sliced() -> None:
     latents = (4, 2, 16, 16)
     one, four = (rehearsal.decoding(MODEL, latents, samples) for samples in (1, 4))
@@ -138,7 +132,13 @@ def test_decoding_takes_a_video_after_the_other_where_sliced() -> None:
 
 def test_published_models_have_the_parameters_of_their_cards() -> None:
     """Billions, as in names and cards."""
-    cards = {"wan2.1-t2v-1.3b": 1.42, "wan2.1-t2v-14b": 14.29, "cogvideox-2b": 1.69, "ltx-video": 1.92}
+    cards = {
+        "wan2.1-t2v-1.3b": 1.42,
+        "wan2.1-t2v-14b": 14.29,
+        "cogvideox-2b": 1.69,
+        "ltx-video": 1.92,
+        "mochi-1": 10.03,
+    }
     for name, billions in cards.items():
         model = find_model(name)
         with torch.device("meta"):
@@ -157,18 +157,44 @@ def test_every_known_model_names_classes_inputs_and_its_source() -> None:
         find_model("no/such/model")
 
 
+def test_a_published_model_is_seen_as_its_family_sees_it() -> None:
+    """Of TI2V-5B with images a latent frame is given: it is not sampled, passes the transformer, and is decoded."""
+    video = VideoConfig(num_frames=121, height=704, width=1280, fps=24.0)
+    model = find_model("wan2.2-ti2v-5b")
+
+    def shapes(family: str | None) -> tuple[Any, ...]:
+        policy = PolicyConfig("wan2.2-ti2v-5b", 512, family=family)
+        config = replace(small_recipe(Path("run"), Path("shards")), policy=policy, video=video)
+        job = Job(config, BF16, ranks=1, model=model)
+        return job.latents, job.computed, job.decoded, job.policy.given_frames
+
+    whole = (48, 31, 44, 80)
+    assert shapes(None) == (whole, whole, whole, 0)
+    assert shapes("WanImageToVideoPipeline") == ((48, 30, 44, 80), whole, whole, 1)
+    for name, each in known_models().items():
+        assert described(each, PolicyConfig(name, 512)).pipeline_name == each.index["_class_name"]
+    with pytest.raises(ConfigError, match="Path is no PipelinePolicy"):
+        described(model, PolicyConfig("any", 512, family="pathlib:Path"))
+
+
+def test_sizes_that_the_policy_refuses_are_not_planned(job: Job) -> None:
+    odd = replace(job.config, video=replace(job.config.video, height=68))
+    with pytest.raises(ConfigError, match=r"video.height is 68; this policy needs a multiple of 8"):
+        reckon(replace(job, config=odd))
+
+
 def test_a_folder_tells_its_own_shapes(tmp_path: Path) -> None:
     folder = random_wan(tmp_path / "wan", images=True, image_encoder=True)
     model = find_model(str(folder))
     assert model.transformers == ("transformer",)
     assert model.transformer["in_channels"] == 12
     assert 5_000 < model.image_encoder_parameters < 50_000
-    assert rehearsal.compression(model).spatial == 8
+    assert model.folder == folder
 
 
 def test_a_class_whose_inputs_are_not_known_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"MochiTransformer3DModel.*INPUTS"):
-        arguments("MochiTransformer3DModel", {}, BATCH)
+    with pytest.raises(ConfigError, match=r"AllegroTransformer3DModel.*transformer_inputs"):
+        arguments("AllegroTransformer3DModel", {}, BATCH)
 
 
 WEIGHTS = Weights(trained=(6_000_000, 2_000_000), frozen=(4_000_000,), largest_block=1_000_000)
@@ -334,6 +360,9 @@ def test_flags_of_a_model_become_a_recipe() -> None:
     assert config.policy.max_sequence_length == 128
     assert config.parallel.sequence == 2
     assert config.rollout.prompts_per_step == 1, "8 samples fill 4 groups"
+    assert config.policy.family is None
+    images = ["--model", "wan2.2-ti2v-5b", "--gpus", "8", "--family", "WanImageToVideoPipeline"]
+    assert config_from_dict(command.recipe_of(command.parser().parse_args(images))).policy.family == images[-1]
 
 
 def test_blocks_are_those_of_a_models_lists() -> None:

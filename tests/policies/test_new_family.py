@@ -1,75 +1,113 @@
-"""The family that docs/new_family.md shows is a whole one: the very text of the page trains and samples SkyReels-V2."""
+"""The family that docs/new_family.md shows is a whole one: as `skyreels` it goes through the tests of all families.
+
+Here is what a family that is not in the tables brings itself, and what is said where it does not.
+"""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SkyReelsV2Pipeline, SkyReelsV2Transformer3DModel, WanPipeline
+from torch import Tensor, nn
 
-from bpgo_video.config.bpgo import ConfigError, VideoConfig
-from tests.families import Case
-from tests.made.random_wan import TEXT_TOKENS, random_wan
-from tests.made.recipes import ROOT
-from tests.policies import test_families as every
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.parallel import ulysses
+from bpgo_video.parallel.sequence import PLANS, SequencePlan, check_heads, parallelise
+from bpgo_video.planning.inputs import INPUTS
+from bpgo_video.planning.models import find_model
+from bpgo_video.planning.plan import Job, reckon
+from bpgo_video.planning.rehearsal import alone_in_a_group
+from tests.families import CASES, Policy
+from tests.families.page import CODE, random_skyreels
 
-PAGE = ROOT / "docs" / "new_family.md"
-MODULE = "skyreels_of_the_page"
-
-
-def random_skyreels(folder: Path) -> Path:
-    """Wan's random encoder and VAE around a transformer of SkyReels' class."""
-    parts = WanPipeline.from_pretrained(random_wan(folder.with_name("wan"))).components
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformer = SkyReelsV2Transformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-            ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-        )  # fmt: skip
-        torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
-    names = ("tokenizer", "text_encoder", "vae", "scheduler")
-    pipeline = SkyReelsV2Pipeline(**{name: parts[name] for name in names}, transformer=transformer)
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def module() -> Iterator[ModuleType]:
-    """The page's Python, as a module that a recipe can name."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(code.splitlines()) < 75
-    found = sys.modules[MODULE] = ModuleType(MODULE)
-    exec(compile(code, str(PAGE), "exec"), found.__dict__)
-    yield found
-    del sys.modules[MODULE]
+CASE = CASES["skyreels"]
+TRANSFORMER = "SkyReelsV2Transformer3DModel"
 
 
 @pytest.fixture(scope="module")
-def case() -> Case:
-    return Case(
-        random_skyreels, VideoConfig(9, 64, 64, 24.0), TEXT_TOKENS, family=f"{MODULE}:SkyReelsPolicy",
-        euler=lambda unipc: FlowMatchEulerDiscreteScheduler(shift=unipc.config.flow_shift),
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_skyreels(tmp_path_factory.mktemp("skyreels") / "pipeline")
 
 
-policy = every.policy
-test_the_ode_rollout_is_the_pipelines_own = every.test_the_ode_rollout_is_the_pipelines_own
-test_the_ratio_is_one_and_an_update_lowers_its_own_loss = every.test_the_ratio_is_one_and_an_update_lowers_its_own_loss
-test_what_is_trained_leaves_in_files_that_diffusers_reads = (
-    every.test_what_is_trained_leaves_in_files_that_diffusers_reads
-)
+@pytest.fixture
+def policy(folder: Path) -> Policy:
+    return CASE.policy(folder)
+
+
+def job_of(folder: Path, **policy: Any) -> Job:
+    config = CASE.recipe(folder)
+    config = replace(config, policy=replace(config.policy, **policy), parallel=replace(config.parallel, sequence=2))
+    return Job(config, {"zero_optimization": {"stage": 3}}, ranks=2, model=find_model(str(folder)))
+
+
+def test_the_example_is_short_and_in_no_table() -> None:
+    assert len([line for line in CODE.splitlines() if line.strip()]) <= 60
+    assert TRANSFORMER not in PLANS
+    assert TRANSFORMER not in INPUTS
 
 
 def test_without_the_recipes_word_the_family_is_unknown_and_the_way_out_is_told(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is a SkyReelsV2Pipeline; known .*new_family.md.*policy.family"):
-        every.CASES["wan"].policy(folder)
+    message = r"is a SkyReelsV2Pipeline; known .*new_family.md.*policy.family"
+    with pytest.raises(ConfigError, match=message):
+        CASES["wan"].policy(folder)
+    with pytest.raises(ConfigError, match=message):
+        reckon(job_of(folder, family=None))
+
+
+def test_its_own_plan_parts_its_tokens(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone in a group of two: half of the tokens come into a block, and self-attention sees all of them."""
+    seen: dict[str, list[int]] = {"tokens": [], "attended": []}
+
+    def dispatched(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+        seen["attended"].append(query.shape[1])
+        return query
+
+    monkeypatch.setattr(ulysses, "dispatch_attention_fn", dispatched)
+    latents, _ = policy.example()
+    conditioning = {"prompt_embeds": torch.zeros(1, 6, 16)}
+    module: Any = policy.transformers["transformer"]
+    whole = latents[0, 0].numel() // 4
+    with alone_in_a_group(2) as mesh, torch.no_grad():
+        parallelise(module, mesh, policy.sequence_plan)
+        count: Callable[..., None] = lambda _, args: seen["tokens"].append(args[0].shape[1])  # noqa: E731
+        module.blocks[0].register_forward_pre_hook(count)
+        velocity = policy.velocity(latents, torch.tensor(0.5), conditioning)
+    assert velocity.shape == latents.shape
+    assert seen["tokens"] == [whole // 2]
+    assert seen["attended"] == [whole, whole // 2] * 2, (
+        "self-attention of two blocks; each rank's own tokens to the text"
+    )
+
+
+def test_a_plan_of_a_group_is_by_what_the_class_brings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = job_of(folder)
+    assert reckon(shared).phases[0].parts["forward"] > 0
+    policy_class: Any = type(shared.policy)
+    monkeypatch.setattr(policy_class, "transformer_inputs", None)
+    with pytest.raises(ConfigError, match=rf"{TRANSFORMER} takes in is not known.*transformer_inputs"):
+        reckon(job_of(folder))
+    monkeypatch.setattr(policy_class, "sequence_plan", None)
+    with pytest.raises(ConfigError, match=rf"{TRANSFORMER} cannot be split.*sequence_plan"):
+        reckon(job_of(folder))
+
+
+def test_a_plan_that_reaches_no_attention_is_refused() -> None:
+    """Ranks would attend to their own tokens alone."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(2, 2)])
+            self.head = nn.Linear(2, 2)
+
+    plan = SequencePlan(blocks=("blocks",), rope=lambda *_: None, head="head")
+    check_heads({"_class_name": "Written", "num_attention_heads": 4}, 2, plan)
+    with (
+        alone_in_a_group(2) as mesh,
+        pytest.raises(ConfigError, match=r"attention of Written in \['blocks'\].*`attention`"),
+    ):
+        parallelise(Written(), mesh, plan)

@@ -84,7 +84,7 @@ def measure_them(args: argparse.Namespace, to_measure: Sequence[Asked]) -> tuple
     from bpgo_video.evaluation.comparing.comparison import recipe_of
     from bpgo_video.evaluation.comparing.measuring import measure
     from bpgo_video.evaluation.heldout import asked as in_place
-    from bpgo_video.evaluation.heldout import ranks_at_work
+    from bpgo_video.evaluation.ranks import ranks_at_work
 
     config = in_place(
         recipe_of(to_measure, args.config),
@@ -93,6 +93,6 @@ def measure_them(args: argparse.Namespace, to_measure: Sequence[Asked]) -> tuple
         seed=args.seed,
     )
     show_loading_once()
-    with ranks_at_work(config) as mesh:
+    with ranks_at_work(config.parallel) as mesh:
         results = measure(to_measure, config, args.weights, args.output, mesh)
     return dict(zip(to_measure, results, strict=True)), mesh.is_main

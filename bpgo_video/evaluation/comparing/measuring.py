@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from bpgo_video.checkpoints.run_weights import WEIGHTS, put_into
@@ -40,6 +40,7 @@ from bpgo_video.generation.settings import Model, named_model
 from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
+from bpgo_video.reports.metrics import MalformedFile
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.training.heldout import evaluate
@@ -262,8 +263,18 @@ def line_of(record: PromptRecord, scores: dict[str, list[float]]) -> PromptLine:
 
 
 def read_parts(folder: Path) -> list[PromptLine]:
-    """Lines of the prompts that are measured so far."""
-    return [line for path in sorted((folder / PARTS).glob("*.json")) for line in LINES.validate_json(path.read_bytes())]
+    """Lines of the prompts that are measured so far.
+
+    Raises:
+        MalformedFile: a part is not what this program writes.
+    """
+    found: list[PromptLine] = []
+    for path in sorted((folder / PARTS).glob("*.json")):
+        try:
+            found += LINES.validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise MalformedFile(f"{path}: {error}; delete it, and its prompts are measured again") from error
+    return found
 
 
 def blocks(places: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bpgo_video.cli import positive, show_loading_once
+
+if TYPE_CHECKING:  # heavy, and --help needs neither
+    import torch
+
+    from bpgo_video.parallel.mesh import Mesh
 
 GENERATION = """
 The flags of pipelines/generate_video.py hold, but for --prompts and --samples-per-prompt, which are the suite's:
@@ -105,38 +111,63 @@ def add_score(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     command.description = (
         "Measure dimensions by VBench's formulas. Every result is labelled: exact (VBench's numbers, no network), "
-        "native (VBench's formula and network) or proxy. Without --suite every video of DIR is measured."
+        "native (VBench's formula and network) or proxy. Without --suite every video of DIR is measured. On several "
+        "ranks by the deepspeed launcher; the same command goes on where it was broken off."
     )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
     add("--videos", type=Path, required=True, metavar="DIR")
     add("--dimensions", nargs="+", required=True, metavar="D")
     add("--output", type=Path, required=True, metavar="FILE.json", help="VBench's result form, with labels")
     forms = "a network for a dimension: folder, hub id, short name (efficientnet, dis), or a factory, my_pkg.mod:build"
     add("--backbone", action="append", default=[], metavar="D=NETWORK", help=forms)
     add("--head", type=Path, metavar="FILE", help="LAION's aesthetic head, sa_0_4_vit_l_14_linear.pth")
-    add("--device", help="of torch (cuda where there is one)")
+    add("--device", help="of torch (cuda where there is one; of several ranks each its own)")
     add_suite(command)
     add_videos(command)
     command.set_defaults(run=score)
 
 
 def score(args: argparse.Namespace) -> None:
-    import torch
-
+    from bpgo_video.evaluation.ranks import ranks_or_alone
     from bpgo_video.evaluation.vbench.dimension import Sources
-    from bpgo_video.evaluation.vbench.result_files import write_results
+    from bpgo_video.evaluation.vbench.kept_scores import kept_beside
+    from bpgo_video.evaluation.vbench.result_files import Result, write_results
     from bpgo_video.evaluation.vbench.scoring import Asked, score_folder
     from bpgo_video.evaluation.vbench.suite import read_suite
+    from bpgo_video.parallel.agreement import same_verdict
 
-    backbones = dict(_pair(text) for text in args.backbone)
-    suite = None if args.suite is None else read_suite(args.suite, args.samples)
-    asked = Asked(args.videos, tuple(dict.fromkeys(args.dimensions)), backbones, suite, args.images, args.fps)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def done(results: Sequence[Result]) -> None:
+        write_results(args.output, results)
+        last = results[-1]
+        labels = ", ".join(last.labels)
+        print(f"{last.dimension:24} {last.score:.4f}  {labels}, {len(last.videos)} videos", flush=True)
+
     show_loading_once()
-    sources = Sources(torch.device(device), head=args.head)
-    results = score_folder(asked, sources, lambda results: write_results(args.output, results))
-    for result in results:
-        print(f"{result.dimension:24} {result.score:.4f}  {', '.join(result.labels)}, {len(result.videos)} videos")
-    print(args.output)
+    with ranks_or_alone() as mesh:
+        with same_verdict(mesh):
+            backbones = dict(_pair(text) for text in args.backbone)
+            suite = None if args.suite is None else read_suite(args.suite, args.samples)
+            asked = Asked(args.videos, tuple(dict.fromkeys(args.dimensions)), backbones, suite, args.images, args.fps)
+            sources = Sources(device_of(args.device, mesh), head=args.head)
+        score_folder(asked, sources, mesh, kept_beside(args.output), done)
+        if mesh.is_main:
+            print(args.output)
+
+
+def device_of(asked: str | None, mesh: Mesh) -> torch.device:
+    """Where this rank measures.
+
+    Raises:
+        ValueError: one accelerator is named for several ranks.
+    """
+    import torch
+
+    if asked is None:
+        return mesh.device
+    device = torch.device(asked)
+    if mesh.world_size > 1 and device.index is not None:
+        raise ValueError(f"--device {asked} is one device for {mesh.world_size} ranks; each takes its own without it")
+    return mesh.device if device.type == mesh.device.type and mesh.world_size > 1 else device
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -148,7 +179,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 def add_vbench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    command.description = "Measure by VBench's own code: one process a dimension, checked results, real exit codes."
+    command.description = (
+        "Measure by VBench's own code: one process a dimension, checked results, real exit codes. "
+        "On several ranks by the deepspeed launcher each takes its share of the dimensions."
+    )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
     add("--python", required=True, metavar="PYTHON", help="an interpreter with the package vbench")
     add("--videos", type=Path, required=True, metavar="DIR")
     add(
@@ -171,22 +206,29 @@ def add_vbench(command: argparse.ArgumentParser) -> None:
 
 
 def vbench(args: argparse.Namespace) -> None:
+    from bpgo_video.evaluation.ranks import ranks_or_alone
     from bpgo_video.evaluation.vbench.official import Official, measure_officially
     from bpgo_video.evaluation.vbench.suite import SuiteError, read_suite
+    from bpgo_video.parallel.agreement import same_verdict
 
-    suite = None if args.suite is None else read_suite(args.suite, args.samples)
-    dimensions = tuple(dict.fromkeys(args.dimensions or (suite.dimensions if suite is not None else ())))
-    if not dimensions:
-        raise SuiteError("say which --dimensions: without VBench's own list nothing names them")
-    if args.benchmark == "vbench-i2v" and suite is None:
-        raise SuiteError("vbench-i2v needs its own list, vbench2_i2v_full_info.json: --suite FILE")
-    options = {"local": args.local} | ({"resolution": args.resolution} if args.benchmark == "vbench-i2v" else {})
-    asked = Official(
-        args.python, args.videos.absolute(), args.output.absolute(), args.benchmark, suite, dimensions, args.device,
-        args.folder.absolute(), options,
-    )  # fmt: skip
-    for result in measure_officially(asked):
-        print(f"{result.dimension:24} {result.score:.4f}  {len(result.videos)} videos")
+    with ranks_or_alone() as mesh:
+        with same_verdict(mesh):
+            suite = None if args.suite is None else read_suite(args.suite, args.samples)
+            dimensions = tuple(dict.fromkeys(args.dimensions or (suite.dimensions if suite is not None else ())))
+            if not dimensions:
+                raise SuiteError("say which --dimensions: without VBench's own list nothing names them")
+            if args.benchmark == "vbench-i2v" and suite is None:
+                raise SuiteError("vbench-i2v needs its own list, vbench2_i2v_full_info.json: --suite FILE")
+            options = {"local": args.local}
+            options |= {"resolution": args.resolution} if args.benchmark == "vbench-i2v" else {}
+            asked = Official(
+                args.python, args.videos.absolute(), args.output.absolute(), args.benchmark, suite, dimensions,
+                str(device_of(args.device, mesh)), args.folder.absolute(), options,
+            )  # fmt: skip
+        results = measure_officially(asked, mesh)
+        if mesh.is_main:
+            for result in results:
+                print(f"{result.dimension:24} {result.score:.4f}  {len(result.videos)} videos")
 
 
 def add_total(command: argparse.ArgumentParser) -> None:

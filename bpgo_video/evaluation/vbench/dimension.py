@@ -148,7 +148,8 @@ class Dimension:
                 return self.folder(spec, sources)
         except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
             raise DimensionError(
-                f"{name}: the network {spec!r} could not be built: {error}; another one: --backbone {name}={self.forms}"
+                f"{name}: the network {spec!r} could not be built: {type(error).__name__}: {error}; another one: "
+                f"--backbone {name}={self.forms}"
             ) from error
         raise DimensionError(f"{name}: {spec!r} is no network of it; --backbone {name}={self.forms}")
 

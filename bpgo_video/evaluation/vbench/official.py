@@ -11,6 +11,7 @@ all others are done, and the same command measures what is not there yet.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +28,13 @@ from bpgo_video.evaluation.vbench.result_files import Result, ResultError, check
 from bpgo_video.evaluation.vbench.scoring import videos_of
 from bpgo_video.evaluation.vbench.suite import Suite, listing
 from bpgo_video.evaluation.vbench.video_folder import check_videos as check_folder
+from bpgo_video.parallel.agreement import from_all, same_verdict
+from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.worker_side import vbench_dimension
 
 RECORD = "measured.yaml"  # no .json: VBench's scripts take every one for a result
 SHOWN = 3  # last lines of a process that failed
+OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # the package is one process, on any rank
 CLASSES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"vbench": ("vbench", "VBench"), "vbench-i2v": ("vbench2_beta_i2v", "VBenchI2V")}
 )
@@ -69,27 +73,38 @@ class Official:
         return self.suite is not None and bool(self.suite.dimensions)
 
 
-def measure_officially(asked: Official) -> list[Result]:
-    """Every dimension that has no whole result yet; all results, in the order asked.
+def measure_officially(asked: Official, mesh: Mesh) -> list[Result]:
+    """Every dimension that has no whole result yet, dealt to the ranks; all results, in the order asked.
+
+    Every rank calls it, with its own device, and all see one OUTPUT.
 
     Raises:
         SuiteError: videos are missing, foreign or not alike; nothing was measured.
         OfficialError: OUTPUT is of other videos; or dimensions failed, and each is named.
+        ConfigError: an error of another rank.
     """
-    wanted = {name: [path for path, _ in videos_of(name, asked.videos, asked.suite)] for name in asked.dimensions}
-    check_folder(asked.videos, asked.suite, sorted({path for paths in wanted.values() for path in paths}), None)
-    remember(asked)
-    results, failures = [], []
-    for name, paths in wanted.items():
-        names = [path.name for path in paths]
+    with same_verdict(mesh):
+        wanted = {name: [path for path, _ in videos_of(name, asked.videos, asked.suite)] for name in asked.dimensions}
+        if mesh.is_main:
+            every = sorted({path for paths in wanted.values() for path in paths})
+            check_folder(asked.videos, asked.suite, every, None)
+            remember(asked)
+    results: dict[str, Result] = {}
+    failures: dict[str, str] = {}
+    for name in mesh.dealt(asked.dimensions):
+        names = [path.name for path in wanted[name]]
         try:
-            results.append(finished(asked, name, names) or run_dimension(asked, name, names))
+            results[name] = finished(asked, name, names) or run_dimension(asked, name, names)
         except (OfficialError, ResultError, OSError) as error:
-            failures.append(str(error))
+            failures[name] = str(error)
             print(f"{name} failed", flush=True)
+    for other_results, other_failures in from_all((results, failures), mesh):
+        results |= other_results
+        failures |= other_failures
     if failures:
-        raise OfficialError(f"{len(failures)} of {len(wanted)} dimensions were not measured:{listing(failures)}")
-    return results
+        told = listing(failures[name] for name in asked.dimensions if name in failures)
+        raise OfficialError(f"{len(failures)} of {len(wanted)} dimensions were not measured:{told}")
+    return [results[name] for name in asked.dimensions]
 
 
 def finished(asked: Official, dimension: str, names: Sequence[str]) -> Result | None:
@@ -119,10 +134,13 @@ def run_dimension(asked: Official, dimension: str, names: Sequence[str]) -> Resu
         "dimension": dimension,
         "options": {**_mode(asked), **asked.options},
     }
+    environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     log = asked.output / f"{dimension}.log"
     with log.open("wb") as said:
         command = [asked.python, str(vbench_dimension.__file__), json.dumps(task)]
-        code = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, cwd=asked.folder, check=False).returncode
+        code = subprocess.run(
+            command, stdout=said, stderr=subprocess.STDOUT, cwd=asked.folder, env=environment, check=False
+        ).returncode
     if code != 0:
         last = " / ".join(log.read_text("utf-8", "replace").splitlines()[-SHOWN:])
         raise OfficialError(f"{dimension}: {asked.python} ended with exit code {code}: {last} ({log})")

@@ -113,6 +113,15 @@ def check_videos(folder: Path, suite: Suite | None, paths: Sequence[Path], fps: 
 
 
 def written_fps(folder: Path) -> float | None:
-    """Frames a second of the generation whose manifest lies beside the folder; None where there is none."""
+    """Frames a second of the generation whose manifest lies beside the folder; None where there is none.
+
+    Raises:
+        SuiteError: the manifest is damaged.
+    """
     manifest = beside(folder, "generation.json")
-    return float(json.loads(manifest.read_text("utf-8"))["settings"]["fps"]) if manifest.is_file() else None
+    if not manifest.is_file():
+        return None
+    try:
+        return float(json.loads(manifest.read_text("utf-8"))["settings"]["fps"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise SuiteError(f"{manifest} does not say the rate of its videos ({error!r}); say it with --fps") from error

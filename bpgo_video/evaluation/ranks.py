@@ -1,0 +1,40 @@
+"""Which ranks does an evaluation run on? Those that a launcher started, watched over while they are at work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from bpgo_video.config.bpgo import ParallelConfig
+from bpgo_video.generation.generate import ALONE, PATIENCE
+from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.parallel.mesh import TIMEOUT, Mesh
+from bpgo_video.zero import engine
+
+
+@contextmanager
+def ranks_at_work(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
+    """All ranks, or a group of one where no launcher started any; they part behind the block.
+
+    Args:
+        timeout: how long a rank waits for the slowest one; one that dies or fails ends the others within seconds.
+    """
+    mesh = engine.start_ranks(timeout)
+    with Heartbeat(mesh, parallel.heartbeat_timeout) as heartbeat:
+        heartbeat.enter("evaluation")
+        yield mesh
+    mesh.barrier()
+    engine.stop_ranks()
+
+
+@contextmanager
+def ranks_or_alone() -> Iterator[Mesh]:
+    """The same for work that each rank does for itself, and for hours: a single process starts no group."""
+    if "RANK" not in os.environ:
+        engine.refuse_lone_tasks()
+        yield ALONE
+        return
+    with ranks_at_work(ParallelConfig(), PATIENCE) as mesh:
+        yield mesh

@@ -1,0 +1,194 @@
+"""Scores by many ranks and many calls: the numbers of one, and nothing measured twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bpgo_video.evaluation.vbench import scoring
+from bpgo_video.evaluation.vbench.commands import device_of
+from bpgo_video.evaluation.vbench.dimension import DimensionError, Measured, Sources
+from bpgo_video.evaluation.vbench.kept_scores import Line, drop_kept, keeping, kept_beside, read_kept
+from bpgo_video.evaluation.vbench.result_files import ResultError
+from bpgo_video.evaluation.vbench.scoring import measure, prepare, result_of, score_folder
+from bpgo_video.parallel.mesh import Mesh
+from tests.made.scored_clips import DIMENSIONS, asked_of, clips, score_command
+from tools.evaluate import main
+
+CPU = torch.device("cpu")
+SOURCES = Sources(CPU)
+ALONE = Mesh(rank=0, world_size=1, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clips(tmp_path_factory.mktemp("clips") / "videos")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the videos that are decoded, as they are."""
+    names: list[str] = []
+    decode: Callable = scoring.read_footage
+
+    def seen(path: Path, *more: object) -> object:
+        names.append(path.name)
+        return decode(path, *more)
+
+    monkeypatch.setattr(scoring, "read_footage", seen)
+    return names
+
+
+@given(items=st.lists(st.integers()), world_size=st.integers(1, 9))
+def test_every_item_is_dealt_once_and_shares_are_even(items: list[int], world_size: int) -> None:
+    shares = [Mesh(rank, world_size, CPU).dealt(range(len(items))) for rank in range(world_size)]
+    assert sorted(place for share in shares for place in share) == list(range(len(items)))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_shares_of_any_number_of_ranks_make_one_ranks_results(folder: Path, tmp_path: Path, world_size: int) -> None:
+    """Five videos; of seven ranks two have none."""
+    whole = score_folder(asked_of(folder), SOURCES, ALONE, tmp_path / "one")
+    for work, expected in zip(prepare(asked_of(folder), SOURCES, checks_files=False), whole, strict=True):
+        ranks = [Mesh(rank, world_size, CPU) for rank in range(world_size)]
+        parts = [measure(work, mesh.dealt(range(len(work.items))), mesh, tmp_path / "many") for mesh in ranks]
+        assert sum(map(len, parts)) == len(work.items)
+        found = {place: measured for part in parts for place, measured in part.items()}
+        assert result_of(work, [found[place] for place in range(len(work.items))]) == expected
+
+
+def test_a_score_weighs_videos_by_their_frames_whoever_measured_them(folder: Path, tmp_path: Path) -> None:
+    """VBench's consistency is the mean over all frames: a mean of the ranks' means would be another number."""
+    *_, consistency = score_folder(asked_of(folder), SOURCES, ALONE, tmp_path / "kept")
+    frames = [number + 2 for number in range(5)]  # after the first, of clips of 3, 4, 5 ... frames
+    values = [float(video.value) for video in consistency.videos]
+    assert consistency.score == pytest.approx(sum(map(float.__mul__, values, map(float, frames))) / sum(frames))
+    assert consistency.score != pytest.approx(sum(values) / 5, abs=1e-9)
+
+
+def test_a_stopped_scoring_goes_on_with_the_videos_that_are_left(
+    folder: Path, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*score_command(folder, tmp_path / "scores.json"), "--device", "cpu"]
+    assert main([*score_command(folder, tmp_path / "whole.json"), "--device", "cpu"]) == 0
+    assert len(read) == 3 * 5
+    read.clear()
+    decode = scoring.read_footage
+    failing = lambda *of: pytest.fail("killed") if len(read) == 7 else decode(*of)  # noqa: E731
+    monkeypatch.setattr(scoring, "read_footage", failing)
+    with pytest.raises(pytest.fail.Exception):
+        main(command)
+    assert list(json.loads((tmp_path / "scores.json").read_text())) == ["temporal_flickering"]
+    monkeypatch.setattr(scoring, "read_footage", decode)
+    capsys.readouterr()
+    read.clear()
+    assert main(command) == 0
+    assert read == [f"a man talks-{number}.mp4" for number in (2, 3, 4, 0, 1, 2, 3, 4)]
+    assert "dynamic_degree: 2 of 5 videos were measured before" in capsys.readouterr().out
+    assert (tmp_path / "scores.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not kept_beside(tmp_path / "scores.json").exists(), "what is whole needs no lines"
+    read.clear()
+    assert main(command) == 0
+    assert len(read) == 15, "a scoring that ended is made anew when it is asked for"
+
+
+def test_what_a_number_depends_on_is_in_its_key(folder: Path, tmp_path: Path) -> None:
+    flickering, _, consistency = prepare(asked_of(folder), SOURCES, checks_files=False)
+    item = consistency.items[0]
+    head, image = tmp_path / "head.pth", tmp_path / "image.jpg"
+    head.write_bytes(b"1")
+    image.write_bytes(b"1")
+    other = replace(consistency.network, name="another network")
+    keys = [
+        consistency.key(item),
+        flickering.key(item),
+        replace(consistency, network=other).key(item),
+        replace(consistency, sources=replace(SOURCES, head=head)).key(item),
+        consistency.key(replace(item, prompt=replace(item.prompt, text="another prompt"))),
+        consistency.key(replace(item, prompt=replace(item.prompt, info={"auxiliary_info": {"style": "ink"}}))),
+        consistency.key(replace(item, image=image)),
+        consistency.key(consistency.items[1]),
+    ]
+    assert consistency.key(item) == keys[0]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_video_that_was_replaced_is_measured_again(tmp_path: Path, read: list[str]) -> None:
+    folder, kept = clips(tmp_path / "videos", count=3), tmp_path / "kept"
+    work = prepare(asked_of(folder), SOURCES, checks_files=False)[0]
+    measure(work, range(3), ALONE, kept)
+    changed = folder / "a man talks-1.mp4"
+    os.utime(changed, ns=(changed.stat().st_atime_ns, changed.stat().st_mtime_ns + 1))
+    read.clear()
+    score_folder(replace(asked_of(folder), dimensions=(work.name,), backbones={}), SOURCES, ALONE, kept)
+    assert read == [changed.name]
+
+
+def test_numbers_are_kept_to_the_bit_and_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    lines = [
+        Line("a", "a.mp4", Measured(1 / 3, 0.1)),
+        Line("b", "b.mp4", Measured(True)),
+        Line("c", "c.mp4", Measured(1.0)),
+    ]
+    for part in (lines[:2], lines[2:]):
+        with keeping(tmp_path, "dynamic_degree") as keep:
+            for line in part:
+                keep(line)
+    with keeping(tmp_path, "dynamic_degree_2") as keep:
+        keep(Line("d", "d.mp4", Measured(0.5)))
+    (tmp_path / "dynamic_degree-killed.jsonl").write_text('{"key": "e", "video": "e.mp4", "meas')
+    found = read_kept(tmp_path, "dynamic_degree")
+    assert found == {line.key: line.measured for line in lines}
+    assert [type(found[key].value) for key in "abc"] == [float, bool, float]
+    drop_kept(tmp_path, ["dynamic_degree"])
+    assert read_kept(tmp_path, "dynamic_degree") == {}
+    assert list(read_kept(tmp_path, "dynamic_degree_2")) == ["d"], "another dimension's lines stay"
+    drop_kept(tmp_path, ["dynamic_degree_2"])
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("line", ["", "{}", '{"key": "a", "video": "a.mp4", "measured": {"value": "high"}}'])
+def test_a_line_of_another_form_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "motion-1.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ResultError, match=r"(?s)motion-1\.jsonl, line 1 is no line of a scoring.*delete the file"):
+        read_kept(tmp_path, "motion")
+
+
+@pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random, lambda: float(np.random.rand())])
+def test_a_draw_of_a_users_network_is_the_same_in_any_order(folder: Path, tmp_path: Path, draw: Callable) -> None:
+    """As a network with noise in its layers draws: from a global generator, which is left as it was."""
+    work = prepare(asked_of(folder), SOURCES, checks_files=False)[0]
+    drawing = replace(work, dimension=replace(work.dimension, measure=lambda *_: Measured(draw())))
+    there, back = (measure(drawing, places, ALONE, tmp_path) for places in (range(5), range(4, -1, -1)))
+    assert there == back
+    first = draw()
+    measure(drawing, [0], ALONE, tmp_path)
+    assert draw() != first
+
+
+def test_a_number_that_is_not_finite_is_not_kept(folder: Path, tmp_path: Path) -> None:
+    work = prepare(asked_of(folder), SOURCES, checks_files=False)[0]
+    broken = replace(work, dimension=replace(work.dimension, measure=lambda *_: Measured(float("inf"))))
+    with pytest.raises(DimensionError, match=r"temporal_flickering of .*talks-2\.mp4 is inf"):
+        measure(broken, [2], ALONE, tmp_path)
+    assert read_kept(tmp_path, DIMENSIONS[0]) == {}
+
+
+def test_each_rank_measures_on_its_own_device() -> None:
+    second = Mesh(rank=1, world_size=2, device=torch.device("cuda", 1))
+    assert device_of(None, second) == device_of("cuda", second) == torch.device("cuda", 1)
+    assert device_of("cpu", second) == CPU
+    assert device_of("cuda:3", replace(second, rank=0, world_size=1)) == torch.device("cuda", 3)
+    with pytest.raises(ValueError, match="--device cuda:3 is one device for 2 ranks"):
+        device_of("cuda:3", second)

@@ -1,0 +1,46 @@
+"""Clips of several lengths, and dimensions to score them in: two weigh videos alike, one by their frames."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from bpgo_video.data.video import write_video
+from bpgo_video.evaluation.vbench.scoring import Asked
+from tests.made.real_clips import real_clip
+from tests.vbench_side import tiny_networks
+
+DIMENSIONS = ("temporal_flickering", "dynamic_degree", "subject_consistency")
+BACKBONE = {"subject_consistency": "tests.made.scored_clips:encoder"}
+
+
+def clips(folder: Path, count: int = 5) -> Path:
+    """Real clips of 3, 4, 5 ... frames, 8 a second, named by one prompt."""
+    for number in range(count):
+        write_video(folder / f"a man talks-{number}.mp4", real_clip("carphone_pristine", 6 * number, 7 * number + 3), 8)
+    return folder
+
+
+def asked_of(folder: Path) -> Asked:
+    return Asked(folder, DIMENSIONS, BACKBONE)
+
+
+def score_command(folder: Path, output: Path) -> list[str]:
+    """The same by the command line."""
+    backbones = [text for name, spec in BACKBONE.items() for text in ("--backbone", f"{name}={spec}")]
+    return ["score", "--videos", str(folder), "--output", str(output), "--dimensions", *DIMENSIONS, *backbones]
+
+
+def encoder(device: str) -> Callable[[Tensor], Tensor]:
+    """Features; of a video of so many frames as REFUSED says it has no room for them."""
+    refused = int(os.environ.get("REFUSED", "0"))
+
+    def features(frames: Tensor) -> Tensor:
+        if len(frames) == refused:
+            raise RuntimeError(f"no room for {refused} frames")
+        return tiny_networks.features(frames)
+
+    return features
