@@ -201,7 +201,7 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     """
     given = asdict(settings) | {"num_inference_steps": settings.num_steps}
     defaults = pipeline_defaults(policy.pipeline_name)
-    defaults |= policy.default_size()
+    defaults |= policy.call_defaults()
     defaults["guidance_scale"] = defaults[policy.guidance_argument]
     limit = tokenizer_limit(policy.folder)
     if limit is not None:

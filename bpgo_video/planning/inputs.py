@@ -17,6 +17,7 @@ from bpgo_video.config.bpgo import ConfigError
 IMAGE_TOKENS = 257  # of CLIP ViT-H at 224 pixels, which Wan 2.1's image-to-video attends to
 SIGLIP_TOKENS = 729  # at 384 pixels, which HunyuanVideo 1.5's does
 GLYPH_TOKENS = 256  # of ByT5, in HunyuanVideo 1.5's pipelines
+LLAVA_TOKENS = 576 // 2 - 4  # of an image before HunyuanVideo's text, less four that its pipeline cuts from the text
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ def wan(config: Config, batch: Batch) -> Arguments:
 
 def hunyuan_video(config: Config, batch: Batch) -> Arguments:
     _, frames, height, width = batch.latents
+    tokens = batch.text_tokens + (LLAVA_TOKENS if config["image_condition_type"] else 0)
     arguments: Arguments = {
         "hidden_states": batch.empty(config["in_channels"], frames, height, width),
         "timestep": batch.empty(dtype=torch.float32),
-        "encoder_hidden_states": batch.empty(batch.text_tokens, config["text_embed_dim"]),
-        "encoder_attention_mask": batch.empty(batch.text_tokens, dtype=torch.bool),
+        "encoder_hidden_states": batch.empty(tokens, config["text_embed_dim"]),
+        "encoder_attention_mask": batch.empty(tokens, dtype=torch.bool),
         "pooled_projections": batch.empty(config["pooled_projection_dim"]),
     }
     if config["guidance_embeds"]:

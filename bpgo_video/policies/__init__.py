@@ -26,6 +26,7 @@ FAMILIES: dict[str, str] = {  # diffusers' name of a pipeline -> who makes a pol
     "LTXPipeline": "bpgo_video.policies.ltx:LTXPolicy",
     "LTXImageToVideoPipeline": "bpgo_video.policies.ltx_image:LTXImagePolicy",
     "HunyuanVideoPipeline": "bpgo_video.policies.hunyuan:HunyuanVideoPolicy",
+    "HunyuanVideoImageToVideoPipeline": "bpgo_video.policies.hunyuan_image:HunyuanImagePolicy",
     "HunyuanVideo15Pipeline": "bpgo_video.policies.hunyuan15:HunyuanVideo15Policy",
     "HunyuanVideo15ImageToVideoPipeline": "bpgo_video.policies.hunyuan15_image:HunyuanVideo15ImagePolicy",
     "CogVideoXPipeline": "bpgo_video.policies.cogvideox:CogVideoXPolicy",

@@ -124,7 +124,7 @@ class CogVideoXPolicy(PipelinePolicy):
                 f"learned positions for {learned[0]} of {learned[1]} x {learned[2]} alone; set video to these"
             )
 
-    def default_size(self) -> dict[str, int]:
+    def call_defaults(self) -> dict[str, int]:
         config = self.transformer_config
         spatial = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         sides = {name: config[f"sample_{name}"] * spatial for name in ("height", "width")}
@@ -229,6 +229,10 @@ class CogVideoXImagePolicy(CogVideoXPolicy):
 
     pipeline_name = "CogVideoXImageToVideoPipeline"
     takes_images = True
+
+    def call_defaults(self) -> dict[str, int]:
+        """Of height and width: the call has a number of frames."""
+        return {name: size for name, size in super().call_defaults().items() if name != "num_frames"}
 
     def transformer_input(self, noisy: Latents, conditioning: Conditioning) -> Tensor:
         return torch.cat([noisy, conditioning["image_latents"].to(noisy.dtype)], dim=1)

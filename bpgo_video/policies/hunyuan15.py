@@ -103,7 +103,7 @@ class HunyuanVideo15Policy(HunyuanVAEPolicy):
         sides = processor.calculate_default_height_width(height, width, self.transformer_config["target_size"])
         return int(sides[0]), int(sides[1])
 
-    def default_size(self) -> dict[str, Any]:
+    def call_defaults(self) -> dict[str, Any]:
         """A wide video of the folder's resolution, the text tokens of the pipeline and its guider's scale."""
         height, width = self.bucket(*ASPECT)
         guider = self.pipeline.guider.config

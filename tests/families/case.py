@@ -42,6 +42,7 @@ class Case:
         arguments: what else the pipeline's call is given.
         options: settings of the family's own.
         texts: the prompts.
+        hidden_frames: that the VAE decodes in front of the video, and that are not shown.
         adjusted_frames: latent frames at the start that its pipeline changes by those behind them before it decodes.
     """
 
@@ -56,6 +57,7 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     options: dict[str, float] = field(default_factory=dict)
     texts: tuple[str, ...] = TEXTS
+    hidden_frames: int = 0
     adjusted_frames: int = 0
 
     def policy(self, folder: Path, **options: Any) -> Policy:
@@ -79,8 +81,9 @@ class Case:
 
     def prompts(self, policy: Policy, config: Config, dtype: torch.dtype = torch.float32) -> PromptBatch:
         """The texts with all that the policy is conditioned on."""
-        texts, negative = policy.encode(self.texts), policy.encode([NEGATIVE])
-        prompts = PromptBatch(torch.tensor([1, 2]), self.texts, texts, negative, images=self._images(policy))
+        images, negative = self._images(policy), policy.encode([NEGATIVE])
+        texts = policy.encode_with_images(self.texts, images) if policy.texts_see_images else policy.encode(self.texts)
+        prompts = PromptBatch(torch.tensor([1, 2]), self.texts, texts, negative, images=images)
         return conditioned(prompts, policy, config, dtype, Mesh(0, 1, CPU), group_size=4)
 
     def _images(self, policy: Policy) -> Tensor | None:
@@ -103,10 +106,10 @@ class Case:
         for row, text in enumerate(self.texts):
             images = None if pictures is None else pictures[row : row + 1]
             image = {"image": self.pictures()[row]} if policy.takes_images else {}
+            own = policy.call_arguments(pipeline, noise[row : row + 1], self.video, images)
             found = pipeline(
                 prompt=text, negative_prompt=NEGATIVE, output_type="pt",
-                **{**policy.take_settings(pipeline, settings), **self.arguments, **image},
-                **policy.call_arguments(pipeline, noise[row : row + 1], self.video, images),
+                **{**policy.take_settings(pipeline, settings), **self.arguments, **image, **own},
             )  # fmt: skip
             videos.append(found.frames)
         return torch.cat(videos)
