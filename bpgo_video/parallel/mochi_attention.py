@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ def rotated(x: Float[Tensor, "samples tokens heads head_dim"], rotary: Rotary) -
 
 
 def dispatch(transformer: nn.Module) -> None:
-    """Let a Mochi transformer attend through the dispatcher."""
+    """Let a Mochi transformer attend through the dispatcher, by the backend that was chosen for it."""
     for block in transformer.transformer_blocks:  # type: ignore[union-attr]
-        block.attn1.processor = JointAttention(rotated)  # type: ignore[union-attr]
+        attn: Any = block.attn1  # type: ignore[union-attr]
+        attn.processor = JointAttention(rotated, getattr(attn.processor, "_attention_backend", None))

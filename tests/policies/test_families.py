@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from bpgo_video.checkpoints.run_weights import find_source
 from bpgo_video.config.bpgo import LoraConfig
@@ -18,7 +19,11 @@ from bpgo_video.config.reading import to_yaml
 from bpgo_video.export.conversion import Conversion, convert
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.parallel.sequence import parallelise
+from bpgo_video.parallel.ulysses import Ulysses
+from bpgo_video.planning.rehearsal import alone_in_a_group
 from bpgo_video.policies import Policy
+from bpgo_video.policies.kernels import choose_attention
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.pipeline_policy import PipelinePolicy, networks_of
 from bpgo_video.policies.transformers import blocks_of
@@ -87,6 +92,17 @@ def test_a_folder_of_an_older_diffusers_is_the_same_policy(case: Case, folder: P
         for policy in policies
     )
     assert found == newer
+
+
+def test_a_chosen_attention_stays_in_sequence_groups(case: Case, folder: Path) -> None:
+    policy = case.policy(folder, components=("transformer",))
+    choose_attention(policy.transformers, "_native_math")
+    with alone_in_a_group(2) as mesh:
+        for transformer in policy.transformers.values():
+            parallelise(transformer, mesh, policy.sequence_plan)
+    processors = [getattr(module, "processor", None) for module in policy.transformers.modules()]
+    shared = [one for one in processors if isinstance(getattr(one, "_parallel_config", None), Ulysses)]
+    assert {one._attention_backend for one in shared} == {AttentionBackendName._NATIVE_MATH}
 
 
 def decoded(policy: Policy) -> list[float]:
