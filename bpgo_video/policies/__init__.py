@@ -30,7 +30,7 @@ FAMILIES: dict[str, str] = {  # diffusers' name of a pipeline -> who makes a pol
     "HunyuanVideo15Pipeline": "bpgo_video.policies.hunyuan15:HunyuanVideo15Policy",
     "HunyuanVideo15ImageToVideoPipeline": "bpgo_video.policies.hunyuan15_image:HunyuanVideo15ImagePolicy",
     "CogVideoXPipeline": "bpgo_video.policies.cogvideox:CogVideoXPolicy",
-    "CogVideoXImageToVideoPipeline": "bpgo_video.policies.cogvideox:CogVideoXImagePolicy",
+    "CogVideoXImageToVideoPipeline": "bpgo_video.policies.cogvideox_image:CogVideoXImagePolicy",
     "MochiPipeline": "bpgo_video.policies.mochi:MochiPolicy",
     "Kandinsky5T2VPipeline": "bpgo_video.policies.kandinsky5:Kandinsky5Policy",
     "Kandinsky5I2VPipeline": "bpgo_video.policies.kandinsky5_image:Kandinsky5ImagePolicy",
