@@ -1,4 +1,4 @@
-"""How does CogVideoX image-to-video (arXiv 2408.06072) fit the policy protocol? The image's latents are further channels."""
+"""How does CogVideoX image-to-video (arXiv 2408.06072) fit the policy protocol? Its image is further channels."""
 
 from __future__ import annotations
 
