@@ -43,7 +43,7 @@ def build(args: argparse.Namespace) -> None:
     nothing_loaded = encoders(args, ())()
     nothing_loaded.latent_shape(video)  # a size that the family cannot make ends the build here
     policy, folder = encoders(args, ("text_encoder", "vae", "image_encoder")), resolve_folder(args.policy)
-    content = clip_content(policy, folder, video, getattr(torch, args.dtype), nothing_loaded.takes_images)
+    content = clip_content(policy, nothing_loaded, folder, video, getattr(torch, args.dtype))
     stamp = encoder_stamp(folder, args.max_sequence_length)
     settings = BuildSettings(args.negative_prompt, args.shard_size, args.batch_size, args.dtype)
     run_build(Build(plan, args.output, lambda texts: policy().encode(texts), stamp, settings, content))

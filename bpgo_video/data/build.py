@@ -61,7 +61,8 @@ class Content:
 
     Attributes:
         name: of the shards, and of what they hold.
-        complete: adds to a line's record what its files become; its ImageError or VideoError rejects the line.
+        complete: adds to a line's record what its files become, and its conditioning where that is not of its text
+            alone; its ImageError or VideoError rejects the line.
         stamp: what the index says of it; a build of another is refused.
     """
 
@@ -176,9 +177,10 @@ class Build:
     def _encoded(self, lines: Iterator[Line], rejected: list[Rejected]) -> Iterator[PromptRecord]:
         while batch := list(islice(lines, self.settings.batch_size)):
             records = [record for line in batch if (record := self._complete(line, rejected))]
-            tensors = self._encode_once([record.prompt for record in records])
+            tensors = iter(self._encode_once([record.prompt for record in records if not record.conditioning]))
             negatives = self._negatives({record.negative_prompt for record in records})
-            for record, conditioning in zip(records, tensors, strict=True):
+            for record in records:
+                conditioning = record.conditioning or next(tensors)
                 yield replace(record, conditioning=conditioning, negative=negatives.get(record.negative_prompt, {}))
 
     def _negatives(self, texts: set[str | None]) -> dict[str | None, Mapping[str, Tensor]]:

@@ -16,16 +16,18 @@ from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.build import Content
 from bpgo_video.data.clips import read_clip
 from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.data.image_texts import ImageTextEncoder, image_stamp, text_beside
 from bpgo_video.data.prompt_files import Line
 from bpgo_video.data.prompt_records import LATENTS, PromptRecord
 from bpgo_video.types import Latents, Videos
 
 
 @runtime_checkable
-class ClipEncoder(Protocol):
+class ClipEncoder(ImageTextEncoder, Protocol):
     """What a clip needs of the policy."""
 
     takes_images: bool
+    texts_see_images: bool
 
     def encode_video(self, videos: Videos) -> Latents: ...
 
@@ -35,17 +37,19 @@ class ClipEncoder(Protocol):
 
 
 def clip_content(
-    policy: Callable[[], ClipEncoder], folder: Path, video: VideoConfig, dtype: torch.dtype, takes_images: bool
+    policy: Callable[[], ClipEncoder], described: ClipEncoder, folder: Path, video: VideoConfig, dtype: torch.dtype
 ) -> Content:
     """Records with clips of these frames, size and rate.
 
     Args:
         policy: loads the policy when the first clip is encoded.
+        described: it without networks.
         folder: its pipeline folder.
         dtype: in which latents are kept.
     """
     complete = partial(with_clip, policy=policy, video=video, dtype=dtype)
-    return Content("clips", complete, clip_stamp(folder, video, takes_images))
+    seen = image_stamp(folder, (video.height, video.width)) if described.texts_see_images else {}
+    return Content("clips", complete, {**clip_stamp(folder, video, described.takes_images), **seen})
 
 
 def clip_stamp(folder: Path, video: VideoConfig, takes_images: bool) -> dict[str, Any]:
@@ -55,10 +59,13 @@ def clip_stamp(folder: Path, video: VideoConfig, takes_images: bool) -> dict[str
 
 
 def with_clip(line: Line, policy: Callable[[], ClipEncoder], video: VideoConfig, dtype: torch.dtype) -> PromptRecord:
-    """The line's record with its clip; raises as `read_clip`."""
+    """The line's record with its clip, whose first frame is the image that a text sees; raises as `read_clip`."""
     frames = read_clip(line.media["video"], line.record.info["start"], video)
     found = encode_clip(policy(), frames, video)
-    return replace(line.record, clip={name: value.to("cpu", dtype) for name, value in found.items()})
+    clip = {name: value.to("cpu", dtype) for name, value in found.items()}
+    sees = policy().texts_see_images
+    conditioning = text_beside(policy(), line.record.prompt, frames[0]) if sees else {}
+    return replace(line.record, clip=clip, conditioning=conditioning)
 
 
 def encode_clip(

@@ -104,11 +104,14 @@ class EncoderStamp:
 
 
 def layout_of(conditioning: Mapping[str, Tensor], max_sequence_length: int) -> dict[str, dict[str, Any]]:
-    """Shape and dtype of each tensor as the policy wants it: (tokens, dim) is padded to the policy's text length."""
+    """Shape and dtype of each tensor as the policy wants it: (tokens, dim) is padded to the policy's text length.
+
+    Where a text stands beside an image's tokens it is longer than that, and stays as long as it is.
+    """
     layout = plain_layout(conditioning)
     for value in layout.values():
         if len(value["shape"]) == 2:
-            value["shape"][0] = max_sequence_length
+            value["shape"][0] = max(value["shape"][0], max_sequence_length)
     return layout
 
 

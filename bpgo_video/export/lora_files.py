@@ -14,6 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.loaders import HunyuanVideoLoraLoaderMixin
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,19 +29,28 @@ def lora_file(name: str) -> str:
 
 
 def load_lora(pipeline: Any, file: Path, name: str) -> None:
-    """Adapters in either layout into the transformer `name` of diffusers' pipeline."""
+    """Adapters into the transformer `name` of diffusers' pipeline: in either layout, where the pipeline loads any.
+
+    HunyuanVideo 1.5's does not; its transformer reads diffusers' layout itself.
+    """
+    if not hasattr(pipeline, "load_lora_weights"):
+        getattr(pipeline, name).load_lora_adapter(file.parent, weight_name=file.name, adapter_name=ADAPTER)
+        return
     into = {"load_into_transformer_2": True} if name == "transformer_2" else {}
     pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, **into)
 
 
 def write_diffusers_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipeline_class: str, file: Path) -> None:
-    """The file that `pipeline.load_lora_weights` reads.
+    """The file that `pipeline.load_lora_weights` reads, or `transformer.load_lora_adapter`: the layout is one.
 
     Args:
         adapters: LAYER.lora_A.default.weight [rank, in] and LAYER.lora_B.default.weight [out, rank].
         pipeline_class: diffusers' name of it, such as WanPipeline.
     """
-    getattr(diffusers, pipeline_class).save_lora_weights(
+    writer = getattr(diffusers, pipeline_class)
+    if not hasattr(writer, "save_lora_weights"):
+        writer = HunyuanVideoLoraLoaderMixin  # of a transformer alone, too
+    writer.save_lora_weights(
         file.parent,
         {name.replace(f".{ADAPTER}.", "."): tensor.contiguous() for name, tensor in adapters.items()},
         weight_name=file.name,

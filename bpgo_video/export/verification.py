@@ -24,7 +24,7 @@ from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.export.lora_files import load_lora
 from bpgo_video.export.model_card import CARD
 from bpgo_video.export.pipeline_folder import WEIGHTS_NAME
-from bpgo_video.policies import load_policy
+from bpgo_video.policies import family, load_policy
 from bpgo_video.policies.lora import ADAPTER
 from bpgo_video.policies.pipeline_policy import networks_of
 from bpgo_video.policies.stored_tensors import tensor_files
@@ -111,7 +111,7 @@ def verify_adapters(adapters: Mapping[str, Tensor], lora: LoraConfig, source: So
 def pipeline_around(source: Source, transformer: Any) -> Any:
     """diffusers' pipeline of the base folder with this transformer in place of each; no other weights are read."""
     parts = dict.fromkeys(networks_of(source.base)) | dict.fromkeys(transformer_names(source.base), transformer)
-    return getattr(diffusers, source.pipeline_class).from_pretrained(source.base, **parts)
+    return family(source.base, source.config.policy.family).assemble(source.base, parts)
 
 
 def forward(source: Source, name: str, transformer: Any) -> Tensor:

@@ -154,7 +154,7 @@ def add_adapters(pipeline: Any, file: Path, name: str, folder: Path) -> None:
         load_lora(pipeline, file, name)
     except ValueError as error:
         raise GenerationError(f"{file}: {error}") from error
-    if name not in pipeline.get_list_adapters():
+    if not hasattr(getattr(pipeline, name), "peft_config"):
         raise GenerationError(f"{file} has no adapter for a layer of {folder / name}; is it of this model?")
 
 
@@ -172,8 +172,7 @@ def sample(
     images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
     video = video_of(settings, call, policy)
     latents = initial_latents(jobs, policy.latent_shape(video))
-    arguments = call.given()
-    arguments[policy.guidance_argument] = arguments.pop("guidance_scale")
+    arguments = policy.take_settings(pipeline, call.given())
     arguments["generator"] = [generator_of(*job.latents_key, "pipeline") for job in jobs]  # of noise within the steps
     arguments |= policy.call_arguments(pipeline, latents, video, images)
     if images is not None:

@@ -116,8 +116,8 @@ class GenerationSettings:
     """How attention is computed, by diffusers' names (native, _native_cudnn, flash, sage ...). None takes what a
     training checkpoint's recipe says, or diffusers' choice, torch's scaled_dot_product_attention."""
     offload: Literal["none", "model", "sequential"] = "none"
-    """What does not work rests in the host's memory. model: one network at a time is on the GPU, its largest has to fit
-    (14B in bf16: 28 GB), a little slower; sequential: a layer at a time, a few GB, many times slower."""
+    """What is not at work rests in the host's memory. model: one network at a time is on the GPU, and the largest
+    has to fit (14B in bf16: 28 GB); sequential: one layer at a time, all weights are moved in every step."""
 
     @property
     def adapters(self) -> dict[str, Path]:
@@ -202,7 +202,7 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     """
     given = asdict(settings) | {"num_inference_steps": settings.num_steps}
     defaults = pipeline_defaults(policy.pipeline_name)
-    defaults |= {name: size for name, size in policy.default_size().items() if defaults[name] is None}
+    defaults |= policy.call_defaults()
     defaults["guidance_scale"] = defaults[policy.guidance_argument]
     limit = tokenizer_limit(policy.folder)
     if limit is not None:

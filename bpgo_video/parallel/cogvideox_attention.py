@@ -5,6 +5,7 @@ diffusers' own calls PyTorch's attention directly, which neither a sequence grou
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from bpgo_video.parallel.ulysses import attend
 Rotary = tuple[Float[Tensor, "tokens head_dim"], Float[Tensor, "tokens head_dim"]]  # cosines and sines
 
 
+@dataclass
 class CogVideoXAttention:
     """Joint attention of text tokens, which come first, and of the video's, which alone are rotated."""
 
@@ -53,5 +55,7 @@ def rotated(x: Float[Tensor, "samples joint heads head_dim"], rotary: Rotary | N
 
 
 def dispatch(transformer: nn.Module) -> None:
-    """Let a CogVideoX transformer attend through the dispatcher."""
-    transformer.set_attn_processor(CogVideoXAttention())  # type: ignore[operator]
+    """Let a CogVideoX transformer attend through the dispatcher, by the backend that was chosen for it."""
+    for block in transformer.transformer_blocks:  # type: ignore[union-attr]
+        attn: Any = block.attn1  # type: ignore[union-attr]
+        attn.processor = CogVideoXAttention(getattr(attn.processor, "_attention_backend", None))

@@ -1,67 +1,27 @@
-"""How does Mochi attend? As diffusers' processor for it does, through the dispatcher that other families use.
-
-diffusers' own takes the samples one by one, without the padding of their texts; here padding is masked.
-"""
+"""How does Mochi attend? As `joint_attention.py` does, with rotary embeddings of each head's own."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from bpgo_video.parallel.ulysses import Ulysses, attend
+from bpgo_video.parallel.joint_attention import JointAttention
 
 Rotary = tuple[Float[Tensor, "tokens heads half"], Float[Tensor, "tokens heads half"]]  # cosines and sines
 
 
-class MochiJointAttention:
-    """Joint attention of the video's tokens, which come first and are rotated, and of text tokens."""
-
-    _attention_backend: Any = None  # set by diffusers' `set_attention_backend`
-    _parallel_config: Any = None  # set by `parallelise`
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Float[Tensor, "samples tokens dim"],
-        encoder_hidden_states: Float[Tensor, "samples text text_dim"],
-        attention_mask: Bool[Tensor, "samples text"] | Int[Tensor, "samples text"],
-        image_rotary_emb: Rotary,
-    ) -> tuple[Tensor, Tensor]:
-        """What video and text tokens take from each other."""
-        query, key, value = _by_head(attn, hidden_states, attn.to_q, attn.to_k, attn.to_v)
-        query, key = (rotated(x, *image_rotary_emb) for x in (attn.norm_q(query), attn.norm_k(key)))
-        of_text = _by_head(attn, encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_query, text_key, text_value = attn.norm_added_q(of_text[0]), attn.norm_added_k(of_text[1]), of_text[2]
-        pairs = ((query, text_query), (key, text_key), (value, text_value))
-        own, shared = hidden_states.shape[1], self._parallel_config
-        tokens = shared.tokens if isinstance(shared, Ulysses) else own
-        found = attend(
-            *(torch.cat(pair, dim=1) for pair in pairs),
-            attn_mask=F.pad(attention_mask.bool(), (tokens, 0), value=True)[:, None, None],
-            backend=self._attention_backend,
-            parallel_config=shared,
-        ).flatten(2)
-        video, text = found[:, :own], found[:, own:]
-        for layer in attn.to_out:
-            video = layer(video)
-        return video, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
-
-
-def _by_head(attn: Any, x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    return [layer(x).unflatten(2, (attn.heads, -1)) for layer in layers]
-
-
-def rotated(x: Float[Tensor, "samples tokens heads head_dim"], cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Float[Tensor, "samples tokens heads head_dim"], rotary: Rotary) -> Tensor:
     """Neighbouring pairs of numbers turned by the angles of their token and head."""
+    cos, sin = rotary
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 def dispatch(transformer: nn.Module) -> None:
-    """Let a Mochi transformer attend through the dispatcher."""
+    """Let a Mochi transformer attend through the dispatcher, by the backend that was chosen for it."""
     for block in transformer.transformer_blocks:  # type: ignore[union-attr]
-        block.attn1.processor = MochiJointAttention()  # type: ignore[union-attr]
+        attn: Any = block.attn1  # type: ignore[union-attr]
+        attn.processor = JointAttention(rotated, getattr(attn.processor, "_attention_backend", None))

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.parallel import cogvideox_attention, mochi_attention
+from bpgo_video.parallel import cogvideox_attention, hunyuan15_attention, mochi_attention
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.ulysses import Ulysses, attend
 
@@ -38,6 +38,11 @@ def rope_argument(name: str, dim: int, transformer: nn.Module, ulysses: Ulysses)
         return args, {**kwargs, name: parts}
 
     transformer.register_forward_pre_hook(split, with_kwargs=True)
+
+
+def count_held(place: int, ulysses: Ulysses, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A block's arguments with the number of first tokens at `place` as it is on this rank."""
+    return (*args[:place], ulysses.held(args[place]), *args[place + 1 :])
 
 
 def rope_grid(name: str, transformer: nn.Module, ulysses: Ulysses) -> None:
@@ -75,6 +80,7 @@ class SequencePlan:
         attention: puts processors in place that go through diffusers' dispatcher.
         cross_attention: the name, within a block, of attention to text alone: every rank computes it on its own tokens.
         per_token: inputs of the transformer that may have an entry for each token, along dim 1.
+        first_tokens: the place among a block's arguments of how many of the video's first tokens are given ones.
         heads: how many attention heads a config has.
     """
 
@@ -85,6 +91,7 @@ class SequencePlan:
     attention: Callable[[nn.Module], None] = dispatches
     cross_attention: str | None = None
     per_token: tuple[str, ...] = ()
+    first_tokens: int | None = None
     heads: Callable[[Mapping[str, Any]], int] = declared_heads
 
 
@@ -96,6 +103,13 @@ PLANS = {
         blocks=("transformer_blocks", "single_transformer_blocks"),
         rope=partial(rope_module, "rope", 0),
         head="proj_out",
+        first_tokens=6,
+    ),
+    "HunyuanVideo15Transformer3DModel": SequencePlan(
+        blocks=("transformer_blocks",),
+        rope=partial(rope_module, "rope", 0),
+        head="proj_out",
+        attention=hunyuan15_attention.dispatch,
     ),
     "CogVideoXTransformer3DModel": SequencePlan(
         blocks=("transformer_blocks",),
@@ -185,6 +199,9 @@ def parallelise(transformer: nn.Module, mesh: Mesh, own: SequencePlan | None = N
     plan.attention(transformer)
     transformer.register_forward_pre_hook(split_inputs, with_kwargs=True)
     transformer.get_submodule(f"{plan.blocks[0]}.0").register_forward_pre_hook(enter, with_kwargs=True)
+    if plan.first_tokens is not None:
+        for block in (one for name in plan.blocks for one in transformer.get_submodule(name).children()):
+            block.register_forward_pre_hook(partial(count_held, plan.first_tokens, ulysses))  # behind `enter`
     plan.rope(transformer, ulysses)
     last = plan.head or f"{plan.blocks[-1]}.{len(transformer.get_submodule(plan.blocks[-1])) - 1}"  # type: ignore[arg-type]
     transformer.get_submodule(last).register_forward_hook(join)

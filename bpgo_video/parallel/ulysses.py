@@ -110,6 +110,11 @@ class Ulysses:
         padding = [0, 0] * (x.ndim - dim - 1) + [0, each * self.size - x.shape[dim]]
         return F.pad(x, padding).narrow(dim, self.rank * each, each)
 
+    def held(self, first: int) -> int:
+        """How many of the video's first tokens are in this rank's run."""
+        each = -(-self.tokens // self.size)
+        return min(max(first - self.rank * each, 0), each)
+
     def join(self, x: Tensor, dim: int) -> Tensor:
         """The whole of what `split` parted, padding dropped."""
         return Gathered.apply(x, self.group, dim).narrow(dim, 0, self.tokens)

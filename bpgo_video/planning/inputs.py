@@ -15,6 +15,9 @@ import torch
 from bpgo_video.config.bpgo import ConfigError
 
 IMAGE_TOKENS = 257  # of CLIP ViT-H at 224 pixels, which Wan 2.1's image-to-video attends to
+SIGLIP_TOKENS = 729  # at 384 pixels, which HunyuanVideo 1.5's does
+GLYPH_TOKENS = 256  # of ByT5, in HunyuanVideo 1.5's pipelines
+LLAVA_TOKENS = 576 // 2 - 4  # of an image before HunyuanVideo's text, less four that its pipeline cuts from the text
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,31 @@ def wan(config: Config, batch: Batch) -> Arguments:
 
 def hunyuan_video(config: Config, batch: Batch) -> Arguments:
     _, frames, height, width = batch.latents
+    tokens = batch.text_tokens + (LLAVA_TOKENS if config["image_condition_type"] else 0)
     arguments: Arguments = {
         "hidden_states": batch.empty(config["in_channels"], frames, height, width),
         "timestep": batch.empty(dtype=torch.float32),
-        "encoder_hidden_states": batch.empty(batch.text_tokens, config["text_embed_dim"]),
-        "encoder_attention_mask": batch.empty(batch.text_tokens, dtype=torch.bool),
+        "encoder_hidden_states": batch.empty(tokens, config["text_embed_dim"]),
+        "encoder_attention_mask": batch.empty(tokens, dtype=torch.bool),
         "pooled_projections": batch.empty(config["pooled_projection_dim"]),
     }
     if config["guidance_embeds"]:
         arguments["guidance"] = batch.empty()
     return arguments
+
+
+def hunyuan_video_15(config: Config, batch: Batch) -> Arguments:
+    _, frames, height, width = batch.latents
+    image_tokens = SIGLIP_TOKENS if config["task_type"] == "i2v" else 1
+    return {
+        "hidden_states": batch.empty(config["in_channels"], frames, height, width),
+        "timestep": batch.empty(),
+        "encoder_hidden_states": batch.empty(batch.text_tokens, config["text_embed_dim"]),
+        "encoder_attention_mask": batch.empty(batch.text_tokens, dtype=torch.bool),
+        "encoder_hidden_states_2": batch.empty(GLYPH_TOKENS, config["text_embed_2_dim"]),
+        "encoder_attention_mask_2": batch.empty(GLYPH_TOKENS, dtype=torch.bool),
+        "image_embeds": batch.empty(image_tokens, config["image_embed_dim"]),
+    }
 
 
 def cogvideox(config: Config, batch: Batch) -> Arguments:
@@ -133,6 +151,7 @@ def mochi(config: Config, batch: Batch) -> Arguments:
 INPUTS: dict[str, Inputs] = {
     "WanTransformer3DModel": wan,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
+    "HunyuanVideo15Transformer3DModel": hunyuan_video_15,
     "CogVideoXTransformer3DModel": cogvideox,
     "LTXVideoTransformer3DModel": ltx_video,
     "Kandinsky5Transformer3DModel": kandinsky5,

@@ -27,6 +27,7 @@ from bpgo_video.planning.zero import (
     during_step,
     live_weights,
     missing_weights,
+    on_their_way,
 )
 from bpgo_video.policies import Policy
 from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous, trust_region
@@ -172,7 +173,9 @@ def reckon(job: Job) -> Plan:
     rolling = _sum(resting.device, {"videos to be scored": _videos(job)}, fetched)
     kept = bool(weights.frozen) and not job.config.policy.gradient_checkpointing
     live = {"weights fetched": live_weights(zero, weights, held_by_autograd=kept)}
+    whole = {"weights fetched": missing_weights(zero, weights), "weights on their way": on_their_way(zero, weights)}
     phases = (
+        *([Phase("gather", _sum(resting.device, whole))] if gathers else []),
         Phase("denoise", _sum(rolling, {"forward": work.forward})),
         Phase("decode", _sum(rolling, _decoding(job))),
         Phase(

@@ -26,12 +26,14 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import PLANS, SequencePlan, check_heads, parallelise
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.inputs import Batch, Inputs, arguments
+from bpgo_video.planning.masks import EveryTokenReal, at_once
 from bpgo_video.planning.models import Model
 from bpgo_video.policies import kandinsky5_transformer
 from bpgo_video.policies.frozen_parts import in_parts
 from bpgo_video.policies.lora import add_lora
 
 VAE_DTYPE = torch.float32  # as policies load it
+ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)  # VAEs that their policies let slice batches unasked
 NO_ADAPTERS = LoraConfig()
 Latents = tuple[int, int, int, int]
 
@@ -134,7 +136,7 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
             add_lora(adapted, treatment.lora, seed=0)
     name = transformer_class.__name__
     check_heads({**adapted.config, "_class_name": name}, treatment.sequence, treatment.plan)
-    with alone_in_a_group(treatment.sequence) as mesh, FakeTensorMode():
+    with alone_in_a_group(treatment.sequence) as mesh, FakeTensorMode(), EveryTokenReal():
         module: Any = on_shapes(adapted, batch.dtype)
         _prepare(module, treatment, mesh)
         taken_in = arguments(name, adapted.config, batch, treatment.inputs)
@@ -191,6 +193,7 @@ def _vae(model: Model) -> Iterator[Any]:
     with torch.device("meta"):
         vae = class_of(model.vae, "VAE").from_config(dict(model.vae)).eval()
     with FakeTensorMode(), torch.no_grad():
+        at_once(vae)
         yield on_shapes(vae, VAE_DTYPE)
 
 
@@ -204,7 +207,7 @@ def vae_bytes(model: Model) -> int:
 def decoding(model: Model, latents: Latents, samples: int, tiling: bool = False, slicing: bool = False) -> int:
     """Bytes at the peak of decoding so many videos at once, beside the VAE's weights."""
     with _vae(model) as vae:
-        in_parts(vae, tiling=tiling, slicing=slicing)
+        in_parts(vae, tiling=tiling, slicing=slicing or type(vae).__name__ in ONE_VIDEO_AT_A_TIME)
         level = {"temb": torch.empty(samples)} if vae.config.get("timestep_conditioning") else {}  # LTX-Video's
         with Allocations([*vae.parameters(), *vae.buffers()]) as counted:
             vae.decode(torch.empty(samples, *latents), return_dict=False, **level)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bpgo_video.config.bpgo import Config
-from bpgo_video.zero.engine import compute_dtype, zero_settings
+from bpgo_video.zero.engine import GATHERED_AT_ONCE, compute_dtype, zero_settings
 
 FP32 = 4
 GRADIENT_BYTES = {"fp32": FP32, "fp16": 2, "bf16": 2}
@@ -150,6 +150,11 @@ def live_weights(zero: Zero, weights: Weights, held_by_autograd: bool = False) -
 def missing_weights(zero: Zero, weights: Weights) -> int:
     """Bytes that a rank lacks of the whole weights: what gathering them for a rollout takes."""
     return (weights.elements - zero.share(weights.elements)) * zero.weight_bytes if zero.stage == 3 else 0
+
+
+def on_their_way(zero: Zero, weights: Weights) -> int:
+    """Bytes that come together at once while whole weights are gathered, beside what is there already."""
+    return min(weights.elements, GATHERED_AT_ONCE) * zero.weight_bytes
 
 
 def during_backward(zero: Zero, weights: Weights) -> Parts:

@@ -28,8 +28,11 @@ FAMILIES: dict[str, str] = {  # diffusers' name of a pipeline -> who makes a pol
     "LTXPipeline": "bpgo_video.policies.ltx:LTXPolicy",
     "LTXImageToVideoPipeline": "bpgo_video.policies.ltx_image:LTXImagePolicy",
     "HunyuanVideoPipeline": "bpgo_video.policies.hunyuan:HunyuanVideoPolicy",
+    "HunyuanVideoImageToVideoPipeline": "bpgo_video.policies.hunyuan_image:HunyuanImagePolicy",
+    "HunyuanVideo15Pipeline": "bpgo_video.policies.hunyuan15:HunyuanVideo15Policy",
+    "HunyuanVideo15ImageToVideoPipeline": "bpgo_video.policies.hunyuan15_image:HunyuanVideo15ImagePolicy",
     "CogVideoXPipeline": "bpgo_video.policies.cogvideox:CogVideoXPolicy",
-    "CogVideoXImageToVideoPipeline": "bpgo_video.policies.cogvideox:CogVideoXImagePolicy",
+    "CogVideoXImageToVideoPipeline": "bpgo_video.policies.cogvideox_image:CogVideoXImagePolicy",
     "MochiPipeline": "bpgo_video.policies.mochi:MochiPolicy",
     "Kandinsky5T2VPipeline": "bpgo_video.policies.kandinsky5:Kandinsky5Policy",
     "Kandinsky5I2VPipeline": "bpgo_video.policies.kandinsky5_image:Kandinsky5ImagePolicy",
@@ -45,7 +48,8 @@ def family(path: Path, name: str | None = None) -> Any:
 
     Raises:
         FileNotFoundError: no pipeline folder.
-        ConfigError: a family that is not known; the message names those that are, and the way out.
+        ConfigError: a family that is not known, or one of diffusers' pipelines that is made of other networks than the
+            folder's; the message names those that can be, and the way out.
     """
     index = path / "model_index.json"
     if not index.is_file():

@@ -44,8 +44,9 @@ class Policy(Protocol):
         block_names: class names of the repeated blocks: ZeRO-3 fetches each block as one unit.
         max_sequence_length: text tokens; part of the policy's identity where padding is not masked.
         takes_images: its videos continue an image (image-to-video).
+        texts_see_images: its text encoder reads a prompt together with the image.
         given_frames: latent frames at the start that the image fixes, and that are not sampled.
-        padding_frames: latent frames that are sampled in front of the others, and dropped before decoding.
+        padding_frames: latent frames that are sampled in front of the others, and that the video does not show.
         one_dtype: diffusers' pipeline runs in one dtype alone, its VAE included.
         one_text_a_call: texts beside each other in a call of diffusers' pipeline would change each other's videos.
         fps: frames a second that the family's authors train on.
@@ -63,6 +64,7 @@ class Policy(Protocol):
     block_names: tuple[str, ...]
     max_sequence_length: int
     takes_images: bool
+    texts_see_images: bool
     given_frames: int
     padding_frames: int
     one_dtype: bool
@@ -74,7 +76,16 @@ class Policy(Protocol):
     transformer_inputs: Any
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Conditioning of prompts, axis 0 over prompts; needs the text encoder."""
+        """Conditioning of prompts, axis 0 over prompts; needs the text encoder.
+
+        Where texts see images: of negative prompts, which have none.
+        """
+        ...
+
+    def encode_with_images(
+        self, texts: Sequence[str], images: Float[Tensor, "prompts 3 height width"]
+    ) -> dict[str, Tensor]:
+        """As `encode`, of prompts each with its own image in [0, 1]; for policies whose texts see images."""
         ...
 
     def image_conditioning(
@@ -103,6 +114,10 @@ class Policy(Protocol):
         """The family's own noise levels for such a video: [num_steps + 1] in fp32, from 1 down to 0."""
         ...
 
+    def start(self, noise: Latents, conditioning: Conditioning) -> Latents:
+        """Latents at the first noise level, made of standard normal noise; most often the noise itself."""
+        ...
+
     def transformer_at(self, sigma: float) -> str:
         """The name of the transformer that computes at a noise level."""
         ...
@@ -126,8 +141,18 @@ class Policy(Protocol):
         """Pixels in [0, 1] of clean latents, behind the frames that the conditioning gives; no gradient."""
         ...
 
-    def default_size(self) -> dict[str, int]:
-        """`num_frames`, `height` and `width` of the pipeline, where its call has no default for them."""
+    def call_defaults(self) -> dict[str, int]:
+        """Size, text tokens and guidance by `CallSettings`' names, where they are not what the pipeline's call says."""
+        ...
+
+    def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a call as diffusers' pipeline takes them: what its call is given, the rest set on its parts.
+
+        Args:
+            pipeline: the one to be called.
+            settings: `num_inference_steps`, `num_frames`, `height`, `width`, `guidance_scale`, `max_sequence_length`,
+                and `guidance_scale_2` where there are two transformers.
+        """
         ...
 
     def call_arguments(

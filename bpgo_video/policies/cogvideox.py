@@ -36,7 +36,6 @@ SCHEDULE = {  # what makes pure noise the start and clean data the end, at steps
     "timestep_spacing": "trailing",
 }
 PATCH_FRAMES = (None, 2)  # latent frames in a token's patch: one, or CogVideoX 1.5's two
-OFFSET = 2.0  # what diffusers' image-to-video pipeline tells CogVideoX 1.5
 
 
 class CogVideoXPolicy(PipelinePolicy):
@@ -124,7 +123,7 @@ class CogVideoXPolicy(PipelinePolicy):
                 f"learned positions for {learned[0]} of {learned[1]} x {learned[2]} alone; set video to these"
             )
 
-    def default_size(self) -> dict[str, int]:
+    def call_defaults(self) -> dict[str, int]:
         config = self.transformer_config
         spatial = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         sides = {name: config[f"sample_{name}"] * spatial for name in ("height", "width")}
@@ -219,37 +218,3 @@ class CogVideoXPolicy(PipelinePolicy):
         images: Float[Tensor, "samples 3 height width"] | None,
     ) -> dict[str, Any]:
         return {"latents": latents.transpose(1, 2).to(pipeline.transformer.dtype)}
-
-
-class CogVideoXImagePolicy(CogVideoXPolicy):
-    """CogVideoX image-to-video: the image's latents, then zeros, are further channels of the noisy ones.
-
-    They are the mean of the VAE's distribution, so that all ranks and samples see the same; diffusers draws from it.
-    """
-
-    pipeline_name = "CogVideoXImageToVideoPipeline"
-    takes_images = True
-
-    def transformer_input(self, noisy: Latents, conditioning: Conditioning) -> Tensor:
-        return torch.cat([noisy, conditioning["image_latents"].to(noisy.dtype)], dim=1)
-
-    def transformer_arguments(self, latents: Latents) -> dict[str, Tensor]:
-        return {} if self.transformer_config["ofs_embed_dim"] is None else {"ofs": latents.new_full((1,), OFFSET)}
-
-    def example(self) -> tuple[Latents, Conditioning]:
-        latents, conditioning = super().example()
-        image = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-        return latents, {**conditioning, "image_latents": image}
-
-    @torch.no_grad()
-    def image_conditioning(
-        self, images: Float[Tensor, "prompts 3 height width"], video: VideoConfig
-    ) -> dict[str, Tensor]:
-        """`image_latents`, as many frames as are sampled, the first of them the image's."""
-        vae = self.pipeline.vae
-        pixels = (2 * images - 1)[:, :, None].to(vae.device, vae.dtype)
-        first = torch.cat([vae.encode(image[None]).latent_dist.mode() for image in pixels])
-        factor = self.vae_config["scaling_factor"]
-        first = first / factor if self.vae_config["invert_scale_latents"] else first * factor  # as each was trained
-        frames = self.latent_shape(video)[1]
-        return {"image_latents": torch.nn.functional.pad(first, (0, 0, 0, 0, 0, frames - 1))}

@@ -1,4 +1,4 @@
-"""How do videos become latents by HunyuanVideo's VAE (arXiv 2412.03603), which Kandinsky 5 takes, too?"""
+"""How do videos become latents by HunyuanVideo's VAE (arXiv 2412.03603), which Kandinsky 5 takes, too, and by 1.5's?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bpgo_video.types import Conditioning, Latents, Videos
 
 
 class HunyuanVAEPolicy(PipelinePolicy):
-    """What policies of this VAE share."""
+    """What policies of these VAEs share."""
 
     def compressed(self, video: VideoConfig, patch: int) -> tuple[int, int, int, int]:
         """Channels, frames, height and width of all its latents.
@@ -30,9 +30,13 @@ class HunyuanVAEPolicy(PipelinePolicy):
         return config["latent_channels"], frames, video.height // spatial, video.width // spatial
 
     @torch.no_grad()
-    def clean_latents(self, vae: Any, videos: Videos) -> Latents:
-        """The mode of what `vae` makes of pixels in [0, 1], scaled, in fp32."""
-        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
+    def clean_latents(self, vae: Any, videos: Videos, device: torch.device | None = None) -> Latents:
+        """The mode of what `vae` makes of pixels in [0, 1], scaled, in fp32.
+
+        Args:
+            device: where the VAE works; None where its weights are.
+        """
+        pixels = (2 * videos - 1).transpose(1, 2).to(device or vae.device, vae.dtype)
         return vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
 
     def encode_video(self, videos: Videos) -> Latents:

@@ -67,5 +67,6 @@ class Kandinsky5ImagePolicy(Kandinsky5Policy):
     ) -> dict[str, Any]:
         """The pipeline takes the image for what stands in front of the noise, where it is given noise."""
         assert images is not None
-        given = self.clean_latents(pipeline.vae, images[:, None]).to(latents.device)
+        device = pipeline._execution_device  # networks that are offloaded say that they are elsewhere
+        given = self.clean_latents(pipeline.vae, images[:, None], device).to(latents.device)
         return super().call_arguments(pipeline, torch.cat([given, latents], dim=2), video, images)

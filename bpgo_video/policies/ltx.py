@@ -112,12 +112,15 @@ class LTXPolicy(PipelinePolicy):
 
     @torch.no_grad()
     def encode_video(self, videos: Videos) -> Latents:
-        vae = self.pipeline.vae
-        return self.clean_latents(vae, videos.to(vae.device))[:, :, self.given_frames :]
+        return self.clean_latents(self.pipeline.vae, videos)[:, :, self.given_frames :]
 
-    def clean_latents(self, vae: Any, videos: Videos) -> Whole:
-        """Of pixels in [0, 1], where the VAE works: the mode of its distribution, normalised."""
-        pixels = (2 * videos - 1).transpose(1, 2).to(vae.dtype)
+    def clean_latents(self, vae: Any, videos: Videos, device: torch.device | None = None) -> Whole:
+        """Of pixels in [0, 1]: the mode of the VAE's distribution, normalised.
+
+        Args:
+            device: where the VAE works; None where its weights are.
+        """
+        pixels = (2 * videos - 1).transpose(1, 2).to(device or vae.device, vae.dtype)
         encoded = torch.cat([vae.encode(one).latent_dist.mode().float() for one in pixels.split(1)])
         statistics = (vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
         normalised: Whole = self.pipeline._normalize_latents(encoded, *statistics)

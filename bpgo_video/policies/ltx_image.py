@@ -43,8 +43,7 @@ class LTXImagePolicy(LTXPolicy):
     @torch.no_grad()
     def image_conditioning(self, images: Images, video: VideoConfig) -> dict[str, Tensor]:
         """`image_latents`, the given frame: the mode of the VAE's distribution, from which the pipeline draws."""
-        vae = self.pipeline.vae
-        return {"image_latents": self.clean_latents(vae, images[:, None].to(vae.device))}
+        return {"image_latents": self.clean_latents(self.pipeline.vae, images[:, None])}
 
     def whole(self, latents: Latents, conditioning: Conditioning) -> Whole:
         """The given frame and the sampled ones."""
@@ -63,7 +62,7 @@ class LTXImagePolicy(LTXPolicy):
         """The pipeline takes the image for what stands in front of the noise, where it is given noise."""
         assert images is not None
         device = pipeline._execution_device  # networks that are offloaded say that they are elsewhere
-        given = self.clean_latents(pipeline.vae, images[:, None].to(device)).to(latents.device)
+        given = self.clean_latents(pipeline.vae, images[:, None], device).to(latents.device)
         arguments = super().call_arguments(pipeline, torch.cat([given, latents], dim=2), video, images)
         seed = generator_of(*DECODE_NOISE).initial_seed()
         return {**arguments, "generator": torch.Generator(device).manual_seed(seed)}

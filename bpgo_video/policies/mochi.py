@@ -46,7 +46,7 @@ class MochiPolicy(PipelinePolicy):
         frames = (video.num_frames - 1) // temporal + 1
         return self.vae_config["latent_channels"], frames, video.height // spatial, video.width // spatial
 
-    def default_size(self) -> dict[str, int]:
+    def call_defaults(self) -> dict[str, int]:
         return DEFAULT_SIZE
 
     def example(self) -> tuple[Latents, Conditioning]:

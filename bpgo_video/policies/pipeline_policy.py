@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.parallel.sequence import SequencePlan
 from bpgo_video.policies.base import Build
 from bpgo_video.policies.transformers import Transformers, read_index, transformer_names
-from bpgo_video.types import Latents, Videos
+from bpgo_video.types import Conditioning, Latents, Videos
 
 LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # of a pipeline's networks: what each calls the dtype
 COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
@@ -36,7 +36,8 @@ class PipelinePolicy:
         block_names: class names of the transformer's repeated blocks.
         fps: frames a second that the family's authors train on.
         given_frames: latent frames that the image fixes and the policy does not sample.
-        padding_frames: latent frames that are sampled in front, and dropped before decoding.
+        texts_see_images: the text encoder reads a prompt together with the image.
+        padding_frames: latent frames that are sampled in front, and that the video does not show.
         one_dtype: diffusers' pipeline hands latents from network to network without a cast.
         one_text_a_call: diffusers' pipeline pads the texts of a call to one length and does not mask it.
         options: settings that are the family's own, of the class with its pipeline's values.
@@ -50,6 +51,7 @@ class PipelinePolicy:
     block_names: ClassVar[tuple[str, ...]]
     fps: float
     takes_images: ClassVar[bool] = False
+    texts_see_images: ClassVar[bool] = False
     given_frames: ClassVar[int] = 0
     padding_frames: int = 0
     one_dtype: ClassVar[bool] = False
@@ -94,8 +96,12 @@ class PipelinePolicy:
                 parts[name] = build(model_class, folder / name, dtype).to(device)
             else:
                 parts[name] = frozen(model_class, folder / name, torch.float32 if kind == "vae" else dtype, device)
-        pipeline_class = getattr(diffusers, cls.pipeline_name)
-        return policy_class(folder, pipeline_class.from_pretrained(folder, **parts), max_sequence_length)
+        return policy_class(folder, cls.assemble(folder, parts), max_sequence_length)
+
+    @classmethod
+    def assemble(cls, folder: Path, parts: Mapping[str, nn.Module | None]) -> Any:
+        """diffusers' pipeline of the folder with these networks, None for those that are not loaded."""
+        return getattr(diffusers, cls.pipeline_name).from_pretrained(folder, **parts)
 
     @classmethod
     def check(cls, folder: Path) -> None:
@@ -119,6 +125,15 @@ class PipelinePolicy:
     ) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} makes videos of texts alone")
 
+    def encode_with_images(
+        self, texts: Sequence[str], images: Float[Tensor, "prompts 3 height width"]
+    ) -> dict[str, Tensor]:
+        raise TypeError(f"{type(self).__name__} encodes texts alone")
+
+    def start(self, noise: Latents, conditioning: Conditioning) -> Latents:
+        """Where sampling begins: the noise itself."""
+        return noise
+
     def encode_video(self, videos: Videos) -> Latents:
         raise TypeError(f"{type(self).__name__} does not encode videos, so that there is no warm start for it")
 
@@ -126,9 +141,14 @@ class PipelinePolicy:
         """What of the video itself the transformer is told: nothing."""
         return {}
 
-    def default_size(self) -> dict[str, int]:
-        """Frames, height and width that the pipeline reads from its parts, where its call has no default for them."""
+    def call_defaults(self) -> dict[str, int]:
+        """Size, text tokens and guidance by default, where they are not what the pipeline's call says."""
         return {}
+
+    def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Steps, size, guidance and text tokens as the call's arguments: guidance under the name that it has there."""
+        others = dict(settings)
+        return {self.guidance_argument: others.pop("guidance_scale"), **others}
 
     def call_arguments(
         self,

@@ -223,7 +223,8 @@ def sample_chunks(
                 return keyed_noise(latent_shape, [(*key, *owner, step) for owner in owners], mesh.device)
 
             guidance = guidance_of(prompts, rows, mesh.device)
-            start = noise_of("start", [(prompt, 0) for prompt, _ in owners]) if same_start else noise_of("start")
+            noise = noise_of("start", [(prompt, 0) for prompt, _ in owners]) if same_start else noise_of("start")
+            start = denoiser.policy.start(noise, guidance.towards)
             chosen = trained_steps(owners[0][0])
             path = denoiser.denoise(start, guidance, noise_of, chosen)
             recorded = (path.latents, path.log_probs, path.means, path.frame_log_probs)

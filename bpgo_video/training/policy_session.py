@@ -20,6 +20,7 @@ import bpgo_video
 from bpgo_video.code_version import this_code
 from bpgo_video.config.sft import Recipe
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
+from bpgo_video.data.image_texts import check_image_stamp
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.parallel.sequence import check_heads, parallelise
@@ -78,6 +79,8 @@ def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
         check_heads(json.loads((folder / name / "config.json").read_text()), config.parallel.sequence, plan)
     shards = PromptShards(config.data.shards, config.data.cache)
     shards.check_policy(encoder_stamp(folder, config.policy.max_sequence_length))
+    if family(folder, config.policy.family).texts_see_images:
+        check_image_stamp(shards, folder, (config.video.height, config.video.width))
     return ds_config, shards
 
 

@@ -46,7 +46,10 @@ def stub_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         assert components == ("text_encoder",)
         return SimpleNamespace(folder=Path(folder), max_sequence_length=max_sequence_length, encode=encode)
 
-    monkeypatch.setitem(sys.modules, "bpgo_video.policies", SimpleNamespace(load_policy=load_policy))
+    def family(folder, name):
+        return SimpleNamespace(texts_see_images=False)
+
+    monkeypatch.setitem(sys.modules, "bpgo_video.policies", SimpleNamespace(load_policy=load_policy, family=family))
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTokenReplaceSingleTransformerBlock,
+    HunyuanVideoTokenReplaceTransformerBlock,
     HunyuanVideoTransformerBlock,
 )
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
@@ -56,11 +59,12 @@ def wan_text(generator: torch.Generator) -> dict[str, Tensor]:
     return {"encoder_hidden_states": torch.randn(SAMPLES, 5, 8, generator=generator)}
 
 
-def hunyuan() -> nn.Module:
+def hunyuan(image_condition_type: str | None = None) -> nn.Module:
     return HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=8, num_layers=1,
         num_single_layers=1, num_refiner_layers=1, mlp_ratio=1.0, patch_size=2, patch_size_t=1, guidance_embeds=False,
         text_embed_dim=8, pooled_projection_dim=8, rope_axes_dim=(4, 2, 2),
+        image_condition_type=image_condition_type,
     )  # fmt: skip
 
 
@@ -125,6 +129,12 @@ FAMILIES = {
     "wan": Family(wan, (WanTransformerBlock,), wan_text, as_video),
     "hunyuan": Family(
         hunyuan, (HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock), hunyuan_text, as_video
+    ),
+    "hunyuan_first_frame": Family(
+        partial(hunyuan, "token_replace"),
+        (HunyuanVideoTokenReplaceTransformerBlock, HunyuanVideoTokenReplaceSingleTransformerBlock),
+        hunyuan_text,
+        as_video,
     ),
     "ltx": Family(ltx, (LTXVideoTransformerBlock,), ltx_text, as_tokens),
     "cogvideox": Family(cogvideox, (CogVideoXBlock,), wan_text, frames_first),

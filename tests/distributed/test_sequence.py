@@ -11,17 +11,19 @@ import pytest
 from tests.distributed.conftest import run_ranks
 
 BOUND = 1e-5
+HUNYUAN = {
+    "patch embedding": "x_embedder", "time embedding": "timestep_embedder", "text embedding": "context_embedder",
+    "joint attention": ".attn.", "text's side of it": "add_q_proj", "modulation": "norm1.linear",
+    "feed-forward": ".ff.", "single blocks": "single_transformer_blocks", "head": "proj_out",
+}  # fmt: skip
 CLASSES = {  # what each class of parameters is called
     "wan": {
         "patch embedding": "patch_embedding", "time embedding": "time_embedder", "text embedding": "text_embedder",
         "self-attention": "attn1", "cross-attention": "attn2", "modulation": "scale_shift_table",
         "feed-forward": "ffn", "head": "proj_out",
     },
-    "hunyuan": {
-        "patch embedding": "x_embedder", "time embedding": "timestep_embedder", "text embedding": "context_embedder",
-        "joint attention": ".attn.", "text's side of it": "add_q_proj", "modulation": "norm1.linear",
-        "feed-forward": ".ff.", "single blocks": "single_transformer_blocks", "head": "proj_out",
-    },
+    "hunyuan": HUNYUAN,
+    "hunyuan_first_frame": HUNYUAN,
     "cogvideox": {
         "patch embedding": "patch_embed.proj", "text embedding": "text_proj", "time embedding": "time_embedding",
         "joint attention": ".attn1.to_q", "its normalisation": "norm_k", "modulation": "norm1.linear",

@@ -14,7 +14,8 @@ from tests.families.cogvideox import (
     COGVIDEOX_PAIRS_IMAGE,
     COGVIDEOX_PAIRS_ONE_FRAME,
 )
-from tests.families.hunyuan import HUNYUAN
+from tests.families.hunyuan import HUNYUAN, HUNYUAN_CONCAT, HUNYUAN_FIRST_FRAME
+from tests.families.hunyuan15 import HUNYUAN_15, HUNYUAN_15_IMAGE
 from tests.families.kandinsky5 import KANDINSKY5, KANDINSKY5_IMAGE
 from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.mochi import MOCHI
@@ -39,6 +40,10 @@ CASES: dict[str, Case] = {
     "ltx": LTX,
     "ltx_image": LTX_IMAGE,
     "hunyuan": HUNYUAN,
+    "hunyuan_image": HUNYUAN_FIRST_FRAME,
+    "hunyuan_image_concat": HUNYUAN_CONCAT,
+    "hunyuan15": HUNYUAN_15,
+    "hunyuan15_image": HUNYUAN_15_IMAGE,
     "kandinsky5": KANDINSKY5,
     "kandinsky5_image": KANDINSKY5_IMAGE,
     "skyreels": SKYREELS,

@@ -41,6 +41,8 @@ class Case:
         euler: the scheduler with which the pipeline follows the ODE as the rollout does; by default its own.
         arguments: what else the pipeline's call is given.
         options: settings of the family's own.
+        texts: the prompts.
+        hidden_frames: that the VAE decodes in front of the video, and that are not shown.
         adjusted_frames: latent frames at the start that its pipeline changes by those behind them before it decodes.
     """
 
@@ -54,6 +56,8 @@ class Case:
     euler: Callable[[Any], Any] = lambda scheduler: scheduler
     arguments: dict[str, Any] = field(default_factory=dict)
     options: dict[str, float] = field(default_factory=dict)
+    texts: tuple[str, ...] = TEXTS
+    hidden_frames: int = 0
     adjusted_frames: int = 0
 
     def policy(self, folder: Path, **options: Any) -> Policy:
@@ -70,15 +74,16 @@ class Case:
         return replace(recipe, policy=policy, video=self.video, sampler=sampler, loss=loss)
 
     def pictures(self) -> list[Image.Image]:
-        """An image for each of TEXTS, of the video's size."""
+        """An image for each text, of the video's size."""
         generator = np.random.default_rng(0)
         size = (self.video.height, self.video.width, 3)
-        return [Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)) for _ in TEXTS]
+        return [Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)) for _ in self.texts]
 
     def prompts(self, policy: Policy, config: Config, dtype: torch.dtype = torch.float32) -> PromptBatch:
-        """TEXTS with all that the policy is conditioned on."""
-        texts, negative = policy.encode(TEXTS), policy.encode([NEGATIVE])
-        prompts = PromptBatch(torch.tensor([1, 2]), TEXTS, texts, negative, images=self._images(policy))
+        """The texts with all that the policy is conditioned on."""
+        images, negative = self._images(policy), policy.encode([NEGATIVE])
+        texts = policy.encode_with_images(self.texts, images) if policy.texts_see_images else policy.encode(self.texts)
+        prompts = PromptBatch(torch.tensor([1, 2]), self.texts, texts, negative, images=images)
         return conditioned(prompts, policy, config, dtype, Mesh(0, 1, CPU), group_size=4)
 
     def _images(self, policy: Policy) -> Tensor | None:
@@ -87,21 +92,24 @@ class Case:
         return torch.stack([torch.from_numpy(np.array(one)) for one in self.pictures()]).permute(0, 3, 1, 2) / 255
 
     def diffusers_videos(self, policy: Policy, noise: Tensor, num_steps: int, guided: bool) -> Tensor:
-        """What diffusers' own pipeline makes of TEXTS from `noise`, [prompts frames 3 height width] in [0, 1]."""
-        scales = {policy.guidance_argument: self.guidance_scale if guided else 1.0}
-        scales |= {"guidance_scale_2": self.guidance_scale_2} if guided and self.guidance_scale_2 else {}
+        """What diffusers' own pipeline makes of the texts from `noise`, [prompts frames 3 height width] in [0, 1]."""
+        settings: dict[str, Any] = {
+            "num_frames": self.video.num_frames, "height": self.video.height, "width": self.video.width,
+            "num_inference_steps": num_steps, "max_sequence_length": self.text_tokens,
+            "guidance_scale": self.guidance_scale if guided else 1.0,
+        }  # fmt: skip
+        settings |= {"guidance_scale_2": self.guidance_scale_2} if guided and self.guidance_scale_2 else {}
         pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(policy.folder)
         pipeline.scheduler = self.euler(pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         videos, pictures = [], self._images(policy)
-        for row, text in enumerate(TEXTS):
+        for row, text in enumerate(self.texts):
             images = None if pictures is None else pictures[row : row + 1]
             image = {"image": self.pictures()[row]} if policy.takes_images else {}
+            own = policy.call_arguments(pipeline, noise[row : row + 1], self.video, images)
             found = pipeline(
-                prompt=text, negative_prompt=NEGATIVE, num_frames=self.video.num_frames, height=self.video.height,
-                width=self.video.width, num_inference_steps=num_steps, max_sequence_length=self.text_tokens,
-                output_type="pt", **{**scales, **self.arguments, **image},
-                **policy.call_arguments(pipeline, noise[row : row + 1], self.video, images),
+                prompt=text, negative_prompt=NEGATIVE, output_type="pt",
+                **{**policy.take_settings(pipeline, settings), **self.arguments, **image, **own},
             )  # fmt: skip
             videos.append(found.frames)
         return torch.cat(videos)

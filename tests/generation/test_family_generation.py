@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers import ClassifierFreeGuidance
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +21,6 @@ from bpgo_video.generation.generate import describe, load_pipeline, plan, read_r
 from bpgo_video.generation.settings import GenerationSettings, find_model, resolve
 from bpgo_video.randomness import generator_of, keyed_noise
 from tests.families import CASES
-from tests.families.case import TEXTS
 
 ByHand = Callable[[Any, Tensor, Image.Image], dict[str, Any]]  # (pipeline, noise, picture) -> what its call is given
 
@@ -43,6 +44,26 @@ def hunyuan(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any
     return {"latents": noise, "guidance_scale": 4.0, "true_cfg_scale": 2.0}
 
 
+def hunyuan15(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    pipeline.guider = ClassifierFreeGuidance(guidance_scale=2.0)
+    pipeline.tokenizer_max_length = CASES["hunyuan15"].text_tokens
+    return {"latents": noise}
+
+
+def hunyuan15_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    return {**hunyuan15(pipeline, noise, picture), "image": picture}
+
+
+def hunyuan_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    whole = torch.cat([torch.full_like(noise[:, :, :1], 7.0), noise], dim=2)  # the image takes the first one's place
+    return {"latents": whole, "guidance_scale": 4.0, "true_cfg_scale": 2.0, "image": picture}
+
+
+def hunyuan_image_concat(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    frames = 4 * (noise.shape[2] - 1) + 1  # with the four that are not shown
+    return {"latents": noise, "num_frames": frames, "true_cfg_scale": 2.0, "image": picture}
+
+
 def kandinsky5(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
     return {"latents": noise.movedim(1, -1).clone(), "guidance_scale": 2.0}
 
@@ -55,8 +76,9 @@ def kandinsky5_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict
 
 
 BY_HAND: dict[str, ByHand] = {
-    "ltx": ltx, "ltx_image": ltx_image, "hunyuan": hunyuan, "kandinsky5": kandinsky5,
-    "kandinsky5_image": kandinsky5_image,
+    "ltx": ltx, "ltx_image": ltx_image, "hunyuan": hunyuan, "hunyuan_image": hunyuan_image,
+    "hunyuan_image_concat": hunyuan_image_concat, "kandinsky5": kandinsky5, "kandinsky5_image": kandinsky5_image,
+    "hunyuan15": hunyuan15, "hunyuan15_image": hunyuan15_image,
 }  # fmt: skip
 
 
@@ -75,7 +97,7 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(name: str, folder: Path, tmp_path: Path) -> GenerationSettings:
     case, lines = CASES[name], []
-    for row, (text, picture) in enumerate(zip(TEXTS, case.pictures(), strict=True)):
+    for row, (text, picture) in enumerate(zip(case.texts, case.pictures(), strict=True)):
         picture.save(tmp_path / f"{row}.png")
         lines.append(json.dumps({"prompt": text, "image": f"{row}.png"}))
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
@@ -95,12 +117,14 @@ def test_a_video_is_what_diffusers_makes_by_hand_in_any_batch(
     jobs = plan(settings, read_records(settings, policy.takes_images))
     found = sample(load_pipeline(model, settings, torch.device("cpu")), policy, jobs, settings, call)
     pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(folder)
-    for row, text in enumerate(TEXTS):
+    for row, text in enumerate(case.texts):
         noise = keyed_noise(policy.latent_shape(case.video), [(5, "generation", prompt_id(text), 0)], "cpu")
+        given = {"height": case.video.height, "width": case.video.width, "max_sequence_length": case.text_tokens}
+        known = inspect.signature(pipeline.__call__).parameters
+        own = {"num_frames": case.video.num_frames, **BY_HAND[name](pipeline, noise, case.pictures()[row])}
         expected = pipeline(
-            prompt=text, negative_prompt="", height=case.video.height, width=case.video.width,
-            num_frames=case.video.num_frames, num_inference_steps=3, max_sequence_length=case.text_tokens,
-            output_type="pt", **BY_HAND[name](pipeline, noise, case.pictures()[row]),
+            prompt=text, negative_prompt="", num_inference_steps=3, output_type="pt",
+            **{key: value for key, value in given.items() if key in known}, **own,
         ).frames  # fmt: skip
         assert expected.shape[1] == case.video.num_frames
         torch.testing.assert_close(found[row : row + 1], expected, rtol=0, atol=1e-5)
@@ -130,6 +154,6 @@ def test_bfloat16_reaches_the_pixels(name: str, settings: GenerationSettings) ->
 
 def test_a_familys_setting_is_refused_where_another_is_loaded(settings: GenerationSettings, name: str) -> None:
     foreign = {"embedded_guidance": None, "decode_timestep": None, "decode_noise_scale": None}
-    key = "decode_timestep" if name == "hunyuan" else "embedded_guidance"
+    key = "decode_timestep" if name.startswith("hunyuan") else "embedded_guidance"
     with pytest.raises(ConfigError, match=rf"policy.{key} is 0.5, but .* knows (\[|no such)"):
         find_model(GenerationSettings(**{**vars(settings), **foreign, key: 0.5}))

@@ -103,7 +103,7 @@ def test_attention_that_diffusers_wrote_in_goes_through_its_dispatcher(tmp_path:
     torch.testing.assert_close(videos(asked, pipeline), videos(settings), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["wan", "ltx_image", "hunyuan"])
+@pytest.mark.parametrize("name", ["wan", "ltx_image", "kandinsky5_image", "hunyuan"])
 def test_what_is_offloaded_makes_the_same_videos(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the CPU as the device that networks and layers are brought to: accelerate's hooks at work."""
     by_layer = accelerate.cpu_offload

@@ -76,8 +76,9 @@ def passed(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str,
 
 @pytest.fixture
 def few_image_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small CLIP encoder's."""
+    """The small encoders'."""
     monkeypatch.setattr(inputs, "IMAGE_TOKENS", 5)
+    monkeypatch.setattr(inputs, "SIGLIP_TOKENS", 4)
 
 
 @pytest.mark.usefixtures("few_image_tokens")

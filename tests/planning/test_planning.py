@@ -139,6 +139,8 @@ def test_published_models_have_the_parameters_of_their_cards() -> None:
         "cogvideox-2b": 1.69,
         "ltx-video": 1.92,
         "mochi-1": 10.03,
+        "hunyuanvideo-1.5-480p-t2v": 8.33,
+        "hunyuanvideo-1.5-480p-i2v": 8.33,
     }
     for name, billions in cards.items():
         model = find_model(name)
@@ -242,6 +244,13 @@ def test_deepspeeds_own_defaults_are_read() -> None:
 def test_a_plan_moves_with_its_settings(job: Job) -> None:
     plan = reckon(job)
     assert [phase.name for phase in plan.phases] == ["denoise", "decode", "replay", "update"]
+    gathering = reckon(
+        replace(job, config=replace(job.config, rollout=replace(job.config.rollout, parameters="gathered")))
+    )
+    assert [phase.name for phase in gathering.phases] == ["gather", "denoise", "decode", "replay", "update"]
+    whole = sum(job.weights.trained) * job.zero.weight_bytes  # few enough to come in one piece
+    assert gathering.phases[0].parts["weights on their way"] == whole
+    assert gathering.phases[0].parts["weights fetched"] == gathering.phases[1].parts["weights fetched"] == whole // 2
     assert not plan.gathers
 
     def part(changed: Job, phase: int, name: str) -> int:

@@ -120,7 +120,9 @@ def test_text_tokens_are_as_many_as_positions(folders: dict[str, Path]) -> None:
 def test_fps_and_size_are_the_authors(folders: dict[str, Path]) -> None:
     two, pairs = described(folders, "cogvideox"), described(folders, "cogvideox_pairs")
     assert (two.fps, pairs.fps) == (8.0, 16.0)
-    assert two.default_size() == SIZE
+    assert two.call_defaults() == SIZE
+    image = described(folders, "cogvideox_image")
+    assert image.call_defaults() == {"height": 64, "width": 64}, "its pipeline's call has a number of frames"
 
 
 def test_a_dropped_latent_frame_takes_the_videos_own_advantage(folders: dict[str, Path]) -> None:

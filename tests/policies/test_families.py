@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from bpgo_video.checkpoints.run_weights import find_source
 from bpgo_video.config.bpgo import LoraConfig
@@ -18,7 +19,11 @@ from bpgo_video.config.reading import to_yaml
 from bpgo_video.export.conversion import Conversion, convert
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.parallel.sequence import parallelise
+from bpgo_video.parallel.ulysses import Ulysses
+from bpgo_video.planning.rehearsal import alone_in_a_group
 from bpgo_video.policies import Policy
+from bpgo_video.policies.kernels import choose_attention
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.pipeline_policy import PipelinePolicy, networks_of
 from bpgo_video.policies.transformers import blocks_of
@@ -55,14 +60,15 @@ def test_the_ode_rollout_is_the_pipelines_own(case: Case, folder: Path, policy: 
     scale, scale_2 = (case.guidance_scale, case.guidance_scale_2) if guided else (1.0, None)
     config = case.recipe(folder)
     prompts = case.prompts(policy, config)
-    start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
+    start = policy.start(noise, prompts.conditioning)
     denoiser = Denoiser(
         policy=policy, sigmas=policy.sigmas(STEPS, case.video), sampler="ode", eta=0.0, guidance_scale=scale,
         guidance_scale_2=scale_2, latents_dtype=torch.float32,
     )  # fmt: skip
     latents = denoiser.denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start).latents[:, -1]
     found = policy.decode(latents, prompts.conditioning)
-    expected = case.diffusers_videos(policy, start, STEPS, guided)
+    expected = case.diffusers_videos(policy, noise, STEPS, guided)
     assert found.shape[1] == case.video.num_frames
     assert found.std() > 0.01
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -82,10 +88,21 @@ def test_a_folder_of_an_older_diffusers_is_the_same_policy(case: Case, folder: P
     assert dropped > 5
     policies = [case.policy(path, components=("transformer", "vae")) for path in (folder, older)]
     newer, found = (
-        [policy.latent_shape(case.video), policy.default_size(), policy.padding_frames, policy.fps, decoded(policy)]
+        [policy.latent_shape(case.video), policy.call_defaults(), policy.padding_frames, policy.fps, decoded(policy)]
         for policy in policies
     )
     assert found == newer
+
+
+def test_a_chosen_attention_stays_in_sequence_groups(case: Case, folder: Path) -> None:
+    policy = case.policy(folder, components=("transformer",))
+    choose_attention(policy.transformers, "_native_math")
+    with alone_in_a_group(2) as mesh:
+        for transformer in policy.transformers.values():
+            parallelise(transformer, mesh, policy.sequence_plan)
+    processors = [getattr(module, "processor", None) for module in policy.transformers.modules()]
+    shared = [one for one in processors if isinstance(getattr(one, "_parallel_config", None), Ulysses)]
+    assert {one._attention_backend for one in shared} == {AttentionBackendName._NATIVE_MATH}
 
 
 def decoded(policy: Policy) -> list[float]:
@@ -153,7 +170,8 @@ def test_decode_gives_the_vae_what_its_encoder_gave(
         vae, "decode", lambda value, *rest, **named: given.append(value) or decode(value, *rest, **named)
     )
     policy.decode(latents, case.prompts(policy, case.recipe(folder)).conditioning)
-    expected = vae.encode((2 * videos - 1).transpose(1, 2)).latent_dist.mode()
+    whole = torch.cat([videos[:, :1].repeat(1, case.hidden_frames, 1, 1, 1), videos], dim=1)
+    expected = vae.encode((2 * whole - 1).transpose(1, 2)).latent_dist.mode()
     own = slice(max(policy.given_frames, case.adjusted_frames), None)
     torch.testing.assert_close(torch.cat(given)[:, :, own], expected[:, :, own], rtol=1e-5, atol=1e-5)
 
