@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import yaml
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.command_line import load_config, load_recipe
-from bpgo_video.config.reading import read_yaml
+from bpgo_video.config.reading import read_recipe, read_yaml
 from bpgo_video.config.sft import SftConfig
 from tests.made.recipes import RECIPE, ROOT
 
@@ -121,3 +123,26 @@ def test_help_of_a_recipe_shows_its_values(capsys: pytest.CaptureFixture[str], m
     text = help_of(["--config", str(RECIPE)], capsys, monkeypatch)
     assert re.search(rf"--run\.dir STR\n[^-]*\(default: {re.escape(read_yaml(RECIPE).run.dir)}\)", text)
     assert "--rewards.motion.weight" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_without_flags_a_recipe_is_its_file(path: Path) -> None:
+    assert load_recipe(["--config", str(path)]) == read_recipe(path)
+
+
+def test_options_of_any_kind_pass_through(tmp_path: Path) -> None:
+    """A reward's options and a second scoring's are plain data of any depth, which no flag needs to change."""
+    options = {
+        "model": "x",
+        "answers": ["Yes", "No"],
+        "settings": {"depth": 2, "none": None},
+        "limit": None,
+        "on": True,
+    }
+    recipe = yaml.safe_load(RECIPE.read_text())
+    recipe["rewards"]["motion"] |= {"options": options, "second": {"answers": ["Ja"]}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    found = load_config(["--config", str(path), "--rewards.motion.options.settings.depth", "3"])
+    assert found.rewards["motion"].second == {"answers": ["Ja"]}
+    assert found.rewards["motion"].options == options | {"settings": {"depth": 3, "none": None}}
