@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import runpy
 import subprocess
 import sys
 
@@ -76,6 +78,52 @@ def test_a_wrong_configuration_is_told_from_other_wrong_input(
     command.set_defaults(run=fail)
     assert run_command(command, []) == code
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "tools/make_prompt_shards.py build --input a.txt --output b --policy p",
+        "tools/make_video_shards.py build --input a --output b --policy p --num-frames 9 --height 8 --width 8 --fps 8",
+        "tools/serve_rewards.py --config recipe.yaml --reward motion --port 0",
+        "tools/evaluate.py score --videos v --dimensions temporal_flickering --output o.json",
+        "tools/evaluate.py vbench --python python --videos v --output o",
+    ],
+)
+def test_tools_refuse_what_is_no_device(
+    words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(f"{words} --device gpu", monkeypatch) == 2
+    assert "'gpu' is no device; cpu, cuda or cuda:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", ["pipelines/train_video.py", "tools/doctor.py", "tools/estimate_priors.py"])
+def test_help_is_what_the_tool_says_of_itself(
+    tool: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(f"{tool} --help", monkeypatch) == 0
+    shown = capsys.readouterr().out
+    docstring = ast.get_docstring(ast.parse((ROOT / tool).read_text())) or ""
+    for line in (docstring.splitlines()[0], docstring.splitlines()[2].strip(), "--config FILE  the recipe (required)"):
+        assert line in shown
+
+
+def test_plan_memory_shows_its_exit_codes_and_defaults(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("tools/plan_memory.py --help", monkeypatch) == 0
+    shown = capsys.readouterr().out
+    for words in ("1 where it fits on none, 2 where", "(24 40 80 141)", "ranks of the whole run", "with --model only:"):
+        assert words in shown
+
+
+def run(words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A tool as a program, in this process; its exit code."""
+    script, *arguments = words.split()
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return int(stopped.value.code or 0)
 
 
 def test_a_part_of_the_bench_says_what_runs_it() -> None:
