@@ -112,6 +112,7 @@ def load_recipe(argv: Sequence[str] | None = None, description: str | None = Non
 
     Args:
         description: of the command, in its `--help`.
+        only_bpgo: refuse a recipe of another kind, before its flags are read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
