@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -119,7 +120,8 @@ def load_recipe(argv: Sequence[str] | None = None, description: str | None = Non
     early.add_argument("--config", type=Path)
     early.add_argument("--local_rank", type=int)
     known, rest = early.parse_known_args(argv)
-    described = f"{description or ''}\n\n{CONFIG_HELP}".strip()
+    examples_apart = re.sub("\n+    ", "\n\n    ", description or "")  # tyro runs neighbouring lines together
+    described = f"{examples_apart}\n\n{CONFIG_HELP}".strip()
     try:
         if known.config is None and {"-h", "--help"} & set(rest):
             _parse(Config, rest, SHOWN, description=described)
