@@ -8,6 +8,7 @@ PYTHON ?= python3.11
 RANKS ?= 2
 SEED ?= 0
 DEMO_DIR ?= runs/demo
+WORKERS ?= 2
 PROMPTS := runs/demo-prompts
 I2V := runs/tiny-i2v
 RECIPE := pipelines/configs/tiny_wan_bpgo.yaml
@@ -55,8 +56,9 @@ $(I2V)/shards/index.json: $(I2V)/wan/model_index.json
 	$(BIN)/python tools/make_prompt_shards.py build --input $(I2V)/prompts.jsonl --output $(I2V)/shards \
 		--policy $(I2V)/wan --max-sequence-length 16
 
+# Files are dealt to so many processes of one thread each; those that start ranks stay together.
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(WORKERS) --dist loadgroup
 
 test-all: install
 	$(BIN)/python -m pytest -m "not gpu"

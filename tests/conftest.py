@@ -16,6 +16,13 @@ from tests.made.recipes import RECIPE
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes that share the tests (`make test`) take whole files, and one of them all that start ranks."""
+    for item in items:
+        place = item.path.parent if item.path.parent.name == "distributed" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(place)))
+
+
 @pytest.fixture(scope="session")
 def recipe() -> Config:
     return read_yaml(RECIPE)

@@ -53,11 +53,10 @@ def estimate_advantages(
     memory = memory or Memory()
     prior, suite = session.config.prior, session.suite
     by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
-    num_frames = session.config.video.num_frames
     first_frames: dict[str, Tensor] = {}
     if prior.kind in FROM_IMAGES:
         with suite.at_work():
-            images = suite.score_images(prompts, num_frames, session.mesh)
+            images = suite.score_images(prompts, session.config.video.num_frames, session.mesh)
         first_frames = {name: scores.cpu() for name, scores in images.items()}
     averaged = by_name | {image_key(name): scores[:, None] for name, scores in first_frames.items()}
     seen = Seen(prompts, suite.versions, averaged, memory.running_rewards, first_frames)

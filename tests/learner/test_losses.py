@@ -141,7 +141,7 @@ def test_on_the_first_update_the_gradient_is_the_weighted_advantage():
     loss = bpgo_loss(Move(log_prob - old), advantage, contrastive, trust, 0.3, clip(1e-5, 1e-5))
     loss.value.backward()
     torch.testing.assert_close(log_prob.grad, -(trust * advantage + 0.3 * contrastive) / 8)
-    assert [loss.metrics[f"ratio_{name}"].item() for name in ("mean", "std", "min", "max")] == [1, 0, 1, 1]
+    assert [loss.metrics[f"ratio_{name}"].item() for name in ("mean", "squared_error", "min", "max")] == [1, 0, 1, 1]
     assert loss.metrics["clip_fraction"] == loss.metrics["approx_kl"] == loss.metrics["log_ratio_abs_max"] == 0
 
 
