@@ -34,9 +34,9 @@ def test_many_ranks_score_what_one_does_and_go_on_where_one_failed(tmp_path: Pat
     folder, many, one = clips(tmp_path / "videos"), tmp_path / "many.json", tmp_path / "one.json"
     failed = launched(DEEPSPEED, score_command(folder, many), REFUSED="4")
     assert failed.returncode != 0
-    told = [line for line in failed.stderr.splitlines() if line.startswith("[rank 0] rank 1 (")]
-    assert len(told) == 1, failed.stderr[-3000:]
-    assert f"RuntimeError: subject_consistency of {folder / 'a man talks-1.mp4'}: no room for 4 frames" in told[0]
+    # Rank 1 says it; rank 0 says it again, if the launcher does not end it first.
+    cause = f"RuntimeError: subject_consistency of {folder / 'a man talks-1.mp4'}: no room for 4 frames"
+    assert cause in failed.stderr, failed.stderr[-3000:]
     assert [result.dimension for result in read_results(many)] == list(DIMENSIONS[:2])
     done = launched(TORCHRUN, score_command(folder, many))
     assert done.returncode == 0, done.stderr[-3000:]
