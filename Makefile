@@ -58,7 +58,7 @@ $(I2V)/shards/index.json: $(I2V)/wan/model_index.json
 
 # Files are dealt to so many processes of one thread each; those that start ranks stay together.
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(WORKERS)
 
 test-all: install
 	$(BIN)/python -m pytest -m "not gpu"

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.reading import read_yaml
@@ -16,11 +18,16 @@ from tests.made.recipes import RECIPE
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class ByFile(LoadScopeScheduling):
     """Processes that share the tests (`make test`) take whole files, and one of them all that start ranks."""
-    for item in items:
-        place = item.path.parent if item.path.parent.name == "distributed" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(place)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder, _, _ = nodeid.partition("::")[0].rpartition("/")
+        return folder if folder.endswith("distributed") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
