@@ -128,12 +128,12 @@ def summarise(session: Session, progress: Progress, after: HeldoutScores | None)
             "heldout_reward": name,
             "heldout_before": float(first.mean()),
             "heldout_after": float(last.mean()),
-            "heldout_before_stderr": stderr(first),
-            "heldout_after_stderr": stderr(last),
-            "heldout_difference_stderr": stderr(last - first),
             "heldout_prompts": last.shape[0],
             "heldout_videos": last.numel(),
         }
+        if last.numel() > 1:  # of one video no error is known
+            scores = {"before": first, "after": last, "difference": last - first}
+            summary |= {f"heldout_{when}_stderr": stderr(values) for when, values in scores.items()}
     return summary
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 
+from bpgo_video.config.bpgo import Config
+from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards import FrameScores
 from bpgo_video.training.heldout import HeldoutScores
-from bpgo_video.training.results import caption
+from bpgo_video.training.results import Progress, caption, summarise
+from bpgo_video.training.session import Session
 
 
 def test_a_caption_has_the_scores_of_the_video_that_is_shown() -> None:
@@ -14,3 +22,22 @@ def test_a_caption_has_the_scores_of_the_video_that_is_shown() -> None:
     by_name = {"oracle": torch.tensor([[0.1, 0.9], [0.25, 0.75]]), "frames": torch.tensor([[0.0, 0.0], [0.5, 0.0]])}
     scores = HeldoutScores(by_name, {"frames": FrameScores(torch.tensor([[0.0, 0.0], [0.4, 0.6]]), torch.arange(2.0))})
     assert caption("a cat", 1, scores) == "a cat | oracle: 0.25 | frames: 0.5 (0.4 0.6)"
+
+
+@pytest.mark.parametrize(("samples", "known"), [(1, False), (2, True)])
+def test_a_summary_has_errors_where_they_are_known(recipe: Config, samples: int, known: bool) -> None:
+    """One held-out video in all has none, and the summary stays JSON."""
+    session = object.__new__(Session)
+    parts: dict[str, Any] = {
+        "config": recipe,
+        "mesh": Mesh(0, 1, torch.device("cpu")),
+        "engine": SimpleNamespace(stage=3),
+    }
+    for name, part in parts.items():
+        object.__setattr__(session, name, part)
+    scores = torch.linspace(0.25, 0.75, samples)[None]
+    progress = Progress(heldout_before={"oracle": scores.tolist()})
+    found = summarise(session, progress, HeldoutScores({"oracle": scores + 0.1 * scores.square()}))
+    json.dumps(found, allow_nan=False)
+    errors = {key for key in found if key.endswith("_stderr")}
+    assert errors == ({f"heldout_{when}_stderr" for when in ("before", "after", "difference")} if known else set())
