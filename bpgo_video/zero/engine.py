@@ -127,7 +127,7 @@ def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, 
     No rank ever holds more than its shard and the one tensor at hand; rank 0 reads the file and broadcasts. Buffers are
     whole on every rank, and exact.
     """
-    with deepspeed.zero.Init(config_dict_or_path=_complete(ds_config, 1, 0.0), dtype=dtype):
+    with deepspeed.zero.Init(config_dict_or_path=_complete(ds_config, 1, 0.0)):  # its `dtype` argument is not heeded
         model = model_class.from_config(model_class.load_config(folder))
     where = tensor_files(folder, model_class)
     named, buffers = dict(model.named_parameters()), model_buffers(model_class, folder, where)

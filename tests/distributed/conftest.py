@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from diffusers import WanTransformer3DModel
 
-from tests.made.recipes import ROOT, make_shards
+from tests.made.recipes import ROOT, make_shards, python_path
 
 STAGES = ("zero1", "zero2", "zero3")
 SHARED = [*(f"gradient-{stage}=gradient:{stage}" for stage in STAGES), "credited-4=credited:zero3:4"]
@@ -69,7 +69,7 @@ def run_ranks(
 ) -> None:
     """Start the worker on `world_size` local ranks and wait; the ranks' output is shown where one fails."""
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT), **environment}  # fmt: skip
+            "MASTER_PORT": str(free_port()), "PYTHONPATH": python_path(), **environment}  # fmt: skip
     command = [sys.executable, "-m", f"tests.distributed.{worker}", *arguments]
     ranks = [
         subprocess.Popen(

@@ -17,7 +17,7 @@ from bpgo_video.evaluation.comparing.model_scores import read_scores
 from bpgo_video.parallel.mesh import Mesh
 from tests.distributed.conftest import free_port
 from tests.made.random_wan import random_wan
-from tests.made.recipes import ROOT
+from tests.made.recipes import ROOT, python_path
 from tests.made.written_runs import tagged_recipe
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
         str(LAUNCHER), "--num_accelerators", "2", "--master_port", str(free_port()), "tools/evaluate.py", "compare",
         str(tmp_path / "wan"), str(other), "--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "two"),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("No difference shown between wan and other") == 1

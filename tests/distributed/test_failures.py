@@ -21,7 +21,7 @@ import pytest
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.reports.metrics import read_metrics
 from tests.distributed.conftest import free_port
-from tests.made.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
+from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, without_evaluation
 
 pytestmark = pytest.mark.slow
 
@@ -119,7 +119,7 @@ class Launches:
         environments: list[dict[str, str]],
     ) -> Launch:
         line = [*command, *script, "--config", str(self.folder / "recipe.yaml"), "--run.dir", str(self.folder / run)]
-        base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
         log = self.folder / f"{len(self.started)}.log"
         with log.open("wb") as file:
             processes = [
@@ -260,7 +260,7 @@ def assert_stopped(launch: Launch) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_frozen_rank_is_told_from_a_busy_one(tmp_path: Path, victim: int) -> None:
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": python_path()}
     command = [sys.executable, "-c", FROZEN, str(victim)]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **place, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)

@@ -15,7 +15,7 @@ import pytest
 from bpgo_video.data.video import read_video
 from tests.distributed.conftest import free_port
 from tests.made.random_wan import random_wan
-from tests.made.recipes import ROOT
+from tests.made.recipes import ROOT, python_path
 
 pytestmark = pytest.mark.slow
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
@@ -31,7 +31,7 @@ def command(output: Path, policy: Path, prompts: Path, *launcher: str) -> list[s
 
 def on_two_ranks(output: Path, policy: Path, prompts: Path) -> subprocess.Popen[str]:
     launcher = (str(LAUNCHER), "--num_accelerators", "2", "--master_port", str(free_port()))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command(output, policy, prompts, *launcher), cwd=ROOT, env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -65,7 +65,7 @@ def test_two_ranks_make_what_one_makes_and_go_on_after_a_kill(tmp_path: Path) ->
     assert kept == early
     subprocess.run(
         command(tmp_path / "one", policy, prompts, sys.executable), cwd=ROOT, check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path()},
     )  # fmt: skip
     assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
     for path in (tmp_path / "one").glob("*.mp4"):
@@ -85,7 +85,7 @@ def test_a_layout_is_made_by_two_ranks_and_is_whole(tmp_path: Path) -> None:
     ]  # fmt: skip
     suite = ["tools/evaluate.py", "layout", "--suite", str(prompts), "--output", str(folder), "--samples", "2"]
     launcher = [str(LAUNCHER), "--num_accelerators", "2", "--master_port", str(free_port())]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     subprocess.run([*launcher, *suite, *made], cwd=ROOT, env=environment, check=True)
     names = {f"a red circle moving left {number}-{sample}.mp4" for number in range(3) for sample in range(2)}
     assert {path.name for path in folder.iterdir()} == names

@@ -16,7 +16,7 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.reports.metrics import read_metrics
 from tests.distributed.conftest import free_port
-from tests.made.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
+from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, without_evaluation
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def launch(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess
     """`deepspeed --num_accelerators 2`, from the clone."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
     command = [*launcher, "--master_port", str(free_port()), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )

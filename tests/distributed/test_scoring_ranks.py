@@ -13,7 +13,7 @@ from bpgo_video.evaluation.vbench.kept_scores import kept_beside
 from bpgo_video.evaluation.vbench.result_files import read_results
 from tests.distributed.conftest import free_port
 from tests.made.fake_vbench import fake_package
-from tests.made.recipes import ROOT
+from tests.made.recipes import ROOT, python_path
 from tests.made.scored_clips import DIMENSIONS, clips, score_command
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 
 def launched(launcher: tuple[str, ...], command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **more}
     ranks = [*launcher, str(free_port())] if launcher else [sys.executable]
     return subprocess.run(
         [*ranks, "tools/evaluate.py", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300

@@ -13,11 +13,11 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.reports.metrics import read_metrics
 from tests.distributed.test_launches import launch, recipe_file
 from tests.distributed.two_hosts import ADDRESSES, INTERFACE, NAMES, Finished, TwoHosts, two_hosts, why_not
-from tests.made.recipes import ROOT, rewarded_by, small_recipe, without_evaluation
+from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, without_evaluation
 
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
 TRAIN = "pipelines/train_video.py"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": INTERFACE}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), "GLOO_SOCKET_IFNAME": INTERFACE}
 SECONDS = 240  # for a launch; a good one takes 30, and one that hangs would take the half hour of torch's timeout
 
 

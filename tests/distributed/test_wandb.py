@@ -12,7 +12,7 @@ import pytest
 
 from bpgo_video.config.reading import to_yaml
 from tests.distributed.conftest import free_port
-from tests.made.recipes import ROOT, small_recipe
+from tests.made.recipes import ROOT, python_path, small_recipe
 from tests.made.wandb_files import history, offline_runs, table
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ def test_a_run_sends_its_heldout_videos_and_a_table_of_before_and_after(tmp_path
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     command = [*launcher, "--master_port", str(free_port()), "pipelines/train_video.py"]
     wandb = ["--wandb.project", "test", "--wandb.mode", "offline"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_DATA_DIR": str(tmp_path)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), "WANDB_DATA_DIR": str(tmp_path)}
     done = subprocess.run(
         [*command, "--config", str(tmp_path / "recipe.yaml"), *wandb],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,

@@ -28,6 +28,7 @@ from tests.evaluation.test_vbench_totals import GOLDEN
 from tests.made.fake_vbench import FAKE, fake_package
 from tests.made.random_wan import random_wan
 from tests.made.real_clips import real_clip
+from tests.made.recipes import python_path
 from tests.made.tiny_vbench import BACKBONES
 from tools.evaluate import main
 
@@ -241,7 +242,7 @@ def test_results_of_fewer_videos_than_the_suites_have_no_total(
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for the package, found by the interpreter that is named."""
     folder = fake_package(tmp_path / "site")
-    monkeypatch.setenv("PYTHONPATH", str(folder.parent))
+    monkeypatch.setenv("PYTHONPATH", python_path(folder.parent))
     return folder
 
 

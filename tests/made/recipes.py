@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ PROMPTS = {
     "train": ["a red circle moving left", "a blue square moving up", "a green triangle moving right", "a red object"],
     "heldout": ["a red circle moving down", "a shape moving right"],
 }
+
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of a process that a test starts: these folders, the checkout, then what the test itself was given."""
+    given = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([*map(str, folders), str(ROOT), *filter(None, [given])])
 
 
 def make_shards(folder: Path, pipeline: Path | None = None) -> Path:

@@ -32,7 +32,7 @@ from bpgo_video.rewards.service import OtherContent, RewardService
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.wire import MalformedMessage, packed, received, scores_message, scores_of
 from bpgo_video.types import PromptBatch, RolloutChunk
-from tests.made.recipes import ROOT
+from tests.made.recipes import ROOT, python_path
 
 CPU = torch.device("cpu")
 
@@ -383,7 +383,7 @@ RECIPE_REWARD = ["--config", str(ROOT / "pipelines" / "configs" / "tiny_wan_bpgo
 def started(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """tools/serve_rewards.py in a process of its own, and the url that it prints."""
     command = [sys.executable, "tools/serve_rewards.py", *RECIPE_REWARD, "--port", str(port)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -417,7 +417,7 @@ def test_a_server_that_is_killed_under_load_and_started_again_loses_nothing() ->
 def test_the_tool_refuses_what_it_should_not_serve(tmp_path: Path) -> None:
     def said(*arguments: str) -> str:
         command = [sys.executable, "tools/serve_rewards.py", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 1, result.stderr
         return result.stderr

@@ -17,7 +17,7 @@ from bpgo_video.rewards.base import RewardModel
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.wire import MalformedMessage
 from bpgo_video.rewards.worker import WorkerReward
-from tests.made.recipes import ROOT
+from tests.made.recipes import ROOT, python_path
 
 SCRIPT = str(ROOT / "tests" / "made" / "toy_worker.py")
 PLAIN = sys._base_executable  # type: ignore[attr-defined]  # outside of the virtual environment
@@ -123,7 +123,7 @@ os._exit(1)  # as the heartbeat ends a rank
 
 
 def test_a_busy_worker_ends_with_a_process_that_cannot_say_goodbye() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     command = [sys.executable, "-c", OWNER, PLAIN, SCRIPT]
     owner = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
     assert owner.returncode == 1
