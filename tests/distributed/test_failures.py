@@ -260,7 +260,12 @@ def assert_stopped(launch: Launch) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_frozen_rank_is_told_from_a_busy_one(tmp_path: Path, victim: int) -> None:
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": python_path()}
+    place = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": python_path(),
+    }
     command = [sys.executable, "-c", FROZEN, str(victim)]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **place, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
