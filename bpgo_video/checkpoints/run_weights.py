@@ -4,7 +4,8 @@
 
 A checkpoint's parameters bear the transformer's name in front: `transformer.blocks.0.attn1.to_q.weight`.
 
-Weights are the optimiser's fp32 ones, rounded to the asked dtype before adapters are merged, as training holds them.
+Weights are the optimizer's fp32 ones, rounded to the requested dtype before adapters are merged, as training holds
+them. Parameters that diffusers keeps in fp32 are not rounded.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from bpgo_video.policies import family
 from bpgo_video.policies.lora import merged_tensors
 from bpgo_video.policies.model_buffers import model_buffers, stored
 from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.precision import parameter_dtype
 from bpgo_video.policies.stored_tensors import tensor_files
 from bpgo_video.policies.transformers import trained_names
 
@@ -68,6 +70,10 @@ class Source:
     def files(self, name: str) -> dict[str, Path]:
         """Which file of the base folder holds each tensor of a transformer."""
         return tensor_files(self.base / name, networks_of(self.base)[name])
+
+    def dtype_of(self, name: str, key: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a tensor of the transformer `name` where the transformer computes in `dtype`."""
+        return parameter_dtype(networks_of(self.base)[name], key, dtype)
 
     @property
     def pipeline_class(self) -> str:
@@ -129,12 +135,13 @@ def trained_tensors(
     Args:
         name: of the transformer, one of `source.trained`.
         trained: the checkpoint's parameters, fp32: `WEIGHTS["raw"](source.folder)`.
+        dtype: that the transformer computes in.
 
     Raises:
         CheckpointError: the checkpoint does not fit the base folder.
     """
     if source.config.policy.lora.rank:
-        base = ((key, tensor.to(dtype)) for key, tensor in read_tensors(source.files(name)))
+        base = ((key, tensor.to(source.dtype_of(name, key, dtype))) for key, tensor in read_tensors(source.files(name)))
         try:
             yield from merged_tensors(base, adapter_tensors(source, name, trained), source.config.policy.lora)
         except ValueError as error:
@@ -142,7 +149,7 @@ def trained_tensors(
         return
     for key, file in base_files(source, name, trained).items():
         tensor = trained[f"{name}.{key}"] if f"{name}.{key}" in trained else stored(file, key)
-        yield key, tensor.to(dtype)
+        yield key, tensor.to(source.dtype_of(name, key, dtype))
 
 
 def base_files(source: Source, name: str, trained: Mapping[str, Tensor]) -> dict[str, Path]:

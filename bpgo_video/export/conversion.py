@@ -53,7 +53,7 @@ class Conversion:
         source: the checkpoint, and the model that its run started from.
         weights: a name of `WEIGHTS`.
         output: a new folder.
-        dtype: of the trained weights in it.
+        dtype: of the trained weights in it, except those that diffusers keeps in fp32.
         transformer_only: write the transformer's folder instead of the whole pipeline's; format diffusers.
         merged: write the whole transformer instead of its adapters; format comfyui.
         shard_bytes: size of a safetensors file, and of the buffer in memory.
@@ -136,9 +136,10 @@ def write_comfyui(job: Conversion) -> None:
     name_of = original_names(job.source.pipeline_class)
     with new_folder(job.output) as folder:
         for name in job.source.trained:
-            shapes = {name_of(key): shape for key, shape in shapes_of(job.source.files(name)).items()}
+            shapes = shapes_of(job.source.files(name))
+            layout = {name_of(key): (shape, job.source.dtype_of(name, key, job.dtype)) for key, shape in shapes.items()}
             tensors = renamed(job.tensors("Writing", name), name_of)
-            write_single_file(folder / f"{name}.safetensors", shapes, job.dtype, tensors)
+            write_single_file(folder / f"{name}.safetensors", layout, tensors)
         write_card(job.card("A transformer for ComfyUI, by its authors' names"), folder)
 
 
@@ -253,7 +254,8 @@ def parser() -> argparse.ArgumentParser:
     add("--format", choices=tuple(FORMATS), required=True, help=purposes)
     weights = "raw: as the optimiser holds them; ema: their average, where the run kept one (%(default)s)"
     add("--weights", choices=tuple(WEIGHTS), default="raw", help=weights)
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the trained weights (%(default)s)")
+    dtypes = "of the trained weights, except those that diffusers keeps in fp32 (%(default)s)"
+    add("--dtype", choices=tuple(DTYPES), default="float32", help=dtypes)
     add("--transformer-only", action="store_true", help="diffusers: the transformer's folder, not the whole pipeline")
     add("--merged", action="store_true", help="comfyui: the whole transformer, adapters merged, as one file")
     add(

@@ -19,7 +19,7 @@ from torch import Tensor
 from bpgo_video.checkpoints.zero_files import CheckpointError
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-Shapes = Mapping[str, tuple[int, ...]]
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
 
 
 def shapes_of(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
@@ -31,19 +31,19 @@ def shapes_of(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_single_file(path: Path, shapes: Shapes, dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_single_file(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """One safetensors file; in memory are the tensor that is written and the one before.
 
     Args:
-        shapes: of every tensor, in the order of the file.
+        layout: of every tensor, in the order of the file.
         tensors: each once, in any order.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape or dtype, or is not among `shapes`.
+        CheckpointError: a tensor is missing, has another shape or dtype, or is not in `layout`.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, size = {}, 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in layout.items():
         offsets[name], stop = size, size + prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [size, stop]}
         size = stop
@@ -53,8 +53,8 @@ def write_single_file(path: Path, shapes: Shapes, dtype: torch.dtype, tensors: I
         stream.write(len(text).to_bytes(8, "little") + text)
         start = stream.tell()
         for name, tensor in tensors:
-            if tuple(tensor.shape) != shapes.get(name) or tensor.dtype != dtype or name not in offsets:
-                raise CheckpointError(f"{path}: {name} is not to be written, or is not of {dtype} {shapes.get(name)}")
+            if (tuple(tensor.shape), tensor.dtype) != layout.get(name) or name not in offsets:
+                raise CheckpointError(f"{path}: {name} is not to be written, or is not of {layout.get(name)}")
             stream.seek(start + offsets.pop(name))
             stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     if offsets:

@@ -67,12 +67,12 @@ def verify_copies(base: Path, output: Path, trained: Sequence[str]) -> None:
 
 
 def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """A transformer's folder as diffusers loads it, by default in the dtype on disk."""
+    """A transformer's folder as diffusers loads it, by default in the narrowest dtype on disk."""
     model_class = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
-    dtypes = (
-        {tensor.dtype for _, tensor in read_tensors(tensor_files(folder, model_class))} if dtype is None else {dtype}
-    )
-    return model_class.from_pretrained(folder, torch_dtype=dtypes.pop() if len(dtypes) == 1 else None)
+    if dtype is None:
+        tensors = read_tensors(tensor_files(folder, model_class))
+        dtype = min((tensor.dtype for _, tensor in tensors), key=lambda one: one.itemsize)
+    return model_class.from_pretrained(folder, torch_dtype=dtype)
 
 
 def load_single_file(file: Path, config_folder: Path, dtype: torch.dtype) -> Any:

@@ -171,8 +171,8 @@ def reckon(job: Job) -> Plan:
     gathers = _gathers(job, resting)
     fetched = {"weights fetched": missing_weights(zero, weights) if gathers else live_weights(zero, weights)}
     rolling = _sum(resting.device, {"videos to be scored": _videos(job)}, fetched)
-    kept = bool(weights.frozen) and not job.config.policy.gradient_checkpointing
-    live = {"weights fetched": live_weights(zero, weights, held_by_autograd=kept)}
+    held = not job.config.policy.gradient_checkpointing
+    live = {"weights fetched": live_weights(zero, weights, held_by_autograd=held)}
     whole = {"weights fetched": missing_weights(zero, weights), "weights on their way": on_their_way(zero, weights)}
     phases = (
         *([Phase("gather", _sum(resting.device, whole))] if gathers else []),

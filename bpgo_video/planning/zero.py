@@ -5,9 +5,9 @@
     2       whole     a share            a share so far and a share anew, and a bucket
     3       a share   a share            a share, and a bucket: both from the start to the end of a run
 
-Masters and AdamW's two moments are fp32 in every stage, also where the model computes in fp32. During a pass stage 3
-also holds the whole weights of the blocks that are used next or soon again. `tests/distributed/test_memory.py` compares
-this with what DeepSpeed allocates.
+Masters, gradients and AdamW's two moments are fp32 in every stage and precision. During a pass stage 3 also holds the
+whole weights of the blocks that are used next or soon again. `tests/distributed/test_memory.py` compares this with what
+DeepSpeed allocates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.zero.engine import GATHERED_AT_ONCE, compute_dtype, zero_settings
 
 FP32 = 4
-GRADIENT_BYTES = {"fp32": FP32, "fp16": 2, "bf16": 2}
 Parts = dict[str, int]  # what it is -> bytes of a rank
 
 
@@ -48,14 +47,13 @@ class Zero:
 
     Attributes:
         ranks: of the whole world: sequence groups shard over all of them, too.
-        weight_bytes, gradient_bytes: of one element.
+        weight_bytes: of one element of the model; gradients are fp32.
         live: elements of whole weights that stage 3 keeps beside the block at work.
     """
 
     stage: int
     ranks: int
     weight_bytes: int
-    gradient_bytes: int
     bucket: int
     buckets: int
     live: int
@@ -68,13 +66,10 @@ class Zero:
     @classmethod
     def of(cls, ds_config: Mapping[str, Any], ranks: int) -> Zero:
         settings = zero_settings(ds_config)
-        weight_bytes = compute_dtype(ds_config).itemsize
-        gradients = ds_config.get("data_types", {}).get("grad_accum_dtype")
         return cls(
             stage=int(settings.stage),
             ranks=ranks,
-            weight_bytes=weight_bytes,
-            gradient_bytes=GRADIENT_BYTES[gradients] if gradients else weight_bytes,
+            weight_bytes=compute_dtype(ds_config).itemsize,
             bucket=settings.reduce_bucket_size if settings.contiguous_gradients else 0,
             buckets=2 if settings.overlap_comm and settings.stage < 3 else 1,
             live=max(settings.max_live_parameters, settings.max_reuse_distance),
@@ -111,8 +106,8 @@ def add_at_rest(held: Held, zero: Zero, weights: Weights, config: Config) -> Non
     held.add("weights", _resting_weights(zero, weights), zero.weights_on_host)
     if zero.stage == 3:
         held.add("weights", _kept_whole(zero, weights))
-        held.add("gradients", trained * zero.gradient_bytes, zero.optimizer_on_host)
-        held.add("gradient bucket", zero.bucket * zero.weight_bytes)
+        held.add("gradients", trained * FP32, zero.optimizer_on_host)
+        held.add("gradient bucket", zero.bucket * FP32)
     held.add("fp32 weights", trained * FP32, zero.optimizer_on_host)
     held.add("optimiser", trained * FP32 * (2 if config.optim.name == "adamw" else 0), zero.optimizer_on_host)
     held.add("average", trained * FP32 if config.ema.decay else 0, zero.optimizer_on_host)
@@ -138,8 +133,8 @@ def live_weights(zero: Zero, weights: Weights, held_by_autograd: bool = False) -
     """Bytes of whole weights during a pass under stage 3, where not all are gathered for its length.
 
     Args:
-        held_by_autograd: a forward that keeps its activations keeps frozen weights with them, once they are fetched:
-            what it saves of them are views.
+        held_by_autograd: a forward that keeps its activations keeps the weights with them, once they are fetched: what
+            it saves of them are views.
     """
     if zero.stage != 3:
         return 0
@@ -162,7 +157,7 @@ def during_backward(zero: Zero, weights: Weights) -> Parts:
     trained = sum(weights.trained)
     kept = {1: trained, 2: 2 * zero.share(trained), 3: 0}[zero.stage]
     buckets = 0 if zero.stage == 3 else zero.buckets
-    return {"gradients": kept * zero.gradient_bytes, "gradient bucket": buckets * zero.bucket * zero.weight_bytes}
+    return {"gradients": kept * FP32, "gradient bucket": buckets * zero.bucket * FP32}
 
 
 def during_step(zero: Zero, weights: Weights, config: Config) -> Parts:

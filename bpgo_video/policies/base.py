@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.policies.model_buffers import model_buffers, put_in_place
+from bpgo_video.policies.precision import check_buffers, check_parameters
 from bpgo_video.policies.stored_tensors import tensor_files
 from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
 
@@ -23,12 +24,21 @@ Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folde
 
 
 def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The whole model on this process: what inference and ZeRO 1 and 2 need."""
-    model = model_class.from_pretrained(folder, torch_dtype=dtype)
-    for weight in model.parameters():  # every one, as DeepSpeed has it: diffusers would keep some in fp32
-        weight.data = weight.data.to(dtype)
-    put_in_place(model, model_buffers(model_class, folder, tensor_files(folder, model_class)))
+    """The whole model on this process, for inference and for ZeRO 1 and 2.
+
+    Raises:
+        PrecisionError: a tensor has another dtype than `bpgo_video.policies.precision` states.
+    """
+    model: nn.Module = model_class.from_pretrained(folder, torch_dtype=dtype)
+    finish_build(model, model_buffers(model_class, folder, tensor_files(folder, model_class)), dtype)
     return model
+
+
+def finish_build(model: nn.Module, buffers: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Put exact buffers in place and check the dtype of every tensor: the end of each way to build a transformer."""
+    put_in_place(model, buffers)
+    check_parameters(model, dtype)
+    check_buffers(model, buffers)
 
 
 @runtime_checkable

@@ -72,6 +72,7 @@ class PolicySession:
 def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
     """The DeepSpeed configuration and the shards, checked on this rank against the policy's folder."""
     ds_config = engines.read_ds_config(config.deepspeed)
+    engines.require_supported(ds_config)
     check_backend(config.policy.attention_backend, trains=True)
     folder = resolve_folder(config.policy.folder)
     plan = family(folder, config.policy.family).sequence_plan

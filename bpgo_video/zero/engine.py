@@ -15,6 +15,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -25,10 +26,13 @@ from torch import Tensor, nn
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.run import OptimiserConfig
 from bpgo_video.parallel.mesh import TIMEOUT, Mesh
-from bpgo_video.policies.model_buffers import model_buffers, put_in_place
+from bpgo_video.policies.base import finish_build
+from bpgo_video.policies.model_buffers import model_buffers
+from bpgo_video.policies.precision import check_parameters, kept_in_fp32
 from bpgo_video.policies.stored_tensors import stored, tensor_files
 from bpgo_video.zero.block_calls import call_by_position
 from bpgo_video.zero.master_weights import ZeroMasters
+from bpgo_video.zero.mixed_precision import LentShards, to_fp32
 from bpgo_video.zero.optimiser import optimiser_of
 from bpgo_video.zero.touched import Touched, alternatives
 
@@ -66,7 +70,28 @@ def read_ds_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(ds_config)}{absent}; it must be 1, 2 or 3")
     if ds_config.get("fp16", {}).get("enabled"):
         raise ConfigError(f"{path} enables fp16, whose range is too small for log-probs; use bf16 or fp32")
+    own = [key for key in ("data_types", "communication_data_type", "torch_autocast") if key in ds_config]
+    own += [f"bf16.{key}" for key in ds_config.get("bf16", {}) if key != "enabled"]
+    if own:
+        raise ConfigError(
+            f"{path} sets {own[0]!r}, but precision has one switch, bf16.enabled: it makes weights bf16; masters and "
+            f"reduced gradients are always fp32. Remove {own[0]!r} from the JSON"
+        )
     return ds_config
+
+
+def require_supported(ds_config: Mapping[str, Any]) -> None:
+    """Check that the accelerator computes in the JSON's precision.
+
+    Raises:
+        ConfigError: it has no bf16.
+    """
+    device = get_accelerator()
+    if compute_dtype(ds_config) == torch.bfloat16 and not device.is_bf16_supported():
+        raise ConfigError(
+            f"the DeepSpeed JSON enables bf16, which this {device.device_name()} does not support; use a JSON without "
+            "bf16, such as ds_configs/zero3.json"
+        )
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
@@ -126,9 +151,15 @@ def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, 
 
     No rank ever holds more than its shard and the one tensor at hand; rank 0 reads the file and broadcasts. Buffers are
     whole on every rank, and exact.
+
+    Raises:
+        PrecisionError: a tensor has another dtype than `bpgo_video.policies.precision` states.
     """
-    with deepspeed.zero.Init(config_dict_or_path=_complete(ds_config, 1, 0.0)):  # its `dtype` argument is not heeded
+    # Init's own argument `dtype` gives way to what the accelerator supports (DeepSpeed 0.19.8); its config does not.
+    precision = {"bf16": {"enabled": dtype == torch.bfloat16}}
+    with deepspeed.zero.Init(config_dict_or_path=_complete(ds_config, 1, 0.0) | precision):
         model = model_class.from_config(model_class.load_config(folder))
+    to_fp32(parameter for _, parameter in kept_in_fp32(model, dtype))
     where = tensor_files(folder, model_class)
     named, buffers = dict(model.named_parameters()), model_buffers(model_class, folder, where)
     missing, foreign = sorted(set(named) - set(where)), sorted(set(where) - set(named) - set(buffers))
@@ -139,14 +170,22 @@ def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if reads_file:
                 parameter.data.copy_(stored(where[name], name))
-    put_in_place(model, buffers)
+    finish_build(model, buffers, dtype)
     return model
 
 
 def _complete(ds_config: Mapping[str, Any], micro_batch_size: int, max_grad_norm: float) -> dict[str, Any]:
-    """The JSON with what the YAML says; accumulation is counted by us, since updates differ in length."""
+    """The JSON with what the YAML says; accumulation is counted by us, since updates differ in length.
+
+    The JSON's `bf16` is left out. The tensors have their dtypes when DeepSpeed receives them (policies/precision.py),
+    and it casts none. Without the key it reduces and accumulates gradients in fp32.
+
+    `memory_efficient_linear` is off unless the JSON sets it: it replaces torch's linear in the whole process, reward
+    models included, by one that rounds twice where there is a bias. In bf16 velocities then differ from the pipeline's.
+    """
     return {
-        **ds_config,
+        **{key: value for key, value in ds_config.items() if key != "bf16"},
+        "zero_optimization": {"memory_efficient_linear": False, **ds_config.get("zero_optimization", {})},
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
@@ -193,12 +232,17 @@ class Engine:
             call_by_position(module, block_classes)
         parts = alternatives(module)
         optimizer, self._touched = optimiser_of(parts, optim), Touched(parts)
+        lent = LentShards(optimizer, self.dtype) if self.stage == 3 else None
         self.wrapped, _, _, self.schedule = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor),
             config=_complete(ds_config, micro_batch_size, optim.max_grad_norm),
         )
+        if lent is not None:
+            lent.restore(self.wrapped.optimizer)
+        for transformer in module.values() if isinstance(module, nn.ModuleDict) else [module]:
+            check_parameters(transformer, self.dtype)
         self._touched.watch(self.wrapped, self.stage)
 
     @property

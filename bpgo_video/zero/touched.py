@@ -24,16 +24,16 @@ def alternatives(module: nn.Module) -> list[nn.Module]:
 
 
 class Touched:
-    """The parameter groups, one for each part, that an update has gradients of."""
+    """The parts that an update has gradients of."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self._parts, self._groups = parts, set[int]()
+        self._parts, self._touched = parts, set[int]()
         for number, part in enumerate(parts):
             part.register_forward_pre_hook(partial(self._note, number))
 
     def _note(self, number: int, *_: Any) -> None:
         if torch.is_grad_enabled():
-            self._groups.add(number)
+            self._touched.add(number)
 
     def watch(self, engine: Any, stage: int) -> None:
         """Let the engine's optimiser step the groups that were touched alone.
@@ -43,17 +43,18 @@ class Touched:
         """
         if len(self._parts) == 1:
             return
-        if stage != 3 and (engine.zero_cpu_offload() or not hasattr(engine.optimizer, "_optimizer_step")):
+        if stage != 3 and engine.zero_cpu_offload():
             raise ConfigError(
-                f"{len(self._parts)} transformers are trained under ZeRO {stage} with an offloaded optimiser, or in "
-                "bf16 under ZeRO 1, where DeepSpeed cannot step one alone; set zero_optimization.stage to 3 (or to 2 "
-                "without offload), or policy.trained to one of them"
+                f"{len(self._parts)} transformers are trained under ZeRO {stage} with an offloaded optimizer, where "
+                "DeepSpeed cannot step one alone; set zero_optimization.stage to 3, remove offload_optimizer, or set "
+                "policy.trained to one of them"
             )
         step = engine.optimizer._optimizer_step
+        part_of = [group["part"] for group in engine.optimizer.optimizer.param_groups]
 
         def step_if_touched(number: int) -> None:
             group = engine.optimizer.sub_group_to_group_id[number] if stage == 3 else number
-            if group in self._groups:
+            if part_of[group] in self._touched:
                 step(number)
 
         engine.optimizer._optimizer_step = step_if_touched
@@ -65,6 +66,6 @@ class Touched:
 
     def after_step(self, engine: Any, stage: int) -> None:
         """The next update begins; what ZeRO-3 keeps of this one's gradients would be added to those of a later pass."""
-        self._groups.clear()
+        self._touched.clear()
         if stage == 3 and len(self._parts) > 1:
             engine.optimizer.grad_partitions_flat_buffer.zero_()

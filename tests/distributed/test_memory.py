@@ -42,7 +42,7 @@ def planned(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
     held = Held()
     add_at_rest(held, settings, weights, config)
     rest, live = sum(held.device.values()), live_weights(settings, weights)
-    kept = live_weights(settings, weights, held_by_autograd=bool(weights.frozen) and not checkpointing)
+    kept = live_weights(settings, weights, held_by_autograd=not checkpointing)
     return {
         "rest": rest,
         "denoise": rest + live + work.forward,

@@ -68,8 +68,9 @@ def test_merged_adapters_are_those_of_the_pipelines_folder(base: Path, tmp_path:
     name_of = original_names("WanPipeline")
     assert found.keys() == {name_of(name) for name in expected}
     for name, tensor in expected.items():
-        assert found[name_of(name)].dtype == torch.bfloat16
+        assert found[name_of(name)].dtype == tensor.dtype
         assert torch.equal(found[name_of(name)], tensor)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16, torch.float32}
 
 
 @pytest.mark.parametrize("change", ["value", "missing", "foreign"])
@@ -95,7 +96,9 @@ def test_a_file_written_by_the_tensor_is_the_librarys(tmp_path: Path, dtype: tor
     generator = torch.Generator().manual_seed(0)
     shapes = {"b": (3, 5), "a.weight": (2, 1, 4), "scalar": (), "empty": (0, 2)}
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    write_single_file(tmp_path / "ours", shapes, dtype, reversed(tensors.items()))
+    write_single_file(
+        tmp_path / "ours", {name: (shape, dtype) for name, shape in shapes.items()}, reversed(tensors.items())
+    )
     found = load_file(tmp_path / "ours")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
@@ -113,7 +116,7 @@ def test_a_file_written_by_the_tensor_is_the_librarys(tmp_path: Path, dtype: tor
 )
 def test_a_file_holds_what_was_announced(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        write_single_file(tmp_path / "x", {"a": (2,), "b": (1,)}, torch.float32, tensors.items())
+        write_single_file(tmp_path / "x", {"a": ((2,), torch.float32), "b": ((1,), torch.float32)}, tensors.items())
 
 
 @pytest.mark.parametrize(

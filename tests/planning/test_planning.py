@@ -210,13 +210,13 @@ def at_rest(settings: Zero, config: Config) -> Held:
 
 
 def test_zero_3_shares_all_and_zero_1_shares_the_optimiser(recipe: Config) -> None:
-    """AdamW in bf16: 2 bytes a weight, 2 a gradient, 4 the master, 8 the moments; buckets beside them."""
+    """AdamW in bf16: 2 bytes a weight, 4 a gradient, 4 the master, 8 the moments; fp32 buckets next to them."""
     third = at_rest(zero(3, 4, reduce_bucket_size=1000, stage3_param_persistence_threshold=0), recipe).device
-    assert sum(third.values()) == 12_000_000 * 2 / 4 + 8_000_000 * (2 + 4 + 8) / 4 + 2000
+    assert sum(third.values()) == 12_000_000 * 2 / 4 + 8_000_000 * (4 + 4 + 8) / 4 + 4000
     first = at_rest(zero(1, 4), recipe).device
     assert sum(first.values()) == 12_000_000 * 2 + 8_000_000 * (4 + 8) / 4
     whole = during_backward(zero(1, 4, reduce_bucket_size=1000), WEIGHTS)
-    assert whole == {"gradients": 16_000_000, "gradient bucket": 2000}
+    assert whole == {"gradients": 32_000_000, "gradient bucket": 4000}
 
 
 def test_offload_moves_bytes_to_the_host_and_loses_none(recipe: Config) -> None:

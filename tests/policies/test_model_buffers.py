@@ -17,6 +17,7 @@ from bpgo_video.policies.base import from_pretrained
 from bpgo_video.policies.lora import merged_parameters
 from bpgo_video.policies.model_buffers import model_buffers
 from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.precision import PrecisionError, check_buffers, check_parameters
 from bpgo_video.policies.stored_tensors import tensor_files
 from bpgo_video.zero.block_calls import call_by_position
 from tests.distributed.conftest import run_ranks
@@ -36,14 +37,32 @@ def test_they_are_those_that_diffusers_loads(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox_image"])
-def test_a_whole_model_in_bf16_computes_with_the_same(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox_image", "kandinsky5"])
+def test_a_whole_model_in_bf16_has_the_tensors_that_the_pipeline_samples_with(name: str, tmp_path: Path) -> None:
     CASES[name].write(tmp_path)
     model_class, folder = networks_of(tmp_path)["transformer"], tmp_path / "transformer"
     exact = model_buffers(model_class, folder, tensor_files(folder, model_class))
+    expected = dict(model_class.from_pretrained(folder, torch_dtype=torch.bfloat16).named_parameters())
     model = from_pretrained(model_class, folder, torch.bfloat16)
-    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
-    assert all(torch.equal(buffer.float(), exact[key].float()) for key, buffer in model.named_buffers())
+    found = dict(model.named_parameters())
+    assert {key: value.dtype for key, value in found.items()} == {key: value.dtype for key, value in expected.items()}
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(torch.equal(buffer, exact[key]) for key, buffer in model.named_buffers())
+
+
+def test_a_tensor_of_another_dtype_is_named(tmp_path: Path) -> None:
+    CASES["wan"].write(tmp_path)
+    model_class, folder = networks_of(tmp_path)["transformer"], tmp_path / "transformer"
+    model = from_pretrained(model_class, folder, torch.bfloat16)
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(PrecisionError, match=r"parameter patch_embedding.weight of .* is torch.bfloat16 and"):
+        check_parameters(model, torch.float32)
+    model.condition_embedder.time_embedder.bfloat16()
+    with pytest.raises(PrecisionError, match=r"time_embedder.linear_1.weight .* must be torch.float32"):
+        check_parameters(model, torch.bfloat16)
+    model.rope.bfloat16()
+    with pytest.raises(PrecisionError, match=r"buffer rope.freqs_cos .* is torch.bfloat16 and must be torch.float"):
+        check_buffers(model, exact)
 
 
 def test_tensors_that_the_models_class_ignores_are_not_its_own(tmp_path: Path) -> None:

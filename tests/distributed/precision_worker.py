@@ -1,0 +1,129 @@
+"""What ranks run to prove the precision contract: construction and one update of a small Wan transformer.
+
+    python -m tests.distributed.precision_worker OUTPUT FOLDER
+
+For each answer that an accelerator may give about fp16 and bf16, each ZeRO stage, and both precisions. The reference is
+plain torch: bf16 weights with fp32 masters, the modules that diffusers keeps in fp32 left in fp32, gradients averaged
+over the ranks' batches. Plain SGD without clipping.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from bpgo_video.config.bpgo import OptimConfig
+from bpgo_video.policies.base import from_pretrained
+from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.transformers import Transformers, blocks_of
+from bpgo_video.zero import engine
+
+RATE = 0.5
+BOTH = (True, False)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero3-persistent": {"stage": 3},
+    "zero3-offload": {
+        "stage": 3, "stage3_param_persistence_threshold": 0,
+        "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"},
+    },
+}  # fmt: skip
+
+
+def batch(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    latents = torch.randn(2, 4, 3, 8, 8, generator=generator)
+    texts = torch.randn(2, 5, 16, generator=generator)
+    return {"hidden_states": latents.to(dtype), "timestep": torch.tensor([700.0, 300.0]),
+            "encoder_hidden_states": texts.to(dtype), "return_dict": False}  # fmt: skip
+
+
+def one_loss(output: Tensor) -> Tensor:
+    weights = torch.linspace(-1, 1, output.numel()).view(output.shape)  # no two elements alike
+    return (weights * output.float()).sum()
+
+
+def reference(model_class: Any, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every parameter after one update, in its own dtype."""
+    model: nn.Module = model_class.from_pretrained(folder, torch_dtype=dtype)
+    gradients: dict[str, Tensor] = {}
+    for rank in range(dist.get_world_size()):
+        one_loss(model(**batch(rank, dtype))[0]).backward()
+        for name, parameter in model.named_parameters():
+            own = parameter.grad.float() / dist.get_world_size()
+            gradients[name] = gradients.get(name, 0) + own
+            parameter.grad = None
+    return {
+        name: (parameter.detach().float() - RATE * gradients[name]).to(parameter.dtype)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def trained(model_class: Any, folder: Path, dtype: torch.dtype, zero: dict[str, Any]) -> dict[str, Tensor]:
+    """The same by the engine, through a gradient that comes in two parts."""
+    ds_config = {"zero_optimization": zero, "bf16": {"enabled": dtype == torch.bfloat16}}
+    build = from_pretrained if zero["stage"] < 3 else engine_build(ds_config)
+    transformers = Transformers({"transformer": build(model_class, folder, dtype)})
+    learner = engine.Engine(
+        transformers,
+        OptimConfig(name="sgd", learning_rate=RATE, max_grad_norm=0.0),
+        ds_config,
+        micro_batch_size=2,
+        learning_rate_factor=lambda _: 1.0,
+        block_classes=blocks_of(transformers, ("WanTransformerBlock",)),
+    )
+    loss = one_loss(learner.wrapped("transformer", **batch(dist.get_rank(), dtype))[0])
+    learner.backward(loss, last=True)
+    learner.step()
+    found = {}
+    for name, parameter in learner.module["transformer"].named_parameters():
+        with learner.gathered([parameter]):
+            found[name] = parameter.detach().clone()
+    return found
+
+
+def engine_build(ds_config: dict[str, Any]) -> Any:
+    return lambda *arguments: engine.build_sharded(ds_config, *arguments)
+
+
+def error(found: dict[str, Tensor], expected: dict[str, Tensor], kept: bool) -> float:
+    """The largest relative error of a tensor that stays in fp32 (`kept`), or of the others."""
+    chosen = {name: value for name, value in expected.items() if (value.dtype == torch.float32) == kept}
+    assert all(found[name].dtype == value.dtype for name, value in chosen.items())
+    errors = [float((found[name].float() - value.float()).norm()) for name, value in chosen.items()]
+    sizes = [float(value.float().norm()) for value in chosen.values()]
+    return max((error / (size or 1.0) for error, size in zip(errors, sizes, strict=True)), default=0.0)
+
+
+def main() -> None:
+    output, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    engine.start_ranks()
+    model_class, transformer = networks_of(folder)["transformer"], folder / "transformer"
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = reference(model_class, transformer, dtype)
+        for (fp16, bf16), name in product(product(BOTH, BOTH), SETTINGS):
+            if name != "zero3" and not (fp16 and bf16):
+                continue
+            accelerator = type(get_accelerator())
+            accelerator.is_fp16_supported = lambda _, answer=fp16: answer
+            accelerator.is_bf16_supported = lambda _, answer=bf16: answer
+            found = trained(model_class, transformer, dtype, SETTINGS[name])
+            case = f"{str(dtype).removeprefix('torch.')} {name} fp16={fp16} bf16={bf16}"
+            results[case] = {"kept": error(found, expected, True), "others": error(found, expected, False)}
+    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results, indent=1))
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
