@@ -22,18 +22,26 @@ from rich.table import Table
 
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.policies import Policy
+from bpgo_video.policies.base import from_pretrained
+from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.transformers import Transformers
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.reports.metrics import reduce_metrics
+from bpgo_video.rollouts.conditioning import cast
 from bpgo_video.rollouts.objectives import OBJECTIVES
 from bpgo_video.rollouts.replay import Objective, Setting, optimise
 from bpgo_video.rollouts.rollout import guidance_of, training_denoiser
 from bpgo_video.training.estimation import estimate_advantages
+from bpgo_video.training.policy_session import describe_policy
 from bpgo_video.training.results import PHASES
 from bpgo_video.training.session import Session
 from bpgo_video.training.stopwatch import Stopwatch
 from bpgo_video.training.trainer import sample_and_score
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
+NOISE_LEVELS = (0.7, 0.99, 0.05)  # one for each transformer of a pipeline with several
+VELOCITY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # relative; bf16 of random weights is off by .01 to .03
 ODE_BOUND = 1e-4  # of latents of unit size, in fp32
 NOISE_SHARE = 0.1  # of the clip range: more noise than that in a ratio blurs what the clip sees
 
@@ -64,6 +72,36 @@ class Examination:
         assert self.advantages is not None
         setting = Setting(session.policy, config, self.prompts, session.mesh.device, session.reference)
         return OBJECTIVES[config.loss.objective](setting, self.advantages, 0)
+
+
+@torch.no_grad()
+def velocity_is_the_pipelines(found: Examination) -> Finding:
+    """The policy's velocity on its smallest input against the transformers of its folder, in fp32 on rank 0's CPU."""
+    session = found.session
+    latents, conditioning = session.policy.example()
+    gaps = {}
+    for name in session.policy.transformer_names:
+        sigma = torch.tensor(next(level for level in NOISE_LEVELS if session.policy.transformer_at(level) == name))
+        inputs = cast(conditioning, session.dtype, session.mesh.device)
+        velocity = session.policy.velocity(latents.to(session.mesh.device), sigma, inputs).cpu()
+        gap = 0.0
+        if session.mesh.is_main:
+            expected = reference_policy(session, name).velocity(latents, sigma, conditioning)
+            gap = float((velocity - expected).norm() / expected.norm())
+        gaps[name] = reduce_metrics({"gap_max": gap})["gap_max"]
+    worst, bound = max(gaps.values()), VELOCITY_BOUND[session.dtype]
+    words = f"in {str(session.dtype).removeprefix('torch.')} off the folder's transformer in fp32 by {worst:.2g}"
+    if worst > bound:
+        words += f", more than {bound:g}: the weights or the precision are not the folder's"
+    return Finding("velocity", worst <= bound, words)
+
+
+def reference_policy(session: Session, name: str) -> Policy:
+    """The policy with one transformer of its folder, as diffusers loads it, whole and in fp32 on the CPU."""
+    policy = describe_policy(session.config)
+    model_class = networks_of(policy.folder)[name]
+    policy.transformers = Transformers({name: from_pretrained(model_class, policy.folder / name, torch.float32)})
+    return policy
 
 
 @torch.no_grad()
@@ -170,6 +208,7 @@ def time_and_memory(found: Examination) -> Finding:
 
 
 LADDER: tuple[Callable[[Examination], Finding], ...] = (
+    velocity_is_the_pipelines,
     ode_is_diffusers,
     rewards_vary,
     ratio_is_one,
