@@ -28,6 +28,7 @@ from bpgo_video.rollouts.objectives import OBJECTIVES
 from bpgo_video.rollouts.replay import Objective, Setting, optimise
 from bpgo_video.rollouts.rollout import guidance_of, training_denoiser
 from bpgo_video.training.estimation import estimate_advantages
+from bpgo_video.training.installation import warnings
 from bpgo_video.training.results import PHASES
 from bpgo_video.training.session import Session
 from bpgo_video.training.stopwatch import Stopwatch
@@ -204,8 +205,11 @@ def as_table(findings: Sequence[Finding], seconds: float) -> str:
 
 
 def diagnose(session: Session, prompts: PromptBatch, heartbeat: Heartbeat) -> bool:
-    """Examine, tell, and say whether all is well."""
+    """Examine, tell, and say whether all is well; warnings about the installation do not count."""
     started = time.perf_counter()
+    if session.mesh.is_main:
+        for warning in warnings(session):
+            print(f"warning: {warning}", flush=True)
     findings = examine(session, prompts, heartbeat)
     if session.mesh.is_main:
         print(as_table(findings, time.perf_counter() - started), flush=True)
