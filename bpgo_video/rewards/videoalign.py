@@ -130,7 +130,7 @@ def read_template(path: Path) -> str:
     """
     if not path.is_file():
         raise FileNotFoundError(f"template {path} does not exist; it is prompt_template.py of KwaiVGI/VideoAlign")
-    text = path.read_text()
+    text = path.read_text("utf-8")
     if path.suffix == ".py":
         text = _constant(text, "DETAILED_PROMPT_WITH_SPECIAL_TOKEN", path)
     if "{text_prompt}" not in text or any(text.count(token) != 1 for token in TOKENS):

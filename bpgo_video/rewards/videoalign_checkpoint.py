@@ -42,7 +42,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "model_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no model_config.json; is it a folder of KwaiVGI/VideoReward's form?")
-    settings = json.loads(path.read_text())
+    settings = json.loads(path.read_text("utf-8"))
     if not settings.get("inference_config"):
         raise ValueError(f"{path} has no inference_config: the mean and std by which scores are normalised")
     return settings

@@ -78,13 +78,13 @@ class MotionMatch(nn.Module):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", "utf-8")
         save_file(self.state_dict(), folder / "model.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> MotionMatch:
         """The model that `save` wrote, frozen, in evaluation mode."""
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text("utf-8"))
         model = cls(**config)
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval().requires_grad_(False)

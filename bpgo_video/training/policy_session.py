@@ -77,7 +77,7 @@ def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
     folder = resolve_folder(config.policy.folder)
     plan = family(folder, config.policy.family).sequence_plan
     for name in trained_names(folder, config.policy.trained):
-        check_heads(json.loads((folder / name / "config.json").read_text()), config.parallel.sequence, plan)
+        check_heads(json.loads((folder / name / "config.json").read_text("utf-8")), config.parallel.sequence, plan)
     shards = PromptShards(config.data.shards, config.data.cache)
     shards.check_policy(encoder_stamp(folder, config.policy.max_sequence_length))
     if family(folder, config.policy.family).texts_see_images:
@@ -93,7 +93,7 @@ def identity(config: Recipe, ds_config: Mapping[str, Any], shards: PromptShards)
     folder = resolve_folder(config.policy.folder)
     found["model"] = fingerprint(folder, (*transformer_names(folder), "vae"))
     code = sorted(Path(bpgo_video.__file__).parent.rglob("*.py"))
-    found["bpgo_video code"] = "".join(path.read_text() for path in code)
+    found["bpgo_video code"] = "".join(path.read_text("utf-8") for path in code)
     found["package versions"] = repr({name: version(name) for name in PACKAGES})
     return found
 

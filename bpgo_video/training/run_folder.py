@@ -55,7 +55,7 @@ def open_run_dir(config: Recipe, mesh: Mesh) -> str | None:
         if mesh.is_main:
             checkpoint.clear_leftovers(run_dir)
             with atomic_file(run_dir / SETTINGS) as path:
-                path.write_text(to_yaml(config))
+                path.write_text(to_yaml(config), "utf-8")
             newest = checkpoint.newest(run_dir)
     return from_main(newest, mesh)  # a network file system may show another rank an older state
 

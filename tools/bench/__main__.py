@@ -28,11 +28,11 @@ def measure(world_size: int, recipe: Path, output: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}",
                "-m", "tools.bench.worker", str(recipe), str(result)]  # fmt: skip
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return json.loads(result.read_text())
+    return json.loads(result.read_text("utf-8"))
 
 
 def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
     name = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
@@ -52,7 +52,7 @@ def main() -> None:
     write_json(args.output / "bench.json", found)
     table = as_markdown(found)
     with atomic_file(args.output / "bench.md") as path:
-        path.write_text(table)
+        path.write_text(table, "utf-8")
     print(table)
 
 

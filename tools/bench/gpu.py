@@ -68,7 +68,7 @@ def random_policy(shape: Shape) -> Policy:
             folder,
             ignore=shutil.ignore_patterns("*.safetensors"),
         )
-        (folder / "transformer" / "config.json").write_text(json.dumps(dict(shape.transformer)))
+        (folder / "transformer" / "config.json").write_text(json.dumps(dict(shape.transformer)), "utf-8")
         return load_policy(
             str(folder), components=("transformer",), max_sequence_length=TEXT_TOKENS, dtype=shape.dtype,
             device=shape.device, build=build,

@@ -68,7 +68,7 @@ def write_policy(case: Case, folder: Path) -> int:
     """The embedded pipeline with a random transformer of the case's size; its parameters."""
     small = resolve_folder(SMALL)
     shutil.copytree(small, folder, ignore=lambda path, _: {"transformer"} if Path(path) == small else set())
-    config = json.loads((small / "transformer" / "config.json").read_text())
+    config = json.loads((small / "transformer" / "config.json").read_text("utf-8"))
     torch.manual_seed(0)
     transformer = WanTransformer3DModel.from_config({**config, **case.transformer, "freq_dim": 256}).to(case.dtype)
     transformer.save_pretrained(folder / "transformer", max_shard_size="1GB")
@@ -99,7 +99,7 @@ def write_recipe(case: Case, folder: Path) -> Path:
     bf16 = {"enabled": case.dtype == torch.bfloat16}
     write_json(folder / "deepspeed.json", {"bf16": bf16, "zero_optimization": zero})
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
     return path
 
 
@@ -139,7 +139,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     parameters = write_policy(case, folder / "policy")
     launcher = Path(python).with_name("deepspeed")
     prompts = folder / "prompts.txt"
-    prompts.write_text("a red circle moving left\na blue square moving up\n")
+    prompts.write_text("a red circle moving left\na blue square moving up\n", "utf-8")
     subprocess.run(
         [python, "tools/make_prompt_shards.py", "build", "--input", prompts, "--output", folder / "shards",
          "--policy", folder / "policy", "--max-sequence-length", str(TEXT_TOKENS)], check=True,

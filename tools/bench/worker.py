@@ -257,7 +257,7 @@ def main() -> None:
         found["learner_over_step"] = sum(found["learner_seconds"].values()) / step_seconds(config, mesh)["seconds"]
     found["scaling"] = growth(config, mesh.world_size)
     if mesh.is_main:
-        args.output.write_text(json.dumps(found))
+        args.output.write_text(json.dumps(found), "utf-8")
     engines.stop_ranks()
 
 

@@ -159,7 +159,7 @@ def train_clip(output: Path, args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(output)
     processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": IMAGE_SIZE},
                  "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "resample": 3, **NORMALISATION}  # fmt: skip
-    (output / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    (output / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", "utf-8")
     reward = ClipScore(str(output))
     reward.clip = clip.train()
     bias = torch.nn.Parameter(torch.tensor(-2.0))

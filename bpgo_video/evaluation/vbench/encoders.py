@@ -102,7 +102,7 @@ def adopt_encoder(preparation: Preparation, built: Any, sources: Sources) -> Enc
 
 def label_of(folder: Path, native: str) -> Label:
     """Whether the folder's network is built as `native` is."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     vision = config.get("vision_config", config)
     return "native" if all(vision.get(key) == value for key, value in ARCHITECTURES[native].items()) else "proxy"
 

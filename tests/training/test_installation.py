@@ -1,0 +1,74 @@
+"""What the doctor says of versions and of this machine."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bpgo_video.config.bpgo import Config
+from bpgo_video.training import installation
+
+
+def test_the_package_carries_a_tested_version_of_all_that_it_asks_for() -> None:
+    tested = installation.tested_versions()
+    assert tested["torch"] == "2.13.0"
+    assert {"deepspeed", "PyYAML", "opencv-python-headless"} <= set(tested)
+    assert not {"ruff", "pytest", "mypy"} & set(tested), "tools of development change no run"
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        ("2.13.0", []),
+        ("2.13.0+cpu", []),
+        ("2.14.1+cu130", ["torch 2.14.1 is installed; this release was tested with 2.13.0"]),
+        (None, []),
+    ],
+)
+def test_another_version_is_told_and_a_build_of_the_same_is_not(
+    installed: str | None, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(installation, "tested_versions", lambda: {"torch": "2.13.0"})
+    monkeypatch.setattr(installation, "version", version)
+    assert list(installation.other_versions()) == said
+
+
+@pytest.mark.parametrize(("threads", "ranks", "advice"), [(1, 2, []), (2, 2, ["1"]), (4, 1, ["2"])])
+def test_more_threads_than_cores_are_told(
+    threads: int, ranks: int, advice: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installation, "available_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("LOCAL_SIZE", str(ranks))
+    said = list(installation.crowded_cores())
+    assert [line.rpartition("OMP_NUM_THREADS=")[2] for line in said] == advice
+
+
+@pytest.mark.parametrize(
+    ("free", "decay", "fits"), [(36, 0.0, True), (35, 0.0, False), (48, 0.9, True), (47, 0.9, False)]
+)
+def test_a_disk_too_small_for_three_checkpoints_is_told(
+    free: int, decay: float, fits: bool, recipe: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a billion trained weights, with moments and average in fp32; two are kept while one is written."""
+    run = replace(recipe.run, dir=str(tmp_path / "not" / "there yet"), keep_checkpoints=2)
+    config = replace(recipe, run=run, ema=replace(recipe.ema, decay=decay))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free * 10**9))
+    assert (list(installation.small_disk(config, 10**9)) == []) is fits
+
+
+@pytest.mark.parametrize("home", [None, "/nonexistent/home"])
+def test_a_home_that_cannot_be_written_is_told(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+    assert [line.partition(" cannot be written")[0] for line in installation.missing_home()] == [f"HOME ({home})"]
