@@ -33,8 +33,8 @@ from bpgo_video.rollouts.objectives import OBJECTIVES
 from bpgo_video.rollouts.replay import Objective, Setting, optimise
 from bpgo_video.rollouts.rollout import guidance_of, training_denoiser
 from bpgo_video.training.estimation import estimate_advantages
-from bpgo_video.training.policy_session import describe_policy
 from bpgo_video.training.installation import warnings
+from bpgo_video.training.policy_session import describe_policy
 from bpgo_video.training.results import PHASES
 from bpgo_video.training.session import Session
 from bpgo_video.training.stopwatch import Stopwatch
