@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -19,7 +18,11 @@ Agreement = Float[Tensor, "prompts"] | None  # the ICC of each prompt's two scor
 
 def sigmoid(settings: BPGOSettings, icc: Agreement) -> Trust:
     """Eq 2: the group's mean against the anchor."""
-    return partial(reliability_adaptive_scaling, centre=settings.centres)
+
+    def trust(rewards: Tensor, prior: Tensor, scale: float | None, alpha: float, k: float) -> Tensor:
+        return reliability_adaptive_scaling(rewards, prior, scale, alpha, k, settings.centres)
+
+    return trust
 
 
 def posterior(settings: BPGOSettings, icc: Agreement) -> Trust:

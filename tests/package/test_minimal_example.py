@@ -53,7 +53,7 @@ def test_a_step_raises_the_density_of_what_did_better_than_its_group(example: Mo
 
 def test_it_is_short_and_names_files_that_exist(example: ModuleType) -> None:
     assert len(PATH.read_text().splitlines()) <= 250
-    named = [word.rstrip(",") for word in str(example.__doc__).split() if "/" in word and word[0].isalpha()]
+    named = [word.rstrip(",:") for word in str(example.__doc__).split() if "/" in word and word[0].isalpha()]
     assert "examples/minimal_bpgo.py" in named
     assert len(named) >= 10
     assert not [path for path in named if not ((ROOT / path).exists() or (ROOT / "bpgo_video" / path).exists())]
