@@ -1,4 +1,4 @@
-"""What flows between the parts? Frozen dataclasses, and the one legend of their axes.
+"""What flows between the parts: frozen dataclasses, and the one legend of their axes.
 
 prompts   prompts of one training step, the same list on every rank
 group     samples of one prompt

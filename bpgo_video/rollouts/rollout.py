@@ -1,4 +1,4 @@
-"""How are videos sampled, and what is recorded of it? The denoising loop, with guidance, for rollout and evaluation."""
+"""The denoising loop, with guidance, for rollout and evaluation, and what it records."""
 
 from __future__ import annotations
 

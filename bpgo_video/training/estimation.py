@@ -1,4 +1,4 @@
-"""What do a step's rewards teach? From gathered rewards to advantages, with what the run remembers of its prompts."""
+"""From a step's gathered rewards to its advantages, with what the run remembers of its prompts."""
 
 from __future__ import annotations
 
