@@ -1,4 +1,4 @@
-"""What flows between the parts? Frozen dataclasses, and the one legend of their axes.
+"""What flows between the parts: frozen dataclasses, and the one legend of their axes.
 
 prompts   prompts of one training step, the same list on every rank
 group     samples of one prompt
@@ -53,7 +53,28 @@ class PriorAnchor:
     std: Float[Tensor, "prompts"]
     count: Int[Tensor, "prompts"]
     scale: float
-    version: str
+    version: str = ""
+
+    @classmethod
+    def of_samples(cls, rewards: Float[Tensor, "prompts reference"], version: str = "") -> PriorAnchor:
+        """Measured on samples of the starting policy, two or more of each prompt, in fp64.
+
+        scale is s_ref = sqrt(mean_i s_i^2), s_i the standard deviation of prompt i's rewards (ddof 1).
+
+        Raises:
+            ValueError: all samples of every prompt earn the same, so that no deviation could be told from noise.
+        """
+        rewards = rewards.double()
+        scale = float(rewards.var(dim=1).mean().sqrt())
+        if not scale > 0:
+            raise ValueError(f"s_ref is {scale}: every prompt's {rewards.shape[1]} samples earn the same")
+        count = torch.full(rewards.shape[:1], rewards.shape[1])
+        return cls(rewards.mean(dim=1), rewards.std(dim=1), count, scale, version)
+
+    @classmethod
+    def without_samples(cls, mean: Float[Tensor, "prompts"], scale: float, version: str = "") -> PriorAnchor:
+        """An anchor that no samples stand behind: a constant, or an average over the run."""
+        return cls(mean, torch.zeros_like(mean), torch.zeros(len(mean), dtype=torch.int64), scale, version)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How does one denoising step look as a Gaussian? Sigma schedules, samplers and their Transition.
+"""Sigma schedules, and one denoising step of each sampler as a Gaussian Transition.
 
 Rectified flow: latents = (1 - sigma) data + sigma noise, velocity = noise - data, sigma from 1 down to 0,
 dt = next_sigma - sigma < 0. Every sampler maps (velocity, latents, step, eta) to a Transition, at eta = 0 the
@@ -233,3 +233,24 @@ SAMPLERS: dict[str, Sampler] = {
     "sage": sage,
     "truncated": truncated,
 }
+
+
+def transition(
+    sampler: str | Sampler, velocity: Velocity, latents: Latents, step: Step, eta: float = 0.0
+) -> Transition:
+    """One denoising step x' ~ N(mean, std^2); differentiable in velocity and latents.
+
+    Args:
+        sampler: a name of SAMPLERS, or a function with the arguments of one.
+        velocity: noise - data at sigma, as the policy predicts it.
+        latents: x at noise level `step.sigma`.
+        step: an interval of a schedule; see `steps_of`.
+        eta: noise level of the sampler, at least 0; 0 is the Euler step of the ODE, which has no density.
+
+    Raises:
+        ValueError: no sampler of that name.
+    """
+    if isinstance(sampler, str) and sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is unknown; known are {', '.join(SAMPLERS)}, or pass a function")
+    take_step = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
+    return take_step(velocity, latents, step, eta)

@@ -1,4 +1,4 @@
-"""How much better than its group is each sample? Group-relative advantages, and several rewards in one.
+"""Group-relative advantages: how much better than its group each sample is, and several rewards in one.
 
 Everything is a function of the gathered rewards of one step, prompts x group, so that all ranks find the same numbers.
 """

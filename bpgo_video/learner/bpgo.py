@@ -1,29 +1,13 @@
-"""How far to trust a group's rewards? Prior anchor -> trust w (RAS) and anchored renormalisation R~ (CRT).
+"""The advantages of a training step: A, A~ and w of several rewards, combined and bounded for the loss.
 
-BPGO, "Learning What to Trust" (arXiv 2511.18919). With R_i^j the reward of sample j of prompt i and
-R_prior(i) its anchor:
-
-    Eq 2, RAS   w_i = 1 + alpha (2 sigmoid(k (mean_j R_i^j - R_prior)) - 1)
-    Eq 4, CRT   R~_i^j = (lambda (R_i^j - R_prior) + 1{R_i^j > R_prior}) exp(R_i^j)
-    total       L = 1/N sum_i [w_i L_GRPO({R_i^j}) + zeta L_GRPO({R~_i^j})]
-
-Departures:
-- By default both equations run on u = (R - R_prior)/s_ref, with s_ref the within-group std of the reference
-  policy: k, lambda and the exponent carry units of 1/reward. u takes the place of R - R_prior and, in Eq 4,
-  of R, with the exponent clamped to [-1, 3]: the verbatim Eq 4 falls below R_prior - 1, so that the worst
-  samples look average.
-- The authors' released code differs from the paper. It is here as form "released", except that rewards are
-  not overwritten: the transformed ones make a second advantage, as in the paper, and the trust never sees them.
-- Several rewards are anchored and transformed one by one; then advantages are summed by weight and w is
-  averaged by it.
-
-The equations are in `forms.py`, on plain tensors; this file composes them into what the loss needs.
+`one_reward.py` has BPGO itself, with its equations and departures. Here several rewards are anchored and transformed
+one by one; then advantages are summed by weight and w is averaged by it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,13 +24,10 @@ from bpgo_video.learner.advantages import (
     loss_scale,
 )
 from bpgo_video.learner.bpgo_metrics import anchor_metrics, reward_metrics, rms_quotient, trust_metrics
-from bpgo_video.learner.forms import (
-    contrastive_reward_transformation,
-    rank_inversion,
-    released_transformation,
-)
+from bpgo_video.learner.forms import rank_inversion
+from bpgo_video.learner.one_reward import TRANSFORMS, BPGOAdvantages, bpgo_advantages
 from bpgo_video.learner.settings import BPGOSettings
-from bpgo_video.learner.trust import TRUSTS, Evidence
+from bpgo_video.learner.trust import TRUSTS
 from bpgo_video.types import PriorAnchor
 
 GRPO_ADVANTAGES = AdvantageSettings()
@@ -125,14 +106,7 @@ class GroupAdvantages:
         return LossAdvantages(credited.flatten(), contrastive, of_each_frame(trust))
 
 
-Transform = Callable[[Tensor, Tensor, float | None, BPGOSettings], Tensor]
-TRANSFORMS: dict[str, Transform] = {  # form -> (rewards, prior, scale, settings) -> R~
-    "paper": lambda rewards, prior, scale, s: contrastive_reward_transformation(rewards, prior, scale, s.contrast),
-    "released": lambda rewards, prior, scale, s: released_transformation(rewards, prior, s.contrast),
-}
-
-
-def bpgo_advantages(
+def step_advantages(
     rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]],
     anchors: Mapping[str, PriorAnchor],
     weights: Mapping[str, float],
@@ -191,61 +165,45 @@ def _surrogates(
     icc: Mapping[str, Float[Tensor, "prompts"]],
 ) -> tuple[GroupAdvantages, dict[str, Tensor]]:
     """A, A~ and w before anything bounds them, and the rank inversions of A~ by reward."""
-    normalise, combine = NORMALISERS[advantage_settings.normalise], COMBINATIONS[advantage_settings.combine]
-    advantage = combine({name: normalise(rewards) for name, rewards in rewards_by_name.items()}, weights)
+    by_name = {
+        name: _of_reward(name, rewards, anchors.get(name), settings, advantage_settings, icc.get(name))
+        for name, rewards in rewards_by_name.items()
+    }
+    combine = COMBINATIONS[advantage_settings.combine]
+    advantage = combine({name: found.advantage for name, found in by_name.items()}, weights)
     trust = advantage.new_ones(advantage.shape[0])
     if settings.trusts:
-        trust = _mean_trust(rewards_by_name, anchors, weights, settings, icc).to(advantage.dtype)
-    if settings.zeta == 0:
-        return GroupAdvantages(advantage, None, trust, {}), {}
-    transformed = _transformed(rewards_by_name, anchors, settings)
-    inversions = {name: rank_inversion(rewards_by_name[name], transformed[name]) for name in transformed}
-    by_name = {name: _anchored(normalise, rewards_by_name[name], transformed[name]) for name in transformed}
-    contrastive = combine(by_name, weights).to(advantage.dtype)
-    contrastive = trust[:, None] * contrastive if settings.ras_on_crt else contrastive
+        weighed = torch.stack([weights[name] * found.trust for name, found in by_name.items()]).sum(dim=0)
+        trust = (weighed / sum(weights.values())).to(advantage.dtype)
+    transformed = {name: found.transformed for name, found in by_name.items() if found.transformed is not None}
+    inversions = {name: rank_inversion(rewards_by_name[name], values) for name, values in transformed.items()}
+    second = {name: found.contrastive for name, found in by_name.items() if found.contrastive is not None}
+    contrastive = combine(second, weights).to(advantage.dtype) if second else None
+    if contrastive is not None and settings.ras_on_crt:
+        contrastive = trust[:, None] * contrastive
     return GroupAdvantages(advantage, contrastive, trust, {}), inversions
 
 
-def _mean_trust(
-    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]],
-    anchors: Mapping[str, PriorAnchor],
-    weights: Mapping[str, float],
-    settings: BPGOSettings,
-    icc: Mapping[str, Float[Tensor, "prompts"]],
-) -> Float[Tensor, "prompts"]:
-    by_name = {}
-    for name, rewards in rewards_by_name.items():
-        prior, scale = None, None
-        if settings.own_trust != "reliability":
-            prior, scale = _prior_and_scale(anchors[name], rewards, settings)
-        evidence = Evidence(rewards.double(), prior, scale, icc.get(name))
-        by_name[name] = TRUSTS[settings.own_trust](evidence, settings)
-    return torch.stack([weights[name] * w for name, w in by_name.items()]).sum(dim=0) / sum(weights.values())
-
-
-def _transformed(
-    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]],
-    anchors: Mapping[str, PriorAnchor],
-    settings: BPGOSettings,
-) -> dict[str, Float[Tensor, "prompts group"]]:
-    """R~ by reward, in fp64: u exp(u) is flat at u = -1, where fp32 would tie rewards that differ."""
-    transform, transformed = TRANSFORMS[settings.form], {}
-    for name, rewards in rewards_by_name.items():
-        prior, scale = _prior_and_scale(anchors[name], rewards, settings)
-        try:
-            transformed[name] = transform(rewards.double(), prior, scale, settings)
-        except OverflowError as error:
-            raise OverflowError(f"reward {name!r}: {error}") from error
-    return transformed
-
-
-def _anchored(
-    normalise: Callable[[Tensor], Tensor],
+def _of_reward(
+    name: str,
     rewards: Float[Tensor, "prompts group"],
-    transformed: Float[Tensor, "prompts group"],
-) -> Float[Tensor, "prompts group"]:
-    # Equal rewards count as equal whatever the last bit of exp says, which may depend on a value's place.
-    return normalise(transformed).masked_fill(equal_groups(rewards)[:, None], 0.0)
+    anchor: PriorAnchor | None,
+    settings: BPGOSettings,
+    advantage_settings: AdvantageSettings,
+    icc: Float[Tensor, "prompts"] | None,
+) -> BPGOAdvantages:
+    """`bpgo_advantages` in the form and with the trust of the settings."""
+    alpha = settings.alpha if settings.trusts else 0.0
+    prior, scale = (None, None) if anchor is None else _prior_and_scale(anchor, rewards, settings)
+    try:
+        return bpgo_advantages(
+            *(rewards, prior, scale, alpha, settings.k, settings.contrast, settings.zeta),
+            trust=TRUSTS[settings.own_trust](settings, icc),
+            transform=TRANSFORMS[settings.form],
+            normalise=NORMALISERS[advantage_settings.normalise],
+        )
+    except OverflowError as error:
+        raise OverflowError(f"reward {name!r}: {error}") from error
 
 
 def _prior_and_scale(

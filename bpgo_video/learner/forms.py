@@ -1,7 +1,7 @@
-"""Trust and transformed rewards of a group, given its anchor: in which form, and by which equation?
+"""The equations of trust and transformed rewards: Eq 2 and Eq 4 of arXiv 2511.18919, and those of the released code.
 
 Plain tensors, prompts x group, computed in fp64 (they are a few hundred numbers) and returned in the rewards'
-dtype, fp32 at least. Equation numbers are those of arXiv 2511.18919; `bpgo.py` uses the functions.
+dtype, fp32 at least. `one_reward.py` uses the functions.
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ def reliability_adaptive_scaling(
     k: float,
     centre: bool = False,
 ) -> Float[Tensor, "prompts"]:
-    """w = 1 + alpha (2 sigmoid(k mean_j u) - 1), in (1 - alpha, 1 + alpha); exactly 1 at alpha = 0. Eq 2.
+    """w = 1 + alpha (2 sigmoid(k mean_j u) - 1), in (1 - alpha, 1 + alpha); exactly 1 at alpha = 0.
+
+    RAS, Eq 2 of arXiv 2511.18919: a group whose mean lies above its anchor counts more.
 
     Args:
+        rewards: R, higher is better.
         prior: R_prior, in the reward's units.
         scale: s_ref in u = (R - R_prior)/s_ref; None for the verbatim equation, u = R - R_prior.
+        alpha: half the width of w's range, in [0, 1).
+        k: slope, above 0, per u (verbatim: per unit of reward).
         centre: take x_i - mean_i x_i in place of x_i = k mean_j u.
     """
+    if not (0 <= alpha < 1 and 0 < k < math.inf):
+        raise ValueError(f"alpha={alpha}, k={k}: Eq 2 needs alpha in [0, 1) and k above 0; alpha = 0 is w = 1")
     x = k * _deviation(rewards, prior, scale).mean(dim=1)
     x = x - x.mean() if centre else x
     w = 1 + alpha * (2 * torch.sigmoid(x) - 1)
@@ -45,9 +52,16 @@ def contrastive_reward_transformation(
     scale: float | None,
     contrast: float,
 ) -> Float[Tensor, "prompts group"]:
-    """R~ = (lambda u + 1{u > 0}) exp(clamp(u, -1, 3)), strictly increasing for lambda = contrast > 0. Eq 4.
+    """R~ = (lambda u + 1{u > 0}) exp(clamp(u, -1, 3)), strictly increasing for lambda = contrast > 0.
 
-    scale = None is the verbatim (lambda (R - R_prior) + 1{R > R_prior}) exp(R), which is not monotone.
+    CRT, Eq 4 of arXiv 2511.18919. It stretches rewards above the anchor and compresses those below. scale = None is
+    the verbatim (lambda (R - R_prior) + 1{R > R_prior}) exp(R), which is not monotone.
+
+    Args:
+        rewards: R, higher is better.
+        prior: R_prior, in the reward's units.
+        scale: s_ref in u = (R - R_prior)/s_ref; None for the verbatim equation.
+        contrast: lambda, at least 0.
 
     Raises:
         OverflowError: verbatim, when the transformed rewards of a group have no finite sum of squares.

@@ -1,4 +1,4 @@
-"""Where does a prior anchor come from? A table of sources; each gives the anchors of a batch by reward name.
+"""A table of sources of prior anchors; each gives the anchors of a batch by reward name.
 
 Two kinds of question: a prior of a prompt's own samples by the starting policy (`reference`, `shrunk`) asks whether the
 policy has improved on it; a shared one (`global`, `constant`, and `ema` until a prompt comes again) asks whether the
@@ -53,7 +53,8 @@ def stored(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
 def constant(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
     """One number for every prompt, from the recipe."""
     mean = torch.full((len(seen.prompts),), prior.mean)
-    return {name: _without_samples(mean, prior.scale or 1.0, version) for name, version in seen.versions.items()}
+    scale = prior.scale or 1.0
+    return {name: PriorAnchor.without_samples(mean, scale, version) for name, version in seen.versions.items()}
 
 
 def ema(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
@@ -126,9 +127,5 @@ def _running(
     anchors = {}
     for name, version in seen.versions.items():
         running = seen.running.get(name) or started(seen.rewards[name], prior.scale)
-        anchors[name] = _without_samples(mean(name, running), running["spread"] or 1.0, version)
+        anchors[name] = PriorAnchor.without_samples(mean(name, running), running["spread"] or 1.0, version)
     return anchors
-
-
-def _without_samples(mean: Float[Tensor, "prompts"], scale: float, version: str) -> PriorAnchor:
-    return PriorAnchor(mean, torch.zeros_like(mean), torch.zeros(len(mean), dtype=torch.int64), scale, version)

@@ -1,4 +1,4 @@
-"""What of BPGO is used, and with which numbers? The settings of the pure functions, checked where they are made."""
+"""Settings of a step's advantages: what of BPGO is used, and with which numbers; checked when they are made."""
 
 from __future__ import annotations
 

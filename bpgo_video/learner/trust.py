@@ -1,10 +1,10 @@
-"""How much does a group count? A table of trusts: functions of what is known of a group, each giving w."""
+"""A table of trusts: how much does a group count? Each entry gives the function that computes w."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,36 +12,47 @@ from bpgo_video.learner.forms import released_trust, reliability_adaptive_scalin
 from bpgo_video.learner.reliability import reliability_trust
 from bpgo_video.learner.settings import BPGOSettings
 
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a trust may look at: one reward's numbers. prior, scale and icc are None where the trust needs none."""
-
-    rewards: Float[Tensor, "prompts group"]
-    prior: Float[Tensor, "prompts"] | None
-    scale: float | None
-    icc: Float[Tensor, "prompts"] | None
+Trust = Callable[..., Tensor]  # (rewards, prior, scale, alpha, k) -> w; a trust may ignore some of them
+Agreement = Float[Tensor, "prompts"] | None  # the ICC of each prompt's two scorings, where there are two
 
 
-def _sigmoid(seen: Evidence, settings: BPGOSettings) -> Tensor:
-    assert seen.prior is not None  # bpgo.py refuses rewards without an anchor
-    alpha, k = settings.alpha, settings.k
-    return reliability_adaptive_scaling(seen.rewards, seen.prior, seen.scale, alpha, k, settings.centres)
+def sigmoid(settings: BPGOSettings, icc: Agreement) -> Trust:
+    """Eq 2: the group's mean against the anchor."""
+
+    def trust(rewards: Tensor, prior: Tensor, scale: float | None, alpha: float, k: float) -> Tensor:
+        return reliability_adaptive_scaling(rewards, prior, scale, alpha, k, settings.centres)
+
+    return trust
 
 
-def _posterior(seen: Evidence, settings: BPGOSettings) -> Tensor:
-    assert seen.prior is not None
-    alpha, prior_var = settings.alpha, settings.prior_var
-    return released_trust(seen.rewards, seen.prior, seen.scale, alpha, prior_var, settings.centres)
+def posterior(settings: BPGOSettings, icc: Agreement) -> Trust:
+    """The probability that the group's mean lies above the anchor, as in the authors' code; k has no effect."""
+
+    def trust(rewards: Tensor, prior: Tensor, scale: float | None, alpha: float, k: float) -> Tensor:
+        return released_trust(rewards, prior, scale, alpha, settings.prior_var, settings.centres)
+
+    return trust
 
 
-def _reliability(seen: Evidence, settings: BPGOSettings) -> Tensor:
-    assert seen.icc is not None  # and rewards that were scored once
-    return reliability_trust(seen.icc, settings.alpha, settings.centres)
+def reliability(settings: BPGOSettings, icc: Agreement) -> Trust:
+    """How well two scorings of the group agree; alpha alone of the arguments has an effect."""
+
+    def trust(rewards: Tensor, prior: Tensor | None, scale: float | None, alpha: float, k: float) -> Tensor:
+        if icc is None:
+            raise ValueError("trust 'reliability' compares two scorings of each group, but there is no ICC")
+        return reliability_trust(icc, alpha, settings.centres)
+
+    return trust
 
 
-TRUSTS: dict[str, Callable[[Evidence, BPGOSettings], Tensor]] = {
-    "sigmoid": _sigmoid,
-    "posterior": _posterior,
-    "reliability": _reliability,
+def none(settings: BPGOSettings, icc: Agreement) -> Trust:
+    """w = 1."""
+    return lambda rewards, prior, scale, alpha, k: torch.ones_like(rewards[:, 0])
+
+
+TRUSTS: dict[str, Callable[[BPGOSettings, Agreement], Trust]] = {
+    "sigmoid": sigmoid,
+    "posterior": posterior,
+    "reliability": reliability,
+    "none": none,
 }

@@ -1,4 +1,4 @@
-"""How are videos sampled, and what is recorded of it? The denoising loop, with guidance, for rollout and evaluation."""
+"""The denoising loop, with guidance, for rollout and evaluation, and what it records."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Denoiser:
 
     def transition_of(self, velocity: Velocity, latents: Latents, index: int) -> sde.Transition:
         """Where the stochastic step `index` leads with this velocity."""
-        return sde.SAMPLERS[self.sampler](velocity, latents.float(), self.steps[index], self.eta)
+        return sde.transition(self.sampler, velocity, latents.float(), self.steps[index], self.eta)
 
     @torch.no_grad()
     def denoise(

@@ -1,4 +1,4 @@
-"""What do a step's rewards teach? From gathered rewards to advantages, with what the run remembers of its prompts."""
+"""From a step's gathered rewards to its advantages, with what the run remembers of its prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.learner import rescoring
-from bpgo_video.learner.bpgo import GroupAdvantages, bpgo_advantages
+from bpgo_video.learner.bpgo import GroupAdvantages, step_advantages
 from bpgo_video.learner.credit import FrameLayout, segment_credit
 from bpgo_video.learner.priors import FROM_IMAGES, PRIORS, RUNNING, Seen, image_key
 from bpgo_video.learner.reliability import pooled_consistency
@@ -63,7 +63,7 @@ def estimate_advantages(
     anchors = PRIORS[prior.kind](prior, seen) if session.learner.needs_prior else {}
     icc, agreed = agreement(prompts, rewards, memory)
     by_frame = credit_by_frame(session, rewards)
-    found = bpgo_advantages(by_name, anchors, suite.weights, session.learner, session.advantages, icc, by_frame)
+    found = step_advantages(by_name, anchors, suite.weights, session.learner, session.advantages, icc, by_frame)
     if prior.kind in RUNNING:
         memory.running_rewards |= updated(
             memory.running_rewards, prompts.ids.tolist(), averaged, prior.decay, prior.scale

@@ -1,4 +1,4 @@
-"""What does the starting policy earn on each prompt? The reference prior of arXiv 2511.18919, with its scale s_ref."""
+"""The reference prior of arXiv 2511.18919: what the starting policy earns on each prompt, with its scale s_ref."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_d
 from bpgo_video.training.launch import launched
 from bpgo_video.training.policy_session import sampling_policy
 from bpgo_video.training.session import check_inputs
-from bpgo_video.types import PromptBatch, Rewards
+from bpgo_video.types import PriorAnchor, PromptBatch, Rewards
 from bpgo_video.zero import engine
 
 PROMPTS_AT_ONCE = 64  # gathered and told together
 
 
-def pooled_scale(name: str, scores: Float[Tensor, "prompts samples"]) -> float:
-    """s_ref = sqrt(mean_i s_i^2), s_i the standard deviation of prompt i's samples (ddof 1).
+def measured(name: str, scores: Float[Tensor, "prompts samples"], version: str) -> PriorAnchor:
+    """The anchor of a reward's scores.
 
     Raises:
         ConfigError: all samples of every prompt earn the same, so that no deviation could be told from noise.
     """
-    scale = float(scores.double().var(dim=1).mean().sqrt())
-    if not scale > 0:
-        raise ConfigError(f"reward {name!r}: every prompt's samples earn the same; it does not see what differs")
-    return scale
+    try:
+        return PriorAnchor.of_samples(scores, version)
+    except ValueError as error:
+        raise ConfigError(f"reward {name!r}: {error}; it does not see what differs") from error
 
 
 def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts samples"]]:
@@ -73,10 +73,10 @@ def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts sam
                 notes.add(new)
             bar.update(len(batch))
     scores = {name: torch.tensor([known[id_][name] for id_ in ids]) for name in suite.versions}
-    scales = {name: pooled_scale(name, of_reward) for name, of_reward in scores.items()}
+    anchors = {name: measured(name, of_reward, suite.versions[name]) for name, of_reward in scores.items()}
     if mesh.is_main:
-        for name, of_reward in scores.items():
-            store(shards.directory, name, suite.versions[name], policy_hash, ids, of_reward, scales[name])
+        for name, anchor in anchors.items():
+            store(shards.directory, name, anchor, policy_hash, ids)
         notes.remove()
     mesh.barrier()
     return scores
@@ -119,14 +119,11 @@ def score_prompts(config: Config, policy: Policy, prompts: PromptBatch, suite: R
         return suite.gather(scoring.scores(), prompts, config.prior.samples, mesh)
 
 
-def store(
-    directory: Path, name: str, version: str, policy_hash: str, ids: Sequence[int], scores: Tensor, scale: float
-) -> None:
-    means, stds = scores.double().mean(dim=1).tolist(), scores.double().std(dim=1).tolist()
-    anchors = {id_: (mean, std, scores.shape[1]) for id_, mean, std in zip(ids, means, stds, strict=True)}
-    path = write_priors(directory, name, version, scale, policy_hash, anchors)
-    mean = sum(means) / len(means)
-    print(f"{path}: {len(ids)} prompts x {scores.shape[1]} samples, mean {mean:.4f}, s_ref {scale:.4f}")
+def store(directory: Path, name: str, anchor: PriorAnchor, policy_hash: str, ids: Sequence[int]) -> None:
+    rows = zip(anchor.mean.tolist(), anchor.std.tolist(), anchor.count.tolist(), strict=True)
+    path = write_priors(directory, name, anchor.version, anchor.scale, policy_hash, dict(zip(ids, rows, strict=True)))
+    mean, samples = float(anchor.mean.mean()), int(anchor.count[0])
+    print(f"{path}: {len(ids)} prompts x {samples} samples, mean {mean:.4f}, s_ref {anchor.scale:.4f}")
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:

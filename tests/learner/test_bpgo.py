@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpgo_video.learner.advantages import NORMALISERS, AdvantageSettings, best_and_worst, group_relative
-from bpgo_video.learner.bpgo import TRANSFORMS, bpgo_advantages
+from bpgo_video.learner.bpgo import TRANSFORMS, step_advantages
 from bpgo_video.learner.bpgo_metrics import trust_histogram
 from bpgo_video.learner.forms import (
     contrastive_reward_transformation,
@@ -36,7 +36,7 @@ def anchor(mean, scale=1.0):
 
 def one_reward(rewards, prior, settings, scale=1.0, **advantage):
     anchors = {"clip": anchor(prior, scale)}
-    return bpgo_advantages({"clip": rewards}, anchors, {"clip": 1.0}, settings, AdvantageSettings(**advantage))
+    return step_advantages({"clip": rewards}, anchors, {"clip": 1.0}, settings, AdvantageSettings(**advantage))
 
 
 def random_rewards(seed, prompts=4, group=6):
@@ -126,7 +126,7 @@ def test_standardised_forms_do_not_depend_on_the_units_of_the_reward(seed, unit,
 
 def test_alpha_and_zeta_zero_are_grpo_bit_for_bit_without_anchors():
     rewards = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-    result = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, OFF)
+    result = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, OFF)
     assert torch.equal(result.advantage, group_relative(rewards))
     assert torch.equal(result.trust, torch.ones(5))
     assert result.contrastive is None
@@ -207,13 +207,13 @@ def test_trust_in_reliability_needs_two_scorings_and_no_anchor():
     rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 1.0, 2.0, 3.0]])
     second = torch.tensor([[2.0, 3.0, 4.0, 7.0], [3.0, 2.0, 1.0, 0.0]])  # the same but for a shift; the reverse
     icc = {"clip": consistency(torch.stack([rewards, second], dim=2))}
-    result = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, icc=icc)
+    result = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, icc=icc)
     assert result.trust.tolist() == pytest.approx([1.5, 0.5])
     assert torch.equal(result.advantage, group_relative(rewards))
     with pytest.raises(ValueError, match=r"'clip' was scored once.*reliability"):
-        bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
+        step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
     with pytest.raises(ValueError, match=r"'clip' has an ICC that is not finite"):
-        bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, icc={"clip": icc["clip"] / 0})
+        step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, icc={"clip": icc["clip"] / 0})
     icc = torch.tensor([0.9, 0.4, -0.3])
     assert reliability_trust(icc, 0.5).tolist() == pytest.approx([1.4, 0.9, 0.5])
     assert reliability_trust(icc, 0.5, centre=True).tolist() == pytest.approx([1.4667, 0.9667, 0.5667], abs=1e-4)
@@ -254,7 +254,7 @@ ADVANTAGE_SETTINGS = st.builds(
 def scored_twice(rewards, second, prior, settings, advantage, scale=1.0):
     anchors, weights = {"clip": anchor(prior, scale)}, {"clip": 1.0}
     icc = consistency(torch.stack([rewards, second], dim=2))
-    return bpgo_advantages({"clip": rewards}, anchors, weights, settings, advantage, {"clip": icc})
+    return step_advantages({"clip": rewards}, anchors, weights, settings, advantage, {"clip": icc})
 
 
 @settings(deadline=None)
@@ -304,7 +304,7 @@ def test_no_trust_and_no_second_surrogate_is_grpo_bit_for_bit(seed, bpgo, advant
     rewards, prior, _ = random_rewards(seed)
     off = replace(bpgo, zeta=0.0, match_rms=False, **({"alpha": 0.0} if bpgo.trust != "none" else {}))
     found = scored_twice(rewards, rewards, prior, off, advantage)
-    plain = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, OFF, advantage)
+    plain = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, OFF, advantage)
     assert torch.equal(found.advantage, plain.advantage)
     assert torch.equal(found.trust, torch.ones_like(prior))
     assert found.contrastive is None
@@ -316,7 +316,7 @@ def test_no_trust_and_no_second_surrogate_is_grpo_bit_for_bit(seed, bpgo, advant
 def test_several_rewards_are_anchored_one_by_one():
     first, second = REWARDS, torch.tensor([[0.3, 0.1, 0.2, 0.4]], dtype=torch.float64)
     anchors = {"vq": anchor([2.0], 2.0), "ta": anchor([0.2], 0.1)}
-    result = bpgo_advantages({"vq": first, "ta": second}, anchors, {"vq": 3.0, "ta": 1.0}, BPGOSettings())
+    result = step_advantages({"vq": first, "ta": second}, anchors, {"vq": 3.0, "ta": 1.0}, BPGOSettings())
     torch.testing.assert_close(result.advantage, 3 * group_relative(first) + group_relative(second))
     # mean u: (3 - 2)/2 = .5 and (.25 - .2)/.1 = .5 + rounding of fp32 anchors; 3/4 of one and 1/4 of the other
     assert result.trust.item() == pytest.approx(1 + 0.5 * math.tanh(0.25), abs=1e-6)
@@ -329,7 +329,7 @@ def test_several_rewards_are_anchored_one_by_one():
 
 def test_trust_of_several_rewards_is_their_weighted_mean():
     anchors = {"vq": anchor([-1e6]), "ta": anchor([1e6])}  # w = 1.5 and .5
-    result = bpgo_advantages({"vq": REWARDS, "ta": REWARDS}, anchors, {"vq": 3.0, "ta": 1.0}, BPGOSettings(zeta=0.0))
+    result = step_advantages({"vq": REWARDS, "ta": REWARDS}, anchors, {"vq": 3.0, "ta": 1.0}, BPGOSettings(zeta=0.0))
     assert result.trust.item() == pytest.approx((3 * 1.5 + 0.5) / 4)
 
 
@@ -430,7 +430,7 @@ def test_dropping_flat_groups_rescales_the_others():
     torch.testing.assert_close(result.advantage, 3 * group_relative(rewards))
     both = {"flat": torch.ones(3, 3), "clip": rewards}
     settings = AdvantageSettings(drop_zero_std=True)
-    result = bpgo_advantages(both, {}, {"flat": 1.0, "clip": 1.0}, OFF, settings)
+    result = step_advantages(both, {}, {"flat": 1.0, "clip": 1.0}, OFF, settings)
     torch.testing.assert_close(result.advantage, 3 * group_relative(rewards))  # a group counts if any reward differs
 
 
@@ -486,16 +486,16 @@ def test_the_standardised_form_is_finite_on_any_scale(value):
 def test_errors_name_the_reward():
     rewards, weights = {"clip": torch.tensor([[0.0, 1.0]])}, {"clip": 1.0}
     with pytest.raises(ValueError, match=r"'clip' has no prior anchor.*estimate_priors"):
-        bpgo_advantages(rewards, {}, weights, BPGOSettings())
+        step_advantages(rewards, {}, weights, BPGOSettings())
     with pytest.raises(ValueError, match=r"'clip'.*scale 0"):
-        bpgo_advantages(rewards, {"clip": anchor([0.0], 0.0)}, weights, BPGOSettings())
+        step_advantages(rewards, {"clip": anchor([0.0], 0.0)}, weights, BPGOSettings())
     with pytest.raises(ValueError, match=r"'clip'.*not finite"):
-        bpgo_advantages(rewards, {"clip": anchor([math.nan])}, weights, BPGOSettings())
+        step_advantages(rewards, {"clip": anchor([math.nan])}, weights, BPGOSettings())
     with pytest.raises(ValueError, match="'clip' has weight -1"):
-        bpgo_advantages(rewards, {}, {"clip": -1.0}, OFF)
+        step_advantages(rewards, {}, {"clip": -1.0}, OFF)
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match=f"'clip' is {bad} at prompt row 0, sample 1"):
-            bpgo_advantages({"clip": torch.tensor([[0.0, bad]])}, {}, weights, OFF)
+            step_advantages({"clip": torch.tensor([[0.0, bad]])}, {}, weights, OFF)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +529,7 @@ def test_what_frames_add_is_scaled_with_the_advantage_and_never_clipped() -> Non
     rewards = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     by_frame = torch.tensor([3.0, -1.0, -2.0]).expand(2, 6, 3)
     settings = AdvantageSettings(best_of=2, clip=0.5)
-    found = bpgo_advantages({"a": rewards}, {}, {"a": 1.0}, BPGOSettings(alpha=0, zeta=0), settings, by_frame=by_frame)
+    found = step_advantages({"a": rewards}, {}, {"a": 1.0}, BPGOSettings(alpha=0, zeta=0), settings, by_frame=by_frame)
     kept = found.advantage != 0
     assert kept.sum(dim=1).tolist() == [4, 4]
     torch.testing.assert_close(found.by_frame, 1.5 * by_frame * kept[..., None])  # 6 / (2 x 2) of the loss's mean

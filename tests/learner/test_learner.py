@@ -7,7 +7,7 @@ import torch
 
 from bpgo_video.config.learner import BPGOConfig, CreditConfig, PriorConfig, ReliabilityConfig
 from bpgo_video.learner.advantages import AdvantageSettings
-from bpgo_video.learner.bpgo import bpgo_advantages
+from bpgo_video.learner.bpgo import step_advantages
 from bpgo_video.learner.priors import PRIORS, Seen
 from bpgo_video.learner.reliability import consistency, pooled_consistency
 from bpgo_video.learner.settings import BPGOSettings
@@ -54,7 +54,7 @@ def test_a_running_prior_sees_the_batches_before_and_not_this_one(kind: str) -> 
         before = {name: dict(values) for name, values in running.items()}
         found = estimate_advantages(session(settings, prior), PROMPTS, rewards, memory)
         anchors = PRIORS[kind](prior, Seen(PROMPTS, {"clip": "v1"}, rewards.by_name, before))
-        expected = bpgo_advantages(rewards.by_name, anchors, {"clip": 1.0}, settings)
+        expected = step_advantages(rewards.by_name, anchors, {"clip": 1.0}, settings)
         assert torch.equal(found.trust, expected.trust)
         assert torch.equal(found.contrastive, expected.contrastive)
         assert running != before
@@ -72,7 +72,7 @@ def test_second_scores_reach_the_trust() -> None:
     rewards = rewards_of(3, second=True)
     found = estimate_advantages(session(settings, PriorConfig(kind="none")), PROMPTS, rewards)
     icc = consistency(torch.stack([rewards.by_name["clip"], rewards.second["clip"]], dim=2))
-    expected = bpgo_advantages(rewards.by_name, {}, {"clip": 1.0}, settings, icc={"clip": icc})
+    expected = step_advantages(rewards.by_name, {}, {"clip": 1.0}, settings, icc={"clip": icc})
     assert torch.equal(found.trust, expected.trust)
     assert found.trust.std() > 0
     assert "icc/clip" in found.metrics

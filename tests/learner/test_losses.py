@@ -8,7 +8,7 @@ import torch
 
 from bpgo_video.diffusion.sde import SAMPLERS, steps_of
 from bpgo_video.learner.advantages import group_relative
-from bpgo_video.learner.bpgo import bpgo_advantages
+from bpgo_video.learner.bpgo import step_advantages
 from bpgo_video.learner.losses import Move, TrustRegion, bpgo_loss, clipped_surrogate, divergence_masked_surrogate
 from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.types import PriorAnchor
@@ -41,7 +41,7 @@ def test_total_loss_by_hand():
     # R = 0, 1, 2; prior .5, s_ref 1, alpha .5, k 1, lambda 1, zeta .4; u = -.5, .5, 1.5
     # w = 1 + .5 tanh(.25); A = (-1, 0, 1)/(1 + 1e-6); R~ = -.5 e^-.5, 1.5 e^.5, 2.5 e^1.5
     rewards, prior = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
-    result = bpgo_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, BPGOSettings(zeta=0.4))
+    result = step_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, BPGOSettings(zeta=0.4))
     log_prob = torch.tensor([1.2, 0.8, 1.3], dtype=torch.float64).log()
     loss = bpgo_loss(Move(log_prob), *per_sample(result, 3), 0.4, clip(0.1, 0.25))
 
@@ -65,7 +65,7 @@ def test_alpha_and_zeta_zero_are_grpo_bit_for_bit(clip_range):
         log_prob = (old + 1e-2 * torch.randn(24, generator=torch.Generator().manual_seed(6))).requires_grad_()
         if learner == "bpgo":
             settings = BPGOSettings(alpha=0.0, zeta=0.0)
-            result = bpgo_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
+            result = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
             value = bpgo_loss(Move(log_prob - old), *per_sample(result, 6), settings.zeta, clip(*clip_range)).value
         else:
             ratio, advantage = torch.exp(log_prob - old), group_relative(rewards).flatten()
@@ -86,7 +86,7 @@ def test_gradient_equals_finite_differences(form, sampler):
     latents, noise = (torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(2))
     rewards = torch.randn(prompts, group, generator=rng, dtype=torch.float64)
     prior, settings = torch.tensor([-0.5, 0.1, 0.9], dtype=torch.float64), BPGOSettings(form=form)
-    result = bpgo_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, settings)
+    result = step_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, settings)
     step = steps_of(torch.linspace(1, 0, 6))[2]
 
     def transition(theta):
@@ -115,7 +115,7 @@ def test_gradient_equals_finite_differences(form, sampler):
 def test_equal_rewards_give_exactly_zero_gradient(group, form):
     rewards, prior = torch.tensor([0.1, 0.27, 1 / 3])[:, None].repeat(1, group), torch.full((3,), 0.2)
     settings = BPGOSettings(form=form)
-    result = bpgo_advantages({"clip": rewards}, anchor(prior, 0.02), {"clip": 1.0}, settings)
+    result = step_advantages({"clip": rewards}, anchor(prior, 0.02), {"clip": 1.0}, settings)
     rng = torch.Generator().manual_seed(8)
     old = torch.randn(3 * group, generator=rng)
     log_prob = (old + 0.01 * torch.randn(3 * group, generator=rng)).requires_grad_()

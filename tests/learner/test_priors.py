@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.learner import PriorConfig
 from bpgo_video.data.prior_files import PriorTable
-from bpgo_video.learner.bpgo import BPGOSettings, bpgo_advantages
+from bpgo_video.learner.bpgo import BPGOSettings, step_advantages
 from bpgo_video.learner.priors import PRIORS, Seen, image_key
 from bpgo_video.learner.running_priors import pooled_spread, updated
 from bpgo_video.learner.shrinkage import shrunk_means
@@ -82,7 +82,7 @@ def test_a_batch_without_spread_leaves_the_scale_as_it_is():
     never = after(prompts(1, 2), flat)
     assert never["clip"]["spread"] is None
     found = anchor("ema", prompts(1, 2), flat, never)
-    result = bpgo_advantages({"clip": flat}, {"clip": found}, {"clip": 1.0}, BPGOSettings())
+    result = step_advantages({"clip": flat}, {"clip": found}, {"clip": 1.0}, BPGOSettings())
     assert torch.equal(result.advantage, torch.zeros(2, 8))
     assert after(prompts(7, 8), FIRST, never)["clip"]["spread"] == pytest.approx(1.0)
 

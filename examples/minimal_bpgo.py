@@ -1,0 +1,188 @@
+"""BPGO in one process and plain torch, to be read from top to bottom.
+
+    python examples/minimal_bpgo.py --steps 3
+
+It post-trains the embedded tiny Wan policy on a reward that is written below. A step is: sample a group of videos for
+each prompt by Flow-SDE (arXiv 2505.05470), score them, turn scores into trust and advantages with the anchor of each
+prompt (BPGO, arXiv 2511.18919), replay the recorded transitions with gradients, and update.
+
+What production adds, and where to read it in bpgo_video/:
+
+    rollout      keyed noise that no rank count changes, guidance, ODE steps between trained ones: rollouts/rollout.py
+    rewards      several models, scored beside the rollout or on other machines: rewards/, docs/rewards.md
+    priors       measured once and stored with the prompts, or averages over the run: learner/priors.py
+    advantages   other trusts and norms, several rewards, best-of-n, step size: learner/bpgo.py, learner/trust.py
+    losses       step weights, divergence masks, a pull to a reference: diffusion/steps.py, learner/losses.py
+    replay       micro-batches over ranks, and a check that the first ratio is 1: rollouts/replay.py
+    updates      DeepSpeed ZeRO, mixed precision, schedules: zero/engine.py
+    the loop     held-out evaluation, checkpoints, resume, reports: training/course.py, training/trainer.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.diffusion import Step, Transition, steps_of, transition
+from bpgo_video.learner import BPGOAdvantages, PriorAnchor, bpgo_advantages
+from bpgo_video.policies import Policy, guided_velocity, load_policy
+from bpgo_video.rewards import Clips, FrameSampling, FrameScores
+from bpgo_video.types import Guidance
+
+PROMPTS = ("a red circle moving left", "a green object", "a blue square moving up", "a red triangle")
+VIDEO = VideoConfig(num_frames=9, height=64, width=64, fps=8)  # what the embedded policy makes
+
+GROUP_SIZE = 8  # G, samples of a prompt
+REFERENCE_SAMPLES = 4  # K, samples of the starting policy behind a prompt's anchor
+NUM_STEPS = 8  # denoising steps; all but the last are stochastic and trained
+ETA = 0.7  # noise of Flow-SDE, as its authors have it
+GUIDANCE = 1.0  # the embedded policy works without classifier-free guidance
+
+ALPHA, K, CONTRAST, ZETA = 0.5, 1.0, 1.0, 0.5  # trust, and weight of the second surrogate
+CLIP_RANGE = 1e-3  # log-probs are means over latent dimensions, so ratios stay near 1
+UPDATES = 2  # optimiser updates on one rollout; only the second sees ratios other than 1
+LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.01, 1.0
+
+
+class NamedColour:
+    """How much of each frame is in the colour that the prompt names: a reward as a user would write it."""
+
+    name, version, kind = "named_colour", "1", "real"
+    range = (0.0, 1.0)
+    higher_is_better, differentiable = True, True
+    frames = FrameSampling()  # looks at all of them
+    colours = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.8, 0.2), "blue": (0.2, 0.3, 0.95)}
+
+    def __call__(self, clips: Clips) -> FrameScores:  # clips.videos: (samples, frames, 3, height, width) in [0, 1]
+        wanted = torch.tensor([self.colours[text.split()[1]] for text in clips.texts])[:, None, :, None, None]
+        distance = (clips.videos - wanted).square().sum(dim=2).sqrt()
+        return FrameScores((-((distance / 0.3) ** 2)).exp().mean(dim=(2, 3)), clips.times)
+
+
+class Group(NamedTuple):
+    """What replay needs of one prompt's samples.
+
+    Attributes:
+        path: latents at each noise level, from noise to data.
+        log_probs: of each transition of the path but the last.
+    """
+
+    guidance: Guidance
+    path: list[Tensor]
+    log_probs: list[Tensor]
+
+
+def step_of(policy: Policy, latents: Tensor, step: Step, guidance: Guidance, sampler: str) -> Transition:
+    """Where one denoising step leads: the same function in rollout and replay, so that replay is exact."""
+    velocity = guided_velocity(policy, latents, step.sigma.float(), guidance, GUIDANCE)
+    return transition(sampler, velocity, latents, step, ETA)
+
+
+@torch.no_grad()
+def sample(policy: Policy, prompt: str, count: int, steps: list[Step], generator: torch.Generator) -> Group:
+    """Videos of one prompt, as latents. Each step but the last draws noise; the last one follows the ODE."""
+    conditioning = {name: value.repeat_interleave(count, dim=0) for name, value in policy.encode([prompt]).items()}
+    guidance = Guidance(towards=conditioning, away={})
+    shape = (count, *policy.latent_shape(VIDEO))
+    path, log_probs = [policy.start(torch.randn(shape, generator=generator), conditioning)], []
+    for step in steps[:-1]:
+        taken = step_of(policy, path[-1], step, guidance, "flow_sde")
+        path.append(taken.sample(torch.randn(shape, generator=generator)))
+        log_probs.append(taken.log_prob(path[-1]))
+    path.append(step_of(policy, path[-1], steps[-1], guidance, "ode").mean)
+    return Group(guidance, path, log_probs)
+
+
+def sample_and_score(
+    policy: Policy, reward: NamedColour, count: int, steps: list[Step], generator: torch.Generator
+) -> tuple[list[Group], Tensor]:
+    """A group for each prompt, and its rewards, prompts x group: a video's is the mean over its frames."""
+    groups, rewards = [], []
+    for prompt in PROMPTS:
+        group = sample(policy, prompt, count, steps, generator)
+        videos = policy.decode(group.path[-1], group.guidance.towards)
+        rewards.append(reward(Clips(videos, VIDEO.fps, (prompt,) * count)).values.mean(dim=1))
+        groups.append(group)
+    return groups, torch.stack(rewards)
+
+
+def surrogate(ratio: Tensor, advantage: Tensor) -> Tensor:
+    """The clipped surrogate of PPO (arXiv 1707.06347), per sample, to be minimised."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE) * advantage)
+
+
+def replay(policy: Policy, groups: list[Group], found: BPGOAdvantages, trained: range, steps: list[Step]) -> Tensor:
+    """Gradients of the total loss over some of the denoising steps; the ratios that it saw, (transitions, samples).
+
+    Each transition is a forward and a backward of its own: memory is that of one, however long the path.
+    """
+    ratios = []
+    for row, group in enumerate(groups):
+        for index in trained:
+            now = step_of(policy, group.path[index], steps[index], group.guidance, "flow_sde")
+            ratio = (now.log_prob(group.path[index + 1]) - group.log_probs[index]).exp()
+            loss = found.trust[row] * surrogate(ratio, found.advantage[row])
+            if found.contrastive is not None:
+                loss = loss + ZETA * surrogate(ratio, found.contrastive[row])
+            (loss.mean() / (len(groups) * len(trained))).backward()
+            ratios.append(ratio.detach())
+    return torch.stack(ratios)
+
+
+def train(policy: Policy, num_steps: int, seed: int) -> Iterator[dict[str, float]]:
+    """The record of each step; the policy's transformer is trained in place."""
+    generator, reward = torch.Generator().manual_seed(seed), NamedColour()
+    steps = steps_of(policy.sigmas(NUM_STEPS, VIDEO))
+    parameters = list(policy.transformers.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+    # What the starting policy earns on each prompt, R_prior, and the spread of its samples, s_ref.
+    _, reference = sample_and_score(policy, reward, REFERENCE_SAMPLES, steps, generator)
+    anchor = PriorAnchor.of_samples(reference, reward.version)
+
+    for _ in range(num_steps):
+        began = time.perf_counter()
+
+        groups, rewards = sample_and_score(policy, reward, GROUP_SIZE, steps, generator)
+
+        # Trust w of each group; advantages A of the rewards and A~ of the transformed ones.
+        found = bpgo_advantages(rewards, anchor.mean, anchor.scale, ALPHA, K, CONTRAST, ZETA)
+
+        # Each update replays its share of the denoising steps against the log-probs of the rollout.
+        ratios = []
+        for update in range(UPDATES):
+            optimizer.zero_grad()
+            ratios.append(replay(policy, groups, found, range(update, NUM_STEPS - 1, UPDATES), steps))
+            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+            optimizer.step()
+
+        yield {
+            "reward": float(rewards.mean()),
+            "trust_min": float(found.trust.min()),
+            "trust_max": float(found.trust.max()),
+            "first_ratio_error": float((ratios[0] - 1).abs().max()),  # exactly 0: the policy has not moved yet
+            "last_ratio_error": float((ratios[-1] - 1).abs().max()),
+            "clipped": float(((ratios[-1] - 1).abs() > CLIP_RANGE).float().mean()),
+            "gradient_norm": float(norm),
+            "seconds": time.perf_counter() - began,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="training steps (20)")
+    parser.add_argument("--seed", type=int, default=0, help="of all noise (0)")
+    arguments = parser.parse_args()
+    policy = load_policy("package:bpgo_video.tiny/weights/wan", max_sequence_length=16)
+    for step, record in enumerate(train(policy, arguments.steps, arguments.seed)):
+        print(f"step {step}  " + "  ".join(f"{name} {value:.5g}" for name, value in record.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Every method of every table has a shipped recipe, which docs/algorithms.md names, or a reason why it has none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from bpgo_video.config.bpgo import Config
+from bpgo_video.config.learner import CreditConfig
+from bpgo_video.config.reading import read_recipe
+from bpgo_video.diffusion.sde import SAMPLERS, SOLVERS
+from bpgo_video.diffusion.steps import STEP_SELECTIONS, STEP_WEIGHTS
+from bpgo_video.learner.advantages import COMBINATIONS, NORMALISERS
+from bpgo_video.learner.losses import RATIOS, TRUST_REGIONS
+from bpgo_video.learner.priors import PRIORS
+from bpgo_video.learner.settings import OWN_TRUST
+from bpgo_video.learner.trust import TRUSTS
+from bpgo_video.rollouts.objectives import OBJECTIVES
+from tests.made.recipes import ROOT
+
+TABLES: dict[str, Collection[str]] = {  # a recipe's key -> what it can be
+    "sampler.name": SAMPLERS,
+    "sampler.train_steps": STEP_SELECTIONS,
+    "sampler.solver": SOLVERS,
+    "loss.step_weights": STEP_WEIGHTS,
+    "loss.ratio": RATIOS,
+    "loss.trust_region": TRUST_REGIONS,
+    "loss.objective": OBJECTIVES,
+    "bpgo.form": OWN_TRUST,
+    "bpgo.trust": TRUSTS,
+    "prior.kind": PRIORS,
+    "advantage.normalise": NORMALISERS,
+    "advantage.combine": COMBINATIONS,
+    "credit.kind": get_args(get_type_hints(CreditConfig)["kind"]),
+}
+WITHOUT_RECIPE = {
+    ("sampler.name", "ode"): "it has no density and cannot be trained: sampler.solver takes its steps",
+    ("loss.step_weights", "tempflow"): "one key, to be set in any recipe that trains several steps",
+    ("prior.kind", "shrunk"): "one key in a recipe with the prior reference, whose files it reads",
+    ("prior.kind", "global"): "one key in a recipe with the prior ema",
+    ("prior.kind", "constant"): "its number is in the units of the user's own reward",
+    ("advantage.normalise", "global"): "one key, to be set in any recipe",
+    ("advantage.normalise", "none"): "its learning rate depends on the units of the user's own reward",
+    ("advantage.normalise", "win_rate"): "one key in tiny_wan_grpo.yaml",
+    ("advantage.combine", "gdpo"): "one key in a recipe with several rewards",
+}
+PATHS = sorted((ROOT / "pipelines" / "configs").glob("*.yaml"))
+CONFIGS = {path.name: recipe for path in PATHS if isinstance(recipe := read_recipe(path), Config)}
+METHODS = [(key, name) for key, names in TABLES.items() for name in names]
+PAGE = (ROOT / "docs" / "algorithms.md").read_text()
+ROWS = dict(re.findall(r"^\| `(\w+\.\w+)` \| (.*) \|$", PAGE, re.MULTILINE))
+
+
+def used(config: Config, key: str) -> str:
+    """A recipe's method; trust is the form's own where it is not named, and none where it is off."""
+    section, name = key.split(".")
+    if key == "bpgo.trust":
+        return (config.bpgo.trust or OWN_TRUST[config.bpgo.form]) if config.bpgo.alpha else "none"
+    return str(getattr(getattr(config, section), name))
+
+
+@pytest.mark.parametrize(("key", "name"), METHODS)
+def test_a_method_has_a_recipe_or_a_reason(key: str, name: str) -> None:
+    recipes = [recipe for recipe, config in CONFIGS.items() if used(config, key) == name]
+    reason = WITHOUT_RECIPE.get((key, name))
+    assert bool(recipes) != bool(reason), f"{recipes} use it, and the reason for no recipe is {reason!r}"
+
+
+def test_reasons_are_given_for_methods_that_exist() -> None:
+    assert set(WITHOUT_RECIPE) <= set(METHODS)
+
+
+@pytest.mark.parametrize("key", TABLES)
+def test_the_page_names_a_recipe_that_uses_each_method(key: str) -> None:
+    named = dict(re.findall(r"`(\w+)`: (?:`([\w.]+)`|-)", ROWS[key]))
+    assert set(named) == set(TABLES[key]) - {"ode"}
+    for name, recipe in named.items():
+        assert (used(CONFIGS[recipe], key) == name) if recipe else ((key, name) in WITHOUT_RECIPE)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_recipe_says_first_what_it_is(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first.split()) > 4
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path.stem.startswith("tiny_")], ids=lambda path: path.stem)
+def test_the_page_names_every_small_recipe(path: Path) -> None:
+    assert f"`{path.name}`" in PAGE
