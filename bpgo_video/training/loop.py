@@ -1,16 +1,17 @@
 """The training loop: open or resume a run; step, evaluate, save and stop on request; export and summarize.
 
-A kind of training (`rl.py`, `sft.py`) is a class with the members of `Trainer`. Everything around its steps is here.
+A kind of training (`rl.py`, `sft.py`) is a `Trainer`. Everything around its steps is here.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,7 +33,7 @@ from bpgo_video.zero import engine
 CONTINUES = "The run continues from its last checkpoint with the same command and --run.resume auto."
 
 
-class Trainer(Protocol):
+class Trainer(ABC):
     """A kind of training. Every rank calls each method at the same time.
 
     Attributes:
@@ -45,31 +46,35 @@ class Trainer(Protocol):
     session: Any
     progress: Any
 
+    @abstractmethod
     def __init__(self, config: Any, mesh: Mesh, inputs: Any, heartbeat: Heartbeat) -> None:
         """Build the session from inputs that are checked."""
 
     @staticmethod
+    @abstractmethod
     def check_world(config: Any, world_size: int) -> None:
         """Check that a step's samples divide over the ranks. Raises ConfigError."""
 
     @staticmethod
+    @abstractmethod
     def check_inputs(config: Any, mesh: Mesh) -> Any:
-        """Everything that can be wrong before a model is loaded; the inputs, read."""
+        """Read the inputs and check everything that can be wrong before a model is loaded."""
 
+    @abstractmethod
     def begin(self) -> None:
         """Measure the policy before the first step."""
 
+    @abstractmethod
     def train_step(self, step: int) -> dict[str, float]:
         """Train one step; its record."""
-        ...
 
+    @abstractmethod
     def evaluate(self, step: int, last: bool, log: RunLog) -> dict[str, float]:
         """Measure the policy after a step; what the step's record says of it."""
-        ...
 
+    @abstractmethod
     def finish(self) -> dict[str, Any]:
         """The run's summary, the same on every rank; rank 0 writes the results."""
-        ...
 
 
 def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:

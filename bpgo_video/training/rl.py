@@ -131,8 +131,8 @@ def without_the_average(
     return kept, advantages.times(len(kept) / len(trajectories))
 
 
-class RL:
-    """Post-training on rewards, as a kind of `loop.Trainer`.
+class RL(loop.Trainer):
+    """Post-training on rewards.
 
     Attributes:
         after: the last held-out scores, of the weights that the run is measured by.

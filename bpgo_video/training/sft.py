@@ -81,8 +81,8 @@ def heldout_metrics(session: SftSession, losses: HeldoutLosses) -> dict[str, flo
     return {"heldout/loss": float(losses.mean()), **dict(zip(levels, losses.mean(dim=0).tolist(), strict=True))}
 
 
-class SFT:
-    """The warm start, as a kind of `loop.Trainer`; the last held-out losses are `after`."""
+class SFT(loop.Trainer):
+    """The warm start; the last held-out losses are `after`."""
 
     keys = MATCHING
     check_world = staticmethod(check_sft_world)
