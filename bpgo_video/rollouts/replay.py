@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -29,22 +29,6 @@ class Learner(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
     def step(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class Followed:
-    """A learner whose every update is followed by something: an average that takes the new weights in."""
-
-    learner: Learner
-    follow: Callable[[], None]
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        self.learner.backward(loss, last=last)
-
-    def step(self) -> float:
-        norm = self.learner.step()
-        self.follow()
-        return norm
 
 
 @runtime_checkable

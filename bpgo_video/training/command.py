@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bpgo_video.config.command_line import load_recipe
-from bpgo_video.training import sft, trainer
+from bpgo_video.training import rl, sft
 from bpgo_video.training.launch import launched
 
-TRAINERS: dict[str, Callable[[Any], dict[str, Any] | None]] = {"bpgo": trainer.train, "sft": sft.train}
+TRAINERS: dict[str, Callable[[Any], dict[str, Any] | None]] = {"bpgo": rl.train, "sft": sft.train}
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:

@@ -32,13 +32,13 @@ from bpgo_video.rollouts.conditioning import cast
 from bpgo_video.rollouts.objectives import OBJECTIVES
 from bpgo_video.rollouts.replay import Objective, Setting, optimise
 from bpgo_video.rollouts.rollout import guidance_of, training_denoiser
+from bpgo_video.training.artifacts import PHASES
 from bpgo_video.training.estimation import estimate_advantages
 from bpgo_video.training.installation import warnings
 from bpgo_video.training.policy_session import describe_policy
-from bpgo_video.training.results import PHASES
+from bpgo_video.training.rl import sample_and_score
 from bpgo_video.training.session import Session
 from bpgo_video.training.stopwatch import Stopwatch
-from bpgo_video.training.trainer import sample_and_score
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # one for each transformer of a pipeline with several

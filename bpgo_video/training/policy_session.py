@@ -31,7 +31,6 @@ from bpgo_video.policies.frozen_parts import save_memory
 from bpgo_video.policies.kernels import check_backend, choose_attention, compile_blocks
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
-from bpgo_video.rollouts.replay import Followed, Learner
 from bpgo_video.zero import engine as engines
 from bpgo_video.zero.ema import EMA
 from bpgo_video.zero.schedule import learning_rate_factor
@@ -62,11 +61,6 @@ class PolicySession:
     def weights(self, kind: str) -> AbstractContextManager[None]:
         """Where the policy is measured: with its weights (`raw`), or with their average (`ema`)."""
         return self.ema.weights() if self.ema and kind == "ema" else nullcontext()
-
-    @property
-    def updates(self) -> Learner:
-        """What takes gradients and steps: the engine, and the average behind it."""
-        return Followed(self.engine, self.ema.update) if self.ema else self.engine
 
 
 def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
@@ -153,6 +147,15 @@ def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], m
     )
     policy.transformers = engine.wrapped
     return engine
+
+
+def averaged(config: Recipe, engine: engines.Engine) -> EMA | None:
+    """The average of the engine's weights, which each update extends, if the recipe asks for one."""
+    if not config.ema.decay:
+        return None
+    ema = EMA(engine.masters, config.ema)
+    engine.after_update = ema.update
+    return ema
 
 
 def prepare(module: Any, config: Recipe, mesh: Mesh, policy: Policy, trains: bool) -> None:

@@ -30,6 +30,7 @@ from bpgo_video.rollouts.experts import check_experts
 from bpgo_video.rollouts.reference import Averaged, FrozenCopy, Reference, WithoutAdapters
 from bpgo_video.training.policy_session import (
     PolicySession,
+    averaged,
     build_engine,
     builder,
     describe_policy,
@@ -191,7 +192,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     if heldout is not None:
         heldout = conditioned(heldout, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
     engine = build_engine(config, policy, ds_config, mesh)
-    ema = EMA(engine.masters, config.ema) if config.ema.decay else None
+    ema = averaged(config, engine)
     return Session(
         config=config,
         mesh=mesh,

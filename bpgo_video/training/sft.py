@@ -1,4 +1,4 @@
-"""How does a warm start go? Clips, noised, each step; a loss on held-out clips; then the policy as a model folder.
+"""The warm start: flow matching on video clips with captions, measured by the loss on held-out clips.
 
 One step is one update: |v - (noise - data)|^2 over `sft.batch_size` clips, which the ranks share. Noise, level and
 whether a caption is left out depend on seed, step and clip alone, so that any number of ranks takes the same step.
@@ -6,7 +6,6 @@ whether a caption is left out depend on seed, step and clip alone, so that any n
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.checkpoints.checkpoint import Saved
 from bpgo_video.config.sft import SftConfig, check_sft_world
 from bpgo_video.data.atomic import write_json
 from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.reports.metrics import MATCHING, RunLog, reduce_metrics
 from bpgo_video.reports.summary import boxed, listed
-from bpgo_video.training.course import Dates, launch, open_run, run_steps
-from bpgo_video.training.saving import export, resume, save
+from bpgo_video.training import loop
 from bpgo_video.training.sft_session import SftSession, build_sft_session, check_clips
-from bpgo_video.training.stopping import StopRequests
 from bpgo_video.training.stopwatch import Stopwatch
 
 HeldoutLosses = Float[Tensor, "clips levels"]
@@ -37,7 +33,7 @@ class SftProgress:
     """What a warm start has done; with the weights, all that a checkpoint holds."""
 
     step: int = 0
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0})
     heldout_before: list[float] = field(default_factory=list)
 
 
@@ -52,10 +48,10 @@ def train_step(session: SftSession, step: int, heartbeat: Heartbeat) -> dict[str
             clips = session.clips.read([session.clips.order.row(step * sft.batch_size + place) for place in places])
         with watch.phase("update"):
             loss = session.loss.errors(clips, step, transformer).mean()
-            session.updates.backward(loss / len(shares), last=number == len(shares))
+            session.engine.backward(loss / len(shares), last=number == len(shares))
             losses.append(loss.detach())
     with watch.phase("update"):
-        norm = session.updates.step()
+        norm = session.engine.step()
     return {
         **reduce_metrics({"loss": torch.stack(losses).mean(), "grad_norm": norm}),
         "learning_rate": learning_rate,
@@ -85,64 +81,40 @@ def heldout_metrics(session: SftSession, losses: HeldoutLosses) -> dict[str, flo
     return {"heldout/loss": float(losses.mean()), **dict(zip(levels, losses.mean(dim=0).tolist(), strict=True))}
 
 
-class WarmStart:
-    """What a warm start does in each step, for the frame of course.py; the last held-out losses are `after`."""
+class SFT(loop.Trainer):
+    """The warm start; the last held-out losses are `after`."""
 
-    def __init__(self, session: SftSession, progress: SftProgress, started: float, heartbeat: Heartbeat) -> None:
-        self.session, self.progress, self.started, self.heartbeat = session, progress, started, heartbeat
+    keys = MATCHING
+    check_world = staticmethod(check_sft_world)
+    check_inputs = staticmethod(check_clips)
+
+    def __init__(self, config: SftConfig, mesh: Mesh, inputs: Any, heartbeat: Heartbeat) -> None:
+        self.session, self.heartbeat = build_sft_session(config, mesh, *inputs), heartbeat
+        self.progress = SftProgress()
         self.after: HeldoutLosses | None = None
 
-    def step(self, number: int) -> dict[str, float]:
-        record = train_step(self.session, number, self.heartbeat)
-        self.progress.step += 1
-        return record
+    def begin(self) -> None:
+        before = heldout_losses(self.session)
+        self.progress.heldout_before = [] if before is None else before.mean(dim=1).tolist()
+
+    def train_step(self, step: int) -> dict[str, float]:
+        return train_step(self.session, step, self.heartbeat)
 
     def evaluate(self, step: int, last: bool, log: RunLog) -> dict[str, float]:
         self.after = heldout_losses(self.session)
         return {} if self.after is None else heldout_metrics(self.session, self.after)
 
-    def save(self) -> Saved:
-        self.progress.seconds = time.perf_counter() - self.started
-        return save(self.session, self.progress.step, vars(self.progress))
+    def finish(self) -> dict[str, Any]:
+        after = heldout_losses(self.session) if self.after is None else self.after
+        summary = summarise(self.session, self.progress, after)
+        if self.session.mesh.is_main:
+            write_results(self.session, summary)
+        return summary
 
 
 def train(config: SftConfig) -> dict[str, Any] | None:
-    """The whole run on this rank; its summary, the same on every rank, or None where the run was asked to stop.
-
-    Raises:
-        ConfigError, ShardError, CheckpointError, FloatingPointError: say what is wrong and what to do.
-    """
-    return launch(config, run)
-
-
-def run(config: SftConfig, mesh: Mesh, heartbeat: Heartbeat, requests: StopRequests) -> dict[str, Any] | None:
-    """From the checks to the summary, under the heartbeat's watch."""
-    started, run_dir = time.perf_counter(), Path(config.run.dir)
-    check_sft_world(config, mesh.world_size)
-    mesh, (ds_config, shards), resume_from = open_run(config, mesh, requests, check_clips)
-    session = build_sft_session(config, mesh, ds_config, shards)
-    progress = SftProgress()
-    if resume_from is not None:
-        progress = SftProgress(**resume(session, run_dir, resume_from))
-        started -= progress.seconds
-    else:
-        heartbeat.enter("evaluation")
-        before = heldout_losses(session)
-        progress.heldout_before = [] if before is None else before.mean(dim=1).tolist()
-    work = WarmStart(session, progress, started, heartbeat)
-    with RunLog(run_dir, config.wandb, config.run.num_steps, progress.step, vars(config), MATCHING) as log:
-        dates = Dates(progress.step, config.run.num_steps, config.evaluation.every, config.run.save_every)
-        if not run_steps(work, dates, log, heartbeat, requests):
-            return None
-    after = heldout_losses(session) if work.after is None else work.after
-    heartbeat.enter("export")
-    export(session, run_dir)
-    progress.seconds = time.perf_counter() - started
-    summary = summarise(session, progress, after)
-    if mesh.is_main:
-        write_results(session, run_dir, summary)
-    mesh.barrier()
-    return summary
+    """`loop.train` of this kind."""
+    return loop.train(config, SFT)
 
 
 def summarise(session: SftSession, progress: SftProgress, after: HeldoutLosses | None) -> dict[str, Any]:
@@ -157,7 +129,7 @@ def summarise(session: SftSession, progress: SftProgress, after: HeldoutLosses |
         "seed": config.run.seed,
         "clips": clips,
         "epochs": clips / len(session.clips.shards.rows(config.data.split)),
-        "seconds": {"total": round(progress.seconds, 3)},
+        "seconds": {"total": round(progress.seconds["total"], 3)},
     }
     if after is None:
         return found
@@ -171,8 +143,9 @@ def summarise(session: SftSession, progress: SftProgress, after: HeldoutLosses |
     }
 
 
-def write_results(session: SftSession, run_dir: Path, summary: dict[str, Any]) -> None:
-    """summary.json, and on the screen a table and where everything lies."""
+def write_results(session: SftSession, summary: dict[str, Any]) -> None:
+    """summary.json, and on the screen a table and the paths of what the run left."""
+    run_dir = Path(session.config.run.dir)
     write_json(run_dir / "summary.json", summary)
     forms = {
         "heldout_loss_before": "{:.4f}",

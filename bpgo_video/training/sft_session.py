@@ -26,6 +26,7 @@ from bpgo_video.rollouts.clip_loss import ClipBatch, ClipLoss
 from bpgo_video.rollouts.conditioning import cast, for_each
 from bpgo_video.training.policy_session import (
     PolicySession,
+    averaged,
     build_engine,
     builder,
     identity,
@@ -33,7 +34,6 @@ from bpgo_video.training.policy_session import (
     sampling_policy,
 )
 from bpgo_video.types import Conditioning
-from bpgo_video.zero.ema import EMA
 
 GRID = 1000  # of the family's schedule, on which drawn levels are placed
 
@@ -138,7 +138,7 @@ def build_sft_session(config: SftConfig, mesh: Mesh, ds_config: Mapping[str, Any
         mesh=mesh,
         policy=policy,
         engine=engine,
-        ema=EMA(engine.masters, config.ema) if config.ema.decay else None,
+        ema=averaged(config, engine),
         clips=Clips(
             shards,
             order_of(shards, config.data.split, config.run.seed, config.sft.batch_size),

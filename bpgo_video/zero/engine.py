@@ -212,6 +212,9 @@ class Engine:
 
     Gradients are averaged over the ranks: a caller divides its losses so that their sum over one rank's micro-batches
     of an update is that rank's mean.
+
+    Attributes:
+        after_update: called after each update, such as `EMA.update`.
     """
 
     def __init__(
@@ -244,6 +247,7 @@ class Engine:
         for transformer in module.values() if isinstance(module, nn.ModuleDict) else [module]:
             check_parameters(transformer, self.dtype)
         self._touched.watch(self.wrapped, self.stage)
+        self.after_update: Callable[[], None] | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -278,6 +282,8 @@ class Engine:
                 f"gradient norm is {norm}; the last checkpoint is intact: lower the learning rate "
                 "or look at this step's inputs, and at the records before it in metrics.jsonl"
             )
+        if self.after_update is not None:
+            self.after_update()
         return norm
 
     @contextmanager

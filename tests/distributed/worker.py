@@ -20,7 +20,7 @@ from diffusers import WanTransformer3DModel
 from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.paths import resolve_folder
-from bpgo_video.training.trainer import train
+from bpgo_video.training.rl import train
 from bpgo_video.zero import engine
 from tests.made.recipes import rewarded_by, small_recipe, without_evaluation
 

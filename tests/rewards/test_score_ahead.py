@@ -23,9 +23,9 @@ from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.resting import HOMES, modules_of
 from bpgo_video.rewards.suite import RewardSuite
+from bpgo_video.training.rl import sample_and_score
 from bpgo_video.training.session import Session
 from bpgo_video.training.stopwatch import Stopwatch
-from bpgo_video.training.trainer import sample_and_score
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 
 CPU = torch.device("cpu")

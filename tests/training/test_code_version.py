@@ -10,8 +10,8 @@ import pytest
 
 from bpgo_video.checkpoints import resuming
 from bpgo_video.code_version import commit, this_code
+from bpgo_video.training.loop import load
 from bpgo_video.training.policy_session import PolicySession
-from bpgo_video.training.saving import resume
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -54,5 +54,5 @@ def test_a_run_that_goes_on_names_the_code_of_all_its_steps(
 ) -> None:
     monkeypatch.setattr(resuming, "load", lambda *_: {"progress": {"step": 2}, **earlier})
     session = Mock(spec=PolicySession, code=["b"], ema=None, engine=None, mesh=None, config=Mock())
-    assert resume(session, tmp_path, "step-000002") == {"step": 2}
+    assert load(session, tmp_path / "step-000002") == {"step": 2}
     assert session.code == now

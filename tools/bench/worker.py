@@ -34,9 +34,9 @@ from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
 from bpgo_video.rollouts.rollout import sample_chunks, trained_steps_of, training_denoiser, trust_region
 from bpgo_video.training.estimation import estimate_advantages
 from bpgo_video.training.policy_session import build_engine, sampling_policy
+from bpgo_video.training.rl import sample_and_score, train_step
 from bpgo_video.training.session import Session, build_session, check_inputs
 from bpgo_video.training.stopwatch import Stopwatch
-from bpgo_video.training.trainer import sample_and_score, train_step
 from bpgo_video.types import PromptBatch
 from bpgo_video.zero import engine as engines
 from tools.bench.overlap import in_chunks, overlap

@@ -12,8 +12,8 @@ import torch
 from bpgo_video.config.bpgo import Config
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards import FrameScores
+from bpgo_video.training.artifacts import Progress, caption, summarise
 from bpgo_video.training.heldout import HeldoutScores
-from bpgo_video.training.results import Progress, caption, summarise
 from bpgo_video.training.session import Session
 
 

@@ -1,4 +1,4 @@
-"""What has a run done, and what does it leave? Its progress, summary.json, samples.json, the report and the table."""
+"""What a run on rewards leaves: its progress, summary.json, samples.json, the report and the table on the screen."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def caption(prompt: str, row: int, scores: HeldoutScores) -> str:
 
 
 def shown_table(session: Session, progress: Progress, after: HeldoutScores, samples: Path) -> list[dict[str, Cell]]:
-    """What is shown, before the first step and behind the last: a row for each prompt, of its first sample."""
+    """Videos and scores before the first step and after the last: a row for each prompt, of its first sample."""
     heldout, before = session.prompts.heldout, progress.heldout_before
     if heldout is None or before is None:
         return []
