@@ -9,13 +9,13 @@ prompt (BPGO, arXiv 2511.18919), replay the recorded transitions with gradients,
 What production adds, and where to read it in bpgo_video/:
 
     rollout      keyed noise that no rank count changes, guidance, ODE steps between trained ones: rollouts/rollout.py
-    rewards      several models, scored beside the rollout or on other machines: rewards/, docs/rewards.md
+    rewards      several models, scored next to the rollout or on other machines: rewards/, docs/rewards.md
     priors       measured once and stored with the prompts, or averages over the run: learner/priors.py
     advantages   other trusts and norms, several rewards, best-of-n, step size: learner/bpgo.py, learner/trust.py
     losses       step weights, divergence masks, a pull to a reference: diffusion/steps.py, learner/losses.py
     replay       micro-batches over ranks, and a check that the first ratio is 1: rollouts/replay.py
     updates      DeepSpeed ZeRO, mixed precision, schedules: zero/engine.py
-    the loop     held-out evaluation, checkpoints, resume, reports: training/course.py, training/trainer.py
+    the loop     held-out evaluation, checkpoints, resume, reports: training/loop.py, training/rl.py
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GUIDANCE = 1.0  # the embedded policy works without classifier-free guidance
 
 ALPHA, K, CONTRAST, ZETA = 0.5, 1.0, 1.0, 0.5  # trust, and weight of the second surrogate
 CLIP_RANGE = 1e-3  # log-probs are means over latent dimensions, so ratios stay near 1
-UPDATES = 2  # optimiser updates on one rollout; only the second sees ratios other than 1
+UPDATES = 2  # optimizer updates on one rollout; only the second sees ratios other than 1
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.01, 1.0
 
 
