@@ -28,7 +28,7 @@ CPU_LACKS = ("_native_cudnn", "_native_efficient", "flash", "_flash_3")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a dry run writes; in a process of its own, as it starts ranks."""
     folder = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, "-m", "tools.gpu", "--dry-run", "--output", str(folder)]
+    command = [sys.executable, "-m", "tools.gpu", "--dry-run", "--minutes", "60", "--output", str(folder)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-3000:]
     return folder

@@ -35,7 +35,7 @@ from bpgo_video.zero.engine import stop_ranks
 from tools.gpu.bench import Bench, published, start, tiny
 from tools.gpu.checks import checks
 from tools.gpu.speed import attention, compiled, large_model, matrix_rate, memory_plan, small_model
-from tools.gpu.stages import Note, Record, Stage, run_stages
+from tools.gpu.stages import MINUTES, Note, Record, Stage, run_stages
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "triton", "flash-attn", "flash-attn-3")
 
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m tools.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of gpu.json and gpu.md (runs/gpu)")
-    found.add_argument("--minutes", type=float, default=9.0, help="since the start of the process (9)")
+    found.add_argument("--minutes", type=float, default=MINUTES, help="since the start of the process (9)")
     found.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which of them (all)")
     found.add_argument("--dry-run", action="store_true", help="small shapes, where there is no GPU")
     return found
