@@ -24,7 +24,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     os.environ.update(environment)
 
 
-@pytest.mark.parametrize("name", CHECKS)  # in their order: the export is that of the run before
+@pytest.mark.parametrize("name", CHECKS)
 def test_a_check_holds(bench: Bench, name: str) -> None:
     found = CHECKS[name](bench)
     if "cannot" in found:

@@ -51,8 +51,9 @@ def device(bench: Bench, note: Note) -> None:
         note("cuda", torch.version.cuda)
         note("cudnn", torch.backends.cudnn.version())
         note("nccl", list(torch.cuda.nccl.version()))
-        note("driver", driver())
     note("bf16_matrix_rate", matrix_rate(bench))
+    if bench.device.type == "cuda":
+        note("driver", driver())
 
 
 def driver() -> str:

@@ -235,7 +235,9 @@ def records(run_dir: Path) -> list[dict[str, float]]:
 
 def export(bench: Bench) -> dict[str, Any]:
     """What a run exports is a pipeline that diffusers loads in bf16, and samples with."""
-    folder = bench.scratch / "whole" / "export"
+    run = recipe(bench, "exported")
+    train(replace(run, run=replace(run.run, num_steps=1)))
+    folder = Path(run.run.dir) / "export"
     pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to(bench.device)
     pipeline.set_progress_bar_config(disable=True)
     video = pipeline(

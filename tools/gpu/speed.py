@@ -43,6 +43,7 @@ TIMED_BACKENDS = ("native", "_native_flash", "_native_cudnn", "_native_efficient
 UNUSABLE = (ConfigError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)  # a backend, here
 NOT_HELD = ("trajectories", "videos to be scored")  # parts of a plan that no measurement here holds
 LONGEST = 300  # characters of a reason
+WARM_UP = 300  # matrix products, half a second: an idle GPU's clocks are low
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,23 @@ READ_PEAK: dict[str, Callable[[], int]] = {
 
 
 def measured(bench: Bench, work: Callable[[], object], before: Callable[[], object] = lambda: None) -> Timing:
-    """`work`, after a first call; `before` precedes each call and is not timed."""
-    times = []
-    for number in range(1 + bench.sizes.rounds):
+    """`work`, after a first call; `before` precedes each call and is not measured."""
+    times, peaks = [], []
+    for _ in range(1 + bench.sizes.rounds):
         before()
-        if number == 1:
-            RESET_PEAK[bench.device.type]()
+        RESET_PEAK[bench.device.type]()
         times.append(seconds(work))
-    return Timing(statistics.median(times[1:]), READ_PEAK[bench.device.type]())
+        peaks.append(READ_PEAK[bench.device.type]())
+    return Timing(statistics.median(times[1:]), max(peaks[1:]))
 
 
 def matrix_rate(bench: Bench) -> float:
     """Operations per second of one large bf16 matrix product."""
     size = bench.sizes.matrix
     a, b = (torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
-    a @ b
-    return 2 * size**3 / statistics.median(seconds(lambda: a @ b) for _ in range(10))
+    for _ in range(WARM_UP):
+        a @ b
+    return 2 * size**3 / statistics.median(seconds(lambda: a @ b) for _ in range(30))
 
 
 def forward_operations(model: Model, latents: tuple[int, int, int, int], text_tokens: int) -> int:
