@@ -63,12 +63,12 @@ def driver() -> str:
 
 STAGES: dict[str, Stage[Bench]] = {  # in order of value, with the seconds that each takes about on an H200
     "device": Stage(device, 10),
-    "checks": Stage(checks, 90),
-    "small_model": Stage(small_model, 110),
-    "attention": Stage(attention, 90),
-    "large_model": Stage(large_model, 70),
-    "compiled": Stage(compiled, 90),
-    "memory_plan": Stage(memory_plan, 30),
+    "checks": Stage(checks, 80),
+    "small_model": Stage(small_model, 130),
+    "attention": Stage(attention, 110),
+    "large_model": Stage(large_model, 60),
+    "memory_plan": Stage(memory_plan, 40),
+    "compiled": Stage(compiled, 80),
 }
 
 

@@ -206,24 +206,26 @@ def time_rollout(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> 
     with engine.whole_weights():
         timed.add_timing("forward", measured(bench, sample.velocity), forwards=1)
         timed.add_timing("denoise", measured(bench, sample.step), forwards=GUIDED)
-    timed.add(denoising_seconds_of_a_video=config.sampler.num_steps * timed.found["denoise_seconds"])
+    timed.add(video_denoising_seconds=config.sampler.num_steps * timed.found["denoise_seconds"])
 
 
 def time_decoding(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
+    """What the VAE takes, and with that a whole rollout of one video."""
     sample = Sample.of(bench, policy, timed.config)
     timed.add_timing("decode", measured(bench, lambda: policy.decode(sample.latents, sample.guidance.towards)))
+    timed.add(video_rollout_seconds=timed.found["video_denoising_seconds"] + timed.found["decode_seconds"])
 
 
-def time_update(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
-    """A replayed step with its backward, the optimiser's update, and how far the log-prob is from the rollout's."""
+def time_replay(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
+    """A replayed step with its backward, and how far its log-prob is from the rollout's."""
     sample = Sample.of(bench, policy, timed.config)
     with engine.whole_weights():
         reached, recorded = sample.step()
         beside_another = sample.twice().log_prob_of(reached.repeat(2, 1, 1, 1, 1))[0]
 
-    def replay(last: bool = False) -> Tensor:
+    def replay() -> Tensor:
         log_prob = sample.log_prob(reached)
-        engine.backward(-log_prob.mean(), last=last)
+        engine.backward(-log_prob.mean(), last=False)
         return log_prob.detach()
 
     timed.add(
@@ -231,17 +233,27 @@ def time_update(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> N
         log_prob_drift_in_a_batch_of_two=float((beside_another - recorded).abs().max()),
     )
     timed.add_timing("replay", measured(bench, replay), forwards=3 * GUIDED)
-    timed.add_timing("update", measured(bench, engine.step, before=lambda: replay(last=True)))
+
+
+def time_update(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
+    """The optimiser's update, which is the same for any video: gradients come from the smallest."""
+    sample = Sample.of(bench, policy, replace(timed.config, video=bench.sizes.videos[0]))
+
+    def gradients() -> None:
+        engine.backward(-sample.log_prob(sample.noise).mean(), last=True)
+
+    timed.add_timing("update", measured(bench, engine.step, before=gradients))
 
 
 def small_model(bench: Bench, note: Note) -> None:
     """All parts of a step of the small model."""
-    time_steps(bench, bench.sizes.small, bench.sizes.videos, (time_rollout, time_update, time_decoding), note)
+    parts = (time_rollout, time_replay, time_update, time_decoding)
+    time_steps(bench, bench.sizes.small, bench.sizes.videos, parts, note)
 
 
 def large_model(bench: Bench, note: Note) -> None:
     """The large model by two numbers of its blocks: what a block takes, and with that all of them."""
-    videos, parts, (few, more) = bench.sizes.videos[-1:], (time_rollout, time_update), bench.sizes.blocks
+    videos, parts, (few, more) = bench.sizes.videos[-1:], (time_rollout, time_replay, time_update), bench.sizes.blocks
     models = [with_blocks(bench.sizes.large, blocks) for blocks in (few, more)]
     first, second = (time_steps(bench, model, videos, parts, note).found for model in models)
     blocks = bench.sizes.large.transformer["num_layers"]
