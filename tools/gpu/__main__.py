@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import os
 import platform
 import shlex
@@ -21,20 +20,29 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 
 from bpgo_video.cli import show_loading_once
 from bpgo_video.code_version import this_code
 from bpgo_video.zero.engine import stop_ranks
 from tools.gpu.bench import Bench, published, start, tiny
 from tools.gpu.checks import checks
-from tools.gpu.speed import attention, compiled, large_model, matrix_rate, memory_plan, small_model
+from tools.gpu.speed import (
+    TIMED_BACKENDS,
+    attention,
+    compiled,
+    large_model,
+    matrix_rate,
+    memory_plan,
+    small_model,
+)
 from tools.gpu.stages import MINUTES, Note, Record, Stage, run_stages
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "triton", "flash-attn", "flash-attn-3")
@@ -51,9 +59,19 @@ def device(bench: Bench, note: Note) -> None:
         note("cuda", torch.version.cuda)
         note("cudnn", torch.backends.cudnn.version())
         note("nccl", list(torch.cuda.nccl.version()))
+    note("attention_backends", [name for name in TIMED_BACKENDS if is_installed(name)])
     note("bf16_matrix_rate", matrix_rate(bench))
     if bench.device.type == "cuda":
         note("driver", driver())
+
+
+def is_installed(backend: str) -> bool:
+    """Whether diffusers finds the package of an attention backend; whether it runs here is for the checks to say."""
+    try:
+        with attention_backend(backend):
+            return True
+    except (ImportError, RuntimeError):
+        return False
 
 
 def driver() -> str:
@@ -73,7 +91,7 @@ STAGES: dict[str, Stage[Bench]] = {  # in order of value, with the seconds that 
 
 
 def facts(arguments: Sequence[str]) -> dict[str, Any]:
-    versions = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name.replace("-", "_"))}
+    versions = {found.name: found.version for found in distributions() if found.name in PACKAGES}
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "tools.gpu", *arguments]),
