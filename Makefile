@@ -2,6 +2,7 @@
 # make demo-i2v  the same for image-to-video: makes a policy that continues images, and prompts with images
 # make test      the suite, at most 15 minutes on two cores;  make test-all adds launches, kills and long runs
 # make bench     what sharding costs and how a step grows, as ratios: runs/bench/bench.json
+# make gpu       checks and timings on one GPU in nine minutes: runs/gpu/gpu.json and gpu.md
 # make lint      ruff and mypy
 
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13; do $$python -c 0 2>&- && echo $$python && break; done)
@@ -21,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-i2v test test-all bench lint clean install
+.PHONY: demo demo-i2v test test-all bench gpu lint clean install
 
 INSTALLED := .venv/installed-$(PYTHON_VERSION)
 
@@ -72,6 +73,9 @@ test-all: install
 
 bench: install $(PROMPTS)/priors/measured
 	$(BIN)/python -m tools.bench --output runs/bench
+
+gpu: install
+	$(BIN)/python -m tools.gpu --output runs/gpu
 
 lint: install
 	$(BIN)/ruff check .

@@ -228,7 +228,7 @@ def optimise(
             losses.append((index, {**loss.metrics, "loss": loss.value.detach()}))
             if update == 0:
                 error = torch.maximum(loss.metrics["ratio_max"] - 1, 1 - loss.metrics["ratio_min"])
-                first_error = float(torch.maximum(torch.tensor(first_error), error))  # nan stays nan
+                first_error = float(torch.maximum(error.new_tensor(first_error), error))  # nan stays nan
         norms.append(learner.step())
     summary = _summary([metrics for _, metrics in losses])
     own = {"grad_norm": sum(norms) / len(norms), "ratio_error_first_update_max": first_error}

@@ -155,13 +155,14 @@ def rewards_vary(found: Examination) -> Finding:
 def ratio_is_one(found: Examination) -> Finding:
     """Replay without an update in between: every ratio is 1, or as near as the precision allows."""
     assert found.trajectories is not None
-    objective, worst = found.objective, 0.0
+    objective = found.objective
     objective.prepare(found.trajectories, 2)
+    errors = []
     for trajectory in found.trajectories:
         for index in objective.passes(trajectory):
             metrics = objective.loss(trajectory, index).metrics
-            worst = max(worst, float(metrics["ratio_max"]) - 1, 1 - float(metrics["ratio_min"]))
-    worst = reduce_metrics({"worst_max": worst})["worst_max"]
+            errors.append(torch.maximum(metrics["ratio_max"] - 1, 1 - metrics["ratio_min"]).detach())
+    worst = reduce_metrics({"worst_max": torch.stack(errors).amax()})["worst_max"]  # nan stays nan, as in no max()
     clip = min(found.session.config.loss.clip_range)
     if worst == 0:
         return Finding("ratio", True, "exactly 1 before the first update")

@@ -1,38 +1,14 @@
-"""The GPU bench on a small shape, and the tables that the benches print."""
+"""Tables that the benches print, and what waiting counts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tools.bench.gpu import WAN_1_3B, Shape, forward_operations, measure, random_policy
 from tools.bench.rewards import as_markdown as rewards_table
 from tools.bench.rewards import measure as measure_rewards
 from tools.bench.table import as_markdown
 from tools.bench.timing import waiting
-
-SMALL = {**WAN_1_3B, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "text_dim": 8,
-         "in_channels": 4, "out_channels": 4, "freq_dim": 16}  # fmt: skip
-SHAPE = Shape(SMALL, (4, 3, 8, 8), torch.device("cpu"), torch.float32)
-
-
-def test_operations_are_those_of_the_matrix_products() -> None:
-    tokens, text, dim, ffn = 3 * 4 * 4, 512, 32, 64
-    self_attention = 4 * tokens * dim * dim + 2 * tokens * tokens * dim
-    cross_attention = 2 * tokens * dim * dim + 2 * text * dim * dim + 2 * tokens * text * dim
-    blocks = 2 * (self_attention + cross_attention + 2 * tokens * dim * ffn)
-    patches = 2 * tokens * dim * 4 * 4  # in and out, 2x2 patches of 4 channels
-    embeddings = text * (8 * dim + dim * dim) + 16 * dim + dim * dim + dim * 6 * dim
-    assert forward_operations(random_policy(SHAPE), SHAPE) == 2 * (blocks + patches + embeddings)
-
-
-def test_a_small_shape_is_measured_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.bench.gpu.MATRIX", 64)
-    found = measure(SHAPE)
-    assert found["replay_seconds"] > found["rollout_seconds"] > 0
-    assert found["rollout_mfu"] == pytest.approx(
-        found["forward_operations"] / found["rollout_seconds"] / found["matrix_rate"]
-    )
 
 
 def test_waiting_counts_nothing_where_nobody_waits() -> None:

@@ -1,0 +1,1 @@
+"""Checks and timings on one GPU within a time budget; `python -m tools.gpu --help`."""

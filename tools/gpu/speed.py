@@ -1,0 +1,381 @@
+"""Seconds, MFU and peak memory of the parts of a training step, of attention backends and of compiled blocks.
+
+MFU is the model's floating-point operations, attention included and recomputation not, over what bf16 matrix products
+reach in the same run. A replayed step counts three forwards. Everything is at the recipe's guidance, micro-batch and
+checkpointing, under ZeRO-3 on one rank, but for the comparison of kernels: that is one sample without an engine.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.attention_dispatch import attention_backend
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+from bpgo_video.config.bpgo import Config, ConfigError, VideoConfig
+from bpgo_video.planning.models import Model
+from bpgo_video.planning.plan import Job, reckon
+from bpgo_video.policies import Policy, load_policy
+from bpgo_video.policies.kernels import choose_attention, compile_blocks
+from bpgo_video.policies.transformers import blocks_of
+from bpgo_video.randomness import keyed_noise
+from bpgo_video.rollouts.rollout import Denoiser, training_denoiser
+from bpgo_video.training.policy_session import build_engine, builder, sampling_policy
+from bpgo_video.types import Guidance, Latents
+from bpgo_video.zero.engine import Engine
+from tools.bench.timing import seconds
+from tools.gpu.bench import Bench, random_folder, release, with_blocks
+from tools.gpu.stages import Note, free_memory
+
+STEP = 3  # of the denoising steps, the one that is timed
+GUIDED = 2  # rows of a sample: with its prompt and without
+TIMED_BACKENDS = ("native", "_native_flash", "_native_cudnn", "_native_efficient", "flash", "_flash_3")
+UNUSABLE = (ConfigError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)  # a backend, here
+NOT_HELD = ("trajectories", "videos to be scored")  # parts of a plan that no measurement here holds
+LONGEST = 300  # characters of a reason
+WARM_UP = 300  # matrix products, half a second: an idle GPU's clocks are low
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of something, and the most memory that the process held meanwhile."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+RESET_PEAK: dict[str, Callable[[], object]] = {
+    "cuda": lambda: torch.cuda.reset_peak_memory_stats(),
+    "cpu": lambda: Path("/proc/self/clear_refs").write_text("5"),
+}
+READ_PEAK: dict[str, Callable[[], int]] = {
+    "cuda": lambda: torch.cuda.max_memory_allocated(),
+    "cpu": lambda: resident_bytes("VmHWM"),
+}
+
+
+def measured(bench: Bench, work: Callable[[], object], before: Callable[[], object] = lambda: None) -> Timing:
+    """`work`, after a first call; `before` precedes each call and is not measured."""
+    times, peaks = [], []
+    for _ in range(1 + bench.sizes.rounds):
+        before()
+        RESET_PEAK[bench.device.type]()
+        times.append(seconds(work))
+        peaks.append(READ_PEAK[bench.device.type]())
+    return Timing(statistics.median(times[1:]), max(peaks[1:]))
+
+
+def matrix_rate(bench: Bench) -> float:
+    """Operations per second of one large bf16 matrix product."""
+    size = bench.sizes.matrix
+    a, b = (torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(WARM_UP):
+        a @ b
+    return 2 * size**3 / statistics.median(seconds(lambda: a @ b) for _ in range(30))
+
+
+def forward_operations(model: Model, latents: tuple[int, int, int, int], text_tokens: int) -> int:
+    """Floating-point operations of one row's forward, attention included, counted on shapes alone."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network = getattr(diffusers, model.transformer["_class_name"]).from_config(dict(model.transformer))
+        network(
+            hidden_states=torch.empty(1, *latents),
+            timestep=torch.empty(1),
+            encoder_hidden_states=torch.empty(1, text_tokens, network.config.text_dim),
+        )
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The inputs of one sample's denoising step."""
+
+    denoiser: Denoiser
+    latents: Latents
+    noise: Latents
+    guidance: Guidance
+
+    @classmethod
+    def of(cls, bench: Bench, policy: Policy, config: Config) -> Sample:
+        shape, device = policy.latent_shape(config.video), bench.device
+        text = (config.policy.max_sequence_length, policy.transformer_config["text_dim"])
+        latents, noise = (keyed_noise(shape, [("gpu", name)], device) for name in ("latents", "noise"))
+        prompt, empty = (keyed_noise(text, [("gpu", name)], device).bfloat16() for name in ("prompt", "empty"))
+        guidance = Guidance({"prompt_embeds": prompt}, {"prompt_embeds": empty})
+        return cls(training_denoiser(policy, config), latents, noise, guidance)
+
+    @torch.no_grad()
+    def velocity(self) -> Tensor:
+        """One row's forward."""
+        return replace(self.denoiser, guidance_scale=1.0).velocity(self.latents, STEP, self.guidance)
+
+    @torch.no_grad()
+    def step(self) -> tuple[Latents, Tensor]:
+        """A rollout's step: the next latents and their log-prob."""
+        transition = self.denoiser.transition(self.latents, STEP, self.guidance)
+        reached = transition.sample(self.noise)
+        return reached, transition.log_prob(reached)
+
+    def log_prob(self, reached: Latents) -> Tensor:
+        """The log-prob of the same step in replay, with gradients."""
+        latents = self.latents.detach().requires_grad_()
+        return self.denoiser.transition(latents, STEP, self.guidance).log_prob(reached)
+
+    @torch.no_grad()
+    def log_prob_of(self, reached: Latents) -> Tensor:
+        """The log-prob of a step in a rollout."""
+        return self.denoiser.transition(self.latents, STEP, self.guidance).log_prob(reached)
+
+    def twice(self) -> Sample:
+        """The sample two times, as a micro-batch of two."""
+        two = {
+            name: {key: value.repeat(2, 1, 1) for key, value in getattr(self.guidance, name).items()}
+            for name in ("towards", "away")
+        }
+        latents, noise = (one.repeat(2, 1, 1, 1, 1) for one in (self.latents, self.noise))
+        return Sample(self.denoiser, latents, noise, Guidance(**two))
+
+
+Part = Callable[[Bench, Policy, Engine, "Timed"], None]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One model and video size: what is found of it, noted under its name with every addition."""
+
+    model: Model
+    config: Config
+    rate: float
+    note: Note
+    found: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        video = self.config.video
+        blocks = self.model.transformer["num_layers"]
+        return f"{self.model.name}, {blocks} blocks, {video.height}x{video.width}x{video.num_frames}"
+
+    def add(self, **figures: float) -> None:
+        self.found.update(figures)
+        self.note(self.name, figures)
+
+    def add_timing(self, name: str, timing: Timing, forwards: int = 0) -> None:
+        """With MFU, where it is that many rows' forwards."""
+        self.add(**{f"{name}_seconds": timing.seconds, f"{name}_peak_bytes": timing.peak_bytes})
+        if forwards:
+            self.add(**{f"{name}_mfu": forwards * self.found["forward_operations"] / timing.seconds / self.rate})
+
+
+def time_steps(bench: Bench, model: Model, videos: Sequence[VideoConfig], parts: Sequence[Part], note: Note) -> Timed:
+    """Parts of a training step by video, under the engine that trains; the last video's figures."""
+    recipe, ds_config = bench.sizes.recipe, bench.ds_config()
+    config = replace(recipe, policy=replace(recipe.policy, folder=str(random_folder(bench, model))))
+    policy = sampling_policy(config, ds_config, bench.mesh, builder(ds_config))
+    engine, rate = build_engine(config, policy, ds_config, bench.mesh), matrix_rate(bench)
+    try:
+        for video in videos:
+            timed = Timed(model, replace(config, video=video), rate, note)
+            bench.timed.append(timed)
+            for part in parts:
+                part(bench, policy, engine, timed)
+    finally:
+        release(engine)
+    return timed
+
+
+def time_rollout(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
+    """A forward, and a denoising step with its log-prob; with whole weights, as rollouts have them."""
+    config, sample = timed.config, Sample.of(bench, policy, timed.config)
+    latents = policy.latent_shape(config.video)
+    timed.add(forward_operations=forward_operations(timed.model, latents, config.policy.max_sequence_length))
+    with engine.whole_weights():
+        timed.add_timing("forward", measured(bench, sample.velocity), forwards=1)
+        timed.add_timing("denoise", measured(bench, sample.step), forwards=GUIDED)
+    timed.add(video_denoising_seconds=config.sampler.num_steps * timed.found["denoise_seconds"])
+
+
+def time_decoding(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
+    """What the VAE takes, and with that a whole rollout of one video."""
+    sample = Sample.of(bench, policy, timed.config)
+    timed.add_timing("decode", measured(bench, lambda: policy.decode(sample.latents, sample.guidance.towards)))
+    timed.add(video_rollout_seconds=timed.found["video_denoising_seconds"] + timed.found["decode_seconds"])
+
+
+def time_replay(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
+    """A replayed step with its backward, and how far its log-prob is from the rollout's."""
+    sample = Sample.of(bench, policy, timed.config)
+    with engine.whole_weights():
+        reached, recorded = sample.step()
+        beside_another = sample.twice().log_prob_of(reached.repeat(2, 1, 1, 1, 1))[0]
+
+    def replay() -> Tensor:
+        log_prob = sample.log_prob(reached)
+        engine.backward(-log_prob.mean(), last=False)
+        return log_prob.detach()
+
+    timed.add(
+        log_prob_drift=float((replay() - recorded).abs().max()),
+        log_prob_drift_in_a_batch_of_two=float((beside_another - recorded).abs().max()),
+    )
+    timed.add_timing("replay", measured(bench, replay), forwards=3 * GUIDED)
+
+
+def time_update(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
+    """The optimiser's update, which is the same for any video: gradients come from the smallest."""
+    sample = Sample.of(bench, policy, replace(timed.config, video=bench.sizes.videos[0]))
+
+    def gradients() -> None:
+        engine.backward(-sample.log_prob(sample.noise).mean(), last=True)
+
+    timed.add_timing("update", measured(bench, engine.step, before=gradients))
+
+
+def small_model(bench: Bench, note: Note) -> None:
+    """All parts of a step of the small model."""
+    parts = (time_rollout, time_replay, time_update, time_decoding)
+    time_steps(bench, bench.sizes.small, bench.sizes.videos, parts, note)
+
+
+def large_model(bench: Bench, note: Note) -> None:
+    """The large model by two numbers of its blocks: what a block takes, and with that all of them."""
+    videos, parts, (few, more) = bench.sizes.videos[-1:], (time_rollout, time_replay, time_update), bench.sizes.blocks
+    models = [with_blocks(bench.sizes.large, blocks) for blocks in (few, more)]
+    first, second = (time_steps(bench, model, videos, parts, note).found for model in models)
+    blocks = bench.sizes.large.transformer["num_layers"]
+    for name in ("forward_seconds", "denoise_seconds", "replay_seconds"):
+        each = (second[name] - first[name]) / (more - few)
+        note(f"{name}, {blocks} blocks", {"each": each, "all": second[name] + (blocks - more) * each})
+
+
+def memory_plan(bench: Bench, note: Note) -> None:
+    """What a plan reckons for each phase of what was timed, and what was measured."""
+    for timed in bench.timed:
+        plan = reckon(Job(timed.config, bench.ds_config(), ranks=1, model=timed.model))
+        found = {}
+        for phase in plan.phases:
+            if peak := timed.found.get(f"{phase.name}_peak_bytes"):
+                planned = sum(size for name, size in phase.parts.items() if name not in NOT_HELD)
+                found[phase.name] = {"planned": planned, "measured": peak, "planned_over_measured": planned / peak}
+        note(timed.name, found)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The small model without an engine, for kernels: one that fails does no harm to the next."""
+
+    bench: Bench
+    config: Config
+    policy: Policy
+
+    @classmethod
+    def of(cls, bench: Bench) -> Whole:
+        recipe, folder = bench.sizes.recipe, random_folder(bench, bench.sizes.small)
+        config = replace(recipe, sampler=replace(recipe.sampler, guidance_scale=1.0))
+        policy = load_policy(
+            str(folder), components=("transformer",), max_sequence_length=recipe.policy.max_sequence_length,
+            dtype=torch.bfloat16, device=bench.device,
+        )  # fmt: skip
+        for transformer in policy.transformers.values():
+            transformer.enable_gradient_checkpointing()
+        return cls(bench, config, policy)
+
+    def sample(self, video: VideoConfig) -> Sample:
+        return Sample.of(self.bench, self.policy, replace(self.config, video=video))
+
+    def figures(self, sample: Sample) -> dict[str, Any]:
+        """Seconds of a forward and of a replayed step; whether its gradients are finite and its log-prob the same."""
+        transformers = self.policy.transformers
+        reached, recorded = sample.step()
+
+        def replay() -> Tensor:
+            transformers.zero_grad(set_to_none=True)
+            log_prob = sample.log_prob(reached)
+            log_prob.mean().backward()
+            return log_prob.detach()
+
+        drift = float((replay() - recorded).abs().max())
+        finite = all(bool(parameter.grad.isfinite().all()) for parameter in transformers.parameters())
+        times = {"forward_seconds": measured(self.bench, sample.velocity).seconds}
+        times["replay_seconds"] = measured(self.bench, replay).seconds
+        transformers.zero_grad(set_to_none=True)
+        return {"holds": finite, "finite_gradients": finite, "log_prob_drift": drift, **times}
+
+
+def over(found: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures with their seconds over those of the default."""
+    names = ("forward_seconds", "replay_seconds")
+    return {**found, **{name.replace("seconds", "over_default"): found[name] / default[name] for name in names}}
+
+
+def attention(bench: Bench, note: Note) -> None:
+    """Each backend against torch's own choice: seconds, gradients, and how far the velocity is from its."""
+    whole = Whole.of(bench)
+    for video in bench.sizes.videos:
+        sample = whole.sample(video)
+        note(f"torch chooses, {video.num_frames} frames", chosen_kernels(whole, sample))
+        found: dict[str, Any] = {}
+        with attention_backend("native"):  # the choice is one for the whole process in diffusers: it is put back
+            for name in TIMED_BACKENDS:
+                found[name] = tried(partial(backend_figures, whole, sample, name, found))
+                note(f"{video.num_frames} frames", {name: found[name]})
+
+
+def backend_figures(whole: Whole, sample: Sample, name: str, others: Mapping[str, Any]) -> dict[str, Any]:
+    choose_attention(whole.policy.transformers, "native")
+    velocity = sample.velocity()
+    choose_attention(whole.policy.transformers, name)
+    difference = float((sample.velocity() - velocity).norm() / velocity.norm())
+    figures = {"velocity_difference": difference, **whole.figures(sample)}
+    return over(figures, others.get("native", figures))
+
+
+def chosen_kernels(whole: Whole, sample: Sample) -> dict[str, str]:
+    """Of torch's scaled_dot_product_attention for the sample's tokens, in a rollout and in replay."""
+    settings = whole.policy.transformer_config
+    tokens = sample.latents[0, 0].numel() // math.prod(settings["patch_size"])
+    shape = (1, tokens, settings["num_attention_heads"], settings["attention_head_dim"])
+    heads = torch.zeros(shape, dtype=torch.bfloat16, device=sample.latents.device)
+    chosen = {}
+    for name, trains in (("rollout", False), ("replay", True)):
+        with torch.set_grad_enabled(trains):
+            query = heads.requires_grad_(trains).transpose(1, 2)  # as diffusers hands it over
+            chosen[name] = SDPBackend(torch._fused_sdp_choice(query, query, query)).name
+    return chosen
+
+
+def compiled(bench: Bench, note: Note) -> None:
+    """Compiled blocks against the same as they are."""
+    whole = Whole.of(bench)
+    sample = whole.sample(bench.sizes.videos[-1])
+    default = whole.figures(sample)
+    note("blocks as they are", default)
+    for transformer in whole.policy.transformers.values():
+        compile_blocks(transformer, blocks_of(transformer, whole.policy.block_names))
+    with torch.compiler.set_stance(bench.sizes.stance):
+        note("compiled blocks", {"first_forward_seconds": seconds(sample.velocity)})
+        note("compiled blocks", over(whole.figures(sample), default))
+
+
+def tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it found, or why it cannot run here."""
+    try:
+        return work()
+    except UNUSABLE as error:
+        found = {"cannot": f"{type(error).__name__}: {error}"[:LONGEST]}
+    free_memory()
+    return found

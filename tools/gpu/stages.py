@@ -1,0 +1,148 @@
+"""Stages that run in order of value within a time budget, and a record that is valid JSON at every moment."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import time
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+import psutil
+import torch
+
+from bpgo_video.data.atomic import atomic_file, write_json
+from tools.gpu.table import as_markdown
+
+Place = TypeVar("Place")
+Note = Callable[[str, Any], None]  # (name, a figure or several by name): stored under the stage, the JSON rewritten
+MINUTES = 9.0  # for all stages, by their estimates; who gives more has a slower machine
+MOST = 2  # times its estimate: a stage that takes longer is stopped
+SHOWN = 150  # characters of a figure in a progress line
+
+
+class OutOfTime(BaseException):
+    """A stage took much longer than its estimate; no `except Exception` may swallow it."""
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Place]):
+    """A function that notes what it finds, and the seconds that it takes about; it starts only if they are left."""
+
+    work: Callable[[Place, Note], None]
+    seconds: float
+
+
+class Record:
+    """What was found so far, in OUTPUT/gpu.json and OUTPUT/gpu.md.
+
+    Args:
+        started: when the process began, on the clock of time.time.
+        facts: what holds for all stages, such as the command.
+    """
+
+    def __init__(self, output: Path, started: float, facts: Mapping[str, Any]):
+        self.output, self.started, self.holds = output, started, True
+        self.stages: dict[str, dict[str, Any]] = {}
+        self.found = {**facts, "stages": self.stages}
+        self.write()
+
+    @property
+    def elapsed(self) -> float:
+        return time() - self.started
+
+    def note(self, stage: str, name: str, value: Any) -> None:
+        """Store a figure; several under one name come together."""
+        figures, value = self.stages.setdefault(stage, {}), plain(value)
+        figures[name] = {**figures.get(name, {}), **value} if isinstance(value, dict) else value
+        self.holds &= not fails(value)
+        self.write()
+        print(f"[{self.elapsed:6.1f} s] {stage}: {name} {json.dumps(value)[:SHOWN]}", flush=True)
+
+    def fail(self, stage: str, name: str) -> None:
+        """Store and print the exception that is being handled."""
+        print(traceback.format_exc(), flush=True)
+        self.note(stage, name, {"holds": False, "error": traceback.format_exc()})
+
+    def write(self) -> None:
+        write_json(self.output / "gpu.json", self.found)
+        with atomic_file(self.output / "gpu.md") as aside:
+            aside.write_text(as_markdown(self.found))
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it; infinities and nan, which it has not, by their names."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def fails(value: Any) -> bool:
+    return isinstance(value, dict) and (value.get("holds") is False or any(map(fails, value.values())))
+
+
+def run_stages(stages: Mapping[str, Stage[Place]], place: Place, record: Record, minutes: float) -> bool:
+    """Every stage that its estimate leaves time for; whether all that ran went well."""
+    for name, stage in stages.items():
+        left = 60 * minutes - record.elapsed
+        if left < stage.seconds:
+            record.note(name, "skipped", f"{max(0.0, left):.0f} s were left; it takes about {stage.seconds:.0f} s")
+            continue
+        began = time()
+        try:
+            with deadline(min(left, MOST * max(1, minutes / MINUTES) * stage.seconds)):
+                stage.work(place, partial(record.note, name))
+        except (Exception, OutOfTime):  # whatever it is, it is told, and the other stages still run
+            record.fail(name, "failure")
+        free_memory()
+        record.note(name, "held_bytes", held_bytes())
+        record.note(name, "seconds", time() - began)
+    return record.holds
+
+
+def attempt(record: Note, name: str, work: Callable[[], Any]) -> None:
+    """Note what `work` returns, or the exception that it raised; the stage goes on."""
+    try:
+        found = work()
+    except Exception:
+        print(traceback.format_exc(), flush=True)
+        found = {"holds": False, "error": traceback.format_exc()}
+    record(name, found)
+    free_memory()
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """OutOfTime inside the block once `seconds` are over, at the next step of Python in the main thread."""
+
+    def over(number: int, frame: FrameType | None) -> None:
+        raise OutOfTime(f"stopped after {seconds:.0f} s")
+
+    handler = signal.signal(signal.SIGALRM, over)
+    timer = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def held_bytes() -> int:
+    """What a stage leaves behind: all of it is in the peaks of later ones."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
