@@ -46,7 +46,7 @@ def build(stage: int, dtype: str, persistent: int) -> engine.Engine:
         "bf16": {"enabled": dtype == "bfloat16"},
     }
     return engine.Engine(
-        Block(),
+        Block().to(getattr(torch, dtype)),
         OptimConfig(learning_rate=0.05, max_grad_norm=1.0),
         ds_config,
         micro_batch_size=4,
