@@ -14,7 +14,7 @@ PACKAGE = Path(bpgo_video.__file__).parent
 LAYERS = (  # a folder imports those before it, never one behind it
     *("worker_side", "tiny", "config", "parallel", "diffusion", "learner"),
     *("policies", "data", "rewards", "zero", "rollouts"),
-    *("planning", "checkpoints", "reports", "export", "generation", "training", "evaluation"),
+    *("planning", "checkpoints", "reports", "export", "generation", "training", "evaluation", "commands"),
 )
 PURE = [
     *(path for folder in ("diffusion", "learner") for path in (PACKAGE / folder).glob("*.py")),
