@@ -1,7 +1,9 @@
-"""`bpgo-video generate` as a script of the clone, with the same flags.
+"""`bpgo-video generate` as a script of the clone.
 
-python pipelines/generate_video.py --policy runs/demo/export --prompts prompts.txt --output videos --seed 0
-deepspeed pipelines/generate_video.py --policy runs/demo --prompts runs/demo-prompts --output videos --seed 0
+    python pipelines/generate_video.py --policy runs/demo/export --prompts prompts.txt --output videos --seed 0
+    deepspeed pipelines/generate_video.py --policy runs/demo --prompts runs/demo-prompts --output videos --seed 0
+
+It takes the same flags.
 """
 
 import sys

@@ -1,7 +1,9 @@
-"""`bpgo-video train` as a script of the clone, with the same flags.
+"""`bpgo-video train` as a script of the clone.
 
-deepspeed --num_accelerators 2 pipelines/train_video.py --config pipelines/configs/tiny_wan_bpgo.yaml
-deepspeed --num_accelerators 8 pipelines/train_video.py --config RECIPE.yaml --run.dir runs/mine --run.resume auto
+    deepspeed --num_accelerators 2 pipelines/train_video.py --config pipelines/configs/tiny_wan_bpgo.yaml
+    deepspeed --num_accelerators 8 pipelines/train_video.py --config RECIPE.yaml --run.dir runs/mine --run.resume auto
+
+It takes the same flags.
 """
 
 import sys

@@ -1,6 +1,8 @@
-"""`bpgo-video convert` as a script of the clone, with the same flags.
+"""`bpgo-video convert` as a script of the clone.
 
-python tools/convert_checkpoint.py --checkpoint runs/demo --output wan-bpgo --format diffusers --verify
+    python tools/convert_checkpoint.py --checkpoint runs/demo --output wan-bpgo --format diffusers --verify
+
+It takes the same flags.
 """
 
 import sys

@@ -1,6 +1,8 @@
-"""`bpgo-video priors` as a script of the clone, with the same flags.
+"""`bpgo-video priors` as a script of the clone.
 
-deepspeed --num_accelerators 2 tools/estimate_priors.py --config pipelines/configs/tiny_wan_bpgo.yaml
+    deepspeed --num_accelerators 2 tools/estimate_priors.py --config pipelines/configs/tiny_wan_bpgo.yaml
+
+It takes the same flags.
 """
 
 import sys

@@ -1,7 +1,9 @@
-"""`bpgo-video evaluate` as a script of the clone, with the same flags.
+"""`bpgo-video evaluate` as a script of the clone.
 
-python tools/evaluate.py heldout --config RECIPE.yaml --policy runs/demo/export --output scores.json
-deepspeed --num_accelerators 8 tools/evaluate.py layout --policy runs/demo --suite vbench --output videos --seed 0
+    python tools/evaluate.py heldout --config RECIPE.yaml --policy runs/demo/export --output scores.json
+    deepspeed --num_accelerators 8 tools/evaluate.py layout --policy runs/demo --suite vbench --output videos --seed 0
+
+It takes the same flags.
 """
 
 import sys

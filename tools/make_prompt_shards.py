@@ -1,7 +1,9 @@
-"""`bpgo-video prompts` as a script of the clone, with the same flags.
+"""`bpgo-video prompts` as a script of the clone.
 
-python tools/make_prompt_shards.py build --input prompts.txt --output shards --policy FOLDER
-torchrun --nproc-per-node 8 tools/make_prompt_shards.py build ... --device cuda
+    python tools/make_prompt_shards.py build --input prompts.txt --output shards --policy FOLDER
+    torchrun --nproc-per-node 8 tools/make_prompt_shards.py build ... --device cuda
+
+It takes the same flags.
 """
 
 import sys

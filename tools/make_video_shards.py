@@ -1,7 +1,9 @@
-"""`bpgo-video videos` as a script of the clone, with the same flags.
+"""`bpgo-video videos` as a script of the clone.
 
-python tools/make_video_shards.py build --input FOLDER --output shards --policy FOLDER --num-frames 81 ...
-torchrun --nproc-per-node 8 tools/make_video_shards.py build ... --device cuda --dtype bfloat16
+    python tools/make_video_shards.py build --input FOLDER --output shards --policy FOLDER --num-frames 81 ...
+    torchrun --nproc-per-node 8 tools/make_video_shards.py build ... --device cuda --dtype bfloat16
+
+It takes the same flags.
 """
 
 import sys

@@ -1,6 +1,8 @@
-"""`bpgo-video plan` as a script of the clone, with the same flags.
+"""`bpgo-video plan` as a script of the clone.
 
-python tools/plan_memory.py --config pipelines/configs/wan21_1.3b_480p_8x80gb.yaml --gpus 8 --gigabytes 80
+    python tools/plan_memory.py --config pipelines/configs/wan21_1.3b_480p_8x80gb.yaml --gpus 8 --gigabytes 80
+
+It takes the same flags.
 """
 
 import sys

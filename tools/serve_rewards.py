@@ -1,6 +1,8 @@
-"""`bpgo-video reward-server` as a script of the clone, with the same flags.
+"""`bpgo-video reward-server` as a script of the clone.
 
-python tools/serve_rewards.py --config RECIPE --reward NAME --port 8011
+    python tools/serve_rewards.py --config RECIPE --reward NAME --port 8011
+
+It takes the same flags.
 """
 
 import sys

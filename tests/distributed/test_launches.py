@@ -83,7 +83,7 @@ def test_priors_then_training_from_the_command_line(tmp_path: Path, shards: Path
     recipe = recipe_file(without_evaluation(config), tmp_path / "recipe.yaml")
     first = launch("pipelines/train_video.py", "--config", recipe)
     assert first.returncode != 0
-    assert "tools/estimate_priors.py" in first.stderr
+    assert "bpgo-video priors --config" in first.stderr
     assert not (tmp_path / "run").exists(), "nothing is written before the input is known to be good"
     measured = launch("tools/estimate_priors.py", "--config", recipe)
     assert measured.returncode == 0, measured.stderr[-3000:]
