@@ -148,14 +148,14 @@ def show_loading_once() -> None:
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Call the `run` that the chosen command has set; its exit code.
 
-    A command that sets `more` receives the arguments that are not its own there. With --ranks the parser's `module` is
-    started on ranks instead.
+    A command that sets `more` receives the arguments that are not its own there. With --ranks of `add_ranks`, ranks of
+    the parser's `module` start instead.
     """
     args, more = parser.parse_known_args(arguments)
     if more and "more" not in args:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     args.more = more
-    if getattr(args, "ranks", None) is not None:
+    if "module" in args and getattr(args, "ranks", None) is not None:
         on_ranks(args.module, arguments)
     try:
         args.run(args)

@@ -52,7 +52,7 @@ def test_a_recipe_says_of_which_kind_it_is_and_has_flags_of_its_own() -> None:
         (
             "nowhere.yaml",
             "",
-            "recipe 'nowhere.yaml' is neither a file nor a shipped recipe; `bpgo-video recipes` lists them",
+            "recipe 'nowhere.yaml' is neither a file nor a shipped recipe; `bpgo-video recipes` lists",
         ),
         ("sft", "", f"{SFT} is a recipe of kind 'sft'; this command takes recipes of kind 'bpgo'"),
     ],

@@ -215,7 +215,7 @@ def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path) -> None:
     first.write_text("base: second.yaml\n")
     with pytest.raises(
         ConfigError,
-        match=r"first\.yaml: base 'second\.yaml' is neither a file nor a shipped recipe; `bpgo-video recipes`",
+        match=r"first\.yaml: base 'second\.yaml' is neither a file nor a shipped recipe",
     ):
         read_yaml(first)
     second.write_text("base: first.yaml\n")

@@ -36,9 +36,8 @@ def job_of(path: Path) -> tuple[Job, int]:
     assert numbers is not None
     config, gigabytes = read_yaml(path), int(numbers["gigabytes"])
     model = find_model(config.policy.folder)
-    job = Job(
-        config, read_ds_config(str(ds_config_file(config.deepspeed))), int(numbers["gpus"]), model, gigabytes=gigabytes
-    )
+    ds_config = read_ds_config(str(ds_config_file(config.deepspeed)))
+    job = Job(config, ds_config, int(numbers["gpus"]), model, gigabytes=gigabytes)
     return job, gigabytes
 
 
