@@ -63,7 +63,7 @@ def demo(args: argparse.Namespace) -> None:
         os.environ.setdefault(name, value)
     folder = args.dir.parent / "demo-prompts"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # demos of several seeds share it
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # demos of several seeds share it
         build_prompts(folder)
         measure_priors(folder, args.ranks)
     if args.prepare:
