@@ -29,8 +29,8 @@ def become_launcher(module: str, ranks: int, arguments: Sequence[str]) -> NoRetu
             f"--ranks {ranks} starts a launcher, but this process already is rank {os.environ['RANK']} of one; "
             "leave out --ranks"
         )
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     launcher = ["-m", "deepspeed.launcher.runner", "--quiet", "--hostfile=", f"--num_accelerators={ranks}"]
     command = [sys.executable, *launcher, f"--master_port={free_port()}", "--module", module, *arguments]
     sys.stdout.flush()
