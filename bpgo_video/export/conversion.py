@@ -1,4 +1,4 @@
-"""How does a training checkpoint become what inference tools read? Its parts joined on the CPU, one tensor at a time.
+"""Conversion of a training checkpoint to what inference tools read, on the CPU, one tensor at a time.
 
     diffusers   a pipeline folder, or its transformer alone; adapters merged into the weights that the run started from
     lora        the adapters on their own, for `load_lora_weights`

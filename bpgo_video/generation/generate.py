@@ -1,4 +1,4 @@
-"""How are videos made with a finished policy? By diffusers' own pipeline, each rank its own videos, into mp4 files.
+"""Videos of a finished policy, by diffusers' own pipeline: each rank its own videos, into mp4 files.
 
 Initial latents and further draws are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and
 what was made before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the
