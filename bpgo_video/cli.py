@@ -1,4 +1,4 @@
-"""How does a tool meet its user? Errors that can be mended are told in one line, once on every host."""
+"""Command lines: help, --ranks, and errors of the user's input in one line, once on every host."""
 
 from __future__ import annotations
 
@@ -11,19 +11,30 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors="replace")  # in a locale without "±" a table shows "?" there, and the command goes on
-try:
-    "—".encode().decode(locale.getpreferredencoding(False))
-except UnicodeDecodeError as error:  # torch reads files of its own that are UTF-8 in whatever the locale says
-    sys.exit(f"error: Python reads text files as {error.encoding} here, which torch's are not: set PYTHONUTF8=1")
+from bpgo_video.launching import become_launcher
+
+RANKS = "start N ranks on this machine with DeepSpeed's launcher; without it this process is one rank, or a launcher's"
+
+
+def adapt_to_locale() -> None:
+    """Let commands print in any locale: a table shows "?" for a character that the locale lacks, such as "±".
+
+    Raises:
+        SystemExit: torch could not read its own files, which are UTF-8; the message says what to set.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        "—".encode().decode(locale.getpreferredencoding(False))
+    except UnicodeDecodeError as error:
+        sys.exit(f"error: Python reads text files as {error.encoding} here, and torch's are UTF-8: set PYTHONUTF8=1")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that names a misspelt flag, with the nearest, before it misses another; told once on every host.
+    """A parser that names a misspelt flag, with the nearest, before it misses another; once on every host.
 
     Attributes:
-        more_help: what stands at the end of --help, where it takes long to come by.
+        more_help: the end of --help, where it is slow to compute.
     """
 
     more_help: Callable[[], str] | None = None
@@ -52,6 +63,42 @@ class Parser(argparse.ArgumentParser):
         if not speaks():
             self.exit(2)
         super().error(message)
+
+
+def shown_as(name: str, text: str | None, script: str | None = None, ranks: bool = False) -> dict[str, Any]:
+    """How a command presents itself in its help: arguments of argparse's parsers, and of `load_recipe`.
+
+    Args:
+        name: of the subcommand of `bpgo-video`.
+        text: the command's docstring: a line, indented examples, explanations.
+        script: the docstring of a script of the clone that runs the command; its examples replace the command's.
+        ranks: the help lists no flags of the command's own, so that --ranks is explained here.
+    """
+    paragraphs = (text or "").strip().split("\n\n")
+    if script is not None:
+        paragraphs = [script.strip(), *(part for part in paragraphs if not part.startswith("    "))]
+    if ranks:
+        paragraphs.append(f"--ranks N  {RANKS}.")
+    return {"prog": None if script else f"bpgo-video {name}", "description": "\n\n".join(paragraphs)}
+
+
+def add_ranks(command: argparse.ArgumentParser) -> None:
+    """The flags of a command that runs on several ranks; `run_command` acts on them."""
+    command.add_argument("--ranks", type=positive, metavar="N", help=RANKS)
+    command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
+
+
+def on_ranks(module: str, arguments: Sequence[str] | None) -> list[str]:
+    """The arguments without `--ranks N`. With it this process becomes the launcher of N ranks of `module`."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--ranks", type=positive)
+    known, rest = early.parse_known_args(arguments)
+    if known.ranks is not None:
+        try:
+            become_launcher(module, known.ranks, rest)
+        except ValueError as error:
+            raise SystemExit(tell(error)) from None
+    return rest
 
 
 def device(text: str) -> str:
@@ -89,12 +136,12 @@ def not_negative(text: str) -> float:
 
 
 def speaks() -> bool:
-    """Whether this rank is the first of its host: hosts may have logs of their own."""
+    """Whether this rank prints for its host: hosts may have logs of their own."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def tell(error: Exception) -> int:
-    """Print an error that the user can mend, once on every host.
+    """Print an error that the user can fix, once on every host.
 
     Returns:
         the exit code: 2 where the configuration is wrong, else 1.
@@ -105,7 +152,7 @@ def tell(error: Exception) -> int:
 
 
 def show_loading_once() -> None:
-    """Bars of model loading on one rank, and none in a log file, which would keep every carriage return."""
+    """Show model loading on one rank, and not in a log file, which would keep every carriage return."""
     import diffusers  # heavy, and a tool's --help needs neither
     import transformers
 
@@ -117,12 +164,15 @@ def show_loading_once() -> None:
 def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Call the `run` that the chosen command has set; its exit code.
 
-    A command that sets `more` is given the arguments that are not its own there.
+    A command that sets `more` receives the arguments that are not its own there. With --ranks of `add_ranks`, ranks of
+    the parser's `module` start instead.
     """
     args, more = parser.parse_known_args(arguments)
     if more and "more" not in args:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     args.more = more
+    if "module" in args and getattr(args, "ranks", None) is not None:
+        on_ranks(args.module, arguments)
     try:
         args.run(args)
     except (ValueError, OSError) as error:  # what wrong input raises; anything else is a defect and keeps its traceback

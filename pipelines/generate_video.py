@@ -1,12 +1,14 @@
-"""Generate videos with a policy: a base model, an export, a checkpoint or a run, with or without LoRA adapters.
+"""`bpgo-video generate` as a script of the clone.
 
-python pipelines/generate_video.py --policy runs/demo/export --prompts prompts.txt --output videos --seed 0
-deepspeed pipelines/generate_video.py --policy runs/demo --prompts runs/demo-prompts --output videos --seed 0
+    python pipelines/generate_video.py --policy runs/demo/export --prompts prompts.txt --output videos --seed 0
+    deepspeed pipelines/generate_video.py --policy runs/demo --prompts runs/demo-prompts --output videos --seed 0
+
+It takes the same flags.
 """
 
 import sys
 
-from bpgo_video.generation.generate import main
+from bpgo_video.commands.generate import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(script=__doc__))

@@ -199,7 +199,7 @@ class OptimConfig(OptimiserConfig):
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
     shards: str
-    """Prompt shards that tools/make_prompt_shards.py wrote: a folder, glob, brace range or URL."""
+    """Prompt shards that bpgo-video prompts wrote: a folder, glob, brace range or URL."""
     split: str = "train"
     """Which of the shards' splits is learned from."""
     cache: str = SHARD_CACHE
@@ -222,7 +222,7 @@ class EvaluationConfig:
     """ODE steps of a held-out sample."""
     solver: Literal["euler", "adams_bashforth", "shipped"] = "euler"
     """How it follows the ODE: first order, second order at the same cost, or by the pipeline's own scheduler (UniPC for
-    Wan), as `generate_video.py` does."""
+    Wan), as `bpgo-video generate` does."""
     shift: Annotated[float, Field(gt=0.0)] | None = None
     """Shift of its sigma schedule; None takes the sampler's."""
     guidance_scale: Annotated[float, Field(ge=1.0)] = 1.0
@@ -252,7 +252,7 @@ class Config:
     video: VideoConfig
     data: DataConfig
     deepspeed: str
-    """DeepSpeed JSON with ZeRO, precision and offload, for example ds_configs/zero3.json."""
+    """DeepSpeed JSON with ZeRO, precision and offload: a file, or the name of a shipped one, such as zero3."""
     rewards: dict[str, RewardConfig]
     """What the policy is trained on, by a name of your choice."""
     sampler: SamplerConfig = SamplerConfig()

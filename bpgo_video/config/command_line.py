@@ -1,6 +1,6 @@
-"""What does a command line ask for? Flags over a recipe's values, or flags alone, checked and told as YAML is.
+"""Command lines: flags over a recipe's values, or flags alone, with the checks and messages of YAML.
 
-python pipelines/train_video.py --config pipelines/configs/tiny_wan_bpgo.yaml --run.num-steps 20
+bpgo-video train --config tiny_wan_bpgo --run.num-steps 20
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from bpgo_video.cli import speaks, tell
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.learner import RewardConfig
-from bpgo_video.config.reading import config_from_dict, explain, of_bpgo, read_recipe
+from bpgo_video.config.reading import KINDS, check_kind, config_from_dict, explain, read_recipe
 from bpgo_video.config.sft import Recipe
 
 Settings = TypeVar("Settings")
 
 SHOWN = SimpleNamespace(rewards={"NAME": RewardConfig(model="clip_score")})  # in `--help` without a recipe
 CONFIG_HELP = (
-    "--config FILE  the recipe (required); the flags below change its values. With --config the defaults shown are "
+    "--config FILE  the recipe (required), or the name of a shipped one (bpgo-video recipes); the flags below change "
+    "its values. With --config the defaults shown are "
     "that recipe's, and the flags those of its kind (bpgo, sft). A recipe may name another as `base:`."
 )
 PLAIN = ConstructorRegistry()
@@ -82,13 +83,15 @@ def _parse(tree: type, args: Sequence[str], default: Any, **shown: Any) -> tuple
     return data, unknown
 
 
-def read_settings(tree: type[Settings], args: Sequence[str], prog: str | None = None) -> Settings:
+def read_settings(
+    tree: type[Settings], args: Sequence[str], prog: str | None = None, description: str | None = None
+) -> Settings:
     """Flat settings of flags alone.
 
     Raises:
         ConfigError: an unknown flag, or a value out of range.
     """
-    data, unknown = _parse(tree, args, tyro.MISSING, prog=prog, description=tree.__doc__)
+    data, unknown = _parse(tree, args, tyro.MISSING, prog=prog, description=examples_apart(description))
     if unknown:
         flags = {f"--{field.name.replace('_', '-')}": field.default for field in dataclasses.fields(tree)}  # type: ignore[arg-type]
         raise ConfigError(_explain_flags(unknown, flags, args))
@@ -98,39 +101,49 @@ def read_settings(tree: type[Settings], args: Sequence[str], prog: str | None = 
         raise ConfigError(explain(error, "command line", tree)) from None
 
 
-def load_config(argv: Sequence[str] | None = None, description: str | None = None) -> Config:
-    """`load_recipe` of kind bpgo; exits with code 2 and a message where it is of another."""
-    config = load_recipe(argv, description, only_bpgo=True)
+def examples_apart(description: str | None) -> str:
+    """Indented lines as paragraphs of their own: tyro joins neighbouring lines."""
+    return re.sub("\n+    ", "\n\n    ", description or "")
+
+
+def load_config(argv: Sequence[str] | None = None, description: str | None = None, prog: str | None = None) -> Config:
+    """`load_recipe` of kind bpgo; exits with code 2 and a message if it is of another."""
+    config = load_recipe(argv, description, prog, kind="bpgo")
     assert isinstance(config, Config)
     return config
 
 
-def load_recipe(argv: Sequence[str] | None = None, description: str | None = None, only_bpgo: bool = False) -> Recipe:
-    """The configuration that a command line asks for: `--config FILE`, then dotted flags over it.
+def load_recipe(
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    prog: str | None = None,
+    kind: str | None = None,
+) -> Recipe:
+    """The configuration of a command line: `--config FILE`, then dotted flags over it.
 
-    The file's `recipe` says which flags there are; without a file, `--help` shows those of kind bpgo. The launcher's
-    `--local_rank` is taken first. Exits with code 2 and a message, once on every host, where something is wrong.
+    The file's `recipe` decides which flags exist; without a file, `--help` shows those of `kind`, or of bpgo. The
+    launcher's `--local_rank` is ignored. Exits with code 2 and a message, once on every host, where something is wrong.
 
     Args:
         description: of the command, in its `--help`.
-        only_bpgo: refuse a recipe of another kind, before its flags are read.
+        prog: name of the command there.
+        kind: refuse a recipe of another kind, before its flags are read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--local_rank", type=int)
     known, rest = early.parse_known_args(argv)
-    examples_apart = re.sub("\n+    ", "\n\n    ", description or "")  # tyro runs neighbouring lines together
-    described = f"{examples_apart}\n\n{CONFIG_HELP}".strip()
+    shown = {"prog": prog, "description": f"{examples_apart(description)}\n\n{CONFIG_HELP}".strip()}
     try:
         if known.config is None and {"-h", "--help"} & set(rest):
-            _parse(Config, rest, SHOWN, description=described)
+            _parse(KINDS[kind or "bpgo"].tree, rest, SHOWN, **shown)
         if known.config is None:
-            raise ConfigError("--config FILE is required, for example --config pipelines/configs/tiny_wan_bpgo.yaml")
+            raise ConfigError("--config FILE is required, for example --config tiny_wan_bpgo")
         recipe = read_recipe(known.config)
-        if only_bpgo:
-            of_bpgo(recipe, str(known.config))
-        data, unknown = _parse(type(recipe), rest, recipe, description=described)
+        if kind is not None:
+            check_kind(recipe, kind, str(known.config))
+        data, unknown = _parse(type(recipe), rest, recipe, **shown)
         if unknown:
             raise ConfigError(_explain_flags(unknown, dict(_flags(recipe)), rest))
         return config_from_dict(data, "command line")
@@ -152,7 +165,7 @@ def _flags(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _explain_flags(unknown: Sequence[str], known: Mapping[str, Any], args: Sequence[str]) -> str:
-    """What is wrong with what `args` have beside their flags; a value behind an unknown flag goes with it."""
+    """What is wrong with the words of `args` that no flag takes; a value after an unknown flag belongs to it."""
     flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
     lines = []
     for flag in flags:
@@ -164,7 +177,7 @@ def _explain_flags(unknown: Sequence[str], known: Mapping[str, Any], args: Seque
 
 
 def _explain_word(word: str, before: Sequence[str], known: Mapping[str, Any]) -> str:
-    """Why a word has no flag: it stands behind a switch, or behind a value."""
+    """Why a word has no flag: it follows a switch, or a value."""
     flag = before[-1].replace("_", "-").replace(".no-", ".") if before else ""
     if isinstance(known.get(flag), bool):
         off = ".no-".join(flag.rsplit(".", 1))

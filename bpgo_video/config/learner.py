@@ -41,12 +41,12 @@ class PriorConfig:
     kind: Literal["reference", "shrunk", "ema", "global", "first_frame", "first_frame_centred", "constant", "none"] = (
         "reference"
     )
-    """`reference` reads what tools/estimate_priors.py stored with the prompts, `shrunk` draws it towards the mean over
+    """`reference` reads what bpgo-video priors stored with the prompts, `shrunk` draws it towards the mean over
     prompts; `ema` and `global` are moving averages of the run's rewards, per prompt and over all; `first_frame` scores
     the conditioning image, `first_frame_centred` moves that to the level of the run's videos; `none` is
     allowed where nothing uses an anchor: zeta = 0, and alpha = 0 or a trust that looks at none (reliability, none)."""
     samples: Annotated[int, Field(ge=2)] = 8
-    """Samples per prompt that tools/estimate_priors.py takes of the starting policy."""
+    """Samples per prompt that bpgo-video priors takes of the starting policy."""
     mean: float = 0.0
     """`constant`: the anchor of every prompt, in the reward's units."""
     scale: Annotated[float, Field(gt=0.0)] | None = None

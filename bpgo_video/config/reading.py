@@ -1,4 +1,4 @@
-"""How is a configuration read? Strictly from YAML; unknown keys are errors."""
+"""Configurations from YAML, read strictly: unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.rules import check
 from bpgo_video.config.sft import Recipe, SftConfig, check_sft
+from bpgo_video.config.shipped import base_file, recipe_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,30 +86,31 @@ def to_yaml(config: Recipe) -> str:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The configuration in a YAML file, of any kind; see `read_tree` for `base`."""
-    return config_from_dict(read_tree(path), str(path))
+    """The configuration in a YAML file, or of a shipped name, of any kind; see `read_tree` for `base`."""
+    return config_from_dict(read_tree(recipe_file(path)), str(path))
 
 
 def read_yaml(path: Path) -> Config:
-    """The configuration in a YAML file of kind bpgo. Raises ConfigError where it is of another."""
-    return of_bpgo(read_recipe(path), str(path))
+    """`read_recipe` of kind bpgo. Raises ConfigError if it is of another."""
+    recipe = check_kind(read_recipe(path), "bpgo", str(path))
+    assert isinstance(recipe, Config)
+    return recipe
 
 
-def of_bpgo(config: Recipe, source: str) -> Config:
-    """The recipe, where it is of kind bpgo. Raises ConfigError where it is of another."""
-    if not isinstance(config, Config):
-        raise ConfigError(f"{source} is a recipe of kind {config.recipe!r}; this command takes recipes of kind 'bpgo'")
-    return config
+def check_kind(recipe: Recipe, kind: str, source: str) -> Recipe:
+    """The recipe, if it is of that kind. Raises ConfigError if it is of another."""
+    if recipe.recipe != kind:
+        raise ConfigError(
+            f"{source} is a recipe of kind {recipe.recipe!r}; this command takes recipes of kind {kind!r}"
+        )
+    return recipe
 
 
 def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Plain data of a recipe. Its `base`, a path beside it, names a recipe whose values it changes key by key.
+    """Plain data of a recipe file. Its `base`, a file next to it or a shipped recipe, has the values that it changes.
 
     `rewards` and `evaluation.rewards` are replaced as a whole: what a policy is trained on is read in one place.
     """
-    if not path.is_file():
-        named = f", which {above[-1]} names as its base," if above else ""
-        raise ConfigError(f"config file {str(path)!r}{named} does not exist; recipes are in pipelines/configs/")
     if path.resolve() in above:
         raise ConfigError(f"{path} is its own base, by way of {' -> '.join(map(str, above))}")
     try:
@@ -120,7 +122,7 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _merged(read_tree(path.parent / str(base), (*above, path.resolve())), tree)
+    return _merged(read_tree(base_file(str(base), path), (*above, path.resolve())), tree)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

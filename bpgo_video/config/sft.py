@@ -62,7 +62,7 @@ class SftConfig:
     video: VideoConfig
     data: DataConfig
     deepspeed: str
-    """DeepSpeed JSON with ZeRO, precision and offload, for example ds_configs/zero3.json."""
+    """DeepSpeed JSON with ZeRO, precision and offload: a file, or the name of a shipped one, such as zero3."""
     sft: MatchingConfig = MatchingConfig()
     parallel: ParallelConfig = ParallelConfig()
     optim: OptimiserConfig = OptimiserConfig()

@@ -88,5 +88,5 @@ def check_image_stamp(shards: PromptShards, folder: Path, size: Size) -> None:
         told = "; ".join(f"{name} {found.get(name)!r}, here {expected[name]!r}" for name in differing)
         raise ShardError(
             f"{shards.directory} holds texts that were encoded with other images ({told}): set the recipe's `video`, "
-            "or build shards for it with tools/make_prompt_shards.py build --height H --width W"
+            "or build shards for it with bpgo-video prompts build --height H --width W"
         )

@@ -1,6 +1,6 @@
 """Where do anchors wait for training? `priors/<reward>.json` beside the prompts, one file per reward.
 
-tools/estimate_priors.py writes them; a training run reads the ones whose reward still has the version they were
+bpgo-video priors writes them; a training run reads the ones whose reward still has the version they were
 measured with.
 """
 
@@ -138,7 +138,7 @@ def _missing(path: Path, config: str) -> str:
 
 
 def _command(config: str) -> str:
-    return f"python tools/estimate_priors.py --config {config}"
+    return f"bpgo-video priors --config {config}"
 
 
 def attach_priors(batch: PromptBatch, priors: Iterable[PriorTable]) -> PromptBatch:

@@ -249,5 +249,5 @@ def parse_header(data: bytes) -> dict[str, Any]:
 def damaged(path: Path, key: str, reason: str) -> ShardError:
     return ShardError(
         f"{path}: record {key}: {reason}. The file is damaged: copy it again, or build the directory again "
-        f"with the program in tools/ that made it"
+        f"with the command that made it, bpgo-video prompts or videos"
     )

@@ -1,4 +1,4 @@
-"""What do the programs that make shards share? Building on several ranks, and looking at what is there.
+"""What the commands that make shards share: building on several ranks, and inspecting the result.
 
 inspect   records as a table
 verify    every hash; every image and video decoded
@@ -36,7 +36,7 @@ def rank_and_bar() -> tuple[int, int, Progress]:
 
 
 def run_build(job: Build) -> None:
-    """Write this rank's shards, and tell what became of the folder."""
+    """Write this rank's shards, and print the state of the folder."""
     rank, world_size, bar = rank_and_bar()
     if not job.run(rank, world_size, bar):
         print(f"{job.output}: rank {rank} is done; the last rank to end completes the folder", flush=True)
@@ -116,7 +116,7 @@ def counts(table: Mapping[str, int]) -> str:
 
 
 def shard_parser(
-    description: str | None,
+    shown: Mapping[str, Any],
     column: tuple[str, Describe],
     details: Callable[[PromptShards], Sequence[str]],
     open_shards: Callable[[str], PromptShards] = PromptShards,
@@ -124,11 +124,12 @@ def shard_parser(
     """The command line with inspect, verify and stats, and where `build` is to be added.
 
     Args:
-        column: title, as wide as the column, and content of what `inspect` shows beside tags and prompt.
+        shown: name and description of the command.
+        column: title, as wide as the column, and content of what `inspect` shows between tags and prompt.
         details: further lines of `stats`.
-        open_shards: refuses those of another program.
+        open_shards: refuses those of another command.
     """
-    top = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(**shown, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = top.add_subparsers(dest="command", required=True)
     for run, text in (

@@ -94,7 +94,7 @@ class PromptShards:
             if ours != theirs:
                 raise ShardError(
                     f"{self.directory} was made with {self.policy.name!r}, whose {name} is {ours}; the policy "
-                    f"{policy.name!r} has {theirs}: build shards for it with tools/make_prompt_shards.py build"
+                    f"{policy.name!r} has {theirs}: build shards for it with bpgo-video prompts build"
                 )
 
     def require_clips(self) -> None:
@@ -106,7 +106,7 @@ class PromptShards:
         if not self.clip:
             raise ShardError(
                 f"{self.directory} holds prompts without video clips: build shards of videos with "
-                "tools/make_video_shards.py build"
+                "bpgo-video videos build"
             )
 
     def rows(self, split: str | None = None) -> np.ndarray:
@@ -193,7 +193,7 @@ class PromptShards:
     def _read_negative(self) -> Mapping[str, Tensor]:
         path = self.directory / "negative.safetensors"
         if not path.is_file():
-            raise ShardError(f"{path} is missing; build the directory again with tools/make_prompt_shards.py")
+            raise ShardError(f"{path} is missing; build the directory again with bpgo-video prompts")
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.index["negative_sha256"]:
             raise damaged(path, "(the negative prompt)", "it does not match the index's sha256")
@@ -223,7 +223,7 @@ def _chosen(shards: list[dict[str, Any]], source: Source) -> list[dict[str, Any]
 
 
 def _read_index(directory: Path) -> dict[str, Any]:
-    again = "with tools/make_prompt_shards.py build --input FILE --output DIR --policy FOLDER"
+    again = "with bpgo-video prompts build --input FILE --output DIR --policy FOLDER"
     path = directory / "index.json"
     if not directory.is_dir():
         raise ShardError(f"the prompt shards {directory} do not exist; make them {again}")

@@ -1,4 +1,4 @@
-"""How does a training checkpoint become what inference tools read? Its parts joined on the CPU, one tensor at a time.
+"""Conversion of a training checkpoint to what inference tools read, on the CPU, one tensor at a time.
 
     diffusers   a pipeline folder, or its transformer alone; adapters merged into the weights that the run started from
     lora        the adapters on their own, for `load_lora_weights`
@@ -11,8 +11,7 @@ adapters. Verifying loads one transformer.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.checkpoints.run_weights import DTYPES, WEIGHTS, Source, adapter_tensors, find_source, trained_tensors
+from bpgo_video.checkpoints.run_weights import WEIGHTS, Source, adapter_tensors, trained_tensors
 from bpgo_video.checkpoints.universal import to_universal, verify_universal
-from bpgo_video.checkpoints.zero_files import CheckpointError
-from bpgo_video.cli import Parser, above_zero, tell
 from bpgo_video.config.bpgo import ConfigError, LoraConfig
 from bpgo_video.data.atomic import new_folder
 from bpgo_video.export.lora_files import lora_file, write_comfyui_lora, write_diffusers_lora
@@ -237,47 +234,3 @@ def convert(job: Conversion, form: str, verify: bool = False) -> None:
     FORMATS[form].write(job)
     if verify:
         FORMATS[form].verify(job)
-
-
-def parser() -> argparse.ArgumentParser:
-    top = Parser(description="Convert a training checkpoint, on the CPU, to what inference tools read.")
-    add = top.add_argument
-    add(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="RUN/checkpoints/step-XXXXXX, or RUN for its newest; ZeRO of any stage, from any number of ranks",
-    )
-    add("--output", type=Path, required=True, metavar="DIR", help="new folder; an existing one is refused")
-    purposes = "; ".join(f"{name}: {form.purpose}" for name, form in FORMATS.items())
-    add("--format", choices=tuple(FORMATS), required=True, help=purposes)
-    weights = "raw: as the optimiser holds them; ema: their average, where the run kept one (%(default)s)"
-    add("--weights", choices=tuple(WEIGHTS), default="raw", help=weights)
-    dtypes = "of the trained weights, except those that diffusers keeps in fp32 (%(default)s)"
-    add("--dtype", choices=tuple(DTYPES), default="float32", help=dtypes)
-    add("--transformer-only", action="store_true", help="diffusers: the transformer's folder, not the whole pipeline")
-    add("--merged", action="store_true", help="comfyui: the whole transformer, adapters merged, as one file")
-    add(
-        "--shard-gigabytes",
-        type=above_zero,
-        default=SHARD_BYTES / 1e9,
-        help="size of a weight file at most (%(default)s)",
-    )
-    add("--verify", action="store_true", help="load the result; compare every tensor, and a forward pass")
-    return top
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of tools/convert_checkpoint.py; 0 only when all was done and, if asked, checked."""
-    args = parser().parse_args(arguments)
-    try:
-        source = find_source(args.checkpoint)
-        shard_bytes = int(args.shard_gigabytes * 1e9)
-        dtype, whole = DTYPES[args.dtype], args.transformer_only
-        job = Conversion(source, args.weights, args.output, dtype, whole, args.merged, shard_bytes)
-        convert(job, args.format, args.verify)
-    except (CheckpointError, ConfigError, OSError, ValueError) as error:  # wrong input; else keep the traceback
-        return tell(error)
-    print(f"{args.output}: {source.folder.name} of {source.folder.parents[1]}{', verified' if args.verify else ''}")
-    return 0

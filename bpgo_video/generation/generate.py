@@ -1,4 +1,4 @@
-"""How are videos made with a finished policy? By diffusers' own pipeline, each rank its own videos, into mp4 files.
+"""Videos of a finished policy, by diffusers' own pipeline: each rank its own videos, into mp4 files.
 
 Initial latents and further draws are keyed by (seed, prompt id, sample): how videos are dealt to ranks and batched, and
 what was made before, changes none. A rank writes a video when it is made; what a killed rank leaves is continued by the
@@ -7,8 +7,6 @@ same command.
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import chain
@@ -23,13 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.checkpoints.run_weights import DTYPES, WEIGHTS, put_into
-from bpgo_video.checkpoints.zero_files import CheckpointError
-from bpgo_video.cli import show_loading_once, tell
-from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.config.command_line import read_settings
 from bpgo_video.data.images import decode_image, fit_image
-from bpgo_video.data.prompt_files import PromptFileError
-from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.data.video import write_video
 from bpgo_video.export.lora_files import load_lora
 from bpgo_video.generation.files import (
@@ -59,7 +51,6 @@ from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Latents, Videos
-from bpgo_video.zero import engine
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 PATIENCE = timedelta(days=1)  # that a rank waits for the slowest one's videos; a rank that dies is noticed at once
@@ -196,24 +187,3 @@ def first_frame(job: Job, call: CallSettings) -> Float[Tensor, "3 height width"]
 def to_picture(image: Float[Tensor, "3 height width"]) -> Image.Image:
     """What the pipelines take."""
     return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of pipelines/generate_video.py; 0 only when every video is there and whole."""
-    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    launcher.add_argument("--local_rank", type=int)  # the launcher's own
-    _, rest = launcher.parse_known_args(arguments)
-    try:
-        settings = read_settings(GenerationSettings, rest)
-    except ConfigError as error:
-        return tell(error)
-    show_loading_once()
-    mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
-    try:
-        manifest = generate(settings, mesh)
-    except (GenerationError, ConfigError, PromptFileError, ShardError, CheckpointError, OSError) as error:
-        return tell(error)  # wrong input; anything else keeps its traceback
-    if mesh.is_main:
-        print(manifest)
-    engine.stop_ranks()
-    return 0

@@ -233,14 +233,14 @@ def _check_anchors(
         if name not in anchors:
             raise ValueError(
                 f"reward {name!r} has no prior anchor, which BPGO compares it with: run "
-                "tools/estimate_priors.py, or set alpha and zeta to 0 for plain GRPO"
+                "bpgo-video priors, or set alpha and zeta to 0 for plain GRPO"
             )
         if not bool(anchors[name].mean.isfinite().all()):
             raise ValueError(f"reward {name!r} has an anchor that is not finite: {anchors[name].mean.tolist()}")
         if not 0 < anchors[name].scale < math.inf:
             raise ValueError(
                 f"reward {name!r} has an anchor of scale {anchors[name].scale}: the reference samples of every "
-                "prompt scored alike; check the reward, then run tools/estimate_priors.py again"
+                "prompt scored alike; check the reward, then run bpgo-video priors again"
             )
 
 

@@ -19,7 +19,7 @@ from bpgo_video.config.learner import PriorConfig
 from bpgo_video.learner.running_priors import RunningReward, per_prompt, started
 from bpgo_video.types import PriorAnchor, PromptBatch
 
-STORED = ("reference", "shrunk")  # what tools/estimate_priors.py measures
+STORED = ("reference", "shrunk")  # what bpgo-video priors measures
 FROM_IMAGES = ("first_frame", "first_frame_centred")  # what asks for the rewards of conditioning images
 RUNNING = ("ema", "global", "first_frame", "first_frame_centred")  # what takes numbers from the run's own rewards
 
@@ -46,7 +46,7 @@ Source = Callable[[PriorConfig, Seen], Mapping[str, PriorAnchor]]
 
 
 def stored(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
-    """What tools/estimate_priors.py measured on the starting policy; for `shrunk`, shrunk as it was loaded."""
+    """What bpgo-video priors measured on the starting policy; for `shrunk`, shrunk as it was loaded."""
     return seen.prompts.priors
 
 

@@ -102,7 +102,7 @@ def alone_in_a_group(ranks: int) -> Iterator[Mesh]:
         yield Mesh(0, 1, device)
         return
     if dist.is_initialized():
-        raise RuntimeError("a plan for sequence groups needs a process of its own; run tools/plan_memory.py")
+        raise RuntimeError("a plan for sequence groups needs a process of its own; run bpgo-video plan")
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         yield Mesh(0, ranks, device, ranks, dist.group.WORLD)

@@ -1,4 +1,4 @@
-"""How does a model score that another machine serves (tools/serve_rewards.py)? By requests that may be sent again.
+"""How does a model score that another machine serves (bpgo-video reward-server)? By requests that may be sent again.
 
 A request has an id, under which the server scores once and keeps the scores: sending it again, after a lost connection
 or a refusal, changes nothing but the time that it takes.

@@ -19,6 +19,7 @@ import torch
 import bpgo_video
 from bpgo_video.code_version import this_code
 from bpgo_video.config.sft import Recipe
+from bpgo_video.config.shipped import ds_config_file
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.image_texts import check_image_stamp
 from bpgo_video.data.shards import PromptShards
@@ -65,7 +66,7 @@ class PolicySession:
 
 def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
     """The DeepSpeed configuration and the shards, checked on this rank against the policy's folder."""
-    ds_config = engines.read_ds_config(config.deepspeed)
+    ds_config = engines.read_ds_config(str(ds_config_file(config.deepspeed)))
     engines.require_supported(ds_config)
     check_backend(config.policy.attention_backend, trains=True)
     folder = resolve_folder(config.policy.folder)

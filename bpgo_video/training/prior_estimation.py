@@ -11,33 +11,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.config.command_line import load_config
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import write_priors
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.unfinished_priors import Found, UnfinishedPriors
 from bpgo_video.parallel.agreement import from_main
-from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_denoiser
-from bpgo_video.training.launch import launched
 from bpgo_video.training.policy_session import sampling_policy
 from bpgo_video.training.session import check_inputs
 from bpgo_video.types import PriorAnchor, PromptBatch, Rewards
 from bpgo_video.zero import engine
 
-PROMPTS_AT_ONCE = 64  # gathered and told together
+PROMPTS_AT_ONCE = 64  # gathered and written together
 
 
 def measured(name: str, scores: Float[Tensor, "prompts samples"], version: str) -> PriorAnchor:
     """The anchor of a reward's scores.
 
     Raises:
-        ConfigError: all samples of every prompt earn the same, so that no deviation could be told from noise.
+        ConfigError: all samples of every prompt earn the same: there is no deviation to scale by.
     """
     try:
         return PriorAnchor.of_samples(scores, version)
@@ -48,7 +45,7 @@ def measured(name: str, scores: Float[Tensor, "prompts samples"], version: str) 
 def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts samples"]]:
     """Scores of the starting policy by reward name, over all prompts of the training split; written by rank 0.
 
-    What an estimation of the same settings found before it was broken off is not sampled again.
+    What an interrupted estimation of the same settings found is not sampled again.
     """
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
     suite = RewardSuite(config.rewards, mesh.device, config.video.fps)
@@ -124,13 +121,3 @@ def store(directory: Path, name: str, anchor: PriorAnchor, policy_hash: str, ids
     path = write_priors(directory, name, anchor.version, anchor.scale, policy_hash, dict(zip(ids, rows, strict=True)))
     mean, samples = float(anchor.mean.mean()), int(anchor.count[0])
     print(f"{path}: {len(ids)} prompts x {samples} samples, mean {mean:.4f}, s_ref {anchor.scale:.4f}")
-
-
-def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """The command line of tools/estimate_priors.py, described by its docstring; it takes the flags of a run."""
-    config = load_config(argv, description)
-    with launched():
-        mesh = engine.start_ranks()
-        with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
-            heartbeat.enter("priors")
-            estimate(config, mesh)

@@ -108,12 +108,12 @@ def check_fit(config: SftConfig, shards: PromptShards) -> None:
         told = "; ".join(f"{name} {shards.video.get(name)!r}, here {expected[name]!r}" for name in differing)
         raise ShardError(
             f"{shards.directory} holds clips of another video or VAE ({told}): set the recipe's `video`, or build "
-            "shards for it with tools/make_video_shards.py build"
+            "shards for it with bpgo-video videos build"
         )
     if takes_images != (set(shards.clip) != {LATENTS}):
         raise ShardError(
             f"{shards.directory} holds {sorted(shards.clip)} of each clip, but {config.policy.folder} makes videos of "
-            f"{'images' if takes_images else 'texts alone'}: build shards for it with tools/make_video_shards.py build"
+            f"{'images' if takes_images else 'texts alone'}: build shards for it with bpgo-video videos build"
         )
     order_of(shards, config.data.split, config.run.seed, config.sft.batch_size)
     if config.evaluation.split is not None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.run import OptimiserConfig
+from bpgo_video.launching import free_port
 from bpgo_video.parallel.mesh import TIMEOUT, Mesh
 from bpgo_video.policies.base import finish_build
 from bpgo_video.policies.model_buffers import model_buffers
@@ -108,20 +109,31 @@ def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
 
 
 def start_ranks(timeout: timedelta = TIMEOUT) -> Mesh:
-    """Join the process group that the launcher describes, or be the only rank where there is none."""
+    """Join the process group that the launcher describes, or be the only rank where there is none.
+
+    Raises:
+        ConfigError: the launcher's port is in use, or this process would train next to others without knowing them.
+    """
     if "RANK" not in os.environ:
         refuse_lone_tasks()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu:
         torch.cuda.set_device(local_rank)
     else:  # without it, init_distributed compiles a shared-memory operator that nothing here needs
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} is in use by another process of {socket.gethostname()}, and rank 0 must "
+            "listen on it; pass a free one to the launcher (deepspeed --master_port N), or start ranks with "
+            "bpgo-video ... --ranks N, which finds one"
+        ) from error
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Mesh(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), device=device)
 

@@ -49,7 +49,11 @@ def test_a_recipe_says_of_which_kind_it_is_and_has_flags_of_its_own() -> None:
         ("recipe", "--optim.learning-rate -1", "optim.learning_rate: Input should be greater than 0 (given: -1.0)"),
         ("recipe", "--optim.betas 0.5 2", "optim.betas.1: Input should be less than or equal to 1 (given: 2.0)"),
         ("recipe", "--optim.updates-per-rollout 99", "each update needs one of its own"),
-        ("nowhere.yaml", "", "'nowhere.yaml' does not exist; recipes are in pipelines/configs/"),
+        (
+            "nowhere.yaml",
+            "",
+            "recipe 'nowhere.yaml' is neither a file nor a shipped recipe; `bpgo-video recipes` lists",
+        ),
         ("sft", "", f"{SFT} is a recipe of kind 'sft'; this command takes recipes of kind 'bpgo'"),
     ],
 )

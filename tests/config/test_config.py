@@ -11,6 +11,7 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import config_from_dict, read_recipe, read_yaml, to_yaml
 from bpgo_video.config.rules import check_world
 from bpgo_video.config.sft import check_sft_world
+from bpgo_video.config.shipped import ds_config_file
 from bpgo_video.zero.engine import read_ds_config
 from tests.made.recipes import RECIPE, ROOT
 
@@ -23,7 +24,7 @@ def tree() -> dict:
 def test_every_shipped_recipe_is_read_and_survives_a_round_trip(path: Path) -> None:
     config = read_recipe(path)
     assert config_from_dict(yaml.safe_load(to_yaml(config))) == config
-    read_ds_config(str(ROOT / config.deepspeed))
+    read_ds_config(str(ds_config_file(config.deepspeed)))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,10 @@ def test_a_recipe_changes_its_base_key_by_key(tmp_path: Path) -> None:
 def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("base: second.yaml\n")
-    with pytest.raises(ConfigError, match=r"second\.yaml', which .*first\.yaml names as its base, does not exist"):
+    with pytest.raises(
+        ConfigError,
+        match=r"first\.yaml: base 'second\.yaml' is neither a file nor a shipped recipe",
+    ):
         read_yaml(first)
     second.write_text("base: first.yaml\n")
     with pytest.raises(ConfigError, match=r"first\.yaml is its own base, by way of .*first\.yaml -> .*second\.yaml"):

@@ -121,7 +121,7 @@ def help_of(tool: ModuleType, capsys) -> str:
 def test_help_speaks_of_what_the_shards_hold(tool, capsys) -> None:
     shown = help_of(tool, capsys)
     for words in (
-        "where none is given beside a prompt (empty)",
+        "for prompts without one of their own (empty)",
         "longer prompts are mistakes",
         "a prompt that cannot be used: end the build, or leave it out and list it in skipped.jsonl (stop)",
         "(512, Wan's own; 128 LTX-Video, 226 CogVideoX, 256 HunyuanVideo and Mochi)",

@@ -203,7 +203,7 @@ def test_a_batch_larger_than_its_split_names_both_numbers(directory: Path) -> No
 
 
 def test_missing_things_say_what_to_do(directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"nowhere do not exist; make them with tools/make_prompt_shards.py build"):
+    with pytest.raises(ShardError, match=r"nowhere do not exist; make them with bpgo-video prompts build"):
         PromptShards(tmp_path / "nowhere")
     (directory / "prompts-000001.tar").rename(tmp_path / "away")
     with pytest.raises(ShardError, match=r"prompts-000001.tar is missing"):
@@ -345,7 +345,7 @@ def test_priors_come_back_with_the_batch(directory: Path) -> None:
 
 
 def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) -> None:
-    command = r"run: python tools/estimate_priors.py --config recipe.yaml"
+    command = r"run: bpgo-video priors --config recipe.yaml"
     with pytest.raises(PriorError, match=rf"clip.json is missing; {command}"):
         load_priors(directory, {"clip": "v1"}, "recipe.yaml")
     write_priors(directory, "clip", "v1", 0.25, "policyhash", {1003: (0.0, 0.0, 0)})

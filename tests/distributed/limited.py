@@ -6,8 +6,8 @@ import os
 import resource
 import signal
 
+from bpgo_video.commands.train import main
 from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.training.command import main
 
 ROOM = 200_000  # bytes of a file: more than any log has, less than a part of a checkpoint
 enter = Heartbeat.enter

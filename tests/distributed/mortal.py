@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+from bpgo_video.commands.train import main
 from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.training.command import main
 
 enter = Heartbeat.enter
 

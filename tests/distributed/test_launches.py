@@ -1,9 +1,11 @@
-"""What happens under the launcher itself: the two commands, a NaN on one rank, a mistake in the command line."""
+"""Under the launcher itself: the commands, a NaN on one rank, a mistake in the command line, a port in use."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -21,14 +23,17 @@ from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, wit
 pytestmark = pytest.mark.slow
 
 
-def launch(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`deepspeed --num_accelerators 2`, from the clone."""
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
-    command = [*launcher, "--master_port", str(free_port()), *arguments]
+def run(command: list[str], folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def launch(*arguments: str, port: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`deepspeed --num_accelerators 2`, from the clone."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
+    return run([*launcher, "--master_port", str(port or free_port()), *arguments])
 
 
 def recipe_file(config: Config, path: Path) -> str:
@@ -83,7 +88,7 @@ def test_priors_then_training_from_the_command_line(tmp_path: Path, shards: Path
     recipe = recipe_file(without_evaluation(config), tmp_path / "recipe.yaml")
     first = launch("pipelines/train_video.py", "--config", recipe)
     assert first.returncode != 0
-    assert "tools/estimate_priors.py" in first.stderr
+    assert "bpgo-video priors --config" in first.stderr
     assert not (tmp_path / "run").exists(), "nothing is written before the input is known to be good"
     measured = launch("tools/estimate_priors.py", "--config", recipe)
     assert measured.returncode == 0, measured.stderr[-3000:]
@@ -106,6 +111,32 @@ def test_plain_python_is_one_rank(tmp_path: Path, shards: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_console_starts_ranks_anywhere_and_returns_their_exit_code(tmp_path: Path, shards: Path) -> None:
+    config = without_evaluation(small_recipe(tmp_path / "run", shards))
+    recipe = recipe_file(config, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "bpgo_video", "train", "--ranks", "2", "--config", recipe]
+    trained = run(command, tmp_path)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    layout = json.loads((tmp_path / "run" / "checkpoints" / "step-000001" / "layout.json").read_text())
+    assert layout["world_size"] == 2
+    again = run(command, tmp_path)
+    assert again.returncode == 2
+    assert "--run.resume auto" in again.stderr
+
+
+def test_a_launch_on_a_port_in_use_ends_with_the_way_out(tmp_path: Path, shards: Path) -> None:
+    config = without_evaluation(small_recipe(tmp_path / "run", shards))
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        recipe = recipe_file(config, tmp_path / "recipe.yaml")
+        result = launch("pipelines/train_video.py", "--config", recipe, port=port)
+    assert result.returncode == 2
+    assert f"error: port {port} is in use by another process" in result.stderr
+    assert "deepspeed --master_port N" in result.stderr
 
 
 def test_the_doctor_tells_a_healthy_recipe_from_a_blind_reward(tmp_path: Path, shards: Path) -> None:

@@ -17,6 +17,7 @@ from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, wit
 
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
 TRAIN = "pipelines/train_video.py"
+MODULE = ["--module", "bpgo_video.train"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), "GLOO_SOCKET_IFNAME": INTERFACE}
 SECONDS = 240  # for a launch; a good one takes 30, and one that hangs would take the half hour of torch's timeout
 
@@ -43,16 +44,16 @@ def over_ssh(hosts: TwoHosts, recipe: str, *flags: str) -> Finished:
 
 
 def on_each(hosts: TwoHosts, recipe: str, *flags: str) -> list[Finished]:
-    """A launcher on each host, as a cluster's own job starter does."""
+    """A launcher of the module on each host, as a cluster's own job starter does."""
     start = [DEEPSPEED, "--hostfile", str(hosts.hostfile), "--no_ssh", "--master_addr", ADDRESSES[0]]
-    commands = [[*start, "--node_rank", str(rank), TRAIN, "--config", recipe, *flags] for rank in range(len(NAMES))]
+    commands = [[*start, "--node_rank", str(rank), *MODULE, "--config", recipe, *flags] for rank in range(len(NAMES))]
     return hosts.run(*commands, timeout=SECONDS, **ENVIRONMENT)
 
 
 def short_run(run_dir: Path, shards: Path, **sections: dict[str, Any]) -> Config:
     """Three steps under ZeRO-3 with evaluation, checkpoints of which the first is not the last, and an export."""
     config = small_recipe(run_dir, shards, run={"num_steps": 3, "save_every": 2}, **sections)
-    assert config.deepspeed == "ds_configs/zero3.json"
+    assert config.deepspeed == "zero3"
     return config
 
 

@@ -85,7 +85,7 @@ def test_the_command_prints_a_table_and_writes_json(
     assert main([*command, "--policy", "no/such/folder"]) == 1
     assert "model folder 'no/such/folder' does not exist" in capsys.readouterr().err
     assert main(["heldout", "--config", str(tmp_path / "none.yaml")]) == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert "none.yaml' is neither a file nor a shipped recipe" in capsys.readouterr().err
 
 
 def test_a_recipe_without_heldout_rewards_is_an_error(recipe_here: Config) -> None:

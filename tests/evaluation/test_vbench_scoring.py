@@ -369,7 +369,7 @@ def test_the_help_of_layout_lists_every_flag_of_a_generation(capsys: pytest.Capt
     assert shown.count("(required unless --check)") == 2
     own = {"policy", "prompts", "output", "seed", "samples_per_prompt", "fps", "split"}
     others = {field.name for field in fields(GenerationSettings)} - own
-    told = shown[shown.index("The flags of pipelines/generate_video.py hold") :]
+    told = shown[shown.index("The flags of bpgo-video generate hold") :]
     assert {f"--{name.replace('_', '-')}" for name in others} == set(re.findall(r"--[\w-]+", told.partition(":")[2]))
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from bpgo_video.checkpoints.run_weights import find_source
 from bpgo_video.checkpoints.zero_files import CheckpointError
+from bpgo_video.commands.convert import main
 from bpgo_video.config.bpgo import LoraConfig
-from bpgo_video.export.conversion import Conversion, convert, main, verify_comfyui
+from bpgo_video.export.conversion import Conversion, convert, verify_comfyui
 from bpgo_video.export.single_file import write_single_file
 from bpgo_video.policies.original_names import original_names
 from tests.export.test_conversion import LORA, WEIGHTS, adapted_run, converted, trained_weights, write_run

@@ -24,10 +24,11 @@ from bpgo_video.checkpoints.run_weights import find_source
 from bpgo_video.checkpoints.universal import verify_universal
 from bpgo_video.checkpoints.zero_files import CheckpointError
 from bpgo_video.code_version import this_code
+from bpgo_video.commands.convert import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.export.conversion import Conversion, convert, main, verify_diffusers, verify_lora
+from bpgo_video.export.conversion import Conversion, convert, verify_diffusers, verify_lora
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
 from bpgo_video.policies.transformers import Transformers
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan

@@ -13,12 +13,13 @@ from diffusers import WanPipeline
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from bpgo_video.commands.generate import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import read_video
 from bpgo_video.generation import generate as generation
 from bpgo_video.generation.files import Job
-from bpgo_video.generation.generate import generate, initial_latents, load_pipeline, main, plan, read_records, sample
+from bpgo_video.generation.generate import generate, initial_latents, load_pipeline, plan, read_records, sample
 from bpgo_video.generation.settings import CallSettings, GenerationSettings, find_model, resolve
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora

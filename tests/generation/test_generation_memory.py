@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bpgo_video.commands.generate import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.generation import generate as generation
-from bpgo_video.generation.generate import load_pipeline, main, plan, read_records, sample
+from bpgo_video.generation.generate import load_pipeline, plan, read_records, sample
 from bpgo_video.generation.memory import OFFLOADS, Means, apply, check_offload, means_of
 from bpgo_video.generation.plan import describe
 from bpgo_video.generation.settings import GenerationError, GenerationSettings, find_model, resolve

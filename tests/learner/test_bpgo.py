@@ -485,7 +485,7 @@ def test_the_standardised_form_is_finite_on_any_scale(value):
 
 def test_errors_name_the_reward():
     rewards, weights = {"clip": torch.tensor([[0.0, 1.0]])}, {"clip": 1.0}
-    with pytest.raises(ValueError, match=r"'clip' has no prior anchor.*estimate_priors"):
+    with pytest.raises(ValueError, match=r"'clip' has no prior anchor.*bpgo-video priors"):
         step_advantages(rewards, {}, weights, BPGOSettings())
     with pytest.raises(ValueError, match=r"'clip'.*scale 0"):
         step_advantages(rewards, {"clip": anchor([0.0], 0.0)}, weights, BPGOSettings())

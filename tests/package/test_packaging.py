@@ -1,18 +1,24 @@
-"""The wheel carries everything that a user needs: installed alone, it loads the embedded policy and rewards."""
+"""The wheel carries everything that a user needs: installed alone, it builds shards and trains from the console."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from bpgo_video.config.shipped import RECIPES, shipped
+from bpgo_video.reports.metrics import read_metrics
 from tests.made.recipes import ROOT
 
 PROGRAM = """
 import sys
+from importlib.resources import files
 from pathlib import Path
 import bpgo_video
 assert Path(bpgo_video.__file__).is_relative_to(Path(sys.prefix)), bpgo_video.__file__
@@ -24,34 +30,78 @@ embeddings = policy.encode(["a red circle moving left"])["prompt_embeds"]
 assert embeddings.abs().sum() > 0
 ClipScore("package:bpgo_video.tiny/weights/clip")
 LearnedMotion("package:bpgo_video.tiny/weights/motion")
-prompts = Path(bpgo_video.__file__).parent / "tiny" / "prompts.jsonl"
-print(len(prompts.read_text().splitlines()), sum(p.numel() for p in policy.transformers["transformer"].parameters()))
+assert files("bpgo_video.recipes").joinpath("tiny_wan_bpgo.yaml").is_file()
+print(files("bpgo_video.tiny").joinpath("prompts.jsonl"))
+print(sum(p.numel() for p in policy.transformers["transformer"].parameters()))
 """
+TWO_SMALL_STEPS = [
+    *("--run.num-steps", "2", "--rollout.prompts-per-step", "2"),
+    *("--prior.kind", "constant", "--prior.mean", "0.1", "--prior.scale", "0.1"),
+    *("--evaluation.samples-per-prompt", "1", "--evaluation.num-steps", "2", "--evaluation.videos", "1"),
+]
+
+
+def run(command: Sequence[str | Path], folder: Path) -> str:
+    """What a command prints in a folder that sees no checkout."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK")}
+    words = list(map(str, command))
+    result = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, which is built from the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, cwd=folder)
+    run([sys.executable, "-m", "build", "--outdir", folder, ROOT], folder)
     return next(folder.glob("*.whl"))
 
 
-def test_the_wheel_works_in_an_empty_environment_outside_the_clone(wheel: Path, tmp_path: Path) -> None:
-    """The dependencies come from this environment's folder; the package itself only from the wheel."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
-    subprocess.run(install, check=True, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def binaries(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bin/ of an environment with the wheel; its dependencies come from this environment's folder."""
+    venv = tmp_path_factory.mktemp("installed") / "venv"
+    run([sys.executable, "-m", "venv", "--without-pip", venv], venv.parent)
+    run([sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--no-deps", wheel], venv)
+    site = next((venv / "lib").glob("python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    result = subprocess.run(
-        [str(python), "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    prompts, parameters = map(int, result.stdout.split()[-2:])
-    assert prompts == 96
-    assert parameters > 500_000
+    return venv / "bin"
+
+
+def test_wheel_and_sdist_hold_the_package_and_nothing_else(wheel: Path) -> None:
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    kept = {
+        Path(folder, name).relative_to(ROOT).as_posix()
+        for folder, _, names in os.walk(ROOT / "bpgo_video", followlinks=True)
+        for name in names
+        if "__pycache__" not in folder
+    }
+    assert held == kept
+    assert "bpgo_video/py.typed" in held
+
+
+def test_the_wheel_works_in_an_empty_environment_outside_the_clone(binaries: Path, tmp_path: Path) -> None:
+    prompts, parameters = run([binaries / "python", "-c", PROGRAM], tmp_path).splitlines()[-2:]
+    assert len(Path(prompts).read_text().splitlines()) == 96
+    assert int(parameters) > 500_000
+
+
+def test_from_the_wheel_alone_the_console_builds_shards_and_trains(binaries: Path, tmp_path: Path) -> None:
+    console = binaries / "bpgo-video"
+    listed = run([console, "recipes"], tmp_path)
+    assert all(name in listed for name in shipped(RECIPES))
+    texts = ["a red circle moving left", "a blue square moving up", "a red object", "a green triangle moving right"]
+    lines = [f'{{"prompt": "{text}"}}\n' for text in texts] + ['{"prompt": "a shape", "split": "heldout"}\n']
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    policy = ["--policy", "package:bpgo_video.tiny/weights/wan", "--max-sequence-length", "16"]
+    run([console, "prompts", "build", "--input", "prompts.jsonl", "--output", "runs/demo-prompts", *policy], tmp_path)
+    run([console, "train", "--config", "tiny_wan_bpgo", *TWO_SMALL_STEPS], tmp_path)
+    assert [record["step"] for record in read_metrics(tmp_path / "runs" / "demo" / "metrics.jsonl")] == [0, 1]
+    for name in ("checkpoints/step-000002", "export/model_index.json", "report.html"):
+        assert (tmp_path / "runs" / "demo" / name).exists(), name
 
 
 def test_embedded_weights_stay_small() -> None:

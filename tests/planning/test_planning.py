@@ -12,10 +12,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+from bpgo_video.commands import plan as command
 from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, PolicyConfig, VideoConfig
 from bpgo_video.config.command_line import load_recipe
 from bpgo_video.config.reading import config_from_dict
-from bpgo_video.planning import advice, command, rehearsal
+from bpgo_video.planning import advice, rehearsal
 from bpgo_video.planning.allocations import Allocations
 from bpgo_video.planning.dry_run import dry_run
 from bpgo_video.planning.inputs import INPUTS, Batch, arguments

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bpgo_video.config.reading import read_yaml
+from bpgo_video.config.shipped import ds_config_file
 from bpgo_video.parallel.sequence import check_heads
 from bpgo_video.planning.dry_run import dry_run
 from bpgo_video.planning.models import find_model
@@ -35,7 +36,8 @@ def job_of(path: Path) -> tuple[Job, int]:
     assert numbers is not None
     config, gigabytes = read_yaml(path), int(numbers["gigabytes"])
     model = find_model(config.policy.folder)
-    job = Job(config, read_ds_config(str(ROOT / config.deepspeed)), int(numbers["gpus"]), model, gigabytes=gigabytes)
+    ds_config = read_ds_config(str(ds_config_file(config.deepspeed)))
+    job = Job(config, ds_config, int(numbers["gpus"]), model, gigabytes=gigabytes)
     return job, gigabytes
 
 

@@ -55,7 +55,7 @@ def test_a_missing_model_folder_is_named(config: Config) -> None:
 
 def test_missing_shards_name_the_tool(config: Config) -> None:
     config = replace(config, data=replace(config.data, shards="nowhere"))
-    with pytest.raises(ShardError, match=r"nowhere.*make_prompt_shards\.py"):
+    with pytest.raises(ShardError, match=r"nowhere.*bpgo-video prompts build"):
         session.check_inputs(config, MESH)
 
 
@@ -71,7 +71,7 @@ def test_a_truncated_shard_is_named(config: Config, shards: Path, tmp_path: Path
 
 def test_a_missing_prior_names_the_command(config: Config) -> None:
     config = replace(config, prior=replace(config.prior, kind="reference"))
-    with pytest.raises(PriorError, match=r"tools/estimate_priors\.py --config"):
+    with pytest.raises(PriorError, match=r"bpgo-video priors --config"):
         session.check_inputs(config, MESH)
 
 

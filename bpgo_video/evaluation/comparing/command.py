@@ -1,4 +1,4 @@
-"""tools/evaluate.py compare: several models in, a verdict, comparison.json and report.html out."""
+"""`bpgo-video evaluate compare`: several models in, a verdict, comparison.json and report.html out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bpgo_video.cli import positive, show_loading_once
+from bpgo_video.cli import add_ranks, positive, show_loading_once
 
 if TYPE_CHECKING:  # heavy, and --help needs neither
     from bpgo_video.evaluation.comparing.measuring import Asked, Found
@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # heavy, and --help needs neither
 def add_compare(command: argparse.ArgumentParser) -> None:
     """The flags of the subcommand."""
     add = command.add_argument
-    add("--local_rank", type=int, help=argparse.SUPPRESS)
     add(
         "models",
         nargs="+",
@@ -43,6 +42,7 @@ def add_compare(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="S", help="of the noise (the recipe's run.seed)")
     add("--weights", choices=["raw", "ema"], default="raw", help="of checkpoints: themselves, or their average (raw)")
     add("--shown", type=positive, default=24, metavar="N", help="prompts with videos in the report (24)")
+    add_ranks(command)
     command.set_defaults(run=run_compare)
 
 

@@ -1,4 +1,4 @@
-"""What does tools/evaluate.py offer for VBench? Its subcommands layout, score, vbench and total."""
+"""VBench in `bpgo-video evaluate`: the subcommands layout, score, vbench and total."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from bpgo_video.cli import Parser, device, positive, show_loading_once
+from bpgo_video.cli import Parser, add_ranks, device, positive, show_loading_once
 
 if TYPE_CHECKING:  # heavy, and --help needs neither
     import torch
@@ -55,10 +55,9 @@ def add_layout(command: Parser) -> None:
     add, command.more_help = command.add_argument, generation_flags
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.description = (
-        "Generate a suite into DIR as {prompt}-{i}.mp4, on several ranks by the deepspeed launcher. The same command\n"
-        "goes on where it was cut short; its exit code is 0 when every video is there and whole."
+        "Generate a suite into DIR as {prompt}-{i}.mp4, on several ranks with --ranks or a launcher. The same command\n"
+        "continues where it was interrupted; its exit code is 0 when every video is there and whole."
     )
-    add("--local_rank", type=int, help=argparse.SUPPRESS)
     model = "a pipeline folder, a checkpoint, or a run for its newest one (required unless --check)"
     add("--policy", metavar="FOLDER|RUN", help=model)
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the videos; the manifest lies beside it")
@@ -67,6 +66,7 @@ def add_layout(command: Parser) -> None:
     add("--check", action="store_true", help="make nothing: decode every video of DIR and name what is wrong with it")
     add_suite(command, required=True)
     add_videos(command)
+    add_ranks(command)
     command.set_defaults(run=layout, more=[])
 
 
@@ -75,7 +75,7 @@ def generation_flags() -> str:
     from bpgo_video.generation.settings import GenerationSettings
 
     flags = [f"--{field.name.replace('_', '-')}" for field in fields(GenerationSettings) if field.name not in OWN]
-    told = "The flags of pipelines/generate_video.py hold, but for --prompts and --samples-per-prompt, the suite's"
+    told = "The flags of bpgo-video generate hold, but for --prompts and --samples-per-prompt, the suite's"
     return fill(f"{told}: {', '.join(flags)}.", width=100, break_on_hyphens=False)
 
 
@@ -96,7 +96,7 @@ def check_layout(args: argparse.Namespace) -> None:
 
 
 def generate_layout(args: argparse.Namespace) -> None:
-    """Settings are read as pipelines/generate_video.py reads them, before the ranks meet; files when all can fail."""
+    """Settings are read as `bpgo-video generate` reads them, before the ranks meet; files when all can fail."""
     from bpgo_video.config.command_line import read_settings
     from bpgo_video.evaluation.vbench.layout import lay_out, read_told
     from bpgo_video.evaluation.vbench.suite import read_suite
@@ -108,7 +108,7 @@ def generate_layout(args: argparse.Namespace) -> None:
     given = {"policy": args.policy, "seed": args.seed, "output": args.output, "prompts": args.suite,
              "samples-per-prompt": args.samples, "fps": args.fps}  # fmt: skip
     flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
-    settings = read_settings(GenerationSettings, [*flags, *args.more], prog="evaluate.py layout")
+    settings = read_settings(GenerationSettings, [*flags, *args.more], prog="bpgo-video evaluate layout")
     show_loading_once()
     mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
     with same_verdict(mesh):
@@ -125,9 +125,8 @@ def add_score(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Measure dimensions by VBench's formulas. Every result is labelled: exact (VBench's numbers, no network), "
         "native (VBench's formula and network) or proxy. Without --suite every video of DIR is measured. On several "
-        "ranks by the deepspeed launcher; the same command goes on where it was broken off."
+        "ranks with --ranks or a launcher; the same command continues where it was interrupted."
     )
-    add("--local_rank", type=int, help=argparse.SUPPRESS)
     add("--videos", type=Path, required=True, metavar="DIR")
     add("--dimensions", nargs="+", required=True, metavar="D")
     add("--output", type=Path, required=True, metavar="FILE.json", help="VBench's result form, with labels")
@@ -137,6 +136,7 @@ def add_score(command: argparse.ArgumentParser) -> None:
     add("--device", type=device, help="of torch (cuda where there is one; of several ranks each its own)")
     add_suite(command)
     add_videos(command)
+    add_ranks(command)
     command.set_defaults(run=score)
 
 
@@ -194,9 +194,8 @@ def add_vbench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     command.description = (
         "Measure by VBench's own code: one process a dimension, checked results, real exit codes. "
-        "On several ranks by the deepspeed launcher each takes its share of the dimensions."
+        "On several ranks, with --ranks or a launcher, each takes its share of the dimensions."
     )
-    add("--local_rank", type=int, help=argparse.SUPPRESS)
     add("--python", required=True, metavar="PYTHON", help="an interpreter with the package vbench")
     add("--videos", type=Path, required=True, metavar="DIR")
     add(
@@ -215,6 +214,7 @@ def add_vbench(command: argparse.ArgumentParser) -> None:
     )
     add("--local", action="store_true", help="VBench's option: only weights that are downloaded already")
     add_suite(command)
+    add_ranks(command)
     command.set_defaults(run=vbench)
 
 

@@ -1,4 +1,4 @@
-"""Which dimensions are measured here? VBench's by name; the others need its own package (tools/evaluate.py vbench)."""
+"""The dimensions that are measured here, VBench's by name; others need its own package (bpgo-video evaluate vbench)."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def find_dimension(name: str) -> Dimension:
     if name in DIMENSIONS:
         return DIMENSIONS[name]
     if any(name in benchmark.dimensions for benchmark in BENCHMARKS.values()):
-        raise DimensionError(f"{name} is measured by VBench's own package alone: tools/evaluate.py vbench")
+        raise DimensionError(f"{name} is measured by VBench's own package alone: bpgo-video evaluate vbench")
     raise DimensionError(f"there is no dimension {name!r}; known are {', '.join(DIMENSIONS)}")

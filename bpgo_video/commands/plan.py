@@ -1,10 +1,18 @@
-"""The command line of tools/plan_memory.py: a recipe, or a model and a size, onto GPUs of some sizes."""
+"""Compute the memory of a recipe on each rank before you request a GPU, and what to change where it does not fit.
+
+    bpgo-video plan --config wan21_1.3b_480p_8x80gb --gpus 8 --gigabytes 80
+    bpgo-video plan --model wan2.1-t2v-14b --size 480x832x81 --gpus 32 --sequence 4
+
+Reads no weights and needs no GPU; `bpgo-video doctor` then measures a step on the GPUs themselves. Exit code 0 if the
+job fits on a GPU of one of the given sizes, 1 if it fits on none, 2 if the recipe or a flag is wrong.
+"""
 
 from __future__ import annotations
 
 import argparse
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +22,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpgo_video.cli import above_zero, not_negative, positive, tell
+from bpgo_video.cli import above_zero, not_negative, positive, shown_as, tell
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.command_line import load_config
 from bpgo_video.config.reading import config_from_dict
+from bpgo_video.config.shipped import ds_config_file
 from bpgo_video.planning.advice import Advice, advise
 from bpgo_video.planning.dry_run import dry_run
 from bpgo_video.planning.models import find_model
@@ -52,7 +61,7 @@ MODEL_FLAGS = {
     "prompts": ModelFlag("--rollout.prompts-per-step {}", "a step (as many as fill the ranks once)", None, COUNT),
     "group-size": ModelFlag("--rollout.group-size {}", "samples of a prompt, G (8)", 8, COUNT),
     "micro-batch": ModelFlag("--rollout.micro-batch-size {}", "samples of a rank at once (1)", 1, COUNT),
-    "zero": ModelFlag("--deepspeed ds_configs/zero{}.json", "stage (3)", 3, {"type": int, "choices": (1, 2, 3)}),
+    "zero": ModelFlag("--deepspeed zero{}", "stage (3)", 3, {"type": int, "choices": (1, 2, 3)}),
     "sequence": ModelFlag("--parallel.sequence {}", "ranks that share a sample's tokens (1)", 1, COUNT),
     "lora-rank": ModelFlag("--policy.lora.rank {}", "0 trains all weights (0)", 0, {"type": int, "metavar": "R"}),
     "offload": ModelFlag(
@@ -67,10 +76,9 @@ MODEL_FLAGS = {
 }
 
 
-def parser(description: str | None = None) -> argparse.ArgumentParser:
+def parser(script: str | None = None) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        prog="tools/plan_memory.py",
-        description=description,
+        **shown_as("plan", __doc__, script),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -112,7 +120,8 @@ def job_of(arguments: argparse.Namespace, flags: Sequence[str]) -> Job:
             instead = MODEL_FLAGS[name].recipe.format(value)
             raise ConfigError(f"--{name} is a flag of --model; with a recipe say {instead}")
         config = load_config(["--config", str(arguments.config), *flags])
-        return Job(config, read_ds_config(config.deepspeed), model=find_model(config.policy.folder), **shared)
+        ds_config = read_ds_config(str(ds_config_file(config.deepspeed)))
+        return Job(config, ds_config, model=find_model(config.policy.folder), **shared)
     if flags:
         raise ConfigError(f"{flags} are flags of a recipe, and --model takes none; see --help")
     recipe = config_from_dict(recipe_of(arguments), "command line")
@@ -212,9 +221,9 @@ def _advised(advice: Advice) -> str:
     return f"   change first: {'; '.join(advice.changes)}. {verdict} ({advice.peak / GB:.1f} GB)"
 
 
-def main(argv: Sequence[str] | None = None, description: str | None = None) -> int:
-    """0 where the job fits on one of the sizes asked for, 1 where it fits on none, 2 where it is wrong."""
-    arguments, flags = parser(description).parse_known_args(argv)
+def main(argv: Sequence[str] | None = None, script: str | None = None) -> int:
+    """0 if the job fits on one of the sizes, 1 if it fits on none, 2 if it is wrong."""
+    arguments, flags = parser(script).parse_known_args(argv)
     try:
         job = job_of(arguments, flags)
         plan = reckon(job)
@@ -227,3 +236,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> i
     else:
         print(as_text(job, plan, arguments.gigabytes, advice))
     return 1 if len(short) == len(arguments.gigabytes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Generate videos with a policy: a base model, an export, a checkpoint or a run, with or without LoRA adapters.
+
+    bpgo-video generate --policy runs/demo/export --prompts prompts.txt --output videos --seed 0
+    bpgo-video generate --policy runs/demo --prompts runs/demo-prompts --output videos --seed 0 --ranks 2
+
+Prompts in, mp4 files and a manifest out; videos that exist already are skipped. Exit code 0 only when every video is
+there and whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from bpgo_video.checkpoints.zero_files import CheckpointError
+from bpgo_video.cli import on_ranks, show_loading_once, shown_as, tell
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.command_line import read_settings
+from bpgo_video.data.prompt_files import PromptFileError
+from bpgo_video.data.prompt_records import ShardError
+from bpgo_video.generation.generate import ALONE, PATIENCE, generate
+from bpgo_video.generation.settings import GenerationError, GenerationSettings
+from bpgo_video.zero import engine
+
+
+def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:
+    words = on_ranks("bpgo_video.commands.generate", arguments)
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--local_rank", type=int)  # the launcher's own
+    _, rest = launcher.parse_known_args(words)
+    try:
+        settings = read_settings(GenerationSettings, rest, **shown_as("generate", __doc__, script, ranks=True))
+        show_loading_once()
+        mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
+        manifest = generate(settings, mesh)
+    except (GenerationError, ConfigError, PromptFileError, ShardError, CheckpointError, OSError) as error:
+        return tell(error)  # wrong input; anything else keeps its traceback
+    if mesh.is_main:
+        print(manifest)
+    engine.stop_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
