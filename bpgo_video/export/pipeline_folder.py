@@ -51,11 +51,14 @@ def write_pipeline(
     """A copy of the pipeline folder `base` in which the `trained` components have these weights; replaces `output`."""
     partial = output.with_name(f"partial-{output.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(base, partial, ignore=shutil.ignore_patterns(f"{WEIGHTS_NAME}*", ".cache", ".git*"))
+    others = shutil.ignore_patterns(f"{WEIGHTS_NAME}*", ".cache", ".git*")
+    shutil.copytree(base, partial, ignore=others, copy_function=shutil.copyfile)
+    for folder in (partial, *partial.rglob("*/")):
+        folder.chmod(folder.stat().st_mode | 0o700)  # those of a shared store may be read-only
     for component in base.iterdir():  # other components keep their weights; only ours change
         if component.is_dir() and component.name not in trained:
             for weights in component.glob(f"{WEIGHTS_NAME}*"):
-                shutil.copy2(weights, partial / component.name)
+                shutil.copyfile(weights, partial / component.name / weights.name)
     for name, tensors in trained.items():
         write_weights(tensors, partial / name, shard_bytes)
     write_card(card, partial)
@@ -72,7 +75,7 @@ def write_transformers(
         for name, tensors in trained.items():
             part = folder / name if len(trained) > 1 else folder
             part.mkdir(exist_ok=True)
-            shutil.copy2(base / name / "config.json", part)
+            shutil.copyfile(base / name / "config.json", part / "config.json")
             write_weights(tensors, part, shard_bytes)
         write_card(card, folder)
 

@@ -78,8 +78,9 @@ def check_shared(run_dir: Path, mesh: Mesh, patience: float = PATIENCE) -> None:
                     f"run.dir {str(run_dir)!r} is not the folder that rank 0 has under this name: every rank writes "
                     "its part of a checkpoint there; put it on storage that all nodes share, with --run.dir"
                 )
-            if not os.access(run_dir, os.W_OK):
-                raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written to; every rank must write there")
+            own = token.with_name(f"{token.name}-{mesh.rank}")
+            make(own)  # a file system's server may refuse what the mode of the folder allows
+            own.unlink()
     except ConfigError:
         if mesh.is_main:
             with suppress(OSError):  # not there, not empty, or not to be written to
@@ -98,7 +99,7 @@ def make(token: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"run.dir {str(token.parent)!r} cannot be written to ({error.strerror}: {error.filename}); "
-            "name another folder with --run.dir"
+            "every rank must write there, or name another folder with --run.dir"
         ) from error
 
 
