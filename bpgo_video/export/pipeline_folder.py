@@ -9,10 +9,9 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bpgo_video.data.atomic import new_folder
+from bpgo_video.data.atomic import new_folder, save_tensors
 from bpgo_video.export.model_card import CardFacts, write_card
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
@@ -85,7 +84,7 @@ def write_weights(tensors: Tensors, folder: Path, shard_bytes: int = SHARD_BYTES
     written: list[list[str]] = []
     total = 0
     for shard in _shards(tensors, shard_bytes):
-        save_file(shard, folder / f"part-{len(written)}.safetensors", metadata={"format": "pt"})
+        save_tensors(shard, folder / f"part-{len(written)}.safetensors", metadata={"format": "pt"})
         written.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     names = (
