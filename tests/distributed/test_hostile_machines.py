@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,18 +73,18 @@ def offline(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def open_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that anybody may write to, with a recipe and shards whose held-out prompt is not ASCII."""
+def open_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that anybody may reach and write to, with a recipe and shards whose held-out prompt is not ASCII."""
     monkeypatch.setattr(recipes, "PROMPTS", {**recipes.PROMPTS, "heldout": [PROMPT]})
-    folder = tmp_path / "é folder"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="é folder "))
     folder.chmod(0o777)
     evaluation = {"samples_per_prompt": 1, "num_steps": 2}
     config = small_recipe(folder / "run", make_shards(tmp_path / "p r o m p t s"), evaluation=evaluation)
     heldout = {"still": RewardConfig(model="temporal_flickering")}  # the oracle reads captions of its world alone
     config = replace(config, evaluation=replace(config.evaluation, rewards=heldout))
     (folder / "recipe.yaml").write_text(to_yaml(config), "utf-8")
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 def check(result: subprocess.CompletedProcess[bytes], run: Path, mode: int) -> None:
