@@ -46,7 +46,7 @@ def test_the_wheel_works_in_an_empty_environment_outside_the_clone(wheel: Path, 
     subprocess.run(install, check=True, cwd=tmp_path)
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     result = subprocess.run(
-        [str(python), "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        [str(python), "-I", "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
     prompts, parameters = map(int, result.stdout.split()[-2:])
