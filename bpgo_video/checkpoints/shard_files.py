@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bpgo_video.checkpoints.checkpoint import CheckpointError
+from bpgo_video.data.atomic import save_tensors
 from bpgo_video.zero.master_weights import Shard
 
 
@@ -105,7 +105,7 @@ class SavedShards:
 def save_shards(shards: Sequence[Shard], folder: Path, kind: str, rank: int, **notes: str) -> None:
     """Write a rank's shards into a folder."""
     header = {shard.name: {"start": shard.start, "shape": shard.shape} for shard in shards}
-    save_file(
+    save_tensors(
         {shard.name: shard.values.contiguous() for shard in shards},
         folder / f"{kind}-rank-{rank:05d}.safetensors",
         metadata={"shards": json.dumps(header), **notes},

@@ -1,4 +1,4 @@
-"""How does a file, or a folder, appear complete or not at all? Written aside, flushed to the disk, renamed."""
+"""Files and folders that appear complete or not at all: written aside, flushed to the disk, renamed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 @contextmanager
@@ -49,6 +52,14 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically; infinities and NaN, which are not JSON, raise ValueError."""
     with atomic_file(path) as aside:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with the permissions of any new file here; the library's own let nobody else read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(mode)
 
 
 def _flush(path: Path) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -78,23 +77,21 @@ def _copy(source: str, cache: Path) -> Source:
     if "*" in source and not source.startswith("pipe:"):
         raise ShardError(f"{source}: a URL cannot be searched; name a folder, or a range such as {{000000..000009}}")
     index = _read(_url(urls[0], "index.json"))
-    folder = _writable(cache) / hashlib.sha256(index).hexdigest()[:16]
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / ".lock"):
-        _copy_files(urls[0], folder, index, names)
-    return Source(folder, tuple(names) or None)
+    lock = _lock_in(cache, hashlib.sha256(index).hexdigest()[:16])
+    with FileLock(lock):
+        _copy_files(urls[0], lock.parent, index, names)
+    return Source(lock.parent, tuple(names) or None)
 
 
-def _writable(cache: Path) -> Path:
+def _lock_in(cache: Path, name: str) -> Path:
+    """The file that ranks take turns by, in a folder of the cache."""
     try:
-        folder = cache.expanduser()  # RuntimeError: neither HOME nor the password file names a home
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-        error: Exception | str = "not writable"
-    except (OSError, RuntimeError) as caught:
-        error = caught
-    raise ShardError(f"data.cache {cache} cannot hold copies of shards ({error}); name another folder there")
+        lock = cache.expanduser() / name / ".lock"  # RuntimeError: neither HOME nor this user's name leads to a home
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except (OSError, RuntimeError) as error:
+        raise ShardError(f"data.cache {cache} cannot hold copies of shards ({error}); name another folder") from error
+    return lock
 
 
 def _copy_files(url: str, folder: Path, index: bytes, names: Sequence[str]) -> None:

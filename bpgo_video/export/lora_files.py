@@ -15,10 +15,10 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.loaders import HunyuanVideoLoraLoaderMixin
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.data.atomic import save_tensors
 from bpgo_video.policies.lora import ADAPTER, peft_config
 from bpgo_video.policies.original_names import original_names
 
@@ -71,7 +71,7 @@ def write_comfyui_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipelin
         if half:
             up = adapters[f"{layer}.lora_B.{ADAPTER}.weight"]
             tensors |= _comfyui_layer(name_of(layer), down, up, lora)
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_tensors(tensors, file, metadata={"format": "pt"})
 
 
 def _comfyui_layer(layer: str, down: Tensor, up: Tensor, lora: LoraConfig) -> dict[str, Tensor]:

@@ -9,10 +9,9 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bpgo_video.data.atomic import new_folder
+from bpgo_video.data.atomic import new_folder, save_tensors
 from bpgo_video.export.model_card import CardFacts, write_card
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
@@ -51,11 +50,14 @@ def write_pipeline(
     """A copy of the pipeline folder `base` in which the `trained` components have these weights; replaces `output`."""
     partial = output.with_name(f"partial-{output.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(base, partial, ignore=shutil.ignore_patterns(f"{WEIGHTS_NAME}*", ".cache", ".git*"))
+    others = shutil.ignore_patterns(f"{WEIGHTS_NAME}*", ".cache", ".git*")
+    shutil.copytree(base, partial, ignore=others, copy_function=shutil.copyfile)
+    for folder in (partial, *partial.rglob("*/")):
+        folder.chmod(folder.stat().st_mode | 0o700)  # those of a shared store may be read-only
     for component in base.iterdir():  # other components keep their weights; only ours change
         if component.is_dir() and component.name not in trained:
             for weights in component.glob(f"{WEIGHTS_NAME}*"):
-                shutil.copy2(weights, partial / component.name)
+                shutil.copyfile(weights, partial / component.name / weights.name)
     for name, tensors in trained.items():
         write_weights(tensors, partial / name, shard_bytes)
     write_card(card, partial)
@@ -72,7 +74,7 @@ def write_transformers(
         for name, tensors in trained.items():
             part = folder / name if len(trained) > 1 else folder
             part.mkdir(exist_ok=True)
-            shutil.copy2(base / name / "config.json", part)
+            shutil.copyfile(base / name / "config.json", part / "config.json")
             write_weights(tensors, part, shard_bytes)
         write_card(card, folder)
 
@@ -82,7 +84,7 @@ def write_weights(tensors: Tensors, folder: Path, shard_bytes: int = SHARD_BYTES
     written: list[list[str]] = []
     total = 0
     for shard in _shards(tensors, shard_bytes):
-        save_file(shard, folder / f"part-{len(written)}.safetensors", metadata={"format": "pt"})
+        save_tensors(shard, folder / f"part-{len(written)}.safetensors", metadata={"format": "pt"})
         written.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     names = (

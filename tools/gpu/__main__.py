@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {name: STAGES[name] for name in STAGES if name in chosen.stages}, bench, record, chosen.minutes
         )
         stop_ranks()
-    print((chosen.output / "gpu.md").read_text())
+    print((chosen.output / "gpu.md").read_text("utf-8"))
     return 0 if well else 1
 
 

@@ -78,7 +78,7 @@ class Bench:
 
     def ds_config(self, **zero: Any) -> dict[str, Any]:
         """The recipe's DeepSpeed configuration, with changes of its `zero_optimization`."""
-        config = json.loads((ROOT / self.sizes.recipe.deepspeed).read_text())
+        config = json.loads((ROOT / self.sizes.recipe.deepspeed).read_text("utf-8"))
         return {**config, "zero_optimization": {**config["zero_optimization"], **zero}}
 
 

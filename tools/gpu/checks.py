@@ -93,7 +93,7 @@ def session_of(bench: Bench, config: Config) -> Iterator[Session]:
 def construction(bench: Bench) -> dict[str, Any]:
     """A policy that is born sharded holds the numbers of its file, rounded to the dtype of each parameter."""
     config = recipe(bench, "construction")
-    ds_config = json.loads(Path(config.deepspeed).read_text())
+    ds_config = json.loads(Path(config.deepspeed).read_text("utf-8"))
     policy = sampling_policy(config, ds_config, bench.mesh, builder(ds_config), components=("transformer",))
     model = policy.transformers["transformer"]
     files = tensor_files(policy.folder / "transformer", type(model))
@@ -228,7 +228,7 @@ def resume(bench: Bench) -> dict[str, Any]:
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
     timed = ("seconds", "checkpoint", "memory")
     return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]
 
