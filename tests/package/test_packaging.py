@@ -43,7 +43,9 @@ TWO_SMALL_STEPS = [
 
 def run(command: Sequence[str | Path], folder: Path) -> str:
     """What a command prints in a folder that sees no checkout."""
-    folders = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not Path(one, "bpgo_video").exists()]
+    folders = [
+        one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not Path(one, "bpgo_video").exists()
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     words = list(map(str, command))
     result = subprocess.run(
