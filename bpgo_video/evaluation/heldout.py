@@ -1,19 +1,16 @@
-"""How good is a policy folder on a recipe's held-out prompts? What training measures, for any folder, in a table."""
+"""Held-out scores of a policy folder, as training measures them, in a table and as JSON."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.evaluation.tables import text_table
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned
@@ -23,15 +20,13 @@ from bpgo_video.training.session import check_inputs, heldout_prompts
 from bpgo_video.types import PromptBatch
 from bpgo_video.zero import engine
 
-ALL = "all"
-
 
 @dataclass(frozen=True)
 class HeldoutEvaluation:
     """Scores of one policy on held-out prompts, the same on every rank.
 
     Attributes:
-        config: the recipe with what was asked instead.
+        config: the recipe with the requested changes.
         prompts: axis 0 of the scores.
         tags: of each prompt.
         versions: of each reward.
@@ -52,28 +47,22 @@ def asked(
     samples_per_prompt: int | None = None,
     seed: int | None = None,
 ) -> Config:
-    """The recipe with these in place of its own; None keeps a value.
+    """The recipe with these values instead of its own; None keeps a value.
 
     Raises:
         ConfigError: the recipe names no held-out rewards.
     """
     if not config.evaluation.rewards:
         raise ConfigError("evaluation.rewards is empty; name the rewards to score held-out prompts with in the recipe")
-    run, evaluation = config.run, config.evaluation
-    return replace(
-        config,
-        run=replace(run, seed=run.seed if seed is None else seed),
-        policy=replace(config.policy, folder=policy or config.policy.folder),
-        evaluation=replace(
-            evaluation,
-            split=split or evaluation.split,
-            samples_per_prompt=samples_per_prompt or evaluation.samples_per_prompt,
-        ),
-    )
+    own = config.evaluation
+    evaluation = replace(own, split=split or own.split, samples_per_prompt=samples_per_prompt or own.samples_per_prompt)
+    run = replace(config.run, seed=config.run.seed if seed is None else seed)
+    folder = replace(config.policy, folder=policy or config.policy.folder)
+    return replace(config, run=run, policy=folder, evaluation=evaluation)
 
 
 def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
-    """Score `policy.folder` on the held-out prompts with the noise that a training run of this seed evaluates with.
+    """Scores `policy.folder` on the held-out prompts, with the noise of a training run's evaluations of this seed.
 
     Raises:
         ConfigError, ShardError, FileNotFoundError, RewardError: state the value, the rule and the way out.
@@ -84,47 +73,33 @@ def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
     dtype = engine.compute_dtype(ds_config)
     policy = sampling_policy(config, ds_config, mesh)
     prompts = heldout_prompts(config, shards, policy)
-    assert prompts is not None  # `asked` saw to it that there are rewards
+    assert prompts is not None  # `asked` has checked that there are rewards
     prompts = conditioned(prompts, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
-    return HeldoutEvaluation(
-        config=config,
-        prompts=prompts,
-        tags=tuple(tags[id_] for id_ in prompts.ids.tolist()),
-        versions=suite.versions,
-        scores=evaluate(policy, prompts, suite, config, mesh),
-    )
+    scores = evaluate(policy, prompts, suite, config, mesh)
+    return HeldoutEvaluation(config, prompts, tuple(tags[id_] for id_ in prompts.ids.tolist()), suite.versions, scores)
 
 
 def by_tag(scores: Scores, tags: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
     """Mean, standard error (None where it needs more samples) and number of prompts: of all, then of each tag."""
-    rows = {ALL: list(range(len(tags)))}
-    for tag in sorted({tag for own in tags for tag in own}):
-        rows[tag] = [row for row, own in enumerate(tags) if tag in own]
     found = {}
-    for tag, chosen in rows.items():
-        part = scores[torch.tensor(chosen)]
+    for tag in ("all", *sorted({tag for own in tags for tag in own})):
+        part = scores[torch.tensor([tag in ("all", *own) for own in tags])]
         error = stderr(part) if part.numel() > 1 else math.nan
-        found[tag] = {
-            "mean": float(part.double().mean()),
-            "stderr": error if math.isfinite(error) else None,
-            "prompts": len(chosen),
-        }
+        mean = float(part.double().mean())
+        found[tag] = {"mean": mean, "stderr": error if math.isfinite(error) else None, "prompts": len(part)}
     return found
 
 
 def as_json(evaluation: HeldoutEvaluation) -> dict[str, Any]:
     """Settings, summary by reward and tag, and every score, as plain JSON data."""
-    config, prompts = evaluation.config, evaluation.prompts
-    by_name = evaluation.scores.by_name
+    config, prompts, by_name = evaluation.config, evaluation.prompts, evaluation.scores.by_name
+    settings = ("samples_per_prompt", "num_steps", "guidance_scale", "guidance_scale_2")
     return {
         "policy": config.policy.folder,
         "shards": config.data.shards,
         "split": config.evaluation.split,
         "seed": config.run.seed,
-        "samples_per_prompt": config.evaluation.samples_per_prompt,
-        "num_steps": config.evaluation.num_steps,
-        "guidance_scale": config.evaluation.guidance_scale,
-        "guidance_scale_2": config.evaluation.guidance_scale_2,
+        **{name: getattr(config.evaluation, name) for name in settings},
         "rewards": {
             name: {"version": evaluation.versions[name], "by_tag": by_tag(scores, evaluation.tags)}
             for name, scores in by_name.items()
@@ -142,25 +117,12 @@ def as_json(evaluation: HeldoutEvaluation) -> dict[str, Any]:
 
 
 def as_table(evaluation: HeldoutEvaluation) -> str:
-    """A row per reward and tag: mean, standard error, prompts, videos."""
-    config = evaluation.config
-    table = Table(box=box.ROUNDED, title=f"{config.policy.folder}, split {config.evaluation.split}")
-    table.add_column("reward")
-    table.add_column("tag")
-    for label in ("mean", "± stderr", "prompts", "videos"):
-        table.add_column(label, justify="right")
+    """A row for each reward and tag: mean, standard error, prompts, videos."""
+    config, rows = evaluation.config, []
     for name, scores in evaluation.scores.by_name.items():
         for tag, cell in by_tag(scores, evaluation.tags).items():
             error = "n/a" if cell["stderr"] is None else f"{cell['stderr']:.4f}"
-            count = cell["prompts"]
-            table.add_row(
-                name,
-                tag,
-                f"{cell['mean']:.4f}",
-                error,
-                f"{count:,}",
-                f"{count * config.evaluation.samples_per_prompt:,}",
-            )
-    text = io.StringIO()
-    Console(file=text, width=110, color_system=None).print(table)
-    return text.getvalue().rstrip()
+            counts = [f"{cell['prompts'] * videos:,}" for videos in (1, config.evaluation.samples_per_prompt)]
+            rows.append([name, tag, f"{cell['mean']:.4f}", error, *counts])
+    title, header = f"{config.policy.folder}, split {config.evaluation.split}", ("reward", "tag", "mean", "± stderr")
+    return text_table(title, [*header, "prompts", "videos"], rows, words=2)

@@ -1,4 +1,4 @@
-"""Which ranks does an evaluation run on? Those that a launcher started, watched over while they are at work."""
+"""The ranks that an evaluation runs on: those that a launcher started, watched while they work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bpgo_video.zero import engine
 
 @contextmanager
 def ranks_at_work(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
-    """All ranks, or a group of one where no launcher started any; they part behind the block.
+    """All ranks, or a group of one without a launcher; they are stopped after the block.
 
     Args:
         timeout: how long a rank waits for the slowest one; one that dies or fails ends the others within seconds.
@@ -31,7 +31,7 @@ def ranks_at_work(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> Ite
 
 @contextmanager
 def ranks_or_alone() -> Iterator[Mesh]:
-    """The same for work that each rank does for itself, and for hours: a single process starts no group."""
+    """The same for long work that each rank does for itself; a single process starts no group."""
     if "RANK" not in os.environ:
         engine.refuse_lone_tasks()
         yield ALONE

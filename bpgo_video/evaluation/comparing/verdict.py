@@ -1,166 +1,319 @@
-"""Is the second model better than the first? An answer in words that claims no more than the statistics show.
+"""The comparison of several models with the first: effects, a verdict in words, notes, comparison.json.
 
-The verdict is about held-out measures. Notes say what may mislead: a training reward that rose alone, videos that stand
-still, samples that became alike, too few prompts. A note is a function in NOTES.
+The verdict is about held-out measures and claims no more than the statistics show. Notes say what may mislead; each is a
+function in NOTES.
+
+At equal training reward: a run that trained longer, or at a higher learning rate, has more of what it was trained on;
+whether it also paid more for it shows where rewards are equal. A run's curve goes through its starting policy and its
+checkpoints. Where it first crosses model B's training reward, between checkpoints i and i + 1,
+
+    t = (r_B - r_i) / (r_{i+1} - r_i),    h[p] = (1 - t) h_i[p] + t h_{i+1}[p]
+
+and B's held-out scores are compared with h prompt by prompt. r is a mean over prompts and samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-from bpgo_video.evaluation.comparing.model_scores import Measure
-from bpgo_video.evaluation.comparing.paired import LEVEL, Effect, smallest_p
-from bpgo_video.evaluation.comparing.witness import DIVERSITY, MOTION
+from bpgo_video.data.atomic import write_json
+from bpgo_video.evaluation.comparing.scores import (
+    TRAINING_REWARD,
+    Measure,
+    ModelScores,
+    Role,
+    Scored,
+    check_paired,
+    same_noise,
+)
+from bpgo_video.evaluation.comparing.video_stats import DIVERSITY, MOTION
+from bpgo_video.statistics import LEVEL, RESAMPLES, Effect, as_family, can_show, effect
 
-TRAINING_REWARD = "training reward"  # a name that no recipe's reward can have
-
-Outcome = Literal["better", "worse", "mixed", "no difference shown"]
+Effects = Mapping[str, Effect]  # by measure
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A candidate against a reference.
+    """A candidate compared with a reference.
 
     Attributes:
-        effects: by measure, of one family; TRAINING_REWARD among them where several rewards were trained on.
-        by_tag: tag -> measure -> effect, which are no part of the family.
+        effects: of one family; TRAINING_REWARD is among them if several rewards were trained on.
+        by_tag: of the prompts of each tag; not part of the family.
         same_noise: samples of both started from the same noise.
     """
 
     reference: str
     candidate: str
     measures: Mapping[str, Measure]
-    effects: Mapping[str, Effect]
-    by_tag: Mapping[str, Mapping[str, Effect]]
+    effects: Effects
+    by_tag: Mapping[str, Effects]
     same_noise: bool
 
-    def of_role(self, role: str) -> dict[str, Effect]:
-        """The effects of the measures of a role."""
+    def role(self, measure: str) -> Role:
+        return "trained" if measure == TRAINING_REWARD else self.measures[measure].role
+
+    def of_role(self, role: Role) -> Effects:
         return {name: self.effects[name] for name, measure in self.measures.items() if measure.role == role}
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> str:
         shown = {effect.shown for effect in self.of_role("heldout").values()} - {0}
         if len(shown) == 2:
             return "mixed"
-        if not shown:
-            return "no difference shown"
-        return "better" if shown == {1} else "worse"
+        return {1: "better", -1: "worse"}[shown.pop()] if shown else "no difference shown"
 
-    @property
-    def training(self) -> Effect:
-        """Of the training reward: the sum, or the only one that it has."""
-        own = self.of_role("trained")
-        return self.effects[TRAINING_REWARD] if TRAINING_REWARD in self.effects else next(iter(own.values()))
+
+@dataclass(frozen=True)
+class Match:
+    """The point of a run's curve that has another model's training reward.
+
+    Attributes:
+        step: between checkpoints, by interpolation.
+        reward: the training reward of both.
+        effects: by held-out measure; positive where the other model is higher.
+    """
+
+    step: float
+    reward: float
+    effects: Effects
+
+
+@dataclass(frozen=True)
+class Matching:
+    """A run's curve and another model; `match` is None if the curve never has the model's training reward."""
+
+    run: str
+    other: str
+    match: Match | None
+
+    def __str__(self) -> str:
+        if self.match is None:
+            return f"{self.run} never has the training reward of {self.other} between its checkpoints here."
+        differences = ", ".join(f"{name} {effect}" for name, effect in self.match.effects.items())
+        return (
+            f"At the training reward of {self.other}, {self.match.reward:.3f}, which {self.run} has at step "
+            f"{self.match.step:.0f}, {self.other} differs from it in held-out measures by: {differences}."
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Several models, the reference first, and the comparison of each other one with it."""
+
+    models: Sequence[Scored]
+    comparisons: Sequence[Comparison]
+    matchings: Sequence[Matching]
+
+
+def compare(models: Sequence[Scored]) -> Compared:
+    """Compares every model with the first; p values hold for all measures of all models together.
+
+    Raises:
+        PairingError: scores of different prompts, rewards or settings.
+    """
+    first, *others = scores = [model.scores for model in models]
+    check_paired(scores)
+    effects = [effects_of(first, other) for other in others]
+    family = iter(as_family([one for by_measure in effects for one in by_measure.values()]))
+    comparisons = [
+        Comparison(
+            reference=first.label,
+            candidate=other.label,
+            measures=first.measures,
+            effects={name: next(family) for name in by_measure},
+            by_tag=by_tag(first, other),
+            same_noise=same_noise(first, other),
+        )
+        for other, by_measure in zip(others, effects, strict=True)
+    ]
+    return Compared(models, comparisons, matchings(scores))
+
+
+def effects_of(first: ModelScores, other: ModelScores, rows: Any = slice(None)) -> dict[str, Effect]:
+    """The effects of all measures, on some prompts."""
+    tables = other.tables()
+    return {name: effect(table[rows], tables[name][rows]) for name, table in first.tables().items()}
+
+
+def by_tag(first: ModelScores, other: ModelScores) -> dict[str, dict[str, Effect]]:
+    tags = sorted({tag for line in first.prompts for tag in line.tags})
+    return {tag: effects_of(first, other, [tag in line.tags for line in first.prompts]) for tag in tags}
+
+
+def matchings(models: Sequence[ModelScores]) -> list[Matching]:
+    """Each run's curve with each model that is not on it."""
+    found = []
+    for run in dict.fromkeys(model.run for model in models if model.run is not None):
+        curve = sorted((model for model in models if on_curve(model, run, models)), key=lambda model: model.step or 0)
+        if len(curve) > 1:
+            others = [model for model in models if model not in curve]
+            found += [Matching(Path(run).name, other.label, matched(curve, other)) for other in others]
+    return found
+
+
+def on_curve(model: ModelScores, run: str, models: Sequence[ModelScores]) -> bool:
+    """Whether a model is a checkpoint of a run, or what the run started from; seeds must agree along a curve."""
+    own = next(other for other in models if other.run == run)
+    starts = model.run is None and model.settings["pipeline"] == own.starts_from
+    return (model.run == run or starts) and same_noise(model, own)
+
+
+def matched(curve: Sequence[ModelScores], other: ModelScores) -> Match | None:
+    """Where a curve, in the order of its steps, first has another model's training reward."""
+    reward = float(other.table(TRAINING_REWARD).mean())
+    for before, after in pairwise(curve):
+        low, high = (float(model.table(TRAINING_REWARD).mean()) for model in (before, after))
+        if low != high and min(low, high) <= reward <= max(low, high):
+            share, effects = (reward - low) / (high - low), {}
+            for name in other.of_role("heldout"):
+                ends = [model.table(name).mean(axis=1, keepdims=True) for model in (before, after)]
+                effects[name] = effect((1 - share) * ends[0] + share * ends[1], other.table(name))
+            start, end = before.step or 0, after.step or 0
+            return Match(start + share * (end - start), reward, effects)
+    return None
 
 
 def headline(comparison: Comparison) -> str:
     """The verdict in one sentence."""
-    heldout = comparison.of_role("heldout")
-    up, down = (
-        ", ".join(told(name, effect) for name, effect in heldout.items() if effect.shown == sign) for sign in (1, -1)
-    )
-    a, b = comparison.reference, comparison.candidate
-    sentences: dict[Outcome, str] = {
-        "better": f"{b} is better than {a}: {up}",
-        "worse": f"{b} is worse than {a}: {down}",
-        "mixed": f"{b} is better than {a} in some held-out measures and worse in others: {up}; {down}",
-        "no difference shown": f"No difference shown between {a} and {b}: "
-        + ", ".join(told(name, effect) for name, effect in heldout.items()),
+    sentences = {
+        "better": "{b} is better than {a}: {up}",
+        "worse": "{b} is worse than {a}: {down}",
+        "mixed": "{b} is better than {a} in some held-out measures and worse in others: {up}; {down}",
+        "no difference shown": "No difference shown between {a} and {b}: {same}",
     }
-    return sentences[comparison.outcome]
+    words = {
+        label: ", ".join(
+            f"held-out {name} {effect}"
+            for name, effect in comparison.of_role("heldout").items()
+            if effect.shown == sign
+        )
+        for label, sign in (("up", 1), ("down", -1), ("same", 0))
+    }
+    return sentences[comparison.outcome].format(a=comparison.reference, b=comparison.candidate, **words)
 
 
-def told(name: str, effect: Effect) -> str:
-    """A held-out difference in words."""
-    return f"held-out {name} {span(effect)}"
-
-
-def span(effect: Effect) -> str:
-    """A difference with its interval."""
-    digits = effect.decimals
-    if effect.low is None or effect.high is None:
-        return f"{effect.difference:+.{digits}f}"
-    return f"{effect.difference:+.{digits}f} [{effect.low:+.{digits}f}, {effect.high:+.{digits}f}]"
+def notes(comparison: Comparison) -> list[str]:
+    """What may mislead, a sentence each."""
+    return [sentence for note in NOTES if (sentence := note(comparison)) is not None]
 
 
 def reward_alone(comparison: Comparison) -> str | None:
     """The pattern of a reward that is exploited."""
-    if comparison.training.shown != 1 or comparison.outcome in ("better", "mixed"):
+    trained = comparison.of_role("trained")
+    training = comparison.effects.get(TRAINING_REWARD) or next(iter(trained.values()))
+    if training.shown != 1 or comparison.outcome in ("better", "mixed"):
         return None
     rest = "held-out scores fell" if comparison.outcome == "worse" else "no held-out score is shown to have risen"
     return (
-        f"The training reward rose by {comparison.training.difference:.3f} and {rest}: what was trained on may have "
+        f"The training reward rose by {training.difference:.3f} and {rest}: what was trained on may have "
         "been exploited. Look at the biggest losses, and compare earlier checkpoints."
     )
 
 
-def stands_still(comparison: Comparison) -> str | None:
-    return _changed(comparison, MOTION, "Videos move less", "a policy that games its rewards often stops moving.")
+def less_motion(comparison: Comparison) -> str | None:
+    return fell(comparison, MOTION, "Videos move less", "a policy that games its rewards often stops moving.")
 
 
-def alike(comparison: Comparison) -> str | None:
-    return _changed(
-        comparison,
-        DIVERSITY,
-        "Samples of one prompt are more alike",
-        "look whether one video stands for all (collapse)",
-    )
+def less_diversity(comparison: Comparison) -> str | None:
+    meaning = "check whether all samples are the same video (collapse)."
+    return fell(comparison, DIVERSITY, "Samples of one prompt are more alike", meaning)
 
 
-def _changed(comparison: Comparison, name: str, change: str, meaning: str) -> str | None:
+def fell(comparison: Comparison, name: str, change: str, meaning: str) -> str | None:
     effect = comparison.effects.get(name)
     if effect is None or effect.shown != -1:
         return None
-    return (
-        f"{change}: {name} fell by {-effect.relative:.0%}, from {effect.mean_a:.3f} to {effect.mean_b:.3f}; {meaning}"
-    )
+    share = f"{-effect.difference / abs(effect.mean_a):.0%}" if effect.mean_a else "all"
+    return f"{change}: {name} fell by {share}, from {effect.mean_a:.3f} to {effect.mean_b:.3f}; {meaning}"
 
 
 def tags_disagree(comparison: Comparison) -> str | None:
     """Intervals of two tags that do not overlap, in the first held-out measure."""
     name = next(iter(comparison.of_role("heldout")))
     known = {tag: effects[name] for tag, effects in comparison.by_tag.items() if effects[name].low is not None}
-    if len(known) < 2:
+    if not known:
         return None
     worst, best = (pick(known, key=lambda tag: known[tag].difference) for pick in (min, max))
     if (known[worst].high or 0.0) >= (known[best].low or 0.0):
         return None
     return (
-        f"Prompts differ by tag: {name} changed by {span(known[best])} on {best!r} prompts and by {span(known[worst])} "
-        f"on {worst!r} ones."
+        f"Prompts differ by tag: {name} changed by {known[best]} on {best!r} prompts and by {known[worst]} on "
+        f"{worst!r} ones."
     )
 
 
 def too_few_prompts(comparison: Comparison) -> str | None:
-    count = next(iter(comparison.effects.values())).prompts
-    least = smallest_p(count) * len(comparison.effects)
-    if least < 1 - LEVEL:
+    count, measures = next(iter(comparison.effects.values())).prompts, len(comparison.effects)
+    if can_show(count, measures):
         return None
     return (
-        f"{count} prompts cannot show a difference in one of {len(comparison.effects)} measures, however large: take "
-        "more prompts (evaluation.max_prompts, or a larger split)."
+        f"{count} prompts cannot show a difference in one of {measures} measures, however large: take more prompts "
+        "(evaluation.max_prompts, or a larger split)."
     )
 
 
-def other_noise(comparison: Comparison) -> str | None:
+def different_noise(comparison: Comparison) -> str | None:
     if comparison.same_noise:
         return None
-    return "The models were sampled from different seeds: pairs share a prompt and no noise, which shows less."
+    return "The models were sampled from different seeds: pairs share a prompt but no noise, which shows less."
 
 
 NOTES: tuple[Callable[[Comparison], str | None], ...] = (
     reward_alone,
-    stands_still,
-    alike,
+    less_motion,
+    less_diversity,
     tags_disagree,
     too_few_prompts,
-    other_noise,
+    different_noise,
 )
 
 
-def notes(comparison: Comparison) -> Sequence[str]:
-    """What may mislead, a sentence each."""
-    return [sentence for note in NOTES if (sentence := note(comparison)) is not None]
+def write_comparison(output: Path, compared: Compared) -> Path:
+    """Writes comparison.json; per-sample scores are in each model's scores.json. Returns its path."""
+    scores = compared.models[0].scores
+    content = {
+        "level": LEVEL,
+        "resamples": RESAMPLES,
+        "prompts": len(scores.prompts),
+        "deployment": scores.settings["deployment"],
+        "measures": {name: asdict(measure) for name, measure in scores.measures.items()},
+        "models": [model_json(model) for model in compared.models],
+        "comparisons": [comparison_json(one) for one in compared.comparisons],
+        "matched": [
+            asdict(one) | {"match": one.match and asdict(one.match) | {"effects": effects_json(one.match.effects)}}
+            for one in compared.matchings
+        ],
+    }
+    write_json(path := output / "comparison.json", content)
+    return path
+
+
+def model_json(model: Scored) -> dict[str, Any]:
+    scores = model.scores
+    return {
+        **{name: getattr(scores, name) for name in ("label", "source", "run", "step")},
+        "results": str(model.folder),
+        **{name: scores.settings[name] for name in ("seed", "samples_per_prompt")},
+        "means": {name: float(table.mean()) for name, table in scores.tables().items()},
+    }
+
+
+def comparison_json(one: Comparison) -> dict[str, Any]:
+    return {
+        "reference": one.reference,
+        "candidate": one.candidate,
+        "outcome": one.outcome,
+        "verdict": headline(one),
+        "notes": notes(one),
+        "same_noise": one.same_noise,
+        "effects": effects_json(one.effects),
+        "by_tag": {tag: effects_json(effects) for tag, effects in one.by_tag.items()},
+    }
+
+
+def effects_json(effects: Effects) -> dict[str, dict[str, Any]]:
+    return {name: {**asdict(effect), "shown": effect.shown} for name, effect in effects.items()}
