@@ -45,6 +45,7 @@ class Effect:
         p_adjusted: after Holm's correction; None outside a family (breakdowns by tag).
         rank_biserial: effect size, -1 to 1.
         wins, ties, losses: prompts on which B's mean is higher, the same, lower.
+        shown: 1 where B is shown to be higher, -1 lower: the corrected test and the interval must agree. 0 otherwise.
     """
 
     prompts: int
@@ -60,13 +61,7 @@ class Effect:
     ties: int
     losses: int
     p_adjusted: float | None = None
-
-    @property
-    def shown(self) -> int:
-        """1 where B is shown to be higher, -1 lower, 0 neither: the corrected test and the interval must agree."""
-        if self.low is None or self.high is None or self.p_adjusted is None or self.p_adjusted >= 1 - LEVEL:
-            return 0
-        return int(self.low > 0) - int(self.high < 0)
+    shown: int = 0
 
     @property
     def decimals(self) -> int:
@@ -140,9 +135,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def as_family(effects: Sequence[Effect]) -> list[Effect]:
-    """The effects with p values that hold for all of them together."""
+    """The effects with p values that hold for all of them together, and what these show."""
     adjusted = holm([effect.p_value for effect in effects])
-    return [replace(effect, p_adjusted=p) for effect, p in zip(effects, adjusted, strict=True)]
+    return [replace(one, p_adjusted=p, shown=shown(one, p)) for one, p in zip(effects, adjusted, strict=True)]
+
+
+def shown(effect: Effect, p: float) -> int:
+    if effect.low is None or effect.high is None or p >= 1 - LEVEL:
+        return 0
+    return int(effect.low > 0) - int(effect.high < 0)
 
 
 def can_show(prompts: int, measures: int) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
+
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.generation.generate import ALONE, PATIENCE
 from bpgo_video.parallel.heartbeat import Heartbeat
@@ -38,3 +40,13 @@ def ranks_or_alone() -> Iterator[Mesh]:
         return
     with ranks_at_work(ParallelConfig(), PATIENCE) as mesh:
         yield mesh
+
+
+def device_of(requested: str | None, mesh: Mesh) -> torch.device:
+    """The device of this rank. Raises ValueError where one accelerator is named for several ranks."""
+    found = mesh.device if requested is None else torch.device(requested)
+    if mesh.world_size == 1:
+        return found
+    if requested is not None and found.index is not None:
+        raise ValueError(f"--device {requested} is one device for {mesh.world_size} ranks; without it each has its own")
+    return mesh.device if found.type == mesh.device.type else found

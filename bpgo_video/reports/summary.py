@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+WIDTH = 110  # characters of what is printed
 
 
 def heldout_difference(summary: Mapping[str, Any]) -> float | None:
@@ -82,19 +84,19 @@ def summary_table(summary: Mapping[str, Any], paths: Mapping[str, Path] | None =
     if words := verdict(summary):
         lines.append(words)
     for sentence in summary.get("diagnosis") or ():
-        lines += textwrap.wrap(sentence, width=110, initial_indent="- ", subsequent_indent="  ")
+        lines += textwrap.wrap(sentence, width=WIDTH, initial_indent="- ", subsequent_indent="  ")
     return "\n".join(lines + listed(paths or {}))
 
 
-def boxed(rows: Sequence[tuple[str, str]]) -> str:
-    """Labels and values as a table."""
-    table = Table(box=box.ROUNDED, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for label, value in rows:
-        table.add_row(label, value)
+def boxed(rows: Iterable[Sequence[str]], header: Sequence[str] = ("", ""), words: int = 1, title: str = "") -> str:
+    """A table as text; the first `words` columns are aligned left, the others right."""
+    table = Table(box=box.ROUNDED, title=title or None, show_header=any(header))
+    for place, label in enumerate(header):
+        table.add_column(label, justify="left" if place < words else "right")
+    for row in rows:
+        table.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=110, color_system=None).print(table)
+    Console(file=text, width=WIDTH, color_system=None).print(table)
     return text.getvalue().rstrip()
 
 

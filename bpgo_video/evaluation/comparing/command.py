@@ -1,23 +1,15 @@
-"""tools/evaluate.py compare: several models in; a verdict, comparison.json and report.html out."""
+"""The subcommand compare of tools/evaluate.py: several models in; a verdict, comparison.json and report.html out."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bpgo_video.cli import positive, show_loading_once
+from bpgo_video.cli import positive
 
-if TYPE_CHECKING:  # imported where they are needed: they are heavy, and --help should be quick
-    from bpgo_video.config.bpgo import Config
-    from bpgo_video.evaluation.comparing.measure import Request
-    from bpgo_video.evaluation.comparing.scores import Scored
-
-EXPORTS = ("export", "export-ema")
 MODELS = (
-    "two or more, the reference first: a diffusers pipeline, a run (its newest checkpoint), a checkpoint, or a folder of "
-    "scores of an earlier comparison (OUTPUT/models/KEY); NAME=MODEL gives it a name"
+    "two or more, the reference first: a diffusers pipeline, a run (its newest checkpoint), a checkpoint, or a folder "
+    "of scores of an earlier comparison (OUTPUT/models/KEY); NAME=MODEL gives it a name"
 )
 
 
@@ -26,13 +18,7 @@ def add_compare(command: argparse.ArgumentParser) -> None:
     add, recipe = command.add_argument, "prompts, video size, rewards and deployment settings (a run's own)"
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     add("models", nargs="+", metavar="MODEL", help=MODELS)
-    add(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="report.html, comparison.json, models/ with all scores",
-    )
+    add("--output", type=Path, required=True, metavar="DIR", help="report.html, comparison.json, models/ with scores")
     add("--config", type=Path, metavar="RECIPE", help=recipe)
     add("--split", help="split of the prompts (the recipe's evaluation.split)")
     add("--samples-per-prompt", type=positive, metavar="N", help="(the recipe's evaluation.samples_per_prompt)")
@@ -43,87 +29,6 @@ def add_compare(command: argparse.ArgumentParser) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    """Scores that exist need neither a recipe nor ranks.
+    from bpgo_video.evaluation.comparing.run import run  # heavy, and --help should be quick
 
-    Raises:
-        ValueError, OSError: wrong input, in words.
-    """
-    from bpgo_video.config.bpgo import ConfigError
-    from bpgo_video.evaluation.comparing.report import as_table, write_report
-    from bpgo_video.evaluation.comparing.scores import holds_scores, read_scores
-    from bpgo_video.evaluation.comparing.verdict import compare, write_comparison
-
-    if len(args.models) < 2:
-        raise ConfigError(f"a comparison needs two models or more, and {len(args.models)} is named")
-    requests, is_main = labelled(args.models), True
-    scored = {one: read_scores(Path(one.source), label=one.label) for one in requests if holds_scores(Path(one.source))}
-    if rest := [one for one in requests if one not in scored]:
-        measured, is_main = measure_all(args, rest)
-        scored |= measured
-    if is_main:
-        compared = compare([scored[one] for one in requests])
-        print(as_table(compared))
-        print(write_comparison(args.output, compared))
-        print(write_report(args.output, compared, shown=args.shown))
-
-
-def measure_all(args: argparse.Namespace, requests: Sequence[Request]) -> tuple[dict[Request, Scored], bool]:
-    """The scores of models that have none yet, and whether this is the main rank; every rank calls it."""
-    from bpgo_video.checkpoints.zero_files import CheckpointError
-    from bpgo_video.config.bpgo import ConfigError
-    from bpgo_video.evaluation.comparing.measure import measure
-    from bpgo_video.evaluation.heldout import asked
-    from bpgo_video.evaluation.ranks import ranks_at_work
-
-    changes = {"split": args.split, "samples_per_prompt": args.samples_per_prompt, "seed": args.seed}
-    config = asked(recipe_of(requests, args.config), **changes)
-    show_loading_once()
-    try:
-        with ranks_at_work(config.parallel) as mesh:
-            scored = measure(requests, config, args.weights, args.output, mesh)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error  # wrong input
-    return dict(zip(requests, scored, strict=True)), mesh.is_main
-
-
-def labelled(arguments: Sequence[str]) -> list[Request]:
-    """Models of the command line, `PATH` or `NAME=PATH`, with distinct labels."""
-    from bpgo_video.evaluation.comparing.measure import Request
-
-    requests: list[Request] = []
-    for argument in arguments:
-        name, equals, path = argument.partition("=")
-        source, label = (path, name) if equals and "/" not in name else (argument, default_label(argument))
-        used = [one.label for one in requests]
-        numbered = (label, *(f"{label} ({number})" for number in range(2, len(used) + 2)))
-        requests.append(Request(source, next(one for one in numbered if one not in used)))
-    return requests
-
-
-def default_label(source: str) -> str:
-    """`RUN step-000050` for a checkpoint, `RUN/export` for an export, else the folder's own name."""
-    parts = [part for part in source.replace(":", "/").split("/") if part not in ("", ".")]
-    if len(parts) >= 3 and parts[-2] == "checkpoints":
-        return f"{parts[-3]} {parts[-1]}"
-    return "/".join(parts[-2:]) if parts[-1] in EXPORTS else parts[-1]
-
-
-def recipe_of(requests: Sequence[Request], config: Path | None) -> Config:
-    """The recipe that says how videos are made and scored: the given one, or that of the first run among the models.
-
-    A run is also known by a checkpoint or an export of it. One of kind sft has no rewards to measure by.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    from bpgo_video.config.bpgo import Config, ConfigError
-    from bpgo_video.config.reading import read_recipe, read_yaml
-
-    if config is not None:
-        return read_yaml(config)
-    for one in requests:
-        path = Path(one.source).expanduser()
-        run = path.parents[1] if path.parent.name == "checkpoints" else path.parent if path.name in EXPORTS else path
-        if (run / "config.yaml").is_file() and isinstance(recipe := read_recipe(run / "config.yaml"), Config):
-            return recipe
-    raise ConfigError("none of the models is a run with rewards: name the recipe to measure them by with --config")
+    run(args)

@@ -10,34 +10,20 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from bpgo_video.checkpoints.run_weights import WEIGHTS, put_into
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.data.atomic import write_json
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.evaluation.comparing.scores import (
-    REMEDY,
-    Measure,
-    ModelScores,
-    PromptLine,
-    Scored,
-    holds_scores,
-    read_scores,
-    write_scores,
-)
+from bpgo_video.evaluation.comparing.scores import Measure, ModelScores, PromptLine, Scored, ScoresFolder, lines_of
 from bpgo_video.evaluation.comparing.video_stats import VideoStats, video_measures
-from bpgo_video.evaluation.files import checked
 from bpgo_video.generation.settings import named_model
 from bpgo_video.parallel.agreement import from_main, same_verdict
 from bpgo_video.parallel.mesh import Mesh
@@ -50,7 +36,6 @@ from bpgo_video.training.session import check_inputs, heldout_rows
 from bpgo_video.zero import engine
 
 BLOCK = 4  # micro-batches of each rank in a block: rewards move to the device and back once in each
-LINES = TypeAdapter(list[PromptLine])
 
 
 @dataclass(frozen=True)
@@ -90,68 +75,76 @@ class Measurement:
     """The measurement of one model; every rank makes one and calls `scored`."""
 
     def __init__(self, request: Request, config: Config, weights: str, suite: RewardSuite, mesh: Mesh) -> None:
+        self.request, self.suite, self.mesh = request, suite, mesh
         model = named_model(request.source, config.policy.family)
-        self.request, self.suite, self.mesh, self.checkpoint = request, suite, mesh, model.checkpoint
+        self.checkpoint = model.checkpoint
         policy = replace(config.policy, folder=request.source)
-        if model.checkpoint is not None:
-            family = model.checkpoint.config.policy.family
-            policy = replace(policy, folder=str(model.checkpoint.base), family=family)
+        if self.checkpoint is not None:
+            family = self.checkpoint.config.policy.family
+            policy = replace(policy, folder=str(self.checkpoint.base), family=family)
         self.config = config = replace(config, policy=policy)
+        self.samples = config.evaluation.samples_per_prompt
         self.ds_config, self.shards = check_inputs(config, mesh, need_priors=False)
         self.dtype = engine.compute_dtype(self.ds_config)
         with same_verdict(mesh):
-            self.trained = WEIGHTS[weights](model.checkpoint.folder) if model.checkpoint else None
+            self.trained = WEIGHTS[weights](self.checkpoint.folder) if self.checkpoint else None
         self.rows = heldout_rows(config, self.shards)
         self.ids: list[int] = self.shards.ids(np.array(self.rows)).tolist()
-        roles = {name: "trained" if name in config.rewards else "heldout" for name in config.evaluation.rewards}
-        self.measures = {name: Measure(role, suite.versions[name], suite.weights[name]) for name, role in roles.items()}
-        self.measures |= video_measures(config.video.num_frames, config.evaluation.samples_per_prompt)
-        self.settings = {**weights_settings(model.policy.folder, model.checkpoint, weights), **self._settings()}
+        self.measures = {
+            name: Measure("trained" if name in config.rewards else "heldout", suite.versions[name], suite.weights[name])
+            for name in config.evaluation.rewards
+        } | video_measures(config.video.num_frames, self.samples)
+        self.settings = self._settings(model.policy.folder, weights)
 
-    def _settings(self) -> dict[str, Any]:
-        index, config = self.shards.index, self.config
+    def _settings(self, pipeline: Path, weights: str) -> dict[str, Any]:
+        """Everything that the scores depend on; plain JSON data."""
+        config, index, checkpoint = self.config, self.shards.index, self.checkpoint
+        parts = [path.name for path in pipeline.iterdir() if path.is_dir() and path.name[0] != "."]
+        evaluation = ("num_steps", "guidance_scale", "guidance_scale_2", "solver")
         return {
-            "deployment": deployment(config, self.dtype),
+            "pipeline": fingerprint(pipeline, parts),
+            "checkpoint": checkpoint and fingerprint(checkpoint.folder.parent, (checkpoint.folder.name,)),
+            "weights": checkpoint and weights,
+            "deployment": {  # the same for all models of a comparison
+                "video": asdict(config.video),
+                **{name: getattr(config.evaluation, name) for name in evaluation},
+                "shift": config.evaluation.shift_or(config.sampler),
+                "max_sequence_length": config.policy.max_sequence_length,
+                "dtype": str(self.dtype).removeprefix("torch."),
+            },
             "family": config.policy.family,
             "seed": config.run.seed,
-            "samples_per_prompt": config.evaluation.samples_per_prompt,
-            "prompts": digest([index["shards"], index["negative_sha256"], self.ids]),
+            "samples_per_prompt": self.samples,
+            "prompts": digest(json.dumps([index["shards"], index["negative_sha256"], self.ids])),
             "measures": {name: asdict(measure) for name, measure in self.measures.items()},
         }
 
     def scored(self, models: Path) -> Scored:
         """The model's complete folder below `models`."""
-        folder = models / digest(self.settings, sort_keys=True)
-        if not from_main(holds_scores(folder), self.mesh):
+        folder = ScoresFolder(models / digest(json.dumps(self.settings, sort_keys=True)))
+        if not from_main(folder.complete, self.mesh):
             self.measure_rest(folder)
             if self.mesh.is_main:
-                self.join(folder)
+                folder.write(self.join(folder.read_parts()))
             self.mesh.barrier()
-        read = read_scores(folder, label=self.request.label, source=self.request.source) if self.mesh.is_main else None
-        scored = from_main(read, self.mesh)
+        scored = from_main(folder.read(**vars(self.request)) if self.mesh.is_main else None, self.mesh)
         assert scored is not None  # rank 0 has read it
         return scored
 
-    def measure_rest(self, folder: Path) -> None:
-        """Measures the prompts that `folder` has no lines of yet."""
-        done = from_main([line.id for line in read_parts(folder)], self.mesh)
+    def measure_rest(self, folder: ScoresFolder) -> None:
+        """Measures the prompts that are not in `folder` yet."""
+        done = from_main(list(folder.read_parts()), self.mesh)
         todo = [place for place, id_ in enumerate(self.ids) if id_ not in done]
         if not todo:
             return
-        config, policy = self.config, self.policy()
-        size = max(
-            1, BLOCK * self.mesh.data_size * config.rollout.micro_batch_size // config.evaluation.samples_per_prompt
-        )
-        started = len(self.rows) - len(todo)
-        bar = tqdm(
-            total=len(self.rows), initial=started, desc=self.request.label, unit="prompt", disable=not self.mesh.is_main
-        )
-        with bar:
+        mesh, label, count, policy = self.mesh, self.request.label, len(self.ids), self.policy()
+        size = max(1, BLOCK * mesh.data_size * self.config.rollout.micro_batch_size // self.samples)
+        with tqdm(total=count, initial=count - len(todo), desc=label, unit="prompt", disable=not mesh.is_main) as bar:
             for start in range(0, len(todo), size):
                 places = todo[start : start + size]
                 lines = self.block(policy, places, folder)
-                if self.mesh.is_main:
-                    write_json(folder / "parts" / f"{places[0]:05d}.json", LINES.dump_python(lines, mode="json"))
+                if mesh.is_main:
+                    folder.write_part(places[0], lines)
                 bar.update(len(places))
         del policy
         gc.collect()  # this model and the next one do not fit in memory together
@@ -164,25 +157,18 @@ class Measurement:
                 put_into(policy.transformers[name], self.checkpoint, name, self.trained, self.dtype)
         return policy
 
-    def block(self, policy: Policy, places: list[int], folder: Path) -> list[PromptLine]:
+    def block(self, policy: Policy, places: list[int], folder: ScoresFolder) -> list[PromptLine]:
         """Scores of the prompts at these places, the same on every rank."""
-        config, samples = self.config, self.config.evaluation.samples_per_prompt
+        config = self.config
         records = [self.shards.record(self.rows[place]) for place in places]
         batch = as_batch(records, image_size(config, policy))
-        prompts = conditioned(batch, policy, config, self.dtype, self.mesh, samples)
-        stats = VideoStats(folder, places, samples, config.video.fps)
-        by_name = {**evaluate(policy, prompts, self.suite, config, self.mesh, stats).by_name, **stats.scores(self.mesh)}
-        return [
-            PromptLine(
-                one.id, one.prompt, list(one.tags), {name: by_name[name][row].tolist() for name in self.measures}
-            )
-            for row, one in enumerate(records)
-        ]
+        prompts = conditioned(batch, policy, config, self.dtype, self.mesh, self.samples)
+        stats = VideoStats(folder, places, self.samples, config.video.fps)
+        found = {**evaluate(policy, prompts, self.suite, config, self.mesh, stats).by_name, **stats.scores(self.mesh)}
+        return lines_of(records, {name: found[name] for name in self.measures})
 
-    def join(self, folder: Path) -> None:
-        """Writes the parts as one file, and deletes them."""
-        lines = {line.id: line for line in read_parts(folder)}
-        scores = ModelScores(
+    def join(self, lines: Mapping[int, PromptLine]) -> ModelScores:
+        return ModelScores(
             label=self.request.label,
             source=self.request.source,
             settings=self.settings,
@@ -192,40 +178,7 @@ class Measurement:
             run=str(self.checkpoint.folder.parents[1]) if self.checkpoint else None,
             step=self.checkpoint.step if self.checkpoint else None,
         )
-        write_scores(folder, scores)
-        shutil.rmtree(folder / "parts")
 
 
-def weights_settings(pipeline: Path, checkpoint: Any, weights: str) -> dict[str, Any]:
-    """Which weights make the videos, by fingerprints."""
-    parts = [path.name for path in pipeline.iterdir() if path.is_dir() and path.name[0] != "."]
-    return {
-        "pipeline": fingerprint(pipeline, parts),
-        "checkpoint": checkpoint and fingerprint(checkpoint.folder.parent, (checkpoint.folder.name,)),
-        "weights": checkpoint and weights,
-    }
-
-
-def deployment(config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """How videos are made from weights and noise, the same for all models of a comparison; plain JSON data."""
-    evaluation = config.evaluation
-    return {
-        "video": asdict(config.video),
-        "num_steps": evaluation.num_steps,
-        "guidance_scale": evaluation.guidance_scale,
-        "guidance_scale_2": evaluation.guidance_scale_2,
-        "solver": evaluation.solver,
-        "shift": evaluation.shift_or(config.sampler),
-        "max_sequence_length": config.policy.max_sequence_length,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def digest(content: Any, sort_keys: bool = False) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=sort_keys).encode()).hexdigest()[:16]
-
-
-def read_parts(folder: Path) -> list[PromptLine]:
-    """Lines of the prompts measured so far. Raises MalformedFile."""
-    paths = sorted((folder / "parts").glob("*.json"))
-    return [line for path in paths for line in checked(LINES, path.read_bytes(), path, REMEDY)]
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -7,7 +7,6 @@ import hashlib
 import io
 import tempfile
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain, zip_longest
@@ -26,12 +25,12 @@ from torch.nn.functional import interpolate
 from bpgo_video.data.video import VideoError, as_bytes, read_video, write_video
 from bpgo_video.evaluation.comparing.scores import Scored
 from bpgo_video.evaluation.comparing.verdict import Compared, Comparison, headline, notes
-from bpgo_video.evaluation.tables import WIDTH, text_table
 from bpgo_video.reports.curves import draw_curve
 from bpgo_video.reports.drawing import SERIES, TEXT, Curve, drawn
 from bpgo_video.reports.metrics import METRICS_FILE, read_metrics
 from bpgo_video.reports.pages import write_page
 from bpgo_video.reports.report import read_summary
+from bpgo_video.reports.summary import WIDTH, boxed
 from bpgo_video.statistics import LEVEL
 
 COLOURS = dict(zip(("heldout", "trained", "video"), SERIES, strict=True))
@@ -52,19 +51,12 @@ def as_table(compared: Compared) -> str:
 
 def effects_table(one: Comparison) -> str:
     header = ("measure", one.reference, one.candidate, "difference [95 %]", "p (Holm)", "effect", "wins/ties/losses")
-    rows = [
-        (
-            name,
-            f"{effect.mean_a:.{effect.decimals}f}",
-            f"{effect.mean_b:.{effect.decimals}f}",
-            str(effect),
-            p_text(effect.p_adjusted),
-            f"{effect.rank_biserial:+.2f}",
-            f"{effect.wins}/{effect.ties}/{effect.losses}",
-        )
-        for name, effect in one.effects.items()
-    ]
-    return text_table(f"{one.candidate} against {one.reference}", header, rows)
+    rows = []
+    for name, effect in one.effects.items():
+        means = [f"{mean:.{effect.decimals}f}" for mean in (effect.mean_a, effect.mean_b)]
+        counts = f"{effect.wins}/{effect.ties}/{effect.losses}"
+        rows.append([name, *means, str(effect), p_text(effect.p_adjusted), f"{effect.rank_biserial:+.2f}", counts])
+    return boxed(rows, header, title=f"{one.candidate} against {one.reference}")
 
 
 def p_text(p: float | None) -> str:
@@ -81,24 +73,10 @@ def write_report(output: Path, compared: Compared, shown: int) -> Path:
         MalformedFile, VideoError: a run's records or a video cannot be read; the message names the file.
     """
     script = files(__package__).joinpath("comparison.js").read_text(encoding="utf-8")
-    return write_page(
-        output / "report.html",
-        "evaluation/comparing/comparison.html.j2",
-        compared=compared,
-        first=compared.models[0].scores,
-        labels=[model.scores.label for model in compared.models],
-        seeds=sorted({model.scores.settings["seed"] for model in compared.models}),
-        headline=headline,
-        notes=notes,
-        p_text=p_text,
-        forests=[forest(one, f"forest-{place}") for place, one in enumerate(compared.comparisons)],
-        bars=bars(compared),
-        pairs=pairs(compared, shown),
-        runs=run_curves(compared),
-        level=LEVEL,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    called = {own.__name__: own for own in (headline, notes, p_text, forest, bars, pairs, run_curves)}
+    page = {"compared": compared, "most": shown, "level": LEVEL, "script": Markup(script), "script_hash": digest}
+    return write_page(output / "report.html", "evaluation/comparing/comparison.html.j2", **page, **called)
 
 
 def forest(comparison: Comparison, name: str) -> Curve | None:
@@ -113,7 +91,7 @@ def forest(comparison: Comparison, name: str) -> Curve | None:
         axes.axvline(0.0, color=TEXT, linewidth=0.8, linestyle="--", alpha=0.6)
         axes.grid(axis="x")
         for place, (measure, effect) in enumerate(rows):
-            colour, ends = COLOURS[comparison.role(measure)], (effect.low, effect.high)
+            colour, ends = COLOURS[comparison.roles[measure]], (effect.low, effect.high)
             if None not in ends:
                 axes.plot(np.array(ends) / effect.scale, [place, place], color=colour, linewidth=2)
             face, middle = colour if effect.shown else "none", effect.difference / effect.scale
@@ -149,7 +127,7 @@ def run_curves(compared: Compared) -> dict[str, list[Curve]]:
     for run in dict.fromkeys(Path(model.scores.run) for model in compared.models if model.scores.run is not None):
         if (run / METRICS_FILE).is_file():
             records: Any = read_metrics(run / METRICS_FILE)
-            summary = {"heldout_reward": compared.models[0].scores.of_role("heldout")[0], **read_summary(run)}
+            summary = {"heldout_reward": next(iter(compared.comparisons[0].heldout)), **read_summary(run)}
             curves = [draw_curve(name, records, summary, prefix=f"run{len(found)}-") for name in RUN_PANELS]
             found[run.name] = [curve for curve in curves if curve is not None]
     return found
@@ -166,39 +144,20 @@ class Clip:
     height: int
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A prompt with every model's first video.
-
-    Attributes:
-        row: place among the prompts.
-        means: of each model, the reference first: the mean over the prompt's samples by measure.
-        disagreement: of each candidate, see `disagreement`.
-    """
-
-    row: int
-    prompt: str
-    tags: Sequence[str]
-    clips: Sequence[Clip]
-    means: Sequence[dict[str, float]]
-    disagreement: Sequence[float]
-
-
-def pairs(compared: Compared, count: int) -> list[Pair]:
-    """The chosen prompts, in order, with their videos."""
-    apart = [disagreement(compared, candidate) for candidate in range(len(compared.comparisons))]
-    means = [{name: prompt_means(model, name) for name in model.scores.tables()} for model in compared.models]
+def pairs(compared: Compared, count: int) -> list[dict[str, Any]]:
+    """The chosen prompts with every model's first video, mean scores, and the rewards' disagreement."""
+    models, rows = compared.models, chosen_rows(compared, count)
+    means = [{name: table.mean(axis=1).tolist() for name, table in model.scores.tables().items()} for model in models]
+    apart = [disagreement(compared, candidate).tolist() for candidate in range(len(compared.comparisons))]
     return [
-        Pair(
-            row,
-            line.prompt,
-            line.tags,
-            [clip_of(model, row) for model in compared.models],
-            [{name: float(values[row]) for name, values in own.items()} for own in means],
-            [float(values[row]) for values in apart],
-        )
-        for row, line in enumerate(compared.models[0].scores.prompts)
-        if row in chosen_rows(compared, count)
+        {
+            "row": row,
+            "line": models[0].scores.prompts[row],
+            "clips": [clip_of(model, row) for model in models],
+            "means": [{name: values[row] for name, values in own.items()} for own in means],
+            "apart": [values[row] for values in apart],
+        }
+        for row in rows
     ]
 
 
@@ -211,17 +170,16 @@ def disagreement(compared: Compared, candidate: int) -> Float[np.ndarray, "promp
     standard deviations of the reference's scores.
     """
     one, first, second = compared.comparisons[candidate], compared.models[0], compared.models[candidate + 1]
-    scales = {name: one.effects[name].scale for name in first.scores.measures if one.role(name) != "video"}
-    differences = [
-        (prompt_means(second, name) - prompt_means(first, name)) / scale for name, scale in scales.items() if scale > 0
-    ]
+    rewards = [name for name, one in first.scores.measures.items() if one.role != "video"]
+    scales = {name: scale for name in rewards if (scale := one.effects[name].scale) > 0}
+    differences = [(prompt_means(second, name) - prompt_means(first, name)) / scale for name, scale in scales.items()]
     return np.ptp(differences, axis=0) if differences else np.zeros(len(first.scores.prompts))
 
 
 def chosen_rows(compared: Compared, count: int) -> list[int]:
     """In turns the biggest win, loss and disagreement of each candidate by the first held-out measure; in order."""
     first, *others = compared.models
-    measure, ranked = first.scores.of_role("heldout")[0], []
+    measure, ranked = next(iter(compared.comparisons[0].heldout)), []
     for candidate, model in enumerate(others):
         gain = prompt_means(model, measure) - prompt_means(first, measure)
         ranked += [np.argsort(-gain), np.argsort(gain), np.argsort(-disagreement(compared, candidate))]
@@ -235,7 +193,7 @@ def clip_of(model: Scored, row: int) -> Clip:
     Raises:
         VideoError: it is missing, or cannot be read.
     """
-    path = model.video(row)
+    path = model.folder.video(row)
     if not path.is_file():
         raise VideoError(f"{path} is missing next to its scores; restore it, or name the model and a new --output")
     video, fps = read_video(path)

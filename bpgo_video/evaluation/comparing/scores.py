@@ -7,7 +7,8 @@ FOLDER/parts/             scores of the prompts so far, while some are missing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,22 +17,19 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
+from torch import Tensor
 
 from bpgo_video.data.atomic import write_json
+from bpgo_video.data.prompt_records import PromptRecord
 from bpgo_video.evaluation.files import checked
 from bpgo_video.reports.metrics import MalformedFile
 
-SCORES_FILE = "scores.json"
 TRAINING_REWARD = "training reward"  # a name that no recipe's reward can have
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 REMEDY = "delete it, and what it held is measured again"
 
 Role = Literal["heldout", "trained", "video"]
 Table = Float[np.ndarray, "prompts samples"]
-
-
-class PairingError(ValueError):
-    """Scores that cannot be compared; the message says what differs."""
 
 
 @checked_dataclass(frozen=True, config=STRICT)
@@ -60,6 +58,15 @@ class PromptLine:
     scores: dict[str, list[FiniteFloat]]
 
 
+def lines_of(records: Sequence[PromptRecord], by_name: Mapping[str, Tensor]) -> list[PromptLine]:
+    """The lines of prompts whose scores are the rows of tensors."""
+    columns = {name: scores.tolist() for name, scores in by_name.items()}
+    return [
+        PromptLine(one.id, one.prompt, list(one.tags), {name: rows[place] for name, rows in columns.items()})
+        for place, one in enumerate(records)
+    ]
+
+
 @checked_dataclass(frozen=True, config=STRICT)
 class ModelScores:
     """One model's scores.
@@ -82,77 +89,70 @@ class ModelScores:
     step: int | None = None
     form: Literal[1] = 1
 
-    def of_role(self, role: Role) -> list[str]:
-        return [name for name, measure in self.measures.items() if measure.role == role]
+    @property
+    def roles(self) -> dict[str, Role]:
+        """The role of every measure; the training reward follows if it is a sum of several."""
+        roles = {name: measure.role for name, measure in self.measures.items()}
+        several = list(roles.values()).count("trained") > 1
+        return {**roles, TRAINING_REWARD: "trained"} if several else roles
 
     def table(self, measure: str) -> Table:
-        """The scores of one measure, or TRAINING_REWARD."""
-        if measure == TRAINING_REWARD:  # the weighted sum that a training run logs as `reward`
-            trained = self.of_role("trained")
-            return np.sum([self.measures[name].weight * self.table(name) for name in trained], axis=0)
-        return np.array([line.scores[measure] for line in self.prompts])
+        """The scores of one measure, or TRAINING_REWARD: the weighted sum that a training run logs as `reward`."""
+        if measure != TRAINING_REWARD:
+            return np.array([line.scores[measure] for line in self.prompts])
+        trained = of_role("trained", self.roles)
+        return np.sum([self.measures[name].weight * self.table(name) for name in trained if name != measure], axis=0)
 
     def tables(self) -> dict[str, Table]:
-        """The scores of every measure, followed by the training reward if it is a sum of several."""
-        total = [TRAINING_REWARD] if len(self.of_role("trained")) > 1 else []
-        return {name: self.table(name) for name in [*self.measures, *total]}
+        return {name: self.table(name) for name in self.roles}
+
+
+def of_role(role: Role, roles: Mapping[str, Role]) -> list[str]:
+    return [name for name, own in roles.items() if own == role]
+
+
+SCORES, LINES = TypeAdapter(ModelScores), TypeAdapter(list[PromptLine])
+
+
+@dataclass(frozen=True)
+class ScoresFolder:
+    """The folder of one model's scores."""
+
+    path: Path
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "scores.json").is_file()
+
+    def read(self, **named: str) -> Scored:
+        """The scores, with another label or source if these are `named`. Raises MalformedFile."""
+        path = self.path / "scores.json"
+        found = checked(SCORES, path.read_bytes(), path, REMEDY)
+        counts = {len(values) for line in found.prompts for values in line.scores.values()}
+        if len(counts) != 1 or any(line.scores.keys() != found.measures.keys() for line in found.prompts):
+            raise MalformedFile(f"{path}: each prompt needs equally many scores of {sorted(found.measures)}; {REMEDY}")
+        return Scored(replace(found, **named), self)
+
+    def write(self, scores: ModelScores) -> None:
+        write_json(self.path / "scores.json", SCORES.dump_python(scores, mode="json"))
+        shutil.rmtree(self.path / "parts", ignore_errors=True)
+
+    def read_parts(self) -> dict[int, PromptLine]:
+        """The prompts measured so far, by id. Raises MalformedFile."""
+        parts = [checked(LINES, path.read_bytes(), path, REMEDY) for path in sorted(self.path.glob("parts/*.json"))]
+        return {line.id: line for lines in parts for line in lines}
+
+    def write_part(self, number: int, lines: Sequence[PromptLine]) -> None:
+        write_json(self.path / "parts" / f"{number:05d}.json", LINES.dump_python(list(lines), mode="json"))
+
+    def video(self, row: int) -> Path:
+        """The first sample of the prompt in this row."""
+        return self.path / "videos" / f"{row:05d}.mp4"
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's scores and the folder that holds them and its videos."""
+    """A model's scores, and the folder of its videos."""
 
     scores: ModelScores
-    folder: Path
-
-    def video(self, row: int) -> Path:
-        """The first sample of the prompt in this row."""
-        return video_path(self.folder, row)
-
-
-def video_path(folder: Path, row: int) -> Path:
-    return folder / "videos" / f"{row:05d}.mp4"
-
-
-def holds_scores(folder: Path) -> bool:
-    return (folder / SCORES_FILE).is_file()
-
-
-def read_scores(folder: Path, **named: str) -> Scored:
-    """A folder's scores, with another label or source if these are `named`. Raises MalformedFile."""
-    path = folder / SCORES_FILE
-    found = checked(TypeAdapter(ModelScores), path.read_bytes(), path, REMEDY)
-    counts = {len(values) for line in found.prompts for values in line.scores.values()}
-    if len(counts) != 1 or any(line.scores.keys() != found.measures.keys() for line in found.prompts):
-        raise MalformedFile(f"{path}: each prompt needs equally many scores of {sorted(found.measures)}; {REMEDY}")
-    return Scored(replace(found, **named), folder)
-
-
-def write_scores(folder: Path, scores: ModelScores) -> None:
-    write_json(folder / SCORES_FILE, TypeAdapter(ModelScores).dump_python(scores, mode="json"))
-
-
-def check_paired(models: Sequence[ModelScores]) -> None:
-    """Checks that all models were measured in one way on the same prompts; seeds and samples may differ.
-
-    Raises:
-        PairingError: names the two models and what differs.
-    """
-    first, *others = models
-    for other in others:
-        pair = f"{first.label} ({first.source}) and {other.label} ({other.source})"
-        if [(line.id, line.prompt) for line in first.prompts] != [(line.id, line.prompt) for line in other.prompts]:
-            raise PairingError(f"{pair} have scores of different prompts; measure one of them again")
-        if first.measures != other.measures:
-            raise PairingError(
-                f"{pair} were measured by different rewards: {sorted(first.measures)} and {sorted(other.measures)}, or "
-                "different versions or weights of them; measure one of them again with the recipe of the other"
-            )
-        ours, theirs = first.settings["deployment"], other.settings["deployment"]
-        if different := [f"{key} {ours[key]} and {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key)]:
-            raise PairingError(f"{pair} made videos differently: {', '.join(different)}; measure one of them again")
-
-
-def same_noise(a: ModelScores, b: ModelScores) -> bool:
-    """Whether sample s of a prompt started from the same noise in both."""
-    return bool(a.settings["seed"] == b.settings["seed"])
+    folder: ScoresFolder

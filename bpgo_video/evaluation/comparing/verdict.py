@@ -1,7 +1,7 @@
 """The comparison of several models with the first: effects, a verdict in words, notes, comparison.json.
 
-The verdict is about held-out measures and claims no more than the statistics show. Notes say what may mislead; each is a
-function in NOTES.
+The verdict is about held-out measures and claims no more than the statistics show. Notes say what may mislead; each is
+a function in NOTES.
 
 At equal training reward: a run that trained longer, or at a higher learning rate, has more of what it was trained on;
 whether it also paid more for it shows where rewards are equal. A run's curve goes through its starting policy and its
@@ -21,19 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from bpgo_video.data.atomic import write_json
-from bpgo_video.evaluation.comparing.scores import (
-    TRAINING_REWARD,
-    Measure,
-    ModelScores,
-    Role,
-    Scored,
-    check_paired,
-    same_noise,
-)
+from bpgo_video.evaluation.comparing.scores import TRAINING_REWARD, ModelScores, Role, Scored, of_role
 from bpgo_video.evaluation.comparing.video_stats import DIVERSITY, MOTION
 from bpgo_video.statistics import LEVEL, RESAMPLES, Effect, as_family, can_show, effect
 
 Effects = Mapping[str, Effect]  # by measure
+
+
+class PairingError(ValueError):
+    """Scores that cannot be compared; the message says what differs."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +37,26 @@ class Comparison:
     """A candidate compared with a reference.
 
     Attributes:
-        effects: of one family; TRAINING_REWARD is among them if several rewards were trained on.
+        roles: of the measures; TRAINING_REWARD is among them if several rewards were trained on.
+        effects: of one family.
         by_tag: of the prompts of each tag; not part of the family.
         same_noise: samples of both started from the same noise.
     """
 
     reference: str
     candidate: str
-    measures: Mapping[str, Measure]
+    roles: Mapping[str, Role]
     effects: Effects
     by_tag: Mapping[str, Effects]
     same_noise: bool
 
-    def role(self, measure: str) -> Role:
-        return "trained" if measure == TRAINING_REWARD else self.measures[measure].role
-
-    def of_role(self, role: Role) -> Effects:
-        return {name: self.effects[name] for name, measure in self.measures.items() if measure.role == role}
+    @property
+    def heldout(self) -> Effects:
+        return {name: self.effects[name] for name in of_role("heldout", self.roles)}
 
     @property
     def outcome(self) -> str:
-        shown = {effect.shown for effect in self.of_role("heldout").values()} - {0}
+        shown = {effect.shown for effect in self.heldout.values()} - {0}
         if len(shown) == 2:
             return "mixed"
         return {1: "better", -1: "worse"}[shown.pop()] if shown else "no difference shown"
@@ -116,21 +111,39 @@ def compare(models: Sequence[Scored]) -> Compared:
         PairingError: scores of different prompts, rewards or settings.
     """
     first, *others = scores = [model.scores for model in models]
-    check_paired(scores)
-    effects = [effects_of(first, other) for other in others]
-    family = iter(as_family([one for by_measure in effects for one in by_measure.values()]))
-    comparisons = [
-        Comparison(
-            reference=first.label,
-            candidate=other.label,
-            measures=first.measures,
-            effects={name: next(family) for name in by_measure},
-            by_tag=by_tag(first, other),
-            same_noise=same_noise(first, other),
-        )
-        for other, by_measure in zip(others, effects, strict=True)
-    ]
+    for other in others:
+        check_paired(first, other)
+    family = iter(as_family([one for other in others for one in effects_of(first, other).values()]))
+    comparisons = []
+    for other in others:
+        effects = {name: next(family) for name in first.roles}
+        noise = same_noise(first, other)
+        comparisons.append(Comparison(first.label, other.label, first.roles, effects, by_tag(first, other), noise))
     return Compared(models, comparisons, matchings(scores))
+
+
+def check_paired(first: ModelScores, other: ModelScores) -> None:
+    """Checks that both were measured in one way on the same prompts; seeds and samples may differ.
+
+    Raises:
+        PairingError: names the two models and what differs.
+    """
+    pair = f"{first.label} ({first.source}) and {other.label} ({other.source})"
+    if [(line.id, line.prompt) for line in first.prompts] != [(line.id, line.prompt) for line in other.prompts]:
+        raise PairingError(f"{pair} have scores of different prompts; measure one of them again")
+    if first.measures != other.measures:
+        raise PairingError(
+            f"{pair} were measured by different rewards: {sorted(first.measures)} and {sorted(other.measures)}, or "
+            "different versions or weights of them; measure one of them again with the recipe of the other"
+        )
+    ours, theirs = first.settings["deployment"], other.settings["deployment"]
+    if different := [f"{key} {ours[key]} and {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key)]:
+        raise PairingError(f"{pair} made videos differently: {', '.join(different)}; measure one of them again")
+
+
+def same_noise(a: ModelScores, b: ModelScores) -> bool:
+    """Whether sample s of a prompt started from the same noise in both."""
+    return bool(a.settings["seed"] == b.settings["seed"])
 
 
 def effects_of(first: ModelScores, other: ModelScores, rows: Any = slice(None)) -> dict[str, Effect]:
@@ -169,7 +182,7 @@ def matched(curve: Sequence[ModelScores], other: ModelScores) -> Match | None:
         low, high = (float(model.table(TRAINING_REWARD).mean()) for model in (before, after))
         if low != high and min(low, high) <= reward <= max(low, high):
             share, effects = (reward - low) / (high - low), {}
-            for name in other.of_role("heldout"):
+            for name in of_role("heldout", other.roles):
                 ends = [model.table(name).mean(axis=1, keepdims=True) for model in (before, after)]
                 effects[name] = effect((1 - share) * ends[0] + share * ends[1], other.table(name))
             start, end = before.step or 0, after.step or 0
@@ -186,12 +199,8 @@ def headline(comparison: Comparison) -> str:
         "no difference shown": "No difference shown between {a} and {b}: {same}",
     }
     words = {
-        label: ", ".join(
-            f"held-out {name} {effect}"
-            for name, effect in comparison.of_role("heldout").items()
-            if effect.shown == sign
-        )
-        for label, sign in (("up", 1), ("down", -1), ("same", 0))
+        word: ", ".join(f"held-out {name} {one}" for name, one in comparison.heldout.items() if one.shown == sign)
+        for word, sign in (("up", 1), ("down", -1), ("same", 0))
     }
     return sentences[comparison.outcome].format(a=comparison.reference, b=comparison.candidate, **words)
 
@@ -203,8 +212,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 def reward_alone(comparison: Comparison) -> str | None:
     """The pattern of a reward that is exploited."""
-    trained = comparison.of_role("trained")
-    training = comparison.effects.get(TRAINING_REWARD) or next(iter(trained.values()))
+    training = comparison.effects[of_role("trained", comparison.roles)[-1]]
     if training.shown != 1 or comparison.outcome in ("better", "mixed"):
         return None
     rest = "held-out scores fell" if comparison.outcome == "worse" else "no held-out score is shown to have risen"
@@ -233,7 +241,7 @@ def fell(comparison: Comparison, name: str, change: str, meaning: str) -> str | 
 
 def tags_disagree(comparison: Comparison) -> str | None:
     """Intervals of two tags that do not overlap, in the first held-out measure."""
-    name = next(iter(comparison.of_role("heldout")))
+    name = next(iter(comparison.heldout))
     known = {tag: effects[name] for tag, effects in comparison.by_tag.items() if effects[name].low is not None}
     if not known:
         return None
@@ -263,12 +271,8 @@ def different_noise(comparison: Comparison) -> str | None:
 
 
 NOTES: tuple[Callable[[Comparison], str | None], ...] = (
-    reward_alone,
-    less_motion,
-    less_diversity,
-    tags_disagree,
-    too_few_prompts,
-    different_noise,
+    *(reward_alone, less_motion, less_diversity),
+    *(tags_disagree, too_few_prompts, different_noise),
 )
 
 
@@ -283,10 +287,7 @@ def write_comparison(output: Path, compared: Compared) -> Path:
         "measures": {name: asdict(measure) for name, measure in scores.measures.items()},
         "models": [model_json(model) for model in compared.models],
         "comparisons": [comparison_json(one) for one in compared.comparisons],
-        "matched": [
-            asdict(one) | {"match": one.match and asdict(one.match) | {"effects": effects_json(one.match.effects)}}
-            for one in compared.matchings
-        ],
+        "matched": [asdict(one) for one in compared.matchings],
     }
     write_json(path := output / "comparison.json", content)
     return path
@@ -296,24 +297,13 @@ def model_json(model: Scored) -> dict[str, Any]:
     scores = model.scores
     return {
         **{name: getattr(scores, name) for name in ("label", "source", "run", "step")},
-        "results": str(model.folder),
         **{name: scores.settings[name] for name in ("seed", "samples_per_prompt")},
+        "results": str(model.folder.path),
         "means": {name: float(table.mean()) for name, table in scores.tables().items()},
     }
 
 
 def comparison_json(one: Comparison) -> dict[str, Any]:
-    return {
-        "reference": one.reference,
-        "candidate": one.candidate,
-        "outcome": one.outcome,
-        "verdict": headline(one),
-        "notes": notes(one),
-        "same_noise": one.same_noise,
-        "effects": effects_json(one.effects),
-        "by_tag": {tag: effects_json(effects) for tag, effects in one.by_tag.items()},
-    }
-
-
-def effects_json(effects: Effects) -> dict[str, dict[str, Any]]:
-    return {name: {**asdict(effect), "shown": effect.shown} for name, effect in effects.items()}
+    content = {"outcome": one.outcome, "verdict": headline(one), "notes": notes(one), **asdict(one)}
+    del content["roles"]  # "measures" has them
+    return content

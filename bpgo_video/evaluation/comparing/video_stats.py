@@ -11,15 +11,13 @@ Thumbnails are means over cells of space and time: grain counts little; what is 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
 from bpgo_video.data.video import write_video
-from bpgo_video.evaluation.comparing.scores import Measure, video_path
+from bpgo_video.evaluation.comparing.scores import Measure, ScoresFolder
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.training.heldout import Scores
 from bpgo_video.types import RolloutChunk, Videos
@@ -56,7 +54,7 @@ class VideoStats:
         rows: of each prompt in the block, its place among all prompts.
     """
 
-    def __init__(self, folder: Path, rows: list[int], samples: int, fps: float) -> None:
+    def __init__(self, folder: ScoresFolder, rows: list[int], samples: int, fps: float) -> None:
         self._folder, self._rows, self._samples, self._fps = folder, rows, samples, fps
         self._items: list[int] = []
         self._motion: list[Tensor] = []
@@ -68,7 +66,7 @@ class VideoStats:
         self._small.append(thumbnails(chunk.videos))
         for video, row, sample in zip(chunk.videos, chunk.prompt_rows, chunk.sample_index, strict=True):
             if sample == 0:
-                write_video(video_path(self._folder, self._rows[int(row)]), video.cpu(), self._fps)
+                write_video(self._folder.video(self._rows[int(row)]), video.cpu(), self._fps)
 
     def scores(self, mesh: Mesh) -> dict[str, Scores]:
         """Both statistics of all ranks' samples, on every rank; see `video_measures` for which mean something."""

@@ -10,6 +10,7 @@ all others are done, and the same command measures what is not there yet.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -23,15 +24,15 @@ import yaml
 
 from bpgo_video.data.atomic import atomic_file
 from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.evaluation.ranks import device_of, ranks_or_alone
 from bpgo_video.evaluation.vbench.results import Result, ResultError, check_complete, read_results
 from bpgo_video.evaluation.vbench.scoring import check_folder, videos_of
-from bpgo_video.evaluation.vbench.suite import Suite, listing
+from bpgo_video.evaluation.vbench.suite import Suite, SuiteError, listing, read_suite
 from bpgo_video.parallel.agreement import from_all, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.reports.metrics import MalformedFile
 from bpgo_video.worker_side import vbench_dimension
 
-RECORD = "measured.yaml"  # not .json: VBench's scripts take each of those for a result
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # the package is one process, on any rank
 CLASSES = {"vbench": ("vbench", "VBench"), "vbench-i2v": ("vbench2_beta_i2v", "VBenchI2V")}
 
@@ -62,31 +63,6 @@ class PackageRequest:
     device: str
     folder: Path
     options: Mapping[str, Any] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """What identifies the results."""
-        return {
-            "videos": fingerprint(self.videos, (".",)),
-            "suite": None if self.suite is None else sha256(self.suite.source.read_bytes()).hexdigest()[:16],
-            "benchmark": self.benchmark,
-            "options": dict(self.options),
-        }
-
-    def task(self, dimension: str) -> dict[str, Any]:
-        """The argument of worker_side/vbench_dimension.py."""
-        module, benchmark = CLASSES[self.benchmark]
-        standard = self.suite is not None and bool(self.suite.dimensions)
-        mode = {"mode": "vbench_standard" if standard else "custom_input"} if self.benchmark == "vbench" else {}
-        return {
-            "module": module,
-            "benchmark": benchmark,
-            "device": self.device,
-            "suite": "" if self.suite is None else str(self.suite.source),
-            "output": str(self.output),
-            "videos": str(self.videos),
-            "dimension": dimension,
-            "options": {**mode, **self.options},
-        }
 
 
 def measure_by_package(request: PackageRequest, mesh: Mesh) -> list[Result]:
@@ -127,7 +103,11 @@ def write_record(request: PackageRequest) -> None:
     Raises:
         PackageError: OUTPUT holds results of something else.
     """
-    path, record = request.output / RECORD, request.record()
+    path, suite = request.output / "measured.yaml", request.suite  # not .json: VBench takes each of those for a result
+    record = {"videos": fingerprint(request.videos, (".",)), "suite": None}
+    record |= {"benchmark": request.benchmark, "options": dict(request.options)}
+    if suite is not None:
+        record["suite"] = sha256(suite.source.read_bytes()).hexdigest()[:16]
     if not path.is_file():
         with atomic_file(path) as aside:
             aside.write_text(yaml.safe_dump(record), "utf-8")
@@ -152,7 +132,14 @@ def run_dimension(request: PackageRequest, dimension: str, names: Sequence[str])
         PackageError: its exit code is not 0; has its last lines.
         ResultError, MalformedFile, FileNotFoundError: it wrote no result, or one that cannot be used.
     """
-    command = [request.python, str(vbench_dimension.__file__), json.dumps(request.task(dimension))]
+    module, benchmark = CLASSES[request.benchmark]
+    places = {name: str(getattr(request, name)) for name in ("device", "output", "videos")}
+    suite = "" if request.suite is None else str(request.suite.source)
+    mode = "vbench_standard" if request.suite is not None and request.suite.dimensions else "custom_input"
+    options = {**({"mode": mode} if request.benchmark == "vbench" else {}), **request.options}
+    task = {**places, "module": module, "benchmark": benchmark, "suite": suite, "options": options}
+    worker = str(vbench_dimension.__file__)
+    command = [request.python, worker, json.dumps({**task, "dimension": dimension})]
     environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     log = request.output / f"{dimension}.log"
     with log.open("wb") as said:
@@ -170,3 +157,28 @@ def read_result(request: PackageRequest, dimension: str, names: Sequence[str]) -
         raise ResultError(f"{path} has the dimension {result.dimension}")
     check_complete(result, list(names))
     return result
+
+
+def run(args: argparse.Namespace) -> None:
+    """The subcommand `vbench`."""
+    with ranks_or_alone() as mesh:
+        with same_verdict(mesh):
+            request = requested(args, str(device_of(args.device, mesh)))
+        results = measure_by_package(request, mesh)
+        if mesh.is_main:
+            for result in results:
+                print(f"{result.dimension:24} {result.score:.4f}  {len(result.videos)} videos")
+
+
+def requested(args: argparse.Namespace, device: str) -> PackageRequest:
+    """Raises SuiteError where no dimension or no list is named."""
+    suite = None if args.suite is None else read_suite(args.suite, args.samples)
+    i2v, options = args.benchmark == "vbench-i2v", {"local": args.local}
+    dimensions = tuple(dict.fromkeys(args.dimensions or (suite.dimensions if suite is not None else ())))
+    if not dimensions:
+        raise SuiteError("say which --dimensions: only VBench's own list, by --suite, names them itself")
+    if i2v and suite is None:
+        raise SuiteError("vbench-i2v needs its own list, vbench2_i2v_full_info.json: --suite FILE")
+    options |= {"resolution": args.resolution} if i2v else {}
+    videos, output, folder = (path.absolute() for path in (args.videos, args.output, args.folder))
+    return PackageRequest(args.python, videos, output, args.benchmark, suite, dimensions, device, folder, options)

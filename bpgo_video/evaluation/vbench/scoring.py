@@ -8,12 +8,12 @@ are measured again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,14 +22,16 @@ import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
+from bpgo_video.cli import show_loading_once
 from bpgo_video.data.video import VideoError, read_header, read_pixels
 from bpgo_video.evaluation.files import checked
+from bpgo_video.evaluation.ranks import device_of, ranks_or_alone
 from bpgo_video.evaluation.vbench.dimensions import Dimension, find_dimension
 from bpgo_video.evaluation.vbench.folder import video_problems
 from bpgo_video.evaluation.vbench.formulas import DimensionError, Footage, Measured
 from bpgo_video.evaluation.vbench.networks import Network, Sources
-from bpgo_video.evaluation.vbench.results import Result, Video
-from bpgo_video.evaluation.vbench.suite import SUFFIX, Suite, SuiteError, SuitePrompt, image_path, listing
+from bpgo_video.evaluation.vbench.results import Result, Video, write_results
+from bpgo_video.evaluation.vbench.suite import SUFFIX, Suite, SuiteError, SuitePrompt, image_path, listing, read_suite
 from bpgo_video.parallel.agreement import from_all, from_main, same_everywhere, same_verdict
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.randomness import reseeded
@@ -54,6 +56,17 @@ class Request:
     suite: Suite | None = None
     images: Path | None = None
     fps: float | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One video's number, as it is kept."""
+
+    key: str
+    measured: Measured
+
+
+LINE = TypeAdapter(Line)
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,7 @@ def score_folder(
     same_everywhere({"videos and prompts": videos, "networks": networks}, mesh)
     results: list[Result] = []
     for task in tasks:
-        found = from_main(earlier(task, kept) if mesh.is_main else {}, mesh)
+        found = from_main(read_kept(task, kept) if mesh.is_main else {}, mesh)
         rest = [place for place in range(len(task.items)) if place not in found]
         for part in from_all(measure_share(task, mesh.dealt(rest), mesh, kept), mesh):
             found |= part
@@ -224,24 +237,15 @@ def measure_share(task: Task, places: Sequence[int], mesh: Mesh, kept: Path) -> 
         return found
     label = task.dimension.name + (f" (1 of {mesh.world_size} shares)" if mesh.world_size > 1 else "")
     hidden = None if mesh.is_main else True  # None: where there is no terminal
-    with keeping(kept, task.dimension.name) as keep:
+    kept.mkdir(parents=True, exist_ok=True)
+    with (kept / f"{task.dimension.name}-{secrets.token_hex(4)}.jsonl").open("x", encoding="utf-8") as file:
         for place in tqdm(places, desc=label, unit="video", disable=hidden):
             item = task.items[place]
             key, found[place] = task.key(item), task.measure(item)
-            keep(Line(key, item.path.name, found[place]))
+            line = {"key": key, "video": item.path.name, "measured": asdict(found[place])}
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
     return found
-
-
-@dataclass(frozen=True)
-class Line:
-    """One video's number, as it is kept; `video` is its file's name, for readers."""
-
-    key: str
-    video: str
-    measured: Measured
-
-
-LINE = TypeAdapter(Line)
 
 
 def kept_beside(output: Path) -> Path:
@@ -249,22 +253,13 @@ def kept_beside(output: Path) -> Path:
     return output.with_name(f"{output.name}.measured")
 
 
-@contextmanager
-def keeping(folder: Path, dimension: str) -> Iterator[Callable[[Line], None]]:
-    """Yields a function that writes this process's lines, each at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{dimension}-{secrets.token_hex(4)}.jsonl").open("x", encoding="utf-8") as file:
-
-        def keep(line: Line) -> None:
-            file.write(json.dumps(asdict(line), allow_nan=False) + "\n")
-            file.flush()
-
-        yield keep
-
-
-def earlier(task: Task, kept: Path) -> dict[int, Measured]:
-    """What an earlier call measured, by the video's place."""
-    lines = read_kept(kept, task.dimension.name)
+def read_kept(task: Task, kept: Path) -> dict[int, Measured]:
+    """What an earlier call measured, by the video's place. Raises MalformedFile for a line of another form."""
+    lines = {}
+    for path in kept.glob(f"{task.dimension.name}-*.jsonl"):
+        for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            line = checked(LINE, text, f"{path}, line {number}", "delete the file, and its videos are measured again")
+            lines[line.key] = line.measured
     keys = [task.key(item) for item in task.items] if lines else []
     found = {place: lines[key] for place, key in enumerate(keys) if key in lines}
     if found:
@@ -273,19 +268,37 @@ def earlier(task: Task, kept: Path) -> dict[int, Measured]:
     return found
 
 
-def read_kept(folder: Path, dimension: str) -> dict[str, Measured]:
-    """All kept numbers of a dimension, by their keys. Raises MalformedFile for a line of another form."""
-    found = {}
-    for path in folder.glob(f"{dimension}-*.jsonl"):
-        for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            line = checked(LINE, text, f"{path}, line {number}", "delete the file, and its videos are measured again")
-            found[line.key] = line.measured
-    return found
-
-
-def drop_kept(folder: Path, dimensions: Sequence[str]) -> None:
+def drop_kept(kept: Path, dimensions: Sequence[str]) -> None:
     """Deletes the lines of these dimensions, and the folder if no others are left."""
-    for path in (path for dimension in dimensions for path in folder.glob(f"{dimension}-*.jsonl")):
+    for path in (path for dimension in dimensions for path in kept.glob(f"{dimension}-*.jsonl")):
         path.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    if kept.is_dir() and not any(kept.iterdir()):
+        kept.rmdir()
+
+
+def run(args: argparse.Namespace) -> None:
+    """The subcommand `score`."""
+
+    def done(results: Sequence[Result]) -> None:
+        write_results(args.output, results)
+        last = results[-1]
+        labels = ", ".join(last.labels)
+        print(f"{last.dimension:24} {last.score:.4f}  {labels}, {len(last.videos)} videos", flush=True)
+
+    show_loading_once()
+    with ranks_or_alone() as mesh:
+        with same_verdict(mesh):
+            backbones, dimensions = dict(map(backbone, args.backbone)), tuple(dict.fromkeys(args.dimensions))
+            suite = None if args.suite is None else read_suite(args.suite, args.samples)
+            request = Request(args.videos, dimensions, backbones, suite, args.images, args.fps)
+            sources = Sources(device_of(args.device, mesh), head=args.head)
+        score_folder(request, sources, mesh, kept_beside(args.output), done)
+        if mesh.is_main:
+            print(args.output)
+
+
+def backbone(text: str) -> tuple[str, str]:
+    dimension, _, network = text.partition("=")
+    if not (dimension and network):
+        raise ValueError(f"--backbone {text!r} must be DIMENSION=NETWORK")
+    return dimension, network

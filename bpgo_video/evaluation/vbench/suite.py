@@ -112,22 +112,16 @@ def read_suite(source: str, samples: int = SAMPLES) -> Suite:
     path = find_suite(source)
     make_plan([path])
     listed = path.suffix == ".json"
-    prompts = tuple(
-        SuitePrompt(
-            line.record.prompt,
-            line.record.tags if listed else None,
-            line.record.info,
-            line.media.get("image"),
-            line.record.negative_prompt,
-        )
-        for line in read_prompts([path])
-    )
+    prompts = []
+    for record, media in ((line.record, line.media) for line in read_prompts([path])):
+        dimensions = record.tags if listed else None
+        prompts.append(SuitePrompt(record.prompt, dimensions, record.info, media.get("image"), record.negative_prompt))
     if wrong := [problem for prompt in prompts for problem in prompt.problems]:
         raise SuiteError(f"{path} has prompts that cannot be file names:{listing(wrong)}")
     verbatim = {entry["prompt_en"] for entry in json.loads(path.read_bytes())} if listed else set()
     if blank := sorted(verbatim - {prompt.text for prompt in prompts}):  # which VBench keeps, and our reader strips
         raise SuiteError(f"{path} has prompts that begin or end with a blank: {listing(map(repr, blank))}; remove it")
-    return Suite(path, prompts, samples)
+    return Suite(path, tuple(prompts), samples)
 
 
 def image_path(prompt: SuitePrompt, images: Path | None) -> Path:

@@ -5,12 +5,14 @@
     total = sum_g W_g group_g / sum_g W_g
 
 The constants are those of VBench's scripts/constant.py (arXiv 2311.17982, 2411.13503) and of VBench-2.0's (2503.21755).
-VBench's scripts take a missing dimension as a raw score of 0, which the normalisation makes negative. Here an incomplete
-set has no totals, unless they are requested and labelled.
+VBench's scripts take a missing dimension as a raw score of 0, which the normalisation makes negative. Here an
+incomplete set has no totals, unless they are requested and labelled.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bpgo_video.evaluation.vbench.results import check_complete, merge
-from bpgo_video.evaluation.vbench.suite import Suite
+from bpgo_video.evaluation.vbench.suite import Suite, read_suite
 
 RESULTS = "*_eval_results.json"
 
@@ -169,3 +171,14 @@ def labelled_totals(paths: Sequence[Path], suite: Suite | None = None, partial: 
     if not (missing or proxies):
         return found
     return {**found, "partial": True, "benchmark": benchmark, "missing": missing, "proxy": proxies}
+
+
+def run(args: argparse.Namespace) -> None:
+    """The subcommand `total`."""
+    suite = None if args.suite is None else read_suite(args.suite, args.samples)
+    found = labelled_totals(args.results, suite, args.partial)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        print(f"{name:16} {f'{value:.4f}' if isinstance(value, float) else value}")
