@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from bpgo_video.reports.metrics import MalformedFile
 
-T = TypeVar("T")
 
-
-def checked(form: TypeAdapter[T], data: bytes, place: object, remedy: str) -> T:
+def checked(form: Any, data: bytes, place: object, remedy: str) -> Any:
     """`data` as what `form` describes.
 
     Args:
+        form: a TypeAdapter.
         place: where the data is from, for the message.
         remedy: what the user can do.
 

@@ -3,8 +3,8 @@
 A folder's network is labelled native if its architecture is VBench's, proxy otherwise; the fingerprint next to the
 results tells whether its weights are the published ones. All run in fp32; VBench's CLIP runs in fp16 on GPUs.
 
-A user's own network is a factory by its dotted path, `my_pkg.vbench:build`, called with the device (a string). A function
-`of_...` of this module says what the factory must return, and makes of it what the formula calls.
+A user's own network is a factory by its dotted path, `my_pkg.vbench:build`, called with the device (a string). The
+functions `of_...` say what a factory must return, and turn it into what the formula calls.
 """
 
 from __future__ import annotations

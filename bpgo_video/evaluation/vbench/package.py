@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -116,7 +116,7 @@ def write_record(request: PackageRequest) -> None:
         raise PackageError(f"{request.output} holds results of other {', '.join(other)}; name another --output")
 
 
-def finished(request: PackageRequest, dimension: str, names: Sequence[str]) -> Result | None:
+def finished(request: PackageRequest, dimension: str, names: Collection[str]) -> Result | None:
     """The complete result of an earlier call; None where there is none, or it is damaged or partial."""
     try:
         return read_result(request, dimension, names)
@@ -125,7 +125,7 @@ def finished(request: PackageRequest, dimension: str, names: Sequence[str]) -> R
         return None
 
 
-def run_dimension(request: PackageRequest, dimension: str, names: Sequence[str]) -> Result:
+def run_dimension(request: PackageRequest, dimension: str, names: Collection[str]) -> Result:
     """One process.
 
     Raises:
@@ -150,12 +150,12 @@ def run_dimension(request: PackageRequest, dimension: str, names: Sequence[str])
     return read_result(request, dimension, names)
 
 
-def read_result(request: PackageRequest, dimension: str, names: Sequence[str]) -> Result:
+def read_result(request: PackageRequest, dimension: str, names: Collection[str]) -> Result:
     path = request.output / f"{dimension}_eval_results.json"
     (result,) = read_results(path)
     if result.dimension != dimension:
         raise ResultError(f"{path} has the dimension {result.dimension}")
-    check_complete(result, list(names))
+    check_complete(result, names)
     return result
 
 

@@ -9,7 +9,7 @@ VBench-I2V's camera motion is a triple [score, parts, videos]. Our files say in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +33,7 @@ class Video:
     """One video's result, a number or a yes or no, and how it was measured (official: by VBench's own code)."""
 
     video_path: str
-    video_results: Annotated[bool, Field(strict=True)] | Number
+    video_results: Number | Annotated[bool, Field(strict=True)]
     label: str = "official"
     network: str = ""
 
@@ -100,7 +100,7 @@ def merge(paths: Sequence[Path]) -> dict[str, Result]:
     return {name: result for name, (_, result) in found.items()}
 
 
-def check_complete(result: Result, wanted: Sequence[str]) -> None:
+def check_complete(result: Result, wanted: Collection[str]) -> None:
     """Checks that the result has exactly these files, by name.
 
     Raises:

@@ -157,7 +157,7 @@ def labelled_totals(paths: Sequence[Path], suite: Suite | None = None, partial: 
         raise TotalsError(f"there are no results {RESULTS} in {', '.join(map(str, paths))}")
     for name, result in results.items():
         if suite is not None:
-            check_complete(result, list(suite.names(name)))
+            check_complete(result, suite.names(name).keys())
     scores = {name: result.score for name, result in results.items()}
     benchmark = benchmark_of(scores)
     proxies = [name for name, result in results.items() if "proxy" in result.labels]
