@@ -37,7 +37,8 @@ def motion(videos: Videos) -> Float[Tensor, "samples"]:
 
 
 def thumbnails(videos: Videos) -> Float[Tensor, "samples cells"]:
-    cells = [min(most, size) for most, size in zip(CELLS, (videos.shape[1], *videos.shape[3:]), strict=True)]
+    frames, _, height, width = videos.shape[1:]
+    cells = (min(CELLS[0], frames), min(CELLS[1], height), min(CELLS[2], width))
     return adaptive_avg_pool3d(videos.float().transpose(1, 2), cells).flatten(1)
 
 

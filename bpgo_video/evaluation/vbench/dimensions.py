@@ -76,18 +76,19 @@ def is_dotted(spec: str) -> bool:
     return attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def encoder(preparation: pixels.Preparation) -> Callable[[Any, Sources], Any]:
-    return partial(of_encoder, preparation)
-
-
 STAND_IN = {"efficientnet": networks.efficientnet}
-VIDEO_TEXT = {"own": networks.of_video_text, "folder": networks.xclip, "usual": "ViCLIP, or X-CLIP as a proxy"}
+VIDEO_TEXT: dict[str, Any] = {
+    "own": networks.of_video_text,
+    "folder": networks.xclip,
+    "usual": "ViCLIP, or X-CLIP as a proxy",
+}
 
 # fmt: off
 ROWS = (
-    Dimension("subject_consistency", formulas.consistency, encoder(pixels.DINO),
+    Dimension("subject_consistency", formulas.consistency, of_encoder(pixels.DINO),
               partial(networks.dino, pixels.DINO), DINO_B16, STAND_IN),
-    Dimension("background_consistency", formulas.consistency, encoder(pixels.CLIP), networks.clip, CLIP_B32, STAND_IN),
+    Dimension("background_consistency", formulas.consistency, of_encoder(pixels.CLIP),
+              networks.clip, CLIP_B32, STAND_IN),
     Dimension("temporal_flickering", formulas.flickering),
     Dimension("motion_smoothness", formulas.smoothness, networks.of_interpolator,
               usual="a frame interpolation (VBench's is AMT-S)"),
@@ -95,12 +96,12 @@ ROWS = (
     Dimension("aesthetic_quality", formulas.mean_points, networks.of_embedding, networks.clip_aesthetic, CLIP_L14),
     Dimension("imaging_quality", formulas.mean_points, networks.of_points, networks.musiq, scale=0.01,
               usual="MUSIQ's weights (VBench's file is musiq_spaq_ckpt-358bb6af.pth)"),
-    Dimension("appearance_style", formulas.appearance, encoder(pixels.CLIP), networks.clip_text, CLIP_B32),
+    Dimension("appearance_style", formulas.appearance, of_encoder(pixels.CLIP), networks.clip_text, CLIP_B32),
     Dimension("temporal_style", formulas.likeness, **VIDEO_TEXT),
     Dimension("overall_consistency", formulas.likeness, **VIDEO_TEXT),
-    Dimension("i2v_subject", formulas.continuation, encoder(pixels.DINO_OF_IMAGES),
+    Dimension("i2v_subject", formulas.continuation, of_encoder(pixels.DINO_OF_IMAGES),
               partial(networks.dino, pixels.DINO_OF_IMAGES), DINO_B16, STAND_IN, continues=True),
-    Dimension("i2v_background", formulas.continuation, encoder(pixels.DREAMSIM),
+    Dimension("i2v_background", formulas.continuation, of_encoder(pixels.DREAMSIM),
               short=STAND_IN, usual="DreamSim", continues=True),
     Dimension("camera_motion", formulas.camera_motion, networks.of_tracker,
               usual="point tracking (VBench's is CoTracker2)"),

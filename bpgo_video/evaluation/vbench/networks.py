@@ -212,12 +212,12 @@ def dis(_: Sources) -> Network:
     return Network(pairs, "proxy", f"DIS {reward.version}")
 
 
-def of_encoder(preparation: Preparation, built: Any, sources: Sources) -> Encoder:
+def of_encoder(preparation: Preparation) -> Callable[[Any, Sources], Encoder]:
     """Prepared frames on the device, (frames, 3, rows, columns) -> (frames, dim).
 
     For appearance_style: the frames (frames, 3, 224, 224) and a text -> CLIP's logits, (frames,).
     """
-    return Encoder(built, preparation, sources.device)
+    return lambda built, sources: Encoder(built, preparation, sources.device)
 
 
 def of_embedding(built: Any, sources: Sources) -> Encoder:

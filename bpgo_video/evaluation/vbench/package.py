@@ -104,7 +104,7 @@ def write_record(request: PackageRequest) -> None:
         PackageError: OUTPUT holds results of something else.
     """
     path, suite = request.output / "measured.yaml", request.suite  # not .json: VBench takes each of those for a result
-    record = {"videos": fingerprint(request.videos, (".",)), "suite": None}
+    record: dict[str, Any] = {"videos": fingerprint(request.videos, (".",)), "suite": None}
     record |= {"benchmark": request.benchmark, "options": dict(request.options)}
     if suite is not None:
         record["suite"] = sha256(suite.source.read_bytes()).hexdigest()[:16]
