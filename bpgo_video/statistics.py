@@ -146,6 +146,14 @@ def shown(effect: Effect, p: float) -> int:
     return int(effect.low > 0) - int(effect.high < 0)
 
 
-def can_show(prompts: int, measures: int) -> bool:
-    """Whether the corrected test can show a difference at all: its smallest p value is 2 / 2^prompts."""
-    return measures * 2.0 ** (1 - prompts) < 1 - LEVEL
+def corrected(effect: Effect, measures: int) -> Effect:
+    """One effect of a family of so many, whatever the others are: its p value times their number (Bonferroni)."""
+    p = min(1.0, measures * effect.p_value)
+    return replace(effect, p_adjusted=p, shown=shown(effect, p))
+
+
+def too_few(prompts: int, measures: int) -> str:
+    """Why the corrected test can show nothing, whose smallest p value is 2 / 2^prompts; empty where it can."""
+    if measures * 2.0 ** (1 - prompts) < 1 - LEVEL:
+        return ""
+    return f"{prompts} prompts cannot show a difference in one of {measures} measures, however large"

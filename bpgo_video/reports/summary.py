@@ -1,6 +1,7 @@
-"""Did training help? What `summary.json` says, in the words and numbers that a run ends with.
+"""The verdict and the numbers of `summary.json`, as a run prints them at its end.
 
-± is the standard error over samples, the held-out prompts being fixed; that of the difference is paired by sample.
+± is the standard error over samples for these prompts; that of the difference is paired by sample. The verdict and its
+interval are about other prompts, too (`bpgo_video/statistics.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from bpgo_video.statistics import too_few
 
 WIDTH = 110  # characters of what is printed
 
@@ -30,17 +33,21 @@ def measure(summary: Mapping[str, Any]) -> str:
 
 
 def verdict(summary: Mapping[str, Any]) -> str | None:
-    """Whether training helped: two standard errors of the paired difference decide. None without scores."""
-    difference, stderr = heldout_difference(summary), summary.get("heldout_difference_stderr")
+    """Whether training helped, by the test of `tools/evaluate.py compare`, over prompts. None without scores."""
+    difference = heldout_difference(summary)
     if difference is None:
         return None
-    change = f"{summary['heldout_before']:.3f} to {summary['heldout_after']:.3f}"
-    if stderr is None:
-        return f"{measure(summary).capitalize()} went from {change} (no standard error recorded)"
-    if abs(difference) <= 2 * stderr:
-        return f"No difference shown: {measure(summary)} went from {change}, within two standard errors"
-    effect, direction = ("helped", "rose") if difference > 0 else ("hurt", "fell")
-    return f"Training {effect}: {measure(summary)} {direction} from {change}"
+    change = f"from {summary['heldout_before']:.3f} to {summary['heldout_after']:.3f}"
+    if summary.get("heldout_shown") is None:
+        return f"{measure(summary).capitalize()} went {change} (no test recorded)"
+    prompts, low_high = summary["heldout_prompts"], summary.get("heldout_interval") or ()
+    interval = f" [{', '.join(f'{end:+.3f}' for end in low_high)}]" if low_high else ""
+    numbers = f"{change}, {difference:+.3f}{interval} over {prompts:,} prompts"
+    if summary["heldout_shown"]:
+        effect, direction = ("helped", "rose") if difference > 0 else ("hurt", "fell")
+        return f"Training {effect}: {measure(summary)} {direction} {numbers}"
+    reason = too_few(prompts, summary["heldout_measures"])
+    return f"No difference shown: {measure(summary)} went {numbers}{reason and f'; {reason}'}"
 
 
 def run_facts(summary: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from bpgo_video.evaluation.heldout import evaluate_folder
 from bpgo_video.export.conversion import Conversion, convert
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.base import RewardError
+from bpgo_video.training.results import heldout_test
 from bpgo_video.zero import engine
 from tests.made.written_runs import PROMPTS, tagged_recipe, write_run
 from tools.evaluate import main
@@ -59,6 +60,9 @@ def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_pat
         "pixel_motion": "video",
         "pixel_diversity": "video",
     }
+    scores = torch.from_numpy(found.scores.table("which"))
+    tested = heldout_test(scores, scores, recipe_here)["heldout_measures"]
+    assert tested == len(found.scores.tables()), "a run's summary corrects for as many measures"
     trained = {name: reward.weight for name, reward in recipe_here.rewards.items()}
     assert {name: found.scores.measures[name].weight for name in trained} == trained
     videos = [read_video(path)[0] for path in sorted((found.folder.path / "videos").glob("*.mp4"))]

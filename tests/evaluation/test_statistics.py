@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bpgo_video import statistics
-from bpgo_video.statistics import as_family, can_show, effect, holm, interval, rank_biserial, shown, signed_rank
+from bpgo_video.statistics import (
+    as_family,
+    corrected,
+    effect,
+    holm,
+    interval,
+    rank_biserial,
+    shown,
+    signed_rank,
+    too_few,
+)
 
 POPULATION = json.loads((Path(__file__).parent / "oracle_scores.json").read_text())
 BASE, TRAINED = ({name: np.array(rows) for name, rows in POPULATION[side].items()} for side in ("base", "trained"))
@@ -150,8 +160,16 @@ def test_shown_needs_the_interval_and_the_corrected_test_to_agree(
 
 def test_what_few_prompts_can_show_at_best() -> None:
     """2 / 2^n, times the measures, is below .05 from 6 prompts on for one measure, and from 9 for seven."""
-    assert [can_show(prompts, 1) for prompts in (5, 6)] == [False, True]
-    assert [can_show(prompts, 7) for prompts in (8, 9)] == [False, True]
+    assert [bool(too_few(prompts, 1)) for prompts in (5, 6)] == [True, False]
+    assert [bool(too_few(prompts, 7)) for prompts in (8, 9)] == [True, False]
+
+
+def test_one_effect_of_a_family_claims_no_more_than_the_family_does() -> None:
+    """12 prompts that all gain: p = 2 / 2^12, times 7; and no more than 1."""
+    gained = effect(np.zeros((12, 1)), 1 + np.arange(12.0)[:, None])
+    assert corrected(gained, 7).p_adjusted == pytest.approx(14 / 2**12)
+    assert (corrected(gained, 7).shown, corrected(gained, 1000).shown) == (1, 0)
+    assert corrected(gained, 10000).p_adjusted == 1.0
 
 
 def test_a_difference_is_written_with_two_digits_of_the_scale() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from bpgo_video.data.atomic import write_json
 from bpgo_video.evaluation.comparing.scores import TRAINING_REWARD, ModelScores, Role, Scored, of_role
 from bpgo_video.evaluation.comparing.video_stats import DIVERSITY, MOTION
-from bpgo_video.statistics import LEVEL, RESAMPLES, Effect, as_family, can_show, effect
+from bpgo_video.statistics import LEVEL, RESAMPLES, Effect, as_family, effect, too_few
 
 Effects = Mapping[str, Effect]  # by measure
 
@@ -255,13 +255,8 @@ def tags_disagree(comparison: Comparison) -> str | None:
 
 
 def too_few_prompts(comparison: Comparison) -> str | None:
-    count, measures = next(iter(comparison.effects.values())).prompts, len(comparison.effects)
-    if can_show(count, measures):
-        return None
-    return (
-        f"{count} prompts cannot show a difference in one of {measures} measures, however large: take more prompts "
-        "(evaluation.max_prompts, or a larger split)."
-    )
+    reason = too_few(next(iter(comparison.effects.values())).prompts, len(comparison.effects))
+    return f"{reason}: take more prompts (evaluation.max_prompts, or a larger split)." if reason else None
 
 
 def different_noise(comparison: Comparison) -> str | None:
