@@ -38,18 +38,8 @@ def vbench_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("vbench")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     packages = next(folder.glob("lib/python*/site-packages"))
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(packages),
-        "vbench==0.1.5",
-    ]
-    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages)]
+    done = subprocess.run([*install, "vbench==0.1.5"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"vbench 0.1.5 cannot be installed here: {(done.stderr.splitlines() or ['?'])[-1]}")
     (packages / "beside.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")

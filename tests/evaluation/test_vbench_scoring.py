@@ -252,18 +252,8 @@ def behave(monkeypatch: pytest.MonkeyPatch, **how: str) -> None:
 
 
 def officially(videos: Path, output: Path, *more: str) -> list[str]:
-    return [
-        "vbench",
-        "--python",
-        sys.executable,
-        "--videos",
-        str(videos),
-        "--output",
-        str(output),
-        "--device",
-        "cpu",
-        *more,
-    ]
+    folders = ["--videos", str(videos), "--output", str(output)]
+    return ["vbench", "--python", sys.executable, *folders, "--device", "cpu", *more]
 
 
 def test_the_package_runs_once_a_dimension_and_goes_on_where_it_failed(

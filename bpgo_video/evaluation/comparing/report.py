@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bpgo_video.data.video import VideoError, as_bytes, read_video, write_video
+from bpgo_video.evaluation.comparing.compare import Compared, Comparison
 from bpgo_video.evaluation.comparing.scores import Scored
-from bpgo_video.evaluation.comparing.verdict import Compared, Comparison, headline, notes
+from bpgo_video.evaluation.comparing.verdict import headline, notes
 from bpgo_video.reports.curves import draw_curve
 from bpgo_video.reports.drawing import SERIES, TEXT, Curve, drawn
 from bpgo_video.reports.metrics import METRICS_FILE, read_metrics

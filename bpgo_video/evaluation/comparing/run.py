@@ -10,10 +10,11 @@ from bpgo_video.checkpoints.zero_files import CheckpointError
 from bpgo_video.cli import show_loading_once
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import read_recipe, read_yaml
+from bpgo_video.evaluation.comparing.compare import compare
 from bpgo_video.evaluation.comparing.measure import Request, measure
 from bpgo_video.evaluation.comparing.report import as_table, write_report
 from bpgo_video.evaluation.comparing.scores import Scored, ScoresFolder
-from bpgo_video.evaluation.comparing.verdict import compare, write_comparison
+from bpgo_video.evaluation.comparing.verdict import write_comparison
 from bpgo_video.evaluation.heldout import asked
 from bpgo_video.evaluation.ranks import ranks_at_work
 
