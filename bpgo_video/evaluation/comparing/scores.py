@@ -135,7 +135,8 @@ class ScoresFolder:
 
     def write(self, scores: ModelScores) -> None:
         write_json(self.path / "scores.json", SCORES.dump_python(scores, mode="json"))
-        shutil.rmtree(self.path / "parts", ignore_errors=True)
+        if (parts := self.path / "parts").is_dir():
+            shutil.rmtree(parts)
 
     def read_parts(self) -> dict[int, PromptLine]:
         """The prompts measured so far, by id. Raises MalformedFile."""

@@ -39,8 +39,9 @@ def notes(comparison: Comparison) -> list[str]:
 
 def reward_alone(comparison: Comparison) -> str | None:
     """The pattern of a reward that is exploited."""
-    training = comparison.effects[of_role("trained", comparison.roles)[-1]]
-    if training.shown != 1 or comparison.outcome in ("better", "mixed"):
+    trained = of_role("trained", comparison.roles)  # the last one is the sum, if there is one
+    training = comparison.effects[trained[-1]] if trained else None
+    if training is None or training.shown != 1 or comparison.outcome in ("better", "mixed"):
         return None
     rest = "held-out scores fell" if comparison.outcome == "worse" else "no held-out score is shown to have risen"
     return (
@@ -62,7 +63,7 @@ def fell(comparison: Comparison, name: str, change: str, meaning: str) -> str | 
     effect = comparison.effects.get(name)
     if effect is None or effect.shown != -1:
         return None
-    share = f"{-effect.difference / abs(effect.mean_a):.0%}" if effect.mean_a else "all"
+    share = f"{-effect.difference / effect.mean_a:.0%}"  # of a mean of distances, which is above 0 if it can fall
     return f"{change}: {name} fell by {share}, from {effect.mean_a:.3f} to {effect.mean_b:.3f}; {meaning}"
 
 

@@ -27,24 +27,16 @@ Tracks = Int[Tensor, "frames 10 10 2"]  # x and y of grid points in each frame, 
 FLOW_FPS = 8  # frames of a second that dynamic degree compares
 GRID = 10  # points a side that camera motion follows
 STILL = 0.005  # of the shorter side: a point that moved less stands still
-MOTIONS = {  # what a prompt asks for
-    "camera pans left": "pan_left",
-    "camera pans right": "pan_right",
-    "camera tilts up": "tilt_up",
-    "camera tilts down": "tilt_down",
-    "camera zooms in": "zoom_in",
-    "camera zooms out": "zoom_out",
-    "camera static": "static",
+STATIC, ZOOM_IN, ZOOM_OUT = "camera static", "camera zooms in", "camera zooms out"
+ALIKE = {  # directions of two opposite edges, where they show a motion, in the words of a prompt
+    ("right", "right"): "camera pans left",
+    ("left", "left"): "camera pans right",
+    ("down", "down"): "camera tilts up",
+    ("up", "up"): "camera tilts down",
+    ("static", "static"): STATIC,
 }
-ALIKE = {  # directions of two opposite edges, where they show a motion
-    ("left", "left"): "pan_right",
-    ("right", "right"): "pan_left",
-    ("down", "down"): "tilt_up",
-    ("up", "up"): "tilt_down",
-    ("static", "static"): "static",
-}
-TOP_BOTTOM = {**ALIKE, ("up", "down"): "zoom_in", ("down", "up"): "zoom_out"}
-LEFT_RIGHT = {**ALIKE, ("left", "right"): "zoom_in", ("right", "left"): "zoom_out"}
+TOP_BOTTOM = {**ALIKE, ("up", "down"): ZOOM_IN, ("down", "up"): ZOOM_OUT}
+LEFT_RIGHT = {**ALIKE, ("left", "right"): ZOOM_IN, ("right", "left"): ZOOM_OUT}
 
 
 class DimensionError(ValueError):
@@ -163,9 +155,10 @@ def smoothness(interpolate: Callable[[Picture, Picture], Picture], footage: Foot
 
 def camera_motion(track: Callable[[Frames], Tracks], footage: Footage) -> Measured:
     """Whether the centres of the four edges moved from the first frame to the last as the prompt asks."""
-    requested = [motion for words, motion in MOTIONS.items() if words in footage.prompt.text]
+    known = list(dict.fromkeys(TOP_BOTTOM.values()))
+    requested = [motion for motion in known if motion in footage.prompt.text]
     if not requested:
-        raise DimensionError(f"{footage.prompt.text!r} asks for none of: {', '.join(MOTIONS)}")
+        raise DimensionError(f"{footage.prompt.text!r} asks for none of: {', '.join(known)}")
     found = track(footage.frames)
     return Measured(requested[0] in motions(found[-1] - found[0], min(footage.frames.shape[-2:])))
 
@@ -180,7 +173,7 @@ def motions(moved: Int[Tensor, "10 10 2"], shorter: int) -> set[str]:
     shown = [TOP_BOTTOM.get(pair) for pair in product(top, bottom)]
     shown += [LEFT_RIGHT.get(pair) for pair in product(left, right)]
     found = {motion for motion in shown if motion is not None}
-    return found - {"static"} if len(found) > 1 else found
+    return found - {STATIC} if len(found) > 1 else found
 
 
 def directions(vector: list[int], still: float) -> list[str]:
