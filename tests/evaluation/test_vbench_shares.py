@@ -22,7 +22,7 @@ from bpgo_video.evaluation.vbench.networks import Sources
 from bpgo_video.evaluation.vbench.scoring import (
     Task,
     drop_kept,
-    kept_beside,
+    kept_folder,
     measure_share,
     prepare,
     read_kept,
@@ -105,7 +105,7 @@ def test_a_stopped_scoring_goes_on_with_the_videos_that_are_left(
     assert read == [f"a man talks-{number}.mp4" for number in (2, 3, 4, 0, 1, 2, 3, 4)]
     assert "dynamic_degree: 2 of 5 videos were measured before" in capsys.readouterr().out
     assert (tmp_path / "scores.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert not kept_beside(tmp_path / "scores.json").exists(), "what is whole needs no lines"
+    assert not kept_folder(tmp_path / "scores.json").exists(), "what is whole needs no lines"
     read.clear()
     assert main(command) == 0
     assert len(read) == 15, "a scoring that ended is repeated when it is requested"

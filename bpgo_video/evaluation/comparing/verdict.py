@@ -63,7 +63,7 @@ def fell(comparison: Comparison, name: str, change: str, meaning: str) -> str | 
     effect = comparison.effects.get(name)
     if effect is None or effect.shown != -1:
         return None
-    share = f"{-effect.difference / effect.mean_a:.0%}"  # of a mean of distances, which is above 0 if it can fall
+    share = f"{-effect.difference / abs(effect.mean_a):.0%}"  # not 0: a mean of distances that fell
     return f"{change}: {name} fell by {share}, from {effect.mean_a:.3f} to {effect.mean_b:.3f}; {meaning}"
 
 

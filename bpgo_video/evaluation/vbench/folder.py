@@ -25,7 +25,7 @@ PROPERTIES: Mapping[str, Callable[[VideoHeader], str]] = {
 }
 
 
-def beside(folder: Path, name: str) -> Path:
+def sibling(folder: Path, name: str) -> Path:
     """A path next to a folder of videos, for what belongs to it and must not be in it."""
     whole = Path(os.path.abspath(folder))
     return whole.with_name(f"{whole.name}.{name}")
@@ -93,7 +93,7 @@ def header_problems(
 
 def expected_rate(folder: Path, fps: float | None) -> dict[str, str]:
     """The requested rate, or that in the manifest next to the folder; empty without either."""
-    manifest = beside(folder, "generation.json")
+    manifest = sibling(folder, "generation.json")
     if not fps and manifest.is_file():
         try:
             fps = float(json.loads(manifest.read_text("utf-8"))["settings"]["fps"])

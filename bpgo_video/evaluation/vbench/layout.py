@@ -26,7 +26,7 @@ from bpgo_video.data.media import read_media
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.prompt_records import PromptRecord
 from bpgo_video.evaluation.files import checked
-from bpgo_video.evaluation.vbench.folder import beside, foreign_problems, video_problems
+from bpgo_video.evaluation.vbench.folder import foreign_problems, sibling, video_problems
 from bpgo_video.evaluation.vbench.suite import Suite, SuiteError, image_path, listing, read_suite
 from bpgo_video.generation.files import MANIFEST, TOLD, Places, clear_unfinished
 from bpgo_video.generation.generate import ALONE, PATIENCE, generate
@@ -70,7 +70,7 @@ def lay_out(
 
 def places_of(folder: Path) -> Places:
     """The videos in the folder, the rest next to it."""
-    manifest, sheets = beside(folder, MANIFEST), beside(folder, "sheets")
+    manifest, sheets = sibling(folder, MANIFEST), sibling(folder, "sheets")
     return Places(folder, lambda record, _, sample: f"{record.prompt}-{sample}.mp4", manifest, sheets)
 
 

@@ -92,8 +92,8 @@ def measure_by_package(request: PackageRequest, mesh: Mesh) -> list[Result]:
         results |= other_results
         failures |= other_failures
     if failures:
-        told = listing(failures[name] for name in request.dimensions if name in failures)
-        raise PackageError(f"{len(failures)} of {len(videos)} dimensions were not measured:{told}")
+        reasons = listing(failures[name] for name in request.dimensions if name in failures)
+        raise PackageError(f"{len(failures)} of {len(videos)} dimensions were not measured:{reasons}")
     return [results[name] for name in request.dimensions]
 
 

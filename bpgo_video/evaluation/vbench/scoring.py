@@ -248,7 +248,7 @@ def measure_share(task: Task, places: Sequence[int], mesh: Mesh, kept: Path) -> 
     return found
 
 
-def kept_beside(output: Path) -> Path:
+def kept_folder(output: Path) -> Path:
     """The folder of a result file's lines."""
     return output.with_name(f"{output.name}.measured")
 
@@ -292,7 +292,7 @@ def run(args: argparse.Namespace) -> None:
             suite = None if args.suite is None else read_suite(args.suite, args.samples)
             request = Request(args.videos, dimensions, backbones, suite, args.images, args.fps)
             sources = Sources(device_of(args.device, mesh), head=args.head)
-        score_folder(request, sources, mesh, kept_beside(args.output), done)
+        score_folder(request, sources, mesh, kept_folder(args.output), done)
         if mesh.is_main:
             print(args.output)
 
