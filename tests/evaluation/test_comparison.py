@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,41 +74,32 @@ def test_the_same_scores_show_no_difference() -> None:
     assert notes(one) == []
 
 
-def odd_prompts_gain(scores: ModelScores) -> ModelScores:
-    lines = [
-        replace(line, scores={**line.scores, "oracle": [score + line.id % 2 for score in line.scores["oracle"]]})
-        for line in scores.prompts
-    ]
-    return replace(scores, prompts=lines)
-
-
 @pytest.mark.parametrize(
-    ("reference", "candidate", "words"),
+    ("prompts", "changes", "words"),
     [
-        (
-            results("A"),
-            results("B", gains={"alignment": 1.0}),
-            ["no held-out score is shown to have risen: what was trained on may have been exploited"],
-        ),
-        (
-            results("A"),
-            results("B", gains={"alignment": 1.0, "oracle": -1.0}),
-            ["held-out scores fell: what was trained on may have been exploited"],
-        ),
-        (results("A"), results("B", gains={"pixel_motion": -1.0}), ["Videos move less: pixel_motion fell by"]),
-        (results("A"), results("B", gains={"pixel_diversity": -1.0}), ["Samples of one prompt are more alike"]),
-        (results("A"), odd_prompts_gain(results("B")), ["oracle changed by +1.0"]),
-        (
-            results("A", prompts=4),
-            results("B", prompts=4, gains={"oracle": 9.0}),
-            ["4 prompts cannot show a difference in one of 7 measures"],
-        ),
-        (results("A"), results("B", seed=1), ["different seeds"]),
+        (12, {"gains": {"alignment": 1.0}}, "no held-out score is shown to have risen: what was trained on may have"),
+        (12, {"gains": {"alignment": 1.0, "oracle": -1.0}}, "held-out scores fell: what was trained on may have been"),
+        (12, {"gains": {"pixel_motion": -1.0}}, "Videos move less: pixel_motion fell by"),
+        (12, {"gains": {"pixel_diversity": -1.0}}, "Samples of one prompt are more alike: pixel_diversity fell by"),
+        (4, {"gains": {"oracle": 9.0}}, "4 prompts cannot show a difference in one of 7 measures"),
+        (12, {"seed": 1}, "different seeds"),
     ],
 )
-def test_what_may_mislead_is_said(reference: ModelScores, candidate: ModelScores, words: list[str]) -> None:
-    (one,) = comparisons(reference, candidate)
-    assert [any(part in note for part in words) for note in notes(one)] == [True], notes(one)
+def test_what_may_mislead_is_said(prompts: int, changes: dict[str, Any], words: str) -> None:
+    (one,) = comparisons(results("A", prompts), results("B", prompts, **changes))
+    (note,) = notes(one)
+    assert words in note
+
+
+def test_tags_that_disagree_are_said() -> None:
+    lines = [
+        replace(line, scores={**line.scores, "oracle": [score + line.id % 2 for score in line.scores["oracle"]]})
+        for line in results("B").prompts
+    ]
+    (one,) = comparisons(results("A"), replace(results("B"), prompts=lines))
+    (note,) = notes(one)
+    assert "oracle changed by +1.0" in note
+    assert "on 'clear' prompts" in note
 
 
 def test_the_family_is_every_measure_of_every_model() -> None:
@@ -178,26 +170,17 @@ def test_comparison_json_holds_verdict_effects_and_models(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
+def test_scores_of_other_prompts_rewards_or_settings_are_not_paired() -> None:
+    first, other = results("A"), results("B")
+    fewer = {name: MEASURES[name] for name in list(MEASURES)[1:]}
+    steps = {**other.settings, "deployment": {**other.settings["deployment"], "num_steps": 4}}
+    for different, words in (
         (results("B", prompts=11), "scores of different prompts"),
-        (replace(results("B"), measures=dict(list(MEASURES.items())[1:])), "measured by different rewards"),
-        (
-            replace(
-                results("B"),
-                settings={
-                    **results("B").settings,
-                    "deployment": {**results("B").settings["deployment"], "num_steps": 4},
-                },
-            ),
-            "num_steps 8 and 4",
-        ),
-    ],
-)
-def test_scores_of_other_prompts_rewards_or_settings_are_not_paired(other: ModelScores, words: str) -> None:
-    with pytest.raises(PairingError, match=words):
-        comparisons(results("A"), other)
+        (replace(other, measures=fewer), "measured by different rewards"),
+        (replace(other, settings=steps), "num_steps 8 and 4"),
+    ):
+        with pytest.raises(PairingError, match=words):
+            comparisons(first, different)
 
 
 def test_scores_are_read_as_they_were_written_or_named(tmp_path: Path) -> None:
