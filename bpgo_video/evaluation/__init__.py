@@ -1,1 +1,1 @@
-"""Which policy is better? VBench in `vbench`, models against each other in `comparing`, and held-out prompts."""
+"""Evaluation: held-out scores of a policy, comparisons of several (`comparing`), and VBench (`vbench`)."""

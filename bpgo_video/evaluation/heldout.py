@@ -1,29 +1,25 @@
-"""How good is a policy folder on a recipe's held-out prompts? What training measures, for any folder, in a table."""
+"""Held-out scores of a policy folder, as training measures them, in a table and as JSON."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.evaluation.comparing.scores import PromptLine, lines_of
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.reports.summary import boxed
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rollouts.conditioning import conditioned
-from bpgo_video.training.heldout import HeldoutScores, Scores, evaluate, stderr
+from bpgo_video.rollouts.conditioning import conditioned, image_size
+from bpgo_video.training.heldout import evaluate, stderr
 from bpgo_video.training.policy_session import sampling_policy
-from bpgo_video.training.session import check_inputs, heldout_prompts
-from bpgo_video.types import PromptBatch
+from bpgo_video.training.session import check_inputs, heldout_rows
 from bpgo_video.zero import engine
-
-ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -31,17 +27,24 @@ class HeldoutEvaluation:
     """Scores of one policy on held-out prompts, the same on every rank.
 
     Attributes:
-        config: the recipe with what was asked instead.
-        prompts: axis 0 of the scores.
-        tags: of each prompt.
+        config: the recipe with the requested changes.
         versions: of each reward.
+        prompts: in order, with the scores of each reward.
     """
 
     config: Config
-    prompts: PromptBatch
-    tags: tuple[tuple[str, ...], ...]
     versions: Mapping[str, str]
-    scores: HeldoutScores
+    prompts: Sequence[PromptLine]
+
+    def by_tag(self, reward: str) -> dict[str, dict[str, Any]]:
+        """Mean, standard error (None where it needs more samples) and number of prompts: of all, then of each tag."""
+        found = {}
+        for tag in ("all", *sorted({tag for line in self.prompts for tag in line.tags})):
+            scores = torch.tensor([line.scores[reward] for line in self.prompts if tag in ("all", *line.tags)])
+            error = stderr(scores) if scores.numel() > 1 else math.nan
+            mean = float(scores.double().mean())
+            found[tag] = {"mean": mean, "stderr": error if math.isfinite(error) else None, "prompts": len(scores)}
+        return found
 
 
 def asked(
@@ -52,115 +55,57 @@ def asked(
     samples_per_prompt: int | None = None,
     seed: int | None = None,
 ) -> Config:
-    """The recipe with these in place of its own; None keeps a value.
+    """The recipe with these values instead of its own; None keeps a value.
 
     Raises:
         ConfigError: the recipe names no held-out rewards.
     """
     if not config.evaluation.rewards:
         raise ConfigError("evaluation.rewards is empty; name the rewards to score held-out prompts with in the recipe")
-    run, evaluation = config.run, config.evaluation
-    return replace(
-        config,
-        run=replace(run, seed=run.seed if seed is None else seed),
-        policy=replace(config.policy, folder=policy or config.policy.folder),
-        evaluation=replace(
-            evaluation,
-            split=split or evaluation.split,
-            samples_per_prompt=samples_per_prompt or evaluation.samples_per_prompt,
-        ),
-    )
+    own = config.evaluation
+    evaluation = replace(own, split=split or own.split, samples_per_prompt=samples_per_prompt or own.samples_per_prompt)
+    run = replace(config.run, seed=config.run.seed if seed is None else seed)
+    folder = replace(config.policy, folder=policy or config.policy.folder)
+    return replace(config, run=run, policy=folder, evaluation=evaluation)
 
 
 def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
-    """Score `policy.folder` on the held-out prompts with the noise that a training run of this seed evaluates with.
+    """Scores `policy.folder` on the held-out prompts, with the noise of a training run's evaluations of this seed.
 
     Raises:
         ConfigError, ShardError, FileNotFoundError, RewardError: state the value, the rule and the way out.
     """
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
-    tags = {record.id: record.tags for record in shards.records(config.evaluation.split)}
+    records = [shards.record(row) for row in heldout_rows(config, shards)]
     suite = RewardSuite(config.evaluation.rewards, mesh.device, config.video.fps)
-    dtype = engine.compute_dtype(ds_config)
-    policy = sampling_policy(config, ds_config, mesh)
-    prompts = heldout_prompts(config, shards, policy)
-    assert prompts is not None  # `asked` saw to it that there are rewards
-    prompts = conditioned(prompts, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
-    return HeldoutEvaluation(
-        config=config,
-        prompts=prompts,
-        tags=tuple(tags[id_] for id_ in prompts.ids.tolist()),
-        versions=suite.versions,
-        scores=evaluate(policy, prompts, suite, config, mesh),
-    )
-
-
-def by_tag(scores: Scores, tags: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
-    """Mean, standard error (None where it needs more samples) and number of prompts: of all, then of each tag."""
-    rows = {ALL: list(range(len(tags)))}
-    for tag in sorted({tag for own in tags for tag in own}):
-        rows[tag] = [row for row, own in enumerate(tags) if tag in own]
-    found = {}
-    for tag, chosen in rows.items():
-        part = scores[torch.tensor(chosen)]
-        error = stderr(part) if part.numel() > 1 else math.nan
-        found[tag] = {
-            "mean": float(part.double().mean()),
-            "stderr": error if math.isfinite(error) else None,
-            "prompts": len(chosen),
-        }
-    return found
+    policy, dtype = sampling_policy(config, ds_config, mesh), engine.compute_dtype(ds_config)
+    batch = as_batch(records, image_size(config, policy))
+    prompts = conditioned(batch, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
+    scores = evaluate(policy, prompts, suite, config, mesh)
+    return HeldoutEvaluation(config, suite.versions, lines_of(records, scores.by_name))
 
 
 def as_json(evaluation: HeldoutEvaluation) -> dict[str, Any]:
     """Settings, summary by reward and tag, and every score, as plain JSON data."""
-    config, prompts = evaluation.config, evaluation.prompts
-    by_name = evaluation.scores.by_name
+    config, versions = evaluation.config, evaluation.versions
+    settings = ("split", "samples_per_prompt", "num_steps", "guidance_scale", "guidance_scale_2")
     return {
         "policy": config.policy.folder,
         "shards": config.data.shards,
-        "split": config.evaluation.split,
         "seed": config.run.seed,
-        "samples_per_prompt": config.evaluation.samples_per_prompt,
-        "num_steps": config.evaluation.num_steps,
-        "guidance_scale": config.evaluation.guidance_scale,
-        "guidance_scale_2": config.evaluation.guidance_scale_2,
-        "rewards": {
-            name: {"version": evaluation.versions[name], "by_tag": by_tag(scores, evaluation.tags)}
-            for name, scores in by_name.items()
-        },
-        "prompts": [
-            {
-                "id": id_,
-                "prompt": prompts.texts[row],
-                "tags": list(evaluation.tags[row]),
-                "scores": {name: scores[row].tolist() for name, scores in by_name.items()},
-            }
-            for row, id_ in enumerate(prompts.ids.tolist())
-        ],
+        **{name: getattr(config.evaluation, name) for name in settings},
+        "rewards": {name: {"version": versions[name], "by_tag": evaluation.by_tag(name)} for name in versions},
+        "prompts": [asdict(line) for line in evaluation.prompts],
     }
 
 
 def as_table(evaluation: HeldoutEvaluation) -> str:
-    """A row per reward and tag: mean, standard error, prompts, videos."""
-    config = evaluation.config
-    table = Table(box=box.ROUNDED, title=f"{config.policy.folder}, split {config.evaluation.split}")
-    table.add_column("reward")
-    table.add_column("tag")
-    for label in ("mean", "± stderr", "prompts", "videos"):
-        table.add_column(label, justify="right")
-    for name, scores in evaluation.scores.by_name.items():
-        for tag, cell in by_tag(scores, evaluation.tags).items():
+    """A row for each reward and tag: mean, standard error, prompts, videos."""
+    config, rows = evaluation.config, []
+    for name in evaluation.versions:
+        for tag, cell in evaluation.by_tag(name).items():
             error = "n/a" if cell["stderr"] is None else f"{cell['stderr']:.4f}"
-            count = cell["prompts"]
-            table.add_row(
-                name,
-                tag,
-                f"{cell['mean']:.4f}",
-                error,
-                f"{count:,}",
-                f"{count * config.evaluation.samples_per_prompt:,}",
-            )
-    text = io.StringIO()
-    Console(file=text, width=110, color_system=None).print(table)
-    return text.getvalue().rstrip()
+            counts = [f"{cell['prompts'] * videos:,}" for videos in (1, config.evaluation.samples_per_prompt)]
+            rows.append([name, tag, f"{cell['mean']:.4f}", error, *counts])
+    header = ("reward", "tag", "mean", "± stderr", "prompts", "videos")
+    return boxed(rows, header, words=2, title=f"{config.policy.folder}, split {config.evaluation.split}")

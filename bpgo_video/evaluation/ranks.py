@@ -1,4 +1,4 @@
-"""Which ranks does an evaluation run on? Those that a launcher started, watched over while they are at work."""
+"""The ranks that an evaluation runs on: those that a launcher started, watched while they work."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+
+import torch
 
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.generation.generate import ALONE, PATIENCE
@@ -16,7 +18,7 @@ from bpgo_video.zero import engine
 
 @contextmanager
 def ranks_at_work(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
-    """All ranks, or a group of one where no launcher started any; they part behind the block.
+    """All ranks, or a group of one without a launcher; they are stopped after the block.
 
     Args:
         timeout: how long a rank waits for the slowest one; one that dies or fails ends the others within seconds.
@@ -31,10 +33,20 @@ def ranks_at_work(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> Ite
 
 @contextmanager
 def ranks_or_alone() -> Iterator[Mesh]:
-    """The same for work that each rank does for itself, and for hours: a single process starts no group."""
+    """The same for long work that each rank does for itself; a single process starts no group."""
     if "RANK" not in os.environ:
         engine.refuse_lone_tasks()
         yield ALONE
         return
     with ranks_at_work(ParallelConfig(), PATIENCE) as mesh:
         yield mesh
+
+
+def device_of(requested: str | None, mesh: Mesh) -> torch.device:
+    """The device of this rank. Raises ValueError where one accelerator is named for several ranks."""
+    found = mesh.device if requested is None else torch.device(requested)
+    if mesh.world_size == 1:
+        return found
+    if requested is not None and found.index is not None:
+        raise ValueError(f"--device {requested} is one device for {mesh.world_size} ranks; without it each has its own")
+    return mesh.device if found.type == mesh.device.type else found

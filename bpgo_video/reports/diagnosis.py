@@ -104,13 +104,8 @@ def disagreement(records: Records, summary: Summary) -> str | None:
 
 
 def heldout_fell(records: Records, summary: Summary) -> str | None:
-    before, after, stderr = (summary.get(f"heldout_{key}") for key in ("before", "after", "difference_stderr"))
-    if (
-        before is None
-        or after is None
-        or after - before >= -2 * (stderr or 0.0)
-        or not _rose(_values(records, "reward"))
-    ):
+    before, after = summary.get("heldout_before"), summary.get("heldout_after")
+    if summary.get("heldout_shown") != -1 or before is None or after is None or not _rose(_values(records, "reward")):
         return None
     return (
         f"Held-out scores fell from {before:.3f} to {after:.3f} while the training reward rose: the policy found what "

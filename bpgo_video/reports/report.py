@@ -61,6 +61,10 @@ class Summary(TypedDict, total=False):
     heldout_before_stderr: FiniteFloat | None
     heldout_after_stderr: FiniteFloat | None
     heldout_difference_stderr: FiniteFloat | None
+    heldout_interval: list[FiniteFloat] | None
+    heldout_p_value: FiniteFloat | None
+    heldout_measures: int | None
+    heldout_shown: int | None
     heldout_prompts: int | None
     heldout_videos: int | None
     videos_generated: int | None

@@ -1,19 +1,24 @@
-"""Did training help? What `summary.json` says, in the words and numbers that a run ends with.
+"""The verdict and the numbers of `summary.json`, as a run prints them at its end.
 
-± is the standard error over samples, the held-out prompts being fixed; that of the difference is paired by sample.
+± is the standard error over samples for these prompts; that of the difference is paired by sample. The verdict and its
+interval are about other prompts, too (`bpgo_video/statistics.py`).
 """
 
 from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from bpgo_video.statistics import too_few
+
+WIDTH = 110  # characters of what is printed
 
 
 def heldout_difference(summary: Mapping[str, Any]) -> float | None:
@@ -28,17 +33,21 @@ def measure(summary: Mapping[str, Any]) -> str:
 
 
 def verdict(summary: Mapping[str, Any]) -> str | None:
-    """Whether training helped: two standard errors of the paired difference decide. None without scores."""
-    difference, stderr = heldout_difference(summary), summary.get("heldout_difference_stderr")
+    """Whether training helped, by the test of `tools/evaluate.py compare`, over prompts. None without scores."""
+    difference = heldout_difference(summary)
     if difference is None:
         return None
-    change = f"{summary['heldout_before']:.3f} to {summary['heldout_after']:.3f}"
-    if stderr is None:
-        return f"{measure(summary).capitalize()} went from {change} (no standard error recorded)"
-    if abs(difference) <= 2 * stderr:
-        return f"No difference shown: {measure(summary)} went from {change}, within two standard errors"
-    effect, direction = ("helped", "rose") if difference > 0 else ("hurt", "fell")
-    return f"Training {effect}: {measure(summary)} {direction} from {change}"
+    change = f"from {summary['heldout_before']:.3f} to {summary['heldout_after']:.3f}"
+    if summary.get("heldout_shown") is None:
+        return f"{measure(summary).capitalize()} went {change} (no test recorded)"
+    prompts, low_high = summary["heldout_prompts"], summary.get("heldout_interval") or ()
+    interval = f" [{', '.join(f'{end:+.3f}' for end in low_high)}]" if low_high else ""
+    numbers = f"{change}, {difference:+.3f}{interval} over {prompts:,} prompts"
+    if summary["heldout_shown"]:
+        effect, direction = ("helped", "rose") if difference > 0 else ("hurt", "fell")
+        return f"Training {effect}: {measure(summary)} {direction} {numbers}"
+    reason = too_few(prompts, summary["heldout_measures"])
+    return f"No difference shown: {measure(summary)} went {numbers}{reason and f'; {reason}'}"
 
 
 def run_facts(summary: Mapping[str, Any]) -> list[str]:
@@ -82,19 +91,19 @@ def summary_table(summary: Mapping[str, Any], paths: Mapping[str, Path] | None =
     if words := verdict(summary):
         lines.append(words)
     for sentence in summary.get("diagnosis") or ():
-        lines += textwrap.wrap(sentence, width=110, initial_indent="- ", subsequent_indent="  ")
+        lines += textwrap.wrap(sentence, width=WIDTH, initial_indent="- ", subsequent_indent="  ")
     return "\n".join(lines + listed(paths or {}))
 
 
-def boxed(rows: Sequence[tuple[str, str]]) -> str:
-    """Labels and values as a table."""
-    table = Table(box=box.ROUNDED, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for label, value in rows:
-        table.add_row(label, value)
+def boxed(rows: Iterable[Sequence[str]], header: Sequence[str] = ("", ""), words: int = 1, title: str = "") -> str:
+    """A table as text; the first `words` columns are aligned left, the others right."""
+    table = Table(box=box.ROUNDED, title=title or None, show_header=any(header))
+    for place, label in enumerate(header):
+        table.add_column(label, justify="left" if place < words else "right")
+    for row in rows:
+        table.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=110, color_system=None).print(table)
+    Console(file=text, width=WIDTH, color_system=None).print(table)
     return text.getvalue().rstrip()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bpgo_video.config.bpgo import Config
 from bpgo_video.data.atomic import write_json
 from bpgo_video.learner.rescoring import Agreements
 from bpgo_video.learner.running_priors import RunningRewards
@@ -16,7 +17,8 @@ from bpgo_video.reports.metrics import METRICS_FILE, read_metrics
 from bpgo_video.reports.report import write_report
 from bpgo_video.reports.summary import summary_table
 from bpgo_video.reports.wandb_run import Cell
-from bpgo_video.training.heldout import HeldoutScores, shown_rows, stderr
+from bpgo_video.statistics import corrected, effect
+from bpgo_video.training.heldout import HeldoutScores, Scores, shown_rows, stderr
 from bpgo_video.training.session import Session
 
 PHASES = ("rollout", "reward", "update")
@@ -134,7 +136,23 @@ def summarise(session: Session, progress: Progress, after: HeldoutScores | None)
         if last.numel() > 1:  # of one video no error is known
             scores = {"before": first, "after": last, "difference": last - first}
             summary |= {f"heldout_{when}_stderr": stderr(values) for when, values in scores.items()}
+        summary |= heldout_test(first, last, config)
     return summary
+
+
+def heldout_test(first: Scores, last: Scores, config: Config) -> dict[str, Any]:
+    """What the change shows over prompts, corrected as in a comparison of all measures (evaluation/comparing/)."""
+    trained = {name for name, reward in config.rewards.items() if reward.weight > 0}
+    names = {*config.evaluation.rewards, *trained}
+    videos = (config.video.num_frames > 1) + (config.evaluation.samples_per_prompt > 1)
+    measures = len(names) + (len(names & config.rewards.keys()) > 1) + videos
+    found = corrected(effect(first.cpu().numpy(), last.cpu().numpy()), measures)
+    return {
+        "heldout_interval": None if found.low is None else [found.low, found.high],
+        "heldout_p_value": found.p_adjusted,
+        "heldout_measures": measures,
+        "heldout_shown": found.shown,
+    }
 
 
 def write_results(

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.evaluation.comparing.measuring import Asked, measure
-from bpgo_video.evaluation.comparing.model_scores import read_scores
+from bpgo_video.evaluation.comparing.measure import Request, measure
+from bpgo_video.evaluation.comparing.scores import ScoresFolder
 from bpgo_video.parallel.mesh import Mesh
 from tests.distributed.conftest import free_port
 from tests.made.random_wan import random_wan
@@ -40,8 +40,8 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("No difference shown between wan and other") == 1
     content = json.loads((tmp_path / "two" / "comparison.json").read_text())
-    asked = [Asked(str(tmp_path / "wan"), "wan"), Asked(str(other), "other")]
-    alone = measure(asked, recipe, "raw", tmp_path / "one", Mesh(rank=0, world_size=1, device=torch.device("cpu")))
+    requests = [Request(str(tmp_path / "wan"), "wan"), Request(str(other), "other")]
+    alone = measure(requests, recipe, "raw", tmp_path / "one", Mesh(rank=0, world_size=1, device=torch.device("cpu")))
     for model, expected in zip(content["models"], alone, strict=True):
-        assert read_scores(Path(model["results"])) == expected.scores
+        assert ScoresFolder(Path(model["results"])).read().scores == expected.scores
     assert (tmp_path / "two" / "report.html").is_file()

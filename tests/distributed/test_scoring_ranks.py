@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.evaluation.vbench.kept_scores import kept_beside
-from bpgo_video.evaluation.vbench.result_files import read_results
+from bpgo_video.evaluation.vbench.results import read_results
+from bpgo_video.evaluation.vbench.scoring import kept_folder
 from tests.distributed.conftest import free_port
 from tests.made.fake_vbench import fake_package
 from tests.made.recipes import ROOT, python_path
@@ -42,7 +42,7 @@ def test_many_ranks_score_what_one_does_and_go_on_where_one_failed(tmp_path: Pat
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("temporal_flickering: 5 of 5 videos were measured before") == 1
     assert done.stdout.count(str(many)) == 1 + 3, "rank 0 alone tells what was measured before, and the result's path"
-    assert not kept_beside(many).exists()
+    assert not kept_folder(many).exists()
     assert launched((), score_command(folder, one)).returncode == 0
     assert many.read_bytes() == one.read_bytes()
 

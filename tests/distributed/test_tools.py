@@ -79,8 +79,10 @@ def test_the_export_scores_what_the_run_reported(worlds: dict[int, Path]) -> Non
     config = asked(read_yaml(run_dir / "config.yaml"), policy=str(run_dir / "export"))
     config = replace(config, evaluation=replace(config.evaluation, videos=0))
     mesh = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
-    found = evaluate_folder(config, mesh).scores.metrics()
+    evaluation = evaluate_folder(config, mesh)
     reported = read_metrics(run_dir / "metrics.jsonl")[-1]
-    assert found, "the recipe must have held-out rewards"
-    for name, value in found.items():
-        assert value == pytest.approx(reported[name], abs=1e-5)
+    assert evaluation.versions, "the recipe must have held-out rewards"
+    for name in evaluation.versions:
+        found = evaluation.by_tag(name)["all"]
+        assert found["mean"] == pytest.approx(reported[f"heldout/{name}"], abs=1e-5)
+        assert found["stderr"] == pytest.approx(reported[f"heldout/{name}_stderr"], abs=1e-5)

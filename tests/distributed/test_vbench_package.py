@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS
-from bpgo_video.evaluation.vbench.official import Official, measure_officially
+from bpgo_video.evaluation.vbench.package import PackageRequest, measure_by_package
 from bpgo_video.evaluation.vbench.suite import find_suite, read_suite
 from bpgo_video.generation.generate import ALONE
 from bpgo_video.rewards.packaged import data_of
@@ -38,18 +38,8 @@ def vbench_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("vbench")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     packages = next(folder.glob("lib/python*/site-packages"))
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(packages),
-        "vbench==0.1.5",
-    ]
-    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages)]
+    done = subprocess.run([*install, "vbench==0.1.5"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"vbench 0.1.5 cannot be installed here: {(done.stderr.splitlines() or ['?'])[-1]}")
     (packages / "beside.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
@@ -89,12 +79,12 @@ def test_the_package_measures_a_layout_of_real_clips(
     (tmp_path / "info.json").write_text(json.dumps(listed))
     for name, value in environment(tmp_path).items():
         monkeypatch.setenv(name, value)
-    asked = Official(
+    request = PackageRequest(
         vbench_python, folder, results, "vbench", read_suite(str(tmp_path / "info.json"), samples=1),
         ("temporal_flickering",), "cpu", tmp_path, {"local": True},
     )  # fmt: skip
-    (found,) = measure_officially(asked, ALONE)
-    values = {Path(video.path).stem.removesuffix("-0"): video.value for video in found.videos}
+    (found,) = measure_by_package(request, ALONE)
+    values = {Path(video.video_path).stem.removesuffix("-0"): video.video_results for video in found.videos}
     assert values == pytest.approx({name: GOLDEN[name] for name in values}, abs=1e-12)
     assert found.score == pytest.approx(sum(values.values()) / 2, abs=1e-12)
     assert found.labels == ("official",)

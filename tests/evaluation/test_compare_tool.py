@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from bpgo_video.training.results import heldout_test
 
 from bpgo_video.checkpoints.run_weights import find_source
 from bpgo_video.config.bpgo import Config, LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.video import read_video
-from bpgo_video.evaluation.comparing import measuring
-from bpgo_video.evaluation.comparing.measuring import Asked, measure
+from bpgo_video.evaluation.comparing import measure as measuring
+from bpgo_video.evaluation.comparing.measure import Request, measure
 from bpgo_video.evaluation.heldout import evaluate_folder
 from bpgo_video.export.conversion import Conversion, convert
 from bpgo_video.parallel.mesh import Mesh
@@ -45,9 +46,9 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_path: Path) -> None:
-    (found,) = measure([Asked(recipe_here.policy.folder, "A")], recipe_here, "raw", tmp_path, ONE_RANK)
+    (found,) = measure([Request(recipe_here.policy.folder, "A")], recipe_here, "raw", tmp_path, ONE_RANK)
     alone = evaluate_folder(recipe_here, ONE_RANK)
-    assert found.scores.table("which").tolist() == alone.scores.by_name["which"].tolist()
+    assert found.scores.table("which").tolist() == [line.scores["which"] for line in alone.prompts]
     assert [(line.prompt, line.tags) for line in found.scores.prompts] == [
         (line["prompt"], line["tags"]) for line in PROMPTS[:3]
     ]
@@ -59,16 +60,19 @@ def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_pat
         "pixel_motion": "video",
         "pixel_diversity": "video",
     }
+    scores = torch.from_numpy(found.scores.table("which"))
+    tested = heldout_test(scores, scores, recipe_here)["heldout_measures"]
+    assert tested == len(found.scores.tables()), "a run's summary corrects for as many measures"
     trained = {name: reward.weight for name, reward in recipe_here.rewards.items()}
     assert {name: found.scores.measures[name].weight for name in trained} == trained
-    videos = [read_video(path)[0] for path in sorted((found.folder / "videos").glob("*.mp4"))]
+    videos = [read_video(path)[0] for path in sorted((found.folder.path / "videos").glob("*.mp4"))]
     assert [tuple(video.shape) for video in videos] == [(9, 3, 64, 64)] * 3
 
 
 def test_diversity_is_between_the_samples_of_one_prompt(recipe_here: Config, tmp_path: Path) -> None:
     """Of two samples each is as far from the other; a recipe of one sample has none."""
     found, single = (
-        measure([Asked(recipe_here.policy.folder, "A")], config, "raw", tmp_path, ONE_RANK)[0].scores
+        measure([Request(recipe_here.policy.folder, "A")], config, "raw", tmp_path, ONE_RANK)[0].scores
         for config in (
             recipe_here,
             replace(recipe_here, evaluation=replace(recipe_here.evaluation, samples_per_prompt=1)),
@@ -85,7 +89,7 @@ def test_what_was_measured_before_a_kill_is_kept(
 ) -> None:
     """Blocks of two prompts, then one: the second fails, and is all that the next call makes."""
     monkeypatch.setattr(measuring, "BLOCK", 1)
-    asked, calls, whole = [Asked(recipe_here.policy.folder, "A")], [], measuring.evaluate
+    requests, calls, whole = [Request(recipe_here.policy.folder, "A")], [], measuring.evaluate
 
     def counted(*arguments: Any) -> Any:
         calls.append(arguments[1].texts)
@@ -95,30 +99,30 @@ def test_what_was_measured_before_a_kill_is_kept(
 
     monkeypatch.setattr(measuring, "evaluate", counted)
     with pytest.raises(RewardError):
-        measure(asked, recipe_here, "raw", tmp_path / "broken", ONE_RANK)
-    (resumed,) = measure(asked, recipe_here, "raw", tmp_path / "broken", ONE_RANK)
+        measure(requests, recipe_here, "raw", tmp_path / "broken", ONE_RANK)
+    (resumed,) = measure(requests, recipe_here, "raw", tmp_path / "broken", ONE_RANK)
     texts = [line["prompt"] for line in PROMPTS[:3]]
     assert calls == [tuple(texts[:2]), (texts[2],), (texts[2],)]
-    (at_once,) = measure(asked, recipe_here, "raw", tmp_path / "whole", ONE_RANK)
+    (at_once,) = measure(requests, recipe_here, "raw", tmp_path / "whole", ONE_RANK)
     assert resumed.scores == at_once.scores
-    assert sorted(path.name for path in resumed.folder.iterdir()) == ["scores.json", "videos"]
+    assert sorted(path.name for path in resumed.folder.path.iterdir()) == ["scores.json", "videos"]
     made = len(calls)
-    assert measure(asked, recipe_here, "raw", tmp_path / "whole", ONE_RANK)[0].scores == at_once.scores
+    assert measure(requests, recipe_here, "raw", tmp_path / "whole", ONE_RANK)[0].scores == at_once.scores
     assert len(calls) == made
     other_seed = replace(recipe_here, run=replace(recipe_here.run, seed=1))
-    (other,) = measure(asked, other_seed, "raw", tmp_path / "whole", ONE_RANK)
+    (other,) = measure(requests, other_seed, "raw", tmp_path / "whole", ONE_RANK)
     assert len(calls) == made + 2
     assert other.folder != at_once.folder
 
 
 def test_a_checkpoint_scores_what_its_conversion_does(recipe_here: Config, run_dir: Path, tmp_path: Path) -> None:
     convert(Conversion(find_source(run_dir), "raw", tmp_path / "converted"), "diffusers")
-    asked = [Asked(str(run_dir), "run"), Asked(str(tmp_path / "converted"), "converted")]
-    run, converted = measure(asked, recipe_here, "raw", tmp_path, ONE_RANK)
+    requests = [Request(str(run_dir), "run"), Request(str(tmp_path / "converted"), "converted")]
+    run, converted = measure(requests, recipe_here, "raw", tmp_path, ONE_RANK)
     assert run.scores.prompts == converted.scores.prompts
     assert (run.scores.run, run.scores.step, converted.scores.run) == (str(run_dir), 2, None)
     assert run.scores.starts_from != converted.scores.starts_from
-    (base,) = measure([Asked(recipe_here.policy.folder, "base")], recipe_here, "raw", tmp_path, ONE_RANK)
+    (base,) = measure([Request(recipe_here.policy.folder, "base")], recipe_here, "raw", tmp_path, ONE_RANK)
     assert base.scores.prompts != run.scores.prompts
     assert base.scores.starts_from == run.scores.starts_from
 
@@ -132,11 +136,11 @@ def test_the_command_writes_both_files_and_results_compare_again_without_ranks(
 ) -> None:
     output = tmp_path / "out"
     assert main(["compare", recipe_here.policy.folder, str(run_dir), "--output", str(output)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     content = json.loads((output / "comparison.json").read_text())
     assert [model["label"] for model in content["models"]] == ["wan", "mine"]
     assert content["comparisons"][0]["outcome"] == "no difference shown", "three prompts cannot show any"
-    assert "No difference shown between wan and mine" in " ".join(told.split())
+    assert "No difference shown between wan and mine" in " ".join(printed.split())
     assert (output / "report.html").read_text().count("<video ") == 6
     monkeypatch.setattr(engine, "start_ranks", lambda: pytest.fail("no ranks are needed"))
     folders = [f"before={content['models'][0]['results']}", f"after={content['models'][1]['results']}"]
@@ -146,7 +150,7 @@ def test_the_command_writes_both_files_and_results_compare_again_without_ranks(
     assert [model["label"] for model in again["models"]] == ["before", "after"]
 
 
-def test_what_cannot_be_compared_is_told_in_words(
+def test_what_cannot_be_compared_is_reported_in_words(
     recipe_here: Config, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(

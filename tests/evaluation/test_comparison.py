@@ -6,42 +6,50 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from bpgo_video import statistics
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.video import read_video
-from bpgo_video.evaluation.comparing import paired
-from bpgo_video.evaluation.comparing.comparison import as_json, compare, named, recipe_of, write_comparison
-from bpgo_video.evaluation.comparing.matching import Point, matched
-from bpgo_video.evaluation.comparing.measuring import Found, read_parts
-from bpgo_video.evaluation.comparing.model_scores import (
-    ModelScores,
-    PairingError,
-    check_paired,
-    holds_scores,
-    read_scores,
-    write_scores,
-)
-from bpgo_video.evaluation.comparing.table import as_table
-from bpgo_video.evaluation.comparing.verdict import TRAINING_REWARD, Comparison, headline, notes
-from bpgo_video.evaluation.comparing.witness import Witness, diversity, motion, thumbnails
+from bpgo_video.evaluation.comparing.compare import Compared, Comparison, PairingError, compare, matched
+from bpgo_video.evaluation.comparing.report import as_table
+from bpgo_video.evaluation.comparing.run import labelled, recipe_of
+from bpgo_video.evaluation.comparing.scores import TRAINING_REWARD, ModelScores, Scored, ScoresFolder
+from bpgo_video.evaluation.comparing.verdict import headline, notes, write_comparison
+from bpgo_video.evaluation.comparing.video_stats import VideoStats, diversity, motion, thumbnails
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.reports.metrics import MalformedFile
 from bpgo_video.types import RolloutChunk
 from tests.made.made_results import MEASURES, results
 
+NOWHERE = ScoresFolder(Path("nowhere"))
+
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paired, "RESAMPLES", 499)
+    monkeypatch.setattr(statistics, "RESAMPLES", 499)
 
 
-def compared(*models: ModelScores) -> Sequence[Comparison]:
-    return compare([Found(model, Path("nowhere")) for model in models]).comparisons
+def compared(*models: ModelScores) -> Compared:
+    return compare([Scored(model, NOWHERE) for model in models])
+
+
+def comparisons(*models: ModelScores) -> Sequence[Comparison]:
+    return compared(*models).comparisons
+
+
+def with_rewards(label: str, step: int, reward: float, oracle: Sequence[float]) -> ModelScores:
+    """Two prompts of one sample with this training reward, and these held-out scores."""
+    values = {"alignment": reward, "smooth": 0.0}
+    lines = [
+        replace(line, scores={name: [values.get(name, held)] for name in MEASURES})
+        for line, held in zip(results(label, 2).prompts, oracle, strict=True)
+    ]
+    return replace(results(label, 2), prompts=lines, step=step)
 
 
 @pytest.mark.parametrize(
@@ -54,79 +62,74 @@ def compared(*models: ModelScores) -> Sequence[Comparison]:
     ],
 )
 def test_the_verdict_is_about_what_held_out_measures_show(gains: dict[str, float], outcome: str, words: str) -> None:
-    (one,) = compared(results("A"), results("B", gains=gains))
+    (one,) = comparisons(results("A"), results("B", gains=gains))
     assert one.outcome == outcome
     assert headline(one).startswith(words)
 
 
-def test_the_same_results_show_no_difference() -> None:
-    (one,) = compared(results("A"), replace(results("A"), label="B"))
+def test_the_same_scores_show_no_difference() -> None:
+    (one,) = comparisons(results("A"), replace(results("A"), label="B"))
     assert one.outcome == "no difference shown"
     assert all(effect.ties == effect.prompts and effect.p_adjusted == 1.0 for effect in one.effects.values())
-    assert list(notes(one)) == []
+    assert notes(one) == []
 
 
 @pytest.mark.parametrize(
-    ("gains", "words"),
+    ("prompts", "changes", "words"),
     [
-        ({"alignment": 1.0}, "no held-out score is shown to have risen: what was trained on may have been exploited"),
-        ({"alignment": 1.0, "oracle": -1.0}, "held-out scores fell: what was trained on may have been exploited"),
-        ({"pixel_motion": -1.0}, "Videos move less: pixel_motion fell by"),
-        ({"pixel_diversity": -1.0}, "Samples of one prompt are more alike: pixel_diversity fell by"),
+        (12, {"gains": {"alignment": 1.0}}, "no held-out score is shown to have risen: what was trained on may have"),
+        (12, {"gains": {"alignment": 1.0, "oracle": -1.0}}, "held-out scores fell: what was trained on may have been"),
+        (12, {"gains": {"pixel_motion": -1.0}}, "Videos move less: pixel_motion fell by"),
+        (12, {"gains": {"pixel_diversity": -1.0}}, "Samples of one prompt are more alike: pixel_diversity fell by"),
+        (4, {"gains": {"oracle": 9.0}}, "4 prompts cannot show a difference in one of 7 measures"),
+        (12, {"seed": 1}, "different seeds"),
     ],
 )
-def test_what_may_mislead_is_said(gains: dict[str, float], words: str) -> None:
-    (one,) = compared(results("A"), results("B", gains=gains))
+def test_what_may_mislead_is_said(prompts: int, changes: dict[str, Any], words: str) -> None:
+    (one,) = comparisons(results("A", prompts), results("B", prompts, **changes))
     (note,) = notes(one)
     assert words in note
 
 
-def test_tags_that_disagree_few_prompts_and_other_seeds_are_said() -> None:
-    first, second = results("A"), results("B")
+def test_tags_that_disagree_are_said() -> None:
     lines = [
         replace(line, scores={**line.scores, "oracle": [score + line.id % 2 for score in line.scores["oracle"]]})
-        for line in second.prompts
+        for line in results("B").prompts
     ]
-    (one,) = compared(first, replace(second, prompts=lines))
-    assert any("oracle changed by +1.0" in note and "on 'clear' prompts" in note for note in notes(one))
-    (few,) = compared(results("A", prompts=4), results("B", prompts=4, gains={"oracle": 9.0}))
-    assert few.outcome == "no difference shown", "2 / 2^4 is above .05"
-    assert "4 prompts cannot show a difference in one of 7 measures" in " ".join(notes(few))
-    (other,) = compared(results("A"), results("B", seed=1))
-    assert "different seeds" in " ".join(notes(other))
+    (one,) = comparisons(results("A"), replace(results("B"), prompts=lines))
+    (note,) = notes(one)
+    assert "oracle changed by +1.0" in note
+    assert "on 'clear' prompts" in note
 
 
 def test_the_family_is_every_measure_of_every_model() -> None:
     """Holm over 7 and over 14: an effect that all of 12 prompts show keeps 7 or 14 times its p, 2 / 2^12."""
     gained = {"oracle": 1.0}
-    (one,) = compared(results("A"), results("B", gains=gained))
-    first, second = compared(results("A"), results("B", gains=gained), results("C"))
+    (one,) = comparisons(results("A"), results("B", gains=gained))
+    first, second = comparisons(results("A"), results("B", gains=gained), results("C"))
     p = one.effects["oracle"].p_value
     assert p == pytest.approx(2 / 2**12)
     assert one.effects["oracle"].p_adjusted == pytest.approx(7 * p)
     assert first.effects["oracle"].p_adjusted == pytest.approx(14 * p)
-    assert second.effects["oracle"].p_value == pytest.approx(second.effects["oracle"].p_value)
+    assert second.effects["oracle"].p_adjusted == 1.0
 
 
 def test_the_training_reward_is_the_weighted_sum() -> None:
-    (one,) = compared(results("A"), results("B", gains={"alignment": 1.0, "smooth": 2.0}))
+    (one,) = comparisons(results("A"), results("B", gains={"alignment": 1.0, "smooth": 2.0}))
     parts = one.effects["alignment"].difference + 0.5 * one.effects["smooth"].difference
     assert one.effects[TRAINING_REWARD].difference == pytest.approx(parts)
 
 
 def test_a_match_is_where_the_curve_first_crosses_the_reward() -> None:
     """From .0 to .4 over steps 0 to 10, then to .2 at 20: .3 is first at 7.5, three quarters of the way."""
-    rewards, held = (0.0, 0.4, 0.2), (np.array([[0.0], [2.0]]), np.array([[1.0], [4.0]]), np.array([[9.0], [9.0]]))
-    curve = [
-        Point(step, np.full((2, 1), reward), {"oracle": own})
-        for step, reward, own in zip((0, 10, 20), rewards, held, strict=True)
-    ]
-    match = matched(curve, Point(0, np.full((2, 3), 0.3), {"oracle": np.array([[1.0], [3.0]])}))
+    points = ((0, 0.0, (0.0, 2.0)), (10, 0.4, (1.0, 4.0)), (20, 0.2, (9.0, 9.0)))
+    curve = [with_rewards("X", step, reward, oracle) for step, reward, oracle in points]
+    match = matched(curve, with_rewards("Y", 0, 0.3, (1.0, 3.0)))
     assert match is not None
     assert (match.step, match.reward) == (pytest.approx(7.5), pytest.approx(0.3))
     assert match.effects["oracle"].mean_a == pytest.approx((0.75 + 3.5) / 2)
     assert match.effects["oracle"].difference == pytest.approx(2.0 - 2.125)
-    assert matched(curve, Point(0, np.full((2, 1), 0.5), {})) is None
+    assert matched(curve, with_rewards("Y", 0, 0.5, (1.0, 3.0))) is None
 
 
 def test_a_runs_curve_starts_at_the_policy_it_started_from() -> None:
@@ -134,7 +137,7 @@ def test_a_runs_curve_starts_at_the_policy_it_started_from() -> None:
     base = results("base")
     other = results("Y", gains={"alignment": 1.0, "oracle": 2.0}, run="runs/Y", step=10)
     models = [base, results("X", gains={"alignment": 2.0, "oracle": 2.0}, run="runs/X", step=100), other]
-    found = compare([Found(model, Path("nowhere")) for model in models])
+    found = compared(*models)
     first, second = found.matchings
     assert (first.run, first.other, second.run, second.other) == ("X", "Y", "Y", "X")
     assert first.match is not None
@@ -144,79 +147,90 @@ def test_a_runs_curve_starts_at_the_policy_it_started_from() -> None:
     told = as_table(found)
     assert "which X has at step 5" in told or "which X has at step 4" in told
     assert "Y never has the training reward of X between its checkpoints here" in told
-    assert compare([Found(model, Path("nowhere")) for model in models[:2]]).matchings == []
+    assert compared(*models[:2]).matchings == []
 
 
-def test_comparison_json_has_everything_and_is_json(tmp_path: Path) -> None:
-    found = compare([Found(results("A"), tmp_path), Found(results("B", gains={"oracle": 1.0}), tmp_path)])
+def test_comparison_json_holds_verdict_effects_and_models(tmp_path: Path) -> None:
+    folder = ScoresFolder(tmp_path / "a")
+    found = compare([Scored(results("A"), folder), Scored(results("B", gains={"oracle": 1.0}), folder)])
     content = json.loads(write_comparison(tmp_path, found).read_text())
-    assert content == json.loads(json.dumps(as_json(found)))
     (one,) = content["comparisons"]
+    assert one.keys() == {
+        "reference", "candidate", "outcome", "verdict", "notes", "same_noise", "effects", "by_tag",
+    }  # fmt: skip
     assert (one["outcome"], one["reference"], one["candidate"]) == ("better", "A", "B")
     assert one["effects"]["oracle"]["shown"] == 1
     assert one["effects"].keys() == {*MEASURES, TRAINING_REWARD}
     assert one["by_tag"].keys() == {"clear", "open"}
     assert one["by_tag"]["open"]["oracle"]["p_adjusted"] is None
-    assert [model["label"] for model in content["models"]] == ["A", "B"]
+    assert content["models"][1] == {
+        "label": "B", "source": "models/B", "results": str(folder.path), "run": None, "step": None, "seed": 0,
+        "samples_per_prompt": 3, "means": {name: float(found.models[1].scores.table(name).mean()) for name in
+                                           one["effects"]},
+    }  # fmt: skip
 
 
-def test_results_of_other_prompts_rewards_or_settings_are_not_paired() -> None:
-    first = results("A")
-    check_paired([first, results("B", seed=3)])
-    settings = {**first.settings, "deployment": {**first.settings["deployment"], "num_steps": 4}}
-    for other, words in (
-        (results("B", prompts=11), "scores of other prompts"),
-        (replace(first, measures={name: MEASURES[name] for name in list(MEASURES)[1:]}), "measured by other rewards"),
-        (replace(first, settings=settings), "num_steps 8 and 4"),
+def test_scores_of_other_prompts_rewards_or_settings_are_not_paired() -> None:
+    first, other = results("A"), results("B")
+    fewer = {name: MEASURES[name] for name in list(MEASURES)[1:]}
+    steps = {**other.settings, "deployment": {**other.settings["deployment"], "num_steps": 4}}
+    for different, words in (
+        (results("B", prompts=11), "scores of different prompts"),
+        (replace(other, measures=fewer), "measured by different rewards"),
+        (replace(other, settings=steps), "num_steps 8 and 4"),
     ):
         with pytest.raises(PairingError, match=words):
-            check_paired([first, other])
+            comparisons(first, different)
 
 
-def test_results_are_read_as_they_were_written_or_named(tmp_path: Path) -> None:
-    assert not holds_scores(tmp_path)
-    write_scores(tmp_path, results("A", run="runs/X", step=3))
-    assert read_scores(tmp_path) == results("A", run="runs/X", step=3)
+def test_scores_are_read_as_they_were_written_or_named(tmp_path: Path) -> None:
+    folder = ScoresFolder(tmp_path)
+    assert not folder.complete
+    folder.write(results("A", run="runs/X", step=3))
+    assert folder.complete
+    assert folder.read().scores == results("A", run="runs/X", step=3)
+    assert folder.read(label="B").scores.label == "B"
     content = json.loads((tmp_path / "scores.json").read_text())
     content["prompts"][0]["scores"]["oracle"].pop()
     (tmp_path / "scores.json").write_text(json.dumps(content))
-    with pytest.raises(MalformedFile, match=r"scores\.json: every prompt needs equally many scores"):
-        read_scores(tmp_path)
-    (tmp_path / "scores.json").write_text("{}")
-    with pytest.raises(MalformedFile, match=r"scores\.json"):
-        read_scores(tmp_path)
+    with pytest.raises(MalformedFile, match=r"scores\.json: each prompt needs equally many scores"):
+        folder.read()
+    for path, text in (("scores.json", "{}"), ("parts/00000.json", '[{"id": 1}]')):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+        with pytest.raises(MalformedFile, match=rf"{path}: .*delete it"):
+            folder.read() if path == "scores.json" else folder.read_parts()
 
 
-def test_models_have_names_that_tell_them_apart() -> None:
+def test_models_have_distinct_labels() -> None:
     arguments = ["package:bpgo_video.tiny/weights/wan", "runs/a/checkpoints/step-000050", "runs/a/export", "runs/a",
                  "runs/a/", "mine=runs/b=c", "./x=y/z"]  # fmt: skip
-    assert [one.label for one in named(arguments)] == ["wan", "a step-000050", "a/export", "a", "a (2)", "mine", "z"]
-    assert [one.source for one in named(arguments)][-2:] == ["runs/b=c", "./x=y/z"]
-    with pytest.raises(ConfigError, match="name the recipe to measure them by with --config"):
-        recipe_of(named(arguments[:1]), None)
-
-
-def test_a_witness_keeps_first_samples_and_sorts_what_it_saw(tmp_path: Path) -> None:
-    """Prompts at places 4 and 7, two samples each, seen out of order; one brightens by .1 a frame, others rest."""
-    witness = Witness(tmp_path, [4, 7], samples=2, fps=8.0)
-    still = torch.tensor([0.2, 0.6, 0.4])[:, None, None, None, None].expand(3, 5, 3, 16, 16)
-    ramp = torch.linspace(0.0, 0.4, 5)[None, :, None, None, None].expand(1, 5, 3, 16, 16)
-    witness(RolloutChunk((), still, torch.tensor([1, 0, 0]), torch.tensor([0, 1, 0])))
-    witness(RolloutChunk((), ramp, torch.tensor([1]), torch.tensor([1])))
-    scores = witness.scores(num_frames=5, mesh=Mesh(rank=0, world_size=1, device=torch.device("cpu")))
-    assert scores["pixel_motion"].tolist() == [[0.0, 0.0], [0.0, pytest.approx(0.1)]]
-    assert scores["pixel_diversity"][0].tolist() == pytest.approx([0.2, 0.2], abs=1e-4)
-    assert scores["pixel_diversity"][1, 0] == scores["pixel_diversity"][1, 1] > 0
-    shades = {path.stem: float(read_video(path)[0].mean()) for path in (tmp_path / "videos").iterdir()}
-    assert shades == {"00004": pytest.approx(0.4, abs=0.01), "00007": pytest.approx(0.2, abs=0.01)}
+    labels = ["wan", "a step-000050", "a/export", "a", "a (2)", "mine", "z"]
+    assert [one.label for one in labelled(arguments)] == labels
+    assert [one.source for one in labelled(arguments)][-2:] == ["runs/b=c", "./x=y/z"]
 
 
 def test_a_run_brings_its_recipe_wherever_it_is_entered(tmp_path: Path, recipe: Config) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(recipe))
     for place in ("", "export", "export-ema", "checkpoints/step-000002"):
-        assert recipe_of(named(["package:a/b", str(tmp_path / place)]), None) == recipe
-    with pytest.raises(ConfigError, match="a run with rewards"):
-        recipe_of(named([str(tmp_path / "samples")]), None)
+        assert recipe_of(labelled(["package:a/b", str(tmp_path / place)]), None) == recipe
+    with pytest.raises(ConfigError, match="a run with rewards: name the recipe to measure them by with --config"):
+        recipe_of(labelled([str(tmp_path / "samples")]), None)
+
+
+def test_first_samples_are_kept_and_statistics_sorted_by_prompt(tmp_path: Path) -> None:
+    """Prompts at places 4 and 7, two samples each, seen out of order; one brightens by .1 a frame, others rest."""
+    stats = VideoStats(ScoresFolder(tmp_path), [4, 7], samples=2, fps=8.0)
+    still = torch.tensor([0.2, 0.6, 0.4])[:, None, None, None, None].expand(3, 5, 3, 16, 16)
+    ramp = torch.linspace(0.0, 0.4, 5)[None, :, None, None, None].expand(1, 5, 3, 16, 16)
+    stats(RolloutChunk((), still, torch.tensor([1, 0, 0]), torch.tensor([0, 1, 0])))
+    stats(RolloutChunk((), ramp, torch.tensor([1]), torch.tensor([1])))
+    scores = stats.scores(Mesh(rank=0, world_size=1, device=torch.device("cpu")))
+    assert scores["pixel_motion"].tolist() == [[0.0, 0.0], [0.0, pytest.approx(0.1)]]
+    assert scores["pixel_diversity"][0].tolist() == pytest.approx([0.2, 0.2], abs=1e-4)
+    assert scores["pixel_diversity"][1, 0] == scores["pixel_diversity"][1, 1] > 0
+    shades = {path.stem: float(read_video(path)[0].mean()) for path in (tmp_path / "videos").iterdir()}
+    assert shades == {"00004": pytest.approx(0.4, abs=0.01), "00007": pytest.approx(0.2, abs=0.01)}
 
 
 def test_motion_and_diversity_are_what_they_say() -> None:
@@ -230,10 +244,3 @@ def test_motion_and_diversity_are_what_they_say() -> None:
     assert apart[0].tolist() == pytest.approx([(0.3 + 0.9) / 2, (0.3 + 0.6) / 2, (0.9 + 0.6) / 2], abs=1e-4)
     grain = 0.5 + 0.1 * torch.randn(2, 9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert diversity(thumbnails(grain)[None]).max() < 0.05 < (grain[0] - grain[1]).square().mean().sqrt()
-
-
-def test_a_part_of_another_form_is_named(tmp_path: Path) -> None:
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "00000.json").write_text('[{"id": 1}]')
-    with pytest.raises(MalformedFile, match=r"(?s)parts/00000\.json: .*delete it"):
-        read_parts(tmp_path)

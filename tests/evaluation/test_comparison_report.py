@@ -14,10 +14,8 @@ import pytest
 import torch
 
 from bpgo_video.data.video import VideoError, read_video, write_video
-from bpgo_video.evaluation.comparing.comparison import Compared, compare
-from bpgo_video.evaluation.comparing.model_scores import video_path
-from bpgo_video.evaluation.comparing.report import write_report
-from bpgo_video.evaluation.comparing.side_by_side import LONGEST_SIDE, chosen_rows, clip_of, disagreement
+from bpgo_video.evaluation.comparing.compare import Compared, compare
+from bpgo_video.evaluation.comparing.report import LONGEST_SIDE, chosen_rows, clip_of, disagreement, write_report
 from tests.made.made_results import found, results
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -217,14 +215,14 @@ def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> 
 
 def test_large_videos_are_embedded_small_and_missing_ones_named(models: Compared, tmp_path: Path) -> None:
     model = found(tmp_path, results("large", 2))
-    write_video(video_path(tmp_path, 0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
+    write_video(model.folder.video(0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
     clip = clip_of(model, 0)
     assert (clip.width, clip.height) == (LONGEST_SIDE, 180)
     (tmp_path / "embedded.mp4").write_bytes(base64.b64decode(clip.video))
     video, fps = read_video(tmp_path / "embedded.mp4")
     assert (tuple(video.shape), fps) == ((3, 3, 180, LONGEST_SIDE), 12.0)
-    with pytest.raises(VideoError, match=r"is missing beside its scores; restore it"):
+    with pytest.raises(VideoError, match=r"is missing next to its scores; restore it"):
         clip_of(model, 1)
     small = models.models[1]
     kept = clip_of(small, 0)
-    assert base64.b64decode(kept.video) == video_path(small.folder, 0).read_bytes(), "as it is"
+    assert base64.b64decode(kept.video) == small.folder.video(0).read_bytes(), "as it is"

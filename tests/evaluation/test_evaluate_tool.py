@@ -12,7 +12,8 @@ import torch
 
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.evaluation.heldout import as_json, asked, by_tag, evaluate_folder
+from bpgo_video.evaluation.comparing.scores import PromptLine
+from bpgo_video.evaluation.heldout import HeldoutEvaluation, as_json, asked, evaluate_folder
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.training.heldout import stderr
 from bpgo_video.zero import engine
@@ -28,18 +29,23 @@ def recipe_here(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return tagged_recipe(tmp_path_factory.mktemp("evaluate"))
 
 
-def test_tags_split_the_mean_and_its_standard_error() -> None:
+def by_tag(config: Config, scores: list[list[float]], tags: list[list[str]]) -> dict:
+    lines = [PromptLine(row, "", tags[row], {"which": own}) for row, own in enumerate(scores)]
+    return HeldoutEvaluation(config, {"which": "1"}, lines).by_tag("which")
+
+
+def test_tags_split_the_mean_and_its_standard_error(recipe_here: Config) -> None:
     """Prompts 0 and 2 vary within themselves by 1 (variance 2 of two samples), prompt 1 not at all."""
-    scores = torch.tensor([[0.0, 2.0], [5.0, 5.0], [6.0, 8.0]])
-    found = by_tag(scores, [("clear",), ("open", "rare"), ("clear",)])
+    scores = [[0.0, 2.0], [5.0, 5.0], [6.0, 8.0]]
+    found = by_tag(recipe_here, scores, [["clear"], ["open", "rare"], ["clear"]])
     assert list(found) == ["all", "clear", "open", "rare"]
     assert found["all"] == {"mean": pytest.approx(26 / 6), "stderr": pytest.approx((1 + 1) ** 0.5 / 3), "prompts": 3}
     assert found["clear"] == {"mean": 4.0, "stderr": pytest.approx(2**0.5 / 2), "prompts": 2}
     assert found["open"] == found["rare"] == {"mean": 5.0, "stderr": 0.0, "prompts": 1}
 
 
-def test_one_video_has_no_standard_error() -> None:
-    assert by_tag(torch.tensor([[3.0]]), [()]) == {"all": {"mean": 3.0, "stderr": None, "prompts": 1}}
+def test_one_video_has_no_standard_error(recipe_here: Config) -> None:
+    assert by_tag(recipe_here, [[3.0]], [[]]) == {"all": {"mean": 3.0, "stderr": None, "prompts": 1}}
 
 
 def test_scores_belong_to_their_prompts_and_are_the_same_at_every_call(recipe_here: Config) -> None:

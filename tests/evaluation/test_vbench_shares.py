@@ -15,14 +15,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bpgo_video.evaluation.ranks import device_of
 from bpgo_video.evaluation.vbench import scoring
-from bpgo_video.evaluation.vbench.commands import device_of
-from bpgo_video.evaluation.vbench.dimension import DimensionError, Measured, Sources
-from bpgo_video.evaluation.vbench.kept_scores import Line, drop_kept, keeping, kept_beside, read_kept
-from bpgo_video.evaluation.vbench.result_files import ResultError
-from bpgo_video.evaluation.vbench.scoring import measure, prepare, result_of, score_folder
+from bpgo_video.evaluation.vbench.formulas import DimensionError, Measured
+from bpgo_video.evaluation.vbench.networks import Sources
+from bpgo_video.evaluation.vbench.scoring import (
+    Task,
+    drop_kept,
+    kept_folder,
+    measure_share,
+    prepare,
+    read_kept,
+    score_folder,
+)
 from bpgo_video.parallel.mesh import Mesh
-from tests.made.scored_clips import DIMENSIONS, asked_of, clips, score_command
+from bpgo_video.reports.metrics import MalformedFile
+from tests.made.scored_clips import clips, request_of, score_command
 from tools.evaluate import main
 
 CPU = torch.device("cpu")
@@ -41,9 +49,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decode: Callable = scoring.read_footage
 
-    def seen(path: Path, *more: object) -> object:
-        names.append(path.name)
-        return decode(path, *more)
+    def seen(item: scoring.Item) -> object:
+        names.append(item.path.name)
+        return decode(item)
 
     monkeypatch.setattr(scoring, "read_footage", seen)
     return names
@@ -59,20 +67,20 @@ def test_every_item_is_dealt_once_and_shares_are_even(items: list[int], world_si
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_shares_of_any_number_of_ranks_make_one_ranks_results(folder: Path, tmp_path: Path, world_size: int) -> None:
     """Five videos; of seven ranks two have none."""
-    whole = score_folder(asked_of(folder), SOURCES, ALONE, tmp_path / "one")
-    for work, expected in zip(prepare(asked_of(folder), SOURCES, checks_files=False), whole, strict=True):
+    whole = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "one")
+    for task, expected in zip(prepare(request_of(folder), SOURCES, checks_files=False), whole, strict=True):
         ranks = [Mesh(rank, world_size, CPU) for rank in range(world_size)]
-        parts = [measure(work, mesh.dealt(range(len(work.items))), mesh, tmp_path / "many") for mesh in ranks]
-        assert sum(map(len, parts)) == len(work.items)
+        parts = [measure_share(task, mesh.dealt(range(len(task.items))), mesh, tmp_path / "many") for mesh in ranks]
+        assert sum(map(len, parts)) == len(task.items)
         found = {place: measured for part in parts for place, measured in part.items()}
-        assert result_of(work, [found[place] for place in range(len(work.items))]) == expected
+        assert task.result([found[place] for place in range(len(task.items))]) == expected
 
 
 def test_a_score_weighs_videos_by_their_frames_whoever_measured_them(folder: Path, tmp_path: Path) -> None:
     """VBench's consistency is the mean over all frames: a mean of the ranks' means would be another number."""
-    *_, consistency = score_folder(asked_of(folder), SOURCES, ALONE, tmp_path / "kept")
+    *_, consistency = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "kept")
     frames = [number + 2 for number in range(5)]  # after the first, of clips of 3, 4, 5 ... frames
-    values = [float(video.value) for video in consistency.videos]
+    values = [float(video.video_results) for video in consistency.videos]
     assert consistency.score == pytest.approx(sum(map(float.__mul__, values, map(float, frames))) / sum(frames))
     assert consistency.score != pytest.approx(sum(values) / 5, abs=1e-9)
 
@@ -97,14 +105,14 @@ def test_a_stopped_scoring_goes_on_with_the_videos_that_are_left(
     assert read == [f"a man talks-{number}.mp4" for number in (2, 3, 4, 0, 1, 2, 3, 4)]
     assert "dynamic_degree: 2 of 5 videos were measured before" in capsys.readouterr().out
     assert (tmp_path / "scores.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert not kept_beside(tmp_path / "scores.json").exists(), "what is whole needs no lines"
+    assert not kept_folder(tmp_path / "scores.json").exists(), "what is whole needs no lines"
     read.clear()
     assert main(command) == 0
-    assert len(read) == 15, "a scoring that ended is made anew when it is asked for"
+    assert len(read) == 15, "a scoring that ended is repeated when it is requested"
 
 
 def test_what_a_number_depends_on_is_in_its_key(folder: Path, tmp_path: Path) -> None:
-    flickering, _, consistency = prepare(asked_of(folder), SOURCES, checks_files=False)
+    flickering, _, consistency = prepare(request_of(folder), SOURCES, checks_files=False)
     item = consistency.items[0]
     head, image = tmp_path / "head.pth", tmp_path / "image.jpg"
     head.write_bytes(b"1")
@@ -126,63 +134,63 @@ def test_what_a_number_depends_on_is_in_its_key(folder: Path, tmp_path: Path) ->
 
 def test_a_video_that_was_replaced_is_measured_again(tmp_path: Path, read: list[str]) -> None:
     folder, kept = clips(tmp_path / "videos", count=3), tmp_path / "kept"
-    work = prepare(asked_of(folder), SOURCES, checks_files=False)[0]
-    measure(work, range(3), ALONE, kept)
+    task = prepare(request_of(folder), SOURCES, checks_files=False)[0]
+    measure_share(task, range(3), ALONE, kept)
     changed = folder / "a man talks-1.mp4"
     os.utime(changed, ns=(changed.stat().st_atime_ns, changed.stat().st_mtime_ns + 1))
     read.clear()
-    score_folder(replace(asked_of(folder), dimensions=(work.name,), backbones={}), SOURCES, ALONE, kept)
+    score_folder(replace(request_of(folder), dimensions=(task.dimension.name,), backbones={}), SOURCES, ALONE, kept)
     assert read == [changed.name]
 
 
-def test_numbers_are_kept_to_the_bit_and_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
-    lines = [
-        Line("a", "a.mp4", Measured(1 / 3, 0.1)),
-        Line("b", "b.mp4", Measured(True)),
-        Line("c", "c.mp4", Measured(1.0)),
-    ]
-    for part in (lines[:2], lines[2:]):
-        with keeping(tmp_path, "dynamic_degree") as keep:
-            for line in part:
-                keep(line)
-    with keeping(tmp_path, "dynamic_degree_2") as keep:
-        keep(Line("d", "d.mp4", Measured(0.5)))
-    (tmp_path / "dynamic_degree-killed.jsonl").write_text('{"key": "e", "video": "e.mp4", "meas')
-    found = read_kept(tmp_path, "dynamic_degree")
-    assert found == {line.key: line.measured for line in lines}
-    assert [type(found[key].value) for key in "abc"] == [float, bool, float]
-    drop_kept(tmp_path, ["dynamic_degree"])
-    assert read_kept(tmp_path, "dynamic_degree") == {}
-    assert list(read_kept(tmp_path, "dynamic_degree_2")) == ["d"], "another dimension's lines stay"
-    drop_kept(tmp_path, ["dynamic_degree_2"])
+def test_numbers_are_kept_to_the_bit_and_a_line_that_was_cut_short_is_left_out(folder: Path, tmp_path: Path) -> None:
+    numbers = [Measured(1 / 3, 0.1), Measured(True), Measured(1.0)]
+    task, other = prepare(request_of(folder), SOURCES, checks_files=False)[:2]
+    for places in ([0, 1], [2]):
+        made = iter(numbers[place] for place in places)
+        measure_share(with_formula(task, lambda *_, made=made: next(made)), places, ALONE, tmp_path)
+    measure_share(with_formula(other, lambda *_: Measured(0.5)), [4], ALONE, tmp_path)
+    (tmp_path / f"{task.dimension.name}-killed.jsonl").write_text('{"key": "e", "video": "e.mp4", "meas')
+    found = read_kept(task, tmp_path)
+    assert found == dict(enumerate(numbers))
+    assert [type(measured.value) for measured in found.values()] == [float, bool, float]
+    drop_kept(tmp_path, [task.dimension.name])
+    assert read_kept(task, tmp_path) == {}
+    assert read_kept(other, tmp_path) == {4: Measured(0.5)}, "another dimension's lines stay"
+    drop_kept(tmp_path, [other.dimension.name])
     assert not tmp_path.exists()
 
 
+def with_formula(task: Task, formula: Callable) -> Task:
+    return replace(task, dimension=replace(task.dimension, formula=formula))
+
+
 @pytest.mark.parametrize("line", ["", "{}", '{"key": "a", "video": "a.mp4", "measured": {"value": "high"}}'])
-def test_a_line_of_another_form_is_named(tmp_path: Path, line: str) -> None:
-    (tmp_path / "motion-1.jsonl").write_text(f"{line}\n")
-    with pytest.raises(ResultError, match=r"(?s)motion-1\.jsonl, line 1 is no line of a scoring.*delete the file"):
-        read_kept(tmp_path, "motion")
+def test_a_line_of_another_form_is_named(folder: Path, tmp_path: Path, line: str) -> None:
+    (task, *_) = prepare(request_of(folder), SOURCES, checks_files=False)
+    (tmp_path / f"{task.dimension.name}-1.jsonl").write_text(f"{line}\n")
+    with pytest.raises(MalformedFile, match=r"temporal_flickering-1\.jsonl, line 1: .*delete the file"):
+        read_kept(task, tmp_path)
 
 
 @pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random, lambda: float(np.random.rand())])
 def test_a_draw_of_a_users_network_is_the_same_in_any_order(folder: Path, tmp_path: Path, draw: Callable) -> None:
     """As a network with noise in its layers draws: from a global generator, which is left as it was."""
-    work = prepare(asked_of(folder), SOURCES, checks_files=False)[0]
-    drawing = replace(work, dimension=replace(work.dimension, measure=lambda *_: Measured(draw())))
-    there, back = (measure(drawing, places, ALONE, tmp_path) for places in (range(5), range(4, -1, -1)))
+    task = prepare(request_of(folder), SOURCES, checks_files=False)[0]
+    drawing = with_formula(task, lambda *_: Measured(draw()))
+    there, back = (measure_share(drawing, places, ALONE, tmp_path) for places in (range(5), range(4, -1, -1)))
     assert there == back
     first = draw()
-    measure(drawing, [0], ALONE, tmp_path)
+    measure_share(drawing, [0], ALONE, tmp_path)
     assert draw() != first
 
 
 def test_a_number_that_is_not_finite_is_not_kept(folder: Path, tmp_path: Path) -> None:
-    work = prepare(asked_of(folder), SOURCES, checks_files=False)[0]
-    broken = replace(work, dimension=replace(work.dimension, measure=lambda *_: Measured(float("inf"))))
+    task = prepare(request_of(folder), SOURCES, checks_files=False)[0]
+    broken = with_formula(task, lambda *_: Measured(float("inf")))
     with pytest.raises(DimensionError, match=r"temporal_flickering of .*talks-2\.mp4 is inf"):
-        measure(broken, [2], ALONE, tmp_path)
-    assert read_kept(tmp_path, DIMENSIONS[0]) == {}
+        measure_share(broken, [2], ALONE, tmp_path)
+    assert read_kept(task, tmp_path) == {}
 
 
 def test_each_rank_measures_on_its_own_device() -> None:

@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bpgo_video.data.prompt_files import PromptFileError
+from bpgo_video.data.video import write_video
 from bpgo_video.evaluation.vbench import suite as vbench_suite
+from bpgo_video.evaluation.vbench.folder import video_problems
 from bpgo_video.evaluation.vbench.suite import (
     Suite,
     SuiteError,
     SuitePrompt,
     find_suite,
-    folder_problems,
     image_path,
     listing,
     read_suite,
@@ -82,11 +84,11 @@ def test_prompts_that_name_no_file_are_named(tmp_path: Path) -> None:
 def test_the_longest_name_that_is_taken_can_be_written(tmp_path: Path) -> None:
     """A file is written under `.{name}.partial-{8 digits}` first."""
     longest = vbench_suite.LONGEST_NAME - len("-00.mp4")
-    assert vbench_suite.name_problems("é" * (longest // 2)) == []
+    assert list(SuitePrompt("é" * (longest // 2)).problems) == []
     name = f"{'x' * longest}-00.mp4"
     (tmp_path / f".{name}.partial-01234567").write_text("")
-    assert vbench_suite.name_problems("x" * longest) == []
-    assert len(vbench_suite.name_problems("x" * (longest + 1))) == 1
+    assert list(SuitePrompt("x" * longest).problems) == []
+    assert len(list(SuitePrompt("x" * (longest + 1)).problems)) == 1
 
 
 def test_a_blank_around_a_prompt_is_an_error(tmp_path: Path) -> None:
@@ -105,17 +107,17 @@ def test_lists_that_cannot_be_used_are_errors(tmp_path: Path, name: str, text: s
 def test_what_a_folder_lacks_and_what_it_should_not_have(full_info: Path, tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     with pytest.raises(SuiteError, match="no folder"):
-        folder_problems(folder, read_suite(str(full_info)))
+        video_problems(folder, read_suite(str(full_info)))
     folder.mkdir()
     suite = read_suite(str(full_info), samples=1)
     for name in suite.names():
-        (folder / name).write_bytes(b"")
-    assert folder_problems(folder, suite) == []
+        write_video(folder / name, torch.zeros(2, 3, 16, 16), fps=8)
+    assert video_problems(folder, suite) == []
     (folder / "the façade of Petra-0.mp4").unlink()
     (folder / "the fac\u0327ade of Petra-0.mp4").write_bytes(b"")  # the same letters, as some file systems spell them
     (folder / "A dog, in the style of ukiyo-0.mp4").write_bytes(b"")
     (folder / ".DS_Store").write_bytes(b"")
-    missing, hidden, cased, spelled = folder_problems(folder, suite)
+    hidden, cased, spelled, missing = video_problems(folder, suite)
     assert missing == "'the façade of Petra-0.mp4' is missing"
     assert "'.DS_Store' is none of the suite's files" in hidden
     assert "another spelling of 'a dog, In the style of Ukiyo-0.mp4'" in cased

@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.evaluation.vbench.result_files import (
+from bpgo_video.evaluation.vbench.results import (
     Result,
     ResultError,
     Video,
-    check_videos,
+    check_complete,
     merge,
     read_results,
     write_results,
 )
 from bpgo_video.evaluation.vbench.totals import BENCHMARKS, TotalsError, benchmark_of, totals
+from bpgo_video.reports.metrics import MalformedFile
 
 GOLDEN = {
     "subject_consistency": 0.95, "background_consistency": 0.96, "temporal_flickering": 0.985,
@@ -93,7 +94,7 @@ def test_a_missing_dimension_is_no_zero() -> None:
     }  # fmt: skip
 
 
-def test_the_benchmark_is_told_by_its_dimensions() -> None:
+def test_the_benchmark_is_recognised_by_its_dimensions() -> None:
     assert benchmark_of(GOLDEN) == "vbench"
     assert benchmark_of(I2V) == "vbench-i2v"
     assert benchmark_of({**I2V, "temporal_flickering": 0.9}) == "vbench-i2v"
@@ -119,7 +120,7 @@ def test_results_are_read_as_vbench_writes_them_and_as_we_do(tmp_path: Path) -> 
     path = write(tmp_path / "r.json", {"color": [0.75, VIDEOS], "camera_motion": [0.5, {"static": math.nan}, VIDEOS]})
     color, camera = read_results(path)
     assert (color.dimension, color.score, color.labels) == ("color", 0.75, ("official",))
-    assert [video.value for video in camera.videos] == [0.5, True]
+    assert [video.video_results for video in camera.videos] == [0.5, True]
     own = [Result("color", 0.75, (Video("v/a-0.mp4", 0.5, "proxy", "a net"),))]
     write_results(tmp_path / "own.json", own)
     assert read_results(tmp_path / "own.json") == own
@@ -131,28 +132,29 @@ def test_results_are_read_as_vbench_writes_them_and_as_we_do(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"color": [math.nan, VIDEOS]}, "color has the score nan"),
-        ({"color": ["0.5", VIDEOS]}, "color has the score '0.5'"),
-        ({"color": [66.1, VIDEOS]}, "is this a percentage"),
-        ({"color": [0.5, []]}, "color has no videos"),
-        ({"color": [0.5]}, "color is a list of 1"),
-        ({"color": 0.5}, "color is a float"),
-        ({"color": [0.5, [VIDEOS[0], VIDEOS[0]]]}, r"'v/a-0.mp4' 2 times"),
-        ({"color": [0.5, [{"video_path": "a"}]]}, "must have 'video_path' and 'video_results'"),
-        ({"color": [0.5, [{"video_path": "a", "video_results": math.nan}]]}, "nan for 'a'"),
-        ([0.5], "holds a list of 1"),
-        ({}, "holds a dict of 0"),
+        ({"color": [math.nan, VIDEOS]}, r"color\.0: .* finite number \(given: nan\)"),
+        ({"color": ["0.5", VIDEOS]}, r"color\.0: .* valid number \(given: '0\.5'\)"),
+        ({"color": [66.1, VIDEOS]}, r"color\.0: .* less than or equal to 2 \(given: 66\.1\); .*between -1 and 1"),
+        ({"color": [0.5, []]}, r"color\.1: .*at least 1 item"),
+        ({"color": [0.5]}, r"color\.1: Field required"),
+        ({"color": 0.5}, r"color: .*valid array \(given: 0\.5\)"),
+        ({"color": [0.5, [VIDEOS[0], VIDEOS[0]]]}, r"color\.1: .*'v/a-0\.mp4' is there 2 times"),
+        ({"color": [0.5, [{"video_path": "a"}]]}, r"color\.1\.0\.video_results: Field required"),
+        ({"color": [0.5, [{"video_path": "a", "video_results": math.nan}]]}, r"video_results.*finite number"),
+        ({"color": [0.5, [{"video_path": "a", "video_results": "yes"}]]}, r"video_results.*given: 'yes'"),
+        ([0.5], "content: .*should be an object"),
+        ({}, "content: .*at least 1 item"),
     ],
 )
 def test_results_that_cannot_be_used_are_named(tmp_path: Path, content: object, words: str) -> None:
-    with pytest.raises(ResultError, match=words):
+    with pytest.raises(MalformedFile, match=rf"r\.json: .*{words}"):
         read_results(write(tmp_path / "r.json", content))
 
 
 @pytest.mark.parametrize("text", ["", '{"color": [0.5, [{"video_p'])
 def test_an_empty_file_and_one_that_is_cut_off_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(ResultError, match=rf"r\.json \({len(text)} bytes\).*cut short"):
+    with pytest.raises(MalformedFile, match=r"r\.json: .*cut short"):
         read_results(tmp_path / "r.json")
 
 
@@ -163,11 +165,11 @@ def test_a_dimension_comes_from_one_file(tmp_path: Path) -> None:
         merge([one, two, write(tmp_path / "again.json", {"color": [0.4, VIDEOS]})])
 
 
-def test_results_are_of_all_the_videos_that_were_asked(tmp_path: Path) -> None:
+def test_results_are_of_all_the_requested_videos(tmp_path: Path) -> None:
     """VBench's temporal flickering goes on without videos that it cannot decode."""
     (color,) = read_results(write(tmp_path / "r.json", {"color": [0.5, VIDEOS]}))
-    check_videos(color, ["a-0.mp4", "a-1.mp4"])
+    check_complete(color, ["a-0.mp4", "a-1.mp4"])
     with pytest.raises(ResultError, match=r"lacks 1 videos, 'a-2\.mp4' first"):
-        check_videos(color, ["a-0.mp4", "a-1.mp4", "a-2.mp4"])
-    with pytest.raises(ResultError, match=r"'a-1\.mp4' beside"):
-        check_videos(color, ["a-0.mp4"])
+        check_complete(color, ["a-0.mp4", "a-1.mp4", "a-2.mp4"])
+    with pytest.raises(ResultError, match=r"has 'a-1\.mp4' in addition"):
+        check_complete(color, ["a-0.mp4"])

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from bpgo_video.data.video import write_video
-from bpgo_video.evaluation.comparing.measuring import Found
-from bpgo_video.evaluation.comparing.model_scores import Measure, ModelScores, PromptLine, video_path, write_scores
+from bpgo_video.evaluation.comparing.scores import Measure, ModelScores, PromptLine, Scored, ScoresFolder
 
 MEASURES = {
     "oracle": Measure("heldout", "1"),
@@ -50,11 +49,12 @@ def results(
     return ModelScores(label, f"models/{label}", settings, MEASURES, lines, "base", run, step)
 
 
-def found(folder: Path, scores: ModelScores, shade: float | None = None) -> Found:
-    """The results as a folder; with videos that brighten to `shade`."""
-    write_scores(folder, scores)
+def found(path: Path, scores: ModelScores, shade: float | None = None) -> Scored:
+    """The scores as a folder; with videos that brighten to `shade`."""
+    folder = ScoresFolder(path)
+    folder.write(scores)
     if shade is not None:
         for row in range(len(scores.prompts)):
             video = torch.linspace(0, shade, 9)[:, None, None, None].expand(9, 3, 32, 48)
-            write_video(video_path(folder, row), video, fps=8.0)
-    return Found(scores, folder)
+            write_video(folder.video(row), video, fps=8.0)
+    return Scored(scores, folder)

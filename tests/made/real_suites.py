@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bpgo_video.data.video import as_bytes, write_video
-from bpgo_video.evaluation.vbench.dimension import Sources
 from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS
-from bpgo_video.evaluation.vbench.result_files import Result
-from bpgo_video.evaluation.vbench.scoring import Item, Work, number_of, result_of
+from bpgo_video.evaluation.vbench.networks import Sources
+from bpgo_video.evaluation.vbench.results import Result
+from bpgo_video.evaluation.vbench.scoring import Item, Task
 from bpgo_video.evaluation.vbench.suite import SuitePrompt
 from tests.made.real_clips import real_clip
 from tests.made.tiny_vbench import BACKBONES
@@ -45,20 +45,22 @@ def measured(name: str, entries: list[dict[str, str]], folder: Path) -> Result:
     weight, bias = tiny.head()
     save_file({"weight": weight, "bias": bias}, folder / "head.safetensors")
     sources = Sources(torch.device("cpu"), head=folder / "head.safetensors")
-    network = DIMENSIONS[name].network(name, BACKBONES.get(name), sources)
+    network = DIMENSIONS[name].network(BACKBONES.get(name), sources)
     items = tuple(Item(Path(e["video"]), SuitePrompt(e["prompt"], info=INFO), Path(e["image"])) for e in entries)
-    return measured_alone(Work(name, DIMENSIONS[name], network, items, sources))
+    return measured_alone(Task(DIMENSIONS[name], network, items, sources))
 
 
-def measured_alone(work: Work) -> Result:
+def measured_alone(task: Task) -> Result:
     """The result of one process that keeps nothing."""
-    return result_of(work, [number_of(work, item) for item in work.items])
+    return task.result([task.measure(item) for item in task.items])
 
 
 def assert_equal(ours: Result, score: float, values: list[float]) -> None:
     """To 1e-6; imaging quality's videos have 100 points."""
     points = 100 if ours.dimension == "imaging_quality" else 1
-    assert [float(video.value) for video in ours.videos] == pytest.approx(values, abs=1e-6 * points), ours.dimension
+    assert [float(video.video_results) for video in ours.videos] == pytest.approx(values, abs=1e-6 * points), (
+        ours.dimension
+    )
     assert ours.score == pytest.approx(score, abs=1e-6), ours.dimension
 
 

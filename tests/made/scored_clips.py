@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bpgo_video.data.video import write_video
-from bpgo_video.evaluation.vbench.scoring import Asked
+from bpgo_video.evaluation.vbench.scoring import Request
 from tests.made.real_clips import real_clip
 from tests.vbench_side import tiny_networks
 
@@ -24,8 +24,8 @@ def clips(folder: Path, count: int = 5) -> Path:
     return folder
 
 
-def asked_of(folder: Path) -> Asked:
-    return Asked(folder, DIMENSIONS, BACKBONE)
+def request_of(folder: Path) -> Request:
+    return Request(folder, DIMENSIONS, BACKBONE)
 
 
 def score_command(folder: Path, output: Path) -> list[str]:

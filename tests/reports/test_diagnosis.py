@@ -64,11 +64,11 @@ def test_one_group_a_step_with_another_trust_each_time_is_no_learning_rate():
 
 
 @pytest.mark.parametrize(
-    ("rising", "after", "stderr", "told"),
-    [(0.01, 0.4, 0.02, True), (0.01, 0.4, 0.06, False), (0.0, 0.4, 0.02, False), (0.01, 0.6, 0.02, False)],
+    ("rising", "after", "shown", "told"),
+    [(0.01, 0.4, -1, True), (0.01, 0.4, 0, False), (0.0, 0.4, -1, False), (0.01, 0.6, 1, False)],
 )
-def test_a_reward_that_is_outwitted_is_told(rising, after, stderr, told):
-    summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_difference_stderr": stderr}
+def test_a_reward_that_is_exploited_is_reported(rising, after, shown, told):
+    summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_shown": shown}
     found = diagnose(run(rising=rising), summary)
     assert ("Held-out scores fell from 0.500 to 0.400 while the training reward rose" in found[0]) == told
 

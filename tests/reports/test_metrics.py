@@ -159,12 +159,32 @@ def test_ranks_agree_on_means_and_extremes_and_only_rank_0_writes(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("after", "stderr", "words"),
-    [(0.6, 0.02, "Training helped"), (0.4, 0.02, "Training hurt"), (0.53, 0.02, "No difference shown")],
+    ("after", "shown", "prompts", "words"),
+    [
+        (
+            0.6,
+            1,
+            24,
+            "Training helped: held-out score rose from 0.500 to 0.600, +0.100 [-0.200, +0.300] over 24 prompts",
+        ),
+        (0.4, -1, 24, "Training hurt: held-out score fell from 0.500 to 0.400, -0.100 ["),
+        (
+            0.6,
+            0,
+            24,
+            "No difference shown: held-out score went from 0.500 to 0.600, +0.100 [-0.200, +0.300] over 24 prompts",
+        ),
+        (0.6, 0, 6, "over 6 prompts; 6 prompts cannot show a difference in one of 5 measures, however large"),
+        (0.6, None, 24, "Held-out score went from 0.500 to 0.600 (no test recorded)"),
+    ],
 )
-def test_the_verdict_asks_for_two_standard_errors(after: float, stderr: float, words: str) -> None:
-    summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_difference_stderr": stderr}
-    assert words in (verdict(summary) or "")
+def test_the_verdict_is_that_of_the_test_over_prompts(
+    after: float, shown: int | None, prompts: int, words: str
+) -> None:
+    summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_shown": shown, "heldout_prompts": prompts}
+    told = verdict(summary | {"heldout_interval": [-0.2, 0.3], "heldout_measures": 5}) or ""
+    assert words in told
+    assert ("cannot show" in told) == (prompts == 6)
 
 
 def test_the_final_table_states_the_paired_difference_and_the_paths(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ SUMMARY = {
     "heldout_before_stderr": 0.02,
     "heldout_after_stderr": 0.018,
     "heldout_difference_stderr": 0.012,
+    "heldout_interval": [0.1, 0.2],
+    "heldout_measures": 5,
+    "heldout_shown": 1,
+    "heldout_prompts": 24,
     "videos_generated": 96,
     "seconds": {"total": 12.0, "rollout": 5.0, "reward": 1.0, "update": 6.0},
 }
@@ -125,7 +129,7 @@ def test_every_curve_and_both_contact_sheets_are_there_and_described(run_dir: Pa
 
 def test_the_verdict_and_the_numbers_behind_it_are_on_the_page(run_dir: Path) -> None:
     text = " ".join(page_of(run_dir).text.split())
-    verdict = "Training helped: held-out oracle rose from 0.500 to 0.650"
+    verdict = "Training helped: held-out oracle rose from 0.500 to 0.650, +0.150 [+0.100, +0.200] over 24 prompts"
     for words in (verdict, "+0.150 ± 0.012", "seed 7"):
         assert words in text
     assert "score 0.31 → 0.78 ▲ better" in text

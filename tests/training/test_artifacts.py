@@ -12,7 +12,7 @@ import torch
 from bpgo_video.config.bpgo import Config
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards import FrameScores
-from bpgo_video.training.artifacts import Progress, caption, summarise
+from bpgo_video.training.artifacts import Progress, caption, heldout_test, summarise
 from bpgo_video.training.heldout import HeldoutScores
 from bpgo_video.training.session import Session
 
@@ -39,5 +39,19 @@ def test_a_summary_has_errors_where_they_are_known(recipe: Config, samples: int,
     progress = Progress(heldout_before={"oracle": scores.tolist()})
     found = summarise(session, progress, HeldoutScores({"oracle": scores + 0.1 * scores.square()}))
     json.dumps(found, allow_nan=False)
+    assert (found["heldout_interval"], found["heldout_shown"], found["heldout_prompts"]) == (None, 0, 1)
     errors = {key for key in found if key.endswith("_stderr")}
     assert errors == ({f"heldout_{when}_stderr" for when in ("before", "after", "difference")} if known else set())
+
+
+@pytest.mark.parametrize(("prompts", "gain", "shown"), [(6, 1.0, 0), (12, 1.0, 1), (12, -1.0, -1), (12, 0.0, 0)])
+def test_a_run_claims_what_a_comparison_of_all_measures_would(
+    recipe: Config, prompts: int, gain: float, shown: int
+) -> None:
+    """6 prompts that all gain have p = 2 / 2^6, which is below .05 for one measure, and not for several."""
+    first = torch.randn(prompts, 2, generator=torch.Generator().manual_seed(0))
+    found = heldout_test(first, first + gain, recipe)
+    assert found["heldout_measures"] > 1
+    assert found["heldout_shown"] == shown
+    low, high = found["heldout_interval"]
+    assert low <= gain <= high

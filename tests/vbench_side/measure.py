@@ -2,10 +2,10 @@
 
     python measure.py VIDEOS.json RESULT.json     {dimension: [score, [result, ...]]}
 
-Runs where the package vbench is installed without what it depends on. Modules that its files import and that no
-measured line calls are replaced by empty ones: clip, dreamsim, easydict, omegaconf, pyiqa, and the two of ViCLIP,
-whose place small networks take. torchvision is the stand-in beside this file. VBench's transforms, loops, formulas and
-means are its own.
+Runs where the package vbench is installed without its dependencies. Modules that its files import and that no measured
+line calls are replaced by empty ones: clip, dreamsim, easydict, imageio, omegaconf, pyiqa, and the two of ViCLIP, which
+small networks replace. torchvision is the stand-in next to this file. VBench's transforms, loops, formulas and means
+are its own.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-for name in ("clip", "dreamsim", "easydict", "omegaconf", "pyiqa", "pyiqa.archs", "pyiqa.archs.musiq_arch"):
+for name in ("clip", "dreamsim", "easydict", "imageio", "omegaconf", "pyiqa", "pyiqa.archs", "pyiqa.archs.musiq_arch"):
     sys.modules[name] = MagicMock()
 for name in ("ViCLIP", "ViCLIP.viclip", "ViCLIP.simple_tokenizer", "amt.utils.build_utils"):
     sys.modules[f"vbench.third_party.{name}"] = MagicMock()

@@ -1,1 +1,1 @@
-"""Several models on the same prompts and noise: paired statistics, a verdict, and a page."""
+"""Comparisons of several models on the same prompts and noise: paired statistics, a verdict, a page."""

@@ -1,1 +1,1 @@
-"""VBench's dimensions and total: its videos laid out, measured by our formulas or by its own package."""
+"""VBench: videos of a suite, dimensions by our code or by its own package, totals."""

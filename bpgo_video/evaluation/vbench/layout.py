@@ -1,30 +1,40 @@
-"""How does a policy's answer to a suite become a folder that VBench reads? Generation under VBench's names.
+"""Generation of a suite's videos under VBench's names.
 
 DIR/{prompt}-{i}.mp4        H.264, yuv420p, the true frames a second; nothing else is in the folder
 DIR.generation.json         settings, fingerprints of the weights; prompt, generation prompt, seed and sample of each
 DIR.sheets/00003.jpg        five frames of each sample of prompt 3
 
-The noise of a video is a function of the seed, the prompt and i alone: no video is drawn again for being bad.
+The noise of a video is a function of the seed, the prompt and i: no video is drawn again for being bad.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import os
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from bpgo_video.cli import show_loading_once
+from bpgo_video.config.command_line import read_settings
 from bpgo_video.data.media import read_media
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.evaluation.vbench.suite import Suite, SuiteError, folder_problems, foreign_problems, image_path, listing
-from bpgo_video.evaluation.vbench.video_folder import beside
+from bpgo_video.evaluation.files import checked
+from bpgo_video.evaluation.vbench.folder import foreign_problems, sibling, video_problems
+from bpgo_video.evaluation.vbench.suite import Suite, SuiteError, image_path, listing, read_suite
 from bpgo_video.generation.files import MANIFEST, TOLD, Places, clear_unfinished
-from bpgo_video.generation.generate import ALONE, generate
+from bpgo_video.generation.generate import ALONE, PATIENCE, generate
 from bpgo_video.generation.plan import Reader
 from bpgo_video.generation.settings import GenerationSettings
 from bpgo_video.parallel.agreement import same_verdict
 from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.zero import engine
 
 
 def lay_out(
@@ -32,14 +42,14 @@ def lay_out(
     suite: Suite,
     mesh: Mesh = ALONE,
     images: Path | None = None,
-    told: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Make every video of the suite that is not there yet; the path of the manifest. Every rank calls it.
+    """Makes every video of the suite that is not there yet; returns the path of the manifest. Every rank calls it.
 
     Args:
         settings: `output` is the folder of the videos, `prompts` the suite's source, `samples_per_prompt` the suite's.
-        images: folder of what image-to-video continues, for suites that name images by themselves.
-        told: what the model is told in place of each prompt.
+        images: folder of what image-to-video continues, for suites that don't name image files.
+        texts: what the model receives in place of each prompt.
 
     Raises:
         SuiteError: the folder holds other files; an image or a generation prompt is missing.
@@ -50,27 +60,23 @@ def lay_out(
         if mesh.is_main and places.videos.is_dir():
             clear_unfinished(places)
             if wrong := foreign_problems(places.videos, suite):
-                raise SuiteError(f"{places.videos} is no folder of this suite alone:{listing(wrong)}")
-    manifest = generate(settings, mesh, reader_of(suite, images, told), places)
+                raise SuiteError(f"{places.videos} holds more than this suite:{listing(wrong)}")
+    manifest = generate(settings, mesh, reader_of(suite, images, texts), places)
     with same_verdict(mesh):
-        if mesh.is_main and (wrong := folder_problems(places.videos, suite)):
+        if mesh.is_main and (wrong := video_problems(places.videos, suite)):
             raise SuiteError(f"{places.videos} is not what VBench reads:{listing(wrong)}")
     return manifest
 
 
 def places_of(folder: Path) -> Places:
-    """The videos in the folder, the rest beside it."""
-    return Places(
-        folder,
-        lambda record, _, sample: f"{record.prompt}-{sample}.mp4",
-        beside(folder, MANIFEST),
-        beside(folder, "sheets"),
-    )
+    """The videos in the folder, the rest next to it."""
+    manifest, sheets = sibling(folder, MANIFEST), sibling(folder, "sheets")
+    return Places(folder, lambda record, _, sample: f"{record.prompt}-{sample}.mp4", manifest, sheets)
 
 
-def reader_of(suite: Suite, images: Path | None, told: Mapping[str, str] | None) -> Reader:
-    """Reads the suite's prompts for a generation, with their images where the model continues images."""
-    image = cache(lambda path: read_media("image", path))  # VBench-I2V asks seven camera motions of one image
+def reader_of(suite: Suite, images: Path | None, texts: Mapping[str, str] | None) -> Reader:
+    """Reads the suite's prompts for a generation, with their images if the model continues images."""
+    image = cache(lambda path: read_media("image", path))  # VBench-I2V has seven camera motions of one image
 
     def read(_: GenerationSettings, with_images: bool) -> list[PromptRecord]:
         return [
@@ -79,7 +85,7 @@ def reader_of(suite: Suite, images: Path | None, told: Mapping[str, str] | None)
                 prompt.text,
                 negative_prompt=prompt.negative_prompt,
                 media={"image": image(image_path(prompt, images))} if with_images else {},
-                info=prompt.info if told is None else {TOLD: told[prompt.text]},
+                info=prompt.info if texts is None else {TOLD: texts[prompt.text]},
             )
             for prompt in suite.prompts
         ]
@@ -87,24 +93,60 @@ def reader_of(suite: Suite, images: Path | None, told: Mapping[str, str] | None)
     return read
 
 
-def read_told(path: Path, suite: Suite) -> dict[str, str]:
-    """What the model is told in place of each prompt: a .jsonl file, {"prompt", "generation_prompt"} a line.
+class GenerationPrompt(TypedDict):
+    """A line of --generation-prompts: what the model receives in place of a prompt."""
+
+    prompt: str
+    generation_prompt: str
+
+
+LINE = TypeAdapter(GenerationPrompt)
+
+
+def read_texts(path: Path, suite: Suite) -> dict[str, str]:
+    """What the model receives in place of each prompt, from a .jsonl file of GenerationPrompt.
 
     Raises:
-        SuiteError: a line of another form, a prompt that the suite lacks or that comes twice, or one without a line.
+        MalformedFile: a line of another form.
+        SuiteError: a prompt that is not in the suite, comes twice, or has no line.
     """
-    told: dict[str, str] = {}
-    wanted = {prompt.text for prompt in suite.prompts}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            prompt, text = entry["prompt"], entry[TOLD]
-        except (ValueError, TypeError, KeyError) as error:
-            raise SuiteError(f'{path}:{number} must be {{"prompt": ..., "{TOLD}": ...}}: {error!r}') from error
-        if prompt not in wanted or prompt in told:
-            problem = "is there twice" if prompt in told else f"is no prompt of {suite.source}"
-            raise SuiteError(f"{path}:{number}: {prompt!r} {problem}")
-        told[prompt] = str(text)
-    if lacking := sorted(wanted - told.keys()):
-        raise SuiteError(f"{path} has no {TOLD} for:{listing(map(repr, lacking))}")
-    return told
+    lines = list(enumerate(path.read_bytes().splitlines(), start=1))
+    entries = [checked(LINE, line, f"{path}:{number}", f'a line is {{"prompt", "{TOLD}"}}') for number, line in lines]
+    counts, wanted = Counter(entry["prompt"] for entry in entries), {prompt.text for prompt in suite.prompts}
+    problems = [f"{prompt!r} is there twice" for prompt, count in counts.items() if count > 1]
+    problems += [f"{prompt!r} is not a prompt of {suite.source}" for prompt in sorted(counts.keys() - wanted)]
+    problems += [f"{prompt!r} has no line" for prompt in sorted(wanted - counts.keys())]
+    if problems:
+        raise SuiteError(f"{path} must have one line for each prompt:{listing(problems)}")
+    return {entry["prompt"]: entry["generation_prompt"] for entry in entries}
+
+
+def run(args: argparse.Namespace) -> None:
+    """The subcommand `layout`. Settings are read as `bpgo-video generate` reads them, before ranks meet; files
+    when all ranks can fail together.
+    """
+    if args.check:
+        check(args)
+        return
+    given = {"policy": args.policy, "seed": args.seed, "output": args.output, "prompts": args.suite}
+    given |= {"samples-per-prompt": args.samples, "fps": args.fps}
+    flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
+    settings = read_settings(GenerationSettings, [*flags, *args.more], prog="evaluate.py layout")
+    show_loading_once()
+    mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
+    with same_verdict(mesh):
+        suite = read_suite(args.suite, args.samples)
+        texts = args.generation_prompts and read_texts(args.generation_prompts, suite)
+    manifest = lay_out(replace(settings, prompts=suite.source), suite, mesh, args.images, texts)
+    if mesh.is_main:
+        print(manifest)
+    engine.stop_ranks()
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.more:
+        raise SuiteError(f"--check generates nothing, and takes no {' '.join(args.more)}")
+    suite = read_suite(args.suite, args.samples)
+    if problems := video_problems(args.output, suite, fps=args.fps, whole=True):
+        raise SuiteError(f"{args.output} has {len(problems)} problems:{listing(problems)}")
+    print(f"{args.output}: {len(suite.names())} videos, complete")

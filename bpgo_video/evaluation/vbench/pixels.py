@@ -1,46 +1,43 @@
-"""How does VBench make a network's input of a frame? As its transforms do: most of them resize without antialiasing.
+"""VBench's preprocessing of frames, most of which resizes without antialiasing, and the networks behind it.
 
-torchvision's operations, which VBench calls, are written out in torch and Pillow: torchvision is no dependency. Rewards
-have another preprocessing (rewards/preprocessing.py: antialiased, differentiable); scores of the two differ.
+torchvision's operations, which VBench calls, are written out in torch and Pillow, so that torchvision is no dependency.
+Rewards have their own preprocessing (antialiased, differentiable), so their scores differ from these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 Frames = UInt8[Tensor, "frames 3 height width"]
 Inputs = Float[Tensor, "frames 3 rows columns"]
-
 Channels = tuple[float, float, float]
-
-AT_ONCE = 32  # frames that are resized and encoded together
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Resized, cut, scaled to [0, 1], normalised.
+    """Resize, crop, scale to [0, 1], normalise.
 
     Attributes:
         mean, std: of the normalisation, per channel.
-        edge: pixels of the shorter side; None keeps the size.
+        edge: pixels of the shorter side after resizing; None keeps the size.
         square: both sides become `edge`, whatever the aspect ratio.
-        crop: pixels of a square that is cut out of the middle; None cuts nothing.
-        antialias: of frames; single pictures go through Pillow, which always does.
-        rounded: frames are rounded to bytes after resizing, and cubic overshoot is cut off; else neither.
+        longest: larger frames shrink until their longer side has this many pixels.
+        crop: pixels of a square cut out of the centre; None cuts nothing.
+        antialias: for frames; single images go through Pillow, which always antialiases.
+        rounded: frames are rounded to bytes after resizing and cubic overshoot is clipped; otherwise neither.
     """
 
     edge: int | None = None
     square: bool = False
+    longest: int | None = None
     crop: int | None = None
     mode: str = "bilinear"
     antialias: bool = False
@@ -49,83 +46,78 @@ class Preparation:
     std: Channels = (1.0, 1.0, 1.0)
 
     def frames(self, frames: Frames) -> Inputs:
-        resized = frames.float()
-        size = self.size_of(*frames.shape[-2:])
+        resized, size = frames.float(), self.size_of(*frames.shape[-2:])
         if size != tuple(frames.shape[-2:]):
             resized = interpolate(resized, size, mode=self.mode, align_corners=False, antialias=self.antialias)
             resized = resized.clamp(0, 255).round() if self.rounded else resized
-        return self._normalised(self._cut(resized))
+        return self._normalised(resized)
 
     def picture(self, image: Image.Image) -> Inputs:
-        """A single one, as VBench prepares what Pillow opened."""
+        """A single image, as VBench prepares what Pillow opened."""
         height, width = self.size_of(image.height, image.width)
-        resized = image.convert("RGB").resize((width, height), FILTERS[self.mode])
-        return self._normalised(self._cut(torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float()))
+        resized = image.convert("RGB").resize((width, height), Image.Resampling[self.mode.upper()])
+        return self._normalised(torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float())
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
-        """After resizing; the longer side is cut to whole pixels."""
+        """Rows and columns after resizing; fractions of a pixel are dropped."""
+        if self.longest is not None:
+            scale = min(1.0, self.longest / max(height, width))
+            return int(scale * height), int(scale * width)
         if self.edge is None:
             return height, width
-        if self.square:
-            return self.edge, self.edge
-        longer = int(self.edge * max(height, width) / min(height, width))
+        longer = self.edge if self.square else int(self.edge * max(height, width) / min(height, width))
         return (self.edge, longer) if height <= width else (longer, self.edge)
 
-    def _cut(self, images: Inputs) -> Float[Tensor, "frames 3 cut_rows cut_columns"]:
-        if self.crop is None:
-            return images
-        top, left = (round((side - self.crop) / 2) for side in images.shape[-2:])
-        return images[..., top : top + self.crop, left : left + self.crop]
-
-    def _normalised(self, images: Inputs) -> Inputs:
+    def _normalised(self, images: Inputs) -> Float[Tensor, "frames 3 cut_rows cut_columns"]:
+        if self.crop is not None:
+            top, left = (round((side - self.crop) / 2) for side in images.shape[-2:])
+            images = images[..., top : top + self.crop, left : left + self.crop]
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return (images / 255 - mean) / std
 
 
+UNCHANGED = Preparation()
 IMAGENET = Preparation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 OPENAI = Preparation(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 DINO = replace(IMAGENET, edge=224)
+DINO_OF_IMAGES = replace(IMAGENET, edge=256, crop=224, mode="bicubic", antialias=True)
 CLIP = replace(OPENAI, edge=224, crop=224, mode="bicubic")
 VICLIP = replace(CLIP, rounded=True)
-DINO_OF_IMAGES = replace(IMAGENET, edge=256, crop=224, mode="bicubic", antialias=True)
 DREAMSIM = Preparation(edge=224, square=True, mode="bicubic", antialias=True)
-UNCHANGED = Preparation()
+MUSIQ = Preparation(longest=512)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Features of frames: a network behind VBench's preparation.
+    """A network with its preprocessing; results are fp32 on the CPU.
 
     Attributes:
-        network: prepared frames on the device -> features, (frames, dim).
+        network: prepared frames on the device, and a text where the formula has one -> a row for each frame.
+        at_once: frames that are resized and encoded together.
     """
 
-    network: Callable[[Inputs], Float[Tensor, "frames dim"]]
+    network: Callable[..., Tensor]
     preparation: Preparation
     device: torch.device
+    at_once: int = 32
+
+    def frames(self, frames: Frames) -> Float[Tensor, "frames ..."]:
+        return torch.cat([self._encoded(self.preparation.frames(part)) for part in frames.split(self.at_once)])
+
+    def picture(self, image: Image.Image, *text: str) -> Float[Tensor, "one ..."]:
+        return self._encoded(self.preparation.picture(image), *text)
 
     @torch.no_grad()
-    def frames(self, frames: Frames) -> Float[Tensor, "frames dim"]:
-        parts = [self.network(self.preparation.frames(part).to(self.device)) for part in frames.split(AT_ONCE)]
-        return torch.cat([part.float().cpu() for part in parts])
-
-    @torch.no_grad()
-    def picture(self, image: Image.Image) -> Float[Tensor, "one dim"]:
-        return self.network(self.preparation.picture(image).to(self.device)).float().cpu()
+    def _encoded(self, pixels: Inputs, *text: str) -> Tensor:
+        return self.network(pixels.to(self.device), *text).float().cpu()
 
 
-def fitted(frames: Frames, longer: int) -> Inputs:
-    """In [0, 1], the longer side at most so many pixels (bilinear, not antialiased)."""
-    height, width = frames.shape[-2:]
-    images = frames.float()
-    if max(height, width) > longer:
-        scale = float(longer) / max(height, width)
-        images = interpolate(images, (int(scale * height), int(scale * width)), mode="bilinear", align_corners=False)
-    return images / 255
+def replicated(images: Tensor, divisor: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Pads by repeating the edges until both sides are multiples of `divisor`, as RAFT and AMT do.
 
-
-def replicated(images: Any, divisor: int) -> tuple[Any, tuple[int, int, int, int]]:
-    """Edges repeated around the middle until both sides divide, as RAFT and AMT pad; and by how much, from the left."""
+    Returns:
+        the images, and the padding: left, right, top, bottom.
+    """
     height, width = (-side % divisor for side in images.shape[-2:])
     edges = (width // 2, width - width // 2, height // 2, height - height // 2)
-    return torch.nn.functional.pad(images, edges, mode="replicate"), edges
+    return pad(images, edges, mode="replicate"), edges

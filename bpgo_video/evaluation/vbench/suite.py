@@ -1,7 +1,7 @@
-"""Which videos does VBench want, and is a folder of them complete? `{prompt}-{i}.mp4`, the prompt as it is in the list.
+"""Suites: the prompts of a benchmark and the file names of their videos, `{prompt}-{i}.mp4`, the prompt verbatim.
 
-A suite is VBench's own list (VBench_full_info.json, of VBench-I2V too), or any prompts: then every dimension that needs
-no more than a prompt is measured on all of them.
+A suite is VBench's own list (VBench_full_info.json, or VBench-I2V's), or any prompts. The latter are measured in every
+dimension that needs no more than a prompt.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ INSTALLED = "vbench"  # stands for the list inside the installed package
 FULL_INFO = "VBench_full_info.json"
 SAMPLES = 5  # of each prompt, i = 0 to 4
 SUFFIX = ".mp4"
-LONGEST_NAME = 255 - len("..partial-00000000")  # bytes: file systems take 255, and a file is written aside first
-SHOWN = 20  # problems that a message lists
-CAMERA = ", camera "  # before a prompt's camera motion, which VBench-I2V's image of the prompt has not
+LONGEST_NAME = 255 - len("..partial-00000000")  # bytes: file systems take 255, and files are first written aside
+LISTED = 20  # problems in a message
+CAMERA = ", camera "  # before a prompt's camera motion, which is not part of the name of VBench-I2V's image
 
 
 class SuiteError(ValueError):
-    """A suite, or a folder of its videos, that cannot be used as it is; the message names every problem."""
+    """A suite, or a folder of its videos, that cannot be used; the message names every problem."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ class SuitePrompt:
     """A prompt of a suite.
 
     Attributes:
-        dimensions: that are measured on its videos; None: every one that is asked.
-        info: what else the list says of it, `auxiliary_info` or `image_name` for example.
-        image: what its videos continue, where the list names a file.
-        negative_prompt: what guidance steers away from, where the list says so.
+        dimensions: measured on its videos; None: every requested one.
+        info: what else the list says about it, `auxiliary_info` or `image_name` for example.
+        image: what its videos continue, if the list names a file.
+        negative_prompt: for guidance, if the list gives one.
     """
 
     text: str
@@ -48,41 +47,42 @@ class SuitePrompt:
     image: Path | None = None
     negative_prompt: str | None = None
 
-    def name(self, sample: int) -> str:
-        """The file of one of its videos."""
-        return f"{self.text}-{sample}{SUFFIX}"
-
-    def measured_in(self, dimension: str) -> bool:
-        return self.dimensions is None or dimension in self.dimensions
+    @property
+    def problems(self) -> Iterable[str]:
+        """Why no file can be called `{prompt}-{i}.mp4`."""
+        if "/" in self.text:
+            yield f"{self.text!r} has a slash, which no file name can; write the prompt without it"
+        if (size := len(os.fsencode(f"{self.text}-00{SUFFIX}"))) > LONGEST_NAME:
+            yield f"{self.text[:60]!r}... makes a name of {size} bytes; at most {LONGEST_NAME} fit: shorten it"
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Prompts, and how many videos there are of each.
-
-    Attributes:
-        source: the file that they came from.
-    """
+    """Prompts and the number of videos of each; `source` is the file they were read from."""
 
     source: Path
     prompts: tuple[SuitePrompt, ...]
     samples: int = SAMPLES
 
     def names(self, dimension: str | None = None) -> dict[str, SuitePrompt]:
-        """The files of the suite, or of one dimension, in order, and whose they are."""
-        asked = [prompt for prompt in self.prompts if dimension is None or prompt.measured_in(dimension)]
-        return {prompt.name(sample): prompt for prompt in asked for sample in range(self.samples)}
+        """The files of the suite, or of one dimension, in order, with their prompts."""
+        return {
+            f"{prompt.text}-{sample}{SUFFIX}": prompt
+            for prompt in self.prompts
+            if dimension is None or prompt.dimensions is None or dimension in prompt.dimensions
+            for sample in range(self.samples)
+        }
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """What the list names, in its order; none where it is of prompts alone."""
+        """The dimensions that the list names, in its order; none for plain prompts."""
         return tuple(dict.fromkeys(name for prompt in self.prompts for name in prompt.dimensions or ()))
 
 
 def find_suite(source: str) -> Path:
-    """The file behind `vbench`, which is the list inside the installed package, or the path itself.
+    """The path itself; for `vbench`, the list inside the installed package.
 
-    The package is found without being imported: importing it downloads.
+    The package is found without importing it, because importing it downloads.
 
     Raises:
         SuiteError: there is no such file or package.
@@ -93,69 +93,45 @@ def find_suite(source: str) -> Path:
             raise SuiteError(f"the suite {source!r} is no file; give a prompt list, {FULL_INFO}, or {INSTALLED!r}")
         return path
     spec = importlib.util.find_spec(INSTALLED)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = [path for folder in folders if (path := Path(folder) / FULL_INFO).is_file()]
-    if not found:
-        raise SuiteError(
-            f"the package {INSTALLED!r} is not installed beside this interpreter; name the {FULL_INFO} of another one "
-            f"(PYTHON -c \"import importlib.util as i; print(i.find_spec('{INSTALLED}'))\" tells its folder)"
-        )
-    return found[0]
+    for folder in spec.submodule_search_locations or () if spec else ():
+        if (path := Path(folder) / FULL_INFO).is_file():
+            return path
+    raise SuiteError(
+        f"the package {INSTALLED!r} is not installed for this interpreter; name the {FULL_INFO} of another one "
+        f"(PYTHON -c \"import importlib.util as i; print(i.find_spec('{INSTALLED}'))\" shows its folder)"
+    )
 
 
 def read_suite(source: str, samples: int = SAMPLES) -> Suite:
     """VBench's list (.json), or prompts (.txt, .jsonl, .csv).
 
     Raises:
-        SuiteError: see `find_suite`; or prompts that no file can be named by.
-        PromptFileError: the list is damaged, empty, or has one prompt twice.
+        SuiteError: see `find_suite`; or a prompt cannot be a file name.
+        PromptFileError: the list is damaged, empty, or has a prompt twice.
     """
     path = find_suite(source)
     make_plan([path])
     listed = path.suffix == ".json"
-    prompts = tuple(
-        SuitePrompt(
-            line.record.prompt,
-            line.record.tags if listed else None,
-            line.record.info,
-            line.media.get("image"),
-            line.record.negative_prompt,
-        )
-        for line in read_prompts([path])
-    )
-    if wrong := [problem for prompt in prompts for problem in name_problems(prompt.text)]:
-        raise SuiteError(f"{path} has prompts that VBench's files cannot be named by: {listing(wrong)}")
-    if listed:
-        _check_verbatim(path, prompts)
-    return Suite(path, prompts, samples)
-
-
-def name_problems(prompt: str) -> list[str]:
-    """Why no file can be called `{prompt}-{i}.mp4`."""
-    bytes_ = len(os.fsencode(f"{prompt}-00{SUFFIX}"))
-    found = []
-    if "/" in prompt:
-        found.append(f"{prompt!r} has a slash, which no file name can; write the prompt without it")
-    if bytes_ > LONGEST_NAME:
-        found.append(f"{prompt[:60]!r}... makes a name of {bytes_} bytes; at most {LONGEST_NAME} fit: shorten it")
-    return found
-
-
-def _check_verbatim(path: Path, prompts: Sequence[SuitePrompt]) -> None:
-    """VBench looks for the prompt with the blanks around it, and prompts are read without."""
-    listed = {entry["prompt_en"] for entry in json.loads(path.read_bytes())}
-    if other := sorted(listed - {prompt.text for prompt in prompts}):
-        raise SuiteError(f"{path} has prompts that begin or end with a blank: {listing(map(repr, other))}; remove it")
+    prompts = []
+    for record, media in ((line.record, line.media) for line in read_prompts([path])):
+        dimensions = record.tags if listed else None
+        prompts.append(SuitePrompt(record.prompt, dimensions, record.info, media.get("image"), record.negative_prompt))
+    if wrong := [problem for prompt in prompts for problem in prompt.problems]:
+        raise SuiteError(f"{path} has prompts that cannot be file names:{listing(wrong)}")
+    verbatim = {entry["prompt_en"] for entry in json.loads(path.read_bytes())} if listed else set()
+    if blank := sorted(verbatim - {prompt.text for prompt in prompts}):  # which VBench keeps, and our reader strips
+        raise SuiteError(f"{path} has prompts that begin or end with a blank: {listing(map(repr, blank))}; remove it")
+    return Suite(path, tuple(prompts), samples)
 
 
 def image_path(prompt: SuitePrompt, images: Path | None) -> Path:
     """The image that the videos of a prompt continue.
 
-    It is the file that the list names, or else one of VBench-I2V's folder of one shape (`data/crop/16-9`): the entry's
-    `image_name`, or the prompt without its camera motion.
+    It is the file that the list names, or else one of VBench-I2V's folder of one aspect ratio (`data/crop/16-9`): the
+    entry's `image_name`, or the prompt without its camera motion.
 
     Raises:
-        SuiteError: no folder, or no such image in it.
+        SuiteError: no folder is given, or it lacks the image.
     """
     if prompt.image is not None:
         return prompt.image
@@ -167,38 +143,8 @@ def image_path(prompt: SuitePrompt, images: Path | None) -> Path:
     return path
 
 
-def folder_problems(folder: Path, suite: Suite) -> list[str]:
-    """What VBench would stumble over, by the names alone: missing and foreign files, and names that are nearly right.
-
-    Raises:
-        SuiteError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise SuiteError(f"there is no folder of videos {folder}")
-    present = set(os.listdir(folder))
-    missing = [f"{name!r} is missing" for name in suite.names() if name not in present]
-    return missing + foreign_problems(folder, suite)
-
-
-def foreign_problems(folder: Path, suite: Suite) -> list[str]:
-    """Files that are none of the suite's, or one under another spelling."""
-    wanted = suite.names()
-    nearly = {_plain(name): name for name in wanted}
-    return [_foreign(name, nearly.get(_plain(name))) for name in sorted(set(os.listdir(folder)) - wanted.keys())]
-
-
-def _foreign(name: str, nearly: str | None) -> str:
-    if nearly is None:
-        return f"{name!r} is none of the suite's files; VBench wants nothing else in the folder: move it"
-    return f"{name!r} is another spelling of {nearly!r}, under which alone VBench finds it; rename or remove it"
-
-
 def listing(problems: Iterable[str]) -> str:
     """The first problems, one a line, and how many more there are."""
     every = list(problems)
-    more = [f"... and {len(every) - SHOWN} more"] if len(every) > SHOWN else []
-    return "\n  ".join(["", *every[:SHOWN], *more])
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+    more = [f"... and {len(every) - LISTED} more"] if len(every) > LISTED else []
+    return "\n  ".join(["", *every[:LISTED], *more])

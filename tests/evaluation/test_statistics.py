@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from bpgo_video.evaluation.comparing import paired
-from bpgo_video.evaluation.comparing.paired import Effect, as_family, effect, holm, interval, rank_biserial, signed_rank
+from bpgo_video import statistics
+from bpgo_video.statistics import (
+    as_family,
+    corrected,
+    effect,
+    holm,
+    interval,
+    rank_biserial,
+    shown,
+    signed_rank,
+    too_few,
+)
 
 POPULATION = json.loads((Path(__file__).parent / "oracle_scores.json").read_text())
 BASE, TRAINED = ({name: np.array(rows) for name, rows in POPULATION[side].items()} for side in ("base", "trained"))
@@ -61,7 +72,7 @@ def test_a_planted_improvement_of_5_hundredths_is_found_in_80_of_100() -> None:
 
 def test_the_interval_holds_its_level_at_24_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 1,000 samples of the real differences 95 % cover the mean within three standard errors; BCa covers fewer."""
-    monkeypatch.setattr(paired, "RESAMPLES", 999)
+    monkeypatch.setattr(statistics, "RESAMPLES", 999)
     rng = np.random.default_rng(3)
     population = (TRAINED["oracle"] - BASE["oracle"])[:, :4].mean(axis=1)
     covered = {"ours": 0, "BCa": 0}
@@ -84,7 +95,6 @@ def test_an_effect_is_what_its_docstring_says() -> None:
     assert (found.mean_a, found.mean_b, found.difference) == (2.2, 4.2, 2.0)
     assert found.scale == pytest.approx(a.std())
     assert found.rank_biserial == pytest.approx((1 + 3 + 4 - 2) / 10)
-    assert found.relative == pytest.approx(2 / 2.2)
     assert found.low is not None
     assert found.high is not None
     assert found.low < 2.0 < found.high
@@ -96,7 +106,7 @@ def test_the_signed_rank_p_value_is_that_of_all_sign_flips() -> None:
     observed = (np.sign(differences) * ranks).sum()
     flips = [(np.array(signs) * ranks).sum() for signs in itertools.product((-1, 1), repeat=6)]
     assert signed_rank(differences) == pytest.approx(np.mean(np.abs(flips) >= abs(observed)))
-    assert signed_rank(np.abs(differences)) == pytest.approx(paired.smallest_p(6)) == 2 / 2**6
+    assert signed_rank(np.abs(differences)) == pytest.approx(2 / 2**6)
 
 
 def test_holm_is_the_textbook_s() -> None:
@@ -138,9 +148,31 @@ def test_rank_biserial_spans_minus_one_to_one() -> None:
     assert rank_biserial(np.zeros(3)) == 0.0
 
 
-def test_shown_needs_the_interval_and_the_corrected_test_to_agree() -> None:
-    def shown(p: float, low: float, high: float) -> int:
-        return Effect(9, 0.0, 1.0, 1.0, low, high, 1.0, p, 0.5, 5, 0, 4, p_adjusted=p).shown
+@pytest.mark.parametrize(
+    ("p", "low", "high", "expected"),
+    [(0.01, 0.1, 1.0, 1), (0.01, -1.0, -0.1, -1), (0.06, 0.1, 1.0, 0), (0.01, -0.1, 1.0, 0), (0.01, None, None, 0)],
+)
+def test_shown_needs_the_interval_and_the_corrected_test_to_agree(
+    p: float, low: float | None, high: float | None, expected: int
+) -> None:
+    assert shown(replace(effect(np.zeros((2, 1)), np.ones((2, 1))), low=low, high=high), p) == expected
 
-    assert (shown(0.01, 0.1, 1.0), shown(0.01, -1.0, -0.1)) == (1, -1)
-    assert (shown(0.06, 0.1, 1.0), shown(0.01, -0.1, 1.0)) == (0, 0)
+
+def test_what_few_prompts_can_show_at_best() -> None:
+    """2 / 2^n, times the measures, is below .05 from 6 prompts on for one measure, and from 9 for seven."""
+    assert [bool(too_few(prompts, 1)) for prompts in (5, 6)] == [True, False]
+    assert [bool(too_few(prompts, 7)) for prompts in (8, 9)] == [True, False]
+
+
+def test_one_effect_of_a_family_claims_no_more_than_the_family_does() -> None:
+    """12 prompts that all gain: p = 2 / 2^12, times 7; and no more than 1."""
+    gained = effect(np.zeros((12, 1)), 1 + np.arange(12.0)[:, None])
+    assert corrected(gained, 7).p_adjusted == pytest.approx(14 / 2**12)
+    assert (corrected(gained, 7).shown, corrected(gained, 1000).shown) == (1, 0)
+    assert corrected(gained, 10000).p_adjusted == 1.0
+
+
+def test_a_difference_is_written_with_two_digits_of_the_scale() -> None:
+    found = replace(effect(np.zeros((2, 1)), np.zeros((2, 1))), scale=0.25, difference=-0.0361, low=-0.2, high=0.1)
+    assert str(found) == "-0.036 [-0.200, +0.100]"
+    assert str(replace(found, low=None, high=None, scale=30.0)) == "-0.0"

@@ -1,0 +1,159 @@
+"""Paired statistics of two models on the same prompts.
+
+The prompt is the unit: d_p = mean_s B[p, s] - mean_s A[p, s]. Samples of one prompt say nothing about other prompts, so
+the interval and the test are over prompts.
+
+    interval   percentile bootstrap over prompts, its level widened by Student's t (Hesterberg, arXiv 1411.5279, 5.4)
+    test       Wilcoxon's signed-rank test of d_p, two-sided; ties are ranked and then dropped (Pratt)
+    effect     matched-pairs rank-biserial correlation (W+ - W-) / (W+ + W-), from -1 (B always lower) to 1
+    family     Holm's step-down correction over all measures and models of one comparison
+
+A plain percentile interval of 24 prompts covers the mean in 93 of 100 cases instead of 95, and BCa is hardly better.
+Widened by Student's t it keeps its level (tests/evaluation/test_statistics.py simulates both).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+Scores = Float[np.ndarray, "prompts _"]  # axis 1 is samples; two models may have different numbers of them
+Differences = Float[np.ndarray, "prompts"]
+
+LEVEL = 0.95
+RESAMPLES = 9999
+BATCH = 1000  # resamples in memory at once
+TIE = 1e-3  # of the scores' standard deviation; rounding in batches of another size stays below it
+SEED = 0  # of the bootstrap: the same scores give the same interval
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The difference between B and A in one measure.
+
+    Attributes:
+        prompts: number of prompts.
+        mean_a, mean_b, difference: over all prompts, in the measure's own units; the difference is B minus A.
+        low, high: ends of the 95 % interval of the difference; None for a single prompt.
+        scale: standard deviation of all of A's scores; differences of several measures are compared in it.
+        p_value: of the signed-rank test.
+        p_adjusted: after Holm's correction; None outside a family (breakdowns by tag).
+        rank_biserial: effect size, -1 to 1.
+        wins, ties, losses: prompts on which B's mean is higher, the same, lower.
+        shown: 1 where B is shown to be higher, -1 lower: the corrected test and the interval must agree. 0 otherwise.
+    """
+
+    prompts: int
+    mean_a: float
+    mean_b: float
+    difference: float
+    low: float | None
+    high: float | None
+    scale: float
+    p_value: float
+    rank_biserial: float
+    wins: int
+    ties: int
+    losses: int
+    p_adjusted: float | None = None
+    shown: int = 0
+
+    @property
+    def decimals(self) -> int:
+        """Enough for two digits of the scale, and one more."""
+        return 3 if self.scale == 0 else min(8, max(0, 2 - math.floor(math.log10(self.scale))))
+
+    @property
+    def interval(self) -> str:
+        """The interval as text; empty for a single prompt."""
+        if self.low is None or self.high is None:
+            return ""
+        return f"[{self.low:+.{self.decimals}f}, {self.high:+.{self.decimals}f}]"
+
+    def __str__(self) -> str:
+        """The difference with its interval."""
+        return f"{self.difference:+.{self.decimals}f} {self.interval}".rstrip()
+
+
+def effect(a: Scores, b: Scores) -> Effect:
+    """The difference between B's and A's scores of the same prompts (at least one) in the same order."""
+    means_a, means_b = a.mean(axis=1, dtype=np.float64), b.mean(axis=1, dtype=np.float64)
+    differences, scale = means_b - means_a, float(a.std(dtype=np.float64))
+    low, high = interval(differences)
+    ranked = np.where(np.abs(differences) <= TIE * scale, 0.0, differences)
+    return Effect(
+        prompts=len(a),
+        mean_a=float(means_a.mean()),
+        mean_b=float(means_b.mean()),
+        difference=float(differences.mean()),
+        low=low,
+        high=high,
+        scale=scale,
+        p_value=signed_rank(ranked),
+        rank_biserial=rank_biserial(ranked),
+        wins=int((ranked > 0).sum()),
+        ties=int((ranked == 0).sum()),
+        losses=int((ranked < 0).sum()),
+    )
+
+
+def interval(differences: Differences) -> tuple[float | None, float | None]:
+    """The 95 % interval of the mean over prompts; (None, None) for a single one."""
+    n = len(differences)
+    if n < 2:
+        return None, None
+    quantile = math.sqrt(n / (n - 1)) * stats.t.ppf((1 + LEVEL) / 2, n - 1)
+    level = 1 - 2 * float(stats.norm.cdf(-quantile))
+    sampling = {"n_resamples": RESAMPLES, "batch": BATCH, "rng": np.random.default_rng(SEED)}
+    found = stats.bootstrap((differences,), np.mean, confidence_level=level, method="percentile", **sampling)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def signed_rank(differences: Differences) -> float:
+    """The two-sided p value of Wilcoxon's signed-rank test; 1 where nothing differs."""
+    return float(stats.wilcoxon(differences, zero_method="pratt").pvalue) if differences.any() else 1.0
+
+
+def rank_biserial(differences: Differences) -> float:
+    """(W+ - W-) / (W+ + W-) over the prompts that differ; 0 where none does."""
+    unequal = differences[differences != 0]
+    ranks = stats.rankdata(np.abs(unequal))
+    return float((np.sign(unequal) * ranks).sum() / ranks.sum()) if len(unequal) else 0.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (1979): p_(i) becomes max over j <= i of min(1, (m - j) p_(j)), j from 0."""
+    order = np.argsort(p_values, kind="stable")
+    stepped = np.arange(len(order), 0, -1) * np.asarray(p_values)[order]
+    adjusted: list[float] = np.minimum(np.maximum.accumulate(stepped), 1.0)[np.argsort(order)].tolist()
+    return adjusted
+
+
+def as_family(effects: Sequence[Effect]) -> list[Effect]:
+    """The effects with p values that hold for all of them together, and what these show."""
+    adjusted = holm([effect.p_value for effect in effects])
+    return [replace(one, p_adjusted=p, shown=shown(one, p)) for one, p in zip(effects, adjusted, strict=True)]
+
+
+def shown(effect: Effect, p: float) -> int:
+    if effect.low is None or effect.high is None or p >= 1 - LEVEL:
+        return 0
+    return int(effect.low > 0) - int(effect.high < 0)
+
+
+def corrected(effect: Effect, measures: int) -> Effect:
+    """One effect of a family of so many, whatever the others are: its p value times their number (Bonferroni)."""
+    p = min(1.0, measures * effect.p_value)
+    return replace(effect, p_adjusted=p, shown=shown(effect, p))
+
+
+def too_few(prompts: int, measures: int) -> str:
+    """Why the corrected test can show nothing, whose smallest p value is 2 / 2^prompts; empty where it can."""
+    if measures * 2.0 ** (1 - prompts) < 1 - LEVEL:
+        return ""
+    return f"{prompts} prompts cannot show a difference in one of {measures} measures, however large"
