@@ -50,12 +50,12 @@ def build_prompts(folder: Path) -> None:
 def measure_priors(folder: Path, ranks: int) -> None:
     """Priors of the prompts, measured again when the recipe changes."""
     recipe, measured = to_yaml(read_yaml(Path(RECIPE))), folder / "priors" / "recipe.yaml"
-    if measured.is_file() and measured.read_text() == recipe:
+    if measured.is_file() and measured.read_text("utf-8") == recipe:
         return
     command = [sys.executable, "-m", "bpgo_video.commands.priors", "--ranks", str(ranks)]
     if code := subprocess.run([*command, "--config", RECIPE, "--data.shards", str(folder)]).returncode:
         raise SystemExit(code)  # the ranks have said why
-    measured.write_text(recipe)
+    measured.write_text(recipe, "utf-8")
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from bpgo_video.config.shipped import DS_CONFIGS, RECIPES, recipe_file, shipped
 
 def summary(recipe: Path) -> str:
     """A recipe's first comment line."""
-    return recipe.read_text().partition("\n")[0].removeprefix("# ")
+    return recipe.read_text("utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def list_all(args: argparse.Namespace) -> None:
@@ -32,15 +32,15 @@ def list_all(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    print(recipe_file(args.name).read_text(), end="")
+    print(recipe_file(args.name).read_text("utf-8"), end="")
 
 
 def copy(args: argparse.Namespace) -> None:
     source = recipe_file(args.name)
     file = args.file or Path(source.name)
     try:
-        with file.open("x") as stream:
-            stream.write(source.read_text())
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(source.read_text("utf-8"))
     except FileExistsError:
         raise FileExistsError(f"{file} exists and is not overwritten; name another FILE") from None
     print(f"{file}: edit it, then bpgo-video train --config {file}")

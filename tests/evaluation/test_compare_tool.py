@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from bpgo_video.training.results import heldout_test
 
 from bpgo_video.checkpoints.run_weights import find_source
 from bpgo_video.config.bpgo import Config, LoraConfig
@@ -21,6 +20,7 @@ from bpgo_video.evaluation.heldout import evaluate_folder
 from bpgo_video.export.conversion import Conversion, convert
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.base import RewardError
+from bpgo_video.training.artifacts import heldout_test
 from bpgo_video.zero import engine
 from tests.made.written_runs import PROMPTS, tagged_recipe, write_run
 from tools.evaluate import main

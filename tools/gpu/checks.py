@@ -74,7 +74,7 @@ def prompt_shards(bench: Bench, config: Config) -> Path:
     if not (folder / "index.json").exists():
         length = config.policy.max_sequence_length
         lines = bench.scratch / "prompts.jsonl"
-        lines.write_text("".join(json.dumps({"prompt": text, "split": "train"}) + "\n" for text in PROMPTS))
+        lines.write_text("".join(json.dumps({"prompt": text, "split": "train"}) + "\n" for text in PROMPTS), "utf-8")
         encoder = load_policy(EMBEDDED, components=("text_encoder",), max_sequence_length=length)
         build_shards([lines], folder, encoder.encode, encoder_stamp(resolve_folder(EMBEDDED), length))
     return folder

@@ -61,7 +61,7 @@ def resident_bytes(field: str) -> int:
 
 RESET_PEAK: dict[str, Callable[[], object]] = {
     "cuda": lambda: torch.cuda.reset_peak_memory_stats(),
-    "cpu": lambda: Path("/proc/self/clear_refs").write_text("5"),
+    "cpu": lambda: Path("/proc/self/clear_refs").write_text("5", "utf-8"),
 }
 READ_PEAK: dict[str, Callable[[], int]] = {
     "cuda": lambda: torch.cuda.max_memory_allocated(),

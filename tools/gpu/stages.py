@@ -75,7 +75,7 @@ class Record:
     def write(self) -> None:
         write_json(self.output / "gpu.json", self.found)
         with atomic_file(self.output / "gpu.md") as aside:
-            aside.write_text(as_markdown(self.found))
+            aside.write_text(as_markdown(self.found), "utf-8")
 
 
 def plain(value: Any) -> Any:

@@ -79,7 +79,7 @@ class Sources:
 
 def label_of(folder: Path, native: str) -> Label:
     """native if the folder's network has the architecture of `native`."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     vision = config.get("vision_config", config)
     return "native" if all(vision.get(key) == value for key, value in ARCHITECTURES[native].items()) else "proxy"
 
