@@ -76,7 +76,7 @@ def is_installed(backend: str) -> bool:
 
 def driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
 
 
 STAGES: dict[str, Stage[Bench]] = {  # in order of value, with the seconds that each takes about on an H200
