@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from bpgo_video.config.bpgo import Config, VideoConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.config.run import EmaConfig
+from bpgo_video.config.shipped import ds_config_file
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.planning.models import Model, find_model
@@ -78,7 +79,7 @@ class Bench:
 
     def ds_config(self, **zero: Any) -> dict[str, Any]:
         """The recipe's DeepSpeed configuration, with changes of its `zero_optimization`."""
-        config = json.loads((ROOT / self.sizes.recipe.deepspeed).read_text("utf-8"))
+        config = json.loads(ds_config_file(self.sizes.recipe.deepspeed).read_text("utf-8"))
         return {**config, "zero_optimization": {**config["zero_optimization"], **zero}}
 
 
