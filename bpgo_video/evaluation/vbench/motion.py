@@ -13,8 +13,7 @@ from torch import Tensor
 
 from bpgo_video.evaluation.vbench.dimension import Dimension, DimensionError, Footage, Measured, Network, Sources
 from bpgo_video.evaluation.vbench.pixels import Frames, replicated
-from bpgo_video.rewards.dynamics import DYNAMIC, DynamicDegree, speed
-from bpgo_video.rewards.flickering import frame_differences
+from bpgo_video.rewards.motion import DYNAMIC, DynamicDegree, frame_differences, speed
 
 Image = Float[Tensor, "1 3 height width"]
 Pairs = Callable[[Frames], list[bool]]  # whether the frames of each pair are farther apart than VBench's threshold

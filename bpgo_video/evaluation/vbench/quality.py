@@ -14,8 +14,7 @@ from torch.nn.functional import linear, normalize
 from bpgo_video.evaluation.vbench.dimension import Dimension, Footage, Measured, Network, Sources
 from bpgo_video.evaluation.vbench.encoders import CLIP_L14, clip_encoder, label_of
 from bpgo_video.evaluation.vbench.pixels import CLIP, Encoder, Inputs, fitted
-from bpgo_video.rewards.aesthetic import chain
-from bpgo_video.rewards.weights import read_weights, unpickled
+from bpgo_video.rewards.checkpoints import linear_layers, read_weights, unpickled
 
 Points = Callable[[Inputs], Tensor]  # a frame in [0, 1], (1, 3, rows, columns), -> its points of 100
 
@@ -59,7 +58,7 @@ def head_name(sources: Sources) -> str:
 
 def _head(sources: Sources) -> list[tuple[Tensor, Tensor]]:
     path = _head_path(sources)
-    return chain(read_weights(path), path)
+    return linear_layers(read_weights(path), path)
 
 
 def _head_path(sources: Sources) -> Path:

@@ -21,7 +21,7 @@ from bpgo_video.evaluation.vbench.dimension import Dimension, DimensionError, Fo
 from bpgo_video.evaluation.vbench.encoders import CLIP_B32, clip_encoder, clip_model, label_of
 from bpgo_video.evaluation.vbench.pixels import CLIP, VICLIP, Frames, Preparation
 from bpgo_video.rewards.base import Clips
-from bpgo_video.rewards.xclip import XClipScore
+from bpgo_video.rewards.video_text import XClipScore
 
 Likeness = Callable[[Footage], float]
 COUNT = 8  # frames that ViCLIP is shown
