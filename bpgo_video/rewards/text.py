@@ -6,16 +6,17 @@ import re
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from bpgo_video.data.video import as_bytes
-from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardError, RewardModel
+from bpgo_video.rewards.base import Clips, FrameReward, FrameSampling, RewardError
 from bpgo_video.rewards.packaged import imported, release
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 
 
-class OcrText(RewardModel):
+class OcrText(FrameReward):
     """max(0, 1 - levenshtein(read, wanted) / len(wanted)) per frame, without case and spaces.
 
     `wanted` is all that the prompt has in double quotes; `read` is what the recogniser found, from top to bottom. The
@@ -39,13 +40,13 @@ class OcrText(RewardModel):
         self.distance = imported("rapidfuzz.distance").Levenshtein.distance
         self.version = f"{release('rapidocr-onnxruntime')}-{self.frames}"
 
-    def __call__(self, clips: Clips) -> FrameScores:
-        wanted, indices = [quoted_text(text) for text in clips.texts], self.frames.of(clips)
+    def score(self, clips: Clips, indices: list[int]) -> Float[Tensor, "samples scored"]:
+        wanted = [quoted_text(text) for text in clips.texts]
         scores = [
             [max(0.0, 1 - self.distance(self.read(frame), text) / len(text)) for frame in as_bytes(video[indices])]
             for video, text in zip(clips.videos, wanted, strict=True)
         ]
-        return FrameScores(torch.tensor(scores), clips.times[indices])
+        return torch.tensor(scores)
 
     def read(self, frame: UInt8[np.ndarray, "height width 3"]) -> str:
         """The text of an RGB picture, folded."""

@@ -9,30 +9,32 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import bpgo_video.worker_side
 from bpgo_video.rewards.base import Clips, Device, FrameScores
-from bpgo_video.rewards.wire import DescribedModel, Description, MalformedMessage, packed, read_message, scores_of
+from bpgo_video.rewards.wire import OWN_SHARE, DescribedModel, MalformedMessage, packed, scores_of
 
 WORKER_SIDE = Path(bpgo_video.worker_side.__file__).parent
-OWN_SHARE = 0.9  # of a call's timeout: the rest is for the error that says what was waited for
 MAX_LINE = 64 * 2**20  # bytes of one reply
 SHOWN = 200  # characters of a line that is no reply
 
 
 class WorkerReward(DescribedModel):
     """A reward model in a child process of this rank.
+
+    The worker has its own process group: signals to the run's group are for the run to handle. It ends with this
+    object, and by itself where this process ends in another way.
 
     Args:
         python: the interpreter, for example `/opt/videoscore/bin/python`.
@@ -74,15 +76,13 @@ class WorkerReward(DescribedModel):
         while True:
             request = {"id": next(self._ids), "clips": header, "bytes": pixels.nbytes}
             try:
-                return self._answer(request, deadline)
+                self._socket.sendall(json.dumps(request).encode() + b"\n")
+                reply = self._receive(deadline)
+                break
             except ConnectionError as error:
                 if not self._restarts:
                     raise
                 self._restart(error, deadline)
-
-    def _answer(self, request: Mapping[str, Any], deadline: float) -> FrameScores:
-        self._process.send(request)
-        reply = self._process.receive(deadline)
         if reply.get("id") != request["id"]:
             raise MalformedMessage(f"the worker answered request {reply.get('id')!r}, not {request['id']}")
         if "error" in reply:
@@ -90,16 +90,23 @@ class WorkerReward(DescribedModel):
         return scores_of(reply)
 
     def _start(self, deadline: float) -> None:
-        self._process = WorkerProcess(self._command, self._environment, (self._memory.fileno(),))
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                self._command, stdin=theirs, stdout=theirs, env=self._environment,
+                pass_fds=(self._memory.fileno(),), start_new_session=True,
+            )  # fmt: skip
+        self._end = weakref.finalize(self, end, self._process, self._socket)
+        self._lines = self._socket.makefile("rb")
         try:
-            self.describe_as(read_message(Description, self._process.receive(deadline).get("hello")))
+            self.describe_as(self._receive(deadline).get("hello"))
         except (OSError, MalformedMessage):
-            self._process.end()
+            self._end()
             raise
 
     def _restart(self, error: ConnectionError, deadline: float) -> None:
         """A new worker, which must score the same."""
-        self._process.end()
+        self._end()
         self._restarts -= 1
         said = f"reward worker {self.name}: {error}; started again, at most {self._restarts} more times in this run"
         print(said, file=sys.stderr, flush=True)
@@ -108,81 +115,42 @@ class WorkerReward(DescribedModel):
         if self.version != before:
             raise MalformedMessage(f"the worker came back with version {self.version!r}; it was {before!r}")
 
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        """The worker's next line.
+
+        Raises:
+            ConnectionError: it has ended.
+            TimeoutError: it has sent nothing by the deadline (on the clock of time.monotonic).
+            MalformedMessage: its line is no JSON object; shows where it begins.
+        """
+        self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            line = self._lines.readline(MAX_LINE)
+        except TimeoutError:
+            raise TimeoutError("the worker has not answered in time") from None
+        if not line:
+            code = self._process.wait()
+            raise ConnectionError(f"the worker ended with exit code {code}; its own output says why")
+        with suppress(ValueError):
+            if isinstance(message := json.loads(line), dict):
+                return message
+        raise MalformedMessage(f"the worker sent {line[:SHOWN].decode(errors='replace')!r}, which is no JSON object")
+
     @property
     def pid(self) -> int:
         """Of the worker's process."""
         return self._process.pid
 
     def close(self) -> None:
-        self._process.end()
+        self._end()
         self._memory.close()
 
 
-class WorkerProcess:
-    """A worker, in a process group of its own: signals to the run's group are for the run to handle.
-
-    It ends with this object, and by itself where this process ends in another way.
-
-    Args:
-        descriptors: file descriptors that it inherits.
-    """
-
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]):
-        self._process = subprocess.Popen(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(environment),
-            pass_fds=tuple(descriptors), start_new_session=True,
-        )  # fmt: skip
-        self.pid, self._received = self._process.pid, bytearray()
-        self.end = weakref.finalize(self, _end, self._process)
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            ConnectionError: it has ended.
-        """
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message).encode() + b"\n")
-        self._process.stdin.flush()
-
-    def receive(self, deadline: float) -> dict[str, Any]:
-        """Its next line.
-
-        Args:
-            deadline: on the clock of time.monotonic.
-
-        Raises:
-            ConnectionError: it has ended.
-            TimeoutError: it has sent nothing by the deadline.
-            MalformedMessage: its line is no JSON object; shows where it begins.
-        """
-        stdout = self._process.stdout
-        assert stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(stdout, selectors.EVENT_READ)
-            while b"\n" not in self._received:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError("the worker has not answered in time")
-                part = os.read(stdout.fileno(), 2**16)
-                if not part:
-                    code = self._process.wait()
-                    raise ConnectionError(f"the worker ended with exit code {code}; its own output says why")
-                self._received += part
-                if len(self._received) > MAX_LINE:
-                    raise MalformedMessage(f"the worker's reply is longer than {MAX_LINE} bytes")
-        line, _, self._received = self._received.partition(b"\n")
-        with suppress(json.JSONDecodeError, UnicodeDecodeError):
-            if isinstance(message := json.loads(line), dict):
-                return message
-        raise MalformedMessage(f"the worker sent {line.decode(errors='replace')[:SHOWN]!r}, which is no JSON object")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
     with suppress(ProcessLookupError):  # it has ended by itself
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with suppress(BrokenPipeError):  # a last message that it never read
-            pipe.close()  # type: ignore[union-attr]
+    connection.close()
 
 
 def anonymous_file() -> IO[bytes]:
