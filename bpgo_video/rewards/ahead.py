@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from queue import SimpleQueue
-from types import TracebackType
 
 import torch
 
@@ -49,9 +48,7 @@ class ScoreAhead:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._abandoned = error is not None
         self._chunks.put(None)
         if error is None:
@@ -80,15 +77,11 @@ class ScoreAhead:
             while True:
                 if self._error is not None:
                     raise self._error
-                left = None
-                if self._running is not None:
-                    call, deadline = self._running
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        raise RewardError(
-                            f"{call} has not answered within its timeout of {call.timeout:g} s; raise `timeout` of "
-                            "that reward if it may take longer"
-                        )
+                call, deadline = self._running or (None, None)
+                left = None if deadline is None else deadline - time.monotonic()
+                if call is not None and left is not None and left <= 0:
+                    late = f"{call} has not answered within its timeout of {call.timeout:g} s"
+                    raise RewardError(f"{late}; raise `timeout` of that reward if it may take longer")
                 if self._unscored <= unscored:
                     return
                 self._changed.wait(left)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,6 @@ REWARDS: dict[str, str] = {
 }
 
 GIVEN = ("device", "timeout", "backbones")  # what the run passes to constructors that take it
-BUILD_ERRORS = (ImportError, AttributeError, TypeError, ValueError, OSError)
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,20 @@ def reward_factory(name: str, reward: RewardConfig) -> Callable[..., Any]:
         ConfigError: no such name or dotted path, or options that the constructor does not take.
     """
     path = REWARDS.get(reward.model, reward.model)
-    module, _, attribute = path.partition(":")
-    if not attribute:
-        raise ConfigError(
-            f"rewards.{name}.model is {reward.model!r}; it must be one of {sorted(REWARDS)} or a dotted path "
-            "like 'my_pkg.rewards:MyReward'"
-        )
+    if ":" not in path:
+        rule = f"it must be one of {sorted(REWARDS)} or a dotted path like 'my_pkg.rewards:MyReward'"
+        raise ConfigError(f"rewards.{name}.model is {reward.model!r}; {rule}")
     try:
-        factory: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        factory: Callable[..., Any] = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
-    for options in (reward.options, second_options(reward)):
-        try:
-            inspect.signature(factory).bind(**_arguments(factory, options, dict.fromkeys(GIVEN)))
-        except TypeError as error:
-            known = [option for option in inspect.signature(factory).parameters if option not in GIVEN]
-            raise ConfigError(f"rewards.{name} ({path}): {error}; its options are {known}") from error
+    taken = inspect.signature(factory)
+    try:
+        for options in all_options(reward):
+            taken.bind(**_arguments(factory, options, dict.fromkeys(GIVEN)))
+    except TypeError as error:
+        known = [option for option in taken.parameters if option not in GIVEN]
+        raise ConfigError(f"rewards.{name} ({path}): {error}; its options are {known}") from error
     return factory
 
 
@@ -115,18 +112,18 @@ def build_reward(
     """
     factory = reward_factory(name, reward)
     given = {"device": device, "timeout": reward.timeout, "backbones": backbones or Backbones()}
-    all_options = [reward.options, second_options(reward)] if twice and reward.second is not None else [reward.options]
     try:
-        models = [factory(**_arguments(factory, options, given)) for options in all_options]
+        models = [factory(**_arguments(factory, options, given)) for options in all_options(reward)[: 1 + twice]]
         if reward.offload:
             to_cpu(models)
-    except BUILD_ERRORS as error:
+    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"rewards.{name} ({reward.model}) could not be built: {error}") from error
     return Reward(models[0], reward, *models[1:])
 
 
-def second_options(reward: RewardConfig) -> dict[str, Any]:
-    return {**reward.options, **(reward.second or {})}
+def all_options(reward: RewardConfig) -> list[dict[str, Any]]:
+    """Options of the model, and of the second one where the entry has one."""
+    return [reward.options, *([] if reward.second is None else [{**reward.options, **reward.second}])]
 
 
 def _arguments(factory: Callable[..., Any], options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

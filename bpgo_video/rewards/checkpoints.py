@@ -55,10 +55,8 @@ def complete(source: Path, unused: Sequence[str], model: nn.Module, loading: dic
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith(tuple(unused)))
     wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
     if wrong:
-        raise ValueError(
-            f"{source} does not hold a whole {type(model).__name__}: {len(wrong)} weights are missing or of another "
-            f"shape, the first is {wrong[0]}; is it the checkpoint of another class?"
-        )
+        said = f"{len(wrong)} weights are missing or of another shape, the first is {wrong[0]}"
+        raise ValueError(f"{source} does not hold a whole {type(model).__name__} ({said}); is it another class's?")
     return model
 
 

@@ -143,10 +143,8 @@ class VJepaPrediction(NetworkReward):
         indices = self.frames.of(clips)
         steps = len(indices) // per_step
         if steps < 2:
-            raise RewardError(
-                f"{self.name} reads {len(indices)} frames of a video of {clips.videos.shape[1]}; it needs at least "
-                f"{2 * per_step}: {per_step} to start from and {per_step} to predict"
-            )
+            needs = f"it needs at least {2 * per_step}: {per_step} to start from and {per_step} to predict"
+            raise RewardError(f"{self.name} reads {len(indices)} of {clips.videos.shape[1]} frames; {needs}")
         indices, seen = indices[: steps * per_step], steps // 2 * per_step
 
         def similarity(pixels: Tensor, _: slice) -> Tensor:

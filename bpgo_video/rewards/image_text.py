@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,7 +30,7 @@ class ClipScore(NetworkReward):
 
     name = "clip_score"
     range = (-1.0, 1.0)
-    network = CLIPModel
+    network: Any = CLIPModel
     padding = "longest"  # CLIP reads the end token, which comes before the padding
     lowercase = False
 
@@ -90,10 +91,8 @@ class SiglipScore(ClipScore):
     def check(self, folder: Path) -> None:
         found = AutoConfig.from_pretrained(folder).model_type
         if found != "siglip":
-            raise ValueError(
-                f"{folder} is of type {found!r}; must be 'siglip', a SigLIP or SigLIP 2 of fixed resolution "
-                "(google/siglip2-base-patch16-224, not its naflex version)"
-            )
+            usual = "a SigLIP or SigLIP 2 of fixed resolution such as google/siglip2-base-patch16-224"
+            raise ValueError(f"{folder} is of type {found!r}; must be 'siglip', {usual}")
 
 
 class PickScore(ClipScore):

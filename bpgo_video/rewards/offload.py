@@ -26,9 +26,8 @@ def _modules_in(thing: object, depth: int) -> Iterator[nn.Module]:
     if isinstance(thing, nn.Module):
         yield thing
     elif depth and not isinstance(thing, type | ModuleType | str | bytes):
-        is_list = isinstance(thing, Sequence)
-        parts = thing if is_list else (thing if isinstance(thing, Mapping) else getattr(thing, "__dict__", {})).values()
-        for part in list(parts):
+        by_name = thing if isinstance(thing, Mapping) else getattr(thing, "__dict__", {})
+        for part in list(thing if isinstance(thing, Sequence) else by_name.values()):
             yield from _modules_in(part, depth - 1)
 
 
@@ -40,9 +39,7 @@ def to_cpu(models: Iterable[RewardModel]) -> None:
     for model in models:
         modules = modules_of(model)
         if not modules:
-            raise ValueError(
-                f"offload is true, but {type(model).__name__} holds no torch.nn.Module; set offload: false"
-            )
+            raise ValueError(f"{type(model).__name__} holds no torch.nn.Module to offload; set offload: false")
         for module in modules:
             tensor = next(chain(module.parameters(), module.buffers()), None)
             if tensor is not None:

@@ -56,11 +56,9 @@ class Preprocessing:
         """
         config = read_config(folder)
         size, crop = config["size"], config.get("crop_size")
-        mode = MODES.get(config.get("resample", -1))
-        if mode is None:
-            raise ValueError(
-                f"{folder}: resample = {config.get('resample')} in its preprocessor config; must be one of {MODES}"
-            )
+        resample = config.get("resample")
+        if resample not in MODES:
+            raise ValueError(f"{folder}: resample = {resample} in its preprocessor config; must be one of {MODES}")
         crops = config.get("do_center_crop", crop is not None)
         normalises = config.get("do_normalize", True)
         return cls(
@@ -68,7 +66,7 @@ class Preprocessing:
             size=_sides(crop or size if crops else size),
             mean=tuple(config["image_mean"]) if normalises else (0.0, 0.0, 0.0),
             std=tuple(config["image_std"]) if normalises else (1.0, 1.0, 1.0),
-            mode=mode,
+            mode=MODES[resample],
             edge=min(_sides(size)) if crops else 0,
         )
 

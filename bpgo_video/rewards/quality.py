@@ -130,10 +130,9 @@ class Niqe(QualityReward):
     def rate(self, frames: Frames) -> Float[Tensor, "frames"]:
         height, width = frames.shape[-2:]
         if min(height, width) < 2 * self.patch:
-            raise RewardError(
-                f"reward 'niqe' needs at least 2x2 patches of {self.patch} pixels; frames are {height}x{width}; "
-                f"set options.patch to at most {min(height, width) // 4 * 2}"
-            )
+            fix = f"set options.patch to at most {min(height, width) // 4 * 2}"
+            rule = f"reward 'niqe' needs at least 2x2 patches of {self.patch} pixels"
+            raise RewardError(f"{rule}; frames are {height}x{width}; {fix}")
         features = niqe_statistics(luma(frames), self.patch).double()
         gap = features.mean(dim=1) - self.mean
         centred = features - features.mean(dim=1, keepdim=True)

@@ -83,10 +83,8 @@ class RemoteReward(DescribedModel):
         body = packed(clips)
         size = len(json.dumps(body.header)) + 1 + body.pixels.nbytes
         if size > self._max_bytes:
-            raise ValueError(
-                f"{len(clips)} videos are {size} bytes, and {self._url} takes {self._max_bytes} in a request: set "
-                "options.videos_per_request, or raise the server's --max-megabytes"
-            )
+            fix = "set options.videos_per_request, or raise the server's --max-megabytes"
+            raise ValueError(f"{len(clips)} videos are {size} bytes, and {self._url} takes {self._max_bytes}: {fix}")
         headers = {"X-Request-Id": uuid.uuid4().hex, "Content-Length": str(size)}
         reply = self._request("POST", "/score", headers, deadline, body)
         now = f"{reply.get('version')}-8bit"

@@ -19,7 +19,6 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -142,10 +141,8 @@ def check_exposure(host: str, token: str | None) -> None:
     is_address = host[:1].isdecimal() or ":" in host
     loopback = ipaddress.ip_address(host).is_loopback if is_address else host == "localhost"
     if not loopback and not token:
-        raise ConfigError(
-            f"host is {host!r}, which other machines can reach, and there is no token: name an environment variable "
-            "that holds one with --token-env, or leave --host at 127.0.0.1"
-        )
+        fix = "name an environment variable that holds one with --token-env, or leave --host at 127.0.0.1"
+        raise ConfigError(f"host is {host!r}, which other machines can reach, and there is no token: {fix}")
 
 
 class ImpatientProtocol(H11Protocol):
@@ -208,29 +205,25 @@ class RewardServer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, started = Request(scope, receive), time.monotonic()
-        answers: dict[tuple[str, str], Callable[[Request], Awaitable[dict[str, Any]]]] = {
-            ("GET", "/health"): self._health,
-            ("GET", "/reward"): self._describe,
-            ("POST", "/score"): self._score,
-        }
-        path = request.url.path
         try:
-            if (request.method, path) not in answers:
-                path = "an unknown path"
-                raise Refused(404, "there are GET /health, GET /reward and POST /score")
-            status, message = 200, await answers[request.method, path](request)
+            status, message = 200, await self._answer(request)
         except Refused as refusal:
             status, message = refusal.status, {"error": str(refusal)}
+        path = "an unknown path" if status == 404 else request.url.path
         log.info("%s %s %d in %.3f s", request.method, path, status, time.monotonic() - started)
         headers = {"Retry-After": "1"} if status == 429 else {}
         await Response(json.dumps(message), status, headers, "application/json")(scope, receive, send)
 
-    async def _health(self, request: Request) -> dict[str, Any]:
-        return {"status": "ok"}
-
-    async def _describe(self, request: Request) -> dict[str, Any]:
-        self._check_token(request)
-        return {**self.service.description, "max_bytes": self.limits.bytes}
+    async def _answer(self, request: Request) -> dict[str, Any]:
+        match request.method, request.url.path:
+            case "GET", "/health":
+                return {"status": "ok"}
+            case "GET", "/reward":
+                self._check_token(request)
+                return {**self.service.description, "max_bytes": self.limits.bytes}
+            case "POST", "/score":
+                return await self._score(request)
+        raise Refused(404, "there are GET /health, GET /reward and POST /score")
 
     async def _score(self, request: Request) -> dict[str, Any]:
         size = self._checked_length(request)

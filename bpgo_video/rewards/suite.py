@@ -59,9 +59,8 @@ class Call:
             raise RewardError(f"{self} failed: {type(error).__name__}: {error}") from error
         shape = tuple(found.values.shape)
         if len(shape) != 2 or shape[0] != len(clips) or shape[1] == 0:
-            raise RewardError(
-                f"{self} returned the shape {shape} for {len(clips)} videos; it must be ({len(clips)}, scored frames)"
-            )
+            rule = f"it must be ({len(clips)}, scored frames)"
+            raise RewardError(f"{self} returned the shape {shape} for {len(clips)} videos; {rule}")
         if shape[1] != (1 if found.times is None else len(found.times)):
             stated = "no frame times" if found.times is None else f"{len(found.times)} frame times"
             raise RewardError(f"{self} returned {shape[1]} scores a video with {stated}; the two must agree")
@@ -210,23 +209,21 @@ class RewardSuite:
 
 
 def _check_widths(name: str, widths: Tensor, prompts: PromptBatch, group_size: int) -> None:
-    other = (widths != widths[0]).nonzero()
-    if len(other):
-        row = int(other[0])
-        raise RewardError(
-            f"reward {name!r} returned {int(widths[0])} scores for the first sample and {int(widths[row])} for "
-            f"{_sample(row, prompts, group_size)}; all videos of a step must have equally many scored frames"
-        )
+    other = (widths != widths[0]).nonzero().flatten().tolist()
+    if other:
+        row = other[0]
+        found = f"{int(widths[0])} scores for the first sample and {int(widths[row])} for"
+        rule = "all videos of a step must have equally many scored frames"
+        raise RewardError(f"reward {name!r} returned {found} {_sample(row, prompts, group_size)}; {rule}")
 
 
 def _check_finite(name: str, rows: Tensor, prompts: PromptBatch, group_size: int) -> None:
-    bad = (~rows.isfinite()).nonzero()
-    if len(bad):
-        row, frame = bad[0].tolist()
-        raise RewardError(
-            f"reward {name!r} scored {float(rows[row, frame])} for {_sample(row, prompts, group_size)}, "
-            f"scored frame {frame}; all ranks stop, nothing was updated with it"
-        )
+    bad = (~rows.isfinite()).nonzero().tolist()
+    if bad:
+        row, frame = bad[0]
+        where = f"{_sample(row, prompts, group_size)}, scored frame {frame}"
+        value = float(rows[row, frame])
+        raise RewardError(f"reward {name!r} scored {value} for {where}; all ranks stop, nothing was updated with it")
 
 
 def _sample(row: int, prompts: PromptBatch, group_size: int) -> str:

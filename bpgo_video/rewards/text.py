@@ -62,10 +62,8 @@ def quoted_text(prompt: str) -> str:
     """
     text = folded("".join(straight or curly for straight, curly in QUOTED.findall(prompt)))
     if not text:
-        raise RewardError(
-            f"reward 'ocr_text' reads the text that a prompt has in double quotes; {prompt!r} has none; use prompts "
-            'such as: a shop sign that says "open"'
-        )
+        fix = 'use prompts such as: a shop sign that says "open"'
+        raise RewardError(f"reward 'ocr_text' reads text in double quotes of the prompt; {prompt!r} has none; {fix}")
     return text
 
 

@@ -93,7 +93,7 @@ class WorkerReward(DescribedModel):
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                self._command, stdin=theirs, stdout=theirs, env=self._environment,
+                self._command, stdin=theirs.fileno(), stdout=theirs.fileno(), env=self._environment,
                 pass_fds=(self._memory.fileno(),), start_new_session=True,
             )  # fmt: skip
         self._end = weakref.finalize(self, end, self._process, self._socket)
@@ -134,7 +134,7 @@ class WorkerReward(DescribedModel):
         with suppress(ValueError):
             if isinstance(message := json.loads(line), dict):
                 return message
-        raise MalformedMessage(f"the worker sent {line[:SHOWN].decode(errors='replace')!r}, which is no JSON object")
+        raise MalformedMessage(f"the worker sent {line.rstrip()[:SHOWN].decode(errors='replace')!r}, which is no JSON object")
 
     @property
     def pid(self) -> int:

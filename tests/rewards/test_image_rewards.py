@@ -16,15 +16,11 @@ from transformers import CLIPModel, SiglipModel
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards import preprocessing
-from bpgo_video.rewards.aesthetic import Aesthetic
+from bpgo_video.rewards import backbones as backbones_module
 from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones
-from bpgo_video.rewards.clip import ClipImageScore, ClipScore
-from bpgo_video.rewards.hpsv2 import HPSv2
-from bpgo_video.rewards.open_clip import from_open_clip
-from bpgo_video.rewards.pickscore import PickScore
+from bpgo_video.rewards.checkpoints import from_open_clip
+from bpgo_video.rewards.image_text import Aesthetic, ClipImageScore, ClipScore, HPSv2, PickScore, SiglipScore
 from bpgo_video.rewards.preprocessing import Preprocessing
-from bpgo_video.rewards.siglip import SiglipScore
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.types import PromptBatch, RolloutChunk
 from tests.made import random_rewards as folders
@@ -197,7 +193,7 @@ def test_rewards_on_one_network_load_it_once_and_encode_a_frame_once(tmp_path: P
     heldout = {"held": RewardConfig(model="pickscore", options=options)}
     suite = RewardSuite(trained, CPU, 8.0, backbones=backbones)
     other = RewardSuite(heldout, CPU, 8.0, backbones=backbones)
-    networks = [r.model.encoder.backbone.network for s in (suite, other) for r in s.rewards.values()]
+    networks = [r.model.backbone.network for s in (suite, other) for r in s.rewards.values()]
     assert all(network is networks[0] for network in networks)
     suite.score(*chunk())
     assert sum(shown) == 2 * 3
@@ -213,9 +209,9 @@ def test_equal_classes_with_other_weights_dtype_or_preprocessing_share_nothing(t
     both = PickScore(str(pick), backbones=backbones), HPSv2(str(tmp_path / "hps"), str(base), backbones=backbones)
     alone = PickScore(str(pick)), HPSv2(str(tmp_path / "hps"), str(base))
     for shared, own in zip(both, alone, strict=True):
-        torch.testing.assert_close(shared(clips).values, own(replace(clips, _found={})).values)
+        torch.testing.assert_close(shared(clips).values, own(replace(clips, _cache={})).values)
     half = ClipScore(str(pick), dtype="bfloat16", backbones=backbones)
-    assert half.encoder.backbone.network is not both[0].encoder.backbone.network
+    assert half.backbone.network is not both[0].backbone.network
     assert half.version != ClipScore(str(pick)).version
     torch.testing.assert_close(half(clips).values, both[0](clips).values / both[0].scale, atol=0.03, rtol=0)
 
@@ -223,19 +219,19 @@ def test_equal_classes_with_other_weights_dtype_or_preprocessing_share_nothing(t
 def test_frames_are_scored_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
     reward, clips = ClipScore(str(folders.random_clip(tmp_path))), some_clips()
     whole, seen = reward(clips).values, []
-    encode = reward.encoder._encode
-    monkeypatch.setattr(preprocessing, "FRAMES_AT_ONCE", 3)
-    monkeypatch.setattr(reward.encoder, "_encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
-    torch.testing.assert_close(reward(replace(clips, _found={})).values, whole)
+    encode = reward.encode
+    monkeypatch.setattr(backbones_module, "FRAMES_AT_ONCE", 3)
+    monkeypatch.setattr(reward, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    torch.testing.assert_close(reward(replace(clips, _cache={})).values, whole)
     assert seen == [3, 3, 3, 1]
 
 
 def test_likeness_is_the_cosine_to_the_picture_or_to_frame_0(tmp_path: Path) -> None:
     folder, clips = folders.random_clip(tmp_path), some_clips(3)
     reward = ClipImageScore(str(folder))
-    frames = ClipScore(str(folder)).encoder.embed_frames(clips, [0, 1, 2])
+    frames = ClipScore(str(folder)).embed_frames(clips, [0, 1, 2])
     torch.testing.assert_close(reward(clips).values, torch.einsum("sfd,sd->sf", frames, frames[:, 0]))
-    pictures = replace(clips, images=clips.videos[:, 2], _found={})
+    pictures = replace(clips, images=clips.videos[:, 2], _cache={})
     torch.testing.assert_close(reward(pictures).values, torch.einsum("sfd,sd->sf", frames, frames[:, 2]))
     assert reward(pictures).values[:, 2].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 

@@ -21,7 +21,7 @@ from bpgo_video.policies import Policy
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.resting import HOMES, modules_of
+from bpgo_video.rewards.offload import DEVICES, modules_of
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.training.session import Session
 from bpgo_video.training.stopwatch import Stopwatch
@@ -226,18 +226,18 @@ def test_models_rest_on_the_cpu_between_scorings_where_asked(monkeypatch: pytest
     """With a device of the test's own, since a CPU is the only one at hand."""
     places: dict[int, str] = {}
     monkeypatch.setattr(torch.nn.Linear, "to", lambda self, device: places.update({id(self): str(device)}))
-    resting, other = suite_of("Weighing", rests_on="cpu"), suite_of("Weighing")
+    resting, other = suite_of("Weighing", offload=True), suite_of("Weighing")
     (network,) = modules_of(resting.rewards["toy"].model)
     assert places == {id(network): "cpu"}, "from the start"
-    HOMES[network] = torch.device("meta")
-    with resting.at_work():
+    DEVICES[network] = torch.device("meta")
+    with resting.on_device():
         assert places == {id(network): "meta"}
     assert places == {id(network): "cpu"}
-    with other.at_work():
+    with other.on_device():
         assert len(places) == 1, "a model that rests on the device stays there"
-    HOMES[network] = torch.device("meta")
+    DEVICES[network] = torch.device("meta")
     object.__setattr__(other.rewards["toy"], "model", resting.rewards["toy"].model)
-    with other.at_work():
+    with other.on_device():
         assert places == {id(network): "meta"}, "where two suites share a network, each finds it at work"
 
 
@@ -250,8 +250,8 @@ def test_networks_are_found_inside_of_what_a_model_holds() -> None:
 
 
 def test_a_model_without_modules_cannot_rest_on_the_cpu() -> None:
-    with pytest.raises(ConfigError, match=r"Drawing holds no torch\.nn\.Module"):
-        suite_of("Drawing", rests_on="cpu")
+    with pytest.raises(ConfigError, match=r"Drawing holds no torch\.nn\.Module to offload"):
+        suite_of("Drawing", offload=True)
 
 
 def step_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[list[Trajectory], Rewards, Stopwatch]:

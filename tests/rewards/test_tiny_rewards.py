@@ -14,9 +14,8 @@ from PIL import Image
 
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards import Clips, FrameSampling
-from bpgo_video.rewards.clip import ClipScore
-from bpgo_video.rewards.motion import LearnedMotion
-from bpgo_video.rewards.oracle import ShapesOracle
+from bpgo_video.rewards.image_text import ClipScore
+from bpgo_video.rewards.motion import LearnedMotion, ShapesOracle
 from bpgo_video.tiny import world
 from bpgo_video.tiny.oracle import oracle_scores
 
@@ -115,12 +114,9 @@ def test_clip_score_is_the_cosine_recomputed_with_pillow_and_numpy():
     size = config["crop_size"]["height"]
     expected = np.zeros(videos.shape[:2])
     for sample, text in enumerate(texts):
-        tokens = reward.encoder.words.tokenizer([text], return_tensors="pt")
+        tokens = reward.tokenizer([text])
         wanted = (
-            reward.encoder.backbone.network.get_text_features(**tokens)
-            .pooler_output.detach()
-            .numpy()[0]
-            .astype(np.float64)
+            reward.backbone.network.get_text_features(**tokens).pooler_output.detach().numpy()[0].astype(np.float64)
         )
         for frame, picture in enumerate(videos[sample]):
             channels = [
@@ -129,11 +125,7 @@ def test_clip_score_is_the_cosine_recomputed_with_pillow_and_numpy():
             ]
             mean, std = (np.array(config[name])[:, None, None] for name in ("image_mean", "image_std"))
             pixels = torch.tensor((np.clip(channels, 0, 1) - mean) / std, dtype=torch.float32)[None]
-            shown = (
-                reward.encoder.backbone.network.get_image_features(pixel_values=pixels)
-                .pooler_output.detach()
-                .numpy()[0]
-            )
+            shown = reward.backbone.network.get_image_features(pixel_values=pixels).pooler_output.detach().numpy()[0]
             shown = shown.astype(np.float64)
             expected[sample, frame] = shown @ wanted / np.linalg.norm(shown) / np.linalg.norm(wanted)
     np.testing.assert_allclose(score(reward, videos, texts).numpy(), expected, atol=2e-4)
