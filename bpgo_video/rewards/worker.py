@@ -134,7 +134,9 @@ class WorkerReward(DescribedModel):
         with suppress(ValueError):
             if isinstance(message := json.loads(line), dict):
                 return message
-        raise MalformedMessage(f"the worker sent {line.rstrip()[:SHOWN].decode(errors='replace')!r}, which is no JSON object")
+        raise MalformedMessage(
+            f"the worker sent {line.rstrip()[:SHOWN].decode(errors='replace')!r}, which is no JSON object"
+        )
 
     @property
     def pid(self) -> int:
