@@ -1,4 +1,4 @@
-"""Do the embedded learned rewards tell right from wrong, and is ClipScore the cosine it says it is?"""
+"""The embedded learned rewards tell right from wrong, and ClipScore is the cosine that it states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards import Clips, FrameSampling
+from bpgo_video.rewards import Clips
 from bpgo_video.rewards.image_text import ClipScore
 from bpgo_video.rewards.motion import LearnedMotion, ShapesOracle
 from bpgo_video.tiny import world
@@ -131,12 +131,7 @@ def test_clip_score_is_the_cosine_recomputed_with_pillow_and_numpy():
     np.testing.assert_allclose(score(reward, videos, texts).numpy(), expected, atol=2e-4)
 
 
-def test_frames_are_spread_evenly_and_wide_videos_are_cropped_in_the_middle(clip):
-    assert FrameSampling(3).indices(9, 8.0) == [0, 4, 8]
-    assert FrameSampling().indices(9, 8.0) == list(range(9))
-    assert FrameSampling(1).indices(9, 8.0) == [0]
-    assert FrameSampling(fps=2.0).indices(10, 8.0) == [0, 4, 8]
-    assert FrameSampling(fps=16.0).indices(3, 8.0) == [0, 1, 2]
+def test_wide_videos_are_cropped_in_the_middle_and_times_are_those_of_the_scored_frames(clip):
     assert clip(Clips(torch.rand(1, 9, 3, 64, 64), 8.0, ("a red object",))).times.tolist() == [0.0, 0.5, 1.0]
     videos, captions = heldout_clips(1)
     texts = [caption.text for caption in captions]

@@ -68,6 +68,8 @@ class Breaking(Brightness):
             time.sleep(60)
         if self.how == "one video too few":
             return FrameScores(scores.values[1:], scores.times)
+        if self.how == "no frames":
+            return FrameScores(scores.values[:, :0], scores.times)
         if self.how == "nan":
             scores.values[1, 2] = torch.nan
         if self.how == "other frames":
