@@ -69,7 +69,7 @@ class Breaking(Brightness):
         if self.how == "one video too few":
             return FrameScores(scores.values[1:], scores.times)
         if self.how == "no frames":
-            return FrameScores(scores.values[:, :0], scores.times)
+            return FrameScores(scores.values[:, :0], clips.times[:0])
         if self.how == "nan":
             scores.values[1, 2] = torch.nan
         if self.how == "other frames":
