@@ -198,7 +198,7 @@ def test_rewards_on_one_network_load_it_once_and_encode_a_frame_once(tmp_path: P
     suite.score(*chunk())
     assert sum(shown) == 2 * 3
     other.score(*chunk())
-    assert sum(shown) == 2 * 2 * 3, "other clips are looked at anew"
+    assert sum(shown) == 2 * 2 * 3, "other clips are encoded again"
 
 
 def test_equal_classes_with_other_weights_dtype_or_preprocessing_share_nothing(tmp_path: Path) -> None:
@@ -214,6 +214,20 @@ def test_equal_classes_with_other_weights_dtype_or_preprocessing_share_nothing(t
     assert half.backbone.network is not both[0].backbone.network
     assert half.version != ClipScore(str(pick)).version
     torch.testing.assert_close(half(clips).values, both[0](clips).values / both[0].scale, atol=0.03, rtol=0)
+
+
+def test_rewards_that_read_one_network_differently_share_no_features(tmp_path: Path) -> None:
+    folder, other, backbones = folders.random_clip(tmp_path / "clip"), tmp_path / "other", Backbones()
+    folders.tokenizer(ends=False).save_pretrained(other)
+    (other / "preprocessor_config.json").write_text(json.dumps(folders.crops(28, 28) | {"image_mean": [0.1] * 3}))
+    clips, seen = some_clips(), []
+    for reward, options in (
+        (ClipScore, {}), (ClipScore, {"frames": 3}), (PickScore, {}), (PickScore, {"processor": str(other)})
+    ):  # fmt: skip
+        shared, own = (reward(str(folder), backbones=b, **options) for b in (backbones, None))
+        seen.append(shared(clips).values)
+        assert torch.equal(seen[-1], own(replace(clips, _cache={})).values)
+    assert not torch.allclose(seen[2], seen[3])
 
 
 def test_frames_are_scored_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
