@@ -20,7 +20,7 @@ import re
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Job:
     """A request by its id: the digest of its content, its scores or error to come, and when it was scored."""
 
     digest: bytes
-    reply: Future[dict[str, Any]]
+    reply: Future[dict[str, Any]] = field(default_factory=Future)
     ended: float = 0.0
 
 
@@ -102,8 +102,8 @@ class RewardService:
         """
         self._forget()
         if request_id not in self._jobs:
-            job = self._jobs[request_id] = Job(digest, self._thread.submit(self._score, clips))
-            job.reply.add_done_callback(lambda _: setattr(job, "ended", time.monotonic()))
+            job = self._jobs[request_id] = Job(digest)
+            job.reply = self._thread.submit(self._score, job, clips)
         if self._jobs[request_id].digest != digest:
             raise Refused(409, f"the id {request_id} was used for another request; every request needs its own")
         return self._jobs[request_id].reply
@@ -121,7 +121,7 @@ class RewardService:
                 del self._jobs[request_id]
 
     @torch.no_grad()
-    def _score(self, clips: Received) -> dict[str, Any]:
+    def _score(self, job: Job, clips: Received) -> dict[str, Any]:
         self.scored += 1
         try:
             with own_stream(self._device):
@@ -130,6 +130,8 @@ class RewardService:
             log.error("the model failed with %s", type(error).__name__)
             log.debug("its traceback", exc_info=True)
             return {"error": f"the model failed: {type(error).__name__}: {error}"}
+        finally:
+            job.ended = time.monotonic()
 
 
 def check_exposure(host: str, token: str | None) -> None:

@@ -38,16 +38,17 @@ def image_vector(model: CLIPModel, frame: torch.Tensor) -> np.ndarray:
     return unit(model.get_image_features(pixel_values=cut(frame, 28, 28)).pooler_output)
 
 
-def test_pickscore_is_the_scaled_cosine_of_cut_frames(tmp_path: Path) -> None:
+def test_clip_score_is_the_cosine_of_cropped_frames_and_pickscore_scales_it(tmp_path: Path) -> None:
     folder, clips = folders.random_clip(tmp_path), some_clips()
     model = CLIPModel.from_pretrained(folder).eval()
     scale = float(np.exp(model.logit_scale.item()))
-    expected = [
-        [scale * image_vector(model, frame) @ text_vector(folder, model, text) for frame in video]
+    expected = np.array([
+        [image_vector(model, frame) @ text_vector(folder, model, text) for frame in video]
         for video, text in zip(clips.videos, TEXTS, strict=True)
-    ]
+    ])  # fmt: skip
     reward = PickScore(str(folder))
-    np.testing.assert_allclose(reward(clips).values.numpy(), expected, atol=scale * 1e-5)
+    np.testing.assert_allclose(ClipScore(str(folder))(clips).values.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(reward(clips).values.numpy(), scale * expected, atol=scale * 1e-5)
     assert reward.range == (pytest.approx(-scale), pytest.approx(scale))
 
 
@@ -71,43 +72,6 @@ def test_hpsv2_is_open_clip_s_cosine_of_whole_frames(tmp_path: Path, size: tuple
         for frame, picture in enumerate(clips.videos[sample]):
             expected[sample, frame] = unit(model.visual(letterboxed(picture, 28))) @ wanted
     np.testing.assert_allclose(HPSv2(str(tmp_path / "hps"), str(base))(clips).values.numpy(), expected, atol=1e-5)
-
-
-def to_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The way back, written by hand: CLIPModel's names to open_clip's."""
-    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
-             "mlp.fc2": "mlp.c_proj"}  # fmt: skip
-    towers = {"text_model": "", "vision_model": "visual."}
-    found = {
-        "logit_scale": weights["logit_scale"],
-        "text_projection": weights["text_projection.weight"].T,
-        "visual.proj": weights["visual_projection.weight"].T,
-        "token_embedding.weight": weights["text_model.embeddings.token_embedding.weight"],
-        "visual.class_embedding": weights["vision_model.embeddings.class_embedding"],
-        "visual.conv1.weight": weights["vision_model.embeddings.patch_embedding.weight"],
-    }
-    for tower, prefix in towers.items():
-        found[f"{prefix}positional_embedding"] = weights[f"{tower}.embeddings.position_embedding.weight"]
-        norms = (
-            {"ln_final": "final_layer_norm"} if not prefix else {"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
-        )
-        for kind in ("weight", "bias"):
-            found |= {f"{prefix}{own}.{kind}": weights[f"{tower}.{theirs}.{kind}"] for own, theirs in norms.items()}
-            layer = 0
-            while (block := f"{tower}.encoder.layers.{layer}") + f".mlp.fc1.{kind}" in weights:
-                own = f"{prefix}transformer.resblocks.{layer}"
-                found |= {f"{own}.{to}.{kind}": weights[f"{block}.{name}.{kind}"] for name, to in parts.items()}
-                joined = [weights[f"{block}.self_attn.{which}_proj.{kind}"] for which in "qkv"]
-                found[f"{own}.attn.in_proj_{kind}"] = torch.cat(joined)
-                layer += 1
-    return found
-
-
-def test_open_clip_s_weights_come_back_to_the_bit(tmp_path: Path) -> None:
-    weights = random_hps(tmp_path / "hps").state_dict()
-    back = to_open_clip(from_open_clip(weights))
-    assert back.keys() == weights.keys()
-    assert all(torch.equal(back[name], weight) for name, weight in weights.items())
 
 
 def test_open_clip_s_names_are_those_of_clip_model_and_nothing_else(tmp_path: Path) -> None:
@@ -314,16 +278,16 @@ def test_preprocessor_configs_of_all_families_are_understood(tmp_path: Path, nam
         Preprocessing.of_folder(tmp_path)
 
 
-def test_a_hub_folder_is_asked_for_the_files_that_are_needed(tmp_path: Path, monkeypatch) -> None:
-    asked: list[tuple[str, list[str] | None]] = []
+def test_only_the_needed_files_of_a_hub_folder_are_requested(tmp_path: Path, monkeypatch) -> None:
+    requested: list[tuple[str, list[str] | None]] = []
 
     def download(name: str, allow_patterns: list[str] | None) -> str:
-        asked.append((name, allow_patterns))
+        requested.append((name, allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert resolve_folder("owner/name", only=WITHOUT_WEIGHTS) == resolve_folder("owner/name") == tmp_path
-    assert asked == [("owner/name", ["*.json", "*.txt", "*.jinja"]), ("owner/name", None)]
+    assert requested == [("owner/name", ["*.json", "*.txt", "*.jinja"]), ("owner/name", None)]
 
 
 def test_a_version_follows_the_files_that_are_read_and_no_others(tmp_path: Path) -> None:

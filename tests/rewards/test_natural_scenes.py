@@ -20,7 +20,7 @@ from tests.made.real_clips import blurred, noisy, real_bytes, real_clip, scored
 
 
 def part_of_scikit_video(name: str) -> ModuleType:
-    """One file of the package, which as a whole does not import beside numpy 2."""
+    """One file of the package, which as a whole does not import with numpy 2."""
     spec = importlib.util.spec_from_file_location(name, data_of("skvideo", f"utils/{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
