@@ -10,6 +10,8 @@ import itertools
 import json
 import os
 import random
+import re
+import ssl
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from bpgo_video.rewards.base import Clips, FrameScores
 from bpgo_video.rewards.wire import OWN_SHARE, DescribedModel, MalformedMessage, Packed, packed, scores_of
 
 FIRST_PAUSE, MAX_PAUSE = 0.1, 10.0  # seconds between two tries; doubled each time, with jitter
+URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/\S*)?")
 TRY_AGAIN = {429, 502, 503, 504}
 PIECE = 2**20  # bytes of pixels that are sent at a time
 MAX_REPLY = 64 * 2**20  # bytes
@@ -30,11 +33,7 @@ REASON_SHOWN = 500  # characters
 
 
 class Transient(Exception):
-    """A failure that repeating the request may cure; `pause` is the server's Retry-After in seconds."""
-
-    def __init__(self, reason: str, pause: float = 0.0):
-        super().__init__(reason)
-        self.pause = pause
+    """A failure that repeating the request may cure: its reason, and the server's Retry-After in seconds."""
 
 
 class RemoteReward(DescribedModel):
@@ -57,12 +56,13 @@ class RemoteReward(DescribedModel):
         self, url: str, token_env: str | None = None, videos_per_request: int | None = None,
         start_timeout: float = 60.0, patience: float = 120.0, timeout: float = 1500.0,
     ):  # fmt: skip
-        if httpx.URL(url).scheme not in ("http", "https") or not httpx.URL(url).host:
+        if not URL.fullmatch(url):
             raise ValueError(f"url is {url!r}; it must be like http://host:port or https://host:port")
         if token_env is not None and not os.environ.get(token_env):
             raise ValueError(f"token_env names {token_env}, which is not set or empty in the environment of this rank")
         headers = {} if token_env is None else {"Authorization": f"Bearer {os.environ[token_env]}"}
-        self._client = httpx.Client(headers=headers, trust_env=False)  # no proxy: the server is the cluster's own
+        # No proxy of the environment: the server is the cluster's own. Certificates are those of the system.
+        self._client = httpx.Client(headers=headers, trust_env=False, verify=ssl.create_default_context())
         self._url, self._videos_per_request = url.rstrip("/"), videos_per_request
         self._patience, self._timeout = patience, timeout
         self._jitter = random.Random(uuid.uuid4().int)  # no generator of the run's: only pauses depend on it
@@ -108,10 +108,10 @@ class RemoteReward(DescribedModel):
                 request = self._client.build_request(method, self._url + path, headers=headers, content=content)
                 return self._try(request, deadline)
             except Transient as failure:
-                tries += 1
-                wait = max(failure.pause, pause * self._jitter.uniform(0.5, 1.0))
+                reason, retry_after = failure.args
+                tries, wait = tries + 1, max(retry_after, pause * self._jitter.uniform(0.5, 1.0))
                 if time.monotonic() + wait >= deadline:
-                    raise TimeoutError(f"{self._url}{path} failed {tries} times; the last time: {failure}") from failure
+                    raise TimeoutError(f"{self._url}{path} failed {tries} times; the last time: {reason}") from failure
                 time.sleep(wait)
                 pause = min(2 * pause, MAX_PAUSE)
 
@@ -123,7 +123,7 @@ class RemoteReward(DescribedModel):
             with closing(response):
                 text = b"".join(itertools.islice(response.iter_bytes(PIECE), MAX_REPLY // PIECE))
         except httpx.RequestError as error:
-            raise Transient(f"{type(error).__name__}: {error}") from error
+            raise Transient(f"{type(error).__name__}: {error}", 0.0) from error
         status, said = response.status_code, text[:REASON_SHOWN].decode(errors="replace")
         if status in TRY_AGAIN:
             retry_after = response.headers.get("Retry-After", "")  # seconds, or a date, which is left to our own pauses
@@ -133,9 +133,9 @@ class RemoteReward(DescribedModel):
         try:
             reply = json.loads(text)
         except ValueError as error:
-            raise Transient(f"a reply that is no JSON: {said}") from error
+            raise Transient(f"a reply that is no JSON: {said}", 0.0) from error
         if not isinstance(reply, dict) or reply.get("id") != request.headers.get("X-Request-Id"):
-            raise Transient(f"a reply to another request: {said}")
+            raise Transient(f"a reply to another request: {said}", 0.0)
         return reply
 
 

@@ -59,11 +59,7 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that gets an error's status and a reason."""
-
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status = status
+    """A request that gets an error: the status, and the reason."""
 
 
 @dataclass
@@ -210,7 +206,7 @@ class RewardServer:
         try:
             status, message = 200, await self._answer(request)
         except Refused as refusal:
-            status, message = refusal.status, {"error": str(refusal)}
+            status, message = refusal.args[0], {"error": refusal.args[1]}
         path = "an unknown path" if status == 404 else request.url.path
         log.info("%s %s %d in %.3f s", request.method, path, status, time.monotonic() - started)
         headers = {"Retry-After": "1"} if status == 429 else {}

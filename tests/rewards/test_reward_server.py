@@ -353,8 +353,9 @@ def test_a_client_sends_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
             RemoteReward(url_of(server), "REWARD_TOKEN")
         with pytest.raises(ValueError, match="token_env names NO_TOKEN, which is not set"):
             RemoteReward(url_of(server), "NO_TOKEN")
-    with pytest.raises(ValueError, match="must be like http://host:port"):
-        RemoteReward("file:///etc/passwd")
+    for url in ("file:///etc/passwd", "node7:8011", "http://node7:port", "http://"):
+        with pytest.raises(ValueError, match="must be like http://host:port"):
+            RemoteReward(url)
 
 
 def test_too_many_videos_are_an_error_before_they_are_sent() -> None:
