@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-import httpx
+import httpx2
 import torch
 
 from bpgo_video.rewards.base import Clips, FrameScores
@@ -62,7 +62,7 @@ class RemoteReward(DescribedModel):
             raise ValueError(f"token_env names {token_env}, which is not set or empty in the environment of this rank")
         headers = {} if token_env is None else {"Authorization": f"Bearer {os.environ[token_env]}"}
         # No proxy of the environment: the server is the cluster's own. Certificates are those of the system.
-        self._client = httpx.Client(headers=headers, trust_env=False, verify=ssl.create_default_context())
+        self._client = httpx2.Client(headers=headers, trust_env=False, verify=ssl.create_default_context())
         self._url, self._videos_per_request = url.rstrip("/"), videos_per_request
         self._patience, self._timeout = patience, timeout
         self._jitter = random.Random(uuid.uuid4().int)  # no generator of the run's: only pauses depend on it
@@ -115,14 +115,14 @@ class RemoteReward(DescribedModel):
                 time.sleep(wait)
                 pause = min(2 * pause, MAX_PAUSE)
 
-    def _try(self, request: httpx.Request, deadline: float) -> dict[str, Any]:
+    def _try(self, request: httpx2.Request, deadline: float) -> dict[str, Any]:
         seconds = max(0.001, min(self._patience, deadline - time.monotonic()))
-        request.extensions["timeout"] = httpx.Timeout(seconds).as_dict()
+        request.extensions["timeout"] = httpx2.Timeout(seconds).as_dict()
         try:
             response = self._client.send(request, stream=True)
             with closing(response):
                 text = b"".join(itertools.islice(response.iter_bytes(PIECE), MAX_REPLY // PIECE))
-        except httpx.RequestError as error:
+        except httpx2.RequestError as error:
             raise Transient(f"{type(error).__name__}: {error}", 0.0) from error
         status, said = response.status_code, text[:REASON_SHOWN].decode(errors="replace")
         if status in TRY_AGAIN:
