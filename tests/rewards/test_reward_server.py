@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +49,25 @@ def served(
             server.shutdown()
             thread.join()
             service.close()
+
+
+class Waiting(Brightness):
+    """Scores once `may_score` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_score = threading.Event()
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        assert self.may_score.wait(30)
+        return super().__call__(clips)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def url_of(server: RewardServer) -> str:
@@ -158,26 +177,26 @@ def test_many_clients_are_served_in_turn_and_few_requests_are_held(monkeypatch: 
 
 
 def test_a_full_server_says_when_to_try_again() -> None:
-    with served(Brightness(seconds=0.5), limits=Limits(waiting=1, patience=0.01)) as server:
+    with served(model := Waiting(), limits=Limits(waiting=1, patience=0.01)) as server:
         first = threading.Thread(target=RemoteReward(url_of(server)), args=(clips_of("first"),))
         first.start()
-        while not server.turns.locked():
-            time.sleep(0.001)
+        until(server.turns.locked)
         response = post(server, body_of(clips_of("second")))
         assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
         assert "1 requests are waiting" in response.json()["error"]
+        model.may_score.set()
         first.join()
 
 
 def test_a_server_that_shuts_down_scores_what_was_requested() -> None:
     requests = crowd(3)
-    with ThreadPoolExecutor(3) as clients:
-        with served(model := Brightness(seconds=0.2)) as server:
-            work = [clients.submit(RemoteReward(url_of(server)), clips) for clips in requests]
-            while server.turns._value > Limits().waiting - 3:
-                time.sleep(0.001)
-        assert model.received.total() == 3
-        found = [scores.result(timeout=5) for scores in work]
+    with served(model := Waiting()) as server, ThreadPoolExecutor(3) as clients:
+        work = [clients.submit(RemoteReward(url_of(server)), clips) for clips in requests]
+        until(lambda: server.turns._value == Limits().waiting - 3)
+        server.shutdown()
+        model.may_score.set()
+        found = [scores.result(timeout=30) for scores in work]
+    assert model.received.total() == 3
     assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, found, strict=True))
 
 
