@@ -24,8 +24,7 @@ from bpgo_video.cli import Parser, device, positive, run_command, shown_as
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.rewards.building import build_reward
-from bpgo_video.rewards.server import Limits, RewardServer, check_exposure
-from bpgo_video.rewards.service import RewardService
+from bpgo_video.rewards.server import Limits, RewardServer, RewardService, check_exposure
 
 
 def reward_named(recipe: Path, name: str) -> RewardConfig:

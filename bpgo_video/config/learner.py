@@ -31,9 +31,9 @@ class RewardConfig:
     timeout: Annotated[float, Field(gt=0.0)] = 1500.0
     """Seconds that one call, the videos of one chunk, may take before the run ends with the model's name; the default
     is below the half hour after which a collective gives up without it."""
-    rests_on: Literal["device", "cpu"] = "device"
-    """Where the model's weights are while nothing is scored: `cpu` frees their memory for the update, and moves them
-    there and back once a step."""
+    offload: bool = False
+    """Keep the model's weights on the CPU while nothing is scored: this frees their memory for the update, and moves
+    them to the device and back once a step."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,4 +1,4 @@
-"""Reward models: the contract in base.py, several at once in suite.py, one model a file."""
+"""Reward models: base.py states the contract, building.py lists the models, suite.py scores with several at once."""
 
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardModel
 

@@ -1,6 +1,6 @@
-"""How do the scores of a video's frames become the video's score? Functions in a table.
+"""Aggregates of frame scores: a table of functions from a video's frame scores to the video's score.
 
-Scores come oriented: higher is better. `at` is each function's own number; see AGGREGATES.
+Scores are oriented: higher is better. `at` is the recipe's `aggregate_at`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def mean(scores: Float[Tensor, "samples scored"], at: float) -> Float[Tensor, "s
 
 
 def worst(scores: Float[Tensor, "samples scored"], at: float) -> Float[Tensor, "samples"]:
-    """The worst frame's."""
+    """Score of the worst frame."""
     return scores.amin(dim=1)
 
 
 def soft_min(scores: Float[Tensor, "samples scored"], at: float) -> Float[Tensor, "samples"]:
-    """-at log mean exp(-scores/at): the worst frame's as `at` goes to 0, the mean as it grows; in the score's units."""
+    """-at log mean exp(-scores/at), in the score's units: the minimum as `at` goes to 0, the mean as it grows."""
     return -at * (torch.logsumexp(-scores / at, dim=1) - math.log(scores.shape[1]))
 
 
@@ -36,7 +36,7 @@ def top_share(scores: Float[Tensor, "samples scored"], at: float) -> Float[Tenso
 
 
 def share_above(scores: Float[Tensor, "samples scored"], at: float) -> Float[Tensor, "samples"]:
-    """Share of the frames whose score is above `at`."""
+    """Share of the frames with a score above `at`."""
     return (scores > at).float().mean(dim=1)
 
 

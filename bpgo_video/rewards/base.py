@@ -1,4 +1,4 @@
-"""What is a reward? A model that scores the frames of videos, or each video as a whole.
+"""The reward contract: what a model receives, what it returns, and which members it has.
 
 A user's own reward is any class with the members of `RewardModel`, named in a recipe as `my_pkg.rewards:MyReward`.
 """
@@ -16,24 +16,25 @@ from torch import Tensor
 from bpgo_video.types import Videos
 
 T = TypeVar("T")
+Device = torch.device | str
 
 
 @dataclass(frozen=True)
 class Clips:
-    """What a reward model is shown.
+    """The videos that a reward model scores.
 
     Attributes:
         videos: RGB pixels in [0, 1].
-        fps: frames a second, above 0.
+        fps: frames per second, above 0.
         texts: the prompt of each video.
-        images: the picture that each video was to continue (image-to-video), RGB in [0, 1]; None for prompts of texts.
+        images: the image that each video continues (image-to-video), RGB in [0, 1]; None for text prompts.
     """
 
     videos: Videos
     fps: float
     texts: tuple[str, ...]
     images: Float[Tensor, "samples 3 height width"] | None = None
-    _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.videos.shape[0]
@@ -43,25 +44,30 @@ class Clips:
         """Seconds of each frame from the first."""
         return torch.arange(self.videos.shape[1], dtype=torch.float64) / self.fps
 
-    def of(self, rows: Int[Tensor, "rows"]) -> Clips:
-        """Some of the videos; what was found for all is not known of them."""
-        images = None if self.images is None else self.images[rows]
-        return Clips(self.videos[rows], self.fps, tuple(self.texts[row] for row in rows.tolist()), images)
+    def select(self, rows: Int[Tensor, "rows"] | slice) -> Clips:
+        """Some of the videos, with an empty cache."""
+        texts = self.texts[rows] if isinstance(rows, slice) else tuple(self.texts[row] for row in rows.tolist())
+        return Clips(self.videos[rows], self.fps, texts, None if self.images is None else self.images[rows])
+
+    def stills(self) -> Clips:
+        """The images as videos of one frame."""
+        assert self.images is not None
+        return Clips(self.images[:, None], self.fps, self.texts)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """`compute()`, or what it gave for these clips before: rewards on one network share features by their key."""
-        if key not in self._found:
-            self._found[key] = compute()
-        return self._found[key]
+        """`compute()`, cached by `key`: rewards that share a network share its features."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
 
 
 @dataclass(frozen=True)
 class FrameScores:
-    """What a reward model found.
+    """The scores that a reward model returns.
 
     Attributes:
-        values: a score per video and frame that was looked at, or a single column for the video as a whole.
-        times: seconds of those frames from the first, increasing; None where the score is of the whole video.
+        values: a score per video and scored frame, or a single column for the video as a whole.
+        times: seconds of the scored frames from the first, increasing; None where the score is of the whole video.
     """
 
     values: Float[Tensor, "samples scored"]
@@ -70,10 +76,10 @@ class FrameScores:
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """Which frames a model looks at: all of them, `count` spread evenly, or `fps` of every second.
+    """Which frames a model scores: all of them, `count` spread evenly, or `fps` per second.
 
     Raises:
-        ValueError: both are given, or one that is not above 0.
+        ValueError: both are given, or one is not above 0.
     """
 
     count: int | None = None
@@ -84,53 +90,73 @@ class FrameSampling:
             raise ValueError(f"frames = {self.count} and frames_per_second = {self.fps}: give one of them")
         for name, value in (("frames", self.count), ("frames_per_second", self.fps)):
             if value is not None and not value > 0:
-                raise ValueError(f"{name} = {value}: must be above 0; leave it out to look at every frame")
+                raise ValueError(f"{name} = {value}: must be above 0; leave it out to score every frame")
 
     def indices(self, total: int, fps: float) -> list[int]:
-        """Of a video of `total` frames at `fps` a second, in order; an even spread of 2 or more has both ends."""
+        """Sampled frames of a video of `total` frames, in order; an even spread of 2 or more includes both ends."""
         if self.fps is not None:
             stride = max(1.0, fps / self.fps)
             return [round(i * stride) for i in range(int((total - 1) / stride) + 1)]
         if self.count is None or self.count >= total:
             return list(range(total))
-        return [round(i * (total - 1) / max(1, self.count - 1)) for i in range(self.count)]
+        return spread(self.count, total)
+
+    def of(self, clips: Clips) -> list[int]:
+        return self.indices(clips.videos.shape[1], clips.fps)
 
     def __str__(self) -> str:
         return f"{self.fps:g}fps" if self.fps is not None else str(self.count or "all")
 
 
+def spread(count: int, total: int) -> list[int]:
+    """Exactly `count` frames spread evenly over a video, both ends included; a shorter video repeats frames."""
+    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
+
+
 @runtime_checkable
 class RewardModel(Protocol):
-    """Members that a reward model must have.
+    """Members of a reward model. A class that inherits from this one gets the defaults.
 
     Attributes:
-        name, version: what was measured; the version is a hash that changes when the scores do.
+        name, version: what was measured; the version must change when the scores do.
         range: lowest and highest score.
-        higher_is_better: a suite turns the sign of the others.
+        higher_is_better: a suite flips the sign of models where this is False.
         differentiable: scores carry a gradient with respect to the pixels.
-        kind: "real", "proxy" (stands in for a model that is not at hand) or "test" (knows the truth of a toy world).
-        frames: which frames it looks at.
+        kind: "real", "proxy" (stands in for an unavailable model) or "test" (knows the truth of a toy world).
+        frames: which frames it scores.
     """
 
     name: str
     version: str
-    range: tuple[float, float]
-    higher_is_better: bool
-    differentiable: bool
-    kind: str
-    frames: FrameSampling
+    range: tuple[float, float] = (0.0, 1.0)
+    higher_is_better: bool = True
+    differentiable: bool = False
+    kind: str = "real"
+    frames: FrameSampling = FrameSampling()
 
     def __call__(self, clips: Clips) -> FrameScores: ...
+
+
+class FrameReward(RewardModel):
+    """A reward that scores each sampled frame, or the last of them where it compares frames with earlier ones."""
+
+    def score(self, clips: Clips, indices: list[int]) -> Float[Tensor, "samples scored"]:
+        raise NotImplementedError(f"{type(self).__name__} has no score()")
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        indices = self.frames.of(clips)
+        scores = self.score(clips, indices)
+        return FrameScores(scores, clips.times[indices[-scores.shape[1] :]])
 
 
 class RewardError(RuntimeError):
     """A reward model failed; the message names the model, the prompt and the sample."""
 
 
-def at_least_two_frames(name: str, clips: Clips) -> None:
+def require_two_frames(name: str, clips: Clips) -> None:
     """
     Raises:
-        RewardError: a reward that compares frames is shown single pictures.
+        RewardError: a reward that compares frames received videos of one frame.
     """
     if clips.videos.shape[1] < 2:
         raise RewardError(f"reward {name!r} compares neighbouring frames; {clips.texts[0]!r} has a video of one frame")

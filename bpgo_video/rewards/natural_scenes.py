@@ -1,4 +1,4 @@
-"""How natural is a picture's texture? The statistics of natural scenes that BRISQUE and NIQE are made of.
+"""Statistics of natural scenes, which BRISQUE and NIQE are made of.
 
 A picture less its local mean, over its local deviation, and the products of neighbours in it have, in a photograph, an
 asymmetric generalised Gaussian distribution; blur, noise and blocks change its shape.
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate
 
+Picture = Float[Tensor, "frames height width"]  # brightness in [0, 255]
 RADIUS, SIGMA = 3, 7 / 6  # of the local window, in pixels
 SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))  # neighbours: right, below, on both diagonals
-ALPHAS = (0.2, 10.0, 0.001)  # lowest and highest shape that is looked for, and the table's step
-TINY = 1e-12  # keeps an even picture's statistics finite
+ALPHAS = (0.2, 10.0, 0.001)  # lowest and highest shape of the table, and its step
+TINY = 1e-12  # keeps the statistics of a picture of one colour finite
 
 
 @dataclass(frozen=True)
@@ -45,34 +47,63 @@ class Shape:
         return (self.right - self.left) * self.ratio * share
 
 
-def luma(images: Float[Tensor, "frames 3 height width"]) -> Float[Tensor, "frames height width"]:
+def luma(images: Float[Tensor, "frames 3 height width"]) -> Picture:
     """Brightness in [0, 255] of RGB in [0, 1] (BT.601)."""
-    weights = images.new_tensor([0.299, 0.587, 0.114])
-    return 255 * torch.einsum("fchw,c->fhw", images, weights)
+    return 255 * torch.einsum("fchw,c->fhw", images, images.new_tensor([0.299, 0.587, 0.114]))
 
 
-def halved(luma: Float[Tensor, "frames height width"]) -> Float[Tensor, "frames half_height half_width"]:
+def brisque_statistics(picture: Picture) -> Float[Tensor, "frames 36"]:
+    """18 at each of two sizes."""
+    sizes = []
+    for scaled in (picture, halved(picture)):
+        itself, *products = shapes(contrast_normalised(scaled))
+        columns = [itself.alpha, (itself.left**2 + itself.right**2) / 2]
+        for product in products:
+            columns += [product.alpha, product.mean, product.left**2, product.right**2]
+        sizes.append(torch.stack(columns, dim=1))
+    return torch.cat(sizes, dim=1)
+
+
+def niqe_statistics(picture: Picture, patch: int) -> Float[Tensor, "frames patches 36"]:
+    """18 of each whole patch at each of two sizes.
+
+    Both diagonals have the left scale twice, in place of the right one, as the published mean and covariance have.
+    """
+    height, width = (side // patch * patch for side in picture.shape[-2:])
+    picture, sizes = picture[:, :height, :width], []
+    for scaled, side in ((picture, patch), (halved(picture), patch // 2)):
+        patches = rearrange(contrast_normalised(scaled), "f (y h) (x w) -> (f y x) h w", h=side, w=side)
+        itself, *products = shapes(patches)
+        columns = [itself.alpha, itself.ratio * (itself.left + itself.right) / 2]
+        for index, product in enumerate(products):
+            second = product.right if index < 2 else product.left
+            columns += [product.alpha, product.mean, product.ratio * product.left, product.ratio * second]
+        sizes.append(torch.stack(columns, dim=1).unflatten(0, (len(picture), -1)))
+    return torch.cat(sizes, dim=2)
+
+
+def halved(picture: Picture) -> Float[Tensor, "frames half_height half_width"]:
     """Half the size (bicubic, antialiased)."""
-    height, width = luma.shape[-2:]
-    return interpolate(luma[:, None], (height // 2, width // 2), mode="bicubic", antialias=True)[:, 0]
+    height, width = picture.shape[-2:]
+    return interpolate(picture[:, None], (height // 2, width // 2), mode="bicubic", antialias=True)[:, 0]
 
 
-def contrast_normalised(luma: Float[Tensor, "frames height width"]) -> Float[Tensor, "frames height width"]:
+def contrast_normalised(picture: Picture) -> Picture:
     """(I - mu) / (sigma + 1) with mu and sigma of a Gaussian window of 7x7 pixels, zeros beyond the edge."""
-    offsets = torch.arange(-RADIUS, RADIUS + 1, device=luma.device, dtype=luma.dtype)
+    offsets = torch.arange(-RADIUS, RADIUS + 1, device=picture.device, dtype=picture.dtype)
     weights = torch.softmax(-(offsets**2) / (2 * SIGMA**2), dim=0)
 
     def smooth(images: Tensor) -> Tensor:
         columns = conv2d(images[:, None], weights.view(1, 1, -1, 1), padding=(RADIUS, 0))
         return conv2d(columns, weights.view(1, 1, 1, -1), padding=(0, RADIUS))[:, 0]
 
-    mean = smooth(luma)
-    deviation = (smooth(luma**2) - mean**2).abs().sqrt()
-    return (luma - mean) / (deviation + 1)
+    mean = smooth(picture)
+    deviation = (smooth(picture**2) - mean**2).abs().sqrt()
+    return (picture - mean) / (deviation + 1)
 
 
 def shapes(normalised: Float[Tensor, "frames height width"]) -> list[Shape]:
-    """Of the picture itself and of the products with each of its neighbours, which go round at the edges."""
+    """Of the picture itself and of its products with each neighbour; neighbours wrap around at the edges."""
     products = [normalised * normalised.roll(shift, dims=(1, 2)) for shift in SHIFTS]
     return [fit(values.flatten(1)) for values in (normalised, *products)]
 

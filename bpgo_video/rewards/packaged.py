@@ -1,4 +1,4 @@
-"""Where do the networks and parameters that other packages ship come from? Optional packages, imported late."""
+"""Optional packages that carry weights and parameters of rewards; imported late."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def data_of(module: str, file: str) -> Path:
         raise missing(module)
     path = Path(spec.origin).parent / file
     if not path.is_file():
-        raise ImportError(f"{path} does not exist; {module} is another version than the one this was written for")
+        raise ImportError(f"{path} does not exist; this version of {module} is not the one that is supported")
     return path
 
 
@@ -49,6 +49,6 @@ def missing(module: str) -> ImportError:
     return ImportError(f"this reward needs the package of {module!r}, which is not installed: {command}")
 
 
-def release(*packages: str) -> str:
-    """What a score depends on where weights come with packages: their names and versions."""
-    return "-".join(f"{package}-{version(package)}" for package in packages)
+def release(package: str) -> str:
+    """Name and version of a package, which scores depend on where weights come with it."""
+    return f"{package}-{version(package)}"

@@ -1,15 +1,16 @@
-"""How is a reward model served over HTTP? Few requests at once, of bounded size, each checked before it is believed.
+"""HTTP server of one reward model: few requests at once, of bounded size, each scored once.
 
     GET  /health   {"status": "ok"}, without a token
     GET  /reward   what is served: name, version, range ...
     POST /score    X-Request-Id; a line of JSON (`wire.ClipsHeader`), then pixels; {"id", "version", "values", "times"}
 
-Refusals are {"error": reason} with status 400, 401, 404, 409, 411, 413, 429 (Retry-After), 500 or 503. Nothing is ever
-unpickled, and no prompt is logged.
+Errors are {"error": reason} with status 400, 401, 404, 408, 409, 411, 413, 429 (Retry-After) or 500; above the limit of
+connections uvicorn answers 503. Nothing is ever unpickled, and no prompt is logged.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -17,27 +18,32 @@ import json
 import logging
 import re
 import socket
-import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import uvicorn
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.rewards.service import OtherContent, RewardService
-from bpgo_video.rewards.wire import MalformedMessage, received
+from bpgo_video.rewards.ahead import own_stream
+from bpgo_video.rewards.base import RewardModel
+from bpgo_video.rewards.wire import MalformedMessage, Received, description_of, received, scores_message
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[0-9a-zA-Z-]{8,64}")
-LONGEST_HEADER = 2**20  # bytes of the JSON line
-DRAINED = 2**20  # bytes of a refused body that are read, so that a small one's sender sees the reply
+MAX_HEADER = 2**20  # bytes of the JSON line
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """A server's limits.
 
     Attributes:
         waiting: requests that are read, wait or are scored; each holds its pixels.
@@ -53,15 +59,79 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that gets a status and a reason."""
+    """A request that gets an error: the status, and the reason."""
 
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status = status
+
+@dataclass
+class Job:
+    """A request by its id: the digest of its content, its scores or error to come, and when it was scored."""
+
+    digest: bytes
+    reply: Future[dict[str, Any]] = field(default_factory=Future)
+    ended: float = 0.0
+
+
+class RewardService:
+    """Scores each request once, however often it is sent, and keeps the scores.
+
+    One thread scores, a request at a time, in order. Requests are never merged into one batch: scores could then
+    depend, in their last bits, on other clients.
+
+    Args:
+        device: of the model.
+        kept: finished requests whose scores are kept.
+        keep_seconds: how long they are kept at most.
+    """
+
+    def __init__(self, model: RewardModel, device: torch.device, kept: int = 4096, keep_seconds: float = 3600.0):
+        self.description = description_of(model)
+        self.scored = 0
+        self._model, self._device, self._kept, self._keep_seconds = model, device, kept, keep_seconds
+        self._jobs: dict[str, Job] = {}
+        self._thread = ThreadPoolExecutor(1, "scoring", torch.set_num_threads, (torch.get_num_threads(),))
+
+    def submit(self, request_id: str, digest: bytes, clips: Received) -> Future[dict[str, Any]]:
+        """The reply to the request of this id, which is queued if it is new; call it from one thread.
+
+        Raises:
+            Refused: the id stands for another request.
+        """
+        self._forget()
+        if request_id not in self._jobs:
+            job = self._jobs[request_id] = Job(digest)
+            job.reply = self._thread.submit(self._score, job, clips)
+        if self._jobs[request_id].digest != digest:
+            raise Refused(409, f"the id {request_id} was used for another request; every request needs its own")
+        return self._jobs[request_id].reply
+
+    def close(self) -> None:
+        """Returns once all queued requests are scored."""
+        self._thread.shutdown()
+
+    def _forget(self) -> None:
+        """Drops finished jobs that are too many, the oldest first, or too old."""
+        finished = [request_id for request_id, job in self._jobs.items() if job.ended]
+        oldest = time.monotonic() - self._keep_seconds
+        for number, request_id in enumerate(finished):
+            if number < len(finished) - self._kept or self._jobs[request_id].ended < oldest:
+                del self._jobs[request_id]
+
+    @torch.no_grad()
+    def _score(self, job: Job, clips: Received) -> dict[str, Any]:
+        self.scored += 1
+        try:
+            with own_stream(self._device):
+                return scores_message(self._model(clips.clips()))
+        except Exception as error:  # the request's failure: its client is told, and the next request is scored
+            log.error("the model failed with %s", type(error).__name__)
+            log.debug("its traceback", exc_info=True)
+            return {"error": f"the model failed: {type(error).__name__}: {error}"}
+        finally:
+            job.ended = time.monotonic()
 
 
 def check_exposure(host: str, token: str | None) -> None:
-    """Other machines are served with a token only.
+    """Other machines are served only with a token.
 
     Raises:
         ConfigError: the host is not loopback, and there is no token.
@@ -69,159 +139,140 @@ def check_exposure(host: str, token: str | None) -> None:
     is_address = host[:1].isdecimal() or ":" in host
     loopback = ipaddress.ip_address(host).is_loopback if is_address else host == "localhost"
     if not loopback and not token:
-        raise ConfigError(
-            f"host is {host!r}, which other machines can reach, and there is no token: name an environment variable "
-            "that holds one with --token-env, or leave --host at 127.0.0.1"
-        )
+        fix = "name an environment variable that holds one with --token-env, or leave --host at 127.0.0.1"
+        raise ConfigError(f"host is {host!r}, which other machines can reach, and there is no token: {fix}")
 
 
-class RewardServer(ThreadingHTTPServer):
-    """Listens from the start; `serve_forever` answers.
+class ImpatientProtocol(H11Protocol):
+    """uvicorn's, which also closes connections that are silent before their request is whole."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self._unset_keepalive_if_required()
+            wait = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+            self.timeout_keep_alive_task = wait
+
+
+class RewardServer:
+    """Listens from the start; `serve_forever` answers. An ASGI application.
 
     Args:
         port: 0 takes a free one, see `server_address`.
 
     Raises:
-        ConfigError: other machines could ask without a token.
+        ConfigError: other machines could connect without a token.
         OSError: the port is taken.
     """
-
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, service: RewardService, host: str, port: int, token: str | None, limits: Limits):
         check_exposure(host, token)
         self.service, self.token, self.limits = service, token, limits
-        self.turns = threading.BoundedSemaphore(limits.waiting)
-        self._connections = threading.BoundedSemaphore(limits.connections)
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
+        self.turns = asyncio.Semaphore(limits.waiting)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.socket = socket.create_server((host, port), family=family, backlog=limits.connections)
+        self.server_address: tuple[Any, ...] = self.socket.getsockname()
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                self, http=ImpatientProtocol, ws="none", lifespan="off", access_log=False, log_config=None,
+                log_level="warning", backlog=limits.connections, limit_concurrency=limits.connections,
+                timeout_keep_alive=limits.patience,  # type: ignore[arg-type]
+            )
+        )  # fmt: skip
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._connections.acquire(blocking=False):
-            request.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\n\r\n")
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
+    def __enter__(self) -> RewardServer:
+        return self
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def serve_forever(self) -> None:
+        """Answers until `shutdown`, SIGTERM or Ctrl-C; requests that were read are scored and answered first."""
+        self._server.run(sockets=[self.socket])
+
+    def shutdown(self) -> None:
+        """Makes `serve_forever` end, in another thread."""
+        self._server.should_exit = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request, started = Request(scope, receive), time.monotonic()
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._connections.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.info("%s went away", client_address[0], exc_info=log.isEnabledFor(logging.DEBUG))
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection, one request."""
-
-    server: RewardServer
-
-    def setup(self) -> None:
-        super().setup()
-        self.connection.settimeout(self.server.limits.patience)
-        self.left = 0  # bytes of the body that are not read yet
-
-    def do_GET(self) -> None:
-        self._respond({"/health": self._health, "/reward": self._describe}.get(self.path, self._nothing))
-
-    def do_POST(self) -> None:
-        self._respond({"/score": self._score}.get(self.path, self._nothing))
-
-    def _respond(self, answer: Any) -> None:
-        began = time.monotonic()
-        try:
-            status, message = 200, answer()
+            status, message = 200, await self._answer(request)
         except Refused as refusal:
-            status, message = refusal.status, {"error": str(refusal)}
-            self.rfile.read(min(self.left, DRAINED))
-        self._send(status, message)
-        path = "an unknown path" if status == 404 else self.path
-        log.info("%s %s %d in %.3f s", self.command, path, status, time.monotonic() - began)
+            status, message = refusal.args[0], {"error": refusal.args[1]}
+        path = "an unknown path" if status == 404 else request.url.path
+        log.info("%s %s %d in %.3f s", request.method, path, status, time.monotonic() - started)
+        headers = {"Retry-After": "1"} if status == 429 else {}
+        await Response(json.dumps(message), status, headers, "application/json")(scope, receive, send)
 
-    def _send(self, status: int, message: Mapping[str, Any]) -> None:
-        text = json.dumps(message).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        if status in (429, 503):
-            self.send_header("Retry-After", "1")
-        self.end_headers()
-        self.wfile.write(text)
-
-    def _nothing(self) -> dict[str, Any]:
+    async def _answer(self, request: Request) -> dict[str, Any]:
+        match request.method, request.url.path:
+            case "GET", "/health":
+                return {"status": "ok"}
+            case "GET", "/reward":
+                self._check_token(request)
+                return {**self.service.description, "max_bytes": self.limits.bytes}
+            case "POST", "/score":
+                return await self._score(request)
         raise Refused(404, "there are GET /health, GET /reward and POST /score")
 
-    def _health(self) -> dict[str, Any]:
-        return {"status": "ok"}
-
-    def _describe(self) -> dict[str, Any]:
-        self._check_token()
-        return {**self.server.service.description, "max_bytes": self.server.limits.bytes}
-
-    def _score(self) -> dict[str, Any]:
-        self._check_length()
-        self._check_token()
-        request_id = self.headers.get("X-Request-Id", "")
+    async def _score(self, request: Request) -> dict[str, Any]:
+        size = self._checked_length(request)
+        self._check_token(request)
+        request_id = request.headers.get("X-Request-Id", "")
         if not REQUEST_ID.fullmatch(request_id):
             raise Refused(400, "X-Request-Id must be 8 to 64 letters, digits or hyphens")
-        if not self.server.turns.acquire(timeout=self.server.limits.patience):
-            raise Refused(429, f"{self.server.limits.waiting} requests are waiting; come again")
         try:
-            return self._scored(request_id)
+            await asyncio.wait_for(self.turns.acquire(), self.limits.patience)
+        except TimeoutError:
+            raise Refused(429, f"{self.limits.waiting} requests are waiting; try again later") from None
+        try:
+            reply = await asyncio.wrap_future(await self._submit(request, request_id, size))
         finally:
-            self.server.turns.release()
+            self.turns.release()
+        if "error" in reply:
+            raise Refused(500, reply["error"])
+        return {"id": request_id, "version": self.service.description["version"], **reply}
 
-    def _scored(self, request_id: str) -> dict[str, Any]:
-        service, body = self.server.service, self._body()
-        line = bytes(body[:LONGEST_HEADER]).partition(b"\n")[0]
+    async def _submit(self, request: Request, request_id: str, size: int) -> Future[dict[str, Any]]:
+        body, chunks = bytearray(), aiter(request.stream())
         try:
-            asked = received(_json(line), memoryview(body)[len(line) + 1 :])
-            job = service.submit(request_id, hashlib.sha256(body).digest(), asked)
+            while len(body) < size:
+                body += await asyncio.wait_for(anext(chunks), self.limits.patience)
+        except (TimeoutError, ClientDisconnect):
+            raise Refused(408, f"{len(body)} of {size} bytes arrived") from None
+        try:
+            digest, clips = await asyncio.to_thread(_parse, body)
         except MalformedMessage as error:
-            raise Refused(400, str(error)) from error
-        except OtherContent as error:
-            raise Refused(409, str(error)) from error
-        del body, asked  # the job drops them once scored
-        job.done.wait()
-        if job.error is not None:
-            raise Refused(500, f"the model failed: {job.error}")
-        return {"id": request_id, "version": service.description["version"], **(job.scores or {})}
+            raise Refused(400, str(error)) from None
+        return self.service.submit(request_id, digest, clips)
 
-    def _check_token(self) -> None:
-        given = self.headers.get("Authorization", "").encode("latin-1")
-        token = self.server.token
-        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+    def _check_token(self, request: Request) -> None:
+        given = request.headers.get("Authorization", "").encode("latin-1")
+        if self.token is not None and not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
             raise Refused(401, "the Authorization header does not hold this server's token")
 
-    def _check_length(self) -> None:
-        stated, limit = self.headers.get("Content-Length", ""), self.server.limits.bytes
+    def _checked_length(self, request: Request) -> int:
+        stated, limit = request.headers.get("Content-Length", ""), self.limits.bytes
         if not stated.isdecimal():
             raise Refused(411, "Content-Length must state the size of the request")
-        self.left = int(stated)
-        if self.left > limit:
+        if int(stated) > limit:
             raise Refused(413, f"the request has {stated} bytes; this server takes {limit}: send fewer videos at once")
-
-    def _body(self) -> bytearray:
-        body = bytearray(self.left)
-        view, at = memoryview(body), 0
-        while self.left:
-            count = self.rfile.readinto1(view[at:])  # type: ignore[attr-defined]
-            if not count:
-                raise ConnectionError("the request ended early")
-            at, self.left = at + count, self.left - count
-        return body
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: `_respond` logs, and the standard log would show what a client put into its request line."""
+        return int(stated)
 
 
-def _json(line: bytes) -> object:
+def _parse(body: bytearray) -> tuple[bytes, Received]:
+    """Digest and checked content of a request."""
+    line = bytes(body[:MAX_HEADER]).partition(b"\n")[0]
     try:
-        return json.loads(line)
+        header = json.loads(line)
     except ValueError:
-        raise MalformedMessage(
-            f"the request does not begin with a line of JSON within {LONGEST_HEADER} bytes"
-        ) from None
+        raise MalformedMessage(f"the request does not begin with a line of JSON within {MAX_HEADER} bytes") from None
+    return hashlib.sha256(body).digest(), received(header, memoryview(body)[len(line) + 1 :])

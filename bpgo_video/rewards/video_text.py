@@ -1,59 +1,42 @@
-"""How near is a video to its text? One cosine a video, by a network that reads a fixed number of frames at once."""
+"""Video-text rewards: one cosine per video, by networks that read a fixed number of frames at once."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import VideoPrismClipModel, XCLIPModel
 
-from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards.backbones import Backbones, Dtype, version
-from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores
-from bpgo_video.rewards.preprocessing import Preprocessing, spread, video_features
-from bpgo_video.rewards.words import Words
+from bpgo_video.rewards.backbones import Backbone, Backbones, Dtype, NetworkReward
+from bpgo_video.rewards.base import Clips, Device, FrameSampling, FrameScores, spread
+from bpgo_video.rewards.preprocessing import Preprocessing
 
 
-class VideoTextScore(ABC):
-    """A reward of whole videos; a subclass says which network, what it sees, and how it compares.
-
-    The network's own number of frames is taken, spread evenly.
+class VideoTextScore(NetworkReward):
+    """cos(video, prompt) on the network's own number of frames, spread evenly.
 
     Args:
         model: local folder or hub id.
 
     Attributes:
-        network: the transformers class.
-        padding: of the texts, see `Words`.
+        padding: of the texts, see `Backbone.tokenizer`.
     """
 
-    network: Any
-    padding = "longest"
     range = (-1.0, 1.0)
-    higher_is_better = True
-    differentiable = True
-    kind = "real"
+    padding = "longest"
 
     def __init__(
-        self,
-        model: str,
-        device: torch.device | str = "cpu",
-        dtype: Dtype = "float32",
-        backbones: Backbones | None = None,
+        self, model: str, device: Device = "cpu", dtype: Dtype = "float32", backbones: Backbones | None = None
     ):
-        folder = resolve_folder(model)
-        self.backbone = (backbones or Backbones()).load(self.network, folder, device, dtype)
-        self.frames = FrameSampling(count=self.backbone.network.config.vision_config.num_frames)
-        self.preprocessing = self.preprocessing_of(folder)
-        self.words = Words(self.backbone, folder, self.padding)
-        self.version = version([fingerprint(folder, (".",))], self.frames, dtype)
+        super().__init__(model, None, None, device, dtype, backbones)
 
-    def preprocessing_of(self, folder: Path) -> Preprocessing:
-        return Preprocessing.of_folder(folder)
+    def use(self, backbone: Backbone, folder: Path) -> None:
+        super().use(backbone, folder)
+        self.frames = FrameSampling(count=backbone.network.config.vision_config.num_frames)
+        self.tokenizer = backbone.tokenizer(folder, self.padding)
 
     @abstractmethod
     def cosines(self, texts: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
@@ -61,5 +44,51 @@ class VideoTextScore(ABC):
 
     def __call__(self, clips: Clips) -> FrameScores:
         indices = spread(self.frames.count or 1, clips.videos.shape[1])
-        cosines = self.cosines(clips.texts)
-        return FrameScores(video_features(clips, indices, self.backbone, self.preprocessing, cosines)[:, None])
+        cosines = self.backbone.video_features(clips, indices, self.preprocessing, self.cosines(clips.texts))
+        return FrameScores(cosines[:, None])
+
+
+class XClipScore(VideoTextScore):
+    """cos(video, text given the video) of an XCLIPModel (arXiv 2208.02816): 8 frames in microsoft/xclip-base-patch32.
+
+    The text's embedding depends on the video: it is shifted by attention over the video's patches.
+    """
+
+    name = "xclip_score"
+    network = XCLIPModel
+
+    def cosines(self, texts: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+        network, tokens = self.backbone.network, self.tokenizer(texts)
+
+        def compare(pixels: Tensor, rows: slice) -> Tensor:
+            found = network(input_ids=tokens.input_ids[rows], pixel_values=pixels)
+            return (found.logits_per_video / network.logit_scale.exp()).diagonal()
+
+        return compare
+
+
+class VideoPrismScore(VideoTextScore):
+    """cos(video, text) of a VideoPrismClipModel (arXiv 2402.13217).
+
+    Frames are stretched to the network's size, as values in [0, 1]: 16 frames of 288x288 in
+    google/videoprism-lvt-base-f16r288.
+    """
+
+    name = "videoprism_score"
+    network = VideoPrismClipModel
+    padding = "max_length"
+
+    def preprocessing_of(self, backbone: Backbone, folder: Path) -> Preprocessing:
+        found = backbone.network.config.vision_config.image_size
+        size = (found, found) if isinstance(found, int) else tuple(found)
+        return Preprocessing("stretch", size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+    def cosines(self, texts: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+        network, tokens = self.backbone.network, self.tokenizer(texts)
+        wanted = network.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output.float()
+
+        def compare(pixels: Tensor, rows: slice) -> Tensor:
+            videos = network.get_video_features(pixels).pooler_output.flatten(1).float()
+            return cosine_similarity(videos, wanted[rows], dim=-1)
+
+        return compare

@@ -55,7 +55,7 @@ def estimate_advantages(
     by_name = {name: scores.cpu() for name, scores in rewards.by_name.items()}
     first_frames: dict[str, Tensor] = {}
     if prior.kind in FROM_IMAGES:
-        with suite.at_work():
+        with suite.on_device():
             images = suite.score_images(prompts, session.config.video.num_frames, session.mesh)
         first_frames = {name: scores.cpu() for name, scores in images.items()}
     averaged = by_name | {image_key(name): scores[:, None] for name, scores in first_frames.items()}

@@ -75,7 +75,7 @@ def evaluate(
         latent_shape=policy.latent_shape(config.video),
         key=(config.run.seed, "heldout"),
     )
-    with suite.at_work(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
+    with suite.on_device(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
         for chunk in chunks:
             scoring.put(chunk)
             seen(chunk)

@@ -109,7 +109,7 @@ def score_prompts(config: Config, policy: Policy, prompts: PromptBatch, suite: R
         key=(config.run.seed, "prior"),
         trained_steps=lambda prompt: steps,
     )
-    with suite.at_work(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
+    with suite.on_device(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
         for chunk in chunks:
             scoring.put(chunk)
             del chunk

@@ -83,7 +83,7 @@ def sample_and_score(
     chunks = rollout_chunks(session, prompts, step)
     trajectories: list[Trajectory] = []
     with (
-        suite.at_work(),
+        suite.on_device(),
         ScoreAhead(suite, prompts, rollout.score_ahead, device) as scoring,
         ExitStack() as weights,
     ):

@@ -166,7 +166,7 @@ def without_places(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardConfi
         name: replace(
             reward,
             timeout=1.0,
-            rests_on="device",
+            offload=False,
             options={key: value for key, value in reward.options.items() if key not in places(reward)},
         )
         for name, reward in rewards.items()

@@ -1,6 +1,6 @@
-"""How does a reward model serve from an environment of its own? It names itself, then answers a line with a line.
+"""Worker side of `model: worker`: describes a reward model, then answers each line of JSON with one.
 
-Needs the standard library alone, of Python 3.8 or later. A script that a recipe names as `rewards.NAME.options.script`:
+Needs only the standard library of Python 3.8 or later. A script that a recipe names as `rewards.NAME.options.script`:
 
     from reward_worker import serve
 
@@ -12,12 +12,12 @@ Needs the standard library alone, of Python 3.8 or later. A script that a recipe
 
         def __call__(self, clips):
             return [[...], ...]          # one score a video: a row of one number for each
-            return rows, times           # or a row of scores a video, with the seconds of the frames they are of
+            return rows, times           # or a row of scores a video, with the seconds of the scored frames
 
     serve(MyReward)
 
-Optional members: higher_is_better (True), kind ("real"), frames, frames_per_second. Whatever the script prints goes to
-stderr; the replies have a channel of their own.
+Optional members: higher_is_better (True), kind ("real"), frames, frames_per_second. What the script prints goes to
+stderr; the replies have their own channel.
 """
 
 import json
@@ -33,13 +33,13 @@ MEMBERS = ("name", "version", "range", "higher_is_better", "kind", "frames", "fr
 
 
 class Clips:
-    """What is to be scored.
+    """The videos to score.
 
     Attributes:
         texts: the prompt of each video.
         fps: frames a second.
         shape: (samples, frames, height, width) of the videos.
-        has_images: whether each video was to continue a picture.
+        has_images: whether each video continues an image.
     """
 
     def __init__(self, header, memory):
@@ -55,7 +55,7 @@ class Clips:
         return self._memory[start : start + size]
 
     def image(self, sample):
-        """RGB bytes of the picture that a video was to continue."""
+        """RGB bytes of the image that a video continues."""
         samples, frames, height, width = self.shape
         size = height * width * 3
         start = samples * frames * size + sample * size
@@ -70,11 +70,11 @@ class Clips:
 
 
 def serve(build):
-    """Make the model as `build(device=..., **settings)`, and answer until nobody asks any more."""
+    """Make the model as `build(device=..., **settings)`, and answer until the run closes the connection."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what anything prints, in C too, must not fall between the replies
+    os.dup2(2, 1)  # output of anything, also of C libraries, must not mix with the replies
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # a run that is asked to stop finishes its step first, with its rewards
+        signal.signal(number, signal.SIG_IGN)  # a run that is stopped finishes its step first, with its rewards
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     arguments = json.loads(sys.argv[1])
     model = build(device=arguments["device"], **arguments["settings"])
@@ -88,7 +88,7 @@ def _answer(model, question, descriptor):
     try:
         with mmap.mmap(descriptor, question["bytes"], access=mmap.ACCESS_READ) as memory:
             found = model(Clips(question["clips"], bytes(memory)))
-    except Exception as error:  # whatever the model raises is told to the run, which ends by it and names the videos
+    except Exception as error:  # whatever the model raises ends the run, which names the videos
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
     rows, times = found if isinstance(found, tuple) else (found, None)
@@ -104,7 +104,7 @@ def _say(replies, message):
 
 
 def _end_with(parent):
-    """A process that was killed cannot end its worker, which may be busy and not listen."""
+    """Ends the worker with a parent that was killed, also while the model is busy."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(0)

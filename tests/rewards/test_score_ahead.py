@@ -1,4 +1,4 @@
-"""Scoring beside the rollout: the same bits in the same order, bounded memory, and an end where a model fails."""
+"""Scoring ahead of the rollout: the same bits in the same order, bounded memory, and an end where a model fails."""
 
 from __future__ import annotations
 
@@ -14,99 +14,19 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
+from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.rewards import Clips, FrameSampling, FrameScores
+from bpgo_video.rewards import Clips, FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.resting import HOMES, modules_of
+from bpgo_video.rewards.offload import DEVICES, modules_of
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.training.rl import sample_and_score
 from bpgo_video.training.session import Session
 from bpgo_video.training.stopwatch import Stopwatch
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
-
-CPU = torch.device("cpu")
-MESH = Mesh(0, 1, CPU)
-PROMPTS = PromptBatch(torch.tensor([5, 6]), ("first", "second"), {})
-
-
-class Drawing:
-    """Brightness, and a draw of torch's global generator: its scores tell the order of its calls."""
-
-    name, version, range = "drawing", "1", (0.0, 2.0)
-    higher_is_better, differentiable, kind, frames = True, False, "test", FrameSampling()
-
-    def __init__(self, seconds: float = 0.0):
-        self.seconds = seconds
-
-    def __call__(self, clips: Clips) -> FrameScores:
-        time.sleep(self.seconds)
-        return FrameScores(clips.videos.mean(dim=(2, 3, 4)) + torch.rand(len(clips), 1), clips.times)
-
-
-class Patient(Drawing):
-    """Goes on once one chunk more is sampled than it has scored."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sampled = threading.Semaphore(0)
-        self.came_in_time: list[bool] = []
-
-    def __call__(self, clips: Clips) -> FrameScores:
-        waits = 1 if self.came_in_time else 2
-        self.came_in_time.append(all(self.sampled.acquire(timeout=30) for _ in range(waits)))
-        return super().__call__(clips)
-
-
-class Breaking(Drawing):
-    """Fails as it is told for the second prompt."""
-
-    def __init__(self, how: str):
-        super().__init__()
-        self.how = how
-
-    def __call__(self, clips: Clips) -> FrameScores:
-        scores = super().__call__(clips)
-        if "second" not in clips.texts:
-            return scores
-        if self.how == "raises":
-            raise KeyError("no such weight")
-        if self.how == "hangs":
-            time.sleep(60)
-        if self.how == "one video too few":
-            return FrameScores(scores.values[1:], scores.times)
-        if self.how == "nan":
-            scores.values[1, 2] = torch.nan
-        if self.how == "other frames":
-            return FrameScores(scores.values[:, :2], clips.times[:2])
-        return scores
-
-
-class Weighing(Drawing):
-    """Holds a module, as real models do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = torch.nn.Linear(3, 1)
-        torch.nn.init.constant_(self.network.weight, 1 / 3)
-
-    def __call__(self, clips: Clips) -> FrameScores:
-        return FrameScores(self.network(clips.videos.mean(dim=(3, 4))).squeeze(-1), clips.times)
-
-
-def suite_of(model: str, **keys: object) -> RewardSuite:
-    return RewardSuite({"toy": RewardConfig(model=f"tests.rewards.test_score_ahead:{model}", **keys)}, CPU, fps=2.0)
-
-
-def chunks_of(prompts: int = 2, videos: int = 2, each: int = 2) -> Iterator[RolloutChunk]:
-    """`prompts` x `videos` videos, `each` of them a chunk, every one of its own brightness."""
-    rows, samples = torch.arange(prompts).repeat_interleave(videos), torch.arange(videos).repeat(prompts)
-    for part in torch.arange(prompts * videos).split(each):
-        brightness = part.float() / (prompts * videos)
-        yield RolloutChunk((), brightness.view(-1, 1, 1, 1, 1).expand(-1, 3, 3, 4, 4), rows[part], samples[part])
+from tests.rewards.toys import CPU, MESH, PROMPTS, Weighing, chunks_of, suite_of
 
 
 def scored(suite: RewardSuite, ahead: int, chunks: Iterator[RolloutChunk] | None = None) -> list[torch.Tensor]:
@@ -117,13 +37,12 @@ def scored(suite: RewardSuite, ahead: int, chunks: Iterator[RolloutChunk] | None
         return [found.scores["toy"].values for found in scoring.scores()]
 
 
-@pytest.mark.parametrize("ahead", [1, 2, 9])
-def test_scores_and_their_order_are_those_of_scoring_in_line(ahead: int) -> None:
-    inline = scored(suite_of("Drawing"), 0)
+@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
+def test_scores_and_their_order_are_those_without_a_thread(ahead: int) -> None:
     torch.manual_seed(1)
     expected = [suite_of("Drawing").score(chunk, PROMPTS).scores["toy"].values for chunk in chunks_of(each=1)]
-    for one, other, alone in zip(inline, scored(suite_of("Drawing"), ahead), expected, strict=True):
-        assert torch.equal(one, other)
+    assert len(expected) == 4
+    for one, alone in zip(scored(suite_of("Drawing"), ahead), expected, strict=True):
         assert torch.equal(one, alone)
 
 
@@ -142,7 +61,7 @@ def test_videos_are_dropped_once_scored_and_few_are_held(ahead: int) -> None:
             yield fresh
             del fresh
 
-    with ScoreAhead(suite_of("Drawing", options={"seconds": 0.02}), PROMPTS, ahead, CPU) as scoring:
+    with ScoreAhead(suite_of("Brightness", options={"seconds": 0.02}), PROMPTS, ahead, CPU) as scoring:
         chunks = watched()
         while (chunk := next(chunks, None)) is not None:
             scoring.put(chunk)
@@ -152,18 +71,23 @@ def test_videos_are_dropped_once_scored_and_few_are_held(ahead: int) -> None:
     assert most == ahead + 1
 
 
-def test_scoring_takes_place_beside_the_rollout() -> None:
+def test_scoring_and_the_rollout_overlap() -> None:
     """Each chunk's score waits until the next chunk is sampled, and the last one's until there are no more."""
-    suite = suite_of("Patient")
-    patient = suite.rewards["toy"].model
-    assert isinstance(patient, Patient)
+    sampled, came_in_time = threading.Semaphore(0), []
+
+    def wait(clips: Clips) -> FrameScores:
+        came_in_time.append(all(sampled.acquire(timeout=30) for _ in range(1 if came_in_time else 2)))
+        return FrameScores(clips.videos.mean(dim=(2, 3, 4)), clips.times)
+
+    suite = suite_of("Brightness")
+    object.__setattr__(suite.rewards["toy"], "model", Mock(side_effect=wait))
     with ScoreAhead(suite, PROMPTS, 1, CPU) as scoring:
         for chunk in chunks_of(videos=5, each=1):
-            patient.sampled.release()
+            sampled.release()
             scoring.put(chunk)
-        patient.sampled.release()
+        sampled.release()
         assert len(scoring.scores()) == 10
-    assert patient.came_in_time == [True] * 10
+    assert came_in_time == [True] * 10
 
 
 WHOSE = r"samples 0, 1 of prompt 'second' \(id 6\)"
@@ -176,11 +100,13 @@ WHOSE = r"samples 0, 1 of prompt 'second' \(id 6\)"
         ("raises", rf"reward 'toy' on {WHOSE} failed: KeyError: 'no such weight'"),
         ("hangs", rf"reward 'toy' on {WHOSE} has not answered within its timeout of 0.3 s"),
         ("one video too few", rf"reward 'toy' on {WHOSE} returned the shape \(1, 3\) for 2 videos"),
+        ("no frames", rf"reward 'toy' on {WHOSE} returned the shape \(2, 0\) for 2 videos"),
+        ("no times", rf"reward 'toy' on {WHOSE} returned 3 scores a video with no frame times"),
         ("nan", r"reward 'toy' scored nan for sample 1 of prompt 'second' \(id 6\), scored frame 2"),
-        ("other frames", r"'toy' gave 3 scores for the first sample and 2 for sample 0 of prompt 'second' \(id 6\)"),
+        ("other frames", r"'toy' returned 3 scores for the first sample and 2 for sample 0 of prompt 'second' \(id 6"),
     ],
 )
-def test_a_model_that_fails_is_told_with_prompt_and_sample(how: str, said: str, ahead: int) -> None:
+def test_a_model_that_fails_ends_the_step_with_prompt_and_sample(how: str, said: str, ahead: int) -> None:
     suite = suite_of("Breaking", options={"how": how}, timeout=0.3)
 
     def step() -> Rewards:
@@ -200,48 +126,42 @@ def test_a_rollout_that_fails_does_not_wait_for_scores() -> None:
         yield from chunks_of()
         raise FloatingPointError("the rollout")
 
-    suite, others, started = suite_of("Drawing", options={"seconds": 0.5}), threading.enumerate(), time.monotonic()
+    suite, others, started = suite_of("Brightness", options={"seconds": 0.5}), threading.enumerate(), time.monotonic()
     with pytest.raises(FloatingPointError, match="the rollout"):
         scored(suite, 2, broken())
     assert time.monotonic() - started < 0.4
     (thread,) = [thread for thread in threading.enumerate() if thread not in others]
     thread.join(0.7)
-    assert not thread.is_alive(), "the second chunk is not scored any more"
+    assert not thread.is_alive()
+    assert suite.rewards["toy"].model.received.total() <= 1, "the second chunk is not scored any more"
 
 
 def test_the_thread_computes_as_its_caller_does() -> None:
-    class Asking(Drawing):
-        def __call__(self, clips: Clips) -> FrameScores:
-            seen.append((torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread().name))
-            return super().__call__(clips)
-
-    seen: list[tuple[int, bool, str]] = []
-    suite = suite_of("Drawing")
-    object.__setattr__(suite.rewards["toy"], "model", Asking())
+    suite = suite_of("Brightness")
     scored(suite, 2, chunks_of(each=4))
-    assert seen == [(torch.get_num_threads(), False, "scoring")]
+    assert suite.rewards["toy"].model.contexts == [(torch.get_num_threads(), False, "scoring")]
 
 
-def test_models_rest_on_the_cpu_between_scorings_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a device of the test's own, since a CPU is the only one at hand."""
+def test_offloaded_models_are_on_the_cpu_between_scorings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device of the test's own, since there is only a CPU."""
     places: dict[int, str] = {}
     monkeypatch.setattr(torch.nn.Linear, "to", lambda self, device: places.update({id(self): str(device)}))
-    resting, other = suite_of("Weighing", rests_on="cpu"), suite_of("Weighing")
-    (network,) = modules_of(resting.rewards["toy"].model)
+    offloaded, other = suite_of("Weighing", offload=True), suite_of("Weighing")
+    (network,) = modules_of(offloaded.rewards["toy"].model)
     assert places == {id(network): "cpu"}, "from the start"
-    HOMES[network] = torch.device("meta")
-    with resting.at_work():
+    DEVICES[network] = torch.device("meta")
+    with offloaded.on_device():
         assert places == {id(network): "meta"}
     assert places == {id(network): "cpu"}
-    with other.at_work():
-        assert len(places) == 1, "a model that rests on the device stays there"
-    HOMES[network] = torch.device("meta")
-    object.__setattr__(other.rewards["toy"], "model", resting.rewards["toy"].model)
-    with other.at_work():
-        assert places == {id(network): "meta"}, "where two suites share a network, each finds it at work"
+    with other.on_device():
+        assert len(places) == 1, "a model that is not offloaded stays where it is"
+    DEVICES[network] = torch.device("meta")
+    object.__setattr__(other.rewards["toy"], "model", offloaded.rewards["toy"].model)
+    with other.on_device():
+        assert places == {id(network): "meta"}, "where two suites share a network, each finds it on the device"
 
 
-def test_networks_are_found_inside_of_what_a_model_holds() -> None:
+def test_networks_are_found_inside_what_a_model_holds() -> None:
     model = Weighing()
     layer = model.network
     model.network = {"parts": [SimpleNamespace(backbone=SimpleNamespace(network=layer))]}
@@ -249,9 +169,9 @@ def test_networks_are_found_inside_of_what_a_model_holds() -> None:
     assert modules_of(model) == [layer]
 
 
-def test_a_model_without_modules_cannot_rest_on_the_cpu() -> None:
-    with pytest.raises(ConfigError, match=r"Drawing holds no torch\.nn\.Module"):
-        suite_of("Drawing", rests_on="cpu")
+def test_a_model_without_modules_cannot_be_offloaded() -> None:
+    with pytest.raises(ConfigError, match=r"Brightness holds no torch\.nn\.Module to offload"):
+        suite_of("Brightness", offload=True)
 
 
 def step_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[list[Trajectory], Rewards, Stopwatch]:
@@ -264,19 +184,16 @@ def step_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[list[Tra
     )
     texts = ("a red circle moving left", "a blue object")
     prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts), policy.encode([""]))
-    session = Mock(
-        spec=Session, config=config, mesh=MESH, policy=policy, suite=suite_of("Drawing"), rollout_weights=nullcontext
-    )
+    parts = {"config": config, "mesh": MESH, "policy": policy, "suite": suite_of("Drawing")}
+    session = Mock(spec=Session, rollout_weights=nullcontext, **parts)
     torch.manual_seed(1)
     watch = Stopwatch(Heartbeat(MESH, timeout=60), 0)
     return *sample_and_score(session, prompts, 0, watch), watch
 
 
-def test_a_step_is_the_same_however_it_is_scored_and_kept(policy: Policy, recipe: Config) -> None:
-    (inline, expected, _), (ahead, rewards, watch) = (
-        step_of(policy, recipe, score_ahead=0),
-        step_of(policy, recipe, score_ahead=2, offload_trajectories=True),
-    )
+def test_a_step_is_the_same_however_it_is_scored_and_stored(policy: Policy, recipe: Config) -> None:
+    inline, expected, _ = step_of(policy, recipe, score_ahead=0)
+    ahead, rewards, watch = step_of(policy, recipe, score_ahead=2, offload_trajectories=True)
     assert torch.equal(rewards.per_frame["toy"], expected.per_frame["toy"])
     for one, other in zip(inline, ahead, strict=True):
         assert torch.equal(one.latents, other.latents)

@@ -11,14 +11,11 @@ import torch
 from PIL import Image
 from transformers import AutoModel, VideoPrismClipModel, VJEPA2Model, XCLIPModel
 
-from bpgo_video.rewards import preprocessing
+from bpgo_video.rewards import backbones
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.clip import ClipScore
-from bpgo_video.rewards.dino import FirstFrameConsistency, SubjectConsistency
-from bpgo_video.rewards.siglip import SiglipScore
-from bpgo_video.rewards.videoprism import VideoPrismScore
-from bpgo_video.rewards.vjepa import VJepaPrediction
-from bpgo_video.rewards.xclip import XClipScore
+from bpgo_video.rewards.consistency import FirstFrameConsistency, SubjectConsistency, VJepaPrediction
+from bpgo_video.rewards.image_text import ClipScore, SiglipScore
+from bpgo_video.rewards.video_text import VideoPrismScore, XClipScore
 from tests.made import random_rewards as folders
 from tests.made.seen_by_pil import TEXTS, cut, resized, some_clips, unit
 
@@ -37,16 +34,16 @@ def test_subject_consistency_is_vbench_s_formula(tmp_path: Path, make) -> None:
 
 def test_consistency_of_a_still_and_of_a_single_frame_is_one(tmp_path: Path) -> None:
     reward, clips = SubjectConsistency(str(folders.random_dino(tmp_path))), some_clips()
-    still = replace(clips, videos=clips.videos[:, :1].expand(-1, 4, -1, -1, -1), _found={})
+    still = replace(clips, videos=clips.videos[:, :1].expand(-1, 4, -1, -1, -1), _cache={})
     torch.testing.assert_close(reward(still).values, torch.ones(2, 3))
-    torch.testing.assert_close(reward(replace(clips, videos=clips.videos[:, :1], _found={})).values, torch.ones(2, 1))
+    torch.testing.assert_close(reward(replace(clips, videos=clips.videos[:, :1], _cache={})).values, torch.ones(2, 1))
 
 
 def test_the_first_frame_is_the_picture_to_continue_where_there_is_one(tmp_path: Path) -> None:
     reward, clips = FirstFrameConsistency(str(folders.random_dino(tmp_path)), frames=3), some_clips()
     own = reward(clips).values
     torch.testing.assert_close(own[:, 0], torch.ones(2))
-    pictured = replace(clips, images=clips.videos[:, 4], _found={})
+    pictured = replace(clips, images=clips.videos[:, 4], _cache={})
     features = reward.features(clips, [0, 2, 4])
     expected = torch.cosine_similarity(features, features[:, 2:], dim=-1)
     torch.testing.assert_close(reward(pictured).values, expected)
@@ -81,13 +78,13 @@ def test_videoprism_score_is_the_cosine_of_the_model_s_own_embeddings(tmp_path: 
 def test_a_video_shorter_than_a_network_wants_is_repeated(tmp_path: Path, frames: int) -> None:
     reward, clips = XClipScore(str(folders.random_xclip(tmp_path))), some_clips(frames)
     repeated = clips.videos[:, {1: [0, 0, 0, 0], 3: [0, 1, 1, 2]}[frames]]
-    torch.testing.assert_close(reward(clips).values, reward(replace(clips, videos=repeated, _found={})).values)
+    torch.testing.assert_close(reward(clips).values, reward(replace(clips, videos=repeated, _cache={})).values)
 
 
 def test_videos_are_encoded_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
     reward, clips, seen = XClipScore(str(folders.random_xclip(tmp_path))), some_clips(4), []
     whole, forward = reward(clips).values, reward.backbone.network.forward
-    monkeypatch.setattr(preprocessing, "FRAMES_AT_ONCE", 4)
+    monkeypatch.setattr(backbones, "FRAMES_AT_ONCE", 4)
     monkeypatch.setattr(
         reward.backbone.network, "forward", lambda **k: seen.append(len(k["pixel_values"])) or forward(**k)
     )
@@ -147,8 +144,8 @@ MAKERS = {
 def test_scores_carry_a_gradient_that_raises_them(tmp_path: Path, reward) -> None:
     model, clips = reward(str(MAKERS[reward](tmp_path))), some_clips()
     pixels = clips.videos.clone().requires_grad_()
-    before = model(replace(clips, videos=pixels, _found={})).values.mean()
+    before = model(replace(clips, videos=pixels, _cache={})).values.mean()
     (gradient,) = torch.autograd.grad(before, pixels)
     better = (clips.videos + 0.02 * gradient / gradient.abs().max()).clamp(0, 1)
     assert model.differentiable
-    assert model(replace(clips, videos=better, _found={})).values.mean() > before
+    assert model(replace(clips, videos=better, _cache={})).values.mean() > before

@@ -16,9 +16,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.judge import VlmJudge
 from bpgo_video.rewards.qwen_vl import PatchLayout
-from bpgo_video.rewards.videoalign import VideoAlign, frame_count, read_template
+from bpgo_video.rewards.vlm import VideoAlign, VlmJudge, frame_count, read_template
 from tests.made.random_qwen import CHAT, KINDS, MEAN, NORMALISATION, STD, random_qwen, random_videoalign, tokenizer
 
 PIXELS = {"min_pixels": 64 * 64, "max_pixels": 100 * 100}
@@ -200,7 +199,7 @@ def test_rewards_of_several_scores_ask_once(tmp_path: Path, monkeypatch) -> None
 
 
 EMBEDDINGS = "base_model.model.model.embed_tokens.weight"
-BAD = (("model.embed_tokens.lora_embedding_A.default", "low-rank updates have no linear layer"),)
+BAD = (("model.embed_tokens.lora_embedding_A.default", "LoRA updates have no linear layer"),)
 
 
 def test_videoalign_refuses_other_formats(tmp_path: Path) -> None:

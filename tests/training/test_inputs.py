@@ -163,7 +163,7 @@ def test_a_resume_may_change_when_and_where_it_computes_and_not_what(config: Con
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "metrics.jsonl").touch()
-    moved = replace(far, timeout=9.0, rests_on="cpu", options={**far.options, "url": "https://b:2", "token_env": "T"})
+    moved = replace(far, timeout=9.0, offload=True, options={**far.options, "url": "https://b:2", "token_env": "T"})
     rollout = replace(config.rollout, score_ahead=0, offload_trajectories=True)
     check_run_dir(replace(config, rewards={"far": moved}, rollout=rollout))
     for reward in (replace(far, weight=2.0), replace(far, options={**far.options, "videos_per_request": 4})):

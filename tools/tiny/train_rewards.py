@@ -27,7 +27,7 @@ from tqdm import trange
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from bpgo_video.rewards import Clips
-from bpgo_video.rewards.clip import ClipScore
+from bpgo_video.rewards.image_text import ClipScore
 from bpgo_video.rewards.motion import LearnedMotion
 from bpgo_video.tiny import world
 from bpgo_video.tiny.motion import MotionMatch

@@ -28,13 +28,12 @@ from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.evaluation.vbench.formulas import GRID, Footage, Picture, Tracks
 from bpgo_video.evaluation.vbench.pixels import CLIP, MUSIQ, UNCHANGED, VICLIP, Encoder, Frames, Preparation, replicated
 from bpgo_video.paths import resolve_folder
-from bpgo_video.rewards.aesthetic import chain
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips
+from bpgo_video.rewards.checkpoints import linear_layers, read_weights, unpickled
 from bpgo_video.rewards.consistency import FrameConsistency
-from bpgo_video.rewards.dynamics import DYNAMIC, DynamicDegree, speed
-from bpgo_video.rewards.weights import read_weights, unpickled
-from bpgo_video.rewards.xclip import XClipScore
+from bpgo_video.rewards.motion import DYNAMIC, DynamicDegree, speed
+from bpgo_video.rewards.video_text import XClipScore
 
 Label = Literal["exact", "native", "proxy"]
 
@@ -223,7 +222,9 @@ def of_encoder(preparation: Preparation) -> Callable[[Any, Sources], Encoder]:
 def of_embedding(built: Any, sources: Sources) -> Encoder:
     """An image embedding for LAION's head: prepared frames on the device, (frames, 3, 224, 224) -> (frames, dim)."""
     path = head_file(sources)
-    layers = [(weight.to(sources.device), bias.to(sources.device)) for weight, bias in chain(read_weights(path), path)]
+    layers = [
+        (weight.to(sources.device), bias.to(sources.device)) for weight, bias in linear_layers(read_weights(path), path)
+    ]
 
     def points(pixels: Tensor) -> Tensor:
         found = normalize(built(pixels).float(), dim=-1)
