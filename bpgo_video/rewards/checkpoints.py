@@ -157,7 +157,7 @@ def read_videoalign_settings(folder: Path) -> dict[str, Any]:
     path = folder / "model_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no model_config.json; is it a folder like KwaiVGI/VideoReward?")
-    settings = json.loads(path.read_text())
+    settings = json.loads(path.read_text("utf-8"))
     if not settings.get("inference_config"):
         raise ValueError(f"{path} has no inference_config: the mean and std that normalise the scores")
     return settings

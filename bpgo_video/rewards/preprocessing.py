@@ -75,7 +75,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's video_preprocessor_config.json, or preprocessor_config.json."""
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            return json.loads((folder / name).read_text())
+            return json.loads((folder / name).read_text("utf-8"))
     raise FileNotFoundError(f"{folder} has no preprocessor_config.json, which states how frames become the input")
 
 

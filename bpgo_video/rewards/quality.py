@@ -73,7 +73,7 @@ class Regression:
     """sum_i c_i exp(-gamma |x - s_i|^2) - rho, from the text file of libsvm."""
 
     def __init__(self, file: Path, device: torch.device):
-        head, _, body = file.read_text().partition("\nSV\n")
+        head, _, body = file.read_text("utf-8").partition("\nSV\n")
         settings = dict(line.split(maxsplit=1) for line in head.splitlines())
         self.gamma, self.rho = float(settings["gamma"]), float(settings["rho"])
         rows = [line.split() for line in body.splitlines()]

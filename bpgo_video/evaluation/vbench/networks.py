@@ -94,7 +94,7 @@ def file_name(path: Path) -> str:
 def dino(preparation: Preparation, spec: str, sources: Sources) -> Network:
     """The class token of a vision transformer's last layer (DINO, arXiv 2104.14294; DINOv2 too)."""
     folder = resolve_folder(spec)
-    network = sources.backbones.load(AutoModel, folder, sources.device, "float32", unread=("pooler.",)).network
+    network = sources.backbones.load(AutoModel, folder, sources.device, "float32", unused=("pooler.",)).network
     options = {}
     if network.config.model_type == "vit":
         network.embeddings.interpolate_pos_encoding = partial(dino_positions, network.embeddings)
