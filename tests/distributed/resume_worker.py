@@ -36,7 +36,7 @@ Weights = dict[str, Tensor]
 def build(stage: int, name: str, dtype: str) -> engine.Engine:
     torch.manual_seed(0)
     return engine.Engine(
-        Block(),
+        Block().to(getattr(torch, dtype)),
         OptimConfig(name=name, learning_rate=0.05, max_grad_norm=1.0),
         {
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},

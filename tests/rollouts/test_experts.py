@@ -122,19 +122,24 @@ def test_only_what_ran_with_gradients_is_stepped() -> None:
     parts["frozen"].requires_grad_(False)
     assert alternatives(parts) == [parts["first"], parts["second"]]
     stepped: list[int] = []
-    zero = SimpleNamespace(_optimizer_step=stepped.append, sub_group_to_group_id={0: 0, 1: 0, 2: 1})
+    groups = [{"part": 0}, {"part": 0}, {"part": 1}, {"part": 1}]  # a part has one for each dtype
+    zero = SimpleNamespace(
+        _optimizer_step=stepped.append,
+        sub_group_to_group_id={0: 0, 1: 0, 2: 1, 3: 2, 4: 3},
+        optimizer=SimpleNamespace(param_groups=groups),
+    )
     engine = SimpleNamespace(optimizer=zero, zero_cpu_offload=lambda: False)
     touched = Touched(alternatives(parts))
     touched.watch(engine, stage=3)
     with torch.no_grad():
         parts["first"](torch.ones(1, 2))
     parts["second"](torch.ones(1, 2))
-    for number in range(3):
+    for number in range(5):
         zero._optimizer_step(number)
-    assert stepped == [2]
+    assert stepped == [3, 4]
 
 
 def test_optimisers_that_step_all_at_once_are_refused() -> None:
     engine = SimpleNamespace(optimizer=SimpleNamespace(_optimizer_step=None), zero_cpu_offload=lambda: True)
-    with pytest.raises(ConfigError, match="2 transformers are trained under ZeRO 2 with an offloaded optimiser"):
+    with pytest.raises(ConfigError, match="2 transformers are trained under ZeRO 2 with an offloaded optimizer"):
         Touched([nn.Linear(1, 1), nn.Linear(1, 1)]).watch(engine, stage=2)
