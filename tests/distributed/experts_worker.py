@@ -93,7 +93,8 @@ def run(folder: Path, scratch: Path, ds_config: dict[str, Any], inputs: Inputs, 
     """Errors of each update, and of the last ones by an engine that went on from what the first had saved."""
     expected, norms = reference(folder, inputs)
     first = Learner(folder, ds_config, inputs, mesh)
-    size = sum(weight.numel() for weight in expected[0].values()) * first.engine.dtype.itemsize
+    held = first.engine.module.parameters()  # in bf16 some of them stay in fp32
+    size = sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in held)
     missing = first.engine.missing_bytes / size
     errors, found_norms, moved = [], [], []
     for number in range(len(UPDATES)):
