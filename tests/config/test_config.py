@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from deepspeed.accelerator import get_accelerator
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import config_from_dict, read_recipe, read_yaml, to_yaml
 from bpgo_video.config.rules import check_world
 from bpgo_video.config.sft import check_sft_world
 from bpgo_video.config.shipped import ds_config_file
-from bpgo_video.zero.engine import read_ds_config
+from bpgo_video.zero.engine import read_ds_config, require_supported
 from tests.made.recipes import RECIPE, ROOT
 
 
@@ -182,6 +183,30 @@ def test_what_the_yaml_owns_is_refused_in_the_deepspeed_json(tmp_path: Path, key
     path.write_text(f'{{"{key}": 1}}')
     with pytest.raises(ConfigError, match=key):
         read_ds_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("precision", "named"),
+    [
+        ('"data_types": {"grad_accum_dtype": "bf16"}', "data_types"),
+        ('"communication_data_type": "bf16"', "communication_data_type"),
+        ('"torch_autocast": {"enabled": true}', "torch_autocast"),
+        ('"bf16": {"enabled": true, "bf16_optimizer_states": true}', r"bf16\.bf16_optimizer_states"),
+    ],
+)
+def test_precision_has_one_switch(tmp_path: Path, precision: str, named: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(f'{{"zero_optimization": {{"stage": 3}}, {precision}}}')
+    with pytest.raises(ConfigError, match=rf"sets '{named}', but precision has one switch, bf16\.enabled.* Remove"):
+        read_ds_config(str(path))
+
+
+def test_bf16_on_a_device_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_supported({"bf16": {"enabled": True}})
+    monkeypatch.setattr(type(get_accelerator()), "is_bf16_supported", lambda self: False)
+    require_supported({})
+    with pytest.raises(ConfigError, match=r"enables bf16, which this cpu does not support; use a JSON without bf16"):
+        require_supported({"bf16": {"enabled": True}})
 
 
 def test_a_deepspeed_json_without_zero_says_so(tmp_path: Path) -> None:
