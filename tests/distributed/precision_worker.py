@@ -20,11 +20,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from bpgo_video.config.bpgo import OptimConfig
+from bpgo_video.config.bpgo import EmaConfig, OptimConfig
 from bpgo_video.policies.base import from_pretrained
 from bpgo_video.policies.pipeline_policy import networks_of
 from bpgo_video.policies.transformers import Transformers, blocks_of
 from bpgo_video.zero import engine
+from bpgo_video.zero.ema import EMA
 
 RATE = 0.5
 BOTH = (True, False)
@@ -69,12 +70,11 @@ def reference(model_class: Any, folder: Path, dtype: torch.dtype) -> dict[str, T
     }
 
 
-def trained(model_class: Any, folder: Path, dtype: torch.dtype, zero: dict[str, Any]) -> dict[str, Tensor]:
-    """The same by the engine, through a gradient that comes in two parts."""
+def build(model_class: Any, folder: Path, dtype: torch.dtype, zero: dict[str, Any]) -> engine.Engine:
     ds_config = {"zero_optimization": zero, "bf16": {"enabled": dtype == torch.bfloat16}}
-    build = from_pretrained if zero["stage"] < 3 else engine_build(ds_config)
-    transformers = Transformers({"transformer": build(model_class, folder, dtype)})
-    learner = engine.Engine(
+    construct = from_pretrained if zero["stage"] < 3 else engine_build(ds_config)
+    transformers = Transformers({"transformer": construct(model_class, folder, dtype)})
+    return engine.Engine(
         transformers,
         OptimConfig(name="sgd", learning_rate=RATE, max_grad_norm=0.0),
         ds_config,
@@ -82,14 +82,41 @@ def trained(model_class: Any, folder: Path, dtype: torch.dtype, zero: dict[str, 
         learning_rate_factor=lambda _: 1.0,
         block_classes=blocks_of(transformers, ("WanTransformerBlock",)),
     )
-    loss = one_loss(learner.wrapped("transformer", **batch(dist.get_rank(), dtype))[0])
-    learner.backward(loss, last=True)
-    learner.step()
+
+
+def whole(learner: engine.Engine) -> dict[str, Tensor]:
+    """What the model computes with."""
     found = {}
     for name, parameter in learner.module["transformer"].named_parameters():
         with learner.gathered([parameter]):
             found[name] = parameter.detach().clone()
     return found
+
+
+def update(learner: engine.Engine, dtype: torch.dtype) -> None:
+    loss = one_loss(learner.wrapped("transformer", **batch(dist.get_rank(), dtype))[0])
+    learner.backward(loss, last=True)
+    learner.step()
+
+
+def afterwards(learner: engine.Engine, twin: engine.Engine, start: dict[str, Tensor], saves: Path) -> dict[str, Any]:
+    """An average, swapped in and out, and a checkpoint that another engine resumes from."""
+    ema = EMA(learner.masters, EmaConfig(decay=0.5, warmup=False))
+    update(learner, learner.dtype)
+    ema.update()
+    end = whole(learner)
+    with ema.weights():
+        inside = whole(learner)
+    learner.save(saves, "saved", {})
+    dist.barrier()
+    twin.load(saves, "saved")
+    halfway = {name: (start[name] + end[name]) / 2 for name in end if end[name].dtype == torch.float32}
+    return {
+        "average": max(float((inside[name] - value).norm() / value.norm()) for name, value in halfway.items()),
+        "restored": all(torch.equal(value, end[name]) for name, value in whole(learner).items()),
+        "resumed": all(torch.equal(value, end[name]) for name, value in whole(twin).items()),
+        "moved": all(not torch.equal(inside[name], end[name]) for name in halfway),
+    }
 
 
 def engine_build(ds_config: dict[str, Any]) -> Any:
@@ -118,9 +145,14 @@ def main() -> None:
             accelerator = type(get_accelerator())
             accelerator.is_fp16_supported = lambda _, answer=fp16: answer
             accelerator.is_bf16_supported = lambda _, answer=bf16: answer
-            found = trained(model_class, transformer, dtype, SETTINGS[name])
+            learner = build(model_class, transformer, dtype, SETTINGS[name])
+            update(learner, dtype)
+            found = whole(learner)
             case = f"{str(dtype).removeprefix('torch.')} {name} fp16={fp16} bf16={bf16}"
             results[case] = {"kept": error(found, expected, True), "others": error(found, expected, False)}
+            if fp16 and bf16:
+                twin = build(model_class, transformer, dtype, SETTINGS[name])
+                results[case] |= afterwards(learner, twin, found, output / case.replace(" ", "-"))
     (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results, indent=1))
     engine.stop_ranks()
 

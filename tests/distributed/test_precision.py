@@ -37,9 +37,20 @@ def test_an_update_is_that_of_plain_torch_with_fp32_masters(
     assert found["others"] <= others
 
 
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3-persistent", "zero3-offload"])
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_an_average_and_a_resume_keep_what_is_fp32(errors: dict[str, dict[str, float]], dtype: str, stage: str) -> None:
+    found = errors[f"{dtype} {stage} fp16=True bf16=True"]
+    assert found["average"] <= 1e-6
+    assert found["moved"], "the average is another point than the weights"
+    assert found["restored"], "the weights come back after the average, bit for bit"
+    assert found["resumed"], "a checkpoint holds them, bit for bit"
+
+
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("support", ["fp16=True bf16=False", "fp16=False bf16=True", "fp16=False bf16=False"])
 def test_it_does_not_depend_on_what_the_accelerator_supports(
     errors: dict[str, dict[str, float]], dtype: str, support: str
 ) -> None:
-    assert errors[f"{dtype} zero3 {support}"] == errors[f"{dtype} zero3 fp16=True bf16=True"]
+    found, expected = errors[f"{dtype} zero3 {support}"], errors[f"{dtype} zero3 fp16=True bf16=True"]
+    assert found == {name: expected[name] for name in ("kept", "others")}
