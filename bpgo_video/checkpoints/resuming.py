@@ -63,7 +63,7 @@ def way_of(written: Layout, here: Layout, optimizer: str, remembers: bool, folde
     raise CheckpointError(
         f"{folder} was written under ZeRO {written.zero_stage}, this run has ZeRO {here.zero_stage}: DeepSpeed does "
         "not convert optimiser states between stage 3 and the others; go on under the stage that it was written with, "
-        "or start the optimiser anew with --run.resume-optimizer fresh (all else is kept)"
+        "or start a fresh optimizer with --run.resume-optimizer fresh (all else is kept)"
     )
 
 

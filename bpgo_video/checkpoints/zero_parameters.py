@@ -119,7 +119,7 @@ class ZeroParameters(Mapping[str, Tensor]):
     """The trained parameters in a checkpoint that `Engine.save` wrote under ZeRO 1, 2 or 3 on any number of ranks.
 
     Bit-equal to DeepSpeed's `get_fp32_state_dict_from_zero_checkpoint(exclude_frozen_parameters=True)`, buffers
-    included; every look-up reads the tensor anew.
+    included; every look-up reads the tensor again.
 
     Raises:
         CheckpointError: a file is damaged, missing or names code, or the parts are not as long as the parameters.

@@ -34,10 +34,10 @@ def heldout(args: argparse.Namespace) -> None:
     """Rewards and models are loaded only after the command line is valid."""
     from bpgo_video.config.reading import read_yaml
     from bpgo_video.data.atomic import write_json
-    from bpgo_video.evaluation.heldout import as_json, as_table, asked, evaluate_folder
+    from bpgo_video.evaluation.heldout import as_json, as_table, evaluate_folder, with_changes
     from bpgo_video.evaluation.ranks import ranks_at_work
 
-    config = asked(
+    config = with_changes(
         read_yaml(args.config),
         policy=args.policy,
         split=args.split,

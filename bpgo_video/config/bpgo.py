@@ -124,7 +124,7 @@ class SamplerConfig:
     window_start: Annotated[int, Field(ge=0)] = 0
     """`window`: its first step; 0 is the noisiest."""
     window_every: Annotated[int, Field(ge=0)] = 0
-    """`window`: it moves on by one step every so many training steps, and begins anew behind the end; 0 keeps it."""
+    """`window`: it moves on by one step every so many training steps, and starts over after the end; 0 keeps it."""
     share_steps: Literal["batch", "group"] = "batch"
     """Random steps are drawn once for all prompts of a training step, or for each prompt, whose group shares them."""
     solver: Literal["euler", "adams_bashforth"] = "euler"

@@ -22,7 +22,7 @@ class RunConfig:
     resume: Literal["never", "auto"] = "never"
     """`auto` continues from the newest complete checkpoint in `dir`, or starts where there is none."""
     resume_optimizer: Literal["keep", "fresh"] = "keep"
-    """`fresh` resumes weights, their average, data position and schedule, and starts the optimiser's moments anew: the
+    """`fresh` resumes weights, their average, data position and schedule, and resets the optimizer's moments: the
     way between ZeRO 3 and the other stages."""
     save_every: Positive = 50
     """Steps between checkpoints; the last step is always saved."""

@@ -29,7 +29,7 @@ def random_steps(num_steps: int, count: int, start: int, generator: torch.Genera
 
 
 def window(num_steps: int, count: int, start: int, generator: torch.Generator) -> tuple[int, ...]:
-    """`count` neighbouring steps from `start` on (MixGRPO, arXiv 2507.21802); behind the end it begins anew."""
+    """`count` neighbouring steps from `start` on (MixGRPO, arXiv 2507.21802); after the end it starts over."""
     places = _trainable(num_steps, count) - count + 1
     return tuple(range(start % places, start % places + count))
 

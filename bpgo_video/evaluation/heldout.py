@@ -47,7 +47,7 @@ class HeldoutEvaluation:
         return found
 
 
-def asked(
+def with_changes(
     config: Config,
     *,
     policy: str | None = None,

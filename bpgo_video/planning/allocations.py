@@ -52,6 +52,6 @@ class Allocations(TorchDispatchMode):
         self.live -= size
 
     def mark(self) -> int:
-        """The peak so far; it is taken anew from what is alive."""
+        """The peak so far; it is computed again from what is alive."""
         found, self.peak = self.peak, self.live
         return found

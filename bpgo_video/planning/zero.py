@@ -2,7 +2,7 @@
 
     stage   weights   masters, moments   gradients while they come
     1       whole     a share            whole, and a bucket
-    2       whole     a share            a share so far and a share anew, and a bucket
+    2       whole     a share            a share so far, a new share, and a bucket
     3       a share   a share            a share, and a bucket: both from the start to the end of a run
 
 Masters, gradients and AdamW's two moments are fp32 in every stage and precision. During a pass stage 3 also holds the

@@ -53,7 +53,7 @@ class Kandinsky5Policy(HunyuanVAEPolicy):
         kind = read_config(folder / name, networks_of(folder)[name])["attention_type"]
         if kind != "regular":
             raise ConfigError(
-                f"{folder} has attention_type {kind!r}: which blocks of tokens it attends to is chosen anew in every "
+                f"{folder} has attention_type {kind!r}: which blocks of tokens it attends to is chosen again in every "
                 "forward, and it is not trained here; take weights with attention_type 'regular'"
             )
 

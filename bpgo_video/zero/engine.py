@@ -282,7 +282,7 @@ class Engine:
         """One optimiser update; the gradient's norm before clipping.
 
         Raises:
-            FloatingPointError: the gradient is not finite; the weights in memory are spoilt, the checkpoints are not.
+            FloatingPointError: the gradient is not finite; weights in memory are corrupted, checkpoints are not.
         """
         self._touched.before_step(self.wrapped, self.stage)
         self.wrapped.step()

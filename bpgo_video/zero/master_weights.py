@@ -73,7 +73,7 @@ class ZeroMasters:
         optimizer.checkpoint_event_prologue()  # every parameter is parted again
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        optimizer.checkpoint_event_epilogue()  # and those that stay whole are gathered anew
+        optimizer.checkpoint_event_epilogue()  # and those that stay whole are gathered again
 
 
 def _sharded_on_their_own(module: nn.Module, optimizer: Any) -> Iterator[Shard]:

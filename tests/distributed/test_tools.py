@@ -16,7 +16,7 @@ from bpgo_video.checkpoints.run_weights import find_source
 from bpgo_video.checkpoints.zero_parameters import ZeroParameters
 from bpgo_video.code_version import this_code
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.evaluation.heldout import asked, evaluate_folder
+from bpgo_video.evaluation.heldout import evaluate_folder, with_changes
 from bpgo_video.export.conversion import Conversion, convert
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.reports.metrics import read_metrics
@@ -76,7 +76,7 @@ def test_an_earlier_checkpoint_is_not_the_newest(worlds: dict[int, Path], tmp_pa
 
 def test_the_export_scores_what_the_run_reported(worlds: dict[int, Path]) -> None:
     run_dir = worlds[2] / "whole"
-    config = asked(read_yaml(run_dir / "config.yaml"), policy=str(run_dir / "export"))
+    config = with_changes(read_yaml(run_dir / "config.yaml"), policy=str(run_dir / "export"))
     config = replace(config, evaluation=replace(config.evaluation, videos=0))
     mesh = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
     evaluation = evaluate_folder(config, mesh)

@@ -13,7 +13,7 @@ import torch
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.evaluation.comparing.scores import PromptLine
-from bpgo_video.evaluation.heldout import HeldoutEvaluation, as_json, asked, evaluate_folder
+from bpgo_video.evaluation.heldout import HeldoutEvaluation, as_json, evaluate_folder, with_changes
 from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.training.heldout import stderr
 from bpgo_video.zero import engine
@@ -49,7 +49,7 @@ def test_one_video_has_no_standard_error(recipe_here: Config) -> None:
 
 
 def test_scores_belong_to_their_prompts_and_are_the_same_at_every_call(recipe_here: Config) -> None:
-    config = asked(recipe_here, samples_per_prompt=3)
+    config = with_changes(recipe_here, samples_per_prompt=3)
     evaluation = evaluate_folder(config, ONE_RANK)
     content = as_json(evaluation)
     assert [(line["prompt"], line["tags"]) for line in content["prompts"]] == [
@@ -63,9 +63,9 @@ def test_scores_belong_to_their_prompts_and_are_the_same_at_every_call(recipe_he
     table = torch.tensor([line["scores"]["which"] for line in content["prompts"]])
     assert content["rewards"]["which"]["by_tag"]["all"]["stderr"] == pytest.approx(stderr(table))
     assert as_json(evaluate_folder(config, ONE_RANK)) == content
-    other = as_json(evaluate_folder(asked(config, seed=1), ONE_RANK))
+    other = as_json(evaluate_folder(with_changes(config, seed=1), ONE_RANK))
     assert other["prompts"] != content["prompts"]
-    fewer = as_json(evaluate_folder(asked(config, samples_per_prompt=2), ONE_RANK))
+    fewer = as_json(evaluate_folder(with_changes(config, samples_per_prompt=2), ONE_RANK))
     for first, second in zip(content["prompts"], fewer["prompts"], strict=True):
         assert second["scores"]["which"] == pytest.approx(first["scores"]["which"][:2], abs=1e-5)
 
@@ -96,4 +96,4 @@ def test_the_command_prints_a_table_and_writes_json(
 
 def test_a_recipe_without_heldout_rewards_is_an_error(recipe_here: Config) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.rewards is empty"):
-        asked(replace(recipe_here, evaluation=replace(recipe_here.evaluation, rewards={})))
+        with_changes(replace(recipe_here, evaluation=replace(recipe_here.evaluation, rewards={})))

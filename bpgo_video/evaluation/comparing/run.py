@@ -15,7 +15,7 @@ from bpgo_video.evaluation.comparing.measure import Request, measure
 from bpgo_video.evaluation.comparing.report import as_table, write_report
 from bpgo_video.evaluation.comparing.scores import Scored, ScoresFolder
 from bpgo_video.evaluation.comparing.verdict import write_comparison
-from bpgo_video.evaluation.heldout import asked
+from bpgo_video.evaluation.heldout import with_changes
 from bpgo_video.evaluation.ranks import ranks_at_work
 
 EXPORTS = ("export", "export-ema")
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 def measure_all(args: argparse.Namespace, requests: Sequence[Request]) -> tuple[dict[Request, Scored], bool]:
     """The scores of models that have none yet, and whether this is the main rank; every rank calls it."""
     changes = {"split": args.split, "samples_per_prompt": args.samples_per_prompt, "seed": args.seed}
-    config = asked(recipe_of(requests, args.config), **changes)
+    config = with_changes(recipe_of(requests, args.config), **changes)
     show_loading_once()
     try:
         with ranks_at_work(config.parallel) as mesh:
