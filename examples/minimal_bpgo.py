@@ -14,7 +14,7 @@ What production adds, and where to read it in bpgo_video/:
     advantages   other trusts and norms, several rewards, best-of-n, step size: learner/bpgo.py, learner/trust.py
     losses       step weights, divergence masks, a pull to a reference: diffusion/steps.py, learner/losses.py
     replay       micro-batches over ranks, and a check that the first ratio is 1: rollouts/replay.py
-    updates      DeepSpeed ZeRO, mixed precision, schedules: zero/engine.py
+    updates      DeepSpeed ZeRO, mixed precision, schedules: distributed/engine.py
     the loop     held-out evaluation, checkpoints, resume, reports: training/loop.py, training/rl.py
 """
 

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bpgo_video.checkpoints.run_weights import DTYPES, WEIGHTS, find_source
-from bpgo_video.checkpoints.zero_files import CheckpointError
 from bpgo_video.cli import Parser, above_zero, shown_as, tell
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.export.conversion import FORMATS, Conversion, convert
-from bpgo_video.export.pipeline_folder import SHARD_BYTES
+from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.inference.conversion import FORMATS, Conversion, convert
+from bpgo_video.inference.pipeline_folder import SHARD_BYTES
+from bpgo_video.inference.run_weights import DTYPES, WEIGHTS, find_source
 
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:

@@ -18,12 +18,12 @@ from bpgo_video.cli import on_ranks, shown_as
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.command_line import load_config
 from bpgo_video.config.rules import check_world
-from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.parallel.mesh import Mesh, make_mesh
+from bpgo_video.distributed import engine
+from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.training.doctor import diagnose
 from bpgo_video.training.launch import launched
 from bpgo_video.training.session import build_session, check_inputs
-from bpgo_video.zero import engine
 
 
 def examine_recipe(config: Config, mesh: Mesh, heartbeat: Heartbeat) -> bool:

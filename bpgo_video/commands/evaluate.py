@@ -26,14 +26,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bpgo_video.cli import Parser, add_ranks, positive, run_command, show_loading_once, shown_as
-from bpgo_video.evaluation.comparing.command import add_compare
-from bpgo_video.evaluation.vbench.commands import add_vbench_commands
+from bpgo_video.evaluation.compare_command import add_compare
+from bpgo_video.evaluation.vbench_commands import add_vbench_commands
 
 
 def heldout(args: argparse.Namespace) -> None:
     """Rewards and models are loaded only after the command line is valid."""
+    from bpgo_video.atomic import write_json
     from bpgo_video.config.reading import read_yaml
-    from bpgo_video.data.atomic import write_json
     from bpgo_video.evaluation.heldout import as_json, as_table, evaluate_folder, with_changes
     from bpgo_video.evaluation.ranks import ranks_at_work
 

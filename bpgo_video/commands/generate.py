@@ -14,15 +14,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bpgo_video.checkpoints.zero_files import CheckpointError
 from bpgo_video.cli import on_ranks, show_loading_once, shown_as, tell
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.command_line import read_settings
 from bpgo_video.data.prompt_files import PromptFileError
 from bpgo_video.data.prompt_records import ShardError
-from bpgo_video.generation.generate import ALONE, PATIENCE, generate
-from bpgo_video.generation.settings import GenerationError, GenerationSettings
-from bpgo_video.zero import engine
+from bpgo_video.distributed import engine
+from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.inference.generate import ALONE, PATIENCE, generate
+from bpgo_video.inference.settings import GenerationError, GenerationSettings
 
 
 def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:

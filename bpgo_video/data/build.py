@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from bpgo_video.data.atomic import atomic_file, write_json
+from bpgo_video.atomic import atomic_file, write_json
 from bpgo_video.data.images import ImageError
 from bpgo_video.data.media import read_media
 from bpgo_video.data.once import Encode, EncodeOnce

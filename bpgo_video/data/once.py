@@ -8,7 +8,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from bpgo_video.data.atomic import atomic_file
+from bpgo_video.atomic import atomic_file
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.prompt_records import tensor_bytes
 

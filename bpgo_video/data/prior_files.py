@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bpgo_video.data.atomic import write_json
+from bpgo_video.atomic import write_json
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.learner.shrinkage import shrunk_means
 from bpgo_video.types import PriorAnchor, PromptBatch

@@ -13,7 +13,7 @@ import safetensors.torch
 import webdataset
 from torch import Tensor
 
-from bpgo_video.data.atomic import atomic_file, write_json
+from bpgo_video.atomic import atomic_file, write_json
 from bpgo_video.data.prompt_records import (
     EncoderStamp,
     PromptRecord,

@@ -29,7 +29,7 @@ from braceexpand import braceexpand
 from filelock import FileLock
 from tqdm import tqdm
 
-from bpgo_video.data.atomic import atomic_file
+from bpgo_video.atomic import atomic_file
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.data.shard_writing import NEGATIVE, file_sha256
 from bpgo_video.paths import SHARD_CACHE

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpgo_video.data.atomic import atomic_file
+from bpgo_video.atomic import atomic_file
 
 Found = dict[int, dict[str, list[float]]]  # prompt id -> reward name -> a score per sample
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from bpgo_video.data.atomic import atomic_file
+from bpgo_video.atomic import atomic_file
 
 # Below 720 lines players decode untagged video by BT.601, which is also what swscale converts with: said aloud here.
 COLOUR_TAGS = "colorprim=smpte170m:transfer=smpte170m:colormatrix=smpte170m"

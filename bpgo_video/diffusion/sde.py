@@ -192,19 +192,19 @@ def _marginal_preserving(velocity: Velocity, latents: Latents, step: Step, varia
 
 
 @dataclass(frozen=True)
-class Slope:
+class OdeStep:
     """The velocity at the start of a step of the ODE."""
 
     velocity: Velocity
     step: Step
 
 
-def euler(slope: Slope, before: Slope | None, latents: Latents) -> Latents:
+def euler(slope: OdeStep, before: OdeStep | None, latents: Latents) -> Latents:
     """x' = x + v dt: first order, FlowMatchEulerDiscreteScheduler's."""
     return ode(slope.velocity, latents, slope.step).mean
 
 
-def adams_bashforth(slope: Slope, before: Slope | None, latents: Latents) -> Latents:
+def adams_bashforth(slope: OdeStep, before: OdeStep | None, latents: Latents) -> Latents:
     """x' = x + [(1 + r/2) v - r/2 v_before] dt, r = dt/dt_before: second order at one velocity a step.
 
     The two-step Adams-Bashforth method on uneven steps; Euler's where the step before was not of the ODE.
@@ -215,7 +215,7 @@ def adams_bashforth(slope: Slope, before: Slope | None, latents: Latents) -> Lat
     return latents + slope.step.dt * ((1 + ratio / 2) * slope.velocity - ratio / 2 * before.velocity)
 
 
-SOLVERS: dict[str, Callable[[Slope, Slope | None, Latents], Latents]] = {
+SOLVERS: dict[str, Callable[[OdeStep, OdeStep | None, Latents], Latents]] = {
     "euler": euler,
     "adams_bashforth": adams_bashforth,
 }

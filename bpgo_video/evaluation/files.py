@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bpgo_video.reports.metrics import MalformedFile
+from bpgo_video.training.metrics import MalformedFile
 
 
 def checked(form: Any, data: bytes, place: object, remedy: str) -> Any:

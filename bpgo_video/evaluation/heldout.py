@@ -11,15 +11,15 @@ import torch
 
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.evaluation.comparing.scores import PromptLine, lines_of
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.reports.summary import boxed
+from bpgo_video.distributed import engine
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.evaluation.compare_scores import PromptLine, lines_of
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.training.heldout import evaluate, stderr
 from bpgo_video.training.policy_session import sampling_policy
 from bpgo_video.training.session import check_inputs, heldout_rows
-from bpgo_video.zero import engine
+from bpgo_video.training.summary import boxed
 
 
 @dataclass(frozen=True)

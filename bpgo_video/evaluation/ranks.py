@@ -10,10 +10,10 @@ from datetime import timedelta
 import torch
 
 from bpgo_video.config.run import ParallelConfig
-from bpgo_video.generation.generate import ALONE, PATIENCE
-from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.parallel.mesh import TIMEOUT, Mesh
-from bpgo_video.zero import engine
+from bpgo_video.distributed import engine
+from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.mesh import TIMEOUT, Mesh
+from bpgo_video.inference.generate import ALONE, PATIENCE
 
 
 @contextmanager

@@ -4,7 +4,7 @@ The names below are the public ones (docs/api.md).
 """
 
 from bpgo_video.learner.advantages import group_relative
-from bpgo_video.learner.forms import contrastive_reward_transformation, reliability_adaptive_scaling
+from bpgo_video.learner.equations import contrastive_reward_transformation, reliability_adaptive_scaling
 from bpgo_video.learner.one_reward import BPGOAdvantages, bpgo_advantages
 from bpgo_video.types import PriorAnchor
 

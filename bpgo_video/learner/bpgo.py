@@ -24,7 +24,7 @@ from bpgo_video.learner.advantages import (
     loss_scale,
 )
 from bpgo_video.learner.bpgo_metrics import anchor_metrics, reward_metrics, rms_quotient, trust_metrics
-from bpgo_video.learner.forms import rank_inversion
+from bpgo_video.learner.equations import rank_inversion
 from bpgo_video.learner.one_reward import TRANSFORMS, BPGOAdvantages, bpgo_advantages
 from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.learner.trust import TRUSTS

@@ -16,7 +16,7 @@ ClipRange = tuple[float, float]  # (low, high): the ratio is clamped to [1 - low
 
 
 @dataclass(frozen=True)
-class Move:
+class PolicyShift:
     """How far the policy has moved since it sampled, per sample.
 
     Attributes:
@@ -31,12 +31,12 @@ class Move:
     std: Float[Tensor, ""] | None = None
 
 
-def plain_ratio(move: Move) -> Float[Tensor, "samples"]:
+def plain_ratio(move: PolicyShift) -> Float[Tensor, "samples"]:
     """log ratio as it is."""
     return move.log_ratio
 
 
-def guard_ratio(move: Move) -> Float[Tensor, "samples"]:
+def guard_ratio(move: PolicyShift) -> Float[Tensor, "samples"]:
     """std (log ratio + |d mean|^2 / (2 std^2)): centred on 0 and equally wide at every step.
 
     GRPO-Guard (arXiv 2510.22319). In expectation the log ratio is minus the divergence, and its spread goes with
@@ -46,7 +46,7 @@ def guard_ratio(move: Move) -> Float[Tensor, "samples"]:
     return std * (move.log_ratio + divergence)
 
 
-RATIOS: dict[str, Callable[[Move], Tensor]] = {"plain": plain_ratio, "guard": guard_ratio}
+RATIOS: dict[str, Callable[[PolicyShift], Tensor]] = {"plain": plain_ratio, "guard": guard_ratio}
 NEEDS_MEANS = frozenset({"guard", "divergence_mask"})  # ratios and trust regions that compare the transitions' means
 
 
@@ -76,7 +76,9 @@ class TrustRegion:
         return bool(NEEDS_MEANS & {self.kind, self.ratio})
 
 
-def clipped_surrogate(move: Move, advantage: Float[Tensor, "samples"], region: TrustRegion) -> Float[Tensor, "samples"]:
+def clipped_surrogate(
+    move: PolicyShift, advantage: Float[Tensor, "samples"], region: TrustRegion
+) -> Float[Tensor, "samples"]:
     """-min(ratio A, clamp(ratio, 1 - low, 1 + high) A): the loss of PPO (arXiv 1707.06347), per sample."""
     low, high = region.clip_range
     ratio = RATIOS[region.ratio](move).exp()
@@ -84,7 +86,7 @@ def clipped_surrogate(move: Move, advantage: Float[Tensor, "samples"], region: T
 
 
 def divergence_masked_surrogate(
-    move: Move, advantage: Float[Tensor, "samples"], region: TrustRegion
+    move: PolicyShift, advantage: Float[Tensor, "samples"], region: TrustRegion
 ) -> Float[Tensor, "samples"]:
     """-ratio A, but 0 where the divergence has reached its limit and the sample would move further out.
 
@@ -98,12 +100,12 @@ def divergence_masked_surrogate(
     return -(log_ratio.exp() * advantage * kept)
 
 
-Surrogate = Callable[[Move, Tensor, TrustRegion], Tensor]
+Surrogate = Callable[[PolicyShift, Tensor, TrustRegion], Tensor]
 TRUST_REGIONS: dict[str, Surrogate] = {"clip": clipped_surrogate, "divergence_mask": divergence_masked_surrogate}
 
 
 def bpgo_loss(
-    move: Move,
+    move: PolicyShift,
     advantage: Float[Tensor, "samples"],
     contrastive: Float[Tensor, "samples"] | None,
     trust: Float[Tensor, "samples"],
@@ -129,7 +131,7 @@ def bpgo_loss(
     return Loss(value=loss.mean(), metrics=ratio_metrics(move, advantage, region))
 
 
-def ratio_metrics(move: Move, advantage: Float[Tensor, "samples"], region: TrustRegion) -> dict[str, Tensor]:
+def ratio_metrics(move: PolicyShift, advantage: Float[Tensor, "samples"], region: TrustRegion) -> dict[str, Tensor]:
     """How far the policy has moved from the one that sampled, detached.
 
     `clip_fraction` is the share of ratios outside the clip range, parted by the advantage's sign; `approx_kl` is
@@ -166,7 +168,7 @@ def with_spread(means: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _recorded(move: Move, key: str) -> tuple[Tensor, Tensor]:
+def _recorded(move: PolicyShift, key: str) -> tuple[Tensor, Tensor]:
     if move.divergence is None or move.std is None:
         raise ValueError(f"{key} compares the means of transitions, which this rollout did not record")
     return move.divergence, move.std

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.learner.advantages import equal_groups, group_relative
-from bpgo_video.learner.forms import (
+from bpgo_video.learner.equations import (
     contrastive_reward_transformation,
     released_transformation,
     reliability_adaptive_scaling,

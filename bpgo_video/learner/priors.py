@@ -25,7 +25,7 @@ RUNNING = ("ema", "global", "first_frame", "first_frame_centred")  # what takes 
 
 
 @dataclass(frozen=True)
-class Seen:
+class PriorInputs:
     """What a source may look at.
 
     Attributes:
@@ -42,34 +42,34 @@ class Seen:
     first_frames: Mapping[str, Float[Tensor, "prompts"]] = field(default_factory=dict)
 
 
-Source = Callable[[PriorConfig, Seen], Mapping[str, PriorAnchor]]
+Source = Callable[[PriorConfig, PriorInputs], Mapping[str, PriorAnchor]]
 
 
-def stored(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+def stored(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
     """What bpgo-video priors measured on the starting policy; for `shrunk`, shrunk as it was loaded."""
     return seen.prompts.priors
 
 
-def constant(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+def constant(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
     """One number for every prompt, from the recipe."""
     mean = torch.full((len(seen.prompts),), prior.mean)
     scale = prior.scale or 1.0
     return {name: PriorAnchor.without_samples(mean, scale, version) for name, version in seen.versions.items()}
 
 
-def ema(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+def ema(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
     """Each prompt's own moving average, and the one over all prompts until it was seen."""
     ids = seen.prompts.ids.tolist()
     return _running(prior, seen, lambda name, running: per_prompt(running, ids))
 
 
-def over_all_prompts(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+def over_all_prompts(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
     """One moving average over all prompts."""
     count = len(seen.prompts)
     return _running(prior, seen, lambda name, running: torch.full((count,), running["mean"], dtype=torch.float64))
 
 
-def first_frame(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+def first_frame(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
     """What the conditioning image itself earns: the paper's prior for image-to-video.
 
     Raises:
@@ -80,7 +80,7 @@ def first_frame(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
     return _running(prior, seen, lambda name, running: seen.first_frames[name].double().cpu())
 
 
-def first_frame_centred(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+def first_frame_centred(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
     """What the conditioning image earns, less what images earn more than videos on average over the run.
 
     A still picture has no blur and no drift, so that it earns more than a video of it, and an anchor above all videos
@@ -92,7 +92,7 @@ def first_frame_centred(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnc
     return {name: replace(anchor, mean=anchor.mean + gaps[name]) for name, anchor in images.items()}
 
 
-def level_of(seen: Seen, name: str) -> float:
+def level_of(seen: PriorInputs, name: str) -> float:
     """The run's average of a reward, or the first batch's."""
     running = seen.running.get(name)
     return running["mean"] if running else float(seen.rewards[name].double().mean())
@@ -103,7 +103,7 @@ def image_key(name: str) -> str:
     return f"{name} of images"
 
 
-def none(prior: PriorConfig, seen: Seen) -> Mapping[str, PriorAnchor]:
+def none(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
     """No anchor: plain GRPO."""
     return {}
 
@@ -121,7 +121,7 @@ PRIORS: dict[str, Source] = {
 
 
 def _running(
-    prior: PriorConfig, seen: Seen, mean: Callable[[str, RunningReward], Float[Tensor, "prompts"]]
+    prior: PriorConfig, seen: PriorInputs, mean: Callable[[str, RunningReward], Float[Tensor, "prompts"]]
 ) -> dict[str, PriorAnchor]:
     """Anchors with the run's s_ref; any scale does while no group has had two different rewards."""
     anchors = {}

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.learner.forms import released_trust, reliability_adaptive_scaling
+from bpgo_video.learner.equations import released_trust, reliability_adaptive_scaling
 from bpgo_video.learner.reliability import reliability_trust
 from bpgo_video.learner.settings import BPGOSettings
 

@@ -15,9 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.policies.model_buffers import model_buffers, put_in_place
-from bpgo_video.policies.precision import check_buffers, check_parameters
-from bpgo_video.policies.stored_tensors import tensor_files
+from bpgo_video.distributed.model_buffers import finish_build, model_buffers
+from bpgo_video.distributed.stored_tensors import tensor_files
 from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
@@ -27,18 +26,11 @@ def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Mo
     """The whole model on this process, for inference and for ZeRO 1 and 2.
 
     Raises:
-        PrecisionError: a tensor has another dtype than `bpgo_video.policies.precision` states.
+        PrecisionError: a tensor has another dtype than `bpgo_video.distributed.precision` states.
     """
     model: nn.Module = model_class.from_pretrained(folder, torch_dtype=dtype)
     finish_build(model, model_buffers(model_class, folder, tensor_files(folder, model_class)), dtype)
     return model
-
-
-def finish_build(model: nn.Module, buffers: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Put exact buffers in place and check the dtype of every tensor: the end of each way to build a transformer."""
-    put_in_place(model, buffers)
-    check_parameters(model, dtype)
-    check_buffers(model, buffers)
 
 
 @runtime_checkable

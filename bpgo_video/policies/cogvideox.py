@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.diffusion import sde
-from bpgo_video.parallel.cogvideox_attention import dispatch
+from bpgo_video.policies.cogvideox_attention import dispatch
 from bpgo_video.policies.pipeline_policy import PipelinePolicy
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 

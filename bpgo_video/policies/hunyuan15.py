@@ -19,8 +19,8 @@ from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15I
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
-from bpgo_video.parallel.hunyuan15_attention import dispatch
 from bpgo_video.policies.flow_match import scheduled_sigmas
+from bpgo_video.policies.hunyuan15_attention import dispatch
 from bpgo_video.policies.hunyuan_vae import HunyuanVAEPolicy
 from bpgo_video.policies.pipeline_policy import networks_of, read_config
 from bpgo_video.policies.transformers import read_index, transformer_names

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
-from bpgo_video.parallel.kandinsky5_attention import PADDING
 from bpgo_video.policies.flow_match import scheduled_sigmas
 from bpgo_video.policies.hunyuan_vae import HunyuanVAEPolicy
+from bpgo_video.policies.kandinsky5_attention import PADDING
 from bpgo_video.policies.kandinsky5_transformer import prepare
 from bpgo_video.policies.pipeline_policy import networks_of, read_config
 from bpgo_video.policies.transformers import transformer_names

@@ -1,6 +1,6 @@
 """Two changes that diffusers' Kandinsky 5 transformer needs before it trains.
 
-Texts are padded to one length (`parallel/kandinsky5_attention.py`). And ZeRO-3's construction in bf16 rounds the
+Texts are padded to one length (`policies/kandinsky5_attention.py`). And ZeRO-3's construction in bf16 rounds the
 frequencies of the time embedding, which are no buffer: angles would be radians off.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers.models.transformers.transformer_kandinsky import get_freqs
 
-from bpgo_video.parallel.kandinsky5_attention import mask_padding
+from bpgo_video.policies.kandinsky5_attention import mask_padding
 
 
 def prepare(transformer: Any) -> None:

@@ -8,7 +8,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.parallel.sequence import PLANS
+from bpgo_video.policies.sequence import PLANS
 from bpgo_video.policies.transformers import Transformers
 
 INFERENCE_ONLY = "sage"  # its kernels have no backward

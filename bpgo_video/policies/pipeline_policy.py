@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
-from bpgo_video.parallel.sequence import SequencePlan
 from bpgo_video.policies.base import Build
+from bpgo_video.policies.sequence import SequencePlan
 from bpgo_video.policies.transformers import Transformers, read_index, transformer_names
 from bpgo_video.types import Conditioning, Latents, Videos
 

@@ -25,8 +25,8 @@ from bpgo_video.rewards.base import (
     require_two_frames,
 )
 from bpgo_video.rewards.packaged import imported, release
-from bpgo_video.tiny.motion import MotionMatch
-from bpgo_video.tiny.oracle import RULE, oracle_scores
+from bpgo_video.rewards.tiny_motion import MotionMatch
+from bpgo_video.rewards.tiny_oracle import RULE, oracle_scores
 
 Scores = Float[Tensor, "samples scored"]
 Flow = Float32[np.ndarray, "height width 2"]  # pixels that each point moved, right and down
@@ -136,7 +136,7 @@ class LearnedMotion(RewardModel):
 
 
 class ShapesOracle(FrameReward):
-    """`bpgo_video.tiny.oracle`: whether a frame shows what the caption says, in [0, 1]."""
+    """`bpgo_video.rewards.tiny_oracle`: whether a frame shows what the caption says, in [0, 1]."""
 
     name, kind = "shapes_oracle", "test"
     version = hashlib.sha256(repr(RULE).encode()).hexdigest()[:16]

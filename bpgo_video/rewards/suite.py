@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bpgo_video.config.bpgo import RewardConfig
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel
 from bpgo_video.rewards.building import Reward, build_reward

@@ -21,11 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import bpgo_video.worker_side
+import bpgo_video
 from bpgo_video.rewards.base import Clips, Device, FrameScores
 from bpgo_video.rewards.wire import OWN_SHARE, DescribedModel, MalformedMessage, packed, scores_of
 
-WORKER_SIDE = Path(bpgo_video.worker_side.__file__).parent
+WORKER_SIDE = Path(bpgo_video.__file__).parent / "worker_side"
 MAX_LINE = 64 * 2**20  # bytes of one reply
 SHOWN = 200  # characters of a line that is no reply
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.data.shards import PromptShards
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.priors import FROM_IMAGES
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.types import Conditioning, PromptBatch
 

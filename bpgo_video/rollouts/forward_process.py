@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bpgo_video.diffusion.flow_matching import matching_error
 from bpgo_video.learner.bpgo import GroupAdvantages, LossAdvantages
-from bpgo_video.learner.losses import Move, TrustRegion, bpgo_loss, ratio_metrics
+from bpgo_video.learner.losses import PolicyShift, TrustRegion, bpgo_loss, ratio_metrics
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.replay import Setting
 from bpgo_video.rollouts.rollout import (
@@ -48,9 +48,9 @@ class Pair:
     target: Velocity
 
     @property
-    def move(self) -> Move:
+    def move(self) -> PolicyShift:
         """What takes the place of a log-prob is minus the matching error."""
-        return Move(matching_error(self.old, self.target) - matching_error(self.velocity, self.target))
+        return PolicyShift(matching_error(self.old, self.target) - matching_error(self.velocity, self.target))
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.diffusion.sde import Transition
+from bpgo_video.distributed.ema import EMA
 from bpgo_video.policies import Policy
 from bpgo_video.rollouts.rollout import Denoiser
 from bpgo_video.types import Guidance, Latents, Velocity
-from bpgo_video.zero.ema import EMA
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.diffusion import sde
 from bpgo_video.diffusion.steps import flash_weight, split_updates, step_weights
 from bpgo_video.learner.bpgo import GroupAdvantages
-from bpgo_video.learner.losses import Move, TrustRegion, bpgo_loss
+from bpgo_video.learner.losses import PolicyShift, TrustRegion, bpgo_loss
 from bpgo_video.policies import Policy
 from bpgo_video.rollouts.experts import trainable_steps
 from bpgo_video.rollouts.reference import DIVERGENCES, Divergence, Reference
@@ -156,7 +156,7 @@ class Replay:
         return Loss(value, metrics)
 
     @staticmethod
-    def _move(trajectory: Trajectory, index: int, transition: sde.Transition) -> Move:
+    def _move(trajectory: Trajectory, index: int, transition: sde.Transition) -> PolicyShift:
         """How far the policy has moved on step `index` since the rollout, a row per sample or credited frame."""
         device = transition.mean.device
         reached, by_frame = trajectory.latents[:, index + 1].to(device), trajectory.frame_log_probs
@@ -165,11 +165,11 @@ class Replay:
         else:
             log_ratio = (transition.frame_log_prob(reached) - by_frame[:, index].to(device)).flatten()
         if trajectory.means is None:
-            return Move(log_ratio)
+            return PolicyShift(log_ratio)
         old_mean = trajectory.means[:, trajectory.trained_steps.index(index)].to(device)
         over = (1, 2, 3, 4) if by_frame is None else (1, 3, 4)
         divergence = ((transition.mean - old_mean) / transition.std).square().mean(dim=over).flatten() / 2
-        return Move(log_ratio, divergence, transition.std.to(log_ratio))
+        return PolicyShift(log_ratio, divergence, transition.std.to(log_ratio))
 
 
 def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -> Replay:

@@ -14,8 +14,8 @@ from torch import Tensor
 from bpgo_video.config.bpgo import Config
 from bpgo_video.diffusion import sde
 from bpgo_video.diffusion.steps import STEP_SELECTIONS
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.losses import TrustRegion
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, guided_velocity
 from bpgo_video.randomness import generator_of, keyed_noise
 from bpgo_video.rollouts.experts import trainable_steps
@@ -91,7 +91,7 @@ class Denoiser:
         points = [point]
         log_probs = torch.full((latents.shape[0], len(steps)), torch.nan, device=latents.device)
         by_frame = log_probs[:, :, None].repeat(1, 1, latents.shape[2]) if self.records_frames else None
-        before: sde.Slope | None = None  # of the step before, where that one followed the ODE too
+        before: sde.OdeStep | None = None  # of the step before, where that one followed the ODE too
         for index, step in enumerate(steps):
             if index in trained_steps:
                 transition = self.transition(point, index, guidance)
@@ -102,7 +102,7 @@ class Denoiser:
                 means += [transition.mean] if self.records_means else []
                 before = None
             else:
-                slope = sde.Slope(self.velocity(point, index, guidance), step)
+                slope = sde.OdeStep(self.velocity(point, index, guidance), step)
                 point = sde.SOLVERS[self.solver](slope, before, point.float()).to(self.latents_dtype)
                 before = slope
             points = [*points, point] if self.records_path else [point]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.types import Trajectory
 
 Place = tuple[Trajectory, int]  # a sample: its micro-batch, and its row there

@@ -20,14 +20,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.learner.bpgo import GroupAdvantages
-from bpgo_video.parallel.heartbeat import Heartbeat
 from bpgo_video.policies import Policy
 from bpgo_video.policies.base import from_pretrained
 from bpgo_video.policies.pipeline_policy import networks_of
 from bpgo_video.policies.transformers import Transformers
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.reports.metrics import reduce_metrics
 from bpgo_video.rollouts.conditioning import cast
 from bpgo_video.rollouts.objectives import OBJECTIVES
 from bpgo_video.rollouts.replay import Objective, Setting, optimise
@@ -35,6 +34,7 @@ from bpgo_video.rollouts.rollout import guidance_of, training_denoiser
 from bpgo_video.training.artifacts import PHASES
 from bpgo_video.training.estimation import estimate_advantages
 from bpgo_video.training.installation import warnings
+from bpgo_video.training.metrics import reduce_metrics
 from bpgo_video.training.policy_session import describe_policy
 from bpgo_video.training.rl import sample_and_score
 from bpgo_video.training.session import Session

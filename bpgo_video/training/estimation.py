@@ -12,7 +12,7 @@ from torch import Tensor
 from bpgo_video.learner import rescoring
 from bpgo_video.learner.bpgo import GroupAdvantages, step_advantages
 from bpgo_video.learner.credit import FrameLayout, segment_credit
-from bpgo_video.learner.priors import FROM_IMAGES, PRIORS, RUNNING, Seen, image_key
+from bpgo_video.learner.priors import FROM_IMAGES, PRIORS, RUNNING, PriorInputs, image_key
 from bpgo_video.learner.reliability import pooled_consistency
 from bpgo_video.learner.rescoring import Agreements
 from bpgo_video.learner.running_priors import RunningRewards, updated
@@ -59,7 +59,7 @@ def estimate_advantages(
             images = suite.score_images(prompts, session.config.video.num_frames, session.mesh)
         first_frames = {name: scores.cpu() for name, scores in images.items()}
     averaged = by_name | {image_key(name): scores[:, None] for name, scores in first_frames.items()}
-    seen = Seen(prompts, suite.versions, averaged, memory.running_rewards, first_frames)
+    seen = PriorInputs(prompts, suite.versions, averaged, memory.running_rewards, first_frames)
     anchors = PRIORS[prior.kind](prior, seen) if session.learner.needs_prior else {}
     icc, agreed = agreement(prompts, rewards, memory)
     by_frame = credit_by_frame(session, rewards)

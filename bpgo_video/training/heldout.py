@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.data.video import write_video
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead

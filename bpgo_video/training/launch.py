@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from bpgo_video.checkpoints.zero_files import CheckpointError
 from bpgo_video.cli import show_loading_once, tell
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.data.prompt_records import ShardError
-from bpgo_video.zero import engine
+from bpgo_video.distributed import engine
+from bpgo_video.distributed.zero_files import CheckpointError
 
 MENDABLE = (ConfigError, ShardError, CheckpointError, FileNotFoundError, PermissionError)
 

@@ -15,20 +15,19 @@ from typing import Any, ClassVar
 
 import torch
 
-from bpgo_video.checkpoints import checkpoint, resuming
-from bpgo_video.checkpoints.ema_files import load_average, save_average
 from bpgo_video.config.sft import Recipe
-from bpgo_video.export.model_card import EXPORTED, CardFacts
-from bpgo_video.export.pipeline_folder import export_pipeline
-from bpgo_video.parallel.agreement import same_verdict
-from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.parallel.mesh import Mesh, make_mesh
+from bpgo_video.distributed import checkpoint, engine, resuming
+from bpgo_video.distributed.agreement import all_or_none
+from bpgo_video.distributed.ema_files import load_average, save_average
+from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.mesh import Mesh, make_mesh
+from bpgo_video.inference.model_card import EXPORTED, CardFacts
+from bpgo_video.inference.pipeline_folder import export_pipeline
 from bpgo_video.policies.transformers import trained_names
-from bpgo_video.reports.metrics import Keys, RunLog
+from bpgo_video.training.metrics import Keys, RunLog
 from bpgo_video.training.policy_session import PolicySession
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
 from bpgo_video.training.stopping import Request, StopRequests
-from bpgo_video.zero import engine
 
 CONTINUES = "The run continues from its last checkpoint with the same command and --run.resume auto."
 
@@ -131,7 +130,7 @@ def open_run(
     kind.check_world(config, mesh.world_size)
     mesh = make_mesh(mesh.device, config.parallel.sequence)
     torch.manual_seed(config.run.seed)
-    with same_verdict(mesh):
+    with all_or_none(mesh):
         check_run_dir(config)
     inputs = kind.check_inputs(config, mesh)
     name = open_run_dir(config, mesh)

@@ -23,18 +23,18 @@ from bpgo_video.config.shipped import ds_config_file
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.image_texts import check_image_stamp
 from bpgo_video.data.shards import PromptShards
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.parallel.sequence import check_heads, parallelise
+from bpgo_video.distributed import engine as engines
+from bpgo_video.distributed.ema import EMA
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.schedule import learning_rate_factor
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
 from bpgo_video.policies.frozen_parts import save_memory
 from bpgo_video.policies.kernels import check_backend, choose_attention, compile_blocks
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.sequence import check_heads, parallelise
 from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
-from bpgo_video.zero import engine as engines
-from bpgo_video.zero.ema import EMA
-from bpgo_video.zero.schedule import learning_rate_factor
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
 

@@ -15,8 +15,9 @@ from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import write_priors
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.unfinished_priors import Found, UnfinishedPriors
-from bpgo_video.parallel.agreement import from_main
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed import engine
+from bpgo_video.distributed.agreement import from_main
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
@@ -25,7 +26,6 @@ from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_d
 from bpgo_video.training.policy_session import sampling_policy
 from bpgo_video.training.session import check_inputs
 from bpgo_video.types import PriorAnchor, PromptBatch, Rewards
-from bpgo_video.zero import engine
 
 PROMPTS_AT_ONCE = 64  # gathered and written together
 

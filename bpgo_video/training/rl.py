@@ -12,12 +12,11 @@ import torch
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.rules import check_world
+from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import with_spread
-from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.randomness import isolated
-from bpgo_video.reports.metrics import ROLLOUTS, RunLog, reduce_metrics
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rollouts.objectives import OBJECTIVES
 from bpgo_video.rollouts.replay import Setting, optimise
@@ -37,6 +36,7 @@ from bpgo_video.training.artifacts import (
 )
 from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_scored
 from bpgo_video.training.heldout import HeldoutScores, evaluate, write_shown
+from bpgo_video.training.metrics import ROLLOUTS, RunLog, reduce_metrics
 from bpgo_video.training.session import Session, build_session, check_inputs
 from bpgo_video.training.stopwatch import Stopwatch
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory

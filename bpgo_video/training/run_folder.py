@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bpgo_video.checkpoints import checkpoint
+from bpgo_video.atomic import atomic_file
 from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.config.reading import read_recipe, to_yaml
 from bpgo_video.config.sft import Recipe
-from bpgo_video.data.atomic import atomic_file
-from bpgo_video.parallel.agreement import from_main, same_verdict
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed import checkpoint
+from bpgo_video.distributed.agreement import all_or_none, from_main
+from bpgo_video.distributed.mesh import Mesh
 
 SETTINGS = "config.yaml"
 PLACES = {"worker": {"python"}, "remote": {"url", "token_env"}}  # options that say where a model is
@@ -52,7 +52,7 @@ def open_run_dir(config: Recipe, mesh: Mesh) -> str | None:
     mesh.barrier()  # every rank has looked before the main one writes
     check_shared(run_dir, mesh)
     newest = None
-    with same_verdict(mesh):
+    with all_or_none(mesh):
         if mesh.is_main:
             checkpoint.clear_leftovers(run_dir)
             with atomic_file(run_dir / SETTINGS) as path:
@@ -69,10 +69,10 @@ def check_shared(run_dir: Path, mesh: Mesh, patience: float = PATIENCE) -> None:
     """
     token = run_dir / f".seen-by-every-rank-{from_main(secrets.token_hex(8), mesh)}"
     try:
-        with same_verdict(mesh):
+        with all_or_none(mesh):
             if mesh.is_main:
                 make(token)
-        with same_verdict(mesh):
+        with all_or_none(mesh):
             if not appears(token, patience):
                 raise ConfigError(
                     f"run.dir {str(run_dir)!r} is not the folder that rank 0 has under this name: every rank writes "

@@ -12,15 +12,17 @@ from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
+from bpgo_video.distributed import engine as engines
+from bpgo_video.distributed.agreement import all_or_none, same_everywhere
+from bpgo_video.distributed.ema import EMA
+from bpgo_video.distributed.memory import fits_everywhere
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.advantages import AdvantageSettings
 from bpgo_video.learner.priors import STORED
 from bpgo_video.learner.settings import BPGOSettings
-from bpgo_video.parallel.agreement import same_everywhere, same_verdict
-from bpgo_video.parallel.memory import fits_everywhere
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.parallel.sequence import parallelise
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy
+from bpgo_video.policies.sequence import parallelise
 from bpgo_video.policies.transformers import Transformers, trained_names, transformer_names
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.building import reward_factory
@@ -39,8 +41,6 @@ from bpgo_video.training.policy_session import (
     sampling_policy,
 )
 from bpgo_video.types import PromptBatch
-from bpgo_video.zero import engine as engines
-from bpgo_video.zero.ema import EMA
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[
     Raises:
         ConfigError, ShardError, FileNotFoundError: state the value, the rule and the way out.
     """
-    with same_verdict(mesh):
+    with all_or_none(mesh):
         ds_config, shards = read_inputs(config, need_priors)
         stands_on = identity(config, ds_config, shards) | (priors_read(config, shards) if need_priors else {})
     same_everywhere(stands_on, mesh)
@@ -173,7 +173,7 @@ def build_reference(
 
 def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:
     """Rewards, policy (sharded from birth under ZeRO-3) and engine, once `check_inputs` has passed."""
-    with same_verdict(mesh):
+    with all_or_none(mesh):
         fps, heldout_rewards = config.video.fps, config.evaluation.rewards
         backbones = Backbones()
         suite = RewardSuite(config.rewards, mesh.device, fps, config.bpgo.scores_twice, backbones)

@@ -15,15 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bpgo_video.atomic import write_json
 from bpgo_video.config.sft import SftConfig, check_sft_world
-from bpgo_video.data.atomic import write_json
-from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.reports.metrics import MATCHING, RunLog, reduce_metrics
-from bpgo_video.reports.summary import boxed, listed
+from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.training import loop
+from bpgo_video.training.metrics import MATCHING, RunLog, reduce_metrics
 from bpgo_video.training.sft_session import SftSession, build_sft_session, check_clips
 from bpgo_video.training.stopwatch import Stopwatch
+from bpgo_video.training.summary import boxed, listed
 
 HeldoutLosses = Float[Tensor, "clips levels"]
 

@@ -17,8 +17,8 @@ from bpgo_video.data.prompt_records import LATENTS, PromptRecord, ShardError
 from bpgo_video.data.prompt_stream import as_batch, order_of
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.diffusion.flow_matching import Chances
-from bpgo_video.parallel.agreement import same_everywhere, same_verdict
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.agreement import all_or_none, same_everywhere
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, family
 from bpgo_video.policies.transformers import trained_names
@@ -85,7 +85,7 @@ def check_clips(config: SftConfig, mesh: Mesh) -> tuple[dict[str, Any], PromptSh
     Raises:
         ConfigError, ShardError, FileNotFoundError: state the value, the rule and the way out.
     """
-    with same_verdict(mesh):
+    with all_or_none(mesh):
         ds_config, shards = read_foundations(config)
         check_fit(config, shards)
         stands_on = identity(config, ds_config, shards)

@@ -20,7 +20,7 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 
 INSISTING_SECONDS = 5.0
 

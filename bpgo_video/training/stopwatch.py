@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.distributed.heartbeat import Heartbeat
 
 
 class Stopwatch:

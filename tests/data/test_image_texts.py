@@ -21,7 +21,7 @@ from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.data.video import write_video
 from bpgo_video.policies import Policy
-from bpgo_video.tiny import world
+from bpgo_video.rewards import tiny_world as world
 from bpgo_video.training.policy_session import read_foundations
 from tests.families import CASES
 from tests.families.hunyuan import HUNYUAN_FIRST_FRAME

@@ -16,7 +16,8 @@ from bpgo_video.data.prompt_files import PromptFileError, prompt_id, read_prompt
 from bpgo_video.data.prompt_plan import make_plan
 from bpgo_video.data.prompt_records import EncoderStamp
 from bpgo_video.data.shards import PromptShards
-from bpgo_video.tiny import prompts, world
+from bpgo_video.rewards import tiny_world as world
+from tools.tiny import prompts
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,8 +16,8 @@ from bpgo_video.data.prompt_records import LATENTS, EncoderStamp, PromptRecord
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.data.video import write_video
 from bpgo_video.policies import Policy, load_policy
+from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.packaged import data_of
-from bpgo_video.tiny import world
 from tests.made.prompt_folders import write_shards
 from tests.made.random_wan import TEXT_TOKENS, random_wan
 from tests.made.recipes import RECIPE

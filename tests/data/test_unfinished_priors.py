@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bpgo_video.data.unfinished_priors import UnfinishedPriors
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.training import prior_estimation
 from bpgo_video.types import PromptBatch
 from tests.made.recipes import PROMPTS, make_shards, small_recipe

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bpgo_video.data.video import VideoError, check_video, read_decord, read_pyav, read_video, write_video
-from bpgo_video.tiny import world
+from bpgo_video.rewards import tiny_world as world
 
 
 def clip(frames: int = 9) -> torch.Tensor:

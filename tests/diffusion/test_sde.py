@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bpgo_video.diffusion.sde import SAMPLERS, SOLVERS, Slope, Step, flow_shift, shifted_sigmas, steps_of
+from bpgo_video.diffusion.sde import SAMPLERS, SOLVERS, OdeStep, Step, flow_shift, shifted_sigmas, steps_of
 
 ETAS = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.7, "sage": 0.7, "truncated": 1.0}
 STOCHASTIC = [name for name in SAMPLERS if name != "ode"]
@@ -205,7 +205,7 @@ def gaussian_ode_error(solver, num_steps, spread=0.5):
     for step in steps_of(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)):
         clean = (1 - step.sigma) * spread**2
         velocity = latents * (step.sigma - clean) / ((1 - step.sigma) * clean + step.sigma**2)
-        slope = Slope(velocity, step)
+        slope = OdeStep(velocity, step)
         latents, before = SOLVERS[solver](slope, before, latents), slope
     return abs(latents.item() - spread)
 

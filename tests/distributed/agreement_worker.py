@@ -15,20 +15,20 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.parallel.agreement import from_main, same_everywhere, same_verdict
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed import engine
+from bpgo_video.distributed.agreement import all_or_none, from_main, same_everywhere
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.training.run_folder import check_shared
-from bpgo_video.zero import engine
 
 
 def fails_on(failing: int, mesh: Mesh) -> None:
-    with same_verdict(mesh):
+    with all_or_none(mesh):
         if mesh.rank == failing:
             raise FileNotFoundError("the model is missing")
 
 
 def everyone_fails(mesh: Mesh) -> None:
-    with same_verdict(mesh):
+    with all_or_none(mesh):
         raise FileNotFoundError(f"seen by {mesh.rank}")
 
 

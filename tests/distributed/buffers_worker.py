@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bpgo_video.distributed import engine
 from bpgo_video.policies.pipeline_policy import networks_of
-from bpgo_video.zero import engine
 
 ZERO3_BF16 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
 

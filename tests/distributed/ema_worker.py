@@ -17,10 +17,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bpgo_video.checkpoints.ema_files import AverageParameters, save_average
 from bpgo_video.config.bpgo import EmaConfig, OptimConfig
-from bpgo_video.zero import engine
-from bpgo_video.zero.ema import EMA
+from bpgo_video.distributed import engine
+from bpgo_video.distributed.ema import EMA
+from bpgo_video.distributed.ema_files import AverageParameters, save_average
 
 CONFIG = EmaConfig(decay=0.8)
 UPDATES = 4

@@ -7,7 +7,7 @@ import resource
 import signal
 
 from bpgo_video.commands.train import main
-from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.distributed.heartbeat import Heartbeat
 
 ROOM = 200_000  # bytes of a file: more than any log has, less than a part of a checkpoint
 enter = Heartbeat.enter

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from bpgo_video.config.bpgo import LoraConfig, OptimConfig
-from bpgo_video.planning.allocations import Allocations
-from bpgo_video.planning.inputs import Batch, arguments
-from bpgo_video.planning.models import Model
-from bpgo_video.planning.rehearsal import repeated_blocks
+from bpgo_video.distributed import engine
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.zero import engine
+from bpgo_video.training.plan_allocations import Allocations
+from bpgo_video.training.plan_inputs import Batch, arguments
+from bpgo_video.training.plan_models import Model
+from bpgo_video.training.plan_rehearsal import repeated_blocks
 
 BUCKET = 4_000_000
 MODEL = Model(

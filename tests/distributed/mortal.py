@@ -6,7 +6,7 @@ import os
 import signal
 
 from bpgo_video.commands.train import main
-from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.distributed.heartbeat import Heartbeat
 
 enter = Heartbeat.enter
 

@@ -18,13 +18,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
-from bpgo_video.checkpoints import checkpoint, resuming
-from bpgo_video.checkpoints.checkpoint import CheckpointError
-from bpgo_video.checkpoints.ema_files import load_average, save_average
 from bpgo_video.config.bpgo import EmaConfig, OptimConfig, RunConfig
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.zero import engine
-from bpgo_video.zero.ema import EMA
+from bpgo_video.distributed import checkpoint, engine, resuming
+from bpgo_video.distributed.checkpoint import CheckpointError
+from bpgo_video.distributed.ema import EMA
+from bpgo_video.distributed.ema_files import load_average, save_average
+from bpgo_video.distributed.mesh import Mesh
 from tests.distributed.ema_worker import Block
 
 UPDATES = 3

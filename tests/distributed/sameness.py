@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bpgo_video.reports.metrics import read_metrics
+from bpgo_video.training.metrics import read_metrics
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
     ".json": lambda path: json.loads(path.read_text()),

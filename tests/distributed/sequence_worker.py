@@ -21,10 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bpgo_video.config.bpgo import OptimConfig
-from bpgo_video.parallel import ulysses
-from bpgo_video.parallel.mesh import Mesh, make_mesh
-from bpgo_video.parallel.sequence import parallelise
-from bpgo_video.zero import engine
+from bpgo_video.distributed import engine, ulysses
+from bpgo_video.distributed.mesh import Mesh, make_mesh
+from bpgo_video.policies.sequence import parallelise
 from tests.distributed.small_transformers import FAMILIES, LATENTS, SAMPLES, inputs, random_transformer, sample_losses
 
 BLIND = "refiner_blocks.0.attn.to_k.bias"  # no key normalisation: softmax does not see a shift, its gradient is 0

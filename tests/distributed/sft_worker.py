@@ -13,8 +13,8 @@ from typing import Any
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.run import EmaConfig, ParallelConfig
 from bpgo_video.config.sft import SftConfig
+from bpgo_video.distributed import engine
 from bpgo_video.training.sft import train
-from bpgo_video.zero import engine
 from tests.made.clip_folders import sft_recipe
 
 HUGE_STEP = 1e5  # of SGD: the weights' change is the gradient, to many digits

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.zero import engine
+from bpgo_video.distributed import engine
 from tests.distributed.conftest import run_ranks
 
 Told = list[dict[str, str | None]]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.evaluation.comparing.measure import Request, measure
-from bpgo_video.evaluation.comparing.scores import ScoresFolder
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.evaluation.compare_measure import Request, measure
+from bpgo_video.evaluation.compare_scores import ScoresFolder
 from tests.distributed.conftest import free_port
 from tests.made.random_wan import random_wan
 from tests.made.recipes import ROOT, python_path

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bpgo_video.reports.metrics import read_metrics
+from bpgo_video.training.metrics import read_metrics
 from tests.distributed.conftest import run_ranks
 from tests.distributed.sameness import assert_same_run
 from tests.families import CASES

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.reports.metrics import read_metrics
+from bpgo_video.training.metrics import read_metrics
 from tests.distributed.conftest import free_port
 from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, without_evaluation
 
@@ -34,8 +34,8 @@ MORTAL = "tests.distributed.mortal"  # a module, since a script's own folder com
 FROZEN = """
 import os, signal, sys, time
 import torch
-from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.mesh import Mesh
 rank = int(os.environ["RANK"])
 torch.distributed.init_process_group("gloo")
 with Heartbeat(Mesh(rank, 2, torch.device("cpu")), timeout=2) as heartbeat:

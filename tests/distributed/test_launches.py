@@ -16,7 +16,7 @@ import pytest
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.reports.metrics import read_metrics
+from bpgo_video.training.metrics import read_metrics
 from tests.distributed.conftest import free_port
 from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, without_evaluation
 

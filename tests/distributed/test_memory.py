@@ -9,8 +9,8 @@ import pytest
 
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.planning.rehearsal import Treatment, footprint
-from bpgo_video.planning.zero import (
+from bpgo_video.training.plan_rehearsal import Treatment, footprint
+from bpgo_video.training.plan_zero import (
     Held,
     Weights,
     Zero,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bpgo_video.checkpoints.checkpoint import CheckpointError, Layout
-from bpgo_video.checkpoints.resuming import way_of
+from bpgo_video.distributed.checkpoint import CheckpointError, Layout
+from bpgo_video.distributed.resuming import way_of
 from tests.distributed.conftest import run_ranks
 
 BF16_BOUND = 1e-2  # sums of gradients over other parts round otherwise, and Adam divides by them

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bpgo_video.reports.metrics import read_metrics
+from bpgo_video.training.metrics import read_metrics
 from tests.distributed.conftest import STAGES, run_ranks
 from tests.distributed.sameness import assert_same_run, records
 from tests.distributed.test_failures import TRAIN, Launch, Launches

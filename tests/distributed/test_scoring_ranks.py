@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.evaluation.vbench.results import read_results
-from bpgo_video.evaluation.vbench.scoring import kept_folder
+from bpgo_video.evaluation.vbench_results import read_results
+from bpgo_video.evaluation.vbench_scoring import kept_folder
 from tests.distributed.conftest import free_port
 from tests.made.fake_vbench import fake_package
 from tests.made.recipes import ROOT, python_path

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bpgo_video.checkpoints.run_weights import find_source
 from bpgo_video.data.prompt_stream import order_of
 from bpgo_video.data.shards import PromptShards
-from bpgo_video.export.conversion import Conversion, convert
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.inference.conversion import Conversion, convert
+from bpgo_video.inference.run_weights import find_source
 from bpgo_video.policies import load_policy
 from bpgo_video.training.sft_session import Clips, clip_loss
 from tests.distributed.conftest import run_ranks

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bpgo_video.data.shards import PromptShards
-from bpgo_video.tiny import prompts
+from tools.tiny import prompts
 
 ROOT = Path(__file__).parents[2]
 TOOL = [str(ROOT / "tools" / "make_prompt_shards.py"), "build", "--input", str(prompts.PATH)]

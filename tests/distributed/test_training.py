@@ -16,7 +16,7 @@ from bpgo_video.data.shards import PromptShards
 from bpgo_video.data.video import read_video
 from bpgo_video.paths import resolve_folder
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.reports.metrics import read_metrics
+from bpgo_video.training.metrics import read_metrics
 from tests.distributed.conftest import STAGES
 from tests.distributed.sameness import assert_same_run, records
 

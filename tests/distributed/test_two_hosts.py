@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bpgo_video.config.bpgo import Config
-from bpgo_video.reports.metrics import read_metrics
+from bpgo_video.training.metrics import read_metrics
 from tests.distributed.test_launches import launch, recipe_file
 from tests.distributed.two_hosts import ADDRESSES, INTERFACE, NAMES, Finished, TwoHosts, two_hosts, why_not
 from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, without_evaluation

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS
-from bpgo_video.evaluation.vbench.package import PackageRequest, measure_by_package
-from bpgo_video.evaluation.vbench.suite import find_suite, read_suite
-from bpgo_video.generation.generate import ALONE
+from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS
+from bpgo_video.evaluation.vbench_package import PackageRequest, measure_by_package
+from bpgo_video.evaluation.vbench_suite import find_suite, read_suite
+from bpgo_video.inference.generate import ALONE
 from bpgo_video.rewards.packaged import data_of
 from tests.made.real_suites import VBENCH, assert_equal, measured, write_clips
 from tests.made.recipes import ROOT

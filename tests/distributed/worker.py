@@ -19,9 +19,9 @@ from diffusers import WanTransformer3DModel
 
 from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
 from bpgo_video.config.run import ParallelConfig
+from bpgo_video.distributed import engine
 from bpgo_video.paths import resolve_folder
 from bpgo_video.training.rl import train
-from bpgo_video.zero import engine
 from tests.made.recipes import rewarded_by, small_recipe, without_evaluation
 
 REDNESS = "tests.distributed.toy_rewards:Redness"

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video.checkpoints.run_weights import find_source
 from bpgo_video.config.bpgo import Config, LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.video import read_video
-from bpgo_video.evaluation.comparing import measure as measuring
-from bpgo_video.evaluation.comparing.measure import Request, measure
+from bpgo_video.distributed import engine
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.evaluation import compare_measure as measuring
+from bpgo_video.evaluation.compare_measure import Request, measure
 from bpgo_video.evaluation.heldout import evaluate_folder
-from bpgo_video.export.conversion import Conversion, convert
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.inference.conversion import Conversion, convert
+from bpgo_video.inference.run_weights import find_source
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.training.artifacts import heldout_test
-from bpgo_video.zero import engine
 from tests.made.written_runs import PROMPTS, tagged_recipe, write_run
 from tools.evaluate import main
 

@@ -15,14 +15,14 @@ from bpgo_video import statistics
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.video import read_video
-from bpgo_video.evaluation.comparing.compare import Compared, Comparison, PairingError, compare, matched
-from bpgo_video.evaluation.comparing.report import as_table
-from bpgo_video.evaluation.comparing.run import labelled, recipe_of
-from bpgo_video.evaluation.comparing.scores import TRAINING_REWARD, ModelScores, Scored, ScoresFolder
-from bpgo_video.evaluation.comparing.verdict import headline, notes, write_comparison
-from bpgo_video.evaluation.comparing.video_stats import VideoStats, diversity, motion, thumbnails
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.reports.metrics import MalformedFile
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.evaluation.compare import Compared, Comparison, PairingError, compare, matched
+from bpgo_video.evaluation.compare_report import as_table
+from bpgo_video.evaluation.compare_run import labelled, recipe_of
+from bpgo_video.evaluation.compare_scores import TRAINING_REWARD, ModelScores, Scored, ScoresFolder
+from bpgo_video.evaluation.compare_verdict import headline, notes, write_comparison
+from bpgo_video.evaluation.video_stats import VideoStats, diversity, motion, thumbnails
+from bpgo_video.training.metrics import MalformedFile
 from bpgo_video.types import RolloutChunk
 from tests.made.made_results import MEASURES, results
 

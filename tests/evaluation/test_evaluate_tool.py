@@ -12,11 +12,11 @@ import torch
 
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.evaluation.comparing.scores import PromptLine
+from bpgo_video.distributed import engine
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.evaluation.compare_scores import PromptLine
 from bpgo_video.evaluation.heldout import HeldoutEvaluation, as_json, evaluate_folder, with_changes
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.training.heldout import stderr
-from bpgo_video.zero import engine
 from tests.made.random_wan import random_wan
 from tests.made.written_runs import PROMPTS, tagged_recipe
 from tools.evaluate import main

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from bpgo_video.data.video import write_video
-from bpgo_video.evaluation.vbench import networks
-from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS, find_dimension, is_dotted
-from bpgo_video.evaluation.vbench.formulas import DimensionError, Footage, motions
-from bpgo_video.evaluation.vbench.networks import Sources, middles
-from bpgo_video.evaluation.vbench.pixels import CLIP, MUSIQ, VICLIP, Preparation, replicated
-from bpgo_video.evaluation.vbench.scoring import Item, Task
-from bpgo_video.evaluation.vbench.suite import SuitePrompt
+from bpgo_video.evaluation import vbench_networks as networks
+from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, find_dimension, is_dotted
+from bpgo_video.evaluation.vbench_formulas import DimensionError, Footage, motions
+from bpgo_video.evaluation.vbench_networks import Sources, middles
+from bpgo_video.evaluation.vbench_pixels import CLIP, MUSIQ, VICLIP, Preparation, replicated
+from bpgo_video.evaluation.vbench_scoring import Item, Task
+from bpgo_video.evaluation.vbench_suite import SuitePrompt
 from tests.made.random_rewards import random_clip, random_vit, random_xclip
 from tests.made.real_clips import real_clip
 from tests.made.real_suites import VBENCH, assert_equal, measured, measured_alone, write_clips

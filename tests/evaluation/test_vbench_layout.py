@@ -17,14 +17,14 @@ from PIL import Image
 
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import VideoHeader, read_video, write_video
-from bpgo_video.evaluation.vbench.folder import ENCODING, header_problems, video_problems
-from bpgo_video.evaluation.vbench.layout import lay_out, places_of, read_texts, reader_of
-from bpgo_video.evaluation.vbench.suite import Suite, SuiteError, read_suite
-from bpgo_video.generation import generate as generation
-from bpgo_video.generation.generate import generate
-from bpgo_video.generation.plan import plan
-from bpgo_video.generation.settings import GenerationError, GenerationSettings
-from bpgo_video.reports.metrics import MalformedFile
+from bpgo_video.evaluation.vbench_folder import ENCODING, header_problems, video_problems
+from bpgo_video.evaluation.vbench_layout import lay_out, places_of, read_texts, reader_of
+from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, read_suite
+from bpgo_video.inference import generate as generation
+from bpgo_video.inference.generate import generate
+from bpgo_video.inference.settings import GenerationError, GenerationSettings
+from bpgo_video.inference.share import plan
+from bpgo_video.training.metrics import MalformedFile
 from tests.made.random_wan import random_wan
 
 ENTRIES = [

@@ -16,15 +16,15 @@ import yaml
 from PIL import Image
 
 from bpgo_video.data.video import write_video
-from bpgo_video.evaluation.vbench import scoring
-from bpgo_video.evaluation.vbench.dimensions import DIMENSIONS
-from bpgo_video.evaluation.vbench.formulas import DimensionError, Measured
-from bpgo_video.evaluation.vbench.networks import Sources
-from bpgo_video.evaluation.vbench.results import read_results
-from bpgo_video.evaluation.vbench.scoring import Request, prompts_in_names, score_folder
-from bpgo_video.evaluation.vbench.suite import SuiteError, read_suite
-from bpgo_video.generation.settings import GenerationSettings
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.evaluation import vbench_scoring as scoring
+from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS
+from bpgo_video.evaluation.vbench_formulas import DimensionError, Measured
+from bpgo_video.evaluation.vbench_networks import Sources
+from bpgo_video.evaluation.vbench_results import read_results
+from bpgo_video.evaluation.vbench_scoring import Request, prompts_in_names, score_folder
+from bpgo_video.evaluation.vbench_suite import SuiteError, read_suite
+from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.rewards.packaged import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
 from tests.made.fake_vbench import FAKE, fake_package

@@ -15,11 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.evaluation import vbench_scoring as scoring
 from bpgo_video.evaluation.ranks import device_of
-from bpgo_video.evaluation.vbench import scoring
-from bpgo_video.evaluation.vbench.formulas import DimensionError, Measured
-from bpgo_video.evaluation.vbench.networks import Sources
-from bpgo_video.evaluation.vbench.scoring import (
+from bpgo_video.evaluation.vbench_formulas import DimensionError, Measured
+from bpgo_video.evaluation.vbench_networks import Sources
+from bpgo_video.evaluation.vbench_scoring import (
     Task,
     drop_kept,
     kept_folder,
@@ -28,8 +29,7 @@ from bpgo_video.evaluation.vbench.scoring import (
     read_kept,
     score_folder,
 )
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.reports.metrics import MalformedFile
+from bpgo_video.training.metrics import MalformedFile
 from tests.made.scored_clips import clips, request_of, score_command
 from tools.evaluate import main
 

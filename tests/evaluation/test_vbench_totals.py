@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.evaluation.vbench.results import (
+from bpgo_video.evaluation.vbench_results import (
     Result,
     ResultError,
     Video,
@@ -19,8 +19,8 @@ from bpgo_video.evaluation.vbench.results import (
     read_results,
     write_results,
 )
-from bpgo_video.evaluation.vbench.totals import BENCHMARKS, TotalsError, benchmark_of, totals
-from bpgo_video.reports.metrics import MalformedFile
+from bpgo_video.evaluation.vbench_totals import BENCHMARKS, TotalsError, benchmark_of, totals
+from bpgo_video.training.metrics import MalformedFile
 
 GOLDEN = {
     "subject_consistency": 0.95, "background_consistency": 0.96, "temporal_flickering": 0.985,

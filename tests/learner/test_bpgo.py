@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from bpgo_video.learner.advantages import NORMALISERS, AdvantageSettings, best_and_worst, group_relative
 from bpgo_video.learner.bpgo import TRANSFORMS, step_advantages
 from bpgo_video.learner.bpgo_metrics import trust_histogram
-from bpgo_video.learner.forms import (
+from bpgo_video.learner.equations import (
     contrastive_reward_transformation,
     rank_inversion,
     released_transformation,
     released_trust,
     reliability_adaptive_scaling,
 )
-from bpgo_video.learner.losses import Move, TrustRegion, bpgo_loss
+from bpgo_video.learner.losses import PolicyShift, TrustRegion, bpgo_loss
 from bpgo_video.learner.reliability import consistency, reliability_trust
 from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.types import PriorAnchor
@@ -294,7 +294,9 @@ def test_equal_rewards_have_no_gradient_under_any_settings(value, bpgo, advantag
     log_ratio = torch.zeros(18, requires_grad=True)
     contrastive = None if found.contrastive is None else found.contrastive.flatten()
     trust = found.trust.repeat_interleave(6)
-    bpgo_loss(Move(log_ratio), found.advantage.flatten(), contrastive, trust, bpgo.zeta, TrustRegion()).value.backward()
+    bpgo_loss(
+        PolicyShift(log_ratio), found.advantage.flatten(), contrastive, trust, bpgo.zeta, TrustRegion()
+    ).value.backward()
     assert torch.equal(log_ratio.grad, torch.zeros(18))
 
 

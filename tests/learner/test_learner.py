@@ -8,7 +8,7 @@ import torch
 from bpgo_video.config.learner import BPGOConfig, CreditConfig, PriorConfig, ReliabilityConfig
 from bpgo_video.learner.advantages import AdvantageSettings
 from bpgo_video.learner.bpgo import step_advantages
-from bpgo_video.learner.priors import PRIORS, Seen
+from bpgo_video.learner.priors import PRIORS, PriorInputs
 from bpgo_video.learner.reliability import consistency, pooled_consistency
 from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_scored
@@ -53,7 +53,7 @@ def test_a_running_prior_sees_the_batches_before_and_not_this_one(kind: str) -> 
         rewards = rewards_of(seed)
         before = {name: dict(values) for name, values in running.items()}
         found = estimate_advantages(session(settings, prior), PROMPTS, rewards, memory)
-        anchors = PRIORS[kind](prior, Seen(PROMPTS, {"clip": "v1"}, rewards.by_name, before))
+        anchors = PRIORS[kind](prior, PriorInputs(PROMPTS, {"clip": "v1"}, rewards.by_name, before))
         expected = step_advantages(rewards.by_name, anchors, {"clip": 1.0}, settings)
         assert torch.equal(found.trust, expected.trust)
         assert torch.equal(found.contrastive, expected.contrastive)

@@ -9,7 +9,13 @@ import torch
 from bpgo_video.diffusion.sde import SAMPLERS, steps_of
 from bpgo_video.learner.advantages import group_relative
 from bpgo_video.learner.bpgo import step_advantages
-from bpgo_video.learner.losses import Move, TrustRegion, bpgo_loss, clipped_surrogate, divergence_masked_surrogate
+from bpgo_video.learner.losses import (
+    PolicyShift,
+    TrustRegion,
+    bpgo_loss,
+    clipped_surrogate,
+    divergence_masked_surrogate,
+)
 from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.types import PriorAnchor
 
@@ -34,7 +40,7 @@ def test_clipped_surrogate_by_hand():
     advantage = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0], dtype=torch.float64)
     # min(2.6, 2.4), min(-2.6, -2.4), min(1.6, 1.8), min(-1.6, -1.8), 2.1, each with its sign turned
     expected = torch.tensor([-2.4, 2.6, -1.6, 1.8, -2.1], dtype=torch.float64)
-    torch.testing.assert_close(clipped_surrogate(Move(ratio.log()), advantage, clip(0.1, 0.2)), expected)
+    torch.testing.assert_close(clipped_surrogate(PolicyShift(ratio.log()), advantage, clip(0.1, 0.2)), expected)
 
 
 def test_total_loss_by_hand():
@@ -43,7 +49,7 @@ def test_total_loss_by_hand():
     rewards, prior = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
     result = step_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, BPGOSettings(zeta=0.4))
     log_prob = torch.tensor([1.2, 0.8, 1.3], dtype=torch.float64).log()
-    loss = bpgo_loss(Move(log_prob), *per_sample(result, 3), 0.4, clip(0.1, 0.25))
+    loss = bpgo_loss(PolicyShift(log_prob), *per_sample(result, 3), 0.4, clip(0.1, 0.25))
 
     w, a = 1 + 0.5 * math.tanh(0.25), 1 / (1 + 1e-6)
     transformed = [-0.5 * math.exp(-0.5), 1.5 * math.exp(0.5), 2.5 * math.exp(1.5)]
@@ -66,7 +72,9 @@ def test_alpha_and_zeta_zero_are_grpo_bit_for_bit(clip_range):
         if learner == "bpgo":
             settings = BPGOSettings(alpha=0.0, zeta=0.0)
             result = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
-            value = bpgo_loss(Move(log_prob - old), *per_sample(result, 6), settings.zeta, clip(*clip_range)).value
+            value = bpgo_loss(
+                PolicyShift(log_prob - old), *per_sample(result, 6), settings.zeta, clip(*clip_range)
+            ).value
         else:
             ratio, advantage = torch.exp(log_prob - old), group_relative(rewards).flatten()
             low, high = 1 - clip_range[0], 1 + clip_range[1]
@@ -98,7 +106,7 @@ def test_gradient_equals_finite_differences(form, sampler):
 
     def loss(theta):
         log_prob = transition(theta).log_prob(next_latents)
-        return bpgo_loss(Move(log_prob - old), *per_sample(result, group), settings.zeta, clip(0.02, 0.02))
+        return bpgo_loss(PolicyShift(log_prob - old), *per_sample(result, group), settings.zeta, clip(0.02, 0.02))
 
     theta = torch.tensor([0.5, -0.1, 0.2], dtype=torch.float64, requires_grad=True)
     assert 0 < loss(theta).metrics["clip_fraction"] < 1  # both sides of the clip are under test
@@ -119,7 +127,7 @@ def test_equal_rewards_give_exactly_zero_gradient(group, form):
     rng = torch.Generator().manual_seed(8)
     old = torch.randn(3 * group, generator=rng)
     log_prob = (old + 0.01 * torch.randn(3 * group, generator=rng)).requires_grad_()
-    loss = bpgo_loss(Move(log_prob - old), *per_sample(result, group), settings.zeta, clip(1e-3, 1e-3))
+    loss = bpgo_loss(PolicyShift(log_prob - old), *per_sample(result, group), settings.zeta, clip(1e-3, 1e-3))
     loss.value.backward()
     assert torch.equal(log_prob.grad, torch.zeros_like(log_prob))
 
@@ -129,7 +137,7 @@ def test_the_two_surrogates_are_clipped_each_by_itself():
     # 1 - .5 = .5 would be clipped: no gradient.
     log_prob = torch.tensor([math.log(1.3)], dtype=torch.float64, requires_grad=True)
     one, old = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    loss = bpgo_loss(Move(log_prob - old), one, -one, 1.2 * one, 0.5, clip(0.2, 0.2))
+    loss = bpgo_loss(PolicyShift(log_prob - old), one, -one, 1.2 * one, 0.5, clip(0.2, 0.2))
     assert loss.value.item() == pytest.approx(-1.2 * 1.2 + 0.5 * 1.3)
     assert torch.autograd.grad(loss.value, log_prob)[0].item() == pytest.approx(0.5 * 1.3)
 
@@ -138,7 +146,7 @@ def test_on_the_first_update_the_gradient_is_the_weighted_advantage():
     rng = torch.Generator().manual_seed(9)
     old, advantage, contrastive, trust = (torch.randn(8, generator=rng) for _ in range(4))
     log_prob = old.clone().requires_grad_()
-    loss = bpgo_loss(Move(log_prob - old), advantage, contrastive, trust, 0.3, clip(1e-5, 1e-5))
+    loss = bpgo_loss(PolicyShift(log_prob - old), advantage, contrastive, trust, 0.3, clip(1e-5, 1e-5))
     loss.value.backward()
     torch.testing.assert_close(log_prob.grad, -(trust * advantage + 0.3 * contrastive) / 8)
     assert [loss.metrics[f"ratio_{name}"].item() for name in ("mean", "squared_error", "min", "max")] == [1, 0, 1, 1]
@@ -148,7 +156,7 @@ def test_on_the_first_update_the_gradient_is_the_weighted_advantage():
 def test_metrics_by_hand():
     log_prob = torch.tensor([0.1, -0.2, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
     zeros = torch.zeros(4, dtype=torch.float64)
-    metrics = bpgo_loss(Move(log_prob), zeros, None, zeros, 0.0, clip(0.15, 0.15)).metrics
+    metrics = bpgo_loss(PolicyShift(log_prob), zeros, None, zeros, 0.0, clip(0.15, 0.15)).metrics
     assert metrics["clip_fraction"] == 0.25  # exp(.1) = 1.105 is inside, exp(-.2) = .819 is not
     assert metrics["log_ratio_abs_max"].item() == pytest.approx(0.2)
     assert metrics["approx_kl"].item() == pytest.approx((0.01 + 0.04) / 8)
@@ -159,11 +167,11 @@ def test_metrics_by_hand():
 def test_errors_name_the_value():
     one = torch.ones(2)
     with pytest.raises(ValueError, match=r"zeta=0\.5 but no contrastive"):
-        bpgo_loss(Move(one), one, None, one, 0.5, clip(0.1, 0.1))
+        bpgo_loss(PolicyShift(one), one, None, one, 0.5, clip(0.1, 0.1))
     with pytest.raises(ValueError, match="clip_range"):
         clip(-0.1, 0.1)
     with pytest.raises(ValueError, match=r"loss\.ratio guard compares the means"):
-        clipped_surrogate(Move(one), one, TrustRegion(ratio="guard"))
+        clipped_surrogate(PolicyShift(one), one, TrustRegion(ratio="guard"))
 
 
 def test_the_divergence_mask_by_hand():
@@ -171,7 +179,7 @@ def test_the_divergence_mask_by_hand():
     log_ratio = torch.tensor([0.1, 0.1, -0.1, -0.1, 0.1], dtype=torch.float64, requires_grad=True)
     divergence = torch.tensor([0.02, 0.02, 0.01, 0.02, 0.009], dtype=torch.float64)
     advantage = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
-    move = Move(log_ratio, divergence, torch.tensor(1.0, dtype=torch.float64))
+    move = PolicyShift(log_ratio, divergence, torch.tensor(1.0, dtype=torch.float64))
     loss = divergence_masked_surrogate(move, advantage, TrustRegion("divergence_mask", divergence_limit=0.01))
     up, down = math.exp(0.1), math.exp(-0.1)
     torch.testing.assert_close(loss, torch.tensor([0.0, up, 0.0, -down, -up], dtype=torch.float64))
@@ -187,7 +195,7 @@ def test_guards_ratio_is_centred_on_one_with_a_spread_that_knows_no_noise_level(
         noise = torch.randn(200_000, generator=rng, dtype=torch.float64)
         log_ratio = -((std * noise - change) ** 2 - (std * noise) ** 2) / (2 * std**2)
         divergence = (change**2 / (2 * std**2)).expand_as(log_ratio)
-        move = Move(log_ratio, divergence, torch.tensor(std, dtype=torch.float64))
+        move = PolicyShift(log_ratio, divergence, torch.tensor(std, dtype=torch.float64))
         normalised = TrustRegion(ratio="guard")
         loss = clipped_surrogate(move, torch.ones_like(log_ratio), normalised)
         assert loss.shape == log_ratio.shape

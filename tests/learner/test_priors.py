@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.learner import PriorConfig
 from bpgo_video.data.prior_files import PriorTable
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import BPGOSettings, step_advantages
-from bpgo_video.learner.priors import PRIORS, Seen, image_key
+from bpgo_video.learner.priors import PRIORS, PriorInputs, image_key
 from bpgo_video.learner.running_priors import pooled_spread, updated
 from bpgo_video.learner.shrinkage import shrunk_means
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rewards import FrameSampling, FrameScores
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.types import PromptBatch
@@ -30,7 +30,7 @@ def prompts(*ids: int) -> PromptBatch:
 
 
 def anchor(kind, batch, rewards, running=None, **keys):
-    seen = Seen(batch, {"clip": "v1"}, {"clip": rewards}, running or {})
+    seen = PriorInputs(batch, {"clip": "v1"}, {"clip": rewards}, running or {})
     return PRIORS[kind](PriorConfig(kind=kind, **keys), seen)["clip"]
 
 
@@ -176,12 +176,12 @@ def test_first_frame_is_what_the_image_earns_by_the_same_reward():
     assert scored.pop("steady").tolist() == [1.0, 1.0]  # a reward of several frames sees a still video
     suite = RewardSuite({"dark": RewardConfig(model=models["dark"])}, torch.device("cpu"), fps=8.0)
     batch, rewards = prompts(1, 2), {"dark": FIRST}
-    seen = Seen(batch, suite.versions, rewards, {}, scored)
+    seen = PriorInputs(batch, suite.versions, rewards, {}, scored)
     found = PRIORS["first_frame"](PriorConfig(kind="first_frame"), seen)["dark"]
     assert found.mean.tolist() == [-1.0, -1.0]
     assert found.scale == pytest.approx(1.0)
     with pytest.raises(ConfigError, match=r"first_frame.*'dark'"):
-        PRIORS["first_frame"](PriorConfig(kind="first_frame"), Seen(batch, suite.versions, rewards))
+        PRIORS["first_frame"](PriorConfig(kind="first_frame"), PriorInputs(batch, suite.versions, rewards))
 
 
 def test_a_centred_first_frame_lies_at_the_level_of_the_runs_videos():
@@ -189,14 +189,13 @@ def test_a_centred_first_frame_lies_at_the_level_of_the_runs_videos():
     versions, batch, prior = {"clip": "v1"}, prompts(1, 2), PriorConfig(kind="first_frame_centred")
     images = {"clip": torch.tensor([5.0, 7.0])}
     rewards = {"clip": torch.tensor([[0.0, 1.0], [1.0, 2.0]]), image_key("clip"): images["clip"][:, None]}
-    found = PRIORS[prior.kind](prior, Seen(batch, versions, rewards, {}, images))["clip"]
+    found = PRIORS[prior.kind](prior, PriorInputs(batch, versions, rewards, {}, images))["clip"]
     assert found.mean.tolist() == [0.0, 2.0]
     running = updated({}, [1, 2], rewards, decay=0.5, scale=None)
     later = {"clip": rewards["clip"] + 2, image_key("clip"): rewards[image_key("clip")] + 1}
     running = updated(running, [1, 2], later, decay=0.5, scale=None)  # levels 2 and 6.5
-    found = PRIORS[prior.kind](prior, Seen(batch, versions, later, running, images))["clip"]
+    found = PRIORS[prior.kind](prior, PriorInputs(batch, versions, later, running, images))["clip"]
     assert found.mean.tolist() == pytest.approx([0.5, 2.5])
-    plain = PRIORS["first_frame"](PriorConfig(kind="first_frame"), Seen(batch, versions, later, running, images))[
-        "clip"
-    ]
+    inputs = PriorInputs(batch, versions, later, running, images)
+    plain = PRIORS["first_frame"](PriorConfig(kind="first_frame"), inputs)["clip"]
     assert found.scale == plain.scale

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bpgo_video.data.video import write_video
-from bpgo_video.evaluation.comparing.scores import Measure, ModelScores, PromptLine, Scored, ScoresFolder
+from bpgo_video.evaluation.compare_scores import Measure, ModelScores, PromptLine, Scored, ScoresFolder
 
 MEASURES = {
     "oracle": Measure("heldout", "1"),

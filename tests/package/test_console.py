@@ -16,7 +16,7 @@ from bpgo_video.commands import demo
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import read_yaml, to_yaml
 from bpgo_video.data.shards import PromptShards
-from bpgo_video.zero import engine
+from bpgo_video.distributed import engine
 from tests.made.recipes import ROOT
 
 SCRIPTS = [*(ROOT / "pipelines").glob("*.py"), *(path for path in (ROOT / "tools").glob("*.py") if path.stat().st_size)]

@@ -12,17 +12,16 @@ import bpgo_video
 
 PACKAGE = Path(bpgo_video.__file__).parent
 LAYERS = (  # a folder imports those before it, never one behind it
-    *("worker_side", "tiny", "config", "parallel", "diffusion", "learner"),
-    *("policies", "data", "rewards", "zero", "rollouts"),
-    *("planning", "checkpoints", "reports", "export", "generation", "training", "evaluation", "commands"),
+    *("tiny", "config", "distributed", "diffusion", "learner", "policies", "data", "rewards", "rollouts"),
+    *("inference", "training", "evaluation", "commands"),
 )
 PURE = [
     *(path for folder in ("diffusion", "learner") for path in (PACKAGE / folder).glob("*.py")),
-    PACKAGE / "zero" / "schedule.py",
+    PACKAGE / "distributed" / "schedule.py",
 ]
 NOT_PURE = {PACKAGE / "learner" / "priors.py"}  # a table over the configuration
 ALLOWED_IN_PURE = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "jaxtyping", "bpgo_video"}
-DEEPSPEED = {"zero/engine.py", "checkpoints/zero_files.py", "checkpoints/universal.py"}
+DEEPSPEED = {f"distributed/{name}.py" for name in ("engine", "zero_files", "universal")}
 
 
 def imports(path: Path) -> set[str]:

@@ -19,10 +19,10 @@ from torch import Tensor
 from bpgo_video.config.bpgo import ConfigError, CreditConfig, VideoConfig
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.diffusion.sde import shifted_sigmas
-from bpgo_video.generation.generate import load_pipeline, plan, read_records, sample
-from bpgo_video.generation.settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.parallel.cogvideox_attention import dispatch
+from bpgo_video.inference.generate import load_pipeline, plan, read_records, sample
+from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.policies import Policy
+from bpgo_video.policies.cogvideox_attention import dispatch
 from bpgo_video.randomness import generator_of, keyed_noise
 from bpgo_video.training.estimation import credit_by_frame
 from bpgo_video.training.session import Session

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.rollouts.replay import Setting, replay_objective
 from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
 from tests.families import CASES

@@ -13,22 +13,22 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from bpgo_video.checkpoints.run_weights import find_source
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.export.conversion import Conversion, convert
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.ulysses import Ulysses
+from bpgo_video.inference.conversion import Conversion, convert
+from bpgo_video.inference.run_weights import find_source
 from bpgo_video.learner.bpgo import GroupAdvantages
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.parallel.sequence import parallelise
-from bpgo_video.parallel.ulysses import Ulysses
-from bpgo_video.planning.rehearsal import alone_in_a_group
 from bpgo_video.policies import Policy
 from bpgo_video.policies.kernels import choose_attention
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.pipeline_policy import PipelinePolicy, networks_of
+from bpgo_video.policies.sequence import parallelise
 from bpgo_video.policies.transformers import blocks_of
 from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
 from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.training.plan_rehearsal import alone_in_a_group
 from tests.families import CASES, Case
 from tests.families.case import CPU
 from tests.made.zero_checkpoints import write_checkpoint

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from bpgo_video.config.bpgo import ConfigError, PolicyConfig
-from bpgo_video.planning.models import described, known_models
 from bpgo_video.policies import FAMILIES, family, family_of
+from bpgo_video.training.plan_models import described, known_models
 
 NETWORKS = {
     "Wan": ("WanTransformer3DModel", "AutoencoderKLWan"),

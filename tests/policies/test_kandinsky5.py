@@ -20,11 +20,11 @@ from diffusers.models.transformers.transformer_kandinsky import (
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.generation.generate import initial_latents, load_pipeline, plan, read_records, sample
-from bpgo_video.generation.settings import GenerationSettings, find_model, resolve
-from bpgo_video.parallel.sequence import check_heads
+from bpgo_video.inference.generate import initial_latents, load_pipeline, plan, read_records, sample
+from bpgo_video.inference.settings import GenerationSettings, find_model, resolve
 from bpgo_video.policies.kandinsky5 import text_positions
 from bpgo_video.policies.kandinsky5_transformer import prepare
+from bpgo_video.policies.sequence import check_heads
 from tests.families import CASES, load_policy
 from tests.families.case import CPU, TEXTS
 from tests.families.kandinsky5 import random_kandinsky5, random_transformer

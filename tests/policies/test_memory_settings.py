@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.rules import check
-from bpgo_video.parallel import ulysses
-from bpgo_video.parallel.mesh import Mesh
-from bpgo_video.parallel.sequence import parallelise
-from bpgo_video.planning.rehearsal import alone_in_a_group
+from bpgo_video.distributed import ulysses
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.frozen_parts import in_parts, save_memory
 from bpgo_video.policies.kernels import choose_attention, compile_blocks
+from bpgo_video.policies.sequence import parallelise
 from bpgo_video.policies.transformers import Transformers, blocks_of
+from bpgo_video.training.plan_rehearsal import alone_in_a_group
 from bpgo_video.training.policy_session import sampling_policy
 from tests.distributed.small_transformers import inputs, random_transformer
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan

@@ -9,9 +9,9 @@ import torch
 from diffusers import MochiPipeline, MochiTransformer3DModel
 
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.generation.generate import load_pipeline, plan, read_records, sample
-from bpgo_video.generation.settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.parallel.mochi_attention import dispatch
+from bpgo_video.inference.generate import load_pipeline, plan, read_records, sample
+from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
+from bpgo_video.policies.mochi_attention import dispatch
 from bpgo_video.randomness import keyed_noise
 from tests.families.mochi import MOCHI
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.parallel import ulysses
-from bpgo_video.parallel.sequence import PLANS, SequencePlan, check_heads, parallelise
-from bpgo_video.planning.inputs import INPUTS
-from bpgo_video.planning.models import find_model
-from bpgo_video.planning.plan import Job, reckon
-from bpgo_video.planning.rehearsal import alone_in_a_group
+from bpgo_video.distributed import ulysses
+from bpgo_video.policies.sequence import PLANS, SequencePlan, check_heads, parallelise
+from bpgo_video.training.plan import Job, reckon
+from bpgo_video.training.plan_inputs import INPUTS
+from bpgo_video.training.plan_models import find_model
+from bpgo_video.training.plan_rehearsal import alone_in_a_group
 from tests.families import CASES, Policy
 from tests.families.page import CODE, random_skyreels
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.building import build_reward
 from bpgo_video.rewards.consistency import FrameConsistency, ShotCuts

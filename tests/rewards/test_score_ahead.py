@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import Clips, FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead

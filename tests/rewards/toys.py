@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from bpgo_video.config.bpgo import RewardConfig
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores, RewardModel
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.types import PromptBatch, RolloutChunk

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.distributed.touched import Touched, alternatives
 from bpgo_video.policies import Policy
 from bpgo_video.rollouts.experts import check_experts, trainable_steps
 from bpgo_video.rollouts.replay import StepWeights
 from bpgo_video.rollouts.rollout import trained_steps_of, training_denoiser
-from bpgo_video.zero.touched import Touched, alternatives
 from tests.families import CASES
 
 HIGH, LOW = (0, 1), (2, 3, 4)  # of six steps, as the boundary is .875 and the shift 3; the last is never trained

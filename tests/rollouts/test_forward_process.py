@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import Config
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages, LossAdvantages
 from bpgo_video.learner.losses import TrustRegion
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rollouts.forward_process import (
     ForwardProcess,

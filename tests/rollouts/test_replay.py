@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import Config, CreditConfig, LoraConfig
 from bpgo_video.diffusion.sde import SAMPLERS, steps_of
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.rollouts.reference import FrozenCopy, Reference, WithoutAdapters

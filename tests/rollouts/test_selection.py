@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import Config
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
-from bpgo_video.parallel.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rollouts.selection import worth_replaying
 from bpgo_video.types import Trajectory

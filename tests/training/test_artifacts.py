@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import Config
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards import FrameScores
 from bpgo_video.training.artifacts import Progress, caption, heldout_test, summarise
 from bpgo_video.training.heldout import HeldoutScores

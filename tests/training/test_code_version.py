@@ -8,8 +8,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from bpgo_video.checkpoints import resuming
 from bpgo_video.code_version import commit, this_code
+from bpgo_video.distributed import resuming
 from bpgo_video.training.loop import load
 from bpgo_video.training.policy_session import PolicySession
 

@@ -16,10 +16,10 @@ from bpgo_video.config.sft import SftConfig
 from bpgo_video.data.prompt_records import LATENTS, ShardError
 from bpgo_video.data.prompt_stream import order_of
 from bpgo_video.data.shards import PromptShards
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy
-from bpgo_video.tiny.oracle import oracle_scores
+from bpgo_video.rewards.tiny_oracle import oracle_scores
 from bpgo_video.training import policy_session
 from bpgo_video.training.run_folder import check_run_dir
 from bpgo_video.training.sft_session import Clips, check_clips, heldout_rows

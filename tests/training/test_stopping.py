@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.training.stopping import Request, StopRequests
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
@@ -23,7 +23,7 @@ import ctypes
 from pathlib import Path
 import torch
 from bpgo_video.training import stopping
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh
 stopping.INSISTING_SECONDS = 1.0
 with stopping.StopRequests(Path("unused"), Mesh(0, 1, torch.device("cpu"))):
     print("ready", flush=True)

@@ -27,8 +27,8 @@ import torch
 import yaml
 from diffusers import WanTransformer3DModel
 
-from bpgo_video.data.atomic import write_json
-from bpgo_video.export.conversion import FORMATS
+from bpgo_video.atomic import write_json
+from bpgo_video.inference.conversion import FORMATS
 from bpgo_video.paths import resolve_folder
 from tools.bench.__main__ import machine
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from bpgo_video.config.bpgo import Config, PriorConfig, RewardConfig
-from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.training.rl import sample_and_score
 from bpgo_video.training.session import Session

@@ -24,10 +24,11 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.distributed import engine as engines
+from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.learner.bpgo import BPGOSettings
-from bpgo_video.learner.losses import Move, bpgo_loss
-from bpgo_video.parallel.heartbeat import Heartbeat
-from bpgo_video.parallel.mesh import Mesh, make_mesh
+from bpgo_video.learner.losses import PolicyShift, bpgo_loss
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
@@ -38,7 +39,6 @@ from bpgo_video.training.rl import sample_and_score, train_step
 from bpgo_video.training.session import Session, build_session, check_inputs
 from bpgo_video.training.stopwatch import Stopwatch
 from bpgo_video.types import PromptBatch
-from bpgo_video.zero import engine as engines
 from tools.bench.overlap import in_chunks, overlap
 from tools.bench.timing import in_turn, seconds, waiting
 
@@ -204,7 +204,7 @@ def learner_overhead(config: Config, mesh: Mesh) -> dict[str, float]:
     ratio, one, other, trust = (torch.randn(config.rollout.micro_batch_size, generator=rng) for _ in range(4))
 
     def loss(zeta: float) -> None:
-        bpgo_loss(Move(ratio.requires_grad_()), one, other, trust, zeta, trust_region(config)).value.backward()
+        bpgo_loss(PolicyShift(ratio.requires_grad_()), one, other, trust, zeta, trust_region(config)).value.backward()
 
     losses = in_turn({"bpgo": partial(loss, config.bpgo.zeta), "grpo": partial(loss, 0.0)}, 10 * ROUNDS)
     passes = len(trajectories) * config.sampler.trained_count

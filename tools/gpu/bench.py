@@ -19,10 +19,10 @@ from bpgo_video.config.bpgo import Config, VideoConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.config.run import EmaConfig
 from bpgo_video.config.shipped import ds_config_file
-from bpgo_video.parallel.mesh import Mesh
+from bpgo_video.distributed.engine import Engine, start_ranks
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.paths import resolve_folder
-from bpgo_video.planning.models import Model, find_model
-from bpgo_video.zero.engine import Engine, start_ranks
+from bpgo_video.training.plan_models import Model, find_model
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "pipelines" / "configs" / "wan21_1.3b_480p_8x80gb.yaml"

@@ -21,16 +21,16 @@ from diffusers import WanPipeline
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 
+from bpgo_video.atomic import write_json
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.learner import PriorConfig
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.data.atomic import write_json
 from bpgo_video.data.build import build_shards
 from bpgo_video.data.fingerprint import encoder_stamp
-from bpgo_video.parallel.heartbeat import Heartbeat
+from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.stored_tensors import stored, tensor_files
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import load_policy
-from bpgo_video.policies.stored_tensors import stored, tensor_files
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.rollout import guidance_of, training_denoiser
 from bpgo_video.training.doctor import examine

@@ -23,16 +23,16 @@ from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from bpgo_video.config.bpgo import Config, ConfigError, VideoConfig
-from bpgo_video.planning.models import Model
-from bpgo_video.planning.plan import Job, reckon
+from bpgo_video.distributed.engine import Engine
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.kernels import choose_attention, compile_blocks
 from bpgo_video.policies.transformers import blocks_of
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.rollout import Denoiser, training_denoiser
+from bpgo_video.training.plan import Job, reckon
+from bpgo_video.training.plan_models import Model
 from bpgo_video.training.policy_session import build_engine, builder, sampling_policy
 from bpgo_video.types import Guidance, Latents
-from bpgo_video.zero.engine import Engine
 from tools.bench.timing import seconds
 from tools.gpu.bench import Bench, random_folder, release, with_blocks
 from tools.gpu.stages import Note, free_memory

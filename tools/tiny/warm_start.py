@@ -23,7 +23,7 @@ from bpgo_video.data.prompt_records import LATENTS, PromptRecord, layout_of
 from bpgo_video.data.shard_writing import write_index, write_negative, write_shard
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.tiny import world
+from bpgo_video.rewards import tiny_world as world
 from bpgo_video.training.sft import train
 
 VIDEO = VideoConfig(world.FRAMES, world.SIZE, world.SIZE, float(world.FPS))

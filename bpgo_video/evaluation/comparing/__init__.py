@@ -1,1 +1,0 @@
-"""Comparisons of several models on the same prompts and noise: paired statistics, a verdict, a page."""

@@ -1,1 +1,0 @@
-"""Videos from a finished policy, by its own pipeline and scheduler, in mp4 files."""

@@ -1,1 +1,0 @@
-"""What runs under another interpreter: one file of the standard library alone, found on its PYTHONPATH."""

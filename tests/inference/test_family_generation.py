@@ -1,0 +1,159 @@
+"""generate_video makes of every family's folder what diffusers' pipeline makes of it by hand."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import ClassifierFreeGuidance
+from PIL import Image
+from torch import Tensor
+
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.inference.generate import describe, load_pipeline, plan, read_records, sample
+from bpgo_video.inference.settings import GenerationSettings, find_model, resolve
+from bpgo_video.randomness import generator_of, keyed_noise
+from tests.families import CASES
+
+ByHand = Callable[[Any, Tensor, Image.Image], dict[str, Any]]  # (pipeline, noise, picture) -> what its call is given
+
+
+def ltx(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    return {
+        "latents": pipeline._pack_latents(noise), "guidance_scale": 2.0, "frame_rate": 24, "decode_timestep": 0.05,
+        "decode_noise_scale": 0.025, "generator": generator_of("decode"),
+    }  # fmt: skip
+
+
+def ltx_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    pixels = pipeline.video_processor.preprocess(picture, *noise.new_tensor(noise.shape[-2:]).int().mul(32).tolist())
+    drawn = pipeline.vae.encode(pixels[:, :, None]).latent_dist.sample(torch.Generator().manual_seed(3))
+    given = pipeline._normalize_latents(drawn, pipeline.vae.latents_mean, pipeline.vae.latents_std)
+    latents = pipeline._pack_latents(torch.cat([given, noise], dim=2))
+    return {"latents": latents, "guidance_scale": 2.0, "frame_rate": 24, "image": picture}
+
+
+def hunyuan(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    return {"latents": noise, "guidance_scale": 4.0, "true_cfg_scale": 2.0}
+
+
+def hunyuan15(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    pipeline.guider = ClassifierFreeGuidance(guidance_scale=2.0)
+    pipeline.tokenizer_max_length = CASES["hunyuan15"].text_tokens
+    return {"latents": noise}
+
+
+def hunyuan15_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    return {**hunyuan15(pipeline, noise, picture), "image": picture}
+
+
+def hunyuan_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    whole = torch.cat([torch.full_like(noise[:, :, :1], 7.0), noise], dim=2)  # the image takes the first one's place
+    return {"latents": whole, "guidance_scale": 4.0, "true_cfg_scale": 2.0, "image": picture}
+
+
+def hunyuan_image_concat(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    frames = 4 * (noise.shape[2] - 1) + 1  # with the four that are not shown
+    return {"latents": noise, "num_frames": frames, "true_cfg_scale": 2.0, "image": picture}
+
+
+def kandinsky5(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    return {"latents": noise.movedim(1, -1).clone(), "guidance_scale": 2.0}
+
+
+def kandinsky5_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    frames, (height, width) = 4 * noise.shape[2] + 1, (8 * size for size in noise.shape[3:])
+    latents = pipeline.prepare_latents(picture, 1, 4, height, width, frames, torch.float32, "cpu")
+    latents[:, 1:, :, :, :4] = noise.movedim(1, -1)
+    return {"latents": latents, "guidance_scale": 2.0, "image": picture}
+
+
+BY_HAND: dict[str, ByHand] = {
+    "ltx": ltx, "ltx_image": ltx_image, "hunyuan": hunyuan, "hunyuan_image": hunyuan_image,
+    "hunyuan_image_concat": hunyuan_image_concat, "kandinsky5": kandinsky5, "kandinsky5_image": kandinsky5_image,
+    "hunyuan15": hunyuan15, "hunyuan15_image": hunyuan15_image,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=BY_HAND)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("family") / "pipeline"
+    CASES[name].write(path)
+    return path
+
+
+@pytest.fixture
+def settings(name: str, folder: Path, tmp_path: Path) -> GenerationSettings:
+    case, lines = CASES[name], []
+    for row, (text, picture) in enumerate(zip(case.texts, case.pictures(), strict=True)):
+        picture.save(tmp_path / f"{row}.png")
+        lines.append(json.dumps({"prompt": text, "image": f"{row}.png"}))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    own: dict[str, Any] = case.options
+    return GenerationSettings(
+        policy=str(folder), prompts=tmp_path / "prompts.jsonl", output=tmp_path / "videos", seed=5, num_steps=3,
+        guidance_scale=2.0, num_frames=case.video.num_frames, height=case.video.height, width=case.video.width,
+        fps=case.video.fps, max_sequence_length=case.text_tokens, batch_size=2, **own,
+    )  # fmt: skip
+
+
+def test_a_video_is_what_diffusers_makes_by_hand_in_any_batch(
+    name: str, folder: Path, settings: GenerationSettings
+) -> None:
+    case, model = CASES[name], find_model(settings)
+    policy, call = model.policy, resolve(settings, model.policy)
+    jobs = plan(settings, read_records(settings, policy.takes_images))
+    found = sample(load_pipeline(model, settings, torch.device("cpu")), policy, jobs, settings, call)
+    pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(folder)
+    for row, text in enumerate(case.texts):
+        noise = keyed_noise(policy.latent_shape(case.video), [(5, "generation", prompt_id(text), 0)], "cpu")
+        given = {"height": case.video.height, "width": case.video.width, "max_sequence_length": case.text_tokens}
+        known = inspect.signature(pipeline.__call__).parameters
+        own = {"num_frames": case.video.num_frames, **BY_HAND[name](pipeline, noise, case.pictures()[row])}
+        expected = pipeline(
+            prompt=text, negative_prompt="", num_inference_steps=3, output_type="pt",
+            **{key: value for key, value in given.items() if key in known}, **own,
+        ).frames  # fmt: skip
+        assert expected.shape[1] == case.video.num_frames
+        torch.testing.assert_close(found[row : row + 1], expected, rtol=0, atol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
+def test_the_manifest_holds_the_familys_own_settings(name: str, settings: GenerationSettings) -> None:
+    model = find_model(settings)
+    call = resolve(settings, model.policy)
+    found = describe(settings, model, call, read_records(settings, model.policy.takes_images))
+    assert {key: found[key] for key in CASES[name].options} == CASES[name].options
+    assert found["guidance_scale"] == 2.0
+
+
+def test_bfloat16_reaches_the_pixels(name: str, settings: GenerationSettings) -> None:
+    """The VAE is in fp32, or in bf16 where the pipeline hands it latents in that."""
+    halved = GenerationSettings(**{**vars(settings), "dtype": "bfloat16"})
+    model = find_model(halved)
+    call = resolve(halved, model.policy)
+    jobs = plan(halved, read_records(halved, model.policy.takes_images))[:1]
+    device = torch.device("cpu")
+    found, whole = (
+        sample(load_pipeline(model, asked, device), model.policy, jobs, asked, call) for asked in (halved, settings)
+    )
+    assert 0 < (found - whole).abs().mean() < 0.02
+
+
+def test_a_familys_setting_is_refused_where_another_is_loaded(settings: GenerationSettings, name: str) -> None:
+    foreign = {"embedded_guidance": None, "decode_timestep": None, "decode_noise_scale": None}
+    key = "decode_timestep" if name.startswith("hunyuan") else "embedded_guidance"
+    with pytest.raises(ConfigError, match=rf"policy.{key} is 0.5, but .* knows (\[|no such)"):
+        find_model(GenerationSettings(**{**vars(settings), **foreign, key: 0.5}))

@@ -1,0 +1,176 @@
+"""Generation in tiles, in slices, by another backend or offloaded makes the same videos, or is refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import Tensor
+
+from bpgo_video.commands.generate import main
+from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.inference import generate as generation
+from bpgo_video.inference.generate import load_pipeline, plan, read_records, sample
+from bpgo_video.inference.loading import OFFLOADS, Means, apply, check_offload, means_of
+from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
+from bpgo_video.inference.share import describe
+from bpgo_video.policies.cogvideox_attention import CogVideoXAttention
+from tests.families import CASES
+from tests.families.case import TEXTS
+from tests.made.random_wan import random_wan
+from tests.made.recipes import small_recipe
+from tests.made.written_runs import write_run
+
+CPU = torch.device("cpu")
+
+
+def written(name: str, root: Path) -> GenerationSettings:
+    """A generation with the family's folder, which is written."""
+    case, lines = CASES[name], []
+    case.write(root / "pipeline")
+    for row, (text, picture) in enumerate(zip(TEXTS, case.pictures(), strict=True)):
+        picture.save(root / f"{row}.png")
+        lines.append(json.dumps({"prompt": text, "image": f"{row}.png"}))
+    (root / "prompts.jsonl").write_text("\n".join(lines))
+    own: dict[str, Any] = case.options
+    return GenerationSettings(
+        policy=str(root / "pipeline"), family=case.family, prompts=root / "prompts.jsonl", output=root / "videos",
+        seed=5, num_steps=2, guidance_scale=2.0, num_frames=case.video.num_frames, height=case.video.height,
+        width=case.video.width, fps=case.video.fps, max_sequence_length=case.text_tokens, batch_size=2, **own,
+    )  # fmt: skip
+
+
+def videos(settings: GenerationSettings, pipeline: Any = None) -> Tensor:
+    model = find_model(settings)
+    jobs = plan(settings, read_records(settings, model.policy.takes_images))
+    call = resolve(settings, model.policy)
+    return sample(pipeline or load_pipeline(model, settings, CPU), model.policy, jobs, settings, call)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> GenerationSettings:
+    return written("wan", tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="module")
+def plain(wan: GenerationSettings) -> Tensor:
+    return videos(wan)
+
+
+def test_below_a_tiles_size_tiles_change_no_bit(wan: GenerationSettings, plain: Tensor) -> None:
+    tiled = replace(wan, vae_tiling=True)
+    assert load_pipeline(find_model(tiled), tiled, CPU).vae.use_tiling
+    assert torch.equal(videos(tiled), plain)
+
+
+def test_tiles_are_what_diffusers_decodes_with(wan: GenerationSettings, plain: Tensor) -> None:
+    """Above a tile's size pixels differ where tiles meet: generation hands them to diffusers' own tiling."""
+    tiled = replace(wan, vae_tiling=True)
+    pipeline = load_pipeline(find_model(tiled), tiled, CPU)
+    size = {"tile_sample_min_height": 32, "tile_sample_min_width": 32}
+    step = {"tile_sample_stride_height": 24, "tile_sample_stride_width": 24}
+    pipeline.vae.enable_tiling(**size, **step)
+    difference = (videos(tiled, pipeline) - plain).abs()
+    assert 0 < difference.mean() < 0.1
+
+
+def test_slices_are_the_batch(wan: GenerationSettings, plain: Tensor) -> None:
+    sliced = replace(wan, vae_slicing=True)
+    pipeline = load_pipeline(find_model(sliced), sliced, CPU)
+    rows: list[int] = []
+    decode = pipeline.vae._decode
+    pipeline.vae._decode = lambda latents, **options: rows.append(len(latents)) or decode(latents, **options)
+    torch.testing.assert_close(videos(sliced, pipeline), plain, rtol=0, atol=1e-5)
+    assert rows == [1, 1]
+
+
+def test_another_backend_attends_alike(wan: GenerationSettings, plain: Tensor) -> None:
+    asked = replace(wan, attention_backend="_native_math")
+    pipeline = load_pipeline(find_model(asked), asked, CPU)
+    assert pipeline.transformer.blocks[0].attn1.processor._attention_backend == "_native_math"
+    torch.testing.assert_close(videos(asked, pipeline), plain, rtol=0, atol=1e-4)
+
+
+def test_attention_that_diffusers_wrote_in_goes_through_its_dispatcher(tmp_path: Path) -> None:
+    settings = written("cogvideox", tmp_path)
+    asked = replace(settings, attention_backend="_native_math")
+    pipeline = load_pipeline(find_model(asked), asked, CPU)
+    assert isinstance(pipeline.transformer.transformer_blocks[0].attn1.processor, CogVideoXAttention)
+    torch.testing.assert_close(videos(asked, pipeline), videos(settings), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx_image", "kandinsky5_image", "hunyuan"])
+def test_what_is_offloaded_makes_the_same_videos(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU as the device that networks and layers are brought to: accelerate's hooks at work."""
+    by_layer = accelerate.cpu_offload
+    monkeypatch.setattr(  # it is told cpu:0, and takes that for another device than the weights'
+        accelerate, "cpu_offload", lambda model, _, **options: by_layer(model, CPU, **options)
+    )
+    settings = written(name, tmp_path)
+    expected = videos(settings)
+    for offload in ("model", "sequential"):
+        pipeline = load_pipeline(find_model(settings), settings, CPU)
+        OFFLOADS[offload](pipeline, CPU)
+        assert torch.equal(videos(settings, pipeline), expected)
+        (at_rest,) = {parameter.device.type for parameter in pipeline.transformer.parameters()}
+        assert at_rest == {"model": "cpu", "sequential": "meta"}[offload]
+
+
+def test_offload_needs_a_gpu(
+    wan: GenerationSettings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("nothing may be loaded"))
+    flags = ["--policy", wan.policy, "--prompts", str(wan.prompts), "--output", str(wan.output), "--seed", "5"]
+    size = ["--num-frames", "9", "--height", "64", "--width", "64"]
+    monkeypatch.setattr(generation, "ALONE", replace(generation.ALONE, device=CPU))
+    assert main([*flags, *size, "--offload", "model"]) == 1
+    assert "offload is 'model', but this machine has no GPU" in capsys.readouterr().err
+    assert main([*flags, *size, "--attention-backend", "fastest"]) == 1
+    assert "error: attention_backend is 'fastest'; diffusers knows" in capsys.readouterr().err
+    check_offload("sequential", torch.device("cuda", 1))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Its recipe decodes in tiles and slices and names a backend."""
+    base = random_wan(tmp_path / "wan")
+    policy = {"folder": str(base), "vae_tiling": True, "vae_slicing": True, "attention_backend": "_native_math"}
+    recipe = small_recipe(tmp_path / "run", tmp_path / "shards", policy=policy)
+    return write_run(base, tmp_path / "run", LoraConfig(), recipe)
+
+
+def test_a_runs_own_settings_hold_where_nothing_is_said(wan: GenerationSettings, run: Path) -> None:
+    from_run = replace(wan, policy=str(run))
+    assert means_of(from_run, find_model(from_run)) == Means(True, True, "_native_math")
+    said = replace(from_run, vae_tiling=False, attention_backend="native")
+    assert means_of(said, find_model(said)) == Means(False, True, "native")
+    assert means_of(wan, find_model(wan)) == Means(False, False, None)
+
+
+def test_the_manifest_holds_what_pixels_depend_on(wan: GenerationSettings) -> None:
+    def described(**changes: object) -> dict[str, Any]:
+        settings = replace(wan, **changes)
+        model = find_model(settings)
+        return describe(settings, model, resolve(settings, model.policy), read_records(settings))
+
+    before = described()
+    assert (before["vae_tiling"], before["attention_backend"]) == (False, None)
+    assert described(vae_slicing=True, offload="model") == before
+    assert described(vae_tiling=True, attention_backend="sage") == {
+        **before, "vae_tiling": True, "attention_backend": "sage"
+    }  # fmt: skip
+
+
+def test_what_a_model_cannot_do_is_named_by_the_flag(wan: GenerationSettings) -> None:
+    model = find_model(wan)
+    pipeline = load_pipeline(model, wan, CPU)
+    with pytest.raises(GenerationError, match=r"^attention_backend 'flash' cannot be used here: .*`native` needs"):
+        apply(Means(False, False, "flash"), pipeline, model)
+    pipeline.vae = torch.nn.Linear(2, 2)
+    with pytest.raises(GenerationError, match=r"^vae_tiling is true, but Linear cannot"):
+        apply(Means(True, False, None), pipeline, model)

@@ -1,0 +1,78 @@
+"""Does a run's diagnosis say what its numbers say, and nothing where there is nothing?"""
+
+import pytest
+
+from bpgo_video.training.diagnosis import NOTHING, diagnose
+from bpgo_video.training.summary import summary_table
+
+QUIET = {
+    "trust_mean": 1.02,
+    "trust_min": 0.7,
+    "trust_max": 1.3,
+    "trust_std": 0.2,
+    "rms_ratio": 1.05,
+    "zero_std_share": 0.1,
+}
+
+
+def run(steps=12, rising=0.0, **changed):
+    hist = {f"trust/hist/{place:02d}": 0.1 for place in range(10)}
+    noise = [0.01 * (-1) ** step for step in range(steps)]
+    return [
+        {"step": step, "reward": 0.2 + rising * step + noise[step], "reward_std": 0.02, **hist, **QUIET, **changed}
+        for step in range(steps)
+    ]
+
+
+def test_an_ordinary_run_has_nothing_to_say_and_says_so():
+    assert diagnose(run(), {}) == [NOTHING]
+    assert diagnose(run(rising=0.01), {"heldout_before": 0.5, "heldout_after": 0.6}) == [NOTHING]
+    assert diagnose([], {}) == []
+
+
+def test_records_of_grpo_and_of_few_keys_are_read():
+    grpo = [{k: v for k, v in record.items() if "hist" not in k} for record in run(trust_min=1.0, trust_max=1.0)]
+    assert diagnose(grpo, {}) == [NOTHING]
+    assert diagnose([{"step": 0, "reward": 0.5}], {}) == [NOTHING]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"trust_min": 0.998, "trust_max": 1.002},
+            ("Trust did nothing: w stayed within 0.998-1.002", "differ by 0.02 within", "standardise", "raise bpgo.k"),
+        ),
+        ({"trust_min": 0.998, "trust_max": 1.002, "icc/clip": 0.9}, ("Trust did nothing", "agree equally well")),
+        ({"trust_mean": 1.45, "trust_std": 0.02}, ("Trust acted as a learning rate", "near 1.45", "batch_mean")),
+        ({"rms_ratio": 1.6}, ("1.60 times GRPO's", "bpgo.match_rms")),
+        ({"rms_ratio": 0.5}, ("0.50 times GRPO's",)),
+        ({"zero_std_share": 0.6}, ("Zero-std groups: 60%",)),
+        ({"crt/rank_inversion": 0.09}, ("turned round 9% of the pairs", "bpgo.standardise")),
+        ({"icc/clip": 0.31, "icc/motion": 0.9}, ("ICC of clip 0.31)",)),
+    ],
+)
+def test_each_finding_gives_its_numbers_and_a_way_out(changed, words):
+    found = diagnose(run(**changed), {})
+    assert len(found) == 1
+    assert all(word in found[0] for word in words), found
+
+
+def test_one_group_a_step_with_another_trust_each_time_is_no_learning_rate():
+    steps = [record | {"trust_mean": 1.2 + 0.25 * (-1) ** i, "trust_std": 0.0} for i, record in enumerate(run())]
+    assert diagnose(steps, {}) == [NOTHING]
+
+
+@pytest.mark.parametrize(
+    ("rising", "after", "shown", "told"),
+    [(0.01, 0.4, -1, True), (0.01, 0.4, 0, False), (0.0, 0.4, -1, False), (0.01, 0.6, 1, False)],
+)
+def test_a_reward_that_is_exploited_is_reported(rising, after, shown, told):
+    summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_shown": shown}
+    found = diagnose(run(rising=rising), summary)
+    assert ("Held-out scores fell from 0.500 to 0.400 while the training reward rose" in found[0]) == told
+
+
+def test_the_sentences_stand_under_the_table():
+    table = summary_table({"steps": 12, "diagnosis": diagnose(run(zero_std_share=0.6), {})})
+    assert "- Zero-std groups: 60%" in table

@@ -1,0 +1,87 @@
+"""A forward whose masks have no values is planned as if all tokens were real: it takes what real, full masks take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bpgo_video.policies.hunyuan15_attention import dispatch
+from bpgo_video.training import plan_rehearsal as rehearsal
+from bpgo_video.training.plan_allocations import Allocations
+from bpgo_video.training.plan_inputs import Batch, arguments
+from bpgo_video.training.plan_masks import EveryTokenReal
+from bpgo_video.training.plan_models import Model
+
+NAME = "HunyuanVideo15Transformer3DModel"
+MODEL = Model(
+    name="small", source="this test", index={"_class_name": "HunyuanVideo15Pipeline"}, transformers=("transformer",),
+    transformer={
+        "_class_name": NAME, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 9, "out_channels": 4,
+        "num_layers": 2, "num_refiner_layers": 1, "text_embed_dim": 16, "text_embed_2_dim": 16, "image_embed_dim": 16,
+        "rope_axes_dim": (4, 6, 6),
+    },
+    vae={"_class_name": "AutoencoderKLHunyuanVideo15", "latent_channels": 4, "block_out_channels": (8, 8, 8, 8, 8)},
+)  # fmt: skip
+BATCH = Batch(samples=2, latents=(4, 8, 32, 32), text_tokens=100, dtype=torch.float32)
+
+
+def real(module: nn.Module) -> dict[str, Any]:
+    """The same arguments as tensors that hold something."""
+    return {name: torch.ones_like(value) for name, value in arguments(NAME, module.config, BATCH).items()}
+
+
+def test_a_mask_keeps_all_and_its_complement_none() -> None:
+    with FakeTensorMode(), EveryTokenReal():
+        rows, mask = torch.empty(5, 3), torch.empty(5, dtype=torch.bool)
+        assert rows[mask].shape == (5, 3)
+        assert rows[~mask].shape == (0, 3)
+        assert rows[1:3].shape == (2, 3)
+        assert not torch.all(rows == 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_rehearsal_counts_what_full_masks_take(checkpointing: bool) -> None:
+    planned = rehearsal.footprint(MODEL, BATCH, rehearsal.Treatment(checkpointing))
+    module = HunyuanVideo15Transformer3DModel.from_config(dict(MODEL.transformer))
+    dispatch(module)
+    if checkpointing:
+        module.enable_gradient_checkpointing()
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    taken_in = real(module)
+    with Allocations([*module.parameters(), *module.buffers(), *taken_in.values()]) as counted:
+        with torch.no_grad():
+            module(**taken_in, return_dict=False)
+        forward = counted.mark()
+        taken_in["hidden_states"].requires_grad_()
+        module(**taken_in, return_dict=False)[0].square().mean().backward()
+    assert planned.forward == pytest.approx(forward, rel=0.01)
+    assert planned.replay == pytest.approx(counted.peak, rel=0.01)
+
+
+def test_sequence_groups_share_the_activations() -> None:
+    alone, shared = (
+        rehearsal.footprint(MODEL, BATCH, rehearsal.Treatment(True, sequence=ranks)).replay for ranks in (1, 2)
+    )
+    assert shared < 0.75 * alone
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_its_vae_holds_its_mask(samples: int) -> None:
+    """As on real tensors, where diffusers fills it row by row."""
+    latents = (4, 3, 12, 12)
+    vae = AutoencoderKLHunyuanVideo15.from_config(dict(MODEL.vae))
+    vae.enable_slicing()
+    with Allocations([*vae.parameters()]) as counted, torch.no_grad():
+        vae.decode(torch.empty(samples, *latents), return_dict=False)
+    assert rehearsal.decoding(MODEL, latents, samples) == pytest.approx(counted.peak, rel=0.01)
+
+
+def test_its_vae_decodes_one_video_after_another() -> None:
+    one, three = (rehearsal.decoding(MODEL, (4, 2, 4, 4), samples) for samples in (1, 3))
+    assert one < three < 2 * one

@@ -1,0 +1,201 @@
+"""What a run writes while it goes: strict records, cut on resume, reduced over ranks; wandb where asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from bpgo_video.config.run import WandbConfig
+from bpgo_video.training.metrics import MalformedFile, RunLog, read_metrics, reduce_metrics
+from bpgo_video.training.summary import summary_table, verdict
+
+VALUES = {"reward": 0.5, "trust_mean": 0.9, "grad_norm": 1.0, "ratio_mean": 1.0, "seconds": 0.25}
+
+
+def log_steps(run_dir: Path, start: int, stop: int, **values: float) -> None:
+    with RunLog(run_dir, None, total_steps=stop, start_step=start) as log:
+        for step in range(start, stop):
+            log.log(step, VALUES | values)
+
+
+def test_a_record_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    with RunLog(tmp_path, WandbConfig(), total_steps=2) as log:
+        log.log(0, VALUES | {"heldout/oracle": 0.6})
+        (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(line) == {"step": 0, **VALUES, "heldout/oracle": 0.6}
+
+
+def test_resume_leaves_the_lines_before_its_step_untouched_and_makes_the_others_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log_steps(tmp_path, 0, 4, reward=1 / 3)
+    before = path.read_text().splitlines()
+    path.write_text(path.read_text() + '{"step": 4, "rew')  # killed in the middle of a line
+    log_steps(tmp_path, 2, 5, reward=0.75)
+    after = path.read_text().splitlines()
+    assert after[:2] == before[:2]
+    assert [(record["step"], record["reward"]) for record in read_metrics(path)[2:]] == [
+        (step, 0.75) for step in (2, 3, 4)
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_resume_makes_the_scores_of_frames_again_too(tmp_path: Path) -> None:
+    lines = [{"step": step, "reward": "own", "scores": [0.1, 0.2]} for step in (1, 3)]
+    with RunLog(tmp_path, None, 6) as log:
+        log.frames(lines[:1])
+        log.frames(lines[1:])
+    path = tmp_path / "samples" / "frame_scores.jsonl"
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines
+    path.write_text(path.read_text() + '{"step": 3, "cut')
+    with RunLog(tmp_path, None, 6, start_step=3):
+        assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:1]
+
+
+def test_what_comes_after_a_record_is_told_and_goes_into_the_next_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, None, total_steps=3) as log:
+        log.log(0, VALUES)
+        log.later("saved it", {"seconds/checkpoint": 2.0})
+        assert "saved it\n" in capsys.readouterr().err
+        log.log(1, VALUES)
+        log.log(2, VALUES)
+    found = [record.get("seconds/checkpoint") for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert found == [None, 2.0, None]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("nan"))])
+def test_a_value_that_is_no_number_names_its_key_and_step_and_writes_nothing(tmp_path: Path, value: float) -> None:
+    with (
+        RunLog(tmp_path, None, total_steps=9) as log,
+        pytest.raises(ValueError, match=r"'grad_norm'.*step 7"),
+    ):
+        log.log(7, VALUES | {"grad_norm": value})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_record_must_be_new_and_complete(tmp_path: Path) -> None:
+    with RunLog(tmp_path, None, total_steps=9) as log:
+        log.log(0, VALUES)
+        with pytest.raises(ValueError, match="step 0 is logged already"):
+            log.log(0, VALUES)
+        with pytest.raises(ValueError, match="step 1 lacks reward, trust_mean"):
+            log.log(1, {"grad_norm": 1.0, "ratio_mean": 1.0, "seconds": 1.0})
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"reward": 1.0}', '{"step": 1, "reward": NaN}', '{"step": "a"}'])
+def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0}}\n{line}\n')
+    with pytest.raises(MalformedFile, match=r"metrics.jsonl, line 2"):
+        read_metrics(path)
+
+
+def test_without_a_terminal_progress_is_few_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_steps(tmp_path, 0, 50)
+    lines = capsys.readouterr().err.split("\n")
+    assert lines[0].startswith("step 1/50  reward 0.5000  trust 0.900  12 s left")  # 49 steps of .25 s
+    assert lines[1].startswith("step 50/50")
+    assert lines[2:] == [""]
+    assert "\r" not in "".join(lines)
+
+
+def test_without_a_project_wandb_is_never_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from bpgo_video.config.run import WandbConfig; from bpgo_video.training.metrics import RunLog\n"
+        f"with RunLog(Path({str(tmp_path)!r}), WandbConfig(), 1) as log:\n"
+        f"    log.log(0, {VALUES!r}); log.media(0, 'samples', [])\n"
+        "sys.exit('wandb' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, timeout=120).returncode == 0
+
+
+def test_with_a_project_and_no_key_wandb_is_offline_and_a_resume_keeps_its_run_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    ids = []
+    for start in (0, 1):
+        with RunLog(tmp_path, WandbConfig(project="test", mode="online"), 2, start) as log:
+            log.log(start, VALUES)
+        ids.append((tmp_path / "wandb_run_id.txt").read_text())
+    assert ids[0] == ids[1]
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*/run-{ids[0]}.wandb"))) == 2
+
+
+def test_one_rank_reduces_to_itself() -> None:
+    assert reduce_metrics({"a": torch.tensor(0.5), "b_max": 2.0}) == {"a": 0.5, "b_max": 2.0}
+
+
+def _reduce_on(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    values = {"reward": (1.0, 2.0), "ratio_max": (-3.0, -4.0), "loss/trust_min": (5.0, 6.0)}
+    reduced = reduce_metrics({key: torch.tensor(value[rank]) for key, value in values.items()})
+    with RunLog(Path(folder) / f"run{rank}", None, total_steps=1) as log:
+        log.log(0, VALUES | reduced)
+    Path(folder, f"{rank}.json").write_text(json.dumps(reduced))
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_means_and_extremes_and_only_rank_0_writes(tmp_path: Path) -> None:
+    mp.spawn(_reduce_on, args=(str(tmp_path),), nprocs=2)
+    for rank in (0, 1):
+        reduced = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert reduced == {"reward": 1.5, "ratio_max": -3.0, "loss/trust_min": 5.0}
+    assert (tmp_path / "run0" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run1").exists()
+
+
+@pytest.mark.parametrize(
+    ("after", "shown", "prompts", "words"),
+    [
+        (
+            0.6,
+            1,
+            24,
+            "Training helped: held-out score rose from 0.500 to 0.600, +0.100 [-0.200, +0.300] over 24 prompts",
+        ),
+        (0.4, -1, 24, "Training hurt: held-out score fell from 0.500 to 0.400, -0.100 ["),
+        (
+            0.6,
+            0,
+            24,
+            "No difference shown: held-out score went from 0.500 to 0.600, +0.100 [-0.200, +0.300] over 24 prompts",
+        ),
+        (0.6, 0, 6, "over 6 prompts; 6 prompts cannot show a difference in one of 5 measures, however large"),
+        (0.6, None, 24, "Held-out score went from 0.500 to 0.600 (no test recorded)"),
+    ],
+)
+def test_the_verdict_is_that_of_the_test_over_prompts(
+    after: float, shown: int | None, prompts: int, words: str
+) -> None:
+    summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_shown": shown, "heldout_prompts": prompts}
+    told = verdict(summary | {"heldout_interval": [-0.2, 0.3], "heldout_measures": 5}) or ""
+    assert words in told
+    assert ("cannot show" in told) == (prompts == 6)
+
+
+def test_the_final_table_states_the_paired_difference_and_the_paths(tmp_path: Path) -> None:
+    summary = {
+        "heldout_before": 0.5,
+        "heldout_after": 0.65,
+        "heldout_difference_stderr": 0.012,
+        "videos_generated": 3840,
+        "seconds": {"rollout": 100.0, "reward": 5.0, "update": 120.0},
+    }
+    table = summary_table(summary, {"metrics": tmp_path / "metrics.jsonl"})
+    for text in ("0.5000", "0.6500", "+0.1500 ± 0.0120", "3,840", "120.0", str(tmp_path / "metrics.jsonl")):
+        assert text in table
+    assert "\x1b" not in table

@@ -1,0 +1,442 @@
+"""A plan's numbers: what is counted, what ZeRO keeps, what fits, and what is advised."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from bpgo_video.commands import plan as command
+from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, PolicyConfig, VideoConfig
+from bpgo_video.config.command_line import load_recipe
+from bpgo_video.config.reading import config_from_dict
+from bpgo_video.distributed.engine import zero_settings
+from bpgo_video.training import plan_advice as advice
+from bpgo_video.training import plan_rehearsal as rehearsal
+from bpgo_video.training.dry_run import dry_run
+from bpgo_video.training.plan import RUNTIME, Job, Plan, reckon, room
+from bpgo_video.training.plan_allocations import Allocations
+from bpgo_video.training.plan_inputs import INPUTS, Batch, arguments
+from bpgo_video.training.plan_models import Model, described, find_model, known_models
+from bpgo_video.training.plan_zero import (
+    Held,
+    Weights,
+    Zero,
+    add_at_rest,
+    during_backward,
+    live_weights,
+    missing_weights,
+)
+from tests.made.random_wan import random_wan
+from tests.made.recipes import RECIPE, small_recipe
+
+MODEL = Model(
+    name="small",
+    source="this test",
+    index={"_class_name": "WanPipeline"},
+    transformers=("transformer",),
+    transformer={
+        "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4,
+        "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 128, "num_layers": 2,
+    },
+    vae={
+        "_class_name": "AutoencoderKLWan", "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1,
+        "temperal_downsample": [True, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
+        "scale_factor_spatial": 4,
+    },
+)  # fmt: skip
+BATCH = Batch(samples=2, latents=(4, 4, 16, 16), text_tokens=8, dtype=torch.float32)
+BF16 = {"bf16": {"enabled": True}}
+
+
+def zero(stage: int, ranks: int, **settings: object) -> Zero:
+    return Zero.of({**BF16, "zero_optimization": {"stage": stage, **settings}}, ranks)
+
+
+@pytest.fixture
+def job(recipe: Config) -> Job:
+    """The demo's recipe on two ranks, with this test's model."""
+    config = replace(
+        recipe,
+        video=VideoConfig(num_frames=13, height=64, width=64, fps=8.0),
+        rollout=replace(recipe.rollout, micro_batch_size=2, parameters="sharded"),
+    )
+    return Job(config, {**BF16, "zero_optimization": {"stage": 3}}, ranks=2, model=MODEL)
+
+
+def test_what_is_alive_is_counted_once_and_until_it_goes() -> None:
+    weight = torch.zeros(100)
+    with Allocations([weight]) as counted:
+        first = torch.zeros(1000)
+        view = first.view(10, 100)[:5]
+        weight.view(10, 10).t()
+        torch.zeros(10**6, device="meta")
+        assert counted.live == 4000
+        first = first + 1
+        assert counted.live == 8000, "the view holds what it looks into"
+        del view
+        assert (counted.live, counted.mark()) == (4000, 8000)
+        del first
+        assert (counted.live, counted.peak) == (0, 4000)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_rehearsal_counts_what_real_tensors_take(checkpointing: bool, rank: int) -> None:
+    """The same forward and backward on real tensors, by the same count."""
+    lora = LoraConfig(rank=rank)
+    planned = rehearsal.footprint(MODEL, BATCH, rehearsal.Treatment(checkpointing, lora))
+    module = WanTransformer3DModel.from_config(dict(MODEL.transformer))
+    if rank:
+        rehearsal.add_lora(module, lora, seed=0)
+    if checkpointing:
+        module.enable_gradient_checkpointing()
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    taken_in = {name: torch.zeros_like(value) for name, value in _inputs(module).items()}
+    with Allocations([*module.parameters(), *module.buffers(), *taken_in.values()]) as counted:
+        with torch.no_grad():
+            module(**taken_in, return_dict=False)
+        forward = counted.mark()
+        taken_in["hidden_states"].requires_grad_()
+        module(**taken_in, return_dict=False)[0].square().mean().backward()
+    assert planned.forward == pytest.approx(forward, rel=0.01)
+    assert planned.replay == pytest.approx(counted.peak, rel=0.01)
+    assert sum(planned.trained) == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert sum(planned.trained + planned.frozen) == sum(p.numel() for p in module.parameters())
+
+
+def _inputs(module: WanTransformer3DModel) -> dict[str, torch.Tensor]:
+    return arguments("WanTransformer3DModel", module.config, BATCH)
+
+
+def test_checkpointing_and_sequence_groups_lower_the_activations() -> None:
+    large = replace(BATCH, latents=(4, 8, 32, 32))
+    plain, recomputed, shared = (
+        rehearsal.footprint(MODEL, large, treatment).replay
+        for treatment in (
+            rehearsal.Treatment(),
+            rehearsal.Treatment(gradient_checkpointing=True),
+            rehearsal.Treatment(gradient_checkpointing=True, sequence=4),
+        )
+    )
+    assert recomputed < 0.7 * plain
+    assert recomputed / 4 < shared < recomputed / 3, "the video's tokens are divided, the text's are not"
+    with pytest.raises(ConfigError, match="attention heads"):
+        rehearsal.footprint(MODEL, large, rehearsal.Treatment(sequence=3))
+
+
+def test_decoding_takes_a_video_after_the_other_where_sliced() -> None:
+    latents = (4, 2, 16, 16)
+    one, four = (rehearsal.decoding(MODEL, latents, samples) for samples in (1, 4))
+    sliced = rehearsal.decoding(MODEL, latents, 4, slicing=True)
+    assert four == pytest.approx(4 * one, rel=0.05)
+    assert sliced < 0.6 * four
+
+
+def test_published_models_have_the_parameters_of_their_cards() -> None:
+    """Billions, as in names and cards."""
+    cards = {
+        "wan2.1-t2v-1.3b": 1.42,
+        "wan2.1-t2v-14b": 14.29,
+        "cogvideox-2b": 1.69,
+        "ltx-video": 1.92,
+        "mochi-1": 10.03,
+        "hunyuanvideo-1.5-480p-t2v": 8.33,
+        "hunyuanvideo-1.5-480p-i2v": 8.33,
+    }
+    for name, billions in cards.items():
+        model = find_model(name)
+        with torch.device("meta"):
+            module = rehearsal.class_of(model.transformer, "transformer").from_config(dict(model.transformer))
+        assert sum(p.numel() for p in module.parameters()) / 1e9 == pytest.approx(billions, abs=0.006), name
+
+
+def test_every_known_model_names_classes_inputs_and_its_source() -> None:
+    for name, model in known_models().items():
+        assert model.transformer["_class_name"] in INPUTS
+        assert rehearsal.class_of(model.vae, "VAE")
+        assert model.source
+        assert find_model(name) is model
+    assert find_model("Wan-AI/Wan2.2-I2V-A14B-Diffusers").transformers == ("transformer", "transformer_2")
+    with pytest.raises(ConfigError, match=r"known without a download are .*hunyuanvideo"):
+        find_model("no/such/model")
+
+
+def test_a_published_model_is_seen_as_its_family_sees_it() -> None:
+    """Of TI2V-5B with images a latent frame is given: it is not sampled, passes the transformer, and is decoded."""
+    video = VideoConfig(num_frames=121, height=704, width=1280, fps=24.0)
+    model = find_model("wan2.2-ti2v-5b")
+
+    def shapes(family: str | None) -> tuple[Any, ...]:
+        policy = PolicyConfig("wan2.2-ti2v-5b", 512, family=family)
+        config = replace(small_recipe(Path("run"), Path("shards")), policy=policy, video=video)
+        job = Job(config, BF16, ranks=1, model=model)
+        return job.latents, job.computed, job.decoded, job.policy.given_frames
+
+    whole = (48, 31, 44, 80)
+    assert shapes(None) == (whole, whole, whole, 0)
+    assert shapes("WanImageToVideoPipeline") == ((48, 30, 44, 80), whole, whole, 1)
+    for name, each in known_models().items():
+        assert described(each, PolicyConfig(name, 512)).pipeline_name == each.index["_class_name"]
+    with pytest.raises(ConfigError, match="Path is no PipelinePolicy"):
+        described(model, PolicyConfig("any", 512, family="pathlib:Path"))
+
+
+def test_sizes_that_the_policy_refuses_are_not_planned(job: Job) -> None:
+    odd = replace(job.config, video=replace(job.config.video, height=68))
+    with pytest.raises(ConfigError, match=r"video.height is 68; this policy needs a multiple of 8"):
+        reckon(replace(job, config=odd))
+
+
+def test_a_folder_tells_its_own_shapes(tmp_path: Path) -> None:
+    folder = random_wan(tmp_path / "wan", images=True, image_encoder=True)
+    model = find_model(str(folder))
+    assert model.transformers == ("transformer",)
+    assert model.transformer["in_channels"] == 12
+    assert 5_000 < model.image_encoder_parameters < 50_000
+    assert model.folder == folder
+
+
+def test_a_class_whose_inputs_are_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"AllegroTransformer3DModel.*transformer_inputs"):
+        arguments("AllegroTransformer3DModel", {}, BATCH)
+
+
+WEIGHTS = Weights(trained=(6_000_000, 2_000_000), frozen=(4_000_000,), largest_block=1_000_000)
+
+
+def at_rest(settings: Zero, config: Config) -> Held:
+    held = Held()
+    add_at_rest(held, settings, WEIGHTS, config)
+    return held
+
+
+def test_zero_3_shares_all_and_zero_1_shares_the_optimiser(recipe: Config) -> None:
+    """AdamW in bf16: 2 bytes a weight, 4 a gradient, 4 the master, 8 the moments; fp32 buckets next to them."""
+    third = at_rest(zero(3, 4, reduce_bucket_size=1000, stage3_param_persistence_threshold=0), recipe).device
+    assert sum(third.values()) == 12_000_000 * 2 / 4 + 8_000_000 * (4 + 4 + 8) / 4 + 4000
+    first = at_rest(zero(1, 4), recipe).device
+    assert sum(first.values()) == 12_000_000 * 2 + 8_000_000 * (4 + 8) / 4
+    whole = during_backward(zero(1, 4, reduce_bucket_size=1000), WEIGHTS)
+    assert whole == {"gradients": 32_000_000, "gradient bucket": 4000}
+
+
+def test_offload_moves_bytes_to_the_host_and_loses_none(recipe: Config) -> None:
+    config = replace(recipe, ema=replace(recipe.ema, decay=0.9))
+    on_gpu = at_rest(zero(3, 4), config)
+    for offload in ({"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}):
+        moved = at_rest(zero(3, 4, **offload), config)
+        assert sum(moved.host.values()) > 0
+        assert sum(on_gpu.device.values()) == sum(moved.device.values()) + sum(moved.host.values())
+
+
+def test_live_weights_are_bounded_by_the_json_and_by_the_whole() -> None:
+    few = {"stage3_max_live_parameters": 10**6, "stage3_max_reuse_distance": 10**6}
+    assert live_weights(zero(3, 4, **few), WEIGHTS) == 2 * (10**6 + 10**6)
+    assert live_weights(zero(3, 4), WEIGHTS) == 2 * 12_000_000, "DeepSpeed's own bound is 1e9 elements"
+    assert live_weights(zero(2, 4), WEIGHTS) == missing_weights(zero(2, 4), WEIGHTS) == 0
+    assert missing_weights(zero(3, 4), WEIGHTS) == 2 * 9_000_000
+
+
+def test_deepspeeds_own_defaults_are_read() -> None:
+    settings = zero_settings({"zero_optimization": {"stage": 3}})
+    assert (settings.reduce_bucket_size, settings.max_live_parameters) == (500_000_000, 1_000_000_000)
+
+
+def test_a_plan_moves_with_its_settings(job: Job) -> None:
+    plan = reckon(job)
+    assert [phase.name for phase in plan.phases] == ["denoise", "decode", "replay", "update"]
+    gathering = reckon(
+        replace(job, config=replace(job.config, rollout=replace(job.config.rollout, parameters="gathered")))
+    )
+    assert [phase.name for phase in gathering.phases] == ["gather", "denoise", "decode", "replay", "update"]
+    whole = sum(job.weights.trained) * job.zero.weight_bytes  # few enough to come in one piece
+    assert gathering.phases[0].parts["weights on their way"] == whole
+    assert gathering.phases[0].parts["weights fetched"] == gathering.phases[1].parts["weights fetched"] == whole // 2
+    assert not plan.gathers
+
+    def part(changed: Job, phase: int, name: str) -> int:
+        return reckon(changed).phases[phase].parts.get(name, 0)
+
+    def with_rollout(**values: object) -> Job:
+        return replace(job, config=replace(job.config, rollout=replace(job.config.rollout, **values)))
+
+    assert reckon(with_rollout(parameters="gathered")).gathers
+    offloaded = reckon(with_rollout(offload_trajectories=True))
+    assert offloaded.host["trajectories"] == part(job, 0, "trajectories") > 0
+    assert "trajectories" not in offloaded.phases[2].parts
+    waiting = part(job, 0, "videos to be scored")
+    assert part(with_rollout(score_ahead=0), 0, "videos to be scored") == waiting / 3
+    assert waiting == 3 * 2 * 13 * 3 * 64 * 64 * 4
+    resting = replace(job, config=replace(job.config, policy=replace(job.config.policy, frozen_rest_on="cpu")))
+    assert part(resting, 2, "VAE and image encoder") == 0
+    assert part(resting, 1, "VAE and image encoder") == part(job, 1, "VAE and image encoder") > 0
+
+
+def test_trajectories_are_those_of_the_samples_of_a_rank(job: Job) -> None:
+    steps, elements = job.config.sampler.num_steps, 4 * 4 * 16 * 16
+    samples = job.config.rollout.prompts_per_step * job.config.rollout.group_size / 2
+    assert reckon(job).phases[2].parts["trajectories"] == samples * (steps + 1) * elements * 4
+    grouped = replace(job, config=replace(job.config, parallel=replace(job.config.parallel, sequence=2)))
+    assert reckon(grouped).phases[2].parts["trajectories"] == 2 * samples * (steps + 1) * elements * 4
+
+
+def test_experts_are_sharded_together_and_one_may_be_frozen(job: Job) -> None:
+    two = replace(job, model=replace(MODEL, transformers=("transformer", "transformer_2")))
+    one_trained = replace(two, config=replace(job.config, policy=replace(job.config.policy, trained=("transformer",))))
+    assert two.weights.elements == one_trained.weights.elements == 2 * job.weights.elements
+    assert sum(two.weights.trained) == 2 * sum(one_trained.weights.trained) == 2 * sum(job.weights.trained)
+    assert reckon(one_trained).peak < reckon(two).peak
+
+
+def test_gathering_follows_the_rule_of_free_memory(job: Job) -> None:
+    auto = replace(job.config, rollout=replace(job.config.rollout, parameters="auto"))
+    large, small = (reckon(replace(job, config=auto, gigabytes=size)).gathers for size in (80, 3))
+    assert large
+    assert not small
+
+
+def test_advice_is_followed_by_a_plan_that_fits_or_says_that_none_does(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = reckon(job)
+    monkeypatch.setattr(Plan, "fits", lambda self, size: self.peak <= size)
+    enough = advice.advise(job, plan, plan.peak * 0.9)
+    assert enough.fits
+    assert enough.changes
+    assert set(enough.changes) <= set(advice.CHANGES)
+    hopeless = advice.advise(job, plan, 1)
+    assert not hopeless.fits
+    assert hopeless.peak < plan.peak
+    assert advice.advise(job, plan, plan.peak).changes == (), "nothing is changed that need not be"
+
+
+def test_changes_that_break_a_rule_are_not_advised(job: Job) -> None:
+    odd = replace(job, ranks=3, config=replace(job.config, rollout=replace(job.config.rollout, prompts_per_step=3)))
+    assert reckon(odd).peak
+    assert advice.possible(replace(odd, ranks=2 * 3 * 64)) is None
+
+
+def test_room_is_less_than_the_card() -> None:
+    assert room(80) == 76 * 10**9 - RUNTIME
+
+
+def test_a_dry_run_counts_what_training_does(job: Job) -> None:
+    rollout = job.config.rollout
+    found = dry_run(job)
+    assert (found.ranks, found.groups, found.samples) == (2, 2, rollout.prompts_per_step * rollout.group_size)
+    assert found.micro_batches == found.samples / 2 / rollout.micro_batch_size
+    assert found.forwards == found.micro_batches * job.config.sampler.num_steps
+    assert sum(found.passes) == found.micro_batches * job.config.sampler.trained_count
+    assert len(found.passes) == job.config.optim.updates_per_rollout
+    with pytest.raises(ConfigError, match="do not divide"):
+        dry_run(replace(job, ranks=5))
+
+
+def test_the_command_plans_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(RECIPE), "--gpus", "2"]
+    assert command.main([*arguments, "--gigabytes", "24", "80"]) == 0
+    shown = capsys.readouterr().out
+    assert "24 GB: fits" in shown
+    assert "forward and backward" in shown
+    assert command.main([*arguments, "--gigabytes", "24", "--json", "--rollout.group-size", "16"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"]["samples"] == 64
+    assert found["fits"] == {"24": True}
+    assert found["phases"]["replay"]["total"] == sum(
+        size for name, size in found["phases"]["replay"].items() if name != "total"
+    )
+
+
+def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--config", str(RECIPE), "--gpus", "5"]) == 2
+    assert "do not divide" in capsys.readouterr().err
+    assert command.main(["--model", "none/such", "--gpus", "8"]) == 2
+    assert "known without a download" in capsys.readouterr().err
+    assert command.main(["--model", "ltx-video", "--gpus", "8", "--size", "large"]) == 2
+    assert "height x width x frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", command.MODEL_FLAGS)
+def test_flags_of_a_model_are_refused_beside_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = command.MODEL_FLAGS[name]
+    values = [] if flag.how.get("action") else [{"offload": "all", "zero": "2"}.get(name, "1")]
+    assert command.main(["--config", str(RECIPE), "--gpus", "2", f"--{name}", *values]) == 2
+    said = capsys.readouterr().err
+    assert f"error: --{name} is a flag of --model; with a recipe say {flag.recipe.partition(' ')[0]}" in said
+
+
+def test_what_is_to_be_said_instead_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every single flag that a message names is one of recipes, with the value that was given."""
+    assert command.main(["--config", str(RECIPE), "--gpus", "2", "--sequence", "4"]) == 2
+    assert "say --parallel.sequence 4\n" in capsys.readouterr().err
+    values = {"family": "WanPipeline", "zero": "2", "guidance": "2.0"}
+    plain = {name: flag for name, flag in command.MODEL_FLAGS.items() if name not in ("size", "offload")}
+    for name, flag in plain.items():
+        load_recipe(["--config", str(RECIPE), *flag.recipe.format(values.get(name, "8")).split()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--gpus 0", "--gpus: 0 must be 1 or more"),
+        ("--gpus -1", "--gpus: -1 must be 1 or more"),
+        ("--gpus 1 --gigabytes 0", "--gigabytes: 0 must be 1 or more"),
+        ("--gpus 1 --reward-gigabytes -1", "--reward-gigabytes: -1.0 must be 0 or more"),
+        ("--gpus 1 --sequence 0", "--sequence: 0 must be 1 or more"),
+        ("--gpus 1 --prompts 0", "--prompts: 0 must be 1 or more"),
+        ("--gpus 1 --group-size 0", "--group-size: 0 must be 1 or more"),
+        ("--gpus 1 --micro-batch -2", "--micro-batch: -2 must be 1 or more"),
+        ("--gpus 1 --guidance 0", "--guidance: 0.0 must be above 0"),
+        ("--gpus 1 --lora-rank -1", "policy.lora.rank: Input should be greater than or equal to 0 (given: -1)"),
+        ("--gpus 1 --guidance 0.5", "sampler.guidance_scale: Input should be greater than or equal to 1"),
+        ("--gpus 1 --size 480x0x81", "video.width: Input should be greater than or equal to 1 (given: 0)"),
+    ],
+)
+def test_numbers_that_are_none_are_named(flags: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = command.main(["--model", "ltx-video", *flags.split()])
+    except SystemExit as stopped:  # argparse's own
+        code = int(stopped.code or 0)
+    assert code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_warm_start_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--config", str(RECIPE.with_name("tiny_wan_sft.yaml")), "--gpus", "2"])
+    assert stopped.value.code == 2
+    assert "is a recipe of kind 'sft'; this command takes recipes of kind 'bpgo'" in capsys.readouterr().err
+
+
+def test_the_command_fails_where_nothing_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "advise", lambda job, plan, size: advice.Advice(("more",), 7 * 10**9, False))
+    arguments = ["--config", str(RECIPE), "--gpus", "2", "--gigabytes", "2"]
+    assert command.main(arguments) == 1
+    assert "still does not fit" in capsys.readouterr().out
+
+
+def test_flags_of_a_model_become_a_recipe() -> None:
+    parsed = command.parser().parse_args(["--model", "ltx-video", "--gpus", "8", "--sequence", "2", "--zero", "2"])
+    config = config_from_dict(command.recipe_of(parsed))
+    assert config.policy.max_sequence_length == 128
+    assert config.parallel.sequence == 2
+    assert config.rollout.prompts_per_step == 1, "8 samples fill 4 groups"
+    assert config.policy.family is None
+    images = ["--model", "wan2.2-ti2v-5b", "--gpus", "8", "--family", "WanImageToVideoPipeline"]
+    assert config_from_dict(command.recipe_of(command.parser().parse_args(images))).policy.family == images[-1]
+
+
+def test_blocks_are_those_of_a_models_lists() -> None:
+    module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "head": nn.Linear(2, 2)})
+    assert rehearsal.repeated_blocks(module) == list(module["blocks"])

@@ -1,0 +1,127 @@
+"""What a plan puts through a transformer is what the family's velocity passes; every family's folder is planned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.training import plan_inputs as inputs
+from bpgo_video.training.plan import Job, reckon
+from bpgo_video.training.plan_allocations import Allocations
+from bpgo_video.training.plan_inputs import Batch, arguments
+from bpgo_video.training.plan_models import find_model
+from bpgo_video.training.plan_rehearsal import Treatment, footprint
+from tests.families import CASES, Case
+
+NUMBERS = ("rope_interpolation_scale", "scale_factor", "return_dict")  # no activations hang on them
+DTYPES = {torch.float32: {}, torch.bfloat16: {"bf16": {"enabled": True}}}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("family") / "pipeline"
+    case.write(path)
+    return path
+
+
+class Called(Exception):
+    """A transformer was called with these arguments."""
+
+
+def recorder(name: str, **given: Any) -> None:
+    raise Called(given)
+
+
+def job_of(case: Case, folder: Path, dtype: torch.dtype) -> Job:
+    """Its recipe on one rank, in micro-batches of two samples, with adapters."""
+    recipe = case.recipe(folder)
+    config = replace(
+        recipe,
+        rollout=replace(recipe.rollout, micro_batch_size=2),
+        policy=replace(recipe.policy, lora=LoraConfig(rank=2, target_modules=case.lora)),
+    )
+    ds_config = {**DTYPES[dtype], "zero_optimization": {"stage": 3}}
+    return Job(config, ds_config, ranks=1, model=find_model(str(folder)))
+
+
+def shapes(given: dict[str, Any]) -> dict[str, Any]:
+    """Shape and dtype of each tensor, other values as they are, what is not given left out."""
+    kept = {name: value for name, value in given.items() if value is not None and name not in NUMBERS}
+    return tree_map(lambda part: (tuple(part.shape), part.dtype) if isinstance(part, Tensor) else part, kept)
+
+
+def passed(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The policy's transformer, and what its velocity of two samples passes to it."""
+    policy: Any = case.policy(folder, dtype=dtype)
+    prompts = case.prompts(policy, case.recipe(folder), dtype)
+    latents = torch.zeros(2, *policy.latent_shape(case.video))
+    module, policy.transformers = policy.transformers[policy.transformer_names[0]], recorder
+    with pytest.raises(Called) as called:
+        policy.velocity(latents, torch.tensor(0.95), prompts.conditioning)
+    return module, called.value.args[0]
+
+
+@pytest.fixture
+def few_image_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small encoders'."""
+    monkeypatch.setattr(inputs, "IMAGE_TOKENS", 5)
+    monkeypatch.setattr(inputs, "SIGLIP_TOKENS", 4)
+
+
+@pytest.mark.usefixtures("few_image_tokens")
+def test_a_plan_puts_through_what_velocity_passes(case: Case, folder: Path) -> None:
+    """In bf16, where some of it stays in fp32."""
+    _, given = passed(case, folder, torch.bfloat16)
+    job = job_of(case, folder, torch.bfloat16)
+    policy: Any = job.policy
+    batch = Batch(2, job.computed, case.text_tokens, torch.bfloat16, policy.given_frames)
+    own = type(policy).transformer_inputs
+    planned = arguments(job.model.transformer["_class_name"], policy.transformer_config, batch, own)
+    assert shapes(planned) == shapes(given)
+
+
+@pytest.mark.usefixtures("few_image_tokens")
+def test_a_rehearsal_counts_what_its_transformer_takes(case: Case, folder: Path) -> None:
+    """By the same count on real tensors; all of a text's padding is taken to be computed with (Mochi drops it)."""
+    module, given = passed(case, folder, torch.float32)
+    job = job_of(case, folder, torch.float32)
+    batch = Batch(2, job.computed, case.text_tokens, torch.float32, job.policy.given_frames)
+    treatment = Treatment(plan=job.policy.sequence_plan, inputs=type(job.policy).transformer_inputs)
+    planned = footprint(job.model, batch, treatment)
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    leaves = [part for part in tree_leaves(given) if isinstance(part, Tensor)]
+    with Allocations([*module.parameters(), *module.buffers(), *leaves]) as counted:
+        with torch.no_grad():
+            module(**given)
+        forward = counted.mark()
+        given["hidden_states"].requires_grad_()
+        module(**given)[0].square().mean().backward()
+    assert 0.99 < planned.forward / forward < 1.2
+    assert 0.99 < planned.replay / counted.peak < 1.1
+
+
+def test_a_folder_is_planned_by_its_family(case: Case, folder: Path) -> None:
+    job = job_of(case, folder, torch.float32)
+    policy: Any = case.policy(folder, components=("vae",))
+    assert type(job.policy) is type(policy)
+    assert job.latents == policy.latent_shape(case.video)
+    points = job.config.sampler.num_steps + 1
+    samples = job.config.rollout.prompts_per_step * job.config.rollout.group_size
+    assert reckon(job).phases[0].parts["trajectories"] == samples * points * 4 * prod(job.latents)
+    noisy = (torch.zeros(1),) if policy.vae_config.get("timestep_conditioning") else ()
+    pixels = policy.pipeline.vae.decode(torch.zeros(1, *job.decoded), *noisy).sample
+    assert pixels.shape[2:] == (case.video.num_frames, case.video.height, case.video.width)

@@ -1,0 +1,92 @@
+"""Every recipe at real scale is read, its batch divides over its GPUs, and it is planned to fit them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpgo_video.config.reading import read_yaml
+from bpgo_video.config.shipped import ds_config_file
+from bpgo_video.distributed.engine import read_ds_config
+from bpgo_video.policies.sequence import check_heads
+from bpgo_video.rollouts.experts import check_experts
+from bpgo_video.training.dry_run import dry_run
+from bpgo_video.training.plan import Job, reckon
+from bpgo_video.training.plan_models import find_model
+from bpgo_video.training.plan_rehearsal import class_of
+from tests.families import CASES
+from tests.made.recipes import ROOT
+
+SCALED = sorted((ROOT / "pipelines" / "configs").glob("*gb.yaml"))
+ONE_LAYER = {"num_layers": 1, "num_single_layers": 1}
+NAME = re.compile(r"_(?P<gpus>\d+)x(?P<gigabytes>\d+)gb$")
+PARAMETERS = {  # billions, all transformers together
+    "wan21_1.3b": 1.42, "wan21_14b": 14.29, "wan22_a14b": 28.58, "hunyuanvideo": 12.82, "cogvideox_5b": 5.57,
+    "ltx_video": 1.92,
+}  # fmt: skip
+
+
+def job_of(path: Path) -> tuple[Job, int]:
+    """The recipe on the GPUs of its name, and their gigabytes."""
+    numbers = NAME.search(path.stem)
+    assert numbers is not None
+    config, gigabytes = read_yaml(path), int(numbers["gigabytes"])
+    model = find_model(config.policy.folder)
+    ds_config = read_ds_config(str(ds_config_file(config.deepspeed)))
+    job = Job(config, ds_config, int(numbers["gpus"]), model, gigabytes=gigabytes)
+    return job, gigabytes
+
+
+FAMILIES = {  # of small pipelines of random weights
+    "wan21": "wan", "wan22_a14b": "wan22_image", "hunyuanvideo": "hunyuan", "cogvideox": "cogvideox", "ltx": "ltx",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SCALED, ids=lambda path: path.stem)
+def test_its_steps_fit_the_familys_transformers(path: Path, tmp_path: Path) -> None:
+    """What a run checks of experts and their guidance before it loads them."""
+    case = CASES[next(case for name, case in FAMILIES.items() if path.stem.startswith(name))]
+    case.write(tmp_path)
+    config = read_yaml(path)
+    check_experts(case.policy(tmp_path, components=()), replace(config, policy=replace(config.policy, family=None)))
+
+
+def test_there_is_a_recipe_for_each_model() -> None:
+    found = {path.stem for path in SCALED}
+    assert all(any(stem.startswith(name) for stem in found) for name in PARAMETERS)
+
+
+@pytest.mark.parametrize("path", SCALED, ids=lambda path: path.stem)
+def test_what_needs_no_rehearsal_is_right(path: Path) -> None:
+    """Text tokens, size, heads and the batch: in well under a second."""
+    job, _ = job_of(path)
+    config, model = job.config, job.model
+    assert config.policy.max_sequence_length == model.text_tokens
+    assert set(config.policy.trained) <= set(model.transformers)
+    assert job.latents[1] == (config.video.num_frames - 1) // (8 if "ltx" in model.name else 4) + 1
+    with torch.device("meta"):
+        module = class_of(model.transformer, "transformer").from_config({**model.transformer, **ONE_LAYER})
+    check_heads({**module.config, "_class_name": type(module).__name__}, config.parallel.sequence)
+    samples = config.rollout.prompts_per_step * config.rollout.group_size
+    assert samples % (job.ranks // config.parallel.sequence * config.rollout.micro_batch_size) == 0
+    assert config.bpgo.needs_prior
+    assert config.prior.kind != "none"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCALED, ids=lambda path: path.stem)
+def test_it_is_planned_and_fits(path: Path) -> None:
+    job, gigabytes = job_of(path)
+    found = dry_run(job)
+    name = next(name for name in PARAMETERS if path.stem.startswith(name))
+    assert found.parameters / 1e9 == pytest.approx(PARAMETERS[name], abs=0.006)
+    assert found.groups * job.config.parallel.sequence == job.ranks
+    assert found.samples == found.groups * found.micro_batches * job.config.rollout.micro_batch_size
+    assert sum(found.passes) == found.micro_batches * job.config.sampler.trained_count
+    plan = reckon(job)
+    assert plan.fits(gigabytes), f"{plan.tightest.name}: {plan.peak / 1e9:.1f} GB"
+    assert plan.peak > 5e9, "less than that cannot be the whole"

@@ -1,0 +1,27 @@
+"""Which prompts does the embedded world train and test on? Every caption of world.py, as lines of prompts.jsonl.
+
+`python -m tools.tiny.prompts` writes the file again after the world has changed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import bpgo_video
+from bpgo_video.rewards import tiny_world as world
+
+PATH = Path(bpgo_video.__file__).parent / "tiny" / "prompts.jsonl"
+
+
+def lines() -> list[str]:
+    """One JSON object per caption: prompt, split, and the tag "clear" or "open"."""
+    return [
+        json.dumps({"prompt": c.text, "split": split, "tags": ["clear" if c.is_clear else "open"]})
+        for split in ("train", "heldout")
+        for c in world.captions(split)
+    ]
+
+
+if __name__ == "__main__":
+    PATH.write_text("\n".join(lines()) + "\n", "utf-8")
