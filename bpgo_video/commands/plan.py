@@ -27,7 +27,7 @@ from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.command_line import load_config
 from bpgo_video.config.reading import config_from_dict
 from bpgo_video.config.shipped import ds_config_file
-from bpgo_video.distributed.engine import read_ds_config
+from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.training.dry_run import dry_run
 from bpgo_video.training.plan import GPUS, Job, Plan, reckon, room
 from bpgo_video.training.plan_advice import Advice, advise

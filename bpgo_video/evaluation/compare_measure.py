@@ -21,8 +21,8 @@ from tqdm import tqdm
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.distributed import engine
 from bpgo_video.distributed.agreement import all_or_none, from_main
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare_scores import Measure, ModelScores, PromptLine, Scored, ScoresFolder, lines_of
 from bpgo_video.evaluation.video_stats import VideoStats, video_measures
@@ -85,7 +85,7 @@ class Measurement:
         self.config = config = replace(config, policy=policy)
         self.samples = config.evaluation.samples_per_prompt
         self.ds_config, self.shards = check_inputs(config, mesh, need_priors=False)
-        self.dtype = engine.compute_dtype(self.ds_config)
+        self.dtype = compute_dtype(self.ds_config)
         with all_or_none(mesh):
             self.trained = WEIGHTS[weights](self.checkpoint.folder) if self.checkpoint else None
         self.rows = heldout_rows(config, self.shards)

@@ -11,7 +11,7 @@ import torch
 
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.distributed import engine
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare_scores import PromptLine, lines_of
 from bpgo_video.rewards.suite import RewardSuite
@@ -78,7 +78,7 @@ def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
     records = [shards.record(row) for row in heldout_rows(config, shards)]
     suite = RewardSuite(config.evaluation.rewards, mesh.device, config.video.fps)
-    policy, dtype = sampling_policy(config, ds_config, mesh), engine.compute_dtype(ds_config)
+    policy, dtype = sampling_policy(config, ds_config, mesh), compute_dtype(ds_config)
     batch = as_batch(records, image_size(config, policy))
     prompts = conditioned(batch, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
     scores = evaluate(policy, prompts, suite, config, mesh)

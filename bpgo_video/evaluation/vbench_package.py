@@ -82,7 +82,7 @@ def measure_by_package(request: PackageRequest, mesh: Mesh) -> list[Result]:
             write_record(request)
     results: dict[str, Result] = {}
     failures: dict[str, str] = {}
-    for name in mesh.dealt(request.dimensions):
+    for name in mesh.round_robin(request.dimensions):
         try:
             results[name] = finished(request, name, videos[name]) or run_dimension(request, name, videos[name])
         except (PackageError, ResultError, MalformedFile, OSError) as error:

@@ -162,7 +162,7 @@ def score_folder(
     for task in tasks:
         found = from_main(read_kept(task, kept) if mesh.is_main else {}, mesh)
         rest = [place for place in range(len(task.items)) if place not in found]
-        for part in from_all(measure_share(task, mesh.dealt(rest), mesh, kept), mesh):
+        for part in from_all(measure_share(task, mesh.round_robin(rest), mesh, kept), mesh):
             found |= part
         results.append(task.result([found[place] for place in range(len(task.items))]))
         if mesh.is_main:

@@ -83,14 +83,14 @@ def generate(
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
     jobs = plan(settings, prompts, places)
     video = video_of(settings, call, model.policy)
-    mine = [job for job in mesh.dealt(jobs) if whole_video(job.file, video) is None]
+    mine = [job for job in mesh.round_robin(jobs) if whole_video(job.file, video) is None]
     todo = sorted(chain(*from_all(mine, mesh)), key=lambda job: (job.number, job.sample))
     if mesh.is_main:
         write_manifest(places.manifest, record, jobs, todo)
     with all_or_none(mesh):
-        make(mesh.dealt(todo), settings, model, call, mesh)
+        make(mesh.round_robin(todo), settings, model, call, mesh)
     with all_or_none(mesh):
-        for group in mesh.dealt(by_prompt(jobs)):
+        for group in mesh.round_robin(by_prompt(jobs)):
             if damaged := list(check_and_show(group, video)):
                 raise GenerationError(f"{damaged[0].file} was written and is not a whole video; start again")
     if mesh.is_main:

@@ -22,18 +22,16 @@ from torch import Tensor
 from bpgo_video.config.reading import read_recipe
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint
-from bpgo_video.distributed.ema_files import AverageParameters
-from bpgo_video.distributed.model_buffers import model_buffers, stored
-from bpgo_video.distributed.precision import parameter_dtype
-from bpgo_video.distributed.stored_tensors import tensor_files
+from bpgo_video.distributed.ema import AverageParameters
+from bpgo_video.distributed.precision import model_buffers, parameter_dtype, read_tensor, tensor_files
 from bpgo_video.distributed.zero_files import (
     CheckpointError,
-    complete_optimiser_files,
+    ZeroParameters,
     model_file,
+    optimizer_files,
     read_file,
     refuse_foreign_pickles,
 )
-from bpgo_video.distributed.zero_parameters import ZeroParameters
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import family
 from bpgo_video.policies.lora import merged_tensors
@@ -105,7 +103,7 @@ def find_source(path: Path) -> Source:
     if not config_file.is_file():
         raise CheckpointError(f"{config_file} is missing: it says which model the run started from; copy it there")
     refuse_foreign_pickles(folder)
-    complete_optimiser_files(folder)
+    optimizer_files(folder)
     state = read_file(model_file(folder))
     if "progress" not in state:
         raise CheckpointError(f"{folder} was not written by a run of this program: it has no progress in it")
@@ -148,7 +146,7 @@ def trained_tensors(
             raise CheckpointError(f"{source.folder} does not fit {source.base / name}: {error}") from None
         return
     for key, file in base_files(source, name, trained).items():
-        tensor = trained[f"{name}.{key}"] if f"{name}.{key}" in trained else stored(file, key)
+        tensor = trained[f"{name}.{key}"] if f"{name}.{key}" in trained else read_tensor(file, key)
         yield key, tensor.to(source.dtype_of(name, key, dtype))
 
 

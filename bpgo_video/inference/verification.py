@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.config.bpgo import LoraConfig
-from bpgo_video.distributed.stored_tensors import tensor_files
+from bpgo_video.distributed.precision import tensor_files
 from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference.lora_files import load_lora
 from bpgo_video.inference.model_card import CARD

@@ -15,8 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.distributed.model_buffers import finish_build, model_buffers
-from bpgo_video.distributed.stored_tensors import tensor_files
+from bpgo_video.distributed.precision import finish_build, model_buffers, tensor_files
 from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module

@@ -10,7 +10,7 @@ from typing import Any
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.rules import check_world
-from bpgo_video.distributed.engine import compute_dtype
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.policies import Policy
 from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous, trust_region

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bpgo_video.config.bpgo import Config
-from bpgo_video.distributed.engine import GATHERED_AT_ONCE, compute_dtype, zero_settings
+from bpgo_video.distributed.ds_config import compute_dtype
+from bpgo_video.distributed.engine import GATHERED_AT_ONCE, zero_settings
 
 FP32 = 4
 Parts = dict[str, int]  # what it is -> bytes of a rank

@@ -24,9 +24,10 @@ from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.image_texts import check_image_stamp
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.distributed import engine as engines
+from bpgo_video.distributed.ds_config import compute_dtype, read_ds_config, zero_stage
 from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.distributed.schedule import learning_rate_factor
+from bpgo_video.distributed.optimizer import learning_rate_factor
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.base import Build, from_pretrained
@@ -66,7 +67,7 @@ class PolicySession:
 
 def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
     """The DeepSpeed configuration and the shards, checked on this rank against the policy's folder."""
-    ds_config = engines.read_ds_config(str(ds_config_file(config.deepspeed)))
+    ds_config = read_ds_config(str(ds_config_file(config.deepspeed)))
     engines.require_supported(ds_config)
     check_backend(config.policy.attention_backend, trains=True)
     folder = resolve_folder(config.policy.folder)
@@ -109,7 +110,7 @@ def sampling_policy(
         config.policy.folder,
         components=components,
         max_sequence_length=config.policy.max_sequence_length,
-        dtype=engines.compute_dtype(ds_config),
+        dtype=compute_dtype(ds_config),
         device=mesh.device,
         build=build,
         name=config.policy.family,
@@ -174,4 +175,4 @@ def prepare(module: Any, config: Recipe, mesh: Mesh, policy: Policy, trains: boo
 
 def builder(ds_config: Mapping[str, Any]) -> Build:
     """How transformers come into being: sharded from birth under ZeRO-3."""
-    return partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained
+    return partial(engines.build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained

@@ -15,8 +15,8 @@ from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.prior_files import write_priors
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.unfinished_priors import Found, UnfinishedPriors
-from bpgo_video.distributed import engine
 from bpgo_video.distributed.agreement import from_main
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.ahead import ScoreAhead
@@ -56,7 +56,7 @@ def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts sam
     rows = shards.rows(config.data.split)
     ids = shards.ids(rows).tolist()
     missing = [row for row, id_ in zip(rows.tolist(), ids, strict=True) if id_ not in known]
-    dtype = engine.compute_dtype(ds_config)
+    dtype = compute_dtype(ds_config)
     with tqdm(
         total=len(ids), initial=len(ids) - len(missing), desc="priors", unit="prompt", disable=not mesh.is_main
     ) as bar:

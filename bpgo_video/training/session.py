@@ -14,6 +14,7 @@ from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.agreement import all_or_none, same_everywhere
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.memory import fits_everywhere
 from bpgo_video.distributed.mesh import Mesh
@@ -185,7 +186,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
             prior.check_policy(starting_policy)
         if config.prior.kind == "shrunk":
             priors = {name: prior.shrunk() for name, prior in priors.items()}
-    dtype = engines.compute_dtype(ds_config)
+    dtype = compute_dtype(ds_config)
 
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config))
     heldout = heldout_prompts(config, shards, policy)

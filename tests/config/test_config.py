@@ -13,7 +13,8 @@ from bpgo_video.config.reading import config_from_dict, read_recipe, read_yaml, 
 from bpgo_video.config.rules import check_world
 from bpgo_video.config.sft import check_sft_world
 from bpgo_video.config.shipped import ds_config_file
-from bpgo_video.distributed.engine import read_ds_config, require_supported
+from bpgo_video.distributed.ds_config import read_ds_config
+from bpgo_video.distributed.engine import require_supported
 from tests.made.recipes import RECIPE, ROOT
 
 

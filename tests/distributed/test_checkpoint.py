@@ -22,17 +22,17 @@ import torch
 from bpgo_video.config.bpgo import EmaConfig, RunConfig
 from bpgo_video.distributed import checkpoint
 from bpgo_video.distributed.checkpoint import CheckpointError
-from bpgo_video.distributed.ema import EMA
-from bpgo_video.distributed.ema_files import load_average, save_average
-from bpgo_video.distributed.master_weights import Shard
+from bpgo_video.distributed.ema import EMA, load_average, save_average
+from bpgo_video.distributed.engine import Engine
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.optimizer import Shard, ZeroMasters
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
 KILLED = 9
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "test.write"}
 
 
-class SmallEngine:
+class SmallEngine(Engine, ZeroMasters):
     """What a checkpoint needs of the engine; its weights and its average are filled with the step's number."""
 
     stage, dtype = 1, torch.float32
@@ -138,7 +138,7 @@ def test_a_process_that_ends_before_any_change_to_a_file_leaves_complete_checkpo
         ended_at.append(step)
         save(engine, run, 3)
         assert loadable(run) == 3, "the next save is not hindered by what is left"
-        assert not list((Path(run.dir) / checkpoint.FOLDER).glob(f"{checkpoint.ASIDE}*"))
+        assert not list((Path(run.dir) / checkpoint.FOLDER).glob(f"{checkpoint.PARTIAL}*"))
     assert sorted(ended_at) == ended_at, "it is the old one up to one moment, and the new one from then on"
     assert set(ended_at) == {2, 3}
     assert len(ended_at) > 15
@@ -166,7 +166,7 @@ def test_fifty_kills_at_random_moments_leave_what_a_resume_needs(tmp_path: Path)
         os.close(heard)
         os.close(tells)
         steps.append(loadable(run))
-        inside += bool(list((tmp_path / checkpoint.FOLDER).glob(f"{checkpoint.ASIDE}*")))
+        inside += bool(list((tmp_path / checkpoint.FOLDER).glob(f"{checkpoint.PARTIAL}*")))
     assert all(after > before for before, after in pairwise(steps)), "what a process has saved is never lost"
     assert inside > 10, "kills must meet saves"
 
@@ -240,6 +240,6 @@ def test_each_rank_flushes_its_own_files(tmp_path: Path, rank: int) -> None:
     foreign = {f"zero_pp_rank_{other}_mp_rank_00_optim_states.pt" for other in (2, 10, 11, 121)}
     for name in own | foreign:
         (tmp_path / name).touch()
-    found = {path.name for path in checkpoint._written_by(rank, tmp_path)}
+    found = {path.name for path in checkpoint.files_of_rank(rank, tmp_path)}
     assert own <= found
     assert rank == 0 or not foreign & found

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from bpgo_video.distributed.checkpoint import CheckpointError, Layout
-from bpgo_video.distributed.resuming import way_of
+from bpgo_video.distributed.checkpoint import CheckpointError, Layout, resume_mode
 from tests.distributed.conftest import run_ranks
 
 BF16_BOUND = 1e-2  # sums of gradients over other parts round otherwise, and Adam divides by them
@@ -63,7 +62,7 @@ HERE = Layout(world_size=4, zero_stage=2, dtype="torch.float32")
 
 
 @pytest.mark.parametrize(
-    ("written", "optimizer", "remembers", "way"),
+    ("written", "optimizer", "has_optimizer_state", "mode"),
     [
         (HERE, "keep", True, "as written"),
         (HERE, "keep", False, "as written"),
@@ -75,8 +74,10 @@ HERE = Layout(world_size=4, zero_stage=2, dtype="torch.float32")
         (replace(HERE, zero_stage=3), "keep", False, "weights"),
     ],
 )
-def test_the_way_is_the_one_that_keeps_most(written: Layout, optimizer: str, remembers: bool, way: str) -> None:
-    assert way_of(written, HERE, optimizer, remembers, Path("step-000003")) == way
+def test_the_mode_is_the_one_that_keeps_most(
+    written: Layout, optimizer: str, has_optimizer_state: bool, mode: str
+) -> None:
+    assert resume_mode(written, HERE, optimizer, has_optimizer_state, Path("step-000003")) == mode
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_the_way_is_the_one_that_keeps_most(written: Layout, optimizer: str, rem
 )
 def test_what_cannot_be_kept_is_refused(written: Layout, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
-        way_of(written, HERE, "keep", True, Path("step-000003"))
+        resume_mode(written, HERE, "keep", True, Path("step-000003"))
 
 
 def test_a_run_goes_on_under_any_stage_of_its_kind_and_with_a_fresh_optimiser_under_all(on_as_many: Results) -> None:

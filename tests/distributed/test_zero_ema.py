@@ -14,16 +14,14 @@ from hypothesis import strategies as st
 
 from bpgo_video.config.bpgo import EmaConfig
 from bpgo_video.distributed.checkpoint import CheckpointError
-from bpgo_video.distributed.ema import EMA, decay_after
-from bpgo_video.distributed.ema_files import AverageParameters, load_average, save_average
-from bpgo_video.distributed.master_weights import Shard
-from bpgo_video.distributed.shard_files import SavedShards
+from bpgo_video.distributed.ema import EMA, AverageParameters, decay_after, load_average, save_average
+from bpgo_video.distributed.optimizer import Shard, ZeroMasters
 
 SHAPES = {"a.weight": (5, 7), "a.bias": (5,), "b.weight": (3, 2, 2)}
 NO_WARMUP = EmaConfig(decay=0.9, warmup=False)
 
 
-class Masters:
+class Masters(ZeroMasters):
     """One rank's share of random parameters, between two cuts of each in its flattened elements."""
 
     def __init__(self, seed: int, cuts: tuple[float, float] = (0.0, 1.0)) -> None:
@@ -137,7 +135,7 @@ def test_a_missing_file_another_model_and_no_average_are_told(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"a.bias as \(5,\), the model as \(6,\)"):
         load_average(EMA(other, NO_WARMUP), tmp_path)
     (tmp_path / "ema-rank-00001.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks \d+ elements of a.* in its ema files"):
+    with pytest.raises(CheckpointError, match=r"lacks \d+ elements of a"):
         dict(AverageParameters(tmp_path))
 
 
@@ -145,8 +143,10 @@ def test_a_parameter_of_the_average_is_read_when_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_average(EMA(Masters(0), NO_WARMUP), tmp_path, 0)
-    whole, read = SavedShards.whole, []
-    monkeypatch.setattr(SavedShards, "whole", lambda saved, name: read.append(name) or whole(saved, name))
+    read_elements, read = AverageParameters._read, []
+    monkeypatch.setattr(
+        AverageParameters, "_read", lambda saved, name, *run: read.append(name) or read_elements(saved, name, *run)
+    )
     average = AverageParameters(tmp_path)
     assert set(average) == set(SHAPES)
     assert len(average) == len(SHAPES)

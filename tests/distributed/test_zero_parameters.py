@@ -13,8 +13,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.distributed.zero_files import CheckpointError
-from bpgo_video.distributed.zero_parameters import ZeroParameters
+from bpgo_video.distributed.zero_files import CheckpointError, ZeroParameters
 from tests.distributed.worker import resident_megabytes
 from tests.made.zero_checkpoints import write_checkpoint
 

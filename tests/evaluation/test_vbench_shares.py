@@ -59,7 +59,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @given(items=st.lists(st.integers()), world_size=st.integers(1, 9))
 def test_every_item_is_dealt_once_and_shares_are_even(items: list[int], world_size: int) -> None:
-    shares = [Mesh(rank, world_size, CPU).dealt(range(len(items))) for rank in range(world_size)]
+    shares = [Mesh(rank, world_size, CPU).round_robin(range(len(items))) for rank in range(world_size)]
     assert sorted(place for share in shares for place in share) == list(range(len(items)))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -70,7 +70,9 @@ def test_shares_of_any_number_of_ranks_make_one_ranks_results(folder: Path, tmp_
     whole = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "one")
     for task, expected in zip(prepare(request_of(folder), SOURCES, checks_files=False), whole, strict=True):
         ranks = [Mesh(rank, world_size, CPU) for rank in range(world_size)]
-        parts = [measure_share(task, mesh.dealt(range(len(task.items))), mesh, tmp_path / "many") for mesh in ranks]
+        parts = [
+            measure_share(task, mesh.round_robin(range(len(task.items))), mesh, tmp_path / "many") for mesh in ranks
+        ]
         assert sum(map(len, parts)) == len(task.items)
         found = {place: measured for part in parts for place, measured in part.items()}
         assert task.result([found[place] for place in range(len(task.items))]) == expected

@@ -25,8 +25,7 @@ from bpgo_video.commands.convert import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.distributed.universal import verify_universal
-from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.distributed.zero_files import CheckpointError, verify_universal
 from bpgo_video.inference.conversion import Conversion, convert, verify_diffusers, verify_lora
 from bpgo_video.inference.run_weights import find_source
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors

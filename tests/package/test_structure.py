@@ -15,13 +15,10 @@ LAYERS = (  # a folder imports those before it, never one behind it
     *("tiny", "config", "distributed", "diffusion", "learner", "policies", "data", "rewards", "rollouts"),
     *("inference", "training", "evaluation", "commands"),
 )
-PURE = [
-    *(path for folder in ("diffusion", "learner") for path in (PACKAGE / folder).glob("*.py")),
-    PACKAGE / "distributed" / "schedule.py",
-]
+PURE = [path for folder in ("diffusion", "learner") for path in (PACKAGE / folder).glob("*.py")]
 NOT_PURE = {PACKAGE / "learner" / "priors.py"}  # a table over the configuration
 ALLOWED_IN_PURE = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "jaxtyping", "bpgo_video"}
-DEEPSPEED = {f"distributed/{name}.py" for name in ("engine", "zero_files", "universal")}
+DEEPSPEED = {f"distributed/{name}.py" for name in ("engine", "zero_files")}
 
 
 def imports(path: Path) -> set[str]:

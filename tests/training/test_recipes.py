@@ -11,7 +11,7 @@ import torch
 
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.config.shipped import ds_config_file
-from bpgo_video.distributed.engine import read_ds_config
+from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.policies.sequence import check_heads
 from bpgo_video.rollouts.experts import check_experts
 from bpgo_video.training.dry_run import dry_run

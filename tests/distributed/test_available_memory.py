@@ -1,4 +1,4 @@
-"""Limits of a container, from files as the kernel shows them."""
+"""Memory and cores of a rank: a container's limits, from files as the kernel writes them, and each rank's share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from bpgo_video.distributed import container
+from bpgo_video.distributed import memory
+from bpgo_video.distributed.mesh import Mesh
 
 GIB = 2**30
+ALONE = Mesh(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
 def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(container, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     (tmp_path / "cpu").mkdir()
     (tmp_path / "memory").mkdir()
@@ -40,7 +43,7 @@ def write(folder: Path, files: dict[str, str]) -> None:
 )
 def test_what_a_container_leaves_counts_and_file_caches_are_free(cgroup: Path, files: dict[str, str]) -> None:
     write(cgroup, files)
-    assert container.available_memory() == GIB // 2 + 1000
+    assert memory.available_memory() == GIB // 2 + 1000
 
 
 @pytest.mark.parametrize(
@@ -60,8 +63,8 @@ def test_without_a_limit_it_is_the_machines(
     cgroup: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(cgroup, files)
-    monkeypatch.setattr(container.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 12345}))
-    assert container.available_memory() == 12345
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 12345}))
+    assert memory.available_memory() == 12345
 
 
 @pytest.mark.parametrize(
@@ -77,4 +80,18 @@ def test_without_a_limit_it_is_the_machines(
 )
 def test_a_share_of_time_is_fewer_cores(cgroup: Path, files: dict[str, str], cores: int) -> None:
     write(cgroup, files)
-    assert container.available_cores() == cores
+    assert memory.available_cores() == cores
+
+
+@pytest.mark.parametrize(("missing", "fits"), [(400, True), (500, True), (501, False)])
+def test_whole_weights_may_take_half_of_the_free_memory(
+    monkeypatch: pytest.MonkeyPatch, missing: int, fits: bool
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    assert memory.fits_everywhere(missing, ALONE) is fits
+
+
+def test_ranks_of_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = memory.free_bytes(ALONE.device)
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    assert memory.free_bytes(ALONE.device) == pytest.approx(alone / 4, rel=0.2)
