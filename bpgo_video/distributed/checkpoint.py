@@ -24,17 +24,11 @@ from safetensors import SafetensorError
 
 from bpgo_video.atomic import atomic_file, flush, write_json
 from bpgo_video.config.run import RunConfig
+from bpgo_video.distributed import zero_files
 from bpgo_video.distributed.agreement import all_or_none, from_main, rank0_first
 from bpgo_video.distributed.engine import Engine
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.distributed.zero_files import (
-    CheckpointError,
-    ZeroParameters,
-    model_file,
-    read_file,
-    refuse_foreign_pickles,
-    to_universal,
-)
+from bpgo_video.distributed.zero_files import CheckpointError
 
 LAYOUT_VERSION = 3
 LAYOUT = "layout.json"
@@ -197,7 +191,7 @@ def load(engine: Engine, folder: Path, mesh: Mesh, optimizer: str = "keep") -> d
         CheckpointError: another layout or dtype, ZeRO stages that do not convert, or a file that names code.
     """
     with all_or_none(mesh):
-        refuse_foreign_pickles(folder)
+        zero_files.refuse_foreign_pickles(folder)
         mode = resume_mode(read_layout(folder), layout_of(engine, mesh), optimizer, engine.has_optimizer_state, folder)
     if mode == "universal":
         return _load_universal(engine, folder, mesh)
@@ -231,7 +225,7 @@ def resume_mode(written: Layout, here: Layout, optimizer: str, has_optimizer_sta
 def _load_universal(engine: Engine, folder: Path, mesh: Mesh) -> dict[str, Any]:
     """Load through universal files, which rank 0 writes; they need the checkpoint's size again for a while."""
     partial = folder.with_name(f"{PARTIAL}universal")
-    rank0_first(lambda: to_universal(folder, partial / folder.name), mesh, partial / "done")
+    rank0_first(lambda: zero_files.to_universal(folder, partial / folder.name), mesh, partial / "done")
     state = engine.load(partial, folder.name, universal=True)
     mesh.barrier()
     if mesh.is_main:
@@ -242,10 +236,10 @@ def _load_universal(engine: Engine, folder: Path, mesh: Mesh) -> dict[str, Any]:
 def _load_weights(engine: Engine, folder: Path, mesh: Mesh) -> dict[str, Any]:
     """Load the masters and the schedule alone; each rank reads its own elements from all ranks' files."""
     with all_or_none(mesh):
-        saved = ZeroParameters(folder)
+        saved = zero_files.ZeroParameters(folder)
         for shard in engine.masters.shards():
             saved.load_into(shard)
     engine.masters.publish()
-    state: dict[str, Any] = read_file(model_file(folder))
+    state: dict[str, Any] = zero_files.read_file(zero_files.model_file(folder))
     engine.continue_schedule(state["lr_scheduler"])
     return state

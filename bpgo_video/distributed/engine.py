@@ -191,12 +191,11 @@ class Engine:
         parts = trained_parts(module)
         self._touched, optimizer = TouchedParts(parts, self.stage), make_optimizer(parts, optim)
         exact = precision.cast_shards(optimizer, self.dtype) if self.stage == 3 else {}
-        self.wrapped, _, _, self.schedule = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor),
-            config=complete(ds_config, micro_batch_size, optim.max_grad_norm),
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
+        config = complete(ds_config, micro_batch_size, optim.max_grad_norm)
+        self.wrapped = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=self.schedule, config=config
+        )[0]
         precision.restore_shards(self.wrapped.optimizer, exact)
         for transformer in module.values() if isinstance(module, nn.ModuleDict) else [module]:
             precision.check_parameters(transformer, self.dtype)
@@ -270,11 +269,7 @@ class Engine:
     def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
         """Write this rank's part and `state`, which `load` returns, into folder/tag. Collective."""
         self.wrapped.save_checkpoint(
-            str(folder),
-            tag,
-            client_state=dict(state),
-            save_latest=False,
-            exclude_frozen_parameters=not self.trains_all,
+            str(folder), tag, dict(state), save_latest=False, exclude_frozen_parameters=not self.trains_all
         )
 
     def load(self, folder: Path, tag: str, universal: bool = False) -> dict[str, Any]:

@@ -28,7 +28,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -41,7 +40,6 @@ BEATS_PER_TIMEOUT = 4
 OWN_ERROR_SECONDS = 1.0  # for a rank to end by its own exception if all ranks raise the same one
 FAREWELL_SECONDS = 10.0  # for the other ranks to read the verdict before rank 0, which holds the store, exits
 LONGEST_MESSAGE = 1000  # characters of an error that the other ranks print
-EXIT_CODE = 1
 GLOO = re.compile(r"\bgloo\b")  # gloo's errors name their source file; a prompt may contain "igloo"
 VERDICT = "verdict"
 
@@ -124,7 +122,8 @@ class Liveness:
         others = [member for member in self.members if member.rank != me.rank]
         self._neighbours = [member for member in others if me.machine and member.machine == me.machine]
         self._watched = [member.rank for member in others] if me.rank == 0 else [0]
-        self._seen = {rank: (Beat(), time.monotonic()) for rank in self._watched}  # latest beat, and when it changed
+        now = time.monotonic()
+        self._seen = {member.rank: (Beat(), now) for member in self.members}  # latest beat, and when it changed
 
     def publish(self, beat: Beat) -> None:
         self._store.set(f"beat-{self._rank}", json.dumps(asdict(beat)))
@@ -213,9 +212,7 @@ class Heartbeat:
         if self._thread is not None:
             self._publish(phase=phase, step=step)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._thread is None:
             return
         if error is None:
@@ -260,9 +257,7 @@ class Heartbeat:
         try:
             self._leave(self._liveness.report(self._mesh.rank, how[:LONGEST_MESSAGE]))
         except dist.DistError:
-            print(
-                f"[rank {self._mesh.rank}] rank 0 is gone; the others cannot be notified", file=sys.stderr, flush=True
-            )
+            print(f"[rank {self._mesh.rank}] rank 0 is gone: cannot notify the others", file=sys.stderr, flush=True)
 
     def _end(self, verdict: Verdict) -> None:
         text = f"[rank {self._mesh.rank}] {verdict.text}; this rank, {self._beat.where}, ends too. {self._advice}"
@@ -273,7 +268,7 @@ class Heartbeat:
             if verdict.rank != 0 or self._mesh.is_main:
                 self._leave(verdict)
         finally:  # whatever else fails, this process must end
-            os._exit(EXIT_CODE)
+            os._exit(1)
 
     def _leave(self, verdict: Verdict | None = None) -> None:
         """Report that this rank has finished. Rank 0, which holds the store, stays until the others have read it."""

@@ -6,7 +6,7 @@ This file reads DeepSpeed's optimizers without importing DeepSpeed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -43,14 +43,11 @@ def make_optimizer(parts: Sequence[nn.Module], optim: OptimiserConfig) -> torch.
     Each group names the index of its part as `part`. A part's narrowest dtype comes first, since DeepSpeed takes the
     first parameter's dtype for the model's.
     """
-    groups = [
-        {"params": list(parameters), "part": number}
-        for number, part in enumerate(parts)
-        for _, parameters in groupby(
-            sorted((p for p in part.parameters() if p.requires_grad), key=lambda p: p.dtype.itemsize),  # stable
-            key=lambda p: p.dtype,
-        )
-    ]
+    groups = []
+    for number, part in enumerate(parts):
+        trained = sorted((p for p in part.parameters() if p.requires_grad), key=lambda p: p.dtype.itemsize)
+        for _, parameters in groupby(trained, key=lambda p: p.dtype):
+            groups.append({"params": list(parameters), "part": number})
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.learning_rate, weight_decay=optim.weight_decay)
     return torch.optim.AdamW(
@@ -158,9 +155,26 @@ class ZeroMasters:
                 "the DeepSpeed JSON offloads the optimizer to NVMe, where its weights can be neither averaged nor set; "
                 "set zero_optimization.offload_optimizer.device to 'cpu', or ema.decay to 0"
             )
-        trained = [(name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad]
-        found = _shards_of_zero3 if self._stage == 3 else _shards_of_zero12
-        return list(found(trained, self._engine.optimizer))
+        named = self._engine.module.named_parameters()
+        shard_of = self._shard_of_zero3 if self._stage == 3 else self._shard_of_zero12
+        shards = (shard_of(name, parameter) for name, parameter in named if parameter.requires_grad)
+        return [shard for shard in shards if shard is not None]
+
+    def _shard_of_zero12(self, name: str, parameter: Any) -> Shard | None:
+        """ZeRO 1 and 2 flatten a group's parameters into one vector, and cut it into one part per rank."""
+        mapping = parameter._hp_mapping
+        if mapping is None:  # all elements are on other ranks
+            return None
+        return Shard(name, tuple(parameter.shape), mapping.lp_fragment_address.start, mapping.hp_fragment.detach())
+
+    def _shard_of_zero3(self, name: str, parameter: Any) -> Shard | None:
+        """ZeRO 3 cuts every parameter into equal parts, and pads the last ones."""
+        optimizer = self._engine.optimizer
+        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = length * optimizer.dp_process_group.rank()
+        count = min(length, parameter.ds_numel - start)
+        masters = optimizer.fp32_partitioned_groups_flat[group].detach()
+        return Shard(name, tuple(parameter.ds_shape), start, masters.narrow(0, offset, count)) if count > 0 else None
 
     def publish(self) -> None:
         """Round the masters into the weights that the model computes with. Collective."""
@@ -172,22 +186,3 @@ class ZeroMasters:
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         optimizer.checkpoint_event_epilogue()  # gathers the small ones that DeepSpeed keeps whole
-
-
-def _shards_of_zero12(trained: Sequence[tuple[str, Any]], optimizer: Any) -> Iterator[Shard]:
-    """ZeRO 1 and 2 flatten a group's parameters into one vector, and cut it into one part per rank."""
-    for name, parameter in trained:
-        mapping = parameter._hp_mapping
-        if mapping is not None:  # else all elements are on other ranks
-            yield Shard(name, tuple(parameter.shape), mapping.lp_fragment_address.start, mapping.hp_fragment.detach())
-
-
-def _shards_of_zero3(trained: Sequence[tuple[str, Any]], optimizer: Any) -> Iterator[Shard]:
-    """ZeRO 3 cuts every parameter into equal parts and pads the last ones."""
-    for name, parameter in trained:
-        group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = length * optimizer.dp_process_group.rank()
-        count = min(length, parameter.ds_numel - start)
-        if count > 0:
-            masters = optimizer.fp32_partitioned_groups_flat[group].detach()
-            yield Shard(name, tuple(parameter.ds_shape), start, masters.narrow(0, offset, count))

@@ -113,8 +113,8 @@ def keep_fp32(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         ConfigError: the shards are on NVMe, where DeepSpeed keeps a single dtype.
     """
-    parameters: list[tuple[str, Any]] = list(model.named_parameters())
-    for _, parameter in [one for one in parameters if parameter_dtype(type(model), one[0], dtype) != dtype]:
+    named: list[tuple[str, Any]] = list(model.named_parameters())
+    for parameter in [one for name, one in named if parameter_dtype(type(model), name, dtype) != dtype]:
         if parameter.nvme_swapper is not None:
             raise ConfigError(
                 "the DeepSpeed JSON offloads parameters to NVMe in bf16, where DeepSpeed keeps a single dtype, but "

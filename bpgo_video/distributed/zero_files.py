@@ -22,7 +22,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,7 +43,6 @@ from bpgo_video.distributed.optimizer import Shard
 
 ALLOWED = (ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address)  # in DeepSpeed's own files
 ALLOWED_GLOBALS = {f"{kind.__module__}.{kind.__qualname__}" for kind in ALLOWED}
-FP32_KEYS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 
 
 class CheckpointError(RuntimeError):
@@ -196,18 +194,21 @@ class ZeroParameters(StoredParameters):
         model, files = read_file(model_file(folder)), optimizer_files(folder)
         with FakeTensorMode():  # tensors without data, which know their position in the file
             states = [read_file(path, mmap=False)["optimizer_state_dict"] for path in files]
-        stage = int(states[0]["zero_stage"])
-        by_rank = [
-            [_slice_of(path, tensor) for tensor in state[FP32_KEYS[stage]]]
-            for path, state in zip(files, states, strict=True)
-        ]
         saved = {name: model["module"][name] for name in model["buffer_names"] if name in model["module"]}
         self._buffers = {name: one.float() if one.is_floating_point() else one for name, one in saved.items()}
         self.shapes.update({name: tuple(buffer.shape) for name, buffer in self._buffers.items()})
-        if stage == 3:
-            self._locate_zero3(model["param_shapes"], by_rank)
+        groups = model["param_shapes"]
+        zero3 = int(states[0]["zero_stage"]) == 3
+        key = "fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups"
+        by_rank = [
+            [_slice_of(path, tensor) for tensor in state[key]] for path, state in zip(files, states, strict=True)
+        ]
+        if zero3:
+            self._locate({name: shape for shapes in groups for name, shape in shapes.items()}, by_rank)
         else:
-            self._locate_zero12(model["param_shapes"], by_rank, states[0].get("param_alignment_paddings"))
+            paddings = states[0].get("param_alignment_paddings") or [None] * len(groups)
+            for number, (shapes, padding) in enumerate(zip(groups, paddings, strict=True)):
+                self._locate(shapes, [[parts[number] for parts in by_rank]], padding, 2 * len(by_rank))
         for alias, name in model["shared_params"].items():
             if name in self.pieces:
                 self.shapes[alias], self.pieces[alias] = self.shapes[name], self.pieces[name]
@@ -215,38 +216,35 @@ class ZeroParameters(StoredParameters):
     def __getitem__(self, name: str) -> Tensor:
         return self._buffers[name].clone() if name in self._buffers else super().__getitem__(name)
 
-    def _locate_zero12(self, groups: Any, by_rank: Sequence[Sequence[TensorSlice]], paddings: Any) -> None:
-        """Args: paddings: values between the parameters of each group, if DeepSpeed aligned them."""
-        for number, shapes in enumerate(groups):
-            vector, start = [parts[number] for parts in by_rank], 0
-            gaps = [0] * len(shapes) if paddings is None else paddings[number]
-            for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
-                self._add(name, shape, _cut(vector, start, start + shape.numel()))
-                start += shape.numel() + gap
-            unit = 2 * len(by_rank)  # DeepSpeed pads the last rank's piece to a multiple of it, or drops the padding
-            self._check_length(-(-start // unit) * unit, -(-sum(part.numel for part in vector) // unit) * unit)
+    def _locate(
+        self,
+        shapes: Mapping[str, torch.Size],
+        vectors: Sequence[Sequence[TensorSlice]],
+        padding: Sequence[int] | None = None,
+        unit: int = 1,
+    ) -> None:
+        """Find the pieces of parameters, each of which is cut into one part per vector.
 
-    def _locate_zero3(self, groups: Any, by_rank: Sequence[Sequence[TensorSlice]]) -> None:
+        Args:
+            vectors: each a list of tensors laid end to end.
+            padding: values after each parameter, if DeepSpeed aligned them.
+            unit: DeepSpeed pads vectors to a multiple of it, or drops the padding.
+        """
         start = 0
-        for name, shape in (item for shapes in groups for item in shapes.items()):
-            length, numel = -(-shape.numel() // len(by_rank)), shape.numel()
-            counts = [min(length, numel - rank * length) for rank in range(len(by_rank))]  # small ones fill few ranks
-            cuts = [_cut(parts, start, start + count) for parts, count in zip(by_rank, counts, strict=True)]
-            self._add(name, shape, [piece for pieces in cuts for piece in pieces])
-            start += length
-        for parts in by_rank:
-            self._check_length(start, sum(part.numel for part in parts))
-
-    def _add(self, name: str, shape: torch.Size, pieces: Sequence[TensorSlice]) -> None:
-        firsts = accumulate((piece.numel for piece in pieces), initial=0)
-        self.shapes[name] = tuple(shape)
-        self.pieces[name] = [(first, piece.numel, piece) for first, piece in zip(firsts, pieces, strict=False)]
-
-    def _check_length(self, expected: int, found: int) -> None:
-        if expected != found:
-            raise CheckpointError(
-                f"{self.folder}: the parameters take {expected} values, the files hold {found}; is the copy complete?"
-            )
+        for (name, shape), gap in zip(shapes.items(), padding or [0] * len(shapes), strict=True):
+            length, first = -(-shape.numel() // len(vectors)), 0
+            self.shapes[name], self.pieces[name] = tuple(shape), []
+            for vector in vectors:
+                for piece in _cut(vector, start, start + min(length, shape.numel() - first)):
+                    self.pieces[name].append((first, piece.numel, piece))
+                    first += piece.numel
+            start += length + gap
+        for vector in vectors:
+            held = sum(part.numel for part in vector)
+            if -(-start // unit) != -(-held // unit):
+                raise CheckpointError(
+                    f"{self.folder}: the parameters take {start} values, the files hold {held}; is the copy complete?"
+                )
 
 
 def _slice_of(path: Path, tensor: Any) -> TensorSlice:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import EmaConfig, OptimConfig, RunConfig
 from bpgo_video.distributed import checkpoint, engine
-from bpgo_video.distributed.checkpoint import CheckpointError
 from bpgo_video.distributed.ema import EMA, load_average, save_average
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.zero_files import CheckpointError
 from tests.distributed.ema_worker import Block
 
 UPDATES = 3

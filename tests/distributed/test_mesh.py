@@ -1,4 +1,4 @@
-"""Who works on what: shares, parts and gathers of data x sequence groups, and the errors of sizes that do not fit."""
+"""Which rank processes which samples of data x sequence groups, how rows are gathered, and errors for invalid sizes."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_every_item_is_sampled_by_one_group_and_decoded_by_some_rank(
     assert {item for items in decoded for item in items} == set(range(total))
 
 
-def test_gathered_rows_stand_in_the_order_of_their_items() -> None:
+def test_gathered_rows_are_ordered_by_item() -> None:
     rows = torch.tensor([[30.0], [10.0], [20.0], [30.0]])
     assert Mesh(0, 1, CPU).gather(rows, [2, 0, 1, 2], 3).tolist() == [[10.0], [20.0], [30.0]]
 
 
-def test_heads_that_cannot_be_shared_out_name_the_sizes_that_can() -> None:
+def test_heads_that_do_not_divide_name_the_valid_sizes() -> None:
     check_heads(WAN, 4)
     with pytest.raises(ConfigError, match=r"sequence is 8, but .* 12 attention heads .* \[1, 2, 3, 4, 6, 12\]"):
         check_heads(WAN, 8)
@@ -50,7 +50,7 @@ def test_heads_that_cannot_be_shared_out_name_the_sizes_that_can() -> None:
         check_heads({**WAN, "_class_name": "AllegroTransformer3DModel"}, 2)
 
 
-def test_a_world_that_cannot_be_grouped_names_the_sizes_that_can() -> None:
+def test_a_world_that_does_not_divide_names_the_valid_sizes() -> None:
     config = small_recipe(Path("unused"), Path("unused"), rollout={"micro_batch_size": 2})
     config = config.__class__(**{**vars(config), "parallel": ParallelConfig(sequence=4)})
     check_world(config, 8)
