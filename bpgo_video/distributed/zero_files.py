@@ -132,6 +132,10 @@ class TensorSlice:
         return torch.from_numpy(raw).view(self.dtype)
 
 
+Vector = Sequence[TensorSlice]  # laid end to end
+Shapes = Mapping[str, torch.Size]
+
+
 class StoredParameters(Mapping[str, Tensor]):
     """fp32 parameters, by name, whose elements are spread over files; a lookup reads that parameter's bytes only.
 
@@ -216,18 +220,11 @@ class ZeroParameters(StoredParameters):
     def __getitem__(self, name: str) -> Tensor:
         return self._buffers[name].clone() if name in self._buffers else super().__getitem__(name)
 
-    def _locate(
-        self,
-        shapes: Mapping[str, torch.Size],
-        vectors: Sequence[Sequence[TensorSlice]],
-        padding: Sequence[int] | None = None,
-        unit: int = 1,
-    ) -> None:
+    def _locate(self, shapes: Shapes, vectors: Sequence[Vector], padding: Any = None, unit: int = 1) -> None:
         """Find the pieces of parameters, each of which is cut into one part per vector.
 
         Args:
-            vectors: each a list of tensors laid end to end.
-            padding: values after each parameter, if DeepSpeed aligned them.
+            padding: number of values after each parameter, if DeepSpeed aligned them.
             unit: DeepSpeed pads vectors to a multiple of it, or drops the padding.
         """
         start = 0
@@ -253,8 +250,8 @@ def _slice_of(path: Path, tensor: Any) -> TensorSlice:
     return TensorSlice(path, begin + int(tensor.storage_offset()) * tensor.itemsize, tensor.numel(), tensor.dtype)
 
 
-def _cut(parts: Sequence[TensorSlice], start: int, stop: int) -> list[TensorSlice]:
-    """The values from `start` to `stop` of parts laid end to end."""
+def _cut(parts: Vector, start: int, stop: int) -> list[TensorSlice]:
+    """The values of a vector from `start` to `stop`."""
     found, first = [], 0
     for part in parts:
         low, high = max(start, first), min(stop, first + part.numel)
