@@ -167,7 +167,11 @@ class Engine:
     micro-batches of an update is that rank's mean.
 
     Attributes:
+        module: the module itself; `wrapped` is DeepSpeed's wrapper, which runs forwards.
+        stage, dtype: of ZeRO, and that the module computes in.
         has_optimizer_state: SGD has none.
+        trains_all: whether no parameter is frozen.
+        masters: the fp32 weights of this rank.
         after_update: called after each update, for example `EMA.update`.
     """
 
@@ -181,7 +185,7 @@ class Engine:
         learning_rate_factor: Callable[[int], float],
         block_classes: tuple[type[nn.Module], ...],
     ):
-        self.stage, self.dtype = zero_stage(ds_config), compute_dtype(ds_config)
+        self.module, self.stage, self.dtype = module, zero_stage(ds_config), compute_dtype(ds_config)
         self.has_optimizer_state = optim.name != "sgd"
         self.trains_all = all(parameter.requires_grad for parameter in module.parameters())
         self.after_update: Callable[[], None] | None = None
@@ -200,14 +204,7 @@ class Engine:
         for transformer in module.values() if isinstance(module, nn.ModuleDict) else [module]:
             precision.check_parameters(transformer, self.dtype)
         self._touched.attach(self.wrapped)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.wrapped.module
-
-    @property
-    def masters(self) -> ZeroMasters:
-        return ZeroMasters(self.wrapped, self.stage)
+        self.masters = ZeroMasters(self.wrapped, self.stage)
 
     @property
     def learning_rate(self) -> float:
