@@ -14,7 +14,7 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,7 @@ from bpgo_video.config.command_line import load_config
 from bpgo_video.config.reading import config_from_dict
 from bpgo_video.config.shipped import ds_config_file
 from bpgo_video.distributed.engine import read_ds_config
-from bpgo_video.training.dry_run import dry_run
-from bpgo_video.training.plan import GPUS, Job, Plan, reckon, room
-from bpgo_video.training.plan_advice import Advice, advise
+from bpgo_video.training.plan import GPUS, Advice, Job, Plan, advise, count_step, reckon, room
 from bpgo_video.training.plan_models import find_model
 from bpgo_video.training.plan_zero import Parts
 
@@ -170,7 +168,7 @@ def ds_config_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def as_json(job: Job, plan: Plan, sizes: Sequence[int], advice: dict[int, Advice]) -> dict[str, Any]:
     return {
         "model": job.model.name,
-        "step": dry_run(job).as_dict(),
+        "step": asdict(count_step(job)),
         "phases": {phase.name: {**phase.parts, "total": phase.total} for phase in plan.phases},
         "host": plan.host,
         "gathers_for_rollout": plan.gathers,
@@ -183,7 +181,7 @@ def as_json(job: Job, plan: Plan, sizes: Sequence[int], advice: dict[int, Advice
 def as_text(job: Job, plan: Plan, sizes: Sequence[int], advice: dict[int, Advice]) -> str:
     text = io.StringIO()
     console = Console(file=text, width=100, color_system=None)
-    console.print(f"{job.model.name} ({job.model.source})\n{dry_run(job).as_text()}", highlight=False)
+    console.print(f"{job.model.name} ({job.model.source})\n{counts_of(job)}", highlight=False)
     console.print(memory_table(plan))
     if plan.host:
         console.print(f"On the host, for each rank: {_listed(plan.host)}", highlight=False)
@@ -194,6 +192,19 @@ def as_text(job: Job, plan: Plan, sizes: Sequence[int], advice: dict[int, Advice
         if size in advice:
             console.print(_advised(advice[size]), highlight=False)
     return text.getvalue().rstrip()
+
+
+def counts_of(job: Job) -> str:
+    """The numbers of a step, in three lines."""
+    step = count_step(job)
+    passes = " + ".join(map(str, step.passes))
+    return (
+        f"{step.ranks} ranks in {step.groups} groups; {step.samples} videos a step, {step.samples_per_group} a group in "
+        f"{step.micro_batches} micro-batches\n"
+        f"latents {' x '.join(map(str, step.latents))}; {step.forwards} forwards a rollout on each rank, "
+        f"{len(step.passes)} updates of {passes} passes\n"
+        f"{step.parameters:,} parameters, {step.trained:,} trained"
+    )
 
 
 def memory_table(plan: Plan) -> Table:

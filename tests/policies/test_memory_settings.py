@@ -18,10 +18,9 @@ from bpgo_video.config.rules import check
 from bpgo_video.distributed import ulysses
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import load_policy
-from bpgo_video.policies.frozen_parts import in_parts, save_memory
-from bpgo_video.policies.kernels import choose_attention, compile_blocks
+from bpgo_video.policies.execution import choose_attention, compile_blocks, save_memory, split_vae_work
+from bpgo_video.policies.networks import Transformers, blocks_of
 from bpgo_video.policies.sequence import parallelise
-from bpgo_video.policies.transformers import Transformers, blocks_of
 from bpgo_video.training.plan_rehearsal import alone_in_a_group
 from bpgo_video.training.policy_session import sampling_policy
 from tests.distributed.small_transformers import inputs, random_transformer
@@ -105,7 +104,7 @@ def test_parts_go_back_where_their_work_fails(recipe: Config) -> None:
 
 def test_what_a_vae_or_a_policy_cannot_do_is_refused_by_name(recipe: Config) -> None:
     with pytest.raises(ConfigError, match=r"policy\.vae_tiling is true, but Linear cannot"):
-        in_parts(nn.Linear(2, 2), tiling=True, slicing=False)
+        split_vae_work(nn.Linear(2, 2), tiling=True, slicing=False)
     with pytest.raises(ConfigError, match="object has no attribute"):
         save_memory(object(), replace(recipe.policy, vae_slicing=True), CPU)
     save_memory(object(), recipe.policy, CPU)

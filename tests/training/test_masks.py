@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DMo
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bpgo_video.policies.hunyuan15_attention import dispatch
+from bpgo_video.policies.hunyuan15 import mask_keys
 from bpgo_video.training import plan_rehearsal as rehearsal
 from bpgo_video.training.plan_allocations import Allocations
 from bpgo_video.training.plan_inputs import Batch, arguments
@@ -48,7 +48,7 @@ def test_a_mask_keeps_all_and_its_complement_none() -> None:
 def test_a_rehearsal_counts_what_full_masks_take(checkpointing: bool) -> None:
     planned = rehearsal.footprint(MODEL, BATCH, rehearsal.Treatment(checkpointing))
     module = HunyuanVideo15Transformer3DModel.from_config(dict(MODEL.transformer))
-    dispatch(module)
+    mask_keys(module)
     if checkpointing:
         module.enable_gradient_checkpointing()
     for parameter in module.parameters():
