@@ -199,8 +199,8 @@ def counts_of(job: Job) -> str:
     step = count_step(job)
     passes = " + ".join(map(str, step.passes))
     return (
-        f"{step.ranks} ranks in {step.groups} groups; {step.samples} videos a step, {step.samples_per_group} a group in "
-        f"{step.micro_batches} micro-batches\n"
+        f"{step.ranks} ranks in {step.groups} groups; {step.samples} videos a step, {step.samples_per_group} a group "
+        f"in {step.micro_batches} micro-batches\n"
         f"latents {' x '.join(map(str, step.latents))}; {step.forwards} forwards a rollout on each rank, "
         f"{len(step.passes)} updates of {passes} passes\n"
         f"{step.parameters:,} parameters, {step.trained:,} trained"

@@ -54,9 +54,7 @@ def apply(means: Means, pipeline: Any, model: Model) -> None:
     transformers = Transformers({name: getattr(pipeline, name) for name in model.policy.transformer_names})
     try:
         split_vae_work(pipeline.vae, tiling=means.vae_tiling, slicing=means.vae_slicing)
-        choose_attention(
-            transformers, means.attention_backend, model.policy.sequence_plan, trains=False
-        )
+        choose_attention(transformers, means.attention_backend, model.policy.sequence_plan, trains=False)
     except ConfigError as error:
         raise _told(error) from error
 

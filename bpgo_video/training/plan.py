@@ -1,4 +1,4 @@
-"""The memory plan of a recipe: bytes of a rank in each phase of a training step, and what to change if it is too much."""
+"""Memory plan of a recipe: bytes of a rank in each phase of a training step, and changes that reduce them."""
 
 from __future__ import annotations
 
@@ -167,9 +167,7 @@ def reckon(job: Job) -> Plan:
         "gather": _sum(resting.device, missing, {"weights on their way": gather_buffer(zero, weights)}),
         "denoise": _sum(rollout, {"forward": work.forward}),
         "decode": _sum(rollout, _decoding(job)),
-        "replay": _sum(
-            resting.device, live, {"forward and backward": work.replay}, during_backward(zero, weights)
-        ),
+        "replay": _sum(resting.device, live, {"forward and backward": work.replay}, during_backward(zero, weights)),
         "update": _sum(resting.device, during_step(zero, weights, job.config)),
     }
     if not gathers:

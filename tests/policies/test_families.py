@@ -95,7 +95,7 @@ def test_a_folder_of_an_older_diffusers_is_the_same_policy(case: Case, folder: P
 
 def test_a_chosen_attention_stays_in_sequence_groups(case: Case, folder: Path) -> None:
     policy = case.policy(folder, components=("transformer",))
-    choose_attention(policy.transformers, "_native_math")
+    choose_attention(policy.transformers, "_native_math", policy.sequence_plan)
     with alone_in_a_group(2) as mesh:
         for transformer in policy.transformers.values():
             parallelise(transformer, mesh, policy.sequence_plan)
