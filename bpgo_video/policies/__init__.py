@@ -14,11 +14,12 @@ from typing import Any, get_args
 
 import diffusers
 import torch
+from torch import nn
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies.base import Policy, guided_velocity
-from bpgo_video.policies.networks import COMPONENTS, Build, from_pretrained
+from bpgo_video.policies.networks import COMPONENTS, Build, component_of, from_pretrained, load_frozen, networks_of
 
 __all__ = ["FAMILIES", "Policy", "family", "guided_velocity", "load_policy"]
 
@@ -64,15 +65,11 @@ def family_of(folder: str, index: Mapping[str, Any], name: str | None = None) ->
     """`family`, given the content of model_index.json; `folder` is its name in errors."""
     pipeline_class = index.get("_class_name")
     path = FAMILIES.get(name or pipeline_class or "", name or "")
-    if ":" not in path and name:
-        raise ConfigError(
-            f"policy.family is {name!r}; known are {sorted(FAMILIES)}, or your own class as 'my_pkg.module:Name' "
-            "(docs/new_family.md)"
-        )
     if ":" not in path:
+        unknown = f"policy.family is {name!r}" if name else f"{folder} is a {pipeline_class}"
         raise ConfigError(
-            f"{folder} is a {pipeline_class}; known families are {sorted(FAMILIES)}. Write a class for it "
-            "(docs/new_family.md) and name it in policy.family as 'my_pkg.module:Name'"
+            f"{unknown}; known families are {sorted(FAMILIES)}. Write a class for it (docs/new_family.md) and name it "
+            "in policy.family as 'my_pkg.module:Name'"
         )
     if name in FAMILIES and name != pipeline_class and not _takes_networks(name, index):
         networks = " and ".join(f"{'an' if part[0] in 'AEIOU' else 'a'} {part}" for part in _networks(index).values())
@@ -134,9 +131,20 @@ def load_policy(
             f"policy.{foreign[0]} is {given[foreign[0]]}, but {policy_class.__name__} knows "
             f"{sorted(policy_class.options) or 'no such settings'}; leave it out"
         )
-    policy: Policy = policy_class.load(
-        path, max_sequence_length, frozenset(components), dtype, torch.device(device), build
-    )
+    policy_class.check(path)
+    networks = networks_of(path)
+    parts: dict[str, nn.Module | None] = dict.fromkeys(networks)
+    for part, model_class in networks.items():
+        component = component_of(part)
+        if component not in components or not (path / part).is_dir():
+            continue
+        if component == "transformer":
+            parts[part] = build(model_class, path / part, dtype).to(device)
+        else:
+            own_dtype = torch.float32 if component == "vae" else dtype
+            parts[part] = load_frozen(model_class, path / part, own_dtype, device)
+    pipeline = policy_class.assemble(path, parts)
+    policy: Policy = policy_class.variant(path)(path, pipeline, max_sequence_length)
     policy.options = {**policy_class.options, **given}
     return policy
 

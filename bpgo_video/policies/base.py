@@ -19,20 +19,12 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.diffusion import sde
-from bpgo_video.policies.networks import (
-    Build,
-    Transformers,
-    class_of,
-    component_of,
-    load_frozen,
-    networks_of,
-    read_config,
-    transformer_names,
-)
+from bpgo_video.policies.networks import Transformers, class_of, networks_of, read_config, transformer_names
 from bpgo_video.policies.sequence import SequencePlan
 from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
 
-Shape = tuple[int, ...]
+Shapes = dict[str, tuple[int, ...]]
+Arguments = dict[str, Any]  # of a transformer's or a pipeline's call
 LatentShape = tuple[int, int, int, int]  # channels, latent_frames, latent_height, latent_width
 Images = Float[Tensor, "prompts 3 height width"]  # RGB in [0, 1]
 AllFrames = Float[Tensor, "samples channels all_frames latent_height latent_width"]  # given frames, then sampled ones
@@ -97,31 +89,6 @@ class Policy:
     # Loading
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        max_sequence_length: int,
-        components: frozenset[str],
-        dtype: torch.dtype,
-        device: torch.device,
-        build: Build,
-    ) -> Policy:
-        """The networks of the folder that belong to `components`; see `load_policy`."""
-        cls.check(folder)
-        networks = networks_of(folder)
-        parts: dict[str, nn.Module | None] = dict.fromkeys(networks)
-        for name, model_class in networks.items():
-            component = component_of(name)
-            if component not in components or not (folder / name).is_dir():
-                continue
-            if component == "transformer":
-                parts[name] = build(model_class, folder / name, dtype).to(device)
-            else:
-                own_dtype = torch.float32 if component == "vae" else dtype
-                parts[name] = load_frozen(model_class, folder / name, own_dtype, device)
-        return cls.variant(folder)(folder, cls.assemble(folder, parts), max_sequence_length)
-
-    @classmethod
     def assemble(cls, folder: Path, parts: Mapping[str, nn.Module | None]) -> Any:
         """diffusers' pipeline of the folder with these networks, None for those that are not loaded."""
         pipeline = getattr(diffusers, cls.pipeline_name).from_pretrained(folder, **parts)
@@ -181,7 +148,7 @@ class Policy:
         """Conditioning from the video's own settings, such as its frame rate: one row, fp32."""
         return {}
 
-    def text_shapes(self, text_tokens: int) -> dict[str, Shape]:
+    def text_shapes(self, text_tokens: int) -> Shapes:
         """The shapes that `encode` gives one text, without the axis of prompts; names with `mask` are boolean.
 
         Args:
@@ -189,14 +156,14 @@ class Policy:
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method text_shapes (docs/new_family.md)")
 
-    def conditioning_shapes(self, latents: LatentShape, text_tokens: int) -> dict[str, Shape]:
+    def conditioning_shapes(self, latents: LatentShape, text_tokens: int) -> Shapes:
         """`text_shapes` and the shapes of `image_conditioning`: `example` and `bpgo-video plan` make inputs from them.
 
         Args:
             latents: of the sample, as `latent_shape` gives it.
         """
         channels, _, height, width = latents
-        image: dict[str, Shape] = {"image_latents": (channels, 1, height, width)} if self.takes_images else {}
+        image: Shapes = {"image_latents": (channels, 1, height, width)} if self.takes_images else {}
         return {**self.text_shapes(text_tokens), **image}
 
     def example(self) -> tuple[Latents, Conditioning]:
@@ -330,7 +297,7 @@ class Policy:
         sampled = steps[:, None].expand(-1, frames * height * width)
         return torch.cat([sampled.new_zeros(len(latents), self.given_frames * height * width), sampled], dim=1)
 
-    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
         """Further arguments of the transformer, or replacements."""
         return {}
 
@@ -401,9 +368,7 @@ class Policy:
         others = dict(settings)
         return {self.guidance_argument: others.pop("guidance_scale"), **others}
 
-    def call_arguments(
-        self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None
-    ) -> dict[str, Any]:
+    def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
         """Arguments of the pipeline's call beside `take_settings`, prompt and image: the initial noise in its layout.
 
         Args:

@@ -29,7 +29,7 @@ from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.diffusion import sde
 from bpgo_video.distributed.ulysses import Ulysses, attend
 from bpgo_video.policies.attention import Rotary, replace_processors
-from bpgo_video.policies.base import AllFrames, Images, LatentShape, Policy, Shape
+from bpgo_video.policies.base import AllFrames, Arguments, Images, LatentShape, Policy, Shapes
 from bpgo_video.policies.sequence import SequencePlan
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
@@ -149,7 +149,7 @@ class CogVideoXPolicy(Policy):
         config = self.transformer_config
         return not config["use_rotary_positional_embeddings"] or bool(config["use_learned_positional_embeddings"])
 
-    def text_shapes(self, text_tokens: int) -> dict[str, Shape]:
+    def text_shapes(self, text_tokens: int) -> Shapes:
         config = self.transformer_config
         tokens = config["max_text_seq_length"] if self._adds_positions else text_tokens
         return {"prompt_embeds": (tokens, config["text_embed_dim"])}
@@ -235,9 +235,7 @@ class CogVideoXPolicy(Policy):
     def decode_frames(self, latents: AllFrames) -> Videos:
         return super().decode_frames(latents[:, :, self.padding_frames :])
 
-    def call_arguments(
-        self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None
-    ) -> dict[str, Any]:
+    def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
         return {"latents": latents.transpose(1, 2).to(pipeline.transformer.dtype)}
 
 
@@ -257,10 +255,10 @@ class CogVideoXImagePolicy(CogVideoXPolicy):
     def hidden_states(self, latents: Latents, conditioning: Conditioning) -> Tensor:
         return torch.cat([latents, conditioning["image_latents"].to(latents.dtype)], dim=1)
 
-    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
+    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
         return {} if self.transformer_config["ofs_embed_dim"] is None else {"ofs": latents.new_full((1,), OFFSET)}
 
-    def conditioning_shapes(self, latents: LatentShape, text_tokens: int) -> dict[str, Shape]:
+    def conditioning_shapes(self, latents: LatentShape, text_tokens: int) -> Shapes:
         return {**self.text_shapes(text_tokens), "image_latents": latents}
 
     @torch.no_grad()

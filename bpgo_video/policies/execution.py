@@ -82,18 +82,10 @@ def save_memory(policy: Any, settings: PolicyConfig, device: torch.device) -> No
         device: where VAE and image encoder compute.
 
     Raises:
-        ConfigError: the VAE does not support it, or the policy has no diffusers pipeline.
+        ConfigError: the VAE does not support it.
     """
-    if not (settings.vae_tiling or settings.vae_slicing or settings.frozen_rest_on == "cpu"):
-        return
-    pipeline = getattr(policy, "pipeline", None)
-    if pipeline is None:
-        raise ConfigError(
-            "policy.vae_tiling, vae_slicing and frozen_rest_on act on a diffusers pipeline, but "
-            f"{type(policy).__name__} has no attribute `pipeline`; leave them at their defaults"
-        )
-    if getattr(pipeline, "vae", None) is not None:
-        split_vae_work(pipeline.vae, tiling=settings.vae_tiling, slicing=settings.vae_slicing)
+    if policy.pipeline.vae is not None:
+        split_vae_work(policy.pipeline.vae, tiling=settings.vae_tiling, slicing=settings.vae_slicing)
     if settings.frozen_rest_on == "cpu":
         _rest_on_cpu(policy, device)
 

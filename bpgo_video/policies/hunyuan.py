@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.distributed.ulysses import Ulysses
-from bpgo_video.policies.base import AllFrames, Images, LatentShape, Policy, Shape, scheduled_sigmas
+from bpgo_video.policies.base import AllFrames, Arguments, Images, LatentShape, Policy, Shapes, scheduled_sigmas
 from bpgo_video.policies.networks import class_of, read_config
 from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.types import Conditioning, Latents, Videos
@@ -69,7 +69,7 @@ class HunyuanVideoPolicy(Policy):
         )
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask.bool(), "pooled_prompt_embeds": pooled}
 
-    def text_shapes(self, text_tokens: int) -> dict[str, Shape]:
+    def text_shapes(self, text_tokens: int) -> Shapes:
         config = self.transformer_config
         return {
             "prompt_embeds": (text_tokens, config["text_embed_dim"]),
@@ -81,9 +81,7 @@ class HunyuanVideoPolicy(Policy):
         levels = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
         return scheduled_sigmas(self.pipeline.scheduler, levels.tolist(), shift)
 
-    def transformer_arguments(
-        self, latents: Latents, sigma: Tensor, conditioning: Conditioning
-    ) -> dict[str, Tensor | None]:
+    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
         guidance = conditioning["prompt_embeds"].new_full((len(latents),), self.embedded_guidance) * GUIDANCE_UNIT
         return {
             "encoder_attention_mask": conditioning["prompt_attention_mask"],
@@ -98,9 +96,7 @@ class HunyuanVideoPolicy(Policy):
         assert scale is not None
         return scale
 
-    def call_arguments(
-        self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None
-    ) -> dict[str, Any]:
+    def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
         """The noise, and the embedded guidance, which the pipeline's call names guidance_scale."""
         arguments = super().call_arguments(pipeline, latents, video, images)
         return {**arguments, "guidance_scale": self.embedded_guidance}
@@ -155,7 +151,7 @@ class HunyuanImagePolicy(HunyuanVideoPolicy):
             "pooled_prompt_embeds": pooled,
         }
 
-    def text_shapes(self, text_tokens: int) -> dict[str, Shape]:
+    def text_shapes(self, text_tokens: int) -> Shapes:
         return super().text_shapes(text_tokens + IMAGE_TOKENS // NEGATIVE_STRIDE - CUT_TOKENS)
 
     def start(self, noise: Latents, conditioning: Conditioning) -> Latents:
@@ -198,9 +194,7 @@ class HunyuanConcatPolicy(HunyuanImagePolicy):
     def decode_frames(self, latents: AllFrames) -> Videos:
         return super().decode_frames(latents)[:, self.hidden_frames :]
 
-    def call_arguments(
-        self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None
-    ) -> dict[str, Any]:
+    def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
         """The pipeline's num_frames includes hidden frames."""
         arguments = super().call_arguments(pipeline, latents, video, images)
         return {**arguments, "num_frames": video.num_frames + self.hidden_frames}

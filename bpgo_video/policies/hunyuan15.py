@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.policies.attention import JointAttention, Rotary, replace_processors
-from bpgo_video.policies.base import Images, LatentShape, Policy, Shape, scheduled_sigmas
+from bpgo_video.policies.base import Arguments, Images, LatentShape, Policy, Shapes, scheduled_sigmas
 from bpgo_video.policies.networks import class_of, read_config, read_index
 from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.types import Conditioning, Latents
@@ -100,7 +100,7 @@ class HunyuanVideo15Policy(Policy):
             "prompt_embeds_mask_2": mask_2.bool(),
         }
 
-    def text_shapes(self, text_tokens: int) -> dict[str, Shape]:
+    def text_shapes(self, text_tokens: int) -> Shapes:
         config = self.transformer_config
         return {
             "prompt_embeds": (text_tokens, config["text_embed_dim"]),
@@ -117,7 +117,7 @@ class HunyuanVideo15Policy(Policy):
         dtype = conditioning["prompt_embeds"].dtype
         return torch.cat([latents.to(dtype), self.given_channels(latents, conditioning).to(dtype)], dim=1)
 
-    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
+    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
         texts = conditioning["prompt_embeds"]
         return {
             "timestep": self.timesteps(latents, sigma).to(texts.dtype),  # its embedding is computed in this dtype
@@ -195,7 +195,7 @@ class HunyuanVideo15ImagePolicy(HunyuanVideo15Policy):
         taken = super().take_settings(pipeline, settings)
         return {name: value for name, value in taken.items() if name not in ("height", "width")}
 
-    def conditioning_shapes(self, latents: LatentShape, text_tokens: int) -> dict[str, Shape]:
+    def conditioning_shapes(self, latents: LatentShape, text_tokens: int) -> Shapes:
         image_embeds = (SIGLIP_TOKENS, self.transformer_config["image_embed_dim"])
         return {**super().conditioning_shapes(latents, text_tokens), "image_embeds": image_embeds}
 

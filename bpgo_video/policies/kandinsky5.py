@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.distributed.ulysses import Ulysses
-from bpgo_video.policies.base import AllFrames, Images, LatentShape, Policy, Shape, scheduled_sigmas
+from bpgo_video.policies.base import AllFrames, Arguments, Images, LatentShape, Policy, Shapes, scheduled_sigmas
 from bpgo_video.policies.sequence import SequencePlan
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
@@ -166,7 +166,7 @@ class Kandinsky5Policy(Policy):
             "pooled_prompt_embeds": torch.cat([pooled for _, pooled, _ in rows]),
         }
 
-    def text_shapes(self, text_tokens: int) -> dict[str, Shape]:
+    def text_shapes(self, text_tokens: int) -> Shapes:
         config = self.transformer_config
         return {
             "prompt_embeds": (text_tokens, config["in_text_dim"]),
@@ -216,9 +216,7 @@ class Kandinsky5Policy(Policy):
         given[:, :, : self.given_frames] = 1
         return torch.cat([frames, torch.zeros_like(frames), given], dim=1).movedim(1, -1)
 
-    def call_arguments(
-        self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None
-    ) -> dict[str, Any]:
+    def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
         """The pipeline passes given noise to the transformer unchanged."""
         return {"latents": self.channels_last(self.call_frames(pipeline, latents, images))}
 

@@ -17,7 +17,7 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.policies.base import AllFrames, Images, Policy, Shape, scheduled_sigmas
+from bpgo_video.policies.base import AllFrames, Arguments, Images, Policy, Shapes, scheduled_sigmas
 from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
@@ -49,7 +49,7 @@ class LTXPolicy(Policy):
         """`frame_rate`, frames per second."""
         return {"frame_rate": torch.tensor([video.fps])}
 
-    def text_shapes(self, text_tokens: int) -> dict[str, Shape]:
+    def text_shapes(self, text_tokens: int) -> Shapes:
         texts = (text_tokens, self.transformer_config["caption_channels"])
         return {"prompt_embeds": texts, "prompt_attention_mask": (text_tokens,)}
 
@@ -109,9 +109,7 @@ class LTXPolicy(Policy):
         level, scale = self.options["decode_timestep"] or 0.0, self.options["decode_noise_scale"]
         return level, level if scale is None else scale
 
-    def call_arguments(
-        self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None
-    ) -> dict[str, Any]:
+    def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
         """Tokens, the frame rate, and how the VAE decodes: every video with the noise that `decode` adds."""
         level, scale = self.decode_options
         return {
@@ -132,9 +130,7 @@ class LTXImagePolicy(LTXPolicy):
     token_timesteps = True
     one_dtype = True
 
-    def call_arguments(
-        self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None
-    ) -> dict[str, Any]:
+    def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
         """This pipeline takes a single generator, on the device that computes."""
         seed = generator_of(*DECODE_NOISE).initial_seed()
         generator = torch.Generator(pipeline._execution_device).manual_seed(seed)

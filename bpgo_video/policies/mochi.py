@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.diffusion import sde
 from bpgo_video.policies.attention import JointAttention, Rotary, replace_processors
-from bpgo_video.policies.base import Policy, Shape
+from bpgo_video.policies.base import Arguments, Policy, Shapes
 from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.types import Conditioning, Latents, Velocity
 
@@ -55,7 +55,7 @@ class MochiPolicy(Policy):
         ]
         return {"prompt_embeds": torch.cat([row[0] for row in rows]), "mask": torch.cat([row[1] for row in rows])}
 
-    def text_shapes(self, text_tokens: int) -> dict[str, Shape]:
+    def text_shapes(self, text_tokens: int) -> Shapes:
         return {"prompt_embeds": (text_tokens, self.transformer_config["text_embed_dim"]), "mask": (text_tokens,)}
 
     @property
@@ -70,7 +70,7 @@ class MochiPolicy(Policy):
         levels = torch.tensor(linear_quadratic_schedule(num_steps, THRESHOLD_NOISE), dtype=torch.float64)
         return torch.cat([sde.flow_shift(levels, default if shift is None else shift), levels.new_zeros(1)]).float()
 
-    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
+    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
         timestep = self.timesteps(latents, 1 - sigma).to(conditioning["prompt_embeds"].dtype)
         return {"timestep": timestep, "encoder_attention_mask": conditioning["mask"]}
 

@@ -32,7 +32,7 @@ def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Mo
     return model
 
 
-def load_frozen(model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_frozen(model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """A network that is never trained, in evaluation mode."""
     library = model_class.__module__.partition(".")[0]
     model: nn.Module = model_class.from_pretrained(folder, **{LIBRARIES[library]: dtype})

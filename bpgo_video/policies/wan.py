@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
-from bpgo_video.policies.base import Images, LatentShape, Policy, Shape
+from bpgo_video.policies.base import Arguments, Images, LatentShape, Policy, Shapes
 from bpgo_video.policies.networks import read_index, transformer_names
 from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.types import Conditioning, Latents
@@ -85,7 +85,7 @@ class WanPolicy(Policy):
         is_high = torch.tensor(sigma, dtype=torch.float32) * train_timesteps >= boundary * train_timesteps
         return "transformer" if bool(is_high) else "transformer_2"
 
-    def text_shapes(self, text_tokens: int) -> dict[str, Shape]:
+    def text_shapes(self, text_tokens: int) -> Shapes:
         return {"prompt_embeds": (text_tokens, self.transformer_config["text_dim"])}
 
 
@@ -118,17 +118,15 @@ class WanImagePolicy(WanPolicy):
     def hidden_states(self, latents: Latents, conditioning: Conditioning) -> Tensor:
         return torch.cat([latents, conditioning["image_latents"].to(latents.dtype)], dim=1)
 
-    def transformer_arguments(
-        self, latents: Latents, sigma: Tensor, conditioning: Conditioning
-    ) -> dict[str, Tensor | None]:
+    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
         return {"encoder_hidden_states_image": conditioning.get("image_embeds")}
 
-    def text_shapes(self, text_tokens: int) -> dict[str, Shape]:
+    def text_shapes(self, text_tokens: int) -> Shapes:
         return super().text_shapes(TEXT_BESIDE_IMAGES if self._attends_to_images else text_tokens)
 
-    def conditioning_shapes(self, latents: LatentShape, text_tokens: int) -> dict[str, Shape]:
+    def conditioning_shapes(self, latents: LatentShape, text_tokens: int) -> Shapes:
         config = self.transformer_config
-        images: dict[str, Shape] = {"image_latents": (config["in_channels"] - latents[0], *latents[1:])}
+        images: Shapes = {"image_latents": (config["in_channels"] - latents[0], *latents[1:])}
         if self._attends_to_images:
             images["image_embeds"] = (CLIP_TOKENS, config["image_dim"])
         return {**self.text_shapes(text_tokens), **images}

@@ -52,7 +52,7 @@ def test_another_pipeline_of_the_same_networks_is_taken(pipeline: str, networks:
         ),
         ("LTXPipeline", "LTX", "WanImageToVideoPipeline", "holds a LTXVideoTransformer3DModel"),
         ("Kandinsky5T2VPipeline", "Kandinsky5", "HunyuanVideoPipeline", "holds a Kandinsky5Transformer3DModel"),
-        ("WanPipeline", "Wan", "Foo", r"policy\.family is 'Foo'; known are \[.*or your own class as 'my_pkg"),
+        ("WanPipeline", "Wan", "Foo", r"policy\.family is 'Foo'; known families are \[.*Write a class for it"),
         ("FooPipeline", "Wan", None, r"folder is a FooPipeline; known families are .*Write a class for it"),
     ],
 )

@@ -350,16 +350,16 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("name", command.MODEL_FLAGS)
 def test_flags_of_a_model_are_refused_beside_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     flag = command.MODEL_FLAGS[name]
-    values = [] if flag.how.get("action") else [{"offload": "all", "zero": "2"}.get(name, "1")]
+    values = [] if flag.options.get("action") else [{"offload": "all", "zero": "2"}.get(name, "1")]
     assert command.main(["--config", str(RECIPE), "--gpus", "2", f"--{name}", *values]) == 2
     said = capsys.readouterr().err
-    assert f"error: --{name} is a flag of --model; with a recipe say {flag.recipe.partition(' ')[0]}" in said
+    assert f"error: --{name} is a flag of --model; with a recipe use {flag.recipe.partition(' ')[0]}" in said
 
 
 def test_what_is_to_be_said_instead_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     """Every single flag that a message names is one of recipes, with the value that was given."""
     assert command.main(["--config", str(RECIPE), "--gpus", "2", "--sequence", "4"]) == 2
-    assert "say --parallel.sequence 4\n" in capsys.readouterr().err
+    assert "use --parallel.sequence 4\n" in capsys.readouterr().err
     values = {"family": "WanPipeline", "zero": "2", "guidance": "2.0"}
     plain = {name: flag for name, flag in command.MODEL_FLAGS.items() if name not in ("size", "offload")}
     for name, flag in plain.items():
