@@ -37,7 +37,7 @@ from bpgo_video.inference.verification import (
     verify_copies,
     verify_transformer,
 )
-from bpgo_video.policies.original_names import original_names
+from bpgo_video.policies import original_names
 
 ALONE = "Transformers for a diffusers pipeline"
 

@@ -14,9 +14,8 @@ import torch
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, Model
-from bpgo_video.policies.frozen_parts import in_parts
-from bpgo_video.policies.kernels import check_backend, choose_attention
-from bpgo_video.policies.transformers import Transformers
+from bpgo_video.policies.execution import check_backend, choose_attention, split_vae_work
+from bpgo_video.policies.networks import Transformers
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def apply(means: Means, pipeline: Any, model: Model) -> None:
     """
     transformers = Transformers({name: getattr(pipeline, name) for name in model.policy.transformer_names})
     try:
-        in_parts(pipeline.vae, tiling=means.vae_tiling, slicing=means.vae_slicing)
-        choose_attention(transformers, means.attention_backend, trains=False)
+        split_vae_work(pipeline.vae, tiling=means.vae_tiling, slicing=means.vae_slicing)
+        choose_attention(transformers, means.attention_backend, model.policy.sequence_plan, trains=False)
     except ConfigError as error:
         raise _told(error) from error
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bpgo_video.atomic import save_tensors
 from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.policies import original_names
 from bpgo_video.policies.lora import ADAPTER, peft_config
-from bpgo_video.policies.original_names import original_names
 
 
 def lora_file(name: str) -> str:

@@ -35,8 +35,7 @@ from bpgo_video.distributed.zero_files import (
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import family
 from bpgo_video.policies.lora import merged_tensors
-from bpgo_video.policies.pipeline_policy import networks_of
-from bpgo_video.policies.transformers import trained_names
+from bpgo_video.policies.networks import networks_of, trained_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {"raw": ZeroParameters, "ema": AverageParameters}

@@ -27,8 +27,7 @@ from bpgo_video.inference.pipeline_folder import WEIGHTS_NAME
 from bpgo_video.inference.run_weights import Source, put_into, read_tensors
 from bpgo_video.policies import family, load_policy
 from bpgo_video.policies.lora import ADAPTER
-from bpgo_video.policies.pipeline_policy import networks_of
-from bpgo_video.policies.transformers import Transformers, transformer_names
+from bpgo_video.policies.networks import Transformers, networks_of, transformer_names
 from bpgo_video.rollouts.conditioning import cast
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # one for each transformer of a pipeline with several

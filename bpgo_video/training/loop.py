@@ -23,7 +23,7 @@ from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.inference.model_card import EXPORTED, CardFacts
 from bpgo_video.inference.pipeline_folder import export_pipeline
-from bpgo_video.policies.transformers import trained_names
+from bpgo_video.policies.networks import trained_names
 from bpgo_video.training.metrics import Keys, RunLog
 from bpgo_video.training.policy_session import PolicySession
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir

@@ -30,12 +30,10 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.optimizer import learning_rate_factor
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, family, load_policy
-from bpgo_video.policies.base import Build, from_pretrained
-from bpgo_video.policies.frozen_parts import save_memory
-from bpgo_video.policies.kernels import check_backend, choose_attention, compile_blocks
+from bpgo_video.policies.execution import check_backend, choose_attention, compile_blocks, save_memory
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.networks import Build, blocks_of, from_pretrained, trained_names, transformer_names
 from bpgo_video.policies.sequence import check_heads, parallelise
-from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
 
@@ -117,7 +115,7 @@ def sampling_policy(
         options=config.policy.options,
     )
     save_memory(policy, config.policy, mesh.device)
-    choose_attention(policy.transformers, config.policy.attention_backend)
+    choose_attention(policy.transformers, config.policy.attention_backend, policy.sequence_plan)
     return policy
 
 

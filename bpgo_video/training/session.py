@@ -23,8 +23,8 @@ from bpgo_video.learner.priors import STORED
 from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy
+from bpgo_video.policies.networks import Transformers, trained_names, transformer_names
 from bpgo_video.policies.sequence import parallelise
-from bpgo_video.policies.transformers import Transformers, trained_names, transformer_names
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.building import reward_factory
 from bpgo_video.rewards.suite import RewardSuite

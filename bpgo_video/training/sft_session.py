@@ -21,7 +21,7 @@ from bpgo_video.distributed.agreement import all_or_none, same_everywhere
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, family
-from bpgo_video.policies.transformers import trained_names
+from bpgo_video.policies.networks import trained_names
 from bpgo_video.rollouts.clip_loss import ClipBatch, ClipLoss
 from bpgo_video.rollouts.conditioning import cast, for_each
 from bpgo_video.training.policy_session import (

@@ -29,7 +29,7 @@ from bpgo_video.distributed.zero_files import CheckpointError, verify_universal
 from bpgo_video.inference.conversion import Conversion, convert, verify_diffusers, verify_lora
 from bpgo_video.inference.run_weights import find_source
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
-from bpgo_video.policies.transformers import Transformers
+from bpgo_video.policies.networks import Transformers
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
 from tests.made.recipes import small_recipe
 from tests.made.zero_checkpoints import CODE, write_average, write_checkpoint

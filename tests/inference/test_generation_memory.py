@@ -19,7 +19,7 @@ from bpgo_video.inference.generate import load_pipeline, plan, read_records, sam
 from bpgo_video.inference.loading import OFFLOADS, Means, apply, check_offload, means_of
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.inference.share import describe
-from bpgo_video.policies.cogvideox_attention import CogVideoXAttention
+from bpgo_video.policies.cogvideox import CogVideoXAttention
 from tests.families import CASES
 from tests.families.case import TEXTS
 from tests.made.random_wan import random_wan

@@ -21,9 +21,8 @@ from bpgo_video.distributed.precision import (
     model_buffers,
     tensor_files,
 )
-from bpgo_video.policies.base import from_pretrained
 from bpgo_video.policies.lora import merged_parameters
-from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.networks import from_pretrained, networks_of
 from tests.distributed.conftest import run_ranks
 from tests.families import CASES
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from bpgo_video.diffusion import sde
-from bpgo_video.policies.base import guided_velocity
+from bpgo_video.policies import guided_velocity
 from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.tiny_oracle import oracle_parts, oracle_scores
