@@ -262,7 +262,7 @@ def test_a_kind_of_recipe_that_is_not_known_is_named() -> None:
         ("sft", {"batch_sise": 3}, "sft.batch_sise: unknown key; perhaps you meant 'batch_size'"),
         ("optim", {"updates_per_rollout": 3}, "optim.updates_per_rollout: unknown key"),
         ("sft", {"batch_size": 30, "micro_batch_size": 16}, "30 is no multiple of sft.micro_batch_size 16"),
-        ("evaluation", {"split": "train"}, "what is learned from is not held out"),
+        ("evaluation", {"split": "train"}, "held-out clips must not be trained on"),
         ("evaluation", {"weights": "ema"}, "set ema.decay"),
         ("policy", {"lora": {"rnak": 4}}, "perhaps you meant 'rank'"),
     ],

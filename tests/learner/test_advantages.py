@@ -1,4 +1,4 @@
-"""Are advantages relative to the group, exactly 0 where it is flat, and independent of the order of samples?"""
+"""Advantages: numbers by hand, exactly 0 in groups of equal rewards, independent of the order of samples."""
 
 import math
 import statistics
@@ -8,13 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bpgo_video.config.learner import AdvantageConfig
 from bpgo_video.learner.advantages import (
     NORMALISERS,
-    AdvantageSettings,
     batch_relative,
     batch_standardised_sum,
     best_and_worst,
     clip_advantages,
+    equal_groups,
     group_relative,
     loss_scale,
     max_std_relative,
@@ -22,7 +23,6 @@ from bpgo_video.learner.advantages import (
     weighted_sum,
     win_rate_relative,
     win_rates,
-    zero_std_share,
 )
 
 TWO_GROUPS = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
@@ -104,10 +104,10 @@ def test_best_and_worst_by_hand():
 
 def test_loss_scale_makes_the_mean_one_over_what_counts():
     flat = torch.tensor([True, False, False, True, True])
-    assert loss_scale(AdvantageSettings(), flat, 8) == 1
-    assert loss_scale(AdvantageSettings(drop_zero_std=True), flat, 8) == 5 / 2
-    assert loss_scale(AdvantageSettings(drop_zero_std=True), flat.new_ones(5), 8) == 1
-    assert loss_scale(AdvantageSettings(drop_zero_std=True, best_of=2), flat, 12) == 5 / 2 * 3
+    assert loss_scale(AdvantageConfig(), flat, 8) == 1
+    assert loss_scale(AdvantageConfig(drop_zero_std=True), flat, 8) == 5 / 2
+    assert loss_scale(AdvantageConfig(drop_zero_std=True), flat.new_ones(5), 8) == 1
+    assert loss_scale(AdvantageConfig(drop_zero_std=True, best_of=2), flat, 12) == 5 / 2 * 3
 
 
 def test_gdpo_by_hand():
@@ -119,14 +119,6 @@ def test_gdpo_by_hand():
     expected = torch.tensor(sums).double().reshape(2, 2) / statistics.stdev(sums)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert torch.equal(batch_standardised_sum({"a": torch.zeros(2, 4)}, {"a": 1.0}), torch.zeros(2, 4))
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"normalise": "std"}, {"combine": "sum"}, {"best_of": 0}, {"clip": 0.0}, {"clip": math.nan}]
-)
-def test_settings_out_of_range_are_refused_by_name(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        AdvantageSettings(**wrong)
 
 
 @settings(deadline=None)
@@ -175,6 +167,6 @@ def test_clip_with_one_limit_or_one_per_prompt():
         clip_advantages(advantage, 0.0)
 
 
-def test_zero_std_share_counts_flat_groups():
+def test_groups_without_signal():
     rewards = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.1, 0.2], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
-    assert zero_std_share(rewards) == 0.5
+    assert equal_groups(rewards).tolist() == [True, False, True, False]

@@ -1,4 +1,4 @@
-"""Does segment credit spread a video's advantage over its frames without changing it?"""
+"""Segment credit: numbers by hand, and a video's advantage as the mean over its latent frames."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.learner.advantages import group_relative
-from bpgo_video.learner.credit import FrameLayout, frame_credit, segment_credit
+from bpgo_video.learner.advantages import FrameLayout, frame_credit, group_relative, segment_credit
 
 
 def test_latent_frames_by_hand() -> None:
