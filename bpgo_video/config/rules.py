@@ -63,8 +63,8 @@ def learner_rules(config: Config) -> Rules:
             bpgo.uses_trust and bpgo.ras_center == "batch_mean" and rollout.prompts_per_step == 1
         ),
         f"prior.kind is 'none', but bpgo.alpha = {bpgo.alpha}, bpgo.trust = {bpgo.trust!r} and bpgo.zeta = {bpgo.zeta} "
-        "needs an anchor; set prior.kind to 'reference' or 'constant', or bpgo.zeta to 0 and bpgo.alpha to 0 (plain "
-        "GRPO) or bpgo.trust to 'reliability' or 'none'": bpgo.needs_prior and config.prior.kind == "none",
+        "need an anchor; set prior.kind to 'reference' or 'constant', or bpgo.zeta to 0 and bpgo.alpha to 0 "
+        "(plain GRPO) or bpgo.trust to 'reliability' or 'none'": bpgo.needs_prior and config.prior.kind == "none",
         f"advantage.best_of is {best}, but a group of rollout.group_size = {group} has no {best} best and {best} worst "
         f"samples; set it to {group // 2} at most": 2 * best > group,
         f"advantage.normalise is 'none' with bpgo.zeta = {bpgo.zeta}: the first advantage is then in units of the "

@@ -38,7 +38,7 @@ class ParallelConfig:
     attention heads. Groups of that many neighbouring ranks are data-parallel to each other."""
     heartbeat_timeout: Annotated[float, Field(ge=1.0)] = 45.0
     """Seconds without a heartbeat after which a rank counts as dead and the others end. Raise it if code holds Python's
-    interpreter lock for longer; slow rewards do not."""
+    interpreter lock for longer; slow rewards need no change."""
 
 
 @section

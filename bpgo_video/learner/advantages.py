@@ -224,14 +224,14 @@ def segment_credit(
     Raises:
         ValueError: no reward of weight above 0 scores frames.
     """
-    credits = [
+    terms = [
         weights[name] * frame_credit(per_frame[name], of_reward, layout)
         for name, of_reward in times.items()
         if of_reward is not None and weights[name] > 0
     ]
-    if not credits:
+    if not terms:
         raise ValueError(
             f"credit.kind is 'segment', but {sorted(times)} score videos as a whole; set it to 'video', or train on a "
             "reward that scores frames"
         )
-    return (gamma * torch.stack(credits).sum(dim=0)).float()
+    return (gamma * torch.stack(terms).sum(dim=0)).float()
