@@ -25,7 +25,7 @@ from bpgo_video.config.run import EmaConfig, OptimiserConfig, ParallelConfig, Ru
 from bpgo_video.paths import SHARD_CACHE
 
 FAMILY_OPTIONS = ("embedded_guidance", "decode_timestep", "decode_noise_scale")
-Guidance = Annotated[float, Field(ge=1.0)]
+GuidanceScale = Annotated[float, Field(ge=1.0)]
 
 
 class ConfigError(ValueError):
@@ -113,10 +113,10 @@ class SamplerConfig:
     """Denoising steps of a rollout."""
     eta: AboveZero = 0.7
     """Noise level of the transition."""
-    guidance_scale: Guidance = 1.0
+    guidance_scale: GuidanceScale = 1.0
     """Classifier-free guidance in rollout and replay; 1 uses none."""
-    guidance_scale_2: Guidance | None = None
-    """Guidance of the low-noise transformer if a pipeline has two (Wan 2.2); None takes guidance_scale."""
+    guidance_scale_2: GuidanceScale | None = None
+    """GuidanceScale of the low-noise transformer if a pipeline has two (Wan 2.2); None takes guidance_scale."""
     shift: AboveZero | None = None
     """Shift of the sigma schedule; None takes the pipeline's own schedule."""
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -203,10 +203,10 @@ class EvaluationConfig:
     `bpgo-video generate`."""
     shift: AboveZero | None = None
     """Shift of the sigma schedule; None takes the sampler's."""
-    guidance_scale: Guidance = 1.0
+    guidance_scale: GuidanceScale = 1.0
     """Classifier-free guidance of a held-out sample; 1 uses none."""
-    guidance_scale_2: Guidance | None = None
-    """Guidance of the low-noise transformer, as sampler.guidance_scale_2."""
+    guidance_scale_2: GuidanceScale | None = None
+    """GuidanceScale of the low-noise transformer, as sampler.guidance_scale_2."""
     videos: Count = 8
     """Held-out videos that every evaluation writes, for the report's comparison of before and after."""
     weights: Literal["raw", "ema", "both"] = "raw"

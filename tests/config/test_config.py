@@ -1,4 +1,4 @@
-"""A configuration is read strictly, and its errors say what to do."""
+"""Recipes are read strictly, and their errors name the way out."""
 
 from __future__ import annotations
 
@@ -152,9 +152,7 @@ def test_an_aggregate_has_the_number_that_it_needs(aggregate: dict, message: str
         ({}, {"alpha": 1.0, "form": "released", "trust": "sigmoid"}, ("bpgo.alpha", "released form")),
     ],
 )
-def test_parts_of_the_learner_that_do_not_go_together_are_named(
-    advantage: dict, bpgo: dict, keys: tuple[str, str]
-) -> None:
+def test_combinations_that_the_learner_refuses_are_named(advantage: dict, bpgo: dict, keys: tuple[str, str]) -> None:
     with pytest.raises(ConfigError) as error:
         config_from_dict(tree() | {"advantage": advantage, "bpgo": bpgo})
     assert all(key in str(error.value) for key in keys)
@@ -178,7 +176,7 @@ def test_a_world_that_does_not_divide_is_named_with_a_way_out() -> None:
 
 
 @pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler"])
-def test_what_the_yaml_owns_is_refused_in_the_deepspeed_json(tmp_path: Path, key: str) -> None:
+def test_keys_of_the_recipe_are_refused_in_the_deepspeed_json(tmp_path: Path, key: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(f'{{"{key}": 1}}')
     with pytest.raises(ConfigError, match=key):
@@ -267,7 +265,7 @@ def test_a_kind_of_recipe_that_is_not_known_is_named() -> None:
         ("policy", {"lora": {"rnak": 4}}, "perhaps you meant 'rank'"),
     ],
 )
-def test_what_a_warm_start_cannot_be_is_named(section: str, values: dict, message: str) -> None:
+def test_errors_of_an_sft_recipe_are_named(section: str, values: dict, message: str) -> None:
     broken = yaml.safe_load(SFT.read_text())
     broken[section] = broken.get(section, {}) | values
     with pytest.raises(ConfigError) as error:

@@ -68,7 +68,7 @@ def test_one_spread_for_all_groups_by_hand(norm, spread):
     torch.testing.assert_close(norm(TWO_GROUPS), expected, rtol=0, atol=1e-15)
 
 
-def test_win_rates_by_hand_see_the_order_alone():
+def test_win_rates_by_hand_depend_on_the_order_alone():
     rewards = torch.tensor([[1.0, 5.0, 5.0, 900.0], [0.3, 0.2, 0.1, 0.0]])
     expected = torch.tensor([[0, 1.5 / 3, 1.5 / 3, 1], [1, 2 / 3, 1 / 3, 0]])
     torch.testing.assert_close(win_rates(rewards), expected)
@@ -78,7 +78,7 @@ def test_win_rates_by_hand_see_the_order_alone():
 
 @settings(deadline=None)  # a first call into torch may take long
 @given(st.integers(0, 2**31), st.sampled_from([1.0, 1e6]), st.floats(-10, 10), st.sampled_from(sorted(NORMALISERS)))
-def test_all_norms_but_none_forget_the_unit_and_the_offset(seed, unit, shift, normalise):
+def test_all_norms_but_none_are_independent_of_unit_and_offset(seed, unit, shift, normalise):
     rewards = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     moved, expected = NORMALISERS[normalise]((rewards + shift) * unit), NORMALISERS[normalise](rewards)
     expected = expected * unit if normalise == "none" else expected
@@ -102,7 +102,7 @@ def test_best_and_worst_by_hand():
         best_and_worst(advantage, 3)
 
 
-def test_loss_scale_makes_the_mean_one_over_what_counts():
+def test_loss_scale_averages_over_the_samples_that_count():
     flat = torch.tensor([True, False, False, True, True])
     assert loss_scale(AdvantageConfig(), flat, 8) == 1
     assert loss_scale(AdvantageConfig(drop_zero_std=True), flat, 8) == 5 / 2

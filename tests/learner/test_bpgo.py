@@ -198,9 +198,9 @@ def test_each_form_takes_any_trust_and_has_its_own(form):
     torch.testing.assert_close(found["sigmoid"].trust, reliability_adaptive_scaling(rewards, prior, 1.0, 0.5, 1.0))
     torch.testing.assert_close(found["posterior"].trust, released_trust(rewards, prior, 1.0, 0.5, 1.0))
     assert torch.equal(found["none"].trust, torch.ones_like(prior))
-    own = one_reward(rewards, prior, BPGOConfig(form=form))
-    assert torch.equal(own.trust, found["sigmoid" if form == "paper" else "posterior"].trust)
-    assert all(torch.equal(result.contrastive, own.contrastive) for result in found.values())
+    default = one_reward(rewards, prior, BPGOConfig(form=form))
+    assert torch.equal(default.trust, found["sigmoid" if form == "paper" else "posterior"].trust)
+    assert all(torch.equal(result.contrastive, default.contrastive) for result in found.values())
 
 
 def test_icc_trust_needs_two_scorings_and_no_anchor():
@@ -225,7 +225,7 @@ def test_anchors_are_in_the_metrics():
     assert (metrics["prior/mean/clip"].item(), metrics["prior/scale/clip"].item()) == pytest.approx((2.5, 0.3))
 
 
-def test_trust_on_the_second_surrogate_only_where_asked():
+def test_trust_on_the_second_surrogate_only_with_ras_on_crt():
     rewards, prior, _ = random_rewards(3)
     plain, weighed = (one_reward(rewards, prior, BPGOConfig(ras_on_crt=flag)) for flag in (False, True))
     assert torch.equal(weighed.contrastive, plain.trust[:, None] * plain.contrastive)
@@ -413,7 +413,7 @@ def test_both_surrogates_take_the_same_norm(normalise):
     torch.testing.assert_close(result.contrastive, NORMALISERS[normalise](transformed))
 
 
-def test_samples_that_are_left_out_are_zero_and_the_others_weigh_more():
+def test_samples_that_are_left_out_are_zero_and_the_others_count_more():
     rewards, prior, _ = random_rewards(5)  # groups of 6
     whole = one_reward(rewards, prior, BPGOConfig())
     best = one_reward(rewards, prior, BPGOConfig(), best_of=1)
@@ -455,7 +455,7 @@ def test_rank_inversion_by_hand():
     assert share.item() == pytest.approx(3 / 5)
 
 
-def test_the_verbatim_form_reverses_ranks_far_below_the_prior_and_says_so():
+def test_the_verbatim_form_reverses_ranks_far_below_the_prior_and_reports_it():
     rewards = torch.tensor([[-4.0, -3.0, -2.0, 0.5]])
     verbatim = one_reward(rewards, [0.0], BPGOConfig(standardise=False))
     assert verbatim.metrics["crt/rank_inversion/clip"].item() == pytest.approx(3 / 6)  # u exp(u) falls below -1
@@ -508,7 +508,7 @@ def test_plain_functions_refuse_a_scale_of_zero_and_a_negative_contrast():
         contrastive_reward_transformation(REWARDS, PRIOR, 1.0, -1.0)
 
 
-def test_what_frames_add_is_scaled_with_the_advantage_and_never_clipped() -> None:
+def test_credit_of_frames_is_scaled_with_the_advantage_and_never_clipped() -> None:
     rewards = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     by_frame = torch.tensor([3.0, -1.0, -2.0]).expand(2, 6, 3)
     found = step_advantages(
@@ -518,8 +518,8 @@ def test_what_frames_add_is_scaled_with_the_advantage_and_never_clipped() -> Non
     assert kept.sum(dim=1).tolist() == [4, 4]
     torch.testing.assert_close(found.by_frame, 1.5 * by_frame * kept[..., None])  # 6 / (2 x 2) of the loss's mean
     rows, samples = torch.tensor([1, 0]), torch.tensor([0, 5])
-    own = found.of(rows, samples)
+    rows_of_loss = found.of(rows, samples)
     video = found.advantage[rows, samples]
-    torch.testing.assert_close(own.advantage.view(2, 3).mean(dim=1), video)
-    torch.testing.assert_close(own.advantage.view(2, 3), video[:, None] + found.by_frame[rows, samples])
-    assert own.trust.shape == (6,)
+    torch.testing.assert_close(rows_of_loss.advantage.view(2, 3).mean(dim=1), video)
+    torch.testing.assert_close(rows_of_loss.advantage.view(2, 3), video[:, None] + found.by_frame[rows, samples])
+    assert rows_of_loss.trust.shape == (6,)

@@ -60,7 +60,7 @@ def test_credit_is_the_formula_and_has_mean_0_over_frames(seed: int, stride: int
     assert found.mean(dim=2).abs().max() < 1e-12
 
 
-def test_frames_that_stand_alike_in_their_group_get_nothing() -> None:
+def test_equal_z_scores_over_frames_give_no_credit() -> None:
     alike = torch.randn(3, 6, 1, dtype=torch.float64).expand(3, 6, 9)
     assert frame_credit(alike, torch.arange(9) / 8, FrameLayout(9, 8.0, 4)).abs().max() < 1e-9
     assert not frame_credit(torch.full((1, 4, 5), 0.1), torch.arange(5) / 8, FrameLayout(5, 8.0, 4)).any()

@@ -50,7 +50,7 @@ def session(bpgo: BPGOConfig, prior: PriorConfig, reliability: ReliabilityConfig
 
 
 @pytest.mark.parametrize("kind", ["ema", "global"])
-def test_a_running_prior_sees_the_batches_before_and_not_this_one(kind: str) -> None:
+def test_a_running_prior_uses_the_batches_before_and_not_this_one(kind: str) -> None:
     prior, settings, memory = PriorConfig(kind=kind), BPGOConfig(), Memory()
     running = memory.running_rewards
     for seed in range(3):
@@ -82,21 +82,21 @@ def test_second_scores_reach_the_trust() -> None:
     assert "icc/clip" in found.metrics
 
 
-def test_a_prompt_that_agreed_is_scored_once_and_its_last_icc_counts() -> None:
+def test_a_prompt_of_high_icc_is_scored_once_and_its_last_icc_is_used() -> None:
     learner, memory = BPGOConfig(trust="reliability", zeta=0.0), Memory()
-    own = session(learner, PriorConfig(kind="none"), ReliabilityConfig(rescore_below=0.5, rescore_every=3))
+    rescoring = session(learner, PriorConfig(kind="none"), ReliabilityConfig(rescore_below=0.5, rescore_every=3))
     first = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     again = torch.stack([first[0] + 3.0, -first[1]])  # prompt 4 agrees with itself, prompt 9 is reversed
-    asked, trusts = [], []
+    scored_twice, trusts = [], []
     for _ in range(4):
-        prompts = to_be_scored(own, PROMPTS, memory)
-        asked.append(prompts.twice.tolist())
+        prompts = to_be_scored(rescoring, PROMPTS, memory)
+        scored_twice.append(prompts.twice.tolist())
         second = again.masked_fill(~prompts.twice[:, None], torch.nan)
         rewards = Rewards({"clip": first}, first, {"clip": first[..., None]}, {"clip": None}, {"clip": second})
-        found = estimate_advantages(own, prompts, rewards, memory)
+        found = estimate_advantages(rescoring, prompts, rewards, memory)
         trusts.append(found.trust.tolist())
         pairs = torch.stack([first, again], dim=2)[prompts.twice]
         assert found.metrics["icc/clip"].item() == pytest.approx(float(pooled_icc(pairs)), rel=1e-5)
-    assert asked == [[True, True], [False, True], [False, True], [True, True]]
+    assert scored_twice == [[True, True], [False, True], [False, True], [True, True]]
     assert trusts == [pytest.approx([1.5, 0.5])] * 4
     assert to_be_scored(session(BPGOConfig(), PriorConfig()), PROMPTS, memory).twice is None

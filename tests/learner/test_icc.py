@@ -23,7 +23,7 @@ def test_two_scorings_by_hand():
     assert pooled_icc(scores).item() == pytest.approx((2 * 2 - 2 * 6) / (8 + 24))
 
 
-def test_a_group_without_spread_agrees_on_nothing():
+def test_a_group_without_spread_has_icc_0():
     flat = torch.full((1, 8, 2), 0.1)
     flat[:, :, 1] = 1 / 3
     assert group_icc(flat).tolist() == [0.0]

@@ -188,7 +188,7 @@ def test_the_divergence_mask_by_hand():
     torch.testing.assert_close(gradient, loss.detach())  # d(r A)/d log r = r A, and 0 where masked
 
 
-def test_guards_ratio_is_centred_on_one_with_a_spread_that_knows_no_noise_level():
+def test_the_guard_ratio_is_centred_and_has_the_same_spread_at_every_noise_level():
     rng = torch.Generator().manual_seed(3)
     spreads = []
     for std in (0.05, 0.8):

@@ -62,7 +62,7 @@ def test_moving_averages_by_hand():
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("ema", [5.0, 3.5]), ("global", [3.5, 3.5])])
-def test_a_running_prior_is_what_was_before_the_batch(kind, expected):
+def test_a_running_prior_is_the_average_before_the_batch(kind, expected):
     running = after(prompts(7, 8), FIRST)
     found = anchor(kind, prompts(8, 9), SECOND, running)  # 8 was seen, 9 was not
     assert found.mean.tolist() == pytest.approx(expected)
@@ -71,7 +71,7 @@ def test_a_running_prior_is_what_was_before_the_batch(kind, expected):
 
 
 @pytest.mark.parametrize("kind", ["ema", "global"])
-def test_the_first_batch_is_seen_with_its_own_numbers_or_the_recipes_scale(kind):
+def test_the_first_batch_uses_its_own_averages_or_the_recipes_scale(kind):
     found = anchor(kind, prompts(7, 8), FIRST)
     assert found.mean.tolist() == [3.5, 3.5]
     assert found.scale == pytest.approx(1.0)
@@ -168,7 +168,7 @@ class Steadiness:
         return FrameScores(same.float()[:, None])
 
 
-def test_first_frame_is_what_the_image_earns_by_the_same_reward():
+def test_first_frame_is_the_reward_of_the_image():
     models = {"dark": "tests.learner.test_priors:Darkness", "steady": "tests.learner.test_priors:Steadiness"}
     suite = RewardSuite(
         {name: RewardConfig(model=model) for name, model in models.items()}, torch.device("cpu"), fps=8.0
@@ -188,7 +188,7 @@ def test_first_frame_is_what_the_image_earns_by_the_same_reward():
         PRIORS["first_frame"](PriorConfig(kind="first_frame"), PriorInputs(batch, suite.versions, rewards))
 
 
-def test_a_centred_first_frame_lies_at_the_level_of_the_runs_videos():
+def test_a_centred_first_frame_is_at_the_level_of_the_runs_videos():
     """Images that earn 5 and 7 where videos earn 1 on average: anchors 0 and 2, at first and with averages."""
     versions, batch, prior = {"clip": "v1"}, prompts(1, 2), PriorConfig(kind="first_frame_centred")
     images = {"clip": torch.tensor([5.0, 7.0])}
