@@ -246,18 +246,21 @@ def batch_metrics(
         shares = trust_histogram(trust, bpgo.alpha)
         metrics |= {f"trust/hist/{index:02d}": share for index, share in enumerate(shares.unbind())}
     equal = {name: equal_groups(rewards).float().mean() for name, rewards in rewards_by_name.items()}
-    metrics |= {"rms_ratio": rms_ratio, "zero_std_share": torch.stack(list(equal.values())).max()}
-    metrics |= {f"zero_std_share/{name}": share for name, share in equal.items()}
+    metrics |= {"rms_ratio": rms_ratio, **_with_worst("zero_std_share", equal)}
     inversions = {
         name: rank_inversion(rewards_by_name[name], found.transformed)
         for name, found in of_rewards.items()
         if found.transformed is not None
     }
     if inversions:
-        metrics["crt/rank_inversion"] = torch.stack(list(inversions.values())).max()
-        metrics |= {f"crt/rank_inversion/{name}": share for name, share in inversions.items()}
+        metrics |= _with_worst("crt/rank_inversion", inversions)
     metrics |= {f"prior/mean/{name}": anchor.mean.mean() for name, anchor in anchors.items()}
     return metrics | {f"prior/scale/{name}": torch.tensor(anchor.scale) for name, anchor in anchors.items()}
+
+
+def _with_worst(name: str, by_reward: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    worst = torch.stack(list(by_reward.values())).max()
+    return {name: worst, **{f"{name}/{reward}": value for reward, value in by_reward.items()}}
 
 
 def trust_histogram(trust: Float[Tensor, "prompts"], alpha: float) -> Float[Tensor, "bins"]:
