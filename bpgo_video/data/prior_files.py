@@ -18,7 +18,7 @@ import torch
 
 from bpgo_video.atomic import write_json
 from bpgo_video.data.prompt_records import ShardError
-from bpgo_video.learner.shrinkage import shrunk_means
+from bpgo_video.learner.priors import shrunk_means
 from bpgo_video.types import PriorAnchor, PromptBatch
 
 FORMAT_VERSION = 1

@@ -14,8 +14,8 @@ import diffusers
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from bpgo_video.config.bpgo import STRICT, Positive, VideoConfig, options_of
-from bpgo_video.config.fields import NonNegative, Unit
+from bpgo_video.config.bpgo import VideoConfig, options_of
+from bpgo_video.config.fields import STRICT, NonNegative, Positive, Unit
 from bpgo_video.inference.run_weights import Source, find_source, holds_checkpoint
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rollouts.experts import guidance_rules

@@ -15,7 +15,7 @@ from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.policies import Policy
 from bpgo_video.policies.base import LatentShape
-from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous, trust_region
+from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous
 from bpgo_video.training.plan_models import Model, policy_of
 from bpgo_video.training.plan_rehearsal import Footprint, decoding_bytes, footprint, vae_bytes
 from bpgo_video.training.plan_zero import (
@@ -206,7 +206,7 @@ def _trajectory_bytes(job: Job) -> int:
     config = job.config
     points = config.sampler.num_steps + 1 if config.loss.objective == "policy_gradient" else 1
     each = points * LATENTS_DTYPES[config.sampler.latents_dtype].itemsize
-    if trust_region(config).needs_means or pulls_to_previous(config):
+    if config.loss.compares_means or pulls_to_previous(config):
         each += config.sampler.trained_count * FP32
     return job.samples * each * prod(job.latents)
 

@@ -18,9 +18,7 @@ from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.memory import fits_everywhere
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.learner.advantages import AdvantageSettings
 from bpgo_video.learner.priors import STORED
-from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy
 from bpgo_video.policies.networks import Transformers, trained_names, transformer_names
@@ -61,8 +59,6 @@ class Session(PolicySession):
     priors: Mapping[str, PriorTable]
     suite: RewardSuite
     heldout_suite: RewardSuite | None
-    learner: BPGOSettings
-    advantages: AdvantageSettings
     reference: Reference | None
 
     def batches(self, start: int = 0) -> Iterator[tuple[PromptBatch, int]]:
@@ -203,8 +199,6 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         heldout_suite=heldout_suite,
         policy=policy,
         engine=engine,
-        learner=BPGOSettings(**vars(config.bpgo)),
-        advantages=AdvantageSettings(**vars(config.advantage), clip=config.loss.advantage_clip),
         reference=build_reference(config, engine, ds_config, mesh, ema),
         ema=ema,
     )
