@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpgo_video.cli import above_zero, not_negative, positive, shown_as, tell
+from bpgo_video.cli import above_zero, help_of, not_negative, positive, print_error
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.command_line import load_config
 from bpgo_video.config.reading import config_from_dict
@@ -78,7 +78,7 @@ MODEL_FLAGS = {
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        **shown_as("plan", __doc__, script),
+        **help_of("plan", __doc__, script),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None, script: str | None = None) -> int:
         short = [size for size in arguments.gigabytes if not plan.fits(size)]
         advice = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
     except ConfigError as error:
-        return tell(error)
+        return print_error(error)
     if arguments.json:
         print(json.dumps(as_json(job, plan, arguments.gigabytes, advice), indent=1))
     else:

@@ -19,7 +19,7 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from bpgo_video.cli import speaks, tell
+from bpgo_video.cli import print_error, prints_for_host
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.reading import KINDS, check_kind, config_from_dict, explain, read_recipe
@@ -77,7 +77,7 @@ def _parse(tree: type, args: Sequence[str], default: Any, **shown: Any) -> tuple
         return_unknown_args=True,
         config=(tyro.conf.AvoidSubcommands,),  # of None or a mapping
         registry=PLAIN,
-        console_outputs=speaks(),
+        console_outputs=prints_for_host(),
         **shown,
     )
     return data, unknown
@@ -148,7 +148,7 @@ def load_recipe(
             raise ConfigError(_explain_flags(unknown, dict(_flags(recipe)), rest))
         return config_from_dict(data, "command line")
     except ConfigError as error:
-        raise SystemExit(tell(error)) from None
+        raise SystemExit(print_error(error)) from None
 
 
 def _flags(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:

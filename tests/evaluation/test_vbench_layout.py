@@ -23,7 +23,7 @@ from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, read_suite
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.generate import generate
 from bpgo_video.inference.settings import GenerationError, GenerationSettings
-from bpgo_video.inference.share import plan
+from bpgo_video.inference.video_files import plan
 from bpgo_video.training.metrics import MalformedFile
 from tests.made.random_wan import random_wan
 

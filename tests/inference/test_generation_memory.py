@@ -15,10 +15,17 @@ from torch import Tensor
 from bpgo_video.commands.generate import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.inference import generate as generation
-from bpgo_video.inference.generate import load_pipeline, plan, read_records, sample
-from bpgo_video.inference.loading import OFFLOADS, Means, apply, check_offload, means_of
+from bpgo_video.inference.generate import (
+    OFFLOADS,
+    check_offload,
+    describe,
+    load_pipeline,
+    plan,
+    read_records,
+    sample,
+    save_memory,
+)
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.inference.share import describe
 from bpgo_video.policies.cogvideox_attention import CogVideoXAttention
 from tests.families import CASES
 from tests.families.case import TEXTS
@@ -145,11 +152,14 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_runs_own_settings_hold_where_nothing_is_said(wan: GenerationSettings, run: Path) -> None:
-    from_run = replace(wan, policy=str(run))
-    assert means_of(from_run, find_model(from_run)) == Means(True, True, "_native_math")
+    from_run = replace(wan, policy=str(run), num_frames=None, height=None, width=None, fps=None)
+    found = find_model(from_run).complete(from_run)
+    assert (found.vae_tiling, found.vae_slicing, found.attention_backend) == (True, True, "_native_math")
+    assert (found.num_frames, found.height, found.width, found.fps) == (9, 64, 64, 8)
     said = replace(from_run, vae_tiling=False, attention_backend="native")
-    assert means_of(said, find_model(said)) == Means(False, True, "native")
-    assert means_of(wan, find_model(wan)) == Means(False, False, None)
+    found = find_model(said).complete(said)
+    assert (found.vae_tiling, found.vae_slicing, found.attention_backend) == (False, True, "native")
+    assert find_model(wan).complete(wan) == wan
 
 
 def test_the_manifest_holds_what_pixels_depend_on(wan: GenerationSettings) -> None:
@@ -170,7 +180,7 @@ def test_what_a_model_cannot_do_is_named_by_the_flag(wan: GenerationSettings) ->
     model = find_model(wan)
     pipeline = load_pipeline(model, wan, CPU)
     with pytest.raises(GenerationError, match=r"^attention_backend 'flash' cannot be used here: .*`native` needs"):
-        apply(Means(False, False, "flash"), pipeline, model)
+        save_memory(pipeline, replace(wan, attention_backend="flash"), model.policy)
     pipeline.vae = torch.nn.Linear(2, 2)
     with pytest.raises(GenerationError, match=r"^vae_tiling is true, but Linear cannot"):
-        apply(Means(True, False, None), pipeline, model)
+        save_memory(pipeline, replace(wan, vae_tiling=True), model.policy)

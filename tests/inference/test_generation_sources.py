@@ -22,7 +22,7 @@ from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.generate import generate, load_pipeline, plan, read_records, sample
-from bpgo_video.inference.run_weights import WEIGHTS, find_source
+from bpgo_video.inference.run_weights import WEIGHTS, find_checkpoint
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
 from tests.made.random_wan import random_wan
 from tests.made.written_runs import write_run
@@ -60,7 +60,7 @@ def test_a_checkpoint_makes_its_exports_video(
     base: Path, settings: GenerationSettings, tmp_path: Path, lora: LoraConfig, named: str
 ) -> None:
     run_dir = write_run(base, tmp_path / "run", lora)
-    convert(Conversion(find_source(run_dir), "raw", tmp_path / "export"), "diffusers")
+    convert(Conversion(find_checkpoint(run_dir), "raw", tmp_path / "export"), "diffusers")
     path = {"run": run_dir, "checkpoint": run_dir / "checkpoints" / "step-000002"}[named]
     found = first_video(replace(settings, policy=str(path)))
     assert torch.equal(found, first_video(replace(settings, policy=str(tmp_path / "export"))))
@@ -71,7 +71,7 @@ def test_a_checkpoints_average_makes_its_exports_video(
     base: Path, settings: GenerationSettings, tmp_path: Path
 ) -> None:
     run_dir = write_run(base, tmp_path / "run", LoraConfig())
-    source = find_source(run_dir)
+    source = find_checkpoint(run_dir)
     from_run = replace(settings, policy=str(run_dir), weights="ema")
     with pytest.raises(CheckpointError, match="kept no average"):
         first_video(from_run)

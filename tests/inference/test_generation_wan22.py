@@ -18,7 +18,7 @@ from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.generate import generate, load_pipeline, plan, read_records, sample
-from bpgo_video.inference.run_weights import find_source
+from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.randomness import keyed_noise
@@ -115,7 +115,7 @@ def test_a_file_of_adapters_for_each_trained_expert(
     settings = settings_of(CASES[case], tmp_path)
     checkpoint, by_hand = adapted_run(settings, tmp_path / "run", trained)
     output = tmp_path / form
-    convert(Conversion(find_source(checkpoint), "raw", output), form, verify=True)
+    convert(Conversion(find_checkpoint(checkpoint), "raw", output), form, verify=True)
     files = {"transformer": "pytorch_lora_weights.safetensors", "transformer_2": "pytorch_lora_weights_2.safetensors"}
     assert {path.name for path in output.glob("*.safetensors")} == {files[name] for name in trained}
     flags = {"lora" if name == "transformer" else "lora_2": output / files[name] for name in trained}
