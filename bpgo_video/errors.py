@@ -7,17 +7,17 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`; did you mean --output?`, the nearest of the known names; empty if none is near.
+    """` (did you mean --output?)`, the nearest of the known names; empty if none is near.
 
     Args:
         cutoff: similarity in [0, 1] that the name must reach (`difflib.get_close_matches`).
     """
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def unknown(name: str, value: object, known: Iterable[str], otherwise: str = "") -> str:
-    """`scheduler is 'eular'; known are ddim, dpm, euler; did you mean euler?`
+    """`scheduler is 'eular'; known are ddim, dpm, euler (did you mean euler?)`
 
     Args:
         name: the setting, flag or key as the user writes it.

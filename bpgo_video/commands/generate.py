@@ -1,8 +1,7 @@
 """Generate videos with a policy: a base model, an export, a checkpoint or a run, with or without LoRA adapters.
 
     bpgo-video generate --policy runs/demo --prompts runs/demo-prompts --output videos --seed 0 --ranks 2
-    bpgo-video generate --policy runs/demo/export --prompts prompts.txt --output videos --seed 0 --num-frames 9 \\
-        --height 64 --width 64
+    bpgo-video generate --policy runs/demo/export --num-frames 9 --height 64 --width 64 --prompts p.txt --output v ...
     bpgo-video generate --policy Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora LORA --prompts prompts.txt --output videos ...
 
 Without --num-frames, --height and --width, a run or checkpoint makes videos of its training size; every other model

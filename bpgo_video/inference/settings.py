@@ -17,7 +17,6 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from bpgo_video.config.bpgo import STRICT, Positive, VideoConfig, options_of
 from bpgo_video.config.fields import NonNegative, Unit
-from bpgo_video.errors import unknown
 from bpgo_video.inference.run_weights import Checkpoint, find_checkpoint, holds_checkpoint
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.kernels import check_backend
@@ -269,7 +268,8 @@ def chosen_scheduler(settings: GenerationSettings, shipped: Any) -> Any:
     if name is None:
         return shipped
     if name not in table:
-        raise GenerationError(unknown("scheduler", name, table) + " for this model; remove --scheduler for its own")
+        supported = ", ".join(table) or "only its own"
+        raise GenerationError(f"scheduler is {name!r}, but this model supports {supported}; change --scheduler")
     own_shift = shipped.config.get("flow_shift", shipped.config.get("shift", 1.0))
     return table[name](shipped.config, own_shift if shift is None else shift)
 

@@ -177,6 +177,7 @@ def test_other_settings_in_the_same_folder_are_an_error(
     ("name", "value", "words"),
     [
         ("policy", "no/such/folder", "model folder 'no/such/folder' does not exist"),
+        ("policy", "package:no_such_package/folder", "model folder 'package:no_such_package/folder' does not exist"),
         ("num_frames", 8, "num_frames is 8; this policy makes 4 n + 1 frames, for example 9"),
         ("height", 50, "height is 50; this policy needs a multiple of 16"),
         ("guidance_scale", 0.5, "guidance_scale is 0.5"),

@@ -87,13 +87,16 @@ def test_a_checkpoints_average_makes_its_exports_video(
 def test_a_checkpoint_is_part_of_what_the_videos_depend_on(
     base: Path, settings: GenerationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And its recipe's video is made where no size is given."""
     run_dir = write_run(base, tmp_path / "run", LORA)
-    from_run = replace(settings, policy=str(run_dir))
+    from_run = replace(settings, policy=str(run_dir), num_frames=None, height=None, width=None, fps=None)
     monkeypatch.setattr(generation, "make", lambda *_: None)
     with pytest.raises(GenerationError, match="is not a whole video"):
         generate(from_run)
     content = json.loads((settings.output / "generation.json").read_text())
     assert (content["complete"], content["settings"]["weights"]) == (False, "raw")
+    size = {"num_frames": 9, "height": 64, "width": 64, "fps": 8}
+    assert {name: content["settings"][name] for name in size} == size
     with pytest.raises(GenerationError, match="checkpoint_fingerprint"):
         generate(settings)
 

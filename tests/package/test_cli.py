@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from bpgo_video.cli import Parser, device, run_command, tell
+from bpgo_video.cli import Parser, device, print_error, run_command
 from bpgo_video.config.bpgo import ConfigError
 from tests.made.recipes import ROOT
 
@@ -38,15 +38,15 @@ def refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("build --outptu x", "tool build: error: --outptu: unknown flag; perhaps you meant --output; --help lists all"),
-        ("build --outptu=x", "--outptu: unknown flag; perhaps you meant --output"),
+        ("build --outptu x", "tool build: error: --outptu: unknown flag (did you mean --output?); --help lists all"),
+        ("build --outptu=x", "--outptu: unknown flag (did you mean --output?)"),
         ("build --output x --zzz 3", "--zzz: unknown flag; --help lists all"),
         (
             "build --output x --data.shards y",
-            "--data.shards is a flag of recipes, and this command takes none of",
+            "--data.shards is a flag of recipes, which this command does not take",
         ),
         ("build", "the following arguments are required: --output"),
-        ("build --output x --device gpu", "argument --device: 'gpu' is no device; cpu, cuda or cuda:1"),
+        ("build --output x --device gpu", "argument --device: 'gpu' is no device; write cpu, cuda or cuda:1"),
         ("build --output x --device cuda:x", "'cuda:x' is no device"),
     ],
 )
@@ -63,7 +63,7 @@ def test_what_was_right_still_is() -> None:
 def test_one_rank_of_a_host_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert refused("build --outptu x", capsys) == ""
-    tell(ValueError("wrong"))
+    print_error(ValueError("wrong"))
     assert capsys.readouterr().err == ""
 
 
@@ -94,7 +94,7 @@ def test_tools_refuse_what_is_no_device(
     words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(f"{words} --device gpu", monkeypatch) == 2
-    assert "'gpu' is no device; cpu, cuda or cuda:1" in capsys.readouterr().err
+    assert "'gpu' is no device; write cpu, cuda or cuda:1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", ["pipelines/train_video.py", "tools/doctor.py", "tools/estimate_priors.py"])
