@@ -89,8 +89,7 @@ class GenerationSettings:
     negative_prompt: str = ""
     """Negative prompt for guidance, for prompts without their own."""
     num_steps: Positive | None = None
-    """Denoising steps; None takes the pipeline's default (50 for Wan). So do guidance_scale and
-    max_sequence_length."""
+    """Denoising steps; None takes the pipeline's default (50 for Wan), as for guidance_scale."""
     guidance_scale: float | None = None
     """Scale of classifier-free guidance; 1 switches it off. HunyuanVideo's pipeline names it true_cfg_scale."""
     guidance_scale_2: float | None = None
@@ -103,12 +102,12 @@ class GenerationSettings:
     decode_noise_scale: Unit | None = None
     """Scale of the noise that LTX-Video adds before it decodes."""
     num_frames: Positive | None = None
-    """Frames per video. None takes the video size of the run, for a RUN or a checkpoint; else the pipeline's default
-    (81 frames of 480 x 832 for Wan), which takes long on a small model. So do height and width."""
+    """Frames per video. None takes that of the run's recipe for a RUN or a checkpoint, and the pipeline's default for
+    any other model (Wan: 81 frames of 480 x 832), as for height and width."""
     height: Positive | None = None
-    """Pixels; None as for num_frames."""
+    """Pixels."""
     width: Positive | None = None
-    """Pixels; None as for num_frames."""
+    """Pixels."""
     max_sequence_length: Positive | None = None
     """Text tokens, as in training; None takes the pipeline's default, or the tokenizer's limit if that is lower."""
     scheduler: Literal["unipc", "dpm", "euler", "ddim"] | None = None
