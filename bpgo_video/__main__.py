@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from bpgo_video.errors import did_you_mean
+from bpgo_video.errors import suggestion
 
 COMMANDS = {  # a module of bpgo_video.commands, with "_" for "-": its `main` takes the arguments, returns the exit code
     "demo": "post-train the embedded policy with BPGO in minutes, on any CPU",
@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"bpgo-video {version('bpgo-video')}")
         return 0
     if name not in COMMANDS:
-        print(f"error: {name}: unknown command{did_you_mean(name, COMMANDS)}; --help lists all", file=sys.stderr)
+        print(f"error: {name}: unknown command{suggestion(name, COMMANDS)}; --help lists all", file=sys.stderr)
         return 2
     module = import_module(f"bpgo_video.commands.{name.replace('-', '_')}")
     return int(module.main(rest))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
-from bpgo_video.errors import did_you_mean
+from bpgo_video.errors import suggestion
 from bpgo_video.launching import become_launcher
 
 Number = TypeVar("Number", int, float)
@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
             return
         if "." in flag:
             self.error(f"{flag} is a flag of recipes, which this command does not take; change the recipe instead")
-        self.error(f"{flag}: unknown flag{did_you_mean(flag, known)}; --help lists all")
+        self.error(f"{flag}: unknown flag{suggestion(flag, known)}; --help lists all")
 
     def error(self, message: str) -> NoReturn:
         if not prints_for_host():

@@ -6,25 +6,25 @@ import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """` (did you mean --output?)`, the nearest of the known names; empty if none is near.
+def suggestion(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`; perhaps you meant --output`, the nearest of the known names; empty if none is near.
 
     Args:
         cutoff: similarity in [0, 1] that the name must reach (`difflib.get_close_matches`).
     """
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return f"; perhaps you meant {near[0]}" if near else ""
 
 
 def unknown(name: str, value: object, known: Iterable[str], otherwise: str = "") -> str:
-    """`scheduler is 'eular'; known are ddim, dpm, euler (did you mean euler?)`
+    """`scheduler is 'eular'; known are ddim, dpm, euler; perhaps you meant euler`
 
     Args:
         name: the setting, flag or key as the user writes it.
         otherwise: what is valid besides the known names, such as `, or module:Name`.
     """
     names = list(known)
-    return f"{name} is {value!r}; known are {', '.join(names) or 'none'}{otherwise}{did_you_mean(str(value), names)}"
+    return f"{name} is {value!r}; known are {', '.join(names) or 'none'}{otherwise}{suggestion(str(value), names)}"
 
 
 def some_of(names: Iterable[str], limit: int = 3) -> str:

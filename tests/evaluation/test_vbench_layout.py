@@ -101,7 +101,7 @@ def test_foreign_files_stop_a_layout_before_anything_is_made(
         lay_out(settings, suite)
     (settings.output / "notes.txt").unlink()
     (settings.output / "a red circle moving left-0.mp4").write_bytes(b"of another program")
-    with pytest.raises(GenerationError, match=r"holds videos, and there is no videos\.generation\.json"):
+    with pytest.raises(GenerationError, match=r"holds videos, but no videos\.generation\.json"):
         lay_out(settings, suite)
 
 

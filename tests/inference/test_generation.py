@@ -200,7 +200,7 @@ def test_wrong_settings_are_named_before_any_weights_are_loaded(
     [
         ("--num-frames -1", "num_frames: Input should be greater than or equal to 1 (given: -1)"),
         ("--flow-shift 0", "flow_shift: Input should be greater than 0 (given: 0.0)"),
-        ("--num-frame 9", "--num-frame: unknown flag"),
+        ("--num-frame 9", "--num-frame: unknown flag; perhaps you meant --num-frames"),
         ("--family LTXPipeline", "policy.family is 'LTXPipeline', but"),
     ],
 )

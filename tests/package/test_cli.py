@@ -38,8 +38,8 @@ def refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("build --outptu x", "tool build: error: --outptu: unknown flag (did you mean --output?); --help lists all"),
-        ("build --outptu=x", "--outptu: unknown flag (did you mean --output?)"),
+        ("build --outptu x", "tool build: error: --outptu: unknown flag; perhaps you meant --output; --help lists all"),
+        ("build --outptu=x", "--outptu: unknown flag; perhaps you meant --output"),
         ("build --output x --zzz 3", "--zzz: unknown flag; --help lists all"),
         (
             "build --output x --data.shards y",

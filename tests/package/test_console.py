@@ -54,7 +54,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
 
 def test_a_misspelt_command_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert console.main(["trian", "--config", "x"]) == 2
-    assert "trian: unknown command (did you mean train?)" in capsys.readouterr().err
+    assert "trian: unknown command; perhaps you meant train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", console.COMMANDS)
