@@ -6,13 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 
-def suggestion(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`; perhaps you meant --output`, the nearest of the known names; empty if none is near.
-
-    Args:
-        cutoff: similarity in [0, 1] that the name must reach (`difflib.get_close_matches`).
-    """
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; perhaps you meant --output`, the nearest of the known names; empty if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
     return f"; perhaps you meant {near[0]}" if near else ""
 
 

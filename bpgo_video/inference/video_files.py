@@ -148,12 +148,16 @@ def whole_video(file: Path, video: VideoConfig) -> Float[Tensor, "frames 3 heigh
 
 def check_and_show(jobs: Sequence[Job], video: VideoConfig) -> list[Job]:
     """Read the finished videos of a prompt and write its contact sheet; returns the videos that are not whole."""
-    videos = [whole_video(job.file, video) for job in jobs]
-    strips = [strip(frames) for frames in videos if frames is not None]
-    if len(strips) == len(jobs):
+    strips, damaged = [], []
+    for job in jobs:
+        if (frames := whole_video(job.file, video)) is None:
+            damaged.append(job)
+        else:
+            strips.append(strip(frames))
+    if not damaged:
         with atomic_file(jobs[0].sheet) as aside:
-            joined(strips, (0, 1)).save(aside, format="jpeg", quality=85)
-    return [job for job, frames in zip(jobs, videos, strict=True) if frames is None]
+            joined(strips, below=True).save(aside, format="jpeg", quality=85)
+    return damaged
 
 
 def strip(video: Float[Tensor, "frames 3 height width"]) -> Image.Image:
@@ -163,15 +167,14 @@ def strip(video: Float[Tensor, "frames 3 height width"]) -> Image.Image:
     scale = min(1.0, STRIP_HEIGHT / height)
     size = (round(width * scale), round(height * scale))
     frames = [Image.fromarray(frame) for frame in as_bytes(video[rows].clamp(0, 1))]
-    return joined([frame.resize(size, Image.Resampling.LANCZOS) for frame in frames], (1, 0))
+    return joined([frame.resize(size, Image.Resampling.LANCZOS) for frame in frames])
 
 
-def joined(images: Sequence[Image.Image], axes: tuple[int, int]) -> Image.Image:
-    """Images of one size in a row (axes (1, 0)) or below each other (axes (0, 1)), with grey between."""
-    width, height = images[0].size
+def joined(images: Sequence[Image.Image], below: bool = False) -> Image.Image:
+    """Images of one size in a row, or below each other, with grey between."""
+    (width, height), steps = images[0].size, len(images) - 1
     gap = max(1, height // 32)
-    right, down = axes[0] * (width + gap), axes[1] * (height + gap)
-    steps = len(images) - 1
+    right, down = (0, height + gap) if below else (width + gap, 0)
     sheet = Image.new("RGB", (width + steps * right, height + steps * down), GREY)
     for i, image in enumerate(images):
         sheet.paste(image, (i * right, i * down))

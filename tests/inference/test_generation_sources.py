@@ -21,9 +21,11 @@ from bpgo_video.data.video import write_video
 from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.conversion import Conversion, convert
-from bpgo_video.inference.generate import generate, load_pipeline, plan, read_records, sample
+from bpgo_video.inference.generate import generate
 from bpgo_video.inference.run_weights import WEIGHTS, find_checkpoint
-from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
+from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model
+from bpgo_video.inference.video_files import plan, read_records
+from tests.inference.videos import jobs_of, pipeline_of, videos
 from tests.made.random_wan import random_wan
 from tests.made.written_runs import write_run
 from tests.made.zero_checkpoints import write_average
@@ -48,10 +50,7 @@ def settings(base: Path, tmp_path: Path) -> GenerationSettings:
 
 
 def first_video(settings: GenerationSettings) -> torch.Tensor:
-    model = find_model(settings)
-    pipeline = load_pipeline(model, settings, torch.device("cpu"))
-    jobs = plan(settings, read_records(settings, False))[:1]
-    return sample(pipeline, model.policy, jobs, settings, resolve(settings, model.policy))
+    return videos(settings, jobs=jobs_of(settings)[:1])
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LORA], ids=["full", "lora"])
@@ -124,10 +123,7 @@ def test_another_solver_is_diffusers_own(settings: GenerationSettings, base: Pat
     found = first_video(replace(settings, scheduler="euler", flow_shift=7.0, num_steps=4))
     pipeline = WanPipeline.from_pretrained(base)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-    jobs = plan(settings, read_records(settings, False))[:1]
-    policy = find_model(settings).policy
-    call = resolve(replace(settings, num_steps=4), policy)
-    assert torch.equal(found, sample(pipeline, policy, jobs, settings, call))
+    assert torch.equal(found, videos(replace(settings, num_steps=4), pipeline, jobs_of(settings)[:1]))
     assert (found - first_video(replace(settings, num_steps=4))).abs().max() > 1e-3
 
 
@@ -188,11 +184,9 @@ def test_an_image_to_video_pipeline_continues_the_images_of_its_prompts(
     prompts.write_text("\n".join(lines) + "\n")
     manifest = json.loads(generate(replace(own, prompts=prompts)).read_text())
     assert manifest["complete"]
-    jobs = plan(own, read_records(replace(own, prompts=prompts), True))
-    pipeline = load_pipeline(find_model(own), own, torch.device("cpu"))
-    policy = find_model(own).policy
-    call = resolve(own, policy)
-    together = sample(pipeline, policy, jobs, own, call)
+    own = replace(own, prompts=prompts)
+    jobs, pipeline = jobs_of(own), pipeline_of(own)
+    together = videos(own, pipeline)
     swapped = replace(jobs[0], prompt=replace(jobs[0].prompt, media=jobs[1].prompt.media))
-    assert torch.equal(together[:1], sample(pipeline, policy, jobs[:1], own, call))
-    assert (sample(pipeline, policy, [swapped], own, call) - together[:1]).abs().mean() > 1e-3
+    assert torch.equal(together[:1], videos(own, pipeline, jobs[:1]))
+    assert (videos(own, pipeline, [swapped]) - together[:1]).abs().mean() > 1e-3

@@ -67,6 +67,16 @@ def test_every_command_teaches_by_examples_of_itself(name: str, capsys: pytest.C
     assert f"    bpgo-video {name}" in shown
 
 
+@pytest.mark.parametrize("words", ["recipes copy", "prompts build", "videos verify", "evaluate heldout"])
+def test_a_subcommand_shows_its_examples_and_no_others(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        console.main([*words.split(), "--help"])
+    examples = capsys.readouterr().out.partition("examples:\n")[2]
+    lines = [line for line in examples.splitlines() if line.startswith("    bpgo-video")]
+    assert lines
+    assert all(line.startswith(f"    bpgo-video {words} ") for line in lines)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_is_a_thin_entry_over_a_command(script: Path) -> None:
     assert len(script.read_text().splitlines()) <= 20
