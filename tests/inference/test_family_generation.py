@@ -131,7 +131,7 @@ def test_the_manifest_holds_the_familys_own_settings(name: str, settings: Genera
 def test_bfloat16_reaches_the_pixels(name: str, settings: GenerationSettings) -> None:
     """The VAE is in fp32, or in bf16 where the pipeline hands it latents in that."""
     halved, jobs = replace(settings, dtype="bfloat16"), jobs_of(settings)[:1]
-    found, whole = (videos(asked, jobs=jobs) for asked in (halved, settings))
+    found, whole = (videos(one, jobs=jobs) for one in (halved, settings))
     assert 0 < (found - whole).abs().mean() < 0.02
 
 

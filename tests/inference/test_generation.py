@@ -193,10 +193,10 @@ def test_a_wrong_flag_is_told_in_the_words_of_recipes(
     settings: GenerationSettings, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
     assert main([*flags(settings, num_frames=None), *words.split()]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert message in told
-    assert "pydantic" not in told
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "pydantic" not in error
 
 
 def test_an_empty_prompt_file_is_named(settings: GenerationSettings, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,25 +69,25 @@ def test_slices_are_the_batch(wan: GenerationSettings, plain: Tensor) -> None:
 
 
 def test_another_backend_attends_alike(wan: GenerationSettings, plain: Tensor) -> None:
-    asked = replace(wan, attention_backend="_native_math")
-    pipeline = pipeline_of(asked)
+    changed = replace(wan, attention_backend="_native_math")
+    pipeline = pipeline_of(changed)
     assert pipeline.transformer.blocks[0].attn1.processor._attention_backend == "_native_math"
-    torch.testing.assert_close(videos(asked, pipeline), plain, rtol=0, atol=1e-4)
+    torch.testing.assert_close(videos(changed, pipeline), plain, rtol=0, atol=1e-4)
 
 
 def test_attention_that_diffusers_wrote_in_goes_through_its_dispatcher(tmp_path: Path) -> None:
     settings = written("cogvideox", tmp_path)
-    asked = replace(settings, attention_backend="_native_math")
-    pipeline = pipeline_of(asked)
+    changed = replace(settings, attention_backend="_native_math")
+    pipeline = pipeline_of(changed)
     assert isinstance(pipeline.transformer.transformer_blocks[0].attn1.processor, CogVideoXAttention)
-    torch.testing.assert_close(videos(asked, pipeline), videos(settings), rtol=0, atol=1e-4)
+    torch.testing.assert_close(videos(changed, pipeline), videos(settings), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["wan", "ltx_image", "kandinsky5_image", "hunyuan"])
 def test_what_is_offloaded_makes_the_same_videos(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU as the device that networks and layers are brought to: accelerate's hooks at work."""
+    """The CPU stands in for the GPU, so that accelerate moves networks and layers with its hooks."""
     by_layer = accelerate.cpu_offload
-    monkeypatch.setattr(  # it is told cpu:0, and takes that for another device than the weights'
+    monkeypatch.setattr(  # accelerate takes cpu:0, which it receives, for another device than cpu
         accelerate, "cpu_offload", lambda model, _, **options: by_layer(model, CPU, **options)
     )
     settings = written(name, tmp_path)

@@ -136,8 +136,8 @@ def run(words: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_a_part_of_the_bench_names_the_command_that_runs_it() -> None:
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "tools.bench.overlap", "--help"], cwd=ROOT, capture_output=True, text=True
     )
-    assert told.returncode != 0
-    assert "run python -m tools.bench --recipe" in told.stderr
+    assert result.returncode != 0
+    assert "run python -m tools.bench --recipe" in result.stderr
