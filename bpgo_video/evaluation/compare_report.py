@@ -77,7 +77,7 @@ def write_report(output: Path, compared: Compared, shown: int) -> Path:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     called = {own.__name__: own for own in (headline, notes, p_text, forest, bars, pairs, run_curves)}
     page = {"compared": compared, "most": shown, "level": LEVEL, "script": Markup(script), "script_hash": digest}
-    return write_page(output / "report.html", "evaluation/comparing/comparison.html.j2", **page, **called)
+    return write_page(output / "report.html", "evaluation/comparison.html.j2", **page, **called)
 
 
 def forest(comparison: Comparison, name: str) -> Curve | None:

@@ -109,7 +109,7 @@ def write_report(run_dir: Path) -> Path:
     curves = {name: curve for name in PANELS if (curve := draw_curve(name, records, summary)) is not None}
     return write_page(
         run_dir / "report.html",
-        "reports/report.html.j2",
+        "training/report.html.j2",
         name=run_dir.resolve().name,
         summary=summary,
         verdict=verdict(summary),
