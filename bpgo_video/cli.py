@@ -1,43 +1,59 @@
-"""Command lines: help, --ranks, and errors of the user's input in one line, once on every host."""
+"""Command lines: parsers, argument types, --ranks, and errors in one line, printed once on every host."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import locale
+import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
+from bpgo_video.errors import suggestion
 from bpgo_video.launching import become_launcher
 
-RANKS = "start N ranks on this machine with DeepSpeed's launcher; without it this process is one rank, or a launcher's"
+Number = TypeVar("Number", int, float)
+RANKS = "start N ranks on this machine with DeepSpeed's launcher; without it, run as one rank or under a launcher"
+EXAMPLE = re.compile(r"^    \S.*(?:\\\n.*)*", re.MULTILINE)  # an indented line and those that continue it
 
 
 def adapt_to_locale() -> None:
-    """Let commands print in any locale: a table shows "?" for a character that the locale lacks, such as "±".
+    """Let commands print in any locale: "?" replaces a character that the locale lacks, such as "±".
 
     Raises:
-        SystemExit: torch could not read its own files, which are UTF-8; the message says what to set.
+        SystemExit: the locale cannot decode torch's own files, which are UTF-8; the message says what to set.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
         "—".encode().decode(locale.getpreferredencoding(False))
     except UnicodeDecodeError as error:
-        sys.exit(f"error: Python reads text files as {error.encoding} here, and torch's are UTF-8: set PYTHONUTF8=1")
+        sys.exit(f"error: Python reads text files as {error.encoding} here, but torch's are UTF-8: set PYTHONUTF8=1")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that names a misspelt flag, with the nearest, before it misses another; once on every host.
+    """A parser that suggests the nearest flag for an unknown one and prints errors once on every host.
+
+    The help of a subcommand ends with the examples of the parent's description that use it.
 
     Attributes:
-        more_help: the end of --help, where it is slow to compute.
+        more_help: computes the end of --help, where that is slow.
     """
 
     more_help: Callable[[], str] | None = None
+
+    def __init__(self, *args: Any, examples: Iterable[str] = (), **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        own = [example for example in examples if self.prog.split()[-1] in example.split()]
+        self.epilog = self.epilog or "\n".join(["examples:", *own] if own else [])
+
+    def add_subparsers(self, **options: Any) -> Any:  # type: ignore[override]
+        options["parser_class"] = partial(Parser, examples=EXAMPLE.findall(self.description or ""))
+        return super().add_subparsers(**options)
 
     def format_help(self) -> str:
         if self.more_help is not None:
@@ -55,24 +71,23 @@ class Parser(argparse.ArgumentParser):
         if not flag.startswith("--") or any(option.startswith(flag) for option in known):
             return
         if "." in flag:
-            self.error(f"{flag} is a flag of recipes, and this command takes none of those; change it in the recipe")
-        near = difflib.get_close_matches(flag, known, n=1)
-        self.error(f"{flag}: unknown flag{f'; perhaps you meant {near[0]}' if near else ''}; --help lists all")
+            self.error(f"{flag} is a flag of recipes, which this command does not take; change the recipe instead")
+        self.error(f"{flag}: unknown flag{suggestion(flag, known)}; --help lists all")
 
     def error(self, message: str) -> NoReturn:
-        if not speaks():
+        if not prints_for_host():
             self.exit(2)
         super().error(message)
 
 
-def shown_as(name: str, text: str | None, script: str | None = None, ranks: bool = False) -> dict[str, Any]:
-    """How a command presents itself in its help: arguments of argparse's parsers, and of `load_recipe`.
+def help_of(name: str, text: str | None, script: str | None = None, ranks: bool = False) -> dict[str, Any]:
+    """Name and description of a command's help, as arguments of argparse's parsers and of `load_recipe`.
 
     Args:
         name: of the subcommand of `bpgo-video`.
-        text: the command's docstring: a line, indented examples, explanations.
-        script: the docstring of a script of the clone that runs the command; its examples replace the command's.
-        ranks: the help lists no flags of the command's own, so that --ranks is explained here.
+        text: the command's docstring: a summary, indented examples, explanations.
+        script: the docstring of the repository's script for the command; its examples replace the command's.
+        ranks: explain --ranks here, for a command whose parser does not declare it.
     """
     paragraphs = (text or "").strip().split("\n\n")
     if script is not None:
@@ -83,13 +98,13 @@ def shown_as(name: str, text: str | None, script: str | None = None, ranks: bool
 
 
 def add_ranks(command: argparse.ArgumentParser) -> None:
-    """The flags of a command that runs on several ranks; `run_command` acts on them."""
+    """Add --ranks, which `run_command` acts on, and the launcher's own flag."""
     command.add_argument("--ranks", type=positive, metavar="N", help=RANKS)
-    command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
+    command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
 
 
-def on_ranks(module: str, arguments: Sequence[str] | None) -> list[str]:
-    """The arguments without `--ranks N`. With it this process becomes the launcher of N ranks of `module`."""
+def launch_if_ranks(module: str, arguments: Sequence[str] | None) -> list[str]:
+    """Become the launcher of N ranks of `module` if the arguments hold `--ranks N`; else return the arguments."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--ranks", type=positive)
     known, rest = early.parse_known_args(arguments)
@@ -97,63 +112,58 @@ def on_ranks(module: str, arguments: Sequence[str] | None) -> list[str]:
         try:
             become_launcher(module, known.ranks, rest)
         except ValueError as error:
-            raise SystemExit(tell(error)) from None
+            raise SystemExit(print_error(error)) from None
     return rest
 
 
+def _number(kind: Callable[[str], Number], rule: str, holds: Callable[[Number], bool]) -> Callable[[str], Number]:
+    """An argument's type: a number for which the rule holds."""
+
+    def parse(text: str) -> Number:
+        value = kind(text)
+        if not (holds(value) and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{value} must be {rule}")
+        return value
+
+    parse.__name__ = getattr(kind, "__name__", "number")  # argparse: "invalid int value"
+    return parse
+
+
+positive = _number(int, "1 or more", lambda value: value >= 1)
+above_zero = _number(float, "above 0, and finite", lambda value: value > 0)
+not_negative = _number(float, "0 or more, and finite", lambda value: value >= 0)
+
+
 def device(text: str) -> str:
-    """An argument's type: what torch knows as a device."""
-    import torch  # heavy, and --help does not need it
+    """An argument's type: a device that torch knows."""
+    import torch  # slow, and --help does not need it
 
     try:
         torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu, cuda or cuda:1") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; write cpu, cuda or cuda:1") from None
     return text
 
 
-def positive(text: str) -> int:
-    """An argument's type: an integer of 1 or more."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
-    return value
-
-
-def above_zero(text: str) -> float:
-    """An argument's type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} must be above 0, and finite")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """An argument's type: a finite number of 0 or more."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} must be 0 or more, and finite")
-    return value
-
-
-def speaks() -> bool:
-    """Whether this rank prints for its host: hosts may have logs of their own."""
+def prints_for_host() -> bool:
+    """Whether this rank prints for its host; each host may have its own log."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def tell(error: Exception) -> int:
+def print_error(error: Exception) -> int:
     """Print an error that the user can fix, once on every host.
 
     Returns:
-        the exit code: 2 where the configuration is wrong, else 1.
+        the exit code: 2 for a wrong configuration, else 1.
     """
-    if speaks():
+    if prints_for_host():
         print(f"error: {error}", file=sys.stderr, flush=True)
     return int(getattr(error, "exit_code", 1))
 
 
 def show_loading_once() -> None:
-    """Show model loading on one rank, and not in a log file, which would keep every carriage return."""
-    import diffusers  # heavy, and a tool's --help needs neither
+    """Hide progress bars of model loading, except on the terminal of rank 0: a log file keeps every redrawn bar."""
+    import diffusers  # slow, and --help needs neither
     import transformers
 
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
@@ -161,20 +171,26 @@ def show_loading_once() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
-    """Call the `run` that the chosen command has set; its exit code.
+def run_command(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None, errors: tuple[type[Exception], ...] = ()
+) -> int:
+    """Call the `run` that the chosen command has set; returns its exit code.
 
-    A command that sets `more` receives the arguments that are not its own there. With --ranks of `add_ranks`, ranks of
-    the parser's `module` start instead.
+    A command with a default `more` receives unknown arguments there. With the --ranks of `add_ranks`, ranks of the
+    parser's `module` start instead.
+
+    Args:
+        errors: exceptions that wrong input raises, besides ValueError and OSError; others keep their traceback.
     """
     args, more = parser.parse_known_args(arguments)
     if more and "more" not in args:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     args.more = more
     if "module" in args and getattr(args, "ranks", None) is not None:
-        on_ranks(args.module, arguments)
+        launch_if_ranks(args.module, arguments)
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:  # what wrong input raises; anything else is a defect and keeps its traceback
-        return tell(error)
+    except expected as error:
+        return print_error(error)
     return 0

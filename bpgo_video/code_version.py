@@ -1,4 +1,4 @@
-"""Which code is this? The package's version and, of a checkout, the git commit."""
+"""Version of the running code: the package's version and, in a checkout, the git commit."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from pathlib import Path
 
 @cache
 def this_code() -> str:
-    """Such as `bpgo_video 0.1.0, commit 6f1c...`, with `-dirty` behind a commit that files differ from.
+    """`bpgo_video 0.1.0, commit 6f1c...`, or `6f1c...-dirty` if files differ from the commit.
 
-    Asked for when a run starts, it is what the run computes with, whatever becomes of the checkout meanwhile.
+    Call it when a run starts: the result is cached, and later changes of the checkout do not affect the run.
     """
     found = commit(Path(__file__))
     return f"bpgo_video {version('bpgo-video')}" + (f", commit {found}" if found else "")
 
 
 def commit(file: Path) -> str | None:
-    """The commit that a file's checkout is at; None where git does not know the file, or is not there."""
-    git = ["git", "-C", str(file.parent)]
-    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the checkout that tracks a file; None if git does not track it or is not installed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+
     try:
-        _ask([*git, "ls-files", "--error-unmatch", file.name])  # an environment may lie in somebody else's checkout
-        return _ask([*git, *describe])
-    except (OSError, subprocess.CalledProcessError):  # PATH may also name folders that this user must not read
+        git("ls-files", "--error-unmatch", file.name)  # an environment may be inside a checkout of something else
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):  # OSError also if PATH names folders that this user may not read
         return None
-
-
-def _ask(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Where does a folder named in a config lie? On disk, inside an installed package, or on the hub."""
+"""Model folders by name: on disk, inside an installed package, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ SHARD_CACHE = "~/.cache/bpgo_video/shards"
 
 
 def resolve_folder(name: str, only: Sequence[str] | None = None) -> Path:
-    """The local folder behind `name`.
+    """The local folder of a model.
 
     Args:
-        name: a path; `package:some.package/sub/folder` for data that an installed package carries; or a hub id
-            (`Wan-AI/Wan2.1-T2V-1.3B-Diffusers`), which is downloaded once into the hub's own cache.
-        only: patterns of the files that are needed (`*.json`), so that a download takes no others.
+        name: a path; `package:some.package/sub/folder` for data of an installed package; or a hub id
+            (`Wan-AI/Wan2.1-T2V-1.3B-Diffusers`), which is downloaded once into the hub's cache.
+        only: patterns of the files to download (`*.json`); None downloads all.
 
     Raises:
-        FileNotFoundError: neither a folder, nor package data, nor a name of the hub's form.
+        FileNotFoundError: no such folder or package data, and no hub id or a failed download.
     """
     if name.startswith(PACKAGE_PREFIX):
         package, _, rest = name.removeprefix(PACKAGE_PREFIX).partition("/")
-        folder = Path(str(files(package))) / rest
+        try:
+            folder = Path(str(files(package))) / rest
+        except ModuleNotFoundError:
+            folder = Path(name)  # does not exist
     else:
         folder = Path(name).expanduser()
     if folder.is_dir():
@@ -34,9 +37,9 @@ def resolve_folder(name: str, only: Sequence[str] | None = None) -> Path:
             f"model folder {name!r} does not exist{looked}; give a local folder, a hub id "
             f"like 'owner/name', or '{PACKAGE_PREFIX}module/folder'"
         )
-    from huggingface_hub import snapshot_download  # network code is loaded only when a hub id is asked for
+    from huggingface_hub import snapshot_download  # slow, and only hub ids need it
 
     try:
         return Path(snapshot_download(name, allow_patterns=None if only is None else list(only)))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{name!r} is no local folder, and the hub did not give it either: {error}") from error
+        raise FileNotFoundError(f"{name!r} is no local folder, and its download failed: {error}") from error

@@ -1,7 +1,7 @@
-"""Where does a random number come from? From its key alone, never from a rank or a global generator.
+"""Random numbers that are a function of a key, never of a rank or of a global generator's state.
 
-Every draw is keyed by (seed, purpose, step, prompt id, sample index, denoising step): results do not depend on the
-world size, on resume, on overlap or on evaluation.
+Every draw has a key of (seed, purpose, step, prompt id, sample index, denoising step). Results therefore do not depend
+on the world size, on resuming, on the overlap of rollout and reward, or on evaluation.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ DRAWS = frozenset({torch.randn, torch.rand, torch.normal, torch.randint, torch.r
 
 
 def generator_of(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by a hash of its key."""
+    """A CPU generator seeded with a hash of the key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def keyed_noise(shape: Sequence[int], keys: Sequence[tuple[int | str, ...]], device: torch.device | str) -> Tensor:
-    """Standard normal noise, one row per key: [len(keys), *shape], fp32, the same on every device.
+    """Standard normal noise, one row per key: [len(keys), *shape], fp32.
 
-    Drawn on the CPU, so that a row is the same number on any hardware and in any batch.
+    Drawn on the CPU: a row has the same numbers on any hardware and in any batch.
     """
     rows = [torch.randn(tuple(shape), generator=generator_of(*key)) for key in keys]
     return torch.stack(rows).to(device)
 
 
 class FixedDraws(TorchFunctionMode):
-    """Inside, this thread's draws that name no generator come from one of its own: the same every time.
+    """A context in which draws of this thread without a generator repeat the same numbers every time.
 
-    LTX-Video 0.9.1's VAE adds noise within its layers. torch's global generators are left to others: rewards may draw
-    from them in another thread meanwhile.
+    LTX-Video 0.9.1's VAE adds noise within its layers. The mode leaves torch's global generators alone, since rewards
+    may draw from them in another thread at the same time.
     """
 
     def __init__(self) -> None:
@@ -60,9 +60,9 @@ class FixedDraws(TorchFunctionMode):
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Draws inside the block, from the global generators of Python, NumPy and torch, leave no trace behind it.
+    """A block after which the global generators of Python, NumPy and torch have the state that they had before.
 
-    Our own draws have keys; a user's reward may draw as it likes, and an evaluation must not change what is trained.
+    For code without keys: a user's reward may draw freely, and an evaluation must not change what is trained.
     """
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -76,7 +76,7 @@ def isolated() -> Iterator[None]:
 
 @contextmanager
 def reseeded() -> Iterator[None]:
-    """`isolated`, and every such block draws the same numbers; for a process in which no other thread draws."""
+    """`isolated` with seed 0: every block draws the same numbers, if no other thread draws at the same time."""
     with isolated():
         random.seed(0)
         np.random.seed(0)

@@ -1,4 +1,4 @@
-"""`train` as a module for launchers: `deepspeed --hostfile HOSTS --module bpgo_video.train --config RECIPE`."""
+"""`bpgo-video train` for launchers: `deepspeed --hostfile HOSTS --module bpgo_video.train --config RECIPE`."""
 
 import sys
 

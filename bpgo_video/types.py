@@ -1,10 +1,10 @@
-"""What flows between the parts: frozen dataclasses, and the one legend of their axes.
+"""Frozen dataclasses that the parts of a training step pass on, and the names of their axes.
 
 prompts   prompts of one training step, the same list on every rank
 group     samples of one prompt
 samples   rows of one chunk: (prompt, sample) pairs in prompt-major order
 steps     denoising transitions of a trajectory
-points    noise levels that it visits: one more than steps
+points    noise levels of a trajectory, steps + 1
 channels, latent_frames, latent_height, latent_width: a video in the policy's latent space
 frames, height, width: a video in pixels, (samples, frames, 3, height, width) in [0, 1]
 tokens, dim: text embeddings
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Conditioning = Mapping[str, Tensor]  # what the policy's transformer is conditioned on; axis 0 is the prompt or sample
+Conditioning = Mapping[str, Tensor]  # what the transformer is conditioned on; axis 0: prompt or sample
 Latents = Float[Tensor, "samples channels latent_frames latent_height latent_width"]
 Velocity = Latents  # d latents / d sigma = noise - data
 Videos = Float[Tensor, "samples frames 3 height width"]
@@ -28,9 +28,9 @@ Videos = Float[Tensor, "samples frames 3 height width"]
 
 @dataclass(frozen=True)
 class Guidance:
-    """What each sample is drawn towards, its prompt, and by classifier-free guidance away from, its negative prompt.
+    """Conditioning of each sample for classifier-free guidance: `towards` its prompt, `away` from its negative prompt.
 
-    Axis 0 of both is the sample. What `away` lacks is the sample's own: an image is kept, whatever the text.
+    Axis 0 of both is the sample. Entries that `away` lacks, such as an image, are taken from `towards`.
     """
 
     towards: Conditioning
@@ -39,14 +39,14 @@ class Guidance:
 
 @dataclass(frozen=True)
 class PriorAnchor:
-    """The reward a typical, clear sample of each prompt should earn: R_prior of arXiv 2511.18919.
+    """The reward that a typical, clear sample of each prompt should earn: R_prior of arXiv 2511.18919.
 
     Attributes:
-        mean: the anchor, in the reward's own units.
-        std: spread of the reference samples per prompt (ddof 1), or zeros where no samples stand behind it.
-        count: number of reference samples per prompt; 0 where none stand behind it.
+        mean: the anchor, in the reward's units.
+        std: standard deviation of each prompt's reference samples (ddof 1); zeros for an anchor without samples.
+        count: number of reference samples per prompt; 0 for an anchor without samples.
         scale: s_ref, the pooled within-group standard deviation of the reference; above 0.
-        version: the reward version that the anchor was measured with.
+        version: version of the reward that measured the anchor.
     """
 
     mean: Float[Tensor, "prompts"]
@@ -57,12 +57,12 @@ class PriorAnchor:
 
     @classmethod
     def of_samples(cls, rewards: Float[Tensor, "prompts reference"], version: str = "") -> PriorAnchor:
-        """Measured on samples of the starting policy, two or more of each prompt, in fp64.
+        """The anchor of two or more samples of the starting policy per prompt, in fp64.
 
         scale is s_ref = sqrt(mean_i s_i^2), s_i the standard deviation of prompt i's rewards (ddof 1).
 
         Raises:
-            ValueError: all samples of every prompt earn the same, so that no deviation could be told from noise.
+            ValueError: s_ref is 0, since all samples of every prompt earn the same reward.
         """
         rewards = rewards.double()
         scale = float(rewards.var(dim=1).mean().sqrt())
@@ -73,7 +73,7 @@ class PriorAnchor:
 
     @classmethod
     def without_samples(cls, mean: Float[Tensor, "prompts"], scale: float, version: str = "") -> PriorAnchor:
-        """An anchor that no samples stand behind: a constant, or an average over the run."""
+        """An anchor that was not measured: a constant, or a running average."""
         return cls(mean, torch.zeros_like(mean), torch.zeros(len(mean), dtype=torch.int64), scale, version)
 
 
@@ -83,11 +83,11 @@ class PromptBatch:
 
     Attributes:
         ids: unique 64-bit integers.
-        negative: conditioning of the negative prompts, each once; axis 0 is the distinct negative prompt.
-        negative_rows: which of them each prompt has; None where all have the first.
-        priors: a reward's name -> its anchor.
-        images: what image-to-video starts from, RGB in [0, 1] at the video's size, where the prompts have images.
-        twice: whose videos are scored by the second models, too, where there are any; None for all.
+        negative: conditioning of the distinct negative prompts; axis 0 is the negative prompt.
+        negative_rows: row of each prompt's negative prompt in `negative`; None if all have the first.
+        priors: anchors by the reward's name.
+        images: first frames for image-to-video, RGB in [0, 1] at the video's size; None if the prompts have no images.
+        twice: the prompts whose videos the second reward models score too, if there are any; None for all.
     """
 
     ids: Int[Tensor, "prompts"]
@@ -105,16 +105,16 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What replay needs of a chunk of samples.
+    """Denoising trajectories of a chunk of samples, as replay needs them.
 
     Attributes:
         prompt_rows: row of each sample's prompt in the step's PromptBatch.
         sample_index: position of each sample within its group.
         trained_steps: indices of the stochastic steps, in order.
-        latents: the path from noise to data, stored in the sampler's declared dtype.
-        log_probs: of each transition, mean over latent dimensions, fp32; nan where the transition was deterministic.
-        means: of the trained steps' transitions, where the objective compares them.
-        frame_log_probs: as log_probs, of each latent frame, where frames are credited by themselves.
+        latents: from noise to data, in the sampler's dtype.
+        log_probs: log-probability of each transition, mean over latent dimensions, fp32; nan if deterministic.
+        means: means of the trained steps' transitions; None if the objective does not compare them.
+        frame_log_probs: log_probs per latent frame; None if credit is not assigned per frame.
     """
 
     prompt_rows: Int[Tensor, "samples"]
@@ -129,7 +129,7 @@ class Trajectory:
         return self.latents.shape[0]
 
     def to(self, device: torch.device) -> Trajectory:
-        """The same with its latents, log-probs and means there; indices stay where they are."""
+        """The trajectory with latents, log-probs and means on a device; indices are not moved."""
         optional = {"means": self.means, "frame_log_probs": self.frame_log_probs}
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in optional.items() if tensor is not None}
         return replace(self, latents=self.latents.to(device), log_probs=self.log_probs.to(device), **moved)
@@ -137,12 +137,12 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RolloutChunk:
-    """A few micro-batches of a rollout and, of their samples, the videos that this rank decodes.
+    """A few micro-batches of a rollout, and the videos of their samples that this rank decodes.
 
-    A rank that is alone in its sequence group decodes all; the ranks of one share them. Videos are dropped once scored.
+    The ranks of a sequence group share the videos of their samples. Videos are dropped after scoring.
 
     Attributes:
-        prompt_rows, sample_index: whose these videos are, as in Trajectory.
+        prompt_rows, sample_index: prompt and sample of each video, as in Trajectory.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -153,15 +153,14 @@ class RolloutChunk:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Scores of one step's samples, gathered: the same on every rank.
+    """Scores of one step's samples, gathered: the same on every rank. Higher is always better.
 
     Attributes:
-        by_name: each reward model's score per video, oriented so that higher is better.
-        total: their weighted sum, for logs; advantages are estimated per reward.
-        per_frame: each model's score per sampled frame, oriented alike.
-        frame_times: seconds of those frames; None where a model scores videos as a whole.
-        second: the videos' scores by the second models, oriented alike, nan where a prompt was scored once; empty where
-            none are used.
+        by_name: each reward model's score per video.
+        total: weighted sum of the scores, for logs; advantages are estimated per reward.
+        per_frame: each model's score per sampled frame.
+        frame_times: time of each sampled frame in seconds; None for a model that scores videos as a whole.
+        second: scores of the second models, nan for prompts that were scored once; empty without second models.
     """
 
     by_name: Mapping[str, Float[Tensor, "prompts group"]]
@@ -173,7 +172,7 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar to differentiate and the detached numbers that explain it."""
+    """A scalar to differentiate, with detached metrics that explain it."""
 
     value: Float[Tensor, ""]
     metrics: Mapping[str, torch.Tensor]

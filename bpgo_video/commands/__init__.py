@@ -1,6 +1,6 @@
-"""The subcommands of `bpgo-video`, one file each, by the table in `bpgo_video/__main__.py`.
+"""Subcommands of `bpgo-video`, one file each; `bpgo_video/__main__.py` lists them.
 
-Each module runs alone, too: `python -m bpgo_video.commands.NAME`, which is what launchers start.
+Each module also runs alone, as launchers start it: `python -m bpgo_video.commands.NAME`.
 """
 
 from bpgo_video.cli import adapt_to_locale

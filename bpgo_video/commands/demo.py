@@ -4,9 +4,9 @@
     bpgo-video demo --dir runs/demo-1 --seed 1
     bpgo-video demo --ranks 1
 
-Embeds the package's 96 prompts, measures their priors, and trains the recipe tiny_wan_bpgo. Prompts and priors are made
-once, in demo-prompts next to the run folder, and again when the package's prompts, policy or recipe change. An
-interrupted run continues when the same command is given again. Read DIR/report.html.
+Embeds the package's 96 prompts, measures their priors, and trains the recipe tiny_wan_bpgo. Prompts and priors are kept
+in demo-prompts next to the run folder, and made again after a change of the package's prompts, policy or recipe. To
+continue an interrupted run, repeat the command. The result is DIR/report.html.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock
 
 import bpgo_video
-from bpgo_video.cli import Parser, positive, run_command, shown_as
+from bpgo_video.cli import Parser, help_of, positive, run_command
 from bpgo_video.config.reading import read_yaml, to_yaml
 from bpgo_video.launching import become_launcher
 
@@ -32,8 +32,8 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 
 def build_prompts(folder: Path) -> None:
-    """Shards of the embedded prompts, built again where they are of another package's prompts or policy."""
-    from bpgo_video.commands import prompts  # heavy imports after the environment is set
+    """Shards of the package's prompts; replaces shards of other prompts or of another policy."""
+    from bpgo_video.commands import prompts  # imports torch, which reads the environment set before
 
     policy = read_yaml(Path(RECIPE)).policy
     words = ["build", "--input", str(PROMPTS), "--output", str(folder), "--policy", policy.folder]
@@ -48,13 +48,13 @@ def build_prompts(folder: Path) -> None:
 
 
 def measure_priors(folder: Path, ranks: int) -> None:
-    """Priors of the prompts, measured again when the recipe changes."""
+    """Priors of the prompts, measured again after a change of the recipe."""
     recipe, measured = to_yaml(read_yaml(Path(RECIPE))), folder / "priors" / "recipe.yaml"
     if measured.is_file() and measured.read_text("utf-8") == recipe:
         return
     command = [sys.executable, "-m", "bpgo_video.commands.priors", "--ranks", str(ranks)]
     if code := subprocess.run([*command, "--config", RECIPE, "--data.shards", str(folder)]).returncode:
-        raise SystemExit(code)  # the ranks have said why
+        raise SystemExit(code)  # the ranks have printed the error
     measured.write_text(recipe, "utf-8")
 
 
@@ -63,21 +63,20 @@ def demo(args: argparse.Namespace) -> None:
         os.environ.setdefault(name, value)
     folder = args.dir.parent / "demo-prompts"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # demos of several seeds share it
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # demos of several seeds share the folder
         build_prompts(folder)
         measure_priors(folder, args.ranks)
-    if args.prepare:
-        return
-    flags = ["--run.dir", str(args.dir), "--run.seed", str(args.seed), "--data.shards", str(folder)]
-    become_launcher("bpgo_video.train", args.ranks, ["--config", RECIPE, *flags, "--run.resume", "auto"])
+    if not args.prepare:
+        flags = ["--run.dir", str(args.dir), "--run.seed", str(args.seed), "--data.shards", str(folder)]
+        become_launcher("bpgo_video.train", args.ranks, ["--config", RECIPE, *flags, "--run.resume", "auto"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(**shown_as("demo", __doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="the run folder (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the run (%(default)s)")
+    parser = Parser(**help_of("demo", __doc__))
+    parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="run folder (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (%(default)s)")
     parser.add_argument("--ranks", type=positive, default=2, metavar="N", help="processes of one thread (%(default)s)")
-    parser.add_argument("--prepare", action="store_true", help="make prompts and priors, and do not train")
+    parser.add_argument("--prepare", action="store_true", help="make prompts and priors without training")
     parser.set_defaults(run=demo)
     return run_command(parser, arguments)
 

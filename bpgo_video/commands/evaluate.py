@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bpgo_video.cli import Parser, add_ranks, positive, run_command, show_loading_once, shown_as
+from bpgo_video.cli import Parser, add_ranks, help_of, positive, run_command, show_loading_once
 from bpgo_video.evaluation.compare_command import add_compare
 from bpgo_video.evaluation.vbench_commands import add_vbench_commands
 
@@ -55,7 +55,7 @@ def heldout(args: argparse.Namespace) -> None:
 
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
-    top = Parser(**shown_as("evaluate", __doc__, script), formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(**help_of("evaluate", __doc__, script), formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
     commands = top.add_subparsers(dest="command", required=True)
     add_heldout(commands.add_parser("heldout", help="score a policy folder on a recipe's held-out prompts"))

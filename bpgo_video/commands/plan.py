@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpgo_video.cli import above_zero, not_negative, positive, shown_as, tell
+from bpgo_video.cli import above_zero, help_of, not_negative, positive, print_error
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.command_line import load_config
 from bpgo_video.config.reading import config_from_dict
@@ -81,7 +81,7 @@ MODEL_FLAGS = {
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(**shown_as("plan", __doc__, script), formatter_class=formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(**help_of("plan", __doc__, script), formatter_class=formatter, allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, help="a recipe; its flags (--rollout.group-size 8) may follow")
     what.add_argument("--model", help="a known model, a hub id or a folder, with the flags below in place of a recipe")
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None, script: str | None = None) -> int:
         short = [size for size in arguments.gigabytes if not plan.fits(size)]
         advice = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
     except ConfigError as error:
-        return tell(error)
+        return print_error(error)
     if arguments.json:
         print(json.dumps(as_json(job, plan, arguments.gigabytes, advice), indent=1))
     else:

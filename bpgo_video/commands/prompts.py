@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bpgo_video.cli import add_ranks, positive, run_command, shown_as
+from bpgo_video.cli import add_ranks, help_of, positive, run_command
 from bpgo_video.data.build import Build, BuildSettings, Content
 from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.image_texts import image_text_content, require_images
@@ -67,7 +67,7 @@ def priors(shards: PromptShards) -> list[str]:
 
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
-    top, commands = shard_parser(shown_as("prompts", __doc__, script), MEDIA, priors)
+    top, commands = shard_parser(help_of("prompts", __doc__, script), MEDIA, priors)
     top.set_defaults(module="bpgo_video.commands.prompts")
     command = commands.add_parser("build", help="encode the prompts of files and write shards")
     command.add_argument(

@@ -4,7 +4,7 @@
     bpgo-video recipes show tiny_wan_bpgo
     bpgo-video recipes copy wan21_1.3b_480p_8x80gb my_recipe.yaml
 
-Every --config takes a recipe's name as well as a file, and so does `base:` in a recipe.
+Every --config takes the name of a shipped recipe or a file, and so does `base:` in a recipe.
 """
 
 from __future__ import annotations
@@ -14,20 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bpgo_video.cli import Parser, run_command, shown_as
+from bpgo_video.cli import Parser, help_of, run_command
 from bpgo_video.config.shipped import DS_CONFIGS, RECIPES, recipe_file, shipped
-
-
-def summary(recipe: Path) -> str:
-    """A recipe's first comment line."""
-    return recipe.read_text("utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def list_all(args: argparse.Namespace) -> None:
     names = shipped(RECIPES)
     width = max(map(len, names))
     for name in names:
-        print(f"{name:<{width}}  {summary(recipe_file(name))}")
+        first_line = recipe_file(name).read_text("utf-8").partition("\n")[0]
+        print(f"{name:<{width}}  {first_line.removeprefix('# ')}")
     print(f"\nDeepSpeed configurations, for `deepspeed:` in a recipe: {', '.join(shipped(DS_CONFIGS))}")
 
 
@@ -43,16 +39,16 @@ def copy(args: argparse.Namespace) -> None:
             stream.write(source.read_text("utf-8"))
     except FileExistsError:
         raise FileExistsError(f"{file} exists and is not overwritten; name another FILE") from None
-    print(f"{file}: edit it, then bpgo-video train --config {file}")
+    print(f"{file}: edit it, then run bpgo-video train --config {file}")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = Parser(**shown_as("recipes", __doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(**help_of("recipes", __doc__))
     top.set_defaults(run=list_all)
     commands = top.add_subparsers()
-    for run, text in ((show, "print a recipe"), (copy, "write a recipe to a file, which you can edit")):
+    for run, text in ((show, "print a recipe"), (copy, "write a recipe to a file that you can edit")):
         command = commands.add_parser(run.__name__, help=text, description=text)
-        command.add_argument("name", metavar="NAME", help="of a shipped recipe")
+        command.add_argument("name", metavar="NAME", help="name of a shipped recipe")
         command.set_defaults(run=run)
     command.add_argument("file", nargs="?", type=Path, metavar="FILE", help="new file (NAME.yaml)")
     return top

@@ -1,10 +1,10 @@
-"""Serve one reward of a recipe to runs on other machines (`model: remote`): docs/rewards.md.
+"""Serve one reward of a recipe to runs on other machines, which name it as `model: remote` (docs/rewards.md).
 
     bpgo-video reward-server --config my_recipe.yaml --reward quality --port 8011
     bpgo-video reward-server --config my_recipe.yaml --reward quality --port 8011 --host 0.0.0.0 --token-env TOKEN
 
-Answers until SIGTERM or Ctrl-C, and scores received requests before it stops. Binds to loopback; with --host, other
-machines can send requests, and need the token that --token-env names.
+Runs until SIGTERM or Ctrl-C, and scores received requests before it stops. Listens on loopback only; --host lets other
+machines send requests, and then requires a token from --token-env.
 """
 
 from __future__ import annotations
@@ -20,44 +20,45 @@ from pathlib import Path
 
 import torch
 
-from bpgo_video.cli import Parser, device, positive, run_command, shown_as
+from bpgo_video.cli import Parser, device, help_of, positive, run_command
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
+from bpgo_video.errors import unknown
 from bpgo_video.rewards.building import build_reward
 from bpgo_video.rewards.server import Limits, RewardServer, RewardService, check_exposure
 
 
 def reward_named(recipe: Path, name: str) -> RewardConfig:
-    """The recipe's entry, of `rewards` or `evaluation.rewards`.
+    """The recipe's entry in `rewards` or `evaluation.rewards`.
 
     Raises:
-        ConfigError: there is none, or it is served elsewhere itself.
+        ConfigError: there is none, or the entry itself names a server.
     """
     config = read_yaml(recipe)
-    known = {**config.evaluation.rewards, **config.rewards}
-    if name not in known:
-        raise ConfigError(f"{recipe} has no reward {name!r}; it has {sorted(known)}")
-    if known[name].model == "remote":
+    rewards = {**config.evaluation.rewards, **config.rewards}
+    if name not in rewards:
+        raise ConfigError(f"{recipe}: {unknown('--reward', name, sorted(rewards))}")
+    if rewards[name].model == "remote":
         raise ConfigError(
-            f"rewards.{name}.model of {recipe} is 'remote', which asks a server; this server needs a recipe that names "
-            "the model itself"
+            f"rewards.{name}.model of {recipe} is 'remote', a client of a server; give --config a recipe that names "
+            "the model to serve"
         )
-    return known[name]
+    return rewards[name]
 
 
 def serve(args: argparse.Namespace) -> None:
     token = os.environ.get(args.token_env) if args.token_env else None
     if args.token_env and not token:
-        raise ConfigError(f"--token-env names {args.token_env}, which is not set or empty")
+        raise ConfigError(f"--token-env names {args.token_env}, which is unset or empty; export {args.token_env}=...")
     check_exposure(args.host, token)
-    place = torch.device(args.device)
-    reward = build_reward(args.reward, reward_named(args.config, args.reward), place)
-    service = RewardService(reward.model, place, args.kept)
+    run_on = torch.device(args.device)
+    reward = build_reward(args.reward, reward_named(args.config, args.reward), run_on)
+    service = RewardService(reward.model, run_on, args.kept)
     limits = Limits(waiting=args.waiting, bytes=args.max_megabytes * 2**20)
     with RewardServer(service, args.host, args.port, token, limits) as server:
 
         def stop(*_: object) -> None:
-            threading.Thread(target=server.shutdown).start()  # it waits for serve_forever, which runs in this thread
+            threading.Thread(target=server.shutdown).start()  # shutdown waits for serve_forever, in this thread
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
@@ -68,22 +69,20 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:
-    shown = shown_as("reward-server", __doc__, script)
-    parser = Parser(**shown, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="recipe")
-    parser.add_argument("--reward", required=True, help="its name in the recipe's rewards or evaluation.rewards")
-    parser.add_argument("--port", type=int, required=True, help="0 takes a free one")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--token-env", help="environment variable that holds the token that clients must send")
-    parser.add_argument(
-        "--device",
-        type=device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:1 (cuda where there is one)",
-    )
-    parser.add_argument("--waiting", type=positive, default=8, help="requests held in memory at once (8)")
-    parser.add_argument("--max-megabytes", type=positive, default=1024, help="of one request (1024)")
-    parser.add_argument("--kept", type=positive, default=4096, help="scores kept for requests sent again (4096)")
+    parser = Parser(**help_of("reward-server", __doc__, script))
+    add, default = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--config", type=Path, required=True, help="recipe")
+    add("--reward", required=True, help="name in the recipe's rewards or evaluation.rewards")
+    add("--port", type=int, required=True, help="0 takes a free one")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--token-env", help="environment variable with the token that clients must send")
+    add("--device", type=device, default=default, help="cpu, cuda or cuda:1 (%(default)s)")
+    for name, number, text in (
+        ("--waiting", 8, "requests held in memory at once"),
+        ("--max-megabytes", 1024, "size limit of one request"),
+        ("--kept", 4096, "scores kept for requests that are sent again"),
+    ):
+        add(name, type=positive, default=number, help=f"{text} (%(default)s)")
     parser.set_defaults(run=serve)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     return run_command(parser, arguments)

@@ -18,7 +18,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bpgo_video.cli import above_zero, add_ranks, positive, run_command, shown_as
+from bpgo_video.cli import above_zero, add_ranks, help_of, positive, run_command
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.build import Build, BuildSettings
 from bpgo_video.data.clips import Cut
@@ -71,7 +71,7 @@ def clips(shards: PromptShards) -> list[str]:
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
     top, commands = shard_parser(
-        shown_as("videos", __doc__, script), (f"{'video':<30} {'start':>7}", clip_of), clips, with_clips
+        help_of("videos", __doc__, script), (f"{'video':<30} {'start':>7}", clip_of), clips, with_clips
     )
     top.set_defaults(module="bpgo_video.commands.videos")
     command = commands.add_parser("build", help="decode, cut and encode videos with captions, and write shards")

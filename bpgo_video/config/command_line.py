@@ -19,7 +19,7 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from bpgo_video.cli import speaks, tell
+from bpgo_video.cli import print_error, prints_for_host
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.fields import explain
 from bpgo_video.config.learner import RewardConfig
@@ -73,7 +73,7 @@ def _parse(tree: type, args: Sequence[str], default: Any, **shown: Any) -> tuple
         return_unknown_args=True,
         config=(tyro.conf.AvoidSubcommands,),  # for unions with None or a mapping
         registry=PLAIN_DATA,
-        console_outputs=speaks(),
+        console_outputs=prints_for_host(),
         **shown,
     )
     return data, unknown
@@ -144,7 +144,7 @@ def load_recipe(
             raise ConfigError(_explain_words(unknown, dict(_flags(recipe)), rest))
         return config_from_dict(data, "command line")
     except ConfigError as error:
-        raise SystemExit(tell(error)) from None
+        raise SystemExit(print_error(error)) from None
 
 
 def _flags(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,7 @@ from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare_scores import Measure, ModelScores, PromptLine, Scored, ScoresFolder, lines_of
 from bpgo_video.evaluation.video_stats import VideoStats, video_measures
-from bpgo_video.inference.run_weights import WEIGHTS, put_into
+from bpgo_video.inference.run_weights import WEIGHTS, load_trained
 from bpgo_video.inference.settings import named_model
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
@@ -154,7 +154,7 @@ class Measurement:
         policy = sampling_policy(self.config, self.ds_config, self.mesh)
         if self.checkpoint is not None and self.trained is not None:
             for name in self.checkpoint.trained:
-                put_into(policy.transformers[name], self.checkpoint, name, self.trained, self.dtype)
+                load_trained(policy.transformers[name], self.checkpoint, name, self.trained, self.dtype)
         return policy
 
     def block(self, policy: Policy, places: list[int], folder: ScoresFolder) -> list[PromptLine]:

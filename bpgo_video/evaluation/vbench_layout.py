@@ -33,8 +33,7 @@ from bpgo_video.evaluation.vbench_folder import foreign_problems, sibling, video
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, image_path, listing, read_suite
 from bpgo_video.inference.generate import ALONE, PATIENCE, generate
 from bpgo_video.inference.settings import GenerationSettings
-from bpgo_video.inference.share import Reader
-from bpgo_video.inference.video_files import MANIFEST, TOLD, Places, clear_unfinished
+from bpgo_video.inference.video_files import GENERATION_PROMPT, MANIFEST, OutputPaths, Reader, clear_unfinished
 
 
 def lay_out(
@@ -68,10 +67,10 @@ def lay_out(
     return manifest
 
 
-def places_of(folder: Path) -> Places:
+def places_of(folder: Path) -> OutputPaths:
     """The videos in the folder, the rest next to it."""
     manifest, sheets = sibling(folder, MANIFEST), sibling(folder, "sheets")
-    return Places(folder, lambda record, _, sample: f"{record.prompt}-{sample}.mp4", manifest, sheets)
+    return OutputPaths(folder, lambda record, _, sample: f"{record.prompt}-{sample}.mp4", manifest, sheets)
 
 
 def reader_of(suite: Suite, images: Path | None, texts: Mapping[str, str] | None) -> Reader:
@@ -85,7 +84,7 @@ def reader_of(suite: Suite, images: Path | None, texts: Mapping[str, str] | None
                 prompt.text,
                 negative_prompt=prompt.negative_prompt,
                 media={"image": image(image_path(prompt, images))} if with_images else {},
-                info=prompt.info if texts is None else {TOLD: texts[prompt.text]},
+                info=prompt.info if texts is None else {GENERATION_PROMPT: texts[prompt.text]},
             )
             for prompt in suite.prompts
         ]
@@ -111,7 +110,10 @@ def read_texts(path: Path, suite: Suite) -> dict[str, str]:
         SuiteError: a prompt that is not in the suite, comes twice, or has no line.
     """
     lines = list(enumerate(path.read_bytes().splitlines(), start=1))
-    entries = [checked(LINE, line, f"{path}:{number}", f'a line is {{"prompt", "{TOLD}"}}') for number, line in lines]
+    entries = [
+        checked(LINE, line, f"{path}:{number}", f'a line is {{"prompt", "{GENERATION_PROMPT}"}}')
+        for number, line in lines
+    ]
     counts, wanted = Counter(entry["prompt"] for entry in entries), {prompt.text for prompt in suite.prompts}
     problems = [f"{prompt!r} is there twice" for prompt, count in counts.items() if count > 1]
     problems += [f"{prompt!r} is not a prompt of {suite.source}" for prompt in sorted(counts.keys() - wanted)]

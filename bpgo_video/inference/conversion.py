@@ -1,62 +1,65 @@
-"""Conversion of a training checkpoint to what inference tools read, on the CPU, one tensor at a time.
+"""Conversion of a training checkpoint to files for inference, on the CPU, one tensor at a time.
 
-    diffusers   a pipeline folder, or its transformer alone; adapters merged into the weights that the run started from
-    lora        the adapters on their own, for `load_lora_weights`
-    comfyui     the same in the layout that ComfyUI reads; merged, or of a run without adapters, whole transformers
+    diffusers   a pipeline folder, or its transformer alone; adapters merged into the base weights
+    lora        adapters only, for `load_lora_weights`
+    comfyui     adapters in ComfyUI's layout; with --merged, or for a run without adapters, whole transformers
     universal   DeepSpeed's checkpoint for any number of ranks
 
-Memory holds one file of the output, twice while it is written (two tensors of a whole transformer for ComfyUI), and the
-adapters. Verifying loads one transformer.
+Memory holds the adapters and one file of the output, twice during its writing (for a whole ComfyUI transformer: two
+tensors). Verification loads the output with diffusers, one transformer at a time, and compares every tensor and a
+forward pass with the base model under the checkpoint's weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import filecmp
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.atomic import new_folder
 from bpgo_video.config.bpgo import ConfigError, LoraConfig
-from bpgo_video.distributed.zero_files import to_universal, verify_universal
-from bpgo_video.inference.lora_files import lora_file, write_comfyui_lora, write_diffusers_lora
-from bpgo_video.inference.model_card import EXPORTED, CardFacts, write_card
-from bpgo_video.inference.pipeline_folder import SHARD_BYTES, write_pipeline, write_transformers
-from bpgo_video.inference.run_weights import WEIGHTS, Source, adapter_tensors, trained_tensors
-from bpgo_video.inference.single_file import renamed, shapes_of, verify_single_file, write_single_file
-from bpgo_video.inference.verification import (
-    compare_forward,
-    expected_forward,
-    forward,
-    load_single_file,
-    verify_adapters,
-    verify_copies,
-    verify_transformer,
-)
-from bpgo_video.policies import original_names
+from bpgo_video.distributed.zero_files import CheckpointError, to_universal, verify_universal
+from bpgo_video.errors import some_of
+from bpgo_video.inference import model_files
+from bpgo_video.inference.model_card import CARD, EXPORTED, CardFacts, write_card
+from bpgo_video.inference.model_files import SHARD_BYTES, WEIGHTS_NAME, Tensors, lora_file
+from bpgo_video.inference.run_weights import WEIGHTS, Checkpoint, adapter_tensors, load_trained, trained_tensors
+from bpgo_video.policies import family, load_policy, original_names
+from bpgo_video.policies.lora import ADAPTER
+from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.transformers import Transformers, transformer_names
+from bpgo_video.rollouts.conditioning import cast
 
-ALONE = "Transformers for a diffusers pipeline"
+NOISE_LEVELS = (0.7, 0.99, 0.05)  # one for each transformer of a pipeline with several
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative: merged and added adapters round differently
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is converted into what.
+    """What to convert, and how.
 
     Attributes:
-        source: the checkpoint, and the model that its run started from.
+        checkpoint: the checkpoint, and the model that its run started from.
         weights: a name of `WEIGHTS`.
         output: a new folder.
-        dtype: of the trained weights in it, except those that diffusers keeps in fp32.
-        transformer_only: write the transformer's folder instead of the whole pipeline's; format diffusers.
+        dtype: dtype of the trained weights, except those that diffusers keeps in fp32.
+        transformer_only: write the transformer's folder instead of the pipeline's; format diffusers.
         merged: write the whole transformer instead of its adapters; format comfyui.
-        shard_bytes: size of a safetensors file, and of the buffer in memory.
+        shard_bytes: size limit of a safetensors file, and of the buffer in memory; format diffusers.
     """
 
-    source: Source
+    checkpoint: Checkpoint
     weights: str
     output: Path
     dtype: torch.dtype = torch.float32
@@ -66,168 +69,257 @@ class Conversion:
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """The checkpoint's parameters, fp32, each read when it is asked for."""
-        return WEIGHTS[self.weights](self.source.folder)
-
-    def adapters(self, name: str) -> dict[str, Tensor]:
-        """Of a transformer, in the dtype of the output."""
-        found = adapter_tensors(self.source, name, self.trained)
-        return {key: tensor.to(self.dtype) for key, tensor in found.items()}
+        """The checkpoint's fp32 parameters, each read when it is needed."""
+        return WEIGHTS[self.weights](self.checkpoint.folder)
 
     @property
     def lora(self) -> LoraConfig:
-        return self.source.config.policy.lora
+        return self.checkpoint.config.policy.lora
 
-    def folder_of(self, name: str) -> Path:
-        """Where a trained transformer lies."""
-        return self.output if self.transformer_only and len(self.source.trained) == 1 else self.output / name
+    @property
+    def writes_whole(self) -> bool:
+        """Whether ComfyUI gets whole transformers."""
+        return self.merged or not self.lora.rank
 
-    def card(self, contents: str) -> CardFacts:
-        return CardFacts(self.source.config, self.source.step, self.weights, contents, self.source.code)
+    def adapters(self, name: str) -> dict[str, Tensor]:
+        """The adapters of a trained transformer in the output's dtype."""
+        found = adapter_tensors(self.checkpoint, name, self.trained)
+        return {key: tensor.to(self.dtype) for key, tensor in found.items()}
 
-    def tensors(self, doing: str, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of a trained transformer, behind a bar."""
-        every = trained_tensors(self.source, name, self.trained, self.dtype)
-        return iter(tqdm(every, total=len(self.source.files(name)), desc=f"{doing} {name}", unit="tensor"))
+    def trained_transformer(self, name: str, weights: Mapping[str, Tensor]) -> Any:
+        """The base transformer with these weights of the checkpoint."""
+        folder = self.checkpoint.base / name
+        transformer = class_of(folder).from_pretrained(folder, torch_dtype=self.dtype)
+        load_trained(transformer, self.checkpoint, name, weights, self.dtype)
+        return transformer
+
+    def transformer_folder(self, name: str, output: Path) -> Path:
+        """The folder of a trained transformer in format diffusers; `output` itself for a single one alone."""
+        return output if self.transformer_only and len(self.checkpoint.trained) == 1 else output / name
+
+    def tensors(self, action: str, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of a trained transformer, with a progress bar."""
+        tensors = trained_tensors(self.checkpoint, name, self.trained, self.dtype)
+        return iter(tqdm(tensors, total=len(self.checkpoint.files(name)), desc=f"{action} {name}", unit="tensor"))
+
+    def renamed(self, action: str, name: str) -> Tensors:
+        """`tensors` by the authors' names."""
+        name_of = original_names(self.checkpoint.pipeline_class)
+        return ((name_of(key), tensor) for key, tensor in self.tensors(action, name))
 
 
-def write_diffusers(job: Conversion) -> None:
-    write, contents = (write_transformers, ALONE) if job.transformer_only else (write_pipeline, EXPORTED)
-    trained = {name: job.tensors("Writing", name) for name in job.source.trained}
-    write(job.source.base, trained, job.output, job.card(contents), job.shard_bytes)
-
-
-def verify_diffusers(job: Conversion) -> None:
+def write_diffusers(job: Conversion, folder: Path) -> str:
+    base, trained = job.checkpoint.base, {name: job.tensors("Writing", name) for name in job.checkpoint.trained}
     if not job.transformer_only:
-        verify_copies(job.source.base, job.output, job.source.trained)
-    for name in job.source.trained:
-        expected = expected_forward(job.source, name, job.trained, job.dtype)
-        transformer = verify_transformer(job.tensors("Comparing", name), job.folder_of(name))
-        compare_forward(forward(job.source, name, transformer), expected, job.dtype, job.output)
+        model_files.write_pipeline(base, trained, folder, job.shard_bytes)
+        return EXPORTED
+    for name, tensors in trained.items():
+        part = job.transformer_folder(name, folder)
+        part.mkdir(exist_ok=True)
+        shutil.copyfile(base / name / "config.json", part / "config.json")
+        model_files.write_weights(tensors, part, job.shard_bytes)
+    return "Transformers for a diffusers pipeline"
 
 
-def write_adapters(job: Conversion, write: Callable[..., None], contents: str) -> None:
-    with new_folder(job.output) as folder:
-        for name in job.source.trained:
-            write(job.adapters(name), job.lora, job.source.pipeline_class, folder / lora_file(name))
-        write_card(job.card(contents), folder)
+def load_diffusers(job: Conversion, name: str) -> Any:
+    if not job.transformer_only:
+        check_copies(job.checkpoint.base, job.output, job.checkpoint.trained)
+    folder = job.transformer_folder(name, job.output)
+    transformer = class_of(folder).from_pretrained(folder, torch_dtype=job.dtype)
+    state = transformer.state_dict()
+    found = {key: tensor for key, tensor in state.items() if not tensor.is_meta}  # meta: in no file
+    check_tensors(folder, job.tensors("Comparing", name), found, found.__getitem__)
+    return transformer
 
 
-def verify_lora(job: Conversion) -> None:
-    for name in job.source.trained:
-        expected = expected_forward(job.source, name, job.trained, job.dtype)
-        file = job.output / lora_file(name)
-        transformer = verify_adapters(job.adapters(name), job.lora, job.source, name, file)
-        compare_forward(forward(job.source, name, transformer), expected, job.dtype, job.output)
+def write_lora(job: Conversion, folder: Path, write: Callable[..., None] = model_files.write_diffusers_lora) -> str:
+    for name in job.checkpoint.trained:
+        write(job.adapters(name), job.lora, job.checkpoint.pipeline_class, folder / lora_file(name))
+    return "LoRA adapters for diffusers"
 
 
-def leaves_whole(job: Conversion) -> bool:
-    """Whether ComfyUI gets whole transformers: that is asked for, or there are no adapters."""
-    return job.merged or not job.lora.rank
+def load_lora(job: Conversion, name: str) -> Any:
+    """The base transformer with the adapters that diffusers loads from the output, each compared: alpha/rank B A.
+
+    Raises:
+        CheckpointError: names the layer that differs.
+    """
+    source, file, adapters = job.checkpoint, job.output / lora_file(name), job.adapters(name)
+    transformer = class_of(source.base / name).from_pretrained(source.base / name, torch_dtype=job.dtype)
+    parts = dict.fromkeys(networks_of(source.base)) | dict.fromkeys(transformer_names(source.base), transformer)
+    pipeline = family(source.base, source.config.policy.family).assemble(source.base, parts)  # no other weights
+    model_files.load_lora(pipeline, file, name)
+    layers = {key: layer for key, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
+    adapted, scale = {key.partition(".lora_")[0] for key in adapters}, job.lora.alpha / job.lora.rank
+    if missing := adapted - set(layers):
+        raise CheckpointError(f"{file}: diffusers loads no adapters for layers {some_of(missing)}; convert again")
+    for key, layer in tqdm(layers.items(), desc="Comparing", unit="layer"):
+        found = layer.get_delta_weight(ADAPTER).float()
+        expected = torch.zeros_like(found)  # diffusers adds adapters of zeros to Wan's image keys
+        if key in adapted:
+            down, up = (adapters[f"{key}.lora_{half}.{ADAPTER}.weight"].float() for half in "AB")
+            expected = scale * (up @ down)
+        if not torch.linalg.norm(found - expected) <= TOLERANCE[job.dtype] * torch.linalg.norm(expected):
+            raise CheckpointError(f"{file}: the adapter of {key} differs from the checkpoint's; convert again")
+    return transformer
 
 
-def write_comfyui(job: Conversion) -> None:
-    if not leaves_whole(job):
-        write_adapters(job, write_comfyui_lora, "LoRA adapters for ComfyUI")
-        return
-    name_of = original_names(job.source.pipeline_class)
-    with new_folder(job.output) as folder:
-        for name in job.source.trained:
-            shapes = shapes_of(job.source.files(name))
-            layout = {name_of(key): (shape, job.source.dtype_of(name, key, job.dtype)) for key, shape in shapes.items()}
-            tensors = renamed(job.tensors("Writing", name), name_of)
-            write_single_file(folder / f"{name}.safetensors", layout, tensors)
-        write_card(job.card("A transformer for ComfyUI, by its authors' names"), folder)
+def write_comfyui(job: Conversion, folder: Path) -> str:
+    if not job.writes_whole:
+        write_lora(job, folder, model_files.write_comfyui_lora)
+        return "LoRA adapters for ComfyUI"
+    source, name_of = job.checkpoint, original_names(job.checkpoint.pipeline_class)
+    for name in source.trained:
+        shapes = model_files.shapes_of(source.files(name))
+        layout = {name_of(key): (shape, source.dtype_of(name, key, job.dtype)) for key, shape in shapes.items()}
+        model_files.write_single_file(folder / f"{name}.safetensors", layout, job.renamed("Writing", name))
+    return "A transformer for ComfyUI, by its authors' names"
 
 
-def verify_comfyui(job: Conversion) -> None:
-    if not leaves_whole(job):
-        verify_lora(job)
-        return
-    for name in job.source.trained:
-        file, name_of = job.output / f"{name}.safetensors", original_names(job.source.pipeline_class)
-        expected = expected_forward(job.source, name, job.trained, job.dtype)
-        verify_single_file(file, renamed(job.tensors("Comparing", name), name_of))
-        transformer = load_single_file(file, job.source.base / name, job.dtype)
-        compare_forward(forward(job.source, name, transformer), expected, job.dtype, job.output)
+def load_comfyui(job: Conversion, name: str) -> Any:
+    if not job.writes_whole:
+        return load_lora(job, name)
+    path, config = job.output / f"{name}.safetensors", job.checkpoint.base / name
+    with safe_open(path, framework="pt") as file:
+        check_tensors(path, job.renamed("Comparing", name), file.keys(), file.get_tensor)
+    return class_of(config).from_single_file(str(path), config=str(config), torch_dtype=job.dtype)
 
 
-def write_universal(job: Conversion) -> None:
-    to_universal(job.source.folder, job.output)
-    write_card(job.card("DeepSpeed's universal checkpoint"), job.output)
+def write_universal(job: Conversion, folder: Path) -> str:
+    to_universal(job.checkpoint.folder, folder)
+    return "DeepSpeed's universal checkpoint"
 
 
-def verify_optimiser_weights(job: Conversion) -> None:
+def load_universal(job: Conversion, name: str) -> None:
+    """Compare the fp32 weights bit for bit; equal weights need no forward pass."""
     verify_universal(job.trained, job.output)
 
 
 @dataclass(frozen=True)
 class Format:
-    """One thing that a checkpoint becomes: how it is written, how it is checked, for whom it is.
+    """An output format.
 
     Attributes:
-        takes: the settings that it heeds, of those in OPTIONS.
+        purpose: of the format, for --help.
+        write: fills a folder; returns its description for the model card.
+        load: the output's transformer of a name, after its tensors were compared with the checkpoint's; None if that
+            comparison is enough.
+        options: supported fields of DEFAULTS.
     """
 
-    write: Callable[[Conversion], object]
-    verify: Callable[[Conversion], None]
     purpose: str
-    takes: frozenset[str]
+    write: Callable[[Conversion, Path], str]
+    load: Callable[[Conversion, str], Any]
+    options: tuple[str, ...] = ()
 
 
-OPTIONS: dict[
-    str, tuple[str, object]
-] = {  # flag -> its field of a conversion, and what that is when nothing is asked for
-    "weights": ("weights", "raw"),
-    "dtype": ("dtype", torch.float32),
-    "transformer-only": ("transformer_only", False),
-    "merged": ("merged", False),
-    "shard-gigabytes": ("shard_bytes", SHARD_BYTES),
+DEFAULTS = {  # options that some formats do not support: they refuse other values than these
+    "weights": "raw",
+    "dtype": torch.float32,
+    "transformer_only": False,
+    "merged": False,
+    "shard_bytes": SHARD_BYTES,
 }
 FORMATS = {
     "diffusers": Format(
-        write_diffusers,
-        verify_diffusers,
         "a pipeline folder, adapters merged",
-        frozenset({"weights", "dtype", "transformer-only", "shard-gigabytes"}),
+        write_diffusers,
+        load_diffusers,
+        ("weights", "dtype", "transformer_only", "shard_bytes"),
     ),
-    "lora": Format(
-        partial(write_adapters, write=write_diffusers_lora, contents="LoRA adapters for diffusers"),
-        verify_lora,
-        "adapters for load_lora_weights",
-        frozenset({"weights", "dtype"}),
-    ),
+    "lora": Format("adapters for load_lora_weights", write_lora, load_lora, ("weights", "dtype")),
     "comfyui": Format(
+        "adapters for ComfyUI; with --merged, or for a run without adapters, whole transformers",
         write_comfyui,
-        verify_comfyui,
-        "adapters for ComfyUI, or with --merged, and of a run without adapters, whole transformers",
-        frozenset({"weights", "dtype", "merged"}),
+        load_comfyui,
+        ("weights", "dtype", "merged"),
     ),
     "universal": Format(
-        write_universal,
-        verify_optimiser_weights,
-        "DeepSpeed's checkpoint for any number of ranks, as the optimiser holds it",
-        frozenset(),
+        "DeepSpeed's checkpoint for any number of ranks, with the optimizer's state", write_universal, load_universal
     ),
 }
 
 
 def convert(job: Conversion, form: str, verify: bool = False) -> None:
-    """Write a new folder, complete or not at all; with `verify`, load it again and compare every tensor and a forward.
-
-    What fails the comparison is left in place.
+    """Write a new folder, complete or not at all, and optionally verify it.
 
     Raises:
         FileExistsError: `job.output` exists and is not an empty folder.
-        CheckpointError: the checkpoint does not fit the base folder, or the result is not what was to be written.
-        ConfigError: the format has no names for the family's layers, or does not heed a setting.
+        CheckpointError: the checkpoint does not fit the base folder, or see `verify_output`.
+        ConfigError: the format does not support an option, or has no names for the family's layers.
     """
-    for option, (field, default) in OPTIONS.items():
-        if option not in FORMATS[form].takes and getattr(job, field) != default:
-            takers = " or ".join(name for name, one in FORMATS.items() if option in one.takes)
-            raise ConfigError(f"--format {form} heeds no --{option}; leave it out, or write --format {takers}")
-    if job.output.exists() and (not job.output.is_dir() or any(job.output.iterdir())):
-        raise FileExistsError(f"{job.output} exists and is not empty; name another --output, or delete it first")
-    FORMATS[form].write(job)
+    for option, default in DEFAULTS.items():
+        if option not in FORMATS[form].options and getattr(job, option) != default:
+            flag = "shard-gigabytes" if option == "shard_bytes" else option.replace("_", "-")
+            formats = " or ".join(name for name, one in FORMATS.items() if option in one.options)
+            raise ConfigError(f"--format {form} does not support --{flag}; remove it, or write --format {formats}")
+    source = job.checkpoint
+    with new_folder(job.output) as folder:
+        contents = FORMATS[form].write(job, folder)
+        write_card(CardFacts(source.config, source.step, job.weights, contents, source.code), folder)
     if verify:
-        FORMATS[form].verify(job)
+        verify_output(job, form)
+
+
+def verify_output(job: Conversion, form: str) -> None:
+    """Load a converted checkpoint; compare every tensor, and the velocity of each transformer.
+
+    Raises:
+        CheckpointError: names a difference larger than rounding; the output stays.
+    """
+    for name in job.checkpoint.trained:
+        transformer = FORMATS[form].load(job, name)
+        if transformer is None:
+            continue
+        expected = velocity(job.checkpoint, name, job.trained_transformer(name, job.trained))
+        found = velocity(job.checkpoint, name, transformer)
+        error = float((found - expected).norm() / expected.norm())
+        if not error <= TOLERANCE[job.dtype]:
+            raise CheckpointError(
+                f"{job.output}: the relative error of its forward pass is {error:.2g}, and rounding explains "
+                f"{TOLERANCE[job.dtype]}; convert again"
+            )
+
+
+def check_tensors(place: Path, expected: Tensors, names: Collection[str], read: Callable[[str], Tensor]) -> None:
+    """Compare the tensors `names` of an export with the checkpoint's; the dtype may differ if the values do not.
+
+    Raises:
+        CheckpointError: names a tensor that differs, is missing, or is not in the checkpoint.
+    """
+    rest = set(names)
+    for name, tensor in expected:
+        if name not in rest or not torch.equal(read(name).float(), tensor.float()):
+            raise CheckpointError(f"{place}: {name} differs from the checkpoint's, or is missing; convert again")
+        rest.remove(name)
+    if rest:
+        raise CheckpointError(f"{place} holds {some_of(rest)}, which the checkpoint does not have; convert again")
+
+
+def check_copies(base: Path, output: Path, trained: Collection[str]) -> None:
+    """Compare everything in a pipeline folder except trained weights and card with the base folder.
+
+    Raises:
+        CheckpointError: names the file that differs.
+    """
+    for file in (path for path in output.rglob("*") if path.is_file()):
+        relative = file.relative_to(output)
+        written = relative == Path(CARD) or (str(relative.parent) in trained and file.name.startswith(WEIGHTS_NAME))
+        if not written and not filecmp.cmp(file, base / relative, shallow=False):
+            raise CheckpointError(f"{file} is not a copy of {base / relative}; convert again")
+
+
+def class_of(folder: Path) -> Any:
+    """The diffusers class of a model folder."""
+    return getattr(diffusers, json.loads((folder / "config.json").read_text("utf-8"))["_class_name"])
+
+
+def velocity(source: Checkpoint, name: str, transformer: Any) -> Tensor:
+    """The policy's velocity for its example input with this transformer as `name`, at a noise level that uses it."""
+    own = source.config.policy
+    policy = load_policy(str(source.base), max_sequence_length=1, components=(), name=own.family, options=own.options)
+    latents, conditioning = policy.example()
+    policy.transformers = Transformers({name: transformer.eval()})
+    sigma = next(level for level in NOISE_LEVELS if policy.transformer_at(level) == name)
+    with torch.no_grad():
+        return policy.velocity(latents, torch.tensor(sigma), cast(conditioning, transformer.dtype))

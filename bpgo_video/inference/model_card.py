@@ -1,4 +1,4 @@
-"""What is in a model folder? A README.md: what was trained, how, by which code; the hashes of the weights."""
+"""Model card of a model folder: a README.md with what was trained, how, by which code, and the weights' hashes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import yaml
+from huggingface_hub import metadata_load
 
 from bpgo_video.code_version import this_code
 from bpgo_video.config.reading import to_yaml
@@ -26,14 +27,14 @@ EXPORTED = "A diffusers pipeline with its transformer"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card is about.
+    """Facts for a model card.
 
     Attributes:
-        config: the run's own.
-        step: finished training steps.
-        weights: which of the run's weights these are, raw or averaged.
-        code: the versions of the program that trained, in order; empty where the checkpoint does not say.
-        contents: what the folder is, in words.
+        config: the run's recipe.
+        step: number of finished training steps.
+        weights: raw, or ema for their average.
+        contents: description of the folder.
+        code: versions of the program that trained, in order; empty if the checkpoint does not name them.
     """
 
     config: Recipe
@@ -43,8 +44,8 @@ class CardFacts:
     code: Sequence[str] = ()
 
 
-def write_card(facts: CardFacts, folder: Path) -> Path:
-    """README.md of a finished model folder: huggingface's YAML header, then the text; its path."""
+def write_card(facts: CardFacts, folder: Path) -> None:
+    """Write README.md into a finished model folder: the hub's YAML header, then the text."""
     config = facts.config
     base = resolve_folder(config.policy.folder)
     environment = jinja2.Environment(
@@ -53,6 +54,7 @@ def write_card(facts: CardFacts, folder: Path) -> Path:
         lstrip_blocks=True,
         loader=jinja2.FunctionLoader(lambda name: files(__package__).joinpath(name).read_text("utf-8")),
     )
+    weights = sorted(path for kind in ("*.safetensors", "*.pt") for path in folder.rglob(kind))
     text = environment.get_template(f"model_card_{config.recipe}.md.j2").render(
         header=yaml.safe_dump(header(config, base), sort_keys=False, allow_unicode=True).strip(),
         facts=facts,
@@ -60,33 +62,23 @@ def write_card(facts: CardFacts, folder: Path) -> Path:
         base_fingerprint=fingerprint(base, transformer_names(base)),
         config_sha256=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
         written_by=this_code(),
-        hashes={str(path.relative_to(folder)): sha256(path) for path in weight_files(folder)},
+        hashes={str(path.relative_to(folder)): sha256(path) for path in weights},
     )
     (folder / CARD).write_text(text, "utf-8")
-    return folder / CARD
 
 
 def header(config: Recipe, base: Path) -> dict[str, Any]:
-    """The card's YAML: what the hub files a model under. The license is the base model's, where its card names one."""
-    tags = ["bpgo_video", config.algorithm, *(["lora"] if config.policy.lora.rank else [])]
+    """The card's YAML, by which the hub sorts models; the license is that of the base model's card, if there is one."""
     task = "image-to-video" if family(base, config.policy.family).takes_images else "text-to-video"
+    tags = ["bpgo_video", config.algorithm, *(["lora"] if config.policy.lora.rank else [])]
     found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task, "tags": tags}
     if not config.policy.folder.startswith((".", "/", "~", "package:")):
         found["base_model"] = config.policy.folder
-    card = base / CARD
-    parts = card.read_text("utf-8").split("---\n", 2) if card.is_file() else []
-    if len(parts) == 3 and not parts[0]:
-        given = yaml.safe_load(parts[1])
-        found |= {name: given[name] for name in ("license", "license_name", "license_link") if name in given}
-    return found
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """safetensors, and the files of a DeepSpeed checkpoint."""
-    return sorted(path for kind in ("*.safetensors", "*.pt") for path in folder.rglob(kind))
+    base_card = metadata_load(base / CARD) or {} if (base / CARD).is_file() else {}
+    return found | {name: base_card[name] for name in ("license", "license_name", "license_link") if name in base_card}
 
 
 def sha256(path: Path) -> str:
-    """Of a whole file, 64 hex digits."""
+    """64 hex digits of a whole file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,11 +1,12 @@
-"""What can be asked of a generation? Its flags, and the pipeline's own values where a flag is left out."""
+"""Settings of a generation: flags, completed with the recipe of a run and with the pipeline's defaults."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,9 +17,12 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from bpgo_video.config.bpgo import VideoConfig, options_of
 from bpgo_video.config.fields import STRICT, NonNegative, Positive, Unit
-from bpgo_video.inference.run_weights import Source, find_source, holds_checkpoint
+from bpgo_video.inference.run_weights import Checkpoint, find_checkpoint, holds_checkpoint
 from bpgo_video.policies import Policy, load_policy
+from bpgo_video.policies.kernels import check_backend
 from bpgo_video.rollouts.experts import guidance_rules
+
+Schedulers = dict[str, Callable[[Any, float], Any]]  # name -> scheduler of (the pipeline's scheduler config, shift)
 
 
 def _multistep(kind: Any, own: Any, shift: float) -> Any:
@@ -30,105 +34,115 @@ def _multistep(kind: Any, own: Any, shift: float) -> Any:
     )
 
 
-Schedulers = dict[str, Callable[[Any, float], Any]]  # name -> scheduler of (the shipped one's config, flow shift)
-
 FLOW: Schedulers = {
     "unipc": partial(_multistep, diffusers.UniPCMultistepScheduler),
     "dpm": partial(_multistep, diffusers.DPMSolverMultistepScheduler),
     "euler": lambda own, shift: diffusers.FlowMatchEulerDiscreteScheduler(own.num_train_timesteps, shift=shift),
 }
-V_PREDICTION: Schedulers = {  # CogVideoX; there is no shift
+V_PREDICTION: Schedulers = {  # CogVideoX; without a shift
     "ddim": lambda own, _: diffusers.CogVideoXDDIMScheduler.from_config(own),
     "dpm": lambda own, _: diffusers.CogVideoXDPMScheduler.from_config(own),
+}
+FROM_RECIPE = {  # setting -> section of a run's recipe with its default
+    **dict.fromkeys(("num_frames", "height", "width", "fps"), "video"),
+    **dict.fromkeys(("vae_tiling", "vae_slicing", "attention_backend"), "policy"),
 }
 
 
 class GenerationError(ValueError):
-    """Settings, or an output folder, with which nothing can be generated; the message says what to change."""
+    """Settings or an output folder that cannot be used; the message names the way out."""
+
+
+@contextmanager
+def naming_flags() -> Iterator[None]:
+    """Turn errors about a recipe's keys (`video.height`, `policy.vae_tiling`) into GenerationErrors about flags."""
+    try:
+        yield
+    except ValueError as error:
+        raise GenerationError(str(error).replace("policy.", "").replace("video.", "")) from error
 
 
 @checked_dataclass(frozen=True, config=STRICT)
 class GenerationSettings:
-    """Generate videos with a policy: prompts in, mp4 files and a manifest out. What exists already is skipped."""
+    """Generate videos with a policy: prompts in, mp4 files and a manifest out. Existing videos are kept."""
 
     policy: str
-    """A diffusers pipeline, such as a run's export: local folder, hub id, or `package:module/folder`. Or a training
-    checkpoint, RUN/checkpoints/step-XXXXXX, or a RUN for its newest: its weights in the pipeline it started from."""
+    """A diffusers pipeline, such as RUN/export: local folder, hub id, or `package:module/folder`. Or a training
+    checkpoint, RUN/checkpoints/step-XXXXXX, or a RUN for its newest one."""
     prompts: Path
-    """.txt, one prompt a line; .jsonl, {"prompt", "negative_prompt"?, "id"?, "split"?, "tags"?} a line; .csv, the
-    same as columns; VBench's .json; or a folder of prompt shards."""
+    """.txt, one prompt per line; .jsonl, {"prompt", "negative_prompt"?, "id"?, "split"?, "tags"?} per line; .csv with
+    these columns; VBench's .json; or a folder of prompt shards."""
     output: Path
-    """Folder for the videos; a generation of the same settings that was cut short there is continued."""
+    """Folder for the videos. The same settings continue an interrupted generation there."""
     seed: int
-    """The initial latents of a video are a function of this, its prompt's id and its sample number."""
+    """Seed of the initial noise, which is a function of seed, prompt id and sample number."""
     family: str | None = None
-    """As policy.family in recipes; None takes what the folder says, or the run of a training checkpoint."""
+    """As policy.family in recipes; None takes that of the run, or what the pipeline folder says."""
     lora: Path | None = None
-    """Adapters to load on top, a .safetensors file in a layout that diffusers reads; of two experts, for high noise."""
+    """Adapters to load, a .safetensors file in a layout that diffusers reads; for Wan 2.2, the high-noise expert's."""
     lora_2: Path | None = None
-    """Adapters for the low-noise expert, transformer_2 (Wan 2.2)."""
+    """Adapters of Wan 2.2's low-noise expert, transformer_2."""
     weights: Literal["raw", "ema"] = "raw"
-    """Of a training checkpoint: raw, as the optimiser holds them, or their average, where the run kept one."""
+    """Weights of a training checkpoint: the optimizer's (raw), or their average (ema) if the run kept one."""
     split: str | None = None
-    """Of prompt shards; None takes all."""
+    """Split of the prompt shards; None takes all prompts."""
     negative_prompt: str = ""
-    """What guidance steers away from, for prompts that have no negative prompt of their own."""
+    """Negative prompt for guidance, for prompts without their own."""
     num_steps: Positive | None = None
-    """Denoising steps; None takes the pipeline's own default (50 for Wan), as for guidance_scale, num_frames, height
-    and width."""
+    """Denoising steps; None takes the pipeline's default (50 for Wan), as for guidance_scale."""
     guidance_scale: float | None = None
-    """Classifier-free guidance; 1 switches it off. HunyuanVideo's pipeline names it true_cfg_scale."""
+    """Scale of classifier-free guidance; 1 switches it off. HunyuanVideo's pipeline names it true_cfg_scale."""
     guidance_scale_2: float | None = None
-    """Of the low-noise expert (Wan 2.2); None takes guidance_scale."""
+    """Scale for Wan 2.2's low-noise expert; None takes guidance_scale."""
     embedded_guidance: NonNegative | None = None
-    """HunyuanVideo: what its distilled transformer is told, guidance_scale to its pipeline. None takes, as for
-    decode_timestep and decode_noise_scale, what a training checkpoint's recipe says, or the pipeline's own."""
+    """Guidance that HunyuanVideo's distilled transformer takes as an input (guidance_scale in its pipeline). None
+    takes the run's value, or the pipeline's. So do decode_timestep and decode_noise_scale."""
     decode_timestep: Unit | None = None
-    """LTX-Video from 0.9.1 on: the noise level at which its VAE decodes."""
+    """Noise level at which the VAE of LTX-Video 0.9.1 and later decodes."""
     decode_noise_scale: Unit | None = None
-    """LTX-Video: how much noise is added for it."""
+    """Scale of the noise that LTX-Video adds before it decodes."""
     num_frames: Positive | None = None
-    """Frames of a video."""
+    """Frames per video. None takes that of the run's recipe for a RUN or a checkpoint, and the pipeline's default for
+    any other model (Wan: 81 frames of 480 x 832), as for height and width."""
     height: Positive | None = None
     """Pixels."""
     width: Positive | None = None
     """Pixels."""
     max_sequence_length: Positive | None = None
-    """Text tokens, as in training; None takes the tokenizer's own limit where that is below the pipeline's."""
+    """Text tokens, as in training; None takes the pipeline's default, or the tokenizer's limit if that is lower."""
     scheduler: Literal["unipc", "dpm", "euler", "ddim"] | None = None
-    """Solver: unipc, dpm, euler of a flow; ddim, dpm of CogVideoX. None takes the pipeline's own, as for flow_shift."""
+    """Solver: unipc, dpm or euler for flow models; ddim or dpm for CogVideoX. None takes the pipeline's."""
     flow_shift: Annotated[float, Field(gt=0.0)] | None = None
-    """Where a flow's steps lie: larger ones lie nearer to noise. Wan's authors: 3 for 480 lines, 5 for 720."""
+    """Shift of a flow's noise levels towards noise; None takes the pipeline's. Wan's authors: 3 at 480p, 5 at 720p."""
     fps: Annotated[float, Field(gt=0.0)] | None = None
-    """Frames a second of the files; None takes what the model's authors train on (16 for Wan)."""
+    """Frames per second of the files; None takes the run's, or what the model was trained on (16 for Wan)."""
     samples_per_prompt: Positive = 1
-    """Videos of each prompt."""
+    """Videos per prompt."""
     batch_size: Positive = 1
-    """Videos made at once; changes the time and memory that they take, and nothing else."""
+    """Videos per batch; affects time and memory only."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of transformer and text encoder; the VAE stays in fp32, but where a pipeline runs in one dtype."""
+    """Of transformer and text encoder. The VAE stays in fp32, unless the pipeline runs in a single dtype."""
     vae_tiling: bool | None = None
-    """Decode in overlapping tiles: a fraction of the memory, longer, and pixels above a tile's size differ a little.
-    None takes what a training checkpoint's recipe says, or False, as for vae_slicing."""
+    """Decode in overlapping tiles: slower, with a fraction of the memory; pixels differ slightly in videos larger than
+    a tile. None takes the run's setting, or False. So do vae_slicing and attention_backend (diffusers' default)."""
     vae_slicing: bool | None = None
-    """Decode one video of a batch at a time: the memory of one."""
+    """Decode the videos of a batch one by one, with the memory of one."""
     attention_backend: str | None = None
-    """How attention is computed, by diffusers' names (native, _native_cudnn, flash, sage ...). None takes what a
-    training checkpoint's recipe says, or diffusers' choice, torch's scaled_dot_product_attention."""
+    """Attention kernel by diffusers' name (native, _native_cudnn, flash, sage ...)."""
     offload: Literal["none", "model", "sequential"] = "none"
-    """What is not at work rests in the host's memory. model: one network at a time is on the GPU, and the largest
-    has to fit (14B in bf16: 28 GB); sequential: one layer at a time, all weights are moved in every step."""
+    """Keep idle networks in CPU memory. model: one network at a time on the GPU, so the largest must fit (14B in bf16:
+    28 GB); sequential: one layer at a time, slow, since every step moves all weights."""
 
     @property
     def adapters(self) -> dict[str, Path]:
-        """The files of adapters by the transformer that they are for."""
+        """Adapter files by the name of their transformer."""
         files = {"transformer": self.lora, "transformer_2": self.lora_2}
         return {name: file for name, file in files.items() if file is not None}
 
 
 @dataclass(frozen=True)
 class CallSettings:
-    """The pipeline's own arguments, its defaults filled in."""
+    """Arguments of the pipeline's call, with its defaults filled in, and the frame rate of the files."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -136,77 +150,85 @@ class CallSettings:
     height: int
     width: int
     max_sequence_length: int
-    guidance_scale_2: float | None = None
+    guidance_scale_2: float | None
+    fps: float
 
     def given(self) -> dict[str, Any]:
-        """Those that are set: a pipeline of one transformer knows no guidance_scale_2."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The arguments that are set, without fps: pipelines with one transformer take no guidance_scale_2."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "fps"}
+
+    @property
+    def video(self) -> VideoConfig:
+        """Size and frame rate of each file."""
+        return VideoConfig(self.num_frames, self.height, self.width, self.fps)
 
 
 @dataclass(frozen=True)
 class Model:
-    """The model that generates.
+    """A model for generation.
 
     Attributes:
-        policy: its description, no weights.
-        checkpoint: whose weights take the place of the pipeline's own.
+        policy: of the pipeline folder, no networks loaded.
+        checkpoint: its weights replace the pipeline's; None for a pipeline folder alone.
     """
 
     policy: Policy
-    checkpoint: Source | None
+    checkpoint: Checkpoint | None
+
+    def complete(self, settings: GenerationSettings) -> GenerationSettings:
+        """The settings, with values of a run's recipe in place of None."""
+        if self.checkpoint is None:
+            return settings
+        recipe = self.checkpoint.config
+        missing = {name: section for name, section in FROM_RECIPE.items() if getattr(settings, name) is None}
+        return replace(settings, **{name: getattr(getattr(recipe, key), name) for name, key in missing.items()})
 
 
 def find_model(settings: GenerationSettings) -> Model:
     """The pipeline folder or the training checkpoint that `settings.policy` names; see `named_model`.
 
     Raises:
-        GenerationError: other weights than the only ones of a finished model are asked for.
+        GenerationError: averaged weights of a model that is no checkpoint.
     """
     model = named_model(settings.policy, settings.family, options_of(settings))
     if model.checkpoint is None and settings.weights != "raw":
         raise GenerationError(
-            f"weights is {settings.weights!r}, but {settings.policy} is no training checkpoint or run"
+            f"weights is {settings.weights!r}, but {settings.policy} is no training checkpoint or run; remove --weights"
         )
     return model
 
 
 def named_model(policy: str, family: str | None = None, options: Mapping[str, float] | None = None) -> Model:
-    """A pipeline folder, a training checkpoint, or a run for its newest one.
+    """A pipeline folder, a training checkpoint, or the newest one of a run.
 
     Args:
-        family: see `policies.family`; None takes the run's own, or what the folder says.
-        options: settings of the family's own, instead of those of the checkpoint's run.
+        family: see `policies.family`; None takes the run's, or what the folder says.
+        options: the family's own settings; they replace those of the run.
 
     Raises:
-        FileNotFoundError, ConfigError, CheckpointError: there is none, or it cannot be used.
+        FileNotFoundError, ConfigError, CheckpointError: there is no such model, or it cannot be used.
     """
     path = Path(policy).expanduser()
-    checkpoint = find_source(path) if path.is_dir() and holds_checkpoint(path) else None
-    folder = policy if checkpoint is None else str(checkpoint.base)
-    name = family or (checkpoint.config.policy.family if checkpoint else None)
-    own = (checkpoint.config.policy.options if checkpoint else {}) | dict(options or {})
-    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=own), checkpoint)
-
-
-def video_of(settings: GenerationSettings, call: CallSettings, policy: Policy) -> VideoConfig:
-    """What each file holds."""
-    fps = policy.fps if settings.fps is None else settings.fps
-    return VideoConfig(num_frames=call.num_frames, height=call.height, width=call.width, fps=fps)
+    checkpoint = find_checkpoint(path) if path.is_dir() and holds_checkpoint(path) else None
+    folder, recipe = (str(checkpoint.base), checkpoint.config.policy) if checkpoint else (policy, None)
+    values = (recipe.options if recipe else {}) | dict(options or {})
+    name = family or (recipe.family if recipe else None)
+    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=values), checkpoint)
 
 
 def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
-    """The call's settings, checked against the policy.
+    """The call's arguments, checked against the policy.
 
     Raises:
-        GenerationError: a size that the policy cannot make, a scheduler that it cannot use, or a value out of range.
+        GenerationError: a size that the policy cannot make, adapters, a scheduler or an attention backend that it
+            cannot use, or a value out of range.
     """
-    given = asdict(settings) | {"num_inference_steps": settings.num_steps}
-    defaults = pipeline_defaults(policy.pipeline_name)
-    defaults |= policy.call_defaults()
-    defaults["guidance_scale"] = defaults[policy.guidance_argument]
-    limit = tokenizer_limit(policy.folder)
-    if limit is not None:
+    parameters = inspect.signature(getattr(diffusers, policy.pipeline_name).__call__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()} | policy.call_defaults()
+    defaults |= {"guidance_scale": defaults[policy.guidance_argument], "fps": policy.fps}
+    if (limit := tokenizer_limit(policy.folder)) is not None:
         defaults["max_sequence_length"] = min(defaults["max_sequence_length"], limit)
+    given = asdict(settings) | {"num_inference_steps": settings.num_steps}
     names = [field.name for field in fields(CallSettings)]
     values: dict[str, Any] = {name: defaults.get(name) if given[name] is None else given[name] for name in names}
     call = CallSettings(**values)
@@ -219,56 +241,40 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
             raise GenerationError(f"lora_2 is {str(file)!r}, but {policy.folder} has no {name}; give --lora alone")
         if not (file.is_file() and file.suffix == ".safetensors"):
             raise GenerationError(f"lora {str(file)!r} is not a .safetensors file that exists")
-    chosen_scheduler(settings, shipped_scheduler(policy.folder))
-    try:
-        policy.latent_shape(video_of(settings, call, policy))
-    except ValueError as error:
-        raise GenerationError(str(error).replace("video.", "")) from None
+    shipped = json.loads((policy.folder / "model_index.json").read_text("utf-8"))["scheduler"][1]
+    chosen_scheduler(settings, getattr(diffusers, shipped).from_pretrained(policy.folder / "scheduler"))
+    with naming_flags():
+        policy.latent_shape(call.video)
+        check_backend(settings.attention_backend, trains=False)
     return call
 
 
-def chosen_scheduler(settings: GenerationSettings, own: Any) -> Any:
-    """The scheduler that is asked for; the pipeline's `own` where nothing is said, and its shift where none is.
+def chosen_scheduler(settings: GenerationSettings, shipped: Any) -> Any:
+    """The scheduler of the settings, or the pipeline's `shipped` one; its shift where none is set.
 
     Raises:
-        GenerationError: a scheduler that is not for this model, or a shift for one that has none.
+        GenerationError: a scheduler that does not fit the model, or a shift for one without.
     """
-    table = schedulers_like(own)
-    if settings.flow_shift is not None and table is not FLOW:
-        raise GenerationError(f"flow_shift is {settings.flow_shift}, but this model's scheduler has none: leave it out")
-    if settings.scheduler is None and settings.flow_shift is not None:
-        raise GenerationError(f"flow_shift is {settings.flow_shift}; say for which --scheduler: {sorted(table)}")
-    if settings.scheduler is None:
-        return own
-    if settings.scheduler not in table:
-        raise GenerationError(
-            f"scheduler is {settings.scheduler!r}; this model can use {sorted(table) or 'its own alone'}"
-        )
-    shift = own.config.get("flow_shift", own.config.get("shift", 1.0))
-    return table[settings.scheduler](own.config, shift if settings.flow_shift is None else settings.flow_shift)
-
-
-def schedulers_like(own: Any) -> Schedulers:
-    """The solvers of the models that ship such a scheduler; none where time runs the other way (Mochi)."""
-    if own.config.get("prediction_type") == "v_prediction":
-        return V_PREDICTION
-    return {} if own.config.get("invert_sigmas") else FLOW
-
-
-def shipped_scheduler(folder: Path) -> Any:
-    """The scheduler of a pipeline folder."""
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    return getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
-
-
-def pipeline_defaults(class_name: str) -> dict[str, Any]:
-    """What a diffusers pipeline's call takes where it is told nothing."""
-    parameters = inspect.signature(getattr(diffusers, class_name).__call__).parameters
-    return {name: parameter.default for name, parameter in parameters.items()}
+    if shipped.config.get("prediction_type") == "v_prediction":
+        table = V_PREDICTION
+    else:
+        table = {} if shipped.config.get("invert_sigmas") else FLOW  # Mochi's time runs backwards
+    name, shift = settings.scheduler, settings.flow_shift
+    if shift is not None and table is not FLOW:
+        raise GenerationError(f"flow_shift is {shift}, but this model's scheduler has none; remove --flow-shift")
+    if shift is not None and name is None:
+        raise GenerationError(f"flow_shift is {shift} without a scheduler; add --scheduler {' or '.join(table)}")
+    if name is None:
+        return shipped
+    if name not in table:
+        supported = ", ".join(table) or "only its own"
+        raise GenerationError(f"scheduler is {name!r}, but this model supports {supported}; change --scheduler")
+    own_shift = shipped.config.get("flow_shift", shipped.config.get("shift", 1.0))
+    return table[name](shipped.config, own_shift if shift is None else shift)
 
 
 def tokenizer_limit(folder: Path) -> int | None:
-    """`model_max_length` of the folder's tokenizer; None where it states none."""
+    """`model_max_length` of the folder's tokenizer; None if it states none."""
     file = folder / "tokenizer" / "tokenizer_config.json"
     limit = json.loads(file.read_text("utf-8")).get("model_max_length") if file.is_file() else None
     return None if limit is None else int(limit)

@@ -1,45 +1,53 @@
-"""What does a generation leave, and is all of it there? Videos, contact sheets and the manifest of both.
+"""Files of a generation: videos, contact sheets, and a manifest of both.
 
-OUTPUT/00003-01.mp4        sample 1 of prompt 3 (both from 0, prompts in their order)
-OUTPUT/sheets/00003.jpg    five frames of each sample of prompt 3, one sample a row
+OUTPUT/00003-01.mp4        sample 1 of prompt 3; prompts and samples count from 0
+OUTPUT/sheets/00003.jpg    five frames of each sample of prompt 3, one sample per row
 OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "generation_prompt"?, "negative_prompt"?,
                            "id", "seed", "sample", "file"}]}
 
-That is where a generation's own files lie; another layout has other `Places`.
+Other programs' layouts have other `OutputPaths`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from bpgo_video.atomic import atomic_file, write_json
 from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.data.media import read_media
+from bpgo_video.data.prompt_files import read_prompts
+from bpgo_video.data.prompt_plan import make_plan
 from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.data.video import VideoError, read_video
-from bpgo_video.inference.contact_sheets import stacked, strip
-from bpgo_video.inference.settings import GenerationError
+from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.video import VideoError, as_bytes, read_video
+from bpgo_video.inference.settings import GenerationError, GenerationSettings
 
 MANIFEST = "generation.json"
-SHEETS = "sheets"
-TOLD = "generation_prompt"  # in a prompt's info: what the model is told in its place
+GENERATION_PROMPT = "generation_prompt"  # key of a prompt's info: the text for the model, if it is not the prompt
+STRIP_FRAMES = 5  # evenly spaced in videos of 4n + 1 frames
+STRIP_HEIGHT = 160  # pixels; larger frames are scaled down
+GREY = (127, 127, 127)
+
+Reader = Callable[[GenerationSettings, bool], list[PromptRecord]]  # (settings, with images) -> prompts
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the files of a generation lie.
+class OutputPaths:
+    """Places of a generation's files.
 
     Attributes:
-        videos: their folder.
-        name: of a prompt, its number and a sample's number: the name of the video.
-        manifest: the file.
+        videos: folder of the videos.
+        name: file name of a video, given its prompt, the prompt's number and the sample's number.
+        manifest: the manifest file.
         sheets: folder of the contact sheets.
     """
 
@@ -48,17 +56,19 @@ class Places:
     manifest: Path
     sheets: Path
 
+    @classmethod
+    def within(cls, output: Path) -> OutputPaths:
+        """All files in one folder, videos by number."""
 
-def within(output: Path) -> Places:
-    """Everything in one folder, videos by number."""
-    return Places(
-        output, lambda _, number, sample: f"{number:05d}-{sample:02d}.mp4", output / MANIFEST, output / SHEETS
-    )
+        def name(prompt: PromptRecord, number: int, sample: int) -> str:
+            return f"{number:05d}-{sample:02d}.mp4"
+
+        return cls(output, name, output / MANIFEST, output / "sheets")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make: sample `sample` of `prompt`, the `number`-th, into `file`; shown on the prompt's `sheet`."""
+    """A video to make, `file`: sample `sample` of the `number`-th prompt, whose contact sheet is `sheet`."""
 
     prompt: PromptRecord
     number: int
@@ -69,8 +79,8 @@ class Job:
 
     @property
     def text(self) -> str:
-        """What the model is told."""
-        return str(self.prompt.info.get(TOLD, self.prompt.prompt))
+        """The text for the model."""
+        return str(self.prompt.info.get(GENERATION_PROMPT, self.prompt.prompt))
 
     def negative_prompt(self, default: str) -> str:
         """The prompt's own, or the default."""
@@ -81,8 +91,52 @@ class Job:
         return (self.seed, "generation", self.prompt.id, self.sample)
 
 
+def read_records(settings: GenerationSettings, with_images: bool = False) -> list[PromptRecord]:
+    """The prompts of a file or of shards, without embeddings; with their images for image-to-video.
+
+    Raises:
+        GenerationError: a prompt lacks its image, or a split is named without shards.
+    """
+    if settings.prompts.is_dir():
+        pairs = ((record, record.media) for record in PromptShards(settings.prompts).records(settings.split))
+    elif settings.split is not None:
+        raise GenerationError(
+            f"split is {settings.split!r}, but {settings.prompts} is no folder of prompt shards; remove --split"
+        )
+    else:
+        make_plan([settings.prompts])  # checks all lines
+        lines = read_prompts([settings.prompts])
+        pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
+    records = []
+    for record, media in pairs:
+        if with_images and "image" not in media:
+            raise GenerationError(
+                f"the model makes videos of images, but prompt {record.prompt!r} has none; add 'image' to it"
+            )
+        image = {"image": media["image"]} if with_images else {}
+        records.append(replace(record, conditioning={}, negative={}, clip={}, media=image))
+    return records
+
+
+def plan(settings: GenerationSettings, prompts: Sequence[PromptRecord], paths: OutputPaths | None = None) -> list[Job]:
+    """Every video of the generation, the samples of a prompt in a row; all in `settings.output` without `paths`."""
+    paths = paths or OutputPaths.within(settings.output)
+    return [
+        Job(
+            prompt,
+            number,
+            settings.seed,
+            sample,
+            file=paths.videos / paths.name(prompt, number, sample),
+            sheet=paths.sheets / f"{number:05d}.jpg",
+        )
+        for number, prompt in enumerate(prompts)
+        for sample in range(settings.samples_per_prompt)
+    ]
+
+
 def whole_video(file: Path, video: VideoConfig) -> Float[Tensor, "frames 3 height width"] | None:
-    """The frames in `file`; None where it does not hold a whole video of this size."""
+    """The frames in `file`; None if it does not hold a whole video of this size."""
     if not file.is_file():
         return None
     try:
@@ -92,61 +146,82 @@ def whole_video(file: Path, video: VideoConfig) -> Float[Tensor, "frames 3 heigh
     return frames if frames.shape == (video.num_frames, 3, video.height, video.width) else None
 
 
-def by_prompt(jobs: Sequence[Job]) -> list[list[Job]]:
-    """The videos of each prompt."""
-    return [list(group) for _, group in groupby(jobs, key=lambda job: job.number)]
-
-
-def check_and_show(jobs: Sequence[Job], video: VideoConfig) -> Iterator[Job]:
-    """Read one prompt's finished videos and write its contact sheet; yields the videos that are not whole."""
-    strips = []
+def check_and_show(jobs: Sequence[Job], video: VideoConfig) -> list[Job]:
+    """Read the finished videos of a prompt and write its contact sheet; returns the videos that are not whole."""
+    strips, damaged = [], []
     for job in jobs:
-        frames = whole_video(job.file, video)
-        if frames is None:
-            yield job
+        if (frames := whole_video(job.file, video)) is None:
+            damaged.append(job)
         else:
             strips.append(strip(frames))
-    if len(strips) == len(jobs):
+    if not damaged:
         with atomic_file(jobs[0].sheet) as aside:
-            stacked(strips).save(aside, format="jpeg", quality=85)
+            joined(strips, below=True).save(aside, format="jpeg", quality=85)
+    return damaged
 
 
-def check_manifest(places: Places, settings: Mapping[str, Any]) -> None:
-    """Whether these places may be written to.
+def strip(video: Float[Tensor, "frames 3 height width"]) -> Image.Image:
+    """STRIP_FRAMES evenly spaced frames of a video in [0, 1] in a row, at most STRIP_HEIGHT high."""
+    count, _, height, width = video.shape
+    rows = torch.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().long()
+    scale = min(1.0, STRIP_HEIGHT / height)
+    size = (round(width * scale), round(height * scale))
+    frames = [Image.fromarray(frame) for frame in as_bytes(video[rows].clamp(0, 1))]
+    return joined([frame.resize(size, Image.Resampling.LANCZOS) for frame in frames])
+
+
+def joined(images: Sequence[Image.Image], below: bool = False) -> Image.Image:
+    """Images of one size in a row, or below each other, with grey between."""
+    (width, height), steps = images[0].size, len(images) - 1
+    gap = max(1, height // 32)
+    right, down = (0, height + gap) if below else (width + gap, 0)
+    sheet = Image.new("RGB", (width + steps * right, height + steps * down), GREY)
+    for i, image in enumerate(images):
+        sheet.paste(image, (i * right, i * down))
+    return sheet
+
+
+def check_manifest(paths: OutputPaths, settings: Mapping[str, Any]) -> None:
+    """Check that the output holds videos of the same settings, or none.
 
     Raises:
-        GenerationError: it holds videos of other settings (names them), or of nobody knows which.
+        GenerationError: it holds videos of other settings, which the message names, or of unknown ones.
     """
-    path, folder = places.manifest, places.videos
-    if not path.is_file():
+    manifest, folder = paths.manifest, paths.videos
+    if not manifest.is_file():
         if list(folder.glob("*.mp4")):
-            raise GenerationError(f"{folder} holds videos, and there is no {path.name}; name another --output")
+            raise GenerationError(f"{folder} holds videos, but no {manifest.name}; name another --output")
         return
     try:
-        earlier = json.loads(path.read_text("utf-8"))["settings"]
+        earlier = json.loads(manifest.read_text("utf-8"))["settings"]
     except (ValueError, KeyError, TypeError) as error:
-        raise GenerationError(f"{path} is damaged ({error!r}); name another --output, or delete the folder") from error
-    names = sorted(name for name in settings if earlier.get(name) != settings[name])
-    if names:
-        changes = ", ".join(f"{name} {earlier.get(name)!r} (now {settings[name]!r})" for name in names)
         raise GenerationError(
-            f"{folder} was generated with other settings: {changes}; use the same ones, or name another --output"
+            f"{manifest} is damaged ({error!r}); name another --output, or delete the folder"
+        ) from error
+    changes = [
+        f"{name} {earlier.get(name)!r} (now {settings[name]!r})"
+        for name in sorted(settings)
+        if earlier.get(name) != settings[name]
+    ]
+    if changes:
+        raise GenerationError(
+            f"{folder} was generated with other settings: {', '.join(changes)}; repeat them, or name another --output"
         )
 
 
-def clear_unfinished(places: Places) -> None:
-    """Remove what a killed generation was writing: a layout holds videos alone."""
-    for path in places.videos.glob(".*.mp4.partial-*"):
+def clear_unfinished(paths: OutputPaths) -> None:
+    """Remove the unfinished files of a killed generation, for layouts that hold nothing but videos."""
+    for path in paths.videos.glob(".*.mp4.partial-*"):
         path.unlink()
 
 
 def write_manifest(path: Path, settings: Mapping[str, Any], jobs: Sequence[Job], todo: Sequence[Job]) -> None:
-    """The manifest of the videos that are there: `jobs` without `todo`."""
+    """Write the manifest of the existing videos, `jobs` without `todo`."""
     missing = {job.file for job in todo}
     videos = [
         {
             "prompt": job.prompt.prompt,
-            **({TOLD: job.text} if TOLD in job.prompt.info else {}),
+            **({GENERATION_PROMPT: job.text} if GENERATION_PROMPT in job.prompt.info else {}),
             "id": job.prompt.id,
             "seed": job.seed,
             "sample": job.sample,

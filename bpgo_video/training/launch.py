@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from bpgo_video.cli import show_loading_once, tell
+from bpgo_video.cli import print_error, show_loading_once
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.data.prompt_records import ShardError
 from bpgo_video.distributed import engine
@@ -21,6 +21,6 @@ def launched() -> Iterator[None]:
     try:
         yield
     except MENDABLE as error:
-        tell(error)
+        print_error(error)
         raise SystemExit(2) from None
     engine.stop_ranks()

@@ -22,7 +22,7 @@ from bpgo_video.distributed.ema import load_average, save_average
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.inference.model_card import EXPORTED, CardFacts
-from bpgo_video.inference.pipeline_folder import export_pipeline
+from bpgo_video.inference.model_files import export_pipeline
 from bpgo_video.policies.networks import trained_names
 from bpgo_video.training.metrics import Keys, RunLog
 from bpgo_video.training.policy_session import PolicySession

@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from bpgo_video.data.video import VideoError, read_video
-from bpgo_video.inference.contact_sheets import STRIP_HEIGHT, strip
+from bpgo_video.inference.video_files import STRIP_HEIGHT, strip
 from bpgo_video.training.curves import HELDOUT, PANELS, draw_curve
 from bpgo_video.training.diagnosis import diagnose
 from bpgo_video.training.frame_strips import CellRow, FrameRow, cell_rows

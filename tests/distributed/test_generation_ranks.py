@@ -58,8 +58,8 @@ def test_two_ranks_make_what_one_makes_and_go_on_after_a_kill(tmp_path: Path) ->
     early = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("*.mp4")}
     assert 4 <= len(early) < 40
     second = on_two_ranks(tmp_path / "two", policy, prompts)
-    told = second.communicate(timeout=300)[0]
-    assert second.returncode == 0, told[-3000:]
+    output = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, output[-3000:]
     assert manifest(tmp_path / "two")["complete"]
     kept = {name: (tmp_path / "two" / name).stat().st_mtime_ns for name in early}
     assert kept == early
@@ -106,7 +106,7 @@ def kill_one_rank(launcher: int) -> None:
 
 def test_an_error_of_any_rank_is_everyones_exit_code(tmp_path: Path) -> None:
     process = on_two_ranks(tmp_path / "out", tmp_path / "none", tmp_path / "none.txt")
-    told = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    assert f"model folder '{tmp_path / 'none'}' does not exist" in told
+    assert f"model folder '{tmp_path / 'none'}' does not exist" in output
     assert not (tmp_path / "out").exists()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.rules import check_world
+from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies.sequence import check_heads
 from bpgo_video.policies.wan import WanPolicy
+from tests.made.recipes import small_recipe
 
 CPU = torch.device("cpu")
 WAN = {"_class_name": "WanTransformer3DModel", "num_attention_heads": 12}
@@ -42,3 +47,15 @@ def test_heads_that_do_not_divide_name_the_valid_sizes() -> None:
     check_heads(WAN, 4, WanPolicy.sequence_plan)
     with pytest.raises(ConfigError, match=r"sequence is 8, but .* 12 attention heads; .* \[1, 2, 3, 4, 6, 12\]"):
         check_heads(WAN, 8, WanPolicy.sequence_plan)
+    with pytest.raises(ConfigError, match="AllegroTransformer3DModel cannot be split"):
+        check_heads({**WAN, "_class_name": "AllegroTransformer3DModel"}, 2, None)
+
+
+def test_a_world_that_does_not_divide_names_the_valid_sizes() -> None:
+    config = small_recipe(Path("unused"), Path("unused"), rollout={"micro_batch_size": 2})
+    config = config.__class__(**{**vars(config), "parallel": ParallelConfig(sequence=4)})
+    check_world(config, 8)
+    with pytest.raises(ConfigError, match=r"parallel.sequence is 4, which does not divide 6 ranks .* \[1, 2, 3, 6\]"):
+        check_world(config, 6)
+    with pytest.raises(ConfigError, match="do not divide into 3 sequence groups x micro_batch_size 2"):
+        check_world(config, 12)

@@ -13,7 +13,7 @@ from bpgo_video.data.prompt_stream import order_of
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.inference.conversion import Conversion, convert
-from bpgo_video.inference.run_weights import find_source
+from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.policies import load_policy
 from bpgo_video.training.sft_session import Clips, clip_loss
 from tests.distributed.conftest import run_ranks
@@ -104,7 +104,7 @@ def test_the_summary_tells_what_was_learned_from(runs: Path) -> None:
 
 @pytest.mark.parametrize(("name", "form"), [("whole", "diffusers"), ("lora-whole", "lora")])
 def test_its_checkpoints_convert_and_carry_a_card(runs: Path, name: str, form: str, tmp_path: Path) -> None:
-    convert(Conversion(find_source(runs / name), "ema", tmp_path / "out"), form, verify=True)
+    convert(Conversion(find_checkpoint(runs / name), "ema", tmp_path / "out"), form, verify=True)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "flow matching; noise levels logit_normal" in card
     assert "4 of 4, seed 0; 8 clips a step" in card

@@ -18,7 +18,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.zero_files import ZeroParameters
 from bpgo_video.evaluation.heldout import evaluate_folder, with_changes
 from bpgo_video.inference.conversion import Conversion, convert
-from bpgo_video.inference.run_weights import find_source
+from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.training.metrics import read_metrics
 from tests.distributed.conftest import STAGES
 
@@ -31,7 +31,7 @@ def test_a_checkpoint_converts_to_the_export_bit_for_bit(worlds: dict[int, Path]
     run_dir = worlds[2] / name
     dtype = torch.bfloat16 if name == "smoke-bf16" else torch.float32
     output = tmp_path / "out"
-    convert(Conversion(find_source(run_dir), "raw", output, dtype), "diffusers", verify=True)
+    convert(Conversion(find_checkpoint(run_dir), "raw", output, dtype), "diffusers", verify=True)
     for card in (run_dir / "export" / "README.md", output / "README.md"):
         assert f"| trained by | {this_code()} |" in card.read_text()
     expected, found = load_file(run_dir / "export" / WEIGHTS), load_file(output / WEIGHTS)
@@ -44,7 +44,7 @@ def test_a_checkpoint_converts_to_the_export_bit_for_bit(worlds: dict[int, Path]
 def test_parameters_are_what_deepspeed_joins_on_any_world_and_stage(worlds: dict[int, Path]) -> None:
     names = {1: [f"gradient-{stage}" for stage in STAGES], 2: [*RUNS, "smoke-offload", "smoke-bf16", "whole"]}
     for folder in (worlds[size] / name for size, runs in names.items() for name in runs):
-        checkpoint = find_source(folder).folder
+        checkpoint = find_checkpoint(folder).folder
         found = ZeroParameters(checkpoint)
         with redirect_stdout(io.StringIO()):
             expected = get_fp32_state_dict_from_zero_checkpoint(
@@ -59,7 +59,7 @@ def test_parameters_are_what_deepspeed_joins_on_any_world_and_stage(worlds: dict
 def test_adapters_and_universal_checkpoints_of_real_runs_verify(
     worlds: dict[int, Path], tmp_path: Path, stage: str, form: str
 ) -> None:
-    source = find_source(worlds[2] / f"ratio-{stage}-lora")
+    source = find_checkpoint(worlds[2] / f"ratio-{stage}-lora")
     convert(Conversion(source, "raw", tmp_path / "out"), form, verify=True)
     assert not list(tmp_path.glob("partial-*"))
 
@@ -67,8 +67,8 @@ def test_adapters_and_universal_checkpoints_of_real_runs_verify(
 def test_an_earlier_checkpoint_is_not_the_newest(worlds: dict[int, Path], tmp_path: Path) -> None:
     checkpoints = worlds[2] / "whole" / "checkpoints"
     early, late = tmp_path / "early", tmp_path / "late"
-    convert(Conversion(find_source(checkpoints / "step-000002"), "raw", early), "diffusers")
-    convert(Conversion(find_source(checkpoints.parent), "raw", late), "diffusers")
+    convert(Conversion(find_checkpoint(checkpoints / "step-000002"), "raw", early), "diffusers")
+    convert(Conversion(find_checkpoint(checkpoints.parent), "raw", late), "diffusers")
     exported = load_file(worlds[2] / "whole" / "export" / WEIGHTS)
     assert all(torch.equal(tensor, exported[key]) for key, tensor in load_file(late / WEIGHTS).items())
     assert not all(torch.equal(tensor, exported[key]) for key, tensor in load_file(early / WEIGHTS).items())

@@ -19,7 +19,7 @@ from bpgo_video.evaluation import compare_measure as measuring
 from bpgo_video.evaluation.compare_measure import Request, measure
 from bpgo_video.evaluation.heldout import evaluate_folder
 from bpgo_video.inference.conversion import Conversion, convert
-from bpgo_video.inference.run_weights import find_source
+from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.training.artifacts import heldout_test
 from tests.made.written_runs import PROMPTS, tagged_recipe, write_run
@@ -116,7 +116,7 @@ def test_what_was_measured_before_a_kill_is_kept(
 
 
 def test_a_checkpoint_scores_what_its_conversion_does(recipe_here: Config, run_dir: Path, tmp_path: Path) -> None:
-    convert(Conversion(find_source(run_dir), "raw", tmp_path / "converted"), "diffusers")
+    convert(Conversion(find_checkpoint(run_dir), "raw", tmp_path / "converted"), "diffusers")
     requests = [Request(str(run_dir), "run"), Request(str(tmp_path / "converted"), "converted")]
     run, converted = measure(requests, recipe_here, "raw", tmp_path, ONE_RANK)
     assert run.scores.prompts == converted.scores.prompts

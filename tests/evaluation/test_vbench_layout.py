@@ -23,7 +23,7 @@ from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, read_suite
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.generate import generate
 from bpgo_video.inference.settings import GenerationError, GenerationSettings
-from bpgo_video.inference.share import plan
+from bpgo_video.inference.video_files import plan
 from bpgo_video.training.metrics import MalformedFile
 from tests.made.random_wan import random_wan
 
@@ -101,7 +101,7 @@ def test_foreign_files_stop_a_layout_before_anything_is_made(
         lay_out(settings, suite)
     (settings.output / "notes.txt").unlink()
     (settings.output / "a red circle moving left-0.mp4").write_bytes(b"of another program")
-    with pytest.raises(GenerationError, match=r"holds videos, and there is no videos\.generation\.json"):
+    with pytest.raises(GenerationError, match=r"holds videos, but no videos\.generation\.json"):
         lay_out(settings, suite)
 
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from bpgo_video.commands.convert import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.distributed.zero_files import CheckpointError
-from bpgo_video.inference.conversion import Conversion, convert, verify_comfyui
-from bpgo_video.inference.run_weights import find_source
-from bpgo_video.inference.single_file import write_single_file
+from bpgo_video.inference.conversion import Conversion, convert, verify_output
+from bpgo_video.inference.model_files import write_single_file
+from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.policies import original_names
-from tests.export.test_conversion import LORA, WEIGHTS, adapted_run, converted, trained_weights, write_run
+from tests.inference.test_conversion import LORA, WEIGHTS, adapted_run, converted, trained_weights, write_run
 from tests.made.random_wan import random_wan
 
 BLOCKS = 2
@@ -76,7 +76,7 @@ def test_merged_adapters_are_those_of_the_pipelines_folder(base: Path, tmp_path:
 
 @pytest.mark.parametrize("change", ["value", "missing", "foreign"])
 def test_verify_finds_what_is_not_as_it_was_written(base: Path, tmp_path: Path, change: str) -> None:
-    job = Conversion(find_source(write_run(tmp_path / "run", base, trained_weights(base))), "raw", tmp_path / "out")
+    job = Conversion(find_checkpoint(write_run(tmp_path / "run", base, trained_weights(base))), "raw", tmp_path / "out")
     convert(job, "comfyui")
     file, name = job.output / "transformer.safetensors", "blocks.1.cross_attn.norm_q.weight"
     tensors = load_file(file)
@@ -89,7 +89,7 @@ def test_verify_finds_what_is_not_as_it_was_written(base: Path, tmp_path: Path, 
         tensors[name] = torch.zeros(1)
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=name):
-        verify_comfyui(job)
+        verify_output(job, "comfyui")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,10 +109,10 @@ def test_a_file_written_by_the_tensor_is_the_librarys(tmp_path: Path, dtype: tor
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a": torch.zeros(2)}, r"1 tensors are missing, \['b'\]"),
-        ({"a": torch.zeros(3)}, "a is not to be written, or is not of"),
-        ({"a": torch.zeros(2).bfloat16()}, "a is not to be written, or is not of"),
-        ({"c": torch.zeros(2)}, "c is not to be written"),
+        ({"a": torch.zeros(2)}, "lacks tensors: b$"),
+        ({"a": torch.zeros(3)}, "a is not in the file's layout, or is not of"),
+        ({"a": torch.zeros(2).bfloat16()}, "a is not in the file's layout, or is not of"),
+        ({"c": torch.zeros(2)}, "c is not in the file's layout"),
     ],
 )
 def test_a_file_holds_what_was_announced(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
@@ -123,18 +123,18 @@ def test_a_file_holds_what_was_announced(tmp_path: Path, tensors: dict[str, torc
 @pytest.mark.parametrize(
     ("form", "options", "message"),
     [
-        ("universal", ["--weights", "ema"], "--format universal heeds no --weights"),
-        ("universal", ["--dtype", "bfloat16"], "heeds no --dtype"),
-        ("lora", ["--merged"], "heeds no --merged; leave it out, or write --format comfyui"),
-        ("lora", ["--transformer-only"], "heeds no --transformer-only; leave it out, or write --format diffusers"),
+        ("universal", ["--weights", "ema"], "--format universal does not support --weights"),
+        ("universal", ["--dtype", "bfloat16"], "does not support --dtype"),
+        ("lora", ["--merged"], "does not support --merged; remove it, or write --format comfyui"),
+        ("lora", ["--transformer-only"], "does not support --transformer-only; remove it, or write --format diffusers"),
         (
             "comfyui",
             ["--shard-gigabytes", "1"],
-            "heeds no --shard-gigabytes; leave it out, or write --format diffusers",
+            "does not support --shard-gigabytes; remove it, or write --format diffusers",
         ),
     ],
 )
-def test_a_setting_that_a_format_does_not_heed_is_refused(
+def test_a_setting_that_a_format_does_not_support_is_refused(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, options: list[str], message: str
 ) -> None:
     checkpoint, _ = adapted_run(base, tmp_path, LoraConfig(rank=2))

@@ -26,8 +26,8 @@ from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.distributed.zero_files import CheckpointError, verify_universal
-from bpgo_video.inference.conversion import Conversion, convert, verify_diffusers, verify_lora
-from bpgo_video.inference.run_weights import find_source
+from bpgo_video.inference.conversion import Conversion, convert, verify_output
+from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
 from bpgo_video.policies.networks import Transformers
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
@@ -79,7 +79,7 @@ def write_run(run_dir: Path, base: Path, tensors: Tensors, lora: LoraConfig | No
 
 
 def converted(checkpoint: Path, output: Path, form: str = "diffusers", verify: bool = True, **options: Any) -> Path:
-    convert(Conversion(find_source(checkpoint), "raw", output, **options), form, verify)
+    convert(Conversion(find_checkpoint(checkpoint), "raw", output, **options), form, verify)
     return output
 
 
@@ -164,7 +164,7 @@ def test_merging_tensors_is_merging_modules(base: Path) -> None:
 @pytest.mark.parametrize("change", ["tensor", "missing", "file"])
 def test_verify_finds_what_is_not_as_it_was_written(base: Path, tmp_path: Path, change: str) -> None:
     trained = trained_weights(base)
-    job = Conversion(find_source(write_run(tmp_path / "run", base, trained)), "raw", tmp_path / "out")
+    job = Conversion(find_checkpoint(write_run(tmp_path / "run", base, trained)), "raw", tmp_path / "out")
     convert(job, "diffusers")
     output = job.output
     changed = {name: tensor.clone() for name, tensor in trained.items()}
@@ -177,7 +177,7 @@ def test_verify_finds_what_is_not_as_it_was_written(base: Path, tmp_path: Path, 
     if change == "file":
         (output / "scheduler" / "scheduler_config.json").write_text((output / "model_index.json").read_text())
     with pytest.raises(CheckpointError, match="scheduler_config" if change == "file" else name):
-        verify_diffusers(job)
+        verify_output(job, "diffusers")
 
 
 def fail(capsys: pytest.CaptureFixture[str], checkpoint: Path, output: Path) -> str:
@@ -304,7 +304,7 @@ def test_a_run_without_adapters_has_none_to_leave(
 
 def test_verify_finds_an_adapter_that_is_not_the_checkpoints(base: Path, tmp_path: Path) -> None:
     checkpoint, _ = adapted_run(base, tmp_path, LORA)
-    job = Conversion(find_source(checkpoint), "raw", converted(checkpoint, tmp_path / "lora", "lora"))
+    job = Conversion(find_checkpoint(checkpoint), "raw", converted(checkpoint, tmp_path / "lora", "lora"))
     file = job.output / "pytorch_lora_weights.safetensors"
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
@@ -312,7 +312,7 @@ def test_verify_finds_an_adapter_that_is_not_the_checkpoints(base: Path, tmp_pat
     tensors["transformer.blocks.1.attn2.to_v.lora_B.weight"][0, 0] += 1
     save_file(tensors, file, metadata)
     with pytest.raises(CheckpointError, match=r"blocks\.1\.attn2\.to_v"):
-        verify_lora(job)
+        verify_output(job, "lora")
 
 
 def test_the_transformer_leaves_alone_and_in_shards(base: Path, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.inference.generate import describe, load_pipeline, plan, read_records, sample
+from bpgo_video.inference.generate import describe
 from bpgo_video.inference.settings import GenerationSettings, find_model, resolve
+from bpgo_video.inference.video_files import read_records
 from bpgo_video.randomness import generator_of, keyed_noise
 from tests.families import CASES
+from tests.inference.videos import case_settings, jobs_of, videos
 
 ByHand = Callable[[Any, Tensor, Image.Image], dict[str, Any]]  # (pipeline, noise, picture) -> what its call is given
 
@@ -96,26 +98,13 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(name: str, folder: Path, tmp_path: Path) -> GenerationSettings:
-    case, lines = CASES[name], []
-    for row, (text, picture) in enumerate(zip(case.texts, case.pictures(), strict=True)):
-        picture.save(tmp_path / f"{row}.png")
-        lines.append(json.dumps({"prompt": text, "image": f"{row}.png"}))
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    own: dict[str, Any] = case.options
-    return GenerationSettings(
-        policy=str(folder), prompts=tmp_path / "prompts.jsonl", output=tmp_path / "videos", seed=5, num_steps=3,
-        guidance_scale=2.0, num_frames=case.video.num_frames, height=case.video.height, width=case.video.width,
-        fps=case.video.fps, max_sequence_length=case.text_tokens, batch_size=2, **own,
-    )  # fmt: skip
+    return case_settings(CASES[name], folder, tmp_path, num_steps=3, family=None)
 
 
 def test_a_video_is_what_diffusers_makes_by_hand_in_any_batch(
     name: str, folder: Path, settings: GenerationSettings
 ) -> None:
-    case, model = CASES[name], find_model(settings)
-    policy, call = model.policy, resolve(settings, model.policy)
-    jobs = plan(settings, read_records(settings, policy.takes_images))
-    found = sample(load_pipeline(model, settings, torch.device("cpu")), policy, jobs, settings, call)
+    case, policy, found = CASES[name], find_model(settings).policy, videos(settings)
     pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(folder)
     for row, text in enumerate(case.texts):
         noise = keyed_noise(policy.latent_shape(case.video), [(5, "generation", prompt_id(text), 0)], "cpu")
@@ -141,14 +130,8 @@ def test_the_manifest_holds_the_familys_own_settings(name: str, settings: Genera
 
 def test_bfloat16_reaches_the_pixels(name: str, settings: GenerationSettings) -> None:
     """The VAE is in fp32, or in bf16 where the pipeline hands it latents in that."""
-    halved = GenerationSettings(**{**vars(settings), "dtype": "bfloat16"})
-    model = find_model(halved)
-    call = resolve(halved, model.policy)
-    jobs = plan(halved, read_records(halved, model.policy.takes_images))[:1]
-    device = torch.device("cpu")
-    found, whole = (
-        sample(load_pipeline(model, asked, device), model.policy, jobs, asked, call) for asked in (halved, settings)
-    )
+    halved, jobs = replace(settings, dtype="bfloat16"), jobs_of(settings)[:1]
+    found, whole = (videos(one, jobs=jobs) for one in (halved, settings))
     assert 0 < (found - whole).abs().mean() < 0.02
 
 

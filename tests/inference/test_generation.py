@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,12 +17,12 @@ from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import read_video
 from bpgo_video.inference import generate as generation
-from bpgo_video.inference.generate import generate, initial_latents, load_pipeline, plan, read_records, sample
+from bpgo_video.inference.generate import generate, initial_latents
 from bpgo_video.inference.settings import CallSettings, GenerationSettings, find_model, resolve
 from bpgo_video.inference.video_files import Job
-from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.randomness import keyed_noise
+from tests.inference.videos import jobs_of, pipeline_of, videos
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
 
 TEXTS = ["a red circle moving left", "a blue square moving up", "a shape moving right"]
@@ -44,20 +43,8 @@ def settings(folder: Path, tmp_path: Path) -> GenerationSettings:
     )  # fmt: skip
 
 
-def jobs_of(settings: GenerationSettings) -> list[Job]:
-    return plan(settings, read_records(settings))
-
-
 def call_of(settings: GenerationSettings) -> CallSettings:
-    return resolve(settings, policy_of(settings))
-
-
-def policy_of(settings: GenerationSettings) -> Policy:
-    return find_model(settings).policy
-
-
-def pipeline_of(settings: GenerationSettings) -> Any:
-    return load_pipeline(find_model(settings), settings, torch.device("cpu"))
+    return resolve(settings, find_model(settings).policy)
 
 
 def flags(settings: GenerationSettings, **changes: object) -> list[str]:
@@ -67,18 +54,17 @@ def flags(settings: GenerationSettings, **changes: object) -> list[str]:
 
 
 def test_a_video_is_the_same_alone_and_in_a_batch(settings: GenerationSettings) -> None:
-    pipeline, jobs, call = pipeline_of(settings), jobs_of(settings), call_of(settings)
-    together = sample(pipeline, policy_of(settings), jobs, settings, call)
+    pipeline, jobs = pipeline_of(settings), jobs_of(settings)
+    together = videos(settings, pipeline)
     for number in (0, 3):
-        alone = sample(pipeline, policy_of(settings), [jobs[number]], settings, call)
+        alone = videos(settings, pipeline, [jobs[number]])
         assert (alone[0] - together[number]).abs().max() < 1e-5
     assert (together[0] - together[1]).abs().max() > 0.01, "two samples of a prompt must differ"
     assert (together[0] - together[2]).abs().max() > 0.01, "two prompts must differ"
 
 
 def test_a_video_is_what_diffusers_makes_by_hand(settings: GenerationSettings) -> None:
-    jobs, call = jobs_of(settings), call_of(settings)
-    found = sample(pipeline_of(settings), policy_of(settings), jobs[3:4], settings, call)
+    found = videos(settings, jobs=jobs_of(settings)[3:4])
     pipeline = WanPipeline.from_pretrained(settings.policy)
     noise = keyed_noise(LATENTS, [(5, "generation", prompt_id(TEXTS[1]), 1)], "cpu")
     expected = pipeline(
@@ -91,15 +77,14 @@ def test_a_video_is_what_diffusers_makes_by_hand(settings: GenerationSettings) -
 def test_a_prompts_own_negative_prompt_wins(settings: GenerationSettings) -> None:
     (first, second, *_), pipeline = jobs_of(settings), pipeline_of(settings)
 
-    def videos(jobs: list[Job], negative: str) -> Any:
-        asked = replace(settings, negative_prompt=negative)
-        return sample(pipeline, policy_of(settings), jobs, asked, call_of(settings))
+    def made(jobs: list[Job], negative: str) -> torch.Tensor:
+        return videos(replace(settings, negative_prompt=negative), pipeline, jobs)
 
     own = replace(first, prompt=replace(first.prompt, negative_prompt="a blue object"))
-    found = videos([own, second], "dark")
+    found = made([own, second], "dark")
     for job, video, negative in ((first, found[0], "a blue object"), (second, found[1], "dark")):
-        assert (videos([job], negative)[0] - video).abs().max() < 1e-5
-        assert (videos([job], "")[0] - video).abs().max() > 1e-4
+        assert (made([job], negative)[0] - video).abs().max() < 1e-5
+        assert (made([job], "")[0] - video).abs().max() > 1e-4
 
 
 def test_noise_depends_on_seed_prompt_and_sample_and_on_nothing_else(settings: GenerationSettings) -> None:
@@ -177,6 +162,7 @@ def test_other_settings_in_the_same_folder_are_an_error(
     ("name", "value", "words"),
     [
         ("policy", "no/such/folder", "model folder 'no/such/folder' does not exist"),
+        ("policy", "package:no_such_package/folder", "model folder 'package:no_such_package/folder' does not exist"),
         ("num_frames", 8, "num_frames is 8; this policy makes 4 n + 1 frames, for example 9"),
         ("height", 50, "height is 50; this policy needs a multiple of 16"),
         ("guidance_scale", 0.5, "guidance_scale is 0.5"),
@@ -207,10 +193,10 @@ def test_a_wrong_flag_is_told_in_the_words_of_recipes(
     settings: GenerationSettings, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
     assert main([*flags(settings, num_frames=None), *words.split()]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert message in told
-    assert "pydantic" not in told
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "pydantic" not in error
 
 
 def test_an_empty_prompt_file_is_named(settings: GenerationSettings, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,11 +224,10 @@ def test_adapters_are_loaded_on_top(settings: GenerationSettings, tmp_path: Path
             torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(3))
     adapters = get_peft_model_state_dict(base.transformer, adapter_name="default")
     WanPipeline.save_lora_weights(tmp_path, adapters, weight_name="adapters.safetensors")
-    jobs, call = jobs_of(settings)[:1], call_of(settings)
-    with_lora = replace(settings, lora=tmp_path / "adapters.safetensors")
-    found = sample(pipeline_of(with_lora), policy_of(settings), jobs, settings, call)
-    plain = sample(pipeline_of(settings), policy_of(settings), jobs, settings, call)
-    assert (found - sample(base, policy_of(settings), jobs, settings, call)).abs().max() < 1e-5
+    jobs = jobs_of(settings)[:1]
+    found = videos(replace(settings, lora=tmp_path / "adapters.safetensors"), jobs=jobs)
+    plain = videos(settings, jobs=jobs)
+    assert (found - videos(settings, base, jobs)).abs().max() < 1e-5
     assert (found - plain).abs().max() > 1e-2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,41 +14,21 @@ from torch import Tensor
 from bpgo_video.commands.generate import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.inference import generate as generation
-from bpgo_video.inference.generate import load_pipeline, plan, read_records, sample
-from bpgo_video.inference.loading import OFFLOADS, Means, apply, check_offload, means_of
+from bpgo_video.inference.generate import OFFLOADS, check_offload, describe, save_memory
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.inference.share import describe
+from bpgo_video.inference.video_files import read_records
 from bpgo_video.policies.cogvideox import CogVideoXAttention
 from tests.families import CASES
-from tests.families.case import TEXTS
+from tests.inference.videos import CPU, case_settings, pipeline_of, videos
 from tests.made.random_wan import random_wan
 from tests.made.recipes import small_recipe
 from tests.made.written_runs import write_run
 
-CPU = torch.device("cpu")
-
 
 def written(name: str, root: Path) -> GenerationSettings:
     """A generation with the family's folder, which is written."""
-    case, lines = CASES[name], []
-    case.write(root / "pipeline")
-    for row, (text, picture) in enumerate(zip(TEXTS, case.pictures(), strict=True)):
-        picture.save(root / f"{row}.png")
-        lines.append(json.dumps({"prompt": text, "image": f"{row}.png"}))
-    (root / "prompts.jsonl").write_text("\n".join(lines))
-    own: dict[str, Any] = case.options
-    return GenerationSettings(
-        policy=str(root / "pipeline"), family=case.family, prompts=root / "prompts.jsonl", output=root / "videos",
-        seed=5, num_steps=2, guidance_scale=2.0, num_frames=case.video.num_frames, height=case.video.height,
-        width=case.video.width, fps=case.video.fps, max_sequence_length=case.text_tokens, batch_size=2, **own,
-    )  # fmt: skip
-
-
-def videos(settings: GenerationSettings, pipeline: Any = None) -> Tensor:
-    model = find_model(settings)
-    jobs = plan(settings, read_records(settings, model.policy.takes_images))
-    call = resolve(settings, model.policy)
-    return sample(pipeline or load_pipeline(model, settings, CPU), model.policy, jobs, settings, call)
+    CASES[name].write(root / "pipeline")
+    return case_settings(CASES[name], root / "pipeline", root)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +43,14 @@ def plain(wan: GenerationSettings) -> Tensor:
 
 def test_below_a_tiles_size_tiles_change_no_bit(wan: GenerationSettings, plain: Tensor) -> None:
     tiled = replace(wan, vae_tiling=True)
-    assert load_pipeline(find_model(tiled), tiled, CPU).vae.use_tiling
+    assert pipeline_of(tiled).vae.use_tiling
     assert torch.equal(videos(tiled), plain)
 
 
 def test_tiles_are_what_diffusers_decodes_with(wan: GenerationSettings, plain: Tensor) -> None:
     """Above a tile's size pixels differ where tiles meet: generation hands them to diffusers' own tiling."""
     tiled = replace(wan, vae_tiling=True)
-    pipeline = load_pipeline(find_model(tiled), tiled, CPU)
+    pipeline = pipeline_of(tiled)
     size = {"tile_sample_min_height": 32, "tile_sample_min_width": 32}
     step = {"tile_sample_stride_height": 24, "tile_sample_stride_width": 24}
     pipeline.vae.enable_tiling(**size, **step)
@@ -81,7 +60,7 @@ def test_tiles_are_what_diffusers_decodes_with(wan: GenerationSettings, plain: T
 
 def test_slices_are_the_batch(wan: GenerationSettings, plain: Tensor) -> None:
     sliced = replace(wan, vae_slicing=True)
-    pipeline = load_pipeline(find_model(sliced), sliced, CPU)
+    pipeline = pipeline_of(sliced)
     rows: list[int] = []
     decode = pipeline.vae._decode
     pipeline.vae._decode = lambda latents, **options: rows.append(len(latents)) or decode(latents, **options)
@@ -90,31 +69,31 @@ def test_slices_are_the_batch(wan: GenerationSettings, plain: Tensor) -> None:
 
 
 def test_another_backend_attends_alike(wan: GenerationSettings, plain: Tensor) -> None:
-    asked = replace(wan, attention_backend="_native_math")
-    pipeline = load_pipeline(find_model(asked), asked, CPU)
+    changed = replace(wan, attention_backend="_native_math")
+    pipeline = pipeline_of(changed)
     assert pipeline.transformer.blocks[0].attn1.processor._attention_backend == "_native_math"
-    torch.testing.assert_close(videos(asked, pipeline), plain, rtol=0, atol=1e-4)
+    torch.testing.assert_close(videos(changed, pipeline), plain, rtol=0, atol=1e-4)
 
 
 def test_attention_that_diffusers_wrote_in_goes_through_its_dispatcher(tmp_path: Path) -> None:
     settings = written("cogvideox", tmp_path)
-    asked = replace(settings, attention_backend="_native_math")
-    pipeline = load_pipeline(find_model(asked), asked, CPU)
+    changed = replace(settings, attention_backend="_native_math")
+    pipeline = pipeline_of(changed)
     assert isinstance(pipeline.transformer.transformer_blocks[0].attn1.processor, CogVideoXAttention)
-    torch.testing.assert_close(videos(asked, pipeline), videos(settings), rtol=0, atol=1e-4)
+    torch.testing.assert_close(videos(changed, pipeline), videos(settings), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["wan", "ltx_image", "kandinsky5_image", "hunyuan"])
 def test_what_is_offloaded_makes_the_same_videos(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU as the device that networks and layers are brought to: accelerate's hooks at work."""
+    """The CPU stands in for the GPU, so that accelerate moves networks and layers with its hooks."""
     by_layer = accelerate.cpu_offload
-    monkeypatch.setattr(  # it is told cpu:0, and takes that for another device than the weights'
+    monkeypatch.setattr(  # accelerate takes cpu:0, which it receives, for another device than cpu
         accelerate, "cpu_offload", lambda model, _, **options: by_layer(model, CPU, **options)
     )
     settings = written(name, tmp_path)
     expected = videos(settings)
     for offload in ("model", "sequential"):
-        pipeline = load_pipeline(find_model(settings), settings, CPU)
+        pipeline = pipeline_of(settings)
         OFFLOADS[offload](pipeline, CPU)
         assert torch.equal(videos(settings, pipeline), expected)
         (at_rest,) = {parameter.device.type for parameter in pipeline.transformer.parameters()}
@@ -145,11 +124,14 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_runs_own_settings_hold_where_nothing_is_said(wan: GenerationSettings, run: Path) -> None:
-    from_run = replace(wan, policy=str(run))
-    assert means_of(from_run, find_model(from_run)) == Means(True, True, "_native_math")
+    from_run = replace(wan, policy=str(run), num_frames=None, height=None, width=None, fps=None)
+    found = find_model(from_run).complete(from_run)
+    assert (found.vae_tiling, found.vae_slicing, found.attention_backend) == (True, True, "_native_math")
+    assert (found.num_frames, found.height, found.width, found.fps) == (9, 64, 64, 8)
     said = replace(from_run, vae_tiling=False, attention_backend="native")
-    assert means_of(said, find_model(said)) == Means(False, True, "native")
-    assert means_of(wan, find_model(wan)) == Means(False, False, None)
+    found = find_model(said).complete(said)
+    assert (found.vae_tiling, found.vae_slicing, found.attention_backend) == (False, True, "native")
+    assert find_model(wan).complete(wan) == wan
 
 
 def test_the_manifest_holds_what_pixels_depend_on(wan: GenerationSettings) -> None:
@@ -168,9 +150,9 @@ def test_the_manifest_holds_what_pixels_depend_on(wan: GenerationSettings) -> No
 
 def test_what_a_model_cannot_do_is_named_by_the_flag(wan: GenerationSettings) -> None:
     model = find_model(wan)
-    pipeline = load_pipeline(model, wan, CPU)
+    pipeline = pipeline_of(wan)
     with pytest.raises(GenerationError, match=r"^attention_backend 'flash' cannot be used here: .*`native` needs"):
-        apply(Means(False, False, "flash"), pipeline, model)
+        save_memory(pipeline, replace(wan, attention_backend="flash"), model.policy)
     pipeline.vae = torch.nn.Linear(2, 2)
     with pytest.raises(GenerationError, match=r"^vae_tiling is true, but Linear cannot"):
-        apply(Means(True, False, None), pipeline, model)
+        save_memory(pipeline, replace(wan, vae_tiling=True), model.policy)

@@ -21,9 +21,11 @@ from bpgo_video.data.video import write_video
 from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.conversion import Conversion, convert
-from bpgo_video.inference.generate import generate, load_pipeline, plan, read_records, sample
-from bpgo_video.inference.run_weights import WEIGHTS, find_source
-from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
+from bpgo_video.inference.generate import generate
+from bpgo_video.inference.run_weights import WEIGHTS, find_checkpoint
+from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model
+from bpgo_video.inference.video_files import plan, read_records
+from tests.inference.videos import jobs_of, pipeline_of, videos
 from tests.made.random_wan import random_wan
 from tests.made.written_runs import write_run
 from tests.made.zero_checkpoints import write_average
@@ -48,10 +50,7 @@ def settings(base: Path, tmp_path: Path) -> GenerationSettings:
 
 
 def first_video(settings: GenerationSettings) -> torch.Tensor:
-    model = find_model(settings)
-    pipeline = load_pipeline(model, settings, torch.device("cpu"))
-    jobs = plan(settings, read_records(settings, False))[:1]
-    return sample(pipeline, model.policy, jobs, settings, resolve(settings, model.policy))
+    return videos(settings, jobs=jobs_of(settings)[:1])
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LORA], ids=["full", "lora"])
@@ -60,7 +59,7 @@ def test_a_checkpoint_makes_its_exports_video(
     base: Path, settings: GenerationSettings, tmp_path: Path, lora: LoraConfig, named: str
 ) -> None:
     run_dir = write_run(base, tmp_path / "run", lora)
-    convert(Conversion(find_source(run_dir), "raw", tmp_path / "export"), "diffusers")
+    convert(Conversion(find_checkpoint(run_dir), "raw", tmp_path / "export"), "diffusers")
     path = {"run": run_dir, "checkpoint": run_dir / "checkpoints" / "step-000002"}[named]
     found = first_video(replace(settings, policy=str(path)))
     assert torch.equal(found, first_video(replace(settings, policy=str(tmp_path / "export"))))
@@ -71,7 +70,7 @@ def test_a_checkpoints_average_makes_its_exports_video(
     base: Path, settings: GenerationSettings, tmp_path: Path
 ) -> None:
     run_dir = write_run(base, tmp_path / "run", LoraConfig())
-    source = find_source(run_dir)
+    source = find_checkpoint(run_dir)
     from_run = replace(settings, policy=str(run_dir), weights="ema")
     with pytest.raises(CheckpointError, match="kept no average"):
         first_video(from_run)
@@ -87,13 +86,16 @@ def test_a_checkpoints_average_makes_its_exports_video(
 def test_a_checkpoint_is_part_of_what_the_videos_depend_on(
     base: Path, settings: GenerationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And its recipe's video is made where no size is given."""
     run_dir = write_run(base, tmp_path / "run", LORA)
-    from_run = replace(settings, policy=str(run_dir))
+    from_run = replace(settings, policy=str(run_dir), num_frames=None, height=None, width=None, fps=None)
     monkeypatch.setattr(generation, "make", lambda *_: None)
     with pytest.raises(GenerationError, match="is not a whole video"):
         generate(from_run)
     content = json.loads((settings.output / "generation.json").read_text())
     assert (content["complete"], content["settings"]["weights"]) == (False, "raw")
+    size = {"num_frames": 9, "height": 64, "width": 64, "fps": 8}
+    assert {name: content["settings"][name] for name in size} == size
     with pytest.raises(GenerationError, match="checkpoint_fingerprint"):
         generate(settings)
 
@@ -121,10 +123,7 @@ def test_another_solver_is_diffusers_own(settings: GenerationSettings, base: Pat
     found = first_video(replace(settings, scheduler="euler", flow_shift=7.0, num_steps=4))
     pipeline = WanPipeline.from_pretrained(base)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-    jobs = plan(settings, read_records(settings, False))[:1]
-    policy = find_model(settings).policy
-    call = resolve(replace(settings, num_steps=4), policy)
-    assert torch.equal(found, sample(pipeline, policy, jobs, settings, call))
+    assert torch.equal(found, videos(replace(settings, num_steps=4), pipeline, jobs_of(settings)[:1]))
     assert (found - first_video(replace(settings, num_steps=4))).abs().max() > 1e-3
 
 
@@ -185,11 +184,9 @@ def test_an_image_to_video_pipeline_continues_the_images_of_its_prompts(
     prompts.write_text("\n".join(lines) + "\n")
     manifest = json.loads(generate(replace(own, prompts=prompts)).read_text())
     assert manifest["complete"]
-    jobs = plan(own, read_records(replace(own, prompts=prompts), True))
-    pipeline = load_pipeline(find_model(own), own, torch.device("cpu"))
-    policy = find_model(own).policy
-    call = resolve(own, policy)
-    together = sample(pipeline, policy, jobs, own, call)
+    own = replace(own, prompts=prompts)
+    jobs, pipeline = jobs_of(own), pipeline_of(own)
+    together = videos(own, pipeline)
     swapped = replace(jobs[0], prompt=replace(jobs[0].prompt, media=jobs[1].prompt.media))
-    assert torch.equal(together[:1], sample(pipeline, policy, jobs[:1], own, call))
-    assert (sample(pipeline, policy, [swapped], own, call) - together[:1]).abs().mean() > 1e-3
+    assert torch.equal(together[:1], videos(own, pipeline, jobs[:1]))
+    assert (videos(own, pipeline, [swapped]) - together[:1]).abs().mean() > 1e-3

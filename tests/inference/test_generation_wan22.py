@@ -11,18 +11,18 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.inference.conversion import Conversion, convert
-from bpgo_video.inference.generate import generate, load_pipeline, plan, read_records, sample
-from bpgo_video.inference.run_weights import find_source
+from bpgo_video.inference.generate import generate
+from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.randomness import keyed_noise
 from tests.families import CASES, Case
+from tests.inference.videos import pipeline_of, videos
 from tests.made.zero_checkpoints import write_checkpoint
 
 TEXT = "a red circle moving left"
@@ -43,17 +43,11 @@ def settings_of(case: Case, tmp_path: Path) -> GenerationSettings:
     )  # fmt: skip
 
 
-def video(settings: GenerationSettings) -> Tensor:
-    model = find_model(settings)
-    call, jobs = resolve(settings, model.policy), plan(settings, read_records(settings, model.policy.takes_images))
-    return sample(load_pipeline(model, settings, torch.device("cpu")), model.policy, jobs, settings, call)
-
-
 @pytest.mark.parametrize("name", ["wan22", "wan22_image", "wan22_ti2v", "wan22_ti2v_image"])
 def test_a_video_is_what_diffusers_makes_by_hand(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     settings = settings_of(case, tmp_path)
-    found, policy = video(settings), find_model(settings).policy
+    found, policy = videos(settings), find_model(settings).policy
     noise = keyed_noise(policy.latent_shape(case.video), [(5, "generation", prompt_id(TEXT), 0)], "cpu")
     if policy.given_frames:
         noise = torch.cat([torch.randn(1, 4, 1, 6, 6), noise], dim=2)  # the pipeline has no use for it
@@ -90,8 +84,7 @@ def test_what_is_not_for_the_policy_is_named(case: str, change: dict[str, Any], 
 
 def adapted_run(settings: GenerationSettings, run_dir: Path, trained: tuple[str, ...]) -> tuple[Path, Any]:
     """A run that trained adapters of these transformers, and the whole pipeline with them, put there by hand."""
-    model = find_model(settings)
-    pipeline = load_pipeline(model, settings, torch.device("cpu"))
+    pipeline = pipeline_of(settings)
     generator, adapters = torch.Generator().manual_seed(7), {}
     for name in trained:
         module = getattr(pipeline, name)
@@ -115,15 +108,13 @@ def test_a_file_of_adapters_for_each_trained_expert(
     settings = settings_of(CASES[case], tmp_path)
     checkpoint, by_hand = adapted_run(settings, tmp_path / "run", trained)
     output = tmp_path / form
-    convert(Conversion(find_source(checkpoint), "raw", output), form, verify=True)
+    convert(Conversion(find_checkpoint(checkpoint), "raw", output), form, verify=True)
     files = {"transformer": "pytorch_lora_weights.safetensors", "transformer_2": "pytorch_lora_weights_2.safetensors"}
     assert {path.name for path in output.glob("*.safetensors")} == {files[name] for name in trained}
     flags = {"lora" if name == "transformer" else "lora_2": output / files[name] for name in trained}
-    found, model = video(replace(settings, **flags)), find_model(settings)
-    jobs = plan(settings, read_records(settings, model.policy.takes_images))
-    expected = sample(by_hand, model.policy, jobs, settings, resolve(settings, model.policy))
+    found, expected = videos(replace(settings, **flags)), videos(settings, by_hand)
     assert (found - expected).abs().max() < 1e-5
-    assert (found - video(settings)).abs().max() > 0.01
+    assert (found - videos(settings)).abs().max() > 0.01
     if len(trained) == 2:
         swapped = replace(settings, lora=flags["lora_2"], lora_2=flags["lora"])
-        assert (video(swapped) - expected).abs().max() > 0.01
+        assert (videos(swapped) - expected).abs().max() > 0.01

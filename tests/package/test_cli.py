@@ -1,4 +1,4 @@
-"""What a parser says of wrong words, once on every host."""
+"""Errors of command lines: wrong flags and values are named once on every host, with the way out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-from bpgo_video.cli import Parser, device, run_command, tell
+from bpgo_video.cli import Parser, device, print_error, run_command
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.errors import some_of, unknown
 from tests.made.recipes import ROOT
 
 
@@ -43,10 +44,10 @@ def refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("build --output x --zzz 3", "--zzz: unknown flag; --help lists all"),
         (
             "build --output x --data.shards y",
-            "--data.shards is a flag of recipes, and this command takes none of",
+            "--data.shards is a flag of recipes, which this command does not take",
         ),
         ("build", "the following arguments are required: --output"),
-        ("build --output x --device gpu", "argument --device: 'gpu' is no device; cpu, cuda or cuda:1"),
+        ("build --output x --device gpu", "argument --device: 'gpu' is no device; write cpu, cuda or cuda:1"),
         ("build --output x --device cuda:x", "'cuda:x' is no device"),
     ],
 )
@@ -60,15 +61,23 @@ def test_what_was_right_still_is() -> None:
     assert run_command(parser(), ["layout", "--output", "x", "--num-steps", "3"]) == 0, "flags of another command"
 
 
-def test_one_rank_of_a_host_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sentences_of_errors() -> None:
+    assert unknown("solver", "eular", ["ddim", "euler"]) == (
+        "solver is 'eular'; known are ddim, euler; perhaps you meant euler"
+    )
+    assert unknown("--reward", "x", [], ", or module:Name") == "--reward is 'x'; known are none, or module:Name"
+    assert (some_of("cab"), some_of("edcba")) == ("a, b, c", "a, b, c and 2 more")
+
+
+def test_one_rank_of_a_host_prints_errors(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert refused("build --outptu x", capsys) == ""
-    tell(ValueError("wrong"))
+    print_error(ValueError("wrong"))
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("a rule"), 2), (ValueError("a file"), 1)])
-def test_a_wrong_configuration_is_told_from_other_wrong_input(
+def test_a_wrong_configuration_has_another_exit_code_than_other_wrong_input(
     error: Exception, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(args: argparse.Namespace) -> None:
@@ -94,11 +103,11 @@ def test_tools_refuse_what_is_no_device(
     words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(f"{words} --device gpu", monkeypatch) == 2
-    assert "'gpu' is no device; cpu, cuda or cuda:1" in capsys.readouterr().err
+    assert "'gpu' is no device; write cpu, cuda or cuda:1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", ["pipelines/train_video.py", "tools/doctor.py", "tools/estimate_priors.py"])
-def test_help_is_what_the_tool_says_of_itself(
+def test_help_is_the_docstring_of_the_tool(
     tool: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(f"{tool} --help", monkeypatch) == 0
@@ -126,9 +135,9 @@ def run(words: str, monkeypatch: pytest.MonkeyPatch) -> int:
     return int(stopped.value.code or 0)
 
 
-def test_a_part_of_the_bench_says_what_runs_it() -> None:
-    told = subprocess.run(
+def test_a_part_of_the_bench_names_the_command_that_runs_it() -> None:
+    result = subprocess.run(
         [sys.executable, "-m", "tools.bench.overlap", "--help"], cwd=ROOT, capture_output=True, text=True
     )
-    assert told.returncode != 0
-    assert "run python -m tools.bench --recipe" in told.stderr
+    assert result.returncode != 0
+    assert "run python -m tools.bench --recipe" in result.stderr

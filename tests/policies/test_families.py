@@ -18,7 +18,7 @@ from bpgo_video.config.reading import to_yaml
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.ulysses import Ulysses
 from bpgo_video.inference.conversion import Conversion, convert
-from bpgo_video.inference.run_weights import find_source
+from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies import Policy
 from bpgo_video.policies.execution import choose_attention
@@ -191,5 +191,5 @@ def test_what_is_trained_leaves_in_files_that_diffusers_reads(
     config = replace(config, policy=replace(config.policy, lora=lora))
     checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-000002", [trained])
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
-    job = Conversion(find_source(checkpoint), "raw", tmp_path / "out")
+    job = Conversion(find_checkpoint(checkpoint), "raw", tmp_path / "out")
     convert(job, "lora" if rank else "diffusers", verify=True)

@@ -89,5 +89,5 @@ def test_its_size_is_the_pipelines_and_its_scheduler_its_own(settings: Generatio
     policy = find_model(settings).policy
     call = resolve(settings, policy)
     assert (call.num_frames, call.height, call.width, policy.fps) == (19, 480, 848, 30.0)
-    with pytest.raises(GenerationError, match="scheduler is 'euler'; this model can use its own alone"):
+    with pytest.raises(GenerationError, match="scheduler is 'euler', but this model supports only its own"):
         resolve(GenerationSettings(**{**vars(settings), "scheduler": "euler"}), policy)

@@ -431,8 +431,8 @@ def test_the_tool_refuses_what_it_should_not_serve(tmp_path: Path) -> None:
     recipe.write_text(f"base: {RECIPE_REWARD[1]}\nrewards: {{far: {far}}}\n")
     for arguments, said in (
         ([*RECIPE_REWARD, "--host", "0.0.0.0"], "there is no token"),
-        ([*RECIPE_REWARD[:3], "taste"], "has no reward 'taste'; it has ['alignment', 'motion', 'oracle']"),
-        (["--config", str(recipe), "--reward", "far"], "needs a recipe that names the model itself"),
+        ([*RECIPE_REWARD[:3], "taste"], "--reward is 'taste'; known are alignment, motion, oracle"),
+        (["--config", str(recipe), "--reward", "far"], "give --config a recipe that names the model to serve"),
     ):
         command = [sys.executable, "tools/serve_rewards.py", *arguments, "--port", "0"]
         environment = {**os.environ, "PYTHONPATH": python_path()}
