@@ -1,25 +1,35 @@
-"""Image-text rewards, per frame: CLIPScore, CLIP-I, SigLIP, PickScore, HPSv2 and LAION's aesthetic predictors."""
+"""Image-text rewards, per frame: CLIPScore, CLIP-I, SigLIP, PickScore, HPSv2, LAION's aesthetic predictors, and OCR."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 from transformers import AutoConfig, CLIPConfig, CLIPModel, SiglipModel
 
-from bpgo_video.data.fingerprint import fingerprint, fingerprint_of
+from bpgo_video.data.fingerprint import fingerprint_of
+from bpgo_video.data.video import as_bytes
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbone, Backbones, Dtype, NetworkReward, version
-from bpgo_video.rewards.base import Clips, Device, FrameSampling
-from bpgo_video.rewards.checkpoints import from_open_clip, from_weights, linear_layers, read_weights
+from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameSampling, RewardError, Scores
+from bpgo_video.rewards.checkpoints import (
+    from_open_clip,
+    imported,
+    linear_layers,
+    load_network,
+    read_weights,
+    release,
+)
 
-Scores = Float[Tensor, "samples scored"]
+QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 
 
 class ClipScore(NetworkReward):
@@ -31,7 +41,7 @@ class ClipScore(NetworkReward):
     name = "clip_score"
     range = (-1.0, 1.0)
     network: Any = CLIPModel
-    padding = "longest"  # CLIP reads the end token, which comes before the padding
+    padding = "longest"  # CLIP's text feature is that of the end token, which precedes the padding
     lowercase = False
 
     def use(self, backbone: Backbone, folder: Path) -> None:
@@ -49,54 +59,54 @@ class ClipScore(NetworkReward):
         return self.backbone.network.get_image_features(pixel_values=pixels).pooler_output
 
     def embed_texts(self, clips: Clips) -> Float[Tensor, "samples dim"]:
-        """Unit vectors; texts are cut to the network's length. Equal prompts are encoded once."""
+        """Unit vectors; texts are truncated to the network's length. Equal prompts are encoded once."""
 
         def compute() -> Tensor:
             texts = [text.lower() if self.lowercase else text for text in clips.texts]
             unique = list(dict.fromkeys(texts))
             ids = self.tokenizer(unique).input_ids
             # Attention is causal in CLIP and unmasked in SigLIP: padding is never masked out.
-            found = normalize(self.backbone.network.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
-            return found[[unique.index(text) for text in texts]]
+            features = self.backbone.network.get_text_features(input_ids=ids).pooler_output.float()
+            return normalize(features, dim=-1)[[unique.index(text) for text in texts]]
 
-        return clips.once(self.text_key, compute)
+        return clips.cached(self.text_key, compute)
 
 
 class ClipImageScore(ClipScore):
-    """cos(frame, image to continue) of any CLIPModel: CLIP-I (arXiv 2208.12242); frame 0 where there is no image.
+    """cos(frame, conditioning image) of any CLIPModel: CLIP-I (arXiv 2208.12242); frame 0 where there is no image.
 
-    A still video scores highest: train on it only next to a reward for what the prompt says.
+    A still video scores highest: train on it only together with a text-alignment reward.
     """
 
     name = "clip_image_score"
 
     def score(self, clips: Clips, indices: list[int]) -> Scores:
-        found = self.embed_frames(clips, indices)
-        image = found[:, :1] if clips.images is None else self.embed_frames(clips.stills(), [0])
-        return (found * image).sum(dim=-1)
+        frames = self.embed_frames(clips, indices)
+        images = frames[:, :1] if clips.images is None else self.embed_frames(clips.stills(), [0])
+        return (frames * images).sum(dim=-1)
 
 
 class SiglipScore(ClipScore):
     """cos(frame, prompt) of a SigLIP or SigLIP 2 of fixed resolution (arXiv 2303.15343, 2502.14786).
 
-    The cosine, not the sigmoid of the scaled one: that is flat far from its threshold, and a group of one prompt's
-    samples lies on one side. Usual weights: google/siglip2-so400m-patch14-384.
+    The cosine, not the sigmoid of the scaled cosine: the sigmoid saturates far from its threshold, and the samples of
+    one prompt are mostly on one side of it. Usual weights: google/siglip2-so400m-patch14-384.
     """
 
     name = "siglip_score"
     network = SiglipModel
-    padding = "max_length"  # SigLIP was trained so, and reads the last token
+    padding = "max_length"  # as in SigLIP's training; its text feature is that of the last token
     lowercase = True
 
     def check(self, folder: Path) -> None:
-        found = AutoConfig.from_pretrained(folder).model_type
-        if found != "siglip":
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "siglip":
             usual = "a SigLIP or SigLIP 2 of fixed resolution such as google/siglip2-base-patch16-224"
-            raise ValueError(f"{folder} is of type {found!r}; must be 'siglip', {usual}")
+            raise ValueError(f"{folder} is of type {kind!r}; must be 'siglip', {usual}")
 
 
 class PickScore(ClipScore):
-    """exp(logit_scale) cos(frame, prompt) of a CLIPModel trained on human choices (arXiv 2305.01569).
+    """exp(logit_scale) cos(frame, prompt) of a CLIPModel trained on human preferences (arXiv 2305.01569).
 
     Frames of good videos score 18 to 24.
 
@@ -112,14 +122,11 @@ class PickScore(ClipScore):
         frames: int | None = None, frames_per_second: float | None = None,
         device: Device = "cpu", dtype: Dtype = "float32", backbones: Backbones | None = None,
     ):  # fmt: skip
-        folder = resolve_folder(model)
-        texts = folder if processor is None else resolve_folder(processor, only=WITHOUT_WEIGHTS)
-        self.frames = FrameSampling(frames, frames_per_second)
-        self.use((backbones or Backbones()).load(CLIPModel, folder, device, dtype), texts)
+        if processor is not None:
+            self.processor = resolve_folder(processor, only=WITHOUT_WEIGHTS)
+        super().__init__(model, frames, frames_per_second, device, dtype, backbones)
         self.scale = float(self.backbone.network.logit_scale.float().exp())
         self.range = (-self.scale, self.scale)
-        also = [] if processor is None else [fingerprint_of(texts, WITHOUT_WEIGHTS)]
-        self.version = version([fingerprint(folder, (".",)), *also], self.frames, dtype)
 
     def score(self, clips: Clips, indices: list[int]) -> Scores:
         return self.scale * super().score(clips, indices)
@@ -131,9 +138,9 @@ class HPSv2(ClipScore):
     The frame's longer side is resized to the network's size, the rest is black. Good frames score .2 to .35.
 
     Args:
-        model: local folder or hub id that holds `checkpoint`, of open_clip's format.
-        base: folder or hub id of a CLIPModel of the same shape, for its configuration, tokenizer and preprocessing; its
-            weights are not read.
+        model: local folder or hub id with the file `checkpoint`, in open_clip's format.
+        base: folder or hub id of a CLIPModel of the same shape, whose configuration, tokenizer and preprocessing are
+            used; its weights are not read.
     """
 
     name = "hpsv2"
@@ -145,17 +152,17 @@ class HPSv2(ClipScore):
     ):  # fmt: skip
         folder, shape = resolve_folder(model, only=(checkpoint,)), resolve_folder(base, only=WITHOUT_WEIGHTS)
         path = folder / checkpoint
-        self.frames = FrameSampling(frames, frames_per_second)
 
         def build(dtype: torch.dtype) -> torch.nn.Module:
-            weights = from_open_clip(read_weights(path))
-            return from_weights(CLIPModel, CLIPConfig.from_pretrained(shape), weights, path, dtype)
+            config, weights = CLIPConfig.from_pretrained(shape), from_open_clip(read_weights(path))
+            return load_network(CLIPModel, path, dtype, config=config, weights=weights)
 
         source = (CLIPModel.__name__, str(path.resolve()), str(shape.resolve()))
-        self.use((backbones or Backbones()).once(source, device, dtype, build), shape)
+        self.use((backbones or Backbones()).get(source, device, dtype, build), shape)
         self.preprocessing = replace(self.preprocessing, fit="pad", edge=0)
-        read = fingerprint_of(folder, (checkpoint,)), fingerprint_of(shape, WITHOUT_WEIGHTS)
-        self.version = version(read, self.frames, dtype)
+        self.frames = FrameSampling(frames, frames_per_second)
+        files = fingerprint_of(folder, (checkpoint,)), fingerprint_of(shape, WITHOUT_WEIGHTS)
+        self.version = version(files, self.frames, dtype)
 
 
 class Aesthetic(ClipScore):
@@ -188,3 +195,58 @@ class Aesthetic(ClipScore):
         for weight, bias in self.layers:
             points = linear(points, weight, bias)
         return points.squeeze(-1)
+
+
+class OcrText(FrameReward):
+    """max(0, 1 - levenshtein(recognised, quoted) / len(quoted)) per frame, without case and spaces (PP-OCRv4).
+
+    `quoted` is all text in double quotes in the prompt; `recognised` is the text of the frame from top to bottom. The
+    text reward of Flow-GRPO (arXiv 2505.05470), per frame. Weights come with rapidocr-onnxruntime (Apache-2.0).
+
+    Args:
+        frames: number of scored frames, evenly spread; None scores all.
+        frames_per_second: number of scored frames per second, instead of `frames`.
+
+    Raises:
+        RewardError: (from a call) a prompt quotes no text.
+    """
+
+    name = "ocr_text"
+
+    def __init__(self, frames: int | None = 4, frames_per_second: float | None = None):
+        self.frames = FrameSampling(None if frames_per_second else frames, frames_per_second)
+        # By default the runtime starts a thread for every core of the machine, in every rank.
+        threads = {"intra_op_num_threads": torch.get_num_threads(), "inter_op_num_threads": 1}
+        self.reader = imported("rapidocr_onnxruntime").RapidOCR(**threads)
+        self.distance = imported("rapidfuzz.distance").Levenshtein.distance
+        self.version = f"{release('rapidocr-onnxruntime')}-{self.frames}"
+
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
+        quoted = [quoted_text(text) for text in clips.texts]
+        scores = [
+            [max(0.0, 1 - self.distance(self.read(frame), text) / len(text)) for frame in as_bytes(video[indices])]
+            for video, text in zip(clips.videos, quoted, strict=True)
+        ]
+        return torch.tensor(scores)
+
+    def read(self, frame: UInt8[np.ndarray, "height width 3"]) -> str:
+        """The text of an RGB picture, without case and spaces."""
+        lines, _ = self.reader(frame[..., ::-1])
+        return folded("".join(text for _, text, _ in lines or []))
+
+
+def quoted_text(prompt: str) -> str:
+    """The text in double quotes in the prompt, without case and spaces.
+
+    Raises:
+        RewardError: nothing is quoted.
+    """
+    text = folded("".join(straight or curly for straight, curly in QUOTED.findall(prompt)))
+    if not text:
+        fix = 'use prompts such as: a shop sign that says "open"'
+        raise RewardError(f"reward 'ocr_text' reads text in double quotes of the prompt; {prompt!r} has none; {fix}")
+    return text
+
+
+def folded(text: str) -> str:
+    return "".join(text.split()).casefold()

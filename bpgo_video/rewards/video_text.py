@@ -1,4 +1,4 @@
-"""Video-text rewards: one cosine per video, by networks that read a fixed number of frames at once."""
+"""Video-text rewards: one cosine per video, from networks with a fixed number of frames."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import VideoPrismClipModel, XCLIPModel
 
-from bpgo_video.rewards.backbones import Backbone, Backbones, Dtype, NetworkReward
-from bpgo_video.rewards.base import Clips, Device, FrameSampling, FrameScores, spread
-from bpgo_video.rewards.preprocessing import Preprocessing
+from bpgo_video.rewards.backbones import Backbone, Backbones, Dtype, NetworkReward, Preprocessing
+from bpgo_video.rewards.base import Clips, Device, FrameSampling, FrameScores, evenly_spread
 
 
 class VideoTextScore(NetworkReward):
-    """cos(video, prompt) on the network's own number of frames, spread evenly.
+    """cos(video, prompt) on the network's own number of frames, evenly spread.
 
     Args:
         model: local folder or hub id.
@@ -40,10 +39,10 @@ class VideoTextScore(NetworkReward):
 
     @abstractmethod
     def cosines(self, texts: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
-        """(pixels of some videos, their rows among the texts) -> a cosine each."""
+        """A function (pixels of some videos, their rows among the texts) -> their cosines."""
 
     def __call__(self, clips: Clips) -> FrameScores:
-        indices = spread(self.frames.count or 1, clips.videos.shape[1])
+        indices = evenly_spread(self.frames.count or 1, clips.videos.shape[1])
         cosines = self.backbone.video_features(clips, indices, self.preprocessing, self.cosines(clips.texts))
         return FrameScores(cosines[:, None])
 
@@ -51,7 +50,7 @@ class VideoTextScore(NetworkReward):
 class XClipScore(VideoTextScore):
     """cos(video, text given the video) of an XCLIPModel (arXiv 2208.02816): 8 frames in microsoft/xclip-base-patch32.
 
-    The text's embedding depends on the video: it is shifted by attention over the video's patches.
+    Attention over the video's patches shifts the text's embedding.
     """
 
     name = "xclip_score"
@@ -61,8 +60,8 @@ class XClipScore(VideoTextScore):
         network, tokens = self.backbone.network, self.tokenizer(texts)
 
         def compare(pixels: Tensor, rows: slice) -> Tensor:
-            found = network(input_ids=tokens.input_ids[rows], pixel_values=pixels)
-            return (found.logits_per_video / network.logit_scale.exp()).diagonal()
+            output = network(input_ids=tokens.input_ids[rows], pixel_values=pixels)
+            return (output.logits_per_video / network.logit_scale.exp()).diagonal()
 
         return compare
 
@@ -79,16 +78,16 @@ class VideoPrismScore(VideoTextScore):
     padding = "max_length"
 
     def preprocessing_of(self, backbone: Backbone, folder: Path) -> Preprocessing:
-        found = backbone.network.config.vision_config.image_size
-        size = (found, found) if isinstance(found, int) else tuple(found)
+        side = backbone.network.config.vision_config.image_size
+        size = (side, side) if isinstance(side, int) else tuple(side)
         return Preprocessing("stretch", size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     def cosines(self, texts: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
         network, tokens = self.backbone.network, self.tokenizer(texts)
-        wanted = network.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output.float()
+        embedded = network.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output.float()
 
         def compare(pixels: Tensor, rows: slice) -> Tensor:
             videos = network.get_video_features(pixels).pooler_output.flatten(1).float()
-            return cosine_similarity(videos, wanted[rows], dim=-1)
+            return cosine_similarity(videos, embedded[rows], dim=-1)
 
         return compare

@@ -17,10 +17,9 @@ from transformers import CLIPModel, SiglipModel
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards import backbones as backbones_module
-from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones
+from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones, Preprocessing
 from bpgo_video.rewards.checkpoints import from_open_clip
 from bpgo_video.rewards.image_text import Aesthetic, ClipImageScore, ClipScore, HPSv2, PickScore, SiglipScore
-from bpgo_video.rewards.preprocessing import Preprocessing
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.types import PromptBatch, RolloutChunk
 from tests.made import random_rewards as folders

@@ -13,12 +13,11 @@ from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.building import build_reward
-from bpgo_video.rewards.consistency import FrameConsistency, ShotCuts
-from bpgo_video.rewards.motion import DynamicDegree, TemporalFlickering, frame_differences
-from bpgo_video.rewards.packaged import ALONE, INSTALL_ALONE, data_of
+from bpgo_video.rewards.building import build_models
+from bpgo_video.rewards.checkpoints import ALONE, INSTALL_ALONE, data_of
+from bpgo_video.rewards.image_text import OcrText
+from bpgo_video.rewards.motion import DynamicDegree, FrameConsistency, ShotCuts, TemporalFlickering, frame_differences
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rewards.text import OcrText
 from bpgo_video.types import PromptBatch, RolloutChunk
 from tests.made.real_clips import noisy, real_bytes, real_clip, scored
 from tests.made.recipes import ROOT
@@ -207,7 +206,7 @@ def test_consistency_carries_a_gradient_that_raises_it(consistency: FrameConsist
 
 @pytest.mark.parametrize("name", ["dynamic_degree", "frame_consistency", "temporal_flickering"])
 def test_a_single_picture_has_no_neighbour_to_be_compared_with(name: str) -> None:
-    model = build_reward(name, RewardConfig(name, options=ALL[name]), CPU).model
+    model = build_models(name, RewardConfig(name, options=ALL[name]), CPU)[0]
     with pytest.raises(RewardError, match=rf"'{name}' compares neighbouring frames; 'a car' has a video of one frame"):
         scored(model, real_clip("carphone_pristine", 0, 1), text="a car")
 
@@ -236,7 +235,7 @@ def test_a_missing_package_is_named_with_its_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"rewards\.r .* '{module}', which is not installed: pip install {command}"):
-        build_reward("r", RewardConfig(name), CPU)
+        build_models("r", RewardConfig(name), CPU)
 
 
 def test_a_package_without_its_file_is_told() -> None:

@@ -30,7 +30,7 @@ from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.remote import RemoteReward
 from bpgo_video.rewards.server import Limits, Refused, RewardServer, RewardService, check_exposure
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rewards.wire import MalformedMessage, packed, received, scores_message, scores_of
+from bpgo_video.rewards.wire import MalformedMessage, check_clips, pack_clips, pack_scores, unpack_clips, unpack_scores
 from tests.made.recipes import ROOT, python_path
 from tests.rewards.toys import CPU, PROMPTS, Breaking, Brightness, Darkness, chunks_of
 
@@ -82,8 +82,8 @@ def clips_of(text: str, samples: int = 2) -> Clips:
 
 def expected(clips: Clips) -> torch.Tensor:
     """Brightness of the pixels as they travel."""
-    header, pixels = packed(clips)
-    return Brightness()(received(header, memoryview(bytearray(pixels))).clips()).values
+    header, pixels = pack_clips(clips)
+    return Brightness()(unpack_clips(check_clips(header, memoryview(bytearray(pixels))))).values
 
 
 def crowd(count: int) -> list[Clips]:
@@ -96,13 +96,13 @@ def test_clips_and_scores_travel_unchanged(samples: int, frames: int, height: in
     levels = torch.randint(0, 256, (samples, frames + 1, 3, height, width)).float() / 255
     texts = tuple("öß\n漢"[:i] for i in range(samples))
     clips = Clips(levels[:, 1:], 12.5, texts, levels[:, 0] if images else None)
-    header, pixels = packed(clips)
-    found = received(json.loads(json.dumps(header)), memoryview(bytearray(pixels))).clips()
+    header, pixels = pack_clips(clips)
+    found = unpack_clips(check_clips(json.loads(json.dumps(header)), memoryview(bytearray(pixels))))
     assert torch.equal(found.videos, clips.videos)
     assert (found.texts, found.fps) == (clips.texts, clips.fps)
     assert (found.images is None) if clips.images is None else torch.equal(found.images, clips.images)
     scores = FrameScores(torch.randn(samples, frames), clips.times)
-    again = scores_of(json.loads(json.dumps(scores_message(scores))))
+    again = unpack_scores(json.loads(json.dumps(pack_scores(scores))))
     assert torch.equal(again.values, scores.values)
     assert torch.equal(again.times, scores.times)
 
@@ -258,7 +258,7 @@ def test_a_suite_orients_remote_scores_and_names_the_samples_that_failed() -> No
 
 
 def body_of(clips: Clips) -> bytes:
-    header, pixels = packed(clips)
+    header, pixels = pack_clips(clips)
     return json.dumps(header).encode() + b"\n" + bytes(pixels)
 
 
@@ -327,8 +327,8 @@ def test_an_id_stands_for_one_request() -> None:
 
 def test_kept_scores_are_bounded_in_number_and_age() -> None:
     service = RewardService(Brightness(), CPU, kept=3)
-    header, pixels = packed(clips_of("one"))
-    clips = received(header, memoryview(bytearray(pixels)))
+    header, pixels = pack_clips(clips_of("one"))
+    clips = check_clips(header, memoryview(bytearray(pixels)))
     for number in range(10):
         service.submit(f"id-{number}", b"", clips).result(5)
     assert len(service._jobs) == 4

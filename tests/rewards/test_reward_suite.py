@@ -11,10 +11,9 @@ import torch
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
-from bpgo_video.rewards.aggregate import AGGREGATES
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.building import REWARDS
-from bpgo_video.rewards.suite import RewardSuite, ScoredChunk
+from bpgo_video.rewards.suite import AGGREGATES, RewardSuite, ScoredChunk
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 from tests.made.recipes import ROOT
 from tests.rewards.toys import CPU, MESH, PROMPTS, suite_of, toy
@@ -120,9 +119,9 @@ def test_the_version_follows_the_aggregate() -> None:
 def test_what_a_model_computed_of_clips_is_cached_for_others_but_not_for_a_selection() -> None:
     clips, calls = Clips(torch.zeros(1, 2, 3, 4, 4), 8.0, ("",)), []
     for key in ("clip", "clip", "dino"):
-        assert clips.once(key, lambda key=key: calls.append(key) or len(calls)) == len(calls)
+        assert clips.cached(key, lambda key=key: calls.append(key) or len(calls)) == len(calls)
     assert calls == ["clip", "dino"]
-    assert clips.select(slice(0, 1)).once("clip", lambda: "other") == "other"
+    assert clips.select(slice(0, 1)).cached("clip", lambda: "other") == "other"
 
 
 def test_frames_are_spread_evenly_over_the_video_or_over_its_seconds() -> None:

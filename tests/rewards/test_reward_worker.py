@@ -14,9 +14,9 @@ import torch
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards.base import RewardModel
+from bpgo_video.rewards.remote import WorkerReward
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.wire import MalformedMessage
-from bpgo_video.rewards.worker import WorkerReward
 from tests.made.recipes import ROOT, python_path
 
 SCRIPT = str(ROOT / "tests" / "made" / "toy_worker.py")
@@ -89,7 +89,7 @@ def test_a_worker_that_fails_says_how(how: str, error: type[Exception], said: st
 
 @pytest.mark.parametrize(
     ("says", "said"),
-    [("hello", "'hello', which is no JSON object"), ('{"hello": {"name": "x"}}', "version: Field required")],
+    [("hello", "'hello', which is not a JSON object"), ('{"hello": {"name": "x"}}', "version: Field required")],
 )
 def test_garbage_is_refused(tmp_path: Path, says: str, said: str) -> None:
     script = tmp_path / "garbage.py"
@@ -100,7 +100,7 @@ def test_garbage_is_refused(tmp_path: Path, says: str, said: str) -> None:
 
 def test_a_worker_that_cannot_start_is_an_error_of_the_recipe() -> None:
     options = {"python": PLAIN, "script": SCRIPT, "settings": {"how": "never ready"}}
-    with pytest.raises(ConfigError, match=r"rewards.toy .*the worker ended with exit code 1; its own output says why"):
+    with pytest.raises(ConfigError, match=r"rewards.toy .*the worker ended with exit code 1; see its own output"):
         RewardSuite({"toy": RewardConfig(model="worker", options=options)}, torch.device("cpu"), fps=8.0)
     with pytest.raises(ConfigError, match=r"script 'nowhere\.py' does not exist"):
         RewardSuite(
@@ -113,7 +113,7 @@ def test_a_worker_that_cannot_start_is_an_error_of_the_recipe() -> None:
 OWNER = """
 import os, sys, threading, time, torch
 from bpgo_video.rewards import Clips
-from bpgo_video.rewards.worker import WorkerReward
+from bpgo_video.rewards.remote import WorkerReward
 model = WorkerReward(sys.argv[1], sys.argv[2], settings={"how": "hangs"})
 print(model.pid, flush=True)
 threading.Thread(target=model, args=(Clips(torch.zeros(1, 1, 3, 2, 2), 8.0, ("",)),), daemon=True).start()

@@ -20,8 +20,7 @@ from bpgo_video.policies import Policy
 from bpgo_video.rewards import Clips, FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.offload import DEVICES, modules_of
-from bpgo_video.rewards.suite import RewardSuite
+from bpgo_video.rewards.suite import OFFLOADED, RewardSuite, modules_of
 from bpgo_video.training.rl import sample_and_score
 from bpgo_video.training.session import Session
 from bpgo_video.training.stopwatch import Stopwatch
@@ -149,13 +148,13 @@ def test_offloaded_models_are_on_the_cpu_between_scorings(monkeypatch: pytest.Mo
     offloaded, other = suite_of("Weighing", offload=True), suite_of("Weighing")
     (network,) = modules_of(offloaded.rewards["toy"].model)
     assert places == {id(network): "cpu"}, "from the start"
-    DEVICES[network] = torch.device("meta")
+    OFFLOADED[network] = torch.device("meta")
     with offloaded.on_device():
         assert places == {id(network): "meta"}
     assert places == {id(network): "cpu"}
     with other.on_device():
         assert len(places) == 1, "a model that is not offloaded stays where it is"
-    DEVICES[network] = torch.device("meta")
+    OFFLOADED[network] = torch.device("meta")
     object.__setattr__(other.rewards["toy"], "model", offloaded.rewards["toy"].model)
     with other.on_device():
         assert places == {id(network): "meta"}, "where two suites share a network, each finds it on the device"

@@ -13,8 +13,7 @@ from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.image_text import ClipScore
-from bpgo_video.rewards.motion import LearnedMotion, ShapesOracle
-from bpgo_video.rewards.tiny_oracle import oracle_scores
+from bpgo_video.rewards.tiny_rewards import LearnedMotion, ShapesOracle, oracle_scores
 
 CLIP, MOTION = "package:bpgo_video.tiny/weights/clip", "package:bpgo_video.tiny/weights/motion"
 VALUES = {"shape": list(world.SHAPES), "colour": list(world.COLOURS), "direction": list(world.DIRECTIONS)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.tiny_oracle import oracle_parts, oracle_scores
+from bpgo_video.rewards.tiny_rewards import oracle_parts, oracle_scores
 
 RED_CIRCLE_LEFT = world.Caption("circle", "red", "left")
 

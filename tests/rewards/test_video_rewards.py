@@ -13,8 +13,8 @@ from transformers import AutoModel, VideoPrismClipModel, VJEPA2Model, XCLIPModel
 
 from bpgo_video.rewards import backbones
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.consistency import FirstFrameConsistency, SubjectConsistency, VJepaPrediction
 from bpgo_video.rewards.image_text import ClipScore, SiglipScore
+from bpgo_video.rewards.motion import FirstFrameConsistency, SubjectConsistency, VJepaPrediction
 from bpgo_video.rewards.video_text import VideoPrismScore, XClipScore
 from tests.made import random_rewards as folders
 from tests.made.seen_by_pil import TEXTS, cut, resized, some_clips, unit

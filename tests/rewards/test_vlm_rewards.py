@@ -16,8 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.qwen_vl import PatchLayout
-from bpgo_video.rewards.vlm import VideoAlign, VlmJudge, frame_count, read_template
+from bpgo_video.rewards.vlm import PatchLayout, VideoAlign, VlmJudge, frame_count, read_template
 from tests.made.random_qwen import CHAT, KINDS, MEAN, NORMALISATION, STD, random_qwen, random_videoalign, tokenizer
 
 PIXELS = {"min_pixels": 64 * 64, "max_pixels": 100 * 100}

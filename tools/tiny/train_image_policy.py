@@ -24,7 +24,7 @@ from bpgo_video.diffusion import sde
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import load_policy
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.tiny_oracle import oracle_scores
+from bpgo_video.rewards.tiny_rewards import oracle_scores
 from tools.tiny.prompts import PATH as PROMPTS
 from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, learn
 

@@ -29,8 +29,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.image_text import ClipScore
-from bpgo_video.rewards.motion import LearnedMotion
-from bpgo_video.rewards.tiny_motion import MotionMatch
+from bpgo_video.rewards.tiny_rewards import LearnedMotion, MotionMatch
 from tools.tiny.train_policy import build_tokenizer
 
 IMAGE_SIZE, TEXT_TOKENS = 64, 16

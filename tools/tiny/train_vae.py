@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan
 from tqdm import trange
 
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.tiny_oracle import oracle_scores
+from bpgo_video.rewards.tiny_rewards import oracle_scores
 
 LATENT_CHANNELS = 8
 
