@@ -40,7 +40,7 @@ class ScoreAhead:
         self._chunks: SimpleQueue[RolloutChunk | None] = SimpleQueue()
         self._scored: list[ScoredChunk] = []
         self._changed = threading.Condition()
-        self._unscored = 0
+        self._queued = 0
         self._running: tuple[Call, float] | None = None  # and its deadline, on the clock of time.monotonic
         self._error: BaseException | None = None
         self._abandoned = False
@@ -65,8 +65,7 @@ class ScoreAhead:
         """
         if self._device.type == "cuda":  # the caller's stream makes the videos, another one reads them
             torch.cuda.current_stream(self._device).synchronize()
-        with self._changed:
-            self._unscored += 1
+        self._queued += 1
         self._chunks.put(replace(chunk, trajectories=()))
         self._wait(self._ahead)
 
@@ -87,7 +86,7 @@ class ScoreAhead:
                     if left <= 0:
                         late = f"{call} has not answered within its timeout of {call.timeout:g} s"
                         raise RewardError(f"{late}; raise `timeout` of that reward if it may take longer")
-                if self._unscored <= unscored:
+                if self._queued - len(self._scored) <= unscored:
                     return
                 self._changed.wait(left)
 
@@ -98,23 +97,19 @@ class ScoreAhead:
                 for chunk in iter(self._chunks.get, None):
                     if self._abandoned:
                         return
-                    self._score(chunk, synchronize)
+                    started = time.perf_counter()
+                    scored = self._suite.score(chunk, self._prompts, self._begin)
+                    synchronize()
                     del chunk  # frees its videos before the wait for the next one
+                    with self._changed:
+                        self._scored.append(scored)
+                        self.seconds += time.perf_counter() - started
+                        self._running = None
+                        self._changed.notify_all()
         except BaseException as error:  # raised in the caller's thread, which ends the run
             with self._changed:
                 self._error, self._running = error, None
                 self._changed.notify_all()
-
-    def _score(self, chunk: RolloutChunk, synchronize: Callable[[], None]) -> None:
-        started = time.perf_counter()
-        scored = self._suite.score(chunk, self._prompts, self._begin)
-        synchronize()
-        with self._changed:
-            self._scored.append(scored)
-            self.seconds += time.perf_counter() - started
-            self._running = None
-            self._unscored -= 1
-            self._changed.notify_all()
 
     def _begin(self, call: Call) -> None:
         with self._changed:

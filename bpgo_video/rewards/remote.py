@@ -110,6 +110,7 @@ class WorkerReward(DescribedModel):
                 self._command, stdin=theirs.fileno(), stdout=theirs.fileno(), env=self._environment,
                 pass_fds=(self._memory.fileno(),), start_new_session=True,
             )  # fmt: skip
+        self.pid = self._process.pid
         self._end = weakref.finalize(self, end_worker, self._process, self._socket)
         self._lines = self._socket.makefile("rb")
         try:
@@ -124,10 +125,10 @@ class WorkerReward(DescribedModel):
         self._restarts -= 1
         left = f"started again, at most {self._restarts} more times in this run"
         print(f"reward worker {self.name}: {error}; {left}", file=sys.stderr, flush=True)
-        before = self.version
+        version = self.version
         self._start(deadline)
-        if self.version != before:
-            raise MalformedMessage(f"the worker came back with version {self.version!r}; it was {before!r}")
+        if self.version != version:
+            raise MalformedMessage(f"the new worker has version {self.version!r}; the first had {version!r}")
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         """The worker's next line.
@@ -150,11 +151,6 @@ class WorkerReward(DescribedModel):
                 return message
         shown = line.rstrip()[:REPLY_SHOWN].decode(errors="replace")
         raise MalformedMessage(f"the worker sent {shown!r}, which is not a JSON object")
-
-    @property
-    def pid(self) -> int:
-        """Of the worker's process."""
-        return self._process.pid
 
     def close(self) -> None:
         self._end()
@@ -249,8 +245,8 @@ class RemoteReward(DescribedModel):
         attempts, pause = 0, FIRST_PAUSE
         while True:
             content = None if packed is None else body_of(packed)
+            request = self._client.build_request(method, self._url + path, headers=headers, content=content)
             try:
-                request = self._client.build_request(method, self._url + path, headers=headers, content=content)
                 return self._try(request, deadline)
             except Transient as failure:
                 reason, retry_after = failure.args

@@ -20,8 +20,8 @@ import re
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import uvicorn
@@ -62,13 +62,12 @@ class Refused(Exception):
     """A request that gets an error: the status, and the reason."""
 
 
-@dataclass
-class Job:
-    """The scoring of a request: the digest of its content, its future reply, and when it ended (0: not yet)."""
+class Job(NamedTuple):
+    """A request: the digest of its content, when it was submitted, and its future reply."""
 
     digest: bytes
-    reply: Future[dict[str, Any]] = field(default_factory=Future)
-    ended: float = 0.0
+    submitted: float
+    reply: Future[dict[str, Any]]
 
 
 class RewardService:
@@ -96,24 +95,23 @@ class RewardService:
         Raises:
             Refused: the id was used for another request.
         """
-        finished = [known for known, job in self._jobs.items() if job.ended]
-        oldest = time.monotonic() - self._keep_seconds
+        finished, now = [known for known, job in self._jobs.items() if job.reply.done()], time.monotonic()
         for number, known in enumerate(finished):
-            if number < len(finished) - self._kept or self._jobs[known].ended < oldest:
+            if number < len(finished) - self._kept or self._jobs[known].submitted < now - self._keep_seconds:
                 del self._jobs[known]
         if request_id not in self._jobs:
-            job = self._jobs[request_id] = Job(digest)
-            job.reply = self._thread.submit(self._score, job, clips)
-        if self._jobs[request_id].digest != digest:
+            self._jobs[request_id] = Job(digest, now, self._thread.submit(self._score, clips))
+        job = self._jobs[request_id]
+        if job.digest != digest:
             raise Refused(409, f"the id {request_id} was used for another request; every request needs its own")
-        return self._jobs[request_id].reply
+        return job.reply
 
     def close(self) -> None:
         """Returns once all queued requests are scored."""
         self._thread.shutdown()
 
     @torch.no_grad()
-    def _score(self, job: Job, clips: PackedClips) -> dict[str, Any]:
+    def _score(self, clips: PackedClips) -> dict[str, Any]:
         self.scored += 1
         try:
             with scoring_stream(self._device):
@@ -122,8 +120,6 @@ class RewardService:
             log.error("the model failed with %s", type(error).__name__)
             log.debug("its traceback", exc_info=True)
             return {"error": f"the model failed: {type(error).__name__}: {error}"}
-        finally:
-            job.ended = time.monotonic()
 
 
 def check_exposure(host: str, token: str | None) -> None:

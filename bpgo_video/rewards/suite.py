@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from types import ModuleType
 from weakref import WeakKeyDictionary
@@ -224,18 +224,15 @@ class RewardSuite:
         """Score of each prompt's conditioning image as a still video of `num_frames`, by reward; gathered."""
         if prompts.images is None:
             return {}
-        rows = torch.tensor(mesh.share(len(prompts), 1)).flatten()
-        images = prompts.images[rows].to(mesh.device)
-        videos = images[:, None].expand(-1, num_frames, -1, -1, -1)  # without a copy
-        clips = Clips(videos, self.fps, tuple(prompts.texts[row] for row in rows.tolist()), images)
-        stills = [clips.select(slice(i, i + 1)) for i in range(len(clips))]
+        first_model_only = replace(prompts, twice=torch.zeros(len(prompts), dtype=torch.bool))
+        rows, scored = torch.tensor(mesh.share(len(prompts), 1)).flatten(), []
+        for row in rows.split(1):
+            still = prompts.images[row, None].to(mesh.device).expand(-1, num_frames, -1, -1, -1)  # without a copy
+            scored.append(self.score(RolloutChunk((), still, row, torch.zeros_like(row)), first_model_only))
         by_name = {}
         for name, reward in self.rewards.items():
-            scores = []
-            for row, still in zip(rows, stills, strict=True):
-                call = Call(name, reward.config.timeout, prompts, row[None], torch.zeros_like(row[None]))
-                scores.append(reward.aggregate(call.score(reward.model, still).values))
-            by_name[name] = mesh.gather(torch.cat(scores).to(mesh.device), rows.tolist(), len(prompts))
+            scores = torch.cat([reward.aggregate(chunk.scores[name].values) for chunk in scored])
+            by_name[name] = mesh.gather(scores.to(mesh.device), rows.tolist(), len(prompts))
         return by_name
 
     def gather(self, chunks: Sequence[ScoredChunk], prompts: PromptBatch, group_size: int, mesh: Mesh) -> Rewards:
