@@ -13,10 +13,9 @@ from __future__ import annotations
 import math
 import pickle
 from abc import abstractmethod
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -204,29 +203,21 @@ def contrast_normalised(picture: Picture) -> Picture:
     return (picture - mean) / (deviation + 1)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Maximum-moment fit of an asymmetric generalised Gaussian.
+class Fit(NamedTuple):
+    """Maximum-moment fit of an asymmetric generalised Gaussian, per row.
 
     Attributes:
         alpha: shape parameter; 2 is a Gaussian's, 1 a Laplace distribution's.
         left, right: root mean square of the negative and of the other values.
+        ratio: sqrt(Gamma(1/alpha) / Gamma(3/alpha)): times `left` and `right`, the distribution's scales.
+        mean: (right - left) ratio Gamma(2/alpha) / Gamma(1/alpha), of the distribution.
     """
 
-    alpha: Float[Tensor, "*rows"]
-    left: Float[Tensor, "*rows"]
-    right: Float[Tensor, "*rows"]
-
-    @property
-    def ratio(self) -> Float[Tensor, "*rows"]:
-        """sqrt(Gamma(1/alpha) / Gamma(3/alpha)): times `left` and `right`, the distribution's scales."""
-        return (0.5 * (torch.lgamma(1 / self.alpha) - torch.lgamma(3 / self.alpha))).exp()
-
-    @property
-    def mean(self) -> Float[Tensor, "*rows"]:
-        """(right - left) ratio Gamma(2/alpha) / Gamma(1/alpha)."""
-        share = (torch.lgamma(2 / self.alpha) - torch.lgamma(1 / self.alpha)).exp()
-        return (self.right - self.left) * self.ratio * share
+    alpha: Tensor
+    left: Tensor
+    right: Tensor
+    ratio: Tensor
+    mean: Tensor
 
 
 def fits(normalised: Picture) -> list[Fit]:
@@ -244,7 +235,10 @@ def fit(values: Float[Tensor, "frames pixels"]) -> Fit:
     gamma = left.double() / right.clamp(min=TINY)  # fp64: its fourth power overflows fp32 if no value is positive
     r = values.abs().mean(dim=1) ** 2 / squares.mean(dim=1).clamp(min=TINY)
     big_r = r * (gamma**3 + 1) * (gamma + 1) / (gamma**2 + 1) ** 2
-    return Fit(_alpha_of(big_r).to(values.dtype), left, right)
+    alpha = _alpha_of(big_r).to(values.dtype)
+    ratio = (0.5 * (torch.lgamma(1 / alpha) - torch.lgamma(3 / alpha))).exp()
+    mean = (right - left) * ratio * (torch.lgamma(2 / alpha) - torch.lgamma(1 / alpha)).exp()
+    return Fit(alpha, left, right, ratio, mean)
 
 
 def _alpha_of(big_r: Float64[Tensor, "frames"]) -> Float64[Tensor, "frames"]:

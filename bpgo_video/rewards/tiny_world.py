@@ -121,18 +121,19 @@ def sample_scenes(captions: Sequence[Caption], generator: torch.Generator, frame
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
 
-    indices = []
+    indices: list[Tensor] = []
     for names, values in zip(ATTRIBUTES, zip(*map(astuple, captions), strict=True), strict=True):
         drawn = torch.randint(len(names), (count,), generator=generator)
         stated = torch.tensor([names.index(value) if value else -1 for value in values])
         indices.append(torch.where(stated >= 0, stated, drawn))
-    velocity = torch.tensor(list(DIRECTIONS.values()))[indices[2]] * uniform(*SPEED_RANGE)[:, None]
+    shapes, colours, directions = indices
+    velocity = torch.tensor(list(DIRECTIONS.values()))[directions] * uniform(*SPEED_RANGE)[:, None]
     travel = velocity * (frames - 1)
     low = MARGIN - travel.clamp(max=0)
     high = SIZE - MARGIN - travel.clamp(min=0)
     start = low + (high - low) * torch.rand(count, 2, generator=generator)
     centres = start[:, None] + velocity[:, None] * torch.arange(frames)[None, :, None]
-    return Scenes(*indices, centres, uniform(*RADIUS_RANGE))
+    return Scenes(shapes, colours, directions, centres, uniform(*RADIUS_RANGE))
 
 
 def coverage(shapes: Tensor, centres: Tensor, radius: Tensor, size: int = SIZE) -> Tensor:

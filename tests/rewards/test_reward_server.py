@@ -1,4 +1,4 @@
-"""A reward model behind HTTP: each request is scored once, whatever happens on the way, for clients with the token."""
+"""A reward model behind HTTP: each request is scored exactly once, for clients with the token."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def clips_of(text: str, samples: int = 2) -> Clips:
 
 
 def expected(clips: Clips) -> torch.Tensor:
-    """Brightness of the pixels as they travel."""
+    """Brightness of the transferred pixels."""
     header, pixels = pack_clips(clips)
     return Brightness()(unpack_clips(check_clips(header, memoryview(bytearray(pixels))))).values
 
@@ -92,7 +92,9 @@ def crowd(count: int) -> list[Clips]:
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_clips_and_scores_travel_unchanged(samples: int, frames: int, height: int, width: int, images: bool) -> None:
+def test_clips_and_scores_are_transferred_unchanged(
+    samples: int, frames: int, height: int, width: int, images: bool
+) -> None:
     levels = torch.randint(0, 256, (samples, frames + 1, 3, height, width)).float() / 255
     texts = tuple("öß\n漢"[:i] for i in range(samples))
     clips = Clips(levels[:, 1:], 12.5, texts, levels[:, 0] if images else None)
@@ -113,7 +115,7 @@ def test_a_served_model_describes_itself_and_scores_the_same() -> None:
         assert isinstance(remote, RewardModel)
         assert (remote.name, remote.version, remote.kind) == ("brightness", "7-8bit", "test")
         assert (remote.range, remote.frames) == ((0.0, 1.0), FrameSampling(fps=4.0))
-        assert not remote.higher_is_better, "scores travel as the model gives them"
+        assert not remote.higher_is_better, "the client returns the model's own scores"
         clips = clips_of("five", samples=5)
         found = remote(clips)
         assert torch.equal(found.values, expected(clips))
@@ -125,7 +127,7 @@ MISHAPS = ("dropped", "busy", "scored and lost", "garbled", "cut short", "none")
 
 
 def test_an_unreliable_connection_changes_no_bit_and_scores_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every request meets all mishaps, one at each try."""
+    """Every request has all mishaps, one per attempt."""
     tries: Counter[str] = Counter()
     send = httpx2.HTTPTransport.handle_request
 
@@ -176,7 +178,7 @@ def test_many_clients_are_served_in_turn_and_few_requests_are_held(monkeypatch: 
     assert most == limits.waiting
 
 
-def test_a_full_server_says_when_to_try_again() -> None:
+def test_a_full_server_sends_retry_after() -> None:
     with served(model := Waiting(), limits=Limits(waiting=1, patience=0.01)) as server:
         first = threading.Thread(target=RemoteReward(url_of(server)), args=(clips_of("first"),))
         first.start()
@@ -188,7 +190,7 @@ def test_a_full_server_says_when_to_try_again() -> None:
         first.join()
 
 
-def test_a_server_that_shuts_down_scores_what_was_requested() -> None:
+def test_a_server_answers_pending_requests_before_it_shuts_down() -> None:
     requests = crowd(3)
     with served(model := Waiting()) as server, ThreadPoolExecutor(3) as clients:
         work = [clients.submit(RemoteReward(url_of(server)), clips) for clips in requests]
@@ -243,7 +245,7 @@ def test_a_model_that_fails_ends_the_call_with_its_error_at_once() -> None:
     assert model.received == {"second": 1, "next": 1}
 
 
-def test_a_suite_orients_remote_scores_and_names_the_samples_that_failed() -> None:
+def test_a_suite_negates_remote_scores_and_names_failed_samples() -> None:
     first, second = chunks_of()
     for model, sign in ((Darkness(), -1), (Breaking(), 1)):
         with served(model) as server:
@@ -287,7 +289,7 @@ REFUSED = [
 ]
 
 
-def test_a_request_that_does_not_fit_is_refused_with_a_reason_and_the_next_is_served() -> None:
+def test_a_malformed_request_is_refused_with_a_reason_and_the_next_is_served() -> None:
     token = {"Authorization": "Bearer secret"}
     with served(model := Brightness(), token="secret", limits=Limits(bytes=5000)) as server:
         for body, headers, status, said in REFUSED:
@@ -308,7 +310,7 @@ UPLOAD = b"POST /score HTTP/1.1\r\nHost: a\r\nX-Request-Id: some-request\r\nCont
 
 
 @pytest.mark.parametrize(("begun", "uploads"), [(b"", False), (UPLOAD[:30], False), (UPLOAD, True)])
-def test_a_client_that_falls_silent_is_disconnected(begun: bytes, uploads: bool) -> None:
+def test_a_silent_client_is_disconnected(begun: bytes, uploads: bool) -> None:
     with served(Brightness(), limits=Limits(patience=0.2)) as server:
         with socket.create_connection(server.server_address[:2], timeout=5) as client:
             client.sendall(begun)
@@ -317,7 +319,7 @@ def test_a_client_that_falls_silent_is_disconnected(begun: bytes, uploads: bool)
         assert server.turns._value == Limits().waiting
 
 
-def test_an_id_stands_for_one_request() -> None:
+def test_an_id_belongs_to_one_request() -> None:
     with served(model := Brightness()) as server:
         first, again = (post(server, GOOD).json() for _ in range(2))
         assert first == again
@@ -369,7 +371,7 @@ def test_a_client_sends_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
             RemoteReward(url)
 
 
-def test_too_many_videos_are_an_error_before_they_are_sent() -> None:
+def test_a_request_above_the_limit_is_an_error_before_it_is_sent() -> None:
     with served(Brightness(), limits=Limits(bytes=900)) as server:
         clips = clips_of("large", 4)
         with pytest.raises(ValueError, match=r"takes 900: set options\.videos_per_request"):
@@ -392,14 +394,14 @@ RECIPE_REWARD = ["--config", str(ROOT / "pipelines" / "configs" / "tiny_wan_bpgo
 
 @contextmanager
 def started(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """tools/serve_rewards.py in a process of its own, and the url that it prints."""
+    """tools/serve_rewards.py in a process, and the url that it prints."""
     command = [sys.executable, "tools/serve_rewards.py", *RECIPE_REWARD, "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         found = re.search(r"http://\S+", process.stdout.readline())
-        assert found, "it prints where it listens"
+        assert found, "it prints its address"
         yield process, found[0]
     finally:
         process.kill()
@@ -407,7 +409,7 @@ def started(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_under_load_and_started_again_loses_nothing() -> None:
+def test_a_server_killed_under_load_and_restarted_loses_no_request() -> None:
     videos = torch.rand(20, 2, 9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     requests = [Clips(two, 8.0, ("a red circle moving left", "a blue object")) for two in videos]
     with ThreadPoolExecutor(4) as clients:
@@ -425,7 +427,7 @@ def test_a_server_that_is_killed_under_load_and_started_again_loses_nothing() ->
 
 
 @pytest.mark.slow
-def test_the_tool_refuses_what_it_should_not_serve(tmp_path: Path) -> None:
+def test_the_command_refuses_unsafe_hosts_and_unknown_or_remote_rewards(tmp_path: Path) -> None:
     recipe = tmp_path / "remote.yaml"
     far = "{model: remote, options: {url: 'http://a:1'}}"
     recipe.write_text(f"base: {RECIPE_REWARD[1]}\nrewards: {{far: {far}}}\n")

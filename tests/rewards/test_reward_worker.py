@@ -1,4 +1,4 @@
-"""A reward model in a process of its own, under an interpreter that knows the standard library alone."""
+"""A reward model in a child process, under an interpreter with only the standard library."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ended(pid: int, within: float = 5.0) -> bool:
     return True
 
 
-def test_a_worker_scores_what_it_is_shown() -> None:
+def test_a_worker_scores_the_pixels_that_it_receives() -> None:
     model = worker()
     assert isinstance(model, RewardModel)
     assert (model.name, model.version, model.range) == ("brightness", "toy-1-8bit", (0.0, 255.0))
@@ -60,7 +60,7 @@ def test_a_worker_scores_what_it_is_shown() -> None:
     assert ended(model.pid)
 
 
-def test_a_worker_that_died_is_started_again_and_nothing_else_changes(tmp_path: Path) -> None:
+def test_a_dead_worker_is_restarted_and_scores_the_same(tmp_path: Path) -> None:
     clips = clips_of()
     steady, mortal = worker(), worker("dies", str(tmp_path / "died"))
     first = mortal.pid
@@ -77,7 +77,7 @@ def test_a_worker_that_died_is_started_again_and_nothing_else_changes(tmp_path: 
         ("hangs", TimeoutError, "has not answered in time"),
     ],
 )
-def test_a_worker_that_fails_says_how(how: str, error: type[Exception], said: str) -> None:
+def test_a_failing_worker_is_an_error_with_its_reason(how: str, error: type[Exception], said: str) -> None:
     model = worker(how, restarts=1, timeout=1.0)
     started = time.monotonic()
     with pytest.raises(error, match=said):
@@ -91,14 +91,14 @@ def test_a_worker_that_fails_says_how(how: str, error: type[Exception], said: st
     ("says", "said"),
     [("hello", "'hello', which is not a JSON object"), ('{"hello": {"name": "x"}}', "version: Field required")],
 )
-def test_garbage_is_refused(tmp_path: Path, says: str, said: str) -> None:
+def test_a_malformed_reply_is_refused(tmp_path: Path, says: str, said: str) -> None:
     script = tmp_path / "garbage.py"
     script.write_text(f"print({says!r}, flush=True)\nimport time\ntime.sleep(60)\n")
     with pytest.raises(MalformedMessage, match=said):
         WorkerReward(PLAIN, str(script))
 
 
-def test_a_worker_that_cannot_start_is_an_error_of_the_recipe() -> None:
+def test_a_worker_that_cannot_start_is_a_config_error() -> None:
     options = {"python": PLAIN, "script": SCRIPT, "settings": {"how": "never ready"}}
     with pytest.raises(ConfigError, match=r"rewards.toy .*the worker ended with exit code 1; see its own output"):
         RewardSuite({"toy": RewardConfig(model="worker", options=options)}, torch.device("cpu"), fps=8.0)
@@ -122,7 +122,7 @@ os._exit(1)  # as the heartbeat ends a rank
 """
 
 
-def test_a_busy_worker_ends_with_a_process_that_cannot_say_goodbye() -> None:
+def test_a_busy_worker_ends_with_a_killed_parent() -> None:
     environment = {**os.environ, "PYTHONPATH": python_path()}
     command = [sys.executable, "-c", OWNER, PLAIN, SCRIPT]
     owner = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=False)

@@ -35,7 +35,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.backbones import Preprocessing
-from bpgo_video.rewards.image_text import ClipScore
+from bpgo_video.rewards.text import ClipScore
 from bpgo_video.rewards.tiny_rewards import LearnedMotion, MotionMatch
 from tools.tiny.train_policy import build_tokenizer
 
