@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -158,14 +158,9 @@ class RewardSuite:
         for name, config in rewards.items():
             model, *second = build_models(name, config, device, twice, shared)
             self.rewards[name] = Reward(model, config, *second)
-            if config.offload:
-                for offloaded in self.rewards[name].models:
-                    if not modules_of(offloaded):
-                        kind = type(offloaded).__name__
-                        raise ConfigError(
-                            f"rewards.{name}: {kind} holds no torch.nn.Module to offload; set offload: false"
-                        )
-                    to_cpu(offloaded)
+            if config.offload and not modules_of([model]):
+                raise ConfigError(f"rewards.{name}: {config.model} holds no torch.nn.Module; set offload: false")
+        self._offload()
 
     @property
     def versions(self) -> dict[str, str]:
@@ -178,13 +173,20 @@ class RewardSuite:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Offloaded models are on their device inside the block, and back on the CPU after it unless it failed."""
-        for reward in self.rewards.values():
-            for model in reward.models:  # all of them: one may share a network with a model that another suite offloads
-                to_device(model)
+        # All models: one may share a network with a model that another suite offloads.
+        for module in modules_of(model for reward in self.rewards.values() for model in reward.models):
+            if module in OFFLOADED:
+                module.to(OFFLOADED.pop(module))
         yield
-        for reward in self.rewards.values():
-            for model in reward.models if reward.config.offload else ():
-                to_cpu(model)
+        self._offload()
+
+    def _offload(self) -> None:
+        offloading = [reward for reward in self.rewards.values() if reward.config.offload]
+        for module in modules_of(model for reward in offloading for model in reward.models):
+            tensor = next(chain(module.parameters(), module.buffers()), None)
+            if tensor is not None:
+                OFFLOADED.setdefault(module, tensor.device)  # two offloaded models may share it
+            module.to("cpu")
 
     @torch.no_grad()
     def score(
@@ -287,28 +289,16 @@ MAX_DEPTH = 4  # of attributes of attributes that are searched for modules
 OFFLOADED: WeakKeyDictionary[nn.Module, torch.device] = WeakKeyDictionary()  # modules on the CPU now, and their device
 
 
-def modules_of(thing: object, depth: int = MAX_DEPTH) -> list[nn.Module]:
-    """The modules that a reward model is or holds, each once."""
-    if isinstance(thing, nn.Module):
-        return [thing]
-    if not depth or isinstance(thing, type | ModuleType | str | bytes):
-        return []
-    by_name = thing if isinstance(thing, Mapping) else getattr(thing, "__dict__", {})
-    parts = list(thing if isinstance(thing, Sequence) else by_name.values())
-    modules = chain.from_iterable(modules_of(part, depth - 1) for part in parts)
+def modules_of(models: Iterable[RewardModel]) -> list[nn.Module]:
+    """The modules that reward models are or hold, each once."""
+    modules = chain.from_iterable(_modules_in(model, MAX_DEPTH) for model in models)
     return list({id(module): module for module in modules}.values())
 
 
-def to_cpu(model: RewardModel) -> None:
-    for module in modules_of(model):
-        tensor = next(chain(module.parameters(), module.buffers()), None)
-        if tensor is not None:
-            OFFLOADED.setdefault(module, tensor.device)  # two offloaded models may share it
-        module.to("cpu")
-
-
-def to_device(model: RewardModel) -> None:
-    """Moves offloaded modules back; others stay where they are."""
-    for module in modules_of(model):
-        if module in OFFLOADED:
-            module.to(OFFLOADED.pop(module))
+def _modules_in(thing: object, depth: int) -> Iterator[nn.Module]:
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif depth and not isinstance(thing, type | ModuleType | str | bytes):
+        by_name = thing if isinstance(thing, Mapping) else getattr(thing, "__dict__", {})
+        for part in list(thing if isinstance(thing, Sequence) else by_name.values()):
+            yield from _modules_in(part, depth - 1)

@@ -146,7 +146,7 @@ def test_offloaded_models_are_on_the_cpu_between_scorings(monkeypatch: pytest.Mo
     places: dict[int, str] = {}
     monkeypatch.setattr(torch.nn.Linear, "to", lambda self, device: places.update({id(self): str(device)}))
     offloaded, other = suite_of("Weighing", offload=True), suite_of("Weighing")
-    (network,) = modules_of(offloaded.rewards["toy"].model)
+    (network,) = modules_of([offloaded.rewards["toy"].model])
     assert places == {id(network): "cpu"}, "from the start"
     OFFLOADED[network] = torch.device("meta")
     with offloaded.on_device():
@@ -165,11 +165,11 @@ def test_networks_are_found_in_nested_attributes() -> None:
     layer = model.network
     model.network = {"parts": [SimpleNamespace(backbone=SimpleNamespace(network=layer))]}
     model.again = layer
-    assert modules_of(model) == [layer]
+    assert modules_of([model]) == [layer]
 
 
 def test_a_model_without_modules_cannot_be_offloaded() -> None:
-    with pytest.raises(ConfigError, match=r"Brightness holds no torch\.nn\.Module to offload"):
+    with pytest.raises(ConfigError, match=r"Brightness holds no torch\.nn\.Module"):
         suite_of("Brightness", offload=True)
 
 
