@@ -67,16 +67,16 @@ def test_hpsv2_is_the_cosine_of_whole_frames_in_open_clip(tmp_path: Path, size: 
     model = random_hps(tmp_path / "hps")
     expected = np.zeros((2, 3))
     for sample, text in enumerate(TEXTS):
-        wanted = unit(model.encode_text(folders.tokenizer()([text], return_tensors="pt").input_ids))
+        text_embedding = unit(model.encode_text(folders.tokenizer()([text], return_tensors="pt").input_ids))
         for frame, picture in enumerate(clips.videos[sample]):
-            expected[sample, frame] = unit(model.visual(letterboxed(picture, 28))) @ wanted
+            expected[sample, frame] = unit(model.visual(letterboxed(picture, 28))) @ text_embedding
     np.testing.assert_allclose(HPSv2(str(tmp_path / "hps"), str(base))(clips).values.numpy(), expected, atol=1e-5)
 
 
 def test_open_clip_names_convert_to_clip_model_names_and_others_are_refused(tmp_path: Path) -> None:
     weights = random_hps(tmp_path / "hps").state_dict()
-    converted, wanted = from_open_clip(weights), CLIPModel(folders.clip_config()).state_dict()
-    assert {name: w.shape for name, w in converted.items()} == {name: w.shape for name, w in wanted.items()}
+    converted, reference = from_open_clip(weights), CLIPModel(folders.clip_config()).state_dict()
+    assert {name: w.shape for name, w in converted.items()} == {name: w.shape for name, w in reference.items()}
     assert sum(w.double().sum() for w in converted.values()) == pytest.approx(
         float(sum(w.double().sum() for w in weights.values()))
     )
@@ -87,11 +87,11 @@ def test_open_clip_names_convert_to_clip_model_names_and_others_are_refused(tmp_
 
 def heads(widths: list[int], names: list[str]) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(2)
-    found = {}
+    actual = {}
     for name, before, after in zip(names, widths[:-1], widths[1:], strict=True):
-        found[f"{name}weight"] = torch.randn(after, before, generator=draw)
-        found[f"{name}bias"] = torch.randn(after, generator=draw)
-    return found
+        actual[f"{name}weight"] = torch.randn(after, before, generator=draw)
+        actual[f"{name}bias"] = torch.randn(after, generator=draw)
+    return actual
 
 
 HEADS = {
@@ -269,9 +269,9 @@ def test_preprocessor_configs_of_all_families_are_read(tmp_path: Path, name: str
     config, expected = CONFIGS[name]
     statistics = {"image_mean": folders.MEAN, "image_std": folders.STD}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | statistics))
-    found = Preprocessing.of_folder(tmp_path)
-    assert (found.fit, found.size, found.edge, found.mode) == expected
-    assert (found.mean, found.std) == (tuple(folders.MEAN), tuple(folders.STD))
+    actual = Preprocessing.of_folder(tmp_path)
+    assert (actual.fit, actual.size, actual.edge, actual.mode) == expected
+    assert (actual.mean, actual.std) == (tuple(folders.MEAN), tuple(folders.STD))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | statistics | {"resample": 1}))
     with pytest.raises(ValueError, match="resample = 1"):
         Preprocessing.of_folder(tmp_path)

@@ -31,15 +31,15 @@ def reference_features(normalised: np.ndarray, columns: tuple[str, ...]) -> list
     stats = part_of_scikit_video("stats")
     scales = {"left": 2, "right": 3, "left_square": 4, "right_square": 5}
 
-    def number(found: tuple, name: str) -> float:
-        value = float(np.ravel(found[scales[name]])[0])
+    def number(actual: tuple, name: str) -> float:
+        value = float(np.ravel(actual[scales[name]])[0])
         return value**2 if name.endswith("square") else value
 
     itself = stats.aggd_features(normalised.copy())
     first = [itself[0], float(np.mean([number(itself, name) for name in columns[:2]]))]
     for index, product in enumerate(stats.paired_product(normalised)):
-        found = stats.aggd_features(product)
-        first += [found[0], found[1], *(number(found, name) for name in columns[2 * (index > 1) :][:2])]
+        actual = stats.aggd_features(product)
+        first += [actual[0], actual[1], *(number(actual, name) for name in columns[2 * (index > 1) :][:2])]
     return [float(value) for value in first]
 
 
@@ -77,8 +77,8 @@ def test_the_fit_recovers_a_generalised_gaussian(alpha: float) -> None:
     values = rng.gamma(1 / alpha, size=200_000) ** (1 / alpha) * rng.choice([-1.0, 1.0], size=200_000)
     values[values > 0] *= 2
     values = values[(values < 0) | (rng.random(values.size) < 0.999)]
-    found = fit(torch.from_numpy(values)[None])
-    assert found.right.item() / found.left.item() == pytest.approx(2, rel=0.02)
+    actual = fit(torch.from_numpy(values)[None])
+    assert actual.right.item() / actual.left.item() == pytest.approx(2, rel=0.02)
     symmetric = fit(torch.from_numpy(np.where(values > 0, values / 2, values))[None])
     assert symmetric.alpha.item() == pytest.approx(alpha, rel=0.03)
 

@@ -79,9 +79,9 @@ def test_flickering_equals_vbench_to_the_last_digit(clip: str, score: float) -> 
 
 
 def test_flickering_of_frames_averages_to_the_score_of_vbench() -> None:
-    found = scored(TemporalFlickering(), real_clip("carphone_pristine"), fps=10.0)
-    assert found.values.mean().item() == pytest.approx(0.9844355601890414, abs=1e-7)
-    assert found.times[:2].tolist() == [0.1, 0.2]
+    actual = scored(TemporalFlickering(), real_clip("carphone_pristine"), fps=10.0)
+    assert actual.values.mean().item() == pytest.approx(0.9844355601890414, abs=1e-7)
+    assert actual.times[:2].tolist() == [0.1, 0.2]
 
 
 @pytest.mark.parametrize("at", [9, 30])
@@ -132,8 +132,8 @@ def sign(text: str) -> torch.Tensor:
 def test_text_is_recognised_and_each_wrong_letter_costs_its_share(
     ocr: OcrText, prompt: str, shown: str, score: float
 ) -> None:
-    found = scored(ocr, sign(shown), text=prompt).values
-    torch.testing.assert_close(found, torch.full((1, 1), score))
+    actual = scored(ocr, sign(shown), text=prompt).values
+    torch.testing.assert_close(actual, torch.full((1, 1), score))
 
 
 def test_a_prompt_that_quotes_nothing_is_refused(ocr: OcrText) -> None:
@@ -159,21 +159,21 @@ def test_a_steady_camera_counts_and_a_shaking_one_does_not() -> None:
     rng = np.random.default_rng(0)
     shaking = [moved(picture, [(6 * (-1) ** i, 0) for i in range(9)])]
     shaking += [moved(picture, [tuple(rng.integers(-8, 9, 2)) for _ in range(9)]) for _ in range(3)]
-    found = scored(DynamicDegree(), slow, steady, fast, *shaking, fps=8.0)
-    means = found.values.mean(dim=1)
+    actual = scored(DynamicDegree(), slow, steady, fast, *shaking, fps=8.0)
+    means = actual.values.mean(dim=1)
     threshold = 6 * 128 / 256
     torch.testing.assert_close(means[:2], torch.tensor([1, 2], dtype=means.dtype) / threshold, atol=0.1, rtol=0)
     assert means[2] == 1
     assert means[3] == 0
     assert means[4:].mean() < 0.4
-    assert found.times.tolist() == [i / 8 for i in range(1, 9)]
+    assert actual.times.tolist() == [i / 8 for i in range(1, 9)]
 
 
 def test_clips_shorter_than_the_spacing_are_compared_end_to_end() -> None:
     picture = real_clip("bikes", 100, 101)[0]
-    found = scored(DynamicDegree(), moved(picture, [(0, 0), (4, 0)]), fps=24.0)
-    assert found.values.shape == (1, 1)
-    assert found.values.item() == 1
+    actual = scored(DynamicDegree(), moved(picture, [(0, 0), (4, 0)]), fps=24.0)
+    assert actual.values.shape == (1, 1)
+    assert actual.values.item() == 1
 
 
 def test_consistency_is_the_formula_of_vbench_over_the_features(consistency: FrameConsistency) -> None:

@@ -99,10 +99,10 @@ def test_clips_and_scores_are_transferred_unchanged(
     texts = tuple("öß\n漢"[:i] for i in range(samples))
     clips = Clips(levels[:, 1:], 12.5, texts, levels[:, 0] if images else None)
     header, pixels = pack_clips(clips)
-    found = unpack_clips(check_clips(json.loads(json.dumps(header)), memoryview(bytearray(pixels))))
-    assert torch.equal(found.videos, clips.videos)
-    assert (found.texts, found.fps) == (clips.texts, clips.fps)
-    assert (found.images is None) if clips.images is None else torch.equal(found.images, clips.images)
+    actual = unpack_clips(check_clips(json.loads(json.dumps(header)), memoryview(bytearray(pixels))))
+    assert torch.equal(actual.videos, clips.videos)
+    assert (actual.texts, actual.fps) == (clips.texts, clips.fps)
+    assert (actual.images is None) if clips.images is None else torch.equal(actual.images, clips.images)
     scores = FrameScores(torch.randn(samples, frames), clips.times)
     again = unpack_scores(json.loads(json.dumps(pack_scores(scores))))
     assert torch.equal(again.values, scores.values)
@@ -117,9 +117,9 @@ def test_a_served_model_describes_itself_and_scores_the_same() -> None:
         assert (remote.range, remote.frames) == ((0.0, 1.0), FrameSampling(fps=4.0))
         assert not remote.higher_is_better, "the client returns the model's own scores"
         clips = clips_of("five", samples=5)
-        found = remote(clips)
-        assert torch.equal(found.values, expected(clips))
-        assert torch.equal(found.times, clips.times)
+        actual = remote(clips)
+        assert torch.equal(actual.values, expected(clips))
+        assert torch.equal(actual.times, clips.times)
         assert server.service.scored == 3
 
 
@@ -155,8 +155,8 @@ def test_an_unreliable_connection_changes_no_bit_and_scores_nothing_twice(monkey
     monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", unreliable)
     requests = crowd(24)
     with served(model := Brightness()) as server, ThreadPoolExecutor(8) as clients:
-        found = list(clients.map(RemoteReward(url_of(server)), requests))
-    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, found, strict=True))
+        actual = list(clients.map(RemoteReward(url_of(server)), requests))
+    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, actual, strict=True))
     assert model.received == Counter(clips.texts[0] for clips in requests)
     assert set(tries.values()) == {len(MISHAPS)}
 
@@ -172,8 +172,8 @@ def test_many_clients_are_served_in_turn_and_few_requests_are_held(monkeypatch: 
     monkeypatch.setattr(RewardServer, "_submit", counted)
     requests, model = crowd(30), Brightness(seconds=0.01)
     with served(model, limits=limits) as server, ThreadPoolExecutor(15) as clients:
-        found = list(clients.map(RemoteReward(url_of(server)), requests))
-    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, found, strict=True))
+        actual = list(clients.map(RemoteReward(url_of(server)), requests))
+    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, actual, strict=True))
     assert model.received == Counter(clips.texts[0] for clips in requests)
     assert most == limits.waiting
 
@@ -197,9 +197,9 @@ def test_a_server_answers_pending_requests_before_it_shuts_down() -> None:
         until(lambda: server.turns._value == Limits().waiting - 3)
         server.shutdown()
         model.may_score.set()
-        found = [scores.result(timeout=30) for scores in work]
+        actual = [scores.result(timeout=30) for scores in work]
     assert model.received.total() == 3
-    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, found, strict=True))
+    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, actual, strict=True))
 
 
 def test_a_client_waits_for_a_server_that_comes_back() -> None:
@@ -222,8 +222,8 @@ def test_a_server_that_is_gone_or_serves_another_version_is_an_error() -> None:
         remote(clips_of("nobody"))
     other = Brightness()
     other.version = "8"
-    said = "now serves version 8-8bit; the run began with 7"
-    with served(other, port=port), pytest.raises(MalformedMessage, match=said):
+    message = "now serves version 8-8bit; the run began with 7"
+    with served(other, port=port), pytest.raises(MalformedMessage, match=message):
         remote(clips_of("another"))
 
 
@@ -251,11 +251,13 @@ def test_a_suite_negates_remote_scores_and_names_failed_samples() -> None:
         with served(model) as server:
             config = RewardConfig(model="remote", options={"url": url_of(server)}, timeout=20.0)
             suite = RewardSuite({"far": config}, CPU, fps=8.0)
-            found = suite.score(first, PROMPTS).scores["far"].values
-            assert torch.equal(found, sign * expected(Clips(first.videos, 8.0, ("first",) * 2)))
+            actual = suite.score(first, PROMPTS).scores["far"].values
+            assert torch.equal(actual, sign * expected(Clips(first.videos, 8.0, ("first",) * 2)))
             if isinstance(model, Breaking):
-                said = r"reward 'far' on samples 0, 1 of prompt 'second' \(id 6\) failed: ConnectionError: .* KeyError"
-                with pytest.raises(RewardError, match=said):
+                message = (
+                    r"reward 'far' on samples 0, 1 of prompt 'second' \(id 6\) failed: ConnectionError: .* KeyError"
+                )
+                with pytest.raises(RewardError, match=message):
                     suite.score(second, PROMPTS)
 
 
@@ -292,13 +294,13 @@ REFUSED = [
 def test_a_malformed_request_is_refused_with_a_reason_and_the_next_is_served() -> None:
     token = {"Authorization": "Bearer secret"}
     with served(model := Brightness(), token="secret", limits=Limits(bytes=5000)) as server:
-        for body, headers, status, said in REFUSED:
+        for body, headers, status, message in REFUSED:
             sent = {name: value for name, value in (token | headers).items() if value}
             if "Transfer-Encoding" in headers:
                 response = httpx2.post(f"{url_of(server)}/score", content=iter([body]), headers=sent, trust_env=False)
             else:
                 response = post(server, body, headers=sent)
-            assert (response.status_code, said in response.json()["error"]) == (status, True), response.text
+            assert (response.status_code, message in response.json()["error"]) == (status, True), response.text
             assert post(server, GOOD, headers=token).status_code == 200
         assert "POST /score" in post(server, GOOD, "/eval", token).json()["error"]
         assert httpx2.get(f"{url_of(server)}/health", trust_env=False).json() == {"status": "ok"}
@@ -314,8 +316,8 @@ def test_a_silent_client_is_disconnected(begun: bytes, uploads: bool) -> None:
     with served(Brightness(), limits=Limits(patience=0.2)) as server:
         with socket.create_connection(server.server_address[:2], timeout=5) as client:
             client.sendall(begun)
-            found = b"".join(iter(lambda: client.recv(2**16), b""))
-        assert found.startswith(b"HTTP/1.1 408 ") == found.endswith(b'"6 of 900 bytes arrived"}') == uploads
+            actual = b"".join(iter(lambda: client.recv(2**16), b""))
+        assert actual.startswith(b"HTTP/1.1 408 ") == actual.endswith(b'"6 of 900 bytes arrived"}') == uploads
         assert server.turns._value == Limits().waiting
 
 
@@ -400,9 +402,9 @@ def started(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        found = re.search(r"http://\S+", process.stdout.readline())
-        assert found, "it prints its address"
-        yield process, found[0]
+        actual = re.search(r"http://\S+", process.stdout.readline())
+        assert actual, "it prints its address"
+        yield process, actual[0]
     finally:
         process.kill()
         process.communicate()
@@ -420,10 +422,10 @@ def test_a_server_killed_under_load_and_restarted_loses_no_request() -> None:
             work[2].result(timeout=60)
             process.send_signal(signal.SIGKILL)
         with started(int(url.rsplit(":", 1)[1])) as (process, _):
-            found = [scores.result(timeout=120).values for scores in work]
+            actual = [scores.result(timeout=120).values for scores in work]
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
-    assert all(torch.equal(one, other) for one, other in zip(alone, found, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(alone, actual, strict=True))
 
 
 @pytest.mark.slow
@@ -431,7 +433,7 @@ def test_the_command_refuses_unsafe_hosts_and_unknown_or_remote_rewards(tmp_path
     recipe = tmp_path / "remote.yaml"
     far = "{model: remote, options: {url: 'http://a:1'}}"
     recipe.write_text(f"base: {RECIPE_REWARD[1]}\nrewards: {{far: {far}}}\n")
-    for arguments, said in (
+    for arguments, message in (
         ([*RECIPE_REWARD, "--host", "0.0.0.0"], "there is no token"),
         ([*RECIPE_REWARD[:3], "taste"], "has no reward 'taste'; it has ['alignment', 'motion', 'oracle']"),
         (["--config", str(recipe), "--reward", "far"], "needs a recipe that names the model itself"),
@@ -440,4 +442,4 @@ def test_the_command_refuses_unsafe_hosts_and_unknown_or_remote_rewards(tmp_path
         environment = {**os.environ, "PYTHONPATH": python_path()}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 2, result.stderr
-        assert said in result.stderr
+        assert message in result.stderr

@@ -52,8 +52,8 @@ def test_images_are_scored_as_still_videos() -> None:
     images = torch.stack([torch.full((3, 2, 2), 0.25), torch.full((3, 2, 2), 0.5)])
     suite = suite_of("Darkness", aggregate="min")
     assert suite.score_images(PROMPTS, 3, MESH) == {}
-    found = suite.score_images(replace(PROMPTS, images=images), 3, MESH)
-    torch.testing.assert_close(found["toy"], torch.tensor([-0.25, -0.5]))
+    actual = suite.score_images(replace(PROMPTS, images=images), 3, MESH)
+    torch.testing.assert_close(actual["toy"], torch.tensor([-0.25, -0.5]))
     assert suite.rewards["toy"].model.received == {"first": 1, "second": 1}
 
 

@@ -49,10 +49,10 @@ def test_a_worker_scores_the_pixels_that_it_receives() -> None:
     assert (model.name, model.version, model.range) == ("brightness", "toy-1-8bit", (0.0, 255.0))
     for samples in (2, 5, 1):
         clips = clips_of(samples)
-        found = model(clips)
-        torch.testing.assert_close(found.values, (clips.videos * 255).round().mean(dim=(2, 3, 4)))
-        assert found.times is not None
-        assert found.times.tolist() == [0.0, 0.125, 0.25]
+        actual = model(clips)
+        torch.testing.assert_close(actual.values, (clips.videos * 255).round().mean(dim=(2, 3, 4)))
+        assert actual.times is not None
+        assert actual.times.tolist() == [0.0, 0.125, 0.25]
     pictured = clips_of(images=True)
     assert pictured.images is not None
     torch.testing.assert_close(model(pictured).values[:, 0], (pictured.images * 255).round().mean(dim=(1, 2, 3)))
@@ -70,17 +70,17 @@ def test_a_dead_worker_is_restarted_and_scores_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "said"),
+    ("how", "error", "message"),
     [
         ("dies", ConnectionError, "the worker ended with exit code -9"),
         ("raises", RuntimeError, "in the worker: KeyError: 'no such weight'"),
         ("hangs", TimeoutError, "has not answered in time"),
     ],
 )
-def test_a_failing_worker_is_an_error_with_its_reason(how: str, error: type[Exception], said: str) -> None:
+def test_a_failing_worker_is_an_error_with_its_reason(how: str, error: type[Exception], message: str) -> None:
     model = worker(how, restarts=1, timeout=1.0)
     started = time.monotonic()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         model(clips_of())
     assert time.monotonic() - started < 2.0
     model.close()
@@ -88,13 +88,13 @@ def test_a_failing_worker_is_an_error_with_its_reason(how: str, error: type[Exce
 
 
 @pytest.mark.parametrize(
-    ("says", "said"),
+    ("reply", "message"),
     [("hello", "'hello', which is not a JSON object"), ('{"hello": {"name": "x"}}', "version: Field required")],
 )
-def test_a_malformed_reply_is_refused(tmp_path: Path, says: str, said: str) -> None:
+def test_a_malformed_reply_is_refused(tmp_path: Path, reply: str, message: str) -> None:
     script = tmp_path / "garbage.py"
-    script.write_text(f"print({says!r}, flush=True)\nimport time\ntime.sleep(60)\n")
-    with pytest.raises(MalformedMessage, match=said):
+    script.write_text(f"print({reply!r}, flush=True)\nimport time\ntime.sleep(60)\n")
+    with pytest.raises(MalformedMessage, match=message):
         WorkerReward(PLAIN, str(script))
 
 

@@ -33,7 +33,7 @@ def scored(suite: RewardSuite, ahead: int, chunks: Iterator[RolloutChunk] | None
     with ScoreAhead(suite, PROMPTS, ahead, CPU) as scoring:
         for chunk in chunks_of(each=1) if chunks is None else chunks:
             scoring.put(chunk)
-        return [found.scores["toy"].values for found in scoring.scores()]
+        return [actual.scores["toy"].values for actual in scoring.scores()]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 9])
@@ -94,7 +94,7 @@ WHOSE = r"samples 0, 1 of prompt 'second' \(id 6\)"
 
 @pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ("raises", rf"reward 'toy' on {WHOSE} failed: KeyError: 'no such weight'"),
         ("hangs", rf"reward 'toy' on {WHOSE} has not answered within its timeout of 0.3 s"),
@@ -105,7 +105,7 @@ WHOSE = r"samples 0, 1 of prompt 'second' \(id 6\)"
         ("other frames", r"'toy' returned 3 scores for the first sample and 2 for sample 0 of prompt 'second' \(id 6"),
     ],
 )
-def test_a_model_that_fails_ends_the_step_with_prompt_and_sample(how: str, said: str, ahead: int) -> None:
+def test_a_model_that_fails_ends_the_step_with_prompt_and_sample(how: str, message: str, ahead: int) -> None:
     suite = suite_of("Breaking", options={"how": how}, timeout=0.3)
 
     def step() -> Rewards:
@@ -115,7 +115,7 @@ def test_a_model_that_fails_ends_the_step_with_prompt_and_sample(how: str, said:
             return suite.gather(scoring.scores(), PROMPTS, 2, MESH)
 
     started = time.monotonic()
-    with pytest.raises(RewardError, match=said):
+    with pytest.raises(RewardError, match=message):
         step()
     assert time.monotonic() - started < 3
 

@@ -13,9 +13,9 @@ WAN = resolve_folder("package:bpgo_video.tiny/weights/wan")
 
 
 def test_the_vae_reconstructs_heldout_clips() -> None:
-    found = round_trip(AutoencoderKLWan.from_pretrained(WAN / "vae"), 48, seed=5)
-    assert found["heldout_psnr_db"] >= 30
-    assert found["heldout_oracle_share"] >= 0.95
+    actual = round_trip(AutoencoderKLWan.from_pretrained(WAN / "vae"), 48, seed=5)
+    assert actual["heldout_psnr_db"] >= 30
+    assert actual["heldout_oracle_share"] >= 0.95
 
 
 @pytest.mark.slow

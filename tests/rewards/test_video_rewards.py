@@ -23,12 +23,12 @@ from tests.made.seen_by_pil import TEXTS, cut, resized, some_clips, unit
 def test_subject_consistency_is_the_formula_of_vbench(tmp_path: Path, make) -> None:
     folder, clips = make(tmp_path), some_clips(4)
     model = AutoModel.from_pretrained(folder).eval()
-    found = SubjectConsistency(str(folder))(clips)
+    actual = SubjectConsistency(str(folder))(clips)
     for sample, video in enumerate(clips.videos):
         f = [unit(model(pixel_values=cut(frame, 32, 28)).last_hidden_state[:, 0]) for frame in video]
         expected = [(max(0.0, f[t] @ f[t - 1]) + max(0.0, f[t] @ f[0])) / 2 for t in range(1, 4)]
-        np.testing.assert_allclose(found.values[sample].numpy(), expected, atol=1e-4)
-    assert found.times.tolist() == [0.125, 0.25, 0.375]
+        np.testing.assert_allclose(actual.values[sample].numpy(), expected, atol=1e-4)
+    assert actual.times.tolist() == [0.125, 0.25, 0.375]
 
 
 def test_consistency_of_a_still_video_and_of_a_single_frame_is_one(tmp_path: Path) -> None:
@@ -68,8 +68,8 @@ def test_videoprism_score_is_the_cosine_of_the_embeddings_of_the_model(tmp_path:
         list(TEXTS), padding="max_length", max_length=folders.LENGTH, return_tensors="pt"
     )
     frames = [[resized(video[i], 12, 12, Image.Resampling.BICUBIC) for i in (0, 2, 4, 6)] for video in clips.videos]
-    found = model(torch.tensor(np.array(frames), dtype=torch.float32), tokens.input_ids, tokens.attention_mask)
-    expected = [[unit(v) @ unit(t)] for v, t in zip(found.video_embeds, found.text_embeds, strict=True)]
+    actual = model(torch.tensor(np.array(frames), dtype=torch.float32), tokens.input_ids, tokens.attention_mask)
+    expected = [[unit(v) @ unit(t)] for v, t in zip(actual.video_embeds, actual.text_embeds, strict=True)]
     np.testing.assert_allclose(VideoPrismScore(str(folder))(clips).values.numpy(), expected, atol=1e-5)
 
 
@@ -95,8 +95,8 @@ def test_vjepa_compares_predicted_and_observed_features_of_the_second_half(tmp_p
     """Seven frames are three steps of two frames: the first predicts two."""
     folder, clips = folders.random_vjepa(tmp_path), some_clips(7)
     model = VJEPA2Model.from_pretrained(folder).eval()
-    found = VJepaPrediction(str(folder))(clips)
-    assert found.times.tolist() == [0.25, 0.5]
+    actual = VJepaPrediction(str(folder))(clips)
+    assert actual.times.tolist() == [0.25, 0.5]
     for sample, video in enumerate(clips.videos):
         pixels = torch.cat([cut(frame, 32, 28, Image.Resampling.BILINEAR) for frame in video[:6]])[None]
         saw = model(pixels, skip_predictor=True).last_hidden_state[0].detach().double().numpy()
@@ -109,7 +109,7 @@ def test_vjepa_compares_predicted_and_observed_features_of_the_second_half(tmp_p
                 seen = saw[4 + token]
                 seen = (seen - seen.mean()) / np.sqrt(seen.var() + 1e-5)
                 expected.append(unit(foresaw[token]) @ seen / np.linalg.norm(seen))
-            assert found.values[sample, step].item() == pytest.approx(np.mean(expected), abs=1e-4)
+            assert actual.values[sample, step].item() == pytest.approx(np.mean(expected), abs=1e-4)
 
 
 def test_vjepa_predicts_from_the_first_half_alone_and_needs_two_steps(tmp_path: Path, monkeypatch) -> None:

@@ -47,7 +47,7 @@ def test_patches_of_a_still_equal_those_of_the_image_processor(height: int, widt
 def test_patches_are_ordered_by_time_then_token_then_patch() -> None:
     layout = PatchLayout(2, 2, 2, (0.0,) * 3, (1.0,) * 3, 1, 10**6)
     frames = torch.rand(3, 3, 8, 12, generator=torch.Generator().manual_seed(0))
-    found, grid = layout.patches(frames)
+    actual, grid = layout.patches(frames)
     expected = []
     for first, second in ((0, 1), (2, 2)):
         for top in range(0, 8, 4):
@@ -57,7 +57,7 @@ def test_patches_are_ordered_by_time_then_token_then_patch() -> None:
                         pair = frames[[first, second], :, y : y + 2, x : x + 2]
                         expected.append(torch.cat([pair[:, channel].flatten() for channel in range(3)]))
     assert grid == (2, 4, 6)
-    torch.testing.assert_close(found, torch.stack(expected))
+    torch.testing.assert_close(actual, torch.stack(expected))
 
 
 def test_two_frames_of_480x832_are_252_tokens() -> None:
@@ -94,9 +94,9 @@ def test_the_score_of_the_judge_is_yes_over_yes_and_no_of_the_first_token(tmp_pa
     folder, clips = random_qwen(tmp_path, kind), some_clips(13)
     judge = VlmJudge(str(folder), question="does it show {prompt}", frames=4, **PIXELS)
     expected = [[probability_by_generation(folder, judge, clips, row, [0, 4, 8, 12])] for row in (0, 1)]
-    found = judge(clips)
-    assert found.times is None
-    np.testing.assert_allclose(found.values.numpy(), expected, atol=1e-5)
+    actual = judge(clips)
+    assert actual.times is None
+    np.testing.assert_allclose(actual.values.numpy(), expected, atol=1e-5)
     assert abs(expected[0][0] - expected[1][0]) > 1e-3
 
 
@@ -179,8 +179,8 @@ def test_videoalign_is_the_head_at_its_tokens_normalised(tmp_path: Path, outputs
                     for r, p in zip(raw, ("VQ", "MQ", "TA"), strict=True)
                 ]
             )
-    found = torch.cat([rewards[part](clips).values for part in ("VQ", "MQ", "TA")], dim=1)
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+    actual = torch.cat([rewards[part](clips).values for part in ("VQ", "MQ", "TA")], dim=1)
+    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-4)
     np.testing.assert_allclose(rewards["overall"](clips).values[:, 0].numpy(), np.sum(expected, axis=1), atol=3e-4)
     assert np.abs(np.array(expected) - rotated).max() > 1e-2, "positions in space would score otherwise"
 

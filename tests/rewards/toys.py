@@ -47,8 +47,8 @@ class Drawing(Brightness):
     """Adds a draw of torch's global generator: its scores depend on the order of its calls."""
 
     def __call__(self, clips: Clips) -> FrameScores:
-        found = super().__call__(clips)
-        return FrameScores(found.values + torch.rand(len(clips), 1), found.times)
+        actual = super().__call__(clips)
+        return FrameScores(actual.values + torch.rand(len(clips), 1), actual.times)
 
 
 class Breaking(Brightness):
