@@ -31,9 +31,8 @@ from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips
 from bpgo_video.rewards.checkpoints import linear_layers, read_weights, unpickled
-from bpgo_video.rewards.consistency import FrameConsistency
-from bpgo_video.rewards.motion import DYNAMIC, DynamicDegree, speed
-from bpgo_video.rewards.video_text import XClipScore
+from bpgo_video.rewards.motion import DYNAMIC, DynamicDegree, FrameConsistency, speed
+from bpgo_video.rewards.text import XClipScore
 
 Label = Literal["exact", "native", "proxy"]
 

@@ -17,7 +17,7 @@ from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.clips import Cut, Length, nearest, read_clip, read_length
 from bpgo_video.data.images import fit_image
 from bpgo_video.data.video import VideoError
-from bpgo_video.rewards.packaged import data_of
+from bpgo_video.rewards.checkpoints import data_of
 from tests.made.real_clips import FPS, real_clip
 
 CLIP = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)

@@ -17,7 +17,7 @@ from bpgo_video.data.shards import PromptShards
 from bpgo_video.data.video import write_video
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.packaged import data_of
+from bpgo_video.rewards.checkpoints import data_of
 from tests.made.prompt_folders import write_shards
 from tests.made.random_wan import TEXT_TOKENS, random_wan
 from tests.made.recipes import RECIPE

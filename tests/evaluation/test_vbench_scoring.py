@@ -25,7 +25,7 @@ from bpgo_video.evaluation.vbench_results import read_results
 from bpgo_video.evaluation.vbench_scoring import Request, prompts_in_names, score_folder
 from bpgo_video.evaluation.vbench_suite import SuiteError, read_suite
 from bpgo_video.inference.settings import GenerationSettings
-from bpgo_video.rewards.packaged import data_of
+from bpgo_video.rewards.checkpoints import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
 from tests.made.fake_vbench import FAKE, fake_package
 from tests.made.random_wan import random_wan

@@ -19,7 +19,7 @@ from bpgo_video.data.shards import PromptShards
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy
-from bpgo_video.rewards.tiny_oracle import oracle_scores
+from bpgo_video.rewards.tiny_rewards import oracle_scores
 from bpgo_video.training import policy_session
 from bpgo_video.training.run_folder import check_run_dir
 from bpgo_video.training.sft_session import Clips, check_clips, heldout_rows
