@@ -1,7 +1,8 @@
-"""Held-out scores of a policy folder, as training measures them, in a table and as JSON."""
+"""The command `evaluate heldout`: held-out scores of a policy folder, as training measures them."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,17 +10,25 @@ from typing import Any
 
 import torch
 
+from bpgo_video.atomic import write_json
+from bpgo_video.cli import show_loading_once
 from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.reading import read_yaml
+from bpgo_video.data.prompt_records import PromptRecord
 from bpgo_video.data.prompt_stream import as_batch
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare_scores import PromptLine, lines_of
+from bpgo_video.evaluation.ranks import evaluation_ranks
+from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
-from bpgo_video.training.heldout import evaluate, stderr
+from bpgo_video.training.heldout import Scores, Seen, evaluate, stderr
 from bpgo_video.training.policy_session import sampling_policy
 from bpgo_video.training.session import check_inputs, heldout_rows
 from bpgo_video.training.summary import boxed
+
+SETTINGS = ("split", "samples_per_prompt", "num_steps", "guidance_scale", "guidance_scale_2")
 
 
 @dataclass(frozen=True)
@@ -37,14 +46,27 @@ class HeldoutEvaluation:
     prompts: Sequence[PromptLine]
 
     def by_tag(self, reward: str) -> dict[str, dict[str, Any]]:
-        """Mean, standard error (None where it needs more samples) and number of prompts: of all, then of each tag."""
-        found = {}
+        """Mean, standard error (None if there are too few samples) and number of prompts: of all, then of each tag."""
+        table = {}
         for tag in ("all", *sorted({tag for line in self.prompts for tag in line.tags})):
             scores = torch.tensor([line.scores[reward] for line in self.prompts if tag in ("all", *line.tags)])
             error = stderr(scores) if scores.numel() > 1 else math.nan
             mean = float(scores.double().mean())
-            found[tag] = {"mean": mean, "stderr": error if math.isfinite(error) else None, "prompts": len(scores)}
-        return found
+            table[tag] = {"mean": mean, "stderr": error if math.isfinite(error) else None, "prompts": len(scores)}
+        return table
+
+
+def run(args: argparse.Namespace) -> None:
+    changes = {name: getattr(args, name) for name in ("policy", "split", "samples_per_prompt", "seed")}
+    config = with_changes(read_yaml(args.config), **changes)
+    show_loading_once()
+    with evaluation_ranks(config.parallel) as mesh:
+        evaluation = evaluate_folder(config, mesh)
+    if mesh.is_main:
+        print(as_table(evaluation))
+        if args.output is not None:
+            write_json(args.output, as_json(evaluation))
+            print(args.output)
 
 
 def with_changes(
@@ -55,13 +77,13 @@ def with_changes(
     samples_per_prompt: int | None = None,
     seed: int | None = None,
 ) -> Config:
-    """The recipe with these values instead of its own; None keeps a value.
+    """The recipe with these values; None keeps the recipe's own.
 
     Raises:
         ConfigError: the recipe names no held-out rewards.
     """
     if not config.evaluation.rewards:
-        raise ConfigError("evaluation.rewards is empty; name the rewards to score held-out prompts with in the recipe")
+        raise ConfigError("evaluation.rewards is empty; name the rewards for held-out prompts in the recipe")
     own = config.evaluation
     evaluation = replace(own, split=split or own.split, samples_per_prompt=samples_per_prompt or own.samples_per_prompt)
     run = replace(config.run, seed=config.run.seed if seed is None else seed)
@@ -73,34 +95,46 @@ def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
     """Scores `policy.folder` on the held-out prompts, with the noise of a training run's evaluations of this seed.
 
     Raises:
-        ConfigError, ShardError, FileNotFoundError, RewardError: state the value, the rule and the way out.
+        ConfigError, ShardError, FileNotFoundError, RewardError: each states the value, the rule and the remedy.
     """
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
     records = [shards.record(row) for row in heldout_rows(config, shards)]
     suite = RewardSuite(config.evaluation.rewards, mesh.device, config.video.fps)
     policy, dtype = sampling_policy(config, ds_config, mesh), engine.compute_dtype(ds_config)
+    scores = score_prompts(policy, records, suite, config, dtype, mesh)
+    return HeldoutEvaluation(config, suite.versions, lines_of(records, scores))
+
+
+def score_prompts(
+    policy: Policy,
+    records: Sequence[PromptRecord],
+    suite: RewardSuite,
+    config: Config,
+    dtype: torch.dtype,
+    mesh: Mesh,
+    seen: Seen = lambda chunk: None,
+) -> Mapping[str, Scores]:
+    """Scores of new videos of these prompts by reward, the same on every rank; `seen` receives the videos."""
     batch = as_batch(records, image_size(config, policy))
     prompts = conditioned(batch, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
-    scores = evaluate(policy, prompts, suite, config, mesh)
-    return HeldoutEvaluation(config, suite.versions, lines_of(records, scores.by_name))
+    return evaluate(policy, prompts, suite, config, mesh, seen).by_name
 
 
 def as_json(evaluation: HeldoutEvaluation) -> dict[str, Any]:
     """Settings, summary by reward and tag, and every score, as plain JSON data."""
     config, versions = evaluation.config, evaluation.versions
-    settings = ("split", "samples_per_prompt", "num_steps", "guidance_scale", "guidance_scale_2")
     return {
         "policy": config.policy.folder,
         "shards": config.data.shards,
         "seed": config.run.seed,
-        **{name: getattr(config.evaluation, name) for name in settings},
+        **{name: getattr(config.evaluation, name) for name in SETTINGS},
         "rewards": {name: {"version": versions[name], "by_tag": evaluation.by_tag(name)} for name in versions},
         "prompts": [asdict(line) for line in evaluation.prompts],
     }
 
 
 def as_table(evaluation: HeldoutEvaluation) -> str:
-    """A row for each reward and tag: mean, standard error, prompts, videos."""
+    """One row per reward and tag: mean, standard error, prompts, videos."""
     config, rows = evaluation.config, []
     for name in evaluation.versions:
         for tag, cell in evaluation.by_tag(name).items():

@@ -13,8 +13,8 @@ import torch
 
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.evaluation.compare_measure import Request, measure
-from bpgo_video.evaluation.compare_scores import ScoresFolder
+from bpgo_video.evaluation.compare import Request, measure
+from bpgo_video.evaluation.compare_scores import read_scores
 from tests.distributed.conftest import free_port
 from tests.made.random_wan import random_wan
 from tests.made.recipes import ROOT, python_path
@@ -43,5 +43,5 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     requests = [Request(str(tmp_path / "wan"), "wan"), Request(str(other), "other")]
     alone = measure(requests, recipe, "raw", tmp_path / "one", Mesh(rank=0, world_size=1, device=torch.device("cpu")))
     for model, expected in zip(content["models"], alone, strict=True):
-        assert ScoresFolder(Path(model["results"])).read().scores == expected.scores
+        assert read_scores(Path(model["results"])) == expected
     assert (tmp_path / "two" / "report.html").is_file()

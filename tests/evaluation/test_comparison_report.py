@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from bpgo_video.data.video import VideoError, read_video, write_video
-from bpgo_video.evaluation.compare import Compared, compare
-from bpgo_video.evaluation.compare_report import LONGEST_SIDE, chosen_rows, clip_of, disagreement, write_report
+from bpgo_video.evaluation.compare_report import LONGEST_SIDE, chosen_rows, disagreement, embedded, write_report
+from bpgo_video.evaluation.compare_scores import video_path
+from bpgo_video.evaluation.compare_verdict import Compared, compare
 from tests.made.made_results import found, results
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -138,7 +139,7 @@ def test_videos_that_are_near_play_in_step_and_others_are_not_loaded(visit: Visi
 
 def test_sorting_follows_measure_and_model(visit: Visit, models: Compared) -> None:
     def gains(model: int, measure: str) -> list[float]:
-        first, other = (models.models[place].scores.table(measure).mean(axis=1) for place in (0, model))
+        first, other = (models.models[place].table(measure).mean(axis=1) for place in (0, model))
         return (other - first).tolist()
 
     def sorted_by(values: list[float]) -> list[int]:
@@ -152,7 +153,7 @@ def test_sorting_follows_measure_and_model(visit: Visit, models: Compared) -> No
     page.get_by_role("combobox", name="Compare with start").select_option("other <i>")
     assert visit.prompts() == sorted_by(gains(2, "second"))
     page.get_by_role("combobox", name="Sort by").select_option("disagreement between rewards")
-    assert visit.prompts() == sorted_by(disagreement(models, 1).tolist())[::-1]
+    assert visit.prompts() == sorted_by(disagreement(models, models.models[2]).tolist())[::-1]
     page.get_by_role("combobox", name="Sort by").select_option("prompt order")
     assert visit.prompts() == list(range(PROMPTS))
     change = page.locator(".pair .change").first.inner_text()
@@ -198,16 +199,16 @@ def test_a_phone_shows_it_without_scrolling_sideways_in_its_own_colours(visit: V
 
 @pytest.mark.parametrize("visit", [{"java_script_enabled": False}], indirect=True)
 def test_without_scripts_pictures_and_an_explanation_stay(visit: Visit) -> None:
-    assert visit.page.get_by_text("Without scripts the middle frame of each video is shown").is_visible()
+    assert visit.page.get_by_text("each video shows its middle frame").is_visible()
     assert visit.page.locator("video[poster^='data:image/jpeg']").count() == 3 * PROMPTS
     assert not visit.page.locator("#tools").is_visible()
 
 
 def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> None:
-    first = models.models[0].scores.table("oracle").mean(axis=1)
-    gains = [model.scores.table("oracle").mean(axis=1) - first for model in models.models[1:]]
+    first, *others = models.models
+    gains = [model.prompt_means("oracle") - first.prompt_means("oracle") for model in others]
     wins_and_losses = {int(row) for gain in gains for row in (gain.argmax(), gain.argmin())}
-    apart = {int(disagreement(models, candidate).argmax()) for candidate in (0, 1)}
+    apart = {int(disagreement(models, model).argmax()) for model in others}
     assert wins_and_losses | apart <= set(chosen_rows(models, 6))
     assert len(chosen_rows(models, 6)) == 6
     assert chosen_rows(models, 99) == list(range(PROMPTS))
@@ -215,14 +216,14 @@ def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> 
 
 def test_large_videos_are_embedded_small_and_missing_ones_named(models: Compared, tmp_path: Path) -> None:
     model = found(tmp_path, results("large", 2))
-    write_video(model.folder.video(0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
-    clip = clip_of(model, 0)
-    assert (clip.width, clip.height) == (LONGEST_SIDE, 180)
-    (tmp_path / "embedded.mp4").write_bytes(base64.b64decode(clip.video))
+    write_video(video_path(tmp_path, 0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
+    clip = embedded(model, 0)
+    assert (clip["width"], clip["height"]) == (LONGEST_SIDE, 180)
+    (tmp_path / "embedded.mp4").write_bytes(base64.b64decode(clip["video"]))
     video, fps = read_video(tmp_path / "embedded.mp4")
     assert (tuple(video.shape), fps) == ((3, 3, 180, LONGEST_SIDE), 12.0)
     with pytest.raises(VideoError, match=r"is missing next to its scores; restore it"):
-        clip_of(model, 1)
+        embedded(model, 1)
     small = models.models[1]
-    kept = clip_of(small, 0)
-    assert base64.b64decode(kept.video) == small.folder.video(0).read_bytes(), "as it is"
+    original = video_path(small.folder, 0).read_bytes()
+    assert base64.b64decode(embedded(small, 0)["video"]) == original, "small videos are embedded unchanged"

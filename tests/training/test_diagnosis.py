@@ -1,9 +1,8 @@
-"""Does a run's diagnosis say what its numbers say, and nothing where there is nothing?"""
+"""The diagnosis of a run: each finding states its numbers and a remedy, and an ordinary run has no findings."""
 
 import pytest
 
-from bpgo_video.training.diagnosis import NOTHING, diagnose
-from bpgo_video.training.summary import summary_table
+from bpgo_video.training.summary import NOTHING, diagnose, summary_table
 
 QUIET = {
     "trust_mean": 1.02,
@@ -41,14 +40,19 @@ def test_records_of_grpo_and_of_few_keys_are_read():
     [
         (
             {"trust_min": 0.998, "trust_max": 1.002},
-            ("Trust did nothing: w stayed within 0.998-1.002", "differ by 0.02 within", "standardise", "raise bpgo.k"),
+            (
+                "Trust had no effect: w stayed within 0.998-1.002",
+                "differ by 0.02 within",
+                "standardise",
+                "raise bpgo.k",
+            ),
         ),
-        ({"trust_min": 0.998, "trust_max": 1.002, "icc/clip": 0.9}, ("Trust did nothing", "agree equally well")),
+        ({"trust_min": 0.998, "trust_max": 1.002, "icc/clip": 0.9}, ("Trust had no effect", "agree equally well")),
         ({"trust_mean": 1.45, "trust_std": 0.02}, ("Trust acted as a learning rate", "near 1.45", "batch_mean")),
         ({"rms_ratio": 1.6}, ("1.60 times GRPO's", "bpgo.match_rms")),
         ({"rms_ratio": 0.5}, ("0.50 times GRPO's",)),
         ({"zero_std_share": 0.6}, ("Zero-std groups: 60%",)),
-        ({"crt/rank_inversion": 0.09}, ("turned round 9% of the pairs", "bpgo.standardise")),
+        ({"crt/rank_inversion": 0.09}, ("reversed 9% of the pairs", "bpgo.standardise")),
         ({"icc/clip": 0.31, "icc/motion": 0.9}, ("ICC of clip 0.31)",)),
     ],
 )

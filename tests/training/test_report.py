@@ -17,10 +17,9 @@ from PIL import Image
 
 from bpgo_video.data.video import VideoError, write_video
 from bpgo_video.training.curves import PANELS, draw_curve, series, smoothed
-from bpgo_video.training.diagnosis import NOTHING
-from bpgo_video.training.frame_strips import cell_rows
 from bpgo_video.training.metrics import MalformedFile
-from bpgo_video.training.report import contact_sheet, main, write_report
+from bpgo_video.training.report import contact_sheet, frame_limits, main, write_report
+from bpgo_video.training.summary import NOTHING
 
 PROMPT = 'a red circle <script>alert("x")</script> & "moving" left'
 SUMMARY = {
@@ -117,7 +116,7 @@ def test_untrusted_text_stays_text(run_dir: Path) -> None:
 def test_every_curve_and_both_contact_sheets_are_there_and_described(run_dir: Path) -> None:
     page = page_of(run_dir)
     labels = [svg["aria-label"] or "" for svg in page.all("svg")]
-    assert [label.partition(":")[0] for label in labels] == [panel.title for panel in PANELS.values()]
+    assert [label.partition(":")[0] for label in labels] == [title for title, _, _ in PANELS.values()]
     assert "oracle from 0.5 to 0.6" in labels[0]  # starts at the summary's score before training
     sheets = [image["src"] or "" for image in page.all("img")]
     frames = [Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))) for sheet in sheets]
@@ -155,13 +154,13 @@ def test_what_is_missing_is_left_out(run_dir: Path) -> None:
     (run_dir / "samples" / "before" / "000.mp4").unlink()
     assert len(page_of(run_dir).all("img")) == 1
     (run_dir / "summary.json").write_text(json.dumps(SUMMARY | {"heldout_after": None, "steps": None}))
-    assert "whether training helped is not known" in page_of(run_dir).text
+    assert "it is unknown whether training helped" in page_of(run_dir).text
     for name in ("summary.json", "config.yaml", "samples/samples.json"):
         (run_dir / name).unlink()
     (run_dir / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
     page = page_of(run_dir)
     assert len(page.all("svg")) == 1
-    assert "whether training helped is not known" in page.text
+    assert "it is unknown whether training helped" in page.text
     (run_dir / "metrics.jsonl").write_text("")
     assert not page_of(run_dir).all("svg")
 
@@ -209,7 +208,7 @@ def test_the_command_prints_the_path_and_names_a_wrong_folder(run_dir: Path, mon
     done = subprocess.run([*command, str(run_dir)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, str(run_dir / "report.html"))
     monkeypatch.setattr(sys, "argv", ["report", str(run_dir / "samples")])
-    with pytest.raises(SystemExit, match=r"error: .*samples is no run directory"):
+    with pytest.raises(SystemExit, match=r"error: .*samples is not a run directory"):
         main()
 
 
@@ -225,9 +224,8 @@ def test_a_strip_shows_which_frame_scored_what(run_dir: Path) -> None:
 
 
 def test_shades_compare_all_samples_of_a_reward() -> None:
-    first, second = ({"a": {"times": [0.0], "after": [score]}} for score in (2.0, 4.0))
-    shares = [[cell.share for row in rows for cell in row.cells] for rows in cell_rows([first, second, {}])]
-    assert shares == [[0.0], [1.0], []]
+    samples = [{"frames": frames} for frames in ({"a": {"times": [0.0], "after": [2.0]}}, {}, {"a": {"after": [4.0]}})]
+    assert frame_limits(samples) == {"a": (2.0, 4.0)}
 
 
 def test_the_held_out_score_is_drawn_against_the_training_reward() -> None:

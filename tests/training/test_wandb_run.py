@@ -10,8 +10,7 @@ import pytest
 
 from bpgo_video.config.run import WandbConfig
 from bpgo_video.data.video import write_video
-from bpgo_video.training.metrics import RunLog
-from bpgo_video.training.wandb_run import without_home
+from bpgo_video.training.metrics import RunLog, replace_unwritable_home
 from tests.made.real_clips import real_clip
 from tests.made.wandb_files import history, offline_runs, table
 
@@ -90,7 +89,7 @@ def test_a_user_whose_home_cannot_be_written_keeps_wandbs_files_in_the_run_direc
     if home == "unset":
         monkeypatch.delenv("HOME")
         monkeypatch.setattr(Path, "home", no_home)
-    without_home(tmp_path / "run")
+    replace_unwritable_home(tmp_path / "run")
     expected = None if home == "writable" else str(tmp_path / "run" / "wandb")
     assert {os.environ.get(name) for name in names} == {expected}
     assert os.environ["HOME"] == str(tmp_path / "run" if home == "unset" else places[home])
