@@ -19,7 +19,7 @@ import jinja2
 import yaml
 from jaxtyping import Float
 from markupsafe import Markup
-from pydantic import FiniteFloat, TypeAdapter, create_model
+from pydantic import FiniteFloat, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 

@@ -19,10 +19,17 @@ from transformers import ViTConfig, ViTModel
 
 from bpgo_video.data.video import write_video
 from bpgo_video.evaluation import vbench_networks as networks
-from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, find_dimension, is_dotted
-from bpgo_video.evaluation.vbench_formulas import DimensionError, Footage, motions
-from bpgo_video.evaluation.vbench_networks import Sources, middles
-from bpgo_video.evaluation.vbench_pixels import CLIP, MUSIQ, VICLIP, Preparation, replicated
+from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, DimensionError, find_dimension, is_dotted, motions
+from bpgo_video.evaluation.vbench_networks import (
+    CLIP,
+    MUSIQ,
+    VICLIP,
+    Footage,
+    Preparation,
+    Sources,
+    middles,
+    replicated,
+)
 from bpgo_video.evaluation.vbench_scoring import Item, Task
 from bpgo_video.evaluation.vbench_suite import SuitePrompt
 from tests.made.random_rewards import random_clip, random_vit, random_xclip
@@ -73,7 +80,7 @@ def test_vbenchs_own_code_gives_the_same_for_these_clips(
 def test_opposite_features_count_as_unlike() -> None:
     """f, -f, f: at t = 1 both cosines are -1, which count as 0; at t = 2 one is, and the other 1."""
     dimension = DIMENSIONS["subject_consistency"]
-    signs = dimension.own(lambda pixels: pixels.mean(dim=(2, 3)).sign(), CPU)
+    signs = dimension.adapt(lambda pixels: pixels.mean(dim=(2, 3)).sign(), CPU)
     levels = torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
     assert dimension.formula(signs, footage(levels)).value == pytest.approx(0.25, abs=1e-6)
 
@@ -115,7 +122,7 @@ def test_what_is_made_between_frames_is_cut_to_bytes() -> None:
     """Truncated, not rounded: 10.5 becomes 10."""
     levels = torch.tensor([10, 10, 11]) / 255
     dimension = DIMENSIONS["motion_smoothness"]
-    mean = dimension.own(lambda before, after: (before + after) / 2, CPU)
+    mean = dimension.adapt(lambda before, after: (before + after) / 2, CPU)
     assert dimension.formula(mean, footage(levels.view(3, 1, 1, 1).expand(3, 3, 16, 16))).value == 1.0
 
 
@@ -151,7 +158,7 @@ def test_a_flow_of_ones_own_decides_by_its_longest_vectors() -> None:
             found[0, 0, 0, :3] = length
             return found
 
-        pairs = dimension.own(flow, CPU)
+        pairs = dimension.adapt(flow, CPU)
         assert dimension.formula(pairs, footage(torch.rand(3, 3, 8, 8))).value is expected
 
 
@@ -205,8 +212,8 @@ def test_points_that_agree_on_nothing_tell_no_motion() -> None:
         ("temporal_flickering", 1, "this dimension needs 2"),
         ("i2v_subject", 1, "this dimension needs 2"),
         ("i2v_subject", 3, "continues no image"),
-        ("camera_motion", 3, "asks for none of: camera pans left"),
-        ("appearance_style", 3, "names no style for 'plain'"),
+        ("camera_motion", 3, "has no camera motion; VBench knows camera pans left"),
+        ("appearance_style", 3, "has no style for 'plain'"),
         ("aesthetic_quality", 3, "needs LAION's head.*--head FILE"),
     ],
 )
@@ -325,7 +332,7 @@ def test_musiq_is_pyiqas_with_the_users_weights(tmp_path: Path, monkeypatch: pyt
     """VBench builds it so: MUSIQ(pretrained_model_path=...), frames in [0, 1]."""
     torch.save({"params": {"weight": torch.ones(1)}}, tmp_path / "musiq.pth")
     monkeypatch.setitem(sys.modules, "pyiqa", None)
-    with pytest.raises(DimensionError, match="pip install pyiqa, or name a factory"):
+    with pytest.raises(DimensionError, match="pip install pyiqa, or give a factory"):
         DIMENSIONS["imaging_quality"].network(str(tmp_path / "musiq.pth"), CPU)
 
     class Musiq(torch.nn.Module):
@@ -347,9 +354,11 @@ def test_musiq_is_pyiqas_with_the_users_weights(tmp_path: Path, monkeypatch: pyt
 
 
 def test_other_dimensions_need_vbenchs_package() -> None:
-    with pytest.raises(DimensionError, match="human_action is measured only by VBench's own package"):
+    with pytest.raises(DimensionError, match="only VBench's own package measures human_action"):
         find_dimension("human_action")
-    with pytest.raises(DimensionError, match="there is no dimension 'smoothness'; known are subject_consistency"):
+    with pytest.raises(
+        DimensionError, match="there is no dimension 'smoothness'; known dimensions are subject_consistency"
+    ):
         find_dimension("smoothness")
 
 

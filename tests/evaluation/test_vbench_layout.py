@@ -17,9 +17,15 @@ from PIL import Image
 
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.video import VideoHeader, read_video, write_video
-from bpgo_video.evaluation.vbench_folder import ENCODING, header_problems, video_problems
 from bpgo_video.evaluation.vbench_layout import lay_out, places_of, read_texts, reader_of
-from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, read_suite
+from bpgo_video.evaluation.vbench_suite import (
+    ENCODING,
+    Suite,
+    SuiteError,
+    header_problems,
+    read_suite,
+    video_problems,
+)
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.generate import generate
 from bpgo_video.inference.settings import GenerationError, GenerationSettings
@@ -150,7 +156,7 @@ def test_what_a_list_of_ones_own_says_of_its_prompts_reaches_the_model(tmp_path:
     [
         (['{"prompt": "a red circle moving left"}'], r"texts\.jsonl:1: generation_prompt: Field required"),
         (['{"prompt": "other", "generation_prompt": "x"}'], "'other' is not a prompt of"),
-        (['{"prompt": "a red circle moving left", "generation_prompt": "x"}'] * 2, "is there twice"),
+        (['{"prompt": "a red circle moving left", "generation_prompt": "x"}'] * 2, "appears twice"),
         (
             ['{"prompt": "a red circle moving left", "generation_prompt": "x"}'],
             "'In a still frame, a square' has no line",

@@ -18,12 +18,11 @@ from PIL import Image
 from bpgo_video.data.video import write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import vbench_scoring as scoring
-from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS
-from bpgo_video.evaluation.vbench_formulas import DimensionError, Measured
+from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, DimensionError, Measured
 from bpgo_video.evaluation.vbench_networks import Sources
 from bpgo_video.evaluation.vbench_results import read_results
-from bpgo_video.evaluation.vbench_scoring import Request, prompts_in_names, score_folder
-from bpgo_video.evaluation.vbench_suite import SuiteError, read_suite
+from bpgo_video.evaluation.vbench_scoring import Request, score_folder
+from bpgo_video.evaluation.vbench_suite import SuiteError, read_suite, videos_of
 from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.rewards.packaged import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
@@ -115,11 +114,11 @@ def test_every_dimension_runs_from_the_command_line(videos: Path, tmp_path: Path
 def test_a_prompt_is_read_from_a_name_as_vbench_reads_it(tmp_path: Path) -> None:
     for name in ("a cat-0.mp4", "a 2-1-12.mp4", "alone.mp4"):
         (tmp_path / name).write_bytes(b"")
-    prompts = {name: prompt.text for name, prompt in prompts_in_names(tmp_path).items()}
+    prompts = {name: prompt.text for name, prompt in videos_of("color", tmp_path, None).items()}
     assert prompts == {"a cat-0.mp4": "a cat", "a 2-1-12.mp4": "a 2-1", "alone.mp4": "alone"}
     (tmp_path / "notes.txt").write_bytes(b"")
     with pytest.raises(SuiteError, match=r"'notes\.txt'"):
-        prompts_in_names(tmp_path)
+        videos_of("color", tmp_path, None)
 
 
 def command_of(videos: Path, *more: str) -> list[str]:
@@ -153,19 +152,19 @@ def test_a_rate_other_than_the_manifests_is_named(videos: Path, capsys: pytest.C
     for damaged in ("{", "[]", '{"settings": {}}'):
         (videos.parent / "videos.generation.json").write_text(damaged)
         assert main(command_of(videos, "temporal_flickering")) == 1
-        assert "videos.generation.json does not say the rate of its videos" in capsys.readouterr().err
+        assert "videos.generation.json does not have the rate of its videos" in capsys.readouterr().err
     assert main([*command_of(videos, "temporal_flickering"), "--fps", "8"]) == 0
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["human_action"], "human_action is measured only by VBench's own package"),
+        (["human_action"], "only VBench's own package measures human_action"),
         (["smoothness"], "there is no dimension 'smoothness'"),
         (["temporal_flickering", "motion_smoothness"], "motion_smoothness needs a frame interpolation"),
         (["temporal_flickering", "--backbone", "dynamic_degree=dis"], "--backbone names dynamic_degree, which"),
         (["dynamic_degree", "--backbone", "dis"], "--backbone 'dis' must be DIMENSION=NETWORK"),
-        (["temporal_flickering", "--suite", "none.json"], "the suite 'none.json' is no file"),
+        (["temporal_flickering", "--suite", "none.json"], "the suite 'none.json' is not a file"),
         (["i2v_subject", "--backbone", "i2v_subject=tests.made.tiny_vbench:encoder"], "names no image"),
     ],
 )
@@ -217,7 +216,7 @@ def test_partial_sets_and_proxies_have_no_totals_unless_asked(
     write_golden(tmp_path / "proxies", label="proxy", network="DIS")
     mixed = [*files[:-1], str(tmp_path / "proxies" / Path(files[-1]).name)]
     assert main(["total", *mixed, "--json"]) == 1
-    assert "temporal_style: measured by a stand-in" in capsys.readouterr().err
+    assert "temporal_style: measured by a proxy" in capsys.readouterr().err
     assert main(["total", *mixed, "--json", "--partial"]) == 0
     assert json.loads(capsys.readouterr().out)["proxy"] == ["temporal_style"]
     assert main(["total", str(tmp_path)]) == 1
@@ -293,7 +292,7 @@ def test_results_of_other_videos_are_not_continued(
     assert set(yaml.safe_load((output / "measured.yaml").read_text())) == {"videos", "suite", "benchmark", "options"}
     write_video(videos / f"{PROMPTS[0]}-0.mp4", torch.zeros(4, 3, 144, 176), fps=8)
     assert main([*command, "--dimensions", "dynamic_degree"]) == 1
-    assert "holds results of other videos; name another --output" in capsys.readouterr().err
+    assert "has results of other videos; choose another --output" in capsys.readouterr().err
 
 
 def test_the_package_is_not_asked_about_a_folder_that_is_not_whole(
@@ -303,7 +302,7 @@ def test_the_package_is_not_asked_about_a_folder_that_is_not_whole(
     assert f"'{PROMPTS[1]}-2.mp4' is missing" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
     assert main(officially(videos, tmp_path / "results")) == 1
-    assert "say which --dimensions" in capsys.readouterr().err
+    assert "no dimensions are given: add --dimensions" in capsys.readouterr().err
 
 
 def test_image_to_video_is_measured_where_its_images_lie(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import vbench_scoring as scoring
 from bpgo_video.evaluation.ranks import device_of
-from bpgo_video.evaluation.vbench_formulas import DimensionError, Measured
+from bpgo_video.evaluation.vbench_dimensions import DimensionError, Measured
 from bpgo_video.evaluation.vbench_networks import Sources
 from bpgo_video.evaluation.vbench_scoring import (
     Task,
@@ -73,7 +73,7 @@ def test_shares_of_any_number_of_ranks_make_one_ranks_results(folder: Path, tmp_
         parts = [measure_share(task, mesh.dealt(range(len(task.items))), mesh, tmp_path / "many") for mesh in ranks]
         assert sum(map(len, parts)) == len(task.items)
         found = {place: measured for part in parts for place, measured in part.items()}
-        assert task.result([found[place] for place in range(len(task.items))]) == expected
+        assert task.result(found) == expected
 
 
 def test_a_score_weighs_videos_by_their_frames_whoever_measured_them(folder: Path, tmp_path: Path) -> None:

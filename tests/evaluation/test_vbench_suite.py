@@ -12,7 +12,6 @@ import torch
 from bpgo_video.data.prompt_files import PromptFileError
 from bpgo_video.data.video import write_video
 from bpgo_video.evaluation import vbench_suite as vbench_suite
-from bpgo_video.evaluation.vbench_folder import video_problems
 from bpgo_video.evaluation.vbench_suite import (
     Suite,
     SuiteError,
@@ -21,6 +20,7 @@ from bpgo_video.evaluation.vbench_suite import (
     image_path,
     listing,
     read_suite,
+    video_problems,
 )
 
 ENTRIES = [

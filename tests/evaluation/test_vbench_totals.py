@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpgo_video.evaluation.vbench_results import (
+    BENCHMARKS,
     Result,
     ResultError,
+    TotalsError,
     Video,
+    benchmark_of,
     check_complete,
     merge,
     read_results,
+    totals,
     write_results,
 )
-from bpgo_video.evaluation.vbench_totals import BENCHMARKS, TotalsError, benchmark_of, totals
 from bpgo_video.training.metrics import MalformedFile
 
 GOLDEN = {
@@ -138,7 +141,7 @@ def test_results_are_read_as_vbench_writes_them_and_as_we_do(tmp_path: Path) -> 
         ({"color": [0.5, []]}, r"color\.1: .*at least 1 item"),
         ({"color": [0.5]}, r"color\.1: Field required"),
         ({"color": 0.5}, r"color: .*valid array \(given: 0\.5\)"),
-        ({"color": [0.5, [VIDEOS[0], VIDEOS[0]]]}, r"color\.1: .*'v/a-0\.mp4' is there 2 times"),
+        ({"color": [0.5, [VIDEOS[0], VIDEOS[0]]]}, r"color\.1: .*'v/a-0\.mp4' appears 2 times"),
         ({"color": [0.5, [{"video_path": "a"}]]}, r"color\.1\.0\.video_results: Field required"),
         ({"color": [0.5, [{"video_path": "a", "video_results": math.nan}]]}, r"video_results.*finite number"),
         ({"color": [0.5, [{"video_path": "a", "video_results": "yes"}]]}, r"video_results.*given: 'yes'"),

@@ -52,7 +52,7 @@ def measured(name: str, entries: list[dict[str, str]], folder: Path) -> Result:
 
 def measured_alone(task: Task) -> Result:
     """The result of one process that keeps nothing."""
-    return task.result([task.measure(item) for item in task.items])
+    return task.result(dict(enumerate(map(task.measure, task.items))))
 
 
 def assert_equal(ours: Result, score: float, values: list[float]) -> None:
