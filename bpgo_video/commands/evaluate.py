@@ -12,8 +12,9 @@
 heldout scores a policy folder on the recipe's held-out prompts with its `evaluation.rewards`: the same function,
 prompts and noise as the evaluations within a training run. The standard error is over samples, with fixed prompts.
 
-compare measures two models or more in the same way, on the same prompts and noise, and reports which is better: a verdict
-in words, paired statistics in comparison.json, and report.html with the videos side by side (docs/evaluation.md).
+compare measures two models or more in the same way, on the same prompts and noise, and reports which is better: a
+verdict in words, paired statistics in comparison.json, and report.html with the videos side by side
+(docs/evaluation.md).
 
 layout, score, vbench and total generate VBench's videos and compute its dimensions and totals.
 """

@@ -1,8 +1,8 @@
 """The command `evaluate compare`: measures several models in the same way, or reads their scores, and compares them.
 
 OUTPUT/models/KEY/ holds one model's scores (compare_scores.py); KEY is a hash of all settings that they depend on.
-Prompts are measured in blocks, and the scores of each finished block are kept: the same command continues an interrupted
-comparison, on any number of ranks.
+Prompts are measured in blocks, and the scores of each finished block are kept: the same command continues an
+interrupted comparison, on any number of ranks.
 
 Two statistics describe the videos themselves, because policies that exploit their rewards often stop moving or make the
 same video in all samples of a prompt. Both are in units of pixel values in [0, 1].

@@ -116,7 +116,9 @@ def forest(comparison: Comparison, name: str) -> Curve | None:
 
 
 def bars(compared: Compared, measure: str) -> list[tuple[str, float, float]]:
-    """Label and mean of each model, and the mean's position, 0 to 1, between the 5th and 95th percentile of all scores."""
+    """Label and mean of each model, and the position of the mean between the 5th (0) and 95th (1) percentile of all
+    models' scores.
+    """
     tables = [model.table(measure) for model in compared.models]
     low, high = np.quantile(np.concatenate([table.ravel() for table in tables]), (0.05, 0.95))
     width = float(high - low) or 1.0
@@ -165,7 +167,7 @@ def disagreement(compared: Compared, candidate: ModelScores) -> Float[np.ndarray
 
 
 def chosen_rows(compared: Compared, count: int) -> list[int]:
-    """In turn the biggest win, loss and disagreement of each candidate by the first held-out measure; in prompt order."""
+    """The biggest wins, losses and disagreements of each candidate in turn, by the first held-out measure; sorted."""
     reference, *others = compared.models
     measure, rankings = next(iter(compared.comparisons[0].heldout)), []
     for candidate in others:

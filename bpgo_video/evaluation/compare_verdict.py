@@ -99,7 +99,8 @@ class Comparison:
         ):
             if (effect := self.effects.get(name)) is not None and effect.shown == -1:
                 share = -effect.difference / abs(effect.mean_a)  # the mean is above 0, since it fell
-                yield f"{change}: {name} fell by {share:.0%}, from {effect.mean_a:.3f} to {effect.mean_b:.3f}; {meaning}"
+                means = f"from {effect.mean_a:.3f} to {effect.mean_b:.3f}"
+                yield f"{change}: {name} fell by {share:.0%}, {means}; {meaning}"
 
     def _limits(self) -> Iterator[str]:
         """Limits of what this comparison can show."""

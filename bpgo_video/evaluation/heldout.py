@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -31,41 +31,16 @@ from bpgo_video.training.summary import boxed
 SETTINGS = ("split", "samples_per_prompt", "num_steps", "guidance_scale", "guidance_scale_2")
 
 
-@dataclass(frozen=True)
-class HeldoutEvaluation:
-    """Scores of one policy on held-out prompts, the same on every rank.
-
-    Attributes:
-        config: the recipe with the requested changes.
-        versions: of each reward.
-        prompts: in order, with the scores of each reward.
-    """
-
-    config: Config
-    versions: Mapping[str, str]
-    prompts: Sequence[PromptLine]
-
-    def by_tag(self, reward: str) -> dict[str, dict[str, Any]]:
-        """Mean, standard error (None if there are too few samples) and number of prompts: of all, then of each tag."""
-        table = {}
-        for tag in ("all", *sorted({tag for line in self.prompts for tag in line.tags})):
-            scores = torch.tensor([line.scores[reward] for line in self.prompts if tag in ("all", *line.tags)])
-            error = stderr(scores) if scores.numel() > 1 else math.nan
-            mean = float(scores.double().mean())
-            table[tag] = {"mean": mean, "stderr": error if math.isfinite(error) else None, "prompts": len(scores)}
-        return table
-
-
 def run(args: argparse.Namespace) -> None:
     changes = {name: getattr(args, name) for name in ("policy", "split", "samples_per_prompt", "seed")}
     config = with_changes(read_yaml(args.config), **changes)
     show_loading_once()
     with evaluation_ranks(config.parallel) as mesh:
-        evaluation = evaluate_folder(config, mesh)
+        content = evaluate_folder(config, mesh)
     if mesh.is_main:
-        print(as_table(evaluation))
+        print(as_table(content))
         if args.output is not None:
-            write_json(args.output, as_json(evaluation))
+            write_json(args.output, content)
             print(args.output)
 
 
@@ -91,8 +66,11 @@ def with_changes(
     return replace(config, run=run, policy=folder, evaluation=evaluation)
 
 
-def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
+def evaluate_folder(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Scores `policy.folder` on the held-out prompts, with the noise of a training run's evaluations of this seed.
+
+    Returns:
+        settings, summary by reward and tag, and every score, as plain JSON data; the same on every rank.
 
     Raises:
         ConfigError, ShardError, FileNotFoundError, RewardError: each states the value, the rule and the remedy.
@@ -101,8 +79,15 @@ def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
     records = [shards.record(row) for row in heldout_rows(config, shards)]
     suite = RewardSuite(config.evaluation.rewards, mesh.device, config.video.fps)
     policy, dtype = sampling_policy(config, ds_config, mesh), engine.compute_dtype(ds_config)
-    scores = score_prompts(policy, records, suite, config, dtype, mesh)
-    return HeldoutEvaluation(config, suite.versions, lines_of(records, scores))
+    lines = lines_of(records, score_prompts(policy, records, suite, config, dtype, mesh))
+    return {
+        "policy": config.policy.folder,
+        "shards": config.data.shards,
+        "seed": config.run.seed,
+        **{name: getattr(config.evaluation, name) for name in SETTINGS},
+        "rewards": {name: {"version": suite.versions[name], "by_tag": by_tag(lines, name)} for name in suite.versions},
+        "prompts": [asdict(line) for line in lines],
+    }
 
 
 def score_prompts(
@@ -120,26 +105,24 @@ def score_prompts(
     return evaluate(policy, prompts, suite, config, mesh, seen).by_name
 
 
-def as_json(evaluation: HeldoutEvaluation) -> dict[str, Any]:
-    """Settings, summary by reward and tag, and every score, as plain JSON data."""
-    config, versions = evaluation.config, evaluation.versions
-    return {
-        "policy": config.policy.folder,
-        "shards": config.data.shards,
-        "seed": config.run.seed,
-        **{name: getattr(config.evaluation, name) for name in SETTINGS},
-        "rewards": {name: {"version": versions[name], "by_tag": evaluation.by_tag(name)} for name in versions},
-        "prompts": [asdict(line) for line in evaluation.prompts],
-    }
+def by_tag(lines: Sequence[PromptLine], reward: str) -> dict[str, dict[str, Any]]:
+    """Mean, standard error (None if there are too few samples) and number of prompts: of all, then of each tag."""
+    table = {}
+    for tag in ("all", *sorted({tag for line in lines for tag in line.tags})):
+        scores = torch.tensor([line.scores[reward] for line in lines if tag in ("all", *line.tags)])
+        error = stderr(scores) if scores.numel() > 1 else math.nan
+        mean = float(scores.double().mean())
+        table[tag] = {"mean": mean, "stderr": error if math.isfinite(error) else None, "prompts": len(scores)}
+    return table
 
 
-def as_table(evaluation: HeldoutEvaluation) -> str:
+def as_table(content: Mapping[str, Any]) -> str:
     """One row per reward and tag: mean, standard error, prompts, videos."""
-    config, rows = evaluation.config, []
-    for name in evaluation.versions:
-        for tag, cell in evaluation.by_tag(name).items():
+    rows = []
+    for name, reward in content["rewards"].items():
+        for tag, cell in reward["by_tag"].items():
             error = "n/a" if cell["stderr"] is None else f"{cell['stderr']:.4f}"
-            counts = [f"{cell['prompts'] * videos:,}" for videos in (1, config.evaluation.samples_per_prompt)]
+            counts = [f"{cell['prompts'] * videos:,}" for videos in (1, content["samples_per_prompt"])]
             rows.append([name, tag, f"{cell['mean']:.4f}", error, *counts])
     header = ("reward", "tag", "mean", "± stderr", "prompts", "videos")
-    return boxed(rows, header, words=2, title=f"{config.policy.folder}, split {config.evaluation.split}")
+    return boxed(rows, header, words=2, title=f"{content['policy']}, split {content['split']}")

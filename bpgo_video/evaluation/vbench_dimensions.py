@@ -21,21 +21,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from bpgo_video.evaluation import vbench_networks as networks
-from bpgo_video.evaluation.vbench_networks import (
-    CLIP_B32,
-    CLIP_L14,
-    DINO_B16,
-    GRID,
-    Encoder,
-    Footage,
-    Frames,
-    Network,
-    Picture,
-    Sources,
-    Tracks,
-    adapt_encoder,
-)
+from bpgo_video.evaluation.vbench_networks import GRID, Encoder, Footage, Network, Sources
 from bpgo_video.evaluation.vbench_results import BENCHMARKS
+
+Picture = networks.Picture
 
 FLOW_FPS = 8  # frames per second that dynamic degree compares
 STILL = 0.005  # of the shorter side: a point that moved less is static
@@ -128,7 +117,7 @@ def flickering(_: None, footage: Footage) -> Measured:
     return Measured((255.0 - float(differences.mean())) / 255.0)
 
 
-def dynamic_degree(pairs: Callable[[Frames], list[bool]], footage: Footage) -> Measured:
+def dynamic_degree(pairs: Callable[[networks.Frames], list[bool]], footage: Footage) -> Measured:
     """Whether round(4 T/16) or more pairs of T frames, 8 per second, move faster than 6/256 of the shorter side."""
     frames = footage.frames[:: max(1, round(footage.fps / FLOW_FPS))]
     faster = pairs(frames)
@@ -149,7 +138,7 @@ def smoothness(interpolate: Callable[[Picture, Picture], Picture], footage: Foot
     return Measured((255.0 - float(np.mean(errors))) / 255.0)
 
 
-def camera_motion(track: Callable[[Frames], Tracks], footage: Footage) -> Measured:
+def camera_motion(track: Callable[[networks.Frames], networks.Tracks], footage: Footage) -> Measured:
     """Whether the centres of the four edges moved from the first frame to the last as the prompt says."""
     known = list(dict.fromkeys(TOP_BOTTOM.values()))
     requested = [motion for motion in known if motion in footage.prompt.text]
@@ -252,23 +241,25 @@ VIDEO_TEXT: dict[str, Any] = {
 
 # fmt: off
 ROWS = (
-    Dimension("subject_consistency", consistency, adapt_encoder(networks.DINO),
-              partial(networks.dino, networks.DINO), DINO_B16, STAND_IN),
-    Dimension("background_consistency", consistency, adapt_encoder(networks.CLIP),
-              partial(networks.clip, "image"), CLIP_B32, STAND_IN),
+    Dimension("subject_consistency", consistency, networks.adapt_encoder(networks.DINO),
+              partial(networks.dino, networks.DINO), networks.DINO_B16, STAND_IN),
+    Dimension("background_consistency", consistency, networks.adapt_encoder(networks.CLIP),
+              partial(networks.clip, "image"), networks.CLIP_B32, STAND_IN),
     Dimension("temporal_flickering", flickering),
     Dimension("motion_smoothness", smoothness, networks.adapt_interpolator,
               usual="a frame interpolation (VBench's is AMT-S)"),
     Dimension("dynamic_degree", dynamic_degree, networks.adapt_flow, None, "dis", {"dis": networks.dis}),
-    Dimension("aesthetic_quality", mean_points, networks.adapt_embedding, partial(networks.clip, "points"), CLIP_L14),
+    Dimension("aesthetic_quality", mean_points, networks.adapt_embedding, partial(networks.clip, "points"),
+              networks.CLIP_L14),
     Dimension("imaging_quality", mean_points, networks.adapt_points, networks.musiq, scale=0.01,
               usual="MUSIQ's weights (VBench's file is musiq_spaq_ckpt-358bb6af.pth)"),
-    Dimension("appearance_style", appearance, adapt_encoder(networks.CLIP), partial(networks.clip, "text"), CLIP_B32),
+    Dimension("appearance_style", appearance, networks.adapt_encoder(networks.CLIP), partial(networks.clip, "text"),
+              networks.CLIP_B32),
     Dimension("temporal_style", likeness, **VIDEO_TEXT),
     Dimension("overall_consistency", likeness, **VIDEO_TEXT),
-    Dimension("i2v_subject", continuation, adapt_encoder(networks.DINO_OF_IMAGES),
-              partial(networks.dino, networks.DINO_OF_IMAGES), DINO_B16, STAND_IN, continues=True),
-    Dimension("i2v_background", continuation, adapt_encoder(networks.DREAMSIM),
+    Dimension("i2v_subject", continuation, networks.adapt_encoder(networks.DINO_OF_IMAGES),
+              partial(networks.dino, networks.DINO_OF_IMAGES), networks.DINO_B16, STAND_IN, continues=True),
+    Dimension("i2v_background", continuation, networks.adapt_encoder(networks.DREAMSIM),
               short=STAND_IN, usual="DreamSim", continues=True),
     Dimension("camera_motion", camera_motion, networks.adapt_tracker,
               usual="point tracking (VBench's is CoTracker2)"),

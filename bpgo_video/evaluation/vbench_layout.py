@@ -28,16 +28,8 @@ from bpgo_video.data.prompt_records import PromptRecord
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.agreement import all_or_none
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.evaluation.vbench_suite import (
-    Suite,
-    SuiteError,
-    foreign_problems,
-    image_path,
-    listing,
-    read_suite,
-    sibling,
-    video_problems,
-)
+from bpgo_video.evaluation import vbench_suite as suites
+from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, listing, read_suite
 from bpgo_video.inference.generate import ALONE, PATIENCE, generate
 from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.inference.share import Reader
@@ -81,7 +73,7 @@ def check(args: argparse.Namespace) -> None:
     if args.more:
         raise SuiteError(f"--check generates nothing; remove {' '.join(args.more)}")
     suite = read_suite(args.suite, args.samples)
-    if problems := video_problems(args.output, suite, fps=args.fps, whole=True):
+    if problems := suites.video_problems(args.output, suite, fps=args.fps, whole=True):
         raise SuiteError(f"{args.output} has {len(problems)} problems:{listing(problems)}")
     print(f"{args.output}: {len(suite.names())} videos, complete")
 
@@ -108,18 +100,18 @@ def lay_out(
     with all_or_none(mesh):
         if mesh.is_main and places.videos.is_dir():
             clear_unfinished(places)
-            if problems := foreign_problems(places.videos, suite):
+            if problems := suites.foreign_problems(places.videos, suite):
                 raise SuiteError(f"{places.videos} has files outside this suite:{listing(problems)}")
     manifest = generate(settings, mesh, reader_of(suite, images, texts), places)
     with all_or_none(mesh):
-        if mesh.is_main and (problems := video_problems(places.videos, suite)):
+        if mesh.is_main and (problems := suites.video_problems(places.videos, suite)):
             raise SuiteError(f"VBench cannot measure {places.videos}:{listing(problems)}")
     return manifest
 
 
 def places_of(folder: Path) -> Places:
     """The videos in the folder, the other files next to it."""
-    manifest, sheets = sibling(folder, MANIFEST), sibling(folder, "sheets")
+    manifest, sheets = suites.sibling(folder, MANIFEST), suites.sibling(folder, "sheets")
     return Places(folder, lambda record, _, sample: f"{record.prompt}-{sample}.mp4", manifest, sheets)
 
 
@@ -133,7 +125,7 @@ def reader_of(suite: Suite, images: Path | None, texts: Mapping[str, str] | None
                 prompt_id(prompt.text),
                 prompt.text,
                 negative_prompt=prompt.negative_prompt,
-                media={"image": image(image_path(prompt, images))} if with_images else {},
+                media={"image": image(suites.image_path(prompt, images))} if with_images else {},
                 info=prompt.info if texts is None else {TOLD: texts[prompt.text]},
             )
             for prompt in suite.prompts

@@ -1,8 +1,8 @@
 """Networks of VBench's formulas, with their preprocessing: VBench's own architectures, stand-ins, and the user's own.
 
-VBench resizes most frames without antialiasing. torchvision's operations, which it calls, are written in torch and Pillow
-here, so that torchvision is not a dependency. Rewards have their own preprocessing (antialiased, differentiable), so their
-scores differ from these.
+VBench resizes most frames without antialiasing. It calls torchvision, whose operations are written in torch and Pillow
+here, so that torchvision is not a dependency. Rewards have their own preprocessing (antialiased, differentiable), so
+their scores differ from these.
 
 A folder's network is labelled native if its architecture is VBench's, proxy otherwise; the fingerprint in the results
 identifies its weights. All run in fp32; VBench's CLIP runs in fp16 on GPUs.
@@ -239,8 +239,8 @@ def dino_positions(embeddings: Any, tokens: Tensor, height: int, width: int) -> 
 
 
 def clip(output: Literal["image", "text", "points"], spec: str, sources: Sources) -> Network:
-    """CLIP (arXiv 2103.00020), prepared for its own image size: its image embedding, its logits of images and a text, or
-    the points that LAION's head gives its image embedding.
+    """CLIP (arXiv 2103.00020) at its own image size: an image embedding, logits of images and a text, or the points
+    that LAION's head gives the image embedding.
     """
     folder = resolve_folder(spec)
     network = sources.backbones.load(CLIPModel, folder, sources.device, "float32").network
@@ -341,7 +341,7 @@ def adapt_points(network: Any, sources: Sources) -> Encoder:
 
 
 def adapt_video_text(network: Any, sources: Sources) -> Callable[[Footage], float]:
-    """The network maps prepared frames on the device, (1, 8, 3, 224, 224), and a text to a feature of each, (1, dim)."""
+    """The network maps prepared frames on the device, (1, 8, 3, 224, 224), and a text to two features, (1, dim)."""
 
     @torch.no_grad()
     def compare(footage: Footage) -> float:
@@ -375,8 +375,8 @@ def adapt_flow(network: Any, sources: Sources) -> Callable[[Frames], list[bool]]
 
 
 def adapt_interpolator(network: Any, sources: Sources) -> Callable[[Picture, Picture], Picture]:
-    """The network maps two frames in [0, 1] on the device, (1, 3, height, width) with sides that are multiples of 16, to
-    the frame between them.
+    """The network maps two frames in [0, 1] on the device, (1, 3, height, width) with sides that are multiples of 16,
+    to the frame between them.
     """
 
     @torch.no_grad()
@@ -401,8 +401,8 @@ def replicated(images: Tensor, divisor: int) -> tuple[Tensor, tuple[int, int, in
 
 
 def adapt_tracker(network: Any, sources: Sources) -> Callable[[Frames], Tracks]:
-    """The network maps a video of 0 to 255 on the device, (1, frames, 3, height, width), and the points per side, 10, to
-    x and y of each point, row by row, (1, frames, 100, 2).
+    """The network maps a video of 0 to 255 on the device, (1, frames, 3, height, width), and the points per side, 10,
+    to x and y of each point, row by row, (1, frames, 100, 2).
     """
 
     @torch.no_grad()

@@ -12,8 +12,8 @@ VBench-I2V's camera motion is a triple [score, parts, videos]. Our files also st
     total = sum_g W_g group_g / sum_g W_g
 
 The constants are those of VBench's scripts/constant.py (arXiv 2311.17982, 2411.13503) and of VBench-2.0's (2503.21755).
-VBench's scripts count a missing dimension as a raw score of 0, which the normalisation makes negative. Here an incomplete
-set has no totals, unless they are requested, and then the result is labelled.
+VBench's scripts count a missing dimension as a raw score of 0, which the normalisation makes negative. Here an
+incomplete set has no totals, unless they are requested, and then the result is labelled.
 """
 
 from __future__ import annotations
@@ -245,7 +245,8 @@ def labelled_totals(paths: Sequence[Path], suite: Suite | None = None, partial: 
 
     Args:
         suite: the results must have each of its videos.
-        partial: accept an incomplete set and proxies; the result then has "partial", "benchmark", "missing" and "proxy".
+        partial: accept an incomplete set and proxies; the result then also has "partial", "benchmark", "missing" and
+            "proxy".
 
     Raises:
         FileNotFoundError, ResultError: see `merge`; or a result does not have the suite's videos.
@@ -264,8 +265,8 @@ def labelled_totals(paths: Sequence[Path], suite: Suite | None = None, partial: 
     proxies = [name for name, result in results.items() if "proxy" in result.labels]
     if proxies and not partial:
         raise TotalsError(
-            f"{', '.join(proxies)}: measured by a proxy, which totals of {benchmark} exclude (--partial accepts it, and "
-            "labels the result)"
+            f"{', '.join(proxies)}: measured by a proxy, which totals of {benchmark} exclude (--partial accepts it, "
+            "and labels the result)"
         )
     values = totals(benchmark, scores, partial)
     missing = [dimension for dimension in BENCHMARKS[benchmark].dimensions if dimension not in scores]

@@ -1,7 +1,6 @@
-"""The command `evaluate score`: VBench's dimensions of a folder of videos, with each dimension's videos divided among ranks.
+"""The command `evaluate score`: VBench's dimensions of a folder of videos, which are divided among ranks.
 
-OUTPUT.json.measured/{dimension}-{hex}.jsonl      numbers of one process, one line per video; deleted when OUTPUT.json is
-                                                  complete
+OUTPUT.json.measured/{dimension}-{hex}.jsonl      numbers of one process, one line per video; temporary
 
 The key of a line is a hash of everything that its number depends on. Videos without a complete line with their key are
 measured again.
@@ -26,20 +25,12 @@ from bpgo_video.cli import show_loading_once
 from bpgo_video.data.video import VideoError, read_header, read_pixels
 from bpgo_video.distributed.agreement import all_or_none, from_all, from_main, same_everywhere
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.evaluation import vbench_suite as suites
 from bpgo_video.evaluation.ranks import device_of, independent_ranks
 from bpgo_video.evaluation.vbench_dimensions import Dimension, DimensionError, Measured, find_dimension
 from bpgo_video.evaluation.vbench_networks import Footage, Network, Sources
 from bpgo_video.evaluation.vbench_results import Result, Video, write_results
-from bpgo_video.evaluation.vbench_suite import (
-    Suite,
-    SuiteError,
-    SuitePrompt,
-    image_path,
-    listing,
-    read_suite,
-    video_problems,
-    videos_of,
-)
+from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, SuitePrompt, listing, read_suite
 from bpgo_video.randomness import reseeded
 from bpgo_video.training.metrics import parse_json
 
@@ -50,7 +41,7 @@ class Request:
 
     Attributes:
         backbones: the network of a dimension, if it is not the default one.
-        suite: the suite of the videos; None: every video of the folder, with the prompt in its name, in every dimension.
+        suite: of the videos; None: every video of the folder, with the prompt in its name, in every dimension.
         images: folder of the images that image-to-video continued.
         fps: required of all videos; None: that of the layout's manifest, or of most videos.
     """
@@ -205,16 +196,16 @@ def prepare(request: Request, sources: Sources, checks_files: bool) -> list[Task
     if unknown := sorted(request.backbones.keys() - set(request.dimensions)):
         raise DimensionError(f"--backbone names {', '.join(unknown)}, which --dimensions does not")
     dimensions = [find_dimension(name) for name in request.dimensions]
-    videos = {one.name: videos_of(one.name, request.videos, request.suite) for one in dimensions}
+    videos = {one.name: suites.videos_of(one.name, request.videos, request.suite) for one in dimensions}
     if checks_files:
         names = {name for chosen in videos.values() for name in chosen}
-        if problems := video_problems(request.videos, request.suite, names, request.fps):
+        if problems := suites.video_problems(request.videos, request.suite, names, request.fps):
             raise SuiteError(f"{request.videos} cannot be measured:{listing(problems)}")
     tasks = []
     for one in dimensions:
         network = one.network(request.backbones.get(one.name), sources)
         items = [
-            Item(request.videos / name, prompt, image_path(prompt, request.images) if one.continues else None)
+            Item(request.videos / name, prompt, suites.image_path(prompt, request.images) if one.continues else None)
             for name, prompt in videos[one.name].items()
         ]
         tasks.append(Task(one, network, tuple(items), sources))

@@ -165,8 +165,8 @@ def listing(problems: Iterable[str]) -> str:
 
 
 def videos_of(dimension: str, folder: Path, suite: Suite | None) -> dict[str, SuitePrompt]:
-    """The names of the dimension's videos and their prompts; without a suite all videos, with the prompts in their names
-    (`{prompt}-{i}.mp4` or `{prompt}.mp4`).
+    """The names of the dimension's videos and their prompts; without a suite all videos, with the prompts in their
+    names (`{prompt}-{i}.mp4` or `{prompt}.mp4`).
 
     Raises:
         SuiteError: there is no such folder, the dimension has no videos, or without a suite other files are present.

@@ -1,8 +1,8 @@
 """Training log: metrics.jsonl with one record per step, the progress line, and the mirror of both in wandb.
 
-Every rank calls the log, so that a value that is not finite stops all ranks at the same step; only rank 0 writes. Values
-are already reduced over ranks (`reduce_metrics`). The scores of a held-out evaluation are part of the record of the step
-that precedes it.
+Every rank calls the log, so that a value that is not finite stops all ranks at the same step; only rank 0 writes.
+Values are already reduced over ranks (`reduce_metrics`). The scores of a held-out evaluation are part of the record of
+the step that precedes it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _statistic(key: str, values: Tensor) -> float:
 class RunLog:
     """The log of one run, from `start_step` to `total_steps`; a context manager that every rank opens.
 
-    Opening it removes the records of `start_step` and later from existing files, atomically: a resumed run repeats them.
+    Opening it removes the records of `start_step` and later from existing files: a resumed run repeats them.
     """
 
     def __init__(

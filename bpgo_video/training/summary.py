@@ -128,8 +128,8 @@ def _heldout_findings(records: Records, summary: Summary) -> Iterator[str]:
     before, after = summary.get("heldout_before"), summary.get("heldout_after")
     if summary.get("heldout_shown") == -1 and None not in (before, after) and _rose(_values(records, "reward")):
         yield (
-            f"Held-out scores fell from {before:.3f} to {after:.3f} while the training reward rose: the policy exploits "
-            "weaknesses of the reward. Stop earlier, lower the learning rate, or add a reward."
+            f"Held-out scores fell from {before:.3f} to {after:.3f} while the training reward rose: the policy "
+            "exploits its reward. Stop earlier, lower the learning rate, or add a reward."
         )
 
 

@@ -48,7 +48,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_path: Path) -> None:
     (found,) = measure([Request(recipe_here.policy.folder, "A")], recipe_here, "raw", tmp_path, ONE_RANK)
     alone = evaluate_folder(recipe_here, ONE_RANK)
-    assert found.table("which").tolist() == [line.scores["which"] for line in alone.prompts]
+    assert found.table("which").tolist() == [line["scores"]["which"] for line in alone["prompts"]]
     assert [(line.prompt, line.tags) for line in found.prompts] == [
         (line["prompt"], line["tags"]) for line in PROMPTS[:3]
     ]
