@@ -8,8 +8,8 @@ other prompts behave, so the interval and the test are over prompts.
     effect     matched-pairs rank-biserial correlation (W+ - W-) / (W+ + W-), from -1 (B always lower) to 1
     family     Holm's step-down correction over all measures and models of one comparison
 
-A plain percentile interval of 24 prompts covers the mean in 93 % of cases instead of 95 %, and BCa is hardly better; the
-widened one has its nominal coverage (tests/evaluation/test_statistics.py simulates both).
+A plain percentile interval of 24 prompts covers the mean in 93 % of cases instead of 95 %, and BCa is hardly better;
+the widened interval has its nominal coverage (tests/evaluation/test_statistics.py simulates both).
 """
 
 from __future__ import annotations

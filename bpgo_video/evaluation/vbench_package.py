@@ -29,7 +29,7 @@ from bpgo_video.distributed.agreement import all_or_none, from_all
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.ranks import device_of, independent_ranks
 from bpgo_video.evaluation.vbench_results import Result, ResultError, check_complete, read_results
-from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, listing, read_suite, video_problems, videos_of
+from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, check_videos, listing, read_suite, videos_of
 from bpgo_video.training.metrics import MalformedFile
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # the package runs as a single process
@@ -101,9 +101,7 @@ def measure_by_package(request: PackageRequest, mesh: Mesh) -> list[Result]:
     with all_or_none(mesh):
         videos = {name: videos_of(name, request.videos, request.suite) for name in request.dimensions}
         if mesh.is_main:
-            names = {name for chosen in videos.values() for name in chosen}
-            if problems := video_problems(request.videos, request.suite, names):
-                raise SuiteError(f"{request.videos} cannot be measured:{listing(problems)}")
+            check_videos(request.videos, request.suite, videos)
             write_record(request)
     results: dict[str, Result] = {}
     failures: dict[str, str] = {}

@@ -204,25 +204,16 @@ def benchmark_of(scores: Mapping[str, float]) -> str:
     return nearest
 
 
-def totals(name: str, scores: Mapping[str, float], partial: bool = False) -> dict[str, float | None]:
-    """The score of each group, then "total".
-
-    Args:
-        partial: groups consist of the dimensions that are present, None without any; the total is None unless every
-            group has a score.
+def totals(name: str, scores: Mapping[str, float]) -> dict[str, float | None]:
+    """The score of each group, over the dimensions that are present, None without any; then "total", None unless every
+    group has a score.
 
     Raises:
-        TotalsError: a dimension is missing, and `partial` is not set; or a score is not finite.
+        TotalsError: a score is not finite.
     """
     benchmark = BENCHMARKS[name]
     if invalid := sorted(f"{dimension} {score}" for dimension, score in scores.items() if not math.isfinite(score)):
         raise TotalsError(f"scores must be finite numbers: {', '.join(invalid)}")
-    missing = [dimension for dimension in benchmark.dimensions if dimension not in scores]
-    if missing and not partial:
-        raise TotalsError(
-            f"{name}'s totals need all of its {len(benchmark.dimensions)} dimensions; missing: {', '.join(missing)} "
-            "(--partial accepts those that are present, and labels the result)"
-        )
     normalised = {dimension: normalise(dimension, score) for dimension, score in scores.items()}
     groups = {group: weighted_mean(weights, normalised) for group, (_, weights) in benchmark.groups.items()}
     weights = {group: weight for group, (weight, _) in benchmark.groups.items()}
@@ -250,7 +241,7 @@ def labelled_totals(paths: Sequence[Path], suite: Suite | None = None, partial: 
 
     Raises:
         FileNotFoundError, ResultError: see `merge`; or a result does not have the suite's videos.
-        TotalsError: see `benchmark_of` and `totals`; or a dimension is a proxy, and `partial` is not set.
+        TotalsError: see `benchmark_of` and `totals`; or a dimension is missing or a proxy, and `partial` is not set.
     """
     if lost := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(f"{', '.join(lost)} is neither a result file nor a folder of {RESULTS}")
@@ -263,16 +254,16 @@ def labelled_totals(paths: Sequence[Path], suite: Suite | None = None, partial: 
     scores = {name: result.score for name, result in results.items()}
     benchmark = benchmark_of(scores)
     proxies = [name for name, result in results.items() if "proxy" in result.labels]
-    if proxies and not partial:
-        raise TotalsError(
-            f"{', '.join(proxies)}: measured by a proxy, which totals of {benchmark} exclude (--partial accepts it, "
-            "and labels the result)"
-        )
-    values = totals(benchmark, scores, partial)
     missing = [dimension for dimension in BENCHMARKS[benchmark].dimensions if dimension not in scores]
     if not (missing or proxies):
-        return values
-    return {**values, "partial": True, "benchmark": benchmark, "missing": missing, "proxy": proxies}
+        return totals(benchmark, scores)
+    if not partial:
+        raise TotalsError(
+            f"{benchmark}'s totals need VBench's own number of every dimension; missing: {', '.join(missing) or 'none'}"
+            f", measured by a proxy: {', '.join(proxies) or 'none'} (--partial accepts this, and labels the result)"
+        )
+    partial_labels = {"partial": True, "benchmark": benchmark, "missing": missing, "proxy": proxies}
+    return {**totals(benchmark, scores), **partial_labels}
 
 
 def run(args: argparse.Namespace) -> None:

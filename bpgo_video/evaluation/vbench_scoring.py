@@ -1,9 +1,8 @@
 """The command `evaluate score`: VBench's dimensions of a folder of videos, which are divided among ranks.
 
-OUTPUT.json.measured/{dimension}-{hex}.jsonl      numbers of one process, one line per video; temporary
+OUTPUT.json.measured/{dimension}-{key}.json      the number of one video; deleted when OUTPUT.json is complete
 
-The key of a line is a hash of everything that its number depends on. Videos without a complete line with their key are
-measured again.
+The key is a hash of everything that the number depends on. An interrupted command continues with the other videos.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -21,6 +19,7 @@ import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
+from bpgo_video.atomic import write_json
 from bpgo_video.cli import show_loading_once
 from bpgo_video.data.video import VideoError, read_header, read_pixels
 from bpgo_video.distributed.agreement import all_or_none, from_all, from_main, same_everywhere
@@ -30,7 +29,7 @@ from bpgo_video.evaluation.ranks import device_of, independent_ranks
 from bpgo_video.evaluation.vbench_dimensions import Dimension, DimensionError, Measured, find_dimension
 from bpgo_video.evaluation.vbench_networks import Footage, Network, Sources
 from bpgo_video.evaluation.vbench_results import Result, Video, write_results
-from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, SuitePrompt, listing, read_suite
+from bpgo_video.evaluation.vbench_suite import Suite, SuitePrompt, read_suite
 from bpgo_video.randomness import reseeded
 from bpgo_video.training.metrics import parse_json
 
@@ -54,15 +53,7 @@ class Request:
     fps: float | None = None
 
 
-@dataclass(frozen=True)
-class Line:
-    """The number of one video in a file of kept numbers."""
-
-    key: str
-    measured: Measured
-
-
-LINE = TypeAdapter(Line)
+MEASURED = TypeAdapter(Measured)
 
 
 @dataclass(frozen=True)
@@ -83,13 +74,17 @@ class Task:
     items: tuple[Item, ...]
     sources: Sources
 
-    def key(self, item: Item) -> str:
-        """Changes with everything that the item's number depends on; files count by size and modification time."""
+    def kept_file(self, kept: Path, item: Item) -> Path:
+        """The file of the item's number; its name changes with everything that the number depends on.
+
+        Of files, size and modification time count.
+        """
         stats = [path and path.stat() for path in (item.path, item.image, self.sources.head)]
         files = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
         prompt = [item.path.name, item.prompt.text, dict(item.prompt.info)]
         parts = [self.dimension.name, self.network.label, self.network.name, prompt, files]
-        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        key = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return kept / f"{self.dimension.name}-{key}.json"
 
     def measure(self, item: Item) -> Measured:
         """One video's number. The random draws of a network are the same for every video.
@@ -198,9 +193,7 @@ def prepare(request: Request, sources: Sources, checks_files: bool) -> list[Task
     dimensions = [find_dimension(name) for name in request.dimensions]
     videos = {one.name: suites.videos_of(one.name, request.videos, request.suite) for one in dimensions}
     if checks_files:
-        names = {name for chosen in videos.values() for name in chosen}
-        if problems := suites.video_problems(request.videos, request.suite, names, request.fps):
-            raise SuiteError(f"{request.videos} cannot be measured:{listing(problems)}")
+        suites.check_videos(request.videos, request.suite, videos, request.fps)
     tasks = []
     for one in dimensions:
         network = one.network(request.backbones.get(one.name), sources)
@@ -220,20 +213,14 @@ def read_footage(item: Item) -> Footage:
 
 
 def measure_share(task: Task, places: Sequence[int], mesh: Mesh, kept: Path) -> dict[int, Measured]:
-    """This rank's numbers by the video's place; each is kept in a file at once."""
+    """This rank's numbers by the video's place; each is written to a file at once."""
     numbers: dict[int, Measured] = {}
-    if not places:
-        return numbers
     label = task.dimension.name + (f" (1 of {mesh.world_size} shares)" if mesh.world_size > 1 else "")
-    hidden = None if mesh.is_main else True  # None: hidden outside terminals
-    kept.mkdir(parents=True, exist_ok=True)
-    with (kept / f"{task.dimension.name}-{secrets.token_hex(4)}.jsonl").open("x", encoding="utf-8") as file:
-        for place in tqdm(places, desc=label, unit="video", disable=hidden):
-            item = task.items[place]
-            key, numbers[place] = task.key(item), task.measure(item)
-            line = {"key": key, "video": item.path.name, "measured": asdict(numbers[place])}
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
+    hidden = None if mesh.is_main and places else True  # None: hidden outside terminals
+    for place in tqdm(places, desc=label, unit="video", disable=hidden):
+        path = task.kept_file(kept, task.items[place])
+        numbers[place] = task.measure(task.items[place])
+        write_json(path, asdict(numbers[place]))
     return numbers
 
 
@@ -243,15 +230,11 @@ def kept_folder(output: Path) -> Path:
 
 
 def read_kept(task: Task, kept: Path) -> dict[int, Measured]:
-    """The numbers of an earlier call, by the video's place. Raises MalformedFile for a line of another form."""
-    lines = {}
-    for path in kept.glob(f"{task.dimension.name}-*.jsonl"):
-        for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            remedy = "delete the file to measure its videos again"
-            line = parse_json(LINE, text, f"{path}, line {number}", remedy)
-            lines[line.key] = line.measured
-    keys = [task.key(item) for item in task.items] if lines else []
-    numbers = {place: lines[key] for place, key in enumerate(keys) if key in lines}
+    """The numbers of an earlier call, by the video's place. Raises MalformedFile."""
+    numbers = {}
+    for place, item in enumerate(task.items):
+        if (path := task.kept_file(kept, item)).is_file():
+            numbers[place] = parse_json(MEASURED, path.read_bytes(), path, "delete it to measure its video again")
     if numbers:
         count = f"{len(numbers)} of {len(task.items)} videos"
         print(f"{task.dimension.name}: {count} were measured before ({kept})", flush=True)
@@ -260,7 +243,8 @@ def read_kept(task: Task, kept: Path) -> dict[int, Measured]:
 
 def drop_kept(kept: Path, dimensions: Sequence[str]) -> None:
     """Deletes the numbers of these dimensions, and the folder if no others are left."""
-    for path in (path for dimension in dimensions for path in kept.glob(f"{dimension}-*.jsonl")):
-        path.unlink()
+    for dimension in dimensions:
+        for path in [*kept.glob(f"{dimension}-*"), *kept.glob(f".{dimension}-*")]:  # and partial files
+            path.unlink()
     if kept.is_dir() and not any(kept.iterdir()):
         kept.rmdir()

@@ -185,6 +185,15 @@ def videos_of(dimension: str, folder: Path, suite: Suite | None) -> dict[str, Su
     return names
 
 
+def check_videos(
+    folder: Path, suite: Suite | None, videos: Mapping[str, Mapping[str, SuitePrompt]], fps: float | None = None
+) -> None:
+    """Checks the headers of all dimensions' videos. Raises SuiteError with every problem."""
+    names = {name for chosen in videos.values() for name in chosen}
+    if problems := video_problems(folder, suite, names, fps):
+        raise SuiteError(f"{folder} cannot be measured:{listing(problems)}")
+
+
 def sibling(folder: Path, name: str) -> Path:
     """A path next to a folder of videos, for files that must not be inside it."""
     absolute = Path(os.path.abspath(folder))

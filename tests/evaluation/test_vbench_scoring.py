@@ -209,14 +209,14 @@ def test_partial_sets_and_proxies_have_no_totals_unless_asked(
 ) -> None:
     files = write_golden(tmp_path / "results")
     assert main(["total", *files[1:], "--json"]) == 1
-    assert "missing: aesthetic_quality (--partial" in capsys.readouterr().err
+    assert "missing: aesthetic_quality, measured by a proxy: none (--partial" in capsys.readouterr().err
     assert main(["total", *files[1:], "--json", "--partial"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["partial"], found["benchmark"], found["missing"]) == (True, "vbench", ["aesthetic_quality"])
     write_golden(tmp_path / "proxies", label="proxy", network="DIS")
     mixed = [*files[:-1], str(tmp_path / "proxies" / Path(files[-1]).name)]
     assert main(["total", *mixed, "--json"]) == 1
-    assert "temporal_style: measured by a proxy" in capsys.readouterr().err
+    assert "missing: none, measured by a proxy: temporal_style (--partial" in capsys.readouterr().err
     assert main(["total", *mixed, "--json", "--partial"]) == 0
     assert json.loads(capsys.readouterr().out)["proxy"] == ["temporal_style"]
     assert main(["total", str(tmp_path)]) == 1

@@ -118,17 +118,18 @@ def test_what_a_number_depends_on_is_in_its_key(folder: Path, tmp_path: Path) ->
     head.write_bytes(b"1")
     image.write_bytes(b"1")
     other = replace(consistency.network, name="another network")
-    keys = [
-        consistency.key(item),
-        flickering.key(item),
-        replace(consistency, network=other).key(item),
-        replace(consistency, sources=replace(SOURCES, head=head)).key(item),
-        consistency.key(replace(item, prompt=replace(item.prompt, text="another prompt"))),
-        consistency.key(replace(item, prompt=replace(item.prompt, info={"auxiliary_info": {"style": "ink"}}))),
-        consistency.key(replace(item, image=image)),
-        consistency.key(consistency.items[1]),
+    cases = [
+        (consistency, item),
+        (flickering, item),
+        (replace(consistency, network=other), item),
+        (replace(consistency, sources=replace(SOURCES, head=head)), item),
+        (consistency, replace(item, prompt=replace(item.prompt, text="another prompt"))),
+        (consistency, replace(item, prompt=replace(item.prompt, info={"auxiliary_info": {"style": "ink"}}))),
+        (consistency, replace(item, image=image)),
+        (consistency, consistency.items[1]),
     ]
-    assert consistency.key(item) == keys[0]
+    keys = [task.kept_file(tmp_path, case).stem.rpartition("-")[2] for task, case in cases]
+    assert consistency.kept_file(tmp_path, item).stem == f"subject_consistency-{keys[0]}"
     assert len(set(keys)) == len(keys)
 
 
@@ -143,20 +144,21 @@ def test_a_video_that_was_replaced_is_measured_again(tmp_path: Path, read: list[
     assert read == [changed.name]
 
 
-def test_numbers_are_kept_to_the_bit_and_a_line_that_was_cut_short_is_left_out(folder: Path, tmp_path: Path) -> None:
+def test_numbers_are_kept_to_the_bit_and_partial_files_are_ignored(folder: Path, tmp_path: Path) -> None:
     numbers = [Measured(1 / 3, 0.1), Measured(True), Measured(1.0)]
     task, other = prepare(request_of(folder), SOURCES, checks_files=False)[:2]
     for places in ([0, 1], [2]):
         made = iter(numbers[place] for place in places)
         measure_share(with_formula(task, lambda *_, made=made: next(made)), places, ALONE, tmp_path)
     measure_share(with_formula(other, lambda *_: Measured(0.5)), [4], ALONE, tmp_path)
-    (tmp_path / f"{task.dimension.name}-killed.jsonl").write_text('{"key": "e", "video": "e.mp4", "meas')
+    partial = task.kept_file(tmp_path, task.items[3])
+    partial.with_name(f".{partial.name}.partial-0123abcd").write_text('{"val')  # of a killed process
     found = read_kept(task, tmp_path)
     assert found == dict(enumerate(numbers))
     assert [type(measured.value) for measured in found.values()] == [float, bool, float]
     drop_kept(tmp_path, [task.dimension.name])
     assert read_kept(task, tmp_path) == {}
-    assert read_kept(other, tmp_path) == {4: Measured(0.5)}, "another dimension's lines stay"
+    assert read_kept(other, tmp_path) == {4: Measured(0.5)}, "another dimension's numbers stay"
     drop_kept(tmp_path, [other.dimension.name])
     assert not tmp_path.exists()
 
@@ -165,11 +167,11 @@ def with_formula(task: Task, formula: Callable) -> Task:
     return replace(task, dimension=replace(task.dimension, formula=formula))
 
 
-@pytest.mark.parametrize("line", ["", "{}", '{"key": "a", "video": "a.mp4", "measured": {"value": "high"}}'])
-def test_a_line_of_another_form_is_named(folder: Path, tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize("text", ["", "{}", '{"value": "high"}'])
+def test_a_file_of_another_form_is_named(folder: Path, tmp_path: Path, text: str) -> None:
     (task, *_) = prepare(request_of(folder), SOURCES, checks_files=False)
-    (tmp_path / f"{task.dimension.name}-1.jsonl").write_text(f"{line}\n")
-    with pytest.raises(MalformedFile, match=r"temporal_flickering-1\.jsonl, line 1: .*delete the file"):
+    task.kept_file(tmp_path, task.items[0]).write_text(text)
+    with pytest.raises(MalformedFile, match=r"temporal_flickering-\w+\.json: .*delete it to measure"):
         read_kept(task, tmp_path)
 
 

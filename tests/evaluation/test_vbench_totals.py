@@ -85,14 +85,12 @@ def test_the_total_is_between_its_groups(scores: dict[str, float]) -> None:
 def test_a_missing_dimension_is_no_zero() -> None:
     """VBench's script takes it for a raw 0, which weighs -.1712 after the normalisation of subject consistency."""
     fewer = {name: score for name, score in GOLDEN.items() if name != "subject_consistency"}
-    with pytest.raises(TotalsError, match=r"missing: subject_consistency .*--partial"):
-        totals("vbench", fewer)
-    found = totals("vbench", fewer, partial=True)
+    found = totals("vbench", fewer)
     whole = totals("vbench", GOLDEN)
     subject = (0.95 - 0.1462) / 0.8538
     assert found["quality"] == pytest.approx((6.5 * whole["quality"] - subject) / 5.5, abs=1e-12)
     only_quality = {name: score for name, score in GOLDEN.items() if name in list(GOLDEN)[:7]}
-    assert totals("vbench", only_quality, partial=True) == {
+    assert totals("vbench", only_quality) == {
         "quality": pytest.approx(whole["quality"], abs=1e-12), "semantic": None, "total": None,
     }  # fmt: skip
 
