@@ -1,4 +1,4 @@
-"""A comparison on two ranks: the scores of one rank, to the bit, and one report."""
+"""A comparison on two ranks has the scores of one rank, to the bit, and writes one report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
 
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
-    """Three prompts of two samples, in micro-batches of four: the ranks' last ones repeat samples, which count once."""
+    """Three prompts of two samples in micro-batches of four: the last ones repeat samples, which count once."""
     recipe, other = tagged_recipe(tmp_path), random_wan(tmp_path / "other", seed=1)
     for part in ("text_encoder", "tokenizer"):
         for file in (tmp_path / "wan" / part).iterdir():

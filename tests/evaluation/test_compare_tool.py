@@ -1,4 +1,4 @@
-"""tools/evaluate.py compare: models are measured as `heldout` measures them, once, and what is done is kept."""
+"""evaluate compare: it measures models as `heldout` does, only once, and keeps finished blocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def recipe_here(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def run_dir(recipe_here: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with adapters that started from the recipe's policy."""
+    """A LoRA run that started from the recipe's policy."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     return write_run(Path(recipe_here.policy.folder), folder, LoraConfig(rank=2, alpha=4), recipe_here)
 
@@ -62,7 +62,7 @@ def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_pat
     }
     scores = torch.from_numpy(found.table("which"))
     tested = heldout_test(scores, scores, recipe_here)["heldout_measures"]
-    assert tested == len(found.roles), "a run's summary corrects for as many measures"
+    assert tested == len(found.roles), "a run's summary corrects for the same number of measures"
     trained = {name: reward.weight for name, reward in recipe_here.rewards.items()}
     assert {name: found.measures[name].weight for name in trained} == trained
     videos = [read_video(path)[0] for path in sorted((found.folder / "videos").glob("*.mp4"))]
@@ -70,7 +70,7 @@ def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_pat
 
 
 def test_diversity_is_between_the_samples_of_one_prompt(recipe_here: Config, tmp_path: Path) -> None:
-    """Of two samples each is as far from the other; a recipe of one sample has none."""
+    """Two samples have the same distance from each other; with one sample there is no diversity."""
     found, single = (
         measure([Request(recipe_here.policy.folder, "A")], config, "raw", tmp_path, ONE_RANK)[0]
         for config in (
@@ -84,10 +84,10 @@ def test_diversity_is_between_the_samples_of_one_prompt(recipe_here: Config, tmp
     assert "pixel_diversity" not in single.measures
 
 
-def test_what_was_measured_before_a_kill_is_kept(
+def test_finished_blocks_survive_an_interruption(
     recipe_here: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of two prompts, then one: the second fails, and is all that the next call makes."""
+    """The blocks have two prompts and one prompt: the second fails, and the next call measures only that one."""
     monkeypatch.setattr(compare, "BLOCK", 1)
     requests, calls, whole = [Request(recipe_here.policy.folder, "A")], [], heldout.evaluate
 
@@ -115,7 +115,9 @@ def test_what_was_measured_before_a_kill_is_kept(
     assert other.folder != at_once.folder
 
 
-def test_a_checkpoint_scores_what_its_conversion_does(recipe_here: Config, run_dir: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_and_its_conversion_have_the_same_scores(
+    recipe_here: Config, run_dir: Path, tmp_path: Path
+) -> None:
     convert(Conversion(find_source(run_dir), "raw", tmp_path / "converted"), "diffusers")
     requests = [Request(str(run_dir), "run"), Request(str(tmp_path / "converted"), "converted")]
     run, converted = measure(requests, recipe_here, "raw", tmp_path, ONE_RANK)
@@ -139,7 +141,7 @@ def test_the_command_writes_both_files_and_results_compare_again_without_ranks(
     printed = capsys.readouterr().out
     content = json.loads((output / "comparison.json").read_text())
     assert [model["label"] for model in content["models"]] == ["wan", "mine"]
-    assert content["comparisons"][0]["outcome"] == "no difference shown", "three prompts cannot show any"
+    assert content["comparisons"][0]["outcome"] == "no difference shown", "three prompts cannot show a difference"
     assert "No difference shown between wan and mine" in " ".join(printed.split())
     assert (output / "report.html").read_text().count("<video ") == 6
     monkeypatch.setattr(engine, "start_ranks", lambda: pytest.fail("no ranks are needed"))
@@ -150,7 +152,7 @@ def test_the_command_writes_both_files_and_results_compare_again_without_ranks(
     assert [model["label"] for model in again["models"]] == ["before", "after"]
 
 
-def test_what_cannot_be_compared_is_reported_in_words(
+def test_models_that_cannot_be_compared_are_errors(
     recipe_here: Config, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(

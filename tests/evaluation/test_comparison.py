@@ -1,4 +1,4 @@
-"""What a comparison concludes: verdicts, notes, matched rewards, and what it refuses to pair."""
+"""Conclusions of a comparison: verdicts, notes, equal training reward, and scores that cannot be paired."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def comparisons(*models: ModelScores) -> Sequence[Comparison]:
 
 
 def with_rewards(label: str, step: int, reward: float, oracle: Sequence[float]) -> ModelScores:
-    """Two prompts of one sample with this training reward, and these held-out scores."""
+    """Two prompts of one sample with this training reward and these held-out scores."""
     values = {"alignment": reward, "smooth": 0.0}
     lines = [
         replace(line, scores={name: [values.get(name, held)] for name in MEASURES})
@@ -89,13 +89,13 @@ def test_the_same_scores_show_no_difference() -> None:
         (12, {"seed": 1}, "different seeds"),
     ],
 )
-def test_what_may_mislead_is_said(prompts: int, changes: dict[str, Any], words: str) -> None:
+def test_notes_name_what_may_mislead(prompts: int, changes: dict[str, Any], words: str) -> None:
     (one,) = comparisons(results("A", prompts), results("B", prompts, **changes))
     (note,) = one.notes
     assert words in note
 
 
-def test_tags_that_disagree_are_said() -> None:
+def test_a_note_names_tags_that_disagree() -> None:
     lines = [
         replace(line, scores={**line.scores, "oracle": [score + line.id % 2 for score in line.scores["oracle"]]})
         for line in results("B").prompts
@@ -107,7 +107,7 @@ def test_tags_that_disagree_are_said() -> None:
 
 
 def test_the_family_is_every_measure_of_every_model() -> None:
-    """Holm over 7 and over 14: an effect that all of 12 prompts show keeps 7 or 14 times its p, 2 / 2^12."""
+    """Holm over 7 and 14 tests: if all 12 prompts agree, p is 2 / 2^12, and its adjusted value 7 or 14 times that."""
     gained = {"oracle": 1.0}
     (one,) = comparisons(results("A"), results("B", gains=gained))
     first, second = comparisons(results("A"), results("B", gains=gained), results("C"))
@@ -137,7 +137,7 @@ def test_a_match_is_where_the_curve_first_crosses_the_reward() -> None:
 
 
 def test_a_runs_curve_starts_at_the_policy_it_started_from() -> None:
-    """Run X reaches Y's training reward between its start and step 100, where Y has more of the oracle."""
+    """Run X has Y's training reward between its start and step 100, and there Y has the higher oracle score."""
     base = results("base")
     other = results("Y", gains={"alignment": 1.0, "oracle": 2.0}, run="runs/Y", step=10)
     models = [base, results("X", gains={"alignment": 2.0, "oracle": 2.0}, run="runs/X", step=100), other]
@@ -214,7 +214,7 @@ def test_models_have_distinct_labels() -> None:
     assert [one.source for one in labelled(arguments)][-2:] == ["runs/b=c", "./x=y/z"]
 
 
-def test_a_run_brings_its_recipe_wherever_it_is_entered(tmp_path: Path, recipe: Config) -> None:
+def test_a_run_provides_its_recipe_by_any_of_its_paths(tmp_path: Path, recipe: Config) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(recipe))
     for place in ("", "export", "export-ema", "checkpoints/step-000002"):
         assert recipe_of(labelled(["package:a/b", str(tmp_path / place)]), None) == recipe
@@ -223,7 +223,7 @@ def test_a_run_brings_its_recipe_wherever_it_is_entered(tmp_path: Path, recipe: 
 
 
 def test_first_samples_are_kept_and_statistics_sorted_by_prompt(tmp_path: Path) -> None:
-    """Prompts at places 4 and 7, two samples each, seen out of order; one brightens by .1 a frame, others rest."""
+    """Rows 4 and 7, two samples each, in mixed order; one sample brightens by .1 per frame, the others are still."""
     stats = VideoStats([video_path(tmp_path, row) for row in (4, 7)], samples=2, fps=8.0)
     still = torch.tensor([0.2, 0.6, 0.4])[:, None, None, None, None].expand(3, 5, 3, 16, 16)
     ramp = torch.linspace(0.0, 0.4, 5)[None, :, None, None, None].expand(1, 5, 3, 16, 16)
@@ -237,8 +237,8 @@ def test_first_samples_are_kept_and_statistics_sorted_by_prompt(tmp_path: Path) 
     assert shades == {"00004": pytest.approx(0.4, abs=0.01), "00007": pytest.approx(0.2, abs=0.01)}
 
 
-def test_motion_and_diversity_are_what_they_say() -> None:
-    """A ramp of .1 a frame moves by .1; samples of shades 0, .3 and .9 lie .3, .6 and .9 apart."""
+def test_motion_and_diversity_by_hand() -> None:
+    """A ramp of .1 per frame has motion .1; samples of grey 0, .3 and .9 have distances of .3, .6 and .9."""
     ramp = torch.linspace(0, 0.8, 9)[None, :, None, None, None].expand(1, 9, 3, 40, 24)
     assert motion(ramp).tolist() == pytest.approx([0.1])
     assert thumbnails(ramp).shape == (1, 3 * 8 * 16 * 16)

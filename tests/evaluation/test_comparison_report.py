@@ -49,13 +49,13 @@ def report(models: Compared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Visit:
-    """A page and all that went wrong on it."""
+    """A page and the problems on it."""
 
     page: Any
     problems: list[str] = field(default_factory=list)
 
     def prompts(self) -> list[int]:
-        """Rows of the cards that are visible, in their order."""
+        """Rows of the visible cards, in their order."""
         found = self.page.eval_on_selector_all(".pair:not([hidden])", "all => all.map(one => one.dataset.row)")
         return [int(row) for row in found]
 
@@ -78,7 +78,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    """The report, opened with the context of the test's parameter; a test that ends has met no problem."""
+    """The report, opened with the test's parameter as context; fails the test if the page had a problem."""
     context = browser.new_context(**{"reduced_motion": "no-preference", **getattr(request, "param", {})})
     visit = Visit(context.new_page())
     visit.page.on("console", lambda message: visit.problems.append(f"{message.type}: {message.text}"))
@@ -91,7 +91,7 @@ def visit(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterato
     assert visit.problems == []
 
 
-def test_nothing_of_the_page_lies_elsewhere_and_text_stays_text(report: Path) -> None:
+def test_the_page_is_self_contained_and_escapes_text(report: Path) -> None:
     source = report.read_text()
     assert "http:" not in source.replace("http-equiv", "")
     assert "https:" not in source
@@ -177,7 +177,7 @@ def test_filters_and_the_keyboard_reach_everything(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("visit", [{"reduced_motion": "reduce"}], indirect=True)
-def test_nothing_moves_unasked_where_motion_is_unwelcome(visit: Visit) -> None:
+def test_videos_do_not_start_if_the_user_prefers_reduced_motion(visit: Visit) -> None:
     visit.page.wait_for_timeout(300)
     assert visit.page.eval_on_selector_all("video", "all => all.every(one => one.paused)")
     assert visit.page.get_by_role("button", name="Play all").is_visible()
@@ -198,7 +198,7 @@ def test_a_phone_shows_it_without_scrolling_sideways_in_its_own_colours(visit: V
 
 
 @pytest.mark.parametrize("visit", [{"java_script_enabled": False}], indirect=True)
-def test_without_scripts_pictures_and_an_explanation_stay(visit: Visit) -> None:
+def test_without_scripts_the_page_shows_pictures_and_an_explanation(visit: Visit) -> None:
     assert visit.page.get_by_text("each video shows its middle frame").is_visible()
     assert visit.page.locator("video[poster^='data:image/jpeg']").count() == 3 * PROMPTS
     assert not visit.page.locator("#tools").is_visible()

@@ -1,4 +1,4 @@
-"""tools/evaluate.py heldout: the scores that a training run would report, in a table and as JSON."""
+"""evaluate heldout: the scores that a training run would report, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tagged(scores: list[list[float]], tags: list[list[str]]) -> dict:
 
 
 def test_tags_split_the_mean_and_its_standard_error() -> None:
-    """Prompts 0 and 2 vary within themselves by 1 (variance 2 of two samples), prompt 1 not at all."""
+    """The two samples of prompts 0 and 2 have variance 2, those of prompt 1 variance 0."""
     scores = [[0.0, 2.0], [5.0, 5.0], [6.0, 8.0]]
     found = tagged(scores, [["clear"], ["open", "rare"], ["clear"]])
     assert list(found) == ["all", "clear", "open", "rare"]
@@ -55,7 +55,7 @@ def test_scores_belong_to_their_prompts_and_are_the_same_at_every_call(recipe_he
     ]
     for line in content["prompts"]:
         scores = line["scores"]["which"]
-        assert len(set(scores)) == 3, "each sample is another video"
+        assert len(set(scores)) == 3, "all samples differ"
         assert all(0 < score - len(line["prompt"]) < 1 for score in scores)
     assert content["rewards"]["which"]["version"] == "7"
     table = torch.tensor([line["scores"]["which"] for line in content["prompts"]])
@@ -74,7 +74,7 @@ def test_the_command_prints_a_table_and_writes_json(
     monkeypatch.setattr(engine, "start_ranks", lambda timeout: ONE_RANK)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe_here))
     other = random_wan(tmp_path / "other", seed=1)
-    for part in ("text_encoder", "tokenizer"):  # another transformer behind the same encoder, as after training
+    for part in ("text_encoder", "tokenizer"):  # another transformer with the same text encoder, as after training
         for file in (Path(recipe_here.policy.folder) / part).iterdir():
             (other / part / file.name).write_bytes(file.read_bytes())
     command = ["heldout", "--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "scores.json")]

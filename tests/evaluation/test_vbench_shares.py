@@ -1,4 +1,4 @@
-"""Scores by many ranks and many calls: the numbers of one, and nothing measured twice."""
+"""Scores by several ranks or calls equal those of one, and no video is measured twice."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the videos that are decoded, as they are."""
+    """Names of the decoded videos, in order."""
     names: list[str] = []
     decode: Callable = scoring.read_footage
 
@@ -58,7 +58,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @given(items=st.lists(st.integers()), world_size=st.integers(1, 9))
-def test_every_item_is_dealt_once_and_shares_are_even(items: list[int], world_size: int) -> None:
+def test_every_item_is_in_one_share_and_shares_are_even(items: list[int], world_size: int) -> None:
     shares = [Mesh(rank, world_size, CPU).dealt(range(len(items))) for rank in range(world_size)]
     assert sorted(place for share in shares for place in share) == list(range(len(items)))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -66,7 +66,7 @@ def test_every_item_is_dealt_once_and_shares_are_even(items: list[int], world_si
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_shares_of_any_number_of_ranks_make_one_ranks_results(folder: Path, tmp_path: Path, world_size: int) -> None:
-    """Five videos; of seven ranks two have none."""
+    """Five videos, so that two of seven ranks have none."""
     whole = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "one")
     for task, expected in zip(prepare(request_of(folder), SOURCES, checks_files=False), whole, strict=True):
         ranks = [Mesh(rank, world_size, CPU) for rank in range(world_size)]
@@ -76,16 +76,16 @@ def test_shares_of_any_number_of_ranks_make_one_ranks_results(folder: Path, tmp_
         assert task.result(found) == expected
 
 
-def test_a_score_weighs_videos_by_their_frames_whoever_measured_them(folder: Path, tmp_path: Path) -> None:
-    """VBench's consistency is the mean over all frames: a mean of the ranks' means would be another number."""
+def test_a_score_weighs_videos_by_their_frames_on_any_rank(folder: Path, tmp_path: Path) -> None:
+    """VBench's consistency is the mean over all frames, which is not the mean of the ranks' means."""
     *_, consistency = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "kept")
-    frames = [number + 2 for number in range(5)]  # after the first, of clips of 3, 4, 5 ... frames
+    frames = [number + 2 for number in range(5)]  # clips of 3, 4, 5 ... frames, without the first
     values = [float(video.video_results) for video in consistency.videos]
     assert consistency.score == pytest.approx(sum(map(float.__mul__, values, map(float, frames))) / sum(frames))
     assert consistency.score != pytest.approx(sum(values) / 5, abs=1e-9)
 
 
-def test_a_stopped_scoring_goes_on_with_the_videos_that_are_left(
+def test_an_interrupted_scoring_continues_with_the_remaining_videos(
     folder: Path, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*score_command(folder, tmp_path / "scores.json"), "--device", "cpu"]
@@ -105,10 +105,10 @@ def test_a_stopped_scoring_goes_on_with_the_videos_that_are_left(
     assert read == [f"a man talks-{number}.mp4" for number in (2, 3, 4, 0, 1, 2, 3, 4)]
     assert "dynamic_degree: 2 of 5 videos were measured before" in capsys.readouterr().out
     assert (tmp_path / "scores.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert not kept_folder(tmp_path / "scores.json").exists(), "what is whole needs no lines"
+    assert not kept_folder(tmp_path / "scores.json").exists(), "complete results need no kept numbers"
     read.clear()
     assert main(command) == 0
-    assert len(read) == 15, "a scoring that ended is repeated when it is requested"
+    assert len(read) == 15, "a finished scoring is repeated on request"
 
 
 def test_what_a_number_depends_on_is_in_its_key(folder: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_file_of_another_form_is_named(folder: Path, tmp_path: Path, text: str
 
 @pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random, lambda: float(np.random.rand())])
 def test_a_draw_of_a_users_network_is_the_same_in_any_order(folder: Path, tmp_path: Path, draw: Callable) -> None:
-    """As a network with noise in its layers draws: from a global generator, which is left as it was."""
+    """A network with random layers draws from a global generator, whose state is restored."""
     task = prepare(request_of(folder), SOURCES, checks_files=False)[0]
     drawing = with_formula(task, lambda *_: Measured(draw()))
     there, back = (measure_share(drawing, places, ALONE, tmp_path) for places in (range(5), range(4, -1, -1)))

@@ -1,4 +1,4 @@
-"""Results of models that were never run: scores by formula and videos of one shade, for tests of comparisons."""
+"""Synthetic results of models for tests of comparisons: scores by formula, and grey videos."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def results(
     step: int | None = None,
     spread: float = 0.02,
 ) -> ModelScores:
-    """Standard normal scores, the same for all models of one seed, moved by `gains` and a little by the label."""
+    """Standard normal scores, the same for all models of one seed, shifted by `gains` and slightly by the label."""
     lines = []
     for row in range(prompts):
         rng = np.random.default_rng([seed, row])

@@ -23,7 +23,7 @@ def run(steps=12, rising=0.0, **changed):
     ]
 
 
-def test_an_ordinary_run_has_nothing_to_say_and_says_so():
+def test_an_ordinary_run_has_no_findings():
     assert diagnose(run(), {}) == [NOTHING]
     assert diagnose(run(rising=0.01), {"heldout_before": 0.5, "heldout_after": 0.6}) == [NOTHING]
     assert diagnose([], {}) == []
@@ -56,13 +56,13 @@ def test_records_of_grpo_and_of_few_keys_are_read():
         ({"icc/clip": 0.31, "icc/motion": 0.9}, ("ICC of clip 0.31)",)),
     ],
 )
-def test_each_finding_gives_its_numbers_and_a_way_out(changed, words):
+def test_each_finding_has_its_numbers_and_a_remedy(changed, words):
     found = diagnose(run(**changed), {})
     assert len(found) == 1
     assert all(word in found[0] for word in words), found
 
 
-def test_one_group_a_step_with_another_trust_each_time_is_no_learning_rate():
+def test_trust_that_varies_between_steps_is_not_a_learning_rate():
     steps = [record | {"trust_mean": 1.2 + 0.25 * (-1) ** i, "trust_std": 0.0} for i, record in enumerate(run())]
     assert diagnose(steps, {}) == [NOTHING]
 
@@ -77,6 +77,6 @@ def test_a_reward_that_is_exploited_is_reported(rising, after, shown, told):
     assert ("Held-out scores fell from 0.500 to 0.400 while the training reward rose" in found[0]) == told
 
 
-def test_the_sentences_stand_under_the_table():
+def test_the_findings_follow_the_table():
     table = summary_table({"steps": 12, "diagnosis": diagnose(run(zero_std_share=0.6), {})})
     assert "- Zero-std groups: 60%" in table

@@ -1,4 +1,4 @@
-"""The report of a run: one file that needs nothing else; prompts are text and broken files have names."""
+"""The report of a run: self-contained, with escaped text; malformed files are named."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_nothing_is_fetched_from_outside(run_dir: Path) -> None:
     assert not page.all("link")
 
 
-def test_untrusted_text_stays_text(run_dir: Path) -> None:
+def test_untrusted_text_is_escaped(run_dir: Path) -> None:
     page = page_of(run_dir)
     assert PROMPT in page.text
     assert "<b>runs/demo</b>" in page.text
@@ -121,7 +121,7 @@ def test_every_curve_and_both_contact_sheets_are_there_and_described(run_dir: Pa
     sheets = [image["src"] or "" for image in page.all("img")]
     frames = [Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))) for sheet in sheets]
     greys = [frame.getpixel((5, 5))[0] / 255 for frame in frames]  # type: ignore[index]
-    assert greys == pytest.approx([0.25, 0.75], abs=0.02)  # before stands above after
+    assert greys == pytest.approx([0.25, 0.75], abs=0.02)  # before training, then after
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
 
@@ -150,7 +150,7 @@ def test_the_histogram_of_the_trust_is_drawn_in_the_pages_colours() -> None:
     assert curve.svg.count("fill-opacity: 0.5") == 2 * 40, "two of ten bins, in columns of three steps"
 
 
-def test_what_is_missing_is_left_out(run_dir: Path) -> None:
+def test_missing_parts_are_omitted(run_dir: Path) -> None:
     (run_dir / "samples" / "before" / "000.mp4").unlink()
     assert len(page_of(run_dir).all("img")) == 1
     (run_dir / "summary.json").write_text(json.dumps(SUMMARY | {"heldout_after": None, "steps": None}))
@@ -231,7 +231,7 @@ def test_shades_compare_all_samples_of_a_reward() -> None:
 def test_the_held_out_score_is_drawn_against_the_training_reward() -> None:
     records = [record(step) for step in range(6)]
     assert draw_curve("trained_against_heldout", records, {}) is None
-    records[5]["heldout/oracle"] = 0.4  # it fell while the reward went on rising
+    records[5]["heldout/oracle"] = 0.4  # it fell while the reward rose
     curve = draw_curve("trained_against_heldout", records, {"heldout_reward": "oracle"})
     assert curve is not None
     assert "held-out oracle from 0.6 to 0.4 while the training reward went from 0.46 to 0.55" in curve.alt
