@@ -148,7 +148,7 @@ def test_a_video_is_dynamic_where_enough_pairs_are_fast() -> None:
 
 
 def test_a_users_flow_is_judged_by_its_longest_vectors() -> None:
-    """Speed is over 5 % of the padded pixels, here 3 of 64; of the two pairs of T = 3 frames, round(.75) = 1 must be fast."""
+    """5 % of the padded pixels count, here 3 of 64; of the two pairs of T = 3 frames, round(.75) = 1 must be fast."""
     dimension = DIMENSIONS["dynamic_degree"]
     for length, expected in ((5.9 / 32, False), (6.1 / 32, True)):
 

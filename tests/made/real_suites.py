@@ -28,7 +28,7 @@ INFO = {"auxiliary_info": {"appearance_style": {"appearance_style": "watercolor 
 
 
 def write_clips(folder: Path) -> list[dict[str, str]]:
-    """One video per prompt, with different sizes, lengths and rates, and an image of its first frame at half its size."""
+    """One video per prompt, of different sizes, lengths and rates, and an image of its first frame at half size."""
     entries = []
     for number, (prompt, (name, count, rows, columns, fps)) in enumerate(CLIPS.items()):
         frames = real_clip(name, 0, count)[:, :, rows, columns]
