@@ -42,7 +42,7 @@ Reader = Callable[[GenerationSettings, bool], list[PromptRecord]]  # (settings, 
 
 @dataclass(frozen=True)
 class OutputPaths:
-    """Places of a generation's files.
+    """OutputPaths of a generation's files.
 
     Attributes:
         videos: folder of the videos.

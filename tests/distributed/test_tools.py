@@ -81,8 +81,8 @@ def test_the_export_scores_what_the_run_reported(worlds: dict[int, Path]) -> Non
     mesh = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
     evaluation = evaluate_folder(config, mesh)
     reported = read_metrics(run_dir / "metrics.jsonl")[-1]
-    assert evaluation.versions, "the recipe must have held-out rewards"
-    for name in evaluation.versions:
-        found = evaluation.by_tag(name)["all"]
+    assert evaluation["rewards"], "the recipe must have held-out rewards"
+    for name, reward in evaluation["rewards"].items():
+        found = reward["by_tag"]["all"]
         assert found["mean"] == pytest.approx(reported[f"heldout/{name}"], abs=1e-5)
         assert found["stderr"] == pytest.approx(reported[f"heldout/{name}_stderr"], abs=1e-5)
