@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.data.stream import as_batch
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.agreement import all_or_none, from_main
 from bpgo_video.distributed.mesh import Mesh

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bpgo_video.data.video import VideoError, as_bytes, read_video, write_video
+from bpgo_video.data.media import VideoError, as_bytes, read_video, write_video
 from bpgo_video.evaluation.compare import Compared, Comparison
 from bpgo_video.evaluation.compare_scores import Scored
 from bpgo_video.evaluation.compare_verdict import headline, notes

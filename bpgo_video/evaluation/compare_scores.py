@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from bpgo_video.atomic import write_json
-from bpgo_video.data.prompt_records import PromptRecord
+from bpgo_video.data.records import PromptRecord
 from bpgo_video.evaluation.files import checked
 from bpgo_video.training.metrics import MalformedFile
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.data.stream import as_batch
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare_scores import PromptLine, lines_of

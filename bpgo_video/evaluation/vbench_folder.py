@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from bpgo_video.data.video import VideoError, VideoHeader, check_video, read_header
+from bpgo_video.data.media import VideoError, VideoHeader, check_video, read_header
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError
 
 ENCODING = {"codec": "h264", "pixel format": "yuv420p"}

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from bpgo_video.data.prompt_files import read_prompts
-from bpgo_video.data.prompt_plan import make_plan
 
 INSTALLED = "vbench"  # stands for the list inside the installed package
 FULL_INFO = "VBench_full_info.json"
@@ -110,7 +109,6 @@ def read_suite(source: str, samples: int = SAMPLES) -> Suite:
         PromptFileError: the list is damaged, empty, or has a prompt twice.
     """
     path = find_suite(source)
-    make_plan([path])
     listed = path.suffix == ".json"
     prompts = []
     for record, media in ((line.record, line.media) for line in read_prompts([path])):

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare_scores import Measure, ScoresFolder
 from bpgo_video.training.heldout import Scores

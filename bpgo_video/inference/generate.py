@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.data.images import decode_image, fit_image
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import decode_image, fit_image, write_video
 from bpgo_video.distributed.agreement import all_or_none, from_all, same_everywhere
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.inference.loading import OFFLOADS, apply, check_offload, means_of

@@ -9,11 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.media import read_media
+from bpgo_video.data.media import Media, read_media
 from bpgo_video.data.prompt_files import read_prompts
-from bpgo_video.data.prompt_plan import make_plan
-from bpgo_video.data.prompt_records import Media, PromptRecord
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import PromptRecord
 from bpgo_video.inference.loading import means_of
 from bpgo_video.inference.settings import CallSettings, GenerationError, GenerationSettings, Model, video_of
 from bpgo_video.inference.video_files import TOLD, Job, Places, within
@@ -33,7 +32,6 @@ def read_records(settings: GenerationSettings, with_images: bool = False) -> lis
     elif settings.split is not None:
         raise GenerationError(f"split is {settings.split!r}, but {settings.prompts} is no folder of prompt shards")
     else:
-        make_plan([settings.prompts])
         lines = read_prompts([settings.prompts])
         pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
     return [

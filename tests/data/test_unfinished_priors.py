@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.data.unfinished_priors import UnfinishedPriors
+from bpgo_video.data.priors import UnfinishedPriors
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.training import prior_estimation
 from bpgo_video.types import PromptBatch

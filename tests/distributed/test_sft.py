@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bpgo_video.data.prompt_stream import order_of
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.stream import order_of
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_source

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.evaluation import vbench_networks as networks
 from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, find_dimension, is_dotted
 from bpgo_video.evaluation.vbench_formulas import DimensionError, Footage, motions

@@ -13,9 +13,9 @@ import torch
 from bpgo_video.config.bpgo import Config, ConfigError, VideoConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.config.sft import SftConfig
-from bpgo_video.data.prompt_records import LATENTS, ShardError
-from bpgo_video.data.prompt_stream import order_of
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import LATENTS, ShardError
+from bpgo_video.data.stream import order_of
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy

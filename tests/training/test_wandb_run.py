@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bpgo_video.config.run import WandbConfig
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.training.metrics import RunLog
 from bpgo_video.training.wandb_run import without_home
 from tests.made.real_clips import real_clip
