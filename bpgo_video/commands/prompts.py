@@ -30,7 +30,7 @@ from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.prompt_files import MAX_CHARACTERS, Plan, make_plan
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.statistics import THRESHOLD, prompt_statistics
-from bpgo_video.data.writer import SKIPPED, Build, BuildSettings, Content
+from bpgo_video.data.writer import SKIPPED, Build, Content
 from bpgo_video.paths import resolve_folder
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -86,8 +86,8 @@ def loader(args: argparse.Namespace, components: Sequence[str]) -> Callable[[], 
 def run_build(args: argparse.Namespace, plan: Plan, policy: Callable[[], Any], content: Content) -> None:
     """Write this rank's shards, and print the state of the folder."""
     stamp = encoder_stamp(resolve_folder(args.policy), args.max_sequence_length)
-    settings = BuildSettings(args.negative_prompt, args.shard_size, args.batch_size, args.dtype)
-    job = Build(plan, args.output, lambda texts: policy().encode(texts), stamp, settings, content)
+    settings = {name: getattr(args, name) for name in ("negative_prompt", "shard_size", "batch_size", "dtype")}
+    job = Build(plan, args.output, lambda texts: policy().encode(texts), stamp, content=content, **settings)
     if not job.run(RANK, WORLD_SIZE, show_progress=RANK == 0):
         print(f"{args.output}: rank {RANK} is done; the last rank to end completes the folder", flush=True)
         return

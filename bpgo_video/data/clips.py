@@ -16,6 +16,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,17 +110,16 @@ def nearest(timed: Iterable[tuple[float, Item]], moments: Sequence[float], durat
         duration: of the last item; later moments get nothing.
     """
     remaining = deque(moments)
-    previous: tuple[float, Item] | None = None
-    for current in timed:
-        while previous is not None and remaining and remaining[0] - previous[0] <= current[0] - remaining[0]:
+    for before, after in pairwise(chain(timed, [None])):
+        assert before is not None
+        time, item = before
+        while remaining and (
+            remaining[0] - time <= after[0] - remaining[0] if after else remaining[0] <= time + duration
+        ):
             remaining.popleft()
-            yield previous[1]
+            yield item
         if not remaining:
             return
-        previous = current
-    while previous is not None and remaining and remaining[0] <= previous[0] + duration:
-        remaining.popleft()
-        yield previous[1]
 
 
 def _timed(container: Any, start: float, path: Path) -> Iterator[tuple[float, av.VideoFrame]]:

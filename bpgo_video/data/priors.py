@@ -6,23 +6,21 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
+from pydantic import BaseModel, Field, ValidationError
 
 from bpgo_video.atomic import atomic_file, write_json
 from bpgo_video.data.records import ShardError
 from bpgo_video.learner.shrinkage import shrunk_means
 from bpgo_video.types import PriorAnchor, PromptBatch
 
-FORMAT_VERSION = 1
 COMMAND = "bpgo-video priors --config FILE"
 
 Scores = dict[int, dict[str, list[float]]]  # prompt id -> reward name -> the score of each sample
@@ -32,24 +30,22 @@ class PriorError(ShardError):
     """A prior that is missing, stale or incomplete."""
 
 
-@dataclass(frozen=True)
-class PriorTable:
-    """The anchors of one reward for every prompt of a folder, by ascending id.
+class PriorTable(BaseModel, frozen=True):
+    """The anchors of one reward for the prompts of a folder; the content of its file.
 
     Attributes:
         version: of the reward when the anchors were measured.
-        scale: s_ref, the pooled within-group standard deviation of the reference samples; above 0.
+        scale: s_ref, the pooled within-group standard deviation of the reference samples.
         policy: hash of the policy whose samples were scored.
-        ids: [prompts] int64.
-        anchors: [prompts, 3] float64: mean, std and count of the reference samples.
+        anchors: prompt id -> mean, std and count of the reference samples.
     """
 
+    format_version: Literal[1] = 1
     reward: str
     version: str
-    scale: float
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     policy: str
-    ids: np.ndarray
-    anchors: np.ndarray
+    anchors: dict[int, tuple[float, float, int]]
 
     def check_policy(self, policy: str) -> None:
         """Raise PriorError if the samples came from another policy than the one with this hash."""
@@ -61,20 +57,22 @@ class PriorTable:
 
     def shrunk(self) -> PriorTable:
         """The same table with shrunken means, see `shrunk_means`."""
-        mean, std, count = torch.from_numpy(self.anchors).T
-        means = shrunk_means(mean, std, count.long())
-        return replace(self, anchors=torch.stack([means, std, count], dim=1).numpy())
+        ids = sorted(self.anchors)
+        mean, std, count = torch.tensor([self.anchors[id_] for id_ in ids], dtype=torch.float64).T
+        means = shrunk_means(mean, std, count.long()).tolist()
+        anchors = {id_: (mean, *self.anchors[id_][1:]) for id_, mean in zip(ids, means, strict=True)}
+        return self.model_copy(update={"anchors": anchors})
 
     def anchor(self, batch: PromptBatch) -> PriorAnchor:
         """The anchors of a batch's prompts. Raises PriorError if one has none."""
-        ids = batch.ids.cpu().numpy()
-        missing = np.flatnonzero(~np.isin(ids, self.ids))
-        if len(missing):
+        rows = [self.anchors.get(id_) for id_ in batch.ids.tolist()]
+        missing = [number for number, row in enumerate(rows) if row is None]
+        if missing:
             raise PriorError(
-                f"the prior of reward {self.reward!r} has no anchor for {len(missing)} of {len(ids)} prompts, the "
-                f"first {batch.texts[missing[0]]!r} (id {ids[missing[0]]}); run: {COMMAND}"
+                f"the prior of reward {self.reward!r} has no anchor for {len(missing)} of {len(rows)} prompts, the "
+                f"first {batch.texts[missing[0]]!r} (id {batch.ids[missing[0]]}); run: {COMMAND}"
             )
-        mean, std, count = torch.from_numpy(self.anchors[np.searchsorted(self.ids, ids)]).T
+        mean, std, count = torch.tensor(rows, dtype=torch.float64).T
         return PriorAnchor(mean.float(), std.float(), count.long(), self.scale, self.version)
 
 
@@ -92,25 +90,10 @@ def write_priors(
     policy: str,
     anchors: Mapping[int, tuple[float, float, int]],
 ) -> Path:
-    """Store the anchors of one reward with the prompts, replacing earlier ones.
-
-    Args:
-        version: of the reward; a later change of it makes the file stale.
-        scale, policy: see PriorTable.
-        anchors: prompt id -> (mean, std, count).
-    """
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"the scale of reward {reward!r} is {scale}; it must be above 0 and finite")
-    content = {
-        "format_version": FORMAT_VERSION,
-        "reward": reward,
-        "version": version,
-        "scale": float(scale),
-        "policy": policy,
-        "anchors": {str(id_): [float(mean), float(std), int(count)] for id_, (mean, std, count) in anchors.items()},
-    }
+    """Store the anchors of one reward with the prompts, replacing earlier ones. Arguments: see PriorTable."""
+    table = PriorTable(reward=reward, version=version, scale=scale, policy=policy, anchors=dict(anchors))
     path = prior_path(directory, reward)
-    write_json(path, content)
+    write_json(path, table.model_dump())
     return path
 
 
@@ -125,7 +108,22 @@ def load_priors(directory: Path | str, versions: Mapping[str, str]) -> dict[str,
             names the command that makes it.
     """
     require_priors(directory, versions)
-    return {reward: _load(prior_path(directory, reward), version) for reward, version in versions.items()}
+    tables = {}
+    for reward, version in versions.items():
+        path = prior_path(directory, reward)
+        try:
+            table = PriorTable.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "content"
+            raise PriorError(f"the prior {path} cannot be read ({where}: {problem['msg']}); run: {COMMAND}") from error
+        if table.version != version:
+            raise PriorError(
+                f"the prior {path} is stale: it was measured with version {table.version} of reward {reward!r}, which "
+                f"is now {version}; run: {COMMAND}"
+            )
+        tables[reward] = table
+    return tables
 
 
 def require_priors(directory: Path | str, rewards: Iterable[str]) -> None:
@@ -133,26 +131,6 @@ def require_priors(directory: Path | str, rewards: Iterable[str]) -> None:
     for path in (prior_path(directory, reward) for reward in rewards):
         if not path.is_file():
             raise PriorError(f"the prior {path} is missing; run: {COMMAND}")
-
-
-def _load(path: Path, version: str) -> PriorTable:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"its format version is {content['format_version']}, not {FORMAT_VERSION}")
-        ids = np.array([int(id_) for id_ in content["anchors"]], dtype=np.int64)
-        anchors = np.array(list(content["anchors"].values()), dtype=np.float64).reshape(len(ids), 3)
-        order = np.argsort(ids)
-        stored = {name: content[name] for name in ("reward", "version", "scale", "policy")}
-        table = PriorTable(**stored, ids=ids[order], anchors=anchors[order])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PriorError(f"the prior {path} cannot be read ({error!r}); run: {COMMAND}") from error
-    if table.version != version:
-        raise PriorError(
-            f"the prior {path} is stale: it was measured with version {table.version} of reward {table.reward!r}, "
-            f"which is now {version}; run: {COMMAND}"
-        )
-    return table
 
 
 @dataclass(frozen=True)

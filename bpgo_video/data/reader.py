@@ -6,7 +6,18 @@
     skipped.jsonl            the prompts that the build left out, and why
     index.json               counts, hashes, encoder and layout of the tensors; written last
 
-Every rank reads the same records. Nothing in a shard is ever unpickled.
+Every rank reads the same records. Nothing in a shard is ever unpickled. Shards are in a local folder, or behind a URL,
+from which each file is copied once and checked against its hash:
+
+    runs/prompts                                             a local folder: all of its shards
+    runs/prompts/prompts-00000[0-3].tar                      a glob: these shards of the folder
+    runs/prompts/prompts-{000000..000003}.tar                a brace range
+    https://host/prompts                                     a folder that holds index.json
+    https://host/prompts/prompts-{000000..000003}.tar        these shards of it
+    s3://bucket/prompts                                      through `aws s3 cp`
+    pipe:ssh host cat prompts/prompts-{000000..000003}.tar   any command; other file names replace the shard's name
+
+webdataset's gopen opens URLs; it also supports gs://, hf:// and others.
 """
 
 from __future__ import annotations
@@ -14,18 +25,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
+import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from glob import glob
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 import safetensors.torch
+import webdataset
+from braceexpand import braceexpand
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
+from bpgo_video.atomic import atomic_file
 from bpgo_video.data.fingerprint import EncoderStamp
 from bpgo_video.data.media import check_media
 from bpgo_video.data.records import (
@@ -40,10 +59,11 @@ from bpgo_video.data.records import (
     read_record,
     to_layout,
 )
-from bpgo_video.data.sources import local_shards
 from bpgo_video.data.writer import NEGATIVE, file_sha256
 from bpgo_video.paths import SHARD_CACHE
 
+REMOTE = re.compile(r"pipe:|[a-z0-9]+://")
+SHARD = re.compile(r"(?:prompts|clips)-[^/\s]*\.tar")
 READABLE = (1, 2)  # format versions
 KEY = re.compile(r"[0-9A-Za-z-]+")
 TAR_BLOCK = 512
@@ -57,7 +77,7 @@ class PromptShards:
     """A folder of prompt shards. Holds 65 bytes per prompt, whatever the size of its embeddings.
 
     Args:
-        source: a folder, glob, brace range or URL, see sources.py.
+        source: a folder, glob, brace range or URL, see above.
         cache: folder for copies of remote shards.
 
     Attributes:
@@ -76,7 +96,15 @@ class PromptShards:
 
     def __init__(self, source: Path | str, cache: Path | str = SHARD_CACHE) -> None:
         self.directory, selected = local_shards(str(source), Path(cache))
-        self.index = _read_index(self.directory, selected)
+        path = self.directory / "index.json"
+        if not self.directory.is_dir():
+            raise ShardError(f"the prompt shards {self.directory} do not exist; make them {BUILD}")
+        if not path.is_file():
+            raise ShardError(
+                f"{path} is missing: the folder holds no prompt shards, or their build did not finish; name the folder "
+                f"of a finished build, or build {BUILD}"
+            )
+        self.index = _parse_index(path.read_bytes(), path, selected)
         self.policy = EncoderStamp(**self.index["policy"])
         self.negative_prompt: str = self.index["negative_prompt"]
         self.negative = self._read_negative()
@@ -187,37 +215,24 @@ class PromptShards:
         """Every record as a ROW."""
         splits = {name: code for code, name in enumerate(self.index["splits"])}
         for number, (path, shard) in enumerate(zip(self._paths, self.index["shards"], strict=True)):
-            count, key, stored = 0, "(the first)", dict[str, ByteRange]()
+            count, key, stored = 0, "(the first)", dict[str | None, ByteRange]({None: ByteRange(0, 0)})
             for key, members, header in _read_headers(path):
                 if header["split"] not in splits:
                     raise damaged(path, key, f"its split {header['split']!r} is not in index.json")
                 last = max(members.values(), key=lambda member: member.offset)
                 stop = last.offset_data + -(-last.size // TAR_BLOCK) * TAR_BLOCK
                 ranges = [ByteRange(min(member.offset for member in members.values()), stop)]
-                ranges += [_tensor_range(path, key, kind, members, header, stored) for kind in TENSORS]
+                for kind in TENSORS:
+                    member, digest = members.get(kind), header.get(f"{kind}_sha256")
+                    if member and digest:
+                        stored[digest] = ByteRange(member.offset_data, member.offset_data + member.size)
+                    if digest not in stored:
+                        raise damaged(path, key, f"neither it nor an earlier record has its {kind} tensors")
+                    ranges.append(stored[digest])
                 yield header["id"], splits[header["split"]], number, "image" in members, ranges
                 count += 1
             if count != shard["count"]:
                 raise damaged(path, key, f"the last of {count} that can be read; the index states {shard['count']}")
-
-
-def _tensor_range(
-    path: Path,
-    key: str,
-    kind: str,
-    members: Mapping[str, tarfile.TarInfo],
-    header: Mapping[str, Any],
-    stored: dict[str, ByteRange],
-) -> ByteRange:
-    """Where the tensors of a kind in TENSORS are: in the record itself, added to `stored`, or in an earlier record."""
-    digest = header.get(f"{kind}_sha256")
-    if digest is None:
-        return ByteRange(0, 0)
-    if member := members.get(kind):
-        stored[digest] = ByteRange(member.offset_data, member.offset_data + member.size)
-    if digest not in stored:
-        raise damaged(path, key, f"neither it nor an earlier record has its {kind} tensors")
-    return stored[digest]
 
 
 def _read_headers(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], dict[str, Any]]]:
@@ -235,7 +250,9 @@ def _read_headers(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo],
                 if "json" not in members:
                     raise damaged(path, key, "the file ends, or the next record begins, before its json")
                 yield key, members, parse_header(cast(IO[bytes], tar.extractfile(members["json"])).read())
-    except (tarfile.TarError, json.JSONDecodeError, TypeError) as error:
+    except ShardError:
+        raise
+    except (tarfile.TarError, ValueError, TypeError) as error:
         raise damaged(path, key, f"in or after it: {error}") from error
 
 
@@ -251,28 +268,99 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def _read_index(directory: Path, selected: Iterable[str]) -> dict[str, Any]:
-    path = directory / "index.json"
-    if not directory.is_dir():
-        raise ShardError(f"the prompt shards {directory} do not exist; make them {BUILD}")
-    if not path.is_file():
-        raise ShardError(
-            f"{path} is missing: the folder holds no prompt shards, or their build did not finish; name the folder of "
-            f"a finished build, or build {BUILD}"
-        )
+def local_shards(source: str, cache: Path) -> tuple[Path, list[str]]:
+    """Copy remote shards to this machine unless they are here already.
+
+    Args:
+        cache: folder for copies. A copy is named after the hash of its index, so a changed original gets a new copy.
+            Ranks that share a cache take turns; the first one copies.
+
+    Returns:
+        The local folder, and the names of the selected shards; none selects all.
+
+    Raises:
+        ShardError: a pattern matches nothing, a URL cannot be read, a file does not match its hash, or the cache cannot
+            be written.
+    """
+    path = Path(source)
+    if not REMOTE.match(source) and (path.is_dir() or not SHARD.fullmatch(path.name)):
+        return path, []
     try:
-        index = json.loads(path.read_text("utf-8"))
-        version, count = index["format_version"], index["count"]
+        names = list(braceexpand(source))
+    except ValueError as error:
+        raise ShardError(f"{source}: the braces do not match") from error
+    if REMOTE.match(source):
+        return _copy_missing(source, names, cache)
+    missing = [name for name in names if not glob(name)]
+    found = sorted({Path(match) for name in names for match in glob(name)})
+    if missing or len({shard.parent for shard in found}) != 1:
+        raise ShardError(f"{source} must name shards of one folder; nothing is at {', '.join(missing) or source}")
+    return found[0].parent, [shard.name for shard in found]
+
+
+def _copy_missing(source: str, urls: list[str], cache: Path) -> tuple[Path, list[str]]:
+    selected = [match[0] for url in urls if (match := SHARD.search(url))]
+    if selected and len(selected) != len(urls):
+        raise ShardError(f"{source} must name one folder, or shards (prompts-*.tar, clips-*.tar) of one")
+    if "*" in source and not source.startswith("pipe:"):
+        raise ShardError(f"{source}: a URL cannot be searched; name a folder, or a range such as {{000000..000009}}")
+    index_url = _url(urls[0], "index.json")
+    with _opened(index_url) as stream:
+        data = stream.read()
+    index = _parse_index(data, index_url, selected)
+    hashes = {shard["name"]: shard["sha256"] for shard in index["shards"]} | {NEGATIVE: index["negative_sha256"]}
+    try:
+        folder = cache.expanduser() / hashlib.sha256(data).hexdigest()[:16]  # RuntimeError: no home folder is known
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except (OSError, RuntimeError) as error:
+        raise ShardError(f"data.cache {cache} cannot hold copies of shards ({error}); name another folder") from error
+    with FileLock(folder / ".lock"):
+        missing = [name for name in hashes if not (folder / name).is_file()]
+        for name in tqdm(missing, desc="Copying shards", unit="file", disable=None):  # None: no bar in a log file
+            url = _url(urls[0], name)
+            with atomic_file(folder / name) as aside:
+                with _opened(url) as stream, aside.open("wb") as copy:
+                    shutil.copyfileobj(stream, copy, 2**20)
+                if (found := file_sha256(aside)) != hashes[name]:
+                    raise ShardError(
+                        f"{url} has the sha256 {found}, the index states {hashes[name]}: one is damaged or outdated"
+                    )
+        if not (folder / "index.json").is_file():
+            with atomic_file(folder / "index.json") as aside:
+                aside.write_bytes(data)
+    return folder, selected
+
+
+def _url(shard_or_folder: str, name: str) -> str:
+    """The URL of a file next to a shard, or in a folder."""
+    if SHARD.search(shard_or_folder):
+        return SHARD.sub(name, shard_or_folder)
+    return f"{shard_or_folder.rstrip('/')}/{name}"
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[IO[bytes]]:
+    try:
+        with webdataset.gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url) as stream:
+            yield stream
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{url} cannot be read: {error}") from error
+
+
+def _parse_index(data: bytes, where: Path | str, selected: Sequence[str]) -> dict[str, Any]:
+    """The content of an index.json, restricted to the selected shards if there are any."""
+    try:
+        index = json.loads(data)
+        version, count, _ = index["format_version"], index["count"], index["negative_sha256"]
         shards = {shard["name"]: shard for shard in index["shards"]}
         total = sum(shard["count"] for shard in shards.values())
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is damaged ({error!r}); copy it again, or build {BUILD}") from error
+        raise ShardError(f"{where} is not an index of prompt shards, or damaged ({error!r}); copy it again") from error
     if version not in READABLE:
-        raise ShardError(f"{path} has format version {version}, this program reads {READABLE}; build {BUILD}")
+        raise ShardError(f"{where} has format version {version}, this program reads {READABLE}; build {BUILD}")
     if not count or count != total:
-        raise ShardError(f"{path} states {count} prompts, but {total} in {len(shards)} shards; build {BUILD}")
-    if unknown := sorted(set(selected) - shards.keys()):
-        raise ShardError(f"{path} has no shard {', '.join(unknown)}; it has {', '.join(shards)}")
-    if selected:
-        index["shards"] = [shard for name, shard in shards.items() if name in selected]
-    return index
+        raise ShardError(f"{where} states {count} prompts, but {total} in {len(shards)} shards; build {BUILD}")
+    if unknown := [name for name in (*selected, *shards) if name not in shards or not SHARD.fullmatch(name)]:
+        raise ShardError(f"{where} has no shard {', '.join(unknown)}; it has {', '.join(shards)}")
+    return index | {"shards": [shard for name, shard in shards.items() if name in selected or not selected]}

@@ -47,7 +47,7 @@ class PromptStream:
     ) -> None:
         if start < 0:
             raise ValueError(f"the stream's position is {start}; it must be 0 or more")
-        self._order = order_of(shards, split, seed, batch_size)
+        self._order = EndlessOrder(shards, split, seed, batch_size)
         if size is not None:
             shards.has_images(split)  # raises if only some prompts have one
         self._shards, self._batch_size, self._priors, self._size = shards, batch_size, tuple(priors), size
@@ -64,13 +64,22 @@ class PromptStream:
 
 
 class EndlessOrder:
-    """Epoch after epoch of some rows: each row once per epoch, and no batch with a row twice.
+    """Epoch after epoch of a split's rows: each row once per epoch, and no batch with a row twice.
 
     `window` guarantees the latter for batches of up to half the rows (at most 4096). Larger batches repeat the order of
     epoch 0, in which two appearances of a row are len(rows) positions apart.
+
+    Raises:
+        ShardError: no such split, or it is smaller than the batch.
     """
 
-    def __init__(self, rows: np.ndarray, seed: int, batch_size: int) -> None:
+    def __init__(self, shards: PromptShards, split: str, seed: int, batch_size: int) -> None:
+        rows = shards.rows(split)
+        if not 1 <= batch_size <= len(rows):
+            raise ShardError(
+                f"a batch of {batch_size} prompts needs a split with as many or more; {split!r} of {shards.directory} "
+                f"has {len(rows)}"
+            )
         self._rows, self._seed, self._reshuffles = rows, seed, batch_size <= window(len(rows))
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -81,21 +90,6 @@ class EndlessOrder:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(len(self._rows), self._seed, epoch)
         return int(self._rows[self._order[place]])
-
-
-def order_of(shards: PromptShards, split: str, seed: int, batch_size: int) -> EndlessOrder:
-    """The endless order of a split's rows.
-
-    Raises:
-        ShardError: no such split, or it is smaller than the batch.
-    """
-    rows = shards.rows(split)
-    if not 1 <= batch_size <= len(rows):
-        raise ShardError(
-            f"a batch of {batch_size} prompts needs a split of at least as many; {split!r} of {shards.directory} has "
-            f"{len(rows)}"
-        )
-    return EndlessOrder(rows, seed, batch_size)
 
 
 def window(size: int) -> int:

@@ -47,23 +47,6 @@ SKIPPED = "skipped.jsonl"
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> tensors; axis 0 is the text
 
 
-@dataclass(frozen=True)
-class BuildSettings:
-    """What the bytes of a folder depend on besides prompts and encoder.
-
-    Attributes:
-        negative_prompt: for prompts without their own.
-        shard_size: prompts per shard.
-        batch_size: prompts encoded together.
-        dtype: of the embeddings, torch's name.
-    """
-
-    negative_prompt: str = ""
-    shard_size: int = 1000
-    batch_size: int = 32
-    dtype: str = "float32"
-
-
 def with_media(line: Line) -> PromptRecord:
     """A prompt with the bytes of its image and video. Raises ImageError or VideoError if one does not decode."""
     return replace(line.record, media={kind: read_media(kind, path) for kind, path in line.media.items()})
@@ -85,52 +68,40 @@ class Content:
     stamp: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build_shards(
-    inputs: Iterable[Path | str],
-    output: Path | str,
-    encode: Encode,
-    policy: EncoderStamp,
-    *,
-    split: str = "train",
-    on_error: str = "stop",
-    **settings: Any,
-) -> None:
-    """Build shards of prompt files on this process; `settings` are those of BuildSettings."""
-    plan = make_plan(inputs, split, on_error=on_error)
-    Build(plan, Path(output), encode, policy, BuildSettings(**settings)).run()
-
-
+@dataclass(frozen=True)
 class Build:
     """The build of one folder, on one rank.
 
-    Args:
+    Attributes:
         encode: the policy's text encoder, called only if something is left to encode.
         policy: identifies that encoder.
-
-    Raises:
-        FileExistsError: the folder holds something else, or shards of other prompts or settings, which are named.
+        negative_prompt: for prompts without their own.
+        shard_size: prompts per shard.
+        batch_size: prompts encoded together.
+        dtype: of the embeddings, torch's name.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        output: Path,
-        encode: Encode,
-        policy: EncoderStamp,
-        settings: BuildSettings,
-        content: Content = Content(),
-    ) -> None:
-        self.plan, self.output, self.encode, self.policy = plan, output, encode, policy
-        self.settings, self.content = settings, content
-        self.identity = {
-            "prompts": plan.digest,
-            "count": plan.count,
-            "encoder": policy.fingerprint,
-            "max_sequence_length": policy.max_sequence_length,
-            **asdict(settings),
-            **content.stamp,
+    plan: Plan
+    output: Path
+    encode: Encode
+    policy: EncoderStamp
+    negative_prompt: str = ""
+    shard_size: int = 1000
+    batch_size: int = 32
+    dtype: str = "float32"
+    content: Content = Content()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the bytes of the folder depend on."""
+        return {
+            "prompts": self.plan.digest,
+            "count": self.plan.count,
+            "encoder": self.policy.fingerprint,
+            "max_sequence_length": self.policy.max_sequence_length,
+            **{name: getattr(self, name) for name in ("negative_prompt", "shard_size", "batch_size", "dtype")},
+            **self.content.stamp,
         }
-        self._open()
 
     def run(self, rank: int = 0, world_size: int = 1, show_progress: bool = False) -> bool:
         """Write this rank's missing shards.
@@ -139,12 +110,14 @@ class Build:
             Whether the folder is complete now.
 
         Raises:
+            FileExistsError: the folder holds something else, or shards of other prompts or settings, which are named.
             PromptFileError: an image or video does not decode, and the plan's `on_error` is "stop".
         """
+        self._open()
         if (self.output / "index.json").is_file():
             self._clean()
             return True
-        size = self.settings.shard_size
+        size = self.shard_size
         missing = [n for n in range(rank, self._num_shards, world_size) if not self._note(n).is_file()]
         total = sum(min(size, self.plan.count - number * size) for number in missing)
         lines = self._lines_of(frozenset(missing)) if missing else ()
@@ -159,12 +132,13 @@ class Build:
 
     @property
     def _num_shards(self) -> int:
-        return -(-self.plan.count // self.settings.shard_size)
+        return -(-self.plan.count // self.shard_size)
 
     def _note(self, number: int) -> Path:
         return self.output / UNFINISHED / f"{number:06d}.json"
 
     def _open(self) -> None:
+        """Start the build, or check that the folder holds the same one."""
         present = {path.name for path in self.output.iterdir()} if self.output.exists() else set()
         if present and not present & {UNFINISHED, "index.json"}:
             raise FileExistsError(f"{self.output} exists and is not empty; name another output, or delete it first")
@@ -176,9 +150,8 @@ class Build:
         else:
             write_json(identity, self.identity)
             return
-        changes = [
-            f"{k} {found.get(k)!r}, now {value!r}" for k, value in self.identity.items() if found.get(k) != value
-        ]
+        items = self.identity.items()
+        changes = [f"{name} {found.get(name)!r}, now {value!r}" for name, value in items if found.get(name) != value]
         if changes:
             raise FileExistsError(
                 f"{self.output} was built from other prompts or settings ({'; '.join(changes)}); name another output, "
@@ -188,15 +161,15 @@ class Build:
     def _lines_of(self, shards: frozenset[int]) -> Iterator[tuple[int, Line]]:
         usable = (line for line in self.plan.lines() if isinstance(line, Line))
         for row, line in enumerate(usable):
-            if (number := row // self.settings.shard_size) in shards:
+            if (number := row // self.shard_size) in shards:
                 yield number, line
 
     def _records(self, lines: Iterable[Line], rejected: list[Rejected]) -> Iterator[PromptRecord]:
         """The complete records of the lines; lines whose media do not decode go to `rejected`."""
-        for batch in chunked(lines, self.settings.batch_size):
+        for batch in chunked(lines, self.batch_size):
             records = [record for line in batch if (record := self._complete(line, rejected))]
             conditioning = iter(self._encode_texts([r.prompt for r in records if not r.conditioning]))
-            own = {text for r in records if (text := r.negative_prompt) is not None} - {self.settings.negative_prompt}
+            own = {text for r in records if (text := r.negative_prompt) is not None} - {self.negative_prompt}
             texts = sorted(own)
             negatives: dict[str | None, dict[str, Tensor]] = dict(zip(texts, self._encode_texts(texts), strict=True))
             for record in records:
@@ -233,7 +206,7 @@ class Build:
 
     def _layout(self) -> dict[str, Any]:
         if not (self.output / NEGATIVE).is_file():
-            write_negative(self.output, without_batch(self.encode([self.settings.negative_prompt])))
+            write_negative(self.output, without_batch(self.encode([self.negative_prompt])))
         negative = safetensors.torch.load((self.output / NEGATIVE).read_bytes())
         return layout_of(negative, self.policy.max_sequence_length)
 
@@ -252,7 +225,7 @@ class Build:
             with atomic_file(self.output / SKIPPED) as aside, aside.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line._asdict()) + "\n" for line in chain(unusable, undecodable))
         build = {**self.identity, "skipped": skipped}
-        write_index(self.output, notes, self.policy, self.settings.negative_prompt, build, self.content.stamp)
+        write_index(self.output, notes, self.policy, self.negative_prompt, build, self.content.stamp)
         self._clean()
         return True
 
@@ -260,6 +233,18 @@ class Build:
         for path in self.output.glob(f".{self.content.name}-*.partial-*"):  # of builds that were killed
             path.unlink(missing_ok=True)
         shutil.rmtree(self.output / UNFINISHED, ignore_errors=True)  # ranks may delete it at the same time
+
+
+def build_shards(
+    inputs: Iterable[Path | str],
+    output: Path | str,
+    encode: Encode,
+    policy: EncoderStamp,
+    split="train",
+    **settings: Any,
+) -> None:
+    """Build shards of prompt files on this process alone; `settings` are those of Build."""
+    Build(make_plan(inputs), Path(output), encode, policy, **settings).run()
 
 
 def write_shard(path: Path, records: Iterable[PromptRecord], first: int, layout: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpgo_video.data.fingerprint import EncoderStamp, encoder_stamp, fingerprint
-from bpgo_video.data.priors import PriorError, load_priors, write_priors
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import PromptRecord, ShardError
 from bpgo_video.data.stream import PromptStream, epoch_order, window
@@ -301,9 +300,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
 
     with pytest.raises(ShardError, match="no prompts"):
         write([])
-    with pytest.raises(
-        ShardError, match=r"prompt 'x' .*\[7, 4\], 'dtype': 'float32'.* have .*\[6, 4\]"
-    ):
+    with pytest.raises(ShardError, match=r"prompt 'x' .*\[7, 4\], 'dtype': 'float32'.* have .*\[6, 4\]"):
         write([PromptRecord(1, "x", conditioning={"prompt_embeds": torch.zeros(7, DIM)})])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["negative.safetensors"]
 
@@ -328,44 +325,6 @@ def test_an_encoder_or_text_length_of_another_policy_is_refused(directory: Path,
     with (tmp_path / "text_encoder" / "model.safetensors").open("r+b") as stream:
         stream.write(b"header")
     assert fingerprint(tmp_path, ("text_encoder", "tokenizer")) != before.fingerprint
-
-
-def test_priors_come_back_with_the_batch(directory: Path) -> None:
-    anchors = {1000 + i: (i / 7, i / 100, 16) for i in reversed(range(20))}
-    write_priors(directory, "clip", "v1", 0.25, "policyhash", anchors)
-    tables = load_priors(directory, {"clip": "v1"})
-    batch = next(PromptStream(PromptShards(directory), "train", 0, 5, priors=tables.values()))
-    prior = batch.priors["clip"]
-    expected = torch.tensor([anchors[int(i)] for i in batch.ids], dtype=torch.float64)
-    assert torch.equal(prior.mean, expected[:, 0].float())
-    assert torch.equal(prior.std, expected[:, 1].float())
-    assert prior.count.tolist() == [16] * 5
-    assert (prior.scale, prior.version) == (0.25, "v1")
-
-
-def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) -> None:
-    command = r"run: bpgo-video priors --config FILE"
-    with pytest.raises(PriorError, match=rf"clip.json is missing; {command}"):
-        load_priors(directory, {"clip": "v1"})
-    write_priors(directory, "clip", "v1", 0.25, "policyhash", {1003: (0.0, 0.0, 0)})
-    with pytest.raises(PriorError, match=rf"is stale: .* version v1 of reward 'clip', which is now v2; {command}"):
-        load_priors(directory, {"clip": "v2"})
-    tables = load_priors(directory, {"clip": "v1"}).values()
-    with pytest.raises(PriorError, match=rf"no anchor for 16 of 17 prompts, the first 'prompt .*{command}"):
-        next(PromptStream(PromptShards(directory), "train", 0, 17, priors=tables))
-    (directory / "priors" / "clip.json").write_text("[]")
-    with pytest.raises(PriorError, match=rf"cannot be read .*{command}"):
-        load_priors(directory, {"clip": "v1"})
-
-
-def test_a_prior_that_means_nothing_is_not_written(directory: Path) -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        write_priors(directory, "clip", "v1", 0.0, "p", {1: (0.0, 0.0, 0)})
-    with pytest.raises(ValueError, match="JSON"):
-        write_priors(directory, "clip", "v1", 1.0, "p", {1: (float("nan"), 0.0, 0)})
-    with pytest.raises(ValueError, match="reward name"):
-        write_priors(directory, "../clip", "v1", 1.0, "p", {})
-    assert not list(directory.glob("priors/*"))
 
 
 def test_memory_of_a_directory_is_its_table(directory: Path) -> None:

@@ -19,7 +19,7 @@ from bpgo_video.data.prompt_files import PromptFileError, make_plan, prompt_id
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import ShardError
 from bpgo_video.data.stream import as_batch
-from bpgo_video.data.writer import SKIPPED, Build, BuildSettings, Encode, build_shards
+from bpgo_video.data.writer import SKIPPED, Build, Encode, build_shards
 
 STAMP = EncoderStamp("stub", "0123456789abcdef", 4)
 
@@ -46,7 +46,7 @@ def write_lines(path: Path, lines: Sequence[dict]) -> Path:
 
 
 def job(path: Path, output: Path, encode: Encode, on_error: str = "stop", **settings) -> Build:
-    return Build(make_plan([path], on_error=on_error), output, encode, STAMP, BuildSettings(**settings))
+    return Build(make_plan([path], on_error=on_error), output, encode, STAMP, **settings)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -181,11 +181,11 @@ def test_a_finished_build_is_left_alone_and_another_refused(prompts: Path, tmp_p
     assert job(prompts, tmp_path / "out", again).run()
     assert contents(tmp_path / "out") == before
     with pytest.raises(FileExistsError, match=r"other prompts or settings \(shard_size 1000, now 8\)"):
-        job(prompts, tmp_path / "out", again, shard_size=8)
+        job(prompts, tmp_path / "out", again, shard_size=8).run()
     with prompts.open("a") as stream:
         stream.write('{"prompt": "one more"}\n')
     with pytest.raises(FileExistsError, match=r"prompts '.*'; count 25, now 26\)"):
-        job(prompts, tmp_path / "out", again)
+        job(prompts, tmp_path / "out", again).run()
 
 
 STRANGE = (
