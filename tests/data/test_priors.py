@@ -60,7 +60,7 @@ def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) 
 
 
 def test_a_prior_that_means_nothing_is_not_written(directory: Path) -> None:
-    with pytest.raises(ValueError, match="scale\n.*greater than 0"):
+    with pytest.raises(ValueError, match=r"scale\n.*greater than 0"):
         write_priors(directory, "clip", "v1", 0.0, "p", {1: (0.0, 0.0, 0)})
     with pytest.raises(ValueError, match="JSON"):
         write_priors(directory, "clip", "v1", 1.0, "p", {1: (float("nan"), 0.0, 0)})
