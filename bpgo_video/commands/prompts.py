@@ -37,7 +37,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_S
 
 
 def build(args: argparse.Namespace) -> None:
-    """Check every line before a model is loaded, then encode."""
+    """Check every line before a model is loaded, then encode. A mistake in the last line costs seconds."""
     plan = make_plan(args.input, args.split, args.max_characters, args.on_error, show_progress=RANK == 0)
     policy = loader(args, ("text_encoder",))
     run_build(args, plan, policy, content_of(args, plan, policy))
@@ -97,7 +97,7 @@ def run_build(args: argparse.Namespace, plan: Plan, policy: Callable[[], Any], c
     print(f"{args.output}: {index['count']} {content.name}{note}", flush=True)
 
 
-def opened(args: argparse.Namespace) -> PromptShards:
+def open_shards(args: argparse.Namespace) -> PromptShards:
     shards = PromptShards(args.directory)
     if args.clips:
         shards.require_clips()
@@ -105,7 +105,7 @@ def opened(args: argparse.Namespace) -> PromptShards:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    shards = opened(args)
+    shards = open_shards(args)
     title = f"{'video':<30} {'start':>7}" if args.clips else f"{'media':<11}"
     print(f"{'id':>19}  {'split':<9} {'tags':<16} {title} prompt | negative prompt of its own")
     for record in islice(shards.records(args.split), args.limit):
@@ -118,13 +118,13 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    shards = opened(args)
+    shards = open_shards(args)
     shards.verify(show_progress=True)
     print(f"{args.directory}: {len(shards)} prompts in {len(shards.index['shards'])} shards are intact")
 
 
 def stats(args: argparse.Namespace) -> None:
-    shards = opened(args)
+    shards = open_shards(args)
     found = prompt_statistics(iter(tqdm(shards.headers(), total=len(shards), desc="records", unit="record")))
     shortest, median, longest = found.characters
     own, distinct = found.negatives

@@ -113,9 +113,7 @@ def nearest(timed: Iterable[tuple[float, Item]], moments: Sequence[float], durat
     for before, after in pairwise(chain(timed, [None])):
         assert before is not None
         time, item = before
-        while remaining and (
-            remaining[0] - time <= after[0] - remaining[0] if after else remaining[0] <= time + duration
-        ):
+        while remaining and remaining[0] - time <= (after[0] - remaining[0] if after else duration):
             remaining.popleft()
             yield item
         if not remaining:

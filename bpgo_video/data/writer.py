@@ -236,12 +236,7 @@ class Build:
 
 
 def build_shards(
-    inputs: Iterable[Path | str],
-    output: Path | str,
-    encode: Encode,
-    policy: EncoderStamp,
-    split="train",
-    **settings: Any,
+    inputs: Iterable[Path | str], output: Path | str, encode: Encode, policy: EncoderStamp, **settings: Any
 ) -> None:
     """Build shards of prompt files on this process alone; `settings` are those of Build."""
     Build(make_plan(inputs), Path(output), encode, policy, **settings).run()
