@@ -35,7 +35,7 @@ from bpgo_video.cli import show_loading_once
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import read_recipe, read_yaml
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.distributed.agreement import all_or_none, from_main
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh

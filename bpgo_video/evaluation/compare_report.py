@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bpgo_video.data.video import VideoError, as_bytes, read_video, write_video
+from bpgo_video.data.media import VideoError, as_bytes, read_video, write_video
 from bpgo_video.evaluation.compare_scores import ModelScores, video_path
 from bpgo_video.evaluation.compare_verdict import Compared, Comparison
 from bpgo_video.statistics import LEVEL

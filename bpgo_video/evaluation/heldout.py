@@ -14,8 +14,8 @@ from bpgo_video.atomic import write_json
 from bpgo_video.cli import show_loading_once
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.data.records import PromptRecord
+from bpgo_video.data.stream import as_batch
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare_scores import PromptLine, lines_of

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bpgo_video.data.media import VideoError, VideoHeader, check_video, read_header
 from bpgo_video.data.prompt_files import read_prompts
-from bpgo_video.data.prompt_plan import make_plan
-from bpgo_video.data.video import VideoError, VideoHeader, check_video, read_header
 
 INSTALLED = "vbench"  # means the list inside the installed package
 FULL_INFO = "VBench_full_info.json"
@@ -124,7 +123,6 @@ def read_suite(source: str, samples: int = SAMPLES) -> Suite:
         PromptFileError: the list is damaged, empty, or has a prompt twice.
     """
     path = find_suite(source)
-    make_plan([path])
     is_list = path.suffix == ".json"
     prompts = []
     for record, media in ((line.record, line.media) for line in read_prompts([path])):

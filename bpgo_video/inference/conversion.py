@@ -37,8 +37,7 @@ from bpgo_video.inference.model_files import SHARD_BYTES, WEIGHTS_NAME, Tensors,
 from bpgo_video.inference.run_weights import WEIGHTS, Checkpoint, adapter_tensors, load_trained, trained_tensors
 from bpgo_video.policies import family, load_policy, original_names
 from bpgo_video.policies.lora import ADAPTER
-from bpgo_video.policies.pipeline_policy import networks_of
-from bpgo_video.policies.transformers import Transformers, transformer_names
+from bpgo_video.policies.networks import Transformers, networks_of, transformer_names
 from bpgo_video.rollouts.conditioning import cast
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # one for each transformer of a pipeline with several

@@ -24,9 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.images import decode_image, fit_image
-from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.data.video import as_bytes, write_video
+from bpgo_video.data.media import as_bytes, decode_image, fit_image, write_video
+from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed.agreement import all_or_none, from_all, same_everywhere
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.inference.model_files import load_lora

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.distributed.model_buffers import finish_build, model_buffers
-from bpgo_video.distributed.stored_tensors import tensor_files
+from bpgo_video.distributed.precision import finish_build, model_buffers, tensor_files
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
 LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # library -> its from_pretrained argument for a dtype

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, layer_norm, normalize
 from transformers import AutoModel, VJEPA2Model
 
-from bpgo_video.data.video import as_bytes
+from bpgo_video.data.media import as_bytes
 from bpgo_video.rewards.backbones import FRAMES_AT_ONCE, Backbones, Dtype, NetworkReward
 from bpgo_video.rewards.base import (
     Clips,

@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity, linear, normalize
 from transformers import AutoConfig, CLIPConfig, CLIPModel, SiglipModel, VideoPrismClipModel, XCLIPModel
 
 from bpgo_video.data.fingerprint import fingerprint_of
-from bpgo_video.data.video import as_bytes
+from bpgo_video.data.media import as_bytes
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import (
     WITHOUT_WEIGHTS,
@@ -42,14 +42,7 @@ from bpgo_video.rewards.base import (
     Scores,
     evenly_spread,
 )
-from bpgo_video.rewards.checkpoints import (
-    from_open_clip,
-    imported,
-    linear_layers,
-    load_network,
-    read_weights,
-    release,
-)
+from bpgo_video.rewards.checkpoints import from_open_clip, imported, linear_layers, load_network, read_weights, release
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 

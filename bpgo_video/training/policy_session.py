@@ -20,9 +20,9 @@ import bpgo_video
 from bpgo_video.code_version import this_code
 from bpgo_video.config.sft import Recipe
 from bpgo_video.config.shipped import ds_config_file
+from bpgo_video.data.encoding import check_image_stamp
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
-from bpgo_video.data.image_texts import check_image_stamp
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.ds_config import compute_dtype, read_ds_config, zero_stage
 from bpgo_video.distributed.ema import EMA

@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.prior_files import write_priors
-from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.data.unfinished_priors import Found, UnfinishedPriors
+from bpgo_video.data.priors import Scores, UnfinishedPriors, write_priors
+from bpgo_video.data.stream import as_batch
 from bpgo_video.distributed.agreement import from_main
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
@@ -86,7 +85,7 @@ def settings_of(config: Config, versions: Mapping[str, str], policy_hash: str) -
     return {**sections, "rewards": repr(dict(versions)), "policy hash": policy_hash, "draws": draws}
 
 
-def by_prompt(prompts: PromptBatch, rewards: Rewards) -> Found:
+def by_prompt(prompts: PromptBatch, rewards: Rewards) -> Scores:
     """Each prompt's scores, as plain numbers."""
     return {
         id_: {name: scores[row].tolist() for name, scores in rewards.by_name.items()}

@@ -9,9 +9,9 @@ from typing import Any
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
-from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.priors import PriorTable, load_priors, prior_path, require_priors
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.stream import PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.agreement import all_or_none, same_everywhere
 from bpgo_video.distributed.ds_config import compute_dtype
@@ -68,7 +68,8 @@ class Session(PolicySession):
             start: how many prompts were consumed before.
         """
         config = self.config
-        stream = self.prompts.shards.stream(
+        stream = PromptStream(
+            self.prompts.shards,
             config.data.split,
             config.run.seed,
             config.rollout.prompts_per_step,

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from bpgo_video.distributed.schedule import SCHEDULES
 
 from bpgo_video.config.bpgo import SamplerConfig
 from bpgo_video.config.learner import FORM_TRUST, AdvantageConfig, BPGOConfig, LossConfig, PriorConfig, RewardConfig
@@ -16,6 +15,7 @@ from bpgo_video.config.sft import MatchingConfig
 from bpgo_video.diffusion.flow_matching import DENSITIES
 from bpgo_video.diffusion.sde import SAMPLERS, SOLVERS
 from bpgo_video.diffusion.steps import STEP_SELECTIONS, STEP_WEIGHTS
+from bpgo_video.distributed.optimizer import SCHEDULES
 from bpgo_video.learner.advantages import COMBINATIONS, NORMALISERS
 from bpgo_video.learner.equations import TRANSFORMS
 from bpgo_video.learner.losses import RATIOS, TRUST_REGIONS

@@ -12,7 +12,7 @@ import torch
 
 from bpgo_video.config.bpgo import Config, LoraConfig
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.data.video import read_video
+from bpgo_video.data.media import read_video
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import compare, heldout

@@ -14,7 +14,7 @@ import torch
 from bpgo_video import statistics
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.data.video import read_video
+from bpgo_video.data.media import read_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare import VideoStats, diversity, labelled, motion, recipe_of, thumbnails
 from bpgo_video.evaluation.compare_report import as_table

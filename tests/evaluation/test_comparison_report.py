@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video.data.video import VideoError, read_video, write_video
+from bpgo_video.data.media import VideoError, read_video, write_video
 from bpgo_video.evaluation.compare_report import LONGEST_SIDE, chosen_rows, disagreement, embedded, write_report
 from bpgo_video.evaluation.compare_scores import video_path
 from bpgo_video.evaluation.compare_verdict import Compared, compare

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.evaluation import vbench_networks as networks
 from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, DimensionError, find_dimension, is_dotted, motions
 from bpgo_video.evaluation.vbench_networks import (

@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import vbench_scoring as scoring
 from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, DimensionError, Measured

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpgo_video.data.media import write_video
 from bpgo_video.data.prompt_files import PromptFileError
-from bpgo_video.data.video import write_video
 from bpgo_video.evaluation import vbench_suite as vbench_suite
 from bpgo_video.evaluation.vbench_suite import (
     Suite,

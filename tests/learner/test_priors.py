@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpgo_video.config.learner import BPGOConfig, PriorConfig, RewardConfig
-from bpgo_video.data.prior_files import PriorTable
+from bpgo_video.data.priors import PriorTable
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import step_advantages
 from bpgo_video.learner.priors import (
@@ -139,7 +139,8 @@ def test_shrunk_means_lie_between_a_prompts_own_and_the_common_one(seed):
 
 def test_a_stored_table_can_be_shrunk():
     rows = torch.tensor([[0.0, 2.0, 4], [6.0, 0.0, 4], [3.0, math.sqrt(2), 4]]).double()
-    table = PriorTable("clip", "v1", 1.4, "policy", torch.tensor([4, 5, 9]).numpy(), rows.numpy(), "command").shrunk()
+    anchors = dict(zip((4, 5, 9), map(tuple, rows.tolist()), strict=True))
+    table = PriorTable(reward="clip", version="v1", scale=1.4, policy="policy", anchors=anchors).shrunk()
     found = table.anchor(prompts(9, 4))
     expected = shrunk_means(rows[:, 0], rows[:, 1], rows[:, 2].long())
     torch.testing.assert_close(found.mean, expected[[2, 0]].float())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.evaluation.compare_scores import Measure, ModelScores, PromptLine, video_path, write_scores
 
 MEASURES = {

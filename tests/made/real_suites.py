@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bpgo_video.data.video import as_bytes, write_video
+from bpgo_video.data.media import as_bytes, write_video
 from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS
 from bpgo_video.evaluation.vbench_networks import Sources
 from bpgo_video.evaluation.vbench_results import Result

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.evaluation.vbench_scoring import Request
 from tests.made.real_clips import real_clip
 from tests.vbench_side import tiny_networks

@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
 
 from bpgo_video.config.bpgo import Config, ConfigError, PriorConfig, VideoConfig
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.wan import TEXT_BESIDE_IMAGES

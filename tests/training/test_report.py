@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bpgo_video.data.video import VideoError, write_video
+from bpgo_video.data.media import VideoError, write_video
 from bpgo_video.training.curves import PANELS, draw_curve, series, smoothed
 from bpgo_video.training.metrics import MalformedFile
 from bpgo_video.training.report import contact_sheet, frame_limits, main, write_report

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bpgo_video.config.run import WandbConfig
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.training.metrics import RunLog, replace_unwritable_home
 from tests.made.real_clips import real_clip
 from tests.made.wandb_files import history, offline_runs, table

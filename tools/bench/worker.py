@@ -23,7 +23,7 @@ from bpgo_video.cli import show_loading_once
 from bpgo_video.config.bpgo import BPGOConfig, Config
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.config.run import ParallelConfig
-from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.data.stream import PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, make_mesh
@@ -132,7 +132,8 @@ def against_diffusers(config: Config, mesh: Mesh) -> dict[str, Any]:
 def session_and_prompts(config: Config, mesh: Mesh) -> tuple[Session, Iterator[PromptBatch]]:
     ds_config, shards = check_inputs(config, mesh)
     session = build_session(config, mesh, ds_config, shards)
-    return session, shards.stream(config.data.split, 0, config.rollout.prompts_per_step, priors=session.priors.values())
+    split, count, priors = config.data.split, config.rollout.prompts_per_step, session.priors.values()
+    return session, PromptStream(shards, split, 0, count, priors=priors)
 
 
 def unwatched(mesh: Mesh) -> Heartbeat:

@@ -25,8 +25,8 @@ from bpgo_video.atomic import write_json
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.learner import PriorConfig
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.data.build import build_shards
 from bpgo_video.data.fingerprint import encoder_stamp
+from bpgo_video.data.writer import build_shards
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.precision import read_tensor, tensor_files
 from bpgo_video.paths import resolve_folder

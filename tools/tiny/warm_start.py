@@ -19,10 +19,10 @@ import torch
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.config.reading import config_from_dict
 from bpgo_video.config.sft import SftConfig
-from bpgo_video.data.clip_build import clip_stamp
+from bpgo_video.data.encoding import clip_stamp
 from bpgo_video.data.fingerprint import encoder_stamp
-from bpgo_video.data.prompt_records import LATENTS, PromptRecord, layout_of
-from bpgo_video.data.shard_writing import write_index, write_negative, write_shard
+from bpgo_video.data.records import LATENTS, PromptRecord, layout_of
+from bpgo_video.data.writer import write_index, write_negative, write_shard
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rewards import tiny_world as world

@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.data.build import SKIPPED, Build, BuildSettings, build_shards
-from bpgo_video.data.once import Encode
-from bpgo_video.data.prompt_files import PromptFileError, prompt_id
-from bpgo_video.data.prompt_plan import make_plan
-from bpgo_video.data.prompt_records import EncoderStamp, ShardError
-from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.data.prompt_files import PromptFileError, make_plan, prompt_id
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import ShardError
+from bpgo_video.data.stream import as_batch
+from bpgo_video.data.writer import SKIPPED, Build, Encode, build_shards
 
 STAMP = EncoderStamp("stub", "0123456789abcdef", 4)
 
@@ -47,7 +46,7 @@ def write_lines(path: Path, lines: Sequence[dict]) -> Path:
 
 
 def job(path: Path, output: Path, encode: Encode, on_error: str = "stop", **settings) -> Build:
-    return Build(make_plan([path], on_error=on_error), output, encode, STAMP, BuildSettings(**settings))
+    return Build(make_plan([path], on_error=on_error), output, encode, STAMP, **settings)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -118,7 +117,7 @@ def test_a_damaged_negative_prompt_is_named(guided: Path, tmp_path: Path) -> Non
     content = bytearray(path.read_bytes())
     content[member.offset_data + member.size - 1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ShardError, match="record 000000002: its negative tensors do not match their sha256"):
+    with pytest.raises(ShardError, match="record 000000002: its negative does not match its sha256"):
         PromptShards(tmp_path / "out").verify()
 
 
@@ -132,7 +131,7 @@ def test_repeated_texts_are_stored_once_a_shard(prompts: Path, tmp_path: Path) -
     content = bytearray(damaged.read_bytes())
     content[first.offset_data + first.size - 1] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(ShardError, match="record 000000020: its conditioning tensors do not match"):
+    with pytest.raises(ShardError, match="record 000000020: its conditioning does not match"):
         PromptShards(tmp_path / "out").record(20)
 
 
@@ -155,7 +154,7 @@ def test_a_folder_without_an_index_is_refused_by_the_reader(prompts: Path, tmp_p
     with pytest.raises(KeyboardInterrupt):
         job(prompts, tmp_path / "out", Encoder(6), shard_size=4, batch_size=3).run()
     with pytest.raises(
-        ValueError, match=r"index.json is missing: no prompt shards are here, or their build did not finish"
+        ValueError, match=r"index.json is missing: the folder holds no prompt shards, or their build did not finish"
     ):
         PromptShards(tmp_path / "out")
 
@@ -182,11 +181,11 @@ def test_a_finished_build_is_left_alone_and_another_refused(prompts: Path, tmp_p
     assert job(prompts, tmp_path / "out", again).run()
     assert contents(tmp_path / "out") == before
     with pytest.raises(FileExistsError, match=r"other prompts or settings \(shard_size 1000, now 8\)"):
-        job(prompts, tmp_path / "out", again, shard_size=8)
+        job(prompts, tmp_path / "out", again, shard_size=8).run()
     with prompts.open("a") as stream:
         stream.write('{"prompt": "one more"}\n')
     with pytest.raises(FileExistsError, match=r"prompts '.*'; count 25, now 26\)"):
-        job(prompts, tmp_path / "out", again)
+        job(prompts, tmp_path / "out", again).run()
 
 
 STRANGE = (
@@ -206,10 +205,10 @@ REASONS = {
     4: "U\\+D800, text that is not UTF-8",
     5: "utf-8",
     6: "has 10000 characters",
-    9: "the tag 1 is no text",
+    9: "the tag 1 is not a string",
     10: "recursion|Expecting value",
     7: "that of an earlier prompt",
-    8: "broken.png: this is no PNG, JPEG, WEBP image",
+    8: "broken.png: the file is not a PNG, JPEG, WEBP image",
 }
 
 

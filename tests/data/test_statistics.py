@@ -7,8 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.data.near_duplicates import THRESHOLD, NearDuplicates, words_of
-from bpgo_video.data.prompt_statistics import prompt_statistics
+from bpgo_video.data.statistics import THRESHOLD, NearDuplicates, prompt_statistics, words_of
 
 VOCABULARY = [f"word{i}" for i in range(60)]
 
