@@ -4,6 +4,7 @@
 # make bench     what sharding costs and how a step grows, as ratios: runs/bench/bench.json
 # make gpu       checks and timings on one GPU in nine minutes: runs/gpu/gpu.json and gpu.md
 # make lint      ruff and mypy
+# make docs      the documentation as a site: build/site/index.html
 
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13; do $$python -c 0 2>&- && echo $$python && break; done)
 PYTHON_VERSION := $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
@@ -20,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-i2v test test-all bench gpu lint clean install
+.PHONY: demo demo-i2v test test-all bench gpu lint docs clean install
 
 INSTALLED := .venv/installed-$(PYTHON_VERSION)
 
@@ -70,6 +71,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs:
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/pip install --quiet -r docs/requirements.txt
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache
