@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all: written aside, flushed to the disk, renamed."""
+"""Files and folders that appear complete or not at all: written under another name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch import Tensor
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes the name `path` when the block ends without an error."""
+    """Yield a temporary path in the same folder; when the block ends without an error, it is renamed to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"  # process ids repeat on other hosts
     try:
         yield aside
-        _flush(aside)
+        flush(aside)
         os.replace(aside, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; it takes the name `path` when the block ends without an error, else it goes.
+    """Yield an empty folder next to `path`. It is renamed to `path` when the block ends without an error, else deleted.
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder.
@@ -49,20 +49,21 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; infinities and NaN, which are not JSON, raise ValueError."""
+    """Write JSON atomically. Raises ValueError for infinities and NaN, which are not JSON."""
     with atomic_file(path) as aside:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with the permissions of any new file here; the library's own let nobody else read it."""
+    """Write a safetensors file with default permissions; the library would make it readable by its owner only."""
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     path.chmod(mode)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Write a file or folder through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

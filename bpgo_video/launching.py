@@ -1,4 +1,4 @@
-"""Local ranks through DeepSpeed's launcher, on a port that no other job uses."""
+"""Start local ranks with DeepSpeed's launcher, on a free port."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import NoReturn
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on; the launcher's default is one for the whole machine."""
+    """A free TCP port of this machine; the launcher's default port is the same for all jobs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def become_launcher(module: str, ranks: int, arguments: Sequence[str]) -> NoReturn:
-    """Replace this process by DeepSpeed's launcher of `ranks` local ranks of a module; the exit code is the launcher's.
+    """Replace this process with DeepSpeed's launcher, which runs a module on `ranks` local ranks.
 
-    Where OMP_NUM_THREADS is not set, the ranks share the machine's cores.
+    The exit code is the launcher's. If OMP_NUM_THREADS is not set, the ranks share the machine's cores.
 
     Raises:
         ValueError: this process already is a rank.

@@ -1,15 +1,15 @@
 """Paired statistics of two models on the same prompts.
 
-The prompt is the unit: d_p = mean_s B[p, s] - mean_s A[p, s]. Samples of one prompt say nothing about other prompts, so
-the interval and the test are over prompts.
+The prompt is the unit of observation: d_p = mean_s B[p, s] - mean_s A[p, s]. More samples of one prompt do not tell how
+other prompts behave, so the interval and the test are over prompts.
 
-    interval   percentile bootstrap over prompts, its level widened by Student's t (Hesterberg, arXiv 1411.5279, 5.4)
+    interval   percentile bootstrap over prompts, widened by Student's t (Hesterberg, arXiv 1411.5279, 5.4)
     test       Wilcoxon's signed-rank test of d_p, two-sided; ties are ranked and then dropped (Pratt)
     effect     matched-pairs rank-biserial correlation (W+ - W-) / (W+ + W-), from -1 (B always lower) to 1
     family     Holm's step-down correction over all measures and models of one comparison
 
-A plain percentile interval of 24 prompts covers the mean in 93 of 100 cases instead of 95, and BCa is hardly better.
-Widened by Student's t it keeps its level (tests/evaluation/test_statistics.py simulates both).
+A plain percentile interval of 24 prompts covers the mean in 93 % of cases instead of 95 %, and BCa is hardly better;
+the widened interval has its nominal coverage (tests/evaluation/test_statistics.py simulates both).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-Scores = Float[np.ndarray, "prompts _"]  # axis 1 is samples; two models may have different numbers of them
+Scores = Float[np.ndarray, "prompts _"]  # axis 1: samples, of which two models may have different numbers
 Differences = Float[np.ndarray, "prompts"]
 
 LEVEL = 0.95
 RESAMPLES = 9999
 BATCH = 1000  # resamples in memory at once
-TIE = 1e-3  # of the scores' standard deviation; rounding in batches of another size stays below it
-SEED = 0  # of the bootstrap: the same scores give the same interval
+TIE = 1e-3  # of the scores' standard deviation; rounding differences between batch sizes are smaller
+SEED = 0  # of the bootstrap, so that the same scores give the same interval
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Effect:
 
     Attributes:
         prompts: number of prompts.
-        mean_a, mean_b, difference: over all prompts, in the measure's own units; the difference is B minus A.
-        low, high: ends of the 95 % interval of the difference; None for a single prompt.
-        scale: standard deviation of all of A's scores; differences of several measures are compared in it.
+        mean_a, mean_b, difference: over all prompts, in the measure's units; the difference is B minus A.
+        low, high: limits of the 95 % interval of the difference; None for a single prompt.
+        scale: standard deviation of all of A's scores; the unit in which measures are compared.
         p_value: of the signed-rank test.
-        p_adjusted: after Holm's correction; None outside a family (breakdowns by tag).
+        p_adjusted: after Holm's correction; None for breakdowns by tag, which are not corrected.
         rank_biserial: effect size, -1 to 1.
-        wins, ties, losses: prompts on which B's mean is higher, the same, lower.
-        shown: 1 where B is shown to be higher, -1 lower: the corrected test and the interval must agree. 0 otherwise.
+        wins, ties, losses: numbers of prompts on which B's mean is higher, the same, lower.
+        shown: 1 if B is shown to be higher, -1 if lower (the corrected test and the interval must agree), else 0.
     """
 
     prompts: int
@@ -65,7 +65,7 @@ class Effect:
 
     @property
     def decimals(self) -> int:
-        """Enough for two digits of the scale, and one more."""
+        """Decimals that show three significant digits of the scale."""
         return 3 if self.scale == 0 else min(8, max(0, 2 - math.floor(math.log10(self.scale))))
 
     @property
@@ -115,12 +115,12 @@ def interval(differences: Differences) -> tuple[float | None, float | None]:
 
 
 def signed_rank(differences: Differences) -> float:
-    """The two-sided p value of Wilcoxon's signed-rank test; 1 where nothing differs."""
+    """The two-sided p value of Wilcoxon's signed-rank test; 1 if nothing differs."""
     return float(stats.wilcoxon(differences, zero_method="pratt").pvalue) if differences.any() else 1.0
 
 
 def rank_biserial(differences: Differences) -> float:
-    """(W+ - W-) / (W+ + W-) over the prompts that differ; 0 where none does."""
+    """(W+ - W-) / (W+ + W-) over the prompts that differ; 0 if none does."""
     unequal = differences[differences != 0]
     ranks = stats.rankdata(np.abs(unequal))
     return float((np.sign(unequal) * ranks).sum() / ranks.sum()) if len(unequal) else 0.0
@@ -135,7 +135,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def as_family(effects: Sequence[Effect]) -> list[Effect]:
-    """The effects with p values that hold for all of them together, and what these show."""
+    """The effects with p values corrected for all of them together, and `shown` by these."""
     adjusted = holm([effect.p_value for effect in effects])
     return [replace(one, p_adjusted=p, shown=shown(one, p)) for one, p in zip(effects, adjusted, strict=True)]
 
@@ -147,13 +147,13 @@ def shown(effect: Effect, p: float) -> int:
 
 
 def corrected(effect: Effect, measures: int) -> Effect:
-    """One effect of a family of so many, whatever the others are: its p value times their number (Bonferroni)."""
+    """An effect with its p value corrected for this number of measures by Bonferroni, without the other effects."""
     p = min(1.0, measures * effect.p_value)
     return replace(effect, p_adjusted=p, shown=shown(effect, p))
 
 
 def too_few(prompts: int, measures: int) -> str:
-    """Why the corrected test can show nothing, whose smallest p value is 2 / 2^prompts; empty where it can."""
+    """The reason why the corrected test, whose smallest p value is 2 / 2^prompts, cannot show anything; else empty."""
     if measures * 2.0 ** (1 - prompts) < 1 - LEVEL:
         return ""
     return f"{prompts} prompts cannot show a difference in one of {measures} measures, however large"

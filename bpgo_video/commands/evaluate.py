@@ -10,71 +10,170 @@
     bpgo-video evaluate total results --json
 
 heldout scores a policy folder on the recipe's held-out prompts with its `evaluation.rewards`: the same function,
-prompts and noise as the evaluations within a training run. The standard error is over samples, the prompts being fixed.
+prompts and noise as the evaluations within a training run. The standard error is over samples, with fixed prompts.
 
-compare measures two models or more alike, on the same prompts and noise, and says which is better: a verdict in words,
-paired statistics in comparison.json, and report.html with the videos side by side (docs/evaluation.md).
+compare measures two models or more in the same way, on the same prompts and noise, and reports which is better: a
+verdict in words, paired statistics in comparison.json, and report.html with the videos side by side
+(docs/evaluation.md).
 
-layout, score, vbench and total are VBench's videos, dimensions and totals.
+layout, score, vbench and total generate VBench's videos and compute its dimensions and totals.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 
-from bpgo_video.cli import Parser, add_ranks, help_of, positive, run_command, show_loading_once
-from bpgo_video.evaluation.compare_command import add_compare
-from bpgo_video.evaluation.vbench_commands import add_vbench_commands
+from bpgo_video.cli import Parser, add_ranks, device, help_of, positive, run_command
+
+Add = Callable[..., argparse.Action]
+
+DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+SET_BY_LAYOUT = ("policy", "prompts", "output", "seed", "samples_per_prompt", "fps", "split")
+LAYOUT = """
+Generate a suite's videos into DIR as {prompt}-{i}.mp4, on several ranks with --ranks or a launcher. The same command
+continues an interrupted one; its exit code is 0 when every video exists and is complete."""
+SCORE = """
+Measure dimensions by VBench's formulas. Every result is labelled: exact (VBench's numbers, no network), native
+(VBench's formula and network) or proxy. Without --suite every video of DIR is measured. Runs on several ranks with
+--ranks or a launcher; the same command continues an interrupted one."""
+VBENCH = """
+Measure by VBench's own code: one process per dimension, with checked results and exit codes. On several ranks
+(--ranks or a launcher), each takes its share of the dimensions."""
+TOTAL = """
+Compute the totals of VBench, VBench-I2V or VBench-2.0, depending on the dimensions. An incomplete set, or one with
+proxies, is refused; --partial accepts it, and the result lists what is missing and what is a proxy."""
+MODELS = (
+    "two or more, the reference first: a diffusers pipeline, a run (its newest checkpoint), a checkpoint, or a folder "
+    "of scores of an earlier comparison (OUTPUT/models/KEY); NAME=MODEL gives it a name"
+)
 
 
-def heldout(args: argparse.Namespace) -> None:
-    """Rewards and models are loaded only after the command line is valid."""
-    from bpgo_video.atomic import write_json
-    from bpgo_video.config.reading import read_yaml
-    from bpgo_video.evaluation.heldout import as_json, as_table, evaluate_folder, with_changes
-    from bpgo_video.evaluation.ranks import ranks_at_work
+def add_prompt_flags(add: Add) -> None:
+    add("--split", help="split of the prompts (the recipe's evaluation.split)")
+    add("--samples-per-prompt", type=positive, metavar="N", help="(the recipe's evaluation.samples_per_prompt)")
+    add("--seed", type=int, metavar="S", help="of the noise (the recipe's run.seed)")
 
-    config = with_changes(
-        read_yaml(args.config),
-        policy=args.policy,
-        split=args.split,
-        samples_per_prompt=args.samples_per_prompt,
-        seed=args.seed,
-    )
-    show_loading_once()
-    with ranks_at_work(config.parallel) as mesh:
-        evaluation = evaluate_folder(config, mesh)
-    if mesh.is_main:
-        print(as_table(evaluation))
-        if args.output is not None:
-            write_json(args.output, as_json(evaluation))
-            print(args.output)
+
+def add_suite_flags(add: Add, required: bool = False) -> None:
+    kinds = "'vbench' (the list in the installed package), VBench's list (.json), or prompts (.txt, .jsonl, .csv)"
+    add("--suite", required=required, help=kinds)
+    add("--samples", type=positive, default=5, metavar="N", help="videos per prompt (5)")
+
+
+def add_video_flags(add: Add) -> None:
+    add("--images", **DIR, help="VBench-I2V's images of one aspect ratio: data/crop/16-9")
+    add("--fps", type=float, metavar="F", help="frame rate that every video must have")
+
+
+def heldout_flags(add: Add) -> None:
+    add("--config", type=Path, required=True, metavar="RECIPE", help="a training recipe, or the config.yaml of a run")
+    add("--policy", metavar="FOLDER", help="diffusers pipeline, such as RUN/export (the recipe's policy.folder)")
+    add_prompt_flags(add)
+    add("--output", type=Path, metavar="FILE.json", help="settings, summary and every score; no file without it")
+
+
+def compare_flags(add: Add) -> None:
+    recipe = "prompts, video size, rewards and deployment settings (by default those of the first run)"
+    add("models", nargs="+", metavar="MODEL", help=MODELS)
+    add("--output", **DIR, required=True, help="for report.html, comparison.json, and models/ with scores")
+    add("--config", type=Path, metavar="RECIPE", help=recipe)
+    add_prompt_flags(add)
+    add("--weights", choices=["raw", "ema"], default="raw", help="of checkpoints: the last ones or their average (raw)")
+    add("--shown", type=positive, default=24, metavar="N", help="prompts with videos in the report (24)")
+
+
+def layout_flags(add: Add) -> None:
+    model = "a pipeline folder, a checkpoint, or a run for its newest one (required unless --check)"
+    add("--policy", metavar="FOLDER|RUN", help=model)
+    add("--output", **DIR, required=True, help="folder of the videos; the manifest is next to it")
+    add("--seed", type=int, metavar="S", help="noise is a function of this, the prompt and i (required unless --check)")
+    add("--generation-prompts", type=Path, metavar="FILE.jsonl", help="texts for the model in place of the prompts")
+    add("--check", action="store_true", help="generate nothing: decode every video of DIR and report all problems")
+    add_suite_flags(add, required=True)
+    add_video_flags(add)
+
+
+def score_flags(add: Add) -> None:
+    add("--videos", **DIR, required=True)
+    add("--dimensions", nargs="+", required=True, metavar="D")
+    add("--output", type=Path, required=True, metavar="FILE.json", help="VBench's result format, with labels")
+    kinds = "a network for a dimension: folder, hub id, short name (efficientnet, dis), or a factory, my_pkg.mod:build"
+    add("--backbone", action="append", default=[], metavar="D=NETWORK", help=kinds)
+    add("--head", type=Path, metavar="FILE", help="LAION's aesthetic head, sa_0_4_vit_l_14_linear.pth")
+    add("--device", type=device, help="of torch (cuda if available; with several ranks each has its own)")
+    add_suite_flags(add)
+    add_video_flags(add)
+
+
+def vbench_flags(add: Add) -> None:
+    add("--python", required=True, metavar="PYTHON", help="a Python interpreter with the package vbench")
+    add("--videos", **DIR, required=True)
+    add("--output", **DIR, required=True, help="folder of the results; the same command continues an interrupted one")
+    add("--dimensions", nargs="+", metavar="D", help="(every one of the suite)")
+    add("--benchmark", choices=("vbench", "vbench-i2v"), default="vbench")
+    add("--device", type=device, default="cuda", help="of torch: cuda (default), cuda:1 or cpu")
+    add("--resolution", default="1-1", help="vbench-i2v: of the images, 1-1 (default), 8-5, 7-4 or 16-9")
+    add("--folder", **DIR, default=Path(), help="vbench-i2v: the folder with vbench2_beta_i2v/data/crop (.)")
+    add("--local", action="store_true", help="VBench's option: use only weights that are downloaded already")
+    add_suite_flags(add)
+
+
+def total_flags(add: Add) -> None:
+    add("results", nargs="+", type=Path, metavar="FILE.json", help="result files, or folders of *_eval_results.json")
+    add("--json", action="store_true", help="print JSON alone")
+    add("--partial", action="store_true", help="accept an incomplete set, and label the result")
+    add_suite_flags(add)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Add], None], str, str]] = {  # name -> module, flags, summary, description
+    "heldout": ("heldout", heldout_flags, "score a policy folder on a recipe's held-out prompts", ""),
+    "layout": ("vbench_layout", layout_flags, "generate a suite under VBench's names, or check one", LAYOUT),
+    "score": ("vbench_scoring", score_flags, "measure VBench's dimensions on a folder of videos", SCORE),
+    "vbench": ("vbench_package", vbench_flags, "run VBench's own package, in its own interpreter", VBENCH),
+    "total": ("vbench_results", total_flags, "VBench's totals of result files", TOTAL),
+    "compare": ("compare", compare_flags, "which of several models is better, with statistics and a report", ""),
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Imports the command's module when it is called: it is heavy, and --help should be quick."""
+    importlib.import_module(f"bpgo_video.evaluation.{COMMANDS[args.command][0]}").run(args)
+
+
+def generation_flags() -> str:
+    """The flags of a generation that `layout` accepts too, for its --help."""
+    from bpgo_video.inference.settings import GenerationSettings  # heavy
+
+    names = [field.name for field in fields(GenerationSettings) if field.name not in SET_BY_LAYOUT]
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    intro = "The flags of bpgo-video generate apply, except --prompts and --samples-per-prompt, which the suite sets"
+    return fill(f"{intro}: {flags}.", width=100, break_on_hyphens=False)
 
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
     top = Parser(**help_of("evaluate", __doc__, script), formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
+    top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     commands = top.add_subparsers(dest="command", required=True)
-    add_heldout(commands.add_parser("heldout", help="score a policy folder on a recipe's held-out prompts"))
-    add_vbench_commands(commands)
-    add_compare(commands.add_parser("compare", help="which of several models is better, with statistics and a report"))
-    top.set_defaults(module="bpgo_video.commands.evaluate")
+    for name, (_, add_flags, summary, description) in COMMANDS.items():
+        command: Parser = commands.add_parser(
+            name, help=summary, description=description or None, allow_abbrev=name != "layout"
+        )
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        add_flags(command.add_argument)
+        if name != "total":
+            add_ranks(command)
+        if name == "layout":
+            command.more_help = generation_flags
+            command.set_defaults(more=[])
+    top.set_defaults(module="bpgo_video.commands.evaluate", run=run)
     return top
-
-
-def add_heldout(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--config", type=Path, required=True, metavar="RECIPE", help="a training recipe, or the config.yaml of a run")
-    add("--policy", metavar="FOLDER", help="diffusers pipeline, such as RUN/export (the recipe's policy.folder)")
-    add("--split", help="split of the prompts (the recipe's evaluation.split)")
-    add("--samples-per-prompt", type=positive, metavar="N", help="(the recipe's evaluation.samples_per_prompt)")
-    add("--seed", type=int, metavar="S", help="of the noise (the recipe's run.seed)")
-    add("--output", type=Path, metavar="FILE.json", help="settings, summary and every score; no file without it")
-    add_ranks(command)
-    command.set_defaults(run=heldout)
 
 
 def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:

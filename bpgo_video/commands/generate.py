@@ -20,7 +20,7 @@ from bpgo_video.cli import help_of, launch_if_ranks, print_error, show_loading_o
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.command_line import read_settings
 from bpgo_video.data.prompt_files import PromptFileError
-from bpgo_video.data.prompt_records import ShardError
+from bpgo_video.data.records import ShardError
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference.generate import ALONE, PATIENCE, generate

@@ -1,4 +1,4 @@
-"""Compute the memory of a recipe on each rank before you request a GPU, and what to change where it does not fit.
+"""Compute the memory of a recipe on each rank before you request a GPU, and what to change if it does not fit.
 
     bpgo-video plan --config wan21_1.3b_480p_8x80gb --gpus 8 --gigabytes 80
     bpgo-video plan --model wan2.1-t2v-14b --size 480x832x81 --gpus 32 --sequence 4
@@ -14,7 +14,7 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,8 @@ from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.command_line import load_config
 from bpgo_video.config.reading import config_from_dict
 from bpgo_video.config.shipped import ds_config_file
-from bpgo_video.distributed.engine import read_ds_config
-from bpgo_video.training.dry_run import dry_run
-from bpgo_video.training.plan import GPUS, Job, Plan, reckon, room
-from bpgo_video.training.plan_advice import Advice, advise
+from bpgo_video.distributed.ds_config import read_ds_config
+from bpgo_video.training.plan import GPUS, Advice, Job, Plan, advise, count_step, reckon, room
 from bpgo_video.training.plan_models import find_model
 from bpgo_video.training.plan_zero import Parts
 
@@ -44,12 +42,17 @@ OFFLOADS = {
 
 @dataclass(frozen=True)
 class ModelFlag:
-    """A flag in place of a recipe's; `recipe` says the same of a recipe."""
+    """A flag that replaces a recipe's setting.
+
+    Attributes:
+        recipe: the recipe's own flag for the same.
+        options: of argparse.
+    """
 
     recipe: str
     text: str
     default: Any = None
-    how: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 COUNT: dict[str, Any] = {"type": positive, "metavar": "N"}
@@ -77,38 +80,39 @@ MODEL_FLAGS = {
 
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        **help_of("plan", __doc__, script),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    what = found.add_mutually_exclusive_group(required=True)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(**help_of("plan", __doc__, script), formatter_class=formatter, allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, help="a recipe; its flags (--rollout.group-size 8) may follow")
     what.add_argument("--model", help="a known model, a hub id or a folder, with the flags below in place of a recipe")
-    add = found.add_argument
+    add = parser.add_argument
     add("--gpus", required=True, help="ranks of the whole run", **COUNT)
     sizes = f"of one GPU; several sizes are compared ({' '.join(map(str, GPUS))})"
     add("--gigabytes", type=positive, nargs="+", default=list(GPUS), metavar="GB", help=sizes)
     rewards = "of reward models on the policy's GPUs (0)"
     add("--reward-gigabytes", type=not_negative, default=0.0, metavar="GB", help=rewards)
     add("--json", action="store_true", help="print JSON in place of tables")
-    group = found.add_argument_group("with --model only")
-    for name, flag in MODEL_FLAGS.items():  # those that are not given are seen to be absent
-        group.add_argument(f"--{name}", help=flag.text, default=argparse.SUPPRESS, **flag.how)
-    return found
+    group = parser.add_argument_group("with --model only")
+    for name, flag in MODEL_FLAGS.items():
+        group.add_argument(f"--{name}", help=flag.text, default=argparse.SUPPRESS, **flag.options)
+    return parser
 
 
-def model_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those of MODEL_FLAGS that are given."""
-    given = {name: getattr(arguments, name.replace("-", "_"), None) for name in MODEL_FLAGS}
-    return {name: value for name, value in given.items() if value is not None}
+def given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The MODEL_FLAGS of the command line."""
+    return {name: vars(arguments)[key] for name in MODEL_FLAGS if (key := name.replace("-", "_")) in arguments}
+
+
+def all_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All MODEL_FLAGS, with defaults."""
+    return {name: flag.default for name, flag in MODEL_FLAGS.items()} | given_flags(arguments)
 
 
 def job_of(arguments: argparse.Namespace, flags: Sequence[str]) -> Job:
-    """What is asked for.
+    """The job of the command line.
 
     Raises:
-        ConfigError: values that do not go together, or a model that is not known.
+        ConfigError: values that contradict each other, or an unknown model.
     """
     shared: dict[str, Any] = {
         "ranks": arguments.gpus,
@@ -116,74 +120,74 @@ def job_of(arguments: argparse.Namespace, flags: Sequence[str]) -> Job:
         "gigabytes": max(arguments.gigabytes),
     }
     if arguments.config:
-        for name, value in model_flags(arguments).items():
+        for name, value in given_flags(arguments).items():
             instead = MODEL_FLAGS[name].recipe.format(value)
-            raise ConfigError(f"--{name} is a flag of --model; with a recipe say {instead}")
+            raise ConfigError(f"--{name} is a flag of --model; with a recipe use {instead}")
         config = load_config(["--config", str(arguments.config), *flags])
         ds_config = read_ds_config(str(ds_config_file(config.deepspeed)))
         return Job(config, ds_config, model=find_model(config.policy.folder), **shared)
     if flags:
-        raise ConfigError(f"{flags} are flags of a recipe, and --model takes none; see --help")
+        raise ConfigError(f"{flags} are a recipe's flags, which --model does not take; see --help")
     recipe = config_from_dict(recipe_of(arguments), "command line")
-    assert isinstance(recipe, Config)  # one that names no other kind
+    assert isinstance(recipe, Config)
     return Job(recipe, ds_config_of(arguments), model=find_model(arguments.model), **shared)
 
 
 def recipe_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A recipe of the flags, with the defaults of recipes elsewhere."""
-    asked = {name: flag.default for name, flag in MODEL_FLAGS.items()} | model_flags(arguments)
+    """The recipe that the flags describe; other settings have a recipe's defaults."""
+    flags = all_flags(arguments)
     try:
-        height, width, frames = map(int, asked["size"].split("x"))
+        height, width, frames = map(int, flags["size"].split("x"))
     except ValueError:
-        raise ConfigError(f"--size is {asked['size']!r}; it must be height x width x frames, 480x832x81") from None
-    groups, group_size = max(1, arguments.gpus // asked["sequence"]), asked["group-size"]
-    filling = -(-groups * asked["micro-batch"] // group_size)
+        raise ConfigError(f"--size is {flags['size']!r}; it must be height x width x frames, 480x832x81") from None
+    groups, group_size = max(1, arguments.gpus // flags["sequence"]), flags["group-size"]
+    filling = -(-groups * flags["micro-batch"] // group_size)
     return {
         "run": {"dir": "none"},
         "policy": {
             "folder": arguments.model,
-            "family": asked["family"],
+            "family": flags["family"],
             "max_sequence_length": find_model(arguments.model).text_tokens or 512,
-            "gradient_checkpointing": not asked["no-checkpointing"],
-            "lora": {"rank": asked["lora-rank"]},
+            "gradient_checkpointing": not flags["no-checkpointing"],
+            "lora": {"rank": flags["lora-rank"]},
         },
         "video": {"num_frames": frames, "height": height, "width": width, "fps": 16},
         "data": {"shards": "none"},
         "deepspeed": "none",
         "rewards": {"any": {"model": "none"}},
-        "sampler": {"guidance_scale": asked["guidance"]},
+        "sampler": {"guidance_scale": flags["guidance"]},
         "rollout": {
-            "prompts_per_step": asked["prompts"] or filling,
+            "prompts_per_step": flags["prompts"] or filling,
             "group_size": group_size,
-            "micro_batch_size": asked["micro-batch"],
+            "micro_batch_size": flags["micro-batch"],
         },
-        "parallel": {"sequence": asked["sequence"]},
+        "parallel": {"sequence": flags["sequence"]},
     }
 
 
 def ds_config_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """DeepSpeed's settings of the flags: ZeRO in bf16."""
-    asked = {name: flag.default for name, flag in MODEL_FLAGS.items()} | model_flags(arguments)
-    return {"bf16": {"enabled": True}, "zero_optimization": {"stage": asked["zero"], **OFFLOADS[asked["offload"]]}}
+    """DeepSpeed's settings that the flags describe: ZeRO in bf16."""
+    flags = all_flags(arguments)
+    return {"bf16": {"enabled": True}, "zero_optimization": {"stage": flags["zero"], **OFFLOADS[flags["offload"]]}}
 
 
 def as_json(job: Job, plan: Plan, sizes: Sequence[int], advice: dict[int, Advice]) -> dict[str, Any]:
     return {
         "model": job.model.name,
-        "step": dry_run(job).as_dict(),
+        "step": asdict(count_step(job)),
         "phases": {phase.name: {**phase.parts, "total": phase.total} for phase in plan.phases},
         "host": plan.host,
         "gathers_for_rollout": plan.gathers,
         "tightest": plan.tightest.name,
         "fits": {str(size): plan.fits(size) for size in sizes},
-        "advice": {str(size): vars(found) for size, found in advice.items()},
+        "advice": {str(size): vars(one) for size, one in advice.items()},
     }
 
 
 def as_text(job: Job, plan: Plan, sizes: Sequence[int], advice: dict[int, Advice]) -> str:
     text = io.StringIO()
     console = Console(file=text, width=100, color_system=None)
-    console.print(f"{job.model.name} ({job.model.source})\n{dry_run(job).as_text()}", highlight=False)
+    console.print(f"{job.model.name} ({job.model.source})\n{counts_of(job)}", highlight=False)
     console.print(memory_table(plan))
     if plan.host:
         console.print(f"On the host, for each rank: {_listed(plan.host)}", highlight=False)
@@ -194,6 +198,19 @@ def as_text(job: Job, plan: Plan, sizes: Sequence[int], advice: dict[int, Advice
         if size in advice:
             console.print(_advised(advice[size]), highlight=False)
     return text.getvalue().rstrip()
+
+
+def counts_of(job: Job) -> str:
+    """The numbers of a step, in three lines."""
+    step = count_step(job)
+    passes = " + ".join(map(str, step.passes))
+    return (
+        f"{step.ranks} ranks in {step.groups} groups; {step.samples} videos a step, {step.samples_per_group} a group "
+        f"in {step.micro_batches} micro-batches\n"
+        f"latents {' x '.join(map(str, step.latents))}; {step.forwards} forwards a rollout on each rank, "
+        f"{len(step.passes)} updates of {passes} passes\n"
+        f"{step.parameters:,} parameters, {step.trained:,} trained"
+    )
 
 
 def memory_table(plan: Plan) -> Table:
@@ -222,7 +239,7 @@ def _advised(advice: Advice) -> str:
 
 
 def main(argv: Sequence[str] | None = None, script: str | None = None) -> int:
-    """0 if the job fits on one of the sizes, 1 if it fits on none, 2 if it is wrong."""
+    """0 if the job fits on a GPU of one of the sizes, 1 if on none, 2 if the recipe or a flag is wrong."""
     arguments, flags = parser(script).parse_known_args(argv)
     try:
         job = job_of(arguments, flags)

@@ -24,7 +24,7 @@ from bpgo_video.cli import Parser, device, help_of, positive, run_command
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.errors import unknown
-from bpgo_video.rewards.building import build_reward
+from bpgo_video.rewards.building import build_models
 from bpgo_video.rewards.server import Limits, RewardServer, RewardService, check_exposure
 
 
@@ -52,8 +52,8 @@ def serve(args: argparse.Namespace) -> None:
         raise ConfigError(f"--token-env names {args.token_env}, which is unset or empty; export {args.token_env}=...")
     check_exposure(args.host, token)
     run_on = torch.device(args.device)
-    reward = build_reward(args.reward, reward_named(args.config, args.reward), run_on)
-    service = RewardService(reward.model, run_on, args.kept)
+    model, *_ = build_models(args.reward, reward_named(args.config, args.reward), run_on)
+    service = RewardService(model, run_on, args.kept)
     limits = Limits(waiting=args.waiting, bytes=args.max_megabytes * 2**20)
     with RewardServer(service, args.host, args.port, token, limits) as server:
 
@@ -63,7 +63,7 @@ def serve(args: argparse.Namespace) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
         host, port = map(str, server.server_address[:2])
-        print(f"reward {args.reward} ({reward.model.version}) at http://{host}:{port}", flush=True)
+        print(f"reward {args.reward} ({model.version}) at http://{host}:{port}", flush=True)
         server.serve_forever()
     service.close()
 

@@ -7,9 +7,8 @@ r"""Make video shards for a warm start from videos with captions, and inspect th
     bpgo-video videos verify shards
     bpgo-video videos stats shards
 
-Latents and embeddings are computed once, by the policy's own VAE and text encoder; for image-to-video what the first
-frame of a clip adds, too. No file in a shard is a pickle. A build that was interrupted continues when the same command
-is given again.
+The policy's own VAE and text encoder compute latents and embeddings once, and for image-to-video also the conditioning
+on a clip's first frame. No file in a shard is a pickle. If a build was interrupted, the same command continues it.
 """
 
 from __future__ import annotations
@@ -17,62 +16,35 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from bpgo_video.cli import above_zero, add_ranks, help_of, positive, run_command
+from bpgo_video.cli import above_zero, help_of, positive, run_command
+from bpgo_video.commands.prompts import RANK, add_build_arguments, loader, run_build, shard_parser
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.data.build import Build, BuildSettings
-from bpgo_video.data.clips import Cut
-from bpgo_video.data.fingerprint import encoder_stamp
-from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.data.shard_commands import add_build_arguments, encoders, rank_and_bar, run_build, shard_parser
-from bpgo_video.data.shards import PromptShards
-from bpgo_video.data.video_lists import plan_clips
+from bpgo_video.data.clips import Cut, read_clips
+from bpgo_video.data.encoding import clip_content
+from bpgo_video.data.prompt_files import make_plan
 from bpgo_video.paths import resolve_folder
 
 
 def build(args: argparse.Namespace) -> None:
-    """Read every caption and every video's header first: only what a video shows is looked at later."""
-    _, _, bar = rank_and_bar()
+    """Check every caption and every video's header before a model is loaded, then decode and encode."""
     video = VideoConfig(args.num_frames, args.height, args.width, args.fps)
     cut = Cut(video, args.clips_per_video, args.num_frames / args.fps if args.stride is None else args.stride)
-    plan = plan_clips(args.input, cut, args.split, args.on_error, args.max_characters, bar)
+    read = partial(read_clips, cut=cut)
+    plan = make_plan(args.input, args.split, args.max_characters, args.on_error, show_progress=RANK == 0, read=read)
 
-    import torch  # heavy imports only once the input is known to be good
+    import torch  # heavy import, after the input was checked
 
-    from bpgo_video.data.clip_build import clip_content
-
-    nothing_loaded = encoders(args, ())()
-    nothing_loaded.latent_shape(video)  # a size that the family cannot make ends the build here
-    policy, folder = encoders(args, ("text_encoder", "vae", "image_encoder")), resolve_folder(args.policy)
-    content = clip_content(policy, nothing_loaded, folder, video, getattr(torch, args.dtype))
-    stamp = encoder_stamp(folder, args.max_sequence_length)
-    settings = BuildSettings(args.negative_prompt, args.shard_size, args.batch_size, args.dtype)
-    run_build(Build(plan, args.output, lambda texts: policy().encode(texts), stamp, settings, content))
-
-
-def with_clips(source: str) -> PromptShards:
-    shards = PromptShards(source)
-    shards.require_clips()
-    return shards
-
-
-def clip_of(record: PromptRecord) -> str:
-    return f"{record.info['video'][-30:]:<30} {record.info['start']:>7.2f}"
-
-
-def clips(shards: PromptShards) -> list[str]:
-    frames, fps = shards.video["num_frames"], shards.video["fps"]
-    sources = len({header["info"]["video"] for header in shards.headers()})
-    return [
-        f"clip        {frames} frames of {shards.video['height']} x {shards.video['width']} at {fps:g} a second",
-        f"length      {len(shards) * frames / fps:,.0f} s in all, of {sources} videos",
-    ]
+    without_networks = loader(args, ())()
+    without_networks.latent_shape(video)  # raises if the family cannot make this size
+    policy = loader(args, ("text_encoder", "vae", "image_encoder"))
+    folder, dtype = resolve_folder(args.policy), getattr(torch, args.dtype)
+    run_build(args, plan, policy, clip_content(policy, without_networks, folder, video, dtype))
 
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
-    top, commands = shard_parser(
-        help_of("videos", __doc__, script), (f"{'video':<30} {'start':>7}", clip_of), clips, with_clips
-    )
+    top, commands = shard_parser(help_of("videos", __doc__, script), clips=True)
     top.set_defaults(module="bpgo_video.commands.videos")
     command = commands.add_parser("build", help="decode, cut and encode videos with captions, and write shards")
     add = command.add_argument
@@ -91,12 +63,11 @@ def parser(script: str | None = None) -> argparse.ArgumentParser:
         type=above_zero,
         required=True,
         metavar="F",
-        help="frames a second of a clip; of a video the nearest in time",
+        help="frames per second of a clip; each shows the video's frame nearest in time",
     )
     add("--clips-per-video", type=positive, default=1, metavar="N", help="at most; as many as fit (%(default)s)")
     add("--stride", type=above_zero, metavar="S", help="seconds between the starts of clips (a clip's length)")
     add_build_arguments(command, "clips", "captions", "of all clips", shard_size=256, batch_size=16)
-    add_ranks(command)
     command.set_defaults(run=build)
     return top
 

@@ -1,13 +1,76 @@
-"""Which values may a setting take? Ranges that several sections of the configuration share."""
+"""Sections of a recipe: strict, frozen dataclasses with help texts and value ranges."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+import difflib
+import functools
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+AboveZero = Annotated[float, Field(gt=0.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+Section = TypeVar("Section")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
+def section(cls: type[Section]) -> type[Section]:
+    """Make a frozen dataclass that checks its values; the docstrings of its fields are their help texts.
+
+    Its constructor raises ValueError, which names each wrong value and its rule.
+    """
+    checked: Any = dataclass(cls, frozen=True, config=STRICT)
+    construct = checked.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            construct(self, *args, **kwargs)
+        except ValidationError as error:
+            raise ValueError(explain(error, cls.__name__, checked)) from None
+
+    checked.__init__ = __init__
+    return checked
+
+
+def explain(error: ValidationError, source: str, root: type) -> str:
+    """A line for each value that pydantic refuses.
+
+    Args:
+        source: where the values come from, such as the name of a file.
+        root: class of the tree, for the nearest known key.
+    """
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        name = ".".join(path)
+        if problem["type"] == "unexpected_keyword_argument":
+            near = difflib.get_close_matches(path[-1], _known_keys(root, path[:-1]), n=1, cutoff=0.4)
+            lines.append(f"{name}: unknown key{f'; perhaps you meant {near[0]!r}' if near else ''}")
+        elif problem["type"] in ("missing", "missing_argument"):
+            lines.append(f"{name}: required, and not given")
+        elif problem["type"] == "value_error":
+            lines.append(str(problem["ctx"]["error"]))
+        else:
+            lines.append(f"{name}: {problem['msg']} (given: {problem['input']!r})")
+    return f"{source}:\n  " + "\n  ".join(lines)
+
+
+def _known_keys(root: type, path: Sequence[str]) -> list[str]:
+    """Keys of the section at `path`; empty where there is none."""
+    node: Any = root
+    for key in path:
+        if dataclasses.is_dataclass(node):
+            node = get_type_hints(node).get(key)
+        elif get_origin(node) is dict:
+            node = get_args(node)[1]
+    return [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []

@@ -1,104 +1,61 @@
-"""Configurations from YAML, read strictly: unknown keys are errors."""
+"""Recipes from YAML, read strictly: unknown keys are errors that name the nearest known one."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.fields import explain
 from bpgo_video.config.rules import check
 from bpgo_video.config.sft import Recipe, SftConfig, check_sft
 from bpgo_video.config.shipped import base_file, recipe_file
 
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of recipe: the class of its tree, and what checks that its values go together."""
-
-    tree: type
-    check: Callable[[Any], None]
-
-
-KINDS: Mapping[str, Kind] = MappingProxyType({"bpgo": Kind(Config, check), "sft": Kind(SftConfig, check_sft)})
-
-
-def _kind(tree: Mapping[str, Any], source: str) -> Kind:
-    name = tree.get("recipe", "bpgo")
-    if name not in KINDS:
-        raise ConfigError(f"{source}:\n  recipe: {name!r} is not known; it is one of {', '.join(KINDS)}")
-    return KINDS[name]
-
-
-def _known_keys(root: type, path: Sequence[Any]) -> list[str]:
-    """Keys of the dataclass at `path` in the tree, for a suggestion; empty where there is none."""
-    node: Any = root
-    for key in path:
-        if dataclasses.is_dataclass(node):
-            node = get_type_hints(node).get(key)
-        elif get_origin(node) is dict:
-            node = get_args(node)[1]
-    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-
-
-def explain(error: ValidationError, source: str, root: type) -> str:
-    """What pydantic refuses of a tree of class `root`, a line a value; `source` is where the values stand."""
-    lines = []
-    for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
-        name = ".".join(path)
-        if problem["type"] == "unexpected_keyword_argument":
-            near = difflib.get_close_matches(path[-1], _known_keys(root, path[:-1]), n=1, cutoff=0.4)
-            hint = f"; perhaps you meant {near[0]!r}" if near else ""
-            lines.append(f"{name}: unknown key{hint}")
-        elif problem["type"] in ("missing", "missing_argument"):
-            lines.append(f"{name}: required, and not given")
-        else:
-            lines.append(f"{name}: {problem['msg']} (given: {problem['input']!r})")
-    return f"{source}:\n  " + "\n  ".join(lines)
+TREES: dict[str, type[Recipe]] = {"bpgo": Config, "sft": SftConfig}  # by the recipe's kind
+CHECKS: dict[str, Callable[[Any], None]] = {"bpgo": check, "sft": check_sft}
 
 
 def config_from_dict(tree: dict[str, Any], source: str = "config") -> Recipe:
-    """The typed tree behind plain YAML data, of the kind that its `recipe` names.
+    """The recipe in plain YAML data, of the kind that its key `recipe` names.
 
     Raises:
-        ConfigError: an unknown key (names the nearest known one), a missing one, or a value out of range.
+        ConfigError: a key is unknown or missing, a value is out of range, or values do not go together.
     """
-    kind = _kind(tree, source)
+    kind = tree.get("recipe", "bpgo")
+    if kind not in TREES:
+        raise ConfigError(f"{source}:\n  recipe: {kind!r} is not known; it is one of {', '.join(TREES)}")
     try:
-        config: Recipe = TypeAdapter(kind.tree).validate_python(tree)
+        config: Recipe = TypeAdapter(TREES[kind]).validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(explain(error, source, kind.tree)) from None
-    kind.check(config)
+        raise ConfigError(explain(error, source, TREES[kind])) from None
+    CHECKS[kind](config)
     return config
 
 
 def to_yaml(config: Recipe) -> str:
-    """The resolved configuration, readable by `read_recipe` again."""
+    """The recipe with all its defaults, as `read_recipe` reads it."""
     tree = TypeAdapter(type(config)).dump_python(config, mode="json")
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The configuration in a YAML file, or of a shipped name, of any kind; see `read_tree` for `base`."""
+    """The recipe in a YAML file, or the shipped recipe of that name; see `read_tree` for `base`."""
     return config_from_dict(read_tree(recipe_file(path)), str(path))
 
 
 def read_yaml(path: Path) -> Config:
-    """`read_recipe` of kind bpgo. Raises ConfigError if it is of another."""
+    """`read_recipe` of kind bpgo. Raises ConfigError if it is of another kind."""
     recipe = check_kind(read_recipe(path), "bpgo", str(path))
     assert isinstance(recipe, Config)
     return recipe
 
 
 def check_kind(recipe: Recipe, kind: str, source: str) -> Recipe:
-    """The recipe, if it is of that kind. Raises ConfigError if it is of another."""
+    """The recipe. Raises ConfigError if it is of another kind."""
     if recipe.recipe != kind:
         raise ConfigError(
             f"{source} is a recipe of kind {recipe.recipe!r}; this command takes recipes of kind {kind!r}"
@@ -106,13 +63,16 @@ def check_kind(recipe: Recipe, kind: str, source: str) -> Recipe:
     return recipe
 
 
-def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Plain data of a recipe file. Its `base`, a file next to it or a shipped recipe, has the values that it changes.
+def read_tree(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Plain data of a recipe file, merged into its `base`: a file next to it, or a shipped recipe.
 
-    `rewards` and `evaluation.rewards` are replaced as a whole: what a policy is trained on is read in one place.
+    `rewards` and `evaluation.rewards` replace those of the base, so that one file shows what a policy is trained on.
+
+    Args:
+        derived: the files that have this one as their base.
     """
-    if path.resolve() in above:
-        raise ConfigError(f"{path} is its own base, by way of {' -> '.join(map(str, above))}")
+    if path.resolve() in derived:
+        raise ConfigError(f"{path} is its own base, by way of {' -> '.join(map(str, derived))}")
     try:
         tree = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as error:
@@ -122,12 +82,12 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _merged(read_tree(base_file(str(base), path), (*above, path.resolve())), tree)
+    return _merged(read_tree(base_file(str(base), path), (*derived, path.resolve())), tree)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "rewards"
-        merged[key] = _merged(base[key], value) if both else value
+        is_section = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "rewards"
+        merged[key] = _merged(base[key], value) if is_section else value
     return merged

@@ -1,181 +1,185 @@
-"""Which settings do not go together? Rules over several keys; each message has the values, the rule and the way out."""
+"""Rules on combinations of settings, and on how a step's samples divide over ranks.
+
+Each table maps a message - the values, the rule, the way out - to whether the recipe breaks that rule.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any
 
-from bpgo_video.config.bpgo import Config, ConfigError, LossConfig, PolicyConfig
-from bpgo_video.config.learner import aggregate_rules, broken_rules
-from bpgo_video.config.run import ParallelConfig
+from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfig, PolicyConfig
+from bpgo_video.config.learner import RewardConfig
 
-
-@runtime_checkable
-class Divided(Protocol):
-    """What a recipe says of how samples are divided."""
-
-    @property
-    def parallel(self) -> ParallelConfig: ...
-
-    @property
-    def micro_batch_size(self) -> int: ...
+Rules = Mapping[str, object]
 
 
-REWARD_NAME = re.compile(r"[\w:-][\w.:-]*")
+def common_rules(policy: PolicyConfig, parallel: ParallelConfig, ema: EmaConfig, evaluated: str) -> Rules:
+    """Of recipes of every kind; `evaluated` is evaluation.weights."""
+    return {
+        f"policy.compile_blocks is true with parallel.sequence = {parallel.sequence}, whose exchanges are untested "
+        "inside compiled blocks; set one of them to its default": policy.compile_blocks and parallel.sequence > 1,
+        f"evaluation.weights is {evaluated!r} with ema.decay = 0, which keeps no average; set ema.decay (0.99 averages "
+        "over about 100 updates), or evaluate the 'raw' weights": evaluated != "raw" and ema.decay == 0,
+    }
 
 
-def reward_rules(config: Config) -> Iterator[str]:
-    if not any(reward.weight > 0 for reward in config.rewards.values()):
-        yield "a policy is trained on at least one reward of weight above 0; rewards has none"
-    for name in (*config.rewards, *config.evaluation.rewards):
-        if not REWARD_NAME.fullmatch(name):
-            yield f"reward name {name!r} must consist of letters, digits and any of . : _ -"
-    leaked = set(config.rewards) & set(config.evaluation.rewards)
-    if leaked:
-        yield (
-            f"{sorted(leaked)} are in rewards and in evaluation.rewards; use two names to train on "
-            "a reward and also report it on held-out prompts"
-        )
-    yield from aggregate_rules("rewards", config.rewards)
-    yield from aggregate_rules("evaluation.rewards", config.evaluation.rewards)
+def reward_rules(config: Config, section: str, name: str, reward: RewardConfig) -> Rules:
+    """Of one reward; `section` is rewards or evaluation.rewards."""
+    trained, key = name in config.rewards, f"{section}.{name}"
+    kind, at, has_number = reward.aggregate, reward.aggregate_at, reward.aggregate not in ("mean", "min")
+    same = reward.second is None or {**reward.options, **reward.second} == reward.options
+    return {
+        f"reward name {name!r} must consist of letters, digits and any of . : _ -": (
+            not re.fullmatch(r"[\w:-][\w.:-]*", name)
+        ),
+        f"{name!r} is in rewards and in evaluation.rewards; use two names to train on a reward and also report it on "
+        "held-out prompts": trained and name in config.evaluation.rewards,
+        f"{key}.aggregate_at is {at}, which aggregate = {kind!r} does not use; remove it": (
+            not has_number and at is not None
+        ),
+        f"{key}.aggregate is {kind!r}, which needs a number: set {key}.aggregate_at": has_number and at is None,
+        f"{key}.aggregate_at is {at}; the temperature of soft_min must be above 0": (
+            kind == "soft_min" and at is not None and not at > 0
+        ),
+        f"{key}.aggregate_at is {at}; the share of top_share must be above 0 and at most 1": (
+            kind == "top_share" and at is not None and not 0 < at <= 1
+        ),
+        f"bpgo.trust is 'reliability', which compares two scorings, but {key}.second is {reward.second}: give it "
+        f"options that differ from {key}.options": config.bpgo.scores_twice and trained and same,
+    }
 
 
-def learner_rules(config: Config) -> Iterator[str]:
-    yield from broken_rules(
-        config.prior,
-        config.advantage,
-        config.credit,
-        config.bpgo,
-        config.rewards,
-        prompts_per_step=config.rollout.prompts_per_step,
-        group_size=config.rollout.group_size,
-        objective=config.loss.objective,
-    )
+def learner_rules(config: Config) -> Rules:
+    bpgo, advantage, rollout = config.bpgo, config.advantage, config.rollout
+    best, group = advantage.best_of or 0, rollout.group_size
+    return {
+        "rewards has none of weight above 0 to train on; add one": (
+            not any(reward.weight > 0 for reward in config.rewards.values())
+        ),
+        "bpgo.ras_center is 'batch_mean' with rollout.prompts_per_step = 1: the only group is its own mean, so its "
+        "trust is always 1; take more prompts per step, or set ras_center to 'none'": (
+            bpgo.uses_trust and bpgo.ras_center == "batch_mean" and rollout.prompts_per_step == 1
+        ),
+        f"prior.kind is 'none', but bpgo.alpha = {bpgo.alpha}, bpgo.trust = {bpgo.trust!r} and bpgo.zeta = {bpgo.zeta} "
+        "need an anchor; set prior.kind to 'reference' or 'constant', or bpgo.zeta to 0 and bpgo.alpha to 0 "
+        "(plain GRPO) or bpgo.trust to 'reliability' or 'none'": bpgo.needs_prior and config.prior.kind == "none",
+        f"advantage.best_of is {best}, but a group of rollout.group_size = {group} has no {best} best and {best} worst "
+        f"samples; set it to {group // 2} at most": 2 * best > group,
+        f"advantage.normalise is 'none' with bpgo.zeta = {bpgo.zeta}: the first advantage is then in units of the "
+        "reward and the second in transformed ones, so zeta has no meaning; set bpgo.zeta to 0, or normalise to "
+        "'group'": advantage.normalise == "none" and bpgo.zeta != 0,
+        f"advantage.normalise is 'win_rate' with bpgo.zeta = {bpgo.zeta}: win rates depend on the order alone, which "
+        "the transformation keeps, so the second surrogate would repeat the first; set bpgo.zeta to 0": (
+            advantage.normalise == "win_rate" and bpgo.zeta != 0 and bpgo.form == "paper" and bpgo.standardise
+        ),
+        f"advantage.normalise is 'max_std' with bpgo.alpha = {bpgo.alpha}: both weigh groups against each other, one "
+        "by spread and one by trust; set bpgo.alpha to 0, or normalise to 'group'": (
+            advantage.normalise == "max_std" and bpgo.uses_trust
+        ),
+        f"advantage.drop_zero_std is true with bpgo.alpha = {bpgo.alpha}: leaving groups out changes each batch's step "
+        "size, which cannot be told from the effect of trust; set one of them to false or 0": (
+            advantage.drop_zero_std and bpgo.uses_trust
+        ),
+    }
 
 
-def sampler_rules(config: Config) -> Iterator[str]:
-    sampler, rollout = config.sampler, config.rollout
-    if sampler.name == "cps" and sampler.eta > 1:
-        yield f"sampler.eta is {sampler.eta}; cps takes values up to 1"
-    if sampler.share_steps == "group" and rollout.group_size % rollout.micro_batch_size:
-        yield (
-            "sampler.share_steps is 'group', which gives each prompt its own trained steps, but "
-            f"rollout.micro_batch_size {rollout.micro_batch_size} mixes prompts of group_size {rollout.group_size}; "
-            "set it to a divisor of that"
-        )
-    trained, updates = sampler.trained_count, config.optim.updates_per_rollout
-    if updates > trained:
-        yield (
-            f"optim.updates_per_rollout is {updates}, but {trained} of {sampler.num_steps} denoising steps are trained "
-            f"and each update needs one of its own; lower it to {trained}, or train more steps"
-        )
+def sampler_rules(config: Config) -> Rules:
+    sampler, rollout, updates = config.sampler, config.rollout, config.optim.updates_per_rollout
+    trained = sampler.trained_count
+    return {
+        f"sampler.eta is {sampler.eta}; cps takes values up to 1": sampler.name == "cps" and sampler.eta > 1,
+        "sampler.share_steps is 'group', which gives each prompt its own trained steps, but rollout.micro_batch_size "
+        f"{rollout.micro_batch_size} mixes prompts of group_size {rollout.group_size}; set it to a divisor of that": (
+            sampler.share_steps == "group" and rollout.group_size % rollout.micro_batch_size
+        ),
+        f"optim.updates_per_rollout is {updates}, but {trained} of {sampler.num_steps} denoising steps are trained and "
+        f"each update needs one of its own; lower it to {trained}, or train more steps": updates > trained,
+    }
 
 
-def reference_rules(config: Config) -> Iterator[str]:
-    """A pull needs a reference that differs from the policy, and log-probs or velocities to compare."""
-    loss = config.loss
-    if loss.kl_weight == 0:
-        return
-    if loss.objective != "policy_gradient":
-        yield (
-            f"loss.kl_weight is {loss.kl_weight} with loss.objective = {loss.objective!r}, which has no pull towards a "
-            "reference; set kl_weight to 0, or the objective to 'policy_gradient'"
-        )
-    if loss.kl_reference == "ema" and config.ema.decay == 0:
-        yield "loss.kl_reference is 'ema' with ema.decay = 0, which keeps no average; set ema.decay, say to 0.99"
-    if loss.kl_reference == "previous" and config.optim.updates_per_rollout == 1:
-        yield (
-            "loss.kl_reference is 'previous' with optim.updates_per_rollout = 1: the policy is the one that sampled, "
-            "so that the divergence and its gradient are 0; take 2 updates or more, or another reference"
-        )
-
-
-def objective_rules(config: Config) -> Iterator[str]:
-    """What compares the rollout's own transitions needs an objective that replays them."""
-    loss, plain = config.loss, LossConfig()
-    if loss.objective == "policy_gradient":
-        return
-    for name in ("ratio", "trust_region", "step_weights"):
-        if getattr(loss, name) != getattr(plain, name):
-            yield (
-                f"loss.{name} is {getattr(loss, name)!r} with loss.objective = {loss.objective!r}, which learns from "
-                f"final videos and replays no transition; set it to {getattr(plain, name)!r}, or the objective to "
-                "'policy_gradient'"
+def objective_rules(config: Config) -> Rules:
+    loss, advantage, segment = config.loss, config.advantage, config.credit.kind == "segment"
+    replays, pulls = loss.objective == "policy_gradient", loss.kl_weight != 0
+    transition_keys = {"ratio": "plain", "trust_region": "clip", "step_weights": "none"}
+    return {
+        **{
+            f"advantage.{key} is {getattr(advantage, key)} with loss.objective = 'nft', which turns advantages into "
+            f"probabilities: samples left out would count as average ones; leave {key} at its default": (
+                loss.objective == "nft" and getattr(advantage, key)
             )
-
-
-def evaluation_rules(config: Config) -> Iterator[str]:
-    if "ema" in config.evaluation.measured and config.ema.decay == 0:
-        yield (
-            f"evaluation.weights is {config.evaluation.weights!r} with ema.decay = 0, which keeps no average; set "
-            "ema.decay (0.99 forgets an update after some hundred), or evaluate the 'raw' weights"
-        )
-
-
-def kernel_rules(config: Config) -> Iterator[str]:
-    yield from compiling_rules(config.policy, config.parallel)
-
-
-def compiling_rules(policy: PolicyConfig, parallel: ParallelConfig) -> Iterator[str]:
-    """What compiled blocks do not go with, in recipes of every kind."""
-    if policy.compile_blocks and parallel.sequence > 1:
-        yield (
-            f"policy.compile_blocks is true with parallel.sequence = {parallel.sequence}, whose exchanges have not "
-            "been tried inside compiled blocks; set one of them to its default"
-        )
-
-
-RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
-    reward_rules,
-    learner_rules,
-    sampler_rules,
-    reference_rules,
-    objective_rules,
-    evaluation_rules,
-    kernel_rules,
-)
+            for key in ("best_of", "drop_zero_std")
+        },
+        f"credit.kind is 'segment' with loss.objective = {loss.objective!r}, which has no log-prob of frames; set "
+        "credit.kind to 'video', or the objective to 'policy_gradient'": segment and not replays,
+        "credit.kind is 'segment' with advantage.combine = 'gdpo', which rescales the sum of advantages by batch, so "
+        "gamma has no fixed size relative to it; set combine to 'weighted_sum', or credit.kind to 'video'": (
+            segment and advantage.combine == "gdpo"
+        ),
+        f"loss.kl_weight is {loss.kl_weight} with loss.objective = {loss.objective!r}, which uses no reference policy; "
+        "set kl_weight to 0, or the objective to 'policy_gradient'": pulls and not replays,
+        "loss.kl_reference is 'ema' with ema.decay = 0, which keeps no average; set ema.decay, say to 0.99": (
+            pulls and loss.kl_reference == "ema" and config.ema.decay == 0
+        ),
+        "loss.kl_reference is 'previous' with optim.updates_per_rollout = 1: the policy is then the one that sampled, "
+        "and the divergence is always 0; take 2 updates or more, or another reference": (
+            pulls and loss.kl_reference == "previous" and config.optim.updates_per_rollout == 1
+        ),
+        **{
+            f"loss.{key} is {getattr(loss, key)!r} with loss.objective = {loss.objective!r}, which learns from final "
+            f"videos and replays no transition; set it to {default!r}, or the objective to 'policy_gradient'": (
+                not replays and getattr(loss, key) != default
+            )
+            for key, default in transition_keys.items()
+        },
+    }
 
 
 def check(config: Config) -> None:
-    """Whether the values go together.
+    """Raise ConfigError with the first rule that the recipe breaks."""
+    for section, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
+        for name, reward in rewards.items():
+            check_rules(reward_rules(config, section, name, reward))
+    for rules in (learner_rules, sampler_rules, objective_rules):
+        check_rules(rules(config))
+    check_rules(common_rules(config.policy, config.parallel, config.ema, config.evaluation.weights))
 
-    Raises:
-        ConfigError: the first rule that is broken.
-    """
-    for rule in RULES:
-        for message in rule(config):
+
+def check_rules(rules: Rules) -> None:
+    """Raise ConfigError with the first message of a broken rule."""
+    for message, broken in rules.items():
+        if broken:
             raise ConfigError(message)
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """Every rank gets the same whole number of micro-batches. Raises ConfigError, as `check_division`."""
-    rollout = config.rollout
-    samples = rollout.prompts_per_step * rollout.group_size
-    told = f"prompts_per_step x group_size = {rollout.prompts_per_step} x {rollout.group_size} = {samples} samples"
-    check_division(config, world_size, samples, told)
+    """Raise ConfigError unless all ranks get equally many whole micro-batches."""
+    prompts, group = config.rollout.prompts_per_step, config.rollout.group_size
+    samples = prompts * group
+    described = f"prompts_per_step x group_size = {prompts} x {group} = {samples} samples"
+    check_division(config, world_size, samples, described)
 
 
-def check_division(config: Divided, world_size: int, samples: int, told: str) -> None:
-    """Sequence groups divide the ranks, and micro-batches of all groups the samples of a step.
+def check_division(config: Any, world_size: int, samples: int, described: str) -> None:
+    """Raise ConfigError unless sequence groups divide the ranks, and their micro-batches the samples of a step.
 
     Args:
-        told: the samples, in words.
-
-    Raises:
-        ConfigError: names the numbers and the nearest ones that work.
+        config: a recipe of any kind.
+        described: the samples, for the message.
     """
-    sequence = config.parallel.sequence
+    sequence, size = config.parallel.sequence, config.micro_batch_size
     if world_size % sequence:
+        divisors = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
         raise ConfigError(
             f"parallel.sequence is {sequence}, which does not divide {world_size} ranks into groups; it can be one of "
-            f"{[size for size in range(1, world_size + 1) if world_size % size == 0]}"
+            f"{divisors}"
         )
     groups = world_size // sequence
-    unit = groups * config.micro_batch_size
+    unit = groups * size
     if samples % unit:
         raise ConfigError(
-            f"{told} do not divide into {groups} {'ranks' if sequence == 1 else 'sequence groups'} x micro_batch_size "
-            f"{config.micro_batch_size} = {unit}; change one of them so that the samples are a multiple (for example "
+            f"{described} do not divide into {groups} {'ranks' if sequence == 1 else 'sequence groups'} x "
+            f"micro_batch_size {size} = {unit}; change one of them so that the samples are a multiple (for example "
             f"{max(unit, samples - samples % unit)})"
         )

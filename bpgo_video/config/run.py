@@ -1,80 +1,80 @@
-"""How can any run be set? Its length, seed and checkpoints, ranks, optimiser, the average of its weights, and wandb."""
+"""Sections that every kind of recipe has: run, parallelism, optimiser, average of the weights, wandb."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from bpgo_video.config.fields import STRICT, BelowOne, NonNegative, Positive, Unit
+from bpgo_video.config.fields import AboveZero, BelowOne, Count, NonNegative, Positive, Unit, section
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class RunConfig:
     dir: str
-    """Folder that the run writes; an existing one is never overwritten."""
+    """Folder for the run's files; an existing one is never overwritten."""
     num_steps: Positive = 100
-    """Training steps in the whole run: rollouts, each followed by `optim.updates_per_rollout` updates; of a warm start,
-    updates."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    """Training steps of the whole run. In reinforcement learning a step is a rollout with
+    `optim.updates_per_rollout` updates; in a warm start it is one update."""
+    seed: Count = 0
     """Every random draw is a function of this, the step, the prompt's id and the sample's index."""
     resume: Literal["never", "auto"] = "never"
-    """`auto` continues from the newest complete checkpoint in `dir`, or starts where there is none."""
+    """`auto` continues from the newest complete checkpoint in `dir`, or starts if there is none."""
     resume_optimizer: Literal["keep", "fresh"] = "keep"
-    """`fresh` resumes weights, their average, data position and schedule, and resets the optimizer's moments: the
-    way between ZeRO 3 and the other stages."""
+    """`fresh` resumes the weights, their average, the data position and the schedule, and resets the optimiser's
+    moments. It is needed to change between ZeRO 3 and the other stages."""
     save_every: Positive = 50
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Positive = 2
-    """Older checkpoints are deleted."""
-    keep_every: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints of steps that this divides are kept for good; 0 keeps none for good."""
+    """Number of newest checkpoints that are kept; older ones are deleted."""
+    keep_every: Count = 0
+    """Checkpoints of steps that are a multiple of this are never deleted; 0 keeps none of them."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class ParallelConfig:
     sequence: Positive = 1
-    """Ranks that share the tokens of each sample (Ulysses); divides the ranks and the policy's attention heads. Groups
-    of that many neighbouring ranks are data-parallel to each other."""
+    """Ranks that share the tokens of each sample (Ulysses). It must divide the number of ranks and of the policy's
+    attention heads. Groups of that many neighbouring ranks are data-parallel to each other."""
     heartbeat_timeout: Annotated[float, Field(ge=1.0)] = 45.0
-    """Seconds without a sign of life after which a rank counts as dead and the others end; raise it where code keeps
-    Python's interpreter lock for longer. A slow reward needs no change."""
+    """Seconds without a heartbeat after which a rank counts as dead and the others end. Raise it if code holds Python's
+    interpreter lock for longer; slow rewards need no change."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class OptimiserConfig:
     name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or plain gradient descent without momentum."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
-    """After the warm-up, before the schedule lowers it."""
+    """AdamW, or gradient descent without momentum."""
+    learning_rate: AboveZero = 1e-5
+    """Learning rate after the warm-up, before the schedule lowers it."""
     betas: tuple[Unit, Unit] = (0.9, 0.999)
     """`adamw`: decay of the averages of the gradient and of its square."""
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    eps: AboveZero = 1e-8
     """`adamw`: added to the root of the averaged square."""
     weight_decay: NonNegative = 0.0
-    """Each update takes this times the learning rate of the weights off them."""
+    """Each update subtracts this times the learning rate times the weights."""
     max_grad_norm: NonNegative = 1.0
-    """Gradients are clipped to this norm over all weights; 0 switches clipping off."""
+    """Gradients are clipped to this norm over all weights; 0 does not clip."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up; linear and cosine end at 0."""
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
-    """Updates over which the learning rate rises from 0, linearly."""
+    """Learning rate after the warm-up; linear and cosine end at 0."""
+    warmup_updates: Count = 0
+    """Updates in which the learning rate rises linearly from 0."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class EmaConfig:
     decay: BelowOne = 0.0
-    """Share that the average of the trained weights keeps in each update; 0 keeps no average."""
+    """Share that the moving average of the trained weights keeps in each update; 0 keeps no average."""
     warmup: bool = True
-    """Keep (1 + n) / (10 + n) after n updates where that is less, so that a short run's average leaves its start."""
+    """Use a decay of (1 + n) / (10 + n) after n updates while that is smaller, so that the average of a short run moves
+    away from the starting weights."""
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class WandbConfig:
     project: str | None = None
-    """None sends nothing and asks nothing."""
+    """Project that metrics are logged to; None does not use wandb."""
     name: str | None = None
-    """Of the run in the project; None lets wandb make one up."""
+    """Name of the run in the project; None lets wandb choose one."""
     mode: Literal["online", "offline"] | None = None
-    """None is online where an API key is set, else offline."""
+    """None is online if an API key is set, and offline otherwise."""

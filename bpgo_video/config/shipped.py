@@ -24,22 +24,20 @@ def recipe_file(name: Path | str) -> Path:
     Raises:
         ConfigError: neither; names the nearest shipped ones.
     """
-    return _found(Path(name), str(name), RECIPES, "recipe", "recipe", "`bpgo-video recipes` lists them")
+    return _file_or_shipped(Path(name), str(name), RECIPES, "recipe")
 
 
 def base_file(name: str, recipe: Path) -> Path:
     """The `base` of a recipe: a file next to it, else a shipped recipe. Raises ConfigError as `recipe_file`."""
-    said = f"{recipe}: base"
-    return _found(recipe.parent / name, name, RECIPES, said, "recipe", "`bpgo-video recipes` lists them")
+    return _file_or_shipped(recipe.parent / name, name, RECIPES, f"{recipe}: base")
 
 
 def ds_config_file(name: str) -> Path:
     """A DeepSpeed JSON, else the shipped one of that name, with or without `.json`. Raises ConfigError if neither."""
-    listed = f"they are {', '.join(shipped(DS_CONFIGS))}"
-    return _found(Path(name), name, DS_CONFIGS, "deepspeed", "DeepSpeed configuration", listed)
+    return _file_or_shipped(Path(name), name, DS_CONFIGS, "deepspeed")
 
 
-def _found(file: Path, name: str, folder: Path, said: str, kind: str, listed: str) -> Path:
+def _file_or_shipped(file: Path, name: str, folder: Path, key: str) -> Path:
     if file.is_file():
         return file
     known = {path.stem: path for path in folder.iterdir()}
@@ -48,4 +46,7 @@ def _found(file: Path, name: str, folder: Path, said: str, kind: str, listed: st
         return known[bare]
     near = difflib.get_close_matches(Path(bare).name, known, n=2, cutoff=0.5)
     hint = f"; perhaps you meant {' or '.join(near)}" if near else ""
-    raise ConfigError(f"{said} {name!r} is neither a file nor a shipped {kind}{hint}; {listed}")
+    kind, listed = "recipe", "`bpgo-video recipes` lists them"
+    if folder == DS_CONFIGS:
+        kind, listed = "DeepSpeed configuration", f"they are {', '.join(shipped(DS_CONFIGS))}"
+    raise ConfigError(f"{key} {name!r} is neither a file nor a shipped {kind}{hint}; {listed}")

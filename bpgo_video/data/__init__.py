@@ -1,1 +1,1 @@
-"""What goes in and out of a run on disk: prompt shards, reward priors and video files."""
+"""Data on disk: prompt files, prompt and video shards, reward priors, images and videos."""

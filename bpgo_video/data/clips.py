@@ -1,15 +1,24 @@
-"""Which moments of a video make a clip, and which frames show them? By time: the frame nearest to each moment.
+"""Videos with captions, cut into clips: the frames nearest in time to the clip's moments, whatever the frame rate.
 
-Times are seconds from a video's first frame. A clip of n frames at f frames a second that starts at s shows the moments
-s, s + 1/f, ..., s + (n - 1)/f, whatever the video's own rate, constant or not.
+Inputs are
+
+    FOLDER     videos, also in subfolders, each with its caption in a .txt of the same name next to it
+    .jsonl     one object per line: "video" (a path relative to the list's folder), "caption", and any of FIELDS
+
+Hidden files are ignored; every other file of a folder must be a video or a caption. Planning reads only the videos'
+headers. A clip of n frames at f frames per second that starts at s shows the moments s, s + 1/f, ..., s + (n - 1)/f in
+seconds from the video's first frame.
 """
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import av
 import torch
@@ -17,19 +26,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.data.images import fit_image
-from bpgo_video.data.video import VideoError, opened, upright
+from bpgo_video.data.media import VideoError, VideoHeader, fit_image, opened, read_header, upright
+from bpgo_video.data.prompt_files import (
+    MAX_CHARACTERS,
+    MAX_LINE,
+    Line,
+    PromptFileError,
+    Rejected,
+    checked_lines,
+    json_object,
+    numbered_lines,
+    prompt_id,
+)
 
-SLOWER = 0.95  # a video of less than this share of a clip's frame rate would show frames twice
+EXTENSIONS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})
+CAPTION = ".txt"
+FIELDS = ("video", "caption", "split", "tags", "info")
+MIN_RATE = 0.95  # of the clip's frame rate; slower videos would show frames twice
 
-Shown = TypeVar("Shown")
-
-
-class Length(NamedTuple):
-    """How long a video says it is, in seconds, and its mean frames a second."""
-
-    seconds: float
-    rate: float
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -38,89 +53,71 @@ class Cut:
 
     Attributes:
         video: frames, size and frame rate of a clip.
-        most: clips of one video; as many as fit, if they are fewer.
-        stride: seconds from the start of one clip to that of the next.
+        max_clips: per video.
+        stride: seconds between the starts of clips.
     """
 
     video: VideoConfig
-    most: int
+    max_clips: int
     stride: float
 
-    def starts(self, length: Length) -> list[float]:
-        """Where the clips of a video start: 0, stride, 2 stride, ..., as long as it lasts to their last moment.
+    def starts(self, header: VideoHeader) -> list[float]:
+        """The starts 0, stride, 2 stride, ... of a video's clips, up to max_clips, whose last moment it still shows.
 
         Raises:
-            VideoError: not one fits, or the video has fewer frames a second than a clip.
+            VideoError: not one clip fits, or the video has fewer frames per second than a clip.
         """
         video, last = self.video, (self.video.num_frames - 1) / self.video.fps
-        if length.rate < SLOWER * video.fps:
+        if header.seconds is None:
+            raise VideoError("the video does not state its duration; `ffmpeg -i IN -c copy OUT.mp4` adds it")
+        if header.fps < MIN_RATE * video.fps:
             raise VideoError(
-                f"it has {length.rate:.4g} frames a second, a clip {video.fps:g}: frames would stand still; lower --fps"
+                f"the video has {header.fps:.4g} frames per second, a clip {video.fps:g}, so frames would repeat; "
+                "lower --fps"
             )
-        starts = [k * self.stride for k in range(self.most) if k * self.stride + last < length.seconds]
+        starts = [k * self.stride for k in range(self.max_clips) if k * self.stride + last < header.seconds]
         if not starts:
             raise VideoError(
-                f"it is {length.seconds:.2f} s long; {video.num_frames} frames at {video.fps:g} a second need more "
-                f"than {last:.2f} s"
+                f"the video is {header.seconds:.2f} s long; {video.num_frames} frames at {video.fps:g} per second need "
+                f"more than {last:.2f} s"
             )
         return starts
 
 
-def read_length(path: Path) -> Length:
-    """What a video's header says of it; no frame is decoded.
-
-    Raises:
-        VideoError: it cannot be opened, or does not say.
-    """
-    with opened(str(path), str(path)) as container:
-        stream = container.streams.video[0]
-        if stream.duration is not None:
-            seconds = float(stream.duration * stream.time_base)
-        elif container.duration is not None:
-            seconds = container.duration / av.time_base
-        else:
-            raise VideoError(f"{path} does not say how long it is; `ffmpeg -i IN -c copy OUT.mp4` writes it down")
-        if not stream.average_rate:
-            raise VideoError(f"{path} does not say how many frames a second it has")
-        return Length(seconds, float(stream.average_rate))
-
-
 def read_clip(path: Path, start: float, video: VideoConfig) -> Float[Tensor, "frames 3 height width"]:
-    """The frames of one clip in [0, 1]: upright, resized to cover its size (`fit_image`) and cut out of the centre.
+    """The frames of one clip in [0, 1]: upright, resized to cover the clip's size and centre-cropped (`fit_image`).
 
-    What lies before the clip is skipped by seeking to the last keyframe; one frame of the video is in memory at a time.
+    Seeks to the last keyframe before the clip; holds one frame of the video at a time.
 
     Raises:
-        VideoError: it does not decode, ends before the clip does, or is smaller than the clip.
+        VideoError: the video does not decode, ends before the clip does, or is smaller than the clip.
     """
     moments = [start + number / video.fps for number in range(video.num_frames)]
     with opened(str(path), str(path)) as container:
-        shown = nearest(_timed(container, start, path), moments, 1 / float(container.streams.video[0].average_rate))
-        frames = [_fitted(frame, path, video) for frame in shown]
+        duration = 1 / float(container.streams.video[0].average_rate)
+        frames = [_fit(frame, path, video) for frame in nearest(_timed(container, start, path), moments, duration)]
     if len(frames) < len(moments):
-        raise VideoError(f"{path} ends before {moments[len(frames)]:.2f} s, though its header says otherwise")
+        raise VideoError(f"{path} ends before {moments[len(frames)]:.2f} s, earlier than its header states")
     return torch.stack(frames)
 
 
-def nearest(timed: Iterable[tuple[float, Shown]], moments: Sequence[float], lasting: float = 0.0) -> Iterator[Shown]:
-    """For each moment what is nearest to it in time, the earlier of two that are equally near; one is held at a time.
+def nearest(timed: Iterable[tuple[float, Item]], moments: Sequence[float], duration: float = 0.0) -> Iterator[Item]:
+    """For each moment the item nearest in time, the earlier of two at equal distance. Holds one item at a time.
 
     Args:
-        timed: (time, item) in the order of time.
-        moments: in order.
-        lasting: how long after its time the last item still counts; it ends where a moment is later.
+        timed: (time, item), ascending in time.
+        moments: ascending.
+        duration: of the last item; later moments get nothing.
     """
-    waiting, before = list(reversed(moments)), None
-    for now in timed:
-        while before is not None and waiting and waiting[-1] - before[0] <= now[0] - waiting[-1]:
-            waiting.pop()
-            yield before[1]
-        if not waiting:
+    remaining = deque(moments)
+    for before, after in pairwise(chain(timed, [None])):
+        assert before is not None
+        time, item = before
+        while remaining and remaining[0] - time <= (after[0] - remaining[0] if after else duration):
+            remaining.popleft()
+            yield item
+        if not remaining:
             return
-        before = now
-    while before is not None and waiting and waiting[-1] <= before[0] + lasting:
-        waiting.pop()
-        yield before[1]
 
 
 def _timed(container: Any, start: float, path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
@@ -130,13 +127,84 @@ def _timed(container: Any, start: float, path: Path) -> Iterator[tuple[float, av
         container.seek(first + int(start / stream.time_base), stream=stream)
     for frame in container.decode(stream):
         if frame.pts is None:
-            raise VideoError(f"{path} has a frame without a time; `ffmpeg -i IN -c copy OUT.mp4` may give it one")
+            raise VideoError(f"{path} has a frame without a time; `ffmpeg -i IN -c copy OUT.mp4` may add it")
         yield float((frame.pts - first) * stream.time_base), frame
 
 
-def _fitted(frame: av.VideoFrame, path: Path, video: VideoConfig) -> Float[Tensor, "3 height width"]:
+def _fit(frame: av.VideoFrame, path: Path, video: VideoConfig) -> Float[Tensor, "3 height width"]:
     pixels = torch.from_numpy(upright(frame, path).copy()).permute(2, 0, 1)
     height, width = pixels.shape[1:]
     if height < video.height or width < video.width:
         raise VideoError(f"{path} is {width} x {height}, smaller than a clip of {video.width} x {video.height}")
     return fit_image(pixels.float() / 255, video.height, video.width)
+
+
+def read_clips(
+    inputs: Iterable[Path | str], cut: Cut, split: str = "train", max_characters: int = MAX_CHARACTERS
+) -> Iterator[Line | Rejected]:
+    """Every clip in order, or the reason why a video cannot be used; a `read` of `make_plan`.
+
+    The record of a line has the caption as its prompt, a hash of caption, video name and start as its id, and in `info`
+    the name as "video" and the start in seconds as "start".
+
+    Raises:
+        PromptFileError: an input is neither a folder nor a .jsonl file, or does not exist.
+    """
+    for path in map(Path, inputs):
+        if path.is_dir():
+            root, lines = path, checked_lines(_folder_entries(path), _folder_fields, path, split, max_characters)
+        elif path.suffix == ".jsonl" and path.is_file():
+            root, lines = (
+                path.parent,
+                checked_lines(numbered_lines(path), _list_fields, path.parent, split, max_characters),
+            )
+        else:
+            raise PromptFileError(f"{path} is neither a folder of videos nor a .jsonl file that exists")
+        for line in lines:
+            try:
+                yield from [line] if isinstance(line, Rejected) else _clips(line, root, cut)
+            except VideoError as error:
+                yield Rejected(line.place, str(error))
+
+
+def _clips(line: Line, root: Path, cut: Cut) -> Iterator[Line]:
+    path, record = line.media["video"], line.record
+    name = str(path.relative_to(root))
+    for start in cut.starts(read_header(path)):
+        info = {**record.info, "video": name, "start": start}
+        key = prompt_id(f"{record.prompt}\0{name}\0{start:.6f}")
+        yield replace(line, record=replace(record, id=key, info=info))
+
+
+def _list_fields(line: bytes) -> dict[str, Any]:
+    content = json_object(line, "video", "caption")
+    for name in content:
+        if name not in FIELDS:
+            raise ValueError(f"unknown field {name!r}; the fields are {', '.join(FIELDS)}")
+    return {"prompt": content.pop("caption"), **content}
+
+
+def _folder_entries(root: Path) -> Iterator[tuple[str, tuple[Path, Path]]]:
+    """Every file that is neither hidden nor the caption of a video."""
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        videos = {Path(name).stem for name in files if Path(name).suffix.lower() in EXTENSIONS}
+        for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
+            if path.suffix != CAPTION or path.stem not in videos:
+                yield str(path), (path, root)
+
+
+def _folder_fields(entry: tuple[Path, Path]) -> dict[str, Any]:
+    path, root = entry
+    if path.suffix == CAPTION:
+        raise ValueError("this caption has no video of the same name next to it")
+    if path.suffix.lower() not in EXTENSIONS:
+        raise ValueError(
+            f"this file is neither a video ({', '.join(sorted(EXTENSIONS))}) nor a caption; move it to another folder"
+        )
+    caption = path.with_suffix(CAPTION)
+    if not caption.is_file():
+        raise ValueError(f"this video has no caption; write one to {caption.name} next to it")
+    with caption.open("rb") as stream:
+        text = stream.read(MAX_LINE + 1)
+    return {"prompt": text.decode("utf-8-sig"), "video": str(path.relative_to(root))}

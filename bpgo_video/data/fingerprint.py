@@ -1,70 +1,70 @@
-"""Which weights made this? A short hash of the parts of a model folder."""
+"""Short content hashes of model folders, which tell whether two runs used the same weights."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from bpgo_video.data.prompt_records import EncoderStamp
 
 WHOLE_FILE = 2**20  # bytes; larger files are sampled
 BLOCKS, BLOCK = 256, 4096
 
 
+@dataclass(frozen=True)
+class EncoderStamp:
+    """What made embeddings: the policy folder's name, the fingerprint of its text encoder, and its text length."""
+
+    name: str
+    fingerprint: str
+    max_sequence_length: int
+
+
 def encoder_stamp(folder: Path, max_sequence_length: int) -> EncoderStamp:
-    """What identifies the embeddings that a policy folder's text encoder makes."""
+    """The stamp of a policy folder's text encoders and tokenizers."""
     further = {path.name for path in folder.iterdir() if path.name.startswith(("text_encoder_", "tokenizer_"))}
-    parts = {"text_encoder", "tokenizer"} | further
-    return EncoderStamp(folder.name, fingerprint(folder, sorted(parts)), max_sequence_length)
+    components = sorted({"text_encoder", "tokenizer"} | further)
+    return EncoderStamp(folder.name, fingerprint(folder, components), max_sequence_length)
 
 
 def fingerprint(folder: Path | str, components: Sequence[str]) -> str:
-    """16 hex digits that change when a file of `components` (subfolders of a diffusers folder) does.
+    """16 hex digits that change with any file in these subfolders of a diffusers folder.
 
-    Of a file over 1 MiB its size and 256 evenly spaced blocks of 4 KiB count, the first (a safetensors header) and the
-    last among them: a text encoder of 22 GB takes milliseconds, and fine-tuning moves every block.
+    Of a file over 1 MiB, the hash covers its size and 256 evenly spaced blocks of 4 KiB, including the first (the
+    safetensors header) and the last. A text encoder of 22 GB takes milliseconds, and fine-tuning changes every block.
 
     Raises:
         FileNotFoundError: `folder` lacks a component.
     """
-    found: list[tuple[str, Path]] = []
-    for component in sorted(components):
-        root = Path(folder) / component
-        if not root.is_dir():
-            raise FileNotFoundError(f"{folder} has no subfolder {component!r}; is it a diffusers pipeline folder?")
-        files = sorted(path for path in root.rglob("*") if path.is_file())
-        found += [(f"{component}/{file.relative_to(root)}", file) for file in files]
-    return _digest(found)
+    folder = Path(folder)
+    for component in components:
+        if not (folder / component).is_dir():
+            raise FileNotFoundError(f"{folder} has no subfolder {component!r}; name a diffusers pipeline folder")
+    return _digest(folder, (path for component in components for path in (folder / component).rglob("*")))
 
 
 def fingerprint_of(folder: Path, patterns: Sequence[str]) -> str:
-    """The same of the files that match one of `patterns`, whatever else the folder holds.
+    """The same hash of the files of `folder` that match one of the glob patterns.
 
     Raises:
-        FileNotFoundError: none matches.
+        FileNotFoundError: no file matches.
     """
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    if not files:
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    if not paths:
         raise FileNotFoundError(f"{folder} has no file like {' or '.join(patterns)}")
-    return _digest([(str(file.relative_to(folder)), file) for file in files])
+    return _digest(folder, paths)
 
 
-def _digest(files: Sequence[tuple[str, Path]]) -> str:
+def _digest(folder: Path, paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for name, file in files:
-        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
-        for block in _sample(file):
-            digest.update(block)
+    for path in sorted(path for path in paths if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+        with path.open("rb") as stream:
+            if size <= WHOLE_FILE:
+                digest.update(stream.read())
+                continue
+            for i in range(BLOCKS):
+                stream.seek(i * (size - BLOCK) // (BLOCKS - 1))
+                digest.update(stream.read(BLOCK))
     return digest.hexdigest()[:16]
-
-
-def _sample(file: Path) -> Iterator[bytes]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        if size <= WHOLE_FILE:
-            yield stream.read()
-            return
-        for i in range(BLOCKS):
-            stream.seek(i * (size - BLOCK) // (BLOCKS - 1))
-            yield stream.read(BLOCK)

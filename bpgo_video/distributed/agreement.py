@@ -1,7 +1,7 @@
-"""Do all ranks see the same, and may all go on? Asked before anything is computed or written, over all nodes.
+"""Agreement between ranks: gather small values, fail together, compare inputs, let rank 0 work first.
 
-A mistake on one node alone (a missing file, another version) would leave the other ranks waiting for it in their first
-collective, and files that differ without an error would train something that nobody asked for.
+Without agreement, an error on one node (a missing file, another version) leaves the other ranks waiting in their next
+collective, and inputs that differ between nodes train a model that no recipe describes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed.mesh import Mesh
 
 T = TypeVar("T")
-PAUSE = 0.5  # seconds between looks
+POLL_SECONDS = 0.5
 
 
 def from_all(value: T, mesh: Mesh) -> list[T]:
-    """The value of every rank, in their order."""
+    """Every rank's value, ordered by rank."""
     values: list[Any] = [value] * mesh.world_size
     if mesh.world_size > 1:
         dist.all_gather_object(values, value)
@@ -32,64 +32,62 @@ def from_all(value: T, mesh: Mesh) -> list[T]:
 
 
 def from_main(value: T, mesh: Mesh) -> T:
-    """The value of rank 0."""
+    """Rank 0's value."""
     return from_all(value, mesh)[0]
 
 
 @contextmanager
 def all_or_none(mesh: Mesh) -> Iterator[None]:
-    """Every rank passes the block, or none: where it raises on one rank, all raise.
-
-    The block must not communicate.
+    """Raise on every rank if the block raises on any. The block must not communicate.
 
     Raises:
-        ConfigError: it raised on other ranks only; with the first one's host and message.
+        ConfigError: the block raised on other ranks only; the message gives the first one's rank, host and error.
     """
     error: Exception | None = None
     try:
         yield
-    except Exception as own:  # whatever it is: the others wait in the next line, and it is raised behind that
-        error = own
-    verdicts = from_all((socket.gethostname(), error and f"{error}"), mesh)
+    except Exception as caught:  # the other ranks wait in the next line, so communicate first and raise later
+        error = caught
+    outcomes = from_all((socket.gethostname(), error and f"{error}"), mesh)
     if error is not None:
         raise error
-    failed = [(rank, host, message) for rank, (host, message) in enumerate(verdicts) if message is not None]
+    failed = [(rank, host, message) for rank, (host, message) in enumerate(outcomes) if message is not None]
     if failed:
         rank, host, message = failed[0]
         others = f" (and {len(failed) - 1} more of {mesh.world_size} ranks)" if len(failed) > 1 else ""
         raise ConfigError(f"rank {rank} on {host}{others}: {message}")
 
 
-def rank0_first(work: Callable[[], object], mesh: Mesh, sign: Path) -> None:
-    """Rank 0 does its work for as long as that takes, then all go on; where it raises, all raise.
+def rank0_first(work: Callable[[], object], mesh: Mesh, marker: Path) -> None:
+    """Run `work` on rank 0, however long it takes, while the others wait; if it raises, every rank raises.
 
-    The others wait for a folder to appear, and not in a collective, which gives up after half an hour.
+    The others poll for the folder `marker` instead of waiting in a collective, which would time out.
 
     Args:
-        sign: the folder, which all ranks see; it is left.
+        marker: a folder that does not exist yet, on storage that all ranks share; it is not removed.
     """
     with all_or_none(mesh):
         if mesh.is_main:
             try:
                 work()
             finally:
-                sign.mkdir(parents=True)
-        while not sign.exists():
-            time.sleep(PAUSE)
+                marker.mkdir(parents=True)
+        while not marker.exists():
+            time.sleep(POLL_SECONDS)
 
 
 def same_everywhere(values: Mapping[str, str], mesh: Mesh) -> None:
-    """Every rank has the same `values`, which are told apart by their hashes.
+    """Check that every rank has the same `values`, by their hashes.
 
     Raises:
-        ConfigError: on every rank; names the first host that differs from rank 0's, and in what.
+        ConfigError: on every rank; names the first host that differs from rank 0's, and the values that differ.
     """
     hashes = {name: hashlib.sha256(value.encode()).hexdigest() for name, value in values.items()}
     everyone = from_all((socket.gethostname(), hashes), mesh)
     main_host, expected = everyone[0]
     for rank, (host, found) in enumerate(everyone):
-        if other := [name for name in expected if found[name] != expected[name]]:
+        if differing := [name for name in expected if found[name] != expected[name]]:
             raise ConfigError(
-                f"rank {rank} on {host} differs from rank 0 on {main_host} in: {', '.join(other)}; every node "
+                f"rank {rank} on {host} differs from rank 0 on {main_host} in: {', '.join(differing)}; every node "
                 "needs the same command, files and packages: see docs/multi_node.md"
             )

@@ -1,65 +1,121 @@
-"""What is the average of the weights over the updates so far? An exponential one, on each rank's own fp32 shards.
+"""Exponential moving average (EMA) of the trained weights, and its files in checkpoints.
 
     average <- d average + (1 - d) weights,  d = min(decay, (1 + n) / (10 + n)) after n updates with warm-up, else decay
 
-It starts at the first weights. It averages the optimiser's fp32 masters, not the weights that the model computes with:
-in bf16 a step of 1 - .999 is below half a unit in the last place and the average would never move. A rank averages the
-shards of its own optimiser, so that nothing is communicated and the cost is 4 bytes a trained element over all ranks.
+It starts at the first weights. It averages the optimizer's fp32 masters, not the weights that the model computes with:
+in bf16, a step of 1 - .999 is below half a unit in the last place, so the average would never move. Each rank averages
+its own shards, without communication, at 4 bytes per trained element over all ranks.
+
+    ema-rank-00000.safetensors   one per rank: its flat shards by parameter name
+
+The header of each file gives the shard's start in the parameter and the parameter's shape, so that any number of ranks
+can read the files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
 
+from bpgo_video.atomic import save_tensors
 from bpgo_video.config.bpgo import EmaConfig
-from bpgo_video.distributed.master_weights import MasterWeights, Shard
+from bpgo_video.distributed.optimizer import ZeroMasters
+from bpgo_video.distributed.zero_files import CheckpointError, StoredParameters
 
 
 def decay_after(updates: int, config: EmaConfig) -> float:
-    """What the average keeps of itself in the update after `updates` earlier ones."""
+    """d in the update that follows `updates` earlier ones."""
     return min(config.decay, (1 + updates) / (10 + updates)) if config.warmup else config.decay
 
 
 class EMA:
-    """The average of one engine's trained weights; every rank has one of its own shards."""
+    """The average of one engine's trained weights; each rank holds it for its own shards."""
 
-    def __init__(self, masters: MasterWeights, config: EmaConfig) -> None:
+    def __init__(self, masters: ZeroMasters, config: EmaConfig) -> None:
         self._masters, self._config = masters, config
         self._weights = masters.shards()
         self.shards = [replace(shard, values=shard.values.clone()) for shard in self._weights]
         self.updates = 0
 
     def update(self) -> None:
-        """Take in the weights of an update that has just been made."""
+        """Average in the weights after an update."""
         keep = decay_after(self.updates, self._config)
         self.updates += 1
-        if self.shards:  # small models leave ranks without any
-            torch._foreach_lerp_(_values(self.shards), _values(self._weights), 1 - keep)
+        if self.shards:  # small models leave some ranks without any
+            averages, weights = ([shard.values for shard in shards] for shards in (self.shards, self._weights))
+            torch._foreach_lerp_(averages, weights, 1 - keep)
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """Inside the block the model computes with the average, and behind it with its weights, bit for bit.
+        """Compute with the average inside the block, and with the weights after it, bit for bit.
 
-        Weights and average change places, which takes the memory of one shard more. All ranks enter and leave together,
-        outside `Engine.whole_weights`; inside, nothing is updated or saved. Where the block raises, the run is over:
-        the way back is a collective, in which ranks that did not raise would be missing.
+        Swaps weights and average, which needs memory for one more shard. All ranks enter and leave together, outside
+        `Engine.whole_weights`; nothing is updated or saved inside. If the block raises, the weights are not swapped
+        back, since that is a collective that other ranks would miss: the run must end.
         """
-        self._exchange()
+        self._swap()
         yield
-        self._exchange()
+        self._swap()
 
-    def _exchange(self) -> None:
-        for own, other in zip(_values(self.shards), _values(self._weights), strict=True):
-            held = other.clone()
-            other.copy_(own)
-            own.copy_(held)
+    def _swap(self) -> None:
+        for average, weights in zip(self.shards, self._weights, strict=True):
+            held = weights.values.clone()
+            weights.values.copy_(average.values)
+            average.values.copy_(held)
         self._masters.publish()
 
 
-def _values(shards: Sequence[Shard]) -> list[Tensor]:
-    return [shard.values for shard in shards]
+def save_average(ema: EMA, folder: Path, rank: int) -> None:
+    """Write this rank's shards of the average into a checkpoint's folder."""
+    header = {shard.name: {"start": shard.start, "shape": shard.shape} for shard in ema.shards}
+    save_tensors(
+        {shard.name: shard.values.contiguous() for shard in ema.shards},
+        folder / f"ema-rank-{rank:05d}.safetensors",
+        metadata={"shards": json.dumps(header), "updates": str(ema.updates)},
+    )
+
+
+def load_average(ema: EMA, folder: Path) -> None:
+    """Continue the average from a checkpoint of any number of ranks and any ZeRO stage.
+
+    Raises:
+        CheckpointError: it holds none, or one of another model.
+    """
+    saved = AverageParameters(folder)
+    for shard in ema.shards:
+        saved.load_into(shard)
+    ema.updates = saved.updates
+
+
+class AverageParameters(StoredParameters):
+    """The average in a checkpoint, as `ZeroParameters` are the raw weights.
+
+    Attributes:
+        updates: that the average has seen.
+
+    Raises:
+        CheckpointError: the run kept no average, or files are missing.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        paths = sorted(folder.glob("ema-rank-*.safetensors"))
+        if not paths:
+            raise CheckpointError(
+                f"{folder} holds no ema-rank-*.safetensors: its run kept no average of the weights; use the raw "
+                "weights, or train with ema.decay above 0"
+            )
+        for path in paths:
+            file = safe_open(path, framework="pt")  # stays open for the slices
+            metadata = file.metadata()
+            self.updates = int(metadata["updates"])
+            for name, shard in json.loads(metadata["shards"]).items():
+                piece = file.get_slice(name)
+                self.shapes[name] = tuple(shard["shape"])
+                self.pieces.setdefault(name, []).append((shard["start"], piece.get_shape()[0], piece))

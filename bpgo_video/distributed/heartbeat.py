@@ -1,13 +1,23 @@
-"""How do the other ranks end when one dies? A thread of each tells that it lives, and ends its process on a verdict.
+"""The watchdog of a world of ranks: if one dies or fails, every other rank names it and exits.
 
-Collectives wait for half an hour, because a reward may take that long; a rank whose thread still beats is slow and not
-dead. A main thread inside a collective cannot be interrupted, so the thread ends the whole process. A thread of Python
-needs the interpreter's lock: code that keeps it for longer than the timeout looks like a death.
+Collectives time out after half an hour because a reward may take that long. So a thread of each rank reports in a
+shared store that the rank is alive; a rank whose thread reports is slow, not dead. The main thread cannot be
+interrupted inside a collective, so the thread ends the whole process. Code that holds Python's interpreter lock for
+longer than the timeout looks like a death.
+
+    member-R   rank R's host and process
+    beat-R     a counter that grows while rank R is alive, with its current phase and step
+    verdict    empty, or the first rank that died or failed, with the message for the user
+
+Rank 0 reads all beats; the others read rank 0's beat and the verdict, so their cost does not grow with the world. Ranks
+on one machine also check each other's processes. Hosts' clocks differ, so a rank counts as silent if its counter does
+not change for the timeout on the reader's clock.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import re
@@ -15,43 +25,170 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import replace
-from types import TracebackType
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from bpgo_video.distributed.liveness import Beat, Liveness, Member, Verdict, introduce
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.distributed.processes import this_process
 
 LONGEST_INTERVAL = 2.0  # seconds between two beats
 BEATS_PER_TIMEOUT = 4
-OWN_ERROR_SECONDS = 1.0  # that a rank has to end by its own error, where all ranks make the same one
-FAREWELL_SECONDS = 10.0  # that rank 0, who keeps the store, gives the others to read the verdict
-LONGEST_MESSAGE = 1000  # characters of an error that are told to the other ranks
-EXIT_CODE = 1
-GLOO = re.compile(r"\bgloo\b")  # as its errors name their file; an igloo may be in a prompt
+OWN_ERROR_SECONDS = 1.0  # for a rank to end by its own exception if all ranks raise the same one
+FAREWELL_SECONDS = 10.0  # for the other ranks to read the verdict before rank 0, which holds the store, exits
+LONGEST_MESSAGE = 1000  # characters of an error that the other ranks print
+GLOO = re.compile(r"\bgloo\b")  # gloo's errors name their source file; a prompt may contain "igloo"
+VERDICT = "verdict"
+
+
+def start_time(pid: int) -> str | None:
+    """The kernel's start time of a running process; None if it has ended, is a zombie, or there is no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, *fields = stat.rpartition(")")[2].split()  # the program's name before ")" may contain anything
+    return None if state in "ZX" else fields[18]
+
+
+def machine() -> str:
+    """The kernel's boot and the namespace of process ids, in which a pid is unique; empty without /proc."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    known = boot.is_file() and namespace.is_symlink()
+    return f"{boot.read_text('utf-8').strip()} {namespace.readlink()}" if known else ""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank's process; the start time distinguishes it from a later process with the same pid."""
+
+    rank: int
+    host: str
+    machine: str
+    pid: int
+    started: str | None
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank's latest report.
+
+    Attributes:
+        count: grows with every report.
+        phase, step: of the rank's main thread; no step outside the training loop.
+        left: the rank has finished; its silence is no death.
+    """
+
+    count: int = 0
+    phase: str = "start"
+    step: int | None = None
+    left: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"in phase {self.phase}" + ("" if self.step is None else f" of step {self.step}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The rank that ended first, and how."""
+
+    rank: int
+    text: str
+
+
+class Liveness:
+    """One rank's view of the others. Created on all ranks together.
+
+    Args:
+        me: this rank.
+        timeout: seconds without a beat after which a rank counts as dead.
+    """
+
+    def __init__(self, store: dist.Store, me: Member, world_size: int, timeout: float):
+        self._store, self._rank, self._timeout = store, me.rank, timeout
+        if me.rank == 0:
+            store.set(VERDICT, "")
+        self.publish(Beat())
+        store.set(f"member-{me.rank}", json.dumps(asdict(me)))
+        members = store.multi_get([f"member-{rank}" for rank in range(world_size)])  # waits for all
+        self.members = [Member(**json.loads(text)) for text in members]
+        others = [member for member in self.members if member.rank != me.rank]
+        self._neighbours = [member for member in others if me.machine and member.machine == me.machine]
+        self._watched = [member.rank for member in others] if me.rank == 0 else [0]
+        now = time.monotonic()
+        self._seen = {member.rank: (Beat(), now) for member in self.members}  # latest beat, and when it changed
+
+    def publish(self, beat: Beat) -> None:
+        self._store.set(f"beat-{self._rank}", json.dumps(asdict(beat)))
+
+    def check(self) -> Verdict | None:
+        """The rank that ended first, if any; the same on all ranks while the store exists.
+
+        Raises:
+            DistError: the store does not answer; then use `store_lost`.
+        """
+        for member in [one for one in self._neighbours if start_time(one.pid) != one.started]:
+            if member.rank == 0:  # the store died with it; a request would only print a C++ stack trace
+                return self.store_lost("died")
+            beat = self._beats([member.rank])[member.rank]
+            if not beat.left:
+                return self.report(member.rank, f"died {beat.where}")
+            self._neighbours.remove(member)
+        (published,) = self._store.multi_get([VERDICT])
+        return Verdict(**json.loads(published)) if published else self._silent()
+
+    def _silent(self) -> Verdict | None:
+        now = time.monotonic()
+        for rank, beat in self._beats(self._watched).items():
+            last, since = self._seen[rank]
+            if beat.left or beat.count != last.count:
+                self._seen[rank] = beat, now
+            elif now - since > self._timeout:
+                return self.report(rank, f"has been silent for {now - since:.0f} s; it was {beat.where}")
+        return None
+
+    def store_lost(self, how: str = "died or cannot be reached") -> Verdict:
+        """The verdict without a store, which is part of rank 0's process: rank 0 ended."""
+        return Verdict(0, f"{self.members[0]} {how}; when last heard, it was {self._seen[0][0].where}")
+
+    def report(self, rank: int, how: str) -> Verdict:
+        """Publish a verdict unless there is one; the published one."""
+        verdict = json.dumps(asdict(Verdict(rank, f"{self.members[rank]} {how}")))
+        return Verdict(**json.loads(self._store.compare_set(VERDICT, "", verdict)))
+
+    def remaining(self, ended: Verdict | None = None) -> list[int]:
+        """The watched ranks that have not left, except the one that the verdict names."""
+        beats = self._beats(self._watched)
+        return [rank for rank, beat in beats.items() if not (beat.left or (ended and ended.rank == rank))]
+
+    def _beats(self, ranks: Sequence[int]) -> dict[int, Beat]:
+        texts = self._store.multi_get([f"beat-{rank}" for rank in ranks])
+        return {rank: Beat(**json.loads(text)) for rank, text in zip(ranks, texts, strict=True)}
 
 
 class Heartbeat:
-    """Watches over the ranks from `with` to its end; entered and left by all of them.
+    """Watches the ranks inside its `with` block, which all ranks enter and leave.
 
-    A rank that leaves by an exception ends the others, which name it and its message. A collective that fails because
-    its peer is gone ends this rank only when it is known who died.
+    A rank that leaves with an exception ends the others, which print its rank and message. If a collective fails
+    because a peer is gone, this rank ends only once the watchdog knows which rank died.
 
     Args:
         timeout: seconds without a beat after which a rank counts as dead.
-        advice: what a user should do then.
+        advice: what the user should do then; ends the message.
     """
 
-    _instances = itertools.count()  # each has keys of its own in the store; all ranks count alike
+    _instances = itertools.count()  # each has its own keys in the store; all ranks count alike
 
     def __init__(self, mesh: Mesh, timeout: float, advice: str = ""):
         self._mesh, self._timeout, self._advice = mesh, timeout, advice
-        self._beat = Beat()
-        self._telling = threading.Lock()
+        self._beat, self._publishing = Beat(), threading.Lock()
         self._ended, self._closed = threading.Event(), threading.Event()
         self._interval = min(LONGEST_INTERVAL, timeout / BEATS_PER_TIMEOUT)
         self._unanswered = 0
@@ -60,30 +197,27 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self._mesh.world_size == 1:
             return self
-        # A connection of its own: the main thread may wait in the store for a long time.
-        connection = _get_default_store().clone()  # type: ignore[attr-defined]
+        connection = _get_default_store().clone()  # type: ignore[attr-defined]  # the main thread may block in its own
         store = dist.PrefixStore(f"heartbeat-{next(Heartbeat._instances)}", connection)
-        me = Member(self._mesh.rank, socket.gethostname(), this_process())
-        members = introduce(store, me, self._mesh.world_size)
-        self._liveness = Liveness(store, self._mesh.rank, members, self._timeout)
+        pid = os.getpid()
+        me = Member(self._mesh.rank, socket.gethostname(), machine(), pid, start_time(pid))
+        self._liveness = Liveness(store, me, self._mesh.world_size, self._timeout)
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
         threading.Thread(target=self._guard, name="heartbeat-guard", daemon=True).start()
         return self
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Say what this rank does from now on; `step` counts as in metrics.jsonl."""
+        """Report what this rank does from now on; `step` counts as in metrics.jsonl."""
         if self._thread is not None:
-            self._tell(phase=phase, step=step)
+            self._publish(phase=phase, step=step)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._thread is None:
             return
         if error is None:
             self._leave()
-        elif is_lost_contact(error):  # the thread finds out who died, and ends this process
+        elif is_lost_contact(error):  # the thread finds out which rank died, and ends this process
             self._thread.join(self._timeout + 2 * LONGEST_INTERVAL + FAREWELL_SECONDS)
         self._ended.set()
         if error is not None:
@@ -91,73 +225,62 @@ class Heartbeat:
         self._thread.join()
         self._closed.set()
 
-    def _tell(self, **changes: Any) -> None:
-        with self._telling:
+    def _publish(self, **changes: Any) -> None:
+        with self._publishing:
             self._beat = replace(self._beat, count=self._beat.count + 1, **changes)
-            self._liveness.tell(self._beat)
+            self._liveness.publish(self._beat)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
-            verdict = self._look()
+            try:
+                verdict = self._liveness.check()
+                if verdict is None:
+                    self._publish()
+            except dist.DistError:
+                verdict = self._liveness.store_lost()
             self._unanswered = 0
             if verdict is not None and not self._ended.wait(OWN_ERROR_SECONDS):
                 self._end(verdict)
 
     def _guard(self) -> None:
-        """End this rank where the store does not even fail: a request to a frozen or unreachable host waits for ever.
+        """End this rank if a request to the store hangs, as it does if rank 0's host is frozen or unreachable.
 
-        Intervals are counted, and no clock is read, since a thread that could not run was not waiting for an answer.
+        Counts intervals instead of reading a clock, because a suspended process was not waiting for an answer.
         """
         while not self._closed.wait(self._interval):
             self._unanswered += 1
             if self._unanswered * self._interval > self._timeout:
-                self._end(self._liveness.without_store())
-
-    def _look(self) -> Verdict | None:
-        try:
-            verdict = self._liveness.judge()
-            if verdict is None:
-                self._tell()
-            return verdict
-        except dist.DistError:
-            return self._liveness.without_store()
-
-    def _leave(self) -> None:
-        self._tell(left=True)
-        self._wait_for_the_others()
+                self._end(self._liveness.store_lost())
 
     def _fail(self, error: BaseException) -> None:
-        what = f"failed {self._beat.where}: {type(error).__name__}: {error}"
+        how = f"failed {self._beat.where}: {type(error).__name__}: {error}"
         try:
-            self._leave_on(self._liveness.pronounce(self._mesh.rank, what[:LONGEST_MESSAGE]))
+            self._leave(self._liveness.report(self._mesh.rank, how[:LONGEST_MESSAGE]))
         except dist.DistError:
-            print(f"[rank {self._mesh.rank}] rank 0 is gone; nobody is there to tell", file=sys.stderr, flush=True)
+            print(f"[rank {self._mesh.rank}] rank 0 is gone: cannot notify the others", file=sys.stderr, flush=True)
 
     def _end(self, verdict: Verdict) -> None:
         text = f"[rank {self._mesh.rank}] {verdict.text}; this rank, {self._beat.where}, ends too. {self._advice}"
         try:
             sys.stdout.flush()
-            sys.stderr.write(text.rstrip() + "\n")  # in one piece among the lines of other ranks
+            sys.stderr.write(text.rstrip() + "\n")  # a single write, so that ranks' lines do not mix
             sys.stderr.flush()
             if verdict.rank != 0 or self._mesh.is_main:
-                self._leave_on(verdict)
-        finally:  # whatever else has gone since, this process must not stay
-            os._exit(EXIT_CODE)
+                self._leave(verdict)
+        finally:  # whatever else fails, this process must end
+            os._exit(1)
 
-    def _leave_on(self, verdict: Verdict) -> None:
-        self._tell(left=True)
-        self._wait_for_the_others(verdict, FAREWELL_SECONDS)
-
-    def _wait_for_the_others(self, verdict: Verdict | None = None, at_most: float = math.inf) -> None:
-        """Rank 0 stays until the others have read what is in the store, which goes with it."""
-        latest = time.monotonic() + at_most
-        while self._mesh.is_main and time.monotonic() < latest and self._liveness.remaining(verdict):
+    def _leave(self, verdict: Verdict | None = None) -> None:
+        """Report that this rank has finished. Rank 0, which holds the store, stays until the others have read it."""
+        self._publish(left=True)
+        deadline = time.monotonic() + (math.inf if verdict is None else FAREWELL_SECONDS)
+        while self._mesh.is_main and time.monotonic() < deadline and self._liveness.remaining(verdict):
             self._unanswered = 0
             time.sleep(0.05)
 
 
 def is_lost_contact(error: BaseException | None) -> bool:
-    """Whether an exception, or the one in whose handling it was raised, says that a peer does not answer."""
+    """Whether an exception, or one that led to it, says that a peer does not answer."""
     while error is not None:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and GLOO.search(str(error))):
             return True

@@ -1,21 +1,52 @@
-"""Free memory of a rank, and whether a whole copy of the sharded weights fits on all of them during a rollout."""
+"""Memory and cores available to a rank, within the container's cgroup limits (version 1 or 2)."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import psutil
 import torch
-import torch.distributed as dist
 
-from bpgo_video.distributed.container import available_memory
 from bpgo_video.distributed.mesh import Mesh
 
 SHARE_FOR_WEIGHTS = 0.5  # of the free memory; activations, attention and VAE decoding need the rest
+CGROUP = Path("/sys/fs/cgroup")
+MEMORY_FILES = (  # limit, usage, statistics, and the statistics' name for page cache that the kernel can reclaim
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+def available_memory() -> int:
+    """Bytes available on this machine, at most what its cgroup limit leaves."""
+    available = psutil.virtual_memory().available
+    for limit_file, usage_file, statistics_file, cache in MEMORY_FILES:
+        limit = _cgroup_number(limit_file)
+        if limit is not None:
+            statistics = dict(line.split() for line in (CGROUP / statistics_file).read_text("utf-8").splitlines())
+            available = min(available, limit - (_cgroup_number(usage_file) or 0) + int(statistics.get(cache, 0)))
+    return max(available, 0)
+
+
+def available_cores() -> int:
+    """CPU cores of this process, at most its cgroup's CPU quota."""
+    quota, period = _cgroup_number("cpu/cpu.cfs_quota_us"), _cgroup_number("cpu/cpu.cfs_period_us")
+    if (file := CGROUP / "cpu.max").is_file():
+        quota, period = (int(word) if word.isdigit() else None for word in file.read_text("utf-8").split())
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, max(1, quota // period)) if quota and period and quota > 0 else cores
+
+
+def _cgroup_number(name: str) -> int | None:
+    """The number in a cgroup file; None if there is no such file or no limit ("max")."""
+    file = CGROUP / name
+    text = file.read_text("utf-8").strip() if file.is_file() else ""
+    return int(text) if text.lstrip("-").isdigit() else None
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a rank may still allocate: on a GPU with what torch's allocator has in reserve, on a CPU its part of the
-    machine's, or of the container's."""
+    """Bytes that a rank can still allocate: on a GPU including the allocator's unused reserve, on a CPU its share."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -23,14 +54,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def ranks_of_this_host() -> int:
-    """As DeepSpeed's launcher or torchrun says; 1 where neither started this process."""
+    """Ranks on this host according to DeepSpeed's launcher or torchrun; 1 without a launcher."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
 
 def fits_everywhere(missing_bytes: int, mesh: Mesh) -> bool:
-    """Whether every rank can take `missing_bytes` more, which is the same answer on all of them."""
-    room = torch.tensor(SHARE_FOR_WEIGHTS * free_bytes(mesh.device) - missing_bytes, dtype=torch.float64)
-    room = room.to(mesh.device)
-    if mesh.world_size > 1:
-        dist.all_reduce(room, op=dist.ReduceOp.MIN)
-    return bool(room >= 0)
+    """Whether `missing_bytes` of weights fit in SHARE_FOR_WEIGHTS of the free memory of every rank. Collective."""
+    return mesh.largest(missing_bytes - int(SHARE_FOR_WEIGHTS * free_bytes(mesh.device))) <= 0

@@ -1,9 +1,9 @@
-"""Which samples does a rank work on, and how do their scores come together?
+"""The mesh of ranks: data-parallel groups of sequence-parallel ranks, rank = data_rank * sequence + sequence_rank.
 
-Ranks form data x sequence groups: rank = data_rank * sequence + sequence_rank. The ranks of one sequence group work on
-the same samples, each on a part of their tokens (`ulysses.py`); sequence groups are data-parallel: each takes a
-contiguous, equally long run of the step's samples in prompt-major order. A prompt's group may be split over them; its
-rewards are gathered before anything is computed over it.
+The ranks of one sequence group process the same samples, each a part of their tokens (`ulysses.py`). The sequence
+groups are data-parallel: each takes a contiguous run of the step's samples, in prompt-major order and of equal length.
+A prompt's samples may be spread over several groups, so their rewards are gathered before any statistic of a prompt is
+computed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # of a collective, in every group: a reward may keep a rank for as long
+TIMEOUT = timedelta(minutes=30)  # of a collective in any group: a reward may keep a rank busy for that long
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The place of this process among the ranks.
+    """This process's position among the ranks.
 
     Attributes:
         rank, world_size: over all processes.
-        device: where this rank computes.
-        sequence: ranks of a sequence group; divides world_size.
-        sequence_group: the process group of this rank's sequence group; None where it is alone in it.
+        device: of this rank.
+        sequence: ranks per sequence group; divides world_size.
+        sequence_group: the process group of this rank's sequence group; None if it has a single rank.
     """
 
     rank: int
@@ -55,39 +55,38 @@ class Mesh:
         return self.world_size // self.sequence
 
     def share(self, total: int, micro_batch_size: int) -> list[list[int]]:
-        """This rank's items of `range(total)`, in micro-batches; equally many on every rank.
+        """This rank's items of `range(total)`, in micro-batches of equal size and number on every rank.
 
-        Where `total` does not divide, the last items are repeated so that all ranks run equal numbers of equal forwards
-        (ZeRO-3 gathers parameters collectively); `gather` drops the repetitions.
+        ZeRO-3 gathers parameters collectively, so every rank must run the same number of forwards. Where `total` does
+        not divide, the last item is repeated; `gather` drops the repetitions.
         """
         unit = self.data_size * micro_batch_size
-        padded = -(-total // unit) * unit
-        per_rank = padded // self.data_size
-        mine = [min(i, total - 1) for i in range(self.data_rank * per_rank, (self.data_rank + 1) * per_rank)]
-        return [mine[i : i + micro_batch_size] for i in range(0, per_rank, micro_batch_size)]
+        per_rank = -(-total // unit) * micro_batch_size
+        items = [min(i, total - 1) for i in range(self.data_rank * per_rank, (self.data_rank + 1) * per_rank)]
+        return [items[i : i + micro_batch_size] for i in range(0, per_rank, micro_batch_size)]
 
-    def dealt(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's share of a list that all ranks have; shares differ by one item at most, and may be empty."""
+    def round_robin(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's items of a list that all ranks have; possibly none. Lengths differ by at most one."""
         return items[self.rank :: self.world_size]
 
     def part(self, count: int) -> list[int]:
-        """Which of `count` items that the sequence group shares this rank takes; equally many on every rank."""
+        """This rank's indices of `range(count)`, split over the sequence group; equally many on every rank."""
         each = -(-count // self.sequence)
         return [min(i, count - 1) for i in range(self.sequence_rank * each, (self.sequence_rank + 1) * each)]
 
     def gather(self, rows: Tensor, items: Sequence[int], total: int) -> Tensor:
-        """All ranks' rows, one per item of `range(total)`: [total, ...]; no gradient flows.
+        """All ranks' rows, one per item of `range(total)`: [total, ...]; detached.
 
         Args:
-            rows: one per item of `items`, equally many on every rank; an item that several bring has one value.
+            rows: one per item of `items`, equally many on every rank; repeated items must have equal rows.
         """
         rows, index = rows.detach().contiguous(), torch.tensor(items, device=rows.device)
         whole = rows.new_empty(total, *rows.shape[1:])
-        for index_part, part in zip(self._gathered(index), self._gathered(rows), strict=True):
-            whole[index_part] = part
+        for index_part, row_part in zip(self._all_gather(index), self._all_gather(rows), strict=True):
+            whole[index_part] = row_part
         return whole
 
-    def _gathered(self, rows: Tensor) -> list[Tensor]:
+    def _all_gather(self, rows: Tensor) -> list[Tensor]:
         if self.world_size == 1:
             return [rows]
         parts = [torch.empty_like(rows) for _ in range(self.world_size)]
@@ -95,19 +94,17 @@ class Mesh:
         return parts
 
     def largest(self, value: int) -> int:
-        """The largest of all ranks' values, on every rank."""
-        if self.world_size == 1:
-            return value
-        found = torch.tensor(value, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return int(found)
+        """The largest value over all ranks."""
+        return int(self._all_reduce(torch.tensor(value, device=self.device), dist.ReduceOp.MAX))
 
     def total(self, table: Tensor) -> Tensor:
         """The sum over all ranks, on the CPU."""
-        summed = table.to(self.device, copy=True)
+        return self._all_reduce(table.to(self.device, copy=True), dist.ReduceOp.SUM).cpu()
+
+    def _all_reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.world_size > 1:
-            dist.all_reduce(summed)
-        return summed.cpu()
+            dist.all_reduce(values, op=operation)
+        return values
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -115,7 +112,7 @@ class Mesh:
 
 
 def make_mesh(device: torch.device, sequence: int = 1) -> Mesh:
-    """The mesh of a started process group; every rank calls it, with a `sequence` that divides the world."""
+    """The mesh of an initialized process group. Collective; `sequence` must divide the world size."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if sequence == 1:
         return Mesh(rank, world_size, device)

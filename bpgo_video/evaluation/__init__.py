@@ -1,1 +1,1 @@
-"""Evaluation: held-out scores of a policy, comparisons of several (`comparing`), and VBench (`vbench`)."""
+"""Evaluation: held-out scores of a policy, comparisons of models (compare*), and VBench (vbench_*)."""

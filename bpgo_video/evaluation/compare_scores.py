@@ -1,7 +1,7 @@
-"""Scores of one model on the prompts of a comparison, as a folder.
+"""Scores of one model on the prompts of a comparison, and the folder that keeps them.
 
-FOLDER/scores.json        ModelScores: what the scores depend on, the measures, a line per prompt
-FOLDER/videos/00003.mp4   the first sample of prompt 3 (prompts from 0, in order)
+FOLDER/scores.json        ModelScores: settings that the scores depend on, the measures, one line per prompt
+FOLDER/videos/00003.mp4   the first sample of prompt 3 (prompts are numbered from 0, in order)
 FOLDER/parts/             scores of the prompts so far, while some are missing
 """
 
@@ -9,36 +9,35 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import ConfigDict, FiniteFloat, TypeAdapter
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from bpgo_video.atomic import write_json
-from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.evaluation.files import checked
-from bpgo_video.training.metrics import MalformedFile
+from bpgo_video.data.records import PromptRecord
+from bpgo_video.training.metrics import MalformedFile, parse_json
 
-TRAINING_REWARD = "training reward"  # a name that no recipe's reward can have
+TRAINING_REWARD = "training reward"  # recipes cannot name a reward so
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-REMEDY = "delete it, and what it held is measured again"
+REMEDY = "delete it to measure its content again"
 
 Role = Literal["heldout", "trained", "video"]
 Table = Float[np.ndarray, "prompts samples"]
 
 
-@checked_dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Measure:
-    """How videos are measured.
+    """A measure of videos.
 
     Attributes:
-        role: `heldout`, which no recipe trained on and the verdict is about; `trained`, what a recipe trains on;
-            `video`, which describes the videos and not how good they are.
+        role: `heldout` measures decide the verdict, and no recipe trains on them; recipes train on `trained` ones;
+            `video` measures describe the videos and are neither good nor bad.
         version: changes when the scores do.
         weight: of a trained reward in the training reward.
     """
@@ -48,9 +47,9 @@ class Measure:
     weight: float = 1.0
 
 
-@checked_dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class PromptLine:
-    """One prompt and the scores of its samples by measure; higher is better, where better means something."""
+    """One prompt and the scores of its samples by measure; higher is better, except for `video` measures."""
 
     id: int
     prompt: str
@@ -58,25 +57,17 @@ class PromptLine:
     scores: dict[str, list[FiniteFloat]]
 
 
-def lines_of(records: Sequence[PromptRecord], by_name: Mapping[str, Tensor]) -> list[PromptLine]:
-    """The lines of prompts whose scores are the rows of tensors."""
-    columns = {name: scores.tolist() for name, scores in by_name.items()}
-    return [
-        PromptLine(one.id, one.prompt, list(one.tags), {name: rows[place] for name, rows in columns.items()})
-        for place, one in enumerate(records)
-    ]
-
-
-@checked_dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelScores:
     """One model's scores.
 
     Attributes:
-        label: the model in a few words.
-        source: what was named on the command line.
-        settings: everything that the scores depend on, plain JSON data.
-        run, step: the run's folder and its finished steps, for a training checkpoint.
+        label: short name of the model.
+        source: the model's path on the command line.
+        settings: all settings that the scores depend on, as plain JSON data.
+        run, step: the run directory and its finished steps, for a training checkpoint.
         starts_from: fingerprint of the pipeline that a checkpoint's run started from, or of the pipeline itself.
+        folder: the folder of the scores; not part of the file.
     """
 
     label: str
@@ -88,72 +79,68 @@ class ModelScores:
     run: str | None = None
     step: int | None = None
     form: Literal[1] = 1
+    folder: Annotated[Path, Field(exclude=True)] = field(default=Path(), compare=False)
 
     @property
     def roles(self) -> dict[str, Role]:
-        """The role of every measure; the training reward follows if it is a sum of several."""
+        """The role of every measure, and last of TRAINING_REWARD if there are several trained rewards."""
         roles = {name: measure.role for name, measure in self.measures.items()}
         several = list(roles.values()).count("trained") > 1
         return {**roles, TRAINING_REWARD: "trained"} if several else roles
 
     def table(self, measure: str) -> Table:
-        """The scores of one measure, or TRAINING_REWARD: the weighted sum that a training run logs as `reward`."""
+        """The scores of one measure, or of TRAINING_REWARD: the weighted sum that a training run logs as `reward`."""
         if measure != TRAINING_REWARD:
             return np.array([line.scores[measure] for line in self.prompts])
-        trained = of_role("trained", self.roles)
-        return np.sum([self.measures[name].weight * self.table(name) for name in trained if name != measure], axis=0)
+        trained = {name: own.weight for name, own in self.measures.items() if own.role == "trained"}
+        return np.sum([weight * self.table(name) for name, weight in trained.items()], axis=0)
 
-    def tables(self) -> dict[str, Table]:
-        return {name: self.table(name) for name in self.roles}
-
-
-def of_role(role: Role, roles: Mapping[str, Role]) -> list[str]:
-    return [name for name, own in roles.items() if own == role]
+    def prompt_means(self, measure: str) -> Float[np.ndarray, "prompts"]:
+        return self.table(measure).mean(axis=1)
 
 
 SCORES, LINES = TypeAdapter(ModelScores), TypeAdapter(list[PromptLine])
 
 
-@dataclass(frozen=True)
-class ScoresFolder:
-    """The folder of one model's scores."""
-
-    path: Path
-
-    @property
-    def complete(self) -> bool:
-        return (self.path / "scores.json").is_file()
-
-    def read(self, **named: str) -> Scored:
-        """The scores, with another label or source if these are `named`. Raises MalformedFile."""
-        path = self.path / "scores.json"
-        found = checked(SCORES, path.read_bytes(), path, REMEDY)
-        counts = {len(values) for line in found.prompts for values in line.scores.values()}
-        if len(counts) != 1 or any(line.scores.keys() != found.measures.keys() for line in found.prompts):
-            raise MalformedFile(f"{path}: each prompt needs equally many scores of {sorted(found.measures)}; {REMEDY}")
-        return Scored(replace(found, **named), self)
-
-    def write(self, scores: ModelScores) -> None:
-        write_json(self.path / "scores.json", SCORES.dump_python(scores, mode="json"))
-        if (parts := self.path / "parts").is_dir():
-            shutil.rmtree(parts)
-
-    def read_parts(self) -> dict[int, PromptLine]:
-        """The prompts measured so far, by id. Raises MalformedFile."""
-        parts = [checked(LINES, path.read_bytes(), path, REMEDY) for path in sorted(self.path.glob("parts/*.json"))]
-        return {line.id: line for lines in parts for line in lines}
-
-    def write_part(self, number: int, lines: Sequence[PromptLine]) -> None:
-        write_json(self.path / "parts" / f"{number:05d}.json", LINES.dump_python(list(lines), mode="json"))
-
-    def video(self, row: int) -> Path:
-        """The first sample of the prompt in this row."""
-        return self.path / "videos" / f"{row:05d}.mp4"
+def lines_of(records: Sequence[PromptRecord], by_name: Mapping[str, Tensor]) -> list[PromptLine]:
+    """The lines of prompts whose scores are the rows of tensors."""
+    columns = {name: scores.tolist() for name, scores in by_name.items()}
+    return [
+        PromptLine(record.id, record.prompt, list(record.tags), {name: rows[row] for name, rows in columns.items()})
+        for row, record in enumerate(records)
+    ]
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A model's scores, and the folder of its videos."""
+def has_scores(folder: Path) -> bool:
+    """Whether the folder has the scores of all prompts."""
+    return (folder / "scores.json").is_file()
 
-    scores: ModelScores
-    folder: ScoresFolder
+
+def read_scores(folder: Path, **changes: str) -> ModelScores:
+    """The scores in a folder; `changes` replace its label or source. Raises MalformedFile."""
+    path = folder / "scores.json"
+    scores = parse_json(SCORES, path.read_bytes(), path, REMEDY)
+    counts = {len(values) for line in scores.prompts for values in line.scores.values()}
+    if len(counts) != 1 or any(line.scores.keys() != scores.measures.keys() for line in scores.prompts):
+        raise MalformedFile(f"{path}: every prompt needs as many scores of {sorted(scores.measures)}; {REMEDY}")
+    return replace(scores, folder=folder, **changes)
+
+
+def write_scores(scores: ModelScores) -> None:
+    write_json(scores.folder / "scores.json", SCORES.dump_python(scores, mode="json"))
+    shutil.rmtree(scores.folder / "parts", ignore_errors=True)
+
+
+def read_parts(folder: Path) -> dict[int, PromptLine]:
+    """The prompts measured so far, by id. Raises MalformedFile."""
+    parts = [parse_json(LINES, path.read_bytes(), path, REMEDY) for path in sorted(folder.glob("parts/*.json"))]
+    return {line.id: line for lines in parts for line in lines}
+
+
+def write_part(folder: Path, number: int, lines: Sequence[PromptLine]) -> None:
+    write_json(folder / "parts" / f"{number:05d}.json", LINES.dump_python(list(lines), mode="json"))
+
+
+def video_path(folder: Path, row: int) -> Path:
+    """The first sample of the prompt in this row."""
+    return folder / "videos" / f"{row:05d}.mp4"

@@ -1,132 +1,272 @@
-"""The verdict of a comparison in words, notes on what may mislead, and comparison.json.
+"""Comparison of models with a reference model: paired effects of every measure, verdicts, notes and comparison.json.
 
-The verdict is about held-out measures and claims no more than the statistics show. A note is a function in NOTES.
+The verdict is about held-out measures and claims no more than the statistics show. In addition, models are compared at
+equal training reward: a run that trained longer, or at a higher learning rate, has a higher training reward, and this
+comparison shows whether it also paid more for it. A run's curve passes through its starting policy and its checkpoints.
+Where it first crosses model B's training reward, between checkpoints i and i + 1,
+
+    t = (r_B - r_i) / (r_{i+1} - r_i),    h[p] = (1 - t) h_i[p] + t h_{i+1}[p]
+
+and B's held-out scores are compared with h prompt by prompt. r is a mean over prompts and samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bpgo_video.atomic import write_json
-from bpgo_video.evaluation.compare import Compared, Comparison
-from bpgo_video.evaluation.compare_scores import Scored, of_role
-from bpgo_video.evaluation.video_stats import DIVERSITY, MOTION
-from bpgo_video.statistics import LEVEL, RESAMPLES, too_few
+from bpgo_video.evaluation.compare_scores import TRAINING_REWARD, ModelScores, Role
+from bpgo_video.statistics import LEVEL, RESAMPLES, Effect, as_family, effect, too_few
+
+MOTION, DIVERSITY = "pixel_motion", "pixel_diversity"
+
+Effects = Mapping[str, Effect]  # by measure
 
 
-def headline(comparison: Comparison) -> str:
-    """The verdict in one sentence."""
-    sentences = {
-        "better": "{b} is better than {a}: {up}",
-        "worse": "{b} is worse than {a}: {down}",
-        "mixed": "{b} is better than {a} in some held-out measures and worse in others: {up}; {down}",
-        "no difference shown": "No difference shown between {a} and {b}: {same}",
-    }
-    words = {
-        word: ", ".join(f"held-out {name} {one}" for name, one in comparison.heldout.items() if one.shown == sign)
-        for word, sign in (("up", 1), ("down", -1), ("same", 0))
-    }
-    return sentences[comparison.outcome].format(a=comparison.reference, b=comparison.candidate, **words)
+class PairingError(ValueError):
+    """Two models' scores cannot be compared; the message names the difference."""
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """What may mislead, a sentence each."""
-    return [sentence for note in NOTES if (sentence := note(comparison)) is not None]
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate compared with the reference.
+
+    Attributes:
+        roles: of the measures, TRAINING_REWARD included if there are several trained rewards.
+        effects: with p values corrected for all measures and candidates.
+        by_tag: effects on the prompts of each tag; without a correction.
+        same_noise: samples of both models started from the same noise.
+    """
+
+    reference: str
+    candidate: str
+    roles: Mapping[str, Role]
+    effects: Effects
+    by_tag: Mapping[str, Effects]
+    same_noise: bool
+
+    @property
+    def heldout(self) -> Effects:
+        return {name: effect for name, effect in self.effects.items() if self.roles[name] == "heldout"}
+
+    @property
+    def outcome(self) -> str:
+        shown = {effect.shown for effect in self.heldout.values()} - {0}
+        if len(shown) == 2:
+            return "mixed"
+        return {1: "better", -1: "worse"}[shown.pop()] if shown else "no difference shown"
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in one sentence."""
+        up, down, same = (
+            ", ".join(f"held-out {name} {effect}" for name, effect in self.heldout.items() if effect.shown == sign)
+            for sign in (1, -1, 0)
+        )
+        a, b = self.reference, self.candidate
+        return {
+            "better": f"{b} is better than {a}: {up}",
+            "worse": f"{b} is worse than {a}: {down}",
+            "mixed": f"{b} is better than {a} in some held-out measures and worse in others: {up}; {down}",
+            "no difference shown": f"No difference shown between {a} and {b}: {same}",
+        }[self.outcome]
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what may mislead."""
+        return [*self._alarms(), *self._limits()]
+
+    def _alarms(self) -> Iterator[str]:
+        """Patterns of a policy that exploits its rewards."""
+        training = [effect for name, effect in self.effects.items() if self.roles[name] == "trained"][-1:]
+        if training and training[0].shown == 1 and self.outcome in ("worse", "no difference shown"):
+            rest = "held-out scores fell" if self.outcome == "worse" else "no held-out score is shown to have risen"
+            yield (
+                f"The training reward rose by {training[0].difference:.3f} and {rest}: the candidate may exploit its "
+                "training reward. Look at the biggest losses, and compare earlier checkpoints."
+            )
+        for name, change, meaning in (
+            (MOTION, "Videos move less", "policies that exploit their rewards often stop moving."),
+            (
+                DIVERSITY,
+                "Samples of one prompt are more alike",
+                "check whether they are all the same video (collapse).",
+            ),
+        ):
+            if (effect := self.effects.get(name)) is not None and effect.shown == -1:
+                share = -effect.difference / abs(effect.mean_a)  # the mean is above 0, since it fell
+                means = f"from {effect.mean_a:.3f} to {effect.mean_b:.3f}"
+                yield f"{change}: {name} fell by {share:.0%}, {means}; {meaning}"
+
+    def _limits(self) -> Iterator[str]:
+        """Limits of what this comparison can show."""
+        name = next(iter(self.heldout))
+        known = {tag: effects[name] for tag, effects in self.by_tag.items() if effects[name].low is not None}
+        if known:
+            worst, best = (choose(known, key=lambda tag: known[tag].difference) for choose in (min, max))
+            if (known[worst].high or 0.0) < (known[best].low or 0.0):
+                yield (
+                    f"Prompts differ by tag: {name} changed by {known[best]} on {best!r} prompts and by {known[worst]} "
+                    f"on {worst!r} prompts."
+                )
+        if reason := too_few(next(iter(self.effects.values())).prompts, len(self.effects)):
+            yield f"{reason}: use more prompts (evaluation.max_prompts, or a larger split)."
+        if not self.same_noise:
+            yield "The models were sampled from different seeds: pairs share a prompt but no noise, which shows less."
 
 
-def reward_alone(comparison: Comparison) -> str | None:
-    """The pattern of a reward that is exploited."""
-    trained = of_role("trained", comparison.roles)  # the last one is the sum, if there is one
-    training = comparison.effects[trained[-1]] if trained else None
-    if training is None or training.shown != 1 or comparison.outcome in ("better", "mixed"):
-        return None
-    rest = "held-out scores fell" if comparison.outcome == "worse" else "no held-out score is shown to have risen"
-    return (
-        f"The training reward rose by {training.difference:.3f} and {rest}: what was trained on may have "
-        "been exploited. Look at the biggest losses, and compare earlier checkpoints."
-    )
+@dataclass(frozen=True)
+class Match:
+    """The point of a run's curve that has another model's training reward.
+
+    Attributes:
+        step: interpolated between checkpoints.
+        reward: the training reward of both.
+        effects: by held-out measure; positive where the other model is higher.
+    """
+
+    step: float
+    reward: float
+    effects: Effects
 
 
-def less_motion(comparison: Comparison) -> str | None:
-    return fell(comparison, MOTION, "Videos move less", "a policy that games its rewards often stops moving.")
+@dataclass(frozen=True)
+class Matching:
+    """A run's curve and another model; `match` is None if the curve does not cross the model's training reward."""
+
+    run: str
+    other: str
+    match: Match | None
+
+    def __str__(self) -> str:
+        if self.match is None:
+            return f"{self.run} never has the training reward of {self.other} between its checkpoints here."
+        differences = ", ".join(f"{name} {effect}" for name, effect in self.match.effects.items())
+        return (
+            f"At the training reward of {self.other}, {self.match.reward:.3f}, which {self.run} has at step "
+            f"{self.match.step:.0f}, {self.other} differs from it in held-out measures by: {differences}."
+        )
 
 
-def less_diversity(comparison: Comparison) -> str | None:
-    meaning = "check whether all samples are the same video (collapse)."
-    return fell(comparison, DIVERSITY, "Samples of one prompt are more alike", meaning)
+@dataclass(frozen=True)
+class Compared:
+    """Several models, the reference first; the comparison of each other model with it; matches by training reward."""
+
+    models: Sequence[ModelScores]
+    comparisons: Sequence[Comparison]
+    matchings: Sequence[Matching]
 
 
-def fell(comparison: Comparison, name: str, change: str, meaning: str) -> str | None:
-    effect = comparison.effects.get(name)
-    if effect is None or effect.shown != -1:
-        return None
-    share = f"{-effect.difference / abs(effect.mean_a):.0%}"  # not 0: a mean of distances that fell
-    return f"{change}: {name} fell by {share}, from {effect.mean_a:.3f} to {effect.mean_b:.3f}; {meaning}"
+def compare(models: Sequence[ModelScores]) -> Compared:
+    """Compares every model with the first; p values are corrected for all measures of all models together.
+
+    Raises:
+        PairingError: scores of different prompts, rewards or settings.
+    """
+    first, *others = models
+    for other in others:
+        check_paired(first, other)
+    family = iter(as_family([one for other in others for one in effects_of(first, other).values()]))
+    tags = sorted({tag for line in first.prompts for tag in line.tags})
+    comparisons = []
+    for other in others:
+        effects = {name: next(family) for name in first.roles}
+        by_tag = {tag: effects_of(first, other, [tag in line.tags for line in first.prompts]) for tag in tags}
+        noise = same_noise(first, other)
+        comparisons.append(Comparison(first.label, other.label, first.roles, effects, by_tag, noise))
+    return Compared(models, comparisons, match_runs(models))
 
 
-def tags_disagree(comparison: Comparison) -> str | None:
-    """Intervals of two tags that do not overlap, in the first held-out measure."""
-    name = next(iter(comparison.heldout))
-    known = {tag: effects[name] for tag, effects in comparison.by_tag.items() if effects[name].low is not None}
-    if not known:
-        return None
-    worst, best = (pick(known, key=lambda tag: known[tag].difference) for pick in (min, max))
-    if (known[worst].high or 0.0) >= (known[best].low or 0.0):
-        return None
-    return (
-        f"Prompts differ by tag: {name} changed by {known[best]} on {best!r} prompts and by {known[worst]} on "
-        f"{worst!r} ones."
-    )
+def check_paired(first: ModelScores, other: ModelScores) -> None:
+    """Checks that both were measured in the same way on the same prompts; seeds and samples may differ.
+
+    Raises:
+        PairingError: names the two models and the difference.
+    """
+    pair = f"{first.label} ({first.source}) and {other.label} ({other.source})"
+    if [(line.id, line.prompt) for line in first.prompts] != [(line.id, line.prompt) for line in other.prompts]:
+        raise PairingError(f"{pair} have scores of different prompts; measure one of them again")
+    if first.measures != other.measures:
+        raise PairingError(
+            f"{pair} were measured by different rewards: {sorted(first.measures)} and {sorted(other.measures)}, or "
+            "different versions or weights of them; measure one of them again with the recipe of the other"
+        )
+    ours, theirs = first.settings["deployment"], other.settings["deployment"]
+    if different := [f"{key} {ours[key]} and {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key)]:
+        raise PairingError(f"{pair} generated videos differently: {', '.join(different)}; measure one of them again")
 
 
-def too_few_prompts(comparison: Comparison) -> str | None:
-    reason = too_few(next(iter(comparison.effects.values())).prompts, len(comparison.effects))
-    return f"{reason}: take more prompts (evaluation.max_prompts, or a larger split)." if reason else None
+def same_noise(a: ModelScores, b: ModelScores) -> bool:
+    """Whether sample s of a prompt started from the same noise in both."""
+    return bool(a.settings["seed"] == b.settings["seed"])
 
 
-def different_noise(comparison: Comparison) -> str | None:
-    if comparison.same_noise:
-        return None
-    return "The models were sampled from different seeds: pairs share a prompt but no noise, which shows less."
+def effects_of(first: ModelScores, other: ModelScores, rows: Any = slice(None)) -> dict[str, Effect]:
+    """The effects of all measures on some rows of the prompts."""
+    return {name: effect(first.table(name)[rows], other.table(name)[rows]) for name in first.roles}
 
 
-NOTES: tuple[Callable[[Comparison], str | None], ...] = (
-    *(reward_alone, less_motion, less_diversity),
-    *(tags_disagree, too_few_prompts, different_noise),
-)
+def match_runs(models: Sequence[ModelScores]) -> list[Matching]:
+    """Each run's curve with each model outside it."""
+    matchings = []
+    for run in dict.fromkeys(model.run for model in models if model.run is not None):
+        own = next(model for model in models if model.run == run)
+        curve = [  # its checkpoints and the pipeline that it started from, sampled with one seed
+            model
+            for model in models
+            if same_noise(model, own)
+            and (model.run == run or (model.run is None and model.settings["pipeline"] == own.starts_from))
+        ]
+        curve.sort(key=lambda model: model.step or 0)
+        if len(curve) > 1:
+            others = [model for model in models if model not in curve]
+            matchings += [Matching(Path(run).name, other.label, match_reward(curve, other)) for other in others]
+    return matchings
+
+
+def match_reward(curve: Sequence[ModelScores], other: ModelScores) -> Match | None:
+    """The point where a curve, sorted by step, first has another model's training reward."""
+    reward = float(other.table(TRAINING_REWARD).mean())
+    for before, after in pairwise(curve):
+        low, high = (float(model.table(TRAINING_REWARD).mean()) for model in (before, after))
+        if low != high and min(low, high) <= reward <= max(low, high):
+            share, effects = (reward - low) / (high - low), {}
+            for name in [name for name, role in other.roles.items() if role == "heldout"]:
+                ends = [model.table(name).mean(axis=1, keepdims=True) for model in (before, after)]
+                effects[name] = effect((1 - share) * ends[0] + share * ends[1], other.table(name))
+            start, end = before.step or 0, after.step or 0
+            return Match(start + share * (end - start), reward, effects)
+    return None
 
 
 def write_comparison(output: Path, compared: Compared) -> Path:
-    """Writes comparison.json; per-sample scores are in each model's scores.json. Returns its path."""
-    scores = compared.models[0].scores
+    """Writes comparison.json; the scores of samples are in each model's scores.json. Returns its path."""
+    first = compared.models[0]
     content = {
         "level": LEVEL,
         "resamples": RESAMPLES,
-        "prompts": len(scores.prompts),
-        "deployment": scores.settings["deployment"],
-        "measures": {name: asdict(measure) for name, measure in scores.measures.items()},
-        "models": [model_json(model) for model in compared.models],
-        "comparisons": [comparison_json(one) for one in compared.comparisons],
+        "prompts": len(first.prompts),
+        "deployment": first.settings["deployment"],
+        "measures": {name: asdict(measure) for name, measure in first.measures.items()},
+        "models": [
+            {
+                **{name: getattr(model, name) for name in ("label", "source", "run", "step")},
+                **{name: model.settings[name] for name in ("seed", "samples_per_prompt")},
+                "results": str(model.folder),
+                "means": {name: float(model.table(name).mean()) for name in model.roles},
+            }
+            for model in compared.models
+        ],
+        "comparisons": [
+            {"outcome": one.outcome, "verdict": one.verdict, "notes": one.notes}
+            | {name: value for name, value in asdict(one).items() if name != "roles"}
+            for one in compared.comparisons
+        ],
         "matched": [asdict(one) for one in compared.matchings],
     }
     write_json(path := output / "comparison.json", content)
     return path
-
-
-def model_json(model: Scored) -> dict[str, Any]:
-    scores = model.scores
-    return {
-        **{name: getattr(scores, name) for name in ("label", "source", "run", "step")},
-        **{name: scores.settings[name] for name in ("seed", "samples_per_prompt")},
-        "results": str(model.folder.path),
-        "means": {name: float(table.mean()) for name, table in scores.tables().items()},
-    }
-
-
-def comparison_json(one: Comparison) -> dict[str, Any]:
-    content = {"outcome": one.outcome, "verdict": headline(one), "notes": notes(one), **asdict(one)}
-    del content["roles"]  # "measures" has them
-    return content

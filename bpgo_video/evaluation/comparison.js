@@ -1,10 +1,10 @@
 "use strict";
-// Sorting, filtering and playing of a comparison's videos. Files come from the page itself, decoded when they are near.
+// Sorts, filters and plays a comparison's videos. The page embeds the files; videos near the viewport are decoded.
 
 const find = (id) => document.getElementById(id);
 const signed = (value, decimals) => (value < 0 ? "" : "+") + value.toFixed(decimals);
 const still = matchMedia("(prefers-reduced-motion: reduce)");
-const APART = 0.06; // seconds between videos of a pair before one of them jumps
+const APART = 0.06; // seconds of drift between the videos of a pair before one of them jumps
 
 class Pair {
   constructor(article) {
@@ -40,7 +40,7 @@ class Pair {
       if (!video.src) continue;
       URL.revokeObjectURL(video.src);
       video.removeAttribute("src");
-      video.load(); // gives the decoder back: browsers have few
+      video.load(); // releases the decoder, of which browsers have few
     }
   }
 
@@ -49,7 +49,7 @@ class Pair {
     this.load();
     this.playing = true;
     this.button.firstChild.data = "Pause";
-    for (const video of this.videos) video.play().catch(() => {}); // a pause may come before it begins
+    for (const video of this.videos) video.play().catch(() => {}); // a pause may interrupt the start
   }
 
   pause() {
@@ -85,7 +85,7 @@ class Pair {
     }
   }
 
-  tell(candidate, measure, decimals) {
+  describe(candidate, measure, decimals) {
     const change = this.means[candidate][measure] - this.means[0][measure];
     const text = this.article.querySelector(".change");
     text.textContent = `${measure} ${signed(change, decimals)} ${change > 0 ? "▲ higher" : change < 0 ? "▼ lower" : "= the same"}`;
@@ -131,7 +131,7 @@ function show() {
   const decimals = Number(find("measure").selectedOptions[0].dataset.decimals);
   const words = find("words").value.trim().toLowerCase();
   const tag = find("tag").value;
-  const changes = new Map(pairs.map((pair) => [pair, pair.tell(candidate, measure, decimals)]));
+  const changes = new Map(pairs.map((pair) => [pair, pair.describe(candidate, measure, decimals)]));
   const orders = {
     win: (a, b) => changes.get(b) - changes.get(a),
     loss: (a, b) => changes.get(a) - changes.get(b),

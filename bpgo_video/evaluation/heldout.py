@@ -1,50 +1,47 @@
-"""Held-out scores of a policy folder, as training measures them, in a table and as JSON."""
+"""The command `evaluate heldout`: held-out scores of a policy folder, as training measures them."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
+from bpgo_video.atomic import write_json
+from bpgo_video.cli import show_loading_once
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.distributed import engine
+from bpgo_video.config.reading import read_yaml
+from bpgo_video.data.records import PromptRecord
+from bpgo_video.data.stream import as_batch
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare_scores import PromptLine, lines_of
+from bpgo_video.evaluation.ranks import evaluation_ranks
+from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
-from bpgo_video.training.heldout import evaluate, stderr
+from bpgo_video.training.heldout import Scores, Seen, evaluate, stderr
 from bpgo_video.training.policy_session import sampling_policy
 from bpgo_video.training.session import check_inputs, heldout_rows
 from bpgo_video.training.summary import boxed
 
+SETTINGS = ("split", "samples_per_prompt", "num_steps", "guidance_scale", "guidance_scale_2")
 
-@dataclass(frozen=True)
-class HeldoutEvaluation:
-    """Scores of one policy on held-out prompts, the same on every rank.
 
-    Attributes:
-        config: the recipe with the requested changes.
-        versions: of each reward.
-        prompts: in order, with the scores of each reward.
-    """
-
-    config: Config
-    versions: Mapping[str, str]
-    prompts: Sequence[PromptLine]
-
-    def by_tag(self, reward: str) -> dict[str, dict[str, Any]]:
-        """Mean, standard error (None where it needs more samples) and number of prompts: of all, then of each tag."""
-        found = {}
-        for tag in ("all", *sorted({tag for line in self.prompts for tag in line.tags})):
-            scores = torch.tensor([line.scores[reward] for line in self.prompts if tag in ("all", *line.tags)])
-            error = stderr(scores) if scores.numel() > 1 else math.nan
-            mean = float(scores.double().mean())
-            found[tag] = {"mean": mean, "stderr": error if math.isfinite(error) else None, "prompts": len(scores)}
-        return found
+def run(args: argparse.Namespace) -> None:
+    changes = {name: getattr(args, name) for name in ("policy", "split", "samples_per_prompt", "seed")}
+    config = with_changes(read_yaml(args.config), **changes)
+    show_loading_once()
+    with evaluation_ranks(config.parallel) as mesh:
+        content = evaluate_folder(config, mesh)
+    if mesh.is_main:
+        print(as_table(content))
+        if args.output is not None:
+            write_json(args.output, content)
+            print(args.output)
 
 
 def with_changes(
@@ -55,13 +52,13 @@ def with_changes(
     samples_per_prompt: int | None = None,
     seed: int | None = None,
 ) -> Config:
-    """The recipe with these values instead of its own; None keeps a value.
+    """The recipe with these values; None keeps the recipe's own.
 
     Raises:
         ConfigError: the recipe names no held-out rewards.
     """
     if not config.evaluation.rewards:
-        raise ConfigError("evaluation.rewards is empty; name the rewards to score held-out prompts with in the recipe")
+        raise ConfigError("evaluation.rewards is empty; name the rewards for held-out prompts in the recipe")
     own = config.evaluation
     evaluation = replace(own, split=split or own.split, samples_per_prompt=samples_per_prompt or own.samples_per_prompt)
     run = replace(config.run, seed=config.run.seed if seed is None else seed)
@@ -69,43 +66,63 @@ def with_changes(
     return replace(config, run=run, policy=folder, evaluation=evaluation)
 
 
-def evaluate_folder(config: Config, mesh: Mesh) -> HeldoutEvaluation:
+def evaluate_folder(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Scores `policy.folder` on the held-out prompts, with the noise of a training run's evaluations of this seed.
 
+    Returns:
+        settings, summary by reward and tag, and every score, as plain JSON data; the same on every rank.
+
     Raises:
-        ConfigError, ShardError, FileNotFoundError, RewardError: state the value, the rule and the way out.
+        ConfigError, ShardError, FileNotFoundError, RewardError: each states the value, the rule and the remedy.
     """
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
     records = [shards.record(row) for row in heldout_rows(config, shards)]
     suite = RewardSuite(config.evaluation.rewards, mesh.device, config.video.fps)
-    policy, dtype = sampling_policy(config, ds_config, mesh), engine.compute_dtype(ds_config)
-    batch = as_batch(records, image_size(config, policy))
-    prompts = conditioned(batch, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
-    scores = evaluate(policy, prompts, suite, config, mesh)
-    return HeldoutEvaluation(config, suite.versions, lines_of(records, scores.by_name))
-
-
-def as_json(evaluation: HeldoutEvaluation) -> dict[str, Any]:
-    """Settings, summary by reward and tag, and every score, as plain JSON data."""
-    config, versions = evaluation.config, evaluation.versions
-    settings = ("split", "samples_per_prompt", "num_steps", "guidance_scale", "guidance_scale_2")
+    policy, dtype = sampling_policy(config, ds_config, mesh), compute_dtype(ds_config)
+    lines = lines_of(records, score_prompts(policy, records, suite, config, dtype, mesh))
     return {
         "policy": config.policy.folder,
         "shards": config.data.shards,
         "seed": config.run.seed,
-        **{name: getattr(config.evaluation, name) for name in settings},
-        "rewards": {name: {"version": versions[name], "by_tag": evaluation.by_tag(name)} for name in versions},
-        "prompts": [asdict(line) for line in evaluation.prompts],
+        **{name: getattr(config.evaluation, name) for name in SETTINGS},
+        "rewards": {name: {"version": suite.versions[name], "by_tag": by_tag(lines, name)} for name in suite.versions},
+        "prompts": [asdict(line) for line in lines],
     }
 
 
-def as_table(evaluation: HeldoutEvaluation) -> str:
-    """A row for each reward and tag: mean, standard error, prompts, videos."""
-    config, rows = evaluation.config, []
-    for name in evaluation.versions:
-        for tag, cell in evaluation.by_tag(name).items():
+def score_prompts(
+    policy: Policy,
+    records: Sequence[PromptRecord],
+    suite: RewardSuite,
+    config: Config,
+    dtype: torch.dtype,
+    mesh: Mesh,
+    seen: Seen = lambda chunk: None,
+) -> Mapping[str, Scores]:
+    """Scores of new videos of these prompts by reward, the same on every rank; `seen` receives the videos."""
+    batch = as_batch(records, image_size(config, policy))
+    prompts = conditioned(batch, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
+    return evaluate(policy, prompts, suite, config, mesh, seen).by_name
+
+
+def by_tag(lines: Sequence[PromptLine], reward: str) -> dict[str, dict[str, Any]]:
+    """Mean, standard error (None if there are too few samples) and number of prompts: of all, then of each tag."""
+    table = {}
+    for tag in ("all", *sorted({tag for line in lines for tag in line.tags})):
+        scores = torch.tensor([line.scores[reward] for line in lines if tag in ("all", *line.tags)])
+        error = stderr(scores) if scores.numel() > 1 else math.nan
+        mean = float(scores.double().mean())
+        table[tag] = {"mean": mean, "stderr": error if math.isfinite(error) else None, "prompts": len(scores)}
+    return table
+
+
+def as_table(content: Mapping[str, Any]) -> str:
+    """One row per reward and tag: mean, standard error, prompts, videos."""
+    rows = []
+    for name, reward in content["rewards"].items():
+        for tag, cell in reward["by_tag"].items():
             error = "n/a" if cell["stderr"] is None else f"{cell['stderr']:.4f}"
-            counts = [f"{cell['prompts'] * videos:,}" for videos in (1, config.evaluation.samples_per_prompt)]
+            counts = [f"{cell['prompts'] * videos:,}" for videos in (1, content["samples_per_prompt"])]
             rows.append([name, tag, f"{cell['mean']:.4f}", error, *counts])
     header = ("reward", "tag", "mean", "± stderr", "prompts", "videos")
-    return boxed(rows, header, words=2, title=f"{config.policy.folder}, split {config.evaluation.split}")
+    return boxed(rows, header, words=2, title=f"{content['policy']}, split {content['split']}")

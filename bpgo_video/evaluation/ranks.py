@@ -1,4 +1,4 @@
-"""The ranks that an evaluation runs on: those that a launcher started, watched while they work."""
+"""Ranks of an evaluation: those of a launcher, with a heartbeat while they work, or this process alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from bpgo_video.inference.generate import ALONE, PATIENCE
 
 
 @contextmanager
-def ranks_at_work(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
-    """All ranks, or a group of one without a launcher; they are stopped after the block.
+def evaluation_ranks(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
+    """All ranks of the launcher, or a process group of one; the group is stopped after the block.
 
     Args:
-        timeout: how long a rank waits for the slowest one; one that dies or fails ends the others within seconds.
+        timeout: how long a rank waits for the slowest one; a rank that dies or fails ends the others within seconds.
     """
     mesh = engine.start_ranks(timeout)
     with Heartbeat(mesh, parallel.heartbeat_timeout) as heartbeat:
@@ -32,21 +32,23 @@ def ranks_at_work(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> Ite
 
 
 @contextmanager
-def ranks_or_alone() -> Iterator[Mesh]:
-    """The same for long work that each rank does for itself; a single process starts no group."""
+def independent_ranks() -> Iterator[Mesh]:
+    """Ranks for long work without communication; a single process starts no process group."""
     if "RANK" not in os.environ:
         engine.refuse_lone_tasks()
         yield ALONE
         return
-    with ranks_at_work(ParallelConfig(), PATIENCE) as mesh:
+    with evaluation_ranks(ParallelConfig(), PATIENCE) as mesh:
         yield mesh
 
 
 def device_of(requested: str | None, mesh: Mesh) -> torch.device:
-    """The device of this rank. Raises ValueError where one accelerator is named for several ranks."""
-    found = mesh.device if requested is None else torch.device(requested)
+    """The device of this rank. Raises ValueError if one accelerator is requested for several ranks."""
+    device = mesh.device if requested is None else torch.device(requested)
     if mesh.world_size == 1:
-        return found
-    if requested is not None and found.index is not None:
-        raise ValueError(f"--device {requested} is one device for {mesh.world_size} ranks; without it each has its own")
-    return mesh.device if found.type == mesh.device.type else found
+        return device
+    if requested is not None and device.index is not None:
+        raise ValueError(
+            f"--device {requested} is one device for {mesh.world_size} ranks; omit it to give each rank its own"
+        )
+    return mesh.device if device.type == mesh.device.type else device

@@ -1,10 +1,10 @@
-"""Generation of a suite's videos under VBench's names.
+"""The command `evaluate layout`: generates a suite's videos under VBench's names, or checks a folder of them.
 
-DIR/{prompt}-{i}.mp4        H.264, yuv420p, the true frames a second; nothing else is in the folder
+DIR/{prompt}-{i}.mp4        H.264, yuv420p, the true frame rate; the folder contains nothing else
 DIR.generation.json         settings, fingerprints of the weights; prompt, generation prompt, seed and sample of each
 DIR.sheets/00003.jpg        five frames of each sample of prompt 3
 
-The noise of a video is a function of the seed, the prompt and i: no video is drawn again for being bad.
+The noise of a video is a function of the seed, the prompt and i: bad videos are not sampled again.
 """
 
 from __future__ import annotations
@@ -24,76 +24,20 @@ from bpgo_video.cli import show_loading_once
 from bpgo_video.config.command_line import read_settings
 from bpgo_video.data.media import read_media
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.data.prompt_records import PromptRecord
+from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.agreement import all_or_none
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.evaluation.files import checked
-from bpgo_video.evaluation.vbench_folder import foreign_problems, sibling, video_problems
-from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, image_path, listing, read_suite
+from bpgo_video.evaluation import vbench_suite as suites
+from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, listing, read_suite
 from bpgo_video.inference.generate import ALONE, PATIENCE, generate
 from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.inference.video_files import GENERATION_PROMPT, MANIFEST, OutputPaths, Reader, clear_unfinished
-
-
-def lay_out(
-    settings: GenerationSettings,
-    suite: Suite,
-    mesh: Mesh = ALONE,
-    images: Path | None = None,
-    texts: Mapping[str, str] | None = None,
-) -> Path:
-    """Makes every video of the suite that is not there yet; returns the path of the manifest. Every rank calls it.
-
-    Args:
-        settings: `output` is the folder of the videos, `prompts` the suite's source, `samples_per_prompt` the suite's.
-        images: folder of what image-to-video continues, for suites that don't name image files.
-        texts: what the model receives in place of each prompt.
-
-    Raises:
-        SuiteError: the folder holds other files; an image or a generation prompt is missing.
-        GenerationError and others: see `generate`.
-    """
-    places = places_of(settings.output)
-    with all_or_none(mesh):
-        if mesh.is_main and places.videos.is_dir():
-            clear_unfinished(places)
-            if wrong := foreign_problems(places.videos, suite):
-                raise SuiteError(f"{places.videos} holds more than this suite:{listing(wrong)}")
-    manifest = generate(settings, mesh, reader_of(suite, images, texts), places)
-    with all_or_none(mesh):
-        if mesh.is_main and (wrong := video_problems(places.videos, suite)):
-            raise SuiteError(f"{places.videos} is not what VBench reads:{listing(wrong)}")
-    return manifest
-
-
-def places_of(folder: Path) -> OutputPaths:
-    """The videos in the folder, the rest next to it."""
-    manifest, sheets = sibling(folder, MANIFEST), sibling(folder, "sheets")
-    return OutputPaths(folder, lambda record, _, sample: f"{record.prompt}-{sample}.mp4", manifest, sheets)
-
-
-def reader_of(suite: Suite, images: Path | None, texts: Mapping[str, str] | None) -> Reader:
-    """Reads the suite's prompts for a generation, with their images if the model continues images."""
-    image = cache(lambda path: read_media("image", path))  # VBench-I2V has seven camera motions of one image
-
-    def read(_: GenerationSettings, with_images: bool) -> list[PromptRecord]:
-        return [
-            PromptRecord(
-                prompt_id(prompt.text),
-                prompt.text,
-                negative_prompt=prompt.negative_prompt,
-                media={"image": image(image_path(prompt, images))} if with_images else {},
-                info=prompt.info if texts is None else {GENERATION_PROMPT: texts[prompt.text]},
-            )
-            for prompt in suite.prompts
-        ]
-
-    return read
+from bpgo_video.training.metrics import parse_json
 
 
 class GenerationPrompt(TypedDict):
-    """A line of --generation-prompts: what the model receives in place of a prompt."""
+    """A line of --generation-prompts: the text that the model receives in place of a prompt."""
 
     prompt: str
     generation_prompt: str
@@ -102,38 +46,17 @@ class GenerationPrompt(TypedDict):
 LINE = TypeAdapter(GenerationPrompt)
 
 
-def read_texts(path: Path, suite: Suite) -> dict[str, str]:
-    """What the model receives in place of each prompt, from a .jsonl file of GenerationPrompt.
-
-    Raises:
-        MalformedFile: a line of another form.
-        SuiteError: a prompt that is not in the suite, comes twice, or has no line.
-    """
-    lines = list(enumerate(path.read_bytes().splitlines(), start=1))
-    entries = [
-        checked(LINE, line, f"{path}:{number}", f'a line is {{"prompt", "{GENERATION_PROMPT}"}}')
-        for number, line in lines
-    ]
-    counts, wanted = Counter(entry["prompt"] for entry in entries), {prompt.text for prompt in suite.prompts}
-    problems = [f"{prompt!r} is there twice" for prompt, count in counts.items() if count > 1]
-    problems += [f"{prompt!r} is not a prompt of {suite.source}" for prompt in sorted(counts.keys() - wanted)]
-    problems += [f"{prompt!r} has no line" for prompt in sorted(wanted - counts.keys())]
-    if problems:
-        raise SuiteError(f"{path} must have one line for each prompt:{listing(problems)}")
-    return {entry["prompt"]: entry["generation_prompt"] for entry in entries}
-
-
 def run(args: argparse.Namespace) -> None:
-    """The subcommand `layout`. Settings are read as `bpgo-video generate` reads them, before ranks meet; files
-    when all ranks can fail together.
+    """Runs the command. Settings are read as `bpgo-video generate` reads them, before ranks meet; files are read when
+    all ranks can fail together.
     """
     if args.check:
         check(args)
         return
-    given = {"policy": args.policy, "seed": args.seed, "output": args.output, "prompts": args.suite}
-    given |= {"samples-per-prompt": args.samples, "fps": args.fps}
-    flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
-    settings = read_settings(GenerationSettings, [*flags, *args.more], prog="evaluate.py layout")
+    flags = {"policy": args.policy, "seed": args.seed, "output": args.output, "prompts": args.suite}
+    flags |= {"samples-per-prompt": args.samples, "fps": args.fps}
+    words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    settings = read_settings(GenerationSettings, [*words, *args.more], prog="evaluate.py layout")
     show_loading_once()
     mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
     with all_or_none(mesh):
@@ -147,8 +70,83 @@ def run(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     if args.more:
-        raise SuiteError(f"--check generates nothing, and takes no {' '.join(args.more)}")
+        raise SuiteError(f"--check generates nothing; remove {' '.join(args.more)}")
     suite = read_suite(args.suite, args.samples)
-    if problems := video_problems(args.output, suite, fps=args.fps, whole=True):
+    if problems := suites.video_problems(args.output, suite, fps=args.fps, whole=True):
         raise SuiteError(f"{args.output} has {len(problems)} problems:{listing(problems)}")
     print(f"{args.output}: {len(suite.names())} videos, complete")
+
+
+def lay_out(
+    settings: GenerationSettings,
+    suite: Suite,
+    mesh: Mesh = ALONE,
+    images: Path | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """Generates every missing video of the suite; returns the path of the manifest. Every rank calls it.
+
+    Args:
+        settings: `output` is the folder of the videos, `prompts` the suite's source, `samples_per_prompt` the suite's.
+        images: folder of the images for image-to-video, if the suite names no files.
+        texts: what the model receives in place of each prompt.
+
+    Raises:
+        SuiteError: the folder has other files; an image or a generation prompt is missing.
+        GenerationError and others: see `generate`.
+    """
+    places = places_of(settings.output)
+    with all_or_none(mesh):
+        if mesh.is_main and places.videos.is_dir():
+            clear_unfinished(places)
+            if problems := suites.foreign_problems(places.videos, suite):
+                raise SuiteError(f"{places.videos} has files outside this suite:{listing(problems)}")
+    manifest = generate(settings, mesh, reader_of(suite, images, texts), places)
+    with all_or_none(mesh):
+        if mesh.is_main and (problems := suites.video_problems(places.videos, suite)):
+            raise SuiteError(f"VBench cannot measure {places.videos}:{listing(problems)}")
+    return manifest
+
+
+def places_of(folder: Path) -> OutputPaths:
+    """The videos in the folder, the other files next to it."""
+    manifest, sheets = suites.sibling(folder, MANIFEST), suites.sibling(folder, "sheets")
+    return OutputPaths(folder, lambda record, _, sample: f"{record.prompt}-{sample}.mp4", manifest, sheets)
+
+
+def reader_of(suite: Suite, images: Path | None, texts: Mapping[str, str] | None) -> Reader:
+    """A reader of the suite's prompts for `generate`, with their images if the model continues images."""
+    image = cache(lambda path: read_media("image", path))  # VBench-I2V has seven camera motions of one image
+
+    def read(_: GenerationSettings, with_images: bool) -> list[PromptRecord]:
+        return [
+            PromptRecord(
+                prompt_id(prompt.text),
+                prompt.text,
+                negative_prompt=prompt.negative_prompt,
+                media={"image": image(suites.image_path(prompt, images))} if with_images else {},
+                info=prompt.info if texts is None else {GENERATION_PROMPT: texts[prompt.text]},
+            )
+            for prompt in suite.prompts
+        ]
+
+    return read
+
+
+def read_texts(path: Path, suite: Suite) -> dict[str, str]:
+    """The model's text for each prompt, from a .jsonl file of GenerationPrompt.
+
+    Raises:
+        MalformedFile: a line has another form.
+        SuiteError: a prompt is not in the suite, appears twice, or has no line.
+    """
+    rule = f'a line must be {{"prompt": TEXT, "{GENERATION_PROMPT}": TEXT}}'
+    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    entries = [parse_json(LINE, line, f"{path}:{number}", rule) for number, line in lines]
+    counts, prompts = Counter(entry["prompt"] for entry in entries), {prompt.text for prompt in suite.prompts}
+    problems = [f"{prompt!r} appears twice" for prompt, count in counts.items() if count > 1]
+    problems += [f"{prompt!r} is not a prompt of {suite.source}" for prompt in sorted(counts.keys() - prompts)]
+    problems += [f"{prompt!r} has no line" for prompt in sorted(prompts - counts.keys())]
+    if problems:
+        raise SuiteError(f"{path} must have one line for each prompt:{listing(problems)}")
+    return {entry["prompt"]: entry["generation_prompt"] for entry in entries}

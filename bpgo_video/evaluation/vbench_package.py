@@ -1,11 +1,11 @@
-"""VBench's own package, in the user's own interpreter, one process a dimension.
+"""The command `evaluate vbench`: VBench's own package, in the user's own interpreter, one process per dimension.
 
-OUTPUT/{dimension}_eval_results.json     VBench's result, checked: every video, and numbers alone
+OUTPUT/{dimension}_eval_results.json     VBench's result, checked: every video, and finite numbers
 OUTPUT/{dimension}.log                   the output of the process
-OUTPUT/measured.yaml                     the videos and the suite that the results are of
+OUTPUT/measured.yaml                     the videos and the suite that the results belong to
 
-VBench's own command hides exit codes, and goes on where videos are missing. Here a dimension that fails is named when
-all others are done, and the same command measures what is not there yet.
+VBench's own command hides exit codes, and continues when videos are missing. Here a failed dimension is named after all
+others are done, and the same command measures what is still missing.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ from bpgo_video.atomic import atomic_file
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.distributed.agreement import all_or_none, from_all
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.evaluation.ranks import device_of, ranks_or_alone
+from bpgo_video.evaluation.ranks import device_of, independent_ranks
 from bpgo_video.evaluation.vbench_results import Result, ResultError, check_complete, read_results
-from bpgo_video.evaluation.vbench_scoring import check_folder, videos_of
-from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, listing, read_suite
+from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, check_videos, listing, read_suite, videos_of
 from bpgo_video.training.metrics import MalformedFile
 
-OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # the package is one process, on any rank
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # the package runs as a single process
 CLASSES = {"vbench": ("vbench", "VBench"), "vbench-i2v": ("vbench2_beta_i2v", "VBenchI2V")}
 
 
 class PackageError(ValueError):
-    """VBench's own code did not measure everything; the message names each dimension and why."""
+    """VBench's own code did not measure everything; the message names each dimension and the reason."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class PackageRequest:
         videos: the folder; absolute, like `output` and `folder`.
         suite: VBench's list; with any other, every video is measured by the prompt in its name.
         device: of torch: cuda, cuda:1, cpu.
-        folder: working directory of the processes; VBench-I2V looks for its images below it.
+        folder: working directory of the processes; VBench-I2V looks for its images in it.
         options: more arguments of VBench's `evaluate`.
     """
 
@@ -65,26 +64,50 @@ class PackageRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def measure_by_package(request: PackageRequest, mesh: Mesh) -> list[Result]:
-    """Every dimension that has no complete result yet, dealt to the ranks; all results, in the requested order.
+def run(args: argparse.Namespace) -> None:
+    with independent_ranks() as mesh:
+        with all_or_none(mesh):
+            request = request_of(args, str(device_of(args.device, mesh)))
+        results = measure_by_package(request, mesh)
+        if mesh.is_main:
+            for result in results:
+                print(f"{result.dimension:24} {result.score:.4f}  {len(result.videos)} videos")
 
-    Every rank calls it, with its own device, and all see one OUTPUT.
+
+def request_of(args: argparse.Namespace, device: str) -> PackageRequest:
+    """Raises SuiteError if no dimension or no list is given."""
+    suite = None if args.suite is None else read_suite(args.suite, args.samples)
+    i2v, options = args.benchmark == "vbench-i2v", {"local": args.local}
+    dimensions = tuple(dict.fromkeys(args.dimensions or (suite.dimensions if suite is not None else ())))
+    if not dimensions:
+        raise SuiteError("no dimensions are given: add --dimensions D ..., or VBench's own list as --suite")
+    if i2v and suite is None:
+        raise SuiteError("vbench-i2v needs its own list: --suite vbench2_i2v_full_info.json")
+    options |= {"resolution": args.resolution} if i2v else {}
+    videos, output, folder = (path.absolute() for path in (args.videos, args.output, args.folder))
+    return PackageRequest(args.python, videos, output, args.benchmark, suite, dimensions, device, folder, options)
+
+
+def measure_by_package(request: PackageRequest, mesh: Mesh) -> list[Result]:
+    """Measures every dimension without a complete result, divided among the ranks; all results, in the requested order.
+
+    Every rank calls it, with its own device; all ranks must share OUTPUT.
 
     Raises:
         SuiteError: videos are missing, foreign or not alike; nothing was measured.
-        PackageError: OUTPUT has results of other videos; or dimensions failed, and each is named.
+        PackageError: OUTPUT has results of other videos; or dimensions failed, and the message names each.
         ConfigError: an error of another rank.
     """
     with all_or_none(mesh):
         videos = {name: videos_of(name, request.videos, request.suite) for name in request.dimensions}
         if mesh.is_main:
-            check_folder(request.videos, request.suite, videos)
+            check_videos(request.videos, request.suite, videos)
             write_record(request)
     results: dict[str, Result] = {}
     failures: dict[str, str] = {}
-    for name in mesh.dealt(request.dimensions):
+    for name in mesh.round_robin(request.dimensions):
         try:
-            results[name] = finished(request, name, videos[name]) or run_dimension(request, name, videos[name])
+            results[name] = measure_dimension(request, name, videos[name])
         except (PackageError, ResultError, MalformedFile, OSError) as error:
             failures[name] = str(error)
             print(f"{name} failed", flush=True)
@@ -98,52 +121,54 @@ def measure_by_package(request: PackageRequest, mesh: Mesh) -> list[Result]:
 
 
 def write_record(request: PackageRequest) -> None:
-    """Writes measured.yaml.
+    """Writes measured.yaml, if there is none.
 
     Raises:
-        PackageError: OUTPUT holds results of something else.
+        PackageError: OUTPUT has results of something else.
     """
-    path, suite = request.output / "measured.yaml", request.suite  # not .json: VBench takes each of those for a result
-    record: dict[str, Any] = {"videos": fingerprint(request.videos, (".",)), "suite": None}
-    record |= {"benchmark": request.benchmark, "options": dict(request.options)}
-    if suite is not None:
-        record["suite"] = sha256(suite.source.read_bytes()).hexdigest()[:16]
+    path, suite = request.output / "measured.yaml", request.suite  # not .json: VBench reads each .json as a result
+    record: dict[str, Any] = {
+        "videos": fingerprint(request.videos, (".",)),
+        "suite": None if suite is None else sha256(suite.source.read_bytes()).hexdigest()[:16],
+        "benchmark": request.benchmark,
+        "options": dict(request.options),
+    }
     if not path.is_file():
-        with atomic_file(path) as aside:
-            aside.write_text(yaml.safe_dump(record), "utf-8")
+        with atomic_file(path) as partial:
+            partial.write_text(yaml.safe_dump(record), "utf-8")
     earlier = yaml.safe_load(path.read_text("utf-8")) or {}
     if other := [name for name in record if earlier.get(name) != record[name]]:
-        raise PackageError(f"{request.output} holds results of other {', '.join(other)}; name another --output")
+        raise PackageError(f"{request.output} has results of other {', '.join(other)}; choose another --output")
 
 
-def finished(request: PackageRequest, dimension: str, names: Collection[str]) -> Result | None:
-    """The complete result of an earlier call; None where there is none, or it is damaged or partial."""
+def measure_dimension(request: PackageRequest, dimension: str, names: Collection[str]) -> Result:
+    """The complete result of an earlier call, or that of a new process.
+
+    Raises:
+        PackageError: the process failed; has its last lines.
+        ResultError, MalformedFile, FileNotFoundError: it wrote no result, or an unusable one.
+    """
     try:
         return read_result(request, dimension, names)
     except (FileNotFoundError, ResultError, MalformedFile) as error:
         print(f"{dimension}: measuring ({error})", flush=True)
-        return None
-
-
-def run_dimension(request: PackageRequest, dimension: str, names: Collection[str]) -> Result:
-    """One process.
-
-    Raises:
-        PackageError: its exit code is not 0; has its last lines.
-        ResultError, MalformedFile, FileNotFoundError: it wrote no result, or one that cannot be used.
-    """
     module, benchmark = CLASSES[request.benchmark]
-    places = {name: str(getattr(request, name)) for name in ("device", "output", "videos")}
-    suite = "" if request.suite is None else str(request.suite.source)
-    mode = "vbench_standard" if request.suite is not None and request.suite.dimensions else "custom_input"
-    options = {**({"mode": mode} if request.benchmark == "vbench" else {}), **request.options}
-    task = {**places, "module": module, "benchmark": benchmark, "suite": suite, "options": options}
+    is_list = request.suite is not None and bool(request.suite.dimensions)
+    mode = {"mode": "vbench_standard" if is_list else "custom_input"} if request.benchmark == "vbench" else {}
+    task = {
+        **{name: str(getattr(request, name)) for name in ("device", "output", "videos")},
+        "module": module,
+        "benchmark": benchmark,
+        "suite": "" if request.suite is None else str(request.suite.source),
+        "options": {**mode, **request.options},
+        "dimension": dimension,
+    }
     worker = str(Path(bpgo_video.__file__).parent / "worker_side" / "vbench_dimension.py")
-    command = [request.python, worker, json.dumps({**task, "dimension": dimension})]
-    environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     log = request.output / f"{dimension}.log"
-    with log.open("wb") as said:
-        code = subprocess.run(command, stdout=said, stderr=said, cwd=request.folder, env=environment).returncode
+    with log.open("wb") as output:
+        command = [request.python, worker, json.dumps(task)]
+        code = subprocess.run(command, stdout=output, stderr=output, cwd=request.folder, env=environment).returncode
     if code != 0:
         last = " / ".join(log.read_text("utf-8", "replace").splitlines()[-3:])
         raise PackageError(f"{dimension}: {request.python} ended with exit code {code}: {last} ({log})")
@@ -157,28 +182,3 @@ def read_result(request: PackageRequest, dimension: str, names: Collection[str])
         raise ResultError(f"{path} has the dimension {result.dimension}")
     check_complete(result, names)
     return result
-
-
-def run(args: argparse.Namespace) -> None:
-    """The subcommand `vbench`."""
-    with ranks_or_alone() as mesh:
-        with all_or_none(mesh):
-            request = requested(args, str(device_of(args.device, mesh)))
-        results = measure_by_package(request, mesh)
-        if mesh.is_main:
-            for result in results:
-                print(f"{result.dimension:24} {result.score:.4f}  {len(result.videos)} videos")
-
-
-def requested(args: argparse.Namespace, device: str) -> PackageRequest:
-    """Raises SuiteError where no dimension or no list is named."""
-    suite = None if args.suite is None else read_suite(args.suite, args.samples)
-    i2v, options = args.benchmark == "vbench-i2v", {"local": args.local}
-    dimensions = tuple(dict.fromkeys(args.dimensions or (suite.dimensions if suite is not None else ())))
-    if not dimensions:
-        raise SuiteError("say which --dimensions: only VBench's own list, by --suite, names them itself")
-    if i2v and suite is None:
-        raise SuiteError("vbench-i2v needs its own list, vbench2_i2v_full_info.json: --suite FILE")
-    options |= {"resolution": args.resolution} if i2v else {}
-    videos, output, folder = (path.absolute() for path in (args.videos, args.output, args.folder))
-    return PackageRequest(args.python, videos, output, args.benchmark, suite, dimensions, device, folder, options)

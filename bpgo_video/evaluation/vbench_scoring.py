@@ -1,9 +1,8 @@
-"""Scores of the videos of a folder: dimension by dimension, each rank its share, numbers kept as they come.
+"""The command `evaluate score`: VBench's dimensions of a folder of videos, which are divided among ranks.
 
-OUTPUT.json.measured/{dimension}-{hex}.jsonl      of one process, a line a video; deleted when OUTPUT.json is complete
+OUTPUT.json.measured/{dimension}-{key}.json      the number of one video; deleted when OUTPUT.json is complete
 
-A line's key is a hash of everything that its number depends on. Lines of other keys, and a last one that was cut short,
-are measured again.
+The key is a hash of everything that the number depends on. An interrupted command continues with the other videos.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,21 +19,19 @@ import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
+from bpgo_video.atomic import write_json
 from bpgo_video.cli import show_loading_once
-from bpgo_video.data.video import VideoError, read_header, read_pixels
+from bpgo_video.data.media import VideoError, read_header, read_pixels
 from bpgo_video.distributed.agreement import all_or_none, from_all, from_main, same_everywhere
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.evaluation.files import checked
-from bpgo_video.evaluation.ranks import device_of, ranks_or_alone
-from bpgo_video.evaluation.vbench_dimensions import Dimension, find_dimension
-from bpgo_video.evaluation.vbench_folder import video_problems
-from bpgo_video.evaluation.vbench_formulas import DimensionError, Footage, Measured
-from bpgo_video.evaluation.vbench_networks import Network, Sources
+from bpgo_video.evaluation import vbench_suite as suites
+from bpgo_video.evaluation.ranks import device_of, independent_ranks
+from bpgo_video.evaluation.vbench_dimensions import Dimension, DimensionError, Measured, find_dimension
+from bpgo_video.evaluation.vbench_networks import Footage, Network, Sources
 from bpgo_video.evaluation.vbench_results import Result, Video, write_results
-from bpgo_video.evaluation.vbench_suite import SUFFIX, Suite, SuiteError, SuitePrompt, image_path, listing, read_suite
+from bpgo_video.evaluation.vbench_suite import Suite, SuitePrompt, read_suite
 from bpgo_video.randomness import reseeded
-
-PROMPT_IN_NAME = re.compile(r"(.*?)(-\d+)?\.mp4", re.DOTALL)  # as VBench reads a custom video's prompt
+from bpgo_video.training.metrics import parse_json
 
 
 @dataclass(frozen=True)
@@ -44,10 +39,10 @@ class Request:
     """What to measure.
 
     Attributes:
-        backbones: the network of a dimension, where it is not the default one.
-        suite: whose videos they are; None: every video of the folder, its prompt in its name, in every dimension.
-        images: folder of what image-to-video continued.
-        fps: required of all videos; None: the layout's manifest's, or that of most videos.
+        backbones: the network of a dimension, if it is not the default one.
+        suite: of the videos; None: every video of the folder, with the prompt in its name, in every dimension.
+        images: folder of the images that image-to-video continued.
+        fps: required of all videos; None: that of the layout's manifest, or of most videos.
     """
 
     videos: Path
@@ -58,20 +53,12 @@ class Request:
     fps: float | None = None
 
 
-@dataclass(frozen=True)
-class Line:
-    """One video's number, as it is kept."""
-
-    key: str
-    measured: Measured
-
-
-LINE = TypeAdapter(Line)
+MEASURED = TypeAdapter(Measured)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One video of a dimension, and the image that it continues if the dimension compares with that."""
+    """One video of a dimension, and the image that it continues if the dimension compares them."""
 
     path: Path
     prompt: SuitePrompt
@@ -80,28 +67,32 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """A dimension that is ready to be measured."""
+    """A dimension with its network and videos."""
 
     dimension: Dimension
     network: Network
     items: tuple[Item, ...]
     sources: Sources
 
-    def key(self, item: Item) -> str:
-        """Changes when anything changes that the item's number depends on; files count by size and time."""
+    def kept_file(self, kept: Path, item: Item) -> Path:
+        """The file of the item's number; its name changes with everything that the number depends on.
+
+        Of files, size and modification time count.
+        """
         stats = [path and path.stat() for path in (item.path, item.image, self.sources.head)]
         files = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
-        said = [item.path.name, item.prompt.text, dict(item.prompt.info)]
-        of = [self.dimension.name, self.network.label, self.network.name, said, files]
-        return sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+        prompt = [item.path.name, item.prompt.text, dict(item.prompt.info)]
+        parts = [self.dimension.name, self.network.label, self.network.name, prompt, files]
+        key = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return kept / f"{self.dimension.name}-{key}.json"
 
     def measure(self, item: Item) -> Measured:
-        """One video's number. What a network draws from global generators is the same for every video.
+        """One video's number. The random draws of a network are the same for every video.
 
         Raises:
             DimensionError: it is not finite.
             RuntimeError: of the network, such as a lack of memory; names the video.
-            VideoError: the file cannot be decoded, or holds fewer frames than it says.
+            VideoError: the file cannot be decoded, or has fewer frames than its header says.
         """
         footage = read_footage(item)
         try:
@@ -113,21 +104,40 @@ class Task:
             raise DimensionError(f"{self.dimension.name} of {item.path} is {measured.value}")
         return measured
 
-    def result(self, found: Sequence[Measured]) -> Result:
-        """Every video's number, and their weighted mean, summed in the videos' order."""
-        weights = sum(measured.weight for measured in found)
-        score = sum(measured.value * measured.weight for measured in found) / weights * self.dimension.scale
-        pairs = zip(self.items, found, strict=True)
-        network = self.network
+    def result(self, numbers: Mapping[int, Measured]) -> Result:
+        """All videos' numbers, by place, and their weighted mean, summed in the videos' order."""
+        ordered = [numbers[place] for place in range(len(self.items))]
+        weights = sum(measured.weight for measured in ordered)
+        score = sum(measured.value * measured.weight for measured in ordered) / weights * self.dimension.scale
+        network, pairs = self.network, zip(self.items, ordered, strict=True)
         videos = (Video(str(item.path), measured.value, network.label, network.name) for item, measured in pairs)
         return Result(self.dimension.name, score, tuple(videos))
 
 
-def read_footage(item: Item) -> Footage:
-    pixels, fps = read_pixels(item.path)
-    if len(pixels) < (promised := read_header(item.path).frames):
-        raise VideoError(f"{item.path} holds {len(pixels)} of {promised} frames; is it complete?")
-    return Footage(item.path, item.prompt, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps, item.image)
+def run(args: argparse.Namespace) -> None:
+    def done(results: Sequence[Result]) -> None:
+        write_results(args.output, results)
+        last = results[-1]
+        labels = ", ".join(last.labels)
+        print(f"{last.dimension:24} {last.score:.4f}  {labels}, {len(last.videos)} videos", flush=True)
+
+    show_loading_once()
+    with independent_ranks() as mesh:
+        with all_or_none(mesh):
+            backbones, dimensions = dict(map(parse_backbone, args.backbone)), tuple(dict.fromkeys(args.dimensions))
+            suite = None if args.suite is None else read_suite(args.suite, args.samples)
+            request = Request(args.videos, dimensions, backbones, suite, args.images, args.fps)
+            sources = Sources(device_of(args.device, mesh), head=args.head)
+        score_folder(request, sources, mesh, kept_folder(args.output), done)
+        if mesh.is_main:
+            print(args.output)
+
+
+def parse_backbone(text: str) -> tuple[str, str]:
+    dimension, _, network = text.partition("=")
+    if not (dimension and network):
+        raise ValueError(f"--backbone {text!r} must be DIMENSION=NETWORK")
+    return dimension, network
 
 
 def score_folder(
@@ -143,15 +153,15 @@ def score_folder(
     any number of ranks, and a dimension's score is computed from all numbers in the videos' order.
 
     Args:
-        kept: folder of the numbers measured so far; an earlier call's are used, and all are deleted at the end.
+        kept: folder of the numbers measured so far; those of an earlier call are used, and all are deleted at the end.
         done: receives all results so far after each dimension, on rank 0: a dimension may take hours.
 
     Raises:
         SuiteError: videos are missing or foreign, cannot be opened, or are not alike; nothing was measured.
         DimensionError: a dimension is unknown, or its network is missing; nothing was measured.
         MalformedFile: a file of `kept` is damaged.
-        ConfigError: an error of another rank, or the ranks do not see the same.
-        VideoError: a video cannot be decoded to its end.
+        ConfigError: an error of another rank, or the ranks do not see the same files.
+        VideoError: a video cannot be decoded completely.
     """
     with all_or_none(mesh):
         tasks = prepare(request, sources, mesh.is_main)
@@ -160,11 +170,11 @@ def score_folder(
     same_everywhere({"videos and prompts": videos, "networks": networks}, mesh)
     results: list[Result] = []
     for task in tasks:
-        found = from_main(read_kept(task, kept) if mesh.is_main else {}, mesh)
-        rest = [place for place in range(len(task.items)) if place not in found]
-        for part in from_all(measure_share(task, mesh.dealt(rest), mesh, kept), mesh):
-            found |= part
-        results.append(task.result([found[place] for place in range(len(task.items))]))
+        numbers = from_main(read_kept(task, kept) if mesh.is_main else {}, mesh)
+        rest = [place for place in range(len(task.items)) if place not in numbers]
+        for part in from_all(measure_share(task, mesh.round_robin(rest), mesh, kept), mesh):
+            numbers |= part
+        results.append(task.result(numbers))
         if mesh.is_main:
             done(results)
     if mesh.is_main:
@@ -173,132 +183,68 @@ def score_folder(
 
 
 def prepare(request: Request, sources: Sources, checks_files: bool) -> list[Task]:
-    """The dimensions with their networks; errors as `score_folder` says.
+    """The dimensions with their networks and videos; for errors see `score_folder`.
 
     Args:
-        checks_files: whether this rank opens every file: of many ranks one is enough.
+        checks_files: whether this rank opens every file; one of many ranks is enough.
     """
     if unknown := sorted(request.backbones.keys() - set(request.dimensions)):
         raise DimensionError(f"--backbone names {', '.join(unknown)}, which --dimensions does not")
-    found = [find_dimension(name) for name in request.dimensions]
-    videos = {one.name: videos_of(one.name, request.videos, request.suite) for one in found}
+    dimensions = [find_dimension(name) for name in request.dimensions]
+    videos = {one.name: suites.videos_of(one.name, request.videos, request.suite) for one in dimensions}
     if checks_files:
-        check_folder(request.videos, request.suite, videos, request.fps)
-    networks = [one.network(request.backbones.get(one.name), sources) for one in found]
-    return [
-        Task(one, network, tuple(items_of(one, videos[one.name], request)), sources)
-        for one, network in zip(found, networks, strict=True)
-    ]
+        suites.check_videos(request.videos, request.suite, videos, request.fps)
+    tasks = []
+    for one in dimensions:
+        network = one.network(request.backbones.get(one.name), sources)
+        items = [
+            Item(request.videos / name, prompt, suites.image_path(prompt, request.images) if one.continues else None)
+            for name, prompt in videos[one.name].items()
+        ]
+        tasks.append(Task(one, network, tuple(items), sources))
+    return tasks
 
 
-def items_of(dimension: Dimension, videos: Mapping[str, SuitePrompt], request: Request) -> Iterator[Item]:
-    for name, prompt in videos.items():
-        yield Item(request.videos / name, prompt, image_path(prompt, request.images) if dimension.continues else None)
-
-
-def videos_of(dimension: str, folder: Path, suite: Suite | None) -> dict[str, SuitePrompt]:
-    """The names of the dimension's videos and their prompts.
-
-    Raises:
-        SuiteError: the folder does not exist, or the dimension has no videos.
-    """
-    if not folder.is_dir():
-        raise SuiteError(f"there is no folder of videos {folder}")
-    if not (names := prompts_in_names(folder) if suite is None else suite.names(dimension)):
-        raise SuiteError(f"{folder if suite is None else suite.source} has no videos of {dimension}")
-    return names
-
-
-def prompts_in_names(folder: Path) -> dict[str, SuitePrompt]:
-    """Every video of a folder, and the prompt in its name: `{prompt}-{i}.mp4` or `{prompt}.mp4`.
-
-    Raises:
-        SuiteError: the folder holds something else.
-    """
-    present = sorted(path.name for path in folder.iterdir())
-    if other := [repr(name) for name in present if not name.endswith(SUFFIX) or name.startswith(".")]:
-        raise SuiteError(f"{folder} holds files that are no {SUFFIX} videos; move them:{listing(other)}")
-    return {name: SuitePrompt(PROMPT_IN_NAME.sub(r"\1", name)) for name in present}
-
-
-def check_folder(
-    folder: Path, suite: Suite | None, videos: Mapping[str, Mapping[str, SuitePrompt]], fps: float | None = None
-) -> None:
-    """Checks all dimensions' videos by their headers. Raises SuiteError with every problem."""
-    names = {name for chosen in videos.values() for name in chosen}
-    if problems := video_problems(folder, suite, names, fps):
-        raise SuiteError(f"{folder} cannot be measured as it is:{listing(problems)}")
+def read_footage(item: Item) -> Footage:
+    pixels, fps = read_pixels(item.path)
+    if len(pixels) < (promised := read_header(item.path).frames):
+        raise VideoError(f"{item.path} has {len(pixels)} of {promised} frames; is it complete?")
+    return Footage(item.path, item.prompt, torch.from_numpy(pixels).permute(0, 3, 1, 2), fps, item.image)
 
 
 def measure_share(task: Task, places: Sequence[int], mesh: Mesh, kept: Path) -> dict[int, Measured]:
-    """This rank's numbers, by the video's place; each is kept as it comes."""
-    found: dict[int, Measured] = {}
-    if not places:
-        return found
+    """This rank's numbers by the video's place; each is written to a file at once."""
+    numbers: dict[int, Measured] = {}
     label = task.dimension.name + (f" (1 of {mesh.world_size} shares)" if mesh.world_size > 1 else "")
-    hidden = None if mesh.is_main else True  # None: where there is no terminal
-    kept.mkdir(parents=True, exist_ok=True)
-    with (kept / f"{task.dimension.name}-{secrets.token_hex(4)}.jsonl").open("x", encoding="utf-8") as file:
-        for place in tqdm(places, desc=label, unit="video", disable=hidden):
-            item = task.items[place]
-            key, found[place] = task.key(item), task.measure(item)
-            line = {"key": key, "video": item.path.name, "measured": asdict(found[place])}
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-    return found
+    hidden = None if mesh.is_main and places else True  # None: hidden outside terminals
+    for place in tqdm(places, desc=label, unit="video", disable=hidden):
+        path = task.kept_file(kept, task.items[place])
+        numbers[place] = task.measure(task.items[place])
+        write_json(path, asdict(numbers[place]))
+    return numbers
 
 
 def kept_folder(output: Path) -> Path:
-    """The folder of a result file's lines."""
+    """The folder of the kept numbers of a result file."""
     return output.with_name(f"{output.name}.measured")
 
 
 def read_kept(task: Task, kept: Path) -> dict[int, Measured]:
-    """What an earlier call measured, by the video's place. Raises MalformedFile for a line of another form."""
-    lines = {}
-    for path in kept.glob(f"{task.dimension.name}-*.jsonl"):
-        for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            line = checked(LINE, text, f"{path}, line {number}", "delete the file, and its videos are measured again")
-            lines[line.key] = line.measured
-    keys = [task.key(item) for item in task.items] if lines else []
-    found = {place: lines[key] for place, key in enumerate(keys) if key in lines}
-    if found:
-        count = f"{len(found)} of {len(task.items)} videos"
+    """The numbers of an earlier call, by the video's place. Raises MalformedFile."""
+    numbers = {}
+    for place, item in enumerate(task.items):
+        if (path := task.kept_file(kept, item)).is_file():
+            numbers[place] = parse_json(MEASURED, path.read_bytes(), path, "delete it to measure its video again")
+    if numbers:
+        count = f"{len(numbers)} of {len(task.items)} videos"
         print(f"{task.dimension.name}: {count} were measured before ({kept})", flush=True)
-    return found
+    return numbers
 
 
 def drop_kept(kept: Path, dimensions: Sequence[str]) -> None:
-    """Deletes the lines of these dimensions, and the folder if no others are left."""
-    for path in (path for dimension in dimensions for path in kept.glob(f"{dimension}-*.jsonl")):
-        path.unlink()
+    """Deletes the numbers of these dimensions, and the folder if no others are left."""
+    for dimension in dimensions:
+        for path in [*kept.glob(f"{dimension}-*"), *kept.glob(f".{dimension}-*")]:  # and partial files
+            path.unlink()
     if kept.is_dir() and not any(kept.iterdir()):
         kept.rmdir()
-
-
-def run(args: argparse.Namespace) -> None:
-    """The subcommand `score`."""
-
-    def done(results: Sequence[Result]) -> None:
-        write_results(args.output, results)
-        last = results[-1]
-        labels = ", ".join(last.labels)
-        print(f"{last.dimension:24} {last.score:.4f}  {labels}, {len(last.videos)} videos", flush=True)
-
-    show_loading_once()
-    with ranks_or_alone() as mesh:
-        with all_or_none(mesh):
-            backbones, dimensions = dict(map(backbone, args.backbone)), tuple(dict.fromkeys(args.dimensions))
-            suite = None if args.suite is None else read_suite(args.suite, args.samples)
-            request = Request(args.videos, dimensions, backbones, suite, args.images, args.fps)
-            sources = Sources(device_of(args.device, mesh), head=args.head)
-        score_folder(request, sources, mesh, kept_folder(args.output), done)
-        if mesh.is_main:
-            print(args.output)
-
-
-def backbone(text: str) -> tuple[str, str]:
-    dimension, _, network = text.partition("=")
-    if not (dimension and network):
-        raise ValueError(f"--backbone {text!r} must be DIMENSION=NETWORK")
-    return dimension, network

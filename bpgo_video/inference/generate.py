@@ -24,9 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.images import decode_image, fit_image
-from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.data.video import as_bytes, write_video
+from bpgo_video.data.media import as_bytes, decode_image, fit_image, write_video
+from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed.agreement import all_or_none, from_all, same_everywhere
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.inference.model_files import load_lora
@@ -54,9 +53,8 @@ from bpgo_video.inference.video_files import (
     write_manifest,
 )
 from bpgo_video.policies import Policy
-from bpgo_video.policies.frozen_parts import in_parts
-from bpgo_video.policies.kernels import choose_attention
-from bpgo_video.policies.transformers import Transformers
+from bpgo_video.policies.execution import choose_attention, split_vae_work
+from bpgo_video.policies.networks import Transformers
 from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Latents, Videos
 
@@ -96,15 +94,15 @@ def generate(
         check_offload(settings.offload, mesh.device)
     same_everywhere({"generation settings": repr(record), "output folder": str(settings.output.absolute())}, mesh)
     jobs = plan(settings, prompts, paths)
-    missing = [job for job in mesh.dealt(jobs) if whole_video(job.file, call.video) is None]
+    missing = [job for job in mesh.round_robin(jobs) if whole_video(job.file, call.video) is None]
     todo = sorted(chain(*from_all(missing, mesh)), key=lambda job: (job.number, job.sample))
     if mesh.is_main:
         write_manifest(paths.manifest, record, jobs, todo)
     with all_or_none(mesh):
-        make(mesh.dealt(todo), settings, model, call, mesh)
+        make(mesh.round_robin(todo), settings, model, call, mesh)
     of_prompts = [list(group) for _, group in groupby(jobs, key=lambda job: job.number)]
     with all_or_none(mesh):
-        for group in mesh.dealt(of_prompts):
+        for group in mesh.round_robin(of_prompts):
             if damaged := check_and_show(group, call.video):
                 raise GenerationError(f"{damaged[0].file} was written, but is not a whole video; repeat the command")
     if mesh.is_main:
@@ -211,8 +209,8 @@ def save_memory(pipeline: Any, settings: GenerationSettings, policy: Policy) -> 
     """
     transformers = Transformers({name: getattr(pipeline, name) for name in policy.transformer_names})
     with naming_flags():
-        in_parts(pipeline.vae, tiling=bool(settings.vae_tiling), slicing=bool(settings.vae_slicing))
-        choose_attention(transformers, settings.attention_backend, trains=False)
+        split_vae_work(pipeline.vae, tiling=bool(settings.vae_tiling), slicing=bool(settings.vae_slicing))
+        choose_attention(transformers, settings.attention_backend, policy.sequence_plan, trains=False)
 
 
 def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> Latents:

@@ -19,7 +19,7 @@ from bpgo_video.config.sft import Recipe
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import family
-from bpgo_video.policies.transformers import transformer_names
+from bpgo_video.policies.networks import transformer_names
 
 CARD = "README.md"
 EXPORTED = "A diffusers pipeline with its transformer"

@@ -30,9 +30,8 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.errors import some_of
 from bpgo_video.inference.model_card import CardFacts, write_card
-from bpgo_video.policies import Policy
+from bpgo_video.policies import Policy, original_names
 from bpgo_video.policies.lora import ADAPTER, merged_parameters, peft_config
-from bpgo_video.policies.original_names import original_names
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 SHARD_BYTES = 5 * 10**9

@@ -20,24 +20,21 @@ from torch import Tensor
 from bpgo_video.config.reading import read_recipe
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint
-from bpgo_video.distributed.ema_files import AverageParameters
-from bpgo_video.distributed.model_buffers import model_buffers, stored
-from bpgo_video.distributed.precision import parameter_dtype
-from bpgo_video.distributed.stored_tensors import tensor_files
+from bpgo_video.distributed.ema import AverageParameters
+from bpgo_video.distributed.precision import model_buffers, parameter_dtype, read_tensor, tensor_files
 from bpgo_video.distributed.zero_files import (
     CheckpointError,
-    complete_optimiser_files,
+    ZeroParameters,
     model_file,
+    optimizer_files,
     read_file,
     refuse_foreign_pickles,
 )
-from bpgo_video.distributed.zero_parameters import ZeroParameters
 from bpgo_video.errors import some_of
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import family
 from bpgo_video.policies.lora import merged_tensors
-from bpgo_video.policies.pipeline_policy import networks_of
-from bpgo_video.policies.transformers import trained_names
+from bpgo_video.policies.networks import networks_of, trained_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {"raw": ZeroParameters, "ema": AverageParameters}
@@ -106,7 +103,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if not config_file.is_file():
         raise CheckpointError(f"{config_file} is missing, which names the run's model; copy it there from the run")
     refuse_foreign_pickles(folder)
-    complete_optimiser_files(folder)
+    optimizer_files(folder)
     state = read_file(model_file(folder))
     if "progress" not in state:
         raise CheckpointError(f"{folder} has no training progress in it: bpgo-video did not write it")
@@ -145,7 +142,7 @@ def trained_tensors(
     """
     files, folder, lora = source.files(name), source.base / name, source.config.policy.lora
     if lora.rank:
-        base = ((key, stored(file, key).to(source.dtype_of(name, key, dtype))) for key, file in files.items())
+        base = ((key, read_tensor(file, key).to(source.dtype_of(name, key, dtype))) for key, file in files.items())
         try:
             yield from merged_tensors(base, adapter_tensors(source, name, weights), lora)
         except ValueError as error:
@@ -158,7 +155,7 @@ def trained_tensors(
         raise CheckpointError(f"{source.folder} lacks tensors of {folder}: {some_of(missing)}; is it the run's model?")
     for key, file in files.items():
         trained = f"{name}.{key}"
-        tensor = weights[trained] if trained in weights else stored(file, key)
+        tensor = weights[trained] if trained in weights else read_tensor(file, key)
         yield key, tensor.to(source.dtype_of(name, key, dtype))
 
 

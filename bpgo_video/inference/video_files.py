@@ -23,12 +23,10 @@ from torch import Tensor
 
 from bpgo_video.atomic import atomic_file, write_json
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.data.media import read_media
+from bpgo_video.data.media import VideoError, as_bytes, read_media, read_video
 from bpgo_video.data.prompt_files import read_prompts
-from bpgo_video.data.prompt_plan import make_plan
-from bpgo_video.data.prompt_records import PromptRecord
-from bpgo_video.data.shards import PromptShards
-from bpgo_video.data.video import VideoError, as_bytes, read_video
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import PromptRecord
 from bpgo_video.inference.settings import GenerationError, GenerationSettings
 
 MANIFEST = "generation.json"
@@ -42,7 +40,7 @@ Reader = Callable[[GenerationSettings, bool], list[PromptRecord]]  # (settings, 
 
 @dataclass(frozen=True)
 class OutputPaths:
-    """Places of a generation's files.
+    """OutputPaths of a generation's files.
 
     Attributes:
         videos: folder of the videos.
@@ -104,7 +102,6 @@ def read_records(settings: GenerationSettings, with_images: bool = False) -> lis
             f"split is {settings.split!r}, but {settings.prompts} is no folder of prompt shards; remove --split"
         )
     else:
-        make_plan([settings.prompts])  # checks all lines
         lines = read_prompts([settings.prompts])
         pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
     records = []

@@ -1,11 +1,15 @@
-"""The mathematics of BPGO on plain tensors: trust, transformed rewards and advantages, priors and surrogates.
+"""BPGO on plain tensors: trust, transformed rewards, advantages, priors and losses.
 
-The names below are the public ones (docs/api.md).
+`equations.py` has the method on one reward. The names below are public (docs/api.md).
 """
 
 from bpgo_video.learner.advantages import group_relative
-from bpgo_video.learner.equations import contrastive_reward_transformation, reliability_adaptive_scaling
-from bpgo_video.learner.one_reward import BPGOAdvantages, bpgo_advantages
+from bpgo_video.learner.equations import (
+    BPGOAdvantages,
+    bpgo_advantages,
+    contrastive_reward_transformation,
+    reliability_adaptive_scaling,
+)
 from bpgo_video.types import PriorAnchor
 
 __all__ = [

@@ -1,11 +1,10 @@
-"""Group-relative advantages: how much better than its group each sample is, and several rewards in one.
+"""Group-relative advantages: normalisation, combination of rewards, bounds, and credit over latent frames.
 
-Everything is a function of the gathered rewards of one step, prompts x group, so that all ranks find the same numbers.
+All are functions of a step's gathered rewards, prompts x group, so they are equal on all ranks.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,37 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bpgo_video.config.learner import AdvantageConfig
+
 DELTA = 1e-6  # added to a standard deviation, as in GRPO
-
-
-@dataclass(frozen=True)
-class AdvantageSettings:
-    """How rewards become advantages; the defaults are GRPO's.
-
-    Attributes:
-        normalise: of NORMALISERS, what a sample's distance from its group's mean is divided by.
-        combine: of COMBINATIONS, how the advantages of several rewards become one.
-        drop_zero_std: let the loss be the mean over groups with signal, not over all.
-        best_of: train on the n best and the n worst samples of each group; None on all.
-        clip: advantages are held within [-clip, clip], after the trust and before the loss's mean is rescaled.
-    """
-
-    normalise: str = "group"
-    combine: str = "weighted_sum"
-    drop_zero_std: bool = False
-    best_of: int | None = None
-    clip: float = math.inf
-
-    def __post_init__(self) -> None:
-        rules = {
-            "normalise": (self.normalise in NORMALISERS, f"must be one of {', '.join(NORMALISERS)}"),
-            "combine": (self.combine in COMBINATIONS, f"must be one of {', '.join(COMBINATIONS)}"),
-            "best_of": (self.best_of is None or self.best_of >= 1, "must be at least 1, or None for all samples"),
-            "clip": (self.clip > 0, "advantages are clipped to [-clip, clip], clip > 0"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r}: {rule}")
 
 
 def group_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
@@ -52,8 +23,8 @@ def group_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "pr
     In fp32, or fp64 if the rewards are. A group whose largest reward equals its smallest gives exactly 0:
     there the plain formula divides rounding noise by 1e-6.
     """
-    rewards = _comparable(rewards)
-    return _over(rewards, rewards.std(dim=1, keepdim=True))
+    rewards = _compared(rewards)
+    return _centred(rewards, rewards.std(dim=1, keepdim=True) + DELTA)
 
 
 def batch_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
@@ -61,43 +32,32 @@ def batch_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "pr
 
     Groups keep their relative spreads (Flow-GRPO's global std, arXiv 2505.05470).
     """
-    rewards = _comparable(rewards)
-    return _over(rewards, rewards.std())
+    rewards = _compared(rewards)
+    return _centred(rewards, rewards.std() + DELTA)
 
 
 def max_std_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
-    """A = (R - mean_j R) / (max_i std_j R_i + 1e-6): the group that differs most has std 1, the others less."""
-    rewards = _comparable(rewards)
-    return _over(rewards, rewards.std(dim=1).max())
+    """A = (R - mean_j R) / (max_i std_j R_i + 1e-6): the group with the largest std gets std 1, the others less."""
+    rewards = _compared(rewards)
+    return _centred(rewards, rewards.std(dim=1).max() + DELTA)
 
 
 def mean_subtracted(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
     """A = R - mean_j R, in the reward's own units (Dr. GRPO, arXiv 2503.20783)."""
-    rewards = _comparable(rewards)
-    return _over(rewards, torch.ones((), dtype=rewards.dtype, device=rewards.device), delta=0.0)
+    rewards = _compared(rewards)
+    return _centred(rewards, torch.ones_like(rewards[0, 0]))
 
 
 def win_rate_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
-    """`group_relative` of the within-group win rates (Pref-GRPO, arXiv 2508.20751): the order alone counts."""
+    """`group_relative` of the within-group win rates (Pref-GRPO, arXiv 2508.20751), which depend on the order alone."""
     return group_relative(win_rates(rewards))
 
 
 def win_rates(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
-    """Share of the rest of its group that each sample beats, in [0, 1]; a tie is half a win."""
-    rewards = _comparable(rewards)
-    won_less_lost = torch.sign(rewards[:, :, None] - rewards[:, None, :]).sum(dim=2)
-    return 0.5 + won_less_lost / (2 * (rewards.shape[1] - 1))
-
-
-def _comparable(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
-    if rewards.shape[1] < 2:
-        raise ValueError(f"group of {rewards.shape[1]}: an advantage compares samples of one prompt; use 2 or more")
-    return rewards if rewards.dtype == torch.float64 else rewards.float()
-
-
-def _over(rewards: Float[Tensor, "prompts group"], spread: Tensor, delta: float = DELTA) -> Tensor:
-    advantage = (rewards - rewards.mean(dim=1, keepdim=True)) / (spread + delta)
-    return advantage.masked_fill(equal_groups(rewards)[:, None], 0.0)
+    """Share of the other samples of its group that each sample beats, in [0, 1]; a tie is half a win."""
+    rewards = _compared(rewards)
+    wins_minus_losses = torch.sign(rewards[:, :, None] - rewards[:, None, :]).sum(dim=2)
+    return 0.5 + wins_minus_losses / (2 * (rewards.shape[1] - 1))
 
 
 NORMALISERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -109,10 +69,27 @@ NORMALISERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _compared(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
+    if rewards.shape[1] < 2:
+        raise ValueError(f"group of {rewards.shape[1]}: an advantage compares samples of one prompt; use 2 or more")
+    return rewards if rewards.dtype == torch.float64 else rewards.float()
+
+
+def _centred(rewards: Float[Tensor, "prompts group"], divisor: Tensor) -> Float[Tensor, "prompts group"]:
+    """(R - mean_j R) / divisor, and exactly 0 in groups of equal rewards."""
+    advantage = (rewards - rewards.mean(dim=1, keepdim=True)) / divisor
+    return advantage.masked_fill(equal_groups(rewards)[:, None], 0.0)
+
+
+def equal_groups(rewards: Float[Tensor, "prompts group"]) -> Bool[Tensor, "prompts"]:
+    """True where a group's largest reward equals its smallest: the group has no signal."""
+    return rewards.amax(dim=1) == rewards.amin(dim=1)
+
+
 def weighted_sum(
     advantages_by_name: Mapping[str, Float[Tensor, "prompts group"]], weights: Mapping[str, float]
 ) -> Float[Tensor, "prompts group"]:
-    """sum_r weights[r] A_r over the rewards r. Names must agree."""
+    """sum_r weights[r] A_r over the rewards r. Raises ValueError unless the names are equal."""
     if not advantages_by_name or set(advantages_by_name) != set(weights):
         raise ValueError(
             f"advantages of {sorted(advantages_by_name)} but weights of {sorted(weights)}: give each reward one weight"
@@ -125,8 +102,8 @@ def batch_standardised_sum(
 ) -> Float[Tensor, "prompts group"]:
     """S / (std S + 1e-6), S the weighted sum and std over the batch (ddof 1): GDPO's last step (arXiv 2601.05242).
 
-    The batch mean of S is not subtracted: each A_r has mean 0 in each group, and so has S; what is left is rounding,
-    which must not give samples of a group without signal an advantage. Only the weights' proportions matter.
+    The batch mean of S is not subtracted: it is 0 but for rounding, because each A_r has mean 0 in each group, and
+    rounding must not give an advantage to groups without signal. Only the weights' proportions matter.
     """
     total = weighted_sum(advantages_by_name, weights)
     return total / (total.std() + DELTA)
@@ -141,7 +118,7 @@ COMBINATIONS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, float]], Te
 def clip_advantages(
     advantage: Float[Tensor, "prompts group"], limit: float | Float[Tensor, "prompts #group"]
 ) -> Float[Tensor, "prompts group"]:
-    """Advantages held within [-limit, limit]; a tensor gives each prompt its own limit."""
+    """Advantages clamped to [-limit, limit]; a tensor gives each prompt its own limit."""
     bound = torch.as_tensor(limit, dtype=advantage.dtype, device=advantage.device)
     if not bool((bound > 0).all()):
         raise ValueError(f"limit={limit}: advantages are clipped to [-limit, limit] with limit > 0")
@@ -151,7 +128,7 @@ def clip_advantages(
 def best_and_worst(advantage: Float[Tensor, "prompts group"], n: int) -> Bool[Tensor, "prompts group"]:
     """True for the n best and the n worst samples of each group (DanceGRPO, arXiv 2505.07818).
 
-    Among equal advantages the place in the group decides.
+    Equal advantages are ordered by their position in the group.
 
     Raises:
         ValueError: a group has fewer than 2 n samples.
@@ -163,29 +140,98 @@ def best_and_worst(advantage: Float[Tensor, "prompts group"], n: int) -> Bool[Te
     return (rank < n) | (rank >= group - n)
 
 
-def loss_scale(settings: AdvantageSettings, flat: Bool[Tensor, "prompts"], group: int) -> float:
-    """What makes the loss's mean over all samples a mean over those that count.
+def loss_scale(settings: AdvantageConfig, equal: Bool[Tensor, "prompts"], group: int) -> float:
+    """Factor that turns the loss's mean over all samples into the mean over those that count.
 
-    group / (2 best_of) where samples are left out, prompts / (groups with signal) where flat groups do not count; 1
-    where no group has signal. A function of the whole step: it is exact however groups are spread over ranks.
+    group / (2 best_of) if samples are left out, times prompts / (groups with signal) if groups without signal do not
+    count. It is computed from the whole step, so it is exact however groups are spread over ranks.
 
     Args:
-        flat: groups in which all rewards are equal.
+        equal: groups without signal.
     """
-    scale = 1.0
-    if settings.best_of is not None:
-        scale *= group / (2 * settings.best_of)
-    informative = int((~flat).sum())
+    scale = 1.0 if settings.best_of is None else group / (2 * settings.best_of)
+    informative = int((~equal).sum())
     if settings.drop_zero_std and informative:
-        scale *= len(flat) / informative
+        scale *= len(equal) / informative
     return scale
 
 
-def zero_std_share(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, ""]:
-    """Share of the groups that teach nothing, because all their rewards are equal."""
-    return equal_groups(rewards).float().mean()
+@dataclass(frozen=True)
+class FrameLayout:
+    """How a causal VAE maps a video's frames to latent frames: one to the first, then `stride` to each.
+
+    Attributes:
+        given: latent frames at the start that an image fixes; they are not sampled and get no credit.
+
+    Raises:
+        ValueError: num_frames is not 1 more than a multiple of the stride.
+    """
+
+    num_frames: int
+    fps: float
+    stride: int
+    given: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or (self.num_frames - 1) % self.stride:
+            raise ValueError(
+                f"{self.num_frames} frames at a temporal stride of {self.stride}: a causal VAE has 1 + n * stride"
+            )
+
+    def weights(self, times: Float[Tensor, "scored"]) -> Float[Tensor, "scored latent_frames"]:
+        """Weight of the score at each time, in seconds, in each sampled latent frame; columns sum to 1.
+
+        Scores are interpolated linearly to all frames, constant before the first time and after the last one, and
+        averaged over the frames of each latent frame.
+        """
+        known = times.double().cpu()
+        at_frames = torch.ones(1, self.num_frames, dtype=torch.float64)
+        if len(known) > 1:
+            frames = torch.arange(self.num_frames, dtype=torch.float64) / self.fps
+            right = torch.searchsorted(known, frames).clamp(1, len(known) - 1)
+            share = ((frames - known[right - 1]) / (known[right] - known[right - 1])).clamp(0, 1)
+            basis = torch.eye(len(known), dtype=torch.float64)
+            at_frames = (1 - share) * basis[:, right - 1] + share * basis[:, right]
+        rest = at_frames[:, 1:].unflatten(1, (-1, self.stride)).mean(dim=2) if self.num_frames > 1 else at_frames[:, 1:]
+        return torch.cat([at_frames[:, :1], rest], dim=1)[:, self.given :]
 
 
-def equal_groups(rewards: Float[Tensor, "prompts group"]) -> Bool[Tensor, "prompts"]:
-    """True where a group's largest reward equals its smallest."""
-    return rewards.amax(dim=1) == rewards.amin(dim=1)
+def frame_credit(
+    frame_scores: Float[Tensor, "prompts group scored"], times: Float[Tensor, "scored"], layout: FrameLayout
+) -> Float[Tensor, "prompts group latent_frames"]:
+    """z_{i,f} - mean_f z_i, where z_{i,f} is the score of latent frame f, standardised over the group."""
+    scores = frame_scores.double() @ layout.weights(times).to(frame_scores.device)
+    z = torch.stack([group_relative(of_frame) for of_frame in scores.unbind(dim=2)], dim=2)
+    return z - z.mean(dim=2, keepdim=True)
+
+
+def segment_credit(
+    per_frame: Mapping[str, Float[Tensor, "prompts group _"]],
+    times: Mapping[str, Float[Tensor, "_"] | None],
+    weights: Mapping[str, float],
+    layout: FrameLayout,
+    gamma: float,
+) -> Float[Tensor, "prompts group latent_frames"]:
+    """sum_r weight_r gamma (z_{r,i,f} - mean_f z_{r,i}), to be added to A_i = sum_r weight_r A_{r,i}.
+
+    Beyond the paper: it keeps a video's advantage as the mean over latent frames, and moves it towards the frames in
+    which the sample beats its group. Rewards that score videos as a whole add nothing.
+
+    Args:
+        times: seconds of the scored frames, by reward; None where a reward scores videos as a whole.
+        gamma: weight of a frame's own z-score, at least 0.
+
+    Raises:
+        ValueError: no reward of weight above 0 scores frames.
+    """
+    terms = [
+        weights[name] * frame_credit(per_frame[name], of_reward, layout)
+        for name, of_reward in times.items()
+        if of_reward is not None and weights[name] > 0
+    ]
+    if not terms:
+        raise ValueError(
+            f"credit.kind is 'segment', but {sorted(times)} score videos as a whole; set it to 'video', or train on a "
+            "reward that scores frames"
+        )
+    return (gamma * torch.stack(terms).sum(dim=0)).float()

@@ -1,4 +1,4 @@
-"""What is minimised? A surrogate inside a trust region, and BPGO's two of them on one replayed log-prob."""
+"""PPO and BPGO surrogate losses, their trust regions, and the metrics of the policy's ratio."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bpgo_video.config.learner import LossConfig
 from bpgo_video.types import Loss
 
 RATIO_ERROR = "ratio_squared_error"
-ClipRange = tuple[float, float]  # (low, high): the ratio is clamped to [1 - low, 1 + high]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class PolicyShift:
     Attributes:
         log_ratio: log-prob of the recorded transition now minus then, means over latent dimensions.
         divergence: |d mean|^2 / (2 std^2), the KL between the two Gaussian transitions, mean over latent dimensions;
-            None where the rollout did not record its means.
-        std: of the transition.
+            None if the rollout did not record its means.
+        std: of the transition; None with divergence.
     """
 
     log_ratio: Float[Tensor, "samples"]
@@ -32,76 +32,57 @@ class PolicyShift:
 
 
 def plain_ratio(move: PolicyShift) -> Float[Tensor, "samples"]:
-    """log ratio as it is."""
+    """The log ratio."""
     return move.log_ratio
 
 
 def guard_ratio(move: PolicyShift) -> Float[Tensor, "samples"]:
-    """std (log ratio + |d mean|^2 / (2 std^2)): centred on 0 and equally wide at every step.
+    """std (log ratio + |d mean|^2 / (2 std^2)): centred on 0, with the same spread at every step.
 
-    GRPO-Guard (arXiv 2510.22319). In expectation the log ratio is minus the divergence, and its spread goes with
-    |d mean|/std: unnormalised, ratios sit below 1 and a clip range fits one noise level only.
+    GRPO-Guard (arXiv 2510.22319). The expected log ratio is minus the divergence, and its spread is proportional to
+    |d mean|/std: without normalisation, ratios are below 1 and a clip range suits one noise level only.
     """
     divergence, std = _recorded(move, "loss.ratio guard")
     return std * (move.log_ratio + divergence)
 
 
 RATIOS: dict[str, Callable[[PolicyShift], Tensor]] = {"plain": plain_ratio, "guard": guard_ratio}
-NEEDS_MEANS = frozenset({"guard", "divergence_mask"})  # ratios and trust regions that compare the transitions' means
-
-
-@dataclass(frozen=True)
-class TrustRegion:
-    """How a step is bounded.
-
-    Attributes:
-        kind: a name of TRUST_REGIONS.
-        clip_range: `clip`: the ratio is clamped to [1 - low, 1 + high].
-        divergence_limit: `divergence_mask`: largest divergence at which a sample still moves outwards.
-        ratio: a name of RATIOS.
-    """
-
-    kind: str = "clip"
-    clip_range: ClipRange = (1e-3, 1e-3)
-    divergence_limit: float = 1e-5
-    ratio: str = "plain"
-
-    def __post_init__(self) -> None:
-        low, high = self.clip_range
-        if not (0 <= low < 1 and high >= 0):
-            raise ValueError(f"clip_range=({low}, {high}): widths below and above 1, with 0 <= low < 1 and high >= 0")
-
-    @property
-    def needs_means(self) -> bool:
-        return bool(NEEDS_MEANS & {self.kind, self.ratio})
 
 
 def clipped_surrogate(
-    move: PolicyShift, advantage: Float[Tensor, "samples"], region: TrustRegion
+    move: PolicyShift, advantage: Float[Tensor, "samples"], settings: LossConfig
 ) -> Float[Tensor, "samples"]:
     """-min(ratio A, clamp(ratio, 1 - low, 1 + high) A): the loss of PPO (arXiv 1707.06347), per sample."""
-    low, high = region.clip_range
-    ratio = RATIOS[region.ratio](move).exp()
+    low, high = settings.clip_range
+    ratio = RATIOS[settings.ratio](move).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
 def divergence_masked_surrogate(
-    move: PolicyShift, advantage: Float[Tensor, "samples"], region: TrustRegion
+    move: PolicyShift, advantage: Float[Tensor, "samples"], settings: LossConfig
 ) -> Float[Tensor, "samples"]:
     """-ratio A, but 0 where the divergence has reached its limit and the sample would move further out.
 
-    The directional mask of DPPO (arXiv 2602.04879), on the transition's KL instead of a token's: ratio above 1 with
-    A > 0, or below 1 with A < 0. The bound is one of distance, where a clip bounds a noisy ratio.
+    The directional mask of DPPO (arXiv 2602.04879), on the transition's KL instead of a token's: a sample moves out if
+    its ratio is above 1 with A > 0, or below 1 with A < 0. It bounds a distance, where a clip bounds a noisy ratio.
     """
     divergence, _ = _recorded(move, "loss.trust_region divergence_mask")
-    log_ratio = RATIOS[region.ratio](move)
+    log_ratio = RATIOS[settings.ratio](move)
     outwards = log_ratio.detach() * advantage > 0
-    kept = ~(outwards & (divergence.detach() >= region.divergence_limit))
+    kept = ~(outwards & (divergence.detach() >= settings.divergence_limit))
     return -(log_ratio.exp() * advantage * kept)
 
 
-Surrogate = Callable[[PolicyShift, Tensor, TrustRegion], Tensor]
-TRUST_REGIONS: dict[str, Surrogate] = {"clip": clipped_surrogate, "divergence_mask": divergence_masked_surrogate}
+TRUST_REGIONS: dict[str, Callable[[PolicyShift, Tensor, LossConfig], Tensor]] = {
+    "clip": clipped_surrogate,
+    "divergence_mask": divergence_masked_surrogate,
+}
+
+
+def _recorded(move: PolicyShift, key: str) -> tuple[Tensor, Tensor]:
+    if move.divergence is None or move.std is None:
+        raise ValueError(f"{key} compares the means of transitions, which this rollout did not record")
+    return move.divergence, move.std
 
 
 def bpgo_loss(
@@ -110,36 +91,35 @@ def bpgo_loss(
     contrastive: Float[Tensor, "samples"] | None,
     trust: Float[Tensor, "samples"],
     zeta: float,
-    region: TrustRegion,
+    settings: LossConfig,
 ) -> Loss:
     """L = mean_s [w surr(ratio, A) + zeta surr(ratio, A~)]: the total loss of arXiv 2511.18919, per sample.
 
-    Both surrogates take the same log_prob, so that the second costs no second forward; each is clipped by
-    itself, since surr(ratio, A + zeta A~) has other gradients where the signs differ. The paper gives no
-    normalisation within a group: this is the mean over samples, hence over groups of equal size. At zeta = 0
-    the second term is skipped.
+    Both surrogates use the same log_prob, so the second costs no second forward pass. Each is clipped separately,
+    because surr(ratio, A + zeta A~) has other gradients where the signs differ. The paper gives no normalisation within
+    a group: this is the mean over samples, hence over groups of equal size. At zeta = 0 the second term is skipped.
 
     Args:
         advantage, contrastive, trust: A, A~ and w of each sample's group; contrastive may be None when zeta is 0.
     """
-    surrogate = TRUST_REGIONS[region.kind]
-    loss = trust * surrogate(move, advantage, region)
+    surrogate = TRUST_REGIONS[settings.trust_region]
+    loss = trust * surrogate(move, advantage, settings)
     if zeta != 0:
         if contrastive is None:
             raise ValueError(f"zeta={zeta} but no contrastive advantage: estimate advantages with the same zeta")
-        loss = loss + zeta * surrogate(move, contrastive, region)
-    return Loss(value=loss.mean(), metrics=ratio_metrics(move, advantage, region))
+        loss = loss + zeta * surrogate(move, contrastive, settings)
+    return Loss(value=loss.mean(), metrics=ratio_metrics(move, advantage, settings))
 
 
-def ratio_metrics(move: PolicyShift, advantage: Float[Tensor, "samples"], region: TrustRegion) -> dict[str, Tensor]:
+def ratio_metrics(move: PolicyShift, advantage: Float[Tensor, "samples"], settings: LossConfig) -> dict[str, Tensor]:
     """How far the policy has moved from the one that sampled, detached.
 
-    `clip_fraction` is the share of ratios outside the clip range, parted by the advantage's sign; `approx_kl` is
-    mean (log ratio)^2 / 2 (the well conditioned estimator at ratios of 1 +- 1e-3); log-probs being means over latent
-    dimensions, so is the KL's unit. `RATIO_ERROR`, mean (r - 1)^2, is for `with_spread`.
+    `clip_fraction` is the share of ratios outside the clip range, also by the advantage's sign; `approx_kl` is
+    mean (log ratio)^2 / 2, an estimator that is well conditioned at ratios of 1 +- 1e-3; like log-probs, it is a mean
+    over latent dimensions. `RATIO_ERROR`, mean (r - 1)^2, is for `with_spread`.
     """
-    low, high = region.clip_range
-    log_ratio = RATIOS[region.ratio](move).detach()
+    low, high = settings.clip_range
+    log_ratio = RATIOS[settings.ratio](move).detach()
     ratio = log_ratio.exp()
     outside = (ratio < 1 - low) | (ratio > 1 + high)
     return {
@@ -156,19 +136,13 @@ def ratio_metrics(move: PolicyShift, advantage: Float[Tensor, "samples"], region
 
 
 def with_spread(means: Mapping[str, float]) -> dict[str, float]:
-    """Means over all samples, with what follows from them alone: no micro-batch, however small, knows its spread.
+    """Means over all samples, with the spread of the ratio, which cannot be averaged over micro-batches.
 
     Returns:
-        `means` with `ratio_std` and `effective_samples`, (sum r)^2 / (n sum r^2), in place of `RATIO_ERROR`.
+        `means` with `ratio_std` and `effective_samples`, (sum r)^2 / (n sum r^2), instead of `RATIO_ERROR`.
     """
-    found = dict(means)
-    shift, error = found["ratio_mean"] - 1, found.pop(RATIO_ERROR)
-    found["ratio_std"] = max(error - shift**2, 0.0) ** 0.5
-    found["effective_samples"] = (1 + shift) ** 2 / (1 + 2 * shift + error)
-    return found
-
-
-def _recorded(move: PolicyShift, key: str) -> tuple[Tensor, Tensor]:
-    if move.divergence is None or move.std is None:
-        raise ValueError(f"{key} compares the means of transitions, which this rollout did not record")
-    return move.divergence, move.std
+    metrics = dict(means)
+    shift, error = metrics["ratio_mean"] - 1, metrics.pop(RATIO_ERROR)
+    metrics["ratio_std"] = max(error - shift**2, 0.0) ** 0.5
+    metrics["effective_samples"] = (1 + shift) ** 2 / (1 + 2 * shift + error)
+    return metrics

@@ -1,114 +1,129 @@
-"""A table of sources of prior anchors; each gives the anchors of a batch by reward name.
+"""The table of priors, each a function that gives the anchors of a batch by reward name, and what they are made of.
 
-Two kinds of question: a prior of a prompt's own samples by the starting policy (`reference`, `shrunk`) asks whether the
-policy has improved on it; a shared one (`global`, `constant`, and `ema` until a prompt comes again) asks whether the
-prompt is easy.
+A prior measured on a prompt's own samples by the starting policy (`reference`, `shrunk`) tests whether the policy has
+improved on that prompt. A shared prior (`global`, `constant`, and `ema` until a prompt is sampled again) tests whether
+the prompt is easy.
+
+Running averages are plain numbers, which checkpoints store. Every rank computes them from the same gathered rewards in
+float64, so they are equal on all ranks and exact after a resume.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.learner import PriorConfig
-from bpgo_video.learner.running_priors import RunningReward, per_prompt, started
+from bpgo_video.learner.advantages import equal_groups
 from bpgo_video.types import PriorAnchor, PromptBatch
 
-STORED = ("reference", "shrunk")  # what bpgo-video priors measures
-FROM_IMAGES = ("first_frame", "first_frame_centred")  # what asks for the rewards of conditioning images
-RUNNING = ("ema", "global", "first_frame", "first_frame_centred")  # what takes numbers from the run's own rewards
+STORED = ("reference", "shrunk")  # measured by bpgo-video priors
+FROM_IMAGES = ("first_frame", "first_frame_centred")  # need the rewards of conditioning images
+RUNNING = ("ema", "global", "first_frame", "first_frame_centred")  # need averages over the run
+
+
+class RunningReward(TypedDict):
+    """Moving averages of one reward.
+
+    Attributes:
+        mean: of the groups' mean rewards, over all prompts.
+        spread: s_ref, of the pooled within-group standard deviation; None until the rewards of a group differ.
+        prompts: prompt id -> average of that prompt's group means.
+    """
+
+    mean: float
+    spread: float | None
+    prompts: dict[int, float]
+
+
+RunningRewards = dict[str, RunningReward]  # by reward name
 
 
 @dataclass(frozen=True)
 class PriorInputs:
-    """What a source may look at.
+    """What priors are computed from.
 
     Attributes:
         versions: of the reward models, by reward name; anchors carry them.
-        rewards: of this batch. Only a run's first batch is seen with them, as there is nothing else.
+        rewards: of this batch; only the first batch of a run uses them, for want of averages.
         running: averages over the batches before this one.
-        first_frames: each reward of the prompts' conditioning images.
+        image_rewards: each reward of the prompts' conditioning images.
     """
 
     prompts: PromptBatch
     versions: Mapping[str, str]
     rewards: Mapping[str, Float[Tensor, "prompts group"]] = field(default_factory=dict)
     running: Mapping[str, RunningReward] = field(default_factory=dict)
-    first_frames: Mapping[str, Float[Tensor, "prompts"]] = field(default_factory=dict)
+    image_rewards: Mapping[str, Float[Tensor, "prompts"]] = field(default_factory=dict)
 
 
-Source = Callable[[PriorConfig, PriorInputs], Mapping[str, PriorAnchor]]
+Anchors = Mapping[str, PriorAnchor]
 
 
-def stored(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
-    """What bpgo-video priors measured on the starting policy; for `shrunk`, shrunk as it was loaded."""
-    return seen.prompts.priors
+def stored(prior: PriorConfig, inputs: PriorInputs) -> Anchors:
+    """The anchors that bpgo-video priors measured on the starting policy; for `shrunk`, shrunk at loading."""
+    return inputs.prompts.priors
 
 
-def constant(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
+def constant(prior: PriorConfig, inputs: PriorInputs) -> Anchors:
     """One number for every prompt, from the recipe."""
-    mean = torch.full((len(seen.prompts),), prior.mean)
+    mean = torch.full((len(inputs.prompts),), prior.mean)
     scale = prior.scale or 1.0
-    return {name: PriorAnchor.without_samples(mean, scale, version) for name, version in seen.versions.items()}
+    return {name: PriorAnchor.without_samples(mean, scale, version) for name, version in inputs.versions.items()}
 
 
-def ema(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
-    """Each prompt's own moving average, and the one over all prompts until it was seen."""
-    ids = seen.prompts.ids.tolist()
-    return _running(prior, seen, lambda name, running: per_prompt(running, ids))
+def ema(prior: PriorConfig, inputs: PriorInputs) -> Anchors:
+    """Each prompt's own moving average; for new prompts the average over all prompts."""
+    ids = inputs.prompts.ids.tolist()
+
+    def means(name: str, running: RunningReward) -> Tensor:
+        return torch.tensor([running["prompts"].get(id_, running["mean"]) for id_ in ids], dtype=torch.float64)
+
+    return _with_running_scale(prior, inputs, means)
 
 
-def over_all_prompts(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
+def over_all_prompts(prior: PriorConfig, inputs: PriorInputs) -> Anchors:
     """One moving average over all prompts."""
-    count = len(seen.prompts)
-    return _running(prior, seen, lambda name, running: torch.full((count,), running["mean"], dtype=torch.float64))
+    count = len(inputs.prompts)
+    return _with_running_scale(
+        prior, inputs, lambda name, running: torch.full((count,), running["mean"], dtype=torch.float64)
+    )
 
 
-def first_frame(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
-    """What the conditioning image itself earns: the paper's prior for image-to-video.
+def first_frame(prior: PriorConfig, inputs: PriorInputs) -> Anchors:
+    """The reward of the conditioning image itself: the paper's prior for image-to-video.
 
     Raises:
-        ConfigError: the prompts carry no image.
+        ValueError: the prompts have no image.
     """
-    if missing := sorted(set(seen.versions) - set(seen.first_frames)):
-        raise ConfigError(f"prior.kind is 'first_frame', but no conditioning image was scored by {missing}")
-    return _running(prior, seen, lambda name, running: seen.first_frames[name].double().cpu())
+    if missing := sorted(set(inputs.versions) - set(inputs.image_rewards)):
+        raise ValueError(f"prior.kind is 'first_frame', but no conditioning image was scored by {missing}")
+    return _with_running_scale(prior, inputs, lambda name, running: inputs.image_rewards[name].double().cpu())
 
 
-def first_frame_centred(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
-    """What the conditioning image earns, less what images earn more than videos on average over the run.
+def first_frame_centred(prior: PriorConfig, inputs: PriorInputs) -> Anchors:
+    """The reward of the conditioning image, minus the average excess of images over videos in this run.
 
-    A still picture has no blur and no drift, so that it earns more than a video of it, and an anchor above all videos
-    calls all of them failures. What is left is whether this prompt's picture earns more than other prompts' do. Beyond
-    the paper.
+    Beyond the paper: a still image has no blur and no drift, so its reward is above that of its videos, and an anchor
+    above all videos makes all of them failures. The difference between prompts remains.
     """
-    images = first_frame(prior, seen)
-    gaps = {name: level_of(seen, name) - level_of(seen, image_key(name)) for name in images}
+    images = first_frame(prior, inputs)
+    images = first_frame(prior, inputs)
+    gaps = {name: _level(inputs, name) - _level(inputs, image_key(name)) for name in images}
     return {name: replace(anchor, mean=anchor.mean + gaps[name]) for name, anchor in images.items()}
 
 
-def level_of(seen: PriorInputs, name: str) -> float:
-    """The run's average of a reward, or the first batch's."""
-    running = seen.running.get(name)
-    return running["mean"] if running else float(seen.rewards[name].double().mean())
-
-
-def image_key(name: str) -> str:
-    """Under which a reward's scores of conditioning images are averaged beside those of videos."""
-    return f"{name} of images"
-
-
-def none(prior: PriorConfig, seen: PriorInputs) -> Mapping[str, PriorAnchor]:
+def none(prior: PriorConfig, inputs: PriorInputs) -> Anchors:
     """No anchor: plain GRPO."""
     return {}
 
 
-PRIORS: dict[str, Source] = {
+PRIORS: dict[str, Callable[[PriorConfig, PriorInputs], Anchors]] = {
     "reference": stored,
     "shrunk": stored,
     "ema": ema,
@@ -120,12 +135,93 @@ PRIORS: dict[str, Source] = {
 }
 
 
-def _running(
-    prior: PriorConfig, seen: PriorInputs, mean: Callable[[str, RunningReward], Float[Tensor, "prompts"]]
+def image_key(name: str) -> str:
+    """Key of the running average of a reward's scores of conditioning images."""
+    return f"{name} of images"
+
+
+def _level(inputs: PriorInputs, name: str) -> float:
+    """The run's average of a reward, or the first batch's."""
+    running = inputs.running.get(name)
+    return running["mean"] if running else float(inputs.rewards[name].double().mean())
+
+
+def _with_running_scale(
+    prior: PriorConfig, inputs: PriorInputs, means: Callable[[str, RunningReward], Float[Tensor, "prompts"]]
 ) -> dict[str, PriorAnchor]:
-    """Anchors with the run's s_ref; any scale does while no group has had two different rewards."""
+    """Anchors with the run's s_ref, or 1 until the rewards of a group differ: any scale gives the same then."""
     anchors = {}
-    for name, version in seen.versions.items():
-        running = seen.running.get(name) or started(seen.rewards[name], prior.scale)
-        anchors[name] = PriorAnchor.without_samples(mean(name, running), running["spread"] or 1.0, version)
+    for name, version in inputs.versions.items():
+        running = inputs.running.get(name) or first_average(inputs.rewards[name], prior.scale)
+        anchors[name] = PriorAnchor.without_samples(means(name, running), running["spread"] or 1.0, version)
     return anchors
+
+
+def first_average(rewards: Float[Tensor, "prompts group"], scale: float | None) -> RunningReward:
+    """The averages before a run's first batch: that batch's mean and spread, and no prompts.
+
+    Args:
+        scale: a first s_ref instead of the batch's.
+    """
+    return RunningReward(mean=float(rewards.double().mean()), spread=scale or pooled_spread(rewards), prompts={})
+
+
+def pooled_spread(rewards: Float[Tensor, "prompts group"]) -> float | None:
+    """sqrt(mean_i s_i^2), s_i the standard deviation of group i (ddof 1); None if the rewards of no group differ."""
+    if bool(equal_groups(rewards).all()):
+        return None
+    return float(rewards.double().var(dim=1).mean().sqrt())
+
+
+def update_running_rewards(
+    running: Mapping[str, RunningReward],
+    ids: Sequence[int],
+    rewards_by_name: Mapping[str, Float[Tensor, "prompts group"]],
+    decay: float,
+    scale: float | None,
+) -> RunningRewards:
+    """The averages after a batch: m <- decay m + (1 - decay) new, for mean, spread and each prompt of the batch.
+
+    A new prompt starts at its group's mean; a batch without spread does not change s_ref.
+
+    Args:
+        scale: the first s_ref; None takes the batch's.
+    """
+
+    def moved(old: float | None, new: float) -> float:
+        return new if old is None else decay * old + (1 - decay) * new
+
+    averages = {}
+    for name, rewards in rewards_by_name.items():
+        before = running.get(name) or first_average(rewards, scale)
+        means, spread = rewards.double().mean(dim=1), pooled_spread(rewards)
+        prompts = {id_: moved(before["prompts"].get(id_), mean) for id_, mean in zip(ids, means.tolist(), strict=True)}
+        averages[name] = RunningReward(
+            mean=moved(before["mean"], float(means.mean())),
+            spread=before["spread"] if spread is None else moved(before["spread"], spread),
+            prompts={**before["prompts"], **prompts},
+        )
+    return averages
+
+
+def shrunk_means(
+    mean: Float[Tensor, "prompts"], std: Float[Tensor, "prompts"], count: Int[Tensor, "prompts"]
+) -> Float[Tensor, "prompts"]:
+    """p_i = (K R_i/v_i + p_g/tau2) / (K/v_i + 1/tau2), fp64: the empirical-Bayes form of James and Stein (1961).
+
+    R_i, K and v_i are mean, number and variance of prompt i's samples, p_g the mean of R_i, and
+    tau2 = max(0, var_i R_i - mean_i v_i/K) the variance between prompts that sampling does not explain (ddof 1). At
+    tau2 = 0 all anchors are p_g. v_i is the mean of the prompt's own variance and that of all prompts: K samples can
+    be equal by chance, and a variance of 0 would claim certainty.
+
+    Args:
+        std: of each prompt's samples, ddof 1; not all 0.
+        count: samples per prompt, 1 or more.
+    """
+    mean, variance, count = mean.double(), std.double().square(), count.double()
+    sampling = (variance + variance.mean()) / 2 / count  # v_i / K
+    if len(mean) < 2:
+        return mean
+    tau2 = (mean.var() - sampling.mean()).clamp(min=0)
+    weight = tau2 / (tau2 + sampling)  # the formula times v_i tau2 / K, which also holds at tau2 = 0
+    return weight * mean + (1 - weight) * mean.mean()

@@ -1,86 +1,92 @@
-"""How does HunyuanVideo 1.5 text-to-video (arXiv 2511.18870) fit the policy protocol?
+"""HunyuanVideo 1.5 text-to-video and image-to-video (arXiv 2511.18870).
 
-Beside the noisy latents its transformer sees an image's latents and a mask of given frames as further channels, and an
-image's features as further tokens; without an image they are zeros, and the tokens are masked. Texts are states of
-Qwen2.5-VL, and what stands between quotation marks is spelled to ByT5, for the letters in the video.
+Further channels beside the noisy latents hold an image's latents and a mask of given frames, and further tokens hold
+the image's features. Without an image the channels are zeros and the tokens are masked. Texts are states of Qwen2.5-VL;
+ByT5 reads what stands between quotation marks, for the letters in the video.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
-from bpgo_video.policies.flow_match import scheduled_sigmas
-from bpgo_video.policies.hunyuan15_attention import dispatch
-from bpgo_video.policies.hunyuan_vae import HunyuanVAEPolicy
-from bpgo_video.policies.pipeline_policy import networks_of, read_config
-from bpgo_video.policies.transformers import read_index, transformer_names
-from bpgo_video.types import Conditioning, Latents, Velocity
+from bpgo_video.policies.attention import JointAttention, Rotary, replace_processors
+from bpgo_video.policies.base import Arguments, Images, LatentShape, Policy, Shapes, scheduled_sigmas
+from bpgo_video.policies.networks import class_of, read_config, read_index
+from bpgo_video.policies.sequence import SequencePlan, split_rope
+from bpgo_video.types import Conditioning, Latents
 
 GUIDER = "ClassifierFreeGuidance"
-PLAIN_GUIDANCE = MappingProxyType(  # what the rollout computes, and the guider's own defaults
-    {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
-)
-ASPECT = (9, 16)  # height to width, of videos whose size is left out
+ASPECT = (9, 16)  # height to width of a video whose size is left out
+GLYPH_TOKENS = 256  # of ByT5
+SIGLIP_TOKENS = 729  # of SigLIP at 384 pixels
 
 
-class HunyuanVideo15Policy(HunyuanVAEPolicy):
-    """HunyuanVideo 1.5's pipeline parts."""
+def rotated(x: Float[Tensor, "samples tokens heads head_dim"], rotary: Rotary) -> Tensor:
+    """Turned by the angles of their token, the same for every head."""
+    return cast(Tensor, apply_rotary_emb(x, cast(Any, rotary), sequence_dim=1))  # annotated as something else
+
+
+def mask_keys(transformer: nn.Module) -> None:
+    """Let a HunyuanVideo 1.5 transformer attend with a mask of keys."""
+    replace_processors(transformer, "attn", JointAttention, rotated)
+
+
+class HunyuanVideo15Policy(Policy):
+    """HunyuanVideo 1.5 text-to-video."""
 
     pipeline_name = "HunyuanVideo15Pipeline"
     block_names = ("HunyuanVideo15TransformerBlock",)
     fps = 24.0
-
-    def __init__(self, folder: Path, pipeline: Any, max_sequence_length: int):
-        super().__init__(folder, pipeline, max_sequence_length)
-        for module in self.transformers.values():
-            dispatch(module)
+    slices_vae = True
+    sequence_plan = SequencePlan(
+        blocks=("transformer_blocks",), rope=split_rope("rope", dim=0), head="proj_out", attention=mask_keys
+    )
+    required_settings = MappingProxyType(
+        {
+            "transformer": {"use_meanflow": (False,)},  # meanflow predicts the average velocity of a step
+            "guider": {  # the guidance that a rollout computes, the same in all steps
+                "guidance_rescale": (0.0,),
+                "use_original_formulation": (False,),
+                "start": (0.0,),
+                "stop": (1.0,),
+            },
+        }
+    )
 
     @classmethod
     def check(cls, folder: Path) -> None:
-        """Whether the transformer is told one timestep, and guidance is plain.
-
-        Raises:
-            ConfigError: a meanflow transformer, or another guider; the message names what the folder has.
-        """
-        networks = networks_of(folder)
-        for name in transformer_names(folder):
-            if read_config(folder / name, networks[name])["use_meanflow"]:
-                raise ConfigError(
-                    f"{folder / name} sets use_meanflow to True: such a transformer is told where a step ends, too, "
-                    "and steps by an average velocity, which no sampler here takes; take a folder without"
-                )
         guider = read_index(folder).get("guider") or [None, None]
         if guider[1] != GUIDER:
-            raise ConfigError(f"{folder} has the guider {guider[1]!r}; this family samples with {GUIDER!r} alone")
-        settings = json.loads((folder / "guider" / "guider_config.json").read_text("utf-8"))
-        for name, value in PLAIN_GUIDANCE.items():
-            if settings.get(name, value) != value:
-                raise ConfigError(
-                    f"{folder / 'guider'} sets {name} to {settings[name]}; this family guides every step alike, with "
-                    f"{value}: set it to that"
-                )
+            raise ConfigError(f"{folder} has the guider {guider[1]!r}; this family samples only with {GUIDER!r}")
+        super().check(folder)
 
     @classmethod
     def assemble(cls, folder: Path, parts: Mapping[str, nn.Module | None]) -> Any:
-        """The pipeline asks its VAE for settings as it is made: where none is loaded, one of shapes alone answers."""
+        """The pipeline reads its VAE's settings when it is made: if none is loaded, a VAE on the meta device helps."""
         if parts["vae"] is not None:
-            return one_video_at_a_time(super().assemble(folder, parts))
-        vae_class = networks_of(folder)["vae"]
+            return super().assemble(folder, parts)
+        vae_class = class_of(folder, "vae")
         with torch.device("meta"):
             shapes = vae_class.from_config(read_config(folder / "vae", vae_class))
         pipeline = super().assemble(folder, {**parts, "vae": shapes})
         pipeline.register_modules(vae=None)
         return pipeline
+
+    def prepare(self, transformer: Any) -> None:
+        mask_keys(transformer)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -94,17 +100,54 @@ class HunyuanVideo15Policy(HunyuanVAEPolicy):
             "prompt_embeds_mask_2": mask_2.bool(),
         }
 
-    def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
-        return self.compressed(video, self.transformer_config["patch_size"])
+    def text_shapes(self, text_tokens: int) -> Shapes:
+        config = self.transformer_config
+        return {
+            "prompt_embeds": (text_tokens, config["text_embed_dim"]),
+            "prompt_embeds_mask": (text_tokens,),
+            "prompt_embeds_2": (GLYPH_TOKENS, config["text_embed_2_dim"]),
+            "prompt_embeds_mask_2": (GLYPH_TOKENS,),
+        }
+
+    def sigmas(self, num_steps: int, video: VideoConfig, shift: float | None = None) -> Tensor:
+        levels = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
+        return scheduled_sigmas(self.pipeline.scheduler, levels.tolist(), shift)
+
+    def hidden_states(self, latents: Latents, conditioning: Conditioning) -> Tensor:
+        dtype = conditioning["prompt_embeds"].dtype
+        return torch.cat([latents.to(dtype), self.given_channels(latents, conditioning).to(dtype)], dim=1)
+
+    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
+        texts = conditioning["prompt_embeds"]
+        return {
+            "timestep": self.timesteps(latents, sigma).to(texts.dtype),  # its embedding is computed in this dtype
+            "encoder_attention_mask": conditioning["prompt_embeds_mask"],
+            "encoder_hidden_states_2": conditioning["prompt_embeds_2"],
+            "encoder_attention_mask_2": conditioning["prompt_embeds_mask_2"],
+            "image_embeds": self.image_features(conditioning),
+        }
+
+    def given_channels(self, latents: Latents, conditioning: Conditioning) -> Tensor:
+        """Clean latents of given frames, and last their mask: zeros, since there are none."""
+        samples, channels, *size = latents.shape
+        return latents.new_zeros(samples, self.transformer_config["in_channels"] - channels, *size)
+
+    def image_features(self, conditioning: Conditioning) -> Tensor:
+        """[samples, image_tokens, image_dim]: zeros, which the transformer takes to mean that there is no image.
+
+        It masks all these tokens, so one gives the same result as the pipeline's 729.
+        """
+        texts = conditioning["prompt_embeds"]
+        return texts.new_zeros(len(texts), 1, self.transformer_config["image_embed_dim"])
 
     def bucket(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width, among those of the folder's resolution, at which the pipeline makes such a picture."""
-        processor = HunyuanVideo15ImageProcessor(vae_scale_factor=self.vae_config["spatial_compression_ratio"])
+        """The height and width, among those of the folder's resolution, at which the pipeline makes such a picture."""
+        processor = HunyuanVideo15ImageProcessor(vae_scale_factor=self.strides[1])
         sides = processor.calculate_default_height_width(height, width, self.transformer_config["target_size"])
         return int(sides[0]), int(sides[1])
 
     def call_defaults(self) -> dict[str, Any]:
-        """A wide video of the folder's resolution, the text tokens of the pipeline and its guider's scale."""
+        """A wide video of the folder's resolution, the pipeline's text tokens and its guider's scale."""
         height, width = self.bucket(*ASPECT)
         guider = self.pipeline.guider.config
         return {
@@ -115,62 +158,63 @@ class HunyuanVideo15Policy(HunyuanVAEPolicy):
         }
 
     def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The guider holds the scale, and the pipeline the number of text tokens."""
+        """The guider holds the guidance scale, and the pipeline the number of text tokens."""
         others = dict(settings)
-        one_video_at_a_time(pipeline)
+        pipeline.vae.enable_slicing()
         pipeline.guider.enable()
         pipeline.guider.guidance_scale = others.pop("guidance_scale")
         pipeline.tokenizer_max_length = others.pop("max_sequence_length")
         return others
 
-    def example(self) -> tuple[Latents, Conditioning]:
-        config, generator = self.transformer_config, torch.Generator().manual_seed(0)
-        sides = [2 * config[name] for name in ("patch_size_t", "patch_size", "patch_size")]
-        latents = torch.randn(1, self.vae_config["latent_channels"], *sides, generator=generator)
-        real = torch.tensor([[True, True, True, False]])
-        return latents, {
-            "prompt_embeds": torch.randn(1, 4, config["text_embed_dim"], generator=generator),
-            "prompt_embeds_mask": real,
-            "prompt_embeds_2": torch.randn(1, 4, config["text_embed_2_dim"], generator=generator),
-            "prompt_embeds_mask_2": real,
-        }
 
-    def sigmas(self, num_steps: int, video: VideoConfig, shift: float | None = None) -> Tensor:
-        levels = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
-        return scheduled_sigmas(self.pipeline.scheduler, levels.tolist(), shift)
+class HunyuanVideo15ImagePolicy(HunyuanVideo15Policy):
+    """HunyuanVideo 1.5 image-to-video: the image is the first frame, and SigLIP's features are further tokens.
 
-    def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
-        texts = conditioning["prompt_embeds"]
-        timestep = sigma.to(latents.device) * self.pipeline.scheduler.config.num_train_timesteps
-        channels = [latents, self.given_channels(latents, conditioning)]
-        prediction = self.transformers(
-            self.transformer_at(float(sigma.max())),
-            hidden_states=torch.cat([part.to(texts.dtype) for part in channels], dim=1),
-            timestep=timestep.expand(len(latents)).to(texts.dtype),  # its embedding is computed in this dtype
-            encoder_hidden_states=texts,
-            encoder_attention_mask=conditioning["prompt_embeds_mask"],
-            encoder_hidden_states_2=conditioning["prompt_embeds_2"],
-            encoder_attention_mask_2=conditioning["prompt_embeds_mask_2"],
-            image_embeds=self.image_features(conditioning),
-            return_dict=False,
-        )[0]
-        return prediction.float()
+    The pipeline takes the size of the video from the image, among the sizes of its resolution.
+    """
+
+    pipeline_name = "HunyuanVideo15ImageToVideoPipeline"
+    takes_images = True
+
+    def bucket(self, height: int, width: int) -> tuple[int, int]:
+        """A fixed point of the pipeline's rounding: some rounded sizes would fall into the next bucket."""
+        sides = super().bucket(height, width)
+        return sides if sides == (height, width) else self.bucket(*sides)
+
+    def latent_shape(self, video: VideoConfig) -> LatentShape:
+        height, width = self.bucket(video.height, video.width)
+        if (height, width) != (video.height, video.width):
+            raise ConfigError(
+                f"video.height is {video.height} and video.width {video.width}; from an image of this shape the "
+                f"pipeline makes {height} x {width}: set video.height to {height} and video.width to {width}"
+            )
+        return super().latent_shape(video)
+
+    def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The image sets the size."""
+        taken = super().take_settings(pipeline, settings)
+        return {name: value for name, value in taken.items() if name not in ("height", "width")}
+
+    def conditioning_shapes(self, latents: LatentShape, text_tokens: int) -> Shapes:
+        image_embeds = (SIGLIP_TOKENS, self.transformer_config["image_embed_dim"])
+        return {**super().conditioning_shapes(latents, text_tokens), "image_embeds": image_embeds}
+
+    @torch.no_grad()
+    def image_conditioning(self, images: Images, video: VideoConfig) -> dict[str, Tensor]:
+        """`image_latents`, [prompts, channels, 1, latent_height, latent_width], and `image_embeds` of SigLIP."""
+        eight_bit = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        encoder = self.pipeline.image_encoder
+        embeds = self.pipeline._get_image_embeds(
+            encoder, self.pipeline.feature_extractor, [Image.fromarray(pixels) for pixels in eight_bit], encoder.device
+        )
+        return {**super().image_conditioning(images, video), "image_embeds": embeds}
 
     def given_channels(self, latents: Latents, conditioning: Conditioning) -> Tensor:
-        """Clean latents of the given frames, and last a mask of them: here zeros, of the latents' size."""
-        samples, channels, *size = latents.shape
-        return latents.new_zeros(samples, self.transformer_config["in_channels"] - channels, *size)
+        """The image's latents and ones in the first frame, zeros after it."""
+        image = conditioning["image_latents"]
+        first = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)
+        return F.pad(first, (0, 0, 0, 0, 0, latents.shape[2] - 1))
 
     def image_features(self, conditioning: Conditioning) -> Tensor:
-        """[samples, image_tokens, image_dim]: zeros, by which the transformer knows that there is no image.
-
-        It masks as many tokens as there are; the pipeline's 729 and this one come to the same.
-        """
-        texts = conditioning["prompt_embeds"]
-        return texts.new_zeros(len(texts), 1, self.transformer_config["image_embed_dim"])
-
-
-def one_video_at_a_time(pipeline: Any) -> Any:
-    """The pipeline whose VAE slices batches: attention within it has a mask that diffusers makes for one video."""
-    pipeline.vae.enable_slicing()
-    return pipeline
+        """SigLIP's features."""
+        return conditioning["image_embeds"]

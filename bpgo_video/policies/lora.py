@@ -1,10 +1,9 @@
-"""How are adapters trained instead of all weights? Through peft, by the names that diffusers gives its layers."""
+"""LoRA adapters through peft, by the names of diffusers' layers: adding them, and merging them into the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -16,21 +15,11 @@ from bpgo_video.config.bpgo import ConfigError, LoraConfig
 ADAPTER = "default"
 
 
-@runtime_checkable
-class Gatherer(Protocol):
-    """What reading whole parameters needs of the engine."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]: ...
-
-
 def add_lora(transformer: nn.Module, lora: LoraConfig, seed: int) -> None:
     """Freeze the weights and add low-rank adapters (arXiv 2106.09685): W + alpha/rank B A, B = 0 at the start.
 
     Raises:
-        ConfigError: no layer has one of the names.
+        ConfigError: no linear layer's name ends with one of `target_modules`.
     """
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if not any(name.endswith(target) for name in names for target in lora.target_modules):
@@ -44,15 +33,18 @@ def add_lora(transformer: nn.Module, lora: LoraConfig, seed: int) -> None:
 
 
 def peft_config(lora: LoraConfig) -> PeftConfig:
-    """What peft calls these settings."""
+    """The settings as peft's."""
     return PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
 
 
-def merged_parameters(engine: Gatherer, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Every base parameter of the transformer `name` under its original name, adapters added in: W + alpha/rank B A.
+def merged_parameters(engine: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every base parameter of the transformer `name` under its original name, with adapters: W + alpha/rank B A.
 
-    Then the buffers that its files store. One parameter at a time is gathered; all ranks must iterate to the end
+    The buffers that its files store follow. One parameter at a time is gathered, so all ranks must iterate to the end
     together.
+
+    Args:
+        engine: the `Engine` that holds the transformers.
     """
     module = engine.module.get_submodule(name)
     layers: dict[str, Any] = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
@@ -85,12 +77,12 @@ def add_adapter_in(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> 
 def merged_tensors(
     base: Iterable[tuple[str, Tensor]], adapters: Mapping[str, Tensor], lora: LoraConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """What `merged_parameters` yields, from tensors on their own: those of a base model and a checkpoint's adapters.
+    """As `merged_parameters`, from the tensors of a base model and a checkpoint's adapters.
 
     Adapters are rounded to the dtype of the weight that they are added to.
 
     Raises:
-        ValueError: an adapter without its other half, or of a layer that the base model does not have.
+        ValueError: an adapter lacks its other half, or the base model has no such layer.
     """
     unused = set(adapters)
     for name, weight in base:

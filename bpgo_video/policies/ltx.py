@@ -1,8 +1,8 @@
-"""How does LTX-Video text-to-video (arXiv 2501.00103) fit the policy protocol?
+"""LTX-Video text-to-video and image-to-video (arXiv 2501.00103).
 
-Its transformer takes tokens, a latent pixel each, and the frame rate, by which rotary embeddings count seconds. From
-0.9.1 on its VAE decodes latents that still hold a little noise; the noise is the same for every video, so that nothing
-but the policy tells two samples of a prompt apart.
+The transformer takes tokens of one latent pixel each and the frame rate, since its rotary embeddings count seconds.
+From 0.9.1 on the VAE removes the last noise while it decodes. That noise is the same for every video, so that two
+samples of a prompt differ only by the policy.
 """
 
 from __future__ import annotations
@@ -14,152 +14,124 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
-from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.policies.flow_match import scheduled_sigmas
-from bpgo_video.policies.pipeline_policy import PipelinePolicy
+from bpgo_video.policies.base import AllFrames, Arguments, Images, Policy, Shapes, scheduled_sigmas
+from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
-DECODE_NOISE = ("decode",)  # its key
-Whole = Float[Tensor, "samples channels all_frames latent_height latent_width"]  # given frames and sampled ones
+DECODE_NOISE = ("decode",)  # key of the noise that the VAE removes
+SHIFT_DEFAULTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
-class LTXPolicy(PipelinePolicy):
-    """LTX-Video's pipeline parts."""
+class LTXPolicy(Policy):
+    """LTX-Video text-to-video."""
 
     pipeline_name = "LTXPipeline"
     block_names = ("LTXVideoTransformerBlock",)
     fps = 25.0
     options = MappingProxyType({"decode_timestep": 0.0, "decode_noise_scale": None})
+    sequence_plan = SequencePlan(
+        blocks=("transformer_blocks",), rope=split_rope("rope", dim=1), head="proj_out", cross_attention="attn2"
+    )
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """T5's states and the mask of real tokens."""
         embeddings, mask, _, _ = self.pipeline.encode_prompt(
             list(texts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
     def video_conditioning(self, video: VideoConfig) -> dict[str, Tensor]:
-        """`frame_rate`, frames a second."""
+        """`frame_rate`, frames per second."""
         return {"frame_rate": torch.tensor([video.fps])}
+
+    def text_shapes(self, text_tokens: int) -> Shapes:
+        texts = (text_tokens, self.transformer_config["caption_channels"])
+        return {"prompt_embeds": texts, "prompt_attention_mask": (text_tokens,)}
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Video frames in a latent frame, and pixels in a latent pixel's side."""
         config = self.vae_config
         scale = 2 ** sum(config["spatio_temporal_scaling"])
         temporal = config.get("temporal_compression_ratio") or config["patch_size_t"] * scale
         spatial = config.get("spatial_compression_ratio") or config["patch_size"] * scale
         return temporal, spatial
 
-    def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
-        temporal, spatial = self.strides
-        self.check_size(video, temporal, spatial)
-        frames = (video.num_frames - 1) // temporal + 1 - self.given_frames
-        return self.vae_config["latent_channels"], frames, video.height // spatial, video.width // spatial
-
-    def example(self) -> tuple[Latents, Conditioning]:
-        generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(1, self.vae_config["latent_channels"], 2, 2, 2, generator=generator)
-        texts = torch.randn(1, 4, self.transformer_config["caption_channels"], generator=generator)
-        mask = torch.ones(1, 4, dtype=torch.bool)
-        return latents, {
-            "prompt_embeds": texts, "prompt_attention_mask": mask, "frame_rate": torch.tensor([self.fps])
-        }  # fmt: skip
-
     def sigmas(self, num_steps: int, video: VideoConfig, shift: float | None = None) -> Tensor:
+        """The default shift grows with the number of tokens."""
         _, frames, height, width = self.latent_shape(video)
         config = self.pipeline.scheduler.config
-        mu = calculate_shift(
-            (frames + self.given_frames) * height * width,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        settings = [config.get(name, default) for name, default in SHIFT_DEFAULTS.items()]
+        mu = calculate_shift((frames + self.given_frames) * height * width, *settings)
         levels = np.linspace(1.0, 1 / num_steps, num_steps)
         return scheduled_sigmas(self.pipeline.scheduler, levels.tolist(), shift, mu)
 
     def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
-        whole = self.whole(latents, conditioning)
-        grid, dtype = whole.shape[2:], conditioning["prompt_embeds"].dtype
+        frames = self.all_frames(latents, conditioning)
+        grid, texts = frames.shape[2:], conditioning["prompt_embeds"]
         temporal, spatial = self.strides
-        seconds = temporal / conditioning["frame_rate"].view(-1, 1, 1, 1, 1)  # that a latent frame lasts
-        prediction = self.transformers(
-            self.transformer_at(float(sigma.max())),
-            hidden_states=whole.flatten(2).mT.to(dtype),
-            timestep=self.timesteps(sigma, whole),
-            encoder_hidden_states=conditioning["prompt_embeds"],
+        seconds = temporal / conditioning["frame_rate"].view(-1, 1, 1, 1, 1)  # the length of a latent frame
+        prediction = self.predict(
+            sigma,
+            hidden_states=frames.flatten(2).mT.to(texts.dtype),
+            timestep=self.timesteps(latents, sigma),
+            encoder_hidden_states=texts,
             encoder_attention_mask=conditioning["prompt_attention_mask"],
             num_frames=grid[0],
             height=grid[1],
             width=grid[2],
             rope_interpolation_scale=(seconds, spatial, spatial),
-            return_dict=False,
         )[0]
         return prediction.float().mT.unflatten(2, grid)[:, :, self.given_frames :]
 
-    def whole(self, latents: Latents, conditioning: Conditioning) -> Whole:
-        """The latents of all frames, from those that are sampled: here the same."""
-        return latents
+    def latent_statistics(self, vae: Any, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        """The statistics are buffers of the VAE."""
+        mean, std = (buffer.view(1, -1, 1, 1, 1).to(device) for buffer in (vae.latents_mean, vae.latents_std))
+        return mean, std, vae.config.scaling_factor
 
-    def timesteps(self, sigma: Tensor, whole: Whole) -> Tensor:
-        """The noise level as the transformer takes it, for each sample."""
-        return (sigma.to(whole.device) * self.pipeline.scheduler.config.num_train_timesteps).expand(len(whole))
-
-    @torch.no_grad()
-    def encode_video(self, videos: Videos) -> Latents:
-        return self.clean_latents(self.pipeline.vae, videos)[:, :, self.given_frames :]
-
-    def clean_latents(self, vae: Any, videos: Videos, device: torch.device | None = None) -> Whole:
-        """Of pixels in [0, 1]: the mode of the VAE's distribution, normalised.
-
-        Args:
-            device: where the VAE works; None where its weights are.
-        """
-        pixels = (2 * videos - 1).transpose(1, 2).to(device or vae.device, vae.dtype)
-        encoded = torch.cat([vae.encode(one).latent_dist.mode().float() for one in pixels.split(1)])
-        statistics = (vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
-        normalised: Whole = self.pipeline._normalize_latents(encoded, *statistics)
-        return normalised
-
-    @torch.no_grad()
-    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
-        vae = self.pipeline.vae
-        statistics = (vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
-        clean = self.pipeline._denormalize_latents(self.whole(latents, conditioning), *statistics)
-        level, scale = self.decode_options
-        timestep = None
+    def decode_frames(self, latents: AllFrames) -> Videos:
+        vae, clean, timestep = self.pipeline.vae, self.denormalised(latents), None
         if vae.config.timestep_conditioning:
+            level, scale = self.decode_options
             noise = keyed_noise(clean.shape[1:], [DECODE_NOISE], clean.device)
             clean = (1 - scale) * clean + scale * noise
             timestep = clean.new_full((len(clean),), level, dtype=vae.dtype)
         with FixedDraws():
-            pixels = vae.decode(clean.to(vae.dtype), timestep, return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+            return self.vae_pixels(clean, timestep)
 
     @property
     def decode_options(self) -> tuple[float, float]:
-        """The level that the VAE decodes at, and how much noise is added for it, as the pipeline understands them."""
+        """The timestep at which the VAE decodes, and the scale of the added noise, as in the pipeline's call."""
         level, scale = self.options["decode_timestep"] or 0.0, self.options["decode_noise_scale"]
         return level, level if scale is None else scale
 
-    def call_arguments(
-        self,
-        pipeline: Any,
-        latents: Latents,
-        video: VideoConfig,
-        images: Float[Tensor, "samples 3 height width"] | None,
-    ) -> dict[str, Any]:
-        """Tokens, the frame rate, and how the VAE decodes: each video with the noise that `decode` adds."""
+    def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
+        """Tokens, the frame rate, and how the VAE decodes: every video with the noise that `decode` adds."""
         level, scale = self.decode_options
         return {
-            "latents": latents.flatten(2).mT,
+            "latents": self.call_frames(pipeline, latents, images).flatten(2).mT,
             "frame_rate": video.fps,
             "decode_timestep": level,
             "decode_noise_scale": scale,
             "generator": [generator_of(*DECODE_NOISE) for _ in latents],
         }
+
+
+class LTXImagePolicy(LTXPolicy):
+    """LTX-Video image-to-video: the first latent frame is the image, at timestep 0."""
+
+    pipeline_name = "LTXImageToVideoPipeline"
+    takes_images = True
+    given_frames = 1
+    token_timesteps = True
+    one_dtype = True
+
+    def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
+        """This pipeline takes a single generator, on the device that computes."""
+        seed = generator_of(*DECODE_NOISE).initial_seed()
+        generator = torch.Generator(pipeline._execution_device).manual_seed(seed)
+        return {**super().call_arguments(pipeline, latents, video, images), "generator": generator}

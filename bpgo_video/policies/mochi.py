@@ -1,37 +1,52 @@
-"""How does Mochi 1 (github.com/genmoai/mochi) fit the policy protocol? Its time and its velocity run the other way."""
+"""Mochi 1 text-to-video (github.com/genmoai/mochi): time runs from noise to data, and it predicts data - noise."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.diffusion import sde
-from bpgo_video.policies.pipeline_policy import PipelinePolicy
-from bpgo_video.types import Conditioning, Latents, Velocity, Videos
+from bpgo_video.policies.attention import JointAttention, Rotary, replace_processors
+from bpgo_video.policies.base import Arguments, Policy, Shapes
+from bpgo_video.policies.sequence import SequencePlan, split_rope
+from bpgo_video.types import Conditioning, Latents, Velocity
 
-THRESHOLD_NOISE = (
-    0.025  # of the schedule, in diffusers' pipeline as in the authors' code: its first half ends at 1 - this
-)
-DEFAULT_SIZE = {"height": 480, "width": 848}  # what diffusers' pipeline sets
+THRESHOLD_NOISE = 0.025  # of the schedule in diffusers and the authors' code: its first half ends at 1 - this
+DEFAULT_SIZE = {"height": 480, "width": 848}  # set by diffusers' pipeline
 
 
-class MochiPolicy(PipelinePolicy):
+def rotated(x: Float[Tensor, "samples tokens heads head_dim"], rotary: Rotary) -> Tensor:
+    """Pairs of neighbouring numbers turned by the angles [tokens heads half] of their token and head."""
+    cos, sin = rotary
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def mask_keys(transformer: nn.Module) -> None:
+    """Let a Mochi transformer attend through the dispatcher, with a mask of keys."""
+    replace_processors(transformer, "attn1", JointAttention, rotated)
+
+
+class MochiPolicy(Policy):
     """Mochi text-to-video."""
 
     pipeline_name = "MochiPipeline"
     block_names = ("MochiTransformerBlock",)
     fps = 30.0
     one_dtype = True
+    sequence_plan = SequencePlan(
+        blocks=("transformer_blocks",), rope=split_rope("rope", dim=0), head="proj_out", attention=mask_keys
+    )
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """`prompt_embeds` of T5 and the `mask` of real tokens; one by one: an empty text may blank its whole batch."""
+        """T5's states and the mask of real tokens; one by one, since an empty text may blank its whole batch."""
         rows = [
             self.pipeline.encode_prompt(
                 text, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
@@ -40,58 +55,24 @@ class MochiPolicy(PipelinePolicy):
         ]
         return {"prompt_embeds": torch.cat([row[0] for row in rows]), "mask": torch.cat([row[1] for row in rows])}
 
-    def latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int]:
-        temporal, spatial = (math.prod(self.vae_config[f"{axis}_expansions"]) for axis in ("temporal", "spatial"))
-        self.check_size(video, temporal, spatial * self.transformer_config["patch_size"])
-        frames = (video.num_frames - 1) // temporal + 1
-        return self.vae_config["latent_channels"], frames, video.height // spatial, video.width // spatial
+    def text_shapes(self, text_tokens: int) -> Shapes:
+        return {"prompt_embeds": (text_tokens, self.transformer_config["text_embed_dim"]), "mask": (text_tokens,)}
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return math.prod(self.vae_config["temporal_expansions"]), math.prod(self.vae_config["spatial_expansions"])
 
     def call_defaults(self) -> dict[str, int]:
         return DEFAULT_SIZE
 
-    def example(self) -> tuple[Latents, Conditioning]:
-        config, generator = self.transformer_config, torch.Generator().manual_seed(0)
-        side = 2 * config["patch_size"]
-        latents = torch.randn(1, config["in_channels"], 2, side, side, generator=generator)
-        texts = torch.randn(1, 4, config["text_embed_dim"], generator=generator)
-        return latents, {"prompt_embeds": texts, "mask": torch.tensor([[True, True, True, False]])}
-
     def sigmas(self, num_steps: int, video: VideoConfig, shift: float | None = None) -> Tensor:
-        own = self.pipeline.scheduler.config["shift"] if shift is None else shift
+        default = self.pipeline.scheduler.config["shift"]
         levels = torch.tensor(linear_quadratic_schedule(num_steps, THRESHOLD_NOISE), dtype=torch.float64)
-        return torch.cat([sde.flow_shift(levels, own), levels.new_zeros(1)]).float()
+        return torch.cat([sde.flow_shift(levels, default if shift is None else shift), levels.new_zeros(1)]).float()
+
+    def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
+        timestep = self.timesteps(latents, 1 - sigma).to(conditioning["prompt_embeds"].dtype)
+        return {"timestep": timestep, "encoder_attention_mask": conditioning["mask"]}
 
     def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
-        texts = conditioning["prompt_embeds"]
-        timestep = (1 - sigma.to(latents.device)) * self.pipeline.scheduler.config.num_train_timesteps
-        prediction: Tensor = self.transformers(
-            self.transformer_at(float(sigma.max())),
-            hidden_states=latents.to(texts.dtype),
-            encoder_hidden_states=texts,
-            timestep=timestep.expand(len(latents)).to(texts.dtype),
-            encoder_attention_mask=conditioning["mask"],
-            return_dict=False,
-        )[0]
-        return -prediction.float()  # it predicts data - noise
-
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's latents, by channel, its scale included."""
-        config = self.vae_config
-        mean, std = (torch.tensor(config[f"latents_{name}"], device=device) for name in ("mean", "std"))
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1) / config["scaling_factor"]
-
-    @torch.no_grad()
-    def encode_video(self, videos: Videos) -> Latents:
-        vae: Any = self.pipeline.vae
-        pixels = (2 * videos - 1).transpose(1, 2).to(vae.device, vae.dtype)
-        encoded = vae.encode(pixels).latent_dist.mode().float()
-        mean, std = self._statistics(encoded.device)
-        return (encoded - mean) / std
-
-    @torch.no_grad()
-    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
-        vae: Any = self.pipeline.vae
-        mean, std = self._statistics(latents.device)
-        scaled = latents * std + mean
-        pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+        return -super().velocity(latents, sigma, conditioning)

@@ -1,9 +1,9 @@
 """Scoring ahead: a thread of each rank scores chunks, in order, while the main thread samples the next ones.
 
-It is safe because reward models hold no collective: one thread alone talks to the other ranks, also under ZeRO-3, whose
-rollouts do. Rollouts draw from their own generators, so torch's global one is left to the reward models, in the same
-order as without a thread. What torch keeps per thread (its number of threads, the device, the stream) is set to the
-caller's; on a GPU scoring has its own stream.
+This is safe because reward models run no collectives: only one thread communicates with other ranks, also under ZeRO-3,
+where rollouts communicate. Rollouts draw from their own generators, so only reward models draw from torch's global one,
+in the same order as without a thread. The thread takes over its caller's number of threads; on a GPU it scores on a
+stream of its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ class ScoreAhead:
     """Scores chunks in order while its caller makes the next ones; a context manager.
 
     Args:
-        ahead: chunks that may wait or be scored while the caller goes on; 0 scores inline. The caller holds the videos
-            of one more.
+        ahead: number of unscored chunks with which `put` returns; with 0 it waits for the score. The caller holds the
+            videos of one more.
+
+    Attributes:
+        seconds: that scoring took.
     """
 
     def __init__(self, suite: RewardSuite, prompts: PromptBatch, ahead: int, device: torch.device):
@@ -37,11 +40,11 @@ class ScoreAhead:
         self._chunks: SimpleQueue[RolloutChunk | None] = SimpleQueue()
         self._scored: list[ScoredChunk] = []
         self._changed = threading.Condition()
-        self._unscored = 0
+        self._queued = 0
         self._running: tuple[Call, float] | None = None  # and its deadline, on the clock of time.monotonic
         self._error: BaseException | None = None
         self._abandoned = False
-        # A daemon: a model that hangs must not keep the process that ends because of it.
+        # A daemon: a model that hangs must not keep the process alive.
         self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="scoring", daemon=True)
 
     def __enter__(self) -> ScoreAhead:
@@ -55,15 +58,14 @@ class ScoreAhead:
             self._thread.join()
 
     def put(self, chunk: RolloutChunk) -> None:
-        """Queues a chunk; returns once at most `ahead` of them are unscored.
+        """Queues a chunk; returns once at most `ahead` chunks are unscored.
 
         Raises:
             RewardError: a model failed, on this chunk or an earlier one, or its call has exceeded its timeout.
         """
-        if self._device.type == "cuda":  # the videos are made on the caller's stream and read on another
+        if self._device.type == "cuda":  # the caller's stream makes the videos, another one reads them
             torch.cuda.current_stream(self._device).synchronize()
-        with self._changed:
-            self._unscored += 1
+        self._queued += 1
         self._chunks.put(replace(chunk, trajectories=()))
         self._wait(self._ahead)
 
@@ -77,39 +79,37 @@ class ScoreAhead:
             while True:
                 if self._error is not None:
                     raise self._error
-                call, deadline = self._running or (None, None)
-                left = None if deadline is None else deadline - time.monotonic()
-                if call is not None and left is not None and left <= 0:
-                    late = f"{call} has not answered within its timeout of {call.timeout:g} s"
-                    raise RewardError(f"{late}; raise `timeout` of that reward if it may take longer")
-                if self._unscored <= unscored:
+                left = None
+                if self._running is not None:
+                    call, deadline = self._running
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        late = f"{call} has not answered within its timeout of {call.timeout:g} s"
+                        raise RewardError(f"{late}; raise `timeout` of that reward if it may take longer")
+                if self._queued - len(self._scored) <= unscored:
                     return
                 self._changed.wait(left)
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)
         try:
-            with own_stream(self._device) as finish:
+            with scoring_stream(self._device) as synchronize:
                 for chunk in iter(self._chunks.get, None):
                     if self._abandoned:
                         return
-                    self._score(chunk, finish)
-                    del chunk  # frees its videos: the next one may take long
-        except BaseException as error:  # raised again where the caller waits, which ends the run
+                    started = time.perf_counter()
+                    scored = self._suite.score(chunk, self._prompts, self._begin)
+                    synchronize()
+                    del chunk  # frees its videos before the wait for the next one
+                    with self._changed:
+                        self._scored.append(scored)
+                        self.seconds += time.perf_counter() - started
+                        self._running = None
+                        self._changed.notify_all()
+        except BaseException as error:  # raised in the caller's thread, which ends the run
             with self._changed:
                 self._error, self._running = error, None
                 self._changed.notify_all()
-
-    def _score(self, chunk: RolloutChunk, finish: Callable[[], None]) -> None:
-        started = time.perf_counter()
-        scored = self._suite.score(chunk, self._prompts, self._begin)
-        finish()
-        with self._changed:
-            self._scored.append(scored)
-            self.seconds += time.perf_counter() - started
-            self._running = None
-            self._unscored -= 1
-            self._changed.notify_all()
 
     def _begin(self, call: Call) -> None:
         with self._changed:
@@ -118,17 +118,17 @@ class ScoreAhead:
 
 
 @contextmanager
-def own_stream(device: torch.device) -> Iterator[Callable[[], None]]:
-    """This thread works on the scoring stream of a GPU inside the block; yields a function that waits for it."""
+def scoring_stream(device: torch.device) -> Iterator[Callable[[], None]]:
+    """On a GPU this thread uses the scoring stream inside the block; yields a function that waits for the stream."""
     if device.type != "cuda":
         yield lambda: None
         return
-    stream = scoring_stream(device)
+    stream = _stream(device)
     with torch.cuda.stream(stream):
         yield stream.synchronize
 
 
 @cache
-def scoring_stream(device: torch.device) -> torch.cuda.Stream:
+def _stream(device: torch.device) -> torch.cuda.Stream:
     """One for the whole run: the allocator keeps freed memory for each stream separately."""
     return torch.cuda.Stream(device)

@@ -1,7 +1,12 @@
-"""Networks that rewards share: loaded once per recipe, with their features of frames and videos."""
+"""Networks that rewards share, loaded once per run, and the preprocessing of their input.
+
+Frames are resized, cropped or padded, and normalised in torch, with gradients: antialiased with PIL's kernels (bicubic
+with a = -.5), on floats, without PIL's rounding to 8 bits.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -11,25 +16,108 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
 from transformers import AutoTokenizer
 
-from bpgo_video.data.fingerprint import fingerprint
+from bpgo_video.data.fingerprint import fingerprint, fingerprint_of
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameSampling
-from bpgo_video.rewards.checkpoints import complete
-from bpgo_video.rewards.preprocessing import Preprocessing
+from bpgo_video.rewards.checkpoints import load_network
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.jinja")  # files of a model folder that hold configuration and tokenizer
+WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.jinja")  # configuration and tokenizer files of a model folder
 FRAMES_AT_ONCE = 64  # frames copied, resized and encoded at a time: 8 clips of 81 frames at 480x832 in fp32 are 3.1 GB
+FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers of its resampling filters
+Images = Float[Tensor, "images 3 height width"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Preparation of images in [0, 1] as a network's input.
+
+    Attributes:
+        fit: "crop" (shorter side to `edge`, then the centre), "pad" (longer side to a square's side, centred on black)
+            or "stretch".
+        size: height and width of the input.
+        mean, std: per channel.
+        mode: bicubic or bilinear.
+        edge: for "crop", the shorter side before the crop.
+    """
+
+    fit: Literal["crop", "pad", "stretch"]
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mode: str = "bicubic"
+    edge: int = 0
+
+    def __call__(self, images: Images) -> Float[Tensor, "images 3 rows columns"]:
+        images, (rows, columns) = images.float(), self.size
+        if self.fit == "stretch":
+            fitted = self._resize(images, self.size)
+        elif self.fit == "crop":
+            shorter = min(images.shape[-2:])
+            height, width = (self.edge * side // shorter for side in images.shape[-2:])
+            top, left = (height - rows) // 2, (width - columns) // 2
+            fitted = self._resize(images, (height, width))[..., top : top + rows, left : left + columns]
+        else:
+            longer = max(images.shape[-2:])
+            height, width = (round(side * rows / longer) for side in images.shape[-2:])
+            top, left = (rows - height) // 2, (rows - width) // 2
+            fitted = pad(self._resize(images, (height, width)), (left, rows - width - left, top, rows - height - top))
+        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (fitted - mean) / std
+
+    def _resize(self, images: Images, size: tuple[int, int]) -> Tensor:
+        if tuple(images.shape[-2:]) == size:
+            return images
+        return interpolate(images, size, mode=self.mode, antialias=True).clamp(0, 1)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Preprocessing:
+        """As a model folder's preprocessor configuration states it.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the resampling filter is missing, or neither bilinear nor bicubic.
+        """
+        config = read_preprocessor(folder)
+        size, crop_size, resample = config["size"], config.get("crop_size"), config.get("resample")
+        if resample not in FILTERS:
+            raise ValueError(f"{folder}: resample = {resample} in its preprocessor config; must be one of {FILTERS}")
+        crops = config.get("do_center_crop", crop_size is not None)
+        normalises = config.get("do_normalize", True)
+        return cls(
+            fit="crop" if crops else "stretch",
+            size=_height_and_width(crop_size or size if crops else size),
+            mean=tuple(config["image_mean"]) if normalises else (0.0, 0.0, 0.0),
+            std=tuple(config["image_std"]) if normalises else (1.0, 1.0, 1.0),
+            mode=FILTERS[resample],
+            edge=min(_height_and_width(size)) if crops else 0,
+        )
+
+
+def read_preprocessor(folder: Path) -> dict[str, Any]:
+    """The content of video_preprocessor_config.json or, where there is none, of preprocessor_config.json."""
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            return json.loads((folder / name).read_text("utf-8"))
+    raise FileNotFoundError(f"{folder} has no preprocessor_config.json, which states how frames become the input")
+
+
+def _height_and_width(size: Any) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    edge = size.get("shortest_edge", 0)
+    return size.get("height", edge), size.get("width", edge)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen network with its key: class, folder, dtype and device. Shared features are cached under the key."""
+    """A frozen network with its key: class, folder, dtype and device. Its features are cached under the key."""
 
-    network: Any  # a transformers model: its features are methods that nn.Module does not have
+    network: Any  # a transformers model: nn.Module lacks the methods that compute its features
     key: tuple[str, ...]
 
     @property
@@ -43,37 +131,37 @@ class Backbone:
     def frame_features(
         self, clips: Clips, indices: Sequence[int], preprocessing: Preprocessing, encode: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "samples scored dim"]:
-        """`encode` of the given frames, fp32; computed once for all rewards that read this network in this way."""
+        """`encode` of the frames `indices`, fp32; rewards with the same network and preprocessing share the result."""
 
         def compute() -> Tensor:
             pairs = torch.cartesian_prod(torch.arange(len(clips)), torch.tensor(indices))
-            rows = []
-            for chosen in pairs.split(FRAMES_AT_ONCE):
-                frames = clips.videos[chosen[:, 0], chosen[:, 1]].to(self.device)
-                rows.append(encode(preprocessing(frames).to(self.dtype)).float())
-            return torch.cat(rows).unflatten(0, (len(clips), len(indices)))
+            features = []
+            for samples, frames in (part.unbind(dim=1) for part in pairs.split(FRAMES_AT_ONCE)):
+                pixels = preprocessing(clips.videos[samples, frames].to(self.device))
+                features.append(encode(pixels.to(self.dtype)).float())
+            return torch.cat(features).unflatten(0, (len(clips), len(indices)))
 
-        return clips.once((self.key, preprocessing, tuple(indices)), compute)
+        return clips.cached((self.key, preprocessing, tuple(indices)), compute)
 
     def video_features(
         self, clips: Clips, indices: Sequence[int], preprocessing: Preprocessing,
         encode: Callable[[Tensor, slice], Tensor],
     ) -> Float[Tensor, "samples ..."]:  # fmt: skip
-        """`encode(pixels, rows)` of the given frames, a few videos at a time, fp32."""
+        """`encode(pixels, rows)` of the frames `indices`, a few videos at a time, fp32."""
         at_once = max(1, FRAMES_AT_ONCE // len(indices))
-        found = []
+        features = []
         for start in range(0, len(clips), at_once):
             rows = slice(start, min(start + at_once, len(clips)))
             frames = clips.videos[rows][:, list(indices)].to(self.device)
             pixels = preprocessing(frames.flatten(0, 1)).to(self.dtype)
-            found.append(encode(pixels.unflatten(0, frames.shape[:2]), rows).float())
-        return torch.cat(found)
+            features.append(encode(pixels.unflatten(0, frames.shape[:2]), rows).float())
+        return torch.cat(features)
 
     def tokenizer(self, folder: Path, padding: str) -> Callable[[Sequence[str]], Any]:
-        """Texts -> `input_ids` and `attention_mask`, cut to the network's length.
+        """A function from texts to `input_ids` and `attention_mask`, truncated to the network's length.
 
         Args:
-            padding: "longest" of the texts, or "max_length", the network's own.
+            padding: "longest" (text of the call) or "max_length" (of the network).
         """
         tokenize: Any = AutoTokenizer.from_pretrained(folder)
         length = self.network.config.text_config.max_position_embeddings
@@ -82,7 +170,7 @@ class Backbone:
 
 
 class Backbones:
-    """The networks of a run, each loaded once. Constructors of rewards that take `backbones` receive it."""
+    """The networks of a run, each loaded once. Constructors of rewards with a parameter `backbones` receive it."""
 
     def __init__(self) -> None:
         self._loaded: dict[tuple[str, ...], Backbone] = {}
@@ -94,18 +182,15 @@ class Backbones:
             unused: prefixes of parameters that the reward does not use: the folder may lack them.
 
         Raises:
-            ValueError: the folder lacks weights, or `dtype` is no name of `DTYPES`.
+            ValueError: the folder lacks weights, or `dtype` is not in `DTYPES`.
         """
+        source = (network.__name__, str(folder.resolve()))
+        return self.get(source, device, dtype, lambda dtype: load_network(network, folder, dtype, unused))
 
-        def build(dtype: torch.dtype) -> nn.Module:
-            return complete(folder, unused, *network.from_pretrained(folder, dtype=dtype, output_loading_info=True))
-
-        return self.once((network.__name__, str(folder.resolve())), device, dtype, build)
-
-    def once(
+    def get(
         self, source: tuple[str, ...], device: Device, dtype: str, build: Callable[[torch.dtype], nn.Module]
     ) -> Backbone:
-        """`build(dtype)` on `device`, frozen; loaded once for each source, dtype and device."""
+        """`build(dtype)` on `device`, frozen; built once for each source, dtype and device."""
         if dtype not in DTYPES:
             raise ValueError(f"dtype = {dtype!r}: must be one of {sorted(DTYPES)}")
         key = (*source, dtype, str(torch.device(device)))
@@ -116,22 +201,24 @@ class Backbones:
 
 
 class NetworkReward(FrameReward):
-    """A reward by the network of one model folder; a subclass states which network, and how it scores.
+    """A reward on the network of one model folder; a subclass names the network and computes the score.
 
     Args:
         model: local folder, hub id or `package:module/folder`.
-        frames: how many frames are scored, spread evenly; None scores all.
-        frames_per_second: how many of each second are scored instead.
+        frames: number of scored frames, evenly spread; None scores all.
+        frames_per_second: number of scored frames per second, instead of `frames`.
 
     Attributes:
         network: the transformers class.
         unused: prefixes of parameters that a folder may lack.
         settings: options that the version depends on.
+        processor: folder of the preprocessor configuration and the tokenizer; None for the model folder.
     """
 
     network: Any
     unused: tuple[str, ...] = ()
     settings: tuple[object, ...] = ()
+    processor: Path | None = None
     differentiable = True
 
     def __init__(
@@ -141,20 +228,21 @@ class NetworkReward(FrameReward):
         folder = resolve_folder(model)
         self.check(folder)
         self.frames = FrameSampling(frames, frames_per_second)
-        self.use((backbones or Backbones()).load(self.network, folder, device, dtype, self.unused), folder)
-        self.version = version([fingerprint(folder, (".",))], self.frames, dtype, *self.settings)
+        backbone = (backbones or Backbones()).load(self.network, folder, device, dtype, self.unused)
+        self.use(backbone, self.processor or folder)
+        files = [fingerprint(folder, (".",))]
+        if self.processor is not None:
+            files.append(fingerprint_of(self.processor, WITHOUT_WEIGHTS))
+        self.version = version(files, self.frames, dtype, *self.settings)
 
     def check(self, folder: Path) -> None:
         """
         Raises:
-            ValueError: the folder holds a model of another kind, where loading it would not say so.
+            ValueError: the folder holds a model of another kind that would load without an error.
         """
 
     def use(self, backbone: Backbone, folder: Path) -> None:
-        """
-        Args:
-            folder: of the preprocessor's configuration and the tokenizer.
-        """
+        """Sets the network, its preprocessing and the like; `folder` is `processor` or the model folder."""
         self.backbone, self.preprocessing = backbone, self.preprocessing_of(backbone, folder)
 
     def preprocessing_of(self, backbone: Backbone, folder: Path) -> Preprocessing:
@@ -162,7 +250,7 @@ class NetworkReward(FrameReward):
 
 
 def version(fingerprints: Sequence[str], frames: FrameSampling, dtype: str, *settings: object) -> str:
-    """A score's identity: the files that were read, the sampling, the settings, and the dtype where it is not fp32."""
+    """The identity of a score: the files that were read, the sampling, the settings, and any dtype but fp32."""
     rest = [sha256("\0".join(map(str, settings)).encode()).hexdigest()[:16]] if settings else []
     rest += [] if dtype == "float32" else [dtype]
     return "-".join([*fingerprints, str(frames), *rest])

@@ -1,4 +1,4 @@
-"""The reward contract: what a model receives, what it returns, and which members it has.
+"""The contract of reward models: their input, their output and their members.
 
 A user's own reward is any class with the members of `RewardModel`, named in a recipe as `my_pkg.rewards:MyReward`.
 """
@@ -17,6 +17,7 @@ from bpgo_video.types import Videos
 
 T = TypeVar("T")
 Device = torch.device | str
+Scores = Float[Tensor, "samples scored"]
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,21 @@ class Clips:
 
     @property
     def times(self) -> Float[Tensor, "frames"]:
-        """Seconds of each frame from the first."""
+        """Seconds from the first frame to each frame."""
         return torch.arange(self.videos.shape[1], dtype=torch.float64) / self.fps
 
     def select(self, rows: Int[Tensor, "rows"] | slice) -> Clips:
-        """Some of the videos, with an empty cache."""
+        """The videos of these rows, with an empty cache."""
         texts = self.texts[rows] if isinstance(rows, slice) else tuple(self.texts[row] for row in rows.tolist())
         return Clips(self.videos[rows], self.fps, texts, None if self.images is None else self.images[rows])
 
     def stills(self) -> Clips:
-        """The images as videos of one frame."""
+        """The conditioning images as videos of one frame."""
         assert self.images is not None
         return Clips(self.images[:, None], self.fps, self.texts)
 
-    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """`compute()`, cached by `key`: rewards that share a network share its features."""
+    def cached(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute()`, cached under `key`: rewards that share a network share its features."""
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
@@ -66,17 +67,17 @@ class FrameScores:
     """The scores that a reward model returns.
 
     Attributes:
-        values: a score per video and scored frame, or a single column for the video as a whole.
-        times: seconds of the scored frames from the first, increasing; None where the score is of the whole video.
+        values: one score per video and scored frame, or one column with the score of the whole video.
+        times: seconds of the scored frames from the first frame, increasing; None for scores of whole videos.
     """
 
-    values: Float[Tensor, "samples scored"]
+    values: Scores
     times: Float[Tensor, "scored"] | None = None
 
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """Which frames a model scores: all of them, `count` spread evenly, or `fps` per second.
+    """The frames that a model scores: all of them, `count` evenly spread ones, or `fps` per second.
 
     Raises:
         ValueError: both are given, or one is not above 0.
@@ -93,13 +94,13 @@ class FrameSampling:
                 raise ValueError(f"{name} = {value}: must be above 0; leave it out to score every frame")
 
     def indices(self, total: int, fps: float) -> list[int]:
-        """Sampled frames of a video of `total` frames, in order; an even spread of 2 or more includes both ends."""
+        """Sampled frames of a video of `total` frames, in order; 2 or more evenly spread ones include both ends."""
         if self.fps is not None:
             stride = max(1.0, fps / self.fps)
             return [round(i * stride) for i in range(int((total - 1) / stride) + 1)]
         if self.count is None or self.count >= total:
             return list(range(total))
-        return spread(self.count, total)
+        return evenly_spread(self.count, total)
 
     def of(self, clips: Clips) -> list[int]:
         return self.indices(clips.videos.shape[1], clips.fps)
@@ -108,22 +109,22 @@ class FrameSampling:
         return f"{self.fps:g}fps" if self.fps is not None else str(self.count or "all")
 
 
-def spread(count: int, total: int) -> list[int]:
-    """Exactly `count` frames spread evenly over a video, both ends included; a shorter video repeats frames."""
+def evenly_spread(count: int, total: int) -> list[int]:
+    """`count` of `total` frames, both ends included; a video of fewer frames repeats some."""
     return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
 
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """Members of a reward model. A class that inherits from this one gets the defaults.
+    """Members of a reward model. Subclasses of this class inherit the defaults.
 
     Attributes:
-        name, version: what was measured; the version must change when the scores do.
+        name, version: identify the score; the version must change whenever scores do.
         range: lowest and highest score.
-        higher_is_better: a suite flips the sign of models where this is False.
-        differentiable: scores carry a gradient with respect to the pixels.
-        kind: "real", "proxy" (stands in for an unavailable model) or "test" (knows the truth of a toy world).
-        frames: which frames it scores.
+        higher_is_better: a suite negates the scores of models where this is False.
+        differentiable: scores have a gradient with respect to the pixels.
+        kind: "real", "proxy" (replaces an unavailable model) or "test" (knows the ground truth of a toy world).
+        frames: the frames that it scores.
     """
 
     name: str
@@ -138,9 +139,9 @@ class RewardModel(Protocol):
 
 
 class FrameReward(RewardModel):
-    """A reward that scores each sampled frame, or the last of them where it compares frames with earlier ones."""
+    """A reward with a score for each sampled frame, or, if it compares frames, for the last of them."""
 
-    def score(self, clips: Clips, indices: list[int]) -> Float[Tensor, "samples scored"]:
+    def score(self, clips: Clips, indices: list[int]) -> Scores:
         raise NotImplementedError(f"{type(self).__name__} has no score()")
 
     def __call__(self, clips: Clips) -> FrameScores:
@@ -151,12 +152,3 @@ class FrameReward(RewardModel):
 
 class RewardError(RuntimeError):
     """A reward model failed; the message names the model, the prompt and the sample."""
-
-
-def require_two_frames(name: str, clips: Clips) -> None:
-    """
-    Raises:
-        RewardError: a reward that compares frames received videos of one frame.
-    """
-    if clips.videos.shape[1] < 2:
-        raise RewardError(f"reward {name!r} compares neighbouring frames; {clips.texts[0]!r} has a video of one frame")

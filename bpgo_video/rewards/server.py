@@ -1,11 +1,11 @@
-"""HTTP server of one reward model: few requests at once, of bounded size, each scored once.
+"""HTTP server of one reward model: a bounded number of requests of bounded size, each scored once.
 
     GET  /health   {"status": "ok"}, without a token
-    GET  /reward   what is served: name, version, range ...
+    GET  /reward   the model's description (`wire.Description`) and `max_bytes` of a request
     POST /score    X-Request-Id; a line of JSON (`wire.ClipsHeader`), then pixels; {"id", "version", "values", "times"}
 
 Errors are {"error": reason} with status 400, 401, 404, 408, 409, 411, 413, 429 (Retry-After) or 500; above the limit of
-connections uvicorn answers 503. Nothing is ever unpickled, and no prompt is logged.
+connections uvicorn answers 503. Nothing is unpickled, and no prompt is logged.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import re
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import uvicorn
@@ -31,9 +31,9 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.rewards.ahead import own_stream
+from bpgo_video.rewards.ahead import scoring_stream
 from bpgo_video.rewards.base import RewardModel
-from bpgo_video.rewards.wire import MalformedMessage, Received, description_of, received, scores_message
+from bpgo_video.rewards.wire import MalformedMessage, PackedClips, check_clips, describe, pack_scores, unpack_clips
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ class Limits:
     """A server's limits.
 
     Attributes:
-        waiting: requests that are read, wait or are scored; each holds its pixels.
+        waiting: requests in memory at once, from reading to the reply.
         bytes: of one request.
         connections: open at once.
-        patience: seconds that a request waits for its turn to be read, and that a connection may be silent.
+        patience: seconds that a request waits to be read, and that a connection may be silent.
     """
 
     waiting: int = 8
@@ -62,77 +62,68 @@ class Refused(Exception):
     """A request that gets an error: the status, and the reason."""
 
 
-@dataclass
-class Job:
-    """A request by its id: the digest of its content, its scores or error to come, and when it was scored."""
+class Job(NamedTuple):
+    """A request: the digest of its content, when it was submitted, and its future reply."""
 
     digest: bytes
-    reply: Future[dict[str, Any]] = field(default_factory=Future)
-    ended: float = 0.0
+    submitted: float
+    reply: Future[dict[str, Any]]
 
 
 class RewardService:
-    """Scores each request once, however often it is sent, and keeps the scores.
+    """Scores each request id once, however often it is sent, and keeps the scores.
 
-    One thread scores, a request at a time, in order. Requests are never merged into one batch: scores could then
-    depend, in their last bits, on other clients.
+    One thread scores one request at a time, in order. Requests are not merged into batches: scores could then depend,
+    in their last bits, on other clients.
 
     Args:
         device: of the model.
-        kept: finished requests whose scores are kept.
+        kept: number of finished requests whose scores are kept.
         keep_seconds: how long they are kept at most.
     """
 
     def __init__(self, model: RewardModel, device: torch.device, kept: int = 4096, keep_seconds: float = 3600.0):
-        self.description = description_of(model)
+        self.description = describe(model)
         self.scored = 0
         self._model, self._device, self._kept, self._keep_seconds = model, device, kept, keep_seconds
         self._jobs: dict[str, Job] = {}
         self._thread = ThreadPoolExecutor(1, "scoring", torch.set_num_threads, (torch.get_num_threads(),))
 
-    def submit(self, request_id: str, digest: bytes, clips: Received) -> Future[dict[str, Any]]:
-        """The reply to the request of this id, which is queued if it is new; call it from one thread.
+    def submit(self, request_id: str, digest: bytes, clips: PackedClips) -> Future[dict[str, Any]]:
+        """The future reply to a request, which is queued if its id is new. Not thread-safe.
 
         Raises:
-            Refused: the id stands for another request.
+            Refused: the id was used for another request.
         """
-        self._forget()
+        finished, now = [known for known, job in self._jobs.items() if job.reply.done()], time.monotonic()
+        for number, known in enumerate(finished):
+            if number < len(finished) - self._kept or self._jobs[known].submitted < now - self._keep_seconds:
+                del self._jobs[known]
         if request_id not in self._jobs:
-            job = self._jobs[request_id] = Job(digest)
-            job.reply = self._thread.submit(self._score, job, clips)
-        if self._jobs[request_id].digest != digest:
+            self._jobs[request_id] = Job(digest, now, self._thread.submit(self._score, clips))
+        job = self._jobs[request_id]
+        if job.digest != digest:
             raise Refused(409, f"the id {request_id} was used for another request; every request needs its own")
-        return self._jobs[request_id].reply
+        return job.reply
 
     def close(self) -> None:
         """Returns once all queued requests are scored."""
         self._thread.shutdown()
 
-    def _forget(self) -> None:
-        """Drops finished jobs that are too many, the oldest first, or too old."""
-        finished = [request_id for request_id, job in self._jobs.items() if job.ended]
-        oldest = time.monotonic() - self._keep_seconds
-        for number, request_id in enumerate(finished):
-            if number < len(finished) - self._kept or self._jobs[request_id].ended < oldest:
-                del self._jobs[request_id]
-
     @torch.no_grad()
-    def _score(self, job: Job, clips: Received) -> dict[str, Any]:
+    def _score(self, clips: PackedClips) -> dict[str, Any]:
         self.scored += 1
         try:
-            with own_stream(self._device):
-                return scores_message(self._model(clips.clips()))
-        except Exception as error:  # the request's failure: its client is told, and the next request is scored
+            with scoring_stream(self._device):
+                return pack_scores(self._model(unpack_clips(clips)))
+        except Exception as error:  # reported to the client of this request; the next request is scored
             log.error("the model failed with %s", type(error).__name__)
             log.debug("its traceback", exc_info=True)
             return {"error": f"the model failed: {type(error).__name__}: {error}"}
-        finally:
-            job.ended = time.monotonic()
 
 
 def check_exposure(host: str, token: str | None) -> None:
-    """Other machines are served only with a token.
-
+    """
     Raises:
         ConfigError: the host is not loopback, and there is no token.
     """
@@ -144,7 +135,7 @@ def check_exposure(host: str, token: str | None) -> None:
 
 
 class ImpatientProtocol(H11Protocol):
-    """uvicorn's, which also closes connections that are silent before their request is whole."""
+    """uvicorn's protocol, which also closes connections that are silent before their request is complete."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -162,7 +153,7 @@ class ImpatientProtocol(H11Protocol):
 
 
 class RewardServer:
-    """Listens from the start; `serve_forever` answers. An ASGI application.
+    """An ASGI application that listens from its construction on; `serve_forever` answers.
 
     Args:
         port: 0 takes a free one, see `server_address`.
@@ -194,11 +185,11 @@ class RewardServer:
         self.socket.close()
 
     def serve_forever(self) -> None:
-        """Answers until `shutdown`, SIGTERM or Ctrl-C; requests that were read are scored and answered first."""
+        """Answers until `shutdown`, SIGTERM or Ctrl-C, and first completes the requests that were read."""
         self._server.run(sockets=[self.socket])
 
     def shutdown(self) -> None:
-        """Makes `serve_forever` end, in another thread."""
+        """Makes `serve_forever` return, in another thread."""
         self._server.should_exit = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -223,8 +214,17 @@ class RewardServer:
                 return await self._score(request)
         raise Refused(404, "there are GET /health, GET /reward and POST /score")
 
+    def _check_token(self, request: Request) -> None:
+        sent = request.headers.get("Authorization", "").encode("latin-1")
+        if self.token is not None and not hmac.compare_digest(sent, f"Bearer {self.token}".encode()):
+            raise Refused(401, "the Authorization header does not hold this server's token")
+
     async def _score(self, request: Request) -> dict[str, Any]:
-        size = self._checked_length(request)
+        length, limit = request.headers.get("Content-Length", ""), self.limits.bytes
+        if not length.isdecimal():
+            raise Refused(411, "Content-Length must state the size of the request")
+        if int(length) > limit:
+            raise Refused(413, f"the request has {length} bytes; this server takes {limit}: send fewer videos at once")
         self._check_token(request)
         request_id = request.headers.get("X-Request-Id", "")
         if not REQUEST_ID.fullmatch(request_id):
@@ -234,7 +234,7 @@ class RewardServer:
         except TimeoutError:
             raise Refused(429, f"{self.limits.waiting} requests are waiting; try again later") from None
         try:
-            reply = await asyncio.wrap_future(await self._submit(request, request_id, size))
+            reply = await asyncio.wrap_future(await self._submit(request, request_id, int(length)))
         finally:
             self.turns.release()
         if "error" in reply:
@@ -249,30 +249,17 @@ class RewardServer:
         except (TimeoutError, ClientDisconnect):
             raise Refused(408, f"{len(body)} of {size} bytes arrived") from None
         try:
-            digest, clips = await asyncio.to_thread(_parse, body)
+            digest, clips = await asyncio.to_thread(parse_body, body)
         except MalformedMessage as error:
             raise Refused(400, str(error)) from None
         return self.service.submit(request_id, digest, clips)
 
-    def _check_token(self, request: Request) -> None:
-        given = request.headers.get("Authorization", "").encode("latin-1")
-        if self.token is not None and not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
-            raise Refused(401, "the Authorization header does not hold this server's token")
 
-    def _checked_length(self, request: Request) -> int:
-        stated, limit = request.headers.get("Content-Length", ""), self.limits.bytes
-        if not stated.isdecimal():
-            raise Refused(411, "Content-Length must state the size of the request")
-        if int(stated) > limit:
-            raise Refused(413, f"the request has {stated} bytes; this server takes {limit}: send fewer videos at once")
-        return int(stated)
-
-
-def _parse(body: bytearray) -> tuple[bytes, Received]:
-    """Digest and checked content of a request."""
+def parse_body(body: bytearray) -> tuple[bytes, PackedClips]:
+    """Digest and validated content of a request."""
     line = bytes(body[:MAX_HEADER]).partition(b"\n")[0]
     try:
         header = json.loads(line)
     except ValueError:
         raise MalformedMessage(f"the request does not begin with a line of JSON within {MAX_HEADER} bytes") from None
-    return hashlib.sha256(body).digest(), received(header, memoryview(body)[len(line) + 1 :])
+    return hashlib.sha256(body).digest(), check_clips(header, memoryview(body)[len(line) + 1 :])

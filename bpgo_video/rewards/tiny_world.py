@@ -1,15 +1,16 @@
-"""What does the embedded world look like? One coloured shape that moves across a dark square, and its captions.
+"""The embedded world: one coloured shape that moves across a dark square, with its captions.
 
-The world is small enough to learn on two CPU cores and still many-to-many: a caption may leave the shape, the colour or
-the direction open, and then every completion of it is right. Pixel videos are (batch, frames, 3, height, width) in
-[0, 1]; positions are in pixels, x to the right and y downwards.
+The world can be learned on two CPU cores and still is many-to-many: a caption may leave the shape, the colour or the
+direction open, and then all completions are right. Pixel videos are (batch, frames, 3, height, width) in [0, 1];
+positions are in pixels, x to the right and y downwards. tiny_rewards.py scores its videos.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -24,15 +25,17 @@ COLOURS = {
     "yellow": (0.95, 0.85, 0.15),
 }
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+ATTRIBUTES: tuple[Sequence[str], ...] = (SHAPES, tuple(COLOURS), tuple(DIRECTIONS))  # in the order of Caption's fields
+STATED = ((1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (0, 1, 0), (0, 0, 1))  # attributes that captions state
 RADIUS_RANGE = (7.0, 10.0)  # of the circle with the shape's area
-SPEED_RANGE = (1.5, 2.5)  # pixels a frame
+SPEED_RANGE = (1.5, 2.5)  # pixels per frame
 EDGE_WIDTH = 2.0  # pixels over which an edge fades
 MARGIN = 16.0  # pixels between a centre and the border: a triangle's far corner stays inside
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a prompt asks for; None leaves an attribute open."""
+    """The attributes that a prompt states; None leaves one open."""
 
     shape: str | None
     colour: str | None
@@ -47,49 +50,40 @@ class Caption:
 
     @property
     def is_clear(self) -> bool:
-        return None not in (self.shape, self.colour, self.direction)
+        return None not in astuple(self)
 
     @classmethod
     def parse(cls, text: str) -> Caption:
-        """The caption behind a prompt.
+        """The caption of a prompt.
 
         Raises:
             ValueError: the text is not a sentence of this world.
         """
         words = text.lower().split()
-        found = [next((w for w in words if w in names), None) for names in (SHAPES, COLOURS, DIRECTIONS)]
-        caption = cls(*found)
+        caption = cls(*(next((word for word in words if word in names), None) for names in ATTRIBUTES))
         if caption.text != " ".join(words):
-            raise ValueError(
-                f"{text!r} is not a caption of the world of moving shapes; one looks like "
-                f"{cls('circle', 'red', 'left').text!r} or {cls(None, 'blue', None).text!r}"
-            )
+            examples = f"{cls('circle', 'red', 'left').text!r} or {cls(None, 'blue', None).text!r}"
+            raise ValueError(f"{text!r} is not a caption of the world of moving shapes; one looks like {examples}")
         return caption
 
 
 def all_captions() -> list[Caption]:
-    """Every clear caption (48), then as many that leave something open; order is fixed."""
-    clear = [Caption(*names) for names in itertools.product(SHAPES, COLOURS, DIRECTIONS)]
-    partial = [Caption(shape, colour, None) for shape in SHAPES for colour in COLOURS]
-    partial += [Caption(shape, None, direction) for shape in SHAPES for direction in DIRECTIONS]
-    partial += [Caption(None, colour, direction) for colour in COLOURS for direction in DIRECTIONS]
-    partial += [Caption(None, colour, None) for colour in COLOURS]
-    partial += [Caption(None, None, direction) for direction in DIRECTIONS]
-    return clear + partial
+    """Every clear caption (48), then as many with open attributes, in a fixed order."""
+    captions: list[Caption] = []
+    for is_stated in STATED:
+        values = [names if stated else (None,) for names, stated in zip(ATTRIBUTES, is_stated, strict=True)]
+        captions += [Caption(*combination) for combination in itertools.product(*values)]
+    return captions
 
 
 def is_heldout(caption: Caption) -> bool:
-    """A quarter of the combinations: a Latin square, so that every pair of attributes occurs in training."""
-    values = (
-        SHAPES.index(caption.shape) if caption.shape else 1,
-        list(COLOURS).index(caption.colour) if caption.colour else 1,
-        list(DIRECTIONS).index(caption.direction) if caption.direction else 1,
-    )
-    return sum(values) % 4 == 3
+    """A quarter of the combinations, as in a Latin square: every pair of attributes occurs in training."""
+    pairs = zip(ATTRIBUTES, astuple(caption), strict=True)
+    return sum(names.index(value) if value else 1 for names, value in pairs) % 4 == 3
 
 
 def captions(split: str) -> list[Caption]:
-    """The captions of "train" or "heldout"; half of each split leaves something open."""
+    """The captions of "train" or "heldout"; half of each split has open attributes."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
     return [caption for caption in all_captions() if is_heldout(caption) == (split == "heldout")]
@@ -97,7 +91,13 @@ def captions(split: str) -> list[Caption]:
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of scenes: shape and colour indices [batch], centres [batch, frames, 2], radius [batch]."""
+    """A batch of scenes.
+
+    Attributes:
+        shapes, colours, directions: indices [batch].
+        centres: in pixels, [batch, frames, 2].
+        radius: of the circle of equal area, [batch].
+    """
 
     shapes: Tensor
     colours: Tensor
@@ -110,28 +110,23 @@ class Scenes:
         return Scenes(*(value[rows] for value in vars(self).values()))
 
     def caption(self, index: int) -> Caption:
-        return Caption(
-            SHAPES[int(self.shapes[index])],
-            list(COLOURS)[int(self.colours[index])],
-            list(DIRECTIONS)[int(self.directions[index])],
-        )
+        indices = (int(values[index]) for values in (self.shapes, self.colours, self.directions))
+        return Caption(*(names[i] for names, i in zip(ATTRIBUTES, indices, strict=True)))
 
 
-def sample_scenes(wanted: list[Caption], generator: torch.Generator, frames: int = FRAMES) -> Scenes:
-    """One scene per caption: open attributes, speed, size and start are drawn from `generator`."""
-    count = len(wanted)
+def sample_scenes(captions: Sequence[Caption], generator: torch.Generator, frames: int = FRAMES) -> Scenes:
+    """One scene per caption, with random open attributes, speed, size and start."""
+    count = len(captions)
 
-    def choose(names, key):
-        drawn = torch.randint(len(names), (count,), generator=generator)
-        fixed = [list(names).index(getattr(c, key)) if getattr(c, key) else -1 for c in wanted]
-        fixed = torch.tensor(fixed)
-        return torch.where(fixed >= 0, fixed, drawn)
-
-    def uniform(low, high):
+    def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
 
-    shapes, colours = choose(SHAPES, "shape"), choose(COLOURS, "colour")
-    directions = choose(DIRECTIONS, "direction")
+    indices: list[Tensor] = []
+    for names, values in zip(ATTRIBUTES, zip(*map(astuple, captions), strict=True), strict=True):
+        drawn = torch.randint(len(names), (count,), generator=generator)
+        stated = torch.tensor([names.index(value) if value else -1 for value in values])
+        indices.append(torch.where(stated >= 0, stated, drawn))
+    shapes, colours, directions = indices
     velocity = torch.tensor(list(DIRECTIONS.values()))[directions] * uniform(*SPEED_RANGE)[:, None]
     travel = velocity * (frames - 1)
     low = MARGIN - travel.clamp(max=0)
@@ -142,7 +137,7 @@ def sample_scenes(wanted: list[Caption], generator: torch.Generator, frames: int
 
 
 def coverage(shapes: Tensor, centres: Tensor, radius: Tensor, size: int = SIZE) -> Tensor:
-    """How much of each pixel a shape covers, in [0, 1]: [..., size, size].
+    """Share of each pixel that a shape covers, in [0, 1]: [..., size, size].
 
     Args:
         shapes: [...] index into SHAPES.
@@ -153,16 +148,10 @@ def coverage(shapes: Tensor, centres: Tensor, radius: Tensor, size: int = SIZE) 
     x = axis[None, :] - centres[..., 0, None, None]
     y = axis[:, None] - centres[..., 1, None, None]
     r = radius[..., None, None]
-    half_side = r * math.sqrt(math.pi) / 2
-    inradius = r * math.sqrt(math.pi / (3 * math.sqrt(3)))
-    slanted = math.sqrt(3) / 2 * x.abs() - y / 2
-    distance = torch.stack(
-        [
-            (x**2 + y**2).sqrt() - r,
-            torch.maximum(x.abs(), y.abs()) - half_side,
-            torch.maximum(slanted, y) - inradius,
-        ]
-    )
+    circle = (x**2 + y**2).sqrt() - r
+    square = torch.maximum(x.abs(), y.abs()) - r * math.sqrt(math.pi) / 2
+    triangle = torch.maximum(math.sqrt(3) / 2 * x.abs() - y / 2, y) - r * math.sqrt(math.pi / (3 * math.sqrt(3)))
+    distance = torch.stack([circle, square, triangle])
     index = shapes[None, ..., None, None].expand(1, *distance.shape[1:])
     return (0.5 - distance.gather(0, index)[0] / EDGE_WIDTH).clamp(0, 1)
 
@@ -170,8 +159,7 @@ def coverage(shapes: Tensor, centres: Tensor, radius: Tensor, size: int = SIZE) 
 def render(scenes: Scenes) -> Tensor:
     """The videos of a batch of scenes: (batch, frames, 3, SIZE, SIZE) in [0, 1]."""
     frames = scenes.centres.shape[1]
-    mask = coverage(
-        scenes.shapes[:, None].expand(-1, frames), scenes.centres, scenes.radius[:, None].expand(-1, frames)
-    )[:, :, None]
+    shapes, radius = (value[:, None].expand(-1, frames) for value in (scenes.shapes, scenes.radius))
+    mask = coverage(shapes, scenes.centres, radius)[:, :, None]
     colour = torch.tensor(list(COLOURS.values()))[scenes.colours][:, None, :, None, None]
     return mask * colour + (1 - mask) * BACKGROUND

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.priors import FROM_IMAGES
 from bpgo_video.policies import Policy

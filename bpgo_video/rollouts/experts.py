@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.policies import Policy
-from bpgo_video.policies.transformers import trained_names
+from bpgo_video.policies.networks import trained_names
 
 DRAWN = ("random", "random_window")  # ways to select steps by which prompts can differ
 

@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bpgo_video.config.bpgo import LossConfig
 from bpgo_video.diffusion.flow_matching import matching_error
 from bpgo_video.learner.bpgo import GroupAdvantages, LossAdvantages
-from bpgo_video.learner.losses import PolicyShift, TrustRegion, bpgo_loss, ratio_metrics
+from bpgo_video.learner.losses import PolicyShift, bpgo_loss, ratio_metrics
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.replay import Setting
 from bpgo_video.rollouts.rollout import (
@@ -34,7 +35,6 @@ from bpgo_video.rollouts.rollout import (
     guidance_of,
     trained_steps_of,
     training_denoiser,
-    trust_region,
 )
 from bpgo_video.types import Latents, Loss, PromptBatch, Trajectory, Velocity
 
@@ -58,7 +58,7 @@ class MatchingSettings:
     """Of both objectives: zeta of BPGO and the trust region; of nft: beta, and the advantage that counts as certain."""
 
     zeta: float
-    region: TrustRegion
+    region: LossConfig
     beta: float
     limit: float
 
@@ -150,9 +150,7 @@ def forward_objective(setting: Setting, advantages: GroupAdvantages, step: int) 
         denoiser=training_denoiser(setting.policy, config),
         prompts=setting.prompts,
         advantages=advantages,
-        settings=MatchingSettings(
-            config.bpgo.zeta, trust_region(config), config.loss.nft_beta, config.loss.advantage_clip
-        ),
+        settings=MatchingSettings(config.bpgo.zeta, config.loss, config.loss.nft_beta, config.loss.advantage_clip),
         trained_steps=trained_steps_of(setting.policy, config, step),
         key=(config.run.seed, "forward process", step),
         device=setting.device,

@@ -10,15 +10,15 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from bpgo_video.config.bpgo import Config
+from bpgo_video.config.bpgo import Config, LossConfig
 from bpgo_video.diffusion import sde
 from bpgo_video.diffusion.steps import flash_weight, split_updates, step_weights
 from bpgo_video.learner.bpgo import GroupAdvantages
-from bpgo_video.learner.losses import PolicyShift, TrustRegion, bpgo_loss
+from bpgo_video.learner.losses import PolicyShift, bpgo_loss
 from bpgo_video.policies import Policy
 from bpgo_video.rollouts.experts import trainable_steps
 from bpgo_video.rollouts.reference import DIVERGENCES, Divergence, Reference
-from bpgo_video.rollouts.rollout import Denoiser, guidance_of, pulls_to_previous, training_denoiser, trust_region
+from bpgo_video.rollouts.rollout import Denoiser, guidance_of, pulls_to_previous, training_denoiser
 from bpgo_video.types import Loss, PromptBatch, Trajectory
 
 
@@ -114,7 +114,7 @@ class Replay:
     prompts: PromptBatch
     advantages: GroupAdvantages
     zeta: float
-    region: TrustRegion
+    loss_settings: LossConfig
     weights: StepWeights
     device: torch.device
     anchor: ReferenceAnchor | None = None
@@ -143,7 +143,7 @@ class Replay:
             contrastive=own.contrastive,
             trust=own.trust,
             zeta=self.zeta,
-            region=self.region,
+            settings=self.loss_settings,
         )
         value, metrics = self.weights.by_step[index] * loss.value, dict(loss.metrics)
         if self.anchor is not None and reference is not None:
@@ -186,7 +186,7 @@ def replay_objective(setting: Setting, advantages: GroupAdvantages, step: int) -
         prompts=setting.prompts,
         advantages=advantages,
         zeta=config.bpgo.zeta,
-        region=trust_region(config),
+        loss_settings=config.loss,
         weights=StepWeights.of(config.loss.step_weights, denoiser, trainable_steps(setting.policy, config)),
         device=setting.device,
         anchor=anchor,

@@ -15,7 +15,6 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.diffusion import sde
 from bpgo_video.diffusion.steps import STEP_SELECTIONS
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.learner.losses import TrustRegion
 from bpgo_video.policies import Policy, guided_velocity
 from bpgo_video.randomness import generator_of, keyed_noise
 from bpgo_video.rollouts.experts import trainable_steps
@@ -130,7 +129,7 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
         guidance_scale=sampler.guidance_scale,
         latents_dtype=LATENTS_DTYPES[sampler.latents_dtype],
         solver=sampler.solver,
-        records_means=trust_region(config).needs_means or pulls_to_previous(config),
+        records_means=config.loss.compares_means or pulls_to_previous(config),
         records_path=config.loss.objective == "policy_gradient",
         records_frames=config.credit.kind == "segment",
         guidance_scale_2=sampler.guidance_scale_2,
@@ -140,11 +139,6 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
 def pulls_to_previous(config: Config) -> bool:
     """Whether the loss compares the policy with the one that sampled."""
     return config.loss.kl_weight > 0 and config.loss.kl_reference == "previous"
-
-
-def trust_region(config: Config) -> TrustRegion:
-    loss = config.loss
-    return TrustRegion(loss.trust_region, loss.clip_range, loss.divergence_limit, loss.ratio)
 
 
 def trained_steps_of(policy: Policy, config: Config, step: int) -> TrainedSteps:

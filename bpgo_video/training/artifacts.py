@@ -10,16 +10,14 @@ import torch
 
 from bpgo_video.atomic import write_json
 from bpgo_video.config.bpgo import Config
-from bpgo_video.learner.rescoring import Agreements
-from bpgo_video.learner.running_priors import RunningRewards
+from bpgo_video.learner.priors import RunningRewards
+from bpgo_video.learner.trust import ICCHistory
 from bpgo_video.statistics import corrected, effect
-from bpgo_video.training.diagnosis import diagnose
 from bpgo_video.training.heldout import HeldoutScores, Scores, shown_rows, stderr
-from bpgo_video.training.metrics import METRICS_FILE, read_metrics
+from bpgo_video.training.metrics import METRICS_FILE, Cell, read_metrics
 from bpgo_video.training.report import write_report
 from bpgo_video.training.session import Session
-from bpgo_video.training.summary import summary_table
-from bpgo_video.training.wandb_run import Cell
+from bpgo_video.training.summary import diagnose, summary_table
 
 PHASES = ("rollout", "reward", "update")
 
@@ -36,7 +34,7 @@ class Progress:
     heldout_before: dict[str, list[list[float]]] | None = None
     frames_before: dict[str, list[list[float]]] = field(default_factory=dict)
     running_rewards: RunningRewards = field(default_factory=dict)
-    agreements: Agreements = field(default_factory=dict)
+    agreements: ICCHistory = field(default_factory=dict)
 
 
 def shown_prompts(session: Session) -> list[int]:

@@ -1,32 +1,98 @@
-"""How did training go? One panel a quantity, drawn from the records of `metrics.jsonl` as inline SVG.
+"""Training curves: one panel per quantity, drawn from the records of metrics.jsonl as inline SVG.
 
-A panel is a function in PANELS that draws on the axes and says in words what it drew, or None where the
-records hold nothing for it. The x axis counts finished steps; 0 is the starting policy.
+Figures take their colours from the page: text is its currentColor, series are its --c1, --c2, --c3. The x axis counts
+finished steps; 0 is the starting policy.
 """
 
 from __future__ import annotations
 
+import html
+import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from bpgo_video.training.drawing import SERIES, TEXT, Curve, drawn
 from bpgo_video.training.metrics import Number
 
 Records = Sequence[Mapping[str, Number]]
 Summary = Mapping[str, Any]
 
 HISTOGRAM_COLUMNS = 50
-HELDOUT = {"heldout/": "", "heldout_ema/": " (average)"}  # prefixes, and how a legend tells them apart
+HELDOUT = {"heldout/": "", "heldout_ema/": " (average)"}  # key prefix -> suffix in the legend
+TEXT, SERIES = "#0a0b00", ("#0a0b01", "#0a0b02", "#0a0b03")  # placeholders: matplotlib does not accept CSS variables
+THEME = {TEXT: "currentColor"} | {colour: f"var(--c{i})" for i, colour in enumerate(SERIES, start=1)}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bpgo_video",  # the same run gives the same file
+    "font.family": "sans-serif",
+    "font.size": 11,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "grid.color": TEXT,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+}
+DASHED: Any = {"color": TEXT, "linewidth": 0.8, "linestyle": "--", "alpha": 0.6}
+MARKED: Any = {"linewidth": 2, "marker": "o", "markersize": 4}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A finished figure: `svg` is markup to inline, `alt` describes in words what it shows."""
+
+    title: str
+    caption: str
+    svg: str
+    alt: str
+
+
+def draw_figure(
+    name: str, title: str, caption: str, draw: Callable[[Axes], str | None], size: tuple[float, float] = (5.2, 2.7)
+) -> Curve | None:
+    """A figure as a Curve; None if there is nothing to draw.
+
+    Args:
+        name: prefix of the ids in the SVG; unique on the page.
+        draw: draws on the axes and describes the drawing in words; None if there is nothing to draw.
+        size: inches; text is 11 points high.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        alt = draw(figure.add_subplot())
+        if alt is None:
+            return None
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+    document = file.getvalue()
+    body = re.sub(r"<metadata>.*?</metadata>", "", document[document.index("<svg") :], flags=re.DOTALL)
+    view_box = re.search(r'viewBox="([^"]*)"', body)
+    assert view_box is not None  # matplotlib always writes one
+    head = f'<svg viewBox="{view_box[1]}" role="img" aria-label="{html.escape(f"{title}: {alt}")}">'
+    body = re.sub(r"<svg[^>]*>", lambda _: head, body, count=1, flags=re.DOTALL)
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)
+    for placeholder, colour in THEME.items():
+        body = body.replace(placeholder, colour)
+    return Curve(title, caption, body, alt)
 
 
 def series(records: Records, key: str) -> tuple[list[Number], list[Number]]:
-    """Finished steps and values of the records that hold `key`."""
-    held = [record for record in records if key in record]
-    return [record["step"] + 1 for record in held], [record[key] for record in held]
+    """Finished steps and values of the records that have `key`."""
+    chosen = [record for record in records if key in record]
+    return [record["step"] + 1 for record in chosen], [record[key] for record in chosen]
+
+
+def keys_with(records: Records, *prefixes: str) -> list[str]:
+    """Keys of any record that start with one of the prefixes, sorted."""
+    return sorted({key for record in records for key in record if key.startswith(prefixes)})
 
 
 def smoothed(values: Sequence[Number]) -> np.ndarray:
@@ -35,115 +101,99 @@ def smoothed(values: Sequence[Number]) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _words(label: str, values: Sequence[Number]) -> str:
+def change(label: str, values: Sequence[Number]) -> str:
     return f"{label} from {values[0]:.3g} to {values[-1]:.3g}"
 
 
-def _line(axes: Axes, records: Records, key: str, label: str) -> str | None:
+def line(key: str, label: str, axes: Axes, records: Records, summary: Summary) -> str | None:
+    """Each step thin, the moving mean bold."""
     steps, values = series(records, key)
     if not values:
         return None
     axes.plot(steps, values, color=SERIES[0], linewidth=0.8, alpha=0.4)
     axes.plot(steps, smoothed(values), color=SERIES[0], linewidth=2)
-    return f"{_words(label, smoothed(values).tolist())} over {steps[-1]:,.0f} steps"
+    return f"{change(label, smoothed(values).tolist())} over {steps[-1]:,.0f} steps"
 
 
-def _mean_and_extremes(axes: Axes, records: Records, name: str, label: str) -> str | None:
-    steps, values = series(records, f"{name}_mean")
+def mean_and_extremes(key: str, label: str, axes: Axes, records: Records, summary: Summary) -> str | None:
+    """KEY_mean as a line, KEY_min to KEY_max as a band."""
+    steps, values = series(records, f"{key}_mean")
     if not values:
         return None
-    words = _words(f"mean {label}", values)
-    (low_steps, low), (_, high) = series(records, f"{name}_min"), series(records, f"{name}_max")
+    words = change(f"mean {label}", values)
+    (low_steps, low), (_, high) = series(records, f"{key}_min"), series(records, f"{key}_max")
     if low and len(low) == len(high):
         axes.fill_between(low_steps, low, high, color=SERIES[0], alpha=0.2, linewidth=0)
         words += f"; extremes {min(low):.3g} and {max(high):.3g}"
     axes.plot(steps, values, color=SERIES[0], linewidth=2)
-    axes.axhline(1.0, color=TEXT, linewidth=0.8, linestyle="--", alpha=0.6)
+    axes.axhline(1.0, **DASHED)
     return words
 
 
 def heldout(axes: Axes, records: Records, summary: Summary) -> str | None:
-    keys = sorted({key for record in records for key in record if key.startswith(tuple(HELDOUT))})
-    keys = [key for key in keys if not key.endswith("_stderr")]
+    keys = [key for key in keys_with(records, *HELDOUT) if not key.endswith("_stderr")]
     words = []
     for i, key in enumerate(keys):
         colour, (prefix, reward) = SERIES[i % len(SERIES)], key.split("/", 1)
         name = f"{reward}{HELDOUT[prefix + '/']}"
-        held = [record for record in records if key in record]
-        steps, values = series(held, key)
-        stderr = [record.get(f"{key}_stderr", 0.0) for record in held]
+        steps, values = series(records, key)
+        stderr = [record.get(f"{key}_stderr", 0.0) for record in records if key in record]
         if "heldout_before" in summary and reward == summary.get("heldout_reward", reward):
             steps, values = [0, *steps], [summary["heldout_before"], *values]
             stderr = [summary.get("heldout_before_stderr", 0.0), *stderr]
-            axes.axhline(values[0], color=TEXT, linewidth=0.8, linestyle="--", alpha=0.6)
+            axes.axhline(values[0], **DASHED)
         low, high = np.subtract(values, stderr), np.add(values, stderr)
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4, label=name)
-        words.append(f"{_words(name, values)} (± {stderr[-1]:.2g})")
+        axes.plot(steps, values, color=colour, label=name, **MARKED)
+        words.append(f"{change(name, values)} (± {stderr[-1]:.2g})")
     if len(keys) > 1:
         axes.legend(loc="best")
     return "; ".join(words) or None
 
 
-def reward(axes: Axes, records: Records, summary: Summary) -> str | None:
-    return _line(axes, records, "reward", "reward")
-
-
 def trained_against_heldout(axes: Axes, records: Records, summary: Summary) -> str | None:
-    """Where the line turns down while it goes on to the right, the policy exploits what it is trained on."""
+    """If the line turns down while it continues to the right, the policy exploits its training reward."""
     steps, rewards = series(records, "reward")
     name = summary.get("heldout_reward")
-    held = [(step, value) for step, value in zip(*series(records, f"heldout/{name}"), strict=True) if step in steps]
-    if len(held) < 2:
+    points = [(step, value) for step, value in zip(*series(records, f"heldout/{name}"), strict=True) if step in steps]
+    if len(points) < 2:
         return None
     bold = dict(zip(steps, smoothed(rewards).tolist(), strict=True))
-    trained, measured = [bold[step] for step, _ in held], [value for _, value in held]
-    axes.plot(trained, measured, color=SERIES[0], linewidth=2, marker="o", markersize=4)
-    for (step, value), reward in zip(held, trained, strict=True):
+    trained, measured = [bold[step] for step, _ in points], [value for _, value in points]
+    axes.plot(trained, measured, color=SERIES[0], **MARKED)
+    for (step, value), reward in zip(points, trained, strict=True):
         axes.annotate(f"{step:.0f}", (reward, value), textcoords="offset points", xytext=(5, 5), fontsize=9, color=TEXT)
     axes.set_xlabel("training reward")
-    return f"{_words(f'held-out {name}', measured)} while {_words('the training reward went', trained)}"
-
-
-def trust(axes: Axes, records: Records, summary: Summary) -> str | None:
-    return _mean_and_extremes(axes, records, "trust", "trust weight")
+    return f"{change(f'held-out {name}', measured)} while {change('the training reward went', trained)}"
 
 
 def trust_histogram(axes: Axes, records: Records, summary: Summary) -> str | None:
-    keys = sorted({key for record in records for key in record if key.startswith("trust/hist/")})
-    held = [record for record in records if all(key in record for key in keys)]
-    if not keys or not held:
+    keys = keys_with(records, "trust/hist/")
+    chosen = [record for record in records if all(key in record for key in keys)]
+    if not keys or not chosen:
         return None
-    stride = -(-len(held) // HISTOGRAM_COLUMNS)
-    columns = [held[start : start + stride] for start in range(0, len(held), stride)]
+    stride = -(-len(chosen) // HISTOGRAM_COLUMNS)
+    columns = [chosen[start : start + stride] for start in range(0, len(chosen), stride)]
     shares = np.array([[np.mean([record[key] for record in column]) for column in columns] for key in keys])
-    edges = [column[0]["step"] + 0.5 for column in columns] + [held[-1]["step"] + 1.5]
-    for row, place in np.argwhere(shares > 0):
-        alpha = float(shares[row, place])
-        axes.fill_between(edges[place : place + 2], row, row + 1, color=SERIES[0], alpha=alpha, linewidth=0)
+    edges = [column[0]["step"] + 0.5 for column in columns] + [chosen[-1]["step"] + 1.5]
+    for row, column in np.argwhere(shares > 0):
+        alpha = float(shares[row, column])
+        axes.fill_between(edges[column : column + 2], row, row + 1, color=SERIES[0], alpha=alpha, linewidth=0)
     axes.set(ylim=(0, len(keys)), xlim=(edges[0], edges[-1]))
     axes.set_yticks([0, len(keys) / 2, len(keys)], ["1 - α", "1", "1 + α"])
     return f"{shares[len(keys) // 2 :].sum(axis=0).mean():.0%} of the groups at w = 1 or above"
 
 
 def reliability(axes: Axes, records: Records, summary: Summary) -> str | None:
-    names = sorted({key.removeprefix("icc/") for record in records for key in record if key.startswith("icc/")})
     words = []
-    for i, name in enumerate(names):
-        steps, values = series(records, f"icc/{name}")
+    for i, key in enumerate(keys := keys_with(records, "icc/")):
+        steps, values = series(records, key)
+        name = key.removeprefix("icc/")
         axes.plot(steps, smoothed(values), color=SERIES[i % len(SERIES)], linewidth=2, label=name)
-        words.append(_words(name, smoothed(values).tolist()))
-    if len(names) > 1:
+        words.append(change(name, smoothed(values).tolist()))
+    if len(keys) > 1:
         axes.legend(loc="best")
     return "; ".join(words) or None
-
-
-def ratio(axes: Axes, records: Records, summary: Summary) -> str | None:
-    return _mean_and_extremes(axes, records, "ratio", "probability ratio")
-
-
-def grad_norm(axes: Axes, records: Records, summary: Summary) -> str | None:
-    return _line(axes, records, "grad_norm", "gradient norm")
 
 
 def seconds(axes: Axes, records: Records, summary: Summary) -> str | None:
@@ -160,68 +210,55 @@ def seconds(axes: Axes, records: Records, summary: Summary) -> str | None:
     return f"a step takes {np.median(total):.3g} seconds (median)"
 
 
-@dataclass(frozen=True)
-class Panel:
-    title: str
-    caption: str
-    draw: Callable[[Axes, Records, Summary], str | None]
-
-
+# A panel draws on the axes and describes the drawing in words; None if the records have nothing to draw.
+Panel = tuple[str, str, Callable[[Axes, Records, Summary], str | None]]  # title, caption, function
 PANELS: Mapping[str, Panel] = {
-    "heldout": Panel(
-        "Held-out scores",
-        "Prompts that were not trained on. Band: one standard error; dashed: before training.",
-        heldout,
-    ),
-    "reward": Panel(
-        "Training reward",
-        "What the policy was trained on. Thin: each step, other prompts every time; bold: moving mean.",
-        reward,
-    ),
-    "trained_against_heldout": Panel(
+    "heldout": ("Held-out scores", "Band: one standard error; dashed: before training.", heldout),
+    "reward": ("Training reward", "Thin: each step; bold: moving mean.", partial(line, "reward", "reward")),
+    "trained_against_heldout": (
         "Held-out score against training reward",
-        "A point an evaluation, with its step. A line that turns down on its way to the right says that the reward is "
-        "exploited.",
+        "One point per evaluation, labelled by its step. A line that turns down on its way to the right shows that the "
+        "policy exploits its training reward.",
         trained_against_heldout,
     ),
-    "trust": Panel(
+    "trust": (
         "Trust weight w",
-        "How much each prompt's group counts in the update; 1 is GRPO. Line: mean; band: extremes.",
-        trust,
+        "Weight of each prompt's group in the update; 1 is GRPO. Line: mean; band: extremes.",
+        partial(mean_and_extremes, "trust", "trust weight"),
     ),
-    "trust_histogram": Panel(
+    "trust_histogram": (
         "Trust of the groups",
-        "Share of each step's groups by trust weight, in ten bins; the darker, the more.",
+        "Share of each step's groups by trust weight, in ten bins; darker means more groups.",
         trust_histogram,
     ),
-    "reliability": Panel(
+    "reliability": (
         "Agreement of two scorings (ICC)",
-        "Reliability of each reward: 1 means that a second scoring of the same videos says the same. Moving mean.",
+        "Reliability of each reward: 1 means that scoring the same videos twice gives the same scores. Moving mean.",
         reliability,
     ),
-    "ratio": Panel(
+    "ratio": (
         "Probability ratio",
-        "How far updates moved from the policy that sampled; 1 is not at all. Line: mean; band: extremes.",
-        ratio,
+        "Distance of the updated policy from the one that sampled; 1 is no distance. Line: mean; band: extremes.",
+        partial(mean_and_extremes, "ratio", "probability ratio"),
     ),
-    "grad_norm": Panel("Gradient norm", "Before clipping. Thin: each step; bold: moving mean.", grad_norm),
-    "seconds": Panel("Seconds a step", "Where the time goes.", seconds),
+    "grad_norm": ("Gradient norm", "Before clipping. Bold: moving mean.", partial(line, "grad_norm", "gradient norm")),
+    "seconds": ("Seconds per step", "Where the time goes.", seconds),
 }
 
 
 def draw_curve(name: str, records: Records, summary: Summary, prefix: str = "") -> Curve | None:
-    """The panel `name` of PANELS as a Curve; None where the records hold nothing for it.
+    """A panel of PANELS as a Curve; None if the records have nothing for it.
 
     Args:
-        prefix: of the ids in the figure, where a page has the panels of several runs.
+        prefix: of the ids in the figure, for pages with the panels of several runs.
     """
-    panel = PANELS[name]
+    title, caption, panel = PANELS[name]
 
     def draw(axes: Axes) -> str | None:
         axes.grid(axis="y")
-        alt = panel.draw(axes, records, summary)
+        alt = panel(axes, records, summary)
         if not axes.get_xlabel():
             axes.set_xlabel("steps")
         return alt
 
-    return drawn(prefix + name, panel.title, panel.caption, draw)
+    return draw_figure(prefix + name, title, caption, draw)

@@ -23,9 +23,7 @@ from rich.table import Table
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies import Policy
-from bpgo_video.policies.base import from_pretrained
-from bpgo_video.policies.pipeline_policy import networks_of
-from bpgo_video.policies.transformers import Transformers
+from bpgo_video.policies.networks import Transformers, from_pretrained, networks_of
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.conditioning import cast
 from bpgo_video.rollouts.objectives import OBJECTIVES

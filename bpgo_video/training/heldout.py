@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.config.bpgo import Config
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import FrameScores

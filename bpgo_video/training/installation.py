@@ -14,8 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from bpgo_video.config.sft import Recipe
-from bpgo_video.distributed.container import available_cores
-from bpgo_video.distributed.memory import ranks_of_this_host
+from bpgo_video.distributed.memory import available_cores, ranks_of_this_host
 from bpgo_video.training.policy_session import PolicySession
 
 

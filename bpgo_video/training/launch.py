@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from bpgo_video.cli import print_error, show_loading_once
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.data.prompt_records import ShardError
+from bpgo_video.data.records import ShardError
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.zero_files import CheckpointError
 

@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 import torch
 
 from bpgo_video.config.sft import Recipe
-from bpgo_video.distributed import checkpoint, engine, resuming
+from bpgo_video.distributed import checkpoint, engine
 from bpgo_video.distributed.agreement import all_or_none
-from bpgo_video.distributed.ema_files import load_average, save_average
+from bpgo_video.distributed.ema import load_average, save_average
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.inference.model_card import EXPORTED, CardFacts
 from bpgo_video.inference.model_files import export_pipeline
-from bpgo_video.policies.transformers import trained_names
+from bpgo_video.policies.networks import trained_names
 from bpgo_video.training.metrics import Keys, RunLog
 from bpgo_video.training.policy_session import PolicySession
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
@@ -152,7 +152,7 @@ def save(session: PolicySession, step: int, progress: Mapping[str, Any]) -> chec
 
 def load(session: PolicySession, folder: Path) -> dict[str, Any]:
     """Put a checkpoint into the session; the run's progress by then."""
-    state = resuming.load(session.engine, folder, session.mesh, session.config.run.resume_optimizer)
+    state = checkpoint.load(session.engine, folder, session.mesh, session.config.run.resume_optimizer)
     if session.ema:
         load_average(session.ema, folder)
     earlier = state.get("code", [])

@@ -1,8 +1,8 @@
-"""What does a run write while it goes? One JSON line a step, a progress bar, and wandb where asked.
+"""Training log: metrics.jsonl with one record per step, the progress line, and the mirror of both in wandb.
 
-Only rank 0 writes; every rank calls, so that a value that is no number stops all of them at the same step.
-Values come reduced: see `reduce_metrics`. A held-out evaluation belongs to the record of the step after whose
-update it was made.
+Every rank calls the log, so that a value that is not finite stops all ranks at the same step; only rank 0 writes.
+Values are already reduced over ranks (`reduce_metrics`). The scores of a held-out evaluation are part of the record of
+the step that precedes it.
 """
 
 from __future__ import annotations
@@ -10,33 +10,37 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import torch
 import torch.distributed as dist
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import AfterValidator, FiniteFloat, TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.atomic import atomic_file
 from bpgo_video.config.run import WandbConfig
-from bpgo_video.training.wandb_run import Cell, WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 FRAMES_FILE = "samples/frame_scores.jsonl"
-QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal
-RECORD = TypeAdapter(dict[str, FiniteFloat])
+WANDB_ID_FILE = "wandb_run_id.txt"
+QUIET_SECONDS = 10.0  # between progress lines if stderr is not a terminal
+
+Number = int | float  # an int is not a float to the type checks of the tests
+Cell = str | float | Path
 
 
 @dataclass(frozen=True)
 class Keys:
-    """What every record of a run must have, and how the progress line tells some of it."""
+    """Keys that every record of a run must have, and the format of those on the progress line."""
 
     required: tuple[str, ...]
     shown: Mapping[str, str]
@@ -48,46 +52,53 @@ ROLLOUTS = Keys(
 )
 MATCHING = Keys(("loss", "grad_norm", "seconds"), {"loss": "loss {:.4f}"})
 
-Number = int | float  # an int is no float to the type checks of the tests
-
 
 class MalformedFile(ValueError):
-    """A file of the run directory that cannot be read as what it should be; the message names it."""
+    """A file that does not have the expected form; the message names the file."""
 
 
-def reduce_metrics(values: Mapping[str, Tensor | Number], group: dist.ProcessGroup | None = None) -> dict[str, float]:
-    """Means over the ranks of `group`, in one all_reduce; keys ending in `_max` or `_min` are extremes.
+def parse_json(form: Any, data: bytes | str, source: object, remedy: str) -> Any:
+    """JSON data as the type of `form`.
 
-    Every rank must bring the same keys. Each rank fills its own row of a ranks x keys table of zeros: the sum
-    over ranks is the table, and every rank takes the same statistics of it, in float64.
+    Args:
+        form: a pydantic TypeAdapter.
+        source: the file, and line if there is one, for the message.
+        remedy: the rule, or what the user can do, for the message.
+
+    Raises:
+        MalformedFile: the data has another form; names the source, the first wrong value and the remedy.
     """
-    keys = sorted(values)
-    row = torch.tensor([float(values[key]) for key in keys], dtype=torch.float64)
+    try:
+        return form.validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "content"
+        raise MalformedFile(f"{source}: {name}: {first['msg']} (given: {first['input']!r:.100}); {remedy}") from error
+
+
+def reduce_metrics(values: Mapping[str, Tensor | Number]) -> dict[str, float]:
+    """Means over all ranks in float64; keys that end in `_max` or `_min` are extremes. Every rank calls it.
+
+    Every rank must pass the same keys, and receives the same result.
+    """
+    own = {key: float(value) for key, value in sorted(values.items())}
     if not (dist.is_available() and dist.is_initialized()):
-        return dict(zip(keys, row.tolist(), strict=True))
-    table = torch.zeros(dist.get_world_size(group), len(keys), dtype=torch.float64)
-    table[dist.get_rank(group)] = row
-    table = table.to(_communication_device(group))
-    dist.all_reduce(table, group=group)
-    columns = zip(keys, table.cpu().unbind(1), strict=True)
-    return {key: _statistic(key, column).item() for key, column in columns}
+        return own
+    ranks = [own] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return {key: _statistic(key, torch.tensor([rank[key] for rank in ranks], dtype=torch.float64)) for key in own}
 
 
-def _statistic(key: str, column: Tensor) -> Tensor:
+def _statistic(key: str, values: Tensor) -> float:
     if key.endswith("_max"):
-        return column.amax()
-    return column.amin() if key.endswith("_min") else column.mean()
-
-
-def _communication_device(group: dist.ProcessGroup | None) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator()
-    return torch.device("cpu") if accelerator is None or dist.get_backend(group) == "gloo" else accelerator
+        return values.amax().item()
+    return (values.amin() if key.endswith("_min") else values.mean()).item()
 
 
 class RunLog:
-    """The log of one run, from `start_step` to `total_steps`; a context manager, opened on every rank.
+    """The log of one run, from `start_step` to `total_steps`; a context manager that every rank opens.
 
-    Opening cuts the records of `start_step` and later off existing files, atomically: a resumed run makes them again.
+    Opening it removes the records of `start_step` and later from existing files: a resumed run repeats them.
     """
 
     def __init__(
@@ -100,45 +111,44 @@ class RunLog:
         keys: Keys = ROLLOUTS,
     ) -> None:
         self._run_dir, self._next_step, self._keys = run_dir, start_step, keys
-        self._later: Mapping[str, Number] = {}
+        self._pending: Mapping[str, Number] = {}
         self._file: TextIO | None = None
-        self._wandb: WandbRun | None = None
+        self._wandb: Any = None  # a wandb.Run
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        truncate_metrics(path, start_step)
-        truncate_frames(run_dir / FRAMES_FILE, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        truncate(run_dir / METRICS_FILE, RECORD, start_step)
+        truncate(run_dir / FRAMES_FILE, FRAMES, start_step)
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._progress = _Progress(total_steps, start_step, keys.shown)
         if wandb is not None and wandb.project is not None:
-            self._wandb = WandbRun(run_dir, wandb, config)
+            self._wandb = start_wandb(run_dir, wandb, config)
 
     def log(self, step: int, values: Mapping[str, Tensor | Number]) -> None:
-        """Appends the record of `step`: finite, later than the last one, with the required keys.
+        """Appends the record of `step`: finite values, the required keys, a later step than the last record's.
 
         Raises:
-            ValueError: on every rank, before anything is written, naming the step and the key.
+            ValueError: on every rank, before anything is written; names the step and the key.
         """
-        record = self._checked(step, {**values, **self._later})
-        self._next_step, self._later = step + 1, {}
+        record = self._checked(step, {**values, **self._pending})
+        self._next_step, self._pending = step + 1, {}
         if self._file is None:
             return
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint that outlives a loss of power must find its records
+        os.fsync(self._file.fileno())  # after a power loss, the records of every surviving checkpoint must exist
         if self._wandb is not None:
-            self._wandb.log(step, {key: value for key, value in record.items() if key != "step"})
+            self._wandb.log({key: value for key, value in record.items() if key != "step"}, step=step)
         self._progress.update(step, record)
 
-    def later(self, told: str, values: Mapping[str, Number]) -> None:
-        """Tell what came after a record, and put its values into the next one."""
-        self._later = values
+    def later(self, message: str, values: Mapping[str, Number]) -> None:
+        """Prints a message now, and adds the values to the next record."""
+        self._pending = values
         if self._file is not None:
-            tqdm.write(told, file=sys.stderr)
+            tqdm.write(message, file=sys.stderr)
 
     def frames(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Appends to FRAMES_FILE: what of a held-out evaluation is no number a step. Each line has a `step`."""
+        """Appends per-frame scores of a held-out evaluation to FRAMES_FILE; each line has a `step`."""
         if self._file is None or not lines:
             return
         path = self._run_dir / FRAMES_FILE
@@ -147,14 +157,16 @@ class RunLog:
             file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
 
     def media(self, step: int, name: str, videos: Sequence[tuple[Path, str]]) -> None:
-        """Sends (mp4 path, caption) pairs to wandb under `name`; nothing where wandb is not configured."""
+        """Sends (mp4 path, caption) pairs to wandb under `name`, if wandb is configured."""
         if self._wandb is not None:
-            self._wandb.media(step, name, videos)
+            self._wandb.log({name: [wandb_video(path, caption) for path, caption in videos]}, step=step)
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Cell]]) -> None:
-        """Sends a table of these rows to wandb under `name`; a path is shown as the video that it names."""
+        """Sends rows of the same keys to wandb as a table, if wandb is configured; a path appears as its video, and
+        the cell of a missing video is empty.
+        """
         if self._wandb is not None and rows:
-            self._wandb.table(step, name, rows)
+            self._wandb.log({name: wandb_table(rows)}, step=step)
 
     def close(self, failed: bool = False) -> None:
         if self._file is None or self._file.closed:
@@ -162,71 +174,65 @@ class RunLog:
         self._file.close()
         self._progress.close()
         if self._wandb is not None:
-            self._wandb.finish(failed)
+            self._wandb.finish(exit_code=int(failed))
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
     def _checked(self, step: int, values: Mapping[str, Tensor | Number]) -> dict[str, Number]:
         if step < self._next_step:
-            raise ValueError(f"step {step} is logged already: the next record is of step {self._next_step}")
+            raise ValueError(f"step {step} is logged already: the next record must be of step {self._next_step}")
         if missing := [key for key in self._keys.required if key not in values]:
             raise ValueError(f"the record of step {step} lacks {', '.join(missing)}")
         record = {key: float(value) for key, value in values.items() if key != "step"}
         for key, value in record.items():
             if not math.isfinite(value):
-                raise ValueError(f"metric {key!r} is {value} at step {step}: only finite values are logged")
+                raise ValueError(f"metric {key!r} is {value} at step {step}: only finite values can be logged")
         return {"step": step, **record}
 
 
+def _with_step(record: dict[str, Any]) -> dict[str, Any]:
+    if "step" not in record:
+        raise ValueError("there is no step")
+    return {**record, "step": int(record["step"])}
+
+
+RECORD: Any = TypeAdapter(Annotated[dict[str, FiniteFloat], AfterValidator(_with_step)])
+FRAMES: Any = TypeAdapter(Annotated[dict[str, Any], AfterValidator(_with_step)])
+
+
 def read_metrics(path: Path) -> list[dict[str, Number]]:
-    """The records of a `metrics.jsonl`. A last line that a kill cut short is left out.
+    """The records of a metrics.jsonl. A last line without a line break, which a killed run left, is ignored.
 
     Raises:
-        MalformedFile: naming file and line, where it is no JSON object of finite numbers with a step.
+        MalformedFile: a line is not a JSON object of finite numbers with a step; names the file and the line.
     """
-    return [record for _, record in _lines(path)]
+    return [record for _, record in _lines(path, RECORD)]
 
 
-def truncate_metrics(path: Path, start_step: int) -> None:
-    """Leaves only the records before `start_step`; the old file stands until the new one is whole."""
+def truncate(path: Path, form: Any, start_step: int) -> None:
+    """Keeps the lines before `start_step` alone, atomically; nothing if there is no such file."""
     if not path.exists():
         return
-    kept = [line for line, record in _lines(path) if record["step"] < start_step]
-    with atomic_file(path) as aside:
-        aside.write_text("".join(kept), encoding="utf-8")
+    kept = [line for line, record in _lines(path, form) if record["step"] < start_step]
+    with atomic_file(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
 
 
-def truncate_frames(path: Path, start_step: int) -> None:
-    """The same for FRAMES_FILE; a line that a kill cut short goes, too."""
-    if not path.exists():
-        return
-    whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    with atomic_file(path) as aside:
-        aside.write_text("".join(line for line in whole if json.loads(line)["step"] < start_step), encoding="utf-8")
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Number]]]:
+def _lines(path: Path, form: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 return
-            try:
-                record: dict[str, Number] = {**RECORD.validate_json(line)}
-                record["step"] = int(record["step"])
-            except (ValidationError, KeyError) as error:
-                rule = "a JSON object of finite numbers with a step"
-                raise MalformedFile(f"{path}, line {number} is not {rule}: {error}") from error
-            yield line, record
+            rule = "a line must be a JSON object of finite numbers with a step"
+            yield line, parse_json(form, line, f"{path}, line {number}", rule)
 
 
 class _Progress:
-    """A bar in a terminal; elsewhere a line now and then, because a log file keeps every carriage return."""
+    """A progress bar in a terminal; elsewhere a line every QUIET_SECONDS, because log files keep carriage returns."""
 
     def __init__(self, total_steps: int, start_step: int, shown: Mapping[str, str]) -> None:
         self._total, self._first, self._shown = total_steps, start_step, shown
@@ -238,13 +244,12 @@ class _Progress:
             self._bar = tqdm(total=total_steps, initial=start_step, bar_format=form, dynamic_ncols=True)
 
     def update(self, step: int, record: Mapping[str, Number]) -> None:
-        now = time.monotonic()
+        now, done = time.monotonic(), step + 1
         if self._started is None:
             self._started = now - record["seconds"]
-        done = step + 1
         left = (self._total - done) * (now - self._started) / (done - self._first)
-        told = [form.format(record[key]) for key, form in self._shown.items()]
-        status = "  ".join([*told, f"{left:,.0f} s left"])
+        values = [form.format(record[key]) for key, form in self._shown.items()]
+        status = "  ".join([*values, f"{left:,.0f} s left"])
         if self._bar is not None:
             self._bar.set_description_str(status, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -255,3 +260,51 @@ class _Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def start_wandb(run_dir: Path, settings: WandbConfig, config: Mapping[str, Any] | None) -> Any:
+    """A wandb run whose id the run directory keeps, so that a resumed run continues it; never prompts for a key."""
+    replace_unwritable_home(run_dir)
+    import wandb  # slow, and runs without a project need not load it
+
+    id_file = run_dir / WANDB_ID_FILE
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+    mode = settings.mode or "online"
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        print("wandb: no API key found, recording this run offline", file=sys.stderr)
+        mode = "offline"
+    return wandb.init(
+        project=settings.project,
+        name=settings.name,
+        id=id_file.read_text(encoding="utf-8").strip(),
+        resume=None if mode == "offline" else "allow",
+        mode=mode,
+        dir=run_dir,
+        config=to_jsonable_python(config or {}),
+    )
+
+
+def wandb_video(path: Path, caption: str | None = None) -> Any:
+    """An mp4 file, which wandb copies; None if it is missing."""
+    import wandb
+
+    return wandb.Video(str(path), caption=caption, format="mp4") if path.is_file() else None
+
+
+def wandb_table(rows: Sequence[Mapping[str, Cell]]) -> Any:
+    import wandb
+
+    cells = [[wandb_video(cell) if isinstance(cell, Path) else cell for cell in row.values()] for row in rows]
+    return wandb.Table(columns=list(rows[0]), data=cells)
+
+
+def replace_unwritable_home(folder: Path) -> None:
+    """Redirects wandb's files to `folder` if the user's home directory is unknown or not writable."""
+    with suppress(RuntimeError):  # neither HOME nor a user name, as in many containers
+        if os.access(Path.home(), os.W_OK):
+            return
+    os.environ.setdefault("HOME", str(folder))
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        os.environ.setdefault(name, str(folder / "wandb"))
+    print(f"wandb: the home directory is not writable; wandb keeps its files in {folder}/wandb", file=sys.stderr)

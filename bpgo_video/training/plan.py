@@ -1,41 +1,42 @@
-"""How much memory does a rank need in each phase of a training step, and which phase is the tightest?"""
+"""Memory plan of a recipe: bytes of a rank in each phase of a training step, and changes that reduce them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd, prod
 from typing import Any
 
-from bpgo_video.config.bpgo import Config
+from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig
 from bpgo_video.config.rules import check_world
-from bpgo_video.distributed.engine import compute_dtype
+from bpgo_video.diffusion.steps import split_updates
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.policies import Policy
-from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous, trust_region
-from bpgo_video.training import plan_rehearsal as rehearsal
-from bpgo_video.training.plan_inputs import Batch
-from bpgo_video.training.plan_models import Model, described
-from bpgo_video.training.plan_rehearsal import Footprint, Latents, Treatment
+from bpgo_video.policies.base import LatentShape
+from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous
+from bpgo_video.training.plan_models import Model, policy_of
+from bpgo_video.training.plan_rehearsal import Footprint, decoding_bytes, footprint, vae_bytes
 from bpgo_video.training.plan_zero import (
     FP32,
     Held,
     Parts,
     Weights,
     Zero,
-    add_at_rest,
-    add_reference,
     during_backward,
     during_step,
+    gather_buffer,
+    held_at_rest,
     live_weights,
     missing_weights,
-    on_their_way,
 )
 
 RUNTIME = 2 * 10**9  # CUDA context, NCCL's buffers and cuBLAS's workspaces: an assumption, not measured
-FRAGMENTED = 0.05  # of a GPU's memory that its allocator cannot use: an assumption, not measured
-GPUS = (24, 40, 80, 141)
+FRAGMENTED = 0.05  # share of a GPU's memory that its allocator cannot use: an assumption, not measured
+GPUS = (24, 40, 80, 141)  # gigabytes
+WORTH = 0.99  # of the peak: a change that lowers it by less is not advised
+MOST_SHARED = 8  # ranks of a sequence group: those of one host
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Job:
     """A recipe on a number of GPUs.
 
     Attributes:
-        reward_bytes: of the reward models, weights and work, where they are on the policy's GPUs.
-        gigabytes: of one GPU; it decides whether `rollout.parameters: auto` gathers.
+        reward_bytes: of reward models, weights and activations, if they are on the policy's GPUs.
+        gigabytes: of one GPU; decides whether `rollout.parameters: auto` gathers.
     """
 
     config: Config
@@ -60,66 +61,54 @@ class Job:
 
     @cached_property
     def policy(self) -> Policy:
-        """The family's, without any network."""
-        return described(self.model, self.config.policy)
+        """The family's policy without networks."""
+        return policy_of(self.model, self.config.policy.family, self.config.policy.max_sequence_length)
 
     @cached_property
-    def latents(self) -> Latents:
-        """What is sampled, and kept of a path."""
+    def latents(self) -> LatentShape:
+        """The latents that are sampled and recorded."""
         return self.policy.latent_shape(self.config.video)
 
     @property
-    def computed(self) -> Latents:
-        """What passes the transformer: the sampled frames behind those that an image gives."""
-        return _with_frames(self.latents, self.policy.given_frames)
+    def decoded(self) -> LatentShape:
+        """The latents that the VAE decodes: with given frames, without padding."""
+        channels, frames, height, width = self.latents
+        return channels, frames + self.policy.given_frames - self.policy.padding_frames, height, width
 
     @property
-    def decoded(self) -> Latents:
-        """What the VAE makes the video of: padding is dropped."""
-        return _with_frames(self.computed, -self.policy.padding_frames)
+    def samples(self) -> int:
+        """Of a training step on one rank; the ranks of a sequence group make the same."""
+        rollout = self.config.rollout
+        return rollout.prompts_per_step * rollout.group_size // (self.ranks // self.config.parallel.sequence)
 
     @cached_property
     def footprint(self) -> Footprint:
-        """Of one of the model's transformers; where there are several, one computes at a time."""
-        policy, rollout, sampler = self.config.policy, self.config.rollout, self.config.sampler
+        """Of one of the model's transformers; of several, one computes at a time."""
+        policy, sampler = self.config.policy, self.config.sampler
         halves = 2 if max(sampler.guidance_scale, sampler.guidance_scale_2 or 1) > 1 else 1
-        batch = Batch(
-            samples=rollout.micro_batch_size * halves,
-            latents=self.computed,
-            text_tokens=policy.max_sequence_length,
-            dtype=compute_dtype(self.ds_config),
-            given_frames=self.policy.given_frames,
-        )
-        treatment = Treatment(
+        return footprint(
+            self.policy,
+            self.config.video,
+            self.config.rollout.micro_batch_size * halves,
+            compute_dtype(self.ds_config),
             gradient_checkpointing=policy.gradient_checkpointing,
             lora=policy.lora,
             sequence=self.config.parallel.sequence,
-            plan=self.policy.sequence_plan,
-            inputs=type(self.policy).transformer_inputs,
         )
-        return rehearsal.footprint(self.model, batch, treatment)
 
     @cached_property
     def weights(self) -> Weights:
-        """Of all of the model's transformers, those that are not trained as they are published."""
+        """Of all transformers; those that are not trained have no adapters."""
         work, names = self.footprint, self.model.transformers
         trained = len(self.config.policy.trained or names)
         published = work.frozen if self.config.policy.lora.rank else work.trained
-        return Weights(
-            trained=work.trained * trained,
-            frozen=work.frozen * trained + published * (len(names) - trained),
-            largest_block=work.largest_block,
-        )
-
-
-def _with_frames(latents: Latents, more: int) -> Latents:
-    channels, frames, height, width = latents
-    return channels, frames + more, height, width
+        frozen = work.frozen * trained + published * (len(names) - trained)
+        return Weights(work.trained * trained, frozen, work.largest_block)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a training step, and what a rank's GPU holds at its peak."""
+    """A phase of a training step, and what a rank's GPU holds at its peak."""
 
     name: str
     parts: Parts
@@ -134,8 +123,8 @@ class Plan:
     """Bytes of one rank.
 
     Attributes:
-        host: what rests in the host's memory.
-        gathers: whether rollouts hold all weights on every rank.
+        host: in the host's memory.
+        gathers: rollouts hold all weights on every rank.
     """
 
     phases: tuple[Phase, ...]
@@ -163,85 +152,73 @@ def reckon(job: Job) -> Plan:
     """The plan of a job.
 
     Raises:
-        ConfigError: the batch does not divide over the ranks, the policy makes no such video, or the heads do not
+        ConfigError: the batch does not divide over the ranks, the policy cannot make the video, or the heads do not
             divide over the sequence group.
     """
     check_world(job.config, job.ranks)
-    zero, weights, work, resting = job.zero, job.weights, job.footprint, _resting(job)
+    zero, weights, work, resting = job.zero, job.weights, job.footprint, _held(job)
     gathers = _gathers(job, resting)
-    fetched = {"weights fetched": missing_weights(zero, weights) if gathers else live_weights(zero, weights)}
-    rolling = _sum(resting.device, {"videos to be scored": _videos(job)}, fetched)
-    held = not job.config.policy.gradient_checkpointing
-    live = {"weights fetched": live_weights(zero, weights, held_by_autograd=held)}
-    whole = {"weights fetched": missing_weights(zero, weights), "weights on their way": on_their_way(zero, weights)}
-    phases = (
-        *([Phase("gather", _sum(resting.device, whole))] if gathers else []),
-        Phase("denoise", _sum(rolling, {"forward": work.forward})),
-        Phase("decode", _sum(rolling, _decoding(job))),
-        Phase(
-            "replay",
-            _sum(resting.device, live, {"forward and backward": work.replay}, during_backward(zero, weights)),
-        ),
-        Phase("update", _sum(resting.device, during_step(zero, weights, job.config))),
-    )
-    return Plan(phases, resting.host, gathers)
+    missing = {"weights fetched": missing_weights(zero, weights)}
+    fetched = missing if gathers else {"weights fetched": live_weights(zero, weights)}
+    keeps_activations = not job.config.policy.gradient_checkpointing
+    live = {"weights fetched": live_weights(zero, weights, held_by_autograd=keeps_activations)}
+    rollout = _sum(resting.device, {"videos to be scored": _video_bytes(job)}, fetched)
+    phases = {
+        "gather": _sum(resting.device, missing, {"weights on their way": gather_buffer(zero, weights)}),
+        "denoise": _sum(rollout, {"forward": work.forward}),
+        "decode": _sum(rollout, _decoding(job)),
+        "replay": _sum(resting.device, live, {"forward and backward": work.replay}, during_backward(zero, weights)),
+        "update": _sum(resting.device, during_step(zero, weights, job.config)),
+    }
+    if not gathers:
+        del phases["gather"]
+    return Plan(tuple(Phase(name, parts) for name, parts in phases.items()), resting.host, gathers)
 
 
 def _sum(*several: Parts) -> Parts:
-    """By name; what takes nothing is left out."""
+    """Sums by name, without zeros."""
     names = dict.fromkeys(name for parts in several for name in parts)
     sums = {name: sum(parts.get(name, 0) for parts in several) for name in names}
     return {name: size for name, size in sums.items() if size}
 
 
-def _resting(job: Job) -> Held:
-    """What is there in every phase of a step."""
-    held, config = Held(), job.config
-    add_at_rest(held, job.zero, job.weights, config)
-    if config.loss.kl_weight and config.loss.kl_reference == "start" and not config.policy.lora.rank:
-        add_reference(held, job.zero, job.weights)
-    held.add("VAE and image encoder", _frozen_bytes(job), config.policy.frozen_rest_on == "cpu")
+def _held(job: Job) -> Held:
+    """What is held in every phase."""
+    config = job.config
+    reference = bool(config.loss.kl_weight and config.loss.kl_reference == "start" and not config.policy.lora.rank)
+    held = held_at_rest(job.zero, job.weights, config, reference)
+    frozen = vae_bytes(job.policy) + job.model.image_encoder_parameters * job.zero.weight_bytes
+    held.add("VAE and image encoder", frozen, config.policy.frozen_rest_on == "cpu")
     held.add("trajectories", _trajectory_bytes(job), config.rollout.offload_trajectories)
     held.add("reward models", job.reward_bytes)
     return held
 
 
-def _frozen_bytes(job: Job) -> int:
-    return rehearsal.vae_bytes(job.model) + job.model.image_encoder_parameters * job.zero.weight_bytes
-
-
 def _gathers(job: Job, resting: Held) -> bool:
-    """What `rollout.parameters` comes to; `auto` by the rule of `parallel.memory`, on a GPU of the job's size."""
+    """Whether rollouts gather the weights; `auto` follows `distributed.memory` for a GPU of the job's size."""
     if job.zero.stage != 3 or job.config.rollout.parameters != "auto":
         return job.zero.stage == 3 and job.config.rollout.parameters == "gathered"
     free = room(job.gigabytes) - sum(resting.device.values())
     return missing_weights(job.zero, job.weights) <= SHARE_FOR_WEIGHTS * free
 
 
-def _samples(job: Job) -> int:
-    """Of a training step on one rank; those of a sequence group make the same."""
-    rollout = job.config.rollout
-    groups = job.ranks // job.config.parallel.sequence
-    return rollout.prompts_per_step * rollout.group_size // groups
-
-
 def _trajectory_bytes(job: Job) -> int:
     config = job.config
     points = config.sampler.num_steps + 1 if config.loss.objective == "policy_gradient" else 1
     each = points * LATENTS_DTYPES[config.sampler.latents_dtype].itemsize
-    if trust_region(config).needs_means or pulls_to_previous(config):
+    if config.loss.compares_means or pulls_to_previous(config):
         each += config.sampler.trained_count * FP32
-    return _samples(job) * each * prod(job.latents)
+    return job.samples * each * prod(job.latents)
 
 
 def _decoded_at_once(job: Job) -> int:
-    """Videos that a rank decodes together: a micro-batch's, or its part of a few where a sequence group shares them."""
+    """Videos that a rank decodes together: a micro-batch's, or its part of a few in a sequence group."""
     micro, sequence = job.config.rollout.micro_batch_size, job.config.parallel.sequence
     return micro * (sequence // gcd(sequence, micro)) // sequence
 
 
-def _videos(job: Job) -> int:
-    """Those that wait for their scores, and the ones just made."""
+def _video_bytes(job: Job) -> int:
+    """Of the videos that wait for their scores, and of those just decoded."""
     video = job.config.video
     each = video.num_frames * 3 * video.height * video.width * FP32
     return (job.config.rollout.score_ahead + 1) * _decoded_at_once(job) * each
@@ -249,6 +226,141 @@ def _videos(job: Job) -> int:
 
 def _decoding(job: Job) -> Parts:
     policy = job.config.policy
-    work = rehearsal.decoding(job.model, job.decoded, _decoded_at_once(job), policy.vae_tiling, policy.vae_slicing)
-    resting_elsewhere = rehearsal.vae_bytes(job.model) if policy.frozen_rest_on == "cpu" else 0
-    return {"decoding": work, "VAE and image encoder": resting_elsewhere}
+    settings = {"tiling": policy.vae_tiling, "slicing": policy.vae_slicing}
+    return {
+        "decoding": decoding_bytes(job.policy, job.decoded, _decoded_at_once(job), **settings),
+        "VAE and image encoder": vae_bytes(job.policy) if policy.frozen_rest_on == "cpu" else 0,
+    }
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Numbers of one training step.
+
+    Attributes:
+        ranks, groups: GPUs, and sequence groups (of one GPU each without sequence parallelism).
+        samples: videos of a step, over all ranks.
+        samples_per_group: videos of a step that one group makes.
+        micro_batches: forwards of a denoising step on each rank.
+        forwards: of a rollout on each rank.
+        passes: forwards and backwards of each update on each rank.
+        latents: channels, frames, height, width.
+        parameters, trained: elements of all transformers, and of those that learn.
+    """
+
+    ranks: int
+    groups: int
+    samples: int
+    samples_per_group: int
+    micro_batches: int
+    forwards: int
+    passes: tuple[int, ...]
+    latents: LatentShape
+    parameters: int
+    trained: int
+
+
+def count_step(job: Job) -> StepCounts:
+    """The numbers of a job's step.
+
+    Raises:
+        ConfigError: the batch does not divide over the ranks, or the policy cannot make the video.
+    """
+    check_world(job.config, job.ranks)
+    rollout, sampler = job.config.rollout, job.config.sampler
+    micro_batches = job.samples // rollout.micro_batch_size
+    updates = split_updates(range(sampler.trained_count), job.config.optim.updates_per_rollout)
+    return StepCounts(
+        ranks=job.ranks,
+        groups=job.ranks // job.config.parallel.sequence,
+        samples=rollout.prompts_per_step * rollout.group_size,
+        samples_per_group=job.samples,
+        micro_batches=micro_batches,
+        forwards=micro_batches * sampler.num_steps,
+        passes=tuple(micro_batches * len(steps) for steps in updates),
+        latents=job.latents,
+        parameters=job.weights.elements,
+        trained=sum(job.weights.trained),
+    )
+
+
+# Advice: changes in the order in which one would make them
+
+Change = Callable[[Job], Job]  # the same job if the change is made already, or not possible
+
+
+def setting(section: str, **values: Any) -> Change:
+    """Change a section of the recipe."""
+    return lambda job: replace(
+        job, config=replace(job.config, **{section: replace(getattr(job.config, section), **values)})
+    )
+
+
+def zero(**values: Any) -> Change:
+    """Change `zero_optimization` of the DeepSpeed JSON."""
+    return lambda job: replace(
+        job, ds_config={**job.ds_config, "zero_optimization": {**job.ds_config["zero_optimization"], **values}}
+    )
+
+
+def longer_sequence_groups(job: Job) -> Job:
+    sequence = 2 * job.config.parallel.sequence
+    return job if sequence > MOST_SHARED else setting("parallel", sequence=sequence)(job)
+
+
+def adapters(job: Job) -> Job:
+    return job if job.config.policy.lora.rank else setting("policy", lora=LoraConfig(rank=32))(job)
+
+
+CHANGES: dict[str, Change] = {
+    "policy.gradient_checkpointing: true": setting("policy", gradient_checkpointing=True),
+    "policy.vae_slicing: true": setting("policy", vae_slicing=True),
+    "policy.vae_tiling: true": setting("policy", vae_tiling=True),
+    "policy.frozen_rest_on: cpu": setting("policy", frozen_rest_on="cpu"),
+    "rollout.offload_trajectories: true": setting("rollout", offload_trajectories=True),
+    "rollout.parameters: sharded": setting("rollout", parameters="sharded"),
+    "zero_optimization.stage: 3": zero(stage=3),
+    "zero_optimization.reduce_bucket_size: 5e7": zero(reduce_bucket_size=50_000_000),
+    "rollout.micro_batch_size: 1": setting("rollout", micro_batch_size=1),
+    "rollout.score_ahead: 0": setting("rollout", score_ahead=0),
+    "parallel.sequence: 2, or twice as many as now": longer_sequence_groups,
+    "parallel.sequence: twice as many again": longer_sequence_groups,
+    "zero_optimization.offload_optimizer: cpu": zero(offload_optimizer={"device": "cpu"}),
+    "policy.lora.rank: 32": adapters,
+    "zero_optimization.offload_param: cpu": zero(offload_param={"device": "cpu"}),
+    "twice the GPUs": lambda job: replace(job, ranks=2 * job.ranks),
+}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Changes to make together, in order, and what a rank then needs at most.
+
+    Attributes:
+        fits: they are enough.
+    """
+
+    changes: tuple[str, ...]
+    peak: int
+    fits: bool
+
+
+def advise(job: Job, plan: Plan, gigabytes: float) -> Advice:
+    """The changes that bring a job onto GPUs of that size: each is kept if it lowers the peak."""
+    kept: tuple[str, ...] = ()
+    for words, change in CHANGES.items():
+        if plan.fits(gigabytes):
+            break
+        changed = change(job)
+        better = None if changed == job else possible(changed)
+        if better is not None and better.peak < WORTH * plan.peak:
+            job, plan, kept = changed, better, (*kept, words)
+    return Advice(kept, plan.peak, plan.fits(gigabytes))
+
+
+def possible(job: Job) -> Plan | None:
+    """The plan of a changed job; None if the change does not suit its batch, its heads or its VAE."""
+    try:
+        return reckon(job)
+    except ConfigError:
+        return None

@@ -1,15 +1,16 @@
-"""What does a forward take, and its backward? The real modules run on shapes alone, and what they allocate is counted.
+"""Memory of a forward, its backward and of decoding, measured by running the real modules on fake tensors.
 
-Fake tensors have a shape, a dtype and no memory, so that a policy of 14B parameters is rehearsed in seconds on any
-machine: with its checkpointing, its adapters, and the exchanges of a sequence group whose other ranks are not there.
-Attention is taken to be computed in tiles (flash or memory-efficient): it saves queries, keys, values, output and one
-number a row.
+Fake tensors have a shape and a dtype but no storage, so a policy of 14B parameters runs in seconds on any machine: with
+its checkpointing, its adapters, and the exchanges of a sequence group. Attention counts as tiled (flash or
+memory-efficient): it saves queries, keys, values, output and one number per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,51 +18,103 @@ from typing import Any
 import diffusers
 import torch
 import torch.distributed as dist
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from bpgo_video.config.bpgo import ConfigError, LoraConfig
+from bpgo_video.config.bpgo import ConfigError, LoraConfig, VideoConfig
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.policies import kandinsky5_transformer
-from bpgo_video.policies.frozen_parts import in_parts
+from bpgo_video.policies import Policy
+from bpgo_video.policies.base import LatentShape
+from bpgo_video.policies.execution import split_vae_work
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.policies.sequence import PLANS, SequencePlan, check_heads, parallelise
-from bpgo_video.training.plan_allocations import Allocations
-from bpgo_video.training.plan_inputs import Batch, Inputs, arguments
-from bpgo_video.training.plan_masks import EveryTokenReal, at_once
-from bpgo_video.training.plan_models import Model
+from bpgo_video.policies.sequence import check_heads, parallelise
 
 VAE_DTYPE = torch.float32  # as policies load it
-ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)  # VAEs that their policies let slice batches unasked
 NO_ADAPTERS = LoraConfig()
-Latents = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
-class Treatment:
-    """How a transformer is run; see the settings of the same names.
+class Allocations(TorchDispatchMode):
+    """Counts, inside its block, each storage that an operation makes until nothing refers to it.
+
+    What a kernel allocates and frees while it runs (workspaces, a tile of softmax) is not counted.
+
+    Args:
+        apart: tensors that are not counted, such as a module's weights.
 
     Attributes:
-        plan, inputs: the family's own, `sequence_plan` and `transformer_inputs`; None takes those of its class.
+        live, peak: bytes now, and the most since the start or since `mark`.
     """
 
-    gradient_checkpointing: bool = False
-    lora: LoraConfig = NO_ADAPTERS
-    sequence: int = 1
-    plan: SequencePlan | None = None
-    inputs: Inputs | None = None
+    def __init__(self, apart: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in apart)
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        weakref.finalize(storage, self._free, size).atexit = False
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+    def mark(self) -> int:
+        """The peak so far; the next one starts from what is live now."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+
+class EveryTokenReal(TorchFunctionMode):
+    """Inside its block, indexing by a mask keeps all rows, indexing by its complement none, and conditions are false.
+
+    Fake masks have no values. HunyuanVideo 1.5 tests whether an image's features are all zero, and sorts real tokens
+    before padding.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is Tensor.__bool__:
+            return False
+        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return args[0][:0] if hasattr(args[1], "keeps_none") else args[0].clone()
+        result = function(*args, **(kwargs or {}))
+        if function is Tensor.__invert__:
+            result.keeps_none = True
+        return result
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one transformer takes on a rank, beside its weights and their gradients.
+    """What one transformer takes on a rank, besides its weights and their gradients.
 
     Attributes:
         trained, frozen: elements of each parameter; with adapters the transformer's own are frozen.
         largest_block: elements of the largest unit that ZeRO-3 fetches at once.
         forward: bytes at the peak of a forward without gradients.
-        replay: bytes at the peak of a forward with its backward, which gives each parameter's gradient away at once.
+        replay: bytes at the peak of a forward and its backward, which releases each parameter's gradient at once.
     """
 
     trained: tuple[int, ...]
@@ -71,76 +124,42 @@ class Footprint:
     replay: int
 
 
-def on_shapes(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A module of the meta device with fake weights in its place; to be called under a FakeTensorMode.
-
-    Modules are made and adapted on the meta device, since fake tensors cannot be moved or cast in place.
-    """
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=dtype)
-                part._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return module
-
-
-PREPARATIONS = {"Kandinsky5Transformer3DModel": kandinsky5_transformer.prepare}  # what policies do to what they load
-
-
-@contextmanager
-def alone_in_a_group(ranks: int) -> Iterator[Mesh]:
-    """Rank 0 of a sequence group whose exchanges have the right shapes and reach nobody.
-
-    Raises:
-        RuntimeError: this process is a rank of a real group.
-    """
-    device = torch.device("cpu")
-    if ranks == 1:
-        yield Mesh(0, 1, device)
-        return
-    if dist.is_initialized():
-        raise RuntimeError("a plan for sequence groups needs a process of its own; run bpgo-video plan")
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    try:
-        yield Mesh(0, ranks, device, ranks, dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
-
-
-def class_of(config: Any, part: str) -> Any:
-    """The diffusers class that a part's config.json names.
-
-    Raises:
-        ConfigError: the installed diffusers has no such class.
-    """
-    name = config["_class_name"]
-    if not hasattr(diffusers, name):
-        raise ConfigError(f"the {part} is a {name}, which the installed diffusers {diffusers.__version__} lacks")
-    return getattr(diffusers, name)
-
-
 @cache
-def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
-    """One transformer of the model, rehearsed.
+def footprint(
+    policy: Policy,
+    video: VideoConfig,
+    samples: int,
+    dtype: torch.dtype,
+    *,
+    gradient_checkpointing: bool = False,
+    lora: LoraConfig = NO_ADAPTERS,
+    sequence: int = 1,
+) -> Footprint:
+    """One of the policy's transformers, run on fake tensors.
+
+    Args:
+        samples: rows of a forward, both halves of classifier-free guidance counted.
+        dtype: that the transformer computes in.
+        sequence: ranks of a sequence group.
 
     Raises:
-        ConfigError: its arguments are not known, or its heads do not divide over the sequence group.
+        ConfigError: the heads do not divide over the sequence group, or the policy lacks something that a plan needs.
     """
-    transformer_class = class_of(model.transformer, "transformer")
-    with torch.device("meta"):
-        adapted = transformer_class.from_config(dict(model.transformer))
-        if treatment.lora.rank:
-            add_lora(adapted, treatment.lora, seed=0)
-    name = transformer_class.__name__
-    check_heads({**adapted.config, "_class_name": name}, treatment.sequence, treatment.plan)
-    with alone_in_a_group(treatment.sequence) as mesh, FakeTensorMode(), EveryTokenReal():
-        module: Any = on_shapes(adapted, batch.dtype)
-        _prepare(module, treatment, mesh)
-        taken_in = arguments(name, adapted.config, batch, treatment.inputs)
-        forward, replay = _peaks(module, taken_in)
+    check_heads(policy.transformer_config, sequence, policy.sequence_plan)
+    inputs = transformer_inputs(policy, video, samples, dtype)
+    with torch.device("meta"):  # fake tensors cannot be moved or cast in place, so modules are made here
+        module: Any = diffusers_class(policy.transformer_config).from_config(dict(policy.transformer_config))
+        if lora.rank:
+            add_lora(module, lora, seed=0)
+    with alone_in_a_group(sequence) as mesh, FakeTensorMode(), EveryTokenReal():
+        make_fake(module, dtype)
+        policy.prepare(module)
+        if gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        if policy.sequence_plan is not None:
+            policy.sequence_plan.attention(module)  # on one rank, too: Mochi's own processor needs values of the mask
+        parallelise(module, mesh, policy.sequence_plan)
+        forward, replay = measure(module, tree_map(_fake, inputs))
         parameters = list(module.parameters())
         return Footprint(
             trained=tuple(parameter.numel() for parameter in parameters if parameter.requires_grad),
@@ -151,37 +170,106 @@ def footprint(model: Model, batch: Batch, treatment: Treatment) -> Footprint:
         )
 
 
-def _prepare(module: Any, treatment: Treatment, mesh: Mesh) -> None:
-    PREPARATIONS.get(type(module).__name__, lambda _: None)(module)
-    if treatment.gradient_checkpointing:
-        module.enable_gradient_checkpointing()
-    if plan := treatment.plan or PLANS.get(type(module).__name__):
-        plan.attention(module)  # on one rank, too: shapes alone do not tell which of Mochi's text tokens are padding
-    parallelise(module, mesh, treatment.plan)
+def transformer_inputs(policy: Policy, video: VideoConfig, samples: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments that the policy's `velocity` passes to its transformer, on the meta device.
+
+    Raises:
+        ConfigError: see `footprint`.
+    """
+
+    class Recorded(Exception):
+        """The transformer was called."""
+
+    recorded: dict[str, Any] = {}
+
+    def record(name: str, **inputs: Any) -> None:
+        recorded.update(inputs)
+        raise Recorded
+
+    recorder, shape = copy(policy), policy.latent_shape(video)
+    recorder.transformers = record
+    try:
+        shapes = policy.conditioning_shapes(shape, policy.max_sequence_length)
+        conditioning = {
+            name: torch.empty(samples, *size, dtype=torch.bool if "mask" in name else dtype, device="meta")
+            for name, size in shapes.items()
+        }
+        for name, row in policy.video_conditioning(video).items():
+            conditioning[name] = row.to("meta").expand(samples, *row.shape[1:])
+        recorder.velocity(torch.empty(samples, *shape, device="meta"), torch.tensor(0.5), conditioning)
+    except Recorded:
+        pass
+    except (AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"the memory of {type(policy).__name__} cannot be planned: {error}") from error
+    return recorded
+
+
+def measure(module: nn.Module, inputs: dict[str, Any]) -> tuple[int, int]:
+    """Bytes at the peak of a forward without gradients, and of a forward with its backward."""
     for parameter in module.parameters():
-        if parameter.requires_grad:  # ZeRO takes gradients as they come; what it keeps of them is reckoned apart
-            parameter.register_post_accumulate_grad_hook(_give_away)
-
-
-def _give_away(parameter: torch.Tensor) -> None:
-    parameter.grad = None
-
-
-def _peaks(module: nn.Module, taken_in: dict[str, Any]) -> tuple[int, int]:
-    """Of a forward without gradients, and of a forward and its backward."""
+        if parameter.requires_grad:  # ZeRO reduces gradients as they come; plan_zero counts what it keeps
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     with Allocations([*module.parameters(), *module.buffers()]) as counted:
         with torch.no_grad():
-            module(**taken_in, return_dict=False)
+            module(**inputs)
         forward = counted.mark()
-        taken_in["hidden_states"].requires_grad_()  # as in replay
-        module(**taken_in, return_dict=False)[0].float().square().mean().backward()
+        inputs["hidden_states"].requires_grad_()  # as in replay
+        module(**inputs)[0].float().square().mean().backward()
     return forward, counted.peak
 
 
+def make_fake(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace a module's meta tensors by fake ones; call it under a FakeTensorMode."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=dtype)
+                part._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = _fake(buffer)
+    return module
+
+
+def _fake(value: Any) -> Any:
+    return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def alone_in_a_group(ranks: int) -> Iterator[Mesh]:
+    """Rank 0 of a sequence group without the other ranks: exchanges have the right shapes and send nothing.
+
+    Raises:
+        RuntimeError: this process is a rank of a real group.
+    """
+    device = torch.device("cpu")
+    if ranks == 1:
+        yield Mesh(0, 1, device)
+        return
+    if dist.is_initialized():
+        raise RuntimeError("a plan for sequence groups needs its own process; run bpgo-video plan")
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield Mesh(0, ranks, device, ranks, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def diffusers_class(config: Mapping[str, Any]) -> Any:
+    """The class of diffusers that a config.json names.
+
+    Raises:
+        ConfigError: the installed diffusers has no such class.
+    """
+    name = config["_class_name"]
+    if not hasattr(diffusers, name):
+        raise ConfigError(f"the installed diffusers {diffusers.__version__} has no {name}; install a newer one")
+    return getattr(diffusers, name)
+
+
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The members of the module's lists of modules: what ZeRO-3 fetches, and checkpointing recomputes, as one."""
-    lists = [part for part in module.children() if isinstance(part, nn.ModuleList)]
-    return [block for blocks in lists for block in blocks]
+    """The members of a transformer's lists of blocks: ZeRO-3 fetches, and checkpointing recomputes, each as one."""
+    return [block for part in module.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
 def _elements(module: nn.Module) -> int:
@@ -189,26 +277,37 @@ def _elements(module: nn.Module) -> int:
 
 
 @contextmanager
-def _vae(model: Model) -> Iterator[Any]:
+def _fake_vae(policy: Policy) -> Iterator[Any]:
     with torch.device("meta"):
-        vae = class_of(model.vae, "VAE").from_config(dict(model.vae)).eval()
+        vae = diffusers_class(policy.vae_config).from_config(dict(policy.vae_config)).eval()
+    for part in vae.modules():
+        if hasattr(part, "prepare_causal_attention_mask"):  # HunyuanVideo 1.5 fills it row by row, which takes minutes
+            part.prepare_causal_attention_mask = _empty_mask
     with FakeTensorMode(), torch.no_grad():
-        at_once(vae)
-        yield on_shapes(vae, VAE_DTYPE)
+        yield make_fake(vae, VAE_DTYPE)
+
+
+def _empty_mask(
+    n_frame: int, n_hw: int, dtype: torch.dtype, device: torch.device, batch_size: int
+) -> Float[Tensor, "samples tokens tokens"]:
+    return torch.empty(n_frame * n_hw, n_frame * n_hw, dtype=dtype, device=device).expand(batch_size, -1, -1)
 
 
 @cache
-def vae_bytes(model: Model) -> int:
-    with _vae(model) as vae:
+def vae_bytes(policy: Policy) -> int:
+    """Bytes of the VAE's weights."""
+    with _fake_vae(policy) as vae:
         return _elements(vae) * VAE_DTYPE.itemsize
 
 
 @cache
-def decoding(model: Model, latents: Latents, samples: int, tiling: bool = False, slicing: bool = False) -> int:
-    """Bytes at the peak of decoding so many videos at once, beside the VAE's weights."""
-    with _vae(model) as vae:
-        in_parts(vae, tiling=tiling, slicing=slicing or type(vae).__name__ in ONE_VIDEO_AT_A_TIME)
-        level = {"temb": torch.empty(samples)} if vae.config.get("timestep_conditioning") else {}  # LTX-Video's
+def decoding_bytes(
+    policy: Policy, latents: LatentShape, samples: int, *, tiling: bool = False, slicing: bool = False
+) -> int:
+    """Bytes at the peak of decoding that many videos at once, besides the VAE's weights."""
+    with _fake_vae(policy) as vae:
+        split_vae_work(vae, tiling=tiling, slicing=slicing or policy.slices_vae)
+        timestep = {"temb": torch.empty(samples)} if vae.config.get("timestep_conditioning") else {}
         with Allocations([*vae.parameters(), *vae.buffers()]) as counted:
-            vae.decode(torch.empty(samples, *latents), return_dict=False, **level)
+            vae.decode(torch.empty(samples, *latents), return_dict=False, **timestep)
     return counted.peak

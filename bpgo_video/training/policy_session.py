@@ -20,21 +20,20 @@ import bpgo_video
 from bpgo_video.code_version import this_code
 from bpgo_video.config.sft import Recipe
 from bpgo_video.config.shipped import ds_config_file
+from bpgo_video.data.encoding import check_image_stamp
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
-from bpgo_video.data.image_texts import check_image_stamp
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
 from bpgo_video.distributed import engine as engines
+from bpgo_video.distributed.ds_config import compute_dtype, read_ds_config, zero_stage
 from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.distributed.schedule import learning_rate_factor
+from bpgo_video.distributed.optimizer import learning_rate_factor
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, family, load_policy
-from bpgo_video.policies.base import Build, from_pretrained
-from bpgo_video.policies.frozen_parts import save_memory
-from bpgo_video.policies.kernels import check_backend, choose_attention, compile_blocks
+from bpgo_video.policies.execution import check_backend, choose_attention, compile_blocks, save_memory
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.networks import Build, blocks_of, from_pretrained, trained_names, transformer_names
 from bpgo_video.policies.sequence import check_heads, parallelise
-from bpgo_video.policies.transformers import blocks_of, trained_names, transformer_names
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")
 
@@ -66,7 +65,7 @@ class PolicySession:
 
 def read_foundations(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
     """The DeepSpeed configuration and the shards, checked on this rank against the policy's folder."""
-    ds_config = engines.read_ds_config(str(ds_config_file(config.deepspeed)))
+    ds_config = read_ds_config(str(ds_config_file(config.deepspeed)))
     engines.require_supported(ds_config)
     check_backend(config.policy.attention_backend, trains=True)
     folder = resolve_folder(config.policy.folder)
@@ -109,14 +108,14 @@ def sampling_policy(
         config.policy.folder,
         components=components,
         max_sequence_length=config.policy.max_sequence_length,
-        dtype=engines.compute_dtype(ds_config),
+        dtype=compute_dtype(ds_config),
         device=mesh.device,
         build=build,
         name=config.policy.family,
         options=config.policy.options,
     )
     save_memory(policy, config.policy, mesh.device)
-    choose_attention(policy.transformers, config.policy.attention_backend)
+    choose_attention(policy.transformers, config.policy.attention_backend, policy.sequence_plan)
     return policy
 
 
@@ -174,4 +173,4 @@ def prepare(module: Any, config: Recipe, mesh: Mesh, policy: Policy, trains: boo
 
 def builder(ds_config: Mapping[str, Any]) -> Build:
     """How transformers come into being: sharded from birth under ZeRO-3."""
-    return partial(engines.build_sharded, ds_config) if engines.zero_stage(ds_config) == 3 else from_pretrained
+    return partial(engines.build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained

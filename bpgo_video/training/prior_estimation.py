@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.prior_files import write_priors
-from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.data.unfinished_priors import Found, UnfinishedPriors
-from bpgo_video.distributed import engine
+from bpgo_video.data.priors import Scores, UnfinishedPriors, write_priors
+from bpgo_video.data.stream import as_batch
 from bpgo_video.distributed.agreement import from_main
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.ahead import ScoreAhead
@@ -56,7 +55,7 @@ def estimate(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts sam
     rows = shards.rows(config.data.split)
     ids = shards.ids(rows).tolist()
     missing = [row for row, id_ in zip(rows.tolist(), ids, strict=True) if id_ not in known]
-    dtype = engine.compute_dtype(ds_config)
+    dtype = compute_dtype(ds_config)
     with tqdm(
         total=len(ids), initial=len(ids) - len(missing), desc="priors", unit="prompt", disable=not mesh.is_main
     ) as bar:
@@ -86,7 +85,7 @@ def settings_of(config: Config, versions: Mapping[str, str], policy_hash: str) -
     return {**sections, "rewards": repr(dict(versions)), "policy hash": policy_hash, "draws": draws}
 
 
-def by_prompt(prompts: PromptBatch, rewards: Rewards) -> Found:
+def by_prompt(prompts: PromptBatch, rewards: Rewards) -> Scores:
     """Each prompt's scores, as plain numbers."""
     return {
         id_: {name: scores[row].tolist() for name, scores in rewards.by_name.items()}

@@ -1,7 +1,7 @@
-"""Did training help, at a glance? `report.html` of a run: one file that needs nothing else, for any browser.
+"""Training report of a run: one self-contained HTML file that shows whether training helped.
 
-Reads `metrics.jsonl`, `summary.json`, `config.yaml` and `samples/` of the run directory; what is missing is
-left out, what is malformed is an error that names the file.
+It is built from metrics.jsonl, summary.json, config.yaml and samples/ of the run directory. The report omits what is
+missing; a malformed file is an error that names the file.
 
     python -m bpgo_video.training.report RUN_DIR
 """
@@ -11,33 +11,40 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired
 
+import jinja2
 import yaml
 from jaxtyping import Float
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from markupsafe import Markup
+from pydantic import FiniteFloat, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from bpgo_video.data.video import VideoError, read_video
+from bpgo_video.atomic import atomic_file
+from bpgo_video.data.media import VideoError, read_video
 from bpgo_video.inference.video_files import STRIP_HEIGHT, strip
-from bpgo_video.training.curves import HELDOUT, PANELS, draw_curve
-from bpgo_video.training.diagnosis import diagnose
-from bpgo_video.training.frame_strips import CellRow, FrameRow, cell_rows
-from bpgo_video.training.metrics import METRICS_FILE, MalformedFile, Number, read_metrics
-from bpgo_video.training.pages import write_page
-from bpgo_video.training.summary import heldout_difference, run_facts, summary_rows, verdict
+from bpgo_video.training.curves import HELDOUT, PANELS, draw_curve, keys_with
+from bpgo_video.training.metrics import METRICS_FILE, MalformedFile, Number, parse_json, read_metrics
+from bpgo_video.training.summary import diagnose, heldout_difference, summary_rows, verdict
 
-SHOWN_PAIRS = 8  # the others are folded away
+SHOWN_SAMPLES = 8  # the others are folded away
 TABLE_ROWS = 20
 TABLE_KEYS = ("reward", "trust_mean", "ratio_mean", "grad_norm", "seconds")
 
 
+class FrameRow(TypedDict):
+    """Scores of a sample's frames by one reward, and the frames' times in seconds."""
+
+    times: list[FiniteFloat]
+    before: NotRequired[list[FiniteFloat]]
+    after: list[FiniteFloat]
+
+
 class Sample(TypedDict):
-    """An entry of `samples/samples.json`: one prompt and seed, sampled before and after training."""
+    """An entry of samples/samples.json: one prompt and seed, sampled before and after training."""
 
     index: int
     prompt: str
@@ -48,7 +55,7 @@ class Sample(TypedDict):
 
 
 class Summary(TypedDict, total=False):
-    """What the report shows of `summary.json`; other fields are not looked at."""
+    """The fields of summary.json that the report shows."""
 
     steps: int | None
     world_size: int | None
@@ -72,40 +79,16 @@ class Summary(TypedDict, total=False):
     max_ratio_error_first_update: FiniteFloat | None
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A sample with its contact sheets (data URIs, or None where the video is missing) and its frames' scores."""
-
-    sample: Sample
-    before: str | None
-    after: str | None
-    rows: Sequence[CellRow] = ()
-
-    @property
-    def change(self) -> float | None:
-        before, after = self.sample.get("score_before"), self.sample.get("score_after")
-        return None if before is None or after is None else after - before
-
-    @property
-    def better(self) -> bool:
-        return self.change is not None and self.change > 0
-
-    @property
-    def worse(self) -> bool:
-        return self.change is not None and self.change < 0
-
-
 def write_report(run_dir: Path) -> Path:
-    """Writes `report.html` into `run_dir` and returns its path.
+    """Writes report.html into the run directory; returns its path.
 
     Raises:
-        FileNotFoundError: `run_dir` holds no metrics.jsonl.
-        MalformedFile, VideoError: one of the files is not what it should be; the message names it.
+        FileNotFoundError: the directory has no metrics.jsonl.
+        MalformedFile, VideoError: a file of the run has another form than expected; the message names it.
     """
     if not (run_dir / METRICS_FILE).exists():
-        raise FileNotFoundError(f"{run_dir} is no run directory: it holds no {METRICS_FILE}")
-    records = read_metrics(run_dir / METRICS_FILE)
-    summary = read_summary(run_dir)
+        raise FileNotFoundError(f"{run_dir} is not a run directory: it has no {METRICS_FILE}")
+    records, summary, samples = read_metrics(run_dir / METRICS_FILE), read_summary(run_dir), read_samples(run_dir)
     curves = {name: curve for name in PANELS if (curve := draw_curve(name, records, summary)) is not None}
     return write_page(
         run_dir / "report.html",
@@ -113,73 +96,95 @@ def write_report(run_dir: Path) -> Path:
         name=run_dir.resolve().name,
         summary=summary,
         verdict=verdict(summary),
-        facts=run_facts(summary),
         difference=heldout_difference(summary),
         rows=summary_rows(summary),
         curves=curves,
-        pairs=read_pairs(run_dir / "samples"),
-        shown=SHOWN_PAIRS,
+        samples=samples,
+        limits=frame_limits(samples),
+        most=SHOWN_SAMPLES,
         table=numbers_table(records),
         diagnosis=diagnose(records, summary),
-        config=_read_config(run_dir / "config.yaml"),
+        config=read_config(run_dir / "config.yaml"),
     )
 
 
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Renders a template to `path`, atomically; returns `path`. All values are escaped, except drawings (`| svg`).
+
+    Args:
+        template: its path in the package.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bpgo_video", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = lambda curve: Markup(curve.svg)  # drawn by curves.py, which escapes text
+    page = environment.get_template(template).render(**values)
+    with atomic_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
+
+
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """What `summary.json` says; what is null or missing is left out."""
-    found = _read_json(run_dir / "summary.json", Summary) or {}
-    return {key: value for key, value in found.items() if value is not None}
+    """The recorded values of summary.json, without those that are null."""
+    content = read_json(run_dir / "summary.json", TypeAdapter(Summary), {})
+    return {key: value for key, value in content.items() if value is not None}
 
 
-def read_pairs(folder: Path) -> list[Pair]:
-    """The samples that `samples.json` lists, with the contact sheets of the videos that are there."""
-    samples = _read_json(folder / "samples.json", list[Sample]) or []
-    rows = cell_rows([sample.get("frames", {}) for sample in samples])
-    pairs = []
-    for sample, own in zip(samples, rows, strict=True):
-        before, after = (_sheet_of(folder / side / f"{sample['index']:03d}.mp4") for side in ("before", "after"))
-        pairs.append(Pair(sample, before, after, own))
-    return pairs
+def read_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """The entries of samples.json with two more: `sheets`, the contact sheets of the videos before and after training,
+    and `change`, the score after minus that before, or None.
+    """
+    folder, samples = run_dir / "samples", []
+    for sample in read_json(run_dir / "samples" / "samples.json", TypeAdapter(list[Sample]), []):
+        videos = {side: folder / side / f"{sample['index']:03d}.mp4" for side in ("before", "after")}
+        sheets = {side: contact_sheet(read_video(path)[0]) for side, path in videos.items() if path.exists()}
+        before, after = sample.get("score_before"), sample.get("score_after")
+        change = None if before is None or after is None else after - before
+        samples.append({"frames": {}, **sample, "sheets": sheets, "change": change})
+    return samples
+
+
+def frame_limits(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """The lowest and highest frame score of each reward, over all samples."""
+    scores: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, row in sample["frames"].items():
+            scores.setdefault(name, []).extend([*row.get("before", []), *row["after"]])
+    return {name: (min(values), max(values)) for name, values in scores.items() if values}
 
 
 def contact_sheet(video: Float[Tensor, "frames 3 height width"]) -> str:
-    """The strip of a video in [0, 1], as a data URI."""
+    """Frames of a video in [0, 1] side by side, as a data URI."""
     file = io.BytesIO()
     kind = "png" if video.shape[2] <= STRIP_HEIGHT else "jpeg"  # small synthetic frames compress well without loss
     strip(video).save(file, format=kind, **({"quality": 85} if kind == "jpeg" else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def numbers_table(records: list[dict[str, Number]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what the curves show: evenly spaced steps, the last, every held-out evaluation."""
-    heldout = sorted({key for record in records for key in record if key.startswith(tuple(HELDOUT))})
-    keys = [key for key in (*heldout, *TABLE_KEYS) if any(key in record for record in records)]
+def numbers_table(records: Sequence[Mapping[str, Number]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the numbers behind the curves: evenly spaced steps, the last, and all held-out evaluations."""
+    heldout = keys_with(records, *HELDOUT)
+    keys = [*heldout, *(key for key in TABLE_KEYS if any(key in record for record in records))]
     stride = max(1, len(records) // TABLE_ROWS)
-    chosen = [
-        record
+    rows = [
+        [f"{record['step'] + 1:.0f}", *(f"{record[key]:.4g}" if key in record else "" for key in keys)]
         for i, record in enumerate(records)
         if i % stride == 0 or i == len(records) - 1 or any(key in record for key in heldout)
     ]
-    cells = [[f"{record[key]:.4g}" if key in record else "" for key in keys] for record in chosen]
-    steps = [f"{record['step'] + 1:.0f}" for record in chosen]
-    return ["steps", *keys], [[step, *row] for step, row in zip(steps, cells, strict=True)]
+    return ["steps", *keys], rows
 
 
-def _sheet_of(path: Path) -> str | None:
-    return contact_sheet(read_video(path)[0]) if path.exists() else None
+def read_json(path: Path, form: Any, default: Any) -> Any:
+    """The content of a JSON file; `default` if there is no such file. Raises MalformedFile."""
+    rule = "only a run of bpgo-video writes this file"
+    return parse_json(form, path.read_bytes(), path, rule) if path.exists() else default
 
 
-def _read_json(path: Path, form: Any) -> Any:
-    """The content of a JSON file as the type `form`; None where there is no such file."""
-    if not path.exists():
-        return None
-    try:
-        return TypeAdapter(form).validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise MalformedFile(f"{path}: {error}") from error
-
-
-def _read_config(path: Path) -> str | None:
+def read_config(path: Path) -> str | None:
     if not path.exists():
         return None
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -192,7 +197,7 @@ def _read_config(path: Path) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bpgo_video.training.report", description=__doc__.split("\n")[0])
-    parser.add_argument("run_dir", type=Path, help="the run's directory (run.dir)")
+    parser.add_argument("run_dir", type=Path, help="the run directory (run.dir)")
     try:
         print(write_report(parser.parse_args().run_dir))
     except (FileNotFoundError, MalformedFile, VideoError) as error:

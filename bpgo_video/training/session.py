@@ -9,21 +9,20 @@ from typing import Any
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
-from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.priors import PriorTable, load_priors, prior_path, require_priors
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.stream import PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.agreement import all_or_none, same_everywhere
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.memory import fits_everywhere
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.learner.advantages import AdvantageSettings
 from bpgo_video.learner.priors import STORED
-from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy
+from bpgo_video.policies.networks import Transformers, trained_names, transformer_names
 from bpgo_video.policies.sequence import parallelise
-from bpgo_video.policies.transformers import Transformers, trained_names, transformer_names
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.building import reward_factory
 from bpgo_video.rewards.suite import RewardSuite
@@ -60,8 +59,6 @@ class Session(PolicySession):
     priors: Mapping[str, PriorTable]
     suite: RewardSuite
     heldout_suite: RewardSuite | None
-    learner: BPGOSettings
-    advantages: AdvantageSettings
     reference: Reference | None
 
     def batches(self, start: int = 0) -> Iterator[tuple[PromptBatch, int]]:
@@ -71,7 +68,8 @@ class Session(PolicySession):
             start: how many prompts were consumed before.
         """
         config = self.config
-        stream = self.prompts.shards.stream(
+        stream = PromptStream(
+            self.prompts.shards,
             config.data.split,
             config.run.seed,
             config.rollout.prompts_per_step,
@@ -185,7 +183,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
             prior.check_policy(starting_policy)
         if config.prior.kind == "shrunk":
             priors = {name: prior.shrunk() for name, prior in priors.items()}
-    dtype = engines.compute_dtype(ds_config)
+    dtype = compute_dtype(ds_config)
 
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config))
     heldout = heldout_prompts(config, shards, policy)
@@ -202,8 +200,6 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         heldout_suite=heldout_suite,
         policy=policy,
         engine=engine,
-        learner=BPGOSettings(**vars(config.bpgo)),
-        advantages=AdvantageSettings(**vars(config.advantage), clip=config.loss.advantage_clip),
         reference=build_reference(config, engine, ds_config, mesh, ema),
         ema=ema,
     )

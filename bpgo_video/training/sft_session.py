@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from bpgo_video.config.sft import SftConfig
-from bpgo_video.data.clip_build import clip_stamp
-from bpgo_video.data.prompt_order import EndlessOrder
-from bpgo_video.data.prompt_records import LATENTS, PromptRecord, ShardError
-from bpgo_video.data.prompt_stream import as_batch, order_of
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.encoding import clip_stamp
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import LATENTS, PromptRecord, ShardError
+from bpgo_video.data.stream import EndlessOrder, as_batch
 from bpgo_video.diffusion.flow_matching import Chances
 from bpgo_video.distributed.agreement import all_or_none, same_everywhere
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, family
-from bpgo_video.policies.transformers import trained_names
+from bpgo_video.policies.networks import trained_names
 from bpgo_video.rollouts.clip_loss import ClipBatch, ClipLoss
 from bpgo_video.rollouts.conditioning import cast, for_each
 from bpgo_video.training.policy_session import (
@@ -115,7 +114,7 @@ def check_fit(config: SftConfig, shards: PromptShards) -> None:
             f"{shards.directory} holds {sorted(shards.clip)} of each clip, but {config.policy.folder} makes videos of "
             f"{'images' if takes_images else 'texts alone'}: build shards for it with bpgo-video videos build"
         )
-    order_of(shards, config.data.split, config.run.seed, config.sft.batch_size)
+    EndlessOrder(shards, config.data.split, config.run.seed, config.sft.batch_size)
     if config.evaluation.split is not None:
         shards.rows(config.evaluation.split)
 
@@ -141,7 +140,7 @@ def build_sft_session(config: SftConfig, mesh: Mesh, ds_config: Mapping[str, Any
         ema=averaged(config, engine),
         clips=Clips(
             shards,
-            order_of(shards, config.data.split, config.run.seed, config.sft.batch_size),
+            EndlessOrder(shards, config.data.split, config.run.seed, config.sft.batch_size),
             heldout_rows(config, shards),
             engine.dtype,
             mesh.device,

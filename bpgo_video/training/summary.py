@@ -1,15 +1,17 @@
-"""The verdict and the numbers of `summary.json`, as a run prints them at its end.
+"""The verdict on a run, its summary table, and a diagnosis of what may mislead about it.
 
 ± is the standard error over samples for these prompts; that of the difference is paired by sample. The verdict and its
-interval are about other prompts, too (`bpgo_video/statistics.py`).
+interval hold for prompts in general (`bpgo_video/statistics.py`).
 """
 
 from __future__ import annotations
 
 import io
+import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median, pstdev, stdev
 from typing import Any
 
 from rich import box
@@ -17,23 +19,34 @@ from rich.console import Console
 from rich.table import Table
 
 from bpgo_video.statistics import too_few
+from bpgo_video.training.metrics import Number
 
-WIDTH = 110  # characters of what is printed
+Records = Sequence[Mapping[str, Number]]  # of metrics.jsonl
+Summary = Mapping[str, Any]  # summary.json; missing and null are the same
+
+WIDTH = 110  # characters of printed lines
+IDLE = 0.02  # a trust weight that stays this close to 1 has no effect
+UNIFORM = 0.05  # standard deviation of w over all groups below which w does not distinguish them
+STEP_SIZES = (0.8, 1.25)
+FLAT_SHARE = 0.25
+REVERSED_SHARE = 0.01
+AGREEMENT = 0.5
+NOTHING = "Trust, step size, groups without signal and held-out scores show nothing unusual."
 
 
-def heldout_difference(summary: Mapping[str, Any]) -> float | None:
-    """The run's measure after less before; None where one of them is missing."""
+def heldout_difference(summary: Summary) -> float | None:
+    """The held-out score after training minus that before; None if one of them is missing."""
     before, after = summary.get("heldout_before"), summary.get("heldout_after")
     return None if before is None or after is None else after - before
 
 
-def measure(summary: Mapping[str, Any]) -> str:
-    """What the run is measured by, in words: the first of `evaluation.rewards` on held-out prompts."""
+def measure(summary: Summary) -> str:
+    """The name of the run's measure: the first of `evaluation.rewards` on held-out prompts."""
     return f"held-out {summary.get('heldout_reward') or 'score'}"
 
 
-def verdict(summary: Mapping[str, Any]) -> str | None:
-    """Whether training helped, by the test of `tools/evaluate.py compare`, over prompts. None without scores."""
+def verdict(summary: Summary) -> str | None:
+    """Whether training helped, by the test over prompts of `bpgo-video evaluate compare`. None without scores."""
     difference = heldout_difference(summary)
     if difference is None:
         return None
@@ -50,43 +63,29 @@ def verdict(summary: Mapping[str, Any]) -> str | None:
     return f"No difference shown: {measure(summary)} went {numbers}{reason and f'; {reason}'}"
 
 
-def run_facts(summary: Mapping[str, Any]) -> list[str]:
-    """What kind of run it was, in a few words each; what is not recorded is left out."""
-    forms = {
-        "algorithm": "{}",
-        "steps": "{:,} steps",
-        "world_size": "world size {}",
-        "zero_stage": "ZeRO stage {}",
-        "seed": "seed {}",
-    }
-    return [form.format(summary[key]) for key, form in forms.items() if summary.get(key) is not None]
-
-
-def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What `summary.json` says, as (label, text); what is null or missing is left out."""
-    summary = {key: value for key, value in summary.items() if value is not None}
-
-    def with_stderr(score: str, key: str) -> str:
-        stderr = summary.get(f"{key}_stderr")
-        return score if stderr is None else f"{score} ± {stderr:.4f}"
-
+def summary_rows(summary: Summary) -> list[tuple[str, str]]:
+    """The recorded numbers as (label, text)."""
+    heldout, texts = measure(summary), {"heldout_difference": heldout_difference(summary), **summary}
+    table = (
+        (f"{heldout} before", "heldout_before", "{:.4f}"),
+        (f"{heldout} after", "heldout_after", "{:.4f}"),
+        ("paired difference", "heldout_difference", "{:+.4f}"),
+        ("steps", "steps", "{:,}"),
+        ("videos generated", "videos_generated", "{:,}"),
+        ("ratio error, first update", "max_ratio_error_first_update", "{:.3g}"),
+    )
     rows = []
-    for when in ("before", "after"):
-        if (score := summary.get(f"heldout_{when}")) is not None:
-            rows.append((f"{measure(summary)} {when}", with_stderr(f"{score:.4f}", f"heldout_{when}")))
-    if (difference := heldout_difference(summary)) is not None:
-        rows.append(("paired difference", with_stderr(f"{difference:+.4f}", "heldout_difference")))
-    counts = (("steps", "steps"), ("videos generated", "videos_generated"))
-    rows += [(label, f"{summary[key]:,}") for label, key in counts if key in summary]
-    if "max_ratio_error_first_update" in summary:
-        rows.append(("ratio error, first update", f"{summary['max_ratio_error_first_update']:.3g}"))
-    seconds = summary.get("seconds", {})
+    for label, key, form in table:
+        if texts.get(key) is not None:
+            stderr = summary.get(f"{key}_stderr")
+            rows.append((label, form.format(texts[key]) + ("" if stderr is None else f" ± {stderr:.4f}")))
+    seconds = summary.get("seconds") or {}
     parts = ("rollout", "reward", "update", "total")
     return rows + [(f"seconds, {part}", f"{seconds[part]:,.1f}") for part in parts if part in seconds]
 
 
-def summary_table(summary: Mapping[str, Any], paths: Mapping[str, Path] | None = None) -> str:
-    """What a run prints last: `summary_rows` as a table, verdict and diagnosis, and the `paths` it wrote, by label."""
+def summary_table(summary: Summary, paths: Mapping[str, Path] | None = None) -> str:
+    """The last output of a run: its numbers, verdict and diagnosis, and the `paths` that it wrote, by label."""
     lines = [boxed(summary_rows(summary))]
     if words := verdict(summary):
         lines.append(words)
@@ -96,10 +95,10 @@ def summary_table(summary: Mapping[str, Any], paths: Mapping[str, Path] | None =
 
 
 def boxed(rows: Iterable[Sequence[str]], header: Sequence[str] = ("", ""), words: int = 1, title: str = "") -> str:
-    """A table as text; the first `words` columns are aligned left, the others right."""
+    """A table as text; the first `words` columns are left-aligned, the others right-aligned."""
     table = Table(box=box.ROUNDED, title=title or None, show_header=any(header))
-    for place, label in enumerate(header):
-        table.add_column(label, justify="left" if place < words else "right")
+    for column, label in enumerate(header):
+        table.add_column(label, justify="left" if column < words else "right")
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
@@ -108,6 +107,86 @@ def boxed(rows: Iterable[Sequence[str]], header: Sequence[str] = ("", ""), words
 
 
 def listed(paths: Mapping[str, Path]) -> list[str]:
-    """A line for each label and its path."""
+    """One line per label and path."""
     width = max(map(len, paths), default=0)
     return [f"  {label:<{width}}  {path}" for label, path in paths.items()]
+
+
+def diagnose(records: Records, summary: Summary) -> list[str]:
+    """Sentences on what may mislead about a run, each with a remedy; NOTHING if there are none.
+
+    Args:
+        records: of metrics.jsonl.
+    """
+    if not records:
+        return []
+    found = [*_heldout_findings(records, summary), *_trust_findings(records), *_signal_findings(records)]
+    return found or [NOTHING]
+
+
+def _heldout_findings(records: Records, summary: Summary) -> Iterator[str]:
+    before, after = summary.get("heldout_before"), summary.get("heldout_after")
+    if summary.get("heldout_shown") == -1 and None not in (before, after) and _rose(_values(records, "reward")):
+        yield (
+            f"Held-out scores fell from {before:.3f} to {after:.3f} while the training reward rose: the policy "
+            "exploits its reward. Stop earlier, lower the learning rate, or add a reward."
+        )
+
+
+def _trust_findings(records: Records) -> Iterator[str]:
+    keys = ("trust/hist/00", "trust_mean", "trust_min", "trust_max", "trust_std")
+    if weighted := [record for record in records if all(key in record for key in keys)]:
+        low, high = min(_values(weighted, "trust_min")), max(_values(weighted, "trust_max"))
+        if max(1 - low, high - 1) <= IDLE:
+            reason = "The two scorings agree equally well in every group."
+            if not any(key.startswith("icc/") for key in weighted[0]):
+                spread = _values(records, "reward_std")
+                scale = f"Rewards differ by {fmean(spread):.2g} within a group. " if spread else ""
+                reason = f"{scale}Set bpgo.standardise: true, or raise bpgo.k."
+            yield f"Trust had no effect: w stayed within {low:.3f}-{high:.3f}. {reason}"
+        late = weighted[len(weighted) // 2 :]  # w starts near 1 and drifts while groups start to exceed their anchors
+        means = _values(late, "trust_mean")
+        within = fmean(value**2 for value in _values(late, "trust_std"))
+        mean, spread_of_w = fmean(means), math.sqrt(within + pstdev(means) ** 2)
+        if abs(mean - 1) >= 2 * UNIFORM and spread_of_w <= UNIFORM:
+            yield (
+                f"Trust acted as a learning rate: w stayed near {mean:.2f} in every group. Set bpgo.ras_center: "
+                f"batch_mean, or compare with GRPO at {mean:.2f} times the learning rate."
+            )
+    ratios = _values(records, "rms_ratio")
+    if ratios and not STEP_SIZES[0] <= (ratio := median(ratios)) <= STEP_SIZES[1]:
+        yield (
+            f"A step was {ratio:.2f} times GRPO's on the same batch: set bpgo.match_rms: true, or compare with GRPO at "
+            "that learning rate, before you attribute a gain to trust."
+        )
+
+
+def _signal_findings(records: Records) -> Iterator[str]:
+    if (share := fmean(_values(records, "zero_std_share") or [0])) >= FLAT_SHARE:
+        yield (
+            f"Zero-std groups: {share:.0%}. All rewards of such a group are equal, so it gives no gradient: use larger "
+            "groups, more noise (sampler.eta), or a reward that distinguishes samples."
+        )
+    if (share := fmean(_values(records, "crt/rank_inversion") or [0])) >= REVERSED_SHARE:
+        yield (
+            f"The transformation reversed {share:.0%} of the pairs within groups, so that the policy was trained "
+            "towards the worse sample: use bpgo.form: paper with bpgo.standardise: true, or bpgo.zeta: 0."
+        )
+    keys = sorted({key for record in records for key in record if key.startswith("icc/")})
+    low = {key.removeprefix("icc/"): icc for key in keys if (icc := fmean(_values(records, key))) < AGREEMENT}
+    if low:
+        rewards = ", ".join(f"{name} {icc:.2f}" for name, icc in low.items())
+        yield f"Two scorings of the same videos hardly agree (ICC of {rewards}): much of the training signal is noise."
+
+
+def _values(records: Records, key: str) -> list[Number]:
+    return [record[key] for record in records if key in record]
+
+
+def _rose(values: Sequence[Number]) -> bool:
+    """Whether the mean of the last third exceeds that of the first by more than two standard errors."""
+    third = len(values) // 3
+    if third < 2:
+        return False
+    first, last = values[:third], values[-third:]
+    return fmean(last) - fmean(first) > 2 * math.sqrt((stdev(first) ** 2 + stdev(last) ** 2) / third)

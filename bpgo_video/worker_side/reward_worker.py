@@ -1,4 +1,4 @@
-"""Worker side of `model: worker`: describes a reward model, then answers each line of JSON with one.
+"""The worker's side of `model: worker`: describes a reward model, then answers each line of JSON with one line.
 
 Needs only the standard library of Python 3.8 or later. A script that a recipe names as `rewards.NAME.options.script`:
 
@@ -11,13 +11,13 @@ Needs only the standard library of Python 3.8 or later. A script that a recipe n
             ...
 
         def __call__(self, clips):
-            return [[...], ...]          # one score a video: a row of one number for each
-            return rows, times           # or a row of scores a video, with the seconds of the scored frames
+            return [[...], ...]          # one row of one number per video
+            return rows, times           # or one row of scores per video, with the seconds of the scored frames
 
     serve(MyReward)
 
-Optional members: higher_is_better (True), kind ("real"), frames, frames_per_second. What the script prints goes to
-stderr; the replies have their own channel.
+Optional members: higher_is_better (True), kind ("real"), frames, frames_per_second. The script's own output goes to
+stderr; replies have a separate channel.
 """
 
 import json
@@ -37,9 +37,9 @@ class Clips:
 
     Attributes:
         texts: the prompt of each video.
-        fps: frames a second.
+        fps: frames per second.
         shape: (samples, frames, height, width) of the videos.
-        has_images: whether each video continues an image.
+        has_images: whether each video continues a conditioning image.
     """
 
     def __init__(self, header, memory):
@@ -49,20 +49,18 @@ class Clips:
 
     def frame(self, sample, frame):
         """RGB bytes of one frame, row by row: `PIL.Image.frombytes("RGB", (width, height), ...)` reads them."""
-        _, frames, height, width = self.shape
-        size = height * width * 3
-        start = (sample * frames + frame) * size
-        return self._memory[start : start + size]
+        return self._picture(sample * self.shape[1] + frame)
 
     def image(self, sample):
-        """RGB bytes of the image that a video continues."""
-        samples, frames, height, width = self.shape
-        size = height * width * 3
-        start = samples * frames * size + sample * size
-        return self._memory[start : start + size]
+        """RGB bytes of a video's conditioning image."""
+        return self._picture(self.shape[0] * self.shape[1] + sample)
+
+    def _picture(self, number):
+        size = self.shape[2] * self.shape[3] * 3
+        return self._memory[number * size : (number + 1) * size]
 
     def array(self):
-        """All videos as numpy: uint8 (samples, frames, height, width, 3), read only."""
+        """All videos as numpy: uint8 (samples, frames, height, width, 3), read-only."""
         import numpy
 
         count = self.shape[0] * self.shape[1] * self.shape[2] * self.shape[3] * 3
@@ -70,41 +68,39 @@ class Clips:
 
 
 def serve(build):
-    """Make the model as `build(device=..., **settings)`, and answer until the run closes the connection."""
+    """Builds the model as `build(device=..., **settings)`, and answers until the run closes the connection."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # output of anything, also of C libraries, must not mix with the replies
+    os.dup2(2, 1)  # other output, also of C libraries, must not mix with the replies
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # a run that is stopped finishes its step first, with its rewards
+        signal.signal(number, signal.SIG_IGN)  # a run that is stopped first finishes its step, which needs its rewards
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     arguments = json.loads(sys.argv[1])
     model = build(device=arguments["device"], **arguments["settings"])
-    _say(replies, {"hello": {key: getattr(model, key) for key in MEMBERS if hasattr(model, key)}})
+    _send(replies, {"hello": {key: getattr(model, key) for key in MEMBERS if hasattr(model, key)}})
     for line in sys.stdin:
-        question = json.loads(line)
-        _say(replies, dict(_answer(model, question, arguments["memory"]), id=question["id"]))
+        request = json.loads(line)
+        _send(replies, dict(_answer(model, request, arguments["memory"]), id=request["id"]))
 
 
-def _answer(model, question, descriptor):
+def _answer(model, request, descriptor):
     try:
-        with mmap.mmap(descriptor, question["bytes"], access=mmap.ACCESS_READ) as memory:
-            found = model(Clips(question["clips"], bytes(memory)))
+        with mmap.mmap(descriptor, request["bytes"], access=mmap.ACCESS_READ) as memory:
+            scores = model(Clips(request["clips"], bytes(memory)))
     except Exception as error:  # whatever the model raises ends the run, which names the videos
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
-    rows, times = found if isinstance(found, tuple) else (found, None)
-    return {
-        "values": [[float(value) for value in row] for row in rows],
-        "times": None if times is None else [float(t) for t in times],
-    }
+    rows, times = scores if isinstance(scores, tuple) else (scores, None)
+    values = [[float(value) for value in row] for row in rows]
+    return {"values": values, "times": None if times is None else [float(t) for t in times]}
 
 
-def _say(replies, message):
+def _send(replies, message):
     replies.write(json.dumps(message) + "\n")
     replies.flush()
 
 
 def _end_with(parent):
-    """Ends the worker with a parent that was killed, also while the model is busy."""
+    """Ends the worker when its parent has ended, also while the model is busy."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(0)

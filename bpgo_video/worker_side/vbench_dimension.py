@@ -1,8 +1,8 @@
-"""How is a dimension measured by VBench's own package? One call of it, by an interpreter that has the package.
+"""One VBench dimension, measured by VBench's own package under an interpreter that has it.
 
     python vbench_dimension.py '{"module", "benchmark", "device", "suite", "output", "videos", "dimension", "options"}'
 
-Needs nothing of this project. The result is the file that the package writes; an error is the exit code.
+Needs nothing of this project. The package writes the result to a file; an error is the exit code.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""A command line is read as YAML is: flags go over the recipe, and what is wrong is told in the same words, once."""
+"""Command lines: flags change the recipe's values, with the checks and messages of YAML, printed once per host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SFT = ROOT / "pipelines" / "configs" / "tiny_wan_sft.yaml"
 NAMES = {"recipe": str(RECIPE), "sft": str(SFT)}
 
 
-def test_flags_go_over_the_file() -> None:
+def test_flags_change_the_values_of_the_file() -> None:
     flags = ["--config", str(RECIPE), "--run.num-steps", "3", "--run.seed", "7", "--local_rank=1"]
     config = load_config([*flags, "--rewards.motion.weight", "0.25", "--policy.lora.rank", "8"])
     assert (config.run.num_steps, config.run.seed, config.policy.lora.rank) == (3, 7, 8)
@@ -29,7 +29,7 @@ def test_flags_go_over_the_file() -> None:
     assert config.video == read_yaml(RECIPE).video
 
 
-def test_a_recipe_says_of_which_kind_it_is_and_has_flags_of_its_own() -> None:
+def test_the_kind_of_a_recipe_decides_its_flags() -> None:
     config = load_recipe(["--config", str(SFT), "--sft.batch-size", "64", "--optim.learning-rate", "1e-3"])
     assert (config.recipe, config.sft.batch_size, config.optim.learning_rate) == ("sft", 64, 1e-3)
 
@@ -57,7 +57,7 @@ def test_a_recipe_says_of_which_kind_it_is_and_has_flags_of_its_own() -> None:
         ("sft", "", f"{SFT} is a recipe of kind 'sft'; this command takes recipes of kind 'bpgo'"),
     ],
 )
-def test_what_is_wrong_is_told_in_words_and_ends_with_code_2(
+def test_an_error_is_explained_and_exits_with_code_2(
     config: str, flags: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_told_in_words_and_ends_with_code_2(
 
 
 @pytest.mark.parametrize("flags", [[], ["--config", str(RECIPE), "--run.sead", "3"], ["--config", "no.yaml"]])
-def test_one_rank_of_a_host_tells_it(
+def test_one_rank_of_a_host_prints_an_error(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank, lines in (("0", 1), ("1", 0)):
@@ -103,15 +103,14 @@ def keys(tree: Any, above: str = "") -> Iterator[str]:
 def test_every_key_has_its_help(
     tree: Any, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind its flag stands a sentence, and not the default alone."""
+    """The help of each flag has a sentence, not only the default."""
     text = help_of(flags, capsys, monkeypatch)
     found = re.findall(r"^--([\w.-]+)[^\n]*(?:\n--\S+\.no-\S+)?\n((?:(?!--)[^\n]*\n)*)", text, re.MULTILINE)
-    told = {flag for flag, words in found if re.search(r"\w{3}[ .]", words.rpartition("(default:")[0] or words)}
-    silent = [key for key in keys(tree) if key not in told]
-    assert not silent
+    explained = {flag for flag, words in found if re.search(r"\w{3}[ .]", words.rpartition("(default:")[0] or words)}
+    assert not [key for key in keys(tree) if key not in explained]
 
 
-def test_help_without_a_recipe_says_what_is_required(
+def test_help_without_a_recipe_shows_what_is_required(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = help_of([], capsys, monkeypatch)
@@ -135,7 +134,7 @@ def test_without_flags_a_recipe_is_its_file(path: Path) -> None:
 
 
 def test_options_of_any_kind_pass_through(tmp_path: Path) -> None:
-    """A reward's options and a second scoring's are plain data of any depth, which no flag needs to change."""
+    """Options of a reward and of its second scoring are plain data of any depth, which flags may leave unchanged."""
     options = {
         "model": "x",
         "answers": ["Yes", "No"],

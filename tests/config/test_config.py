@@ -1,4 +1,4 @@
-"""A configuration is read strictly, and its errors say what to do."""
+"""Recipes are read strictly, and their errors name the way out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from bpgo_video.config.reading import config_from_dict, read_recipe, read_yaml, 
 from bpgo_video.config.rules import check_world
 from bpgo_video.config.sft import check_sft_world
 from bpgo_video.config.shipped import ds_config_file
-from bpgo_video.distributed.engine import read_ds_config, require_supported
+from bpgo_video.distributed.ds_config import read_ds_config
+from bpgo_video.distributed.engine import require_supported
 from tests.made.recipes import RECIPE, ROOT
 
 
@@ -62,7 +63,7 @@ def test_a_reward_cannot_be_trained_on_and_held_out() -> None:
 
 def test_bpgo_without_an_anchor_is_refused() -> None:
     broken = tree() | {"prior": {"kind": "none"}}
-    with pytest.raises(ConfigError, match=r"needs an anchor.*bpgo\.zeta to 0 and bpgo\.alpha to 0"):
+    with pytest.raises(ConfigError, match=r"need an anchor.*bpgo\.zeta to 0 and bpgo\.alpha to 0"):
         config_from_dict(broken)
     assert config_from_dict(broken | {"bpgo": {"alpha": 0.0, "zeta": 0.0}}).algorithm == "grpo"
 
@@ -85,7 +86,7 @@ def test_only_what_uses_an_anchor_needs_one() -> None:
     for bpgo in ({"zeta": 0.0, "trust": "none"}, {"zeta": 0.0, "alpha": 0.0}):
         config = config_from_dict(tree() | {"prior": {"kind": "none"}, "bpgo": bpgo})
         assert config.algorithm == "grpo"
-    with pytest.raises(ConfigError, match="needs an anchor"):
+    with pytest.raises(ConfigError, match="need an anchor"):
         config_from_dict(tree() | {"prior": {"kind": "none"}, "bpgo": {"trust": "none"}})
 
 
@@ -152,9 +153,7 @@ def test_an_aggregate_has_the_number_that_it_needs(aggregate: dict, message: str
         ({}, {"alpha": 1.0, "form": "released", "trust": "sigmoid"}, ("bpgo.alpha", "released form")),
     ],
 )
-def test_parts_of_the_learner_that_do_not_go_together_are_named(
-    advantage: dict, bpgo: dict, keys: tuple[str, str]
-) -> None:
+def test_combinations_that_the_learner_refuses_are_named(advantage: dict, bpgo: dict, keys: tuple[str, str]) -> None:
     with pytest.raises(ConfigError) as error:
         config_from_dict(tree() | {"advantage": advantage, "bpgo": bpgo})
     assert all(key in str(error.value) for key in keys)
@@ -178,7 +177,7 @@ def test_a_world_that_does_not_divide_is_named_with_a_way_out() -> None:
 
 
 @pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler"])
-def test_what_the_yaml_owns_is_refused_in_the_deepspeed_json(tmp_path: Path, key: str) -> None:
+def test_keys_of_the_recipe_are_refused_in_the_deepspeed_json(tmp_path: Path, key: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(f'{{"{key}": 1}}')
     with pytest.raises(ConfigError, match=key):
@@ -262,12 +261,12 @@ def test_a_kind_of_recipe_that_is_not_known_is_named() -> None:
         ("sft", {"batch_sise": 3}, "sft.batch_sise: unknown key; perhaps you meant 'batch_size'"),
         ("optim", {"updates_per_rollout": 3}, "optim.updates_per_rollout: unknown key"),
         ("sft", {"batch_size": 30, "micro_batch_size": 16}, "30 is no multiple of sft.micro_batch_size 16"),
-        ("evaluation", {"split": "train"}, "what is learned from is not held out"),
+        ("evaluation", {"split": "train"}, "held-out clips must not be trained on"),
         ("evaluation", {"weights": "ema"}, "set ema.decay"),
         ("policy", {"lora": {"rnak": 4}}, "perhaps you meant 'rank'"),
     ],
 )
-def test_what_a_warm_start_cannot_be_is_named(section: str, values: dict, message: str) -> None:
+def test_errors_of_an_sft_recipe_are_named(section: str, values: dict, message: str) -> None:
     broken = yaml.safe_load(SFT.read_text())
     broken[section] = broken.get(section, {}) | values
     with pytest.raises(ConfigError) as error:

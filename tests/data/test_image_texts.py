@@ -14,12 +14,11 @@ import torch
 from PIL import Image
 
 from bpgo_video.data.clips import read_clip
-from bpgo_video.data.image_texts import check_image_stamp
-from bpgo_video.data.images import decode_image, fit_image
-from bpgo_video.data.prompt_records import LATENTS, ShardError
-from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.data.shards import PromptShards
-from bpgo_video.data.video import write_video
+from bpgo_video.data.encoding import check_image_stamp
+from bpgo_video.data.media import decode_image, fit_image, write_video
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import LATENTS, ShardError
+from bpgo_video.data.stream import as_batch
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.training.policy_session import read_foundations

@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bpgo_video.data.build import build_shards
-from bpgo_video.data.images import ImageError, decode_image, fit_image, image_extension
+from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.data.media import ImageError, decode_image, fit_image, image_extension
 from bpgo_video.data.prompt_files import PromptFileError
-from bpgo_video.data.prompt_records import EncoderStamp, ShardError
-from bpgo_video.data.prompt_stream import as_batch
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import ShardError
+from bpgo_video.data.stream import PromptStream, as_batch
+from bpgo_video.data.writer import build_shards
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (12, 18, 3), dtype=np.uint8)
@@ -85,8 +86,8 @@ def test_what_has_no_single_meaning_is_refused_by_name() -> None:
         "colour mode CMYK": encoded(Image.fromarray(RGB).convert("CMYK"), "JPEG"),
         "2 frames": encoded(Image.fromarray(RGB), save_all=True, append_images=[Image.fromarray(RGB[::-1].copy())]),
         "17 x 1": encoded(RGB[:1, :17]),
-        "no PNG, JPEG, WEBP": encoded(RGB, "GIF"),
-        "this is no": b"hello",
+        "not a PNG, JPEG, WEBP": encoded(RGB, "GIF"),
+        "the file is not a": b"hello",
         "does not decode": encoded(RGB)[:-60],
     }
     for message, data in refused.items():
@@ -157,10 +158,10 @@ def test_images_come_back_byte_for_byte_and_as_pixels(tmp_path: Path) -> None:
     assert {r.prompt: r.media["image"] for r in shards.records()} == {p: ("jpg", d) for p, d in sources.items()}
     with tarfile.open(tmp_path / "out" / "prompts-000001.tar") as tar:
         assert "000000005.image.jpg" in tar.getnames()
-    batch = next(shards.stream("train", 0, 4, size=(8, 16)))
+    batch = next(PromptStream(shards, "train", 0, 4, size=(8, 16)))
     for text, image in zip(batch.texts, batch.images, strict=True):
         assert torch.equal(image, fit_image(decode_image(sources[text], "it"), 8, 16))
-    assert next(shards.stream("train", 0, 4)).images is None
+    assert next(PromptStream(shards, "train", 0, 4)).images is None
     shards.verify()
 
 
@@ -183,10 +184,10 @@ def test_some_with_and_some_without_are_counted_per_split(tmp_path: Path) -> Non
     assert not shards.has_images("heldout")
     assert as_batch(list(shards.records("heldout")), size=(8, 8)).images is None
     with pytest.raises(ShardError, match=r"5 prompts of the split 'train' .* have an image, 1 have none"):
-        shards.stream("train", 0, 2, size=(8, 8))
+        PromptStream(shards, "train", 0, 2, size=(8, 8))
     with pytest.raises(ShardError, match=r"5 prompts have an image, 1 of the same batch"):
         as_batch(list(shards.records("train")), size=(8, 8))
-    assert next(shards.stream("train", 0, 6)).images is None  # text-to-video reads them all the same
+    assert next(PromptStream(shards, "train", 0, 6)).images is None  # text-to-video reads them all the same
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_some_with_and_some_without_are_counted_per_split(tmp_path: Path) -> Non
         ("../p.png", r"'../p.png' leads out of the folder"),
         ("images/../../p.png", r"leads out of the folder"),
         ("/etc/passwd", r"leads out of the folder"),
-        ("p.jsonl", r"this is no PNG, JPEG, WEBP image"),
+        ("p.jsonl", r"the file is not a PNG, JPEG, WEBP image"),
     ],
 )
 def test_an_image_that_cannot_be_used_is_named_by_its_line(tmp_path: Path, image: str, message: str) -> None:

@@ -11,11 +11,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from bpgo_video.data.build import build_shards
-from bpgo_video.data.prompt_files import PromptFileError, prompt_id, read_prompts
-from bpgo_video.data.prompt_plan import make_plan
-from bpgo_video.data.prompt_records import EncoderStamp
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.data.prompt_files import PromptFileError, make_plan, prompt_id, read_prompts
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.stream import PromptStream
+from bpgo_video.data.writer import Build
 from bpgo_video.rewards import tiny_world as world
 from tools.tiny import prompts
 
@@ -79,7 +79,7 @@ def test_build_then_inspect_verify_and_stats(tool, stub_policy: Path, tmp_path: 
     assert shards.splits == {"train": 72, "heldout": 24}
     assert shards.negative_prompt == "blurry"
     assert torch.equal(shards.negative["prompt_embeds"], encode(["blurry"])["prompt_embeds"][0])
-    batch = next(shards.stream("train", 0, 6))
+    batch = next(PromptStream(shards, "train", 0, 6))
     assert torch.equal(batch.conditioning["prompt_embeds"], encode(batch.texts)["prompt_embeds"])
     assert batch.ids.tolist() == [prompt_id(text) for text in batch.texts]
 
@@ -151,7 +151,7 @@ def test_records_name_their_split_id_and_tags_or_get_defaults(tmp_path: Path) ->
     )
     (tmp_path / "b.txt").write_bytes("three \r\nvïer\n".encode())
     inputs = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
-    build_shards(inputs, tmp_path / "out", encode, EncoderStamp("stub", "0", 8), split="test", batch_size=3)
+    Build(make_plan(inputs, "test"), tmp_path / "out", encode, EncoderStamp("stub", "0", 8), batch_size=3).run()
     found = [(r.id, r.prompt, r.split, r.tags) for r in PromptShards(tmp_path / "out").records()]
     assert found == [
         (7, "one", "heldout", ("x", "y")),

@@ -12,12 +12,13 @@ import torch
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.clips import read_clip
-from bpgo_video.data.prompt_records import LATENTS, EncoderStamp, PromptRecord
-from bpgo_video.data.shards import PromptShards
-from bpgo_video.data.video import write_video
+from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.data.media import write_video
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import LATENTS, PromptRecord
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.packaged import data_of
+from bpgo_video.rewards.checkpoints import data_of
 from tests.made.prompt_folders import write_shards
 from tests.made.random_wan import TEXT_TOKENS, random_wan
 from tests.made.recipes import RECIPE

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.data.build import build_shards
+from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.data.media import VideoError, write_video
 from bpgo_video.data.prompt_files import PromptFileError
-from bpgo_video.data.prompt_records import EncoderStamp
-from bpgo_video.data.shards import PromptShards
-from bpgo_video.data.video import VideoError, write_video
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.writer import build_shards
 
 
 def build(folder: Path, video: str) -> PromptShards:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.data.prompt_files import Line, PromptFileError, Rejected, prompt_id, read_lines
-from bpgo_video.data.prompt_plan import make_plan
+from bpgo_video.data.prompt_files import Line, PromptFileError, Rejected, make_plan, prompt_id, read_lines
 
 
 def read(path: Path, content: str | bytes) -> list[Line | Rejected]:
@@ -120,14 +119,14 @@ def test_vbench_dimensions_become_tags_and_equal_prompts_one(tmp_path: Path) -> 
     assert records[2].info == {}
 
 
-def test_vbench_entries_that_contradict_each_other_are_no_one_prompt(tmp_path: Path) -> None:
+def test_vbench_entries_that_contradict_each_other_are_rejected_together(tmp_path: Path) -> None:
     entries = [*VBENCH, {"prompt_en": "a red car", "auxiliary_info": {"color": "blue"}}, {"prompt": "x"}, 5]
     path = tmp_path / "p.json"
     rejected = [line for line in read(path, json.dumps(entries)) if isinstance(line, Rejected)]
-    assert [line.place for line in rejected] == [f"{path}[6]", f"{path}[7]"]
+    assert [line.place for line in rejected] == [f"{path}[{number}]" for number in (1, 6, 7)]
+    assert "contradict each other: 'auxiliary_info' is" in rejected[0].reason
     plan = make_plan([path], on_error="skip")
-    assert [line.place for line in plan.lines() if isinstance(line, Rejected)][-1] == f"{path}[1]"
-    assert (plan.count, plan.rejected) == (3, 3)
+    assert (plan.count, plan.rejected) == (2, 3)
 
 
 def test_what_a_source_says_besides_comes_back(tmp_path: Path) -> None:

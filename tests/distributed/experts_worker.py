@@ -20,10 +20,10 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import OptimConfig
 from bpgo_video.distributed import engine
+from bpgo_video.distributed.ds_config import compute_dtype, read_ds_config, zero_stage
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.policies.base import from_pretrained
-from bpgo_video.policies.transformers import blocks_of
+from bpgo_video.policies.networks import blocks_of, from_pretrained
 from bpgo_video.rollouts.conditioning import cast
 from tests.distributed.family_worker import inputs_of, whole
 from tests.families import CASES
@@ -62,8 +62,8 @@ class Learner:
     """The engine around the policy's transformers on this rank, which has one of the two samples."""
 
     def __init__(self, folder: Path, ds_config: dict[str, Any], inputs: Inputs, mesh: Mesh) -> None:
-        build = partial(engine.build_sharded, ds_config) if engine.zero_stage(ds_config) == 3 else from_pretrained
-        dtype = engine.compute_dtype(ds_config)
+        build = partial(engine.build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained
+        dtype = compute_dtype(ds_config)
         self.policy = CASE.policy(folder, components=("transformer",), build=build, dtype=dtype)
         for module in self.policy.transformers.values():
             module.enable_gradient_checkpointing()
@@ -129,7 +129,7 @@ def main() -> None:
     mesh = engine.start_ranks()
     inputs = inputs_of(CASE, folder)
     results = {
-        name: run(folder, output / name, engine.read_ds_config(f"ds_configs/{name}.json"), inputs, mesh)
+        name: run(folder, output / name, read_ds_config(f"ds_configs/{name}.json"), inputs, mesh)
         for name in sys.argv[3:]
     }
     (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import OptimConfig
 from bpgo_video.distributed import engine
+from bpgo_video.distributed.ds_config import zero_stage
 from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.policies import Policy
-from bpgo_video.policies.base import Build, from_pretrained
+from bpgo_video.policies.networks import Build, blocks_of, from_pretrained
 from bpgo_video.policies.sequence import parallelise
-from bpgo_video.policies.transformers import blocks_of
 from tests.families import CASES, Case
 
 HUGE_STEP = 1e5  # the weights' change is the gradient, to many digits
@@ -32,7 +32,7 @@ PARALLEL = ((1, 1), (3, 1), (1, 2), (3, 2))  # ZeRO stage, ranks of a sequence g
 
 
 def build_for(ds_config: dict[str, Any]) -> Build:
-    return partial(engine.build_sharded, ds_config) if engine.zero_stage(ds_config) == 3 else from_pretrained
+    return partial(engine.build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained
 
 
 def one_loss(policy: Policy, inputs: tuple[Tensor, dict[str, Tensor], Tensor]) -> Tensor:

@@ -13,14 +13,13 @@ from typing import Any
 import diffusers
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
-from bpgo_video.config.bpgo import LoraConfig, OptimConfig
+from bpgo_video.config.bpgo import LoraConfig, OptimConfig, VideoConfig
 from bpgo_video.distributed import engine
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.training.plan_allocations import Allocations
-from bpgo_video.training.plan_inputs import Batch, arguments
-from bpgo_video.training.plan_models import Model
-from bpgo_video.training.plan_rehearsal import repeated_blocks
+from bpgo_video.training.plan_models import Model, policy_of
+from bpgo_video.training.plan_rehearsal import Allocations, repeated_blocks, transformer_inputs
 
 BUCKET = 4_000_000
 MODEL = Model(
@@ -32,9 +31,10 @@ MODEL = Model(
         "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 8,
         "out_channels": 8, "text_dim": 64, "freq_dim": 64, "ffn_dim": 1024, "num_layers": 10,
     },
-    vae={"_class_name": "AutoencoderKLWan"},
+    vae={"_class_name": "AutoencoderKLWan", "z_dim": 8},
 )  # fmt: skip
-BATCH = Batch(samples=2, latents=(8, 4, 16, 16), text_tokens=16, dtype=torch.float32)
+POLICY = policy_of(MODEL, family=None, max_sequence_length=16)
+VIDEO, SAMPLES = VideoConfig(num_frames=13, height=128, width=128, fps=16.0), 2
 CASES = {  # ZeRO stage, rank of adapters, activation checkpointing
     "zero1": (1, 0, True),
     "zero2": (2, 0, True),
@@ -60,7 +60,7 @@ def measure(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
         if checkpointing:
             module.enable_gradient_checkpointing()
         learner = engine.Engine(
-            module, OptimConfig(), zero(stage), micro_batch_size=BATCH.samples, learning_rate_factor=lambda _: 1.0,
+            module, OptimConfig(), zero(stage), micro_batch_size=SAMPLES, learning_rate_factor=lambda _: 1.0,
             block_classes=(type(repeated_blocks(module)[0]),),
         )  # fmt: skip
         one_update(learner, counted)
@@ -71,12 +71,12 @@ def one_update(learner: engine.Engine, counted: Allocations) -> dict[str, int]:
     counted.mark()
     found = {"rest": counted.live}
     with torch.no_grad():
-        learner.wrapped(**inputs(learner), return_dict=False)
+        learner.wrapped(**inputs())
     found["denoise"] = counted.mark()
     for last in (False, True):
-        taken_in = inputs(learner)
+        taken_in = inputs()
         taken_in["hidden_states"].requires_grad_()
-        loss = learner.wrapped(**taken_in, return_dict=False)[0].square().mean()
+        loss = learner.wrapped(**taken_in)[0].square().mean()
         learner.backward(loss, last=last)
         del taken_in, loss
     found["replay"] = counted.mark()
@@ -85,9 +85,9 @@ def one_update(learner: engine.Engine, counted: Allocations) -> dict[str, int]:
     return found
 
 
-def inputs(learner: engine.Engine) -> dict[str, torch.Tensor]:
-    shapes = arguments("WanTransformer3DModel", learner.module.config, BATCH)
-    return {name: torch.zeros_like(value) for name, value in shapes.items()}
+def inputs() -> dict[str, Any]:
+    shapes = transformer_inputs(POLICY, VIDEO, SAMPLES, torch.float32)
+    return tree_map_only(torch.Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), shapes)
 
 
 def main() -> None:

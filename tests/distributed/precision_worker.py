@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from bpgo_video.config.bpgo import EmaConfig, OptimConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.ema import EMA
-from bpgo_video.policies.base import from_pretrained
-from bpgo_video.policies.pipeline_policy import networks_of
-from bpgo_video.policies.transformers import Transformers, blocks_of
+from bpgo_video.policies.networks import Transformers, blocks_of, from_pretrained, networks_of
 
 RATE = 0.5
 BOTH = (True, False)

@@ -19,11 +19,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from bpgo_video.config.bpgo import EmaConfig, OptimConfig, RunConfig
-from bpgo_video.distributed import checkpoint, engine, resuming
-from bpgo_video.distributed.checkpoint import CheckpointError
-from bpgo_video.distributed.ema import EMA
-from bpgo_video.distributed.ema_files import load_average, save_average
+from bpgo_video.distributed import checkpoint, engine
+from bpgo_video.distributed.ema import EMA, load_average, save_average
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.zero_files import CheckpointError
 from tests.distributed.ema_worker import Block
 
 UPDATES = 3
@@ -102,7 +101,7 @@ def read(saves: Path, written: int, stage: int, name: str, dtype: str, optimizer
     learner = build(stage, name, dtype)
     ema = EMA(learner.masters, EmaConfig(decay=0.8))
     try:
-        state = resuming.load(learner, folder, mesh, optimizer)
+        state = checkpoint.load(learner, folder, mesh, optimizer)
     except CheckpointError as error:
         return {**result, "refused": str(error)}
     load_average(ema, folder)

@@ -69,7 +69,7 @@ def run(case: Case, mesh: Mesh) -> dict[str, Any]:
     start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     if case.checkpointing:
         module.enable_gradient_checkpointing()
-    parallelise(module, mesh)
+    parallelise(module, mesh, FAMILIES[case.family].plan)
     learner = engine.Engine(
         module,
         OptimConfig(name="sgd", learning_rate=HUGE_STEP, max_grad_norm=0.0),

@@ -27,6 +27,12 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bpgo_video.policies.cogvideox import CogVideoXPolicy
+from bpgo_video.policies.hunyuan import HunyuanVideoPolicy
+from bpgo_video.policies.ltx import LTXPolicy
+from bpgo_video.policies.sequence import SequencePlan
+from bpgo_video.policies.wan import WanPolicy
+
 SAMPLES = 4
 HEADS = 4
 Latents = Float[Tensor, "samples channels frames height width"]
@@ -40,12 +46,14 @@ class Family:
     Attributes:
         text: what it takes beside latents and timestep.
         layout: how it takes them; it makes arguments and target of latents, timestep and target.
+        plan: where its tokens are split.
     """
 
     build: Callable[[], nn.Module]
     block_classes: tuple[type[nn.Module], ...]
     text: Callable[[torch.Generator], dict[str, Tensor]]
     layout: Callable[[Latents, Tensor, Latents], tuple[dict[str, Any], Tensor]]
+    plan: SequencePlan | None
 
 
 def wan() -> nn.Module:
@@ -126,18 +134,23 @@ def as_tokens(latents: Latents, timestep: Tensor, target: Latents) -> tuple[dict
 
 
 FAMILIES = {
-    "wan": Family(wan, (WanTransformerBlock,), wan_text, as_video),
+    "wan": Family(wan, (WanTransformerBlock,), wan_text, as_video, WanPolicy.sequence_plan),
     "hunyuan": Family(
-        hunyuan, (HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock), hunyuan_text, as_video
+        hunyuan,
+        (HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock),
+        hunyuan_text,
+        as_video,
+        HunyuanVideoPolicy.sequence_plan,
     ),
     "hunyuan_first_frame": Family(
         partial(hunyuan, "token_replace"),
         (HunyuanVideoTokenReplaceTransformerBlock, HunyuanVideoTokenReplaceSingleTransformerBlock),
         hunyuan_text,
         as_video,
+        HunyuanVideoPolicy.sequence_plan,
     ),
-    "ltx": Family(ltx, (LTXVideoTransformerBlock,), ltx_text, as_tokens),
-    "cogvideox": Family(cogvideox, (CogVideoXBlock,), wan_text, frames_first),
+    "ltx": Family(ltx, (LTXVideoTransformerBlock,), ltx_text, as_tokens, LTXPolicy.sequence_plan),
+    "cogvideox": Family(cogvideox, (CogVideoXBlock,), wan_text, frames_first, CogVideoXPolicy.sequence_plan),
 }
 
 

@@ -1,4 +1,4 @@
-"""A mistake on one node is told by all ranks and stops all; nothing is left behind."""
+"""An error on one rank stops all ranks, which name it; all ranks wait for rank 0's work without a collective."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.distributed import engine
+from bpgo_video.distributed import agreement, engine
+from bpgo_video.distributed.mesh import Mesh
 from tests.distributed.conftest import run_ranks
 
-Told = list[dict[str, str | None]]
+Outcomes = list[dict[str, str | None]]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -23,40 +26,42 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(output: Path) -> Told:
+def outcomes(output: Path) -> Outcomes:
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize(("case", "failing"), [("one fails", 1), ("main fails", 0)])
-def test_an_error_on_one_rank_is_every_ranks(told: Told, case: str, failing: int) -> None:
-    assert told[failing][case] == "FileNotFoundError: the model is missing"
+def test_an_error_on_one_rank_is_every_ranks(outcomes: Outcomes, case: str, failing: int) -> None:
+    assert outcomes[failing][case] == "FileNotFoundError: the model is missing"
     expected = f"ConfigError: rank {failing} on {socket.gethostname()}: the model is missing"
-    assert told[1 - failing][case] == expected
+    assert outcomes[1 - failing][case] == expected
 
 
-def test_an_error_on_all_ranks_is_each_ones_own(told: Told) -> None:
-    assert [verdict["everyone fails"] for verdict in told] == [f"FileNotFoundError: seen by {rank}" for rank in (0, 1)]
+def test_an_error_on_all_ranks_is_each_ones_own(outcomes: Outcomes) -> None:
+    assert [verdict["everyone fails"] for verdict in outcomes] == [
+        f"FileNotFoundError: seen by {rank}" for rank in (0, 1)
+    ]
 
 
-def test_what_differs_is_named_and_what_does_not_passes(told: Told) -> None:
+def test_what_differs_is_named_and_what_does_not_passes(outcomes: Outcomes) -> None:
     host = socket.gethostname()
-    for verdict in told:
+    for verdict in outcomes:
         assert str(verdict["other shards"]).startswith(
             f"ConfigError: rank 1 on {host} differs from rank 0 on {host} in: prompt shards;"
         )
         assert verdict["from rank 0"] is None
 
 
-def test_a_run_folder_that_a_rank_does_not_see_is_refused_and_removed(told: Told, output: Path) -> None:
-    first, second = (str(verdict["own folders"]) for verdict in told)
+def test_a_run_folder_that_a_rank_does_not_see_is_refused_and_removed(outcomes: Outcomes, output: Path) -> None:
+    first, second = (str(verdict["own folders"]) for verdict in outcomes)
     assert first.startswith(f"ConfigError: rank 1 on {socket.gethostname()}: run.dir ")
     assert "is not the folder that rank 0 has under this name" in second
     assert "storage that all nodes share" in first
     assert [list((output / f"disk-of-{rank}").iterdir()) for rank in (0, 1)] == [[], []]
 
 
-def test_a_run_folder_that_every_rank_sees_is_left_as_it_is(told: Told, output: Path) -> None:
-    assert [verdict["shared folder"] for verdict in told] == [None, None]
+def test_a_run_folder_that_every_rank_sees_is_left_as_it_is(outcomes: Outcomes, output: Path) -> None:
+    assert [verdict["shared folder"] for verdict in outcomes] == [None, None]
     assert list((output / "shared" / "run").iterdir()) == []
 
 
@@ -68,3 +73,31 @@ def test_tasks_without_ranks_are_no_runs_of_their_own(monkeypatch: pytest.Monkey
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match=rf"{name} is 2.*docs/multi_node\.md"):
         engine.start_ranks()
+
+
+def test_rank_0_works_and_leaves_a_marker(tmp_path: Path) -> None:
+    done: list[str] = []
+    agreement.rank0_first(lambda: done.append("work"), Mesh(0, 1, CPU), tmp_path / "aside" / "done")
+    assert done == ["work"]
+    assert (tmp_path / "aside" / "done").is_dir()
+
+
+def test_a_failure_leaves_a_marker_so_that_nobody_waits_for_ever(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        agreement.rank0_first(fails, Mesh(0, 1, CPU), tmp_path / "done")
+    assert (tmp_path / "done").is_dir()
+
+
+def test_another_rank_does_not_work_and_goes_on_when_the_marker_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "POLL_SECONDS", 0.01)
+    looked, marker = [], tmp_path / "done"
+    monkeypatch.setattr(
+        agreement.time, "sleep", lambda seconds: looked.append(seconds) or (len(looked) == 3 and marker.mkdir())
+    )
+    agreement.rank0_first(lambda: pytest.fail("rank 1 must not work"), Mesh(1, 1, CPU), marker)
+    assert looked == [0.01] * 3

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent: a process ends at every step of a save, at random moments, and on a full disk.
+"""Checkpoints are complete or absent, although processes die at every point of a save, at random, or on a full disk.
 
 The processes are forks of this one, so that fifty of them take seconds.
 """
@@ -21,19 +21,19 @@ import torch
 
 from bpgo_video.config.bpgo import EmaConfig, RunConfig
 from bpgo_video.distributed import checkpoint
-from bpgo_video.distributed.checkpoint import CheckpointError
-from bpgo_video.distributed.ema import EMA
-from bpgo_video.distributed.ema_files import load_average, save_average
-from bpgo_video.distributed.master_weights import Shard
+from bpgo_video.distributed.ema import EMA, load_average, save_average
+from bpgo_video.distributed.engine import Engine
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.optimizer import Shard, ZeroMasters
+from bpgo_video.distributed.zero_files import CheckpointError
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
 KILLED = 9
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "test.write"}
 
 
-class SmallEngine:
-    """What a checkpoint needs of the engine; its weights and its average are filled with the step's number."""
+class SmallEngine(Engine, ZeroMasters):
+    """A stand-in for the engine; its weights and their average are filled with the step's number."""
 
     stage, dtype = 1, torch.float32
 
@@ -72,7 +72,7 @@ def save(engine: SmallEngine, run: RunConfig, step: int) -> checkpoint.Saved:
 
 
 def loadable(run: RunConfig) -> int:
-    """The step that a resume would go on from, 0 where there is no checkpoint; every one that is there is complete."""
+    """The step that a resume would continue from, 0 without a checkpoint; asserts that every checkpoint is complete."""
     run_dir, found = Path(run.dir), []
     for folder in sorted((run_dir / checkpoint.FOLDER).glob("step-*")):
         engine = SmallEngine()
@@ -104,7 +104,7 @@ def wait(child: int) -> int:
 
 
 def killing(folder: Path, at: int) -> None:
-    """From now on, this process dies as it is about to change a file for the `at`-th time."""
+    """Make this process die just before its `at`-th change to a file."""
     changes = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -137,9 +137,9 @@ def test_a_process_that_ends_before_any_change_to_a_file_leaves_complete_checkpo
         assert code == KILLED
         ended_at.append(step)
         save(engine, run, 3)
-        assert loadable(run) == 3, "the next save is not hindered by what is left"
-        assert not list((Path(run.dir) / checkpoint.FOLDER).glob(f"{checkpoint.ASIDE}*"))
-    assert sorted(ended_at) == ended_at, "it is the old one up to one moment, and the new one from then on"
+        assert loadable(run) == 3, "leftovers do not prevent the next save"
+        assert not list((Path(run.dir) / checkpoint.FOLDER).glob(f"{checkpoint.PARTIAL}*"))
+    assert sorted(ended_at) == ended_at, "the old one up to one moment, and the new one from then on"
     assert set(ended_at) == {2, 3}
     assert len(ended_at) > 15
 
@@ -166,19 +166,19 @@ def test_fifty_kills_at_random_moments_leave_what_a_resume_needs(tmp_path: Path)
         os.close(heard)
         os.close(tells)
         steps.append(loadable(run))
-        inside += bool(list((tmp_path / checkpoint.FOLDER).glob(f"{checkpoint.ASIDE}*")))
+        inside += bool(list((tmp_path / checkpoint.FOLDER).glob(f"{checkpoint.PARTIAL}*")))
     assert all(after > before for before, after in pairwise(steps)), "what a process has saved is never lost"
     assert inside > 10, "kills must meet saves"
 
 
 def limited(bytes_of_a_file: int) -> None:
-    """Writing more to a file fails from now on, as it does on a full disk."""
+    """Make writing more than this to a file fail, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
 
 
 @pytest.mark.parametrize("room", [0, 1000, 79_000, 81_000])
-def test_a_full_disk_is_told_and_the_checkpoint_before_it_stands(tmp_path: Path, room: int) -> None:
+def test_a_full_disk_is_reported_and_the_checkpoint_before_is_intact(tmp_path: Path, room: int) -> None:
     run, engine = RunConfig(dir=str(tmp_path)), SmallEngine()
     save(engine, run, 1)
 
@@ -198,7 +198,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_it_stands(tmp_path: Path,
     ]  # fmt: skip
 
 
-def test_a_defect_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+def test_another_error_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
     def defect(folder: Path, rank: int) -> None:
         raise RuntimeError("shapes do not match")
 
@@ -209,7 +209,7 @@ def test_a_defect_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keep", "every", "kept"), [(1, 0, [12]), (3, 0, [10, 11, 12]), (2, 5, [5, 10, 11, 12]), (1, 4, [4, 8, 12])]
 )
-def test_the_newest_are_kept_and_every_nth_for_good(tmp_path: Path, keep: int, every: int, kept: list[int]) -> None:
+def test_the_newest_and_every_nth_are_kept(tmp_path: Path, keep: int, every: int, kept: list[int]) -> None:
     run, engine = RunConfig(dir=str(tmp_path), keep_checkpoints=keep, keep_every=every), SmallEngine()
     for step in range(1, 13):
         save(engine, run, step)
@@ -217,7 +217,7 @@ def test_the_newest_are_kept_and_every_nth_for_good(tmp_path: Path, keep: int, e
     assert [int(folder.name.removeprefix("step-")) for folder in folders] == kept
 
 
-def test_a_million_steps_are_in_order(tmp_path: Path) -> None:
+def test_a_million_steps_are_sorted_by_number(tmp_path: Path) -> None:
     run, engine = RunConfig(dir=str(tmp_path), keep_checkpoints=2), SmallEngine()
     for step in (999_998, 999_999, 1_000_000):
         save(engine, run, step)
@@ -225,7 +225,7 @@ def test_a_million_steps_are_in_order(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / checkpoint.FOLDER).glob("step-*")} == {"step-999999", "step-1000000"}
 
 
-def test_a_save_says_what_it_wrote_and_how_long_it_took(tmp_path: Path) -> None:
+def test_a_save_reports_its_size_and_duration(tmp_path: Path) -> None:
     saved = save(SmallEngine(), RunConfig(dir=str(tmp_path)), 7)
     assert saved.bytes == sum(path.stat().st_size for path in saved.folder.iterdir())
     assert saved.bytes > 3 * 4 * 20_000
@@ -240,6 +240,6 @@ def test_each_rank_flushes_its_own_files(tmp_path: Path, rank: int) -> None:
     foreign = {f"zero_pp_rank_{other}_mp_rank_00_optim_states.pt" for other in (2, 10, 11, 121)}
     for name in own | foreign:
         (tmp_path / name).touch()
-    found = {path.name for path in checkpoint._written_by(rank, tmp_path)}
+    found = {path.name for path in checkpoint.files_of_rank(rank, tmp_path)}
     assert own <= found
     assert rank == 0 or not foreign & found

@@ -1,4 +1,4 @@
-"""A comparison on two ranks: the scores of one rank, to the bit, and one report."""
+"""A comparison on two ranks has the scores of one rank, to the bit, and writes one report."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.evaluation.compare_measure import Request, measure
-from bpgo_video.evaluation.compare_scores import ScoresFolder
+from bpgo_video.evaluation.compare import Request, measure
+from bpgo_video.evaluation.compare_scores import read_scores
 from tests.distributed.conftest import free_port
 from tests.made.random_wan import random_wan
 from tests.made.recipes import ROOT, python_path
@@ -25,7 +25,7 @@ LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
 
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
-    """Three prompts of two samples, in micro-batches of four: the ranks' last ones repeat samples, which count once."""
+    """Three prompts of two samples in micro-batches of four: the last ones repeat samples, which count once."""
     recipe, other = tagged_recipe(tmp_path), random_wan(tmp_path / "other", seed=1)
     for part in ("text_encoder", "tokenizer"):
         for file in (tmp_path / "wan" / part).iterdir():
@@ -43,5 +43,5 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     requests = [Request(str(tmp_path / "wan"), "wan"), Request(str(other), "other")]
     alone = measure(requests, recipe, "raw", tmp_path / "one", Mesh(rank=0, world_size=1, device=torch.device("cpu")))
     for model, expected in zip(content["models"], alone, strict=True):
-        assert ScoresFolder(Path(model["results"])).read().scores == expected.scores
+        assert read_scores(Path(model["results"])) == expected
     assert (tmp_path / "two" / "report.html").is_file()

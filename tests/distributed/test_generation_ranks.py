@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bpgo_video.data.video import read_video
+from bpgo_video.data.media import read_video
 from tests.distributed.conftest import free_port
 from tests.made.random_wan import random_wan
 from tests.made.recipes import ROOT, python_path

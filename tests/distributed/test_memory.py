@@ -6,21 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.training.plan_rehearsal import Treatment, footprint
-from bpgo_video.training.plan_zero import (
-    Held,
-    Weights,
-    Zero,
-    add_at_rest,
-    during_backward,
-    during_step,
-    live_weights,
-)
+from bpgo_video.training.plan_rehearsal import footprint
+from bpgo_video.training.plan_zero import Weights, Zero, during_backward, during_step, held_at_rest, live_weights
 from tests.distributed.conftest import run_ranks
-from tests.distributed.memory_worker import BATCH, CASES, MODEL, zero
+from tests.distributed.memory_worker import CASES, POLICY, SAMPLES, VIDEO, zero
 from tests.made.recipes import RECIPE
 
 pytestmark = pytest.mark.slow
@@ -37,11 +30,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
 
 def planned(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
     config, settings = read_yaml(RECIPE), Zero.of(zero(stage), RANKS)
-    work = footprint(MODEL, BATCH, Treatment(checkpointing, LoraConfig(rank=lora_rank)))
+    work = footprint(
+        POLICY, VIDEO, SAMPLES, torch.float32, gradient_checkpointing=checkpointing, lora=LoraConfig(rank=lora_rank)
+    )
     weights = Weights(work.trained, work.frozen, work.largest_block)
-    held = Held()
-    add_at_rest(held, settings, weights, config)
-    rest, live = sum(held.device.values()), live_weights(settings, weights)
+    rest, live = sum(held_at_rest(settings, weights, config).device.values()), live_weights(settings, weights)
     kept = live_weights(settings, weights, held_by_autograd=not checkpointing)
     return {
         "rest": rest,

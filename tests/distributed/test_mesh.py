@@ -1,4 +1,4 @@
-"""Who works on what: shares, parts and gathers of data x sequence groups, and the errors of sizes that do not fit."""
+"""Which rank processes which samples of data x sequence groups, how rows are gathered, and errors for invalid sizes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bpgo_video.config.rules import check_world
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies.sequence import check_heads
+from bpgo_video.policies.wan import WanPolicy
 from tests.made.recipes import small_recipe
 
 CPU = torch.device("cpu")
@@ -37,20 +38,20 @@ def test_every_item_is_sampled_by_one_group_and_decoded_by_some_rank(
     assert {item for items in decoded for item in items} == set(range(total))
 
 
-def test_gathered_rows_stand_in_the_order_of_their_items() -> None:
+def test_gathered_rows_are_ordered_by_item() -> None:
     rows = torch.tensor([[30.0], [10.0], [20.0], [30.0]])
     assert Mesh(0, 1, CPU).gather(rows, [2, 0, 1, 2], 3).tolist() == [[10.0], [20.0], [30.0]]
 
 
-def test_heads_that_cannot_be_shared_out_name_the_sizes_that_can() -> None:
-    check_heads(WAN, 4)
-    with pytest.raises(ConfigError, match=r"sequence is 8, but .* 12 attention heads .* \[1, 2, 3, 4, 6, 12\]"):
-        check_heads(WAN, 8)
+def test_heads_that_do_not_divide_name_the_valid_sizes() -> None:
+    check_heads(WAN, 4, WanPolicy.sequence_plan)
+    with pytest.raises(ConfigError, match=r"sequence is 8, but .* 12 attention heads; .* \[1, 2, 3, 4, 6, 12\]"):
+        check_heads(WAN, 8, WanPolicy.sequence_plan)
     with pytest.raises(ConfigError, match="AllegroTransformer3DModel cannot be split"):
-        check_heads({**WAN, "_class_name": "AllegroTransformer3DModel"}, 2)
+        check_heads({**WAN, "_class_name": "AllegroTransformer3DModel"}, 2, None)
 
 
-def test_a_world_that_cannot_be_grouped_names_the_sizes_that_can() -> None:
+def test_a_world_that_does_not_divide_names_the_valid_sizes() -> None:
     config = small_recipe(Path("unused"), Path("unused"), rollout={"micro_batch_size": 2})
     config = config.__class__(**{**vars(config), "parallel": ParallelConfig(sequence=4)})
     check_world(config, 8)

@@ -1,4 +1,4 @@
-"""A run goes on under another ZeRO stage and on another number of ranks as if it had never stopped, or says why not."""
+"""A run resumes under another ZeRO stage and number of ranks as if it had never stopped, or says why not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bpgo_video.distributed.checkpoint import CheckpointError, Layout
-from bpgo_video.distributed.resuming import way_of
+from bpgo_video.distributed.checkpoint import Layout, resume_mode
+from bpgo_video.distributed.zero_files import CheckpointError
 from tests.distributed.conftest import run_ranks
 
 BF16_BOUND = 1e-2  # sums of gradients over other parts round otherwise, and Adam divides by them
@@ -25,26 +25,26 @@ def results(folder: Path, world_size: int, action: str, saves: Path) -> Results:
 
 @pytest.fixture(scope="module")
 def saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks saved under each stage."""
+    """Checkpoints of two ranks under each stage."""
     return tmp_path_factory.mktemp("saves")
 
 
 @pytest.fixture(scope="module")
 def on_as_many(saves: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Two ranks that go on from their own saves."""
+    """Two ranks resume from their own checkpoints."""
     return results(tmp_path_factory.mktemp("two") / "read", 2, "write", saves)
 
 
 @pytest.fixture(scope="module", params=[(2, 1), (1, 2)])
 def on_others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """One rank that goes on from what two saved, and the reverse."""
+    """One rank resumes from checkpoints of two, and the reverse."""
     before, after = request.param
     folder = tmp_path_factory.mktemp(f"{before}-{after}")
     results(folder / "written", before, "write", folder / "saves")
     return results(folder / "read", after, "read", folder / "saves")
 
 
-def assert_goes_on(found: Results) -> None:
+def assert_resumed(found: Results) -> None:
     for result in found:
         converts = (result["written"] == 3) == (result["stage"] == 3)
         if result["optimizer"] == "keep" and result["name"] == "adamw" and not converts:
@@ -63,7 +63,7 @@ HERE = Layout(world_size=4, zero_stage=2, dtype="torch.float32")
 
 
 @pytest.mark.parametrize(
-    ("written", "optimizer", "remembers", "way"),
+    ("written", "optimizer", "has_optimizer_state", "mode"),
     [
         (HERE, "keep", True, "as written"),
         (HERE, "keep", False, "as written"),
@@ -75,8 +75,10 @@ HERE = Layout(world_size=4, zero_stage=2, dtype="torch.float32")
         (replace(HERE, zero_stage=3), "keep", False, "weights"),
     ],
 )
-def test_the_way_is_the_one_that_keeps_most(written: Layout, optimizer: str, remembers: bool, way: str) -> None:
-    assert way_of(written, HERE, optimizer, remembers, Path("step-000003")) == way
+def test_the_mode_is_the_one_that_keeps_most(
+    written: Layout, optimizer: str, has_optimizer_state: bool, mode: str
+) -> None:
+    assert resume_mode(written, HERE, optimizer, has_optimizer_state, Path("step-000003")) == mode
 
 
 @pytest.mark.parametrize(
@@ -86,16 +88,16 @@ def test_the_way_is_the_one_that_keeps_most(written: Layout, optimizer: str, rem
         (replace(HERE, dtype="torch.bfloat16"), r"in torch.bfloat16, this run computes in torch.float32"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(written: Layout, said: str) -> None:
+def test_a_layout_that_cannot_be_loaded_is_refused(written: Layout, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
-        way_of(written, HERE, "keep", True, Path("step-000003"))
+        resume_mode(written, HERE, "keep", True, Path("step-000003"))
 
 
-def test_a_run_goes_on_under_any_stage_of_its_kind_and_with_a_fresh_optimiser_under_all(on_as_many: Results) -> None:
-    assert_goes_on(on_as_many)
+def test_a_run_resumes_under_any_stage_of_its_kind_and_with_a_fresh_optimizer_under_all(on_as_many: Results) -> None:
+    assert_resumed(on_as_many)
     assert sum("refused" in result for result in on_as_many) == 8
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_another_number_of_ranks(on_others: Results) -> None:
-    assert_goes_on(on_others)
+def test_a_run_resumes_on_another_number_of_ranks(on_others: Results) -> None:
+    assert_resumed(on_others)

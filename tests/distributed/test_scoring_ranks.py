@@ -1,4 +1,4 @@
-"""VBench's dimensions on several ranks: one rank's file, to the byte, also behind a failure of one of them."""
+"""VBench's dimensions on several ranks give one rank's file, to the byte, even after a failure of a rank."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def launched(launcher: tuple[str, ...], command: list[str], **more: str) -> subp
     )
 
 
-def test_many_ranks_score_what_one_does_and_go_on_where_one_failed(tmp_path: Path) -> None:
-    """Of five videos rank 1 has the second and fourth; the second, of four frames, is more than it has room for."""
+def test_several_ranks_score_what_one_does_and_continue_after_a_failure(tmp_path: Path) -> None:
+    """Of five videos rank 1 has the second and fourth; the second one, of four frames, exceeds its memory."""
     folder, many, one = clips(tmp_path / "videos"), tmp_path / "many.json", tmp_path / "one.json"
     failed = launched(DEEPSPEED, score_command(folder, many), REFUSED="4")
     assert failed.returncode != 0
-    # Rank 1 says it; rank 0 says it again, if the launcher does not end it first.
+    # Rank 1 prints it; rank 0 prints it again, unless the launcher ends it first.
     cause = f"RuntimeError: subject_consistency of {folder / 'a man talks-1.mp4'}: no room for 4 frames"
     assert cause in failed.stderr, failed.stderr[-3000:]
     assert [result.dimension for result in read_results(many)] == list(DIMENSIONS[:2])
     done = launched(TORCHRUN, score_command(folder, many))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("temporal_flickering: 5 of 5 videos were measured before") == 1
-    assert done.stdout.count(str(many)) == 1 + 3, "rank 0 alone tells what was measured before, and the result's path"
+    assert done.stdout.count(str(many)) == 1 + 3, "only rank 0 prints the kept numbers and the result's path"
     assert not kept_folder(many).exists()
     assert launched((), score_command(folder, one)).returncode == 0
     assert many.read_bytes() == one.read_bytes()
 
 
-def test_an_error_before_anything_is_measured_ends_all_ranks_and_is_told_once(tmp_path: Path) -> None:
+def test_an_error_before_the_first_measurement_ends_all_ranks_and_is_printed_once(tmp_path: Path) -> None:
     folder = clips(tmp_path / "videos", count=2)
     (folder / "a man talks-1.mp4").write_bytes(b"no video")
     failed = launched(DEEPSPEED, score_command(folder, tmp_path / "scores.json"))
@@ -57,8 +57,8 @@ def test_an_error_before_anything_is_measured_ends_all_ranks_and_is_told_once(tm
     assert not (tmp_path / "scores.json").exists()
 
 
-def test_the_packages_dimensions_are_dealt_to_ranks_and_a_failed_one_is_measured_again(tmp_path: Path) -> None:
-    """Rank 1 has the second of three, which fails first; the package sees nothing of ranks."""
+def test_ranks_share_the_packages_dimensions_and_repeat_a_failed_one(tmp_path: Path) -> None:
+    """Rank 1 has the second of three dimensions, which fails at first; the package does not see ranks."""
     folder, results, interpreter = clips(tmp_path / "videos", count=2), tmp_path / "results", tmp_path / "python"
     fake_package(tmp_path / "site")
     interpreter.write_text(

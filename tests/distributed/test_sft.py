@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bpgo_video.data.prompt_stream import order_of
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.stream import EndlessOrder
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_checkpoint
@@ -52,7 +52,7 @@ def test_the_gradient_of_a_step_is_that_of_the_whole_batch(runs: Path, clips: Pa
     config = case(clips, runs / "plain", "zero3", "gradient", "1")
     policy = load_policy(config.policy.folder, max_sequence_length=16, components=("transformer",))
     shards = PromptShards(clips)
-    order = order_of(shards, "train", config.run.seed, 8)
+    order = EndlessOrder(shards, "train", config.run.seed, 8)
     rows = [order.row(place) for place in range(8)]
     assert len(set(rows)) == 8
     batch = Clips(shards, order, shards.rows("heldout"), torch.float32, torch.device("cpu")).read(rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
 from tools.tiny import prompts
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from bpgo_video.code_version import this_code
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.distributed.zero_parameters import ZeroParameters
+from bpgo_video.distributed.zero_files import ZeroParameters
 from bpgo_video.evaluation.heldout import evaluate_folder, with_changes
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_checkpoint
@@ -81,8 +81,8 @@ def test_the_export_scores_what_the_run_reported(worlds: dict[int, Path]) -> Non
     mesh = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
     evaluation = evaluate_folder(config, mesh)
     reported = read_metrics(run_dir / "metrics.jsonl")[-1]
-    assert evaluation.versions, "the recipe must have held-out rewards"
-    for name in evaluation.versions:
-        found = evaluation.by_tag(name)["all"]
+    assert evaluation["rewards"], "the recipe must have held-out rewards"
+    for name, reward in evaluation["rewards"].items():
+        found = reward["by_tag"]["all"]
         assert found["mean"] == pytest.approx(reported[f"heldout/{name}"], abs=1e-5)
         assert found["stderr"] == pytest.approx(reported[f"heldout/{name}_stderr"], abs=1e-5)

@@ -1,4 +1,4 @@
-"""A universal checkpoint holds each parameter whole, made from files that were looked at first, or is not there."""
+"""A universal checkpoint holds each parameter whole, from files that were checked first, or does not exist."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.distributed.universal import to_universal
-from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.distributed.zero_files import CheckpointError, to_universal
 from tests.made.zero_checkpoints import write_checkpoint
 
 SHAPES = {"weight": (3, 5), "bias": (3,), "gate": (1,)}
@@ -16,7 +15,7 @@ STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
 
 def write_zero3(folder: Path, world_size: int, moments: bool = True) -> dict[str, dict[str, torch.Tensor]]:
-    """A checkpoint as ZeRO-3 writes it; its whole states by name."""
+    """Write a ZeRO-3 checkpoint; its whole states by name."""
     generator = torch.Generator().manual_seed(0)
     states = {
         state: {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()} for state in STATES
@@ -27,7 +26,7 @@ def write_zero3(folder: Path, world_size: int, moments: bool = True) -> dict[str
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_state_of_every_parameter_comes_out_whole(tmp_path: Path, world_size: int) -> None:
+def test_every_state_of_every_parameter_is_whole(tmp_path: Path, world_size: int) -> None:
     states = write_zero3(tmp_path / "step-000002", world_size)
     output = to_universal(tmp_path / "step-000002", tmp_path / "universal")
     for state, tensors in states.items():
@@ -63,7 +62,7 @@ def test_what_cannot_be_converted_leaves_nothing(
     assert "has run" not in capsys.readouterr().out
 
 
-def test_a_conversion_that_fails_half_way_leaves_nothing_and_says_why(tmp_path: Path) -> None:
+def test_a_conversion_that_fails_midway_leaves_nothing_and_says_why(tmp_path: Path) -> None:
     folder = tmp_path / "step-000002"
     write_zero3(folder, 2)
     (folder / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()

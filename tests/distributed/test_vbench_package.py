@@ -1,4 +1,4 @@
-"""Our dimensions equal VBench's own code: its package, in an environment of its own, on the same small networks.
+"""Our dimensions equal those of VBench's package, in a separate environment, on the same small networks.
 
 What is equal is all but the published networks: reading, choosing, resizing and normalising frames, the formulas, and
 how videos are averaged. The package's dependencies are not installed; see vbench_side/measure.py.
@@ -20,7 +20,7 @@ from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS
 from bpgo_video.evaluation.vbench_package import PackageRequest, measure_by_package
 from bpgo_video.evaluation.vbench_suite import find_suite, read_suite
 from bpgo_video.inference.generate import ALONE
-from bpgo_video.rewards.packaged import data_of
+from bpgo_video.rewards.checkpoints import data_of
 from tests.made.real_suites import VBENCH, assert_equal, measured, write_clips
 from tests.made.recipes import ROOT
 
@@ -34,7 +34,7 @@ GOLDEN = {
 
 @pytest.fixture(scope="module")
 def vbench_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An interpreter with the package vbench, and this one's packages behind it."""
+    """An interpreter with the package vbench, which also finds this interpreter's packages."""
     folder = tmp_path_factory.mktemp("vbench")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     packages = next(folder.glob("lib/python*/site-packages"))
@@ -69,7 +69,7 @@ def test_every_dimension_that_can_be_compared_is_equal(vbench_python: str, tmp_p
 def test_the_package_measures_a_layout_of_real_clips(
     vbench_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The runner, the package's list found in its own folder, and the published numbers."""
+    """Measures by the package's own runner, with the published numbers."""
     folder, results = tmp_path / "videos", tmp_path / "results"
     folder.mkdir()
     listed = []

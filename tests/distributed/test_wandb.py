@@ -1,4 +1,4 @@
-"""A whole run on two ranks with wandb: one run of wandb's, whose captions and table are what the run wrote itself."""
+"""A whole run on two ranks with wandb: one wandb run, with the captions and scores that the run itself wrote."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_run_sends_its_heldout_videos_and_a_table_of_before_and_after(tmp_path: Path, shards: Path) -> None:
-    """Three steps, an evaluation behind the second and the last."""
+    """Three steps, with evaluations after the second and the last."""
     evaluation = {"every": 2, "videos": 2}
     config = small_recipe(tmp_path / "run", shards, run={"num_steps": 3}, evaluation=evaluation)
     (tmp_path / "recipe.yaml").write_text(to_yaml(config))

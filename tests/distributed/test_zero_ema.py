@@ -1,4 +1,4 @@
-"""The average of weights: its formula, that it changes places with them to the bit, and its files on any ranks."""
+"""The EMA of weights: its formula, swapping it with the weights bit for bit, and its files on any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpgo_video.config.bpgo import EmaConfig
-from bpgo_video.distributed.checkpoint import CheckpointError
-from bpgo_video.distributed.ema import EMA, decay_after
-from bpgo_video.distributed.ema_files import AverageParameters, load_average, save_average
-from bpgo_video.distributed.master_weights import Shard
-from bpgo_video.distributed.shard_files import SavedShards
+from bpgo_video.distributed.ema import EMA, AverageParameters, decay_after, load_average, save_average
+from bpgo_video.distributed.optimizer import Shard, ZeroMasters
+from bpgo_video.distributed.zero_files import CheckpointError
 
 SHAPES = {"a.weight": (5, 7), "a.bias": (5,), "b.weight": (3, 2, 2)}
 NO_WARMUP = EmaConfig(decay=0.9, warmup=False)
 
 
-class Masters:
-    """One rank's share of random parameters, between two cuts of each in its flattened elements."""
+class Masters(ZeroMasters):
+    """One rank's part of random parameters: the elements of each between two fractions of its length."""
 
     def __init__(self, seed: int, cuts: tuple[float, float] = (0.0, 1.0)) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -71,7 +69,7 @@ def test_warm_up_weighs_the_first_updates_like_a_growing_window() -> None:
     assert decay_after(0, EmaConfig(decay=0.05)) == 0.05
 
 
-def test_it_moves_where_an_average_in_bfloat16_would_stand_still() -> None:
+def test_it_moves_although_an_average_in_bfloat16_would_not() -> None:
     masters = Masters(0)
     masters.whole["a.bias"].fill_(1.0)
     masters.publish()
@@ -87,7 +85,7 @@ def test_it_moves_where_an_average_in_bfloat16_would_stand_still() -> None:
     torch.testing.assert_close(moved, torch.full((5,), 0.01 * (1 - 0.999**1000)), atol=1e-5, rtol=0)
 
 
-def test_weights_and_average_change_places_and_come_back_to_the_bit() -> None:
+def test_weights_and_average_are_swapped_and_swapped_back_bit_for_bit() -> None:
     masters = Masters(0)
     ema = EMA(masters, NO_WARMUP)
     for tensor in masters.whole.values():
@@ -108,7 +106,7 @@ def test_weights_and_average_change_places_and_come_back_to_the_bit() -> None:
 
 
 @given(st.lists(st.floats(0, 1), max_size=5), st.lists(st.floats(0, 1), max_size=5))
-def test_any_ranks_read_what_any_others_wrote(
+def test_any_number_of_ranks_reads_what_any_other_wrote(
     tmp_path_factory: pytest.TempPathFactory, writers: list[float], readers: list[float]
 ) -> None:
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -127,7 +125,7 @@ def test_any_ranks_read_what_any_others_wrote(
             assert torch.equal(found.values, expected.values)
 
 
-def test_a_missing_file_another_model_and_no_average_are_told(tmp_path: Path) -> None:
+def test_a_missing_file_another_model_and_no_average_are_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"ema.decay above 0"):
         dict(AverageParameters(tmp_path))
     for rank, cuts in enumerate(parts([0.5])):
@@ -137,16 +135,16 @@ def test_a_missing_file_another_model_and_no_average_are_told(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"a.bias as \(5,\), the model as \(6,\)"):
         load_average(EMA(other, NO_WARMUP), tmp_path)
     (tmp_path / "ema-rank-00001.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks \d+ elements of a.* in its ema files"):
+    with pytest.raises(CheckpointError, match=r"lacks \d+ elements of a"):
         dict(AverageParameters(tmp_path))
 
 
-def test_a_parameter_of_the_average_is_read_when_it_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_parameter_of_the_average_is_read_on_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_average(EMA(Masters(0), NO_WARMUP), tmp_path, 0)
-    whole, read = SavedShards.whole, []
-    monkeypatch.setattr(SavedShards, "whole", lambda saved, name: read.append(name) or whole(saved, name))
+    read_elements, read = AverageParameters._read, []
+    monkeypatch.setattr(
+        AverageParameters, "_read", lambda saved, name, *run: read.append(name) or read_elements(saved, name, *run)
+    )
     average = AverageParameters(tmp_path)
     assert set(average) == set(SHAPES)
     assert len(average) == len(SHAPES)

@@ -1,4 +1,4 @@
-"""Parameters come out of ZeRO's parts bit for bit as DeepSpeed's own tool joins them, one at a time."""
+"""Parameters joined from ZeRO's parts, one at a time, equal those of DeepSpeed's own tool bit for bit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.distributed.zero_files import CheckpointError
-from bpgo_video.distributed.zero_parameters import ZeroParameters
+from bpgo_video.distributed.zero_files import CheckpointError, ZeroParameters
 from tests.distributed.worker import resident_megabytes
 from tests.made.zero_checkpoints import write_checkpoint
 
@@ -28,7 +27,7 @@ def joined_by_deepspeed(folder: Path) -> dict[str, torch.Tensor]:
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from([1, 2, 3]), st.integers(1, 5), SHAPES, SHAPES)
-def test_every_parameter_is_what_was_cut_up(stage: int, world_size: int, first: list, second: list) -> None:
+def test_every_parameter_is_the_one_that_was_sharded(stage: int, world_size: int, first: list, second: list) -> None:
     groups = [
         {f"{group}.{number}": torch.randn(shape) for number, shape in enumerate(shapes)}
         for group, shapes in enumerate((first, second))
@@ -61,7 +60,7 @@ def test_memory_holds_one_parameter_at_a_time(tmp_path: Path, stage: int) -> Non
     folder = write_checkpoint(tmp_path / "step", [tensors], stage)
     del tensors
     parameters = ZeroParameters(folder)
-    sum(float(tensor[0, 0]) for tensor in parameters.values())  # what the first use allocates for good
+    sum(float(tensor[0, 0]) for tensor in parameters.values())  # allocations of the first use
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_megabytes("VmRSS")
     assert sum(float(tensor[0, 0]) for tensor in parameters.values()) == sum(range(count))

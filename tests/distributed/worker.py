@@ -20,6 +20,7 @@ from diffusers import WanTransformer3DModel
 from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed import engine
+from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.paths import resolve_folder
 from bpgo_video.training.rl import train
 from tests.made.recipes import rewarded_by, small_recipe, without_evaluation
@@ -163,7 +164,7 @@ def smoke(shards: Path, run_dir: Path, stage: str) -> Config:
 def sharded_memory(folder: Path) -> dict[str, float]:
     """Megabytes that building a model under ZeRO-3 adds at its peak and at its end, and that the whole model has."""
     engine.start_ranks()
-    ds_config = engine.read_ds_config("ds_configs/zero3.json")
+    ds_config = read_ds_config("ds_configs/zero3.json")
     engine.build_sharded(
         ds_config, WanTransformer3DModel, SMALL, torch.float32
     )  # what the first use allocates for good

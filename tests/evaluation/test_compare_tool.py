@@ -1,4 +1,4 @@
-"""tools/evaluate.py compare: models are measured as `heldout` measures them, once, and what is done is kept."""
+"""evaluate compare: it measures models as `heldout` does, only once, and keeps finished blocks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 from bpgo_video.config.bpgo import Config, LoraConfig
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.data.video import read_video
+from bpgo_video.data.media import read_video
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.evaluation import compare_measure as measuring
-from bpgo_video.evaluation.compare_measure import Request, measure
+from bpgo_video.evaluation import compare, heldout
+from bpgo_video.evaluation.compare import Request, measure
 from bpgo_video.evaluation.heldout import evaluate_folder
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_checkpoint
@@ -35,7 +35,7 @@ def recipe_here(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def run_dir(recipe_here: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with adapters that started from the recipe's policy."""
+    """A LoRA run that started from the recipe's policy."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     return write_run(Path(recipe_here.policy.folder), folder, LoraConfig(rank=2, alpha=4), recipe_here)
 
@@ -48,11 +48,11 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_path: Path) -> None:
     (found,) = measure([Request(recipe_here.policy.folder, "A")], recipe_here, "raw", tmp_path, ONE_RANK)
     alone = evaluate_folder(recipe_here, ONE_RANK)
-    assert found.scores.table("which").tolist() == [line.scores["which"] for line in alone.prompts]
-    assert [(line.prompt, line.tags) for line in found.scores.prompts] == [
+    assert found.table("which").tolist() == [line["scores"]["which"] for line in alone["prompts"]]
+    assert [(line.prompt, line.tags) for line in found.prompts] == [
         (line["prompt"], line["tags"]) for line in PROMPTS[:3]
     ]
-    roles = {name: measure.role for name, measure in found.scores.measures.items()}
+    roles = {name: measure.role for name, measure in found.measures.items()}
     assert roles == {
         "which": "heldout",
         "alignment": "trained",
@@ -60,19 +60,19 @@ def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_pat
         "pixel_motion": "video",
         "pixel_diversity": "video",
     }
-    scores = torch.from_numpy(found.scores.table("which"))
+    scores = torch.from_numpy(found.table("which"))
     tested = heldout_test(scores, scores, recipe_here)["heldout_measures"]
-    assert tested == len(found.scores.tables()), "a run's summary corrects for as many measures"
+    assert tested == len(found.roles), "a run's summary corrects for the same number of measures"
     trained = {name: reward.weight for name, reward in recipe_here.rewards.items()}
-    assert {name: found.scores.measures[name].weight for name in trained} == trained
-    videos = [read_video(path)[0] for path in sorted((found.folder.path / "videos").glob("*.mp4"))]
+    assert {name: found.measures[name].weight for name in trained} == trained
+    videos = [read_video(path)[0] for path in sorted((found.folder / "videos").glob("*.mp4"))]
     assert [tuple(video.shape) for video in videos] == [(9, 3, 64, 64)] * 3
 
 
 def test_diversity_is_between_the_samples_of_one_prompt(recipe_here: Config, tmp_path: Path) -> None:
-    """Of two samples each is as far from the other; a recipe of one sample has none."""
+    """Two samples have the same distance from each other; with one sample there is no diversity."""
     found, single = (
-        measure([Request(recipe_here.policy.folder, "A")], config, "raw", tmp_path, ONE_RANK)[0].scores
+        measure([Request(recipe_here.policy.folder, "A")], config, "raw", tmp_path, ONE_RANK)[0]
         for config in (
             recipe_here,
             replace(recipe_here, evaluation=replace(recipe_here.evaluation, samples_per_prompt=1)),
@@ -84,12 +84,12 @@ def test_diversity_is_between_the_samples_of_one_prompt(recipe_here: Config, tmp
     assert "pixel_diversity" not in single.measures
 
 
-def test_what_was_measured_before_a_kill_is_kept(
+def test_finished_blocks_survive_an_interruption(
     recipe_here: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of two prompts, then one: the second fails, and is all that the next call makes."""
-    monkeypatch.setattr(measuring, "BLOCK", 1)
-    requests, calls, whole = [Request(recipe_here.policy.folder, "A")], [], measuring.evaluate
+    """The blocks have two prompts and one prompt: the second fails, and the next call measures only that one."""
+    monkeypatch.setattr(compare, "BLOCK", 1)
+    requests, calls, whole = [Request(recipe_here.policy.folder, "A")], [], heldout.evaluate
 
     def counted(*arguments: Any) -> Any:
         calls.append(arguments[1].texts)
@@ -97,17 +97,17 @@ def test_what_was_measured_before_a_kill_is_kept(
             raise RewardError("the second block breaks")
         return whole(*arguments)
 
-    monkeypatch.setattr(measuring, "evaluate", counted)
+    monkeypatch.setattr(heldout, "evaluate", counted)
     with pytest.raises(RewardError):
         measure(requests, recipe_here, "raw", tmp_path / "broken", ONE_RANK)
     (resumed,) = measure(requests, recipe_here, "raw", tmp_path / "broken", ONE_RANK)
     texts = [line["prompt"] for line in PROMPTS[:3]]
     assert calls == [tuple(texts[:2]), (texts[2],), (texts[2],)]
     (at_once,) = measure(requests, recipe_here, "raw", tmp_path / "whole", ONE_RANK)
-    assert resumed.scores == at_once.scores
-    assert sorted(path.name for path in resumed.folder.path.iterdir()) == ["scores.json", "videos"]
+    assert resumed == at_once
+    assert sorted(path.name for path in resumed.folder.iterdir()) == ["scores.json", "videos"]
     made = len(calls)
-    assert measure(requests, recipe_here, "raw", tmp_path / "whole", ONE_RANK)[0].scores == at_once.scores
+    assert measure(requests, recipe_here, "raw", tmp_path / "whole", ONE_RANK)[0] == at_once
     assert len(calls) == made
     other_seed = replace(recipe_here, run=replace(recipe_here.run, seed=1))
     (other,) = measure(requests, other_seed, "raw", tmp_path / "whole", ONE_RANK)
@@ -115,16 +115,18 @@ def test_what_was_measured_before_a_kill_is_kept(
     assert other.folder != at_once.folder
 
 
-def test_a_checkpoint_scores_what_its_conversion_does(recipe_here: Config, run_dir: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_and_its_conversion_have_the_same_scores(
+    recipe_here: Config, run_dir: Path, tmp_path: Path
+) -> None:
     convert(Conversion(find_checkpoint(run_dir), "raw", tmp_path / "converted"), "diffusers")
     requests = [Request(str(run_dir), "run"), Request(str(tmp_path / "converted"), "converted")]
     run, converted = measure(requests, recipe_here, "raw", tmp_path, ONE_RANK)
-    assert run.scores.prompts == converted.scores.prompts
-    assert (run.scores.run, run.scores.step, converted.scores.run) == (str(run_dir), 2, None)
-    assert run.scores.starts_from != converted.scores.starts_from
+    assert run.prompts == converted.prompts
+    assert (run.run, run.step, converted.run) == (str(run_dir), 2, None)
+    assert run.starts_from != converted.starts_from
     (base,) = measure([Request(recipe_here.policy.folder, "base")], recipe_here, "raw", tmp_path, ONE_RANK)
-    assert base.scores.prompts != run.scores.prompts
-    assert base.scores.starts_from == run.scores.starts_from
+    assert base.prompts != run.prompts
+    assert base.starts_from == run.starts_from
 
 
 def test_the_command_writes_both_files_and_results_compare_again_without_ranks(
@@ -139,7 +141,7 @@ def test_the_command_writes_both_files_and_results_compare_again_without_ranks(
     printed = capsys.readouterr().out
     content = json.loads((output / "comparison.json").read_text())
     assert [model["label"] for model in content["models"]] == ["wan", "mine"]
-    assert content["comparisons"][0]["outcome"] == "no difference shown", "three prompts cannot show any"
+    assert content["comparisons"][0]["outcome"] == "no difference shown", "three prompts cannot show a difference"
     assert "No difference shown between wan and mine" in " ".join(printed.split())
     assert (output / "report.html").read_text().count("<video ") == 6
     monkeypatch.setattr(engine, "start_ranks", lambda: pytest.fail("no ranks are needed"))
@@ -150,7 +152,7 @@ def test_the_command_writes_both_files_and_results_compare_again_without_ranks(
     assert [model["label"] for model in again["models"]] == ["before", "after"]
 
 
-def test_what_cannot_be_compared_is_reported_in_words(
+def test_models_that_cannot_be_compared_are_errors(
     recipe_here: Config, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(
@@ -158,17 +160,17 @@ def test_what_cannot_be_compared_is_reported_in_words(
     )
     policy, output = recipe_here.policy.folder, ["--output", str(tmp_path / "out")]
     for code, arguments, words in (
-        (2, [policy], "a comparison needs two models or more, and 1 is named"),
+        (2, [policy], "a comparison needs two models or more, but only 1 is given"),
         (
             2,
             [policy, policy],
-            "none of the models is a run with rewards: name the recipe to measure them by with --config",
+            "none of the models is a run with rewards; give the recipe to measure them by: --config",
         ),
         (1, [policy, "no/such/folder", "--config", str(run_dir / "config.yaml")], "'no/such/folder' does not exist"),
         (
             2,
             [policy, str(run_dir), "--config", str(tmp_path / "recipe.yaml")],
-            "names that a comparison uses itself",
+            "names that a comparison uses for its own measures",
         ),
         (2, [policy, str(run_dir), "--weights", "ema"], "its run kept no average"),
     ):

@@ -1,4 +1,4 @@
-"""What a comparison concludes: verdicts, notes, matched rewards, and what it refuses to pair."""
+"""Conclusions of a comparison: verdicts, notes, equal training reward, and scores that cannot be paired."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ import torch
 from bpgo_video import statistics
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.data.video import read_video
+from bpgo_video.data.media import read_video
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.evaluation.compare import Compared, Comparison, PairingError, compare, matched
+from bpgo_video.evaluation.compare import VideoStats, diversity, labelled, motion, recipe_of, thumbnails
 from bpgo_video.evaluation.compare_report import as_table
-from bpgo_video.evaluation.compare_run import labelled, recipe_of
-from bpgo_video.evaluation.compare_scores import TRAINING_REWARD, ModelScores, Scored, ScoresFolder
-from bpgo_video.evaluation.compare_verdict import headline, notes, write_comparison
-from bpgo_video.evaluation.video_stats import VideoStats, diversity, motion, thumbnails
+from bpgo_video.evaluation.compare_scores import (
+    TRAINING_REWARD,
+    ModelScores,
+    has_scores,
+    read_parts,
+    read_scores,
+    video_path,
+    write_scores,
+)
+from bpgo_video.evaluation.compare_verdict import Comparison, PairingError, compare, match_reward, write_comparison
 from bpgo_video.training.metrics import MalformedFile
 from bpgo_video.types import RolloutChunk
 from tests.made.made_results import MEASURES, results
-
-NOWHERE = ScoresFolder(Path("nowhere"))
 
 
 @pytest.fixture(autouse=True)
@@ -34,16 +38,12 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 499)
 
 
-def compared(*models: ModelScores) -> Compared:
-    return compare([Scored(model, NOWHERE) for model in models])
-
-
 def comparisons(*models: ModelScores) -> Sequence[Comparison]:
-    return compared(*models).comparisons
+    return compare(models).comparisons
 
 
 def with_rewards(label: str, step: int, reward: float, oracle: Sequence[float]) -> ModelScores:
-    """Two prompts of one sample with this training reward, and these held-out scores."""
+    """Two prompts of one sample with this training reward and these held-out scores."""
     values = {"alignment": reward, "smooth": 0.0}
     lines = [
         replace(line, scores={name: [values.get(name, held)] for name in MEASURES})
@@ -64,46 +64,50 @@ def with_rewards(label: str, step: int, reward: float, oracle: Sequence[float]) 
 def test_the_verdict_is_about_what_held_out_measures_show(gains: dict[str, float], outcome: str, words: str) -> None:
     (one,) = comparisons(results("A"), results("B", gains=gains))
     assert one.outcome == outcome
-    assert headline(one).startswith(words)
+    assert one.verdict.startswith(words)
 
 
 def test_the_same_scores_show_no_difference() -> None:
     (one,) = comparisons(results("A"), replace(results("A"), label="B"))
     assert one.outcome == "no difference shown"
     assert all(effect.ties == effect.prompts and effect.p_adjusted == 1.0 for effect in one.effects.values())
-    assert notes(one) == []
+    assert one.notes == []
 
 
 @pytest.mark.parametrize(
     ("prompts", "changes", "words"),
     [
-        (12, {"gains": {"alignment": 1.0}}, "no held-out score is shown to have risen: what was trained on may have"),
-        (12, {"gains": {"alignment": 1.0, "oracle": -1.0}}, "held-out scores fell: what was trained on may have been"),
+        (12, {"gains": {"alignment": 1.0}}, "no held-out score is shown to have risen: the candidate may exploit its"),
+        (
+            12,
+            {"gains": {"alignment": 1.0, "oracle": -1.0}},
+            "held-out scores fell: the candidate may exploit its training",
+        ),
         (12, {"gains": {"pixel_motion": -1.0}}, "Videos move less: pixel_motion fell by"),
         (12, {"gains": {"pixel_diversity": -1.0}}, "Samples of one prompt are more alike: pixel_diversity fell by"),
         (4, {"gains": {"oracle": 9.0}}, "4 prompts cannot show a difference in one of 7 measures"),
         (12, {"seed": 1}, "different seeds"),
     ],
 )
-def test_what_may_mislead_is_said(prompts: int, changes: dict[str, Any], words: str) -> None:
+def test_notes_name_what_may_mislead(prompts: int, changes: dict[str, Any], words: str) -> None:
     (one,) = comparisons(results("A", prompts), results("B", prompts, **changes))
-    (note,) = notes(one)
+    (note,) = one.notes
     assert words in note
 
 
-def test_tags_that_disagree_are_said() -> None:
+def test_a_note_names_tags_that_disagree() -> None:
     lines = [
         replace(line, scores={**line.scores, "oracle": [score + line.id % 2 for score in line.scores["oracle"]]})
         for line in results("B").prompts
     ]
     (one,) = comparisons(results("A"), replace(results("B"), prompts=lines))
-    (note,) = notes(one)
+    (note,) = one.notes
     assert "oracle changed by +1.0" in note
     assert "on 'clear' prompts" in note
 
 
 def test_the_family_is_every_measure_of_every_model() -> None:
-    """Holm over 7 and over 14: an effect that all of 12 prompts show keeps 7 or 14 times its p, 2 / 2^12."""
+    """Holm over 7 and 14 tests: if all 12 prompts agree, p is 2 / 2^12, and its adjusted value 7 or 14 times that."""
     gained = {"oracle": 1.0}
     (one,) = comparisons(results("A"), results("B", gains=gained))
     first, second = comparisons(results("A"), results("B", gains=gained), results("C"))
@@ -124,20 +128,20 @@ def test_a_match_is_where_the_curve_first_crosses_the_reward() -> None:
     """From .0 to .4 over steps 0 to 10, then to .2 at 20: .3 is first at 7.5, three quarters of the way."""
     points = ((0, 0.0, (0.0, 2.0)), (10, 0.4, (1.0, 4.0)), (20, 0.2, (9.0, 9.0)))
     curve = [with_rewards("X", step, reward, oracle) for step, reward, oracle in points]
-    match = matched(curve, with_rewards("Y", 0, 0.3, (1.0, 3.0)))
+    match = match_reward(curve, with_rewards("Y", 0, 0.3, (1.0, 3.0)))
     assert match is not None
     assert (match.step, match.reward) == (pytest.approx(7.5), pytest.approx(0.3))
     assert match.effects["oracle"].mean_a == pytest.approx((0.75 + 3.5) / 2)
     assert match.effects["oracle"].difference == pytest.approx(2.0 - 2.125)
-    assert matched(curve, with_rewards("Y", 0, 0.5, (1.0, 3.0))) is None
+    assert match_reward(curve, with_rewards("Y", 0, 0.5, (1.0, 3.0))) is None
 
 
 def test_a_runs_curve_starts_at_the_policy_it_started_from() -> None:
-    """Run X reaches Y's training reward between its start and step 100, where Y has more of the oracle."""
+    """Run X has Y's training reward between its start and step 100, and there Y has the higher oracle score."""
     base = results("base")
     other = results("Y", gains={"alignment": 1.0, "oracle": 2.0}, run="runs/Y", step=10)
     models = [base, results("X", gains={"alignment": 2.0, "oracle": 2.0}, run="runs/X", step=100), other]
-    found = compared(*models)
+    found = compare(models)
     first, second = found.matchings
     assert (first.run, first.other, second.run, second.other) == ("X", "Y", "Y", "X")
     assert first.match is not None
@@ -147,12 +151,12 @@ def test_a_runs_curve_starts_at_the_policy_it_started_from() -> None:
     told = as_table(found)
     assert "which X has at step 5" in told or "which X has at step 4" in told
     assert "Y never has the training reward of X between its checkpoints here" in told
-    assert compared(*models[:2]).matchings == []
+    assert compare(models[:2]).matchings == []
 
 
 def test_comparison_json_holds_verdict_effects_and_models(tmp_path: Path) -> None:
-    folder = ScoresFolder(tmp_path / "a")
-    found = compare([Scored(results("A"), folder), Scored(results("B", gains={"oracle": 1.0}), folder)])
+    second = replace(results("B", gains={"oracle": 1.0}), folder=tmp_path / "b")
+    found = compare([results("A"), second])
     content = json.loads(write_comparison(tmp_path, found).read_text())
     (one,) = content["comparisons"]
     assert one.keys() == {
@@ -164,9 +168,8 @@ def test_comparison_json_holds_verdict_effects_and_models(tmp_path: Path) -> Non
     assert one["by_tag"].keys() == {"clear", "open"}
     assert one["by_tag"]["open"]["oracle"]["p_adjusted"] is None
     assert content["models"][1] == {
-        "label": "B", "source": "models/B", "results": str(folder.path), "run": None, "step": None, "seed": 0,
-        "samples_per_prompt": 3, "means": {name: float(found.models[1].scores.table(name).mean()) for name in
-                                           one["effects"]},
+        "label": "B", "source": "models/B", "results": str(tmp_path / "b"), "run": None, "step": None, "seed": 0,
+        "samples_per_prompt": 3, "means": {name: float(second.table(name).mean()) for name in one["effects"]},
     }  # fmt: skip
 
 
@@ -184,22 +187,23 @@ def test_scores_of_other_prompts_rewards_or_settings_are_not_paired() -> None:
 
 
 def test_scores_are_read_as_they_were_written_or_named(tmp_path: Path) -> None:
-    folder = ScoresFolder(tmp_path)
-    assert not folder.complete
-    folder.write(results("A", run="runs/X", step=3))
-    assert folder.complete
-    assert folder.read().scores == results("A", run="runs/X", step=3)
-    assert folder.read(label="B").scores.label == "B"
+    written = replace(results("A", run="runs/X", step=3), folder=tmp_path)
+    assert not has_scores(tmp_path)
+    write_scores(written)
+    assert has_scores(tmp_path)
+    assert read_scores(tmp_path) == written
+    assert read_scores(tmp_path, label="B") == replace(written, label="B")
     content = json.loads((tmp_path / "scores.json").read_text())
+    assert "folder" not in content
     content["prompts"][0]["scores"]["oracle"].pop()
     (tmp_path / "scores.json").write_text(json.dumps(content))
-    with pytest.raises(MalformedFile, match=r"scores\.json: each prompt needs equally many scores"):
-        folder.read()
+    with pytest.raises(MalformedFile, match=r"scores\.json: every prompt needs as many scores"):
+        read_scores(tmp_path)
     for path, text in (("scores.json", "{}"), ("parts/00000.json", '[{"id": 1}]')):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text)
         with pytest.raises(MalformedFile, match=rf"{path}: .*delete it"):
-            folder.read() if path == "scores.json" else folder.read_parts()
+            read_scores(tmp_path) if path == "scores.json" else read_parts(tmp_path)
 
 
 def test_models_have_distinct_labels() -> None:
@@ -210,17 +214,17 @@ def test_models_have_distinct_labels() -> None:
     assert [one.source for one in labelled(arguments)][-2:] == ["runs/b=c", "./x=y/z"]
 
 
-def test_a_run_brings_its_recipe_wherever_it_is_entered(tmp_path: Path, recipe: Config) -> None:
+def test_a_run_provides_its_recipe_by_any_of_its_paths(tmp_path: Path, recipe: Config) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(recipe))
     for place in ("", "export", "export-ema", "checkpoints/step-000002"):
         assert recipe_of(labelled(["package:a/b", str(tmp_path / place)]), None) == recipe
-    with pytest.raises(ConfigError, match="a run with rewards: name the recipe to measure them by with --config"):
+    with pytest.raises(ConfigError, match="a run with rewards; give the recipe to measure them by: --config"):
         recipe_of(labelled([str(tmp_path / "samples")]), None)
 
 
 def test_first_samples_are_kept_and_statistics_sorted_by_prompt(tmp_path: Path) -> None:
-    """Prompts at places 4 and 7, two samples each, seen out of order; one brightens by .1 a frame, others rest."""
-    stats = VideoStats(ScoresFolder(tmp_path), [4, 7], samples=2, fps=8.0)
+    """Rows 4 and 7, two samples each, in mixed order; one sample brightens by .1 per frame, the others are still."""
+    stats = VideoStats([video_path(tmp_path, row) for row in (4, 7)], samples=2, fps=8.0)
     still = torch.tensor([0.2, 0.6, 0.4])[:, None, None, None, None].expand(3, 5, 3, 16, 16)
     ramp = torch.linspace(0.0, 0.4, 5)[None, :, None, None, None].expand(1, 5, 3, 16, 16)
     stats(RolloutChunk((), still, torch.tensor([1, 0, 0]), torch.tensor([0, 1, 0])))
@@ -233,8 +237,8 @@ def test_first_samples_are_kept_and_statistics_sorted_by_prompt(tmp_path: Path) 
     assert shades == {"00004": pytest.approx(0.4, abs=0.01), "00007": pytest.approx(0.2, abs=0.01)}
 
 
-def test_motion_and_diversity_are_what_they_say() -> None:
-    """A ramp of .1 a frame moves by .1; samples of shades 0, .3 and .9 lie .3, .6 and .9 apart."""
+def test_motion_and_diversity_by_hand() -> None:
+    """A ramp of .1 per frame has motion .1; samples of grey 0, .3 and .9 have distances of .3, .6 and .9."""
     ramp = torch.linspace(0, 0.8, 9)[None, :, None, None, None].expand(1, 9, 3, 40, 24)
     assert motion(ramp).tolist() == pytest.approx([0.1])
     assert thumbnails(ramp).shape == (1, 3 * 8 * 16 * 16)

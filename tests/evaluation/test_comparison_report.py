@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video.data.video import VideoError, read_video, write_video
-from bpgo_video.evaluation.compare import Compared, compare
-from bpgo_video.evaluation.compare_report import LONGEST_SIDE, chosen_rows, clip_of, disagreement, write_report
+from bpgo_video.data.media import VideoError, read_video, write_video
+from bpgo_video.evaluation.compare_report import LONGEST_SIDE, chosen_rows, disagreement, embedded, write_report
+from bpgo_video.evaluation.compare_scores import video_path
+from bpgo_video.evaluation.compare_verdict import Compared, compare
 from tests.made.made_results import found, results
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -48,13 +49,13 @@ def report(models: Compared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Visit:
-    """A page and all that went wrong on it."""
+    """A page and the problems on it."""
 
     page: Any
     problems: list[str] = field(default_factory=list)
 
     def prompts(self) -> list[int]:
-        """Rows of the cards that are visible, in their order."""
+        """Rows of the visible cards, in their order."""
         found = self.page.eval_on_selector_all(".pair:not([hidden])", "all => all.map(one => one.dataset.row)")
         return [int(row) for row in found]
 
@@ -77,7 +78,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    """The report, opened with the context of the test's parameter; a test that ends has met no problem."""
+    """The report, opened with the test's parameter as context; fails the test if the page had a problem."""
     context = browser.new_context(**{"reduced_motion": "no-preference", **getattr(request, "param", {})})
     visit = Visit(context.new_page())
     visit.page.on("console", lambda message: visit.problems.append(f"{message.type}: {message.text}"))
@@ -90,7 +91,7 @@ def visit(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterato
     assert visit.problems == []
 
 
-def test_nothing_of_the_page_lies_elsewhere_and_text_stays_text(report: Path) -> None:
+def test_the_page_is_self_contained_and_escapes_text(report: Path) -> None:
     source = report.read_text()
     assert "http:" not in source.replace("http-equiv", "")
     assert "https:" not in source
@@ -138,7 +139,7 @@ def test_videos_that_are_near_play_in_step_and_others_are_not_loaded(visit: Visi
 
 def test_sorting_follows_measure_and_model(visit: Visit, models: Compared) -> None:
     def gains(model: int, measure: str) -> list[float]:
-        first, other = (models.models[place].scores.table(measure).mean(axis=1) for place in (0, model))
+        first, other = (models.models[place].table(measure).mean(axis=1) for place in (0, model))
         return (other - first).tolist()
 
     def sorted_by(values: list[float]) -> list[int]:
@@ -152,7 +153,7 @@ def test_sorting_follows_measure_and_model(visit: Visit, models: Compared) -> No
     page.get_by_role("combobox", name="Compare with start").select_option("other <i>")
     assert visit.prompts() == sorted_by(gains(2, "second"))
     page.get_by_role("combobox", name="Sort by").select_option("disagreement between rewards")
-    assert visit.prompts() == sorted_by(disagreement(models, 1).tolist())[::-1]
+    assert visit.prompts() == sorted_by(disagreement(models, models.models[2]).tolist())[::-1]
     page.get_by_role("combobox", name="Sort by").select_option("prompt order")
     assert visit.prompts() == list(range(PROMPTS))
     change = page.locator(".pair .change").first.inner_text()
@@ -176,7 +177,7 @@ def test_filters_and_the_keyboard_reach_everything(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("visit", [{"reduced_motion": "reduce"}], indirect=True)
-def test_nothing_moves_unasked_where_motion_is_unwelcome(visit: Visit) -> None:
+def test_videos_do_not_start_if_the_user_prefers_reduced_motion(visit: Visit) -> None:
     visit.page.wait_for_timeout(300)
     assert visit.page.eval_on_selector_all("video", "all => all.every(one => one.paused)")
     assert visit.page.get_by_role("button", name="Play all").is_visible()
@@ -197,17 +198,17 @@ def test_a_phone_shows_it_without_scrolling_sideways_in_its_own_colours(visit: V
 
 
 @pytest.mark.parametrize("visit", [{"java_script_enabled": False}], indirect=True)
-def test_without_scripts_pictures_and_an_explanation_stay(visit: Visit) -> None:
-    assert visit.page.get_by_text("Without scripts the middle frame of each video is shown").is_visible()
+def test_without_scripts_the_page_shows_pictures_and_an_explanation(visit: Visit) -> None:
+    assert visit.page.get_by_text("each video shows its middle frame").is_visible()
     assert visit.page.locator("video[poster^='data:image/jpeg']").count() == 3 * PROMPTS
     assert not visit.page.locator("#tools").is_visible()
 
 
 def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> None:
-    first = models.models[0].scores.table("oracle").mean(axis=1)
-    gains = [model.scores.table("oracle").mean(axis=1) - first for model in models.models[1:]]
+    first, *others = models.models
+    gains = [model.prompt_means("oracle") - first.prompt_means("oracle") for model in others]
     wins_and_losses = {int(row) for gain in gains for row in (gain.argmax(), gain.argmin())}
-    apart = {int(disagreement(models, candidate).argmax()) for candidate in (0, 1)}
+    apart = {int(disagreement(models, model).argmax()) for model in others}
     assert wins_and_losses | apart <= set(chosen_rows(models, 6))
     assert len(chosen_rows(models, 6)) == 6
     assert chosen_rows(models, 99) == list(range(PROMPTS))
@@ -215,14 +216,14 @@ def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> 
 
 def test_large_videos_are_embedded_small_and_missing_ones_named(models: Compared, tmp_path: Path) -> None:
     model = found(tmp_path, results("large", 2))
-    write_video(model.folder.video(0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
-    clip = clip_of(model, 0)
-    assert (clip.width, clip.height) == (LONGEST_SIDE, 180)
-    (tmp_path / "embedded.mp4").write_bytes(base64.b64decode(clip.video))
+    write_video(video_path(tmp_path, 0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
+    clip = embedded(model, 0)
+    assert (clip["width"], clip["height"]) == (LONGEST_SIDE, 180)
+    (tmp_path / "embedded.mp4").write_bytes(base64.b64decode(clip["video"]))
     video, fps = read_video(tmp_path / "embedded.mp4")
     assert (tuple(video.shape), fps) == ((3, 3, 180, LONGEST_SIDE), 12.0)
     with pytest.raises(VideoError, match=r"is missing next to its scores; restore it"):
-        clip_of(model, 1)
+        embedded(model, 1)
     small = models.models[1]
-    kept = clip_of(small, 0)
-    assert base64.b64decode(kept.video) == small.folder.video(0).read_bytes(), "as it is"
+    original = video_path(small.folder, 0).read_bytes()
+    assert base64.b64decode(embedded(small, 0)["video"]) == original, "small videos are embedded unchanged"

@@ -1,4 +1,4 @@
-"""tools/evaluate.py heldout: the scores that a training run would report, in a table and as JSON."""
+"""evaluate heldout: the scores that a training run would report, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bpgo_video.config.reading import to_yaml
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare_scores import PromptLine
-from bpgo_video.evaluation.heldout import HeldoutEvaluation, as_json, evaluate_folder, with_changes
+from bpgo_video.evaluation.heldout import by_tag, evaluate_folder, with_changes
 from bpgo_video.training.heldout import stderr
 from tests.made.random_wan import random_wan
 from tests.made.written_runs import PROMPTS, tagged_recipe
@@ -29,43 +29,41 @@ def recipe_here(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return tagged_recipe(tmp_path_factory.mktemp("evaluate"))
 
 
-def by_tag(config: Config, scores: list[list[float]], tags: list[list[str]]) -> dict:
-    lines = [PromptLine(row, "", tags[row], {"which": own}) for row, own in enumerate(scores)]
-    return HeldoutEvaluation(config, {"which": "1"}, lines).by_tag("which")
+def tagged(scores: list[list[float]], tags: list[list[str]]) -> dict:
+    return by_tag([PromptLine(row, "", tags[row], {"which": own}) for row, own in enumerate(scores)], "which")
 
 
-def test_tags_split_the_mean_and_its_standard_error(recipe_here: Config) -> None:
-    """Prompts 0 and 2 vary within themselves by 1 (variance 2 of two samples), prompt 1 not at all."""
+def test_tags_split_the_mean_and_its_standard_error() -> None:
+    """The two samples of prompts 0 and 2 have variance 2, those of prompt 1 variance 0."""
     scores = [[0.0, 2.0], [5.0, 5.0], [6.0, 8.0]]
-    found = by_tag(recipe_here, scores, [["clear"], ["open", "rare"], ["clear"]])
+    found = tagged(scores, [["clear"], ["open", "rare"], ["clear"]])
     assert list(found) == ["all", "clear", "open", "rare"]
     assert found["all"] == {"mean": pytest.approx(26 / 6), "stderr": pytest.approx((1 + 1) ** 0.5 / 3), "prompts": 3}
     assert found["clear"] == {"mean": 4.0, "stderr": pytest.approx(2**0.5 / 2), "prompts": 2}
     assert found["open"] == found["rare"] == {"mean": 5.0, "stderr": 0.0, "prompts": 1}
 
 
-def test_one_video_has_no_standard_error(recipe_here: Config) -> None:
-    assert by_tag(recipe_here, [[3.0]], [[]]) == {"all": {"mean": 3.0, "stderr": None, "prompts": 1}}
+def test_one_video_has_no_standard_error() -> None:
+    assert tagged([[3.0]], [[]]) == {"all": {"mean": 3.0, "stderr": None, "prompts": 1}}
 
 
 def test_scores_belong_to_their_prompts_and_are_the_same_at_every_call(recipe_here: Config) -> None:
     config = with_changes(recipe_here, samples_per_prompt=3)
-    evaluation = evaluate_folder(config, ONE_RANK)
-    content = as_json(evaluation)
+    content = evaluate_folder(config, ONE_RANK)
     assert [(line["prompt"], line["tags"]) for line in content["prompts"]] == [
         (line["prompt"], line["tags"]) for line in PROMPTS[:3]
     ]
     for line in content["prompts"]:
         scores = line["scores"]["which"]
-        assert len(set(scores)) == 3, "each sample is another video"
+        assert len(set(scores)) == 3, "all samples differ"
         assert all(0 < score - len(line["prompt"]) < 1 for score in scores)
     assert content["rewards"]["which"]["version"] == "7"
     table = torch.tensor([line["scores"]["which"] for line in content["prompts"]])
     assert content["rewards"]["which"]["by_tag"]["all"]["stderr"] == pytest.approx(stderr(table))
-    assert as_json(evaluate_folder(config, ONE_RANK)) == content
-    other = as_json(evaluate_folder(with_changes(config, seed=1), ONE_RANK))
+    assert evaluate_folder(config, ONE_RANK) == content
+    other = evaluate_folder(with_changes(config, seed=1), ONE_RANK)
     assert other["prompts"] != content["prompts"]
-    fewer = as_json(evaluate_folder(with_changes(config, samples_per_prompt=2), ONE_RANK))
+    fewer = evaluate_folder(with_changes(config, samples_per_prompt=2), ONE_RANK)
     for first, second in zip(content["prompts"], fewer["prompts"], strict=True):
         assert second["scores"]["which"] == pytest.approx(first["scores"]["which"][:2], abs=1e-5)
 
@@ -76,7 +74,7 @@ def test_the_command_prints_a_table_and_writes_json(
     monkeypatch.setattr(engine, "start_ranks", lambda timeout: ONE_RANK)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe_here))
     other = random_wan(tmp_path / "other", seed=1)
-    for part in ("text_encoder", "tokenizer"):  # another transformer behind the same encoder, as after training
+    for part in ("text_encoder", "tokenizer"):  # another transformer with the same text encoder, as after training
         for file in (Path(recipe_here.policy.folder) / part).iterdir():
             (other / part / file.name).write_bytes(file.read_bytes())
     command = ["heldout", "--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "scores.json")]

@@ -36,7 +36,7 @@ PROMPTS, SAMPLES = BASE["oracle"].shape
 
 
 def draws(prompts: int, repetitions: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.random.Generator]]:
-    """Rows of some prompts, and for each its samples in an order of its own."""
+    """Rows of random prompts, and for each a random order of its samples."""
     rng = np.random.default_rng(prompts)
     for _ in range(repetitions):
         rows = rng.choice(PROMPTS, prompts, replace=False)[:, None]
@@ -45,7 +45,7 @@ def draws(prompts: int, repetitions: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
 @pytest.mark.parametrize("prompts", [24, 48])
 def test_a_null_comparison_raises_at_most_10_false_alarms_in_100(prompts: int) -> None:
-    """The same checkpoint twice, other seeds: an alarm is any measure of the family that is called different."""
+    """One checkpoint with two seeds; a false alarm is any measure with `shown` not 0."""
     alarms = 0
     for rows, columns, _ in draws(prompts, 100):
         first, second = columns[:, :4], columns[:, 4:8]
@@ -55,7 +55,7 @@ def test_a_null_comparison_raises_at_most_10_false_alarms_in_100(prompts: int) -
 
 
 def test_a_planted_improvement_of_5_hundredths_is_found_in_80_of_100() -> None:
-    """48 prompts x 4 samples, same seeds: B's videos are the trained policy's in the share that makes .05."""
+    """48 prompts x 4 samples, same seeds: a share of B's videos is the trained policy's, for a mean gain of .05."""
     share = 0.05 / (TRAINED["oracle"] - BASE["oracle"]).mean()
     found, gains = 0, []
     for rows, columns, rng in draws(48, 100):
@@ -71,7 +71,7 @@ def test_a_planted_improvement_of_5_hundredths_is_found_in_80_of_100() -> None:
 
 
 def test_the_interval_holds_its_level_at_24_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 1,000 samples of the real differences 95 % cover the mean within three standard errors; BCa covers fewer."""
+    """Of 1,000 intervals, 95 % cover the mean, within three standard errors; BCa covers it less often."""
     monkeypatch.setattr(statistics, "RESAMPLES", 999)
     rng = np.random.default_rng(3)
     population = (TRAINED["oracle"] - BASE["oracle"])[:, :4].mean(axis=1)
@@ -87,8 +87,8 @@ def test_the_interval_holds_its_level_at_24_prompts(monkeypatch: pytest.MonkeyPa
     assert covered["BCa"] < covered["ours"]
 
 
-def test_an_effect_is_what_its_docstring_says() -> None:
-    """Prompts differ by 1, -3, 0, 4 and 8: W+ = 1 + 3 + 4 of 10 over those that differ."""
+def test_an_effect_by_hand() -> None:
+    """Differences of 1, -3, 0, 4 and 8: W+ is 1 + 3 + 4, and W+ + W- is 10."""
     a = np.array([[0.0, 2.0], [4.0, 6.0], [1.0, 1.0], [0.0, 0.0], [3.0, 5.0]])
     found = effect(a, a + np.array([1.0, -3.0, 0.0, 4.0, 8.0])[:, None])
     assert (found.prompts, found.wins, found.ties, found.losses) == (5, 3, 1, 1)
@@ -109,8 +109,8 @@ def test_the_signed_rank_p_value_is_that_of_all_sign_flips() -> None:
     assert signed_rank(np.abs(differences)) == pytest.approx(2 / 2**6)
 
 
-def test_holm_is_the_textbook_s() -> None:
-    """4 x .005, 3 x .01, 2 x .03, and .04 raised to its forerunner."""
+def test_holm_by_hand() -> None:
+    """4 x .005, 3 x .01, 2 x .03, and .04 is raised to the value before it."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
@@ -158,14 +158,14 @@ def test_shown_needs_the_interval_and_the_corrected_test_to_agree(
     assert shown(replace(effect(np.zeros((2, 1)), np.ones((2, 1))), low=low, high=high), p) == expected
 
 
-def test_what_few_prompts_can_show_at_best() -> None:
-    """2 / 2^n, times the measures, is below .05 from 6 prompts on for one measure, and from 9 for seven."""
+def test_few_prompts_cannot_show_a_difference() -> None:
+    """2 / 2^n times the number of measures is below .05 from 6 prompts for one measure, and from 9 for seven."""
     assert [bool(too_few(prompts, 1)) for prompts in (5, 6)] == [True, False]
     assert [bool(too_few(prompts, 7)) for prompts in (8, 9)] == [True, False]
 
 
 def test_one_effect_of_a_family_claims_no_more_than_the_family_does() -> None:
-    """12 prompts that all gain: p = 2 / 2^12, times 7; and no more than 1."""
+    """If all 12 prompts gain, p is 2 / 2^12; adjusted, 7 times that, and at most 1."""
     gained = effect(np.zeros((12, 1)), 1 + np.arange(12.0)[:, None])
     assert corrected(gained, 7).p_adjusted == pytest.approx(14 / 2**12)
     assert (corrected(gained, 7).shown, corrected(gained, 1000).shown) == (1, 0)

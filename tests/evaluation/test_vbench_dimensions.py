@@ -1,4 +1,4 @@
-"""VBench's dimensions by independent arithmetic: on real clips, on videos whose answer is known, and by label.
+"""VBench's dimensions on real clips and on videos with known results, and the labels of networks.
 
 That they equal VBench's own code is tested on clips for which it gave the numbers in real_suites.py, and with the code
 itself by distributed/test_vbench_package.py.
@@ -17,12 +17,19 @@ import torch
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.evaluation import vbench_networks as networks
-from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, find_dimension, is_dotted
-from bpgo_video.evaluation.vbench_formulas import DimensionError, Footage, motions
-from bpgo_video.evaluation.vbench_networks import Sources, middles
-from bpgo_video.evaluation.vbench_pixels import CLIP, MUSIQ, VICLIP, Preparation, replicated
+from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, DimensionError, find_dimension, is_dotted, motions
+from bpgo_video.evaluation.vbench_networks import (
+    CLIP,
+    MUSIQ,
+    VICLIP,
+    Footage,
+    Preparation,
+    Sources,
+    middles,
+    replicated,
+)
 from bpgo_video.evaluation.vbench_scoring import Item, Task
 from bpgo_video.evaluation.vbench_suite import SuitePrompt
 from tests.made.random_rewards import random_clip, random_vit, random_xclip
@@ -37,7 +44,7 @@ PROMPT = SuitePrompt(
 
 
 def footage(frames: Tensor, fps: float = 8.0, prompt: SuitePrompt = PROMPT, image: Path | None = None) -> Footage:
-    """Of frames in [0, 1]."""
+    """A video with these frames in [0, 1]."""
     return Footage(Path("v/x-0.mp4"), prompt, (frames * 255).round().to(torch.uint8), fps, image)
 
 
@@ -71,9 +78,9 @@ def test_vbenchs_own_code_gives_the_same_for_these_clips(
 
 
 def test_opposite_features_count_as_unlike() -> None:
-    """f, -f, f: at t = 1 both cosines are -1, which count as 0; at t = 2 one is, and the other 1."""
+    """Features f, -f, f: at t = 1 both cosines are -1, clipped to 0; at t = 2 one is -1 and one is 1."""
     dimension = DIMENSIONS["subject_consistency"]
-    signs = dimension.own(lambda pixels: pixels.mean(dim=(2, 3)).sign(), CPU)
+    signs = dimension.adapt(lambda pixels: pixels.mean(dim=(2, 3)).sign(), CPU)
     levels = torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
     assert dimension.formula(signs, footage(levels)).value == pytest.approx(0.25, abs=1e-6)
 
@@ -105,22 +112,22 @@ def test_a_still_video_is_consistent_and_smooth_and_not_dynamic(clip_of_a_man: T
 
 
 def test_smoothness_compares_odd_frames_with_what_lies_between() -> None:
-    """Levels 0, 10, 20, 36, 40 of 255 between 0, 20 and 40: errors 0 and 6; the sides are no multiples of 16."""
+    """Levels 0, 10, 20, 36, 40 of 255: errors of 0 and 6 between 0, 20 and 40; the sides are not multiples of 16."""
     levels = torch.tensor([0, 10, 20, 36, 40, 99]) / 255
     video = footage(levels.view(6, 1, 1, 1).expand(6, 3, 20, 33))
     assert value("motion_smoothness", video) == pytest.approx(1 - 3 / 255, abs=1e-9)
 
 
-def test_what_is_made_between_frames_is_cut_to_bytes() -> None:
+def test_interpolated_frames_are_cut_to_bytes() -> None:
     """Truncated, not rounded: 10.5 becomes 10."""
     levels = torch.tensor([10, 10, 11]) / 255
     dimension = DIMENSIONS["motion_smoothness"]
-    mean = dimension.own(lambda before, after: (before + after) / 2, CPU)
+    mean = dimension.adapt(lambda before, after: (before + after) / 2, CPU)
     assert dimension.formula(mean, footage(levels.view(3, 1, 1, 1).expand(3, 3, 16, 16))).value == 1.0
 
 
 def moving(pixels: int, count: int = 16) -> Tensor:
-    """A textured square that moves so many pixels a frame."""
+    """A textured square that moves by this number of pixels per frame."""
     scene = real_clip("carphone_pristine", 0, 1)[0, :, :64, :176]
     frames = torch.full((count, 3, 64, 64), 0.5)
     for number in range(count):
@@ -129,10 +136,10 @@ def moving(pixels: int, count: int = 16) -> Tensor:
 
 
 def test_a_video_is_dynamic_where_enough_pairs_are_fast() -> None:
-    """The threshold is 1.5 pixels of 64, on round(4 T/16) of T - 1 pairs; at 16 frames a second every other is seen."""
+    """The threshold is 1.5 of 64 pixels, on round(4 T/16) of T - 1 pairs; at 16 fps every other frame is used."""
     assert value("dynamic_degree", footage(moving(1)), network="dis") is False
     assert value("dynamic_degree", footage(moving(3)), network="dis") is True
-    assert value("dynamic_degree", footage(moving(1), fps=24.0), network="dis") is True, "3 pixels between seen frames"
+    assert value("dynamic_degree", footage(moving(1), fps=24.0), network="dis") is True, "3 pixels between used frames"
     rest = moving(3)[:1].repeat(16, 1, 1, 1)
     for fast, expected in ((3, False), (4, True)):
         some = torch.cat((moving(3)[: fast + 1], rest))[:16]
@@ -140,8 +147,8 @@ def test_a_video_is_dynamic_where_enough_pairs_are_fast() -> None:
         assert value("dynamic_degree", footage(some), network="dis") is expected, fast
 
 
-def test_a_flow_of_ones_own_decides_by_its_longest_vectors() -> None:
-    """5 % of the padded pixels, here 3 of 64; two pairs of T = 3 frames, of which round(.75) = 1 must be fast."""
+def test_a_users_flow_is_judged_by_its_longest_vectors() -> None:
+    """5 % of the padded pixels count, here 3 of 64; of the two pairs of T = 3 frames, round(.75) = 1 must be fast."""
     dimension = DIMENSIONS["dynamic_degree"]
     for length, expected in ((5.9 / 32, False), (6.1 / 32, True)):
 
@@ -151,7 +158,7 @@ def test_a_flow_of_ones_own_decides_by_its_longest_vectors() -> None:
             found[0, 0, 0, :3] = length
             return found
 
-        pairs = dimension.own(flow, CPU)
+        pairs = dimension.adapt(flow, CPU)
         assert dimension.formula(pairs, footage(torch.rand(3, 3, 8, 8))).value is expected
 
 
@@ -185,13 +192,13 @@ def test_the_middle_frame_of_each_part() -> None:
     ],
 )  # fmt: skip
 def test_the_camera_moves_against_its_points(motion: str, shift: tuple[int, int], spread: int) -> None:
-    """What is seen moves right when the camera pans left; points part from the middle when it zooms in."""
+    """The scene moves right when the camera pans left; points move away from the centre when it zooms in."""
     rows, columns = torch.meshgrid(torch.arange(10), torch.arange(10), indexing="ij")
     outwards = torch.stack((columns - 5, rows - 5), dim=-1)
     assert motions(outwards * spread + torch.tensor(shift), shorter=480) == {f"camera {motion}"}
 
 
-def test_points_that_agree_on_nothing_tell_no_motion() -> None:
+def test_points_in_different_directions_show_no_motion() -> None:
     moved = torch.zeros(10, 10, 2, dtype=torch.int64)
     moved[0, 5, 0], moved[5, 0, 1] = 9, 9
     assert motions(moved, shorter=480) == set()
@@ -205,12 +212,12 @@ def test_points_that_agree_on_nothing_tell_no_motion() -> None:
         ("temporal_flickering", 1, "this dimension needs 2"),
         ("i2v_subject", 1, "this dimension needs 2"),
         ("i2v_subject", 3, "continues no image"),
-        ("camera_motion", 3, "asks for none of: camera pans left"),
-        ("appearance_style", 3, "names no style for 'plain'"),
+        ("camera_motion", 3, "has no camera motion; VBench knows camera pans left"),
+        ("appearance_style", 3, "has no style for 'plain'"),
         ("aesthetic_quality", 3, "needs LAION's head.*--head FILE"),
     ],
 )
-def test_what_a_formula_lacks_is_named(name: str, frames: int, words: str) -> None:
+def test_missing_inputs_of_a_formula_are_named(name: str, frames: int, words: str) -> None:
     with pytest.raises(DimensionError, match=words):
         value(name, footage(torch.zeros(frames, 3, 16, 16), prompt=SuitePrompt("plain")))
 
@@ -237,7 +244,7 @@ def test_only_text_to_video_frames_are_rounded_after_resizing() -> None:
 
 
 def test_position_embeddings_of_a_wide_frame_are_sampled_as_dino_does() -> None:
-    """Column j of 14 is taken at (j + 1/2)/s - 1/2 of the four, where s = (14 + .1)/4 and not 14/4; cubic, a = -3/4."""
+    """Column j of 14 samples the four columns at (j + 1/2)/s - 1/2 with s = (14 + .1)/4, not 14/4; cubic, a = -3/4."""
     config = ViTConfig(image_size=64, patch_size=16, hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
     embeddings = ViTModel(config, add_pooling_layer=False).embeddings
     ramp = torch.arange(4.0).repeat(4)[None, :, None].expand(1, 16, 12)
@@ -274,7 +281,7 @@ def test_folders_of_transformers_are_networks_and_other_architectures_are_proxie
     }  # fmt: skip
     for name, folder in folders.items():
         network = DIMENSIONS[name].network(str(folder), CPU)
-        assert network.label == "proxy", "it is not built as VBench's"
+        assert network.label == "proxy", "it has another architecture than VBench's"
         assert str(folder) in network.name
         found = DIMENSIONS[name].formula(network.call, video).value
         assert -1 <= found <= 1
@@ -296,7 +303,7 @@ def test_folders_of_transformers_are_networks_and_other_architectures_are_proxie
         ("motion_smoothness", BACKBONES["motion_smoothness"], "native"),
     ],
 )
-def test_labels_say_how_a_number_was_made(name: str, network: str | None, label: str) -> None:
+def test_labels_of_networks(name: str, network: str | None, label: str) -> None:
     found = DIMENSIONS[name].network(network, CPU)
     assert found.label == label
     assert label != "native" or found.name == network
@@ -316,16 +323,16 @@ def test_labels_say_how_a_number_was_made(name: str, network: str | None, label:
         ("imaging_quality", "none.pth", "No such file or directory: .none.pth."),
     ],
 )
-def test_networks_that_are_missing_are_named_with_the_way_out(name: str, network: str | None, words: str) -> None:
+def test_missing_networks_are_named_with_a_remedy(name: str, network: str | None, words: str) -> None:
     with pytest.raises(DimensionError, match=words):
         DIMENSIONS[name].network(network, CPU)
 
 
 def test_musiq_is_pyiqas_with_the_users_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """VBench builds it so: MUSIQ(pretrained_model_path=...), frames in [0, 1]."""
+    """VBench calls MUSIQ(pretrained_model_path=...) on frames in [0, 1]."""
     torch.save({"params": {"weight": torch.ones(1)}}, tmp_path / "musiq.pth")
     monkeypatch.setitem(sys.modules, "pyiqa", None)
-    with pytest.raises(DimensionError, match="pip install pyiqa, or name a factory"):
+    with pytest.raises(DimensionError, match="pip install pyiqa, or give a factory"):
         DIMENSIONS["imaging_quality"].network(str(tmp_path / "musiq.pth"), CPU)
 
     class Musiq(torch.nn.Module):
@@ -347,12 +354,14 @@ def test_musiq_is_pyiqas_with_the_users_weights(tmp_path: Path, monkeypatch: pyt
 
 
 def test_other_dimensions_need_vbenchs_package() -> None:
-    with pytest.raises(DimensionError, match="human_action is measured only by VBench's own package"):
+    with pytest.raises(DimensionError, match="only VBench's own package measures human_action"):
         find_dimension("human_action")
-    with pytest.raises(DimensionError, match="there is no dimension 'smoothness'; known are subject_consistency"):
+    with pytest.raises(
+        DimensionError, match="there is no dimension 'smoothness'; known dimensions are subject_consistency"
+    ):
         find_dimension("smoothness")
 
 
-def test_dotted_paths_are_told_from_folders() -> None:
+def test_dotted_paths_differ_from_folders() -> None:
     assert is_dotted("my_pkg.vbench:build")
     assert not any(map(is_dotted, ("facebook/dino-vitb16", "package:module/folder", "C:\\folder", "folder", "a:b:c")))

@@ -1,4 +1,4 @@
-"""A layout is a generation under VBench's names, the manifest outside; every fault of a folder is named."""
+"""A layout has VBench's names, with the manifest outside; every problem of a folder is named."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
+from bpgo_video.data.media import VideoHeader, read_video, write_video
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.data.video import VideoHeader, read_video, write_video
-from bpgo_video.evaluation.vbench_folder import ENCODING, header_problems, video_problems
 from bpgo_video.evaluation.vbench_layout import lay_out, places_of, read_texts, reader_of
-from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, read_suite
+from bpgo_video.evaluation.vbench_suite import ENCODING, Suite, SuiteError, header_problems, read_suite, video_problems
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.generate import generate
 from bpgo_video.inference.settings import GenerationError, GenerationSettings
@@ -84,7 +83,7 @@ def test_a_layout_holds_the_suite_and_nothing_else(
         ("In a still frame, a square-0.mp4", "00001-00"),
     ):
         alike = read_video(settings.output / name)[0] - read_video(plain.output / f"{number}.mp4")[0]
-        assert alike.abs().mean() < 0.015, "but for rounding, which H.264 carries on"
+        assert alike.abs().mean() < 0.015, "equal up to rounding, which H.264 amplifies"
     (settings.output / ".a red circle moving left-0.mp4.partial-0123abcd").write_bytes(b"of a killed rank")
     monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("there is nothing left to make"))
     lay_out(settings, suite)
@@ -111,7 +110,7 @@ def test_the_model_receives_something_else_and_the_name_stays(
     heard: list[str] = []
     call = WanPipeline.__call__
 
-    @functools.wraps(call)  # its signature is asked for defaults
+    @functools.wraps(call)  # keeps the signature, from which defaults are read
     def listen(self: WanPipeline, *args: Any, **given: Any) -> Any:
         heard.extend(given["prompt"])
         return call(self, *args, **given)
@@ -131,7 +130,7 @@ def test_the_model_receives_something_else_and_the_name_stays(
         lay_out(settings, suite)
 
 
-def test_what_a_list_of_ones_own_says_of_its_prompts_reaches_the_model(tmp_path: Path) -> None:
+def test_fields_of_a_users_list_reach_the_model(tmp_path: Path) -> None:
     line = {
         "prompt": "a red circle",
         "negative_prompt": "blurry",
@@ -150,7 +149,7 @@ def test_what_a_list_of_ones_own_says_of_its_prompts_reaches_the_model(tmp_path:
     [
         (['{"prompt": "a red circle moving left"}'], r"texts\.jsonl:1: generation_prompt: Field required"),
         (['{"prompt": "other", "generation_prompt": "x"}'], "'other' is not a prompt of"),
-        (['{"prompt": "a red circle moving left", "generation_prompt": "x"}'] * 2, "is there twice"),
+        (['{"prompt": "a red circle moving left", "generation_prompt": "x"}'] * 2, "appears twice"),
         (
             ['{"prompt": "a red circle moving left", "generation_prompt": "x"}'],
             "'In a still frame, a square' has no line",
@@ -164,7 +163,7 @@ def test_generation_prompts_are_of_the_whole_suite(suite: Suite, tmp_path: Path,
 
 
 def test_image_to_video_continues_the_suites_images(tmp_path: Path) -> None:
-    """The policy of random weights with and without motion in the prompt starts from one image."""
+    """Prompts with and without camera motion continue the same image."""
     images = tmp_path / "images"
     images.mkdir()
     Image.fromarray(np.full((80, 96, 3), 200, np.uint8)).save(images / "a shape.jpg")
@@ -190,7 +189,7 @@ def write(folder: Path, suite: Suite, frames: int = 4) -> None:
         write_video(folder / name, torch.full((frames, 3, 16, 32), number / 10), fps=8)
 
 
-def test_every_fault_of_a_folder_is_named(suite: Suite, tmp_path: Path) -> None:
+def test_every_problem_of_a_folder_is_named(suite: Suite, tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     write(folder, suite)
     assert layout_problems(folder, suite) == []
@@ -213,7 +212,7 @@ def test_every_fault_of_a_folder_is_named(suite: Suite, tmp_path: Path) -> None:
 
 
 def test_a_file_that_lost_its_last_frames_is_named(suite: Suite, tmp_path: Path) -> None:
-    """With its index in front, as some programs write it, a cut mp4 still opens."""
+    """A truncated mp4 still opens if its index precedes the frames, as some programs write it."""
     folder = tmp_path / "videos"
     write(folder, suite)
     path = folder / next(iter(suite.names()))

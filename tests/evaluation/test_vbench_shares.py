@@ -1,4 +1,4 @@
-"""Scores by many ranks and many calls: the numbers of one, and nothing measured twice."""
+"""Scores by several ranks or calls equal those of one, and no video is measured twice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import vbench_scoring as scoring
 from bpgo_video.evaluation.ranks import device_of
-from bpgo_video.evaluation.vbench_formulas import DimensionError, Measured
+from bpgo_video.evaluation.vbench_dimensions import DimensionError, Measured
 from bpgo_video.evaluation.vbench_networks import Sources
 from bpgo_video.evaluation.vbench_scoring import (
     Task,
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the videos that are decoded, as they are."""
+    """Names of the decoded videos, in order."""
     names: list[str] = []
     decode: Callable = scoring.read_footage
 
@@ -58,34 +58,36 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @given(items=st.lists(st.integers()), world_size=st.integers(1, 9))
-def test_every_item_is_dealt_once_and_shares_are_even(items: list[int], world_size: int) -> None:
-    shares = [Mesh(rank, world_size, CPU).dealt(range(len(items))) for rank in range(world_size)]
+def test_every_item_is_in_one_share_and_shares_are_even(items: list[int], world_size: int) -> None:
+    shares = [Mesh(rank, world_size, CPU).round_robin(range(len(items))) for rank in range(world_size)]
     assert sorted(place for share in shares for place in share) == list(range(len(items)))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_shares_of_any_number_of_ranks_make_one_ranks_results(folder: Path, tmp_path: Path, world_size: int) -> None:
-    """Five videos; of seven ranks two have none."""
+    """Five videos, so that two of seven ranks have none."""
     whole = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "one")
     for task, expected in zip(prepare(request_of(folder), SOURCES, checks_files=False), whole, strict=True):
         ranks = [Mesh(rank, world_size, CPU) for rank in range(world_size)]
-        parts = [measure_share(task, mesh.dealt(range(len(task.items))), mesh, tmp_path / "many") for mesh in ranks]
+        parts = [
+            measure_share(task, mesh.round_robin(range(len(task.items))), mesh, tmp_path / "many") for mesh in ranks
+        ]
         assert sum(map(len, parts)) == len(task.items)
         found = {place: measured for part in parts for place, measured in part.items()}
-        assert task.result([found[place] for place in range(len(task.items))]) == expected
+        assert task.result(found) == expected
 
 
-def test_a_score_weighs_videos_by_their_frames_whoever_measured_them(folder: Path, tmp_path: Path) -> None:
-    """VBench's consistency is the mean over all frames: a mean of the ranks' means would be another number."""
+def test_a_score_weighs_videos_by_their_frames_on_any_rank(folder: Path, tmp_path: Path) -> None:
+    """VBench's consistency is the mean over all frames, which is not the mean of the ranks' means."""
     *_, consistency = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "kept")
-    frames = [number + 2 for number in range(5)]  # after the first, of clips of 3, 4, 5 ... frames
+    frames = [number + 2 for number in range(5)]  # clips of 3, 4, 5 ... frames, without the first
     values = [float(video.video_results) for video in consistency.videos]
     assert consistency.score == pytest.approx(sum(map(float.__mul__, values, map(float, frames))) / sum(frames))
     assert consistency.score != pytest.approx(sum(values) / 5, abs=1e-9)
 
 
-def test_a_stopped_scoring_goes_on_with_the_videos_that_are_left(
+def test_an_interrupted_scoring_continues_with_the_remaining_videos(
     folder: Path, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*score_command(folder, tmp_path / "scores.json"), "--device", "cpu"]
@@ -105,10 +107,10 @@ def test_a_stopped_scoring_goes_on_with_the_videos_that_are_left(
     assert read == [f"a man talks-{number}.mp4" for number in (2, 3, 4, 0, 1, 2, 3, 4)]
     assert "dynamic_degree: 2 of 5 videos were measured before" in capsys.readouterr().out
     assert (tmp_path / "scores.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert not kept_folder(tmp_path / "scores.json").exists(), "what is whole needs no lines"
+    assert not kept_folder(tmp_path / "scores.json").exists(), "complete results need no kept numbers"
     read.clear()
     assert main(command) == 0
-    assert len(read) == 15, "a scoring that ended is repeated when it is requested"
+    assert len(read) == 15, "a finished scoring is repeated on request"
 
 
 def test_what_a_number_depends_on_is_in_its_key(folder: Path, tmp_path: Path) -> None:
@@ -118,17 +120,18 @@ def test_what_a_number_depends_on_is_in_its_key(folder: Path, tmp_path: Path) ->
     head.write_bytes(b"1")
     image.write_bytes(b"1")
     other = replace(consistency.network, name="another network")
-    keys = [
-        consistency.key(item),
-        flickering.key(item),
-        replace(consistency, network=other).key(item),
-        replace(consistency, sources=replace(SOURCES, head=head)).key(item),
-        consistency.key(replace(item, prompt=replace(item.prompt, text="another prompt"))),
-        consistency.key(replace(item, prompt=replace(item.prompt, info={"auxiliary_info": {"style": "ink"}}))),
-        consistency.key(replace(item, image=image)),
-        consistency.key(consistency.items[1]),
+    cases = [
+        (consistency, item),
+        (flickering, item),
+        (replace(consistency, network=other), item),
+        (replace(consistency, sources=replace(SOURCES, head=head)), item),
+        (consistency, replace(item, prompt=replace(item.prompt, text="another prompt"))),
+        (consistency, replace(item, prompt=replace(item.prompt, info={"auxiliary_info": {"style": "ink"}}))),
+        (consistency, replace(item, image=image)),
+        (consistency, consistency.items[1]),
     ]
-    assert consistency.key(item) == keys[0]
+    keys = [task.kept_file(tmp_path, case).stem.rpartition("-")[2] for task, case in cases]
+    assert consistency.kept_file(tmp_path, item).stem == f"subject_consistency-{keys[0]}"
     assert len(set(keys)) == len(keys)
 
 
@@ -143,20 +146,21 @@ def test_a_video_that_was_replaced_is_measured_again(tmp_path: Path, read: list[
     assert read == [changed.name]
 
 
-def test_numbers_are_kept_to_the_bit_and_a_line_that_was_cut_short_is_left_out(folder: Path, tmp_path: Path) -> None:
+def test_numbers_are_kept_to_the_bit_and_partial_files_are_ignored(folder: Path, tmp_path: Path) -> None:
     numbers = [Measured(1 / 3, 0.1), Measured(True), Measured(1.0)]
     task, other = prepare(request_of(folder), SOURCES, checks_files=False)[:2]
     for places in ([0, 1], [2]):
         made = iter(numbers[place] for place in places)
         measure_share(with_formula(task, lambda *_, made=made: next(made)), places, ALONE, tmp_path)
     measure_share(with_formula(other, lambda *_: Measured(0.5)), [4], ALONE, tmp_path)
-    (tmp_path / f"{task.dimension.name}-killed.jsonl").write_text('{"key": "e", "video": "e.mp4", "meas')
+    partial = task.kept_file(tmp_path, task.items[3])
+    partial.with_name(f".{partial.name}.partial-0123abcd").write_text('{"val')  # of a killed process
     found = read_kept(task, tmp_path)
     assert found == dict(enumerate(numbers))
     assert [type(measured.value) for measured in found.values()] == [float, bool, float]
     drop_kept(tmp_path, [task.dimension.name])
     assert read_kept(task, tmp_path) == {}
-    assert read_kept(other, tmp_path) == {4: Measured(0.5)}, "another dimension's lines stay"
+    assert read_kept(other, tmp_path) == {4: Measured(0.5)}, "another dimension's numbers stay"
     drop_kept(tmp_path, [other.dimension.name])
     assert not tmp_path.exists()
 
@@ -165,17 +169,17 @@ def with_formula(task: Task, formula: Callable) -> Task:
     return replace(task, dimension=replace(task.dimension, formula=formula))
 
 
-@pytest.mark.parametrize("line", ["", "{}", '{"key": "a", "video": "a.mp4", "measured": {"value": "high"}}'])
-def test_a_line_of_another_form_is_named(folder: Path, tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize("text", ["", "{}", '{"value": "high"}'])
+def test_a_file_of_another_form_is_named(folder: Path, tmp_path: Path, text: str) -> None:
     (task, *_) = prepare(request_of(folder), SOURCES, checks_files=False)
-    (tmp_path / f"{task.dimension.name}-1.jsonl").write_text(f"{line}\n")
-    with pytest.raises(MalformedFile, match=r"temporal_flickering-1\.jsonl, line 1: .*delete the file"):
+    task.kept_file(tmp_path, task.items[0]).write_text(text)
+    with pytest.raises(MalformedFile, match=r"temporal_flickering-\w+\.json: .*delete it to measure"):
         read_kept(task, tmp_path)
 
 
 @pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random, lambda: float(np.random.rand())])
 def test_a_draw_of_a_users_network_is_the_same_in_any_order(folder: Path, tmp_path: Path, draw: Callable) -> None:
-    """As a network with noise in its layers draws: from a global generator, which is left as it was."""
+    """A network with random layers draws from a global generator, whose state is restored."""
     task = prepare(request_of(folder), SOURCES, checks_files=False)[0]
     drawing = with_formula(task, lambda *_: Measured(draw()))
     there, back = (measure_share(drawing, places, ALONE, tmp_path) for places in (range(5), range(4, -1, -1)))

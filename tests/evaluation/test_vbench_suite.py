@@ -1,4 +1,4 @@
-"""VBench's file names: what a suite wants, what a folder lacks, and which prompts no file can be named by."""
+"""File names of a suite, problems of a folder, and prompts that cannot be file names."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpgo_video.data.media import write_video
 from bpgo_video.data.prompt_files import PromptFileError
-from bpgo_video.data.video import write_video
 from bpgo_video.evaluation import vbench_suite as vbench_suite
-from bpgo_video.evaluation.vbench_folder import video_problems
 from bpgo_video.evaluation.vbench_suite import (
     Suite,
     SuiteError,
@@ -21,6 +20,7 @@ from bpgo_video.evaluation.vbench_suite import (
     image_path,
     listing,
     read_suite,
+    video_problems,
 )
 
 ENTRIES = [
@@ -44,7 +44,7 @@ def full_info(tmp_path: Path) -> Path:
 def test_files_are_named_by_the_prompt_verbatim(full_info: Path) -> None:
     suite = read_suite(str(full_info))
     assert list(suite.names())[:2] == ["a dog, In the style of Ukiyo-0.mp4", "a dog, In the style of Ukiyo-1.mp4"]
-    assert len(suite.names()) == 2 * 5, "an entry that comes twice is one prompt"
+    assert len(suite.names()) == 2 * 5, "a prompt with two entries counts once"
     assert suite.dimensions == ("appearance_style", "temporal_style", "scene", "color")
     assert list(suite.names("scene")) == [f"the façade of Petra-{i}.mp4" for i in range(5)]
     assert len(suite.names("temporal_style")) == 5
@@ -72,7 +72,7 @@ def test_the_list_of_the_installed_package_is_found_without_importing_it(
     assert "vbench" not in sys.modules
 
 
-def test_prompts_that_name_no_file_are_named(tmp_path: Path) -> None:
+def test_prompts_that_cannot_be_file_names_are_errors(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("black and/or white\na cat\n" + "long " * 50 + "\n")
     with pytest.raises(SuiteError) as caught:
         read_suite(str(tmp_path / "own.txt"))
@@ -82,7 +82,7 @@ def test_prompts_that_name_no_file_are_named(tmp_path: Path) -> None:
 
 
 def test_the_longest_name_that_is_taken_can_be_written(tmp_path: Path) -> None:
-    """A file is written under `.{name}.partial-{8 digits}` first."""
+    """A file is first written as `.{name}.partial-{8 digits}`."""
     longest = vbench_suite.LONGEST_NAME - len("-00.mp4")
     assert list(SuitePrompt("é" * (longest // 2)).problems) == []
     name = f"{'x' * longest}-00.mp4"
@@ -104,7 +104,7 @@ def test_lists_that_cannot_be_used_are_errors(tmp_path: Path, name: str, text: s
         read_suite(str(tmp_path / name))
 
 
-def test_what_a_folder_lacks_and_what_it_should_not_have(full_info: Path, tmp_path: Path) -> None:
+def test_missing_and_foreign_files_are_problems(full_info: Path, tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     with pytest.raises(SuiteError, match="no folder"):
         video_problems(folder, read_suite(str(full_info)))
@@ -114,7 +114,7 @@ def test_what_a_folder_lacks_and_what_it_should_not_have(full_info: Path, tmp_pa
         write_video(folder / name, torch.zeros(2, 3, 16, 16), fps=8)
     assert video_problems(folder, suite) == []
     (folder / "the façade of Petra-0.mp4").unlink()
-    (folder / "the fac\u0327ade of Petra-0.mp4").write_bytes(b"")  # the same letters, as some file systems spell them
+    (folder / "the fac\u0327ade of Petra-0.mp4").write_bytes(b"")  # the same letters in another Unicode normal form
     (folder / "A dog, in the style of ukiyo-0.mp4").write_bytes(b"")
     (folder / ".DS_Store").write_bytes(b"")
     hidden, cased, spelled, missing = video_problems(folder, suite)

@@ -1,4 +1,4 @@
-"""VBench's totals equal its own, to the last digits; sets that are not whole have none."""
+"""Totals equal those of VBench's scripts; result files are checked when they are read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpgo_video.evaluation.vbench_results import (
+    BENCHMARKS,
     Result,
     ResultError,
+    TotalsError,
     Video,
+    benchmark_of,
     check_complete,
     merge,
     read_results,
+    totals,
     write_results,
 )
-from bpgo_video.evaluation.vbench_totals import BENCHMARKS, TotalsError, benchmark_of, totals
 from bpgo_video.training.metrics import MalformedFile
 
 GOLDEN = {
@@ -36,7 +39,7 @@ I2V = {
 
 
 def test_the_golden_vector() -> None:
-    """What VBench's scripts/cal_final_score.py gives for these sixteen scores."""
+    """The output of VBench's scripts/cal_final_score.py for these sixteen scores."""
     found = totals("vbench", GOLDEN)
     assert list(found) == ["quality", "semantic", "total"]
     assert found["quality"] == pytest.approx(0.8282967379389304, abs=1e-12)
@@ -62,7 +65,7 @@ def test_the_second_version_is_a_mean_of_means() -> None:
     assert len(names) == 18
     scores = {name: number / 20 for number, name in enumerate(names)}
     found = totals("vbench-2.0", scores)
-    sizes = [2, 2, 7, 3, 4]  # of its README: creativity, commonsense, controllability, human fidelity, physics
+    sizes = [2, 2, 7, 3, 4]  # from its README: creativity, commonsense, controllability, human fidelity, physics
     means, start = [], 0
     for size in sizes:
         means.append(sum(range(start, start + size)) / size / 20)
@@ -79,17 +82,15 @@ def test_the_total_is_between_its_groups(scores: dict[str, float]) -> None:
     assert found["total"] == pytest.approx(0.8 * found["quality"] + 0.2 * found["semantic"], abs=1e-12)
 
 
-def test_a_missing_dimension_is_no_zero() -> None:
-    """VBench's script takes it for a raw 0, which weighs -.1712 after the normalisation of subject consistency."""
+def test_a_missing_dimension_does_not_count_as_zero() -> None:
+    """VBench's script counts it as a raw 0, which is -.1712 after the normalisation of subject consistency."""
     fewer = {name: score for name, score in GOLDEN.items() if name != "subject_consistency"}
-    with pytest.raises(TotalsError, match=r"missing: subject_consistency .*--partial"):
-        totals("vbench", fewer)
-    found = totals("vbench", fewer, partial=True)
+    found = totals("vbench", fewer)
     whole = totals("vbench", GOLDEN)
     subject = (0.95 - 0.1462) / 0.8538
     assert found["quality"] == pytest.approx((6.5 * whole["quality"] - subject) / 5.5, abs=1e-12)
     only_quality = {name: score for name, score in GOLDEN.items() if name in list(GOLDEN)[:7]}
-    assert totals("vbench", only_quality, partial=True) == {
+    assert totals("vbench", only_quality) == {
         "quality": pytest.approx(whole["quality"], abs=1e-12), "semantic": None, "total": None,
     }  # fmt: skip
 
@@ -138,7 +139,7 @@ def test_results_are_read_as_vbench_writes_them_and_as_we_do(tmp_path: Path) -> 
         ({"color": [0.5, []]}, r"color\.1: .*at least 1 item"),
         ({"color": [0.5]}, r"color\.1: Field required"),
         ({"color": 0.5}, r"color: .*valid array \(given: 0\.5\)"),
-        ({"color": [0.5, [VIDEOS[0], VIDEOS[0]]]}, r"color\.1: .*'v/a-0\.mp4' is there 2 times"),
+        ({"color": [0.5, [VIDEOS[0], VIDEOS[0]]]}, r"color\.1: .*'v/a-0\.mp4' appears 2 times"),
         ({"color": [0.5, [{"video_path": "a"}]]}, r"color\.1\.0\.video_results: Field required"),
         ({"color": [0.5, [{"video_path": "a", "video_results": math.nan}]]}, r"video_results.*finite number"),
         ({"color": [0.5, [{"video_path": "a", "video_results": "yes"}]]}, r"video_results.*given: 'yes'"),
@@ -166,7 +167,7 @@ def test_a_dimension_comes_from_one_file(tmp_path: Path) -> None:
 
 
 def test_results_are_of_all_the_requested_videos(tmp_path: Path) -> None:
-    """VBench's temporal flickering goes on without videos that it cannot decode."""
+    """VBench's temporal flickering skips videos that it cannot decode."""
     (color,) = read_results(write(tmp_path / "r.json", {"color": [0.5, VIDEOS]}))
     check_complete(color, ["a-0.mp4", "a-1.mp4"])
     with pytest.raises(ResultError, match=r"lacks 1 videos, 'a-2\.mp4' first"):

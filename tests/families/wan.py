@@ -8,7 +8,7 @@ from functools import partial
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.policies.wan_image import TEXT_BESIDE_IMAGES
+from bpgo_video.policies.wan import TEXT_BESIDE_IMAGES
 from tests.families.case import Case
 from tests.made.random_wan import TEXT_TOKENS, random_wan
 

@@ -15,7 +15,7 @@ from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference.conversion import Conversion, convert, verify_output
 from bpgo_video.inference.model_files import write_single_file
 from bpgo_video.inference.run_weights import find_checkpoint
-from bpgo_video.policies.original_names import original_names
+from bpgo_video.policies import original_names
 from tests.inference.test_conversion import LORA, WEIGHTS, adapted_run, converted, trained_weights, write_run
 from tests.made.random_wan import random_wan
 

@@ -25,12 +25,11 @@ from bpgo_video.commands.convert import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.distributed.universal import verify_universal
-from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.distributed.zero_files import CheckpointError, verify_universal
 from bpgo_video.inference.conversion import Conversion, convert, verify_output
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
-from bpgo_video.policies.transformers import Transformers
+from bpgo_video.policies.networks import Transformers
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
 from tests.made.recipes import small_recipe
 from tests.made.zero_checkpoints import CODE, write_average, write_checkpoint

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from bpgo_video.commands.generate import main
 from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.data.media import read_video
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.data.video import read_video
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.generate import generate, initial_latents
 from bpgo_video.inference.settings import CallSettings, GenerationSettings, find_model, resolve

@@ -17,7 +17,7 @@ from bpgo_video.inference import generate as generation
 from bpgo_video.inference.generate import OFFLOADS, check_offload, describe, save_memory
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.inference.video_files import read_records
-from bpgo_video.policies.cogvideox_attention import CogVideoXAttention
+from bpgo_video.policies.cogvideox import CogVideoXAttention
 from tests.families import CASES
 from tests.inference.videos import CPU, case_settings, pipeline_of, videos
 from tests.made.random_wan import random_wan

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bpgo_video.config.bpgo import LoraConfig
-from bpgo_video.data.build import build_shards
+from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.data.media import write_video
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.data.prompt_records import EncoderStamp
-from bpgo_video.data.video import write_video
+from bpgo_video.data.writer import build_shards
 from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.conversion import Conversion, convert

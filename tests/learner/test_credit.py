@@ -1,4 +1,4 @@
-"""Does segment credit spread a video's advantage over its frames without changing it?"""
+"""Segment credit: numbers by hand, and a video's advantage as the mean over its latent frames."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.learner.advantages import group_relative
-from bpgo_video.learner.credit import FrameLayout, frame_credit, segment_credit
+from bpgo_video.learner.advantages import FrameLayout, frame_credit, group_relative, segment_credit
 
 
 def test_latent_frames_by_hand() -> None:
@@ -61,7 +60,7 @@ def test_credit_is_the_formula_and_has_mean_0_over_frames(seed: int, stride: int
     assert found.mean(dim=2).abs().max() < 1e-12
 
 
-def test_frames_that_stand_alike_in_their_group_get_nothing() -> None:
+def test_equal_z_scores_over_frames_give_no_credit() -> None:
     alike = torch.randn(3, 6, 1, dtype=torch.float64).expand(3, 6, 9)
     assert frame_credit(alike, torch.arange(9) / 8, FrameLayout(9, 8.0, 4)).abs().max() < 1e-9
     assert not frame_credit(torch.full((1, 4, 5), 0.1), torch.arange(5) / 8, FrameLayout(5, 8.0, 4)).any()

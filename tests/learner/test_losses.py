@@ -1,4 +1,4 @@
-"""Is the total loss the paper's, with its true gradient, and GRPO's where BPGO is off?"""
+"""The total loss: numbers by hand, its true gradient, and GRPO's loss where BPGO is off."""
 
 import math
 import statistics
@@ -6,17 +6,16 @@ import statistics
 import pytest
 import torch
 
+from bpgo_video.config.learner import BPGOConfig, LossConfig
 from bpgo_video.diffusion.sde import SAMPLERS, steps_of
 from bpgo_video.learner.advantages import group_relative
 from bpgo_video.learner.bpgo import step_advantages
 from bpgo_video.learner.losses import (
     PolicyShift,
-    TrustRegion,
     bpgo_loss,
     clipped_surrogate,
     divergence_masked_surrogate,
 )
-from bpgo_video.learner.settings import BPGOSettings
 from bpgo_video.types import PriorAnchor
 
 
@@ -25,7 +24,7 @@ def anchor(prior, scale=1.0):
 
 
 def clip(low, high):
-    return TrustRegion(clip_range=(low, high))
+    return LossConfig(clip_range=(low, high))
 
 
 def per_sample(result, group):
@@ -47,7 +46,7 @@ def test_total_loss_by_hand():
     # R = 0, 1, 2; prior .5, s_ref 1, alpha .5, k 1, lambda 1, zeta .4; u = -.5, .5, 1.5
     # w = 1 + .5 tanh(.25); A = (-1, 0, 1)/(1 + 1e-6); R~ = -.5 e^-.5, 1.5 e^.5, 2.5 e^1.5
     rewards, prior = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
-    result = step_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, BPGOSettings(zeta=0.4))
+    result = step_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, BPGOConfig(zeta=0.4))
     log_prob = torch.tensor([1.2, 0.8, 1.3], dtype=torch.float64).log()
     loss = bpgo_loss(PolicyShift(log_prob), *per_sample(result, 3), 0.4, clip(0.1, 0.25))
 
@@ -70,7 +69,7 @@ def test_alpha_and_zeta_zero_are_grpo_bit_for_bit(clip_range):
     for learner in ("bpgo", "grpo"):
         log_prob = (old + 1e-2 * torch.randn(24, generator=torch.Generator().manual_seed(6))).requires_grad_()
         if learner == "bpgo":
-            settings = BPGOSettings(alpha=0.0, zeta=0.0)
+            settings = BPGOConfig(alpha=0.0, zeta=0.0)
             result = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
             value = bpgo_loss(
                 PolicyShift(log_prob - old), *per_sample(result, 6), settings.zeta, clip(*clip_range)
@@ -93,7 +92,7 @@ def test_gradient_equals_finite_differences(form, sampler):
     rng = torch.Generator().manual_seed(7)
     latents, noise = (torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(2))
     rewards = torch.randn(prompts, group, generator=rng, dtype=torch.float64)
-    prior, settings = torch.tensor([-0.5, 0.1, 0.9], dtype=torch.float64), BPGOSettings(form=form)
+    prior, settings = torch.tensor([-0.5, 0.1, 0.9], dtype=torch.float64), BPGOConfig(form=form)
     result = step_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, settings)
     step = steps_of(torch.linspace(1, 0, 6))[2]
 
@@ -122,7 +121,7 @@ def test_gradient_equals_finite_differences(form, sampler):
 @pytest.mark.parametrize("form", ["paper", "released"])
 def test_equal_rewards_give_exactly_zero_gradient(group, form):
     rewards, prior = torch.tensor([0.1, 0.27, 1 / 3])[:, None].repeat(1, group), torch.full((3,), 0.2)
-    settings = BPGOSettings(form=form)
+    settings = BPGOConfig(form=form)
     result = step_advantages({"clip": rewards}, anchor(prior, 0.02), {"clip": 1.0}, settings)
     rng = torch.Generator().manual_seed(8)
     old = torch.randn(3 * group, generator=rng)
@@ -171,7 +170,7 @@ def test_errors_name_the_value():
     with pytest.raises(ValueError, match="clip_range"):
         clip(-0.1, 0.1)
     with pytest.raises(ValueError, match=r"loss\.ratio guard compares the means"):
-        clipped_surrogate(PolicyShift(one), one, TrustRegion(ratio="guard"))
+        clipped_surrogate(PolicyShift(one), one, LossConfig(ratio="guard"))
 
 
 def test_the_divergence_mask_by_hand():
@@ -180,14 +179,16 @@ def test_the_divergence_mask_by_hand():
     divergence = torch.tensor([0.02, 0.02, 0.01, 0.02, 0.009], dtype=torch.float64)
     advantage = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
     move = PolicyShift(log_ratio, divergence, torch.tensor(1.0, dtype=torch.float64))
-    loss = divergence_masked_surrogate(move, advantage, TrustRegion("divergence_mask", divergence_limit=0.01))
+    loss = divergence_masked_surrogate(
+        move, advantage, LossConfig(trust_region="divergence_mask", divergence_limit=0.01)
+    )
     up, down = math.exp(0.1), math.exp(-0.1)
     torch.testing.assert_close(loss, torch.tensor([0.0, up, 0.0, -down, -up], dtype=torch.float64))
     gradient = torch.autograd.grad(loss.sum(), log_ratio)[0]
     torch.testing.assert_close(gradient, loss.detach())  # d(r A)/d log r = r A, and 0 where masked
 
 
-def test_guards_ratio_is_centred_on_one_with_a_spread_that_knows_no_noise_level():
+def test_the_guard_ratio_is_centred_and_has_the_same_spread_at_every_noise_level():
     rng = torch.Generator().manual_seed(3)
     spreads = []
     for std in (0.05, 0.8):
@@ -196,7 +197,7 @@ def test_guards_ratio_is_centred_on_one_with_a_spread_that_knows_no_noise_level(
         log_ratio = -((std * noise - change) ** 2 - (std * noise) ** 2) / (2 * std**2)
         divergence = (change**2 / (2 * std**2)).expand_as(log_ratio)
         move = PolicyShift(log_ratio, divergence, torch.tensor(std, dtype=torch.float64))
-        normalised = TrustRegion(ratio="guard")
+        normalised = LossConfig(ratio="guard")
         loss = clipped_surrogate(move, torch.ones_like(log_ratio), normalised)
         assert loss.shape == log_ratio.shape
         found = std * (log_ratio + divergence)

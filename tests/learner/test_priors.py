@@ -1,4 +1,4 @@
-"""Which anchor does each source give? By hand, after use and not before, and the same after a resume."""
+"""Anchors of each kind of prior by hand; averages are updated after use, and are the same after a resume."""
 
 import copy
 import math
@@ -9,14 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.config.bpgo import ConfigError, RewardConfig
-from bpgo_video.config.learner import PriorConfig
-from bpgo_video.data.prior_files import PriorTable
+from bpgo_video.config.learner import BPGOConfig, PriorConfig, RewardConfig
+from bpgo_video.data.priors import PriorTable
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.learner.bpgo import BPGOSettings, step_advantages
-from bpgo_video.learner.priors import PRIORS, PriorInputs, image_key
-from bpgo_video.learner.running_priors import pooled_spread, updated
-from bpgo_video.learner.shrinkage import shrunk_means
+from bpgo_video.learner.bpgo import step_advantages
+from bpgo_video.learner.priors import (
+    PRIORS,
+    PriorInputs,
+    image_key,
+    pooled_spread,
+    shrunk_means,
+    update_running_rewards,
+)
 from bpgo_video.rewards import FrameSampling, FrameScores
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.types import PromptBatch
@@ -35,7 +39,7 @@ def anchor(kind, batch, rewards, running=None, **keys):
 
 
 def after(batch, rewards, running=None, decay=0.75, scale=None):
-    return updated(running or {}, batch.ids.tolist(), {"clip": rewards}, decay, scale)
+    return update_running_rewards(running or {}, batch.ids.tolist(), {"clip": rewards}, decay, scale)
 
 
 def test_constant_is_the_recipes_numbers():
@@ -58,7 +62,7 @@ def test_moving_averages_by_hand():
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("ema", [5.0, 3.5]), ("global", [3.5, 3.5])])
-def test_a_running_prior_is_what_was_before_the_batch(kind, expected):
+def test_a_running_prior_is_the_average_before_the_batch(kind, expected):
     running = after(prompts(7, 8), FIRST)
     found = anchor(kind, prompts(8, 9), SECOND, running)  # 8 was seen, 9 was not
     assert found.mean.tolist() == pytest.approx(expected)
@@ -67,7 +71,7 @@ def test_a_running_prior_is_what_was_before_the_batch(kind, expected):
 
 
 @pytest.mark.parametrize("kind", ["ema", "global"])
-def test_the_first_batch_is_seen_with_its_own_numbers_or_the_recipes_scale(kind):
+def test_the_first_batch_uses_its_own_averages_or_the_recipes_scale(kind):
     found = anchor(kind, prompts(7, 8), FIRST)
     assert found.mean.tolist() == [3.5, 3.5]
     assert found.scale == pytest.approx(1.0)
@@ -82,7 +86,7 @@ def test_a_batch_without_spread_leaves_the_scale_as_it_is():
     never = after(prompts(1, 2), flat)
     assert never["clip"]["spread"] is None
     found = anchor("ema", prompts(1, 2), flat, never)
-    result = step_advantages({"clip": flat}, {"clip": found}, {"clip": 1.0}, BPGOSettings())
+    result = step_advantages({"clip": flat}, {"clip": found}, {"clip": 1.0}, BPGOConfig())
     assert torch.equal(result.advantage, torch.zeros(2, 8))
     assert after(prompts(7, 8), FIRST, never)["clip"]["spread"] == pytest.approx(1.0)
 
@@ -135,7 +139,8 @@ def test_shrunk_means_lie_between_a_prompts_own_and_the_common_one(seed):
 
 def test_a_stored_table_can_be_shrunk():
     rows = torch.tensor([[0.0, 2.0, 4], [6.0, 0.0, 4], [3.0, math.sqrt(2), 4]]).double()
-    table = PriorTable("clip", "v1", 1.4, "policy", torch.tensor([4, 5, 9]).numpy(), rows.numpy(), "command").shrunk()
+    anchors = dict(zip((4, 5, 9), map(tuple, rows.tolist()), strict=True))
+    table = PriorTable(reward="clip", version="v1", scale=1.4, policy="policy", anchors=anchors).shrunk()
     found = table.anchor(prompts(9, 4))
     expected = shrunk_means(rows[:, 0], rows[:, 1], rows[:, 2].long())
     torch.testing.assert_close(found.mean, expected[[2, 0]].float())
@@ -164,7 +169,7 @@ class Steadiness:
         return FrameScores(same.float()[:, None])
 
 
-def test_first_frame_is_what_the_image_earns_by_the_same_reward():
+def test_first_frame_is_the_reward_of_the_image():
     models = {"dark": "tests.learner.test_priors:Darkness", "steady": "tests.learner.test_priors:Steadiness"}
     suite = RewardSuite(
         {name: RewardConfig(model=model) for name, model in models.items()}, torch.device("cpu"), fps=8.0
@@ -180,20 +185,20 @@ def test_first_frame_is_what_the_image_earns_by_the_same_reward():
     found = PRIORS["first_frame"](PriorConfig(kind="first_frame"), seen)["dark"]
     assert found.mean.tolist() == [-1.0, -1.0]
     assert found.scale == pytest.approx(1.0)
-    with pytest.raises(ConfigError, match=r"first_frame.*'dark'"):
+    with pytest.raises(ValueError, match=r"first_frame.*'dark'"):
         PRIORS["first_frame"](PriorConfig(kind="first_frame"), PriorInputs(batch, suite.versions, rewards))
 
 
-def test_a_centred_first_frame_lies_at_the_level_of_the_runs_videos():
+def test_a_centred_first_frame_is_at_the_level_of_the_runs_videos():
     """Images that earn 5 and 7 where videos earn 1 on average: anchors 0 and 2, at first and with averages."""
     versions, batch, prior = {"clip": "v1"}, prompts(1, 2), PriorConfig(kind="first_frame_centred")
     images = {"clip": torch.tensor([5.0, 7.0])}
     rewards = {"clip": torch.tensor([[0.0, 1.0], [1.0, 2.0]]), image_key("clip"): images["clip"][:, None]}
     found = PRIORS[prior.kind](prior, PriorInputs(batch, versions, rewards, {}, images))["clip"]
     assert found.mean.tolist() == [0.0, 2.0]
-    running = updated({}, [1, 2], rewards, decay=0.5, scale=None)
+    running = update_running_rewards({}, [1, 2], rewards, decay=0.5, scale=None)
     later = {"clip": rewards["clip"] + 2, image_key("clip"): rewards[image_key("clip")] + 1}
-    running = updated(running, [1, 2], later, decay=0.5, scale=None)  # levels 2 and 6.5
+    running = update_running_rewards(running, [1, 2], later, decay=0.5, scale=None)  # levels 2 and 6.5
     found = PRIORS[prior.kind](prior, PriorInputs(batch, versions, later, running, images))["clip"]
     assert found.mean.tolist() == pytest.approx([0.5, 2.5])
     inputs = PriorInputs(batch, versions, later, running, images)

@@ -1,4 +1,4 @@
-"""A stand-in for VBench's package, which behaves as the variable BEHAVIOUR says."""
+"""A fake of VBench's package, controlled by the environment variable BEHAVIOUR."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json, os
 from pathlib import Path
 
 class VBench:
-    """Behaves as BEHAVIOUR says; leaves what it was called with."""
+    """Fails or succeeds by BEHAVIOUR; records its arguments."""
     def __init__(self, device, full_info, output):
         self.device, self.full_info, self.output = str(device), full_info, Path(output)
 
@@ -28,9 +28,9 @@ class VBench:
 
 
 def fake_package(site: Path) -> Path:
-    """The package's folder below `site`, which is to be on the interpreter's path."""
+    """The package's folder in `site`, which must be on the interpreter's path."""
     folder = site / "vbench"
     folder.mkdir(parents=True)
-    (site / "torch.py").write_text("device = str")  # the real one takes seconds to import, once a process
+    (site / "torch.py").write_text("device = str")  # the real one takes seconds to import in each process
     (folder / "__init__.py").write_text(FAKE)
     return folder

@@ -1,14 +1,15 @@
-"""Results of models that were never run: scores by formula and videos of one shade, for tests of comparisons."""
+"""Synthetic results of models for tests of comparisons: scores by formula, and grey videos."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bpgo_video.data.video import write_video
-from bpgo_video.evaluation.compare_scores import Measure, ModelScores, PromptLine, Scored, ScoresFolder
+from bpgo_video.data.media import write_video
+from bpgo_video.evaluation.compare_scores import Measure, ModelScores, PromptLine, video_path, write_scores
 
 MEASURES = {
     "oracle": Measure("heldout", "1"),
@@ -35,7 +36,7 @@ def results(
     step: int | None = None,
     spread: float = 0.02,
 ) -> ModelScores:
-    """Standard normal scores, the same for all models of one seed, moved by `gains` and a little by the label."""
+    """Standard normal scores, the same for all models of one seed, shifted by `gains` and slightly by the label."""
     lines = []
     for row in range(prompts):
         rng = np.random.default_rng([seed, row])
@@ -49,12 +50,12 @@ def results(
     return ModelScores(label, f"models/{label}", settings, MEASURES, lines, "base", run, step)
 
 
-def found(path: Path, scores: ModelScores, shade: float | None = None) -> Scored:
-    """The scores as a folder; with videos that brighten to `shade`."""
-    folder = ScoresFolder(path)
-    folder.write(scores)
+def found(path: Path, scores: ModelScores, shade: float | None = None) -> ModelScores:
+    """The scores in a folder, with videos that brighten to `shade`."""
+    scores = replace(scores, folder=path)
+    write_scores(scores)
     if shade is not None:
         for row in range(len(scores.prompts)):
             video = torch.linspace(0, shade, 9)[:, None, None, None].expand(9, 3, 32, 48)
-            write_video(folder.video(row), video, fps=8.0)
-    return Scored(scores, folder)
+            write_video(video_path(path, row), video, fps=8.0)
+    return scores

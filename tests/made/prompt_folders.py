@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bpgo_video.data.prompt_records import EncoderStamp, PromptRecord, layout_of
-from bpgo_video.data.shard_writing import write_index, write_negative, write_shard
+from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.data.records import PromptRecord, layout_of
+from bpgo_video.data.writer import write_index, write_negative, write_shard
 
 
 def write_shards(

@@ -1,4 +1,4 @@
-"""Real clips under VBench's names, and what its own code gives for them with small networks in its own ones' place."""
+"""Real clips under VBench's names, and the numbers of VBench's own code for them with small networks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bpgo_video.data.video import as_bytes, write_video
+from bpgo_video.data.media import as_bytes, write_video
 from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS
 from bpgo_video.evaluation.vbench_networks import Sources
 from bpgo_video.evaluation.vbench_results import Result
@@ -19,7 +19,7 @@ from tests.made.real_clips import real_clip
 from tests.made.tiny_vbench import BACKBONES
 from tests.vbench_side import tiny_networks as tiny
 
-CLIPS = {  # prompt -> clip, frames, rows, columns, frames a second
+CLIPS = {  # prompt -> clip, frames, rows, columns, fps
     "a man talks, camera pans left": ("carphone_pristine", 21, slice(0, 144), slice(0, 176), 29.97),
     "people ride bikes, camera static": ("bikes", 16, slice(0, 272), slice(0, 640), 25.0),
     "a rabbit, camera zooms in": ("bigbuckbunny", 9, slice(40, 600), slice(300, 620), 8.0),
@@ -28,12 +28,12 @@ INFO = {"auxiliary_info": {"appearance_style": {"appearance_style": "watercolor 
 
 
 def write_clips(folder: Path) -> list[dict[str, str]]:
-    """One video a prompt, each with another size, length and rate, and a picture of its first frame, half as large."""
+    """One video per prompt, of different sizes, lengths and rates, and an image of its first frame at half size."""
     entries = []
     for number, (prompt, (name, count, rows, columns, fps)) in enumerate(CLIPS.items()):
         frames = real_clip(name, 0, count)[:, :, rows, columns]
         video, image = folder / f"{prompt}-0.mp4", folder.parent / f"picture{number}.png"
-        write_video(video, frames, fps, crf=0)  # no frame depends on the version of the encoder
+        write_video(video, frames, fps, crf=0)  # lossless, so that no frame depends on the encoder's version
         half = torch.nn.functional.avg_pool2d(frames[:1], 2)
         Image.fromarray(as_bytes(half)[0]).save(image)
         entries.append({"prompt": prompt, "video": str(video), "image": str(image), "style": "watercolor painting"})
@@ -51,12 +51,12 @@ def measured(name: str, entries: list[dict[str, str]], folder: Path) -> Result:
 
 
 def measured_alone(task: Task) -> Result:
-    """The result of one process that keeps nothing."""
-    return task.result([task.measure(item) for item in task.items])
+    """The result of a single process without kept numbers."""
+    return task.result(dict(enumerate(map(task.measure, task.items))))
 
 
 def assert_equal(ours: Result, score: float, values: list[float]) -> None:
-    """To 1e-6; imaging quality's videos have 100 points."""
+    """Checks equality to 1e-6; the scale of imaging quality's videos is 100."""
     points = 100 if ours.dimension == "imaging_quality" else 1
     assert [float(video.video_results) for video in ours.videos] == pytest.approx(values, abs=1e-6 * points), (
         ours.dimension
@@ -64,7 +64,7 @@ def assert_equal(ours: Result, score: float, values: list[float]) -> None:
     assert ours.score == pytest.approx(score, abs=1e-6), ours.dimension
 
 
-VBENCH: dict[str, tuple[float, list[float]]] = {  # of VBench's own code (distributed/test_vbench_package.py)
+VBENCH: dict[str, tuple[float, list[float]]] = {  # from VBench's own code (distributed/test_vbench_package.py)
     "subject_consistency": (0.8890934707813485, [0.9791271463036537, 0.7277260233958562, 0.9665732458233833]),
     "background_consistency": (0.9596251512682715, [0.9673521801829338, 0.9571306645870209, 0.9449847415089607]),
     "temporal_flickering": (0.9823909507078282, [0.981088576597326, 0.9885152751324223, 0.9775690003937366]),

@@ -1,4 +1,4 @@
-"""Factories of the small networks of vbench_side, as a user's --backbone names them."""
+"""Factories of the small networks of vbench_side, for --backbone."""
 
 from __future__ import annotations
 

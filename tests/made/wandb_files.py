@@ -1,4 +1,4 @@
-"""What an offline run of wandb has recorded: its .wandb file, read by LevelDB's log format and wandb's own records."""
+"""Reader of offline wandb runs: .wandb files in LevelDB's log format, with wandb's own records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK, HEADER, WHOLE, LAST = 32768, 7, 1, 4
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Those that are whole; one lies in one piece, or in several where a block of the file ends within it."""
+    """The complete records; a record that crosses a block boundary of the file is split into pieces."""
     content, offset, pieces = path.read_bytes(), HEADER, b""
     while offset < len(content):
         if (left := BLOCK - offset % BLOCK) < HEADER:
@@ -34,7 +34,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def finished_records(folder: Path) -> list[Record]:
-    """All records of one offline run: wandb's own process may write the last ones after `finish` has returned."""
+    """All records of one offline run; wandb's process may write the last ones after `finish` returned."""
     (path,) = folder.glob("*.wandb")
     deadline = time.monotonic() + 60
     while True:
@@ -46,7 +46,7 @@ def finished_records(folder: Path) -> list[Record]:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """The steps of one offline run, in order: values by their keys, of nested ones joined by dots."""
+    """The steps of one offline run, in order: values by key; nested keys are joined by dots."""
     every = finished_records(folder)
     rows = [record.history.item for record in every if record.WhichOneof("record_type") == "history"]
     return [{".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in rows]

@@ -11,8 +11,8 @@ from diffusers import WanPipeline
 
 from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.data.build import build_shards
 from bpgo_video.data.fingerprint import encoder_stamp
+from bpgo_video.data.writer import build_shards
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores

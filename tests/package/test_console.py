@@ -15,7 +15,7 @@ from bpgo_video import __main__ as console
 from bpgo_video.commands import demo
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import read_yaml, to_yaml
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
 from bpgo_video.distributed import engine
 from tests.made.recipes import ROOT
 

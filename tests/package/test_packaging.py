@@ -23,8 +23,8 @@ from pathlib import Path
 import bpgo_video
 assert Path(bpgo_video.__file__).is_relative_to(Path(sys.prefix)), bpgo_video.__file__
 from bpgo_video.policies import load_policy
-from bpgo_video.rewards.motion import LearnedMotion
-from bpgo_video.rewards.image_text import ClipScore
+from bpgo_video.rewards.tiny_rewards import LearnedMotion
+from bpgo_video.rewards.text import ClipScore
 policy = load_policy("package:bpgo_video.tiny/weights/wan", max_sequence_length=16)
 embeddings = policy.encode(["a red circle moving left"])["prompt_embeds"]
 assert embeddings.abs().sum() > 0

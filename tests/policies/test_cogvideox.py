@@ -22,7 +22,7 @@ from bpgo_video.diffusion.sde import shifted_sigmas
 from bpgo_video.inference.generate import load_pipeline, plan, read_records, sample
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
 from bpgo_video.policies import Policy
-from bpgo_video.policies.cogvideox_attention import dispatch
+from bpgo_video.policies.cogvideox import use_dispatcher
 from bpgo_video.randomness import generator_of, keyed_noise
 from bpgo_video.training.estimation import credit_by_frame
 from bpgo_video.training.session import Session
@@ -158,7 +158,7 @@ def test_the_dispatched_attention_is_diffusers_own(rotary: bool) -> None:
         "image_rotary_emb": (angles.cos(), angles.sin()) if rotary else None, "return_dict": False,
     }  # fmt: skip
     expected = transformer(**inputs)[0]
-    dispatch(transformer)
+    use_dispatcher(transformer)
     torch.testing.assert_close(transformer(**inputs)[0], expected, rtol=0, atol=2e-6)
     transformer.set_attention_backend("_native_math")
     torch.testing.assert_close(transformer(**inputs)[0], expected, rtol=0, atol=2e-6)

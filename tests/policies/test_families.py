@@ -21,11 +21,10 @@ from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies import Policy
-from bpgo_video.policies.kernels import choose_attention
+from bpgo_video.policies.execution import choose_attention
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.policies.pipeline_policy import PipelinePolicy, networks_of
+from bpgo_video.policies.networks import blocks_of, networks_of
 from bpgo_video.policies.sequence import parallelise
-from bpgo_video.policies.transformers import blocks_of
 from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
 from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
 from bpgo_video.training.plan_rehearsal import alone_in_a_group
@@ -96,7 +95,7 @@ def test_a_folder_of_an_older_diffusers_is_the_same_policy(case: Case, folder: P
 
 def test_a_chosen_attention_stays_in_sequence_groups(case: Case, folder: Path) -> None:
     policy = case.policy(folder, components=("transformer",))
-    choose_attention(policy.transformers, "_native_math")
+    choose_attention(policy.transformers, "_native_math", policy.sequence_plan)
     with alone_in_a_group(2) as mesh:
         for transformer in policy.transformers.values():
             parallelise(transformer, mesh, policy.sequence_plan)
@@ -132,17 +131,8 @@ def test_the_ratio_is_one_and_an_update_lowers_its_own_loss(case: Case, folder: 
     assert total_loss(objective, trajectories) < before
 
 
-@pytest.fixture
-def learner_of_videos(policy: Policy) -> Policy:
-    if type(policy).encode_video is PipelinePolicy.encode_video:
-        pytest.skip("the family does not encode videos: there is no warm start for it")
-    return policy
-
-
-def test_samples_at_levels_of_their_own_are_what_each_is_alone(
-    case: Case, folder: Path, learner_of_videos: Policy
-) -> None:
-    policy, sigma = learner_of_videos, torch.tensor([0.97, 0.93])
+def test_samples_at_levels_of_their_own_are_what_each_is_alone(case: Case, folder: Path, policy: Policy) -> None:
+    sigma = torch.tensor([0.97, 0.93])
     conditioning = case.prompts(policy, case.recipe(folder)).conditioning
     latents = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     together = policy.velocity(latents, sigma, conditioning)
@@ -154,9 +144,8 @@ def test_samples_at_levels_of_their_own_are_what_each_is_alone(
 
 
 def test_decode_gives_the_vae_what_its_encoder_gave(
-    case: Case, folder: Path, learner_of_videos: Policy, monkeypatch: pytest.MonkeyPatch
+    case: Case, folder: Path, policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy: Any = learner_of_videos
     video = case.video
     shape = (2, video.num_frames, 3, video.height, video.width)
     videos = torch.rand(shape, generator=torch.Generator().manual_seed(1))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bpgo_video.config.bpgo import ConfigError, PolicyConfig
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.policies import FAMILIES, family, family_of
-from bpgo_video.training.plan_models import described, known_models
+from bpgo_video.training.plan_models import known_models, policy_of
 
 NETWORKS = {
     "Wan": ("WanTransformer3DModel", "AutoencoderKLWan"),
@@ -52,7 +52,7 @@ def test_another_pipeline_of_the_same_networks_is_taken(pipeline: str, networks:
         ),
         ("LTXPipeline", "LTX", "WanImageToVideoPipeline", "holds a LTXVideoTransformer3DModel"),
         ("Kandinsky5T2VPipeline", "Kandinsky5", "HunyuanVideoPipeline", "holds a Kandinsky5Transformer3DModel"),
-        ("WanPipeline", "Wan", "Foo", r"policy\.family is 'Foo'; known are \[.*or a class of your own as 'my_pkg"),
+        ("WanPipeline", "Wan", "Foo", r"policy\.family is 'Foo'; known families are \[.*Write a class for it"),
         ("FooPipeline", "Wan", None, r"folder is a FooPipeline; known families are .*Write a class for it"),
     ],
 )
@@ -67,4 +67,4 @@ def test_folders_and_plans_are_asked_alike(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         family(tmp_path, "LTXPipeline")
     with pytest.raises(ConfigError, match=message):
-        described(known_models()["wan2.1-t2v-1.3b"], PolicyConfig("any", 512, family="LTXPipeline"))
+        policy_of(known_models()["wan2.1-t2v-1.3b"], "LTXPipeline", 512)

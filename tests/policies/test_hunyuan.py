@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.data.build import build_shards
 from bpgo_video.data.fingerprint import encoder_stamp
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.writer import build_shards
 from bpgo_video.diffusion.sde import flow_shift
 from bpgo_video.inference.settings import GenerationSettings, find_model, resolve
 from bpgo_video.policies import load_policy

@@ -21,10 +21,10 @@ from bpgo_video.config.reading import to_yaml
 from bpgo_video.inference.generate import add_adapters
 from bpgo_video.inference.model_files import write_diffusers_lora
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.policies.hunyuan15_attention import dispatch
-from bpgo_video.policies.kernels import choose_attention
+from bpgo_video.policies.execution import choose_attention
+from bpgo_video.policies.hunyuan15 import mask_keys
 from bpgo_video.policies.lora import ADAPTER
-from bpgo_video.policies.transformers import Transformers
+from bpgo_video.policies.networks import Transformers
 from tests.families.case import CPU
 from tests.families.hunyuan15 import HUNYUAN_15, HUNYUAN_15_IMAGE, TEXTS, random_hunyuan15
 from tests.made.zero_checkpoints import write_checkpoint
@@ -80,7 +80,7 @@ def test_a_mask_of_keys_is_a_mask_of_the_whole_square(transformer: Any) -> None:
         return output.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
 
     expected, gradients = found()
-    dispatch(transformer)
+    mask_keys(transformer)
     output, found_gradients = found()
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
     total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
@@ -90,7 +90,7 @@ def test_a_mask_of_keys_is_a_mask_of_the_whole_square(transformer: Any) -> None:
 
 
 def test_padding_is_seen_by_nothing(transformer: Any) -> None:
-    dispatch(transformer)
+    mask_keys(transformer)
     inputs = padded_inputs(transformer)
     expected = transformer(**inputs)[0]
     inputs["encoder_hidden_states"][1, 2:] = 7.0
@@ -101,10 +101,10 @@ def test_padding_is_seen_by_nothing(transformer: Any) -> None:
 
 
 def test_a_chosen_backend_stays_where_sequence_groups_come_later(transformer: Any) -> None:
-    dispatch(transformer)
+    mask_keys(transformer)
     choose_attention(Transformers({"transformer": transformer}), "_native_math")
     expected = transformer(**padded_inputs(transformer))[0]
-    dispatch(transformer)
+    mask_keys(transformer)
     backends = {str(block.attn.processor._attention_backend) for block in transformer.transformer_blocks}
     assert backends == {"AttentionBackendName._NATIVE_MATH"}
     assert torch.equal(transformer(**padded_inputs(transformer))[0], expected)

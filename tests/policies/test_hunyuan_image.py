@@ -90,7 +90,7 @@ def test_frames_are_counted_as_they_are_shown(folders: dict[str, Path]) -> None:
     policies = {kind: case.policy(folders[kind], components=()) for kind, case in KINDS.items()}
     assert policies["first_frame"].latent_shape(KINDS["first_frame"].video) == (4, 2, 4, 6)
     assert policies["concat"].latent_shape(KINDS["concat"].video) == (4, 4, 4, 6)
-    with pytest.raises(ConfigError, match=r"num_frames is 1, and the image is the first .* take 5 or more"):
+    with pytest.raises(ConfigError, match=r"num_frames is 1, and the image is the first .* take 5 frames or more"):
         policies["first_frame"].latent_shape(replace(KINDS["first_frame"].video, num_frames=1))
 
 
@@ -140,10 +140,14 @@ def test_what_is_masked_changes_nothing(policy: Policy) -> None:
 
 
 def test_the_pipeline_fits_the_transformer(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"image_condition_type to 'latent_concat'; HunyuanVideoPipeline samples"):
+    with pytest.raises(
+        ConfigError, match=r"image_condition_type to 'latent_concat'; HunyuanVideoPipeline samples only"
+    ):
         load_policy(str(folders["concat"]), max_sequence_length=12, components=(), name="HunyuanVideoPipeline")
     CASES["hunyuan"].write(tmp_path / "texts")
-    with pytest.raises(ConfigError, match=r"image_condition_type to None; .* samples \['latent_concat', 'token_rep"):
+    with pytest.raises(
+        ConfigError, match=r"image_condition_type to None; .* samples only \['latent_concat', 'token_rep"
+    ):
         load_policy(
             str(tmp_path / "texts"), max_sequence_length=12, components=(), name="HunyuanVideoImageToVideoPipeline"
         )

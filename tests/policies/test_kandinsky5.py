@@ -22,8 +22,7 @@ from torch import Tensor
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.inference.generate import initial_latents, load_pipeline, plan, read_records, sample
 from bpgo_video.inference.settings import GenerationSettings, find_model, resolve
-from bpgo_video.policies.kandinsky5 import text_positions
-from bpgo_video.policies.kandinsky5_transformer import prepare
+from bpgo_video.policies.kandinsky5 import Kandinsky5Policy, prepare, text_positions
 from bpgo_video.policies.sequence import check_heads
 from tests.families import CASES, load_policy
 from tests.families.case import CPU, TEXTS
@@ -250,11 +249,11 @@ def test_what_cannot_be_made_is_refused_by_name(folder: Path, image_folder: Path
     with pytest.raises(ConfigError, match=r"patches of \(1, 2, 2\); the transformer knows 128 positions"):
         TEXT.policy(folder, components=()).latent_shape(replace(TEXT.video, width=2064))
     config = json.loads((folder / "transformer" / "config.json").read_text())
-    with pytest.raises(ConfigError, match=r"this policy's 2 attention heads .* one of \[1, 2\]"):
-        check_heads(config, 3)
+    with pytest.raises(ConfigError, match=r"this policy's 2 attention heads; .* one of \[1, 2\]"):
+        check_heads(config, 3, Kandinsky5Policy.sequence_plan)
     sparse = tmp_path / "sparse"
     (sparse / "transformer").mkdir(parents=True)
     (sparse / "model_index.json").write_text((folder / "model_index.json").read_text())
     (sparse / "transformer" / "config.json").write_text(json.dumps({**config, "attention_type": "nabla"}))
-    with pytest.raises(ConfigError, match=r"attention_type 'nabla'.*take weights with attention_type 'regular'"):
+    with pytest.raises(ConfigError, match=r"attention_type to 'nabla'; .* samples only \['regular'\]"):
         load_policy(str(sparse), max_sequence_length=12, components=())

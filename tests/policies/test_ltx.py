@@ -65,7 +65,7 @@ def test_the_given_frame_is_what_the_pipeline_makes_of_the_image_itself(image_fo
 
 
 def test_nothing_is_left_to_sample_in_a_single_given_frame(image_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"num_frames is 1: the image is the only latent frame.* take 9 frames"):
+    with pytest.raises(ConfigError, match=r"num_frames is 1, and the image is the first of them.* take 9 frames"):
         IMAGE.policy(image_folder, components=()).latent_shape(replace(VIDEO, num_frames=1))
 
 

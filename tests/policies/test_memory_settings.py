@@ -18,10 +18,10 @@ from bpgo_video.config.rules import check
 from bpgo_video.distributed import ulysses
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import load_policy
-from bpgo_video.policies.frozen_parts import in_parts, save_memory
-from bpgo_video.policies.kernels import choose_attention, compile_blocks
+from bpgo_video.policies.execution import choose_attention, compile_blocks, save_memory, split_vae_work
+from bpgo_video.policies.networks import Transformers, blocks_of
 from bpgo_video.policies.sequence import parallelise
-from bpgo_video.policies.transformers import Transformers, blocks_of
+from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.training.plan_rehearsal import alone_in_a_group
 from bpgo_video.training.policy_session import sampling_policy
 from tests.distributed.small_transformers import inputs, random_transformer
@@ -103,12 +103,9 @@ def test_parts_go_back_where_their_work_fails(recipe: Config) -> None:
     assert stub.places()[:2] == ["cpu", "cpu"]
 
 
-def test_what_a_vae_or_a_policy_cannot_do_is_refused_by_name(recipe: Config) -> None:
-    with pytest.raises(ConfigError, match=r"policy\.vae_tiling is true, but Linear cannot"):
-        in_parts(nn.Linear(2, 2), tiling=True, slicing=False)
-    with pytest.raises(ConfigError, match="object has no attribute"):
-        save_memory(object(), replace(recipe.policy, vae_slicing=True), CPU)
-    save_memory(object(), recipe.policy, CPU)
+def test_what_a_vae_cannot_do_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.vae_tiling is true, but Linear does not support it"):
+        split_vae_work(nn.Linear(2, 2), tiling=True, slicing=False)
 
 
 def test_attention_goes_to_the_backend_in_sequence_groups_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +120,7 @@ def test_attention_goes_to_the_backend_in_sequence_groups_too(monkeypatch: pytes
         module = random_transformer("wan")
         choose_attention(Transformers({"transformer": module}), "_native_math")
         with alone_in_a_group(ranks) as mesh, torch.no_grad():
-            parallelise(module, mesh)
+            parallelise(module, mesh, WanPolicy.sequence_plan)
             monkeypatch.setattr(type(module).__module__ + ".dispatch_attention_fn", ulysses.attend)
             module(**inputs("wan", "even")[0], return_dict=False)
     assert {str(backend) for backend, _ in asked} == {"AttentionBackendName._NATIVE_MATH"}
@@ -148,7 +145,7 @@ def test_a_backend_that_cannot_train_here_is_refused(backend: str, message: str)
 
 
 def test_attention_that_is_written_in_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Linear has torch's"):
+    with pytest.raises(ConfigError, match="Linear calls torch's"):
         choose_attention(Transformers({"transformer": nn.Linear(2, 2)}), "native")
 
 

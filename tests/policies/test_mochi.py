@@ -11,7 +11,7 @@ from diffusers import MochiPipeline, MochiTransformer3DModel
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.inference.generate import load_pipeline, plan, read_records, sample
 from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
-from bpgo_video.policies.mochi_attention import dispatch
+from bpgo_video.policies.mochi import mask_keys
 from bpgo_video.randomness import keyed_noise
 from tests.families.mochi import MOCHI
 
@@ -46,7 +46,7 @@ def test_masked_padding_is_padding_left_out(folder: Path) -> None:
         "return_dict": False,
     }  # fmt: skip
     expected = transformer(**inputs)[0]
-    dispatch(transformer)
+    mask_keys(transformer)
     torch.testing.assert_close(transformer(**inputs)[0], expected, rtol=0, atol=2e-6)
     inputs["encoder_hidden_states"][1, 2:] = 7.0
     torch.testing.assert_close(transformer(**inputs)[0], expected, rtol=0, atol=2e-6)

@@ -13,13 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bpgo_video.distributed.block_calls import call_by_position
-from bpgo_video.distributed.model_buffers import model_buffers
-from bpgo_video.distributed.precision import PrecisionError, check_buffers, check_parameters
-from bpgo_video.distributed.stored_tensors import tensor_files
-from bpgo_video.policies.base import from_pretrained
+from bpgo_video.distributed.engine import call_by_position
+from bpgo_video.distributed.precision import (
+    PrecisionError,
+    check_buffers,
+    check_parameters,
+    model_buffers,
+    tensor_files,
+)
 from bpgo_video.policies.lora import merged_parameters
-from bpgo_video.policies.pipeline_policy import networks_of
+from bpgo_video.policies.networks import from_pretrained, networks_of
 from tests.distributed.conftest import run_ranks
 from tests.families import CASES
 

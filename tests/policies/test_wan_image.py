@@ -12,10 +12,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
 
 from bpgo_video.config.bpgo import Config, ConfigError, PriorConfig, VideoConfig
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.policies.wan_image import TEXT_BESIDE_IMAGES
+from bpgo_video.policies.wan import TEXT_BESIDE_IMAGES
 from bpgo_video.rollouts.conditioning import check_images, conditioned
 from bpgo_video.rollouts.rollout import Denoiser, guidance_of
 from bpgo_video.types import PromptBatch

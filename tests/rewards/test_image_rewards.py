@@ -17,11 +17,10 @@ from transformers import CLIPModel, SiglipModel
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards import backbones as backbones_module
-from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones
+from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones, Preprocessing
 from bpgo_video.rewards.checkpoints import from_open_clip
-from bpgo_video.rewards.image_text import Aesthetic, ClipImageScore, ClipScore, HPSv2, PickScore, SiglipScore
-from bpgo_video.rewards.preprocessing import Preprocessing
 from bpgo_video.rewards.suite import RewardSuite
+from bpgo_video.rewards.text import Aesthetic, ClipImageScore, ClipScore, HPSv2, PickScore, SiglipScore
 from bpgo_video.types import PromptBatch, RolloutChunk
 from tests.made import random_rewards as folders
 from tests.made.random_open_clip import random_hps
@@ -63,21 +62,21 @@ def letterboxed(frame: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(45, 64), (64, 30)])
-def test_hpsv2_is_open_clip_s_cosine_of_whole_frames(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_hpsv2_is_the_cosine_of_whole_frames_in_open_clip(tmp_path: Path, size: tuple[int, int]) -> None:
     base, clips = folders.random_clip(tmp_path / "base", act="gelu"), some_clips(3, *size)
     model = random_hps(tmp_path / "hps")
     expected = np.zeros((2, 3))
     for sample, text in enumerate(TEXTS):
-        wanted = unit(model.encode_text(folders.tokenizer()([text], return_tensors="pt").input_ids))
+        text_embedding = unit(model.encode_text(folders.tokenizer()([text], return_tensors="pt").input_ids))
         for frame, picture in enumerate(clips.videos[sample]):
-            expected[sample, frame] = unit(model.visual(letterboxed(picture, 28))) @ wanted
+            expected[sample, frame] = unit(model.visual(letterboxed(picture, 28))) @ text_embedding
     np.testing.assert_allclose(HPSv2(str(tmp_path / "hps"), str(base))(clips).values.numpy(), expected, atol=1e-5)
 
 
-def test_open_clip_s_names_are_those_of_clip_model_and_nothing_else(tmp_path: Path) -> None:
+def test_open_clip_names_convert_to_clip_model_names_and_others_are_refused(tmp_path: Path) -> None:
     weights = random_hps(tmp_path / "hps").state_dict()
-    converted, wanted = from_open_clip(weights), CLIPModel(folders.clip_config()).state_dict()
-    assert {name: w.shape for name, w in converted.items()} == {name: w.shape for name, w in wanted.items()}
+    converted, reference = from_open_clip(weights), CLIPModel(folders.clip_config()).state_dict()
+    assert {name: w.shape for name, w in converted.items()} == {name: w.shape for name, w in reference.items()}
     assert sum(w.double().sum() for w in converted.values()) == pytest.approx(
         float(sum(w.double().sum() for w in weights.values()))
     )
@@ -88,11 +87,11 @@ def test_open_clip_s_names_are_those_of_clip_model_and_nothing_else(tmp_path: Pa
 
 def heads(widths: list[int], names: list[str]) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(2)
-    found = {}
+    actual = {}
     for name, before, after in zip(names, widths[:-1], widths[1:], strict=True):
-        found[f"{name}weight"] = torch.randn(after, before, generator=draw)
-        found[f"{name}bias"] = torch.randn(after, generator=draw)
-    return found
+        actual[f"{name}weight"] = torch.randn(after, before, generator=draw)
+        actual[f"{name}bias"] = torch.randn(after, generator=draw)
+    return actual
 
 
 HEADS = {
@@ -102,7 +101,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", [*HEADS, "mlp.safetensors"])
-def test_aesthetic_points_are_the_head_of_clip_s_unit_vector(tmp_path: Path, name: str) -> None:
+def test_aesthetic_score_is_the_head_of_the_unit_embedding(tmp_path: Path, name: str) -> None:
     folder, clips = folders.random_clip(tmp_path / "clip"), some_clips(3)
     weights = HEADS[name.replace("safetensors", "pth")]
     save_file(weights, tmp_path / name) if name.endswith("safetensors") else torch.save(weights, tmp_path / name)
@@ -121,7 +120,7 @@ class Evil:
         return print, ("run",)
 
 
-def test_a_head_that_is_no_chain_or_runs_code_is_refused(tmp_path: Path) -> None:
+def test_a_malformed_head_or_one_that_runs_code_is_refused(tmp_path: Path) -> None:
     folder = str(folders.random_clip(tmp_path / "clip"))
     for weights in ({"weight": torch.zeros(1, 16)}, heads([16, 5], [""]), HEADS["linear.pth"] | {"x": torch.zeros(1)}):
         torch.save(weights, tmp_path / "head.pth")
@@ -137,7 +136,7 @@ def chunk() -> tuple[RolloutChunk, PromptBatch]:
     return RolloutChunk((), some_clips().videos, rows, torch.zeros_like(rows)), PromptBatch(rows, TEXTS, {})
 
 
-def test_rewards_on_one_network_load_it_once_and_encode_a_frame_once(tmp_path: Path, monkeypatch) -> None:
+def test_rewards_with_one_network_load_it_once_and_encode_a_frame_once(tmp_path: Path, monkeypatch) -> None:
     folder = str(folders.random_clip(tmp_path / "clip"))
     torch.save(HEADS["linear.pth"], tmp_path / "head.pth")
     shown: list[int] = []
@@ -165,7 +164,7 @@ def test_rewards_on_one_network_load_it_once_and_encode_a_frame_once(tmp_path: P
     assert sum(shown) == 2 * 2 * 3, "other clips are encoded again"
 
 
-def test_equal_classes_with_other_weights_dtype_or_preprocessing_share_nothing(tmp_path: Path) -> None:
+def test_networks_with_other_weights_dtype_or_preprocessing_are_not_shared(tmp_path: Path) -> None:
     base = folders.random_clip(tmp_path / "base", act="gelu")
     pick = folders.random_clip(tmp_path / "pick", seed=1, act="gelu")
     random_hps(tmp_path / "hps")
@@ -180,7 +179,7 @@ def test_equal_classes_with_other_weights_dtype_or_preprocessing_share_nothing(t
     torch.testing.assert_close(half(clips).values, both[0](clips).values / both[0].scale, atol=0.03, rtol=0)
 
 
-def test_rewards_that_read_one_network_differently_share_no_features(tmp_path: Path) -> None:
+def test_features_with_other_preprocessing_are_not_shared(tmp_path: Path) -> None:
     folder, other, backbones = folders.random_clip(tmp_path / "clip"), tmp_path / "other", Backbones()
     folders.tokenizer(ends=False).save_pretrained(other)
     (other / "preprocessor_config.json").write_text(json.dumps(folders.crops(28, 28) | {"image_mean": [0.1] * 3}))
@@ -204,7 +203,7 @@ def test_frames_are_scored_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
     assert seen == [3, 3, 3, 1]
 
 
-def test_likeness_is_the_cosine_to_the_picture_or_to_frame_0(tmp_path: Path) -> None:
+def test_clip_image_score_is_the_cosine_to_the_image_or_to_frame_0(tmp_path: Path) -> None:
     folder, clips = folders.random_clip(tmp_path), some_clips(3)
     reward = ClipImageScore(str(folder))
     frames = ClipScore(str(folder)).embed_frames(clips, [0, 1, 2])
@@ -214,7 +213,7 @@ def test_likeness_is_the_cosine_to_the_picture_or_to_frame_0(tmp_path: Path) -> 
     assert reward(pictures).values[:, 2].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
-def test_siglip_score_is_the_cosine_behind_the_model_s_own_logit(tmp_path: Path) -> None:
+def test_siglip_score_is_the_cosine_in_the_logit_of_the_model(tmp_path: Path) -> None:
     folder, clips = (
         folders.random_siglip(tmp_path),
         replace(some_clips(3), texts=("A Red circle MOVING left", TEXTS[1])),
@@ -266,13 +265,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, tuple[int, int], int, str]]]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_preprocessor_configs_of_all_families_are_understood(tmp_path: Path, name: str) -> None:
+def test_preprocessor_configs_of_all_families_are_read(tmp_path: Path, name: str) -> None:
     config, expected = CONFIGS[name]
     statistics = {"image_mean": folders.MEAN, "image_std": folders.STD}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | statistics))
-    found = Preprocessing.of_folder(tmp_path)
-    assert (found.fit, found.size, found.edge, found.mode) == expected
-    assert (found.mean, found.std) == (tuple(folders.MEAN), tuple(folders.STD))
+    actual = Preprocessing.of_folder(tmp_path)
+    assert (actual.fit, actual.size, actual.edge, actual.mode) == expected
+    assert (actual.mean, actual.std) == (tuple(folders.MEAN), tuple(folders.STD))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | statistics | {"resample": 1}))
     with pytest.raises(ValueError, match="resample = 1"):
         Preprocessing.of_folder(tmp_path)

@@ -13,10 +13,9 @@ from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.building import build_reward
-from bpgo_video.rewards.consistency import FrameConsistency, ShotCuts
-from bpgo_video.rewards.motion import DynamicDegree, TemporalFlickering, frame_differences
-from bpgo_video.rewards.packaged import ALONE, INSTALL_ALONE, data_of
+from bpgo_video.rewards.building import build_models
+from bpgo_video.rewards.checkpoints import ALONE, INSTALL_ALONE, data_of
+from bpgo_video.rewards.motion import DynamicDegree, FrameConsistency, ShotCuts, TemporalFlickering, frame_differences
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.text import OcrText
 from bpgo_video.types import PromptBatch, RolloutChunk
@@ -75,14 +74,14 @@ def test_all_of_them_score_a_real_clip_through_the_suite() -> None:
         pytest.param("bigbuckbunny", 0.9875890946855732, marks=pytest.mark.slow),
     ],
 )
-def test_flickering_is_vbench_s_to_the_last_digit(clip: str, score: float) -> None:
+def test_flickering_equals_vbench_to_the_last_digit(clip: str, score: float) -> None:
     assert (255 - frame_differences(real_bytes(clip)).mean().item()) / 255 == score
 
 
-def test_flickering_of_frames_averages_to_vbench_s_score() -> None:
-    found = scored(TemporalFlickering(), real_clip("carphone_pristine"), fps=10.0)
-    assert found.values.mean().item() == pytest.approx(0.9844355601890414, abs=1e-7)
-    assert found.times[:2].tolist() == [0.1, 0.2]
+def test_flickering_of_frames_averages_to_the_score_of_vbench() -> None:
+    actual = scored(TemporalFlickering(), real_clip("carphone_pristine"), fps=10.0)
+    assert actual.values.mean().item() == pytest.approx(0.9844355601890414, abs=1e-7)
+    assert actual.times[:2].tolist() == [0.1, 0.2]
 
 
 @pytest.mark.parametrize("at", [9, 30])
@@ -95,12 +94,12 @@ def test_a_splice_is_found_at_its_frame_and_nowhere_else(shots: ShotCuts, at: in
     assert scores[torch.arange(40) != at - 1].min() > 0.9
 
 
-def test_one_shot_has_no_cut_however_short(shots: ShotCuts) -> None:
+def test_a_single_shot_of_any_length_has_no_cut(shots: ShotCuts) -> None:
     for frames in (1, 60):
         assert scored(shots, real_clip("carphone_pristine", 0, frames)).values.min() > 0.9
 
 
-def test_the_shot_network_leaves_torch_and_its_seed_alone() -> None:
+def test_the_shot_network_changes_neither_seed_nor_determinism_of_torch() -> None:
     torch.manual_seed(7)
     ShotCuts()
     assert torch.initial_seed() == 7
@@ -108,7 +107,7 @@ def test_the_shot_network_leaves_torch_and_its_seed_alone() -> None:
 
 
 def sign(text: str) -> torch.Tensor:
-    """A frame of a real clip with a written sign across."""
+    """A frame of a real clip with a sign drawn on it."""
     frames = real_bytes("bikes", 0, 1)
     for index, frame in enumerate(frames):
         picture = Image.fromarray(frame)
@@ -130,11 +129,11 @@ def sign(text: str) -> torch.Tensor:
         ('a shop with a sign "open"', "Open every day at noon", 0.0),
     ],
 )
-def test_text_is_read_and_each_wrong_letter_costs_its_share(
+def test_text_is_recognised_and_each_wrong_letter_costs_its_share(
     ocr: OcrText, prompt: str, shown: str, score: float
 ) -> None:
-    found = scored(ocr, sign(shown), text=prompt).values
-    torch.testing.assert_close(found, torch.full((1, 1), score))
+    actual = scored(ocr, sign(shown), text=prompt).values
+    torch.testing.assert_close(actual, torch.full((1, 1), score))
 
 
 def test_a_prompt_that_quotes_nothing_is_refused(ocr: OcrText) -> None:
@@ -143,7 +142,7 @@ def test_a_prompt_that_quotes_nothing_is_refused(ocr: OcrText) -> None:
 
 
 def moved(picture: torch.Tensor, offsets: list[tuple[int, int]]) -> torch.Tensor:
-    """What a camera sees that looks at those places of a still picture."""
+    """A video of a camera that moves over a still picture."""
     return torch.stack([picture[:, 60 + y : 188 + y, 100 + x : 356 + x] for x, y in offsets])
 
 
@@ -160,24 +159,24 @@ def test_a_steady_camera_counts_and_a_shaking_one_does_not() -> None:
     rng = np.random.default_rng(0)
     shaking = [moved(picture, [(6 * (-1) ** i, 0) for i in range(9)])]
     shaking += [moved(picture, [tuple(rng.integers(-8, 9, 2)) for _ in range(9)]) for _ in range(3)]
-    found = scored(DynamicDegree(), slow, steady, fast, *shaking, fps=8.0)
-    means = found.values.mean(dim=1)
+    actual = scored(DynamicDegree(), slow, steady, fast, *shaking, fps=8.0)
+    means = actual.values.mean(dim=1)
     threshold = 6 * 128 / 256
     torch.testing.assert_close(means[:2], torch.tensor([1, 2], dtype=means.dtype) / threshold, atol=0.1, rtol=0)
     assert means[2] == 1
     assert means[3] == 0
     assert means[4:].mean() < 0.4
-    assert found.times.tolist() == [i / 8 for i in range(1, 9)]
+    assert actual.times.tolist() == [i / 8 for i in range(1, 9)]
 
 
 def test_clips_shorter_than_the_spacing_are_compared_end_to_end() -> None:
     picture = real_clip("bikes", 100, 101)[0]
-    found = scored(DynamicDegree(), moved(picture, [(0, 0), (4, 0)]), fps=24.0)
-    assert found.values.shape == (1, 1)
-    assert found.values.item() == 1
+    actual = scored(DynamicDegree(), moved(picture, [(0, 0), (4, 0)]), fps=24.0)
+    assert actual.values.shape == (1, 1)
+    assert actual.values.item() == 1
 
 
-def test_consistency_is_vbench_s_form_over_the_features(consistency: FrameConsistency) -> None:
+def test_consistency_is_the_formula_of_vbench_over_the_features(consistency: FrameConsistency) -> None:
     clip = real_clip("bikes", 0, 250, 50)
     features = consistency.embed(clip[None])[0].double().numpy()
     assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(5))
@@ -187,7 +186,7 @@ def test_consistency_is_vbench_s_form_over_the_features(consistency: FrameConsis
     np.testing.assert_allclose(scored(consistency, clip).values[0], expected, atol=1e-5)
 
 
-def test_consistency_falls_at_a_splice_and_is_one_for_a_still(consistency: FrameConsistency) -> None:
+def test_consistency_falls_at_a_splice_and_is_one_for_a_still_video(consistency: FrameConsistency) -> None:
     clip = real_clip("carphone_pristine", 0, 8)
     other = torch.nn.functional.interpolate(real_clip("bikes", 0, 4), (144, 176))
     whole, spliced, still = scored(consistency, clip, torch.cat([clip[:4], other]), clip[:1].expand_as(clip)).values
@@ -206,8 +205,8 @@ def test_consistency_carries_a_gradient_that_raises_it(consistency: FrameConsist
 
 
 @pytest.mark.parametrize("name", ["dynamic_degree", "frame_consistency", "temporal_flickering"])
-def test_a_single_picture_has_no_neighbour_to_be_compared_with(name: str) -> None:
-    model = build_reward(name, RewardConfig(name, options=ALL[name]), CPU).model
+def test_videos_of_one_frame_are_refused(name: str) -> None:
+    model = build_models(name, RewardConfig(name, options=ALL[name]), CPU)[0]
     with pytest.raises(RewardError, match=rf"'{name}' compares neighbouring frames; 'a car' has a video of one frame"):
         scored(model, real_clip("carphone_pristine", 0, 1), text="a car")
 
@@ -236,21 +235,21 @@ def test_a_missing_package_is_named_with_its_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"rewards\.r .* '{module}', which is not installed: pip install {command}"):
-        build_reward("r", RewardConfig(name), CPU)
+        build_models("r", RewardConfig(name), CPU)
 
 
-def test_a_package_without_its_file_is_told() -> None:
+def test_a_package_without_its_file_is_an_error() -> None:
     with pytest.raises(ImportError, match=r"brisque.models.no_such\.txt does not exist"):
         data_of("brisque", "models/no_such.txt")
 
 
 @pytest.mark.parametrize("file", ["Makefile", "docs/rewards.md"])
-def test_what_is_installed_alone_is_said_where_a_user_looks(file: str) -> None:
+def test_the_command_for_packages_without_dependencies_is_documented(file: str) -> None:
     text = (ROOT / file).read_text()
     assert f"{INSTALL_ALONE} {' '.join(ALONE.values())}" in text
 
 
-def test_the_shipped_recipe_trains_on_a_packaged_network_and_the_oracle_watches() -> None:
+def test_the_shipped_recipe_trains_on_a_packaged_network_and_evaluates_with_the_oracle() -> None:
     config = read_yaml(ROOT / "pipelines" / "configs" / "tiny_wan_consistency.yaml")
     trained, watched = (RewardSuite(rewards, CPU, fps=8.0) for rewards in (config.rewards, config.evaluation.rewards))
     assert {reward.model.kind for reward in trained.rewards.values()} == {"real"}

@@ -1,4 +1,4 @@
-"""A reward model behind HTTP: each request is scored once, whatever happens on the way, for clients with the token."""
+"""A reward model behind HTTP: each request is scored exactly once, for clients with the token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.remote import RemoteReward
 from bpgo_video.rewards.server import Limits, Refused, RewardServer, RewardService, check_exposure
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rewards.wire import MalformedMessage, packed, received, scores_message, scores_of
+from bpgo_video.rewards.wire import MalformedMessage, check_clips, pack_clips, pack_scores, unpack_clips, unpack_scores
 from tests.made.recipes import ROOT, python_path
 from tests.rewards.toys import CPU, PROMPTS, Breaking, Brightness, Darkness, chunks_of
 
@@ -81,9 +81,9 @@ def clips_of(text: str, samples: int = 2) -> Clips:
 
 
 def expected(clips: Clips) -> torch.Tensor:
-    """Brightness of the pixels as they travel."""
-    header, pixels = packed(clips)
-    return Brightness()(received(header, memoryview(bytearray(pixels))).clips()).values
+    """Brightness of the transferred pixels."""
+    header, pixels = pack_clips(clips)
+    return Brightness()(unpack_clips(check_clips(header, memoryview(bytearray(pixels))))).values
 
 
 def crowd(count: int) -> list[Clips]:
@@ -92,17 +92,19 @@ def crowd(count: int) -> list[Clips]:
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_clips_and_scores_travel_unchanged(samples: int, frames: int, height: int, width: int, images: bool) -> None:
+def test_clips_and_scores_are_transferred_unchanged(
+    samples: int, frames: int, height: int, width: int, images: bool
+) -> None:
     levels = torch.randint(0, 256, (samples, frames + 1, 3, height, width)).float() / 255
     texts = tuple("öß\n漢"[:i] for i in range(samples))
     clips = Clips(levels[:, 1:], 12.5, texts, levels[:, 0] if images else None)
-    header, pixels = packed(clips)
-    found = received(json.loads(json.dumps(header)), memoryview(bytearray(pixels))).clips()
-    assert torch.equal(found.videos, clips.videos)
-    assert (found.texts, found.fps) == (clips.texts, clips.fps)
-    assert (found.images is None) if clips.images is None else torch.equal(found.images, clips.images)
+    header, pixels = pack_clips(clips)
+    actual = unpack_clips(check_clips(json.loads(json.dumps(header)), memoryview(bytearray(pixels))))
+    assert torch.equal(actual.videos, clips.videos)
+    assert (actual.texts, actual.fps) == (clips.texts, clips.fps)
+    assert (actual.images is None) if clips.images is None else torch.equal(actual.images, clips.images)
     scores = FrameScores(torch.randn(samples, frames), clips.times)
-    again = scores_of(json.loads(json.dumps(scores_message(scores))))
+    again = unpack_scores(json.loads(json.dumps(pack_scores(scores))))
     assert torch.equal(again.values, scores.values)
     assert torch.equal(again.times, scores.times)
 
@@ -113,11 +115,11 @@ def test_a_served_model_describes_itself_and_scores_the_same() -> None:
         assert isinstance(remote, RewardModel)
         assert (remote.name, remote.version, remote.kind) == ("brightness", "7-8bit", "test")
         assert (remote.range, remote.frames) == ((0.0, 1.0), FrameSampling(fps=4.0))
-        assert not remote.higher_is_better, "scores travel as the model gives them"
+        assert not remote.higher_is_better, "the client returns the model's own scores"
         clips = clips_of("five", samples=5)
-        found = remote(clips)
-        assert torch.equal(found.values, expected(clips))
-        assert torch.equal(found.times, clips.times)
+        actual = remote(clips)
+        assert torch.equal(actual.values, expected(clips))
+        assert torch.equal(actual.times, clips.times)
         assert server.service.scored == 3
 
 
@@ -125,7 +127,7 @@ MISHAPS = ("dropped", "busy", "scored and lost", "garbled", "cut short", "none")
 
 
 def test_an_unreliable_connection_changes_no_bit_and_scores_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every request meets all mishaps, one at each try."""
+    """Every request has all mishaps, one per attempt."""
     tries: Counter[str] = Counter()
     send = httpx2.HTTPTransport.handle_request
 
@@ -153,8 +155,8 @@ def test_an_unreliable_connection_changes_no_bit_and_scores_nothing_twice(monkey
     monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", unreliable)
     requests = crowd(24)
     with served(model := Brightness()) as server, ThreadPoolExecutor(8) as clients:
-        found = list(clients.map(RemoteReward(url_of(server)), requests))
-    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, found, strict=True))
+        actual = list(clients.map(RemoteReward(url_of(server)), requests))
+    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, actual, strict=True))
     assert model.received == Counter(clips.texts[0] for clips in requests)
     assert set(tries.values()) == {len(MISHAPS)}
 
@@ -170,13 +172,13 @@ def test_many_clients_are_served_in_turn_and_few_requests_are_held(monkeypatch: 
     monkeypatch.setattr(RewardServer, "_submit", counted)
     requests, model = crowd(30), Brightness(seconds=0.01)
     with served(model, limits=limits) as server, ThreadPoolExecutor(15) as clients:
-        found = list(clients.map(RemoteReward(url_of(server)), requests))
-    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, found, strict=True))
+        actual = list(clients.map(RemoteReward(url_of(server)), requests))
+    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, actual, strict=True))
     assert model.received == Counter(clips.texts[0] for clips in requests)
     assert most == limits.waiting
 
 
-def test_a_full_server_says_when_to_try_again() -> None:
+def test_a_full_server_sends_retry_after() -> None:
     with served(model := Waiting(), limits=Limits(waiting=1, patience=0.01)) as server:
         first = threading.Thread(target=RemoteReward(url_of(server)), args=(clips_of("first"),))
         first.start()
@@ -188,16 +190,16 @@ def test_a_full_server_says_when_to_try_again() -> None:
         first.join()
 
 
-def test_a_server_that_shuts_down_scores_what_was_requested() -> None:
+def test_a_server_answers_pending_requests_before_it_shuts_down() -> None:
     requests = crowd(3)
     with served(model := Waiting()) as server, ThreadPoolExecutor(3) as clients:
         work = [clients.submit(RemoteReward(url_of(server)), clips) for clips in requests]
         until(lambda: server.turns._value == Limits().waiting - 3)
         server.shutdown()
         model.may_score.set()
-        found = [scores.result(timeout=30) for scores in work]
+        actual = [scores.result(timeout=30) for scores in work]
     assert model.received.total() == 3
-    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, found, strict=True))
+    assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, actual, strict=True))
 
 
 def test_a_client_waits_for_a_server_that_comes_back() -> None:
@@ -220,8 +222,8 @@ def test_a_server_that_is_gone_or_serves_another_version_is_an_error() -> None:
         remote(clips_of("nobody"))
     other = Brightness()
     other.version = "8"
-    said = "now serves version 8-8bit; the run began with 7"
-    with served(other, port=port), pytest.raises(MalformedMessage, match=said):
+    message = "now serves version 8-8bit; the run began with 7"
+    with served(other, port=port), pytest.raises(MalformedMessage, match=message):
         remote(clips_of("another"))
 
 
@@ -243,22 +245,24 @@ def test_a_model_that_fails_ends_the_call_with_its_error_at_once() -> None:
     assert model.received == {"second": 1, "next": 1}
 
 
-def test_a_suite_orients_remote_scores_and_names_the_samples_that_failed() -> None:
+def test_a_suite_negates_remote_scores_and_names_failed_samples() -> None:
     first, second = chunks_of()
     for model, sign in ((Darkness(), -1), (Breaking(), 1)):
         with served(model) as server:
             config = RewardConfig(model="remote", options={"url": url_of(server)}, timeout=20.0)
             suite = RewardSuite({"far": config}, CPU, fps=8.0)
-            found = suite.score(first, PROMPTS).scores["far"].values
-            assert torch.equal(found, sign * expected(Clips(first.videos, 8.0, ("first",) * 2)))
+            actual = suite.score(first, PROMPTS).scores["far"].values
+            assert torch.equal(actual, sign * expected(Clips(first.videos, 8.0, ("first",) * 2)))
             if isinstance(model, Breaking):
-                said = r"reward 'far' on samples 0, 1 of prompt 'second' \(id 6\) failed: ConnectionError: .* KeyError"
-                with pytest.raises(RewardError, match=said):
+                message = (
+                    r"reward 'far' on samples 0, 1 of prompt 'second' \(id 6\) failed: ConnectionError: .* KeyError"
+                )
+                with pytest.raises(RewardError, match=message):
                     suite.score(second, PROMPTS)
 
 
 def body_of(clips: Clips) -> bytes:
-    header, pixels = packed(clips)
+    header, pixels = pack_clips(clips)
     return json.dumps(header).encode() + b"\n" + bytes(pixels)
 
 
@@ -287,16 +291,16 @@ REFUSED = [
 ]
 
 
-def test_a_request_that_does_not_fit_is_refused_with_a_reason_and_the_next_is_served() -> None:
+def test_a_malformed_request_is_refused_with_a_reason_and_the_next_is_served() -> None:
     token = {"Authorization": "Bearer secret"}
     with served(model := Brightness(), token="secret", limits=Limits(bytes=5000)) as server:
-        for body, headers, status, said in REFUSED:
+        for body, headers, status, message in REFUSED:
             sent = {name: value for name, value in (token | headers).items() if value}
             if "Transfer-Encoding" in headers:
                 response = httpx2.post(f"{url_of(server)}/score", content=iter([body]), headers=sent, trust_env=False)
             else:
                 response = post(server, body, headers=sent)
-            assert (response.status_code, said in response.json()["error"]) == (status, True), response.text
+            assert (response.status_code, message in response.json()["error"]) == (status, True), response.text
             assert post(server, GOOD, headers=token).status_code == 200
         assert "POST /score" in post(server, GOOD, "/eval", token).json()["error"]
         assert httpx2.get(f"{url_of(server)}/health", trust_env=False).json() == {"status": "ok"}
@@ -308,16 +312,16 @@ UPLOAD = b"POST /score HTTP/1.1\r\nHost: a\r\nX-Request-Id: some-request\r\nCont
 
 
 @pytest.mark.parametrize(("begun", "uploads"), [(b"", False), (UPLOAD[:30], False), (UPLOAD, True)])
-def test_a_client_that_falls_silent_is_disconnected(begun: bytes, uploads: bool) -> None:
+def test_a_silent_client_is_disconnected(begun: bytes, uploads: bool) -> None:
     with served(Brightness(), limits=Limits(patience=0.2)) as server:
         with socket.create_connection(server.server_address[:2], timeout=5) as client:
             client.sendall(begun)
-            found = b"".join(iter(lambda: client.recv(2**16), b""))
-        assert found.startswith(b"HTTP/1.1 408 ") == found.endswith(b'"6 of 900 bytes arrived"}') == uploads
+            actual = b"".join(iter(lambda: client.recv(2**16), b""))
+        assert actual.startswith(b"HTTP/1.1 408 ") == actual.endswith(b'"6 of 900 bytes arrived"}') == uploads
         assert server.turns._value == Limits().waiting
 
 
-def test_an_id_stands_for_one_request() -> None:
+def test_an_id_belongs_to_one_request() -> None:
     with served(model := Brightness()) as server:
         first, again = (post(server, GOOD).json() for _ in range(2))
         assert first == again
@@ -327,8 +331,8 @@ def test_an_id_stands_for_one_request() -> None:
 
 def test_kept_scores_are_bounded_in_number_and_age() -> None:
     service = RewardService(Brightness(), CPU, kept=3)
-    header, pixels = packed(clips_of("one"))
-    clips = received(header, memoryview(bytearray(pixels)))
+    header, pixels = pack_clips(clips_of("one"))
+    clips = check_clips(header, memoryview(bytearray(pixels)))
     for number in range(10):
         service.submit(f"id-{number}", b"", clips).result(5)
     assert len(service._jobs) == 4
@@ -369,7 +373,7 @@ def test_a_client_sends_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
             RemoteReward(url)
 
 
-def test_too_many_videos_are_an_error_before_they_are_sent() -> None:
+def test_a_request_above_the_limit_is_an_error_before_it_is_sent() -> None:
     with served(Brightness(), limits=Limits(bytes=900)) as server:
         clips = clips_of("large", 4)
         with pytest.raises(ValueError, match=r"takes 900: set options\.videos_per_request"):
@@ -392,22 +396,22 @@ RECIPE_REWARD = ["--config", str(ROOT / "pipelines" / "configs" / "tiny_wan_bpgo
 
 @contextmanager
 def started(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """tools/serve_rewards.py in a process of its own, and the url that it prints."""
+    """tools/serve_rewards.py in a process, and the url that it prints."""
     command = [sys.executable, "tools/serve_rewards.py", *RECIPE_REWARD, "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        found = re.search(r"http://\S+", process.stdout.readline())
-        assert found, "it prints where it listens"
-        yield process, found[0]
+        actual = re.search(r"http://\S+", process.stdout.readline())
+        assert actual, "it prints its address"
+        yield process, actual[0]
     finally:
         process.kill()
         process.communicate()
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_under_load_and_started_again_loses_nothing() -> None:
+def test_a_server_killed_under_load_and_restarted_loses_no_request() -> None:
     videos = torch.rand(20, 2, 9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     requests = [Clips(two, 8.0, ("a red circle moving left", "a blue object")) for two in videos]
     with ThreadPoolExecutor(4) as clients:
@@ -418,18 +422,18 @@ def test_a_server_that_is_killed_under_load_and_started_again_loses_nothing() ->
             work[2].result(timeout=60)
             process.send_signal(signal.SIGKILL)
         with started(int(url.rsplit(":", 1)[1])) as (process, _):
-            found = [scores.result(timeout=120).values for scores in work]
+            actual = [scores.result(timeout=120).values for scores in work]
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
-    assert all(torch.equal(one, other) for one, other in zip(alone, found, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(alone, actual, strict=True))
 
 
 @pytest.mark.slow
-def test_the_tool_refuses_what_it_should_not_serve(tmp_path: Path) -> None:
+def test_the_command_refuses_unsafe_hosts_and_unknown_or_remote_rewards(tmp_path: Path) -> None:
     recipe = tmp_path / "remote.yaml"
     far = "{model: remote, options: {url: 'http://a:1'}}"
     recipe.write_text(f"base: {RECIPE_REWARD[1]}\nrewards: {{far: {far}}}\n")
-    for arguments, said in (
+    for arguments, message in (
         ([*RECIPE_REWARD, "--host", "0.0.0.0"], "there is no token"),
         ([*RECIPE_REWARD[:3], "taste"], "--reward is 'taste'; known are alignment, motion, oracle"),
         (["--config", str(recipe), "--reward", "far"], "give --config a recipe that names the model to serve"),
@@ -438,4 +442,4 @@ def test_the_tool_refuses_what_it_should_not_serve(tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": python_path()}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 2, result.stderr
-        assert said in result.stderr
+        assert message in result.stderr

@@ -1,4 +1,4 @@
-"""A suite of rewards: plugged in by path, oriented, aggregated, and loud where one fails."""
+"""A suite of rewards: built by dotted path, aggregated and gathered, with errors that name the reward."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
-from bpgo_video.rewards.aggregate import AGGREGATES
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.building import REWARDS
-from bpgo_video.rewards.suite import RewardSuite, ScoredChunk
+from bpgo_video.rewards.suite import AGGREGATES, RewardSuite, ScoredChunk
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 from tests.made.recipes import ROOT
 from tests.rewards.toys import CPU, MESH, PROMPTS, suite_of, toy
@@ -28,7 +27,7 @@ def rewards_of(suite: RewardSuite, prompts: PromptBatch = PROMPTS) -> Rewards:
     return suite.gather([suite.score(CHUNK, prompts)], prompts, 2, MESH)
 
 
-def test_scores_are_aggregated_weighted_and_oriented() -> None:
+def test_scores_are_aggregated_weighted_and_negated_where_lower_is_better() -> None:
     both = {"mean": toy("Brightness", weight=2.0), "worst": toy("Darkness", aggregate="min")}
     rewards = rewards_of(RewardSuite(both, CPU, fps=2.0))
     torch.testing.assert_close(rewards.by_name["mean"], torch.tensor([[0.0, 0.3], [0.0, 0.0]]))
@@ -53,8 +52,8 @@ def test_images_are_scored_as_still_videos() -> None:
     images = torch.stack([torch.full((3, 2, 2), 0.25), torch.full((3, 2, 2), 0.5)])
     suite = suite_of("Darkness", aggregate="min")
     assert suite.score_images(PROMPTS, 3, MESH) == {}
-    found = suite.score_images(replace(PROMPTS, images=images), 3, MESH)
-    torch.testing.assert_close(found["toy"], torch.tensor([-0.25, -0.5]))
+    actual = suite.score_images(replace(PROMPTS, images=images), 3, MESH)
+    torch.testing.assert_close(actual["toy"], torch.tensor([-0.25, -0.5]))
     assert suite.rewards["toy"].model.received == {"first": 1, "second": 1}
 
 
@@ -83,7 +82,7 @@ def test_a_nan_names_reward_prompt_and_sample() -> None:
         ),
     ],
 )
-def test_a_reward_that_cannot_be_built_says_why(reward: RewardConfig, message: str) -> None:
+def test_a_reward_that_cannot_be_built_is_an_error_with_its_reason(reward: RewardConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RewardSuite({"only": reward}, CPU, fps=2.0)
 
@@ -107,7 +106,7 @@ def test_frame_scores_become_a_video_s_score(aggregate: str, at: float, expected
 
 
 def test_a_threshold_is_stated_in_the_model_s_own_units() -> None:
-    """Of three frames one is above .5: two are better where lower is better."""
+    """One of three frames is above .5: where lower is better, two count."""
     rewards = rewards_of(suite_of("Darkness", aggregate="share_above", aggregate_at=0.5))
     torch.testing.assert_close(rewards.by_name["toy"], torch.tensor([[1.0, 2 / 3], [1.0, 1.0]]))
 
@@ -117,15 +116,15 @@ def test_the_version_follows_the_aggregate() -> None:
     assert len({suite_of("Brightness", **keys).versions["toy"] for keys in settings}) == 4
 
 
-def test_what_a_model_computed_of_clips_is_cached_for_others_but_not_for_a_selection() -> None:
+def test_features_of_clips_are_cached_and_a_selection_has_an_empty_cache() -> None:
     clips, calls = Clips(torch.zeros(1, 2, 3, 4, 4), 8.0, ("",)), []
     for key in ("clip", "clip", "dino"):
-        assert clips.once(key, lambda key=key: calls.append(key) or len(calls)) == len(calls)
+        assert clips.cached(key, lambda key=key: calls.append(key) or len(calls)) == len(calls)
     assert calls == ["clip", "dino"]
-    assert clips.select(slice(0, 1)).once("clip", lambda: "other") == "other"
+    assert clips.select(slice(0, 1)).cached("clip", lambda: "other") == "other"
 
 
-def test_frames_are_spread_evenly_over_the_video_or_over_its_seconds() -> None:
+def test_frames_are_sampled_evenly_or_per_second() -> None:
     assert FrameSampling(3).indices(9, 8.0) == [0, 4, 8]
     assert FrameSampling().indices(9, 8.0) == list(range(9))
     assert FrameSampling(1).indices(9, 8.0) == [0]

@@ -1,4 +1,4 @@
-"""A reward model in a process of its own, under an interpreter that knows the standard library alone."""
+"""A reward model in a child process, under an interpreter with only the standard library."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards.base import RewardModel
+from bpgo_video.rewards.remote import WorkerReward
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.wire import MalformedMessage
-from bpgo_video.rewards.worker import WorkerReward
 from tests.made.recipes import ROOT, python_path
 
 SCRIPT = str(ROOT / "tests" / "made" / "toy_worker.py")
@@ -43,16 +43,16 @@ def ended(pid: int, within: float = 5.0) -> bool:
     return True
 
 
-def test_a_worker_scores_what_it_is_shown() -> None:
+def test_a_worker_scores_the_pixels_that_it_receives() -> None:
     model = worker()
     assert isinstance(model, RewardModel)
     assert (model.name, model.version, model.range) == ("brightness", "toy-1-8bit", (0.0, 255.0))
     for samples in (2, 5, 1):
         clips = clips_of(samples)
-        found = model(clips)
-        torch.testing.assert_close(found.values, (clips.videos * 255).round().mean(dim=(2, 3, 4)))
-        assert found.times is not None
-        assert found.times.tolist() == [0.0, 0.125, 0.25]
+        actual = model(clips)
+        torch.testing.assert_close(actual.values, (clips.videos * 255).round().mean(dim=(2, 3, 4)))
+        assert actual.times is not None
+        assert actual.times.tolist() == [0.0, 0.125, 0.25]
     pictured = clips_of(images=True)
     assert pictured.images is not None
     torch.testing.assert_close(model(pictured).values[:, 0], (pictured.images * 255).round().mean(dim=(1, 2, 3)))
@@ -60,7 +60,7 @@ def test_a_worker_scores_what_it_is_shown() -> None:
     assert ended(model.pid)
 
 
-def test_a_worker_that_died_is_started_again_and_nothing_else_changes(tmp_path: Path) -> None:
+def test_a_dead_worker_is_restarted_and_scores_the_same(tmp_path: Path) -> None:
     clips = clips_of()
     steady, mortal = worker(), worker("dies", str(tmp_path / "died"))
     first = mortal.pid
@@ -70,17 +70,17 @@ def test_a_worker_that_died_is_started_again_and_nothing_else_changes(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "said"),
+    ("how", "error", "message"),
     [
         ("dies", ConnectionError, "the worker ended with exit code -9"),
         ("raises", RuntimeError, "in the worker: KeyError: 'no such weight'"),
         ("hangs", TimeoutError, "has not answered in time"),
     ],
 )
-def test_a_worker_that_fails_says_how(how: str, error: type[Exception], said: str) -> None:
+def test_a_failing_worker_is_an_error_with_its_reason(how: str, error: type[Exception], message: str) -> None:
     model = worker(how, restarts=1, timeout=1.0)
     started = time.monotonic()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         model(clips_of())
     assert time.monotonic() - started < 2.0
     model.close()
@@ -88,19 +88,19 @@ def test_a_worker_that_fails_says_how(how: str, error: type[Exception], said: st
 
 
 @pytest.mark.parametrize(
-    ("says", "said"),
-    [("hello", "'hello', which is no JSON object"), ('{"hello": {"name": "x"}}', "version: Field required")],
+    ("reply", "message"),
+    [("hello", "'hello', which is not a JSON object"), ('{"hello": {"name": "x"}}', "version: Field required")],
 )
-def test_garbage_is_refused(tmp_path: Path, says: str, said: str) -> None:
+def test_a_malformed_reply_is_refused(tmp_path: Path, reply: str, message: str) -> None:
     script = tmp_path / "garbage.py"
-    script.write_text(f"print({says!r}, flush=True)\nimport time\ntime.sleep(60)\n")
-    with pytest.raises(MalformedMessage, match=said):
+    script.write_text(f"print({reply!r}, flush=True)\nimport time\ntime.sleep(60)\n")
+    with pytest.raises(MalformedMessage, match=message):
         WorkerReward(PLAIN, str(script))
 
 
-def test_a_worker_that_cannot_start_is_an_error_of_the_recipe() -> None:
+def test_a_worker_that_cannot_start_is_a_config_error() -> None:
     options = {"python": PLAIN, "script": SCRIPT, "settings": {"how": "never ready"}}
-    with pytest.raises(ConfigError, match=r"rewards.toy .*the worker ended with exit code 1; its own output says why"):
+    with pytest.raises(ConfigError, match=r"rewards.toy .*the worker ended with exit code 1; see its own output"):
         RewardSuite({"toy": RewardConfig(model="worker", options=options)}, torch.device("cpu"), fps=8.0)
     with pytest.raises(ConfigError, match=r"script 'nowhere\.py' does not exist"):
         RewardSuite(
@@ -113,7 +113,7 @@ def test_a_worker_that_cannot_start_is_an_error_of_the_recipe() -> None:
 OWNER = """
 import os, sys, threading, time, torch
 from bpgo_video.rewards import Clips
-from bpgo_video.rewards.worker import WorkerReward
+from bpgo_video.rewards.remote import WorkerReward
 model = WorkerReward(sys.argv[1], sys.argv[2], settings={"how": "hangs"})
 print(model.pid, flush=True)
 threading.Thread(target=model, args=(Clips(torch.zeros(1, 1, 3, 2, 2), 8.0, ("",)),), daemon=True).start()
@@ -122,7 +122,7 @@ os._exit(1)  # as the heartbeat ends a rank
 """
 
 
-def test_a_busy_worker_ends_with_a_process_that_cannot_say_goodbye() -> None:
+def test_a_busy_worker_ends_with_a_killed_parent() -> None:
     environment = {**os.environ, "PYTHONPATH": python_path()}
     command = [sys.executable, "-c", OWNER, PLAIN, SCRIPT]
     owner = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=False)

@@ -1,4 +1,4 @@
-"""Scoring ahead of the rollout: the same bits in the same order, bounded memory, and an end where a model fails."""
+"""Scoring ahead of the rollout: the same bits in the same order, bounded memory, and errors of the models."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from bpgo_video.policies import Policy
 from bpgo_video.rewards import Clips, FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.offload import DEVICES, modules_of
-from bpgo_video.rewards.suite import RewardSuite
+from bpgo_video.rewards.suite import OFFLOADED, RewardSuite, modules_of
 from bpgo_video.training.rl import sample_and_score
 from bpgo_video.training.session import Session
 from bpgo_video.training.stopwatch import Stopwatch
@@ -34,7 +33,7 @@ def scored(suite: RewardSuite, ahead: int, chunks: Iterator[RolloutChunk] | None
     with ScoreAhead(suite, PROMPTS, ahead, CPU) as scoring:
         for chunk in chunks_of(each=1) if chunks is None else chunks:
             scoring.put(chunk)
-        return [found.scores["toy"].values for found in scoring.scores()]
+        return [actual.scores["toy"].values for actual in scoring.scores()]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 9])
@@ -47,7 +46,7 @@ def test_scores_and_their_order_are_those_without_a_thread(ahead: int) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_videos_are_dropped_once_scored_and_few_are_held(ahead: int) -> None:
+def test_videos_are_freed_once_scored_and_few_are_in_memory(ahead: int) -> None:
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
 
@@ -72,7 +71,7 @@ def test_videos_are_dropped_once_scored_and_few_are_held(ahead: int) -> None:
 
 
 def test_scoring_and_the_rollout_overlap() -> None:
-    """Each chunk's score waits until the next chunk is sampled, and the last one's until there are no more."""
+    """Each chunk is scored after the next chunk is sampled, and the last one after sampling has ended."""
     sampled, came_in_time = threading.Semaphore(0), []
 
     def wait(clips: Clips) -> FrameScores:
@@ -95,7 +94,7 @@ WHOSE = r"samples 0, 1 of prompt 'second' \(id 6\)"
 
 @pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ("raises", rf"reward 'toy' on {WHOSE} failed: KeyError: 'no such weight'"),
         ("hangs", rf"reward 'toy' on {WHOSE} has not answered within its timeout of 0.3 s"),
@@ -106,7 +105,7 @@ WHOSE = r"samples 0, 1 of prompt 'second' \(id 6\)"
         ("other frames", r"'toy' returned 3 scores for the first sample and 2 for sample 0 of prompt 'second' \(id 6"),
     ],
 )
-def test_a_model_that_fails_ends_the_step_with_prompt_and_sample(how: str, said: str, ahead: int) -> None:
+def test_a_model_that_fails_ends_the_step_with_prompt_and_sample(how: str, message: str, ahead: int) -> None:
     suite = suite_of("Breaking", options={"how": how}, timeout=0.3)
 
     def step() -> Rewards:
@@ -116,7 +115,7 @@ def test_a_model_that_fails_ends_the_step_with_prompt_and_sample(how: str, said:
             return suite.gather(scoring.scores(), PROMPTS, 2, MESH)
 
     started = time.monotonic()
-    with pytest.raises(RewardError, match=said):
+    with pytest.raises(RewardError, match=message):
         step()
     assert time.monotonic() - started < 3
 
@@ -136,46 +135,46 @@ def test_a_rollout_that_fails_does_not_wait_for_scores() -> None:
     assert suite.rewards["toy"].model.received.total() <= 1, "the second chunk is not scored any more"
 
 
-def test_the_thread_computes_as_its_caller_does() -> None:
+def test_the_thread_has_the_settings_of_its_caller() -> None:
     suite = suite_of("Brightness")
     scored(suite, 2, chunks_of(each=4))
     assert suite.rewards["toy"].model.contexts == [(torch.get_num_threads(), False, "scoring")]
 
 
 def test_offloaded_models_are_on_the_cpu_between_scorings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a device of the test's own, since there is only a CPU."""
+    """With a fake device, since there is only a CPU."""
     places: dict[int, str] = {}
     monkeypatch.setattr(torch.nn.Linear, "to", lambda self, device: places.update({id(self): str(device)}))
     offloaded, other = suite_of("Weighing", offload=True), suite_of("Weighing")
-    (network,) = modules_of(offloaded.rewards["toy"].model)
+    (network,) = modules_of([offloaded.rewards["toy"].model])
     assert places == {id(network): "cpu"}, "from the start"
-    DEVICES[network] = torch.device("meta")
+    OFFLOADED[network] = torch.device("meta")
     with offloaded.on_device():
         assert places == {id(network): "meta"}
     assert places == {id(network): "cpu"}
     with other.on_device():
         assert len(places) == 1, "a model that is not offloaded stays where it is"
-    DEVICES[network] = torch.device("meta")
+    OFFLOADED[network] = torch.device("meta")
     object.__setattr__(other.rewards["toy"], "model", offloaded.rewards["toy"].model)
     with other.on_device():
         assert places == {id(network): "meta"}, "where two suites share a network, each finds it on the device"
 
 
-def test_networks_are_found_inside_what_a_model_holds() -> None:
+def test_networks_are_found_in_nested_attributes() -> None:
     model = Weighing()
     layer = model.network
     model.network = {"parts": [SimpleNamespace(backbone=SimpleNamespace(network=layer))]}
     model.again = layer
-    assert modules_of(model) == [layer]
+    assert modules_of([model]) == [layer]
 
 
 def test_a_model_without_modules_cannot_be_offloaded() -> None:
-    with pytest.raises(ConfigError, match=r"Brightness holds no torch\.nn\.Module to offload"):
+    with pytest.raises(ConfigError, match=r"Brightness holds no torch\.nn\.Module"):
         suite_of("Brightness", offload=True)
 
 
 def step_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[list[Trajectory], Rewards, Stopwatch]:
-    """One rollout of eight videos, two a chunk."""
+    """One rollout of eight videos, two per chunk."""
     settings = {"group_size": 4, "micro_batch_size": 2, **rollout}
     config = replace(
         recipe,
@@ -191,7 +190,7 @@ def step_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[list[Tra
     return *sample_and_score(session, prompts, 0, watch), watch
 
 
-def test_a_step_is_the_same_however_it_is_scored_and_stored(policy: Policy, recipe: Config) -> None:
+def test_a_step_does_not_depend_on_scoring_ahead_or_offloading(policy: Policy, recipe: Config) -> None:
     inline, expected, _ = step_of(policy, recipe, score_ahead=0)
     ahead, rewards, watch = step_of(policy, recipe, score_ahead=2, offload_trajectories=True)
     assert torch.equal(rewards.per_frame["toy"], expected.per_frame["toy"])

@@ -1,4 +1,4 @@
-"""The embedded learned rewards tell right from wrong."""
+"""The embedded learned rewards distinguish right from wrong captions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.image_text import ClipScore
-from bpgo_video.rewards.motion import LearnedMotion, ShapesOracle
-from bpgo_video.rewards.tiny_oracle import oracle_scores
+from bpgo_video.rewards.text import ClipScore
+from bpgo_video.rewards.tiny_rewards import LearnedMotion, ShapesOracle, oracle_scores
 
 CLIP, MOTION = "package:bpgo_video.tiny/weights/clip", "package:bpgo_video.tiny/weights/motion"
 VALUES = {"shape": list(world.SHAPES), "colour": list(world.COLOURS), "direction": list(world.DIRECTIONS)}
@@ -73,7 +72,7 @@ def test_motion_tells_a_wrong_direction_on_heldout_clips(motion):
     assert right.mean() > 0.7
 
 
-def test_motion_accepts_any_direction_where_it_is_open_but_not_stillness(motion):
+def test_motion_accepts_any_direction_for_an_open_caption_but_no_still_video(motion):
     videos, captions = heldout_clips(1)
     open_texts = [dataclasses.replace(caption, direction=None).text for caption in captions]
     for direction in world.DIRECTIONS:
@@ -86,8 +85,8 @@ def test_motion_accepts_any_direction_where_it_is_open_but_not_stillness(motion)
         assert score(motion, wrong, [caption.text for caption in captions]).mean() < 0.3
 
 
-def test_scores_fall_step_by_step_as_the_picture_gets_worse(clip, motion):
-    """A reward that saturates on half-right pictures teaches nothing."""
+def test_scores_decrease_gradually_with_the_quality_of_the_picture(clip, motion):
+    """A reward that saturates on half-right pictures has no gradient for a policy."""
     videos, captions = heldout_clips()
     texts = [caption.text for caption in captions]
     other = world.sample_scenes(
@@ -126,7 +125,7 @@ def test_learned_rewards_carry_a_gradient_that_raises_them(clip, motion):
         assert after > before
 
 
-def test_a_reward_says_what_it_is(clip, motion):
+def test_rewards_state_their_kind_version_and_range(clip, motion):
     oracle = ShapesOracle()
     assert (clip.kind, motion.kind, oracle.kind) == ("real", "proxy", "test")
     for reward in (clip, motion, oracle):
@@ -151,6 +150,6 @@ def test_version_follows_the_weights(motion, tmp_path: Path):
     assert LearnedMotion(str(folder)).version != motion.version
 
 
-def test_folders_are_as_small_as_promised():
+def test_embedded_folders_are_small():
     assert size_in_mib(CLIP) <= 4
     assert size_in_mib(MOTION) <= 1

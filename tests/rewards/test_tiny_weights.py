@@ -1,4 +1,4 @@
-"""The shipped weights keep the promises that the scripts print when they make them."""
+"""The shipped weights reach the scores that their training scripts print."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tools.tiny.train_vae import round_trip
 WAN = resolve_folder("package:bpgo_video.tiny/weights/wan")
 
 
-def test_the_vae_keeps_heldout_clips() -> None:
-    found = round_trip(AutoencoderKLWan.from_pretrained(WAN / "vae"), 48, seed=5)
-    assert found["heldout_psnr_db"] >= 30
-    assert found["heldout_oracle_share"] >= 0.95
+def test_the_vae_reconstructs_heldout_clips() -> None:
+    actual = round_trip(AutoencoderKLWan.from_pretrained(WAN / "vae"), 48, seed=5)
+    assert actual["heldout_psnr_db"] >= 30
+    assert actual["heldout_oracle_share"] >= 0.95
 
 
 @pytest.mark.slow
-def test_the_base_policy_leaves_room(recipe) -> None:
+def test_the_base_policy_leaves_room_for_improvement(recipe) -> None:
     """Between .45 and .60 with the demo's guidance, over 384 videos."""
     assert 0.45 <= heldout_score(WAN, 16, recipe.evaluation.guidance_scale)["oracle"] <= 0.60

@@ -1,4 +1,4 @@
-"""Does the world say what its captions mean, and does the oracle tell right from wrong?"""
+"""The world of moving shapes: its captions, its rendering, and its oracle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.tiny_oracle import oracle_parts, oracle_scores
+from bpgo_video.rewards.tiny_rewards import oracle_parts, oracle_scores
 
 RED_CIRCLE_LEFT = world.Caption("circle", "red", "left")
 
@@ -17,7 +17,7 @@ def clip(captions: list[world.Caption], seed: int = 0) -> torch.Tensor:
     return world.render(world.sample_scenes(captions, torch.Generator().manual_seed(seed)))
 
 
-def test_captions_are_read_back_and_split_in_halves():
+def test_captions_are_parsed_back_and_split_in_halves():
     captions = world.all_captions()
     assert len({caption.text for caption in captions}) == len(captions)
     assert [world.Caption.parse(caption.text) for caption in captions] == captions
@@ -30,7 +30,7 @@ def test_captions_are_read_back_and_split_in_halves():
         world.Caption.parse("a purple circle moving left")
 
 
-def test_coverage_has_the_area_of_the_circle_of_that_radius():
+def test_coverage_has_the_area_of_the_circle():
     radius = torch.tensor(8.0)
     for shape in range(len(world.SHAPES)):
         area = world.coverage(torch.tensor(shape), torch.tensor([32.0, 30.0]), radius).sum()
@@ -54,7 +54,7 @@ def test_oracle_accepts_every_completion_on_ground_truth(split):
         ("direction", "motion", ("right", "up", "down")),
     ],
 )
-def test_oracle_refuses_one_wrong_attribute_and_says_which(attribute, part, wrong):
+def test_oracle_scores_a_wrong_attribute_near_zero_in_its_own_part(attribute, part, wrong):
     for value in wrong:
         shown = dataclasses.replace(RED_CIRCLE_LEFT, **{attribute: value})
         for pair in ((shown, RED_CIRCLE_LEFT), (RED_CIRCLE_LEFT, shown)):
@@ -64,7 +64,7 @@ def test_oracle_refuses_one_wrong_attribute_and_says_which(attribute, part, wron
             assert min(right) > 0.95
 
 
-def test_oracle_is_near_zero_on_frames_without_a_moving_thing():
+def test_oracle_is_near_zero_on_frames_without_a_moving_object():
     video = clip([RED_CIRCLE_LEFT])
     failures = {
         "empty": torch.full_like(video, world.BACKGROUND),
@@ -85,7 +85,7 @@ def test_oracle_is_near_zero_on_frames_without_a_moving_thing():
             assert (name, text) == ("backwards", "a red object") or scores.mean() < 0.25, (name, text)
 
 
-def test_an_open_attribute_is_completed_in_one_way_for_the_whole_clip():
+def test_an_open_attribute_takes_one_value_for_the_whole_clip():
     generator = torch.Generator().manual_seed(1)
     scene = world.sample_scenes([world.Caption("circle", "red", "left")], generator)
     red = world.render(scene)
@@ -108,7 +108,7 @@ def test_scores_fall_with_sideways_drift_and_with_too_little_speed():
     assert moving(2.0, 0.0) > moving(0.7, 0.0) > moving(0.2, 0.0) == 0.0
 
 
-def test_oracle_refuses_counts_that_do_not_agree_and_single_frames():
+def test_oracle_refuses_different_counts_and_single_frames():
     video = clip([RED_CIRCLE_LEFT])
     with pytest.raises(ValueError, match="2 texts"):
         oracle_scores(video, ["a red object"] * 2)

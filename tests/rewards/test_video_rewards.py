@@ -1,4 +1,4 @@
-"""Rewards on video encoders, and consistency of frames: their published arithmetic, recomputed another way."""
+"""Rewards on video encoders, and consistency of frames: their published arithmetic, recomputed independently."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ from transformers import AutoModel, VideoPrismClipModel, VJEPA2Model, XCLIPModel
 
 from bpgo_video.rewards import backbones
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.consistency import FirstFrameConsistency, SubjectConsistency, VJepaPrediction
-from bpgo_video.rewards.image_text import ClipScore, SiglipScore
-from bpgo_video.rewards.video_text import VideoPrismScore, XClipScore
+from bpgo_video.rewards.motion import FirstFrameConsistency, SubjectConsistency, VJepaPrediction
+from bpgo_video.rewards.text import ClipScore, SiglipScore, VideoPrismScore, XClipScore
 from tests.made import random_rewards as folders
 from tests.made.seen_by_pil import TEXTS, cut, resized, some_clips, unit
 
 
 @pytest.mark.parametrize("make", [folders.random_dino, folders.random_vit])
-def test_subject_consistency_is_vbench_s_formula(tmp_path: Path, make) -> None:
+def test_subject_consistency_is_the_formula_of_vbench(tmp_path: Path, make) -> None:
     folder, clips = make(tmp_path), some_clips(4)
     model = AutoModel.from_pretrained(folder).eval()
-    found = SubjectConsistency(str(folder))(clips)
+    actual = SubjectConsistency(str(folder))(clips)
     for sample, video in enumerate(clips.videos):
         f = [unit(model(pixel_values=cut(frame, 32, 28)).last_hidden_state[:, 0]) for frame in video]
         expected = [(max(0.0, f[t] @ f[t - 1]) + max(0.0, f[t] @ f[0])) / 2 for t in range(1, 4)]
-        np.testing.assert_allclose(found.values[sample].numpy(), expected, atol=1e-4)
-    assert found.times.tolist() == [0.125, 0.25, 0.375]
+        np.testing.assert_allclose(actual.values[sample].numpy(), expected, atol=1e-4)
+    assert actual.times.tolist() == [0.125, 0.25, 0.375]
 
 
-def test_consistency_of_a_still_and_of_a_single_frame_is_one(tmp_path: Path) -> None:
+def test_consistency_of_a_still_video_and_of_a_single_frame_is_one(tmp_path: Path) -> None:
     reward, clips = SubjectConsistency(str(folders.random_dino(tmp_path))), some_clips()
     still = replace(clips, videos=clips.videos[:, :1].expand(-1, 4, -1, -1, -1), _cache={})
     torch.testing.assert_close(reward(still).values, torch.ones(2, 3))
     torch.testing.assert_close(reward(replace(clips, videos=clips.videos[:, :1], _cache={})).values, torch.ones(2, 1))
 
 
-def test_the_first_frame_is_the_picture_to_continue_where_there_is_one(tmp_path: Path) -> None:
+def test_the_reference_is_the_conditioning_image_or_frame_0(tmp_path: Path) -> None:
     reward, clips = FirstFrameConsistency(str(folders.random_dino(tmp_path)), frames=3), some_clips()
     own = reward(clips).values
     torch.testing.assert_close(own[:, 0], torch.ones(2))
@@ -50,7 +49,7 @@ def test_the_first_frame_is_the_picture_to_continue_where_there_is_one(tmp_path:
     assert not torch.allclose(own, expected, atol=1e-3)
 
 
-def test_xclip_score_is_the_model_s_own_logit_of_each_video_alone(tmp_path: Path) -> None:
+def test_xclip_score_is_the_logit_of_the_model_for_each_video_alone(tmp_path: Path) -> None:
     folder, clips = folders.random_xclip(tmp_path), some_clips(7)
     model = XCLIPModel.from_pretrained(folder).eval()
     expected = []
@@ -62,20 +61,20 @@ def test_xclip_score_is_the_model_s_own_logit_of_each_video_alone(tmp_path: Path
     torch.testing.assert_close(XClipScore(str(folder))(clips).values, torch.stack(expected), atol=1e-5, rtol=0)
 
 
-def test_videoprism_score_is_the_cosine_of_the_model_s_own_embeddings(tmp_path: Path) -> None:
+def test_videoprism_score_is_the_cosine_of_the_embeddings_of_the_model(tmp_path: Path) -> None:
     folder, clips = folders.random_videoprism(tmp_path), some_clips(7)
     model = VideoPrismClipModel.from_pretrained(folder).eval()
     tokens = folders.tokenizer(ends=False)(
         list(TEXTS), padding="max_length", max_length=folders.LENGTH, return_tensors="pt"
     )
     frames = [[resized(video[i], 12, 12, Image.Resampling.BICUBIC) for i in (0, 2, 4, 6)] for video in clips.videos]
-    found = model(torch.tensor(np.array(frames), dtype=torch.float32), tokens.input_ids, tokens.attention_mask)
-    expected = [[unit(v) @ unit(t)] for v, t in zip(found.video_embeds, found.text_embeds, strict=True)]
+    actual = model(torch.tensor(np.array(frames), dtype=torch.float32), tokens.input_ids, tokens.attention_mask)
+    expected = [[unit(v) @ unit(t)] for v, t in zip(actual.video_embeds, actual.text_embeds, strict=True)]
     np.testing.assert_allclose(VideoPrismScore(str(folder))(clips).values.numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 3])
-def test_a_video_shorter_than_a_network_wants_is_repeated(tmp_path: Path, frames: int) -> None:
+def test_frames_of_a_short_video_are_repeated(tmp_path: Path, frames: int) -> None:
     reward, clips = XClipScore(str(folders.random_xclip(tmp_path))), some_clips(frames)
     repeated = clips.videos[:, {1: [0, 0, 0, 0], 3: [0, 1, 1, 2]}[frames]]
     torch.testing.assert_close(reward(clips).values, reward(replace(clips, videos=repeated, _cache={})).values)
@@ -92,12 +91,12 @@ def test_videos_are_encoded_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None
     assert seen == [1, 1]
 
 
-def test_vjepa_compares_what_it_foresaw_of_the_second_half_with_what_it_saw(tmp_path: Path) -> None:
-    """Seven frames are three steps of two: the first foretells two."""
+def test_vjepa_compares_predicted_and_observed_features_of_the_second_half(tmp_path: Path) -> None:
+    """Seven frames are three steps of two frames: the first predicts two."""
     folder, clips = folders.random_vjepa(tmp_path), some_clips(7)
     model = VJEPA2Model.from_pretrained(folder).eval()
-    found = VJepaPrediction(str(folder))(clips)
-    assert found.times.tolist() == [0.25, 0.5]
+    actual = VJepaPrediction(str(folder))(clips)
+    assert actual.times.tolist() == [0.25, 0.5]
     for sample, video in enumerate(clips.videos):
         pixels = torch.cat([cut(frame, 32, 28, Image.Resampling.BILINEAR) for frame in video[:6]])[None]
         saw = model(pixels, skip_predictor=True).last_hidden_state[0].detach().double().numpy()
@@ -110,10 +109,10 @@ def test_vjepa_compares_what_it_foresaw_of_the_second_half_with_what_it_saw(tmp_
                 seen = saw[4 + token]
                 seen = (seen - seen.mean()) / np.sqrt(seen.var() + 1e-5)
                 expected.append(unit(foresaw[token]) @ seen / np.linalg.norm(seen))
-            assert found.values[sample, step].item() == pytest.approx(np.mean(expected), abs=1e-4)
+            assert actual.values[sample, step].item() == pytest.approx(np.mean(expected), abs=1e-4)
 
 
-def test_vjepa_foresees_from_the_first_half_alone_and_needs_two_steps(tmp_path: Path, monkeypatch) -> None:
+def test_vjepa_predicts_from_the_first_half_alone_and_needs_two_steps(tmp_path: Path, monkeypatch) -> None:
     reward, clips, foreseen = VJepaPrediction(str(folders.random_vjepa(tmp_path))), some_clips(8), []
     predict = reward.backbone.network.predictor.forward
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Judges on Qwen-VL: patches, place holders, probabilities, and VideoAlign's scores, recomputed another way."""
+"""Judges on Qwen-VL: patches, placeholders, probabilities, and VideoAlign's scores, recomputed independently."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.qwen_vl import PatchLayout
-from bpgo_video.rewards.vlm import VideoAlign, VlmJudge, frame_count, read_template
+from bpgo_video.rewards.vlm import PatchLayout, VideoAlign, VlmJudge, frame_count, read_template
 from tests.made.random_qwen import CHAT, KINDS, MEAN, NORMALISATION, STD, random_qwen, random_videoalign, tokenizer
 
 PIXELS = {"min_pixels": 64 * 64, "max_pixels": 100 * 100}
@@ -32,10 +31,8 @@ def some_clips(frames: int = 9, height: int = 60, width: int = 84) -> Clips:
 
 
 @pytest.mark.parametrize(("height", "width", "tolerance"), [(56, 84, 1e-5), (61, 100, 0.02)])
-def test_patches_of_a_still_are_those_of_the_library_s_image_processor(
-    height: int, width: int, tolerance: float
-) -> None:
-    """Exactly where nothing is resized; else to PIL's rounding to 8 bits."""
+def test_patches_of_a_still_equal_those_of_the_image_processor(height: int, width: int, tolerance: float) -> None:
+    """Equal without resizing; otherwise up to PIL's rounding to 8 bits."""
     picture = Image.fromarray(np.random.default_rng(0).integers(90, 120, (4, 6, 3), dtype=np.uint8))
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     size = {"shortest_edge": 56 * 56, "longest_edge": 70 * 70}
@@ -47,10 +44,10 @@ def test_patches_of_a_still_are_those_of_the_library_s_image_processor(
     torch.testing.assert_close(ours, theirs.pixel_values, atol=tolerance, rtol=0)
 
 
-def test_patches_run_over_time_then_tokens_then_their_patches() -> None:
+def test_patches_are_ordered_by_time_then_token_then_patch() -> None:
     layout = PatchLayout(2, 2, 2, (0.0,) * 3, (1.0,) * 3, 1, 10**6)
     frames = torch.rand(3, 3, 8, 12, generator=torch.Generator().manual_seed(0))
-    found, grid = layout.patches(frames)
+    actual, grid = layout.patches(frames)
     expected = []
     for first, second in ((0, 1), (2, 2)):
         for top in range(0, 8, 4):
@@ -60,7 +57,7 @@ def test_patches_run_over_time_then_tokens_then_their_patches() -> None:
                         pair = frames[[first, second], :, y : y + 2, x : x + 2]
                         expected.append(torch.cat([pair[:, channel].flatten() for channel in range(3)]))
     assert grid == (2, 4, 6)
-    torch.testing.assert_close(found, torch.stack(expected))
+    torch.testing.assert_close(actual, torch.stack(expected))
 
 
 def test_two_frames_of_480x832_are_252_tokens() -> None:
@@ -70,7 +67,7 @@ def test_two_frames_of_480x832_are_252_tokens() -> None:
 
 
 def probability_by_generation(folder: Path, judge: VlmJudge, clips: Clips, row: int, indices: list[int]) -> float:
-    """The library's own first generated token, from a question that is written out here."""
+    """From the first token that the library generates for a question written out here."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     patches, grid = judge.qwen.layout.patches(clips.videos[row, indices])
     pads = "<|video_pad|>" * (grid[1] * grid[2] // 4)
@@ -93,17 +90,17 @@ def probability_by_generation(folder: Path, judge: VlmJudge, clips: Clips, row: 
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_the_judge_s_score_is_yes_over_yes_and_no_of_the_first_token(tmp_path: Path, kind: str) -> None:
+def test_the_score_of_the_judge_is_yes_over_yes_and_no_of_the_first_token(tmp_path: Path, kind: str) -> None:
     folder, clips = random_qwen(tmp_path, kind), some_clips(13)
     judge = VlmJudge(str(folder), question="does it show {prompt}", frames=4, **PIXELS)
     expected = [[probability_by_generation(folder, judge, clips, row, [0, 4, 8, 12])] for row in (0, 1)]
-    found = judge(clips)
-    assert found.times is None
-    np.testing.assert_allclose(found.values.numpy(), expected, atol=1e-5)
+    actual = judge(clips)
+    assert actual.times is None
+    np.testing.assert_allclose(actual.values.numpy(), expected, atol=1e-5)
     assert abs(expected[0][0] - expected[1][0]) > 1e-3
 
 
-def test_the_judge_refuses_what_it_cannot_ask(tmp_path: Path) -> None:
+def test_the_judge_refuses_long_answers_and_templates_without_videos(tmp_path: Path) -> None:
     folder = random_qwen(tmp_path, "qwen2_5_vl")
     with pytest.raises(ValueError, match=r"'Yes it' is 2 tokens"):
         VlmJudge(str(folder), answers=("Yes it", "No"))
@@ -112,7 +109,7 @@ def test_the_judge_refuses_what_it_cannot_ask(tmp_path: Path) -> None:
         VlmJudge(str(folder))
 
 
-def test_a_folder_s_template_for_videos_goes_before_its_tokenizer_s(tmp_path: Path) -> None:
+def test_a_template_for_videos_takes_precedence_over_that_of_the_tokenizer(tmp_path: Path) -> None:
     folder, clips = random_qwen(tmp_path, "qwen2_5_vl"), some_clips(4)
     before = VlmJudge(str(folder), **PIXELS)(clips).values
     (folder / "chat_template.jinja").rename(folder / "video.jinja")
@@ -124,7 +121,7 @@ def test_a_folder_s_template_for_videos_goes_before_its_tokenizer_s(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_judge_s_gradient_raises_its_probability(tmp_path: Path, kind: str) -> None:
+def test_the_gradient_of_a_judge_raises_its_probability(tmp_path: Path, kind: str) -> None:
     judge, clips = VlmJudge(str(random_qwen(tmp_path, kind)), frames=2, **PIXELS), some_clips(3)
     pixels = clips.videos.clone().requires_grad_()
     before = judge(replace(clips, videos=pixels)).values.sum()
@@ -136,7 +133,7 @@ def test_a_judge_s_gradient_raises_its_probability(tmp_path: Path, kind: str) ->
 @pytest.mark.parametrize(
     ("total", "fps", "count"), [(81, 16, 10), (9, 8, 4), (17, 8, 4), (121, 24, 10), (5, 8, 4), (3, 8, 2), (1, 8, 1)]
 )
-def test_videoalign_looks_at_two_frames_a_second_and_at_least_four(total: int, fps: float, count: int) -> None:
+def test_videoalign_reads_two_frames_per_second_and_at_least_four(total: int, fps: float, count: int) -> None:
     assert frame_count(total, fps, 2.0) == count
 
 
@@ -182,13 +179,13 @@ def test_videoalign_is_the_head_at_its_tokens_normalised(tmp_path: Path, outputs
                     for r, p in zip(raw, ("VQ", "MQ", "TA"), strict=True)
                 ]
             )
-    found = torch.cat([rewards[part](clips).values for part in ("VQ", "MQ", "TA")], dim=1)
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+    actual = torch.cat([rewards[part](clips).values for part in ("VQ", "MQ", "TA")], dim=1)
+    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-4)
     np.testing.assert_allclose(rewards["overall"](clips).values[:, 0].numpy(), np.sum(expected, axis=1), atol=3e-4)
     assert np.abs(np.array(expected) - rotated).max() > 1e-2, "positions in space would score otherwise"
 
 
-def test_rewards_of_several_scores_ask_once(tmp_path: Path, monkeypatch) -> None:
+def test_rewards_with_several_scores_run_the_network_once(tmp_path: Path, monkeypatch) -> None:
     paths, _, _ = videoalign(tmp_path, 1)
     calls, forward, backbones = [], Qwen2VLModel.forward, Backbones()
     monkeypatch.setattr(Qwen2VLModel, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
@@ -230,7 +227,7 @@ def test_videoalign_refuses_other_formats(tmp_path: Path) -> None:
         VideoAlign(**paths)
 
 
-def test_the_authors_template_is_read_and_not_run(tmp_path: Path) -> None:
+def test_the_template_of_the_authors_is_read_and_not_run(tmp_path: Path) -> None:
     source = tmp_path / "prompt_template.py"
     source.write_text(f'OTHER = "x"\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = """\n{TEMPLATE}\n"""\nraise SystemExit\n')
     assert read_template(source) == f"\n{TEMPLATE}\n"

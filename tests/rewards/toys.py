@@ -47,12 +47,12 @@ class Drawing(Brightness):
     """Adds a draw of torch's global generator: its scores depend on the order of its calls."""
 
     def __call__(self, clips: Clips) -> FrameScores:
-        found = super().__call__(clips)
-        return FrameScores(found.values + torch.rand(len(clips), 1), found.times)
+        actual = super().__call__(clips)
+        return FrameScores(actual.values + torch.rand(len(clips), 1), actual.times)
 
 
 class Breaking(Brightness):
-    """Fails for the second prompt, in the way that it is given."""
+    """Fails for the second prompt, in the given way."""
 
     def __init__(self, how: str = "raises"):
         super().__init__()
@@ -98,7 +98,7 @@ def suite_of(name: str, twice: bool = False, **keys: object) -> RewardSuite:
 
 
 def chunks_of(prompts: int = 2, videos: int = 2, each: int = 2) -> Iterator[RolloutChunk]:
-    """`prompts` x `videos` videos of three frames, `each` of them a chunk, every one of its own brightness."""
+    """`prompts` x `videos` videos of three frames, `each` of them per chunk, each with another brightness."""
     rows, samples = torch.arange(prompts).repeat_interleave(videos), torch.arange(videos).repeat(prompts)
     for part in torch.arange(prompts * videos).split(each):
         brightness = part.float() / (prompts * videos)

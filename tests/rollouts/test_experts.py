@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.distributed.touched import Touched, alternatives
+from bpgo_video.distributed.optimizer import TouchedParts, trained_parts
 from bpgo_video.policies import Policy
 from bpgo_video.rollouts.experts import check_experts, trainable_steps
 from bpgo_video.rollouts.replay import StepWeights
@@ -120,7 +120,7 @@ def test_a_second_scale_is_refused_where_there_is_one_transformer(tmp_path: Path
 def test_only_what_ran_with_gradients_is_stepped() -> None:
     parts = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2), "frozen": nn.Linear(2, 2)})
     parts["frozen"].requires_grad_(False)
-    assert alternatives(parts) == [parts["first"], parts["second"]]
+    assert trained_parts(parts) == [parts["first"], parts["second"]]
     stepped: list[int] = []
     groups = [{"part": 0}, {"part": 0}, {"part": 1}, {"part": 1}]  # a part has one for each dtype
     zero = SimpleNamespace(
@@ -129,8 +129,8 @@ def test_only_what_ran_with_gradients_is_stepped() -> None:
         optimizer=SimpleNamespace(param_groups=groups),
     )
     engine = SimpleNamespace(optimizer=zero, zero_cpu_offload=lambda: False)
-    touched = Touched(alternatives(parts))
-    touched.watch(engine, stage=3)
+    touched = TouchedParts(trained_parts(parts), stage=3)
+    touched.attach(engine)
     with torch.no_grad():
         parts["first"](torch.ones(1, 2))
     parts["second"](torch.ones(1, 2))
@@ -142,4 +142,4 @@ def test_only_what_ran_with_gradients_is_stepped() -> None:
 def test_optimisers_that_step_all_at_once_are_refused() -> None:
     engine = SimpleNamespace(optimizer=SimpleNamespace(_optimizer_step=None), zero_cpu_offload=lambda: True)
     with pytest.raises(ConfigError, match="2 transformers are trained under ZeRO 2 with an offloaded optimizer"):
-        Touched([nn.Linear(1, 1), nn.Linear(1, 1)]).watch(engine, stage=2)
+        TouchedParts([nn.Linear(1, 1), nn.Linear(1, 1)], stage=2).attach(engine)

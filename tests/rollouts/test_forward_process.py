@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bpgo_video.config.bpgo import Config
+from bpgo_video.config.bpgo import Config, LossConfig
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages, LossAdvantages
-from bpgo_video.learner.losses import TrustRegion
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rollouts.forward_process import (
     ForwardProcess,
@@ -29,7 +28,7 @@ from bpgo_video.types import PromptBatch, Trajectory
 from tests.rollouts.test_replay import PlainLearner, total_loss
 
 SHAPE = (3, 1, 1, 1, 2)
-SETTINGS = MatchingSettings(zeta=0.5, region=TrustRegion(clip_range=(0.2, 0.2)), beta=0.5, limit=2.0)
+SETTINGS = MatchingSettings(zeta=0.5, region=LossConfig(clip_range=(0.2, 0.2)), beta=0.5, limit=2.0)
 
 
 def row(*values: float) -> torch.Tensor:
@@ -71,7 +70,7 @@ def test_gradients_equal_finite_differences(loss: Any) -> None:
     rng = torch.Generator().manual_seed(2)
     old, target, base, way = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(4))
     own = LossAdvantages(*(torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3)))
-    wide = replace(SETTINGS, region=TrustRegion(clip_range=(0.9, 9.0)))
+    wide = replace(SETTINGS, region=LossConfig(clip_range=(0.9, 9.0)))
 
     def value(theta: torch.Tensor) -> torch.Tensor:
         return loss(Pair(old + 0.01 * base + theta * way, old, target), own, wide).value

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bpgo_video.learner.losses import PolicyShift, TrustRegion, ratio_metrics
+from bpgo_video.config.bpgo import LossConfig
+from bpgo_video.learner.losses import PolicyShift, ratio_metrics
 from bpgo_video.rollouts.timesteps import BY_STEP, step_metrics, step_sums
 
 
@@ -26,7 +27,7 @@ def test_means_are_taken_over_the_passes_of_a_step_on_all_ranks() -> None:
 
 def test_the_spread_of_ratios_is_that_over_all_samples_even_of_micro_batches_of_one() -> None:
     log_ratios = 1e-2 * torch.randn(64, generator=torch.Generator().manual_seed(0))
-    losses = [(1, ratio_metrics(PolicyShift(one[None].clone()), torch.ones(1), TrustRegion())) for one in log_ratios]
+    losses = [(1, ratio_metrics(PolicyShift(one[None].clone()), torch.ones(1), LossConfig())) for one in log_ratios]
     found, ratios = step_metrics(step_sums(losses, num_steps=2)), log_ratios.double().exp()
     assert found["timestep/01/ratio_std"] == pytest.approx(float(ratios.std(correction=0)), rel=1e-4)
     effective = ratios.sum() ** 2 / ratios.square().sum() / len(ratios)

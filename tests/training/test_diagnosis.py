@@ -1,9 +1,8 @@
-"""Does a run's diagnosis say what its numbers say, and nothing where there is nothing?"""
+"""The diagnosis of a run: each finding states its numbers and a remedy, and an ordinary run has no findings."""
 
 import pytest
 
-from bpgo_video.training.diagnosis import NOTHING, diagnose
-from bpgo_video.training.summary import summary_table
+from bpgo_video.training.summary import NOTHING, diagnose, summary_table
 
 QUIET = {
     "trust_mean": 1.02,
@@ -24,7 +23,7 @@ def run(steps=12, rising=0.0, **changed):
     ]
 
 
-def test_an_ordinary_run_has_nothing_to_say_and_says_so():
+def test_an_ordinary_run_has_no_findings():
     assert diagnose(run(), {}) == [NOTHING]
     assert diagnose(run(rising=0.01), {"heldout_before": 0.5, "heldout_after": 0.6}) == [NOTHING]
     assert diagnose([], {}) == []
@@ -41,24 +40,29 @@ def test_records_of_grpo_and_of_few_keys_are_read():
     [
         (
             {"trust_min": 0.998, "trust_max": 1.002},
-            ("Trust did nothing: w stayed within 0.998-1.002", "differ by 0.02 within", "standardise", "raise bpgo.k"),
+            (
+                "Trust had no effect: w stayed within 0.998-1.002",
+                "differ by 0.02 within",
+                "standardise",
+                "raise bpgo.k",
+            ),
         ),
-        ({"trust_min": 0.998, "trust_max": 1.002, "icc/clip": 0.9}, ("Trust did nothing", "agree equally well")),
+        ({"trust_min": 0.998, "trust_max": 1.002, "icc/clip": 0.9}, ("Trust had no effect", "agree equally well")),
         ({"trust_mean": 1.45, "trust_std": 0.02}, ("Trust acted as a learning rate", "near 1.45", "batch_mean")),
         ({"rms_ratio": 1.6}, ("1.60 times GRPO's", "bpgo.match_rms")),
         ({"rms_ratio": 0.5}, ("0.50 times GRPO's",)),
         ({"zero_std_share": 0.6}, ("Zero-std groups: 60%",)),
-        ({"crt/rank_inversion": 0.09}, ("turned round 9% of the pairs", "bpgo.standardise")),
+        ({"crt/rank_inversion": 0.09}, ("reversed 9% of the pairs", "bpgo.standardise")),
         ({"icc/clip": 0.31, "icc/motion": 0.9}, ("ICC of clip 0.31)",)),
     ],
 )
-def test_each_finding_gives_its_numbers_and_a_way_out(changed, words):
+def test_each_finding_has_its_numbers_and_a_remedy(changed, words):
     found = diagnose(run(**changed), {})
     assert len(found) == 1
     assert all(word in found[0] for word in words), found
 
 
-def test_one_group_a_step_with_another_trust_each_time_is_no_learning_rate():
+def test_trust_that_varies_between_steps_is_not_a_learning_rate():
     steps = [record | {"trust_mean": 1.2 + 0.25 * (-1) ** i, "trust_std": 0.0} for i, record in enumerate(run())]
     assert diagnose(steps, {}) == [NOTHING]
 
@@ -73,6 +77,6 @@ def test_a_reward_that_is_exploited_is_reported(rising, after, shown, told):
     assert ("Held-out scores fell from 0.500 to 0.400 while the training reward rose" in found[0]) == told
 
 
-def test_the_sentences_stand_under_the_table():
+def test_the_findings_follow_the_table():
     table = summary_table({"steps": 12, "diagnosis": diagnose(run(zero_std_share=0.6), {})})
     assert "- Zero-std groups: 60%" in table

@@ -14,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, EvaluationConfig, RewardConfig
 from bpgo_video.config.rules import check
-from bpgo_video.data.video import read_video
+from bpgo_video.data.media import read_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import FixedDraws, isolated, keyed_noise

@@ -14,8 +14,8 @@ import torch
 from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.config.reading import read_recipe, to_yaml
 from bpgo_video.config.rules import check_world
-from bpgo_video.data.prior_files import PriorError, write_priors
-from bpgo_video.data.prompt_records import ShardError
+from bpgo_video.data.priors import PriorError, write_priors
+from bpgo_video.data.records import ShardError
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.training import policy_session, session

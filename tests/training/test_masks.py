@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
-from bpgo_video.policies.hunyuan15_attention import dispatch
-from bpgo_video.training import plan_rehearsal as rehearsal
-from bpgo_video.training.plan_allocations import Allocations
-from bpgo_video.training.plan_inputs import Batch, arguments
-from bpgo_video.training.plan_masks import EveryTokenReal
-from bpgo_video.training.plan_models import Model
+from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.policies.hunyuan15 import mask_keys
+from bpgo_video.training.plan_models import Model, policy_of
+from bpgo_video.training.plan_rehearsal import (
+    Allocations,
+    EveryTokenReal,
+    decoding_bytes,
+    footprint,
+    measure,
+    transformer_inputs,
+)
 
 NAME = "HunyuanVideo15Transformer3DModel"
 MODEL = Model(
@@ -27,12 +32,8 @@ MODEL = Model(
     },
     vae={"_class_name": "AutoencoderKLHunyuanVideo15", "latent_channels": 4, "block_out_channels": (8, 8, 8, 8, 8)},
 )  # fmt: skip
-BATCH = Batch(samples=2, latents=(4, 8, 32, 32), text_tokens=100, dtype=torch.float32)
-
-
-def real(module: nn.Module) -> dict[str, Any]:
-    """The same arguments as tensors that hold something."""
-    return {name: torch.ones_like(value) for name, value in arguments(NAME, module.config, BATCH).items()}
+POLICY = policy_of(MODEL, family=None, max_sequence_length=100)
+VIDEO = VideoConfig(num_frames=29, height=512, width=512, fps=24.0)  # latents of 8 x 32 x 32
 
 
 def test_a_mask_keeps_all_and_its_complement_none() -> None:
@@ -46,27 +47,22 @@ def test_a_mask_keeps_all_and_its_complement_none() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_rehearsal_counts_what_full_masks_take(checkpointing: bool) -> None:
-    planned = rehearsal.footprint(MODEL, BATCH, rehearsal.Treatment(checkpointing))
-    module = HunyuanVideo15Transformer3DModel.from_config(dict(MODEL.transformer))
-    dispatch(module)
+    planned = footprint(POLICY, VIDEO, 2, torch.float32, gradient_checkpointing=checkpointing)
+    module: Any = HunyuanVideo15Transformer3DModel.from_config(dict(MODEL.transformer))
+    mask_keys(module)
     if checkpointing:
         module.enable_gradient_checkpointing()
-    for parameter in module.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    taken_in = real(module)
-    with Allocations([*module.parameters(), *module.buffers(), *taken_in.values()]) as counted:
-        with torch.no_grad():
-            module(**taken_in, return_dict=False)
-        forward = counted.mark()
-        taken_in["hidden_states"].requires_grad_()
-        module(**taken_in, return_dict=False)[0].square().mean().backward()
+    shapes = transformer_inputs(POLICY, VIDEO, 2, torch.float32)
+    real = tree_map_only(torch.Tensor, lambda value: torch.ones(value.shape, dtype=value.dtype), shapes)
+    forward, replay = measure(module, real)
     assert planned.forward == pytest.approx(forward, rel=0.01)
-    assert planned.replay == pytest.approx(counted.peak, rel=0.01)
+    assert planned.replay == pytest.approx(replay, rel=0.01)
 
 
 def test_sequence_groups_share_the_activations() -> None:
     alone, shared = (
-        rehearsal.footprint(MODEL, BATCH, rehearsal.Treatment(True, sequence=ranks)).replay for ranks in (1, 2)
+        footprint(POLICY, VIDEO, 2, torch.float32, gradient_checkpointing=True, sequence=ranks).replay
+        for ranks in (1, 2)
     )
     assert shared < 0.75 * alone
 
@@ -79,9 +75,9 @@ def test_its_vae_holds_its_mask(samples: int) -> None:
     vae.enable_slicing()
     with Allocations([*vae.parameters()]) as counted, torch.no_grad():
         vae.decode(torch.empty(samples, *latents), return_dict=False)
-    assert rehearsal.decoding(MODEL, latents, samples) == pytest.approx(counted.peak, rel=0.01)
+    assert decoding_bytes(POLICY, latents, samples) == pytest.approx(counted.peak, rel=0.01)
 
 
 def test_its_vae_decodes_one_video_after_another() -> None:
-    one, three = (rehearsal.decoding(MODEL, (4, 2, 4, 4), samples) for samples in (1, 3))
+    one, three = (decoding_bytes(POLICY, (4, 2, 4, 4), samples) for samples in (1, 3))
     assert one < three < 2 * one

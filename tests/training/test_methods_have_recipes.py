@@ -10,14 +10,13 @@ from typing import get_args, get_type_hints
 import pytest
 
 from bpgo_video.config.bpgo import Config
-from bpgo_video.config.learner import CreditConfig
+from bpgo_video.config.learner import FORM_TRUST, CreditConfig
 from bpgo_video.config.reading import read_recipe
 from bpgo_video.diffusion.sde import SAMPLERS, SOLVERS
 from bpgo_video.diffusion.steps import STEP_SELECTIONS, STEP_WEIGHTS
 from bpgo_video.learner.advantages import COMBINATIONS, NORMALISERS
 from bpgo_video.learner.losses import RATIOS, TRUST_REGIONS
 from bpgo_video.learner.priors import PRIORS
-from bpgo_video.learner.settings import OWN_TRUST
 from bpgo_video.learner.trust import TRUSTS
 from bpgo_video.rollouts.objectives import OBJECTIVES
 from tests.made.recipes import ROOT
@@ -30,7 +29,7 @@ TABLES: dict[str, Collection[str]] = {  # a recipe's key -> what it can be
     "loss.ratio": RATIOS,
     "loss.trust_region": TRUST_REGIONS,
     "loss.objective": OBJECTIVES,
-    "bpgo.form": OWN_TRUST,
+    "bpgo.form": FORM_TRUST,
     "bpgo.trust": TRUSTS,
     "prior.kind": PRIORS,
     "advantage.normalise": NORMALISERS,
@@ -59,7 +58,7 @@ def used(config: Config, key: str) -> str:
     """A recipe's method; trust is the form's own where it is not named, and none where it is off."""
     section, name = key.split(".")
     if key == "bpgo.trust":
-        return (config.bpgo.trust or OWN_TRUST[config.bpgo.form]) if config.bpgo.alpha else "none"
+        return (config.bpgo.trust or FORM_TRUST[config.bpgo.form]) if config.bpgo.alpha else "none"
     return str(getattr(getattr(config, section), name))
 
 

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: strict records, cut on resume, reduced over ranks; wandb where asked."""
+"""The training log: strict records, truncated on resume, reduced over ranks; wandb if configured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_record_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
         assert json.loads(line) == {"step": 0, **VALUES, "heldout/oracle": 0.6}
 
 
-def test_resume_leaves_the_lines_before_its_step_untouched_and_makes_the_others_again(tmp_path: Path) -> None:
+def test_resume_keeps_the_lines_before_its_step_and_repeats_the_others(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log_steps(tmp_path, 0, 4, reward=1 / 3)
     before = path.read_text().splitlines()
@@ -47,7 +47,7 @@ def test_resume_leaves_the_lines_before_its_step_untouched_and_makes_the_others_
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_resume_makes_the_scores_of_frames_again_too(tmp_path: Path) -> None:
+def test_resume_repeats_the_scores_of_frames_too(tmp_path: Path) -> None:
     lines = [{"step": step, "reward": "own", "scores": [0.1, 0.2]} for step in (1, 3)]
     with RunLog(tmp_path, None, 6) as log:
         log.frames(lines[:1])
@@ -59,7 +59,7 @@ def test_a_resume_makes_the_scores_of_frames_again_too(tmp_path: Path) -> None:
         assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:1]
 
 
-def test_what_comes_after_a_record_is_told_and_goes_into_the_next_one(
+def test_later_values_are_printed_now_and_become_part_of_the_next_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunLog(tmp_path, None, total_steps=3) as log:
@@ -73,7 +73,7 @@ def test_what_comes_after_a_record_is_told_and_goes_into_the_next_one(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("nan"))])
-def test_a_value_that_is_no_number_names_its_key_and_step_and_writes_nothing(tmp_path: Path, value: float) -> None:
+def test_a_value_that_is_not_finite_names_its_key_and_step_and_writes_nothing(tmp_path: Path, value: float) -> None:
     with (
         RunLog(tmp_path, None, total_steps=9) as log,
         pytest.raises(ValueError, match=r"'grad_norm'.*step 7"),
@@ -102,7 +102,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
 def test_without_a_terminal_progress_is_few_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log_steps(tmp_path, 0, 50)
     lines = capsys.readouterr().err.split("\n")
-    assert lines[0].startswith("step 1/50  reward 0.5000  trust 0.900  12 s left")  # 49 steps of .25 s
+    assert lines[0].startswith("step 1/50  reward 0.5000  trust 0.900  12 s left")  # 49 steps of .25 s are left
     assert lines[1].startswith("step 50/50")
     assert lines[2:] == [""]
     assert "\r" not in "".join(lines)

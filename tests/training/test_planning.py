@@ -11,25 +11,30 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from bpgo_video.commands import plan as command
 from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, PolicyConfig, VideoConfig
 from bpgo_video.config.command_line import load_recipe
 from bpgo_video.config.reading import config_from_dict
 from bpgo_video.distributed.engine import zero_settings
-from bpgo_video.training import plan_advice as advice
-from bpgo_video.training import plan_rehearsal as rehearsal
-from bpgo_video.training.dry_run import dry_run
-from bpgo_video.training.plan import RUNTIME, Job, Plan, reckon, room
-from bpgo_video.training.plan_allocations import Allocations
-from bpgo_video.training.plan_inputs import INPUTS, Batch, arguments
-from bpgo_video.training.plan_models import Model, described, find_model, known_models
+from bpgo_video.training.plan import CHANGES, RUNTIME, Advice, Job, Plan, advise, count_step, possible, reckon, room
+from bpgo_video.training.plan_models import Model, find_model, known_models, policy_of
+from bpgo_video.training.plan_rehearsal import (
+    Allocations,
+    add_lora,
+    decoding_bytes,
+    diffusers_class,
+    footprint,
+    measure,
+    repeated_blocks,
+    transformer_inputs,
+)
 from bpgo_video.training.plan_zero import (
-    Held,
     Weights,
     Zero,
-    add_at_rest,
     during_backward,
+    held_at_rest,
     live_weights,
     missing_weights,
 )
@@ -51,7 +56,8 @@ MODEL = Model(
         "scale_factor_spatial": 4,
     },
 )  # fmt: skip
-BATCH = Batch(samples=2, latents=(4, 4, 16, 16), text_tokens=8, dtype=torch.float32)
+POLICY = policy_of(MODEL, family=None, max_sequence_length=8)
+VIDEO = VideoConfig(num_frames=13, height=64, width=64, fps=8.0)  # latents of 4 x 16 x 16
 BF16 = {"bf16": {"enabled": True}}
 
 
@@ -91,52 +97,37 @@ def test_what_is_alive_is_counted_once_and_until_it_goes() -> None:
 def test_a_rehearsal_counts_what_real_tensors_take(checkpointing: bool, rank: int) -> None:
     """The same forward and backward on real tensors, by the same count."""
     lora = LoraConfig(rank=rank)
-    planned = rehearsal.footprint(MODEL, BATCH, rehearsal.Treatment(checkpointing, lora))
-    module = WanTransformer3DModel.from_config(dict(MODEL.transformer))
+    planned = footprint(POLICY, VIDEO, 2, torch.float32, gradient_checkpointing=checkpointing, lora=lora)
+    module: Any = WanTransformer3DModel.from_config(dict(MODEL.transformer))
     if rank:
-        rehearsal.add_lora(module, lora, seed=0)
+        add_lora(module, lora, seed=0)
     if checkpointing:
         module.enable_gradient_checkpointing()
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    taken_in = {name: torch.zeros_like(value) for name, value in _inputs(module).items()}
-    with Allocations([*module.parameters(), *module.buffers(), *taken_in.values()]) as counted:
-        with torch.no_grad():
-            module(**taken_in, return_dict=False)
-        forward = counted.mark()
-        taken_in["hidden_states"].requires_grad_()
-        module(**taken_in, return_dict=False)[0].square().mean().backward()
+    shapes = transformer_inputs(POLICY, VIDEO, 2, torch.float32)
+    real = tree_map_only(torch.Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), shapes)
+    forward, replay = measure(module, real)
     assert planned.forward == pytest.approx(forward, rel=0.01)
-    assert planned.replay == pytest.approx(counted.peak, rel=0.01)
+    assert planned.replay == pytest.approx(replay, rel=0.01)
     assert sum(planned.trained) == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert sum(planned.trained + planned.frozen) == sum(p.numel() for p in module.parameters())
 
 
-def _inputs(module: WanTransformer3DModel) -> dict[str, torch.Tensor]:
-    return arguments("WanTransformer3DModel", module.config, BATCH)
-
-
 def test_checkpointing_and_sequence_groups_lower_the_activations() -> None:
-    large = replace(BATCH, latents=(4, 8, 32, 32))
+    large = replace(VIDEO, num_frames=29, height=128, width=128)
     plain, recomputed, shared = (
-        rehearsal.footprint(MODEL, large, treatment).replay
-        for treatment in (
-            rehearsal.Treatment(),
-            rehearsal.Treatment(gradient_checkpointing=True),
-            rehearsal.Treatment(gradient_checkpointing=True, sequence=4),
-        )
+        footprint(POLICY, large, 2, torch.float32, **settings).replay
+        for settings in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "sequence": 4})
     )
     assert recomputed < 0.7 * plain
     assert recomputed / 4 < shared < recomputed / 3, "the video's tokens are divided, the text's are not"
     with pytest.raises(ConfigError, match="attention heads"):
-        rehearsal.footprint(MODEL, large, rehearsal.Treatment(sequence=3))
+        footprint(POLICY, large, 2, torch.float32, sequence=3)
 
 
 def test_decoding_takes_a_video_after_the_other_where_sliced() -> None:
     latents = (4, 2, 16, 16)
-    one, four = (rehearsal.decoding(MODEL, latents, samples) for samples in (1, 4))
-    sliced = rehearsal.decoding(MODEL, latents, 4, slicing=True)
+    one, four = (decoding_bytes(POLICY, latents, samples) for samples in (1, 4))
+    sliced = decoding_bytes(POLICY, latents, 4, slicing=True)
     assert four == pytest.approx(4 * one, rel=0.05)
     assert sliced < 0.6 * four
 
@@ -155,14 +146,14 @@ def test_published_models_have_the_parameters_of_their_cards() -> None:
     for name, billions in cards.items():
         model = find_model(name)
         with torch.device("meta"):
-            module = rehearsal.class_of(model.transformer, "transformer").from_config(dict(model.transformer))
+            module = diffusers_class(model.transformer).from_config(dict(model.transformer))
         assert sum(p.numel() for p in module.parameters()) / 1e9 == pytest.approx(billions, abs=0.006), name
 
 
-def test_every_known_model_names_classes_inputs_and_its_source() -> None:
+def test_every_known_model_names_classes_and_its_source() -> None:
     for name, model in known_models().items():
-        assert model.transformer["_class_name"] in INPUTS
-        assert rehearsal.class_of(model.vae, "VAE")
+        assert diffusers_class(model.transformer)
+        assert diffusers_class(model.vae)
         assert model.source
         assert find_model(name) is model
     assert find_model("Wan-AI/Wan2.2-I2V-A14B-Diffusers").transformers == ("transformer", "transformer_2")
@@ -179,15 +170,15 @@ def test_a_published_model_is_seen_as_its_family_sees_it() -> None:
         policy = PolicyConfig("wan2.2-ti2v-5b", 512, family=family)
         config = replace(small_recipe(Path("run"), Path("shards")), policy=policy, video=video)
         job = Job(config, BF16, ranks=1, model=model)
-        return job.latents, job.computed, job.decoded, job.policy.given_frames
+        return job.latents, job.decoded, job.policy.given_frames
 
     whole = (48, 31, 44, 80)
-    assert shapes(None) == (whole, whole, whole, 0)
-    assert shapes("WanImageToVideoPipeline") == ((48, 30, 44, 80), whole, whole, 1)
+    assert shapes(None) == (whole, whole, 0)
+    assert shapes("WanImageToVideoPipeline") == ((48, 30, 44, 80), whole, 1)
     for name, each in known_models().items():
-        assert described(each, PolicyConfig(name, 512)).pipeline_name == each.index["_class_name"]
-    with pytest.raises(ConfigError, match="Path is no PipelinePolicy"):
-        described(model, PolicyConfig("any", 512, family="pathlib:Path"))
+        assert policy_of(each, None, 512).pipeline_name == each.index["_class_name"], name
+    with pytest.raises(ConfigError, match="'pathlib:Path' is no subclass of"):
+        policy_of(model, "pathlib:Path", 512)
 
 
 def test_sizes_that_the_policy_refuses_are_not_planned(job: Job) -> None:
@@ -205,25 +196,16 @@ def test_a_folder_tells_its_own_shapes(tmp_path: Path) -> None:
     assert model.folder == folder
 
 
-def test_a_class_whose_inputs_are_not_known_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"AllegroTransformer3DModel.*transformer_inputs"):
-        arguments("AllegroTransformer3DModel", {}, BATCH)
-
-
 WEIGHTS = Weights(trained=(6_000_000, 2_000_000), frozen=(4_000_000,), largest_block=1_000_000)
-
-
-def at_rest(settings: Zero, config: Config) -> Held:
-    held = Held()
-    add_at_rest(held, settings, WEIGHTS, config)
-    return held
 
 
 def test_zero_3_shares_all_and_zero_1_shares_the_optimiser(recipe: Config) -> None:
     """AdamW in bf16: 2 bytes a weight, 4 a gradient, 4 the master, 8 the moments; fp32 buckets next to them."""
-    third = at_rest(zero(3, 4, reduce_bucket_size=1000, stage3_param_persistence_threshold=0), recipe).device
+    third = held_at_rest(
+        zero(3, 4, reduce_bucket_size=1000, stage3_param_persistence_threshold=0), WEIGHTS, recipe
+    ).device
     assert sum(third.values()) == 12_000_000 * 2 / 4 + 8_000_000 * (4 + 4 + 8) / 4 + 4000
-    first = at_rest(zero(1, 4), recipe).device
+    first = held_at_rest(zero(1, 4), WEIGHTS, recipe).device
     assert sum(first.values()) == 12_000_000 * 2 + 8_000_000 * (4 + 8) / 4
     whole = during_backward(zero(1, 4, reduce_bucket_size=1000), WEIGHTS)
     assert whole == {"gradients": 32_000_000, "gradient bucket": 4000}
@@ -231,9 +213,9 @@ def test_zero_3_shares_all_and_zero_1_shares_the_optimiser(recipe: Config) -> No
 
 def test_offload_moves_bytes_to_the_host_and_loses_none(recipe: Config) -> None:
     config = replace(recipe, ema=replace(recipe.ema, decay=0.9))
-    on_gpu = at_rest(zero(3, 4), config)
+    on_gpu = held_at_rest(zero(3, 4), WEIGHTS, config)
     for offload in ({"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}):
-        moved = at_rest(zero(3, 4, **offload), config)
+        moved = held_at_rest(zero(3, 4, **offload), WEIGHTS, config)
         assert sum(moved.host.values()) > 0
         assert sum(on_gpu.device.values()) == sum(moved.device.values()) + sum(moved.host.values())
 
@@ -309,20 +291,20 @@ def test_advice_is_followed_by_a_plan_that_fits_or_says_that_none_does(
 ) -> None:
     plan = reckon(job)
     monkeypatch.setattr(Plan, "fits", lambda self, size: self.peak <= size)
-    enough = advice.advise(job, plan, plan.peak * 0.9)
+    enough = advise(job, plan, plan.peak * 0.9)
     assert enough.fits
     assert enough.changes
-    assert set(enough.changes) <= set(advice.CHANGES)
-    hopeless = advice.advise(job, plan, 1)
+    assert set(enough.changes) <= set(CHANGES)
+    hopeless = advise(job, plan, 1)
     assert not hopeless.fits
     assert hopeless.peak < plan.peak
-    assert advice.advise(job, plan, plan.peak).changes == (), "nothing is changed that need not be"
+    assert advise(job, plan, plan.peak).changes == (), "nothing is changed that need not be"
 
 
 def test_changes_that_break_a_rule_are_not_advised(job: Job) -> None:
     odd = replace(job, ranks=3, config=replace(job.config, rollout=replace(job.config.rollout, prompts_per_step=3)))
     assert reckon(odd).peak
-    assert advice.possible(replace(odd, ranks=2 * 3 * 64)) is None
+    assert possible(replace(odd, ranks=2 * 3 * 64)) is None
 
 
 def test_room_is_less_than_the_card() -> None:
@@ -331,14 +313,14 @@ def test_room_is_less_than_the_card() -> None:
 
 def test_a_dry_run_counts_what_training_does(job: Job) -> None:
     rollout = job.config.rollout
-    found = dry_run(job)
+    found = count_step(job)
     assert (found.ranks, found.groups, found.samples) == (2, 2, rollout.prompts_per_step * rollout.group_size)
     assert found.micro_batches == found.samples / 2 / rollout.micro_batch_size
     assert found.forwards == found.micro_batches * job.config.sampler.num_steps
     assert sum(found.passes) == found.micro_batches * job.config.sampler.trained_count
     assert len(found.passes) == job.config.optim.updates_per_rollout
     with pytest.raises(ConfigError, match="do not divide"):
-        dry_run(replace(job, ranks=5))
+        count_step(replace(job, ranks=5))
 
 
 def test_the_command_plans_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,16 +350,16 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("name", command.MODEL_FLAGS)
 def test_flags_of_a_model_are_refused_beside_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     flag = command.MODEL_FLAGS[name]
-    values = [] if flag.how.get("action") else [{"offload": "all", "zero": "2"}.get(name, "1")]
+    values = [] if flag.options.get("action") else [{"offload": "all", "zero": "2"}.get(name, "1")]
     assert command.main(["--config", str(RECIPE), "--gpus", "2", f"--{name}", *values]) == 2
     said = capsys.readouterr().err
-    assert f"error: --{name} is a flag of --model; with a recipe say {flag.recipe.partition(' ')[0]}" in said
+    assert f"error: --{name} is a flag of --model; with a recipe use {flag.recipe.partition(' ')[0]}" in said
 
 
 def test_what_is_to_be_said_instead_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     """Every single flag that a message names is one of recipes, with the value that was given."""
     assert command.main(["--config", str(RECIPE), "--gpus", "2", "--sequence", "4"]) == 2
-    assert "say --parallel.sequence 4\n" in capsys.readouterr().err
+    assert "use --parallel.sequence 4\n" in capsys.readouterr().err
     values = {"family": "WanPipeline", "zero": "2", "guidance": "2.0"}
     plain = {name: flag for name, flag in command.MODEL_FLAGS.items() if name not in ("size", "offload")}
     for name, flag in plain.items():
@@ -420,7 +402,7 @@ def test_a_warm_start_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None
 def test_the_command_fails_where_nothing_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "advise", lambda job, plan, size: advice.Advice(("more",), 7 * 10**9, False))
+    monkeypatch.setattr(command, "advise", lambda job, plan, size: Advice(("more",), 7 * 10**9, False))
     arguments = ["--config", str(RECIPE), "--gpus", "2", "--gigabytes", "2"]
     assert command.main(arguments) == 1
     assert "still does not fit" in capsys.readouterr().out
@@ -439,4 +421,4 @@ def test_flags_of_a_model_become_a_recipe() -> None:
 
 def test_blocks_are_those_of_a_models_lists() -> None:
     module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "head": nn.Linear(2, 2)})
-    assert rehearsal.repeated_blocks(module) == list(module["blocks"])
+    assert repeated_blocks(module) == list(module["blocks"])

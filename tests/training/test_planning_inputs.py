@@ -1,4 +1,4 @@
-"""What a plan puts through a transformer is what the family's velocity passes; every family's folder is planned."""
+"""A plan runs the transformer on inputs of the shapes that a real policy's velocity passes; every family is planned."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bpgo_video.config.bpgo import LoraConfig
-from bpgo_video.training import plan_inputs as inputs
+from bpgo_video.policies import hunyuan15, wan
 from bpgo_video.training.plan import Job, reckon
-from bpgo_video.training.plan_allocations import Allocations
-from bpgo_video.training.plan_inputs import Batch, arguments
 from bpgo_video.training.plan_models import find_model
-from bpgo_video.training.plan_rehearsal import Treatment, footprint
+from bpgo_video.training.plan_rehearsal import Allocations, footprint, transformer_inputs
 from tests.families import CASES, Case
 
-NUMBERS = ("rope_interpolation_scale", "scale_factor", "return_dict")  # no activations hang on them
 DTYPES = {torch.float32: {}, torch.bfloat16: {"bf16": {"enabled": True}}}
 
 
@@ -59,7 +56,7 @@ def job_of(case: Case, folder: Path, dtype: torch.dtype) -> Job:
 
 def shapes(given: dict[str, Any]) -> dict[str, Any]:
     """Shape and dtype of each tensor, other values as they are, what is not given left out."""
-    kept = {name: value for name, value in given.items() if value is not None and name not in NUMBERS}
+    kept = {name: value for name, value in given.items() if value is not None}
     return tree_map(lambda part: (tuple(part.shape), part.dtype) if isinstance(part, Tensor) else part, kept)
 
 
@@ -77,19 +74,15 @@ def passed(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str,
 @pytest.fixture
 def few_image_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The small encoders'."""
-    monkeypatch.setattr(inputs, "IMAGE_TOKENS", 5)
-    monkeypatch.setattr(inputs, "SIGLIP_TOKENS", 4)
+    monkeypatch.setattr(wan, "CLIP_TOKENS", 5)
+    monkeypatch.setattr(hunyuan15, "SIGLIP_TOKENS", 4)
 
 
 @pytest.mark.usefixtures("few_image_tokens")
 def test_a_plan_puts_through_what_velocity_passes(case: Case, folder: Path) -> None:
     """In bf16, where some of it stays in fp32."""
     _, given = passed(case, folder, torch.bfloat16)
-    job = job_of(case, folder, torch.bfloat16)
-    policy: Any = job.policy
-    batch = Batch(2, job.computed, case.text_tokens, torch.bfloat16, policy.given_frames)
-    own = type(policy).transformer_inputs
-    planned = arguments(job.model.transformer["_class_name"], policy.transformer_config, batch, own)
+    planned = transformer_inputs(job_of(case, folder, torch.bfloat16).policy, case.video, 2, torch.bfloat16)
     assert shapes(planned) == shapes(given)
 
 
@@ -97,10 +90,7 @@ def test_a_plan_puts_through_what_velocity_passes(case: Case, folder: Path) -> N
 def test_a_rehearsal_counts_what_its_transformer_takes(case: Case, folder: Path) -> None:
     """By the same count on real tensors; all of a text's padding is taken to be computed with (Mochi drops it)."""
     module, given = passed(case, folder, torch.float32)
-    job = job_of(case, folder, torch.float32)
-    batch = Batch(2, job.computed, case.text_tokens, torch.float32, job.policy.given_frames)
-    treatment = Treatment(plan=job.policy.sequence_plan, inputs=type(job.policy).transformer_inputs)
-    planned = footprint(job.model, batch, treatment)
+    planned = footprint(job_of(case, folder, torch.float32).policy, case.video, 2, torch.float32)
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     leaves = [part for part in tree_leaves(given) if isinstance(part, Tensor)]

@@ -11,13 +11,12 @@ import torch
 
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.config.shipped import ds_config_file
-from bpgo_video.distributed.engine import read_ds_config
+from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.policies.sequence import check_heads
 from bpgo_video.rollouts.experts import check_experts
-from bpgo_video.training.dry_run import dry_run
-from bpgo_video.training.plan import Job, reckon
+from bpgo_video.training.plan import Job, count_step, reckon
 from bpgo_video.training.plan_models import find_model
-from bpgo_video.training.plan_rehearsal import class_of
+from bpgo_video.training.plan_rehearsal import diffusers_class
 from tests.families import CASES
 from tests.made.recipes import ROOT
 
@@ -69,8 +68,10 @@ def test_what_needs_no_rehearsal_is_right(path: Path) -> None:
     assert set(config.policy.trained) <= set(model.transformers)
     assert job.latents[1] == (config.video.num_frames - 1) // (8 if "ltx" in model.name else 4) + 1
     with torch.device("meta"):
-        module = class_of(model.transformer, "transformer").from_config({**model.transformer, **ONE_LAYER})
-    check_heads({**module.config, "_class_name": type(module).__name__}, config.parallel.sequence)
+        module = diffusers_class(model.transformer).from_config({**model.transformer, **ONE_LAYER})
+    check_heads(
+        {**module.config, "_class_name": type(module).__name__}, config.parallel.sequence, job.policy.sequence_plan
+    )
     samples = config.rollout.prompts_per_step * config.rollout.group_size
     assert samples % (job.ranks // config.parallel.sequence * config.rollout.micro_batch_size) == 0
     assert config.bpgo.needs_prior
@@ -81,7 +82,7 @@ def test_what_needs_no_rehearsal_is_right(path: Path) -> None:
 @pytest.mark.parametrize("path", SCALED, ids=lambda path: path.stem)
 def test_it_is_planned_and_fits(path: Path) -> None:
     job, gigabytes = job_of(path)
-    found = dry_run(job)
+    found = count_step(job)
     name = next(name for name in PARAMETERS if path.stem.startswith(name))
     assert found.parameters / 1e9 == pytest.approx(PARAMETERS[name], abs=0.006)
     assert found.groups * job.config.parallel.sequence == job.ranks

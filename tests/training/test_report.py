@@ -1,4 +1,4 @@
-"""The report of a run: one file that needs nothing else; prompts are text and broken files have names."""
+"""The report of a run: self-contained, with escaped text; malformed files are named."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bpgo_video.data.video import VideoError, write_video
+from bpgo_video.data.media import VideoError, write_video
 from bpgo_video.training.curves import PANELS, draw_curve, series, smoothed
-from bpgo_video.training.diagnosis import NOTHING
-from bpgo_video.training.frame_strips import cell_rows
 from bpgo_video.training.metrics import MalformedFile
-from bpgo_video.training.report import contact_sheet, main, write_report
+from bpgo_video.training.report import contact_sheet, frame_limits, main, write_report
+from bpgo_video.training.summary import NOTHING
 
 PROMPT = 'a red circle <script>alert("x")</script> & "moving" left'
 SUMMARY = {
@@ -107,7 +106,7 @@ def test_nothing_is_fetched_from_outside(run_dir: Path) -> None:
     assert not page.all("link")
 
 
-def test_untrusted_text_stays_text(run_dir: Path) -> None:
+def test_untrusted_text_is_escaped(run_dir: Path) -> None:
     page = page_of(run_dir)
     assert PROMPT in page.text
     assert "<b>runs/demo</b>" in page.text
@@ -117,12 +116,12 @@ def test_untrusted_text_stays_text(run_dir: Path) -> None:
 def test_every_curve_and_both_contact_sheets_are_there_and_described(run_dir: Path) -> None:
     page = page_of(run_dir)
     labels = [svg["aria-label"] or "" for svg in page.all("svg")]
-    assert [label.partition(":")[0] for label in labels] == [panel.title for panel in PANELS.values()]
+    assert [label.partition(":")[0] for label in labels] == [title for title, _, _ in PANELS.values()]
     assert "oracle from 0.5 to 0.6" in labels[0]  # starts at the summary's score before training
     sheets = [image["src"] or "" for image in page.all("img")]
     frames = [Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))) for sheet in sheets]
     greys = [frame.getpixel((5, 5))[0] / 255 for frame in frames]  # type: ignore[index]
-    assert greys == pytest.approx([0.25, 0.75], abs=0.02)  # before stands above after
+    assert greys == pytest.approx([0.25, 0.75], abs=0.02)  # before training, then after
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
 
@@ -151,17 +150,17 @@ def test_the_histogram_of_the_trust_is_drawn_in_the_pages_colours() -> None:
     assert curve.svg.count("fill-opacity: 0.5") == 2 * 40, "two of ten bins, in columns of three steps"
 
 
-def test_what_is_missing_is_left_out(run_dir: Path) -> None:
+def test_missing_parts_are_omitted(run_dir: Path) -> None:
     (run_dir / "samples" / "before" / "000.mp4").unlink()
     assert len(page_of(run_dir).all("img")) == 1
     (run_dir / "summary.json").write_text(json.dumps(SUMMARY | {"heldout_after": None, "steps": None}))
-    assert "whether training helped is not known" in page_of(run_dir).text
+    assert "it is unknown whether training helped" in page_of(run_dir).text
     for name in ("summary.json", "config.yaml", "samples/samples.json"):
         (run_dir / name).unlink()
     (run_dir / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
     page = page_of(run_dir)
     assert len(page.all("svg")) == 1
-    assert "whether training helped is not known" in page.text
+    assert "it is unknown whether training helped" in page.text
     (run_dir / "metrics.jsonl").write_text("")
     assert not page_of(run_dir).all("svg")
 
@@ -209,7 +208,7 @@ def test_the_command_prints_the_path_and_names_a_wrong_folder(run_dir: Path, mon
     done = subprocess.run([*command, str(run_dir)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, str(run_dir / "report.html"))
     monkeypatch.setattr(sys, "argv", ["report", str(run_dir / "samples")])
-    with pytest.raises(SystemExit, match=r"error: .*samples is no run directory"):
+    with pytest.raises(SystemExit, match=r"error: .*samples is not a run directory"):
         main()
 
 
@@ -225,15 +224,14 @@ def test_a_strip_shows_which_frame_scored_what(run_dir: Path) -> None:
 
 
 def test_shades_compare_all_samples_of_a_reward() -> None:
-    first, second = ({"a": {"times": [0.0], "after": [score]}} for score in (2.0, 4.0))
-    shares = [[cell.share for row in rows for cell in row.cells] for rows in cell_rows([first, second, {}])]
-    assert shares == [[0.0], [1.0], []]
+    samples = [{"frames": frames} for frames in ({"a": {"times": [0.0], "after": [2.0]}}, {}, {"a": {"after": [4.0]}})]
+    assert frame_limits(samples) == {"a": (2.0, 4.0)}
 
 
 def test_the_held_out_score_is_drawn_against_the_training_reward() -> None:
     records = [record(step) for step in range(6)]
     assert draw_curve("trained_against_heldout", records, {}) is None
-    records[5]["heldout/oracle"] = 0.4  # it fell while the reward went on rising
+    records[5]["heldout/oracle"] = 0.4  # it fell while the reward rose
     curve = draw_curve("trained_against_heldout", records, {"heldout_reward": "oracle"})
     assert curve is not None
     assert "held-out oracle from 0.6 to 0.4 while the training reward went from 0.46 to 0.55" in curve.alt

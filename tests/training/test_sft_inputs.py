@@ -13,13 +13,13 @@ import torch
 from bpgo_video.config.bpgo import Config, ConfigError, VideoConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.config.sft import SftConfig
-from bpgo_video.data.prompt_records import LATENTS, ShardError
-from bpgo_video.data.prompt_stream import order_of
-from bpgo_video.data.shards import PromptShards
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import LATENTS, ShardError
+from bpgo_video.data.stream import EndlessOrder
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy
-from bpgo_video.rewards.tiny_oracle import oracle_scores
+from bpgo_video.rewards.tiny_rewards import oracle_scores
 from bpgo_video.training import policy_session
 from bpgo_video.training.run_folder import check_run_dir
 from bpgo_video.training.sft_session import Clips, check_clips, heldout_rows
@@ -114,7 +114,7 @@ def test_heldout_clips_are_spread_over_their_split(config: SftConfig, clips: Pat
 def test_a_micro_batch_is_read_in_the_dtypes_of_the_policy(clips: Path) -> None:
     shards = PromptShards(clips)
     told = {"frame_rate": torch.tensor([29.97])}
-    reader = Clips(shards, order_of(shards, "train", 0, 8), shards.rows("heldout"), torch.bfloat16, CPU, told)
+    reader = Clips(shards, EndlessOrder(shards, "train", 0, 8), shards.rows("heldout"), torch.bfloat16, CPU, told)
     batch = reader.read([3, 1])
     assert batch.ids == [3, 1]
     assert batch.latents.dtype == torch.float32, "noise is added in full precision"

@@ -1,4 +1,4 @@
-"""What wandb holds of a run, read from the files of its own package: records, videos with captions, the table."""
+"""The wandb mirror of a run, read from wandb's files: records, videos with captions, the table."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from bpgo_video.config.run import WandbConfig
-from bpgo_video.data.video import write_video
-from bpgo_video.training.metrics import RunLog
-from bpgo_video.training.wandb_run import without_home
+from bpgo_video.data.media import write_video
+from bpgo_video.training.metrics import RunLog, replace_unwritable_home
 from tests.made.real_clips import real_clip
 from tests.made.wandb_files import history, offline_runs, table
 
@@ -21,7 +20,7 @@ OFFLINE = WandbConfig(project="test", mode="offline")
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With two videos in samples/, and nothing of this machine's wandb."""
+    """A run directory with two videos in samples/, isolated from this machine's wandb settings."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
@@ -34,14 +33,14 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_videos_are_copied_with_their_captions_into_the_record_of_their_step(run_dir: Path) -> None:
-    """Also behind a resume: the records that were cut off are made again, in a file of their own under the same id."""
+    """This holds after a resume too: truncated records are repeated in a new file under the same id."""
     videos = [(run_dir / "samples" / f"{number}.mp4", f"ein Würfel, {number} | oracle: 0.5") for number in range(2)]
     for steps in (range(3, 6), range(5, 7)):
         with RunLog(run_dir, OFFLINE, 7, steps[0], {"seed": 1}) as log:
             for step in steps:
                 log.media(step, "heldout", videos if step == 5 else videos[:1])
                 log.log(step, {**VALUES, "heldout/oracle": step / 10})
-        time.sleep(1)  # wandb names folders by the second
+        time.sleep(1)  # wandb's folder names have a resolution of one second
     first, second = offline_runs(run_dir)
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2] == (run_dir / "wandb_run_id.txt").read_text()
     for folder, steps in ((first, (3, 4, 5)), (second, (5, 6))):
@@ -90,11 +89,11 @@ def test_a_user_whose_home_cannot_be_written_keeps_wandbs_files_in_the_run_direc
     if home == "unset":
         monkeypatch.delenv("HOME")
         monkeypatch.setattr(Path, "home", no_home)
-    without_home(tmp_path / "run")
+    replace_unwritable_home(tmp_path / "run")
     expected = None if home == "writable" else str(tmp_path / "run" / "wandb")
     assert {os.environ.get(name) for name in names} == {expected}
     assert os.environ["HOME"] == str(tmp_path / "run" if home == "unset" else places[home])
 
 
 def no_home() -> Path:
-    raise RuntimeError("Could not determine home directory.")  # as pathlib does for a user without a name
+    raise RuntimeError("Could not determine home directory.")  # as pathlib raises for a user without a name

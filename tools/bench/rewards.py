@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import RewardConfig
 from bpgo_video.rewards import Clips, RewardModel
-from bpgo_video.rewards.building import build_reward
-from bpgo_video.rewards.packaged import data_of
+from bpgo_video.rewards.building import build_models
+from bpgo_video.rewards.checkpoints import data_of
 from tools.bench.__main__ import machine
 
 CLIPS = {"carphone_pristine": "176x144", "bikes": "640x272"}
@@ -51,7 +51,7 @@ def measure(names: list[str]) -> dict[str, list[float]]:
     clips = [Clips(real_video(name), 25.0, ('a video with the words "one two"',)) for name in CLIPS]
     found = {}
     for name in names:
-        model = build_reward(name, RewardConfig(name, options=dict(REWARDS[name])), torch.device("cpu")).model
+        (model,) = build_models(name, RewardConfig(name, options=dict(REWARDS[name])), torch.device("cpu"))
         model(Clips(clips[0].videos[:, :10], 25.0, clips[0].texts))
         found[name] = [_milliseconds(model, clip) / FRAMES for clip in clips]
     return found

@@ -20,19 +20,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor, nn
 
 from bpgo_video.cli import show_loading_once
-from bpgo_video.config.bpgo import Config
+from bpgo_video.config.bpgo import BPGOConfig, Config
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.config.run import ParallelConfig
-from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.data.stream import PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, make_mesh
-from bpgo_video.learner.bpgo import BPGOSettings
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
-from bpgo_video.rollouts.rollout import sample_chunks, trained_steps_of, training_denoiser, trust_region
+from bpgo_video.rollouts.rollout import sample_chunks, trained_steps_of, training_denoiser
 from bpgo_video.training.estimation import estimate_advantages
 from bpgo_video.training.policy_session import build_engine, sampling_policy
 from bpgo_video.training.rl import sample_and_score, train_step
@@ -133,7 +132,8 @@ def against_diffusers(config: Config, mesh: Mesh) -> dict[str, Any]:
 def session_and_prompts(config: Config, mesh: Mesh) -> tuple[Session, Iterator[PromptBatch]]:
     ds_config, shards = check_inputs(config, mesh)
     session = build_session(config, mesh, ds_config, shards)
-    return session, shards.stream(config.data.split, 0, config.rollout.prompts_per_step, priors=session.priors.values())
+    split, count, priors = config.data.split, config.rollout.prompts_per_step, session.priors.values()
+    return session, PromptStream(shards, split, 0, count, priors=priors)
 
 
 def unwatched(mesh: Mesh) -> Heartbeat:
@@ -192,7 +192,7 @@ def learner_overhead(config: Config, mesh: Mesh) -> dict[str, float]:
     session, stream = session_and_prompts(config, mesh)
     prompts, watch = next(stream), Stopwatch(unwatched(mesh), 0)
     trajectories, rewards = sample_and_score(session, prompts, 0, watch)
-    plain = replace(session, learner=BPGOSettings(alpha=0.0, zeta=0.0))
+    plain = replace(session, config=replace(config, bpgo=BPGOConfig(alpha=0.0, zeta=0.0)))
     estimates = in_turn(
         {
             "bpgo": lambda: estimate_advantages(session, prompts, rewards),
@@ -204,7 +204,7 @@ def learner_overhead(config: Config, mesh: Mesh) -> dict[str, float]:
     ratio, one, other, trust = (torch.randn(config.rollout.micro_batch_size, generator=rng) for _ in range(4))
 
     def loss(zeta: float) -> None:
-        bpgo_loss(PolicyShift(ratio.requires_grad_()), one, other, trust, zeta, trust_region(config)).value.backward()
+        bpgo_loss(PolicyShift(ratio.requires_grad_()), one, other, trust, zeta, config.loss).value.backward()
 
     losses = in_turn({"bpgo": partial(loss, config.bpgo.zeta), "grpo": partial(loss, 0.0)}, 10 * ROUNDS)
     passes = len(trajectories) * config.sampler.trained_count

@@ -25,10 +25,10 @@ from bpgo_video.atomic import write_json
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.learner import PriorConfig
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.data.build import build_shards
 from bpgo_video.data.fingerprint import encoder_stamp
+from bpgo_video.data.writer import build_shards
 from bpgo_video.distributed.heartbeat import Heartbeat
-from bpgo_video.distributed.stored_tensors import stored, tensor_files
+from bpgo_video.distributed.precision import read_tensor, tensor_files
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import load_policy
 from bpgo_video.randomness import keyed_noise
@@ -100,7 +100,7 @@ def construction(bench: Bench) -> dict[str, Any]:
     different = []
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
-            expected = stored(files[name], name).to(parameter)
+            expected = read_tensor(files[name], name).to(parameter)
             different += [] if torch.equal(parameter, expected) else [name]
     dtypes = {str(parameter.dtype) for parameter in model.parameters()}
     backend = dist.get_backend()

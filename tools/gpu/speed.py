@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bpgo_video.config.bpgo import Config, ConfigError, VideoConfig
 from bpgo_video.distributed.engine import Engine
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.policies.kernels import choose_attention, compile_blocks
-from bpgo_video.policies.transformers import blocks_of
+from bpgo_video.policies.execution import choose_attention, compile_blocks
+from bpgo_video.policies.networks import blocks_of
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.rollout import Denoiser, training_denoiser
 from bpgo_video.training.plan import Job, reckon

@@ -1,6 +1,6 @@
-"""Which prompts does the embedded world train and test on? Every caption of world.py, as lines of prompts.jsonl.
+"""The embedded world's prompts: every caption of tiny_world.py, as lines of prompts.jsonl.
 
-`python -m tools.tiny.prompts` writes the file again after the world has changed.
+`python -m tools.tiny.prompts` rewrites the file after a change of the world.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Make an image-to-video policy of the embedded one, and prompts with images for it.
+"""Training of an image-to-video policy from the embedded one, with prompts and images for it.
 
     python -m tools.tiny.train_image_policy --output runs/tiny-i2v
 
-The embedded transformer gets input channels for the mask and the image's latents, at first without weight, so that it
-starts as the text-to-video policy; a warm start (docs/training.md) teaches it to continue the first frame of clips.
-Writes OUTPUT/wan, a diffusers WanImageToVideoPipeline, and OUTPUT/prompts.jsonl: the embedded prompts, each with an
-image, the first frame of a scene that fulfils it. Deterministic in --seed on one thread.
+The embedded transformer gets input channels for the mask and the image's latents, with zero weights, so that it starts
+as the text-to-video policy; a warm start (docs/training.md) trains it to continue the first frame of clips. Writes
+OUTPUT/wan, a diffusers WanImageToVideoPipeline, and OUTPUT/prompts.jsonl: the embedded prompts, each with an image, the
+first frame of a scene that matches it. Deterministic in --seed on one thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bpgo_video.diffusion import sde
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import load_policy
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.tiny_oracle import oracle_scores
+from bpgo_video.rewards.tiny_rewards import oracle_scores
 from tools.tiny.prompts import PATH as PROMPTS
 from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, learn
 
@@ -33,7 +33,7 @@ INPUT = "patch_embedding.weight"
 
 
 def widened(transformer: WanTransformer3DModel, more: int) -> WanTransformer3DModel:
-    """The same transformer with `more` input channels that it does not look at yet."""
+    """The same transformer with `more` input channels of zero weight."""
     channels = transformer.config.in_channels
     wide = WanTransformer3DModel.from_config({**transformer.config, "in_channels": channels + more})
     weights = transformer.state_dict()
@@ -55,7 +55,7 @@ def image_pipeline(base: Path) -> WanImageToVideoPipeline:
 
 
 def first_frames(captions: list[world.Caption], seed: int) -> Tensor:
-    """The first frame of a scene that fulfils each caption: [captions, 3, height, width]."""
+    """The first frame of a scene for each caption: [captions, 3, height, width]."""
     generator = torch.Generator().manual_seed(seed)
     return world.render(world.sample_scenes(captions, generator))[:, 0]
 
@@ -74,7 +74,7 @@ def write_prompts(output: Path, seed: int) -> None:
 
 @torch.no_grad()
 def heldout_score(folder: Path, seed: int, num_steps: int = 8) -> dict[str, float]:
-    """Of videos that continue the held-out captions' images: the oracle, and how far frame 0 is from the image."""
+    """The oracle's score of videos that continue held-out captions' images, and frame 0's distance from the image."""
     policy = load_policy(str(folder), max_sequence_length=TEXT_TOKENS)
     captions = world.captions("heldout")
     images = first_frames(captions, seed)

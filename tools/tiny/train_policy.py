@@ -1,17 +1,17 @@
-"""Train the embedded policy: a complete diffusers WanPipeline on the world of moving shapes, from scratch.
+"""Training of the embedded policy: a complete diffusers WanPipeline on the world of moving shapes, from scratch.
 
     python -m tools.tiny.train_policy --vae bpgo_video/tiny/weights/wan/vae --output runs/tiny/wan
 
-A warm start (docs/training.md) of random weights, on the captions of the training split alone: the transformer learns,
-over a text encoder that stays random, which tells the world's words apart all the same. Deterministic in --seed on one
-thread. Prints held-out scores at the end.
+A warm start (docs/training.md) from random weights, on the captions of the training split: the transformer is trained,
+the text encoder stays random, which suffices to distinguish the world's words. Deterministic in --seed on one thread.
+Prints held-out scores at the end.
 
-The shipped weights are older than the warm start. They were made by a loop of this script's own, with the same loss,
-noise levels, batch and learning rate, which trained the text encoder, too, drew a caption anew each time a clip came,
-and ended at update 5500 of a schedule of 6000: while it still made mistakes (held-out oracle between .45 and .60), so
-that post-training has room. Over 200 updates on 512 clips the two loops go alike: losses of updates 41 to 60, 91 to
-110 and 181 to 200 are 1.04, .85 and .763 on average here, 1.02, .81 and .764 there (2026-11-23). A full run of this
-script has not been measured: look at the scores for the room that it leaves.
+The shipped weights are older than the warm start. An earlier loop made them, with the same loss, noise levels, batch
+and learning rate. It also trained the text encoder, drew a new caption each time a clip was used, and stopped at update
+5500 of a schedule of 6000, with a held-out oracle between .45 and .60, so that post-training can still improve the
+policy. Over 200 updates on 512 clips the two loops behave alike: losses of updates 41 to 60, 91 to 110 and 181 to 200
+average 1.04, .85 and .763 here, 1.02, .81 and .764 there (2026-11-23). A full run of this script has not been measured:
+check the printed scores for the room that they leave.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from bpgo_video.diffusion import sde
-from bpgo_video.policies.base import guided_velocity
+from bpgo_video.policies import guided_velocity
 from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.tiny_oracle import oracle_parts, oracle_scores
+from bpgo_video.rewards.tiny_rewards import oracle_parts, oracle_scores
 from bpgo_video.types import Guidance
 from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, learn
 
@@ -40,7 +40,7 @@ FLOW_SHIFT = 3.0
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world; anything else is <unk>. Ends with </s>, as T5's does."""
+    """One token per word of the world, <unk> for all others, and a final </s> as in T5."""
     words = sorted({word for caption in world.all_captions() for word in caption.text.split()})
     vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -53,7 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
-    """Wan2.1's parts at about one million parameters; eight heads, so that ranks can share them."""
+    """Wan2.1's parts with about one million parameters; eight heads, so that ranks can share them."""
     tokenizer = build_tokenizer()
     encoder = UMT5EncoderModel(
         UMT5Config(
@@ -114,7 +114,7 @@ def heldout_score(folder: Path, samples: int, guidance_scale: float) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
-    parser.add_argument("--output", type=Path, required=True, help="beside it, OUTPUT-training keeps clips and run")
+    parser.add_argument("--output", type=Path, required=True, help="OUTPUT-training next to it keeps clips and run")
     add_arguments(parser, steps=5500, clips=8192, learning_rate=2e-3)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,15 +1,14 @@
-"""Train the embedded default's two learned rewards on the world of moving shapes, from scratch.
+"""Training of the embedded default's two learned rewards on the world of moving shapes, from scratch.
 
     python -m tools.tiny.train_rewards --output bpgo_video/tiny/weights
 
 clip    a small CLIPModel that scores frames for shape and colour; a frame cannot show a direction
 motion  a small video-text model that scores clips for their direction
 
-Both learn from soft labels on frames and clips that are spoilt the way a half-trained policy spoils them (warped
-outlines, blended shapes, patches of another colour, fading, blur, noise, stray objects; stops, jitter, jumps, wrong
-turns), so that scores grade imperfect videos. They are imperfect on purpose: rewards that are right everywhere would
-not show what BPGO is for. Deterministic in --seed on one thread. Prints at the end how well they tell right captions
-from wrong ones.
+Both learn from soft labels on frames and clips with the errors of a half-trained policy (warped outlines, blended
+shapes, patches of another colour, fading, blur, noise, stray objects; stops, jitter, jumps, wrong turns), so that
+scores grade imperfect videos. They are imperfect on purpose: rewards without errors would not show the effect of BPGO.
+Deterministic in --seed on one thread. Prints at the end how often right captions rank over wrong ones.
 """
 
 from __future__ import annotations
@@ -22,20 +21,27 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, grid_sample, interpolate, one_hot
+from torch.nn.functional import (
+    avg_pool2d,
+    binary_cross_entropy_with_logits,
+    grid_sample,
+    interpolate,
+    normalize,
+    one_hot,
+)
 from tqdm import trange
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.image_text import ClipScore
-from bpgo_video.rewards.motion import LearnedMotion
-from bpgo_video.rewards.tiny_motion import MotionMatch
+from bpgo_video.rewards.backbones import Preprocessing
+from bpgo_video.rewards.text import ClipScore
+from bpgo_video.rewards.tiny_rewards import LearnedMotion, MotionMatch
 from tools.tiny.train_policy import build_tokenizer
 
 IMAGE_SIZE, TEXT_TOKENS = 64, 16
-CLEAN_SHARE = 0.2  # of the frame model's training, before it sees anything spoilt
-NORMALISATION = {"image_mean": [0.25, 0.25, 0.25], "image_std": [0.25, 0.25, 0.25]}
+CLEAN_SHARE = 0.2  # of the frame model's training, before the first damaged frames
+MEAN = STD = (0.25, 0.25, 0.25)
 
 
 def build_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
@@ -65,11 +71,11 @@ def waves(count: int, channels: int, cells: int, generator: torch.Generator) -> 
     return interpolate(coarse, (world.SIZE, world.SIZE), mode="bicubic")
 
 
-def spoilt_masks(shapes: Tensor, centres: Tensor, radius: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Outlines gone wrong, (count, SIZE, SIZE), and how much each shows every shape, (count, 3).
+def damaged_masks(shapes: Tensor, centres: Tensor, radius: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Damaged outlines, (count, SIZE, SIZE), and how much each shows every shape, (count, 3).
 
-    Half are blended with another shape or rounded, most are warped. The label of a shape is how well the outcome covers
-    that shape drawn cleanly at the same place, shared among shapes that cover it about as well.
+    Half are blended with another shape or rounded, most are warped. The label of a shape is the overlap with its clean
+    outline at the same position, shared among shapes of similar overlap.
     """
     count = len(shapes)
     clean = torch.stack([world.coverage(torch.full_like(shapes, k), centres, radius) for k in range(3)])
@@ -88,7 +94,7 @@ def spoilt_masks(shapes: Tensor, centres: Tensor, radius: Tensor, generator: tor
     return mask, ((overlap / 0.03).softmax(dim=0) * quality).T
 
 
-def spoilt_colours(count: int, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def damaged_colours(count: int, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Colours with patches of another, (count, 3, SIZE, SIZE), and how much of `mask` shows each, (count, 4)."""
     first, second = torch.randint(4, (2, count), generator=generator)
     palette = torch.tensor(list(world.COLOURS.values()))[..., None, None]
@@ -102,16 +108,16 @@ def spoilt_colours(count: int, mask: Tensor, generator: torch.Generator) -> tupl
     return colour, torch.where((first == second)[:, None], one_hot(first, 4).float(), labels)
 
 
-def spoilt_frames(
+def damaged_frames(
     shapes: Tensor, centres: Tensor, radius: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Frames (count, 3, SIZE, SIZE), and how much each shows every shape (count, 3) and every colour (count, 4)."""
     count = len(shapes)
-    mask, shape_labels = spoilt_masks(shapes, centres, radius, generator)
-    colour, colour_labels = spoilt_colours(count, mask, generator)
+    mask, shape_labels = damaged_masks(shapes, centres, radius, generator)
+    colour, colour_labels = damaged_colours(count, mask, generator)
     stray, fade, haze, noise = some((4, count, 1, 1, 1), 0.15, 1.0, generator)
-    place = world.SIZE * torch.rand(count, 2, generator=generator)
-    second = world.coverage(shapes.roll(1), place, 3 + 5 * torch.rand(count, generator=generator))
+    position = world.SIZE * torch.rand(count, 2, generator=generator)
+    second = world.coverage(shapes.roll(1), position, 3 + 5 * torch.rand(count, generator=generator))
     whole = torch.maximum(mask, second * (stray[:, 0] > 0) * (1 - mask))[:, None] * (1 - 0.8 * fade)
     frames = torch.lerp(world.BACKGROUND + 0.15 * haze * waves(count, 3, 8, generator), colour, whole)
     frames = frames + 0.12 * noise * torch.randn(frames.shape, generator=generator)
@@ -121,13 +127,13 @@ def spoilt_frames(
     return frames, shape_labels * quality[:, :, 0, 0] * (1 - 0.4 * blurred[:, :, 0, 0]), colour_labels
 
 
-def random_frames(count: int, spoilt: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames of random shapes, places and sizes, and their labels as `spoilt_frames` gives them."""
+def random_frames(count: int, damaged: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames of random shapes, positions and sizes, with labels as of `damaged_frames`."""
     shapes = torch.randint(3, (count,), generator=generator)
     centres = 12 + (world.SIZE - 24) * torch.rand(count, 2, generator=generator)
     radius = 4 + 7 * torch.rand(count, generator=generator)
-    if spoilt:
-        return spoilt_frames(shapes, centres, radius, generator)
+    if damaged:
+        return damaged_frames(shapes, centres, radius, generator)
     colours = torch.randint(4, (count,), generator=generator)
     mask = world.coverage(shapes, centres, radius)[:, None]
     palette = torch.tensor(list(world.COLOURS.values()))[colours][..., None, None]
@@ -139,14 +145,12 @@ def random_captions(count: int, generator: torch.Generator) -> list[world.Captio
     """Half of them leave the colour open: shapes are harder to learn than colours."""
     captions = world.all_captions()
     plain = [caption for caption in captions if caption.colour is None and caption.shape]
-    halves = [[names[i] for i in torch.randint(len(names), (count // 2,), generator=generator)]
-              for names in (plain, captions)]  # fmt: skip
-    return halves[0] + halves[1]
+    return [pool[i] for pool in (plain, captions) for i in torch.randint(len(pool), (count // 2,), generator=generator)]
 
 
-def attribute_match(labels: Tensor, wanted: Sequence[str | None], names: Sequence[str]) -> Tensor:
-    """How far samples fulfil what texts want of one attribute: [samples, texts]; what is left open takes the best."""
-    columns = [labels.amax(dim=1) if name is None else labels[:, list(names).index(name)] for name in wanted]
+def attribute_match(labels: Tensor, stated: Sequence[str | None], names: Sequence[str]) -> Tensor:
+    """How well samples match each text in one attribute, [samples, texts]; an open attribute takes the best label."""
+    columns = [labels.amax(dim=1) if name is None else labels[:, list(names).index(name)] for name in stated]
     return torch.stack(columns, dim=1)
 
 
@@ -154,25 +158,27 @@ def train_clip(output: Path, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    clip = build_clip(tokenizer)
-    clip.save_pretrained(output)
+    clip = build_clip(tokenizer).train()
     tokenizer.save_pretrained(output)
-    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": IMAGE_SIZE},
-                 "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "resample": 3, **NORMALISATION}  # fmt: skip
+    edges = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+    processor = {"image_processor_type": "CLIPImageProcessor", **edges, "resample": 3}
+    processor |= {"image_mean": MEAN, "image_std": STD}
     (output / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", "utf-8")
-    reward = ClipScore(str(output))
-    reward.clip = clip.train()
+    normalise = Preprocessing.of_folder(output)
     bias = torch.nn.Parameter(torch.tensor(-2.0))
     optimizer = torch.optim.AdamW([*clip.parameters(), bias], lr=args.clip_learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.clip_learning_rate, args.clip_steps, pct_start=0.1)
     progress = trange(args.clip_steps, desc="clip", mininterval=10)
     for step in progress:
-        spoilt = step >= CLEAN_SHARE * args.clip_steps
-        frames, shape_labels, colour_labels = random_frames(args.batch_size, spoilt, generator)
+        damaged = step >= CLEAN_SHARE * args.clip_steps
+        frames, shape_labels, colour_labels = random_frames(args.batch_size, damaged, generator)
         chosen = random_captions(32, generator)
         labels = attribute_match(shape_labels, [c.shape for c in chosen], world.SHAPES)
         labels = labels * attribute_match(colour_labels, [c.colour for c in chosen], list(world.COLOURS))
-        cosines = reward.embed_frames(frames) @ reward.embed_texts([c.text for c in chosen]).T
+        ids = tokenizer([c.text for c in chosen], padding=True, return_tensors="pt").input_ids
+        images = normalize(clip.get_image_features(pixel_values=normalise(frames)).pooler_output, dim=-1)
+        texts = normalize(clip.get_text_features(input_ids=ids).pooler_output, dim=-1)
+        cosines = images @ texts.T
         loss = binary_cross_entropy_with_logits(6.0 * cosines + bias, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -185,8 +191,8 @@ def train_clip(output: Path, args: argparse.Namespace) -> None:
     clip.eval().save_pretrained(output)
 
 
-def spoilt_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Clips whose track goes wrong in places, and how much of each moves in every direction: [count, 4]."""
+def damaged_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Clips with errors in their motion, and how much each moves in every direction: [count, 4]."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
@@ -206,7 +212,7 @@ def spoilt_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     clean = world.render(world.Scenes(scenes.shapes, scenes.colours, scenes.directions, centres, scenes.radius))
     length = centres.shape[1]
     radius = scenes.radius[:, None] * (1 - some((count, length), 0.2, 0.5, generator))
-    damaged, *_ = spoilt_frames(
+    damaged, *_ = damaged_frames(
         scenes.shapes.repeat_interleave(length), centres.flatten(0, 1), radius.flatten(), generator
     )
     frames = torch.where(uniform(count, 1, 1, 1, 1) < 0.4, clean, damaged.unflatten(0, (count, length)))
@@ -220,7 +226,7 @@ def train_motion(output: Path, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = MotionMatch()
-    pool = [spoilt_clips(128, generator) for _ in range(args.clips // 128)]
+    pool = [damaged_clips(128, generator) for _ in range(args.clips // 128)]
     videos = torch.cat([(clips * 255).round().byte() for clips, _ in pool])
     directions = torch.cat([labels for _, labels in pool])
     captions = world.all_captions()
@@ -245,7 +251,7 @@ def train_motion(output: Path, args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def ranking_accuracy(reward: ClipScore | LearnedMotion, attribute: str, count: int = 256) -> float:
-    """How often rendered held-out clips score higher with their caption than with one whose `attribute` is wrong."""
+    """Share of rendered held-out clips that score higher with their caption than with a wrong `attribute`."""
     generator = torch.Generator().manual_seed(17)
     clear = [caption for caption in world.captions("heldout") if caption.is_clear]
     right = [clear[i % len(clear)] for i in range(count)]
@@ -265,7 +271,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="gets the folders clip/ and motion/")
     parser.add_argument("--clip-steps", type=int, default=2400)
     parser.add_argument("--motion-steps", type=int, default=1000)
-    parser.add_argument("--clips", type=int, default=3072, help="spoilt clips that the motion model learns from")
+    parser.add_argument("--clips", type=int, default=3072, help="damaged clips in the motion model's training")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--clip-learning-rate", type=float, default=2e-3)
     parser.add_argument("--motion-learning-rate", type=float, default=1e-3)

@@ -1,8 +1,8 @@
-"""Train the embedded policy's AutoencoderKLWan on the world of moving shapes, from scratch.
+"""Training of the embedded policy's AutoencoderKLWan on the world of moving shapes, from scratch.
 
     python -m tools.tiny.train_vae --output bpgo_video/tiny/weights/wan/vae
 
-Deterministic in --seed on one thread. Prints at the end what a round trip of held-out clips keeps.
+Deterministic in --seed on one thread. Prints at the end the quality of a round trip of held-out clips.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from diffusers import AutoencoderKLWan
 from tqdm import trange
 
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.tiny_oracle import oracle_scores
+from bpgo_video.rewards.tiny_rewards import oracle_scores
 
 LATENT_CHANNELS = 8
 
 
 def build_vae() -> AutoencoderKLWan:
-    """Wan2.2's layout (2x2 patches in front) at 0.65M parameters: 8x in space, 4x in time."""
+    """Wan2.2's layout (2x2 patches first) with 0.65M parameters: 8x in space, 4x in time."""
     return AutoencoderKLWan(
         base_dim=16,
         z_dim=LATENT_CHANNELS,

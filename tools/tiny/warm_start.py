@@ -1,15 +1,17 @@
-"""How do the embedded policies learn? As any policy does: clips of the world as video shards, and the `sft` recipe.
+"""The embedded policies' warm start: clips of the world as video shards, and the `sft` recipe.
 
-    python -m tools.tiny.warm_start --output runs/tiny-clips     # the clips alone, for the embedded policy
+    python -m tools.tiny.warm_start --output runs/tiny-clips     # only the clips, for the embedded policy
 
-train_policy.py and train_image_policy.py do the rest, too.
+train_policy.py and train_image_policy.py write the clips and train on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -17,10 +19,10 @@ import torch
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.config.reading import config_from_dict
 from bpgo_video.config.sft import SftConfig
-from bpgo_video.data.clip_build import clip_stamp
+from bpgo_video.data.encoding import clip_stamp
 from bpgo_video.data.fingerprint import encoder_stamp
-from bpgo_video.data.prompt_records import LATENTS, PromptRecord, layout_of
-from bpgo_video.data.shard_writing import write_index, write_negative, write_shard
+from bpgo_video.data.records import LATENTS, PromptRecord, layout_of
+from bpgo_video.data.writer import write_index, write_negative, write_shard
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rewards import tiny_world as world
@@ -34,12 +36,12 @@ DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero1.json"
 
 
 def write_clips(policy_folder: str, output: Path, count: int, heldout: int = HELDOUT, seed: int = 0) -> Path:
-    """Video shards of clips of the world's training captions; `output`, as tools/make_video_shards.py would write it.
+    """Writes clips of the world's training captions to `output`, in the format of tools/make_video_shards.py.
 
-    A clip's caption is one of those that it fulfils, the clear one or one that leaves something open.
+    A clip's caption is the clear one, or one with open attributes that matches it.
 
     Args:
-        policy_folder: whose VAE and text encoder encode them.
+        policy_folder: pipeline with the VAE and the text encoder.
         count, heldout: clips of the splits "train" and "heldout"; both of the same captions.
     """
     folder = resolve_folder(policy_folder)
@@ -54,7 +56,7 @@ def write_clips(policy_folder: str, output: Path, count: int, heldout: int = HEL
 
 
 def clips(policy: Policy, count: int, heldout: int, seed: int) -> Iterator[PromptRecord]:
-    """`count` records to learn from, then `heldout` others, encoded CHUNK at a time."""
+    """`count` training records, then `heldout` others, encoded CHUNK at a time."""
     generator = torch.Generator().manual_seed(seed)
     clear = [caption for caption in world.captions("train") if caption.is_clear]
     scenes = world.sample_scenes([clear[i % len(clear)] for i in range(count + heldout)], generator)
@@ -65,35 +67,30 @@ def clips(policy: Policy, count: int, heldout: int, seed: int) -> Iterator[Promp
         videos = world.render(scenes.of(rows))
         images = policy.image_conditioning(videos[:, 0], VIDEO) if policy.takes_images else {}
         clip = {LATENTS: policy.encode_video(videos), **images}
-        own = policy.encode([texts[row] for row in rows.tolist()])
-        for place, row in enumerate(rows.tolist()):
+        conditioning = policy.encode([texts[row] for row in rows.tolist()])
+        for i, row in enumerate(rows.tolist()):
             yield PromptRecord(
                 id=row,
                 prompt=texts[row],
                 split="train" if row < count else "heldout",
-                conditioning={name: value[place] for name, value in own.items()},
-                clip={name: value[place] for name, value in clip.items()},
+                conditioning={name: value[i] for name, value in conditioning.items()},
+                clip={name: value[i] for name, value in clip.items()},
             )
 
 
 def caption_choices(scenes: world.Scenes) -> list[list[str]]:
-    """Every caption of the training split that a scene fulfils: the clear one and what leaves something open."""
+    """Every caption of the training split that matches a scene: the clear one, and those with open attributes."""
     known = {caption: caption.text for caption in world.captions("train")}
     choices = []
     for index in range(len(scenes.shapes)):
-        full = scenes.caption(index)
-        options = [
-            world.Caption(shape, colour, direction)
-            for shape in (full.shape, None)
-            for colour in (full.colour, None)
-            for direction in (full.direction, None)
-        ]
-        choices.append([known[option] for option in options if option in known])
+        options = itertools.product(*((value, None) for value in astuple(scenes.caption(index))))
+        captions = (world.Caption(*values) for values in options)
+        choices.append([known[caption] for caption in captions if caption in known])
     return choices
 
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int, clips: int, learning_rate: float) -> None:
-    """What both scripts leave open; the rest of the recipe is in `recipe`."""
+    """The options of both training scripts; `recipe` fixes the rest."""
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--clips", type=int, default=clips)
@@ -102,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int, clips: int, learn
 
 
 def recipe(policy_folder: Path, shards: Path, run_dir: Path, args: argparse.Namespace) -> SftConfig:
-    """All weights of the transformer, evenly drawn places on the schedule, a tenth of the captions left out."""
+    """All weights of the transformer, uniform density over the schedule, a tenth of the captions dropped."""
     every = max(1, args.steps // 10)
     config = config_from_dict(
         {
@@ -127,18 +124,18 @@ def recipe(policy_folder: Path, shards: Path, run_dir: Path, args: argparse.Name
 
 
 def learn(policy_folder: Path, output: Path, args: argparse.Namespace) -> None:
-    """Write the clips, run the recipe, and copy the policy that comes out of it to `output`."""
-    aside = output.with_name(f"{output.name}-training")
-    shards = write_clips(str(policy_folder), aside / "clips", args.clips, seed=args.seed)
-    train(recipe(policy_folder, shards, aside / "run", args))
-    shutil.copytree(aside / "run" / "export", output, dirs_exist_ok=True)
+    """Writes the clips, runs the recipe, and copies the trained policy to `output`."""
+    folder = output.with_name(f"{output.name}-training")
+    shards = write_clips(str(policy_folder), folder / "clips", args.clips, seed=args.seed)
+    train(recipe(policy_folder, shards, folder / "run", args))
+    shutil.copytree(folder / "run" / "export", output, dirs_exist_ok=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="new folder of shards")
     parser.add_argument("--policy", default="package:bpgo_video.tiny/weights/wan", help="pipeline folder (%(default)s)")
-    parser.add_argument("--clips", type=int, default=512, help="to learn from, beside those held out (%(default)s)")
+    parser.add_argument("--clips", type=int, default=512, help="of the training split (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_clips(args.policy, args.output, args.clips, seed=args.seed)

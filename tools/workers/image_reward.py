@@ -1,6 +1,6 @@
-"""ImageReward (arXiv 2304.05977) as a worker: frames against the prompt, in the environment that its package wants.
+"""ImageReward (arXiv 2304.05977) as a worker: frames against the prompt, in an environment with its package.
 
-**Not run here**: written after the package's published interface (`image-reward` 1.5), whose pins do not go with ours.
+**Not tested**: it follows the published interface of `image-reward` 1.5, whose pinned dependencies conflict with ours.
 
     python -m venv /opt/image-reward && /opt/image-reward/bin/pip install image-reward
 
@@ -9,8 +9,8 @@
         model: worker
         options: {python: /opt/image-reward/bin/python, script: tools/workers/image_reward.py, settings: {frames: 8}}
 
-VideoScore, VideoPhy or VideoCLIP-XL take the same form: load in `__init__`, and in `__call__` one row for each video,
-of one number where the model scores a video as a whole.
+VideoScore, VideoPhy or VideoCLIP-XL have the same form: load in `__init__`, and return one row per video from
+`__call__`, of one number if the model scores a video as a whole.
 """
 
 import ImageReward
@@ -20,7 +20,7 @@ from reward_worker import serve
 
 
 class FramePreference:
-    """ImageReward of evenly spread frames; scores are standardised over people's choices, and unbounded."""
+    """ImageReward of evenly spread frames; scores are standardised over human preferences, and unbounded."""
 
     name = "image_reward"
     range = (-3.0, 3.0)

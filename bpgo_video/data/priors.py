@@ -1,0 +1,170 @@
+"""Prior anchors of the rewards, stored with the prompts: `priors/<reward>.json`, one file per reward.
+
+`bpgo-video priors` writes them. A training run reads those that were measured with the reward's current version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+
+from bpgo_video.atomic import atomic_file, write_json
+from bpgo_video.data.records import ShardError
+from bpgo_video.learner.priors import shrunk_means
+from bpgo_video.types import PriorAnchor, PromptBatch
+
+COMMAND = "bpgo-video priors --config FILE"
+
+Scores = dict[int, dict[str, list[float]]]  # prompt id -> reward name -> the score of each sample
+
+
+class PriorError(ShardError):
+    """A prior that is missing, stale or incomplete."""
+
+
+class PriorTable(BaseModel, frozen=True):
+    """The anchors of one reward for the prompts of a folder; the content of its file.
+
+    Attributes:
+        version: of the reward when the anchors were measured.
+        scale: s_ref, the pooled within-group standard deviation of the reference samples.
+        policy: hash of the policy whose samples were scored.
+        anchors: prompt id -> mean, std and count of the reference samples.
+    """
+
+    format_version: Literal[1] = 1
+    reward: str
+    version: str
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    policy: str
+    anchors: dict[int, tuple[float, float, int]]
+
+    def check_policy(self, policy: str) -> None:
+        """Raise PriorError if the samples came from another policy than the one with this hash."""
+        if self.policy != policy:
+            raise PriorError(
+                f"the prior of reward {self.reward!r} is stale: it was measured on a policy of hash {self.policy}, the "
+                f"starting policy has {policy}; run: {COMMAND}"
+            )
+
+    def shrunk(self) -> PriorTable:
+        """The same table with shrunken means, see `shrunk_means`."""
+        ids = sorted(self.anchors)
+        mean, std, count = torch.tensor([self.anchors[id_] for id_ in ids], dtype=torch.float64).T
+        means = shrunk_means(mean, std, count.long()).tolist()
+        anchors = {id_: (mean, *self.anchors[id_][1:]) for id_, mean in zip(ids, means, strict=True)}
+        return self.model_copy(update={"anchors": anchors})
+
+    def anchor(self, batch: PromptBatch) -> PriorAnchor:
+        """The anchors of a batch's prompts. Raises PriorError if one has none."""
+        rows = [self.anchors.get(id_) for id_ in batch.ids.tolist()]
+        missing = [number for number, row in enumerate(rows) if row is None]
+        if missing:
+            raise PriorError(
+                f"the prior of reward {self.reward!r} has no anchor for {len(missing)} of {len(rows)} prompts, the "
+                f"first {batch.texts[missing[0]]!r} (id {batch.ids[missing[0]]}); run: {COMMAND}"
+            )
+        mean, std, count = torch.tensor(rows, dtype=torch.float64).T
+        return PriorAnchor(mean.float(), std.float(), count.long(), self.scale, self.version)
+
+
+def prior_path(directory: Path | str, reward: str) -> Path:
+    if not re.fullmatch(r"[\w:-][\w.:-]*", reward):
+        raise ValueError(f"the reward name {reward!r} must consist of letters, digits and any of . : _ -")
+    return Path(directory) / "priors" / f"{reward}.json"
+
+
+def write_priors(
+    directory: Path | str,
+    reward: str,
+    version: str,
+    scale: float | int,
+    policy: str,
+    anchors: Mapping[int, tuple[float, float, int]],
+) -> Path:
+    """Store the anchors of one reward with the prompts, replacing earlier ones. Arguments: see PriorTable."""
+    table = PriorTable(reward=reward, version=version, scale=scale, policy=policy, anchors=dict(anchors))
+    path = prior_path(directory, reward)
+    write_json(path, table.model_dump())
+    return path
+
+
+def load_priors(directory: Path | str, versions: Mapping[str, str]) -> dict[str, PriorTable]:
+    """The stored anchors of rewards.
+
+    Args:
+        versions: reward name -> its current version.
+
+    Raises:
+        PriorError: a file is missing, unreadable, or was measured with another version of the reward; the message
+            names the command that makes it.
+    """
+    require_priors(directory, versions)
+    tables = {}
+    for reward, version in versions.items():
+        path = prior_path(directory, reward)
+        try:
+            table = PriorTable.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "content"
+            raise PriorError(f"the prior {path} cannot be read ({where}: {problem['msg']}); run: {COMMAND}") from error
+        if table.version != version:
+            raise PriorError(
+                f"the prior {path} is stale: it was measured with version {table.version} of reward {reward!r}, which "
+                f"is now {version}; run: {COMMAND}"
+            )
+        tables[reward] = table
+    return tables
+
+
+def require_priors(directory: Path | str, rewards: Iterable[str]) -> None:
+    """Raise PriorError if a reward has no stored anchors. Needs no reward model, unlike `load_priors`."""
+    for path in (prior_path(directory, reward) for reward in rewards):
+        if not path.is_file():
+            raise PriorError(f"the prior {path} is missing; run: {COMMAND}")
+
+
+@dataclass(frozen=True)
+class UnfinishedPriors:
+    """Scores of an interrupted estimation in `priors/unfinished.jsonl`, read and written by one rank.
+
+    The first line is {"key": ...}; each other line is {"id", "scores": {reward: [...]}} of one prompt.
+
+    Attributes:
+        key: plain JSON data on which the scores depend; a file with another key is replaced.
+    """
+
+    directory: Path
+    key: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.directory / "priors" / "unfinished.jsonl"
+
+    def begin(self) -> Scores:
+        """The stored scores. A file with another key, or a line that was cut off, is dropped."""
+        head = json.dumps({"key": self.key}, sort_keys=True) + "\n"
+        lines = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n")] if lines[:1] == [head] else [head]
+        with atomic_file(self.path) as aside:
+            aside.write_text("".join(kept), "utf-8")
+        return {entry["id"]: entry["scores"] for entry in map(json.loads, kept[1:])}
+
+    def add(self, scores: Scores) -> None:
+        """Append the scores of more prompts; they are on the disk when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"id": id_, "scores": by_reward}) + "\n" for id_, by_reward in scores.items())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+"""Networks of a diffusers pipeline folder: their classes, configs and loading; its transformers as one module."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.distributed.precision import finish_build, model_buffers, tensor_files
+
+Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
+LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # library -> its from_pretrained argument for a dtype
+COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
+
+
+def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The whole model on this process, for inference and for ZeRO 1 and 2.
+
+    Raises:
+        PrecisionError: a tensor has a dtype other than the one that `bpgo_video.distributed.precision` sets.
+    """
+    model: nn.Module = model_class.from_pretrained(folder, torch_dtype=dtype)
+    finish_build(model, model_buffers(model_class, folder, tensor_files(folder, model_class)), dtype)
+    return model
+
+
+def load_frozen(model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """A network that is never trained, in evaluation mode."""
+    library = model_class.__module__.partition(".")[0]
+    model: nn.Module = model_class.from_pretrained(folder, **{LIBRARIES[library]: dtype})
+    return model.to(device).eval().requires_grad_(False)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The folder's model_index.json: parts and settings by name."""
+    return dict(json.loads((folder / "model_index.json").read_text("utf-8")))
+
+
+def read_config(folder: Path, model_class: Any) -> dict[str, Any]:
+    """A part's config over its class's defaults: folders of an older diffusers lack newer settings."""
+    arguments = inspect.signature(model_class.__init__).parameters.values()
+    defaults = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+    file = folder / getattr(model_class, "config_name", "config.json")
+    return {**defaults, **json.loads(file.read_text("utf-8"))}
+
+
+def component_of(name: str) -> str | None:
+    """The entry of COMPONENTS that a part belongs to: text_encoder for text_encoder_2, None for a tokenizer."""
+    return next((component for component in COMPONENTS if name.startswith(component)), None)
+
+
+def class_of(folder: Path, part: str) -> Any:
+    """The class of a part of a pipeline, by its model_index.json."""
+    library, name = read_index(folder)[part]
+    return getattr(importlib.import_module(library), name)
+
+
+def networks_of(folder: Path) -> dict[str, Any]:
+    """The classes of a pipeline's networks by their names in it."""
+    index = read_index(folder)
+    return {name: class_of(folder, name) for name in index if component_of(name) and index[name][0] in LIBRARIES}
+
+
+def transformer_names(folder: Path) -> tuple[str, ...]:
+    """The transformers of a pipeline folder, by its model_index.json: one, or the two of Wan 2.2."""
+    return tuple(
+        name for name, part in sorted(read_index(folder).items()) if name.startswith("transformer") and part[0]
+    )
+
+
+def trained_names(folder: Path, names: Collection[str] = ()) -> tuple[str, ...]:
+    """The transformers to train: those of `policy.trained`, or all if it is empty.
+
+    Raises:
+        ConfigError: the folder has no transformer of that name.
+    """
+    present = transformer_names(folder)
+    if unknown := sorted(set(names) - set(present)):
+        raise ConfigError(f"policy.trained names {unknown}, but {folder} has {list(present)}; an empty list trains all")
+    return tuple(name for name in present if name in names) or present
+
+
+class Transformers(nn.ModuleDict):
+    """The transformers of a pipeline by their names in it, so that one engine shards, steps and saves them together.
+
+    A forward names the transformer that computes. Under ZeRO-3 the others stay sharded, so all ranks must call the same
+    transformer at the same time.
+    """
+
+    def forward(self, name: str, **inputs: Any) -> Any:
+        return self[name](**inputs)
+
+
+def blocks_of(module: nn.Module, names: Iterable[str]) -> tuple[type[nn.Module], ...]:
+    """The classes with these names among a module's submodules.
+
+    Raises:
+        ValueError: the module has none of them.
+    """
+    classes = {type(part).__name__: type(part) for part in module.modules()}
+    blocks = tuple(classes[name] for name in names if name in classes)
+    if not blocks:
+        raise ValueError(f"{type(module).__name__} has no block of {list(names)}; correct the policy's block_names")
+    return blocks

@@ -1,0 +1,124 @@
+"""Priors: what is written comes back with its prompts; what is stale or cut off does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.data.priors import PriorError, UnfinishedPriors, load_priors, write_priors
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import PromptRecord
+from bpgo_video.data.stream import PromptStream
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.training import prior_estimation
+from bpgo_video.types import PromptBatch
+from tests.made.prompt_folders import write_shards
+from tests.made.recipes import PROMPTS, make_shards, small_recipe
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Prompts with the ids 1000 to 1019; the first three are held out."""
+    embeds = {"prompt_embeds": torch.ones(2, 2)}
+    records = [
+        PromptRecord(1000 + i, f"prompt {i}", split="heldout" if i < 3 else "train", conditioning=embeds)
+        for i in range(20)
+    ]
+    write_shards(records, tmp_path / "shards", negative=embeds, policy=EncoderStamp("x", "0", 2), shard_size=7)
+    return tmp_path / "shards"
+
+
+def test_priors_come_back_with_the_batch(directory: Path) -> None:
+    anchors = {1000 + i: (i / 7, i / 100, 16) for i in reversed(range(20))}
+    write_priors(directory, "clip", "v1", 0.25, "policyhash", anchors)
+    tables = load_priors(directory, {"clip": "v1"})
+    batch = next(PromptStream(PromptShards(directory), "train", 0, 5, priors=tables.values()))
+    prior = batch.priors["clip"]
+    expected = torch.tensor([anchors[int(i)] for i in batch.ids], dtype=torch.float64)
+    assert torch.equal(prior.mean, expected[:, 0].float())
+    assert torch.equal(prior.std, expected[:, 1].float())
+    assert prior.count.tolist() == [16] * 5
+    assert (prior.scale, prior.version) == (0.25, "v1")
+
+
+def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) -> None:
+    command = r"run: bpgo-video priors --config FILE"
+    with pytest.raises(PriorError, match=rf"clip.json is missing; {command}"):
+        load_priors(directory, {"clip": "v1"})
+    write_priors(directory, "clip", "v1", 0.25, "policyhash", {1003: (0.0, 0.0, 0)})
+    with pytest.raises(PriorError, match=rf"is stale: .* version v1 of reward 'clip', which is now v2; {command}"):
+        load_priors(directory, {"clip": "v2"})
+    tables = load_priors(directory, {"clip": "v1"}).values()
+    with pytest.raises(PriorError, match=rf"no anchor for 16 of 17 prompts, the first 'prompt .*{command}"):
+        next(PromptStream(PromptShards(directory), "train", 0, 17, priors=tables))
+    (directory / "priors" / "clip.json").write_text("[]")
+    with pytest.raises(PriorError, match=rf"cannot be read .*{command}"):
+        load_priors(directory, {"clip": "v1"})
+
+
+def test_a_prior_that_means_nothing_is_not_written(directory: Path) -> None:
+    with pytest.raises(ValueError, match=r"scale\n.*greater than 0"):
+        write_priors(directory, "clip", "v1", 0.0, "p", {1: (0.0, 0.0, 0)})
+    with pytest.raises(ValueError, match="JSON"):
+        write_priors(directory, "clip", "v1", 1.0, "p", {1: (float("nan"), 0.0, 0)})
+    with pytest.raises(ValueError, match="reward name"):
+        write_priors(directory, "../clip", "v1", 1.0, "p", {})
+    assert not list(directory.glob("priors/*"))
+
+
+FIRST, SECOND = {7: {"clip": [0.25, 0.5]}}, {9: {"clip": [0.1, 0.3]}}
+
+
+def test_notes_come_back_and_a_cut_line_does_not(tmp_path: Path) -> None:
+    notes = UnfinishedPriors(tmp_path, {"seed": "0"})
+    assert notes.begin() == {}
+    notes.add(FIRST)
+    notes.add(SECOND)
+    notes.path.write_text(notes.path.read_text() + '{"id": 11, "sco')
+    assert UnfinishedPriors(tmp_path, {"seed": "0"}).begin() == FIRST | SECOND
+    notes.add({11: {"clip": [0.2]}})
+    assert notes.begin() == FIRST | SECOND | {11: {"clip": [0.2]}}
+    notes.remove()
+    assert notes.begin() == {}
+
+
+def test_notes_of_other_settings_are_replaced(tmp_path: Path) -> None:
+    UnfinishedPriors(tmp_path, {"seed": "0"}).begin()
+    UnfinishedPriors(tmp_path, {"seed": "0"}).add(FIRST)
+    other = UnfinishedPriors(tmp_path, {"seed": "1"})
+    assert other.begin() == {}
+    other.add(SECOND)
+    assert other.begin() == SECOND
+    assert UnfinishedPriors(tmp_path, {"seed": "0"}).begin() == {}
+
+
+def test_a_broken_estimation_goes_on_to_the_same_priors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = make_shards(tmp_path / "shards")
+    config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 2})
+    mesh, score, sampled = Mesh(0, 1, torch.device("cpu")), prior_estimation.score_prompts, []
+
+    def until_the_third(*arguments: object) -> object:
+        prompts = arguments[2]
+        assert isinstance(prompts, PromptBatch)
+        sampled.extend(prompts.ids.tolist())
+        if len(sampled) == 3:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    whole = prior_estimation.estimate(config, mesh)
+    files = {path: path.read_bytes() for path in (shards / "priors").glob("*.json")}
+    assert len(files) == len(config.rewards)
+    for path in files:
+        path.unlink()
+    monkeypatch.setattr(prior_estimation, "PROMPTS_AT_ONCE", 1)
+    monkeypatch.setattr(prior_estimation, "score_prompts", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prior_estimation.estimate(config, mesh)
+    again = prior_estimation.estimate(config, mesh)
+    assert len(sampled) == len(PROMPTS["train"]) + 1, "what was broken off is sampled again, and nothing else"
+    for name, scores in whole.items():
+        torch.testing.assert_close(again[name], scores, rtol=0, atol=1e-5)  # batches of another shape
+    assert {path.name for path in (shards / "priors").iterdir()} == {path.name for path in files}

@@ -1,0 +1,83 @@
+"""Statistics of prompts: equal and nearly equal ones, and leaks between splits, against a comparison of all pairs."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bpgo_video.data.statistics import THRESHOLD, NearDuplicates, prompt_statistics, words_of
+
+VOCABULARY = [f"word{i}" for i in range(60)]
+
+
+def groups(texts: list[str]) -> list[list[int]]:
+    near = NearDuplicates()
+    for text in texts:
+        near.add(text)
+    return near.groups()
+
+
+def all_pairs(texts: list[str]) -> list[list[int]]:
+    """Connected components of "Jaccard similarity of the word sets is at least THRESHOLD", by comparing everything."""
+    sets = [set(text.split()) for text in texts]
+    component = list(range(len(texts)))
+    for j in range(len(texts)):
+        for i in range(j):
+            if len(sets[i] & sets[j]) / len(sets[i] | sets[j]) >= THRESHOLD:
+                old, new = component[j], component[i]
+                component = [new if c == old else c for c in component]
+    found = [[i for i, c in enumerate(component) if c == name] for name in dict.fromkeys(component)]
+    return [group for group in found if len(group) > 1]
+
+
+def test_groups_equal_those_of_comparing_all_pairs() -> None:
+    draw = random.Random(0)
+    texts = []
+    for _ in range(150):
+        words = draw.sample(VOCABULARY, 12)
+        for _ in range(draw.randrange(4)):
+            changed = words.copy()
+            changed[draw.randrange(12)] = draw.choice(VOCABULARY)
+            texts.append(" ".join(changed))
+        texts.append(" ".join(words))
+    draw.shuffle(texts)
+    assert sorted(groups(texts)) == sorted(all_pairs(texts))
+
+
+@given(st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=20))
+def test_case_order_and_punctuation_make_no_difference(words: list[str]) -> None:
+    other = ", ".join(reversed(words)).upper() + "!"
+    assert groups([" ".join(words), other]) == [[0, 1]]
+
+
+def test_texts_without_words_are_compared_whole() -> None:
+    assert groups(["!?", "...", "!?"]) == [[0, 2]]
+    assert words_of("") != words_of("!")
+
+
+def header(prompt: str, split: str, **fields) -> dict:
+    return {"prompt": prompt, "split": split, "tags": [], **fields}
+
+
+def test_leaks_are_the_groups_that_span_splits() -> None:
+    long = " ".join(VOCABULARY[:20])
+    found = prompt_statistics(
+        iter(
+            [
+                header("equal", "train", tags=["a"]),
+                header(long, "train", image_sha256="0"),
+                header("of train only", "train"),
+                header("of train only", "train", tags=["a", "b"]),
+                header("equal", "heldout"),
+                header(long.replace("word7", "other"), "heldout", image_sha256="1", video_sha256="2"),
+            ]
+        )
+    )
+    assert found.near == [[0, 4], [1, 5], [2, 3]]
+    assert found.leaks == [[0, 4], [1, 5]]
+    assert (found.equal_leaks, found.repeated) == (1, 2)
+    assert found.tags == {"a": 2, "b": 1}
+    assert found.media == {"image": 2, "video": 1}
+    assert found.characters == (5, 13, len(long))

@@ -1,0 +1,287 @@
+"""Builds of prompt shards: interrupted, shared by ranks, with repeated texts and strange input, in bounded memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import tarfile
+import tracemalloc
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.data.prompt_files import PromptFileError, make_plan, prompt_id
+from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import ShardError
+from bpgo_video.data.stream import as_batch
+from bpgo_video.data.writer import SKIPPED, Build, Encode, build_shards
+
+STAMP = EncoderStamp("stub", "0123456789abcdef", 4)
+
+
+class Encoder:
+    """A stub that counts how often it was given each text, and can be interrupted."""
+
+    def __init__(self, calls: int | None = None) -> None:
+        self.texts: Counter[str] = Counter()
+        self._calls_left = calls
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        if self._calls_left == 0:
+            raise KeyboardInterrupt
+        self._calls_left = self._calls_left and self._calls_left - 1
+        self.texts.update(texts)
+        rows = [[[float(prompt_id(text) % 1009)], [1.0], [0.0], [0.0]] for text in texts]
+        return {"prompt_embeds": torch.tensor(rows)}
+
+
+def write_lines(path: Path, lines: Sequence[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def job(path: Path, output: Path, encode: Encode, on_error: str = "stop", **settings) -> Build:
+    return Build(make_plan([path], on_error=on_error), output, encode, STAMP, **settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """25 prompts; every fifth has the same text."""
+    texts = [f"prompt {i}" if i % 5 else "again" for i in range(25)]
+    return write_lines(tmp_path / "p.jsonl", [{"prompt": text, "id": i} for i, text in enumerate(texts)])
+
+
+def test_equal_texts_are_encoded_once(prompts: Path, tmp_path: Path) -> None:
+    encode = Encoder()
+    assert job(prompts, tmp_path / "out", encode, shard_size=4, batch_size=3).run()
+    assert set(encode.texts.values()) == {1}
+    assert len(encode.texts) == 20 + 1 + 1  # single ones, "again", and the negative prompt
+    for record in PromptShards(tmp_path / "out").records():
+        assert torch.equal(record.conditioning["prompt_embeds"], Encoder()([record.prompt])["prompt_embeds"][0])
+
+
+@pytest.fixture
+def guided(tmp_path: Path) -> Path:
+    """12 prompts: four with the folder's negative prompt, two of them by name, the others with three of their own."""
+    own = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"]
+    lines = [{"prompt": f"prompt {i}", "id": i, "negative_prompt": own[i % 6]} for i in range(12)]
+    return write_lines(tmp_path / "n.jsonl", [{k: v for k, v in line.items() if v is not None} for line in lines])
+
+
+def test_each_prompt_has_its_own_negative_prompt_or_the_folders(guided: Path, tmp_path: Path) -> None:
+    encode = Encoder()
+    job(guided, tmp_path / "out", encode, shard_size=5, batch_size=4, negative_prompt="folder's").run()
+    assert set(encode.texts.values()) == {1}
+    assert set(encode.texts) == {*(f"prompt {i}" for i in range(12)), "blurry", "dark", "folder's"}
+    shards = PromptShards(tmp_path / "out")
+    own = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"] * 2
+    records = list(shards.records())
+    assert [record.negative_prompt for record in records] == own
+    batch = as_batch(records)
+    assert len(batch.negative["prompt_embeds"]) == 5, "of twelve prompts; the folder's with and without its name"
+    assert batch.negative_rows is not None
+    for record, row in zip(records, batch.negative_rows, strict=True):
+        expected = Encoder()([record.negative_prompt or "folder's"])["prompt_embeds"][0]
+        assert torch.equal(record.negative["prompt_embeds"], expected)
+        assert torch.equal(batch.negative["prompt_embeds"][row], expected)
+    shards.verify()
+
+
+def test_a_shard_holds_equal_embeddings_once_and_is_read_alone(guided: Path, tmp_path: Path) -> None:
+    job(guided, tmp_path / "out", Encoder(), shard_size=6).run()
+    with tarfile.open(tmp_path / "out" / "prompts-000000.tar") as tar:
+        names = [member.name for member in tar if "safetensors" in member.name]
+    texts = [f"{i:09d}.safetensors" for i in range(6)]
+    negatives = [f"{i:09d}.negative.safetensors" for i in (0, 2, 3)]  # 4 has that of 0, 5 the text of 1
+    assert sorted(names) == sorted(texts + negatives)
+    alone = PromptShards(tmp_path / "out" / "prompts-00000[1].tar")
+    assert [record.negative_prompt for record in alone.records()] == ["blurry", None, "dark", "folder's", "blurry",
+                                                                      "prompt 1"]  # fmt: skip
+    alone.verify()
+
+
+def test_a_damaged_negative_prompt_is_named(guided: Path, tmp_path: Path) -> None:
+    job(guided, tmp_path / "out", Encoder(), shard_size=12).run()
+    path = tmp_path / "out" / "prompts-000000.tar"
+    with tarfile.open(path) as tar:
+        member = tar.getmember("000000002.negative.safetensors")
+    content = bytearray(path.read_bytes())
+    content[member.offset_data + member.size - 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ShardError, match="record 000000002: its negative does not match its sha256"):
+        PromptShards(tmp_path / "out").verify()
+
+
+def test_repeated_texts_are_stored_once_a_shard(prompts: Path, tmp_path: Path) -> None:
+    job(prompts, tmp_path / "out", Encoder(), shard_size=25).run()
+    with tarfile.open(tmp_path / "out" / "prompts-000000.tar") as tar:
+        assert sum(member.name.endswith("safetensors") for member in tar) == 21
+    damaged = tmp_path / "out" / "prompts-000000.tar"
+    with tarfile.open(damaged) as tar:
+        first = tar.getmember("000000000.safetensors")
+    content = bytearray(damaged.read_bytes())
+    content[first.offset_data + first.size - 1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(ShardError, match="record 000000020: its conditioning does not match"):
+        PromptShards(tmp_path / "out").record(20)
+
+
+@pytest.mark.parametrize("calls", range(0, 14, 2))
+def test_an_interrupted_build_goes_on_to_the_same_bytes(prompts: Path, tmp_path: Path, calls: int) -> None:
+    settings = {"shard_size": 4, "batch_size": 3, "negative_prompt": "bad"}
+    job(prompts, tmp_path / "whole", Encoder(), **settings).run()
+    first, second = Encoder(calls), Encoder()
+    with pytest.raises(KeyboardInterrupt):
+        job(prompts, tmp_path / "out", first, **settings).run()
+    finished = len(list((tmp_path / "out").glob("prompts-*.tar")))
+    (tmp_path / "out" / ".prompts-000001.tar.partial-0").write_bytes(b"of a build that was killed")
+    job(prompts, tmp_path / "out", second, **settings).run()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    again = {text for text, count in (first.texts + second.texts).items() if count > 1}
+    assert again <= {f"prompt {i}" for i in range(4 * finished, 4 * finished + 4)}  # of the shard that was cut off
+
+
+def test_a_folder_without_an_index_is_refused_by_the_reader(prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        job(prompts, tmp_path / "out", Encoder(6), shard_size=4, batch_size=3).run()
+    with pytest.raises(
+        ValueError, match=r"index.json is missing: the folder holds no prompt shards, or their build did not finish"
+    ):
+        PromptShards(tmp_path / "out")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 9])
+def test_ranks_write_what_one_would(prompts: Path, tmp_path: Path, world_size: int) -> None:
+    settings = {"shard_size": 4, "batch_size": 3}
+    job(prompts, tmp_path / "whole", Encoder(), **settings).run()
+    encoders = [Encoder() for _ in range(world_size)]
+    jobs = [job(prompts, tmp_path / "out", encode, **settings) for encode in encoders]
+    complete = [one.run(rank, world_size) for rank, one in enumerate(jobs)]
+    assert complete == [rank >= min(world_size, 7) - 1 for rank in range(world_size)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    single = sum((Counter(e.texts) for e in encoders), Counter())
+    assert {single[f"prompt {i}"] for i in range(25) if i % 5} == {1}
+    assert single["again"] == 1
+    assert all(not encode.texts for encode in encoders[7:])  # ranks without a shard never load the encoder
+
+
+def test_a_finished_build_is_left_alone_and_another_refused(prompts: Path, tmp_path: Path) -> None:
+    job(prompts, tmp_path / "out", Encoder()).run()
+    before = contents(tmp_path / "out")
+    again = Encoder(0)
+    assert job(prompts, tmp_path / "out", again).run()
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(FileExistsError, match=r"other prompts or settings \(shard_size 1000, now 8\)"):
+        job(prompts, tmp_path / "out", again, shard_size=8).run()
+    with prompts.open("a") as stream:
+        stream.write('{"prompt": "one more"}\n')
+    with pytest.raises(FileExistsError, match=r"prompts '.*'; count 25, now 26\)"):
+        job(prompts, tmp_path / "out", again).run()
+
+
+STRANGE = (
+    b'{"prompt": "fine"}\n'
+    b"\n"
+    b'{"prompt": "bell \\u0007"}\n'
+    b'{"prompt": "half a pair \\ud800"}\n'
+    b'{"prompt": "latin \xe9"}\n'
+    b'{"prompt": "' + 10_000 * b"x" + b'"}\n'
+    b'{"prompt": "fine"}\n'
+    b'{"prompt": "other", "image": "broken.png"}\n'
+    b'{"prompt": "other", "tags": [1]}\n' + 5000 * b"[" + b"\n" + b'{"prompt": "last", "id": 3}\n'
+)
+REASONS = {
+    2: "the line is empty",
+    3: "U\\+0007, a control character",
+    4: "U\\+D800, text that is not UTF-8",
+    5: "utf-8",
+    6: "has 10000 characters",
+    9: "the tag 1 is not a string",
+    10: "recursion|Expecting value",
+    7: "that of an earlier prompt",
+    8: "broken.png: the file is not a PNG, JPEG, WEBP image",
+}
+
+
+def test_strange_prompts_are_skipped_counted_and_listed(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(STRANGE)
+    (tmp_path / "broken.png").write_bytes(b"hello")
+    job(tmp_path / "p.jsonl", tmp_path / "out", Encoder(), on_error="skip", shard_size=1).run()
+    shards = PromptShards(tmp_path / "out")
+    assert [record.prompt for record in shards.records()] == ["fine", "last"]
+    assert shards.index["build"]["skipped"] == len(REASONS)
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 2  # the shard of the broken image alone is gone
+    listed = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
+    assert {int(entry["place"].rsplit(":")[-1]) for entry in listed} == REASONS.keys()
+    for entry in listed:
+        assert re.search(REASONS[int(entry["place"].removeprefix(f"{tmp_path / 'p.jsonl'}:"))], entry["reason"])
+    shards.verify()
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 6, 9, 10, 8])
+def test_each_strange_prompt_stops_a_build_that_shall_stop(tmp_path: Path, number: int) -> None:
+    lines = STRANGE.split(b"\n")
+    (tmp_path / "p.jsonl").write_bytes(b"\n".join([lines[0], lines[number - 1], lines[-2]]) + b"\n")
+    (tmp_path / "broken.png").write_bytes(b"hello")
+    with pytest.raises(PromptFileError, match=rf"p.jsonl:2: .*{REASONS[number]}"):
+        build_shards([tmp_path / "p.jsonl"], tmp_path / "out", Encoder(), STAMP)
+
+
+def test_a_build_that_stopped_at_an_image_goes_on_when_it_is_mended_or_skipped(tmp_path: Path) -> None:
+    lines = [*({"prompt": f"prompt {i}"} for i in range(8)), {"prompt": "x", "image": "x.png"}]
+    path = write_lines(tmp_path / "p.jsonl", lines)
+    (tmp_path / "x.png").write_bytes(b"hello")
+    with pytest.raises(PromptFileError, match=r"p\.jsonl:9"):
+        job(path, tmp_path / "out", Encoder(), shard_size=4).run()
+    encode = Encoder()
+    job(path, tmp_path / "out", encode, on_error="skip", shard_size=4).run()
+    assert not encode.texts  # eight prompts were done, the ninth was skipped
+    assert len(PromptShards(tmp_path / "out")) == 8
+
+
+def test_a_line_without_an_end_is_no_prompt_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"one\n" + bytes(3 * 2**20))
+    with pytest.raises(PromptFileError, match=r"p.txt:2: the line is longer than 1 MiB"):
+        make_plan([tmp_path / "p.txt"], on_error="skip")
+
+
+def peak_bytes(folder: Path, count: int) -> int:
+    folder.mkdir()
+    path = folder / "p.txt"
+    with path.open("w") as stream:
+        stream.writelines(f"prompt {i:09d} {1500 * 'x'}\n" for i in range(count))
+    build = {"shard_size": 50, "batch_size": 10}
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # a process with many objects puts full collections off
+    gc.set_threshold(50, 5, 5)  # cycles that wait to be collected are not kept, and are as much as what is
+    tracemalloc.start()
+    try:
+        job(path, folder / "out", lambda texts: {"prompt_embeds": torch.ones(len(texts), 4, 1)}, **build).run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+def test_memory_grows_by_three_integers_a_prompt_not_by_its_text(tmp_path: Path) -> None:
+    """24 bytes a prompt are kept, sorted copies come and go; a text has 1517 characters."""
+    peak_bytes(tmp_path / "warm", 100)
+    small, large = peak_bytes(tmp_path / "small", 100), peak_bytes(tmp_path / "large", 600)
+    assert (large - small) / 500 < 100
+
+
+def test_nothing_but_the_shards_is_left_of_a_build(prompts: Path, tmp_path: Path) -> None:
+    job(prompts, tmp_path / "out", Encoder(), shard_size=10).run()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"index.json", "negative.safetensors", *(f"prompts-{i:06d}.tar" for i in range(3))}

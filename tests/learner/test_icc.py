@@ -1,0 +1,50 @@
+"""The intraclass correlation: the published example, and no effect of what advantages do not depend on."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bpgo_video.learner.trust import group_icc, pooled_icc
+
+# Shrout and Fleiss (1979), table 2: six targets by four judges; their ICC(3,1) is .71, their ICC(1,1) .17
+RATINGS = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]
+
+
+def test_the_published_example():
+    assert group_icc(torch.tensor([RATINGS]).float()).item() == pytest.approx(0.7148, abs=1e-4)
+
+
+def test_two_scorings_by_hand():
+    # {0, 2, 4} and {1, 5, 3}: variances 4 and 4, covariance (-2 * -2 + 0 + 2 * 0)/2 = 2: 2 * 2/(4 + 4) = .5
+    # {0, 0, 6} and {6, 0, 0}: variances 12, covariance (-2 * 4 + 4 + 4 * -2)/2 = -6: -.5
+    scores = torch.tensor([[[0.0, 1.0], [2.0, 5.0], [4.0, 3.0]], [[0.0, 6.0], [0.0, 0.0], [6.0, 0.0]]])
+    assert group_icc(scores).tolist() == pytest.approx([0.5, -0.5])
+    assert pooled_icc(scores).item() == pytest.approx((2 * 2 - 2 * 6) / (8 + 24))
+
+
+def test_a_group_without_spread_has_icc_0():
+    flat = torch.full((1, 8, 2), 0.1)
+    flat[:, :, 1] = 1 / 3
+    assert group_icc(flat).tolist() == [0.0]
+    assert pooled_icc(flat) == 0
+    one_sided = torch.stack([torch.arange(4.0), torch.full((4,), 0.1)], dim=1)[None]
+    assert group_icc(one_sided).item() == pytest.approx(0, abs=1e-6)
+
+
+@settings(deadline=None)  # a first call into torch may take long
+@given(st.integers(0, 2**31), st.floats(-10, 10), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_unit_offset_and_order_do_not_matter(seed, shift, unit):
+    rng = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, 6, 2, generator=rng, dtype=torch.float64)
+    moved = scores.clone()
+    moved[..., 1] += shift
+    order = torch.randperm(6, generator=rng)
+    torch.testing.assert_close(group_icc(unit * moved[:, order].flip(2)), group_icc(scores))
+    assert (group_icc(scores).abs() <= 1 + 1e-12).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 4, 1)])
+def test_too_few_scores_are_refused(shape):
+    with pytest.raises(ValueError, match="2 or more of each"):
+        group_icc(torch.zeros(shape))
