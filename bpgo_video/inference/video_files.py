@@ -202,7 +202,7 @@ def check_manifest(paths: OutputPaths, settings: Mapping[str, Any]) -> None:
     ]
     if changes:
         raise GenerationError(
-            f"{folder} was generated with other settings: {', '.join(changes)}; repeat them, or name another --output"
+            f"{folder} holds videos of other settings: {', '.join(changes)}; repeat them, or name another --output"
         )
 
 
