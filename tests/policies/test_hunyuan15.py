@@ -206,7 +206,7 @@ def test_a_size_of_another_shape_is_refused(resolution: tuple[Any, int]) -> None
     policy, target = resolution
     video = replace(HUNYUAN_15_IMAGE.video, height=480, width=832)
     nearest = {640: "480 x 816", 960: "752 x 1200"}[target]
-    with pytest.raises(ConfigError, match=f"makes a video of {nearest}: set video.height"):
+    with pytest.raises(ConfigError, match=f"makes {nearest}: set video.height"):
         policy.latent_shape(video)
 
 
