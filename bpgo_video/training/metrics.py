@@ -238,10 +238,8 @@ class _Progress:
         self._total, self._first, self._shown = total_steps, start_step, shown
         self._started: float | None = None
         self._last_line = -math.inf
-        self._bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
-            form = "step {n_fmt}/{total_fmt} |{bar:30}|  {desc}"
-            self._bar = tqdm(total=total_steps, initial=start_step, bar_format=form, dynamic_ncols=True)
+        form, hidden = "step {n_fmt}/{total_fmt} |{bar:30}|  {desc}", not sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=start_step, bar_format=form, dynamic_ncols=True, disable=hidden)
 
     def update(self, step: int, record: Mapping[str, Number]) -> None:
         now, done = time.monotonic(), step + 1
@@ -250,16 +248,14 @@ class _Progress:
         left = (self._total - done) * (now - self._started) / (done - self._first)
         values = [form.format(record[key]) for key, form in self._shown.items()]
         status = "  ".join([*values, f"{left:,.0f} s left"])
-        if self._bar is not None:
-            self._bar.set_description_str(status, refresh=False)
-            self._bar.update(done - self._bar.n)
-        elif done == self._total or now - self._last_line >= QUIET_SECONDS:
+        self._bar.set_description_str(status, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if self._bar.disable and (done == self._total or now - self._last_line >= QUIET_SECONDS):
             print(f"step {done}/{self._total}  {status}", file=sys.stderr, flush=True)
             self._last_line = now
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def start_wandb(run_dir: Path, settings: WandbConfig, config: Mapping[str, Any] | None) -> Any:
