@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from bpgo_video.config.fields import AboveZero, Count, NonNegative, Positive, Unit, section
+from bpgo_video.config.fields import AboveZero, Count, NonNegative, OrFunction, Positive, Unit, section
 from bpgo_video.config.learner import (
     AdvantageConfig,
     BPGOConfig,
@@ -107,7 +107,7 @@ class VideoConfig:
 
 @section
 class SamplerConfig:
-    name: Literal["flow_sde", "dance_sde", "cps", "sage", "truncated"] = "flow_sde"
+    name: Annotated[Literal["flow_sde", "dance_sde", "cps", "sage", "truncated"], OrFunction] = "flow_sde"
     """Transition of the trained steps (`bpgo_video.diffusion.sde.SAMPLERS`); the other steps follow the ODE."""
     num_steps: Annotated[int, Field(ge=2)] = 16
     """Denoising steps of a rollout."""
@@ -133,7 +133,7 @@ class SamplerConfig:
     """`window`: training steps after which it moves on by one step; it starts again after the end. 0 never moves it."""
     share_steps: Literal["batch", "group"] = "batch"
     """Random steps are chosen once for all prompts of a training step (`batch`), or once for each prompt (`group`)."""
-    solver: Literal["euler", "adams_bashforth"] = "euler"
+    solver: Annotated[Literal["euler", "adams_bashforth"], OrFunction] = "euler"
     """ODE solver of the untrained steps: first order, or second order at the same cost."""
 
     @property

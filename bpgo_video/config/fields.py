@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -20,6 +20,13 @@ AboveZero = Annotated[float, Field(gt=0.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Section = TypeVar("Section")
+
+
+def _or_function(value: Any, known: Callable[[Any], Any]) -> Any:
+    return value if isinstance(value, str) and ":" in value else known(value)
+
+
+OrFunction = WrapValidator(_or_function)  # a name of a table, or `my_package.module:function` (bpgo_video.tables)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bpgo_video.config.fields import AboveZero, BelowOne, NonNegative, Positive, Unit, section
+from bpgo_video.config.fields import AboveZero, BelowOne, NonNegative, OrFunction, Positive, Unit, section
 
 Finite = Field(allow_inf_nan=False)
 FORM_TRUST = {"paper": "sigmoid", "released": "posterior"}  # the trust of each form's source
@@ -39,9 +39,10 @@ class RewardConfig:
 
 @section
 class PriorConfig:
-    kind: Literal["reference", "shrunk", "ema", "global", "first_frame", "first_frame_centred", "constant", "none"] = (
-        "reference"
-    )
+    kind: Annotated[
+        Literal["reference", "shrunk", "ema", "global", "first_frame", "first_frame_centred", "constant", "none"],
+        OrFunction,
+    ] = "reference"
     """`reference` reads what bpgo-video priors stored with the prompts; `shrunk` moves those towards their mean over
     prompts. `ema` and `global` are moving averages of the run's rewards, per prompt and over all prompts. `first_frame`
     scores the conditioning image; `first_frame_centred` moves that to the level of the run's videos. `constant` is one
@@ -61,10 +62,10 @@ class PriorConfig:
 class AdvantageConfig:
     """How rewards become advantages; the defaults are GRPO's."""
 
-    normalise: Literal["group", "global", "max_std", "none", "win_rate"] = "group"
+    normalise: Annotated[Literal["group", "global", "max_std", "none", "win_rate"], OrFunction] = "group"
     """What divides a reward's distance from its group's mean: the group's std (`group`), the batch's (`global`), the
     largest group std (`max_std`), or nothing (`none`). `win_rate` is the group z-score of win rates."""
-    combine: Literal["weighted_sum", "gdpo"] = "weighted_sum"
+    combine: Annotated[Literal["weighted_sum", "gdpo"], OrFunction] = "weighted_sum"
     """How the advantages of several rewards become one; `gdpo` divides their weighted sum by its std over the batch."""
     drop_zero_std: bool = False
     """Average the loss over the groups whose rewards differ instead of over all groups."""
@@ -105,7 +106,7 @@ class BPGOConfig:
     transformation is always verbatim: on u it would reverse the order below the anchor."""
     alpha: Unit = 0.5
     """Strength of the trust: w is in (1 - alpha, 1 + alpha). Below 1, or 1 in the released form."""
-    trust: Literal["sigmoid", "posterior", "reliability", "none"] | None = None
+    trust: Annotated[Literal["sigmoid", "posterior", "reliability", "none"], OrFunction] | None = None
     """The trust w of a group: Eq 2 (`sigmoid`), the probability that its mean is above the anchor (`posterior`), the
     ICC of two scorings (`reliability`, see `rewards.NAME.second`), or 1 (`none`). None takes the form's: sigmoid or
     posterior."""
@@ -158,7 +159,7 @@ class BPGOConfig:
 
 @section
 class LossConfig:
-    objective: Literal["policy_gradient", "awm", "nft"] = "policy_gradient"
+    objective: Annotated[Literal["policy_gradient", "awm", "nft"], OrFunction] = "policy_gradient"
     """`policy_gradient` replays the rollout's own transitions. `awm` (advantage weighted matching) and `nft`
     (DiffusionNFT) sample by the ODE and learn from final videos, at the noise levels of the trained steps."""
     nft_beta: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -168,11 +169,11 @@ class LossConfig:
     small."""
     advantage_clip: AboveZero = 5.0
     """Advantages are clipped to this magnitude, after the trust."""
-    trust_region: Literal["clip", "divergence_mask"] = "clip"
+    trust_region: Annotated[Literal["clip", "divergence_mask"], OrFunction] = "clip"
     """What bounds a step: the clip of the ratio, or a limit on the divergence of the transitions (DPPO)."""
     divergence_limit: AboveZero = 1e-5
     """`divergence_mask`: a sample whose |d mean|^2 / (2 std^2) reaches this moves no further outwards."""
-    ratio: Literal["plain", "guard"] = "plain"
+    ratio: Annotated[Literal["plain", "guard"], OrFunction] = "plain"
     """`guard` centres the log ratio and gives it the same scale at every noise level (GRPO-Guard)."""
     kl_weight: NonNegative = 0.0
     """Weight of the divergence from a reference policy; 0 uses no reference."""
@@ -181,7 +182,7 @@ class LossConfig:
     (`ema.decay`), or the policy that sampled the rollout."""
     kl_space: Literal["velocity", "mean"] = "velocity"
     """The divergence is measured between velocities, or between the means of transitions, divided by their std."""
-    step_weights: Literal["none", "flash", "longcat", "guard", "tempflow"] = "none"
+    step_weights: Annotated[Literal["none", "flash", "longcat", "guard", "tempflow"], OrFunction] = "none"
     """Weight of each denoising step in the loss (`bpgo_video.diffusion.steps.STEP_WEIGHTS`), with a mean of 1."""
 
     @property

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bpgo_video.config.learner import AdvantageConfig
+from bpgo_video.tables import Table
 
 DELTA = 1e-6  # added to a standard deviation, as in GRPO
 
@@ -60,13 +61,15 @@ def win_rates(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts
     return 0.5 + wins_minus_losses / (2 * (rewards.shape[1] - 1))
 
 
-NORMALISERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "group": group_relative,
-    "global": batch_relative,
-    "max_std": max_std_relative,
-    "none": mean_subtracted,
-    "win_rate": win_rate_relative,
-}
+NORMALISERS: Table[Callable[[Tensor], Tensor]] = Table(
+    {
+        "group": group_relative,
+        "global": batch_relative,
+        "max_std": max_std_relative,
+        "none": mean_subtracted,
+        "win_rate": win_rate_relative,
+    }
+)
 
 
 def _compared(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
@@ -109,10 +112,12 @@ def batch_standardised_sum(
     return total / (total.std() + DELTA)
 
 
-COMBINATIONS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, float]], Tensor]] = {
-    "weighted_sum": weighted_sum,
-    "gdpo": batch_standardised_sum,
-}
+COMBINATIONS: Table[Callable[[Mapping[str, Tensor], Mapping[str, float]], Tensor]] = Table(
+    {
+        "weighted_sum": weighted_sum,
+        "gdpo": batch_standardised_sum,
+    }
+)
 
 
 def clip_advantages(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.config.learner import LossConfig
+from bpgo_video.tables import Table
 from bpgo_video.types import Loss
 
 RATIO_ERROR = "ratio_squared_error"
@@ -46,7 +47,7 @@ def guard_ratio(move: PolicyShift) -> Float[Tensor, "samples"]:
     return std * (move.log_ratio + divergence)
 
 
-RATIOS: dict[str, Callable[[PolicyShift], Tensor]] = {"plain": plain_ratio, "guard": guard_ratio}
+RATIOS: Table[Callable[[PolicyShift], Tensor]] = Table({"plain": plain_ratio, "guard": guard_ratio})
 
 
 def clipped_surrogate(
@@ -73,10 +74,12 @@ def divergence_masked_surrogate(
     return -(log_ratio.exp() * advantage * kept)
 
 
-TRUST_REGIONS: dict[str, Callable[[PolicyShift, Tensor, LossConfig], Tensor]] = {
-    "clip": clipped_surrogate,
-    "divergence_mask": divergence_masked_surrogate,
-}
+TRUST_REGIONS: Table[Callable[[PolicyShift, Tensor, LossConfig], Tensor]] = Table(
+    {
+        "clip": clipped_surrogate,
+        "divergence_mask": divergence_masked_surrogate,
+    }
+)
 
 
 def _recorded(move: PolicyShift, key: str) -> tuple[Tensor, Tensor]:

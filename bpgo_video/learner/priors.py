@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bpgo_video.config.learner import PriorConfig
 from bpgo_video.learner.advantages import equal_groups
+from bpgo_video.tables import Table
 from bpgo_video.types import PriorAnchor, PromptBatch
 
 STORED = ("reference", "shrunk")  # measured by bpgo-video priors
@@ -123,16 +124,18 @@ def none(prior: PriorConfig, inputs: PriorInputs) -> Anchors:
     return {}
 
 
-PRIORS: dict[str, Callable[[PriorConfig, PriorInputs], Anchors]] = {
-    "reference": stored,
-    "shrunk": stored,
-    "ema": ema,
-    "global": over_all_prompts,
-    "first_frame": first_frame,
-    "first_frame_centred": first_frame_centred,
-    "constant": constant,
-    "none": none,
-}
+PRIORS: Table[Callable[[PriorConfig, PriorInputs], Anchors]] = Table(
+    {
+        "reference": stored,
+        "shrunk": stored,
+        "ema": ema,
+        "global": over_all_prompts,
+        "first_frame": first_frame,
+        "first_frame_centred": first_frame_centred,
+        "constant": constant,
+        "none": none,
+    }
+)
 
 
 def image_key(name: str) -> str:

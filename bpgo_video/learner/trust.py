@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bpgo_video.config.learner import BPGOConfig
 from bpgo_video.learner.equations import released_trust, reliability_adaptive_scaling
+from bpgo_video.tables import Table
 
 RewardsByName = Mapping[str, Float[Tensor, "prompts group"]]
 
@@ -32,14 +33,18 @@ def icc_trust(icc: Float[Tensor, "prompts"], alpha: float, centre: bool = False)
 
 
 # name -> (R, R_prior, s_ref, settings, ICC) -> w
-TRUSTS: dict[str, Callable[[Tensor, Any, float | None, BPGOConfig, Any], Tensor]] = {
-    "sigmoid": lambda r, prior, scale, c, icc: reliability_adaptive_scaling(
-        r, prior, scale, c.alpha, c.k, c.centres_trust
-    ),
-    "posterior": lambda r, prior, scale, c, icc: released_trust(r, prior, scale, c.alpha, c.prior_var, c.centres_trust),
-    "reliability": lambda r, prior, scale, c, icc: icc_trust(icc, c.alpha, c.centres_trust),
-    "none": lambda r, prior, scale, c, icc: torch.ones_like(r[:, 0]),
-}
+TRUSTS: Table[Callable[[Tensor, Any, float | None, BPGOConfig, Any], Tensor]] = Table(
+    {
+        "sigmoid": lambda r, prior, scale, c, icc: reliability_adaptive_scaling(
+            r, prior, scale, c.alpha, c.k, c.centres_trust
+        ),
+        "posterior": lambda r, prior, scale, c, icc: released_trust(
+            r, prior, scale, c.alpha, c.prior_var, c.centres_trust
+        ),
+        "reliability": lambda r, prior, scale, c, icc: icc_trust(icc, c.alpha, c.centres_trust),
+        "none": lambda r, prior, scale, c, icc: torch.ones_like(r[:, 0]),
+    }
+)
 
 
 def group_icc(scores: Float[Tensor, "prompts group scorings"]) -> Float[Tensor, "prompts"]:

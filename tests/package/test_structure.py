@@ -40,7 +40,7 @@ def test_pure_modules_import_torch_types_and_each_other_only(path: Path) -> None
     found = imports(path)
     assert {module.split(".")[0] for module in found} <= ALLOWED_IN_PURE
     settings = {"config"} if path.parent.name == "learner" else set()  # the learner takes sections of recipes
-    assert ours(found) <= {"types", "randomness", "diffusion", "learner"} | settings
+    assert ours(found) <= {"types", "randomness", "tables", "diffusion", "learner"} | settings
     assert not any("distributed" in module for module in found), "pure functions do not communicate"
 
 
