@@ -32,8 +32,7 @@ from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.training.heldout import evaluate
-from bpgo_video.training.policy_session import sampling_policy
-from bpgo_video.training.session import check_inputs, heldout_rows
+from bpgo_video.training.session import check_inputs, heldout_rows, sampling_policy
 
 BLOCK = 4  # micro-batches of each rank in a block: rewards move to the device and back once in each
 

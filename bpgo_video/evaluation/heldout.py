@@ -17,8 +17,7 @@ from bpgo_video.evaluation.compare_scores import PromptLine, lines_of
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.training.heldout import evaluate, stderr
-from bpgo_video.training.policy_session import sampling_policy
-from bpgo_video.training.session import check_inputs, heldout_rows
+from bpgo_video.training.session import check_inputs, heldout_rows, sampling_policy
 from bpgo_video.training.summary import boxed
 
 

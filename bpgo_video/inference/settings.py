@@ -18,7 +18,7 @@ from bpgo_video.config.bpgo import STRICT, Positive, VideoConfig, options_of
 from bpgo_video.config.fields import NonNegative, Unit
 from bpgo_video.inference.run_weights import Source, find_source, holds_checkpoint
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.rollouts.experts import guidance_rules
+from bpgo_video.rollouts.rules import guidance_rules
 
 
 def _multistep(kind: Any, own: Any, shift: float) -> Any:

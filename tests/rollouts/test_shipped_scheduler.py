@@ -10,8 +10,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.rollouts.rollout import Denoiser, guidance_of
-from bpgo_video.rollouts.shipped_scheduler import ScheduledDenoiser, evaluation_denoiser
+from bpgo_video.rollouts.rollout import Denoiser, ScheduledDenoiser, evaluation_denoiser, guidance_of
 from tests.families import CASES
 from tests.families.case import CPU
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bpgo_video.learner.losses import PolicyShift, TrustRegion, ratio_metrics
-from bpgo_video.rollouts.timesteps import BY_STEP, step_metrics, step_sums
+from bpgo_video.rollouts.updates import BY_STEP, step_metrics, step_sums
 
 
 def metrics(value: float) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 from bpgo_video.code_version import commit, this_code
 from bpgo_video.distributed import resuming
 from bpgo_video.training.loop import load
-from bpgo_video.training.policy_session import PolicySession
+from bpgo_video.training.session import PolicySession
 
 
 def git(folder: Path, *arguments: str) -> str:
