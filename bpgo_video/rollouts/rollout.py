@@ -53,6 +53,8 @@ class Denoiser:
         records_path: keep the latents of every noise level, not only the last.
         records_frames: keep the log-probs of each latent frame, for credit by frames.
         guidance_scale_2: guidance of a pipeline's second transformer; None uses guidance_scale.
+        scheduler: a diffusers scheduler of flow models, with its timesteps set, that takes the ODE's steps instead of
+            `solver`. Each video gets a copy, because a scheduler remembers its steps.
     """
 
     policy: Policy
@@ -66,6 +68,7 @@ class Denoiser:
     records_path: bool = True
     records_frames: bool = False
     guidance_scale_2: float | None = None
+    scheduler: Any = None
 
     @cached_property
     def steps(self) -> list[sde.Step]:
@@ -104,10 +107,11 @@ class Denoiser:
         """
         latents = latents.to(self.latents_dtype)
         points, means = [latents], []
-        log_probs = torch.full((latents.shape[0], len(self.steps)), torch.nan, device=latents.device)
+        num_steps, scheduler = len(self.sigmas) - 1, deepcopy(self.scheduler)
+        log_probs = torch.full((latents.shape[0], num_steps), torch.nan, device=latents.device)
         by_frame = log_probs[:, :, None].repeat(1, 1, latents.shape[2]) if self.records_frames else None
         previous: sde.OdeStep | None = None
-        for index, step in enumerate(self.steps):
+        for index in range(num_steps):
             velocity = self.velocity(latents, index, guidance)
             if index in trained_steps:
                 transition = self.transition_of(velocity, latents, index)
@@ -117,41 +121,16 @@ class Denoiser:
                     by_frame[:, index] = transition.frame_log_prob(latents)
                 means += [transition.mean] if self.records_means else []
                 previous = None
+            elif scheduler is not None:
+                latents = scheduler.step(velocity, scheduler.timesteps[index], latents, return_dict=False)[0]
             else:
+                step = self.steps[index]
                 following = sde.SOLVERS[self.solver](velocity, latents.float(), step, previous)
                 latents, previous = following.to(self.latents_dtype), (velocity, step)
             points = [*points, latents] if self.records_path else [latents]
         return DenoisingPath(
             torch.stack(points, dim=1), log_probs, torch.stack(means, dim=1) if means else None, by_frame
         )
-
-
-@dataclass(frozen=True)
-class ScheduledDenoiser(Denoiser):
-    """A denoiser without stochastic steps, whose ODE a diffusers scheduler solves.
-
-    Attributes:
-        scheduler: a flow-model scheduler with its timesteps set. Each call works on a copy, because a scheduler
-            remembers the steps of a video.
-    """
-
-    scheduler: Any = None
-
-    @torch.no_grad()
-    def denoise(
-        self,
-        latents: Latents,
-        guidance: Guidance,
-        noise_of: Callable[[int], Latents],
-        trained_steps: Collection[int] = (),
-    ) -> DenoisingPath:
-        """Denoise from noise to data; records the data only."""
-        scheduler = deepcopy(self.scheduler)
-        for index, timestep in enumerate(scheduler.timesteps):
-            velocity = self.velocity(latents, index, guidance)
-            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        no_log_probs = torch.full((len(latents), len(scheduler.timesteps)), torch.nan, device=latents.device)
-        return DenoisingPath(latents[:, None], no_log_probs)
 
 
 def training_denoiser(policy: Policy, config: Config) -> Denoiser:
@@ -178,29 +157,34 @@ def evaluation_denoiser(policy: Policy, config: Config) -> Denoiser:
     Raises:
         ConfigError: `solver` is `shipped`, and the folder's scheduler does not take a rectified-flow velocity.
     """
-    evaluation, shipped = config.evaluation, policy.pipeline.scheduler
-    shift = evaluation.shift_or(config.sampler)
-    settings: dict[str, Any] = {
-        "policy": policy,
-        "sampler": "ode",
-        "eta": 0.0,
-        "guidance_scale": evaluation.guidance_scale,
-        "guidance_scale_2": evaluation.guidance_scale_2,
-        "latents_dtype": torch.float32,
-        "records_path": False,
-    }
-    if evaluation.solver != "shipped" or type(shipped).__name__ in EULER_SCHEDULERS:
-        solver = "euler" if evaluation.solver == "shipped" else evaluation.solver
-        return Denoiser(sigmas=policy.sigmas(evaluation.num_steps, config.video, shift), solver=solver, **settings)
-    if not shipped.config.get("use_flow_sigmas"):
-        raise ConfigError(
-            f"evaluation.solver is 'shipped', but {policy.folder} ships a {type(shipped).__name__}, which does not "
-            "take a velocity of rectified flow; set it to 'euler' or 'adams_bashforth'"
-        )
-    scheduler = deepcopy(shipped) if shift is None else type(shipped).from_config(shipped.config, flow_shift=shift)
-    scheduler.set_timesteps(evaluation.num_steps)
-    levels = scheduler.timesteps / shipped.config.num_train_timesteps  # the pipeline passes whole timesteps
-    return ScheduledDenoiser(sigmas=torch.cat([levels, levels.new_zeros(1)]), scheduler=scheduler, **settings)
+    evaluation, scheduler = config.evaluation, policy.pipeline.scheduler
+    shift, solver = evaluation.shift_or(config.sampler), evaluation.solver
+    if solver == "shipped" and type(scheduler).__name__ not in EULER_SCHEDULERS:
+        if not scheduler.config.get("use_flow_sigmas"):
+            raise ConfigError(
+                f"evaluation.solver is 'shipped', but {policy.folder} ships a {type(scheduler).__name__}, which does "
+                "not take a velocity of rectified flow; set it to 'euler' or 'adams_bashforth'"
+            )
+        changes = {} if shift is None else {"flow_shift": shift}
+        scheduler = type(scheduler).from_config(scheduler.config, **changes)
+        scheduler.set_timesteps(evaluation.num_steps)
+        levels = scheduler.timesteps / scheduler.config.num_train_timesteps  # the pipeline passes whole timesteps
+        sigmas = torch.cat([levels, levels.new_zeros(1)])
+    else:
+        scheduler, solver = None, "euler" if solver == "shipped" else solver
+        sigmas = policy.sigmas(evaluation.num_steps, config.video, shift)
+    return Denoiser(
+        policy=policy,
+        sigmas=sigmas,
+        sampler="ode",
+        eta=0.0,
+        guidance_scale=evaluation.guidance_scale,
+        guidance_scale_2=evaluation.guidance_scale_2,
+        latents_dtype=torch.float32,
+        solver=solver,
+        scheduler=scheduler,
+        records_path=False,
+    )
 
 
 def trust_region(loss: LossConfig) -> TrustRegion:

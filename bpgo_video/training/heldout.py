@@ -18,10 +18,10 @@ from bpgo_video.policies import Policy
 from bpgo_video.rewards import FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rollouts.rollout import evaluation_denoiser, sample_chunks
+from bpgo_video.rollouts.rollout import Denoiser, TrainedSteps, evaluation_denoiser, no_steps, sample_chunks
 from bpgo_video.statistics import corrected, effect
 from bpgo_video.training.wandb_run import Cell
-from bpgo_video.types import PromptBatch, RolloutChunk
+from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 Scores = Float[Tensor, "prompts samples"]
 ScoresByReward = Mapping[str, Sequence[Sequence[float]]]
@@ -72,28 +72,44 @@ def evaluate(
     Args:
         on_chunk: receives the videos before they are dropped.
     """
-    samples = config.evaluation.samples_per_prompt
-    chunks = sample_chunks(
-        evaluation_denoiser(policy, config),
-        prompts,
-        mesh,
-        group_size=samples,
-        micro_batch_size=config.rollout.micro_batch_size,
-        latent_shape=policy.latent_shape(config.video),
-        key=(config.run.seed, "heldout"),
-    )
-    with suite.on_device(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
-        for chunk in chunks:
-            scoring.put(chunk)
-            on_chunk(chunk)
-            del chunk
-        rewards = suite.gather(scoring.scores(), prompts, samples, mesh)
+    denoiser, samples = evaluation_denoiser(policy, config), config.evaluation.samples_per_prompt
+    rewards = score_samples(denoiser, prompts, suite, config, mesh, samples, "heldout", on_chunk=on_chunk)
     frames = {
         name: FrameScores(rewards.per_frame[name][:, 0].cpu(), times)
         for name, times in rewards.frame_times.items()
         if times is not None
     }
     return HeldoutScores({name: scores.cpu() for name, scores in rewards.by_name.items()}, frames)
+
+
+def score_samples(
+    denoiser: Denoiser,
+    prompts: PromptBatch,
+    suite: RewardSuite,
+    config: Config,
+    mesh: Mesh,
+    samples: int,
+    purpose: str,
+    trained_steps: TrainedSteps = no_steps,
+    on_chunk: Callable[[RolloutChunk], None] = lambda chunk: None,
+) -> Rewards:
+    """Sample and score videos of each prompt outside training; noise is keyed by the purpose."""
+    chunks = sample_chunks(
+        denoiser,
+        prompts,
+        mesh,
+        group_size=samples,
+        micro_batch_size=config.rollout.micro_batch_size,
+        latent_shape=denoiser.policy.latent_shape(config.video),
+        key=(config.run.seed, purpose),
+        trained_steps=trained_steps,
+    )
+    with suite.on_device(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
+        for chunk in chunks:
+            scoring.put(chunk)
+            on_chunk(chunk)
+            del chunk
+        return suite.gather(scoring.scores(), prompts, samples, mesh)
 
 
 def heldout_summary(before: ScoresByReward, after: HeldoutScores, config: Config) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from bpgo_video.inference.pipeline_folder import export_pipeline
 from bpgo_video.policies.transformers import trained_names
 from bpgo_video.training.metrics import Keys, RunLog
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
-from bpgo_video.training.session import PolicySession
+from bpgo_video.training.session import Inputs, PolicySession, check_inputs
 from bpgo_video.training.stopping import Request, StopRequests
 
 ADVICE = "The run continues from its last checkpoint with the same command and --run.resume auto."
@@ -65,18 +65,13 @@ class Trainer(ABC):
     progress: Any
 
     @abstractmethod
-    def __init__(self, config: Any, mesh: Mesh, inputs: Any, heartbeat: Heartbeat) -> None:
+    def __init__(self, config: Any, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
         """Build the session from checked inputs."""
 
     @staticmethod
     @abstractmethod
     def check_world(config: Any, world_size: int) -> None:
         """Check that a step's samples divide over the ranks; raises ConfigError."""
-
-    @staticmethod
-    @abstractmethod
-    def check_inputs(config: Any, mesh: Mesh) -> Any:
-        """Read the inputs and check all that can be checked before a model is loaded."""
 
     @abstractmethod
     def begin(self) -> None:
@@ -154,7 +149,7 @@ def open_run(
     torch.manual_seed(config.run.seed)
     with all_or_none(mesh):
         check_run_dir(config)
-    inputs = kind.check_inputs(config, mesh)
+    inputs = check_inputs(config, mesh)
     resumed = open_run_dir(config, mesh)
     requests.remove_files()
     return kind(config, mesh, inputs, heartbeat), resumed

@@ -19,10 +19,10 @@ from bpgo_video.distributed import engine
 from bpgo_video.distributed.agreement import from_main
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
-from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
-from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_denoiser
+from bpgo_video.rollouts.rollout import sampled_steps, training_denoiser
+from bpgo_video.training.heldout import score_samples
 from bpgo_video.training.session import check_inputs, sampling_policy
 from bpgo_video.types import PriorAnchor, PromptBatch, Rewards
 
@@ -84,21 +84,8 @@ def settings_of(config: Config, versions: Mapping[str, str], policy_hash: str) -
 def score_prompts(config: Config, policy: Policy, prompts: PromptBatch, suite: RewardSuite, mesh: Mesh) -> Rewards:
     """Score `prior.samples` videos per prompt, made by the training sampler with noise that no training step draws."""
     steps = sampled_steps(policy, config, step=-1)(0)  # the same for all prompts: a micro-batch may hold several
-    chunks = sample_chunks(
-        training_denoiser(policy, config),
-        prompts,
-        mesh,
-        group_size=config.prior.samples,
-        micro_batch_size=config.rollout.micro_batch_size,
-        latent_shape=policy.latent_shape(config.video),
-        key=(config.run.seed, "prior"),
-        trained_steps=lambda prompt: steps,
-    )
-    with suite.on_device(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
-        for chunk in chunks:
-            scoring.put(chunk)
-            del chunk
-        return suite.gather(scoring.scores(), prompts, config.prior.samples, mesh)
+    denoiser = training_denoiser(policy, config)
+    return score_samples(denoiser, prompts, suite, config, mesh, config.prior.samples, "prior", lambda prompt: steps)
 
 
 def measured(name: str, scores: Float[Tensor, "prompts samples"], version: str) -> PriorAnchor:

@@ -29,7 +29,7 @@ from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_sc
 from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, heldout_summary
 from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, RunLog, read_metrics, reduce_metrics
 from bpgo_video.training.report import write_report
-from bpgo_video.training.session import Session, build_session, check_inputs
+from bpgo_video.training.session import Inputs, Session, build_session
 from bpgo_video.training.summary import summary_table
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 
@@ -68,9 +68,8 @@ class RL(loop.Trainer):
 
     keys = ROLLOUTS
     check_world = staticmethod(check_world)
-    check_inputs = staticmethod(check_inputs)
 
-    def __init__(self, config: Config, mesh: Mesh, inputs: Any, heartbeat: Heartbeat) -> None:
+    def __init__(self, config: Config, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
         self.session, self.heartbeat = build_session(config, mesh, *inputs), heartbeat
         self.progress = Progress()
         self.after: HeldoutScores | None = None
@@ -85,13 +84,13 @@ class RL(loop.Trainer):
         return self.session.batches(self.progress.position)
 
     def train_step(self, step: int) -> dict[str, float]:
-        """One rollout and its updates."""
+        """Sample, score, anchor to the prior, weigh, replay, record."""
         session, progress = self.session, self.progress
         prompts, progress.position = next(self.batches)
         watch = loop.Stopwatch(self.heartbeat, step)
         prompts = to_be_scored(session, prompts, progress)
         trajectories, rewards = sample_and_score(session, prompts, step, watch)
-        advantages = estimate_advantages(session, prompts, rewards, progress)
+        advantages = estimate_advantages(session, prompts, rewards, progress)  # anchored, with trust
         with watch.phase("update"):
             learning_rate = session.engine.learning_rate
             trajectories, advantages = worth_replaying(session, trajectories, advantages)

@@ -17,12 +17,14 @@ import torch
 import bpgo_video
 from bpgo_video.code_version import this_code
 from bpgo_video.config.bpgo import Config
-from bpgo_video.config.sft import Recipe
+from bpgo_video.config.sft import Recipe, SftConfig
 from bpgo_video.config.shipped import ds_config_file
+from bpgo_video.data.clip_build import clip_stamp
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.image_texts import check_image_stamp
 from bpgo_video.data.prior_files import PriorTable, load_priors, prior_path, require_priors
-from bpgo_video.data.prompt_stream import as_batch
+from bpgo_video.data.prompt_records import LATENTS, ShardError
+from bpgo_video.data.prompt_stream import as_batch, order_of
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.agreement import all_or_none, same_everywhere
@@ -128,31 +130,26 @@ class Session(PolicySession):
         return self.engine.whole_weights() if gather else nullcontext()
 
 
-def check_inputs(config: Config, mesh: Mesh, need_priors: bool = True) -> tuple[dict[str, Any], PromptShards]:
-    """Check everything that can be checked before a model is loaded, and that all ranks read the same inputs.
+Inputs = tuple[dict[str, Any], PromptShards]  # the DeepSpeed configuration and the shards
 
-    Returns:
-        The DeepSpeed configuration and the prompts.
+
+def check_inputs(config: Recipe, mesh: Mesh, need_priors: bool = True) -> Inputs:
+    """Check everything that can be checked before a model is loaded, and that all ranks read the same inputs.
 
     Raises:
         ConfigError, ShardError, FileNotFoundError: on every rank; with the value, the rule and the way out.
     """
     with all_or_none(mesh):
-        for name, reward in {**config.rewards, **config.evaluation.rewards}.items():
-            reward_factory(name, reward)
         ds_config, shards = read_common_inputs(config)
-        splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
-        for split in splits:
-            shards.rows(split)
-        policy = describe_policy(config)
-        policy.latent_shape(config.video)  # raises for a video size that the family cannot make
-        check_experts(policy, config)
-        check_images(config, policy.takes_images, shards, splits)
+        if isinstance(config, SftConfig):
+            check_clips(config, shards)
+            priors = []
+        else:
+            check_prompts(config, shards)
+            priors = list(config.rewards) if need_priors and reads_priors(config) else []
+            require_priors(shards.directory, priors)
         identity = run_identity(config, ds_config, shards)
-        if need_priors and reads_priors(config):
-            require_priors(shards.directory, config.rewards)
-            files = [prior_path(shards.directory, name) for name in config.rewards]
-            identity["priors"] = "".join(path.read_text("utf-8") for path in files)
+        identity["priors"] = "".join(prior_path(shards.directory, name).read_text("utf-8") for name in priors)
     same_everywhere(identity, mesh)
     return ds_config, shards
 
@@ -188,6 +185,46 @@ def run_identity(config: Recipe, ds_config: Mapping[str, Any], shards: PromptSha
     }
 
 
+def check_prompts(config: Config, shards: PromptShards) -> None:
+    """Check rewards, splits, video size, trained steps and images of a run on rewards."""
+    for name, reward in {**config.rewards, **config.evaluation.rewards}.items():
+        reward_factory(name, reward)
+    splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
+    for split in splits:
+        shards.rows(split)
+    policy = describe_policy(config)
+    policy.latent_shape(config.video)  # raises for a video size that the family cannot make
+    check_experts(policy, config)
+    check_images(config, policy.takes_images, shards, splits)
+
+
+def check_clips(config: SftConfig, shards: PromptShards) -> None:
+    """Check that the shards hold clips of the recipe's video size, encoded by this policy's VAE, in its splits.
+
+    Raises:
+        ShardError: names the difference and the command to run.
+    """
+    shards.require_clips()
+    folder = resolve_folder(config.policy.folder)
+    takes_images = family(folder, config.policy.family).takes_images
+    expected = clip_stamp(folder, config.video, takes_images)["video"]
+    differing = [name for name in expected if shards.video.get(name) != expected[name]]
+    if differing:
+        differences = "; ".join(f"{name} {shards.video.get(name)!r}, here {expected[name]!r}" for name in differing)
+        raise ShardError(
+            f"{shards.directory} holds clips of another video or VAE ({differences}): set the recipe's `video`, or "
+            "build shards for it with bpgo-video videos build"
+        )
+    if takes_images != (set(shards.clip) != {LATENTS}):
+        raise ShardError(
+            f"{shards.directory} holds {sorted(shards.clip)} of each clip, but {config.policy.folder} makes videos of "
+            f"{'images' if takes_images else 'texts alone'}: build shards for it with bpgo-video videos build"
+        )
+    order_of(shards, config.data.split, config.run.seed, config.sft.batch_size)
+    if config.evaluation.split is not None:
+        shards.rows(config.evaluation.split)
+
+
 def reads_priors(config: Config) -> bool:
     """Whether the run reads measured priors from the shards' folder."""
     return config.prior.kind in STORED and config.bpgo.needs_prior
@@ -209,13 +246,13 @@ def spread_rows(shards: PromptShards, split: str | None, most: int) -> np.ndarra
 
 def describe_policy(config: Recipe) -> Policy:
     """The recipe's policy without any network."""
-    return load_policy(
-        config.policy.folder,
-        components=(),
-        max_sequence_length=config.policy.max_sequence_length,
-        name=config.policy.family,
-        options=config.policy.options,
-    )
+    return _load_policy(config, components=())
+
+
+def _load_policy(config: Recipe, **arguments: Any) -> Policy:
+    policy = config.policy
+    arguments |= {"max_sequence_length": policy.max_sequence_length, "name": policy.family, "options": policy.options}
+    return load_policy(policy.folder, **arguments)
 
 
 def sampling_policy(
@@ -230,16 +267,8 @@ def sampling_policy(
     Args:
         build: loads a transformer; by default whole on every rank. See `builder`.
     """
-    policy = load_policy(
-        config.policy.folder,
-        components=components,
-        max_sequence_length=config.policy.max_sequence_length,
-        dtype=engines.compute_dtype(ds_config),
-        device=mesh.device,
-        build=build,
-        name=config.policy.family,
-        options=config.policy.options,
-    )
+    dtype = engines.compute_dtype(ds_config)
+    policy = _load_policy(config, components=components, dtype=dtype, device=mesh.device, build=build)
     save_memory(policy, config.policy, mesh.device)
     choose_attention(policy.transformers, config.policy.attention_backend)
     return policy

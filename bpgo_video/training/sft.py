@@ -6,7 +6,7 @@ noise level and caption dropout depend on seed, step and clip only, so every num
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,29 +19,25 @@ from torch import Tensor
 
 from bpgo_video.atomic import write_json
 from bpgo_video.config.sft import SftConfig, check_sft_world
-from bpgo_video.data.clip_build import clip_stamp
 from bpgo_video.data.prompt_order import EndlessOrder
-from bpgo_video.data.prompt_records import LATENTS, ShardError
+from bpgo_video.data.prompt_records import LATENTS
 from bpgo_video.data.prompt_stream import as_batch, order_of
 from bpgo_video.data.shards import PromptShards
 from bpgo_video.diffusion.flow_matching import LevelDistribution
-from bpgo_video.distributed.agreement import all_or_none, same_everywhere
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.paths import resolve_folder
-from bpgo_video.policies import Policy, family
+from bpgo_video.policies import Policy
 from bpgo_video.policies.transformers import trained_names
 from bpgo_video.rollouts.conditioning import cast, for_each
 from bpgo_video.rollouts.forward_process import ClipBatch, ClipLoss
 from bpgo_video.training import loop
 from bpgo_video.training.metrics import MATCHING, RunLog, reduce_metrics
 from bpgo_video.training.session import (
+    Inputs,
     PolicySession,
     build_ema,
     build_engine,
     builder,
-    read_common_inputs,
-    run_identity,
     sampling_policy,
     spread_rows,
 )
@@ -49,6 +45,14 @@ from bpgo_video.training.summary import boxed, listed
 from bpgo_video.types import Conditioning
 
 SCHEDULE_POINTS = 1000  # of the family's schedule, between which noise levels are interpolated
+RESULTS = ("summary.json", "metrics.jsonl", "config.yaml", "checkpoints", "export")
+SHOWN = {  # fields of summary.json in the table on the screen
+    "heldout_loss_before": "{:.4f}",
+    "heldout_loss_after": "{:.4f}",
+    "steps": "{:,}",
+    "clips": "{:,}",
+    "epochs": "{:.2f}",
+}
 HeldoutLosses = Float[Tensor, "clips levels"]
 
 
@@ -88,68 +92,6 @@ class ClipReader:
         return ClipBatch([record.id for record in records], latents, conditioning)
 
 
-@dataclass(frozen=True)
-class SftSession(PolicySession):
-    """The parts of supervised fine-tuning."""
-
-    config: SftConfig
-    clips: ClipReader
-    loss: ClipLoss
-
-
-def check_sft_inputs(config: SftConfig, mesh: Mesh) -> tuple[dict[str, Any], PromptShards]:
-    """As `check_inputs`, for supervised fine-tuning."""
-    with all_or_none(mesh):
-        ds_config, shards = read_common_inputs(config)
-        check_clips(config, shards)
-        identity = run_identity(config, ds_config, shards)
-    same_everywhere(identity, mesh)
-    return ds_config, shards
-
-
-def check_clips(config: SftConfig, shards: PromptShards) -> None:
-    """Check that the shards hold clips of the recipe's video size, encoded by this policy's VAE, in its splits.
-
-    Raises:
-        ShardError: names the difference and the command to run.
-    """
-    shards.require_clips()
-    folder = resolve_folder(config.policy.folder)
-    takes_images = family(folder, config.policy.family).takes_images
-    expected = clip_stamp(folder, config.video, takes_images)["video"]
-    differing = [name for name in expected if shards.video.get(name) != expected[name]]
-    if differing:
-        differences = "; ".join(f"{name} {shards.video.get(name)!r}, here {expected[name]!r}" for name in differing)
-        raise ShardError(
-            f"{shards.directory} holds clips of another video or VAE ({differences}): set the recipe's `video`, or "
-            "build shards for it with bpgo-video videos build"
-        )
-    if takes_images != (set(shards.clip) != {LATENTS}):
-        raise ShardError(
-            f"{shards.directory} holds {sorted(shards.clip)} of each clip, but {config.policy.folder} makes videos of "
-            f"{'images' if takes_images else 'texts alone'}: build shards for it with bpgo-video videos build"
-        )
-    order_of(shards, config.data.split, config.run.seed, config.sft.batch_size)
-    if config.evaluation.split is not None:
-        shards.rows(config.evaluation.split)
-
-
-def build_sft_session(config: SftConfig, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> SftSession:
-    """Build policy and engine; call it after `check_sft_inputs`."""
-    policy = sampling_policy(config, ds_config, mesh, builder(ds_config), components=("transformer",))
-    engine = build_engine(config, policy, ds_config, mesh)
-    clips = ClipReader(
-        shards,
-        order_of(shards, config.data.split, config.run.seed, config.sft.batch_size),
-        spread_rows(shards, config.evaluation.split, config.evaluation.max_clips),
-        engine.dtype,
-        mesh.device,
-        policy.video_conditioning(config.video),
-    )
-    loss = clip_loss(config, policy, shards, engine.dtype, mesh.device)
-    return SftSession(config, mesh, policy, engine, build_ema(config, engine), clips, loss)
-
-
 def clip_loss(
     config: SftConfig, policy: Policy, shards: PromptShards, dtype: torch.dtype, device: torch.device
 ) -> ClipLoss:
@@ -175,11 +117,22 @@ class SFT(loop.Trainer):
 
     keys = MATCHING
     check_world = staticmethod(check_sft_world)
-    check_inputs = staticmethod(check_sft_inputs)
 
-    def __init__(self, config: SftConfig, mesh: Mesh, inputs: Any, heartbeat: Heartbeat) -> None:
-        self.session, self.heartbeat = build_sft_session(config, mesh, *inputs), heartbeat
-        self.progress = SftProgress()
+    def __init__(self, config: SftConfig, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
+        ds_config, shards = inputs
+        policy = sampling_policy(config, ds_config, mesh, builder(ds_config), components=("transformer",))
+        engine = build_engine(config, policy, ds_config, mesh)
+        self.session = PolicySession(config, mesh, policy, engine, build_ema(config, engine))
+        self.config, self.heartbeat, self.progress = config, heartbeat, SftProgress()
+        self.clips = ClipReader(
+            shards,
+            order_of(shards, config.data.split, config.run.seed, config.sft.batch_size),
+            spread_rows(shards, config.evaluation.split, config.evaluation.max_clips),
+            engine.dtype,
+            mesh.device,
+            policy.video_conditioning(config.video),
+        )
+        self.loss = clip_loss(config, policy, shards, engine.dtype, mesh.device)
         self.after: HeldoutLosses | None = None
 
     def begin(self) -> None:
@@ -187,19 +140,19 @@ class SFT(loop.Trainer):
         self.progress.heldout_before = [] if before is None else before.mean(dim=1).tolist()
 
     def train_step(self, step: int) -> dict[str, float]:
-        session, sft, watch = self.session, self.session.config.sft, loop.Stopwatch(self.heartbeat, step)
-        transformer, learning_rate = session.loss.transformer_of(step), session.engine.learning_rate
-        shares, losses = session.mesh.share(sft.batch_size, sft.micro_batch_size), []
+        sft, engine, watch = self.config.sft, self.session.engine, loop.Stopwatch(self.heartbeat, step)
+        transformer, learning_rate = self.loss.transformer_of(step), engine.learning_rate
+        shares, losses = self.session.mesh.share(sft.batch_size, sft.micro_batch_size), []
         for number, positions in enumerate(shares, start=1):
             with watch.phase("data"):
-                rows = [session.clips.order.row(step * sft.batch_size + position) for position in positions]
-                clips = session.clips.read(rows)
+                rows = [self.clips.order.row(step * sft.batch_size + position) for position in positions]
+                clips = self.clips.read(rows)
             with watch.phase("update"):
-                loss = session.loss.errors(clips, step, transformer).mean()
-                session.engine.backward(loss / len(shares), last=number == len(shares))
+                loss = self.loss.errors(clips, step, transformer).mean()
+                engine.backward(loss / len(shares), last=number == len(shares))
                 losses.append(loss.detach())
         with watch.phase("update"):
-            norm = session.engine.step()
+            norm = engine.step()
         metrics = reduce_metrics({"loss": torch.stack(losses).mean(), "grad_norm": norm})
         return {**metrics, "learning_rate": learning_rate, **watch.record}
 
@@ -207,7 +160,7 @@ class SFT(loop.Trainer):
         self.after = self.heldout_losses()
         if self.after is None:
             return {}
-        levels = self.session.loss.heldout_levels(self.after.shape[1])
+        levels = self.loss.heldout_levels(self.after.shape[1])
         by_level = zip(levels.tolist(), self.after.mean(dim=0).tolist(), strict=True)
         return {
             "heldout/loss": float(self.after.mean()),
@@ -216,9 +169,9 @@ class SFT(loop.Trainer):
 
     def finish(self) -> dict[str, Any]:
         after = self.heldout_losses() if self.after is None else self.after
-        summary = summarise(self.session, self.progress, after)
+        summary = self.summary(after)
         if self.session.mesh.is_main:
-            write_results(self.session, summary)
+            self.write_results(summary)
         return summary
 
     def heldout_losses(self) -> HeldoutLosses | None:
@@ -226,59 +179,51 @@ class SFT(loop.Trainer):
 
         Noise is keyed by seed, clip and level. None if no split is held out.
         """
-        session, evaluation = self.session, self.session.config.evaluation
-        rows, count = session.clips.heldout, len(session.clips.heldout)
+        mesh, evaluation = self.session.mesh, self.config.evaluation
+        rows, count = self.clips.heldout, len(self.clips.heldout)
         if not count:
             return None
-        shares = session.mesh.share(count, session.config.sft.micro_batch_size)
-        levels = session.loss.heldout_levels(evaluation.levels)
-        with session.weights(evaluation.weights):
-            losses = [session.loss.errors_at(session.clips.read(rows[items].tolist()), levels) for items in shares]
+        shares = mesh.share(count, self.config.sft.micro_batch_size)
+        levels = self.loss.heldout_levels(evaluation.levels)
+        with self.session.weights(evaluation.weights):
+            losses = [self.loss.errors_at(self.clips.read(rows[items].tolist()), levels) for items in shares]
         items = [item for share in shares for item in share]
-        return session.mesh.gather(torch.cat(losses), items, count).cpu()
+        return mesh.gather(torch.cat(losses), items, count).cpu()
+
+    def summary(self, after: HeldoutLosses | None) -> dict[str, Any]:
+        """The fields of summary.json; held-out losses are means over clips and levels."""
+        config, clips = self.config, self.progress.step * self.config.sft.batch_size
+        summary: dict[str, Any] = {
+            "algorithm": config.algorithm,
+            "steps": self.progress.step,
+            "world_size": self.session.mesh.world_size,
+            "zero_stage": self.session.engine.stage,
+            "seed": config.run.seed,
+            "clips": clips,
+            "epochs": clips / len(self.clips.shards.rows(config.data.split)),
+            "seconds": {"total": round(self.progress.seconds["total"], 3)},
+        }
+        if after is None:
+            return summary
+        before = torch.tensor(self.progress.heldout_before)
+        change = after.mean(dim=1) - before
+        return summary | {
+            "heldout_loss_before": float(before.mean()),
+            "heldout_loss_after": float(after.mean()),
+            "heldout_loss_difference_stderr": float(change.std() / len(change) ** 0.5) if len(change) > 1 else None,
+            "heldout_clips": len(change),
+        }
+
+    def write_results(self, summary: dict[str, Any]) -> None:
+        """Write summary.json; print a table and the paths of the run's files."""
+        run_dir = Path(self.config.run.dir)
+        write_json(run_dir / "summary.json", summary)
+        rows = [(key.replace("_", " "), form.format(summary[key])) for key, form in SHOWN.items() if key in summary]
+        names = [*RESULTS, *(["export-ema"] if self.session.ema else [])]
+        print("\n".join([boxed(rows), *listed({name: run_dir / name for name in names})]))
 
 
 train = partial(loop.train, kind=SFT)
 
 
-def summarise(session: SftSession, progress: SftProgress, after: HeldoutLosses | None) -> dict[str, Any]:
-    """The fields of summary.json; held-out losses are means over clips and levels."""
-    config = session.config
-    clips = progress.step * config.sft.batch_size
-    summary: dict[str, Any] = {
-        "algorithm": config.algorithm,
-        "steps": progress.step,
-        "world_size": session.mesh.world_size,
-        "zero_stage": session.engine.stage,
-        "seed": config.run.seed,
-        "clips": clips,
-        "epochs": clips / len(session.clips.shards.rows(config.data.split)),
-        "seconds": {"total": round(progress.seconds["total"], 3)},
-    }
-    if after is None:
-        return summary
-    before = torch.tensor(progress.heldout_before)
-    change = after.mean(dim=1) - before
-    return summary | {
-        "heldout_loss_before": float(before.mean()),
-        "heldout_loss_after": float(after.mean()),
-        "heldout_loss_difference_stderr": float(change.std() / len(change) ** 0.5) if len(change) > 1 else None,
-        "heldout_clips": len(change),
-    }
-
-
-def write_results(session: SftSession, summary: dict[str, Any]) -> None:
-    """Write summary.json; print a table and the paths of the run's files."""
-    run_dir = Path(session.config.run.dir)
-    write_json(run_dir / "summary.json", summary)
-    formats = {
-        "heldout_loss_before": "{:.4f}",
-        "heldout_loss_after": "{:.4f}",
-        "steps": "{:,}",
-        "clips": "{:,}",
-        "epochs": "{:.2f}",
-    }
-    rows = [(key.replace("_", " "), form.format(summary[key])) for key, form in formats.items() if key in summary]
-    names = ["summary.json", "metrics.jsonl", "config.yaml", "checkpoints", "export"]
-    names += ["export-ema"] if session.ema else []
-    print("\n".join([boxed(rows), *listed({name: run_dir / name for name in names})]))
+train = partial(loop.train, kind=SFT)

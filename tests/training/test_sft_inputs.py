@@ -22,8 +22,8 @@ from bpgo_video.policies import Policy
 from bpgo_video.rewards.tiny_oracle import oracle_scores
 from bpgo_video.training import session
 from bpgo_video.training.run_folder import check_run_dir
-from bpgo_video.training.session import spread_rows
-from bpgo_video.training.sft import ClipReader, check_sft_inputs
+from bpgo_video.training.session import check_inputs, spread_rows
+from bpgo_video.training.sft import ClipReader
 from tests.made.clip_folders import HELDOUT, TRAIN, make_clips, sft_recipe
 from tests.made.recipes import make_shards
 
@@ -49,7 +49,7 @@ def config(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SftC
 
 
 def test_good_input_passes(config: SftConfig) -> None:
-    ds_config, shards = check_sft_inputs(config, MESH)
+    ds_config, shards = check_inputs(config, MESH)
     assert ds_config["zero_optimization"]["stage"] == 2
     assert shards.splits == {"train": TRAIN, "heldout": HELDOUT}
 
@@ -74,19 +74,19 @@ def test_shards_that_do_not_fit_are_named(
     config: SftConfig, change: Callable[[SftConfig], SftConfig], message: str
 ) -> None:
     with pytest.raises(ShardError, match=message):
-        check_sft_inputs(change(config), MESH)
+        check_inputs(change(config), MESH)
 
 
 def test_shards_of_prompts_and_of_another_vae_are_refused(config: SftConfig, tmp_path: Path) -> None:
     prompts = make_shards(tmp_path / "prompts")
     with pytest.raises(ShardError, match="prompts without video clips"):
-        check_sft_inputs(replace(config, data=replace(config.data, shards=str(prompts))), MESH)
+        check_inputs(replace(config, data=replace(config.data, shards=str(prompts))), MESH)
     folder = tmp_path / "wan"
     shutil.copytree(resolve_folder(config.policy.folder), folder)
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ShardError, match=r"another video or VAE \(encoder '\w{16}', here '\w{16}'\)"):
-        check_sft_inputs(replace(config, policy=replace(config.policy, folder=str(folder))), MESH)
+        check_inputs(replace(config, policy=replace(config.policy, folder=str(folder))), MESH)
 
 
 def test_a_run_of_another_kind_is_not_continued(config: SftConfig, recipe: Config) -> None:
