@@ -112,21 +112,23 @@ class Denoiser:
         by_frame = log_probs[:, :, None].repeat(1, 1, latents.shape[2]) if self.records_frames else None
         previous: sde.OdeStep | None = None
         for index in range(num_steps):
-            velocity = self.velocity(latents, index, guidance)
             if index in trained_steps:
-                transition = self.transition_of(velocity, latents, index)
+                transition = self.transition(latents, index, guidance)
                 latents = transition.sample(noise_of(index)).to(self.latents_dtype)
                 log_probs[:, index] = transition.log_prob(latents)
                 if by_frame is not None:
                     by_frame[:, index] = transition.frame_log_prob(latents)
                 means += [transition.mean] if self.records_means else []
                 previous = None
-            elif scheduler is not None:
-                latents = scheduler.step(velocity, scheduler.timesteps[index], latents, return_dict=False)[0]
             else:
-                step = self.steps[index]
-                following = sde.SOLVERS[self.solver](velocity, latents.float(), step, previous)
-                latents, previous = following.to(self.latents_dtype), (velocity, step)
+                velocity = self.velocity(latents, index, guidance)
+                if scheduler is not None:
+                    following = scheduler.step(velocity, scheduler.timesteps[index], latents, return_dict=False)[0]
+                else:
+                    step = self.steps[index]
+                    following = sde.SOLVERS[self.solver](velocity, latents.float(), step, previous)
+                    previous = (velocity, step)
+                latents = following.to(self.latents_dtype)
             points = [*points, latents] if self.records_path else [latents]
         return DenoisingPath(
             torch.stack(points, dim=1), log_probs, torch.stack(means, dim=1) if means else None, by_frame

@@ -56,7 +56,7 @@ class Objective(ABC):
         """The loss of one micro-batch at denoising step `index`, with gradients; batched as in the rollout."""
 
     def prepare(self, trajectories: Sequence[Trajectory], updates_per_rollout: int) -> None:  # noqa: B027
-        """Record what the updates need of the policy as it is before the first of them."""
+        """Record what later updates need of the policy that sampled; called before the first update."""
 
 
 @runtime_checkable

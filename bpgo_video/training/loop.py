@@ -189,7 +189,7 @@ def export(session: PolicySession, run_dir: Path) -> None:
 
 
 class Stopwatch:
-    """Seconds of one training step by phase; tells the other ranks, through the heartbeat, which phase this one is in.
+    """Seconds of one training step by phase; the heartbeat shares the current phase with the other ranks.
 
     Attributes:
         seconds: by phase.

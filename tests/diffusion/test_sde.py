@@ -1,4 +1,4 @@
-"""Are the samplers the Gaussians that their papers describe, and do rollouts with them end at the data?"""
+"""Samplers against the equations of their papers, and the distribution that their rollouts reach."""
 
 import math
 from itertools import pairwise

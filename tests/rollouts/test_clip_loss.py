@@ -1,4 +1,4 @@
-"""The loss of a warm start: its draws, its value and its gradient, against numpy; it falls, and adapters learn, too."""
+"""The supervised flow-matching loss: draws, value and gradient against numpy; it falls, with adapters too."""
 
 from __future__ import annotations
 

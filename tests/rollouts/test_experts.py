@@ -1,4 +1,4 @@
-"""With two transformers: whose steps are trained, how each is guided, which recipes are refused, who is updated."""
+"""Two transformers: trained steps, guidance, rejected recipes, and which transformer is updated."""
 
 from __future__ import annotations
 

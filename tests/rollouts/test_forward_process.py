@@ -1,4 +1,4 @@
-"""Learning from final videos: the two losses, their gradients, and what they need of a rollout."""
+"""AWM and NFT: the two losses on final videos, their gradients, and updates with them."""
 
 from __future__ import annotations
 

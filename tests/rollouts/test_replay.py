@@ -1,4 +1,4 @@
-"""Replay: the ratio is exactly 1 until the policy moves, and what is stored is what is replayed."""
+"""Replay: the ratio is exactly 1 until the policy changes; gradients, weights and KL terms."""
 
 from __future__ import annotations
 

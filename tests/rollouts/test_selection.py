@@ -47,7 +47,7 @@ def test_the_samples_that_train_are_joined(by_prompt: bool) -> None:
 
 @dataclass(frozen=True)
 class Beside(Mesh):
-    """A rank beside another that needs more micro-batches."""
+    """A rank of two; the other one needs more micro-batches."""
 
     needs: int = 0
 

@@ -1,4 +1,4 @@
-"""Held-out videos by the pipeline's own scheduler are those that the pipeline makes."""
+"""Held-out videos sampled with the pipeline's own scheduler equal the pipeline's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_shift_is_the_recipes(tmp_path: Path) -> None:
         for shift in (None, 9.0)
     )
     assert (shifted.sigmas[1:-1] > own.sigmas[1:-1]).all()
-    assert policy.pipeline.scheduler.num_inference_steps is None, "the policy's own scheduler is left as it is"
+    assert policy.pipeline.scheduler.num_inference_steps is None, "the policy's own scheduler is unchanged"
 
 
 def test_a_scheduler_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:

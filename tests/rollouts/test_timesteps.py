@@ -1,4 +1,4 @@
-"""Metrics by denoising step are means over all ranks' passes, whichever steps each rank trained."""
+"""Metrics by denoising step are means over all ranks' passes, whatever steps each rank trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves and tells of its held-out videos."""
+"""Captions, summary and statistical test of the held-out videos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor concludes from the ratios of a replay."""
+"""The doctor's verdict on the ratios of a replay."""
 
 from __future__ import annotations
 

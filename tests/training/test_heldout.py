@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: it leaves no trace in random generators, and other eyes see every video once."""
+"""Evaluation on held-out prompts: random generators are unchanged, and each shown video is written once."""
 
 from __future__ import annotations
 

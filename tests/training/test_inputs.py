@@ -1,4 +1,4 @@
-"""Bad input is told before any model is loaded, with the value, the rule and the way out."""
+"""Bad input ends a run before any model is loaded, with the value, the rule and the way out."""
 
 from __future__ import annotations
 

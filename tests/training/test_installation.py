@@ -1,4 +1,4 @@
-"""What the doctor says of versions and of this machine."""
+"""The doctor's warnings about package versions and this machine."""
 
 from __future__ import annotations
 

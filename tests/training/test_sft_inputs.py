@@ -1,4 +1,4 @@
-"""What a warm start refuses before a model is loaded, and what it reads of the embedded world's clips."""
+"""Inputs that supervised fine-tuning rejects before a model is loaded, and clips that it reads."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_heldout_clips_are_spread_over_their_split(config: SftConfig, clips: Pat
 
 def test_a_micro_batch_is_read_in_the_dtypes_of_the_policy(clips: Path) -> None:
     shards = PromptShards(clips)
-    told = {"frame_rate": torch.tensor([29.97])}
-    reader = ClipReader(shards, order_of(shards, "train", 0, 8), shards.rows("heldout"), torch.bfloat16, CPU, told)
+    of_video = {"frame_rate": torch.tensor([29.97])}
+    reader = ClipReader(shards, order_of(shards, "train", 0, 8), shards.rows("heldout"), torch.bfloat16, CPU, of_video)
     batch = reader.read([3, 1])
     assert batch.ids == [3, 1]
     assert batch.latents.dtype == torch.float32, "noise is added in full precision"

@@ -1,4 +1,4 @@
-"""Requests to stop or to save: files, SIGTERM, and a second SIGTERM while the main thread cannot hear."""
+"""Requests to stop or to save: files, SIGTERM, and a second SIGTERM while the main thread is blocked."""
 
 from __future__ import annotations
 
