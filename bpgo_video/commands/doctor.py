@@ -22,7 +22,7 @@ from bpgo_video.distributed import engine
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.training.doctor import diagnose
-from bpgo_video.training.launch import launched
+from bpgo_video.training.loop import launched
 from bpgo_video.training.session import build_session, check_inputs
 
 

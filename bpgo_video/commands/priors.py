@@ -18,7 +18,7 @@ from bpgo_video.cli import help_of, launch_if_ranks
 from bpgo_video.config.command_line import load_config
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.heartbeat import Heartbeat
-from bpgo_video.training.launch import launched
+from bpgo_video.training.loop import launched
 from bpgo_video.training.prior_estimation import estimate
 
 

@@ -18,7 +18,7 @@ from bpgo_video.cli import help_of, launch_if_ranks
 from bpgo_video.config.command_line import load_recipe
 from bpgo_video.config.sft import Recipe
 from bpgo_video.training import rl, sft
-from bpgo_video.training.launch import launched
+from bpgo_video.training.loop import launched
 
 TRAINERS: dict[str, Callable[[Any], dict[str, Any] | None]] = {"bpgo": rl.train, "sft": sft.train}
 

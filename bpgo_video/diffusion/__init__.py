@@ -1,6 +1,6 @@
-"""Paths of diffusion as pure functions: noise levels, samplers as Gaussian steps, which steps train, flow matching.
+"""Rectified flow as pure functions: schedules, samplers, trained steps, flow matching.
 
-The names below are the public ones (docs/api.md).
+The names below are public (docs/api.md).
 """
 
 from bpgo_video.diffusion.sde import SAMPLERS, Step, Transition, shifted_sigmas, steps_of, transition

@@ -1,13 +1,13 @@
-"""Sigma schedules, and one denoising step of each sampler as a Gaussian Transition.
+"""Noise schedules and samplers of rectified flow.
 
-Rectified flow: latents = (1 - sigma) data + sigma noise, velocity = noise - data, sigma from 1 down to 0,
-dt = next_sigma - sigma < 0. Every sampler maps (velocity, latents, step, eta) to a Transition, at eta = 0 the
-Euler step of the probability-flow ODE, and is finite at both ends of the schedule. Rollout and replay call
-the same function.
+    latents = (1 - sigma) data + sigma noise,   velocity = noise - data,   sigma falls from 1 to 0
 
-With few steps no sampler keeps the marginals: on Gaussian data of variance .25 (exact velocity, shift 3), eight
-steps of flow_sde at eta .7 end at .67 of it, twenty at .84. All but cps reach it as the steps grow many; cps stays
-at .72.
+A sampler maps (velocity, latents, step, eta) to a Gaussian `Transition`. At eta = 0 every sampler is the Euler step of
+the probability-flow ODE. Rollout and replay call the same function.
+
+The stochastic samplers keep the ODE's marginals only as the number of steps grows. On Gaussian data of variance .25
+(exact velocity, shift 3), flow_sde at eta .7 ends at .67 of the variance after 8 steps and at .84 after 20; cps never
+exceeds .72.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import Tensor
 
 from bpgo_video.types import Latents, Velocity
 
-TRUNCATED_STD = 0.45  # the largest noise of one step in arXiv 2510.22200
+TRUNCATED_STD = 0.45  # largest std of one step of `truncated` (arXiv 2510.22200)
 TRAIN_TIMESTEPS = 1000  # Wan's num_train_timesteps: the last sigma before 0 is the shifted 1/1000
 
 
 @dataclass(frozen=True)
 class Step:
-    """One interval of the schedule, in 0-dim fp64 tensors: fp32 coefficients would cancel at its ends.
+    """One interval of a schedule, in 0-dim fp64 tensors; in fp32 the coefficients would cancel at the schedule's ends.
 
     Attributes:
-        sigma: noise level that the step starts from, in (0, 1].
-        next_sigma: noise level that it ends at, in [0, sigma).
-        sigma_g: noise level in 1/(1 - sigma_g). It is sigma, except on the first step (where sigma is 1 or
-            just under and the quotient infinite or huge): there it is next_sigma.
+        sigma: noise level at the start, in (0, 1].
+        next_sigma: noise level at the end, in [0, sigma).
+        sigma_g: noise level in 1/(1 - sigma_g). It equals sigma except on the first step, where sigma is (nearly) 1 and
+            the quotient would be infinite: there it is next_sigma.
     """
 
     sigma: Float[Tensor, ""]
@@ -43,12 +43,13 @@ class Step:
 
     @property
     def dt(self) -> Float[Tensor, ""]:
+        """next_sigma - sigma, negative."""
         return self.next_sigma - self.sigma
 
 
 @dataclass(frozen=True)
 class Transition:
-    """x' ~ N(mean, std^2): what one step of a sampler does. std is 0 for a deterministic step."""
+    """x' ~ N(mean, std^2), the result of one denoising step; std is 0 for a deterministic step."""
 
     mean: Latents
     std: Float[Tensor, ""]
@@ -58,25 +59,28 @@ class Transition:
         return bool(self.std == 0)
 
     def sample(self, noise: Latents) -> Latents:
-        """mean + std noise, in the dtype of the mean (fp32, or fp64 if the latents were)."""
+        """mean + std noise, in the mean's dtype."""
         return self.mean + self.std * noise.to(self.mean.dtype)
 
     def log_prob(self, next_latents: Latents) -> Float[Tensor, "samples"]:
-        """log N(x'; mean, std^2) with its normaliser, the MEAN over latent dimensions, in the mean's dtype.
+        """log N(x'; mean, std^2), averaged (not summed) over latent dimensions, in the mean's dtype.
 
-        The mean over dimensions, not the sum, is what the field's clip ranges (1e-5 to 1e-3) are made for.
+        The usual clip ranges of 1e-5 to 1e-3 assume this average.
+
+        Raises:
+            ValueError: the step is deterministic.
         """
         return self._log_density(next_latents).flatten(1).mean(dim=1)
 
     def frame_log_prob(self, next_latents: Latents) -> Float[Tensor, "samples latent_frames"]:
-        """`log_prob` of each latent frame: the mean over its dimensions."""
+        """`log_prob` of each latent frame, averaged over the frame's dimensions."""
         return self._log_density(next_latents).mean(dim=(1, 3, 4))
 
     def _log_density(self, next_latents: Latents) -> Latents:
         if self.is_deterministic:
             raise ValueError(
-                "std = 0: a deterministic transition has no density; train stochastic steps only "
-                "(eta > 0, not the last step, not the ode sampler)"
+                "std is 0: a deterministic transition has no density; train stochastic steps only (eta > 0, not the "
+                "last step, not the ode sampler)"
             )
         error = (next_latents.to(self.mean.dtype) - self.mean) / self.std
         return -0.5 * error.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
@@ -86,15 +90,18 @@ Sampler = Callable[[Velocity, Latents, Step, float], Transition]
 
 
 def flow_shift(sigmas: Float[Tensor, "*points"], shift: float) -> Float[Tensor, "*points"]:
-    """sigma' = shift sigma / (1 + (shift - 1) sigma): more steps at high noise for shift > 1 (Wan: 3, 5)."""
+    """sigma' = shift sigma / (1 + (shift - 1) sigma). A shift above 1 spends more steps at high noise (Wan: 3, 5)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def shifted_sigmas(num_steps: int, shift: float) -> Float[Tensor, "points"]:
     """The num_steps + 1 noise levels of diffusers' FlowMatchEulerDiscreteScheduler(shift=shift), in fp32.
 
-    Evenly spaced from 1 to flow_shift(1/1000), then shifted (so the smallest level is shifted twice, as
-    there), then 0.
+    Levels are evenly spaced from 1 to flow_shift(1/1000), then shifted, then 0 is appended. Like diffusers, this shifts
+    the smallest level twice.
+
+    Raises:
+        ValueError: num_steps is below 1, or shift is not positive.
     """
     if num_steps < 1 or not shift > 0:
         raise ValueError(f"num_steps={num_steps}, shift={shift}: a schedule needs num_steps >= 1 and shift > 0")
@@ -104,7 +111,11 @@ def shifted_sigmas(num_steps: int, shift: float) -> Float[Tensor, "points"]:
 
 
 def steps_of(sigmas: Float[Tensor, "points"]) -> list[Step]:
-    """The intervals of a schedule that falls from at most 1 to at least 0."""
+    """The intervals of a schedule.
+
+    Raises:
+        ValueError: the levels do not fall strictly within [1, 0].
+    """
     levels = sigmas.double()
     if len(levels) < 2 or not bool((levels.diff() < 0).all()) or levels[0] > 1 or levels[-1] < 0:
         raise ValueError(f"sigmas={levels.tolist()}: a schedule has two or more levels that fall within [1, 0]")
@@ -113,36 +124,38 @@ def steps_of(sigmas: Float[Tensor, "points"]) -> list[Step]:
 
 
 def ode(velocity: Velocity, latents: Latents, step: Step, eta: float = 0.0) -> Transition:
-    """x' = x + v dt. Euler's method, as FlowMatchEulerDiscreteScheduler.step; eta has no effect, std is 0."""
+    """x' = x + v dt
+
+    Euler's method, as FlowMatchEulerDiscreteScheduler.step. eta is ignored; std is 0.
+    """
     velocity, latents = _at_least_fp32(velocity), _at_least_fp32(latents)
     return Transition(mean=latents + step.dt * velocity, std=torch.zeros_like(step.sigma))
 
 
 def flow_sde(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transition:
-    """x' = x + [v + g^2/(2 sigma) (x + (1 - sigma) v)] dt + g sqrt|dt| eps, g = eta sqrt(sigma/(1 -
-    sigma_g)).
+    """x' = x + [v + g^2/(2 sigma) (x + (1 - sigma) v)] dt + g sqrt|dt| eps,   g = eta sqrt(sigma/(1 - sigma_g))
 
-    Flow-GRPO (arXiv 2505.05470), there with eta = .7. sigma_g differs from sigma on the first step only,
-    where g would be infinite.
+    Flow-GRPO (arXiv 2505.05470), which uses eta = .7.
     """
     g = eta * (step.sigma / (1 - step.sigma_g)).sqrt()
     return _marginal_preserving(velocity, latents, step, variance=-(g**2) * step.dt)
 
 
 def dance_sde(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transition:
-    """x' = x + [v + g^2/(2 sigma) (x + (1 - sigma) v)] dt + g sqrt|dt| eps, g = eta.
+    """x' = x + [v + g^2/(2 sigma) (x + (1 - sigma) v)] dt + g sqrt|dt| eps,   g = eta
 
-    DanceGRPO (arXiv 2505.07818), there with eta = .25 for video and .3 for images.
+    DanceGRPO (arXiv 2505.07818), which uses eta = .25 for video and .3 for images.
     """
     return _marginal_preserving(velocity, latents, step, variance=-(eta**2) * step.dt)
 
 
 def sage(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transition:
-    """x' = x + v dt - S/(2 sigma) (x + (1 - sigma) v) + sqrt(S) eps, S = eta^2 [log((1 - next_sigma)/(1 -
-    sigma)) + dt].
+    """x' = x + v dt - S/(2 sigma) (x + (1 - sigma) v) + sqrt(S) eps
 
-    SAGE (arXiv 2603.21872): S is the integral of Flow-GRPO's g^2 over the step. On the first step, where it
-    diverges at sigma = 1, S = eta^2 sigma |dt| / (1 - sigma_g).
+    S = eta^2 [log((1 - next_sigma)/(1 - sigma)) + dt]
+
+    SAGE (arXiv 2603.21872): S integrates Flow-GRPO's g^2 over the step. The integral diverges at sigma = 1; the first
+    step uses S = eta^2 sigma |dt| / (1 - sigma_g) instead.
     """
     if bool(step.sigma_g == step.sigma):
         integral = torch.log1p(-step.dt / (1 - step.sigma)) + step.dt
@@ -152,10 +165,9 @@ def sage(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transi
 
 
 def truncated(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transition:
-    """flow_sde with the noise of a step, s = g sqrt|dt|, held at .45 or less, and g = s/sqrt|dt| in the drift
-    too.
+    """flow_sde with std = min(g sqrt|dt|, .45), and g = std/sqrt|dt| in the drift as well.
 
-    arXiv 2510.22200, there with eta = 1.
+    LongCat-Video (arXiv 2510.22200), which uses eta = 1.
     """
     g = eta * (step.sigma / (1 - step.sigma_g)).sqrt()
     std = (g * (-step.dt).sqrt()).clamp(max=TRUNCATED_STD)
@@ -163,12 +175,13 @@ def truncated(velocity: Velocity, latents: Latents, step: Step, eta: float) -> T
 
 
 def cps(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transition:
-    """x' = (1 - next_sigma) data + sqrt(next_sigma^2 - std^2) noise + std eps, std = next_sigma sin(eta
-    pi/2).
+    """x' = (1 - next_sigma) data + sqrt(next_sigma^2 - std^2) noise + std eps,   std = next_sigma sin(eta pi/2)
 
-    Coefficient-preserving sampling (arXiv 2509.05952), eta in [0, 1]; data = x - sigma v and noise = x + (1 -
-    sigma) v as the velocity predicts them. Exact for a single data point only: elsewhere it loses variance at
-    any number of steps.
+    Coefficient-preserving sampling (arXiv 2509.05952), eta in [0, 1]. data = x - sigma v and noise = x + (1 - sigma) v
+    are the velocity's predictions. It is exact for a single data point and loses variance everywhere else.
+
+    Raises:
+        ValueError: eta is outside [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}: cps rotates the noise by eta * 90 degrees and needs 0 <= eta <= 1")
@@ -180,45 +193,15 @@ def cps(velocity: Velocity, latents: Latents, step: Step, eta: float) -> Transit
 
 
 def _marginal_preserving(velocity: Velocity, latents: Latents, step: Step, variance: Float[Tensor, ""]) -> Transition:
-    """x' = x + v dt - variance/(2 sigma) (x + (1 - sigma) v) + sqrt(variance) eps.
+    """x' = x + v dt - variance/(2 sigma) (x + (1 - sigma) v) + sqrt(variance) eps
 
-    (x + (1 - sigma) v)/sigma is -score, the predicted noise over sigma: the drift takes back on average what
-    eps adds, so that the marginals stay those of the ODE as dt -> 0.
+    x + (1 - sigma) v is the predicted noise, so (x + (1 - sigma) v)/sigma is minus the score. The drift cancels on
+    average what eps adds: as dt -> 0 the marginals are the ODE's.
     """
     velocity, latents = _at_least_fp32(velocity), _at_least_fp32(latents)
     noise = latents + (1 - step.sigma) * velocity
     mean = latents + step.dt * velocity - variance / (2 * step.sigma) * noise
     return Transition(mean=mean, std=variance.sqrt())
-
-
-@dataclass(frozen=True)
-class OdeStep:
-    """The velocity at the start of a step of the ODE."""
-
-    velocity: Velocity
-    step: Step
-
-
-def euler(slope: OdeStep, before: OdeStep | None, latents: Latents) -> Latents:
-    """x' = x + v dt: first order, FlowMatchEulerDiscreteScheduler's."""
-    return ode(slope.velocity, latents, slope.step).mean
-
-
-def adams_bashforth(slope: OdeStep, before: OdeStep | None, latents: Latents) -> Latents:
-    """x' = x + [(1 + r/2) v - r/2 v_before] dt, r = dt/dt_before: second order at one velocity a step.
-
-    The two-step Adams-Bashforth method on uneven steps; Euler's where the step before was not of the ODE.
-    """
-    if before is None:
-        return euler(slope, before, latents)
-    ratio = slope.step.dt / before.step.dt
-    return latents + slope.step.dt * ((1 + ratio / 2) * slope.velocity - ratio / 2 * before.velocity)
-
-
-SOLVERS: dict[str, Callable[[OdeStep, OdeStep | None, Latents], Latents]] = {
-    "euler": euler,
-    "adams_bashforth": adams_bashforth,
-}
 
 
 def _at_least_fp32(latents: Latents) -> Latents:
@@ -238,19 +221,47 @@ SAMPLERS: dict[str, Sampler] = {
 def transition(
     sampler: str | Sampler, velocity: Velocity, latents: Latents, step: Step, eta: float = 0.0
 ) -> Transition:
-    """One denoising step x' ~ N(mean, std^2); differentiable in velocity and latents.
+    """One denoising step x' ~ N(mean, std^2), differentiable in velocity and latents.
 
     Args:
-        sampler: a name of SAMPLERS, or a function with the arguments of one.
-        velocity: noise - data at sigma, as the policy predicts it.
+        sampler: a name in SAMPLERS, or a function of the same signature.
+        velocity: the policy's prediction of noise - data at `step.sigma`.
         latents: x at noise level `step.sigma`.
-        step: an interval of a schedule; see `steps_of`.
-        eta: noise level of the sampler, at least 0; 0 is the Euler step of the ODE, which has no density.
+        step: one of `steps_of(sigmas)`.
+        eta: noise level of the sampler, at least 0; 0 gives the ODE's Euler step, which has no density.
 
     Raises:
-        ValueError: no sampler of that name.
+        ValueError: no sampler has this name.
     """
     if isinstance(sampler, str) and sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is unknown; known are {', '.join(SAMPLERS)}, or pass a function")
+        raise ValueError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}, or pass a function")
     take_step = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
     return take_step(velocity, latents, step, eta)
+
+
+OdeStep = tuple[Velocity, Step]  # a step of the ODE and the velocity at its start
+Solver = Callable[[Velocity, Latents, Step, OdeStep | None], Latents]
+
+
+def euler(velocity: Velocity, latents: Latents, step: Step, previous: OdeStep | None) -> Latents:
+    """x' = x + v dt
+
+    First order; `previous` is ignored.
+    """
+    return ode(velocity, latents, step).mean
+
+
+def adams_bashforth(velocity: Velocity, latents: Latents, step: Step, previous: OdeStep | None) -> Latents:
+    """x' = x + [(1 + r/2) v - r/2 v_previous] dt,   r = dt/dt_previous
+
+    The two-step Adams-Bashforth method on uneven steps: second order with one velocity a step. Without a previous ODE
+    step it is Euler's.
+    """
+    if previous is None:
+        return euler(velocity, latents, step, previous)
+    previous_velocity, previous_step = previous
+    ratio = step.dt / previous_step.dt
+    return latents + step.dt * ((1 + ratio / 2) * velocity - ratio / 2 * previous_velocity)
+
+
+SOLVERS: dict[str, Solver] = {"euler": euler, "adams_bashforth": adams_bashforth}

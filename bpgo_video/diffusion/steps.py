@@ -1,6 +1,7 @@
-"""Which denoising steps are stochastic and trained, how much does each weigh, and which update trains which of them?
+"""Denoising steps of a rollout: which ones are trained, their weights in the loss, and their split over updates.
 
-The last step is never trained: it ends at sigma = 0, where its density is degenerate or pure noise in the video.
+The last step is never trained: it ends at sigma = 0, where its density is degenerate or its noise would show in the
+video.
 """
 
 from __future__ import annotations
@@ -13,32 +14,40 @@ from torch import Tensor
 
 from bpgo_video.diffusion.sde import Sampler, Step
 
-StepSelection = Callable[[int, int, int, torch.Generator], tuple[int, ...]]
+StepSelection = Callable[[int, int, int, torch.Generator], tuple[int, ...]]  # (num_steps, count, start, generator)
 StepWeight = Callable[[Sampler, Step, float], Tensor]
 
 
 def all_steps(num_steps: int, count: int, start: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Every step but the last; the other arguments have no effect."""
+    """Every step but the last; ignores count and start."""
     return tuple(range(_trainable(num_steps)))
 
 
 def random_steps(num_steps: int, count: int, start: int, generator: torch.Generator) -> tuple[int, ...]:
-    """`count` of the steps but the last, drawn without replacement (DanceGRPO, arXiv 2505.07818, trains 60 %)."""
+    """`count` steps drawn without replacement, never the last (DanceGRPO, arXiv 2505.07818, trains 60 %)."""
     order = torch.randperm(_trainable(num_steps, count), generator=generator, device=generator.device)
     return tuple(sorted(order[:count].tolist()))
 
 
 def window(num_steps: int, count: int, start: int, generator: torch.Generator) -> tuple[int, ...]:
-    """`count` neighbouring steps from `start` on (MixGRPO, arXiv 2507.21802); after the end it starts over."""
-    places = _trainable(num_steps, count) - count + 1
-    return tuple(range(start % places, start % places + count))
+    """`count` consecutive steps from `start` on (MixGRPO, arXiv 2507.21802); wraps around after the last window."""
+    starts = _trainable(num_steps, count) - count + 1
+    return tuple(range(start % starts, start % starts + count))
 
 
 def random_window(num_steps: int, count: int, start: int, generator: torch.Generator) -> tuple[int, ...]:
-    """`count` neighbouring steps from a place that is drawn evenly; `start` has no effect."""
-    places = _trainable(num_steps, count) - count + 1
-    first = int(torch.randint(places, (1,), generator=generator, device=generator.device))
+    """`count` consecutive steps from a uniformly drawn start; ignores `start`."""
+    starts = _trainable(num_steps, count) - count + 1
+    first = int(torch.randint(starts, (1,), generator=generator, device=generator.device))
     return tuple(range(first, first + count))
+
+
+def _trainable(num_steps: int, count: int = 1) -> int:
+    if num_steps < 2:
+        raise ValueError(f"num_steps={num_steps}: the last step is never trained, so a rollout needs 2 steps or more")
+    if not 1 <= count < num_steps:
+        raise ValueError(f"count={count}: of {num_steps} denoising steps, 1 to {num_steps - 1} can be trained")
+    return num_steps - 1
 
 
 STEP_SELECTIONS: dict[str, StepSelection] = {
@@ -50,14 +59,14 @@ STEP_SELECTIONS: dict[str, StepSelection] = {
 
 
 def even_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
-    """1: every step counts alike, so that those of high noise, whose log-prob moves most, dominate."""
+    """1. Steps at high noise, whose log-prob moves most, dominate the loss."""
     return torch.ones_like(step.sigma)
 
 
 def flash_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
-    """1/lambda, lambda = |d mean / d velocity| / std: how far the log-prob moves with the velocity (Flash-GRPO).
+    """1/lambda,   lambda = |d mean / d velocity| / std: how far the log-prob moves with the velocity (Flash-GRPO)
 
-    Takes the sampler's own mean, which is linear in the velocity: at velocity 1 and latents 0 it is the factor.
+    The mean is linear in the velocity: at velocity 1 and latents 0 it is the derivative.
     """
     one = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
     transition = sampler(one, torch.zeros_like(one), step, eta)
@@ -65,17 +74,17 @@ def flash_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
 
 
 def longcat_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
-    """sqrt(sigma / ((1 - sigma_g) |dt|)), sigma_g being sigma but on the first step (LongCat, arXiv 2510.22200)."""
+    """sqrt(sigma / ((1 - sigma_g) |dt|)) (LongCat-Video, arXiv 2510.22200)"""
     return (step.sigma / ((1 - step.sigma_g) * -step.dt)).sqrt()
 
 
 def guard_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
-    """1/|dt| (GRPO-Guard, arXiv 2510.22319), made for its normalised ratio."""
+    """1/|dt| (GRPO-Guard, arXiv 2510.22319), meant for its normalised ratio."""
     return -1 / step.dt
 
 
 def tempflow_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:
-    """The step's noise, std: exploration is credited where there is some (TempFlow-GRPO, arXiv 2508.04324)."""
+    """The step's std: steps that explore more count more (TempFlow-GRPO, arXiv 2508.04324)."""
     return sampler(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), step, eta).std
 
 
@@ -91,12 +100,17 @@ STEP_WEIGHTS: dict[str, StepWeight] = {
 def step_weights(
     name: str, sampler: Sampler, steps: Sequence[Step], eta: float, trainable: Sequence[int] = ()
 ) -> list[float]:
-    """The weight of each step but the last in the loss, scaled to a mean of 1 over the trainable ones.
+    """The loss weight of each step but the last, with mean 1 over the trainable steps.
 
-    The scale is that of all trainable steps, whichever of them a rollout trains: a step weighs the same in each.
+    The mean is over all trainable steps, not over those that one rollout trains: a step has the same weight in every
+    rollout.
 
     Args:
+        name: a key of STEP_WEIGHTS.
         trainable: indices of steps; empty means all but the last.
+
+    Raises:
+        ValueError: a weight is not finite and positive.
     """
     weights = torch.stack([STEP_WEIGHTS[name](sampler, step, eta).double() for step in steps[:-1]])
     if not bool((weights.isfinite() & (weights > 0)).all()):
@@ -105,23 +119,16 @@ def step_weights(
 
 
 def split_updates(trained_steps: Sequence[int], updates_per_rollout: int) -> list[tuple[int, ...]]:
-    """Deals the trained steps round-robin to the optimiser updates of one rollout.
+    """Distribute the trained steps round-robin over the optimiser updates of one rollout.
 
-    Every update then sees every group of the rollout and a spread of noise levels: (0, 1, 2, 3, 4) over 2
-    updates is [(0, 2, 4), (1, 3)].
+    Every update gets a spread of noise levels: (0, 1, 2, 3, 4) over 2 updates is [(0, 2, 4), (1, 3)].
+
+    Raises:
+        ValueError: there are more updates than trained steps.
     """
     if not 1 <= updates_per_rollout <= len(trained_steps):
         raise ValueError(
-            f"updates_per_rollout={updates_per_rollout} with {len(trained_steps)} trained steps: "
-            f"an update needs a step of its own; lower updates_per_rollout to 1..{len(trained_steps)}, "
-            "or train more denoising steps"
+            f"updates_per_rollout={updates_per_rollout} with {len(trained_steps)} trained steps: each update needs a "
+            f"step; lower updates_per_rollout to 1..{len(trained_steps)}, or train more denoising steps"
         )
     return [tuple(trained_steps[update::updates_per_rollout]) for update in range(updates_per_rollout)]
-
-
-def _trainable(num_steps: int, count: int = 1) -> int:
-    if num_steps < 2:
-        raise ValueError(f"num_steps={num_steps}: the last step is never trained, so a rollout needs 2 steps or more")
-    if not 1 <= count < num_steps:
-        raise ValueError(f"count={count}: of {num_steps} denoising steps, 1 to {num_steps - 1} can be trained")
-    return num_steps - 1

@@ -51,8 +51,7 @@ from bpgo_video.inference.settings import named_model
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.training.heldout import Scores
-from bpgo_video.training.policy_session import sampling_policy
-from bpgo_video.training.session import check_inputs, heldout_rows
+from bpgo_video.training.session import check_inputs, heldout_rows, sampling_policy
 from bpgo_video.types import RolloutChunk, Videos
 
 EXPORTS = ("export", "export-ema")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,10 +23,10 @@ from bpgo_video.evaluation.ranks import evaluation_ranks
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
-from bpgo_video.training.heldout import Scores, Seen, evaluate, stderr
-from bpgo_video.training.policy_session import sampling_policy
-from bpgo_video.training.session import check_inputs, heldout_rows
+from bpgo_video.training.heldout import Scores, evaluate, stderr
+from bpgo_video.training.session import check_inputs, heldout_rows, sampling_policy
 from bpgo_video.training.summary import boxed
+from bpgo_video.types import RolloutChunk
 
 SETTINGS = ("split", "samples_per_prompt", "num_steps", "guidance_scale", "guidance_scale_2")
 
@@ -97,12 +97,12 @@ def score_prompts(
     config: Config,
     dtype: torch.dtype,
     mesh: Mesh,
-    seen: Seen = lambda chunk: None,
+    on_chunk: Callable[[RolloutChunk], None] = lambda chunk: None,
 ) -> Mapping[str, Scores]:
-    """Scores of new videos of these prompts by reward, the same on every rank; `seen` receives the videos."""
+    """Scores of new videos of these prompts by reward, the same on every rank; `on_chunk` receives the videos."""
     batch = as_batch(records, image_size(config, policy))
     prompts = conditioned(batch, policy, config, dtype, mesh, config.evaluation.samples_per_prompt)
-    return evaluate(policy, prompts, suite, config, mesh, seen).by_name
+    return evaluate(policy, prompts, suite, config, mesh, on_chunk).by_name
 
 
 def by_tag(lines: Sequence[PromptLine], reward: str) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from bpgo_video.config.fields import STRICT, NonNegative, Positive, Unit
 from bpgo_video.inference.run_weights import Checkpoint, find_checkpoint, holds_checkpoint
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.execution import check_backend
-from bpgo_video.rollouts.experts import guidance_rules
+from bpgo_video.rollouts.rules import guidance_rules
 
 Schedulers = dict[str, Callable[[Any, float], Any]]  # name -> scheduler of (the pipeline's scheduler config, shift)
 

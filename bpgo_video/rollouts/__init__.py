@@ -1,1 +1,1 @@
-"""A policy at work: videos sampled, and what they teach recorded; their transitions again, with gradients."""
+"""Rollouts of a policy, and the losses on them: sample videos, record transitions, replay them with gradients."""

@@ -1,17 +1,15 @@
-"""How does a policy learn from final videos alone? By matching velocities on the forward process, weighed by advantage.
+"""Losses on the forward process: supervised flow matching on clips, AWM and NFT on a rollout's final videos.
 
-A rollout follows the ODE and keeps only its clean latents x0. For learning, x0 is noised again to the noise levels of
-the trained steps, x = (1 - sigma) x0 + sigma eps, with the target velocity eps - x0. No log-prob of the rollout is
-needed, hence any solver may sample.
+All three noise clean latents, x = (1 - sigma) x0 + sigma eps, and compare the velocity with the target eps - x0. AWM
+and NFT need no log-prob of the rollout, so any solver may sample; they learn at the noise levels of the trained steps.
 
-- awm, advantage weighted matching (arXiv 2509.25050): -|v - target|^2, mean over latent dimensions, takes the place of
-  the log-prob in the surrogate that GRPO minimises, ratio and clip included.
-- nft, DiffusionNFT (arXiv 2509.16117): two implicit policies around the old velocity, v+ = (1 - beta) v_old + beta v
-  and v- = (1 + beta) v_old - beta v; the loss is r |v+ - target|^2 + (1 - r) |v- - target|^2, where a sample's
-  optimality r is its advantage brought from [-limit, limit], the advantage clip, to [0, 1].
+- awm, advantage weighted matching (arXiv 2509.25050): -|v - target|^2, the mean over latent dimensions, replaces the
+  log-prob in GRPO's surrogate, ratio and clip included.
+- nft, DiffusionNFT (arXiv 2509.16117): with v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v, the loss
+  is r |v+ - target|^2 + (1 - r) |v- - target|^2. The optimality r maps the advantage from [-limit, limit] to [0, 1].
 
 Both take BPGO's advantages: w l(A) + zeta l(A~), on one forward. "Old" is the policy that sampled: velocities recorded
-before the first update of a rollout, or, where there is only one update, the detached velocity itself.
+before the first update of a rollout, or with a single update the detached velocity itself.
 """
 
 from __future__ import annotations
@@ -20,138 +18,184 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bpgo_video.config.bpgo import LossConfig
+from bpgo_video.diffusion import flow_matching
 from bpgo_video.diffusion.flow_matching import matching_error
-from bpgo_video.learner.bpgo import GroupAdvantages, LossAdvantages
+from bpgo_video.learner.bpgo import LossAdvantages
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss, ratio_metrics
-from bpgo_video.randomness import keyed_noise
-from bpgo_video.rollouts.replay import Setting
-from bpgo_video.rollouts.rollout import (
-    Denoiser,
-    TrainedSteps,
-    guidance_of,
-    trained_steps_of,
-    training_denoiser,
-)
-from bpgo_video.types import Latents, Loss, PromptBatch, Trajectory, Velocity
+from bpgo_video.policies import Policy
+from bpgo_video.randomness import generator_of, keyed_noise
+from bpgo_video.rollouts.rollout import guidance_of, trained_steps_of
+from bpgo_video.rollouts.updates import Objective
+from bpgo_video.types import Conditioning, Latents, Loss, Trajectory, Velocity
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One pass: the velocity with gradients, the old one, and the target."""
+class ClipBatch:
+    """A micro-batch of clips on the policy's device.
+
+    Attributes:
+        ids: one per clip.
+        conditioning: of the captions and, for image-to-video, the first frames, in the transformers' dtype.
+    """
+
+    ids: Sequence[int]
+    latents: Latents
+    conditioning: Conditioning
+
+
+@dataclass(frozen=True)
+class ClipLoss:
+    """The supervised flow-matching loss of a policy on clips.
+
+    Attributes:
+        negative: conditioning that replaces a dropped caption.
+        levels: distribution of the noise levels.
+        caption_dropout: share of clips whose caption is dropped, so that the policy learns to be guided.
+        schedule: the family's noise levels, from 1 to 0.
+        trained: names of the trained transformers.
+        seed: of all draws.
+    """
+
+    policy: Policy
+    negative: Conditioning
+    levels: flow_matching.LevelDistribution
+    caption_dropout: float
+    schedule: Float[Tensor, "points"]
+    trained: tuple[str, ...]
+    seed: int
+
+    def transformer_of(self, step: int) -> str:
+        """The transformer that a step trains, the same on every rank; each as often as its noise levels are drawn."""
+        at = self.policy.transformer_at
+        key = (self.seed, "sft", "transformer", step)
+        return at(float(self.levels.draw(key, self.schedule, lambda sigma: at(sigma) in self.trained)))
+
+    def draw(
+        self, clips: ClipBatch, step: int, transformer: str
+    ) -> tuple[Float[Tensor, "samples"], Latents, Bool[Tensor, "samples"]]:
+        """Noise level (on the CPU), noise, and whether the caption is dropped, of each clip.
+
+        Args:
+            transformer: computes at all drawn levels.
+        """
+        keys: list[flow_matching.Key] = [(self.seed, "sft", step, clip) for clip in clips.ids]
+        at, device = self.policy.transformer_at, clips.latents.device
+        levels = [self.levels.draw(key, self.schedule, lambda sigma: at(sigma) == transformer) for key in keys]
+        noise = keyed_noise(clips.latents.shape[1:], [(*key, "noise") for key in keys], device)
+        shares = [float(torch.rand((), generator=generator_of(*key, "caption"))) for key in keys]
+        drops = torch.tensor([share < self.caption_dropout for share in shares], device=device)
+        return torch.stack(levels), noise, drops
+
+    def errors(self, clips: ClipBatch, step: int, transformer: str) -> Float[Tensor, "samples"]:
+        """The loss of each clip at its own noise level, with gradients."""
+        sigma, noise, drops = self.draw(clips, step, transformer)
+        # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
+        latents = flow_matching.noised(clips.latents, noise, sigma).requires_grad_()
+        conditioning = flow_matching.without_captions(clips.conditioning, self.negative, drops)
+        velocity = self.policy.velocity(latents, sigma, conditioning)
+        return matching_error(velocity, noise - clips.latents)
+
+    @torch.no_grad()
+    def errors_at(self, clips: ClipBatch, levels: Float[Tensor, "points"]) -> Float[Tensor, "samples points"]:
+        """The held-out loss of each clip at each of these noise levels; no caption is dropped."""
+        errors = []
+        for number, sigma in enumerate(levels):
+            keys = [(self.seed, "sft heldout", clip, number) for clip in clips.ids]
+            noise = keyed_noise(clips.latents.shape[1:], keys, clips.latents.device)
+            latents = flow_matching.noised(clips.latents, noise, sigma.expand(len(keys)))
+            velocity = self.policy.velocity(latents, sigma, clips.conditioning)
+            errors.append(matching_error(velocity, noise - clips.latents))
+        return torch.stack(errors, dim=1)
+
+    def heldout_levels(self, count: int) -> Float[Tensor, "points"]:
+        """The midpoints of `count` equal parts of the family's schedule, low noise levels first."""
+        positions = [(torch.tensor(i) + 0.5) / count for i in range(count)]
+        return torch.stack([flow_matching.on_schedule(position, self.schedule) for position in positions])
+
+
+@dataclass(frozen=True)
+class VelocityMatch:
+    """The policy's velocity with gradients, the sampling policy's velocity, and their target noise - data."""
 
     velocity: Velocity
     old: Velocity
     target: Velocity
 
     @property
-    def move(self) -> PolicyShift:
-        """What takes the place of a log-prob is minus the matching error."""
+    def shift(self) -> PolicyShift:
+        """The policy shift with minus the matching error as log-prob."""
         return PolicyShift(matching_error(self.old, self.target) - matching_error(self.velocity, self.target))
 
 
-@dataclass(frozen=True)
-class MatchingSettings:
-    """Of both objectives: zeta of BPGO and the trust region; of nft: beta, and the advantage that counts as certain."""
-
-    zeta: float
-    region: LossConfig
-    beta: float
-    limit: float
-
-
-def nft_error(pair: Pair, advantage: Float[Tensor, "samples"], settings: MatchingSettings) -> Float[Tensor, "samples"]:
-    """r |v+ - target|^2 + (1 - r) |v- - target|^2, r = 1/2 + clamp(A/limit, -1, 1)/2."""
-    beta, optimality = settings.beta, 0.5 + 0.5 * (advantage / settings.limit).clamp(-1, 1)
-    better = matching_error((1 - beta) * pair.old + beta * pair.velocity, pair.target)
-    worse = matching_error((1 + beta) * pair.old - beta * pair.velocity, pair.target)
+def nft_error(
+    match: VelocityMatch, advantage: Float[Tensor, "samples"], settings: LossConfig
+) -> Float[Tensor, "samples"]:
+    """r |v+ - target|^2 + (1 - r) |v- - target|^2,   r = 1/2 + clamp(A/limit, -1, 1)/2,   limit = advantage_clip"""
+    beta, optimality = settings.nft_beta, 0.5 + 0.5 * (advantage / settings.advantage_clip).clamp(-1, 1)
+    better = matching_error((1 - beta) * match.old + beta * match.velocity, match.target)
+    worse = matching_error((1 + beta) * match.old - beta * match.velocity, match.target)
     return optimality * better + (1 - optimality) * worse
 
 
-def awm_loss(pair: Pair, advantages: LossAdvantages, settings: MatchingSettings) -> Loss:
-    """The clipped surrogate with the matching error in place of the log-prob."""
-    own = advantages
-    return bpgo_loss(pair.move, own.advantage, own.contrastive, own.trust, settings.zeta, settings.region)
+def awm_loss(match: VelocityMatch, advantages: LossAdvantages, zeta: float, settings: LossConfig) -> Loss:
+    """The clipped surrogate with minus the matching error as log-prob."""
+    terms = (advantages.advantage, advantages.contrastive, advantages.trust)
+    return bpgo_loss(match.shift, *terms, zeta, settings)
 
 
-def nft_loss(pair: Pair, advantages: LossAdvantages, settings: MatchingSettings) -> Loss:
-    """w nft(A) + zeta nft(A~); the metrics are those of the matching error's ratio, which nothing clips."""
-
-    def error(advantage: Tensor) -> Tensor:
-        return nft_error(pair, advantage, settings)
-
-    loss = advantages.trust * error(advantages.advantage)
-    if settings.zeta != 0 and advantages.contrastive is not None:
-        loss = loss + settings.zeta * error(advantages.contrastive)
-    return Loss(loss.mean(), ratio_metrics(pair.move, advantages.advantage, settings.region))
+def nft_loss(match: VelocityMatch, advantages: LossAdvantages, zeta: float, settings: LossConfig) -> Loss:
+    """w nft(A) + zeta nft(A~); the metrics are those of AWM's ratio, which NFT does not clip."""
+    loss = advantages.trust * nft_error(match, advantages.advantage, settings)
+    if zeta != 0 and advantages.contrastive is not None:
+        loss = loss + zeta * nft_error(match, advantages.contrastive, settings)
+    return Loss(loss.mean(), ratio_metrics(match.shift, advantages.advantage, settings))
 
 
-MATCHING_LOSSES: dict[str, Callable[[Pair, LossAdvantages, MatchingSettings], Loss]] = {
+MATCHING_LOSSES: dict[str, Callable[[VelocityMatch, LossAdvantages, float, LossConfig], Loss]] = {
     "awm": awm_loss,
     "nft": nft_loss,
 }
 
 
 @dataclass(frozen=True)
-class ForwardProcess:
-    """An objective over final latents: a pass is a noise level of the schedule."""
+class ForwardProcess(Objective):
+    """The objectives awm and nft: each pass noises the final latents to the noise level of one trained step."""
 
-    kind: str
-    denoiser: Denoiser
-    prompts: PromptBatch
-    advantages: GroupAdvantages
-    settings: MatchingSettings
-    trained_steps: TrainedSteps
-    key: tuple[int | str, ...]
-    device: torch.device
     recorded: dict[tuple[int, int], Velocity] = field(default_factory=dict)
 
     def passes(self, trajectory: Trajectory) -> Sequence[int]:
-        return self.trained_steps(int(self.prompts.ids[trajectory.prompt_rows[0]]))
+        """The trained steps, at whose noise levels the videos are noised."""
+        trained_steps = trained_steps_of(self.policy, self.config, self.step)
+        return trained_steps(int(self.prompts.ids[trajectory.prompt_rows[0]]))
 
     @torch.no_grad()
     def prepare(self, trajectories: Sequence[Trajectory], updates_per_rollout: int) -> None:
-        """Record the old velocities, where the policy will have moved by the time that they are needed."""
+        """Record the old velocities if later updates need them."""
         if updates_per_rollout == 1:
             return
         for trajectory in trajectories:
             for index in self.passes(trajectory):
-                self.recorded[id(trajectory), index] = self._velocity(trajectory, index)[0]
+                self.recorded[id(trajectory), index] = self._velocity_and_target(trajectory, index)[0]
 
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
-        velocity, target = self._velocity(trajectory, index)
+        """The loss of one micro-batch at the noise level of step `index`, with gradients."""
+        velocity, target = self._velocity_and_target(trajectory, index)
         old = self.recorded.get((id(trajectory), index), velocity.detach())
-        rows, samples, device = trajectory.prompt_rows, trajectory.sample_index, velocity.device
-        own = self.advantages.of(rows, samples).to(device)
-        return MATCHING_LOSSES[self.kind](Pair(velocity, old, target), own, self.settings)
+        advantages = self.advantages.of(trajectory.prompt_rows, trajectory.sample_index).to(velocity.device)
+        matching_loss, settings = MATCHING_LOSSES[self.config.loss.objective], self.config.loss
+        return matching_loss(VelocityMatch(velocity, old, target), advantages, self.config.bpgo.zeta, settings)
 
-    def _velocity(self, trajectory: Trajectory, index: int) -> tuple[Velocity, Velocity]:
-        """The policy's velocity on noised final latents, and the one that it should have."""
+    def _velocity_and_target(self, trajectory: Trajectory, index: int) -> tuple[Velocity, Velocity]:
         clean = trajectory.latents[:, -1].to(self.device).float()
-        noise = self._noise(trajectory, index, clean)
-        sigma = self.denoiser.sigmas[index].to(clean.device)
-        noised = ((1 - sigma) * clean + sigma * noise).requires_grad_(torch.is_grad_enabled())
-        guidance = guidance_of(self.prompts, trajectory.prompt_rows, clean.device)
-        return self.denoiser.velocity(noised, index, guidance), noise - clean
-
-    def _noise(self, trajectory: Trajectory, index: int, like: Latents) -> Latents:
         prompts = self.prompts.ids[trajectory.prompt_rows].tolist()
-        owners = zip(prompts, trajectory.sample_index.tolist(), strict=True)
-        return keyed_noise(like.shape[1:], [(*self.key, *owner, index) for owner in owners], like.device)
-
-
-def forward_objective(setting: Setting, advantages: GroupAdvantages, step: int) -> ForwardProcess:
-    config = setting.config
-    return ForwardProcess(
-        kind=config.loss.objective,
-        denoiser=training_denoiser(setting.policy, config),
-        prompts=setting.prompts,
-        advantages=advantages,
-        settings=MatchingSettings(config.bpgo.zeta, config.loss, config.loss.nft_beta, config.loss.advantage_clip),
-        trained_steps=trained_steps_of(setting.policy, config, step),
-        key=(config.run.seed, "forward process", step),
-        device=setting.device,
-    )
+        samples = zip(prompts, trajectory.sample_index.tolist(), strict=True)
+        keys = [(self.config.run.seed, "forward process", self.step, *sample, index) for sample in samples]
+        noise = keyed_noise(clean.shape[1:], keys, clean.device)
+        sigma = self.denoiser.sigmas[index].to(clean.device)
+        latents = ((1 - sigma) * clean + sigma * noise).requires_grad_(torch.is_grad_enabled())
+        guidance = guidance_of(self.prompts, trajectory.prompt_rows, clean.device)
+        return self.denoiser.velocity(latents, index, guidance), noise - clean

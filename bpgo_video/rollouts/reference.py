@@ -1,91 +1,74 @@
-"""How far is the policy from a reference? The reference's velocity, and the divergence from it.
-
-Under LoRA the starting policy is the same module with its adapters switched off. With all weights trained it is a
-frozen copy, sharded like the policy under ZeRO-3. The average of the weights is the same module with other values.
-"""
+"""Reference policies and the divergence of the trained policy from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bpgo_video.diffusion.flow_matching import matching_error
 from bpgo_video.diffusion.sde import Transition
-from bpgo_video.distributed.ema import EMA
 from bpgo_video.policies import Policy
 from bpgo_video.rollouts.rollout import Denoiser
 from bpgo_video.types import Guidance, Latents, Velocity
 
 
-@runtime_checkable
-class Reference(Protocol):
-    """Another policy."""
-
-    def velocity(self, denoiser: Denoiser, latents: Latents, index: int, guidance: Guidance) -> Velocity:
-        """What the denoiser would find with that policy; no gradient. Asked before the policy's own forward, whose
-        weights have to stay as they are until its backward."""
-        ...
-
-
 @dataclass(frozen=True)
-class WithoutAdapters:
-    """The trained transformers themselves, their adapters switched off for the forward."""
+class Reference:
+    """A policy that the loss keeps the trained one close to.
 
-    module: Any
-
-    @torch.no_grad()
-    def velocity(self, denoiser: Denoiser, latents: Latents, index: int, guidance: Guidance) -> Velocity:
-        adapted = [module for module in self.module.values() if getattr(module, "peft_config", None)]
-        for module in adapted:
-            module.disable_adapters()
-        try:
-            return denoiser.velocity(latents, index, guidance)
-        finally:
-            for module in adapted:
-                module.enable_adapters()
-
-
-@dataclass(frozen=True)
-class FrozenCopy:
-    """A policy of its own, with the starting weights."""
+    Attributes:
+        policy: a frozen copy, or the trained policy itself.
+        weights: the block in which the policy computes with the reference's weights, such as `EMA.weights`.
+    """
 
     policy: Policy
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @torch.no_grad()
     def velocity(self, denoiser: Denoiser, latents: Latents, index: int, guidance: Guidance) -> Velocity:
-        return replace(denoiser, policy=self.policy).velocity(latents, index, guidance)
+        """The reference's velocity at denoising step `index`.
+
+        Call it before the policy's own forward, whose weights must not change until its backward.
+        """
+        with self.weights():
+            return replace(denoiser, policy=self.policy).velocity(latents, index, guidance)
 
 
-@dataclass(frozen=True)
-class Averaged:
-    """The trained module itself, computing with the average of its weights for the forward."""
+@contextmanager
+def adapters_off(transformers: Any) -> Iterator[None]:
+    """LoRA adapters are disabled inside the block: the transformers compute as before training."""
+    adapted = [module for module in transformers.values() if getattr(module, "peft_config", None)]
+    for module in adapted:
+        module.disable_adapters()
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters()
 
-    ema: EMA
 
-    @torch.no_grad()
-    def velocity(self, denoiser: Denoiser, latents: Latents, index: int, guidance: Guidance) -> Velocity:
-        with self.ema.weights():
-            return denoiser.velocity(latents, index, guidance)
+Divergence = Callable[[Velocity, Velocity, Callable[[Velocity], Transition]], Tensor]
 
 
 def velocity_divergence(
     velocity: Velocity, reference: Velocity, transition_of: Callable[[Velocity], Transition]
 ) -> Float[Tensor, "samples"]:
-    """|v - v_ref|^2, the mean over latent dimensions: the same pull at every noise level."""
-    return (velocity - reference).square().flatten(1).mean(dim=1)
+    """|v - v_ref|^2, the mean over latent dimensions; equally strong at every noise level."""
+    return matching_error(velocity, reference)
 
 
 def mean_divergence(
     velocity: Velocity, reference: Velocity, transition_of: Callable[[Velocity], Transition]
 ) -> Float[Tensor, "samples"]:
-    """|mean - mean_ref|^2 / (2 std^2): the KL of the transitions, the mean over latent dimensions (Flow-GRPO)."""
-    own, other = transition_of(velocity), transition_of(reference)
-    return ((own.mean - other.mean) / own.std).square().flatten(1).mean(dim=1) / 2
+    """|mean - mean_ref|^2 / (2 std^2), the transitions' KL, the mean over latent dimensions (Flow-GRPO)."""
+    current, other = transition_of(velocity), transition_of(reference)
+    return ((current.mean - other.mean) / current.std).square().flatten(1).mean(dim=1) / 2
 
 
-Divergence = Callable[[Velocity, Velocity, Callable[[Velocity], Transition]], Tensor]
 DIVERGENCES: dict[str, Divergence] = {"velocity": velocity_divergence, "mean": mean_divergence}

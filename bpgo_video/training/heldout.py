@@ -1,11 +1,13 @@
-"""How good is the policy on prompts that it never trains on? The same prompts, the same noise, at every evaluation."""
+"""Held-out evaluation: the same prompts and noise every time, their scores, and the videos that are shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,12 +18,13 @@ from bpgo_video.policies import Policy
 from bpgo_video.rewards import FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rollouts.rollout import sample_chunks
-from bpgo_video.rollouts.shipped_scheduler import evaluation_denoiser
-from bpgo_video.types import PromptBatch, RolloutChunk
+from bpgo_video.rollouts.rollout import Denoiser, TrainedSteps, evaluation_denoiser, no_steps, sample_chunks
+from bpgo_video.statistics import corrected, effect
+from bpgo_video.training.metrics import Cell
+from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 Scores = Float[Tensor, "prompts samples"]
-Seen = Callable[[RolloutChunk], None]  # what else looks at the videos before they go
+ScoresByReward = Mapping[str, Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,14 @@ class HeldoutScores:
     """Scores of one evaluation by reward name, the same on every rank.
 
     Attributes:
-        frames: of each prompt's first sample, by the rewards that score frames, with the frames' times.
+        frames: scores of each frame of each prompt's first sample, by the rewards that score frames.
     """
 
     by_name: Mapping[str, Scores]
     frames: Mapping[str, FrameScores] = field(default_factory=dict)
 
     def metrics(self, prefix: str = "heldout") -> dict[str, float]:
-        """`PREFIX/NAME` and its standard error, where there is one."""
+        """`PREFIX/NAME` and, with more than one video, its standard error."""
         values = {}
         for name, scores in self.by_name.items():
             values[f"{prefix}/{name}"] = float(scores.mean())
@@ -46,9 +49,9 @@ class HeldoutScores:
 
 
 def stderr(scores: Scores) -> float:
-    """Standard error of the mean over the samples, the prompts being fixed: sqrt(sum_i s_i^2 / n) / P.
+    """Standard error of the mean over samples, for fixed prompts: sqrt(sum_i s_i^2 / n) / P.
 
-    With one sample per prompt, it is that over prompts; of one video in all it is not known, nan.
+    With one sample per prompt it is the standard error over prompts; of a single video it is nan.
     """
     prompts, samples = scores.shape
     if samples == 1:
@@ -62,25 +65,15 @@ def evaluate(
     suite: RewardSuite,
     config: Config,
     mesh: Mesh,
-    seen: Seen = lambda chunk: None,
+    on_chunk: Callable[[RolloutChunk], None] = lambda chunk: None,
 ) -> HeldoutScores:
-    """Sample with the ODE and score; noise is keyed by the seed, the prompt and the sample alone."""
-    samples = config.evaluation.samples_per_prompt
-    chunks = sample_chunks(
-        evaluation_denoiser(policy, config),
-        prompts,
-        mesh,
-        group_size=samples,
-        micro_batch_size=config.rollout.micro_batch_size,
-        latent_shape=policy.latent_shape(config.video),
-        key=(config.run.seed, "heldout"),
-    )
-    with suite.on_device(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
-        for chunk in chunks:
-            scoring.put(chunk)
-            seen(chunk)
-            del chunk
-        rewards = suite.gather(scoring.scores(), prompts, samples, mesh)
+    """Sample with the ODE and score; noise is keyed by seed, prompt and sample only.
+
+    Args:
+        on_chunk: receives the videos before they are dropped.
+    """
+    denoiser, samples = evaluation_denoiser(policy, config), config.evaluation.samples_per_prompt
+    rewards = score_samples(denoiser, prompts, suite, config, mesh, samples, "heldout", on_chunk=on_chunk)
     frames = {
         name: FrameScores(rewards.per_frame[name][:, 0].cpu(), times)
         for name, times in rewards.frame_times.items()
@@ -89,21 +82,161 @@ def evaluate(
     return HeldoutScores({name: scores.cpu() for name, scores in rewards.by_name.items()}, frames)
 
 
-def shown_rows(prompts: int, samples: int, videos: int) -> list[int]:
-    """Which (prompt, sample) items are shown: sample 0 of evenly spread prompts."""
-    count = min(videos, prompts)
-    return [round(i * (prompts - 1) / max(1, count - 1)) * samples for i in range(count)]
+def score_samples(
+    denoiser: Denoiser,
+    prompts: PromptBatch,
+    suite: RewardSuite,
+    config: Config,
+    mesh: Mesh,
+    samples: int,
+    purpose: str,
+    trained_steps: TrainedSteps = no_steps,
+    on_chunk: Callable[[RolloutChunk], None] = lambda chunk: None,
+) -> Rewards:
+    """Sample and score videos of each prompt outside training; noise is keyed by the purpose."""
+    chunks = sample_chunks(
+        denoiser,
+        prompts,
+        mesh,
+        group_size=samples,
+        micro_batch_size=config.rollout.micro_batch_size,
+        latent_shape=denoiser.policy.latent_shape(config.video),
+        key=(config.run.seed, purpose),
+        trained_steps=trained_steps,
+    )
+    with suite.on_device(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
+        for chunk in chunks:
+            scoring.put(chunk)
+            on_chunk(chunk)
+            del chunk
+        return suite.gather(scoring.scores(), prompts, samples, mesh)
 
 
-def write_shown(folder: Path, prompts: int, config: Config) -> Seen:
-    """Writes the first sample of `evaluation.videos` of so many prompts, spread evenly."""
-    samples = config.evaluation.samples_per_prompt
-    shown = shown_rows(prompts, samples, config.evaluation.videos)
+def heldout_summary(before: ScoresByReward, after: HeldoutScores, config: Config) -> dict[str, Any]:
+    """The held-out fields of summary.json, by the first reward of `evaluation.rewards`."""
+    name = next(iter(config.evaluation.rewards))
+    first, last = torch.tensor(before[name]), after.by_name[name]
+    summary: dict[str, Any] = {
+        "heldout_reward": name,
+        "heldout_before": float(first.mean()),
+        "heldout_after": float(last.mean()),
+        "heldout_prompts": last.shape[0],
+        "heldout_videos": last.numel(),
+    }
+    if last.numel() > 1:  # the error of a single video is unknown
+        scores = {"before": first, "after": last, "difference": last - first}
+        summary |= {f"heldout_{when}_stderr": stderr(values) for when, values in scores.items()}
+    return summary | heldout_test(first, last, config)
 
-    def seen(chunk: RolloutChunk) -> None:
-        items = (chunk.prompt_rows * samples + chunk.sample_index).tolist()
-        for video, item in zip(chunk.videos, items, strict=True):
-            if item in shown:
-                write_video(folder / f"{shown.index(item):03d}.mp4", video.cpu(), config.video.fps)
 
-    return seen
+def heldout_test(first: Scores, last: Scores, config: Config) -> dict[str, Any]:
+    """Test of the change over prompts, corrected for all measures that a comparison of policies would take."""
+    trained = {name for name, reward in config.rewards.items() if reward.weight > 0}
+    names = {*config.evaluation.rewards, *trained}
+    video_measures = (config.video.num_frames > 1) + (config.evaluation.samples_per_prompt > 1)
+    measures = len(names) + (len(names & config.rewards.keys()) > 1) + video_measures
+    test = corrected(effect(first.cpu().numpy(), last.cpu().numpy()), measures)
+    return {
+        "heldout_interval": None if test.low is None else [test.low, test.high],
+        "heldout_p_value": test.p_adjusted,
+        "heldout_measures": measures,
+        "heldout_shown": test.shown,
+    }
+
+
+class ShownVideos:
+    """The held-out videos that a run keeps: the first sample of `evaluation.videos` prompts, evenly spread.
+
+    Args:
+        folder: RUN/samples, with a folder of videos for each evaluation.
+        texts: all held-out prompts.
+    """
+
+    def __init__(self, folder: Path, texts: Sequence[str], config: Config) -> None:
+        self.folder, self.texts, self.config = folder, texts, config
+        count = min(config.evaluation.videos, len(texts))
+        self.rows = [round(i * (len(texts) - 1) / max(1, count - 1)) for i in range(count)]
+
+    def path(self, evaluation: str, index: int) -> Path:
+        return self.folder / evaluation / f"{index:03d}.mp4"
+
+    def writer(self, evaluation: str) -> Callable[[RolloutChunk], None]:
+        """A function that writes those of a chunk's videos that are shown."""
+
+        def write(chunk: RolloutChunk) -> None:
+            samples = zip(chunk.videos, chunk.prompt_rows.tolist(), chunk.sample_index.tolist(), strict=True)
+            for video, row, sample in samples:
+                if sample == 0 and row in self.rows:
+                    write_video(self.path(evaluation, self.rows.index(row)), video.cpu(), self.config.video.fps)
+
+        return write
+
+    def captioned(self, evaluation: str, scores: HeldoutScores) -> list[tuple[Path, str]]:
+        """Path and caption of each shown video."""
+        return [
+            (self.path(evaluation, index), caption(self.texts[row], row, scores)) for index, row in enumerate(self.rows)
+        ]
+
+    def table(self, before: ScoresByReward, after: HeldoutScores) -> list[dict[str, Cell]]:
+        """A row per shown prompt: its first sample's video and scores, before and after training."""
+        return [
+            {
+                "prompt": self.texts[row],
+                "before": self.path("before", index),
+                "after": self.path("after", index),
+                **{f"{name} before": scores[row][0] for name, scores in before.items()},
+                **{f"{name} after": float(scores[row, 0]) for name, scores in after.by_name.items()},
+            }
+            for index, row in enumerate(self.rows)
+        ]
+
+    def frame_lines(self, step: int, scores: HeldoutScores) -> list[dict[str, Any]]:
+        """A line of `samples/frame_scores.jsonl` for each shown video and reward."""
+        return [
+            {
+                "step": step,
+                "prompt": self.texts[row],
+                "reward": name,
+                "times": _times(frames),
+                "scores": frames.values[row].tolist(),
+            }
+            for row in self.rows
+            for name, frames in scores.frames.items()
+        ]
+
+    def samples(
+        self, reward: str, before: ScoresByReward, frames_before: ScoresByReward, after: HeldoutScores
+    ) -> list[dict[str, Any]]:
+        """The content of samples.json; scores are those of `reward`."""
+        return [
+            {
+                "index": index,
+                "prompt": self.texts[row],
+                "seed": self.config.run.seed,
+                "score_before": before[reward][row][0],
+                "score_after": float(after.by_name[reward][row, 0]),
+                "frames": {
+                    name: {
+                        "times": _times(frames),
+                        "before": frames_before[name][row] if name in frames_before else [],
+                        "after": frames.values[row].tolist(),
+                    }
+                    for name, frames in after.frames.items()
+                },
+            }
+            for index, row in enumerate(self.rows)
+        ]
+
+
+def caption(prompt: str, row: int, scores: HeldoutScores) -> str:
+    """A prompt with the scores of its first sample and, from rewards that score frames, of each frame."""
+    parts = [prompt]
+    for name, by_video in scores.by_name.items():
+        frames = scores.frames[name].values[row].tolist() if name in scores.frames else []
+        by_frame = f" ({' '.join(f'{score:.3g}' for score in frames)})" if frames else ""
+        parts.append(f"{name}: {float(by_video[row, 0]):.3g}{by_frame}")
+    return " | ".join(parts)
+
+
+def _times(frames: FrameScores) -> list[float]:
+    return [] if frames.times is None else frames.times.tolist()

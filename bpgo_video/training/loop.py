@@ -1,13 +1,15 @@
-"""The training loop: open or resume a run; step, evaluate, save and stop on request; export and summarize.
+"""The training loop: open or resume a run; then step, evaluate and save until it is finished or stopped on request.
 
-A kind of training (`rl.py`, `sft.py`) is a `Trainer`. Everything around its steps is here.
+`rl.py` and `sft.py` each have a `Trainer`. Everything around its steps is here.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,29 +17,46 @@ from typing import Any, ClassVar
 
 import torch
 
+from bpgo_video.cli import print_error, show_loading_once
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.sft import Recipe
+from bpgo_video.data.records import ShardError
 from bpgo_video.distributed import checkpoint, engine
 from bpgo_video.distributed.agreement import all_or_none
 from bpgo_video.distributed.ema import load_average, save_average
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, make_mesh
+from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference.model_card import EXPORTED, CardFacts
 from bpgo_video.inference.model_files import export_pipeline
 from bpgo_video.policies.networks import trained_names
 from bpgo_video.training.metrics import Keys, RunLog
-from bpgo_video.training.policy_session import PolicySession
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
+from bpgo_video.training.session import Inputs, PolicySession, check_inputs
 from bpgo_video.training.stopping import Request, StopRequests
 
-CONTINUES = "The run continues from its last checkpoint with the same command and --run.resume auto."
+ADVICE = "The run continues from its last checkpoint with the same command and --run.resume auto."
+INPUT_ERRORS = (ConfigError, ShardError, CheckpointError, FileNotFoundError, PermissionError)
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """The body of a command that every rank runs; an error in its inputs ends it with exit code 2, no traceback."""
+    show_loading_once()
+    try:
+        yield
+    except INPUT_ERRORS as error:
+        print_error(error)
+        raise SystemExit(2) from None
+    engine.stop_ranks()
 
 
 class Trainer(ABC):
-    """A kind of training. Every rank calls each method at the same time.
+    """A kind of training. All ranks call each method together.
 
     Attributes:
-        keys: what every record of metrics.jsonl must have.
-        session: the policy under its engine, and what the kind needs beside it.
+        keys: keys that every record of metrics.jsonl must have.
+        session: policy, engine and data.
         progress: a dataclass of plain data with `step` and `seconds["total"]`; checkpoints keep it.
     """
 
@@ -46,30 +65,25 @@ class Trainer(ABC):
     progress: Any
 
     @abstractmethod
-    def __init__(self, config: Any, mesh: Mesh, inputs: Any, heartbeat: Heartbeat) -> None:
-        """Build the session from inputs that are checked."""
+    def __init__(self, config: Any, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
+        """Build the session from checked inputs."""
 
     @staticmethod
     @abstractmethod
     def check_world(config: Any, world_size: int) -> None:
-        """Check that a step's samples divide over the ranks. Raises ConfigError."""
-
-    @staticmethod
-    @abstractmethod
-    def check_inputs(config: Any, mesh: Mesh) -> Any:
-        """Read the inputs and check everything that can be wrong before a model is loaded."""
+        """Check that a step's samples divide over the ranks; raises ConfigError."""
 
     @abstractmethod
     def begin(self) -> None:
-        """Measure the policy before the first step."""
+        """Evaluate the policy before the first step."""
 
     @abstractmethod
     def train_step(self, step: int) -> dict[str, float]:
-        """Train one step; its record."""
+        """Train one step; returns its record."""
 
     @abstractmethod
     def evaluate(self, step: int, last: bool, log: RunLog) -> dict[str, float]:
-        """Measure the policy after a step; what the step's record says of it."""
+        """Evaluate the policy after a step; returns what to add to the step's record."""
 
     @abstractmethod
     def finish(self) -> dict[str, Any]:
@@ -77,31 +91,34 @@ class Trainer(ABC):
 
 
 def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
-    """The whole run on this rank; its summary, the same on every rank, or None if it was stopped on request.
+    """Run a recipe on this rank.
+
+    Returns:
+        The summary, the same on every rank; None if the run was stopped on request.
 
     Raises:
-        ConfigError, ShardError, RewardError, CheckpointError, FloatingPointError: say what is wrong and what to do.
+        ConfigError, ShardError, RewardError, CheckpointError, FloatingPointError: with the cause and the way out.
     """
-    mesh, run_dir = engine.start_ranks(), Path(config.run.dir)
-    # A launcher terminates the survivors of a dead rank: the handler must outlast the heartbeat's wait for the verdict.
+    mesh, run_dir, num_steps = engine.start_ranks(), Path(config.run.dir), config.run.num_steps
+    # When a rank dies, a launcher terminates the others. The handler outlasts the heartbeat, which names the cause.
     with (
         StopRequests(run_dir, mesh) as requests,
-        Heartbeat(mesh, config.parallel.heartbeat_timeout, advice=CONTINUES) as heartbeat,
+        Heartbeat(mesh, config.parallel.heartbeat_timeout, advice=ADVICE) as heartbeat,
     ):
         started = time.perf_counter()
-        trainer, name = open_run(config, kind, mesh, requests, heartbeat)
-        progress = trainer.progress
-        if name is None:
+        trainer, resumed = open_run(config, kind, mesh, requests, heartbeat)
+        session, progress = trainer.session, trainer.progress
+        if resumed is None:
             heartbeat.enter("evaluation")
             trainer.begin()
         else:
-            vars(progress).update(load(trainer.session, run_dir / checkpoint.FOLDER / name))
+            vars(progress).update(load(session, run_dir / checkpoint.FOLDER / resumed))
             started -= progress.seconds["total"]
-        with RunLog(run_dir, config.wandb, config.run.num_steps, progress.step, vars(config), kind.keys) as log:
-            for step in range(progress.step, config.run.num_steps):
+        with RunLog(run_dir, config.wandb, num_steps, progress.step, vars(config), kind.keys) as log:
+            for step in range(progress.step, num_steps):
                 record = trainer.train_step(step)
                 progress.step = step + 1
-                last = progress.step == config.run.num_steps
+                last = progress.step == num_steps
                 if last or is_due(progress.step, config.evaluation.every):
                     heartbeat.enter("evaluation", step)
                     record |= trainer.evaluate(step, last, log)
@@ -110,13 +127,13 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
                 if last or request or is_due(progress.step, config.run.save_every):
                     heartbeat.enter("checkpoint", step)
                     progress.seconds["total"] = time.perf_counter() - started
-                    saved = save(trainer.session, progress.step, vars(progress))
+                    saved = save(session, progress.step, vars(progress))
                     log.later(str(saved), saved.metrics())
-                    requests.obeyed(request, f"after {step + 1} of {config.run.num_steps} steps, in {saved.folder}")
+                    requests.fulfilled(request, f"after {step + 1} of {num_steps} steps, in {saved.folder}")
                 if request is Request.STOP:
                     return None
         heartbeat.enter("export")
-        export(trainer.session, run_dir)
+        export(session, run_dir)
         progress.seconds["total"] = time.perf_counter() - started
         summary = trainer.finish()
         mesh.barrier()
@@ -126,42 +143,42 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
 def open_run(
     config: Recipe, kind: type[Trainer], mesh: Mesh, requests: StopRequests, heartbeat: Heartbeat
 ) -> tuple[Trainer, str | None]:
-    """The trainer, built from checked inputs, and the name of the checkpoint to continue from, if any."""
+    """The trainer, built from checked inputs, and the name of the checkpoint to resume from, if any."""
     kind.check_world(config, mesh.world_size)
     mesh = make_mesh(mesh.device, config.parallel.sequence)
     torch.manual_seed(config.run.seed)
     with all_or_none(mesh):
         check_run_dir(config)
-    inputs = kind.check_inputs(config, mesh)
-    name = open_run_dir(config, mesh)
-    requests.forget_files()
-    return kind(config, mesh, inputs, heartbeat), name
+    inputs = check_inputs(config, mesh)
+    resumed = open_run_dir(config, mesh)
+    requests.remove_files()
+    return kind(config, mesh, inputs, heartbeat), resumed
 
 
 def is_due(steps: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this many; 0 is never."""
+    """Whether something done every so many steps is due after this many; 0 means never."""
     return every > 0 and steps % every == 0
 
 
 def save(session: PolicySession, step: int, progress: Mapping[str, Any]) -> checkpoint.Saved:
-    """A checkpoint of the finished step; `progress`, plain data, comes back from `load`."""
+    """Write a checkpoint after `step` steps, with the run's progress."""
     parts = [partial(save_average, session.ema)] if session.ema else []
     state = {"progress": progress, "code": session.code}
     return checkpoint.save(session.engine, session.config.run, step, state, session.mesh, parts)
 
 
 def load(session: PolicySession, folder: Path) -> dict[str, Any]:
-    """Put a checkpoint into the session; the run's progress by then."""
+    """Load a checkpoint into the session; returns the run's progress."""
     state = checkpoint.load(session.engine, folder, session.mesh, session.config.run.resume_optimizer)
     if session.ema:
         load_average(session.ema, folder)
     earlier = state.get("code", [])
-    session.code[:] = [*earlier, *(one for one in session.code if one not in earlier[-1:])]
+    session.code[:] = [*earlier, *(code for code in session.code if code not in earlier[-1:])]
     return dict(state["progress"])
 
 
 def export(session: PolicySession, run_dir: Path) -> None:
-    """The trained weights in RUN/export, and their average, if the run keeps one, in RUN/export-ema."""
+    """Write the trained weights to RUN/export and their average, if any, to RUN/export-ema."""
     names = trained_names(session.policy.folder, session.config.policy.trained)
     write = partial(export_pipeline, session.engine, session.policy, names, mesh=session.mesh)
     card = CardFacts(session.config, session.config.run.num_steps, "raw", EXPORTED, session.code)
@@ -169,3 +186,31 @@ def export(session: PolicySession, run_dir: Path) -> None:
     if session.ema:
         with session.ema.weights():
             write(output=run_dir / "export-ema", card=replace(card, weights="ema"))
+
+
+class Stopwatch:
+    """Seconds of one training step by phase; the heartbeat shares the current phase with the other ranks.
+
+    Attributes:
+        seconds: by phase.
+    """
+
+    def __init__(self, heartbeat: Heartbeat, step: int) -> None:
+        self.heartbeat, self.step = heartbeat, step
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.heartbeat.enter(name, self.step)
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # not the device, which would wait for the scoring stream too
+        self.seconds[name] += time.perf_counter() - started
+
+    @property
+    def record(self) -> dict[str, float]:
+        """Entries of the step's record."""
+        total = time.perf_counter() - self.started
+        return {**{f"seconds/{name}": seconds for name, seconds in self.seconds.items()}, "seconds": total}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bpgo_video.atomic import write_json
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.rules import check_world
 from bpgo_video.distributed.heartbeat import Heartbeat
@@ -18,75 +20,157 @@ from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import with_spread
 from bpgo_video.randomness import isolated
 from bpgo_video.rewards.ahead import ScoreAhead
-from bpgo_video.rollouts.objectives import OBJECTIVES
-from bpgo_video.rollouts.replay import Setting, optimise
+from bpgo_video.rollouts.replay import OBJECTIVES, samples_to_replay
 from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_denoiser
-from bpgo_video.rollouts.selection import worth_replaying
-from bpgo_video.rollouts.timesteps import step_metrics, step_sums
+from bpgo_video.rollouts.updates import Objective, UpdateStats, optimise, step_metrics, step_sums
 from bpgo_video.training import loop
-from bpgo_video.training.artifacts import (
-    PHASES,
-    Progress,
-    frame_lines,
-    heldout_videos,
-    shown_table,
-    shown_videos,
-    summarise,
-    write_results,
-)
 from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_scored
-from bpgo_video.training.heldout import HeldoutScores, evaluate, write_shown
-from bpgo_video.training.metrics import ROLLOUTS, RunLog, reduce_metrics
-from bpgo_video.training.session import Session, build_session, check_inputs
-from bpgo_video.training.stopwatch import Stopwatch
+from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, heldout_summary
+from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, RunLog, read_metrics, reduce_metrics
+from bpgo_video.training.report import write_report
+from bpgo_video.training.session import Inputs, Session, build_session
+from bpgo_video.training.summary import diagnose, summary_table
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 
-MEASURED = (("heldout", ""), ("heldout_ema", "-ema"))  # metrics and folders of the first and second kind of weights
+PHASES = ("rollout", "reward", "update")
+EVALUATED = (("heldout", ""), ("heldout_ema", "-ema"))  # metric prefix and folder suffix of each kind of weights
+RESULTS = ("report.html", "summary.json", "metrics.jsonl", "config.yaml", "samples", "checkpoints", "export")
 
 
-def train_step(
-    session: Session, prompts: PromptBatch, step: int, heartbeat: Heartbeat, memory: Memory | None = None
-) -> dict[str, float]:
-    """One rollout and its updates; the step's record."""
-    config, watch, memory = session.config, Stopwatch(heartbeat, step), memory or Memory()
-    prompts = to_be_scored(session, prompts, memory)
-    trajectories, rewards = sample_and_score(session, prompts, step, watch)
-    advantages = estimate_advantages(session, prompts, rewards, memory)
-    learning_rate = session.engine.learning_rate
-    with watch.phase("update"):
-        if config.advantage.best_of is not None:
-            trajectories, advantages = without_the_average(session, trajectories, advantages)
-        setting = Setting(session.policy, config, prompts, session.mesh.device, session.reference)
-        objective = OBJECTIVES[config.loss.objective](setting, advantages, step)
-        update = optimise(session.engine, objective, trajectories, config.optim.updates_per_rollout)
-    return {
-        "reward": float(rewards.total.mean()),
-        "reward_std": float(rewards.total.std(dim=1).mean()),
-        **{f"reward/{name}": float(scores.mean()) for name, scores in rewards.by_name.items()},
-        **{name: float(value) for name, value in advantages.metrics.items()},
-        **with_spread(reduce_metrics(update.metrics)),
-        **step_metrics(session.mesh.total(step_sums(update.passes, config.sampler.num_steps))),
-        "learning_rate": learning_rate,
-        **watch.record,
-    }
+@dataclass
+class Progress(Memory):
+    """The run's progress, which checkpoints keep, with what its steps remember of their prompts."""
+
+    step: int = 0
+    position: int = 0
+    videos_generated: int = 0
+    max_ratio_error_first_update: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))
+    heldout_before: dict[str, list[list[float]]] | None = None
+    frames_before: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def count(self, record: dict[str, float], videos: int) -> None:
+        """Add a training step."""
+        self.videos_generated += videos
+        error = record["ratio_error_first_update_max"]
+        self.max_ratio_error_first_update = max(self.max_ratio_error_first_update, error)
+        for name in PHASES:
+            self.seconds[name] += record[f"seconds/{name}"]
+
+
+class RL(loop.Trainer):
+    """Post-training on rewards.
+
+    Attributes:
+        after: the last held-out scores, of the weights that measure the run.
+    """
+
+    keys = ROLLOUTS
+    check_world = staticmethod(check_world)
+
+    def __init__(self, config: Config, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
+        self.session, self.heartbeat = build_session(config, mesh, *inputs), heartbeat
+        self.progress = Progress()
+        self.after: HeldoutScores | None = None
+        heldout = self.session.heldout
+        texts = heldout.prompts.texts if heldout else ()
+        self.heldout_videos = len(texts) * config.evaluation.samples_per_prompt
+        self.shown = ShownVideos(Path(config.run.dir) / "samples", texts, config)
+
+    @cached_property
+    def batches(self) -> Iterator[tuple[PromptBatch, int]]:
+        """The prompts of each step from here on, and the number of prompts consumed after it."""
+        return self.session.batches(self.progress.position)
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """Sample, score, anchor to the prior, weigh, replay, record."""
+        session, progress = self.session, self.progress
+        prompts, progress.position = next(self.batches)
+        watch = loop.Stopwatch(self.heartbeat, step)
+        prompts = to_be_scored(session, prompts, progress)
+        trajectories, rewards = sample_and_score(session, prompts, step, watch)
+        advantages = estimate_advantages(session, prompts, rewards, progress)  # anchored, with trust
+        with watch.phase("update"):
+            learning_rate = session.engine.learning_rate
+            trajectories, advantages = worth_replaying(session, trajectories, advantages)
+            objective = build_objective(session, prompts, advantages, step)
+            stats = optimise(session.engine, objective, trajectories, session.config.optim.updates_per_rollout)
+        record = {**step_record(session, rewards, advantages, stats), "learning_rate": learning_rate, **watch.record}
+        progress.count(record, rewards.total.numel())
+        return record
+
+    def begin(self) -> None:
+        before = self.heldout_scores(self.session.config.evaluation.measured[0], "before")
+        if before is not None:
+            self.progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()}
+            self.progress.frames_before = {name: frames.values.tolist() for name, frames in before.frames.items()}
+        self.progress.videos_generated += self.heldout_videos
+
+    def evaluate(self, step: int, last: bool, log: RunLog) -> dict[str, float]:
+        record: dict[str, float] = {}
+        for kind, (prefix, suffix) in zip(self.session.config.evaluation.measured, EVALUATED, strict=False):
+            name = f"{'after' if last else f'step-{step + 1:06d}'}{suffix}"
+            scores = self.heldout_scores(kind, name)
+            if scores is None:
+                return {}
+            record |= scores.metrics(prefix)
+            log.media(step, prefix, self.shown.captioned(name, scores))
+            self.progress.videos_generated += self.heldout_videos
+            if not suffix:
+                self.after = scores
+        assert self.after is not None
+        if last and self.progress.heldout_before is not None:
+            log.table(step, "heldout_before_after", self.shown.table(self.progress.heldout_before, self.after))
+        log.frames(self.shown.frame_lines(step, self.after))
+        return record
+
+    def heldout_scores(self, weights: str, name: str) -> HeldoutScores | None:
+        """Held-out scores of one kind of weights; writes the shown videos to samples/NAME. Training is not affected."""
+        session, heldout = self.session, self.session.heldout
+        if heldout is None:
+            return None
+        with isolated(), session.weights(weights), session.rollout_weights():
+            return evaluate(
+                session.policy, heldout.prompts, heldout.suite, session.config, session.mesh, self.shown.writer(name)
+            )
+
+    def finish(self) -> dict[str, Any]:
+        after = self.after or self.heldout_scores(self.session.config.evaluation.measured[0], "after")
+        summary = summarise(self.session, self.progress, after)
+        if self.session.mesh.is_main:
+            self.write_results(summary, after)
+        return summary
+
+    def write_results(self, summary: dict[str, Any], after: HeldoutScores | None) -> None:
+        """Write summary.json, samples.json and report.html; print a table with the diagnosis of the run."""
+        run_dir, progress = Path(self.session.config.run.dir), self.progress
+        summary = {**summary, "diagnosis": diagnose(read_metrics(run_dir / METRICS_FILE), summary)}
+        write_json(run_dir / "summary.json", summary)
+        before, reward = progress.heldout_before, summary.get("heldout_reward")
+        if after is not None and before is not None and reward is not None:
+            samples = self.shown.samples(reward, before, progress.frames_before, after)
+            write_json(run_dir / "samples" / "samples.json", samples)
+        write_report(run_dir)
+        names = [*RESULTS, *(["export-ema"] if self.session.ema else [])]
+        print(summary_table(summary, {name: run_dir / name for name in names}))
+
+
+train = partial(loop.train, kind=RL)
 
 
 def sample_and_score(
-    session: Session, prompts: PromptBatch, step: int, watch: Stopwatch
+    session: Session, prompts: PromptBatch, step: int, watch: loop.Stopwatch
 ) -> tuple[list[Trajectory], Rewards]:
-    """This rank's trajectories, and all ranks' rewards.
+    """This rank's trajectories and all ranks' rewards.
 
-    The phase `reward` is the time that the loop waits for scores; `reward_work` is what scoring took, mostly meanwhile.
+    Seconds of phase `reward` are the time that the rollout waits for scores; `reward_work` is the time that scoring
+    takes, most of it during the rollout.
     """
     suite, rollout, device = session.suite, session.config.rollout, session.mesh.device
-    kept_on = torch.device("cpu") if rollout.offload_trajectories else device
+    stored_on = torch.device("cpu") if rollout.offload_trajectories else device
     chunks = rollout_chunks(session, prompts, step)
     trajectories: list[Trajectory] = []
-    with (
-        suite.on_device(),
-        ScoreAhead(suite, prompts, rollout.score_ahead, device) as scoring,
-        ExitStack() as weights,
-    ):
+    with suite.on_device(), ScoreAhead(suite, prompts, rollout.score_ahead, device) as scoring, ExitStack() as weights:
         with watch.phase("rollout"):
             weights.enter_context(session.rollout_weights())
         while True:
@@ -94,10 +178,10 @@ def sample_and_score(
                 chunk = next(chunks, None)
             if chunk is None:
                 break
-            trajectories += [trajectory.to(kept_on) for trajectory in chunk.trajectories]
+            trajectories += [trajectory.to(stored_on) for trajectory in chunk.trajectories]
             with watch.phase("reward"):
                 scoring.put(chunk)
-            del chunk  # its videos go once scored, not once the next ones are sampled
+            del chunk  # frees its videos as soon as they are scored
         with watch.phase("rollout"):
             weights.close()
         with watch.phase("reward"):
@@ -122,93 +206,52 @@ def rollout_chunks(session: Session, prompts: PromptBatch, step: int) -> Iterato
     )
 
 
-def without_the_average(
+def worth_replaying(
     session: Session, trajectories: list[Trajectory], advantages: GroupAdvantages
 ) -> tuple[list[Trajectory], GroupAdvantages]:
-    """The samples that train, and their advantages, scaled for a loss that is the mean over fewer of them."""
-    apart = session.config.sampler.share_steps == "group"
-    kept = worth_replaying(trajectories, advantages.trains, apart, session.mesh)
+    """With `advantage.best_of`, the samples that have an advantage, scaled for a mean over fewer samples; else all."""
+    if session.config.advantage.best_of is None:
+        return trajectories, advantages
+    by_prompt = session.config.sampler.share_steps == "group"
+    kept = samples_to_replay(trajectories, advantages.trains, by_prompt, session.mesh)
     return kept, advantages.times(len(kept) / len(trajectories))
 
 
-class RL(loop.Trainer):
-    """Post-training on rewards.
-
-    Attributes:
-        after: the last held-out scores, of the weights that the run is measured by.
-    """
-
-    keys = ROLLOUTS
-    check_world = staticmethod(check_world)
-    check_inputs = staticmethod(check_inputs)
-
-    def __init__(self, config: Config, mesh: Mesh, inputs: Any, heartbeat: Heartbeat) -> None:
-        self.session, self.heartbeat = build_session(config, mesh, *inputs), heartbeat
-        self.progress = Progress()
-        self.after: HeldoutScores | None = None
-        self.samples = Path(config.run.dir) / "samples"
-        self.weights = config.evaluation.measured
-
-    @cached_property
-    def batches(self) -> Iterator[tuple[PromptBatch, int]]:
-        """The prompts of each step from here on, and the position after them."""
-        return self.session.batches(self.progress.position)
-
-    def begin(self) -> None:
-        before = self.heldout(self.weights[0], "before")
-        if before is not None:
-            self.progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()}
-            self.progress.frames_before = {name: found.values.tolist() for name, found in before.frames.items()}
-        self.progress.videos_generated += heldout_videos(self.session)
-
-    def train_step(self, step: int) -> dict[str, float]:
-        progress, rollout = self.progress, self.session.config.rollout
-        prompts, position = next(self.batches)
-        memory = Memory(progress.running_rewards, progress.agreements)
-        record = train_step(self.session, prompts, step, self.heartbeat, memory)
-        progress.position = position
-        progress.videos_generated += rollout.prompts_per_step * rollout.group_size
-        error = record["ratio_error_first_update_max"]
-        progress.max_ratio_error_first_update = max(progress.max_ratio_error_first_update, error)
-        for name in PHASES:
-            progress.seconds[name] += record[f"seconds/{name}"]
-        return record
-
-    def evaluate(self, step: int, last: bool, log: RunLog) -> dict[str, float]:
-        name, scores = "after" if last else f"step-{step + 1:06d}", list[HeldoutScores]()
-        record: dict[str, float] = {}
-        for kind, (prefix, suffix) in zip(self.weights, MEASURED, strict=False):
-            found = self.heldout(kind, f"{name}{suffix}")
-            if found is None:
-                return {}
-            record |= found.metrics(prefix)
-            log.media(step, prefix, shown_videos(self.session, self.samples / f"{name}{suffix}", found))
-            self.progress.videos_generated += heldout_videos(self.session)
-            scores.append(found)
-        self.after = scores[0]
-        if last:
-            log.table(step, "heldout_before_after", shown_table(self.session, self.progress, self.after, self.samples))
-        log.frames(frame_lines(self.session, step, self.after))
-        return record
-
-    def finish(self) -> dict[str, Any]:
-        after = self.after or self.heldout(self.weights[0], "after")
-        summary = summarise(self.session, self.progress, after)
-        if self.session.mesh.is_main:
-            write_results(self.samples.parent, summary, self.session, self.progress, after)
-        return summary
-
-    def heldout(self, weights: str, folder: str) -> HeldoutScores | None:
-        """Held-out scores of one kind of weights, some videos into a folder of `samples`; training is not affected."""
-        session, config = self.session, self.session.config
-        prompts = session.prompts.heldout
-        if session.heldout_suite is None or prompts is None:
-            return None
-        seen = write_shown(self.samples / folder, len(prompts), config)
-        with isolated(), session.weights(weights), session.rollout_weights():
-            return evaluate(session.policy, prompts, session.heldout_suite, config, session.mesh, seen)
+def build_objective(session: Session, prompts: PromptBatch, advantages: GroupAdvantages, step: int) -> Objective:
+    """The objective of one training step."""
+    objective = OBJECTIVES[session.config.loss.objective]
+    parts = (session.policy, session.config, prompts, advantages, step, session.mesh.device, session.reference)
+    return objective(*parts)
 
 
-def train(config: Config) -> dict[str, Any] | None:
-    """`loop.train` of this kind."""
-    return loop.train(config, RL)
+def step_record(
+    session: Session, rewards: Rewards, advantages: GroupAdvantages, stats: UpdateStats
+) -> dict[str, float]:
+    """The metrics of a step, reduced over ranks."""
+    return {
+        "reward": float(rewards.total.mean()),
+        "reward_std": float(rewards.total.std(dim=1).mean()),
+        **{f"reward/{name}": float(scores.mean()) for name, scores in rewards.by_name.items()},
+        **{name: float(value) for name, value in advantages.metrics.items()},
+        **with_spread(reduce_metrics(stats.metrics)),
+        **step_metrics(session.mesh.total(step_sums(stats.passes, session.config.sampler.num_steps))),
+    }
+
+
+def summarise(session: Session, progress: Progress, after: HeldoutScores | None) -> dict[str, Any]:
+    """The fields of summary.json."""
+    summary: dict[str, Any] = {
+        "steps": progress.step,
+        "world_size": session.mesh.world_size,
+        "zero_stage": session.engine.stage,
+        "algorithm": session.config.algorithm,
+        "seed": session.config.run.seed,
+        "heldout_before": None,
+        "heldout_after": None,
+        "videos_generated": progress.videos_generated,
+        "seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()},
+        "max_ratio_error_first_update": progress.max_ratio_error_first_update,
+    }
+    if after is not None and progress.heldout_before is not None:
+        summary |= heldout_summary(progress.heldout_before, after, session.config)
+    return summary

@@ -1,11 +1,10 @@
-"""Has someone asked this run to stop, or to save? By SIGTERM, or by a file in its folder; agreed at the end of a step.
+"""A user's requests to a running training: save, or save and stop.
 
-    touch RUN/save         saves and goes on
-    touch RUN/save_quit    saves and stops; SIGTERM to any rank does the same
+    touch RUN/save         save and continue
+    touch RUN/save_quit    save and stop; SIGTERM to any rank does the same
 
-One rank may have heard what the others have not, so `agreed` is a collective. A second SIGTERM ends a rank at once,
-even one whose main thread waits for others. The `deepspeed` launcher repeats a SIGTERM that its whole process group has
-received; what comes within INSISTING_SECONDS of the first is no second one.
+A second SIGTERM ends a rank immediately, even if its main thread waits in a collective. The `deepspeed` launcher
+repeats a SIGTERM that its whole process group received, so repeats within REPEAT_SECONDS do not count.
 """
 
 from __future__ import annotations
@@ -18,15 +17,14 @@ import threading
 import time
 from enum import IntEnum
 from pathlib import Path
-from types import FrameType, TracebackType
 
 from bpgo_video.distributed.mesh import Mesh
 
-INSISTING_SECONDS = 5.0
+REPEAT_SECONDS = 5.0
 
 
 class Request(IntEnum):
-    """Ordered: the largest that any rank has heard is obeyed."""
+    """A user's request; the largest one that any rank received wins."""
 
     NONE = 0
     SAVE = 1
@@ -37,75 +35,69 @@ FILES = {"save": Request.SAVE, "save_quit": Request.STOP}
 
 
 class StopRequests:
-    """Hears requests from `with` to its end; of the main thread, as Python's signals are."""
+    """Receives requests inside its `with` block, in the main thread."""
 
     def __init__(self, run_dir: Path, mesh: Mesh):
         self._run_dir, self._mesh = run_dir, mesh
         self._terminated = threading.Event()
 
     def __enter__(self) -> StopRequests:
-        # Python runs a handler only between two of its own instructions, never inside a collective. What its C handler
-        # writes to this socket reaches a thread at once.
-        self._read, self._written = socket.socketpair()
-        self._written.setblocking(False)
-        self._handler = signal.signal(signal.SIGTERM, _heard_by_the_thread)
-        self._descriptor = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        # Python runs a signal handler only between bytecodes, never inside a collective. Its C handler writes the
+        # signal to this socket, from which a thread reads it immediately. It needs some Python handler to be set.
+        self._reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        self._old_handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._old_wakeup = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.set_wakeup_fd(self._descriptor)
-        signal.signal(signal.SIGTERM, self._handler)
-        self._written.close()  # ends the thread
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._old_wakeup)
+        signal.signal(signal.SIGTERM, self._old_handler)
+        self._writing.close()  # ends the thread
 
     def agreed(self) -> Request:
-        """What is asked for; all ranks call it, and get the same answer."""
-        heard = [Request.STOP] if self._terminated.is_set() else []
+        """The request that all ranks follow; a collective, since ranks may have received different ones."""
+        received = [Request.STOP] if self._terminated.is_set() else []
         if self._mesh.is_main:
-            heard += [request for name, request in FILES.items() if (self._run_dir / name).exists()]
-        return Request(self._mesh.largest(max(heard, default=Request.NONE)))
+            received += [request for name, request in FILES.items() if (self._run_dir / name).exists()]
+        return Request(self._mesh.largest(max(received, default=Request.NONE)))
 
-    def obeyed(self, request: Request, saved: str) -> None:
-        """Take a request off the table and tell the user, once the checkpoint is there.
+    def fulfilled(self, request: Request, saved: str) -> None:
+        """Report a request whose checkpoint is saved, and remove its file.
 
         Args:
             saved: what is saved, and where.
         """
         if request is Request.NONE or not self._mesh.is_main:
             return
-        self.forget_files()
+        self.remove_files()
         if request is Request.SAVE:
-            print(f"saved as asked, {saved}", flush=True)
+            print(f"saved on request, {saved}", flush=True)
         else:
-            print(f"stopped as asked, {saved}; go on with the same command and --run.resume auto", flush=True)
+            print(f"stopped on request, {saved}; continue with the same command and --run.resume auto", flush=True)
 
-    def forget_files(self) -> None:
-        """Remove the files; those that are there before a run begins were meant for an earlier launch."""
+    def remove_files(self) -> None:
+        """Remove request files; those that exist before a run starts were meant for an earlier one."""
         if self._mesh.is_main:
             for name in FILES:
                 (self._run_dir / name).unlink(missing_ok=True)
 
     def _listen(self) -> None:
         first = None
-        with self._read:
-            while received := self._read.recv(1):
+        with self._reading:
+            while received := self._reading.recv(1):
                 if received[0] != signal.SIGTERM:
                     continue
                 now = time.monotonic()
                 if first is None:
                     first = now
                     self._terminated.set()
-                    self._say("will save and stop at the end of this step; another one ends at once")
-                elif now - first > INSISTING_SECONDS:
-                    self._say("a second one: ending at once")
+                    self._report("will save and stop at the end of this step; another one ends at once")
+                elif now - first > REPEAT_SECONDS:
+                    self._report("a second one: ending at once")
                     os._exit(128 + signal.SIGTERM)
 
-    def _say(self, what: str) -> None:
-        sys.stderr.write(f"[rank {self._mesh.rank}] SIGTERM: {what}\n")
+    def _report(self, text: str) -> None:
+        sys.stderr.write(f"[rank {self._mesh.rank}] SIGTERM: {text}\n")
         sys.stderr.flush()
-
-
-def _heard_by_the_thread(number: int, frame: FrameType | None) -> None:
-    """Without a handler of its own in Python, a signal is not written to the wakeup socket."""

@@ -21,7 +21,7 @@ from bpgo_video.data.records import LATENTS, ShardError
 from bpgo_video.data.stream import as_batch
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import tiny_world as world
-from bpgo_video.training.policy_session import read_foundations
+from bpgo_video.training.session import read_common_inputs
 from tests.families import CASES
 from tests.families.hunyuan import HUNYUAN_FIRST_FRAME
 from tests.made.random_wan import random_wan
@@ -123,9 +123,9 @@ def test_another_size_is_another_build_and_not_for_this_recipe(
     recipe = replace(
         recipe, data=replace(recipe.data, shards=str(built)), deepspeed=str(ROOT / "ds_configs/zero1.json")
     )
-    assert len(read_foundations(recipe)[1]) == len(LINES)
+    assert len(read_common_inputs(recipe)[1]) == len(LINES)
     with pytest.raises(ShardError, match=r"with other images \(height 32, here 48\): set the recipe's `video`"):
-        read_foundations(replace(recipe, video=replace(recipe.video, height=48)))
+        read_common_inputs(replace(recipe, video=replace(recipe.video, height=48)))
 
 
 def test_another_processor_of_images_is_another_encoder(built: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Are the samplers the Gaussians that their papers describe, and do rollouts with them end at the data?"""
+"""Samplers against the equations of their papers, and the distribution that their rollouts reach."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bpgo_video.diffusion.sde import SAMPLERS, SOLVERS, OdeStep, Step, flow_shift, shifted_sigmas, steps_of
+from bpgo_video.diffusion.sde import SAMPLERS, SOLVERS, Step, flow_shift, shifted_sigmas, steps_of
 
 ETAS = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.7, "sage": 0.7, "truncated": 1.0}
 STOCHASTIC = [name for name in SAMPLERS if name != "ode"]
@@ -201,12 +201,11 @@ def test_cps_refuses_an_angle_beyond_a_quarter_turn():
 
 def gaussian_ode_error(solver, num_steps, spread=0.5):
     """|x(0) - spread x(1)| along the ODE of data N(0, spread^2), whose velocity is known."""
-    latents, before = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), None
+    latents, previous = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), None
     for step in steps_of(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)):
         clean = (1 - step.sigma) * spread**2
         velocity = latents * (step.sigma - clean) / ((1 - step.sigma) * clean + step.sigma**2)
-        slope = OdeStep(velocity, step)
-        latents, before = SOLVERS[solver](slope, before, latents), slope
+        latents, previous = SOLVERS[solver](velocity, latents, step, previous), (velocity, step)
     return abs(latents.item() - spread)
 
 

@@ -1,4 +1,4 @@
-"""Are the right denoising steps trained, and does every update get a fair share of them?"""
+"""Selection, weights, and split over updates of the trained denoising steps."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_a_window_is_a_run_of_trainable_steps(name, num_steps, data, start):
     assert steps[-1] < num_steps - 1
 
 
-def test_a_window_moves_from_noise_to_data_and_begins_anew():
+def test_a_window_moves_from_noise_to_data_and_wraps_around():
     places = [STEP_SELECTIONS["window"](6, 2, start, generator()) for start in range(5)]
     assert places == [(0, 1), (1, 2), (2, 3), (3, 4), (0, 1)]
 

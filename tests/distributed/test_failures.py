@@ -245,13 +245,13 @@ def test_sigterm_to_the_group_of_the_launcher_stops_and_saves_though_it_comes_tw
 def test_save_quit_stops_and_save_goes_on(happened: dict[str, Launch]) -> None:
     launch = happened["files"]
     assert launch.codes == [0]
-    assert "saved as asked, after " in launch.output
+    assert "saved on request, after " in launch.output
     assert not (launch.run_dir / "save_quit").exists()
     assert_stopped(launch)
 
 
 def assert_stopped(launch: Launch) -> None:
-    found = re.search(rf"stopped as asked, after (\d+) of {STEPS} steps, in .*; .* --run.resume auto", launch.output)
+    found = re.search(rf"stopped on request, after (\d+) of {STEPS} steps, in .*; .* --run.resume auto", launch.output)
     assert found, launch.output[-5000:]
     assert launch.checkpoint == f"step-{int(found[1]):06d}"
     assert int(found[1]) < STEPS

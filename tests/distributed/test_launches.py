@@ -153,4 +153,4 @@ def test_the_doctor_tells_a_healthy_recipe_from_a_blind_reward(tmp_path: Path, s
     result = launch("tools/doctor.py", "--config", recipe_file(blind, tmp_path / "blind.yaml"))
     assert result.returncode == 1
     assert "only gives all 4 samples of a prompt the same score" in " ".join(result.stdout.replace("│", " ").split())
-    assert "Not ready: mend rewards first" in result.stdout
+    assert "Not ready: fix rewards first" in result.stdout

@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.stream import EndlessOrder
-from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.policies import load_policy
-from bpgo_video.training.sft_session import Clips, clip_loss
+from bpgo_video.training.sft import ClipReader, clip_loss
 from tests.distributed.conftest import run_ranks
 from tests.distributed.sameness import assert_same_run, records
 from tests.distributed.sft_worker import HUGE_STEP, case
@@ -55,8 +54,8 @@ def test_the_gradient_of_a_step_is_that_of_the_whole_batch(runs: Path, clips: Pa
     order = EndlessOrder(shards, "train", config.run.seed, 8)
     rows = [order.row(place) for place in range(8)]
     assert len(set(rows)) == 8
-    batch = Clips(shards, order, shards.rows("heldout"), torch.float32, torch.device("cpu")).read(rows)
-    loss = clip_loss(config, policy, shards, torch.float32, Mesh(0, 1, torch.device("cpu")))
+    batch = ClipReader(shards, order, shards.rows("heldout"), torch.float32, torch.device("cpu")).read(rows)
+    loss = clip_loss(config, policy, shards, torch.float32, torch.device("cpu"))
     loss.errors(batch, 0, "transformer").mean().backward()
     start, found = starting_weights(), exported(runs / "gradient")
     for name, parameter in policy.transformers["transformer"].named_parameters():

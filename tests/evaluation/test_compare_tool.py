@@ -21,7 +21,7 @@ from bpgo_video.evaluation.heldout import evaluate_folder
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.training.artifacts import heldout_test
+from bpgo_video.training.heldout import heldout_test
 from tests.made.written_runs import PROMPTS, tagged_recipe, write_run
 from tools.evaluate import main
 

@@ -13,7 +13,7 @@ import torch
 
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
-from bpgo_video.rollouts.replay import Setting, replay_objective
+from bpgo_video.rollouts.replay import Replay
 from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
 from tests.families import CASES
 
@@ -39,8 +39,8 @@ def test_rollout_decoding_and_replay_stay_on_the_device(tmp_path: Path, name: st
         )
     )  # fmt: skip
     flat = GroupAdvantages(torch.zeros(len(prompts), 2), None, torch.ones(len(prompts)), {})
-    objective = replay_objective(Setting(policy, config, prompts, DEVICE), flat, 0)
-    objective = replace(objective, zeta=0.0)
+    config = replace(config, bpgo=replace(config.bpgo, zeta=0.0))
+    objective = Replay(policy, config, prompts, flat, 0, DEVICE)
     loss = objective.loss(chunk.trajectories[0], 1)
     loss.value.backward()
     assert chunk.videos.device == loss.value.device == DEVICE

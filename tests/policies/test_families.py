@@ -25,8 +25,9 @@ from bpgo_video.policies.execution import choose_attention
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import blocks_of, networks_of
 from bpgo_video.policies.sequence import parallelise
-from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
+from bpgo_video.rollouts.replay import Replay
 from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.rollouts.updates import optimise
 from bpgo_video.training.plan_rehearsal import alone_in_a_group
 from tests.families import CASES, Case
 from tests.families.case import CPU
@@ -123,7 +124,7 @@ def test_the_ratio_is_one_and_an_update_lowers_its_own_loss(case: Case, folder: 
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
     trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
-    objective = replay_objective(Setting(policy, config, prompts, CPU, None), advantages, 0)
+    objective = Replay(policy, config, prompts, advantages, 0, CPU)
     before = total_loss(objective, trajectories)
     learner = PlainLearner(policy.transformers, learning_rate=1e-3)
     found = optimise(learner, objective, trajectories, updates_per_rollout=1)

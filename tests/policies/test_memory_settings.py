@@ -23,7 +23,7 @@ from bpgo_video.policies.networks import Transformers, blocks_of
 from bpgo_video.policies.sequence import parallelise
 from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.training.plan_rehearsal import alone_in_a_group
-from bpgo_video.training.policy_session import sampling_policy
+from bpgo_video.training.session import sampling_policy
 from tests.distributed.small_transformers import inputs, random_transformer
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
 

@@ -21,9 +21,9 @@ from bpgo_video.rewards import Clips, FrameScores
 from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.suite import OFFLOADED, RewardSuite, modules_of
+from bpgo_video.training.loop import Stopwatch
 from bpgo_video.training.rl import sample_and_score
 from bpgo_video.training.session import Session
-from bpgo_video.training.stopwatch import Stopwatch
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 from tests.rewards.toys import CPU, MESH, PROMPTS, Weighing, chunks_of, suite_of
 

@@ -1,4 +1,4 @@
-"""The loss of a warm start: its draws, its value and its gradient, against numpy; it falls, and adapters learn, too."""
+"""The supervised flow-matching loss: draws, value and gradient against numpy; it falls, with adapters too."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpgo_video.config.bpgo import LoraConfig, VideoConfig
-from bpgo_video.diffusion.flow_matching import Chances, noised, on_schedule, without_captions
+from bpgo_video.diffusion.flow_matching import LevelDistribution, noised, on_schedule, without_captions
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.rollouts.clip_loss import ClipBatch, ClipLoss
+from bpgo_video.rollouts.forward_process import ClipBatch, ClipLoss
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
 
 VIDEO = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)
-UNIFORM = Chances("uniform", 0.0, 1.0, caption_dropout=0.0)
+UNIFORM, LOGIT_NORMAL = LevelDistribution("uniform"), LevelDistribution("logit_normal")
 EVEN = torch.linspace(1, 0, 1001)
 CAPTIONS = ("a red circle moving left", "a blue square moving up", "a green triangle moving right", "a red object")
 
@@ -41,11 +41,9 @@ def clips_of(policy: Policy, count: int = 4) -> ClipBatch:
     return ClipBatch(list(range(10, 10 + count)), torch.randn(count, *LATENTS, generator=generator), texts)
 
 
-def loss_of(policy: Policy, chances: Chances = UNIFORM, **changes) -> ClipLoss:
-    schedule = policy.sigmas(1000, VIDEO)
-    return ClipLoss(
-        policy, policy.encode([""]), chances, schedule, **{"trained": ("transformer",), "seed": 7, **changes}
-    )
+def loss_of(policy: Policy, levels: LevelDistribution = UNIFORM, dropout: float = 0.0, **changes) -> ClipLoss:
+    schedule, settings = policy.sigmas(1000, VIDEO), {"trained": ("transformer",), "seed": 7, **changes}
+    return ClipLoss(policy, policy.encode([""]), levels, dropout, schedule, **settings)
 
 
 @given(st.floats(0, 1), st.floats(0.5, 12))
@@ -64,18 +62,18 @@ def test_levels_fall_on_the_familys_own_schedule(small: Policy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chances", "quantile"),
+    ("levels", "quantile"),
     [
         (UNIFORM, lambda p: p),
         (
-            Chances("logit_normal", 0.3, 0.8, 0.0),
+            LevelDistribution("logit_normal", 0.3, 0.8),
             lambda p: 1 / (1 + np.exp(-(0.3 + 0.8 * np.sqrt(2) * erfinv(2 * p - 1)))),
         ),
     ],
 )
-def test_levels_have_their_density(chances: Chances, quantile: Callable[[np.ndarray], np.ndarray]) -> None:
+def test_levels_have_their_density(levels: LevelDistribution, quantile: Callable[[np.ndarray], np.ndarray]) -> None:
     count = 4000
-    draws = chances.draw([("level", i) for i in range(count)], torch.zeros(1, 1, 1, 1, 1), EVEN).sigma
+    draws = torch.stack([levels.draw(("level", i), EVEN) for i in range(count)])
     shares = np.linspace(0.05, 0.95, 19)
     found = np.array([(draws.numpy() <= quantile(share)).mean() for share in shares])
     assert np.abs(found - shares).max() < 4 * math.sqrt(0.25 / count), "four standard errors"
@@ -85,18 +83,17 @@ def erfinv(value: np.ndarray) -> np.ndarray:
     return torch.erfinv(torch.as_tensor(value, dtype=torch.float64)).numpy()
 
 
-def test_draws_belong_to_the_key_whatever_the_batch_is() -> None:
-    chances, like = Chances("logit_normal", 0.0, 1.0, 0.5), torch.zeros(1, *LATENTS)
-    keys = [(0, "sft", 3, 100 + i) for i in range(32)]
-    together = chances.draw(keys, like, EVEN)
+def test_draws_depend_on_the_key_and_not_on_the_batch(small: Policy) -> None:
+    loss, ids = loss_of(small, LOGIT_NORMAL, dropout=0.5), range(100, 132)
+    together = loss.draw(ClipBatch(ids, torch.zeros(32, *LATENTS), {}), 3, "transformer")
     for row in (0, 13, 31):
-        alone = chances.draw([keys[row]], like, EVEN)
-        assert torch.equal(alone.sigma[0], together.sigma[row])
-        assert torch.equal(alone.noise[0], together.noise[row])
-        assert torch.equal(alone.drops[0], together.drops[row])
-    assert 0 < int(together.drops.sum()) < 32
-    assert abs(float(together.noise.mean())) < 0.02
-    assert float(together.noise.std()) == pytest.approx(1, abs=0.02)
+        alone = loss.draw(ClipBatch([ids[row]], torch.zeros(1, *LATENTS), {}), 3, "transformer")
+        for one, many in zip(alone, together, strict=True):
+            assert torch.equal(one[0], many[row])
+    _, noise, drops = together
+    assert 0 < int(drops.sum()) < 32
+    assert abs(float(noise.mean())) < 0.02
+    assert float(noise.std()) == pytest.approx(1, abs=0.02)
 
 
 def test_left_out_captions_become_the_negative_prompt_and_images_stay() -> None:
@@ -116,18 +113,17 @@ def test_loss_and_gradient_are_those_of_the_formula(small: Policy, monkeypatch: 
         return weights[0] * latents + weights[1] * sigma.view(-1, 1, 1, 1, 1) + weights[2] * text
 
     monkeypatch.setattr(type(small), "velocity", velocity)
-    chances, clips = Chances("logit_normal", 0.0, 1.0, 0.5), clips_of(small)
-    loss = loss_of(small, chances)
+    clips, loss = clips_of(small), loss_of(small, LOGIT_NORMAL, dropout=0.5)
     value = loss.errors(clips, 5, "transformer").mean()
     value.backward()
 
-    drawn = chances.draw([(7, "sft", 5, key) for key in clips.ids], clips.latents, loss.schedule)
-    assert 0 < int(drawn.drops.sum()) < 4, "some captions must be left out, and some not"
-    data, noise = clips.latents.double().numpy(), drawn.noise.double().numpy()
-    sigma = drawn.sigma.double().numpy()[:, None, None, None, None]
+    levels, drawn, drops = loss.draw(clips, 5, "transformer")
+    assert 0 < int(drops.sum()) < 4, "some captions must be left out, and some not"
+    data, noise = clips.latents.double().numpy(), drawn.double().numpy()
+    sigma = levels.double().numpy()[:, None, None, None, None]
     texts = clips.conditioning["prompt_embeds"][:, 0, 0].double().numpy()
     empty = float(small.encode([""])["prompt_embeds"][0, 0, 0])
-    text = np.where(drawn.drops.numpy(), empty, texts)[:, None, None, None, None]
+    text = np.where(drops.numpy(), empty, texts)[:, None, None, None, None]
     mixed = (1 - sigma) * data + sigma * noise
     error = 0.7 * mixed - 0.4 * sigma + 0.2 * text - (noise - data)
     assert float(value.detach()) == pytest.approx((error**2).mean(), rel=1e-5)
@@ -144,7 +140,7 @@ def test_image_to_video_learns_from_the_first_frame_also_where_the_caption_is_le
     clips = ClipBatch(plain.ids, plain.latents, {**plain.conditioning, **own})
     other = ClipBatch(plain.ids, plain.latents, {**plain.conditioning, **{k: v.flip(0) for k, v in own.items()}})
     texts = ClipBatch(plain.ids, plain.latents, {**own, "prompt_embeds": plain.conditioning["prompt_embeds"].flip(0)})
-    loss = loss_of(policy, Chances("uniform", 0.0, 1.0, caption_dropout=1.0))
+    loss = loss_of(policy, dropout=1.0)
     found = loss.errors(clips, 0, "transformer")
     assert torch.equal(found, loss.errors(texts, 0, "transformer")), "every caption is left out"
     assert not torch.allclose(found, loss.errors(other, 0, "transformer"), rtol=1e-4)
@@ -158,7 +154,7 @@ def test_noised_is_data_at_level_0_and_noise_at_level_1() -> None:
 
 
 def test_micro_batches_add_up_to_the_batch(small: Policy) -> None:
-    clips, loss = clips_of(small), loss_of(small, Chances("uniform", 0.0, 1.0, 0.3))
+    clips, loss = clips_of(small), loss_of(small, dropout=0.3)
     whole = loss.errors(clips, 2, "transformer")
     parts = [
         ClipBatch(
@@ -177,13 +173,13 @@ def test_the_loss_falls_from_random_weights(small: Policy, rank: int) -> None:
     weights = [parameter for parameter in small.transformers.parameters() if parameter.requires_grad]
     clips, loss = clips_of(small, count=8), loss_of(small)
     clips = ClipBatch(clips.ids, clips.latents[:1].expand_as(clips.latents), clips.conditioning)
-    before = loss.errors_at(clips, loss.levels(4))
+    before = loss.errors_at(clips, loss.heldout_levels(4))
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
     for step in range(30):
         optimizer.zero_grad()
         loss.errors(clips, step, "transformer").mean().backward()
         optimizer.step()
-    after = loss.errors_at(clips, loss.levels(4))
+    after = loss.errors_at(clips, loss.heldout_levels(4))
     assert after.mean() < 0.9 * before.mean()
     assert not after.requires_grad
 
@@ -197,18 +193,15 @@ def test_of_two_transformers_a_step_trains_one_as_often_as_its_levels_come(
     share = 1 - 0.8 / (3 - 2 * 0.8)  # sigma = 3u / (1 + 2u) > .8
     assert steps.count("high") / 1000 == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 1000))
     assert {loss_of(small, trained=("low",)).transformer_of(step) for step in range(50)} == {"low"}
-    at = small.transformer_at
-    drawn = UNIFORM.draw(
-        [("x", i) for i in range(50)], torch.zeros(1, *LATENTS), both.schedule, lambda s: at(s) == "high"
-    )
-    assert bool((drawn.sigma > 0.8).all())
+    levels, _, _ = both.draw(ClipBatch(range(50), torch.zeros(50, *LATENTS), {}), 0, "high")
+    assert bool((levels > 0.8).all())
     with pytest.raises(ValueError, match=r"none of 1000 noise levels .* change sft.density_mean or policy.trained"):
-        UNIFORM.level((0,), both.schedule, lambda sigma: False)
+        UNIFORM.draw((0,), both.schedule, lambda sigma: False)
 
 
 def test_heldout_errors_have_noise_of_their_own_and_leave_no_caption_out(small: Policy) -> None:
-    loss, clips = loss_of(small, Chances("uniform", 0.0, 1.0, caption_dropout=1.0)), clips_of(small, 2)
-    levels = loss.levels(3)
+    loss, clips = loss_of(small, dropout=1.0), clips_of(small, 2)
+    levels = loss.heldout_levels(3)
     expected_levels = [3 * u / (1 + 2 * u) for u in (1 / 6, 1 / 2, 5 / 6)]
     assert levels.tolist() == pytest.approx(expected_levels, abs=5e-3)
     found = loss.errors_at(clips, levels)

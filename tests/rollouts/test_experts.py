@@ -1,4 +1,4 @@
-"""With two transformers: whose steps are trained, how each is guided, which recipes are refused, who is updated."""
+"""Two transformers: trained steps, guidance, rejected recipes, and which transformer is updated."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.diffusion.sde import SAMPLERS
+from bpgo_video.diffusion.steps import step_weights
 from bpgo_video.distributed.optimizer import TouchedParts, trained_parts
 from bpgo_video.policies import Policy
-from bpgo_video.rollouts.experts import check_experts, trainable_steps
-from bpgo_video.rollouts.replay import StepWeights
-from bpgo_video.rollouts.rollout import trained_steps_of, training_denoiser
+from bpgo_video.rollouts.replay import Replay
+from bpgo_video.rollouts.rollout import trainable_steps, trained_steps_of, training_denoiser
+from bpgo_video.rollouts.rules import check_experts
 from tests.families import CASES
 
 HIGH, LOW = (0, 1), (2, 3, 4)  # of six steps, as the boundary is .875 and the shift 3; the last is never trained
@@ -34,6 +36,11 @@ def config_of(policy: Policy, trained: tuple[str, ...] = (), **sections: dict[st
     sections["sampler"] = {"num_steps": 6, **sections.get("sampler", {})}
     config = replace(config, policy=replace(config.policy, trained=trained))
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+
+
+def replay_of(policy: Policy, config: Config) -> Replay:
+    nothing: Any = None
+    return Replay(policy, config, nothing, nothing, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -64,11 +71,11 @@ def test_shares_and_windows_are_of_the_trained_transformers_steps(policy: Policy
 def test_step_weights_have_mean_1_over_the_trained_transformers_steps(policy: Policy) -> None:
     config = config_of(policy, ("transformer_2",), loss={"step_weights": "flash"})
     denoiser = training_denoiser(policy, config)
-    weights = StepWeights.of("flash", denoiser, trainable_steps(policy, config))
-    assert sum(weights.by_step[step] for step in LOW) == pytest.approx(3)
-    whole = StepWeights.of("flash", denoiser, ())
+    weights = replay_of(policy, config).step_weights
+    assert sum(weights[step] for step in LOW) == pytest.approx(3)
+    whole = step_weights("flash", SAMPLERS[denoiser.sampler], denoiser.steps, denoiser.eta)
     for step in range(5):
-        assert weights.by_step[step] / weights.by_step[2] == pytest.approx(whole.by_step[step] / whole.by_step[2])
+        assert weights[step] / weights[2] == pytest.approx(whole[step] / whole[2])
 
 
 def test_each_step_is_guided_by_its_transformers_scale(policy: Policy) -> None:
@@ -88,10 +95,10 @@ def test_recipes_that_hold_together_pass(policy: Policy) -> None:
     ("trained", "sections", "message"),
     [
         (("transformer_2",), {"sampler": {"num_steps": 3, "shift": 12.0}},
-         r"transformer_2 is trained, but with sampler.num_steps = 3 and sampler.shift = 12.0 it computes the last"),
+         r"transformer_2 is trained, but with sampler.num_steps = 3 and sampler.shift = 12.0 it computes only the"),
         (("transformer_2",), {"sampler": {"num_steps": 3, "shift": 100.0}}, "transformer_2 is trained, .* no step"),
         (("transformer",), {"optim": {"updates_per_rollout": 3}},
-         r"updates_per_rollout is 3, but 2 denoising steps .*\[0, 1\].*lower it to 2"),
+         r"updates_per_rollout is 3, but a rollout trains 2 of the denoising steps \[0, 1\].*lower it to 2"),
         ((), {"sampler": {"train_steps": "random", "share_steps": "group", "train_fraction": 0.5}},
          r"share_steps is 'group'.*\['transformer', 'transformer_2'\].*'batch'"),
         ((), {"sampler": {"guidance_scale": 1.0, "guidance_scale_2": 3.0}},

@@ -1,4 +1,4 @@
-"""Learning from final videos: the two losses, their gradients, and what they need of a rollout."""
+"""AWM and NFT: the two losses on final videos, their gradients, and updates with them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,19 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import Config, LossConfig
+from bpgo_video.diffusion.flow_matching import matching_error
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages, LossAdvantages
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.rollouts.forward_process import (
-    ForwardProcess,
-    MatchingSettings,
-    Pair,
-    awm_loss,
-    matching_error,
-    nft_error,
-    nft_loss,
-)
-from bpgo_video.rollouts.objectives import OBJECTIVES
-from bpgo_video.rollouts.replay import Setting, optimise
+from bpgo_video.rollouts.forward_process import ForwardProcess, VelocityMatch, awm_loss, nft_error, nft_loss
+from bpgo_video.rollouts.replay import OBJECTIVES
 from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_denoiser
+from bpgo_video.rollouts.updates import optimise
 from bpgo_video.types import PromptBatch, Trajectory
 from tests.rollouts.test_replay import PlainLearner, total_loss
 
 SHAPE = (3, 1, 1, 1, 2)
-SETTINGS = MatchingSettings(zeta=0.5, region=LossConfig(clip_range=(0.2, 0.2)), beta=0.5, limit=2.0)
+SETTINGS, ZETA = LossConfig(clip_range=(0.2, 0.2), nft_beta=0.5, advantage_clip=2.0), 0.5
 
 
 def row(*values: float) -> torch.Tensor:
@@ -38,10 +31,10 @@ def row(*values: float) -> torch.Tensor:
 
 def test_nft_by_hand() -> None:
     # beta .5, old (0, 0), v (1, 0), target (1, 1): v+ = (.5, 0), v- = (-.5, 0)
-    pair = Pair(row(1, 0), row(0, 0), row(1, 1))
+    match = VelocityMatch(row(1, 0), row(0, 0), row(1, 1))
     better, worse = (0.25 + 1) / 2, (2.25 + 1) / 2
     for advantage, optimality in ((0.0, 0.5), (1.0, 0.75), (-1.0, 0.25), (2.0, 1.0), (9.0, 1.0), (-9.0, 0.0)):
-        found = nft_error(pair, torch.tensor([advantage], dtype=torch.float64), SETTINGS)
+        found = nft_error(match, torch.tensor([advantage], dtype=torch.float64), SETTINGS)
         assert found.item() == pytest.approx(optimality * better + (1 - optimality) * worse)
 
 
@@ -50,8 +43,8 @@ def test_on_policy_the_gradient_of_nft_is_the_advantage_times_the_way_to_the_tar
     old, target = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(2))
     velocity = old.clone().requires_grad_()
     advantage = torch.tensor([1.0, -0.5, 0.0], dtype=torch.float64)
-    nft_error(Pair(velocity, old, target), advantage, SETTINGS).sum().backward()
-    weight = SETTINGS.beta * (advantage / SETTINGS.limit).view(3, 1, 1, 1, 1)
+    nft_error(VelocityMatch(velocity, old, target), advantage, SETTINGS).sum().backward()
+    weight = SETTINGS.nft_beta * (advantage / SETTINGS.advantage_clip).view(3, 1, 1, 1, 1)
     torch.testing.assert_close(velocity.grad, weight * 2 * (old - target) / 2)
 
 
@@ -60,7 +53,9 @@ def test_on_policy_the_gradient_of_awm_is_that_of_weighted_matching() -> None:
     old, target = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(2))
     advantage, contrastive, trust = (torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3))
     velocity, plain = old.clone().requires_grad_(), old.clone().requires_grad_()
-    awm_loss(Pair(velocity, old, target), LossAdvantages(advantage, contrastive, trust), SETTINGS).value.backward()
+    awm_loss(
+        VelocityMatch(velocity, old, target), LossAdvantages(advantage, contrastive, trust), ZETA, SETTINGS
+    ).value.backward()
     ((trust * advantage + 0.5 * contrastive) * matching_error(plain, target)).mean().backward()
     torch.testing.assert_close(velocity.grad, plain.grad)
 
@@ -70,10 +65,10 @@ def test_gradients_equal_finite_differences(loss: Any) -> None:
     rng = torch.Generator().manual_seed(2)
     old, target, base, way = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(4))
     own = LossAdvantages(*(torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3)))
-    wide = replace(SETTINGS, region=LossConfig(clip_range=(0.9, 9.0)))
+    wide = replace(SETTINGS, clip_range=(0.9, 9.0))
 
     def value(theta: torch.Tensor) -> torch.Tensor:
-        return loss(Pair(old + 0.01 * base + theta * way, old, target), own, wide).value
+        return loss(VelocityMatch(old + 0.01 * base + theta * way, old, target), own, ZETA, wide).value
 
     theta = torch.tensor(0.02, dtype=torch.float64, requires_grad=True)
     gradient = torch.autograd.grad(value(theta), theta)[0].item()
@@ -98,7 +93,7 @@ def rollout(policy: Policy, recipe: Config, kind: str) -> tuple[ForwardProcess, 
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
     trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
-    return OBJECTIVES[kind](Setting(policy, recipe, prompts, torch.device("cpu")), advantages, 0), trajectories
+    return OBJECTIVES[kind](policy, recipe, prompts, advantages, 0, torch.device("cpu")), trajectories
 
 
 @pytest.mark.parametrize("kind", ["awm", "nft"])

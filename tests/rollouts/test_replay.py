@@ -1,9 +1,10 @@
-"""Replay: the ratio is exactly 1 until the policy moves, and what is stored is what is replayed."""
+"""Replay: the ratio is exactly 1 until the policy changes; gradients, weights and KL terms."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.rollouts.reference import FrozenCopy, Reference, WithoutAdapters
-from bpgo_video.rollouts.replay import Objective, Replay, Setting, StepWeights, optimise, replay_objective
+from bpgo_video.rollouts.reference import Reference, adapters_off
+from bpgo_video.rollouts.replay import Replay
 from bpgo_video.rollouts.rollout import sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.rollouts.updates import Objective, optimise
 from bpgo_video.types import PromptBatch, Trajectory
 
 CPU = torch.device("cpu")
@@ -66,8 +68,7 @@ def rollout(
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5], [0.2, -0.2, 1.5, -1.5]])
     advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
     trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
-    setting = Setting(policy, recipe, prompts, CPU, reference)
-    return replay_objective(setting, advantages, 0), trajectories
+    return Replay(policy, recipe, prompts, advantages, 0, CPU, reference), trajectories
 
 
 @torch.no_grad()
@@ -151,8 +152,10 @@ def test_an_update_lowers_its_own_loss(own_policy: Policy, recipe: Config, loss:
 
 def test_step_weights_scale_the_loss_of_their_step_alone(policy: Policy, recipe: Config) -> None:
     plain, trajectories = rollout(policy, recipe)
-    weighted = replace(plain, weights=StepWeights((2.0, 1.0, 0.5)))
-    for index, weight in enumerate((2.0, 1.0, 0.5)):
+    loss = replace(plain.config.loss, step_weights="guard")
+    weighted = replace(plain, config=replace(plain.config, loss=loss))
+    assert weighted.step_weights != plain.step_weights == [1.0, 1.0, 1.0]
+    for index, weight in enumerate(weighted.step_weights):
         expected = weight * plain.loss(trajectories[0], index).value
         torch.testing.assert_close(weighted.loss(trajectories[0], index).value, expected, rtol=0, atol=0)
 
@@ -169,15 +172,12 @@ def test_each_group_can_have_a_step_of_its_own(policy: Policy, recipe: Config) -
     assert any(first != second for first, second in chosen)
 
 
-class Perturbed:
-    """A reference whose velocity differs by a constant."""
-
-    def __init__(self, offset: float):
-        self.offset = offset
+class Perturbed(Reference):
+    """A reference whose velocity differs by .1."""
 
     def velocity(self, denoiser: Any, *arguments: Any) -> Tensor:
         with torch.no_grad():
-            return denoiser.velocity(*arguments) + self.offset
+            return denoiser.velocity(*arguments) + 0.1
 
 
 @pytest.mark.parametrize("space", ["velocity", "mean"])
@@ -185,8 +185,8 @@ def test_the_pull_towards_the_start_is_its_divergence_and_has_a_gradient(
     own_policy: Policy, recipe: Config, space: str
 ) -> None:
     settings = {"kl_weight": 2.0, "kl_space": space}
-    objective, trajectories = rollout(own_policy, recipe, Perturbed(0.1), loss=settings)
-    free = replace(objective, anchor=None)
+    objective, trajectories = rollout(own_policy, recipe, Perturbed(own_policy), loss=settings)
+    free = replace(objective, reference=None)
     index = 1
     held, plain = objective.loss(trajectories[0], index), free.loss(trajectories[0], index)
     step = steps_of(objective.denoiser.sigmas)[index]
@@ -201,7 +201,7 @@ def test_the_pull_towards_the_start_is_its_divergence_and_has_a_gradient(
 
 
 def test_before_any_update_the_starting_policy_is_the_policy_itself(own_policy: Policy, recipe: Config) -> None:
-    objective, trajectories = rollout(own_policy, recipe, FrozenCopy(own_policy), loss={"kl_weight": 1.0})
+    objective, trajectories = rollout(own_policy, recipe, Reference(own_policy), loss={"kl_weight": 1.0})
     assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0
 
 
@@ -217,7 +217,7 @@ def test_the_pull_towards_the_policy_that_sampled_asks_for_no_forward(
     with torch.no_grad():
         for parameter in own_policy.transformers["transformer"].proj_out.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    copied, _ = rollout(own_policy, recipe, FrozenCopy(start), loss=settings)
+    copied, _ = rollout(own_policy, recipe, Reference(start), loss=settings)
     weight = next(own_policy.transformers["transformer"].proj_out.parameters())
     for index in (0, 2):
         found, expected = (one.loss(trajectories[0], index) for one in (objective, copied))
@@ -229,7 +229,7 @@ def test_the_pull_towards_the_policy_that_sampled_asks_for_no_forward(
 def test_adapters_are_off_for_the_reference_alone(own_policy: Policy, recipe: Config) -> None:
     module = own_policy.transformers["transformer"]
     add_lora(module, LoraConfig(rank=4), seed=0)
-    reference = WithoutAdapters(own_policy.transformers)
+    reference = Reference(own_policy, partial(adapters_off, own_policy.transformers))
     objective, trajectories = rollout(own_policy, recipe, reference, loss={"kl_weight": 1.0})
     assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0, "adapters start at nothing"
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""The denoising loop: it is diffusers' own with the ODE, and its draws depend on their keys alone."""
+"""The denoising loop: equal to diffusers' with the ODE; draws depend only on their keys."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.rollouts.selection import worth_replaying
+from bpgo_video.rollouts.replay import samples_to_replay
 from bpgo_video.types import Trajectory
 from tests.rollouts.test_replay import gradients, rollout
 
@@ -39,15 +39,15 @@ TRAINS = torch.tensor([[True, False, False, True], [False, True, True, False]])
 BATCHES = ([(0, 0), (0, 1)], [(0, 2), (0, 3)], [(1, 0), (1, 1)], [(1, 2), (1, 3)])
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_the_samples_that_train_are_joined(apart: bool) -> None:
-    kept = worth_replaying(micro_batches(*BATCHES), TRAINS, apart, ALONE)
+@pytest.mark.parametrize("by_prompt", [True, False])
+def test_the_samples_that_train_are_joined(by_prompt: bool) -> None:
+    kept = samples_to_replay(micro_batches(*BATCHES), TRAINS, by_prompt, ALONE)
     assert [owners(trajectory) for trajectory in kept] == [[(0, 0), (0, 3)], [(1, 1), (1, 2)]]
 
 
 @dataclass(frozen=True)
 class Beside(Mesh):
-    """A rank beside another that needs more micro-batches."""
+    """A rank of two; the other one needs more micro-batches."""
 
     needs: int = 0
 
@@ -57,10 +57,10 @@ class Beside(Mesh):
 
 def test_ranks_take_equally_many_micro_batches() -> None:
     one_each = torch.tensor([[True, False, False, False], [False, False, False, False]])
-    kept = worth_replaying(micro_batches(*BATCHES), one_each, True, Beside(0, 2, CPU, needs=3))
+    kept = samples_to_replay(micro_batches(*BATCHES), one_each, True, Beside(0, 2, CPU, needs=3))
     assert [owners(trajectory) for trajectory in kept] == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(1, 0), (1, 1)]]
     nothing = torch.zeros(2, 4, dtype=torch.bool)
-    assert len(worth_replaying(micro_batches(*BATCHES), nothing, False, ALONE)) == 1
+    assert len(samples_to_replay(micro_batches(*BATCHES), nothing, False, ALONE)) == 1
 
 
 def test_the_gradient_is_that_of_all_samples(own_policy: Policy, recipe: Config) -> None:
@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_all_samples(own_policy: Policy, recipe: Config)
     advantage = torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0, 0.7, -0.7, 0.0]])
     advantages = GroupAdvantages(advantage, 0.5 * advantage, torch.tensor([1.2, 0.8]), {})
     whole = replace(objective, advantages=advantages)
-    kept = worth_replaying(trajectories, advantages.trains, False, ALONE)
+    kept = samples_to_replay(trajectories, advantages.trains, False, ALONE)
     assert (len(trajectories), len(kept)) == (2, 1)
     few = replace(objective, advantages=advantages.times(len(kept) / len(trajectories)))
     for index in few.passes(kept[0]):

@@ -1,4 +1,4 @@
-"""Held-out videos by the pipeline's own scheduler are those that the pipeline makes."""
+"""Held-out videos sampled with the pipeline's own scheduler equal the pipeline's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.rollouts.rollout import Denoiser, guidance_of
-from bpgo_video.rollouts.shipped_scheduler import ScheduledDenoiser, evaluation_denoiser
+from bpgo_video.rollouts.rollout import evaluation_denoiser, guidance_of
 from tests.families import CASES
 from tests.families.case import CPU
 
@@ -40,7 +39,7 @@ def test_videos_are_the_pipelines_own(name: str, tmp_path: Path) -> None:
     euler = evaluation_denoiser(policy, replace(recipe, evaluation=replace(evaluation, solver="euler")))
     other = euler.denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start)
     differs = not torch.allclose(other.latents[:, -1], path.latents[:, -1], atol=1e-3)
-    assert differs == isinstance(denoiser, ScheduledDenoiser) == (name != "ltx")
+    assert differs == (denoiser.scheduler is not None) == (name != "ltx")
 
 
 def test_the_shift_is_the_recipes(tmp_path: Path) -> None:
@@ -53,7 +52,7 @@ def test_the_shift_is_the_recipes(tmp_path: Path) -> None:
         for shift in (None, 9.0)
     )
     assert (shifted.sigmas[1:-1] > own.sigmas[1:-1]).all()
-    assert policy.pipeline.scheduler.num_inference_steps is None, "the policy's own scheduler is left as it is"
+    assert policy.pipeline.scheduler.num_inference_steps is None, "the policy's own scheduler is unchanged"
 
 
 def test_a_scheduler_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
@@ -61,7 +60,7 @@ def test_a_scheduler_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
     case.write(tmp_path / "pipeline")
     policy, recipe = case.policy(tmp_path / "pipeline", components=()), case.recipe(tmp_path / "pipeline")
     config = replace(recipe, evaluation=replace(recipe.evaluation, solver="shipped", num_steps=STEPS))
-    assert type(evaluation_denoiser(policy, config)) is Denoiser  # DDIM without noise is Euler's method there
+    assert evaluation_denoiser(policy, config).scheduler is None  # DDIM without noise is Euler's method there
     policy.pipeline.scheduler = CogVideoXDPMScheduler.from_config(policy.pipeline.scheduler.config)
     with pytest.raises(ConfigError, match=r"ships a CogVideoXDPMScheduler.*'euler'"):
         evaluation_denoiser(policy, config)

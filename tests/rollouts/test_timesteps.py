@@ -1,4 +1,4 @@
-"""Metrics by denoising step are means over all ranks' passes, whichever steps each rank trained."""
+"""Metrics by denoising step are means over all ranks' passes, whatever steps each rank trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import LossConfig
 from bpgo_video.learner.losses import PolicyShift, ratio_metrics
-from bpgo_video.rollouts.timesteps import BY_STEP, step_metrics, step_sums
+from bpgo_video.rollouts.updates import BY_STEP, step_metrics, step_sums
 
 
 def metrics(value: float) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a run leaves and tells of its held-out videos."""
+"""Captions, summary and statistical test of the held-out videos."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from bpgo_video.config.bpgo import Config
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards import FrameScores
-from bpgo_video.training.artifacts import Progress, caption, heldout_test, summarise
-from bpgo_video.training.heldout import HeldoutScores
+from bpgo_video.training.heldout import HeldoutScores, caption, heldout_test
+from bpgo_video.training.rl import Progress, summarise
 from bpgo_video.training.session import Session
 
 

@@ -11,7 +11,7 @@ import pytest
 from bpgo_video.code_version import commit, this_code
 from bpgo_video.distributed import checkpoint
 from bpgo_video.training.loop import load
-from bpgo_video.training.policy_session import PolicySession
+from bpgo_video.training.session import PolicySession
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -35,7 +35,7 @@ def test_a_checkout_has_its_commit_and_says_when_files_differ(tmp_path: Path) ->
     installed.parent.mkdir()
     installed.write_text("somebody else's")
     assert commit(installed) is None
-    assert commit(code) == head, "a file beside the code is no change of it"
+    assert commit(code) == head, "an untracked file does not change the code"
     code.write_text("two")
     assert commit(code) == f"{head}-dirty"
 

@@ -1,4 +1,4 @@
-"""What the doctor concludes from the ratios of a replay."""
+"""The doctor's verdict on the ratios of a replay."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.training.doctor import Examination, ratio_is_one
+from bpgo_video.training.loop import Stopwatch
 from bpgo_video.training.session import Session
-from bpgo_video.training.stopwatch import Stopwatch
 from bpgo_video.types import Loss, PromptBatch, Trajectory
 
 
@@ -32,8 +32,8 @@ def test_a_ratio_is_judged_by_the_clip_range_and_nan_is_none(
     objective.passes.return_value = (0, 1, 2)
     objective.loss.side_effect = [Loss(torch.zeros(()), metrics) for metrics in (exact, seen, exact)]
     session = Mock(spec=Session, config=recipe)
-    found = Examination(session, Mock(spec=PromptBatch), Mock(spec=Stopwatch), [Mock(spec=Trajectory)])
+    examination = Examination(session, Mock(spec=PromptBatch), Mock(spec=Stopwatch), [Mock(spec=Trajectory)])
     with patch.object(Examination, "objective", PropertyMock(return_value=objective)):
-        finding = ratio_is_one(found)
-    assert finding.holds is holds
-    assert words in finding.words
+        held, explanation = ratio_is_one(examination)
+    assert held is holds
+    assert words in explanation

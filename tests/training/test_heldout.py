@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: it leaves no trace in random generators, and other eyes see every video once."""
+"""Evaluation on held-out prompts: random generators are unchanged, and each shown video is written once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import FixedDraws, isolated, keyed_noise
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.training.heldout import HeldoutScores, evaluate, write_shown
+from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate
 from bpgo_video.types import PromptBatch, RolloutChunk
 
 
@@ -120,9 +120,9 @@ def test_the_first_samples_of_evenly_spread_prompts_are_written(recipe: Config, 
     config = replace(recipe, evaluation=replace(recipe.evaluation, samples_per_prompt=2, videos=3))
     rows, samples = torch.tensor([4, 4, 0, 0, 2, 1, 3]), torch.tensor([0, 1, 0, 0, 0, 0, 1])
     grey = (rows / 8 + samples / 16)[:, None, None, None, None].expand(-1, 5, 3, 16, 16)
-    seen = write_shown(tmp_path, 5, config)
+    write = ShownVideos(tmp_path, ["a prompt"] * 5, config).writer("after")
     for start in (0, 3):
         part = slice(start, start + 4)
-        seen(RolloutChunk((), grey[part], rows[part], samples[part]))
-    shades = [float(read_video(path)[0].mean()) for path in sorted(tmp_path.glob("*.mp4"))]
+        write(RolloutChunk((), grey[part], rows[part], samples[part]))
+    shades = [float(read_video(path)[0].mean()) for path in sorted((tmp_path / "after").glob("*.mp4"))]
     assert shades == pytest.approx([0.0, 0.25, 0.5], abs=0.02)

@@ -1,4 +1,4 @@
-"""Bad input is told before any model is loaded, with the value, the rule and the way out."""
+"""Bad input ends a run before any model is loaded, with the value, the rule and the way out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bpgo_video.data.priors import PriorError, write_priors
 from bpgo_video.data.records import ShardError
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.training import policy_session, session
+from bpgo_video.training import session
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
 from tests.made.recipes import make_shards, small_recipe
 
@@ -32,7 +32,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setattr(policy_session, "load_policy", without_models)
+    monkeypatch.setattr(session, "load_policy", without_models)
     return small_recipe(tmp_path / "run", shards)
 
 

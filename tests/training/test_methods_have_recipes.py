@@ -18,7 +18,7 @@ from bpgo_video.learner.advantages import COMBINATIONS, NORMALISERS
 from bpgo_video.learner.losses import RATIOS, TRUST_REGIONS
 from bpgo_video.learner.priors import PRIORS
 from bpgo_video.learner.trust import TRUSTS
-from bpgo_video.rollouts.objectives import OBJECTIVES
+from bpgo_video.rollouts.replay import OBJECTIVES
 from tests.made.recipes import ROOT
 
 TABLES: dict[str, Collection[str]] = {  # a recipe's key -> what it can be

@@ -13,7 +13,7 @@ from bpgo_video.config.reading import read_yaml
 from bpgo_video.config.shipped import ds_config_file
 from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.policies.sequence import check_heads
-from bpgo_video.rollouts.experts import check_experts
+from bpgo_video.rollouts.rules import check_experts
 from bpgo_video.training.plan import Job, count_step, reckon
 from bpgo_video.training.plan_models import find_model
 from bpgo_video.training.plan_rehearsal import diffusers_class

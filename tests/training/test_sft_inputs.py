@@ -1,4 +1,4 @@
-"""What a warm start refuses before a model is loaded, and what it reads of the embedded world's clips."""
+"""Inputs that supervised fine-tuning rejects before a model is loaded, and clips that it reads."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.tiny_rewards import oracle_scores
-from bpgo_video.training import policy_session
+from bpgo_video.training import session
 from bpgo_video.training.run_folder import check_run_dir
-from bpgo_video.training.sft_session import Clips, check_clips, heldout_rows
+from bpgo_video.training.session import check_inputs, spread_rows
+from bpgo_video.training.sft import ClipReader
 from tests.made.clip_folders import HELDOUT, TRAIN, make_clips, sft_recipe
 from tests.made.recipes import make_shards
 
@@ -37,7 +38,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SftConfig:
-    monkeypatch.setattr(policy_session, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(session, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     recipe = sft_recipe()
     return replace(
         recipe,
@@ -48,7 +49,7 @@ def config(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SftC
 
 
 def test_good_input_passes(config: SftConfig) -> None:
-    ds_config, shards = check_clips(config, MESH)
+    ds_config, shards = check_inputs(config, MESH)
     assert ds_config["zero_optimization"]["stage"] == 2
     assert shards.splits == {"train": TRAIN, "heldout": HELDOUT}
 
@@ -73,19 +74,19 @@ def test_shards_that_do_not_fit_are_named(
     config: SftConfig, change: Callable[[SftConfig], SftConfig], message: str
 ) -> None:
     with pytest.raises(ShardError, match=message):
-        check_clips(change(config), MESH)
+        check_inputs(change(config), MESH)
 
 
 def test_shards_of_prompts_and_of_another_vae_are_refused(config: SftConfig, tmp_path: Path) -> None:
     prompts = make_shards(tmp_path / "prompts")
     with pytest.raises(ShardError, match="prompts without video clips"):
-        check_clips(replace(config, data=replace(config.data, shards=str(prompts))), MESH)
+        check_inputs(replace(config, data=replace(config.data, shards=str(prompts))), MESH)
     folder = tmp_path / "wan"
     shutil.copytree(resolve_folder(config.policy.folder), folder)
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ShardError, match=r"another video or VAE \(encoder '\w{16}', here '\w{16}'\)"):
-        check_clips(replace(config, policy=replace(config.policy, folder=str(folder))), MESH)
+        check_inputs(replace(config, policy=replace(config.policy, folder=str(folder))), MESH)
 
 
 def test_a_run_of_another_kind_is_not_continued(config: SftConfig, recipe: Config) -> None:
@@ -104,17 +105,18 @@ def test_a_run_of_another_kind_is_not_continued(config: SftConfig, recipe: Confi
 
 
 def test_heldout_clips_are_spread_over_their_split(config: SftConfig, clips: Path) -> None:
-    shards = PromptShards(clips)
-    assert heldout_rows(config, shards).tolist() == list(range(TRAIN, TRAIN + HELDOUT))
-    few = replace(config, evaluation=replace(config.evaluation, max_clips=2))
-    assert heldout_rows(few, shards).tolist() == [TRAIN, TRAIN + 2]
-    assert not len(heldout_rows(replace(config, evaluation=replace(config.evaluation, split=None)), shards))
+    shards, split = PromptShards(clips), config.evaluation.split
+    assert spread_rows(shards, split, config.evaluation.max_clips).tolist() == list(range(TRAIN, TRAIN + HELDOUT))
+    assert spread_rows(shards, split, 2).tolist() == [TRAIN, TRAIN + 2]
+    assert not len(spread_rows(shards, None, 2))
 
 
 def test_a_micro_batch_is_read_in_the_dtypes_of_the_policy(clips: Path) -> None:
     shards = PromptShards(clips)
-    told = {"frame_rate": torch.tensor([29.97])}
-    reader = Clips(shards, EndlessOrder(shards, "train", 0, 8), shards.rows("heldout"), torch.bfloat16, CPU, told)
+    of_video = {"frame_rate": torch.tensor([29.97])}
+    reader = ClipReader(
+        shards, EndlessOrder(shards, "train", 0, 8), shards.rows("heldout"), torch.bfloat16, CPU, of_video
+    )
     batch = reader.read([3, 1])
     assert batch.ids == [3, 1]
     assert batch.latents.dtype == torch.float32, "noise is added in full precision"

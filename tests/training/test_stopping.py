@@ -1,4 +1,4 @@
-"""Requests to stop or to save: files, SIGTERM, and a second SIGTERM while the main thread cannot hear."""
+"""Requests to stop or to save: files, SIGTERM, and a second SIGTERM while the main thread is blocked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from bpgo_video.training import stopping
 from bpgo_video.distributed.mesh import Mesh
-stopping.INSISTING_SECONDS = 1.0
+stopping.REPEAT_SECONDS = 1.0
 with stopping.StopRequests(Path("unused"), Mesh(0, 1, torch.device("cpu"))):
     print("ready", flush=True)
     mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
@@ -42,7 +42,7 @@ def test_a_file_asks_until_it_is_obeyed(
     (tmp_path / name).touch()
     assert requests.agreed() is expected
     assert StopRequests(tmp_path, OTHER).agreed() is Request.NONE, "files are rank 0's to read"
-    requests.obeyed(expected, "after 3 of 9 steps, in here")
+    requests.fulfilled(expected, "after 3 of 9 steps, in here")
     assert "after 3 of 9 steps, in here" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     assert requests.agreed() is Request.NONE
@@ -56,7 +56,7 @@ def test_stopping_goes_before_saving(tmp_path: Path) -> None:
 
 def test_nothing_is_removed_that_was_not_asked_for(tmp_path: Path) -> None:
     (tmp_path / "save").touch()
-    StopRequests(tmp_path, ALONE).obeyed(Request.NONE, "at its turn")
+    StopRequests(tmp_path, ALONE).fulfilled(Request.NONE, "at its turn")
     assert (tmp_path / "save").exists()
 
 

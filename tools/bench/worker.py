@@ -30,13 +30,13 @@ from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.rollouts.replay import Setting, optimise, replay_objective
+from bpgo_video.rollouts.replay import Replay
 from bpgo_video.rollouts.rollout import sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.rollouts.updates import optimise
 from bpgo_video.training.estimation import estimate_advantages
-from bpgo_video.training.policy_session import build_engine, sampling_policy
-from bpgo_video.training.rl import sample_and_score, train_step
-from bpgo_video.training.session import Session, build_session, check_inputs
-from bpgo_video.training.stopwatch import Stopwatch
+from bpgo_video.training.loop import Stopwatch
+from bpgo_video.training.rl import RL, sample_and_score
+from bpgo_video.training.session import Session, build_engine, build_session, check_inputs, sampling_policy
 from bpgo_video.types import PromptBatch
 from tools.bench.overlap import in_chunks, overlap
 from tools.bench.timing import in_turn, seconds, waiting
@@ -143,8 +143,8 @@ def unwatched(mesh: Mesh) -> Heartbeat:
 
 def step_seconds(config: Config, mesh: Mesh) -> dict[str, float]:
     """Median of a few whole steps, by phase; the engine is built for them and thrown away."""
-    session, stream = session_and_prompts(config, mesh)
-    records = [train_step(session, next(stream), step, unwatched(mesh)) for step in range(STEP_ROUNDS + 1)][1:]
+    trainer = RL(config, mesh, check_inputs(config, mesh), unwatched(mesh))
+    records = [trainer.train_step(step) for step in range(STEP_ROUNDS + 1)][1:]
     names = ("seconds", "seconds/rollout", "seconds/reward", "seconds/update")
     return {name: statistics.median(record[name] for record in records) for name in names}
 
@@ -169,14 +169,13 @@ class TimedLearner:
 
 def phases(config: Config, mesh: Mesh) -> dict[str, float]:
     """Seconds of one update: in replay (forward, backward and their hooks), waiting for ranks, in the optimiser."""
-    session, stream = session_and_prompts(config, mesh)
-    train_step(session, next(stream), 0, unwatched(mesh))
-    prompts, watch = next(stream), Stopwatch(unwatched(mesh), 1)
+    trainer = RL(config, mesh, check_inputs(config, mesh), unwatched(mesh))
+    trainer.train_step(0)
+    session, (prompts, _), watch = trainer.session, next(trainer.batches), Stopwatch(unwatched(mesh), 1)
     trajectories, rewards = sample_and_score(session, prompts, 1, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learner = TimedLearner(session.engine)
-    setting = Setting(session.policy, config, prompts, mesh.device)
-    objective = replay_objective(setting, advantages, 1)
+    objective = Replay(session.policy, config, prompts, advantages, 1, mesh.device)
     with waiting() as exposed:
         total = seconds(lambda: optimise(learner, objective, trajectories, config.optim.updates_per_rollout))
     updates = config.optim.updates_per_rollout

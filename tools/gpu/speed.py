@@ -31,7 +31,7 @@ from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.rollout import Denoiser, training_denoiser
 from bpgo_video.training.plan import Job, reckon
 from bpgo_video.training.plan_models import Model
-from bpgo_video.training.policy_session import build_engine, builder, sampling_policy
+from bpgo_video.training.session import build_engine, builder, sampling_policy
 from bpgo_video.types import Guidance, Latents
 from tools.bench.timing import seconds
 from tools.gpu.bench import Bench, random_folder, release, with_blocks

@@ -1,0 +1,140 @@
+"""The optimiser updates of one rollout: the interface of objectives, the update loop, and its metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bpgo_video.config.bpgo import Config
+from bpgo_video.diffusion.steps import split_updates
+from bpgo_video.learner.bpgo import GroupAdvantages
+from bpgo_video.learner.losses import RATIO_ERROR, with_spread
+from bpgo_video.policies import Policy
+from bpgo_video.rollouts.reference import Reference
+from bpgo_video.rollouts.rollout import Denoiser, training_denoiser
+from bpgo_video.types import Loss, PromptBatch, Trajectory
+
+# Metrics logged for each denoising step. The largest log ratio is also the noise floor: 0 in an exact replay.
+BY_STEP = ("log_ratio_abs_max", "ratio_mean", RATIO_ERROR, "clip_fraction/positive", "clip_fraction/negative")
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """A loss on the trajectories of one training step, computed in passes through the policy.
+
+    Attributes:
+        step: training step, counted from 0.
+        device: where the policy computes.
+        reference: the policy of the KL term, unless that is the policy that sampled.
+    """
+
+    policy: Policy
+    config: Config
+    prompts: PromptBatch
+    advantages: GroupAdvantages
+    step: int
+    device: torch.device
+    reference: Reference | None = None
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        return training_denoiser(self.policy, self.config)
+
+    @abstractmethod
+    def passes(self, trajectory: Trajectory) -> Sequence[int]:
+        """The denoising steps at which the loss of a micro-batch is computed; equally many for each micro-batch."""
+
+    @abstractmethod
+    def loss(self, trajectory: Trajectory, index: int) -> Loss:
+        """The loss of one micro-batch at denoising step `index`, with gradients; batched as in the rollout."""
+
+    def prepare(self, trajectories: Sequence[Trajectory], updates_per_rollout: int) -> None:  # noqa: B027
+        """Record what later updates need of the policy that sampled; called before the first update."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """The part of the engine that an update uses."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+
+    def step(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Statistics of the optimiser updates of one rollout, on this rank.
+
+    Attributes:
+        metrics: means over micro-batches of the loss's metrics, `grad_norm` (mean over updates) and
+            `ratio_error_first_update_max`: the largest |ratio - 1| before the first update, 0 in an exact replay.
+        passes: denoising step and metrics of each pass.
+    """
+
+    metrics: dict[str, float]
+    passes: list[tuple[int, Mapping[str, Tensor]]]
+
+
+def optimise(
+    learner: Learner, objective: Objective, trajectories: Sequence[Trajectory], updates_per_rollout: int
+) -> UpdateStats:
+    """The optimiser updates of one rollout, all relative to the policy that sampled it."""
+    objective.prepare(trajectories, updates_per_rollout)
+    shares = [split_updates(objective.passes(trajectory), updates_per_rollout) for trajectory in trajectories]
+    passes: list[tuple[int, Mapping[str, Tensor]]] = []
+    norms, first_error = [], 0.0
+    for update in range(updates_per_rollout):
+        micro_batches = [
+            (trajectory, index)
+            for trajectory, share in zip(trajectories, shares, strict=True)
+            for index in share[update]
+        ]
+        for number, (trajectory, index) in enumerate(micro_batches, start=1):
+            loss = objective.loss(trajectory, index)
+            learner.backward(loss.value / len(micro_batches), last=number == len(micro_batches))
+            passes.append((index, {**loss.metrics, "loss": loss.value.detach()}))
+            if update == 0:
+                error = ratio_error(loss.metrics)
+                first_error = float(torch.maximum(error.new_tensor(first_error), error))  # nan stays nan
+        norms.append(learner.step())
+    metrics = {name: _reduced(name, [metrics[name] for _, metrics in passes]) for name in passes[0][1]}
+    metrics |= {"grad_norm": sum(norms) / len(norms), "ratio_error_first_update_max": first_error}
+    return UpdateStats(metrics, passes)
+
+
+def ratio_error(metrics: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+    """The largest |ratio - 1| of a pass; nan if a ratio is."""
+    return torch.maximum(metrics["ratio_max"] - 1, 1 - metrics["ratio_min"])
+
+
+def _reduced(name: str, values: Sequence[Tensor]) -> float:
+    """Extremes of metrics whose names end in _min or _max, means of the others."""
+    stacked = torch.stack(list(values))
+    if name.endswith("_max"):
+        return float(stacked.amax())
+    return float(stacked.amin() if name.endswith("_min") else stacked.mean())
+
+
+def step_sums(passes: Iterable[tuple[int, Mapping[str, Tensor]]], num_steps: int) -> Float[Tensor, "steps columns"]:
+    """For each denoising step the sums of BY_STEP over passes, then the number of passes; to be summed over ranks."""
+    sums = torch.zeros(num_steps, len(BY_STEP) + 1, dtype=torch.float64)
+    for index, metrics in passes:
+        sums[index, :-1] += torch.stack([metrics[name].double().cpu() for name in BY_STEP])
+        sums[index, -1] += 1
+    return sums
+
+
+def step_metrics(sums: Float[Tensor, "steps columns"]) -> dict[str, float]:
+    """`timestep/INDEX/NAME`: means over the passes of all ranks; untrained steps are left out."""
+    metrics: dict[str, float] = {}
+    for index in sums[:, -1].nonzero().flatten().tolist():
+        means = dict(zip(BY_STEP, (sums[index, :-1] / sums[index, -1]).tolist(), strict=True))
+        metrics |= {f"timestep/{index:02d}/{name}": value for name, value in with_spread(means).items()}
+    return metrics
