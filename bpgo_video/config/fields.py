@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError, WrapValidator
@@ -22,8 +23,17 @@ BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Section = TypeVar("Section")
 
 
-def _or_function(value: Any, known: Callable[[Any], Any]) -> Any:
-    return value if isinstance(value, str) and ":" in value else known(value)
+def _or_function(value: Any, known: Callable[[Any], Any], info: Any) -> Any:
+    if not isinstance(value, str) or ":" not in value:
+        return known(value)
+    try:
+        resolve_name(value)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{info.field_name} is {value!r}, which cannot be imported: {error}; write my_package.module:function, and "
+            "install the package or put its folder on PYTHONPATH"
+        ) from None
+    return value
 
 
 OrFunction = WrapValidator(_or_function)  # a name of a table, or `my_package.module:function` (bpgo_video.tables)

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bpgo_video.tables import Table
 from bpgo_video.types import Latents, Velocity
 
 TRUNCATED_STD = 0.45  # largest std of one step of `truncated` (arXiv 2510.22200)
@@ -208,14 +209,16 @@ def _at_least_fp32(latents: Latents) -> Latents:
     return latents if latents.dtype == torch.float64 else latents.float()
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "ode": ode,
-    "flow_sde": flow_sde,
-    "dance_sde": dance_sde,
-    "cps": cps,
-    "sage": sage,
-    "truncated": truncated,
-}
+SAMPLERS: Table[Sampler] = Table(
+    {
+        "ode": ode,
+        "flow_sde": flow_sde,
+        "dance_sde": dance_sde,
+        "cps": cps,
+        "sage": sage,
+        "truncated": truncated,
+    }
+)
 
 
 def transition(
@@ -233,9 +236,11 @@ def transition(
     Raises:
         ValueError: no sampler has this name.
     """
-    if isinstance(sampler, str) and sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}, or pass a function")
-    take_step = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
+    try:
+        take_step = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
+    except KeyError:
+        known = ", ".join(SAMPLERS)
+        raise ValueError(f"sampler {sampler!r} is unknown; use one of {known}, or pass a function") from None
     return take_step(velocity, latents, step, eta)
 
 
@@ -264,4 +269,4 @@ def adams_bashforth(velocity: Velocity, latents: Latents, step: Step, previous: 
     return latents + step.dt * ((1 + ratio / 2) * velocity - ratio / 2 * previous_velocity)
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler, "adams_bashforth": adams_bashforth}
+SOLVERS: Table[Solver] = Table({"euler": euler, "adams_bashforth": adams_bashforth})

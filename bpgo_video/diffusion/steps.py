@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.diffusion.sde import Sampler, Step
+from bpgo_video.tables import Table
 
 StepSelection = Callable[[int, int, int, torch.Generator], tuple[int, ...]]  # (num_steps, count, start, generator)
 StepWeight = Callable[[Sampler, Step, float], Tensor]
@@ -88,13 +89,15 @@ def tempflow_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, "
     return sampler(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), step, eta).std
 
 
-STEP_WEIGHTS: dict[str, StepWeight] = {
-    "none": even_weight,
-    "flash": flash_weight,
-    "longcat": longcat_weight,
-    "guard": guard_weight,
-    "tempflow": tempflow_weight,
-}
+STEP_WEIGHTS: Table[StepWeight] = Table(
+    {
+        "none": even_weight,
+        "flash": flash_weight,
+        "longcat": longcat_weight,
+        "guard": guard_weight,
+        "tempflow": tempflow_weight,
+    }
+)
 
 
 def step_weights(

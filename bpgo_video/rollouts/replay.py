@@ -20,6 +20,7 @@ from bpgo_video.rollouts.forward_process import ForwardProcess
 from bpgo_video.rollouts.reference import DIVERGENCES
 from bpgo_video.rollouts.rollout import guidance_of, pulls_to_previous, trainable_steps
 from bpgo_video.rollouts.updates import Objective
+from bpgo_video.tables import Table
 from bpgo_video.types import Loss, Trajectory
 
 
@@ -73,7 +74,7 @@ class Replay(Objective):
         return 2 * float(flash_weight(sampler, self.denoiser.steps[index], self.denoiser.eta)) ** 2
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"policy_gradient": Replay, "awm": ForwardProcess, "nft": ForwardProcess}
+OBJECTIVES: Table[type[Objective]] = Table({"policy_gradient": Replay, "awm": ForwardProcess, "nft": ForwardProcess})
 
 
 def policy_shift(trajectory: Trajectory, index: int, transition: sde.Transition) -> PolicyShift:
