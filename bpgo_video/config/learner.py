@@ -186,6 +186,11 @@ class LossConfig:
     """Weight of each denoising step in the loss (`bpgo_video.diffusion.steps.STEP_WEIGHTS`), with a mean of 1."""
 
     @property
+    def replays_transitions(self) -> bool:
+        """Whether the objective needs the rollout's transitions; one from outside the package receives them."""
+        return self.objective not in ("awm", "nft")
+
+    @property
     def compares_means(self) -> bool:
         """Whether the means of the rollout's transitions are needed."""
         return self.ratio == "guard" or self.trust_region == "divergence_mask"

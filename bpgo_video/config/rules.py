@@ -101,7 +101,7 @@ def sampler_rules(config: Config) -> Rules:
 
 def objective_rules(config: Config) -> Rules:
     loss, advantage, segment = config.loss, config.advantage, config.credit.kind == "segment"
-    replays, pulls = loss.objective == "policy_gradient", loss.kl_weight != 0
+    replays, pulls = loss.replays_transitions, loss.kl_weight != 0
     transition_keys = {"ratio": "plain", "trust_region": "clip", "step_weights": "none"}
     return {
         **{

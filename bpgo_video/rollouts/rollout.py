@@ -146,7 +146,7 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
         latents_dtype=LATENTS_DTYPES[sampler.latents_dtype],
         solver=sampler.solver,
         records_means=config.loss.compares_means or pulls_to_previous(config.loss),
-        records_path=config.loss.objective == "policy_gradient",
+        records_path=config.loss.replays_transitions,
         records_frames=config.credit.kind == "segment",
         guidance_scale_2=sampler.guidance_scale_2,
     )
@@ -226,7 +226,7 @@ def trained_steps_of(policy: Policy, config: Config, step: int) -> TrainedSteps:
 
 def sampled_steps(policy: Policy, config: Config, step: int) -> TrainedSteps:
     """The stochastic steps of a rollout: the trained ones, or none for objectives on final videos (awm, nft)."""
-    return trained_steps_of(policy, config, step) if config.loss.objective == "policy_gradient" else no_steps
+    return trained_steps_of(policy, config, step) if config.loss.replays_transitions else no_steps
 
 
 def no_steps(prompt: int) -> tuple[int, ...]:

@@ -204,7 +204,7 @@ def _gathers(job: Job, resting: Held) -> bool:
 
 def _trajectory_bytes(job: Job) -> int:
     config = job.config
-    points = config.sampler.num_steps + 1 if config.loss.objective == "policy_gradient" else 1
+    points = config.sampler.num_steps + 1 if config.loss.replays_transitions else 1
     each = points * LATENTS_DTYPES[config.sampler.latents_dtype].itemsize
     if config.loss.compares_means or pulls_to_previous(config.loss):
         each += config.sampler.trained_count * FP32
