@@ -75,7 +75,9 @@ def golden(args: argparse.Namespace) -> int:
             print(f"{recipe:<20}", *(f"{key} {value:.1e}" for key, value in rows.items()), sep="  ", flush=True)
             worst = max(worst, *rows.values())
     if worst > TOLERANCE:
-        print(f"error: a difference of {worst:.1e} exceeds {TOLERANCE:.0e}; record new numbers with --write if intended")
+        print(
+            f"error: a difference of {worst:.1e} exceeds {TOLERANCE:.0e}; record new numbers with --write if intended"
+        )
     return int(worst > TOLERANCE)
 
 
