@@ -32,11 +32,11 @@ class Memory:
 
     Attributes:
         running_rewards: averages for the priors that follow the run.
-        icc_history: the last ICC of two scorings of each prompt.
+        agreements: the last ICC of two scorings of each prompt, under its name in checkpoints.
     """
 
     running_rewards: RunningRewards = field(default_factory=dict)
-    icc_history: ICCHistory = field(default_factory=dict)
+    agreements: ICCHistory = field(default_factory=dict)
 
 
 def to_be_scored(session: Session, prompts: PromptBatch, memory: Memory) -> PromptBatch:
@@ -44,7 +44,7 @@ def to_be_scored(session: Session, prompts: PromptBatch, memory: Memory) -> Prom
     if not session.config.bpgo.scores_twice:
         return prompts
     limits, ids = session.config.reliability, prompts.ids.tolist()
-    twice = needs_second_scoring(memory.icc_history, ids, limits.rescore_below, limits.rescore_every)
+    twice = needs_second_scoring(memory.agreements, ids, limits.rescore_below, limits.rescore_every)
     return replace(prompts, twice=twice)
 
 
@@ -92,8 +92,8 @@ def icc_of_scorings(
     ids = prompts.ids.tolist()
     twice = torch.ones(len(prompts), dtype=torch.bool) if prompts.twice is None else prompts.twice
     first, second = _on_cpu(rewards.by_name), _on_cpu(rewards.second)
-    icc = icc_by_reward(memory.icc_history, ids, first, second, twice)
-    memory.icc_history |= updated_history(memory.icc_history, ids, icc, twice)
+    icc = icc_by_reward(memory.agreements, ids, first, second, twice)
+    memory.agreements |= updated_history(memory.agreements, ids, icc, twice)
     metrics = {"scored_twice": twice.float().mean()}
     if bool(twice.any()):
         pairs = {name: torch.stack([first[name], scores], dim=2)[twice] for name, scores in second.items()}
