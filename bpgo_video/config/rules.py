@@ -79,7 +79,7 @@ def learner_rules(config: Config) -> Rules:
             advantage.normalise == "max_std" and bpgo.uses_trust
         ),
         f"advantage.drop_zero_std is true with bpgo.alpha = {bpgo.alpha}: leaving groups out changes each batch's step "
-        "size, which cannot be told from the effect of trust; set one of them to false or 0": (
+        "size, which cannot be separated from the effect of trust; set one of them to false or 0": (
             advantage.drop_zero_std and bpgo.uses_trust
         ),
     }

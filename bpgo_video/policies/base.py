@@ -369,7 +369,7 @@ class Policy:
         return {self.guidance_argument: others.pop("guidance_scale"), **others}
 
     def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
-        """Arguments of the pipeline's call beside `take_settings`, prompt and image: the initial noise in its layout.
+        """Arguments of the pipeline's call besides `take_settings`, prompt and image: the initial noise in its layout.
 
         Args:
             pipeline: with all its networks.

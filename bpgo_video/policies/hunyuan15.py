@@ -1,6 +1,6 @@
 """HunyuanVideo 1.5 text-to-video and image-to-video (arXiv 2511.18870).
 
-Further channels beside the noisy latents hold an image's latents and a mask of given frames, and further tokens hold
+Further channels next to the noisy latents hold an image's latents and a mask of given frames, and further tokens hold
 the image's features. Without an image the channels are zeros and the tokens are masked. Texts are states of Qwen2.5-VL;
 ByT5 reads what stands between quotation marks, for the letters in the video.
 """

@@ -92,7 +92,7 @@ class WanPolicy(Policy):
 class WanImagePolicy(WanPolicy):
     """Wan image-to-video, 14B.
 
-    Further channels beside the noisy latents hold a mask of given frames and the latents of a video that is the image,
+    Further channels next to the noisy latents hold a mask of given frames and the latents of a video that is the image,
     then grey. Folders with a CLIP image encoder (2.1) also attend to its features.
     """
 

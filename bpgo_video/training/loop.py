@@ -156,7 +156,7 @@ def open_run(
 
 
 def is_due(steps: int, every: int) -> bool:
-    """Whether something done every so many steps is due after this many; 0 means never."""
+    """Whether something done every `every` steps is due after `steps`; 0 means never."""
     return every > 0 and steps % every == 0
 
 

@@ -166,7 +166,7 @@ def contact_sheet(video: Float[Tensor, "frames 3 height width"]) -> str:
 
 
 def numbers_table(records: Sequence[Mapping[str, Number]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the numbers behind the curves: evenly spaced steps, the last, and all held-out evaluations."""
+    """Header and rows of the numbers in the curves: evenly spaced steps, the last, and all held-out evaluations."""
     heldout = keys_with(records, *HELDOUT)
     keys = [*heldout, *(key for key in TABLE_KEYS if any(key in record for record in records))]
     stride = max(1, len(records) // TABLE_ROWS)
