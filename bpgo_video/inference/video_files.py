@@ -16,14 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from bpgo_video.atomic import atomic_file, write_json
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.data.media import VideoError, as_bytes, read_media, read_video
+from bpgo_video.data.contact_sheets import joined, strip
+from bpgo_video.data.media import VideoError, read_media, read_video
 from bpgo_video.data.prompt_files import read_prompts
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import PromptRecord
@@ -31,9 +30,6 @@ from bpgo_video.inference.settings import GenerationError, GenerationSettings
 
 MANIFEST = "generation.json"
 GENERATION_PROMPT = "generation_prompt"  # key of a prompt's info: the text for the model, if it is not the prompt
-STRIP_FRAMES = 5  # evenly spaced in videos of 4n + 1 frames
-STRIP_HEIGHT = 160  # pixels; larger frames are scaled down
-GREY = (127, 127, 127)
 
 Reader = Callable[[GenerationSettings, bool], list[PromptRecord]]  # (settings, with images) -> prompts
 
@@ -155,27 +151,6 @@ def check_and_show(jobs: Sequence[Job], video: VideoConfig) -> list[Job]:
         with atomic_file(jobs[0].sheet) as aside:
             joined(strips, below=True).save(aside, format="jpeg", quality=85)
     return damaged
-
-
-def strip(video: Float[Tensor, "frames 3 height width"]) -> Image.Image:
-    """STRIP_FRAMES evenly spaced frames of a video in [0, 1] in a row, at most STRIP_HEIGHT high."""
-    count, _, height, width = video.shape
-    rows = torch.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().long()
-    scale = min(1.0, STRIP_HEIGHT / height)
-    size = (round(width * scale), round(height * scale))
-    frames = [Image.fromarray(frame) for frame in as_bytes(video[rows].clamp(0, 1))]
-    return joined([frame.resize(size, Image.Resampling.LANCZOS) for frame in frames])
-
-
-def joined(images: Sequence[Image.Image], below: bool = False) -> Image.Image:
-    """Images of one size in a row, or below each other, with grey between."""
-    (width, height), steps = images[0].size, len(images) - 1
-    gap = max(1, height // 32)
-    right, down = (0, height + gap) if below else (width + gap, 0)
-    sheet = Image.new("RGB", (width + steps * right, height + steps * down), GREY)
-    for i, image in enumerate(images):
-        sheet.paste(image, (i * right, i * down))
-    return sheet
 
 
 def check_manifest(paths: OutputPaths, settings: Mapping[str, Any]) -> None:

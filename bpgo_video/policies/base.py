@@ -57,6 +57,11 @@ class Policy:
         required_settings: a part of the folder -> its config's setting -> the values that the family can sample.
     """
 
+    folder: Path
+    pipeline: Any
+    transformers: Any
+    transformer_names: tuple[str, ...]
+    max_sequence_length: int
     pipeline_name: ClassVar[str]
     block_names: ClassVar[tuple[str, ...]]
     fps: float

@@ -1,6 +1,6 @@
 """Mutation check: wrong lines in the learner, samplers, replay, sharding and resume, each of which a test must catch.
 
-    python -m tools.mutate          # about ten minutes; it prints `caught` or `MISSED` for each mutation
+    python -m tools.checks.mutate          # about ten minutes; it prints `caught` or `MISSED` for each mutation
 
 Each mutation changes one line of a copy of this tree and runs one test file there. A mutation that is missed, or whose
 line no longer exists, ends the command with exit code 1.
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Mutation(NamedTuple):

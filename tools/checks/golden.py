@@ -1,7 +1,7 @@
 """Golden numbers: reward, loss and gradient norm of five steps of three recipes, compared with those on record.
 
-    python -m tools.golden            # compare with tests/golden/*.json, and print the largest relative differences
-    python -m tools.golden --write    # record new numbers, where a change of numerics is intended
+    python -m tools.checks.golden            # compare with tests/golden/*.json, and print the largest relative differences
+    python -m tools.checks.golden --write    # record new numbers, where a change of numerics is intended
 
 Show its output with any change of numerics. Each recipe runs on one rank with two prompts of four samples a step, a
 constant prior and no evaluation. Processors with other vector units round differently: `TOLERANCE` covers that.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bpgo_video.commands.demo import PROMPTS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 RECIPES = ("tiny_wan_bpgo", "tiny_wan_released", "tiny_wan_nft")
 KEYS = ("reward", "loss", "grad_norm")
