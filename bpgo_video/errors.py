@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
+def suggestion(word: str, known: Iterable[str], limit: int = 1, cutoff: float = 0.6) -> str:
     """`; perhaps you meant --output`, the nearest of the known names; empty if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; perhaps you meant {near[0]}" if near else ""
+    near = difflib.get_close_matches(word, list(known), n=limit, cutoff=cutoff)
+    return f"; perhaps you meant {' or '.join(near)}" if near else ""
 
 
 def unknown(name: str, value: object, known: Iterable[str], otherwise: str = "") -> str:

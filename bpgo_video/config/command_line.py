@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from bpgo_video.config.fields import explain
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.reading import TREES, check_kind, config_from_dict, read_recipe
 from bpgo_video.config.sft import Recipe
+from bpgo_video.errors import suggestion
 
 Settings = TypeVar("Settings")
 
@@ -164,8 +164,7 @@ def _explain_words(unknown: Sequence[str], known: Mapping[str, Any], args: Seque
     """Why words of `args` belong to no flag; a value after an unknown flag needs no line of its own."""
     lines = []
     for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-        lines.append(f"{flag}: unknown flag{f'; perhaps you meant {near[0]}' if near else ''}; --help lists all")
+        lines.append(f"{flag}: unknown flag{suggestion(flag, known)}; --help lists all")
     if not lines:
         word = unknown[0]
         before = args[: args.index(word)]

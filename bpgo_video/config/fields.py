@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
@@ -11,6 +10,8 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_o
 
 from pydantic import ConfigDict, Field, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
+
+from bpgo_video.errors import suggestion
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Positive = Annotated[int, Field(ge=1)]
@@ -71,8 +72,7 @@ def explain(error: ValidationError, source: str, root: type) -> str:
         path = [str(part) for part in problem["loc"]]
         name = ".".join(path)
         if problem["type"] == "unexpected_keyword_argument":
-            near = difflib.get_close_matches(path[-1], _known_keys(root, path[:-1]), n=1, cutoff=0.4)
-            lines.append(f"{name}: unknown key{f'; perhaps you meant {near[0]!r}' if near else ''}")
+            lines.append(f"{name}: unknown key{suggestion(path[-1], _known_keys(root, path[:-1]), cutoff=0.4)}")
         elif problem["type"] in ("missing", "missing_argument"):
             lines.append(f"{name}: required, and not given")
         elif problem["type"] == "value_error":

@@ -14,6 +14,7 @@ from bpgo_video.config.fields import explain
 from bpgo_video.config.rules import check
 from bpgo_video.config.sft import Recipe, SftConfig, check_sft
 from bpgo_video.config.shipped import base_file, recipe_file
+from bpgo_video.errors import unknown
 
 TREES: dict[str, type[Recipe]] = {"bpgo": Config, "sft": SftConfig}  # by the recipe's kind
 CHECKS: dict[str, Callable[[Any], None]] = {"bpgo": check, "sft": check_sft}
@@ -27,7 +28,7 @@ def config_from_dict(tree: dict[str, Any], source: str = "config") -> Recipe:
     """
     kind = tree.get("recipe", "bpgo")
     if kind not in TREES:
-        raise ConfigError(f"{source}:\n  recipe: {kind!r} is not known; it is one of {', '.join(TREES)}")
+        raise ConfigError(f"{source}:\n  {unknown('recipe', kind, TREES)}")
     try:
         config: Recipe = TypeAdapter(TREES[kind]).validate_python(tree)
     except ValidationError as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import bpgo_video
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.errors import suggestion
 
 PACKAGE = Path(bpgo_video.__file__).parent
 RECIPES = PACKAGE / "recipes"  # a link to pipelines/configs in the repository
@@ -44,8 +44,7 @@ def _file_or_shipped(file: Path, name: str, folder: Path, key: str) -> Path:
     bare = name.removesuffix(".yaml").removesuffix(".json")
     if bare in known:
         return known[bare]
-    near = difflib.get_close_matches(Path(bare).name, known, n=2, cutoff=0.5)
-    hint = f"; perhaps you meant {' or '.join(near)}" if near else ""
+    hint = suggestion(Path(bare).name, known, limit=2, cutoff=0.5)
     kind, listed = "recipe", "`bpgo-video recipes` lists them"
     if folder == DS_CONFIGS:
         kind, listed = "DeepSpeed configuration", f"they are {', '.join(shipped(DS_CONFIGS))}"

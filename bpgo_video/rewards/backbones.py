@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate, pad
 from transformers import AutoTokenizer
 
 from bpgo_video.data.fingerprint import fingerprint, fingerprint_of
+from bpgo_video.errors import unknown
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameSampling
 from bpgo_video.rewards.checkpoints import load_network
@@ -192,7 +193,7 @@ class Backbones:
     ) -> Backbone:
         """`build(dtype)` on `device`, frozen; built once for each source, dtype and device."""
         if dtype not in DTYPES:
-            raise ValueError(f"dtype = {dtype!r}: must be one of {sorted(DTYPES)}")
+            raise ValueError(unknown("dtype", dtype, DTYPES))
         key = (*source, dtype, str(torch.device(device)))
         if key not in self._loaded:
             # Only the device: a cast would also round the buffers that a model keeps in fp32 (rotary frequencies).

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
+from bpgo_video.errors import unknown
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import RewardModel
 
@@ -50,8 +51,8 @@ def reward_factory(name: str, reward: RewardConfig) -> Callable[..., Any]:
     """
     path = REWARDS.get(reward.model, reward.model)
     if ":" not in path:
-        rule = f"it must be one of {sorted(REWARDS)} or a dotted path like 'my_pkg.rewards:MyReward'"
-        raise ConfigError(f"rewards.{name}.model is {reward.model!r}; {rule}")
+        own = ", or a class of your own as my_pkg.rewards:MyReward"
+        raise ConfigError(unknown(f"rewards.{name}.model", reward.model, sorted(REWARDS), own))
     try:
         factory: Callable[..., Any] = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:

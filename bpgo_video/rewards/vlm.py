@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLConf
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from bpgo_video.data.fingerprint import fingerprint_of
+from bpgo_video.errors import unknown
 from bpgo_video.paths import resolve_folder
 from bpgo_video.rewards.backbones import (
     WITHOUT_WEIGHTS,
@@ -103,7 +104,7 @@ class QwenVL:
 
     def __init__(self, backbone: Backbone, config: Any, folder: Path, min_pixels: int, max_pixels: int):
         if config.model_type not in KINDS:
-            raise ValueError(f"{folder} is of type {config.model_type!r}; must be one of {sorted(KINDS)}")
+            raise ValueError(unknown(f"model_type in {folder}", config.model_type, KINDS))
         self.backbone, self.config = backbone, config
         vision, preprocessor = config.vision_config, read_preprocessor(folder)
         sizes = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
@@ -233,7 +234,7 @@ class VideoAlign(RewardModel):
         device: Device = "cpu", dtype: Dtype = "float32", backbones: Backbones | None = None,
     ):  # fmt: skip
         if score not in SCORES:
-            raise ValueError(f"score = {score!r}: must be one of {sorted(SCORES)}")
+            raise ValueError(unknown("score", score, SCORES))
         folder = resolve_folder(model, only=VIDEOALIGN_FILES)
         qwen = resolve_folder(base, only=WITHOUT_WEIGHTS)
         self.template, self.columns = read_template(Path(template)), SCORES[score]

@@ -32,11 +32,11 @@ def test_every_shipped_recipe_is_read_and_survives_a_round_trip(path: Path) -> N
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("run", "num_stepps", 3, "run.num_stepps: unknown key; perhaps you meant 'num_steps'"),
+        ("run", "num_stepps", 3, "run.num_stepps: unknown key; perhaps you meant num_steps"),
         ("rollout", "group_size", 1, "rollout.group_size: Input should be greater than or equal to 2 (given: 1)"),
         ("sampler", "name", "euler", "sampler.name"),
         ("bpgo", "alpha", 1.5, "bpgo.alpha"),
-        ("policy", "lora", {"rnak": 4}, "perhaps you meant 'rank'"),
+        ("policy", "lora", {"rnak": 4}, "perhaps you meant rank"),
     ],
 )
 def test_a_bad_key_or_value_is_named(section: str, key: str, value: object, message: str) -> None:
@@ -50,7 +50,7 @@ def test_a_bad_key_or_value_is_named(section: str, key: str, value: object, mess
 def test_a_misspelt_reward_key_gets_the_nearest_name() -> None:
     broken = tree()
     broken["rewards"]["motion"]["wieght"] = 1.0
-    with pytest.raises(ConfigError, match=r"rewards\.motion\.wieght: unknown key; perhaps you meant 'weight'"):
+    with pytest.raises(ConfigError, match=r"rewards\.motion\.wieght: unknown key; perhaps you meant weight"):
         config_from_dict(broken)
 
 
@@ -251,19 +251,19 @@ SFT = ROOT / "pipelines" / "configs" / "tiny_wan_sft.yaml"
 
 
 def test_a_kind_of_recipe_that_is_not_known_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"recipe: 'dpo' is not known; it is one of bpgo, sft"):
+    with pytest.raises(ConfigError, match=r"recipe is 'dpo'; known are bpgo, sft"):
         config_from_dict(tree() | {"recipe": "dpo"})
 
 
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("sft", {"batch_sise": 3}, "sft.batch_sise: unknown key; perhaps you meant 'batch_size'"),
+        ("sft", {"batch_sise": 3}, "sft.batch_sise: unknown key; perhaps you meant batch_size"),
         ("optim", {"updates_per_rollout": 3}, "optim.updates_per_rollout: unknown key"),
         ("sft", {"batch_size": 30, "micro_batch_size": 16}, "30 is no multiple of sft.micro_batch_size 16"),
         ("evaluation", {"split": "train"}, "held-out clips must not be trained on"),
         ("evaluation", {"weights": "ema"}, "set ema.decay"),
-        ("policy", {"lora": {"rnak": 4}}, "perhaps you meant 'rank'"),
+        ("policy", {"lora": {"rnak": 4}}, "perhaps you meant rank"),
     ],
 )
 def test_errors_of_an_sft_recipe_are_named(section: str, values: dict, message: str) -> None:

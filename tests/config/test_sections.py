@@ -61,7 +61,7 @@ def test_an_error_has_one_readable_line_per_value() -> None:
     assert str(error.value).splitlines() == [
         "BPGOConfig:",
         "  alpha: Input should be less than or equal to 1 (given: 2)",
-        "  zetta: unknown key; perhaps you meant 'zeta'",
+        "  zetta: unknown key; perhaps you meant zeta",
     ]
 
 

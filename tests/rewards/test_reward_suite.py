@@ -68,7 +68,7 @@ def test_a_nan_names_reward_prompt_and_sample() -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (RewardConfig(model="clip_scroe"), "must be one of"),
+        (RewardConfig(model="clip_scroe"), "perhaps you meant clip_score"),
         (RewardConfig(model="tests.nowhere:Reward"), "could not be built"),
         (toy("Absent"), "could not be built"),
         (

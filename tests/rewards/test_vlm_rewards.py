@@ -201,7 +201,7 @@ BAD = (("model.embed_tokens.lora_embedding_A.default", "LoRA updates have no lin
 
 def test_videoalign_refuses_other_formats(tmp_path: Path) -> None:
     paths, _, _ = videoalign(tmp_path, 1)
-    with pytest.raises(ValueError, match="score = 'vq'"):
+    with pytest.raises(ValueError, match="score is 'vq'; known are"):
         VideoAlign(score="vq", **paths)
     prompt = replace(some_clips(4), texts=("a <|VQ_reward|>", "a"))
     with pytest.raises(RewardError, match="2 times; a prompt must not contain it"):

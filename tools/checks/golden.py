@@ -1,7 +1,7 @@
 """Golden numbers: reward, loss and gradient norm of five steps of three recipes, compared with those on record.
 
-    python -m tools.checks.golden            # compare with tests/golden/*.json, and print the largest relative differences
-    python -m tools.checks.golden --write    # record new numbers, where a change of numerics is intended
+    python -m tools.checks.golden          # compare with tests/golden/*.json; print the largest relative differences
+    python -m tools.checks.golden --write  # record new numbers, where a change of numerics is intended
 
 Show its output with any change of numerics. Each recipe runs on one rank with two prompts of four samples a step, a
 constant prior and no evaluation. Processors with other vector units round differently: `TOLERANCE` covers that.
