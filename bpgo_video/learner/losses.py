@@ -103,7 +103,9 @@ def bpgo_loss(
     a group: this is the mean over samples, hence over groups of equal size. At zeta = 0 the second term is skipped.
 
     Args:
-        advantage, contrastive, trust: A, A~ and w of each sample's group; contrastive may be None when zeta is 0.
+        advantage: A of each sample.
+        contrastive: A~ of each sample; may be None when zeta is 0.
+        trust: w of each sample's group.
     """
     surrogate = TRUST_REGIONS[settings.trust_region]
     loss = trust * surrogate(move, advantage, settings)
