@@ -1,4 +1,4 @@
-"""The report of a comparison in a browser: offline, playing, sorted, filtered, readable, and without an error."""
+"""The HTML report of a comparison in a browser: offline, synchronised playback, sorting, filters and accessibility."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def visit(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterato
     assert visit.problems == []
 
 
-def test_the_page_is_self_contained_and_escapes_text(report: Path) -> None:
+def test_the_page_is_self_contained_and_escapes_its_text(report: Path) -> None:
     source = report.read_text()
     assert "http:" not in source.replace("http-equiv", "")
     assert "https:" not in source
@@ -117,7 +117,7 @@ def test_every_picture_control_and_table_has_a_name(visit: Visit) -> None:
     assert visit.page.locator("h1").count() == 1
 
 
-def test_videos_that_are_near_play_in_step_and_others_are_not_loaded(visit: Visit) -> None:
+def test_visible_videos_play_in_sync_and_others_are_not_loaded(visit: Visit) -> None:
     first, last = visit.prompts()[0], visit.prompts()[-1]
     visit.page.locator(f".pair[data-row='{first}']").scroll_into_view_if_needed()
     visit.page.wait_for_function(
@@ -137,7 +137,7 @@ def test_videos_that_are_near_play_in_step_and_others_are_not_loaded(visit: Visi
     assert visit.times(first) == pytest.approx([9 / 8 / 2] * 3, abs=0.02)
 
 
-def test_sorting_follows_measure_and_model(visit: Visit, models: Compared) -> None:
+def test_cards_are_sorted_by_measure_and_model(visit: Visit, models: Compared) -> None:
     def gains(model: int, measure: str) -> list[float]:
         first, other = (models.models[place].table(measure).mean(axis=1) for place in (0, model))
         return (other - first).tolist()
@@ -160,7 +160,7 @@ def test_sorting_follows_measure_and_model(visit: Visit, models: Compared) -> No
     assert float(change.split()[1]) == pytest.approx(gains(2, "second")[0], abs=0.005)
 
 
-def test_filters_and_the_keyboard_reach_everything(visit: Visit) -> None:
+def test_every_filter_works_with_the_keyboard(visit: Visit) -> None:
     page = visit.page
     page.get_by_role("combobox", name="Tag").select_option("clear")
     assert sorted(visit.prompts()) == list(range(1, PROMPTS, 2))
@@ -187,7 +187,7 @@ def test_videos_do_not_start_if_the_user_prefers_reduced_motion(visit: Visit) ->
     "visit", [{"viewport": {"width": 390, "height": 800}, "color_scheme": scheme} for scheme in ("dark", "light")],
     indirect=True,
 )  # fmt: skip
-def test_a_phone_shows_it_without_scrolling_sideways_in_its_own_colours(visit: Visit) -> None:
+def test_a_phone_shows_the_page_without_horizontal_scrolling_in_its_colour_scheme(visit: Visit) -> None:
     assert visit.page.evaluate("document.documentElement.scrollWidth") == 390
     background, ink = visit.page.evaluate(
         "(() => { const own = getComputedStyle(document.body); return [own.backgroundColor, own.color]; })()"
@@ -204,7 +204,7 @@ def test_without_scripts_the_page_shows_pictures_and_an_explanation(visit: Visit
     assert not visit.page.locator("#tools").is_visible()
 
 
-def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> None:
+def test_the_extremes_of_the_candidates_are_shown_alternately(models: Compared) -> None:
     first, *others = models.models
     gains = [model.prompt_means("oracle") - first.prompt_means("oracle") for model in others]
     wins_and_losses = {int(row) for gain in gains for row in (gain.argmax(), gain.argmin())}
@@ -214,7 +214,7 @@ def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> 
     assert chosen_rows(models, 99) == list(range(PROMPTS))
 
 
-def test_large_videos_are_embedded_small_and_missing_ones_named(models: Compared, tmp_path: Path) -> None:
+def test_large_videos_are_downscaled_and_missing_videos_are_named(models: Compared, tmp_path: Path) -> None:
     model = found(tmp_path, results("large", 2))
     write_video(video_path(tmp_path, 0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
     clip = embedded(model, 0)

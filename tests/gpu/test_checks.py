@@ -1,4 +1,4 @@
-"""The checks of `make gpu`, one test each: what a GPU does that a CPU cannot show."""
+"""The checks of `make gpu`, one test each: properties that only a GPU can show."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_check_holds(bench: Bench, name: str) -> None:
+def test_the_check_holds(bench: Bench, name: str) -> None:
     found = CHECKS[name](bench)
     if "cannot" in found:
         pytest.skip(found["cannot"])
