@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("any machine")
 
 
 class ByFile(LoadScopeScheduling):
-    """Distributes whole test files over the processes of `make test`; one process takes every file that starts ranks."""
+    """Distributes whole test files over the processes of `make test`; one process gets all that start ranks."""
 
     def _split_scope(self, nodeid: str) -> str:
         folder, _, _ = nodeid.partition("::")[0].rpartition("/")

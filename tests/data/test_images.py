@@ -54,7 +54,7 @@ def test_transparency_is_composited_on_black() -> None:
     assert pixels(data) == pytest.approx(keyed / 255, abs=1e-6)
 
 
-def test_sixteen_bit_colours_are_divided_by_65535() -> None:
+def test_sixteen_bit_grey_keeps_its_precision_and_colour_its_high_byte() -> None:
     grey = RNG.integers(0, 2**16, (5, 7)).astype(np.uint16)
     assert pixels(encoded(grey))[..., 1] == pytest.approx(grey / 65535, abs=1e-7)
     assert pixels(colour_16(0xABCD, 0x12FF, 0xFFFF))[0, 0] * 255 == pytest.approx([0xAB, 0x12, 0xFF])

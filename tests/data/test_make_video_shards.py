@@ -1,4 +1,4 @@
-"""The command that builds video shards (tools/make_video_shards.py): latents decode to the clips, and reuse is checked."""
+"""The command that builds video shards (tools/make_video_shards.py): latents decode to the clips; reuse is checked."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def test_latents_decode_to_the_clip(built: Path, videos: Path, policy: Policy) -
             assert (decoded - frames.mean(dim=(0, 2, 3), keepdim=True)).abs().mean() > 0.02
 
 
-def test_shards_can_be_inspected_and_verified(built: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_shards_can_be_inspected_and_verified(
+    built: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert tool.main(["inspect", str(built)]) == 0
     assert "bikes.mp4                         3.00 a red circle moving left" in capsys.readouterr().out
     assert tool.main(["stats", str(built)]) == 0
@@ -150,7 +152,9 @@ def test_a_build_of_another_size_or_dtype_is_not_continued(
     assert (built / "index.json").read_bytes() == index
 
 
-def test_image_to_video_shards_store_the_conditioning_of_the_first_frame(tool: ModuleType, videos: Path, tmp_path: Path) -> None:
+def test_image_to_video_shards_store_the_conditioning_of_the_first_frame(
+    tool: ModuleType, videos: Path, tmp_path: Path
+) -> None:
     folder = random_wan(tmp_path / "policy", images=True, image_encoder=True)
     output = tmp_path / "out"
     more = ["--output", str(output), "--policy", str(folder), "--dtype", "bfloat16", "--max-sequence-length", "512"]

@@ -62,9 +62,7 @@ def test_rows_after_an_invalid_row_are_read(tmp_path: Path) -> None:
         ("p.json", "[", r"p.json: Expecting value"),
     ],
 )
-def test_a_file_in_the_wrong_format_is_refused_entirely(
-    tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def test_a_file_in_the_wrong_format_is_refused_entirely(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(PromptFileError, match=message):
         read(tmp_path / name, content)
 

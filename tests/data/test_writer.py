@@ -101,7 +101,7 @@ def test_a_shard_stores_equal_embeddings_once_and_is_self_contained(guided: Path
     with tarfile.open(tmp_path / "out" / "prompts-000000.tar") as tar:
         names = [member.name for member in tar if "safetensors" in member.name]
     texts = [f"{i:09d}.safetensors" for i in range(6)]
-    negatives = [f"{i:09d}.negative.safetensors" for i in (0, 2, 3)]   # 4 shares that of 0, 5 the text of 1
+    negatives = [f"{i:09d}.negative.safetensors" for i in (0, 2, 3)]  # 4 shares that of 0, 5 the text of 1
     assert sorted(names) == sorted(texts + negatives)
     alone = PromptShards(tmp_path / "out" / "prompts-00000[1].tar")
     assert [record.negative_prompt for record in alone.records()] == ["blurry", None, "dark", "folder's", "blurry",

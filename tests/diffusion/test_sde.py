@@ -1,4 +1,4 @@
-"""Samplers: mean, std and log-density of each step against the published equations, and the distribution of rollouts."""
+"""Samplers: mean, std and log-density of each step against the published equations, and the rollouts' distribution."""
 
 import math
 from itertools import pairwise

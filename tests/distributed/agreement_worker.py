@@ -1,8 +1,8 @@
-"""What two ranks agree on: both run each case, and record the error that they got.
+"""Agreement of two ranks: both run every case and record the error that they raised.
 
     python -m tests.distributed.agreement_worker OUTPUT
 
-Rank 1 sees another folder than rank 0 under some names, as a node without shared storage does.
+For some names rank 1 gets a different folder than rank 0, as on a node without shared storage.
 """
 
 from __future__ import annotations

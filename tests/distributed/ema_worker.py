@@ -1,4 +1,4 @@
-"""What every rank of a world runs: a small model trained under each ZeRO stage, with an average of its weights.
+"""Worker that trains a small model with an EMA of its weights under each ZeRO stage.
 
 python -m tests.distributed.ema_worker OUTPUT
 """
@@ -23,11 +23,11 @@ from bpgo_video.distributed.ema import EMA, AverageParameters, save_average
 
 CONFIG = EmaConfig(decay=0.8)
 UPDATES = 4
-CASES = list(product((1, 2, 3), ("float32", "bfloat16"), (0, 10**6)))  # stage, dtype, parameters that stay whole
+CASES = list(product((1, 2, 3), ("float32", "bfloat16"), (0, 10**6)))  # stage, dtype, persistence threshold
 
 
 class Block(nn.Module):
-    """Sizes that no number of ranks divides; the first layer is frozen, as a base under adapters is."""
+    """Layer sizes that no number of ranks divides; the first layer is frozen, as the base model under adapters is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ def inputs(number: int, dtype: torch.dtype) -> Tensor:
 
 
 def update(learner: engine.Engine, number: int, dtype: torch.dtype, between: EMA | None = None) -> None:
-    """One update; the average takes the weights' place between forward and backward, where there is one."""
-    output = learner.wrapped(inputs(number, dtype).requires_grad_())  # as replay does it, for the hooks of ZeRO-3
+    """One update; with an average, it is swapped in between forward and backward."""
+    output = learner.wrapped(inputs(number, dtype).requires_grad_())  # as replay does, to run the hooks of ZeRO-3
     if between is not None:
         with between.weights(), torch.no_grad():
             learner.wrapped(inputs(number + 1, dtype))
@@ -69,7 +69,7 @@ def update(learner: engine.Engine, number: int, dtype: torch.dtype, between: EMA
 
 
 def computed_with(learner: engine.Engine) -> dict[str, Tensor]:
-    """The model's own parameters, whole."""
+    """The model's gathered parameters."""
     found = {}
     for name, parameter in learner.module.named_parameters():
         with learner.gathered([parameter]):

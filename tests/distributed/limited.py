@@ -1,4 +1,4 @@
-"""pipelines/train_video.py with one rank whose disk is full from a phase on: FULL_ENTERING is "RANK PHASE STEP"."""
+"""pipelines/train_video.py with a full disk on one rank from a phase on; FULL_ENTERING is "RANK PHASE STEP"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 from bpgo_video.commands.train import main
 from bpgo_video.distributed.heartbeat import Heartbeat
 
-ROOM = 200_000  # bytes of a file: more than any log has, less than a part of a checkpoint
+ROOM = 200_000  # bytes per file: more than any log, less than any checkpoint shard
 enter = Heartbeat.enter
 
 

@@ -1,4 +1,4 @@
-"""pipelines/train_video.py with one rank that kills itself as it enters a phase: DIES_ENTERING is "RANK PHASE STEP"."""
+"""pipelines/train_video.py with one rank that kills itself on entering a phase; DIES_ENTERING is "RANK PHASE STEP"."""
 
 from __future__ import annotations
 

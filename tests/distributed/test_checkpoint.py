@@ -1,6 +1,6 @@
-"""Checkpoints are complete or absent, although processes die at every point of a save, at random, or on a full disk.
+"""Checkpoints are complete or absent when processes die at any point of a save, at random, or on a full disk.
 
-The processes are forks of this one, so that fifty of them take seconds.
+The processes are forks of the test process, so that fifty of them take only seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncat
 
 
 class SmallEngine(Engine, ZeroMasters):
-    """A stand-in for the engine; its weights and their average are filled with the step's number."""
+    """A fake engine whose weights and average are filled with the step number."""
 
     stage, dtype = 1, torch.float32
 
@@ -89,7 +89,7 @@ def loadable(run: RunConfig) -> int:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """The process id of a fork that does `work` and ends with 0."""
+    """Fork a process that runs `work` and exits with 0; return its id."""
     child = os.fork()
     if child == 0:
         try:
@@ -104,7 +104,7 @@ def wait(child: int) -> int:
 
 
 def killing(folder: Path, at: int) -> None:
-    """Make this process die just before its `at`-th change to a file."""
+    """Kill this process immediately before its `at`-th change to a file."""
     changes = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -118,7 +118,7 @@ def killing(folder: Path, at: int) -> None:
     sys.addaudithook(hook)
 
 
-def test_a_process_that_ends_before_any_change_to_a_file_leaves_complete_checkpoints(tmp_path: Path) -> None:
+def test_a_process_killed_before_any_file_change_leaves_complete_checkpoints(tmp_path: Path) -> None:
     ended_at = []
     for at in range(1, 200):
         run = RunConfig(dir=str(tmp_path / str(at)), keep_checkpoints=1)
@@ -145,7 +145,7 @@ def test_a_process_that_ends_before_any_change_to_a_file_leaves_complete_checkpo
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments_leave_what_a_resume_needs(tmp_path: Path) -> None:
+def test_fifty_kills_at_random_moments_leave_a_resumable_run(tmp_path: Path) -> None:
     run = RunConfig(dir=str(tmp_path), keep_checkpoints=2, keep_every=50)
     draws, steps, inside = random.Random(0), [0], 0
     for _ in range(50):
@@ -159,7 +159,7 @@ def test_fifty_kills_at_random_moments_leave_what_a_resume_needs(tmp_path: Path)
                 os.write(tells, f"{saved.seconds}\n".encode())
 
         child = forked(on)
-        seconds = float(os.read(heard, 100).split()[0])  # of its first save: it is in the next one now
+        seconds = float(os.read(heard, 100).split()[0])  # written by its first save; the process is now in a later one
         time.sleep(draws.uniform(0, 1.5 * seconds))
         os.kill(child, signal.SIGKILL)
         assert wait(child) == -signal.SIGKILL
@@ -172,13 +172,13 @@ def test_fifty_kills_at_random_moments_leave_what_a_resume_needs(tmp_path: Path)
 
 
 def limited(bytes_of_a_file: int) -> None:
-    """Make writing more than this to a file fail, as on a full disk."""
+    """Make larger writes to a file fail, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
 
 
 @pytest.mark.parametrize("room", [0, 1000, 79_000, 81_000])
-def test_a_full_disk_is_reported_and_the_checkpoint_before_is_intact(tmp_path: Path, room: int) -> None:
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(tmp_path: Path, room: int) -> None:
     run, engine = RunConfig(dir=str(tmp_path)), SmallEngine()
     save(engine, run, 1)
 
@@ -209,7 +209,7 @@ def test_another_error_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keep", "every", "kept"), [(1, 0, [12]), (3, 0, [10, 11, 12]), (2, 5, [5, 10, 11, 12]), (1, 4, [4, 8, 12])]
 )
-def test_the_newest_and_every_nth_are_kept(tmp_path: Path, keep: int, every: int, kept: list[int]) -> None:
+def test_the_newest_and_every_nth_checkpoint_are_kept(tmp_path: Path, keep: int, every: int, kept: list[int]) -> None:
     run, engine = RunConfig(dir=str(tmp_path), keep_checkpoints=keep, keep_every=every), SmallEngine()
     for step in range(1, 13):
         save(engine, run, step)

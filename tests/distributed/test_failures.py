@@ -1,7 +1,7 @@
-"""Ranks that die and runs that are asked to stop: one run is broken off in many ways, another one is left alone.
+"""Failures of ranks and stop requests: a run interrupted in many ways records the same as an uninterrupted one.
 
-A start takes longer than a step, so each launch goes on where the one before it ended: that it can is what "the last
-checkpoint is intact" means. In the end both runs must have written the same records.
+Starting takes longer than a step, so each launch resumes where the previous one ended; a successful resume shows that
+the last checkpoint is intact. Finally, both runs must have written the same records.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, wit
 pytestmark = pytest.mark.slow
 
 STEPS = 16
-SECONDS_TO_END = 60  # what a rank's death may take to end the others
+SECONDS_TO_END = 60  # time limit for the other ranks to exit after one dies
 TRAIN = ["pipelines/train_video.py"]
-MORTAL = "tests.distributed.mortal"  # a module, since a script's own folder comes first in sys.path
+MORTAL = "tests.distributed.mortal"  # as a module, because a script's folder comes first in sys.path
 
 
 FROZEN = """
@@ -50,7 +50,7 @@ with Heartbeat(Mesh(rank, 2, torch.device("cpu")), timeout=2) as heartbeat:
 
 @dataclass
 class Launch:
-    """The processes of one launch, in the order of their ranks, or the launcher's one."""
+    """The processes of one launch in rank order, or the launcher's process."""
 
     processes: list[subprocess.Popen[bytes]]
     log: Path
@@ -80,7 +80,7 @@ class Launch:
         self.wait_until(lambda: any(process.poll() is not None for process in self.processes))
 
     def end(self) -> Launch:
-        """Wait until all have ended, from now on."""
+        """Wait until all processes have ended."""
         now = time.monotonic()
         self.wait_until(lambda: all(process.poll() is not None for process in self.processes))
         self.seconds_to_end = time.monotonic() - now
@@ -89,12 +89,12 @@ class Launch:
 
 
 class Launches:
-    """Starts a recipe again and again; two ranks each, which go on from the last checkpoint."""
+    """Launches a recipe repeatedly on two ranks, each time resuming from the last checkpoint."""
 
     def __init__(self, folder: Path, shards: Path):
         self.folder = folder
         config = small_recipe(folder / "unused", shards, run={"num_steps": STEPS, "save_every": 2, "resume": "auto"})
-        config = without_evaluation(rewarded_by(config, "tests.distributed.toy_rewards:AsTold"))
+        config = without_evaluation(rewarded_by(config, "tests.distributed.toy_rewards:ScriptedRedness"))
         (folder / "recipe.yaml").write_text(to_yaml(config))
         self.started: list[Launch] = []
 
@@ -141,7 +141,7 @@ class Launches:
 
 
 def broken_off(launches: Launches) -> dict[str, Launch]:
-    """Every launch of the broken run, by what happened to it; one that dies is given up to the next one."""
+    """All launches of the interrupted run, by what happened to them; each failed launch is followed by the next."""
     happened = {}
 
     launch = happened["death in rollout"] = launches.ranks(["-m", MORTAL], "broken", DIES_ENTERING="1 rollout 2")
@@ -192,7 +192,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Launches
 
 @pytest.fixture(scope="module")
 def happened(launches: Launches) -> dict[str, Launch]:
-    """What each launch came to, the broken run's and, as "alone", the other one's."""
+    """Results of each launch of the interrupted run and, as "alone", of the uninterrupted one."""
     try:
         slow = launches.ranks(TRAIN, "alone", "--parallel.heartbeat-timeout", "3", REWARD_SLEEPS="1 3").end()
         return {**broken_off(launches), "alone": slow}
@@ -214,7 +214,7 @@ def happened(launches: Launches) -> dict[str, Launch]:
         ("death in reward", r"\[rank 0\] rank 1 \(.+, pid \d+\) died in phase reward of step 6;", [247], 6),
     ],
 )
-def test_a_death_ends_the_others_who_say_whose_it_was(
+def test_a_dead_rank_ends_the_others_and_is_named(
     happened: dict[str, Launch], death: str, said: str, codes: list[int], checkpoint: int
 ) -> None:
     launch = happened[death]
@@ -226,14 +226,14 @@ def test_a_death_ends_the_others_who_say_whose_it_was(
     assert launch.checkpoint == f"step-{checkpoint:06d}"
 
 
-def test_sigterm_to_one_rank_stops_all_after_a_whole_step(happened: dict[str, Launch]) -> None:
+def test_sigterm_to_one_rank_stops_all_after_a_complete_step(happened: dict[str, Launch]) -> None:
     launch = happened["SIGTERM"]
     assert launch.codes == [0, 0]
     assert "[rank 1] SIGTERM: will save and stop" in launch.output
     assert_stopped(launch)
 
 
-def test_sigterm_to_the_group_of_the_launcher_stops_and_saves_though_it_comes_twice(
+def test_repeated_sigterm_to_the_launchers_group_stops_and_saves(
     happened: dict[str, Launch],
 ) -> None:
     launch = happened["SIGTERM to the launcher's group"]
@@ -242,7 +242,7 @@ def test_sigterm_to_the_group_of_the_launcher_stops_and_saves_though_it_comes_tw
     assert_stopped(launch)
 
 
-def test_save_quit_stops_and_save_goes_on(happened: dict[str, Launch]) -> None:
+def test_save_quit_saves_and_stops_and_save_continues(happened: dict[str, Launch]) -> None:
     launch = happened["files"]
     assert launch.codes == [0]
     assert "saved on request, after " in launch.output
@@ -259,7 +259,7 @@ def assert_stopped(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_frozen_rank_is_told_from_a_busy_one(tmp_path: Path, victim: int) -> None:
+def test_a_frozen_rank_is_distinguished_from_a_busy_one(tmp_path: Path, victim: int) -> None:
     place = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -283,13 +283,13 @@ def test_a_frozen_rank_is_told_from_a_busy_one(tmp_path: Path, victim: int) -> N
     assert re.search(found, said), said
 
 
-def test_a_reward_slower_than_the_heartbeat_is_no_death(happened: dict[str, Launch]) -> None:
+def test_a_reward_slower_than_the_heartbeat_is_not_a_dead_rank(happened: dict[str, Launch]) -> None:
     launch = happened["alone"]
     assert launch.codes == [0, 0], launch.output[-5000:]
     assert any(record["seconds/reward"] > 6 for record in read_metrics(launch.run_dir / "metrics.jsonl"))
 
 
-def test_a_run_broken_off_again_and_again_writes_the_records_of_one_left_alone(happened: dict[str, Launch]) -> None:
+def test_a_repeatedly_interrupted_run_writes_the_records_of_an_uninterrupted_one(happened: dict[str, Launch]) -> None:
     assert happened["end"].codes == [0, 0], happened["end"].output[-5000:]
     broken, alone = (
         [

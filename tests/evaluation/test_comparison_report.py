@@ -160,7 +160,7 @@ def test_cards_are_sorted_by_measure_and_model(visit: Visit, models: Compared) -
     assert float(change.split()[1]) == pytest.approx(gains(2, "second")[0], abs=0.005)
 
 
-def test_every_filter_works_with_the_keyboard(visit: Visit) -> None:
+def test_filters_and_keyboard_navigation_work(visit: Visit) -> None:
     page = visit.page
     page.get_by_role("combobox", name="Tag").select_option("clear")
     assert sorted(visit.prompts()) == list(range(1, PROMPTS, 2))

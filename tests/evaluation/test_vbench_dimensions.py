@@ -71,9 +71,7 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", list(VBENCH))
-def test_scores_equal_those_of_vbenchs_code(
-    name: str, entries: list[dict[str, str]], tmp_path: Path
-) -> None:
+def test_scores_equal_those_of_vbenchs_code(name: str, entries: list[dict[str, str]], tmp_path: Path) -> None:
     assert_equal(measured(name, entries, tmp_path), *VBENCH[name])
 
 

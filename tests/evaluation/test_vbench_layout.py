@@ -156,7 +156,9 @@ def test_fields_of_a_users_list_reach_the_model(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_generation_prompts_must_cover_the_whole_suite(suite: Suite, tmp_path: Path, lines: list[str], words: str) -> None:
+def test_generation_prompts_must_cover_the_whole_suite(
+    suite: Suite, tmp_path: Path, lines: list[str], words: str
+) -> None:
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     with pytest.raises((SuiteError, MalformedFile), match=words):
         read_texts(tmp_path / "texts.jsonl", suite)

@@ -1,4 +1,4 @@
-"""The command `evaluate vbench`: scores, totals, layouts and the vbench package; failures are named, with exit code 1."""
+"""The command `evaluate vbench`: scores, totals, layouts and the vbench package; failures are named (exit code 1)."""
 
 from __future__ import annotations
 
@@ -326,16 +326,16 @@ def test_image_to_video_runs_in_the_folder_of_the_images(
     assert (output / "dynamic_degree.calls").read_text() == f"cpu 16-9 {root} {listed}\n"
 
 
-def test_a_missing_interpreter_is_named(
-    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_interpreter_is_named(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = officially(videos, tmp_path / "results", "--dimensions", "color")
     command[2] = str(tmp_path / "no" / "python")
     assert main(command) == 1
     assert str(tmp_path / "no" / "python") in capsys.readouterr().err
 
 
-def test_a_layout_is_generated_and_checked_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layout_is_generated_and_checked_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy, folder, prompts = random_wan(tmp_path / "wan"), tmp_path / "videos", tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
     suite = ["--suite", str(prompts), "--samples", "1", "--output", str(folder)]

@@ -65,7 +65,9 @@ def test_every_item_is_in_one_share_and_shares_are_balanced(items: list[int], wo
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_shares_of_any_number_of_ranks_add_up_to_the_results_of_one(folder: Path, tmp_path: Path, world_size: int) -> None:
+def test_shares_of_any_number_of_ranks_add_up_to_the_results_of_one(
+    folder: Path, tmp_path: Path, world_size: int
+) -> None:
     """Five videos, so that two of seven ranks have none."""
     whole = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "one")
     for task, expected in zip(prepare(request_of(folder), SOURCES, checks_files=False), whole, strict=True):
@@ -178,7 +180,9 @@ def test_a_file_in_another_format_is_named(folder: Path, tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random, lambda: float(np.random.rand())])
-def test_random_draws_of_a_users_network_do_not_depend_on_the_order(folder: Path, tmp_path: Path, draw: Callable) -> None:
+def test_random_draws_of_a_users_network_do_not_depend_on_the_order(
+    folder: Path, tmp_path: Path, draw: Callable
+) -> None:
     """A network with random layers draws from a global generator, whose state is restored."""
     task = prepare(request_of(folder), SOURCES, checks_files=False)[0]
     drawing = with_formula(task, lambda *_: Measured(draw()))

@@ -1,4 +1,4 @@
-"""HunyuanVideo: text-to-video with embedded guidance, and both kinds of image-to-video, whose text encoder reads the image."""
+"""HunyuanVideo: text-to-video with embedded guidance, and both image-to-video variants, whose text encoder reads images."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def template_tokenizer(template: str, crop_start: int) -> PreTrainedTokenizerFas
 
 
 def llava_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of headers, words and punctuation, with image and prompt at the positions that the pipeline assumes."""
+    """A tokenizer of headers, words and punctuation, with image and prompt where the pipeline assumes them."""
     template = image_to_video.DEFAULT_PROMPT_TEMPLATE
     tokenizer = word_tokenizer(limit=256)
     tokenizer.add_tokens([*HEADERS, "<s>"], special_tokens=True)

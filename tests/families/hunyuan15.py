@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5: two text encoders and an image encoder, with masks for all three, and guidance set by the pipeline."""
+"""HunyuanVideo 1.5: two text encoders and an image encoder, masks for all three, and guidance set by the pipeline."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ IMAGE_SIDE = 16
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """A word tokenizer for which the prefix of the pipeline's chat template has the length that the pipeline assumes."""
+    """A word tokenizer for which the prefix of the chat template has the length that the pipeline assumes."""
     parameters = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
     system_words = re.findall(r"\w+", parameters["system_message"].default)
     tokenizer = word_tokenizer(limit=1024)

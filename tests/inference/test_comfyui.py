@@ -115,7 +115,9 @@ def test_a_file_written_tensor_by_tensor_equals_that_of_safetensors(tmp_path: Pa
         ({"c": torch.zeros(2)}, "c is not in the file's layout"),
     ],
 )
-def test_a_file_must_contain_the_announced_tensors(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
+def test_a_file_must_contain_the_announced_tensors(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         write_single_file(tmp_path / "x", {"a": ((2,), torch.float32), "b": ((1,), torch.float32)}, tensors.items())
 

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints to model folders: joining shards, merging adapters, verification and refusal of damaged files.
+"""Conversion of checkpoints to model folders: joined shards, merged adapters, verification, and refusal of damage.
 
 The checkpoints are synthetic, in ZeRO-2's layout; tests/distributed converts those of real runs.
 """
@@ -102,7 +102,9 @@ def test_shards_of_all_ranks_are_joined_bit_for_bit(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "run"]
 
 
-def test_the_average_is_converted_like_the_weights(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_average_is_converted_like_the_weights(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_run(tmp_path / "run", base, weights_of(base))
     arguments = ["--checkpoint", str(folder), "--output", str(tmp_path / "out"), "--format", "diffusers", "--verify"]
     assert main([*arguments, "--weights", "ema"]) == 1
@@ -248,7 +250,9 @@ def adapted_run(base: Path, tmp_path: Path, lora: LoraConfig) -> tuple[Path, Wan
 
 @pytest.mark.parametrize("form", ["lora", "comfyui"])
 @pytest.mark.parametrize("lora", [LORA, EVERYWHERE], ids=["attention", "everywhere"])
-def test_a_lora_file_generates_the_video_of_the_merged_model(base: Path, tmp_path: Path, form: str, lora: LoraConfig) -> None:
+def test_a_lora_file_generates_the_video_of_the_merged_model(
+    base: Path, tmp_path: Path, form: str, lora: LoraConfig
+) -> None:
     """By diffusers' pipeline: load_lora_weights on the base model, against the merged export."""
     checkpoint, _ = adapted_run(base, tmp_path, lora)
     output = converted(checkpoint, tmp_path / "lora", form)
@@ -265,7 +269,7 @@ def test_a_lora_file_generates_the_video_of_the_merged_model(base: Path, tmp_pat
 
 
 def test_diffusers_reads_the_comfyui_layout(base: Path, tmp_path: Path) -> None:
-    """Names are those of the original code; diffusers' converter restores each adapter, with alpha / rank in one factor."""
+    """Names are those of the original code; diffusers' converter restores each adapter (alpha / rank in one factor)."""
     checkpoint, model = adapted_run(base, tmp_path, EVERYWHERE)
     found = load_file(converted(checkpoint, tmp_path / "comfy", "comfyui") / "pytorch_lora_weights.safetensors")
     for layer in ("blocks.1.self_attn.q", "blocks.0.cross_attn.o", "blocks.1.ffn.0", "blocks.0.ffn.2"):

@@ -101,9 +101,7 @@ def settings(name: str, folder: Path, tmp_path: Path) -> GenerationSettings:
     return case_settings(CASES[name], folder, tmp_path, num_steps=3, family=None)
 
 
-def test_videos_equal_those_of_diffusers_in_any_batch(
-    name: str, folder: Path, settings: GenerationSettings
-) -> None:
+def test_videos_equal_those_of_diffusers_in_any_batch(name: str, folder: Path, settings: GenerationSettings) -> None:
     case, policy, found = CASES[name], find_model(settings).policy, videos(settings)
     pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(folder)
     for row, text in enumerate(case.texts):

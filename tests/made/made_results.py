@@ -1,4 +1,4 @@
-"""Synthetic results of models for tests of comparisons: scores by formula, and grey videos."""
+"""Synthetic model results for comparison tests: scores by formula, and grey videos."""
 
 from __future__ import annotations
 

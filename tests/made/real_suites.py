@@ -1,4 +1,4 @@
-"""Real clips under VBench's names, and the numbers of VBench's own code for them with small networks."""
+"""Real clips under VBench's file names, and scores of VBench's code for them with small networks."""
 
 from __future__ import annotations
 

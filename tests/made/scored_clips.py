@@ -1,4 +1,4 @@
-"""Clips of several lengths, and dimensions for them: two weigh videos equally, one by their frames."""
+"""Clips of several lengths, and dimensions for them: two weight videos equally, one by their frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring ahead of the rollout: the same bits in the same order, bounded memory, and errors of the models."""
+"""Scoring ahead of the rollout: identical bits and order, bounded memory, and errors of reward models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scored(suite: RewardSuite, ahead: int, chunks: Iterator[RolloutChunk] | None
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 9])
-def test_scores_and_their_order_are_those_without_a_thread(ahead: int) -> None:
+def test_scores_and_their_order_equal_those_without_a_thread(ahead: int) -> None:
     torch.manual_seed(1)
     expected = [suite_of("Drawing").score(chunk, PROMPTS).scores["toy"].values for chunk in chunks_of(each=1)]
     assert len(expected) == 4
@@ -46,7 +46,7 @@ def test_scores_and_their_order_are_those_without_a_thread(ahead: int) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_videos_are_freed_once_scored_and_few_are_in_memory(ahead: int) -> None:
+def test_videos_are_freed_after_scoring_and_few_are_in_memory(ahead: int) -> None:
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
 

@@ -1,4 +1,4 @@
-"""Judges on Qwen-VL: patches, placeholders, probabilities, and VideoAlign's scores, recomputed independently."""
+"""Judges on Qwen-VL: patches, placeholders, probabilities and VideoAlign scores, recomputed independently."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_videoalign_refuses_other_formats(tmp_path: Path) -> None:
         VideoAlign(**paths)
 
 
-def test_the_template_of_the_authors_is_read_and_not_run(tmp_path: Path) -> None:
+def test_the_authors_template_is_parsed_without_running_it(tmp_path: Path) -> None:
     source = tmp_path / "prompt_template.py"
     source.write_text(f'OTHER = "x"\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = """\n{TEMPLATE}\n"""\nraise SystemExit\n')
     assert read_template(source) == f"\n{TEMPLATE}\n"

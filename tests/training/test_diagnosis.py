@@ -1,4 +1,4 @@
-"""The diagnosis of a run: each finding states its numbers and a remedy, and an ordinary run has no findings."""
+"""The diagnosis of a run: findings with numbers and a remedy, and none for an ordinary run."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_an_ordinary_run_has_no_findings():
     assert diagnose([], {}) == []
 
 
-def test_records_of_grpo_and_of_few_keys_are_read():
+def test_records_of_grpo_and_with_few_keys_are_accepted():
     grpo = [{k: v for k, v in record.items() if "hist" not in k} for record in run(trust_min=1.0, trust_max=1.0)]
     assert diagnose(grpo, {}) == [NOTHING]
     assert diagnose([{"step": 0, "reward": 0.5}], {}) == [NOTHING]
