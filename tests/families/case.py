@@ -65,7 +65,7 @@ class Case:
         return load_policy(str(folder), max_sequence_length=self.text_tokens, **own)
 
     def recipe(self, folder: Path) -> Config:
-        """The shipped recipe with this policy, four denoising steps (all but the last trained) and unit step weights."""
+        """The shipped recipe with this policy, four denoising steps (the last one untrained) and unit step weights."""
         recipe = read_yaml(RECIPE)
         own: dict[str, Any] = self.options
         policy = PolicyConfig(str(folder), self.text_tokens, family=self.family, **own)

@@ -1,4 +1,4 @@
-"""CogVideoX: 2B with additive positions, 5B image-to-video with learned and rotary ones, 1.5 with latent frame pairs."""
+"""CogVideoX: 2B with additive positions, 5B image-to-video with learned and rotary ones, 1.5 with paired latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HunyuanVideo: text-to-video with embedded guidance, and both image-to-video variants, whose text encoder reads images."""
+"""HunyuanVideo: text-to-video with embedded guidance, and both kinds of image-to-video, which embed texts with images.
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of an image-to-video policy from the embedded one, with prompts and images for it.
+"""Training of an image-to-video policy from the embedded one, and prompts with images for it.
 
     python -m tools.tiny.train_image_policy --output runs/tiny-i2v
 
@@ -61,7 +61,7 @@ def first_frames(captions: list[world.Caption], seed: int) -> Tensor:
 
 
 def write_prompts(output: Path, seed: int) -> None:
-    """The embedded prompts with an image each."""
+    """Write the embedded prompts, each with an image."""
     lines = [json.loads(line) for line in PROMPTS.read_text("utf-8").splitlines()]
     frames = first_frames([world.Caption.parse(line["prompt"]) for line in lines], seed)
     (output / "images").mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def write_prompts(output: Path, seed: int) -> None:
 
 @torch.no_grad()
 def heldout_score(folder: Path, seed: int, num_steps: int = 8) -> dict[str, float]:
-    """The oracle's score of videos that continue held-out captions' images, and frame 0's distance from the image."""
+    """Oracle score of videos from held-out captions and images, and the distance of frame 0 from the image."""
     policy = load_policy(str(folder), max_sequence_length=TEXT_TOKENS)
     captions = world.captions("heldout")
     images = first_frames(captions, seed)
@@ -92,7 +92,7 @@ def heldout_score(folder: Path, seed: int, num_steps: int = 8) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="gets wan/, images/ and prompts.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for wan/, images/ and prompts.jsonl")
     parser.add_argument("--base", default=BASE, help="text-to-video pipeline (%(default)s)")
     add_arguments(parser, steps=600, clips=1024, learning_rate=5e-4)
     args = parser.parse_args()
