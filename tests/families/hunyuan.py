@@ -1,4 +1,4 @@
-"""HunyuanVideo: text-to-video with embedded guidance, and both kinds of image-to-video, which embed texts with images.
+"""HunyuanVideo: text-to-video with embedded guidance, and image-to-video, whose text encoder also reads the image."""
 
 from __future__ import annotations
 
