@@ -118,7 +118,7 @@ def test_help_without_a_recipe_shows_the_required_flags(
     assert "--config FILE  the recipe (required)" in text
     assert re.search(r"--run\.dir STR\n[^-]*\(required\)", text)
     assert "--rewards.NAME.model" in text
-    assert "How rewards become advantages" in text, "what a section is"
+    assert "How rewards become advantages" in text, "a section has a description"
     assert "{" not in text.partition("\n")[0], "no subcommands"
 
 

@@ -230,7 +230,7 @@ def test_a_recipe_overrides_its_base_key_by_key(tmp_path: Path) -> None:
     config, original = read_yaml(recipe), read_yaml(base)
     assert config.optim.learning_rate == 3e-5
     assert config.optim.updates_per_rollout == original.optim.updates_per_rollout
-    assert set(config.rewards) == {"only"}, "rewards are replaced as a whole"
+    assert set(config.rewards) == {"only"}, "the rewards of the base are replaced, not merged"
     assert config.evaluation == original.evaluation
 
 

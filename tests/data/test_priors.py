@@ -118,7 +118,7 @@ def test_an_interrupted_estimation_resumes_to_the_same_priors(tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         prior_estimation.estimate(config, mesh)
     again = prior_estimation.estimate(config, mesh)
-    assert len(sampled) == len(PROMPTS["train"]) + 1, "what was broken off is sampled again, and nothing else"
+    assert len(sampled) == len(PROMPTS["train"]) + 1, "only the interrupted prompts are sampled again"
     for name, scores in whole.items():
         torch.testing.assert_close(again[name], scores, rtol=0, atol=1e-5)  # batches of another shape
     assert {path.name for path in (shards / "priors").iterdir()} == {path.name for path in files}

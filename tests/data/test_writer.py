@@ -87,7 +87,9 @@ def test_each_prompt_has_its_negative_prompt_or_that_of_the_folder(guided: Path,
     records = list(shards.records())
     assert [record.negative_prompt for record in records] == own
     batch = as_batch(records)
-    assert len(batch.negative["prompt_embeds"]) == 5, "of twelve prompts; the folder's with and without its name"
+    assert len(batch.negative["prompt_embeds"]) == 5, (
+        "for twelve prompts, including the folder's, by default and by name"
+    )
     assert batch.negative_rows is not None
     for record, row in zip(records, batch.negative_rows, strict=True):
         expected = Encoder()([record.negative_prompt or "folder's"])["prompt_embeds"][0]

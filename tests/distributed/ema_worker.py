@@ -109,7 +109,7 @@ def run(stage: int, dtype_name: str, persistent: int, folder: Path) -> dict[str,
     reference = Block().to(dtype)
     frozen = {name: tensor for name, tensor in before.items() if name not in average}
     with torch.no_grad():
-        wanted = functional_call(
+        reference_output = functional_call(
             reference, {**frozen, **{name: tensor.to(dtype) for name, tensor in average.items()}}, inputs(99, dtype)
         )
 
@@ -125,7 +125,7 @@ def run(stage: int, dtype_name: str, persistent: int, folder: Path) -> dict[str,
         "inside": all(torch.equal(inside[name], tensor.to(dtype)) for name, tensor in average.items()),
         "moved": all(not torch.equal(inside[name], before[name]) for name in average),
         "restored": all(torch.equal(after[name], before[name]) for name in before),
-        "output": bool((output - wanted).abs().max() <= 1e-6 * wanted.abs().max()),
+        "output": bool((output - reference_output).abs().max() <= 1e-6 * reference_output.abs().max()),
         "gathered": torch.equal(output, gathered),
         "trains on": all(torch.equal(tensor, unswapped[name]) for name, tensor in computed_with(learner).items()),
     }  # fmt: skip

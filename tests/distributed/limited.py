@@ -9,7 +9,7 @@ import signal
 from bpgo_video.commands.train import main
 from bpgo_video.distributed.heartbeat import Heartbeat
 
-ROOM = 200_000  # bytes per file: more than any log, less than any checkpoint shard
+LIMIT = 200_000  # bytes per file: more than any log, less than any checkpoint shard
 enter = Heartbeat.enter
 
 
@@ -17,7 +17,7 @@ def enter_and_perhaps_run_out_of_room(heartbeat: Heartbeat, phase: str, step: in
     enter(heartbeat, phase, step)
     if os.environ.get("FULL_ENTERING") == f"{os.environ['RANK']} {phase} {step}":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_a_process_killed_before_any_file_change_leaves_complete_checkpoints(tmp
         save(engine, run, 3)
         assert loadable(run) == 3, "leftovers do not prevent the next save"
         assert not list((Path(run.dir) / checkpoint.FOLDER).glob(f"{checkpoint.PARTIAL}*"))
-    assert sorted(ended_at) == ended_at, "the old one up to one moment, and the new one from then on"
+    assert sorted(ended_at) == ended_at, "the old checkpoint up to some change, the new one from then on"
     assert set(ended_at) == {2, 3}
     assert len(ended_at) > 15
 
@@ -149,26 +149,26 @@ def test_fifty_kills_at_random_moments_leave_a_resumable_run(tmp_path: Path) -> 
     run = RunConfig(dir=str(tmp_path), keep_checkpoints=2, keep_every=50)
     draws, steps, inside = random.Random(0), [0], 0
     for _ in range(50):
-        heard, tells = os.pipe()
+        reader, writer = os.pipe()
 
-        def on(tells: int = tells) -> None:
+        def on(writer: int = writer) -> None:
             engine, step = SmallEngine(), loadable(run)
             while True:
                 step += 1
                 saved = save(engine, run, step)
-                os.write(tells, f"{saved.seconds}\n".encode())
+                os.write(writer, f"{saved.seconds}\n".encode())
 
         child = forked(on)
-        seconds = float(os.read(heard, 100).split()[0])  # written by its first save; the process is now in a later one
+        seconds = float(os.read(reader, 100).split()[0])  # written by its first save; the process is now in a later one
         time.sleep(draws.uniform(0, 1.5 * seconds))
         os.kill(child, signal.SIGKILL)
         assert wait(child) == -signal.SIGKILL
-        os.close(heard)
-        os.close(tells)
+        os.close(reader)
+        os.close(writer)
         steps.append(loadable(run))
         inside += bool(list((tmp_path / checkpoint.FOLDER).glob(f"{checkpoint.PARTIAL}*")))
-    assert all(after > before for before, after in pairwise(steps)), "what a process has saved is never lost"
-    assert inside > 10, "kills must meet saves"
+    assert all(after > before for before, after in pairwise(steps)), "a completed save is never lost"
+    assert inside > 10, "some kills must interrupt a save"
 
 
 def limited(bytes_of_a_file: int) -> None:
@@ -177,13 +177,13 @@ def limited(bytes_of_a_file: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
 
 
-@pytest.mark.parametrize("room", [0, 1000, 79_000, 81_000])
-def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(tmp_path: Path, room: int) -> None:
+@pytest.mark.parametrize("free_bytes", [0, 1000, 79_000, 81_000])
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(tmp_path: Path, free_bytes: int) -> None:
     run, engine = RunConfig(dir=str(tmp_path)), SmallEngine()
     save(engine, run, 1)
 
     def without_room() -> None:
-        limited(room)
+        limited(free_bytes)
         with pytest.raises(
             CheckpointError, match=r"step 2 could not be written .* GB free .* is step-000001, untouched"
         ):

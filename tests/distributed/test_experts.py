@@ -92,7 +92,7 @@ def test_only_the_trained_expert_changes_if_ranks_train_different_steps(runs: Pa
         for key in record
         if key.startswith("timestep/")
     }
-    assert steps <= {"02", "03", "04"}, "the steps of low noise, without the last"
+    assert steps <= {"02", "03", "04"}, "steps of low noise except the last"
 
 
 def test_per_prompt_steps_of_both_experts_are_refused_on_every_rank(runs: Path) -> None:

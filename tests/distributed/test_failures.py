@@ -201,7 +201,7 @@ def happened(launches: Launches) -> dict[str, Launch]:
 
 
 @pytest.mark.parametrize(
-    ("death", "said", "codes", "checkpoint"),
+    ("death", "message", "codes", "checkpoint"),
     [
         ("death in rollout", r"\[rank 0\] rank 1 \(.+, pid \d+\) died in phase rollout of step 2;", [1, -9], 2),
         (
@@ -215,12 +215,12 @@ def happened(launches: Launches) -> dict[str, Launch]:
     ],
 )
 def test_a_dead_rank_ends_the_others_and_is_named(
-    happened: dict[str, Launch], death: str, said: str, codes: list[int], checkpoint: int
+    happened: dict[str, Launch], death: str, message: str, codes: list[int], checkpoint: int
 ) -> None:
     launch = happened[death]
-    assert re.search(said, launch.output), launch.output[-5000:]
+    assert re.search(message, launch.output), launch.output[-5000:]
     assert "--run.resume auto" in launch.output
-    assert "Traceback" not in launch.output, "who died is the message, not what the network library made of it"
+    assert "Traceback" not in launch.output, "the message names the dead rank, without the network library's traceback"
     assert launch.codes == codes
     assert launch.seconds_to_end < SECONDS_TO_END
     assert launch.checkpoint == f"step-{checkpoint:06d}"
@@ -255,7 +255,7 @@ def assert_stopped(launch: Launch) -> None:
     assert found, launch.output[-5000:]
     assert launch.checkpoint == f"step-{int(found[1]):06d}"
     assert int(found[1]) < STEPS
-    assert "summary.json" not in launch.output, "a run that is not finished has no results"
+    assert "summary.json" not in launch.output, "an unfinished run has no results"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -272,7 +272,7 @@ def test_a_frozen_rank_is_distinguished_from_a_busy_one(tmp_path: Path, victim: 
         for rank in range(2)
     ]
     try:
-        _, said = ranks[1 - victim].communicate(timeout=60)
+        _, output = ranks[1 - victim].communicate(timeout=60)
     finally:
         for rank in ranks:
             rank.kill()
@@ -280,7 +280,7 @@ def test_a_frozen_rank_is_distinguished_from_a_busy_one(tmp_path: Path, victim: 
     assert ranks[1 - victim].returncode == 1
     how = "died or cannot be reached; when last heard," if victim == 0 else r"has been silent for \d s;"
     found = rf"\[rank {1 - victim}\] rank {victim} \(.*\) {how} it was in phase reward of step 4;"
-    assert re.search(found, said), said
+    assert re.search(found, output), output
 
 
 def test_a_reward_slower_than_the_heartbeat_is_not_a_dead_rank(happened: dict[str, Launch]) -> None:

@@ -120,7 +120,7 @@ def test_a_dead_process_on_the_same_machine_is_detected_at_once(world: Callable[
     ranks = world("a", "b", "b")
     ranks.beat(2, phase="update", step=7)
     ranks.killed.add(2)
-    assert ranks.ranks[0].check() is None, "another machine cannot see it"
+    assert ranks.ranks[0].check() is None, "processes of another machine are not visible"
     verdict = ranks.ranks[1].check()
     assert verdict == Verdict(2, "rank 2 (host2, pid 102) died in phase update of step 7")
     assert ranks.ranks[0].check() == verdict
@@ -165,7 +165,7 @@ def test_a_zombie_process_counts_as_ended() -> None:
     assert started == heartbeat.start_time(child.pid)
     assert started is not None
     assert own is not None
-    assert int(own) < int(started), "a later process with the same pid would have another start time"
+    assert int(own) < int(started), "a later process with the same pid would have a different start time"
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
     assert heartbeat.start_time(child.pid) is None
@@ -183,7 +183,7 @@ def test_a_lost_peer_is_recognised_by_direct_and_chained_errors() -> None:
 
 def test_other_errors_belong_to_this_rank() -> None:
     assert not is_lost_contact(RuntimeError("the reward model ran out of patience"))
-    assert not is_lost_contact(ConnectionResetError("Connection reset by peer")), "a reward's own connection"
+    assert not is_lost_contact(ConnectionResetError("Connection reset by peer")), "a connection opened by a reward"
     assert not is_lost_contact(RuntimeError("reward 'a' failed on prompt 'an igloo in the snow'"))
     assert not is_lost_contact(KeyboardInterrupt())
 

@@ -88,8 +88,8 @@ def open_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def check(result: subprocess.CompletedProcess[bytes], run: Path, mode: int) -> None:
-    said = result.stdout.decode("utf-8", "replace") + result.stderr.decode("utf-8", "replace")
-    assert result.returncode == 0, said[-5000:]
+    output = result.stdout.decode("utf-8", "replace") + result.stderr.decode("utf-8", "replace")
+    assert result.returncode == 0, output[-5000:]
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     assert summary["max_ratio_error_first_update"] == 0
     assert PROMPT in json.dumps(json.loads((run / "samples" / "samples.json").read_text("utf-8")), ensure_ascii=False)

@@ -62,10 +62,10 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, shards: Path) -> None:
     result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
     assert result.returncode != 0
     assert "the reward model ran out of patience" in result.stderr
-    said = (
+    message = (
         r"\[rank 0\] rank 1 \(.+\) failed in phase reward of step 0: RewardError: reward 'only' on samples .+ of prompt"
     )
-    assert re.search(said, result.stderr)
+    assert re.search(message, result.stderr)
     assert time.monotonic() - started < 120
 
 
@@ -76,10 +76,10 @@ def test_a_reward_that_hangs_on_one_rank_ends_all(tmp_path: Path, shards: Path) 
     started = time.monotonic()
     result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
     assert result.returncode != 0
-    said = (
+    message = (
         r"\[rank 0\] rank 1 .+ failed in phase reward .+ of prompt '.+' \(id -?\d+\) has not answered within .+ of 2 s"
     )
-    assert re.search(said, result.stderr), result.stderr[-5000:]
+    assert re.search(message, result.stderr), result.stderr[-5000:]
     assert time.monotonic() - started < 90
 
 
@@ -89,7 +89,7 @@ def test_priors_are_estimated_and_used_from_the_command_line(tmp_path: Path, sha
     first = launch("pipelines/train_video.py", "--config", recipe)
     assert first.returncode != 0
     assert "bpgo-video priors --config" in first.stderr
-    assert not (tmp_path / "run").exists(), "nothing is written before the input is known to be good"
+    assert not (tmp_path / "run").exists(), "nothing is written before the input is validated"
     measured = launch("tools/estimate_priors.py", "--config", recipe)
     assert measured.returncode == 0, measured.stderr[-3000:]
     assert {path.stem for path in (shards / "priors").glob("*.json")} == set(config.rewards)

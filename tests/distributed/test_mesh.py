@@ -27,8 +27,8 @@ def test_every_item_is_sampled_by_a_group_and_decoded_by_a_rank(
 ) -> None:
     world = [Mesh(rank, sequence * groups, CPU, sequence) for rank in range(sequence * groups)]
     shares = [mesh.share(total, micro_batch_size) for mesh in world]
-    assert len({len(share) for share in shares}) == 1, "equal numbers of forwards"
-    assert {len(items) for share in shares for items in share} == {micro_batch_size}, "of equal size"
+    assert len({len(share) for share in shares}) == 1, "all ranks run equally many forwards"
+    assert {len(items) for share in shares for items in share} == {micro_batch_size}, "micro-batches have equal sizes"
     for mesh, share in zip(world, shares, strict=True):
         assert share == shares[mesh.data_rank * sequence], "a sequence group has the same samples"
     flat = [[item for items in share for item in items] for share in shares]

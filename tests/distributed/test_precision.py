@@ -44,9 +44,9 @@ def test_an_average_and_a_resume_preserve_fp32_modules(
 ) -> None:
     found = errors[f"{dtype} {stage} fp16=True bf16=True"]
     assert found["average"] <= 1e-6
-    assert found["moved"], "the average is another point than the weights"
-    assert found["restored"], "the weights come back after the average, bit for bit"
-    assert found["resumed"], "a checkpoint holds them, bit for bit"
+    assert found["moved"], "the average differs from the weights"
+    assert found["restored"], "the weights are restored bit for bit after the average"
+    assert found["resumed"], "a checkpoint restores them bit for bit"
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

@@ -82,14 +82,14 @@ def test_the_resume_mode_preserves_as_much_state_as_possible(
 
 
 @pytest.mark.parametrize(
-    ("written", "said"),
+    ("written", "message"),
     [
         (replace(HERE, zero_stage=3), r"under ZeRO 3, this run has ZeRO 2.* --run.resume-optimizer fresh"),
         (replace(HERE, dtype="torch.bfloat16"), r"in torch.bfloat16, this run computes in torch.float32"),
     ],
 )
-def test_a_layout_that_cannot_be_loaded_is_refused(written: Layout, said: str) -> None:
-    with pytest.raises(CheckpointError, match=said):
+def test_a_layout_that_cannot_be_loaded_is_refused(written: Layout, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         resume_mode(written, HERE, "keep", True, Path("step-000003"))
 
 

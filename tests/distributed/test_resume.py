@@ -56,7 +56,7 @@ def test_two_steps_plus_two_under_another_stage_and_rank_count_equal_four(halves
         for key, value in expected.items():
             assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (expected["step"], key)
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
-        assert found["reward"] == pytest.approx(expected["reward"], abs=1e-5), "the same prompts, each once an epoch"
+        assert found["reward"] == pytest.approx(expected["reward"], abs=1e-5), "the same prompts, each once per epoch"
     for folder in ("export", "export-ema"):
         first, second = (load_file(halves / run / folder / WEIGHTS) for run in ("zero1-full-whole", name))
         assert all((first[key] - second[key]).norm() / first[key].norm() < 1e-5 for key in first), folder
@@ -102,7 +102,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path, shards: Path
     finally:
         launches.end_what_is_left()
     assert end.codes == [0, 0], end.output[-5000:]
-    assert len(set(moments)) > 2, f"kills must come at different steps, not all at {moments}"
+    assert len(set(moments)) > 2, f"kills must occur at different steps, not all at {moments}"
     assert records(end.run_dir) == records(alone.run_dir)
     assert_same_run(end.run_dir, alone.run_dir)
     for folder in ("export", "export-ema"):

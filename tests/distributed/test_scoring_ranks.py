@@ -41,7 +41,7 @@ def test_several_ranks_give_the_scores_of_one_and_resume_after_a_failure(tmp_pat
     done = launched(TORCHRUN, score_command(folder, many))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("temporal_flickering: 5 of 5 videos were measured before") == 1
-    assert done.stdout.count(str(many)) == 1 + 3, "only rank 0 prints the kept numbers and the result's path"
+    assert done.stdout.count(str(many)) == 1 + 3, "only rank 0 prints the stored scores and the result's path"
     assert not kept_folder(many).exists()
     assert launched((), score_command(folder, one)).returncode == 0
     assert many.read_bytes() == one.read_bytes()

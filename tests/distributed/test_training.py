@@ -73,7 +73,7 @@ def test_the_ratio_is_one_before_the_first_update_and_not_after(
     assert summary["max_ratio_error_first_update"] == 0.0
     assert f"zero{summary['zero_stage']}" in name
     record = read_metrics(worlds[world_size] / name / "metrics.jsonl")[0]
-    assert record["log_ratio_abs_max"] > 1e-6, "the second update must see a policy that has moved"
+    assert record["log_ratio_abs_max"] > 1e-6, "the policy must have changed before the second update"
 
 
 def test_a_gathered_rollout_equals_a_sharded_one(worlds: dict[int, Path]) -> None:
@@ -89,9 +89,9 @@ def test_a_gathered_rollout_equals_a_sharded_one(worlds: dict[int, Path]) -> Non
 @pytest.mark.parametrize("name", ["zero2-full", "zero3-full", "zero3-lora"])
 def test_a_penalty_towards_the_starting_policy_changes_the_second_update(worlds: dict[int, Path], name: str) -> None:
     free, held = (read_metrics(worlds[2] / f"held-{name}-{weight}" / "metrics.jsonl")[0] for weight in ("0", "1000"))
-    assert held["kl"] > 0, "the second update sees a policy that has left its start"
+    assert held["kl"] > 0, "the policy differs from its start in the second update"
     assert "kl" not in free
-    assert held["grad_norm"] != free["grad_norm"], "and is pulled back"
+    assert held["grad_norm"] != free["grad_norm"], "the penalty has a gradient"
     assert held["ratio_error_first_update_max"] == 0.0
 
 
@@ -103,7 +103,7 @@ def test_a_penalty_towards_the_average_or_previous_policy_changes_the_second_upd
         read_metrics(worlds[2] / f"held-{one}" / "metrics.jsonl")[0]
         for one in (f"{name.rsplit('-', 1)[0]}-0", f"{name.rsplit('-', 1)[0]}-1000", name)
     )
-    assert 0 < pulled["kl"] <= 1.001 * start["kl"], "the average is no further off than the start"
+    assert 0 < pulled["kl"] <= 1.001 * start["kl"], "the average is at most as far away as the start"
     assert pulled["grad_norm"] != free["grad_norm"]
     assert pulled["ratio_error_first_update_max"] == 0.0
 
@@ -123,19 +123,19 @@ def test_uneven_work_does_not_hang(worlds: dict[int, Path], parameters: str) -> 
 
 def test_scoring_during_the_rollout_changes_nothing(worlds: dict[int, Path]) -> None:
     """Offloading models and trajectories to the CPU changes nothing either."""
-    inline, beside = (worlds[2] / f"ahead-{chunks}" for chunks in (0, 2))
+    inline, concurrent = (worlds[2] / f"ahead-{chunks}" for chunks in (0, 2))
     one, other = (
         [
             {name: value for name, value in record.items() if not name.startswith("seconds")}
             for record in read_metrics(folder / "metrics.jsonl")
         ]
-        for folder in (inline, beside)
+        for folder in (inline, concurrent)
     )
     assert len(one) == 2
     assert one == other
-    weights = exported(beside)
+    weights = exported(concurrent)
     assert all(torch.equal(weights[name], weight) for name, weight in exported(inline).items())
-    assert all(record["seconds/reward_work"] > 0 for record in read_metrics(beside / "metrics.jsonl"))
+    assert all(record["seconds/reward_work"] > 0 for record in read_metrics(concurrent / "metrics.jsonl"))
 
 
 def test_stopping_and_resuming_changes_nothing(worlds: dict[int, Path]) -> None:
@@ -165,11 +165,13 @@ def test_running_priors_and_averages_resume_bit_for_bit(worlds: dict[int, Path])
     states = [torch.load(path, weights_only=False)["progress"] for path in parts]
     assert all(state["running_rewards"] == states[0]["running_rewards"] for state in states), "on every rank"
     assert all(len(running["prompts"]) == 4 for running in states[0]["running_rewards"].values())
-    assert read_metrics(whole / "metrics.jsonl")[3]["trust_std"] > 0, "the anchors must matter"
+    assert read_metrics(whole / "metrics.jsonl")[3]["trust_std"] > 0, "the anchors must affect the result"
     average, start = exported(whole, "export-ema"), starting_weights()
     assert all(torch.equal(average[name], tensor) for name, tensor in exported(stopped, "export-ema").items())
     for other in (start, exported(whole)):
-        assert any(not torch.equal(average[name], other[name]) for name in start), "it lies between start and end"
+        assert any(not torch.equal(average[name], other[name]) for name in start), (
+            "the average is between start and end"
+        )
 
 
 def test_the_export_generates_the_videos_of_the_trained_policy(worlds: dict[int, Path], shards: Path) -> None:
@@ -196,8 +198,8 @@ def test_the_export_generates_the_videos_of_the_trained_policy(worlds: dict[int,
     from_training, _ = read_video(run_dir / "samples" / "after" / "000.mp4")
     before_training, _ = read_video(run_dir / "samples" / "before" / "000.mp4")
     lost, moved = ((frames - video).abs().mean() for video in (from_training, before_training))
-    assert lost < 0.02, "what H.264 loses, no more"
-    assert lost < moved, "it is the trained policy's video, not the starting one's"
+    assert lost < 0.02, "the difference is at most the loss of H.264"
+    assert lost < moved, "the video is that of the trained policy, not of the starting one"
 
 
 @pytest.mark.parametrize("name", ["smoke-offload", "smoke-bf16"])
@@ -231,6 +233,6 @@ def test_evaluation_does_not_affect_training(worlds: dict[int, Path]) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_rank_holds_the_whole_model(memory: Path, rank: int) -> None:
     found = json.loads((memory / f"memory.rank{rank}.json").read_text())
-    assert found["whole"] > 150, "large enough to be told from the rest"
-    assert found["peak"] < 0.75 * found["whole"], "its half, and one module at a time"
-    assert found["largest_parameter_in_memory"] == 0, "every parameter is sharded, none is kept whole"
+    assert found["whole"] > 150, "large enough to distinguish from other memory"
+    assert found["peak"] < 0.75 * found["whole"], "half of the model, and one gathered module at a time"
+    assert found["largest_parameter_in_memory"] == 0, "every parameter is sharded"

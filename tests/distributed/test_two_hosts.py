@@ -86,7 +86,7 @@ def test_one_launch_over_ssh_equals_two_local_ranks(
     found = records(tmp_path / "run")
     assert len(found) == len(expected) == 3
     assert found[0] == expected[0]
-    assert {key: found[1][key] for key in expected[1]} == expected[1], "and its own last evaluation"
+    assert {key: found[1][key] for key in expected[1]} == expected[1], "the last evaluation is also equal"
     assert found[2] == expected[2]
     assert (tmp_path / "run" / "export" / "model_index.json").is_file()
 
@@ -107,7 +107,7 @@ def test_a_run_folder_on_a_local_disk_is_refused_by_name(hosts: TwoHosts, tmp_pa
     results = on_each(hosts, recipe_file(config, tmp_path / "recipe.yaml"))
     for result in results:
         assert result.returncode != 0
-        assert "is not the folder that rank 0 has under this name" in result.output, "told on both consoles"
+        assert "is not the folder that rank 0 has under this name" in result.output, "both consoles show the error"
     assert f"error: rank 1 on {NAMES[1]}: run.dir" in results[0].output
     assert "Loading" not in results[0].output, "before any model is loaded"
 
@@ -120,7 +120,7 @@ def test_missing_prompts_on_one_node_are_reported_with_its_name(hosts: TwoHosts,
     result = over_ssh(hosts, recipe_file(config, tmp_path / "recipe.yaml"))
     assert result.returncode != 0
     assert f"error: rank 1 on {NAMES[1]}: the prompt shards {hosts.local / 'shards'} do not exist" in result.output
-    assert not (tmp_path / "run").exists(), "nothing is written before the input is known to be good"
+    assert not (tmp_path / "run").exists(), "nothing is written before the input is validated"
 
 
 @pytest.mark.slow

@@ -31,4 +31,4 @@ def test_each_rank_counts_the_real_tokens_of_its_slice(size: int, tokens: int, f
         assert ulysses.held(first) == run.sum()
         held = ulysses.split(torch.from_numpy(is_first)[None].float(), 1)
         assert torch.equal(held[0], torch.from_numpy(run).float())
-        assert torch.equal(held[0, : ulysses.held(first)], torch.ones(ulysses.held(first))), "they come first"
+        assert torch.equal(held[0, : ulysses.held(first)], torch.ones(ulysses.held(first))), "real tokens come first"

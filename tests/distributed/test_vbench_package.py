@@ -42,7 +42,7 @@ def vbench_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     done = subprocess.run([*install, "vbench==0.1.5"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"vbench 0.1.5 cannot be installed here: {(done.stderr.splitlines() or ['?'])[-1]}")
-    (packages / "beside.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (packages / "parent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return str(folder / "bin" / "python")
 
 

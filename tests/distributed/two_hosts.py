@@ -146,8 +146,8 @@ class TwoHosts:
         try:
             codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in started]
         except subprocess.TimeoutExpired as error:
-            said = "\n".join(log.read_text(errors="replace")[-6000:] for log in logs)
-            raise HostError(f"no end after {timeout:.0f} s: {' '.join(error.cmd)}\n{said}") from None
+            output = "\n".join(log.read_text(errors="replace")[-6000:] for log in logs)
+            raise HostError(f"no end after {timeout:.0f} s: {' '.join(error.cmd)}\n{output}") from None
         return [Finished(code, log.read_text(errors="replace")) for code, log in zip(codes, logs, strict=True)]
 
 

@@ -148,9 +148,9 @@ def test_the_curve_of_a_run_begins_with_its_starting_policy() -> None:
     assert first.match.step == pytest.approx(50, abs=3)
     assert first.match.effects["oracle"].difference == pytest.approx(1.0, abs=0.1)
     assert second.match is None
-    told = as_table(found)
-    assert "which X has at step 5" in told or "which X has at step 4" in told
-    assert "Y never has the training reward of X between its checkpoints here" in told
+    table = as_table(found)
+    assert "which X has at step 5" in table or "which X has at step 4" in table
+    assert "Y never has the training reward of X between its checkpoints here" in table
     assert compare(models[:2]).matchings == []
 
 

@@ -107,8 +107,8 @@ def test_the_page_is_self_contained_and_escapes_its_text(report: Path) -> None:
 def test_every_picture_control_and_table_has_a_name(visit: Visit) -> None:
     unnamed = visit.page.evaluate(
         """() => [...document.querySelectorAll("button, select, input, video, svg, [role=region]")].filter((one) => {
-            const said = one.ariaLabel || one.getAttribute("aria-labelledby") || (one.labels && one.labels.length);
-            return !said && !(one.tagName === "BUTTON" && one.textContent.trim());
+            const label = one.ariaLabel || one.getAttribute("aria-labelledby") || (one.labels && one.labels.length);
+            return !label && !(one.tagName === "BUTTON" && one.textContent.trim());
         }).map((one) => one.outerHTML.slice(0, 90))"""
     )
     assert unnamed == []

@@ -279,7 +279,7 @@ def test_folders_of_transformers_are_networks_and_other_architectures_are_proxie
     }  # fmt: skip
     for name, folder in folders.items():
         network = DIMENSIONS[name].network(str(folder), CPU)
-        assert network.label == "proxy", "it has another architecture than VBench's"
+        assert network.label == "proxy", "its architecture differs from VBench's"
         assert str(folder) in network.name
         found = DIMENSIONS[name].formula(network.call, video).value
         assert -1 <= found <= 1

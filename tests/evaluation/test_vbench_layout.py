@@ -85,7 +85,7 @@ def test_a_layout_contains_exactly_the_videos_of_the_suite(
         alike = read_video(settings.output / name)[0] - read_video(plain.output / f"{number}.mp4")[0]
         assert alike.abs().mean() < 0.015, "equal up to rounding, which H.264 amplifies"
     (settings.output / ".a red circle moving left-0.mp4.partial-0123abcd").write_bytes(b"of a killed rank")
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("there is nothing left to make"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("all videos exist"))
     lay_out(settings, suite)
     assert layout_problems(settings.output, suite) == []
 
@@ -93,7 +93,7 @@ def test_a_layout_contains_exactly_the_videos_of_the_suite(
 def test_unexpected_files_stop_a_layout_before_generation(
     settings: GenerationSettings, suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("no model may be loaded"))
     settings.output.mkdir()
     (settings.output / "notes.txt").write_text("mine")
     with pytest.raises(SuiteError, match=r"'notes\.txt' is none of the suite's files"):
@@ -207,7 +207,7 @@ def test_every_problem_of_a_folder_is_named(suite: Suite, tmp_path: Path) -> Non
     assert any(str(two) in problem and "is it complete?" in problem for problem in problems)
     assert any("'extra-0.mp4' is none of the suite's files" in problem for problem in problems)
     assert sum(f"'{four.name}' has" in problem for problem in problems) in (0, 2), (
-        "frames and size, if it is the odd one"
+        "frames and size of a video that differs from the others"
     )
     assert sum("has frames" in problem for problem in problems) == 1
     assert sum("has size" in problem for problem in problems) == 1

@@ -131,7 +131,7 @@ def command_of(videos: Path, *more: str) -> list[str]:
 def test_problems_of_a_folder_are_named_before_anything_is_measured(
     videos: Path, listed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "measure_share", lambda *_: pytest.fail("nothing may be measured"))
+    monkeypatch.setattr(scoring, "measure_share", lambda *_: pytest.fail("no video may be measured"))
     first, second = (videos / f"{prompt}-0.mp4" for prompt in PROMPTS)
     (videos / "extra.mp4").write_bytes(first.read_bytes())
     write_video(first, torch.zeros(4, 3, 144, 176), fps=24)

@@ -109,7 +109,7 @@ def test_an_interrupted_scoring_continues_with_the_remaining_videos(
     assert read == [f"a man talks-{number}.mp4" for number in (2, 3, 4, 0, 1, 2, 3, 4)]
     assert "dynamic_degree: 2 of 5 videos were measured before" in capsys.readouterr().out
     assert (tmp_path / "scores.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert not kept_folder(tmp_path / "scores.json").exists(), "complete results need no kept numbers"
+    assert not kept_folder(tmp_path / "scores.json").exists(), "complete results need no stored scores"
     read.clear()
     assert main(command) == 0
     assert len(read) == 15, "a finished scoring is repeated on request"
@@ -162,7 +162,7 @@ def test_stored_scores_are_exact_and_partial_files_are_ignored(folder: Path, tmp
     assert [type(measured.value) for measured in found.values()] == [float, bool, float]
     drop_kept(tmp_path, [task.dimension.name])
     assert read_kept(task, tmp_path) == {}
-    assert read_kept(other, tmp_path) == {4: Measured(0.5)}, "another dimension's numbers stay"
+    assert read_kept(other, tmp_path) == {4: Measured(0.5)}, "scores of another dimension are kept"
     drop_kept(tmp_path, [other.dimension.name])
     assert not tmp_path.exists()
 

@@ -12,7 +12,7 @@ from bpgo_video.distributed.engine import stop_ranks
 from tools.gpu.bench import Bench, published, start
 from tools.gpu.checks import CHECKS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")]
 
 
 @pytest.fixture(scope="module")

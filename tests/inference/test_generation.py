@@ -121,7 +121,7 @@ def test_the_manifest_describes_each_file_and_finished_videos_are_kept(
         expected, _ = read_video(settings.output / name)
         (settings.output / "old.mp4").write_bytes(before[name])
         assert (read_video(settings.output / "old.mp4")[0] - expected).abs().mean() < 1e-3
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("there is nothing left to make"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("all videos exist"))
     generate(settings)
 
 
@@ -141,7 +141,7 @@ def test_the_manifest_of_an_interrupted_generation_lists_only_existing_files(
 def test_other_settings_in_the_same_folder_are_an_error(
     settings: GenerationSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("no model may be loaded"))
     monkeypatch.setattr(generation, "whole_video", lambda *_: torch.zeros(9, 3, 64, 64))
     monkeypatch.setattr(generation, "check_and_show", lambda *_: [])
     generate(settings)
@@ -174,7 +174,7 @@ def test_invalid_settings_are_named_before_any_weights_are_loaded(
     settings: GenerationSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     name: str, value: object, words: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("no model may be loaded"))
     assert main(flags(settings, **{name: value})) == 1
     assert words in capsys.readouterr().err
     assert not settings.output.exists()

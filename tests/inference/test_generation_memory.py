@@ -103,7 +103,7 @@ def test_offloading_gives_the_same_videos(name: str, tmp_path: Path, monkeypatch
 def test_offload_needs_a_gpu(
     wan: GenerationSettings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("no model may be loaded"))
     flags = ["--policy", wan.policy, "--prompts", str(wan.prompts), "--output", str(wan.output), "--seed", "5"]
     size = ["--num-frames", "9", "--height", "64", "--width", "64"]
     monkeypatch.setattr(generation, "ALONE", replace(generation.ALONE, device=CPU))
@@ -128,8 +128,8 @@ def test_omitted_settings_come_from_the_run(wan: GenerationSettings, run: Path) 
     found = find_model(from_run).complete(from_run)
     assert (found.vae_tiling, found.vae_slicing, found.attention_backend) == (True, True, "_native_math")
     assert (found.num_frames, found.height, found.width, found.fps) == (9, 64, 64, 8)
-    said = replace(from_run, vae_tiling=False, attention_backend="native")
-    found = find_model(said).complete(said)
+    explicit = replace(from_run, vae_tiling=False, attention_backend="native")
+    found = find_model(explicit).complete(explicit)
     assert (found.vae_tiling, found.vae_slicing, found.attention_backend) == (False, True, "native")
     assert find_model(wan).complete(wan) == wan
 

@@ -58,7 +58,7 @@ def test_moving_averages_equal_values_computed_by_hand():
     assert second["clip"]["mean"] == pytest.approx(0.75 * 3.5 + 0.25 * 3)
     assert second["clip"]["prompts"] == pytest.approx({7: 2.0, 8: 0.75 * 5 + 0.25 * 6, 9: 0.0})
     assert second["clip"]["spread"] == pytest.approx(0.75 * 1 + 0.25 * 2)
-    assert first["clip"]["prompts"] == {7: 2.0, 8: 5.0}, "an update makes new averages"
+    assert first["clip"]["prompts"] == {7: 2.0, 8: 5.0}, "an update returns new averages"
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("ema", [5.0, 3.5]), ("global", [3.5, 3.5])])
@@ -164,7 +164,7 @@ class Steadiness:
     higher_is_better, differentiable, frames = True, False, FrameSampling()
 
     def __call__(self, clips):
-        assert clips.videos.shape[1] == 5, "as many frames as the policy's videos"
+        assert clips.videos.shape[1] == 5, "the same number of frames as the policy's videos"
         same = (clips.videos.diff(dim=1) == 0).flatten(1).all(dim=1)
         return FrameScores(same.float()[:, None])
 

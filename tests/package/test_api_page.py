@@ -29,5 +29,5 @@ def test_every_python_block_of_the_page_is_an_example() -> None:
     "example", EXAMPLES, ids=lambda example: f"line {PAGE.read_text()[: example.start()].count(chr(10)) + 1}"
 )
 def test_an_example_prints_the_output_shown_below_it(example: re.Match[str]) -> None:
-    assert example["printed"] is not None, "show below it what it prints"
+    assert example["printed"] is not None, "show the output below the example"
     assert printed_by(example["code"]) == example["printed"]

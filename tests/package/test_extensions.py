@@ -78,7 +78,7 @@ def test_external_extensions_train_together(recipe: Path, monkeypatch: pytest.Mo
     assert record["trust_mean"] == 1.25
     assert record["loss"] == 7
     assert 0 < record["reward/red"] < 1
-    assert record["ratio_error_first_update_max"] == 0, "the sampler's density is that of its replay"
+    assert record["ratio_error_first_update_max"] == 0, "rollout and replay have the same density"
     monkeypatch.syspath_prepend(recipe.parent)
     assert read_yaml(recipe.parent / "run" / "config.yaml").sampler.name == "outside:constant_noise"
 

@@ -48,7 +48,7 @@ def test_a_step_raises_the_density_of_samples_above_their_groups_mean(example: M
     assert torch.equal(ratio.grad, -advantage)
     beyond = torch.tensor([1 + 2 * example.CLIP_RANGE, 1 - 2 * example.CLIP_RANGE], requires_grad=True)
     example.surrogate(beyond, advantage).sum().backward()
-    assert torch.equal(beyond.grad, torch.zeros(2)), "outwards of the clip range there is nothing to gain"
+    assert torch.equal(beyond.grad, torch.zeros(2)), "the gradient vanishes beyond the clip range"
 
 
 def test_the_example_is_short_and_names_existing_files(example: ModuleType) -> None:

@@ -95,7 +95,7 @@ def test_families_keep_their_names() -> None:
 
 def test_required_attributes_of_rewards_and_policies_are_unchanged() -> None:
     members = {"name", "version", "range", "higher_is_better", "differentiable", "kind", "frames"}
-    assert set(RewardModel.__annotations__) <= members, "a class written for an older version would no longer do"
+    assert set(RewardModel.__annotations__) <= members, "a class written for an older version would no longer work"
     assert {"folder", "pipeline", "transformers", "transformer_names", "fps"} <= set(Policy.__annotations__)
 
 

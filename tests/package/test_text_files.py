@@ -11,17 +11,17 @@ import pytest
 from tests.made.recipes import ROOT
 
 CODE = sorted(path for folder in ("bpgo_video", "pipelines", "tools") for path in (ROOT / folder).rglob("*.py"))
-# How many arguments a call has once its encoding is among them, with those of binary modes told apart below.
+# Number of positional arguments of a call that includes the encoding; binary modes are handled below.
 WITH_ENCODING = {"read_text": 1, "write_text": 2}
 
 
 def unstated(source: str) -> list[int]:
     """Lines with calls whose text encoding depends on the locale."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    return sorted(call.lineno for call in calls if leaves_it_open(call))
+    return sorted(call.lineno for call in calls if lacks_encoding(call))
 
 
-def leaves_it_open(call: ast.Call) -> bool:
+def lacks_encoding(call: ast.Call) -> bool:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     if "encoding" in keywords:

@@ -122,7 +122,7 @@ def test_fps_and_size_are_those_of_the_authors(folders: dict[str, Path]) -> None
     assert (two.fps, pairs.fps) == (8.0, 16.0)
     assert two.call_defaults() == SIZE
     image = described(folders, "cogvideox_image")
-    assert image.call_defaults() == {"height": 64, "width": 64}, "its pipeline's call has a number of frames"
+    assert image.call_defaults() == {"height": 64, "width": 64}, "the pipeline's call sets the number of frames"
 
 
 def test_a_dropped_latent_frame_gets_the_advantage_of_the_video(folders: dict[str, Path]) -> None:

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_transformer_receives_a_thousand_times_the_guidance(folder: Path) -> None:
-    def told(policy: Any) -> Tensor:
+    def received(policy: Any) -> Tensor:
         latents, conditioning = policy.example()
         seen: dict[str, Tensor] = {}
         policy.transformers["transformer"].register_forward_pre_hook(
@@ -44,8 +44,8 @@ def test_the_transformer_receives_a_thousand_times_the_guidance(folder: Path) ->
         policy.velocity(latents, torch.tensor(0.7), conditioning)
         return seen["guidance"]
 
-    assert told(CASE.policy(folder)).tolist() == [4000.0]
-    assert told(CASE.policy(folder, options={})).tolist() == [6000.0], "diffusers' default"
+    assert received(CASE.policy(folder)).tolist() == [4000.0]
+    assert received(CASE.policy(folder, options={})).tolist() == [6000.0], "diffusers' default"
 
 
 def test_embedded_and_classifier_free_guidance_are_separate_settings(folder: Path, tmp_path: Path) -> None:
@@ -53,9 +53,9 @@ def test_embedded_and_classifier_free_guidance_are_separate_settings(folder: Pat
     settings = GenerationSettings(policy=str(folder), prompts=tmp_path, output=tmp_path, seed=0, height=32, width=48)
     policy = find_model(settings).policy
     assert (resolve(settings, policy).guidance_scale, policy.options) == (1.0, {"embedded_guidance": 6.0})
-    told = replace(settings, embedded_guidance=3.0, guidance_scale=2.0)
-    policy = find_model(told).policy
-    assert (resolve(told, policy).guidance_scale, policy.options) == (2.0, {"embedded_guidance": 3.0})
+    received = replace(settings, embedded_guidance=3.0, guidance_scale=2.0)
+    policy = find_model(received).policy
+    assert (resolve(received, policy).guidance_scale, policy.options) == (2.0, {"embedded_guidance": 3.0})
 
 
 def test_a_checkpoint_generates_with_the_guidance_of_its_recipe(folder: Path, tmp_path: Path) -> None:
@@ -102,10 +102,10 @@ def test_text_embeddings_survive_a_round_trip_through_shards(folder: Path, tmp_p
             torch.testing.assert_close(record.conditioning[name], value[0], rtol=0, atol=1e-6)
     mask = alone["prompt_attention_mask"]
     assert mask.dtype == torch.bool
-    assert mask.sum() == 6, "five words, and what stands behind them in the template"
+    assert mask.sum() == 6, "five words and the suffix of the template"
     assert encoder_stamp(folder, CASE.text_tokens) == stamp
     (folder / "tokenizer_2" / "note").write_text("another")
-    assert encoder_stamp(folder, CASE.text_tokens) != stamp, "the second encoder counts"
+    assert encoder_stamp(folder, CASE.text_tokens) != stamp, "the second encoder affects the output"
 
 
 def test_settings_of_this_family_are_refused_by_others(tmp_path: Path) -> None:

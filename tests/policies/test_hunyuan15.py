@@ -157,8 +157,8 @@ def test_another_guider_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def generation_of(policy: Path, **settings: Any) -> Any:
-    asked = GenerationSettings(policy=str(policy), prompts=policy, output=policy, seed=0, **settings)
-    return resolve(asked, find_model(asked).policy)
+    requested = GenerationSettings(policy=str(policy), prompts=policy, output=policy, seed=0, **settings)
+    return resolve(requested, find_model(requested).policy)
 
 
 def test_omitted_generation_settings_are_the_pipelines(folder: Path, tmp_path: Path) -> None:

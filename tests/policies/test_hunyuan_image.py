@@ -121,7 +121,9 @@ def test_text_encoding_does_not_depend_on_the_batch_and_long_texts_are_truncated
     for row, text in enumerate(texts):
         for name, value in policy.encode_with_images([text], images[row : row + 1]).items():
             assert torch.equal(together[name][row], value[0])
-    assert together["prompt_attention_mask"][1].sum() == together["prompt_attention_mask"][0].sum() + 3, "all 8 places"
+    assert together["prompt_attention_mask"][1].sum() == together["prompt_attention_mask"][0].sum() + 3, (
+        "all 8 positions"
+    )
 
 
 def test_masked_tokens_change_nothing(policy: Policy) -> None:

@@ -30,7 +30,7 @@ from tests.families.kandinsky5 import random_kandinsky5, random_transformer
 
 TEXT, IMAGE = CASES["kandinsky5"], CASES["kandinsky5_image"]
 SIGMA = torch.tensor(0.7)
-Told = list[dict[str, Any]]
+Received = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -119,18 +119,18 @@ def test_the_transformer_receives_the_inputs_of_the_pipeline(
     """In the first rollout step; the policy only has additional text positions for padding."""
     case = IMAGE if images else TEXT
     policy: Any = case.policy(image_folder if images else folder)
-    told: Told = []
+    received: Received = []
     forward = Kandinsky5Transformer3DModel.forward
     monkeypatch.setattr(
         Kandinsky5Transformer3DModel, "forward",
-        lambda self, **given: told.append({name: _copied(value) for name, value in given.items()})
+        lambda self, **given: received.append({name: _copied(value) for name, value in given.items()})
         or forward(self, **given),
     )  # fmt: skip
     noise = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     case.diffusers_videos(policy, noise.clone(), 1, guided=False)
     prompts = case.prompts(policy, case.recipe(policy.folder))
     policy.velocity(noise, policy.sigmas(1, case.video)[0], prompts.conditioning)
-    *by_pipeline, found = told
+    *by_pipeline, found = received
     for row, expected in enumerate(by_pipeline):
         for name in ("hidden_states", "timestep", "pooled_projections"):
             torch.testing.assert_close(found[name][row : row + 1], expected[name], rtol=0, atol=1e-6)
@@ -152,22 +152,22 @@ def _copied(value: Any) -> Any:
 
 def test_positions_are_scaled_at_480_line_sizes(folder: Path) -> None:
     policy: Any = TEXT.policy(folder, components=("transformer",))
-    told: Told = []
+    received: Received = []
     policy.transformers["transformer"].register_forward_pre_hook(
-        lambda _, args, given: told.append(given), with_kwargs=True
+        lambda _, args, given: received.append(given), with_kwargs=True
     )
     latents, conditioning = policy.example()
     for height, width in ((512, 768), (768, 1280)):
         size = latents[..., :1, :1].expand(-1, -1, -1, height // 8, width // 8)
         with torch.no_grad():
             policy.velocity(size[:, :, :1], SIGMA, conditioning)
-    assert [given["scale_factor"] for given in told] == [(1, 2, 2), (1, 3.16, 3.16)]
+    assert [given["scale_factor"] for given in received] == [(1, 2, 2), (1, 3.16, 3.16)]
 
 
 def test_in_bfloat16_positions_are_exact_and_the_velocity_is_close(folder: Path) -> None:
     whole, halved = (TEXT.policy(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     transformer = halved.transformers["transformer"]
-    assert transformer.time_embeddings.in_layer.weight.dtype == torch.float32, "as diffusers keeps it"
+    assert transformer.time_embeddings.in_layer.weight.dtype == torch.float32, "the dtype that diffusers keeps"
     assert transformer.visual_embeddings.in_layer.weight.dtype == torch.bfloat16
     latents, conditioning = whole.example()
     expected = whole.velocity(latents, SIGMA, conditioning)
@@ -197,7 +197,7 @@ def test_texts_are_encoded_individually_and_padded(folder: Path) -> None:
         assert torch.equal(together["pooled_prompt_embeds"][row], pooled[0])
         assert together["prompt_attention_mask"][row].tolist() == [place < length for place in range(12)]
         assert not together["prompt_embeds"][row, length:].any()
-    assert together["prompt_attention_mask"].sum(dim=1).tolist() == [6, 2], "and what stands behind in the template"
+    assert together["prompt_attention_mask"].sum(dim=1).tolist() == [6, 2], "including the suffix of the template"
 
 
 def test_a_generated_video_does_not_depend_on_longer_texts_in_its_batch(folder: Path, tmp_path: Path) -> None:
@@ -227,9 +227,9 @@ def test_the_schedule_applies_the_shift_twice_like_diffusers(folder: Path) -> No
 
     policy = TEXT.policy(folder, components=())
     levels = np.linspace(1, shifted(0.001, 5.0), 4)
-    for asked, shift in ((None, 5.0), (3.0, 3.0)):
+    for given_shift, shift in ((None, 5.0), (3.0, 3.0)):
         expected = torch.tensor([*shifted(levels, shift), 0.0], dtype=torch.float32)
-        torch.testing.assert_close(policy.sigmas(4, TEXT.video, asked), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(policy.sigmas(4, TEXT.video, given_shift), expected, rtol=0, atol=1e-6)
 
 
 def test_an_image_to_video_sample_is_decoded_with_its_own_statistics(image_folder: Path) -> None:

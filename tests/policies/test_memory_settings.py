@@ -89,7 +89,7 @@ class StubPolicy:
 def test_parts_are_on_the_device_only_while_they_are_used(recipe: Config) -> None:
     stub, settings = StubPolicy(), replace(recipe.policy, frozen_rest_on="cpu")
     save_memory(stub, settings, torch.device("cuda", 1))
-    assert stub.places() == ["cpu", "cpu", "device"], "the text encoder is not theirs to move"
+    assert stub.places() == ["cpu", "cpu", "device"], "the text encoder is not offloaded by these operations"
     assert stub.decode(torch.zeros(1), None) == ["cuda:1", "cuda:1", "device"]
     assert stub.image_conditioning(torch.zeros(1), None)[:2] == ["cuda:1", "cuda:1"]
     assert stub.places()[:2] == ["cpu", "cpu"]
@@ -109,10 +109,10 @@ def test_an_unsupported_vae_option_is_refused_by_name() -> None:
 
 
 def test_sequence_groups_use_the_chosen_attention_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    calls = []
 
     def dispatched(query: Tensor, key: Tensor, value: Tensor, *, backend: object = None, **options: object) -> Tensor:
-        asked.append((backend, query.shape[2]))
+        calls.append((backend, query.shape[2]))
         return query
 
     monkeypatch.setattr(ulysses, "dispatch_attention_fn", dispatched)
@@ -123,8 +123,8 @@ def test_sequence_groups_use_the_chosen_attention_backend(monkeypatch: pytest.Mo
             parallelise(module, mesh, WanPolicy.sequence_plan)
             monkeypatch.setattr(type(module).__module__ + ".dispatch_attention_fn", ulysses.attend)
             module(**inputs("wan", "even")[0], return_dict=False)
-    assert {str(backend) for backend, _ in asked} == {"AttentionBackendName._NATIVE_MATH"}
-    assert {heads for _, heads in asked} == {4, 2}, "half of the heads each where two ranks share the tokens"
+    assert {str(backend) for backend, _ in calls} == {"AttentionBackendName._NATIVE_MATH"}
+    assert {heads for _, heads in calls} == {4, 2}, "two ranks of a sequence group have half of the heads each"
 
 
 def test_another_backend_gives_the_same_attention() -> None:

@@ -65,10 +65,10 @@ def test_the_schedule_is_linear_then_quadratic(folder: Path) -> None:
 def test_an_empty_text_does_not_affect_other_samples(folder: Path) -> None:
     policy = MOCHI.policy(folder, components=("text_encoder",))
     policy.pipeline.register_to_config(force_zeros_for_empty_prompt=True)
-    alone, beside = policy.encode(TEXTS[:1]), policy.encode([TEXTS[0], ""])
+    alone, batched = policy.encode(TEXTS[:1]), policy.encode([TEXTS[0], ""])
     for name in alone:
-        assert torch.equal(beside[name][:1], alone[name])
-    assert not beside["mask"][1].any()
+        assert torch.equal(batched[name][:1], alone[name])
+    assert not batched["mask"][1].any()
 
 
 def test_generation_equals_the_pipeline(settings: GenerationSettings, folder: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_plan_of_the_family_splits_its_tokens(policy: Policy, monkeypatch: p
     assert velocity.shape == latents.shape
     assert seen["tokens"] == [whole // 2]
     assert seen["attended"] == [whole, whole // 2] * 2, (
-        "self-attention of two blocks; each rank's own tokens to the text"
+        "self-attention of two blocks, and cross-attention of local tokens"
     )
 
 

@@ -84,7 +84,7 @@ def test_the_example_input_for_comparing_weights_runs(image_policy: Policy) -> N
         image_policy.transformers["transformer"].patch_embedding.weight[:, -1] *= 2
         changed = image_policy.velocity(latents, torch.tensor(0.5), conditioning)
         image_policy.transformers["transformer"].patch_embedding.weight[:, -1] /= 2
-    assert (changed - found).abs().max() > 1e-4, "weights of the image's channels are seen"
+    assert (changed - found).abs().max() > 1e-4, "weights of the image's channels affect the output"
 
 
 def test_image_features_and_text_tokens_are_distinguished(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_image_features_and_text_tokens_are_distinguished(tmp_path: Path) -> Non
     with torch.no_grad():
         policy.transformers["transformer"].blocks[0].attn2.add_v_proj.weight.mul_(50)
     changed = policy.velocity(latents, torch.tensor(0.5), conditioning)
-    assert (changed - found).abs().max() > 1e-3, "weights of the image's keys and values are seen"
+    assert (changed - found).abs().max() > 1e-3, "weights of the image's keys and values affect the output"
     with pytest.raises(ConfigError, match=r"max_sequence_length is 256.*last 512 tokens.*set it to 512"):
         load_policy(str(folder), max_sequence_length=256).encode(TEXTS)
 

@@ -115,7 +115,7 @@ def test_a_served_model_describes_itself_and_scores_the_same() -> None:
         assert isinstance(remote, RewardModel)
         assert (remote.name, remote.version, remote.kind) == ("brightness", "7-8bit", "test")
         assert (remote.range, remote.frames) == ((0.0, 1.0), FrameSampling(fps=4.0))
-        assert not remote.higher_is_better, "the client returns the model's own scores"
+        assert not remote.higher_is_better, "the client returns the model's scores"
         clips = clips_of("five", samples=5)
         actual = remote(clips)
         assert torch.equal(actual.values, expected(clips))

@@ -84,7 +84,7 @@ def test_a_failing_worker_is_an_error_with_its_reason(how: str, error: type[Exce
         model(clips_of())
     assert time.monotonic() - started < 2.0
     model.close()
-    assert ended(model.pid), "a worker that hangs ends with its owner"
+    assert ended(model.pid), "a hanging worker exits with its parent"
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_rollout_that_fails_does_not_wait_for_scores() -> None:
     (thread,) = [thread for thread in threading.enumerate() if thread not in others]
     thread.join(0.7)
     assert not thread.is_alive()
-    assert suite.rewards["toy"].model.received.total() <= 1, "the second chunk is not scored any more"
+    assert suite.rewards["toy"].model.received.total() <= 1, "the second chunk is no longer scored"
 
 
 def test_the_thread_has_the_settings_of_its_caller() -> None:
@@ -153,7 +153,7 @@ def test_offloaded_models_are_on_the_cpu_between_scorings(monkeypatch: pytest.Mo
         assert places == {id(network): "meta"}
     assert places == {id(network): "cpu"}
     with other.on_device():
-        assert len(places) == 1, "a model that is not offloaded stays where it is"
+        assert len(places) == 1, "a model that is not offloaded is not moved"
     OFFLOADED[network] = torch.device("meta")
     object.__setattr__(other.rewards["toy"], "model", offloaded.rewards["toy"].model)
     with other.on_device():

@@ -182,7 +182,7 @@ def test_videoalign_is_the_head_at_its_tokens_normalised(tmp_path: Path, outputs
     actual = torch.cat([rewards[part](clips).values for part in ("VQ", "MQ", "TA")], dim=1)
     np.testing.assert_allclose(actual.numpy(), expected, atol=1e-4)
     np.testing.assert_allclose(rewards["overall"](clips).values[:, 0].numpy(), np.sum(expected, axis=1), atol=3e-4)
-    assert np.abs(np.array(expected) - rotated).max() > 1e-2, "positions in space would score otherwise"
+    assert np.abs(np.array(expected) - rotated).max() > 1e-2, "spatial positions would give different scores"
 
 
 def test_rewards_with_several_scores_run_the_network_once(tmp_path: Path, monkeypatch) -> None:

@@ -56,7 +56,7 @@ def test_a_position_on_a_schedule_maps_to_the_shifted_level(level: float, shift:
 def test_levels_lie_on_the_familys_schedule(small: Policy) -> None:
     levels = torch.linspace(0, 1, 101)
     found = on_schedule(levels, small.sigmas(1000, VIDEO))
-    assert (found - 3 * levels / (1 + 2 * levels)).abs().max() < 7e-3, "its shift of 3; the last step is a leap"
+    assert (found - 3 * levels / (1 + 2 * levels)).abs().max() < 7e-3, "the family's shift of 3; the last step is large"
     assert (found[0], found[-1]) == (0, 1)
     assert bool((found.diff() > 0).all())
 
@@ -118,7 +118,7 @@ def test_loss_and_gradient_equal_the_formula(small: Policy, monkeypatch: pytest.
     value.backward()
 
     levels, drawn, drops = loss.draw(clips, 5, "transformer")
-    assert 0 < int(drops.sum()) < 4, "some captions must be left out, and some not"
+    assert 0 < int(drops.sum()) < 4, "some captions must be dropped, and some kept"
     data, noise = clips.latents.double().numpy(), drawn.double().numpy()
     sigma = levels.double().numpy()[:, None, None, None, None]
     texts = clips.conditioning["prompt_embeds"][:, 0, 0].double().numpy()
@@ -142,7 +142,7 @@ def test_image_to_video_uses_the_first_frame_even_for_dropped_captions(tmp_path:
     texts = ClipBatch(plain.ids, plain.latents, {**own, "prompt_embeds": plain.conditioning["prompt_embeds"].flip(0)})
     loss = loss_of(policy, dropout=1.0)
     found = loss.errors(clips, 0, "transformer")
-    assert torch.equal(found, loss.errors(texts, 0, "transformer")), "every caption is left out"
+    assert torch.equal(found, loss.errors(texts, 0, "transformer")), "every caption is dropped"
     assert not torch.allclose(found, loss.errors(other, 0, "transformer"), rtol=1e-4)
 
 
@@ -207,4 +207,4 @@ def test_heldout_errors_use_separate_noise_and_drop_no_captions(small: Policy) -
     found = loss.errors_at(clips, levels)
     assert torch.equal(found, loss.errors_at(clips, levels)), "the same at every evaluation"
     other = ClipBatch(clips.ids, clips.latents, {k: v.flip(0) for k, v in clips.conditioning.items()})
-    assert not torch.allclose(found, loss.errors_at(other, levels)), "captions are seen"
+    assert not torch.allclose(found, loss.errors_at(other, levels)), "captions affect the error"

@@ -100,12 +100,12 @@ def rollout(policy: Policy, recipe: Config, kind: str) -> tuple[ForwardProcess, 
 @pytest.mark.parametrize("updates", [1, 3])
 def test_an_update_lowers_its_loss(own_policy: Policy, recipe: Config, kind: str, updates: int) -> None:
     objective, trajectories = rollout(own_policy, recipe, kind)
-    assert all(trajectory.latents.shape[1] == 1 for trajectory in trajectories), "final latents alone are stored"
+    assert all(trajectory.latents.shape[1] == 1 for trajectory in trajectories), "only final latents are stored"
     objective.prepare(trajectories, 2)
     before = total_loss(objective, trajectories)
     fresh = replace(objective, recorded={})
     learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=1e-3)
     metrics = optimise(learner, fresh, trajectories, updates_per_rollout=updates).metrics
     assert metrics["ratio_error_first_update_max"] == 0.0
-    assert (metrics["log_ratio_abs_max"] > 1e-7) == (updates > 1), "later updates see a policy that has moved"
+    assert (metrics["log_ratio_abs_max"] > 1e-7) == (updates > 1), "the policy has changed before later updates"
     assert total_loss(objective, trajectories) < before

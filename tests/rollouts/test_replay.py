@@ -231,7 +231,7 @@ def test_adapters_are_disabled_only_for_the_reference(own_policy: Policy, recipe
     add_lora(module, LoraConfig(rank=4), seed=0)
     reference = Reference(own_policy, partial(adapters_off, own_policy.transformers))
     objective, trajectories = rollout(own_policy, recipe, reference, loss={"kl_weight": 1.0})
-    assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0, "adapters start at nothing"
+    assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0, "adapters start at zero"
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

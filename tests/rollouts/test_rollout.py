@@ -132,8 +132,8 @@ def test_a_group_can_start_from_the_same_noise(policy: Policy, recipe: Config) -
     )
     start, end = chunk.trajectories[0].latents[:, 0], chunk.trajectories[0].latents[:, -1]
     assert torch.equal(start[0], start[1])
-    assert not torch.equal(start[0], start[2]), "another prompt, another noise"
-    assert not torch.equal(end[0], end[1]), "the stochastic steps part them"
+    assert not torch.equal(start[0], start[2]), "different prompts have different noise"
+    assert not torch.equal(end[0], end[1]), "samples diverge in the stochastic steps"
 
 
 def test_uneven_totals_give_every_rank_the_same_number_of_micro_batches() -> None:

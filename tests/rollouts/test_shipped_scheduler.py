@@ -52,7 +52,7 @@ def test_the_shift_comes_from_the_recipe(tmp_path: Path) -> None:
         for shift in (None, 9.0)
     )
     assert (shifted.sigmas[1:-1] > own.sigmas[1:-1]).all()
-    assert policy.pipeline.scheduler.num_inference_steps is None, "the policy's own scheduler is unchanged"
+    assert policy.pipeline.scheduler.num_inference_steps is None, "the policy's scheduler is unchanged"
 
 
 def test_a_scheduler_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:

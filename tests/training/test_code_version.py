@@ -25,7 +25,7 @@ def test_a_checkout_has_its_commit_and_marks_modified_files(tmp_path: Path) -> N
     code.parent.mkdir(parents=True)
     code.write_text("one")
     git(tmp_path / "repo", "init", "-q")
-    assert commit(code) is None, "git does not know the file"
+    assert commit(code) is None, "the file is not tracked by git"
     git(tmp_path / "repo", "add", ".")
     git(tmp_path / "repo", "commit", "-qm", "first")
     git(tmp_path / "repo", "tag", "v1")

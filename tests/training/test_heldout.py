@@ -36,12 +36,12 @@ def test_draws_inside_do_not_change_the_generators() -> None:
     with isolated():
         inside = draws()
         torch.manual_seed(7)
-    assert inside == expected, "the block goes on where the generators are"
+    assert inside == expected, "the block continues from the generators' state"
     assert draws() == expected
     state = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError), isolated():
         _ = torch.rand(()) / 0 + 1 // 0
-    assert torch.equal(torch.get_rng_state(), state), "also where the block raises"
+    assert torch.equal(torch.get_rng_state(), state), "also if the block raises"
 
 
 def test_fixed_draws_are_reproducible_and_do_not_affect_other_threads() -> None:
@@ -103,7 +103,7 @@ def test_held_out_videos_follow_the_solver_and_the_shift(policy: Policy, recipe:
         seen: list[RolloutChunk] = []
         suite = RewardSuite({"flicker": RewardConfig(model="temporal_flickering")}, torch.device("cpu"), video.fps)
         evaluate(policy, prompts, suite, config, Mesh(0, 1, torch.device("cpu")), seen.append)
-        assert seen[0].trajectories[0].latents.shape[1] == 1, "an evaluation keeps no noise level but the last"
+        assert seen[0].trajectories[0].latents.shape[1] == 1, "an evaluation keeps only the last noise level"
         return seen[0].trajectories[0].latents[:, -1]
 
     schedule = FlowMatchEulerDiscreteScheduler(shift=4.0)

@@ -19,11 +19,11 @@ def test_every_dependency_has_a_tested_version() -> None:
     tested = doctor.tested_versions()
     assert tested["torch"] == "2.13.0"
     assert {"deepspeed", "PyYAML", "opencv-python-headless"} <= set(tested)
-    assert not {"ruff", "pytest", "mypy"} & set(tested), "tools of development change no run"
+    assert not {"ruff", "pytest", "mypy"} & set(tested), "development tools do not affect runs"
 
 
 @pytest.mark.parametrize(
-    ("installed", "said"),
+    ("installed", "expected"),
     [
         ("2.13.0", []),
         ("2.13.0+cpu", []),
@@ -32,7 +32,7 @@ def test_every_dependency_has_a_tested_version() -> None:
     ],
 )
 def test_another_version_is_reported_but_not_another_build_of_the_same(
-    installed: str | None, said: list[str], monkeypatch: pytest.MonkeyPatch
+    installed: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def version(name: str) -> str:
         if installed is None:
@@ -41,7 +41,7 @@ def test_another_version_is_reported_but_not_another_build_of_the_same(
 
     monkeypatch.setattr(doctor, "tested_versions", lambda: {"torch": "2.13.0"})
     monkeypatch.setattr(doctor, "version", version)
-    assert list(doctor.other_versions()) == said
+    assert list(doctor.other_versions()) == expected
 
 
 @pytest.mark.parametrize(("threads", "ranks", "advice"), [(1, 2, []), (2, 2, ["1"]), (4, 1, ["2"])])
@@ -51,8 +51,8 @@ def test_more_threads_than_cores_are_reported(
     monkeypatch.setattr(doctor, "available_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setenv("LOCAL_SIZE", str(ranks))
-    said = list(doctor.crowded_cores())
-    assert [line.rpartition("OMP_NUM_THREADS=")[2] for line in said] == advice
+    warnings = list(doctor.crowded_cores())
+    assert [line.rpartition("OMP_NUM_THREADS=")[2] for line in warnings] == advice
 
 
 @pytest.mark.parametrize(

@@ -184,9 +184,9 @@ def test_the_verdict_comes_from_the_test_over_prompts(
     after: float, shown: int | None, prompts: int, words: str
 ) -> None:
     summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_shown": shown, "heldout_prompts": prompts}
-    told = verdict(summary | {"heldout_interval": [-0.2, 0.3], "heldout_measures": 5}) or ""
-    assert words in told
-    assert ("cannot show" in told) == (prompts == 6)
+    text = verdict(summary | {"heldout_interval": [-0.2, 0.3], "heldout_measures": 5}) or ""
+    assert words in text
+    assert ("cannot show" in text) == (prompts == 6)
 
 
 def test_the_final_table_states_the_paired_difference_and_the_paths(tmp_path: Path) -> None:

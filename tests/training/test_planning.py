@@ -85,7 +85,7 @@ def test_live_tensors_are_counted_once_until_they_are_freed() -> None:
         torch.zeros(10**6, device="meta")
         assert counted.live == 4000
         first = first + 1
-        assert counted.live == 8000, "the view holds what it looks into"
+        assert counted.live == 8000, "a view keeps its storage alive"
         del view
         assert (counted.live, counted.mark()) == (4000, 8000)
         del first
@@ -119,7 +119,7 @@ def test_checkpointing_and_sequence_groups_reduce_the_activations() -> None:
         for settings in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "sequence": 4})
     )
     assert recomputed < 0.7 * plain
-    assert recomputed / 4 < shared < recomputed / 3, "the video's tokens are divided, the text's are not"
+    assert recomputed / 4 < shared < recomputed / 3, "the video's tokens are divided, but not the text's"
     with pytest.raises(ConfigError, match="attention heads"):
         footprint(POLICY, large, 2, torch.float32, sequence=3)
 
@@ -223,7 +223,7 @@ def test_offload_moves_all_bytes_to_the_host(recipe: Config) -> None:
 def test_live_weights_are_bounded_by_the_json_and_by_the_model() -> None:
     few = {"stage3_max_live_parameters": 10**6, "stage3_max_reuse_distance": 10**6}
     assert live_weights(zero(3, 4, **few), WEIGHTS) == 2 * (10**6 + 10**6)
-    assert live_weights(zero(3, 4), WEIGHTS) == 2 * 12_000_000, "DeepSpeed's own bound is 1e9 elements"
+    assert live_weights(zero(3, 4), WEIGHTS) == 2 * 12_000_000, "DeepSpeed's bound is 1e9 elements"
     assert live_weights(zero(2, 4), WEIGHTS) == missing_weights(zero(2, 4), WEIGHTS) == 0
     assert missing_weights(zero(3, 4), WEIGHTS) == 2 * 9_000_000
 
@@ -296,7 +296,7 @@ def test_advice_leads_to_a_plan_that_fits_or_states_that_none_does(job: Job, mon
     hopeless = advise(job, plan, 1)
     assert not hopeless.fits
     assert hopeless.peak < plan.peak
-    assert advise(job, plan, plan.peak).changes == (), "nothing is changed that need not be"
+    assert advise(job, plan, plan.peak).changes == (), "only necessary settings are changed"
 
 
 def test_changes_that_break_a_rule_are_not_advised(job: Job) -> None:
@@ -350,8 +350,8 @@ def test_model_flags_are_refused_together_with_a_recipe(name: str, capsys: pytes
     flag = command.MODEL_FLAGS[name]
     values = [] if flag.options.get("action") else [{"offload": "all", "zero": "2"}.get(name, "1")]
     assert command.main(["--config", str(RECIPE), "--gpus", "2", f"--{name}", *values]) == 2
-    said = capsys.readouterr().err
-    assert f"error: --{name} is a flag of --model; with a recipe use {flag.recipe.partition(' ')[0]}" in said
+    message = capsys.readouterr().err
+    assert f"error: --{name} is a flag of --model; with a recipe use {flag.recipe.partition(' ')[0]}" in message
 
 
 def test_flags_suggested_by_messages_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:

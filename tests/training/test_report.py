@@ -214,8 +214,8 @@ def test_the_command_prints_the_path_and_names_a_wrong_folder(run_dir: Path, mon
 
 def test_a_strip_shows_the_score_of_each_frame(run_dir: Path) -> None:
     page = page_of(run_dir)
-    told = [tag["aria-label"] for tag in page.all("div") if tag.get("role") == "img"]
-    assert told == [
+    labels = [tag["aria-label"] for tag in page.all("div") if tag.get("role") == "img"]
+    assert labels == [
         "<oracle> by frame, before: 0.00 s 0.1, 0.12 s 0.5",
         "<oracle> by frame, after: 0.00 s 0.9, 0.12 s 0.3",
     ]

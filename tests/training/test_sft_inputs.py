@@ -122,7 +122,7 @@ def test_a_micro_batch_is_read_in_the_dtypes_of_the_policy(clips: Path) -> None:
     assert batch.latents.dtype == torch.float32, "noise is added in full precision"
     assert torch.equal(batch.latents[1], shards.record(1).clip[LATENTS])
     assert batch.conditioning["prompt_embeds"].dtype == torch.bfloat16
-    assert torch.equal(batch.conditioning["frame_rate"], torch.tensor([29.97, 29.97])), "in full precision, too"
+    assert torch.equal(batch.conditioning["frame_rate"], torch.tensor([29.97, 29.97])), "also in full precision"
 
 
 def test_captions_of_the_embedded_clips_are_correct(clips: Path, policy: Policy) -> None:

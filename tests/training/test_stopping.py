@@ -41,7 +41,7 @@ def test_a_request_file_applies_until_it_is_handled(
     assert requests.agreed() is Request.NONE
     (tmp_path / name).touch()
     assert requests.agreed() is expected
-    assert StopRequests(tmp_path, OTHER).agreed() is Request.NONE, "files are rank 0's to read"
+    assert StopRequests(tmp_path, OTHER).agreed() is Request.NONE, "only rank 0 reads files"
     requests.fulfilled(expected, "after 3 of 9 steps, in here")
     assert "after 3 of 9 steps, in here" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -83,5 +83,5 @@ def test_a_second_sigterm_ends_a_rank_blocked_in_native_code(tmp_path: Path) -> 
     assert rank.wait(timeout=10) == 128 + signal.SIGTERM
     rank.stdout.close()
     assert rank.stderr is not None
-    with rank.stderr as said:
-        assert "a second one" in said.read()
+    with rank.stderr as stderr:
+        assert "a second one" in stderr.read()

@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    one, two = (measure(world_size, args.recipe, args.output) for world_size in (1, 2))
-    results = {**one, **two, "scaling": one["scaling"] + two["scaling"], "machine": machine()}
+    single, pair = (measure(world_size, args.recipe, args.output) for world_size in (1, 2))
+    results = {**single, **pair, "scaling": single["scaling"] + pair["scaling"], "machine": machine()}
     write_json(args.output / "bench.json", results)
     table = as_markdown(results)
     with atomic_file(args.output / "bench.md") as path:

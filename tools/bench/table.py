@@ -22,14 +22,16 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 
 def _ratios(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     overlap = results["overlap"]
-    scored = f"rollout and reward / the longer of them, {overlap['chunks']} chunks, a reward that waits as long, 1 rank"
+    scored = (
+        f"rollout and reward / the longer of them, {overlap['chunks']} chunks, a reward that sleeps as long, 1 rank"
+    )
     rows = [
         ("rollout, ZeRO-3 gathered / ZeRO-0, 2 ranks", results["zero3_gathered_over_zero0"]),
         ("rollout, ZeRO-3 sharded / ZeRO-0, 2 ranks", results["zero3_sharded_over_zero0"]),
         ("parameter memory of a rank, ZeRO-3 / ZeRO-0, 2 ranks", results["zero3_memory_over_zero0"]),
-        ("what BPGO adds to a step over GRPO, 2 ranks", results["learner_over_step"]),
-        (f"{scored}, scored in line", overlap["inline"]["over_longer"]),
-        (f"{scored}, scored beside (at most {overlap['bound']:.3f})", overlap["beside"]["over_longer"]),
+        ("additional time of a step with BPGO over GRPO, 2 ranks", results["learner_over_step"]),
+        (f"{scored}, scored inline", overlap["inline"]["over_longer"]),
+        (f"{scored}, scored concurrently (at most {overlap['bound']:.3f})", overlap["beside"]["over_longer"]),
         *(
             (f"rollout with log-probs / diffusers' WanPipeline, {name}, 1 rank", case["ratio"])
             for name, case in results["against_diffusers"].items()

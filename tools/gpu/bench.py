@@ -100,12 +100,12 @@ def published() -> Sizes:
 
 def tiny() -> Sizes:
     """A transformer of two blocks for a dry run on a CPU, without the compiler, which takes a minute there."""
-    whole = published()
-    policy = replace(whole.recipe.policy, max_sequence_length=8)
+    full = published()
+    policy = replace(full.recipe.policy, max_sequence_length=8)
     videos = tuple(VideoConfig(num_frames=frames, height=64, width=64, fps=16) for frames in (5, 9))
     model = Model("tiny", "this file", {"_class_name": "WanPipeline"}, ("transformer",), TINY_TRANSFORMER, TINY_VAE)
     return Sizes(
-        model, model, replace(whole.recipe, policy=policy), videos, blocks=(1, 2), matrix=64, rounds=1, checked_steps=3,
+        model, model, replace(full.recipe, policy=policy), videos, blocks=(1, 2), matrix=64, rounds=1, checked_steps=3,
         stance="force_eager",
     )  # fmt: skip
 

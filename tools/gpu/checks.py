@@ -213,9 +213,9 @@ def resume(bench: Bench) -> dict[str, Any]:
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         train(recipe(bench, "whole"))
-        parted = recipe(bench, "parted")
-        train(replace(parted, run=replace(parted.run, num_steps=1)))
-        train(replace(parted, run=replace(parted.run, resume="auto")))
+        interrupted = recipe(bench, "parted")
+        train(replace(interrupted, run=replace(interrupted.run, num_steps=1)))
+        train(replace(interrupted, run=replace(interrupted.run, resume="auto")))
     finally:
         torch.use_deterministic_algorithms(False)
     uninterrupted, resumed = (records(bench.scratch / name) for name in ("whole", "parted"))

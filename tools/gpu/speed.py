@@ -169,7 +169,7 @@ class Timed:
     config: Config
     rate: float
     note: Note
-    found: dict[str, float] = field(default_factory=dict)
+    results: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -178,14 +178,14 @@ class Timed:
         return f"{self.model.name}, {blocks} blocks, {video.height}x{video.width}x{video.num_frames}"
 
     def add(self, **figures: float) -> None:
-        self.found.update(figures)
+        self.results.update(figures)
         self.note(self.name, figures)
 
     def add_timing(self, name: str, timing: Timing, forwards: int = 0) -> None:
         """Add seconds and peak bytes, and MFU if `forwards`, the number of row forwards, is given."""
         self.add(**{f"{name}_seconds": timing.seconds, f"{name}_peak_bytes": timing.peak_bytes})
         if forwards:
-            self.add(**{f"{name}_mfu": forwards * self.found["forward_operations"] / timing.seconds / self.rate})
+            self.add(**{f"{name}_mfu": forwards * self.results["forward_operations"] / timing.seconds / self.rate})
 
 
 def time_steps(bench: Bench, model: Model, videos: Sequence[VideoConfig], parts: Sequence[Part], note: Note) -> Timed:
@@ -213,14 +213,14 @@ def time_rollout(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> 
     with engine.whole_weights():
         timed.add_timing("forward", measured(bench, sample.velocity), forwards=1)
         timed.add_timing("denoise", measured(bench, sample.step), forwards=GUIDED)
-    timed.add(video_denoising_seconds=config.sampler.num_steps * timed.found["denoise_seconds"])
+    timed.add(video_denoising_seconds=config.sampler.num_steps * timed.results["denoise_seconds"])
 
 
 def time_decoding(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
     """Time the VAE, and derive the seconds of a rollout of one video."""
     sample = Sample.of(bench, policy, timed.config)
     timed.add_timing("decode", measured(bench, lambda: policy.decode(sample.latents, sample.guidance.towards)))
-    timed.add(video_rollout_seconds=timed.found["video_denoising_seconds"] + timed.found["decode_seconds"])
+    timed.add(video_rollout_seconds=timed.results["video_denoising_seconds"] + timed.results["decode_seconds"])
 
 
 def time_replay(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
@@ -262,7 +262,7 @@ def large_model(bench: Bench, note: Note) -> None:
     """Time the large model with two numbers of blocks, and extrapolate to all its blocks."""
     videos, parts, (few, more) = bench.sizes.videos[-1:], (time_rollout, time_replay, time_update), bench.sizes.blocks
     models = [with_blocks(bench.sizes.large, blocks) for blocks in (few, more)]
-    first, second = (time_steps(bench, model, videos, parts, note).found for model in models)
+    first, second = (time_steps(bench, model, videos, parts, note).results for model in models)
     blocks = bench.sizes.large.transformer["num_layers"]
     for name in ("forward_seconds", "denoise_seconds", "replay_seconds"):
         each = (second[name] - first[name]) / (more - few)
@@ -270,19 +270,19 @@ def large_model(bench: Bench, note: Note) -> None:
 
 
 def memory_plan(bench: Bench, note: Note) -> None:
-    """What a plan reckons for each phase of what was timed, and what was measured."""
+    """Compare the planned and the measured memory of each timed phase."""
     for timed in bench.timed:
         plan = reckon(Job(timed.config, bench.ds_config(), ranks=1, model=timed.model))
-        found = {}
+        results = {}
         for phase in plan.phases:
-            if peak := timed.found.get(f"{phase.name}_peak_bytes"):
+            if peak := timed.results.get(f"{phase.name}_peak_bytes"):
                 planned = sum(size for name, size in phase.parts.items() if name not in NOT_HELD)
-                found[phase.name] = {"planned": planned, "measured": peak, "planned_over_measured": planned / peak}
-        note(timed.name, found)
+                results[phase.name] = {"planned": planned, "measured": peak, "planned_over_measured": planned / peak}
+        note(timed.name, results)
 
 
 @dataclass(frozen=True)
-class Whole:
+class PlainModel:
     """The small model without an engine, so that a failing kernel does not affect the next one."""
 
     bench: Bench
@@ -290,7 +290,7 @@ class Whole:
     policy: Policy
 
     @classmethod
-    def of(cls, bench: Bench) -> Whole:
+    def of(cls, bench: Bench) -> PlainModel:
         recipe, folder = bench.sizes.recipe, random_folder(bench, bench.sizes.small)
         config = replace(recipe, sampler=replace(recipe.sampler, guidance_scale=1.0))
         policy = load_policy(
@@ -323,37 +323,37 @@ class Whole:
         return {"holds": finite, "finite_gradients": finite, "log_prob_drift": drift, **times}
 
 
-def over(found: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+def over(results: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     """The results with their seconds relative to those of the default."""
     names = ("forward_seconds", "replay_seconds")
-    return {**found, **{name.replace("seconds", "over_default"): found[name] / default[name] for name in names}}
+    return {**results, **{name.replace("seconds", "over_default"): results[name] / default[name] for name in names}}
 
 
 def attention(bench: Bench, note: Note) -> None:
     """Compare each backend with torch's choice: seconds, gradients, and the difference of the velocity."""
-    whole = Whole.of(bench)
+    plain_model = PlainModel.of(bench)
     for video in bench.sizes.videos:
-        sample = whole.sample(video)
-        note(f"torch chooses, {video.num_frames} frames", chosen_kernels(whole, sample))
-        found: dict[str, Any] = {}
+        sample = plain_model.sample(video)
+        note(f"torch chooses, {video.num_frames} frames", chosen_kernels(plain_model, sample))
+        results: dict[str, Any] = {}
         with attention_backend("native"):  # diffusers keeps one backend per process, which is restored here
             for name in TIMED_BACKENDS:
-                found[name] = tried(partial(backend_figures, whole, sample, name, found))
-                note(f"{video.num_frames} frames", {name: found[name]})
+                results[name] = tried(partial(backend_figures, plain_model, sample, name, results))
+                note(f"{video.num_frames} frames", {name: results[name]})
 
 
-def backend_figures(whole: Whole, sample: Sample, name: str, others: Mapping[str, Any]) -> dict[str, Any]:
-    choose_attention(whole.policy.transformers, "native")
+def backend_figures(plain_model: PlainModel, sample: Sample, name: str, others: Mapping[str, Any]) -> dict[str, Any]:
+    choose_attention(plain_model.policy.transformers, "native")
     velocity = sample.velocity()
-    choose_attention(whole.policy.transformers, name)
+    choose_attention(plain_model.policy.transformers, name)
     difference = float((sample.velocity() - velocity).norm() / velocity.norm())
-    figures = {"velocity_difference": difference, **whole.figures(sample)}
+    figures = {"velocity_difference": difference, **plain_model.figures(sample)}
     return over(figures, others.get("native", figures))
 
 
-def chosen_kernels(whole: Whole, sample: Sample) -> dict[str, str]:
+def chosen_kernels(plain_model: PlainModel, sample: Sample) -> dict[str, str]:
     """Kernels that torch's scaled_dot_product_attention selects for the sample's tokens, in a rollout and in replay."""
-    settings = whole.policy.transformer_config
+    settings = plain_model.policy.transformer_config
     tokens = sample.latents[0, 0].numel() // math.prod(settings["patch_size"])
     shape = (1, tokens, settings["num_attention_heads"], settings["attention_head_dim"])
     heads = torch.zeros(shape, dtype=torch.bfloat16, device=sample.latents.device)
@@ -367,15 +367,15 @@ def chosen_kernels(whole: Whole, sample: Sample) -> dict[str, str]:
 
 def compiled(bench: Bench, note: Note) -> None:
     """Compare compiled blocks with eager ones."""
-    whole = Whole.of(bench)
-    sample = whole.sample(bench.sizes.videos[-1])
-    default = whole.figures(sample)
+    plain_model = PlainModel.of(bench)
+    sample = plain_model.sample(bench.sizes.videos[-1])
+    default = plain_model.figures(sample)
     note("blocks as they are", default)
-    for transformer in whole.policy.transformers.values():
-        compile_blocks(transformer, blocks_of(transformer, whole.policy.block_names))
+    for transformer in plain_model.policy.transformers.values():
+        compile_blocks(transformer, blocks_of(transformer, plain_model.policy.block_names))
     with torch.compiler.set_stance(bench.sizes.stance):
         note("compiled blocks", {"first_forward_seconds": seconds(sample.velocity)})
-        note("compiled blocks", over(whole.figures(sample), default))
+        note("compiled blocks", over(plain_model.figures(sample), default))
 
 
 def tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -383,6 +383,6 @@ def tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return work()
     except UNUSABLE as error:
-        found = {"cannot": f"{type(error).__name__}: {error}"[:LONGEST]}
+        results = {"cannot": f"{type(error).__name__}: {error}"[:LONGEST]}
     free_memory()
-    return found
+    return results

@@ -22,7 +22,7 @@ import torch
 from bpgo_video.atomic import atomic_file, write_json
 from tools.gpu.table import as_markdown
 
-Place = TypeVar("Place")
+Context = TypeVar("Context")
 Note = Callable[[str, Any], None]  # (name, a value or several by name): stored under the stage
 MINUTES = 9.0  # for all stages by their estimates; a larger budget implies a slower machine
 MOST = 2  # times its estimate, after which a stage is stopped
@@ -34,10 +34,10 @@ class OutOfTime(BaseException):
 
 
 @dataclass(frozen=True)
-class Stage(Generic[Place]):
+class Stage(Generic[Context]):
     """A function that records results, and its approximate seconds; it starts only if that much time is left."""
 
-    work: Callable[[Place, Note], None]
+    work: Callable[[Context, Note], None]
     seconds: float
 
 
@@ -52,7 +52,7 @@ class Record:
     def __init__(self, output: Path, started: float, facts: Mapping[str, Any]):
         self.output, self.started, self.holds = output, started, True
         self.stages: dict[str, dict[str, Any]] = {}
-        self.found = {**facts, "stages": self.stages}
+        self.results = {**facts, "stages": self.stages}
         self.write()
 
     @property
@@ -73,9 +73,9 @@ class Record:
         self.note(stage, name, {"holds": False, "error": traceback.format_exc()})
 
     def write(self) -> None:
-        write_json(self.output / "gpu.json", self.found)
-        with atomic_file(self.output / "gpu.md") as aside:
-            aside.write_text(as_markdown(self.found), "utf-8")
+        write_json(self.output / "gpu.json", self.results)
+        with atomic_file(self.output / "gpu.md") as path:
+            path.write_text(as_markdown(self.results), "utf-8")
 
 
 def plain(value: Any) -> Any:
@@ -91,7 +91,7 @@ def fails(value: Any) -> bool:
     return isinstance(value, dict) and (value.get("holds") is False or any(map(fails, value.values())))
 
 
-def run_stages(stages: Mapping[str, Stage[Place]], place: Place, record: Record, minutes: float) -> bool:
+def run_stages(stages: Mapping[str, Stage[Context]], context: Context, record: Record, minutes: float) -> bool:
     """Run every stage for which enough time is left; return whether all stages succeeded and all checks hold."""
     for name, stage in stages.items():
         left = 60 * minutes - record.elapsed
@@ -101,7 +101,7 @@ def run_stages(stages: Mapping[str, Stage[Place]], place: Place, record: Record,
         began = time()
         try:
             with deadline(min(left, MOST * max(1, minutes / MINUTES) * stage.seconds)):
-                stage.work(place, partial(record.note, name))
+                stage.work(context, partial(record.note, name))
         except (Exception, OutOfTime):  # record any failure and run the other stages
             record.fail(name, "failure")
         free_memory()
@@ -113,11 +113,11 @@ def run_stages(stages: Mapping[str, Stage[Place]], place: Place, record: Record,
 def attempt(record: Note, name: str, work: Callable[[], Any]) -> None:
     """Record the result of `work` or its exception; the stage continues."""
     try:
-        found = work()
+        results = work()
     except Exception:
         print(traceback.format_exc(), flush=True)
-        found = {"holds": False, "error": traceback.format_exc()}
-    record(name, found)
+        results = {"holds": False, "error": traceback.format_exc()}
+    record(name, results)
     free_memory()
 
 

@@ -16,14 +16,14 @@ UNITS: dict[str, Callable[[Any], str]] = {  # by suffix of a result's name
 }
 
 
-def as_markdown(found: Mapping[str, Any]) -> str:
+def as_markdown(results: Mapping[str, Any]) -> str:
     """All results: the stages that ran, then a table for each stage."""
-    stages = found["stages"]
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    stages = results["stages"]
+    packages = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
     ran = {name: {key: of[key] for key in ("seconds", "skipped") if key in of} for name, of in stages.items()}
     failed = {name: {"failure": "see gpu.json"} for name, of in stages.items() if "failure" in of}
     tables = [
-        head(found["date"], stages.get("device", {}), found["command"], found["code"], packages),
+        head(results["date"], stages.get("device", {}), results["command"], results["code"], packages),
         by_row("stage", {name: {**of, **failed.get(name, {})} for name, of in ran.items()}),
         by_row("check", scalars(stages.get("checks", {}))),
         by_column("a step of one sample", scalars(stages.get("small_model", {}))),

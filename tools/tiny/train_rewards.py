@@ -80,9 +80,9 @@ def damaged_masks(shapes: Tensor, centres: Tensor, radius: Tensor, generator: to
     count = len(shapes)
     clean = torch.stack([world.coverage(torch.full_like(shapes, k), centres, radius) for k in range(3)])
     rows = torch.arange(count)
-    other = torch.randint(3, (count,), generator=generator)
+    second_shape = torch.randint(3, (count,), generator=generator)
     blend = some((count,), 0.5, 1.0, generator)[:, None, None]
-    mixed = avg_pool2d(torch.lerp(clean[shapes, rows], clean[other, rows], blend)[:, None], 5, 1, 2)[:, 0]
+    mixed = avg_pool2d(torch.lerp(clean[shapes, rows], clean[second_shape, rows], blend)[:, None], 5, 1, 2)[:, 0]
     mask = torch.where(blend > 0, ((mixed - 0.5) * 3 + 0.5).clamp(0, 1), clean[shapes, rows])
     axis = (torch.arange(world.SIZE) + 0.5) * 2 / world.SIZE - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
@@ -118,8 +118,8 @@ def damaged_frames(
     stray, fade, haze, noise = some((4, count, 1, 1, 1), 0.15, 1.0, generator)
     position = world.SIZE * torch.rand(count, 2, generator=generator)
     second = world.coverage(shapes.roll(1), position, 3 + 5 * torch.rand(count, generator=generator))
-    whole = torch.maximum(mask, second * (stray[:, 0] > 0) * (1 - mask))[:, None] * (1 - 0.8 * fade)
-    frames = torch.lerp(world.BACKGROUND + 0.15 * haze * waves(count, 3, 8, generator), colour, whole)
+    opacity = torch.maximum(mask, second * (stray[:, 0] > 0) * (1 - mask))[:, None] * (1 - 0.8 * fade)
+    frames = torch.lerp(world.BACKGROUND + 0.15 * haze * waves(count, 3, 8, generator), colour, opacity)
     frames = frames + 0.12 * noise * torch.randn(frames.shape, generator=generator)
     blurred = torch.rand(count, 1, 1, 1, generator=generator) < 0.15
     frames = torch.where(blurred, avg_pool2d(frames, 5, 1, 2, count_include_pad=False), frames).clamp(0, 1)
