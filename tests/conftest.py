@@ -45,7 +45,7 @@ def policy(recipe: Config) -> Policy:
 
 
 @pytest.fixture(autouse=True)
-def own_backend() -> Iterator[None]:
+def restore_backend() -> Iterator[None]:
     """Restore the attention backend after each test: diffusers keeps one for the whole process."""
     with attention_backend("native"):
         yield

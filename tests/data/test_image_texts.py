@@ -74,8 +74,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(prompts: Path, folder: Path, output: Path) -> list[str]:
-    own = ["--policy", str(folder), "--max-sequence-length", str(CASE.text_tokens)]
-    return ["build", "--input", str(prompts), "--output", str(output), *own]
+    flags = ["--policy", str(folder), "--max-sequence-length", str(CASE.text_tokens)]
+    return ["build", "--input", str(prompts), "--output", str(output), *flags]
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +167,9 @@ def test_a_caption_is_encoded_with_the_first_frame_of_its_clip(name: str, tmp_pa
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "0.mp4", clip, video.fps, crf=1)
     (tmp_path / "videos" / "0.txt").write_text(caption.text)
-    own = [*arguments(tmp_path / "videos", folder, tmp_path / "out"), *SIZE]
+    flags = [*arguments(tmp_path / "videos", folder, tmp_path / "out"), *SIZE]
     assert (
-        tool_of("make_video_shards").main([*own, "--num-frames", str(video.num_frames), "--fps", str(video.fps)]) == 0
+        tool_of("make_video_shards").main([*flags, "--num-frames", str(video.num_frames), "--fps", str(video.fps)]) == 0
     )
     shards = PromptShards(tmp_path / "out")
     check_image_stamp(shards, folder, (video.height, video.width))

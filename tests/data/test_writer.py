@@ -72,8 +72,8 @@ def test_equal_texts_are_encoded_once(prompts: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def guided(tmp_path: Path) -> Path:
     """12 prompts: four use the folder's negative prompt (two explicitly), the others one of three negative prompts."""
-    own = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"]
-    lines = [{"prompt": f"prompt {i}", "id": i, "negative_prompt": own[i % 6]} for i in range(12)]
+    negative_prompts = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"]
+    lines = [{"prompt": f"prompt {i}", "id": i, "negative_prompt": negative_prompts[i % 6]} for i in range(12)]
     return write_lines(tmp_path / "n.jsonl", [{k: v for k, v in line.items() if v is not None} for line in lines])
 
 
@@ -83,9 +83,9 @@ def test_each_prompt_has_its_negative_prompt_or_that_of_the_folder(guided: Path,
     assert set(encode.texts.values()) == {1}
     assert set(encode.texts) == {*(f"prompt {i}" for i in range(12)), "blurry", "dark", "folder's"}
     shards = PromptShards(tmp_path / "out")
-    own = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"] * 2
+    negative_prompts = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"] * 2
     records = list(shards.records())
-    assert [record.negative_prompt for record in records] == own
+    assert [record.negative_prompt for record in records] == negative_prompts
     batch = as_batch(records)
     assert len(batch.negative["prompt_embeds"]) == 5, (
         "for twelve prompts, including the folder's, by default and by name"

@@ -79,8 +79,8 @@ def run(case: Case, folder: Path, stage: int, mesh: Mesh, inputs: Any) -> dict[s
     policy.transformers = learner.wrapped
     mine = mesh.share(2, 2 // mesh.data_size)[0]
     latents, conditioning, target = inputs
-    own = (latents[mine], {name: value[mine] for name, value in conditioning.items()}, target[mine])
-    loss = one_loss(policy, own)
+    sample = (latents[mine], {name: value[mine] for name, value in conditioning.items()}, target[mine])
+    loss = one_loss(policy, sample)
     learner.backward(loss, last=True)
     learner.step()
     stepped = whole(learner)

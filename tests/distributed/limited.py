@@ -13,7 +13,7 @@ LIMIT = 200_000  # bytes per file: more than any log, less than any checkpoint s
 enter = Heartbeat.enter
 
 
-def enter_and_perhaps_run_out_of_room(heartbeat: Heartbeat, phase: str, step: int | None = None) -> None:
+def enter_with_full_disk(heartbeat: Heartbeat, phase: str, step: int | None = None) -> None:
     enter(heartbeat, phase, step)
     if os.environ.get("FULL_ENTERING") == f"{os.environ['RANK']} {phase} {step}":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -21,5 +21,5 @@ def enter_and_perhaps_run_out_of_room(heartbeat: Heartbeat, phase: str, step: in
 
 
 if __name__ == "__main__":
-    Heartbeat.enter = enter_and_perhaps_run_out_of_room
+    Heartbeat.enter = enter_with_full_disk
     main()

@@ -59,8 +59,8 @@ def reference(model_class: Any, folder: Path, dtype: torch.dtype) -> dict[str, T
     for rank in range(dist.get_world_size()):
         one_loss(model(**batch(rank, dtype))[0]).backward()
         for name, parameter in model.named_parameters():
-            own = parameter.grad.float() / dist.get_world_size()
-            gradients[name] = gradients.get(name, 0) + own
+            gradient = parameter.grad.float() / dist.get_world_size()
+            gradients[name] = gradients.get(name, 0) + gradient
             parameter.grad = None
     return {
         name: (parameter.detach().float() - RATE * gradients[name]).to(parameter.dtype)

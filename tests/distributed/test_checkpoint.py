@@ -182,14 +182,14 @@ def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(tmp_path:
     run, engine = RunConfig(dir=str(tmp_path)), SmallEngine()
     save(engine, run, 1)
 
-    def without_room() -> None:
+    def save_on_full_disk() -> None:
         limited(free_bytes)
         with pytest.raises(
             CheckpointError, match=r"step 2 could not be written .* GB free .* is step-000001, untouched"
         ):
             save(engine, run, 2)
 
-    assert wait(forked(without_room)) == 0
+    assert wait(forked(save_on_full_disk)) == 0
     assert loadable(run) == 1
     save(engine, run, 2)
     assert loadable(run) == 2
@@ -236,10 +236,10 @@ def test_a_save_reports_its_size_and_duration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1, 12])
 def test_each_rank_flushes_its_own_files(tmp_path: Path, rank: int) -> None:
-    own = {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", f"ema-rank-{rank:05d}.safetensors"}
+    expected = {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", f"ema-rank-{rank:05d}.safetensors"}
     foreign = {f"zero_pp_rank_{other}_mp_rank_00_optim_states.pt" for other in (2, 10, 11, 121)}
-    for name in own | foreign:
+    for name in expected | foreign:
         (tmp_path / name).touch()
     found = {path.name for path in checkpoint.files_of_rank(rank, tmp_path)}
-    assert own <= found
+    assert expected <= found
     assert rank == 0 or not foreign & found

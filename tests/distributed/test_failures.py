@@ -140,49 +140,49 @@ class Launches:
                     process.wait()
 
 
-def broken_off(launches: Launches) -> dict[str, Launch]:
+def interrupted_run(launches: Launches) -> dict[str, Launch]:
     """All launches of the interrupted run, by what happened to them; each failed launch is followed by the next."""
-    happened = {}
+    launched = {}
 
-    launch = happened["death in rollout"] = launches.ranks(["-m", MORTAL], "broken", DIES_ENTERING="1 rollout 2")
+    launch = launched["death in rollout"] = launches.ranks(["-m", MORTAL], "broken", DIES_ENTERING="1 rollout 2")
     launch.wait_for_a_death()
     launch.processes[0].terminate()  # as launchers do
     launch.end()
 
-    launch = happened["death of rank 0"] = launches.ranks(TRAIN, "broken", REWARD_SLEEPS="0 1", REWARD_DIES="0 1")
+    launch = launched["death of rank 0"] = launches.ranks(TRAIN, "broken", REWARD_SLEEPS="0 1", REWARD_DIES="0 1")
     launch.wait_for_a_death()
     launch.end()
 
-    launch = happened["death in update"] = launches.launcher(["--module", MORTAL], "broken", DIES_ENTERING="1 update 5")
+    launch = launched["death in update"] = launches.launcher(["--module", MORTAL], "broken", DIES_ENTERING="1 update 5")
     launch.wait_until(lambda: "Killing subprocess" in launch.output)
     launch.end()
 
-    launch = happened["death in reward"] = launches.launcher(TRAIN, "broken", REWARD_DIES="1 2")
+    launch = launched["death in reward"] = launches.launcher(TRAIN, "broken", REWARD_DIES="1 2")
     launch.wait_until(lambda: "Killing subprocess" in launch.output)
     launch.end()
 
-    launch = happened["SIGTERM"] = launches.ranks(TRAIN, "broken")
+    launch = launched["SIGTERM"] = launches.ranks(TRAIN, "broken")
     launch.wait_for_records(6)
     launch.processes[1].terminate()
     launch.end()
 
     steps = len(read_metrics(launch.run_dir / "metrics.jsonl"))
-    launch = happened["SIGTERM to the launcher's group"] = launches.launcher(TRAIN, "broken")
+    launch = launched["SIGTERM to the launcher's group"] = launches.launcher(TRAIN, "broken")
     launch.wait_for_records(steps)
     os.killpg(launch.processes[0].pid, signal.SIGTERM)
     launch.wait_until(lambda: "Main process received SIGTERM" in launch.output)
     launch.end()
 
     steps = len(read_metrics(launch.run_dir / "metrics.jsonl"))
-    launch = happened["files"] = launches.launcher(TRAIN, "broken")
+    launch = launched["files"] = launches.launcher(TRAIN, "broken")
     launch.wait_for_records(steps)
     (launch.run_dir / "save").touch()
     launch.wait_until(lambda: not (launch.run_dir / "save").exists())
     (launch.run_dir / "save_quit").touch()
     launch.end()
 
-    happened["end"] = launches.ranks(TRAIN, "broken").end()
-    return happened
+    launched["end"] = launches.ranks(TRAIN, "broken").end()
+    return launched
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +191,11 @@ def launches(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Launches
 
 
 @pytest.fixture(scope="module")
-def happened(launches: Launches) -> dict[str, Launch]:
+def launched(launches: Launches) -> dict[str, Launch]:
     """Results of each launch of the interrupted run and, as "alone", of the uninterrupted one."""
     try:
         slow = launches.ranks(TRAIN, "alone", "--parallel.heartbeat-timeout", "3", REWARD_SLEEPS="1 3").end()
-        return {**broken_off(launches), "alone": slow}
+        return {**interrupted_run(launches), "alone": slow}
     finally:
         launches.end_what_is_left()
 
@@ -215,9 +215,9 @@ def happened(launches: Launches) -> dict[str, Launch]:
     ],
 )
 def test_a_dead_rank_ends_the_others_and_is_named(
-    happened: dict[str, Launch], death: str, message: str, codes: list[int], checkpoint: int
+    launched: dict[str, Launch], death: str, message: str, codes: list[int], checkpoint: int
 ) -> None:
-    launch = happened[death]
+    launch = launched[death]
     assert re.search(message, launch.output), launch.output[-5000:]
     assert "--run.resume auto" in launch.output
     assert "Traceback" not in launch.output, "the message names the dead rank, without the network library's traceback"
@@ -226,24 +226,24 @@ def test_a_dead_rank_ends_the_others_and_is_named(
     assert launch.checkpoint == f"step-{checkpoint:06d}"
 
 
-def test_sigterm_to_one_rank_stops_all_after_a_complete_step(happened: dict[str, Launch]) -> None:
-    launch = happened["SIGTERM"]
+def test_sigterm_to_one_rank_stops_all_after_a_complete_step(launched: dict[str, Launch]) -> None:
+    launch = launched["SIGTERM"]
     assert launch.codes == [0, 0]
     assert "[rank 1] SIGTERM: will save and stop" in launch.output
     assert_stopped(launch)
 
 
 def test_repeated_sigterm_to_the_launchers_group_stops_and_saves(
-    happened: dict[str, Launch],
+    launched: dict[str, Launch],
 ) -> None:
-    launch = happened["SIGTERM to the launcher's group"]
+    launch = launched["SIGTERM to the launcher's group"]
     assert launch.output.count("SIGTERM: will save and stop") == 2
     assert "a second one" not in launch.output
     assert_stopped(launch)
 
 
-def test_save_quit_saves_and_stops_and_save_continues(happened: dict[str, Launch]) -> None:
-    launch = happened["files"]
+def test_save_quit_saves_and_stops_and_save_continues(launched: dict[str, Launch]) -> None:
+    launch = launched["files"]
     assert launch.codes == [0]
     assert "saved on request, after " in launch.output
     assert not (launch.run_dir / "save_quit").exists()
@@ -283,18 +283,18 @@ def test_a_frozen_rank_is_distinguished_from_a_busy_one(tmp_path: Path, victim: 
     assert re.search(found, output), output
 
 
-def test_a_reward_slower_than_the_heartbeat_is_not_a_dead_rank(happened: dict[str, Launch]) -> None:
-    launch = happened["alone"]
+def test_a_reward_slower_than_the_heartbeat_is_not_a_dead_rank(launched: dict[str, Launch]) -> None:
+    launch = launched["alone"]
     assert launch.codes == [0, 0], launch.output[-5000:]
     assert any(record["seconds/reward"] > 6 for record in read_metrics(launch.run_dir / "metrics.jsonl"))
 
 
-def test_a_repeatedly_interrupted_run_writes_the_records_of_an_uninterrupted_one(happened: dict[str, Launch]) -> None:
-    assert happened["end"].codes == [0, 0], happened["end"].output[-5000:]
+def test_a_repeatedly_interrupted_run_writes_the_records_of_an_uninterrupted_one(launched: dict[str, Launch]) -> None:
+    assert launched["end"].codes == [0, 0], launched["end"].output[-5000:]
     broken, alone = (
         [
             {name: value for name, value in record.items() if not name.startswith(("seconds", "checkpoint"))}
-            for record in read_metrics(happened[name].run_dir / "metrics.jsonl")
+            for record in read_metrics(launched[name].run_dir / "metrics.jsonl")
         ]
         for name in ("end", "alone")
     )

@@ -35,7 +35,7 @@ def test_several_ranks_give_the_scores_of_one_and_resume_after_a_failure(tmp_pat
     failed = launched(DEEPSPEED, score_command(folder, many), REFUSED="4")
     assert failed.returncode != 0
     # Rank 1 prints it; rank 0 prints it again, unless the launcher ends it first.
-    cause = f"RuntimeError: subject_consistency of {folder / 'a man talks-1.mp4'}: no room for 4 frames"
+    cause = f"RuntimeError: subject_consistency of {folder / 'a man talks-1.mp4'}: out of memory for 4 frames"
     assert cause in failed.stderr, failed.stderr[-3000:]
     assert [result.dimension for result in read_results(many)] == list(DIMENSIONS[:2])
     done = launched(TORCHRUN, score_command(folder, many))

@@ -12,7 +12,7 @@ import pytest
 from bpgo_video.config.bpgo import Config
 from bpgo_video.training.metrics import read_metrics
 from tests.distributed.test_launches import launch, recipe_file
-from tests.distributed.two_hosts import ADDRESSES, INTERFACE, NAMES, Finished, TwoHosts, two_hosts, why_not
+from tests.distributed.two_hosts import ADDRESSES, INTERFACE, NAMES, Finished, TwoHosts, missing_requirement, two_hosts
 from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, without_evaluation
 
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
@@ -24,7 +24,7 @@ SECONDS = 240  # per launch: a good one takes 30, a hanging one the half hour of
 
 @pytest.fixture(scope="module", autouse=True)
 def possible() -> None:
-    if reason := why_not():
+    if reason := missing_requirement():
         pytest.skip(reason)
 
 

@@ -40,8 +40,8 @@ def test_a_run_logs_its_heldout_videos_and_a_table_before_and_after_training(tmp
     reward = next(iter(config.evaluation.rewards))
     for sample, caption, video in zip(samples, rows[2]["heldout.captions"], rows[2]["heldout.videos"], strict=True):
         assert caption.startswith(f"{sample['prompt']} | {reward}: {sample['score_after']:.3g}")
-        own = tmp_path / "run" / "samples" / "after" / f"{sample['index']:03d}.mp4"
-        assert (folder / "files" / video["path"]).read_bytes() == own.read_bytes()
+        original = tmp_path / "run" / "samples" / "after" / f"{sample['index']:03d}.mp4"
+        assert (folder / "files" / video["path"]).read_bytes() == original.read_bytes()
     for line, sample in zip(table(folder, "heldout_before_after"), samples, strict=True):
         assert line["prompt"] == sample["prompt"]
         for when in ("before", "after"):

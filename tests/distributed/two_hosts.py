@@ -64,7 +64,7 @@ class HostError(RuntimeError):
     """A host did not start, or a command on it did not end; the message contains the output."""
 
 
-def why_not() -> str | None:
+def missing_requirement() -> str | None:
     """The reason why two hosts cannot run here, or None."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "two hosts on one machine need root on Linux"
@@ -221,7 +221,7 @@ def main() -> int:
     if not command or command[0] in ("-h", "--help"):
         print(__doc__)
         return 2
-    if reason := why_not():
+    if reason := missing_requirement():
         print(f"error: {reason}", file=sys.stderr)
         return 1
     signal.signal(

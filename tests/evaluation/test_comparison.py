@@ -30,7 +30,7 @@ from bpgo_video.evaluation.compare_scores import (
 from bpgo_video.evaluation.compare_verdict import Comparison, PairingError, compare, match_reward, write_comparison
 from bpgo_video.training.metrics import MalformedFile
 from bpgo_video.types import RolloutChunk
-from tests.made.made_results import MEASURES, results
+from tests.made.synthetic_results import MEASURES, results
 
 
 @pytest.fixture(autouse=True)

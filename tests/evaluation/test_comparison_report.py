@@ -17,7 +17,7 @@ from bpgo_video.data.media import VideoError, read_video, write_video
 from bpgo_video.evaluation.compare_report import LONGEST_SIDE, chosen_rows, disagreement, embedded, write_report
 from bpgo_video.evaluation.compare_scores import video_path
 from bpgo_video.evaluation.compare_verdict import Compared, compare
-from tests.made.made_results import found, results
+from tests.made.synthetic_results import model_results, results
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -35,9 +35,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return compare(
         [
-            found(folder / "a", results("start", PROMPTS), 0.4),
-            found(folder / "b", results("mine", PROMPTS, {"oracle": 1.0}, run=str(run), step=9, spread=0.5), 0.7),
-            found(folder / "c", results("other <i>", PROMPTS, {"second": -1.0}, spread=0.5), 1.0),
+            model_results(folder / "a", results("start", PROMPTS), 0.4),
+            model_results(
+                folder / "b", results("mine", PROMPTS, {"oracle": 1.0}, run=str(run), step=9, spread=0.5), 0.7
+            ),
+            model_results(folder / "c", results("other <i>", PROMPTS, {"second": -1.0}, spread=0.5), 1.0),
         ]
     )
 
@@ -56,8 +58,8 @@ class Visit:
 
     def prompts(self) -> list[int]:
         """Rows of the visible cards, in their order."""
-        found = self.page.eval_on_selector_all(".pair:not([hidden])", "all => all.map(one => one.dataset.row)")
-        return [int(row) for row in found]
+        rows = self.page.eval_on_selector_all(".pair:not([hidden])", "all => all.map(one => one.dataset.row)")
+        return [int(row) for row in rows]
 
     def times(self, row: int) -> list[float]:
         return self.page.eval_on_selector_all(
@@ -215,7 +217,7 @@ def test_the_extremes_of_the_candidates_are_shown_alternately(models: Compared) 
 
 
 def test_large_videos_are_downscaled_and_missing_videos_are_named(models: Compared, tmp_path: Path) -> None:
-    model = found(tmp_path, results("large", 2))
+    model = model_results(tmp_path, results("large", 2))
     write_video(video_path(tmp_path, 0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
     clip = embedded(model, 0)
     assert (clip["width"], clip["height"]) == (LONGEST_SIDE, 180)

@@ -40,7 +40,7 @@ def encoder(device: str) -> Callable[[Tensor], Tensor]:
 
     def features(frames: Tensor) -> Tensor:
         if len(frames) == refused:
-            raise RuntimeError(f"no room for {refused} frames")
+            raise RuntimeError(f"out of memory for {refused} frames")
         return tiny_networks.features(frames)
 
     return features

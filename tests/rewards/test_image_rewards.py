@@ -23,8 +23,8 @@ from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.text import Aesthetic, ClipImageScore, ClipScore, HPSv2, PickScore, SiglipScore
 from bpgo_video.types import PromptBatch, RolloutChunk
 from tests.made import random_rewards as folders
+from tests.made.pil_reference import TEXTS, cut, normalised, resized, some_clips, unit
 from tests.made.random_open_clip import random_hps
-from tests.made.seen_by_pil import TEXTS, cut, normalised, resized, some_clips, unit
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.motion import FirstFrameConsistency, SubjectConsistency, VJepaPrediction
 from bpgo_video.rewards.text import ClipScore, SiglipScore, VideoPrismScore, XClipScore
 from tests.made import random_rewards as folders
-from tests.made.seen_by_pil import TEXTS, cut, resized, some_clips, unit
+from tests.made.pil_reference import TEXTS, cut, resized, some_clips, unit
 
 
 @pytest.mark.parametrize("make", [folders.random_dino, folders.random_vit])

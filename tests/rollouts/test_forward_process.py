@@ -76,7 +76,7 @@ def test_gradients_equal_finite_differences(loss: Any) -> None:
 
 
 @pytest.fixture
-def own_policy(recipe: Config) -> Policy:
+def fresh_policy(recipe: Config) -> Policy:
     return load_policy(recipe.policy.folder, max_sequence_length=16)
 
 
@@ -98,13 +98,13 @@ def rollout(policy: Policy, recipe: Config, kind: str) -> tuple[ForwardProcess, 
 
 @pytest.mark.parametrize("kind", ["awm", "nft"])
 @pytest.mark.parametrize("updates", [1, 3])
-def test_an_update_lowers_its_loss(own_policy: Policy, recipe: Config, kind: str, updates: int) -> None:
-    objective, trajectories = rollout(own_policy, recipe, kind)
+def test_an_update_lowers_its_loss(fresh_policy: Policy, recipe: Config, kind: str, updates: int) -> None:
+    objective, trajectories = rollout(fresh_policy, recipe, kind)
     assert all(trajectory.latents.shape[1] == 1 for trajectory in trajectories), "only final latents are stored"
     objective.prepare(trajectories, 2)
     before = total_loss(objective, trajectories)
     fresh = replace(objective, recorded={})
-    learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=1e-3)
+    learner = PlainLearner(fresh_policy.transformers["transformer"], learning_rate=1e-3)
     metrics = optimise(learner, fresh, trajectories, updates_per_rollout=updates).metrics
     assert metrics["ratio_error_first_update_max"] == 0.0
     assert (metrics["log_ratio_abs_max"] > 1e-7) == (updates > 1), "the policy has changed before later updates"

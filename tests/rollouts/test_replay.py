@@ -44,7 +44,7 @@ class PlainLearner:
 
 
 @pytest.fixture
-def own_policy(recipe: Config) -> Policy:
+def fresh_policy(recipe: Config) -> Policy:
     return load_policy(recipe.policy.folder, max_sequence_length=16)
 
 
@@ -93,10 +93,10 @@ def gradients(objective: Replay, trajectories: list[Trajectory]) -> list[Tensor]
     return found
 
 
-def test_zero_frame_credit_gives_the_gradient_of_whole_videos(own_policy: Policy, recipe: Config) -> None:
+def test_zero_frame_credit_gives_the_gradient_of_whole_videos(fresh_policy: Policy, recipe: Config) -> None:
     """At a ratio of 1; the credit of a frame affects only that frame's log-prob."""
-    by_video, trajectories = rollout(own_policy, recipe)
-    by_frame, in_frames = rollout(own_policy, replace(recipe, credit=CreditConfig(kind="segment")))
+    by_video, trajectories = rollout(fresh_policy, recipe)
+    by_frame, in_frames = rollout(fresh_policy, replace(recipe, credit=CreditConfig(kind="segment")))
     nothing = torch.zeros(2, 4, 3)
     silent = replace(by_frame, advantages=replace(by_frame.advantages, by_frame=nothing))
     for metrics in losses(silent, in_frames):
@@ -131,9 +131,9 @@ def test_a_perturbed_latent_changes_the_ratio(policy: Policy, recipe: Config) ->
     assert max(float(metrics["log_ratio_abs_max"]) for metrics in losses(objective, trajectories)) > 1e-6
 
 
-def test_the_ratio_differs_from_one_in_the_second_update(own_policy: Policy, recipe: Config) -> None:
-    objective, trajectories = rollout(own_policy, recipe)
-    learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=0.1)
+def test_the_ratio_differs_from_one_in_the_second_update(fresh_policy: Policy, recipe: Config) -> None:
+    objective, trajectories = rollout(fresh_policy, recipe)
+    learner = PlainLearner(fresh_policy.transformers["transformer"], learning_rate=0.1)
     metrics = optimise(learner, objective, trajectories, updates_per_rollout=2).metrics
     assert learner.updates == 2
     assert metrics["ratio_error_first_update_max"] == 0.0
@@ -142,9 +142,9 @@ def test_the_ratio_differs_from_one_in_the_second_update(own_policy: Policy, rec
 
 @pytest.mark.parametrize("loss", [{}, {"ratio": "guard", "step_weights": "guard"}, {"step_weights": "flash"},
                                   {"trust_region": "divergence_mask", "divergence_limit": 1.0}])  # fmt: skip
-def test_an_update_lowers_its_loss(own_policy: Policy, recipe: Config, loss: dict[str, Any]) -> None:
-    objective, trajectories = rollout(own_policy, recipe, loss={**loss, "clip_range": (0.9, 9.0)})
-    learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=1e-2)
+def test_an_update_lowers_its_loss(fresh_policy: Policy, recipe: Config, loss: dict[str, Any]) -> None:
+    objective, trajectories = rollout(fresh_policy, recipe, loss={**loss, "clip_range": (0.9, 9.0)})
+    learner = PlainLearner(fresh_policy.transformers["transformer"], learning_rate=1e-2)
     before = total_loss(objective, trajectories)
     optimise(learner, objective, trajectories, updates_per_rollout=1)
     assert total_loss(objective, trajectories) < before
@@ -182,10 +182,10 @@ class Perturbed(Reference):
 
 @pytest.mark.parametrize("space", ["velocity", "mean"])
 def test_the_penalty_towards_the_starting_policy_is_its_divergence_and_has_a_gradient(
-    own_policy: Policy, recipe: Config, space: str
+    fresh_policy: Policy, recipe: Config, space: str
 ) -> None:
     settings = {"kl_weight": 2.0, "kl_space": space}
-    objective, trajectories = rollout(own_policy, recipe, Perturbed(own_policy), loss=settings)
+    objective, trajectories = rollout(fresh_policy, recipe, Perturbed(fresh_policy), loss=settings)
     free = replace(objective, reference=None)
     index = 1
     held, plain = objective.loss(trajectories[0], index), free.loss(trajectories[0], index)
@@ -195,30 +195,30 @@ def test_the_penalty_towards_the_starting_policy_is_its_divergence_and_has_a_gra
     expected = 0.01 if space == "velocity" else 0.01 * float((transition.mean / transition.std).square()) / 2
     assert float(held.metrics["kl"]) == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(held.value, plain.value + 2 * held.metrics["kl"])
-    weight = next(own_policy.transformers["transformer"].proj_out.parameters())
+    weight = next(fresh_policy.transformers["transformer"].proj_out.parameters())
     pulled, pushed = (torch.autograd.grad(loss.value, weight)[0] for loss in (held, plain))
     assert (pulled - pushed).norm() > 1e-3 * pushed.norm()
 
 
-def test_before_any_update_the_starting_policy_equals_the_policy(own_policy: Policy, recipe: Config) -> None:
-    objective, trajectories = rollout(own_policy, recipe, Reference(own_policy), loss={"kl_weight": 1.0})
+def test_before_any_update_the_starting_policy_equals_the_policy(fresh_policy: Policy, recipe: Config) -> None:
+    objective, trajectories = rollout(fresh_policy, recipe, Reference(fresh_policy), loss={"kl_weight": 1.0})
     assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0
 
 
 @pytest.mark.parametrize("space", ["velocity", "mean"])
 def test_the_penalty_towards_the_sampling_policy_needs_no_forward(
-    own_policy: Policy, recipe: Config, space: str
+    fresh_policy: Policy, recipe: Config, space: str
 ) -> None:
     """The recorded means give the divergence of velocities or means that a frozen copy would give."""
     settings = {"kl_weight": 2.0, "kl_space": space}
     start = load_policy(recipe.policy.folder, max_sequence_length=16)
-    objective, trajectories = rollout(own_policy, recipe, loss={**settings, "kl_reference": "previous"})
+    objective, trajectories = rollout(fresh_policy, recipe, loss={**settings, "kl_reference": "previous"})
     assert float(objective.loss(trajectories[0], 1).metrics["kl"]) == 0.0
     with torch.no_grad():
-        for parameter in own_policy.transformers["transformer"].proj_out.parameters():
+        for parameter in fresh_policy.transformers["transformer"].proj_out.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    copied, _ = rollout(own_policy, recipe, Reference(start), loss=settings)
-    weight = next(own_policy.transformers["transformer"].proj_out.parameters())
+    copied, _ = rollout(fresh_policy, recipe, Reference(start), loss=settings)
+    weight = next(fresh_policy.transformers["transformer"].proj_out.parameters())
     for index in (0, 2):
         found, expected = (one.loss(trajectories[0], index) for one in (objective, copied))
         torch.testing.assert_close(found.metrics["kl"], expected.metrics["kl"], rtol=1e-4, atol=0)
@@ -226,11 +226,11 @@ def test_the_penalty_towards_the_sampling_policy_needs_no_forward(
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
-def test_adapters_are_disabled_only_for_the_reference(own_policy: Policy, recipe: Config) -> None:
-    module = own_policy.transformers["transformer"]
+def test_adapters_are_disabled_only_for_the_reference(fresh_policy: Policy, recipe: Config) -> None:
+    module = fresh_policy.transformers["transformer"]
     add_lora(module, LoraConfig(rank=4), seed=0)
-    reference = Reference(own_policy, partial(adapters_off, own_policy.transformers))
-    objective, trajectories = rollout(own_policy, recipe, reference, loss={"kl_weight": 1.0})
+    reference = Reference(fresh_policy, partial(adapters_off, fresh_policy.transformers))
+    objective, trajectories = rollout(fresh_policy, recipe, reference, loss={"kl_weight": 1.0})
     assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0, "adapters start at zero"
     for name, parameter in module.named_parameters():
         if "lora_B" in name:

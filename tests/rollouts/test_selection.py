@@ -63,8 +63,8 @@ def test_ranks_process_equally_many_micro_batches() -> None:
     assert len(samples_to_replay(micro_batches(*BATCHES), nothing, False, ALONE)) == 1
 
 
-def test_the_gradient_equals_that_of_all_samples(own_policy: Policy, recipe: Config) -> None:
-    objective, trajectories = rollout(own_policy, recipe)
+def test_the_gradient_equals_that_of_all_samples(fresh_policy: Policy, recipe: Config) -> None:
+    objective, trajectories = rollout(fresh_policy, recipe)
     advantage = torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0, 0.7, -0.7, 0.0]])
     advantages = GroupAdvantages(advantage, 0.5 * advantage, torch.tensor([1.2, 0.8]), {})
     whole = replace(objective, advantages=advantages)
@@ -80,5 +80,5 @@ def test_the_gradient_equals_that_of_all_samples(own_policy: Policy, recipe: Con
 
 
 @pytest.fixture
-def own_policy(recipe: Config) -> Policy:
+def fresh_policy(recipe: Config) -> Policy:
     return load_policy(recipe.policy.folder, max_sequence_length=16)

@@ -103,7 +103,7 @@ def write_recipe(case: Case, folder: Path) -> Path:
     return path
 
 
-def watched(command: Sequence[str]) -> dict[str, float]:
+def run_and_measure(command: Sequence[str]) -> dict[str, float]:
     """Run a command; return its seconds and peak resident gigabytes, of all its processes and of the largest one.
 
     Raises:
@@ -146,7 +146,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     recipe = write_recipe(case, folder)
     results = {
-        "train, save, export": watched(
+        "train, save, export": run_and_measure(
             [launcher, "--num_accelerators", "2", "pipelines/train_video.py", "--config", recipe]
         )
     }
@@ -163,9 +163,9 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
             dtype,
         ]
         small_shards = ["--shard-gigabytes", "0.5"] if "shard-gigabytes" in FORMATS[form].takes else []
-        results[f"convert to {form}"] = watched([*convert, "--output", folder / form, *small_shards])
+        results[f"convert to {form}"] = run_and_measure([*convert, "--output", folder / form, *small_shards])
         shutil.rmtree(folder / form)
-        results[f"convert to {form} and verify"] = watched(
+        results[f"convert to {form} and verify"] = run_and_measure(
             [*convert, "--output", folder / form, *small_shards, "--verify"]
         )
         shutil.rmtree(folder / form)

@@ -24,7 +24,7 @@ CHUNKS = 8
 ROUNDS = 5
 
 
-class Waits:
+class SleepingReward:
     """Brightness, returned after `seconds`."""
 
     name, version, range = "waits", "1", (0.0, 1.0)
@@ -41,7 +41,7 @@ def in_chunks(config: Config) -> Config:
     samples = config.rollout.prompts_per_step * config.rollout.group_size
     return replace(
         config,
-        rewards={"waits": RewardConfig(model="tools.bench.overlap:Waits")},
+        rewards={"waits": RewardConfig(model="tools.bench.overlap:SleepingReward")},
         prior=PriorConfig(kind="constant"),
         rollout=replace(config.rollout, micro_batch_size=max(1, samples // CHUNKS)),
     )

@@ -29,7 +29,7 @@ def _ratios(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rollout, ZeRO-3 gathered / ZeRO-0, 2 ranks", results["zero3_gathered_over_zero0"]),
         ("rollout, ZeRO-3 sharded / ZeRO-0, 2 ranks", results["zero3_sharded_over_zero0"]),
         ("parameter memory of a rank, ZeRO-3 / ZeRO-0, 2 ranks", results["zero3_memory_over_zero0"]),
-        ("additional time of a step with BPGO over GRPO, 2 ranks", results["learner_over_step"]),
+        ("what BPGO adds to a step over GRPO, 2 ranks", results["learner_over_step"]),
         (f"{scored}, scored inline", overlap["inline"]["over_longer"]),
         (f"{scored}, scored concurrently (at most {overlap['bound']:.3f})", overlap["beside"]["over_longer"]),
         *(

@@ -136,14 +136,14 @@ def session_and_prompts(config: Config, mesh: Mesh) -> tuple[Session, Iterator[P
     return session, PromptStream(shards, split, 0, count, priors=priors)
 
 
-def unwatched(mesh: Mesh) -> Heartbeat:
+def idle_heartbeat(mesh: Mesh) -> Heartbeat:
     """A heartbeat that is never started: a failed benchmark is simply rerun."""
     return Heartbeat(mesh, timeout=60)
 
 
 def step_seconds(config: Config, mesh: Mesh) -> dict[str, float]:
     """Median seconds of a few complete steps by phase, with a temporary engine."""
-    trainer = RL(config, mesh, check_inputs(config, mesh), unwatched(mesh))
+    trainer = RL(config, mesh, check_inputs(config, mesh), idle_heartbeat(mesh))
     records = [trainer.train_step(step) for step in range(STEP_ROUNDS + 1)][1:]
     names = ("seconds", "seconds/rollout", "seconds/reward", "seconds/update")
     return {name: statistics.median(record[name] for record in records) for name in names}
@@ -169,9 +169,9 @@ class TimedLearner:
 
 def phases(config: Config, mesh: Mesh) -> dict[str, float]:
     """Seconds of one update: replay (forward, backward and their hooks), communication, and the optimiser."""
-    trainer = RL(config, mesh, check_inputs(config, mesh), unwatched(mesh))
+    trainer = RL(config, mesh, check_inputs(config, mesh), idle_heartbeat(mesh))
     trainer.train_step(0)
-    session, (prompts, _), watch = trainer.session, next(trainer.batches), Stopwatch(unwatched(mesh), 1)
+    session, (prompts, _), watch = trainer.session, next(trainer.batches), Stopwatch(idle_heartbeat(mesh), 1)
     trajectories, rewards = sample_and_score(session, prompts, 1, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learner = TimedLearner(session.engine)
@@ -189,7 +189,7 @@ def phases(config: Config, mesh: Mesh) -> dict[str, float]:
 def learner_overhead(config: Config, mesh: Mesh) -> dict[str, float]:
     """Additional seconds of BPGO over GRPO in one step: for advantages, and for the losses of all passes."""
     session, stream = session_and_prompts(config, mesh)
-    prompts, watch = next(stream), Stopwatch(unwatched(mesh), 0)
+    prompts, watch = next(stream), Stopwatch(idle_heartbeat(mesh), 0)
     trajectories, rewards = sample_and_score(session, prompts, 0, watch)
     plain = replace(session, config=replace(config, bpgo=BPGOConfig(alpha=0.0, zeta=0.0)))
     estimates = in_turn(

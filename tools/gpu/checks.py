@@ -38,7 +38,7 @@ from bpgo_video.training.rl import rollout_chunks, train
 from bpgo_video.training.session import Session, build_session, builder, check_inputs, sampling_policy
 from bpgo_video.types import PromptBatch, Trajectory
 from tools.gpu.bench import EMBEDDED, ROOT, Bench, release
-from tools.gpu.speed import TIMED_BACKENDS, tried
+from tools.gpu.speed import TIMED_BACKENDS, result_or_reason
 from tools.gpu.stages import Note, attempt
 
 RECIPE = ROOT / "pipelines" / "configs" / "tiny_wan_full.yaml"
@@ -124,7 +124,7 @@ def ratio(bench: Bench, dtype: torch.dtype, backend: str) -> dict[str, Any]:
             chunks = list(rollout_chunks(session, prompts, 0))
         trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
         same = drift(session, prompts, trajectories)
-        halves = drift(session, prompts, [half for whole in trajectories for half in in_two(whole)])
+        halves = drift(session, prompts, [half for whole in trajectories for half in split_in_two(whole)])
         findings = examine(session, prompts, Heartbeat(bench.mesh, timeout=60))
     clip = min(config.loss.clip_range)
     largest = max(float(row.max()) for row in same.values())
@@ -158,7 +158,7 @@ def drift(session: Session, prompts: PromptBatch, trajectories: list[Trajectory]
     return {index: torch.cat(rows) for index, rows in drifts.items()}
 
 
-def in_two(trajectory: Trajectory) -> list[Trajectory]:
+def split_in_two(trajectory: Trajectory) -> list[Trajectory]:
     """The two halves of a micro-batch."""
     names = ("prompt_rows", "sample_index", "latents", "log_probs")
     parts = zip(*(getattr(trajectory, name).chunk(2) for name in names), strict=True)
@@ -167,7 +167,7 @@ def in_two(trajectory: Trajectory) -> list[Trajectory]:
 
 def ratio_if_usable(bench: Bench, backend: str) -> dict[str, Any]:
     """`ratio` in bf16, or the reason why the backend cannot run here."""
-    return tried(partial(ratio, bench, torch.bfloat16, backend))
+    return result_or_reason(partial(ratio, bench, torch.bfloat16, backend))
 
 
 def velocity(bench: Bench) -> dict[str, Any]:

@@ -323,7 +323,7 @@ class PlainModel:
         return {"holds": finite, "finite_gradients": finite, "log_prob_drift": drift, **times}
 
 
-def over(results: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+def relative_to(results: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     """The results with their seconds relative to those of the default."""
     names = ("forward_seconds", "replay_seconds")
     return {**results, **{name.replace("seconds", "over_default"): results[name] / default[name] for name in names}}
@@ -338,7 +338,7 @@ def attention(bench: Bench, note: Note) -> None:
         results: dict[str, Any] = {}
         with attention_backend("native"):  # diffusers keeps one backend per process, which is restored here
             for name in TIMED_BACKENDS:
-                results[name] = tried(partial(backend_figures, plain_model, sample, name, results))
+                results[name] = result_or_reason(partial(backend_figures, plain_model, sample, name, results))
                 note(f"{video.num_frames} frames", {name: results[name]})
 
 
@@ -348,7 +348,7 @@ def backend_figures(plain_model: PlainModel, sample: Sample, name: str, others: 
     choose_attention(plain_model.policy.transformers, name)
     difference = float((sample.velocity() - velocity).norm() / velocity.norm())
     figures = {"velocity_difference": difference, **plain_model.figures(sample)}
-    return over(figures, others.get("native", figures))
+    return relative_to(figures, others.get("native", figures))
 
 
 def chosen_kernels(plain_model: PlainModel, sample: Sample) -> dict[str, str]:
@@ -375,10 +375,10 @@ def compiled(bench: Bench, note: Note) -> None:
         compile_blocks(transformer, blocks_of(transformer, plain_model.policy.block_names))
     with torch.compiler.set_stance(bench.sizes.stance):
         note("compiled blocks", {"first_forward_seconds": seconds(sample.velocity)})
-        note("compiled blocks", over(plain_model.figures(sample), default))
+        note("compiled blocks", relative_to(plain_model.figures(sample), default))
 
 
-def tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def result_or_reason(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The results of `work`, or the reason why it cannot run here."""
     try:
         return work()

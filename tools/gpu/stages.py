@@ -61,7 +61,7 @@ class Record:
 
     def note(self, stage: str, name: str, value: Any) -> None:
         """Store a value; dicts under the same name are merged."""
-        figures, value = self.stages.setdefault(stage, {}), plain(value)
+        figures, value = self.stages.setdefault(stage, {}), json_value(value)
         figures[name] = {**figures.get(name, {}), **value} if isinstance(value, dict) else value
         self.holds &= not fails(value)
         self.write()
@@ -78,12 +78,12 @@ class Record:
             path.write_text(as_markdown(self.results), "utf-8")
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """The value as JSON data, with infinities and NaN as strings."""
     if isinstance(value, Mapping):
-        return {str(name): plain(part) for name, part in value.items()}
+        return {str(name): json_value(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [json_value(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -62,13 +62,13 @@ def scalars(stage: Figures) -> dict[str, Figures]:
 def by_row(title: str, named: Named) -> str:
     """A row for each name, a column for each result."""
     keys = dict.fromkeys(key for of in named.values() for key in of)
-    return drawn([title, *keys], [[name, *(cell(key, of) for key in keys)] for name, of in named.items()])
+    return markdown_table([title, *keys], [[name, *(cell(key, of) for key in keys)] for name, of in named.items()])
 
 
 def by_column(title: str, named: Named) -> str:
     """A column for each name, a row for each result."""
     keys = dict.fromkeys(key for of in named.values() for key in of)
-    return drawn([title, *named], [[key, *(cell(key, of) for of in named.values())] for key in keys])
+    return markdown_table([title, *named], [[key, *(cell(key, of) for of in named.values())] for key in keys])
 
 
 def cell(key: str, figures: Figures) -> str:
@@ -79,7 +79,7 @@ def cell(key: str, figures: Figures) -> str:
     return unit(value) if unit else f"{value:.3g}"
 
 
-def drawn(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     if not rows:
         return ""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])

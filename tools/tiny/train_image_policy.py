@@ -26,7 +26,7 @@ from bpgo_video.policies import load_policy
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.tiny_rewards import oracle_scores
 from tools.tiny.prompts import PATH as PROMPTS
-from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, learn
+from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, train_warm_start
 
 BASE = "package:bpgo_video.tiny/weights/wan"
 INPUT = "patch_embedding.weight"
@@ -101,7 +101,7 @@ def main() -> None:
     started = time.time()
     start = args.output / "wan-training" / "start"
     image_pipeline(resolve_folder(args.base)).save_pretrained(start)
-    learn(start, args.output / "wan", args)
+    train_warm_start(start, args.output / "wan", args)
     write_prompts(args.output, args.seed)
     scores = heldout_score(args.output / "wan", args.seed)
     print(json.dumps({"heldout": scores, "seconds": round(time.time() - started)}))

@@ -33,7 +33,7 @@ from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.tiny_rewards import oracle_parts, oracle_scores
 from bpgo_video.types import Guidance
-from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, learn
+from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, train_warm_start
 
 TEXT_DIM = 64
 FLOW_SHIFT = 3.0
@@ -124,7 +124,7 @@ def main() -> None:
     started = time.time()
     start = args.output.with_name(f"{args.output.name}-training") / "start"
     build_pipeline(AutoencoderKLWan.from_pretrained(args.vae)).save_pretrained(start)
-    learn(start, args.output, args)
+    train_warm_start(start, args.output, args)
     scores = {f"guidance {scale}": heldout_score(args.output, 16, scale) for scale in (1.0, 2.0)}
     print(json.dumps({"heldout": scores, "seconds": round(time.time() - started)}, indent=1))
 

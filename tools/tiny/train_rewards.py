@@ -59,7 +59,7 @@ def ramp(value: Tensor, low: float, high: float) -> Tensor:
     return ((value - low) / (high - low)).clamp(0, 1)
 
 
-def some(shape: tuple[int, ...], share: float, largest: float, generator: torch.Generator) -> Tensor:
+def random_amounts(shape: tuple[int, ...], share: float, largest: float, generator: torch.Generator) -> Tensor:
     """Uniform values in [0, largest] for a share of the entries, zero for the others."""
     amount, chosen = torch.rand(2, *shape, generator=generator)
     return largest * amount * (chosen < share)
@@ -81,12 +81,12 @@ def damaged_masks(shapes: Tensor, centres: Tensor, radius: Tensor, generator: to
     clean = torch.stack([world.coverage(torch.full_like(shapes, k), centres, radius) for k in range(3)])
     rows = torch.arange(count)
     second_shape = torch.randint(3, (count,), generator=generator)
-    blend = some((count,), 0.5, 1.0, generator)[:, None, None]
+    blend = random_amounts((count,), 0.5, 1.0, generator)[:, None, None]
     mixed = avg_pool2d(torch.lerp(clean[shapes, rows], clean[second_shape, rows], blend)[:, None], 5, 1, 2)[:, 0]
     mask = torch.where(blend > 0, ((mixed - 0.5) * 3 + 0.5).clamp(0, 1), clean[shapes, rows])
     axis = (torch.arange(world.SIZE) + 0.5) * 2 / world.SIZE - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
-    pixels = some((count,), 0.6, 2.5, generator)[:, None, None, None] * waves(count, 2, 8, generator)
+    pixels = random_amounts((count,), 0.6, 2.5, generator)[:, None, None, None] * waves(count, 2, 8, generator)
     grid = grid + pixels.permute(0, 2, 3, 1) * 2 / world.SIZE
     mask = grid_sample(mask[:, None], grid, align_corners=False)[:, 0]
     overlap = torch.minimum(mask, clean).sum(dim=(2, 3)) / torch.maximum(mask, clean).sum(dim=(2, 3))
@@ -98,7 +98,7 @@ def damaged_colours(count: int, mask: Tensor, generator: torch.Generator) -> tup
     """Colours with patches of a second one, (count, 3, SIZE, SIZE), and how well `mask` shows each, (count, 4)."""
     first, second = torch.randint(4, (2, count), generator=generator)
     palette = torch.tensor(list(world.COLOURS.values()))[..., None, None]
-    even, patchy = some((2, count, 1, 1, 1), 0.35, 1.0, generator)
+    even, patchy = random_amounts((2, count, 1, 1, 1), 0.35, 1.0, generator)
     sharp = waves(count, 1, 10, generator) * 2 + 6 * patchy - 4
     share = torch.maximum(0.7 * even, torch.where(patchy > 0, sharp.clamp(0, 1), 0.0))
     colour = torch.lerp(palette[first], palette[second], share)
@@ -115,7 +115,7 @@ def damaged_frames(
     count = len(shapes)
     mask, shape_labels = damaged_masks(shapes, centres, radius, generator)
     colour, colour_labels = damaged_colours(count, mask, generator)
-    stray, fade, haze, noise = some((4, count, 1, 1, 1), 0.15, 1.0, generator)
+    stray, fade, haze, noise = random_amounts((4, count, 1, 1, 1), 0.15, 1.0, generator)
     position = world.SIZE * torch.rand(count, 2, generator=generator)
     second = world.coverage(shapes.roll(1), position, 3 + 5 * torch.rand(count, generator=generator))
     opacity = torch.maximum(mask, second * (stray[:, 0] > 0) * (1 - mask))[:, None] * (1 - 0.8 * fade)
@@ -211,7 +211,7 @@ def damaged_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     centres = torch.cat([scenes.centres[:, :1], scenes.centres[:, :1] + steps.cumsum(dim=1)], dim=1)
     clean = world.render(world.Scenes(scenes.shapes, scenes.colours, scenes.directions, centres, scenes.radius))
     length = centres.shape[1]
-    radius = scenes.radius[:, None] * (1 - some((count, length), 0.2, 0.5, generator))
+    radius = scenes.radius[:, None] * (1 - random_amounts((count, length), 0.2, 0.5, generator))
     damaged, *_ = damaged_frames(
         scenes.shapes.repeat_interleave(length), centres.flatten(0, 1), radius.flatten(), generator
     )

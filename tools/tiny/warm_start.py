@@ -123,7 +123,7 @@ def recipe(policy_folder: Path, shards: Path, run_dir: Path, args: argparse.Name
     return config
 
 
-def learn(policy_folder: Path, output: Path, args: argparse.Namespace) -> None:
+def train_warm_start(policy_folder: Path, output: Path, args: argparse.Namespace) -> None:
     """Write the clips, run the recipe, and copy the trained policy to `output`."""
     folder = output.with_name(f"{output.name}-training")
     shards = write_clips(str(policy_folder), folder / "clips", args.clips, seed=args.seed)
