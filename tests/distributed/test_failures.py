@@ -105,7 +105,7 @@ class Launches:
         return self._start([sys.executable], script, run, flags, places)
 
     def launcher(self, script: list[str], run: str, *flags: str, **environment: str) -> Launch:
-        """The `deepspeed` command, in a process group of its own."""
+        """The `deepspeed` command, in a separate process group."""
         deepspeed = str(Path(sys.executable).parent / "deepspeed")
         command = [deepspeed, "--num_accelerators", "2", "--master_port", str(free_port())]
         return self._start(command, script, run, flags, [environment])

@@ -1,6 +1,6 @@
 """VBench dimensions on real clips and on synthetic videos with known scores, and the labels of networks.
 
-Reference numbers of VBench's own code are in real_suites.py; distributed/test_vbench_package.py runs that code
+Reference values of VBench's code are in real_suites.py; distributed/test_vbench_package.py runs that code
 itself.
 """
 

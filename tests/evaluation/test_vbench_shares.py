@@ -81,7 +81,7 @@ def test_shares_of_any_number_of_ranks_add_up_to_the_results_of_one(
 
 
 def test_a_score_weighs_videos_by_their_frames_on_any_rank(folder: Path, tmp_path: Path) -> None:
-    """VBench's consistency is the mean over all frames, which is not the mean of the ranks' means."""
+    """VBench's consistency is the mean over all frames, which differs from the mean of the ranks' means."""
     *_, consistency = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "kept")
     frames = [number + 2 for number in range(5)]  # clips of 3, 4, 5 ... frames, without the first
     values = [float(video.video_results) for video in consistency.videos]

@@ -384,7 +384,7 @@ def test_flags_suggested_by_messages_are_accepted(capsys: pytest.CaptureFixture[
 def test_invalid_numbers_are_named(flags: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = command.main(["--model", "ltx-video", *flags.split()])
-    except SystemExit as stopped:  # argparse's own
+    except SystemExit as stopped:  # messages of argparse
         code = int(stopped.code or 0)
     assert code == 2
     assert words in capsys.readouterr().err
