@@ -1,4 +1,4 @@
-"""The checker that pytest hangs on every function of the package: shapes and types, an int where a float is wanted."""
+"""Run-time type checker for the package's functions under pytest: shapes and types, where an int counts as a float."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one thread, the shipped policy, its recipe, and attention as it was."""
+"""Shared fixtures: one torch thread, the shipped policy and its recipe, and a restored attention backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("any machine")
 
 
 class ByFile(LoadScopeScheduling):
-    """Processes that share the tests (`make test`) take whole files, and one of them all that start ranks."""
+    """Distributes whole test files over the processes of `make test`; one process gets all that start ranks."""
 
     def _split_scope(self, nodeid: str) -> str:
         folder, _, _ = nodeid.partition("::")[0].rpartition("/")
@@ -40,12 +40,12 @@ def recipe() -> Config:
 
 @pytest.fixture(scope="session")
 def policy(recipe: Config) -> Policy:
-    """The embedded policy, whole, on this process."""
+    """The embedded policy, unsharded, in this process."""
     return load_policy(recipe.policy.folder, max_sequence_length=recipe.policy.max_sequence_length)
 
 
 @pytest.fixture(autouse=True)
-def own_backend() -> Iterator[None]:
-    """A transformer's choice of attention is one for the whole process in diffusers: no test leaves its own behind."""
+def restore_backend() -> Iterator[None]:
+    """Restore the attention backend after each test: diffusers keeps one for the whole process."""
     with attention_backend("native"):
         yield

@@ -1,4 +1,4 @@
-"""Command lines: flags change the recipe's values, with the checks and messages of YAML, printed once per host."""
+"""Command-line flags override recipe values, with the same checks and messages as YAML, printed once per host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SFT = ROOT / "pipelines" / "configs" / "tiny_wan_sft.yaml"
 NAMES = {"recipe": str(RECIPE), "sft": str(SFT)}
 
 
-def test_flags_change_the_values_of_the_file() -> None:
+def test_flags_override_the_values_of_the_file() -> None:
     flags = ["--config", str(RECIPE), "--run.num-steps", "3", "--run.seed", "7", "--local_rank=1"]
     config = load_config([*flags, "--rewards.motion.weight", "0.25", "--policy.lora.rank", "8"])
     assert (config.run.num_steps, config.run.seed, config.policy.lora.rank) == (3, 7, 8)
@@ -29,7 +29,7 @@ def test_flags_change_the_values_of_the_file() -> None:
     assert config.video == read_yaml(RECIPE).video
 
 
-def test_the_kind_of_a_recipe_decides_its_flags() -> None:
+def test_the_kind_of_recipe_determines_the_flags() -> None:
     config = load_recipe(["--config", str(SFT), "--sft.batch-size", "64", "--optim.learning-rate", "1e-3"])
     assert (config.recipe, config.sft.batch_size, config.optim.learning_rate) == ("sft", 64, 1e-3)
 
@@ -69,7 +69,7 @@ def test_an_error_is_explained_and_exits_with_code_2(
 
 
 @pytest.mark.parametrize("flags", [[], ["--config", str(RECIPE), "--run.sead", "3"], ["--config", "no.yaml"]])
-def test_one_rank_of_a_host_prints_an_error(
+def test_only_one_rank_per_host_prints_an_error(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank, lines in (("0", 1), ("1", 0)):
@@ -89,7 +89,7 @@ def help_of(flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def keys(tree: Any, above: str = "") -> Iterator[str]:
-    """Every key of a recipe, as its flag is called."""
+    """The flag name of every recipe key."""
     hints = get_type_hints(tree)
     for field in fields(tree):
         name = f"{above}{field.name.replace('_', '-')}"
@@ -100,17 +100,17 @@ def keys(tree: Any, above: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("tree", "flags"), [(Config, []), (SftConfig, ["--config", str(SFT)])])
-def test_every_key_has_its_help(
+def test_every_key_has_a_help_text(
     tree: Any, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The help of each flag has a sentence, not only the default."""
+    """The help of each flag has a sentence besides the default."""
     text = help_of(flags, capsys, monkeypatch)
     found = re.findall(r"^--([\w.-]+)[^\n]*(?:\n--\S+\.no-\S+)?\n((?:(?!--)[^\n]*\n)*)", text, re.MULTILINE)
     explained = {flag for flag, words in found if re.search(r"\w{3}[ .]", words.rpartition("(default:")[0] or words)}
     assert not [key for key in keys(tree) if key not in explained]
 
 
-def test_help_without_a_recipe_shows_what_is_required(
+def test_help_without_a_recipe_shows_the_required_flags(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = help_of([], capsys, monkeypatch)
@@ -118,7 +118,7 @@ def test_help_without_a_recipe_shows_what_is_required(
     assert "--config FILE  the recipe (required)" in text
     assert re.search(r"--run\.dir STR\n[^-]*\(required\)", text)
     assert "--rewards.NAME.model" in text
-    assert "How rewards become advantages" in text, "what a section is"
+    assert "How rewards become advantages" in text, "a section has a description"
     assert "{" not in text.partition("\n")[0], "no subcommands"
 
 
@@ -129,12 +129,12 @@ def test_help_of_a_recipe_shows_its_values(capsys: pytest.CaptureFixture[str], m
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_without_flags_a_recipe_is_its_file(path: Path) -> None:
+def test_without_flags_the_recipe_equals_its_file(path: Path) -> None:
     assert load_recipe(["--config", str(path)]) == read_recipe(path)
 
 
-def test_options_of_any_kind_pass_through(tmp_path: Path) -> None:
-    """Options of a reward and of its second scoring are plain data of any depth, which flags may leave unchanged."""
+def test_nested_options_pass_through_unchanged(tmp_path: Path) -> None:
+    """Options of a reward and of its second scoring are nested plain data; unrelated flags leave them unchanged."""
     options = {
         "model": "x",
         "answers": ["Yes", "No"],

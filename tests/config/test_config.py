@@ -1,4 +1,4 @@
-"""Recipes are read strictly, and their errors name the way out."""
+"""Strict validation of recipes: each error names the key, the value and a fix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tree() -> dict:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_recipe_is_read_and_survives_a_round_trip(path: Path) -> None:
+def test_every_shipped_recipe_survives_a_round_trip(path: Path) -> None:
     config = read_recipe(path)
     assert config_from_dict(yaml.safe_load(to_yaml(config))) == config
     read_ds_config(str(ds_config_file(config.deepspeed)))
@@ -47,7 +47,7 @@ def test_a_bad_key_or_value_is_named(section: str, key: str, value: object, mess
     assert message in str(error.value)
 
 
-def test_a_misspelt_reward_key_gets_the_nearest_name() -> None:
+def test_a_misspelt_reward_key_suggests_the_nearest_name() -> None:
     broken = tree()
     broken["rewards"]["motion"]["wieght"] = 1.0
     with pytest.raises(ConfigError, match=r"rewards\.motion\.wieght: unknown key; perhaps you meant weight"):
@@ -68,7 +68,7 @@ def test_bpgo_without_an_anchor_is_refused() -> None:
     assert config_from_dict(broken | {"bpgo": {"alpha": 0.0, "zeta": 0.0}}).algorithm == "grpo"
 
 
-def test_trust_in_reliability_needs_second_options_of_every_reward() -> None:
+def test_reliability_trust_needs_second_options_for_every_reward() -> None:
     broken = tree() | {"bpgo": {"trust": "reliability"}}
     with pytest.raises(ConfigError, match=r"bpgo\.trust.*rewards\.alignment\.second is None"):
         config_from_dict(broken)
@@ -82,7 +82,7 @@ def test_trust_in_reliability_needs_second_options_of_every_reward() -> None:
     assert not config_from_dict(broken | {"bpgo": {"trust": "none"}}).bpgo.scores_twice
 
 
-def test_only_what_uses_an_anchor_needs_one() -> None:
+def test_an_anchor_is_required_only_where_it_is_used() -> None:
     for bpgo in ({"zeta": 0.0, "trust": "none"}, {"zeta": 0.0, "alpha": 0.0}):
         config = config_from_dict(tree() | {"prior": {"kind": "none"}, "bpgo": bpgo})
         assert config.algorithm == "grpo"
@@ -91,7 +91,7 @@ def test_only_what_uses_an_anchor_needs_one() -> None:
 
 
 @pytest.mark.parametrize("key", ["best_of", "drop_zero_std"])
-def test_nft_counts_every_sample(key: str) -> None:
+def test_nft_requires_every_sample(key: str) -> None:
     broken = tree() | {"advantage": {key: 1}, "bpgo": {"alpha": 0.0}}
     config_from_dict(broken)
     broken["loss"] = {**broken.get("loss", {}), "objective": "nft"}
@@ -106,7 +106,7 @@ def test_nft_counts_every_sample(key: str) -> None:
         ({"advantage": {"combine": "gdpo"}}, ("credit.kind", "advantage.combine")),
     ],
 )
-def test_credit_by_frames_needs_log_probs_and_a_fixed_size(change: dict, keys: tuple[str, str]) -> None:
+def test_frame_credit_needs_log_probs_and_a_fixed_size(change: dict, keys: tuple[str, str]) -> None:
     with pytest.raises(ConfigError) as error:
         config_from_dict(tree() | {"credit": {"kind": "segment"}} | change)
     assert all(key in str(error.value) for key in keys)
@@ -117,7 +117,7 @@ def test_credit_by_frames_needs_log_probs_and_a_fixed_size(change: dict, keys: t
 @pytest.mark.parametrize(
     ("key", "value"), [("ratio", "guard"), ("trust_region", "divergence_mask"), ("step_weights", "flash")]
 )
-def test_what_compares_transitions_needs_an_objective_that_replays_them(objective: str, key: str, value: str) -> None:
+def test_comparing_transitions_needs_an_objective_that_replays_them(objective: str, key: str, value: str) -> None:
     loss = {"objective": objective, "step_weights": "none"}
     config_from_dict(tree() | {"loss": loss})
     with pytest.raises(ConfigError, match=rf"loss\.{key} is '{value}' with loss\.objective = '{objective}'"):
@@ -133,7 +133,7 @@ def test_what_compares_transitions_needs_an_objective_that_replays_them(objectiv
         ({"aggregate": "top_share", "aggregate_at": 1.5}, "at most 1"),
     ],
 )
-def test_an_aggregate_has_the_number_that_it_needs(aggregate: dict, message: str) -> None:
+def test_an_aggregate_needs_its_parameter(aggregate: dict, message: str) -> None:
     for section in ("rewards", "evaluation"):
         reward = {"own": {"model": "shapes_oracle", **aggregate}}
         change = {"rewards": reward} if section == "rewards" else {"evaluation": {"rewards": reward}}
@@ -169,7 +169,7 @@ def test_centring_one_prompt_is_refused() -> None:
         config_from_dict(broken)
 
 
-def test_a_world_that_does_not_divide_is_named_with_a_way_out() -> None:
+def test_an_indivisible_world_size_error_names_valid_sizes() -> None:
     config = read_yaml(RECIPE)
     check_world(config, 2)
     with pytest.raises(ConfigError, match="do not divide into 3 ranks"):
@@ -177,7 +177,7 @@ def test_a_world_that_does_not_divide_is_named_with_a_way_out() -> None:
 
 
 @pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler"])
-def test_keys_of_the_recipe_are_refused_in_the_deepspeed_json(tmp_path: Path, key: str) -> None:
+def test_recipe_keys_are_refused_in_the_deepspeed_json(tmp_path: Path, key: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(f'{{"{key}": 1}}')
     with pytest.raises(ConfigError, match=key):
@@ -200,7 +200,7 @@ def test_precision_has_one_switch(tmp_path: Path, precision: str, named: str) ->
         read_ds_config(str(path))
 
 
-def test_bf16_on_a_device_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_refused_on_a_device_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     require_supported({"bf16": {"enabled": True}})
     monkeypatch.setattr(type(get_accelerator()), "is_bf16_supported", lambda self: False)
     require_supported({})
@@ -208,7 +208,7 @@ def test_bf16_on_a_device_without_it_is_refused(monkeypatch: pytest.MonkeyPatch)
         require_supported({"bf16": {"enabled": True}})
 
 
-def test_a_deepspeed_json_without_zero_says_so(tmp_path: Path) -> None:
+def test_a_deepspeed_json_without_zero_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimisation": {"stage": 2}}')
     with pytest.raises(ConfigError, match=r"stage is 0 \(it has no zero_optimization\); it must be 1, 2 or 3"):
@@ -223,18 +223,18 @@ def test_every_shipped_deepspeed_json_is_accepted(path: Path) -> None:
     assert read_ds_config(str(path))["zero_optimization"]["stage"] in (1, 2, 3)
 
 
-def test_a_recipe_changes_its_base_key_by_key(tmp_path: Path) -> None:
+def test_a_recipe_overrides_its_base_key_by_key(tmp_path: Path) -> None:
     base, recipe = tmp_path / "base.yaml", tmp_path / "recipe.yaml"
     base.write_text(RECIPE.read_text())
     recipe.write_text("base: base.yaml\noptim: {learning_rate: 3.0e-5}\nrewards: {only: {model: clip_score}}\n")
     config, original = read_yaml(recipe), read_yaml(base)
     assert config.optim.learning_rate == 3e-5
     assert config.optim.updates_per_rollout == original.optim.updates_per_rollout
-    assert set(config.rewards) == {"only"}, "rewards are replaced as a whole"
+    assert set(config.rewards) == {"only"}, "the rewards of the base are replaced, not merged"
     assert config.evaluation == original.evaluation
 
 
-def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_circular_base_is_named(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("base: second.yaml\n")
     with pytest.raises(
@@ -250,7 +250,7 @@ def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path) -> None:
 SFT = ROOT / "pipelines" / "configs" / "tiny_wan_sft.yaml"
 
 
-def test_a_kind_of_recipe_that_is_not_known_is_named() -> None:
+def test_an_unknown_kind_of_recipe_is_named() -> None:
     with pytest.raises(ConfigError, match=r"recipe is 'dpo'; known are bpgo, sft"):
         config_from_dict(tree() | {"recipe": "dpo"})
 
@@ -274,7 +274,7 @@ def test_errors_of_an_sft_recipe_are_named(section: str, values: dict, message: 
     assert message in str(error.value)
 
 
-def test_clips_that_do_not_divide_are_named() -> None:
+def test_an_indivisible_number_of_clips_is_named() -> None:
     config = read_recipe(SFT)
     check_sft_world(config, 2)
     with pytest.raises(ConfigError, match=r"sft.batch_size 32 clips do not divide into 3 ranks x micro_batch_size 16"):

@@ -1,4 +1,4 @@
-"""Sections: values out of range are refused by name, and names of methods are those of the tables."""
+"""Validation of config sections: out-of-range values are refused by name, and method keys match their tables."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_an_error_has_one_readable_line_per_value() -> None:
     ]
 
 
-def test_only_the_released_form_with_its_own_trust_takes_alpha_1() -> None:
+def test_only_the_released_form_with_its_default_trust_accepts_alpha_1() -> None:
     for trust in (None, "posterior"):
         assert BPGOConfig(form="released", trust=trust, alpha=1).trust_kind == "posterior"
     for wrong in ({"form": "paper"}, {"form": "released", "trust": "sigmoid"}):
@@ -94,7 +94,7 @@ def test_only_the_released_form_with_its_own_trust_takes_alpha_1() -> None:
         (OptimiserConfig, "schedule", SCHEDULES),
     ],
 )
-def test_the_names_of_a_key_are_those_of_its_table(section: type, key: str, table: Collection[str]) -> None:
+def test_the_choices_of_a_key_match_its_table(section: type, key: str, table: Collection[str]) -> None:
     hint = get_type_hints(section)[key]
     options = {name for part in get_args(hint) for name in get_args(part) or (part,)} - {type(None)}
     assert options == set(table)

@@ -1,4 +1,4 @@
-"""Recipes and DeepSpeed configurations are found by name; a file wins over a name."""
+"""Lookup of shipped recipes and DeepSpeed configurations by name; an existing file takes precedence."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_what_ships_is_what_the_repository_keeps() -> None:
+def test_the_package_ships_the_files_of_the_repository() -> None:
     assert RECIPES.resolve() == ROOT / "pipelines" / "configs"
     assert DS_CONFIGS.resolve() == ROOT / "ds_configs"
 
 
 @pytest.mark.parametrize("name", shipped(RECIPES))
-def test_a_recipe_is_found_with_and_without_its_suffix(name: str) -> None:
+def test_a_recipe_is_found_with_or_without_its_suffix(name: str) -> None:
     assert recipe_file(name) == recipe_file(f"{name}.yaml") == RECIPES / f"{name}.yaml"
     assert ds_config_file(read_recipe(Path(name)).deepspeed).parent == DS_CONFIGS
 
 
-def test_a_file_wins_over_a_name() -> None:
+def test_a_file_takes_precedence_over_a_name() -> None:
     changed = yaml.safe_load(recipe_file("tiny_wan_bpgo").read_text()) | {"run": {"dir": "runs/here"}}
     Path("tiny_wan_bpgo").write_text(yaml.safe_dump(changed))
     assert read_yaml(Path("tiny_wan_bpgo")).run.dir == "runs/here"
@@ -54,13 +54,13 @@ def test_a_file_wins_over_a_name() -> None:
         (ds_config_file, "zero4", "they are zero1, zero2, zero3, zero3_bf16, zero3_offload"),
     ],
 )
-def test_a_name_that_is_not_known_comes_with_the_nearest(find, name: str, message: str) -> None:
+def test_an_unknown_name_suggests_the_nearest(find, name: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         find(name)
     assert message in str(error.value)
 
 
-def test_a_base_is_a_file_next_to_the_recipe_or_else_a_shipped_one() -> None:
+def test_a_base_is_a_file_next_to_the_recipe_or_a_shipped_recipe() -> None:
     folder = Path("elsewhere")
     folder.mkdir()
     mine = folder / "mine.yaml"
@@ -70,7 +70,7 @@ def test_a_base_is_a_file_next_to_the_recipe_or_else_a_shipped_one() -> None:
     assert read_yaml(mine).rollout.prompts_per_step == 6
 
 
-def test_a_copied_recipe_is_read_as_the_shipped_one_and_is_never_overwritten(
+def test_a_copied_recipe_equals_the_shipped_one_and_is_never_overwritten(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in shipped(RECIPES):
@@ -83,7 +83,7 @@ def test_a_copied_recipe_is_read_as_the_shipped_one_and_is_never_overwritten(
     assert Path("tiny_wan_bpgo.yaml").read_text() == "mine"
 
 
-def test_recipes_are_listed_with_a_line_each_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_one_per_line_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert recipes.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name in shipped(RECIPES):
@@ -95,6 +95,6 @@ def test_recipes_are_listed_with_a_line_each_and_shown(capsys: pytest.CaptureFix
     assert "perhaps you meant tiny_wan_grpo" in capsys.readouterr().err
 
 
-def test_a_run_continues_whether_its_deepspeed_json_was_a_path_or_is_a_name() -> None:
+def test_a_run_resumes_if_its_deepspeed_json_changes_from_a_path_to_a_name() -> None:
     named = read_yaml(Path("tiny_wan_bpgo"))
     check_same_run(replace(named, deepspeed="ds_configs/zero3.json"), named)

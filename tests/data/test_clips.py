@@ -1,4 +1,4 @@
-"""Clips of videos: which files, moments and frames; compared with whole decodings of real clips."""
+"""Selection of clips from videos (files, start times, frames), compared with full decodings of real clips."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def header(seconds: float | None, fps: float) -> VideoHeader:
 
 
 def write_frames(path: Path, milliseconds: list[int], size: tuple[int, int] = (64, 64)) -> None:
-    """Frame i, shown from milliseconds[i] on, is grey of brightness 10 i."""
+    """Write a video whose frame i starts at milliseconds[i] and is grey with brightness 10 i."""
     with av.open(str(path), "w", format="matroska") as container:
         stream = container.add_stream("libx264", rate=25, options={"crf": "0", "g": "4"})
         stream.height, stream.width, stream.pix_fmt, stream.time_base = *size, "yuv420p", Fraction(1, 1000)
@@ -51,17 +51,17 @@ times = st.lists(st.integers(0, 400), min_size=1, max_size=30, unique=True).map(
 
 
 @given(times, st.lists(st.integers(0, 500), min_size=1, max_size=20).map(sorted), st.integers(0, 100))
-def test_nearest_is_the_smallest_distance_and_of_two_the_earlier(shown, moments, lasting) -> None:
+def test_the_nearest_frame_is_the_closest_in_time_and_a_tie_takes_the_earlier(shown, moments, lasting) -> None:
     found = list(nearest(((time, time) for time in shown), moments, lasting))
     table = np.abs(np.array(moments)[:, None] - np.array(shown)[None, :])
-    expected = [shown[row] for row in table.argmin(axis=1)]  # the first of equal ones
+    expected = [shown[row] for row in table.argmin(axis=1)]  # the first of several minima
     reached = sum(moment <= shown[-1] + lasting for moment in moments)
     assert found == expected[:reached]
 
 
 @pytest.mark.parametrize("name", ["bikes", "bigbuckbunny", "carphone_pristine"])
 @pytest.mark.parametrize("start", [0.0, 2.25])
-def test_a_clip_has_the_frames_nearest_in_time_whatever_was_skipped(name: str, start: float) -> None:
+def test_a_clip_has_the_frames_nearest_in_time_from_any_start(name: str, start: float) -> None:
     whole, fps = real_clip(name), FPS[name] if FPS[name] != 29.97 else 30000 / 1001
     rows = [int(np.abs(np.arange(len(whole)) / fps - (start + i / 8)).argmin()) for i in range(9)]
     expected = torch.stack([fit_image(whole[row], 64, 64) for row in rows])
@@ -77,7 +77,7 @@ def test_frames_of_unequal_length_are_chosen_by_time(tmp_path: Path) -> None:
     assert brightness == [int(np.abs(np.array(milliseconds) - moment).argmin()) for moment in moments]
 
 
-def test_clips_start_a_stride_apart_while_their_last_moment_is_shown() -> None:
+def test_clips_start_one_stride_apart_until_the_video_ends() -> None:
     video = header(4.0, 25.0)
     assert Cut(CLIP, max_clips=9, stride=1.125).starts(video) == [0.0, 1.125, 2.25]
     assert Cut(CLIP, max_clips=2, stride=1.125).starts(video) == [0.0, 1.125]
@@ -86,7 +86,7 @@ def test_clips_start_a_stride_apart_while_their_last_moment_is_shown() -> None:
 
 
 @pytest.mark.parametrize("name", ["bikes", "carphone_pristine"])
-def test_the_last_clip_that_fits_by_its_header_can_be_read(name: str) -> None:
+def test_the_last_clip_that_fits_the_header_can_be_read(name: str) -> None:
     video = read_header(path_of(name))
     assert video.fps == pytest.approx(FPS[name], abs=1e-2)
     whole = real_clip(name)
@@ -108,7 +108,7 @@ def test_videos_that_are_too_short_or_too_slow_are_refused(video: VideoHeader, m
         Cut(CLIP, 1, 1.0).starts(video)
 
 
-def test_what_is_too_small_or_ends_early_is_refused(tmp_path: Path) -> None:
+def test_videos_that_are_too_small_or_truncated_are_refused(tmp_path: Path) -> None:
     write_frames(tmp_path / "a.mkv", [0, 40, 80], size=(64, 48))
     with pytest.raises(VideoError, match=r"is 48 x 64, smaller than a clip of 64 x 64"):
         read_clip(tmp_path / "a.mkv", 0.0, CLIP)
@@ -139,7 +139,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_folder_gives_each_video_its_caption_and_its_clips(folder: Path) -> None:
+def test_a_folder_pairs_each_video_with_its_caption_and_clips(folder: Path) -> None:
     lines = list(read_clips([folder], CUT, "heldout"))
     assert all(isinstance(line, Line) for line in lines)
     records = [line.record for line in lines]
@@ -152,13 +152,13 @@ def test_a_folder_gives_each_video_its_caption_and_its_clips(folder: Path) -> No
     assert len({r.id for r in records}) == 4
 
 
-def test_ids_do_not_depend_on_where_the_folder_lies(folder: Path, tmp_path: Path) -> None:
+def test_ids_do_not_depend_on_the_path_of_the_folder(folder: Path, tmp_path: Path) -> None:
     ids = [line.record.id for line in read_clips([folder], CUT)]
     folder.rename(tmp_path / "elsewhere")
     assert [line.record.id for line in read_clips([tmp_path / "elsewhere"], CUT)] == ids
 
 
-def test_a_list_names_split_tags_and_info(folder: Path) -> None:
+def test_a_list_sets_split_tags_and_info(folder: Path) -> None:
     line = {"video": "sub/a.mp4", "caption": "riders", "split": "test", "tags": ["x"], "info": {"source": "skvideo"}}
     (folder / "list.jsonl").write_text(json.dumps(line) + "\n")
     first, second = read_clips([folder / "list.jsonl"], CUT)
@@ -179,7 +179,7 @@ CAPTIONS = {"broken.mp4": b"words", "empty.mp4": b" \n", "not_utf8.mp4": b"\xff\
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_strange_files_end_the_plan_or_are_listed(name: str, folder: Path) -> None:
+def test_unreadable_files_stop_the_plan_or_are_listed(name: str, folder: Path) -> None:
     content, message = STRANGE[name]
     (folder / name).write_bytes(content)
     if name in CAPTIONS:
@@ -201,14 +201,14 @@ def test_strange_files_end_the_plan_or_are_listed(name: str, folder: Path) -> No
         ({"video": "b.mp4", "caption": "x" * 2001}, "the prompt has 2001 characters"),
     ],
 )
-def test_lines_that_cannot_be_used_are_named(line: dict, message: str, folder: Path) -> None:
+def test_unusable_lines_are_named(line: dict, message: str, folder: Path) -> None:
     (folder / "list.jsonl").write_text(json.dumps(line) + "\n")
     (found,) = read_clips([folder / "list.jsonl"], CUT)
     assert isinstance(found, Rejected)
     assert message in found.reason
 
 
-def test_a_clip_named_twice_and_inputs_that_are_none_are_refused(folder: Path) -> None:
+def test_duplicate_clips_and_invalid_inputs_are_refused(folder: Path) -> None:
     with pytest.raises(PromptFileError, match="have the same id"):
         plan([folder, folder])
     with pytest.raises(PromptFileError, match=r"neither a folder of videos nor a \.jsonl"):

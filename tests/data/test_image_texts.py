@@ -1,4 +1,4 @@
-"""Texts that see their images: what shards hold is the policy's own, and other images or sizes are other prompts."""
+"""Prompts whose text encoder also reads the image: shards hold the policy's embeddings, keyed by image and size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.made.recipes import RECIPE
 CASE = HUNYUAN_FIRST_FRAME
 ROOT = RECIPE.parents[2]
 TEXT = "a red circle moving left"
-LINES = [  # text, picture, negative prompt of its own
+LINES = [  # text, picture, the prompt's negative prompt
     (TEXT, 0, None),
     (TEXT, 1, "a green triangle"),
     ("a blue square moving up", 0, None),
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures 0 and 1 are wider than the video's sides are to each other; 2 is 0 in other bytes."""
+    """Pictures 0 and 1 have a wider aspect ratio than the video; picture 2 has the pixels of 0 in different bytes."""
     path, generator = tmp_path_factory.mktemp("prompts"), np.random.default_rng(0)
     for number in range(2):
         Image.fromarray(generator.integers(0, 255, (40, 90, 3), dtype=np.uint8)).save(path / f"{number}.png")
@@ -74,8 +74,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(prompts: Path, folder: Path, output: Path) -> list[str]:
-    own = ["--policy", str(folder), "--max-sequence-length", str(CASE.text_tokens)]
-    return ["build", "--input", str(prompts), "--output", str(output), *own]
+    flags = ["--policy", str(folder), "--max-sequence-length", str(CASE.text_tokens)]
+    return ["build", "--input", str(prompts), "--output", str(output), *flags]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def policy(folder: Path) -> Policy:
     return CASE.policy(folder, components=("text_encoder",))
 
 
-def test_each_text_is_encoded_with_its_own_image_as_training_cuts_it(built: Path, policy: Policy) -> None:
+def test_each_text_is_encoded_with_its_image_cropped_as_in_training(built: Path, policy: Policy) -> None:
     records = list(PromptShards(built).records())
     for record in records:
         image = fit_image(decode_image(record.media["image"].data, "it"), 32, 48)
@@ -102,7 +102,7 @@ def test_each_text_is_encoded_with_its_own_image_as_training_cuts_it(built: Path
     PromptShards(built).verify()
 
 
-def test_negative_prompts_see_a_black_image_and_can_share_a_batch(built: Path, policy: Policy) -> None:
+def test_negative_prompts_are_encoded_with_a_black_image_and_can_share_a_batch(built: Path, policy: Policy) -> None:
     batch = as_batch(list(PromptShards(built).records()))
     black = policy.pipeline.encode_prompt(
         image=Image.new("RGB", (48, 32)), prompt=["a green triangle"], max_sequence_length=CASE.text_tokens
@@ -114,7 +114,7 @@ def test_negative_prompts_see_a_black_image_and_can_share_a_batch(built: Path, p
         assert batch.negative[name].dtype == value.dtype
 
 
-def test_another_size_is_another_build_and_not_for_this_recipe(
+def test_shards_of_another_size_are_not_continued_and_not_used_by_the_recipe(
     built: Path, tool: ModuleType, prompts: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tool.main([*arguments(prompts, folder, built), "--height", "48", "--width", "48"]) == 1
@@ -128,7 +128,7 @@ def test_another_size_is_another_build_and_not_for_this_recipe(
         read_common_inputs(replace(recipe, video=replace(recipe.video, height=48)))
 
 
-def test_another_processor_of_images_is_another_encoder(built: Path, folder: Path) -> None:
+def test_another_image_processor_is_another_encoder(built: Path, folder: Path) -> None:
     shards = PromptShards(built)
     check_image_stamp(shards, folder, (32, 48))
     (folder / "image_processor" / "note").write_text("another")
@@ -137,7 +137,7 @@ def test_another_processor_of_images_is_another_encoder(built: Path, folder: Pat
     (folder / "image_processor" / "note").unlink()
 
 
-def test_a_prompt_without_an_image_is_named_before_anything_is_encoded(
+def test_a_prompt_without_an_image_is_named_before_encoding_starts(
     tool: ModuleType, folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     longer = prompts.parent / "q.jsonl"
@@ -147,7 +147,7 @@ def test_a_prompt_without_an_image_is_named_before_anything_is_encoded(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_size_is_asked_for_where_it_matters_alone(
+def test_the_size_is_required_only_where_it_matters(
     tool: ModuleType, folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tool.main(arguments(prompts, folder, tmp_path / "out")) == 1
@@ -158,7 +158,7 @@ def test_the_size_is_asked_for_where_it_matters_alone(
 
 
 @pytest.mark.parametrize("name", ["hunyuan_image", "hunyuan_image_concat"])
-def test_a_clip_is_captioned_beside_its_first_frame(name: str, tmp_path: Path) -> None:
+def test_a_caption_is_encoded_with_the_first_frame_of_its_clip(name: str, tmp_path: Path) -> None:
     case, folder = CASES[name], tmp_path / "pipeline"
     case.write(folder)
     video = case.video
@@ -167,9 +167,9 @@ def test_a_clip_is_captioned_beside_its_first_frame(name: str, tmp_path: Path) -
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "0.mp4", clip, video.fps, crf=1)
     (tmp_path / "videos" / "0.txt").write_text(caption.text)
-    own = [*arguments(tmp_path / "videos", folder, tmp_path / "out"), *SIZE]
+    flags = [*arguments(tmp_path / "videos", folder, tmp_path / "out"), *SIZE]
     assert (
-        tool_of("make_video_shards").main([*own, "--num-frames", str(video.num_frames), "--fps", str(video.fps)]) == 0
+        tool_of("make_video_shards").main([*flags, "--num-frames", str(video.num_frames), "--fps", str(video.fps)]) == 0
     )
     shards = PromptShards(tmp_path / "out")
     check_image_stamp(shards, folder, (video.height, video.width))

@@ -1,4 +1,4 @@
-"""Conditioning images: what their bytes mean in RGB, how they fit the video, and how they come out of the shards."""
+"""Conditioning images: decoding to RGB, fitting to the video's size, and storage in shards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pixels(data: bytes) -> np.ndarray:
     return decode_image(data, "it").permute(1, 2, 0).numpy()
 
 
-def test_eight_bit_colour_is_its_values_over_255() -> None:
+def test_eight_bit_colours_are_divided_by_255() -> None:
     for kind in ("PNG", "WEBP"):
         assert np.array_equal(pixels(encoded(RGB, kind, lossless=True)), RGB.astype(np.float32) / 255)
     grey = RGB[..., 0]
@@ -49,19 +49,19 @@ def test_transparency_is_composited_on_black() -> None:
     alpha = RNG.integers(0, 256, RGB.shape[:2], dtype=np.uint8)
     expected = (RGB / 255) * (alpha[..., None] / 255)
     assert pixels(encoded(np.dstack([RGB, alpha]))) == pytest.approx(expected, abs=1e-6)
-    keyed = np.where((RGB[0, 0] == RGB).all(-1, keepdims=True), 0, RGB)  # one colour named as see-through
+    keyed = np.where((RGB[0, 0] == RGB).all(-1, keepdims=True), 0, RGB)  # one colour is marked as transparent
     data = encoded(RGB, transparency=tuple(map(int, RGB[0, 0])))
     assert pixels(data) == pytest.approx(keyed / 255, abs=1e-6)
 
 
-def test_sixteen_bits() -> None:
+def test_sixteen_bit_grey_keeps_its_precision_and_colour_its_high_byte() -> None:
     grey = RNG.integers(0, 2**16, (5, 7)).astype(np.uint16)
     assert pixels(encoded(grey))[..., 1] == pytest.approx(grey / 65535, abs=1e-7)
     assert pixels(colour_16(0xABCD, 0x12FF, 0xFFFF))[0, 0] * 255 == pytest.approx([0xAB, 0x12, 0xFF])
 
 
 def colour_16(*rgb: int) -> bytes:
-    """A PNG of one pixel with 16 bits a channel, which Pillow cannot write."""
+    """A one-pixel PNG with 16 bits per channel, which Pillow cannot write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -81,7 +81,7 @@ def test_the_exif_orientation_is_applied(orientation: int, turn) -> None:
     assert np.array_equal(pixels(encoded(RGB, exif=exif)), turn(RGB).astype(np.float32) / 255)
 
 
-def test_what_has_no_single_meaning_is_refused_by_name() -> None:
+def test_ambiguous_images_are_refused_by_name() -> None:
     refused = {
         "colour mode CMYK": encoded(Image.fromarray(RGB).convert("CMYK"), "JPEG"),
         "2 frames": encoded(Image.fromarray(RGB), save_all=True, append_images=[Image.fromarray(RGB[::-1].copy())]),
@@ -107,25 +107,25 @@ def test_a_damaged_image_decodes_or_is_named(kind: str, place: int, bit: int) ->
         assert 0 <= found.min() <= found.max() <= 1
 
 
-def test_the_extension_is_what_the_bytes_are() -> None:
+def test_the_extension_follows_from_the_bytes() -> None:
     assert [image_extension(encoded(RGB, kind), "it") for kind in ("PNG", "JPEG", "WEBP")] == ["png", "jpg", "webp"]
 
 
-def test_an_image_of_the_videos_size_is_left_alone() -> None:
+def test_an_image_of_the_videos_size_is_unchanged() -> None:
     image = torch.rand(3, 30, 40)
     assert torch.equal(fit_image(image, 30, 40), image)
 
 
 @given(st.integers(4, 60), st.integers(4, 60), st.integers(4, 40), st.integers(4, 40))
-def test_any_image_covers_any_size_and_keeps_its_colour(h: int, w: int, height: int, width: int) -> None:
+def test_any_image_fills_any_size_and_keeps_its_colour(h: int, w: int, height: int, width: int) -> None:
     colour = torch.tensor([0.0, 0.4, 1.0])
     fitted = fit_image(colour[:, None, None].expand(3, h, w), height, width)
     assert fitted.shape == (3, height, width)
     assert torch.allclose(fitted, colour[:, None, None].expand_as(fitted), atol=1e-5)
 
 
-def test_the_centre_is_kept_at_its_own_aspect_ratio() -> None:
-    """A ramp along x, twice as wide as the video: its middle half remains, at the same slope."""
+def test_the_centre_is_cropped_without_distortion() -> None:
+    """A horizontal ramp twice as wide as the video is cropped to its middle half with an unchanged slope."""
     ramp = torch.linspace(0, 1, 80).expand(3, 40, 80)
     fitted = fit_image(ramp, 20, 20)
     expected = (torch.arange(20) + 0.5 + 10) * 2 / 80
@@ -150,7 +150,7 @@ def save(folder: Path, count: int = 6, kind: str = "JPEG") -> list[dict]:
     return [{"prompt": f"prompt {i}", "image": f"images/{i}.png"} for i in range(count)]
 
 
-def test_images_come_back_byte_for_byte_and_as_pixels(tmp_path: Path) -> None:
+def test_images_are_restored_byte_for_byte_and_as_pixels(tmp_path: Path) -> None:
     lines = save(tmp_path)
     shards = build(tmp_path, lines, shard_size=4)
     assert shards.has_images("train")
@@ -165,7 +165,7 @@ def test_images_come_back_byte_for_byte_and_as_pixels(tmp_path: Path) -> None:
     shards.verify()
 
 
-def test_a_changed_image_is_named_by_its_record(tmp_path: Path) -> None:
+def test_a_modified_image_is_reported_with_its_record(tmp_path: Path) -> None:
     build(tmp_path, save(tmp_path, kind="PNG"))
     path = tmp_path / "out" / "prompts-000000.tar"
     data = bytearray(path.read_bytes())
@@ -177,7 +177,7 @@ def test_a_changed_image_is_named_by_its_record(tmp_path: Path) -> None:
         PromptShards(tmp_path / "out").verify()
 
 
-def test_some_with_and_some_without_are_counted_per_split(tmp_path: Path) -> None:
+def test_prompts_without_images_are_counted_per_split(tmp_path: Path) -> None:
     lines = save(tmp_path)
     lines[0].pop("image")
     shards = build(tmp_path, [*lines, {"prompt": "text only", "split": "heldout"}])
@@ -187,7 +187,7 @@ def test_some_with_and_some_without_are_counted_per_split(tmp_path: Path) -> Non
         PromptStream(shards, "train", 0, 2, size=(8, 8))
     with pytest.raises(ShardError, match=r"5 prompts have an image, 1 of the same batch"):
         as_batch(list(shards.records("train")), size=(8, 8))
-    assert next(PromptStream(shards, "train", 0, 6)).images is None  # text-to-video reads them all the same
+    assert next(PromptStream(shards, "train", 0, 6)).images is None  # text-to-video can still read them
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,6 @@ def test_some_with_and_some_without_are_counted_per_split(tmp_path: Path) -> Non
         ("p.jsonl", r"the file is not a PNG, JPEG, WEBP image"),
     ],
 )
-def test_an_image_that_cannot_be_used_is_named_by_its_line(tmp_path: Path, image: str, message: str) -> None:
+def test_an_unusable_image_is_reported_with_its_line(tmp_path: Path, image: str, message: str) -> None:
     with pytest.raises(PromptFileError, match=rf"p.jsonl:2: .*{message}"):
         build(tmp_path, [*save(tmp_path, 1), {"prompt": "x", "image": image}])

@@ -1,4 +1,4 @@
-"""tools/make_prompt_shards.py: text in, shards out, and every mistake in the input named by file and line."""
+"""The command that builds prompt shards (tools/make_prompt_shards.py); input errors name the file and line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tool() -> ModuleType:
 
 
 def encode(texts) -> dict[str, torch.Tensor]:
-    """A stub: the first eight letters, one a token."""
+    """A stub that encodes the first eight letters, one per token."""
     codes = [[ord(c) for c in text[:8]] + [0] * (8 - len(text)) for text in texts]
     return {"prompt_embeds": torch.tensor(codes, dtype=torch.float32)[:, :, None].expand(-1, -1, 3)}
 
@@ -65,7 +65,7 @@ def test_the_tiny_prompts_are_the_captions_of_the_world() -> None:
         ]
 
 
-def test_ids_are_the_same_everywhere() -> None:
+def test_ids_do_not_depend_on_the_machine() -> None:
     assert prompt_id("a red circle moving left") == 0xD58E202A005FA326 >> 1  # b2sum -l 64
     assert 0 <= prompt_id("") < 2**63
 
@@ -119,7 +119,7 @@ def help_of(tool: ModuleType, capsys) -> str:
     return " ".join(capsys.readouterr().out.split()).replace("LTX- Video", "LTX-Video")
 
 
-def test_help_speaks_of_what_the_shards_hold(tool, capsys) -> None:
+def test_help_describes_prompts(tool, capsys) -> None:
     shown = help_of(tool, capsys)
     for words in (
         "for prompts without one of their own (empty)",
@@ -145,7 +145,7 @@ def test_an_existing_output_is_never_overwritten(tool, stub_policy: Path, tmp_pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
-def test_records_name_their_split_id_and_tags_or_get_defaults(tmp_path: Path) -> None:
+def test_records_set_their_split_id_and_tags_or_get_defaults(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"prompt": "one", "id": 7, "split": "heldout", "tags": ["x", "y"]}) + '\n{"prompt": "two"}\n'
     )
@@ -183,7 +183,7 @@ def test_a_repeated_prompt_names_both_lines(tmp_path: Path) -> None:
         ("p.tsv", b"a", "'.tsv'"),
     ],
 )
-def test_a_mistake_in_the_input_is_named_before_anything_is_loaded(
+def test_an_input_error_is_named_before_the_model_is_loaded(
     tool, tmp_path: Path, capsys, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""tools/make_video_shards.py: what a shard holds decodes to the clip, and a build of other videos is refused."""
+"""The command that builds video shards (tools/make_video_shards.py): latents decode to the clips; reuse is checked."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def built(tool: ModuleType, videos: Path, tmp_path_factory: pytest.TempPathFacto
     return output
 
 
-def test_latents_and_embeddings_are_those_of_the_policy(built: Path, videos: Path, policy: Policy) -> None:
+def test_latents_and_embeddings_equal_those_of_the_policy(built: Path, videos: Path, policy: Policy) -> None:
     shards = PromptShards(built)
     records = list(shards.records())
     assert [(r.info["video"], r.info["start"]) for r in records] == [
@@ -89,14 +89,16 @@ def test_latents_and_embeddings_are_those_of_the_policy(built: Path, videos: Pat
 
 def test_latents_decode_to_the_clip(built: Path, videos: Path, policy: Policy) -> None:
     for record in PromptShards(built).records():
-        if record.info["video"] != "bikes.mp4":  # the embedded VAE knows the embedded world alone
+        if record.info["video"] != "bikes.mp4":  # the embedded VAE was trained only on the embedded world
             frames = read_clip(videos / record.info["video"], 0.0, CLIP)
             decoded = policy.decode(record.clip[LATENTS][None], {})[0]
             assert (decoded - frames).abs().mean() < 0.02
             assert (decoded - frames.mean(dim=(0, 2, 3), keepdim=True)).abs().mean() > 0.02
 
 
-def test_looking_at_shards(built: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_shards_can_be_inspected_and_verified(
+    built: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert tool.main(["inspect", str(built)]) == 0
     assert "bikes.mp4                         3.00 a red circle moving left" in capsys.readouterr().out
     assert tool.main(["stats", str(built)]) == 0
@@ -113,7 +115,7 @@ def test_looking_at_shards(built: Path, tool: ModuleType, capsys: pytest.Capture
     assert "its clip does not match its sha256" in capsys.readouterr().err
 
 
-def test_help_speaks_of_clips_and_its_example_is_whole(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_clips_and_has_a_complete_example(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool.main(["build", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -124,7 +126,7 @@ def test_help_speaks_of_clips_and_its_example_is_whole(tool: ModuleType, capsys:
     assert "--policy FOLDER \\\n        --num-frames 81" in capsys.readouterr().out
 
 
-def test_another_size_or_dtype_is_another_build(
+def test_a_build_of_another_size_or_dtype_is_not_continued(
     built: Path, tool: ModuleType, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index = (built / "index.json").read_bytes()
@@ -150,7 +152,9 @@ def test_another_size_or_dtype_is_another_build(
     assert (built / "index.json").read_bytes() == index
 
 
-def test_image_to_video_keeps_what_the_first_frame_adds(tool: ModuleType, videos: Path, tmp_path: Path) -> None:
+def test_image_to_video_shards_store_the_conditioning_of_the_first_frame(
+    tool: ModuleType, videos: Path, tmp_path: Path
+) -> None:
     folder = random_wan(tmp_path / "policy", images=True, image_encoder=True)
     output = tmp_path / "out"
     more = ["--output", str(output), "--policy", str(folder), "--dtype", "bfloat16", "--max-sequence-length", "512"]

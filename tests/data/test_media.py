@@ -1,4 +1,4 @@
-"""Reference videos in prompt shards: the bytes they came in, checked when they enter and by verify."""
+"""Reference videos in prompt shards: stored byte for byte, checked when they are added and by `verify`."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def clip(tmp_path: Path) -> Path:
     return tmp_path / "v.mp4"
 
 
-def test_a_video_comes_back_byte_for_byte(clip: Path) -> None:
+def test_a_video_is_restored_byte_for_byte(clip: Path) -> None:
     shards = build(clip.parent, clip.name)
     assert shards.record(0).media["video"] == ("mp4", clip.read_bytes())
     assert not shards.has_images("train")
     shards.verify()
 
 
-def test_a_video_that_does_not_decode_is_named_by_its_line(clip: Path) -> None:
+def test_an_undecodable_video_is_reported_with_its_line(clip: Path) -> None:
     clip.write_bytes(clip.read_bytes()[:-500])
     with pytest.raises(PromptFileError, match=r"p.jsonl:1: .*v.mp4 .*is it complete"):
         build(clip.parent, clip.name)
 
 
-def test_a_file_of_another_kind_is_named(clip: Path) -> None:
+def test_a_file_of_another_type_is_named(clip: Path) -> None:
     with pytest.raises(PromptFileError, match=r"v.avi: reference videos are mp4, mkv, mov, webm files"):
         build(clip.parent, clip.rename(clip.with_suffix(".avi")).name)
 
 
-def test_verify_decodes_what_matches_its_hash(clip: Path) -> None:
-    """As a folder would be that another program wrote: every hash is right, and the video is none."""
+def test_verify_decodes_videos_whose_hash_matches(clip: Path) -> None:
+    """Another program could write such a folder: every hash matches, but the video does not decode."""
     build(clip.parent, clip.name)
     shard, data = clip.parent / "out" / "prompts-000000.tar", clip.read_bytes()
     with tarfile.open(shard) as tar:

@@ -1,4 +1,4 @@
-"""Priors: what is written comes back with its prompts; what is stale or cut off does not."""
+"""Priors stored with prompts: values round-trip, and stale or truncated values are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.made.recipes import PROMPTS, make_shards, small_recipe
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Prompts with the ids 1000 to 1019; the first three are held out."""
+    """Shards of prompts 1000 to 1019, of which the first three are held out."""
     embeds = {"prompt_embeds": torch.ones(2, 2)}
     records = [
         PromptRecord(1000 + i, f"prompt {i}", split="heldout" if i < 3 else "train", conditioning=embeds)
@@ -31,7 +31,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def test_priors_come_back_with_the_batch(directory: Path) -> None:
+def test_a_batch_contains_its_priors(directory: Path) -> None:
     anchors = {1000 + i: (i / 7, i / 100, 16) for i in reversed(range(20))}
     write_priors(directory, "clip", "v1", 0.25, "policyhash", anchors)
     tables = load_priors(directory, {"clip": "v1"})
@@ -59,7 +59,7 @@ def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) 
         load_priors(directory, {"clip": "v1"})
 
 
-def test_a_prior_that_means_nothing_is_not_written(directory: Path) -> None:
+def test_an_invalid_prior_is_not_written(directory: Path) -> None:
     with pytest.raises(ValueError, match=r"scale\n.*greater than 0"):
         write_priors(directory, "clip", "v1", 0.0, "p", {1: (0.0, 0.0, 0)})
     with pytest.raises(ValueError, match="JSON"):
@@ -72,7 +72,7 @@ def test_a_prior_that_means_nothing_is_not_written(directory: Path) -> None:
 FIRST, SECOND = {7: {"clip": [0.25, 0.5]}}, {9: {"clip": [0.1, 0.3]}}
 
 
-def test_notes_come_back_and_a_cut_line_does_not(tmp_path: Path) -> None:
+def test_notes_are_read_back_without_a_truncated_line(tmp_path: Path) -> None:
     notes = UnfinishedPriors(tmp_path, {"seed": "0"})
     assert notes.begin() == {}
     notes.add(FIRST)
@@ -95,7 +95,7 @@ def test_notes_of_other_settings_are_replaced(tmp_path: Path) -> None:
     assert UnfinishedPriors(tmp_path, {"seed": "0"}).begin() == {}
 
 
-def test_a_broken_estimation_goes_on_to_the_same_priors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_estimation_resumes_to_the_same_priors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = make_shards(tmp_path / "shards")
     config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 2})
     mesh, score, sampled = Mesh(0, 1, torch.device("cpu")), prior_estimation.score_prompts, []
@@ -118,7 +118,7 @@ def test_a_broken_estimation_goes_on_to_the_same_priors(tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         prior_estimation.estimate(config, mesh)
     again = prior_estimation.estimate(config, mesh)
-    assert len(sampled) == len(PROMPTS["train"]) + 1, "what was broken off is sampled again, and nothing else"
+    assert len(sampled) == len(PROMPTS["train"]) + 1, "only the interrupted prompts are sampled again"
     for name, scores in whole.items():
         torch.testing.assert_close(again[name], scores, rtol=0, atol=1e-5)  # batches of another shape
     assert {path.name for path in (shards / "priors").iterdir()} == {path.name for path in files}

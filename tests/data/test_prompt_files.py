@@ -1,4 +1,4 @@
-"""Prompt files: what each format says, and that each mistake is named by its place."""
+"""Parsing of prompt files in each format; every input error names its place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read(path: Path, content: str | bytes) -> list[Line | Rejected]:
     return list(read_lines([path]))
 
 
-def test_csv_says_what_jsonl_says(tmp_path: Path) -> None:
+def test_csv_and_jsonl_are_equivalent(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     table = (
         'id,prompt,tags,split,image,negative_prompt\n7,"one, ""two""\nthree",x|y,heldout,a.png,"dark, blurry"\n'
@@ -40,7 +40,7 @@ def test_csv_says_what_jsonl_says(tmp_path: Path) -> None:
     assert [line.place for line in from_table] == [f"{tmp_path / 'p.csv'}:{number}" for number in (3, 4)]
 
 
-def test_the_rows_after_a_bad_one_are_read(tmp_path: Path) -> None:
+def test_rows_after_an_invalid_row_are_read(tmp_path: Path) -> None:
     rows = b'prompt,id\none,1\ntwo\n\nlatin \xe9,3\nfour,4x\n"fi"ve,5\nsix,6\n'
     found = read(tmp_path / "p.csv", rows)
     assert [line.record.id for line in found if isinstance(line, Line)] == [1, 6]
@@ -62,14 +62,12 @@ def test_the_rows_after_a_bad_one_are_read(tmp_path: Path) -> None:
         ("p.json", "[", r"p.json: Expecting value"),
     ],
 )
-def test_a_file_without_the_form_of_its_kind_is_refused_whole(
-    tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def test_a_file_in_the_wrong_format_is_refused_entirely(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(PromptFileError, match=message):
         read(tmp_path / name, content)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path: Path) -> None:
     for name in ("p.txt", "p.csv"):
         content = "\ufeffprompt\nhello\n"
         assert read(tmp_path / name, content)[-1].record.prompt == "hello"
@@ -107,7 +105,7 @@ VBENCH = [
 ]
 
 
-def test_vbench_dimensions_become_tags_and_equal_prompts_one(tmp_path: Path) -> None:
+def test_vbench_dimensions_become_tags_and_equal_prompts_are_merged(tmp_path: Path) -> None:
     records = [line.record for line in read(tmp_path / "VBench_full_info.json", json.dumps(VBENCH))]
     assert [(record.prompt, record.tags) for record in records] == [
         ("a person and a cup", ("multiple_objects", "subject_consistency")),
@@ -119,7 +117,7 @@ def test_vbench_dimensions_become_tags_and_equal_prompts_one(tmp_path: Path) -> 
     assert records[2].info == {}
 
 
-def test_vbench_entries_that_contradict_each_other_are_rejected_together(tmp_path: Path) -> None:
+def test_contradictory_vbench_entries_are_rejected_together(tmp_path: Path) -> None:
     entries = [*VBENCH, {"prompt_en": "a red car", "auxiliary_info": {"color": "blue"}}, {"prompt": "x"}, 5]
     path = tmp_path / "p.json"
     rejected = [line for line in read(path, json.dumps(entries)) if isinstance(line, Rejected)]
@@ -129,6 +127,6 @@ def test_vbench_entries_that_contradict_each_other_are_rejected_together(tmp_pat
     assert (plan.count, plan.rejected) == (2, 3)
 
 
-def test_what_a_source_says_besides_comes_back(tmp_path: Path) -> None:
+def test_additional_fields_of_a_source_are_preserved(tmp_path: Path) -> None:
     (line,) = read(tmp_path / "p.jsonl", '{"prompt": "x", "info": {"seed": [1, 2]}}\n')
     assert line.record.info == {"seed": [1, 2]}

@@ -1,4 +1,4 @@
-"""Prompt shards: what is written comes back, in an order that (seed, position) fixes, or the damage is named."""
+"""Reading of prompt shards: exact records in an order fixed by (seed, position), and detection of damage."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def test_every_field_comes_back_bit_for_bit(directory: Path) -> None:
+def test_every_field_is_restored_bit_for_bit(directory: Path) -> None:
     shards = PromptShards(directory)
     for wrote, read in zip(records(20), shards.records(), strict=True):
         assert (read.id, read.prompt, read.split, read.tags) == (wrote.id, wrote.prompt, wrote.split, wrote.tags)
@@ -70,7 +70,7 @@ def test_every_field_comes_back_bit_for_bit(directory: Path) -> None:
 def test_embeddings_are_zero_padded_to_the_text_length_and_stored_without_padding(tmp_path: Path) -> None:
     padded = torch.zeros(512, DIM, dtype=torch.bfloat16)
     padded[:3] = 1.5
-    padded[1] = 0  # a zero row inside is content
+    padded[1] = 0  # a zero row before the end is content
     record = PromptRecord(1, "x", conditioning={"prompt_embeds": padded, "pooled": torch.zeros(DIM)})
     stamp = EncoderStamp("wan", "0", 512)
     write_shards([record], tmp_path / "s", negative=record.conditioning, policy=stamp)
@@ -86,8 +86,8 @@ POOL = st.integers(0, 3)
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(POOL, st.none() | POOL), min_size=1, max_size=12), st.integers(1, 5))
-def test_whatever_is_repeated_each_record_has_its_own_tensors(chosen: list, shard_size: int) -> None:
-    """And each shard has each distinct tensor once."""
+def test_records_with_repeated_tensors_are_restored(chosen: list, shard_size: int) -> None:
+    """Each shard stores each distinct tensor once."""
     pool = [{"prompt_embeds": embeds(number, 1 + number)} for number in range(4)]
     items = [
         PromptRecord(
@@ -114,8 +114,8 @@ def test_whatever_is_repeated_each_record_has_its_own_tensors(chosen: list, shar
             assert not tensors["prompt_embeds"][rows:].any()
 
 
-def test_a_tensor_that_no_record_before_has_is_named(tmp_path: Path) -> None:
-    """A shard whose second record relies on the first one's, which somebody took out."""
+def test_a_reference_to_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    """The second record of the shard refers to a tensor of the first record, which was removed."""
     twice = [PromptRecord(i, f"prompt {i}", conditioning=NEGATIVE) for i in range(2)]
     write_shards(twice, tmp_path / "s", negative=NEGATIVE, policy=STAMP)
     path = tmp_path / "s" / "prompts-000000.tar"
@@ -126,7 +126,7 @@ def test_a_tensor_that_no_record_before_has_is_named(tmp_path: Path) -> None:
         PromptShards(tmp_path / "s")
 
 
-def test_folders_of_the_first_format_are_read(directory: Path) -> None:
+def test_folders_in_format_1_are_read(directory: Path) -> None:
     index = json.loads((directory / "index.json").read_text())
     (directory / "index.json").write_text(json.dumps(index | {"format_version": 1}))
     shards = PromptShards(directory)
@@ -134,14 +134,14 @@ def test_folders_of_the_first_format_are_read(directory: Path) -> None:
     assert torch.equal(shards.record(3).negative["prompt_embeds"], NEGATIVE["prompt_embeds"])
 
 
-def test_two_builds_of_the_same_prompts_are_the_same_bytes(directory: Path, tmp_path: Path) -> None:
+def test_two_builds_of_the_same_prompts_are_byte_identical(directory: Path, tmp_path: Path) -> None:
     write_shards(iter(records(20)), tmp_path / "again", negative=NEGATIVE, policy=STAMP, shard_size=7)
     for path in directory.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 31])
-def test_any_window_of_the_endless_order_is_free_of_repeats(size: int) -> None:
+def test_any_window_of_the_endless_order_has_no_repeats(size: int) -> None:
     order = np.concatenate([epoch_order(size, 3, epoch) for epoch in range(40)])
     for epoch in range(40):
         assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
@@ -150,7 +150,7 @@ def test_any_window_of_the_endless_order_is_free_of_repeats(size: int) -> None:
         assert len(set(order[start : start + width])) == width
 
 
-def test_the_shuffle_is_even_and_differs_by_seed_and_epoch() -> None:
+def test_the_shuffle_is_uniform_and_depends_on_seed_and_epoch() -> None:
     orders = np.stack([epoch_order(8, seed, epoch) for seed in range(400) for epoch in (0, 1, 2)])
     counts = np.stack([np.bincount(orders[:, place], minlength=8) for place in range(8)])
     expected = len(orders) / 8
@@ -159,7 +159,7 @@ def test_the_shuffle_is_even_and_differs_by_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 8, 12, 17])
-def test_every_prompt_once_per_epoch_and_never_twice_in_a_batch(directory: Path, batch_size: int) -> None:
+def test_every_prompt_comes_once_per_epoch_and_never_twice_in_a_batch(directory: Path, batch_size: int) -> None:
     shards = PromptShards(directory)
     batches = list(islice(PromptStream(shards, "train", 7, batch_size), 3 * 17))
     ids = torch.cat([batch.ids for batch in batches]).tolist()
@@ -169,7 +169,7 @@ def test_every_prompt_once_per_epoch_and_never_twice_in_a_batch(directory: Path,
 
 
 @pytest.mark.parametrize(("position", "batch_size"), [(0, 4), (12, 4), (17, 5), (40, 8), (123, 3), (26, 13)])
-def test_jumping_to_a_position_equals_having_read_up_to_it(directory: Path, position: int, batch_size: int) -> None:
+def test_seeking_to_a_position_equals_reading_up_to_it(directory: Path, position: int, batch_size: int) -> None:
     shards = PromptShards(directory)
     reader = PromptStream(shards, "train", 11, 1 if batch_size <= 8 else batch_size)
     while reader.position < position:
@@ -200,7 +200,7 @@ def test_a_batch_larger_than_its_split_names_both_numbers(directory: Path) -> No
         PromptStream(PromptShards(directory), "test", 0, 1)
 
 
-def test_missing_things_say_what_to_do(directory: Path, tmp_path: Path) -> None:
+def test_errors_about_missing_files_name_the_remedy(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"nowhere do not exist; make them with bpgo-video prompts build"):
         PromptShards(tmp_path / "nowhere")
     (directory / "prompts-000001.tar").rename(tmp_path / "away")
@@ -217,7 +217,7 @@ def test_missing_things_say_what_to_do(directory: Path, tmp_path: Path) -> None:
     ("change", "message"),
     [({"format_version": 99}, "format version 99"), ({"count": 0}, "0 prompts"), ({"shards": []}, "in 0 shards")],
 )
-def test_a_foreign_or_empty_index_is_refused(directory: Path, change: dict, message: str) -> None:
+def test_an_invalid_or_empty_index_is_refused(directory: Path, change: dict, message: str) -> None:
     index = json.loads((directory / "index.json").read_text())
     (directory / "index.json").write_text(json.dumps(index | change))
     with pytest.raises(ShardError, match=message):
@@ -274,7 +274,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["000000007.pyd", "000000007.pkl", "x.pth", "../evil.json", "a/b.json", "__m__.json"])
-def test_a_member_of_any_other_kind_is_refused_unread(directory: Path, name: str) -> None:
+def test_a_member_of_another_type_is_refused_unread(directory: Path, name: str) -> None:
     payload = pickle.dumps(Bomb())
     with tarfile.open(directory / "prompts-000001.tar", "a") as tar:
         member = tarfile.TarInfo(name)
@@ -294,7 +294,7 @@ def test_a_symbolic_link_is_refused(directory: Path) -> None:
         PromptShards(directory)
 
 
-def test_what_cannot_be_written(tmp_path: Path) -> None:
+def test_invalid_records_are_not_written(tmp_path: Path) -> None:
     def write(items):
         write_shards(items, tmp_path / "out", negative=NEGATIVE, policy=STAMP)
 
@@ -305,13 +305,13 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["negative.safetensors"]
 
 
-def test_an_id_of_two_prompts_is_refused_when_the_folder_is_opened(tmp_path: Path) -> None:
+def test_a_duplicate_id_is_refused_when_the_folder_is_opened(tmp_path: Path) -> None:
     write_shards(records(2) + records(1), tmp_path / "out", negative=NEGATIVE, policy=STAMP)
     with pytest.raises(ShardError, match="several prompts have the id 1000"):
         PromptShards(tmp_path / "out")
 
 
-def test_an_encoder_or_text_length_of_another_policy_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_another_text_encoder_or_text_length_is_refused(directory: Path, tmp_path: Path) -> None:
     shards = PromptShards(directory)
     shards.check_policy(EncoderStamp("renamed", STAMP.fingerprint, TOKENS))
     with pytest.raises(ShardError, match="max_sequence_length is 6; the policy 'tiny' has 512"):
@@ -327,8 +327,8 @@ def test_an_encoder_or_text_length_of_another_policy_is_refused(directory: Path,
     assert fingerprint(tmp_path, ("text_encoder", "tokenizer")) != before.fingerprint
 
 
-def test_memory_of_a_directory_is_its_table(directory: Path) -> None:
+def test_a_directory_keeps_only_its_table_in_memory(directory: Path) -> None:
     shards = PromptShards(directory)
     held = [value for value in vars(shards).values() if isinstance(value, np.ndarray)]
-    assert [array.dtype.itemsize for array in held] == [65]  # ids and byte ranges: no text and no embedding
+    assert [array.dtype.itemsize for array in held] == [65]  # ids and byte ranges, without texts and embeddings
     assert held[0].shape == (20,)

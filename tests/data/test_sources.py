@@ -1,4 +1,4 @@
-"""Where shards come from: folders, globs, ranges, URLs and commands give the same records, or name what is wrong."""
+"""Sources of shards: folders, globs, ranges, URLs and commands give the same records; errors name the source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANGE = "prompts-{000001..000002}.tar"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four shards of two prompts; the last one is held out."""
+    """Four shards of two prompts each; the last shard is held out."""
     records = [
         PromptRecord(
             id=i,
@@ -40,16 +40,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asked() -> list[str]:
-    """The paths that the server below was asked for."""
+def requested() -> list[str]:
+    """Paths of the requests that the server below received."""
     return []
 
 
 @pytest.fixture
-def url(folder: Path, asked: list[str]) -> Iterator[str]:
+def url(folder: Path, requested: list[str]) -> Iterator[str]:
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_) -> None:
-            asked.append(self.path.removeprefix("/"))
+            requested.append(self.path.removeprefix("/"))
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -67,7 +67,7 @@ def ids(source: str, cache: Path) -> list[int]:
     return [record.id for record in shards.records()]
 
 
-def test_every_form_gives_the_same_records(folder: Path, url: str, tmp_path: Path) -> None:
+def test_every_kind_of_source_gives_the_same_records(folder: Path, url: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for whole in (folder, f"{folder}/", url, f"{url}/", f"pipe:cat {folder}/prompts-{{000000..000003}}.tar"):
         assert ids(str(whole), cache) == list(range(8)), whole
@@ -81,7 +81,7 @@ def test_every_form_gives_the_same_records(folder: Path, url: str, tmp_path: Pat
     assert ids(f"{folder}/prompts-000003.tar", cache) == [6, 7]
 
 
-def test_a_choice_of_shards_counts_its_own_prompts(folder: Path, tmp_path: Path) -> None:
+def test_a_subset_of_shards_counts_only_its_prompts(folder: Path, tmp_path: Path) -> None:
     shards = PromptShards(f"{folder}/prompts-{{000002..000003}}.tar", tmp_path)
     assert shards.splits == {"train": 2, "heldout": 2}
     assert PromptShards(f"{folder}/{RANGE}", tmp_path).splits == {"train": 4, "heldout": 0}
@@ -89,22 +89,22 @@ def test_a_choice_of_shards_counts_its_own_prompts(folder: Path, tmp_path: Path)
         PromptShards(f"{folder}/{RANGE}", tmp_path).rows("heldout")
 
 
-def test_what_is_behind_a_url_is_copied_once(url: str, asked: list[str], tmp_path: Path) -> None:
-    """Also by ranks that start together."""
+def test_files_at_a_url_are_copied_once(url: str, requested: list[str], tmp_path: Path) -> None:
+    """This holds for ranks that start at the same time."""
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: ids(f"{url}/{RANGE}", tmp_path / "cache"), range(4)))
     assert found == [[2, 3, 4, 5]] * 4
-    assert sorted(name for name in asked if name != "index.json") == [
+    assert sorted(name for name in requested if name != "index.json") == [
         "negative.safetensors",
         "prompts-000001.tar",
         "prompts-000002.tar",
     ]
     assert ids(url, tmp_path / "cache") == list(range(8))
-    assert len(asked) == len(set(asked)) + 4  # the index is asked for by each
+    assert len(requested) == len(set(requested)) + 4  # the index is requested for by each
 
 
-def test_s3_goes_through_its_own_tool(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`aws s3 cp s3://bucket/FILE -`, here a script that knows the bucket."""
+def test_s3_urls_use_the_aws_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`aws s3 cp s3://bucket/FILE -`, replaced by a script that serves the bucket."""
     tool = tmp_path / "bin" / "aws"
     tool.parent.mkdir()
     tool.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && exec cat "{folder}/${{3#s3://my bucket/}}"\n')
@@ -114,7 +114,7 @@ def test_s3_goes_through_its_own_tool(folder: Path, tmp_path: Path, monkeypatch:
     assert ids("s3://my bucket", tmp_path / "cache") == list(range(8))
 
 
-def test_a_changed_original_is_copied_anew(folder: Path, url: str, tmp_path: Path) -> None:
+def test_a_changed_original_is_copied_again(folder: Path, url: str, tmp_path: Path) -> None:
     assert len(ids(url, tmp_path / "cache")) == 8
     index = json.loads((folder / "index.json").read_text())
     index["shards"], index["count"] = index["shards"][:3], 6
@@ -122,7 +122,7 @@ def test_a_changed_original_is_copied_anew(folder: Path, url: str, tmp_path: Pat
     assert ids(url, tmp_path / "cache") == list(range(6))
 
 
-def test_a_copy_that_does_not_match_its_hash_is_named_and_not_kept(folder: Path, url: str, tmp_path: Path) -> None:
+def test_a_copy_with_a_wrong_hash_is_named_and_deleted(folder: Path, url: str, tmp_path: Path) -> None:
     shard = folder / "prompts-000002.tar"
     good = shard.read_bytes()
     for bad in (good[:-600], good.replace(b"prompt 4", b"prompt 5")):
@@ -147,7 +147,7 @@ def test_a_copy_that_does_not_match_its_hash_is_named_and_not_kept(folder: Path,
         ("{folder}/prompts-{{0.tar", r"the braces do not match"),
     ],
 )
-def test_what_cannot_be_found_is_named(folder: Path, url: str, tmp_path: Path, source: str, message: str) -> None:
+def test_missing_sources_are_named(folder: Path, url: str, tmp_path: Path, source: str, message: str) -> None:
     with pytest.raises(ShardError, match=message):
         PromptShards(source.format(url=url, folder=folder), tmp_path / "cache")
 
@@ -161,7 +161,7 @@ def test_an_index_cannot_name_a_file_outside_the_cache(folder: Path, url: str, t
     assert not list(tmp_path.rglob("evil.tar"))
 
 
-def test_a_cache_that_cannot_be_written_is_named(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_named(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ShardError, match=r"data.cache .*file/cache cannot hold copies of shards"):
         PromptShards(url, tmp_path / "file" / "cache")
@@ -172,4 +172,4 @@ def test_a_cache_that_cannot_be_written_is_named(url: str, tmp_path: Path, monke
 
 
 def refuse_to_expand(path: Path) -> Path:
-    raise RuntimeError("Could not determine home directory.")  # as pathlib does for a user without a name
+    raise RuntimeError("Could not determine home directory.")  # pathlib raises this for a user without a name

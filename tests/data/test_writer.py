@@ -1,4 +1,4 @@
-"""Builds of prompt shards: interrupted, shared by ranks, with repeated texts and strange input, in bounded memory."""
+"""Building of prompt shards: interruption, several ranks, repeated texts, invalid input and bounded memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STAMP = EncoderStamp("stub", "0123456789abcdef", 4)
 
 
 class Encoder:
-    """A stub that counts how often it was given each text, and can be interrupted."""
+    """A stub encoder that counts its calls per text and can be interrupted."""
 
     def __init__(self, calls: int | None = None) -> None:
         self.texts: Counter[str] = Counter()
@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    """25 prompts; every fifth has the same text."""
+    """25 prompts, of which every fifth has the same text."""
     texts = [f"prompt {i}" if i % 5 else "again" for i in range(25)]
     return write_lines(tmp_path / "p.jsonl", [{"prompt": text, "id": i} for i, text in enumerate(texts)])
 
@@ -64,30 +64,32 @@ def test_equal_texts_are_encoded_once(prompts: Path, tmp_path: Path) -> None:
     encode = Encoder()
     assert job(prompts, tmp_path / "out", encode, shard_size=4, batch_size=3).run()
     assert set(encode.texts.values()) == {1}
-    assert len(encode.texts) == 20 + 1 + 1  # single ones, "again", and the negative prompt
+    assert len(encode.texts) == 20 + 1 + 1  # unique texts, "again", and the negative prompt
     for record in PromptShards(tmp_path / "out").records():
         assert torch.equal(record.conditioning["prompt_embeds"], Encoder()([record.prompt])["prompt_embeds"][0])
 
 
 @pytest.fixture
 def guided(tmp_path: Path) -> Path:
-    """12 prompts: four with the folder's negative prompt, two of them by name, the others with three of their own."""
-    own = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"]
-    lines = [{"prompt": f"prompt {i}", "id": i, "negative_prompt": own[i % 6]} for i in range(12)]
+    """12 prompts: four use the folder's negative prompt (two explicitly), the others one of three negative prompts."""
+    negative_prompts = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"]
+    lines = [{"prompt": f"prompt {i}", "id": i, "negative_prompt": negative_prompts[i % 6]} for i in range(12)]
     return write_lines(tmp_path / "n.jsonl", [{k: v for k, v in line.items() if v is not None} for line in lines])
 
 
-def test_each_prompt_has_its_own_negative_prompt_or_the_folders(guided: Path, tmp_path: Path) -> None:
+def test_each_prompt_has_its_negative_prompt_or_that_of_the_folder(guided: Path, tmp_path: Path) -> None:
     encode = Encoder()
     job(guided, tmp_path / "out", encode, shard_size=5, batch_size=4, negative_prompt="folder's").run()
     assert set(encode.texts.values()) == {1}
     assert set(encode.texts) == {*(f"prompt {i}" for i in range(12)), "blurry", "dark", "folder's"}
     shards = PromptShards(tmp_path / "out")
-    own = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"] * 2
+    negative_prompts = ["blurry", None, "dark", "folder's", "blurry", "prompt 1"] * 2
     records = list(shards.records())
-    assert [record.negative_prompt for record in records] == own
+    assert [record.negative_prompt for record in records] == negative_prompts
     batch = as_batch(records)
-    assert len(batch.negative["prompt_embeds"]) == 5, "of twelve prompts; the folder's with and without its name"
+    assert len(batch.negative["prompt_embeds"]) == 5, (
+        "for twelve prompts, including the folder's, by default and by name"
+    )
     assert batch.negative_rows is not None
     for record, row in zip(records, batch.negative_rows, strict=True):
         expected = Encoder()([record.negative_prompt or "folder's"])["prompt_embeds"][0]
@@ -96,12 +98,12 @@ def test_each_prompt_has_its_own_negative_prompt_or_the_folders(guided: Path, tm
     shards.verify()
 
 
-def test_a_shard_holds_equal_embeddings_once_and_is_read_alone(guided: Path, tmp_path: Path) -> None:
+def test_a_shard_stores_equal_embeddings_once_and_is_self_contained(guided: Path, tmp_path: Path) -> None:
     job(guided, tmp_path / "out", Encoder(), shard_size=6).run()
     with tarfile.open(tmp_path / "out" / "prompts-000000.tar") as tar:
         names = [member.name for member in tar if "safetensors" in member.name]
     texts = [f"{i:09d}.safetensors" for i in range(6)]
-    negatives = [f"{i:09d}.negative.safetensors" for i in (0, 2, 3)]  # 4 has that of 0, 5 the text of 1
+    negatives = [f"{i:09d}.negative.safetensors" for i in (0, 2, 3)]  # 4 shares that of 0, 5 the text of 1
     assert sorted(names) == sorted(texts + negatives)
     alone = PromptShards(tmp_path / "out" / "prompts-00000[1].tar")
     assert [record.negative_prompt for record in alone.records()] == ["blurry", None, "dark", "folder's", "blurry",
@@ -121,7 +123,7 @@ def test_a_damaged_negative_prompt_is_named(guided: Path, tmp_path: Path) -> Non
         PromptShards(tmp_path / "out").verify()
 
 
-def test_repeated_texts_are_stored_once_a_shard(prompts: Path, tmp_path: Path) -> None:
+def test_repeated_texts_are_stored_once_per_shard(prompts: Path, tmp_path: Path) -> None:
     job(prompts, tmp_path / "out", Encoder(), shard_size=25).run()
     with tarfile.open(tmp_path / "out" / "prompts-000000.tar") as tar:
         assert sum(member.name.endswith("safetensors") for member in tar) == 21
@@ -136,7 +138,7 @@ def test_repeated_texts_are_stored_once_a_shard(prompts: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("calls", range(0, 14, 2))
-def test_an_interrupted_build_goes_on_to_the_same_bytes(prompts: Path, tmp_path: Path, calls: int) -> None:
+def test_an_interrupted_build_resumes_to_identical_bytes(prompts: Path, tmp_path: Path, calls: int) -> None:
     settings = {"shard_size": 4, "batch_size": 3, "negative_prompt": "bad"}
     job(prompts, tmp_path / "whole", Encoder(), **settings).run()
     first, second = Encoder(calls), Encoder()
@@ -147,7 +149,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(prompts: Path, tmp_path:
     job(prompts, tmp_path / "out", second, **settings).run()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     again = {text for text, count in (first.texts + second.texts).items() if count > 1}
-    assert again <= {f"prompt {i}" for i in range(4 * finished, 4 * finished + 4)}  # of the shard that was cut off
+    assert again <= {f"prompt {i}" for i in range(4 * finished, 4 * finished + 4)}  # of the truncated shard
 
 
 def test_a_folder_without_an_index_is_refused_by_the_reader(prompts: Path, tmp_path: Path) -> None:
@@ -160,7 +162,7 @@ def test_a_folder_without_an_index_is_refused_by_the_reader(prompts: Path, tmp_p
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 9])
-def test_ranks_write_what_one_would(prompts: Path, tmp_path: Path, world_size: int) -> None:
+def test_several_ranks_write_the_same_shards_as_one(prompts: Path, tmp_path: Path, world_size: int) -> None:
     settings = {"shard_size": 4, "batch_size": 3}
     job(prompts, tmp_path / "whole", Encoder(), **settings).run()
     encoders = [Encoder() for _ in range(world_size)]
@@ -174,7 +176,7 @@ def test_ranks_write_what_one_would(prompts: Path, tmp_path: Path, world_size: i
     assert all(not encode.texts for encode in encoders[7:])  # ranks without a shard never load the encoder
 
 
-def test_a_finished_build_is_left_alone_and_another_refused(prompts: Path, tmp_path: Path) -> None:
+def test_a_finished_build_is_unchanged_and_another_is_refused(prompts: Path, tmp_path: Path) -> None:
     job(prompts, tmp_path / "out", Encoder()).run()
     before = contents(tmp_path / "out")
     again = Encoder(0)
@@ -212,14 +214,14 @@ REASONS = {
 }
 
 
-def test_strange_prompts_are_skipped_counted_and_listed(tmp_path: Path) -> None:
+def test_invalid_prompts_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(STRANGE)
     (tmp_path / "broken.png").write_bytes(b"hello")
     job(tmp_path / "p.jsonl", tmp_path / "out", Encoder(), on_error="skip", shard_size=1).run()
     shards = PromptShards(tmp_path / "out")
     assert [record.prompt for record in shards.records()] == ["fine", "last"]
     assert shards.index["build"]["skipped"] == len(REASONS)
-    assert len(list((tmp_path / "out").glob("*.tar"))) == 2  # the shard of the broken image alone is gone
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 2  # only the shard with the broken image is missing
     listed = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
     assert {int(entry["place"].rsplit(":")[-1]) for entry in listed} == REASONS.keys()
     for entry in listed:
@@ -228,7 +230,7 @@ def test_strange_prompts_are_skipped_counted_and_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 5, 6, 9, 10, 8])
-def test_each_strange_prompt_stops_a_build_that_shall_stop(tmp_path: Path, number: int) -> None:
+def test_each_invalid_prompt_stops_a_strict_build(tmp_path: Path, number: int) -> None:
     lines = STRANGE.split(b"\n")
     (tmp_path / "p.jsonl").write_bytes(b"\n".join([lines[0], lines[number - 1], lines[-2]]) + b"\n")
     (tmp_path / "broken.png").write_bytes(b"hello")
@@ -236,7 +238,7 @@ def test_each_strange_prompt_stops_a_build_that_shall_stop(tmp_path: Path, numbe
         build_shards([tmp_path / "p.jsonl"], tmp_path / "out", Encoder(), STAMP)
 
 
-def test_a_build_that_stopped_at_an_image_goes_on_when_it_is_mended_or_skipped(tmp_path: Path) -> None:
+def test_a_build_resumes_after_an_invalid_image_is_repaired_or_skipped(tmp_path: Path) -> None:
     lines = [*({"prompt": f"prompt {i}"} for i in range(8)), {"prompt": "x", "image": "x.png"}]
     path = write_lines(tmp_path / "p.jsonl", lines)
     (tmp_path / "x.png").write_bytes(b"hello")
@@ -244,11 +246,11 @@ def test_a_build_that_stopped_at_an_image_goes_on_when_it_is_mended_or_skipped(t
         job(path, tmp_path / "out", Encoder(), shard_size=4).run()
     encode = Encoder()
     job(path, tmp_path / "out", encode, on_error="skip", shard_size=4).run()
-    assert not encode.texts  # eight prompts were done, the ninth was skipped
+    assert not encode.texts  # eight prompts are complete, the ninth was skipped
     assert len(PromptShards(tmp_path / "out")) == 8
 
 
-def test_a_line_without_an_end_is_no_prompt_file(tmp_path: Path) -> None:
+def test_a_single_endless_line_is_not_a_prompt_file(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"one\n" + bytes(3 * 2**20))
     with pytest.raises(PromptFileError, match=r"p.txt:2: the line is longer than 1 MiB"):
         make_plan([tmp_path / "p.txt"], on_error="skip")
@@ -262,8 +264,8 @@ def peak_bytes(folder: Path, count: int) -> int:
     build = {"shard_size": 50, "batch_size": 10}
     thresholds = gc.get_threshold()
     gc.collect()
-    gc.freeze()  # a process with many objects puts full collections off
-    gc.set_threshold(50, 5, 5)  # cycles that wait to be collected are not kept, and are as much as what is
+    gc.freeze()  # in a process with many objects, full collections are rare
+    gc.set_threshold(50, 5, 5)  # uncollected reference cycles would double the measured memory
     tracemalloc.start()
     try:
         job(path, folder / "out", lambda texts: {"prompt_embeds": torch.ones(len(texts), 4, 1)}, **build).run()
@@ -274,14 +276,14 @@ def peak_bytes(folder: Path, count: int) -> int:
         gc.unfreeze()
 
 
-def test_memory_grows_by_three_integers_a_prompt_not_by_its_text(tmp_path: Path) -> None:
-    """24 bytes a prompt are kept, sorted copies come and go; a text has 1517 characters."""
+def test_memory_per_prompt_is_three_integers_without_its_text(tmp_path: Path) -> None:
+    """24 bytes per prompt are kept, plus temporary sorted copies; each text has 1517 characters."""
     peak_bytes(tmp_path / "warm", 100)
     small, large = peak_bytes(tmp_path / "small", 100), peak_bytes(tmp_path / "large", 600)
     assert (large - small) / 500 < 100
 
 
-def test_nothing_but_the_shards_is_left_of_a_build(prompts: Path, tmp_path: Path) -> None:
+def test_a_build_leaves_only_the_shards(prompts: Path, tmp_path: Path) -> None:
     job(prompts, tmp_path / "out", Encoder(), shard_size=10).run()
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"index.json", "negative.safetensors", *(f"prompts-{i:06d}.tar" for i in range(3))}

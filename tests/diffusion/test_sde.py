@@ -1,4 +1,4 @@
-"""Samplers against the equations of their papers, and the distribution that their rollouts reach."""
+"""Samplers: mean, std and log-density of each step against the published equations, and the rollouts' distribution."""
 
 import math
 from itertools import pairwise
@@ -19,7 +19,7 @@ def latents_of(*shape, seed=0, dtype=torch.float32):
 
 
 def written_out(name, t, next_t, t_g, eta):
-    """Weights (of x, of v) of the mean, and the std, in plain floats from each sampler's published equation."""
+    """Coefficients (of x, of v) of the mean, and the std, from each sampler's published equation in plain floats."""
     d = t - next_t
     if name == "cps":  # (1 - t')(x - t v) + sqrt(t'^2 - s^2)(x + (1 - t) v)
         s = next_t * math.sin(eta * math.pi / 2)
@@ -53,7 +53,7 @@ def recursion(name, sigmas, eta):
 
 
 def rollout_variance(name, sigmas, eta):
-    """The same from the sampler itself, exactly: on latents of one the mean is the weight a."""
+    """The variance of the sampler's rollout, exact because for latents of 1 the mean equals the coefficient a."""
     variance, one = 1.0, torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
     for step in steps_of(sigmas):
         transition = SAMPLERS[name](exact_velocity(one, step.sigma), one, step, eta)
@@ -74,7 +74,7 @@ def test_each_step_has_the_mean_and_std_of_the_published_equation(name, sigmas):
         assert transition.std.item() == pytest.approx(std, rel=1e-9)
 
 
-def test_flow_sde_by_hand():
+def test_flow_sde_equals_values_computed_by_hand():
     # t = .5, t' = .3, eta = .7: g^2 = .49 * .5/.5 = .49, dt = -.2, s = .7 sqrt(.2) = .31304952
     # x = 1, v = 2: drift = 2 + .49/(2*.5) * (1 + .5*2) = 2.98; mean = 1 - .2*2.98 = .404
     one = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
@@ -109,7 +109,7 @@ def test_few_steps_lose_variance_as_documented():
     assert kept == pytest.approx([0.348, 0.537, 0.715], abs=0.001)
 
 
-def test_cps_keeps_a_single_data_point_exactly():
+def test_cps_reproduces_a_single_data_point_exactly():
     # data = c: v = (x - c)/t; x ~ N((1-t) c, t^2) must become N((1-t') c, t'^2) at every step, whatever eta.
     data, variance = 0.8, 1.0
     for step in steps_of(torch.linspace(1, 0, 9, dtype=torch.float64)):
@@ -132,7 +132,7 @@ def test_zero_eta_is_the_euler_step(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sigmas", [[1.0, 0.0], [1.0, 0.5, 0.0], [0.9999, 0.9, 1e-3, 0.0]])
-def test_finite_at_both_ends_and_fp32_at_least(name, dtype, sigmas):
+def test_steps_are_finite_at_both_ends_and_at_least_fp32(name, dtype, sigmas):
     latents, velocity = latents_of(2, 1, 1, 2, 2, dtype=dtype), latents_of(2, 1, 1, 2, 2, seed=6, dtype=dtype)
     for step in steps_of(torch.tensor(sigmas)):
         transition = SAMPLERS[name](velocity, latents, step, ETAS[name])
@@ -176,24 +176,24 @@ def test_a_deterministic_step_has_no_density():
         transition.log_prob(latents)
 
 
-def test_the_first_step_takes_the_next_noise_level_in_g_and_no_other_does():
+def test_only_the_first_step_uses_the_next_noise_level_in_g():
     steps = steps_of(torch.tensor([0.9997, 0.6, 0.2, 0.0]))
     assert [step.sigma_g == step.next_sigma for step in steps] == [True, False, False]
     assert [step.sigma_g == step.sigma for step in steps] == [False, True, True]
 
 
 @pytest.mark.parametrize("sigmas", [[1.0], [0.5, 0.5, 0.0], [0.2, 0.6], [1.1, 0.0], [1.0, -0.1], [1.0, math.nan]])
-def test_a_schedule_that_does_not_fall_from_one_to_zero_is_refused(sigmas):
+def test_a_schedule_must_decrease_from_one_to_zero(sigmas):
     with pytest.raises(ValueError, match="schedule"):
         steps_of(torch.tensor(sigmas))
 
 
-def test_flow_shift_by_hand():
-    # 3 * .5 / (1 + 2 * .5) = .75, and both ends stay
+def test_flow_shift_equals_values_computed_by_hand():
+    # 3 * .5 / (1 + 2 * .5) = .75; both ends are unchanged
     torch.testing.assert_close(flow_shift(torch.tensor([1.0, 0.5, 0.0]), 3.0), torch.tensor([1.0, 0.75, 0.0]))
 
 
-def test_cps_refuses_an_angle_beyond_a_quarter_turn():
+def test_cps_refuses_an_angle_above_a_quarter_turn():
     latents, half = latents_of(1, 1, 1, 2, 2), torch.tensor(0.5)
     with pytest.raises(ValueError, match=r"eta=1\.5"):
         SAMPLERS["cps"](latents, latents, Step(half * 2, half, half), 1.5)
@@ -210,10 +210,10 @@ def gaussian_ode_error(solver, num_steps, spread=0.5):
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("adams_bashforth", 2)])
-def test_a_solver_has_its_order(solver, order):
+def test_each_solver_converges_at_its_order(solver, order):
     errors = [gaussian_ode_error(solver, num_steps) for num_steps in (100, 200)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
 
 
-def test_second_order_needs_fewer_steps():
+def test_a_second_order_solver_needs_fewer_steps():
     assert gaussian_ode_error("adams_bashforth", 16) < gaussian_ode_error("euler", 64)

@@ -1,8 +1,8 @@
-"""What two ranks agree on: both run each case, and record the error that they got.
+"""Agreement of two ranks: both run every case and record the error that they raised.
 
     python -m tests.distributed.agreement_worker OUTPUT
 
-Rank 1 sees another folder than rank 0 under some names, as a node without shared storage does.
+For some names rank 1 gets a different folder than rank 0, as on a node without shared storage.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def from_rank_0(mesh: Mesh) -> None:
 
 
 def cases(output: Path, rank: int) -> Mapping[str, Callable[[Mesh], None]]:
-    own = output / f"disk-of-{rank}"
-    own.mkdir()
+    local_disk = output / f"disk-of-{rank}"
+    local_disk.mkdir()
     return {
         "one fails": lambda mesh: fails_on(1, mesh),
         "main fails": lambda mesh: fails_on(0, mesh),
@@ -51,7 +51,7 @@ def cases(output: Path, rank: int) -> Mapping[str, Callable[[Mesh], None]]:
         "other shards": other_shards,
         "from rank 0": from_rank_0,
         "shared folder": lambda mesh: check_shared(output / "shared" / "run", mesh, patience=1.0),
-        "own folders": lambda mesh: check_shared(own / "run", mesh, patience=1.0),
+        "own folders": lambda mesh: check_shared(local_disk / "run", mesh, patience=1.0),
     }
 
 

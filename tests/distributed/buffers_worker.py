@@ -1,4 +1,4 @@
-"""What ranks run to see how far off the buffers of transformers are that are born sharded in bf16.
+"""Worker that measures the error of transformer buffers constructed sharded in bf16.
 
 python -m tests.distributed.buffers_worker OUTPUT FOLDER...
 """

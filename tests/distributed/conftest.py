@@ -1,4 +1,4 @@
-"""Worlds of one and two ranks, each started once for all tests of a session."""
+"""Distributed fixtures: worlds of one and two ranks, each started once per session."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ WORLD_CASES = {
 
 
 def free_port() -> int:
-    """A port for one launch: the launcher's own default is one for the whole machine."""
+    """A free port for one launch; the launcher's default port is shared by the whole machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -67,7 +67,7 @@ def free_port() -> int:
 def run_ranks(
     world_size: int, arguments: list[str], timeout: float = 600, worker: str = "worker", **environment: str
 ) -> None:
-    """Start the worker on `world_size` local ranks and wait; the ranks' output is shown where one fails."""
+    """Run the worker on `world_size` local ranks; print their output if one fails."""
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()), "PYTHONPATH": python_path(), **environment}  # fmt: skip
     command = [sys.executable, "-m", f"tests.distributed.{worker}", *arguments]
@@ -88,7 +88,7 @@ def run_ranks(
 
 
 def large_transformer(folder: Path) -> Path:
-    """A Wan transformer of 200 MB, large beside everything else that a rank holds."""
+    """A Wan transformer of 200 MB, much larger than everything else in a rank's memory."""
     size = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "num_layers": 10, "text_dim": 64}
     WanTransformer3DModel(**size, in_channels=8, out_channels=8, freq_dim=64).save_pretrained(folder)
     return folder
@@ -101,7 +101,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, Path]:
-    """Folder of results by world size."""
+    """Folder of results for each world size."""
     folders = {}
     for world_size, cases in WORLD_CASES.items():
         folders[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
@@ -111,10 +111,10 @@ def worlds(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, 
 
 @pytest.fixture(scope="session")
 def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with what each of two ranks held while it built a large model under ZeRO-3.
+    """Folder with the memory that each of two ranks used while building a large model under ZeRO-3.
 
-    In processes of their own, with an allocator that gives freed memory back at once, so that the resident size is
-    what is held.
+    Separate processes with an allocator that returns freed memory at once, so that the resident size equals the
+    allocated memory.
     """
     folder = tmp_path_factory.mktemp("memory")
     case = f"memory=sharded_memory:{large_transformer(tmp_path_factory.mktemp('large'))}"

@@ -1,4 +1,4 @@
-"""What every rank of a world runs: a small model trained under each ZeRO stage, with an average of its weights.
+"""Worker that trains a small model with an EMA of its weights under each ZeRO stage.
 
 python -m tests.distributed.ema_worker OUTPUT
 """
@@ -23,11 +23,11 @@ from bpgo_video.distributed.ema import EMA, AverageParameters, save_average
 
 CONFIG = EmaConfig(decay=0.8)
 UPDATES = 4
-CASES = list(product((1, 2, 3), ("float32", "bfloat16"), (0, 10**6)))  # stage, dtype, parameters that stay whole
+CASES = list(product((1, 2, 3), ("float32", "bfloat16"), (0, 10**6)))  # stage, dtype, persistence threshold
 
 
 class Block(nn.Module):
-    """Sizes that no number of ranks divides; the first layer is frozen, as a base under adapters is."""
+    """Layer sizes that no number of ranks divides; the first layer is frozen, as the base model under adapters is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ def inputs(number: int, dtype: torch.dtype) -> Tensor:
 
 
 def update(learner: engine.Engine, number: int, dtype: torch.dtype, between: EMA | None = None) -> None:
-    """One update; the average takes the weights' place between forward and backward, where there is one."""
-    output = learner.wrapped(inputs(number, dtype).requires_grad_())  # as replay does it, for the hooks of ZeRO-3
+    """One update; with an average, it is swapped in between forward and backward."""
+    output = learner.wrapped(inputs(number, dtype).requires_grad_())  # as replay does, to run the hooks of ZeRO-3
     if between is not None:
         with between.weights(), torch.no_grad():
             learner.wrapped(inputs(number + 1, dtype))
@@ -69,7 +69,7 @@ def update(learner: engine.Engine, number: int, dtype: torch.dtype, between: EMA
 
 
 def computed_with(learner: engine.Engine) -> dict[str, Tensor]:
-    """The model's own parameters, whole."""
+    """The model's gathered parameters."""
     found = {}
     for name, parameter in learner.module.named_parameters():
         with learner.gathered([parameter]):
@@ -109,7 +109,7 @@ def run(stage: int, dtype_name: str, persistent: int, folder: Path) -> dict[str,
     reference = Block().to(dtype)
     frozen = {name: tensor for name, tensor in before.items() if name not in average}
     with torch.no_grad():
-        wanted = functional_call(
+        reference_output = functional_call(
             reference, {**frozen, **{name: tensor.to(dtype) for name, tensor in average.items()}}, inputs(99, dtype)
         )
 
@@ -125,7 +125,7 @@ def run(stage: int, dtype_name: str, persistent: int, folder: Path) -> dict[str,
         "inside": all(torch.equal(inside[name], tensor.to(dtype)) for name, tensor in average.items()),
         "moved": all(not torch.equal(inside[name], before[name]) for name in average),
         "restored": all(torch.equal(after[name], before[name]) for name in before),
-        "output": bool((output - wanted).abs().max() <= 1e-6 * wanted.abs().max()),
+        "output": bool((output - reference_output).abs().max() <= 1e-6 * reference_output.abs().max()),
         "gathered": torch.equal(output, gathered),
         "trains on": all(torch.equal(tensor, unswapped[name]) for name, tensor in computed_with(learner).items()),
     }  # fmt: skip

@@ -1,8 +1,8 @@
-"""What two ranks run for a policy of two transformers: updates that touch one, the other, or both, by the engine.
+"""Worker for a policy of two transformers on two ranks: engine updates that use one, the other, or both.
 
     python -m tests.distributed.experts_worker FOLDER OUTPUT DEEPSPEED_CONFIG ...
 
-The reference is AdamW of torch on one process, for which a parameter without a gradient does not exist.
+The reference is torch's AdamW in one process, which skips parameters without a gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bpgo_video.rollouts.conditioning import cast
 from tests.distributed.family_worker import inputs_of, whole
 from tests.families import CASES
 
-HIGH, LOW = torch.tensor(0.95), torch.tensor(0.4)  # noise levels of the one and of the other transformer
+HIGH, LOW = torch.tensor(0.95), torch.tensor(0.4)  # noise levels of the first and of the second transformer
 UPDATES = ((HIGH, LOW), (HIGH, HIGH), (LOW, HIGH), (LOW,), (HIGH, LOW, HIGH))
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1, eps=1e-3, max_grad_norm=0.5)
 CASE = CASES["wan22"]
@@ -41,7 +41,7 @@ def loss_of(policy: Policy, inputs: Inputs, sigma: Tensor) -> Tensor:
 
 
 def reference(folder: Path, inputs: Inputs) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """Weights after each update, and its gradient's norm."""
+    """Weights and gradient norm after each update."""
     policy = CASE.policy(folder, components=("transformer",))
     parameters = list(policy.transformers.parameters())
     optimizer = torch.optim.AdamW(
@@ -59,7 +59,7 @@ def reference(folder: Path, inputs: Inputs) -> tuple[list[dict[str, Tensor]], li
 
 
 class Learner:
-    """The engine around the policy's transformers on this rank, which has one of the two samples."""
+    """The engine for the policy's transformers on this rank, which has one of the two samples."""
 
     def __init__(self, folder: Path, ds_config: dict[str, Any], inputs: Inputs, mesh: Mesh) -> None:
         build = partial(engine.build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained
@@ -78,7 +78,7 @@ class Learner:
         self.inputs = (latents[mine], own, target[mine])
 
     def update(self, number: int) -> float:
-        """A rollout through both transformers, sharded or gathered, and then update `number`; its gradient's norm."""
+        """Run a rollout through both transformers, sharded or gathered, then update `number`; the gradient norm."""
         with torch.no_grad(), self.engine.whole_weights() if number % 2 else nullcontext():
             for sigma in (HIGH, LOW, HIGH):
                 loss_of(self.policy, self.inputs, sigma)
@@ -90,10 +90,10 @@ class Learner:
 
 
 def run(folder: Path, scratch: Path, ds_config: dict[str, Any], inputs: Inputs, mesh: Mesh) -> dict[str, Any]:
-    """Errors of each update, and of the last ones by an engine that went on from what the first had saved."""
+    """Errors of each update, and of the last ones by a second engine that resumes from the first one's checkpoint."""
     expected, norms = reference(folder, inputs)
     first = Learner(folder, ds_config, inputs, mesh)
-    held = first.engine.module.parameters()  # in bf16 some of them stay in fp32
+    held = first.engine.module.parameters()  # in bf16, some modules stay in fp32
     size = sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in held)
     missing = first.engine.missing_bytes / size
     errors, found_norms, moved = [], [], []

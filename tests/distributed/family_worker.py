@@ -1,4 +1,4 @@
-"""What two ranks run for one family: an update of its policy's velocity, sharded and split, against a single process.
+"""Worker for one family on two ranks: a sharded or sequence-parallel update, compared with a single process.
 
     python -m tests.distributed.family_worker FAMILY FOLDER OUTPUT
 
@@ -36,13 +36,13 @@ def build_for(ds_config: dict[str, Any]) -> Build:
 
 
 def one_loss(policy: Policy, inputs: tuple[Tensor, dict[str, Tensor], Tensor]) -> Tensor:
-    """Every element weighs differently."""
+    """A loss with a different weight for every element."""
     latents, conditioning, target = inputs
     return (policy.velocity(latents, SIGMA, conditioning) - target).square().mean()
 
 
 def inputs_of(case: Case, folder: Path) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Two samples, of two prompts."""
+    """Inputs for two samples of two prompts."""
     policy = case.policy(folder)
     prompts = case.prompts(policy, case.recipe(folder))
     generator = torch.Generator().manual_seed(1)
@@ -60,11 +60,11 @@ def reference(case: Case, folder: Path, inputs: Any) -> tuple[Tensor, dict[str, 
 
 
 def run(case: Case, folder: Path, stage: int, mesh: Mesh, inputs: Any) -> dict[str, Any]:
-    """One update by the engine: its loss, and the gradient of every parameter that the reference has one of."""
+    """Loss of one engine update, and the gradients of all parameters with a reference gradient."""
     ds_config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     policy = case.policy(folder, components=("transformer",), build=build_for(ds_config))
     for module in policy.transformers.values():
-        if mesh.sequence > 1:  # else without: transformers call their blocks in another way then
+        if mesh.sequence > 1:  # without checkpointing otherwise: transformers then call their blocks differently
             module.enable_gradient_checkpointing()
         parallelise(module, mesh, policy.sequence_plan)
     learner = engine.Engine(
@@ -79,8 +79,8 @@ def run(case: Case, folder: Path, stage: int, mesh: Mesh, inputs: Any) -> dict[s
     policy.transformers = learner.wrapped
     mine = mesh.share(2, 2 // mesh.data_size)[0]
     latents, conditioning, target = inputs
-    own = (latents[mine], {name: value[mine] for name, value in conditioning.items()}, target[mine])
-    loss = one_loss(policy, own)
+    sample = (latents[mine], {name: value[mine] for name, value in conditioning.items()}, target[mine])
+    loss = one_loss(policy, sample)
     learner.backward(loss, last=True)
     learner.step()
     stepped = whole(learner)
@@ -101,7 +101,7 @@ def whole(learner: engine.Engine) -> dict[str, Tensor]:
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """In L2, as a share of the gradient, or of the whole one's thousandth where a parameter has next to none."""
+    """L2 errors relative to each gradient's norm, or to a thousandth of the total norm for nearly zero gradients."""
     total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     return {
         name: float((found[name] - gradient).norm() / max(gradient.norm(), 1e-3 * total))

@@ -1,4 +1,4 @@
-"""pipelines/train_video.py with one rank whose disk is full from a phase on: FULL_ENTERING is "RANK PHASE STEP"."""
+"""pipelines/train_video.py with a full disk on one rank from a phase on; FULL_ENTERING is "RANK PHASE STEP"."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import signal
 from bpgo_video.commands.train import main
 from bpgo_video.distributed.heartbeat import Heartbeat
 
-ROOM = 200_000  # bytes of a file: more than any log has, less than a part of a checkpoint
+LIMIT = 200_000  # bytes per file: more than any log, less than any checkpoint shard
 enter = Heartbeat.enter
 
 
-def enter_and_perhaps_run_out_of_room(heartbeat: Heartbeat, phase: str, step: int | None = None) -> None:
+def enter_with_full_disk(heartbeat: Heartbeat, phase: str, step: int | None = None) -> None:
     enter(heartbeat, phase, step)
     if os.environ.get("FULL_ENTERING") == f"{os.environ['RANK']} {phase} {step}":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
 
 
 if __name__ == "__main__":
-    Heartbeat.enter = enter_and_perhaps_run_out_of_room
+    Heartbeat.enter = enter_with_full_disk
     main()

@@ -1,4 +1,4 @@
-"""What every rank of a world runs: two updates per stage, with everything that is allocated counted.
+"""Worker that counts all allocations during two updates under each ZeRO stage.
 
 python -m tests.distributed.memory_worker OUTPUT
 """
@@ -45,14 +45,14 @@ CASES = {  # ZeRO stage, rank of adapters, activation checkpointing
 
 
 def zero(stage: int) -> dict[str, Any]:
-    """Few live parameters, so that stage 3 fetches and frees blocks as it does with large models."""
+    """A low limit on live parameters, so that stage 3 fetches and frees blocks as it does for large models."""
     few = {"stage3_max_live_parameters": 2e6, "stage3_max_reuse_distance": 2e6, "stage3_prefetch_bucket_size": 1e6}
     settings = {"stage": stage, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0}
     return {"zero_optimization": {**settings, **(few if stage == 3 else {})}}
 
 
 def measure(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
-    """Bytes at rest, and at the peaks of the phases of the second update, which has two passes."""
+    """Bytes between updates, and peak bytes of each phase of the second update, which has two passes."""
     with Allocations() as counted:
         module = diffusers.WanTransformer3DModel.from_config(dict(MODEL.transformer))
         if lora_rank:

@@ -1,4 +1,4 @@
-"""pipelines/train_video.py with one rank that kills itself as it enters a phase: DIES_ENTERING is "RANK PHASE STEP"."""
+"""pipelines/train_video.py with one rank that kills itself on entering a phase; DIES_ENTERING is "RANK PHASE STEP"."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bpgo_video.distributed.heartbeat import Heartbeat
 enter = Heartbeat.enter
 
 
-def enter_and_perhaps_die(heartbeat: Heartbeat, phase: str, step: int | None = None) -> None:
+def enter_or_die(heartbeat: Heartbeat, phase: str, step: int | None = None) -> None:
     enter(heartbeat, phase, step)
     if os.environ.get("DIES_ENTERING") == f"{os.environ['RANK']} {phase} {step}":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    Heartbeat.enter = enter_and_perhaps_die
+    Heartbeat.enter = enter_or_die
     main()

@@ -1,8 +1,8 @@
-"""What ranks run to prove the precision contract: construction and one update of a small Wan transformer.
+"""Worker for the precision contract: construction and one update of a small Wan transformer.
 
     python -m tests.distributed.precision_worker OUTPUT FOLDER
 
-For each answer that an accelerator may give about fp16 and bf16, each ZeRO stage, and both precisions. The reference is
+It covers every combination of reported fp16 and bf16 support, every ZeRO stage, and both precisions. The reference is
 plain torch: bf16 weights with fp32 masters, the modules that diffusers keeps in fp32 left in fp32, gradients averaged
 over the ranks' batches. Plain SGD without clipping.
 """
@@ -48,7 +48,7 @@ def batch(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def one_loss(output: Tensor) -> Tensor:
-    weights = torch.linspace(-1, 1, output.numel()).view(output.shape)  # no two elements alike
+    weights = torch.linspace(-1, 1, output.numel()).view(output.shape)  # all elements differ
     return (weights * output.float()).sum()
 
 
@@ -59,8 +59,8 @@ def reference(model_class: Any, folder: Path, dtype: torch.dtype) -> dict[str, T
     for rank in range(dist.get_world_size()):
         one_loss(model(**batch(rank, dtype))[0]).backward()
         for name, parameter in model.named_parameters():
-            own = parameter.grad.float() / dist.get_world_size()
-            gradients[name] = gradients.get(name, 0) + own
+            gradient = parameter.grad.float() / dist.get_world_size()
+            gradients[name] = gradients.get(name, 0) + gradient
             parameter.grad = None
     return {
         name: (parameter.detach().float() - RATE * gradients[name]).to(parameter.dtype)
@@ -83,7 +83,7 @@ def build(model_class: Any, folder: Path, dtype: torch.dtype, zero: dict[str, An
 
 
 def whole(learner: engine.Engine) -> dict[str, Tensor]:
-    """What the model computes with."""
+    """The gathered tensors with which the model computes."""
     found = {}
     for name, parameter in learner.module["transformer"].named_parameters():
         with learner.gathered([parameter]):
@@ -98,7 +98,7 @@ def update(learner: engine.Engine, dtype: torch.dtype) -> None:
 
 
 def afterwards(learner: engine.Engine, twin: engine.Engine, start: dict[str, Tensor], saves: Path) -> dict[str, Any]:
-    """An average, swapped in and out, and a checkpoint that another engine resumes from."""
+    """Swap an average in and out, and resume another engine from a checkpoint."""
     ema = EMA(learner.masters, EmaConfig(decay=0.5, warmup=False))
     update(learner, learner.dtype)
     ema.update()

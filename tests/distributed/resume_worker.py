@@ -1,4 +1,4 @@
-"""What every rank of a world runs: a small model that saves in the middle of its training, or goes on from such a save.
+"""Worker that trains a small model and saves midway, or resumes from such a checkpoint.
 
     python -m tests.distributed.resume_worker OUTPUT write|read SAVES
 
@@ -61,7 +61,7 @@ def weights(learner: engine.Engine) -> Weights:
 
 
 def write(saves: Path, stage: int, name: str, dtype: str, mesh: Mesh) -> None:
-    """Save in the middle; what a run that was never stopped ends with lies beside it."""
+    """Save midway, and store the final weights of the uninterrupted run next to the checkpoint."""
     learner = build(stage, name, dtype)
     ema = EMA(learner.masters, EmaConfig(decay=0.8))
     run = RunConfig(dir=str(saves / f"{stage}-{name}-{dtype}"))
@@ -76,7 +76,7 @@ def write(saves: Path, stage: int, name: str, dtype: str, mesh: Mesh) -> None:
 
 
 def by_hand(middle: Weights, name: str) -> Weights:
-    """From the weights in the middle with a fresh optimiser, by torch alone and on one rank."""
+    """Train from the midway weights with a fresh optimiser, in plain torch on one rank."""
     module = Block()
     module.load_state_dict(middle, strict=False)
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def by_hand(middle: Weights, name: str) -> Weights:
 
 
 def read(saves: Path, written: int, stage: int, name: str, dtype: str, optimizer: str, mesh: Mesh) -> dict[str, Any]:
-    """Go on under another stage; how far the end is from that of a run that was never stopped."""
+    """Resume under another stage; return the difference from the uninterrupted run at the end."""
     run_dir = saves / f"{written}-{name}-{dtype}"
     folder = run_dir / "checkpoints" / f"step-{UPDATES:06d}"
     result = {"written": written, "stage": stage, "optimizer": optimizer, "name": name, "dtype": dtype}

@@ -1,4 +1,4 @@
-"""When are two runs the same? When their last checkpoints hold the same bits, and their records the same numbers."""
+"""Equality of two runs: the last checkpoints are bit-equal, and the records have the same numbers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     ".pt": partial(torch.load, weights_only=False),
     ".safetensors": load_file,
 }
-MEASURED = ("seconds", "checkpoint")  # what a clock or a disk says of a step
+MEASURED = ("seconds", "checkpoint")  # keys that depend on the clock or the disk
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    """What a run has logged, without what it measured of itself."""
+    """A run's log without timings and sizes."""
     found = read_metrics(run_dir / "metrics.jsonl")
     return [{key: value for key, value in record.items() if not key.startswith(MEASURED)} for record in found]
 
 
 def assert_same(first: Any, second: Any, where: str) -> None:
-    """Equal to the bit, at any depth; `seconds` of a run's progress may differ."""
+    """Assert bit-equality at any depth; the progress entry `seconds` may differ."""
     assert type(first) is type(second), where
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second), where
@@ -46,7 +46,7 @@ def assert_same(first: Any, second: Any, where: str) -> None:
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Weights, optimiser, average, data position, prior statistics and records."""
+    """Assert equal weights, optimiser state, average, data position, prior statistics and records."""
     names = [(run_dir / "checkpoints" / "latest").read_text() for run_dir in (first, second)]
     assert names[0] == names[1]
     folders = [run_dir / "checkpoints" / names[0] for run_dir in (first, second)]

@@ -1,8 +1,8 @@
-"""What every rank of a world runs: one update per combination of family, tokens, ZeRO, sequence and checkpointing.
+"""Worker that runs one update per combination of family, tokens, ZeRO stage, sequence group and checkpointing.
 
     python -m tests.distributed.sequence_worker OUTPUT
 
-Each update is plain SGD without clipping, compared with the single process's, of which every rank makes its own.
+Each update is plain SGD without clipping, compared with a single-process update, which every rank computes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.policies.sequence import parallelise
 from tests.distributed.small_transformers import FAMILIES, LATENTS, SAMPLES, inputs, random_transformer, sample_losses
 
-BLIND = "refiner_blocks.0.attn.to_k.bias"  # no key normalisation: softmax does not see a shift, its gradient is 0
+BLIND = "refiner_blocks.0.attn.to_k.bias"  # no key normalisation: softmax is invariant to a shift, so its gradient is 0
 HUGE_STEP = 1e5  # the weights' change is the gradient, to many digits
 CPU = torch.device("cpu")
 
@@ -59,12 +59,12 @@ def reference(family: str, tokens: str) -> tuple[Tensor, Tensor, dict[str, Tenso
 
 
 def relative(found: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
-    """Error in L2, as a share of `size`, by default of what is expected."""
+    """L2 error relative to `size`, by default to the norm of the expected value."""
     return float((found - expected).norm() / (expected if size is None else size).norm())
 
 
 def run(case: Case, mesh: Mesh) -> dict[str, Any]:
-    """One update by the engine; its errors against the reference."""
+    """Errors of one engine update against the reference."""
     module = random_transformer(case.family)
     start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     if case.checkpointing:
@@ -102,7 +102,7 @@ def run(case: Case, mesh: Mesh) -> dict[str, Any]:
 
 
 def slice_only(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-    """The mistake that public trainers ship: the join's backward without the sum over ranks."""
+    """A known bug of public trainers: the backward of the gather without the sum over ranks."""
     size, rank = dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
     return grads[0].chunk(size, ctx.dim)[rank], None, None
 

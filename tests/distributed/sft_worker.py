@@ -1,4 +1,4 @@
-"""What every rank of a warm start runs: each case is one short run in the same process group.
+"""Worker for supervised fine-tuning: each case is a short run in the same process group.
 
 python -m tests.distributed.sft_worker SHARDS OUTPUT NAME=STAGE:KIND:STEPS[:RESUME[:SEQUENCE]] ...
 """
@@ -28,7 +28,7 @@ OPTIM: dict[str, dict[str, Any]] = {
 def case(
     shards: Path, run_dir: Path, stage: str, kind: str, steps: str, resume: str = "never", sequence: str = "1"
 ) -> SftConfig:
-    """Eight of twenty clips a step, so that a step reaches into the next epoch; saved every other step."""
+    """A run with 8 of 20 clips per step, so that a step crosses an epoch; a checkpoint every two steps."""
     config = sft_recipe()
     policy = replace(config.policy, lora=LoraConfig(rank={"lora": 4}.get(kind, 0)))
     return replace(

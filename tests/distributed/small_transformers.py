@@ -1,4 +1,4 @@
-"""Transformers of random weights, one per way of attending, with inputs; small enough for hundreds of updates."""
+"""Small random transformers, one per kind of attention, with inputs; fast enough for hundreds of updates."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ LATENTS = {"even": (4, 3, 4, 4), "odd": (4, 3, 2, 6)}  # 12 and 9 tokens
 
 @dataclass(frozen=True)
 class Family:
-    """A transformer class, and how it is called.
+    """A transformer class and its calling convention.
 
     Attributes:
-        text: what it takes beside latents and timestep.
-        layout: how it takes them; it makes arguments and target of latents, timestep and target.
-        plan: where its tokens are split.
+        text: inputs besides latents and timestep.
+        layout: maps latents, timestep and target to call arguments and a target.
+        plan: the context-parallel plan, i.e. where tokens are split.
     """
 
     build: Callable[[], nn.Module]
@@ -106,12 +106,12 @@ def ltx_text(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def as_video(latents: Latents, timestep: Tensor, target: Latents) -> tuple[dict[str, Any], Tensor]:
-    """As they are."""
+    """Unchanged arguments."""
     return {"hidden_states": latents, "timestep": timestep}, target
 
 
 def frames_first(latents: Latents, timestep: Tensor, target: Latents) -> tuple[dict[str, Any], Tensor]:
-    """Frames before channels, with the rotary embeddings of every sample's tokens."""
+    """Frames before channels, with rotary embeddings for the tokens of every sample."""
     frames, height, width = latents.shape[2:]
     grid = (height // 2, width // 2)
     rotary = get_3d_rotary_pos_embed(16, ((0, 0), grid), grid, temporal_size=frames)
@@ -120,7 +120,7 @@ def frames_first(latents: Latents, timestep: Tensor, target: Latents) -> tuple[d
 
 
 def as_tokens(latents: Latents, timestep: Tensor, target: Latents) -> tuple[dict[str, Any], Tensor]:
-    """Tokens with a timestep and coordinates of each, those of the first frame without noise."""
+    """Tokens with a timestep and coordinates each; tokens of the first frame have no noise."""
     frames, height, width = latents.shape[2:]
     noisy = torch.ones(frames, height * width)
     noisy[0] = 0
@@ -155,7 +155,7 @@ FAMILIES = {
 
 
 def random_transformer(family: str) -> nn.Module:
-    """Every weight away from zero, so that every gradient is too."""
+    """A transformer whose weights are all far from zero, and so are its gradients."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = FAMILIES[family].build()
@@ -165,7 +165,7 @@ def random_transformer(family: str) -> nn.Module:
 
 
 def inputs(family: str, tokens: str) -> tuple[dict[str, Any], Tensor]:
-    """Keyword arguments of a forward over SAMPLES samples, tensors one row a sample; and a target for its output."""
+    """Keyword arguments of a forward over SAMPLES samples, one row per sample, and a target for its output."""
     generator = torch.Generator().manual_seed(1)
     latents, target = (torch.randn(SAMPLES, *LATENTS[tokens], generator=generator) for _ in range(2))
     timestep = torch.tensor([900.0, 700.0, 400.0, 50.0])
@@ -174,6 +174,6 @@ def inputs(family: str, tokens: str) -> tuple[dict[str, Any], Tensor]:
 
 
 def sample_losses(module: Any, arguments: dict[str, Any], target: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and a loss per sample that weighs every element differently."""
+    """The output, and a loss per sample with a different weight for every element."""
     output = module(**arguments, return_dict=False)[0]
     return output, ((output - target) ** 2).flatten(1).mean(dim=1)

@@ -1,4 +1,4 @@
-"""An error on one rank stops all ranks, which name it; all ranks wait for rank 0's work without a collective."""
+"""Errors on one rank stop all ranks, which name it; ranks wait for rank 0's work without a collective."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def outcomes(output: Path) -> Outcomes:
 
 
 @pytest.mark.parametrize(("case", "failing"), [("one fails", 1), ("main fails", 0)])
-def test_an_error_on_one_rank_is_every_ranks(outcomes: Outcomes, case: str, failing: int) -> None:
+def test_an_error_on_one_rank_is_raised_on_every_rank(outcomes: Outcomes, case: str, failing: int) -> None:
     assert outcomes[failing][case] == "FileNotFoundError: the model is missing"
     expected = f"ConfigError: rank {failing} on {socket.gethostname()}: the model is missing"
     assert outcomes[1 - failing][case] == expected
 
 
-def test_an_error_on_all_ranks_is_each_ones_own(outcomes: Outcomes) -> None:
+def test_an_error_on_all_ranks_is_raised_unchanged(outcomes: Outcomes) -> None:
     assert [verdict["everyone fails"] for verdict in outcomes] == [
         f"FileNotFoundError: seen by {rank}" for rank in (0, 1)
     ]
 
 
-def test_what_differs_is_named_and_what_does_not_passes(outcomes: Outcomes) -> None:
+def test_differences_between_ranks_are_named(outcomes: Outcomes) -> None:
     host = socket.gethostname()
     for verdict in outcomes:
         assert str(verdict["other shards"]).startswith(
@@ -52,7 +52,7 @@ def test_what_differs_is_named_and_what_does_not_passes(outcomes: Outcomes) -> N
         assert verdict["from rank 0"] is None
 
 
-def test_a_run_folder_that_a_rank_does_not_see_is_refused_and_removed(outcomes: Outcomes, output: Path) -> None:
+def test_a_run_folder_that_is_not_shared_is_refused_and_removed(outcomes: Outcomes, output: Path) -> None:
     first, second = (str(verdict["own folders"]) for verdict in outcomes)
     assert first.startswith(f"ConfigError: rank 1 on {socket.gethostname()}: run.dir ")
     assert "is not the folder that rank 0 has under this name" in second
@@ -60,13 +60,13 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused_and_removed(outcomes: 
     assert [list((output / f"disk-of-{rank}").iterdir()) for rank in (0, 1)] == [[], []]
 
 
-def test_a_run_folder_that_every_rank_sees_is_left_as_it_is(outcomes: Outcomes, output: Path) -> None:
+def test_a_shared_run_folder_is_unchanged(outcomes: Outcomes, output: Path) -> None:
     assert [verdict["shared folder"] for verdict in outcomes] == [None, None]
     assert list((output / "shared" / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_tasks_without_ranks_are_no_runs_of_their_own(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_tasks_of_one_job_do_not_run_as_separate_single_ranks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     engine.refuse_lone_tasks()
     monkeypatch.setenv(name, "2")
@@ -82,7 +82,7 @@ def test_rank_0_works_and_leaves_a_marker(tmp_path: Path) -> None:
     assert (tmp_path / "aside" / "done").is_dir()
 
 
-def test_a_failure_leaves_a_marker_so_that_nobody_waits_for_ever(tmp_path: Path) -> None:
+def test_a_failure_leaves_a_marker_so_that_other_ranks_stop_waiting(tmp_path: Path) -> None:
     def fails() -> None:
         raise OSError("disk full")
 
@@ -91,7 +91,7 @@ def test_a_failure_leaves_a_marker_so_that_nobody_waits_for_ever(tmp_path: Path)
     assert (tmp_path / "done").is_dir()
 
 
-def test_another_rank_does_not_work_and_goes_on_when_the_marker_is_there(
+def test_other_ranks_skip_the_work_and_continue_once_the_marker_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agreement, "POLL_SECONDS", 0.01)

@@ -1,4 +1,4 @@
-"""Memory and cores of a rank: a container's limits, from files as the kernel writes them, and each rank's share."""
+"""Memory and cores available to a rank: container limits, read from kernel files, and each rank's share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(folder: Path, files: dict[str, str]) -> None:
     ],
     ids=["cgroup 2", "cgroup 1"],
 )
-def test_what_a_container_leaves_counts_and_file_caches_are_free(cgroup: Path, files: dict[str, str]) -> None:
+def test_the_free_memory_of_a_container_includes_file_caches(cgroup: Path, files: dict[str, str]) -> None:
     write(cgroup, files)
     assert memory.available_memory() == GIB // 2 + 1000
 
@@ -59,7 +59,7 @@ def test_what_a_container_leaves_counts_and_file_caches_are_free(cgroup: Path, f
     ],
     ids=["no files", "cgroup 2", "cgroup 1"],
 )
-def test_without_a_limit_it_is_the_machines(
+def test_without_a_limit_the_machines_memory_counts(
     cgroup: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(cgroup, files)
@@ -78,13 +78,13 @@ def test_without_a_limit_it_is_the_machines(
         ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
     ],
 )
-def test_a_share_of_time_is_fewer_cores(cgroup: Path, files: dict[str, str], cores: int) -> None:
+def test_a_cpu_time_quota_reduces_the_cores(cgroup: Path, files: dict[str, str], cores: int) -> None:
     write(cgroup, files)
     assert memory.available_cores() == cores
 
 
 @pytest.mark.parametrize(("missing", "fits"), [(400, True), (500, True), (501, False)])
-def test_whole_weights_may_take_half_of_the_free_memory(
+def test_gathered_weights_may_take_half_of_the_free_memory(
     monkeypatch: pytest.MonkeyPatch, missing: int, fits: bool
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)

@@ -1,6 +1,6 @@
-"""Checkpoints are complete or absent, although processes die at every point of a save, at random, or on a full disk.
+"""Checkpoints are complete or absent when processes die at any point of a save, at random, or on a full disk.
 
-The processes are forks of this one, so that fifty of them take seconds.
+The processes are forks of the test process, so that fifty of them take only seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncat
 
 
 class SmallEngine(Engine, ZeroMasters):
-    """A stand-in for the engine; its weights and their average are filled with the step's number."""
+    """A fake engine whose weights and average are filled with the step number."""
 
     stage, dtype = 1, torch.float32
 
@@ -89,7 +89,7 @@ def loadable(run: RunConfig) -> int:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """The process id of a fork that does `work` and ends with 0."""
+    """Fork a process that runs `work` and exits with 0; return its id."""
     child = os.fork()
     if child == 0:
         try:
@@ -104,7 +104,7 @@ def wait(child: int) -> int:
 
 
 def killing(folder: Path, at: int) -> None:
-    """Make this process die just before its `at`-th change to a file."""
+    """Kill this process immediately before its `at`-th change to a file."""
     changes = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -118,7 +118,7 @@ def killing(folder: Path, at: int) -> None:
     sys.addaudithook(hook)
 
 
-def test_a_process_that_ends_before_any_change_to_a_file_leaves_complete_checkpoints(tmp_path: Path) -> None:
+def test_a_process_killed_before_any_file_change_leaves_complete_checkpoints(tmp_path: Path) -> None:
     ended_at = []
     for at in range(1, 200):
         run = RunConfig(dir=str(tmp_path / str(at)), keep_checkpoints=1)
@@ -139,57 +139,57 @@ def test_a_process_that_ends_before_any_change_to_a_file_leaves_complete_checkpo
         save(engine, run, 3)
         assert loadable(run) == 3, "leftovers do not prevent the next save"
         assert not list((Path(run.dir) / checkpoint.FOLDER).glob(f"{checkpoint.PARTIAL}*"))
-    assert sorted(ended_at) == ended_at, "the old one up to one moment, and the new one from then on"
+    assert sorted(ended_at) == ended_at, "the old checkpoint up to some change, the new one from then on"
     assert set(ended_at) == {2, 3}
     assert len(ended_at) > 15
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments_leave_what_a_resume_needs(tmp_path: Path) -> None:
+def test_fifty_kills_at_random_moments_leave_a_resumable_run(tmp_path: Path) -> None:
     run = RunConfig(dir=str(tmp_path), keep_checkpoints=2, keep_every=50)
     draws, steps, inside = random.Random(0), [0], 0
     for _ in range(50):
-        heard, tells = os.pipe()
+        reader, writer = os.pipe()
 
-        def on(tells: int = tells) -> None:
+        def on(writer: int = writer) -> None:
             engine, step = SmallEngine(), loadable(run)
             while True:
                 step += 1
                 saved = save(engine, run, step)
-                os.write(tells, f"{saved.seconds}\n".encode())
+                os.write(writer, f"{saved.seconds}\n".encode())
 
         child = forked(on)
-        seconds = float(os.read(heard, 100).split()[0])  # of its first save: it is in the next one now
+        seconds = float(os.read(reader, 100).split()[0])  # written by its first save; the process is now in a later one
         time.sleep(draws.uniform(0, 1.5 * seconds))
         os.kill(child, signal.SIGKILL)
         assert wait(child) == -signal.SIGKILL
-        os.close(heard)
-        os.close(tells)
+        os.close(reader)
+        os.close(writer)
         steps.append(loadable(run))
         inside += bool(list((tmp_path / checkpoint.FOLDER).glob(f"{checkpoint.PARTIAL}*")))
-    assert all(after > before for before, after in pairwise(steps)), "what a process has saved is never lost"
-    assert inside > 10, "kills must meet saves"
+    assert all(after > before for before, after in pairwise(steps)), "a completed save is never lost"
+    assert inside > 10, "some kills must interrupt a save"
 
 
 def limited(bytes_of_a_file: int) -> None:
-    """Make writing more than this to a file fail, as on a full disk."""
+    """Make larger writes to a file fail, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
 
 
-@pytest.mark.parametrize("room", [0, 1000, 79_000, 81_000])
-def test_a_full_disk_is_reported_and_the_checkpoint_before_is_intact(tmp_path: Path, room: int) -> None:
+@pytest.mark.parametrize("free_bytes", [0, 1000, 79_000, 81_000])
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(tmp_path: Path, free_bytes: int) -> None:
     run, engine = RunConfig(dir=str(tmp_path)), SmallEngine()
     save(engine, run, 1)
 
-    def without_room() -> None:
-        limited(room)
+    def save_on_full_disk() -> None:
+        limited(free_bytes)
         with pytest.raises(
             CheckpointError, match=r"step 2 could not be written .* GB free .* is step-000001, untouched"
         ):
             save(engine, run, 2)
 
-    assert wait(forked(without_room)) == 0
+    assert wait(forked(save_on_full_disk)) == 0
     assert loadable(run) == 1
     save(engine, run, 2)
     assert loadable(run) == 2
@@ -209,7 +209,7 @@ def test_another_error_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keep", "every", "kept"), [(1, 0, [12]), (3, 0, [10, 11, 12]), (2, 5, [5, 10, 11, 12]), (1, 4, [4, 8, 12])]
 )
-def test_the_newest_and_every_nth_are_kept(tmp_path: Path, keep: int, every: int, kept: list[int]) -> None:
+def test_the_newest_and_every_nth_checkpoint_are_kept(tmp_path: Path, keep: int, every: int, kept: list[int]) -> None:
     run, engine = RunConfig(dir=str(tmp_path), keep_checkpoints=keep, keep_every=every), SmallEngine()
     for step in range(1, 13):
         save(engine, run, step)
@@ -236,10 +236,10 @@ def test_a_save_reports_its_size_and_duration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1, 12])
 def test_each_rank_flushes_its_own_files(tmp_path: Path, rank: int) -> None:
-    own = {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", f"ema-rank-{rank:05d}.safetensors"}
+    expected = {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", f"ema-rank-{rank:05d}.safetensors"}
     foreign = {f"zero_pp_rank_{other}_mp_rank_00_optim_states.pt" for other in (2, 10, 11, 121)}
-    for name in own | foreign:
+    for name in expected | foreign:
         (tmp_path / name).touch()
     found = {path.name for path in checkpoint.files_of_rank(rank, tmp_path)}
-    assert own <= found
+    assert expected <= found
     assert rank == 0 or not foreign & found

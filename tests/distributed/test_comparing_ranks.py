@@ -1,4 +1,4 @@
-"""A comparison on two ranks has the scores of one rank, to the bit, and writes one report."""
+"""Model comparison on two ranks: scores bit-equal to those of one rank, and one report."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
 
-def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
-    """Three prompts of two samples in micro-batches of four: the last ones repeat samples, which count once."""
+def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
+    """Three prompts of two samples in micro-batches of four: samples repeated in the last ones count once."""
     recipe, other = tagged_recipe(tmp_path), random_wan(tmp_path / "other", seed=1)
     for part in ("text_encoder", "tokenizer"):
         for file in (tmp_path / "wan" / part).iterdir():

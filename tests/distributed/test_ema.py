@@ -1,4 +1,4 @@
-"""The average of the weights under ZeRO 1, 2 and 3, in fp32 and bf16: right, sharded, swapped in without a trace."""
+"""EMA of the weights under ZeRO 1, 2 and 3, in fp32 and bf16: values, sharding, and swapping with the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
 
 
-def test_each_rank_averages_its_own_share_and_all_of_them_every_trained_element(
+def test_ranks_average_disjoint_shards_that_cover_every_trained_element(
     world: list[list[dict[str, Any]]],
 ) -> None:
     for results in zip(*world, strict=True):
@@ -29,14 +29,14 @@ def test_each_rank_averages_its_own_share_and_all_of_them_every_trained_element(
         assert max(result["elements"] for result in results) <= sum(TRAINED.values()) / len(results) + len(TRAINED)
 
 
-def test_the_average_is_that_of_the_fp32_weights(world: list[list[dict[str, Any]]]) -> None:
+def test_the_average_is_computed_from_the_fp32_weights(world: list[list[dict[str, Any]]]) -> None:
     for result in world[0]:
         assert result["names"] == sorted(TRAINED)
         assert result["error"] < 1e-6, result
 
 
 @pytest.mark.parametrize("fact", ["inside", "moved", "restored", "output", "gathered", "trains on"])
-def test_the_model_computes_with_the_average_inside_and_with_its_weights_again_behind(
+def test_the_model_uses_the_average_inside_the_context_and_its_weights_after_it(
     world: list[list[dict[str, Any]]], fact: str
 ) -> None:
     assert [result for results in world for result in results if not result[fact]] == []

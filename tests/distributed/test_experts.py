@@ -1,6 +1,6 @@
-"""A policy of two transformers on two ranks: an update moves those that it touched, as torch's own optimiser would.
+"""A policy of two transformers on two ranks: updates equal those of torch's optimiser and change only the used ones.
 
-And runs of it: stopped and gone on with, one trained and one not, and what would leave ranks waiting for each other.
+Also whole runs: resumed, with a single trained expert, and refused where ranks would deadlock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BOTH, HIGH, LOW = ["transformer", "transformer_2"], ["transformer"], ["transform
 
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
-    """What each rank found, by DeepSpeed configuration."""
+    """Each rank's results by DeepSpeed configuration."""
     output = tmp_path_factory.mktemp("experts")
     CASES["wan22"].write(output / "pipeline")
     run_ranks(2, [str(output / "pipeline"), str(output), *CONFIGS, "zero3_bf16"], worker="experts_worker")
@@ -34,25 +34,25 @@ def updates(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_updates_that_touch_one_leave_the_other(updates: list[dict[str, dict]], config: str) -> None:
+def test_updates_of_one_transformer_equal_those_of_torch(updates: list[dict[str, dict]], config: str) -> None:
     for found in updates:
         assert max(found[config]["errors"]) < 1e-5
         assert max(map(abs, found[config]["norms"])) < 1e-4
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, "zero3_bf16"])
-def test_no_bit_of_the_other_changes(updates: list[dict[str, dict]], config: str) -> None:
+def test_the_unused_transformer_is_bit_identical(updates: list[dict[str, dict]], config: str) -> None:
     assert all(found[config]["moved"] == [BOTH, HIGH, BOTH, LOW, BOTH] for found in updates)
 
 
 @pytest.mark.parametrize("config", ["zero3", "zero3_bf16"])
-def test_what_a_gathered_rollout_takes_counts_both(updates: list[dict[str, dict]], config: str) -> None:
+def test_memory_of_a_gathered_rollout_counts_both_transformers(updates: list[dict[str, dict]], config: str) -> None:
     for found in updates:
-        assert 0.49 < found[config]["missing"] < 0.51  # half of all weights: the other rank has them
+        assert 0.49 < found[config]["missing"] < 0.51  # half of all weights, which the other rank has
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_an_engine_goes_on_from_a_checkpoint_to_the_bit(updates: list[dict[str, dict]], config: str) -> None:
+def test_an_engine_resumes_from_a_checkpoint_bit_for_bit(updates: list[dict[str, dict]], config: str) -> None:
     assert all(found[config]["resumed"] for found in updates)
 
 
@@ -73,13 +73,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("stage", "lora"), RUNS)
-def test_a_run_goes_on_from_before_the_second_experts_first_update(runs: Path, stage: str, lora: str) -> None:
+def test_a_run_resumes_from_before_the_first_update_of_the_second_expert(runs: Path, stage: str, lora: str) -> None:
     assert_same_run(runs / f"{stage}-{lora}-whole", runs / f"{stage}-{lora}-stopped")
     records = read_metrics(runs / f"{stage}-{lora}-whole" / "metrics.jsonl")
     assert [record["ratio_error_first_update_max"] for record in records] == [0.0] * 4
 
 
-def test_the_trained_expert_alone_changes_where_ranks_train_different_steps(runs: Path) -> None:
+def test_only_the_trained_expert_changes_if_ranks_train_different_steps(runs: Path) -> None:
     for name, same in (("transformer", True), ("transformer_2", False)):
         before, after = (
             load_file(folder / name / "diffusion_pytorch_model.safetensors")
@@ -92,9 +92,9 @@ def test_the_trained_expert_alone_changes_where_ranks_train_different_steps(runs
         for key in record
         if key.startswith("timestep/")
     }
-    assert steps <= {"02", "03", "04"}, "the steps of low noise, without the last"
+    assert steps <= {"02", "03", "04"}, "steps of low noise except the last"
 
 
-def test_steps_of_both_for_each_prompt_are_refused_on_every_rank(runs: Path) -> None:
+def test_per_prompt_steps_of_both_experts_are_refused_on_every_rank(runs: Path) -> None:
     with pytest.raises(AssertionError, match=r"share_steps is 'group', by which ranks would train steps"):
         run_ranks(2, [str(runs / "shards"), str(runs), "both=one_expert:both:zero3"], timeout=200)

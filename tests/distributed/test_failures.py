@@ -1,7 +1,7 @@
-"""Ranks that die and runs that are asked to stop: one run is broken off in many ways, another one is left alone.
+"""Failures of ranks and stop requests: a run interrupted in many ways records the same as an uninterrupted one.
 
-A start takes longer than a step, so each launch goes on where the one before it ended: that it can is what "the last
-checkpoint is intact" means. In the end both runs must have written the same records.
+Starting takes longer than a step, so each launch resumes where the previous one ended; a successful resume shows that
+the last checkpoint is intact. Finally, both runs must have written the same records.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tests.made.recipes import ROOT, python_path, rewarded_by, small_recipe, wit
 pytestmark = pytest.mark.slow
 
 STEPS = 16
-SECONDS_TO_END = 60  # what a rank's death may take to end the others
+SECONDS_TO_END = 60  # time limit for the other ranks to exit after one dies
 TRAIN = ["pipelines/train_video.py"]
-MORTAL = "tests.distributed.mortal"  # a module, since a script's own folder comes first in sys.path
+MORTAL = "tests.distributed.mortal"  # as a module, because a script's folder comes first in sys.path
 
 
 FROZEN = """
@@ -50,7 +50,7 @@ with Heartbeat(Mesh(rank, 2, torch.device("cpu")), timeout=2) as heartbeat:
 
 @dataclass
 class Launch:
-    """The processes of one launch, in the order of their ranks, or the launcher's one."""
+    """The processes of one launch in rank order, or the launcher's process."""
 
     processes: list[subprocess.Popen[bytes]]
     log: Path
@@ -80,7 +80,7 @@ class Launch:
         self.wait_until(lambda: any(process.poll() is not None for process in self.processes))
 
     def end(self) -> Launch:
-        """Wait until all have ended, from now on."""
+        """Wait until all processes have ended."""
         now = time.monotonic()
         self.wait_until(lambda: all(process.poll() is not None for process in self.processes))
         self.seconds_to_end = time.monotonic() - now
@@ -89,12 +89,12 @@ class Launch:
 
 
 class Launches:
-    """Starts a recipe again and again; two ranks each, which go on from the last checkpoint."""
+    """Launches a recipe repeatedly on two ranks, each time resuming from the last checkpoint."""
 
     def __init__(self, folder: Path, shards: Path):
         self.folder = folder
         config = small_recipe(folder / "unused", shards, run={"num_steps": STEPS, "save_every": 2, "resume": "auto"})
-        config = without_evaluation(rewarded_by(config, "tests.distributed.toy_rewards:AsTold"))
+        config = without_evaluation(rewarded_by(config, "tests.distributed.toy_rewards:ScriptedRedness"))
         (folder / "recipe.yaml").write_text(to_yaml(config))
         self.started: list[Launch] = []
 
@@ -105,7 +105,7 @@ class Launches:
         return self._start([sys.executable], script, run, flags, places)
 
     def launcher(self, script: list[str], run: str, *flags: str, **environment: str) -> Launch:
-        """The `deepspeed` command, in a process group of its own."""
+        """The `deepspeed` command, in a separate process group."""
         deepspeed = str(Path(sys.executable).parent / "deepspeed")
         command = [deepspeed, "--num_accelerators", "2", "--master_port", str(free_port())]
         return self._start(command, script, run, flags, [environment])
@@ -140,49 +140,49 @@ class Launches:
                     process.wait()
 
 
-def broken_off(launches: Launches) -> dict[str, Launch]:
-    """Every launch of the broken run, by what happened to it; one that dies is given up to the next one."""
-    happened = {}
+def interrupted_run(launches: Launches) -> dict[str, Launch]:
+    """All launches of the interrupted run, by what happened to them; each failed launch is followed by the next."""
+    launched = {}
 
-    launch = happened["death in rollout"] = launches.ranks(["-m", MORTAL], "broken", DIES_ENTERING="1 rollout 2")
+    launch = launched["death in rollout"] = launches.ranks(["-m", MORTAL], "broken", DIES_ENTERING="1 rollout 2")
     launch.wait_for_a_death()
     launch.processes[0].terminate()  # as launchers do
     launch.end()
 
-    launch = happened["death of rank 0"] = launches.ranks(TRAIN, "broken", REWARD_SLEEPS="0 1", REWARD_DIES="0 1")
+    launch = launched["death of rank 0"] = launches.ranks(TRAIN, "broken", REWARD_SLEEPS="0 1", REWARD_DIES="0 1")
     launch.wait_for_a_death()
     launch.end()
 
-    launch = happened["death in update"] = launches.launcher(["--module", MORTAL], "broken", DIES_ENTERING="1 update 5")
+    launch = launched["death in update"] = launches.launcher(["--module", MORTAL], "broken", DIES_ENTERING="1 update 5")
     launch.wait_until(lambda: "Killing subprocess" in launch.output)
     launch.end()
 
-    launch = happened["death in reward"] = launches.launcher(TRAIN, "broken", REWARD_DIES="1 2")
+    launch = launched["death in reward"] = launches.launcher(TRAIN, "broken", REWARD_DIES="1 2")
     launch.wait_until(lambda: "Killing subprocess" in launch.output)
     launch.end()
 
-    launch = happened["SIGTERM"] = launches.ranks(TRAIN, "broken")
+    launch = launched["SIGTERM"] = launches.ranks(TRAIN, "broken")
     launch.wait_for_records(6)
     launch.processes[1].terminate()
     launch.end()
 
     steps = len(read_metrics(launch.run_dir / "metrics.jsonl"))
-    launch = happened["SIGTERM to the launcher's group"] = launches.launcher(TRAIN, "broken")
+    launch = launched["SIGTERM to the launcher's group"] = launches.launcher(TRAIN, "broken")
     launch.wait_for_records(steps)
     os.killpg(launch.processes[0].pid, signal.SIGTERM)
     launch.wait_until(lambda: "Main process received SIGTERM" in launch.output)
     launch.end()
 
     steps = len(read_metrics(launch.run_dir / "metrics.jsonl"))
-    launch = happened["files"] = launches.launcher(TRAIN, "broken")
+    launch = launched["files"] = launches.launcher(TRAIN, "broken")
     launch.wait_for_records(steps)
     (launch.run_dir / "save").touch()
     launch.wait_until(lambda: not (launch.run_dir / "save").exists())
     (launch.run_dir / "save_quit").touch()
     launch.end()
 
-    happened["end"] = launches.ranks(TRAIN, "broken").end()
-    return happened
+    launched["end"] = launches.ranks(TRAIN, "broken").end()
+    return launched
 
 
 @pytest.fixture(scope="module")
@@ -191,17 +191,17 @@ def launches(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Launches
 
 
 @pytest.fixture(scope="module")
-def happened(launches: Launches) -> dict[str, Launch]:
-    """What each launch came to, the broken run's and, as "alone", the other one's."""
+def launched(launches: Launches) -> dict[str, Launch]:
+    """Results of each launch of the interrupted run and, as "alone", of the uninterrupted one."""
     try:
         slow = launches.ranks(TRAIN, "alone", "--parallel.heartbeat-timeout", "3", REWARD_SLEEPS="1 3").end()
-        return {**broken_off(launches), "alone": slow}
+        return {**interrupted_run(launches), "alone": slow}
     finally:
         launches.end_what_is_left()
 
 
 @pytest.mark.parametrize(
-    ("death", "said", "codes", "checkpoint"),
+    ("death", "message", "codes", "checkpoint"),
     [
         ("death in rollout", r"\[rank 0\] rank 1 \(.+, pid \d+\) died in phase rollout of step 2;", [1, -9], 2),
         (
@@ -214,36 +214,36 @@ def happened(launches: Launches) -> dict[str, Launch]:
         ("death in reward", r"\[rank 0\] rank 1 \(.+, pid \d+\) died in phase reward of step 6;", [247], 6),
     ],
 )
-def test_a_death_ends_the_others_who_say_whose_it_was(
-    happened: dict[str, Launch], death: str, said: str, codes: list[int], checkpoint: int
+def test_a_dead_rank_ends_the_others_and_is_named(
+    launched: dict[str, Launch], death: str, message: str, codes: list[int], checkpoint: int
 ) -> None:
-    launch = happened[death]
-    assert re.search(said, launch.output), launch.output[-5000:]
+    launch = launched[death]
+    assert re.search(message, launch.output), launch.output[-5000:]
     assert "--run.resume auto" in launch.output
-    assert "Traceback" not in launch.output, "who died is the message, not what the network library made of it"
+    assert "Traceback" not in launch.output, "the message names the dead rank, without the network library's traceback"
     assert launch.codes == codes
     assert launch.seconds_to_end < SECONDS_TO_END
     assert launch.checkpoint == f"step-{checkpoint:06d}"
 
 
-def test_sigterm_to_one_rank_stops_all_after_a_whole_step(happened: dict[str, Launch]) -> None:
-    launch = happened["SIGTERM"]
+def test_sigterm_to_one_rank_stops_all_after_a_complete_step(launched: dict[str, Launch]) -> None:
+    launch = launched["SIGTERM"]
     assert launch.codes == [0, 0]
     assert "[rank 1] SIGTERM: will save and stop" in launch.output
     assert_stopped(launch)
 
 
-def test_sigterm_to_the_group_of_the_launcher_stops_and_saves_though_it_comes_twice(
-    happened: dict[str, Launch],
+def test_repeated_sigterm_to_the_launchers_group_stops_and_saves(
+    launched: dict[str, Launch],
 ) -> None:
-    launch = happened["SIGTERM to the launcher's group"]
+    launch = launched["SIGTERM to the launcher's group"]
     assert launch.output.count("SIGTERM: will save and stop") == 2
     assert "a second one" not in launch.output
     assert_stopped(launch)
 
 
-def test_save_quit_stops_and_save_goes_on(happened: dict[str, Launch]) -> None:
-    launch = happened["files"]
+def test_save_quit_saves_and_stops_and_save_continues(launched: dict[str, Launch]) -> None:
+    launch = launched["files"]
     assert launch.codes == [0]
     assert "saved on request, after " in launch.output
     assert not (launch.run_dir / "save_quit").exists()
@@ -255,11 +255,11 @@ def assert_stopped(launch: Launch) -> None:
     assert found, launch.output[-5000:]
     assert launch.checkpoint == f"step-{int(found[1]):06d}"
     assert int(found[1]) < STEPS
-    assert "summary.json" not in launch.output, "a run that is not finished has no results"
+    assert "summary.json" not in launch.output, "an unfinished run has no results"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_frozen_rank_is_told_from_a_busy_one(tmp_path: Path, victim: int) -> None:
+def test_a_frozen_rank_is_distinguished_from_a_busy_one(tmp_path: Path, victim: int) -> None:
     place = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -272,7 +272,7 @@ def test_a_frozen_rank_is_told_from_a_busy_one(tmp_path: Path, victim: int) -> N
         for rank in range(2)
     ]
     try:
-        _, said = ranks[1 - victim].communicate(timeout=60)
+        _, output = ranks[1 - victim].communicate(timeout=60)
     finally:
         for rank in ranks:
             rank.kill()
@@ -280,21 +280,21 @@ def test_a_frozen_rank_is_told_from_a_busy_one(tmp_path: Path, victim: int) -> N
     assert ranks[1 - victim].returncode == 1
     how = "died or cannot be reached; when last heard," if victim == 0 else r"has been silent for \d s;"
     found = rf"\[rank {1 - victim}\] rank {victim} \(.*\) {how} it was in phase reward of step 4;"
-    assert re.search(found, said), said
+    assert re.search(found, output), output
 
 
-def test_a_reward_slower_than_the_heartbeat_is_no_death(happened: dict[str, Launch]) -> None:
-    launch = happened["alone"]
+def test_a_reward_slower_than_the_heartbeat_is_not_a_dead_rank(launched: dict[str, Launch]) -> None:
+    launch = launched["alone"]
     assert launch.codes == [0, 0], launch.output[-5000:]
     assert any(record["seconds/reward"] > 6 for record in read_metrics(launch.run_dir / "metrics.jsonl"))
 
 
-def test_a_run_broken_off_again_and_again_writes_the_records_of_one_left_alone(happened: dict[str, Launch]) -> None:
-    assert happened["end"].codes == [0, 0], happened["end"].output[-5000:]
+def test_a_repeatedly_interrupted_run_writes_the_records_of_an_uninterrupted_one(launched: dict[str, Launch]) -> None:
+    assert launched["end"].codes == [0, 0], launched["end"].output[-5000:]
     broken, alone = (
         [
             {name: value for name, value in record.items() if not name.startswith(("seconds", "checkpoint"))}
-            for record in read_metrics(happened[name].run_dir / "metrics.jsonl")
+            for record in read_metrics(launched[name].run_dir / "metrics.jsonl")
         ]
         for name in ("end", "alone")
     )

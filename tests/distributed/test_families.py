@@ -1,4 +1,4 @@
-"""A family's policy under ZeRO 1 and 3, by sequence groups or not, has the gradients that it has on one process."""
+"""Gradients of every family under ZeRO 1 and 3, with and without sequence groups, against a single process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOUND = 1e-5
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CASES)
-def test_every_gradient_is_the_single_processs(family: str, tmp_path: Path) -> None:
+def test_every_gradient_equals_that_of_a_single_process(family: str, tmp_path: Path) -> None:
     folder = tmp_path / "pipeline"
     CASES[family].write(folder)
     run_ranks(2, [family, str(folder), str(tmp_path)], worker="family_worker")

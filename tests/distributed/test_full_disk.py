@@ -1,4 +1,4 @@
-"""A disk that is full for one rank ends all of them, who name it; the checkpoint before stands, and the run goes on."""
+"""A full disk on one rank: all ranks exit and name it, the previous checkpoint is intact, and the run resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIMITED = ["-m", "tests.distributed.limited"]
 SETTINGS = ["--run.num-steps", "4", "--ema.decay", "0.9", "--deepspeed", "ds_configs/zero3.json"]
 
 
-def test_a_full_disk_on_any_rank_ends_all_and_spoils_nothing(tmp_path: Path, shards: Path) -> None:
+def test_a_full_disk_on_any_rank_ends_all_ranks_and_damages_nothing(tmp_path: Path, shards: Path) -> None:
     launches = Launches(tmp_path, shards)
     try:
         for victim in (0, 1):

@@ -1,4 +1,4 @@
-"""Generation on two ranks: each its own videos, one manifest; what a killed rank leaves is continued."""
+"""Generation on two ranks: disjoint videos, one manifest, and resumption after a killed rank."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def manifest(output: Path) -> dict:
     return json.loads((output / "generation.json").read_text())
 
 
-def test_two_ranks_make_what_one_makes_and_go_on_after_a_kill(tmp_path: Path) -> None:
+def test_two_ranks_generate_the_videos_of_one_and_resume_after_a_kill(tmp_path: Path) -> None:
     policy, prompts = random_wan(tmp_path / "wan"), tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a red circle moving left {number}\n" for number in range(20)))
     first = on_two_ranks(tmp_path / "two", policy, prompts)
@@ -70,11 +70,13 @@ def test_two_ranks_make_what_one_makes_and_go_on_after_a_kill(tmp_path: Path) ->
     assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
     for path in (tmp_path / "one").glob("*.mp4"):
         alone, together = (read_video(folder / path.name)[0] for folder in (tmp_path / "one", tmp_path / "two"))
-        assert (alone - together).abs().mean() < 0.015  # one pixel rounded the other way; other videos are .036 apart
+        assert (
+            alone - together
+        ).abs().mean() < 0.015  # one pixel may round differently; different videos are .036 apart
 
 
-def test_a_layout_is_made_by_two_ranks_and_is_whole(tmp_path: Path) -> None:
-    """Under VBench's names, with what a killed rank left swept away, and nothing else in the folder."""
+def test_two_ranks_generate_a_complete_layout(tmp_path: Path) -> None:
+    """The folder has only VBench's file names; partial files of a killed rank are removed."""
     prompts, folder = tmp_path / "prompts.txt", tmp_path / "videos"
     prompts.write_text("".join(f"a red circle moving left {number}\n" for number in range(3)))
     folder.mkdir()
@@ -96,7 +98,7 @@ def test_a_layout_is_made_by_two_ranks_and_is_whole(tmp_path: Path) -> None:
 
 
 def kill_one_rank(launcher: int) -> None:
-    """SIGKILL to the rank whose number is 1, found among the launcher's own descendants."""
+    """Send SIGKILL to rank 1, found among the launcher's descendants."""
     for process in psutil.Process(launcher).children(recursive=True):
         if process.environ().get("RANK") == "1":
             process.kill()
@@ -104,7 +106,7 @@ def kill_one_rank(launcher: int) -> None:
     raise AssertionError("there is no rank 1")
 
 
-def test_an_error_of_any_rank_is_everyones_exit_code(tmp_path: Path) -> None:
+def test_an_error_on_any_rank_sets_the_exit_code(tmp_path: Path) -> None:
     process = on_two_ranks(tmp_path / "out", tmp_path / "none", tmp_path / "none.txt")
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0

@@ -1,4 +1,4 @@
-"""The watchdog: which rank is dead and which is slow, one verdict for all ranks, and what an exception means."""
+"""The watchdog: dead and slow ranks, one verdict for all ranks, and the classification of exceptions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection cl
 
 
 class World:
-    """Ranks without processes: the test sets the time and kills ranks."""
+    """Simulated ranks: the test sets the time and kills ranks."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, machines: tuple[str, ...]):
         self.store, self.now, self.killed = dist.HashStore(), 0.0, set[int]()
@@ -53,12 +53,12 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
     return lambda *machines: World(monkeypatch, machines)
 
 
-def test_members_know_each_other(world: Callable[..., World]) -> None:
+def test_ranks_learn_about_each_other(world: Callable[..., World]) -> None:
     ranks = world("a", "b")
     assert all(rank.members == ranks.members for rank in ranks.ranks)
 
 
-def test_a_rank_whose_counter_stops_is_dead_and_all_learn_where_it_was(world: Callable[..., World]) -> None:
+def test_a_rank_whose_counter_stops_is_dead_and_its_phase_is_reported(world: Callable[..., World]) -> None:
     ranks = world("a", "b", "c")
     ranks.beat(2, phase="reward", step=12)
     assert ranks.check() == [None] * 3
@@ -72,7 +72,7 @@ def test_a_rank_whose_counter_stops_is_dead_and_all_learn_where_it_was(world: Ca
     assert ranks.check()[:2] == [expected] * 2
 
 
-def test_a_slow_phase_is_no_death_while_the_thread_beats(world: Callable[..., World]) -> None:
+def test_a_slow_phase_is_not_a_death_while_the_heartbeat_continues(world: Callable[..., World]) -> None:
     ranks = world("a", "b")
     ranks.beat(1, phase="reward", step=0)
     for _ in range(100):
@@ -81,7 +81,7 @@ def test_a_slow_phase_is_no_death_while_the_thread_beats(world: Callable[..., Wo
         assert ranks.check() == [None, None]
 
 
-def test_the_others_conclude_that_a_silent_rank_0_is_dead(world: Callable[..., World]) -> None:
+def test_other_ranks_conclude_that_a_silent_rank_0_is_dead(world: Callable[..., World]) -> None:
     ranks = world("a", "b", "c")
     ranks.beat(0, phase="checkpoint", step=3)
     ranks.check()
@@ -108,7 +108,7 @@ def test_the_death_of_rank_0_is_reported_without_its_store(
     assert "or cannot be reached" in ranks.ranks[1].store_lost().text
 
 
-def test_a_watcher_that_was_suspended_does_not_blame_the_others(world: Callable[..., World]) -> None:
+def test_a_suspended_watchdog_does_not_blame_other_ranks(world: Callable[..., World]) -> None:
     ranks = world("a", "b", "c")
     ranks.check()
     ranks.now += 100
@@ -116,11 +116,11 @@ def test_a_watcher_that_was_suspended_does_not_blame_the_others(world: Callable[
     assert ranks.check() == [None] * 3
 
 
-def test_a_dead_process_of_the_same_machine_is_found_at_once(world: Callable[..., World]) -> None:
+def test_a_dead_process_on_the_same_machine_is_detected_at_once(world: Callable[..., World]) -> None:
     ranks = world("a", "b", "b")
     ranks.beat(2, phase="update", step=7)
     ranks.killed.add(2)
-    assert ranks.ranks[0].check() is None, "another machine cannot see it"
+    assert ranks.ranks[0].check() is None, "processes of another machine are not visible"
     verdict = ranks.ranks[1].check()
     assert verdict == Verdict(2, "rank 2 (host2, pid 102) died in phase update of step 7")
     assert ranks.ranks[0].check() == verdict
@@ -150,7 +150,7 @@ def test_rank_0_does_not_wait_for_a_rank_that_cannot_leave(world: Callable[..., 
     assert ranks.ranks[0].remaining(Verdict(2, "")) == []
 
 
-def test_the_first_verdict_stands(world: Callable[..., World]) -> None:
+def test_the_first_verdict_is_final(world: Callable[..., World]) -> None:
     ranks = world("a", "b", "c")
     first = ranks.ranks[1].report(1, "failed in phase reward of step 2: RuntimeError: no")
     assert ranks.ranks[2].report(2, "failed, too") == first
@@ -159,13 +159,13 @@ def test_the_first_verdict_stands(world: Callable[..., World]) -> None:
 
 
 @pytest.mark.skipif(not heartbeat.machine(), reason="no /proc that names the machine")
-def test_a_process_runs_until_it_ends_even_before_its_parent_has_noticed() -> None:
+def test_a_zombie_process_counts_as_ended() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started, own = heartbeat.start_time(child.pid), heartbeat.start_time(os.getpid())
     assert started == heartbeat.start_time(child.pid)
     assert started is not None
     assert own is not None
-    assert int(own) < int(started), "a later process with the same pid would have another start time"
+    assert int(own) < int(started), "a later process with the same pid would have a different start time"
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
     assert heartbeat.start_time(child.pid) is None
@@ -173,7 +173,7 @@ def test_a_process_runs_until_it_ends_even_before_its_parent_has_noticed() -> No
     assert heartbeat.start_time(child.pid) is None
 
 
-def test_a_lost_peer_is_recognized_by_its_error_and_by_what_followed_from_it() -> None:
+def test_a_lost_peer_is_recognised_by_direct_and_chained_errors() -> None:
     assert is_lost_contact(RuntimeError(GLOO))
     assert is_lost_contact(torch.distributed.DistNetworkError("Broken pipe"))
     followed = AssertionError("parameter is in flight")
@@ -181,9 +181,9 @@ def test_a_lost_peer_is_recognized_by_its_error_and_by_what_followed_from_it() -
     assert is_lost_contact(followed)
 
 
-def test_errors_of_this_rank_are_its_own() -> None:
+def test_other_errors_belong_to_this_rank() -> None:
     assert not is_lost_contact(RuntimeError("the reward model ran out of patience"))
-    assert not is_lost_contact(ConnectionResetError("Connection reset by peer")), "a reward's own connection"
+    assert not is_lost_contact(ConnectionResetError("Connection reset by peer")), "a connection opened by a reward"
     assert not is_lost_contact(RuntimeError("reward 'a' failed on prompt 'an igloo in the snow'"))
     assert not is_lost_contact(KeyboardInterrupt())
 

@@ -1,4 +1,4 @@
-"""Training on machines that lack what a developer's has: each test combines all lacks that can be had at once."""
+"""Training on machines with missing resources; each test combines all restrictions that can be applied at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BARE = {  # no home, no git, no compiler, no folder for temporary files, another
     "PATH": "/nonexistent", "TMPDIR": "/nonexistent", "CC": "/bin/false", "CXX": "/bin/false", "LC_ALL": "C",
     "PYTHONIOENCODING": "ascii", "TZ": "Pacific/Chatham", "ATEN_CPU_CAPABILITY": "default",
 }  # fmt: skip
-# A user without a name, who may read everything (the interpreter may lie in root's home) and write what is open to all.
+# A user without a name, who may read everything (the interpreter may be in root's home) and write only public folders.
 STRANGER = [*["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"],
             *["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]]  # fmt: skip
 MOUNT = f'{shutil.which("mount")} -t tmpfs -o size=4k,ro none /dev/shm && exec "$@"'
@@ -44,7 +44,7 @@ SMALL_SHM = ["unshare", "-m", "/bin/sh", "-c", MOUNT, "sh"]
 
 
 def possible(*wrappers: Sequence[str]) -> list[str]:
-    """The wrappers that this machine lets us use, with whole paths."""
+    """The sandboxing commands that this machine permits, with absolute paths."""
     found: list[str] = []
     for wrapper in wrappers:
         words = [shutil.which(wrapper[0]) or "", *wrapper[1:]]
@@ -55,7 +55,7 @@ def possible(*wrappers: Sequence[str]) -> list[str]:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The program without its .git, read-only, in a folder that has a space in its name."""
+    """A read-only copy of the program without .git, in a folder with a space in its name."""
     folder = tmp_path / "a clone"
     for name in ("bpgo_video", "pipelines", "ds_configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -66,7 +66,7 @@ def clone(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def offline(tmp_path: Path) -> Path:
-    """A folder for PYTHONPATH whose presence ends a process that looks beyond this machine."""
+    """A folder for PYTHONPATH that ends any process that opens a connection beyond this machine."""
     (tmp_path / "offline").mkdir()
     (tmp_path / "offline" / "sitecustomize.py").write_text(HOOK, "utf-8")
     return tmp_path / "offline"
@@ -74,13 +74,13 @@ def offline(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that anybody may reach and write to, with a recipe and shards whose held-out prompt is not ASCII."""
+    """A world-writable folder with a recipe and shards whose held-out prompt is not ASCII."""
     monkeypatch.setattr(recipes, "PROMPTS", {**recipes.PROMPTS, "heldout": [PROMPT]})
     folder = Path(tempfile.mkdtemp(prefix="é folder "))
     folder.chmod(0o777)
     evaluation = {"samples_per_prompt": 1, "num_steps": 2}
     config = small_recipe(folder / "run", make_shards(tmp_path / "p r o m p t s"), evaluation=evaluation)
-    heldout = {"still": RewardConfig(model="temporal_flickering")}  # the oracle reads captions of its world alone
+    heldout = {"still": RewardConfig(model="temporal_flickering")}  # the oracle parses only captions of its world
     config = replace(config, evaluation=replace(config.evaluation, rewards=heldout))
     (folder / "recipe.yaml").write_text(to_yaml(config), "utf-8")
     yield folder
@@ -88,8 +88,8 @@ def open_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def check(result: subprocess.CompletedProcess[bytes], run: Path, mode: int) -> None:
-    said = result.stdout.decode("utf-8", "replace") + result.stderr.decode("utf-8", "replace")
-    assert result.returncode == 0, said[-5000:]
+    output = result.stdout.decode("utf-8", "replace") + result.stderr.decode("utf-8", "replace")
+    assert result.returncode == 0, output[-5000:]
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     assert summary["max_ratio_error_first_update"] == 0
     assert PROMPT in json.dumps(json.loads((run / "samples" / "samples.json").read_text("utf-8")), ensure_ascii=False)
@@ -97,7 +97,9 @@ def check(result: subprocess.CompletedProcess[bytes], run: Path, mode: int) -> N
     assert {path.stat().st_mode & 0o666 for path in written} == {mode}, "the umask decides"
 
 
-def test_one_core_and_a_user_without_name_home_or_tools(clone: Path, offline: Path, open_folder: Path) -> None:
+def test_training_runs_on_one_core_for_a_user_without_name_home_or_tools(
+    clone: Path, offline: Path, open_folder: Path
+) -> None:
     result = subprocess.run(
         [*possible(SMALL_SHM, STRANGER), sys.executable, clone / "pipelines" / "train_video.py",
          "--config", open_folder / "recipe.yaml"],
@@ -108,7 +110,7 @@ def test_one_core_and_a_user_without_name_home_or_tools(clone: Path, offline: Pa
 
 
 @pytest.mark.slow
-def test_ranks_of_the_launcher_offload_and_wandb_where_home_cannot_be_written(clone: Path, open_folder: Path) -> None:
+def test_launcher_offload_and_wandb_work_without_a_writable_home(clone: Path, open_folder: Path) -> None:
     launcher = str(Path(sys.executable).parent / "deepspeed")
     environment = {"HOME": "/nonexistent", "PATH": os.environ["PATH"], "CC": "/bin/false", "CXX": "/bin/false",
                    "PYTHONPATH": str(clone), "ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "1"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Under the launcher itself: the commands, a NaN on one rank, a mistake in the command line, a port in use."""
+"""Launches with the deepspeed launcher: commands, a NaN on one rank, invalid arguments, and a used port."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(command: list[str], folder: Path = ROOT) -> subprocess.CompletedProcess[
 
 
 def launch(*arguments: str, port: int | None = None) -> subprocess.CompletedProcess[str]:
-    """`deepspeed --num_accelerators 2`, from the clone."""
+    """Run `deepspeed --num_accelerators 2` in the clone."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
     return run([*launcher, "--master_port", str(port or free_port()), *arguments])
 
@@ -41,7 +41,7 @@ def recipe_file(config: Config, path: Path) -> str:
     return str(path)
 
 
-def test_a_nan_on_one_rank_stops_all_and_loses_nothing(tmp_path: Path, shards: Path) -> None:
+def test_a_nan_on_one_rank_stops_all_and_keeps_the_checkpoint(tmp_path: Path, shards: Path) -> None:
     config = small_recipe(tmp_path / "run", shards, run={"num_steps": 5})
     config = without_evaluation(rewarded_by(config, "tests.distributed.toy_rewards:NanOnSecondRank"))
     started = time.monotonic()
@@ -62,10 +62,10 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, shards: Path) -> None:
     result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
     assert result.returncode != 0
     assert "the reward model ran out of patience" in result.stderr
-    said = (
+    message = (
         r"\[rank 0\] rank 1 \(.+\) failed in phase reward of step 0: RewardError: reward 'only' on samples .+ of prompt"
     )
-    assert re.search(said, result.stderr)
+    assert re.search(message, result.stderr)
     assert time.monotonic() - started < 120
 
 
@@ -76,20 +76,20 @@ def test_a_reward_that_hangs_on_one_rank_ends_all(tmp_path: Path, shards: Path) 
     started = time.monotonic()
     result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
     assert result.returncode != 0
-    said = (
+    message = (
         r"\[rank 0\] rank 1 .+ failed in phase reward .+ of prompt '.+' \(id -?\d+\) has not answered within .+ of 2 s"
     )
-    assert re.search(said, result.stderr), result.stderr[-5000:]
+    assert re.search(message, result.stderr), result.stderr[-5000:]
     assert time.monotonic() - started < 90
 
 
-def test_priors_then_training_from_the_command_line(tmp_path: Path, shards: Path) -> None:
+def test_priors_are_estimated_and_used_from_the_command_line(tmp_path: Path, shards: Path) -> None:
     config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 2}, run={"num_steps": 2})
     recipe = recipe_file(without_evaluation(config), tmp_path / "recipe.yaml")
     first = launch("pipelines/train_video.py", "--config", recipe)
     assert first.returncode != 0
     assert "bpgo-video priors --config" in first.stderr
-    assert not (tmp_path / "run").exists(), "nothing is written before the input is known to be good"
+    assert not (tmp_path / "run").exists(), "nothing is written before the input is validated"
     measured = launch("tools/estimate_priors.py", "--config", recipe)
     assert measured.returncode == 0, measured.stderr[-3000:]
     assert {path.stem for path in (shards / "priors").glob("*.json")} == set(config.rewards)
@@ -102,7 +102,7 @@ def test_priors_then_training_from_the_command_line(tmp_path: Path, shards: Path
     assert "--run.resume auto" in again.stderr
 
 
-def test_plain_python_is_one_rank(tmp_path: Path, shards: Path) -> None:
+def test_plain_python_starts_one_rank(tmp_path: Path, shards: Path) -> None:
     config = without_evaluation(small_recipe(tmp_path / "run", shards))
     command = [sys.executable, "pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml")]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -113,7 +113,9 @@ def test_plain_python_is_one_rank(tmp_path: Path, shards: Path) -> None:
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_the_console_starts_ranks_anywhere_and_returns_their_exit_code(tmp_path: Path, shards: Path) -> None:
+def test_the_console_command_starts_ranks_in_any_folder_and_returns_their_exit_code(
+    tmp_path: Path, shards: Path
+) -> None:
     config = without_evaluation(small_recipe(tmp_path / "run", shards))
     recipe = recipe_file(config, tmp_path / "recipe.yaml")
     command = [sys.executable, "-m", "bpgo_video", "train", "--ranks", "2", "--config", recipe]
@@ -126,7 +128,7 @@ def test_the_console_starts_ranks_anywhere_and_returns_their_exit_code(tmp_path:
     assert "--run.resume auto" in again.stderr
 
 
-def test_a_launch_on_a_port_in_use_ends_with_the_way_out(tmp_path: Path, shards: Path) -> None:
+def test_a_launch_on_a_used_port_ends_with_a_remedy(tmp_path: Path, shards: Path) -> None:
     config = without_evaluation(small_recipe(tmp_path / "run", shards))
     with socket.socket() as other:
         other.bind(("", 0))
@@ -139,7 +141,7 @@ def test_a_launch_on_a_port_in_use_ends_with_the_way_out(tmp_path: Path, shards:
     assert "deepspeed --master_port N" in result.stderr
 
 
-def test_the_doctor_tells_a_healthy_recipe_from_a_blind_reward(tmp_path: Path, shards: Path) -> None:
+def test_the_doctor_distinguishes_a_healthy_recipe_from_a_constant_reward(tmp_path: Path, shards: Path) -> None:
     healthy = rewarded_by(
         without_evaluation(small_recipe(tmp_path / "run", shards)), "tests.distributed.toy_rewards:Redness"
     )

@@ -1,4 +1,4 @@
-"""The memory that a plan reckons is what two ranks of DeepSpeed allocate, phase by phase."""
+"""The memory plan against the allocations of two DeepSpeed ranks, phase by phase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank processes which samples of data x sequence groups, how rows are gathered, and errors for invalid sizes."""
+"""The mesh of data and sequence groups: assignment of samples, order of gathered rows, and errors for invalid sizes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ WAN = {"_class_name": "WanTransformer3DModel", "num_attention_heads": 12}
 
 
 @given(st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 40), st.integers(1, 5))
-def test_every_item_is_sampled_by_one_group_and_decoded_by_some_rank(
+def test_every_item_is_sampled_by_a_group_and_decoded_by_a_rank(
     sequence: int, groups: int, total: int, micro_batch_size: int
 ) -> None:
     world = [Mesh(rank, sequence * groups, CPU, sequence) for rank in range(sequence * groups)]
     shares = [mesh.share(total, micro_batch_size) for mesh in world]
-    assert len({len(share) for share in shares}) == 1, "equal numbers of forwards"
-    assert {len(items) for share in shares for items in share} == {micro_batch_size}, "of equal size"
+    assert len({len(share) for share in shares}) == 1, "all ranks run equally many forwards"
+    assert {len(items) for share in shares for items in share} == {micro_batch_size}, "micro-batches have equal sizes"
     for mesh, share in zip(world, shares, strict=True):
         assert share == shares[mesh.data_rank * sequence], "a sequence group has the same samples"
     flat = [[item for items in share for item in items] for share in shares]
@@ -43,7 +43,7 @@ def test_gathered_rows_are_ordered_by_item() -> None:
     assert Mesh(0, 1, CPU).gather(rows, [2, 0, 1, 2], 3).tolist() == [[10.0], [20.0], [30.0]]
 
 
-def test_heads_that_do_not_divide_name_the_valid_sizes() -> None:
+def test_an_error_about_indivisible_heads_names_the_valid_sizes() -> None:
     check_heads(WAN, 4, WanPolicy.sequence_plan)
     with pytest.raises(ConfigError, match=r"sequence is 8, .* 12 attention heads; .* \[1, 2, 3, 4, 6, 12\]"):
         check_heads(WAN, 8, WanPolicy.sequence_plan)
@@ -51,7 +51,7 @@ def test_heads_that_do_not_divide_name_the_valid_sizes() -> None:
         check_heads({**WAN, "_class_name": "AllegroTransformer3DModel"}, 2, None)
 
 
-def test_a_world_that_does_not_divide_names_the_valid_sizes() -> None:
+def test_an_error_about_an_indivisible_world_names_the_valid_sizes() -> None:
     config = small_recipe(Path("unused"), Path("unused"), rollout={"micro_batch_size": 2})
     config = config.__class__(**{**vars(config), "parallel": ParallelConfig(sequence=4)})
     check_world(config, 8)

@@ -1,4 +1,4 @@
-"""The precision contract under DeepSpeed: whatever the accelerator supports, what the recipe says is what computes."""
+"""The precision contract under DeepSpeed: the recipe determines the dtype, whatever the accelerator supports."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from tests.distributed.conftest import run_ranks
 from tests.made.random_wan import random_wan
 
-ROUNDING = {  # relative, of parameters after one large step: (kept in fp32, the others)
+ROUNDING = {  # relative error of parameters after one large step: (kept in fp32, the others)
     "float32": (5e-7, 5e-7),
-    "bfloat16": (1e-6, 8e-3),  # ZeRO-3 adds a tensor's gradients in another order, each sum rounded to bf16
+    "bfloat16": (1e-6, 8e-3),  # ZeRO-3 adds gradients in a different order and rounds each sum to bf16
 }
-GRADIENT_IN_BF16 = 4e-3  # ZeRO-2 stores a pass's gradients in the model's dtype
+GRADIENT_IN_BF16 = 4e-3  # ZeRO-2 stores the gradients of a pass in the model's dtype
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,10 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3-persistent", "zero3-offload"])
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_an_update_is_that_of_plain_torch_with_fp32_masters(
+def test_an_update_equals_that_of_plain_torch_with_fp32_masters(
     errors: dict[str, dict[str, float]], dtype: str, stage: str
 ) -> None:
-    """Modules that diffusers keeps in fp32 stay fp32: rounded to bf16 once, they would be 2e-3 off."""
+    """Modules that diffusers keeps in fp32 stay in fp32: rounding to bf16 once would change them by 2e-3."""
     kept, others = ROUNDING[dtype]
     kept = GRADIENT_IN_BF16 if (dtype, stage) == ("bfloat16", "zero2") else kept
     found = errors[f"{dtype} {stage} fp16=True bf16=True"]
@@ -39,17 +39,19 @@ def test_an_update_is_that_of_plain_torch_with_fp32_masters(
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "zero3-persistent", "zero3-offload"])
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_an_average_and_a_resume_keep_what_is_fp32(errors: dict[str, dict[str, float]], dtype: str, stage: str) -> None:
+def test_an_average_and_a_resume_preserve_fp32_modules(
+    errors: dict[str, dict[str, float]], dtype: str, stage: str
+) -> None:
     found = errors[f"{dtype} {stage} fp16=True bf16=True"]
     assert found["average"] <= 1e-6
-    assert found["moved"], "the average is another point than the weights"
-    assert found["restored"], "the weights come back after the average, bit for bit"
-    assert found["resumed"], "a checkpoint holds them, bit for bit"
+    assert found["moved"], "the average differs from the weights"
+    assert found["restored"], "the weights are restored bit for bit after the average"
+    assert found["resumed"], "a checkpoint restores them bit for bit"
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("support", ["fp16=True bf16=False", "fp16=False bf16=True", "fp16=False bf16=False"])
-def test_it_does_not_depend_on_what_the_accelerator_supports(
+def test_the_result_does_not_depend_on_what_the_accelerator_reports(
     errors: dict[str, dict[str, float]], dtype: str, support: str
 ) -> None:
     found, expected = errors[f"{dtype} zero3 {support}"], errors[f"{dtype} zero3 fp16=True bf16=True"]

@@ -1,4 +1,4 @@
-"""A run resumes under another ZeRO stage and number of ranks as if it had never stopped, or says why not."""
+"""Resuming under a different ZeRO stage and number of ranks: equal to the uninterrupted run, or refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bpgo_video.distributed.checkpoint import Layout, resume_mode
 from bpgo_video.distributed.zero_files import CheckpointError
 from tests.distributed.conftest import run_ranks
 
-BF16_BOUND = 1e-2  # sums of gradients over other parts round otherwise, and Adam divides by them
+BF16_BOUND = 1e-2  # gradients summed in a different order round differently, and Adam divides by them
 Results = list[dict[str, Any]]
 
 
@@ -31,13 +31,13 @@ def saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_as_many(saves: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Two ranks resume from their own checkpoints."""
+    """Two ranks resume from checkpoints of two ranks."""
     return results(tmp_path_factory.mktemp("two") / "read", 2, "write", saves)
 
 
 @pytest.fixture(scope="module", params=[(2, 1), (1, 2)])
 def on_others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """One rank resumes from checkpoints of two, and the reverse."""
+    """One rank resumes from checkpoints of two, and vice versa."""
     before, after = request.param
     folder = tmp_path_factory.mktemp(f"{before}-{after}")
     results(folder / "written", before, "write", folder / "saves")
@@ -75,25 +75,25 @@ HERE = Layout(world_size=4, zero_stage=2, dtype="torch.float32")
         (replace(HERE, zero_stage=3), "keep", False, "weights"),
     ],
 )
-def test_the_mode_is_the_one_that_keeps_most(
+def test_the_resume_mode_preserves_as_much_state_as_possible(
     written: Layout, optimizer: str, has_optimizer_state: bool, mode: str
 ) -> None:
     assert resume_mode(written, HERE, optimizer, has_optimizer_state, Path("step-000003")) == mode
 
 
 @pytest.mark.parametrize(
-    ("written", "said"),
+    ("written", "message"),
     [
         (replace(HERE, zero_stage=3), r"under ZeRO 3, this run has ZeRO 2.* --run.resume-optimizer fresh"),
         (replace(HERE, dtype="torch.bfloat16"), r"in torch.bfloat16, this run computes in torch.float32"),
     ],
 )
-def test_a_layout_that_cannot_be_loaded_is_refused(written: Layout, said: str) -> None:
-    with pytest.raises(CheckpointError, match=said):
+def test_a_layout_that_cannot_be_loaded_is_refused(written: Layout, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         resume_mode(written, HERE, "keep", True, Path("step-000003"))
 
 
-def test_a_run_resumes_under_any_stage_of_its_kind_and_with_a_fresh_optimizer_under_all(on_as_many: Results) -> None:
+def test_a_run_resumes_under_every_stage_with_its_optimizer_where_possible(on_as_many: Results) -> None:
     assert_resumed(on_as_many)
     assert sum("refused" in result for result in on_as_many) == 8
 

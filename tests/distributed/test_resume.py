@@ -1,4 +1,4 @@
-"""Runs that were stopped and went on are runs that were never stopped: to the bit, under any stage, after any kill."""
+"""Resumed runs are bit-equal to uninterrupted ones, under any ZeRO stage and after any kill."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = ["--run.num-steps", "12", "--run.save-every", "1", "--ema.decay", "0.
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """Runs of four steps, and of two and two: of every stage, with all weights and adapters; and on other ranks."""
+    """Runs of four steps and of two plus two, for every stage, full weights and adapters, and other rank counts."""
     folder = tmp_path_factory.mktemp("halves")
     cases = []
     for stage, lora in product(STAGES, ("full", "lora")):
@@ -44,19 +44,19 @@ def halves(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("lora", ["full", "lora"])
-def test_two_and_two_steps_are_four_steps(halves: Path, stage: str, lora: str) -> None:
+def test_two_plus_two_steps_equal_four_steps(halves: Path, stage: str, lora: str) -> None:
     assert_same_run(halves / f"{stage}-{lora}-whole", halves / f"{stage}-{lora}-stopped")
 
 
 @pytest.mark.parametrize("name", ["1-to-2", "2-to-1"])
-def test_two_steps_and_two_on_other_ranks_under_another_stage_are_four(halves: Path, name: str) -> None:
+def test_two_steps_plus_two_under_another_stage_and_rank_count_equal_four(halves: Path, name: str) -> None:
     whole, moved = records(halves / "zero1-full-whole"), records(halves / name)
     assert [list(record) for record in moved] == [list(record) for record in whole]
     for expected, found in zip(whole, moved, strict=True):
         for key, value in expected.items():
             assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (expected["step"], key)
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
-        assert found["reward"] == pytest.approx(expected["reward"], abs=1e-5), "the same prompts, each once an epoch"
+        assert found["reward"] == pytest.approx(expected["reward"], abs=1e-5), "the same prompts, each once per epoch"
     for folder in ("export", "export-ema"):
         first, second = (load_file(halves / run / folder / WEIGHTS) for run in ("zero1-full-whole", name))
         assert all((first[key] - second[key]).norm() / first[key].norm() < 1e-5 for key in first), folder
@@ -91,9 +91,9 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path, shards: Path
         step = sorted(record["seconds"] for record in read_metrics(alone.run_dir / "metrics.jsonl"))[4]
         for number in range(KILLS):
             launch = launches.ranks(TRAIN, "killed", *SETTINGS)
-            if number % 3 == 0:  # while it starts
+            if number % 3 == 0:  # during startup
                 time.sleep(draws.uniform(0, 10))
-            else:  # in a step, or in the save behind it
+            else:  # in a step, or in the save after it
                 wait_for_a_record(launch)
                 time.sleep(draws.uniform(0, step))
             kill(launch)
@@ -102,7 +102,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path, shards: Path
     finally:
         launches.end_what_is_left()
     assert end.codes == [0, 0], end.output[-5000:]
-    assert len(set(moments)) > 2, f"kills must come at different steps, not all at {moments}"
+    assert len(set(moments)) > 2, f"kills must occur at different steps, not all at {moments}"
     assert records(end.run_dir) == records(alone.run_dir)
     assert_same_run(end.run_dir, alone.run_dir)
     for folder in ("export", "export-ema"):

@@ -1,4 +1,4 @@
-"""VBench's dimensions on several ranks give one rank's file, to the byte, even after a failure of a rank."""
+"""VBench scoring on several ranks: byte-equal to one rank's file, even after a rank fails."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def launched(launcher: tuple[str, ...], command: list[str], **more: str) -> subp
     )
 
 
-def test_several_ranks_score_what_one_does_and_continue_after_a_failure(tmp_path: Path) -> None:
-    """Of five videos rank 1 has the second and fourth; the second one, of four frames, exceeds its memory."""
+def test_several_ranks_give_the_scores_of_one_and_resume_after_a_failure(tmp_path: Path) -> None:
+    """Of five videos, rank 1 has the second and fourth; the second, with four frames, exceeds its memory."""
     folder, many, one = clips(tmp_path / "videos"), tmp_path / "many.json", tmp_path / "one.json"
     failed = launched(DEEPSPEED, score_command(folder, many), REFUSED="4")
     assert failed.returncode != 0
     # Rank 1 prints it; rank 0 prints it again, unless the launcher ends it first.
-    cause = f"RuntimeError: subject_consistency of {folder / 'a man talks-1.mp4'}: no room for 4 frames"
+    cause = f"RuntimeError: subject_consistency of {folder / 'a man talks-1.mp4'}: out of memory for 4 frames"
     assert cause in failed.stderr, failed.stderr[-3000:]
     assert [result.dimension for result in read_results(many)] == list(DIMENSIONS[:2])
     done = launched(TORCHRUN, score_command(folder, many))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("temporal_flickering: 5 of 5 videos were measured before") == 1
-    assert done.stdout.count(str(many)) == 1 + 3, "only rank 0 prints the kept numbers and the result's path"
+    assert done.stdout.count(str(many)) == 1 + 3, "only rank 0 prints the stored scores and the result's path"
     assert not kept_folder(many).exists()
     assert launched((), score_command(folder, one)).returncode == 0
     assert many.read_bytes() == one.read_bytes()
@@ -57,8 +57,8 @@ def test_an_error_before_the_first_measurement_ends_all_ranks_and_is_printed_onc
     assert not (tmp_path / "scores.json").exists()
 
 
-def test_ranks_share_the_packages_dimensions_and_repeat_a_failed_one(tmp_path: Path) -> None:
-    """Rank 1 has the second of three dimensions, which fails at first; the package does not see ranks."""
+def test_ranks_share_the_dimensions_of_the_package_and_retry_a_failed_one(tmp_path: Path) -> None:
+    """Rank 1 has the second of three dimensions, which fails at first; the package is not aware of ranks."""
     folder, results, interpreter = clips(tmp_path / "videos", count=2), tmp_path / "results", tmp_path / "python"
     fake_package(tmp_path / "site")
     interpreter.write_text(

@@ -1,4 +1,4 @@
-"""Sequence groups compute what a single process does: outputs, losses, and the gradient of every parameter."""
+"""Sequence groups: outputs, losses and all gradients equal those of a single process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HUNYUAN = {
     "joint attention": ".attn.", "text's side of it": "add_q_proj", "modulation": "norm1.linear",
     "feed-forward": ".ff.", "single blocks": "single_transformer_blocks", "head": "proj_out",
 }  # fmt: skip
-CLASSES = {  # what each class of parameters is called
+CLASSES = {  # name patterns of each class of parameters
     "wan": {
         "patch embedding": "patch_embedding", "time embedding": "time_embedder", "text embedding": "text_embedder",
         "self-attention": "attn1", "cross-attention": "attn2", "modulation": "scale_shift_table",
@@ -39,7 +39,7 @@ CLASSES = {  # what each class of parameters is called
 
 @pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Results of every rank of a world, started once for all of its cases."""
+    """Results of every rank of a world, which is started once for all cases."""
     folder = tmp_path_factory.mktemp(f"sequence{request.param}")
     run_ranks(request.param, [str(folder)], worker="sequence_worker")
     return [result for path in sorted(folder.glob("rank*.json")) for result in json.loads(path.read_text())]
@@ -52,7 +52,7 @@ def sound(world: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield ", ".join(f"{key} {result[key]}" for key in keys), result
 
 
-def test_output_loss_and_every_gradient_are_the_single_processs(world: list[dict[str, Any]]) -> None:
+def test_output_loss_and_every_gradient_equal_those_of_a_single_process(world: list[dict[str, Any]]) -> None:
     for name, result in sound(world):
         assert result["output"] < BOUND, name
         assert result["loss"] < BOUND, name
@@ -70,7 +70,7 @@ def test_replay_is_bit_equal_to_rollout(world: list[dict[str, Any]]) -> None:
     assert all(result["replay_is_exact"] for _, result in sound(world))
 
 
-def test_a_join_without_its_sum_is_found_out(world: list[dict[str, Any]]) -> None:
+def test_a_gather_without_the_sum_of_gradients_is_detected(world: list[dict[str, Any]]) -> None:
     broken = [result for result in world if result["breaks_scaling"]]
     assert broken or max(result["sequence"] for result in world) == 1
     for result in broken:

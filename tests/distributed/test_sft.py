@@ -1,4 +1,4 @@
-"""A warm start on real ranks: the gradient is the plain one, any ranks take the same steps, resume is exact."""
+"""Supervised fine-tuning on real ranks: plain gradients, the same steps on any ranks, and exact resume."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def runs(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_gradient_of_a_step_is_that_of_the_whole_batch(runs: Path, clips: Path) -> None:
-    """On one process, by autograd alone, over the first eight clips of the order."""
+def test_the_gradient_of_a_step_equals_that_of_the_whole_batch(runs: Path, clips: Path) -> None:
+    """The reference is plain autograd in one process over the first eight clips."""
     config = case(clips, runs / "plain", "zero3", "gradient", "1")
     policy = load_policy(config.policy.folder, max_sequence_length=16, components=("transformer",))
     shards = PromptShards(clips)
@@ -66,7 +66,7 @@ def test_the_gradient_of_a_step_is_that_of_the_whole_batch(runs: Path, clips: Pa
 
 
 @pytest.mark.parametrize("name", ["whole", "sequence"])
-def test_two_ranks_under_zero_3_take_the_steps_of_one(runs: Path, name: str) -> None:
+def test_two_ranks_under_zero_3_take_the_same_steps_as_one(runs: Path, name: str) -> None:
     one, two = records(runs / "alone"), records(runs / name)
     assert [list(record) for record in one] == [list(record) for record in two]
     for expected, found in zip(one, two, strict=True):
@@ -79,7 +79,7 @@ def test_two_ranks_under_zero_3_take_the_steps_of_one(runs: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["", "lora-"])
-def test_two_and_two_steps_are_four_steps(runs: Path, name: str) -> None:
+def test_two_plus_two_steps_equal_four_steps(runs: Path, name: str) -> None:
     whole, stopped = runs / f"{name}whole", runs / f"{name}stopped"
     assert len(records(whole)) == 4
     logged = [[record for record in records(run) if record["step"] > 1] for run in (whole, stopped)]
@@ -92,7 +92,7 @@ def test_two_and_two_steps_are_four_steps(runs: Path, name: str) -> None:
         assert any(not torch.equal(first[key], start[key]) for key in start), "the run must have trained something"
 
 
-def test_the_summary_tells_what_was_learned_from(runs: Path) -> None:
+def test_the_summary_describes_the_training_data(runs: Path) -> None:
     summary = json.loads((runs / "whole" / "summary.json").read_text())
     assert (summary["algorithm"], summary["clips"], summary["epochs"], summary["heldout_clips"]) == ("sft", 32, 1.6, 5)
     last = records(runs / "whole")[-1]
@@ -102,7 +102,7 @@ def test_the_summary_tells_what_was_learned_from(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "form"), [("whole", "diffusers"), ("lora-whole", "lora")])
-def test_its_checkpoints_convert_and_carry_a_card(runs: Path, name: str, form: str, tmp_path: Path) -> None:
+def test_checkpoints_convert_and_include_a_model_card(runs: Path, name: str, form: str, tmp_path: Path) -> None:
     convert(Conversion(find_checkpoint(runs / name), "ema", tmp_path / "out"), form, verify=True)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "flow matching; noise levels logit_normal" in card

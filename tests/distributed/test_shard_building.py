@@ -1,4 +1,4 @@
-"""tools/make_prompt_shards.py on several ranks, under both launchers, and killed half-way."""
+"""Building of prompt shards on several ranks, under both launchers, and after a kill."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
-def test_two_ranks_write_what_one_writes(whole: Path, tmp_path: Path, launcher: list[str]) -> None:
+def test_two_ranks_write_the_shards_of_one(whole: Path, tmp_path: Path, launcher: list[str]) -> None:
     assert start(launcher, tmp_path / "out").wait(180) == 0
     assert contents(tmp_path / "out") == contents(whole)
 
 
 @pytest.mark.slow
-def test_a_killed_build_goes_on(whole: Path, tmp_path: Path) -> None:
-    """One prompt a batch, so that it lasts; killed as soon as a shard is there."""
+def test_a_killed_build_resumes(whole: Path, tmp_path: Path) -> None:
+    """One prompt per batch slows the build down; it is killed once the first shard exists."""
     output = tmp_path / "out"
     process = start([sys.executable], output, "--batch-size", "1")
     while not list(output.glob("prompts-*.tar")) and process.poll() is None:

@@ -1,4 +1,4 @@
-"""What the tools make of real runs: checkpoints convert to the run's own export, and score as the run said."""
+"""Tools on real runs: converted checkpoints equal the run's export and reproduce its scores."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_checkpoint_converts_to_the_export_bit_for_bit(worlds: dict[int, Path]
         assert torch.equal(found[key], tensor), key
 
 
-def test_parameters_are_what_deepspeed_joins_on_any_world_and_stage(worlds: dict[int, Path]) -> None:
+def test_joined_parameters_equal_those_of_deepspeed_for_any_world_and_stage(worlds: dict[int, Path]) -> None:
     names = {1: [f"gradient-{stage}" for stage in STAGES], 2: [*RUNS, "smoke-offload", "smoke-bf16", "whole"]}
     for folder in (worlds[size] / name for size, runs in names.items() for name in runs):
         checkpoint = find_checkpoint(folder).folder
@@ -64,7 +64,7 @@ def test_adapters_and_universal_checkpoints_of_real_runs_verify(
     assert not list(tmp_path.glob("partial-*"))
 
 
-def test_an_earlier_checkpoint_is_not_the_newest(worlds: dict[int, Path], tmp_path: Path) -> None:
+def test_an_earlier_checkpoint_differs_from_the_newest(worlds: dict[int, Path], tmp_path: Path) -> None:
     checkpoints = worlds[2] / "whole" / "checkpoints"
     early, late = tmp_path / "early", tmp_path / "late"
     convert(Conversion(find_checkpoint(checkpoints / "step-000002"), "raw", early), "diffusers")
@@ -74,7 +74,7 @@ def test_an_earlier_checkpoint_is_not_the_newest(worlds: dict[int, Path], tmp_pa
     assert not all(torch.equal(tensor, exported[key]) for key, tensor in load_file(early / WEIGHTS).items())
 
 
-def test_the_export_scores_what_the_run_reported(worlds: dict[int, Path]) -> None:
+def test_scores_of_the_export_equal_those_of_the_run(worlds: dict[int, Path]) -> None:
     run_dir = worlds[2] / "whole"
     config = with_changes(read_yaml(run_dir / "config.yaml"), policy=str(run_dir / "export"))
     config = replace(config, evaluation=replace(config.evaluation, videos=0))

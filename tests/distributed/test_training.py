@@ -1,4 +1,4 @@
-"""The training system on real ranks: gradients, exact ratios, exact resume, export."""
+"""Training on real ranks: gradients, exact ratios, exact resume and export."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def summary_of(folder: Path, name: str, steps: int = 1) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_gradient_is_the_same_on_any_world_and_stage(worlds: dict[int, Path], stage: str, world_size: int) -> None:
+def test_the_gradient_is_the_same_on_any_world_and_stage(worlds: dict[int, Path], stage: str, world_size: int) -> None:
     start, reference = starting_weights(), exported(worlds[1] / "gradient-zero1")
     found = exported(worlds[world_size] / f"gradient-{stage}")
     for name, weight in start.items():
@@ -49,8 +49,8 @@ def test_gradient_is_the_same_on_any_world_and_stage(worlds: dict[int, Path], st
 @pytest.mark.parametrize(
     ("world_size", "name"), [(2, f"gradient-{stage}-sequence2") for stage in STAGES] + [(4, "gradient-zero3-sequence2")]
 )
-def test_gradient_is_the_same_where_ranks_share_tokens(worlds: dict[int, Path], world_size: int, name: str) -> None:
-    """Through the whole trainer: noise, rewards and advantages are those of a single process, too."""
+def test_the_gradient_is_the_same_with_sequence_groups(worlds: dict[int, Path], world_size: int, name: str) -> None:
+    """Run by the whole trainer, so noise, rewards and advantages also equal those of a single process."""
     start, reference = starting_weights(), exported(worlds[1] / "gradient-zero1")
     found = exported(worlds[world_size] / name)
     errors = {key: (found[key] - reference[key]).norm() / (reference[key] - start[key]).norm() for key in start}
@@ -66,17 +66,17 @@ RATIO_CASES = [
 
 
 @pytest.mark.parametrize(("world_size", "name"), RATIO_CASES)
-def test_ratio_is_one_before_the_first_update_and_not_after(
+def test_the_ratio_is_one_before_the_first_update_and_not_after(
     worlds: dict[int, Path], world_size: int, name: str
 ) -> None:
     summary = summary_of(worlds[world_size], name)
     assert summary["max_ratio_error_first_update"] == 0.0
     assert f"zero{summary['zero_stage']}" in name
     record = read_metrics(worlds[world_size] / name / "metrics.jsonl")[0]
-    assert record["log_ratio_abs_max"] > 1e-6, "the second update must see a policy that has moved"
+    assert record["log_ratio_abs_max"] > 1e-6, "the policy must have changed before the second update"
 
 
-def test_a_gathered_rollout_samples_what_a_sharded_one_does(worlds: dict[int, Path]) -> None:
+def test_a_gathered_rollout_equals_a_sharded_one(worlds: dict[int, Path]) -> None:
     for adapters in ("full", "lora"):
         sharded, gathered = (
             read_metrics(worlds[2] / f"ratio-zero3-{adapters}{name}" / "metrics.jsonl") for name in ("", "-gathered")
@@ -87,29 +87,29 @@ def test_a_gathered_rollout_samples_what_a_sharded_one_does(worlds: dict[int, Pa
 
 
 @pytest.mark.parametrize("name", ["zero2-full", "zero3-full", "zero3-lora"])
-def test_a_pull_towards_the_start_moves_the_second_update(worlds: dict[int, Path], name: str) -> None:
+def test_a_penalty_towards_the_starting_policy_changes_the_second_update(worlds: dict[int, Path], name: str) -> None:
     free, held = (read_metrics(worlds[2] / f"held-{name}-{weight}" / "metrics.jsonl")[0] for weight in ("0", "1000"))
-    assert held["kl"] > 0, "the second update sees a policy that has left its start"
+    assert held["kl"] > 0, "the policy differs from its start in the second update"
     assert "kl" not in free
-    assert held["grad_norm"] != free["grad_norm"], "and is pulled back"
+    assert held["grad_norm"] != free["grad_norm"], "the penalty has a gradient"
     assert held["ratio_error_first_update_max"] == 0.0
 
 
 @pytest.mark.parametrize("name", ["zero2-full-ema", "zero3-full-ema", "zero3-lora-ema", "zero3-full-previous"])
-def test_a_pull_towards_the_average_or_the_policy_before_moves_the_second_update(
+def test_a_penalty_towards_the_average_or_previous_policy_changes_the_second_update(
     worlds: dict[int, Path], name: str
 ) -> None:
     free, start, pulled = (
         read_metrics(worlds[2] / f"held-{one}" / "metrics.jsonl")[0]
         for one in (f"{name.rsplit('-', 1)[0]}-0", f"{name.rsplit('-', 1)[0]}-1000", name)
     )
-    assert 0 < pulled["kl"] <= 1.001 * start["kl"], "the average is no further off than the start"
+    assert 0 < pulled["kl"] <= 1.001 * start["kl"], "the average is at most as far away as the start"
     assert pulled["grad_norm"] != free["grad_norm"]
     assert pulled["ratio_error_first_update_max"] == 0.0
 
 
 @pytest.mark.parametrize("name", ["credited-4", "credited-2"])
-def test_best_and_worst_by_frames_have_one_gradient_on_any_world(worlds: dict[int, Path], name: str) -> None:
+def test_best_and_worst_by_frames_have_the_same_gradient_on_any_world(worlds: dict[int, Path], name: str) -> None:
     start, reference = starting_weights(), exported(worlds[1] / "credited-4")
     found = exported(worlds[2] / name)
     errors = {key: (found[key] - reference[key]).norm() / (reference[key] - start[key]).norm() for key in start}
@@ -117,25 +117,25 @@ def test_best_and_worst_by_frames_have_one_gradient_on_any_world(worlds: dict[in
 
 
 @pytest.mark.parametrize("parameters", ["sharded", "gathered"])
-def test_uneven_work_hangs_nothing(worlds: dict[int, Path], parameters: str) -> None:
+def test_uneven_work_does_not_hang(worlds: dict[int, Path], parameters: str) -> None:
     assert summary_of(worlds[2], f"uneven-{parameters}")["heldout_videos"] == 3
 
 
-def test_scoring_beside_the_rollout_changes_nothing(worlds: dict[int, Path]) -> None:
-    """Nor do models that rest on the CPU, and trajectories that do."""
-    inline, beside = (worlds[2] / f"ahead-{chunks}" for chunks in (0, 2))
+def test_scoring_during_the_rollout_changes_nothing(worlds: dict[int, Path]) -> None:
+    """Offloading models and trajectories to the CPU changes nothing either."""
+    inline, concurrent = (worlds[2] / f"ahead-{chunks}" for chunks in (0, 2))
     one, other = (
         [
             {name: value for name, value in record.items() if not name.startswith("seconds")}
             for record in read_metrics(folder / "metrics.jsonl")
         ]
-        for folder in (inline, beside)
+        for folder in (inline, concurrent)
     )
     assert len(one) == 2
     assert one == other
-    weights = exported(beside)
+    weights = exported(concurrent)
     assert all(torch.equal(weights[name], weight) for name, weight in exported(inline).items())
-    assert all(record["seconds/reward_work"] > 0 for record in read_metrics(beside / "metrics.jsonl"))
+    assert all(record["seconds/reward_work"] > 0 for record in read_metrics(concurrent / "metrics.jsonl"))
 
 
 def test_stopping_and_resuming_changes_nothing(worlds: dict[int, Path]) -> None:
@@ -158,21 +158,23 @@ def test_stopping_and_resuming_changes_nothing(worlds: dict[int, Path]) -> None:
     assert any(not torch.equal(first[name], start[name]) for name in first), "the run must have trained something"
 
 
-def test_a_prior_and_an_average_that_follow_the_run_resume_to_the_bit(worlds: dict[int, Path]) -> None:
+def test_running_priors_and_averages_resume_bit_for_bit(worlds: dict[int, Path]) -> None:
     whole, stopped = (worlds[2] / name for name in ("ema-whole", "ema-stopped"))
     assert_same_run(whole, stopped)
     parts = sorted((whole / "checkpoints" / "step-000004").glob("*model_states.pt"))
     states = [torch.load(path, weights_only=False)["progress"] for path in parts]
     assert all(state["running_rewards"] == states[0]["running_rewards"] for state in states), "on every rank"
     assert all(len(running["prompts"]) == 4 for running in states[0]["running_rewards"].values())
-    assert read_metrics(whole / "metrics.jsonl")[3]["trust_std"] > 0, "the anchors must matter"
+    assert read_metrics(whole / "metrics.jsonl")[3]["trust_std"] > 0, "the anchors must affect the result"
     average, start = exported(whole, "export-ema"), starting_weights()
     assert all(torch.equal(average[name], tensor) for name, tensor in exported(stopped, "export-ema").items())
     for other in (start, exported(whole)):
-        assert any(not torch.equal(average[name], other[name]) for name in start), "it lies between start and end"
+        assert any(not torch.equal(average[name], other[name]) for name in start), (
+            "the average is between start and end"
+        )
 
 
-def test_export_generates_what_the_trained_policy_generates(worlds: dict[int, Path], shards: Path) -> None:
+def test_the_export_generates_the_videos_of_the_trained_policy(worlds: dict[int, Path], shards: Path) -> None:
     run_dir = worlds[2] / "whole"
     config = read_yaml(run_dir / "config.yaml")
     pipeline = WanPipeline.from_pretrained(run_dir / "export")
@@ -196,20 +198,20 @@ def test_export_generates_what_the_trained_policy_generates(worlds: dict[int, Pa
     from_training, _ = read_video(run_dir / "samples" / "after" / "000.mp4")
     before_training, _ = read_video(run_dir / "samples" / "before" / "000.mp4")
     lost, moved = ((frames - video).abs().mean() for video in (from_training, before_training))
-    assert lost < 0.02, "what H.264 loses, no more"
-    assert lost < moved, "it is the trained policy's video, not the starting one's"
+    assert lost < 0.02, "the difference is at most the loss of H.264"
+    assert lost < moved, "the video is that of the trained policy, not of the starting one"
 
 
 @pytest.mark.parametrize("name", ["smoke-offload", "smoke-bf16"])
-def test_other_deepspeed_configurations_train(worlds: dict[int, Path], name: str) -> None:
+def test_training_works_with_other_deepspeed_configurations(worlds: dict[int, Path], name: str) -> None:
     summary = summary_of(worlds[2], name, steps=2)
     assert summary["steps"] == 2
     start, trained = starting_weights(), exported(worlds[2] / name)
     assert any(not torch.equal(trained[key].float(), start[key]) for key in start)
 
 
-def test_evaluation_leaves_no_trace_in_training(worlds: dict[int, Path]) -> None:
-    """Both rewards draw from torch's global generator; raw weights and their average are scored after every step."""
+def test_evaluation_does_not_affect_training(worlds: dict[int, Path]) -> None:
+    """Both rewards draw from torch's global generator; weights and their average are evaluated after every step."""
     alone, watched = (worlds[2] / f"evaluated-{every}" for every in ("never", "1"))
     found = records(watched)
     names = [key for key in found[0] if key.startswith("heldout")]
@@ -229,8 +231,8 @@ def test_evaluation_leaves_no_trace_in_training(worlds: dict[int, Path]) -> None
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_no_rank_ever_holds_the_whole_model(memory: Path, rank: int) -> None:
+def test_no_rank_holds_the_whole_model(memory: Path, rank: int) -> None:
     found = json.loads((memory / f"memory.rank{rank}.json").read_text())
-    assert found["whole"] > 150, "large enough to be told from the rest"
-    assert found["peak"] < 0.75 * found["whole"], "its half, and one module at a time"
-    assert found["largest_parameter_in_memory"] == 0, "every parameter is sharded, none is kept whole"
+    assert found["whole"] > 150, "large enough to distinguish from other memory"
+    assert found["peak"] < 0.75 * found["whole"], "half of the model, and one gathered module at a time"
+    assert found["largest_parameter_in_memory"] == 0, "every parameter is sharded"

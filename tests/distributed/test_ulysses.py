@@ -1,4 +1,4 @@
-"""Which of a video's tokens each rank of a sequence group holds; test_sequence.py compares computations."""
+"""Distribution of a video's tokens over the ranks of a sequence group; test_sequence.py compares computations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bpgo_video.distributed.ulysses import Ulysses
 
 
 class Placed(Ulysses):
-    """A rank without a process group."""
+    """A rank of a sequence group, without a process group."""
 
     def __init__(self, size: int, rank: int, tokens: int) -> None:
         self._size, self._rank, self.tokens = size, rank, tokens
@@ -21,8 +21,8 @@ class Placed(Ulysses):
 
 
 @given(size=st.integers(1, 9), tokens=st.integers(1, 40), first=st.integers(0, 40))
-def test_each_rank_counts_the_first_tokens_of_its_own_run(size: int, tokens: int, first: int) -> None:
-    """Including runs with some of them, none, or only padding."""
+def test_each_rank_counts_the_real_tokens_of_its_slice(size: int, tokens: int, first: int) -> None:
+    """Including slices with some real tokens, with none, and with only padding."""
     first = min(first, tokens)
     is_first = np.arange(tokens) < first
     runs = np.resize(np.append(is_first, np.zeros(-tokens % size, dtype=bool)), (size, -(-tokens // size)))
@@ -31,4 +31,4 @@ def test_each_rank_counts_the_first_tokens_of_its_own_run(size: int, tokens: int
         assert ulysses.held(first) == run.sum()
         held = ulysses.split(torch.from_numpy(is_first)[None].float(), 1)
         assert torch.equal(held[0], torch.from_numpy(run).float())
-        assert torch.equal(held[0, : ulysses.held(first)], torch.ones(ulysses.held(first))), "they come first"
+        assert torch.equal(held[0, : ulysses.held(first)], torch.ones(ulysses.held(first))), "real tokens come first"

@@ -1,4 +1,4 @@
-"""A universal checkpoint holds each parameter whole, from files that were checked first, or does not exist."""
+"""Universal checkpoints: whole parameters converted from verified files, or no output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
 
 def write_zero3(folder: Path, world_size: int, moments: bool = True) -> dict[str, dict[str, torch.Tensor]]:
-    """Write a ZeRO-3 checkpoint; its whole states by name."""
+    """Write a ZeRO-3 checkpoint; return its unsharded states by name."""
     generator = torch.Generator().manual_seed(0)
     states = {
         state: {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()} for state in STATES
@@ -43,7 +43,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("damage", ["code", "cut", "missing", "sgd"])
-def test_what_cannot_be_converted_leaves_nothing(
+def test_an_inconvertible_checkpoint_leaves_no_output(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "step-000002"
@@ -62,7 +62,7 @@ def test_what_cannot_be_converted_leaves_nothing(
     assert "has run" not in capsys.readouterr().out
 
 
-def test_a_conversion_that_fails_midway_leaves_nothing_and_says_why(tmp_path: Path) -> None:
+def test_a_conversion_that_fails_midway_leaves_no_output_and_names_the_error(tmp_path: Path) -> None:
     folder = tmp_path / "step-000002"
     write_zero3(folder, 2)
     (folder / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
@@ -71,7 +71,7 @@ def test_a_conversion_that_fails_midway_leaves_nothing_and_says_why(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
 
-def test_an_existing_output_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_output_is_never_overwritten(tmp_path: Path) -> None:
     write_zero3(tmp_path / "step-000002", 1)
     (tmp_path / "universal").mkdir()
     (tmp_path / "universal" / "mine").write_text("kept")

@@ -1,7 +1,7 @@
-"""Our dimensions equal those of VBench's package, in a separate environment, on the same small networks.
+"""VBench dimensions against the vbench package, run in a separate environment with the same small networks.
 
-What is equal is all but the published networks: reading, choosing, resizing and normalising frames, the formulas, and
-how videos are averaged. The package's dependencies are not installed; see vbench_side/measure.py.
+The comparison covers everything but the published networks: reading, selecting, resizing and normalising frames, the
+formulas, and the averaging over videos. The package's dependencies are not installed; see vbench_side/measure.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GOLDEN = {
 
 @pytest.fixture(scope="module")
 def vbench_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An interpreter with the package vbench, which also finds this interpreter's packages."""
+    """An interpreter with the vbench package and access to this interpreter's packages."""
     folder = tmp_path_factory.mktemp("vbench")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     packages = next(folder.glob("lib/python*/site-packages"))
@@ -42,7 +42,7 @@ def vbench_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     done = subprocess.run([*install, "vbench==0.1.5"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"vbench 0.1.5 cannot be installed here: {(done.stderr.splitlines() or ['?'])[-1]}")
-    (packages / "beside.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (packages / "parent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return str(folder / "bin" / "python")
 
 
@@ -50,7 +50,7 @@ def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(SIDE), "VBENCH_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
 
 
-def test_every_dimension_that_can_be_compared_is_equal(vbench_python: str, tmp_path: Path) -> None:
+def test_every_comparable_dimension_is_equal(vbench_python: str, tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     folder.mkdir()
     entries = write_clips(folder)
@@ -69,7 +69,7 @@ def test_every_dimension_that_can_be_compared_is_equal(vbench_python: str, tmp_p
 def test_the_package_measures_a_layout_of_real_clips(
     vbench_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measures by the package's own runner, with the published numbers."""
+    """The package's runner measures the layout, with the published scores."""
     folder, results = tmp_path / "videos", tmp_path / "results"
     folder.mkdir()
     listed = []
@@ -90,7 +90,7 @@ def test_the_package_measures_a_layout_of_real_clips(
     assert found.labels == ("official",)
 
 
-def test_the_packages_own_list_is_a_suite(vbench_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prompt_list_of_the_package_is_a_suite(vbench_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = next(Path(vbench_python).parents[1].glob("lib/python*/site-packages"))
     monkeypatch.syspath_prepend(str(packages))
     assert find_suite("vbench") == packages / "vbench" / "VBench_full_info.json"

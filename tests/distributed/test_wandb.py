@@ -1,4 +1,4 @@
-"""A whole run on two ranks with wandb: one wandb run, with the captions and scores that the run itself wrote."""
+"""wandb on two ranks: one wandb run with the captions and scores of the training run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.made.wandb_files import history, offline_runs, table
 pytestmark = pytest.mark.slow
 
 
-def test_a_run_sends_its_heldout_videos_and_a_table_of_before_and_after(tmp_path: Path, shards: Path) -> None:
+def test_a_run_logs_its_heldout_videos_and_a_table_before_and_after_training(tmp_path: Path, shards: Path) -> None:
     """Three steps, with evaluations after the second and the last."""
     evaluation = {"every": 2, "videos": 2}
     config = small_recipe(tmp_path / "run", shards, run={"num_steps": 3}, evaluation=evaluation)
@@ -40,8 +40,8 @@ def test_a_run_sends_its_heldout_videos_and_a_table_of_before_and_after(tmp_path
     reward = next(iter(config.evaluation.rewards))
     for sample, caption, video in zip(samples, rows[2]["heldout.captions"], rows[2]["heldout.videos"], strict=True):
         assert caption.startswith(f"{sample['prompt']} | {reward}: {sample['score_after']:.3g}")
-        own = tmp_path / "run" / "samples" / "after" / f"{sample['index']:03d}.mp4"
-        assert (folder / "files" / video["path"]).read_bytes() == own.read_bytes()
+        original = tmp_path / "run" / "samples" / "after" / f"{sample['index']:03d}.mp4"
+        assert (folder / "files" / video["path"]).read_bytes() == original.read_bytes()
     for line, sample in zip(table(folder, "heldout_before_after"), samples, strict=True):
         assert line["prompt"] == sample["prompt"]
         for when in ("before", "after"):

@@ -1,4 +1,4 @@
-"""The EMA of weights: its formula, swapping it with the weights bit for bit, and its files on any number of ranks."""
+"""EMA of sharded weights: its formula, bit-exact swapping, and files readable on any number of ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_WARMUP = EmaConfig(decay=0.9, warmup=False)
 
 
 class Masters(ZeroMasters):
-    """One rank's part of random parameters: the elements of each between two fractions of its length."""
+    """One rank's shard of random parameters: the elements of each between two fractions of its length."""
 
     def __init__(self, seed: int, cuts: tuple[float, float] = (0.0, 1.0)) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -69,7 +69,7 @@ def test_warm_up_weighs_the_first_updates_like_a_growing_window() -> None:
     assert decay_after(0, EmaConfig(decay=0.05)) == 0.05
 
 
-def test_it_moves_although_an_average_in_bfloat16_would_not() -> None:
+def test_small_changes_accumulate_that_bfloat16_would_lose() -> None:
     masters = Masters(0)
     masters.whole["a.bias"].fill_(1.0)
     masters.publish()
@@ -106,7 +106,7 @@ def test_weights_and_average_are_swapped_and_swapped_back_bit_for_bit() -> None:
 
 
 @given(st.lists(st.floats(0, 1), max_size=5), st.lists(st.floats(0, 1), max_size=5))
-def test_any_number_of_ranks_reads_what_any_other_wrote(
+def test_files_are_readable_on_any_number_of_ranks(
     tmp_path_factory: pytest.TempPathFactory, writers: list[float], readers: list[float]
 ) -> None:
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -125,7 +125,7 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(
             assert torch.equal(found.values, expected.values)
 
 
-def test_a_missing_file_another_model_and_no_average_are_reported(tmp_path: Path) -> None:
+def test_missing_files_another_model_and_a_missing_average_are_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"ema.decay above 0"):
         dict(AverageParameters(tmp_path))
     for rank, cuts in enumerate(parts([0.5])):
@@ -139,7 +139,7 @@ def test_a_missing_file_another_model_and_no_average_are_reported(tmp_path: Path
         dict(AverageParameters(tmp_path))
 
 
-def test_a_parameter_of_the_average_is_read_on_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parameter_of_the_average_is_read_on_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_average(EMA(Masters(0), NO_WARMUP), tmp_path, 0)
     read_elements, read = AverageParameters._read, []
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Parameters joined from ZeRO's parts, one at a time, equal those of DeepSpeed's own tool bit for bit."""
+"""Parameters joined from ZeRO shards one at a time: bit-equal to the result of DeepSpeed's tool."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def joined_by_deepspeed(folder: Path) -> dict[str, torch.Tensor]:
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from([1, 2, 3]), st.integers(1, 5), SHAPES, SHAPES)
-def test_every_parameter_is_the_one_that_was_sharded(stage: int, world_size: int, first: list, second: list) -> None:
+def test_every_joined_parameter_equals_the_original(stage: int, world_size: int, first: list, second: list) -> None:
     groups = [
         {f"{group}.{number}": torch.randn(shape) for number, shape in enumerate(shapes)}
         for group, shapes in enumerate((first, second))
@@ -41,7 +41,7 @@ def test_every_parameter_is_the_one_that_was_sharded(stage: int, world_size: int
             assert torch.equal(found[name], expected[name])
 
 
-def test_buffers_and_shared_parameters_are_there(tmp_path: Path) -> None:
+def test_buffers_and_shared_parameters_are_included(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "step", [{"weight": torch.randn(3, 2)}], stage=2, world_size=1)
     model = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)
     model["module"] = {"scale": torch.ones(2).bfloat16(), "count": torch.tensor([3]), "weight": torch.zeros(3, 2)}
@@ -54,7 +54,7 @@ def test_buffers_and_shared_parameters_are_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_memory_holds_one_parameter_at_a_time(tmp_path: Path, stage: int) -> None:
+def test_only_one_parameter_is_in_memory_at_a_time(tmp_path: Path, stage: int) -> None:
     megabytes, count = 8, 20
     tensors = {str(i): torch.full((megabytes, 250_000), float(i)) for i in range(count)}
     folder = write_checkpoint(tmp_path / "step", [tensors], stage)
@@ -68,7 +68,7 @@ def test_memory_holds_one_parameter_at_a_time(tmp_path: Path, stage: int) -> Non
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_parts_of_another_length_are_an_error(tmp_path: Path, stage: int) -> None:
+def test_shards_of_the_wrong_length_are_an_error(tmp_path: Path, stage: int) -> None:
     folder = write_checkpoint(tmp_path / "step", [{"weight": torch.randn(100)}], stage)
     write_checkpoint(tmp_path / "other", [{"weight": torch.randn(90)}], stage)
     name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"

@@ -1,4 +1,4 @@
-"""Rewards for tests: one that the policy can move, and one that breaks."""
+"""Rewards for tests: a learnable one and several that fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Redness:
 
 
 class NanOnSecondRank(Redness):
-    """Fine for two calls, then not a number for one sample of the last rank."""
+    """Returns NaN for one sample on the last rank from the third call on."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -38,7 +38,7 @@ class NanOnSecondRank(Redness):
 
 
 class BreaksOnSecondRank(Redness):
-    """Raises on the last rank alone."""
+    """Raises only on the last rank."""
 
     def __call__(self, clips: Clips) -> FrameScores:
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
@@ -47,7 +47,7 @@ class BreaksOnSecondRank(Redness):
 
 
 class HangsOnSecondRank(Redness):
-    """Never answers on the last rank."""
+    """Never returns on the last rank."""
 
     def __call__(self, clips: Clips) -> FrameScores:
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
@@ -56,17 +56,17 @@ class HangsOnSecondRank(Redness):
 
 
 class Drawn(Redness):
-    """Redness with a draw of torch's global generator."""
+    """Redness plus a draw of torch's global generator."""
 
     def __call__(self, clips: Clips) -> FrameScores:
         scores = super().__call__(clips)
         return FrameScores(scores.values + 0.01 * torch.randn_like(scores.values), scores.times)
 
 
-class AsTold(Redness):
-    """Redness that does what the environment says, at "RANK CALL", from 0: REWARD_SLEEPS, REWARD_DIES.
+class ScriptedRedness(Redness):
+    """Redness that sleeps or dies at "RANK CALL" (counted from 0) of REWARD_SLEEPS or REWARD_DIES.
 
-    It dies a second later, when the rollout beside it is over and the loop waits for the scores.
+    It dies a second later, when the concurrent rollout has ended and the loop waits for the scores.
     """
 
     def __init__(self) -> None:

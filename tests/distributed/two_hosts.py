@@ -1,14 +1,14 @@
-"""How does a launch over two hosts run on one machine? Two sets of namespaces, joined by a cable, each with an sshd.
+"""Two simulated hosts on one machine: two sets of namespaces, connected by a virtual cable, each with an sshd.
 
     python -m tests.distributed.two_hosts -- deepspeed --hostfile {hostfile} pipelines/train_video.py --config ...
 
 runs a command on the first host; `{hostfile}` and `{local}` in it become paths. Needs root on Linux and
 `apt-get install openssh-server pdsh iproute2`.
 
-A host has its own network, hostname, processes and mounts. The file system is shared, as a cluster's would be, but for
-`local`, which every host has for itself. The namespaces have no names and live as long as their first process: when it
-ends, or its parent does, the kernel ends everything in them and removes the cable. Nothing outside the temporary folder
-is written: ssh's configuration is mounted over the system's, in the hosts alone.
+Each host has separate network, hostname, processes and mounts. The file system is shared, as in a cluster, except for
+`local`, which is private to each host. The namespaces are unnamed and live as long as their first process: when it or
+its parent ends, the kernel ends all their processes and removes the cable. Nothing outside the temporary folder is
+written: ssh's configuration is mounted over the system's, only inside the hosts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = ("node-0", "node-1")
 INTERFACE = "eth0"
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "pdsh", "ip", "unshare", "nsenter", "setpriv")
 PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
-# --kill-child and --pdeathsig: a host ends with the process that holds it, and that one with us, however we end.
+# --kill-child and --pdeathsig: a host ends with its holder process, and the holder with this process, however it ends.
 ISOLATED = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 BOOT = """\
 set -e
@@ -61,11 +61,11 @@ Host *
 
 
 class HostError(RuntimeError):
-    """A host did not start, or a command on it did not end; the message holds what was said."""
+    """A host did not start, or a command on it did not end; the message contains the output."""
 
 
-def why_not() -> str | None:
-    """The reason why two hosts cannot run here; None where they can."""
+def missing_requirement() -> str | None:
+    """The reason why two hosts cannot run here, or None."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "two hosts on one machine need root on Linux"
     if missing := [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]:
@@ -76,7 +76,7 @@ def why_not() -> str | None:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """What a login shell would have: nothing of a surrounding launch or cluster job reaches the hosts."""
+    """The environment of a login shell, without variables of a surrounding launch or cluster job."""
     kept = ("HOME", "LANG", "LC_ALL", "TERM", "TMPDIR", "USER", "LOGNAME")
     return {name: os.environ[name] for name in kept if name in os.environ} | {"PATH": PATH} | more
 
@@ -89,7 +89,7 @@ def inside(holder: int, command: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that ended.
+    """Result of a command.
 
     Attributes:
         output: stdout and stderr together.
@@ -101,10 +101,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class TwoHosts:
-    """Two hosts that run.
+    """Two running hosts.
 
     Attributes:
-        folder: temporary, seen by both; holds the keys, `hostfile`, and `local`, of which each host has its own.
+        folder: temporary and shared; contains the keys, `hostfile`, and `local`, which is private to each host.
         holders: pids of the processes that keep the hosts' namespaces.
     """
 
@@ -124,16 +124,16 @@ class TwoHosts:
         return inside(self.holders[host], command)
 
     def run(self, *commands: Sequence[str], timeout: float, **environment: str) -> list[Finished]:
-        """Run one command on each host, at the same time; a single one runs on the first host.
+        """Run one command per host concurrently; a single command runs on the first host.
 
         Raises:
-            HostError: the time is up; what still runs ends with the hosts.
+            HostError: on timeout; remaining processes end with the hosts.
         """
         deadline = time.monotonic() + timeout
         logs = [self.folder / f"command-{time.monotonic_ns()}-{host}.log" for host in range(len(commands))]
         started = []
         for host, (command, log) in enumerate(zip(commands, logs, strict=True)):
-            with log.open("wb") as stream:  # a file, since what outlives its parent would keep a pipe open
+            with log.open("wb") as stream:  # a file, because orphaned processes would keep a pipe open
                 started.append(
                     subprocess.Popen(
                         self.on(host, command),
@@ -146,17 +146,17 @@ class TwoHosts:
         try:
             codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in started]
         except subprocess.TimeoutExpired as error:
-            said = "\n".join(log.read_text(errors="replace")[-6000:] for log in logs)
-            raise HostError(f"no end after {timeout:.0f} s: {' '.join(error.cmd)}\n{said}") from None
+            output = "\n".join(log.read_text(errors="replace")[-6000:] for log in logs)
+            raise HostError(f"no end after {timeout:.0f} s: {' '.join(error.cmd)}\n{output}") from None
         return [Finished(code, log.read_text(errors="replace")) for code, log in zip(codes, logs, strict=True)]
 
 
 @contextmanager
 def two_hosts(slots: int = 1) -> Iterator[TwoHosts]:
-    """Start two hosts, and end them with all that runs on them.
+    """Start two hosts; at the end, stop them and all their processes.
 
     Args:
-        slots: ranks of a host in the hostfile.
+        slots: ranks per host in the hostfile.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="two-hosts-")))
@@ -168,7 +168,7 @@ def two_hosts(slots: int = 1) -> Iterator[TwoHosts]:
 
 
 def write_files(folder: Path, slots: int) -> None:
-    """Keys and configurations of ssh, and the hostfile."""
+    """Write ssh keys and configurations, and the hostfile."""
     (folder / "local").mkdir()
     (folder / "hostfile").write_text("".join(f"{address} slots={slots}\n" for address in ADDRESSES))
     for key in ("host_key", "user_key"):
@@ -182,7 +182,7 @@ def write_files(folder: Path, slots: int) -> None:
 
 @contextmanager
 def booted(folder: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The process that holds a host, from when its sshd listens to when everything on it has ended."""
+    """The process that holds a host, from when its sshd listens until everything on the host has ended."""
     sshd = shutil.which("sshd", path=PATH)
     command = ["setpriv", "--pdeathsig=KILL", *ISOLATED, "sh", "-c", BOOT, "boot", name, str(folder), str(sshd)]
     log = folder / f"{name}.log"
@@ -198,16 +198,16 @@ def booted(folder: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
             time.sleep(0.05)
         yield process
     finally:
-        if process.poll() is None:  # sshd is process 1 there: all others end with it
+        if process.poll() is None:  # sshd is process 1 of the host, so all others end with it
             end = inside(process.pid, ["sh", "-c", "kill 1"])
-            subprocess.run(end, stderr=subprocess.DEVNULL, check=False)  # it may be ending by itself
+            subprocess.run(end, stderr=subprocess.DEVNULL, check=False)  # it may already be ending
             time.sleep(0.2)
         process.kill()
         process.wait()
 
 
 def connect(hosts: TwoHosts) -> None:
-    """A virtual cable between the hosts; both call their end of it INTERFACE."""
+    """Connect the hosts by a virtual cable, whose ends are both called INTERFACE."""
     first, second = map(str, hosts.holders)
     cable = ["ip", "link", "add", INTERFACE, "netns", first, "type", "veth", "peer", "name", INTERFACE, "netns", second]
     subprocess.run(cable, env=clean_environment(), check=True)
@@ -221,10 +221,12 @@ def main() -> int:
     if not command or command[0] in ("-h", "--help"):
         print(__doc__)
         return 2
-    if reason := why_not():
+    if reason := missing_requirement():
         print(f"error: {reason}", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder is removed then, too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that the folder is removed in this case too
     with two_hosts() as hosts:
         command = [word.format(hostfile=hosts.hostfile, local=hosts.local) for word in command]
         return subprocess.run(hosts.on(0, command), check=False).returncode

@@ -1,8 +1,8 @@
-"""What every rank runs: each case is one short training run in the same process group.
+"""Worker for training tests: each case is a short training run in the same process group.
 
     python worker.py SHARDS OUTPUT CASE ...
 
-Started once per world size, since starting takes longer than a case.
+It is started once per world size because starting takes longer than a case.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ HUGE_STEP = 1e5  # of SGD: the weights' change is the gradient, to many digits
 def gradient(shards: Path, run_dir: Path, stage: str, sequence: str = "1") -> Config:
     """One update of plain SGD without clipping, so that errors of scale cannot hide.
 
-    Samples start from noise of their own: from the same start, terms of opposite advantage nearly cancel (most of all
-    in the key biases, to which softmax is almost blind), and what is left is rounding.
+    Samples start from different noise: from the same start, terms of opposite advantage nearly cancel (most of all
+    in the key biases, to which softmax is almost invariant) and leave only rounding errors.
     """
     optim: dict[str, Any] = {
         "name": "sgd", "learning_rate": HUGE_STEP, "max_grad_norm": 0.0, "updates_per_rollout": 1, "weight_decay": 0.0,
@@ -46,7 +46,7 @@ def gradient(shards: Path, run_dir: Path, stage: str, sequence: str = "1") -> Co
 
 
 def credited(shards: Path, run_dir: Path, stage: str, micro_batch_size: str) -> Config:
-    """`gradient` of the best and the worst sample of each group, by frames; a rank may have none or all of them."""
+    """`gradient` of the best and worst sample of each group, by frames; a rank may have none or all of them."""
     config = gradient(shards, run_dir, stage)
     return replace(
         config,
@@ -70,7 +70,7 @@ def exact_ratio(
 
 
 def held(shards: Path, run_dir: Path, stage: str, lora: str, weight: str, reference: str = "start") -> Config:
-    """Two updates of plain SGD with a pull towards another policy, which moves only the second."""
+    """Two updates of plain SGD with a penalty towards a reference policy, which changes only the second."""
     optim = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "updates_per_rollout": 2}
     loss: dict[str, Any] = {"kl_weight": float(weight), "kl_reference": reference, "clip_range": (0.5, 0.5)}
     config = small_recipe(run_dir, shards, optim=optim, loss=loss, ema={"decay": 0.9, "warmup": False})
@@ -79,19 +79,19 @@ def held(shards: Path, run_dir: Path, stage: str, lora: str, weight: str, refere
 
 
 def uneven(shards: Path, run_dir: Path, parameters: str) -> Config:
-    """An evaluation of three videos on two ranks that take four at once."""
+    """An evaluation of three videos on two ranks that process four at once."""
     config = small_recipe(run_dir, shards, rollout={"parameters": parameters})
     heldout = replace(config.evaluation, max_prompts=1, samples_per_prompt=3)
     return replace(config, evaluation=heldout)
 
 
 def steps(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") -> Config:
-    """The recipe itself, with its own rewards and evaluation."""
+    """The shipped recipe with its rewards and evaluation."""
     return small_recipe(run_dir, shards, run={"num_steps": int(num_steps), "save_every": 2, "resume": resume})
 
 
 def ema(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") -> Config:
-    """A prior that follows the run, and an average of the weights; the four prompts come again after two steps."""
+    """A running prior and an average of the weights; the four prompts repeat after two steps."""
     config = small_recipe(
         run_dir,
         shards,
@@ -112,7 +112,7 @@ def exact(shards: Path, run_dir: Path, stage: str, lora: str, num_steps: str, re
 def experts(shards: Path, run_dir: Path, stage: str, lora: str, num_steps: str, resume: str = "never") -> Config:
     """Both of Wan 2.2's experts, of which each step trains one: a window of one of three steps, which moves on.
 
-    The second is trained in the third step for the first time. Its pipeline lies beside the shards.
+    The second is first trained in the third step. The pipeline is next to the shards.
     """
     window = {"train_steps": "window", "train_fraction": 0.34, "window_every": 1, "shift": None}
     config = small_recipe(
@@ -129,7 +129,7 @@ def experts(shards: Path, run_dir: Path, stage: str, lora: str, num_steps: str, 
 
 
 def one_expert(shards: Path, run_dir: Path, trained: str, stage: str) -> Config:
-    """Steps drawn for each prompt, so that ranks train different ones: of one expert, or of both, which is refused."""
+    """Steps drawn per prompt, so that ranks train different ones: of one expert, or of both, which is refused."""
     config = experts(shards, run_dir, stage, "full", "2")
     drawn = {"train_steps": "random", "train_fraction": 0.5, "share_steps": "group", "num_steps": 6}
     names = () if trained == "both" else (trained,)
@@ -138,7 +138,7 @@ def one_expert(shards: Path, run_dir: Path, trained: str, stage: str) -> Config:
 
 
 def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
-    """Two steps of four chunks a rank, scored in line or beside the rollout, by rewards that draw and that rest."""
+    """Two steps of four chunks per rank, scored inline or concurrently, by random and offloaded rewards."""
     rollout = {"micro_batch_size": 1, "score_ahead": int(chunks), "offload_trajectories": int(chunks) > 0}
     config = without_evaluation(small_recipe(run_dir, shards, run={"num_steps": 2}, rollout=rollout))
     rewards = {name: replace(reward, offload=int(chunks) > 0) for name, reward in config.rewards.items()}
@@ -146,7 +146,7 @@ def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
 
 
 def evaluated(shards: Path, run_dir: Path, every: str) -> Config:
-    """Two steps trained on a reward that draws, with no evaluation or one a step, of both weights, that draws, too."""
+    """Two steps with a random reward, without evaluation or with a random one of both weights after each step."""
     drawn = {"model": "tests.distributed.toy_rewards:Drawn"}
     config = small_recipe(run_dir, shards, run={"num_steps": 2}, ema={"decay": 0.9})
     config = rewarded_by(config, drawn["model"])
@@ -162,12 +162,12 @@ def smoke(shards: Path, run_dir: Path, stage: str) -> Config:
 
 
 def sharded_memory(folder: Path) -> dict[str, float]:
-    """Megabytes that building a model under ZeRO-3 adds at its peak and at its end, and that the whole model has."""
+    """Megabytes added by building a model under ZeRO-3, at the peak and at the end, and the size of the whole model."""
     engine.start_ranks()
     ds_config = read_ds_config("ds_configs/zero3.json")
     engine.build_sharded(
         ds_config, WanTransformer3DModel, SMALL, torch.float32
-    )  # what the first use allocates for good
+    )  # allocations that the first use never frees
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_megabytes("VmRSS")

@@ -1,4 +1,4 @@
-"""evaluate compare: it measures models as `heldout` does, only once, and keeps finished blocks."""
+"""The command `evaluate compare`: scores equal those of `heldout`, and finished blocks are not measured again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "start_ranks", lambda timeout: ONE_RANK)
 
 
-def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_path: Path) -> None:
+def test_scores_equal_those_of_heldout(recipe_here: Config, tmp_path: Path) -> None:
     (found,) = measure([Request(recipe_here.policy.folder, "A")], recipe_here, "raw", tmp_path, ONE_RANK)
     alone = evaluate_folder(recipe_here, ONE_RANK)
     assert found.table("which").tolist() == [line["scores"]["which"] for line in alone["prompts"]]
@@ -69,7 +69,7 @@ def test_a_model_is_measured_as_heldout_measures_it(recipe_here: Config, tmp_pat
     assert [tuple(video.shape) for video in videos] == [(9, 3, 64, 64)] * 3
 
 
-def test_diversity_is_between_the_samples_of_one_prompt(recipe_here: Config, tmp_path: Path) -> None:
+def test_diversity_compares_the_samples_of_one_prompt(recipe_here: Config, tmp_path: Path) -> None:
     """Two samples have the same distance from each other; with one sample there is no diversity."""
     found, single = (
         measure([Request(recipe_here.policy.folder, "A")], config, "raw", tmp_path, ONE_RANK)[0]
@@ -129,7 +129,7 @@ def test_a_checkpoint_and_its_conversion_have_the_same_scores(
     assert base.starts_from == run.starts_from
 
 
-def test_the_command_writes_both_files_and_results_compare_again_without_ranks(
+def test_the_command_writes_both_files_and_compares_saved_results_without_ranks(
     recipe_here: Config,
     run_dir: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Conclusions of a comparison: verdicts, notes, equal training reward, and scores that cannot be paired."""
+"""Conclusions of a comparison: verdicts, notes, matching by training reward, and refused pairings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from bpgo_video.evaluation.compare_scores import (
 from bpgo_video.evaluation.compare_verdict import Comparison, PairingError, compare, match_reward, write_comparison
 from bpgo_video.training.metrics import MalformedFile
 from bpgo_video.types import RolloutChunk
-from tests.made.made_results import MEASURES, results
+from tests.made.synthetic_results import MEASURES, results
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def with_rewards(label: str, step: int, reward: float, oracle: Sequence[float]) 
         ({"pixel_motion": 1.0}, "no difference shown", "No difference shown between A and B: held-out oracle"),
     ],
 )
-def test_the_verdict_is_about_what_held_out_measures_show(gains: dict[str, float], outcome: str, words: str) -> None:
+def test_the_verdict_follows_from_the_held_out_measures(gains: dict[str, float], outcome: str, words: str) -> None:
     (one,) = comparisons(results("A"), results("B", gains=gains))
     assert one.outcome == outcome
     assert one.verdict.startswith(words)
@@ -89,7 +89,7 @@ def test_the_same_scores_show_no_difference() -> None:
         (12, {"seed": 1}, "different seeds"),
     ],
 )
-def test_notes_name_what_may_mislead(prompts: int, changes: dict[str, Any], words: str) -> None:
+def test_notes_name_possible_pitfalls(prompts: int, changes: dict[str, Any], words: str) -> None:
     (one,) = comparisons(results("A", prompts), results("B", prompts, **changes))
     (note,) = one.notes
     assert words in note
@@ -106,7 +106,7 @@ def test_a_note_names_tags_that_disagree() -> None:
     assert "on 'clear' prompts" in note
 
 
-def test_the_family_is_every_measure_of_every_model() -> None:
+def test_the_correction_covers_every_measure_of_every_model() -> None:
     """Holm over 7 and 14 tests: if all 12 prompts agree, p is 2 / 2^12, and its adjusted value 7 or 14 times that."""
     gained = {"oracle": 1.0}
     (one,) = comparisons(results("A"), results("B", gains=gained))
@@ -124,7 +124,7 @@ def test_the_training_reward_is_the_weighted_sum() -> None:
     assert one.effects[TRAINING_REWARD].difference == pytest.approx(parts)
 
 
-def test_a_match_is_where_the_curve_first_crosses_the_reward() -> None:
+def test_a_match_is_the_first_step_at_which_the_curve_crosses_the_reward() -> None:
     """From .0 to .4 over steps 0 to 10, then to .2 at 20: .3 is first at 7.5, three quarters of the way."""
     points = ((0, 0.0, (0.0, 2.0)), (10, 0.4, (1.0, 4.0)), (20, 0.2, (9.0, 9.0)))
     curve = [with_rewards("X", step, reward, oracle) for step, reward, oracle in points]
@@ -136,7 +136,7 @@ def test_a_match_is_where_the_curve_first_crosses_the_reward() -> None:
     assert match_reward(curve, with_rewards("Y", 0, 0.5, (1.0, 3.0))) is None
 
 
-def test_a_runs_curve_starts_at_the_policy_it_started_from() -> None:
+def test_the_curve_of_a_run_begins_with_its_starting_policy() -> None:
     """Run X has Y's training reward between its start and step 100, and there Y has the higher oracle score."""
     base = results("base")
     other = results("Y", gains={"alignment": 1.0, "oracle": 2.0}, run="runs/Y", step=10)
@@ -148,9 +148,9 @@ def test_a_runs_curve_starts_at_the_policy_it_started_from() -> None:
     assert first.match.step == pytest.approx(50, abs=3)
     assert first.match.effects["oracle"].difference == pytest.approx(1.0, abs=0.1)
     assert second.match is None
-    told = as_table(found)
-    assert "which X has at step 5" in told or "which X has at step 4" in told
-    assert "Y never has the training reward of X between its checkpoints here" in told
+    table = as_table(found)
+    assert "which X has at step 5" in table or "which X has at step 4" in table
+    assert "Y never has the training reward of X between its checkpoints here" in table
     assert compare(models[:2]).matchings == []
 
 
@@ -173,7 +173,7 @@ def test_comparison_json_holds_verdict_effects_and_models(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
-def test_scores_of_other_prompts_rewards_or_settings_are_not_paired() -> None:
+def test_scores_with_different_prompts_rewards_or_settings_are_not_paired() -> None:
     first, other = results("A"), results("B")
     fewer = {name: MEASURES[name] for name in list(MEASURES)[1:]}
     steps = {**other.settings, "deployment": {**other.settings["deployment"], "num_steps": 4}}
@@ -186,7 +186,7 @@ def test_scores_of_other_prompts_rewards_or_settings_are_not_paired() -> None:
             comparisons(first, different)
 
 
-def test_scores_are_read_as_they_were_written_or_named(tmp_path: Path) -> None:
+def test_scores_are_read_back_unchanged_or_refused_by_name(tmp_path: Path) -> None:
     written = replace(results("A", run="runs/X", step=3), folder=tmp_path)
     assert not has_scores(tmp_path)
     write_scores(written)
@@ -206,7 +206,7 @@ def test_scores_are_read_as_they_were_written_or_named(tmp_path: Path) -> None:
             read_scores(tmp_path) if path == "scores.json" else read_parts(tmp_path)
 
 
-def test_models_have_distinct_labels() -> None:
+def test_labels_of_models_are_distinct() -> None:
     arguments = ["package:bpgo_video.tiny/weights/wan", "runs/a/checkpoints/step-000050", "runs/a/export", "runs/a",
                  "runs/a/", "mine=runs/b=c", "./x=y/z"]  # fmt: skip
     labels = ["wan", "a step-000050", "a/export", "a", "a (2)", "mine", "z"]
@@ -214,7 +214,7 @@ def test_models_have_distinct_labels() -> None:
     assert [one.source for one in labelled(arguments)][-2:] == ["runs/b=c", "./x=y/z"]
 
 
-def test_a_run_provides_its_recipe_by_any_of_its_paths(tmp_path: Path, recipe: Config) -> None:
+def test_the_recipe_of_a_run_is_found_from_any_of_its_paths(tmp_path: Path, recipe: Config) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(recipe))
     for place in ("", "export", "export-ema", "checkpoints/step-000002"):
         assert recipe_of(labelled(["package:a/b", str(tmp_path / place)]), None) == recipe
@@ -222,7 +222,7 @@ def test_a_run_provides_its_recipe_by_any_of_its_paths(tmp_path: Path, recipe: C
         recipe_of(labelled([str(tmp_path / "samples")]), None)
 
 
-def test_first_samples_are_kept_and_statistics_sorted_by_prompt(tmp_path: Path) -> None:
+def test_first_samples_are_kept_and_statistics_are_sorted_by_prompt(tmp_path: Path) -> None:
     """Rows 4 and 7, two samples each, in mixed order; one sample brightens by .1 per frame, the others are still."""
     stats = VideoStats([video_path(tmp_path, row) for row in (4, 7)], samples=2, fps=8.0)
     still = torch.tensor([0.2, 0.6, 0.4])[:, None, None, None, None].expand(3, 5, 3, 16, 16)
@@ -237,7 +237,7 @@ def test_first_samples_are_kept_and_statistics_sorted_by_prompt(tmp_path: Path) 
     assert shades == {"00004": pytest.approx(0.4, abs=0.01), "00007": pytest.approx(0.2, abs=0.01)}
 
 
-def test_motion_and_diversity_by_hand() -> None:
+def test_motion_and_diversity_equal_values_computed_by_hand() -> None:
     """A ramp of .1 per frame has motion .1; samples of grey 0, .3 and .9 have distances of .3, .6 and .9."""
     ramp = torch.linspace(0, 0.8, 9)[None, :, None, None, None].expand(1, 9, 3, 40, 24)
     assert motion(ramp).tolist() == pytest.approx([0.1])

@@ -1,4 +1,4 @@
-"""The report of a comparison in a browser: offline, playing, sorted, filtered, readable, and without an error."""
+"""The HTML report of a comparison in a browser: offline, synchronised playback, sorting, filters and accessibility."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bpgo_video.data.media import VideoError, read_video, write_video
 from bpgo_video.evaluation.compare_report import LONGEST_SIDE, chosen_rows, disagreement, embedded, write_report
 from bpgo_video.evaluation.compare_scores import video_path
 from bpgo_video.evaluation.compare_verdict import Compared, compare
-from tests.made.made_results import found, results
+from tests.made.synthetic_results import model_results, results
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -35,9 +35,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return compare(
         [
-            found(folder / "a", results("start", PROMPTS), 0.4),
-            found(folder / "b", results("mine", PROMPTS, {"oracle": 1.0}, run=str(run), step=9, spread=0.5), 0.7),
-            found(folder / "c", results("other <i>", PROMPTS, {"second": -1.0}, spread=0.5), 1.0),
+            model_results(folder / "a", results("start", PROMPTS), 0.4),
+            model_results(
+                folder / "b", results("mine", PROMPTS, {"oracle": 1.0}, run=str(run), step=9, spread=0.5), 0.7
+            ),
+            model_results(folder / "c", results("other <i>", PROMPTS, {"second": -1.0}, spread=0.5), 1.0),
         ]
     )
 
@@ -56,8 +58,8 @@ class Visit:
 
     def prompts(self) -> list[int]:
         """Rows of the visible cards, in their order."""
-        found = self.page.eval_on_selector_all(".pair:not([hidden])", "all => all.map(one => one.dataset.row)")
-        return [int(row) for row in found]
+        rows = self.page.eval_on_selector_all(".pair:not([hidden])", "all => all.map(one => one.dataset.row)")
+        return [int(row) for row in rows]
 
     def times(self, row: int) -> list[float]:
         return self.page.eval_on_selector_all(
@@ -91,7 +93,7 @@ def visit(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterato
     assert visit.problems == []
 
 
-def test_the_page_is_self_contained_and_escapes_text(report: Path) -> None:
+def test_the_page_is_self_contained_and_escapes_its_text(report: Path) -> None:
     source = report.read_text()
     assert "http:" not in source.replace("http-equiv", "")
     assert "https:" not in source
@@ -107,8 +109,8 @@ def test_the_page_is_self_contained_and_escapes_text(report: Path) -> None:
 def test_every_picture_control_and_table_has_a_name(visit: Visit) -> None:
     unnamed = visit.page.evaluate(
         """() => [...document.querySelectorAll("button, select, input, video, svg, [role=region]")].filter((one) => {
-            const said = one.ariaLabel || one.getAttribute("aria-labelledby") || (one.labels && one.labels.length);
-            return !said && !(one.tagName === "BUTTON" && one.textContent.trim());
+            const label = one.ariaLabel || one.getAttribute("aria-labelledby") || (one.labels && one.labels.length);
+            return !label && !(one.tagName === "BUTTON" && one.textContent.trim());
         }).map((one) => one.outerHTML.slice(0, 90))"""
     )
     assert unnamed == []
@@ -117,7 +119,7 @@ def test_every_picture_control_and_table_has_a_name(visit: Visit) -> None:
     assert visit.page.locator("h1").count() == 1
 
 
-def test_videos_that_are_near_play_in_step_and_others_are_not_loaded(visit: Visit) -> None:
+def test_visible_videos_play_in_sync_and_others_are_not_loaded(visit: Visit) -> None:
     first, last = visit.prompts()[0], visit.prompts()[-1]
     visit.page.locator(f".pair[data-row='{first}']").scroll_into_view_if_needed()
     visit.page.wait_for_function(
@@ -137,7 +139,7 @@ def test_videos_that_are_near_play_in_step_and_others_are_not_loaded(visit: Visi
     assert visit.times(first) == pytest.approx([9 / 8 / 2] * 3, abs=0.02)
 
 
-def test_sorting_follows_measure_and_model(visit: Visit, models: Compared) -> None:
+def test_cards_are_sorted_by_measure_and_model(visit: Visit, models: Compared) -> None:
     def gains(model: int, measure: str) -> list[float]:
         first, other = (models.models[place].table(measure).mean(axis=1) for place in (0, model))
         return (other - first).tolist()
@@ -160,7 +162,7 @@ def test_sorting_follows_measure_and_model(visit: Visit, models: Compared) -> No
     assert float(change.split()[1]) == pytest.approx(gains(2, "second")[0], abs=0.005)
 
 
-def test_filters_and_the_keyboard_reach_everything(visit: Visit) -> None:
+def test_filters_and_keyboard_navigation_work(visit: Visit) -> None:
     page = visit.page
     page.get_by_role("combobox", name="Tag").select_option("clear")
     assert sorted(visit.prompts()) == list(range(1, PROMPTS, 2))
@@ -187,7 +189,7 @@ def test_videos_do_not_start_if_the_user_prefers_reduced_motion(visit: Visit) ->
     "visit", [{"viewport": {"width": 390, "height": 800}, "color_scheme": scheme} for scheme in ("dark", "light")],
     indirect=True,
 )  # fmt: skip
-def test_a_phone_shows_it_without_scrolling_sideways_in_its_own_colours(visit: Visit) -> None:
+def test_a_phone_shows_the_page_without_horizontal_scrolling_in_its_colour_scheme(visit: Visit) -> None:
     assert visit.page.evaluate("document.documentElement.scrollWidth") == 390
     background, ink = visit.page.evaluate(
         "(() => { const own = getComputedStyle(document.body); return [own.backgroundColor, own.color]; })()"
@@ -204,7 +206,7 @@ def test_without_scripts_the_page_shows_pictures_and_an_explanation(visit: Visit
     assert not visit.page.locator("#tools").is_visible()
 
 
-def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> None:
+def test_the_extremes_of_the_candidates_are_shown_alternately(models: Compared) -> None:
     first, *others = models.models
     gains = [model.prompt_means("oracle") - first.prompt_means("oracle") for model in others]
     wins_and_losses = {int(row) for gain in gains for row in (gain.argmax(), gain.argmin())}
@@ -214,8 +216,8 @@ def test_the_extremes_of_each_candidate_are_shown_in_turns(models: Compared) -> 
     assert chosen_rows(models, 99) == list(range(PROMPTS))
 
 
-def test_large_videos_are_embedded_small_and_missing_ones_named(models: Compared, tmp_path: Path) -> None:
-    model = found(tmp_path, results("large", 2))
+def test_large_videos_are_downscaled_and_missing_videos_are_named(models: Compared, tmp_path: Path) -> None:
+    model = model_results(tmp_path, results("large", 2))
     write_video(video_path(tmp_path, 0), torch.full((3, 3, 360, 642), 0.5), fps=12.0)
     clip = embedded(model, 0)
     assert (clip["width"], clip["height"]) == (LONGEST_SIDE, 180)

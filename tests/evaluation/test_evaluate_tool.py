@@ -1,4 +1,4 @@
-"""evaluate heldout: the scores that a training run would report, as a table and as JSON."""
+"""The command `evaluate heldout`: it reports the scores of a training run as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tagged(scores: list[list[float]], tags: list[list[str]]) -> dict:
     return by_tag([PromptLine(row, "", tags[row], {"which": own}) for row, own in enumerate(scores)], "which")
 
 
-def test_tags_split_the_mean_and_its_standard_error() -> None:
+def test_mean_and_standard_error_are_reported_per_tag() -> None:
     """The two samples of prompts 0 and 2 have variance 2, those of prompt 1 variance 0."""
     scores = [[0.0, 2.0], [5.0, 5.0], [6.0, 8.0]]
     found = tagged(scores, [["clear"], ["open", "rare"], ["clear"]])
@@ -47,7 +47,7 @@ def test_one_video_has_no_standard_error() -> None:
     assert tagged([[3.0]], [[]]) == {"all": {"mean": 3.0, "stderr": None, "prompts": 1}}
 
 
-def test_scores_belong_to_their_prompts_and_are_the_same_at_every_call(recipe_here: Config) -> None:
+def test_scores_are_matched_to_prompts_and_reproducible(recipe_here: Config) -> None:
     config = with_changes(recipe_here, samples_per_prompt=3)
     content = evaluate_folder(config, ONE_RANK)
     assert [(line["prompt"], line["tags"]) for line in content["prompts"]] == [

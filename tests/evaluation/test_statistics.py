@@ -1,4 +1,4 @@
-"""The paired statistics: formulas against independent ones, and their error rates on real held-out scores.
+"""Paired statistics: formulas against independent implementations, and error rates on real held-out scores.
 
 `oracle_scores.json` is the population: scores of the embedded policy and of a post-trained one, with their provenance.
 """
@@ -44,7 +44,7 @@ def draws(prompts: int, repetitions: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
 
 @pytest.mark.parametrize("prompts", [24, 48])
-def test_a_null_comparison_raises_at_most_10_false_alarms_in_100(prompts: int) -> None:
+def test_a_null_comparison_has_at_most_10_false_alarms_in_100(prompts: int) -> None:
     """One checkpoint with two seeds; a false alarm is any measure with `shown` not 0."""
     alarms = 0
     for rows, columns, _ in draws(prompts, 100):
@@ -54,7 +54,7 @@ def test_a_null_comparison_raises_at_most_10_false_alarms_in_100(prompts: int) -
     assert alarms <= 10
 
 
-def test_a_planted_improvement_of_5_hundredths_is_found_in_80_of_100() -> None:
+def test_an_improvement_of_5_hundredths_is_found_in_80_of_100() -> None:
     """48 prompts x 4 samples, same seeds: a share of B's videos is the trained policy's, for a mean gain of .05."""
     share = 0.05 / (TRAINED["oracle"] - BASE["oracle"]).mean()
     found, gains = 0, []
@@ -70,7 +70,7 @@ def test_a_planted_improvement_of_5_hundredths_is_found_in_80_of_100() -> None:
     assert found >= 80
 
 
-def test_the_interval_holds_its_level_at_24_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interval_has_its_nominal_coverage_at_24_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 1,000 intervals, 95 % cover the mean, within three standard errors; BCa covers it less often."""
     monkeypatch.setattr(statistics, "RESAMPLES", 999)
     rng = np.random.default_rng(3)
@@ -87,7 +87,7 @@ def test_the_interval_holds_its_level_at_24_prompts(monkeypatch: pytest.MonkeyPa
     assert covered["BCa"] < covered["ours"]
 
 
-def test_an_effect_by_hand() -> None:
+def test_an_effect_equals_values_computed_by_hand() -> None:
     """Differences of 1, -3, 0, 4 and 8: W+ is 1 + 3 + 4, and W+ + W- is 10."""
     a = np.array([[0.0, 2.0], [4.0, 6.0], [1.0, 1.0], [0.0, 0.0], [3.0, 5.0]])
     found = effect(a, a + np.array([1.0, -3.0, 0.0, 4.0, 8.0])[:, None])
@@ -100,7 +100,7 @@ def test_an_effect_by_hand() -> None:
     assert found.low < 2.0 < found.high
 
 
-def test_the_signed_rank_p_value_is_that_of_all_sign_flips() -> None:
+def test_the_signed_rank_p_value_equals_that_of_all_sign_flips() -> None:
     differences = np.array([0.3, -0.1, 0.7, 0.45, 0.9, 0.2])
     ranks = stats.rankdata(np.abs(differences))
     observed = (np.sign(differences) * ranks).sum()
@@ -109,14 +109,14 @@ def test_the_signed_rank_p_value_is_that_of_all_sign_flips() -> None:
     assert signed_rank(np.abs(differences)) == pytest.approx(2 / 2**6)
 
 
-def test_holm_by_hand() -> None:
+def test_holm_adjusted_values_equal_those_computed_by_hand() -> None:
     """4 x .005, 3 x .01, 2 x .03, and .04 is raised to the value before it."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
 
 
-def test_a_model_equals_itself_and_rounding_is_a_tie() -> None:
+def test_a_model_equals_itself_and_rounding_errors_are_ties() -> None:
     scores = BASE["oracle"]
     (same,) = as_family([effect(scores, scores)])
     assert (same.difference, same.p_value, same.ties, same.shown) == (0.0, 1.0, PROMPTS, 0)
@@ -131,7 +131,7 @@ def test_a_single_prompt_shows_nothing() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 30), st.integers(1, 5), st.integers(0, 1000))
-def test_swapping_the_models_turns_every_sign(prompts: int, samples: int, seed: int) -> None:
+def test_swapping_the_models_flips_every_sign(prompts: int, samples: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(2, prompts, samples))
     forth, back = effect(a, b), effect(b, a)
@@ -142,7 +142,7 @@ def test_swapping_the_models_turns_every_sign(prompts: int, samples: int, seed: 
     assert (back.low, back.high) == (pytest.approx(-(forth.high or 0)), pytest.approx(-(forth.low or 0)))
 
 
-def test_rank_biserial_spans_minus_one_to_one() -> None:
+def test_rank_biserial_ranges_from_minus_one_to_one() -> None:
     assert rank_biserial(np.array([1.0, 2.0])) == 1.0
     assert rank_biserial(np.array([-1.0, -2.0])) == -1.0
     assert rank_biserial(np.zeros(3)) == 0.0
@@ -152,7 +152,7 @@ def test_rank_biserial_spans_minus_one_to_one() -> None:
     ("p", "low", "high", "expected"),
     [(0.01, 0.1, 1.0, 1), (0.01, -1.0, -0.1, -1), (0.06, 0.1, 1.0, 0), (0.01, -0.1, 1.0, 0), (0.01, None, None, 0)],
 )
-def test_shown_needs_the_interval_and_the_corrected_test_to_agree(
+def test_shown_requires_the_interval_and_the_corrected_test(
     p: float, low: float | None, high: float | None, expected: int
 ) -> None:
     assert shown(replace(effect(np.zeros((2, 1)), np.ones((2, 1))), low=low, high=high), p) == expected
@@ -164,7 +164,7 @@ def test_few_prompts_cannot_show_a_difference() -> None:
     assert [bool(too_few(prompts, 7)) for prompts in (8, 9)] == [True, False]
 
 
-def test_one_effect_of_a_family_claims_no_more_than_the_family_does() -> None:
+def test_a_single_effect_uses_the_correction_of_its_family() -> None:
     """If all 12 prompts gain, p is 2 / 2^12; adjusted, 7 times that, and at most 1."""
     gained = effect(np.zeros((12, 1)), 1 + np.arange(12.0)[:, None])
     assert corrected(gained, 7).p_adjusted == pytest.approx(14 / 2**12)
@@ -172,7 +172,7 @@ def test_one_effect_of_a_family_claims_no_more_than_the_family_does() -> None:
     assert corrected(gained, 10000).p_adjusted == 1.0
 
 
-def test_a_difference_is_written_with_two_digits_of_the_scale() -> None:
+def test_a_difference_is_printed_with_two_digits_of_the_scale() -> None:
     found = replace(effect(np.zeros((2, 1)), np.zeros((2, 1))), scale=0.25, difference=-0.0361, low=-0.2, high=0.1)
     assert str(found) == "-0.036 [-0.200, +0.100]"
     assert str(replace(found, low=None, high=None, scale=30.0)) == "-0.0"

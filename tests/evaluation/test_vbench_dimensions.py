@@ -1,7 +1,7 @@
-"""VBench's dimensions on real clips and on videos with known results, and the labels of networks.
+"""VBench dimensions on real clips and on synthetic videos with known scores, and the labels of networks.
 
-That they equal VBench's own code is tested on clips for which it gave the numbers in real_suites.py, and with the code
-itself by distributed/test_vbench_package.py.
+Reference values of VBench's code are in real_suites.py; distributed/test_vbench_package.py runs that code
+itself.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", list(VBENCH))
-def test_vbenchs_own_code_gives_the_same_for_these_clips(
-    name: str, entries: list[dict[str, str]], tmp_path: Path
-) -> None:
+def test_scores_equal_those_of_vbenchs_code(name: str, entries: list[dict[str, str]], tmp_path: Path) -> None:
     assert_equal(measured(name, entries, tmp_path), *VBENCH[name])
 
 
@@ -111,14 +109,14 @@ def test_a_still_video_is_consistent_and_smooth_and_not_dynamic(clip_of_a_man: T
     assert value("dynamic_degree", still) is False
 
 
-def test_smoothness_compares_odd_frames_with_what_lies_between() -> None:
+def test_smoothness_compares_odd_frames_with_interpolated_ones() -> None:
     """Levels 0, 10, 20, 36, 40 of 255: errors of 0 and 6 between 0, 20 and 40; the sides are not multiples of 16."""
     levels = torch.tensor([0, 10, 20, 36, 40, 99]) / 255
     video = footage(levels.view(6, 1, 1, 1).expand(6, 3, 20, 33))
     assert value("motion_smoothness", video) == pytest.approx(1 - 3 / 255, abs=1e-9)
 
 
-def test_interpolated_frames_are_cut_to_bytes() -> None:
+def test_interpolated_frames_are_truncated_to_bytes() -> None:
     """Truncated, not rounded: 10.5 becomes 10."""
     levels = torch.tensor([10, 10, 11]) / 255
     dimension = DIMENSIONS["motion_smoothness"]
@@ -135,7 +133,7 @@ def moving(pixels: int, count: int = 16) -> Tensor:
     return frames
 
 
-def test_a_video_is_dynamic_where_enough_pairs_are_fast() -> None:
+def test_a_video_is_dynamic_if_enough_pairs_are_fast() -> None:
     """The threshold is 1.5 of 64 pixels, on round(4 T/16) of T - 1 pairs; at 16 fps every other frame is used."""
     assert value("dynamic_degree", footage(moving(1)), network="dis") is False
     assert value("dynamic_degree", footage(moving(3)), network="dis") is True
@@ -162,7 +160,7 @@ def test_a_users_flow_is_judged_by_its_longest_vectors() -> None:
         assert dimension.formula(pairs, footage(torch.rand(3, 3, 8, 8))).value is expected
 
 
-def test_frames_of_any_size_are_padded_around_the_middle() -> None:
+def test_frames_of_any_size_are_padded_symmetrically() -> None:
     image = torch.arange(12.0).view(1, 1, 3, 4)
     padded, edges = replicated(image, 8)
     assert (padded.shape, edges) == ((1, 1, 8, 8), (2, 2, 2, 3))
@@ -172,13 +170,13 @@ def test_frames_of_any_size_are_padded_around_the_middle() -> None:
     assert replicated(torch.zeros(1, 1, 16, 8), 8)[1] == (0, 0, 0, 0)
 
 
-def test_large_frames_are_made_smaller_for_imaging_quality() -> None:
+def test_large_frames_are_downscaled_for_imaging_quality() -> None:
     frames = torch.zeros(1, 3, 300, 1000, dtype=torch.uint8)
     assert MUSIQ.frames(frames).shape == (1, 3, 153, 512)
     assert MUSIQ.frames(frames[..., :512]).shape == (1, 3, 300, 512)
 
 
-def test_the_middle_frame_of_each_part() -> None:
+def test_each_segment_is_represented_by_its_middle_frame() -> None:
     assert middles(8, 81) == [4, 14, 24, 34, 44, 54, 64, 75]
     assert middles(8, 8) == list(range(8))
     assert middles(8, 3) == [0, 1, 2, 2, 2, 2, 2, 2]
@@ -191,14 +189,14 @@ def test_the_middle_frame_of_each_part() -> None:
         ("tilts down", (0, -9), 0), ("zooms in", (0, 0), 3), ("zooms out", (0, 0), -3),
     ],
 )  # fmt: skip
-def test_the_camera_moves_against_its_points(motion: str, shift: tuple[int, int], spread: int) -> None:
+def test_the_camera_moves_opposite_to_its_points(motion: str, shift: tuple[int, int], spread: int) -> None:
     """The scene moves right when the camera pans left; points move away from the centre when it zooms in."""
     rows, columns = torch.meshgrid(torch.arange(10), torch.arange(10), indexing="ij")
     outwards = torch.stack((columns - 5, rows - 5), dim=-1)
     assert motions(outwards * spread + torch.tensor(shift), shorter=480) == {f"camera {motion}"}
 
 
-def test_points_in_different_directions_show_no_motion() -> None:
+def test_points_moving_in_different_directions_show_no_motion() -> None:
     moved = torch.zeros(10, 10, 2, dtype=torch.int64)
     moved[0, 5, 0], moved[5, 0, 1] = 9, 9
     assert motions(moved, shorter=480) == set()
@@ -222,7 +220,7 @@ def test_missing_inputs_of_a_formula_are_named(name: str, frames: int, words: st
         value(name, footage(torch.zeros(frames, 3, 16, 16), prompt=SuitePrompt("plain")))
 
 
-def test_frames_are_cut_out_of_the_middle_and_normalised() -> None:
+def test_frames_are_centre_cropped_and_normalised() -> None:
     plan = Preparation(edge=4, crop=4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125))
     frames = torch.zeros(1, 3, 4, 7, dtype=torch.uint8)
     frames[..., 2:6] = 255  # round(1.5) = 2
@@ -281,7 +279,7 @@ def test_folders_of_transformers_are_networks_and_other_architectures_are_proxie
     }  # fmt: skip
     for name, folder in folders.items():
         network = DIMENSIONS[name].network(str(folder), CPU)
-        assert network.label == "proxy", "it has another architecture than VBench's"
+        assert network.label == "proxy", "its architecture differs from VBench's"
         assert str(folder) in network.name
         found = DIMENSIONS[name].formula(network.call, video).value
         assert -1 <= found <= 1
@@ -303,7 +301,7 @@ def test_folders_of_transformers_are_networks_and_other_architectures_are_proxie
         ("motion_smoothness", BACKBONES["motion_smoothness"], "native"),
     ],
 )
-def test_labels_of_networks(name: str, network: str | None, label: str) -> None:
+def test_results_name_the_networks(name: str, network: str | None, label: str) -> None:
     found = DIMENSIONS[name].network(network, CPU)
     assert found.label == label
     assert label != "native" or found.name == network
@@ -328,7 +326,7 @@ def test_missing_networks_are_named_with_a_remedy(name: str, network: str | None
         DIMENSIONS[name].network(network, CPU)
 
 
-def test_musiq_is_pyiqas_with_the_users_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_musiq_comes_from_pyiqa_with_the_users_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """VBench calls MUSIQ(pretrained_model_path=...) on frames in [0, 1]."""
     torch.save({"params": {"weight": torch.ones(1)}}, tmp_path / "musiq.pth")
     monkeypatch.setitem(sys.modules, "pyiqa", None)

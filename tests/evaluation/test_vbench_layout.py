@@ -1,4 +1,4 @@
-"""A layout has VBench's names, with the manifest outside; every problem of a folder is named."""
+"""Video folders in VBench's layout: file names, the manifest next to the folder, and named problems."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def settings(policy: Path, suite: Suite, tmp_path: Path) -> GenerationSettings:
     )  # fmt: skip
 
 
-def test_a_layout_holds_the_suite_and_nothing_else(
+def test_a_layout_contains_exactly_the_videos_of_the_suite(
     settings: GenerationSettings, suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = lay_out(settings, suite)
@@ -85,15 +85,15 @@ def test_a_layout_holds_the_suite_and_nothing_else(
         alike = read_video(settings.output / name)[0] - read_video(plain.output / f"{number}.mp4")[0]
         assert alike.abs().mean() < 0.015, "equal up to rounding, which H.264 amplifies"
     (settings.output / ".a red circle moving left-0.mp4.partial-0123abcd").write_bytes(b"of a killed rank")
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("there is nothing left to make"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("all videos exist"))
     lay_out(settings, suite)
     assert layout_problems(settings.output, suite) == []
 
 
-def test_foreign_files_stop_a_layout_before_anything_is_made(
+def test_unexpected_files_stop_a_layout_before_generation(
     settings: GenerationSettings, suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("no model may be loaded"))
     settings.output.mkdir()
     (settings.output / "notes.txt").write_text("mine")
     with pytest.raises(SuiteError, match=r"'notes\.txt' is none of the suite's files"):
@@ -104,7 +104,7 @@ def test_foreign_files_stop_a_layout_before_anything_is_made(
         lay_out(settings, suite)
 
 
-def test_the_model_receives_something_else_and_the_name_stays(
+def test_an_enhanced_prompt_reaches_the_model_and_the_file_name_is_unchanged(
     settings: GenerationSettings, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str] = []
@@ -156,13 +156,15 @@ def test_fields_of_a_users_list_reach_the_model(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_generation_prompts_are_of_the_whole_suite(suite: Suite, tmp_path: Path, lines: list[str], words: str) -> None:
+def test_generation_prompts_must_cover_the_whole_suite(
+    suite: Suite, tmp_path: Path, lines: list[str], words: str
+) -> None:
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     with pytest.raises((SuiteError, MalformedFile), match=words):
         read_texts(tmp_path / "texts.jsonl", suite)
 
 
-def test_image_to_video_continues_the_suites_images(tmp_path: Path) -> None:
+def test_image_to_video_starts_from_the_images_of_the_suite(tmp_path: Path) -> None:
     """Prompts with and without camera motion continue the same image."""
     images = tmp_path / "images"
     images.mkdir()
@@ -205,13 +207,13 @@ def test_every_problem_of_a_folder_is_named(suite: Suite, tmp_path: Path) -> Non
     assert any(str(two) in problem and "is it complete?" in problem for problem in problems)
     assert any("'extra-0.mp4' is none of the suite's files" in problem for problem in problems)
     assert sum(f"'{four.name}' has" in problem for problem in problems) in (0, 2), (
-        "frames and size, if it is the odd one"
+        "frames and size of a video that differs from the others"
     )
     assert sum("has frames" in problem for problem in problems) == 1
     assert sum("has size" in problem for problem in problems) == 1
 
 
-def test_a_file_that_lost_its_last_frames_is_named(suite: Suite, tmp_path: Path) -> None:
+def test_a_file_without_its_last_frames_is_named(suite: Suite, tmp_path: Path) -> None:
     """A truncated mp4 still opens if its index precedes the frames, as some programs write it."""
     folder = tmp_path / "videos"
     write(folder, suite)
@@ -228,7 +230,7 @@ def test_a_file_that_lost_its_last_frames_is_named(suite: Suite, tmp_path: Path)
     assert any(path.name in problem and "complete?" in problem for problem in layout_problems(folder, suite, fps=8))
 
 
-def test_the_rate_is_that_of_the_manifest_or_of_most() -> None:
+def test_the_frame_rate_is_that_of_the_manifest_or_of_most_files() -> None:
     header = VideoHeader(fps=16.0, frames=81, height=480, width=832, codec="h264", pixel_format="yuv420p")
     headers = {"a": header, "b": replace(header, fps=8.0), "c": header}
     assert header_problems(headers, {}) == ["'b' has fps 8 where 16 is expected"]

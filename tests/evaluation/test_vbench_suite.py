@@ -1,4 +1,4 @@
-"""File names of a suite, problems of a folder, and prompts that cannot be file names."""
+"""VBench suites: file names of videos, problems of a folder, and prompts that cannot be file names."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_prompts_that_cannot_be_file_names_are_errors(tmp_path: Path) -> None:
     assert "a cat" not in str(caught.value)
 
 
-def test_the_longest_name_that_is_taken_can_be_written(tmp_path: Path) -> None:
+def test_the_longest_accepted_name_can_be_written(tmp_path: Path) -> None:
     """A file is first written as `.{name}.partial-{8 digits}`."""
     longest = vbench_suite.LONGEST_NAME - len("-00.mp4")
     assert list(SuitePrompt("é" * (longest // 2)).problems) == []
@@ -91,20 +91,20 @@ def test_the_longest_name_that_is_taken_can_be_written(tmp_path: Path) -> None:
     assert len(list(SuitePrompt("x" * (longest + 1)).problems)) == 1
 
 
-def test_a_blank_around_a_prompt_is_an_error(tmp_path: Path) -> None:
+def test_whitespace_around_a_prompt_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps([{"prompt_en": "a cat ", "dimension": ["color"]}]))
     with pytest.raises(SuiteError, match="'a cat '; remove it"):
         read_suite(str(tmp_path / "list.json"))
 
 
 @pytest.mark.parametrize(("name", "text"), [("list.json", "[]"), ("list.json", "[{"), ("list.txt", "a cat\na cat\n")])
-def test_lists_that_cannot_be_used_are_errors(tmp_path: Path, name: str, text: str) -> None:
+def test_unusable_lists_are_errors(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(PromptFileError, match=name):
         read_suite(str(tmp_path / name))
 
 
-def test_missing_and_foreign_files_are_problems(full_info: Path, tmp_path: Path) -> None:
+def test_missing_and_unexpected_files_are_problems(full_info: Path, tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     with pytest.raises(SuiteError, match="no folder"):
         video_problems(folder, read_suite(str(full_info)))

@@ -1,4 +1,4 @@
-"""Totals equal those of VBench's scripts; result files are checked when they are read."""
+"""VBench totals: equal to those of VBench's scripts; result files are validated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ I2V = {
 }  # fmt: skip
 
 
-def test_the_golden_vector() -> None:
+def test_totals_equal_those_of_vbenchs_script() -> None:
     """The output of VBench's scripts/cal_final_score.py for these sixteen scores."""
     found = totals("vbench", GOLDEN)
     assert list(found) == ["quality", "semantic", "total"]
@@ -47,7 +47,7 @@ def test_the_golden_vector() -> None:
     assert found["total"] == pytest.approx(0.8195168053444803, abs=1e-12)
 
 
-def test_image_to_video_totals_by_hand() -> None:
+def test_image_to_video_totals_equal_values_computed_by_hand() -> None:
     """Quality sums to 5.5 without flickering, I2V to 2.1; their mean is the total (scripts/cal_i2v_final_score.py)."""
     subject, background = (0.95 - 0.1462) / 0.8538, (0.96 - 0.2615) / 0.7385
     motion = (0.985 - 0.706) / 0.2915
@@ -60,7 +60,7 @@ def test_image_to_video_totals_by_hand() -> None:
     assert found["total"] == pytest.approx((quality + i2v) / 2, abs=1e-12)
 
 
-def test_the_second_version_is_a_mean_of_means() -> None:
+def test_the_total_of_vbench_2_is_a_mean_of_means() -> None:
     names = BENCHMARKS["vbench-2.0"].dimensions
     assert len(names) == 18
     scores = {name: number / 20 for number, name in enumerate(names)}
@@ -104,7 +104,7 @@ def test_the_benchmark_is_recognised_by_its_dimensions() -> None:
         benchmark_of({**GOLDEN, "smoothness": 0.5})
 
 
-def test_a_score_that_is_no_number_has_no_total() -> None:
+def test_a_score_that_is_not_a_number_has_no_total() -> None:
     with pytest.raises(TotalsError, match="color nan"):
         totals("vbench", {**GOLDEN, "color": math.nan})
 
@@ -117,7 +117,7 @@ def write(path: Path, content: object) -> Path:
 VIDEOS = [{"video_path": "v/a-0.mp4", "video_results": 0.5}, {"video_path": "v/a-1.mp4", "video_results": True}]
 
 
-def test_results_are_read_as_vbench_writes_them_and_as_we_do(tmp_path: Path) -> None:
+def test_results_are_read_in_vbenchs_format_and_in_ours(tmp_path: Path) -> None:
     path = write(tmp_path / "r.json", {"color": [0.75, VIDEOS], "camera_motion": [0.5, {"static": math.nan}, VIDEOS]})
     color, camera = read_results(path)
     assert (color.dimension, color.score, color.labels) == ("color", 0.75, ("official",))
@@ -147,13 +147,13 @@ def test_results_are_read_as_vbench_writes_them_and_as_we_do(tmp_path: Path) -> 
         ({}, "content: .*at least 1 item"),
     ],
 )
-def test_results_that_cannot_be_used_are_named(tmp_path: Path, content: object, words: str) -> None:
+def test_unusable_results_are_named(tmp_path: Path, content: object, words: str) -> None:
     with pytest.raises(MalformedFile, match=rf"r\.json: .*{words}"):
         read_results(write(tmp_path / "r.json", content))
 
 
 @pytest.mark.parametrize("text", ["", '{"color": [0.5, [{"video_p'])
-def test_an_empty_file_and_one_that_is_cut_off_are_named(tmp_path: Path, text: str) -> None:
+def test_empty_and_truncated_files_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(MalformedFile, match=r"r\.json: .*cut short"):
         read_results(tmp_path / "r.json")
@@ -166,7 +166,7 @@ def test_a_dimension_comes_from_one_file(tmp_path: Path) -> None:
         merge([one, two, write(tmp_path / "again.json", {"color": [0.4, VIDEOS]})])
 
 
-def test_results_are_of_all_the_requested_videos(tmp_path: Path) -> None:
+def test_results_must_cover_all_the_requested_videos(tmp_path: Path) -> None:
     """VBench's temporal flickering skips videos that it cannot decode."""
     (color,) = read_results(write(tmp_path / "r.json", {"color": [0.5, VIDEOS]}))
     check_complete(color, ["a-0.mp4", "a-1.mp4"])

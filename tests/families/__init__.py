@@ -1,6 +1,6 @@
-"""Which families do the tests of all families go through? Each a small pipeline folder of random weights, by its name.
+"""Cases for the tests of all model families: small pipeline folders of random weights, by name.
 
-A family of its own is a file here that writes such a folder in diffusers' layout, from configs, and a line below.
+To add a family, add a file that writes such a folder in diffusers' layout from configs, and a row below.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What must the tests know of a family? How its folder is written, and what diffusers' pipeline is asked for."""
+"""Description of a model family for the shared tests, and diffusers' reference videos for it."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Case:
     """A family.
 
     Attributes:
-        write: a pipeline of random weights into a new folder.
-        video: what it makes.
+        write: writes a pipeline of random weights into a new folder.
+        video: size of the generated videos.
         text_tokens: max_sequence_length of its policy.
         family: `policy.family` of its recipe.
-        guidance_scale: at which the rollout is compared with the pipeline's.
-        guidance_scale_2: of a second transformer; None for those with one.
-        lora: names of the layers that adapters go to.
-        euler: the scheduler with which the pipeline follows the ODE as the rollout does; by default its own.
-        arguments: what else the pipeline's call is given.
-        options: settings of the family's own.
+        guidance_scale: used when the rollout is compared with the pipeline.
+        guidance_scale_2: of the second transformer; None without one.
+        lora: names of the layers with adapters.
+        euler: scheduler with which the pipeline solves the ODE as the rollout does; by default the pipeline's.
+        arguments: further arguments of the pipeline's call.
+        options: settings specific to the family.
         texts: the prompts.
-        hidden_frames: that the VAE decodes in front of the video, and that are not shown.
-        adjusted_frames: latent frames at the start that its pipeline changes by those behind them before it decodes.
+        hidden_frames: frames that the VAE decodes before the video and that are dropped.
+        adjusted_frames: leading latent frames that the pipeline adjusts by the following ones before decoding.
     """
 
     write: Callable[[Path], object]
@@ -65,7 +65,7 @@ class Case:
         return load_policy(str(folder), max_sequence_length=self.text_tokens, **own)
 
     def recipe(self, folder: Path) -> Config:
-        """The shipped recipe with this policy; all of four steps trained but the last, and all step weights 1."""
+        """The shipped recipe with this policy, four denoising steps (the last one untrained) and unit step weights."""
         recipe = read_yaml(RECIPE)
         own: dict[str, Any] = self.options
         policy = PolicyConfig(str(folder), self.text_tokens, family=self.family, **own)
@@ -80,7 +80,7 @@ class Case:
         return [Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)) for _ in self.texts]
 
     def prompts(self, policy: Policy, config: Config, dtype: torch.dtype = torch.float32) -> PromptBatch:
-        """The texts with all that the policy is conditioned on."""
+        """The texts with all of the policy's conditioning."""
         images, negative = self._images(policy), policy.encode([NEGATIVE])
         texts = policy.encode_with_images(self.texts, images) if policy.texts_see_images else policy.encode(self.texts)
         prompts = PromptBatch(torch.tensor([1, 2]), self.texts, texts, negative, images=images)
@@ -92,7 +92,7 @@ class Case:
         return torch.stack([torch.from_numpy(np.array(one)) for one in self.pictures()]).permute(0, 3, 1, 2) / 255
 
     def diffusers_videos(self, policy: Policy, noise: Tensor, num_steps: int, guided: bool) -> Tensor:
-        """What diffusers' own pipeline makes of the texts from `noise`, [prompts frames 3 height width] in [0, 1]."""
+        """Videos of diffusers' pipeline for the texts from `noise`, [prompts frames 3 height width] in [0, 1]."""
         settings: dict[str, Any] = {
             "num_frames": self.video.num_frames, "height": self.video.height, "width": self.video.width,
             "num_inference_steps": num_steps, "max_sequence_length": self.text_tokens,

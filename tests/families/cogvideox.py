@@ -1,4 +1,4 @@
-"""CogVideoX: 2B's added positions, 5B image-to-video's learned and rotary ones, and 1.5's pairs of latent frames."""
+"""CogVideoX: 2B with additive positions, 5B image-to-video with learned and rotary ones, 1.5 with paired latents."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEARNED: dict[str, Any] = {"use_learned_positional_embeddings": True, "use_rotar
 
 
 def ddim(shipped: Any) -> CogVideoXDDIMScheduler:
-    """The ODE's Euler steps in CogVideoX' own coordinates."""
+    """DDIM, which takes Euler steps of the ODE in CogVideoX' coordinates."""
     return CogVideoXDDIMScheduler.from_config(shipped.config)
 
 
@@ -38,8 +38,8 @@ def random_cogvideox(folder: Path, own: dict[str, Any] | None = None, invert_sca
     """A pipeline of random weights; image-to-video where the transformer has channels for images.
 
     Args:
-        own: of the transformer's config.
-        invert_scale: the image's latents are divided by the scale where others are multiplied (1.5).
+        own: overrides of the transformer's config.
+        invert_scale: divide the image's latents by the scale instead of multiplying (CogVideoX 1.5).
     """
     config = {"in_channels": CHANNELS, **(own or {})}
     with torch.random.fork_rng():
@@ -62,8 +62,8 @@ def random_vae(invert_scale: bool) -> AutoencoderKLCogVideoX:
         block_out_channels=(8, 8, 8, 8), latent_channels=CHANNELS, layers_per_block=1, norm_num_groups=2,
         scaling_factor=0.7, invert_scale_latents=invert_scale, sample_height=64, sample_width=64,
     )  # fmt: skip
-    torch.nn.init.normal_(vae.decoder.conv_out.conv.weight, std=0.01)  # what rounds apart in latents stays small
-    head = vae.encoder.conv_out.conv  # mean, then log-variance: this low, what diffusers draws is the mean
+    torch.nn.init.normal_(vae.decoder.conv_out.conv.weight, std=0.01)  # rounding differences in latents stay small
+    head = vae.encoder.conv_out.conv  # mean, then log-variance: so low that diffusers' sample equals the mean
     torch.nn.init.zeros_(head.weight[CHANNELS:])
     torch.nn.init.constant_(head.bias[CHANNELS:], -30.0)
     return vae

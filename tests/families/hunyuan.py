@@ -1,4 +1,4 @@
-"""HunyuanVideo: text-to-video, told its guidance, and image-to-video of both kinds, whose texts see the image."""
+"""HunyuanVideo: text-to-video with embedded guidance, and image-to-video, whose text encoder also reads the image."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from tests.made.random_wan import word_tokenizer
 VIDEO = VideoConfig(num_frames=9, height=32, width=48, fps=8.0)
 TEXT_TOKENS = 12
 WIDTH = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-PICTURE = 48  # pixels of a side, as LLaVA sees it: 24 x 24 patches, for the 576 tokens of the pipeline's template
+PICTURE = 48  # pixels per side for LLaVA: 24 x 24 patches, the 576 image tokens of the pipeline's template
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
 LLAMA = {name: DEFAULT_PROMPT_TEMPLATE[name] for name in ("template", "crop_start")}
 
 
 def template_tokenizer(template: str, crop_start: int) -> PreTrainedTokenizerFast:
-    """Of words; what stands before a prompt in the pipeline's template is as long as the pipeline takes it to be."""
+    """A word tokenizer for which the prefix of the pipeline's template has the length that the pipeline assumes."""
     before = template.partition("{}")[0]
     tokenizer = word_tokenizer(before=crop_start - len(re.findall(r"\w+", before)), limit=256)
     words_alone = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
@@ -52,7 +52,7 @@ def template_tokenizer(template: str, crop_start: int) -> PreTrainedTokenizerFas
 
 
 def llava_tokenizer() -> PreTrainedTokenizerFast:
-    """Of the template's headers, words and punctuation: image and prompt stand where the pipeline takes them to be."""
+    """A tokenizer of headers, words and punctuation, with image and prompt where the pipeline assumes them."""
     template = image_to_video.DEFAULT_PROMPT_TEMPLATE
     tokenizer = word_tokenizer(limit=256)
     tokenizer.add_tokens([*HEADERS, "<s>"], special_tokens=True)
@@ -69,13 +69,13 @@ def llava_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def random_networks(**transformer: Any) -> dict[str, Any]:
-    """What all kinds have: the transformer, the VAE, the scheduler and CLIP."""
+    """Components of all variants: transformer, VAE, scheduler and CLIP."""
     tokenizer = word_tokenizer(after=1, limit=77)
     clip = CLIPTextConfig(vocab_size=len(tokenizer), num_hidden_layers=1, eos_token_id=1, **WIDTH)
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
     )
-    vae.decoder.conv_out.conv.weight.data *= 0.3  # what rounds apart in latents stays small
+    vae.decoder.conv_out.conv.weight.data *= 0.3  # rounding differences in latents stay small
     return {
         "transformer": HunyuanVideoTransformer3DModel(
             **{"in_channels": 4, **transformer}, out_channels=4, num_attention_heads=2, attention_head_dim=16,
@@ -99,7 +99,7 @@ def random_hunyuan(folder: Path) -> None:
 
 
 def random_hunyuan_image(folder: Path, **transformer: Any) -> None:
-    """Write the pipeline of one of the two kinds of transformers."""
+    """Write an image-to-video pipeline with one of the two transformer variants."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts, tokenizer = random_networks(**transformer), llava_tokenizer()

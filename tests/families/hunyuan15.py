@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5: two encoders of texts, one of images, masks of all three, and guidance that the pipeline holds."""
+"""HunyuanVideo 1.5: two text encoders and an image encoder, masks for all three, and guidance set by the pipeline."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
 from tests.made.random_wan import word_tokenizer
 
-TEXTS = ('a red "circle" moving left', "a blue square moving up")  # the first with a word to be spelled
+TEXTS = ('a red "circle" moving left', "a blue square moving up")  # the first one quotes a word to be rendered
 TEXT_TOKENS = 12
-TARGET_SIZE = 40  # 32 x 48 is one of its sizes
+TARGET_SIZE = 40  # 32 x 48 is one of the pipeline's sizes
 IMAGE_SIDE = 16
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """Of words; what stands before a prompt in the pipeline's chat is as long as the pipeline takes it to be."""
+    """A word tokenizer for which the prefix of the chat template has the length that the pipeline assumes."""
     parameters = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
     system_words = re.findall(r"\w+", parameters["system_message"].default)
     tokenizer = word_tokenizer(limit=1024)
@@ -79,7 +79,7 @@ def random_hunyuan15(folder: Path, images: bool = False, **guider: Any) -> Path:
 
     Args:
         images: image-to-video.
-        guider: settings of it.
+        guider: its settings.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)

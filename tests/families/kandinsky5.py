@@ -1,4 +1,4 @@
-"""Kandinsky 5: text-to-video, and image-to-video whose transformer is told which frame is given."""
+"""Kandinsky 5: text-to-video, and image-to-video whose transformer receives a mask of the given frames."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ ENDS = {"bos_token_id": 0, "eos_token_id": 1}
 
 
 def random_kandinsky5(folder: Path, images: bool = False, visual_cond: bool = False) -> None:
-    """Write the pipeline, with the tokenizer of Qwen's processor alone: the processor itself needs torchvision.
+    """Write the pipeline with Qwen's tokenizer instead of its processor, which needs torchvision.
 
     Args:
-        images: image-to-video; the VAE's distribution is as narrow as can be, for its pipeline draws from it.
-        visual_cond: with channels for given frames.
+        images: image-to-video; the VAE's variance is minimal because the pipeline samples from it.
+        visual_cond: whether the transformer has channels for given frames.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -70,10 +70,10 @@ def random_kandinsky5(folder: Path, images: bool = False, visual_cond: bool = Fa
 
 
 def random_transformer(**own: Any) -> Kandinsky5Transformer3DModel:
-    """Its gates, which are 0 at first, let every block through.
+    """A random transformer whose gates, initially 0, are open in every block.
 
-    Queries and keys are `SHORT`: diffusers rounds them to bf16, and what rounds apart in them, or in their gradients,
-    is to stay below 1e-5. What this hides, positions, `test_kandinsky5.py` compares by itself.
+    Queries and keys are scaled by `SHORT`: diffusers rounds them to bf16, and the rounding differences in them and in
+    their gradients must stay below 1e-5. This hides positions, which `test_kandinsky5.py` compares separately.
     """
     transformer = Kandinsky5Transformer3DModel(
         in_visual_dim=CHANNELS, out_visual_dim=CHANNELS, in_text_dim=32, in_text_dim2=32, time_dim=16, model_dim=32,

@@ -1,4 +1,4 @@
-"""LTX-Video: text-to-video with the VAE of 0.9.1, that decodes noisy latents; image-to-video with the plain one."""
+"""LTX-Video: text-to-video with the 0.9.1 VAE, which decodes noisy latents, and image-to-video with the plain VAE."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from bpgo_video.config.bpgo import VideoConfig
 from tests.families.case import Case
 from tests.made.random_wan import TEXT_TOKENS, word_tokenizer
 
-VIDEO = VideoConfig(num_frames=17, height=64, width=96, fps=24.0)  # its pipeline would take 25
+VIDEO = VideoConfig(num_frames=17, height=64, width=96, fps=24.0)  # the pipeline's default is 25
 
 
 def random_ltx(folder: Path, images: bool = False, noisy_vae: bool = False) -> None:
     """Write the pipeline.
 
     Args:
-        images: image-to-video; the VAE's distribution is then as narrow as can be, for its pipeline draws from it.
-        noisy_vae: conditioned on the noise that is left in its latents.
+        images: image-to-video; the VAE's variance is minimal because the pipeline samples from it.
+        noisy_vae: condition the VAE on the remaining noise of its latents.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)

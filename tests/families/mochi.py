@@ -1,4 +1,4 @@
-"""Mochi: reversed time, a mask of text tokens, a schedule of its own."""
+"""Mochi: reversed time, a mask of text tokens, and a custom schedule."""
 
 from __future__ import annotations
 

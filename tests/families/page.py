@@ -1,4 +1,4 @@
-"""SkyReels-V2: the family that docs/new_family.md shows, made of the very text of the page."""
+"""SkyReels-V2: the example family of docs/new_family.md, built from the code on that page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def random_skyreels(folder: Path) -> Path:
 
 
 def as_module() -> ModuleType:
-    """The page's Python, as a module that a recipe can name."""
+    """The page's Python code as an importable module."""
     found = sys.modules[MODULE] = ModuleType(MODULE)
     exec(compile(CODE, str(PAGE), "exec"), found.__dict__)
     return found

@@ -23,4 +23,4 @@ WAN = Case(random_wan, VIDEO, TEXT_TOKENS, euler=euler)
 WAN_ONE_FRAME = Case(random_wan, replace(VIDEO, num_frames=1), TEXT_TOKENS, euler=euler)
 WAN_IMAGE = Case(
     partial(random_wan, images=True, image_encoder=True), VIDEO, TEXT_BESIDE_IMAGES, euler=euler
-)  # with another number diffusers would take image tokens for text
+)  # for another number diffusers would treat image tokens as text

@@ -1,4 +1,4 @@
-"""Wan 2.2: two experts for text and for images, and the small policy that knows a noise level for each token."""
+"""Wan 2.2: two experts for text-to-video and image-to-video, and the 5B policy with one noise level per token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random_experts(folder: Path, images: bool = False) -> Path:
 
 
 def random_ti2v(folder: Path) -> Path:
-    """TI2V-5B made small: a residual VAE of 16 x 16 pixels, and latents that are not normalised."""
+    """A small TI2V-5B: a residual VAE with a factor of 16 x 16 pixels, and latents without normalisation."""
     with TemporaryDirectory() as scratch:
         pipeline = read(random_wan(Path(scratch)))
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""The checks of `make gpu`, one test each: what a GPU does that a CPU cannot show."""
+"""The checks of `make gpu`, one test each: properties that only a GPU can show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bpgo_video.distributed.engine import stop_ranks
 from tools.gpu.bench import Bench, published, start
 from tools.gpu.checks import CHECKS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_check_holds(bench: Bench, name: str) -> None:
+def test_the_check_holds(bench: Bench, name: str) -> None:
     found = CHECKS[name](bench)
     if "cannot" in found:
         pytest.skip(found["cannot"])

@@ -1,4 +1,4 @@
-"""Whole transformers for ComfyUI: one file, by the names of the authors' code, a tensor at a time."""
+"""Export of whole transformers for ComfyUI: one file with the original key names, written one tensor at a time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def base(images: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_whole_transformer_has_the_names_of_the_authors_code(base: Path, images: bool, tmp_path: Path) -> None:
-    """And diffusers' own converter from those names gives back each tensor."""
+    """diffusers' converter restores every tensor from those names."""
     trained = trained_weights(base)
     checkpoint = write_run(tmp_path / "run", base, trained)
     found = load_file(converted(checkpoint, tmp_path / "out", "comfyui") / "transformer.safetensors")
@@ -59,7 +59,7 @@ def test_a_whole_transformer_has_the_names_of_the_authors_code(base: Path, image
     assert all(torch.equal(back[name], trained[name]) for name in trained)
 
 
-def test_merged_adapters_are_those_of_the_pipelines_folder(base: Path, tmp_path: Path) -> None:
+def test_merged_adapters_equal_those_of_the_pipeline_export(base: Path, tmp_path: Path) -> None:
     checkpoint, _ = adapted_run(base, tmp_path, LORA)
     options = {"dtype": torch.bfloat16}
     found = load_file(
@@ -75,7 +75,7 @@ def test_merged_adapters_are_those_of_the_pipelines_folder(base: Path, tmp_path:
 
 
 @pytest.mark.parametrize("change", ["value", "missing", "foreign"])
-def test_verify_finds_what_is_not_as_it_was_written(base: Path, tmp_path: Path, change: str) -> None:
+def test_verify_detects_modified_files(base: Path, tmp_path: Path, change: str) -> None:
     job = Conversion(find_checkpoint(write_run(tmp_path / "run", base, trained_weights(base))), "raw", tmp_path / "out")
     convert(job, "comfyui")
     file, name = job.output / "transformer.safetensors", "blocks.1.cross_attn.norm_q.weight"
@@ -93,7 +93,7 @@ def test_verify_finds_what_is_not_as_it_was_written(base: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_file_written_by_the_tensor_is_the_librarys(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_file_written_tensor_by_tensor_equals_that_of_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"b": (3, 5), "a.weight": (2, 1, 4), "scalar": (), "empty": (0, 2)}
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
@@ -115,7 +115,9 @@ def test_a_file_written_by_the_tensor_is_the_librarys(tmp_path: Path, dtype: tor
         ({"c": torch.zeros(2)}, "c is not in the file's layout"),
     ],
 )
-def test_a_file_holds_what_was_announced(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
+def test_a_file_must_contain_the_announced_tensors(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         write_single_file(tmp_path / "x", {"a": ((2,), torch.float32), "b": ((1,), torch.float32)}, tensors.items())
 

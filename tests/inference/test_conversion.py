@@ -1,6 +1,6 @@
-"""Checkpoints become model folders: parts joined, adapters merged, results checked, damage and foreign code refused.
+"""Conversion of checkpoints to model folders: joined shards, merged adapters, verification, and refusal of damage.
 
-The checkpoints here are made by hand in ZeRO-2's layout; tests/distributed converts those of real runs.
+The checkpoints are synthetic, in ZeRO-2's layout; tests/distributed converts those of real runs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def adapted_transformer(base: Path, lora: LoraConfig = LORA) -> WanTransformer3D
 
 
 def write_run(run_dir: Path, base: Path, tensors: Tensors, lora: LoraConfig | None = None, stage: int = 2) -> Path:
-    """A run's folder with one checkpoint of two ranks; the checkpoint's folder."""
+    """Write a run folder with one checkpoint of two ranks; return the checkpoint's folder."""
     config = small_recipe(run_dir, run_dir / "shards", policy={"folder": str(base), "lora": lora or LoraConfig()})
     folder = run_dir / "checkpoints" / "step-000002"
     folder.mkdir(parents=True)
@@ -83,7 +83,7 @@ def converted(checkpoint: Path, output: Path, form: str = "diffusers", verify: b
     return output
 
 
-def test_the_parts_of_all_ranks_come_together_bit_for_bit(
+def test_shards_of_all_ranks_are_joined_bit_for_bit(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = trained_weights(base)
@@ -102,7 +102,9 @@ def test_the_parts_of_all_ranks_come_together_bit_for_bit(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "run"]
 
 
-def test_the_average_converts_as_the_weights_do(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_average_is_converted_like_the_weights(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_run(tmp_path / "run", base, weights_of(base))
     arguments = ["--checkpoint", str(folder), "--output", str(tmp_path / "out"), "--format", "diffusers", "--verify"]
     assert main([*arguments, "--weights", "ema"]) == 1
@@ -124,7 +126,7 @@ def test_bfloat16_rounds_all_weights_but_those_that_diffusers_keeps_in_fp32(base
     assert all(torch.equal(found[name], trained[name].to(dtypes[name])) for name in trained)
 
 
-def test_merged_adapters_compute_what_the_adapters_did(base: Path, tmp_path: Path) -> None:
+def test_merged_adapters_give_the_same_output(base: Path, tmp_path: Path) -> None:
     model = adapted_transformer(base)
     adapters = {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
     output = converted(write_run(tmp_path / "run", base, adapters, LORA), tmp_path / "out")
@@ -144,7 +146,7 @@ def test_merged_adapters_compute_what_the_adapters_did(base: Path, tmp_path: Pat
     assert (found - before).norm() / before.norm() > 1e-3
 
 
-def test_merging_tensors_is_merging_modules(base: Path) -> None:
+def test_merging_tensors_equals_merging_modules(base: Path) -> None:
     model = adapted_transformer(base)
 
     class Whole:
@@ -162,7 +164,7 @@ def test_merging_tensors_is_merging_modules(base: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["tensor", "missing", "file"])
-def test_verify_finds_what_is_not_as_it_was_written(base: Path, tmp_path: Path, change: str) -> None:
+def test_verify_detects_modified_weights(base: Path, tmp_path: Path, change: str) -> None:
     trained = trained_weights(base)
     job = Conversion(find_checkpoint(write_run(tmp_path / "run", base, trained)), "raw", tmp_path / "out")
     convert(job, "diffusers")
@@ -191,7 +193,7 @@ class Payload:
         return print, ("code in a checkpoint has run",)
 
 
-def test_a_checkpoint_that_names_code_is_refused_before_it_runs(
+def test_a_checkpoint_with_pickled_code_is_refused_before_it_runs(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_run(tmp_path / "run", base, weights_of(base))
@@ -210,7 +212,7 @@ def test_a_missing_rank_is_an_error(base: Path, tmp_path: Path, capsys: pytest.C
     assert "is the copy complete" in fail(capsys, folder, tmp_path / "out")
 
 
-def test_a_checkpoint_must_fit_the_model_that_the_run_started_from(
+def test_a_checkpoint_must_match_the_starting_model_of_its_run(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = weights_of(base)
@@ -248,8 +250,10 @@ def adapted_run(base: Path, tmp_path: Path, lora: LoraConfig) -> tuple[Path, Wan
 
 @pytest.mark.parametrize("form", ["lora", "comfyui"])
 @pytest.mark.parametrize("lora", [LORA, EVERYWHERE], ids=["attention", "everywhere"])
-def test_a_lora_file_makes_the_merged_models_video(base: Path, tmp_path: Path, form: str, lora: LoraConfig) -> None:
-    """Through diffusers' own pipeline: load_lora_weights on the base model, against the merged export."""
+def test_a_lora_file_generates_the_video_of_the_merged_model(
+    base: Path, tmp_path: Path, form: str, lora: LoraConfig
+) -> None:
+    """By diffusers' pipeline: load_lora_weights on the base model, against the merged export."""
     checkpoint, _ = adapted_run(base, tmp_path, lora)
     output = converted(checkpoint, tmp_path / "lora", form)
     merged = WanPipeline.from_pretrained(converted(checkpoint, tmp_path / "merged"))
@@ -264,8 +268,8 @@ def test_a_lora_file_makes_the_merged_models_video(base: Path, tmp_path: Path, f
     assert (before - expected).norm() / expected.norm() > 1e-3
 
 
-def test_the_comfyui_layout_is_what_diffusers_inverts(base: Path, tmp_path: Path) -> None:
-    """Names by the authors' code; diffusers' converter gives back each adapter, alpha / rank in one of its halves."""
+def test_diffusers_reads_the_comfyui_layout(base: Path, tmp_path: Path) -> None:
+    """Names are those of the original code; diffusers' converter restores each adapter (alpha / rank in one factor)."""
     checkpoint, model = adapted_run(base, tmp_path, EVERYWHERE)
     found = load_file(converted(checkpoint, tmp_path / "comfy", "comfyui") / "pytorch_lora_weights.safetensors")
     for layer in ("blocks.1.self_attn.q", "blocks.0.cross_attn.o", "blocks.1.ffn.0", "blocks.0.ffn.2"):
@@ -280,7 +284,7 @@ def test_the_comfyui_layout_is_what_diffusers_inverts(base: Path, tmp_path: Path
         assert torch.allclose(up @ down, layer.get_delta_weight("default"), atol=1e-6)
 
 
-def test_adapters_leave_with_their_alpha(base: Path, tmp_path: Path) -> None:
+def test_adapters_are_exported_with_their_alpha(base: Path, tmp_path: Path) -> None:
     checkpoint, model = adapted_run(base, tmp_path, LORA)
     found = load_file(converted(checkpoint, tmp_path / "lora", "lora") / "pytorch_lora_weights.safetensors")
     expected = {name: tensor for name, tensor in model.named_parameters() if ".lora_" in name}
@@ -293,7 +297,7 @@ def test_adapters_leave_with_their_alpha(base: Path, tmp_path: Path) -> None:
     assert (settings.r, settings.lora_alpha) == (LORA.rank, LORA.alpha)
 
 
-def test_a_run_without_adapters_has_none_to_leave(
+def test_exporting_adapters_of_a_run_without_adapters_is_an_error(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = write_run(tmp_path / "run", base, weights_of(base))
@@ -302,7 +306,7 @@ def test_a_run_without_adapters_has_none_to_leave(
     assert not (tmp_path / "out").exists()
 
 
-def test_verify_finds_an_adapter_that_is_not_the_checkpoints(base: Path, tmp_path: Path) -> None:
+def test_verify_detects_a_modified_adapter(base: Path, tmp_path: Path) -> None:
     checkpoint, _ = adapted_run(base, tmp_path, LORA)
     job = Conversion(find_checkpoint(checkpoint), "raw", converted(checkpoint, tmp_path / "lora", "lora"))
     file = job.output / "pytorch_lora_weights.safetensors"
@@ -315,7 +319,7 @@ def test_verify_finds_an_adapter_that_is_not_the_checkpoints(base: Path, tmp_pat
         verify_output(job, "lora")
 
 
-def test_the_transformer_leaves_alone_and_in_shards(base: Path, tmp_path: Path) -> None:
+def test_the_transformer_can_be_exported_alone_and_in_shards(base: Path, tmp_path: Path) -> None:
     trained = trained_weights(base)
     checkpoint = write_run(tmp_path / "run", base, trained)
     output = converted(checkpoint, tmp_path / "out", transformer_only=True, shard_bytes=20_000)
@@ -324,7 +328,7 @@ def test_the_transformer_leaves_alone_and_in_shards(base: Path, tmp_path: Path) 
     assert all(torch.equal(found[name], trained[name]) for name in trained)
 
 
-def test_the_card_says_what_was_trained_and_which_files_it_speaks_of(base: Path, tmp_path: Path) -> None:
+def test_the_model_card_describes_the_training_and_lists_the_files(base: Path, tmp_path: Path) -> None:
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
     output = converted(write_run(tmp_path / "run", base, trained_weights(base)), tmp_path / "out")
     (base / "README.md").unlink()
@@ -339,7 +343,7 @@ def test_the_card_says_what_was_trained_and_which_files_it_speaks_of(base: Path,
     assert f"| written by | {this_code()} |" in card.text
 
 
-def test_a_universal_checkpoint_has_the_checkpoints_weights(base: Path, tmp_path: Path) -> None:
+def test_a_universal_checkpoint_has_the_weights_of_the_checkpoint(base: Path, tmp_path: Path) -> None:
     trained = {f"transformer.{name}": tensor for name, tensor in trained_weights(base).items()}
     checkpoint = write_run(tmp_path / "run", base, trained_weights(base), stage=3)
     output = converted(checkpoint, tmp_path / "universal", "universal")

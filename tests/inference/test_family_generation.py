@@ -1,4 +1,4 @@
-"""generate_video makes of every family's folder what diffusers' pipeline makes of it by hand."""
+"""Generation for every family: videos equal those of diffusers' pipeline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bpgo_video.randomness import generator_of, keyed_noise
 from tests.families import CASES
 from tests.inference.videos import case_settings, jobs_of, videos
 
-ByHand = Callable[[Any, Tensor, Image.Image], dict[str, Any]]  # (pipeline, noise, picture) -> what its call is given
+ByHand = Callable[[Any, Tensor, Image.Image], dict[str, Any]]  # (pipeline, noise, picture) -> arguments of its call
 
 
 def ltx(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
@@ -57,12 +57,12 @@ def hunyuan15_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[
 
 
 def hunyuan_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
-    whole = torch.cat([torch.full_like(noise[:, :, :1], 7.0), noise], dim=2)  # the image takes the first one's place
+    whole = torch.cat([torch.full_like(noise[:, :, :1], 7.0), noise], dim=2)  # the image replaces the first frame
     return {"latents": whole, "guidance_scale": 4.0, "true_cfg_scale": 2.0, "image": picture}
 
 
 def hunyuan_image_concat(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
-    frames = 4 * (noise.shape[2] - 1) + 1  # with the four that are not shown
+    frames = 4 * (noise.shape[2] - 1) + 1  # including the four dropped frames
     return {"latents": noise, "num_frames": frames, "true_cfg_scale": 2.0, "image": picture}
 
 
@@ -101,9 +101,7 @@ def settings(name: str, folder: Path, tmp_path: Path) -> GenerationSettings:
     return case_settings(CASES[name], folder, tmp_path, num_steps=3, family=None)
 
 
-def test_a_video_is_what_diffusers_makes_by_hand_in_any_batch(
-    name: str, folder: Path, settings: GenerationSettings
-) -> None:
+def test_videos_equal_those_of_diffusers_in_any_batch(name: str, folder: Path, settings: GenerationSettings) -> None:
     case, policy, found = CASES[name], find_model(settings).policy, videos(settings)
     pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(folder)
     for row, text in enumerate(case.texts):
@@ -120,7 +118,7 @@ def test_a_video_is_what_diffusers_makes_by_hand_in_any_batch(
     assert (found[0] - found[1]).abs().max() > 0.01
 
 
-def test_the_manifest_holds_the_familys_own_settings(name: str, settings: GenerationSettings) -> None:
+def test_the_manifest_contains_the_familys_settings(name: str, settings: GenerationSettings) -> None:
     model = find_model(settings)
     call = resolve(settings, model.policy)
     found = describe(settings, model, call, read_records(settings, model.policy.takes_images))
@@ -128,14 +126,14 @@ def test_the_manifest_holds_the_familys_own_settings(name: str, settings: Genera
     assert found["guidance_scale"] == 2.0
 
 
-def test_bfloat16_reaches_the_pixels(name: str, settings: GenerationSettings) -> None:
-    """The VAE is in fp32, or in bf16 where the pipeline hands it latents in that."""
+def test_generation_runs_in_bfloat16(name: str, settings: GenerationSettings) -> None:
+    """The VAE runs in fp32, or in bf16 where the pipeline passes it bf16 latents."""
     halved, jobs = replace(settings, dtype="bfloat16"), jobs_of(settings)[:1]
     found, whole = (videos(one, jobs=jobs) for one in (halved, settings))
     assert 0 < (found - whole).abs().mean() < 0.02
 
 
-def test_a_familys_setting_is_refused_where_another_is_loaded(settings: GenerationSettings, name: str) -> None:
+def test_a_setting_of_another_family_is_refused(settings: GenerationSettings, name: str) -> None:
     foreign = {"embedded_guidance": None, "decode_timestep": None, "decode_noise_scale": None}
     key = "decode_timestep" if name.startswith("hunyuan") else "embedded_guidance"
     with pytest.raises(ConfigError, match=rf"policy.{key} is 0.5, but .* knows (\[|no such)"):

@@ -1,4 +1,4 @@
-"""Generation is diffusers' own pipeline on keyed noise: alone, in a batch or by hand the same video; nothing twice."""
+"""Generation: diffusers' pipeline on keyed noise; videos do not depend on the batch, and finished ones are kept."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_video_is_the_same_alone_and_in_a_batch(settings: GenerationSettings) 
     assert (together[0] - together[2]).abs().max() > 0.01, "two prompts must differ"
 
 
-def test_a_video_is_what_diffusers_makes_by_hand(settings: GenerationSettings) -> None:
+def test_a_video_equals_that_of_diffusers(settings: GenerationSettings) -> None:
     found = videos(settings, jobs=jobs_of(settings)[3:4])
     pipeline = WanPipeline.from_pretrained(settings.policy)
     noise = keyed_noise(LATENTS, [(5, "generation", prompt_id(TEXTS[1]), 1)], "cpu")
@@ -74,7 +74,7 @@ def test_a_video_is_what_diffusers_makes_by_hand(settings: GenerationSettings) -
     assert torch.equal(found, expected)
 
 
-def test_a_prompts_own_negative_prompt_wins(settings: GenerationSettings) -> None:
+def test_the_negative_prompt_of_a_prompt_takes_precedence(settings: GenerationSettings) -> None:
     (first, second, *_), pipeline = jobs_of(settings), pipeline_of(settings)
 
     def made(jobs: list[Job], negative: str) -> torch.Tensor:
@@ -87,7 +87,7 @@ def test_a_prompts_own_negative_prompt_wins(settings: GenerationSettings) -> Non
         assert (made([job], "")[0] - video).abs().max() > 1e-4
 
 
-def test_noise_depends_on_seed_prompt_and_sample_and_on_nothing_else(settings: GenerationSettings) -> None:
+def test_noise_depends_only_on_seed_prompt_and_sample(settings: GenerationSettings) -> None:
     noise = initial_latents(jobs_of(settings), LATENTS)
     assert len({tuple(row.flatten()[:4].tolist()) for row in noise}) == 6
     other_seed = initial_latents(jobs_of(replace(settings, seed=6)), LATENTS)
@@ -97,7 +97,7 @@ def test_noise_depends_on_seed_prompt_and_sample_and_on_nothing_else(settings: G
     assert torch.equal(reordered.flip(0), noise[::2])
 
 
-def test_the_manifest_says_what_each_file_is_and_finished_videos_are_kept(
+def test_the_manifest_describes_each_file_and_finished_videos_are_kept(
     settings: GenerationSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = json.loads(generate(settings).read_text())
@@ -121,11 +121,11 @@ def test_the_manifest_says_what_each_file_is_and_finished_videos_are_kept(
         expected, _ = read_video(settings.output / name)
         (settings.output / "old.mp4").write_bytes(before[name])
         assert (read_video(settings.output / "old.mp4")[0] - expected).abs().mean() < 1e-3
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("there is nothing left to make"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("all videos exist"))
     generate(settings)
 
 
-def test_an_interrupted_generation_lists_only_what_is_there(
+def test_the_manifest_of_an_interrupted_generation_lists_only_existing_files(
     settings: GenerationSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
@@ -141,7 +141,7 @@ def test_an_interrupted_generation_lists_only_what_is_there(
 def test_other_settings_in_the_same_folder_are_an_error(
     settings: GenerationSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("no model may be loaded"))
     monkeypatch.setattr(generation, "whole_video", lambda *_: torch.zeros(9, 3, 64, 64))
     monkeypatch.setattr(generation, "check_and_show", lambda *_: [])
     generate(settings)
@@ -170,11 +170,11 @@ def test_other_settings_in_the_same_folder_are_an_error(
         ("prompts", "none.txt", "none.txt does not exist"),
     ],
 )
-def test_wrong_settings_are_named_before_any_weights_are_loaded(
+def test_invalid_settings_are_named_before_any_weights_are_loaded(
     settings: GenerationSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     name: str, value: object, words: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("no model may be loaded"))
     assert main(flags(settings, **{name: value})) == 1
     assert words in capsys.readouterr().err
     assert not settings.output.exists()
@@ -189,7 +189,7 @@ def test_wrong_settings_are_named_before_any_weights_are_loaded(
         ("--family LTXPipeline", "policy.family is 'LTXPipeline', but"),
     ],
 )
-def test_a_wrong_flag_is_told_in_the_words_of_recipes(
+def test_an_invalid_flag_gives_the_message_of_recipes(
     settings: GenerationSettings, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
     assert main([*flags(settings, num_frames=None), *words.split()]) == 2
@@ -205,7 +205,7 @@ def test_an_empty_prompt_file_is_named(settings: GenerationSettings, capsys: pyt
     assert f"there are no prompts in {settings.prompts}" in capsys.readouterr().err
 
 
-def test_what_is_not_said_is_diffusers_own_default(settings: GenerationSettings) -> None:
+def test_omitted_settings_are_diffusers_defaults(settings: GenerationSettings) -> None:
     unsaid = dict.fromkeys(("num_steps", "guidance_scale", "num_frames", "height", "width"))
     call = call_of(replace(settings, **unsaid))
     assert call.given() == {
@@ -215,8 +215,8 @@ def test_what_is_not_said_is_diffusers_own_default(settings: GenerationSettings)
     assert call_of(replace(settings, max_sequence_length=8)).max_sequence_length == 8
 
 
-def test_adapters_are_loaded_on_top(settings: GenerationSettings, tmp_path: Path) -> None:
-    """A LoRA file generates what the same adapters, put on the transformer by hand, do."""
+def test_adapters_are_loaded_onto_the_base_model(settings: GenerationSettings, tmp_path: Path) -> None:
+    """A LoRA file generates the same videos as the same adapters added to the transformer directly."""
     base = WanPipeline.from_pretrained(settings.policy)
     add_lora(base.transformer, LoraConfig(rank=2, alpha=2), seed=0)
     for name, parameter in base.transformer.named_parameters():

@@ -1,4 +1,4 @@
-"""Generation in tiles, in slices, by another backend or offloaded makes the same videos, or is refused by name."""
+"""Memory options of generation (tiling, slicing, attention backends, offloading): unchanged videos, or named errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.made.written_runs import write_run
 
 
 def written(name: str, root: Path) -> GenerationSettings:
-    """A generation with the family's folder, which is written."""
+    """Write the family's folder; return the settings of a generation with it."""
     CASES[name].write(root / "pipeline")
     return case_settings(CASES[name], root / "pipeline", root)
 
@@ -41,14 +41,14 @@ def plain(wan: GenerationSettings) -> Tensor:
     return videos(wan)
 
 
-def test_below_a_tiles_size_tiles_change_no_bit(wan: GenerationSettings, plain: Tensor) -> None:
+def test_tiling_is_bit_exact_below_the_tile_size(wan: GenerationSettings, plain: Tensor) -> None:
     tiled = replace(wan, vae_tiling=True)
     assert pipeline_of(tiled).vae.use_tiling
     assert torch.equal(videos(tiled), plain)
 
 
-def test_tiles_are_what_diffusers_decodes_with(wan: GenerationSettings, plain: Tensor) -> None:
-    """Above a tile's size pixels differ where tiles meet: generation hands them to diffusers' own tiling."""
+def test_tiling_equals_that_of_diffusers(wan: GenerationSettings, plain: Tensor) -> None:
+    """Above the tile size, pixels differ at tile borders because diffusers' tiling decodes them."""
     tiled = replace(wan, vae_tiling=True)
     pipeline = pipeline_of(tiled)
     size = {"tile_sample_min_height": 32, "tile_sample_min_width": 32}
@@ -58,7 +58,7 @@ def test_tiles_are_what_diffusers_decodes_with(wan: GenerationSettings, plain: T
     assert 0 < difference.mean() < 0.1
 
 
-def test_slices_are_the_batch(wan: GenerationSettings, plain: Tensor) -> None:
+def test_slicing_equals_the_batch(wan: GenerationSettings, plain: Tensor) -> None:
     sliced = replace(wan, vae_slicing=True)
     pipeline = pipeline_of(sliced)
     rows: list[int] = []
@@ -68,14 +68,14 @@ def test_slices_are_the_batch(wan: GenerationSettings, plain: Tensor) -> None:
     assert rows == [1, 1]
 
 
-def test_another_backend_attends_alike(wan: GenerationSettings, plain: Tensor) -> None:
+def test_another_attention_backend_gives_the_same_video(wan: GenerationSettings, plain: Tensor) -> None:
     changed = replace(wan, attention_backend="_native_math")
     pipeline = pipeline_of(changed)
     assert pipeline.transformer.blocks[0].attn1.processor._attention_backend == "_native_math"
     torch.testing.assert_close(videos(changed, pipeline), plain, rtol=0, atol=1e-4)
 
 
-def test_attention_that_diffusers_wrote_in_goes_through_its_dispatcher(tmp_path: Path) -> None:
+def test_attention_hard_coded_in_diffusers_uses_the_dispatcher(tmp_path: Path) -> None:
     settings = written("cogvideox", tmp_path)
     changed = replace(settings, attention_backend="_native_math")
     pipeline = pipeline_of(changed)
@@ -84,10 +84,10 @@ def test_attention_that_diffusers_wrote_in_goes_through_its_dispatcher(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["wan", "ltx_image", "kandinsky5_image", "hunyuan"])
-def test_what_is_offloaded_makes_the_same_videos(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU stands in for the GPU, so that accelerate moves networks and layers with its hooks."""
+def test_offloading_gives_the_same_videos(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU replaces the GPU; accelerate still moves networks and layers with its hooks."""
     by_layer = accelerate.cpu_offload
-    monkeypatch.setattr(  # accelerate takes cpu:0, which it receives, for another device than cpu
+    monkeypatch.setattr(  # accelerate treats cpu:0 as a device other than cpu
         accelerate, "cpu_offload", lambda model, _, **options: by_layer(model, CPU, **options)
     )
     settings = written(name, tmp_path)
@@ -103,7 +103,7 @@ def test_what_is_offloaded_makes_the_same_videos(name: str, tmp_path: Path, monk
 def test_offload_needs_a_gpu(
     wan: GenerationSettings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("no model may be loaded"))
     flags = ["--policy", wan.policy, "--prompts", str(wan.prompts), "--output", str(wan.output), "--seed", "5"]
     size = ["--num-frames", "9", "--height", "64", "--width", "64"]
     monkeypatch.setattr(generation, "ALONE", replace(generation.ALONE, device=CPU))
@@ -116,25 +116,25 @@ def test_offload_needs_a_gpu(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Its recipe decodes in tiles and slices and names a backend."""
+    """A run whose recipe enables tiling and slicing and names a backend."""
     base = random_wan(tmp_path / "wan")
     policy = {"folder": str(base), "vae_tiling": True, "vae_slicing": True, "attention_backend": "_native_math"}
     recipe = small_recipe(tmp_path / "run", tmp_path / "shards", policy=policy)
     return write_run(base, tmp_path / "run", LoraConfig(), recipe)
 
 
-def test_a_runs_own_settings_hold_where_nothing_is_said(wan: GenerationSettings, run: Path) -> None:
+def test_omitted_settings_come_from_the_run(wan: GenerationSettings, run: Path) -> None:
     from_run = replace(wan, policy=str(run), num_frames=None, height=None, width=None, fps=None)
     found = find_model(from_run).complete(from_run)
     assert (found.vae_tiling, found.vae_slicing, found.attention_backend) == (True, True, "_native_math")
     assert (found.num_frames, found.height, found.width, found.fps) == (9, 64, 64, 8)
-    said = replace(from_run, vae_tiling=False, attention_backend="native")
-    found = find_model(said).complete(said)
+    explicit = replace(from_run, vae_tiling=False, attention_backend="native")
+    found = find_model(explicit).complete(explicit)
     assert (found.vae_tiling, found.vae_slicing, found.attention_backend) == (False, True, "native")
     assert find_model(wan).complete(wan) == wan
 
 
-def test_the_manifest_holds_what_pixels_depend_on(wan: GenerationSettings) -> None:
+def test_the_manifest_contains_settings_that_affect_pixels(wan: GenerationSettings) -> None:
     def described(**changes: object) -> dict[str, Any]:
         settings = replace(wan, **changes)
         model = find_model(settings)
@@ -148,7 +148,7 @@ def test_the_manifest_holds_what_pixels_depend_on(wan: GenerationSettings) -> No
     }  # fmt: skip
 
 
-def test_what_a_model_cannot_do_is_named_by_the_flag(wan: GenerationSettings) -> None:
+def test_an_unsupported_option_is_named_by_its_flag(wan: GenerationSettings) -> None:
     model = find_model(wan)
     pipeline = pipeline_of(wan)
     with pytest.raises(GenerationError, match=r"^attention_backend 'flash' cannot be used here: .*`native` needs"):

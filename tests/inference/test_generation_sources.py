@@ -1,4 +1,4 @@
-"""Videos come from checkpoints and shards as from exports and files, with any solver, and are checked at the end."""
+"""Generation from checkpoints, exports and prompt shards, with any solver, and verification of its videos."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def first_video(settings: GenerationSettings) -> torch.Tensor:
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("named", ["run", "checkpoint"])
-def test_a_checkpoint_makes_its_exports_video(
+def test_a_checkpoint_generates_the_video_of_its_export(
     base: Path, settings: GenerationSettings, tmp_path: Path, lora: LoraConfig, named: str
 ) -> None:
     run_dir = write_run(base, tmp_path / "run", lora)
@@ -66,7 +66,7 @@ def test_a_checkpoint_makes_its_exports_video(
     assert (found - first_video(settings)).abs().max() > 1e-3
 
 
-def test_a_checkpoints_average_makes_its_exports_video(
+def test_the_average_of_a_checkpoint_generates_the_video_of_its_export(
     base: Path, settings: GenerationSettings, tmp_path: Path
 ) -> None:
     run_dir = write_run(base, tmp_path / "run", LoraConfig())
@@ -83,10 +83,10 @@ def test_a_checkpoints_average_makes_its_exports_video(
         find_model(replace(settings, weights="ema"))
 
 
-def test_a_checkpoint_is_part_of_what_the_videos_depend_on(
+def test_the_checkpoint_is_part_of_the_generation_settings(
     base: Path, settings: GenerationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And its recipe's video is made where no size is given."""
+    """Without a given size, the videos have the size of the run's recipe."""
     run_dir = write_run(base, tmp_path / "run", LORA)
     from_run = replace(settings, policy=str(run_dir), num_frames=None, height=None, width=None, fps=None)
     monkeypatch.setattr(generation, "make", lambda *_: None)
@@ -100,7 +100,7 @@ def test_a_checkpoint_is_part_of_what_the_videos_depend_on(
         generate(settings)
 
 
-def test_prompts_come_from_shards(base: Path, settings: GenerationSettings, tmp_path: Path) -> None:
+def test_prompts_can_come_from_shards(base: Path, settings: GenerationSettings, tmp_path: Path) -> None:
     lines = tmp_path / "prompts.jsonl"
     splits = ("train", "heldout", "heldout")
     negatives = ({}, {"negative_prompt": ""}, {"negative_prompt": "dark"})
@@ -119,7 +119,7 @@ def test_prompts_come_from_shards(base: Path, settings: GenerationSettings, tmp_
         read_records(replace(settings, split="heldout"))
 
 
-def test_another_solver_is_diffusers_own(settings: GenerationSettings, base: Path) -> None:
+def test_another_solver_equals_that_of_diffusers(settings: GenerationSettings, base: Path) -> None:
     found = first_video(replace(settings, scheduler="euler", flow_shift=7.0, num_steps=4))
     pipeline = WanPipeline.from_pretrained(base)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
@@ -128,13 +128,13 @@ def test_another_solver_is_diffusers_own(settings: GenerationSettings, base: Pat
 
 
 @pytest.mark.parametrize("name", ["unipc", "dpm", "euler"])
-def test_every_solver_ends_at_the_same_video_where_steps_are_many(settings: GenerationSettings, name: Any) -> None:
+def test_all_solvers_converge_to_the_same_video(settings: GenerationSettings, name: Any) -> None:
     reference = first_video(replace(settings, scheduler="euler", num_steps=200))
     found = first_video(replace(settings, scheduler=name, num_steps=60))
     assert (found - reference).abs().mean() < 0.01
 
 
-def test_a_shift_needs_a_solver(settings: GenerationSettings) -> None:
+def test_a_shift_requires_a_solver(settings: GenerationSettings) -> None:
     with pytest.raises(GenerationError, match="flow_shift is 5"):
         first_video(replace(settings, flow_shift=5.0))
 
@@ -147,7 +147,7 @@ def test_a_contact_sheet_shows_every_sample_of_a_prompt(settings: GenerationSett
         assert sheet.size == (5 * (64 + 2) - 2, 2 * (64 + 2) - 2)
 
 
-def test_a_video_that_is_damaged_after_it_was_written_is_found(
+def test_a_video_damaged_after_writing_is_detected(
     settings: GenerationSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut(path: Path, frames: torch.Tensor, fps: float) -> None:
@@ -162,16 +162,14 @@ def test_a_video_that_is_damaged_after_it_was_written_is_found(
     assert len(json.loads(generate(settings).read_text())["videos"]) == 6
 
 
-def test_the_base_model_is_not_changed(base: Path, settings: GenerationSettings, tmp_path: Path) -> None:
+def test_the_base_model_is_unchanged(base: Path, settings: GenerationSettings, tmp_path: Path) -> None:
     file = base / "transformer" / "diffusion_pytorch_model.safetensors"
     before = {name: tensor.clone() for name, tensor in load_file(file).items()}
     first_video(replace(settings, policy=str(write_run(base, tmp_path / "run", LoraConfig()))))
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(file).items())
 
 
-def test_an_image_to_video_pipeline_continues_the_images_of_its_prompts(
-    settings: GenerationSettings, tmp_path: Path
-) -> None:
+def test_image_to_video_starts_from_the_images_of_the_prompts(settings: GenerationSettings, tmp_path: Path) -> None:
     folder = random_wan(tmp_path / "wan", images=True, image_encoder=True)
     own = replace(settings, policy=str(folder), samples_per_prompt=1, num_steps=2)
     with pytest.raises(GenerationError, match="makes videos of images, but prompt 'a red circle moving left' has none"):

@@ -1,4 +1,4 @@
-"""Videos of Wan 2.2 are its pipelines' own, with a guidance and adapters for each of two experts."""
+"""Generation with Wan 2.2: videos equal those of its pipelines, with guidance and adapters for both experts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = ("transformer", "transformer_2")
 
 
 def settings_of(case: Case, tmp_path: Path) -> GenerationSettings:
-    """One video of one prompt with its image."""
+    """Settings for one video of one prompt with an image."""
     Image.new("RGB", (case.video.width, case.video.height), (200, 90, 10)).save(tmp_path / "image.png")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": TEXT, "image": "image.png"}) + "\n")
@@ -44,13 +44,13 @@ def settings_of(case: Case, tmp_path: Path) -> GenerationSettings:
 
 
 @pytest.mark.parametrize("name", ["wan22", "wan22_image", "wan22_ti2v", "wan22_ti2v_image"])
-def test_a_video_is_what_diffusers_makes_by_hand(name: str, tmp_path: Path) -> None:
+def test_videos_of_both_experts_equal_those_of_diffusers(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     settings = settings_of(case, tmp_path)
     found, policy = videos(settings), find_model(settings).policy
     noise = keyed_noise(policy.latent_shape(case.video), [(5, "generation", prompt_id(TEXT), 0)], "cpu")
     if policy.given_frames:
-        noise = torch.cat([torch.randn(1, 4, 1, 6, 6), noise], dim=2)  # the pipeline has no use for it
+        noise = torch.cat([torch.randn(1, 4, 1, 6, 6), noise], dim=2)  # the pipeline does not use it
     own: dict[str, Any] = {"image": Image.open(tmp_path / "image.png")} if policy.takes_images else {}
     own |= {"guidance_scale_2": 2.0} if case.guidance_scale_2 else {}
     expected = getattr(diffusers, policy.pipeline_name).from_pretrained(settings.policy)(
@@ -60,7 +60,7 @@ def test_a_video_is_what_diffusers_makes_by_hand(name: str, tmp_path: Path) -> N
     assert torch.equal(found, expected)
 
 
-def test_files_and_manifest_of_an_image_to_video_policy(tmp_path: Path) -> None:
+def test_an_image_to_video_policy_writes_files_and_manifest(tmp_path: Path) -> None:
     settings = replace(settings_of(CASES["wan22_ti2v_image"], tmp_path), num_steps=1)
     content = json.loads(generate(settings).read_text())
     assert content["complete"]
@@ -76,14 +76,14 @@ def test_files_and_manifest_of_an_image_to_video_policy(tmp_path: Path) -> None:
         ("wan22", {"lora_2": Path("a.safetensors")}, "'a.safetensors' is not a .safetensors file that exists"),
     ],
 )
-def test_what_is_not_for_the_policy_is_named(case: str, change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_unsupported_settings_are_named(case: str, change: dict[str, Any], words: str, tmp_path: Path) -> None:
     settings = replace(settings_of(CASES[case], tmp_path), **change)
     with pytest.raises(GenerationError, match=words):
         resolve(settings, find_model(settings).policy)
 
 
 def adapted_run(settings: GenerationSettings, run_dir: Path, trained: tuple[str, ...]) -> tuple[Path, Any]:
-    """A run that trained adapters of these transformers, and the whole pipeline with them, put there by hand."""
+    """A run that trained adapters of these transformers, and the pipeline with the same adapters added directly."""
     pipeline = pipeline_of(settings)
     generator, adapters = torch.Generator().manual_seed(7), {}
     for name in trained:
@@ -102,7 +102,7 @@ def adapted_run(settings: GenerationSettings, run_dir: Path, trained: tuple[str,
 
 @pytest.mark.parametrize("form", ["lora", "comfyui"])
 @pytest.mark.parametrize(("case", "trained"), [("wan22", NAMES), ("wan22_image", NAMES), ("wan22", NAMES[1:])])
-def test_a_file_of_adapters_for_each_trained_expert(
+def test_each_trained_expert_gets_an_adapter_file(
     case: str, trained: tuple[str, ...], form: str, tmp_path: Path
 ) -> None:
     settings = settings_of(CASES[case], tmp_path)

@@ -1,4 +1,4 @@
-"""Generations of test families: settings with prompts and images, and their videos without files."""
+"""Settings for generations of test families with prompts and images, and their videos in memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pipeline_of(settings: GenerationSettings) -> Any:
 
 
 def videos(settings: GenerationSettings, pipeline: Any = None, jobs: list[Job] | None = None) -> Tensor:
-    """The videos of all jobs, or of these, by the settings' pipeline or another."""
+    """Videos of all jobs or of the given ones, by the settings' pipeline or the given one."""
     policy = find_model(settings).policy
     pipeline, jobs = pipeline or pipeline_of(settings), jobs_of(settings) if jobs is None else jobs
     return sample(pipeline, policy, jobs, settings, resolve(settings, policy))

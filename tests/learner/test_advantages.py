@@ -1,4 +1,4 @@
-"""Advantages: numbers by hand, exactly 0 in groups of equal rewards, independent of the order of samples."""
+"""Advantages: values computed by hand, exact zeros for equal rewards, and invariance to the order of samples."""
 
 import math
 import statistics
@@ -29,7 +29,7 @@ TWO_GROUPS = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 1.0, 0.0, 1.0]], dtype=to
 DEVIATIONS = [[-2.0, -1.0, 0.0, 3.0], [-0.5, 0.5, -0.5, 0.5]]  # from the means 3 and .5
 
 
-def test_group_relative_by_hand():
+def test_group_relative_advantages_equal_values_computed_by_hand():
     # {1, 2, 3, 6}: mean 3, deviations -2 -1 0 3, squares 4 1 0 9 = 14, std (ddof 1) sqrt(14/3) = 2.1602469
     std = math.sqrt(14 / 3) + 1e-6
     expected = torch.tensor([[-2 / std, -1 / std, 0.0, 3 / std]], dtype=torch.float64)
@@ -63,12 +63,12 @@ def test_flat_groups_are_exactly_zero_by_every_norm(normalise, value):
         (mean_subtracted, 1.0),
     ],
 )
-def test_one_spread_for_all_groups_by_hand(norm, spread):
+def test_a_common_std_for_all_groups_equals_values_computed_by_hand(norm, spread):
     expected = torch.tensor(DEVIATIONS, dtype=torch.float64) / spread
     torch.testing.assert_close(norm(TWO_GROUPS), expected, rtol=0, atol=1e-15)
 
 
-def test_win_rates_by_hand_depend_on_the_order_alone():
+def test_win_rates_depend_only_on_the_order():
     rewards = torch.tensor([[1.0, 5.0, 5.0, 900.0], [0.3, 0.2, 0.1, 0.0]])
     expected = torch.tensor([[0, 1.5 / 3, 1.5 / 3, 1], [1, 2 / 3, 1 / 3, 0]])
     torch.testing.assert_close(win_rates(rewards), expected)
@@ -76,9 +76,9 @@ def test_win_rates_by_hand_depend_on_the_order_alone():
     torch.testing.assert_close(win_rate_relative(rewards), group_relative(win_rates(rewards)))
 
 
-@settings(deadline=None)  # a first call into torch may take long
+@settings(deadline=None)  # the first call into torch may be slow
 @given(st.integers(0, 2**31), st.sampled_from([1.0, 1e6]), st.floats(-10, 10), st.sampled_from(sorted(NORMALISERS)))
-def test_all_norms_but_none_are_independent_of_unit_and_offset(seed, unit, shift, normalise):
+def test_all_norms_except_none_are_invariant_to_scale_and_offset(seed, unit, shift, normalise):
     rewards = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     moved, expected = NORMALISERS[normalise]((rewards + shift) * unit), NORMALISERS[normalise](rewards)
     expected = expected * unit if normalise == "none" else expected
@@ -91,7 +91,7 @@ def test_every_norm_is_finite_on_any_scale(normalise, unit):
     assert NORMALISERS[normalise](unit * torch.randn(3, 8)).isfinite().all()
 
 
-def test_best_and_worst_by_hand():
+def test_best_and_worst_equal_values_computed_by_hand():
     advantage = torch.tensor([[0.5, -1.0, 2.0, 0.0, -2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     assert best_and_worst(advantage, 1).tolist() == [
         [False, False, True, False, True],
@@ -102,7 +102,7 @@ def test_best_and_worst_by_hand():
         best_and_worst(advantage, 3)
 
 
-def test_loss_scale_averages_over_the_samples_that_count():
+def test_the_loss_scale_averages_over_the_selected_samples():
     flat = torch.tensor([True, False, False, True, True])
     assert loss_scale(AdvantageConfig(), flat, 8) == 1
     assert loss_scale(AdvantageConfig(drop_zero_std=True), flat, 8) == 5 / 2
@@ -110,7 +110,7 @@ def test_loss_scale_averages_over_the_samples_that_count():
     assert loss_scale(AdvantageConfig(drop_zero_std=True, best_of=2), flat, 12) == 5 / 2 * 3
 
 
-def test_gdpo_by_hand():
+def test_gdpo_equals_values_computed_by_hand():
     # A of each: (-1, 1)/sqrt(2); the sum 2 A + A' over {(0, 1), (5, 9)} and {(3, 1), (2, 2)}
     first, second = torch.tensor([[0.0, 1.0], [5.0, 9.0]]).double(), torch.tensor([[3.0, 1.0], [2.0, 2.0]]).double()
     sums = [value / math.sqrt(2) for value in (-1, 1, -2, 2)]
@@ -139,7 +139,7 @@ def test_permuting_samples_or_prompts_permutes_advantages(seed, prompts, group, 
         torch.testing.assert_close(best_and_worst(permuted, 2), best_and_worst(norm(rewards), 2)[rows][:, columns])
 
 
-def test_dtype_is_fp32_at_least():
+def test_the_dtype_is_at_least_fp32():
     rewards = torch.randn(2, 4, dtype=torch.float64)
     assert group_relative(rewards).dtype == torch.float64
     assert group_relative(rewards.bfloat16()).dtype == torch.float32
@@ -150,7 +150,7 @@ def test_a_group_of_one_is_refused():
         group_relative(torch.ones(3, 1))
 
 
-def test_several_rewards_are_summed_by_weight_and_one_reward_of_weight_one_is_untouched():
+def test_rewards_are_summed_by_weight_and_a_single_reward_of_weight_one_is_unchanged():
     first, second = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, -0.5]])
     assert torch.equal(weighted_sum({"a": first, "b": second}, {"b": 4.0, "a": 2.0}), torch.tensor([[4.0, -4.0]]))
     rewards = torch.randn(3, 7)
@@ -159,7 +159,7 @@ def test_several_rewards_are_summed_by_weight_and_one_reward_of_weight_one_is_un
         weighted_sum({"a": first}, {"b": 1.0})
 
 
-def test_clip_with_one_limit_or_one_per_prompt():
+def test_clipping_takes_one_limit_or_one_per_prompt():
     advantage = torch.tensor([[-3.0, 1.0], [3.0, -1.0]])
     assert clip_advantages(advantage, 2.0).tolist() == [[-2.0, 1.0], [2.0, -1.0]]
     assert clip_advantages(advantage, torch.tensor([[2.0], [0.5]])).tolist() == [[-2.0, 1.0], [0.5, -0.5]]
@@ -167,6 +167,6 @@ def test_clip_with_one_limit_or_one_per_prompt():
         clip_advantages(advantage, 0.0)
 
 
-def test_groups_without_signal():
+def test_groups_without_signal_are_detected():
     rewards = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.1, 0.2], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
     assert equal_groups(rewards).tolist() == [True, False, True, False]

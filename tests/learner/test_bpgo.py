@@ -1,4 +1,4 @@
-"""Trust and transformation: numbers by hand, reduction to GRPO, invariances, and errors that name the reward."""
+"""BPGO trust and transformation: values by hand, reduction to GRPO, invariances, and errors that name the reward."""
 
 import math
 import statistics
@@ -44,7 +44,7 @@ def random_rewards(seed, prompts=4, group=6):
     return rewards, torch.randn(prompts, generator=rng, dtype=torch.float64), rng
 
 
-def test_trust_by_hand():
+def test_trust_equals_values_computed_by_hand():
     # 2 sigmoid(x) - 1 = tanh(x/2). Standardised: mean u = (3 - 2)/2 = .5, k u = 1; verbatim: mean R - prior = 1
     assert reliability_adaptive_scaling(REWARDS, PRIOR, 2.0, 0.5, 2.0).item() == pytest.approx(1.2310585786300049)
     assert reliability_adaptive_scaling(REWARDS, PRIOR, 2.0, 0.5, 1.0).item() == pytest.approx(1.1224593312018546)
@@ -59,23 +59,23 @@ def test_trust_stays_within_its_range_and_is_one_at_the_prior():
     assert trust.tolist() == [0.5, 1.0, 1.5]
 
 
-def test_standardised_transformation_by_hand():
+def test_standardised_transformation_equals_values_computed_by_hand():
     # u = (R - 2)/2 = -.5, 0, .5, 2; (u + 1{u > 0}) exp(u)
     expected = [-0.5 * math.exp(-0.5), 0.0, 1.5 * math.exp(0.5), 3 * math.exp(2)]
     assert contrastive_reward_transformation(REWARDS, PRIOR, 2.0, 1.0)[0].tolist() == pytest.approx(expected)
-    # the exponent is held in [-1, 3]: u = -4 and 5 give (.7 * -4) exp(-1) and (.7 * 5 + 1) exp(3)
+    # the exponent is clamped to [-1, 3]: u = -4 and 5 give (.7 * -4) exp(-1) and (.7 * 5 + 1) exp(3)
     far = torch.tensor([[-6.0, 12.0]], dtype=torch.float64)
     expected = [-2.8 * math.exp(-1), 4.5 * math.exp(3)]
     assert contrastive_reward_transformation(far, PRIOR, 2.0, 0.7)[0].tolist() == pytest.approx(expected)
 
 
-def test_verbatim_transformation_by_hand():
+def test_verbatim_transformation_equals_values_computed_by_hand():
     # R - 2 = -1, 0, 1, 4; (2 (R - 2) + 1{R > 2}) exp(R) = -2 e, 0, 3 e^3, 9 e^6
     expected = [-2 * math.e, 0.0, 3 * math.exp(3), 9 * math.exp(6)]
     assert contrastive_reward_transformation(REWARDS, PRIOR, None, 2.0)[0].tolist() == pytest.approx(expected)
 
 
-def test_released_form_by_hand():
+def test_released_form_equals_values_computed_by_hand():
     # v = 1/(4/(14/3) + 1/1) = 7/13, m = v (4 * 3/(14/3) + 2) = (7/13)(18/7 + 2) = 32/13, z = (6/13)/sqrt(7/13) = .62897
     z = (6 / 13) / math.sqrt(7 / 13)
     trust = 0.5 + 0.5 * (1 + math.erf(z / math.sqrt(2)))
@@ -98,9 +98,9 @@ def test_standardised_transformation_is_strictly_increasing(contrast):
     assert (transformed.diff() > 0).all()
 
 
-@settings(deadline=None)  # a first call into torch may take long
+@settings(deadline=None)  # the first call into torch may be slow
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=8), st.sampled_from([1e-3, 1.0, 1e3]))
-def test_standardised_transformation_never_reverses_any_rewards(values, scale):
+def test_standardised_transformation_never_reverses_the_order_of_rewards(values, scale):
     rewards = torch.tensor([[*values, -scale, -scale * (1 - 1e-7), -scale * (1 + 1e-7)]])
     transformed = contrastive_reward_transformation(rewards, torch.zeros(1), scale, 1.0)
     assert transformed.isfinite().all()
@@ -135,7 +135,7 @@ def test_alpha_and_zeta_zero_are_grpo_bit_for_bit_without_anchors():
 
 
 @pytest.mark.parametrize("form", ["paper", "released"])
-def test_assembly_by_hand(form):
+def test_combined_advantages_equal_values_computed_by_hand(form):
     settings = BPGOConfig(form=form, alpha=0.5, contrast=2.0, zeta=0.5)
     result = one_reward(REWARDS, [2.0], settings, scale=2.0)
     if form == "paper":
@@ -143,9 +143,7 @@ def test_assembly_by_hand(form):
         transformed = [-math.exp(-0.5), 0.0, 2 * math.exp(0.5), 5 * math.exp(2)]  # (2 u + 1{u > 0}) exp(u)
     else:
         trust = released_trust(REWARDS, PRIOR, 2.0, 0.5, 1.0).item()
-        transformed = released_transformation(REWARDS, PRIOR, 2.0, 2.0)[
-            0
-        ].tolist()  # of raw rewards, whatever the scale
+        transformed = released_transformation(REWARDS, PRIOR, 2.0, 2.0)[0].tolist()  # of raw rewards, for any scale
     mean, std = statistics.mean(transformed), statistics.stdev(transformed)
     contrastive = torch.tensor([(value - mean) / (std + 1e-6) for value in transformed], dtype=torch.float64)
     torch.testing.assert_close(result.advantage, group_relative(REWARDS))
@@ -168,7 +166,7 @@ def test_each_half_can_be_used_alone():
     assert torch.equal(crt.contrastive, both.contrastive)
 
 
-def test_centred_trust_by_hand_redistributes_between_groups():
+def test_centred_trust_redistributes_between_groups():
     rewards = torch.tensor([[1.0, 3.0], [4.0, 6.0], [6.0, 8.0]], dtype=torch.float64)  # mean u = (2, 5, 7) - 1
     prior = torch.ones(3, dtype=torch.float64)
     centred = reliability_adaptive_scaling(rewards, prior, 1.0, 0.5, 0.3, centre=True)
@@ -183,7 +181,7 @@ def test_centred_trust_by_hand_redistributes_between_groups():
 
 
 @pytest.mark.parametrize("trust", ["sigmoid", "posterior"])
-def test_a_lone_group_or_equal_groups_have_centred_trust_one(trust):
+def test_a_single_group_or_equal_groups_have_centred_trust_one(trust):
     rewards, _, _ = random_rewards(6)
     settings = BPGOConfig(trust=trust, ras_center="batch_mean")
     assert one_reward(rewards[:1], [-3.0], settings).trust.tolist() == [1.0]
@@ -192,7 +190,7 @@ def test_a_lone_group_or_equal_groups_have_centred_trust_one(trust):
 
 
 @pytest.mark.parametrize("form", ["paper", "released"])
-def test_each_form_takes_any_trust_and_has_its_own(form):
+def test_each_form_accepts_any_trust_and_has_a_default(form):
     rewards, prior, _ = random_rewards(7)
     found = {t: one_reward(rewards, prior, BPGOConfig(form=form, trust=t)) for t in ("sigmoid", "posterior", "none")}
     torch.testing.assert_close(found["sigmoid"].trust, reliability_adaptive_scaling(rewards, prior, 1.0, 0.5, 1.0))
@@ -206,7 +204,7 @@ def test_each_form_takes_any_trust_and_has_its_own(form):
 def test_icc_trust_needs_two_scorings_and_no_anchor():
     settings = BPGOConfig(trust="reliability", zeta=0.0)
     rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 1.0, 2.0, 3.0]])
-    second = torch.tensor([[2.0, 3.0, 4.0, 7.0], [3.0, 2.0, 1.0, 0.0]])  # the same but for a shift; the reverse
+    second = torch.tensor([[2.0, 3.0, 4.0, 7.0], [3.0, 2.0, 1.0, 0.0]])  # equal up to a shift; reversed
     icc = {"clip": group_icc(torch.stack([rewards, second], dim=2))}
     result = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, icc=icc)
     assert result.trust.tolist() == pytest.approx([1.5, 0.5])
@@ -225,7 +223,7 @@ def test_anchors_are_in_the_metrics():
     assert (metrics["prior/mean/clip"].item(), metrics["prior/scale/clip"].item()) == pytest.approx((2.5, 0.3))
 
 
-def test_trust_on_the_second_surrogate_only_with_ras_on_crt():
+def test_trust_scales_the_second_surrogate_only_with_ras_on_crt():
     rewards, prior, _ = random_rewards(3)
     plain, weighed = (one_reward(rewards, prior, BPGOConfig(ras_on_crt=flag)) for flag in (False, True))
     assert torch.equal(weighed.contrastive, plain.trust[:, None] * plain.contrastive)
@@ -350,7 +348,7 @@ def test_equal_rewards_give_exactly_zero_advantages(group, form, standardise):
     assert result.metrics["rms_ratio"] == 1
 
 
-def test_equal_rewards_stay_equal_when_the_transformation_rounds_them_apart(monkeypatch):
+def test_equal_rewards_stay_equal_despite_rounding_in_the_transformation(monkeypatch):
     def rounds_by_position(rewards, prior, scale, contrast):
         return rewards + 1e-7 * torch.arange(rewards.shape[1])
 
@@ -405,7 +403,7 @@ def test_matching_a_batch_without_signal_changes_nothing():
 
 
 @pytest.mark.parametrize("normalise", sorted(NORMALISERS))
-def test_both_surrogates_take_the_same_norm(normalise):
+def test_both_surrogates_use_the_same_norm(normalise):
     rewards, prior, _ = random_rewards(4)
     result = one_reward(rewards, prior, BPGOConfig(), normalise=normalise)
     transformed = contrastive_reward_transformation(rewards, prior, 1.0, 1.0)
@@ -413,7 +411,7 @@ def test_both_surrogates_take_the_same_norm(normalise):
     torch.testing.assert_close(result.contrastive, NORMALISERS[normalise](transformed))
 
 
-def test_samples_that_are_left_out_are_zero_and_the_others_count_more():
+def test_excluded_samples_are_zero_and_the_others_are_rescaled():
     rewards, prior, _ = random_rewards(5)  # groups of 6
     whole = one_reward(rewards, prior, BPGOConfig())
     best = one_reward(rewards, prior, BPGOConfig(), best_of=1)
@@ -424,7 +422,7 @@ def test_samples_that_are_left_out_are_zero_and_the_others_count_more():
     assert (best.trust[:, None] * best.advantage).square().mean() == pytest.approx(3 * per_sample.square().mean())
 
 
-def test_the_clip_bounds_an_advantage_and_not_the_rescaled_mean():
+def test_the_clip_bounds_advantages_before_they_are_rescaled():
     result = one_reward(torch.tensor([[0.0, 1.0, 2.0, 30.0]]), [0.0], OFF, best_of=1, clip=0.7)
     assert result.advantage[0, 3].item() == pytest.approx(2 * 0.7)
 
@@ -439,7 +437,7 @@ def test_dropping_flat_groups_rescales_the_others():
     torch.testing.assert_close(result.advantage, 3 * group_relative(rewards))  # a group counts if any reward differs
 
 
-def test_histogram_of_the_trust():
+def test_the_histogram_of_trust_covers_its_range():
     rewards = torch.tensor([[0.0, 2.0], [1.0, 1.0], [-1e6, -1e6 + 1], [2.0, 4.0]])
     metrics = one_reward(rewards, [1.0, -1e6, 1e6, 3.0], BPGOConfig()).metrics  # w = 1, 1.5, .5, 1
     shares = [metrics[f"trust/hist/{place:02d}"].item() for place in range(10)]
@@ -449,20 +447,20 @@ def test_histogram_of_the_trust():
     assert exact.tolist() == pytest.approx([0.2, 0.2, 0, 0, 0.2, 0, 0.2, 0, 0, 0.2])
 
 
-def test_rank_inversion_by_hand():
+def test_rank_inversion_equals_values_computed_by_hand():
     # pairs of (1, 2, 3, 3): 12 13 13 23 23 ordered, 33 tied. Transformed (5, 4, 6, 2): 12 turns, 1-2 turns, 2-2 turns
     share = rank_inversion(torch.tensor([[1.0, 2.0, 3.0, 3.0]]), torch.tensor([[5.0, 4.0, 6.0, 2.0]]))
     assert share.item() == pytest.approx(3 / 5)
 
 
-def test_the_verbatim_form_reverses_ranks_far_below_the_prior_and_reports_it():
+def test_the_verbatim_form_reverses_ranks_far_below_the_prior_and_reports_this():
     rewards = torch.tensor([[-4.0, -3.0, -2.0, 0.5]])
     verbatim = one_reward(rewards, [0.0], BPGOConfig(standardise=False))
     assert verbatim.metrics["crt/rank_inversion/clip"].item() == pytest.approx(3 / 6)  # u exp(u) falls below -1
     assert one_reward(rewards, [0.0], BPGOConfig()).metrics["crt/rank_inversion"] == 0
 
 
-def test_metrics_of_the_trust():
+def test_metrics_of_trust_equal_values_computed_by_hand():
     rewards = torch.tensor([[0.0, 2.0], [1.0, 1.0], [-1e6, -1e6 + 1]])
     metrics = one_reward(rewards, [1.0, -1e6, 1e6], BPGOConfig()).metrics  # w = 1, 1.5, .5
     values = [metrics[f"trust_{name}"].item() for name in ("mean", "min", "max", "std")]
@@ -508,7 +506,7 @@ def test_plain_functions_refuse_a_scale_of_zero_and_a_negative_contrast():
         contrastive_reward_transformation(REWARDS, PRIOR, 1.0, -1.0)
 
 
-def test_credit_of_frames_is_scaled_with_the_advantage_and_never_clipped() -> None:
+def test_frame_credit_is_scaled_with_the_advantage_and_never_clipped() -> None:
     rewards = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     by_frame = torch.tensor([3.0, -1.0, -2.0]).expand(2, 6, 3)
     found = step_advantages(

@@ -1,4 +1,4 @@
-"""Segment credit: numbers by hand, and a video's advantage as the mean over its latent frames."""
+"""Segment credit: values by hand, and a video's advantage as the mean over its latent frames."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bpgo_video.learner.advantages import FrameLayout, frame_credit, group_relative, segment_credit
 
 
-def test_latent_frames_by_hand() -> None:
+def test_frame_scores_are_averaged_over_latent_frames() -> None:
     scores = torch.tensor([7.0, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 2.0, 2.0], dtype=torch.float64)
     layout = FrameLayout(9, 8.0, 4)  # 1, 4, 4
     assert (scores @ layout.weights(torch.arange(9) / 8)).tolist() == [7.0, 2.5, 1.0]
@@ -22,7 +22,7 @@ def test_latent_frames_by_hand() -> None:
         FrameLayout(8, 8.0, 4)
 
 
-def test_given_frames_are_left_out_and_the_mean_is_over_the_sampled_ones() -> None:
+def test_given_frames_are_excluded_from_the_mean() -> None:
     scores = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     times, whole, layout = torch.arange(9) / 8, FrameLayout(9, 8.0, 4), FrameLayout(9, 8.0, 4, given=1)
     torch.testing.assert_close(layout.weights(times), whole.weights(times)[:, 1:], rtol=0, atol=0)
@@ -33,10 +33,10 @@ def test_given_frames_are_left_out_and_the_mean_is_over_the_sampled_ones() -> No
 def test_scores_of_some_frames_are_interpolated() -> None:
     layout = FrameLayout(5, 2.0, 2)  # frames at 0, .5, 1, 1.5, 2 seconds
     sparse = torch.tensor([2.0, 4.0], dtype=torch.float64) @ layout.weights(torch.tensor([0.5, 1.5]))
-    assert sparse.tolist() == [2.0, 2.5, 4.0]  # held, mean of (2, 3), mean of (4, held)
+    assert sparse.tolist() == [2.0, 2.5, 4.0]  # extended, mean of (2, 3), mean of (4, extended)
 
 
-def test_segment_credit_by_hand() -> None:
+def test_segment_credit_equals_values_computed_by_hand() -> None:
     # two samples, two latent frames: sample 0 is better in the first, worse in the second; z = +-1/sqrt(2)
     scores = torch.tensor([[[3.0, 0.0, 0.0], [1.0, 2.0, 4.0]]], dtype=torch.float64)
     times, layout, z = torch.arange(3) / 8, FrameLayout(3, 8.0, 2), 1 / math.sqrt(2)
@@ -48,9 +48,9 @@ def test_segment_credit_by_hand() -> None:
         segment_credit({"b": scores[..., :1]}, {"b": None}, weights, layout, 0.3)
 
 
-@settings(deadline=None)  # a first call into torch may take long
+@settings(deadline=None)  # the first call into torch may be slow
 @given(st.integers(0, 2**31), st.sampled_from([1, 2, 4]))
-def test_credit_is_the_formula_and_has_mean_0_over_frames(seed: int, stride: int) -> None:
+def test_credit_equals_the_formula_and_has_mean_0_over_frames(seed: int, stride: int) -> None:
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(3, 5, 9))
     latent = np.stack([scores[..., 0], *(scores[..., i : i + stride].mean(-1) for i in range(1, 9, stride))], axis=-1)

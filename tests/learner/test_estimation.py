@@ -1,4 +1,4 @@
-"""Estimation of advantages in training: anchors of earlier batches, second scorings, averages updated after use."""
+"""Estimation of advantages during training: anchors of earlier batches, second scorings, and running averages."""
 
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ def rewards_of(seed: int, second: bool = False) -> Rewards:
 
 
 def session(bpgo: BPGOConfig, prior: PriorConfig, reliability: ReliabilityConfig = ReliabilityConfig()) -> Session:  # noqa: B008
-    """The parts of a session that the estimation needs."""
+    """A session with only the parts that the estimation needs."""
     config = SimpleNamespace(
         prior=prior,
         bpgo=bpgo,
@@ -50,7 +50,7 @@ def session(bpgo: BPGOConfig, prior: PriorConfig, reliability: ReliabilityConfig
 
 
 @pytest.mark.parametrize("kind", ["ema", "global"])
-def test_a_running_prior_uses_the_batches_before_and_not_this_one(kind: str) -> None:
+def test_a_running_prior_uses_earlier_batches_but_not_the_current_one(kind: str) -> None:
     prior, settings, memory = PriorConfig(kind=kind), BPGOConfig(), Memory()
     running = memory.running_rewards
     for seed in range(3):
@@ -65,13 +65,13 @@ def test_a_running_prior_uses_the_batches_before_and_not_this_one(kind: str) -> 
         assert set(running["clip"]["prompts"]) == {4, 9}
 
 
-def test_a_prior_that_follows_nothing_keeps_no_averages() -> None:
+def test_a_constant_prior_keeps_no_averages() -> None:
     memory = Memory()
     estimate_advantages(session(BPGOConfig(), PriorConfig(kind="constant")), PROMPTS, rewards_of(0), memory)
     assert memory == Memory()
 
 
-def test_second_scores_reach_the_trust() -> None:
+def test_second_scores_affect_the_trust() -> None:
     settings = BPGOConfig(trust="reliability", zeta=0.0)
     rewards = rewards_of(3, second=True)
     found = estimate_advantages(session(settings, PriorConfig(kind="none")), PROMPTS, rewards)
@@ -82,7 +82,7 @@ def test_second_scores_reach_the_trust() -> None:
     assert "icc/clip" in found.metrics
 
 
-def test_a_prompt_of_high_icc_is_scored_once_and_its_last_icc_is_used() -> None:
+def test_a_prompt_with_high_icc_is_scored_once_with_its_last_icc() -> None:
     learner, memory = BPGOConfig(trust="reliability", zeta=0.0), Memory()
     rescoring = session(learner, PriorConfig(kind="none"), ReliabilityConfig(rescore_below=0.5, rescore_every=3))
     first = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))

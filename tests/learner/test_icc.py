@@ -1,4 +1,4 @@
-"""The intraclass correlation: the published example, and no effect of what advantages do not depend on."""
+"""The intraclass correlation: the published example and its invariances."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from bpgo_video.learner.trust import group_icc, pooled_icc
 RATINGS = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]
 
 
-def test_the_published_example():
+def test_the_published_example_is_reproduced():
     assert group_icc(torch.tensor([RATINGS]).float()).item() == pytest.approx(0.7148, abs=1e-4)
 
 
-def test_two_scorings_by_hand():
+def test_two_scorings_equal_values_computed_by_hand():
     # {0, 2, 4} and {1, 5, 3}: variances 4 and 4, covariance (-2 * -2 + 0 + 2 * 0)/2 = 2: 2 * 2/(4 + 4) = .5
     # {0, 0, 6} and {6, 0, 0}: variances 12, covariance (-2 * 4 + 4 + 4 * -2)/2 = -6: -.5
     scores = torch.tensor([[[0.0, 1.0], [2.0, 5.0], [4.0, 3.0]], [[0.0, 6.0], [0.0, 0.0], [6.0, 0.0]]])
@@ -32,9 +32,9 @@ def test_a_group_without_spread_has_icc_0():
     assert group_icc(one_sided).item() == pytest.approx(0, abs=1e-6)
 
 
-@settings(deadline=None)  # a first call into torch may take long
+@settings(deadline=None)  # the first call into torch may be slow
 @given(st.integers(0, 2**31), st.floats(-10, 10), st.sampled_from([1e-6, 1.0, 1e6]))
-def test_unit_offset_and_order_do_not_matter(seed, shift, unit):
+def test_the_icc_is_invariant_to_scale_offset_and_order(seed, shift, unit):
     rng = torch.Generator().manual_seed(seed)
     scores = torch.randn(3, 6, 2, generator=rng, dtype=torch.float64)
     moved = scores.clone()

@@ -1,4 +1,4 @@
-"""The total loss: numbers by hand, its true gradient, and GRPO's loss where BPGO is off."""
+"""The total loss: values by hand, gradients, and equality with GRPO's loss where BPGO is off."""
 
 import math
 import statistics
@@ -33,16 +33,16 @@ def per_sample(result, group):
     return result.advantage.flatten(), contrastive, result.trust.repeat_interleave(group)
 
 
-def test_clipped_surrogate_by_hand():
-    # clip (.1, .2): ratio held in [.9, 1.2]; the minimum keeps the pessimistic side
+def test_clipped_surrogate_equals_values_computed_by_hand():
+    # clip (.1, .2): ratio clamped to [.9, 1.2]; the minimum keeps the pessimistic side
     ratio = torch.tensor([1.3, 1.3, 0.8, 0.8, 1.05], dtype=torch.float64)
     advantage = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0], dtype=torch.float64)
-    # min(2.6, 2.4), min(-2.6, -2.4), min(1.6, 1.8), min(-1.6, -1.8), 2.1, each with its sign turned
+    # min(2.6, 2.4), min(-2.6, -2.4), min(1.6, 1.8), min(-1.6, -1.8), 2.1, each with its sign flipped
     expected = torch.tensor([-2.4, 2.6, -1.6, 1.8, -2.1], dtype=torch.float64)
     torch.testing.assert_close(clipped_surrogate(PolicyShift(ratio.log()), advantage, clip(0.1, 0.2)), expected)
 
 
-def test_total_loss_by_hand():
+def test_total_loss_equals_values_computed_by_hand():
     # R = 0, 1, 2; prior .5, s_ref 1, alpha .5, k 1, lambda 1, zeta .4; u = -.5, .5, 1.5
     # w = 1 + .5 tanh(.25); A = (-1, 0, 1)/(1 + 1e-6); R~ = -.5 e^-.5, 1.5 e^.5, 2.5 e^1.5
     rewards, prior = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
@@ -55,8 +55,8 @@ def test_total_loss_by_hand():
     mean, std = statistics.mean(transformed), statistics.stdev(transformed)
     b = [(value - mean) / (std + 1e-6) for value in transformed]
     assert b[0] < b[1] < 0 < b[2]
-    first = [1.2 * a, 0.0, -1.25 * a]  # ratio 1.2 counts in full against A < 0; 1.3 is held at 1.25 for A > 0
-    second = [-1.2 * b[0], -0.9 * b[1], -1.25 * b[2]]  # ratio .8 is held at .9 for A~ < 0
+    first = [1.2 * a, 0.0, -1.25 * a]  # ratio 1.2 is not clipped for A < 0; 1.3 is clamped to 1.25 for A > 0
+    second = [-1.2 * b[0], -0.9 * b[1], -1.25 * b[2]]  # ratio .8 is clamped to .9 for A~ < 0
     expected = sum(w * one + 0.4 * two for one, two in zip(first, second, strict=True)) / 3
     assert loss.value.item() == pytest.approx(expected, rel=1e-12)
 
@@ -108,7 +108,7 @@ def test_gradient_equals_finite_differences(form, sampler):
         return bpgo_loss(PolicyShift(log_prob - old), *per_sample(result, group), settings.zeta, clip(0.02, 0.02))
 
     theta = torch.tensor([0.5, -0.1, 0.2], dtype=torch.float64, requires_grad=True)
-    assert 0 < loss(theta).metrics["clip_fraction"] < 1  # both sides of the clip are under test
+    assert 0 < loss(theta).metrics["clip_fraction"] < 1  # both sides of the clip are tested
     gradient = torch.autograd.grad(loss(theta).value, theta)[0]
     for i in range(3):
         h = torch.zeros(3, dtype=torch.float64).index_fill_(0, torch.tensor(i), 1e-6)
@@ -131,7 +131,7 @@ def test_equal_rewards_give_exactly_zero_gradient(group, form):
     assert torch.equal(log_prob.grad, torch.zeros_like(log_prob))
 
 
-def test_the_two_surrogates_are_clipped_each_by_itself():
+def test_the_two_surrogates_are_clipped_separately():
     # At ratio 1.3, A = 1 is clipped and A~ = -1 is not: the gradient is zeta * 1.3. The merged advantage
     # 1 - .5 = .5 would be clipped: no gradient.
     log_prob = torch.tensor([math.log(1.3)], dtype=torch.float64, requires_grad=True)
@@ -152,7 +152,7 @@ def test_on_the_first_update_the_gradient_is_the_weighted_advantage():
     assert loss.metrics["clip_fraction"] == loss.metrics["approx_kl"] == loss.metrics["log_ratio_abs_max"] == 0
 
 
-def test_metrics_by_hand():
+def test_metrics_equal_values_computed_by_hand():
     log_prob = torch.tensor([0.1, -0.2, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
     zeros = torch.zeros(4, dtype=torch.float64)
     metrics = bpgo_loss(PolicyShift(log_prob), zeros, None, zeros, 0.0, clip(0.15, 0.15)).metrics
@@ -173,8 +173,8 @@ def test_errors_name_the_value():
         clipped_surrogate(PolicyShift(one), one, LossConfig(ratio="guard"))
 
 
-def test_the_divergence_mask_by_hand():
-    # limit .01: samples beyond it count only where they come back towards the old policy
+def test_the_divergence_mask_equals_values_computed_by_hand():
+    # limit .01: samples beyond it count only if they move back towards the old policy
     log_ratio = torch.tensor([0.1, 0.1, -0.1, -0.1, 0.1], dtype=torch.float64, requires_grad=True)
     divergence = torch.tensor([0.02, 0.02, 0.01, 0.02, 0.009], dtype=torch.float64)
     advantage = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
@@ -188,7 +188,7 @@ def test_the_divergence_mask_by_hand():
     torch.testing.assert_close(gradient, loss.detach())  # d(r A)/d log r = r A, and 0 where masked
 
 
-def test_the_guard_ratio_is_centred_and_has_the_same_spread_at_every_noise_level():
+def test_the_guard_ratio_is_centred_with_the_same_std_at_every_noise_level():
     rng = torch.Generator().manual_seed(3)
     spreads = []
     for std in (0.05, 0.8):

@@ -1,4 +1,4 @@
-"""Anchors of each kind of prior by hand; averages are updated after use, and are the same after a resume."""
+"""Anchors of each kind of prior, computed by hand; running averages are updated after use and survive a resume."""
 
 import copy
 import math
@@ -42,14 +42,14 @@ def after(batch, rewards, running=None, decay=0.75, scale=None):
     return update_running_rewards(running or {}, batch.ids.tolist(), {"clip": rewards}, decay, scale)
 
 
-def test_constant_is_the_recipes_numbers():
+def test_a_constant_prior_has_the_values_of_the_recipe():
     found = anchor("constant", prompts(1, 2), FIRST, mean=0.3, scale=0.02)
     assert found.mean.tolist() == pytest.approx([0.3, 0.3])
     assert (found.scale, found.version) == (0.02, "v1")
     assert anchor("constant", prompts(1, 2), FIRST).scale == 1.0
 
 
-def test_moving_averages_by_hand():
+def test_moving_averages_equal_values_computed_by_hand():
     first = after(prompts(7, 8), FIRST)
     assert first["clip"]["mean"] == pytest.approx(3.5)
     assert first["clip"]["prompts"] == {7: 2.0, 8: 5.0}
@@ -58,20 +58,20 @@ def test_moving_averages_by_hand():
     assert second["clip"]["mean"] == pytest.approx(0.75 * 3.5 + 0.25 * 3)
     assert second["clip"]["prompts"] == pytest.approx({7: 2.0, 8: 0.75 * 5 + 0.25 * 6, 9: 0.0})
     assert second["clip"]["spread"] == pytest.approx(0.75 * 1 + 0.25 * 2)
-    assert first["clip"]["prompts"] == {7: 2.0, 8: 5.0}, "an update makes new averages"
+    assert first["clip"]["prompts"] == {7: 2.0, 8: 5.0}, "an update returns new averages"
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("ema", [5.0, 3.5]), ("global", [3.5, 3.5])])
-def test_a_running_prior_is_the_average_before_the_batch(kind, expected):
+def test_a_running_prior_is_the_average_of_earlier_batches(kind, expected):
     running = after(prompts(7, 8), FIRST)
-    found = anchor(kind, prompts(8, 9), SECOND, running)  # 8 was seen, 9 was not
+    found = anchor(kind, prompts(8, 9), SECOND, running)  # prompt 8 occurred before, 9 did not
     assert found.mean.tolist() == pytest.approx(expected)
     assert found.scale == pytest.approx(1.0)
     assert found.count.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("kind", ["ema", "global"])
-def test_the_first_batch_uses_its_own_averages_or_the_recipes_scale(kind):
+def test_the_first_batch_uses_its_averages_or_the_scale_of_the_recipe(kind):
     found = anchor(kind, prompts(7, 8), FIRST)
     assert found.mean.tolist() == [3.5, 3.5]
     assert found.scale == pytest.approx(1.0)
@@ -79,7 +79,7 @@ def test_the_first_batch_uses_its_own_averages_or_the_recipes_scale(kind):
     assert after(prompts(7, 8), FIRST, scale=0.2)["clip"]["spread"] == pytest.approx(0.75 * 0.2 + 0.25 * 1)
 
 
-def test_a_batch_without_spread_leaves_the_scale_as_it_is():
+def test_a_batch_without_variance_leaves_the_scale_unchanged():
     flat = torch.full((2, 8), 0.1)
     assert pooled_spread(flat) is None
     assert after(prompts(1, 2), flat, after(prompts(7, 8), FIRST))["clip"]["spread"] == pytest.approx(1.0)
@@ -91,7 +91,7 @@ def test_a_batch_without_spread_leaves_the_scale_as_it_is():
     assert after(prompts(7, 8), FIRST, never)["clip"]["spread"] == pytest.approx(1.0)
 
 
-@settings(deadline=None)  # a first call into torch may take long
+@settings(deadline=None)  # the first call into torch may be slow
 @given(st.integers(0, 2**31), st.sampled_from(["ema", "global"]))
 def test_averages_do_not_depend_on_the_order_of_prompts_in_a_batch(seed, kind):
     rng = torch.Generator().manual_seed(seed)
@@ -104,13 +104,13 @@ def test_averages_do_not_depend_on_the_order_of_prompts_in_a_batch(seed, kind):
     assert found.scale == pytest.approx(expected.scale)
 
 
-def test_averages_survive_a_checkpoint_to_the_bit(tmp_path):
+def test_averages_survive_a_checkpoint_bit_for_bit(tmp_path):
     running = after(prompts(8, 2**62 + 1), torch.rand(2, 6), after(prompts(7, 8), torch.rand(2, 6)))
     torch.save({"running_rewards": copy.deepcopy(running)}, tmp_path / "state.pt")
     assert torch.load(tmp_path / "state.pt", weights_only=True)["running_rewards"] == running
 
 
-def test_shrunk_means_by_hand():
+def test_shrunk_means_equal_values_computed_by_hand():
     # K = 4; variances 4, 0, 2, mean 2, so v = 3, 1, 2 and v/K = .75, .25, .5; means 0, 6, 3: p_g = 3, variance 9,
     # tau2 = 9 - .5 = 8.5
     means, stds = torch.tensor([0.0, 6.0, 3.0]), torch.tensor([2.0, 0.0, math.sqrt(2)])
@@ -120,7 +120,7 @@ def test_shrunk_means_by_hand():
     assert shrunk_means(means, stds, torch.full((3,), 4)).tolist() == pytest.approx(expected)
 
 
-def test_means_that_sampling_explains_are_all_the_same():
+def test_means_that_differ_only_by_sampling_noise_are_shrunk_to_one_value():
     means = torch.tensor([0.9, 1.0, 1.1])
     found = shrunk_means(means, torch.full((3,), 5.0), torch.full((3,), 4))
     assert found.tolist() == pytest.approx([statistics.mean(means.tolist())] * 3)
@@ -129,7 +129,7 @@ def test_means_that_sampling_explains_are_all_the_same():
 
 @settings(deadline=None)
 @given(st.integers(0, 2**31))
-def test_shrunk_means_lie_between_a_prompts_own_and_the_common_one(seed):
+def test_shrunk_means_are_between_the_prompts_mean_and_the_common_one(seed):
     rng = torch.Generator().manual_seed(seed)
     means, stds = torch.randn(6, generator=rng).double(), torch.rand(6, generator=rng).double()
     found = shrunk_means(means, stds, torch.randint(2, 9, (6,), generator=rng))
@@ -158,18 +158,18 @@ class Darkness:
 
 
 class Steadiness:
-    """1 where no frame differs from the one before it."""
+    """A reward of 1 where no frame differs from the previous one."""
 
     name, version, range, kind = "steadiness", "1", (0.0, 1.0), "test"
     higher_is_better, differentiable, frames = True, False, FrameSampling()
 
     def __call__(self, clips):
-        assert clips.videos.shape[1] == 5, "as many frames as the policy's videos"
+        assert clips.videos.shape[1] == 5, "the same number of frames as the policy's videos"
         same = (clips.videos.diff(dim=1) == 0).flatten(1).all(dim=1)
         return FrameScores(same.float()[:, None])
 
 
-def test_first_frame_is_the_reward_of_the_image():
+def test_a_first_frame_prior_is_the_reward_of_the_image():
     models = {"dark": "tests.learner.test_priors:Darkness", "steady": "tests.learner.test_priors:Steadiness"}
     suite = RewardSuite(
         {name: RewardConfig(model=model) for name, model in models.items()}, torch.device("cpu"), fps=8.0
@@ -177,8 +177,8 @@ def test_first_frame_is_the_reward_of_the_image():
     images = torch.stack([torch.full((3, 4, 4), 0.5), torch.full((3, 4, 4), 0.25)])
     prompted = PromptBatch(torch.tensor([1, 2]), ("ab", "abcd"), {}, images=images)
     scored = suite.score_images(prompted, 5, Mesh(0, 1, torch.device("cpu")))
-    assert scored["dark"].tolist() == [-1.0, -1.0]  # oriented, and with each prompt's own text
-    assert scored.pop("steady").tolist() == [1.0, 1.0]  # a reward of several frames sees a still video
+    assert scored["dark"].tolist() == [-1.0, -1.0]  # with the reward's sign, and each prompt's text
+    assert scored.pop("steady").tolist() == [1.0, 1.0]  # a reward on several frames receives a still video
     suite = RewardSuite({"dark": RewardConfig(model=models["dark"])}, torch.device("cpu"), fps=8.0)
     batch, rewards = prompts(1, 2), {"dark": FIRST}
     seen = PriorInputs(batch, suite.versions, rewards, {}, scored)
@@ -189,8 +189,8 @@ def test_first_frame_is_the_reward_of_the_image():
         PRIORS["first_frame"](PriorConfig(kind="first_frame"), PriorInputs(batch, suite.versions, rewards))
 
 
-def test_a_centred_first_frame_is_at_the_level_of_the_runs_videos():
-    """Images that earn 5 and 7 where videos earn 1 on average: anchors 0 and 2, at first and with averages."""
+def test_a_centred_first_frame_prior_has_the_mean_of_the_runs_videos():
+    """Images score 5 and 7, videos 1 on average: anchors are 0 and 2, with and without averages."""
     versions, batch, prior = {"clip": "v1"}, prompts(1, 2), PriorConfig(kind="first_frame_centred")
     images = {"clip": torch.tensor([5.0, 7.0])}
     rewards = {"clip": torch.tensor([[0.0, 1.0], [1.0, 2.0]]), image_key("clip"): images["clip"][:, None]}

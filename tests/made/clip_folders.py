@@ -1,4 +1,4 @@
-"""Folders of video shards of the embedded world, encoded by the shipped policy; shared by tests and their ranks."""
+"""Shards of clips of the embedded world, encoded by the shipped policy; shared by tests and their ranks."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def sft_recipe() -> SftConfig:
 
 
 def make_clips(folder: Path) -> Path:
-    """TRAIN clips to learn from and HELDOUT others."""
+    """Write TRAIN training clips and HELDOUT held-out clips."""
     return write_clips(sft_recipe().policy.folder, folder, TRAIN, HELDOUT)

@@ -28,9 +28,9 @@ class VBench:
 
 
 def fake_package(site: Path) -> Path:
-    """The package's folder in `site`, which must be on the interpreter's path."""
+    """Write the package into `site`, which must be on the interpreter's path."""
     folder = site / "vbench"
     folder.mkdir(parents=True)
-    (site / "torch.py").write_text("device = str")  # the real one takes seconds to import in each process
+    (site / "torch.py").write_text("device = str")  # the real package takes seconds to import in each process
     (folder / "__init__.py").write_text(FAKE)
     return folder

@@ -1,4 +1,4 @@
-"""Folders of prompt shards from ready-made records; shared by tests."""
+"""Prompt shards from ready-made records; shared by tests."""
 
 from __future__ import annotations
 

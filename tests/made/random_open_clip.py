@@ -1,4 +1,4 @@
-"""A CLIP in open_clip's layout, written for the tests, and a checkpoint of it as HPSv2 ships one."""
+"""A random CLIP model in open_clip's layout, and an HPSv2 checkpoint of it."""
 
 from __future__ import annotations
 

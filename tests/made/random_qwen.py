@@ -1,4 +1,4 @@
-"""Folders of Qwen-VL models and of a VideoAlign checkpoint in their exact formats, with small random weights."""
+"""Random Qwen-VL models and a VideoAlign checkpoint, small but in their exact file formats."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ NORMALISATION |= {"TA_mean": 2.8105, "TA_std": 2.5121}
 
 
 def random_videoalign(folder: Path, base: Path, outputs: int) -> tuple[PeftModel, torch.Tensor]:
-    """Writes model_config.json and checkpoint-7/model.pth as VideoAlign does; the peft model and the head behind them.
+    """Write model_config.json and checkpoint-7/model.pth as VideoAlign does; return the peft model and the head.
 
-    Weights have the names that transformers gave them then, and the vocabulary is cut to the tokenizer's length.
+    Weights have the names of the transformers version of that time; the vocabulary is cut to the tokenizer's length.
     """
     model = Qwen2VLForConditionalGeneration.from_pretrained(base)
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Folders of reward models in their exact formats, with small random weights."""
+"""Random reward models, small but in their exact file formats."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MEAN, STD = [0.48, 0.45, 0.4], [0.27, 0.26, 0.28]
 
 
 def tokenizer(ends: bool = True) -> PreTrainedTokenizerFast:
-    """Words, with an end token after each text."""
+    """A word tokenizer that appends an end token to each text."""
     vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", "<s>", *WORDS))}
     found = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     found.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -49,7 +49,7 @@ def tokenizer(ends: bool = True) -> PreTrainedTokenizerFast:
 def write(
     folder: Path, network: Any, config: Any, preprocessor: dict[str, Any], seed: int = 0, **tokenizing: bool
 ) -> Path:
-    """The model of `config` with weights of a spread that tells inputs apart."""
+    """Write a random model of `config` whose weights are large enough to distinguish inputs."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = network(config)
@@ -105,7 +105,7 @@ def random_dino(folder: Path, seed: int = 0) -> Path:
 
 
 def random_vit(folder: Path) -> Path:
-    """As facebook/dino-vitb16: saved without a pooler."""
+    """A ViT saved without a pooler, like facebook/dino-vitb16."""
     write(folder, ViTModel, ViTConfig(**VISION), crops(32, 28))
     ViTModel.from_pretrained(folder, add_pooling_layer=False).save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""A WanPipeline folder of random weights, the shipped one made smaller; for tests that need no trained policy."""
+"""A small WanPipeline folder of random weights, for tests that need no trained policy."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from transformers import (
 from bpgo_video.rewards import tiny_world as world
 
 TEXT_TOKENS = 16
-LATENTS = (4, 3, 8, 8)  # of 9 frames of 64x64
+LATENTS = (4, 3, 8, 8)  # latent shape of 9 frames of 64x64
 
 
 def random_wan(folder: Path, seed: int = 0, images: bool = False, image_encoder: bool = False) -> Path:
-    """Write the pipeline, deterministic in its seed; `folder`.
+    """Write the pipeline, deterministic in its seed; return `folder`.
 
     Args:
-        images: image-to-video, with the mask and the image's latents as further channels.
-        image_encoder: with a CLIP image encoder beside them, as in Wan 2.1.
+        images: image-to-video, with the mask and the image's latents as additional channels.
+        image_encoder: also with a CLIP image encoder, as in Wan 2.1.
     """
     own = {"in_channels": 4 + 4 + 4} if images else {"in_channels": 4}
     own |= {"image_dim": 24, "added_kv_proj_dim": 32} if image_encoder else {}
@@ -72,11 +72,11 @@ def random_wan(folder: Path, seed: int = 0, images: bool = False, image_encoder:
 
 
 def word_tokenizer(before: int = 0, after: int = 0, limit: int = TEXT_TOKENS) -> PreTrainedTokenizerFast:
-    """The tiny world's words.
+    """A tokenizer of the tiny world's words.
 
     Args:
-        before: padding tokens in front of every text.
-        after: </s> behind it.
+        before: number of padding tokens before every text.
+        after: whether to append </s>.
         limit: model_max_length.
     """
     words = sorted({word for caption in world.all_captions() for word in caption.text.split()})

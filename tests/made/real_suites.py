@@ -1,4 +1,4 @@
-"""Real clips under VBench's names, and the numbers of VBench's own code for them with small networks."""
+"""Real clips under VBench's file names, and scores of VBench's code for them with small networks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def assert_equal(ours: Result, score: float, values: list[float]) -> None:
     assert ours.score == pytest.approx(score, abs=1e-6), ours.dimension
 
 
-VBENCH: dict[str, tuple[float, list[float]]] = {  # from VBench's own code (distributed/test_vbench_package.py)
+VBENCH: dict[str, tuple[float, list[float]]] = {  # from VBench's code (distributed/test_vbench_package.py)
     "subject_consistency": (0.8890934707813485, [0.9791271463036537, 0.7277260233958562, 0.9665732458233833]),
     "background_consistency": (0.9596251512682715, [0.9673521801829338, 0.9571306645870209, 0.9449847415089607]),
     "temporal_flickering": (0.9823909507078282, [0.981088576597326, 0.9885152751324223, 0.9775690003937366]),

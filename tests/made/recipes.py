@@ -1,4 +1,4 @@
-"""Small variants of the shipped recipe, and prompt shards for them; shared by tests and by the ranks they start."""
+"""Small variants of the shipped recipe, and prompt shards for them; shared by tests and their ranks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PROMPTS = {
 
 
 def python_path(*folders: Path) -> str:
-    """PYTHONPATH of a process that a test starts: these folders, the checkout, then what the test itself was given."""
+    """PYTHONPATH for subprocesses of tests: these folders, the checkout, then the test's PYTHONPATH."""
     given = os.environ.get("PYTHONPATH", "")
     return os.pathsep.join([*map(str, folders), str(ROOT), *filter(None, [given])])
 
 
 def make_shards(folder: Path, pipeline: Path | None = None) -> Path:
-    """Shards of a few prompts, embedded by the encoder of a pipeline, or of the shipped policy."""
+    """Write shards of a few prompts, embedded by the encoder of a pipeline or of the shipped policy."""
     recipe = read_yaml(RECIPE)
     length, where = recipe.policy.max_sequence_length, str(pipeline or recipe.policy.folder)
     policy = load_policy(where, components=("text_encoder",), max_sequence_length=length)
@@ -43,7 +43,7 @@ def make_shards(folder: Path, pipeline: Path | None = None) -> Path:
 
 
 def small_recipe(run_dir: Path, shards: Path, **sections: dict[str, Any]) -> Config:
-    """The shipped recipe cut down to seconds: two prompts of four samples, four denoising steps, a fixed prior.
+    """The shipped recipe reduced to seconds: two prompts of four samples, four denoising steps, a fixed prior.
 
     Args:
         sections: changes by section, such as optim={"name": "sgd"}.
@@ -73,7 +73,7 @@ def without_evaluation(config: Config) -> Config:
 
 
 def rewarded_by(config: Config, model: str) -> Config:
-    """The recipe with one reward, by dotted path."""
+    """The recipe with a single reward, given by dotted path."""
     return replace(config, rewards={"only": RewardConfig(model=model)})
 
 

@@ -1,4 +1,4 @@
-"""Clips of several lengths, and dimensions for them: two weigh videos equally, one by their frames."""
+"""Clips of several lengths, and dimensions for them: two weight videos equally, one by their frames."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def encoder(device: str) -> Callable[[Tensor], Tensor]:
 
     def features(frames: Tensor) -> Tensor:
         if len(frames) == refused:
-            raise RuntimeError(f"no room for {refused} frames")
+            raise RuntimeError(f"out of memory for {refused} frames")
         return tiny_networks.features(frames)
 
     return features

@@ -1,4 +1,4 @@
-"""Factories of the small networks of vbench_side, for --backbone."""
+"""Factories for --backbone: the small networks of vbench_side."""
 
 from __future__ import annotations
 

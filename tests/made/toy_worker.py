@@ -1,4 +1,4 @@
-"""A worker of the standard library alone: brightness per frame, and every way to fail; run by path."""
+"""A reward worker that needs only the standard library: brightness per frame, and every way to fail; run by path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Brightness:
         return rows, [frame / clips.fps for frame in range(frames)]
 
     def is_due(self) -> bool:
-        """Every time, or only where no worker before this one has."""
+        """Whether to fail: always, or only if no earlier worker failed."""
         if not self.once:
             return True
         due = not Path(self.once).exists()

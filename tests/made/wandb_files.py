@@ -1,4 +1,4 @@
-"""Reader of offline wandb runs: .wandb files in LevelDB's log format, with wandb's own records."""
+"""Reader of offline wandb runs: .wandb files in LevelDB's log format with wandb's record types."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def finished_records(folder: Path) -> list[Record]:
-    """All records of one offline run; wandb's process may write the last ones after `finish` returned."""
+    """All records of one offline run; wandb's process may write the last ones after `finish` returns."""
     (path,) = folder.glob("*.wandb")
     deadline = time.monotonic() + 60
     while True:

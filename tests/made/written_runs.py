@@ -1,4 +1,4 @@
-"""A run's folder made by hand, and a recipe over a random policy and a few prompts with tags; nothing is trained."""
+"""A synthetic run folder, and a recipe for a random policy and a few prompts with tags; nothing is trained."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPTS = [
 
 
 class WhichPrompt:
-    """A score that tells prompts apart, and samples of one prompt too."""
+    """A score that differs between prompts and between samples of a prompt."""
 
     name, version, range = "which prompt", "7", (0.0, 10.0)
     higher_is_better, differentiable, kind, frames = True, False, "test", FrameSampling()
@@ -40,7 +40,7 @@ class WhichPrompt:
 
 
 def tagged_recipe(root: Path) -> Config:
-    """A recipe over a random policy, `root`/wan, and shards of PROMPTS, `root`/shards, measured by WhichPrompt."""
+    """A recipe for a random policy in `root`/wan and shards of PROMPTS in `root`/shards, scored by WhichPrompt."""
     policy = load_policy(str(random_wan(root / "wan")), max_sequence_length=TEXT_TOKENS, components=("text_encoder",))
     (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
     stamp = encoder_stamp(policy.folder, TEXT_TOKENS)
@@ -51,10 +51,10 @@ def tagged_recipe(root: Path) -> Config:
 
 
 def write_run(base: Path, run_dir: Path, lora: LoraConfig, recipe: Config | None = None) -> Path:
-    """A run of one checkpoint whose weights are not the base model's; its folder.
+    """Write a run with one checkpoint whose weights differ from the base model's; return its folder.
 
     Args:
-        recipe: the run's; None takes a small one whose shards are not there.
+        recipe: of the run; None uses a small one whose shards do not exist.
     """
     generator = torch.Generator().manual_seed(7)
     model = WanPipeline.from_pretrained(base).transformer

@@ -1,4 +1,4 @@
-"""Checkpoints made by hand in the layouts of ZeRO 1, 2 and 3; for tests that need no training."""
+"""Synthetic checkpoints in the layouts of ZeRO 1, 2 and 3, for tests that need no training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def write_average(folder: Path, average: Tensors) -> None:
-    """An average of the weights beside them, as a run with `ema.decay` on one rank keeps it."""
+    """Write an average of the weights next to them, as a run with `ema.decay` on one rank does."""
     shards = {name: {"start": 0, "shape": tensor.shape} for name, tensor in average.items()}
     save_file(
         {name: tensor.flatten() for name, tensor in average.items()},
@@ -29,14 +29,14 @@ def write_average(folder: Path, average: Tensors) -> None:
 
 
 def joined(tensors: Tensors, world_size: int) -> list[Tensor]:
-    """ZeRO 1 and 2: one vector of all parameters, padded, one piece a rank; the padding is taken off the last."""
+    """ZeRO 1 and 2: the padded vector of all parameters in one slice per rank; the last slice is without padding."""
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     pieces = pad(flat, (0, -len(flat) % (2 * world_size))).chunk(world_size)
     return [piece[: max(0, len(flat) - rank * len(piece))] for rank, piece in enumerate(pieces)]
 
 
 def cut(tensors: Tensors, world_size: int) -> list[Tensor]:
-    """ZeRO 3: every parameter padded and cut into one part a rank."""
+    """ZeRO 3: every parameter, padded and split into one shard per rank."""
     padded = [pad(tensor.flatten(), (0, -tensor.numel() % world_size)) for tensor in tensors.values()]
     return [torch.cat([flat.chunk(world_size)[rank] for flat in padded]) for rank in range(world_size)]
 
@@ -51,10 +51,10 @@ FLAT: dict[int, tuple[str, Callable[[Tensors, int], list[Tensor]]]] = {
 def write_checkpoint(
     folder: Path, groups: list[Tensors], stage: int = 2, world_size: int = 2, moments: list[Tensors] | None = None
 ) -> Path:
-    """The checkpoint of parameter groups, with the run's own progress; `folder`.
+    """Write a checkpoint of parameter groups with the run's progress; return `folder`.
 
     Args:
-        moments: of AdamW, exp_avg and exp_avg_sq of the one group; ZeRO 3 only.
+        moments: exp_avg and exp_avg_sq of AdamW for a single group; ZeRO 3 only.
     """
     key, split = FLAT[stage]
     shapes = [OrderedDict((name, tensor.shape) for name, tensor in group.items()) for group in groups]

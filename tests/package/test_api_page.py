@@ -1,4 +1,4 @@
-"""Every example of docs/api.md runs by itself, and prints what the page shows below it."""
+"""The examples of docs/api.md: each runs alone and prints the output shown below it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def test_every_python_block_of_the_page_is_an_example() -> None:
 @pytest.mark.parametrize(
     "example", EXAMPLES, ids=lambda example: f"line {PAGE.read_text()[: example.start()].count(chr(10)) + 1}"
 )
-def test_an_example_prints_what_stands_below_it(example: re.Match[str]) -> None:
-    assert example["printed"] is not None, "show below it what it prints"
+def test_an_example_prints_the_output_shown_below_it(example: re.Match[str]) -> None:
+    assert example["printed"] is not None, "show the output below the example"
     assert printed_by(example["code"]) == example["printed"]

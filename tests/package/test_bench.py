@@ -1,4 +1,4 @@
-"""Tables that the benches print, and what waiting counts."""
+"""Tables printed by the benchmarks, and the measurement of waiting time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tools.bench.table import as_markdown
 from tools.bench.timing import waiting
 
 
-def test_waiting_counts_nothing_where_nobody_waits() -> None:
+def test_waiting_time_is_zero_without_collectives() -> None:
     with waiting() as found:
         torch.ones(3).sum()
     assert found.seconds == 0
 
 
-def test_the_table_shows_every_figure() -> None:
+def test_the_table_shows_every_value() -> None:
     times = {"seconds": 4.0, "seconds/rollout": 1.5, "seconds/reward": 0.25, "seconds/update": 2.0}
     found = {
         "machine": {"date": "2026-01-02", "processor": "P", "cores": 2},

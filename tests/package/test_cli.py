@@ -1,4 +1,4 @@
-"""Errors of command lines: wrong flags and values are named once on every host, with the way out."""
+"""Command-line errors: invalid flags and values are named once per host, with the remedy."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("build --output x --device cuda:x", "'cuda:x' is no device"),
     ],
 )
-def test_a_wrong_flag_is_named(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_flag_is_named(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(words, capsys)
 
 
-def test_what_was_right_still_is() -> None:
+def test_valid_flags_are_accepted() -> None:
     for words in ("build --output x --device cuda:1", "build --outp x", "build --output=x"):
         assert parser().parse_known_args(words.split())[0].output == "x"
     assert run_command(parser(), ["layout", "--output", "x", "--num-steps", "3"]) == 0, "flags of another command"
 
 
-def test_sentences_of_errors() -> None:
+def test_error_messages_list_known_names_and_shorten_long_lists() -> None:
     assert unknown("solver", "eular", ["ddim", "euler"]) == (
         "solver is 'eular'; known are ddim, euler; perhaps you meant euler"
     )
@@ -69,7 +69,9 @@ def test_sentences_of_errors() -> None:
     assert (some_of("cab"), some_of("edcba")) == ("a, b, c", "a, b, c and 2 more")
 
 
-def test_one_rank_of_a_host_prints_errors(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_rank_per_host_prints_errors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert refused("build --outptu x", capsys) == ""
     print_error(ValueError("wrong"))
@@ -77,7 +79,7 @@ def test_one_rank_of_a_host_prints_errors(capsys: pytest.CaptureFixture[str], mo
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("a rule"), 2), (ValueError("a file"), 1)])
-def test_a_wrong_configuration_has_another_exit_code_than_other_wrong_input(
+def test_configuration_errors_have_a_different_exit_code(
     error: Exception, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(args: argparse.Namespace) -> None:
@@ -99,7 +101,7 @@ def test_a_wrong_configuration_has_another_exit_code_than_other_wrong_input(
         "tools/evaluate.py vbench --python python --videos v --output o",
     ],
 )
-def test_tools_refuse_what_is_no_device(
+def test_tools_refuse_an_invalid_device(
     words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(f"{words} --device gpu", monkeypatch) == 2
@@ -107,7 +109,7 @@ def test_tools_refuse_what_is_no_device(
 
 
 @pytest.mark.parametrize("tool", ["pipelines/train_video.py", "tools/doctor.py", "tools/estimate_priors.py"])
-def test_help_is_the_docstring_of_the_tool(
+def test_the_help_text_is_the_docstring_of_the_tool(
     tool: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(f"{tool} --help", monkeypatch) == 0
@@ -127,7 +129,7 @@ def test_plan_memory_shows_its_exit_codes_and_defaults(
 
 
 def run(words: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """A tool as a program, in this process; its exit code."""
+    """Run a tool as a program in this process; return its exit code."""
     script, *arguments = words.split()
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as stopped:
@@ -135,7 +137,7 @@ def run(words: str, monkeypatch: pytest.MonkeyPatch) -> int:
     return int(stopped.value.code or 0)
 
 
-def test_a_part_of_the_bench_names_the_command_that_runs_it() -> None:
+def test_a_benchmark_module_names_the_command_that_runs_it() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "tools.bench.overlap", "--help"], cwd=ROOT, capture_output=True, text=True
     )

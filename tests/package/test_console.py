@@ -1,4 +1,4 @@
-"""The console command: its table, its help, the ranks that it starts."""
+"""The console command `bpgo-video`: its commands, its help, and launching of ranks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SCRIPTS = [*(ROOT / "pipelines").glob("*.py"), *(path for path in (ROOT / "tools
 
 
 class Launched(Exception):
-    """Instead of becoming the launcher."""
+    """Raised instead of replacing the process by the launcher."""
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The command line that this process would have become."""
+    """The command line that would have replaced this process."""
     command: list[str] = []
 
     def become(path: str, arguments: list[str]) -> None:
@@ -41,7 +41,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return command
 
 
-def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     program = (
         "import sys; from bpgo_video.__main__ import main; assert main(['--help']) == 0; "
         "assert not {'torch', 'deepspeed', 'pydantic', 'numpy'} & set(sys.modules)"
@@ -52,13 +52,13 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
         assert line in shown
 
 
-def test_a_misspelt_command_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert console.main(["trian", "--config", "x"]) == 2
     assert "trian: unknown command; perhaps you meant train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", console.COMMANDS)
-def test_every_command_teaches_by_examples_of_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_shows_examples_of_its_use(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         console.main([name, "--help"])
     assert stopped.value.code == 0
@@ -68,7 +68,7 @@ def test_every_command_teaches_by_examples_of_itself(name: str, capsys: pytest.C
 
 
 @pytest.mark.parametrize("words", ["recipes copy", "prompts build", "videos verify", "evaluate heldout"])
-def test_a_subcommand_shows_its_examples_and_no_others(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_subcommand_shows_only_its_examples(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         console.main([*words.split(), "--help"])
     examples = capsys.readouterr().out.partition("examples:\n")[2]
@@ -78,7 +78,7 @@ def test_a_subcommand_shows_its_examples_and_no_others(words: str, capsys: pytes
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_is_a_thin_entry_over_a_command(script: Path) -> None:
+def test_each_script_is_a_thin_wrapper_of_a_command(script: Path) -> None:
     assert len(script.read_text().splitlines()) <= 20
     (module,) = [line.split()[1] for line in script.read_text().splitlines() if line.startswith("from bpgo_video")]
     name = module.rpartition(".")[2].replace("_", "-")
@@ -119,7 +119,7 @@ def test_ranks_are_started_by_the_launcher_on_a_free_port(
     assert import_module(found[1]).main
 
 
-def test_ranks_are_refused_where_they_make_no_sense(
+def test_invalid_uses_of_ranks_are_refused(
     launched: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for words, code, message in (
@@ -152,7 +152,7 @@ def test_a_recipe_of_another_kind_is_refused(words: str, message: str, capsys: p
     assert message in capsys.readouterr().err
 
 
-def test_the_demo_prepares_once_and_again_when_something_changed(
+def test_the_demo_prepares_again_only_after_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[str]
 ) -> None:
     measured: list[list[str]] = []
@@ -183,7 +183,7 @@ def test_the_demo_prepares_once_and_again_when_something_changed(
     assert PromptShards(index.parent).policy.max_sequence_length == 16
 
 
-def test_a_port_in_use_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -1,4 +1,4 @@
-"""A sampler, a trust, an objective, a reward and a family from outside the package train together, by name alone."""
+"""Extensions from outside the package (sampler, trust, objective, reward, family), trained together by name alone."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Family(WanPolicy):
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """A recipe that names everything outside, and its module on the path of this process."""
+    """A recipe that names all extensions, with their module on this process's path."""
     (tmp_path / "outside.py").write_text(OUTSIDE, encoding="utf-8")
     config = small_recipe(tmp_path / "run", make_shards(tmp_path / "shards"))
     tree = yaml.safe_load(to_yaml(config))
@@ -69,7 +69,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_everything_from_outside_trains_together(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_external_extensions_train_together(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {**os.environ, "PYTHONPATH": python_path(recipe.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bpgo_video", "train", "--ranks", "1", "--config", str(recipe)]
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
@@ -78,7 +78,7 @@ def test_everything_from_outside_trains_together(recipe: Path, monkeypatch: pyte
     assert record["trust_mean"] == 1.25
     assert record["loss"] == 7
     assert 0 < record["reward/red"] < 1
-    assert record["ratio_error_first_update_max"] == 0, "the sampler's density is that of its replay"
+    assert record["ratio_error_first_update_max"] == 0, "rollout and replay have the same density"
     monkeypatch.syspath_prepend(recipe.parent)
     assert read_yaml(recipe.parent / "run" / "config.yaml").sampler.name == "outside:constant_noise"
 
@@ -86,14 +86,14 @@ def test_everything_from_outside_trains_together(recipe: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("section", "key"), [("sampler", "name"), ("bpgo", "trust"), ("loss", "objective"), ("prior", "kind")]
 )
-def test_a_name_that_cannot_be_imported_is_an_error_of_the_recipe(section: str, key: str) -> None:
+def test_a_name_that_cannot_be_imported_is_a_recipe_error(section: str, key: str) -> None:
     tree = yaml.safe_load(to_yaml(read_yaml(RECIPE)))
     tree[section][key] = "nowhere.to_be_found:it"
     with pytest.raises(ValueError, match=rf"{key} is 'nowhere.to_be_found:it', which cannot be imported.*PYTHONPATH"):
         config_from_dict(tree)
 
 
-def test_a_table_names_what_it_lacks() -> None:
+def test_a_table_names_a_missing_entry() -> None:
     with pytest.raises(KeyError, match="sde_of_nobody"):
         SAMPLERS["sde_of_nobody"]
     assert SAMPLERS["math:sqrt"](4) == 2

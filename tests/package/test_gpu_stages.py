@@ -1,4 +1,4 @@
-"""`make gpu` where there is no GPU: all of its stages on small shapes, its budget, and what a failure leaves."""
+"""`make gpu` without a GPU: all stages on small shapes, its time budget, and records of failures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU_LACKS = ("_native_cudnn", "_native_efficient", "flash", "_flash_3")
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a dry run writes; in a process of its own, as it starts ranks."""
+    """Results of a dry run, in a separate process because it starts ranks."""
     folder = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, "-m", "tools.gpu", "--dry-run", "--minutes", "60", "--output", str(folder)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
@@ -39,12 +39,12 @@ def stages(output: Path) -> dict[str, Any]:
     return json.loads((output / "gpu.json").read_text())["stages"]
 
 
-def test_every_stage_runs_and_says_how_long_it_took(stages: dict[str, Any]) -> None:
+def test_every_stage_runs_and_records_its_seconds(stages: dict[str, Any]) -> None:
     assert list(stages) == list(STAGES)
     assert all(found["seconds"] > 0 and "failure" not in found for found in stages.values())
 
 
-def test_every_check_holds_or_says_why_it_cannot_run(stages: dict[str, Any]) -> None:
+def test_every_check_holds_or_gives_a_reason_why_it_cannot_run(stages: dict[str, Any]) -> None:
     found = {name: stages["checks"][name] for name in CHECKS}
     assert {name for name, figures in found.items() if "cannot" in figures} == {
         f"ratio {backend} bf16" for backend in CPU_LACKS
@@ -70,13 +70,13 @@ def test_every_part_of_a_step_is_timed_and_its_memory_compared_with_the_plan(sta
         assert all(row["planned_over_measured"] == row["planned"] / row["measured"] for row in planned.values())
 
 
-def test_the_large_model_is_extrapolated_by_the_difference_of_two_numbers_of_blocks(stages: dict[str, Any]) -> None:
+def test_the_large_model_is_extrapolated_from_two_numbers_of_blocks(stages: dict[str, Any]) -> None:
     found = stages["large_model"]
     one, two = (found[f"tiny, {blocks} blocks, 64x64x9"]["replay_seconds"] for blocks in (1, 2))
     assert found["replay_seconds, 2 blocks"] == pytest.approx({"each": two - one, "all": two})
 
 
-def test_kernels_are_compared_or_it_is_said_why_they_cannot_run(stages: dict[str, Any]) -> None:
+def test_kernels_are_compared_or_have_a_reason_why_they_cannot_run(stages: dict[str, Any]) -> None:
     for found in (stages["attention"]["5 frames"], stages["attention"]["9 frames"]):
         assert {name for name in TIMED_BACKENDS if "cannot" in found[name]} == set(CPU_LACKS)
         assert found["native"]["forward_over_default"] == found["native"]["replay_over_default"] == 1
@@ -89,7 +89,7 @@ def test_the_tables_have_a_row_for_every_stage_check_and_backend(output: Path) -
     assert all(f"| {name} |" in text for name in (*STAGES, *CHECKS, *TIMED_BACKENDS))
 
 
-def test_operations_are_those_of_the_published_shape() -> None:
+def test_the_operation_count_is_that_of_the_published_shape() -> None:
     model, tokens, text, dim, ffn = published().small, 9 * 30 * 52, 512, 1536, 8960
     self_attention = 4 * tokens * dim * dim + 2 * tokens * tokens * dim
     cross_attention = 2 * tokens * dim * dim + 2 * text * dim * dim + 2 * tokens * text * dim
@@ -134,12 +134,12 @@ def test_a_stage_that_takes_much_longer_than_its_estimate_is_stopped(tmp_path: P
     assert read(tmp_path)["good"]["figure"] == 1.5
 
 
-def test_a_check_that_does_not_hold_is_a_failure(tmp_path: Path) -> None:
+def test_a_check_that_does_not_hold_fails_the_run(tmp_path: Path) -> None:
     record = Record(tmp_path, time(), FACTS)
     assert not run_stages({"check": Stage(lambda place, note: note("a", {"holds": False}), 1)}, None, record, 1)
 
 
-def test_stages_that_the_budget_does_not_cover_are_skipped_and_the_rest_is_kept(tmp_path: Path) -> None:
+def test_stages_beyond_the_budget_are_skipped_and_the_others_kept(tmp_path: Path) -> None:
     record = Record(tmp_path, time(), FACTS)
     assert run_stages({"first": Stage(works, 1), "second": Stage(works, 30)}, None, record, minutes=0.1)
     found = read(tmp_path)

@@ -1,4 +1,4 @@
-"""The example that is read next to the production loop runs, learns, and replays exactly."""
+"""The minimal example (examples/minimal_bpgo.py): it runs, learns, and replays exactly."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def test_the_first_ratio_is_exactly_one_and_a_step_changes_the_weights(
     assert max(moved) < 3 * example.UPDATES * example.LEARNING_RATE, "AdamW moves a weight by about its learning rate"
 
 
-def test_a_step_raises_the_density_of_what_did_better_than_its_group(example: ModuleType) -> None:
+def test_a_step_raises_the_density_of_samples_above_their_groups_mean(example: ModuleType) -> None:
     """At ratio 1 the gradient is that of -mean [(w A + zeta A~) log-prob]."""
     advantage, ratio = torch.tensor([1.5, -0.5]), torch.ones(2, requires_grad=True)
     example.surrogate(ratio, advantage).sum().backward()
     assert torch.equal(ratio.grad, -advantage)
     beyond = torch.tensor([1 + 2 * example.CLIP_RANGE, 1 - 2 * example.CLIP_RANGE], requires_grad=True)
     example.surrogate(beyond, advantage).sum().backward()
-    assert torch.equal(beyond.grad, torch.zeros(2)), "outwards of the clip range there is nothing to gain"
+    assert torch.equal(beyond.grad, torch.zeros(2)), "the gradient vanishes beyond the clip range"
 
 
-def test_it_is_short_and_names_files_that_exist(example: ModuleType) -> None:
+def test_the_example_is_short_and_names_existing_files(example: ModuleType) -> None:
     assert len(PATH.read_text().splitlines()) <= 250
     named = [word.rstrip(",:") for word in str(example.__doc__).split() if "/" in word and word[0].isalpha()]
     assert "examples/minimal_bpgo.py" in named

@@ -1,4 +1,4 @@
-"""The wheel carries everything that a user needs: installed alone, it builds shards and trains from the console."""
+"""The wheel: installed alone in an empty environment, it builds shards and trains from the console."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TWO_SMALL_STEPS = [
 
 
 def run(command: Sequence[str | Path], folder: Path) -> str:
-    """What a command prints in a folder that sees no checkout."""
+    """Output of a command in a folder without access to the checkout."""
     folders = [
         one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not Path(one, "bpgo_video").exists()
     ]
@@ -57,7 +57,7 @@ def run(command: Sequence[str | Path], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sdist, which is built from the checkout."""
+    """The wheel, built from the sdist, which is built from the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     run([sys.executable, "-m", "build", "--outdir", folder, ROOT], folder)
     return next(folder.glob("*.whl"))
@@ -65,7 +65,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def binaries(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bin/ of an environment with the wheel; its dependencies come from this environment's folder."""
+    """bin/ of an environment with the wheel; its dependencies come from the current environment."""
     venv = tmp_path_factory.mktemp("installed") / "venv"
     run([sys.executable, "-m", "venv", "--without-pip", venv], venv.parent)
     run([sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--no-deps", wheel], venv)
@@ -74,7 +74,7 @@ def binaries(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return venv / "bin"
 
 
-def test_wheel_and_sdist_hold_the_package_and_nothing_else(wheel: Path) -> None:
+def test_wheel_and_sdist_contain_only_the_package(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     kept = {
         Path(folder, name).relative_to(ROOT).as_posix()
@@ -92,7 +92,7 @@ def test_the_wheel_works_in_an_empty_environment_outside_the_clone(binaries: Pat
     assert int(parameters) > 500_000
 
 
-def test_from_the_wheel_alone_the_console_builds_shards_and_trains(binaries: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_builds_shards_and_trains(binaries: Path, tmp_path: Path) -> None:
     console = binaries / "bpgo-video"
     listed = run([console, "recipes"], tmp_path)
     assert all(name in listed for name in shipped(RECIPES))

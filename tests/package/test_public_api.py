@@ -1,4 +1,4 @@
-"""The public API (docs/api.md): names and parameters that callers use are there, and its mathematics is light."""
+"""The public API of docs/api.md: documented names and parameters exist, and the mathematics has light imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bpgo_video.policies import FAMILIES, Policy
 from bpgo_video.rewards import RewardModel
 from tests.made.recipes import ROOT, python_path
 
-SIGNATURES = {  # parameters in order; a new one with a default goes at the end, and here
+SIGNATURES = {  # parameters in order; append a new parameter with a default here too
     "bpgo_video.learner": {
         "BPGOAdvantages": "advantage contrastive trust transformed",
         "PriorAnchor": "mean std count scale version",
@@ -80,22 +80,22 @@ def test_every_public_name_is_on_the_page() -> None:
     assert not {name for name in public if f"`{name}" not in page}
 
 
-def test_samplers_take_the_same_arguments_and_stay() -> None:
+def test_samplers_keep_their_names_and_share_a_signature() -> None:
     assert {"ode", "flow_sde", "dance_sde", "cps", "sage", "truncated"} <= set(SAMPLERS)
     assert {tuple(inspect.signature(sampler).parameters) for sampler in SAMPLERS.values()} == {
         ("velocity", "latents", "step", "eta")
     }
 
 
-def test_families_stay() -> None:
+def test_families_keep_their_names() -> None:
     known = "Wan WanImageToVideo LTX LTXImageToVideo HunyuanVideo HunyuanVideoImageToVideo HunyuanVideo15 Mochi"
     known += " HunyuanVideo15ImageToVideo CogVideoX CogVideoXImageToVideo Kandinsky5T2V Kandinsky5I2V"
     assert {f"{name}Pipeline" for name in known.split()} <= set(FAMILIES)
 
 
-def test_what_a_reward_and_a_policy_must_have_stays() -> None:
+def test_required_attributes_of_rewards_and_policies_are_unchanged() -> None:
     members = {"name", "version", "range", "higher_is_better", "differentiable", "kind", "frames"}
-    assert set(RewardModel.__annotations__) <= members, "a class written for an older version would no longer do"
+    assert set(RewardModel.__annotations__) <= members, "a class written for an older version would no longer work"
     assert {"folder", "pipeline", "transformers", "transformer_names", "fps"} <= set(Policy.__annotations__)
 
 

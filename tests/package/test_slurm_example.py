@@ -1,4 +1,4 @@
-"""The Slurm example starts one launcher a node; Slurm's own commands are played by stubs."""
+"""The Slurm example: one launcher per node, with stubs in place of Slurm's commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXPECTED = (
 )
 
 
-def test_each_node_gets_its_rank_and_the_same_rest(tmp_path: Path) -> None:
+def test_each_node_gets_its_rank_and_otherwise_equal_arguments(tmp_path: Path) -> None:
     for name, body in STUBS.items():
         stub = tmp_path / name
         stub.write_text(f"#!/usr/bin/env bash\n{body}\n")

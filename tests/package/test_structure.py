@@ -1,4 +1,4 @@
-"""The architecture, as facts: which folder may import which, and that DeepSpeed stays where it belongs."""
+"""The package's architecture: which folder may import which, and where DeepSpeed may be imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import bpgo_video
 
 PACKAGE = Path(bpgo_video.__file__).parent
-LAYERS = (  # a folder imports those before it, never one behind it
+LAYERS = (  # a folder imports only folders before it
     *("tiny", "config", "distributed", "diffusion", "learner", "policies", "data", "rewards", "rollouts"),
     *("inference", "training", "evaluation", "commands"),
 )
@@ -36,7 +36,7 @@ def ours(names: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(PURE), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_pure_modules_import_torch_types_and_each_other_only(path: Path) -> None:
+def test_pure_modules_import_only_torch_types_and_each_other(path: Path) -> None:
     found = imports(path)
     assert {module.split(".")[0] for module in found} <= ALLOWED_IN_PURE
     settings = {"config"} if path.parent.name == "learner" else set()  # the learner takes sections of recipes
@@ -44,23 +44,23 @@ def test_pure_modules_import_torch_types_and_each_other_only(path: Path) -> None
     assert not any("distributed" in module for module in found), "pure functions do not communicate"
 
 
-def test_deepspeed_is_imported_where_it_trains_and_where_its_files_are_read_alone() -> None:
+def test_deepspeed_is_imported_only_for_training_and_for_reading_its_files() -> None:
     roots = {path: {name.split(".")[0] for name in imports(path)} for path in PACKAGE.rglob("*.py")}
     assert {path.relative_to(PACKAGE).as_posix() for path, names in roots.items() if "deepspeed" in names} == DEEPSPEED
 
 
-def test_every_folder_has_its_layer() -> None:
+def test_every_folder_has_a_layer() -> None:
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LAYERS)
 
 
 @pytest.mark.parametrize("folder", LAYERS)
-def test_a_folder_imports_none_of_a_layer_above_it(folder: str) -> None:
+def test_a_folder_imports_only_lower_layers(folder: str) -> None:
     above = set(LAYERS[LAYERS.index(folder) + 1 :])
     found = {path: ours(imports(path)) & above for path in (PACKAGE / folder).rglob("*.py")}
     assert not {path: names for path, names in found.items() if names}
 
 
-def test_modules_outside_folders_import_none_of_them() -> None:
+def test_top_level_modules_import_no_folder() -> None:
     found = {path.name: ours(imports(path)) & set(LAYERS) for path in PACKAGE.glob("*.py")}
     assert {name: folders for name, folders in found.items() if folders} == {"train.py": {"commands"}}, "an entry"
 

@@ -1,4 +1,4 @@
-"""Text files of the program are UTF-8 in any locale: whoever opens one says so."""
+"""Text encodings: the program's files are UTF-8 in any locale, so every call that opens one states the encoding."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 from tests.made.recipes import ROOT
 
 CODE = sorted(path for folder in ("bpgo_video", "pipelines", "tools") for path in (ROOT / folder).rglob("*.py"))
-# How many arguments a call has once its encoding is among them, with those of binary modes told apart below.
+# Number of positional arguments of a call that includes the encoding; binary modes are handled below.
 WITH_ENCODING = {"read_text": 1, "write_text": 2}
 
 
 def unstated(source: str) -> list[int]:
-    """Lines whose calls leave the encoding of a text to the locale."""
+    """Lines with calls whose text encoding depends on the locale."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    return sorted(call.lineno for call in calls if leaves_it_open(call))
+    return sorted(call.lineno for call in calls if lacks_encoding(call))
 
 
-def leaves_it_open(call: ast.Call) -> bool:
+def lacks_encoding(call: ast.Call) -> bool:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     if "encoding" in keywords:
@@ -60,17 +60,17 @@ def is_mode(node: ast.expr) -> bool:
         ("subprocess.run(command, text=True)", True),
     ],
 )
-def test_a_call_that_leaves_the_encoding_open_is_found(code: str, found: bool) -> None:
+def test_a_call_without_an_encoding_is_detected(code: str, found: bool) -> None:
     assert bool(unstated(code)) is found
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_text_file_has_a_stated_encoding(path: object) -> None:
+def test_every_text_file_has_an_explicit_encoding(path: object) -> None:
     assert unstated(path.read_text("utf-8")) == []
 
 
 @pytest.mark.parametrize(("utf8", "code"), [("0", 1), ("1", 0)])
-def test_a_locale_that_torch_cannot_be_read_in_is_named(utf8: str, code: int) -> None:
+def test_a_locale_in_which_torch_cannot_be_imported_is_named(utf8: str, code: int) -> None:
     environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": utf8, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", "import bpgo_video.commands"], env=environment, capture_output=True, encoding="utf-8"
@@ -79,7 +79,7 @@ def test_a_locale_that_torch_cannot_be_read_in_is_named(utf8: str, code: int) ->
     assert ("set PYTHONUTF8=1" in done.stderr) is bool(code)
 
 
-def test_a_terminal_that_lacks_a_character_does_not_end_a_command() -> None:
+def test_a_terminal_that_lacks_a_character_does_not_stop_a_command() -> None:
     program = "import bpgo_video.commands; print('0.5 ± 0.1 ╭─')"
     environment = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)

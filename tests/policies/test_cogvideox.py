@@ -1,4 +1,4 @@
-"""CogVideoX in coordinates of rectified flow: the mapping by hand, what is refused, its attention, and its videos."""
+"""CogVideoX as a rectified flow: the mapping by hand, refused settings, attention, and videos."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def described(folders: dict[str, Path], name: str) -> Policy:
-    """The policy without its weights."""
+    """The policy without weights."""
     return CASES[name].policy(folders[name], components=())
 
 
 def levels_by_hand() -> np.ndarray:
-    """sigma = s / (alpha + s) of each training timestep: scaled-linear betas, rescaled to end in pure noise."""
+    """sigma = s / (alpha + s) for each training timestep: scaled-linear betas, rescaled to zero terminal SNR."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alpha = np.sqrt(np.cumprod(1 - betas))
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
@@ -56,7 +56,7 @@ def levels_by_hand() -> np.ndarray:
     return s / (alpha + s)
 
 
-def test_the_schedule_is_that_of_ddims_timesteps(folders: dict[str, Path]) -> None:
+def test_the_schedule_equals_that_of_ddim(folders: dict[str, Path]) -> None:
     policy, levels = described(folders, "cogvideox"), levels_by_hand()
     np.testing.assert_allclose(policy.sigmas(4, VIDEO), [*levels[[999, 749, 499, 249]], 0], rtol=1e-6)
     assert float(policy.sigmas(50, VIDEO)[0]) == 1.0
@@ -65,7 +65,7 @@ def test_the_schedule_is_that_of_ddims_timesteps(folders: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("angle", [0.02, 0.7, 1.3, math.pi / 2])
 def test_velocity_is_noise_minus_data_at_any_level(folders: dict[str, Path], angle: float) -> None:
-    """A transformer that predicts v = alpha noise - s data without error sees alpha data + s noise."""
+    """A transformer that predicts v = alpha noise - s data without error receives alpha data + s noise."""
     policy = described(folders, "cogvideox")
     alpha, s = math.cos(angle), math.sin(angle)
     sigma = s / (alpha + s)
@@ -102,7 +102,7 @@ def test_other_schedules_and_patches_are_refused_by_name(
         CASES["cogvideox"].policy(tmp_path, components=())
 
 
-def test_sizes_that_cannot_be_made_are_named(folders: dict[str, Path]) -> None:
+def test_unsupported_sizes_are_named(folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match=r"num_frames is 13; this policy makes 8 n \+ 1 frames, for example 9"):
         described(folders, "cogvideox").latent_shape(replace(VIDEO, num_frames=13))
     with pytest.raises(ConfigError, match="learned positions for 9 of 64 x 64 alone"):
@@ -110,28 +110,28 @@ def test_sizes_that_cannot_be_made_are_named(folders: dict[str, Path]) -> None:
     assert described(folders, "cogvideox_pairs").latent_shape(replace(VIDEO, num_frames=17)) == (4, 6, 8, 8)
 
 
-def test_text_tokens_are_as_many_as_positions(folders: dict[str, Path]) -> None:
+def test_the_number_of_text_tokens_equals_that_of_positions(folders: dict[str, Path]) -> None:
     policy = CASES["cogvideox"].policy(folders["cogvideox"], components=("text_encoder",))
     policy.max_sequence_length = 8
     with pytest.raises(ConfigError, match="max_sequence_length is 8, but this transformer adds positions to 16"):
         policy.encode(TEXTS)
 
 
-def test_fps_and_size_are_the_authors(folders: dict[str, Path]) -> None:
+def test_fps_and_size_are_those_of_the_authors(folders: dict[str, Path]) -> None:
     two, pairs = described(folders, "cogvideox"), described(folders, "cogvideox_pairs")
     assert (two.fps, pairs.fps) == (8.0, 16.0)
     assert two.call_defaults() == SIZE
     image = described(folders, "cogvideox_image")
-    assert image.call_defaults() == {"height": 64, "width": 64}, "its pipeline's call has a number of frames"
+    assert image.call_defaults() == {"height": 64, "width": 64}, "the pipeline's call sets the number of frames"
 
 
-def test_a_dropped_latent_frame_takes_the_videos_own_advantage(folders: dict[str, Path]) -> None:
+def test_a_dropped_latent_frame_gets_the_advantage_of_the_video(folders: dict[str, Path]) -> None:
     scores = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0))
     rewards = Rewards({}, torch.zeros(1, 4), {"a": scores}, {"a": torch.arange(9) / 8})
     config = SimpleNamespace(credit=CreditConfig(kind="segment", gamma=0.5), video=VIDEO)
 
     def credit(name: str) -> Tensor:
-        session = object.__new__(Session)  # nothing else of it is asked for
+        session = object.__new__(Session)  # no other attribute is used
         vars(session).update(config=config, policy=described(folders, name), suite=SimpleNamespace(weights={"a": 1.0}))
         found = credit_by_frame(session, rewards)
         assert found is not None
@@ -144,7 +144,7 @@ def test_a_dropped_latent_frame_takes_the_videos_own_advantage(folders: dict[str
 
 
 @pytest.mark.parametrize("rotary", [False, True])
-def test_the_dispatched_attention_is_diffusers_own(rotary: bool) -> None:
+def test_the_dispatched_attention_equals_that_of_diffusers(rotary: bool) -> None:
     transformer = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=8,
         num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=5,
@@ -165,7 +165,7 @@ def test_the_dispatched_attention_is_diffusers_own(rotary: bool) -> None:
 
 
 def settings_of(folder: Path, tmp_path: Path, **changes: Any) -> GenerationSettings:
-    """Two prompts with images, which text-to-video leaves aside."""
+    """Two prompts with images, which text-to-video ignores."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")
     lines = [json.dumps({"prompt": text, "image": "image.png"}) for text in TEXTS]
@@ -187,10 +187,10 @@ def videos_of(settings: GenerationSettings) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "scheduler"), [("cogvideox", None), ("cogvideox", "dpm"), ("cogvideox_pairs_image", None)]
 )
-def test_generation_is_the_pipelines_own(
+def test_generation_equals_the_pipeline(
     folders: dict[str, Path], tmp_path: Path, name: str, scheduler: str | None
 ) -> None:
-    """DDIM, and DPM, which draws noise in every step; the second of two videos as made alone."""
+    """With DDIM, and with DPM, which draws noise in every step; the second of two videos equals a single generation."""
     settings = settings_of(folders[name], tmp_path, scheduler=scheduler)
     policy = described(folders, name)
     found = videos_of(settings)
@@ -210,7 +210,7 @@ def test_generation_is_the_pipelines_own(
 
 
 @pytest.mark.parametrize("name", ["cogvideox", "cogvideox_pairs_image"])
-def test_a_pipeline_of_one_dtype_runs_in_bf16(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_a_pipeline_with_a_single_dtype_runs_in_bf16(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     whole = videos_of(settings_of(folders[name], tmp_path, scheduler="ddim"))
     rounded = videos_of(settings_of(folders[name], tmp_path, scheduler="ddim", dtype="bfloat16"))
     assert 0 < (whole - rounded).abs().mean() < 0.02
@@ -224,7 +224,7 @@ def test_a_pipeline_of_one_dtype_runs_in_bf16(folders: dict[str, Path], tmp_path
         ({"num_frames": 12}, r"num_frames is 12; this policy makes 8 n \+ 1 frames, for example 9"),
     ],
 )
-def test_what_is_for_flows_alone_is_refused(
+def test_settings_of_flow_schedulers_are_refused(
     folders: dict[str, Path], tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     settings = settings_of(folders["cogvideox"], tmp_path, **change)
@@ -232,14 +232,14 @@ def test_what_is_for_flows_alone_is_refused(
         resolve(settings, find_model(settings).policy)
 
 
-def test_size_and_tokens_are_the_models_own_where_nothing_is_said(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_size_and_tokens_default_to_those_of_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
     unsaid = dict.fromkeys(("guidance_scale", "num_steps", *SIZE))
     settings = settings_of(folders["cogvideox"], tmp_path, **unsaid)
     call = resolve(settings, find_model(settings).policy)
     assert call.given() == {"num_inference_steps": 50, "guidance_scale": 6, "max_sequence_length": 16, **SIZE}
 
 
-def test_the_learned_size_is_kept(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_size_of_learned_positions_is_enforced(folders: dict[str, Path], tmp_path: Path) -> None:
     video = VideoConfig(num_frames=9, height=64, width=80, fps=8.0)
     with pytest.raises(ConfigError, match="video is 9 frames of 64 x 80"):
         described(folders, "cogvideox_image").latent_shape(video)

@@ -1,6 +1,6 @@
-"""What a GPU would refuse: tensors of the CPU among those of the device. The meta device stands in for it.
+"""Device placement: no CPU tensor is mixed with device tensors; the meta device replaces a GPU.
 
-Operations check devices there as on a GPU, and compute nothing.
+Operations on the meta device check devices as on a GPU, and compute nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
 from tests.families import CASES
 
 DEVICE = torch.device("meta")
-ASK_FOR_NUMBERS = {"mochi", "hunyuan15", "hunyuan15_image"}  # autocast, or how many tokens are real: not on meta
+ASK_FOR_NUMBERS = {"mochi", "hunyuan15", "hunyuan15_image"}  # autocast and counts of real tokens do not work on meta
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - ASK_FOR_NUMBERS))
@@ -47,6 +47,6 @@ def test_rollout_decoding_and_replay_stay_on_the_device(tmp_path: Path, name: st
     assert all(value.device == DEVICE for value in loss.metrics.values())
 
 
-def test_a_tensor_left_on_the_cpu_is_found() -> None:
+def test_a_tensor_left_on_the_cpu_is_detected() -> None:
     with pytest.raises(RuntimeError, match="device"):
         torch.empty(2, device=DEVICE) + torch.empty(2)

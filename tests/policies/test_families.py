@@ -1,4 +1,4 @@
-"""Every family does what diffusers' pipeline does, learns, and leaves in files that diffusers reads."""
+"""Every family: rollouts equal diffusers' pipeline, updates learn, and exports are readable by diffusers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.families.case import CPU
 from tests.made.zero_checkpoints import write_checkpoint
 from tests.rollouts.test_replay import PlainLearner, total_loss
 
-STEPS = 4  # divides the timesteps of training, as diffusers' DDIM wants it
+STEPS = 4  # divides the number of training timesteps, as diffusers' DDIM requires
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -55,8 +55,8 @@ def policy(case: Case, folder: Path) -> Policy:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_the_ode_rollout_is_the_pipelines_own(case: Case, folder: Path, policy: Policy, guided: bool) -> None:
-    """Schedule, shift, text, image, guidance, normalisation of latents: all of it, to the pixel."""
+def test_the_ode_rollout_equals_the_pipeline(case: Case, folder: Path, policy: Policy, guided: bool) -> None:
+    """This covers schedule, shift, text, image, guidance and latent normalisation, up to the pixels."""
     scale, scale_2 = (case.guidance_scale, case.guidance_scale_2) if guided else (1.0, None)
     config = case.recipe(folder)
     prompts = case.prompts(policy, config)
@@ -74,8 +74,8 @@ def test_the_ode_rollout_is_the_pipelines_own(case: Case, folder: Path, policy: 
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_folder_of_an_older_diffusers_is_the_same_policy(case: Case, folder: Path, tmp_path: Path) -> None:
-    """Published folders lack the settings that came after them, where diffusers takes its class's defaults."""
+def test_a_folder_of_an_older_diffusers_version_gives_the_same_policy(case: Case, folder: Path, tmp_path: Path) -> None:
+    """Published folders lack later settings, for which diffusers uses the defaults of its classes."""
     older = tmp_path / "older"
     copytree(folder, older)
     dropped = 0
@@ -132,7 +132,7 @@ def test_the_ratio_is_one_and_an_update_lowers_its_own_loss(case: Case, folder: 
     assert total_loss(objective, trajectories) < before
 
 
-def test_samples_at_levels_of_their_own_are_what_each_is_alone(case: Case, folder: Path, policy: Policy) -> None:
+def test_samples_at_different_noise_levels_equal_separate_forwards(case: Case, folder: Path, policy: Policy) -> None:
     sigma = torch.tensor([0.97, 0.93])
     conditioning = case.prompts(policy, case.recipe(folder)).conditioning
     latents = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
@@ -144,7 +144,7 @@ def test_samples_at_levels_of_their_own_are_what_each_is_alone(case: Case, folde
     assert not torch.allclose(together, policy.velocity(latents, sigma[0], conditioning), atol=1e-5)
 
 
-def test_decode_gives_the_vae_what_its_encoder_gave(
+def test_decoding_inverts_the_normalisation_of_encoding(
     case: Case, folder: Path, policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     video = case.video
@@ -154,7 +154,7 @@ def test_decode_gives_the_vae_what_its_encoder_gave(
     assert latents.shape == (2, *policy.latent_shape(video))
     assert latents.dtype == torch.float32
     given: list[torch.Tensor] = []
-    policy.options = type(policy).options  # without noise for the VAE to take out
+    policy.options = type(policy).options  # without noise for the VAE to remove
     vae, decode = policy.pipeline.vae, policy.pipeline.vae.decode
     monkeypatch.setattr(
         vae, "decode", lambda value, *rest, **named: given.append(value) or decode(value, *rest, **named)
@@ -166,7 +166,7 @@ def test_decode_gives_the_vae_what_its_encoder_gave(
     torch.testing.assert_close(torch.cat(given)[:, :, own], expected[:, :, own], rtol=1e-5, atol=1e-5)
 
 
-def test_its_blocks_are_found_and_recomputed(policy: Policy) -> None:
+def test_transformer_blocks_are_found_and_checkpointed(policy: Policy) -> None:
     assert blocks_of(policy.transformers, policy.block_names)
     for module in policy.transformers.values():
         module.enable_gradient_checkpointing()
@@ -174,10 +174,8 @@ def test_its_blocks_are_found_and_recomputed(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_what_is_trained_leaves_in_files_that_diffusers_reads(
-    case: Case, folder: Path, policy: Policy, rank: int, tmp_path: Path
-) -> None:
-    """All weights as a pipeline folder, adapters as a LoRA file; loaded again, compared, and one forward pass."""
+def test_exports_are_readable_by_diffusers(case: Case, folder: Path, policy: Policy, rank: int, tmp_path: Path) -> None:
+    """All weights as a pipeline folder, adapters as a LoRA file: both are reloaded, compared, and run one forward."""
     lora = LoraConfig(rank=rank, alpha=8, target_modules=case.lora)
     generator = torch.Generator().manual_seed(1)
     for module in policy.transformers.values():

@@ -1,4 +1,4 @@
-"""A family's name is taken for what a folder holds, and refused beside networks that are not the family's."""
+"""The `policy.family` key: it decides how a folder is loaded, and is refused for networks of another family."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def index_of(pipeline: str, networks: str) -> dict[str, Any]:
         ("MyPipeline", "Wan", "WanPipeline"),
     ],
 )
-def test_another_pipeline_of_the_same_networks_is_taken(pipeline: str, networks: str, name: str | None) -> None:
+def test_another_pipeline_with_the_same_networks_is_accepted(pipeline: str, networks: str, name: str | None) -> None:
     found = family_of("folder", index_of(pipeline, networks), name)
     module, _, attribute = FAMILIES[name or pipeline].partition(":")
     assert (found.__module__, found.__name__) == (module, attribute)
@@ -56,12 +56,14 @@ def test_another_pipeline_of_the_same_networks_is_taken(pipeline: str, networks:
         ("FooPipeline", "Wan", None, r"folder is a FooPipeline; known families are .*Write a class for it"),
     ],
 )
-def test_a_name_that_is_not_for_the_folder_is_refused(pipeline: str, networks: str, name: str, message: str) -> None:
+def test_a_family_that_does_not_match_the_folder_is_refused(
+    pipeline: str, networks: str, name: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         family_of("folder", index_of(pipeline, networks), name)
 
 
-def test_folders_and_plans_are_asked_alike(tmp_path: Path) -> None:
+def test_folders_and_plans_are_checked_alike(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(index_of("WanPipeline", "Wan")))
     message = "'LTXPipeline', but .* holds a WanTransformer3DModel"
     with pytest.raises(ConfigError, match=message):

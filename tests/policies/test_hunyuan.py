@@ -1,4 +1,4 @@
-"""HunyuanVideo: what the transformer is told, which guidance is which, and what of its texts is stored."""
+"""HunyuanVideo: embedded and classifier-free guidance, the schedule, and the stored text embeddings."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_transformer_is_told_a_thousand_times_the_guidance(folder: Path) -> None:
-    def told(policy: Any) -> Tensor:
+def test_the_transformer_receives_a_thousand_times_the_guidance(folder: Path) -> None:
+    def received(policy: Any) -> Tensor:
         latents, conditioning = policy.example()
         seen: dict[str, Tensor] = {}
         policy.transformers["transformer"].register_forward_pre_hook(
@@ -44,21 +44,21 @@ def test_the_transformer_is_told_a_thousand_times_the_guidance(folder: Path) -> 
         policy.velocity(latents, torch.tensor(0.7), conditioning)
         return seen["guidance"]
 
-    assert told(CASE.policy(folder)).tolist() == [4000.0]
-    assert told(CASE.policy(folder, options={})).tolist() == [6000.0], "diffusers' default"
+    assert received(CASE.policy(folder)).tolist() == [4000.0]
+    assert received(CASE.policy(folder, options={})).tolist() == [6000.0], "diffusers' default"
 
 
-def test_the_guidances_are_two_things_to_a_generation(folder: Path, tmp_path: Path) -> None:
-    """Of a pipeline whose guidance_scale is 6 by default, classifier-free guidance is 1."""
+def test_embedded_and_classifier_free_guidance_are_separate_settings(folder: Path, tmp_path: Path) -> None:
+    """For a pipeline whose default guidance_scale is 6, classifier-free guidance is 1."""
     settings = GenerationSettings(policy=str(folder), prompts=tmp_path, output=tmp_path, seed=0, height=32, width=48)
     policy = find_model(settings).policy
     assert (resolve(settings, policy).guidance_scale, policy.options) == (1.0, {"embedded_guidance": 6.0})
-    told = replace(settings, embedded_guidance=3.0, guidance_scale=2.0)
-    policy = find_model(told).policy
-    assert (resolve(told, policy).guidance_scale, policy.options) == (2.0, {"embedded_guidance": 3.0})
+    received = replace(settings, embedded_guidance=3.0, guidance_scale=2.0)
+    policy = find_model(received).policy
+    assert (resolve(received, policy).guidance_scale, policy.options) == (2.0, {"embedded_guidance": 3.0})
 
 
-def test_a_checkpoint_generates_with_its_recipes_guidance(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_generates_with_the_guidance_of_its_recipe(folder: Path, tmp_path: Path) -> None:
     config = CASE.recipe(folder)
     checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-000002", [{"transformer.x": torch.ones(1)}])
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
@@ -67,14 +67,14 @@ def test_a_checkpoint_generates_with_its_recipes_guidance(folder: Path, tmp_path
     assert find_model(replace(settings, embedded_guidance=3.0)).policy.options == {"embedded_guidance": 3.0}
 
 
-def test_the_schedule_falls_evenly_and_is_shifted_by_seven(folder: Path) -> None:
+def test_the_schedule_is_linear_with_a_shift_of_seven(folder: Path) -> None:
     policy = CASE.policy(folder, components=())
     levels = torch.linspace(1, 0, 6)
     torch.testing.assert_close(policy.sigmas(5, CASE.video), flow_shift(levels, 7.0), rtol=0, atol=1e-6)
     torch.testing.assert_close(policy.sigmas(5, CASE.video, 3.0), flow_shift(levels, 3.0), rtol=0, atol=1e-6)
 
 
-def test_one_frame_is_the_pipelines_picture(folder: Path) -> None:
+def test_a_single_frame_equals_the_pipelines_picture(folder: Path) -> None:
     """Text-to-image."""
     case = replace(CASE, video=replace(CASE.video, num_frames=1))
     policy = case.policy(folder)
@@ -86,8 +86,8 @@ def test_one_frame_is_the_pipelines_picture(folder: Path) -> None:
     torch.testing.assert_close(found, case.diffusers_videos(policy, start, 3, guided=False), rtol=0, atol=1e-5)
 
 
-def test_texts_come_back_from_shards_as_they_were_encoded(folder: Path, tmp_path: Path) -> None:
-    """LLaMA's states, their mask, and CLIP's pooled ones: one row a prompt, whatever the batch."""
+def test_text_embeddings_survive_a_round_trip_through_shards(folder: Path, tmp_path: Path) -> None:
+    """LLaMA states, their mask, and pooled CLIP states: one row per prompt, independent of the batch."""
     policy = CASE.policy(folder, components=("text_encoder",))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(TEXTS))
@@ -102,13 +102,13 @@ def test_texts_come_back_from_shards_as_they_were_encoded(folder: Path, tmp_path
             torch.testing.assert_close(record.conditioning[name], value[0], rtol=0, atol=1e-6)
     mask = alone["prompt_attention_mask"]
     assert mask.dtype == torch.bool
-    assert mask.sum() == 6, "five words, and what stands behind them in the template"
+    assert mask.sum() == 6, "five words and the suffix of the template"
     assert encoder_stamp(folder, CASE.text_tokens) == stamp
     (folder / "tokenizer_2" / "note").write_text("another")
-    assert encoder_stamp(folder, CASE.text_tokens) != stamp, "the second encoder counts"
+    assert encoder_stamp(folder, CASE.text_tokens) != stamp, "the second encoder affects the output"
 
 
-def test_a_setting_of_this_family_is_refused_by_others(tmp_path: Path) -> None:
+def test_settings_of_this_family_are_refused_by_others(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"policy.embedded_guidance is 6.0, but WanPolicy knows no such settings"):
         load_policy(
             str(random_wan(tmp_path)), max_sequence_length=16, components=(), options={"embedded_guidance": 6.0}

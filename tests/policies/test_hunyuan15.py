@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5: its masks, the guidance and the sizes that its pipeline holds, and which folders are refused."""
+"""HunyuanVideo 1.5: masks, the guidance and sizes stored in its pipeline, and refused folders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(folder: Path, copy: Path, file: str, **settings: Any) -> Path:
-    """The folder with other settings in one of its files."""
+    """A copy of the folder with changed settings in one file."""
     shutil.copytree(folder, copy)
     path = copy / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
@@ -69,8 +69,8 @@ def transformer(image_folder: Path) -> Any:
     return HunyuanVideo15Transformer3DModel.from_pretrained(image_folder / "transformer")
 
 
-def test_a_mask_of_keys_is_a_mask_of_the_whole_square(transformer: Any) -> None:
-    """Output and every gradient, against diffusers' own processor."""
+def test_a_key_mask_equals_the_full_attention_mask(transformer: Any) -> None:
+    """Output and all gradients against diffusers' attention processor."""
 
     def found() -> tuple[Tensor, dict[str, Tensor]]:
         transformer.zero_grad()
@@ -89,7 +89,7 @@ def test_a_mask_of_keys_is_a_mask_of_the_whole_square(transformer: Any) -> None:
         assert (found_gradients[name] - gradient).norm() < 1e-5 * max(gradient.norm(), 1e-3 * total), name
 
 
-def test_padding_is_seen_by_nothing(transformer: Any) -> None:
+def test_padding_does_not_affect_the_output(transformer: Any) -> None:
     mask_keys(transformer)
     inputs = padded_inputs(transformer)
     expected = transformer(**inputs)[0]
@@ -100,7 +100,7 @@ def test_padding_is_seen_by_nothing(transformer: Any) -> None:
     assert (transformer(**inputs)[0][1] - expected[1]).abs().max() > 1e-3
 
 
-def test_a_chosen_backend_stays_where_sequence_groups_come_later(transformer: Any) -> None:
+def test_a_chosen_backend_is_kept_when_sequence_groups_are_set_up(transformer: Any) -> None:
     mask_keys(transformer)
     choose_attention(Transformers({"transformer": transformer}), "_native_math")
     expected = transformer(**padded_inputs(transformer))[0]
@@ -110,8 +110,8 @@ def test_a_chosen_backend_stays_where_sequence_groups_come_later(transformer: An
     assert torch.equal(transformer(**padded_inputs(transformer))[0], expected)
 
 
-def test_more_room_for_texts_changes_nothing(folder: Path) -> None:
-    """A max_sequence_length below the pipeline's 1000 is the pipeline's own video, where the text fits."""
+def test_a_longer_maximum_text_length_changes_nothing(folder: Path) -> None:
+    """If the text fits, a max_sequence_length below the pipeline's 1000 gives the pipeline's video."""
     latents = torch.randn(2, *HUNYUAN_15.policy(folder).latent_shape(HUNYUAN_15.video))
     found = []
     for tokens in (HUNYUAN_15.text_tokens, 40):
@@ -122,9 +122,9 @@ def test_more_room_for_texts_changes_nothing(folder: Path) -> None:
     torch.testing.assert_close(*found, rtol=0, atol=2e-6)
 
 
-def test_a_quoted_word_is_spelled(folder: Path) -> None:
+def test_a_quoted_word_is_encoded_by_its_letters(folder: Path) -> None:
     conditioning = HUNYUAN_15.policy(folder).encode(TEXTS)
-    spelled = len('Text "circle". ') + 1  # a byte each, and the end
+    spelled = len('Text "circle". ') + 1  # one token per byte, and the end token
     assert conditioning["prompt_embeds_mask_2"].sum(dim=1).tolist() == [spelled, 0]
     assert conditioning["prompt_embeds_mask"].sum(dim=1).tolist() == [6, 6], "five words and the start of an answer"
     assert all(conditioning[name].dtype == torch.bool for name in conditioning if "mask" in name)
@@ -142,7 +142,7 @@ def test_meanflow_is_refused_by_name(folder: Path, image_folder: Path, tmp_path:
     ("setting", "value"),
     [("guidance_rescale", 0.7), ("use_original_formulation", True), ("start", 0.2), ("stop", 0.8)],
 )
-def test_guidance_that_a_rollout_does_not_compute_is_refused(
+def test_guidance_that_rollouts_do_not_implement_is_refused(
     folder: Path, tmp_path: Path, setting: str, value: float
 ) -> None:
     copy = changed(folder, tmp_path / "copy", "guider/guider_config.json", **{setting: value})
@@ -157,11 +157,11 @@ def test_another_guider_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def generation_of(policy: Path, **settings: Any) -> Any:
-    asked = GenerationSettings(policy=str(policy), prompts=policy, output=policy, seed=0, **settings)
-    return resolve(asked, find_model(asked).policy)
+    requested = GenerationSettings(policy=str(policy), prompts=policy, output=policy, seed=0, **settings)
+    return resolve(requested, find_model(requested).policy)
 
 
-def test_what_a_generation_leaves_out_is_the_pipelines(folder: Path, tmp_path: Path) -> None:
+def test_omitted_generation_settings_are_the_pipelines(folder: Path, tmp_path: Path) -> None:
     call = generation_of(folder)
     assert (call.guidance_scale, call.max_sequence_length, call.num_frames) == (6.0, 1000, 121)
     assert (call.height, call.width, call.num_inference_steps) == (32, 48, 50)
@@ -171,7 +171,7 @@ def test_what_a_generation_leaves_out_is_the_pipelines(folder: Path, tmp_path: P
     assert generation_of(distilled).guidance_scale == 1.0
 
 
-def test_a_checkpoint_generates_with_the_scale_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_generates_with_the_requested_scale(folder: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-000002", [{"transformer.x": torch.ones(1)}])
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(HUNYUAN_15.recipe(folder)))
     assert generation_of(checkpoint, guidance_scale=2.5).guidance_scale == 2.5
@@ -188,8 +188,8 @@ def resolution(
 
 @settings(deadline=None, max_examples=50)
 @given(height=st.integers(8, 100), width=st.integers(8, 100))
-def test_a_size_is_the_pipelines_or_one_that_is_named(resolution: tuple[Any, int], height: int, width: int) -> None:
-    """Of an image of a size that passes, the pipeline makes a video of that size."""
+def test_a_size_must_be_one_of_the_pipelines(resolution: tuple[Any, int], height: int, width: int) -> None:
+    """For an image of an accepted size, the pipeline generates a video of that size."""
     policy, target = resolution
     video = replace(HUNYUAN_15_IMAGE.video, height=16 * height, width=16 * width)
     try:
@@ -202,7 +202,7 @@ def test_a_size_is_the_pipelines_or_one_that_is_named(resolution: tuple[Any, int
     assert HunyuanVideo15ImageProcessor().calculate_default_height_width(*sides, target) == sides
 
 
-def test_a_size_of_another_shape_is_refused(resolution: tuple[Any, int]) -> None:
+def test_a_size_with_another_aspect_ratio_is_refused(resolution: tuple[Any, int]) -> None:
     policy, target = resolution
     video = replace(HUNYUAN_15_IMAGE.video, height=480, width=832)
     nearest = {640: "480 x 816", 960: "752 x 1200"}[target]
@@ -210,7 +210,7 @@ def test_a_size_of_another_shape_is_refused(resolution: tuple[Any, int]) -> None
         policy.latent_shape(video)
 
 
-def test_an_image_takes_its_features_and_its_first_frame(image_folder: Path) -> None:
+def test_an_image_provides_features_and_the_first_frame(image_folder: Path) -> None:
     policy: Any = HUNYUAN_15_IMAGE.policy(image_folder)
     prompts = HUNYUAN_15_IMAGE.prompts(policy, HUNYUAN_15_IMAGE.recipe(image_folder))
     seen: dict[str, Tensor] = {}
@@ -229,7 +229,9 @@ def test_an_image_takes_its_features_and_its_first_frame(image_folder: Path) -> 
     assert not torch.equal(*seen["image_embeds"])
 
 
-def test_adapters_go_into_the_transformer_of_a_pipeline_that_loads_none(folder: Path, tmp_path: Path) -> None:
+def test_adapters_are_loaded_into_the_transformer_if_the_pipeline_cannot_load_them(
+    folder: Path, tmp_path: Path
+) -> None:
     generator = torch.Generator().manual_seed(0)
     down, up = (torch.randn(*shape, generator=generator) for shape in ((4, 32), (32, 4)))
 

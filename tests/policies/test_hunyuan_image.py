@@ -1,4 +1,4 @@
-"""HunyuanVideo image-to-video: where its path starts, what the transformer sees, and which frames count."""
+"""HunyuanVideo image-to-video: initial latents, conditioning of the transformer, and counting of frames."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.families import CASES, Case
 from tests.families.case import CPU, TEXTS
 
 KINDS = {"concat": CASES["hunyuan_image_concat"], "first_frame": CASES["hunyuan_image"]}
-BLACK = 24 * 24 // 2  # states of a black image beside a negative prompt
+BLACK = 24 * 24 // 2  # states of a black image accompany a negative prompt
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def inputs_of_the_transformer(policy: Any, latents: Tensor, conditioning: Any) -
     return seen["hidden_states"]
 
 
-def test_the_recorded_path_starts_with_a_thousandth_of_the_image(
+def test_the_initial_latents_contain_a_thousandth_of_the_image(
     kind: str, case: Case, policy: Policy, folders: dict[str, Path]
 ) -> None:
     config = case.recipe(folders[kind])
@@ -73,7 +73,7 @@ def test_the_recorded_path_starts_with_a_thousandth_of_the_image(
     torch.testing.assert_close(found, 0.999 * noise + 0.001 * image, rtol=0, atol=1e-6)
 
 
-def test_the_image_enters_beside_the_noise_or_before_it(kind: str, policy: Policy) -> None:
+def test_the_image_is_added_as_channels_or_as_the_first_frame(kind: str, policy: Policy) -> None:
     latents, conditioning = policy.example()
     image, zeros = conditioning["image_latents"][:, :, 0], torch.zeros_like(latents[:, :, 0])
     seen = inputs_of_the_transformer(policy, latents, conditioning)
@@ -85,8 +85,8 @@ def test_the_image_enters_beside_the_noise_or_before_it(kind: str, policy: Polic
     assert torch.equal(seen[:, 8], torch.stack([torch.ones_like(image[:, 0]), zeros[:, 0]], dim=1))
 
 
-def test_frames_are_counted_as_they_are_shown(folders: dict[str, Path]) -> None:
-    """Nine frames: three latent ones; one of them given, or a fourth in front that is not shown."""
+def test_frame_counts_refer_to_displayed_frames(folders: dict[str, Path]) -> None:
+    """Nine frames have three latent frames, of which one is given, or a fourth one that is dropped."""
     policies = {kind: case.policy(folders[kind], components=()) for kind, case in KINDS.items()}
     assert policies["first_frame"].latent_shape(KINDS["first_frame"].video) == (4, 2, 4, 6)
     assert policies["concat"].latent_shape(KINDS["concat"].video) == (4, 4, 4, 6)
@@ -94,8 +94,8 @@ def test_frames_are_counted_as_they_are_shown(folders: dict[str, Path]) -> None:
         policies["first_frame"].latent_shape(replace(KINDS["first_frame"].video, num_frames=1))
 
 
-def test_by_default_the_pipelines_own_frames_are_shown(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Its call takes 129, of which latent_concat shows 125."""
+def test_the_default_number_of_frames_is_the_pipelines(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The pipeline's call takes 129, of which latent_concat displays 125."""
     settings = GenerationSettings(policy=str(folders[kind]), prompts=tmp_path, output=tmp_path, seed=0)
     model = find_model(settings)
     call = resolve(settings, model.policy)
@@ -103,9 +103,9 @@ def test_by_default_the_pipelines_own_frames_are_shown(kind: str, folders: dict[
     assert (call.guidance_scale, model.policy.options) == (1.0, {"embedded_guidance": 1.0})
 
 
-def test_states_of_the_image_stand_before_those_of_the_text(kind: str, case: Case, policy: Policy) -> None:
+def test_image_states_precede_text_states(kind: str, case: Case, policy: Policy) -> None:
     prompts = case.prompts(policy, case.recipe(policy.folder))
-    rows = BLACK + case.text_tokens - 4  # of the text the pipeline cuts four
+    rows = BLACK + case.text_tokens - 4  # the pipeline truncates four text tokens
     own = BLACK if kind == "concat" else BLACK // 2
     assert prompts.conditioning["prompt_embeds"].shape == (2, rows, 16)
     assert prompts.negative["prompt_embeds"].shape == (1, rows, 16)
@@ -113,19 +113,21 @@ def test_states_of_the_image_stand_before_those_of_the_text(kind: str, case: Cas
     assert prompts.negative["prompt_attention_mask"].sum(1).tolist() == [BLACK + 3]
 
 
-def test_a_text_is_encoded_alike_in_any_batch_and_a_long_one_is_cut(case: Case, policy: Policy) -> None:
-    """The pipeline cuts a long text where it is alone."""
+def test_text_encoding_does_not_depend_on_the_batch_and_long_texts_are_truncated(case: Case, policy: Policy) -> None:
+    """The pipeline truncates a long text that is encoded alone."""
     texts = [TEXTS[0], " ".join(TEXTS * 3)]
     images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     together = policy.encode_with_images(texts, images)
     for row, text in enumerate(texts):
         for name, value in policy.encode_with_images([text], images[row : row + 1]).items():
             assert torch.equal(together[name][row], value[0])
-    assert together["prompt_attention_mask"][1].sum() == together["prompt_attention_mask"][0].sum() + 3, "all 8 places"
+    assert together["prompt_attention_mask"][1].sum() == together["prompt_attention_mask"][0].sum() + 3, (
+        "all 8 positions"
+    )
 
 
-def test_what_is_masked_changes_nothing(policy: Policy) -> None:
-    """Rows are filled up so that all prompts have as many."""
+def test_masked_tokens_change_nothing(policy: Policy) -> None:
+    """Rows are padded so that all prompts have the same number."""
     latents, conditioning = policy.example()
     sigma = torch.tensor(0.7)
     longer = {
@@ -139,7 +141,7 @@ def test_what_is_masked_changes_nothing(policy: Policy) -> None:
     torch.testing.assert_close(policy.velocity(latents, sigma, longer), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_pipeline_fits_the_transformer(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_pipeline_must_match_the_transformer(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"image_condition_type to 'latent_concat'; HunyuanVideoPipeline samples only"
     ):

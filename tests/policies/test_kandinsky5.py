@@ -1,4 +1,4 @@
-"""Kandinsky 5: what its transformer is told, texts of several lengths, precision, its schedule, an image's frames."""
+"""Kandinsky 5: transformer inputs, texts of different lengths, precision, schedule, and given frames."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tests.families.kandinsky5 import random_kandinsky5, random_transformer
 
 TEXT, IMAGE = CASES["kandinsky5"], CASES["kandinsky5_image"]
 SIGMA = torch.tensor(0.7)
-Told = list[dict[str, Any]]
+Received = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text-to-video, with channels for given frames that there are none of."""
+    """A text-to-video pipeline with channels for given frames but no given frames."""
     path: Path = tmp_path_factory.mktemp("kandinsky5") / "pipeline"
     random_kandinsky5(path, visual_cond=True)
     return path
@@ -49,7 +49,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def long_transformer() -> Kandinsky5Transformer3DModel:
-    """One whose queries and keys are as long as at the start of a training: attention is far from even."""
+    """A transformer with large queries and keys as after initialisation, so that attention is far from uniform."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = random_transformer()
@@ -70,8 +70,8 @@ def inputs_of(texts: Tensor, positions: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_masked_padding_is_padding_left_out() -> None:
-    """Each text as diffusers' own transformer has it alone, but that a last bit may round to another number of bf16."""
+def test_masked_padding_equals_no_padding() -> None:
+    """Each text gives the output of diffusers' transformer for that text alone, up to one bf16 rounding."""
     transformer, lengths = long_transformer(), (6, 2)
     texts = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
@@ -92,8 +92,8 @@ def test_masked_padding_is_padding_left_out() -> None:
     assert (unmasked[1] - expected[1]).abs().max() > 0.1
 
 
-def test_a_block_computed_again_has_the_mask_that_it_had() -> None:
-    """Another forward, of other texts, lies between a forward and its backward."""
+def test_a_recomputed_block_uses_its_original_mask() -> None:
+    """Another forward with different texts runs between a forward and its backward."""
     transformer = long_transformer()
     prepare(transformer)
     transformer.enable_gradient_checkpointing()
@@ -113,24 +113,24 @@ def test_a_block_computed_again_has_the_mask_that_it_had() -> None:
 
 
 @pytest.mark.parametrize("images", [False, True])
-def test_the_transformer_is_told_what_the_pipeline_tells_it(
+def test_the_transformer_receives_the_inputs_of_the_pipeline(
     images: bool, folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a rollout's first step; text positions apart, of which the policy has more for padding."""
+    """In the first rollout step; the policy only has additional text positions for padding."""
     case = IMAGE if images else TEXT
     policy: Any = case.policy(image_folder if images else folder)
-    told: Told = []
+    received: Received = []
     forward = Kandinsky5Transformer3DModel.forward
     monkeypatch.setattr(
         Kandinsky5Transformer3DModel, "forward",
-        lambda self, **given: told.append({name: _copied(value) for name, value in given.items()})
+        lambda self, **given: received.append({name: _copied(value) for name, value in given.items()})
         or forward(self, **given),
     )  # fmt: skip
     noise = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     case.diffusers_videos(policy, noise.clone(), 1, guided=False)
     prompts = case.prompts(policy, case.recipe(policy.folder))
     policy.velocity(noise, policy.sigmas(1, case.video)[0], prompts.conditioning)
-    *by_pipeline, found = told
+    *by_pipeline, found = received
     for row, expected in enumerate(by_pipeline):
         for name in ("hidden_states", "timestep", "pooled_projections"):
             torch.testing.assert_close(found[name][row : row + 1], expected[name], rtol=0, atol=1e-6)
@@ -150,24 +150,24 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def test_positions_are_nearer_at_the_sizes_of_480_lines(folder: Path) -> None:
+def test_positions_are_scaled_at_480_line_sizes(folder: Path) -> None:
     policy: Any = TEXT.policy(folder, components=("transformer",))
-    told: Told = []
+    received: Received = []
     policy.transformers["transformer"].register_forward_pre_hook(
-        lambda _, args, given: told.append(given), with_kwargs=True
+        lambda _, args, given: received.append(given), with_kwargs=True
     )
     latents, conditioning = policy.example()
     for height, width in ((512, 768), (768, 1280)):
         size = latents[..., :1, :1].expand(-1, -1, -1, height // 8, width // 8)
         with torch.no_grad():
             policy.velocity(size[:, :, :1], SIGMA, conditioning)
-    assert [given["scale_factor"] for given in told] == [(1, 2, 2), (1, 3.16, 3.16)]
+    assert [given["scale_factor"] for given in received] == [(1, 2, 2), (1, 3.16, 3.16)]
 
 
-def test_in_bfloat16_positions_stay_exact_and_the_velocity_near(folder: Path) -> None:
+def test_in_bfloat16_positions_are_exact_and_the_velocity_is_close(folder: Path) -> None:
     whole, halved = (TEXT.policy(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     transformer = halved.transformers["transformer"]
-    assert transformer.time_embeddings.in_layer.weight.dtype == torch.float32, "as diffusers keeps it"
+    assert transformer.time_embeddings.in_layer.weight.dtype == torch.float32, "the dtype that diffusers keeps"
     assert transformer.visual_embeddings.in_layer.weight.dtype == torch.bfloat16
     latents, conditioning = whole.example()
     expected = whole.velocity(latents, SIGMA, conditioning)
@@ -180,12 +180,14 @@ def test_in_bfloat16_positions_stay_exact_and_the_velocity_near(folder: Path) ->
     assert len(exact) == 3
     for name, buffer in transformer.visual_rope_embeddings.named_buffers():
         assert torch.equal(buffer, exact[name])
-    transformer.time_embeddings.freqs = transformer.time_embeddings.freqs.bfloat16()  # as ZeRO-3's construction does
+    transformer.time_embeddings.freqs = (
+        transformer.time_embeddings.freqs.bfloat16()
+    )  # as construction under ZeRO-3 does
     prepare(transformer)
     assert torch.equal(transformer.time_embeddings.freqs, get_freqs(16))
 
 
-def test_texts_are_encoded_alone_and_padded(folder: Path) -> None:
+def test_texts_are_encoded_individually_and_padded(folder: Path) -> None:
     policy: Any = TEXT.policy(folder, components=("text_encoder",))
     together = policy.encode([TEXTS[0], "a"])
     for row, text in enumerate((TEXTS[0], "a")):
@@ -195,11 +197,11 @@ def test_texts_are_encoded_alone_and_padded(folder: Path) -> None:
         assert torch.equal(together["pooled_prompt_embeds"][row], pooled[0])
         assert together["prompt_attention_mask"][row].tolist() == [place < length for place in range(12)]
         assert not together["prompt_embeds"][row, length:].any()
-    assert together["prompt_attention_mask"].sum(dim=1).tolist() == [6, 2], "and what stands behind in the template"
+    assert together["prompt_attention_mask"].sum(dim=1).tolist() == [6, 2], "including the suffix of the template"
 
 
-def test_a_generated_video_does_not_know_of_longer_texts_beside_its_own(folder: Path, tmp_path: Path) -> None:
-    """diffusers' pipeline, given both in a call, attends to the padding of the shorter one."""
+def test_a_generated_video_does_not_depend_on_longer_texts_in_its_batch(folder: Path, tmp_path: Path) -> None:
+    """diffusers' pipeline attends to the padding of the shorter text when both are in one call."""
     (tmp_path / "prompts.txt").write_text(f"{TEXTS[0]}\na")
     settings = GenerationSettings(
         policy=str(folder), prompts=tmp_path / "prompts.txt", output=tmp_path / "videos", seed=5, num_steps=2,
@@ -217,21 +219,21 @@ def test_a_generated_video_does_not_know_of_longer_texts_beside_its_own(folder: 
     assert (padded[1:] - alone).abs().max() > 1e-3
 
 
-def test_the_schedule_is_shifted_to_the_smallest_level_and_again(folder: Path) -> None:
-    """diffusers' scheduler counts from its own smallest level, which is shifted already."""
+def test_the_schedule_applies_the_shift_twice_like_diffusers(folder: Path) -> None:
+    """diffusers' scheduler starts from its smallest level, which is already shifted."""
 
     def shifted(levels: Any, shift: float) -> Any:
         return shift * levels / (1 + (shift - 1) * levels)
 
     policy = TEXT.policy(folder, components=())
     levels = np.linspace(1, shifted(0.001, 5.0), 4)
-    for asked, shift in ((None, 5.0), (3.0, 3.0)):
+    for given_shift, shift in ((None, 5.0), (3.0, 3.0)):
         expected = torch.tensor([*shifted(levels, shift), 0.0], dtype=torch.float32)
-        torch.testing.assert_close(policy.sigmas(4, TEXT.video, asked), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(policy.sigmas(4, TEXT.video, given_shift), expected, rtol=0, atol=1e-6)
 
 
-def test_an_images_video_is_decoded_by_its_own_statistics(image_folder: Path) -> None:
-    """The pipeline moves the first four frames to those behind them, over a whole batch; here over each video."""
+def test_an_image_to_video_sample_is_decoded_with_its_own_statistics(image_folder: Path) -> None:
+    """The pipeline matches the first four frames to the following ones over a batch; the policy does so per video."""
     policy: Any = IMAGE.policy(image_folder)
     conditioning = IMAGE.prompts(policy, IMAGE.recipe(image_folder)).conditioning
     latents = torch.randn(2, *policy.latent_shape(IMAGE.video), generator=torch.Generator().manual_seed(1))
@@ -243,7 +245,7 @@ def test_an_images_video_is_decoded_by_its_own_statistics(image_folder: Path) ->
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
 
 
-def test_what_cannot_be_made_is_refused_by_name(folder: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused_by_name(folder: Path, image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"num_frames is 13, 4 latent frames: .* take 17 frames or more"):
         IMAGE.policy(image_folder, components=()).latent_shape(replace(IMAGE.video, num_frames=13))
     with pytest.raises(ConfigError, match=r"patches of \(1, 2, 2\); the transformer knows 128 positions"):

@@ -1,4 +1,4 @@
-"""LTX-Video: what its pipeline does beside denoising, held against it: schedule, frame rate, given frame, noisy VAE."""
+"""LTX-Video compared with its pipeline: schedule, frame rate, given frame, and noisy VAE."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ode(policy: Policy, start: Tensor, prompts: PromptBatch) -> Tensor:
-    """Of the first prompts, one for each start."""
+    """ODE rollout of the first prompts, one for each start."""
     denoiser = Denoiser(policy, policy.sigmas(STEPS, VIDEO), "ode", 0.0, 3.0, torch.float32)
     guidance = guidance_of(prompts, torch.arange(len(start)), CPU)
     return denoiser.denoise(start, guidance, lambda _: start).latents[:, -1]
 
 
-def test_the_given_frame_is_what_the_pipeline_makes_of_the_image_itself(image_folder: Path) -> None:
-    """The pipeline encodes the image and draws its noise alone; its VAE's distribution is as narrow as can be."""
+def test_the_given_frame_equals_that_of_the_pipeline(image_folder: Path) -> None:
+    """The pipeline encodes the image and draws noise itself; its VAE's variance is minimal."""
     policy = IMAGE.policy(image_folder)
     pipeline: Any = LTXImageToVideoPipeline.from_pretrained(image_folder)
     expected = pipeline(
@@ -64,12 +64,12 @@ def test_the_given_frame_is_what_the_pipeline_makes_of_the_image_itself(image_fo
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_nothing_is_left_to_sample_in_a_single_given_frame(image_folder: Path) -> None:
+def test_a_single_given_frame_leaves_nothing_to_sample(image_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"num_frames is 1, and the image is the first of them.* take 9 frames"):
         IMAGE.policy(image_folder, components=()).latent_shape(replace(VIDEO, num_frames=1))
 
 
-def test_one_frame_is_the_pipelines_picture(folder: Path) -> None:
+def test_a_single_frame_equals_the_pipelines_picture(folder: Path) -> None:
     """Text-to-image."""
     case = replace(TEXT, video=replace(VIDEO, num_frames=1))
     policy = case.policy(folder)
@@ -81,8 +81,8 @@ def test_one_frame_is_the_pipelines_picture(folder: Path) -> None:
     torch.testing.assert_close(found, case.diffusers_videos(policy, start, STEPS, guided=True), rtol=0, atol=1e-5)
 
 
-def test_the_schedule_is_shifted_by_the_videos_size_or_as_the_recipe_says(folder: Path) -> None:
-    """exp(mu), mu on the line through (1024 tokens, .95) and (4096, 2.05); then stretched to end at .1, and 0."""
+def test_the_shift_follows_the_video_size_or_the_recipe(folder: Path) -> None:
+    """The shift is exp(mu), mu linear through (1024 tokens, .95) and (4096, 2.05), then stretched to end at .1, 0."""
     policy = TEXT.policy(folder, components=())
     large = replace(VIDEO, num_frames=97, height=512, width=512)  # 13 x 16 x 16 tokens
 
@@ -99,7 +99,7 @@ def test_the_schedule_is_shifted_by_the_videos_size_or_as_the_recipe_says(folder
 
 
 def test_the_frame_rate_reaches_the_transformer_in_full_precision(folder: Path) -> None:
-    """29.97 is no bf16 number; the embeddings beside it are."""
+    """29.97 is not representable in bf16, unlike the embeddings."""
     policy = TEXT.policy(folder)
     case = replace(TEXT, video=replace(VIDEO, fps=29.97))
     prompts = case.prompts(policy, case.recipe(folder))
@@ -110,8 +110,8 @@ def test_the_frame_rate_reaches_the_transformer_in_full_precision(folder: Path) 
     assert (slow - policy.velocity(latents, sigma, conditioning)).abs().max() > 1e-3
 
 
-def test_a_decoded_video_is_the_same_in_any_batch_and_at_any_time(folder: Path, tmp_path: Path) -> None:
-    """Though 0.9.1's VAE draws noise in its layers, beside that which is left in the latents."""
+def test_decoding_does_not_depend_on_the_batch_or_on_earlier_draws(folder: Path, tmp_path: Path) -> None:
+    """The 0.9.1 VAE draws noise in its layers, in addition to the remaining noise of the latents."""
     pipeline: Any = LTXPipeline.from_pretrained(folder)
     settings = {**pipeline.vae.config, "decoder_inject_noise": [True] * 5}
     noisy = AutoencoderKLLTXVideo.from_config(settings)

@@ -1,4 +1,4 @@
-"""What a recipe says about tiles, resting parts, attention and compiled blocks is done, or refused by name."""
+"""Memory settings of recipes (tiling, offloading, attention, compilation): applied, or refused by name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def built(recipe: Config, folder: Path, **settings: object) -> Any:
     return sampling_policy(replace(recipe, policy=policy), FP32, Mesh(0, 1, CPU))
 
 
-def test_slices_and_resting_parts_change_no_bit(recipe: Config, folder: Path) -> None:
+def test_slicing_and_offloading_are_bit_exact(recipe: Config, folder: Path) -> None:
     latents = torch.randn(3, *LATENTS, generator=torch.Generator().manual_seed(0))
     plain = built(recipe, folder)
     expected = plain.decode(latents, {})
@@ -55,7 +55,7 @@ def test_slices_and_resting_parts_change_no_bit(recipe: Config, folder: Path) ->
 
 
 class Part(nn.Module):
-    """A network that tells where it is."""
+    """A network that reports its device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Part(nn.Module):
 
 
 class StubPolicy:
-    """A policy that says where its parts are while it works."""
+    """A policy that reports the devices of its parts during each operation."""
 
     def __init__(self, fails: bool = False) -> None:
         self.parts = {"vae": Part(), "image_encoder": Part(), "text_encoder": Part(), "scheduler": object()}
@@ -86,16 +86,16 @@ class StubPolicy:
         return self.places()
 
 
-def test_parts_are_on_the_device_while_they_work_and_only_then(recipe: Config) -> None:
+def test_parts_are_on_the_device_only_while_they_are_used(recipe: Config) -> None:
     stub, settings = StubPolicy(), replace(recipe.policy, frozen_rest_on="cpu")
     save_memory(stub, settings, torch.device("cuda", 1))
-    assert stub.places() == ["cpu", "cpu", "device"], "the text encoder is not theirs to move"
+    assert stub.places() == ["cpu", "cpu", "device"], "the text encoder is not offloaded by these operations"
     assert stub.decode(torch.zeros(1), None) == ["cuda:1", "cuda:1", "device"]
     assert stub.image_conditioning(torch.zeros(1), None)[:2] == ["cuda:1", "cuda:1"]
     assert stub.places()[:2] == ["cpu", "cpu"]
 
 
-def test_parts_go_back_where_their_work_fails(recipe: Config) -> None:
+def test_parts_are_offloaded_again_after_a_failure(recipe: Config) -> None:
     stub = StubPolicy(fails=True)
     save_memory(stub, replace(recipe.policy, frozen_rest_on="cpu"), torch.device("cuda"))
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -103,16 +103,16 @@ def test_parts_go_back_where_their_work_fails(recipe: Config) -> None:
     assert stub.places()[:2] == ["cpu", "cpu"]
 
 
-def test_what_a_vae_cannot_do_is_refused_by_name() -> None:
+def test_an_unsupported_vae_option_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"policy\.vae_tiling is true, but Linear does not support it"):
         split_vae_work(nn.Linear(2, 2), tiling=True, slicing=False)
 
 
-def test_attention_goes_to_the_backend_in_sequence_groups_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_sequence_groups_use_the_chosen_attention_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
     def dispatched(query: Tensor, key: Tensor, value: Tensor, *, backend: object = None, **options: object) -> Tensor:
-        asked.append((backend, query.shape[2]))
+        calls.append((backend, query.shape[2]))
         return query
 
     monkeypatch.setattr(ulysses, "dispatch_attention_fn", dispatched)
@@ -123,11 +123,11 @@ def test_attention_goes_to_the_backend_in_sequence_groups_too(monkeypatch: pytes
             parallelise(module, mesh, WanPolicy.sequence_plan)
             monkeypatch.setattr(type(module).__module__ + ".dispatch_attention_fn", ulysses.attend)
             module(**inputs("wan", "even")[0], return_dict=False)
-    assert {str(backend) for backend, _ in asked} == {"AttentionBackendName._NATIVE_MATH"}
-    assert {heads for _, heads in asked} == {4, 2}, "half of the heads each where two ranks share the tokens"
+    assert {str(backend) for backend, _ in calls} == {"AttentionBackendName._NATIVE_MATH"}
+    assert {heads for _, heads in calls} == {4, 2}, "two ranks of a sequence group have half of the heads each"
 
 
-def test_a_chosen_backend_computes_the_same_attention() -> None:
+def test_another_backend_gives_the_same_attention() -> None:
     arguments, _ = inputs("wan", "even")
     module = random_transformer("wan")
     expected = module(**arguments, return_dict=False)[0]
@@ -144,7 +144,7 @@ def test_a_backend_that_cannot_train_here_is_refused(backend: str, message: str)
         choose_attention(Transformers({"transformer": random_transformer("wan")}), backend)
 
 
-def test_attention_that_is_written_in_is_refused() -> None:
+def test_a_backend_is_refused_for_hard_coded_attention() -> None:
     with pytest.raises(ConfigError, match="Linear calls torch's"):
         choose_attention(Transformers({"transformer": nn.Linear(2, 2)}), "native")
 
@@ -159,10 +159,10 @@ def test_compiled_blocks_are_refused_with_sequence_groups(recipe: Config, change
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_blocks_give_rollout_and_replay_the_same_bits(
+def test_compiled_blocks_are_bit_equal_in_rollout_and_replay(
     folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A test before this one that used sequence groups leaves ours there, whose checked annotations cannot be compiled.
+    # Earlier tests with sequence groups leave our processors installed, whose checked annotations cannot be compiled.
     monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", dispatch_attention_fn)
     policy: Any = load_policy(str(folder), max_sequence_length=TEXT_TOKENS, components=("transformer",), dtype=dtype)
     latents, conditioning = policy.example()

@@ -1,4 +1,4 @@
-"""Mochi's attention with masked padding is diffusers' own; its schedule, its empty texts, and its videos."""
+"""Mochi: attention with masked padding, schedule, empty texts, and videos equal to diffusers'."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def settings(folder: Path, tmp_path: Path) -> GenerationSettings:
     )  # fmt: skip
 
 
-def test_masked_padding_is_padding_left_out(folder: Path) -> None:
+def test_masked_padding_equals_no_padding(folder: Path) -> None:
     transformer = MochiTransformer3DModel.from_pretrained(folder / "transformer")
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(2, 6, dtype=torch.bool)
@@ -54,24 +54,24 @@ def test_masked_padding_is_padding_left_out(folder: Path) -> None:
     assert (transformer(**inputs)[0][1] - expected[1]).abs().max() > 1e-3
 
 
-def test_the_schedule_is_linear_and_then_quadratic(folder: Path) -> None:
-    """Half of the steps reach 1 - .025; the rest go down to 0 in growing steps."""
+def test_the_schedule_is_linear_then_quadratic(folder: Path) -> None:
+    """The first half of the steps decreases to 1 - .025, the rest to 0 in growing steps."""
     sigmas = MOCHI.policy(folder, components=()).sigmas(64, MOCHI.video)
     torch.testing.assert_close(sigmas[:33], 1 - 0.025 * torch.arange(33) / 32, rtol=0, atol=1e-6)
     assert bool((sigmas[32:].diff().diff() < 0).all())
     assert float(sigmas[-1]) == 0.0
 
 
-def test_an_empty_text_does_not_change_its_neighbours(folder: Path) -> None:
+def test_an_empty_text_does_not_affect_other_samples(folder: Path) -> None:
     policy = MOCHI.policy(folder, components=("text_encoder",))
     policy.pipeline.register_to_config(force_zeros_for_empty_prompt=True)
-    alone, beside = policy.encode(TEXTS[:1]), policy.encode([TEXTS[0], ""])
+    alone, batched = policy.encode(TEXTS[:1]), policy.encode([TEXTS[0], ""])
     for name in alone:
-        assert torch.equal(beside[name][:1], alone[name])
-    assert not beside["mask"][1].any()
+        assert torch.equal(batched[name][:1], alone[name])
+    assert not batched["mask"][1].any()
 
 
-def test_generation_is_the_pipelines_own(settings: GenerationSettings, folder: Path) -> None:
+def test_generation_equals_the_pipeline(settings: GenerationSettings, folder: Path) -> None:
     settings = GenerationSettings(**{**vars(settings), **SIZE})
     model = find_model(settings)
     jobs, call = plan(settings, read_records(settings)), resolve(settings, model.policy)
@@ -85,7 +85,7 @@ def test_generation_is_the_pipelines_own(settings: GenerationSettings, folder: P
     assert found.std() > 0.01
 
 
-def test_its_size_is_the_pipelines_and_its_scheduler_its_own(settings: GenerationSettings) -> None:
+def test_the_default_size_is_the_pipelines_and_the_scheduler_is_fixed(settings: GenerationSettings) -> None:
     policy = find_model(settings).policy
     call = resolve(settings, policy)
     assert (call.num_frames, call.height, call.width, policy.fps) == (19, 480, 848, 30.0)

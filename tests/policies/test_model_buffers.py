@@ -1,4 +1,4 @@
-"""Buffers of a model that is born sharded are the model's own; blocks see by position what they are called with."""
+"""Model buffers under sharded construction, and hooks on blocks that are called by keyword."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEARNED = "patch_embed.pos_embedding"
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox_image"])
-def test_they_are_those_that_diffusers_loads(name: str, tmp_path: Path) -> None:
+def test_buffers_equal_those_that_diffusers_loads(name: str, tmp_path: Path) -> None:
     CASES[name].write(tmp_path)
     model_class, folder = networks_of(tmp_path)["transformer"], tmp_path / "transformer"
     expected = dict(model_class.from_pretrained(folder).named_buffers())
@@ -41,7 +41,7 @@ def test_they_are_those_that_diffusers_loads(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox_image", "kandinsky5"])
-def test_a_whole_model_in_bf16_has_the_tensors_that_the_pipeline_samples_with(name: str, tmp_path: Path) -> None:
+def test_an_unsharded_bf16_model_has_the_tensors_of_the_pipeline(name: str, tmp_path: Path) -> None:
     CASES[name].write(tmp_path)
     model_class, folder = networks_of(tmp_path)["transformer"], tmp_path / "transformer"
     exact = model_buffers(model_class, folder, tensor_files(folder, model_class))
@@ -53,7 +53,7 @@ def test_a_whole_model_in_bf16_has_the_tensors_that_the_pipeline_samples_with(na
     assert all(torch.equal(buffer, exact[key]) for key, buffer in model.named_buffers())
 
 
-def test_a_tensor_of_another_dtype_is_named(tmp_path: Path) -> None:
+def test_a_tensor_with_another_dtype_is_named(tmp_path: Path) -> None:
     CASES["wan"].write(tmp_path)
     model_class, folder = networks_of(tmp_path)["transformer"], tmp_path / "transformer"
     model = from_pretrained(model_class, folder, torch.bfloat16)
@@ -68,8 +68,8 @@ def test_a_tensor_of_another_dtype_is_named(tmp_path: Path) -> None:
         check_buffers(model, exact)
 
 
-def test_tensors_that_the_models_class_ignores_are_not_its_own(tmp_path: Path) -> None:
-    """Wan 2.1's published image-to-video folders have them in every block."""
+def test_tensors_ignored_by_the_models_class_are_not_loaded(tmp_path: Path) -> None:
+    """Wan 2.1's published image-to-video folders contain such tensors in every block."""
     CASES["wan_image"].write(tmp_path)
     model_class, folder = networks_of(tmp_path)["transformer"], tmp_path / "transformer"
     before = tensor_files(folder, model_class)
@@ -81,7 +81,7 @@ def test_tensors_that_the_models_class_ignores_are_not_its_own(tmp_path: Path) -
     assert tensor_files(folder, model_class).keys() - before.keys() == {"blocks.0.unknown"}
 
 
-def test_an_export_has_those_that_files_store(tmp_path: Path) -> None:
+def test_an_export_contains_the_persistent_buffers(tmp_path: Path) -> None:
     CASES["cogvideox_image"].write(tmp_path)
     policy = CASES["cogvideox_image"].policy(tmp_path, components=("transformer",))
     engine: Any = SimpleNamespace(module=policy.transformers, gathered=lambda _: nullcontext())
@@ -96,7 +96,7 @@ class Block(nn.Module):
         return x + scale * text
 
 
-def test_blocks_called_by_keyword_see_their_inputs_by_position() -> None:
+def test_keyword_inputs_of_blocks_become_positional() -> None:
     blocks = nn.ModuleList([Block(), Block()])
     call_by_position(blocks, (Block,))
     seen: list[tuple[Any, ...]] = []
@@ -109,7 +109,7 @@ def test_blocks_called_by_keyword_see_their_inputs_by_position() -> None:
 
 
 @pytest.mark.slow
-def test_they_are_exact_in_bf16_under_zero3(tmp_path: Path) -> None:
+def test_buffers_are_exact_in_bf16_under_zero3(tmp_path: Path) -> None:
     folders = []
     for name in ("wan", "cogvideox", "cogvideox_image"):
         CASES[name].write(tmp_path / name)

@@ -1,6 +1,6 @@
-"""The family that docs/new_family.md shows is a whole one: as `skyreels` it goes through the tests of all families.
+"""The example family of docs/new_family.md (`skyreels`), which also runs through the tests of all families.
 
-Here is what a family that is not in the tables brings itself, and what is said where it does not.
+These tests cover what an external family must define, and the errors if it does not.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_the_example_is_short() -> None:
     assert len([line for line in CODE.splitlines() if line.strip()]) <= 20
 
 
-def test_without_the_recipes_word_the_family_is_unknown_and_the_way_out_is_told(folder: Path) -> None:
+def test_without_policy_family_the_error_names_the_remedy(folder: Path) -> None:
     message = r"is a SkyReelsV2Pipeline; known .*new_family.md.*policy.family"
     with pytest.raises(ConfigError, match=message):
         CASES["wan"].policy(folder)
@@ -55,8 +55,8 @@ def test_without_the_recipes_word_the_family_is_unknown_and_the_way_out_is_told(
         reckon(job_of(folder, family=None))
 
 
-def test_its_own_plan_parts_its_tokens(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone in a group of two: half of the tokens come into a block, and self-attention sees all of them."""
+def test_the_plan_of_the_family_splits_its_tokens(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a group of two, a block gets half of the tokens, and self-attention gets all of them."""
     seen: dict[str, list[int]] = {"tokens": [], "attended": []}
 
     def dispatched(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
@@ -76,11 +76,11 @@ def test_its_own_plan_parts_its_tokens(policy: Policy, monkeypatch: pytest.Monke
     assert velocity.shape == latents.shape
     assert seen["tokens"] == [whole // 2]
     assert seen["attended"] == [whole, whole // 2] * 2, (
-        "self-attention of two blocks; each rank's own tokens to the text"
+        "self-attention of two blocks, and cross-attention of local tokens"
     )
 
 
-def test_a_plan_of_a_group_is_by_what_the_class_brings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_text_shapes_or_sequence_plan_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = job_of(folder)
     assert {phase.name: phase for phase in reckon(shared).phases}["denoise"].parts["forward"] > 0
     policy_class: Any = type(shared.policy)
@@ -96,8 +96,8 @@ def test_a_plan_of_a_group_is_by_what_the_class_brings(folder: Path, monkeypatch
         reckon(job_of(folder))
 
 
-def test_a_plan_that_reaches_no_attention_is_refused() -> None:
-    """Ranks would attend to their own tokens alone."""
+def test_a_plan_without_an_attention_layer_is_refused() -> None:
+    """Ranks would attend only to local tokens."""
 
     class Written(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Wan 2.2: each noise level has its transformer, and the image of the 5B policy is a frame without noise."""
+"""Wan 2.2: one transformer per noise range, and the 5B policy, whose image is a noise-free first frame."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_boundary_itself_is_of_high_noise(experts: Policy) -> None:
+def test_the_boundary_belongs_to_the_high_noise_transformer(experts: Policy) -> None:
     below = float(torch.nextafter(torch.tensor(BOUNDARY), torch.tensor(0.0)))
     found = [experts.transformer_at(sigma) for sigma in (1.0, BOUNDARY, below, 0.0)]
     assert found == ["transformer", "transformer", "transformer_2", "transformer_2"]
 
 
-def test_only_the_transformer_of_the_noise_level_gets_gradients(experts: Policy) -> None:
+def test_only_the_active_transformer_gets_gradients(experts: Policy) -> None:
     latents, conditioning = experts.example()
     for sigma, name, other in ((0.9, "transformer", "transformer_2"), (0.8, "transformer_2", "transformer")):
         experts.transformers.zero_grad(set_to_none=True)
@@ -53,7 +53,7 @@ def test_a_boundary_without_two_transformers_is_named(tmp_path: Path, case: str,
         CASES[case].policy(tmp_path / "pipeline")
 
 
-def test_one_folder_makes_videos_of_texts_and_of_images(small: Path) -> None:
+def test_one_folder_generates_from_text_and_from_images(small: Path) -> None:
     texts, images = (CASES[name].policy(small) for name in ("wan22_ti2v", "wan22_ti2v_image"))
     video = CASES["wan22_ti2v"].video
     assert (texts.takes_images, texts.given_frames, texts.latent_shape(video)) == (False, 0, (4, 3, 6, 6))
@@ -69,7 +69,7 @@ def given_frame(case: Case, small: Path) -> tuple[Policy, torch.Tensor, dict[str
     return policy, latents, dict(prompts.conditioning)
 
 
-def test_the_image_is_the_first_frame_at_noise_level_0(small: Path) -> None:
+def test_the_image_is_the_first_latent_frame_at_noise_level_0(small: Path) -> None:
     case = CASES["wan22_ti2v_image"]
     policy, latents, conditioning = given_frame(case, small)
     assert conditioning["image_latents"].shape == (2, 4, 1, 6, 6)
@@ -82,8 +82,8 @@ def test_the_image_is_the_first_frame_at_noise_level_0(small: Path) -> None:
     torch.testing.assert_close(found, expected[:, :, 1:])
 
 
-def test_the_first_frame_of_the_video_is_the_images(small: Path) -> None:
-    """What is sampled behind it, a causal VAE does not look at for the first frame."""
+def test_the_first_frame_of_the_video_is_the_image(small: Path) -> None:
+    """For the first frame, a causal VAE ignores the later latent frames."""
     policy, latents, conditioning = given_frame(CASES["wan22_ti2v_image"], small)
     first, second = (policy.decode(scale * latents, conditioning) for scale in (1.0, -1.0))
     assert first.shape[1] == 9
@@ -91,7 +91,7 @@ def test_the_first_frame_of_the_video_is_the_images(small: Path) -> None:
     assert (first[:, 1:] - second[:, 1:]).abs().max() > 0.01
 
 
-def test_one_noise_level_for_a_sample_is_the_same_one_for_each_token(small: Path) -> None:
+def test_a_noise_level_per_sample_equals_the_same_level_per_token(small: Path) -> None:
     policy = load_policy(str(small), max_sequence_length=16)
     latents, conditioning = policy.example()
     tokens = latents[0, 0, :, ::2, ::2].numel()

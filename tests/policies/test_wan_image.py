@@ -1,4 +1,4 @@
-"""Image-to-video: our ODE rollout is diffusers' own pipeline, and every rank encodes the images of its own share."""
+"""Wan image-to-video: the ODE rollout equals diffusers' pipeline, and each rank encodes only its images."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def prompts_of(policy: Policy, count: int = 2) -> PromptBatch:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_the_ode_rollout_is_diffusers_own(image_policy: Policy, recipe: Config, guidance_scale: float) -> None:
+def test_the_ode_rollout_equals_diffusers(image_policy: Policy, recipe: Config, guidance_scale: float) -> None:
     ready = conditioned(prompts_of(image_policy), image_policy, recipe, torch.float32, Mesh(0, 1, CPU), 1)
     start = torch.randn(2, *LATENTS, generator=torch.Generator().manual_seed(1))
     denoiser = Denoiser(
@@ -68,7 +68,7 @@ def test_the_ode_rollout_is_diffusers_own(image_policy: Policy, recipe: Config, 
         torch.testing.assert_close(found[sample : sample + 1], expected, rtol=0, atol=2e-5)
 
 
-def test_the_image_moves_the_video(image_policy: Policy, recipe: Config) -> None:
+def test_the_image_affects_the_video(image_policy: Policy, recipe: Config) -> None:
     ready = conditioned(prompts_of(image_policy), image_policy, recipe, torch.float32, Mesh(0, 1, CPU), 1)
     latents = torch.randn(1, *LATENTS, generator=torch.Generator().manual_seed(1)).expand(2, -1, -1, -1, -1)
     same_text = {**ready.conditioning, "prompt_embeds": ready.conditioning["prompt_embeds"][:1].expand(2, -1, -1)}
@@ -76,7 +76,7 @@ def test_the_image_moves_the_video(image_policy: Policy, recipe: Config) -> None
     assert (first - second).abs().mean() > 1e-3
 
 
-def test_the_example_to_compare_weights_by_goes_through(image_policy: Policy) -> None:
+def test_the_example_input_for_comparing_weights_runs(image_policy: Policy) -> None:
     latents, conditioning = image_policy.example()
     found = image_policy.velocity(latents, torch.tensor(0.5), conditioning)
     assert found.shape == latents.shape
@@ -84,11 +84,11 @@ def test_the_example_to_compare_weights_by_goes_through(image_policy: Policy) ->
         image_policy.transformers["transformer"].patch_embedding.weight[:, -1] *= 2
         changed = image_policy.velocity(latents, torch.tensor(0.5), conditioning)
         image_policy.transformers["transformer"].patch_embedding.weight[:, -1] /= 2
-    assert (changed - found).abs().max() > 1e-4, "weights of the image's channels are seen"
+    assert (changed - found).abs().max() > 1e-4, "weights of the image's channels affect the output"
 
 
-def test_clips_features_and_the_text_are_told_apart(tmp_path: Path) -> None:
-    """diffusers' attention takes all but the last 512 tokens for the image's: another length is refused."""
+def test_image_features_and_text_tokens_are_distinguished(tmp_path: Path) -> None:
+    """diffusers' attention treats all but the last 512 tokens as image tokens; other lengths are refused."""
     folder = random_wan(tmp_path, images=True, image_encoder=True)
     policy = load_policy(str(folder), max_sequence_length=TEXT_BESIDE_IMAGES)
     latents, conditioning = policy.example()
@@ -96,12 +96,12 @@ def test_clips_features_and_the_text_are_told_apart(tmp_path: Path) -> None:
     with torch.no_grad():
         policy.transformers["transformer"].blocks[0].attn2.add_v_proj.weight.mul_(50)
     changed = policy.velocity(latents, torch.tensor(0.5), conditioning)
-    assert (changed - found).abs().max() > 1e-3, "weights of the image's keys and values are seen"
+    assert (changed - found).abs().max() > 1e-3, "weights of the image's keys and values affect the output"
     with pytest.raises(ConfigError, match=r"max_sequence_length is 256.*last 512 tokens.*set it to 512"):
         load_policy(str(folder), max_sequence_length=256).encode(TEXTS)
 
 
-def test_a_rank_encodes_the_images_of_its_own_samples(image_policy: Policy, recipe: Config) -> None:
+def test_a_rank_encodes_only_the_images_of_its_samples(image_policy: Policy, recipe: Config) -> None:
     config = replace(recipe, rollout=replace(recipe.rollout, micro_batch_size=2))
     prompts = prompts_of(image_policy, 4)
     whole = conditioned(prompts, image_policy, config, torch.float32, Mesh(0, 1, CPU), 4).conditioning["image_latents"]
@@ -128,7 +128,7 @@ class Split(PromptShards):
         (True, "first_frame", "words", "split 'words'.*have none"),
     ],
 )
-def test_images_are_there_where_they_are_asked_for(
+def test_settings_that_need_images_are_refused_without_them(
     recipe: Config, takes_images: bool, kind: str, split: str, message: str
 ) -> None:
     config = replace(recipe, prior=PriorConfig(kind=kind))

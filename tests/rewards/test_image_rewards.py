@@ -1,4 +1,4 @@
-"""Rewards on image encoders: their published arithmetic, recomputed with PIL, numpy and plain torch."""
+"""Rewards on image encoders: published formulas, recomputed with PIL, numpy and plain torch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.text import Aesthetic, ClipImageScore, ClipScore, HPSv2, PickScore, SiglipScore
 from bpgo_video.types import PromptBatch, RolloutChunk
 from tests.made import random_rewards as folders
+from tests.made.pil_reference import TEXTS, cut, normalised, resized, some_clips, unit
 from tests.made.random_open_clip import random_hps
-from tests.made.seen_by_pil import TEXTS, cut, normalised, resized, some_clips, unit
 
 CPU = torch.device("cpu")
 
@@ -136,7 +136,7 @@ def chunk() -> tuple[RolloutChunk, PromptBatch]:
     return RolloutChunk((), some_clips().videos, rows, torch.zeros_like(rows)), PromptBatch(rows, TEXTS, {})
 
 
-def test_rewards_with_one_network_load_it_once_and_encode_a_frame_once(tmp_path: Path, monkeypatch) -> None:
+def test_rewards_that_share_a_network_load_it_once_and_encode_each_frame_once(tmp_path: Path, monkeypatch) -> None:
     folder = str(folders.random_clip(tmp_path / "clip"))
     torch.save(HEADS["linear.pth"], tmp_path / "head.pth")
     shown: list[int] = []
@@ -193,7 +193,7 @@ def test_features_with_other_preprocessing_are_not_shared(tmp_path: Path) -> Non
     assert not torch.allclose(seen[2], seen[3])
 
 
-def test_frames_are_scored_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
+def test_frames_are_scored_in_small_batches(tmp_path: Path, monkeypatch) -> None:
     reward, clips = ClipScore(str(folders.random_clip(tmp_path))), some_clips()
     whole, seen = reward(clips).values, []
     encode = reward.encode

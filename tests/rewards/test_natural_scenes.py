@@ -1,4 +1,4 @@
-"""BRISQUE and NIQE against scikit-video's own statistics and scores, and on degraded real clips."""
+"""BRISQUE and NIQE: statistics and scores against scikit-video, and on degraded real clips."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.made.real_clips import blurred, noisy, real_bytes, real_clip, scored
 
 
 def part_of_scikit_video(name: str) -> ModuleType:
-    """One file of the package, which does not import with numpy 2."""
+    """One module of scikit-video; the package does not import with numpy 2."""
     spec = importlib.util.spec_from_file_location(name, data_of("skvideo", f"utils/{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -99,7 +99,7 @@ def test_a_heavily_compressed_clip_is_worse() -> None:
         assert scores[1] > scores[0] + 3, reward.name
 
 
-def test_uniform_pictures_and_checkerboards_have_finite_scores() -> None:
+def test_uniform_frames_and_checkerboards_have_finite_scores() -> None:
     even = torch.stack([torch.full((3, 128, 128), value) for value in (0.0, 0.5, 1.0)])
     checkers = (torch.arange(128)[:, None] + torch.arange(128)) % 2  # neighbours' products are all negative
     for reward in (Brisque(), Niqe(patch=32)):
@@ -124,7 +124,7 @@ def test_frames_smaller_than_the_patches_are_refused_with_a_size_that_fits() -> 
     scored(Niqe(patch=72), real_clip("carphone_pristine", 0, 1))
 
 
-def test_a_pickle_that_names_code_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_contains_code_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "normalize.pickle"
     file.write_bytes(pickle.dumps({"min_": Path}))
     with pytest.raises(pickle.UnpicklingError, match="names pathlib"):

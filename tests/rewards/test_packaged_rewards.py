@@ -74,7 +74,7 @@ def test_all_of_them_score_a_real_clip_through_the_suite() -> None:
         pytest.param("bigbuckbunny", 0.9875890946855732, marks=pytest.mark.slow),
     ],
 )
-def test_flickering_equals_vbench_to_the_last_digit(clip: str, score: float) -> None:
+def test_flickering_equals_vbench_exactly(clip: str, score: float) -> None:
     assert (255 - frame_differences(real_bytes(clip)).mean().item()) / 255 == score
 
 
@@ -85,7 +85,7 @@ def test_flickering_of_frames_averages_to_the_score_of_vbench() -> None:
 
 
 @pytest.mark.parametrize("at", [9, 30])
-def test_a_splice_is_found_at_its_frame_and_nowhere_else(shots: ShotCuts, at: int) -> None:
+def test_a_cut_is_detected_at_its_frame_and_nowhere_else(shots: ShotCuts, at: int) -> None:
     other = torch.nn.functional.interpolate(real_clip("bikes", 40, 80 - at), (144, 176))
     spliced = torch.cat([real_clip("carphone_pristine", 0, at), other])
     scores = scored(shots, spliced).values[0]
@@ -107,7 +107,7 @@ def test_the_shot_network_changes_neither_seed_nor_determinism_of_torch() -> Non
 
 
 def sign(text: str) -> torch.Tensor:
-    """A frame of a real clip with a sign drawn on it."""
+    """A frame of a real clip with a text sign drawn on it."""
     frames = real_bytes("bikes", 0, 1)
     for index, frame in enumerate(frames):
         picture = Image.fromarray(frame)
@@ -136,13 +136,13 @@ def test_text_is_recognised_and_each_wrong_letter_costs_its_share(
     torch.testing.assert_close(actual, torch.full((1, 1), score))
 
 
-def test_a_prompt_that_quotes_nothing_is_refused(ocr: OcrText) -> None:
+def test_a_prompt_without_a_quoted_text_is_refused(ocr: OcrText) -> None:
     with pytest.raises(RewardError, match=r"'a shop that is open' has none"):
         scored(ocr, sign("open"), text="a shop that is open")
 
 
 def moved(picture: torch.Tensor, offsets: list[tuple[int, int]]) -> torch.Tensor:
-    """A video of a camera that moves over a still picture."""
+    """A video of a camera moving over a still picture."""
     return torch.stack([picture[:, 60 + y : 188 + y, 100 + x : 356 + x] for x, y in offsets])
 
 
@@ -153,7 +153,7 @@ def test_a_moving_clip_is_dynamic_and_a_still_one_is_not() -> None:
     assert (scores[1] == 0).all()
 
 
-def test_a_steady_camera_counts_and_a_shaking_one_does_not() -> None:
+def test_a_steady_camera_motion_counts_and_shaking_does_not() -> None:
     picture = real_clip("bikes", 100, 101)[0]
     slow, steady, fast = (moved(picture, [(speed * i, 0) for i in range(9)]) for speed in (1, 2, 8))
     rng = np.random.default_rng(0)
@@ -176,7 +176,7 @@ def test_clips_shorter_than_the_spacing_are_compared_end_to_end() -> None:
     assert actual.values.item() == 1
 
 
-def test_consistency_is_the_formula_of_vbench_over_the_features(consistency: FrameConsistency) -> None:
+def test_consistency_is_vbenchs_formula_on_the_features(consistency: FrameConsistency) -> None:
     clip = real_clip("bikes", 0, 250, 50)
     features = consistency.embed(clip[None])[0].double().numpy()
     assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(5))
@@ -186,7 +186,7 @@ def test_consistency_is_the_formula_of_vbench_over_the_features(consistency: Fra
     np.testing.assert_allclose(scored(consistency, clip).values[0], expected, atol=1e-5)
 
 
-def test_consistency_falls_at_a_splice_and_is_one_for_a_still_video(consistency: FrameConsistency) -> None:
+def test_consistency_drops_at_a_cut_and_is_one_for_a_still_video(consistency: FrameConsistency) -> None:
     clip = real_clip("carphone_pristine", 0, 8)
     other = torch.nn.functional.interpolate(real_clip("bikes", 0, 4), (144, 176))
     whole, spliced, still = scored(consistency, clip, torch.cat([clip[:4], other]), clip[:1].expand_as(clip)).values
@@ -195,7 +195,7 @@ def test_consistency_falls_at_a_splice_and_is_one_for_a_still_video(consistency:
     torch.testing.assert_close(still, torch.ones(7))
 
 
-def test_consistency_carries_a_gradient_that_raises_it(consistency: FrameConsistency) -> None:
+def test_the_gradient_of_consistency_increases_it(consistency: FrameConsistency) -> None:
     clip = noisy(real_clip("carphone_pristine", 0, 60, 20))
     pixels = clip.clone().requires_grad_(True)
     before = scored(consistency, pixels).values.mean()

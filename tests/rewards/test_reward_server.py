@@ -1,4 +1,4 @@
-"""A reward model behind HTTP: each request is scored exactly once, for clients with the token."""
+"""The HTTP reward server: each request is scored exactly once, for clients with the token."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_served_model_describes_itself_and_scores_the_same() -> None:
         assert isinstance(remote, RewardModel)
         assert (remote.name, remote.version, remote.kind) == ("brightness", "7-8bit", "test")
         assert (remote.range, remote.frames) == ((0.0, 1.0), FrameSampling(fps=4.0))
-        assert not remote.higher_is_better, "the client returns the model's own scores"
+        assert not remote.higher_is_better, "the client returns the model's scores"
         clips = clips_of("five", samples=5)
         actual = remote(clips)
         assert torch.equal(actual.values, expected(clips))
@@ -161,7 +161,7 @@ def test_an_unreliable_connection_changes_no_bit_and_scores_nothing_twice(monkey
     assert set(tries.values()) == {len(MISHAPS)}
 
 
-def test_many_clients_are_served_in_turn_and_few_requests_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_clients_are_served_in_turn_with_a_bounded_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     limits, most, submit = Limits(waiting=3, patience=0.05), 0, RewardServer._submit
 
     async def counted(server: RewardServer, *arguments: object) -> Future[object]:
@@ -202,7 +202,7 @@ def test_a_server_answers_pending_requests_before_it_shuts_down() -> None:
     assert all(torch.equal(scores.values, expected(clips)) for clips, scores in zip(requests, actual, strict=True))
 
 
-def test_a_client_waits_for_a_server_that_comes_back() -> None:
+def test_a_client_waits_while_a_server_restarts() -> None:
     with served(model := Brightness()) as server:
         port, remote = server.server_address[1], RemoteReward(url_of(server), timeout=30.0)
         remote(clips_of("before"))
@@ -321,7 +321,7 @@ def test_a_silent_client_is_disconnected(begun: bytes, uploads: bool) -> None:
         assert server.turns._value == Limits().waiting
 
 
-def test_an_id_belongs_to_one_request() -> None:
+def test_an_id_cannot_be_reused_for_another_request() -> None:
     with served(model := Brightness()) as server:
         first, again = (post(server, GOOD).json() for _ in range(2))
         assert first == again
@@ -329,7 +329,7 @@ def test_an_id_belongs_to_one_request() -> None:
     assert model.received == {"good": 1}
 
 
-def test_kept_scores_are_bounded_in_number_and_age() -> None:
+def test_cached_scores_are_bounded_in_number_and_age() -> None:
     service = RewardService(Brightness(), CPU, kept=3)
     header, pixels = pack_clips(clips_of("one"))
     clips = check_clips(header, memoryview(bytearray(pixels)))
@@ -396,7 +396,7 @@ RECIPE_REWARD = ["--config", str(ROOT / "pipelines" / "configs" / "tiny_wan_bpgo
 
 @contextmanager
 def started(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """tools/serve_rewards.py in a process, and the url that it prints."""
+    """Run tools/serve_rewards.py in a process; yield the process and the printed URL."""
     command = [sys.executable, "tools/serve_rewards.py", *RECIPE_REWARD, "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""A suite of rewards: built by dotted path, aggregated and gathered, with errors that name the reward."""
+"""Reward suites: construction by dotted path, aggregation, gathering, and errors that name the reward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 from tests.made.recipes import ROOT
 from tests.rewards.toys import CPU, MESH, PROMPTS, suite_of, toy
 
-VIDEOS = torch.zeros(4, 3, 3, 2, 2)  # two samples of each prompt; only the second has anything bright
+VIDEOS = torch.zeros(4, 3, 3, 2, 2)  # two samples of each prompt, of which only the second is bright
 VIDEOS[1, 0] = 0.9
 CHUNK = RolloutChunk((), VIDEOS, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]))
 
@@ -100,7 +100,7 @@ def test_a_reward_that_cannot_be_built_is_an_error_with_its_reason(reward: Rewar
         ("share_above", 1.5, 0.75),
     ],
 )
-def test_frame_scores_become_a_video_s_score(aggregate: str, at: float, expected: float) -> None:
+def test_frame_scores_are_aggregated_to_a_video_score(aggregate: str, at: float, expected: float) -> None:
     rows = torch.tensor([[4.0, 1.0, 3.0, 2.0]], dtype=torch.float64)
     assert AGGREGATES[aggregate](rows, at).item() == pytest.approx(expected, abs=2e-4)
 

@@ -1,4 +1,4 @@
-"""A reward model in a child process, under an interpreter with only the standard library."""
+"""Reward workers: a model in a child process, under an interpreter with only the standard library."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_failing_worker_is_an_error_with_its_reason(how: str, error: type[Exce
         model(clips_of())
     assert time.monotonic() - started < 2.0
     model.close()
-    assert ended(model.pid), "a worker that hangs ends with its owner"
+    assert ended(model.pid), "a hanging worker exits with its parent"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ os._exit(1)  # as the heartbeat ends a rank
 """
 
 
-def test_a_busy_worker_ends_with_a_killed_parent() -> None:
+def test_a_busy_worker_exits_when_its_parent_is_killed() -> None:
     environment = {**os.environ, "PYTHONPATH": python_path()}
     command = [sys.executable, "-c", OWNER, PLAIN, SCRIPT]
     owner = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=False)

@@ -1,4 +1,4 @@
-"""Scoring ahead of the rollout: the same bits in the same order, bounded memory, and errors of the models."""
+"""Scoring ahead of the rollout: identical bits and order, bounded memory, and errors of reward models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scored(suite: RewardSuite, ahead: int, chunks: Iterator[RolloutChunk] | None
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 9])
-def test_scores_and_their_order_are_those_without_a_thread(ahead: int) -> None:
+def test_scores_and_their_order_equal_those_without_a_thread(ahead: int) -> None:
     torch.manual_seed(1)
     expected = [suite_of("Drawing").score(chunk, PROMPTS).scores["toy"].values for chunk in chunks_of(each=1)]
     assert len(expected) == 4
@@ -46,7 +46,7 @@ def test_scores_and_their_order_are_those_without_a_thread(ahead: int) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_videos_are_freed_once_scored_and_few_are_in_memory(ahead: int) -> None:
+def test_videos_are_freed_after_scoring_and_few_are_in_memory(ahead: int) -> None:
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
 
@@ -132,7 +132,7 @@ def test_a_rollout_that_fails_does_not_wait_for_scores() -> None:
     (thread,) = [thread for thread in threading.enumerate() if thread not in others]
     thread.join(0.7)
     assert not thread.is_alive()
-    assert suite.rewards["toy"].model.received.total() <= 1, "the second chunk is not scored any more"
+    assert suite.rewards["toy"].model.received.total() <= 1, "the second chunk is no longer scored"
 
 
 def test_the_thread_has_the_settings_of_its_caller() -> None:
@@ -153,7 +153,7 @@ def test_offloaded_models_are_on_the_cpu_between_scorings(monkeypatch: pytest.Mo
         assert places == {id(network): "meta"}
     assert places == {id(network): "cpu"}
     with other.on_device():
-        assert len(places) == 1, "a model that is not offloaded stays where it is"
+        assert len(places) == 1, "a model that is not offloaded is not moved"
     OFFLOADED[network] = torch.device("meta")
     object.__setattr__(other.rewards["toy"], "model", offloaded.rewards["toy"].model)
     with other.on_device():

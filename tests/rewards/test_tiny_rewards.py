@@ -1,4 +1,4 @@
-"""The embedded learned rewards distinguish right from wrong captions."""
+"""The embedded learned rewards: they distinguish right from wrong captions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def size_in_mib(folder: str) -> float:
 
 
 @pytest.mark.parametrize("attribute", ["shape", "colour"])
-def test_clip_tells_a_wrong_shape_or_colour_on_heldout_clips(clip, attribute):
+def test_clip_detects_a_wrong_shape_or_colour_on_heldout_clips(clip, attribute):
     videos, captions = heldout_clips()
     right = score(clip, videos, [caption.text for caption in captions]).mean(dim=1)
     for shift in range(1, len(VALUES[attribute])):
@@ -63,7 +63,7 @@ def test_clip_tells_a_wrong_shape_or_colour_on_heldout_clips(clip, attribute):
         assert (right > wrong).float().mean() > 0.95
 
 
-def test_motion_tells_a_wrong_direction_on_heldout_clips(motion):
+def test_motion_detects_a_wrong_direction_on_heldout_clips(motion):
     videos, captions = heldout_clips()
     right = score(motion, videos, [caption.text for caption in captions])[:, 0]
     for shift in (1, 2, 3):
@@ -112,7 +112,7 @@ def test_wide_videos_are_cropped_in_the_middle_and_times_are_those_of_the_scored
     torch.testing.assert_close(score(clip, videos, texts), score(ClipScore(CLIP), videos, texts)[:, [0, 4, 8]])
 
 
-def test_learned_rewards_carry_a_gradient_that_raises_them(clip, motion):
+def test_gradients_of_learned_rewards_increase_them(clip, motion):
     videos, captions = heldout_clips(1)
     texts = [caption.text for caption in captions]
     noisy = (videos + 0.1 * torch.randn(videos.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
@@ -125,7 +125,7 @@ def test_learned_rewards_carry_a_gradient_that_raises_them(clip, motion):
         assert after > before
 
 
-def test_rewards_state_their_kind_version_and_range(clip, motion):
+def test_rewards_declare_their_kind_version_and_range(clip, motion):
     oracle = ShapesOracle()
     assert (clip.kind, motion.kind, oracle.kind) == ("real", "proxy", "test")
     for reward in (clip, motion, oracle):
@@ -140,7 +140,7 @@ def test_rewards_state_their_kind_version_and_range(clip, motion):
         assert scores.max() <= reward.range[1]
 
 
-def test_version_follows_the_weights(motion, tmp_path: Path):
+def test_the_version_follows_the_weights(motion, tmp_path: Path):
     folder = tmp_path / "motion"
     shutil.copytree(resolve_folder(MOTION), folder)
     assert LearnedMotion(str(folder)).version == motion.version

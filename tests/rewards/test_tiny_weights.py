@@ -1,4 +1,4 @@
-"""The shipped weights reach the scores that their training scripts print."""
+"""The shipped weights: they reach the scores printed by their training scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The world of moving shapes: its captions, its rendering, and its oracle."""
+"""The synthetic world of moving shapes: captions, rendering, and oracle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def clip(captions: list[world.Caption], seed: int = 0) -> torch.Tensor:
     return world.render(world.sample_scenes(captions, torch.Generator().manual_seed(seed)))
 
 
-def test_captions_are_parsed_back_and_split_in_halves():
+def test_captions_are_parsed_back_and_split_in_half():
     captions = world.all_captions()
     assert len({caption.text for caption in captions}) == len(captions)
     assert [world.Caption.parse(caption.text) for caption in captions] == captions

@@ -1,4 +1,4 @@
-"""Rewards on video encoders, and consistency of frames: their published arithmetic, recomputed independently."""
+"""Rewards on video encoders and frame consistency: published formulas, recomputed independently."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.motion import FirstFrameConsistency, SubjectConsistency, VJepaPrediction
 from bpgo_video.rewards.text import ClipScore, SiglipScore, VideoPrismScore, XClipScore
 from tests.made import random_rewards as folders
-from tests.made.seen_by_pil import TEXTS, cut, resized, some_clips, unit
+from tests.made.pil_reference import TEXTS, cut, resized, some_clips, unit
 
 
 @pytest.mark.parametrize("make", [folders.random_dino, folders.random_vit])
-def test_subject_consistency_is_the_formula_of_vbench(tmp_path: Path, make) -> None:
+def test_subject_consistency_is_vbenchs_formula(tmp_path: Path, make) -> None:
     folder, clips = make(tmp_path), some_clips(4)
     model = AutoModel.from_pretrained(folder).eval()
     actual = SubjectConsistency(str(folder))(clips)
@@ -80,7 +80,7 @@ def test_frames_of_a_short_video_are_repeated(tmp_path: Path, frames: int) -> No
     torch.testing.assert_close(reward(clips).values, reward(replace(clips, videos=repeated, _cache={})).values)
 
 
-def test_videos_are_encoded_a_few_at_a_time(tmp_path: Path, monkeypatch) -> None:
+def test_videos_are_encoded_in_small_batches(tmp_path: Path, monkeypatch) -> None:
     reward, clips, seen = XClipScore(str(folders.random_xclip(tmp_path))), some_clips(4), []
     whole, forward = reward(clips).values, reward.backbone.network.forward
     monkeypatch.setattr(backbones, "FRAMES_AT_ONCE", 4)
@@ -140,7 +140,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("reward", MAKERS)
-def test_scores_carry_a_gradient_that_raises_them(tmp_path: Path, reward) -> None:
+def test_gradients_of_scores_increase_them(tmp_path: Path, reward) -> None:
     model, clips = reward(str(MAKERS[reward](tmp_path))), some_clips()
     pixels = clips.videos.clone().requires_grad_()
     before = model(replace(clips, videos=pixels, _cache={})).values.mean()

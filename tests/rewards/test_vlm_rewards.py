@@ -1,4 +1,4 @@
-"""Judges on Qwen-VL: patches, placeholders, probabilities, and VideoAlign's scores, recomputed independently."""
+"""Judges on Qwen-VL: patches, placeholders, probabilities and VideoAlign scores, recomputed independently."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_videoalign_is_the_head_at_its_tokens_normalised(tmp_path: Path, outputs
     actual = torch.cat([rewards[part](clips).values for part in ("VQ", "MQ", "TA")], dim=1)
     np.testing.assert_allclose(actual.numpy(), expected, atol=1e-4)
     np.testing.assert_allclose(rewards["overall"](clips).values[:, 0].numpy(), np.sum(expected, axis=1), atol=3e-4)
-    assert np.abs(np.array(expected) - rotated).max() > 1e-2, "positions in space would score otherwise"
+    assert np.abs(np.array(expected) - rotated).max() > 1e-2, "spatial positions would give different scores"
 
 
 def test_rewards_with_several_scores_run_the_network_once(tmp_path: Path, monkeypatch) -> None:
@@ -227,7 +227,7 @@ def test_videoalign_refuses_other_formats(tmp_path: Path) -> None:
         VideoAlign(**paths)
 
 
-def test_the_template_of_the_authors_is_read_and_not_run(tmp_path: Path) -> None:
+def test_the_authors_template_is_parsed_without_running_it(tmp_path: Path) -> None:
     source = tmp_path / "prompt_template.py"
     source.write_text(f'OTHER = "x"\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = """\n{TEMPLATE}\n"""\nraise SystemExit\n')
     assert read_template(source) == f"\n{TEMPLATE}\n"

@@ -21,7 +21,7 @@ PROMPTS = PromptBatch(torch.tensor([5, 6]), ("first", "second"), {})
 
 
 class Brightness(RewardModel):
-    """Mean of each of the first `columns` frames, plus `low`; counts what it receives, by the first video's text."""
+    """Mean of each of the first `columns` frames, plus `low`; counts calls by the first video's text."""
 
     name, version, kind = "brightness", "7", "test"
 
@@ -44,7 +44,7 @@ class Darkness(Brightness):
 
 
 class Drawing(Brightness):
-    """Adds a draw of torch's global generator: its scores depend on the order of its calls."""
+    """Adds a draw of torch's global generator, so that scores depend on the order of calls."""
 
     def __call__(self, clips: Clips) -> FrameScores:
         actual = super().__call__(clips)
@@ -78,7 +78,7 @@ class Breaking(Brightness):
 
 
 class Weighing(Brightness):
-    """Holds a module, as real models do."""
+    """Contains a module, as real reward models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def suite_of(name: str, twice: bool = False, **keys: object) -> RewardSuite:
 
 
 def chunks_of(prompts: int = 2, videos: int = 2, each: int = 2) -> Iterator[RolloutChunk]:
-    """`prompts` x `videos` videos of three frames, `each` of them per chunk, each with another brightness."""
+    """`prompts` x `videos` videos of three frames with different brightness, `each` per chunk."""
     rows, samples = torch.arange(prompts).repeat_interleave(videos), torch.arange(videos).repeat(prompts)
     for part in torch.arange(prompts * videos).split(each):
         brightness = part.float() / (prompts * videos)

@@ -1,4 +1,4 @@
-"""The supervised flow-matching loss: draws, value and gradient against numpy; it falls, with adapters too."""
+"""The supervised flow-matching loss: random draws, value and gradient against numpy, and training with adapters."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def loss_of(policy: Policy, levels: LevelDistribution = UNIFORM, dropout: float 
 
 
 @given(st.floats(0, 1), st.floats(0.5, 12))
-def test_a_place_on_a_schedule_is_the_shifted_level(level: float, shift: float) -> None:
+def test_a_position_on_a_schedule_maps_to_the_shifted_level(level: float, shift: float) -> None:
     schedule = shift * EVEN / (1 + (shift - 1) * EVEN)
     expected = shift * level / (1 + (shift - 1) * level)
     assert float(on_schedule(torch.tensor(level), schedule)) == pytest.approx(expected, abs=1e-4)
 
 
-def test_levels_fall_on_the_familys_own_schedule(small: Policy) -> None:
+def test_levels_lie_on_the_familys_schedule(small: Policy) -> None:
     levels = torch.linspace(0, 1, 101)
     found = on_schedule(levels, small.sigmas(1000, VIDEO))
-    assert (found - 3 * levels / (1 + 2 * levels)).abs().max() < 7e-3, "its shift of 3; the last step is a leap"
+    assert (found - 3 * levels / (1 + 2 * levels)).abs().max() < 7e-3, "the family's shift of 3; the last step is large"
     assert (found[0], found[-1]) == (0, 1)
     assert bool((found.diff() > 0).all())
 
@@ -71,7 +71,7 @@ def test_levels_fall_on_the_familys_own_schedule(small: Policy) -> None:
         ),
     ],
 )
-def test_levels_have_their_density(levels: LevelDistribution, quantile: Callable[[np.ndarray], np.ndarray]) -> None:
+def test_levels_follow_their_density(levels: LevelDistribution, quantile: Callable[[np.ndarray], np.ndarray]) -> None:
     count = 4000
     draws = torch.stack([levels.draw(("level", i), EVEN) for i in range(count)])
     shares = np.linspace(0.05, 0.95, 19)
@@ -83,7 +83,7 @@ def erfinv(value: np.ndarray) -> np.ndarray:
     return torch.erfinv(torch.as_tensor(value, dtype=torch.float64)).numpy()
 
 
-def test_draws_depend_on_the_key_and_not_on_the_batch(small: Policy) -> None:
+def test_draws_depend_only_on_the_key(small: Policy) -> None:
     loss, ids = loss_of(small, LOGIT_NORMAL, dropout=0.5), range(100, 132)
     together = loss.draw(ClipBatch(ids, torch.zeros(32, *LATENTS), {}), 3, "transformer")
     for row in (0, 13, 31):
@@ -96,7 +96,7 @@ def test_draws_depend_on_the_key_and_not_on_the_batch(small: Policy) -> None:
     assert float(noise.std()) == pytest.approx(1, abs=0.02)
 
 
-def test_left_out_captions_become_the_negative_prompt_and_images_stay() -> None:
+def test_dropped_captions_become_the_negative_prompt_and_images_are_kept() -> None:
     conditioning = {"prompt_embeds": torch.ones(3, 4, 2), "image_latents": torch.full((3, 2, 1, 1, 1), 5.0)}
     negative = {"prompt_embeds": torch.full((1, 4, 2), -1.0)}
     found = without_captions(conditioning, negative, torch.tensor([True, False, True]))
@@ -104,8 +104,8 @@ def test_left_out_captions_become_the_negative_prompt_and_images_stay() -> None:
     assert torch.equal(found["image_latents"], conditioning["image_latents"])
 
 
-def test_loss_and_gradient_are_those_of_the_formula(small: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the velocity a x + b sigma + c t, which numpy differentiates by hand, t being the caption's first number."""
+def test_loss_and_gradient_equal_the_formula(small: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the velocity a x + b sigma + c t, where t is the caption's first number; numpy has its analytic gradient."""
     weights = torch.tensor([0.7, -0.4, 0.2], requires_grad=True)
 
     def velocity(self, latents, sigma, conditioning):
@@ -118,7 +118,7 @@ def test_loss_and_gradient_are_those_of_the_formula(small: Policy, monkeypatch: 
     value.backward()
 
     levels, drawn, drops = loss.draw(clips, 5, "transformer")
-    assert 0 < int(drops.sum()) < 4, "some captions must be left out, and some not"
+    assert 0 < int(drops.sum()) < 4, "some captions must be dropped, and some kept"
     data, noise = clips.latents.double().numpy(), drawn.double().numpy()
     sigma = levels.double().numpy()[:, None, None, None, None]
     texts = clips.conditioning["prompt_embeds"][:, 0, 0].double().numpy()
@@ -131,7 +131,7 @@ def test_loss_and_gradient_are_those_of_the_formula(small: Policy, monkeypatch: 
     np.testing.assert_allclose(weights.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_image_to_video_learns_from_the_first_frame_also_where_the_caption_is_left_out(tmp_path: Path) -> None:
+def test_image_to_video_uses_the_first_frame_even_for_dropped_captions(tmp_path: Path) -> None:
     folder = random_wan(tmp_path / "policy", images=True)
     policy = load_policy(str(folder), max_sequence_length=TEXT_TOKENS)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -142,18 +142,18 @@ def test_image_to_video_learns_from_the_first_frame_also_where_the_caption_is_le
     texts = ClipBatch(plain.ids, plain.latents, {**own, "prompt_embeds": plain.conditioning["prompt_embeds"].flip(0)})
     loss = loss_of(policy, dropout=1.0)
     found = loss.errors(clips, 0, "transformer")
-    assert torch.equal(found, loss.errors(texts, 0, "transformer")), "every caption is left out"
+    assert torch.equal(found, loss.errors(texts, 0, "transformer")), "every caption is dropped"
     assert not torch.allclose(found, loss.errors(other, 0, "transformer"), rtol=1e-4)
 
 
-def test_noised_is_data_at_level_0_and_noise_at_level_1() -> None:
+def test_noised_latents_are_data_at_level_0_and_noise_at_level_1() -> None:
     data, noise = torch.randn(2, *LATENTS), torch.randn(2, *LATENTS)
     found = noised(data, noise, torch.tensor([0.0, 1.0]))
     assert torch.equal(found[0], data[0])
     assert torch.equal(found[1], noise[1])
 
 
-def test_micro_batches_add_up_to_the_batch(small: Policy) -> None:
+def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(small: Policy) -> None:
     clips, loss = clips_of(small), loss_of(small, dropout=0.3)
     whole = loss.errors(clips, 2, "transformer")
     parts = [
@@ -166,8 +166,8 @@ def test_micro_batches_add_up_to_the_batch(small: Policy) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_the_loss_falls_from_random_weights(small: Policy, rank: int) -> None:
-    """On clips that are all alike, but for the noise; of all weights and of adapters."""
+def test_training_lowers_the_loss_of_random_weights(small: Policy, rank: int) -> None:
+    """Clips differ only by noise; with all weights and with adapters."""
     if rank:
         add_lora(small.transformers["transformer"], LoraConfig(rank=rank, alpha=8), seed=0)
     weights = [parameter for parameter in small.transformers.parameters() if parameter.requires_grad]
@@ -184,7 +184,7 @@ def test_the_loss_falls_from_random_weights(small: Policy, rank: int) -> None:
     assert not after.requires_grad
 
 
-def test_of_two_transformers_a_step_trains_one_as_often_as_its_levels_come(
+def test_each_expert_is_trained_in_proportion_to_its_noise_levels(
     small: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(small), "transformer_at", lambda self, sigma: "high" if sigma > 0.8 else "low")
@@ -199,7 +199,7 @@ def test_of_two_transformers_a_step_trains_one_as_often_as_its_levels_come(
         UNIFORM.draw((0,), both.schedule, lambda sigma: False)
 
 
-def test_heldout_errors_have_noise_of_their_own_and_leave_no_caption_out(small: Policy) -> None:
+def test_heldout_errors_use_separate_noise_and_drop_no_captions(small: Policy) -> None:
     loss, clips = loss_of(small, dropout=1.0), clips_of(small, 2)
     levels = loss.heldout_levels(3)
     expected_levels = [3 * u / (1 + 2 * u) for u in (1 / 6, 1 / 2, 5 / 6)]
@@ -207,4 +207,4 @@ def test_heldout_errors_have_noise_of_their_own_and_leave_no_caption_out(small: 
     found = loss.errors_at(clips, levels)
     assert torch.equal(found, loss.errors_at(clips, levels)), "the same at every evaluation"
     other = ClipBatch(clips.ids, clips.latents, {k: v.flip(0) for k, v in clips.conditioning.items()})
-    assert not torch.allclose(found, loss.errors_at(other, levels)), "captions are seen"
+    assert not torch.allclose(found, loss.errors_at(other, levels)), "captions affect the error"

@@ -1,4 +1,4 @@
-"""Two transformers: trained steps, guidance, rejected recipes, and which transformer is updated."""
+"""Policies of two transformers: trained steps, guidance, refused recipes, and updated transformers."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def replay_of(policy: Policy, config: Config) -> Replay:
         (("transformer_2", "transformer"), HIGH + LOW),
     ],
 )
-def test_steps_of_trained_transformers_are_trained(
+def test_only_steps_of_trained_transformers_are_trained(
     policy: Policy, trained: tuple[str, ...], steps: tuple[int, ...]
 ) -> None:
     assert trainable_steps(policy, config_of(policy, trained)) == steps
     assert trained_steps_of(policy, config_of(policy, trained), 0)(7) == steps
 
 
-def test_shares_and_windows_are_of_the_trained_transformers_steps(policy: Policy) -> None:
+def test_fractions_and_windows_refer_to_steps_of_trained_transformers(policy: Policy) -> None:
     drawn = config_of(policy, ("transformer_2",), sampler={"train_steps": "random", "train_fraction": 0.67})
     found = {trained_steps_of(policy, drawn, step)(0) for step in range(40)}
     assert found == {(2, 3), (2, 4), (3, 4)}
@@ -68,7 +68,7 @@ def test_shares_and_windows_are_of_the_trained_transformers_steps(policy: Policy
     assert [trained_steps_of(policy, moving, step)(0) for step in range(4)] == [(2,), (3,), (4,), (2,)]
 
 
-def test_step_weights_have_mean_1_over_the_trained_transformers_steps(policy: Policy) -> None:
+def test_step_weights_have_mean_1_over_steps_of_trained_transformers(policy: Policy) -> None:
     config = config_of(policy, ("transformer_2",), loss={"step_weights": "flash"})
     denoiser = training_denoiser(policy, config)
     weights = replay_of(policy, config).step_weights
@@ -85,7 +85,7 @@ def test_each_step_is_guided_by_its_transformers_scale(policy: Policy) -> None:
     assert [two.guidance_at(index) for index in range(6)] == [4.0, 4.0, 3.0, 3.0, 3.0, 3.0]
 
 
-def test_recipes_that_hold_together_pass(policy: Policy) -> None:
+def test_consistent_recipes_are_accepted(policy: Policy) -> None:
     check_experts(policy, config_of(policy, optim={"updates_per_rollout": 5}))
     each = {"train_steps": "random", "train_fraction": 0.5, "share_steps": "group"}
     check_experts(policy, config_of(policy, ("transformer_2",), sampler=each, optim={"updates_per_rollout": 1}))
@@ -106,7 +106,7 @@ def test_recipes_that_hold_together_pass(policy: Policy) -> None:
         ((), {"evaluation": {"guidance_scale": 1.0, "guidance_scale_2": 3.0}}, "evaluation.guidance_scale_2 is 3.0"),
     ],
 )  # fmt: skip
-def test_recipes_that_do_not_are_refused(
+def test_inconsistent_recipes_are_refused(
     policy: Policy, trained: tuple[str, ...], sections: dict[str, dict[str, Any]], message: str
 ) -> None:
     config = config_of(policy, trained, **{"optim": {"updates_per_rollout": 1}, **sections})
@@ -114,7 +114,7 @@ def test_recipes_that_do_not_are_refused(
         check_experts(policy, config)
 
 
-def test_a_second_scale_is_refused_where_there_is_one_transformer(tmp_path: Path) -> None:
+def test_a_second_guidance_scale_is_refused_for_one_transformer(tmp_path: Path) -> None:
     case = CASES["wan"]
     case.write(tmp_path / "pipeline")
     policy, config = case.policy(tmp_path / "pipeline", components=()), case.recipe(tmp_path / "pipeline")
@@ -124,12 +124,12 @@ def test_a_second_scale_is_refused_where_there_is_one_transformer(tmp_path: Path
         check_experts(policy, config)
 
 
-def test_only_what_ran_with_gradients_is_stepped() -> None:
+def test_only_transformers_with_gradients_are_updated() -> None:
     parts = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2), "frozen": nn.Linear(2, 2)})
     parts["frozen"].requires_grad_(False)
     assert trained_parts(parts) == [parts["first"], parts["second"]]
     stepped: list[int] = []
-    groups = [{"part": 0}, {"part": 0}, {"part": 1}, {"part": 1}]  # a part has one for each dtype
+    groups = [{"part": 0}, {"part": 0}, {"part": 1}, {"part": 1}]  # a part has one group per dtype
     zero = SimpleNamespace(
         _optimizer_step=stepped.append,
         sub_group_to_group_id={0: 0, 1: 0, 2: 1, 3: 2, 4: 3},
@@ -146,7 +146,7 @@ def test_only_what_ran_with_gradients_is_stepped() -> None:
     assert stepped == [3, 4]
 
 
-def test_optimisers_that_step_all_at_once_are_refused() -> None:
+def test_optimisers_that_update_all_parameters_together_are_refused() -> None:
     engine = SimpleNamespace(optimizer=SimpleNamespace(_optimizer_step=None), zero_cpu_offload=lambda: True)
     with pytest.raises(ConfigError, match="2 transformers are trained under ZeRO 2 with an offloaded optimizer"):
         TouchedParts([nn.Linear(1, 1), nn.Linear(1, 1)], stage=2).attach(engine)

@@ -1,4 +1,4 @@
-"""AWM and NFT: the two losses on final videos, their gradients, and updates with them."""
+"""AWM and NFT: losses on final videos, their gradients, and updates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def row(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64).view(1, 1, 1, 1, 2)
 
 
-def test_nft_by_hand() -> None:
+def test_nft_equals_values_computed_by_hand() -> None:
     # beta .5, old (0, 0), v (1, 0), target (1, 1): v+ = (.5, 0), v- = (-.5, 0)
     match = VelocityMatch(row(1, 0), row(0, 0), row(1, 1))
     better, worse = (0.25 + 1) / 2, (2.25 + 1) / 2
@@ -38,7 +38,7 @@ def test_nft_by_hand() -> None:
         assert found.item() == pytest.approx(optimality * better + (1 - optimality) * worse)
 
 
-def test_on_policy_the_gradient_of_nft_is_the_advantage_times_the_way_to_the_target() -> None:
+def test_the_on_policy_gradient_of_nft_is_the_advantage_times_the_target_difference() -> None:
     rng = torch.Generator().manual_seed(0)
     old, target = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(2))
     velocity = old.clone().requires_grad_()
@@ -48,7 +48,7 @@ def test_on_policy_the_gradient_of_nft_is_the_advantage_times_the_way_to_the_tar
     torch.testing.assert_close(velocity.grad, weight * 2 * (old - target) / 2)
 
 
-def test_on_policy_the_gradient_of_awm_is_that_of_weighted_matching() -> None:
+def test_the_on_policy_gradient_of_awm_is_that_of_weighted_matching() -> None:
     rng = torch.Generator().manual_seed(1)
     old, target = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(2))
     advantage, contrastive, trust = (torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3))
@@ -76,7 +76,7 @@ def test_gradients_equal_finite_differences(loss: Any) -> None:
 
 
 @pytest.fixture
-def own_policy(recipe: Config) -> Policy:
+def fresh_policy(recipe: Config) -> Policy:
     return load_policy(recipe.policy.folder, max_sequence_length=16)
 
 
@@ -98,14 +98,14 @@ def rollout(policy: Policy, recipe: Config, kind: str) -> tuple[ForwardProcess, 
 
 @pytest.mark.parametrize("kind", ["awm", "nft"])
 @pytest.mark.parametrize("updates", [1, 3])
-def test_an_update_lowers_its_own_loss(own_policy: Policy, recipe: Config, kind: str, updates: int) -> None:
-    objective, trajectories = rollout(own_policy, recipe, kind)
-    assert all(trajectory.latents.shape[1] == 1 for trajectory in trajectories), "final latents alone are stored"
+def test_an_update_lowers_its_loss(fresh_policy: Policy, recipe: Config, kind: str, updates: int) -> None:
+    objective, trajectories = rollout(fresh_policy, recipe, kind)
+    assert all(trajectory.latents.shape[1] == 1 for trajectory in trajectories), "only final latents are stored"
     objective.prepare(trajectories, 2)
     before = total_loss(objective, trajectories)
     fresh = replace(objective, recorded={})
-    learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=1e-3)
+    learner = PlainLearner(fresh_policy.transformers["transformer"], learning_rate=1e-3)
     metrics = optimise(learner, fresh, trajectories, updates_per_rollout=updates).metrics
     assert metrics["ratio_error_first_update_max"] == 0.0
-    assert (metrics["log_ratio_abs_max"] > 1e-7) == (updates > 1), "later updates see a policy that has moved"
+    assert (metrics["log_ratio_abs_max"] > 1e-7) == (updates > 1), "the policy has changed before later updates"
     assert total_loss(objective, trajectories) < before

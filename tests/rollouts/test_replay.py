@@ -1,4 +1,4 @@
-"""Replay: the ratio is exactly 1 until the policy changes; gradients, weights and KL terms."""
+"""Replay: ratios exactly 1 until the policy changes, gradients, step weights and KL terms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class PlainLearner:
-    """SGD on one process."""
+    """SGD in one process."""
 
     def __init__(self, module: torch.nn.Module, learning_rate: float):
         self.optimizer = torch.optim.SGD(module.parameters(), lr=learning_rate)
@@ -44,14 +44,14 @@ class PlainLearner:
 
 
 @pytest.fixture
-def own_policy(recipe: Config) -> Policy:
+def fresh_policy(recipe: Config) -> Policy:
     return load_policy(recipe.policy.folder, max_sequence_length=16)
 
 
 def rollout(
     policy: Policy, recipe: Config, reference: Reference | None = None, **sections: dict[str, Any]
 ) -> tuple[Replay, list[Trajectory]]:
-    """Two groups of four, all of four steps trained but the last, with advantages of the test's own."""
+    """A rollout of two groups of four over four steps, all but the last trained, with given advantages."""
     every = {"num_steps": 4, "train_steps": "all", "share_steps": "batch"}
     sampler = replace(recipe.sampler, **{**every, **sections.pop("sampler", {})})
     loss = replace(recipe.loss, **{"step_weights": "none", **sections.pop("loss", {})})
@@ -93,10 +93,10 @@ def gradients(objective: Replay, trajectories: list[Trajectory]) -> list[Tensor]
     return found
 
 
-def test_frames_that_add_nothing_leave_the_gradient_of_whole_videos(own_policy: Policy, recipe: Config) -> None:
-    """At a ratio of 1; and what a frame adds moves that frame's log-prob alone."""
-    by_video, trajectories = rollout(own_policy, recipe)
-    by_frame, in_frames = rollout(own_policy, replace(recipe, credit=CreditConfig(kind="segment")))
+def test_zero_frame_credit_gives_the_gradient_of_whole_videos(fresh_policy: Policy, recipe: Config) -> None:
+    """At a ratio of 1; the credit of a frame affects only that frame's log-prob."""
+    by_video, trajectories = rollout(fresh_policy, recipe)
+    by_frame, in_frames = rollout(fresh_policy, replace(recipe, credit=CreditConfig(kind="segment")))
     nothing = torch.zeros(2, 4, 3)
     silent = replace(by_frame, advantages=replace(by_frame.advantages, by_frame=nothing))
     for metrics in losses(silent, in_frames):
@@ -112,12 +112,12 @@ def test_frames_that_add_nothing_leave_the_gradient_of_whole_videos(own_policy: 
 
 
 @pytest.mark.parametrize("loss", [{}, {"ratio": "guard"}, {"trust_region": "divergence_mask"}])
-def test_ratio_is_exactly_one_before_any_update(policy: Policy, recipe: Config, loss: dict[str, Any]) -> None:
+def test_the_ratio_is_exactly_one_before_any_update(policy: Policy, recipe: Config, loss: dict[str, Any]) -> None:
     for metrics in losses(*rollout(policy, recipe, loss=loss)):
         assert float(metrics["ratio_min"]) == float(metrics["ratio_max"]) == 1.0
 
 
-def test_ratio_is_exactly_one_where_each_prompt_has_its_own_negative_prompt(policy: Policy, recipe: Config) -> None:
+def test_the_ratio_is_exactly_one_with_per_prompt_negative_prompts(policy: Policy, recipe: Config) -> None:
     objective, trajectories = rollout(policy, recipe, sampler={"guidance_scale": 3.0})
     for metrics in losses(objective, trajectories):
         assert float(metrics["ratio_min"]) == float(metrics["ratio_max"]) == 1.0
@@ -125,15 +125,15 @@ def test_ratio_is_exactly_one_where_each_prompt_has_its_own_negative_prompt(poli
     assert all(float(metrics["ratio_max"]) != 1.0 for metrics in losses(other, trajectories))
 
 
-def test_a_disturbed_latent_is_seen_in_the_ratio(policy: Policy, recipe: Config) -> None:
+def test_a_perturbed_latent_changes_the_ratio(policy: Policy, recipe: Config) -> None:
     objective, trajectories = rollout(policy, recipe)
     trajectories[0].latents[1, 2].view(-1)[7] += 0.01
     assert max(float(metrics["log_ratio_abs_max"]) for metrics in losses(objective, trajectories)) > 1e-6
 
 
-def test_the_second_update_sees_a_policy_that_moved(own_policy: Policy, recipe: Config) -> None:
-    objective, trajectories = rollout(own_policy, recipe)
-    learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=0.1)
+def test_the_ratio_differs_from_one_in_the_second_update(fresh_policy: Policy, recipe: Config) -> None:
+    objective, trajectories = rollout(fresh_policy, recipe)
+    learner = PlainLearner(fresh_policy.transformers["transformer"], learning_rate=0.1)
     metrics = optimise(learner, objective, trajectories, updates_per_rollout=2).metrics
     assert learner.updates == 2
     assert metrics["ratio_error_first_update_max"] == 0.0
@@ -142,15 +142,15 @@ def test_the_second_update_sees_a_policy_that_moved(own_policy: Policy, recipe: 
 
 @pytest.mark.parametrize("loss", [{}, {"ratio": "guard", "step_weights": "guard"}, {"step_weights": "flash"},
                                   {"trust_region": "divergence_mask", "divergence_limit": 1.0}])  # fmt: skip
-def test_an_update_lowers_its_own_loss(own_policy: Policy, recipe: Config, loss: dict[str, Any]) -> None:
-    objective, trajectories = rollout(own_policy, recipe, loss={**loss, "clip_range": (0.9, 9.0)})
-    learner = PlainLearner(own_policy.transformers["transformer"], learning_rate=1e-2)
+def test_an_update_lowers_its_loss(fresh_policy: Policy, recipe: Config, loss: dict[str, Any]) -> None:
+    objective, trajectories = rollout(fresh_policy, recipe, loss={**loss, "clip_range": (0.9, 9.0)})
+    learner = PlainLearner(fresh_policy.transformers["transformer"], learning_rate=1e-2)
     before = total_loss(objective, trajectories)
     optimise(learner, objective, trajectories, updates_per_rollout=1)
     assert total_loss(objective, trajectories) < before
 
 
-def test_step_weights_scale_the_loss_of_their_step_alone(policy: Policy, recipe: Config) -> None:
+def test_a_step_weight_scales_only_the_loss_of_its_step(policy: Policy, recipe: Config) -> None:
     plain, trajectories = rollout(policy, recipe)
     loss = replace(plain.config.loss, step_weights="guard")
     weighted = replace(plain, config=replace(plain.config, loss=loss))
@@ -160,7 +160,7 @@ def test_step_weights_scale_the_loss_of_their_step_alone(policy: Policy, recipe:
         torch.testing.assert_close(weighted.loss(trajectories[0], index).value, expected, rtol=0, atol=0)
 
 
-def test_each_group_can_have_a_step_of_its_own(policy: Policy, recipe: Config) -> None:
+def test_each_group_can_train_a_different_step(policy: Policy, recipe: Config) -> None:
     sampler = {"train_steps": "random_window", "train_fraction": 0.1, "share_steps": "group"}
     chosen = set()
     for seed in range(6):
@@ -181,11 +181,11 @@ class Perturbed(Reference):
 
 
 @pytest.mark.parametrize("space", ["velocity", "mean"])
-def test_the_pull_towards_the_start_is_its_divergence_and_has_a_gradient(
-    own_policy: Policy, recipe: Config, space: str
+def test_the_penalty_towards_the_starting_policy_is_its_divergence_and_has_a_gradient(
+    fresh_policy: Policy, recipe: Config, space: str
 ) -> None:
     settings = {"kl_weight": 2.0, "kl_space": space}
-    objective, trajectories = rollout(own_policy, recipe, Perturbed(own_policy), loss=settings)
+    objective, trajectories = rollout(fresh_policy, recipe, Perturbed(fresh_policy), loss=settings)
     free = replace(objective, reference=None)
     index = 1
     held, plain = objective.loss(trajectories[0], index), free.loss(trajectories[0], index)
@@ -195,30 +195,30 @@ def test_the_pull_towards_the_start_is_its_divergence_and_has_a_gradient(
     expected = 0.01 if space == "velocity" else 0.01 * float((transition.mean / transition.std).square()) / 2
     assert float(held.metrics["kl"]) == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(held.value, plain.value + 2 * held.metrics["kl"])
-    weight = next(own_policy.transformers["transformer"].proj_out.parameters())
+    weight = next(fresh_policy.transformers["transformer"].proj_out.parameters())
     pulled, pushed = (torch.autograd.grad(loss.value, weight)[0] for loss in (held, plain))
     assert (pulled - pushed).norm() > 1e-3 * pushed.norm()
 
 
-def test_before_any_update_the_starting_policy_is_the_policy_itself(own_policy: Policy, recipe: Config) -> None:
-    objective, trajectories = rollout(own_policy, recipe, Reference(own_policy), loss={"kl_weight": 1.0})
+def test_before_any_update_the_starting_policy_equals_the_policy(fresh_policy: Policy, recipe: Config) -> None:
+    objective, trajectories = rollout(fresh_policy, recipe, Reference(fresh_policy), loss={"kl_weight": 1.0})
     assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0
 
 
 @pytest.mark.parametrize("space", ["velocity", "mean"])
-def test_the_pull_towards_the_policy_that_sampled_asks_for_no_forward(
-    own_policy: Policy, recipe: Config, space: str
+def test_the_penalty_towards_the_sampling_policy_needs_no_forward(
+    fresh_policy: Policy, recipe: Config, space: str
 ) -> None:
-    """The recorded means give what a frozen copy would: the divergence of velocities, or of the means."""
+    """The recorded means give the divergence of velocities or means that a frozen copy would give."""
     settings = {"kl_weight": 2.0, "kl_space": space}
     start = load_policy(recipe.policy.folder, max_sequence_length=16)
-    objective, trajectories = rollout(own_policy, recipe, loss={**settings, "kl_reference": "previous"})
+    objective, trajectories = rollout(fresh_policy, recipe, loss={**settings, "kl_reference": "previous"})
     assert float(objective.loss(trajectories[0], 1).metrics["kl"]) == 0.0
     with torch.no_grad():
-        for parameter in own_policy.transformers["transformer"].proj_out.parameters():
+        for parameter in fresh_policy.transformers["transformer"].proj_out.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    copied, _ = rollout(own_policy, recipe, Reference(start), loss=settings)
-    weight = next(own_policy.transformers["transformer"].proj_out.parameters())
+    copied, _ = rollout(fresh_policy, recipe, Reference(start), loss=settings)
+    weight = next(fresh_policy.transformers["transformer"].proj_out.parameters())
     for index in (0, 2):
         found, expected = (one.loss(trajectories[0], index) for one in (objective, copied))
         torch.testing.assert_close(found.metrics["kl"], expected.metrics["kl"], rtol=1e-4, atol=0)
@@ -226,12 +226,12 @@ def test_the_pull_towards_the_policy_that_sampled_asks_for_no_forward(
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
-def test_adapters_are_off_for_the_reference_alone(own_policy: Policy, recipe: Config) -> None:
-    module = own_policy.transformers["transformer"]
+def test_adapters_are_disabled_only_for_the_reference(fresh_policy: Policy, recipe: Config) -> None:
+    module = fresh_policy.transformers["transformer"]
     add_lora(module, LoraConfig(rank=4), seed=0)
-    reference = Reference(own_policy, partial(adapters_off, own_policy.transformers))
-    objective, trajectories = rollout(own_policy, recipe, reference, loss={"kl_weight": 1.0})
-    assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0, "adapters start at nothing"
+    reference = Reference(fresh_policy, partial(adapters_off, fresh_policy.transformers))
+    objective, trajectories = rollout(fresh_policy, recipe, reference, loss={"kl_weight": 1.0})
+    assert float(objective.loss(trajectories[0], 0).metrics["kl"]) == 0.0, "adapters start at zero"
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

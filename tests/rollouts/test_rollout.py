@@ -1,4 +1,4 @@
-"""The denoising loop: equal to diffusers' with the ODE; draws depend only on their keys."""
+"""The denoising loop: ODE rollouts equal diffusers', and draws depend only on their keys."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def euler(policy: Policy, num_steps: int, guidance_scale: float) -> Denoiser:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-def test_ode_rollout_is_the_pipelines_own_loop(policy: Policy, recipe: Config, guidance_scale: float) -> None:
+def test_the_ode_rollout_equals_the_loop_of_the_pipeline(policy: Policy, recipe: Config, guidance_scale: float) -> None:
     latents = keyed_noise(policy.latent_shape(recipe.video), [("noise", i) for i in range(4)], CPU)
     texts = [TEXTS[0]] * 4
     found = euler(policy, 6, guidance_scale).denoise(
@@ -55,7 +55,7 @@ def test_ode_rollout_is_the_pipelines_own_loop(policy: Policy, recipe: Config, g
     assert log_probs.isnan().all()
 
 
-def test_each_sample_is_guided_away_from_its_own_negative_prompt(policy: Policy, recipe: Config) -> None:
+def test_each_sample_is_guided_away_from_its_negative_prompt(policy: Policy, recipe: Config) -> None:
     """As diffusers' pipeline does with a list of negative prompts."""
     negatives = ["", "a green square moving up"]
     prompts = replace(batch(policy), negative=policy.encode(negatives), negative_rows=torch.tensor([1, 0]))
@@ -106,7 +106,7 @@ def sample(denoiser: Denoiser, policy: Policy, recipe: Config, mesh: Mesh, micro
     )
 
 
-def test_samples_do_not_depend_on_how_they_are_spread_over_ranks(policy: Policy, recipe: Config) -> None:
+def test_samples_do_not_depend_on_their_distribution_over_ranks(policy: Policy, recipe: Config) -> None:
     denoiser = training_denoiser(policy, recipe)
     alone = list(sample(denoiser, policy, recipe, Mesh(0, 1, CPU), 4))
     spread = [next(sample(denoiser, policy, recipe, Mesh(rank, 2, CPU), 4)) for rank in (0, 1)]
@@ -132,11 +132,11 @@ def test_a_group_can_start_from_the_same_noise(policy: Policy, recipe: Config) -
     )
     start, end = chunk.trajectories[0].latents[:, 0], chunk.trajectories[0].latents[:, -1]
     assert torch.equal(start[0], start[1])
-    assert not torch.equal(start[0], start[2]), "another prompt, another noise"
-    assert not torch.equal(end[0], end[1]), "the stochastic steps part them"
+    assert not torch.equal(start[0], start[2]), "different prompts have different noise"
+    assert not torch.equal(end[0], end[1]), "samples diverge in the stochastic steps"
 
 
-def test_uneven_totals_give_every_rank_equally_many_micro_batches() -> None:
+def test_uneven_totals_give_every_rank_the_same_number_of_micro_batches() -> None:
     shares = [Mesh(rank, 3, CPU).share(10, 2) for rank in range(3)]
     assert [len(share) for share in shares] == [2, 2, 2]
     assert all(len(items) == 2 for share in shares for items in share)
@@ -145,7 +145,7 @@ def test_uneven_totals_give_every_rank_equally_many_micro_batches() -> None:
     assert set(flat[10:]) == {9}
 
 
-def test_stored_latents_are_rounded_before_their_log_prob(policy: Policy, recipe: Config) -> None:
+def test_latents_are_rounded_for_storage_before_their_log_prob_is_taken(policy: Policy, recipe: Config) -> None:
     rounded = replace(training_denoiser(policy, recipe), latents_dtype=torch.bfloat16)
     chunk = next(sample(rounded, policy, recipe, Mesh(0, 1, CPU), 4))
     path, index = chunk.trajectories[0].latents, chunk.trajectories[0].trained_steps[0]
@@ -157,8 +157,8 @@ def test_stored_latents_are_rounded_before_their_log_prob(policy: Policy, recipe
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_a_sequence_group_shares_out_the_decoding(policy: Policy, recipe: Config, micro_batch_size: int) -> None:
-    """Of two ranks with the same trajectories, each decodes the half of the videos that the other does not."""
+def test_a_sequence_group_divides_the_decoding(policy: Policy, recipe: Config, micro_batch_size: int) -> None:
+    """Two ranks with the same trajectories decode complementary halves of the videos."""
     denoiser = training_denoiser(policy, recipe)
     ranks = [
         list(sample(denoiser, policy, recipe, Mesh(rank, 2, CPU, sequence=2), micro_batch_size)) for rank in (0, 1)
@@ -184,8 +184,8 @@ def test_a_sequence_group_shares_out_the_decoding(policy: Policy, recipe: Config
     assert sorted(owners) == [(prompt, index) for prompt in range(2) for index in range(4)]
 
 
-def test_before_training_a_moving_window_is_where_it_starts(policy: Policy, recipe: Config) -> None:
-    """Priors are measured at step -1: they explore where the first training steps will."""
+def test_a_moving_window_is_at_its_first_position_before_training(policy: Policy, recipe: Config) -> None:
+    """Priors are measured at step -1, with the same stochastic steps as the first training steps."""
     sampler = replace(recipe.sampler, train_steps="window", share_steps="batch", window_start=1, window_every=2)
     config = replace(recipe, sampler=sampler)
     windows = [trained_steps_of(policy, config, step)(0) for step in (-1, 0, 1, 2)]

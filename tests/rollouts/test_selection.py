@@ -1,4 +1,4 @@
-"""Replaying the samples that train gives the gradient of replaying all, by equally many forwards on every rank."""
+"""Replay of selected samples: the gradient equals that of all samples, with equally many forwards on every rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALONE = Mesh(0, 1, CPU)
 
 
 def micro_batches(*samples: list[tuple[int, int]]) -> list[Trajectory]:
-    """Of (prompt, sample) pairs; a latent says whose it is."""
+    """Micro-batches of (prompt, sample) pairs whose latents identify them."""
     found = []
     for pairs in samples:
         rows, indices = (torch.tensor(values) for values in zip(*pairs, strict=True))
@@ -40,14 +40,14 @@ BATCHES = ([(0, 0), (0, 1)], [(0, 2), (0, 3)], [(1, 0), (1, 1)], [(1, 2), (1, 3)
 
 
 @pytest.mark.parametrize("by_prompt", [True, False])
-def test_the_samples_that_train_are_joined(by_prompt: bool) -> None:
+def test_selected_samples_are_joined_into_full_micro_batches(by_prompt: bool) -> None:
     kept = samples_to_replay(micro_batches(*BATCHES), TRAINS, by_prompt, ALONE)
     assert [owners(trajectory) for trajectory in kept] == [[(0, 0), (0, 3)], [(1, 1), (1, 2)]]
 
 
 @dataclass(frozen=True)
-class Beside(Mesh):
-    """A rank of two; the other one needs more micro-batches."""
+class OneOfTwoRanks(Mesh):
+    """One of two ranks, where the other one needs more micro-batches."""
 
     needs: int = 0
 
@@ -55,16 +55,16 @@ class Beside(Mesh):
         return max(value, self.needs)
 
 
-def test_ranks_take_equally_many_micro_batches() -> None:
+def test_ranks_process_equally_many_micro_batches() -> None:
     one_each = torch.tensor([[True, False, False, False], [False, False, False, False]])
-    kept = samples_to_replay(micro_batches(*BATCHES), one_each, True, Beside(0, 2, CPU, needs=3))
+    kept = samples_to_replay(micro_batches(*BATCHES), one_each, True, OneOfTwoRanks(0, 2, CPU, needs=3))
     assert [owners(trajectory) for trajectory in kept] == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(1, 0), (1, 1)]]
     nothing = torch.zeros(2, 4, dtype=torch.bool)
     assert len(samples_to_replay(micro_batches(*BATCHES), nothing, False, ALONE)) == 1
 
 
-def test_the_gradient_is_that_of_all_samples(own_policy: Policy, recipe: Config) -> None:
-    objective, trajectories = rollout(own_policy, recipe)
+def test_the_gradient_equals_that_of_all_samples(fresh_policy: Policy, recipe: Config) -> None:
+    objective, trajectories = rollout(fresh_policy, recipe)
     advantage = torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0, 0.7, -0.7, 0.0]])
     advantages = GroupAdvantages(advantage, 0.5 * advantage, torch.tensor([1.2, 0.8]), {})
     whole = replace(objective, advantages=advantages)
@@ -80,5 +80,5 @@ def test_the_gradient_is_that_of_all_samples(own_policy: Policy, recipe: Config)
 
 
 @pytest.fixture
-def own_policy(recipe: Config) -> Policy:
+def fresh_policy(recipe: Config) -> Policy:
     return load_policy(recipe.policy.folder, max_sequence_length=16)

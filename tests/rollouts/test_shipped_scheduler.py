@@ -1,4 +1,4 @@
-"""Held-out videos sampled with the pipeline's own scheduler equal the pipeline's."""
+"""Held-out sampling with the pipeline's scheduler: videos equal the pipeline's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 4
 
 
 @pytest.mark.parametrize("name", ["wan", "wan_image", "wan22", "ltx"])
-def test_videos_are_the_pipelines_own(name: str, tmp_path: Path) -> None:
+def test_videos_equal_those_of_the_pipeline(name: str, tmp_path: Path) -> None:
     case = replace(CASES[name], euler=lambda scheduler: scheduler)
     case.write(tmp_path / "pipeline")
     policy, recipe = case.policy(tmp_path / "pipeline"), case.recipe(tmp_path / "pipeline")
@@ -30,7 +30,7 @@ def test_videos_are_the_pipelines_own(name: str, tmp_path: Path) -> None:
     denoiser = evaluation_denoiser(policy, replace(recipe, evaluation=evaluation))
     start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
     found = []
-    for _ in range(2):  # a scheduler remembers; a denoiser must not
+    for _ in range(2):  # a scheduler is stateful; a denoiser must not be
         path = denoiser.denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start)
         found.append(policy.decode(path.latents[:, -1], prompts.conditioning))
     expected = case.diffusers_videos(policy, start, STEPS, guided=True)
@@ -42,7 +42,7 @@ def test_videos_are_the_pipelines_own(name: str, tmp_path: Path) -> None:
     assert differs == (denoiser.scheduler is not None) == (name != "ltx")
 
 
-def test_the_shift_is_the_recipes(tmp_path: Path) -> None:
+def test_the_shift_comes_from_the_recipe(tmp_path: Path) -> None:
     case = CASES["wan"]
     case.write(tmp_path / "pipeline")
     policy, recipe = case.policy(tmp_path / "pipeline", components=()), case.recipe(tmp_path / "pipeline")
@@ -52,7 +52,7 @@ def test_the_shift_is_the_recipes(tmp_path: Path) -> None:
         for shift in (None, 9.0)
     )
     assert (shifted.sigmas[1:-1] > own.sigmas[1:-1]).all()
-    assert policy.pipeline.scheduler.num_inference_steps is None, "the policy's own scheduler is unchanged"
+    assert policy.pipeline.scheduler.num_inference_steps is None, "the policy's scheduler is unchanged"
 
 
 def test_a_scheduler_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:

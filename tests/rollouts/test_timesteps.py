@@ -1,4 +1,4 @@
-"""Metrics by denoising step are means over all ranks' passes, whatever steps each rank trained."""
+"""Metrics per denoising step: means over the passes of all ranks, whatever steps each rank trained."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ def test_means_are_taken_over_the_passes_of_a_step_on_all_ranks() -> None:
     assert found["timestep/00/ratio_mean"] == 2.0
     assert found["timestep/02/ratio_mean"] == 2.5
     assert {key.split("/")[1] for key in found} == {"00", "02"}
-    assert len(found) == 2 * (len(BY_STEP) + 1)  # spread and effective samples follow from the mean squared error
+    assert len(found) == 2 * (
+        len(BY_STEP) + 1
+    )  # the std and the effective sample size follow from the mean squared error
 
 
-def test_the_spread_of_ratios_is_that_over_all_samples_even_of_micro_batches_of_one() -> None:
+def test_the_std_of_ratios_is_over_all_samples_even_for_micro_batches_of_one() -> None:
     log_ratios = 1e-2 * torch.randn(64, generator=torch.Generator().manual_seed(0))
     losses = [(1, ratio_metrics(PolicyShift(one[None].clone()), torch.ones(1), LossConfig())) for one in log_ratios]
     found, ratios = step_metrics(step_sums(losses, num_steps=2)), log_ratios.double().exp()

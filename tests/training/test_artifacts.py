@@ -17,16 +17,16 @@ from bpgo_video.training.rl import Progress, summarise
 from bpgo_video.training.session import Session
 
 
-def test_a_caption_has_the_scores_of_the_video_that_is_shown() -> None:
-    """The first sample of the prompt's row; of a reward that scores frames, also each frame."""
+def test_a_caption_has_the_scores_of_its_video() -> None:
+    """The first sample of the prompt; for a reward that scores frames, also the score of each frame."""
     by_name = {"oracle": torch.tensor([[0.1, 0.9], [0.25, 0.75]]), "frames": torch.tensor([[0.0, 0.0], [0.5, 0.0]])}
     scores = HeldoutScores(by_name, {"frames": FrameScores(torch.tensor([[0.0, 0.0], [0.4, 0.6]]), torch.arange(2.0))})
     assert caption("a cat", 1, scores) == "a cat | oracle: 0.25 | frames: 0.5 (0.4 0.6)"
 
 
 @pytest.mark.parametrize(("samples", "known"), [(1, False), (2, True)])
-def test_a_summary_has_errors_where_they_are_known(recipe: Config, samples: int, known: bool) -> None:
-    """One held-out video in all has none, and the summary stays JSON."""
+def test_a_summary_has_standard_errors_where_they_are_defined(recipe: Config, samples: int, known: bool) -> None:
+    """A single held-out video has none, and the summary is still valid JSON."""
     session = object.__new__(Session)
     parts: dict[str, Any] = {
         "config": recipe,
@@ -45,10 +45,10 @@ def test_a_summary_has_errors_where_they_are_known(recipe: Config, samples: int,
 
 
 @pytest.mark.parametrize(("prompts", "gain", "shown"), [(6, 1.0, 0), (12, 1.0, 1), (12, -1.0, -1), (12, 0.0, 0)])
-def test_a_run_claims_what_a_comparison_of_all_measures_would(
+def test_the_claim_of_a_run_is_corrected_for_all_measures(
     recipe: Config, prompts: int, gain: float, shown: int
 ) -> None:
-    """6 prompts that all gain have p = 2 / 2^6, which is below .05 for one measure, and not for several."""
+    """If all 6 prompts gain, p is 2 / 2^6, which is below .05 for one measure but not for several."""
     first = torch.randn(prompts, 2, generator=torch.Generator().manual_seed(0))
     found = heldout_test(first, first + gain, recipe)
     assert found["heldout_measures"] > 1

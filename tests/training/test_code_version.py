@@ -1,4 +1,4 @@
-"""Which code a run names: its commit, where its files are git's."""
+"""The code version recorded by a run: its commit, if the files are under git."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_a_checkout_has_its_commit_and_says_when_files_differ(tmp_path: Path) -> None:
+def test_a_checkout_has_its_commit_and_marks_modified_files(tmp_path: Path) -> None:
     code = tmp_path / "repo" / "package" / "code.py"
     code.parent.mkdir(parents=True)
     code.write_text("one")
     git(tmp_path / "repo", "init", "-q")
-    assert commit(code) is None, "git does not know the file"
+    assert commit(code) is None, "the file is not tracked by git"
     git(tmp_path / "repo", "add", ".")
     git(tmp_path / "repo", "commit", "-qm", "first")
     git(tmp_path / "repo", "tag", "v1")
@@ -49,7 +49,7 @@ def test_a_folder_without_git_has_no_commit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("earlier", "now"), [({}, ["b"]), ({"code": ["a"]}, ["a", "b"]), ({"code": ["a", "b"]}, ["a", "b"])]
 )
-def test_a_run_that_goes_on_names_the_code_of_all_its_steps(
+def test_a_resumed_run_records_the_code_of_all_its_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, earlier: dict[str, list[str]], now: list[str]
 ) -> None:
     monkeypatch.setattr(checkpoint, "load", lambda *_: {"progress": {"step": 2}, **earlier})

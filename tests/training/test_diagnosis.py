@@ -1,4 +1,4 @@
-"""The diagnosis of a run: each finding states its numbers and a remedy, and an ordinary run has no findings."""
+"""The diagnosis of a run: findings with numbers and a remedy, and none for an ordinary run."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_an_ordinary_run_has_no_findings():
     assert diagnose([], {}) == []
 
 
-def test_records_of_grpo_and_of_few_keys_are_read():
+def test_records_of_grpo_and_with_few_keys_are_accepted():
     grpo = [{k: v for k, v in record.items() if "hist" not in k} for record in run(trust_min=1.0, trust_max=1.0)]
     assert diagnose(grpo, {}) == [NOTHING]
     assert diagnose([{"step": 0, "reward": 0.5}], {}) == [NOTHING]
@@ -68,13 +68,13 @@ def test_trust_that_varies_between_steps_is_not_a_learning_rate():
 
 
 @pytest.mark.parametrize(
-    ("rising", "after", "shown", "told"),
+    ("rising", "after", "shown", "reported"),
     [(0.01, 0.4, -1, True), (0.01, 0.4, 0, False), (0.0, 0.4, -1, False), (0.01, 0.6, 1, False)],
 )
-def test_a_reward_that_is_exploited_is_reported(rising, after, shown, told):
+def test_a_reward_that_is_exploited_is_reported(rising, after, shown, reported):
     summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_shown": shown}
     found = diagnose(run(rising=rising), summary)
-    assert ("Held-out scores fell from 0.500 to 0.400 while the training reward rose" in found[0]) == told
+    assert ("Held-out scores fell from 0.500 to 0.400 while the training reward rose" in found[0]) == reported
 
 
 def test_the_findings_follow_the_table():

@@ -23,7 +23,7 @@ from bpgo_video.types import Loss, PromptBatch, Trajectory
         (float("nan"), float("nan"), False, "off 1 by up to nan"),
     ],
 )
-def test_a_ratio_is_judged_by_the_clip_range_and_nan_is_none(
+def test_a_ratio_is_judged_by_the_clip_range_and_nan_fails(
     recipe: Config, lowest: float, highest: float, holds: bool, words: str
 ) -> None:
     exact, seen = ({"ratio_min": torch.tensor(low), "ratio_max": torch.tensor(high)} for low, high in

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: random generators are unchanged, and each shown video is written once."""
+"""Evaluation on held-out prompts: random generators are restored, and each displayed video is written once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draws() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_draws_inside_leave_no_trace_behind() -> None:
+def test_draws_inside_do_not_change_the_generators() -> None:
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
     expected = draws()
@@ -36,15 +36,15 @@ def test_draws_inside_leave_no_trace_behind() -> None:
     with isolated():
         inside = draws()
         torch.manual_seed(7)
-    assert inside == expected, "the block goes on where the generators are"
+    assert inside == expected, "the block continues from the generators' state"
     assert draws() == expected
     state = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError), isolated():
         _ = torch.rand(()) / 0 + 1 // 0
-    assert torch.equal(torch.get_rng_state(), state), "also where the block raises"
+    assert torch.equal(torch.get_rng_state(), state), "also if the block raises"
 
 
-def test_fixed_draws_are_the_same_and_leave_other_threads_generators_alone() -> None:
+def test_fixed_draws_are_reproducible_and_do_not_affect_other_threads() -> None:
     state = torch.random.get_rng_state()
     drawn, elsewhere = [], []
     for _ in range(2):
@@ -61,13 +61,13 @@ def test_fixed_draws_are_the_same_and_leave_other_threads_generators_alone() -> 
     assert torch.equal(torch.cat(elsewhere), torch.cat([torch.randn(3), torch.randn(3)]))
 
 
-def test_one_video_in_all_has_no_standard_error() -> None:
+def test_a_single_video_has_no_standard_error() -> None:
     assert HeldoutScores({"oracle": torch.tensor([[0.5]])}).metrics() == {"heldout/oracle": 0.5}
     both = HeldoutScores({"oracle": torch.tensor([[0.25], [0.75]])}).metrics()
     assert both == {"heldout/oracle": 0.5, "heldout/oracle_stderr": pytest.approx(0.25)}
 
 
-def test_both_weights_are_measured_and_the_raw_ones_decide(recipe: Config) -> None:
+def test_raw_and_averaged_weights_are_measured_and_the_raw_ones_decide(recipe: Config) -> None:
     assert [EvaluationConfig(weights=kind).measured for kind in ("raw", "ema", "both")] == [
         ("raw",),
         ("ema",),
@@ -81,7 +81,7 @@ def test_both_weights_are_measured_and_the_raw_ones_decide(recipe: Config) -> No
     assert scores.metrics("heldout_ema").keys() == {"heldout_ema/oracle", "heldout_ema/oracle_stderr"}
 
 
-def test_the_deployments_schedule_is_the_samplers_unless_said(recipe: Config) -> None:
+def test_the_evaluation_schedule_defaults_to_that_of_the_sampler(recipe: Config) -> None:
     sampler = replace(recipe.sampler, shift=3.0)
     assert EvaluationConfig().shift_or(sampler) == 3.0
     assert EvaluationConfig(shift=5.0).shift_or(sampler) == 5.0
@@ -90,7 +90,7 @@ def test_the_deployments_schedule_is_the_samplers_unless_said(recipe: Config) ->
 
 @torch.no_grad()
 def test_held_out_videos_follow_the_solver_and_the_shift(policy: Policy, recipe: Config) -> None:
-    """Euler is diffusers' own loop over the shifted schedule; the second-order solver goes elsewhere."""
+    """Euler equals diffusers' loop over the shifted schedule; the second-order solver gives different videos."""
     video = replace(recipe.video, num_frames=5, height=32, width=32)
     base = replace(recipe, video=video, rollout=replace(recipe.rollout, micro_batch_size=1))
     embeds = policy.encode(["a red circle moving left"])
@@ -103,7 +103,7 @@ def test_held_out_videos_follow_the_solver_and_the_shift(policy: Policy, recipe:
         seen: list[RolloutChunk] = []
         suite = RewardSuite({"flicker": RewardConfig(model="temporal_flickering")}, torch.device("cpu"), video.fps)
         evaluate(policy, prompts, suite, config, Mesh(0, 1, torch.device("cpu")), seen.append)
-        assert seen[0].trajectories[0].latents.shape[1] == 1, "an evaluation keeps no noise level but the last"
+        assert seen[0].trajectories[0].latents.shape[1] == 1, "an evaluation keeps only the last noise level"
         return seen[0].trajectories[0].latents[:, -1]
 
     schedule = FlowMatchEulerDiscreteScheduler(shift=4.0)
@@ -115,8 +115,8 @@ def test_held_out_videos_follow_the_solver_and_the_shift(policy: Policy, recipe:
     assert not torch.allclose(sampled("adams_bashforth"), latents, atol=1e-3)
 
 
-def test_the_first_samples_of_evenly_spread_prompts_are_written(recipe: Config, tmp_path: Path) -> None:
-    """Five prompts of two samples, three shown: prompts 0, 2 and 4, whatever the order and repetition of chunks."""
+def test_the_first_samples_of_evenly_spaced_prompts_are_written(recipe: Config, tmp_path: Path) -> None:
+    """Of five prompts with two samples, three are displayed: 0, 2 and 4, for any order and repetition of chunks."""
     config = replace(recipe, evaluation=replace(recipe.evaluation, samples_per_prompt=2, videos=3))
     rows, samples = torch.tensor([4, 4, 0, 0, 2, 1, 3]), torch.tensor([0, 1, 0, 0, 0, 0, 1])
     grey = (rows / 8 + samples / 16)[:, None, None, None, None].expand(-1, 5, 3, 16, 16)

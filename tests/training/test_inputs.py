@@ -1,4 +1,4 @@
-"""Bad input ends a run before any model is loaded, with the value, the rule and the way out."""
+"""Validation before any model is loaded: invalid input is reported with the value, the rule and a remedy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def without_models(*arguments: Any, components: Collection[str], **options: Any)
     return load_policy(*arguments, components=components, **options)
 
 
-def test_good_input_passes(config: Config) -> None:
+def test_valid_input_passes(config: Config) -> None:
     ds_config, found = session.check_inputs(config, MESH)
     assert ds_config["zero_optimization"]["stage"] == 3
     assert len(found) == 6
@@ -94,7 +94,7 @@ def test_shards_of_another_text_encoder_are_refused(config: Config) -> None:
         session.check_inputs(config, MESH)
 
 
-def test_a_world_that_does_not_divide_is_refused(config: Config) -> None:
+def test_an_indivisible_world_size_is_refused(config: Config) -> None:
     with pytest.raises(ConfigError, match="3 ranks"):
         check_world(config, 3)
 
@@ -115,8 +115,8 @@ def test_an_existing_run_is_never_overwritten(config: Config) -> None:
 
 
 @pytest.mark.parametrize("resume", ["never", "auto"])
-def test_a_folder_of_settings_alone_is_no_run_yet(config: Config, resume: Any) -> None:
-    """What a run leaves that ended before it had a policy: the mended command takes the same folder."""
+def test_a_folder_with_only_settings_is_not_a_run(config: Config, resume: Any) -> None:
+    """A run that fails before its policy is loaded leaves such a folder; the corrected command can reuse it."""
     folder = Path(config.run.dir)
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -145,7 +145,7 @@ def test_a_folder_of_settings_alone_is_no_run_yet(config: Config, resume: Any) -
         ({"policy": {"attention_backend": "fastest"}}, r"attention_backend is 'fastest'; diffusers knows"),
     ],
 )
-def test_a_name_that_is_misspelt_is_told_before_there_is_a_folder(
+def test_a_misspelt_name_is_reported_before_the_folder_is_created(
     config: Config, change: dict[str, Any], message: str
 ) -> None:
     sections = {"evaluation": config.evaluation, "policy": config.policy}
@@ -156,7 +156,7 @@ def test_a_name_that_is_misspelt_is_told_before_there_is_a_folder(
         session.check_inputs(broken, MESH)
 
 
-def test_a_resume_may_change_when_and_where_it_computes_and_not_what(config: Config) -> None:
+def test_a_resume_may_change_schedules_and_devices_but_not_the_computation(config: Config) -> None:
     far = RewardConfig(model="remote", options={"url": "http://a:1", "videos_per_request": 2})
     config = replace(config, rewards={"far": far}, run=replace(config.run, resume="auto"))
     folder = Path(config.run.dir)

@@ -1,4 +1,4 @@
-"""The doctor's warnings about package versions and this machine."""
+"""Warnings of the doctor about package versions and this machine."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.training import doctor
 
 
-def test_the_package_carries_a_tested_version_of_all_that_it_asks_for() -> None:
+def test_every_dependency_has_a_tested_version() -> None:
     tested = doctor.tested_versions()
     assert tested["torch"] == "2.13.0"
     assert {"deepspeed", "PyYAML", "opencv-python-headless"} <= set(tested)
-    assert not {"ruff", "pytest", "mypy"} & set(tested), "tools of development change no run"
+    assert not {"ruff", "pytest", "mypy"} & set(tested), "development tools do not affect runs"
 
 
 @pytest.mark.parametrize(
-    ("installed", "said"),
+    ("installed", "expected"),
     [
         ("2.13.0", []),
         ("2.13.0+cpu", []),
@@ -31,8 +31,8 @@ def test_the_package_carries_a_tested_version_of_all_that_it_asks_for() -> None:
         (None, []),
     ],
 )
-def test_another_version_is_told_and_a_build_of_the_same_is_not(
-    installed: str | None, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_another_version_is_reported_but_not_another_build_of_the_same(
+    installed: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def version(name: str) -> str:
         if installed is None:
@@ -41,27 +41,27 @@ def test_another_version_is_told_and_a_build_of_the_same_is_not(
 
     monkeypatch.setattr(doctor, "tested_versions", lambda: {"torch": "2.13.0"})
     monkeypatch.setattr(doctor, "version", version)
-    assert list(doctor.other_versions()) == said
+    assert list(doctor.other_versions()) == expected
 
 
 @pytest.mark.parametrize(("threads", "ranks", "advice"), [(1, 2, []), (2, 2, ["1"]), (4, 1, ["2"])])
-def test_more_threads_than_cores_are_told(
+def test_more_threads_than_cores_are_reported(
     threads: int, ranks: int, advice: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "available_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setenv("LOCAL_SIZE", str(ranks))
-    said = list(doctor.crowded_cores())
-    assert [line.rpartition("OMP_NUM_THREADS=")[2] for line in said] == advice
+    warnings = list(doctor.crowded_cores())
+    assert [line.rpartition("OMP_NUM_THREADS=")[2] for line in warnings] == advice
 
 
 @pytest.mark.parametrize(
     ("free", "decay", "fits"), [(36, 0.0, True), (35, 0.0, False), (48, 0.9, True), (47, 0.9, False)]
 )
-def test_a_disk_too_small_for_three_checkpoints_is_told(
+def test_a_disk_too_small_for_three_checkpoints_is_reported(
     free: int, decay: float, fits: bool, recipe: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a billion trained weights, with moments and average in fp32; two are kept while one is written."""
+    """For a billion trained weights with fp32 moments and average; two checkpoints are kept while one is written."""
     run = replace(recipe.run, dir=str(tmp_path / "not" / "there yet"), keep_checkpoints=2)
     config = replace(recipe, run=run, ema=replace(recipe.ema, decay=decay))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free * 10**9))
@@ -69,6 +69,6 @@ def test_a_disk_too_small_for_three_checkpoints_is_told(
 
 
 @pytest.mark.parametrize("home", [None, "/nonexistent/home"])
-def test_a_home_that_cannot_be_written_is_told(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_home_is_reported(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     assert [line.partition(" cannot be written")[0] for line in doctor.missing_home()] == [f"HOME ({home})"]

@@ -1,4 +1,4 @@
-"""A forward whose masks have no values is planned as if all tokens were real: it takes what real, full masks take."""
+"""Planning with value-free masks: the plan treats all tokens as real and counts as much memory as real, full masks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ POLICY = policy_of(MODEL, family=None, max_sequence_length=100)
 VIDEO = VideoConfig(num_frames=29, height=512, width=512, fps=24.0)  # latents of 8 x 32 x 32
 
 
-def test_a_mask_keeps_all_and_its_complement_none() -> None:
+def test_a_symbolic_mask_keeps_all_tokens_and_its_complement_none() -> None:
     with FakeTensorMode(), EveryTokenReal():
         rows, mask = torch.empty(5, 3), torch.empty(5, dtype=torch.bool)
         assert rows[mask].shape == (5, 3)
@@ -46,7 +46,7 @@ def test_a_mask_keeps_all_and_its_complement_none() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_rehearsal_counts_what_full_masks_take(checkpointing: bool) -> None:
+def test_a_dry_run_counts_the_memory_of_full_masks(checkpointing: bool) -> None:
     planned = footprint(POLICY, VIDEO, 2, torch.float32, gradient_checkpointing=checkpointing)
     module: Any = HunyuanVideo15Transformer3DModel.from_config(dict(MODEL.transformer))
     mask_keys(module)
@@ -59,7 +59,7 @@ def test_a_rehearsal_counts_what_full_masks_take(checkpointing: bool) -> None:
     assert planned.replay == pytest.approx(replay, rel=0.01)
 
 
-def test_sequence_groups_share_the_activations() -> None:
+def test_sequence_groups_divide_the_activations() -> None:
     alone, shared = (
         footprint(POLICY, VIDEO, 2, torch.float32, gradient_checkpointing=True, sequence=ranks).replay
         for ranks in (1, 2)
@@ -68,8 +68,8 @@ def test_sequence_groups_share_the_activations() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_its_vae_holds_its_mask(samples: int) -> None:
-    """As on real tensors, where diffusers fills it row by row."""
+def test_the_memory_of_the_vae_includes_its_mask(samples: int) -> None:
+    """As on real tensors, where diffusers fills the mask row by row."""
     latents = (4, 3, 12, 12)
     vae = AutoencoderKLHunyuanVideo15.from_config(dict(MODEL.vae))
     vae.enable_slicing()
@@ -78,6 +78,6 @@ def test_its_vae_holds_its_mask(samples: int) -> None:
     assert decoding_bytes(POLICY, latents, samples) == pytest.approx(counted.peak, rel=0.01)
 
 
-def test_its_vae_decodes_one_video_after_another() -> None:
+def test_the_vae_decodes_one_video_at_a_time() -> None:
     one, three = (decoding_bytes(POLICY, (4, 2, 4, 4), samples) for samples in (1, 3))
     assert one < three < 2 * one

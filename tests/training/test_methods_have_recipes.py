@@ -1,4 +1,4 @@
-"""Every method of every table has a shipped recipe, which docs/algorithms.md names, or a reason why it has none."""
+"""Recipe coverage: every method of every table has a shipped recipe in docs/algorithms.md, or a reason for none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bpgo_video.learner.trust import TRUSTS
 from bpgo_video.rollouts.replay import OBJECTIVES
 from tests.made.recipes import ROOT
 
-TABLES: dict[str, Collection[str]] = {  # a recipe's key -> what it can be
+TABLES: dict[str, Collection[str]] = {  # recipe key -> its choices
     "sampler.name": SAMPLERS,
     "sampler.train_steps": STEP_SELECTIONS,
     "sampler.solver": SOLVERS,
@@ -55,7 +55,7 @@ ROWS = dict(re.findall(r"^\| `(\w+\.\w+)` \| (.*) \|$", PAGE, re.MULTILINE))
 
 
 def used(config: Config, key: str) -> str:
-    """A recipe's method; trust is the form's own where it is not named, and none where it is off."""
+    """The method of a recipe; trust defaults to that of the form, and is None where it is off."""
     section, name = key.split(".")
     if key == "bpgo.trust":
         return (config.bpgo.trust or FORM_TRUST[config.bpgo.form]) if config.bpgo.alpha else "none"
@@ -69,12 +69,12 @@ def test_a_method_has_a_recipe_or_a_reason(key: str, name: str) -> None:
     assert bool(recipes) != bool(reason), f"{recipes} use it, and the reason for no recipe is {reason!r}"
 
 
-def test_reasons_are_given_for_methods_that_exist() -> None:
+def test_reasons_refer_to_existing_methods() -> None:
     assert set(WITHOUT_RECIPE) <= set(METHODS)
 
 
 @pytest.mark.parametrize("key", TABLES)
-def test_the_page_names_a_recipe_that_uses_each_method(key: str) -> None:
+def test_the_page_names_a_recipe_for_each_method(key: str) -> None:
     named = dict(re.findall(r"`(\w+)`: (?:`([\w.]+)`|-)", ROWS[key]))
     assert set(named) == set(TABLES[key]) - {"ode"}
     for name, recipe in named.items():
@@ -82,12 +82,12 @@ def test_the_page_names_a_recipe_that_uses_each_method(key: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_a_recipe_says_first_what_it_is(path: Path) -> None:
+def test_a_recipe_begins_with_a_description(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ")
     assert len(first.split()) > 4
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path.stem.startswith("tiny_")], ids=lambda path: path.stem)
-def test_the_page_names_every_small_recipe(path: Path) -> None:
+def test_the_page_lists_every_small_recipe(path: Path) -> None:
     assert f"`{path.name}`" in PAGE

@@ -1,4 +1,4 @@
-"""The training log: strict records, truncated on resume, reduced over ranks; wandb if configured."""
+"""The training log: strict records, truncation on resume, reduction over ranks, and optional wandb."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_resume_keeps_the_lines_before_its_step_and_repeats_the_others(tmp_path:
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_resume_repeats_the_scores_of_frames_too(tmp_path: Path) -> None:
+def test_resume_also_repeats_frame_scores(tmp_path: Path) -> None:
     lines = [{"step": step, "reward": "own", "scores": [0.1, 0.2]} for step in (1, 3)]
     with RunLog(tmp_path, None, 6) as log:
         log.frames(lines[:1])
@@ -59,7 +59,7 @@ def test_resume_repeats_the_scores_of_frames_too(tmp_path: Path) -> None:
         assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:1]
 
 
-def test_later_values_are_printed_now_and_become_part_of_the_next_record(
+def test_late_values_are_printed_at_once_and_added_to_the_next_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunLog(tmp_path, None, total_steps=3) as log:
@@ -73,7 +73,7 @@ def test_later_values_are_printed_now_and_become_part_of_the_next_record(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("nan"))])
-def test_a_value_that_is_not_finite_names_its_key_and_step_and_writes_nothing(tmp_path: Path, value: float) -> None:
+def test_a_non_finite_value_names_its_key_and_step_and_writes_nothing(tmp_path: Path, value: float) -> None:
     with (
         RunLog(tmp_path, None, total_steps=9) as log,
         pytest.raises(ValueError, match=r"'grad_norm'.*step 7"),
@@ -99,7 +99,9 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
         read_metrics(path)
 
 
-def test_without_a_terminal_progress_is_few_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_progress_is_printed_as_a_few_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log_steps(tmp_path, 0, 50)
     lines = capsys.readouterr().err.split("\n")
     assert lines[0].startswith("step 1/50  reward 0.5000  trust 0.900  12 s left")  # 49 steps of .25 s are left
@@ -135,7 +137,7 @@ def test_with_a_project_and_no_key_wandb_is_offline_and_a_resume_keeps_its_run_i
     assert len(list(tmp_path.glob(f"wandb/offline-run-*/run-{ids[0]}.wandb"))) == 2
 
 
-def test_one_rank_reduces_to_itself() -> None:
+def test_reduction_over_one_rank_changes_nothing() -> None:
     assert reduce_metrics({"a": torch.tensor(0.5), "b_max": 2.0}) == {"a": 0.5, "b_max": 2.0}
 
 
@@ -178,13 +180,13 @@ def test_ranks_agree_on_means_and_extremes_and_only_rank_0_writes(tmp_path: Path
         (0.6, None, 24, "Held-out score went from 0.500 to 0.600 (no test recorded)"),
     ],
 )
-def test_the_verdict_is_that_of_the_test_over_prompts(
+def test_the_verdict_comes_from_the_test_over_prompts(
     after: float, shown: int | None, prompts: int, words: str
 ) -> None:
     summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_shown": shown, "heldout_prompts": prompts}
-    told = verdict(summary | {"heldout_interval": [-0.2, 0.3], "heldout_measures": 5}) or ""
-    assert words in told
-    assert ("cannot show" in told) == (prompts == 6)
+    text = verdict(summary | {"heldout_interval": [-0.2, 0.3], "heldout_measures": 5}) or ""
+    assert words in text
+    assert ("cannot show" in text) == (prompts == 6)
 
 
 def test_the_final_table_states_the_paired_difference_and_the_paths(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A plan's numbers: what is counted, what ZeRO keeps, what fits, and what is advised."""
+"""Memory plans: counted tensors, ZeRO's sharding, what fits, and advice."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def zero(stage: int, ranks: int, **settings: object) -> Zero:
 
 @pytest.fixture
 def job(recipe: Config) -> Job:
-    """The demo's recipe on two ranks, with this test's model."""
+    """The demo recipe on two ranks, with the model of these tests."""
     config = replace(
         recipe,
         video=VideoConfig(num_frames=13, height=64, width=64, fps=8.0),
@@ -76,7 +76,7 @@ def job(recipe: Config) -> Job:
     return Job(config, {**BF16, "zero_optimization": {"stage": 3}}, ranks=2, model=MODEL)
 
 
-def test_what_is_alive_is_counted_once_and_until_it_goes() -> None:
+def test_live_tensors_are_counted_once_until_they_are_freed() -> None:
     weight = torch.zeros(100)
     with Allocations([weight]) as counted:
         first = torch.zeros(1000)
@@ -85,7 +85,7 @@ def test_what_is_alive_is_counted_once_and_until_it_goes() -> None:
         torch.zeros(10**6, device="meta")
         assert counted.live == 4000
         first = first + 1
-        assert counted.live == 8000, "the view holds what it looks into"
+        assert counted.live == 8000, "a view keeps its storage alive"
         del view
         assert (counted.live, counted.mark()) == (4000, 8000)
         del first
@@ -94,8 +94,8 @@ def test_what_is_alive_is_counted_once_and_until_it_goes() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_rehearsal_counts_what_real_tensors_take(checkpointing: bool, rank: int) -> None:
-    """The same forward and backward on real tensors, by the same count."""
+def test_a_dry_run_counts_the_memory_of_real_tensors(checkpointing: bool, rank: int) -> None:
+    """Compared with the same forward and backward on real tensors, counted in the same way."""
     lora = LoraConfig(rank=rank)
     planned = footprint(POLICY, VIDEO, 2, torch.float32, gradient_checkpointing=checkpointing, lora=lora)
     module: Any = WanTransformer3DModel.from_config(dict(MODEL.transformer))
@@ -112,19 +112,19 @@ def test_a_rehearsal_counts_what_real_tensors_take(checkpointing: bool, rank: in
     assert sum(planned.trained + planned.frozen) == sum(p.numel() for p in module.parameters())
 
 
-def test_checkpointing_and_sequence_groups_lower_the_activations() -> None:
+def test_checkpointing_and_sequence_groups_reduce_the_activations() -> None:
     large = replace(VIDEO, num_frames=29, height=128, width=128)
     plain, recomputed, shared = (
         footprint(POLICY, large, 2, torch.float32, **settings).replay
         for settings in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "sequence": 4})
     )
     assert recomputed < 0.7 * plain
-    assert recomputed / 4 < shared < recomputed / 3, "the video's tokens are divided, the text's are not"
+    assert recomputed / 4 < shared < recomputed / 3, "the video's tokens are divided, but not the text's"
     with pytest.raises(ConfigError, match="attention heads"):
         footprint(POLICY, large, 2, torch.float32, sequence=3)
 
 
-def test_decoding_takes_a_video_after_the_other_where_sliced() -> None:
+def test_slicing_decodes_one_video_at_a_time() -> None:
     latents = (4, 2, 16, 16)
     one, four = (decoding_bytes(POLICY, latents, samples) for samples in (1, 4))
     sliced = decoding_bytes(POLICY, latents, 4, slicing=True)
@@ -132,8 +132,8 @@ def test_decoding_takes_a_video_after_the_other_where_sliced() -> None:
     assert sliced < 0.6 * four
 
 
-def test_published_models_have_the_parameters_of_their_cards() -> None:
-    """Billions, as in names and cards."""
+def test_published_models_have_the_parameter_counts_of_their_cards() -> None:
+    """Counts are in billions, as in model names and cards."""
     cards = {
         "wan2.1-t2v-1.3b": 1.42,
         "wan2.1-t2v-14b": 14.29,
@@ -161,8 +161,8 @@ def test_every_known_model_names_classes_and_its_source() -> None:
         find_model("no/such/model")
 
 
-def test_a_published_model_is_seen_as_its_family_sees_it() -> None:
-    """Of TI2V-5B with images a latent frame is given: it is not sampled, passes the transformer, and is decoded."""
+def test_a_published_model_is_planned_with_the_shapes_of_its_family() -> None:
+    """For TI2V-5B with images, one latent frame is given: it is not sampled, but passes through transformer and VAE."""
     video = VideoConfig(num_frames=121, height=704, width=1280, fps=24.0)
     model = find_model("wan2.2-ti2v-5b")
 
@@ -187,7 +187,7 @@ def test_sizes_that_the_policy_refuses_are_not_planned(job: Job) -> None:
         reckon(replace(job, config=odd))
 
 
-def test_a_folder_tells_its_own_shapes(tmp_path: Path) -> None:
+def test_shapes_are_read_from_a_model_folder(tmp_path: Path) -> None:
     folder = random_wan(tmp_path / "wan", images=True, image_encoder=True)
     model = find_model(str(folder))
     assert model.transformers == ("transformer",)
@@ -199,8 +199,8 @@ def test_a_folder_tells_its_own_shapes(tmp_path: Path) -> None:
 WEIGHTS = Weights(trained=(6_000_000, 2_000_000), frozen=(4_000_000,), largest_block=1_000_000)
 
 
-def test_zero_3_shares_all_and_zero_1_shares_the_optimiser(recipe: Config) -> None:
-    """AdamW in bf16: 2 bytes a weight, 4 a gradient, 4 the master, 8 the moments; fp32 buckets next to them."""
+def test_zero_3_shards_everything_and_zero_1_shards_the_optimiser(recipe: Config) -> None:
+    """AdamW in bf16: per weight 2 bytes, 4 for its gradient, 4 for its master, 8 for its moments; plus fp32 buckets."""
     third = held_at_rest(
         zero(3, 4, reduce_bucket_size=1000, stage3_param_persistence_threshold=0), WEIGHTS, recipe
     ).device
@@ -211,7 +211,7 @@ def test_zero_3_shares_all_and_zero_1_shares_the_optimiser(recipe: Config) -> No
     assert whole == {"gradients": 32_000_000, "gradient bucket": 4000}
 
 
-def test_offload_moves_bytes_to_the_host_and_loses_none(recipe: Config) -> None:
+def test_offload_moves_all_bytes_to_the_host(recipe: Config) -> None:
     config = replace(recipe, ema=replace(recipe.ema, decay=0.9))
     on_gpu = held_at_rest(zero(3, 4), WEIGHTS, config)
     for offload in ({"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}):
@@ -220,27 +220,27 @@ def test_offload_moves_bytes_to_the_host_and_loses_none(recipe: Config) -> None:
         assert sum(on_gpu.device.values()) == sum(moved.device.values()) + sum(moved.host.values())
 
 
-def test_live_weights_are_bounded_by_the_json_and_by_the_whole() -> None:
+def test_live_weights_are_bounded_by_the_json_and_by_the_model() -> None:
     few = {"stage3_max_live_parameters": 10**6, "stage3_max_reuse_distance": 10**6}
     assert live_weights(zero(3, 4, **few), WEIGHTS) == 2 * (10**6 + 10**6)
-    assert live_weights(zero(3, 4), WEIGHTS) == 2 * 12_000_000, "DeepSpeed's own bound is 1e9 elements"
+    assert live_weights(zero(3, 4), WEIGHTS) == 2 * 12_000_000, "DeepSpeed's bound is 1e9 elements"
     assert live_weights(zero(2, 4), WEIGHTS) == missing_weights(zero(2, 4), WEIGHTS) == 0
     assert missing_weights(zero(3, 4), WEIGHTS) == 2 * 9_000_000
 
 
-def test_deepspeeds_own_defaults_are_read() -> None:
+def test_deepspeeds_defaults_are_used() -> None:
     settings = zero_settings({"zero_optimization": {"stage": 3}})
     assert (settings.reduce_bucket_size, settings.max_live_parameters) == (500_000_000, 1_000_000_000)
 
 
-def test_a_plan_moves_with_its_settings(job: Job) -> None:
+def test_a_plan_follows_its_settings(job: Job) -> None:
     plan = reckon(job)
     assert [phase.name for phase in plan.phases] == ["denoise", "decode", "replay", "update"]
     gathering = reckon(
         replace(job, config=replace(job.config, rollout=replace(job.config.rollout, parameters="gathered")))
     )
     assert [phase.name for phase in gathering.phases] == ["gather", "denoise", "decode", "replay", "update"]
-    whole = sum(job.weights.trained) * job.zero.weight_bytes  # few enough to come in one piece
+    whole = sum(job.weights.trained) * job.zero.weight_bytes  # few enough to be gathered at once
     assert gathering.phases[0].parts["weights on their way"] == whole
     assert gathering.phases[0].parts["weights fetched"] == gathering.phases[1].parts["weights fetched"] == whole // 2
     assert not plan.gathers
@@ -263,7 +263,7 @@ def test_a_plan_moves_with_its_settings(job: Job) -> None:
     assert part(resting, 1, "VAE and image encoder") == part(job, 1, "VAE and image encoder") > 0
 
 
-def test_trajectories_are_those_of_the_samples_of_a_rank(job: Job) -> None:
+def test_trajectories_are_counted_for_the_samples_of_one_rank(job: Job) -> None:
     steps, elements = job.config.sampler.num_steps, 4 * 4 * 16 * 16
     samples = job.config.rollout.prompts_per_step * job.config.rollout.group_size / 2
     assert reckon(job).phases[2].parts["trajectories"] == samples * (steps + 1) * elements * 4
@@ -279,16 +279,14 @@ def test_experts_are_sharded_together_and_one_may_be_frozen(job: Job) -> None:
     assert reckon(one_trained).peak < reckon(two).peak
 
 
-def test_gathering_follows_the_rule_of_free_memory(job: Job) -> None:
+def test_gathering_depends_on_free_memory(job: Job) -> None:
     auto = replace(job.config, rollout=replace(job.config.rollout, parameters="auto"))
     large, small = (reckon(replace(job, config=auto, gigabytes=size)).gathers for size in (80, 3))
     assert large
     assert not small
 
 
-def test_advice_is_followed_by_a_plan_that_fits_or_says_that_none_does(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_advice_leads_to_a_plan_that_fits_or_states_that_none_does(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = reckon(job)
     monkeypatch.setattr(Plan, "fits", lambda self, size: self.peak <= size)
     enough = advise(job, plan, plan.peak * 0.9)
@@ -298,7 +296,7 @@ def test_advice_is_followed_by_a_plan_that_fits_or_says_that_none_does(
     hopeless = advise(job, plan, 1)
     assert not hopeless.fits
     assert hopeless.peak < plan.peak
-    assert advise(job, plan, plan.peak).changes == (), "nothing is changed that need not be"
+    assert advise(job, plan, plan.peak).changes == (), "only necessary settings are changed"
 
 
 def test_changes_that_break_a_rule_are_not_advised(job: Job) -> None:
@@ -307,11 +305,11 @@ def test_changes_that_break_a_rule_are_not_advised(job: Job) -> None:
     assert possible(replace(odd, ranks=2 * 3 * 64)) is None
 
 
-def test_room_is_less_than_the_card() -> None:
+def test_the_usable_memory_is_less_than_that_of_the_card() -> None:
     assert room(80) == 76 * 10**9 - RUNTIME
 
 
-def test_a_dry_run_counts_what_training_does(job: Job) -> None:
+def test_a_dry_run_counts_the_work_of_training(job: Job) -> None:
     rollout = job.config.rollout
     found = count_step(job)
     assert (found.ranks, found.groups, found.samples) == (2, 2, rollout.prompts_per_step * rollout.group_size)
@@ -338,7 +336,7 @@ def test_the_command_plans_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--config", str(RECIPE), "--gpus", "5"]) == 2
     assert "do not divide" in capsys.readouterr().err
     assert command.main(["--model", "none/such", "--gpus", "8"]) == 2
@@ -348,16 +346,16 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("name", command.MODEL_FLAGS)
-def test_flags_of_a_model_are_refused_beside_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_flags_are_refused_together_with_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     flag = command.MODEL_FLAGS[name]
     values = [] if flag.options.get("action") else [{"offload": "all", "zero": "2"}.get(name, "1")]
     assert command.main(["--config", str(RECIPE), "--gpus", "2", f"--{name}", *values]) == 2
-    said = capsys.readouterr().err
-    assert f"error: --{name} is a flag of --model; with a recipe use {flag.recipe.partition(' ')[0]}" in said
+    message = capsys.readouterr().err
+    assert f"error: --{name} is a flag of --model; with a recipe use {flag.recipe.partition(' ')[0]}" in message
 
 
-def test_what_is_to_be_said_instead_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every single flag that a message names is one of recipes, with the value that was given."""
+def test_flags_suggested_by_messages_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every flag that a message suggests is a recipe flag, with the given value."""
     assert command.main(["--config", str(RECIPE), "--gpus", "2", "--sequence", "4"]) == 2
     assert "use --parallel.sequence 4\n" in capsys.readouterr().err
     values = {"family": "WanPipeline", "zero": "2", "guidance": "2.0"}
@@ -383,16 +381,16 @@ def test_what_is_to_be_said_instead_is_taken(capsys: pytest.CaptureFixture[str])
         ("--gpus 1 --size 480x0x81", "video.width: Input should be greater than or equal to 1 (given: 0)"),
     ],
 )
-def test_numbers_that_are_none_are_named(flags: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_numbers_are_named(flags: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = command.main(["--model", "ltx-video", *flags.split()])
-    except SystemExit as stopped:  # argparse's own
+    except SystemExit as stopped:  # messages of argparse
         code = int(stopped.code or 0)
     assert code == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_warm_start_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_supervised_recipe_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(["--config", str(RECIPE.with_name("tiny_wan_sft.yaml")), "--gpus", "2"])
     assert stopped.value.code == 2
@@ -408,7 +406,7 @@ def test_the_command_fails_where_nothing_fits(
     assert "still does not fit" in capsys.readouterr().out
 
 
-def test_flags_of_a_model_become_a_recipe() -> None:
+def test_model_flags_become_a_recipe() -> None:
     parsed = command.parser().parse_args(["--model", "ltx-video", "--gpus", "8", "--sequence", "2", "--zero", "2"])
     config = config_from_dict(command.recipe_of(parsed))
     assert config.policy.max_sequence_length == 128
@@ -419,6 +417,6 @@ def test_flags_of_a_model_become_a_recipe() -> None:
     assert config_from_dict(command.recipe_of(command.parser().parse_args(images))).policy.family == images[-1]
 
 
-def test_blocks_are_those_of_a_models_lists() -> None:
+def test_blocks_are_the_module_lists_of_a_model() -> None:
     module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "head": nn.Linear(2, 2)})
     assert repeated_blocks(module) == list(module["blocks"])

@@ -1,4 +1,4 @@
-"""A plan runs the transformer on inputs of the shapes that a real policy's velocity passes; every family is planned."""
+"""Memory plans of every family: the planned input shapes equal those that the policy's velocity passes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Called(Exception):
-    """A transformer was called with these arguments."""
+    """Raised by a transformer call; contains its arguments."""
 
 
 def recorder(name: str, **given: Any) -> None:
@@ -43,7 +43,7 @@ def recorder(name: str, **given: Any) -> None:
 
 
 def job_of(case: Case, folder: Path, dtype: torch.dtype) -> Job:
-    """Its recipe on one rank, in micro-batches of two samples, with adapters."""
+    """A job of the family's recipe on one rank, in micro-batches of two samples, with adapters."""
     recipe = case.recipe(folder)
     config = replace(
         recipe,
@@ -55,13 +55,13 @@ def job_of(case: Case, folder: Path, dtype: torch.dtype) -> Job:
 
 
 def shapes(given: dict[str, Any]) -> dict[str, Any]:
-    """Shape and dtype of each tensor, other values as they are, what is not given left out."""
+    """Shape and dtype of each tensor and unchanged other values, without None."""
     kept = {name: value for name, value in given.items() if value is not None}
     return tree_map(lambda part: (tuple(part.shape), part.dtype) if isinstance(part, Tensor) else part, kept)
 
 
 def passed(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The policy's transformer, and what its velocity of two samples passes to it."""
+    """The policy's transformer, and the arguments that velocity passes to it for two samples."""
     policy: Any = case.policy(folder, dtype=dtype)
     prompts = case.prompts(policy, case.recipe(folder), dtype)
     latents = torch.zeros(2, *policy.latent_shape(case.video))
@@ -73,22 +73,22 @@ def passed(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str,
 
 @pytest.fixture
 def few_image_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small encoders'."""
+    """The number of image tokens of the small encoders."""
     monkeypatch.setattr(wan, "CLIP_TOKENS", 5)
     monkeypatch.setattr(hunyuan15, "SIGLIP_TOKENS", 4)
 
 
 @pytest.mark.usefixtures("few_image_tokens")
-def test_a_plan_puts_through_what_velocity_passes(case: Case, folder: Path) -> None:
-    """In bf16, where some of it stays in fp32."""
+def test_planned_inputs_equal_those_of_velocity(case: Case, folder: Path) -> None:
+    """In bf16, where some inputs stay in fp32."""
     _, given = passed(case, folder, torch.bfloat16)
     planned = transformer_inputs(job_of(case, folder, torch.bfloat16).policy, case.video, 2, torch.bfloat16)
     assert shapes(planned) == shapes(given)
 
 
 @pytest.mark.usefixtures("few_image_tokens")
-def test_a_rehearsal_counts_what_its_transformer_takes(case: Case, folder: Path) -> None:
-    """By the same count on real tensors; all of a text's padding is taken to be computed with (Mochi drops it)."""
+def test_a_dry_run_counts_the_memory_of_the_transformer(case: Case, folder: Path) -> None:
+    """Counted in the same way on real tensors; the plan includes all text padding (Mochi drops it)."""
     module, given = passed(case, folder, torch.float32)
     planned = footprint(job_of(case, folder, torch.float32).policy, case.video, 2, torch.float32)
     for parameter in module.parameters():

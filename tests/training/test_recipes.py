@@ -1,4 +1,4 @@
-"""Every recipe at real scale is read, its batch divides over its GPUs, and it is planned to fit them."""
+"""Full-scale recipes: each is valid, its batch divides over its GPUs, and its memory plan fits."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.made.recipes import ROOT
 SCALED = sorted((ROOT / "pipelines" / "configs").glob("*gb.yaml"))
 ONE_LAYER = {"num_layers": 1, "num_single_layers": 1}
 NAME = re.compile(r"_(?P<gpus>\d+)x(?P<gigabytes>\d+)gb$")
-PARAMETERS = {  # billions, all transformers together
+PARAMETERS = {  # billions of parameters of all transformers
     "wan21_1.3b": 1.42, "wan21_14b": 14.29, "wan22_a14b": 28.58, "hunyuanvideo": 12.82, "cogvideox_5b": 5.57,
     "ltx_video": 1.92,
 }  # fmt: skip
 
 
 def job_of(path: Path) -> tuple[Job, int]:
-    """The recipe on the GPUs of its name, and their gigabytes."""
+    """A job of the recipe on the GPUs in its name, and their gigabytes."""
     numbers = NAME.search(path.stem)
     assert numbers is not None
     config, gigabytes = read_yaml(path), int(numbers["gigabytes"])
@@ -40,14 +40,14 @@ def job_of(path: Path) -> tuple[Job, int]:
     return job, gigabytes
 
 
-FAMILIES = {  # of small pipelines of random weights
+FAMILIES = {  # small pipelines of random weights
     "wan21": "wan", "wan22_a14b": "wan22_image", "hunyuanvideo": "hunyuan", "cogvideox": "cogvideox", "ltx": "ltx",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", SCALED, ids=lambda path: path.stem)
-def test_its_steps_fit_the_familys_transformers(path: Path, tmp_path: Path) -> None:
-    """What a run checks of experts and their guidance before it loads them."""
+def test_the_trained_steps_match_the_familys_transformers(path: Path, tmp_path: Path) -> None:
+    """A run checks experts and their guidance before it loads them."""
     case = CASES[next(case for name, case in FAMILIES.items() if path.stem.startswith(name))]
     case.write(tmp_path)
     config = read_yaml(path)
@@ -60,7 +60,7 @@ def test_there_is_a_recipe_for_each_model() -> None:
 
 
 @pytest.mark.parametrize("path", SCALED, ids=lambda path: path.stem)
-def test_what_needs_no_rehearsal_is_right(path: Path) -> None:
+def test_each_recipe_matches_its_model(path: Path) -> None:
     """Text tokens, size, heads and the batch: in well under a second."""
     job, _ = job_of(path)
     config, model = job.config, job.model
@@ -80,7 +80,7 @@ def test_what_needs_no_rehearsal_is_right(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SCALED, ids=lambda path: path.stem)
-def test_it_is_planned_and_fits(path: Path) -> None:
+def test_the_memory_plan_fits(path: Path) -> None:
     job, gigabytes = job_of(path)
     found = count_step(job)
     name = next(name for name in PARAMETERS if path.stem.startswith(name))
@@ -90,4 +90,4 @@ def test_it_is_planned_and_fits(path: Path) -> None:
     assert sum(found.passes) == found.micro_batches * job.config.sampler.trained_count
     plan = reckon(job)
     assert plan.fits(gigabytes), f"{plan.tightest.name}: {plan.peak / 1e9:.1f} GB"
-    assert plan.peak > 5e9, "less than that cannot be the whole"
+    assert plan.peak > 5e9, "a smaller plan would be incomplete"

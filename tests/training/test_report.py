@@ -1,4 +1,4 @@
-"""The report of a run: self-contained, with escaped text; malformed files are named."""
+"""The HTML report of a run: self-contained, with escaped text; malformed files are named."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_untrusted_text_is_escaped(run_dir: Path) -> None:
     assert all(PROMPT in (image["alt"] or "") for image in page.all("img"))
 
 
-def test_every_curve_and_both_contact_sheets_are_there_and_described(run_dir: Path) -> None:
+def test_every_curve_and_contact_sheet_is_present_and_described(run_dir: Path) -> None:
     page = page_of(run_dir)
     labels = [svg["aria-label"] or "" for svg in page.all("svg")]
     assert [label.partition(":")[0] for label in labels] == [title for title, _, _ in PANELS.values()]
@@ -126,7 +126,7 @@ def test_every_curve_and_both_contact_sheets_are_there_and_described(run_dir: Pa
     assert len(ids) == len(set(ids))
 
 
-def test_the_verdict_and_the_numbers_behind_it_are_on_the_page(run_dir: Path) -> None:
+def test_the_verdict_and_its_numbers_are_on_the_page(run_dir: Path) -> None:
     text = " ".join(page_of(run_dir).text.split())
     verdict = "Training helped: held-out oracle rose from 0.500 to 0.650, +0.150 [+0.100, +0.200] over 24 prompts"
     for words in (verdict, "+0.150 ± 0.012", "seed 7"):
@@ -182,7 +182,7 @@ def test_a_malformed_file_is_named(run_dir: Path, name: str, content: str) -> No
         write_report(run_dir)
 
 
-def test_a_contact_sheet_takes_even_frames_and_bounds_their_size() -> None:
+def test_a_contact_sheet_has_evenly_spaced_frames_of_bounded_size() -> None:
     video = torch.linspace(0, 1, 17)[:, None, None, None].expand(17, 3, 320, 480)
     sheet = contact_sheet(video)
     assert sheet.startswith("data:image/jpeg")
@@ -192,12 +192,12 @@ def test_a_contact_sheet_takes_even_frames_and_bounds_their_size() -> None:
     assert centres == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.02)
 
 
-def test_the_moving_mean_keeps_a_constant_up_to_both_ends() -> None:
+def test_the_moving_mean_of_a_constant_is_constant_at_both_ends() -> None:
     assert smoothed([2.0] * 37).tolist() == pytest.approx([2.0] * 37)
     assert smoothed([1.0, 3.0]).tolist() == [1.0, 3.0]
 
 
-def test_curves_count_finished_steps_and_are_the_same_for_the_same_run() -> None:
+def test_curves_count_finished_steps_and_are_reproducible() -> None:
     records = [record(step) for step in range(6)]
     assert series(records, "heldout/oracle") == ([3, 6], [0.6, 0.6])
     assert draw_curve("ratio", records, {}) == draw_curve("ratio", records, {})
@@ -212,10 +212,10 @@ def test_the_command_prints_the_path_and_names_a_wrong_folder(run_dir: Path, mon
         main()
 
 
-def test_a_strip_shows_which_frame_scored_what(run_dir: Path) -> None:
+def test_a_strip_shows_the_score_of_each_frame(run_dir: Path) -> None:
     page = page_of(run_dir)
-    told = [tag["aria-label"] for tag in page.all("div") if tag.get("role") == "img"]
-    assert told == [
+    labels = [tag["aria-label"] for tag in page.all("div") if tag.get("role") == "img"]
+    assert labels == [
         "<oracle> by frame, before: 0.00 s 0.1, 0.12 s 0.5",
         "<oracle> by frame, after: 0.00 s 0.9, 0.12 s 0.3",
     ]
@@ -223,15 +223,15 @@ def test_a_strip_shows_which_frame_scored_what(run_dir: Path) -> None:
     assert shades == [f"opacity: {0.08 + 0.92 * share:.2f}" for share in (0.0, 0.5, 1.0, 0.25)]
 
 
-def test_shades_compare_all_samples_of_a_reward() -> None:
+def test_shades_are_scaled_over_all_samples_of_a_reward() -> None:
     samples = [{"frames": frames} for frames in ({"a": {"times": [0.0], "after": [2.0]}}, {}, {"a": {"after": [4.0]}})]
     assert frame_limits(samples) == {"a": (2.0, 4.0)}
 
 
-def test_the_held_out_score_is_drawn_against_the_training_reward() -> None:
+def test_the_held_out_score_is_plotted_against_the_training_reward() -> None:
     records = [record(step) for step in range(6)]
     assert draw_curve("trained_against_heldout", records, {}) is None
-    records[5]["heldout/oracle"] = 0.4  # it fell while the reward rose
+    records[5]["heldout/oracle"] = 0.4  # the score fell while the reward rose
     curve = draw_curve("trained_against_heldout", records, {"heldout_reward": "oracle"})
     assert curve is not None
     assert "held-out oracle from 0.6 to 0.4 while the training reward went from 0.46 to 0.55" in curve.alt

@@ -1,4 +1,4 @@
-"""Inputs that supervised fine-tuning rejects before a model is loaded, and clips that it reads."""
+"""Inputs of supervised fine-tuning: refusals before a model is loaded, and the clips that are read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def config(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SftC
     )
 
 
-def test_good_input_passes(config: SftConfig) -> None:
+def test_valid_input_passes(config: SftConfig) -> None:
     ds_config, shards = check_inputs(config, MESH)
     assert ds_config["zero_optimization"]["stage"] == 2
     assert shards.splits == {"train": TRAIN, "heldout": HELDOUT}
@@ -70,14 +70,14 @@ def test_good_input_passes(config: SftConfig) -> None:
         ),
     ],
 )
-def test_shards_that_do_not_fit_are_named(
+def test_incompatible_shards_are_named(
     config: SftConfig, change: Callable[[SftConfig], SftConfig], message: str
 ) -> None:
     with pytest.raises(ShardError, match=message):
         check_inputs(change(config), MESH)
 
 
-def test_shards_of_prompts_and_of_another_vae_are_refused(config: SftConfig, tmp_path: Path) -> None:
+def test_prompt_shards_and_clips_of_another_vae_are_refused(config: SftConfig, tmp_path: Path) -> None:
     prompts = make_shards(tmp_path / "prompts")
     with pytest.raises(ShardError, match="prompts without video clips"):
         check_inputs(replace(config, data=replace(config.data, shards=str(prompts))), MESH)
@@ -104,7 +104,7 @@ def test_a_run_of_another_kind_is_not_continued(config: SftConfig, recipe: Confi
         check_run_dir(replace(config, run=replace(config.run, resume="auto"), sft=other))
 
 
-def test_heldout_clips_are_spread_over_their_split(config: SftConfig, clips: Path) -> None:
+def test_heldout_clips_are_evenly_spaced_over_their_split(config: SftConfig, clips: Path) -> None:
     shards, split = PromptShards(clips), config.evaluation.split
     assert spread_rows(shards, split, config.evaluation.max_clips).tolist() == list(range(TRAIN, TRAIN + HELDOUT))
     assert spread_rows(shards, split, 2).tolist() == [TRAIN, TRAIN + 2]
@@ -122,10 +122,10 @@ def test_a_micro_batch_is_read_in_the_dtypes_of_the_policy(clips: Path) -> None:
     assert batch.latents.dtype == torch.float32, "noise is added in full precision"
     assert torch.equal(batch.latents[1], shards.record(1).clip[LATENTS])
     assert batch.conditioning["prompt_embeds"].dtype == torch.bfloat16
-    assert torch.equal(batch.conditioning["frame_rate"], torch.tensor([29.97, 29.97])), "in full precision, too"
+    assert torch.equal(batch.conditioning["frame_rate"], torch.tensor([29.97, 29.97])), "also in full precision"
 
 
-def test_captions_of_the_embedded_clips_are_true(clips: Path, policy: Policy) -> None:
+def test_captions_of_the_embedded_clips_are_correct(clips: Path, policy: Policy) -> None:
     records = list(PromptShards(clips).records())
     videos = policy.decode(torch.stack([record.clip[LATENTS] for record in records]), {})
     texts = [record.prompt for record in records]

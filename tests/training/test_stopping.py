@@ -1,4 +1,4 @@
-"""Requests to stop or to save: files, SIGTERM, and a second SIGTERM while the main thread is blocked."""
+"""Requests to stop or save a run: files, SIGTERM, and a second SIGTERM while the main thread is blocked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.training.stopping import Request, StopRequests
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
-OTHER = Mesh(rank=1, world_size=1, device=torch.device("cpu"))  # one that looks at no file
+OTHER = Mesh(rank=1, world_size=1, device=torch.device("cpu"))  # a rank that checks no files
 
 DEAF = """
 import ctypes
@@ -34,37 +34,37 @@ with stopping.StopRequests(Path("unused"), Mesh(0, 1, torch.device("cpu"))):
 
 
 @pytest.mark.parametrize(("name", "expected"), [("save", Request.SAVE), ("save_quit", Request.STOP)])
-def test_a_file_asks_until_it_is_obeyed(
+def test_a_request_file_applies_until_it_is_handled(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, expected: Request
 ) -> None:
     requests = StopRequests(tmp_path, ALONE)
     assert requests.agreed() is Request.NONE
     (tmp_path / name).touch()
     assert requests.agreed() is expected
-    assert StopRequests(tmp_path, OTHER).agreed() is Request.NONE, "files are rank 0's to read"
+    assert StopRequests(tmp_path, OTHER).agreed() is Request.NONE, "only rank 0 reads files"
     requests.fulfilled(expected, "after 3 of 9 steps, in here")
     assert "after 3 of 9 steps, in here" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     assert requests.agreed() is Request.NONE
 
 
-def test_stopping_goes_before_saving(tmp_path: Path) -> None:
+def test_stopping_takes_precedence_over_saving(tmp_path: Path) -> None:
     (tmp_path / "save").touch()
     (tmp_path / "save_quit").touch()
     assert StopRequests(tmp_path, ALONE).agreed() is Request.STOP
 
 
-def test_nothing_is_removed_that_was_not_asked_for(tmp_path: Path) -> None:
+def test_only_handled_request_files_are_removed(tmp_path: Path) -> None:
     (tmp_path / "save").touch()
     StopRequests(tmp_path, ALONE).fulfilled(Request.NONE, "at its turn")
     assert (tmp_path / "save").exists()
 
 
-def test_sigterm_asks_to_stop_and_the_old_handler_comes_back(tmp_path: Path) -> None:
+def test_sigterm_requests_a_stop_and_the_old_handler_is_restored(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopRequests(tmp_path, OTHER) as requests:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # a launcher's repetition
+        os.kill(os.getpid(), signal.SIGTERM)  # repeated by a launcher
         deadline = time.monotonic() + 10
         while requests.agreed() is Request.NONE and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -72,7 +72,7 @@ def test_sigterm_asks_to_stop_and_the_old_handler_comes_back(tmp_path: Path) -> 
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_sigterm_ends_a_rank_that_is_inside_foreign_code(tmp_path: Path) -> None:
+def test_a_second_sigterm_ends_a_rank_blocked_in_native_code(tmp_path: Path) -> None:
     rank = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert rank.stdout is not None
     assert rank.stdout.readline() == "ready\n"
@@ -83,5 +83,5 @@ def test_a_second_sigterm_ends_a_rank_that_is_inside_foreign_code(tmp_path: Path
     assert rank.wait(timeout=10) == 128 + signal.SIGTERM
     rank.stdout.close()
     assert rank.stderr is not None
-    with rank.stderr as said:
-        assert "a second one" in said.read()
+    with rank.stderr as stderr:
+        assert "a second one" in stderr.read()

@@ -1,4 +1,4 @@
-"""The wandb mirror of a run, read from wandb's files: records, videos with captions, the table."""
+"""The wandb copy of a run, read from wandb's files: records, videos with captions, and the table."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_videos_are_copied_with_their_captions_into_the_record_of_their_step(run
             assert copies == [path.read_bytes() for path, _ in expected]
 
 
-def test_a_table_has_its_columns_and_a_video_that_is_gone_leaves_its_cell_empty(run_dir: Path) -> None:
+def test_a_table_has_its_columns_and_an_empty_cell_for_a_missing_video(run_dir: Path) -> None:
     there, gone = run_dir / "samples" / "1.mp4", run_dir / "samples" / "2.mp4"
     rows = [
         {"prompt": "a cat", "before": gone, "after": there, "oracle before": 0.25, "oracle after": 0.5},
@@ -77,7 +77,7 @@ def test_a_table_has_its_columns_and_a_video_that_is_gone_leaves_its_cell_empty(
 
 
 @pytest.mark.parametrize("home", ["missing", "unset", "writable"])
-def test_a_user_whose_home_cannot_be_written_keeps_wandbs_files_in_the_run_directory(
+def test_with_an_unwritable_home_wandbs_files_are_in_the_run_directory(
     home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")

@@ -1,11 +1,11 @@
-"""VBench's own code on small networks.
+"""Scores of VBench's code on small networks.
 
     python measure.py VIDEOS.json RESULT.json     {dimension: [score, [result, ...]]}
 
 Runs where the package vbench is installed without its dependencies. Modules that its files import and that no measured
 line calls are replaced by empty ones: clip, dreamsim, easydict, imageio, omegaconf, pyiqa, and the two of ViCLIP, which
-small networks replace. torchvision is the stand-in next to this file. VBench's transforms, loops, formulas and means
-are its own.
+small networks replace. torchvision is the substitute next to this file. Transforms, loops, formulas and means are
+VBench's.
 """
 
 import json
@@ -38,7 +38,7 @@ import vbench2_beta_i2v.i2v_subject  # noqa: E402
 
 
 class Clip:
-    """As CLIP's, ViCLIP's and DreamSim's models are called."""
+    """A network with the interface of CLIP, ViCLIP and DreamSim models."""
 
     def eval(self):
         return self

@@ -1,6 +1,6 @@
-"""Small networks of fixed random weights in the place of VBench's: the same ones on both sides of a comparison.
+"""Small networks of fixed random weights that replace VBench's, identical on both sides of a comparison.
 
-Needs torch alone: it is imported here, and by the interpreter in which VBench's own code runs.
+Requires only torch: it is imported by the tests, and by the interpreter that runs VBench's code.
 """
 
 import torch

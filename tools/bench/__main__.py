@@ -1,9 +1,9 @@
-"""Measure what sharding costs, how the rollout compares with diffusers' own, and how a step grows: `make bench`.
+"""Benchmarks of sharding cost, rollouts against diffusers, and the scaling of a step: `make bench`.
 
     python -m tools.bench --recipe pipelines/configs/tiny_wan_full.yaml --output runs/bench
 
-One world of two ranks and one of one rank, one thread each. Prints the table and writes OUTPUT/bench.json and
-OUTPUT/bench.md; figures that matter are ratios within this run.
+Runs a world of two ranks and one of a single rank, with one thread per rank. Prints the table and writes
+OUTPUT/bench.json and OUTPUT/bench.md. Only ratios within one run are comparable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tools.bench.table import as_markdown
 
 
 def measure(world_size: int, recipe: Path, output: Path) -> dict[str, Any]:
-    """What a world of that many ranks finds."""
+    """Results of a world of that many ranks."""
     result = output / f"world{world_size}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}",
                "-m", "tools.bench.worker", str(recipe), str(result)]  # fmt: skip
@@ -47,10 +47,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    one, two = (measure(world_size, args.recipe, args.output) for world_size in (1, 2))
-    found = {**one, **two, "scaling": one["scaling"] + two["scaling"], "machine": machine()}
-    write_json(args.output / "bench.json", found)
-    table = as_markdown(found)
+    single, pair = (measure(world_size, args.recipe, args.output) for world_size in (1, 2))
+    results = {**single, **pair, "scaling": single["scaling"] + pair["scaling"], "machine": machine()}
+    write_json(args.output / "bench.json", results)
+    table = as_markdown(results)
     with atomic_file(args.output / "bench.md") as path:
         path.write_text(table, "utf-8")
     print(table)

@@ -1,11 +1,11 @@
-"""Does a large policy train, save, convert and verify, and in what memory? Random weights, two ranks, a tiny video.
+"""Training, saving, conversion and verification of a large random policy on two ranks: time and memory.
 
     python -m tools.bench.large --shape half_billion --output runs/large
     python -m tools.bench.large --shape wan_1_3b --output runs/large
 
 half_billion trains all weights with AdamW in fp32, wan_1_3b (Wan2.1-1.3B's transformer but for the latent channels and
-the text width of the embedded policy) adapters in bf16. Every phase is a process of its own: seconds, and the largest
-resident memory of its ranks together and of one of them, go to OUTPUT/SHAPE.json.
+the text width of the embedded policy) adapters in bf16. Videos are tiny. Every phase runs in a separate process; its
+seconds and peak resident memory, in total and of the largest process, are written to OUTPUT/SHAPE.json.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from tools.bench.__main__ import machine
 SMALL = "package:bpgo_video.tiny/weights/wan"
 RECIPE = Path("pipelines/configs/tiny_wan_bpgo.yaml").absolute()
 TEXT_TOKENS = 16
-INTERVAL = 0.1  # seconds between two looks at the memory
-BUCKETS = {  # DeepSpeed's own sizes, 5e8 values, are 2 GB a rank in fp32
+INTERVAL = 0.1  # seconds between memory samples
+BUCKETS = {  # DeepSpeed's defaults, 5e8 values, are 2 GB per rank in fp32
     "reduce_bucket_size": 5e7, "stage3_prefetch_bucket_size": 5e7, "stage3_max_live_parameters": 1e8,
     "sub_group_size": 1e8,
 }  # fmt: skip
@@ -44,7 +44,7 @@ BUCKETS = {  # DeepSpeed's own sizes, 5e8 values, are 2 GB a rank in fp32
 
 @dataclass(frozen=True)
 class Case:
-    """A policy's size, how it is trained, and what its checkpoint becomes."""
+    """The size of a policy, its training, and the formats of its export."""
 
     transformer: dict[str, int]
     dtype: torch.dtype
@@ -65,7 +65,7 @@ CASES = {
 
 
 def write_policy(case: Case, folder: Path) -> int:
-    """The embedded pipeline with a random transformer of the case's size; its parameters."""
+    """Write the embedded pipeline with a random transformer of the case's size; return its number of parameters."""
     small = resolve_folder(SMALL)
     shutil.copytree(small, folder, ignore=lambda path, _: {"transformer"} if Path(path) == small else set())
     config = json.loads((small / "transformer" / "config.json").read_text("utf-8"))
@@ -76,7 +76,7 @@ def write_policy(case: Case, folder: Path) -> int:
 
 
 def write_recipe(case: Case, folder: Path) -> Path:
-    """One step of two prompts with two samples each, two denoising steps, one of them trained."""
+    """Write a recipe of one step: two prompts with two samples each, and one trained denoising step."""
     recipe = {
         "base": str(RECIPE),
         "run": {"dir": str(folder / "run"), "num_steps": 1, "save_every": 1},
@@ -103,11 +103,11 @@ def write_recipe(case: Case, folder: Path) -> Path:
     return path
 
 
-def watched(command: Sequence[str]) -> dict[str, float]:
-    """Run a command to its end: seconds, and the peak of resident gigabytes over its processes and of the largest.
+def run_and_measure(command: Sequence[str]) -> dict[str, float]:
+    """Run a command; return its seconds and peak resident gigabytes, of all its processes and of the largest one.
 
     Raises:
-        subprocess.CalledProcessError: it did not end with 0.
+        subprocess.CalledProcessError: if its exit code is not 0.
     """
     started = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -123,18 +123,18 @@ def watched(command: Sequence[str]) -> dict[str, float]:
 
 
 def resident(process: psutil.Process) -> list[int]:
-    """Bytes of a process and all that it started; those that have ended hold none."""
+    """Resident bytes of a process and of each descendant; 0 for processes that have ended."""
     sizes = [0]
     try:
         for member in [process, *process.children(recursive=True)]:
             sizes.append(member.memory_info().rss)
     except psutil.NoSuchProcess:
-        pass  # ended between two looks
+        pass  # ended between two samples
     return sizes
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
-    """All phases of a case, each in processes of its own."""
+    """Measure all phases of a case, each in separate processes."""
     case, python = CASES[name], sys.executable
     parameters = write_policy(case, folder / "policy")
     launcher = Path(python).with_name("deepspeed")
@@ -145,8 +145,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
          "--policy", folder / "policy", "--max-sequence-length", str(TEXT_TOKENS)], check=True,
     )  # fmt: skip
     recipe = write_recipe(case, folder)
-    found = {
-        "train, save, export": watched(
+    results = {
+        "train, save, export": run_and_measure(
             [launcher, "--num_accelerators", "2", "pipelines/train_video.py", "--config", recipe]
         )
     }
@@ -163,13 +163,13 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
             dtype,
         ]
         small_shards = ["--shard-gigabytes", "0.5"] if "shard-gigabytes" in FORMATS[form].takes else []
-        found[f"convert to {form}"] = watched([*convert, "--output", folder / form, *small_shards])
+        results[f"convert to {form}"] = run_and_measure([*convert, "--output", folder / form, *small_shards])
         shutil.rmtree(folder / form)
-        found[f"convert to {form} and verify"] = watched(
+        results[f"convert to {form} and verify"] = run_and_measure(
             [*convert, "--output", folder / form, *small_shards, "--verify"]
         )
         shutil.rmtree(folder / form)
-    return {"shape": name, "parameters": parameters, "machine": machine(), "phases": found}
+    return {"shape": name, "parameters": parameters, "machine": machine(), "phases": results}
 
 
 def main() -> None:
@@ -182,12 +182,12 @@ def main() -> None:
     folder = args.output / args.shape
     folder.mkdir(parents=True)
     try:
-        found = measure(args.shape, folder)
+        results = measure(args.shape, folder)
     finally:
         shutil.rmtree(folder)
-    write_json(args.output / f"{args.shape}.json", found)
-    print(f"{found['parameters'] / 1e9:.2f}B parameters")
-    for phase, figures in found["phases"].items():
+    write_json(args.output / f"{args.shape}.json", results)
+    print(f"{results['parameters'] / 1e9:.2f}B parameters")
+    for phase, figures in results["phases"].items():
         print(f"{phase}: " + ", ".join(f"{name} {value:.1f}" for name, value in figures.items()))
 
 

@@ -1,7 +1,7 @@
-"""What does scoring beside the rollout save? A step's rollout and reward against the longer of the two.
+"""Overlap of scoring and rollout: seconds of both together, relative to the longer of the two.
 
-The reward waits (it sleeps) for as long as a chunk's rollout takes, as a model on another device or machine does: two
-that computed on the same cores would share them, and no order of work could save anything.
+The reward sleeps for as long as the rollout of a chunk takes, like a model on another device or machine. A reward on
+the same cores would compete for them, and no schedule could save time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ CHUNKS = 8
 ROUNDS = 5
 
 
-class Waits:
-    """Brightness, after a while."""
+class SleepingReward:
+    """Brightness, returned after `seconds`."""
 
     name, version, range = "waits", "1", (0.0, 1.0)
     higher_is_better, differentiable, kind, frames = True, False, "test", FrameSampling()
@@ -37,18 +37,18 @@ class Waits:
 
 
 def in_chunks(config: Config) -> Config:
-    """The recipe with one reward that waits, and a rank's rollout in CHUNKS."""
+    """The recipe with one sleeping reward and a rollout in CHUNKS chunks per rank."""
     samples = config.rollout.prompts_per_step * config.rollout.group_size
     return replace(
         config,
-        rewards={"waits": RewardConfig(model="tools.bench.overlap:Waits")},
+        rewards={"waits": RewardConfig(model="tools.bench.overlap:SleepingReward")},
         prior=PriorConfig(kind="constant"),
         rollout=replace(config.rollout, micro_batch_size=max(1, samples // CHUNKS)),
     )
 
 
 def step(session: Session, prompts: PromptBatch, ahead: int) -> dict[str, float]:
-    """Seconds of rollout and reward together, of each, and of the whole over the longer one."""
+    """Seconds of rollout and reward together and of each, and the ratio of the whole to the longer one."""
     rollout = replace(session.config.rollout, score_ahead=ahead)
     session = replace(session, config=replace(session.config, rollout=rollout))
     watch = Stopwatch(Heartbeat(session.mesh, timeout=60), 0)
@@ -58,23 +58,25 @@ def step(session: Session, prompts: PromptBatch, ahead: int) -> dict[str, float]
 
 
 def overlap(session: Session, prompts: PromptBatch) -> dict[str, Any]:
-    """Medians of a few steps scored in line and beside the rollout, taken in turn.
+    """Medians over steps with inline and with concurrent scoring, measured alternately.
 
     Args:
-        session: of a recipe that `in_chunks` made, on one rank.
+        session: for a recipe from `in_chunks`, on one rank.
     """
     model = session.suite.rewards["waits"].model
     step(session, prompts, 0)
     model.seconds = step(session, prompts, 0)["rollout"] / CHUNKS  # type: ignore[attr-defined]
-    found: dict[int, list[dict[str, float]]] = {0: [], session.config.rollout.score_ahead: []}
+    measured: dict[int, list[dict[str, float]]] = {0: [], session.config.rollout.score_ahead: []}
     for _ in range(ROUNDS):
-        for ahead, steps in found.items():
+        for ahead, steps in measured.items():
             steps.append(step(session, prompts, ahead))
-    inline, beside = (
-        {name: statistics.median(step[name] for step in steps) for name in steps[0]} for steps in found.values()
+    inline, concurrent = (
+        {name: statistics.median(step[name] for step in steps) for name in steps[0]} for steps in measured.values()
     )
-    return {"chunks": CHUNKS, "inline": inline, "beside": beside, "bound": 1.05 * (CHUNKS + 1) / CHUNKS}
+    return {"chunks": CHUNKS, "inline": inline, "beside": concurrent, "bound": 1.05 * (CHUNKS + 1) / CHUNKS}
 
 
 if __name__ == "__main__":
-    raise SystemExit("error: this is a part of the bench; run python -m tools.bench --recipe RECIPE.yaml --output DIR")
+    raise SystemExit(
+        "error: this module is part of the benchmark; run python -m tools.bench --recipe RECIPE.yaml --output DIR"
+    )

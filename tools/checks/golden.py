@@ -1,10 +1,10 @@
-"""Golden numbers: reward, loss and gradient norm of five steps of three recipes, compared with those on record.
+"""Golden values: reward, loss and gradient norm of five steps of three recipes, compared with recorded values.
 
     python -m tools.checks.golden          # compare with tests/golden/*.json; print the largest relative differences
     python -m tools.checks.golden --write  # record new numbers, where a change of numerics is intended
 
-Show its output with any change of numerics. Each recipe runs on one rank with two prompts of four samples a step, a
-constant prior and no evaluation. Processors with other vector units round differently: `TOLERANCE` covers that.
+Include the output with every numerical change. Each recipe runs on one rank with two prompts of four samples per step,
+a constant prior and no evaluation. `TOLERANCE` allows for processors with other vector units, which round differently.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def bpgo_video(*words: str) -> None:
 
 
 def measure(recipe: str, folder: Path, shards: Path) -> Numbers:
-    """KEYS of each step of a recipe."""
+    """The values of KEYS for each step of a recipe."""
     config, run = folder / f"{recipe}.yaml", folder / recipe
     config.write_text(f"base: {ROOT / 'pipelines' / 'configs' / recipe}.yaml\n{CHANGES}", encoding="utf-8")
     bpgo_video("train", "--ranks", "1", "--config", str(config), "--data.shards", str(shards), "--run.dir", str(run))
@@ -50,13 +50,13 @@ def measure(recipe: str, folder: Path, shards: Path) -> Numbers:
     return {key: [record[key] for record in records if key in record] for key in KEYS}
 
 
-def differences(found: Numbers, golden: Numbers) -> Iterator[tuple[str, float]]:
+def differences(measured: Numbers, golden: Numbers) -> Iterator[tuple[str, float]]:
     """Each key's largest difference, relative to its largest golden value."""
     for key, values in golden.items():
-        if len(found[key]) != len(values):
-            raise ValueError(f"{key}: {len(found[key])} steps, where the golden file has {len(values)}")
+        if len(measured[key]) != len(values):
+            raise ValueError(f"{key}: {len(measured[key])} steps, where the golden file has {len(values)}")
         scale = max(map(abs, values))
-        yield key, max(abs(a - b) for a, b in zip(found[key], values, strict=True)) / scale
+        yield key, max(abs(a - b) for a, b in zip(measured[key], values, strict=True)) / scale
 
 
 def golden(args: argparse.Namespace) -> int:
@@ -66,12 +66,12 @@ def golden(args: argparse.Namespace) -> int:
         policy = ["--policy", "package:bpgo_video.tiny/weights/wan", "--max-sequence-length", "16"]
         bpgo_video("prompts", "build", "--input", str(PROMPTS), "--output", str(shards), *policy)
         for recipe in args.recipes:
-            found, path = measure(recipe, folder, shards), GOLDEN / f"{recipe}.json"
+            measured, path = measure(recipe, folder, shards), GOLDEN / f"{recipe}.json"
             if args.write:
-                path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
                 print(f"{path.relative_to(ROOT)}: written")
                 continue
-            rows = dict(differences(found, json.loads(path.read_text(encoding="utf-8"))))
+            rows = dict(differences(measured, json.loads(path.read_text(encoding="utf-8"))))
             print(f"{recipe:<20}", *(f"{key} {value:.1e}" for key, value in rows.items()), sep="  ", flush=True)
             worst = max(worst, *rows.values())
     if worst > TOLERANCE:
@@ -82,7 +82,7 @@ def golden(args: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=RECIPES, help="recipes to run (default: all)")
-    parser.add_argument("--write", action="store_true", help="record what this tree computes")
+    parser.add_argument("--write", action="store_true", help="record the values of this tree")
     return golden(parser.parse_args())
 
 

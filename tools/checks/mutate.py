@@ -1,9 +1,9 @@
-"""Mutation check: wrong lines in the learner, samplers, replay, sharding and resume, each of which a test must catch.
+"""Mutation check: wrong lines in the learner, samplers, replay, sharding and resume, which tests must catch.
 
     python -m tools.checks.mutate          # about ten minutes; it prints `caught` or `MISSED` for each mutation
 
-Each mutation changes one line of a copy of this tree and runs one test file there. A mutation that is missed, or whose
-line no longer exists, ends the command with exit code 1.
+Each mutation changes one line in a copy of this tree and runs one test file there. A missed mutation, or one whose line
+no longer exists, sets exit code 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MUTATIONS = [
         "learner/equations.py", "(2 * torch.sigmoid(x) - 1)", "(1 - 2 * torch.sigmoid(x))", "learner/test_bpgo.py"
     ),
     Mutation("learner/losses.py", "-torch.minimum(ratio", "-torch.maximum(ratio", "learner/test_losses.py"),
-    # sampler: half of the drift that keeps the marginals; the noise of a sample no longer depends on the sample
+    # sampler: wrong factor in the drift that keeps the marginals; noise that does not depend on the sample
     Mutation(
         "diffusion/sde.py",
         "variance / (2 * step.sigma) * noise",
@@ -40,10 +40,10 @@ MUTATIONS = [
         "diffusion/test_sde.py",
     ),
     Mutation("randomness.py", "repr(key).encode()", "repr(key[:-2]).encode()", "rollouts/test_rollout.py"),
-    # replay: the density of the wrong latents; gradients not averaged over micro-batches
+    # replay: density of the wrong latents; gradients not averaged over micro-batches
     Mutation("rollouts/replay.py", "latents[:, index + 1]", "latents[:, index]", "rollouts/test_replay.py"),
     Mutation("rollouts/updates.py", "loss.value / len(micro_batches)", "loss.value", "rollouts/test_replay.py"),
-    # sharding: a rank skips its last micro-batch; a gather loses the other ranks' gradients; a shard starts elsewhere
+    # sharding: a skipped last micro-batch; a gather without the other ranks' gradients; a wrong start of a shard
     Mutation(
         "distributed/mesh.py", "-(-total // unit) * micro", "max(1, total // unit) * micro", "distributed/test_mesh.py"
     ),
@@ -53,7 +53,7 @@ MUTATIONS = [
     Mutation(
         "distributed/zero_files.py", "start += length + gap", "start += length", "distributed/test_zero_parameters.py"
     ),
-    # resume: the stream starts at 0 again; `latest` names a checkpoint that is not there yet
+    # resume: a stream that restarts at 0; `latest` names a checkpoint that does not exist yet
     Mutation("data/stream.py", "self.position = start\n", "self.position = 0\n", "data/test_reader.py"),
     Mutation("distributed/checkpoint.py", "    partial.rename(folder)\n", "", "distributed/test_checkpoint.py"),
 ]
@@ -81,10 +81,10 @@ def main() -> int:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build"))
         for mutation in MUTATIONS:
-            found = caught(mutation, tree)
-            missed += not found
+            is_caught = caught(mutation, tree)
+            missed += not is_caught
             print(
-                f"{'caught' if found else 'MISSED'}  {mutation.file}: {mutation.mutated.strip() or 'line removed'}",
+                f"{'caught' if is_caught else 'MISSED'}  {mutation.file}: {mutation.mutated.strip() or 'line removed'}",
                 flush=True,
             )
     return int(missed > 0)

@@ -1,1 +1,1 @@
-"""Checks and timings on one GPU within a time budget; `python -m tools.gpu --help`."""
+"""Checks and timings on one GPU within a time budget; see `python -m tools.gpu --help`."""

@@ -1,12 +1,12 @@
-"""Check and time training on one GPU in a few minutes, without network or published weights: `make gpu`.
+"""Checks and timings of training on one GPU in a few minutes, without network or published weights: `make gpu`.
 
     python -m tools.gpu --output runs/gpu
     python -m tools.gpu --output runs/gpu --stages checks attention --minutes 4
     python -m tools.gpu --output runs/gpu-dry --dry-run
 
-Stages run in order of value while the budget lasts. OUTPUT/gpu.json and gpu.md are rewritten with every figure, so that
-a run that is cut keeps what it measured. Exit code 1 where a stage raised or a check does not hold; what is skipped for
-time is recorded, and no failure.
+Stages run in order of importance while the time budget lasts. OUTPUT/gpu.json and gpu.md are rewritten after every
+result, so an interrupted run keeps its results. The exit code is 1 if a stage raises or a check does not hold; stages
+skipped for lack of time are recorded and are not failures.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "triton", "flash-
 
 
 def device(bench: Bench, note: Note) -> None:
-    """Which GPU this is, and how fast it multiplies matrices."""
+    """The GPU's properties and its rate of matrix products."""
     note("platform", f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores")
     if bench.device.type == "cuda":
         properties = torch.cuda.get_device_properties(bench.device)
@@ -66,7 +66,7 @@ def device(bench: Bench, note: Note) -> None:
 
 
 def is_installed(backend: str) -> bool:
-    """Whether diffusers finds the package of an attention backend; whether it runs here is for the checks to say."""
+    """Whether diffusers finds the package of an attention backend; the checks show whether it runs here."""
     try:
         with attention_backend(backend):
             return True
@@ -79,7 +79,7 @@ def driver() -> str:
     return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
 
 
-STAGES: dict[str, Stage[Bench]] = {  # in order of value, with the seconds that each takes about on an H200
+STAGES: dict[str, Stage[Bench]] = {  # in order of importance, with approximate seconds on an H200
     "device": Stage(device, 10),
     "checks": Stage(checks, 80),
     "small_model": Stage(small_model, 130),
@@ -91,7 +91,7 @@ STAGES: dict[str, Stage[Bench]] = {  # in order of value, with the seconds that 
 
 
 def facts(arguments: Sequence[str]) -> dict[str, Any]:
-    versions = {found.name: found.version for found in distributions() if found.name in PACKAGES}
+    versions = {package.name: package.version for package in distributions() if package.name in PACKAGES}
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "tools.gpu", *arguments]),
@@ -101,32 +101,36 @@ def facts(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    arguments = argparse.ArgumentParser(
         prog="python -m tools.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of gpu.json and gpu.md (runs/gpu)")
-    found.add_argument("--minutes", type=float, default=MINUTES, help="since the start of the process (9)")
-    found.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which of them (all)")
-    found.add_argument("--dry-run", action="store_true", help="small shapes, where there is no GPU")
-    return found
+    arguments.add_argument(
+        "--output", type=Path, default=Path("runs/gpu"), help="folder of gpu.json and gpu.md (runs/gpu)"
+    )
+    arguments.add_argument(
+        "--minutes", type=float, default=MINUTES, help="time budget from the start of the process (9)"
+    )
+    arguments.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to run (all)")
+    arguments.add_argument("--dry-run", action="store_true", help="small shapes, for machines without a GPU")
+    return arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = parser().parse_args(arguments)
     if not chosen.dry_run and not torch.cuda.is_available():
-        parser().error("torch sees no GPU; --dry-run runs the same stages on a CPU, with small shapes")
+        parser().error("torch finds no GPU; --dry-run runs the same stages on a CPU, with small shapes")
     show_loading_once()
-    gc.freeze()  # what was imported stays: each collection looks at the stages' objects alone
+    gc.freeze()  # collections then scan only objects of the stages, not the imports
     record = Record(chosen.output, psutil.Process().create_time(), facts(arguments))
     with TemporaryDirectory() as scratch:
         bench = start(Path(scratch), tiny() if chosen.dry_run else published())
-        well = run_stages(
+        all_hold = run_stages(
             {name: STAGES[name] for name in STAGES if name in chosen.stages}, bench, record, chosen.minutes
         )
         stop_ranks()
     print((chosen.output / "gpu.md").read_text("utf-8"))
-    return 0 if well else 1
+    return 0 if all_hold else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where stages work and on which shapes: Wan2.1's published ones, or small ones in a dry run; nothing else differs."""
+"""The process and shapes for the stages: Wan2.1's published shapes, or small ones in a dry run."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ TINY_VAE = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed.
+    """The models, videos and repetitions of the timings.
 
     Attributes:
-        small, large: measured whole, and by a few of its blocks.
-        recipe: of both: steps, guidance, sampler, DeepSpeed.
-        videos: in the order in which they are measured.
-        blocks: of the large model, two numbers: the difference is what a block takes.
-        matrix: rows of the square matrices whose product gives the GPU's rate.
-        rounds: timings of which the median is taken, after a first call.
-        checked_steps: denoising steps of a rollout in the checks.
-        stance: of `torch.compiler.set_stance`.
+        small, large: models measured completely, and by a few blocks.
+        recipe: steps, guidance, sampler and DeepSpeed settings of both.
+        videos: sizes in the order of measurement.
+        blocks: two numbers of blocks of the large model; the difference gives the cost of a block.
+        matrix: rows of the square matrices that measure the GPU's rate.
+        rounds: timings per median, after a warm-up call.
+        checked_steps: denoising steps per rollout in the checks.
+        stance: argument of `torch.compiler.set_stance`.
     """
 
     small: Model
@@ -66,31 +66,31 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Bench:
-    """The one rank that measures, a folder for its files, and what it measures."""
+    """The single measuring rank, a folder for its files, and the sizes."""
 
     mesh: Mesh
     scratch: Path
     sizes: Sizes
-    timed: list[Any] = field(default_factory=list)  # what stages leave for the comparison with the memory plan
+    timed: list[Any] = field(default_factory=list)  # results that the stage memory_plan compares with the plan
 
     @property
     def device(self) -> torch.device:
         return self.mesh.device
 
     def ds_config(self, **zero: Any) -> dict[str, Any]:
-        """The recipe's DeepSpeed configuration, with changes of its `zero_optimization`."""
+        """The recipe's DeepSpeed configuration with changes to `zero_optimization`."""
         config = json.loads(ds_config_file(self.sizes.recipe.deepspeed).read_text("utf-8"))
         return {**config, "zero_optimization": {**config["zero_optimization"], **zero}}
 
 
 def start(scratch: Path, sizes: Sizes) -> Bench:
-    """The only rank of a process group: NCCL's on a GPU, gloo's elsewhere."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: equal sums in equal runs
+    """Start the single rank of a process group, with NCCL on a GPU and gloo elsewhere."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: reproducible sums
     return Bench(start_ranks(), scratch, sizes)
 
 
 def published() -> Sizes:
-    recipe = replace(read_yaml(RECIPE), ema=EmaConfig())  # the average of the weights is no part of a step's parts
+    recipe = replace(read_yaml(RECIPE), ema=EmaConfig())  # timings of a step's parts exclude the average of the weights
     videos = tuple(replace(recipe.video, num_frames=frames) for frames in (33, 81))
     small, large = find_model("wan2.1-t2v-1.3b"), find_model("wan2.1-t2v-14b")
     return Sizes(
@@ -99,19 +99,19 @@ def published() -> Sizes:
 
 
 def tiny() -> Sizes:
-    """A transformer of two blocks, for a dry run on a CPU; without the compiler, which takes a minute there."""
-    whole = published()
-    policy = replace(whole.recipe.policy, max_sequence_length=8)
+    """A transformer of two blocks for a dry run on a CPU, without the compiler, which takes a minute there."""
+    full = published()
+    policy = replace(full.recipe.policy, max_sequence_length=8)
     videos = tuple(VideoConfig(num_frames=frames, height=64, width=64, fps=16) for frames in (5, 9))
     model = Model("tiny", "this file", {"_class_name": "WanPipeline"}, ("transformer",), TINY_TRANSFORMER, TINY_VAE)
     return Sizes(
-        model, model, replace(whole.recipe, policy=policy), videos, blocks=(1, 2), matrix=64, rounds=1, checked_steps=3,
+        model, model, replace(full.recipe, policy=policy), videos, blocks=(1, 2), matrix=64, rounds=1, checked_steps=3,
         stance="force_eager",
     )  # fmt: skip
 
 
 def random_folder(bench: Bench, model: Model) -> Path:
-    """A pipeline of this shape with random weights, in bf16 and on the disk, so that it is loaded as any other is."""
+    """Write a pipeline of this shape with random bf16 weights, so that it is loaded like any other."""
     folder = bench.scratch / f"{model.name}-{model.transformer.get('num_layers')}"
     if folder.exists():
         return folder
@@ -130,13 +130,13 @@ def random_network(config: Mapping[str, Any], device: torch.device) -> Any:
 
 
 def release(engine: Engine) -> None:
-    """Give an engine's memory back. DeepSpeed's hooks keep it alive after `destroy`, so its storages are emptied."""
+    """Free an engine's memory. DeepSpeed's hooks keep it alive after `destroy`, so its storages are emptied."""
     engine.wrapped.destroy()
     optimizer, parameters = engine.wrapped.optimizer, list(engine.module.parameters())
     shards = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
-    for held in tree_leaves([vars(optimizer), dict(optimizer.optimizer.state), parameters, shards]):
-        if isinstance(held, Tensor):
-            held.untyped_storage().resize_(0)
+    for leaf in tree_leaves([vars(optimizer), dict(optimizer.optimizer.state), parameters, shards]):
+        if isinstance(leaf, Tensor):
+            leaf.untyped_storage().resize_(0)
 
 
 def with_blocks(model: Model, blocks: int) -> Model:

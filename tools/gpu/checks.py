@@ -1,6 +1,6 @@
-"""Facts that a CPU cannot show, on the embedded policy: NCCL, bf16 replay, attention backends, a resume.
+"""Checks that need a GPU, on the embedded policy: NCCL, bf16 replay, attention backends, and resume.
 
-Each check is a function of a `Bench` that returns figures, `holds` among them. `tests/gpu` asserts the same functions.
+Each check is a function of a `Bench` that returns results including `holds`. `tests/gpu` asserts the same functions.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from bpgo_video.training.rl import rollout_chunks, train
 from bpgo_video.training.session import Session, build_session, builder, check_inputs, sampling_policy
 from bpgo_video.types import PromptBatch, Trajectory
 from tools.gpu.bench import EMBEDDED, ROOT, Bench, release
-from tools.gpu.speed import TIMED_BACKENDS, tried
+from tools.gpu.speed import TIMED_BACKENDS, result_or_reason
 from tools.gpu.stages import Note, attempt
 
 RECIPE = ROOT / "pipelines" / "configs" / "tiny_wan_full.yaml"
 PROMPTS = ("a red circle moving left", "a blue square moving up")
-BUCKET = 5_000_000  # elements; by default a gigabyte on the GPU for each engine
-VELOCITY_BOUND = 0.02  # relative, of bf16 against fp32; bf16 has 8 bits
+BUCKET = 5_000_000  # elements; the default takes a gigabyte of GPU memory per engine
+VELOCITY_BOUND = 0.02  # relative error of bf16 against fp32; bf16 has 8 bits
 
 
 def recipe(bench: Bench, name: str, dtype: torch.dtype = torch.bfloat16, backend: str | None = None) -> Config:
-    """The embedded policy's full trajectories, cut down to seconds, under ZeRO-3 without parameters that stay whole."""
+    """A recipe of seconds with full trajectories of the embedded policy, under ZeRO-3 with every parameter sharded."""
     config = read_yaml(RECIPE)
     precision = {"bf16": {"enabled": dtype == torch.bfloat16}}
     ds_config = bench.scratch / f"zero3-{dtype}.json"
@@ -90,7 +90,7 @@ def session_of(bench: Bench, config: Config) -> Iterator[Session]:
 
 
 def construction(bench: Bench) -> dict[str, Any]:
-    """A policy that is born sharded holds the numbers of its file, rounded to the dtype of each parameter."""
+    """A policy constructed sharded has the values of its files, rounded to the dtype of each parameter."""
     config = recipe(bench, "construction")
     ds_config = json.loads(Path(config.deepspeed).read_text("utf-8"))
     policy = sampling_policy(config, ds_config, bench.mesh, builder(ds_config), components=("transformer",))
@@ -112,10 +112,10 @@ def construction(bench: Bench) -> dict[str, Any]:
 
 
 def ratio(bench: Bench, dtype: torch.dtype, backend: str) -> dict[str, Any]:
-    """Replay gives the rollout's log-probs to the bit, and the doctor's ladder holds: ODE, rewards, ratio, gradient.
+    """Replay reproduces the rollout's log-probs exactly, and the doctor's checks hold: ODE, rewards, ratio, gradient.
 
-    How far log-probs are from the rollout's where a sample is replayed in a smaller batch is measured, too, against the
-    recipe's clip range.
+    Also measures how far log-probs drift when a sample is replayed in a smaller batch, relative to the recipe's clip
+    range.
     """
     config = recipe(bench, "ratio", dtype, backend)
     with attention_backend("native"), session_of(bench, config) as session:
@@ -124,7 +124,7 @@ def ratio(bench: Bench, dtype: torch.dtype, backend: str) -> dict[str, Any]:
             chunks = list(rollout_chunks(session, prompts, 0))
         trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
         same = drift(session, prompts, trajectories)
-        halves = drift(session, prompts, [half for whole in trajectories for half in in_two(whole)])
+        halves = drift(session, prompts, [half for whole in trajectories for half in split_in_two(whole)])
         findings = examine(session, prompts, Heartbeat(bench.mesh, timeout=60))
     clip = min(config.loss.clip_range)
     largest = max(float(row.max()) for row in same.values())
@@ -145,35 +145,36 @@ def by_step(drifts: dict[int, Tensor]) -> dict[str, dict[str, float]]:
 
 
 def drift(session: Session, prompts: PromptBatch, trajectories: list[Trajectory]) -> dict[int, Tensor]:
-    """|log-prob in replay - log-prob in the rollout| of each sample, by denoising step; nan where one is nan."""
+    """|log-prob in replay - log-prob in the rollout| of each sample by denoising step; NaN where either is NaN."""
     denoiser = training_denoiser(session.policy, session.config)
-    found: dict[int, list[Tensor]] = {}
+    drifts: dict[int, list[Tensor]] = {}
     for trajectory in trajectories:
         guidance = guidance_of(prompts, trajectory.prompt_rows, session.mesh.device)
         for index in trajectory.trained_steps:
             latents = trajectory.latents[:, index].detach().requires_grad_()
             log_prob = denoiser.transition(latents, index, guidance).log_prob(trajectory.latents[:, index + 1])
-            session.engine.backward(log_prob.mean() * 0, last=False)  # frees what ZeRO-3 fetched for it
-            found.setdefault(index, []).append((log_prob.detach() - trajectory.log_probs[:, index]).abs().cpu())
-    return {index: torch.cat(rows) for index, rows in found.items()}
+            session.engine.backward(log_prob.mean() * 0, last=False)  # frees parameters that ZeRO-3 fetched
+            drifts.setdefault(index, []).append((log_prob.detach() - trajectory.log_probs[:, index]).abs().cpu())
+    return {index: torch.cat(rows) for index, rows in drifts.items()}
 
 
-def in_two(trajectory: Trajectory) -> list[Trajectory]:
-    """The halves of a micro-batch."""
+def split_in_two(trajectory: Trajectory) -> list[Trajectory]:
+    """The two halves of a micro-batch."""
     names = ("prompt_rows", "sample_index", "latents", "log_probs")
     parts = zip(*(getattr(trajectory, name).chunk(2) for name in names), strict=True)
     return [replace(trajectory, **dict(zip(names, part, strict=True))) for part in parts]
 
 
 def ratio_if_usable(bench: Bench, backend: str) -> dict[str, Any]:
-    """`ratio` in bf16, or why the backend cannot run here."""
-    return tried(partial(ratio, bench, torch.bfloat16, backend))
+    """`ratio` in bf16, or the reason why the backend cannot run here."""
+    return result_or_reason(partial(ratio, bench, torch.bfloat16, backend))
 
 
 def velocity(bench: Bench) -> dict[str, Any]:
-    """The velocity in bf16 against fp32, relative, at each noise level of the schedule."""
+    """Relative error of the bf16 velocity against fp32 at each noise level of the schedule."""
     config = recipe(bench, "velocity")
-    found = {}
+
+    velocities = {}
     with exact_fp32():
         for dtype in (torch.float32, torch.bfloat16):
             policy = load_policy(
@@ -186,15 +187,15 @@ def velocity(bench: Bench) -> dict[str, Any]:
             texts = keyed_noise(text, [("gpu", "text", row) for row in range(4)], bench.device).to(dtype)
             sigmas = policy.sigmas(config.sampler.num_steps, config.video)[:-1]
             with torch.no_grad():
-                found[dtype] = [policy.velocity(latents, sigma, {"prompt_embeds": texts}) for sigma in sigmas]
-    pairs = zip(found[torch.bfloat16], found[torch.float32], strict=True)
+                velocities[dtype] = [policy.velocity(latents, sigma, {"prompt_embeds": texts}) for sigma in sigmas]
+    pairs = zip(velocities[torch.bfloat16], velocities[torch.float32], strict=True)
     errors = [float((rounded - exact).norm() / exact.norm()) for rounded, exact in pairs]
     return {"holds": max(errors) < VELOCITY_BOUND, "relative_error": errors}
 
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """No TF32 inside: cuDNN's convolutions take it by default, and it has 10 bits."""
+    """Disable TF32, which has 10 bits and is the default of cuDNN's convolutions."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -204,26 +205,30 @@ def exact_fp32() -> Iterator[None]:
 
 
 def resume(bench: Bench) -> dict[str, Any]:
-    """Two steps in one go, and one step, a checkpoint and another: equal records, but for seconds and sizes.
+    """Two steps have the same records as one step, a checkpoint and a second step, except for timings and sizes.
 
-    With deterministic algorithms: flash attention's backward adds in no fixed order otherwise.
+    Algorithms are deterministic: flash attention's backward otherwise adds in no fixed order.
     """
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         train(recipe(bench, "whole"))
-        parted = recipe(bench, "parted")
-        train(replace(parted, run=replace(parted.run, num_steps=1)))
-        train(replace(parted, run=replace(parted.run, resume="auto")))
+        interrupted = recipe(bench, "parted")
+        train(replace(interrupted, run=replace(interrupted.run, num_steps=1)))
+        train(replace(interrupted, run=replace(interrupted.run, resume="auto")))
     finally:
         torch.use_deterministic_algorithms(False)
-    one, other = (records(bench.scratch / name) for name in ("whole", "parted"))
+    uninterrupted, resumed = (records(bench.scratch / name) for name in ("whole", "parted"))
     different = {
-        name: [one[step][name], other[step][name]] for step in range(2) for name in one[step]
-        if one[step][name] != other[step][name]
+        name: [uninterrupted[step][name], resumed[step][name]] for step in range(2) for name in uninterrupted[step]
+        if uninterrupted[step][name] != resumed[step][name]
     }  # fmt: skip
-    steps = [{name: record[name] for name in ("reward", "grad_norm")} for record in one]
-    return {"holds": not different and all(map(math.isfinite, one[1].values())), "different": different, "steps": steps}
+    steps = [{name: record[name] for name in ("reward", "grad_norm")} for record in uninterrupted]
+    return {
+        "holds": not different and all(map(math.isfinite, uninterrupted[1].values())),
+        "different": different,
+        "steps": steps,
+    }
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:
@@ -233,7 +238,7 @@ def records(run_dir: Path) -> list[dict[str, float]]:
 
 
 def export(bench: Bench) -> dict[str, Any]:
-    """What a run exports is a pipeline that diffusers loads in bf16, and samples with."""
+    """The export of a run is a pipeline that diffusers loads in bf16 and samples with."""
     run = recipe(bench, "exported")
     train(replace(run, run=replace(run.run, num_steps=1)))
     folder = Path(run.run.dir) / "export"
@@ -262,6 +267,6 @@ CHECKS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def checks(bench: Bench, note: Note) -> None:
-    """Every check; one that raises is noted, and the next one runs."""
+    """Run every check; an exception is recorded and the next check runs."""
     for name, check in CHECKS.items():
         attempt(note, name, partial(check, bench))

@@ -1,8 +1,8 @@
-"""Seconds, MFU and peak memory of the parts of a training step, of attention backends and of compiled blocks.
+"""Seconds, MFU and peak memory of the parts of a training step, attention backends and compiled blocks.
 
-MFU is the model's floating-point operations, attention included and recomputation not, over what bf16 matrix products
-reach in the same run. A replayed step counts three forwards. Everything is at the recipe's guidance, micro-batch and
-checkpointing, under ZeRO-3 on one rank, but for the comparison of kernels: that is one sample without an engine.
+MFU is the model's floating-point operations, with attention but without recomputation, over the rate of bf16 matrix
+products in the same run. A replayed step counts three forwards. Measurements use the recipe's guidance, micro-batch and
+checkpointing under ZeRO-3 on one rank; the comparison of kernels uses one sample without an engine.
 """
 
 from __future__ import annotations
@@ -37,18 +37,25 @@ from tools.bench.timing import seconds
 from tools.gpu.bench import Bench, random_folder, release, with_blocks
 from tools.gpu.stages import Note, free_memory
 
-STEP = 3  # of the denoising steps, the one that is timed
-GUIDED = 2  # rows of a sample: with its prompt and without
+STEP = 3  # index of the timed denoising step
+GUIDED = 2  # rows per sample: with and without the prompt
 TIMED_BACKENDS = ("native", "_native_flash", "_native_cudnn", "_native_efficient", "flash", "_flash_3")
-UNUSABLE = (ConfigError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)  # a backend, here
-NOT_HELD = ("trajectories", "videos to be scored")  # parts of a plan that no measurement here holds
+UNUSABLE = (
+    ConfigError,
+    ImportError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # raised by unusable backends
+NOT_HELD = ("trajectories", "videos to be scored")  # parts of a plan that these measurements exclude
 LONGEST = 300  # characters of a reason
 WARM_UP = 300  # matrix products, half a second: an idle GPU's clocks are low
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of something, and the most memory that the process held meanwhile."""
+    """Median seconds of a function, and the peak memory of the process meanwhile."""
 
     seconds: float
     peak_bytes: int
@@ -70,7 +77,7 @@ READ_PEAK: dict[str, Callable[[], int]] = {
 
 
 def measured(bench: Bench, work: Callable[[], object], before: Callable[[], object] = lambda: None) -> Timing:
-    """`work`, after a first call; `before` precedes each call and is not measured."""
+    """Timing of `work` after a warm-up call; `before` precedes each call and is not measured."""
     times, peaks = [], []
     for _ in range(1 + bench.sizes.rounds):
         before()
@@ -90,7 +97,7 @@ def matrix_rate(bench: Bench) -> float:
 
 
 def forward_operations(model: Model, latents: tuple[int, int, int, int], text_tokens: int) -> int:
-    """Floating-point operations of one row's forward, attention included, counted on shapes alone."""
+    """Floating-point operations of a forward of one row with attention, counted on the meta device."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         network = getattr(diffusers, model.transformer["_class_name"]).from_config(dict(model.transformer))
         network(
@@ -121,12 +128,12 @@ class Sample:
 
     @torch.no_grad()
     def velocity(self) -> Tensor:
-        """One row's forward."""
+        """A forward of one row."""
         return replace(self.denoiser, guidance_scale=1.0).velocity(self.latents, STEP, self.guidance)
 
     @torch.no_grad()
     def step(self) -> tuple[Latents, Tensor]:
-        """A rollout's step: the next latents and their log-prob."""
+        """A rollout step: the next latents and their log-prob."""
         transition = self.denoiser.transition(self.latents, STEP, self.guidance)
         reached = transition.sample(self.noise)
         return reached, transition.log_prob(reached)
@@ -138,16 +145,16 @@ class Sample:
 
     @torch.no_grad()
     def log_prob_of(self, reached: Latents) -> Tensor:
-        """The log-prob of a step in a rollout."""
+        """The log-prob of the step in a rollout."""
         return self.denoiser.transition(self.latents, STEP, self.guidance).log_prob(reached)
 
     def twice(self) -> Sample:
-        """The sample two times, as a micro-batch of two."""
+        """The sample repeated, as a micro-batch of two."""
         two = {
             name: {key: value.repeat(2, 1, 1) for key, value in getattr(self.guidance, name).items()}
             for name in ("towards", "away")
         }
-        latents, noise = (one.repeat(2, 1, 1, 1, 1) for one in (self.latents, self.noise))
+        latents, noise = (tensor.repeat(2, 1, 1, 1, 1) for tensor in (self.latents, self.noise))
         return Sample(self.denoiser, latents, noise, Guidance(**two))
 
 
@@ -156,13 +163,13 @@ Part = Callable[[Bench, Policy, Engine, "Timed"], None]
 
 @dataclass(frozen=True)
 class Timed:
-    """One model and video size: what is found of it, noted under its name with every addition."""
+    """Results for one model and video size; each addition is recorded under its name."""
 
     model: Model
     config: Config
     rate: float
     note: Note
-    found: dict[str, float] = field(default_factory=dict)
+    results: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -171,18 +178,18 @@ class Timed:
         return f"{self.model.name}, {blocks} blocks, {video.height}x{video.width}x{video.num_frames}"
 
     def add(self, **figures: float) -> None:
-        self.found.update(figures)
+        self.results.update(figures)
         self.note(self.name, figures)
 
     def add_timing(self, name: str, timing: Timing, forwards: int = 0) -> None:
-        """With MFU, where it is that many rows' forwards."""
+        """Add seconds and peak bytes, and MFU if `forwards`, the number of row forwards, is given."""
         self.add(**{f"{name}_seconds": timing.seconds, f"{name}_peak_bytes": timing.peak_bytes})
         if forwards:
-            self.add(**{f"{name}_mfu": forwards * self.found["forward_operations"] / timing.seconds / self.rate})
+            self.add(**{f"{name}_mfu": forwards * self.results["forward_operations"] / timing.seconds / self.rate})
 
 
 def time_steps(bench: Bench, model: Model, videos: Sequence[VideoConfig], parts: Sequence[Part], note: Note) -> Timed:
-    """Parts of a training step by video, under the engine that trains; the last video's figures."""
+    """Time parts of a training step for each video under the training engine; return the last video's results."""
     recipe, ds_config = bench.sizes.recipe, bench.ds_config()
     config = replace(recipe, policy=replace(recipe.policy, folder=str(random_folder(bench, model))))
     policy = sampling_policy(config, ds_config, bench.mesh, builder(ds_config))
@@ -199,29 +206,29 @@ def time_steps(bench: Bench, model: Model, videos: Sequence[VideoConfig], parts:
 
 
 def time_rollout(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
-    """A forward, and a denoising step with its log-prob; with whole weights, as rollouts have them."""
+    """Time a forward, and a denoising step with its log-prob, with gathered weights as in rollouts."""
     config, sample = timed.config, Sample.of(bench, policy, timed.config)
     latents = policy.latent_shape(config.video)
     timed.add(forward_operations=forward_operations(timed.model, latents, config.policy.max_sequence_length))
     with engine.whole_weights():
         timed.add_timing("forward", measured(bench, sample.velocity), forwards=1)
         timed.add_timing("denoise", measured(bench, sample.step), forwards=GUIDED)
-    timed.add(video_denoising_seconds=config.sampler.num_steps * timed.found["denoise_seconds"])
+    timed.add(video_denoising_seconds=config.sampler.num_steps * timed.results["denoise_seconds"])
 
 
 def time_decoding(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
-    """What the VAE takes, and with that a whole rollout of one video."""
+    """Time the VAE, and derive the seconds of a rollout of one video."""
     sample = Sample.of(bench, policy, timed.config)
     timed.add_timing("decode", measured(bench, lambda: policy.decode(sample.latents, sample.guidance.towards)))
-    timed.add(video_rollout_seconds=timed.found["video_denoising_seconds"] + timed.found["decode_seconds"])
+    timed.add(video_rollout_seconds=timed.results["video_denoising_seconds"] + timed.results["decode_seconds"])
 
 
 def time_replay(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
-    """A replayed step with its backward, and how far its log-prob is from the rollout's."""
+    """Time a replayed step with its backward, and measure the drift of its log-prob from the rollout's."""
     sample = Sample.of(bench, policy, timed.config)
     with engine.whole_weights():
         reached, recorded = sample.step()
-        beside_another = sample.twice().log_prob_of(reached.repeat(2, 1, 1, 1, 1))[0]
+        in_a_pair = sample.twice().log_prob_of(reached.repeat(2, 1, 1, 1, 1))[0]
 
     def replay() -> Tensor:
         log_prob = sample.log_prob(reached)
@@ -230,13 +237,13 @@ def time_replay(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> N
 
     timed.add(
         log_prob_drift=float((replay() - recorded).abs().max()),
-        log_prob_drift_in_a_batch_of_two=float((beside_another - recorded).abs().max()),
+        log_prob_drift_in_a_batch_of_two=float((in_a_pair - recorded).abs().max()),
     )
     timed.add_timing("replay", measured(bench, replay), forwards=3 * GUIDED)
 
 
 def time_update(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
-    """The optimiser's update, which is the same for any video: gradients come from the smallest."""
+    """Time the optimiser's update, which does not depend on the video; gradients come from the smallest one."""
     sample = Sample.of(bench, policy, replace(timed.config, video=bench.sizes.videos[0]))
 
     def gradients() -> None:
@@ -246,16 +253,16 @@ def time_update(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> N
 
 
 def small_model(bench: Bench, note: Note) -> None:
-    """All parts of a step of the small model."""
+    """Time all parts of a step of the small model."""
     parts = (time_rollout, time_replay, time_update, time_decoding)
     time_steps(bench, bench.sizes.small, bench.sizes.videos, parts, note)
 
 
 def large_model(bench: Bench, note: Note) -> None:
-    """The large model by two numbers of its blocks: what a block takes, and with that all of them."""
+    """Time the large model with two numbers of blocks, and extrapolate to all its blocks."""
     videos, parts, (few, more) = bench.sizes.videos[-1:], (time_rollout, time_replay, time_update), bench.sizes.blocks
     models = [with_blocks(bench.sizes.large, blocks) for blocks in (few, more)]
-    first, second = (time_steps(bench, model, videos, parts, note).found for model in models)
+    first, second = (time_steps(bench, model, videos, parts, note).results for model in models)
     blocks = bench.sizes.large.transformer["num_layers"]
     for name in ("forward_seconds", "denoise_seconds", "replay_seconds"):
         each = (second[name] - first[name]) / (more - few)
@@ -263,27 +270,27 @@ def large_model(bench: Bench, note: Note) -> None:
 
 
 def memory_plan(bench: Bench, note: Note) -> None:
-    """What a plan reckons for each phase of what was timed, and what was measured."""
+    """Compare the planned and the measured memory of each timed phase."""
     for timed in bench.timed:
         plan = reckon(Job(timed.config, bench.ds_config(), ranks=1, model=timed.model))
-        found = {}
+        results = {}
         for phase in plan.phases:
-            if peak := timed.found.get(f"{phase.name}_peak_bytes"):
+            if peak := timed.results.get(f"{phase.name}_peak_bytes"):
                 planned = sum(size for name, size in phase.parts.items() if name not in NOT_HELD)
-                found[phase.name] = {"planned": planned, "measured": peak, "planned_over_measured": planned / peak}
-        note(timed.name, found)
+                results[phase.name] = {"planned": planned, "measured": peak, "planned_over_measured": planned / peak}
+        note(timed.name, results)
 
 
 @dataclass(frozen=True)
-class Whole:
-    """The small model without an engine, for kernels: one that fails does no harm to the next."""
+class PlainModel:
+    """The small model without an engine, so that a failing kernel does not affect the next one."""
 
     bench: Bench
     config: Config
     policy: Policy
 
     @classmethod
-    def of(cls, bench: Bench) -> Whole:
+    def of(cls, bench: Bench) -> PlainModel:
         recipe, folder = bench.sizes.recipe, random_folder(bench, bench.sizes.small)
         config = replace(recipe, sampler=replace(recipe.sampler, guidance_scale=1.0))
         policy = load_policy(
@@ -298,7 +305,7 @@ class Whole:
         return Sample.of(self.bench, self.policy, replace(self.config, video=video))
 
     def figures(self, sample: Sample) -> dict[str, Any]:
-        """Seconds of a forward and of a replayed step; whether its gradients are finite and its log-prob the same."""
+        """Seconds of a forward and of a replayed step, whether gradients are finite, and the drift of the log-prob."""
         transformers = self.policy.transformers
         reached, recorded = sample.step()
 
@@ -316,66 +323,66 @@ class Whole:
         return {"holds": finite, "finite_gradients": finite, "log_prob_drift": drift, **times}
 
 
-def over(found: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures with their seconds over those of the default."""
+def relative_to(results: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The results with their seconds relative to those of the default."""
     names = ("forward_seconds", "replay_seconds")
-    return {**found, **{name.replace("seconds", "over_default"): found[name] / default[name] for name in names}}
+    return {**results, **{name.replace("seconds", "over_default"): results[name] / default[name] for name in names}}
 
 
 def attention(bench: Bench, note: Note) -> None:
-    """Each backend against torch's own choice: seconds, gradients, and how far the velocity is from its."""
-    whole = Whole.of(bench)
+    """Compare each backend with torch's choice: seconds, gradients, and the difference of the velocity."""
+    plain_model = PlainModel.of(bench)
     for video in bench.sizes.videos:
-        sample = whole.sample(video)
-        note(f"torch chooses, {video.num_frames} frames", chosen_kernels(whole, sample))
-        found: dict[str, Any] = {}
-        with attention_backend("native"):  # the choice is one for the whole process in diffusers: it is put back
+        sample = plain_model.sample(video)
+        note(f"torch chooses, {video.num_frames} frames", chosen_kernels(plain_model, sample))
+        results: dict[str, Any] = {}
+        with attention_backend("native"):  # diffusers keeps one backend per process, which is restored here
             for name in TIMED_BACKENDS:
-                found[name] = tried(partial(backend_figures, whole, sample, name, found))
-                note(f"{video.num_frames} frames", {name: found[name]})
+                results[name] = result_or_reason(partial(backend_figures, plain_model, sample, name, results))
+                note(f"{video.num_frames} frames", {name: results[name]})
 
 
-def backend_figures(whole: Whole, sample: Sample, name: str, others: Mapping[str, Any]) -> dict[str, Any]:
-    choose_attention(whole.policy.transformers, "native")
+def backend_figures(plain_model: PlainModel, sample: Sample, name: str, others: Mapping[str, Any]) -> dict[str, Any]:
+    choose_attention(plain_model.policy.transformers, "native")
     velocity = sample.velocity()
-    choose_attention(whole.policy.transformers, name)
+    choose_attention(plain_model.policy.transformers, name)
     difference = float((sample.velocity() - velocity).norm() / velocity.norm())
-    figures = {"velocity_difference": difference, **whole.figures(sample)}
-    return over(figures, others.get("native", figures))
+    figures = {"velocity_difference": difference, **plain_model.figures(sample)}
+    return relative_to(figures, others.get("native", figures))
 
 
-def chosen_kernels(whole: Whole, sample: Sample) -> dict[str, str]:
-    """Of torch's scaled_dot_product_attention for the sample's tokens, in a rollout and in replay."""
-    settings = whole.policy.transformer_config
+def chosen_kernels(plain_model: PlainModel, sample: Sample) -> dict[str, str]:
+    """Kernels that torch's scaled_dot_product_attention selects for the sample's tokens, in a rollout and in replay."""
+    settings = plain_model.policy.transformer_config
     tokens = sample.latents[0, 0].numel() // math.prod(settings["patch_size"])
     shape = (1, tokens, settings["num_attention_heads"], settings["attention_head_dim"])
     heads = torch.zeros(shape, dtype=torch.bfloat16, device=sample.latents.device)
     chosen = {}
     for name, trains in (("rollout", False), ("replay", True)):
         with torch.set_grad_enabled(trains):
-            query = heads.requires_grad_(trains).transpose(1, 2)  # as diffusers hands it over
+            query = heads.requires_grad_(trains).transpose(1, 2)  # the layout that diffusers passes
             chosen[name] = SDPBackend(torch._fused_sdp_choice(query, query, query)).name
     return chosen
 
 
 def compiled(bench: Bench, note: Note) -> None:
-    """Compiled blocks against the same as they are."""
-    whole = Whole.of(bench)
-    sample = whole.sample(bench.sizes.videos[-1])
-    default = whole.figures(sample)
+    """Compare compiled blocks with eager ones."""
+    plain_model = PlainModel.of(bench)
+    sample = plain_model.sample(bench.sizes.videos[-1])
+    default = plain_model.figures(sample)
     note("blocks as they are", default)
-    for transformer in whole.policy.transformers.values():
-        compile_blocks(transformer, blocks_of(transformer, whole.policy.block_names))
+    for transformer in plain_model.policy.transformers.values():
+        compile_blocks(transformer, blocks_of(transformer, plain_model.policy.block_names))
     with torch.compiler.set_stance(bench.sizes.stance):
         note("compiled blocks", {"first_forward_seconds": seconds(sample.velocity)})
-        note("compiled blocks", over(whole.figures(sample), default))
+        note("compiled blocks", relative_to(plain_model.figures(sample), default))
 
 
-def tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What it found, or why it cannot run here."""
+def result_or_reason(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The results of `work`, or the reason why it cannot run here."""
     try:
         return work()
     except UNUSABLE as error:
-        found = {"cannot": f"{type(error).__name__}: {error}"[:LONGEST]}
+        results = {"cannot": f"{type(error).__name__}: {error}"[:LONGEST]}
     free_memory()
-    return found
+    return results

@@ -1,4 +1,4 @@
-"""Stages that run in order of value within a time budget, and a record that is valid JSON at every moment."""
+"""Stages run in order of importance within a time budget, and a record that is always valid JSON."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ import torch
 from bpgo_video.atomic import atomic_file, write_json
 from tools.gpu.table import as_markdown
 
-Place = TypeVar("Place")
-Note = Callable[[str, Any], None]  # (name, a figure or several by name): stored under the stage, the JSON rewritten
-MINUTES = 9.0  # for all stages, by their estimates; who gives more has a slower machine
-MOST = 2  # times its estimate: a stage that takes longer is stopped
-SHOWN = 150  # characters of a figure in a progress line
+Context = TypeVar("Context")
+Note = Callable[[str, Any], None]  # (name, a value or several by name): stored under the stage
+MINUTES = 9.0  # for all stages by their estimates; a larger budget implies a slower machine
+MOST = 2  # times its estimate, after which a stage is stopped
+SHOWN = 150  # characters of a value in a progress line
 
 
 class OutOfTime(BaseException):
-    """A stage took much longer than its estimate; no `except Exception` may swallow it."""
+    """A stage took much longer than its estimate. Not an Exception, so that `except Exception` does not catch it."""
 
 
 @dataclass(frozen=True)
-class Stage(Generic[Place]):
-    """A function that notes what it finds, and the seconds that it takes about; it starts only if they are left."""
+class Stage(Generic[Context]):
+    """A function that records results, and its approximate seconds; it starts only if that much time is left."""
 
-    work: Callable[[Place, Note], None]
+    work: Callable[[Context, Note], None]
     seconds: float
 
 
 class Record:
-    """What was found so far, in OUTPUT/gpu.json and OUTPUT/gpu.md.
+    """Results so far, in OUTPUT/gpu.json and OUTPUT/gpu.md.
 
     Args:
-        started: when the process began, on the clock of time.time.
-        facts: what holds for all stages, such as the command.
+        started: start of the process on the clock of time.time.
+        facts: information about the whole run, such as the command.
     """
 
     def __init__(self, output: Path, started: float, facts: Mapping[str, Any]):
         self.output, self.started, self.holds = output, started, True
         self.stages: dict[str, dict[str, Any]] = {}
-        self.found = {**facts, "stages": self.stages}
+        self.results = {**facts, "stages": self.stages}
         self.write()
 
     @property
@@ -60,8 +60,8 @@ class Record:
         return time() - self.started
 
     def note(self, stage: str, name: str, value: Any) -> None:
-        """Store a figure; several under one name come together."""
-        figures, value = self.stages.setdefault(stage, {}), plain(value)
+        """Store a value; dicts under the same name are merged."""
+        figures, value = self.stages.setdefault(stage, {}), json_value(value)
         figures[name] = {**figures.get(name, {}), **value} if isinstance(value, dict) else value
         self.holds &= not fails(value)
         self.write()
@@ -73,17 +73,17 @@ class Record:
         self.note(stage, name, {"holds": False, "error": traceback.format_exc()})
 
     def write(self) -> None:
-        write_json(self.output / "gpu.json", self.found)
-        with atomic_file(self.output / "gpu.md") as aside:
-            aside.write_text(as_markdown(self.found), "utf-8")
+        write_json(self.output / "gpu.json", self.results)
+        with atomic_file(self.output / "gpu.md") as path:
+            path.write_text(as_markdown(self.results), "utf-8")
 
 
-def plain(value: Any) -> Any:
-    """As JSON has it; infinities and nan, which it has not, by their names."""
+def json_value(value: Any) -> Any:
+    """The value as JSON data, with infinities and NaN as strings."""
     if isinstance(value, Mapping):
-        return {str(name): plain(part) for name, part in value.items()}
+        return {str(name): json_value(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [json_value(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -91,8 +91,8 @@ def fails(value: Any) -> bool:
     return isinstance(value, dict) and (value.get("holds") is False or any(map(fails, value.values())))
 
 
-def run_stages(stages: Mapping[str, Stage[Place]], place: Place, record: Record, minutes: float) -> bool:
-    """Every stage that its estimate leaves time for; whether all that ran went well."""
+def run_stages(stages: Mapping[str, Stage[Context]], context: Context, record: Record, minutes: float) -> bool:
+    """Run every stage for which enough time is left; return whether all stages succeeded and all checks hold."""
     for name, stage in stages.items():
         left = 60 * minutes - record.elapsed
         if left < stage.seconds:
@@ -101,8 +101,8 @@ def run_stages(stages: Mapping[str, Stage[Place]], place: Place, record: Record,
         began = time()
         try:
             with deadline(min(left, MOST * max(1, minutes / MINUTES) * stage.seconds)):
-                stage.work(place, partial(record.note, name))
-        except (Exception, OutOfTime):  # whatever it is, it is told, and the other stages still run
+                stage.work(context, partial(record.note, name))
+        except (Exception, OutOfTime):  # record any failure and run the other stages
             record.fail(name, "failure")
         free_memory()
         record.note(name, "held_bytes", held_bytes())
@@ -111,19 +111,19 @@ def run_stages(stages: Mapping[str, Stage[Place]], place: Place, record: Record,
 
 
 def attempt(record: Note, name: str, work: Callable[[], Any]) -> None:
-    """Note what `work` returns, or the exception that it raised; the stage goes on."""
+    """Record the result of `work` or its exception; the stage continues."""
     try:
-        found = work()
+        results = work()
     except Exception:
         print(traceback.format_exc(), flush=True)
-        found = {"holds": False, "error": traceback.format_exc()}
-    record(name, found)
+        results = {"holds": False, "error": traceback.format_exc()}
+    record(name, results)
     free_memory()
 
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """OutOfTime inside the block once `seconds` are over, at the next step of Python in the main thread."""
+    """Raise OutOfTime inside the block after `seconds`, at the next Python instruction of the main thread."""
 
     def over(number: int, frame: FrameType | None) -> None:
         raise OutOfTime(f"stopped after {seconds:.0f} s")
@@ -144,5 +144,5 @@ def free_memory() -> None:
 
 
 def held_bytes() -> int:
-    """What a stage leaves behind: all of it is in the peaks of later ones."""
+    """Memory that is still allocated after a stage and counts towards the peaks of later stages."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""gpu.json as the tables of docs/performance.md."""
+"""The contents of gpu.json as the tables of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Figures = Mapping[str, Any]
-Named = Mapping[str, Figures]  # what was measured, by what it was measured of
+Named = Mapping[str, Figures]  # results by the name of the measured object
 LONGEST = 70  # characters of a cell
-UNITS: dict[str, Callable[[Any], str]] = {  # by the end of a figure's name
+UNITS: dict[str, Callable[[Any], str]] = {  # by suffix of a result's name
     "_bytes": lambda value: f"{value / 1e9:.2f} GB",
     "_seconds": lambda value: f"{value:.3g} s",
     "_operations": lambda value: f"{value:.3g}",
@@ -16,14 +16,14 @@ UNITS: dict[str, Callable[[Any], str]] = {  # by the end of a figure's name
 }
 
 
-def as_markdown(found: Mapping[str, Any]) -> str:
-    """All that was measured: what ran, then a table for each stage."""
-    stages = found["stages"]
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """All results: the stages that ran, then a table for each stage."""
+    stages = results["stages"]
+    packages = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
     ran = {name: {key: of[key] for key in ("seconds", "skipped") if key in of} for name, of in stages.items()}
     failed = {name: {"failure": "see gpu.json"} for name, of in stages.items() if "failure" in of}
     tables = [
-        head(found["date"], stages.get("device", {}), found["command"], found["code"], packages),
+        head(results["date"], stages.get("device", {}), results["command"], results["code"], packages),
         by_row("stage", {name: {**of, **failed.get(name, {})} for name, of in ran.items()}),
         by_row("check", scalars(stages.get("checks", {}))),
         by_column("a step of one sample", scalars(stages.get("small_model", {}))),
@@ -42,7 +42,7 @@ def head(date: str, device: Figures, command: str, code: str, packages: str) -> 
 
 
 def groups(stage: Figures) -> dict[str, Named]:
-    """The entries of a stage that hold several named sets of figures."""
+    """The entries of a stage that contain several named sets of results."""
     return {name: of for name, of in stage.items() if isinstance(of, dict) and any(map(is_group, of.values()))}
 
 
@@ -51,7 +51,7 @@ def is_group(value: Any) -> bool:
 
 
 def scalars(stage: Figures) -> dict[str, Figures]:
-    """The single figures of each entry that has some; what is nested deeper is in the JSON alone."""
+    """The scalar results of each entry; nested results are only in the JSON."""
     entries = {name: of for name, of in stage.items() if isinstance(of, dict)}
     return {
         name: {key: value for key, value in of.items() if not isinstance(value, dict | list)}
@@ -60,15 +60,15 @@ def scalars(stage: Figures) -> dict[str, Figures]:
 
 
 def by_row(title: str, named: Named) -> str:
-    """A row for each name, a column for each figure."""
+    """A row for each name, a column for each result."""
     keys = dict.fromkeys(key for of in named.values() for key in of)
-    return drawn([title, *keys], [[name, *(cell(key, of) for key in keys)] for name, of in named.items()])
+    return markdown_table([title, *keys], [[name, *(cell(key, of) for key in keys)] for name, of in named.items()])
 
 
 def by_column(title: str, named: Named) -> str:
-    """A column for each name, a row for each figure."""
+    """A column for each name, a row for each result."""
     keys = dict.fromkeys(key for of in named.values() for key in of)
-    return drawn([title, *named], [[key, *(cell(key, of) for of in named.values())] for key in keys])
+    return markdown_table([title, *named], [[key, *(cell(key, of) for of in named.values())] for key in keys])
 
 
 def cell(key: str, figures: Figures) -> str:
@@ -79,7 +79,7 @@ def cell(key: str, figures: Figures) -> str:
     return unit(value) if unit else f"{value:.3g}"
 
 
-def drawn(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     if not rows:
         return ""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])

@@ -1,6 +1,6 @@
 """The embedded world's prompts: every caption of tiny_world.py, as lines of prompts.jsonl.
 
-`python -m tools.tiny.prompts` rewrites the file after a change of the world.
+Run `python -m tools.tiny.prompts` to rewrite the file after a change of the world.
 """
 
 from __future__ import annotations

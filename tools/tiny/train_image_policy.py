@@ -1,4 +1,4 @@
-"""Training of an image-to-video policy from the embedded one, with prompts and images for it.
+"""Training of an image-to-video policy from the embedded one, and prompts with images for it.
 
     python -m tools.tiny.train_image_policy --output runs/tiny-i2v
 
@@ -26,7 +26,7 @@ from bpgo_video.policies import load_policy
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.tiny_rewards import oracle_scores
 from tools.tiny.prompts import PATH as PROMPTS
-from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, learn
+from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, train_warm_start
 
 BASE = "package:bpgo_video.tiny/weights/wan"
 INPUT = "patch_embedding.weight"
@@ -61,7 +61,7 @@ def first_frames(captions: list[world.Caption], seed: int) -> Tensor:
 
 
 def write_prompts(output: Path, seed: int) -> None:
-    """The embedded prompts with an image each."""
+    """Write the embedded prompts, each with an image."""
     lines = [json.loads(line) for line in PROMPTS.read_text("utf-8").splitlines()]
     frames = first_frames([world.Caption.parse(line["prompt"]) for line in lines], seed)
     (output / "images").mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def write_prompts(output: Path, seed: int) -> None:
 
 @torch.no_grad()
 def heldout_score(folder: Path, seed: int, num_steps: int = 8) -> dict[str, float]:
-    """The oracle's score of videos that continue held-out captions' images, and frame 0's distance from the image."""
+    """Oracle score of videos from held-out captions and images, and the distance of frame 0 from the image."""
     policy = load_policy(str(folder), max_sequence_length=TEXT_TOKENS)
     captions = world.captions("heldout")
     images = first_frames(captions, seed)
@@ -92,7 +92,7 @@ def heldout_score(folder: Path, seed: int, num_steps: int = 8) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="gets wan/, images/ and prompts.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for wan/, images/ and prompts.jsonl")
     parser.add_argument("--base", default=BASE, help="text-to-video pipeline (%(default)s)")
     add_arguments(parser, steps=600, clips=1024, learning_rate=5e-4)
     args = parser.parse_args()
@@ -101,7 +101,7 @@ def main() -> None:
     started = time.time()
     start = args.output / "wan-training" / "start"
     image_pipeline(resolve_folder(args.base)).save_pretrained(start)
-    learn(start, args.output / "wan", args)
+    train_warm_start(start, args.output / "wan", args)
     write_prompts(args.output, args.seed)
     scores = heldout_score(args.output / "wan", args.seed)
     print(json.dumps({"heldout": scores, "seconds": round(time.time() - started)}))

@@ -2,16 +2,16 @@
 
     python -m tools.tiny.train_policy --vae bpgo_video/tiny/weights/wan/vae --output runs/tiny/wan
 
-A warm start (docs/training.md) from random weights, on the captions of the training split: the transformer is trained,
-the text encoder stays random, which suffices to distinguish the world's words. Deterministic in --seed on one thread.
+Supervised training (docs/training.md) from random weights on the captions of the training split. Only the transformer
+is trained; a random text encoder suffices to distinguish the world's words. Deterministic in --seed on one thread.
 Prints held-out scores at the end.
 
-The shipped weights are older than the warm start. An earlier loop made them, with the same loss, noise levels, batch
-and learning rate. It also trained the text encoder, drew a new caption each time a clip was used, and stopped at update
-5500 of a schedule of 6000, with a held-out oracle between .45 and .60, so that post-training can still improve the
-policy. Over 200 updates on 512 clips the two loops behave alike: losses of updates 41 to 60, 91 to 110 and 181 to 200
-average 1.04, .85 and .763 here, 1.02, .81 and .764 there (2026-11-23). A full run of this script has not been measured:
-check the printed scores for the room that they leave.
+The shipped weights come from an earlier training loop with the same loss, noise levels, batch size and learning rate.
+It also trained the text encoder, drew a new caption each time a clip was used, and stopped at update 5500 of a schedule
+of 6000, with a held-out oracle score between .45 and .60, so that post-training can still improve the policy. Over 200
+updates on 512 clips the two loops behave alike: mean losses of updates 41 to 60, 91 to 110 and 181 to 200 are 1.04, .85
+and .763 with this script, and 1.02, .81 and .764 with the earlier loop (2026-11-23). A full run of this script has not
+been measured: check that the printed scores still leave room for improvement.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.tiny_rewards import oracle_parts, oracle_scores
 from bpgo_video.types import Guidance
-from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, learn
+from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, train_warm_start
 
 TEXT_DIM = 64
 FLOW_SHIFT = 3.0
@@ -53,7 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
-    """Wan2.1's parts with about one million parameters; eight heads, so that ranks can share them."""
+    """Wan2.1's components with about one million parameters, and eight heads for sequence parallelism."""
     tokenizer = build_tokenizer()
     encoder = UMT5EncoderModel(
         UMT5Config(
@@ -84,7 +84,7 @@ def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
 def sample_heldout(
     policy: WanPolicy, samples: int, guidance_scale: float, num_steps: int = 8
 ) -> tuple[Tensor, list[str]]:
-    """Videos of every held-out caption by Euler's method; the same noise at every call."""
+    """Videos of every held-out caption by Euler's method, with the same noise in every call."""
     texts = [caption.text for caption in world.captions("heldout") for _ in range(samples)]
     generator = torch.Generator().manual_seed(11)
     sigmas = policy.sigmas(num_steps, VIDEO)
@@ -103,7 +103,7 @@ def sample_heldout(
 
 
 def heldout_score(folder: Path, samples: int, guidance_scale: float) -> dict[str, float]:
-    """Mean oracle score of the saved pipeline, and of its parts."""
+    """Mean oracle score of the saved pipeline, and the parts of the score."""
     pipeline = WanPipeline.from_pretrained(folder)
     policy = WanPolicy(folder, pipeline, TEXT_TOKENS)
     videos, texts = sample_heldout(policy, samples, guidance_scale)
@@ -114,7 +114,9 @@ def heldout_score(folder: Path, samples: int, guidance_scale: float) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
-    parser.add_argument("--output", type=Path, required=True, help="OUTPUT-training next to it keeps clips and run")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="new folder; clips and run are kept in OUTPUT-training"
+    )
     add_arguments(parser, steps=5500, clips=8192, learning_rate=2e-3)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -122,7 +124,7 @@ def main() -> None:
     started = time.time()
     start = args.output.with_name(f"{args.output.name}-training") / "start"
     build_pipeline(AutoencoderKLWan.from_pretrained(args.vae)).save_pretrained(start)
-    learn(start, args.output, args)
+    train_warm_start(start, args.output, args)
     scores = {f"guidance {scale}": heldout_score(args.output, 16, scale) for scale in (1.0, 2.0)}
     print(json.dumps({"heldout": scores, "seconds": round(time.time() - started)}, indent=1))
 

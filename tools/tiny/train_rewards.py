@@ -7,8 +7,8 @@ motion  a small video-text model that scores clips for their direction
 
 Both learn from soft labels on frames and clips with the errors of a half-trained policy (warped outlines, blended
 shapes, patches of another colour, fading, blur, noise, stray objects; stops, jitter, jumps, wrong turns), so that
-scores grade imperfect videos. They are imperfect on purpose: rewards without errors would not show the effect of BPGO.
-Deterministic in --seed on one thread. Prints at the end how often right captions rank over wrong ones.
+scores also rank imperfect videos. They are imperfect on purpose: perfect rewards would not show the effect of BPGO.
+Deterministic in --seed on one thread. Finally prints how often correct captions score higher than wrong ones.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from bpgo_video.rewards.tiny_rewards import LearnedMotion, MotionMatch
 from tools.tiny.train_policy import build_tokenizer
 
 IMAGE_SIZE, TEXT_TOKENS = 64, 16
-CLEAN_SHARE = 0.2  # of the frame model's training, before the first damaged frames
+CLEAN_SHARE = 0.2  # of the frame model's training steps, which come first and use clean frames
 MEAN = STD = (0.25, 0.25, 0.25)
 
 
 def build_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
-    """transformers' CLIPModel at half a million parameters."""
+    """transformers' CLIPModel with half a million parameters."""
     shared: dict = {"num_attention_heads": 4, "intermediate_size": 192}
-    shared["initializer_factor"] = 3.0  # learns shapes in a third of the steps that 1 takes
+    shared["initializer_factor"] = 3.0  # learns shapes in a third of the steps that 1 needs
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     text = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2}
     text |= {"max_position_embeddings": TEXT_TOKENS, **shared, **special}
@@ -59,8 +59,8 @@ def ramp(value: Tensor, low: float, high: float) -> Tensor:
     return ((value - low) / (high - low)).clamp(0, 1)
 
 
-def some(shape: tuple[int, ...], share: float, largest: float, generator: torch.Generator) -> Tensor:
-    """Uniform in [0, largest] for a share of the entries, zero for the others."""
+def random_amounts(shape: tuple[int, ...], share: float, largest: float, generator: torch.Generator) -> Tensor:
+    """Uniform values in [0, largest] for a share of the entries, zero for the others."""
     amount, chosen = torch.rand(2, *shape, generator=generator)
     return largest * amount * (chosen < share)
 
@@ -72,7 +72,7 @@ def waves(count: int, channels: int, cells: int, generator: torch.Generator) -> 
 
 
 def damaged_masks(shapes: Tensor, centres: Tensor, radius: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Damaged outlines, (count, SIZE, SIZE), and how much each shows every shape, (count, 3).
+    """Damaged outlines, (count, SIZE, SIZE), and how well each shows every shape, (count, 3).
 
     Half are blended with another shape or rounded, most are warped. The label of a shape is the overlap with its clean
     outline at the same position, shared among shapes of similar overlap.
@@ -80,13 +80,13 @@ def damaged_masks(shapes: Tensor, centres: Tensor, radius: Tensor, generator: to
     count = len(shapes)
     clean = torch.stack([world.coverage(torch.full_like(shapes, k), centres, radius) for k in range(3)])
     rows = torch.arange(count)
-    other = torch.randint(3, (count,), generator=generator)
-    blend = some((count,), 0.5, 1.0, generator)[:, None, None]
-    mixed = avg_pool2d(torch.lerp(clean[shapes, rows], clean[other, rows], blend)[:, None], 5, 1, 2)[:, 0]
+    second_shape = torch.randint(3, (count,), generator=generator)
+    blend = random_amounts((count,), 0.5, 1.0, generator)[:, None, None]
+    mixed = avg_pool2d(torch.lerp(clean[shapes, rows], clean[second_shape, rows], blend)[:, None], 5, 1, 2)[:, 0]
     mask = torch.where(blend > 0, ((mixed - 0.5) * 3 + 0.5).clamp(0, 1), clean[shapes, rows])
     axis = (torch.arange(world.SIZE) + 0.5) * 2 / world.SIZE - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
-    pixels = some((count,), 0.6, 2.5, generator)[:, None, None, None] * waves(count, 2, 8, generator)
+    pixels = random_amounts((count,), 0.6, 2.5, generator)[:, None, None, None] * waves(count, 2, 8, generator)
     grid = grid + pixels.permute(0, 2, 3, 1) * 2 / world.SIZE
     mask = grid_sample(mask[:, None], grid, align_corners=False)[:, 0]
     overlap = torch.minimum(mask, clean).sum(dim=(2, 3)) / torch.maximum(mask, clean).sum(dim=(2, 3))
@@ -95,10 +95,10 @@ def damaged_masks(shapes: Tensor, centres: Tensor, radius: Tensor, generator: to
 
 
 def damaged_colours(count: int, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Colours with patches of another, (count, 3, SIZE, SIZE), and how much of `mask` shows each, (count, 4)."""
+    """Colours with patches of a second one, (count, 3, SIZE, SIZE), and how well `mask` shows each, (count, 4)."""
     first, second = torch.randint(4, (2, count), generator=generator)
     palette = torch.tensor(list(world.COLOURS.values()))[..., None, None]
-    even, patchy = some((2, count, 1, 1, 1), 0.35, 1.0, generator)
+    even, patchy = random_amounts((2, count, 1, 1, 1), 0.35, 1.0, generator)
     sharp = waves(count, 1, 10, generator) * 2 + 6 * patchy - 4
     share = torch.maximum(0.7 * even, torch.where(patchy > 0, sharp.clamp(0, 1), 0.0))
     colour = torch.lerp(palette[first], palette[second], share)
@@ -111,15 +111,15 @@ def damaged_colours(count: int, mask: Tensor, generator: torch.Generator) -> tup
 def damaged_frames(
     shapes: Tensor, centres: Tensor, radius: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames (count, 3, SIZE, SIZE), and how much each shows every shape (count, 3) and every colour (count, 4)."""
+    """Frames (count, 3, SIZE, SIZE), and how well each shows every shape (count, 3) and every colour (count, 4)."""
     count = len(shapes)
     mask, shape_labels = damaged_masks(shapes, centres, radius, generator)
     colour, colour_labels = damaged_colours(count, mask, generator)
-    stray, fade, haze, noise = some((4, count, 1, 1, 1), 0.15, 1.0, generator)
+    stray, fade, haze, noise = random_amounts((4, count, 1, 1, 1), 0.15, 1.0, generator)
     position = world.SIZE * torch.rand(count, 2, generator=generator)
     second = world.coverage(shapes.roll(1), position, 3 + 5 * torch.rand(count, generator=generator))
-    whole = torch.maximum(mask, second * (stray[:, 0] > 0) * (1 - mask))[:, None] * (1 - 0.8 * fade)
-    frames = torch.lerp(world.BACKGROUND + 0.15 * haze * waves(count, 3, 8, generator), colour, whole)
+    opacity = torch.maximum(mask, second * (stray[:, 0] > 0) * (1 - mask))[:, None] * (1 - 0.8 * fade)
+    frames = torch.lerp(world.BACKGROUND + 0.15 * haze * waves(count, 3, 8, generator), colour, opacity)
     frames = frames + 0.12 * noise * torch.randn(frames.shape, generator=generator)
     blurred = torch.rand(count, 1, 1, 1, generator=generator) < 0.15
     frames = torch.where(blurred, avg_pool2d(frames, 5, 1, 2, count_include_pad=False), frames).clamp(0, 1)
@@ -128,7 +128,7 @@ def damaged_frames(
 
 
 def random_frames(count: int, damaged: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames of random shapes, positions and sizes, with labels as of `damaged_frames`."""
+    """Frames of random shapes, positions and sizes, with the labels of `damaged_frames`."""
     shapes = torch.randint(3, (count,), generator=generator)
     centres = 12 + (world.SIZE - 24) * torch.rand(count, 2, generator=generator)
     radius = 4 + 7 * torch.rand(count, generator=generator)
@@ -142,14 +142,14 @@ def random_frames(count: int, damaged: bool, generator: torch.Generator) -> tupl
 
 
 def random_captions(count: int, generator: torch.Generator) -> list[world.Caption]:
-    """Half of them leave the colour open: shapes are harder to learn than colours."""
+    """Random captions, half of them without a colour, because shapes are harder to learn than colours."""
     captions = world.all_captions()
     plain = [caption for caption in captions if caption.colour is None and caption.shape]
     return [pool[i] for pool in (plain, captions) for i in torch.randint(len(pool), (count // 2,), generator=generator)]
 
 
 def attribute_match(labels: Tensor, stated: Sequence[str | None], names: Sequence[str]) -> Tensor:
-    """How well samples match each text in one attribute, [samples, texts]; an open attribute takes the best label."""
+    """How well samples match each text in one attribute, [samples, texts]; an open attribute uses the best label."""
     columns = [labels.amax(dim=1) if name is None else labels[:, list(names).index(name)] for name in stated]
     return torch.stack(columns, dim=1)
 
@@ -192,7 +192,7 @@ def train_clip(output: Path, args: argparse.Namespace) -> None:
 
 
 def damaged_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Clips with errors in their motion, and how much each moves in every direction: [count, 4]."""
+    """Clips with errors in their motion, and how well each shows every direction: [count, 4]."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
@@ -211,7 +211,7 @@ def damaged_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     centres = torch.cat([scenes.centres[:, :1], scenes.centres[:, :1] + steps.cumsum(dim=1)], dim=1)
     clean = world.render(world.Scenes(scenes.shapes, scenes.colours, scenes.directions, centres, scenes.radius))
     length = centres.shape[1]
-    radius = scenes.radius[:, None] * (1 - some((count, length), 0.2, 0.5, generator))
+    radius = scenes.radius[:, None] * (1 - random_amounts((count, length), 0.2, 0.5, generator))
     damaged, *_ = damaged_frames(
         scenes.shapes.repeat_interleave(length), centres.flatten(0, 1), radius.flatten(), generator
     )
@@ -262,16 +262,16 @@ def ranking_accuracy(reward: ClipScore | LearnedMotion, attribute: str, count: i
         index = list(names).index(getattr(caption, attribute)) + 1
         wrong.append(world.Caption(**{**vars(caption), attribute: names[index % len(names)]}))
     clips = (Clips(videos, world.FPS, tuple(caption.text for caption in texts)) for texts in (right, wrong))
-    better, worse = (reward(own).values.mean(dim=1) for own in clips)
+    better, worse = (reward(batch).values.mean(dim=1) for batch in clips)
     return float((better > worse).float().mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="gets the folders clip/ and motion/")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for clip/ and motion/")
     parser.add_argument("--clip-steps", type=int, default=2400)
     parser.add_argument("--motion-steps", type=int, default=1000)
-    parser.add_argument("--clips", type=int, default=3072, help="damaged clips in the motion model's training")
+    parser.add_argument("--clips", type=int, default=3072, help="damaged clips for training the motion model")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--clip-learning-rate", type=float, default=2e-3)
     parser.add_argument("--motion-learning-rate", type=float, default=1e-3)

@@ -2,7 +2,7 @@
 
     python -m tools.tiny.train_vae --output bpgo_video/tiny/weights/wan/vae
 
-Deterministic in --seed on one thread. Prints at the end the quality of a round trip of held-out clips.
+Deterministic in --seed on one thread. Finally prints the reconstruction quality on held-out clips.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LATENT_CHANNELS = 8
 
 
 def build_vae() -> AutoencoderKLWan:
-    """Wan2.2's layout (2x2 patches first) with 0.65M parameters: 8x in space, 4x in time."""
+    """Wan2.2's layout (2x2 patches first) with 0.65M parameters; compresses 8x in space and 4x in time."""
     return AutoencoderKLWan(
         base_dim=16,
         z_dim=LATENT_CHANNELS,
@@ -51,7 +51,7 @@ def clips(split: str, count: int, generator: torch.Generator) -> tuple[torch.Ten
 
 @torch.no_grad()
 def round_trip(vae: AutoencoderKLWan, count: int, seed: int) -> dict[str, float]:
-    """On held-out clips: PSNR in dB (mean over clips), and the oracle's score as a share of the ground truth's."""
+    """Reconstruction of held-out clips: mean PSNR in dB, and the oracle score relative to the ground truth."""
     videos, texts = clips("heldout", count, torch.Generator().manual_seed(seed))
     decoded = torch.cat(
         [vae.decode(vae.encode(chunk).latent_dist.mode()).sample.clamp(-1, 1) for chunk in videos.split(8)]

@@ -1,6 +1,6 @@
-"""The embedded policies' warm start: clips of the world as video shards, and the `sft` recipe.
+"""Supervised warm start of the embedded policies: clips of the world as video shards, and the `sft` recipe.
 
-    python -m tools.tiny.warm_start --output runs/tiny-clips     # only the clips, for the embedded policy
+    python -m tools.tiny.warm_start --output runs/tiny-clips     # only writes clips for the embedded policy
 
 train_policy.py and train_image_policy.py write the clips and train on them.
 """
@@ -36,13 +36,13 @@ DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero1.json"
 
 
 def write_clips(policy_folder: str, output: Path, count: int, heldout: int = HELDOUT, seed: int = 0) -> Path:
-    """Writes clips of the world's training captions to `output`, in the format of tools/make_video_shards.py.
+    """Write clips of the world's training captions to `output`, in the format of tools/make_video_shards.py.
 
-    A clip's caption is the clear one, or one with open attributes that matches it.
+    The caption of a clip is complete, or leaves some attributes open.
 
     Args:
         policy_folder: pipeline with the VAE and the text encoder.
-        count, heldout: clips of the splits "train" and "heldout"; both of the same captions.
+        count, heldout: clips in the splits "train" and "heldout", which have the same captions.
     """
     folder = resolve_folder(policy_folder)
     policy = load_policy(policy_folder, max_sequence_length=TEXT_TOKENS)
@@ -79,7 +79,7 @@ def clips(policy: Policy, count: int, heldout: int, seed: int) -> Iterator[Promp
 
 
 def caption_choices(scenes: world.Scenes) -> list[list[str]]:
-    """Every caption of the training split that matches a scene: the clear one, and those with open attributes."""
+    """All captions of the training split that match each scene: the complete one and those with open attributes."""
     known = {caption: caption.text for caption in world.captions("train")}
     choices = []
     for index in range(len(scenes.shapes)):
@@ -90,7 +90,7 @@ def caption_choices(scenes: world.Scenes) -> list[list[str]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int, clips: int, learning_rate: float) -> None:
-    """The options of both training scripts; `recipe` fixes the rest."""
+    """Add the options of both training scripts; `recipe` sets everything else."""
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--clips", type=int, default=clips)
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int, clips: int, learn
 
 
 def recipe(policy_folder: Path, shards: Path, run_dir: Path, args: argparse.Namespace) -> SftConfig:
-    """All weights of the transformer, uniform density over the schedule, a tenth of the captions dropped."""
+    """A recipe that trains all transformer weights at uniform noise levels and drops a tenth of the captions."""
     every = max(1, args.steps // 10)
     config = config_from_dict(
         {
@@ -123,8 +123,8 @@ def recipe(policy_folder: Path, shards: Path, run_dir: Path, args: argparse.Name
     return config
 
 
-def learn(policy_folder: Path, output: Path, args: argparse.Namespace) -> None:
-    """Writes the clips, runs the recipe, and copies the trained policy to `output`."""
+def train_warm_start(policy_folder: Path, output: Path, args: argparse.Namespace) -> None:
+    """Write the clips, run the recipe, and copy the trained policy to `output`."""
     folder = output.with_name(f"{output.name}-training")
     shards = write_clips(str(policy_folder), folder / "clips", args.clips, seed=args.seed)
     train(recipe(policy_folder, shards, folder / "run", args))
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="new folder of shards")
     parser.add_argument("--policy", default="package:bpgo_video.tiny/weights/wan", help="pipeline folder (%(default)s)")
-    parser.add_argument("--clips", type=int, default=512, help="of the training split (%(default)s)")
+    parser.add_argument("--clips", type=int, default=512, help="number of training clips (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_clips(args.policy, args.output, args.clips, seed=args.seed)

@@ -1,4 +1,4 @@
-"""ImageReward (arXiv 2304.05977) as a worker: frames against the prompt, in an environment with its package.
+"""ImageReward (arXiv 2304.05977) as a reward worker, which scores frames for the prompt in a separate environment.
 
 **Not tested**: it follows the published interface of `image-reward` 1.5, whose pinned dependencies conflict with ours.
 
@@ -9,8 +9,8 @@
         model: worker
         options: {python: /opt/image-reward/bin/python, script: tools/workers/image_reward.py, settings: {frames: 8}}
 
-VideoScore, VideoPhy or VideoCLIP-XL have the same form: load in `__init__`, and return one row per video from
-`__call__`, of one number if the model scores a video as a whole.
+Workers for VideoScore, VideoPhy or VideoCLIP-XL have the same structure: load the model in `__init__`, and return one
+row per video from `__call__`, with a single number if the model scores whole videos.
 """
 
 import ImageReward
@@ -20,7 +20,7 @@ from reward_worker import serve
 
 
 class FramePreference:
-    """ImageReward of evenly spread frames; scores are standardised over human preferences, and unbounded."""
+    """ImageReward of evenly spaced frames; scores are unbounded and standardised over human preferences."""
 
     name = "image_reward"
     range = (-3.0, 3.0)

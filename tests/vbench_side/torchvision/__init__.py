@@ -1,1 +1,1 @@
-"""Stands in for torchvision where VBench's own code runs: what that code calls, after torchvision's documentation."""
+"""Substitute for torchvision with the functions that VBench's code calls, written from torchvision's documentation."""

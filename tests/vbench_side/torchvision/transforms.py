@@ -1,4 +1,4 @@
-"""torchvision's transforms that VBench composes, in torch and Pillow; torchvision itself is never installed."""
+"""torchvision transforms used by VBench, in torch and Pillow; torchvision is never installed."""
 
 import enum
 
@@ -27,7 +27,7 @@ class Compose:
 
 
 class Resize:
-    """The shorter side for an int; bytes are rounded and, if cubic, clamped; Pillow's images by Pillow."""
+    """Resize, for an int by the shorter side; bytes are rounded and, if cubic, clamped; Pillow images use Pillow."""
 
     def __init__(self, size, interpolation=InterpolationMode.BILINEAR, antialias=True):
         self.size, self.interpolation, self.antialias = size, interpolation, antialias

@@ -1,4 +1,4 @@
-"""Videos for reward tests, and what PIL and numpy make of their frames."""
+"""Videos for reward tests, and PIL and numpy preprocessing of their frames as a reference."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TEXTS = ("a red circle moving left", "a green square")
 
 
 def some_clips(frames: int = 5, height: int = 45, width: int = 64) -> Clips:
-    """Smooth videos: noise of few pixels, enlarged."""
+    """Smooth videos: upscaled low-resolution noise."""
     noise = torch.rand(2 * frames, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     videos = nn.functional.interpolate(noise, (height, width), mode="bilinear").unflatten(0, (2, frames))
     return Clips(videos, 8.0, TEXTS)
 
 
 def resized(frame: torch.Tensor, height: int, width: int, kernel: Image.Resampling) -> np.ndarray:
-    """By PIL, each channel as floats."""
+    """Frames resized by PIL, with each channel in floats."""
     channels = [np.asarray(Image.fromarray(channel.numpy()).resize((width, height), kernel)) for channel in frame]
     return np.clip(np.stack(channels), 0, 1)
 
@@ -32,7 +32,7 @@ def normalised(pixels: np.ndarray) -> torch.Tensor:
 
 
 def cut(frame: torch.Tensor, edge: int, size: int, kernel: Image.Resampling = Image.Resampling.BICUBIC) -> torch.Tensor:
-    """Shorter side to `edge`, the middle of `size`."""
+    """Frames with the shorter side resized to `edge`, then centre-cropped to `size`."""
     height, width = frame.shape[-2:]
     scale = edge / min(height, width)
     pixels = resized(frame, int(height * scale), int(width * scale), kernel)

@@ -1,4 +1,4 @@
-"""Synthetic results of models for tests of comparisons: scores by formula, and grey videos."""
+"""Synthetic model results for comparison tests: scores by formula, and grey videos."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def results(
     return ModelScores(label, f"models/{label}", settings, MEASURES, lines, "base", run, step)
 
 
-def found(path: Path, scores: ModelScores, shade: float | None = None) -> ModelScores:
+def model_results(path: Path, scores: ModelScores, shade: float | None = None) -> ModelScores:
     """The scores in a folder, with videos that brighten to `shade`."""
     scores = replace(scores, folder=path)
     write_scores(scores)
