@@ -96,5 +96,5 @@ def test_only_the_trained_expert_changes_if_ranks_train_different_steps(runs: Pa
 
 
 def test_per_prompt_steps_of_both_experts_are_refused_on_every_rank(runs: Path) -> None:
-    with pytest.raises(AssertionError, match=r"share_steps is 'group', by which ranks would train steps"):
+    with pytest.raises(AssertionError, match=r"share_steps is 'group', so that ranks would train different ones"):
         run_ranks(2, [str(runs / "shards"), str(runs), "both=one_expert:both:zero3"], timeout=200)

@@ -53,6 +53,21 @@ def test_buffers_and_shared_parameters_are_included(tmp_path: Path) -> None:
     assert [tensor.dtype for tensor in found.values()] == [torch.float32, torch.int64, torch.float32, torch.float32]
 
 
+def test_values_that_align_parameters_are_skipped(tmp_path: Path) -> None:
+    tensors = {"first": torch.randn(3), "alignment": torch.full((5,), 9.0), "second": torch.randn(2, 2)}
+    folder = write_checkpoint(tmp_path / "step", [tensors], stage=2, world_size=2)
+    model = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)
+    del model["param_shapes"][0]["alignment"]
+    torch.save(model, folder / "mp_rank_00_model_states.pt")
+    for path in folder.glob("*_optim_states.pt"):
+        content = torch.load(path, weights_only=False)
+        content["optimizer_state_dict"]["param_alignment_paddings"] = [[5, 0]]
+        torch.save(content, path)
+    found = ZeroParameters(folder)
+    assert list(found) == ["first", "second"]
+    assert all(torch.equal(found[name], tensors[name]) for name in found)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_only_one_parameter_is_in_memory_at_a_time(tmp_path: Path, stage: int) -> None:
     megabytes, count = 8, 20

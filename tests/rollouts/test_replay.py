@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from bpgo_video.rollouts.reference import Reference, adapters_off
 from bpgo_video.rollouts.replay import Replay
 from bpgo_video.rollouts.rollout import sample_chunks, trained_steps_of, training_denoiser
 from bpgo_video.rollouts.updates import Objective, optimise
-from bpgo_video.types import PromptBatch, Trajectory
+from bpgo_video.types import Loss, PromptBatch, Trajectory
 
 CPU = torch.device("cpu")
 
@@ -148,6 +148,42 @@ def test_an_update_lowers_its_loss(fresh_policy: Policy, recipe: Config, loss: d
     before = total_loss(objective, trajectories)
     optimise(learner, objective, trajectories, updates_per_rollout=1)
     assert total_loss(objective, trajectories) < before
+
+
+class StepNumber(Replay):
+    """An objective whose loss is the number of the denoising step, from 1."""
+
+    def loss(self, trajectory: Trajectory, index: int) -> Loss:
+        return Loss(torch.tensor(index + 1.0), {"ratio_max": torch.ones(()), "ratio_min": torch.ones(())})
+
+
+class RecordingLearner:
+    """Records the losses of each update instead of training."""
+
+    def __init__(self) -> None:
+        self.updates: list[list[float]] = [[]]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.updates[-1].append(float(loss))
+        if last:
+            self.updates.append([])
+
+    def step(self) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    ("updates_per_rollout", "expected"),
+    [(1, [[1 / 6, 2 / 6, 3 / 6] * 2]), (3, [[1 / 2] * 2, [2 / 2] * 2, [3 / 2] * 2])],
+)
+def test_an_update_averages_the_losses_of_its_micro_batches_and_steps(
+    policy: Policy, recipe: Config, updates_per_rollout: int, expected: list[list[float]]
+) -> None:
+    objective, trajectories = rollout(policy, recipe)
+    learner = RecordingLearner()
+    counted = StepNumber(**{field.name: getattr(objective, field.name) for field in fields(objective)})
+    optimise(learner, counted, trajectories, updates_per_rollout)
+    assert learner.updates == [*map(pytest.approx, expected), []]
 
 
 def test_a_step_weight_scales_only_the_loss_of_its_step(policy: Policy, recipe: Config) -> None:

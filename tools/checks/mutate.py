@@ -48,7 +48,10 @@ MUTATIONS = [
         "distributed/mesh.py", "-(-total // unit) * micro", "max(1, total // unit) * micro", "distributed/test_mesh.py"
     ),
     Mutation(
-        "distributed/ulysses.py", "        dist.all_reduce(total, group=ctx.group)\n", "", "distributed/test_ulysses.py"
+        "distributed/ulysses.py",
+        "        dist.all_reduce(total, group=ctx.group)\n",
+        "",
+        "distributed/test_sequence.py",
     ),
     Mutation(
         "distributed/zero_files.py", "start += length + gap", "start += length", "distributed/test_zero_parameters.py"
