@@ -138,7 +138,7 @@ def test_a_folder_with_only_settings_is_not_a_run(config: Config, resume: Any) -
     [
         (
             {"rewards": {"motion": RewardConfig("learned_moton")}},
-            r"rewards\.motion\.model is 'learned_moton'; it must be",
+            r"rewards\.motion\.model is 'learned_moton'; known are .*; perhaps you meant learned_motion",
         ),
         ({"rewards": {"motion": RewardConfig("learned_motion", options={"mdoel": 1})}}, r"its options are \['model'\]"),
         ({"evaluation": {"rewards": {"held": RewardConfig("no_such:Reward")}}}, r"rewards\.held \(no_such:Reward\)"),
