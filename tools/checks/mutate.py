@@ -1,6 +1,6 @@
 """Mutation check: wrong lines in the learner, samplers, replay, sharding and resume, which tests must catch.
 
-    python -m tools.checks.mutate          # about ten minutes; it prints `caught` or `MISSED` for each mutation
+    python -m tools.checks.mutate          # about six minutes; it prints `caught` or `MISSED` for each mutation
 
 Each mutation changes one line in a copy of this tree and runs one test file there. A missed mutation, or one whose line
 no longer exists, sets exit code 1.
