@@ -6,7 +6,8 @@ other prompts behave, so the interval and the test are over prompts.
     interval   percentile bootstrap over prompts, widened by Student's t (Hesterberg, arXiv 1411.5279, 5.4)
     test       Wilcoxon's signed-rank test of d_p, two-sided; ties are ranked and then dropped (Pratt)
     effect     matched-pairs rank-biserial correlation (W+ - W-) / (W+ + W-), from -1 (B always lower) to 1
-    family     Holm's step-down correction over all measures and models of one comparison
+    family     Bonferroni's correction: p times the number of measures and models of one comparison. It needs only the
+               measure itself, so that a run and `evaluate compare` give the same verdict about the same scores
 
 A plain percentile interval of 24 prompts covers the mean in 93 % of cases instead of 95 %, and BCa is hardly better;
 the widened interval has its nominal coverage (tests/evaluation/test_statistics.py simulates both).
@@ -15,7 +16,6 @@ the widened interval has its nominal coverage (tests/evaluation/test_statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ Differences = Float[np.ndarray, "prompts"]
 LEVEL = 0.95
 RESAMPLES = 9999
 BATCH = 1000  # resamples in memory at once
+POWER = 0.8  # share of repetitions in which a difference of `Effect.detectable` is shown
 TIE = 1e-3  # of the scores' standard deviation; rounding differences between batch sizes are smaller
 SEED = 0  # of the bootstrap, so that the same scores give the same interval
 
@@ -42,9 +43,12 @@ class Effect:
         low, high: limits of the 95 % interval of the difference; None for a single prompt.
         scale: standard deviation of all of A's scores; the unit in which measures are compared.
         p_value: of the signed-rank test.
-        p_adjusted: after Holm's correction; None for breakdowns by tag, which are not corrected.
+        p_adjusted: after the correction; None for breakdowns by tag, which are not corrected.
         rank_biserial: effect size, -1 to 1.
         wins, ties, losses: numbers of prompts on which B's mean is higher, the same, lower.
+        stderr: standard error of the difference over prompts; None for a single prompt.
+        detectable: true difference that the corrected test shows in a share of POWER of all repetitions; None without
+            a correction, and if no difference can be shown.
         shown: 1 if B is shown to be higher, -1 if lower (the corrected test and the interval must agree), else 0.
     """
 
@@ -60,8 +64,10 @@ class Effect:
     wins: int
     ties: int
     losses: int
+    stderr: float | None = None
     p_adjusted: float | None = None
     shown: int = 0
+    detectable: float | None = None
 
     @property
     def decimals(self) -> int:
@@ -99,6 +105,7 @@ def effect(a: Scores, b: Scores) -> Effect:
         wins=int((ranked > 0).sum()),
         ties=int((ranked == 0).sum()),
         losses=int((ranked < 0).sum()),
+        stderr=float(stats.sem(differences)) if len(a) > 1 else None,
     )
 
 
@@ -126,18 +133,10 @@ def rank_biserial(differences: Differences) -> float:
     return float((np.sign(unequal) * ranks).sum() / ranks.sum()) if len(unequal) else 0.0
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): p_(i) becomes max over j <= i of min(1, (m - j) p_(j)), j from 0."""
-    order = np.argsort(p_values, kind="stable")
-    stepped = np.arange(len(order), 0, -1) * np.asarray(p_values)[order]
-    adjusted: list[float] = np.minimum(np.maximum.accumulate(stepped), 1.0)[np.argsort(order)].tolist()
-    return adjusted
-
-
-def as_family(effects: Sequence[Effect]) -> list[Effect]:
-    """The effects with p values corrected for all of them together, and `shown` by these."""
-    adjusted = holm([effect.p_value for effect in effects])
-    return [replace(one, p_adjusted=p, shown=shown(one, p)) for one, p in zip(effects, adjusted, strict=True)]
+def corrected(effect: Effect, measures: int) -> Effect:
+    """The effect as one of this number of measures: p values, `shown` and `detectable` after the correction."""
+    p = min(1.0, measures * effect.p_value)
+    return replace(effect, p_adjusted=p, shown=shown(effect, p), detectable=detectable(effect, measures))
 
 
 def shown(effect: Effect, p: float) -> int:
@@ -146,14 +145,23 @@ def shown(effect: Effect, p: float) -> int:
     return int(effect.low > 0) - int(effect.high < 0)
 
 
-def corrected(effect: Effect, measures: int) -> Effect:
-    """An effect with its p value corrected for this number of measures by Bonferroni, without the other effects."""
-    p = min(1.0, measures * effect.p_value)
-    return replace(effect, p_adjusted=p, shown=shown(effect, p))
+def detectable(effect: Effect, measures: int) -> float | None:
+    """(t_{1 - alpha/2} + t_{POWER}) stderr, the two-sided test at alpha = (1 - LEVEL)/measures; None if no difference
+    can be shown. Divided by the square root of 3/pi, the signed-rank test's efficiency for normal differences.
+    """
+    if effect.stderr is None or too_few(effect.prompts, measures):
+        return None
+    quantiles = stats.t.ppf([1 - (1 - LEVEL) / measures / 2, POWER], effect.prompts - 1)
+    return float(quantiles.sum() * effect.stderr / math.sqrt(3 / math.pi))
 
 
-def too_few(prompts: int, measures: int) -> str:
-    """The reason why the corrected test, whose smallest p value is 2 / 2^prompts, cannot show anything; else empty."""
-    if measures * 2.0 ** (1 - prompts) < 1 - LEVEL:
-        return ""
-    return f"{prompts} prompts cannot show a difference in one of {measures} measures, however large"
+def too_few(prompts: int, measures: int) -> bool:
+    """Whether the corrected test, whose smallest p value is 2 / 2^prompts, cannot show any difference."""
+    return measures * 2.0 ** (1 - prompts) >= 1 - LEVEL
+
+
+def can_show(prompts: int, measures: int, detectable: float | None) -> str:
+    """What so many prompts can show, in words; empty if the spread of their differences is unknown."""
+    if too_few(prompts, measures):
+        return f"{prompts} prompts cannot show a difference in one of {measures} measures, however large"
+    return f"{prompts} prompts show a true difference of {detectable:.2g} in {POWER:.0%} of cases" if detectable else ""

@@ -45,13 +45,13 @@ def as_table(compared: Compared) -> str:
     lines = []
     for one in compared.comparisons:
         lines += [effects_table(one), *textwrap.wrap(one.verdict, WIDTH)]
-        for note in one.notes:
-            lines += textwrap.wrap(note, WIDTH, initial_indent="- ", subsequent_indent="  ")
+    for note in compared.notes:
+        lines += textwrap.wrap(note, WIDTH, initial_indent="- ", subsequent_indent="  ")
     return "\n".join([*lines, *map(str, compared.matchings)])
 
 
 def effects_table(one: Comparison) -> str:
-    header = ("measure", one.reference, one.candidate, "difference [95 %]", "p (Holm)", "effect", "wins/ties/losses")
+    header = ("measure", one.reference, one.candidate, "difference [95 %]", "corrected p", "effect", "wins/ties/losses")
     rows = []
     for name, effect in one.effects.items():
         means = [f"{mean:.{effect.decimals}f}" for mean in (effect.mean_a, effect.mean_b)]

@@ -20,7 +20,7 @@ from typing import Any
 
 from bpgo_video.atomic import write_json
 from bpgo_video.evaluation.compare_scores import TRAINING_REWARD, ModelScores, Role
-from bpgo_video.statistics import LEVEL, RESAMPLES, Effect, as_family, effect, too_few
+from bpgo_video.statistics import LEVEL, RESAMPLES, Effect, can_show, corrected, effect, too_few
 
 MOTION, DIVERSITY = "pixel_motion", "pixel_diversity"
 
@@ -36,14 +36,16 @@ class Comparison:
     """A candidate compared with the reference.
 
     Attributes:
+        tests: number of tests that the p values are corrected for: all measures of all candidates.
         roles: of the measures, TRAINING_REWARD included if there are several trained rewards.
-        effects: with p values corrected for all measures and candidates.
+        effects: after that correction.
         by_tag: effects on the prompts of each tag; without a correction.
         same_noise: samples of both models started from the same noise.
     """
 
     reference: str
     candidate: str
+    tests: int
     roles: Mapping[str, Role]
     effects: Effects
     by_tag: Mapping[str, Effects]
@@ -113,8 +115,12 @@ class Comparison:
                     f"Prompts differ by tag: {name} changed by {known[best]} on {best!r} prompts and by {known[worst]} "
                     f"on {worst!r} prompts."
                 )
-        if reason := too_few(next(iter(self.effects.values())).prompts, len(self.effects)):
-            yield f"{reason}: use more prompts (evaluation.max_prompts, or a larger split)."
+        measured = self.heldout[name]
+        words = can_show(measured.prompts, self.tests, measured.detectable)
+        if too_few(measured.prompts, self.tests):
+            yield f"{words}: use more prompts (evaluation.max_prompts, or a larger split)."
+        elif words and self.outcome == "no difference shown":
+            yield f"{words} ({name}): use more prompts to show a smaller one."
         if not self.same_noise:
             yield "The models were sampled from different seeds: pairs share a prompt but no noise, which shows less."
 
@@ -160,6 +166,16 @@ class Compared:
     comparisons: Sequence[Comparison]
     matchings: Sequence[Matching]
 
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what may mislead, each once; one that is not about all candidates names them."""
+        about: dict[str, list[str]] = {}
+        for one in self.comparisons:
+            for note in one.notes:
+                about.setdefault(note, []).append(one.candidate)
+        every = len(self.comparisons)
+        return [note if len(names) == every else f"{' and '.join(names)}: {note}" for note, names in about.items()]
+
 
 def compare(models: Sequence[ModelScores]) -> Compared:
     """Compares every model with the first; p values are corrected for all measures of all models together.
@@ -170,14 +186,14 @@ def compare(models: Sequence[ModelScores]) -> Compared:
     first, *others = models
     for other in others:
         check_paired(first, other)
-    family = iter(as_family([one for other in others for one in effects_of(first, other).values()]))
+    tests = len(others) * len(first.roles)
     tags = sorted({tag for line in first.prompts for tag in line.tags})
     comparisons = []
     for other in others:
-        effects = {name: next(family) for name in first.roles}
+        effects = {name: corrected(one, tests) for name, one in effects_of(first, other).items()}
         by_tag = {tag: effects_of(first, other, [tag in line.tags for line in first.prompts]) for tag in tags}
         noise = same_noise(first, other)
-        comparisons.append(Comparison(first.label, other.label, first.roles, effects, by_tag, noise))
+        comparisons.append(Comparison(first.label, other.label, tests, first.roles, effects, by_tag, noise))
     return Compared(models, comparisons, match_runs(models))
 
 

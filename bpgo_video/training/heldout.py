@@ -141,6 +141,7 @@ def heldout_test(first: Scores, last: Scores, config: Config) -> dict[str, Any]:
         "heldout_p_value": test.p_adjusted,
         "heldout_measures": measures,
         "heldout_shown": test.shown,
+        "heldout_detectable": test.detectable,
     }
 
 

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpgo_video.statistics import too_few
+from bpgo_video.statistics import can_show
 from bpgo_video.training.metrics import Number
 
 Records = Sequence[Mapping[str, Number]]  # of metrics.jsonl
@@ -59,8 +59,13 @@ def verdict(summary: Summary) -> str | None:
     if summary["heldout_shown"]:
         effect, direction = ("helped", "rose") if difference > 0 else ("hurt", "fell")
         return f"Training {effect}: {measure(summary)} {direction} {numbers}"
-    reason = too_few(prompts, summary["heldout_measures"])
-    return f"No difference shown: {measure(summary)} went {numbers}{reason and f'; {reason}'}"
+    return f"No difference shown: {measure(summary)} went {numbers}"
+
+
+def power(summary: Summary) -> str:
+    """What the run's held-out prompts can show, in words; empty without a test."""
+    keys = ("heldout_prompts", "heldout_measures", "heldout_detectable")
+    return "" if summary.get("heldout_shown") is None else can_show(*(summary.get(key) for key in keys))
 
 
 def summary_rows(summary: Summary) -> list[tuple[str, str]]:
@@ -87,8 +92,7 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
 def summary_table(summary: Summary, paths: Mapping[str, Path] | None = None) -> str:
     """The last output of a run: its numbers, verdict and diagnosis, and the `paths` that it wrote, by label."""
     lines = [boxed(summary_rows(summary))]
-    if words := verdict(summary):
-        lines.append(words)
+    lines += [words for words in (verdict(summary), power(summary)) if words]
     for sentence in summary.get("diagnosis") or ():
         lines += textwrap.wrap(sentence, width=WIDTH, initial_indent="- ", subsequent_indent="  ")
     return "\n".join(lines + listed(paths or {}))

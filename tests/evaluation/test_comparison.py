@@ -28,6 +28,8 @@ from bpgo_video.evaluation.compare_scores import (
     write_scores,
 )
 from bpgo_video.evaluation.compare_verdict import Comparison, PairingError, compare, match_reward, write_comparison
+from bpgo_video.statistics import can_show
+from bpgo_video.training.heldout import heldout_test
 from bpgo_video.training.metrics import MalformedFile
 from bpgo_video.types import RolloutChunk
 from tests.made.synthetic_results import MEASURES, results
@@ -40,6 +42,11 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def comparisons(*models: ModelScores) -> Sequence[Comparison]:
     return compare(models).comparisons
+
+
+def pitfalls(one: Comparison) -> list[str]:
+    """The notes without the one about the detectable difference."""
+    return [note for note in one.notes if "true difference" not in note]
 
 
 def with_rewards(label: str, step: int, reward: float, oracle: Sequence[float]) -> ModelScores:
@@ -67,6 +74,25 @@ def test_the_verdict_follows_from_the_held_out_measures(gains: dict[str, float],
     assert one.verdict.startswith(words)
 
 
+@pytest.mark.parametrize(("prompts", "gain"), [(6, 9.0), (12, 0.0), (12, 0.3), (12, -9.0)])
+def test_a_run_and_a_comparison_say_the_same_about_the_same_scores(recipe: Config, prompts: int, gain: float) -> None:
+    """The run measures its held-out reward alone, and the comparison all seven measures."""
+    rewards = [{name: next(iter(recipe.rewards.values())) for name in names}
+               for names in (("alignment", "smooth"), ("oracle", "second"))]  # fmt: skip
+    config = replace(recipe, rewards=rewards[0], evaluation=replace(recipe.evaluation, rewards=rewards[1]))
+    before, after = results("A", prompts), results("B", prompts, gains={"oracle": gain}, spread=0.5)
+    first, last = (torch.from_numpy(model.table("oracle")) for model in (before, after))
+    compared = comparisons(before, after)[0].effects["oracle"]
+    assert heldout_test(first, last, config) == {
+        "heldout_interval": [compared.low, compared.high],
+        "heldout_p_value": compared.p_adjusted,
+        "heldout_measures": 7,
+        "heldout_shown": compared.shown,
+        "heldout_detectable": compared.detectable,
+    }
+    assert compared.shown == {9.0: 0, 0.0: 0, 0.3: 0, -9.0: -1}[gain]
+
+
 def test_the_same_scores_show_no_difference() -> None:
     (one,) = comparisons(results("A"), replace(results("A"), label="B"))
     assert one.outcome == "no difference shown"
@@ -91,8 +117,21 @@ def test_the_same_scores_show_no_difference() -> None:
 )
 def test_notes_name_possible_pitfalls(prompts: int, changes: dict[str, Any], words: str) -> None:
     (one,) = comparisons(results("A", prompts), results("B", prompts, **changes))
-    (note,) = one.notes
+    (note,) = pitfalls(one)
     assert words in note
+
+
+def test_a_note_says_which_difference_so_many_prompts_can_show() -> None:
+    (one,) = comparisons(results("A"), results("B", spread=0.5))
+    (note,) = one.notes
+    assert note == f"{can_show(12, 7, one.effects['oracle'].detectable)} (oracle): use more prompts to show a smaller one."
+
+
+def test_a_note_about_all_candidates_is_given_once_and_others_name_theirs() -> None:
+    models = [results("A", 4), *(results(label, 4, gains={"oracle": 9.0}) for label in "BC"), results("D", 4, seed=1)]
+    notes = compare(models).notes
+    assert [note for note in notes if "cannot show a difference in one of 21 measures" in note] == notes[:1]
+    assert [note.partition(":")[0] for note in notes if "different seeds" in note] == ["D"]
 
 
 def test_a_note_names_tags_that_disagree() -> None:
@@ -101,13 +140,13 @@ def test_a_note_names_tags_that_disagree() -> None:
         for line in results("B").prompts
     ]
     (one,) = comparisons(results("A"), replace(results("B"), prompts=lines))
-    (note,) = one.notes
+    (note,) = pitfalls(one)
     assert "oracle changed by +1.0" in note
     assert "on 'clear' prompts" in note
 
 
 def test_the_correction_covers_every_measure_of_every_model() -> None:
-    """Holm over 7 and 14 tests: if all 12 prompts agree, p is 2 / 2^12, and its adjusted value 7 or 14 times that."""
+    """7 and 14 tests: if all 12 prompts agree, p is 2 / 2^12, and its adjusted value 7 or 14 times that."""
     gained = {"oracle": 1.0}
     (one,) = comparisons(results("A"), results("B", gains=gained))
     first, second = comparisons(results("A"), results("B", gains=gained), results("C"))
@@ -160,7 +199,7 @@ def test_comparison_json_holds_verdict_effects_and_models(tmp_path: Path) -> Non
     content = json.loads(write_comparison(tmp_path, found).read_text())
     (one,) = content["comparisons"]
     assert one.keys() == {
-        "reference", "candidate", "outcome", "verdict", "notes", "same_noise", "effects", "by_tag",
+        "reference", "candidate", "outcome", "verdict", "notes", "same_noise", "effects", "by_tag", "tests",
     }  # fmt: skip
     assert (one["outcome"], one["reference"], one["candidate"]) == ("better", "A", "B")
     assert one["effects"]["oracle"]["shown"] == 1

@@ -19,10 +19,8 @@ from scipy import stats
 
 from bpgo_video import statistics
 from bpgo_video.statistics import (
-    as_family,
     corrected,
     effect,
-    holm,
     interval,
     rank_biserial,
     shown,
@@ -49,8 +47,8 @@ def test_a_null_comparison_has_at_most_10_false_alarms_in_100(prompts: int) -> N
     alarms = 0
     for rows, columns, _ in draws(prompts, 100):
         first, second = columns[:, :4], columns[:, 4:8]
-        family = as_family([effect(scores[rows, first], scores[rows, second]) for scores in BASE.values()])
-        alarms += any(found.shown for found in family)
+        found = [effect(scores[rows, first], scores[rows, second]) for scores in BASE.values()]
+        alarms += any(corrected(one, len(BASE)).shown for one in found)
     assert alarms <= 10
 
 
@@ -61,11 +59,10 @@ def test_an_improvement_of_5_hundredths_is_found_in_80_of_100() -> None:
     for rows, columns, rng in draws(48, 100):
         own = rows, columns[:, :4]
         taken = rng.random((48, 4)) < share
-        family = as_family(
-            [effect(BASE[name][own], np.where(taken, TRAINED[name][own], BASE[name][own])) for name in BASE]
-        )
-        gains.append(family[0].difference)
-        found += family[0].shown == 1
+        mixed = np.where(taken, TRAINED["oracle"][own], BASE["oracle"][own])
+        one = corrected(effect(BASE["oracle"][own], mixed), len(BASE))
+        gains.append(one.difference)
+        found += one.shown == 1
     assert np.mean(gains) == pytest.approx(0.05, abs=0.005)
     assert found >= 80
 
@@ -109,23 +106,27 @@ def test_the_signed_rank_p_value_equals_that_of_all_sign_flips() -> None:
     assert signed_rank(np.abs(differences)) == pytest.approx(2 / 2**6)
 
 
-def test_holm_adjusted_values_equal_those_computed_by_hand() -> None:
-    """4 x .005, 3 x .01, 2 x .03, and .04 is raised to the value before it."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
+def test_the_detectable_difference_is_found_in_80_of_100() -> None:
+    """A gain of that size in scores of one checkpoint with two seeds."""
+    found = 0
+    for rows, columns, _ in draws(48, 100):
+        first, second = BASE["oracle"][rows, columns[:, :4]], BASE["oracle"][rows, columns[:, 4:8]]
+        gain = corrected(effect(first, second), 5).detectable
+        assert gain is not None
+        found += corrected(effect(first, second + gain), 5).shown == 1
+    assert found / 100 == pytest.approx(0.8, abs=0.1)
 
 
 def test_a_model_equals_itself_and_rounding_errors_are_ties() -> None:
     scores = BASE["oracle"]
-    (same,) = as_family([effect(scores, scores)])
+    same = corrected(effect(scores, scores), 1)
     assert (same.difference, same.p_value, same.ties, same.shown) == (0.0, 1.0, PROMPTS, 0)
-    (rounded,) = as_family([effect(scores, scores + 1e-6)])
+    rounded = corrected(effect(scores, scores + 1e-6), 1)
     assert (rounded.p_value, rounded.ties, rounded.rank_biserial, rounded.shown) == (1.0, PROMPTS, 0.0, 0)
 
 
 def test_a_single_prompt_shows_nothing() -> None:
-    (found,) = as_family([effect(np.zeros((1, 4)), np.ones((1, 4)))])
+    found = corrected(effect(np.zeros((1, 4)), np.ones((1, 4))), 1)
     assert (found.low, found.high, found.shown, found.difference) == (None, None, 0, 1.0)
 
 
@@ -160,8 +161,10 @@ def test_shown_requires_the_interval_and_the_corrected_test(
 
 def test_few_prompts_cannot_show_a_difference() -> None:
     """2 / 2^n times the number of measures is below .05 from 6 prompts for one measure, and from 9 for seven."""
-    assert [bool(too_few(prompts, 1)) for prompts in (5, 6)] == [True, False]
-    assert [bool(too_few(prompts, 7)) for prompts in (8, 9)] == [True, False]
+    assert [too_few(prompts, 1) for prompts in (5, 6)] == [True, False]
+    assert [too_few(prompts, 7) for prompts in (8, 9)] == [True, False]
+    gains = np.arange(8.0)[:, None]
+    assert corrected(effect(gains, 2 * gains), 7).detectable is None
 
 
 def test_a_single_effect_uses_the_correction_of_its_family() -> None:

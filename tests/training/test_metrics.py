@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from bpgo_video.config.run import WandbConfig
 from bpgo_video.training.metrics import MalformedFile, RunLog, read_metrics, reduce_metrics
-from bpgo_video.training.summary import summary_table, verdict
+from bpgo_video.training.summary import power, summary_table, verdict
 
 VALUES = {"reward": 0.5, "trust_mean": 0.9, "grad_norm": 1.0, "ratio_mean": 1.0, "seconds": 0.25}
 
@@ -176,7 +176,6 @@ def test_ranks_agree_on_means_and_extremes_and_only_rank_0_writes(tmp_path: Path
             24,
             "No difference shown: held-out score went from 0.500 to 0.600, +0.100 [-0.200, +0.300] over 24 prompts",
         ),
-        (0.6, 0, 6, "over 6 prompts; 6 prompts cannot show a difference in one of 5 measures, however large"),
         (0.6, None, 24, "Held-out score went from 0.500 to 0.600 (no test recorded)"),
     ],
 )
@@ -184,9 +183,22 @@ def test_the_verdict_comes_from_the_test_over_prompts(
     after: float, shown: int | None, prompts: int, words: str
 ) -> None:
     summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_shown": shown, "heldout_prompts": prompts}
-    text = verdict(summary | {"heldout_interval": [-0.2, 0.3], "heldout_measures": 5}) or ""
-    assert words in text
-    assert ("cannot show" in text) == (prompts == 6)
+    assert words in (verdict(summary | {"heldout_interval": [-0.2, 0.3], "heldout_measures": 5}) or "")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "detectable", "words"),
+    [
+        (6, None, "6 prompts cannot show a difference in one of 5 measures, however large"),
+        (24, 0.0432, "24 prompts show a true difference of 0.043 in 80% of cases"),
+        (24, 0.0, ""),  # all differences are equal
+    ],
+)
+def test_the_summary_says_what_so_many_prompts_can_show(prompts: int, detectable: float | None, words: str) -> None:
+    summary = {"heldout_before": 0.5, "heldout_after": 0.6, "heldout_shown": 0, "heldout_prompts": prompts}
+    summary |= {"heldout_measures": 5, "heldout_detectable": detectable}
+    assert power(summary) == words
+    assert words in summary_table(summary)
 
 
 def test_the_final_table_states_the_paired_difference_and_the_paths(tmp_path: Path) -> None:
