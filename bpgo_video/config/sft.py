@@ -7,7 +7,15 @@ from typing import Literal
 from bpgo_video.config.bpgo import Config, DataConfig, PolicyConfig, VideoConfig
 from bpgo_video.config.fields import AboveZero, Count, Positive, Unit, section
 from bpgo_video.config.rules import Rules, check_division, check_rules, common_rules
-from bpgo_video.config.run import EmaConfig, OptimiserConfig, ParallelConfig, RunConfig, WandbConfig
+from bpgo_video.config.run import (
+    EmaConfig,
+    OptimiserConfig,
+    ParallelConfig,
+    RunConfig,
+    Tracker,
+    TrackioConfig,
+    WandbConfig,
+)
 
 
 @section
@@ -58,7 +66,10 @@ class SftConfig:
     optim: OptimiserConfig = OptimiserConfig()
     ema: EmaConfig = EmaConfig()
     evaluation: MatchingEvaluationConfig = MatchingEvaluationConfig()
+    trackers: tuple[Tracker, ...] = ()
+    """Programs that show the run besides its own report: wandb, tensorboard, trackio, or `my_package.module:Class`."""
     wandb: WandbConfig = WandbConfig()
+    trackio: TrackioConfig = TrackioConfig()
 
     @property
     def micro_batch_size(self) -> int:

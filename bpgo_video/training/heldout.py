@@ -20,7 +20,7 @@ from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.rollout import Denoiser, TrainedSteps, evaluation_denoiser, no_steps, sample_chunks
 from bpgo_video.statistics import corrected, effect
-from bpgo_video.training.metrics import Cell
+from bpgo_video.training.trackers import Cell
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 Scores = Float[Tensor, "prompts samples"]

@@ -34,6 +34,7 @@ from bpgo_video.training.metrics import Keys, RunLog
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
 from bpgo_video.training.session import Inputs, PolicySession, check_inputs
 from bpgo_video.training.stopping import Request, StopRequests
+from bpgo_video.training.trackers import Trackers, named_trackers
 
 ADVICE = "The run continues from its last checkpoint with the same command and --run.resume auto."
 INPUT_ERRORS = (ConfigError, ShardError, CheckpointError, FileNotFoundError, PermissionError)
@@ -114,7 +115,8 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
         else:
             vars(progress).update(load(session, run_dir / checkpoint.FOLDER / resumed))
             started -= progress.seconds["total"]
-        with RunLog(run_dir, config.wandb, num_steps, progress.step, vars(config), kind.keys) as log:
+        trackers = Trackers(named_trackers(config) if mesh.is_main else (), config, progress.step)
+        with RunLog(run_dir, trackers, num_steps, progress.step, kind.keys) as log:
             for step in range(progress.step, num_steps):
                 record = trainer.train_step(step)
                 progress.step = step + 1

@@ -1,4 +1,4 @@
-"""Training log: metrics.jsonl with one record per step, the progress line, and the mirror of both in wandb.
+"""Training log: metrics.jsonl with one record per step, the progress line, and the run's trackers.
 
 Every rank calls the log, so that a value that is not finite stops all ranks at the same step; only rank 0 writes.
 Values are already reduced over ranks (`reduce_metrics`). The scores of a held-out evaluation are part of the record of
@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -22,20 +20,15 @@ from typing import Annotated, Any, TextIO
 import torch
 import torch.distributed as dist
 from pydantic import AfterValidator, FiniteFloat, TypeAdapter, ValidationError
-from pydantic_core import to_jsonable_python
 from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.atomic import atomic_file
-from bpgo_video.config.run import WandbConfig
+from bpgo_video.training.trackers import Cell, Number, Trackers
 
 METRICS_FILE = "metrics.jsonl"
 FRAMES_FILE = "samples/frame_scores.jsonl"
-WANDB_ID_FILE = "wandb_run_id.txt"
 QUIET_SECONDS = 10.0  # between progress lines if stderr is not a terminal
-
-Number = int | float  # an int is not a float to the type checks of the tests
-Cell = str | float | Path
 
 
 @dataclass(frozen=True)
@@ -104,16 +97,15 @@ class RunLog:
     def __init__(
         self,
         run_dir: Path,
-        wandb: WandbConfig | None,
+        trackers: Trackers,
         total_steps: int,
         start_step: int = 0,
-        config: Mapping[str, Any] | None = None,
         keys: Keys = ROLLOUTS,
     ) -> None:
         self._run_dir, self._next_step, self._keys = run_dir, start_step, keys
         self._pending: Mapping[str, Number] = {}
         self._file: TextIO | None = None
-        self._wandb: Any = None  # a wandb.Run
+        self._trackers = trackers
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -121,8 +113,6 @@ class RunLog:
         truncate(run_dir / FRAMES_FILE, FRAMES, start_step)
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._progress = _Progress(total_steps, start_step, keys.shown)
-        if wandb is not None and wandb.project is not None:
-            self._wandb = start_wandb(run_dir, wandb, config)
 
     def log(self, step: int, values: Mapping[str, Tensor | Number]) -> None:
         """Appends the record of `step`: finite values, the required keys, a later step than the last record's.
@@ -137,8 +127,7 @@ class RunLog:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())  # after a power loss, the records of every surviving checkpoint must exist
-        if self._wandb is not None:
-            self._wandb.log({key: value for key, value in record.items() if key != "step"}, step=step)
+        self._trackers.log(step, {key: value for key, value in record.items() if key != "step"})
         self._progress.update(step, record)
 
     def later(self, message: str, values: Mapping[str, Number]) -> None:
@@ -157,24 +146,20 @@ class RunLog:
             file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
 
     def media(self, step: int, name: str, videos: Sequence[tuple[Path, str]]) -> None:
-        """Sends (mp4 path, caption) pairs to wandb under `name`, if wandb is configured."""
-        if self._wandb is not None:
-            self._wandb.log({name: [wandb_video(path, caption) for path, caption in videos]}, step=step)
+        """Sends (mp4 path, caption) pairs to the trackers under `name`."""
+        self._trackers.media(step, name, videos)
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Cell]]) -> None:
-        """Sends rows of the same keys to wandb as a table, if wandb is configured; a path appears as its video, and
-        the cell of a missing video is empty.
-        """
-        if self._wandb is not None and rows:
-            self._wandb.log({name: wandb_table(rows)}, step=step)
+        """Sends rows of the same keys to the trackers; a path is a video, which may be missing."""
+        if rows:
+            self._trackers.table(step, name, rows)
 
     def close(self, failed: bool = False) -> None:
         if self._file is None or self._file.closed:
             return
         self._file.close()
         self._progress.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
+        self._trackers.finish(failed)
 
     def __enter__(self) -> RunLog:
         return self
@@ -256,51 +241,3 @@ class _Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def start_wandb(run_dir: Path, settings: WandbConfig, config: Mapping[str, Any] | None) -> Any:
-    """A wandb run whose id the run directory keeps, so that a resumed run continues it; never prompts for a key."""
-    replace_unwritable_home(run_dir)
-    import wandb  # slow, and runs without a project need not load it
-
-    id_file = run_dir / WANDB_ID_FILE
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-    mode = settings.mode or "online"
-    if mode == "online" and not wandb.login(prompt=False, verify=False):
-        print("wandb: no API key found, recording this run offline", file=sys.stderr)
-        mode = "offline"
-    return wandb.init(
-        project=settings.project,
-        name=settings.name,
-        id=id_file.read_text(encoding="utf-8").strip(),
-        resume=None if mode == "offline" else "allow",
-        mode=mode,
-        dir=run_dir,
-        config=to_jsonable_python(config or {}),
-    )
-
-
-def wandb_video(path: Path, caption: str | None = None) -> Any:
-    """An mp4 file, which wandb copies; None if it is missing."""
-    import wandb
-
-    return wandb.Video(str(path), caption=caption, format="mp4") if path.is_file() else None
-
-
-def wandb_table(rows: Sequence[Mapping[str, Cell]]) -> Any:
-    import wandb
-
-    cells = [[wandb_video(cell) if isinstance(cell, Path) else cell for cell in row.values()] for row in rows]
-    return wandb.Table(columns=list(rows[0]), data=cells)
-
-
-def replace_unwritable_home(folder: Path) -> None:
-    """Redirects wandb's files to `folder` if the user's home directory is unknown or not writable."""
-    with suppress(RuntimeError):  # neither HOME nor a user name, as in many containers
-        if os.access(Path.home(), os.W_OK):
-            return
-    os.environ.setdefault("HOME", str(folder))
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-        os.environ.setdefault(name, str(folder / "wandb"))
-    print(f"wandb: the home directory is not writable; wandb keeps its files in {folder}/wandb", file=sys.stderr)

@@ -20,6 +20,7 @@ from bpgo_video.distributed.mesh import Mesh
 
 SETTINGS = "config.yaml"
 LOCATION_OPTIONS = {"worker": {"python"}, "remote": {"url", "token_env"}}  # reward options that only locate a model
+FREE_SECTIONS = ("trackers", "wandb", "trackio", "run", "deepspeed")  # may change, or are checked one by one
 PATIENCE = 60.0  # seconds; an NFS client may cache the absence of a file for this long (acdirmax)
 
 
@@ -55,7 +56,7 @@ def check_same_run(saved: Recipe, config: Recipe) -> None:
             "new run with --run.dir"
         )
     before, after = vars(numeric_settings(saved)), vars(numeric_settings(config))
-    changed = [name for name in after if name not in ("wandb", "run", "deepspeed") and before[name] != after[name]]
+    changed = [name for name in after if name not in FREE_SECTIONS and before[name] != after[name]]
     if saved.run.seed != config.run.seed:
         changed.append("run.seed")
     if config.optim.schedule != "constant" and saved.run.num_steps != config.run.num_steps:

@@ -52,6 +52,7 @@ from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.rollouts.reference import Reference, adapters_off
 from bpgo_video.rollouts.rules import check_experts, check_images
+from bpgo_video.training.trackers import check_trackers
 from bpgo_video.types import PromptBatch
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")  # a run's numbers depend on their versions
@@ -147,6 +148,8 @@ def check_inputs(config: Recipe, mesh: Mesh, need_priors: bool = True) -> Inputs
         ConfigError, ShardError, FileNotFoundError: on every rank; with the value, the rule and the way out.
     """
     with all_or_none(mesh):
+        if mesh.is_main:
+            check_trackers(config)
         ds_config, shards = read_common_inputs(config)
         if isinstance(config, SftConfig):
             check_clips(config, shards)

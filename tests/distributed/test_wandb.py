@@ -1,4 +1,4 @@
-"""wandb on two ranks: one wandb run with the captions and scores of the training run."""
+"""Trackers on two ranks: one run in each, with the captions and scores of the training run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def test_a_run_logs_its_heldout_videos_and_a_table_before_and_after_training(tmp
     (tmp_path / "recipe.yaml").write_text(to_yaml(config))
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     command = [*launcher, "--master_port", str(free_port()), "pipelines/train_video.py"]
-    wandb = ["--wandb.project", "test", "--wandb.mode", "offline"]
+    trackers = ["--trackers", "wandb", "tensorboard", "--wandb.project", "test", "--wandb.mode", "offline"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), "WANDB_DATA_DIR": str(tmp_path)}
     done = subprocess.run(
-        [*command, "--config", str(tmp_path / "recipe.yaml"), *wandb],
+        [*command, "--config", str(tmp_path / "recipe.yaml"), *trackers],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1, "rank 0 alone opens trackers"
     (folder,) = offline_runs(tmp_path / "run")
     rows = history(folder)
     assert [row["_step"] for row in rows] == [0, 1, 2]

@@ -1,11 +1,8 @@
-"""The training log: strict records, truncation on resume, reduction over ranks, and optional wandb."""
+"""The training log: strict records, truncation on resume, and reduction over ranks."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,21 +10,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bpgo_video.config.run import WandbConfig
 from bpgo_video.training.metrics import MalformedFile, RunLog, read_metrics, reduce_metrics
 from bpgo_video.training.summary import power, summary_table, verdict
+from bpgo_video.training.trackers import Trackers
 
 VALUES = {"reward": 0.5, "trust_mean": 0.9, "grad_norm": 1.0, "ratio_mean": 1.0, "seconds": 0.25}
 
 
 def log_steps(run_dir: Path, start: int, stop: int, **values: float) -> None:
-    with RunLog(run_dir, None, total_steps=stop, start_step=start) as log:
+    with RunLog(run_dir, Trackers(), total_steps=stop, start_step=start) as log:
         for step in range(start, stop):
             log.log(step, VALUES | values)
 
 
 def test_a_record_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
-    with RunLog(tmp_path, WandbConfig(), total_steps=2) as log:
+    with RunLog(tmp_path, Trackers(), total_steps=2) as log:
         log.log(0, VALUES | {"heldout/oracle": 0.6})
         (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
         assert json.loads(line) == {"step": 0, **VALUES, "heldout/oracle": 0.6}
@@ -49,20 +46,20 @@ def test_resume_keeps_the_lines_before_its_step_and_repeats_the_others(tmp_path:
 
 def test_resume_also_repeats_frame_scores(tmp_path: Path) -> None:
     lines = [{"step": step, "reward": "own", "scores": [0.1, 0.2]} for step in (1, 3)]
-    with RunLog(tmp_path, None, 6) as log:
+    with RunLog(tmp_path, Trackers(), 6) as log:
         log.frames(lines[:1])
         log.frames(lines[1:])
     path = tmp_path / "samples" / "frame_scores.jsonl"
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines
     path.write_text(path.read_text() + '{"step": 3, "cut')
-    with RunLog(tmp_path, None, 6, start_step=3):
+    with RunLog(tmp_path, Trackers(), 6, start_step=3):
         assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:1]
 
 
 def test_late_values_are_printed_at_once_and_added_to_the_next_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunLog(tmp_path, None, total_steps=3) as log:
+    with RunLog(tmp_path, Trackers(), total_steps=3) as log:
         log.log(0, VALUES)
         log.later("saved it", {"seconds/checkpoint": 2.0})
         assert "saved it\n" in capsys.readouterr().err
@@ -75,7 +72,7 @@ def test_late_values_are_printed_at_once_and_added_to_the_next_record(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(float("nan"))])
 def test_a_non_finite_value_names_its_key_and_step_and_writes_nothing(tmp_path: Path, value: float) -> None:
     with (
-        RunLog(tmp_path, None, total_steps=9) as log,
+        RunLog(tmp_path, Trackers(), total_steps=9) as log,
         pytest.raises(ValueError, match=r"'grad_norm'.*step 7"),
     ):
         log.log(7, VALUES | {"grad_norm": value})
@@ -83,7 +80,7 @@ def test_a_non_finite_value_names_its_key_and_step_and_writes_nothing(tmp_path: 
 
 
 def test_a_record_must_be_new_and_complete(tmp_path: Path) -> None:
-    with RunLog(tmp_path, None, total_steps=9) as log:
+    with RunLog(tmp_path, Trackers(), total_steps=9) as log:
         log.log(0, VALUES)
         with pytest.raises(ValueError, match="step 0 is logged already"):
             log.log(0, VALUES)
@@ -110,33 +107,6 @@ def test_without_a_terminal_progress_is_printed_as_a_few_lines(
     assert "\r" not in "".join(lines)
 
 
-def test_without_a_project_wandb_is_never_imported(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from bpgo_video.config.run import WandbConfig; from bpgo_video.training.metrics import RunLog\n"
-        f"with RunLog(Path({str(tmp_path)!r}), WandbConfig(), 1) as log:\n"
-        f"    log.log(0, {VALUES!r}); log.media(0, 'samples', [])\n"
-        "sys.exit('wandb' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, timeout=120).returncode == 0
-
-
-def test_with_a_project_and_no_key_wandb_is_offline_and_a_resume_keeps_its_run_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
-    ids = []
-    for start in (0, 1):
-        with RunLog(tmp_path, WandbConfig(project="test", mode="online"), 2, start) as log:
-            log.log(start, VALUES)
-        ids.append((tmp_path / "wandb_run_id.txt").read_text())
-    assert ids[0] == ids[1]
-    assert len(list(tmp_path.glob(f"wandb/offline-run-*/run-{ids[0]}.wandb"))) == 2
-
-
 def test_reduction_over_one_rank_changes_nothing() -> None:
     assert reduce_metrics({"a": torch.tensor(0.5), "b_max": 2.0}) == {"a": 0.5, "b_max": 2.0}
 
@@ -145,7 +115,7 @@ def _reduce_on(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     values = {"reward": (1.0, 2.0), "ratio_max": (-3.0, -4.0), "loss/trust_min": (5.0, 6.0)}
     reduced = reduce_metrics({key: torch.tensor(value[rank]) for key, value in values.items()})
-    with RunLog(Path(folder) / f"run{rank}", None, total_steps=1) as log:
+    with RunLog(Path(folder) / f"run{rank}", Trackers(), total_steps=1) as log:
         log.log(0, VALUES | reduced)
     Path(folder, f"{rank}.json").write_text(json.dumps(reduced))
     dist.destroy_process_group()
