@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from bpgo_video.errors import suggestion
+from bpgo_video.failures import exit_code, explained, tell, told
 from bpgo_video.launching import become_launcher
 
 Number = TypeVar("Number", int, float)
@@ -75,9 +76,8 @@ class Parser(argparse.ArgumentParser):
         self.error(f"{flag}: unknown flag{suggestion(flag, known)}; --help lists all")
 
     def error(self, message: str) -> NoReturn:
-        if not prints_for_host():
-            self.exit(2)
-        super().error(message)
+        with told():
+            super().error(message)
 
 
 def help_of(name: str, text: str | None, script: str | None = None, ranks: bool = False) -> dict[str, Any]:
@@ -145,20 +145,14 @@ def device(text: str) -> str:
     return text
 
 
-def prints_for_host() -> bool:
-    """Whether this rank prints for its host; each host may have its own log."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def print_error(error: Exception) -> int:
     """Print an error that the user can fix, once on every host.
 
     Returns:
-        the exit code: 2 for a wrong configuration, else 1.
+        the exit code: 2 for wrong input, else 1.
     """
-    if prints_for_host():
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return int(getattr(error, "exit_code", 1))
+    tell(explained(error))
+    return exit_code(error)
 
 
 def show_loading_once() -> None:

@@ -22,7 +22,7 @@ from bpgo_video.distributed import engine
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.training.doctor import diagnose
-from bpgo_video.training.loop import launched
+from bpgo_video.training.loop import INPUT_ERRORS, launched
 from bpgo_video.training.session import build_session, check_inputs
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None, script: str | None = None) -> i
     config = load_config(words, **help_of("doctor", __doc__, script, ranks=True))
     with launched():
         mesh = engine.start_ranks()
-        with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
+        with Heartbeat(mesh, config.parallel.heartbeat_timeout, expected=INPUT_ERRORS) as heartbeat:
             healthy = is_healthy(config, mesh, heartbeat)
     return 0 if healthy else 1
 

@@ -18,7 +18,7 @@ from bpgo_video.cli import help_of, launch_if_ranks
 from bpgo_video.config.command_line import load_config
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.heartbeat import Heartbeat
-from bpgo_video.training.loop import launched
+from bpgo_video.training.loop import INPUT_ERRORS, launched
 from bpgo_video.training.prior_estimation import estimate
 
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None, script: str | None = None) -> i
     config = load_config(words, **help_of("priors", __doc__, script, ranks=True))
     with launched():
         mesh = engine.start_ranks()
-        with Heartbeat(mesh, config.parallel.heartbeat_timeout) as heartbeat:
+        with Heartbeat(mesh, config.parallel.heartbeat_timeout, expected=INPUT_ERRORS) as heartbeat:
             heartbeat.enter("priors")
             estimate(config, mesh)
     return 0

@@ -18,13 +18,14 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from bpgo_video.cli import print_error, prints_for_host
+from bpgo_video.cli import print_error
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.fields import explain
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.reading import TREES, check_kind, config_from_dict, read_recipe
 from bpgo_video.config.sft import Recipe
 from bpgo_video.errors import suggestion
+from bpgo_video.failures import told
 
 Settings = TypeVar("Settings")
 
@@ -66,16 +67,16 @@ def _help(tree: type, name: str, hint: Any) -> str:
 
 def _parse(tree: type, args: Sequence[str], default: Any, **shown: Any) -> tuple[dict[str, Any], list[str]]:
     """Plain data of `tree`, and the words that belong to no flag. One rank of a host prints."""
-    data, unknown = tyro.cli(
-        tree,
-        args=args,
-        default=default,
-        return_unknown_args=True,
-        config=(tyro.conf.AvoidSubcommands,),  # for unions with None or a mapping
-        registry=PLAIN_DATA,
-        console_outputs=prints_for_host(),
-        **shown,
-    )
+    with told():
+        data, unknown = tyro.cli(
+            tree,
+            args=args,
+            default=default,
+            return_unknown_args=True,
+            config=(tyro.conf.AvoidSubcommands,),  # for unions with None or a mapping
+            registry=PLAIN_DATA,
+            **shown,
+        )
     return data, unknown
 
 

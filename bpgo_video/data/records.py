@@ -19,7 +19,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import safetensors.torch
 from torch import Tensor
@@ -41,6 +41,8 @@ LATENTS = "latents"  # the tensor of a clip that flow matching learns to make; t
 
 class ShardError(ValueError):
     """Prompt shards that are missing, incomplete, damaged or made for something else."""
+
+    exit_code: ClassVar[int] = 2
 
 
 @dataclass(frozen=True)

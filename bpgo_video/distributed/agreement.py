@@ -20,6 +20,12 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed.mesh import Mesh
 
 T = TypeVar("T")
+
+
+class OtherRankError(ConfigError):
+    """Another rank failed and tells why; this one had no error."""
+
+
 POLL_SECONDS = 0.5
 
 
@@ -40,22 +46,25 @@ def from_main(value: T, mesh: Mesh) -> T:
 def all_or_none(mesh: Mesh) -> Iterator[None]:
     """Raise on every rank if the block raises on any. The block must not communicate.
 
+    An error that not all ranks have gets a note with its rank and host.
+
     Raises:
-        ConfigError: the block raised on other ranks only; the message gives the first one's rank, host and error.
+        OtherRankError: the block raised on other ranks only; the message gives the first one's rank, host and error.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:  # the other ranks wait in the next line, so communicate first and raise later
         error = caught
-    outcomes = from_all((socket.gethostname(), error and f"{error}"), mesh)
+    outcomes = from_all((f"rank {mesh.rank} on {socket.gethostname()}", error and f"{error}"), mesh)
+    failed = [(rank, message) for rank, message in outcomes if message is not None]
+    others = f" (and {len(failed) - 1} more of {mesh.world_size} ranks)" if len(failed) > 1 else ""
     if error is not None:
+        if len(failed) < mesh.world_size:
+            error.add_note(f"{outcomes[mesh.rank][0]}{others}")
         raise error
-    failed = [(rank, host, message) for rank, (host, message) in enumerate(outcomes) if message is not None]
     if failed:
-        rank, host, message = failed[0]
-        others = f" (and {len(failed) - 1} more of {mesh.world_size} ranks)" if len(failed) > 1 else ""
-        raise ConfigError(f"rank {rank} on {host}{others}: {message}")
+        raise OtherRankError(f"{failed[0][0]}{others}: {failed[0][1]}")
 
 
 def rank0_first(work: Callable[[], object], mesh: Mesh, marker: Path) -> None:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from bpgo_video.distributed import precision
 from bpgo_video.distributed.ds_config import complete, compute_dtype, zero_stage
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
+from bpgo_video.failures import excepthook
 from bpgo_video.launching import free_port
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -66,7 +68,9 @@ def start_ranks(timeout: timedelta = TIMEOUT) -> Mesh:
     Raises:
         ConfigError: the launcher's port is in use, or see `refuse_lone_tasks`.
     """
-    if "RANK" not in os.environ:
+    if "RANK" in os.environ:
+        sys.excepthook = excepthook  # of other ranks' tracebacks, one is enough
+    else:
         refuse_lone_tasks()
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))

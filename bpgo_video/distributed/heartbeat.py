@@ -7,7 +7,10 @@ longer than the timeout looks like a death.
 
     member-R   rank R's host and process
     beat-R     a counter that grows while rank R is alive, with its current phase and step
-    verdict    empty, or the first rank that died or failed, with the message for the user
+    verdict    empty, or the first rank that died or failed, with the message for the user and the exit code
+
+The message is printed once on every host (`failures.py`): by the rank that fails before it publishes the verdict, or by
+the first that reads it.
 
 Rank 0 reads all beats; the others read rank 0's beat and the verdict, so their cost does not grow with the world. Ranks
 on one machine also check each other's processes. Hosts' clocks differ, so a rank counts as silent if its counter does
@@ -22,10 +25,10 @@ import math
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +36,15 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from bpgo_video.distributed.agreement import OtherRankError
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.failures import exit_code, explained, tell, traced
 
 LONGEST_INTERVAL = 2.0  # seconds between two beats
 BEATS_PER_TIMEOUT = 4
 OWN_ERROR_SECONDS = 1.0  # for a rank to end by its own exception if all ranks raise the same one
 FAREWELL_SECONDS = 10.0  # for the other ranks to read the verdict before rank 0, which holds the store, exits
-LONGEST_MESSAGE = 1000  # characters of an error that the other ranks print
+LONGEST_MESSAGE = 2000  # characters of an error
 GLOO = re.compile(r"\bgloo\b")  # gloo's errors name their source file; a prompt may contain "igloo"
 VERDICT = "verdict"
 
@@ -97,10 +102,11 @@ class Beat:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rank that ended first, and how."""
+    """The rank that ended first, how, and the exit code of all."""
 
     rank: int
     text: str
+    code: int = 1
 
 
 class Liveness:
@@ -139,7 +145,7 @@ class Liveness:
                 return self.store_lost("died")
             beat = self._beats([member.rank])[member.rank]
             if not beat.left:
-                return self.report(member.rank, f"died {beat.where}")
+                return self.report(Verdict(member.rank, f"{member} died {beat.where}"))
             self._neighbours.remove(member)
         (published,) = self._store.multi_get([VERDICT])
         return Verdict(**json.loads(published)) if published else self._silent()
@@ -151,17 +157,17 @@ class Liveness:
             if beat.left or beat.count != last.count:
                 self._seen[rank] = beat, now
             elif now - since > self._timeout:
-                return self.report(rank, f"has been silent for {now - since:.0f} s; it was {beat.where}")
+                silence = f"has been silent for {now - since:.0f} s; it was {beat.where}"
+                return self.report(Verdict(rank, f"{self.members[rank]} {silence}"))
         return None
 
     def store_lost(self, how: str = "died or cannot be reached") -> Verdict:
         """The verdict without a store, which is part of rank 0's process: rank 0 ended."""
         return Verdict(0, f"{self.members[0]} {how}; when last heard, it was {self._seen[0][0].where}")
 
-    def report(self, rank: int, how: str) -> Verdict:
+    def report(self, verdict: Verdict) -> Verdict:
         """Publish a verdict unless there is one; the published one."""
-        verdict = json.dumps(asdict(Verdict(rank, f"{self.members[rank]} {how}")))
-        return Verdict(**json.loads(self._store.compare_set(VERDICT, "", verdict)))
+        return Verdict(**json.loads(self._store.compare_set(VERDICT, "", json.dumps(asdict(verdict)))))
 
     def remaining(self, ended: Verdict | None = None) -> list[int]:
         """The watched ranks that have not left, except the one that the verdict names."""
@@ -176,18 +182,19 @@ class Liveness:
 class Heartbeat:
     """Watches the ranks inside its `with` block, which all ranks enter and leave.
 
-    A rank that leaves with an exception ends the others, which print its rank and message. If a collective fails
-    because a peer is gone, this rank ends only once the watchdog knows which rank died.
+    A rank that leaves with an exception ends the others. If that only follows from the end of another rank, it waits
+    until the watchdog knows which rank that was.
 
     Args:
         timeout: seconds without a beat after which a rank counts as dead.
-        advice: what the user should do then; ends the message.
+        advice: what the user should do after a death or an unexpected error; ends the message.
+        expected: errors that their message explains; others are printed with their innermost calls.
     """
 
     _instances = itertools.count()  # each has its own keys in the store; all ranks count alike
 
-    def __init__(self, mesh: Mesh, timeout: float, advice: str = ""):
-        self._mesh, self._timeout, self._advice = mesh, timeout, advice
+    def __init__(self, mesh: Mesh, timeout: float, advice: str = "", expected: tuple[type[Exception], ...] = ()):
+        self._mesh, self._timeout, self._advice, self._expected = mesh, timeout, advice, expected
         self._beat, self._publishing = Beat(), threading.Lock()
         self._ended, self._closed = threading.Event(), threading.Event()
         self._interval = min(LONGEST_INTERVAL, timeout / BEATS_PER_TIMEOUT)
@@ -217,7 +224,7 @@ class Heartbeat:
             return
         if error is None:
             self._leave()
-        elif is_lost_contact(error):  # the thread finds out which rank died, and ends this process
+        elif is_consequence(error):  # the thread finds out which rank ended, and ends this process
             self._thread.join(self._timeout + 2 * LONGEST_INTERVAL + FAREWELL_SECONDS)
         self._ended.set()
         if error is not None:
@@ -253,22 +260,31 @@ class Heartbeat:
                 self._end(self._liveness.store_lost())
 
     def _fail(self, error: BaseException) -> None:
-        how = f"failed {self._beat.where}: {type(error).__name__}: {error}"
-        try:
-            self._leave(self._liveness.report(self._mesh.rank, how[:LONGEST_MESSAGE]))
-        except dist.DistError:
-            print(f"[rank {self._mesh.rank}] rank 0 is gone: cannot notify the others", file=sys.stderr, flush=True)
+        """Print this rank's error, then end the others by it."""
+        me = self._liveness.members[self._mesh.rank]
+        text = f"{me} failed {self._beat.where}: {type(error).__name__}: {error}"
+        explains_itself = isinstance(error, self._expected)
+        before_training = explains_itself and self._beat.phase == Beat.phase
+        if before_training:
+            text = ": ".join([*getattr(error, "__notes__", [str(me)]), str(error)])
+        verdict = Verdict(me.rank, text[:LONGEST_MESSAGE], exit_code(error))
+        message = explained(error) if before_training else self._message(verdict)
+        tell(message if explains_itself else traced(error, message))
+        with suppress(dist.DistError):  # rank 0 is gone, which all others see
+            self._leave(self._liveness.report(verdict))
 
     def _end(self, verdict: Verdict) -> None:
-        text = f"[rank {self._mesh.rank}] {verdict.text}; this rank, {self._beat.where}, ends too. {self._advice}"
         try:
-            sys.stdout.flush()
-            sys.stderr.write(text.rstrip() + "\n")  # a single write, so that ranks' lines do not mix
-            sys.stderr.flush()
+            tell(self._message(verdict))
             if verdict.rank != 0 or self._mesh.is_main:
                 self._leave(verdict)
         finally:  # whatever else fails, this process must end
-            os._exit(1)
+            os._exit(verdict.code)
+
+    def _message(self, verdict: Verdict) -> str:
+        """What to print; an error with exit code 2 says itself what to do."""
+        others = f"; the other ranks end too. {self._advice}" if verdict.code == 1 else ""
+        return f"error: {verdict.text}{others}".rstrip()
 
     def _leave(self, verdict: Verdict | None = None) -> None:
         """Report that this rank has finished. Rank 0, which holds the store, stays until the others have read it."""
@@ -279,10 +295,12 @@ class Heartbeat:
             time.sleep(0.05)
 
 
-def is_lost_contact(error: BaseException | None) -> bool:
-    """Whether an exception, or one that led to it, says that a peer does not answer."""
+def is_consequence(error: BaseException | None) -> bool:
+    """Whether an exception, or one that led to it, says that another rank failed or does not answer."""
     while error is not None:
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and GLOO.search(str(error))):
+        if isinstance(error, (dist.DistError, OtherRankError)) or (
+            isinstance(error, RuntimeError) and GLOO.search(str(error))
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False

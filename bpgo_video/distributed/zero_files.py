@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ ALLOWED_GLOBALS = {f"{kind.__module__}.{kind.__qualname__}" for kind in ALLOWED}
 
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, incomplete, of another layout, or not what it claims to be."""
+
+    exit_code: ClassVar[int] = 2
 
 
 def refuse_foreign_pickles(folder: Path) -> None:

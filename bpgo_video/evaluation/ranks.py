@@ -13,6 +13,7 @@ from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
+from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference.generate import ALONE, PATIENCE
 
 
@@ -24,7 +25,7 @@ def evaluation_ranks(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> 
         timeout: how long a rank waits for the slowest one; a rank that dies or fails ends the others within seconds.
     """
     mesh = engine.start_ranks(timeout)
-    with Heartbeat(mesh, parallel.heartbeat_timeout) as heartbeat:
+    with Heartbeat(mesh, parallel.heartbeat_timeout, expected=(ValueError, OSError, CheckpointError)) as heartbeat:
         heartbeat.enter("evaluation")
         yield mesh
     mesh.barrier()

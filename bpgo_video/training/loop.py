@@ -47,8 +47,7 @@ def launched() -> Iterator[None]:
     try:
         yield
     except INPUT_ERRORS as error:
-        print_error(error)
-        raise SystemExit(2) from None
+        raise SystemExit(print_error(error)) from None
     engine.stop_ranks()
 
 
@@ -104,7 +103,7 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
     # When a rank dies, a launcher terminates the others. The handler outlasts the heartbeat, which names the cause.
     with (
         StopRequests(run_dir, mesh) as requests,
-        Heartbeat(mesh, config.parallel.heartbeat_timeout, advice=ADVICE) as heartbeat,
+        Heartbeat(mesh, config.parallel.heartbeat_timeout, ADVICE, INPUT_ERRORS) as heartbeat,
     ):
         started = time.perf_counter()
         trainer, resumed = open_run(config, kind, mesh, requests, heartbeat)

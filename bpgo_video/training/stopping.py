@@ -21,6 +21,7 @@ from pathlib import Path
 from bpgo_video.distributed.mesh import Mesh
 
 REPEAT_SECONDS = 5.0
+NOTICE_SECONDS = 4.0  # a launcher also sends SIGTERM after a rank's death, which ends this rank before
 
 
 class Request(IntEnum):
@@ -40,6 +41,9 @@ class StopRequests:
     def __init__(self, run_dir: Path, mesh: Mesh):
         self._run_dir, self._mesh = run_dir, mesh
         self._terminated = threading.Event()
+        notice = "will save and stop at the end of this step; another one ends at once"
+        self._notice = threading.Timer(NOTICE_SECONDS, self._report, [notice])
+        self._notice.daemon = True
 
     def __enter__(self) -> StopRequests:
         # Python runs a signal handler only between bytecodes, never inside a collective. Its C handler writes the
@@ -55,6 +59,7 @@ class StopRequests:
         signal.set_wakeup_fd(self._old_wakeup)
         signal.signal(signal.SIGTERM, self._old_handler)
         self._writing.close()  # ends the thread
+        self._notice.cancel()
 
     def agreed(self) -> Request:
         """The request that all ranks follow; a collective, since ranks may have received different ones."""
@@ -93,7 +98,7 @@ class StopRequests:
                 if first is None:
                     first = now
                     self._terminated.set()
-                    self._report("will save and stop at the end of this step; another one ends at once")
+                    self._notice.start()
                 elif now - first > REPEAT_SECONDS:
                     self._report("a second one: ending at once")
                     os._exit(128 + signal.SIGTERM)

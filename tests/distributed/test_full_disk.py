@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.sameness import records
-from tests.distributed.test_failures import TRAIN, Launches
+from tests.distributed.test_failures import MORTAL, TRAIN, Launches
 
 pytestmark = pytest.mark.slow
 
-LIMITED = ["-m", "tests.distributed.limited"]
 SETTINGS = ["--run.num-steps", "4", "--ema.decay", "0.9", "--deepspeed", "ds_configs/zero3.json"]
 
 
@@ -19,11 +18,10 @@ def test_a_full_disk_on_any_rank_ends_all_ranks_and_damages_nothing(tmp_path: Pa
     launches = Launches(tmp_path, shards)
     try:
         for victim in (0, 1):
-            launch = launches.ranks(LIMITED, "full", *SETTINGS, FULL_ENTERING=f"{victim} checkpoint 3")
+            launch = launches.ranks(["-m", MORTAL], "full", *SETTINGS, FAILS=f"{victim} full-disk checkpoint 3")
             launch.end()
-            assert launch.codes[victim] == 2, launch.output[-5000:]
-            assert launch.codes[1 - victim] == 1, launch.output[-5000:]
-            assert f"rank {victim} (" in launch.output
+            assert launch.codes == [2, 2], launch.output[-5000:]
+            assert launch.output.count(f"error: rank {victim} (") == 1
             assert "failed in phase checkpoint of step 3: CheckpointError: the checkpoint of step 4" in launch.output
             assert "the newest complete one is step-000002, untouched" in launch.output
             assert launch.checkpoint == "step-000002"

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from bpgo_video.distributed import heartbeat
-from bpgo_video.distributed.heartbeat import Beat, Heartbeat, Liveness, Member, Verdict, is_lost_contact
+from bpgo_video.distributed.agreement import OtherRankError
+from bpgo_video.distributed.heartbeat import Beat, Heartbeat, Liveness, Member, Verdict, is_consequence
 from bpgo_video.distributed.mesh import Mesh
 
 TIMEOUT = 10.0
@@ -152,10 +153,10 @@ def test_rank_0_does_not_wait_for_a_rank_that_cannot_leave(world: Callable[..., 
 
 def test_the_first_verdict_is_final(world: Callable[..., World]) -> None:
     ranks = world("a", "b", "c")
-    first = ranks.ranks[1].report(1, "failed in phase reward of step 2: RuntimeError: no")
-    assert ranks.ranks[2].report(2, "failed, too") == first
+    first = Verdict(1, "failed in phase reward of step 2: RuntimeError: no", code=2)
+    assert ranks.ranks[1].report(first) == first
+    assert ranks.ranks[2].report(Verdict(2, "failed, too")) == first
     assert ranks.check() == [first] * 3
-    assert first.text == "rank 1 (host1, pid 101) failed in phase reward of step 2: RuntimeError: no"
 
 
 @pytest.mark.skipif(not heartbeat.machine(), reason="no /proc that names the machine")
@@ -174,18 +175,19 @@ def test_a_zombie_process_counts_as_ended() -> None:
 
 
 def test_a_lost_peer_is_recognised_by_direct_and_chained_errors() -> None:
-    assert is_lost_contact(RuntimeError(GLOO))
-    assert is_lost_contact(torch.distributed.DistNetworkError("Broken pipe"))
+    assert is_consequence(RuntimeError(GLOO))
+    assert is_consequence(torch.distributed.DistNetworkError("Broken pipe"))
     followed = AssertionError("parameter is in flight")
     followed.__context__ = RuntimeError(GLOO)
-    assert is_lost_contact(followed)
+    assert is_consequence(followed)
+    assert is_consequence(OtherRankError("rank 1 on a: no shards"))
 
 
 def test_other_errors_belong_to_this_rank() -> None:
-    assert not is_lost_contact(RuntimeError("the reward model ran out of patience"))
-    assert not is_lost_contact(ConnectionResetError("Connection reset by peer")), "a connection opened by a reward"
-    assert not is_lost_contact(RuntimeError("reward 'a' failed on prompt 'an igloo in the snow'"))
-    assert not is_lost_contact(KeyboardInterrupt())
+    assert not is_consequence(RuntimeError("the reward model ran out of patience"))
+    assert not is_consequence(ConnectionResetError("Connection reset by peer")), "a connection opened by a reward"
+    assert not is_consequence(RuntimeError("reward 'a' failed on prompt 'an igloo in the snow'"))
+    assert not is_consequence(KeyboardInterrupt())
 
 
 def test_a_single_rank_starts_no_threads() -> None:

@@ -55,20 +55,6 @@ def test_a_nan_on_one_rank_stops_all_and_keeps_the_checkpoint(tmp_path: Path, sh
     assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
 
 
-def test_an_error_on_one_rank_ends_all(tmp_path: Path, shards: Path) -> None:
-    config = without_evaluation(small_recipe(tmp_path / "run", shards))
-    config = rewarded_by(config, "tests.distributed.toy_rewards:BreaksOnSecondRank")
-    started = time.monotonic()
-    result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
-    assert result.returncode != 0
-    assert "the reward model ran out of patience" in result.stderr
-    message = (
-        r"\[rank 0\] rank 1 \(.+\) failed in phase reward of step 0: RewardError: reward 'only' on samples .+ of prompt"
-    )
-    assert re.search(message, result.stderr)
-    assert time.monotonic() - started < 120
-
-
 def test_a_reward_that_hangs_on_one_rank_ends_all(tmp_path: Path, shards: Path) -> None:
     config = without_evaluation(small_recipe(tmp_path / "run", shards))
     config = rewarded_by(config, "tests.distributed.toy_rewards:HangsOnSecondRank")
@@ -77,7 +63,7 @@ def test_a_reward_that_hangs_on_one_rank_ends_all(tmp_path: Path, shards: Path) 
     result = launch("pipelines/train_video.py", "--config", recipe_file(config, tmp_path / "recipe.yaml"))
     assert result.returncode != 0
     message = (
-        r"\[rank 0\] rank 1 .+ failed in phase reward .+ of prompt '.+' \(id -?\d+\) has not answered within .+ of 2 s"
+        r"error: rank 1 .+ failed in phase reward .+ of prompt '.+' \(id -?\d+\) has not answered within .+ of 2 s"
     )
     assert re.search(message, result.stderr), result.stderr[-5000:]
     assert time.monotonic() - started < 90
