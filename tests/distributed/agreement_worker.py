@@ -1,6 +1,6 @@
 """Agreement of two ranks: both run every case and record the error that they raised.
 
-    python -m tests.distributed.agreement_worker OUTPUT
+    python -m tests.distributed.ranks agreement_worker OUTPUT
 
 For some names rank 1 gets a different folder than rank 0, as on a node without shared storage.
 """
@@ -8,14 +8,12 @@ For some names rank 1 gets a different folder than rank 0, as on a node without 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.distributed import engine
 from bpgo_video.distributed.agreement import all_or_none, from_main, same_everywhere
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.training.run_folder import check_shared
@@ -55,8 +53,8 @@ def cases(output: Path, rank: int) -> Mapping[str, Callable[[Mesh], None]]:
     }
 
 
-def main() -> None:
-    output, mesh = Path(sys.argv[1]), engine.start_ranks()
+def main(mesh: Mesh, folder: str) -> None:
+    output = Path(folder)
     errors = {}
     for name, case in cases(output, mesh.rank).items():
         try:
@@ -65,8 +63,3 @@ def main() -> None:
         except (ConfigError, FileNotFoundError) as error:
             errors[name] = f"{type(error).__name__}: {error}"
     (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(errors))
-    engine.stop_ranks()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,18 @@
 """Worker that measures the error of transformer buffers constructed sharded in bf16.
 
-python -m tests.distributed.buffers_worker OUTPUT FOLDER...
+python -m tests.distributed.ranks buffers_worker OUTPUT FOLDER...
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from bpgo_video.distributed import engine
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies.networks import networks_of
 
 ZERO3_BF16 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
@@ -25,13 +25,6 @@ def errors(folder: Path) -> dict[str, float]:
     return {f"{folder.name}.{name}": float((buffer - exact[name]).abs().max()) for name, buffer in found}
 
 
-def main() -> None:
-    output, folders = Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]]
-    engine.start_ranks()
-    found = {name: error for folder in folders for name, error in errors(folder).items()}
-    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
-    engine.stop_ranks()
-
-
-if __name__ == "__main__":
-    main()
+def main(mesh: Mesh, output: str, *folders: str) -> None:
+    found = {name: error for folder in folders for name, error in errors(Path(folder)).items()}
+    (Path(output) / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Distributed fixtures: worlds of one and two ranks, each started once per session."""
+"""Distributed fixtures: work on one, two and four ranks, each of which start once per session."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from diffusers import WanTransformer3DModel
 
+from tests.made.random_wan import random_wan
 from tests.made.recipes import ROOT, make_shards, python_path
 
 STAGES = ("zero1", "zero2", "zero3")
@@ -70,7 +72,7 @@ def run_ranks(
     """Run the worker on `world_size` local ranks; print their output if one fails."""
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()), "PYTHONPATH": python_path(), **environment}  # fmt: skip
-    command = [sys.executable, "-m", f"tests.distributed.{worker}", *arguments]
+    command = [sys.executable, "-m", "tests.distributed.ranks", worker, *arguments]
     ranks = [
         subprocess.Popen(
             command, cwd=ROOT, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -83,8 +85,59 @@ def run_ranks(
     finally:
         for rank in ranks:
             rank.kill()
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output[-6000:]
+    assert not any(rank.returncode for rank in ranks), "\n".join(output[-6000:] for output in outputs)
+
+
+Work = Callable[[int, Path, Path], list[str]]  # (number of ranks, prompt shards, empty folder) -> worker and arguments
+
+
+def precision(world_size: int, shards: Path, folder: Path) -> list[str]:
+    random_wan(folder / "wan")
+    return ["precision_worker", str(folder), str(folder / "wan")]
+
+
+SHARED_WORK: dict[str, tuple[tuple[int, ...], Work]] = {  # fixture -> numbers of ranks, work
+    "agreement": ((2,), lambda ranks, shards, folder: ["agreement_worker", str(folder)]),
+    "averages": ((1, 2), lambda ranks, shards, folder: ["ema_worker", str(folder)]),
+    "sequences": ((2,), lambda ranks, shards, folder: ["sequence_worker", str(folder)]),
+    "worlds": ((1, 2, 4), lambda ranks, shards, folder: ["worker", str(shards), str(folder), *WORLD_CASES[ranks]]),
+    "precision": ((2,), precision),  # last, since it changes what the accelerator reports
+}
+
+
+@pytest.fixture(scope="session")
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shards: Path
+) -> dict[str, dict[int, Path]]:
+    """Folders with the results of the SHARED_WORK that this session's tests need, by fixture and number of ranks.
+
+    One launch of each number of ranks does all of it, since starting takes longer than most of the work.
+    """
+    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    found: dict[str, dict[int, Path]] = {name: {} for name in SHARED_WORK if name in needed}
+    for ranks in (1, 2, 4):
+        words: list[str] = []
+        for name in found:
+            sizes, work = SHARED_WORK[name]
+            if ranks in sizes:
+                found[name][ranks] = tmp_path_factory.mktemp(f"{name}{ranks}")
+                words += [*work(ranks, shards, found[name][ranks]), "--"]
+        if words:
+            run_ranks(ranks, words[1:], worker=words[0], timeout=1000)
+    return found
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the first test of a session the time for its shared work."""
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(1500))
+
+
+@pytest.fixture(scope="session")
+def worlds(shared: dict[str, dict[int, Path]]) -> dict[int, Path]:
+    """Folder of the runs of WORLD_CASES for each number of ranks."""
+    return shared["worlds"]
 
 
 def large_transformer(folder: Path) -> Path:
@@ -97,16 +150,6 @@ def large_transformer(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("prompts") / "shards")
-
-
-@pytest.fixture(scope="session")
-def worlds(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, Path]:
-    """Folder of results for each world size."""
-    folders = {}
-    for world_size, cases in WORLD_CASES.items():
-        folders[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
-        run_ranks(world_size, [str(shards), str(folders[world_size]), *cases])
-    return folders
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,11 @@
 """Worker that trains a small model with an EMA of its weights under each ZeRO stage.
 
-python -m tests.distributed.ema_worker OUTPUT
+python -m tests.distributed.ranks ema_worker OUTPUT
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.func import functional_call
 from bpgo_video.config.bpgo import EmaConfig, OptimConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.ema import EMA, AverageParameters, save_average
+from bpgo_video.distributed.mesh import Mesh
 
 CONFIG = EmaConfig(decay=0.8)
 UPDATES = 4
@@ -131,13 +131,7 @@ def run(stage: int, dtype_name: str, persistent: int, folder: Path) -> dict[str,
     }  # fmt: skip
 
 
-def main() -> None:
-    output = Path(sys.argv[1])
-    engine.start_ranks()
+def main(mesh: Mesh, folder: str) -> None:
+    output = Path(folder)
     results = [run(*case, output / "-".join(map(str, case))) for case in CASES]
     (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
-    engine.stop_ranks()
-
-
-if __name__ == "__main__":
-    main()

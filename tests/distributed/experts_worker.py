@@ -1,6 +1,6 @@
 """Worker for a policy of two transformers on two ranks: engine updates that use one, the other, or both.
 
-    python -m tests.distributed.experts_worker FOLDER OUTPUT DEEPSPEED_CONFIG ...
+    python -m tests.distributed.ranks experts_worker FOLDER OUTPUT DEEPSPEED_CONFIG ...
 
 The reference is torch's AdamW in one process, which skips parameters without a gradient.
 """
@@ -8,7 +8,6 @@ The reference is torch's AdamW in one process, which skips parameters without a 
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -124,17 +123,10 @@ def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> floa
     return max(float((found[name] - weight).abs().max()) for name, weight in expected.items())
 
 
-def main() -> None:
-    folder, output = Path(sys.argv[1]), Path(sys.argv[2])
-    mesh = engine.start_ranks()
+def main(mesh: Mesh, pipeline: str, results_folder: str, *names: str) -> None:
+    folder, output = Path(pipeline), Path(results_folder)
     inputs = inputs_of(CASE, folder)
     results = {
-        name: run(folder, output / name, read_ds_config(f"ds_configs/{name}.json"), inputs, mesh)
-        for name in sys.argv[3:]
+        name: run(folder, output / name, read_ds_config(f"ds_configs/{name}.json"), inputs, mesh) for name in names
     }
     (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
-    engine.stop_ranks()
-
-
-if __name__ == "__main__":
-    main()

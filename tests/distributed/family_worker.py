@@ -1,6 +1,6 @@
 """Worker for one family on two ranks: a sharded or sequence-parallel update, compared with a single process.
 
-    python -m tests.distributed.family_worker FAMILY FOLDER OUTPUT
+    python -m tests.distributed.ranks family_worker FAMILY FOLDER OUTPUT
 
 Plain SGD without clipping; the weights' change is the gradient.
 """
@@ -8,7 +8,6 @@ Plain SGD without clipping; the weights' change is the gradient.
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,10 +108,8 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
     }
 
 
-def main() -> None:
-    family, folder, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    engine.start_ranks()
-    case = CASES[family]
+def main(mesh: Mesh, family: str, pipeline: str, output: str) -> None:
+    folder, case = Path(pipeline), CASES[family]
     inputs = inputs_of(case, folder)
     loss, gradients = reference(case, folder, inputs)
     results = []
@@ -126,9 +123,4 @@ def main() -> None:
                 "gradients": errors(found["gradients"], gradients),
             }
         )
-    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
-    engine.stop_ranks()
-
-
-if __name__ == "__main__":
-    main()
+    (Path(output) / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))

@@ -1,12 +1,11 @@
 """Worker that counts all allocations during two updates under each ZeRO stage.
 
-python -m tests.distributed.memory_worker OUTPUT
+python -m tests.distributed.ranks memory_worker OUTPUT
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from bpgo_video.config.bpgo import LoraConfig, OptimConfig, VideoConfig
 from bpgo_video.distributed import engine
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.training.plan_models import Model, policy_of
 from bpgo_video.training.plan_rehearsal import Allocations, repeated_blocks, transformer_inputs
@@ -90,13 +90,6 @@ def inputs() -> dict[str, Any]:
     return tree_map_only(torch.Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), shapes)
 
 
-def main() -> None:
-    output = Path(sys.argv[1])
-    engine.start_ranks()
+def main(mesh: Mesh, output: str) -> None:
     found = {name: measure(*case) for name, case in CASES.items()}
-    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
-    engine.stop_ranks()
-
-
-if __name__ == "__main__":
-    main()
+    (Path(output) / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))

@@ -1,6 +1,6 @@
 """Worker for the precision contract: construction and one update of a small Wan transformer.
 
-    python -m tests.distributed.precision_worker OUTPUT FOLDER
+    python -m tests.distributed.ranks precision_worker OUTPUT FOLDER
 
 It covers every combination of reported fp16 and bf16 support, every ZeRO stage, and both precisions. The reference is
 plain torch: bf16 weights with fp32 masters, the modules that diffusers keeps in fp32 left in fp32, gradients averaged
@@ -10,7 +10,6 @@ over the ranks' batches. Plain SGD without clipping.
 from __future__ import annotations
 
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from bpgo_video.config.bpgo import EmaConfig, OptimConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.ema import EMA
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies.networks import Transformers, blocks_of, from_pretrained, networks_of
 
 RATE = 0.5
@@ -130,9 +130,8 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor], kept: bool) -> 
     return max((error / (size or 1.0) for error, size in zip(errors, sizes, strict=True)), default=0.0)
 
 
-def main() -> None:
-    output, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    engine.start_ranks()
+def main(mesh: Mesh, results_folder: str, pipeline: str) -> None:
+    output, folder = Path(results_folder), Path(pipeline)
     model_class, transformer = networks_of(folder)["transformer"], folder / "transformer"
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -152,8 +151,3 @@ def main() -> None:
                 twin = build(model_class, transformer, dtype, SETTINGS[name])
                 results[case] |= afterwards(learner, twin, found, output / case.replace(" ", "-"))
     (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results, indent=1))
-    engine.stop_ranks()
-
-
-if __name__ == "__main__":
-    main()

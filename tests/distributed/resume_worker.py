@@ -1,6 +1,6 @@
 """Worker that trains a small model and saves midway, or resumes from such a checkpoint.
 
-    python -m tests.distributed.resume_worker OUTPUT write|read SAVES
+    python -m tests.distributed.ranks resume_worker OUTPUT write|read SAVES
 
 Ranks share each batch of eight, so that worlds of any size compute the same gradients up to rounding.
 """
@@ -8,7 +8,6 @@ Ranks share each batch of eight, so that worlds of any size compute the same gra
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -119,18 +118,12 @@ def read(saves: Path, written: int, stage: int, name: str, dtype: str, optimizer
     }
 
 
-def main() -> None:
-    output, action, saves = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    mesh = engine.start_ranks()
+def main(mesh: Mesh, output: str, action: str, folder: str) -> None:
+    saves = Path(folder)
     if action == "write":
         for stage, kind in product(STAGES, KINDS):
             write(saves, stage, *kind, mesh)
     cases = product(STAGES, STAGES, KINDS, ("keep", "fresh"))
     results = [read(saves, written, stage, *kind, optimizer, mesh) for written, stage, kind, optimizer in cases]
     if mesh.is_main:
-        (output / "results.json").write_text(json.dumps(results))
-    engine.stop_ranks()
-
-
-if __name__ == "__main__":
-    main()
+        (Path(output) / "results.json").write_text(json.dumps(results))

@@ -1,11 +1,10 @@
 """Worker for supervised fine-tuning: each case is a short run in the same process group.
 
-python -m tests.distributed.sft_worker SHARDS OUTPUT NAME=STAGE:KIND:STEPS[:RESUME[:SEQUENCE]] ...
+python -m tests.distributed.ranks sft_worker SHARDS OUTPUT NAME=STAGE:KIND:STEPS[:RESUME[:SEQUENCE]] ...
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.run import EmaConfig, ParallelConfig
 from bpgo_video.config.sft import SftConfig
-from bpgo_video.distributed import engine
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.training.sft import train
 from tests.made.clip_folders import sft_recipe
 
@@ -45,13 +44,7 @@ def case(
     )
 
 
-def main() -> None:
-    shards, output, *cases = sys.argv[1:]
+def main(mesh: Mesh, shards: str, output: str, *cases: str) -> None:
     for named in cases:
         name, _, arguments = named.partition("=")
         train(case(Path(shards), Path(output) / name, *arguments.split(":")))
-    engine.stop_ranks()
-
-
-if __name__ == "__main__":
-    main()

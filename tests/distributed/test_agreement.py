@@ -10,30 +10,28 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.distributed import agreement, engine
+from bpgo_video.distributed import agreement as agreements
+from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
-from tests.distributed.conftest import run_ranks
 
 Outcomes = list[dict[str, str | None]]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("agreement")
-    run_ranks(2, [str(folder)], worker="agreement_worker", timeout=120)
-    return folder
+@pytest.fixture
+def agreement(shared: dict[str, dict[int, Path]]) -> Path:
+    return shared["agreement"][2]
 
 
-@pytest.fixture(scope="module")
-def outcomes(output: Path) -> Outcomes:
-    return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
+@pytest.fixture
+def outcomes(agreement: Path) -> Outcomes:
+    return [json.loads((agreement / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize(("case", "failing"), [("one fails", 1), ("main fails", 0)])
 def test_an_error_on_one_rank_is_raised_on_every_rank(outcomes: Outcomes, case: str, failing: int) -> None:
     assert outcomes[failing][case] == "FileNotFoundError: the model is missing"
-    expected = f"ConfigError: rank {failing} on {socket.gethostname()}: the model is missing"
+    expected = f"OtherRankError: rank {failing} on {socket.gethostname()}: the model is missing"
     assert outcomes[1 - failing][case] == expected
 
 
@@ -52,17 +50,17 @@ def test_differences_between_ranks_are_named(outcomes: Outcomes) -> None:
         assert verdict["from rank 0"] is None
 
 
-def test_a_run_folder_that_is_not_shared_is_refused_and_removed(outcomes: Outcomes, output: Path) -> None:
+def test_a_run_folder_that_is_not_shared_is_refused_and_removed(outcomes: Outcomes, agreement: Path) -> None:
     first, second = (str(verdict["own folders"]) for verdict in outcomes)
-    assert first.startswith(f"ConfigError: rank 1 on {socket.gethostname()}: run.dir ")
+    assert first.startswith(f"OtherRankError: rank 1 on {socket.gethostname()}: run.dir ")
     assert "is not the folder that rank 0 has under this name" in second
     assert "storage that all nodes share" in first
-    assert [list((output / f"disk-of-{rank}").iterdir()) for rank in (0, 1)] == [[], []]
+    assert [list((agreement / f"disk-of-{rank}").iterdir()) for rank in (0, 1)] == [[], []]
 
 
-def test_a_shared_run_folder_is_unchanged(outcomes: Outcomes, output: Path) -> None:
+def test_a_shared_run_folder_is_unchanged(outcomes: Outcomes, agreement: Path) -> None:
     assert [verdict["shared folder"] for verdict in outcomes] == [None, None]
-    assert list((output / "shared" / "run").iterdir()) == []
+    assert list((agreement / "shared" / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
@@ -77,7 +75,7 @@ def test_tasks_of_one_job_do_not_run_as_separate_single_ranks(monkeypatch: pytes
 
 def test_rank_0_works_and_leaves_a_marker(tmp_path: Path) -> None:
     done: list[str] = []
-    agreement.rank0_first(lambda: done.append("work"), Mesh(0, 1, CPU), tmp_path / "aside" / "done")
+    agreements.rank0_first(lambda: done.append("work"), Mesh(0, 1, CPU), tmp_path / "aside" / "done")
     assert done == ["work"]
     assert (tmp_path / "aside" / "done").is_dir()
 
@@ -87,17 +85,17 @@ def test_a_failure_leaves_a_marker_so_that_other_ranks_stop_waiting(tmp_path: Pa
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        agreement.rank0_first(fails, Mesh(0, 1, CPU), tmp_path / "done")
+        agreements.rank0_first(fails, Mesh(0, 1, CPU), tmp_path / "done")
     assert (tmp_path / "done").is_dir()
 
 
 def test_other_ranks_skip_the_work_and_continue_once_the_marker_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(agreements, "POLL_SECONDS", 0.01)
     looked, marker = [], tmp_path / "done"
     monkeypatch.setattr(
-        agreement.time, "sleep", lambda seconds: looked.append(seconds) or (len(looked) == 3 and marker.mkdir())
+        agreements.time, "sleep", lambda seconds: looked.append(seconds) or (len(looked) == 3 and marker.mkdir())
     )
-    agreement.rank0_first(lambda: pytest.fail("rank 1 must not work"), Mesh(1, 1, CPU), marker)
+    agreements.rank0_first(lambda: pytest.fail("rank 1 must not work"), Mesh(1, 1, CPU), marker)
     assert looked == [0.01] * 3

@@ -37,42 +37,47 @@ CLASSES = {  # name patterns of each class of parameters
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Results of every rank of a world, which is started once for all cases."""
-    folder = tmp_path_factory.mktemp(f"sequence{request.param}")
-    run_ranks(request.param, [str(folder)], worker="sequence_worker")
+@pytest.fixture(
+    scope="module", params=[2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, "2, every", 4))]
+)
+def sequences(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Results of every rank of a world; only the slow ones run every combination."""
+    if request.param == 2:
+        folder = request.getfixturevalue("shared")["sequences"][2]
+    else:
+        folder = tmp_path_factory.mktemp("sequences")
+        run_ranks(int(str(request.param)[0]), [str(folder), "every"], worker="sequence_worker")
     return [result for path in sorted(folder.glob("rank*.json")) for result in json.loads(path.read_text())]
 
 
-def sound(world: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for result in world:
+def sound(sequences: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for result in sequences:
         if not result["breaks_scaling"]:
             keys = ("family", "tokens", "stage", "sequence", "checkpointing")
             yield ", ".join(f"{key} {result[key]}" for key in keys), result
 
 
-def test_output_loss_and_every_gradient_equal_those_of_a_single_process(world: list[dict[str, Any]]) -> None:
-    for name, result in sound(world):
+def test_output_loss_and_every_gradient_equal_those_of_a_single_process(sequences: list[dict[str, Any]]) -> None:
+    for name, result in sound(sequences):
         assert result["output"] < BOUND, name
         assert result["loss"] < BOUND, name
         for parameter, error in result["gradients"].items():
             assert error < BOUND, f"{name}: {parameter}"
 
 
-def test_every_class_of_parameters_is_compared(world: list[dict[str, Any]]) -> None:
-    for name, result in sound(world):
+def test_every_class_of_parameters_is_compared(sequences: list[dict[str, Any]]) -> None:
+    for name, result in sound(sequences):
         for title, part in CLASSES[result["family"]].items():
             assert any(part in parameter for parameter in result["gradients"]), f"{name}: {title}"
 
 
-def test_replay_is_bit_equal_to_rollout(world: list[dict[str, Any]]) -> None:
-    assert all(result["replay_is_exact"] for _, result in sound(world))
+def test_replay_is_bit_equal_to_rollout(sequences: list[dict[str, Any]]) -> None:
+    assert all(result["replay_is_exact"] for _, result in sound(sequences))
 
 
-def test_a_gather_without_the_sum_of_gradients_is_detected(world: list[dict[str, Any]]) -> None:
-    broken = [result for result in world if result["breaks_scaling"]]
-    assert broken or max(result["sequence"] for result in world) == 1
+def test_a_gather_without_the_sum_of_gradients_is_detected(sequences: list[dict[str, Any]]) -> None:
+    broken = [result for result in sequences if result["breaks_scaling"]]
+    assert broken or max(result["sequence"] for result in sequences) == 1
     for result in broken:
         assert result["output"] < BOUND, "only the gradient is wrong"
         blocks = {name: error for name, error in result["gradients"].items() if name.startswith("blocks")}

@@ -1,14 +1,11 @@
 """Worker for training tests: each case is a short training run in the same process group.
 
-    python worker.py SHARDS OUTPUT CASE ...
-
-It is started once per world size because starting takes longer than a case.
+python -m tests.distributed.ranks worker SHARDS OUTPUT CASE ...
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +18,7 @@ from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.ds_config import read_ds_config
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.paths import resolve_folder
 from bpgo_video.training.rl import train
 from tests.made.recipes import rewarded_by, small_recipe, without_evaluation
@@ -163,7 +161,6 @@ def smoke(shards: Path, run_dir: Path, stage: str) -> Config:
 
 def sharded_memory(folder: Path) -> dict[str, float]:
     """Megabytes added by building a model under ZeRO-3, at the peak and at the end, and the size of the whole model."""
-    engine.start_ranks()
     ds_config = read_ds_config("ds_configs/zero3.json")
     engine.build_sharded(
         ds_config, WanTransformer3DModel, SMALL, torch.float32
@@ -197,21 +194,15 @@ CASES: dict[str, Callable[..., Config]] = {
 }  # fmt: skip
 
 
-def main() -> None:
-    shards, output, *cases = sys.argv[1:]
+def main(mesh: Mesh, shards: str, output: str, *cases: str) -> None:
     for case in cases:
         folder, _, call = case.partition("=")
         name, *arguments = call.split(":")
         if name == "sharded_memory":
             found = sharded_memory(Path(arguments[0]))
-            (Path(output) / f"{folder}.rank{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+            (Path(output) / f"{folder}.rank{mesh.rank}.json").write_text(json.dumps(found))
             continue
         config = CASES[name](Path(shards), Path(output) / folder, *arguments)
         summary = train(config)
-        if torch.distributed.get_rank() == 0:
+        if mesh.is_main:
             (Path(output) / f"{folder}.{config.run.num_steps}.json").write_text(json.dumps(summary))
-    engine.stop_ranks()
-
-
-if __name__ == "__main__":
-    main()
