@@ -1,13 +1,22 @@
-"""The DeepSpeed JSON: read, validated, and completed with the recipe's settings."""
+"""The DeepSpeed JSON: read, validated, completed with the recipe's settings; and the dtypes that it sets.
+
+It names one dtype for a policy's transformers (`bf16`). Parameters have it, except those of modules that diffusers
+keeps in fp32 (`_keep_in_fp32_modules`: Wan's time embedder, norms and modulation tables), as in the pipeline that users
+sample with. Buffers, such as tables of positions, are never rounded. Nothing here imports DeepSpeed.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
 
@@ -62,7 +71,7 @@ def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
 def complete(ds_config: Mapping[str, Any], micro_batch_size: int = 1, max_grad_norm: float = 0.0) -> dict[str, Any]:
     """The JSON with the YAML's settings. `Engine` counts accumulation itself, since updates differ in length.
 
-    `bf16` is removed: the tensors have their final dtypes when DeepSpeed receives them (`precision.py`), and without
+    `bf16` is removed: the tensors have their final dtypes when DeepSpeed receives them (below), and without
     the key DeepSpeed casts none, and reduces and accumulates gradients in fp32.
 
     `memory_efficient_linear` is off unless the JSON sets it. It replaces torch's linear in the whole process, reward
@@ -78,3 +87,146 @@ def complete(ds_config: Mapping[str, Any], micro_batch_size: int = 1, max_grad_n
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+class PrecisionError(RuntimeError):
+    """A tensor does not have the recipe's dtype."""
+
+
+def parameter_dtype(model_class: type, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a diffusers model's parameter `name` if the model computes in `dtype`."""
+    kept = getattr(model_class, "_keep_in_fp32_modules", None) or ()
+    return dtype if set(kept).isdisjoint(name.split(".")) else torch.float32
+
+
+def check_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Check the dtype of every floating-point parameter, sharded or whole.
+
+    Raises:
+        PrecisionError: names the first tensor that differs, its dtype, and the dtype that it must have.
+    """
+    for name, parameter in module.named_parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", None)):  # ZeRO-3's shard
+            if tensor is not None and tensor.is_floating_point():
+                _check(module, "parameter", name, parameter_dtype(type(module), name, dtype), tensor.dtype)
+
+
+def check_buffers(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
+    """Check that every buffer has the dtype of its exact value. Raises PrecisionError."""
+    for name, buffer in module.named_buffers():
+        _check(module, "buffer", name, exact[name].dtype, buffer.dtype)
+
+
+def _check(module: nn.Module, kind: str, name: str, expected: torch.dtype, found: torch.dtype) -> None:
+    if found != expected:
+        raise PrecisionError(
+            f"{kind} {name} of {type(module).__name__} is {found} and must be {expected}, by the recipe's precision "
+            "(`bf16` in its DeepSpeed JSON): please report this with the versions of torch, deepspeed and diffusers"
+        )
+
+
+def tensor_files(folder: Path, model_class: Any) -> dict[str, Path]:
+    """The safetensors file of a model folder that holds each tensor of a diffusers model.
+
+    Tensors that the class ignores are left out: Wan 2.1's image-to-video folders have an unused `norm_added_q`.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no .safetensors file; convert the weights to safetensors first")
+    ignored = model_class._keys_to_ignore_on_load_unexpected or ()
+    return {name: path for name, path in found.items() if not any(re.search(pattern, name) for pattern in ignored)}
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file."""
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+
+def model_buffers(model_class: Any, folder: Path, files: Mapping[str, Path]) -> dict[str, Tensor]:
+    """A diffusers model's buffers by name, exact, on the CPU: read from `files`, else computed by the model's code.
+
+    Args:
+        files: `tensor_files` of the folder.
+    """
+    with init_empty_weights(include_buffers=False):  # parameters take no memory
+        model = model_class.from_config(model_class.load_config(folder))
+    return {name: read_tensor(files[name], name) if name in files else value for name, value in model.named_buffers()}
+
+
+def finish_build(model: nn.Module, buffers: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Set the exact buffers, each on its device, and check the dtype of every tensor: the last step of a construction.
+
+    DeepSpeed's construction of a sharded model rounds all numbers to the model's dtype, including those that positions
+    are computed from: in bf16, cosines of rotary embeddings would be off by a tenth.
+    """
+    for name, buffer in model.named_buffers():
+        buffer.data = buffers[name].to(buffer.device)
+    check_parameters(model, dtype)
+    check_buffers(model, buffers)
+
+
+# Under ZeRO-3, DeepSpeed 0.19 gathers, reduces and saves each parameter in its shard's own dtype, but it builds models
+# in one dtype and flattens all trained shards into one buffer. So fp32 shards of a bf16 model are cast to bf16 while
+# DeepSpeed builds its optimizer, and get their values and dtype back right after. `make_optimizer` gives them parameter
+# groups of their own.
+
+
+def keep_fp32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the shards of a newly constructed model's fp32 parameters from `dtype` to fp32.
+
+    Raises:
+        ConfigError: the shards are on NVMe, where DeepSpeed keeps a single dtype.
+    """
+    named: list[tuple[str, Any]] = list(model.named_parameters())
+    for parameter in [one for name, one in named if parameter_dtype(type(model), name, dtype) != dtype]:
+        if parameter.nvme_swapper is not None:
+            raise ConfigError(
+                "the DeepSpeed JSON offloads parameters to NVMe in bf16, where DeepSpeed keeps a single dtype, but "
+                "some parameters of this policy stay in fp32; set zero_optimization.offload_param.device to 'cpu'"
+            )
+        _cast(parameter, torch.float32)
+
+
+def cast_shards(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[int, Tensor]:
+    """Cast all trained shards to `dtype`; the exact values of those that had another, for `restore_shards`."""
+    exact: dict[int, Tensor] = {}  # by DeepSpeed's parameter id
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if parameter.dtype != dtype:
+            exact[parameter.ds_id] = parameter.ds_tensor.detach().clone()
+            _cast(parameter, dtype)
+    return exact
+
+
+def restore_shards(optimizer: Any, exact: Mapping[int, Tensor]) -> None:
+    """Write the exact fp32 values into the masters and the shards of DeepSpeed's ZeRO-3 optimizer."""
+    if not exact:
+        return
+    optimizer.checkpoint_event_prologue()  # shards every parameter; DeepSpeed keeps small ones whole in between
+    for number, parameters in enumerate(optimizer.fp16_groups):
+        if parameters[0].ds_id not in exact:
+            continue
+        cast = optimizer.fp16_partitioned_groups_flat[number]
+        flat = torch.empty_like(cast, dtype=torch.float32, pin_memory=cast.is_pinned())
+        shards = flat.split([parameter.ds_tensor.numel() for parameter in parameters])
+        for parameter, shard in zip(parameters, shards, strict=True):
+            shard.copy_(exact[parameter.ds_id])
+            parameter.ds_tensor.data = shard
+            parameter.data = parameter.data.float()
+        optimizer.fp16_partitioned_groups_flat[number] = flat
+        optimizer.fp32_partitioned_groups_flat[number].data.copy_(flat)
+    optimizer.checkpoint_event_epilogue()
+
+
+def _cast(parameter: Any, dtype: torch.dtype) -> None:
+    """Cast a sharded parameter and its shard."""
+    shard = parameter.ds_tensor
+    pinned = shard.is_pinned()
+    shard.data = shard.data.to(dtype)
+    if pinned:
+        shard.data = shard.data.pin_memory()
+    parameter.data = parameter.data.to(dtype)

@@ -30,8 +30,19 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.run import OptimiserConfig
-from bpgo_video.distributed import precision
-from bpgo_video.distributed.ds_config import complete, compute_dtype, zero_stage
+from bpgo_video.distributed.ds_config import (
+    cast_shards,
+    check_parameters,
+    complete,
+    compute_dtype,
+    finish_build,
+    keep_fp32,
+    model_buffers,
+    read_tensor,
+    restore_shards,
+    tensor_files,
+    zero_stage,
+)
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
 from bpgo_video.failures import excepthook
@@ -121,16 +132,16 @@ def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, 
     every rank, and exact.
 
     Raises:
-        PrecisionError: a tensor does not have the dtype that `bpgo_video.distributed.precision` states.
+        PrecisionError: a tensor does not have the dtype that `ds_config.py` states.
         ValueError: the files lack a parameter, or hold an unknown tensor.
     """
     # Init's own argument `dtype` is overridden by what the accelerator supports (DeepSpeed 0.19.8); its config is not.
     settings = complete(ds_config) | {"bf16": {"enabled": dtype == torch.bfloat16}}
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = model_class.from_config(model_class.load_config(folder))
-    precision.keep_fp32(model, dtype)
-    files = precision.tensor_files(folder, model_class)
-    parameters, buffers = dict(model.named_parameters()), precision.model_buffers(model_class, folder, files)
+    keep_fp32(model, dtype)
+    files = tensor_files(folder, model_class)
+    parameters, buffers = dict(model.named_parameters()), model_buffers(model_class, folder, files)
     missing, unknown = sorted(set(parameters) - set(files)), sorted(set(files) - set(parameters) - set(buffers))
     if missing or unknown:
         raise ValueError(f"{folder}: weights do not fit the config; missing {missing[:3]}, unknown {unknown[:3]}")
@@ -138,8 +149,8 @@ def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, 
     for name, parameter in parameters.items():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if reads_file:
-                parameter.data.copy_(precision.read_tensor(files[name], name))
-    precision.finish_build(model, buffers, dtype)
+                parameter.data.copy_(read_tensor(files[name], name))
+    finish_build(model, buffers, dtype)
     return model
 
 
@@ -198,15 +209,15 @@ class Engine:
             call_by_position(module, block_classes)
         parts = trained_parts(module)
         self._touched, optimizer = TouchedParts(parts, self.stage), make_optimizer(parts, optim)
-        exact = precision.cast_shards(optimizer, self.dtype) if self.stage == 3 else {}
+        exact = cast_shards(optimizer, self.dtype) if self.stage == 3 else {}
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
         config = complete(ds_config, micro_batch_size, optim.max_grad_norm)
         self.wrapped = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=self.schedule, config=config
         )[0]
-        precision.restore_shards(self.wrapped.optimizer, exact)
+        restore_shards(self.wrapped.optimizer, exact)
         for transformer in module.values() if isinstance(module, nn.ModuleDict) else [module]:
-            precision.check_parameters(transformer, self.dtype)
+            check_parameters(transformer, self.dtype)
         self._touched.attach(self.wrapped)
         self.masters = ZeroMasters(self.wrapped, self.stage)
 

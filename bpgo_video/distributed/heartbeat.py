@@ -36,8 +36,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from bpgo_video.distributed.agreement import OtherRankError
-from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh, OtherRankError
 from bpgo_video.failures import exit_code, explained, tell, traced
 
 LONGEST_INTERVAL = 2.0  # seconds between two beats
@@ -264,11 +263,11 @@ class Heartbeat:
         me = self._liveness.members[self._mesh.rank]
         text = f"{me} failed {self._beat.where}: {type(error).__name__}: {error}"
         explains_itself = isinstance(error, self._expected)
-        before_training = explains_itself and self._beat.phase == Beat.phase
-        if before_training:
+        outside_steps = explains_itself and self._beat.step is None
+        if outside_steps:
             text = ": ".join([*getattr(error, "__notes__", [str(me)]), str(error)])
         verdict = Verdict(me.rank, text[:LONGEST_MESSAGE], exit_code(error))
-        message = explained(error) if before_training else self._message(verdict)
+        message = explained(error) if outside_steps else self._message(verdict)
         tell(message if explains_itself else traced(error, message))
         with suppress(dist.DistError):  # rank 0 is gone, which all others see
             self._leave(self._liveness.report(verdict))
@@ -298,9 +297,8 @@ class Heartbeat:
 def is_consequence(error: BaseException | None) -> bool:
     """Whether an exception, or one that led to it, says that another rank failed or does not answer."""
     while error is not None:
-        if isinstance(error, (dist.DistError, OtherRankError)) or (
-            isinstance(error, RuntimeError) and GLOO.search(str(error))
-        ):
+        from_gloo = isinstance(error, RuntimeError) and GLOO.search(str(error))
+        if from_gloo or isinstance(error, (dist.DistError, OtherRankError)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -36,9 +36,8 @@ from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import read_recipe, read_yaml
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.media import write_video
-from bpgo_video.distributed.agreement import all_or_none, from_main
 from bpgo_video.distributed.ds_config import compute_dtype
-from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
 from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.evaluation import compare_scores as files
 from bpgo_video.evaluation.compare_report import as_table, write_report

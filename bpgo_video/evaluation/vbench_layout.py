@@ -26,8 +26,7 @@ from bpgo_video.data.media import read_media
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed import engine
-from bpgo_video.distributed.agreement import all_or_none
-from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh, all_or_none
 from bpgo_video.evaluation import vbench_suite as suites
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, listing, read_suite
 from bpgo_video.inference.generate import ALONE, PATIENCE, generate

@@ -25,8 +25,7 @@ import yaml
 import bpgo_video
 from bpgo_video.atomic import atomic_file
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.distributed.agreement import all_or_none, from_all
-from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
 from bpgo_video.evaluation.ranks import device_of, independent_ranks
 from bpgo_video.evaluation.vbench_results import Result, ResultError, check_complete, read_results
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, check_videos, listing, read_suite, videos_of

@@ -22,8 +22,7 @@ from tqdm import tqdm
 from bpgo_video.atomic import write_json
 from bpgo_video.cli import show_loading_once
 from bpgo_video.data.media import VideoError, read_header, read_pixels
-from bpgo_video.distributed.agreement import all_or_none, from_all, from_main, same_everywhere
-from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, from_main, same_everywhere
 from bpgo_video.evaluation import vbench_suite as suites
 from bpgo_video.evaluation.ranks import device_of, independent_ranks
 from bpgo_video.evaluation.vbench_dimensions import Dimension, DimensionError, Measured, find_dimension

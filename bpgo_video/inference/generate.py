@@ -26,8 +26,7 @@ from tqdm import tqdm
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.media import as_bytes, decode_image, fit_image, write_video
 from bpgo_video.data.records import PromptRecord
-from bpgo_video.distributed.agreement import all_or_none, from_all, same_everywhere
-from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, same_everywhere
 from bpgo_video.inference.model_files import load_lora
 from bpgo_video.inference.run_weights import DTYPES, WEIGHTS, load_trained
 from bpgo_video.inference.settings import (

@@ -20,8 +20,8 @@ from torch import Tensor
 from bpgo_video.config.reading import read_recipe
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint
+from bpgo_video.distributed.ds_config import model_buffers, parameter_dtype, read_tensor, tensor_files
 from bpgo_video.distributed.ema import AverageParameters
-from bpgo_video.distributed.precision import model_buffers, parameter_dtype, read_tensor, tensor_files
 from bpgo_video.distributed.zero_files import (
     CheckpointError,
     ZeroParameters,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.distributed.precision import finish_build, model_buffers, tensor_files
+from bpgo_video.distributed.ds_config import finish_build, model_buffers, tensor_files
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
 LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # library -> its from_pretrained argument for a dtype
@@ -24,7 +24,7 @@ def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Mo
     """The whole model on this process, for inference and for ZeRO 1 and 2.
 
     Raises:
-        PrecisionError: a tensor has a dtype other than the one that `bpgo_video.distributed.precision` sets.
+        PrecisionError: a tensor has a dtype other than the one that `ds_config.py` sets.
     """
     model: nn.Module = model_class.from_pretrained(folder, torch_dtype=dtype)
     finish_build(model, model_buffers(model_class, folder, tensor_files(folder, model_class)), dtype)

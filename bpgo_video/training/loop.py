@@ -22,10 +22,9 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.sft import Recipe
 from bpgo_video.data.records import ShardError
 from bpgo_video.distributed import checkpoint, engine
-from bpgo_video.distributed.agreement import all_or_none
 from bpgo_video.distributed.ema import load_average, save_average
 from bpgo_video.distributed.heartbeat import Heartbeat
-from bpgo_video.distributed.mesh import Mesh, make_mesh
+from bpgo_video.distributed.mesh import Mesh, all_or_none, make_mesh
 from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference.model_card import EXPORTED, CardFacts
 from bpgo_video.inference.model_files import export_pipeline

@@ -12,10 +12,10 @@ from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig
 from bpgo_video.config.rules import check_world
 from bpgo_video.diffusion.steps import split_updates
 from bpgo_video.distributed.ds_config import compute_dtype
-from bpgo_video.distributed.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.policies import Policy
 from bpgo_video.policies.base import LatentShape
 from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous
+from bpgo_video.training.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.training.plan_models import Model, policy_of
 from bpgo_video.training.plan_rehearsal import Footprint, decoding_bytes, footprint, vae_bytes
 from bpgo_video.training.plan_zero import (

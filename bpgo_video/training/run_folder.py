@@ -15,8 +15,7 @@ from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.config.reading import read_recipe, to_yaml
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint
-from bpgo_video.distributed.agreement import all_or_none, from_main
-from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
 
 SETTINGS = "config.yaml"
 LOCATION_OPTIONS = {"worker": {"python"}, "remote": {"url", "token_env"}}  # reward options that only locate a model

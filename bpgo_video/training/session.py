@@ -26,11 +26,9 @@ from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import LATENTS, ShardError
 from bpgo_video.data.stream import EndlessOrder, PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
-from bpgo_video.distributed.agreement import all_or_none, same_everywhere
 from bpgo_video.distributed.ds_config import compute_dtype, read_ds_config, zero_stage
 from bpgo_video.distributed.ema import EMA
-from bpgo_video.distributed.memory import fits_everywhere
-from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh, all_or_none, same_everywhere
 from bpgo_video.distributed.optimizer import learning_rate_factor
 from bpgo_video.learner.priors import STORED
 from bpgo_video.paths import resolve_folder
@@ -52,6 +50,7 @@ from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.rollouts.reference import Reference, adapters_off
 from bpgo_video.rollouts.rules import check_experts, check_images
+from bpgo_video.training.memory import fits_everywhere
 from bpgo_video.training.trackers import check_trackers
 from bpgo_video.types import PromptBatch
 

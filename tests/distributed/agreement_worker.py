@@ -14,8 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.distributed.agreement import all_or_none, from_main, same_everywhere
-from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main, same_everywhere
 from bpgo_video.training.run_folder import check_shared
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.distributed import agreement as agreements
 from bpgo_video.distributed import engine
+from bpgo_video.distributed import mesh as agreements
 from bpgo_video.distributed.mesh import Mesh
 
 Outcomes = list[dict[str, str | None]]

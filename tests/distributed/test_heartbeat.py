@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 
 from bpgo_video.distributed import heartbeat
-from bpgo_video.distributed.agreement import OtherRankError
 from bpgo_video.distributed.heartbeat import Beat, Heartbeat, Liveness, Member, Verdict, is_consequence
-from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.mesh import Mesh, OtherRankError
 
 TIMEOUT = 10.0
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1941"

@@ -7,6 +7,8 @@ import ast
 import runpy
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -70,10 +72,12 @@ def test_error_messages_list_known_names_and_shorten_long_lists() -> None:
 
 
 def test_only_one_rank_per_host_prints_errors(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert refused("build --outptu x", capsys) == ""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    assert "--outptu: unknown flag" in refused("build --outptu x", capsys)
+    assert refused("build --outptu x", capsys) == "", "another rank has printed it"
     print_error(ValueError("wrong"))
     assert capsys.readouterr().err == ""
 

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bpgo_video.distributed.engine import call_by_position
-from bpgo_video.distributed.precision import (
+from bpgo_video.distributed.ds_config import (
     PrecisionError,
     check_buffers,
     check_parameters,
     model_buffers,
     tensor_files,
 )
+from bpgo_video.distributed.engine import call_by_position
 from bpgo_video.policies.lora import merged_parameters
 from bpgo_video.policies.networks import from_pretrained, networks_of
 from tests.distributed.conftest import run_ranks

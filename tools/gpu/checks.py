@@ -27,8 +27,8 @@ from bpgo_video.config.learner import PriorConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.writer import build_shards
+from bpgo_video.distributed.ds_config import read_tensor, tensor_files
 from bpgo_video.distributed.heartbeat import Heartbeat
-from bpgo_video.distributed.precision import read_tensor, tensor_files
 from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import load_policy
 from bpgo_video.randomness import keyed_noise
