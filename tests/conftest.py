@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -21,12 +22,16 @@ hypothesis.settings.register_profile("any machine", deadline=None)  # a loaded c
 hypothesis.settings.load_profile("any machine")
 
 
+# Files of tests/distributed whose tests read the results of one launch.
+SHARING = {"test_agreement", "test_ema", "test_precision", "test_sequence", "test_tools", "test_training"}
+
+
 class ByFile(LoadScopeScheduling):
-    """Distributes whole test files over the processes of `make test`; one process gets all that start ranks."""
+    """Distributes whole test files over the processes of `make test`; one process gets all that share a launch."""
 
     def _split_scope(self, nodeid: str) -> str:
-        folder, _, _ = nodeid.partition("::")[0].rpartition("/")
-        return folder if folder.endswith("distributed") else nodeid.partition("::")[0]
+        file = nodeid.partition("::")[0]
+        return "ranks" if "/distributed/" in file and Path(file).stem in SHARING else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:

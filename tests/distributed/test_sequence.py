@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,11 +41,12 @@ CLASSES = {  # name patterns of each class of parameters
 @pytest.fixture(
     scope="module", params=[2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, "2, every", 4))]
 )
-def sequences(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def sequences(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared: dict[str, dict[int, Path]]
+) -> list[dict[str, Any]]:
     """Results of every rank of a world; only the slow ones run every combination."""
-    if request.param == 2:
-        folder = request.getfixturevalue("shared")["sequences"][2]
-    else:
+    folder = shared["sequences"][2]
+    if request.param != 2:
         folder = tmp_path_factory.mktemp("sequences")
         run_ranks(int(str(request.param)[0]), [str(folder), "every"], worker="sequence_worker")
     return [result for path in sorted(folder.glob("rank*.json")) for result in json.loads(path.read_text())]

@@ -46,13 +46,11 @@ def test_the_gradient_is_the_same_on_any_world_and_stage(worlds: dict[int, Path]
         assert (gradient - expected).norm() / expected.norm() < 1e-5, name
 
 
-@pytest.mark.parametrize(
-    ("world_size", "name"), [(2, f"gradient-{stage}-sequence2") for stage in STAGES] + [(4, "gradient-zero3-sequence2")]
-)
-def test_the_gradient_is_the_same_with_sequence_groups(worlds: dict[int, Path], world_size: int, name: str) -> None:
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_gradient_is_the_same_with_sequence_groups(worlds: dict[int, Path], world_size: int) -> None:
     """Run by the whole trainer, so noise, rewards and advantages also equal those of a single process."""
     start, reference = starting_weights(), exported(worlds[1] / "gradient-zero1")
-    found = exported(worlds[world_size] / name)
+    found = exported(worlds[world_size] / "gradient-zero3-sequence2")
     errors = {key: (found[key] - reference[key]).norm() / (reference[key] - start[key]).norm() for key in start}
     assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
 

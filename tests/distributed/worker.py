@@ -5,6 +5,7 @@ python -m tests.distributed.ranks worker SHARDS OUTPUT CASE ...
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,7 +72,8 @@ def held(shards: Path, run_dir: Path, stage: str, lora: str, weight: str, refere
     """Two updates of plain SGD with a penalty towards a reference policy, which changes only the second."""
     optim = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "updates_per_rollout": 2}
     loss: dict[str, Any] = {"kl_weight": float(weight), "kl_reference": reference, "clip_range": (0.5, 0.5)}
-    config = small_recipe(run_dir, shards, optim=optim, loss=loss, ema={"decay": 0.9, "warmup": False})
+    small: dict[str, Any] = {"sampler": {"num_steps": 2}, "ema": {"decay": 0.9, "warmup": False}}
+    config = small_recipe(run_dir, shards, optim=optim, loss=loss, **small)
     config = with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
     return replace(config, policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])))
 
@@ -138,7 +140,8 @@ def one_expert(shards: Path, run_dir: Path, trained: str, stage: str) -> Config:
 def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
     """Two steps of four chunks per rank, scored inline or concurrently, by random and offloaded rewards."""
     rollout = {"micro_batch_size": 1, "score_ahead": int(chunks), "offload_trajectories": int(chunks) > 0}
-    config = without_evaluation(small_recipe(run_dir, shards, run={"num_steps": 2}, rollout=rollout))
+    short = {"run": {"num_steps": 2}, "sampler": {"num_steps": 2}}
+    config = without_evaluation(small_recipe(run_dir, shards, rollout=rollout, **short))
     rewards = {name: replace(reward, offload=int(chunks) > 0) for name, reward in config.rewards.items()}
     return replace(config, rewards={**rewards, "drawn": RewardConfig(model="tests.distributed.toy_rewards:Drawn")})
 
@@ -146,7 +149,8 @@ def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
 def evaluated(shards: Path, run_dir: Path, every: str) -> Config:
     """Two steps with a random reward, without evaluation or with a random one of both weights after each step."""
     drawn = {"model": "tests.distributed.toy_rewards:Drawn"}
-    config = small_recipe(run_dir, shards, run={"num_steps": 2}, ema={"decay": 0.9})
+    short = {"run": {"num_steps": 2}, "sampler": {"num_steps": 2}, "evaluation": {"num_steps": 2}}
+    config = small_recipe(run_dir, shards, ema={"decay": 0.9}, **short)
     config = rewarded_by(config, drawn["model"])
     if every == "never":
         return without_evaluation(config)
@@ -160,7 +164,11 @@ def smoke(shards: Path, run_dir: Path, stage: str) -> Config:
 
 
 def sharded_memory(folder: Path) -> dict[str, float]:
-    """Megabytes added by building a model under ZeRO-3, at the peak and at the end, and the size of the whole model."""
+    """Megabytes added by building a model under ZeRO-3, at the peak and at the end, and the size of the whole model.
+
+    Meanwhile the allocator returns freed memory at once, so that the resident size equals the allocated memory.
+    """
+    set_mmap_threshold(65_536)
     ds_config = read_ds_config("ds_configs/zero3.json")
     engine.build_sharded(
         ds_config, WanTransformer3DModel, SMALL, torch.float32
@@ -169,13 +177,15 @@ def sharded_memory(folder: Path) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_megabytes("VmRSS")
     model = engine.build_sharded(ds_config, WanTransformer3DModel, folder, torch.float32)
+    peak, end = resident_megabytes("VmHWM") - before, resident_megabytes("VmRSS") - before
+    set_mmap_threshold(32 * 2**20)
     whole = max(parameter.numel() for parameter in model.parameters())
-    return {
-        "whole": size,
-        "peak": resident_megabytes("VmHWM") - before,
-        "end": resident_megabytes("VmRSS") - before,
-        "largest_parameter_in_memory": whole,
-    }
+    return {"whole": size, "peak": peak, "end": end, "largest_parameter_in_memory": whole}
+
+
+def set_mmap_threshold(size: int) -> None:
+    """Let glibc map allocations of this many bytes or more from the system, one by one."""
+    assert ctypes.CDLL(None).mallopt(-3, size) == 1  # M_MMAP_THRESHOLD
 
 
 def resident_megabytes(field: str) -> float:
