@@ -120,8 +120,12 @@ def refuse_lone_tasks() -> None:
 
 
 def stop_ranks() -> None:
-    """Leave the process group; call it once the run has ended well on every rank."""
+    """Leave the process group together; call it once the run has ended well on every rank.
+
+    The barrier lets rank 0 print first: a launcher ends it when another rank exits with the code of a verdict.
+    """
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -172,6 +172,7 @@ def all_or_none(mesh: Mesh) -> Iterator[None]:
             error.add_note(f"{outcomes[mesh.rank][0]}{others}")
         raise error
     if failed:
+        time.sleep(POLL_SECONDS)  # the failed rank, which knows more, tells first
         raise OtherRankError(f"{failed[0][0]}{others}: {failed[0][1]}")
 
 

@@ -28,7 +28,6 @@ def evaluation_ranks(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> 
     with Heartbeat(mesh, parallel.heartbeat_timeout, expected=(ValueError, OSError, CheckpointError)) as heartbeat:
         heartbeat.enter("evaluation")
         yield mesh
-    mesh.barrier()
     engine.stop_ranks()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -70,10 +71,11 @@ def test_an_error_is_explained_and_exits_with_code_2(
 
 @pytest.mark.parametrize("flags", [[], ["--config", str(RECIPE), "--run.sead", "3"], ["--config", "no.yaml"]])
 def test_only_one_rank_per_host_prints_an_error(
-    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for rank, lines in (("1", 1), ("0", 0)):
+        monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as stopped:
             load_recipe(flags)
         assert stopped.value.code == 2
