@@ -195,7 +195,7 @@ def _held(job: Job) -> Held:
 
 
 def _gathers(job: Job, resting: Held) -> bool:
-    """Whether rollouts gather the weights; `auto` follows `distributed.memory` for a GPU of the job's size."""
+    """Whether rollouts gather the weights; `auto` follows `training.memory` for a GPU of the job's size."""
     if job.zero.stage != 3 or job.config.rollout.parameters != "auto":
         return job.zero.stage == 3 and job.config.rollout.parameters == "gathered"
     free = room(job.gigabytes) - sum(resting.device.values())

@@ -124,7 +124,8 @@ def test_notes_name_possible_pitfalls(prompts: int, changes: dict[str, Any], wor
 def test_a_note_says_which_difference_so_many_prompts_can_show() -> None:
     (one,) = comparisons(results("A"), results("B", spread=0.5))
     (note,) = one.notes
-    assert note == f"{can_show(12, 7, one.effects['oracle'].detectable)} (oracle): use more prompts to show a smaller one."
+    shown = can_show(12, 7, one.effects["oracle"].detectable)
+    assert note == f"{shown} (oracle): use more prompts to show a smaller one."
 
 
 def test_a_note_about_all_candidates_is_given_once_and_others_name_theirs() -> None:
