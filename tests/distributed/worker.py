@@ -72,7 +72,7 @@ def held(shards: Path, run_dir: Path, stage: str, lora: str, weight: str, refere
     """Two updates of plain SGD with a penalty towards a reference policy, which changes only the second."""
     optim = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "updates_per_rollout": 2}
     loss: dict[str, Any] = {"kl_weight": float(weight), "kl_reference": reference, "clip_range": (0.5, 0.5)}
-    small: dict[str, Any] = {"sampler": {"num_steps": 2}, "ema": {"decay": 0.9, "warmup": False}}
+    small: dict[str, Any] = {"sampler": {"num_steps": 3}, "ema": {"decay": 0.9, "warmup": False}}
     config = small_recipe(run_dir, shards, optim=optim, loss=loss, **small)
     config = with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
     return replace(config, policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])))
@@ -140,7 +140,7 @@ def one_expert(shards: Path, run_dir: Path, trained: str, stage: str) -> Config:
 def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
     """Two steps of four chunks per rank, scored inline or concurrently, by random and offloaded rewards."""
     rollout = {"micro_batch_size": 1, "score_ahead": int(chunks), "offload_trajectories": int(chunks) > 0}
-    short = {"run": {"num_steps": 2}, "sampler": {"num_steps": 2}}
+    short = {"run": {"num_steps": 2}, "sampler": {"num_steps": 3}}
     config = without_evaluation(small_recipe(run_dir, shards, rollout=rollout, **short))
     rewards = {name: replace(reward, offload=int(chunks) > 0) for name, reward in config.rewards.items()}
     return replace(config, rewards={**rewards, "drawn": RewardConfig(model="tests.distributed.toy_rewards:Drawn")})
@@ -149,7 +149,7 @@ def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
 def evaluated(shards: Path, run_dir: Path, every: str) -> Config:
     """Two steps with a random reward, without evaluation or with a random one of both weights after each step."""
     drawn = {"model": "tests.distributed.toy_rewards:Drawn"}
-    short = {"run": {"num_steps": 2}, "sampler": {"num_steps": 2}, "evaluation": {"num_steps": 2}}
+    short = {"run": {"num_steps": 2}, "sampler": {"num_steps": 3}, "evaluation": {"num_steps": 2}}
     config = small_recipe(run_dir, shards, ema={"decay": 0.9}, **short)
     config = rewarded_by(config, drawn["model"])
     if every == "never":
