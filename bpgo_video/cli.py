@@ -1,24 +1,30 @@
-"""Command lines: parsers, argument types, --ranks, and errors in one line, printed once on every host."""
+"""Command lines: parsers, argument types, --ranks, and errors in one line, printed once on every host.
+
+Nothing here imports torch: --help and errors in flags take no second.
+"""
 
 from __future__ import annotations
 
 import argparse
 import io
 import locale
+import logging
 import math
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from bpgo_video.errors import suggestion
+from bpgo_video.errors import likely, meant
 from bpgo_video.failures import exit_code, explained, tell, told
-from bpgo_video.launching import become_launcher
 
 Number = TypeVar("Number", int, float)
-RANKS = "start N ranks on this machine with DeepSpeed's launcher; without it, run as one rank or under a launcher"
+RANKS = "start N ranks on this machine with DeepSpeed's launcher (one rank, or those of a launcher)"
+DEVICE = re.compile(r"(cpu|cuda|hpu|mps|npu|xpu)(:\d+)?")
 EXAMPLE = re.compile(r"^    \S.*(?:\\\n.*)*", re.MULTILINE)  # an indented line and those that continue it
 
 
@@ -73,47 +79,76 @@ class Parser(argparse.ArgumentParser):
             return
         if "." in flag:
             self.error(f"{flag} is a flag of recipes, which this command does not take; change the recipe instead")
-        self.error(f"{flag}: unknown flag{suggestion(flag, known)}; --help lists all")
+        self.error(f"{flag}: unknown flag{meant(likely(flag, known))}; --help lists all")
 
     def error(self, message: str) -> NoReturn:
         with told():
             super().error(message)
 
 
-def help_of(name: str, text: str | None, script: str | None = None, ranks: bool = False) -> dict[str, Any]:
+def help_of(name: str, text: str | None, script: str | None = None) -> dict[str, Any]:
     """Name and description of a command's help, as arguments of argparse's parsers and of `load_recipe`.
 
     Args:
         name: of the subcommand of `bpgo-video`.
         text: the command's docstring: a summary, indented examples, explanations.
         script: the docstring of the repository's script for the command; its examples replace the command's.
-        ranks: explain --ranks here, for a command whose parser does not declare it.
     """
     paragraphs = (text or "").strip().split("\n\n")
     if script is not None:
         paragraphs = [script.strip(), *(part for part in paragraphs if not part.startswith("    "))]
-    if ranks:
-        paragraphs.append(f"--ranks N  {RANKS}.")
-    return {"prog": None if script else f"bpgo-video {name}", "description": "\n\n".join(paragraphs)}
+    prog = Path(sys.argv[0]).name if script else f"bpgo-video {name}"
+    return {"prog": prog, "description": "\n\n".join(paragraphs)}
 
 
 def add_ranks(command: argparse.ArgumentParser) -> None:
-    """Add --ranks, which `run_command` acts on, and the launcher's own flag."""
+    """Add --ranks, which `run_command` acts on."""
     command.add_argument("--ranks", type=positive, metavar="N", help=RANKS)
-    command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
 
 
-def launch_if_ranks(module: str, arguments: Sequence[str] | None) -> list[str]:
-    """Become the launcher of N ranks of `module` if the arguments hold `--ranks N`; else return the arguments."""
+def without_common_flags(words: Sequence[str]) -> list[str]:
+    """A command line without the launcher's --local_rank=N, which RANK replaces, and --verbose, which acts here."""
+    if "--verbose" in words:
+        logging.getLogger("DeepSpeed").filters.clear()
+    return [word for word in words if word != "--verbose" and not re.match("--local[_-]rank=", word)]
+
+
+def split_ranks(words: Sequence[str]) -> tuple[int | None, list[str]]:
+    """The N of `--ranks N`, if it is there, and the other words."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--ranks", type=positive)
-    known, rest = early.parse_known_args(arguments)
-    if known.ranks is not None:
-        try:
-            become_launcher(module, known.ranks, rest)
-        except ValueError as error:
-            raise SystemExit(print_error(error)) from None
-    return rest
+    known, rest = early.parse_known_args(words)
+    return known.ranks, rest
+
+
+def free_port() -> int:
+    """A free TCP port of this machine; the launcher's default port is the same for all jobs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def become_launcher(command: str, ranks: int, words: Sequence[str]) -> NoReturn:
+    """Replace this process with DeepSpeed's launcher, which runs a command on `ranks` local ranks.
+
+    The exit code is the launcher's. If OMP_NUM_THREADS is not set, the ranks share the machine's cores.
+
+    Raises:
+        ValueError: this process already is a rank.
+    """
+    if "RANK" in os.environ:
+        raise ValueError(
+            f"--ranks {ranks} starts a launcher, but this process already is rank {os.environ['RANK']} of one; "
+            "leave out --ranks"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    quiet, verbose = ([], ["--verbose"]) if not logging.getLogger("DeepSpeed").filters else (["--quiet"], [])
+    flags = [*quiet, "--hostfile=", f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
+    launcher = [sys.executable, "-m", "bpgo_video.distributed.launcher", *flags]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [*launcher, "--module", "bpgo_video", *verbose, command, *words])
 
 
 def _number(kind: Callable[[str], Number], rule: str, holds: Callable[[Number], bool]) -> Callable[[str], Number]:
@@ -135,13 +170,9 @@ not_negative = _number(float, "0 or more, and finite", lambda value: value >= 0)
 
 
 def device(text: str) -> str:
-    """An argument's type: a device that torch knows."""
-    import torch  # slow, and --help does not need it
-
-    try:
-        torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; write cpu, cuda or cuda:1") from None
+    """An argument's type: a device of torch."""
+    if not DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; write cpu, cuda or cuda:1")
     return text
 
 
@@ -155,6 +186,12 @@ def print_error(error: Exception) -> int:
     return exit_code(error)
 
 
+def print_note(text: str) -> None:
+    """Print what a user should know, once on every host."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def show_loading_once() -> None:
     """Hide progress bars of model loading, except on the terminal of rank 0: a log file keeps every redrawn bar."""
     import diffusers  # slow, and --help needs neither
@@ -165,26 +202,21 @@ def show_loading_once() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def run_command(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None, errors: tuple[type[Exception], ...] = ()
-) -> int:
+def run_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     """Call the `run` that the chosen command has set; returns its exit code.
 
     A command with a default `more` receives unknown arguments there. With the --ranks of `add_ranks`, ranks of the
-    parser's `module` start instead.
-
-    Args:
-        errors: exceptions that wrong input raises, besides ValueError and OSError; others keep their traceback.
+    command that the parser's default `ranked` names start instead. ValueError and OSError are wrong input; other
+    exceptions keep their traceback.
     """
-    args, more = parser.parse_known_args(arguments)
+    args, more = parser.parse_known_args(words)
     if more and "more" not in args:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     args.more = more
-    if "module" in args and getattr(args, "ranks", None) is not None:
-        launch_if_ranks(args.module, arguments)
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     try:
+        if "ranked" in args and getattr(args, "ranks", None) is not None:
+            become_launcher(args.ranked, args.ranks, split_ranks(words)[1])
         args.run(args)
-    except expected as error:
+    except (ValueError, OSError) as error:
         return print_error(error)
     return 0

@@ -2,7 +2,7 @@
 
 import sys
 
-from bpgo_video.commands.train import main
+from bpgo_video.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that the parts of a training step pass on, and the names of their axes.
+"""Frozen dataclasses that the parts of a training step pass on, the names of their axes, and tables of methods.
 
 prompts   prompts of one training step, the same list on every rank
 group     samples of one prompt
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +25,22 @@ Conditioning = Mapping[str, Tensor]  # what the transformer is conditioned on; a
 Latents = Float[Tensor, "samples channels latent_frames latent_height latent_width"]
 Velocity = Latents  # d latents / d sigma = noise - data
 Videos = Float[Tensor, "samples frames 3 height width"]
+Row = TypeVar("Row")
+
+
+class Table(dict[str, Row]):
+    """Functions by name. A name `my_package.module:function` is the function that Python imports under it."""
+
+    def __missing__(self, name: str) -> Any:
+        """Import a function by its dotted name.
+
+        Raises:
+            KeyError: the name is neither a row nor of that form.
+            ImportError, AttributeError: no such module or function.
+        """
+        if ":" not in name:
+            raise KeyError(name)
+        return resolve_name(name)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ It takes the same flags.
 
 import sys
 
-from bpgo_video.commands.doctor import main
+from bpgo_video.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main(script=__doc__))
+    sys.exit(main(["doctor", *sys.argv[1:]], script=__doc__))

@@ -1,8 +1,1 @@
-"""Subcommands of `bpgo-video`, one file each; `bpgo_video/__main__.py` lists them.
-
-Each module also runs alone, as launchers start it: `python -m bpgo_video.commands.NAME`.
-"""
-
-from bpgo_video.cli import adapt_to_locale
-
-adapt_to_locale()
+"""Commands of `bpgo-video`; the table in `bpgo_video/__main__.py` lists their functions."""

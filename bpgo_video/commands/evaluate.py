@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -149,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
 
 def generation_flags() -> str:
     """The flags of a generation that `layout` accepts too, for its --help."""
-    from bpgo_video.inference.settings import GenerationSettings  # heavy
+    from bpgo_video.inference.settings import GenerationSettings
 
     names = [field.name for field in fields(GenerationSettings) if field.name not in SET_BY_LAYOUT]
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
@@ -159,7 +158,6 @@ def generation_flags() -> str:
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
     top = Parser(**help_of("evaluate", __doc__, script), formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     commands = top.add_subparsers(dest="command", required=True)
     for name, (_, add_flags, summary, description) in COMMANDS.items():
         command: Parser = commands.add_parser(
@@ -172,13 +170,9 @@ def parser(script: str | None = None) -> argparse.ArgumentParser:
         if name == "layout":
             command.more_help = generation_flags
             command.set_defaults(more=[])
-    top.set_defaults(module="bpgo_video.commands.evaluate", run=run)
+    top.set_defaults(ranked="evaluate", run=run)
     return top
 
 
-def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:
-    return run_command(parser(script), arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(words: Sequence[str], script: str | None = None) -> int:
+    return run_command(parser(script), words)

@@ -11,39 +11,35 @@ only if every video is complete.
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Sequence
 
-from bpgo_video.cli import help_of, launch_if_ranks, print_error, show_loading_once
-from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.cli import become_launcher, help_of, print_error, show_loading_once, split_ranks
 from bpgo_video.config.command_line import read_settings
-from bpgo_video.data.prompt_files import PromptFileError
-from bpgo_video.data.records import ShardError
-from bpgo_video.distributed import engine
-from bpgo_video.distributed.zero_files import CheckpointError
-from bpgo_video.inference.generate import ALONE, PATIENCE, generate
-from bpgo_video.inference.settings import GenerationError, GenerationSettings
+from bpgo_video.inference.settings import GenerationSettings
 
 
-def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:
-    words = launch_if_ranks("bpgo_video.commands.generate", arguments)
-    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    launcher.add_argument("--local_rank", type=int)  # added by the launcher
-    _, rest = launcher.parse_known_args(words)
+def main(words: Sequence[str], script: str | None = None) -> int:
+    """0 only if every video is complete."""
+    ranks, rest = split_ranks(words)
+    settings = read_settings(GenerationSettings, rest, **help_of("generate", __doc__, script))
     try:
-        settings = read_settings(GenerationSettings, rest, **help_of("generate", __doc__, script, ranks=True))
-        show_loading_once()
-        mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
-        manifest = generate(settings, mesh)
-    except (GenerationError, ConfigError, PromptFileError, ShardError, CheckpointError, OSError) as error:
+        if ranks is not None:
+            become_launcher("generate", ranks, rest)
+        make_videos(settings)
+    except (ValueError, OSError) as error:
         return print_error(error)
-    if mesh.is_main:
-        print(manifest)
-    engine.stop_ranks()
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def make_videos(settings: GenerationSettings) -> None:
+    """Generate this rank's share of the videos; rank 0 prints the manifest's path."""
+    from bpgo_video.distributed import engine
+    from bpgo_video.inference.generate import ALONE, PATIENCE, generate
+
+    show_loading_once()
+    mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
+    manifest = generate(settings, mesh)
+    if mesh.is_main:
+        print(manifest)
+    engine.stop_ranks()

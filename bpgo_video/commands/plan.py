@@ -25,8 +25,7 @@ from rich.table import Table
 from bpgo_video.cli import above_zero, help_of, not_negative, positive, print_error
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.command_line import load_config
-from bpgo_video.config.reading import config_from_dict
-from bpgo_video.config.shipped import ds_config_file
+from bpgo_video.config.reading import config_from_dict, ds_config_file
 from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.training.plan import GPUS, Advice, Job, Plan, advise, count_step, reckon, room
 from bpgo_video.training.plan_models import find_model

@@ -15,37 +15,32 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from bpgo_video.cli import Parser, add_ranks, device, help_of, positive, run_command, show_loading_once
-from bpgo_video.data.encoding import image_text_content, require_images
-from bpgo_video.data.fingerprint import encoder_stamp
-from bpgo_video.data.prompt_files import MAX_CHARACTERS, Plan, make_plan
-from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.statistics import THRESHOLD, prompt_statistics
-from bpgo_video.data.writer import SKIPPED, Build, Content
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def build(args: argparse.Namespace) -> None:
     """Check every line before a model is loaded, then encode. A mistake in the last line costs seconds."""
+    from bpgo_video.data.prompt_files import make_plan
+
     plan = make_plan(args.input, args.split, args.max_characters, args.on_error, show_progress=RANK == 0)
     policy = loader(args, ("text_encoder",))
     run_build(args, plan, policy, content_of(args, plan, policy))
 
 
-def content_of(args: argparse.Namespace, plan: Plan, policy: Callable[[], Any]) -> Content:
-    """Plain texts, or texts encoded with their images, as the policy's family requires."""
-    from bpgo_video.policies import family  # heavy import, after the input was checked
+def content_of(args: argparse.Namespace, plan: Any, policy: Callable[[], Any]) -> Any:
+    """The Content of the shards: plain texts, or texts encoded with their images, as the policy's family requires."""
+    from bpgo_video.data.encoding import image_text_content, require_images
+    from bpgo_video.data.writer import Content
+    from bpgo_video.policies import family
 
     folder, size = resolve_folder(args.policy), (args.height, args.width)
     if not family(folder, args.family).texts_see_images:
@@ -83,8 +78,12 @@ def loader(args: argparse.Namespace, components: Sequence[str]) -> Callable[[], 
     return policy
 
 
-def run_build(args: argparse.Namespace, plan: Plan, policy: Callable[[], Any], content: Content) -> None:
+def run_build(args: argparse.Namespace, plan: Any, policy: Callable[[], Any], content: Any) -> None:
     """Write this rank's shards, and print the state of the folder."""
+    from bpgo_video.data.fingerprint import encoder_stamp
+    from bpgo_video.data.reader import PromptShards
+    from bpgo_video.data.writer import SKIPPED, Build
+
     stamp = encoder_stamp(resolve_folder(args.policy), args.max_sequence_length)
     settings = {name: getattr(args, name) for name in ("negative_prompt", "shard_size", "batch_size", "dtype")}
     job = Build(plan, args.output, lambda texts: policy().encode(texts), stamp, content=content, **settings)
@@ -97,7 +96,10 @@ def run_build(args: argparse.Namespace, plan: Plan, policy: Callable[[], Any], c
     print(f"{args.output}: {index['count']} {content.name}{note}", flush=True)
 
 
-def open_shards(args: argparse.Namespace) -> PromptShards:
+def open_shards(args: argparse.Namespace) -> Any:
+    """The PromptShards that the arguments name."""
+    from bpgo_video.data.reader import PromptShards
+
     shards = PromptShards(args.directory)
     if args.clips:
         shards.require_clips()
@@ -124,6 +126,10 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def stats(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from bpgo_video.data.statistics import THRESHOLD, prompt_statistics
+
     shards = open_shards(args)
     found = prompt_statistics(iter(tqdm(shards.headers(), total=len(shards), desc="records", unit="record")))
     shortest, median, longest = found.characters
@@ -161,7 +167,6 @@ def _counts(table: Mapping[str, int]) -> str:
 def shard_parser(shown: Mapping[str, Any], clips: bool) -> tuple[argparse.ArgumentParser, Any]:
     """The command line with inspect, verify and stats, and the action to which `build` is added."""
     top = Parser(**shown, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = top.add_subparsers(dest="command", required=True)
     for run, text in (
         (inspect, "print records as a table"),
@@ -205,7 +210,7 @@ def add_build_arguments(
     add(
         "--max-characters",
         type=positive,
-        default=MAX_CHARACTERS,
+        default=2000,
         metavar="N",
         help=f"longer {texts} are mistakes: the encoder would drop what exceeds its tokens (%(default)s)",
     )
@@ -214,7 +219,7 @@ def add_build_arguments(
         choices=("stop", "skip"),
         default="stop",
         help=f"what to do about a {what.removesuffix('s')} that cannot be used: end the build, or leave it out and "
-        f"list it in {SKIPPED} (%(default)s)",
+        "list it in skipped.jsonl (%(default)s)",
     )
     add("--shard-size", type=positive, default=shard_size, metavar="N", help=f"{what} in a shard (%(default)s)")
     add("--batch-size", type=positive, default=batch_size, metavar="N", help="texts encoded at once (%(default)s)")
@@ -225,7 +230,7 @@ def add_build_arguments(
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
     top, commands = shard_parser(help_of("prompts", __doc__, script), clips=False)
-    top.set_defaults(module="bpgo_video.commands.prompts")
+    top.set_defaults(ranked="prompts")
     command = commands.add_parser("build", help="encode the prompts of files and write shards")
     command.add_argument(
         "--input",
@@ -244,9 +249,5 @@ def parser(script: str | None = None) -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:
-    return run_command(parser(script), arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(words: Sequence[str], script: str | None = None) -> int:
+    return run_command(parser(script), words)

@@ -13,19 +13,14 @@ import argparse
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from bpgo_video.cli import Parser, device, help_of, positive, run_command
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.errors import unknown
-from bpgo_video.rewards.building import build_models
-from bpgo_video.rewards.server import Limits, RewardServer, RewardService, check_exposure
 
 
 def reward_named(recipe: Path, name: str) -> RewardConfig:
@@ -50,9 +45,16 @@ def serve(args: argparse.Namespace) -> None:
     token = os.environ.get(args.token_env) if args.token_env else None
     if args.token_env and not token:
         raise ConfigError(f"--token-env names {args.token_env}, which is unset or empty; export {args.token_env}=...")
+    reward = reward_named(args.config, args.reward)
+
+    import torch
+
+    from bpgo_video.rewards.building import build_models
+    from bpgo_video.rewards.server import Limits, RewardServer, RewardService, check_exposure
+
     check_exposure(args.host, token)
-    run_on = torch.device(args.device)
-    model, *_ = build_models(args.reward, reward_named(args.config, args.reward), run_on)
+    run_on = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, *_ = build_models(args.reward, reward, run_on)
     service = RewardService(model, run_on, args.kept)
     limits = Limits(waiting=args.waiting, bytes=args.max_megabytes * 2**20)
     with RewardServer(service, args.host, args.port, token, limits) as server:
@@ -68,15 +70,15 @@ def serve(args: argparse.Namespace) -> None:
     service.close()
 
 
-def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:
+def main(words: Sequence[str], script: str | None = None) -> int:
     parser = Parser(**help_of("reward-server", __doc__, script))
-    add, default = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
     add("--config", type=Path, required=True, help="recipe")
     add("--reward", required=True, help="name in the recipe's rewards or evaluation.rewards")
     add("--port", type=int, required=True, help="0 takes a free one")
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--token-env", help="environment variable with the token that clients must send")
-    add("--device", type=device, default=default, help="cpu, cuda or cuda:1 (%(default)s)")
+    add("--device", type=device, help="cpu, cuda or cuda:1 (cuda if there is one)")
     for name, number, text in (
         ("--waiting", 8, "requests held in memory at once"),
         ("--max-megabytes", 1024, "size limit of one request"),
@@ -85,8 +87,4 @@ def main(arguments: Sequence[str] | None = None, script: str | None = None) -> i
         add(name, type=positive, default=number, help=f"{text} (%(default)s)")
     parser.set_defaults(run=serve)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    return run_command(parser, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(parser, words)

@@ -14,27 +14,28 @@ on a clip's first frame. No file in a shard is a pickle. If a build was interrup
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 
 from bpgo_video.cli import above_zero, help_of, positive, run_command
 from bpgo_video.commands.prompts import RANK, add_build_arguments, loader, run_build, shard_parser
 from bpgo_video.config.bpgo import VideoConfig
-from bpgo_video.data.clips import Cut, read_clips
-from bpgo_video.data.encoding import clip_content
-from bpgo_video.data.prompt_files import make_plan
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 
 
 def build(args: argparse.Namespace) -> None:
     """Check every caption and every video's header before a model is loaded, then decode and encode."""
+    from bpgo_video.data.clips import Cut, read_clips
+    from bpgo_video.data.prompt_files import make_plan
+
     video = VideoConfig(args.num_frames, args.height, args.width, args.fps)
     cut = Cut(video, args.clips_per_video, args.num_frames / args.fps if args.stride is None else args.stride)
     read = partial(read_clips, cut=cut)
     plan = make_plan(args.input, args.split, args.max_characters, args.on_error, show_progress=RANK == 0, read=read)
 
-    import torch  # heavy import, after the input was checked
+    import torch  # after the input was checked
+
+    from bpgo_video.data.encoding import clip_content
 
     without_networks = loader(args, ())()
     without_networks.latent_shape(video)  # raises if the family cannot make this size
@@ -45,7 +46,7 @@ def build(args: argparse.Namespace) -> None:
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
     top, commands = shard_parser(help_of("videos", __doc__, script), clips=True)
-    top.set_defaults(module="bpgo_video.commands.videos")
+    top.set_defaults(ranked="videos")
     command = commands.add_parser("build", help="decode, cut and encode videos with captions, and write shards")
     add = command.add_argument
     add(
@@ -72,9 +73,5 @@ def parser(script: str | None = None) -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:
-    return run_command(parser(script), arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(words: Sequence[str], script: str | None = None) -> int:
+    return run_command(parser(script), words)

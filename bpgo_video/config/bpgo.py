@@ -30,7 +30,7 @@ from bpgo_video.config.run import (
     TrackioConfig,
     WandbConfig,
 )
-from bpgo_video.paths import SHARD_CACHE
+from bpgo_video.files import SHARD_CACHE
 
 FAMILY_OPTIONS = ("embedded_guidance", "decode_timestep", "decode_noise_scale")
 GuidanceScale = Annotated[float, Field(ge=1.0)]
@@ -264,6 +264,12 @@ class Config:
     def micro_batch_size(self) -> int:
         """Samples in one forward pass of a rank."""
         return self.rollout.micro_batch_size
+
+    @property
+    def samples(self) -> tuple[int, str]:
+        """Samples of a step, over all ranks, and their description in errors."""
+        prompts, group = self.rollout.prompts_per_step, self.rollout.group_size
+        return prompts * group, f"prompts_per_step x group_size = {prompts} x {group} = {prompts * group} samples"
 
     @property
     def num_updates(self) -> int:

@@ -1,40 +1,44 @@
 """Command lines: flags that change a recipe's values, or flags alone, with the checks and messages of YAML.
 
-bpgo-video train --config tiny_wan_bpgo --run.num-steps 20
+bpgo-video train tiny_wan_bpgo --run.num-steps 20
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from bpgo_video.cli import print_error
+from bpgo_video.cli import RANKS, print_error, print_note
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.fields import explain
 from bpgo_video.config.learner import RewardConfig
-from bpgo_video.config.reading import TREES, check_kind, config_from_dict, read_recipe
+from bpgo_video.config.reading import TREES, check_kind, config_from_dict, read_written
 from bpgo_video.config.sft import Recipe
-from bpgo_video.errors import suggestion
+from bpgo_video.errors import likely, meant
 from bpgo_video.failures import told
 
 Settings = TypeVar("Settings")
 
 EXAMPLE = SimpleNamespace(rewards={"NAME": RewardConfig(model="clip_score")})  # shown by --help without a recipe
-CONFIG_HELP = (
-    "--config FILE  the recipe (required), or the name of a shipped one (bpgo-video recipes); the flags below change "
-    "its values. With --config, the flags and the defaults are those of that recipe and its kind (bpgo, sft). A recipe "
-    "may name another one as `base:`."
-)
+HELP_ORDER = ("run", "data", "policy", "video", "optim", "rewards", "rollout", "sampler", "loss", "bpgo", "prior")
+COMMON = ("--ranks", "--config", "--verbose")  # flags of every command that runs on ranks
+COMMON_HELP = f"""--ranks N   {RANKS}
+--verbose   show what DeepSpeed and its launcher log"""
+RECIPE_HELP = f"""RECIPE      a YAML file, or the name of a shipped recipe (bpgo-video recipes); also as --config RECIPE
+{COMMON_HELP}
+
+Each key of a recipe is a flag below. With a RECIPE, --help shows its values and the flags of its kind, bpgo or sft."""
 PLAIN_DATA = ConstructorRegistry()
 
 
@@ -45,7 +49,8 @@ def _as_plain_data(info: StructTypeInfo) -> StructConstructorSpec | None:
         return None
     hints = get_type_hints(info.type, include_extras=True)
     specs = []
-    for field in dataclasses.fields(info.type):
+    order = {name: place for place, name in enumerate(HELP_ORDER)}
+    for field in sorted(dataclasses.fields(info.type), key=lambda field: order.get(field.name, len(order))):
         if hasattr(info.default, field.name):  # the recipe's value
             default = getattr(info.default, field.name)
         elif field.default_factory is not dataclasses.MISSING:
@@ -65,7 +70,7 @@ def _help(tree: type, name: str, hint: Any) -> str:
     return " ".join(next(filter(None, (*texts, section)), "").split())
 
 
-def _parse(tree: type, args: Sequence[str], default: Any, **shown: Any) -> tuple[dict[str, Any], list[str]]:
+def _parse(tree: type, args: Sequence[str], default: Any) -> tuple[dict[str, Any], list[str]]:
     """Plain data of `tree`, and the words that belong to no flag. One rank of a host prints."""
     with told():
         data, unknown = tyro.cli(
@@ -75,77 +80,100 @@ def _parse(tree: type, args: Sequence[str], default: Any, **shown: Any) -> tuple
             return_unknown_args=True,
             config=(tyro.conf.AvoidSubcommands,),  # for unions with None or a mapping
             registry=PLAIN_DATA,
-            **shown,
         )
     return data, unknown
 
 
-def read_settings(
-    tree: type[Settings], args: Sequence[str], prog: str | None = None, description: str | None = None
-) -> Settings:
-    """Settings without sections, from flags alone.
+def _show_help(tree: type, default: Any, usage: str, description: str) -> NoReturn:
+    """Print usage and description as they are, then a table of flags for each section, and exit."""
+    print(f"usage: {usage}\n\n{description}\n")
+    with redirect_stdout(io.StringIO()) as shown, suppress(SystemExit):
+        _parse(tree, ["--help"], default)
+    tables = shown.getvalue().partition("\n\n")[2]  # after tyro's usage
+    print("\n".join(line.rstrip() for line in tables.splitlines()))
+    raise SystemExit(0)
 
-    Raises:
-        ConfigError: an unknown flag, or a value out of range.
-    """
-    data, unknown = _parse(tree, args, tyro.MISSING, prog=prog, description=_separate_examples(description))
-    if unknown:
-        flags = {f"--{field.name.replace('_', '-')}": field.default for field in dataclasses.fields(tree)}  # type: ignore[arg-type]
-        raise ConfigError(_explain_words(unknown, flags, args))
+
+def read_settings(tree: type[Settings], args: Sequence[str], prog: str, description: str = "") -> Settings:
+    """Settings without sections, from flags alone. On an error it exits as `load_recipe`."""
+    if {"-h", "--help"} & set(args):
+        _show_help(tree, tyro.MISSING, f"{prog} FLAGS", f"{description}\n\n{COMMON_HELP}")
+    data, unknown = _parse(tree, args, tyro.MISSING)
+    flags = {f"--{field.name.replace('_', '-')}": field.default for field in dataclasses.fields(tree)}  # type: ignore[arg-type]
     try:
+        if unknown:
+            raise ConfigError(_explain_words(unknown, flags, args))
         return TypeAdapter(tree).validate_python(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, "command line", tree)) from None
+        raise SystemExit(print_error(ConfigError(explain(error, "command line", tree)))) from None
+    except ConfigError as error:
+        raise SystemExit(print_error(error)) from None
 
 
-def _separate_examples(description: str | None) -> str:
-    """Make paragraphs of indented lines: tyro joins neighbouring lines."""
-    return re.sub("\n+    ", "\n\n    ", description or "")
-
-
-def load_config(argv: Sequence[str] | None = None, description: str | None = None, prog: str | None = None) -> Config:
+def load_config(words: Sequence[str], prog: str = "", description: str = "") -> Config:
     """`load_recipe` of kind bpgo; exits with code 2 and a message if it is of another kind."""
-    config = load_recipe(argv, description, prog, kind="bpgo")
+    config = load_recipe(words, prog, description, kind="bpgo")
     assert isinstance(config, Config)
     return config
 
 
 def load_recipe(
-    argv: Sequence[str] | None = None,
-    description: str | None = None,
-    prog: str | None = None,
+    words: Sequence[str],
+    prog: str = "",
+    description: str = "",
     kind: str | None = None,
+    report: Callable[[str], None] = print_note,
 ) -> Recipe:
-    """The recipe of a command line: `--config FILE`, then dotted flags that change its values.
+    """The recipe of a command line: a first word or `--config` names it, dotted flags change its values.
 
-    The file's `recipe` decides which flags exist; without a file, `--help` shows those of `kind`, or of bpgo. The
-    launcher's `--local_rank` is ignored. On an error it exits with code 2 and a message, once on every host.
+    The file's `recipe` decides which flags exist; without a file, `--help` shows those of `kind`, or of bpgo. On an
+    error it exits with code 2 and a message, once on every host.
 
     Args:
-        description: of the command, in its `--help`.
-        prog: name of the command there.
+        prog: name of the command in its `--help`.
+        description: of the command there.
         kind: refuse a recipe of another kind, before its flags are read.
+        report: receives a line for each value of a shipped recipe that a method replaces.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
-    early.add_argument("--local_rank", type=int)
-    known, rest = early.parse_known_args(argv)
-    shown = {"prog": prog, "description": f"{_separate_examples(description)}\n\n{CONFIG_HELP}".strip()}
+    known, rest = early.parse_known_args(recipe_as_flag(words))
     try:
-        if known.config is None and {"-h", "--help"} & set(rest):
-            _parse(TREES[kind or "bpgo"], rest, EXAMPLE, **shown)
-        if known.config is None:
-            raise ConfigError("--config FILE is required, for example --config tiny_wan_bpgo")
-        recipe = read_recipe(known.config)
-        if kind is not None:
+        recipe, written = (None, set()) if known.config is None else read_written(known.config)
+        if recipe is not None and kind is not None:
             check_kind(recipe, kind, str(known.config))
-        data, unknown = _parse(type(recipe), rest, recipe, **shown)
-        if unknown:
-            raise ConfigError(_explain_words(unknown, dict(_flags(recipe)), rest))
-        return config_from_dict(data, "command line")
+        if {"-h", "--help"} & set(rest):
+            tree = type(recipe) if recipe else TREES[kind or "bpgo"]
+            _show_help(tree, recipe or EXAMPLE, f"{prog} RECIPE [FLAGS]", f"{description}\n\n{RECIPE_HELP}")
+        if recipe is None:
+            raise ConfigError("a recipe is required as the first word, for example tiny_wan_bpgo; --help explains it")
+        return apply_flags(recipe, rest, written, report)
     except ConfigError as error:
         raise SystemExit(print_error(error)) from None
+
+
+def apply_flags(
+    recipe: Recipe,
+    words: Sequence[str],
+    written: AbstractSet[str] = frozenset(),
+    report: Callable[[str], None] | None = None,
+) -> Recipe:
+    """The recipe with the values of dotted flags; see `config_from_dict`.
+
+    Raises:
+        ConfigError: an unknown flag, a value out of range, or values that do not go together.
+    """
+    data, unknown = _parse(type(recipe), words, recipe)
+    if unknown:
+        raise ConfigError(_explain_words(unknown, dict(_flags(recipe)), words))
+    flags = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
+    given = {flag.replace("-", "_").replace(".no_", ".") for flag in flags}
+    return config_from_dict(data, "command line", written | given, report)
+
+
+def recipe_as_flag(words: Sequence[str]) -> list[str]:
+    """A command line with `--config RECIPE` where the recipe is the first word."""
+    return ["--config", *words] if words and not words[0].startswith("-") else list(words)
 
 
 def _flags(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -165,7 +193,7 @@ def _explain_words(unknown: Sequence[str], known: Mapping[str, Any], args: Seque
     """Why words of `args` belong to no flag; a value after an unknown flag needs no line of its own."""
     lines = []
     for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
-        lines.append(f"{flag}: unknown flag{suggestion(flag, known)}; --help lists all")
+        lines.append(f"{flag}: unknown flag{meant(likely(flag, [*known, *COMMON]))}; --help lists all")
     if not lines:
         word = unknown[0]
         before = args[: args.index(word)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pkgutil import resolve_name
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.errors import suggestion
+from bpgo_video.errors import likely, meant
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Positive = Annotated[int, Field(ge=1)]
@@ -37,7 +37,7 @@ def _or_function(value: Any, known: Callable[[Any], Any], info: Any) -> Any:
     return value
 
 
-OrFunction = WrapValidator(_or_function)  # a name of a table, or `my_package.module:function` (bpgo_video.tables)
+OrFunction = WrapValidator(_or_function)  # a name of a table, or `my_package.module:function` (bpgo_video.types)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
@@ -72,7 +72,7 @@ def explain(error: ValidationError, source: str, root: type) -> str:
         path = [str(part) for part in problem["loc"]]
         name = ".".join(path)
         if problem["type"] == "unexpected_keyword_argument":
-            lines.append(f"{name}: unknown key{suggestion(path[-1], _known_keys(root, path[:-1]), cutoff=0.4)}")
+            lines.append(f"{name}: unknown key{_meant_key(name, root)}")
         elif problem["type"] in ("missing", "missing_argument"):
             lines.append(f"{name}: required, and not given")
         elif problem["type"] == "value_error":
@@ -82,12 +82,19 @@ def explain(error: ValidationError, source: str, root: type) -> str:
     return f"{source}:\n  " + "\n  ".join(lines)
 
 
-def _known_keys(root: type, path: Sequence[str]) -> list[str]:
-    """Keys of the section at `path`; empty where there is none."""
-    node: Any = root
-    for key in path:
-        if dataclasses.is_dataclass(node):
-            node = get_type_hints(node).get(key)
-        elif get_origin(node) is dict:
-            node = get_args(node)[1]
-    return [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+def _meant_key(name: str, root: type) -> str:
+    """The keys that an unknown one may mean, without the section's name if that is the same."""
+    section = name[: name.rfind(".") + 1]
+    return meant([key.removeprefix(section) for key in likely(name, [*_keys(root, name), "--ranks"])])
+
+
+def _keys(tree: type, name: str, above: str = "") -> Iterator[str]:
+    """Every key, such as policy.lora.rank; below rewards only those of the reward in `name`."""
+    hints = get_type_hints(tree)
+    for field in dataclasses.fields(tree):  # type: ignore[arg-type]
+        key, hint = f"{above}{field.name}", hints[field.name]
+        yield key
+        if get_origin(hint) is dict and name.startswith(f"{key}."):
+            key, hint = f"{key}.{name.removeprefix(f'{key}.').partition('.')[0]}", get_args(hint)[1]
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(hint, name, f"{key}.")

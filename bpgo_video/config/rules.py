@@ -1,18 +1,60 @@
-"""Rules on combinations of settings, and on how a step's samples divide over ranks.
+"""Which settings go together: the defaults of methods, rules on combinations, and how a step divides over ranks.
 
-Each table maps a message - the values, the rule, the way out - to whether the recipe breaks that rule.
+Each table of rules maps a message - the values, the rule, the way out - to whether the recipe breaks that rule.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfig, PolicyConfig
 from bpgo_video.config.learner import RewardConfig
 
 Rules = Mapping[str, object]
+FINAL_VIDEOS = {  # objectives that sample by the ODE and replay no transition
+    "rollout.same_start": False,
+    "loss.step_weights": "none",
+    "loss.ratio": "plain",
+    "loss.trust_region": "clip",
+    "loss.kl_weight": 0.0,
+    "credit.kind": "video",
+}
+METHODS: dict[
+    tuple[str, str], dict[str, Any]
+] = {  # (key, method) -> its own defaults, used one by one until no rule is broken
+    ("loss.objective", "awm"): FINAL_VIDEOS,
+    ("loss.objective", "nft"): {**FINAL_VIDEOS, "advantage.best_of": None, "advantage.drop_zero_std": False},
+    ("prior.kind", "none"): {"bpgo.zeta": 0.0, "bpgo.alpha": 0.0},
+    ("bpgo.form", "paper"): {"bpgo.alpha": 0.5},
+    ("advantage.normalise", "max_std"): {"bpgo.alpha": 0.0},
+    ("advantage.normalise", "none"): {"bpgo.zeta": 0.0},
+    ("advantage.normalise", "win_rate"): {"bpgo.zeta": 0.0},
+    ("loss.kl_reference", "ema"): {"ema.decay": 0.99},
+    ("evaluation.weights", "ema"): {"ema.decay": 0.99},
+    ("evaluation.weights", "both"): {"ema.decay": 0.99},
+}
+
+
+def method_defaults(tree: Mapping[str, Any], written: Collection[str]) -> Iterator[tuple[str, str, Any, str]]:
+    """Settings that the methods of a recipe replace: section, key, value, and a line about what it replaces, if any.
+
+    Args:
+        tree: the recipe as plain data.
+        written: keys that its user wrote, which nothing replaces; the others come from shipped recipes.
+    """
+
+    def value_at(key: str) -> Any:
+        section, name = key.split(".")
+        values = tree.get(section)
+        return values.get(name, ...) if isinstance(values, Mapping) else ...  # `...` if it is absent
+
+    for (key, method), settings in METHODS.items():
+        for name, value in settings.items() if value_at(key) == method else ():
+            if (before := value_at(name)) != value and name not in written:
+                note = "" if before is ... else f"{name} is {value!r} in place of {before!r}, since {key} is {method!r}"
+                yield (*name.split("."), value, note)
 
 
 def common_rules(policy: PolicyConfig, parallel: ParallelConfig, ema: EmaConfig, evaluated: str) -> Rules:
@@ -111,6 +153,8 @@ def objective_rules(config: Config) -> Rules:
             )
             for key in ("best_of", "drop_zero_std")
         },
+        f"rollout.same_start is true with loss.objective = {loss.objective!r}, which samples by the ODE: all samples "
+        "of a prompt would be equal; set it to false": config.rollout.same_start and not replays,
         f"credit.kind is 'segment' with loss.objective = {loss.objective!r}, which has no log-prob of frames; set "
         "credit.kind to 'video', or the objective to 'policy_gradient'": segment and not replays,
         "credit.kind is 'segment' with advantage.combine = 'gdpo', which rescales the sum of advantages by batch, so "
@@ -153,22 +197,13 @@ def check_rules(rules: Rules) -> None:
             raise ConfigError(message)
 
 
-def check_world(config: Config, world_size: int) -> None:
-    """Raise ConfigError unless all ranks get equally many whole micro-batches."""
-    prompts, group = config.rollout.prompts_per_step, config.rollout.group_size
-    samples = prompts * group
-    described = f"prompts_per_step x group_size = {prompts} x {group} = {samples} samples"
-    check_division(config, world_size, samples, described)
-
-
-def check_division(config: Any, world_size: int, samples: int, described: str) -> None:
-    """Raise ConfigError unless sequence groups divide the ranks, and their micro-batches the samples of a step.
+def check_world(config: Any, world_size: int) -> None:
+    """Raise ConfigError unless all ranks get equally many whole micro-batches, and sequence groups divide the ranks.
 
     Args:
         config: a recipe of any kind.
-        described: the samples, for the message.
     """
-    sequence, size = config.parallel.sequence, config.micro_batch_size
+    (samples, described), sequence, size = config.samples, config.parallel.sequence, config.micro_batch_size
     if world_size % sequence:
         divisors = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
         raise ConfigError(

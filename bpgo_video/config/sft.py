@@ -6,7 +6,7 @@ from typing import Literal
 
 from bpgo_video.config.bpgo import Config, DataConfig, PolicyConfig, VideoConfig
 from bpgo_video.config.fields import AboveZero, Count, Positive, Unit, section
-from bpgo_video.config.rules import Rules, check_division, check_rules, common_rules
+from bpgo_video.config.rules import Rules, check_rules, common_rules
 from bpgo_video.config.run import (
     EmaConfig,
     OptimiserConfig,
@@ -77,6 +77,11 @@ class SftConfig:
         return self.sft.micro_batch_size
 
     @property
+    def samples(self) -> tuple[int, str]:
+        """Clips of a step, over all ranks, and their description in errors."""
+        return self.sft.batch_size, f"sft.batch_size {self.sft.batch_size} clips"
+
+    @property
     def num_updates(self) -> int:
         """Optimiser updates of the whole run."""
         return self.run.num_steps
@@ -105,8 +110,3 @@ def sft_rules(config: SftConfig) -> Rules:
 def check_sft(config: SftConfig) -> None:
     """Raise ConfigError with the first rule that the recipe breaks."""
     check_rules(sft_rules(config))
-
-
-def check_sft_world(config: SftConfig, world_size: int) -> None:
-    """Raise ConfigError unless all ranks get equally many whole micro-batches."""
-    check_division(config, world_size, config.sft.batch_size, f"sft.batch_size {config.sft.batch_size} clips")

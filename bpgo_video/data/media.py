@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bpgo_video.atomic import atomic_file
+from bpgo_video.files import atomic_file
 
 IMAGE_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # by Pillow's name of the format
 MEDIA = {"image": tuple(IMAGE_EXTENSIONS.values()), "video": ("mp4", "mkv", "mov", "webm")}  # what shards store

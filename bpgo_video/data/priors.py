@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
-from bpgo_video.atomic import atomic_file, write_json
 from bpgo_video.data.records import ShardError
+from bpgo_video.files import atomic_file, write_json
 from bpgo_video.learner.priors import shrunk_means
 from bpgo_video.types import PriorAnchor, PromptBatch
 

@@ -44,7 +44,6 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.atomic import atomic_file
 from bpgo_video.data.fingerprint import EncoderStamp
 from bpgo_video.data.media import check_media
 from bpgo_video.data.records import (
@@ -60,7 +59,7 @@ from bpgo_video.data.records import (
     to_layout,
 )
 from bpgo_video.data.writer import NEGATIVE, file_sha256
-from bpgo_video.paths import SHARD_CACHE
+from bpgo_video.files import SHARD_CACHE, atomic_file
 
 REMOTE = re.compile(r"pipe:|[a-z0-9]+://")
 SHARD = re.compile(r"(?:prompts|clips)-[^/\s]*\.tar")

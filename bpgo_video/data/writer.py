@@ -24,7 +24,6 @@ from more_itertools import chunked
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.atomic import atomic_file, write_json
 from bpgo_video.data.fingerprint import EncoderStamp
 from bpgo_video.data.media import ImageError, VideoError, read_media
 from bpgo_video.data.prompt_files import Line, Plan, PromptFileError, Rejected, make_plan, prompt_id
@@ -38,6 +37,7 @@ from bpgo_video.data.records import (
     to_members,
     without_batch,
 )
+from bpgo_video.files import atomic_file, write_json
 
 FORMAT_VERSION = 2  # 1 has no conditioning that refers to an earlier record of the shard
 NEGATIVE = "negative.safetensors"

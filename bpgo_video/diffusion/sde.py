@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.tables import Table
-from bpgo_video.types import Latents, Velocity
+from bpgo_video.types import Latents, Table, Velocity
 
 TRUNCATED_STD = 0.45  # largest std of one step of `truncated` (arXiv 2510.22200)
 TRAIN_TIMESTEPS = 1000  # Wan's num_train_timesteps: the last sigma before 0 is the shifted 1/1000

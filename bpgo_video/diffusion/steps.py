@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.diffusion.sde import Sampler, Step
-from bpgo_video.tables import Table
+from bpgo_video.types import Table
 
 StepSelection = Callable[[int, int, int, torch.Generator], tuple[int, ...]]  # (num_steps, count, start, generator)
 StepWeight = Callable[[Sampler, Step, float], Tensor]

@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 
-from bpgo_video.atomic import atomic_file, flush, write_json
 from bpgo_video.config.run import RunConfig
 from bpgo_video.distributed import zero_files
 from bpgo_video.distributed.engine import Engine
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main, rank0_first
 from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.files import atomic_file, flush, write_json
 
 LAYOUT_VERSION = 3
 LAYOUT = "layout.json"

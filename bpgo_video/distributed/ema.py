@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from bpgo_video.atomic import save_tensors
 from bpgo_video.config.bpgo import EmaConfig
 from bpgo_video.distributed.optimizer import ZeroMasters
 from bpgo_video.distributed.zero_files import CheckpointError, StoredParameters
+from bpgo_video.files import save_tensors
 
 
 def decay_after(updates: int, config: EmaConfig) -> float:

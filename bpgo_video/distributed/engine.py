@@ -6,7 +6,6 @@ This is the only file that runs DeepSpeed; `zero_files.py` reads what it wrote.
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import os
 import socket
@@ -28,6 +27,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from more_itertools import constrained_batches
 from torch import Tensor, nn
 
+from bpgo_video.cli import free_port
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.run import OptimiserConfig
 from bpgo_video.distributed.ds_config import (
@@ -46,9 +46,7 @@ from bpgo_video.distributed.ds_config import (
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
 from bpgo_video.failures import excepthook
-from bpgo_video.launching import free_port
 
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
 
 GATHERED_AT_ONCE = 500_000_000  # elements per collective, of which DeepSpeed needs twice the memory

@@ -38,14 +38,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from tqdm import tqdm
 
-from bpgo_video.atomic import new_folder
 from bpgo_video.distributed.optimizer import Shard
+from bpgo_video.files import new_folder
 
 ALLOWED = (ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address)  # in DeepSpeed's own files
 ALLOWED_GLOBALS = {f"{kind.__module__}.{kind.__qualname__}" for kind in ALLOWED}
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint is damaged, incomplete, of another layout, or not what it claims to be."""
 
     exit_code: ClassVar[int] = 2

@@ -19,8 +19,8 @@ from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from bpgo_video.atomic import write_json
 from bpgo_video.data.records import PromptRecord
+from bpgo_video.files import write_json
 from bpgo_video.training.metrics import MalformedFile, parse_json
 
 TRAINING_REWARD = "training reward"  # recipes cannot name a reward so

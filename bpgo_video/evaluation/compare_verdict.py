@@ -18,8 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bpgo_video.atomic import write_json
 from bpgo_video.evaluation.compare_scores import TRAINING_REWARD, ModelScores, Role
+from bpgo_video.files import write_json
 from bpgo_video.statistics import LEVEL, RESAMPLES, Effect, can_show, corrected, effect, too_few
 
 MOTION, DIVERSITY = "pixel_motion", "pixel_diversity"

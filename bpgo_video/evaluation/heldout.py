@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from bpgo_video.atomic import write_json
 from bpgo_video.cli import show_loading_once
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import read_yaml
@@ -20,6 +19,7 @@ from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare_scores import PromptLine, lines_of
 from bpgo_video.evaluation.ranks import evaluation_ranks
+from bpgo_video.files import write_json
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     flags = {"policy": args.policy, "seed": args.seed, "output": args.output, "prompts": args.suite}
     flags |= {"samples-per-prompt": args.samples, "fps": args.fps}
     words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
-    settings = read_settings(GenerationSettings, [*words, *args.more], prog="evaluate.py layout")
+    settings = read_settings(GenerationSettings, [*words, *args.more], prog="bpgo-video evaluate layout")
     show_loading_once()
     mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
     with all_or_none(mesh):

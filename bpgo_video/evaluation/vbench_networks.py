@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPModel
 
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.evaluation.vbench_suite import SuitePrompt
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips
 from bpgo_video.rewards.checkpoints import linear_layers, read_weights, unpickled

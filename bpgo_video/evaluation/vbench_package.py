@@ -23,12 +23,12 @@ from typing import Any
 import yaml
 
 import bpgo_video
-from bpgo_video.atomic import atomic_file
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
 from bpgo_video.evaluation.ranks import device_of, independent_ranks
 from bpgo_video.evaluation.vbench_results import Result, ResultError, check_complete, read_results
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, check_videos, listing, read_suite, videos_of
+from bpgo_video.files import atomic_file
 from bpgo_video.training.metrics import MalformedFile
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # the package runs as a single process

@@ -30,8 +30,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from bpgo_video.atomic import write_json
 from bpgo_video.evaluation.vbench_suite import Suite, read_suite
+from bpgo_video.files import write_json
 from bpgo_video.training.metrics import parse_json
 
 RESULTS = "*_eval_results.json"

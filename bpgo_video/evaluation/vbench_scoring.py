@@ -19,7 +19,6 @@ import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from bpgo_video.atomic import write_json
 from bpgo_video.cli import show_loading_once
 from bpgo_video.data.media import VideoError, read_header, read_pixels
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, from_main, same_everywhere
@@ -29,6 +28,7 @@ from bpgo_video.evaluation.vbench_dimensions import Dimension, DimensionError, M
 from bpgo_video.evaluation.vbench_networks import Footage, Network, Sources
 from bpgo_video.evaluation.vbench_results import Result, Video, write_results
 from bpgo_video.evaluation.vbench_suite import Suite, SuitePrompt, read_suite
+from bpgo_video.files import write_json
 from bpgo_video.randomness import reseeded
 from bpgo_video.training.metrics import parse_json
 

@@ -27,10 +27,10 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.atomic import new_folder
 from bpgo_video.config.bpgo import ConfigError, LoraConfig
 from bpgo_video.distributed.zero_files import CheckpointError, to_universal, verify_universal
 from bpgo_video.errors import some_of
+from bpgo_video.files import new_folder
 from bpgo_video.inference import model_files
 from bpgo_video.inference.model_card import CARD, EXPORTED, CardFacts, write_card
 from bpgo_video.inference.model_files import SHARD_BYTES, WEIGHTS_NAME, Tensors, lora_file
@@ -199,14 +199,12 @@ class Format:
     """An output format.
 
     Attributes:
-        purpose: of the format, for --help.
         write: fills a folder; returns its description for the model card.
         load: the output's transformer of a name, after its tensors were compared with the checkpoint's; None if that
             comparison is enough.
         options: supported fields of DEFAULTS.
     """
 
-    purpose: str
     write: Callable[[Conversion, Path], str]
     load: Callable[[Conversion, str], Any]
     options: tuple[str, ...] = ()
@@ -220,22 +218,10 @@ DEFAULTS = {  # options that some formats do not support: they refuse other valu
     "shard_bytes": SHARD_BYTES,
 }
 FORMATS = {
-    "diffusers": Format(
-        "a pipeline folder, adapters merged",
-        write_diffusers,
-        load_diffusers,
-        ("weights", "dtype", "transformer_only", "shard_bytes"),
-    ),
-    "lora": Format("adapters for load_lora_weights", write_lora, load_lora, ("weights", "dtype")),
-    "comfyui": Format(
-        "adapters for ComfyUI; with --merged, or for a run without adapters, whole transformers",
-        write_comfyui,
-        load_comfyui,
-        ("weights", "dtype", "merged"),
-    ),
-    "universal": Format(
-        "DeepSpeed's checkpoint for any number of ranks, with the optimizer's state", write_universal, load_universal
-    ),
+    "diffusers": Format(write_diffusers, load_diffusers, ("weights", "dtype", "transformer_only", "shard_bytes")),
+    "lora": Format(write_lora, load_lora, ("weights", "dtype")),
+    "comfyui": Format(write_comfyui, load_comfyui, ("weights", "dtype", "merged")),
+    "universal": Format(write_universal, load_universal),
 }
 
 

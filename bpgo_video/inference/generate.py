@@ -27,18 +27,10 @@ from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.media import as_bytes, decode_image, fit_image, write_video
 from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, same_everywhere
+from bpgo_video.inference.model_call import CallSettings, Model, chosen_scheduler, find_model, naming_flags, resolve
 from bpgo_video.inference.model_files import load_lora
 from bpgo_video.inference.run_weights import DTYPES, WEIGHTS, load_trained
-from bpgo_video.inference.settings import (
-    CallSettings,
-    GenerationError,
-    GenerationSettings,
-    Model,
-    chosen_scheduler,
-    find_model,
-    naming_flags,
-    resolve,
-)
+from bpgo_video.inference.settings import GenerationError, GenerationSettings
 from bpgo_video.inference.video_files import (
     GENERATION_PROMPT,
     Job,

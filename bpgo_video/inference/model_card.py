@@ -1,10 +1,16 @@
-"""Model card of a model folder: a README.md with what was trained, how, by which code, and the weights' hashes."""
+"""Model card of a model folder: a README.md with what was trained, how, by which code, and the weights' hashes.
+
+The code is the package's version and, in a checkout, the git commit.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,11 +19,10 @@ import jinja2
 import yaml
 from huggingface_hub import metadata_load
 
-from bpgo_video.code_version import this_code
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.config.sft import Recipe
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.policies import family
 from bpgo_video.policies.networks import transformer_names
 
@@ -82,3 +87,27 @@ def sha256(path: Path) -> str:
     """64 hex digits of a whole file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@cache
+def this_code() -> str:
+    """`bpgo_video 0.1.0, commit 6f1c...`, or `6f1c...-dirty` if files differ from the commit.
+
+    Call it when a run starts: the result is cached, and later changes of the checkout do not affect the run.
+    """
+    found = commit(Path(__file__))
+    return f"bpgo_video {version('bpgo-video')}" + (f", commit {found}" if found else "")
+
+
+def commit(file: Path) -> str | None:
+    """The commit of the checkout that tracks a file; None if git does not track it or is not installed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # an environment may be inside a checkout of something else
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):  # OSError also if PATH names folders that this user may not read
+        return None

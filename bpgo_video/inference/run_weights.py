@@ -31,7 +31,7 @@ from bpgo_video.distributed.zero_files import (
     refuse_foreign_pickles,
 )
 from bpgo_video.errors import some_of
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.policies import family
 from bpgo_video.policies.lora import merged_tensors
 from bpgo_video.policies.networks import networks_of, trained_names

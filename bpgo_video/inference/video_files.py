@@ -19,13 +19,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.atomic import atomic_file, write_json
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.contact_sheets import joined, strip
 from bpgo_video.data.media import VideoError, read_media, read_video
 from bpgo_video.data.prompt_files import read_prompts
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import PromptRecord
+from bpgo_video.files import atomic_file, write_json
 from bpgo_video.inference.settings import GenerationError, GenerationSettings
 
 MANIFEST = "generation.json"

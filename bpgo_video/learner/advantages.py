@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bpgo_video.config.learner import AdvantageConfig
-from bpgo_video.tables import Table
+from bpgo_video.types import Table
 
 DELTA = 1e-6  # added to a standard deviation, as in GRPO
 

@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.config.learner import LossConfig
-from bpgo_video.tables import Table
-from bpgo_video.types import Loss
+from bpgo_video.types import Loss, Table
 
 RATIO_ERROR = "ratio_squared_error"
 

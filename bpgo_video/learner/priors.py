@@ -20,8 +20,7 @@ from torch import Tensor
 
 from bpgo_video.config.learner import PriorConfig
 from bpgo_video.learner.advantages import equal_groups
-from bpgo_video.tables import Table
-from bpgo_video.types import PriorAnchor, PromptBatch
+from bpgo_video.types import PriorAnchor, PromptBatch, Table
 
 STORED = ("reference", "shrunk")  # measured by bpgo-video priors
 FROM_IMAGES = ("first_frame", "first_frame_centred")  # need the rewards of conditioning images

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bpgo_video.config.learner import BPGOConfig
 from bpgo_video.learner.equations import released_trust, reliability_adaptive_scaling
-from bpgo_video.tables import Table
+from bpgo_video.types import Table
 
 RewardsByName = Mapping[str, Float[Tensor, "prompts group"]]
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.policies.base import Policy, guided_velocity
 from bpgo_video.policies.networks import COMPONENTS, Build, component_of, from_pretrained, load_frozen, networks_of
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from bpgo_video.data.fingerprint import fingerprint, fingerprint_of
 from bpgo_video.errors import unknown
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameSampling
 from bpgo_video.rewards.checkpoints import load_network
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, CLIPConfig, CLIPModel, SiglipModel, VideoPr
 
 from bpgo_video.data.fingerprint import fingerprint_of
 from bpgo_video.data.media import as_bytes
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.rewards.backbones import (
     WITHOUT_WEIGHTS,
     Backbone,

@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from bpgo_video.data.fingerprint import fingerprint_of
 from bpgo_video.errors import unknown
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.rewards.backbones import (
     WITHOUT_WEIGHTS,
     Backbone,

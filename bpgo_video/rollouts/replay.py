@@ -20,8 +20,7 @@ from bpgo_video.rollouts.forward_process import ForwardProcess
 from bpgo_video.rollouts.reference import DIVERGENCES
 from bpgo_video.rollouts.rollout import guidance_of, pulls_to_previous, trainable_steps
 from bpgo_video.rollouts.updates import Objective
-from bpgo_video.tables import Table
-from bpgo_video.types import Loss, Trajectory
+from bpgo_video.types import Loss, Table, Trajectory
 
 
 @dataclass(frozen=True)

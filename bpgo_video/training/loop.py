@@ -19,6 +19,7 @@ import torch
 
 from bpgo_video.cli import print_error, show_loading_once
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.rules import check_world
 from bpgo_video.config.sft import Recipe
 from bpgo_video.data.records import ShardError
 from bpgo_video.distributed import checkpoint, engine
@@ -66,11 +67,6 @@ class Trainer(ABC):
     @abstractmethod
     def __init__(self, config: Any, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
         """Build the session from checked inputs."""
-
-    @staticmethod
-    @abstractmethod
-    def check_world(config: Any, world_size: int) -> None:
-        """Check that a step's samples divide over the ranks; raises ConfigError."""
 
     @abstractmethod
     def begin(self) -> None:
@@ -144,7 +140,7 @@ def open_run(
     config: Recipe, kind: type[Trainer], mesh: Mesh, requests: StopRequests, heartbeat: Heartbeat
 ) -> tuple[Trainer, str | None]:
     """The trainer, built from checked inputs, and the name of the checkpoint to resume from, if any."""
-    kind.check_world(config, mesh.world_size)
+    check_world(config, mesh.world_size)
     mesh = make_mesh(mesh.device, config.parallel.sequence)
     torch.manual_seed(config.run.seed)
     with all_or_none(mesh):

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.atomic import atomic_file
+from bpgo_video.files import atomic_file
 from bpgo_video.training.trackers import Cell, Number, Trackers
 
 METRICS_FILE = "metrics.jsonl"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.policies import Policy, family_of
 
 TRAIN_TIMESTEPS = 1000

@@ -23,9 +23,9 @@ from pydantic import FiniteFloat, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from bpgo_video.atomic import atomic_file
 from bpgo_video.data.contact_sheets import STRIP_HEIGHT, strip
 from bpgo_video.data.media import VideoError, read_video
+from bpgo_video.files import atomic_file
 from bpgo_video.training.curves import HELDOUT, PANELS, draw_curve, keys_with
 from bpgo_video.training.metrics import METRICS_FILE, MalformedFile, Number, parse_json, read_metrics
 from bpgo_video.training.summary import diagnose, heldout_difference, summary_rows, verdict

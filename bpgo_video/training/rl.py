@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from bpgo_video.atomic import write_json
 from bpgo_video.config.bpgo import Config
-from bpgo_video.config.rules import check_world
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.files import write_json
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import with_spread
 from bpgo_video.randomness import isolated
@@ -66,7 +65,6 @@ class RL(loop.Trainer):
     """
 
     keys = ROLLOUTS
-    check_world = staticmethod(check_world)
 
     def __init__(self, config: Config, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
         self.session, self.heartbeat = build_session(config, mesh, *inputs), heartbeat

@@ -10,12 +10,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from bpgo_video.atomic import atomic_file
 from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.config.reading import read_recipe, to_yaml
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
+from bpgo_video.files import atomic_file
 
 SETTINGS = "config.yaml"
 LOCATION_OPTIONS = {"worker": {"python"}, "remote": {"url", "token_env"}}  # reward options that only locate a model

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 import bpgo_video
-from bpgo_video.code_version import this_code
 from bpgo_video.config.bpgo import Config
+from bpgo_video.config.reading import ds_config_file
 from bpgo_video.config.sft import Recipe, SftConfig
-from bpgo_video.config.shipped import ds_config_file
 from bpgo_video.data.encoding import check_image_stamp, clip_stamp
 from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.priors import PriorTable, load_priors, prior_path, require_priors
@@ -30,8 +29,9 @@ from bpgo_video.distributed.ds_config import compute_dtype, read_ds_config, zero
 from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.mesh import Mesh, all_or_none, same_everywhere
 from bpgo_video.distributed.optimizer import learning_rate_factor
+from bpgo_video.files import resolve_folder
+from bpgo_video.inference.model_card import this_code
 from bpgo_video.learner.priors import STORED
-from bpgo_video.paths import resolve_folder
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.execution import check_backend, choose_attention, compile_blocks, save_memory
 from bpgo_video.policies.lora import add_lora

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.atomic import write_json
-from bpgo_video.config.sft import SftConfig, check_sft_world
+from bpgo_video.config.sft import SftConfig
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import LATENTS
 from bpgo_video.data.stream import EndlessOrder, as_batch
 from bpgo_video.diffusion.flow_matching import LevelDistribution
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.files import write_json
 from bpgo_video.policies import Policy
 from bpgo_video.policies.networks import trained_names
 from bpgo_video.rollouts.conditioning import cast, for_each
@@ -115,7 +115,6 @@ class SFT(loop.Trainer):
     """
 
     keys = MATCHING
-    check_world = staticmethod(check_sft_world)
 
     def __init__(self, config: SftConfig, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
         ds_config, shards = inputs

@@ -25,7 +25,7 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.config.sft import Recipe
 from bpgo_video.data.media import read_pixels
-from bpgo_video.tables import Table
+from bpgo_video.types import Table
 
 FINISH_SECONDS = 600.0  # that wandb may take to upload what is left, before the run goes on without it
 GIF_SIZE = (320, 320)  # pixels; larger videos are scaled down for TensorBoard

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bpgo_video.commands import recipes
+from bpgo_video.commands.shipped import recipes
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.config.reading import read_recipe, read_yaml
-from bpgo_video.config.shipped import DS_CONFIGS, RECIPES, ds_config_file, recipe_file, shipped
+from bpgo_video.config.reading import DS_CONFIGS, RECIPES, ds_config_file, read_recipe, read_yaml, recipe_file, shipped
 from bpgo_video.training.run_folder import check_same_run
 from tests.made.recipes import ROOT
 
@@ -74,24 +73,24 @@ def test_a_copied_recipe_equals_the_shipped_one_and_is_never_overwritten(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in shipped(RECIPES):
-        assert recipes.main(["copy", name, f"{name}-copy.yaml"]) == 0
+        assert recipes(["copy", name, f"{name}-copy.yaml"]) == 0
         assert read_recipe(Path(f"{name}-copy.yaml")) == read_recipe(Path(name))
-    assert recipes.main(["copy", "tiny_wan_bpgo"]) == 0
+    assert recipes(["copy", "tiny_wan_bpgo"]) == 0
     Path("tiny_wan_bpgo.yaml").write_text("mine")
-    assert recipes.main(["copy", "tiny_wan_bpgo"]) == 1
+    assert recipes(["copy", "tiny_wan_bpgo"]) == 1
     assert "tiny_wan_bpgo.yaml exists and is not overwritten; name another FILE" in capsys.readouterr().err
     assert Path("tiny_wan_bpgo.yaml").read_text() == "mine"
 
 
 def test_recipes_are_listed_one_per_line_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert recipes.main([]) == 0
+    assert recipes([]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name in shipped(RECIPES):
         (line,) = [line for line in lines if line.split(" ", 1)[0] == name]
         assert line.endswith("."), "the first line of a recipe is a sentence"
-    assert recipes.main(["show", "tiny_wan_grpo"]) == 0
+    assert recipes(["show", "tiny_wan_grpo"]) == 0
     assert capsys.readouterr().out == recipe_file("tiny_wan_grpo").read_text()
-    assert recipes.main(["show", "tiny_wan_gpro"]) == 2
+    assert recipes(["show", "tiny_wan_gpro"]) == 2
     assert "perhaps you meant tiny_wan_grpo" in capsys.readouterr().err
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bpgo_video.commands import prompts as prompts_command
+from bpgo_video.commands import videos as videos_command
 from bpgo_video.data.clips import read_clip
 from bpgo_video.data.encoding import check_image_stamp
 from bpgo_video.data.media import decode_image, fit_image, write_video
@@ -39,16 +40,9 @@ LINES = [  # text, picture, the prompt's negative prompt
 SIZE = ["--height", "32", "--width", "48"]
 
 
-def tool_of(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    return tool_of("make_prompt_shards")
+    return prompts_command
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +162,7 @@ def test_a_caption_is_encoded_with_the_first_frame_of_its_clip(name: str, tmp_pa
     write_video(tmp_path / "videos" / "0.mp4", clip, video.fps, crf=1)
     (tmp_path / "videos" / "0.txt").write_text(caption.text)
     flags = [*arguments(tmp_path / "videos", folder, tmp_path / "out"), *SIZE]
-    assert (
-        tool_of("make_video_shards").main([*flags, "--num-frames", str(video.num_frames), "--fps", str(video.fps)]) == 0
-    )
+    assert videos_command.main([*flags, "--num-frames", str(video.num_frames), "--fps", str(video.fps)]) == 0
     shards = PromptShards(tmp_path / "out")
     check_image_stamp(shards, folder, (video.height, video.width))
     record, policy = shards.record(0), case.policy(folder)

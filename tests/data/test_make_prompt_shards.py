@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from bpgo_video.commands import prompts as commands
 from bpgo_video.data.fingerprint import EncoderStamp
 from bpgo_video.data.prompt_files import PromptFileError, make_plan, prompt_id, read_prompts
 from bpgo_video.data.reader import PromptShards
@@ -24,10 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_prompt_shards", ROOT / "tools" / "make_prompt_shards.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return commands
 
 
 def encode(texts) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from bpgo_video.commands import videos as commands
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.clips import read_clip
 from bpgo_video.data.fingerprint import EncoderStamp
@@ -21,7 +21,6 @@ from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.checkpoints import data_of
 from tests.made.prompt_folders import write_shards
 from tests.made.random_wan import TEXT_TOKENS, random_wan
-from tests.made.recipes import RECIPE
 
 CLIP = VideoConfig(num_frames=world.FRAMES, height=world.SIZE, width=world.SIZE, fps=float(world.FPS))
 SIZE = ["--num-frames", "9", "--height", "64", "--width", "64", "--fps", "8", "--max-sequence-length", "16"]
@@ -30,12 +29,7 @@ EMBEDDED = "package:bpgo_video.tiny/weights/wan"
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "make_video_shards", RECIPE.parents[2] / "tools" / "make_video_shards.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return commands
 
 
 @pytest.fixture(scope="module")

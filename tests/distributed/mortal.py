@@ -18,7 +18,7 @@ from typing import NoReturn
 import deepspeed
 import torch
 
-from bpgo_video.commands.train import main
+from bpgo_video.__main__ import main
 from bpgo_video.distributed.heartbeat import Heartbeat
 
 RANK = os.environ["RANK"]
@@ -75,4 +75,4 @@ if __name__ == "__main__":
         sys.argv += flags
     if os.environ.get("LATE") == RANK:
         time.sleep(3)
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -12,12 +12,12 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 
-from bpgo_video.code_version import this_code
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.zero_files import ZeroParameters
 from bpgo_video.evaluation.heldout import evaluate_folder, with_changes
 from bpgo_video.inference.conversion import Conversion, convert
+from bpgo_video.inference.model_card import this_code
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.training.metrics import read_metrics
 from tests.distributed.conftest import STAGES

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.data.media import read_video
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.training.metrics import read_metrics
 from tests.distributed.conftest import STAGES

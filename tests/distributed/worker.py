@@ -20,7 +20,7 @@ from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.training.rl import train
 from tests.made.recipes import rewarded_by, small_recipe, without_evaluation
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.inference.generate import describe
-from bpgo_video.inference.settings import GenerationSettings, find_model, resolve
+from bpgo_video.inference.model_call import find_model, resolve
+from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.inference.video_files import read_records
 from bpgo_video.randomness import generator_of, keyed_noise
 from tests.families import CASES

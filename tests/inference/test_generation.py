@@ -18,7 +18,8 @@ from bpgo_video.data.media import read_video
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.generate import generate, initial_latents
-from bpgo_video.inference.settings import CallSettings, GenerationSettings, find_model, resolve
+from bpgo_video.inference.model_call import CallSettings, find_model, resolve
+from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.inference.video_files import Job
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.randomness import keyed_noise

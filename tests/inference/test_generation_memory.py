@@ -15,7 +15,8 @@ from bpgo_video.commands.generate import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.generate import OFFLOADS, check_offload, describe, save_memory
-from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model, resolve
+from bpgo_video.inference.model_call import find_model, resolve
+from bpgo_video.inference.settings import GenerationError, GenerationSettings
 from bpgo_video.inference.video_files import read_records
 from bpgo_video.policies.cogvideox import CogVideoXAttention
 from tests.families import CASES

@@ -22,8 +22,9 @@ from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.generate import generate
+from bpgo_video.inference.model_call import find_model
 from bpgo_video.inference.run_weights import WEIGHTS, find_checkpoint
-from bpgo_video.inference.settings import GenerationError, GenerationSettings, find_model
+from bpgo_video.inference.settings import GenerationError, GenerationSettings
 from bpgo_video.inference.video_files import plan, read_records
 from tests.inference.videos import jobs_of, pipeline_of, videos
 from tests.made.random_wan import random_wan

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bpgo_video.inference.generate import load_pipeline, sample
-from bpgo_video.inference.settings import GenerationSettings, find_model, resolve
+from bpgo_video.inference.model_call import find_model, resolve
+from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.inference.video_files import Job, plan, read_records
 from tests.families import Case
 

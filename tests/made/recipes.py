@@ -11,7 +11,7 @@ from bpgo_video.config.bpgo import Config, RewardConfig
 from bpgo_video.config.reading import config_from_dict, read_yaml, to_yaml
 from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.writer import build_shards
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.policies import load_policy
 
 ROOT = Path(__file__).parents[2]

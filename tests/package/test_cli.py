@@ -119,7 +119,7 @@ def test_the_help_text_is_the_docstring_of_the_tool(
     assert run(f"{tool} --help", monkeypatch) == 0
     shown = capsys.readouterr().out
     docstring = ast.get_docstring(ast.parse((ROOT / tool).read_text())) or ""
-    for line in (docstring.splitlines()[0], docstring.splitlines()[2].strip(), "--config FILE  the recipe (required)"):
+    for line in (docstring.splitlines()[0], docstring.splitlines()[2].strip(), "RECIPE      a YAML file"):
         assert line in shown
 
 

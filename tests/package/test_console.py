@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import socket
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from bpgo_video import __main__ as console
-from bpgo_video.commands import demo
+from bpgo_video.commands import shipped
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import read_yaml, to_yaml
 from bpgo_video.data.reader import PromptShards
@@ -47,7 +48,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         "assert not {'torch', 'deepspeed', 'pydantic', 'numpy'} & set(sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    for name, line in console.COMMANDS.items():
+    for name, (_, _, line) in console.COMMANDS.items():
         assert f"  {name} " in shown
         assert line in shown
 
@@ -80,20 +81,24 @@ def test_a_subcommand_shows_only_its_examples(words: str, capsys: pytest.Capture
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_each_script_is_a_thin_wrapper_of_a_command(script: Path) -> None:
     assert len(script.read_text().splitlines()) <= 20
-    (module,) = [line.split()[1] for line in script.read_text().splitlines() if line.startswith("from bpgo_video")]
-    name = module.rpartition(".")[2].replace("_", "-")
+    (name,) = re.findall(r'sys\.exit\(main\(\["([\w-]+)", \*sys\.argv\[1:\]\], script=__doc__\)\)', script.read_text())
     assert script.read_text().startswith(f'"""`bpgo-video {name}` as a script of the clone.')
     assert name in console.COMMANDS
 
 
 @pytest.mark.parametrize(
-    ("words", "module", "rest"),
+    ("words", "command", "rest"),
     [
         ("train --ranks 2 --config tiny_wan_bpgo", "train", "--config tiny_wan_bpgo"),
+        ("train tiny_wan_bpgo --ranks 2", "train", "tiny_wan_bpgo"),
         ("sft --config tiny_wan_sft --ranks=2 --run.dir x", "sft", "--config tiny_wan_sft --run.dir x"),
         ("doctor --config tiny_wan_bpgo --ranks 2", "doctor", "--config tiny_wan_bpgo"),
         ("priors --config tiny_wan_bpgo --ranks 2", "priors", "--config tiny_wan_bpgo"),
-        ("generate --policy p --ranks 2 --seed 0", "generate", "--policy p --seed 0"),
+        (
+            "generate --policy p --prompts q --output o --ranks 2 --seed 0",
+            "generate",
+            "--policy p --prompts q --output o --seed 0",
+        ),
         ("evaluate heldout --ranks 2 --config r.yaml", "evaluate", "heldout --config r.yaml"),
         ("evaluate compare a b --output o --ranks 2", "evaluate", "compare a b --output o"),
         (
@@ -105,18 +110,26 @@ def test_each_script_is_a_thin_wrapper_of_a_command(script: Path) -> None:
     ],
 )
 def test_ranks_are_started_by_the_launcher_on_a_free_port(
-    words: str, module: str, rest: str, launched: list[str]
+    words: str, command: str, rest: str, launched: list[str]
 ) -> None:
     with pytest.raises(Launched):
         console.main(words.split())
     flags, found = launched[1 : launched.index("--module")], launched[launched.index("--module") :]
-    assert flags[:2] == ["-m", "deepspeed.launcher.runner"]
+    assert flags[:3] == ["-m", "bpgo_video.distributed.launcher", "--quiet"]
     assert "--num_accelerators=2" in flags
     (port,) = [int(flag.partition("=")[2]) for flag in flags if flag.startswith("--master_port=")]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
-    assert found == ["--module", f"bpgo_video.commands.{module}", *rest.split()]
-    assert import_module(found[1]).main
+    assert found == ["--module", "bpgo_video", command, *rest.split()]
+
+
+def test_verbose_reaches_the_launcher_and_the_ranks(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("DeepSpeed")
+    monkeypatch.setattr(logger, "filters", list(logger.filters))
+    with pytest.raises(Launched):
+        console.main(["train", "tiny_wan_bpgo", "--ranks", "2", "--verbose"])
+    assert "--quiet" not in launched
+    assert launched[-4:] == ["bpgo_video", "--verbose", "train", "tiny_wan_bpgo"]
 
 
 def test_invalid_uses_of_ranks_are_refused(
@@ -162,7 +175,7 @@ def test_the_demo_prepares_again_only_after_a_change(
         (tmp_path / "demo-prompts" / "priors").mkdir(exist_ok=True)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(shipped.subprocess, "run", run)
     words = ["demo", "--dir", str(tmp_path / "demo"), "--seed", "3", "--ranks", "2"]
     for _ in range(2):
         with pytest.raises(Launched):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.config.shipped import RECIPES, shipped
+from bpgo_video.config.reading import RECIPES, shipped
 from bpgo_video.training.metrics import read_metrics
 from tests.made.recipes import ROOT
 

@@ -17,7 +17,7 @@ LAYERS = (  # a folder imports only folders before it
 )
 PURE = [path for folder in ("diffusion", "learner") for path in (PACKAGE / folder).glob("*.py")]
 ALLOWED_IN_PURE = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "jaxtyping", "bpgo_video"}
-DEEPSPEED = {f"distributed/{name}.py" for name in ("engine", "zero_files")}
+DEEPSPEED = {f"distributed/{name}.py" for name in ("engine", "launcher", "zero_files")}
 
 
 def imports(path: Path) -> set[str]:
@@ -40,7 +40,7 @@ def test_pure_modules_import_only_torch_types_and_each_other(path: Path) -> None
     found = imports(path)
     assert {module.split(".")[0] for module in found} <= ALLOWED_IN_PURE
     settings = {"config"} if path.parent.name == "learner" else set()  # the learner takes sections of recipes
-    assert ours(found) <= {"types", "randomness", "tables", "diffusion", "learner"} | settings
+    assert ours(found) <= {"types", "randomness", "diffusion", "learner"} | settings
     assert not any("distributed" in module for module in found), "pure functions do not communicate"
 
 
@@ -62,7 +62,7 @@ def test_a_folder_imports_only_lower_layers(folder: str) -> None:
 
 def test_top_level_modules_import_no_folder() -> None:
     found = {path.name: ours(imports(path)) & set(LAYERS) for path in PACKAGE.glob("*.py")}
-    assert {name: folders for name, folders in found.items() if folders} == {"train.py": {"commands"}}, "an entry"
+    assert not {name: folders for name, folders in found.items() if folders}
 
 
 def test_the_worker_side_runs_under_any_python_without_packages() -> None:

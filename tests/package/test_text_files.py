@@ -73,14 +73,14 @@ def test_every_text_file_has_an_explicit_encoding(path: object) -> None:
 def test_a_locale_in_which_torch_cannot_be_imported_is_named(utf8: str, code: int) -> None:
     environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": utf8, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", "import bpgo_video.commands"], env=environment, capture_output=True, encoding="utf-8"
+        [sys.executable, "-m", "bpgo_video"], env=environment, capture_output=True, encoding="utf-8", check=False
     )
     assert done.returncode == code, done.stderr
     assert ("set PYTHONUTF8=1" in done.stderr) is bool(code)
 
 
 def test_a_terminal_that_lacks_a_character_does_not_stop_a_command() -> None:
-    program = "import bpgo_video.commands; print('0.5 ± 0.1 ╭─')"
+    program = "from bpgo_video.__main__ import main; main(); print('0.5 ± 0.1 ╭─')"
     environment = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
-    assert done.stdout == b"0.5 ? 0.1 ??\n"
+    assert done.stdout.endswith(b"0.5 ? 0.1 ??\n")

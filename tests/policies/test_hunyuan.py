@@ -16,7 +16,8 @@ from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.writer import build_shards
 from bpgo_video.diffusion.sde import flow_shift
-from bpgo_video.inference.settings import GenerationSettings, find_model, resolve
+from bpgo_video.inference.model_call import find_model, resolve
+from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.policies import load_policy
 from bpgo_video.rollouts.rollout import Denoiser, guidance_of
 from tests.families import CASES

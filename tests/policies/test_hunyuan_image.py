@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.inference.settings import GenerationSettings, find_model, resolve
+from bpgo_video.inference.model_call import find_model, resolve
+from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.inference.generate import initial_latents, load_pipeline, plan, read_records, sample
-from bpgo_video.inference.settings import GenerationSettings, find_model, resolve
+from bpgo_video.inference.model_call import find_model, resolve
+from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.policies.kandinsky5 import Kandinsky5Policy, prepare, text_positions
 from bpgo_video.policies.sequence import check_heads
 from tests.families import CASES, load_policy

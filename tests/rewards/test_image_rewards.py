@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import CLIPModel, SiglipModel
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.rewards import backbones as backbones_module
 from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones, Preprocessing
 from bpgo_video.rewards.checkpoints import from_open_clip

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.text import ClipScore

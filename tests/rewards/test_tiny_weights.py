@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from diffusers import AutoencoderKLWan
 
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from tools.tiny.train_policy import heldout_score
 from tools.tiny.train_vae import round_trip
 

@@ -8,8 +8,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from bpgo_video.code_version import commit, this_code
 from bpgo_video.distributed import checkpoint
+from bpgo_video.inference.model_card import commit, this_code
 from bpgo_video.training.loop import load
 from bpgo_video.training.session import PolicySession
 

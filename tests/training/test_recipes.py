@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.config.reading import read_yaml
-from bpgo_video.config.shipped import ds_config_file
+from bpgo_video.config.reading import ds_config_file, read_yaml
 from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.policies.sequence import check_heads
 from bpgo_video.rollouts.rules import check_experts

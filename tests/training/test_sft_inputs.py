@@ -17,7 +17,7 @@ from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import LATENTS, ShardError
 from bpgo_video.data.stream import EndlessOrder
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.tiny_rewards import oracle_scores
 from bpgo_video.training import session

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bpgo_video.atomic import atomic_file, write_json
+from bpgo_video.files import atomic_file, write_json
 from tools.bench.table import as_markdown
 
 

@@ -27,9 +27,8 @@ import torch
 import yaml
 from diffusers import WanTransformer3DModel
 
-from bpgo_video.atomic import write_json
+from bpgo_video.files import resolve_folder, write_json
 from bpgo_video.inference.conversion import FORMATS
-from bpgo_video.paths import resolve_folder
 from tools.bench.__main__ import machine
 
 SMALL = "package:bpgo_video.tiny/weights/wan"

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bpgo_video.config.bpgo import Config, VideoConfig
-from bpgo_video.config.reading import read_yaml
+from bpgo_video.config.reading import ds_config_file, read_yaml
 from bpgo_video.config.run import EmaConfig
-from bpgo_video.config.shipped import ds_config_file
 from bpgo_video.distributed.engine import Engine, start_ranks
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.training.plan_models import Model, find_model
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,6 @@ from diffusers import WanPipeline
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 
-from bpgo_video.atomic import write_json
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.learner import PriorConfig
 from bpgo_video.config.reading import read_yaml
@@ -29,7 +28,7 @@ from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.writer import build_shards
 from bpgo_video.distributed.ds_config import read_tensor, tensor_files
 from bpgo_video.distributed.heartbeat import Heartbeat
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder, write_json
 from bpgo_video.policies import load_policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.rollout import guidance_of, training_denoiser

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import psutil
 import torch
 
-from bpgo_video.atomic import atomic_file, write_json
+from bpgo_video.files import atomic_file, write_json
 from tools.gpu.table import as_markdown
 
 Context = TypeVar("Context")

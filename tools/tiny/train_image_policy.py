@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from bpgo_video.diffusion import sde
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.policies import load_policy
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.tiny_rewards import oracle_scores

@@ -23,7 +23,7 @@ from bpgo_video.data.encoding import clip_stamp
 from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.records import LATENTS, PromptRecord, layout_of
 from bpgo_video.data.writer import write_index, write_negative, write_shard
-from bpgo_video.paths import resolve_folder
+from bpgo_video.files import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.training.sft import train

@@ -1,4 +1,7 @@
-"""Files and folders that appear complete or not at all: written under another name, flushed to disk, then renamed."""
+"""Files and folders: written whole or not at all, and models by name.
+
+What must be complete is written under another name, flushed to disk, then renamed.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+PACKAGE_PREFIX = "package:"
+SHARD_CACHE = "~/.cache/bpgo_video/shards"
 
 
 @contextmanager
@@ -54,8 +58,10 @@ def write_json(path: Path, content: Any) -> None:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file with default permissions; the library would make it readable by its owner only."""
+    from safetensors.torch import save_file  # imports torch, and --help imports this file
+
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
@@ -69,3 +75,38 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def resolve_folder(name: str, only: Sequence[str] | None = None) -> Path:
+    """The local folder of a model.
+
+    Args:
+        name: a path; `package:some.package/sub/folder` for data of an installed package; or a hub id
+            (`Wan-AI/Wan2.1-T2V-1.3B-Diffusers`), which is downloaded once into the hub's cache.
+        only: patterns of the files to download (`*.json`); None downloads all.
+
+    Raises:
+        FileNotFoundError: no such folder or package data, and no hub id or a failed download.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        package, _, rest = name.removeprefix(PACKAGE_PREFIX).partition("/")
+        try:
+            folder = Path(str(files(package))) / rest
+        except ModuleNotFoundError:
+            folder = Path(name)  # does not exist
+    else:
+        folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or name.startswith((PACKAGE_PREFIX, ".", "/", "~")):
+        looked = "" if str(folder) == name else f" (looked at {folder})"
+        raise FileNotFoundError(
+            f"model folder {name!r} does not exist{looked}; give a local folder, a hub id "
+            f"like 'owner/name', or '{PACKAGE_PREFIX}module/folder'"
+        )
+    from huggingface_hub import snapshot_download  # slow, and only hub ids need it
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=None if only is None else list(only)))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{name!r} is no local folder, and its download failed: {error}") from error

@@ -1,0 +1,135 @@
+"""Commands that take a recipe and run on its ranks: train, sft, priors and doctor.
+
+Flags, the recipe and its rules are checked before torch is imported and before a launcher starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import getdoc
+from typing import Any
+
+from bpgo_video.cli import become_launcher, help_of, print_error, print_note, split_ranks
+from bpgo_video.config.bpgo import Config
+from bpgo_video.config.command_line import load_recipe
+from bpgo_video.config.reading import ds_config_file
+from bpgo_video.config.rules import check_world
+from bpgo_video.config.sft import Recipe
+
+
+def train(words: Sequence[str], script: str | None = None) -> int:
+    """Post-train a video diffusion policy with BPGO on rewards, or with flow matching on videos, as the recipe says.
+
+        bpgo-video train tiny_wan_bpgo --ranks 2
+        bpgo-video train my_recipe.yaml --run.dir runs/mine --run.resume auto
+        deepspeed --hostfile HOSTS --module bpgo_video.train --config my_recipe.yaml
+
+    Writes RUN/metrics.jsonl during training, RUN/report.html, sample videos and the trained model in RUN/export. To
+    continue a stopped run, add --run.resume auto. For several nodes, see docs/multi_node.md.
+    """
+    return run_recipe(checked_recipe(train, words, script))
+
+
+def sft(words: Sequence[str], script: str | None = None) -> int:
+    """Warm-start a video diffusion policy by flow matching on captioned videos; `train` for recipes of kind sft only.
+
+        bpgo-video videos build --input VIDEOS --output runs/clips --policy FOLDER --num-frames 81 ...
+        bpgo-video sft my_sft.yaml --run.dir runs/warm --ranks 8
+
+    The trained model is in RUN/export. Start BPGO from it with --policy.folder runs/warm/export.
+    """
+    return run_recipe(checked_recipe(sft, words, script, kind="sft"))
+
+
+def priors(words: Sequence[str], script: str | None = None) -> int:
+    """Measure the prior of every prompt: the rewards that the starting policy earns on it, stored with the prompts.
+
+        bpgo-video priors tiny_wan_bpgo --ranks 2
+        bpgo-video priors my_recipe.yaml --ranks 8 --prior.samples 16
+        deepspeed --hostfile HOSTS --module bpgo_video priors --config my_recipe.yaml
+
+    Samples `prior.samples` videos for each prompt of `data.split` with the recipe's sampler, scores them with its
+    rewards, and writes SHARDS/priors/REWARD.json: mean, standard deviation and count per prompt, the scale s_ref
+    (pooled within-group standard deviation), the reward's version and the policy's hash. Measure again after a change
+    of reward version or starting policy. To continue an interrupted measurement, repeat the command.
+    """
+    config = checked_recipe(priors, words, script, kind="bpgo")
+    from bpgo_video.training.prior_estimation import estimate
+
+    with ranks_of(config) as (mesh, heartbeat):
+        heartbeat.enter("priors")
+        estimate(config, mesh)
+    return 0
+
+
+def doctor(words: Sequence[str], script: str | None = None) -> int:
+    """Check a recipe on its own ranks, in minutes, before a long run.
+
+        bpgo-video doctor tiny_wan_bpgo --ranks 2
+        bpgo-video doctor my_recipe.yaml --ranks 8 --policy.gradient-checkpointing
+        deepspeed --hostfile HOSTS --module bpgo_video doctor --config my_recipe.yaml
+
+    Checks in this order: the velocity equals that of the folder's transformer in fp32; the ODE rollout equals
+    diffusers' sampling loop; rewards differ between samples of a prompt; replay gives a ratio of 1; the gradient flows;
+    time and memory of a step. Takes every flag of training, reads the same inputs, and saves nothing. Exit code: 0 if
+    every check passes, 1 if one fails, 2 if the inputs are wrong.
+    """
+    config = checked_recipe(doctor, words, script, kind="bpgo")
+    from bpgo_video.distributed.mesh import make_mesh
+    from bpgo_video.training.doctor import diagnose
+    from bpgo_video.training.session import build_session, check_inputs
+
+    with ranks_of(config) as (mesh, heartbeat):
+        check_world(config, mesh.world_size)
+        mesh = make_mesh(mesh.device, config.parallel.sequence)
+        session = build_session(config, mesh, *check_inputs(config, mesh))
+        prompts, _ = next(session.batches())
+        healthy = diagnose(session, prompts, heartbeat)
+    return 0 if healthy else 1
+
+
+def checked_recipe(
+    command: Callable[..., int], words: Sequence[str], script: str | None, kind: str | None = None
+) -> Any:
+    """The recipe of a command line. With --ranks N this process becomes the launcher once the recipe is right.
+
+    Args:
+        command: one of this file; its docstring is the help text.
+        kind: of the recipes that the command takes; None takes all.
+    """
+    ranks, rest = split_ranks(words)
+    report = print_note if ranks is None else lambda _: None  # the ranks that start will print it
+    recipe = load_recipe(rest, kind=kind, report=report, **help_of(command.__name__, getdoc(command), script))
+    try:
+        ds_config_file(recipe.deepspeed)
+        if ranks is not None:
+            check_world(recipe, ranks)
+            become_launcher(command.__name__, ranks, rest)
+    except ValueError as error:
+        raise SystemExit(print_error(error)) from None
+    return recipe
+
+
+def run_recipe(recipe: Recipe) -> int:
+    """Train with the trainer of the recipe's kind."""
+    from bpgo_video.training import rl, sft
+    from bpgo_video.training.loop import launched
+
+    trainers: dict[str, Callable[[Any], object]] = {"bpgo": rl.train, "sft": sft.train}
+    with launched():
+        trainers[recipe.recipe](recipe)
+    return 0
+
+
+@contextmanager
+def ranks_of(config: Config) -> Iterator[tuple[Any, Any]]:
+    """This rank among the others, with a heartbeat. An error in its inputs ends the command with exit code 2."""
+    from bpgo_video.distributed import engine
+    from bpgo_video.distributed.heartbeat import Heartbeat
+    from bpgo_video.training.loop import INPUT_ERRORS, launched
+
+    with launched():
+        mesh = engine.start_ranks()
+        with Heartbeat(mesh, config.parallel.heartbeat_timeout, expected=INPUT_ERRORS) as heartbeat:
+            yield mesh, heartbeat
