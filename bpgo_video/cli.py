@@ -129,7 +129,7 @@ def free_port() -> int:
 
 
 def become_launcher(command: str, ranks: int, words: Sequence[str]) -> NoReturn:
-    """Replace this process with DeepSpeed's launcher, which runs a command on `ranks` local ranks.
+    """Replace this process with DeepSpeed's launcher of one machine, which runs a command on `ranks` ranks.
 
     The exit code is the launcher's. If OMP_NUM_THREADS is not set, the ranks share the machine's cores.
 
@@ -144,11 +144,10 @@ def become_launcher(command: str, ranks: int, words: Sequence[str]) -> NoReturn:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     quiet, verbose = ([], ["--verbose"]) if not logging.getLogger("DeepSpeed").filters else (["--quiet"], [])
-    flags = [*quiet, "--hostfile=", f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
-    launcher = [sys.executable, "-m", "bpgo_video.distributed.launcher", *flags]
+    launcher = ["-m", "bpgo_video.distributed.launcher", str(ranks), *quiet, f"--master_port={free_port()}"]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [*launcher, "--module", "bpgo_video", *verbose, command, *words])
+    os.execv(sys.executable, [sys.executable, *launcher, "--module", "bpgo_video", *verbose, command, *words])
 
 
 def _number(kind: Callable[[str], Number], rule: str, holds: Callable[[Number], bool]) -> Callable[[str], Number]:

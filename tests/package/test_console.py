@@ -18,6 +18,7 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import read_yaml, to_yaml
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.distributed import engine
+from bpgo_video.distributed.launcher import devices
 from tests.made.recipes import ROOT
 
 SCRIPTS = [*(ROOT / "pipelines").glob("*.py"), *(path for path in (ROOT / "tools").glob("*.py") if path.stat().st_size)]
@@ -115,12 +116,24 @@ def test_ranks_are_started_by_the_launcher_on_a_free_port(
     with pytest.raises(Launched):
         console.main(words.split())
     flags, found = launched[1 : launched.index("--module")], launched[launched.index("--module") :]
-    assert flags[:3] == ["-m", "bpgo_video.distributed.launcher", "--quiet"]
-    assert "--num_accelerators=2" in flags
+    assert flags[:4] == ["-m", "bpgo_video.distributed.launcher", "2", "--quiet"]
     (port,) = [int(flag.partition("=")[2]) for flag in flags if flag.startswith("--master_port=")]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
     assert found == ["--module", "bpgo_video", command, *rest.split()]
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [(None, ["0", "1"]), ("", ["0", "1"]), ("5,7,6", ["5", "7"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])],
+)
+def test_ranks_take_the_first_visible_devices(visible: str | None, found: list[str]) -> None:
+    assert devices(2, visible) == found
+
+
+def test_too_few_visible_devices_are_named() -> None:
+    with pytest.raises(ValueError, match="--ranks 4 needs a GPU for each rank, but CUDA_VISIBLE_DEVICES names 2,3"):
+        devices(4, "2,3")
 
 
 def test_verbose_reaches_the_launcher_and_the_ranks(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
