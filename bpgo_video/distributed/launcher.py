@@ -1,7 +1,7 @@
 """DeepSpeed's launcher of one machine, as `--ranks N` starts it: `python -m bpgo_video.distributed.launcher N FLAGS`.
 
-One process detects the accelerator, for all ranks, and starts them. The `deepspeed` command, for any number of machines,
-would start it as a child, and leave the ranks running when a signal ends it.
+One process detects the accelerator, for all ranks, and starts them. The command `deepspeed` would start it as a child,
+and leave the ranks running when a signal ends it.
 """
 
 from __future__ import annotations
