@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfig, PolicyConfig
 from bpgo_video.config.learner import RewardConfig
 
 Rules = Mapping[str, object]
-FINAL_VIDEOS = {  # objectives that sample by the ODE and replay no transition
-    "rollout.same_start": False,
-    "loss.step_weights": "none",
-    "loss.ratio": "plain",
-    "loss.trust_region": "clip",
-    "loss.kl_weight": 0.0,
-    "credit.kind": "video",
+REPLAYS = "learns from final videos and replays no transition"
+LEFT_OUT = "turns advantages into probabilities: samples left out would count as average ones"
+FINAL_VIDEOS = {  # what an objective on final videos needs, and why
+    "rollout.same_start": (False, "samples by the ODE: all samples of a prompt would be equal"),
+    "loss.step_weights": ("none", REPLAYS),
+    "loss.ratio": ("plain", REPLAYS),
+    "loss.trust_region": ("clip", REPLAYS),
+    "loss.kl_weight": (0.0, "uses no reference policy"),
+    "credit.kind": ("video", "has no log-prob of frames"),
 }
-METHODS: dict[
-    tuple[str, str], dict[str, Any]
-] = {  # (key, method) -> its own defaults, used one by one until no rule is broken
-    ("loss.objective", "awm"): FINAL_VIDEOS,
-    ("loss.objective", "nft"): {**FINAL_VIDEOS, "advantage.best_of": None, "advantage.drop_zero_std": False},
+OBJECTIVES: dict[str, dict[str, tuple[Any, str]]] = {
+    "awm": FINAL_VIDEOS,
+    "nft": {**FINAL_VIDEOS, "advantage.best_of": (None, LEFT_OUT), "advantage.drop_zero_std": (False, LEFT_OUT)},
+}
+METHODS: dict[tuple[str, str], dict[str, Any]] = {  # (key, method) -> its own defaults, taken while a rule is broken
+    **{("loss.objective", name): {key: row[0] for key, row in needs.items()} for name, needs in OBJECTIVES.items()},
     ("prior.kind", "none"): {"bpgo.zeta": 0.0, "bpgo.alpha": 0.0},
     ("bpgo.form", "paper"): {"bpgo.alpha": 0.5},
     ("advantage.normalise", "max_std"): {"bpgo.alpha": 0.0},
@@ -142,27 +146,19 @@ def sampler_rules(config: Config) -> Rules:
 
 
 def objective_rules(config: Config) -> Rules:
-    loss, advantage, segment = config.loss, config.advantage, config.credit.kind == "segment"
-    replays, pulls = loss.replays_transitions, loss.kl_weight != 0
-    transition_keys = {"ratio": "plain", "trust_region": "clip", "step_weights": "none"}
+    loss, segment = config.loss, config.credit.kind == "segment"
+    pulls = loss.kl_weight != 0
+    values = {key: attrgetter(key)(config) for key in OBJECTIVES.get(loss.objective, {})}
     return {
         **{
-            f"advantage.{key} is {getattr(advantage, key)} with loss.objective = 'nft', which turns advantages into "
-            f"probabilities: samples left out would count as average ones; leave {key} at its default": (
-                loss.objective == "nft" and getattr(advantage, key)
-            )
-            for key in ("best_of", "drop_zero_std")
+            f"{key} is {values[key]!r} with loss.objective = {loss.objective!r}, which {why}; set it to {needed!r}, or "
+            "the objective to 'policy_gradient'": values[key] != needed
+            for key, (needed, why) in OBJECTIVES.get(loss.objective, {}).items()
         },
-        f"rollout.same_start is true with loss.objective = {loss.objective!r}, which samples by the ODE: all samples "
-        "of a prompt would be equal; set it to false": config.rollout.same_start and not replays,
-        f"credit.kind is 'segment' with loss.objective = {loss.objective!r}, which has no log-prob of frames; set "
-        "credit.kind to 'video', or the objective to 'policy_gradient'": segment and not replays,
         "credit.kind is 'segment' with advantage.combine = 'gdpo', which rescales the sum of advantages by batch, so "
         "gamma has no fixed size relative to it; set combine to 'weighted_sum', or credit.kind to 'video'": (
-            segment and advantage.combine == "gdpo"
+            segment and config.advantage.combine == "gdpo"
         ),
-        f"loss.kl_weight is {loss.kl_weight} with loss.objective = {loss.objective!r}, which uses no reference policy; "
-        "set kl_weight to 0, or the objective to 'policy_gradient'": pulls and not replays,
         "loss.kl_reference is 'ema' with ema.decay = 0, which keeps no average; set ema.decay, say to 0.99": (
             pulls and loss.kl_reference == "ema" and config.ema.decay == 0
         ),
@@ -170,13 +166,6 @@ def objective_rules(config: Config) -> Rules:
         "and the divergence is always 0; take 2 updates or more, or another reference": (
             pulls and loss.kl_reference == "previous" and config.optim.updates_per_rollout == 1
         ),
-        **{
-            f"loss.{key} is {getattr(loss, key)!r} with loss.objective = {loss.objective!r}, which learns from final "
-            f"videos and replays no transition; set it to {default!r}, or the objective to 'policy_gradient'": (
-                not replays and getattr(loss, key) != default
-            )
-            for key, default in transition_keys.items()
-        },
     }
 
 

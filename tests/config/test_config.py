@@ -107,7 +107,7 @@ def test_an_anchor_is_required_only_where_it_is_used() -> None:
 
 @pytest.mark.parametrize("key", ["best_of", "drop_zero_std"])
 def test_nft_requires_every_sample(key: str) -> None:
-    broken = tree() | {"advantage": {key: 1}, "bpgo": {"alpha": 0.0}}
+    broken = other_starts() | {"advantage": {key: 1}, "bpgo": {"alpha": 0.0}}
     config_from_dict(broken)
     broken["loss"] = {**broken.get("loss", {}), "objective": "nft"}
     with pytest.raises(ConfigError, match=rf"advantage\.{key}.*loss\.objective"):
@@ -146,7 +146,7 @@ def other_starts() -> dict:
 
 @pytest.mark.parametrize("objective", ["awm", "nft"])
 def test_equal_starts_and_no_noise_would_make_equal_samples(objective: str) -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.same_start is true with loss\.objective"):
+    with pytest.raises(ConfigError, match=r"rollout\.same_start is True with loss\.objective"):
         config_from_dict(tree() | {"loss": {"objective": objective}})
 
 
