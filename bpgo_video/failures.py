@@ -80,6 +80,10 @@ def told() -> Iterator[None]:
         raise
 
 
+def named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
 def explained(error: BaseException) -> str:
     """The text for an error that the user can fix; ranks that differ from others are named by its notes."""
     lines = ": ".join(["error", *getattr(error, "__notes__", []), str(error)]).splitlines()
@@ -101,4 +105,4 @@ def traced(error: BaseException, summary: str) -> str:
 def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """`sys.excepthook` of ranks."""
     who = f"rank {os.environ.get('RANK', '0')} ({socket.gethostname()}, pid {os.getpid()})"
-    tell(traced(error, f"error: {who} failed: {kind.__name__}: {error}"))
+    tell(traced(error, f"error: {who} failed: {named(error)}"))

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from bpgo_video.distributed.mesh import Mesh, OtherRankError
-from bpgo_video.failures import exit_code, explained, tell, traced
+from bpgo_video.failures import exit_code, explained, named, tell, traced
 
 LONGEST_INTERVAL = 2.0  # seconds between two beats
 BEATS_PER_TIMEOUT = 4
@@ -261,7 +261,7 @@ class Heartbeat:
     def _fail(self, error: BaseException) -> None:
         """Print this rank's error, then end the others by it."""
         me = self._liveness.members[self._mesh.rank]
-        text = f"{me} failed {self._beat.where}: {type(error).__name__}: {error}"
+        text = f"{me} failed {self._beat.where}: {named(error)}"
         explains_itself = isinstance(error, self._expected)
         outside_steps = explains_itself and self._beat.step is None
         if outside_steps:
