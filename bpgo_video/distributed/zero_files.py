@@ -21,20 +21,17 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from tqdm import tqdm
 
@@ -69,7 +66,7 @@ def refuse_foreign_pickles(folder: Path) -> None:
             )
 
 
-def read_file(path: Path, mmap: bool = True) -> Any:
+def read_file(path: Path) -> Any:
     """A file of a checkpoint; its tensors are mapped into memory, and read when they are used.
 
     Raises:
@@ -77,7 +74,7 @@ def read_file(path: Path, mmap: bool = True) -> Any:
     """
     try:
         with safe_globals(list(ALLOWED)):
-            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
         raise CheckpointError(f"{path} is damaged, or not a file of DeepSpeed's ({error})") from error
 
@@ -118,32 +115,16 @@ def optimizer_files(folder: Path) -> list[Path]:
     return [by_rank[rank] for rank in ranks]
 
 
-@dataclass(frozen=True)
-class TensorSlice:
-    """`numel` consecutive values in a file, `offset` bytes from its start; `piece[start:stop]` reads some of them."""
-
-    path: Path
-    offset: int
-    numel: int
-    dtype: torch.dtype
-
-    def __getitem__(self, values: slice) -> Tensor:
-        size = self.dtype.itemsize
-        count = (values.stop - values.start) * size
-        raw = np.fromfile(self.path, np.uint8, count, offset=self.offset + values.start * size)
-        return torch.from_numpy(raw).view(self.dtype)
-
-
-Vector = Sequence[TensorSlice]  # laid end to end
+Vector = Sequence[Tensor]  # laid end to end
 Shapes = Mapping[str, torch.Size]
 
 
 class StoredParameters(Mapping[str, Tensor]):
-    """fp32 parameters, by name, whose elements are spread over files; a lookup reads that parameter's bytes only.
+    """fp32 parameters, by name, whose elements are spread over mapped files; a lookup copies that parameter alone.
 
     Attributes:
         shapes: of the whole parameters.
-        pieces: of each parameter: (index of the first element, number of elements, object to slice).
+        pieces: of each parameter: (index of the first element, number of elements, tensor or object to slice).
     """
 
     def __init__(self, folder: Path):
@@ -198,17 +179,14 @@ class ZeroParameters(StoredParameters):
     def __init__(self, folder: Path):
         super().__init__(folder)
         model, files = read_file(model_file(folder)), optimizer_files(folder)
-        with FakeTensorMode():  # tensors without data, which know their position in the file
-            states = [read_file(path, mmap=False)["optimizer_state_dict"] for path in files]
+        states = [read_file(path)["optimizer_state_dict"] for path in files]
         saved = {name: model["module"][name] for name in model["buffer_names"] if name in model["module"]}
         self._buffers = {name: one.float() if one.is_floating_point() else one for name, one in saved.items()}
         self.shapes.update({name: tuple(buffer.shape) for name, buffer in self._buffers.items()})
         groups = model["param_shapes"]
         zero3 = int(states[0]["zero_stage"]) == 3
         key = "fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups"
-        by_rank = [
-            [_slice_of(path, tensor) for tensor in state[key]] for path, state in zip(files, states, strict=True)
-        ]
+        by_rank = [state[key] for state in states]
         if zero3:
             self._locate({name: shape for shapes in groups for name, shape in shapes.items()}, by_rank)
         else:
@@ -235,31 +213,25 @@ class ZeroParameters(StoredParameters):
             self.shapes[name], self.pieces[name] = tuple(shape), []
             for vector in vectors:
                 for piece in _cut(vector, start, start + min(length, shape.numel() - first)):
-                    self.pieces[name].append((first, piece.numel, piece))
-                    first += piece.numel
+                    self.pieces[name].append((first, piece.numel(), piece))
+                    first += piece.numel()
             start += length + gap
         for vector in vectors:
-            held = sum(part.numel for part in vector)
+            held = sum(part.numel() for part in vector)
             if -(-start // unit) != -(-held // unit):
                 raise CheckpointError(
                     f"{self.folder}: the parameters take {start} values, the files hold {held}; is the copy complete?"
                 )
 
 
-def _slice_of(path: Path, tensor: Any) -> TensorSlice:
-    """The position of a fake tensor's data in its file."""
-    begin = tensor.untyped_storage()._checkpoint_offset  # set under FakeTensorMode, as torch.load documents
-    return TensorSlice(path, begin + int(tensor.storage_offset()) * tensor.itemsize, tensor.numel(), tensor.dtype)
-
-
-def _cut(parts: Vector, start: int, stop: int) -> list[TensorSlice]:
+def _cut(parts: Vector, start: int, stop: int) -> list[Tensor]:
     """The values of a vector from `start` to `stop`."""
     found, first = [], 0
     for part in parts:
-        low, high = max(start, first), min(stop, first + part.numel)
+        low, high = max(start, first), min(stop, first + part.numel())
         if low < high:
-            found.append(replace(part, offset=part.offset + (low - first) * part.dtype.itemsize, numel=high - low))
-        first += part.numel
+            found.append(part[low - first : high - first])
+        first += part.numel()
     return found
 
 
