@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from bpgo_video.cli import adapt_to_locale, without_common_flags
 from bpgo_video.errors import suggestion
+from bpgo_video.failures import tell
 
 COMMANDS = {  # name -> module of bpgo_video.commands, its function of (words, script's docstring), summary
     "demo": ("shipped", "demo", "post-train the embedded policy with BPGO in minutes, on any CPU"),
@@ -52,7 +53,7 @@ def main(words: Sequence[str] | None = None, script: str | None = None) -> int:
         print(f"bpgo-video {version('bpgo-video')}")
         return 0
     if name not in COMMANDS:
-        print(f"error: {name}: unknown command{suggestion(name, COMMANDS)}; --help lists all", file=sys.stderr)
+        tell(f"error: {name}: unknown command{suggestion(name, COMMANDS)}; --help lists all")
         return 2
     module, function, _ = COMMANDS[name]
     return int(getattr(import_module(f"bpgo_video.commands.{module}"), function)(rest, script))

@@ -13,7 +13,6 @@ from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
-from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference.generate import ALONE, PATIENCE
 
 
@@ -25,7 +24,7 @@ def evaluation_ranks(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> 
         timeout: how long a rank waits for the slowest one; a rank that dies or fails ends the others within seconds.
     """
     mesh = engine.start_ranks(timeout)
-    with Heartbeat(mesh, parallel.heartbeat_timeout, expected=(ValueError, OSError, CheckpointError)) as heartbeat:
+    with Heartbeat(mesh, parallel.heartbeat_timeout, expected=(ValueError, OSError)) as heartbeat:
         heartbeat.enter("evaluation")
         yield mesh
     engine.stop_ranks()
