@@ -103,6 +103,6 @@ def traced(error: BaseException, summary: str) -> str:
 
 
 def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """`sys.excepthook` of ranks."""
+    """`sys.excepthook` of ranks: of equal tracebacks one is enough."""
     who = f"rank {os.environ.get('RANK', '0')} ({socket.gethostname()}, pid {os.getpid()})"
     tell(traced(error, f"error: {who} failed: {named(error)}"))

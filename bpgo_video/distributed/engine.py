@@ -78,7 +78,7 @@ def start_ranks(timeout: timedelta = TIMEOUT) -> Mesh:
         ConfigError: the launcher's port is in use, or see `refuse_lone_tasks`.
     """
     if "RANK" in os.environ:
-        sys.excepthook = excepthook  # of other ranks' tracebacks, one is enough
+        sys.excepthook = excepthook
     else:
         refuse_lone_tasks()
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -123,7 +123,7 @@ CASES = {
 
 
 def launch(case: Case, recipe: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={WORLD}", "--log_level=critical"]
+    command = [sys.executable, "-m", "bpgo_video.distributed.launcher", f"--world_info={WORLD}", "--log_level=critical"]
     words = [f"--master_port={free_port()}", "--module", "tests.distributed.mortal", "--config", str(recipe)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **case.environment}
     return subprocess.run(
