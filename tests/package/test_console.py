@@ -117,7 +117,7 @@ def test_ranks_are_started_by_the_launcher_on_a_free_port(
     with pytest.raises(Launched):
         console.main(words.split())
     flags, found = launched[1 : launched.index("--module")], launched[launched.index("--module") :]
-    assert flags[:4] == ["-m", "bpgo_video.distributed.launcher", "2", "--quiet"]
+    assert flags[:4] == ["-m", "bpgo_video.distributed.launcher", "2", "--log_level=critical"]
     (port,) = [int(flag.partition("=")[2]) for flag in flags if flag.startswith("--master_port=")]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
@@ -142,7 +142,7 @@ def test_verbose_reaches_the_launcher_and_the_ranks(launched: list[str], monkeyp
     monkeypatch.setattr(logger, "filters", list(logger.filters))
     with pytest.raises(Launched):
         console.main(["train", "tiny_wan_bpgo", "--ranks", "2", "--verbose"])
-    assert "--quiet" not in launched
+    assert "--log_level=critical" not in launched
     assert launched[-4:] == ["bpgo_video", "--verbose", "train", "tiny_wan_bpgo"]
 
 
