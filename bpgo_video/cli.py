@@ -143,7 +143,7 @@ def become_launcher(command: str, ranks: int, words: Sequence[str]) -> NoReturn:
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
-    quiet, verbose = ([], ["--verbose"]) if not logging.getLogger("DeepSpeed").filters else (["--quiet"], [])
+    quiet, verbose = (["--log_level=critical"], []) if logging.getLogger("DeepSpeed").filters else ([], ["--verbose"])
     launcher = ["-m", "bpgo_video.distributed.launcher", str(ranks), *quiet, f"--master_port={free_port()}"]
     sys.stdout.flush()
     sys.stderr.flush()
