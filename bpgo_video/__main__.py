@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -48,6 +49,8 @@ def main(words: Sequence[str] | None = None, script: str | None = None) -> int:
         sys.excepthook = excepthook
     adapt_to_locale()
     name, *rest = without_common_flags(sys.argv[1:] if words is None else words) or ["--help"]
+    if words is None and {name, *rest} & {"-h", "--help", "recipes"}:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a command that only prints, without an error
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {line}" for name, (*_, line) in COMMANDS.items())))

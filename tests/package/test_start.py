@@ -72,3 +72,11 @@ def test_a_mistake_is_named_before_anything_heavy_is_imported(words: str, messag
 
 def test_every_command_has_a_mistake() -> None:
     assert {words.split()[0] for words, _ in MISTAKES} == COMMANDS.keys() - {"plan"}
+
+
+@pytest.mark.parametrize("words", ["train --help", "recipes", "convert --help"])
+def test_a_reader_that_stops_early_causes_no_error(words: str) -> None:
+    command = f"{sys.executable} -u -m bpgo_video {words} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
