@@ -10,8 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from bpgo_video.cli import adapt_to_locale, without_common_flags
-from bpgo_video.errors import suggestion
-from bpgo_video.failures import excepthook, tell
+from bpgo_video.errors import excepthook, suggestion, tell
 
 COMMANDS = {  # name -> module of bpgo_video.commands, its function of (words, script's docstring), summary
     "demo": ("shipped", "demo", "post-train the embedded policy with BPGO in minutes, on any CPU"),

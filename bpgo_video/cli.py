@@ -19,8 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from bpgo_video.errors import likely, meant
-from bpgo_video.failures import exit_code, explained, tell, told
+from bpgo_video.errors import exit_code, explained, likely, meant, tell, told
 
 Number = TypeVar("Number", int, float)
 RANKS = "start N ranks on this machine with DeepSpeed's launcher (one rank, or those of a launcher)"

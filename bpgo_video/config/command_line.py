@@ -25,8 +25,7 @@ from bpgo_video.config.fields import explain
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.reading import TREES, check_kind, config_from_dict, read_written
 from bpgo_video.config.sft import Recipe
-from bpgo_video.errors import likely, meant
-from bpgo_video.failures import told
+from bpgo_video.errors import likely, meant, told
 
 Settings = TypeVar("Settings")
 

@@ -45,7 +45,7 @@ from bpgo_video.distributed.ds_config import (
 )
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
-from bpgo_video.failures import excepthook
+from bpgo_video.errors import excepthook
 
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
 

@@ -9,7 +9,7 @@ longer than the timeout looks like a death.
     beat-R     a counter that grows while rank R is alive, with its current phase and step
     verdict    empty, or the first rank that died or failed, with the message for the user and the exit code
 
-The message is printed once on every host (`failures.py`): by the rank that fails before it publishes the verdict, or by
+The message is printed once on every host (`errors.py`): by the rank that fails before it publishes the verdict, or by
 the first that reads it.
 
 Rank 0 reads all beats; the others read rank 0's beat and the verdict, so their cost does not grow with the world. Ranks
@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from bpgo_video.distributed.mesh import Mesh, OtherRankError
-from bpgo_video.failures import exit_code, explained, named, tell, traced
+from bpgo_video.errors import exit_code, explained, named, tell, traced
 
 LONGEST_INTERVAL = 2.0  # seconds between two beats
 BEATS_PER_TIMEOUT = 4

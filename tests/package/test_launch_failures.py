@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.failures import CALLS, LINES, explained, tell, traced
+from bpgo_video.errors import CALLS, LINES, explained, tell, traced
 
 
 @pytest.fixture
