@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
 
 def generation_flags() -> str:
     """The flags of a generation that `layout` accepts too, for its --help."""
-    from bpgo_video.inference.settings import GenerationSettings
+    from bpgo_video.config.generation import GenerationSettings
 
     names = [field.name for field in fields(GenerationSettings) if field.name not in SET_BY_LAYOUT]
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)

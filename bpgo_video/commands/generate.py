@@ -5,8 +5,8 @@
     bpgo-video generate --policy Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora LORA --prompts prompts.txt --output videos ...
 
 Without --num-frames, --height and --width, a run or checkpoint makes videos of its training size; every other model
-takes the defaults of its diffusers pipeline. Writes mp4 files and a manifest, and keeps existing videos. Exit code 0
-only if every video is complete.
+takes the defaults of its diffusers pipeline. Writes mp4 files and a manifest, and keeps existing videos. Prints the
+path of the manifest, with exit code 0, only if every video is complete.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from bpgo_video.cli import become_launcher, help_of, print_error, show_loading_once, split_ranks
 from bpgo_video.config.command_line import read_settings
-from bpgo_video.inference.settings import GenerationSettings
+from bpgo_video.config.generation import GenerationSettings
 
 
 def main(words: Sequence[str], script: str | None = None) -> int:

@@ -26,7 +26,7 @@ from bpgo_video.config.run import (
     OptimiserConfig,
     ParallelConfig,
     RunConfig,
-    Tracker,
+    TrackerName,
     TrackioConfig,
     WandbConfig,
 )
@@ -253,7 +253,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    trackers: tuple[Tracker, ...] = ()
+    trackers: tuple[TrackerName, ...] = ()
     """Programs that show the run besides its own report: wandb, tensorboard, trackio, or `my_package.module:Class`."""
     wandb: WandbConfig = WandbConfig()
     trackio: TrackioConfig = TrackioConfig()

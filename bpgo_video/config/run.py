@@ -8,7 +8,7 @@ from pydantic import Field
 
 from bpgo_video.config.fields import AboveZero, BelowOne, Count, NonNegative, OrFunction, Positive, Unit, section
 
-Tracker = Annotated[Literal["wandb", "tensorboard", "trackio"], OrFunction]
+TrackerName = Annotated[Literal["wandb", "tensorboard", "trackio"], OrFunction]
 
 
 @section

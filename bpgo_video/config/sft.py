@@ -12,7 +12,7 @@ from bpgo_video.config.run import (
     OptimiserConfig,
     ParallelConfig,
     RunConfig,
-    Tracker,
+    TrackerName,
     TrackioConfig,
     WandbConfig,
 )
@@ -66,7 +66,7 @@ class SftConfig:
     optim: OptimiserConfig = OptimiserConfig()
     ema: EmaConfig = EmaConfig()
     evaluation: MatchingEvaluationConfig = MatchingEvaluationConfig()
-    trackers: tuple[Tracker, ...] = ()
+    trackers: tuple[TrackerName, ...] = ()
     """Programs that show the run besides its own report: wandb, tensorboard, trackio, or `my_package.module:Class`."""
     wandb: WandbConfig = WandbConfig()
     trackio: TrackioConfig = TrackioConfig()

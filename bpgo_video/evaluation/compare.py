@@ -45,8 +45,7 @@ from bpgo_video.evaluation.compare_scores import Measure, ModelScores
 from bpgo_video.evaluation.compare_verdict import DIVERSITY, MOTION, compare, write_comparison
 from bpgo_video.evaluation.heldout import score_prompts, with_changes
 from bpgo_video.evaluation.ranks import evaluation_ranks
-from bpgo_video.inference.model_call import named_model
-from bpgo_video.inference.run_weights import WEIGHTS, load_trained
+from bpgo_video.inference.run_weights import WEIGHTS, load_trained, named_model
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.training.heldout import Scores

@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from bpgo_video.cli import show_loading_once
 from bpgo_video.config.command_line import read_settings
+from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.data.media import read_media
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.records import PromptRecord
@@ -29,9 +30,16 @@ from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh, all_or_none
 from bpgo_video.evaluation import vbench_suite as suites
 from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, listing, read_suite
-from bpgo_video.inference.generate import ALONE, PATIENCE, generate
-from bpgo_video.inference.settings import GenerationSettings
-from bpgo_video.inference.video_files import GENERATION_PROMPT, MANIFEST, OutputPaths, Reader, clear_unfinished
+from bpgo_video.inference.generate import (
+    ALONE,
+    GENERATION_PROMPT,
+    MANIFEST,
+    PATIENCE,
+    OutputPaths,
+    Reader,
+    clear_unfinished,
+    generate,
+)
 from bpgo_video.training.metrics import parse_json
 
 

@@ -13,14 +13,12 @@ forward pass with the base model under the checkpoint's weights.
 from __future__ import annotations
 
 import filecmp
-import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -32,7 +30,7 @@ from bpgo_video.distributed.zero_files import CheckpointError, to_universal, ver
 from bpgo_video.errors import some_of
 from bpgo_video.files import new_folder
 from bpgo_video.inference import model_files
-from bpgo_video.inference.model_card import CARD, EXPORTED, CardFacts, write_card
+from bpgo_video.inference.hub import CARD, EXPORTED, CardFacts, Repository, write_card
 from bpgo_video.inference.model_files import SHARD_BYTES, WEIGHTS_NAME, Tensors, lora_file
 from bpgo_video.inference.run_weights import WEIGHTS, Checkpoint, adapter_tensors, load_trained, trained_tensors
 from bpgo_video.policies import family, load_policy, original_names
@@ -56,6 +54,7 @@ class Conversion:
         transformer_only: write the transformer's folder instead of the pipeline's; format diffusers.
         merged: write the whole transformer instead of its adapters; format comfyui.
         shard_bytes: size limit of a safetensors file, and of the buffer in memory; format diffusers.
+        repository: where to upload the output, if anywhere.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +64,7 @@ class Conversion:
     transformer_only: bool = False
     merged: bool = False
     shard_bytes: int = SHARD_BYTES
+    repository: Repository | None = None
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
@@ -85,12 +85,10 @@ class Conversion:
         found = adapter_tensors(self.checkpoint, name, self.trained)
         return {key: tensor.to(self.dtype) for key, tensor in found.items()}
 
-    def trained_transformer(self, name: str, weights: Mapping[str, Tensor]) -> Any:
-        """The base transformer with these weights of the checkpoint."""
-        folder = self.checkpoint.base / name
-        transformer = class_of(folder).from_pretrained(folder, torch_dtype=self.dtype)
-        load_trained(transformer, self.checkpoint, name, weights, self.dtype)
-        return transformer
+    def load(self, name: str, folder: Path | None = None) -> Any:
+        """The transformer `name` of the base model, or from a folder of its own."""
+        model_class = networks_of(self.checkpoint.base)[name]
+        return model_class.from_pretrained(folder or self.checkpoint.base / name, torch_dtype=self.dtype)
 
     def transformer_folder(self, name: str, output: Path) -> Path:
         """The folder of a trained transformer in format diffusers; `output` itself for a single one alone."""
@@ -124,9 +122,8 @@ def load_diffusers(job: Conversion, name: str) -> Any:
     if not job.transformer_only:
         check_copies(job.checkpoint.base, job.output, job.checkpoint.trained)
     folder = job.transformer_folder(name, job.output)
-    transformer = class_of(folder).from_pretrained(folder, torch_dtype=job.dtype)
-    state = transformer.state_dict()
-    found = {key: tensor for key, tensor in state.items() if not tensor.is_meta}  # meta: in no file
+    transformer = job.load(name, folder)
+    found = {key: tensor for key, tensor in transformer.state_dict().items() if not tensor.is_meta}  # meta: in no file
     check_tensors(folder, job.tensors("Comparing", name), found, found.__getitem__)
     return transformer
 
@@ -144,7 +141,7 @@ def load_lora(job: Conversion, name: str) -> Any:
         CheckpointError: names the layer that differs.
     """
     source, file, adapters = job.checkpoint, job.output / lora_file(name), job.adapters(name)
-    transformer = class_of(source.base / name).from_pretrained(source.base / name, torch_dtype=job.dtype)
+    transformer = job.load(name)
     parts = dict.fromkeys(networks_of(source.base)) | dict.fromkeys(transformer_names(source.base), transformer)
     pipeline = family(source.base, source.config.policy.family).assemble(source.base, parts)  # no other weights
     model_files.load_lora(pipeline, file, name)
@@ -181,7 +178,8 @@ def load_comfyui(job: Conversion, name: str) -> Any:
     path, config = job.output / f"{name}.safetensors", job.checkpoint.base / name
     with safe_open(path, framework="pt") as file:
         check_tensors(path, job.renamed("Comparing", name), file.keys(), file.get_tensor)
-    return class_of(config).from_single_file(str(path), config=str(config), torch_dtype=job.dtype)
+    model_class = networks_of(job.checkpoint.base)[name]
+    return model_class.from_single_file(str(path), config=str(config), torch_dtype=job.dtype)
 
 
 def write_universal(job: Conversion, folder: Path) -> str:
@@ -210,40 +208,44 @@ class Format:
     options: tuple[str, ...] = ()
 
 
-DEFAULTS = {  # options that some formats do not support: they refuse other values than these
-    "weights": "raw",
-    "dtype": torch.float32,
-    "transformer_only": False,
-    "merged": False,
-    "shard_bytes": SHARD_BYTES,
-}
+# Options that some formats do not support: they refuse other values than these.
+DEFAULTS = {"weights": "raw"} | {one.name: one.default for one in fields(Conversion) if one.default is not MISSING}
+FLAGS = {"shard_bytes": "shard-gigabytes", "repository": "push-to-hub"}  # where it is not the option's name
 FORMATS = {
-    "diffusers": Format(write_diffusers, load_diffusers, ("weights", "dtype", "transformer_only", "shard_bytes")),
-    "lora": Format(write_lora, load_lora, ("weights", "dtype")),
-    "comfyui": Format(write_comfyui, load_comfyui, ("weights", "dtype", "merged")),
+    "diffusers": Format(
+        write_diffusers, load_diffusers, ("weights", "dtype", "transformer_only", "shard_bytes", "repository")
+    ),
+    "lora": Format(write_lora, load_lora, ("weights", "dtype", "repository")),
+    "comfyui": Format(write_comfyui, load_comfyui, ("weights", "dtype", "merged", "repository")),
     "universal": Format(write_universal, load_universal),
 }
 
 
-def convert(job: Conversion, form: str, verify: bool = False) -> None:
-    """Write a new folder, complete or not at all, and optionally verify it.
+def convert(job: Conversion, form: str, verify: bool = False) -> str | None:
+    """Write a new folder, complete or not at all; optionally verify it, and upload it; returns its address on the hub.
 
     Raises:
         FileExistsError: `job.output` exists and is not an empty folder.
         CheckpointError: the checkpoint does not fit the base folder, or see `verify_output`.
-        ConfigError: the format does not support an option, or has no names for the family's layers.
+        ConfigError: the format does not support an option, or has no names for the family's layers; see `Repository`.
     """
     for option, default in DEFAULTS.items():
         if option not in FORMATS[form].options and getattr(job, option) != default:
-            flag = "shard-gigabytes" if option == "shard_bytes" else option.replace("_", "-")
+            flag = FLAGS.get(option, option.replace("_", "-"))
             formats = " or ".join(name for name, one in FORMATS.items() if option in one.options)
             raise ConfigError(f"--format {form} does not support --{flag}; remove it, or write --format {formats}")
-    source = job.checkpoint
+    source, repository = job.checkpoint, job.repository
+    if repository is not None:
+        repository.create()
     with new_folder(job.output) as folder:
         contents = FORMATS[form].write(job, folder)
         write_card(CardFacts(source.config, source.step, job.weights, contents, source.code), folder)
     if verify:
         verify_output(job, form)
+    if repository is None:
+        return None
+    message = f"{job.weights} weights after {source.step} steps of {source.config.algorithm}, by bpgo-video"
+    return repository.upload(job.output, message, folders=(source.folder.parents[1], source.base.resolve()))
 
 
 def verify_output(job: Conversion, form: str) -> None:
@@ -256,7 +258,9 @@ def verify_output(job: Conversion, form: str) -> None:
         transformer = FORMATS[form].load(job, name)
         if transformer is None:
             continue
-        expected = velocity(job.checkpoint, name, job.trained_transformer(name, job.trained))
+        trained = job.load(name)
+        load_trained(trained, job.checkpoint, name, job.trained, job.dtype)
+        expected = velocity(job.checkpoint, name, trained)
         found = velocity(job.checkpoint, name, transformer)
         error = float((found - expected).norm() / expected.norm())
         if not error <= TOLERANCE[job.dtype]:
@@ -292,11 +296,6 @@ def check_copies(base: Path, output: Path, trained: Collection[str]) -> None:
         written = relative == Path(CARD) or (str(relative.parent) in trained and file.name.startswith(WEIGHTS_NAME))
         if not written and not filecmp.cmp(file, base / relative, shallow=False):
             raise CheckpointError(f"{file} is not a copy of {base / relative}; convert again")
-
-
-def class_of(folder: Path) -> Any:
-    """The diffusers class of a model folder."""
-    return getattr(diffusers, json.loads((folder / "config.json").read_text("utf-8"))["_class_name"])
 
 
 def velocity(source: Checkpoint, name: str, transformer: Any) -> Tensor:

@@ -1,21 +1,26 @@
 """Generation of videos with diffusers' own pipelines: each rank makes its share and writes mp4 files.
 
-Initial latents and all further draws are keyed by (seed, prompt id, sample). A video therefore does not depend on the
-number of ranks, on batches, or on the videos that exist. The same command continues an interrupted generation.
+OUTPUT/00003-01.mp4        sample 1 of prompt 3; prompts and samples count from 0
+OUTPUT/sheets/00003.jpg    five frames of each sample of prompt 3, one sample per row
+OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "generation_prompt"?, "negative_prompt"?,
+                           "id", "seed", "sample", "file"}]}
+
+Other programs' layouts have other `OutputPaths`. Initial latents and all further draws are keyed by (seed, prompt id,
+sample). A video therefore does not depend on the number of ranks, on batches, or on the videos that exist. The same
+command continues an interrupted generation.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from jaxtyping import Float
 from more_itertools import chunked
@@ -23,39 +28,194 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.config.generation import GenerationError, GenerationSettings
+from bpgo_video.data.contact_sheets import joined, strip
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.media import as_bytes, decode_image, fit_image, write_video
+from bpgo_video.data.media import VideoError, as_bytes, decode_image, fit_image, read_media, read_video, write_video
+from bpgo_video.data.prompt_files import read_prompts
+from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, same_everywhere
-from bpgo_video.inference.model_call import CallSettings, Model, chosen_scheduler, find_model, naming_flags, resolve
-from bpgo_video.inference.model_files import load_lora
-from bpgo_video.inference.run_weights import DTYPES, WEIGHTS, load_trained
-from bpgo_video.inference.settings import GenerationError, GenerationSettings
-from bpgo_video.inference.video_files import (
-    GENERATION_PROMPT,
-    Job,
-    OutputPaths,
-    Reader,
-    check_and_show,
-    check_manifest,
-    plan,
-    read_records,
-    whole_video,
-    write_manifest,
-)
+from bpgo_video.files import atomic_file, write_json
+from bpgo_video.inference.pipeline import CallSettings, check_offload, load_pipeline, resolve
+from bpgo_video.inference.run_weights import Model, find_model
 from bpgo_video.policies import Policy
-from bpgo_video.policies.execution import choose_attention, split_vae_work
-from bpgo_video.policies.networks import Transformers
 from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Latents, Videos
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 PATIENCE = timedelta(days=1)  # longest wait for the videos of the slowest rank; a dead rank is noticed at once
-OFFLOADS: dict[str, Callable[[Any, torch.device], object]] = {
-    "none": lambda pipeline, device: pipeline.to(device),
-    "model": lambda pipeline, device: pipeline.enable_model_cpu_offload(device=device),
-    "sequential": lambda pipeline, device: pipeline.enable_sequential_cpu_offload(device=device),
-}
+MANIFEST = "generation.json"
+GENERATION_PROMPT = "generation_prompt"  # key of a prompt's info: the text for the model, if it is not the prompt
+
+Reader = Callable[[GenerationSettings, bool], list[PromptRecord]]  # (settings, with images) -> prompts
+
+
+@dataclass(frozen=True)
+class OutputPaths:
+    """OutputPaths of a generation's files.
+
+    Attributes:
+        videos: folder of the videos.
+        name: file name of a video, given its prompt, the prompt's number and the sample's number.
+        manifest: the manifest file.
+        sheets: folder of the contact sheets.
+    """
+
+    videos: Path
+    name: Callable[[PromptRecord, int, int], str]
+    manifest: Path
+    sheets: Path
+
+    @classmethod
+    def within(cls, output: Path) -> OutputPaths:
+        """All files in one folder, videos by number."""
+        return cls(
+            output, lambda _, number, sample: f"{number:05d}-{sample:02d}.mp4", output / MANIFEST, output / "sheets"
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A video to make, `file`: sample `sample` of the `number`-th prompt, whose contact sheet is `sheet`."""
+
+    prompt: PromptRecord
+    number: int
+    seed: int
+    sample: int
+    file: Path
+    sheet: Path
+
+    @property
+    def text(self) -> str:
+        """The text for the model."""
+        return str(self.prompt.info.get(GENERATION_PROMPT, self.prompt.prompt))
+
+    def negative_prompt(self, default: str) -> str:
+        """The prompt's own, or the default."""
+        return default if self.prompt.negative_prompt is None else self.prompt.negative_prompt
+
+    @property
+    def latents_key(self) -> tuple[int | str, ...]:
+        return (self.seed, "generation", self.prompt.id, self.sample)
+
+
+def read_records(settings: GenerationSettings, with_images: bool = False) -> list[PromptRecord]:
+    """The prompts of a file or of shards, without embeddings; with their images for image-to-video.
+
+    Raises:
+        GenerationError: a prompt lacks its image, or a split is named without shards.
+    """
+    if settings.prompts.is_dir():
+        pairs = ((record, record.media) for record in PromptShards(settings.prompts).records(settings.split))
+    elif settings.split is not None:
+        raise GenerationError(
+            f"split is {settings.split!r}, but {settings.prompts} is no folder of prompt shards; remove --split"
+        )
+    else:
+        lines = read_prompts([settings.prompts])
+        pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
+    records = []
+    for record, media in pairs:
+        if with_images and "image" not in media:
+            raise GenerationError(
+                f"the model makes videos of images, but prompt {record.prompt!r} has none; add 'image' to it"
+            )
+        image = {"image": media["image"]} if with_images else {}
+        records.append(replace(record, conditioning={}, negative={}, clip={}, media=image))
+    return records
+
+
+def plan(settings: GenerationSettings, prompts: Sequence[PromptRecord], paths: OutputPaths | None = None) -> list[Job]:
+    """Every video of the generation, the samples of a prompt in a row; all in `settings.output` without `paths`."""
+    paths = paths or OutputPaths.within(settings.output)
+    return [
+        Job(
+            prompt,
+            number,
+            settings.seed,
+            sample,
+            file=paths.videos / paths.name(prompt, number, sample),
+            sheet=paths.sheets / f"{number:05d}.jpg",
+        )
+        for number, prompt in enumerate(prompts)
+        for sample in range(settings.samples_per_prompt)
+    ]
+
+
+def whole_video(file: Path, video: VideoConfig) -> Float[Tensor, "frames 3 height width"] | None:
+    """The frames in `file`; None if it does not hold a whole video of this size."""
+    if not file.is_file():
+        return None
+    try:
+        frames, _ = read_video(file)
+    except VideoError:
+        return None
+    return frames if frames.shape == (video.num_frames, 3, video.height, video.width) else None
+
+
+def check_and_show(jobs: Sequence[Job], video: VideoConfig) -> list[Job]:
+    """Read the finished videos of a prompt and write its contact sheet; returns the videos that are not whole."""
+    strips, damaged = [], []
+    for job in jobs:
+        if (frames := whole_video(job.file, video)) is None:
+            damaged.append(job)
+        else:
+            strips.append(strip(frames))
+    if not damaged:
+        with atomic_file(jobs[0].sheet) as aside:
+            joined(strips, below=True).save(aside, format="jpeg", quality=85)
+    return damaged
+
+
+def check_manifest(paths: OutputPaths, settings: Mapping[str, Any]) -> None:
+    """Check that the output holds videos of the same settings, or none.
+
+    Raises:
+        GenerationError: it holds videos of other settings, which the message names, or of unknown ones.
+    """
+    manifest, folder = paths.manifest, paths.videos
+    if not manifest.is_file():
+        if list(folder.glob("*.mp4")):
+            raise GenerationError(f"{folder} holds videos, but no {manifest.name}; name another --output")
+        return
+    try:
+        earlier = json.loads(manifest.read_text("utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise GenerationError(
+            f"{manifest} is damaged ({error!r}); name another --output, or delete the folder"
+        ) from error
+    now = sorted(settings.items())
+    if changes := [f"{key} {earlier.get(key)!r} (now {value!r})" for key, value in now if earlier.get(key) != value]:
+        raise GenerationError(
+            f"{folder} holds videos of other settings: {', '.join(changes)}; repeat them, or name another --output"
+        )
+
+
+def clear_unfinished(paths: OutputPaths) -> None:
+    """Remove the unfinished files of a killed generation, for layouts that hold nothing but videos."""
+    for path in paths.videos.glob(".*.mp4.partial-*"):
+        path.unlink()
+
+
+def write_manifest(path: Path, settings: Mapping[str, Any], jobs: Sequence[Job], todo: Sequence[Job]) -> None:
+    """Write the manifest of the existing videos, `jobs` without `todo`."""
+    missing = {job.file for job in todo}
+    videos = [
+        {
+            "prompt": job.prompt.prompt,
+            **({GENERATION_PROMPT: job.text} if GENERATION_PROMPT in job.prompt.info else {}),
+            "id": job.prompt.id,
+            "seed": job.seed,
+            "sample": job.sample,
+            "file": job.file.name,
+            **({} if job.prompt.negative_prompt is None else {"negative_prompt": job.prompt.negative_prompt}),
+        }
+        for job in jobs
+        if job.file not in missing
+    ]
+    write_json(path, {"complete": not todo, "settings": dict(settings), "videos": videos})
 
 
 def generate(
@@ -133,16 +293,6 @@ def short_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def check_offload(offload: str, device: torch.device) -> None:
-    """Check that there is a GPU for an offload.
-
-    Raises:
-        GenerationError: ranks compute on the CPU.
-    """
-    if offload != "none" and device.type == "cpu":
-        raise GenerationError(f"offload is {offload!r}, but this machine has no GPU; remove --offload")
-
-
 def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: CallSettings, mesh: Mesh) -> None:
     """Make this rank's videos batch by batch, and write each batch when it is done."""
     if not jobs:
@@ -154,54 +304,6 @@ def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: 
             for job, frames in zip(batch, videos, strict=True):
                 write_video(job.file, frames, call.fps)
                 bar.update()
-
-
-def load_pipeline(model: Model, settings: GenerationSettings, device: torch.device) -> Any:
-    """The diffusers pipeline of the model's family, with the checkpoint's weights and the adapters.
-
-    Raises:
-        GenerationError: the adapters fit no layer, or the model does not support a memory setting.
-    """
-    dtype, policy = DTYPES[settings.dtype], model.policy
-    dtypes = {"default": dtype, "vae": dtype if policy.one_dtype else torch.float32}
-    pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(policy.folder, dtype=dtypes)
-    pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
-    if model.checkpoint is not None:
-        weights = WEIGHTS[settings.weights](model.checkpoint.folder)
-        for name in model.checkpoint.trained:
-            load_trained(getattr(pipeline, name), model.checkpoint, name, weights, dtype)
-    for name, file in settings.adapters.items():
-        add_adapters(pipeline, file, name, policy.folder)
-    pipeline.set_progress_bar_config(leave=False, disable=None)  # denoising steps, on a terminal only
-    save_memory(pipeline, settings, policy)
-    OFFLOADS[settings.offload](pipeline, device)
-    return pipeline
-
-
-def add_adapters(pipeline: Any, file: Path, name: str, folder: Path) -> None:
-    """Load the adapters of a file into the pipeline's transformer `name`.
-
-    Raises:
-        GenerationError: they fit no layer.
-    """
-    try:
-        load_lora(pipeline, file, name)
-    except ValueError as error:
-        raise GenerationError(f"{file}: {error}") from error
-    if not hasattr(getattr(pipeline, name), "peft_config"):
-        raise GenerationError(f"{file} has no adapter for a layer of {folder / name}; give adapters of this model")
-
-
-def save_memory(pipeline: Any, settings: GenerationSettings, policy: Policy) -> None:
-    """Apply vae_tiling, vae_slicing and attention_backend.
-
-    Raises:
-        GenerationError: the VAE does not support it, or the backend is not installed or not for this transformer.
-    """
-    transformers = Transformers({name: getattr(pipeline, name) for name in policy.transformer_names})
-    with naming_flags():
-        split_vae_work(pipeline.vae, tiling=bool(settings.vae_tiling), slicing=bool(settings.vae_slicing))
-        choose_attention(transformers, settings.attention_backend, policy.sequence_plan, trains=False)
 
 
 def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> Latents:

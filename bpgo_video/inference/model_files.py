@@ -29,7 +29,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.errors import some_of
 from bpgo_video.files import save_tensors
-from bpgo_video.inference.model_card import CardFacts, write_card
+from bpgo_video.inference.hub import CardFacts, write_card
 from bpgo_video.policies import Policy, original_names
 from bpgo_video.policies.lora import ADAPTER, merged_parameters, peft_config
 

@@ -1,4 +1,4 @@
-"""Trained weights of a run, read from a checkpoint one tensor at a time.
+"""Models by name: a pipeline folder, or the trained weights of a run, read from a checkpoint one tensor at a time.
 
     RUN/checkpoints/step-000050, and the pipeline folder that RUN/config.yaml names -> every tensor of a transformer
 
@@ -10,13 +10,15 @@ diffusers keeps in fp32 are not rounded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bpgo_video.config.bpgo import options_of
+from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.config.reading import read_recipe
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint
@@ -32,12 +34,16 @@ from bpgo_video.distributed.zero_files import (
 )
 from bpgo_video.errors import some_of
 from bpgo_video.files import resolve_folder
-from bpgo_video.policies import family
+from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.lora import merged_tensors
 from bpgo_video.policies.networks import networks_of, trained_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {"raw": ZeroParameters, "ema": AverageParameters}
+FROM_RECIPE = {  # setting -> section of a run's recipe with its default
+    **dict.fromkeys(("num_frames", "height", "width", "fps"), "video"),
+    **dict.fromkeys(("vae_tiling", "vae_slicing", "attention_backend"), "policy"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,59 @@ def find_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(folder, base, config, state["progress"]["step"], tuple(state.get("code", ())))
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model for generation.
+
+    Attributes:
+        policy: of the pipeline folder, no networks loaded.
+        checkpoint: its weights replace the pipeline's; None for a pipeline folder alone.
+    """
+
+    policy: Policy
+    checkpoint: Checkpoint | None
+
+    def complete(self, settings: GenerationSettings) -> GenerationSettings:
+        """The settings, with values of a run's recipe in place of None."""
+        if self.checkpoint is None:
+            return settings
+        recipe = self.checkpoint.config
+        missing = {name: section for name, section in FROM_RECIPE.items() if getattr(settings, name) is None}
+        return replace(settings, **{name: getattr(getattr(recipe, key), name) for name, key in missing.items()})
+
+
+def find_model(settings: GenerationSettings) -> Model:
+    """The pipeline folder or the training checkpoint that `settings.policy` names; see `named_model`.
+
+    Raises:
+        GenerationError: averaged weights of a model that is no checkpoint.
+    """
+    model = named_model(settings.policy, settings.family, options_of(settings))
+    if model.checkpoint is None and settings.weights != "raw":
+        raise GenerationError(
+            f"weights is {settings.weights!r}, but {settings.policy} is no training checkpoint or run; remove --weights"
+        )
+    return model
+
+
+def named_model(policy: str, family: str | None = None, options: Mapping[str, float] | None = None) -> Model:
+    """A pipeline folder, a training checkpoint, or the newest one of a run.
+
+    Args:
+        family: see `policies.family`; None takes the run's, or what the folder says.
+        options: the family's own settings; they replace those of the run.
+
+    Raises:
+        FileNotFoundError, ConfigError, CheckpointError: there is no such model, or it cannot be used.
+    """
+    path = Path(policy).expanduser()
+    checkpoint = find_checkpoint(path) if path.is_dir() and holds_checkpoint(path) else None
+    folder, recipe = (str(checkpoint.base), checkpoint.config.policy) if checkpoint else (policy, None)
+    values = (recipe.options if recipe else {}) | dict(options or {})
+    name = family or (recipe.family if recipe else None)
+    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=values), checkpoint)
+
+
 def adapter_tensors(source: Checkpoint, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapters of the transformer `name`, A and B of every layer, fp32.
 
@@ -143,8 +202,9 @@ def trained_tensors(
     files, folder, lora = source.files(name), source.base / name, source.config.policy.lora
     if lora.rank:
         base = ((key, read_tensor(file, key).to(source.dtype_of(name, key, dtype))) for key, file in files.items())
+        adapters = adapter_tensors(source, name, weights)
         try:
-            yield from merged_tensors(base, adapter_tensors(source, name, weights), lora)
+            yield from merged_tensors(base, adapters, lora)
         except ValueError as error:
             raise CheckpointError(f"{source.folder} does not fit {folder}: {error}") from None
         return

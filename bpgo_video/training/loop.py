@@ -27,7 +27,7 @@ from bpgo_video.distributed.ema import load_average, save_average
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, all_or_none, make_mesh
 from bpgo_video.distributed.zero_files import CheckpointError
-from bpgo_video.inference.model_card import EXPORTED, CardFacts
+from bpgo_video.inference.hub import EXPORTED, CardFacts
 from bpgo_video.inference.model_files import export_pipeline
 from bpgo_video.policies.networks import trained_names
 from bpgo_video.training.metrics import Keys, RunLog

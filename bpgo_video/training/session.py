@@ -30,7 +30,7 @@ from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.mesh import Mesh, all_or_none, same_everywhere
 from bpgo_video.distributed.optimizer import learning_rate_factor
 from bpgo_video.files import resolve_folder
-from bpgo_video.inference.model_card import this_code
+from bpgo_video.inference.hub import this_code
 from bpgo_video.learner.priors import STORED
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.execution import check_backend, choose_attention, compile_blocks, save_memory

@@ -161,7 +161,7 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self._summary = Summary
-        self._writer = SummaryWriter(str(Path(config.run.dir) / "tensorboard"), purge_step=start_step)
+        self._writer: Any = SummaryWriter(str(Path(config.run.dir) / "tensorboard"), purge_step=start_step)
         self._writer.add_text("recipe", f"```yaml\n{to_yaml(config)}```", start_step)
 
     def log(self, step: int, record: Mapping[str, Number]) -> None:

@@ -17,7 +17,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.zero_files import ZeroParameters
 from bpgo_video.evaluation.heldout import evaluate_folder, with_changes
 from bpgo_video.inference.conversion import Conversion, convert
-from bpgo_video.inference.model_card import this_code
+from bpgo_video.inference.hub import this_code
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.training.metrics import read_metrics
 from tests.distributed.conftest import STAGES

@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.data.media import write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import vbench_scoring as scoring
@@ -23,7 +24,6 @@ from bpgo_video.evaluation.vbench_networks import Sources
 from bpgo_video.evaluation.vbench_results import read_results
 from bpgo_video.evaluation.vbench_scoring import Request, score_folder
 from bpgo_video.evaluation.vbench_suite import SuiteError, read_suite, videos_of
-from bpgo_video.inference.settings import GenerationSettings
 from bpgo_video.rewards.checkpoints import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
 from tests.made.fake_vbench import FAKE, fake_package

@@ -127,6 +127,11 @@ def test_a_file_must_contain_the_announced_tensors(
     [
         ("universal", ["--weights", "ema"], "--format universal does not support --weights"),
         ("universal", ["--dtype", "bfloat16"], "does not support --dtype"),
+        (
+            "universal",
+            ["--push-to-hub", "a/b"],
+            "does not support --push-to-hub; remove it, or write --format diffusers",
+        ),
         ("lora", ["--merged"], "does not support --merged; remove it, or write --format comfyui"),
         ("lora", ["--transformer-only"], "does not support --transformer-only; remove it, or write --format diffusers"),
         (

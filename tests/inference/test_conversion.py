@@ -26,7 +26,7 @@ from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.distributed.zero_files import CheckpointError, verify_universal
 from bpgo_video.inference.conversion import Conversion, convert, verify_output
-from bpgo_video.inference.model_card import this_code
+from bpgo_video.inference.hub import this_code
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
 from bpgo_video.policies.networks import Transformers

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.inference.generate import describe
-from bpgo_video.inference.model_call import find_model, resolve
-from bpgo_video.inference.settings import GenerationSettings
-from bpgo_video.inference.video_files import read_records
+from bpgo_video.inference.generate import describe, read_records
+from bpgo_video.inference.pipeline import resolve
+from bpgo_video.inference.run_weights import find_model
 from bpgo_video.randomness import generator_of, keyed_noise
 from tests.families import CASES
 from tests.inference.videos import case_settings, jobs_of, videos

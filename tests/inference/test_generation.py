@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from bpgo_video.commands.generate import main
 from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.data.media import read_video
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.inference import generate as generation
-from bpgo_video.inference.generate import generate, initial_latents
-from bpgo_video.inference.model_call import CallSettings, find_model, resolve
-from bpgo_video.inference.settings import GenerationSettings
-from bpgo_video.inference.video_files import Job
+from bpgo_video.inference.generate import Job, generate, initial_latents
+from bpgo_video.inference.pipeline import CallSettings, resolve
+from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.randomness import keyed_noise
 from tests.inference.videos import jobs_of, pipeline_of, videos

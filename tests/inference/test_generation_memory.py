@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bpgo_video.commands.generate import main
 from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.inference import generate as generation
-from bpgo_video.inference.generate import OFFLOADS, check_offload, describe, save_memory
-from bpgo_video.inference.model_call import find_model, resolve
-from bpgo_video.inference.settings import GenerationError, GenerationSettings
-from bpgo_video.inference.video_files import read_records
+from bpgo_video.inference.generate import describe, read_records
+from bpgo_video.inference.pipeline import OFFLOADS, check_offload, resolve, save_memory
+from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies.cogvideox import CogVideoXAttention
 from tests.families import CASES
 from tests.inference.videos import CPU, case_settings, pipeline_of, videos

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.data.fingerprint import EncoderStamp
 from bpgo_video.data.media import write_video
 from bpgo_video.data.prompt_files import prompt_id
@@ -21,11 +22,8 @@ from bpgo_video.data.writer import build_shards
 from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.conversion import Conversion, convert
-from bpgo_video.inference.generate import generate
-from bpgo_video.inference.model_call import find_model
-from bpgo_video.inference.run_weights import WEIGHTS, find_checkpoint
-from bpgo_video.inference.settings import GenerationError, GenerationSettings
-from bpgo_video.inference.video_files import plan, read_records
+from bpgo_video.inference.generate import generate, plan, read_records
+from bpgo_video.inference.run_weights import WEIGHTS, find_checkpoint, find_model
 from tests.inference.videos import jobs_of, pipeline_of, videos
 from tests.made.random_wan import random_wan
 from tests.made.written_runs import write_run

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.generate import generate
-from bpgo_video.inference.model_call import find_model, resolve
-from bpgo_video.inference.run_weights import find_checkpoint
-from bpgo_video.inference.settings import GenerationError, GenerationSettings
+from bpgo_video.inference.pipeline import resolve
+from bpgo_video.inference.run_weights import find_checkpoint, find_model
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.randomness import keyed_noise
 from tests.families import CASES, Case

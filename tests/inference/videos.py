@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpgo_video.inference.generate import load_pipeline, sample
-from bpgo_video.inference.model_call import find_model, resolve
-from bpgo_video.inference.settings import GenerationSettings
-from bpgo_video.inference.video_files import Job, plan, read_records
+from bpgo_video.config.generation import GenerationSettings
+from bpgo_video.inference.generate import Job, plan, read_records, sample
+from bpgo_video.inference.pipeline import load_pipeline, resolve
+from bpgo_video.inference.run_weights import find_model
 from tests.families import Case
 
 CPU = torch.device("cpu")

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, CreditConfig, VideoConfig
+from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.diffusion.sde import shifted_sigmas
-from bpgo_video.inference.generate import load_pipeline, plan, read_records, sample
-from bpgo_video.inference.model_call import find_model, resolve
-from bpgo_video.inference.settings import GenerationError, GenerationSettings
+from bpgo_video.inference.generate import plan, read_records, sample
+from bpgo_video.inference.pipeline import load_pipeline, resolve
+from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies import Policy
 from bpgo_video.policies.cogvideox import use_dispatcher
 from bpgo_video.randomness import generator_of, keyed_noise

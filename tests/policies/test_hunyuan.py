@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.writer import build_shards
 from bpgo_video.diffusion.sde import flow_shift
-from bpgo_video.inference.model_call import find_model, resolve
-from bpgo_video.inference.settings import GenerationSettings
+from bpgo_video.inference.pipeline import resolve
+from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies import load_policy
 from bpgo_video.rollouts.rollout import Denoiser, guidance_of
 from tests.families import CASES

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, LoraConfig
+from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.inference.generate import add_adapters
-from bpgo_video.inference.model_call import find_model, resolve
 from bpgo_video.inference.model_files import write_diffusers_lora
-from bpgo_video.inference.settings import GenerationError, GenerationSettings
+from bpgo_video.inference.pipeline import add_adapters, resolve
+from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies.execution import choose_attention
 from bpgo_video.policies.hunyuan15 import mask_keys
 from bpgo_video.policies.lora import ADAPTER

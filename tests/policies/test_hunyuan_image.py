@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.inference.model_call import find_model, resolve
-from bpgo_video.inference.settings import GenerationSettings
+from bpgo_video.inference.pipeline import resolve
+from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser

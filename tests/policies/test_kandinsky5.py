@@ -20,9 +20,10 @@ from diffusers.models.transformers.transformer_kandinsky import (
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.inference.generate import initial_latents, load_pipeline, plan, read_records, sample
-from bpgo_video.inference.model_call import find_model, resolve
-from bpgo_video.inference.settings import GenerationSettings
+from bpgo_video.config.generation import GenerationSettings
+from bpgo_video.inference.generate import initial_latents, plan, read_records, sample
+from bpgo_video.inference.pipeline import load_pipeline, resolve
+from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies.kandinsky5 import Kandinsky5Policy, prepare, text_positions
 from bpgo_video.policies.sequence import check_heads
 from tests.families import CASES, load_policy

@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import MochiPipeline, MochiTransformer3DModel
 
+from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.inference.generate import load_pipeline, plan, read_records, sample
-from bpgo_video.inference.model_call import find_model, resolve
-from bpgo_video.inference.settings import GenerationError, GenerationSettings
+from bpgo_video.inference.generate import plan, read_records, sample
+from bpgo_video.inference.pipeline import load_pipeline, resolve
+from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies.mochi import mask_keys
 from bpgo_video.randomness import keyed_noise
 from tests.families.mochi import MOCHI

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from bpgo_video.distributed import checkpoint
-from bpgo_video.inference.model_card import commit, this_code
+from bpgo_video.inference.hub import commit, this_code
 from bpgo_video.training.loop import load
 from bpgo_video.training.session import PolicySession
 

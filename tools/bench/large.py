@@ -161,7 +161,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
             "--dtype",
             dtype,
         ]
-        small_shards = ["--shard-gigabytes", "0.5"] if "shard-gigabytes" in FORMATS[form].takes else []
+        small_shards = ["--shard-gigabytes", "0.5"] if "shard_bytes" in FORMATS[form].options else []
         results[f"convert to {form}"] = run_and_measure([*convert, "--output", folder / form, *small_shards])
         shutil.rmtree(folder / form)
         results[f"convert to {form} and verify"] = run_and_measure(

@@ -1,4 +1,4 @@
-"""Settings of a generation, which are also its flags. Nothing here imports torch: --help takes no second."""
+"""Settings of a generation, as flags; `inference.pipeline` completes them."""
 
 from __future__ import annotations
 

@@ -1,23 +1,26 @@
-"""What a generation runs: its settings, completed with the recipe of a run and with the pipeline's defaults."""
+"""The diffusers pipeline of a generation: the arguments of its call, its scheduler, its weights, and its memory."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 
-from bpgo_video.config.bpgo import VideoConfig, options_of
-from bpgo_video.inference.run_weights import Checkpoint, find_checkpoint, holds_checkpoint
-from bpgo_video.inference.settings import GenerationError, GenerationSettings
-from bpgo_video.policies import Policy, load_policy
-from bpgo_video.policies.execution import check_backend
+from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.config.generation import GenerationError, GenerationSettings
+from bpgo_video.inference.model_files import load_lora
+from bpgo_video.inference.run_weights import DTYPES, WEIGHTS, Model, load_trained
+from bpgo_video.policies import Policy
+from bpgo_video.policies.execution import check_backend, choose_attention, split_vae_work
+from bpgo_video.policies.networks import Transformers
 from bpgo_video.rollouts.rules import guidance_rules
 
 Schedulers = dict[str, Callable[[Any, float], Any]]  # name -> scheduler of (the pipeline's scheduler config, shift)
@@ -41,9 +44,10 @@ V_PREDICTION: Schedulers = {  # CogVideoX; without a shift
     "ddim": lambda own, _: diffusers.CogVideoXDDIMScheduler.from_config(own),
     "dpm": lambda own, _: diffusers.CogVideoXDPMScheduler.from_config(own),
 }
-FROM_RECIPE = {  # setting -> section of a run's recipe with its default
-    **dict.fromkeys(("num_frames", "height", "width", "fps"), "video"),
-    **dict.fromkeys(("vae_tiling", "vae_slicing", "attention_backend"), "policy"),
+OFFLOADS: dict[str, Callable[[Any, torch.device], object]] = {
+    "none": lambda pipeline, device: pipeline.to(device),
+    "model": lambda pipeline, device: pipeline.enable_model_cpu_offload(device=device),
+    "sequential": lambda pipeline, device: pipeline.enable_sequential_cpu_offload(device=device),
 }
 
 
@@ -77,59 +81,6 @@ class CallSettings:
     def video(self) -> VideoConfig:
         """Size and frame rate of each file."""
         return VideoConfig(self.num_frames, self.height, self.width, self.fps)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model for generation.
-
-    Attributes:
-        policy: of the pipeline folder, no networks loaded.
-        checkpoint: its weights replace the pipeline's; None for a pipeline folder alone.
-    """
-
-    policy: Policy
-    checkpoint: Checkpoint | None
-
-    def complete(self, settings: GenerationSettings) -> GenerationSettings:
-        """The settings, with values of a run's recipe in place of None."""
-        if self.checkpoint is None:
-            return settings
-        recipe = self.checkpoint.config
-        missing = {name: section for name, section in FROM_RECIPE.items() if getattr(settings, name) is None}
-        return replace(settings, **{name: getattr(getattr(recipe, key), name) for name, key in missing.items()})
-
-
-def find_model(settings: GenerationSettings) -> Model:
-    """The pipeline folder or the training checkpoint that `settings.policy` names; see `named_model`.
-
-    Raises:
-        GenerationError: averaged weights of a model that is no checkpoint.
-    """
-    model = named_model(settings.policy, settings.family, options_of(settings))
-    if model.checkpoint is None and settings.weights != "raw":
-        raise GenerationError(
-            f"weights is {settings.weights!r}, but {settings.policy} is no training checkpoint or run; remove --weights"
-        )
-    return model
-
-
-def named_model(policy: str, family: str | None = None, options: Mapping[str, float] | None = None) -> Model:
-    """A pipeline folder, a training checkpoint, or the newest one of a run.
-
-    Args:
-        family: see `policies.family`; None takes the run's, or what the folder says.
-        options: the family's own settings; they replace those of the run.
-
-    Raises:
-        FileNotFoundError, ConfigError, CheckpointError: there is no such model, or it cannot be used.
-    """
-    path = Path(policy).expanduser()
-    checkpoint = find_checkpoint(path) if path.is_dir() and holds_checkpoint(path) else None
-    folder, recipe = (str(checkpoint.base), checkpoint.config.policy) if checkpoint else (policy, None)
-    values = (recipe.options if recipe else {}) | dict(options or {})
-    name = family or (recipe.family if recipe else None)
-    return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=values), checkpoint)
 
 
 def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
@@ -194,3 +145,61 @@ def tokenizer_limit(folder: Path) -> int | None:
     file = folder / "tokenizer" / "tokenizer_config.json"
     limit = json.loads(file.read_text("utf-8")).get("model_max_length") if file.is_file() else None
     return None if limit is None else int(limit)
+
+
+def check_offload(offload: str, device: torch.device) -> None:
+    """Check that there is a GPU for an offload.
+
+    Raises:
+        GenerationError: ranks compute on the CPU.
+    """
+    if offload != "none" and device.type == "cpu":
+        raise GenerationError(f"offload is {offload!r}, but this machine has no GPU; remove --offload")
+
+
+def load_pipeline(model: Model, settings: GenerationSettings, device: torch.device) -> Any:
+    """The diffusers pipeline of the model's family, with the checkpoint's weights and the adapters.
+
+    Raises:
+        GenerationError: the adapters fit no layer, or the model does not support a memory setting.
+    """
+    dtype, policy = DTYPES[settings.dtype], model.policy
+    dtypes = {"default": dtype, "vae": dtype if policy.one_dtype else torch.float32}
+    pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(policy.folder, dtype=dtypes)
+    pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
+    if model.checkpoint is not None:
+        weights = WEIGHTS[settings.weights](model.checkpoint.folder)
+        for name in model.checkpoint.trained:
+            load_trained(getattr(pipeline, name), model.checkpoint, name, weights, dtype)
+    for name, file in settings.adapters.items():
+        add_adapters(pipeline, file, name, policy.folder)
+    pipeline.set_progress_bar_config(leave=False, disable=None)  # denoising steps, on a terminal only
+    save_memory(pipeline, settings, policy)
+    OFFLOADS[settings.offload](pipeline, device)
+    return pipeline
+
+
+def add_adapters(pipeline: Any, file: Path, name: str, folder: Path) -> None:
+    """Load the adapters of a file into the pipeline's transformer `name`.
+
+    Raises:
+        GenerationError: they fit no layer.
+    """
+    try:
+        load_lora(pipeline, file, name)
+    except ValueError as error:
+        raise GenerationError(f"{file}: {error}") from error
+    if not hasattr(getattr(pipeline, name), "peft_config"):
+        raise GenerationError(f"{file} has no adapter for a layer of {folder / name}; give adapters of this model")
+
+
+def save_memory(pipeline: Any, settings: GenerationSettings, policy: Policy) -> None:
+    """Apply vae_tiling, vae_slicing and attention_backend.
+
+    Raises:
+        GenerationError: the VAE does not support it, or the backend is not installed or not for this transformer.
+    """
+    transformers = Transformers({name: getattr(pipeline, name) for name in policy.transformer_names})
+    with naming_flags():
+        split_vae_work(pipeline.vae, tiling=bool(settings.vae_tiling), slicing=bool(settings.vae_slicing))
+        choose_attention(transformers, settings.attention_backend, policy.sequence_plan, trains=False)
