@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.config.reading import config_from_dict, read_tree
+from bpgo_video.config.reading import config_from_dict, read_yaml, to_yaml
 from bpgo_video.config.run import TrackioConfig, WandbConfig
 from bpgo_video.data.media import write_video
 from bpgo_video.training import trackers
@@ -189,13 +190,13 @@ def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(
     ],
 )
 def test_a_recipe_names_its_trackers(tree: dict[str, Any], names: list[str]) -> None:
-    assert named_trackers(config_from_dict({**read_tree(RECIPE), **tree})) == names
+    assert named_trackers(config_from_dict({**yaml.safe_load(to_yaml(read_yaml(RECIPE))), **tree})) == names
 
 
 @pytest.mark.parametrize("name", ["mlflow", "nowhere.to_be_found:It"])
 def test_an_unknown_tracker_is_an_error_of_the_recipe(name: str) -> None:
     with pytest.raises(ConfigError, match=r"trackers.*(mlflow|nowhere.to_be_found:It)"):
-        config_from_dict({**read_tree(RECIPE), "trackers": [name]})
+        config_from_dict({**yaml.safe_load(to_yaml(read_yaml(RECIPE))), "trackers": [name]})
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
