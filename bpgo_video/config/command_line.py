@@ -155,7 +155,7 @@ def apply_flags(
     recipe: Recipe,
     words: Sequence[str],
     written: AbstractSet[str] = frozenset(),
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Recipe:
     """The recipe with the values of dotted flags; see `config_from_dict`.
 

@@ -88,10 +88,10 @@ def _meant_key(name: str, root: type) -> str:
     return meant([key.removeprefix(section) for key in likely(name, [*_keys(root, name), "--ranks"])])
 
 
-def _keys(tree: type, name: str, above: str = "") -> Iterator[str]:
+def _keys(tree: Any, name: str, above: str = "") -> Iterator[str]:
     """Every key, such as policy.lora.rank; below rewards only those of the reward in `name`."""
     hints = get_type_hints(tree)
-    for field in dataclasses.fields(tree):  # type: ignore[arg-type]
+    for field in dataclasses.fields(tree):
         key, hint = f"{above}{field.name}", hints[field.name]
         yield key
         if get_origin(hint) is dict and name.startswith(f"{key}."):

@@ -31,7 +31,7 @@ def config_from_dict(
     tree: dict[str, Any],
     source: str = "config",
     written: AbstractSet[str] | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Recipe:
     """The recipe in plain YAML data, of the kind that its key `recipe` names.
 
@@ -45,7 +45,8 @@ def config_from_dict(
     Raises:
         ConfigError: a key is unknown or missing, a value is out of range, or values do not go together.
     """
-    replaced, reasons = method_defaults(tree, _keys(tree) if written is None else written), []
+    replaced = method_defaults(tree, _keys(tree) if written is None else written)
+    reasons: list[str] = []
     while True:
         try:
             config = _checked(tree, source)
@@ -54,8 +55,9 @@ def config_from_dict(
             if (change := next(replaced, None)) is None:
                 raise
         section, name, value, reason = change
-        tree, reasons = tree | {section: {**tree.get(section, {}), name: value}}, [*reasons, reason]
-    for reason in filter(None, reasons if report else ()):
+        tree = tree | {section: {**tree.get(section, {}), name: value}}
+        reasons.append(reason)
+    for reason in filter(None, reasons):
         report(reason)
     return config
 

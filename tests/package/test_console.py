@@ -14,12 +14,10 @@ from pathlib import Path
 import pytest
 
 from bpgo_video import __main__ as console
-from bpgo_video.commands import convert, prompts, shipped
+from bpgo_video.commands import convert, shipped
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import read_yaml, to_yaml
-from bpgo_video.data.prompt_files import MAX_CHARACTERS
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.writer import SKIPPED
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.launcher import devices
 from bpgo_video.inference import conversion
@@ -184,18 +182,13 @@ def test_a_recipe_of_another_kind_is_refused(words: str, message: str, capsys: p
     assert message in capsys.readouterr().err
 
 
-def test_flags_have_the_choices_and_defaults_of_what_they_start(capsys: pytest.CaptureFixture[str]) -> None:
-    """Commands state them without importing it."""
+def test_convert_has_the_choices_and_defaults_of_what_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command states them without importing it."""
     assert convert.FORMATS.keys() == conversion.FORMATS.keys()
-    assert conversion.SHARD_BYTES == 5e9
-    build = prompts.parser().parse_args(["build", "--input", "i", "--output", "o", "--policy", "p"])
-    assert build.max_characters == MAX_CHARACTERS
-    for command, words in ((convert.main, ["--help"]), (prompts.main, ["build", "--help"])):
-        with pytest.raises(SystemExit):
-            command(words)
+    with pytest.raises(SystemExit):
+        convert.main(["--help"])
     shown = capsys.readouterr().out
-    assert "(5.0)" in shown
-    assert SKIPPED in shown
+    assert f"({conversion.SHARD_BYTES / 1e9})" in shown
     assert f"{{{','.join(WEIGHTS)}}}" in shown
     assert f"{{{','.join(DTYPES)}}}" in shown
 
