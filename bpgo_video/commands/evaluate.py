@@ -37,17 +37,34 @@ DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 SET_BY_LAYOUT = ("policy", "prompts", "output", "seed", "samples_per_prompt", "fps", "split")
 LAYOUT = """
 Generate a suite's videos into DIR as {prompt}-{i}.mp4, on several ranks with --ranks or a launcher. The same command
-continues an interrupted one; its exit code is 0 when every video exists and is complete."""
+continues an interrupted one; its exit code is 0 when every video exists and is complete.
+
+  bpgo-video evaluate layout --policy runs/demo --suite prompts.txt --output videos --seed 0 --samples 2 --ranks 2
+  bpgo-video evaluate layout --check --suite prompts.txt --output videos"""
 SCORE = """
 Measure dimensions by VBench's formulas. Every result is labelled: exact (VBench's numbers, no network), native
 (VBench's formula and network) or proxy. Without --suite every video of DIR is measured. Runs on several ranks with
---ranks or a launcher; the same command continues an interrupted one."""
+--ranks or a launcher; the same command continues an interrupted one.
+
+  bpgo-video evaluate score --videos videos --suite prompts.txt --dimensions temporal_flickering --output flicker.json
+  bpgo-video evaluate score --videos videos --dimensions subject_consistency dynamic_degree --output scores.json \\
+      --backbone subject_consistency=efficientnet --ranks 2"""
 VBENCH = """
 Measure by VBench's own code: one process per dimension, with checked results and exit codes. On several ranks
 (--ranks or a launcher), each takes its share of the dimensions."""
 TOTAL = """
 Compute the totals of VBench, VBench-I2V or VBench-2.0, depending on the dimensions. An incomplete set, or one with
-proxies, is refused; --partial accepts it, and the result lists what is missing and what is a proxy."""
+proxies, is refused; --partial accepts it, and the result lists what is missing and what is a proxy.
+
+  bpgo-video evaluate total results --json
+  bpgo-video evaluate total flicker.json scores.json --partial"""
+COMPARE = """
+Compare models with the first one on the same prompts and noise: a verdict, paired statistics, and a page with the
+videos side by side. The same command continues an interrupted one, and a model that is added is measured alone.
+
+  bpgo-video evaluate compare package:bpgo_video.tiny/weights/wan runs/demo --output runs/comparison --ranks 2
+  bpgo-video evaluate compare base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers runs/mine/checkpoints/step-* --output runs/steps
+  bpgo-video evaluate compare runs/a runs/b --config RECIPE --samples-per-prompt 8 --seed 1 --output runs/a-and-b"""
 MODELS = (
     "two or more, the reference first: a diffusers pipeline, a run (its newest checkpoint), a checkpoint, or a folder "
     "of scores of an earlier comparison (OUTPUT/models/KEY); NAME=MODEL gives it a name"
@@ -63,7 +80,7 @@ def add_prompt_flags(add: Add) -> None:
 def add_suite_flags(add: Add, required: bool = False) -> None:
     kinds = "'vbench' (the list in the installed package), VBench's list (.json), or prompts (.txt, .jsonl, .csv)"
     add("--suite", required=required, help=kinds)
-    add("--samples", type=positive, default=5, metavar="N", help="videos per prompt (5)")
+    add("--samples", type=positive, metavar="N", help="videos per prompt (those of the layout that made them, or 5)")
 
 
 def add_video_flags(add: Add) -> None:
@@ -136,8 +153,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Add], None], str, str]] = {  # name -> 
     "layout": ("vbench_layout", layout_flags, "generate a suite under VBench's names, or check one", LAYOUT),
     "score": ("vbench_scoring", score_flags, "measure VBench's dimensions on a folder of videos", SCORE),
     "vbench": ("vbench_package", vbench_flags, "run VBench's own package, in its own interpreter", VBENCH),
-    "total": ("vbench_results", total_flags, "VBench's totals of result files", TOTAL),
-    "compare": ("compare", compare_flags, "which of several models is better, with statistics and a report", ""),
+    "total": ("vbench_files", total_flags, "VBench's totals of result files", TOTAL),
+    "compare": ("compare", compare_flags, "which of several models is better, with statistics and a report", COMPARE),
 }
 
 

@@ -1,6 +1,6 @@
 """The command `evaluate compare`: measures several models in the same way, or reads their scores, and compares them.
 
-OUTPUT/models/KEY/ holds one model's scores (compare_scores.py); KEY is a hash of all settings that they depend on.
+OUTPUT/models/KEY/ holds one model's scores (comparison.py); KEY is a hash of all settings that they depend on.
 Prompts are measured in blocks, and the scores of each finished block are kept: the same command continues an
 interrupted comparison, on any number of ranks.
 
@@ -39,12 +39,10 @@ from bpgo_video.data.media import write_video
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
 from bpgo_video.distributed.zero_files import CheckpointError
-from bpgo_video.evaluation import compare_scores as files
+from bpgo_video.evaluation import comparison as files
 from bpgo_video.evaluation.compare_report import as_table, write_report
-from bpgo_video.evaluation.compare_scores import Measure, ModelScores
-from bpgo_video.evaluation.compare_verdict import DIVERSITY, MOTION, compare, write_comparison
-from bpgo_video.evaluation.heldout import score_prompts, with_changes
-from bpgo_video.evaluation.ranks import evaluation_ranks
+from bpgo_video.evaluation.comparison import DIVERSITY, MOTION, Measure, ModelScores, compare, write_comparison
+from bpgo_video.evaluation.heldout import evaluation_ranks, score_prompts, with_changes
 from bpgo_video.inference.run_weights import WEIGHTS, load_trained, named_model
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import tempfile
 import textwrap
-from importlib.resources import files
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bpgo_video.data.media import VideoError, as_bytes, read_video, write_video
-from bpgo_video.evaluation.compare_scores import ModelScores, video_path
-from bpgo_video.evaluation.compare_verdict import Compared, Comparison
+from bpgo_video.evaluation.comparison import Compared, Comparison, ModelScores, video_path
 from bpgo_video.statistics import LEVEL
 from bpgo_video.training.curves import DASHED, SERIES, Curve, draw_curve, draw_figure
 from bpgo_video.training.metrics import METRICS_FILE, read_metrics
@@ -73,14 +69,12 @@ def write_report(output: Path, compared: Compared, shown: int) -> Path:
     Raises:
         MalformedFile, VideoError: a run's records or a video cannot be read; the message names the file.
     """
-    script = files(__package__).joinpath("comparison.js").read_text(encoding="utf-8")
     return write_page(
         output / "report.html",
         "evaluation/comparison.html.j2",
+        scripts=("training/player.js", "evaluation/comparison.js"),
         compared=compared,
         level=LEVEL,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         examples=[example(compared, row) for row in chosen_rows(compared, shown)],
         run_curves=run_curves(compared),
         bars={name: bars(compared, name) for name in compared.comparisons[0].effects},

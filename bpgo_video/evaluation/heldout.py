@@ -1,11 +1,17 @@
-"""The command `evaluate heldout`: held-out scores of a policy folder, as training measures them."""
+"""The command `evaluate heldout`: held-out scores of a policy folder, as training measures them.
+
+Also the ranks of an evaluation: those of a launcher, with a heartbeat while they work, or this process alone.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,13 +19,16 @@ import torch
 from bpgo_video.cli import show_loading_once
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import read_yaml
+from bpgo_video.config.run import ParallelConfig
 from bpgo_video.data.records import PromptRecord
 from bpgo_video.data.stream import as_batch
+from bpgo_video.distributed import engine
 from bpgo_video.distributed.ds_config import compute_dtype
-from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.evaluation.compare_scores import PromptLine, lines_of
-from bpgo_video.evaluation.ranks import evaluation_ranks
+from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.mesh import TIMEOUT, Mesh
+from bpgo_video.evaluation.comparison import PromptLine, lines_of
 from bpgo_video.files import write_json
+from bpgo_video.inference.generate import ALONE, PATIENCE
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
@@ -126,3 +135,40 @@ def as_table(content: Mapping[str, Any]) -> str:
             rows.append([name, tag, f"{cell['mean']:.4f}", error, *counts])
     header = ("reward", "tag", "mean", "± stderr", "prompts", "videos")
     return boxed(rows, header, words=2, title=f"{content['policy']}, split {content['split']}")
+
+
+@contextmanager
+def evaluation_ranks(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
+    """All ranks of the launcher, or a process group of one; the group is stopped after the block.
+
+    Args:
+        timeout: how long a rank waits for the slowest one; a rank that dies or fails ends the others within seconds.
+    """
+    mesh = engine.start_ranks(timeout)
+    with Heartbeat(mesh, parallel.heartbeat_timeout, expected=(ValueError, OSError)) as heartbeat:
+        heartbeat.enter("evaluation")
+        yield mesh
+    engine.stop_ranks()
+
+
+@contextmanager
+def independent_ranks() -> Iterator[Mesh]:
+    """Ranks for long work without communication; a single process starts no process group."""
+    if "RANK" not in os.environ:
+        engine.refuse_lone_tasks()
+        yield ALONE
+        return
+    with evaluation_ranks(ParallelConfig(), PATIENCE) as mesh:
+        yield mesh
+
+
+def device_of(requested: str | None, mesh: Mesh) -> torch.device:
+    """The device of this rank. Raises ValueError if one accelerator is requested for several ranks."""
+    device = mesh.device if requested is None else torch.device(requested)
+    if mesh.world_size == 1:
+        return device
+    if requested is not None and device.index is not None:
+        raise ValueError(
+            f"--device {requested} is one device for {mesh.world_size} ranks; omit it to give each rank its own"
+        )
+    return mesh.device if device.type == mesh.device.type else device

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from bpgo_video.evaluation import vbench_networks as networks
+from bpgo_video.evaluation.vbench_files import BENCHMARKS
 from bpgo_video.evaluation.vbench_networks import GRID, Encoder, Footage, Network, Sources
-from bpgo_video.evaluation.vbench_results import BENCHMARKS
 
 Picture = networks.Picture
 

@@ -28,8 +28,8 @@ from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh, all_or_none
-from bpgo_video.evaluation import vbench_suite as suites
-from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, listing, read_suite
+from bpgo_video.evaluation import vbench_files as suites
+from bpgo_video.evaluation.vbench_files import Suite, SuiteError, listing, read_suite
 from bpgo_video.inference.generate import (
     ALONE,
     GENERATION_PROMPT,
@@ -61,13 +61,14 @@ def run(args: argparse.Namespace) -> None:
         check(args)
         return
     flags = {"policy": args.policy, "seed": args.seed, "output": args.output, "prompts": args.suite}
-    flags |= {"samples-per-prompt": args.samples, "fps": args.fps}
+    samples = args.samples or suites.SAMPLES
+    flags |= {"samples-per-prompt": samples, "fps": args.fps}
     words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
     settings = read_settings(GenerationSettings, [*words, *args.more], prog="bpgo-video evaluate layout")
     show_loading_once()
     mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
     with all_or_none(mesh):
-        suite = read_suite(args.suite, args.samples)
+        suite = read_suite(args.suite, samples)
         texts = args.generation_prompts and read_texts(args.generation_prompts, suite)
     manifest = lay_out(replace(settings, prompts=suite.source), suite, mesh, args.images, texts)
     if mesh.is_main:
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     if args.more:
         raise SuiteError(f"--check generates nothing; remove {' '.join(args.more)}")
-    suite = read_suite(args.suite, args.samples)
+    suite = read_suite(args.suite, suites.samples_of(args.output, args.samples))
     if problems := suites.video_problems(args.output, suite, fps=args.fps, whole=True):
         raise SuiteError(f"{args.output} has {len(problems)} problems:{listing(problems)}")
     print(f"{args.output}: {len(suite.names())} videos, complete")

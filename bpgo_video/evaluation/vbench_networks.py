@@ -31,7 +31,7 @@ from torch.nn.functional import cosine_similarity, interpolate, linear, normaliz
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
 from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.evaluation.vbench_suite import SuitePrompt
+from bpgo_video.evaluation.vbench_files import SuitePrompt
 from bpgo_video.files import resolve_folder
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips

@@ -25,9 +25,8 @@ import yaml
 import bpgo_video
 from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
-from bpgo_video.evaluation.ranks import device_of, independent_ranks
-from bpgo_video.evaluation.vbench_results import Result, ResultError, check_complete, read_results
-from bpgo_video.evaluation.vbench_suite import Suite, SuiteError, check_videos, listing, read_suite, videos_of
+from bpgo_video.evaluation import vbench_files as vbench
+from bpgo_video.evaluation.heldout import device_of, independent_ranks
 from bpgo_video.files import atomic_file
 from bpgo_video.training.metrics import MalformedFile
 
@@ -56,7 +55,7 @@ class PackageRequest:
     videos: Path
     output: Path
     benchmark: str
-    suite: Suite | None
+    suite: vbench.Suite | None
     dimensions: tuple[str, ...]
     device: str
     folder: Path
@@ -75,19 +74,19 @@ def run(args: argparse.Namespace) -> None:
 
 def request_of(args: argparse.Namespace, device: str) -> PackageRequest:
     """Raises SuiteError if no dimension or no list is given."""
-    suite = None if args.suite is None else read_suite(args.suite, args.samples)
+    suite = None if args.suite is None else vbench.read_suite(args.suite, vbench.samples_of(args.videos, args.samples))
     i2v, options = args.benchmark == "vbench-i2v", {"local": args.local}
     dimensions = tuple(dict.fromkeys(args.dimensions or (suite.dimensions if suite is not None else ())))
     if not dimensions:
-        raise SuiteError("no dimensions are given: add --dimensions D ..., or VBench's own list as --suite")
+        raise vbench.SuiteError("no dimensions are given: add --dimensions D ..., or VBench's own list as --suite")
     if i2v and suite is None:
-        raise SuiteError("vbench-i2v needs its own list: --suite vbench2_i2v_full_info.json")
+        raise vbench.SuiteError("vbench-i2v needs its own list: --suite vbench2_i2v_full_info.json")
     options |= {"resolution": args.resolution} if i2v else {}
     videos, output, folder = (path.absolute() for path in (args.videos, args.output, args.folder))
     return PackageRequest(args.python, videos, output, args.benchmark, suite, dimensions, device, folder, options)
 
 
-def measure_by_package(request: PackageRequest, mesh: Mesh) -> list[Result]:
+def measure_by_package(request: PackageRequest, mesh: Mesh) -> list[vbench.Result]:
     """Measures every dimension without a complete result, divided among the ranks; all results, in the requested order.
 
     Every rank calls it, with its own device; all ranks must share OUTPUT.
@@ -98,23 +97,23 @@ def measure_by_package(request: PackageRequest, mesh: Mesh) -> list[Result]:
         ConfigError: an error of another rank.
     """
     with all_or_none(mesh):
-        videos = {name: videos_of(name, request.videos, request.suite) for name in request.dimensions}
+        videos = {name: vbench.videos_of(name, request.videos, request.suite) for name in request.dimensions}
         if mesh.is_main:
-            check_videos(request.videos, request.suite, videos)
+            vbench.check_videos(request.videos, request.suite, videos)
             write_record(request)
-    results: dict[str, Result] = {}
+    results: dict[str, vbench.Result] = {}
     failures: dict[str, str] = {}
     for name in mesh.round_robin(request.dimensions):
         try:
             results[name] = measure_dimension(request, name, videos[name])
-        except (PackageError, ResultError, MalformedFile, OSError) as error:
+        except (PackageError, vbench.ResultError, MalformedFile, OSError) as error:
             failures[name] = str(error)
             print(f"{name} failed", flush=True)
     for other_results, other_failures in from_all((results, failures), mesh):
         results |= other_results
         failures |= other_failures
     if failures:
-        reasons = listing(failures[name] for name in request.dimensions if name in failures)
+        reasons = vbench.listing(failures[name] for name in request.dimensions if name in failures)
         raise PackageError(f"{len(failures)} of {len(videos)} dimensions were not measured:{reasons}")
     return [results[name] for name in request.dimensions]
 
@@ -140,7 +139,7 @@ def write_record(request: PackageRequest) -> None:
         raise PackageError(f"{request.output} has results of other {', '.join(other)}; choose another --output")
 
 
-def measure_dimension(request: PackageRequest, dimension: str, names: Collection[str]) -> Result:
+def measure_dimension(request: PackageRequest, dimension: str, names: Collection[str]) -> vbench.Result:
     """The complete result of an earlier call, or that of a new process.
 
     Raises:
@@ -149,7 +148,7 @@ def measure_dimension(request: PackageRequest, dimension: str, names: Collection
     """
     try:
         return read_result(request, dimension, names)
-    except (FileNotFoundError, ResultError, MalformedFile) as error:
+    except (FileNotFoundError, vbench.ResultError, MalformedFile) as error:
         print(f"{dimension}: measuring ({error})", flush=True)
     module, benchmark = CLASSES[request.benchmark]
     is_list = request.suite is not None and bool(request.suite.dimensions)
@@ -174,10 +173,10 @@ def measure_dimension(request: PackageRequest, dimension: str, names: Collection
     return read_result(request, dimension, names)
 
 
-def read_result(request: PackageRequest, dimension: str, names: Collection[str]) -> Result:
+def read_result(request: PackageRequest, dimension: str, names: Collection[str]) -> vbench.Result:
     path = request.output / f"{dimension}_eval_results.json"
-    (result,) = read_results(path)
+    (result,) = vbench.read_results(path)
     if result.dimension != dimension:
-        raise ResultError(f"{path} has the dimension {result.dimension}")
-    check_complete(result, names)
+        raise vbench.ResultError(f"{path} has the dimension {result.dimension}")
+    vbench.check_complete(result, names)
     return result

@@ -22,12 +22,11 @@ from tqdm import tqdm
 from bpgo_video.cli import show_loading_once
 from bpgo_video.data.media import VideoError, read_header, read_pixels
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, from_main, same_everywhere
-from bpgo_video.evaluation import vbench_suite as suites
-from bpgo_video.evaluation.ranks import device_of, independent_ranks
+from bpgo_video.evaluation import vbench_files as suites
+from bpgo_video.evaluation.heldout import device_of, independent_ranks
 from bpgo_video.evaluation.vbench_dimensions import Dimension, DimensionError, Measured, find_dimension
+from bpgo_video.evaluation.vbench_files import Result, Suite, SuitePrompt, Video, read_suite, write_results
 from bpgo_video.evaluation.vbench_networks import Footage, Network, Sources
-from bpgo_video.evaluation.vbench_results import Result, Video, write_results
-from bpgo_video.evaluation.vbench_suite import Suite, SuitePrompt, read_suite
 from bpgo_video.files import write_json
 from bpgo_video.randomness import reseeded
 from bpgo_video.training.metrics import parse_json
@@ -124,7 +123,8 @@ def run(args: argparse.Namespace) -> None:
     with independent_ranks() as mesh:
         with all_or_none(mesh):
             backbones, dimensions = dict(map(parse_backbone, args.backbone)), tuple(dict.fromkeys(args.dimensions))
-            suite = None if args.suite is None else read_suite(args.suite, args.samples)
+            samples = suites.samples_of(args.videos, args.samples)
+            suite = None if args.suite is None else read_suite(args.suite, samples)
             request = Request(args.videos, dimensions, backbones, suite, args.images, args.fps)
             sources = Sources(device_of(args.device, mesh), head=args.head)
         score_folder(request, sources, mesh, kept_folder(args.output), done)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -25,6 +26,8 @@ Records = Sequence[Mapping[str, Number]]
 Summary = Mapping[str, Any]
 
 HISTOGRAM_COLUMNS = 50
+POINTS = 1000  # of a curve, at most
+EXTREMES: Any = {"_min": min, "_max": max}
 HELDOUT = {"heldout/": "", "heldout_ema/": " (average)"}  # key prefix -> suffix in the legend
 TEXT, SERIES = "#0a0b00", ("#0a0b01", "#0a0b02", "#0a0b03")  # placeholders: matplotlib does not accept CSS variables
 THEME = {TEXT: "currentColor"} | {colour: f"var(--c{i})" for i, colour in enumerate(SERIES, start=1)}
@@ -85,9 +88,17 @@ def draw_figure(
 
 
 def series(records: Records, key: str) -> tuple[list[Number], list[Number]]:
-    """Finished steps and values of the records that have `key`."""
+    """Finished steps and values of the records that have `key`.
+
+    More than POINTS become means of neighbouring ones, or for `_min` and `_max` their extreme, at the last one's step.
+    """
     chosen = [record for record in records if key in record]
-    return [record["step"] + 1 for record in chosen], [record[key] for record in chosen]
+    steps, values = [record["step"] + 1 for record in chosen], [record[key] for record in chosen]
+    stride, merged = -(-len(values) // POINTS), EXTREMES.get(key[-4:], fmean)
+    if stride <= 1:
+        return steps, values
+    parts = [slice(start, start + stride) for start in range(0, len(values), stride)]
+    return [steps[part][-1] for part in parts], [merged(values[part]) for part in parts]
 
 
 def keys_with(records: Records, *prefixes: str) -> list[str]:
@@ -155,13 +166,12 @@ def trained_against_heldout(axes: Axes, records: Records, summary: Summary) -> s
     """If the line turns down while it continues to the right, the policy exploits its training reward."""
     steps, rewards = series(records, "reward")
     name = summary.get("heldout_reward")
-    points = [(step, value) for step, value in zip(*series(records, f"heldout/{name}"), strict=True) if step in steps]
-    if len(points) < 2:
+    evaluated, measured = series(records, f"heldout/{name}")
+    if len(evaluated) < 2 or not steps:
         return None
-    bold = dict(zip(steps, smoothed(rewards).tolist(), strict=True))
-    trained, measured = [bold[step] for step, _ in points], [value for _, value in points]
+    trained = np.interp(evaluated, steps, smoothed(rewards)).tolist()
     axes.plot(trained, measured, color=SERIES[0], **MARKED)
-    for (step, value), reward in zip(points, trained, strict=True):
+    for step, value, reward in zip(evaluated, measured, trained, strict=True):
         axes.annotate(f"{step:.0f}", (reward, value), textcoords="offset points", xytext=(5, 5), fontsize=9, color=TEXT)
     axes.set_xlabel("training reward")
     return f"{change(f'held-out {name}', measured)} while {change('the training reward went', trained)}"

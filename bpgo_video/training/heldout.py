@@ -206,14 +206,16 @@ class ShownVideos:
         ]
 
     def samples(
-        self, reward: str, before: ScoresByReward, frames_before: ScoresByReward, after: HeldoutScores
+        self, evaluation: str, before: ScoresByReward, frames_before: ScoresByReward, after: HeldoutScores
     ) -> list[dict[str, Any]]:
-        """The content of samples.json; scores are those of `reward`."""
+        """The content of samples.json after an evaluation; scores are those of the run's measure."""
+        reward = next(iter(self.config.evaluation.rewards))
         return [
             {
                 "index": index,
                 "prompt": self.texts[row],
                 "seed": self.config.run.seed,
+                "after": evaluation,
                 "score_before": before[reward][row][0],
                 "score_after": float(after.by_name[reward][row, 0]),
                 "frames": {

@@ -119,10 +119,10 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
                     heartbeat.enter("evaluation", step)
                     record |= trainer.evaluate(step, last, log)
                 log.log(step, record)
+                progress.seconds["total"] = time.perf_counter() - started
                 request = Request.NONE if last else requests.agreed()
                 if last or request or is_due(progress.step, config.run.save_every):
                     heartbeat.enter("checkpoint", step)
-                    progress.seconds["total"] = time.perf_counter() - started
                     saved = save(session, progress.step, vars(progress))
                     log.later(str(saved), saved.metrics())
                     requests.fulfilled(request, f"after {step + 1} of {num_steps} steps, in {saved.folder}")

@@ -1,7 +1,11 @@
-"""Training report of a run: one self-contained HTML file that shows whether training helped.
+"""Training report of a run: one HTML file next to its samples that shows whether training helped.
 
-It is built from metrics.jsonl, summary.json, config.yaml and samples/ of the run directory. The report omits what is
-missing; a malformed file is an error that names the file.
+It is built from metrics.jsonl, summary.json, config.yaml and samples/ of the run directory, and plays the videos in
+samples/. The report omits what is missing; a malformed file is an error that names the file.
+
+While a run trains, it writes its report now and then, and the page reloads itself. That needs no server: the file opens
+from the run's folder, and from another machine by any file server, such as `python -m http.server --bind 127.0.0.1`
+behind ssh's port forwarding.
 
     python -m bpgo_video.training.report RUN_DIR
 """
@@ -10,9 +14,14 @@ from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import io
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import Any, NotRequired
 
 import jinja2
@@ -21,6 +30,7 @@ from jaxtyping import Float
 from markupsafe import Markup
 from pydantic import FiniteFloat, TypeAdapter
 from torch import Tensor
+from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from bpgo_video.data.contact_sheets import STRIP_HEIGHT, strip
@@ -28,8 +38,11 @@ from bpgo_video.data.media import VideoError, read_video
 from bpgo_video.files import atomic_file
 from bpgo_video.training.curves import HELDOUT, PANELS, draw_curve, keys_with
 from bpgo_video.training.metrics import METRICS_FILE, MalformedFile, Number, parse_json, read_metrics
-from bpgo_video.training.summary import diagnose, heldout_difference, summary_rows, verdict
+from bpgo_video.training.summary import diagnose, heldout_difference, power, summary_rows, verdict
 
+EVERY = 60.0  # seconds between the reports of an unfinished run, at least
+SHARE = 0.01  # of the run's time, at most, that writing them takes
+RELOAD = 30  # seconds after which the page of an unfinished run reloads itself
 SHOWN_SAMPLES = 8  # the others are folded away
 TABLE_ROWS = 20
 TABLE_KEYS = ("reward", "trust_mean", "ratio_mean", "grad_norm", "seconds")
@@ -44,7 +57,9 @@ class FrameRow(TypedDict):
 
 
 class Sample(TypedDict):
-    """An entry of samples/samples.json: one prompt and seed, sampled before and after training."""
+    """An entry of samples/samples.json: one prompt and seed, sampled before and after training; `after` is the folder
+    of the last evaluation's videos.
+    """
 
     index: int
     prompt: str
@@ -52,12 +67,23 @@ class Sample(TypedDict):
     score_before: NotRequired[FiniteFloat | None]
     score_after: NotRequired[FiniteFloat | None]
     frames: NotRequired[dict[str, FrameRow]]
+    after: NotRequired[str]
+
+
+class Environment(TypedDict):
+    """Where a run computed; see `session.environment`."""
+
+    code: list[str]
+    packages: dict[str, str]
+    hardware: str
+    device: str
 
 
 class Summary(TypedDict, total=False):
     """The fields of summary.json that the report shows."""
 
     steps: int | None
+    num_steps: int | None
     world_size: int | None
     zero_stage: int | None
     algorithm: str | None
@@ -72,15 +98,43 @@ class Summary(TypedDict, total=False):
     heldout_p_value: FiniteFloat | None
     heldout_measures: int | None
     heldout_shown: int | None
+    heldout_detectable: FiniteFloat | None
     heldout_prompts: int | None
     heldout_videos: int | None
     videos_generated: int | None
     seconds: dict[str, FiniteFloat]
     max_ratio_error_first_update: FiniteFloat | None
+    environment: Environment | None
 
 
-def write_report(run_dir: Path) -> Path:
+class LiveReport:
+    """The report of an unfinished run, written every EVERY seconds, or less often if that takes more than SHARE of the
+    time: drawing the curves of a long run takes seconds.
+    """
+
+    def __init__(self, run_dir: Path, every: float = EVERY) -> None:
+        self.run_dir, self.every, self.due = run_dir, every, time.monotonic() + every
+
+    def update(self, summary: Callable[[], Mapping[str, Any]]) -> None:
+        """Writes the report if it is due; `summary` returns the fields of summary.json so far.
+
+        The run goes on if that fails, since records and checkpoints do not depend on it; the reason is printed.
+        """
+        if (started := time.monotonic()) < self.due:
+            return
+        try:
+            write_report(self.run_dir, summary())
+        except (MalformedFile, VideoError, OSError) as error:
+            tqdm.write(f"the report of the unfinished run was not written: {error}", file=sys.stderr)
+        now = time.monotonic()
+        self.due = now + max(self.every, (now - started) / SHARE)
+
+
+def write_report(run_dir: Path, so_far: Mapping[str, Any] | None = None) -> Path:
     """Writes report.html into the run directory; returns its path.
+
+    Args:
+        so_far: the fields of summary.json of an unfinished run; None reads the file.
 
     Raises:
         FileNotFoundError: the directory has no metrics.jsonl.
@@ -88,16 +142,24 @@ def write_report(run_dir: Path) -> Path:
     """
     if not (run_dir / METRICS_FILE).exists():
         raise FileNotFoundError(f"{run_dir} is not a run directory: it has no {METRICS_FILE}")
-    records, summary, samples = read_metrics(run_dir / METRICS_FILE), read_summary(run_dir), read_samples(run_dir)
+    records, samples = read_metrics(run_dir / METRICS_FILE), read_samples(run_dir)
+    summary = read_summary(run_dir) if so_far is None else present(so_far)
     curves = {name: curve for name in PANELS if (curve := draw_curve(name, records, summary)) is not None}
     return write_page(
         run_dir / "report.html",
         "training/report.html.j2",
+        scripts=("training/player.js", "training/report.js"),
         name=run_dir.resolve().name,
+        running=so_far is not None,
+        progress=f"step {summary.get('steps', 0):,} of {summary.get('num_steps', '?'):,}" if so_far else "",
+        written=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        reload=RELOAD,
         summary=summary,
         verdict=verdict(summary),
+        power=power(summary),
         difference=heldout_difference(summary),
         rows=summary_rows(summary),
+        facts_of_run=facts(summary, records),
         curves=curves,
         samples=samples,
         limits=frame_limits(samples),
@@ -108,11 +170,12 @@ def write_report(run_dir: Path) -> Path:
     )
 
 
-def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Renders a template to `path`, atomically; returns `path`. All values are escaped, except drawings (`| svg`).
+def write_page(path: Path, template: str, scripts: Sequence[str], **values: Any) -> Path:
+    """Renders a template to `path`, atomically; returns `path`. All values are escaped, except drawings (`| svg`), and
+    the page runs no other script.
 
     Args:
-        template: its path in the package.
+        template, scripts: their paths in the package.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bpgo_video", ""),
@@ -122,30 +185,60 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = lambda curve: Markup(curve.svg)  # drawn by curves.py, which escapes text
-    page = environment.get_template(template).render(**values)
+    script = "\n".join(files("bpgo_video").joinpath(name).read_text("utf-8") for name in scripts)
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = environment.get_template(template).render(script=Markup(script), script_hash=script_hash, **values)
     with atomic_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 
 
+def facts(summary: Mapping[str, Any], records: Sequence[Mapping[str, Number]]) -> list[tuple[str, str]]:
+    """Code, hardware and cost of the run as (label, text)."""
+    rows, environment = [], summary.get("environment")
+    if environment is not None:
+        rows += [("code", ", then ".join(environment["code"])), ("hardware", environment["hardware"])]
+        rows += [("packages", ", ".join(" ".join(one) for one in environment["packages"].items()))]
+    total, ranks = summary.get("seconds", {}).get("total"), summary.get("world_size")
+    if total and ranks:
+        unit = "GPU" if environment is not None and environment["device"] == "cuda" else "rank"
+        rows.append(("cost", f"{total * ranks / 3600:,.2f} {unit}-hours: {ranks} x {total:,.0f} s"))
+        if videos := summary.get("videos_generated"):
+            rows.append(("seconds per video, all included", f"{total / videos:.3g}"))
+    if seconds := [record["seconds"] for record in records if "seconds" in record]:
+        rows.append(("seconds per step, median", f"{median(seconds):.3g}"))
+    return rows
+
+
+def present(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not null."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """The recorded values of summary.json, without those that are null."""
-    content = read_json(run_dir / "summary.json", TypeAdapter(Summary), {})
-    return {key: value for key, value in content.items() if value is not None}
+    return present(read_json(run_dir / "summary.json", TypeAdapter(Summary), {}))
 
 
 def read_samples(run_dir: Path) -> list[dict[str, Any]]:
-    """The entries of samples.json with two more: `sheets`, the contact sheets of the videos before and after training,
-    and `change`, the score after minus that before, or None.
+    """The entries of samples.json with two more: `videos`, those before and after training that exist, and `change`,
+    the score after minus that before, or None.
     """
-    folder, samples = run_dir / "samples", []
+    samples = []
     for sample in read_json(run_dir / "samples" / "samples.json", TypeAdapter(list[Sample]), []):
-        videos = {side: folder / side / f"{sample['index']:03d}.mp4" for side in ("before", "after")}
-        sheets = {side: contact_sheet(read_video(path)[0]) for side, path in videos.items() if path.exists()}
+        folders = {"before": "before", "after": sample.get("after", "after")}
+        names = {side: f"samples/{folder}/{sample['index']:03d}.mp4" for side, folder in folders.items()}
+        videos = {side: shown(run_dir, name) for side, name in names.items() if (run_dir / name).exists()}
         before, after = sample.get("score_before"), sample.get("score_after")
         change = None if before is None or after is None else after - before
-        samples.append({"frames": {}, **sample, "sheets": sheets, "change": change})
+        samples.append({"frames": {}, **sample, "videos": videos, "change": change})
     return samples
+
+
+def shown(run_dir: Path, name: str) -> dict[str, Any]:
+    """A video of the run: its file, size and contact sheet."""
+    video = read_video(run_dir / name)[0]
+    return {"file": name, "height": video.shape[2], "width": video.shape[3], "sheet": contact_sheet(video)}
 
 
 def frame_limits(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:

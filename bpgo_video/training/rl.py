@@ -26,8 +26,8 @@ from bpgo_video.training import loop
 from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_scored
 from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, heldout_summary
 from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, RunLog, read_metrics, reduce_metrics
-from bpgo_video.training.report import write_report
-from bpgo_video.training.session import Inputs, Session, build_session
+from bpgo_video.training.report import LiveReport, write_report
+from bpgo_video.training.session import Inputs, Session, build_session, environment
 from bpgo_video.training.summary import diagnose, summary_table
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 
@@ -74,6 +74,7 @@ class RL(loop.Trainer):
         texts = heldout.prompts.texts if heldout else ()
         self.heldout_videos = len(texts) * config.evaluation.samples_per_prompt
         self.shown = ShownVideos(Path(config.run.dir) / "samples", texts, config)
+        self.report, self.environment = LiveReport(Path(config.run.dir)), environment(self.session)
 
     @cached_property
     def batches(self) -> Iterator[tuple[PromptBatch, int]]:
@@ -83,6 +84,8 @@ class RL(loop.Trainer):
     def train_step(self, step: int) -> dict[str, float]:
         """Sample, score, anchor to the prior, weigh, replay, record."""
         session, progress = self.session, self.progress
+        if session.mesh.is_main and progress.step:
+            self.report.update(self.summary)
         prompts, progress.position = next(self.batches)
         watch = loop.Stopwatch(self.heartbeat, step)
         prompts = to_be_scored(session, prompts, progress)
@@ -119,6 +122,7 @@ class RL(loop.Trainer):
         assert self.after is not None
         if last and self.progress.heldout_before is not None:
             log.table(step, "heldout_before_after", self.shown.table(self.progress.heldout_before, self.after))
+        self.write_samples("after" if last else f"step-{step + 1:06d}")
         log.frames(self.shown.frame_lines(step, self.after))
         return record
 
@@ -133,21 +137,30 @@ class RL(loop.Trainer):
             )
 
     def finish(self) -> dict[str, Any]:
-        after = self.after or self.heldout_scores(self.session.config.evaluation.measured[0], "after")
-        summary = summarise(self.session, self.progress, after)
+        if self.after is None:
+            self.after = self.heldout_scores(self.session.config.evaluation.measured[0], "after")
+            self.write_samples("after")
+        summary = self.summary()
         if self.session.mesh.is_main:
-            self.write_results(summary, after)
+            self.write_results(summary)
         return summary
 
-    def write_results(self, summary: dict[str, Any], after: HeldoutScores | None) -> None:
-        """Write summary.json, samples.json and report.html; print a table with the diagnosis of the run."""
-        run_dir, progress = Path(self.session.config.run.dir), self.progress
+    def summary(self) -> dict[str, Any]:
+        """The fields of summary.json so far."""
+        return {**summarise(self.session, self.progress, self.after), "environment": self.environment}
+
+    def write_samples(self, evaluation: str) -> None:
+        """Write samples.json with the videos of the last evaluation, on rank 0."""
+        progress = self.progress
+        if self.session.mesh.is_main and self.after is not None and progress.heldout_before is not None:
+            samples = self.shown.samples(evaluation, progress.heldout_before, progress.frames_before, self.after)
+            write_json(self.shown.folder / "samples.json", samples)
+
+    def write_results(self, summary: dict[str, Any]) -> None:
+        """Write summary.json and report.html; print a table with the diagnosis of the run."""
+        run_dir = Path(self.session.config.run.dir)
         summary = {**summary, "diagnosis": diagnose(read_metrics(run_dir / METRICS_FILE), summary)}
         write_json(run_dir / "summary.json", summary)
-        before, reward = progress.heldout_before, summary.get("heldout_reward")
-        if after is not None and before is not None and reward is not None:
-            samples = self.shown.samples(reward, before, progress.frames_before, after)
-            write_json(run_dir / "samples" / "samples.json", samples)
         write_report(run_dir)
         names = [*RESULTS, *(["export-ema"] if self.session.ema else [])]
         print(summary_table(summary, {name: run_dir / name for name in names}))
@@ -240,6 +253,7 @@ def summarise(session: Session, progress: Progress, after: HeldoutScores | None)
     """The fields of summary.json."""
     summary: dict[str, Any] = {
         "steps": progress.step,
+        "num_steps": session.config.run.num_steps,
         "world_size": session.mesh.world_size,
         "zero_stage": session.engine.stage,
         "algorithm": session.config.algorithm,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from bpgo_video.data.stream import EndlessOrder, PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.ds_config import compute_dtype, read_ds_config, zero_stage
 from bpgo_video.distributed.ema import EMA
-from bpgo_video.distributed.mesh import Mesh, all_or_none, same_everywhere
+from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, same_everywhere
 from bpgo_video.distributed.optimizer import learning_rate_factor
 from bpgo_video.files import resolve_folder
 from bpgo_video.inference.hub import this_code
@@ -138,6 +140,30 @@ class Session(PolicySession):
 
 
 Inputs = tuple[dict[str, Any], PromptShards]  # the DeepSpeed configuration and the shards
+
+
+def environment(session: PolicySession) -> dict[str, Any]:
+    """Code, package versions and hardware of a run, the same on every rank; every rank calls it."""
+    device = session.mesh.device
+    ranks = from_all((platform.node(), hardware(device)), session.mesh)
+    models, hosts = Counter(model for _, model in ranks), len({host for host, _ in ranks})
+    found = ", ".join(f"{count} x {model}" for model, count in models.items())
+    return {
+        "code": session.code,
+        "packages": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "hardware": f"{found} on {hosts} {'host' if hosts == 1 else 'hosts'}",
+        "device": device.type,
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """The model of a rank's device; of a CPU, with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text("utf-8").splitlines() if listed.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{torch.get_num_threads()} threads of {models[0] if models else platform.machine()}"
 
 
 def check_inputs(config: Recipe, mesh: Mesh, need_priors: bool = True) -> Inputs:

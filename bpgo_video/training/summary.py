@@ -100,9 +100,10 @@ def summary_table(summary: Summary, paths: Mapping[str, Path] | None = None) -> 
 
 def boxed(rows: Iterable[Sequence[str]], header: Sequence[str] = ("", ""), words: int = 1, title: str = "") -> str:
     """A table as text; the first `words` columns are left-aligned, the others right-aligned."""
-    table = Table(box=box.ROUNDED, title=title or None, show_header=any(header))
+    table, rows = Table(box=box.ROUNDED, title=title or None, show_header=any(header)), list(rows)
     for column, label in enumerate(header):
-        table.add_column(label, justify="left" if column < words else "right")
+        width = max((len(row[column]) for row in rows), default=0)  # a narrow terminal wraps the header first
+        table.add_column(label, justify="left" if column < words else "right", min_width=width)
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()

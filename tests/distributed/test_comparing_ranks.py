@@ -14,7 +14,7 @@ import torch
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare import Request, measure
-from bpgo_video.evaluation.compare_scores import read_scores
+from bpgo_video.evaluation.comparison import read_scores
 from tests.distributed.conftest import free_port
 from tests.made.random_wan import random_wan
 from tests.made.recipes import ROOT, python_path

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bpgo_video.evaluation.vbench_results import read_results
+from bpgo_video.evaluation.vbench_files import read_results
 from bpgo_video.evaluation.vbench_scoring import kept_folder
 from tests.distributed.conftest import free_port
 from tests.made.fake_vbench import fake_package

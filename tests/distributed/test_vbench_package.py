@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS
+from bpgo_video.evaluation.vbench_files import find_suite, read_suite
 from bpgo_video.evaluation.vbench_package import PackageRequest, measure_by_package
-from bpgo_video.evaluation.vbench_suite import find_suite, read_suite
 from bpgo_video.inference.generate import ALONE
 from bpgo_video.rewards.checkpoints import data_of
 from tests.made.real_suites import VBENCH, assert_equal, measured, write_clips

@@ -18,16 +18,20 @@ from bpgo_video.data.media import read_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.compare import VideoStats, diversity, labelled, motion, recipe_of, thumbnails
 from bpgo_video.evaluation.compare_report import as_table
-from bpgo_video.evaluation.compare_scores import (
+from bpgo_video.evaluation.comparison import (
     TRAINING_REWARD,
+    Comparison,
     ModelScores,
+    PairingError,
+    compare,
     has_scores,
+    match_reward,
     read_parts,
     read_scores,
     video_path,
+    write_comparison,
     write_scores,
 )
-from bpgo_video.evaluation.compare_verdict import Comparison, PairingError, compare, match_reward, write_comparison
 from bpgo_video.statistics import can_show
 from bpgo_video.training.heldout import heldout_test
 from bpgo_video.training.metrics import MalformedFile
@@ -124,8 +128,8 @@ def test_notes_name_possible_pitfalls(prompts: int, changes: dict[str, Any], wor
 def test_a_note_says_which_difference_so_many_prompts_can_show() -> None:
     (one,) = comparisons(results("A"), results("B", spread=0.5))
     (note,) = one.notes
-    shown = can_show(12, 7, one.effects["oracle"].detectable)
-    assert note == f"{shown} (oracle): use more prompts to show a smaller one."
+    words = can_show(12, 7, one.effects["oracle"].detectable)
+    assert note == f"{words} (oracle): use more prompts to show a smaller one."
 
 
 def test_a_note_about_all_candidates_is_given_once_and_others_name_theirs() -> None:

@@ -6,7 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,12 @@ import torch
 
 from bpgo_video.data.media import VideoError, read_video, write_video
 from bpgo_video.evaluation.compare_report import LONGEST_SIDE, chosen_rows, disagreement, embedded, write_report
-from bpgo_video.evaluation.compare_scores import video_path
-from bpgo_video.evaluation.compare_verdict import Compared, compare
+from bpgo_video.evaluation.comparison import Compared, ModelScores, compare, video_path
+from tests.made.browsing import Visit, started_browser, visited
 from tests.made.synthetic_results import model_results, results
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync"]  # fmt: skip
 PROMPTS = 14
+HOSTILE = """</script><img src=x onerror='alert(2)'>"&quot;`${alert(3)}`"""
 
 
 @pytest.fixture(scope="module")
@@ -49,48 +47,31 @@ def report(models: Compared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(tmp_path_factory.mktemp("report"), models, shown=PROMPTS)
 
 
-@dataclass
-class Visit:
-    """A page and the problems on it."""
+def hostile_scores(scores: ModelScores) -> ModelScores:
+    """The scores with HOSTILE in every prompt, tag and the name of the first measure."""
+    first = next(iter(scores.measures))
 
-    page: Any
-    problems: list[str] = field(default_factory=list)
+    def renamed(by_name: dict[str, Any]) -> dict[str, Any]:
+        return {HOSTILE if name == first else name: value for name, value in by_name.items()}
 
-    def prompts(self) -> list[int]:
-        """Rows of the visible cards, in their order."""
-        rows = self.page.eval_on_selector_all(".pair:not([hidden])", "all => all.map(one => one.dataset.row)")
-        return [int(row) for row in rows]
-
-    def times(self, row: int) -> list[float]:
-        return self.page.eval_on_selector_all(
-            f".pair[data-row='{row}'] video", "all => all.map(one => one.currentTime)"
-        )
+    lines = [
+        replace(line, prompt=HOSTILE + line.prompt, tags=[HOSTILE], scores=renamed(line.scores))
+        for line in scores.prompts
+    ]
+    return replace(scores, prompts=lines, measures=renamed(scores.measures))
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"there is no browser at {CHROMIUM}")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+    with started_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def visit(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    """The report, opened with the test's parameter as context; fails the test if the page had a problem."""
-    context = browser.new_context(**{"reduced_motion": "no-preference", **getattr(request, "param", {})})
-    visit = Visit(context.new_page())
-    visit.page.on("console", lambda message: visit.problems.append(f"{message.type}: {message.text}"))
-    visit.page.on("pageerror", lambda error: visit.problems.append(str(error)))
-    outside = re.compile(r"(?!data:|blob:|file:)")
-    visit.page.on("request", lambda request: outside.match(request.url) and visit.problems.append(request.url))
-    visit.page.goto(report.as_uri())
-    yield visit
-    context.close()
-    assert visit.problems == []
+    """The report, opened with the test's parameter as context."""
+    with visited(browser, report, **getattr(request, "param", {})) as visit:
+        yield visit
 
 
 def test_the_page_is_self_contained_and_escapes_its_text(report: Path) -> None:
@@ -102,8 +83,22 @@ def test_the_page_is_self_contained_and_escapes_its_text(report: Path) -> None:
     assert "<i>" not in re.sub(r'<dd class="track"[^>]*><i ', "", source)
     assert "other &lt;i&gt;" in source
     assert "prompt 3 &lt;b&gt;&amp;" in source
-    for title in ("mine is better than start: held‑out oracle +", "other &lt;i&gt; is worse than start"):
+    for title in ("mine is better than start:", "other &lt;i&gt; is worse than start:"):
         assert title in source
+
+
+def test_hostile_names_run_no_script(browser: Any, tmp_path: Path) -> None:
+    """Prompts, tags, labels and measures with markup and quotes; a dialog or an error of the page fails the test."""
+    hostile = [
+        hostile_scores(results(label, 4, spread=0.5)) for label in ('"><script>alert(1)</script>', "b' onload='x")
+    ]
+    compared = compare([model_results(tmp_path / name, model, 0.5) for name, model in zip("ab", hostile, strict=True)])
+    with visited(browser, write_report(tmp_path, compared, shown=4)) as visit:
+        assert visit.page.locator("script:not([type])").count() == 1
+        assert visit.page.locator("h1").inner_text() == f"Comparison with {hostile[0].label}"
+        assert HOSTILE in visit.page.locator(".prompt").first.inner_text()
+        visit.page.get_by_role("combobox", name="Measure").select_option(HOSTILE)
+        assert visit.page.locator(".pair .change").first.inner_text().startswith(HOSTILE)
 
 
 def test_every_picture_control_and_table_has_a_name(visit: Visit) -> None:

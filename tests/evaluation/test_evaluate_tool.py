@@ -14,7 +14,7 @@ from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.evaluation.compare_scores import PromptLine
+from bpgo_video.evaluation.comparison import PromptLine
 from bpgo_video.evaluation.heldout import by_tag, evaluate_folder, with_changes
 from bpgo_video.training.heldout import stderr
 from tests.made.random_wan import random_wan

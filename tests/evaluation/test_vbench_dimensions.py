@@ -20,6 +20,7 @@ from transformers import ViTConfig, ViTModel
 from bpgo_video.data.media import write_video
 from bpgo_video.evaluation import vbench_networks as networks
 from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, DimensionError, find_dimension, is_dotted, motions
+from bpgo_video.evaluation.vbench_files import SuitePrompt
 from bpgo_video.evaluation.vbench_networks import (
     CLIP,
     MUSIQ,
@@ -31,7 +32,6 @@ from bpgo_video.evaluation.vbench_networks import (
     replicated,
 )
 from bpgo_video.evaluation.vbench_scoring import Item, Task
-from bpgo_video.evaluation.vbench_suite import SuitePrompt
 from tests.made.random_rewards import random_clip, random_vit, random_xclip
 from tests.made.real_clips import real_clip
 from tests.made.real_suites import VBENCH, assert_equal, measured, measured_alone, write_clips

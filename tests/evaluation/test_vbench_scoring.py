@@ -20,10 +20,9 @@ from bpgo_video.data.media import write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import vbench_scoring as scoring
 from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, DimensionError, Measured
+from bpgo_video.evaluation.vbench_files import SuiteError, read_results, read_suite, videos_of
 from bpgo_video.evaluation.vbench_networks import Sources
-from bpgo_video.evaluation.vbench_results import read_results
 from bpgo_video.evaluation.vbench_scoring import Request, score_folder
-from bpgo_video.evaluation.vbench_suite import SuiteError, read_suite, videos_of
 from bpgo_video.rewards.checkpoints import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
 from tests.made.fake_vbench import FAKE, fake_package
@@ -224,9 +223,7 @@ def test_partial_sets_and_proxies_have_no_totals_unless_requested(
     assert main(["total", str(tmp_path)]) == 1
     assert "there are no results" in capsys.readouterr().err
     assert main(["total", str(tmp_path / "none")]) == 1
-    assert (
-        f"{tmp_path / 'none'} is neither a result file nor a folder of *_eval_results.json" in capsys.readouterr().err
-    )
+    assert f"{tmp_path / 'none'}; bpgo-video evaluate score --output FILE.json writes" in capsys.readouterr().err
 
 
 def test_results_of_too_few_videos_have_no_total(

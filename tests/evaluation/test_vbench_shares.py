@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import vbench_scoring as scoring
-from bpgo_video.evaluation.ranks import device_of
+from bpgo_video.evaluation.heldout import device_of
 from bpgo_video.evaluation.vbench_dimensions import DimensionError, Measured
 from bpgo_video.evaluation.vbench_networks import Sources
 from bpgo_video.evaluation.vbench_scoring import (

@@ -11,8 +11,8 @@ import torch
 
 from bpgo_video.data.media import write_video
 from bpgo_video.data.prompt_files import PromptFileError
-from bpgo_video.evaluation import vbench_suite as vbench_suite
-from bpgo_video.evaluation.vbench_suite import (
+from bpgo_video.evaluation import vbench_files as vbench_suite
+from bpgo_video.evaluation.vbench_files import (
     Suite,
     SuiteError,
     SuitePrompt,

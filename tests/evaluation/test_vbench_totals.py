@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.evaluation.vbench_results import (
+from bpgo_video.evaluation.vbench_files import (
     BENCHMARKS,
     Result,
     ResultError,

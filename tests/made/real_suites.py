@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 
 from bpgo_video.data.media import as_bytes, write_video
 from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS
+from bpgo_video.evaluation.vbench_files import Result, SuitePrompt
 from bpgo_video.evaluation.vbench_networks import Sources
-from bpgo_video.evaluation.vbench_results import Result
 from bpgo_video.evaluation.vbench_scoring import Item, Task
-from bpgo_video.evaluation.vbench_suite import SuitePrompt
 from tests.made.real_clips import real_clip
 from tests.made.tiny_vbench import BACKBONES
 from tests.vbench_side import tiny_networks as tiny

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bpgo_video.data.media import write_video
-from bpgo_video.evaluation.compare_scores import Measure, ModelScores, PromptLine, video_path, write_scores
+from bpgo_video.evaluation.comparison import Measure, ModelScores, PromptLine, video_path, write_scores
 
 MEASURES = {
     "oracle": Measure("heldout", "1"),

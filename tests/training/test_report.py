@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +22,9 @@ from PIL import Image
 from bpgo_video.data.media import VideoError, write_video
 from bpgo_video.training.curves import PANELS, draw_curve, series, smoothed
 from bpgo_video.training.metrics import MalformedFile
-from bpgo_video.training.report import contact_sheet, frame_limits, main, write_report
+from bpgo_video.training.report import LiveReport, contact_sheet, frame_limits, main, write_report
 from bpgo_video.training.summary import NOTHING
+from tests.made.browsing import started_browser, visited
 
 PROMPT = 'a red circle <script>alert("x")</script> & "moving" left'
 SUMMARY = {
@@ -34,6 +39,14 @@ SUMMARY = {
     "heldout_interval": [0.1, 0.2],
     "heldout_measures": 5,
     "heldout_shown": 1,
+    "heldout_detectable": 0.0412,
+    "world_size": 2,
+    "environment": {
+        "code": ["bpgo_video 0.1.0, commit 6f1c"],
+        "packages": {"python": "3.12.3", "torch": "2.13.0"},
+        "hardware": "2 x NVIDIA H200 on 1 host",
+        "device": "cuda",
+    },
     "heldout_prompts": 24,
     "videos_generated": 96,
     "seconds": {"total": 12.0, "rollout": 5.0, "reward": 1.0, "update": 6.0},
@@ -95,14 +108,21 @@ def page_of(run_dir: Path) -> Page:
 
 
 def test_nothing_is_fetched_from_outside(run_dir: Path) -> None:
+    """Only videos of the run are, by relative paths; the only script is the page's own, which its policy names."""
     page = page_of(run_dir)
-    assert "http:" not in (source := (run_dir / "report.html").read_text()).lower()
+    source = (run_dir / "report.html").read_text()
+    assert "http:" not in source.lower()
     assert "https:" not in source.lower()
     assert "@import" not in source
     for _, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "srcset", "data", "poster"):
-            assert (attributes.get(name) or "#").startswith(("data:", "#"))
-    assert not page.all("script")
+            assert (attributes.get(name) or "#").startswith(("data:", "#", "samples/"))
+    assert [video["src"] for video in page.all("video")] == ["samples/before/000.mp4", "samples/after/000.mp4"]
+    (policy,) = (tag["content"] or "" for tag in page.all("meta") if tag.get("http-equiv"))
+    script = source[source.index("<script>") + len("<script>") : source.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert len(page.all("script")) == 1
+    assert f"script-src 'sha256-{digest}'" in policy
     assert not page.all("link")
 
 
@@ -128,11 +148,50 @@ def test_every_curve_and_contact_sheet_is_present_and_described(run_dir: Path) -
 
 def test_the_verdict_and_its_numbers_are_on_the_page(run_dir: Path) -> None:
     text = " ".join(page_of(run_dir).text.split())
-    verdict = "Training helped: held-out oracle rose from 0.500 to 0.650, +0.150 [+0.100, +0.200] over 24 prompts"
-    for words in (verdict, "+0.150 ± 0.012", "seed 7"):
+    verdict = "held-out oracle rose from 0.500 to 0.650, +0.150 [+0.100, +0.200] over 24 prompts"
+    power = "24 prompts show a true difference of 0.041 in 80% of cases"
+    for words in ("▲ Training helped:", verdict, "+0.150 ± 0.012", "[+0.100, +0.200]", power, "seed 7"):
         assert words in text
-    assert "score 0.31 → 0.78 ▲ better" in text
+    assert "score 0.31 → 0.78 ▲ higher" in text
     assert "1 score higher after training, 0 lower" in text
+
+
+def test_code_hardware_and_cost_are_on_the_page(run_dir: Path) -> None:
+    """12 seconds on 2 GPUs are .0067 hours; 96 videos take .125 s each; every step took 2 s."""
+    text = " ".join(page_of(run_dir).text.split())
+    where = ("commit 6f1c", "python 3.12.3, torch 2.13.0", "2 x NVIDIA H200 on 1 host", "2 ranks")
+    cost = ("0.01 GPU-hours: 2 x 12 s", "seconds per video, all included0.125", "seconds per step, median2")
+    for words in where + cost:
+        assert words in text
+
+
+def test_only_a_tested_difference_is_coloured(run_dir: Path) -> None:
+    """A single video's score may fall; red and green are for the verdict."""
+    for shown, colour in ((1, "rose"), (-1, "fell"), (0, "")):
+        (run_dir / "summary.json").write_text(json.dumps(SUMMARY | {"heldout_shown": shown}))
+        classes = [tag.get("class") or "" for _, tag in page_of(run_dir).tags]
+        assert [name for one in classes for name in one.split() if name in ("rose", "fell")] == [colour] * bool(colour)
+
+
+def test_the_report_of_an_unfinished_run_is_written_now_and_then(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reloads itself and says how far the run is; the finished one does not. A failure does not stop the run."""
+    so_far = SUMMARY | {"steps": 6, "num_steps": 100}
+    live = LiveReport(run_dir)
+    live.update(lambda: so_far)
+    assert not (run_dir / "report.html").exists(), "the first one is due after a minute"
+    live.due = 0.0
+    live.update(lambda: so_far)
+    source = (run_dir / "report.html").read_text()
+    assert 'data-reload="30"' in source
+    assert "step 6 of 100" in source
+    assert live.due - time.monotonic() > 50
+    assert "data-reload" not in write_report(run_dir).read_text()
+    (run_dir / "samples" / "samples.json").write_text("[")
+    live.due = 0.0
+    live.update(lambda: so_far)
+    assert "the report of the unfinished run was not written" in capsys.readouterr().err
 
 
 def test_the_diagnosis_is_on_the_page(run_dir: Path) -> None:
@@ -226,6 +285,57 @@ def test_a_strip_shows_the_score_of_each_frame(run_dir: Path) -> None:
 def test_shades_are_scaled_over_all_samples_of_a_reward() -> None:
     samples = [{"frames": frames} for frames in ({"a": {"times": [0.0], "after": [2.0]}}, {}, {"a": {"after": [4.0]}})]
     assert frame_limits(samples) == {"a": (2.0, 4.0)}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with started_browser() as browser:
+        yield browser
+
+
+def test_the_videos_of_a_sample_play_together(browser: Any, run_dir: Path) -> None:
+    """They are files next to the page; PROMPT runs no script, or the visit fails."""
+    with visited(browser, write_report(run_dir)) as visit:
+        assert visit.page.locator(".prompt").inner_text() == PROMPT
+        visit.page.get_by_role("button", name="Play all").click()
+        visit.page.wait_for_function(
+            "() => [...document.querySelectorAll('video')].every((one) => one.currentTime > 0.2)"
+        )
+        visit.page.get_by_role("button", name="Pause all").click()
+        times = visit.page.eval_on_selector_all("video", "all => all.map((one) => one.currentTime)")
+        assert len(times) == 2
+        assert max(times) - min(times) < 0.3
+        assert visit.page.eval_on_selector_all("video", "all => all.every((one) => one.paused && !one.controls)")
+
+
+def test_the_page_of_an_unfinished_run_shows_what_was_written_since(
+    browser: Any, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bpgo_video.training.report.RELOAD", 1)
+    page = write_report(run_dir, SUMMARY | {"steps": 6, "num_steps": 9})
+    with visited(browser, page) as visit:
+        visit.page.get_by_text("step 6 of 9").wait_for()
+        write_report(run_dir, SUMMARY | {"steps": 7, "num_steps": 9})
+        visit.page.get_by_text("step 7 of 9").wait_for(timeout=10_000)
+        write_report(run_dir)
+        visit.page.get_by_text("This run is not finished").wait_for(state="detached", timeout=10_000)
+
+
+@pytest.mark.parametrize("options", [{"color_scheme": scheme} for scheme in ("dark", "light")], ids=str)
+def test_a_phone_shows_the_report_without_horizontal_scrolling(browser: Any, run_dir: Path, options: Any) -> None:
+    with visited(browser, write_report(run_dir), viewport={"width": 390, "height": 800}, **options) as visit:
+        assert visit.page.evaluate("document.documentElement.scrollWidth") == 390
+        for summary in visit.page.locator("summary").all():
+            summary.click()
+        assert visit.page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_long_curves_are_drawn_with_a_bounded_number_of_points() -> None:
+    """Of 5,000 steps every five become one: means, or extremes, at the last one's step."""
+    records = [{"step": step, "a": step % 5, "b_min": step % 5, "b_max": step % 5} for step in range(5000)]
+    steps, means = series(records, "a")
+    assert (len(steps), steps[:2], set(means)) == (1000, [5, 10], {2})
+    assert [set(series(records, key)[1]) for key in ("b_min", "b_max")] == [{0}, {4}]
 
 
 def test_the_held_out_score_is_plotted_against_the_training_reward() -> None:
