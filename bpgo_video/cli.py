@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         if self.more_help is not None:
-            self.epilog = self.more_help()
+            self.epilog, self.more_help = f"{self.epilog}\n\n{self.more_help()}".strip(), None
         return super().format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

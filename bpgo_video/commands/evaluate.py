@@ -2,12 +2,15 @@
 
     bpgo-video evaluate heldout --config tiny_wan_bpgo --policy runs/demo/export --output scores.json
     bpgo-video evaluate compare package:bpgo_video.tiny/weights/wan runs/demo --output runs/comparison --ranks 2
+    bpgo-video evaluate compare base=runs/a/checkpoints/step-000050 runs/a runs/b --output runs/a-and-b --ranks 8
 
-    bpgo-video evaluate layout --policy runs/demo --suite vbench --output videos --seed 0 --ranks 8
-    bpgo-video evaluate layout --check --suite vbench --output videos
-    bpgo-video evaluate score --videos videos --suite vbench --dimensions temporal_flickering --output scores.json
+    bpgo-video evaluate layout --policy runs/demo --suite prompts.txt --samples 2 --output videos --seed 0 --ranks 2
+    bpgo-video evaluate layout --check --suite prompts.txt --output videos
+    bpgo-video evaluate score --videos videos --suite prompts.txt --dimensions temporal_flickering --output scores.json
+    bpgo-video evaluate score --videos videos --dimensions dynamic_degree --output dynamics.json --ranks 2
     bpgo-video evaluate vbench --python VBENCH_PYTHON --videos videos --suite vbench --output results
     bpgo-video evaluate total results --json
+    bpgo-video evaluate total scores.json dynamics.json --partial
 
 heldout scores a policy folder on the recipe's held-out prompts with its `evaluation.rewards`: the same function,
 prompts and noise as the evaluations within a training run. The standard error is over samples, with fixed prompts.
@@ -37,34 +40,17 @@ DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 SET_BY_LAYOUT = ("policy", "prompts", "output", "seed", "samples_per_prompt", "fps", "split")
 LAYOUT = """
 Generate a suite's videos into DIR as {prompt}-{i}.mp4, on several ranks with --ranks or a launcher. The same command
-continues an interrupted one; its exit code is 0 when every video exists and is complete.
-
-  bpgo-video evaluate layout --policy runs/demo --suite prompts.txt --output videos --seed 0 --samples 2 --ranks 2
-  bpgo-video evaluate layout --check --suite prompts.txt --output videos"""
+continues an interrupted one; its exit code is 0 when every video exists and is complete."""
 SCORE = """
 Measure dimensions by VBench's formulas. Every result is labelled: exact (VBench's numbers, no network), native
 (VBench's formula and network) or proxy. Without --suite every video of DIR is measured. Runs on several ranks with
---ranks or a launcher; the same command continues an interrupted one.
-
-  bpgo-video evaluate score --videos videos --suite prompts.txt --dimensions temporal_flickering --output flicker.json
-  bpgo-video evaluate score --videos videos --dimensions subject_consistency dynamic_degree --output scores.json \\
-      --backbone subject_consistency=efficientnet --ranks 2"""
+--ranks or a launcher; the same command continues an interrupted one."""
 VBENCH = """
 Measure by VBench's own code: one process per dimension, with checked results and exit codes. On several ranks
 (--ranks or a launcher), each takes its share of the dimensions."""
 TOTAL = """
 Compute the totals of VBench, VBench-I2V or VBench-2.0, depending on the dimensions. An incomplete set, or one with
-proxies, is refused; --partial accepts it, and the result lists what is missing and what is a proxy.
-
-  bpgo-video evaluate total results --json
-  bpgo-video evaluate total flicker.json scores.json --partial"""
-COMPARE = """
-Compare models with the first one on the same prompts and noise: a verdict, paired statistics, and a page with the
-videos side by side. The same command continues an interrupted one, and a model that is added is measured alone.
-
-  bpgo-video evaluate compare package:bpgo_video.tiny/weights/wan runs/demo --output runs/comparison --ranks 2
-  bpgo-video evaluate compare base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers runs/mine/checkpoints/step-* --output runs/steps
-  bpgo-video evaluate compare runs/a runs/b --config RECIPE --samples-per-prompt 8 --seed 1 --output runs/a-and-b"""
+proxies, is refused; --partial accepts it, and the result lists what is missing and what is a proxy."""
 MODELS = (
     "two or more, the reference first: a diffusers pipeline, a run (its newest checkpoint), a checkpoint, or a folder "
     "of scores of an earlier comparison (OUTPUT/models/KEY); NAME=MODEL gives it a name"
@@ -154,7 +140,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Add], None], str, str]] = {  # name -> 
     "score": ("vbench_scoring", score_flags, "measure VBench's dimensions on a folder of videos", SCORE),
     "vbench": ("vbench_package", vbench_flags, "run VBench's own package, in its own interpreter", VBENCH),
     "total": ("vbench_files", total_flags, "VBench's totals of result files", TOTAL),
-    "compare": ("compare", compare_flags, "which of several models is better, with statistics and a report", COMPARE),
+    "compare": ("compare", compare_flags, "which of several models is better, with statistics and a report", ""),
 }
 
 

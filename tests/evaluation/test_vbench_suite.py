@@ -145,3 +145,15 @@ def test_a_suite_has_samples_of_every_prompt() -> None:
     suite = Suite(Path("list"), (SuitePrompt("a"), SuitePrompt("b", ("color",))), samples=3)
     assert len(suite.names()) == 6
     assert list(suite.names("scene")) == ["a-0.mp4", "a-1.mp4", "a-2.mp4"]
+
+
+def test_the_number_of_samples_is_that_of_the_layout(tmp_path: Path) -> None:
+    """A flag counts more than the manifest next to the folder, and without both VBench's five are expected."""
+    videos = tmp_path / "videos"
+    assert vbench_suite.samples_of(videos, None) == 5
+    manifest = tmp_path / "videos.generation.json"
+    manifest.write_text('{"settings": {"samples_per_prompt": 2, "fps": 8}}')
+    assert [vbench_suite.samples_of(videos, samples) for samples in (None, 3)] == [2, 3]
+    manifest.write_text('{"settings": {}}')
+    with pytest.raises(SuiteError, match=r"has no usable samples_per_prompt .*give it by --samples"):
+        vbench_suite.samples_of(videos, None)

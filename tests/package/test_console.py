@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bpgo_video import __main__ as console
-from bpgo_video.commands import convert, shipped
+from bpgo_video.commands import convert, evaluate, shipped
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import read_yaml, to_yaml
 from bpgo_video.data.reader import PromptShards
@@ -72,7 +72,9 @@ def test_every_command_shows_examples_of_its_use(name: str, capsys: pytest.Captu
     assert f"    bpgo-video {name}" in shown
 
 
-@pytest.mark.parametrize("words", ["recipes copy", "prompts build", "videos verify", "evaluate heldout"])
+@pytest.mark.parametrize(
+    "words", ["recipes copy", "prompts build", "videos verify", *(f"evaluate {name}" for name in evaluate.COMMANDS)]
+)
 def test_a_subcommand_shows_only_its_examples(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         console.main([*words.split(), "--help"])
@@ -80,6 +82,11 @@ def test_a_subcommand_shows_only_its_examples(words: str, capsys: pytest.Capture
     lines = [line for line in examples.splitlines() if line.startswith("    bpgo-video")]
     assert lines
     assert all(line.startswith(f"    bpgo-video {words} ") for line in lines)
+
+
+@pytest.mark.parametrize("example", re.findall(r"^    bpgo-video evaluate (.*)", evaluate.__doc__ or "", re.MULTILINE))
+def test_the_examples_of_evaluate_have_the_flags_of_its_commands(example: str) -> None:
+    assert evaluate.parser().parse_args(example.split()).command == example.split()[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
