@@ -173,6 +173,7 @@ def trained_against_heldout(axes: Axes, records: Records, summary: Summary) -> s
     axes.plot(trained, measured, color=SERIES[0], **MARKED)
     for step, value, reward in zip(evaluated, measured, trained, strict=True):
         axes.annotate(f"{step:.0f}", (reward, value), textcoords="offset points", xytext=(5, 5), fontsize=9, color=TEXT)
+    axes.margins(0.1)  # room for the labels
     axes.set_xlabel("training reward")
     return f"{change(f'held-out {name}', measured)} while {change('the training reward went', trained)}"
 

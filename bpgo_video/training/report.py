@@ -236,9 +236,10 @@ def read_samples(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def shown(run_dir: Path, name: str) -> dict[str, Any]:
-    """A video of the run: its file, size and contact sheet."""
+    """A video of the run: its file and size, its first frame, and a contact sheet."""
     video = read_video(run_dir / name)[0]
-    return {"file": name, "height": video.shape[2], "width": video.shape[3], "sheet": contact_sheet(video)}
+    size = {"height": video.shape[2], "width": video.shape[3]}
+    return {"file": name, **size, "poster": contact_sheet(video[:1]), "sheet": contact_sheet(video)}
 
 
 def frame_limits(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:

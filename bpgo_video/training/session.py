@@ -163,7 +163,7 @@ def hardware(device: torch.device) -> str:
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text("utf-8").splitlines() if listed.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{torch.get_num_threads()} threads of {models[0] if models else platform.machine()}"
+    return f"{models[0] if models else platform.machine()} (threads: {torch.get_num_threads()})"
 
 
 def check_inputs(config: Recipe, mesh: Mesh, need_priors: bool = True) -> Inputs:
