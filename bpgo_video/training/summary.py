@@ -64,8 +64,9 @@ def verdict(summary: Summary) -> str | None:
 
 def power(summary: Summary) -> str:
     """What the run's held-out prompts can show, in words; empty without a test."""
-    keys = ("heldout_prompts", "heldout_measures", "heldout_detectable")
-    return "" if summary.get("heldout_shown") is None else can_show(*(summary.get(key) for key in keys))
+    if summary.get("heldout_shown") is None:
+        return ""
+    return can_show(summary["heldout_prompts"], summary["heldout_measures"], summary.get("heldout_detectable"))
 
 
 def summary_rows(summary: Summary) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bpgo_video.commands.evaluate import main
 from bpgo_video.config.bpgo import Config, LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.media import read_video
@@ -23,7 +24,6 @@ from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.training.heldout import heldout_test
 from tests.made.written_runs import PROMPTS, tagged_recipe, write_run
-from tools.evaluate import main
 
 ONE_RANK = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
 

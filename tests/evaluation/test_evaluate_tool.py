@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpgo_video.commands.evaluate import main
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.distributed import engine
@@ -19,7 +20,6 @@ from bpgo_video.evaluation.heldout import by_tag, evaluate_folder, with_changes
 from bpgo_video.training.heldout import stderr
 from tests.made.random_wan import random_wan
 from tests.made.written_runs import PROMPTS, tagged_recipe
-from tools.evaluate import main
 
 ONE_RANK = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+from bpgo_video.commands.evaluate import main
 from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.data.media import write_video
 from bpgo_video.distributed.mesh import Mesh
@@ -30,7 +31,6 @@ from tests.made.random_wan import random_wan
 from tests.made.real_clips import real_clip
 from tests.made.recipes import python_path
 from tests.made.tiny_vbench import BACKBONES
-from tools.evaluate import main
 
 CPU = Sources(torch.device("cpu"))
 ALONE = Mesh(rank=0, world_size=1, device=CPU.device)

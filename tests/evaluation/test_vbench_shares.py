@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bpgo_video.commands.evaluate import main
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import vbench_scoring as scoring
 from bpgo_video.evaluation.heldout import device_of
@@ -31,7 +32,6 @@ from bpgo_video.evaluation.vbench_scoring import (
 )
 from bpgo_video.training.metrics import MalformedFile
 from tests.made.scored_clips import clips, request_of, score_command
-from tools.evaluate import main
 
 CPU = torch.device("cpu")
 SOURCES = Sources(CPU)
