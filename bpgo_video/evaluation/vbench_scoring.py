@@ -123,8 +123,7 @@ def run(args: argparse.Namespace) -> None:
     with independent_ranks() as mesh:
         with all_or_none(mesh):
             backbones, dimensions = dict(map(parse_backbone, args.backbone)), tuple(dict.fromkeys(args.dimensions))
-            samples = suites.samples_of(args.videos, args.samples)
-            suite = None if args.suite is None else read_suite(args.suite, samples)
+            suite = args.suite and read_suite(args.suite, suites.samples_of(args.videos, args.samples))
             request = Request(args.videos, dimensions, backbones, suite, args.images, args.fps)
             sources = Sources(device_of(args.device, mesh), head=args.head)
         score_folder(request, sources, mesh, kept_folder(args.output), done)

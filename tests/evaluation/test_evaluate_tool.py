@@ -84,7 +84,7 @@ def test_the_command_prints_a_table_and_writes_json(
     assert [line["prompt"] for line in content["prompts"]] == [line["prompt"] for line in PROMPTS[3:]]
     mean = content["rewards"]["which"]["by_tag"]["all"]["mean"]
     assert re.search(rf"which\W+all\W+{mean:.4f} .+ 2 \W+ 4 ", capsys.readouterr().out)
-    assert main([*command, "--split", "none"]) == 1
+    assert main([*command, "--split", "none"]) == 2
     assert "no split 'none'" in capsys.readouterr().err
     assert main([*command, "--policy", "no/such/folder"]) == 1
     assert "model folder 'no/such/folder' does not exist" in capsys.readouterr().err

@@ -222,7 +222,7 @@ def test_partial_sets_and_proxies_have_no_totals_unless_requested(
     assert json.loads(capsys.readouterr().out)["proxy"] == ["temporal_style"]
     assert main(["total", str(tmp_path)]) == 1
     assert "there are no results" in capsys.readouterr().err
-    assert main(["total", str(tmp_path / "none")]) == 1
+    assert main(["total", str(tmp_path / "none")]) == 2
     assert f"{tmp_path / 'none'}; bpgo-video evaluate score --output FILE.json writes" in capsys.readouterr().err
 
 
@@ -365,7 +365,8 @@ def test_the_help_of_layout_lists_every_flag_of_a_generation(capsys: pytest.Capt
 def test_a_value_out_of_range_is_reported_as_in_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n")
     suite = ["--suite", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "videos"), "--policy", "p"]
-    assert main(["layout", *suite, "--seed", "1", "--num-frames", "-1"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["layout", *suite, "--seed", "1", "--num-frames", "-1"])
     assert "num_frames: Input should be greater than or equal to 1 (given: -1)" in capsys.readouterr().err
 
 
