@@ -166,7 +166,7 @@ def test_models_that_cannot_be_compared_are_errors(
             [policy, policy],
             "none of the models is a run with rewards; give the recipe to measure them by: --config",
         ),
-        (1, [policy, "no/such/folder", "--config", str(run_dir / "config.yaml")], "'no/such/folder' does not exist"),
+        (2, [policy, "no/such/folder", "--config", str(run_dir / "config.yaml")], "'no/such/folder' does not exist"),
         (
             2,
             [policy, str(run_dir), "--config", str(tmp_path / "recipe.yaml")],

@@ -86,7 +86,7 @@ def test_the_command_prints_a_table_and_writes_json(
     assert re.search(rf"which\W+all\W+{mean:.4f} .+ 2 \W+ 4 ", capsys.readouterr().out)
     assert main([*command, "--split", "none"]) == 2
     assert "no split 'none'" in capsys.readouterr().err
-    assert main([*command, "--policy", "no/such/folder"]) == 1
+    assert main([*command, "--policy", "no/such/folder"]) == 2
     assert "model folder 'no/such/folder' does not exist" in capsys.readouterr().err
     assert main(["heldout", "--config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml' is neither a file nor a shipped recipe" in capsys.readouterr().err
