@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -149,6 +150,15 @@ def become_launcher(command: str, ranks: int, words: Sequence[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *launcher, "--module", "bpgo_video", *verbose, command, *words])
 
 
+def typed(command: str, words: Sequence[str]) -> str:
+    """The line to type for a command with these arguments, on as many ranks as run now."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world))  # torchrun's, deepspeed's
+    if world != local:
+        return f"deepspeed --hostfile HOSTS --module bpgo_video {command} {shlex.join(words)}"
+    return f"bpgo-video {command} {shlex.join(words)}" + (f" --ranks {world}" if world != "1" else "")
+
+
 def _number(kind: Callable[[str], Number], rule: str, holds: Callable[[Number], bool]) -> Callable[[str], Number]:
     """An argument's type: a number for which the rule holds."""
 
@@ -164,6 +174,7 @@ def _number(kind: Callable[[str], Number], rule: str, holds: Callable[[Number], 
 
 positive = _number(int, "1 or more", lambda value: value >= 1)
 above_zero = _number(float, "above 0, and finite", lambda value: value > 0)
+share = _number(float, "0 or more, and below 1", lambda value: 0 <= value < 1)
 not_negative = _number(float, "0 or more, and finite", lambda value: value >= 0)
 
 
@@ -203,14 +214,14 @@ def show_loading_once() -> None:
 def run_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     """Call the `run` that the chosen command has set; returns its exit code.
 
-    A command with a default `more` receives unknown arguments there. With the --ranks of `add_ranks`, ranks of the
-    command that the parser's default `ranked` names start instead. ValueError and OSError are wrong input; other
-    exceptions keep their traceback.
+    A command with a default `more` receives unknown arguments there; `words` has all. With the --ranks of `add_ranks`,
+    ranks of the command that the parser's default `ranked` names start instead. ValueError and OSError are wrong input;
+    other exceptions keep their traceback.
     """
     args, more = parser.parse_known_args(words)
     if more and "more" not in args:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
-    args.more = more
+    args.more, args.words = more, words
     try:
         if "ranked" in args and getattr(args, "ranks", None) is not None:
             become_launcher(args.ranked, args.ranks, split_ranks(words)[1])

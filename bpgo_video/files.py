@@ -1,21 +1,24 @@
-"""Files and folders: written whole or not at all, and models by name.
+"""Files and folders: written whole or not at all; models by name, and hashes of their content.
 
 What must be complete is written under another name, flushed to disk, then renamed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 PACKAGE_PREFIX = "package:"
+WHOLE_FILE = 2**20  # bytes; larger files are sampled for a fingerprint
+BLOCKS, BLOCK = 256, 4096
 SHARD_CACHE = "~/.cache/bpgo_video/shards"
 
 
@@ -110,3 +113,46 @@ def resolve_folder(name: str, only: Sequence[str] | None = None) -> Path:
         return Path(snapshot_download(name, allow_patterns=None if only is None else list(only)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{name!r} is no local folder, and its download failed: {error}") from error
+
+
+def fingerprint(folder: Path | str, components: Sequence[str]) -> str:
+    """16 hex digits that change with any file in these subfolders of a diffusers folder.
+
+    Of a file over 1 MiB, the hash covers its size and 256 evenly spaced blocks of 4 KiB, including the first (the
+    safetensors header) and the last. A text encoder of 22 GB takes milliseconds, and fine-tuning changes every block.
+
+    Raises:
+        FileNotFoundError: `folder` lacks a component.
+    """
+    folder = Path(folder)
+    for component in components:
+        if not (folder / component).is_dir():
+            raise FileNotFoundError(f"{folder} has no subfolder {component!r}; name a diffusers pipeline folder")
+    return _digest(folder, (path for component in components for path in (folder / component).rglob("*")))
+
+
+def fingerprint_of(folder: Path, patterns: Sequence[str]) -> str:
+    """The same hash of the files of `folder` that match one of the glob patterns.
+
+    Raises:
+        FileNotFoundError: no file matches.
+    """
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no file like {' or '.join(patterns)}")
+    return _digest(folder, paths)
+
+
+def _digest(folder: Path, paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in paths if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+        with path.open("rb") as stream:
+            if size <= WHOLE_FILE:
+                digest.update(stream.read())
+                continue
+            for i in range(BLOCKS):
+                stream.seek(i * (size - BLOCK) // (BLOCKS - 1))
+                digest.update(stream.read(BLOCK))
+    return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Make prompt shards for training from prompt files, and inspect them.
 
-    bpgo-video prompts build --input prompts.txt --output shards --policy FOLDER
+    bpgo-video prompts build --input prompts.txt --output shards --policy FOLDER --holdout 0.1
+    bpgo-video prompts build --input org/name:train --text-column caption ...    from the Hugging Face hub
     bpgo-video prompts build ... --ranks 8 --device cuda
     bpgo-video prompts build ... --height 720 --width 1280    if the text encoder also reads images
     bpgo-video prompts inspect shards
@@ -21,34 +22,62 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bpgo_video.cli import Parser, add_ranks, device, help_of, positive, run_command, show_loading_once
+from bpgo_video.cli import Parser, add_ranks, device, help_of, positive, run_command, share, show_loading_once, typed
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.data import FIELDS, HELDOUT, MAX_CHARACTERS, SKIPPED, column_flag
 from bpgo_video.files import resolve_folder
 
+HOLDOUT = 0.1  # share of prompts
+CONTENT = {"prompts": "prompts", "clips": "videos"}  # content of shards -> the subcommand that makes them
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def build(args: argparse.Namespace) -> None:
     """Check every line before a model is loaded, then encode. A mistake in the last line costs seconds."""
-    from bpgo_video.data.prompt_files import make_plan
-
-    plan = make_plan(args.input, args.split, args.max_characters, args.on_error, show_progress=RANK == 0)
+    plan = plan_of(args, holdout=HOLDOUT)
     policy = loader(args, ("text_encoder",))
     run_build(args, plan, policy, content_of(args, plan, policy))
 
 
+def plan_of(args: argparse.Namespace, holdout: float, **reading: Any) -> Any:
+    """The Plan of a build.
+
+    Args:
+        holdout: share that is held out if neither a flag nor the input says anything about splits.
+        reading: further arguments of `make_plan`.
+
+    Raises:
+        PromptFileError: a share to hold out is given, and the input has splits of its own.
+    """
+    from bpgo_video.data.prompt_files import PromptFileError, make_plan
+
+    part = args.holdout if args.holdout is not None else 0.0 if args.split else holdout
+    chosen = {name: getattr(args, f"{name}_column") for name in FIELDS}
+    columns = {name: (column,) if column else () for name, column in chosen.items() if column is not None}
+    reading |= {"columns": columns, "max_characters": args.max_characters, "show_progress": RANK == 0}
+    plan = make_plan(args.input, args.split or "train", args.on_error, part, **reading)
+    if args.holdout and plan.has_splits:
+        raise PromptFileError(
+            f"--holdout is {args.holdout}, but the input names splits; leave out --holdout, or ignore them: "
+            f"{column_flag('split')} ''"
+        )
+    if plan.unused and RANK == 0:
+        print(f"not read: the columns {', '.join(sorted(plan.unused))}; --help lists the flags that name columns")
+    return plan
+
+
 def content_of(args: argparse.Namespace, plan: Any, policy: Callable[[], Any]) -> Any:
     """The Content of the shards: plain texts, or texts encoded with their images, as the policy's family requires."""
-    from bpgo_video.data.encoding import image_text_content, require_images
-    from bpgo_video.data.writer import Content
+    from bpgo_video.data.writer import Content, image_text_content, require_images
     from bpgo_video.policies import family
 
     folder, size = resolve_folder(args.policy), (args.height, args.width)
     if not family(folder, args.family).texts_see_images:
         if size != (None, None):
-            raise ValueError(f"--height and --width are {size}, but this policy encodes texts alone: leave them out")
+            raise ConfigError(f"--height and --width are {size}, but this policy encodes texts alone: leave them out")
         return Content()
     if None in size:
-        raise ValueError(
+        raise ConfigError(
             "this policy's text encoder reads the image with the text: give --height and --width of the videos that "
             "will be made, the recipe's video.height and video.width"
         )
@@ -80,20 +109,22 @@ def loader(args: argparse.Namespace, components: Sequence[str]) -> Callable[[], 
 
 def run_build(args: argparse.Namespace, plan: Any, policy: Callable[[], Any], content: Any) -> None:
     """Write this rank's shards, and print the state of the folder."""
-    from bpgo_video.data.fingerprint import encoder_stamp
     from bpgo_video.data.reader import PromptShards
-    from bpgo_video.data.writer import SKIPPED, Build
+    from bpgo_video.data.records import encoder_stamp
+    from bpgo_video.data.writer import Build
 
     stamp = encoder_stamp(resolve_folder(args.policy), args.max_sequence_length)
     settings = {name: getattr(args, name) for name in ("negative_prompt", "shard_size", "batch_size", "dtype")}
-    job = Build(plan, args.output, lambda texts: policy().encode(texts), stamp, content=content, **settings)
+    again = typed(CONTENT[content.name], [*args.words, "--overwrite"])
+    more = {"content": content, "overwrite": args.overwrite, "again": again}
+    job = Build(plan, args.output, lambda texts: policy().encode(texts), stamp, **settings, **more)
     if not job.run(RANK, WORLD_SIZE, show_progress=RANK == 0):
         print(f"{args.output}: rank {RANK} is done; the last rank to end completes the folder", flush=True)
         return
     index = PromptShards(args.output).index
     skipped = index["build"]["skipped"]
-    note = f", {skipped} skipped: see {args.output / SKIPPED}" if skipped else ""
-    print(f"{args.output}: {index['count']} {content.name}{note}", flush=True)
+    note = f"; {skipped} skipped: see {args.output / SKIPPED}" if skipped else ""
+    print(f"{args.output}: {index['count']} {content.name}: {_counts(index['splits'])}{note}", flush=True)
 
 
 def open_shards(args: argparse.Namespace) -> Any:
@@ -184,7 +215,13 @@ def shard_parser(shown: Mapping[str, Any], clips: bool) -> tuple[argparse.Argume
 
 
 def add_build_arguments(
-    command: argparse.ArgumentParser, what: str, texts: str, negative: str, shard_size: int, batch_size: int
+    command: argparse.ArgumentParser,
+    what: str,
+    texts: str,
+    negative: str,
+    holdout: float,
+    shard_size: int,
+    batch_size: int,
 ) -> None:
     """The options of every build.
 
@@ -192,12 +229,26 @@ def add_build_arguments(
         what: shards hold, such as "prompts".
         texts: are encoded, such as "captions".
         negative: which of them --negative-prompt is for.
+        holdout: default share that is held out.
     """
     add = command.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="new folder, or that of an interrupted build")
+    text = "replace shards of other input or settings in DIR, which stay whole until the new ones are complete"
+    add("--overwrite", action="store_true", help=text)
     add("--policy", required=True, metavar="FOLDER", help="diffusers pipeline folder, hub id or package:module/folder")
     add("--family", metavar="NAME", help="the recipe's policy.family, if it names one")
-    add("--split", default="train", help=f"split of {what} that do not name their own (%(default)s)")
+    add("--split", help=f"split of {what} that do not name their own and are not held out (train)")
+    add(
+        "--holdout",
+        type=share,
+        metavar="SHARE",
+        help=f"share of the {what} that get the split {HELDOUT!r}, which training evaluates on, by a hash of the text; "
+        f"nearly equal texts stay together ({holdout:g}; 0 if --split is given or the input names splits)",
+    )
+    group = command.add_argument_group("columns of tables, .jsonl lines and data sets; '' reads none")
+    for name, (_, guesses) in FIELDS.items():
+        text = f"({', or else '.join(guesses)})"
+        group.add_argument(column_flag(name), dest=f"{name}_column", metavar="NAME", help=text)
     add("--negative-prompt", default="", metavar="TEXT", help=f"{negative} (empty)")
     add(
         "--max-sequence-length",
@@ -210,7 +261,7 @@ def add_build_arguments(
     add(
         "--max-characters",
         type=positive,
-        default=2000,
+        default=MAX_CHARACTERS,
         metavar="N",
         help=f"longer {texts} are mistakes: the encoder would drop what exceeds its tokens (%(default)s)",
     )
@@ -219,7 +270,7 @@ def add_build_arguments(
         choices=("stop", "skip"),
         default="stop",
         help=f"what to do about a {what.removesuffix('s')} that cannot be used: end the build, or leave it out and "
-        "list it in skipped.jsonl (%(default)s)",
+        f"list it in {SKIPPED} (%(default)s)",
     )
     add("--shard-size", type=positive, default=shard_size, metavar="N", help=f"{what} in a shard (%(default)s)")
     add("--batch-size", type=positive, default=batch_size, metavar="N", help="texts encoded at once (%(default)s)")
@@ -236,15 +287,16 @@ def parser(script: str | None = None) -> argparse.ArgumentParser:
         "--input",
         nargs="+",
         required=True,
-        metavar="FILE",
-        help='.txt, one prompt a line; .jsonl or .csv with "prompt" and any of negative_prompt, id, split, tags, '
-        "image, video; or VBench's .json",
+        metavar="FILE|FOLDER|ID",
+        help=".txt, one prompt a line; .jsonl, .csv, .tsv or .parquet with the columns below; VBench's .json; a folder "
+        "with such a metadata file, or that `datasets` saved; or a data set of the Hugging Face hub: "
+        "OWNER/NAME[/CONFIG][:SPLIT]",
     )
     for name in ("--height", "--width"):
         text = "pixels of the videos, if the text encoder reads the image with the text (HunyuanVideo I2V)"
         command.add_argument(name, type=positive, metavar="N", help=text)
     negative = "for prompts without one of their own"
-    add_build_arguments(command, "prompts", "prompts", negative, shard_size=1000, batch_size=32)
+    add_build_arguments(command, "prompts", "prompts", negative, HOLDOUT, shard_size=1000, batch_size=32)
     command.set_defaults(run=build)
     return top
 

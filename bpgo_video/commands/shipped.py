@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -103,14 +102,8 @@ def build_prompts(folder: Path) -> None:
     """Shards of the package's prompts; replaces shards of other prompts or of another policy."""
     policy = read_yaml(Path(RECIPE)).policy
     words = ["build", "--input", str(PROMPTS), "--output", str(folder), "--policy", policy.folder]
-    build = prompts.parser().parse_args([*words, "--max-sequence-length", str(policy.max_sequence_length)])
-    try:
-        build.run(build)
-    except FileExistsError:
-        if not (folder / "index.json").is_file():
-            raise
-        shutil.rmtree(folder)
-        build.run(build)
+    if code := prompts.main([*words, "--max-sequence-length", str(policy.max_sequence_length), "--overwrite"]):
+        raise SystemExit(code)
 
 
 def measure_priors(folder: Path, ranks: int) -> None:

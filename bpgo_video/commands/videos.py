@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 
 from bpgo_video.cli import above_zero, help_of, positive, run_command
-from bpgo_video.commands.prompts import RANK, add_build_arguments, loader, run_build, shard_parser
+from bpgo_video.commands.prompts import add_build_arguments, loader, plan_of, run_build, shard_parser
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.files import resolve_folder
 
@@ -26,16 +25,14 @@ from bpgo_video.files import resolve_folder
 def build(args: argparse.Namespace) -> None:
     """Check every caption and every video's header before a model is loaded, then decode and encode."""
     from bpgo_video.data.clips import Cut, read_clips
-    from bpgo_video.data.prompt_files import make_plan
 
     video = VideoConfig(args.num_frames, args.height, args.width, args.fps)
     cut = Cut(video, args.clips_per_video, args.num_frames / args.fps if args.stride is None else args.stride)
-    read = partial(read_clips, cut=cut)
-    plan = make_plan(args.input, args.split, args.max_characters, args.on_error, show_progress=RANK == 0, read=read)
+    plan = plan_of(args, holdout=0.0, read=read_clips, cut=cut)
 
     import torch  # after the input was checked
 
-    from bpgo_video.data.encoding import clip_content
+    from bpgo_video.data.writer import clip_content
 
     without_networks = loader(args, ())()
     without_networks.latent_shape(video)  # raises if the family cannot make this size
@@ -54,8 +51,8 @@ def parser(script: str | None = None) -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FOLDER|FILE",
-        help='a folder of videos, each with a caption in a .txt next to it; or a .jsonl with "video", "caption" and '
-        "any of split, tags, info",
+        help="a folder of videos, each with a caption in a .txt next to it; or a .jsonl, .csv, .tsv or .parquet file, "
+        "also as the folder's metadata.csv and so on, with the columns below and a path in `video` or `file_name`",
     )
     for name, text in (("--num-frames", "frames of a clip"), ("--height", "pixels"), ("--width", "pixels")):
         add(name, type=positive, required=True, metavar="N", help=text)
@@ -68,7 +65,7 @@ def parser(script: str | None = None) -> argparse.ArgumentParser:
     )
     add("--clips-per-video", type=positive, default=1, metavar="N", help="at most; as many as fit (%(default)s)")
     add("--stride", type=above_zero, metavar="S", help="seconds between the starts of clips (a clip's length)")
-    add_build_arguments(command, "clips", "captions", "of all clips", shard_size=256, batch_size=16)
+    add_build_arguments(command, "clips", "captions", "of all clips", holdout=0.0, shard_size=256, batch_size=16)
     command.set_defaults(run=build)
     return top
 

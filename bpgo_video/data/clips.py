@@ -2,12 +2,13 @@
 
 Inputs are
 
-    FOLDER     videos, also in subfolders, each with its caption in a .txt of the same name next to it
-    .jsonl     one object per line: "video" (a path relative to the list's folder), "caption", and any of FIELDS
+    FOLDER     videos, also in subfolders, each with its caption in a .txt of the same name next to it; or videos and
+               their metadata.csv, .jsonl or .parquet
+    FILE       a list as of prompts, see prompt_files.py, with a path in "video" or "file_name"
 
-Hidden files are ignored; every other file of a folder must be a video or a caption. Planning reads only the videos'
-headers. A clip of n frames at f frames per second that starts at s shows the moments s, s + 1/f, ..., s + (n - 1)/f in
-seconds from the video's first frame.
+Hidden files are ignored; every other file of a folder without a list must be a video or a caption. Planning reads only
+the videos' headers. A clip of n frames at f frames per second that starts at s shows the moments s, s + 1/f, ...,
+s + (n - 1)/f in seconds from the video's first frame.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.data import MAX_CHARACTERS, Columns
 from bpgo_video.data.media import VideoError, VideoHeader, fit_image, opened, read_header, upright
 from bpgo_video.data.prompt_files import (
-    MAX_CHARACTERS,
     MAX_LINE,
     Line,
     PromptFileError,
     Rejected,
     checked_lines,
-    json_object,
-    numbered_lines,
+    list_of,
     prompt_id,
+    read_lines,
 )
 
 EXTENSIONS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})
 CAPTION = ".txt"
-FIELDS = ("video", "caption", "split", "tags", "info")
+COLUMNS: Columns = {"video": ("video", "file_name"), "image": (), "id": ()}
 MIN_RATE = 0.95  # of the clip's frame rate; slower videos would show frames twice
 
 Item = TypeVar("Item")
@@ -140,7 +141,7 @@ def _fit(frame: av.VideoFrame, path: Path, video: VideoConfig) -> Float[Tensor, 
 
 
 def read_clips(
-    inputs: Iterable[Path | str], cut: Cut, split: str = "train", max_characters: int = MAX_CHARACTERS
+    inputs: Iterable[Path | str], cut: Cut, columns: Columns | None = None, max_characters: int = MAX_CHARACTERS
 ) -> Iterator[Line | Rejected]:
     """Every clip in order, or the reason why a video cannot be used; a `read` of `make_plan`.
 
@@ -148,18 +149,18 @@ def read_clips(
     the name as "video" and the start in seconds as "start".
 
     Raises:
-        PromptFileError: an input is neither a folder nor a .jsonl file, or does not exist.
+        PromptFileError: an input is neither a folder nor a list that exists.
     """
+    columns = {**COLUMNS, **(columns or {})}
     for path in map(Path, inputs):
-        if path.is_dir():
-            root, lines = path, checked_lines(_folder_entries(path), _folder_fields, path, split, max_characters)
-        elif path.suffix == ".jsonl" and path.is_file():
-            root, lines = (
-                path.parent,
-                checked_lines(numbered_lines(path), _list_fields, path.parent, split, max_characters),
-            )
+        if path.is_dir() and list_of(path) is None:
+            root = path
+            lines = checked_lines(_folder_entries(path), _folder_fields, path, columns, max_characters)
+        elif path.exists():
+            root = path if path.is_dir() else path.parent
+            lines = read_lines([path], columns, max_characters)
         else:
-            raise PromptFileError(f"{path} is neither a folder of videos nor a .jsonl file that exists")
+            raise PromptFileError(f"{path} does not exist; give a folder of videos, or a list of them")
         for line in lines:
             try:
                 yield from [line] if isinstance(line, Rejected) else _clips(line, root, cut)
@@ -169,19 +170,13 @@ def read_clips(
 
 def _clips(line: Line, root: Path, cut: Cut) -> Iterator[Line]:
     path, record = line.media["video"], line.record
+    if isinstance(path, bytes):
+        raise VideoError("the list holds the video itself; write it to a file, and its path to the list")
     name = str(path.relative_to(root))
     for start in cut.starts(read_header(path)):
         info = {**record.info, "video": name, "start": start}
         key = prompt_id(f"{record.prompt}\0{name}\0{start:.6f}")
         yield replace(line, record=replace(record, id=key, info=info))
-
-
-def _list_fields(line: bytes) -> dict[str, Any]:
-    content = json_object(line, "video", "caption")
-    for name in content:
-        if name not in FIELDS:
-            raise ValueError(f"unknown field {name!r}; the fields are {', '.join(FIELDS)}")
-    return {"prompt": content.pop("caption"), **content}
 
 
 def _folder_entries(root: Path) -> Iterator[tuple[str, tuple[Path, Path]]]:

@@ -1,9 +1,12 @@
-"""Images and videos: files in, RGB tensors in [0, 1] out, and H.264 files back. Pillow and PyAV do the decoding."""
+"""Images and videos: files in, RGB tensors in [0, 1] out; H.264 files and contact sheets back.
+
+Pillow and PyAV do the decoding.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,6 +25,10 @@ from bpgo_video.files import atomic_file
 
 IMAGE_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # by Pillow's name of the format
 MEDIA = {"image": tuple(IMAGE_EXTENSIONS.values()), "video": ("mp4", "mkv", "mov", "webm")}  # what shards store
+STRIP_FRAMES = 5  # evenly spaced in videos of 4n + 1 frames
+STRIP_HEIGHT = 160  # pixels; larger frames are scaled down
+GREY = (127, 127, 127)
+Size = tuple[int, int]  # height, width
 MAX_ASPECT = 16  # a video shows a sliver of longer images, and resizing one to cover it takes gigabytes
 # Players decode untagged video of fewer than 720 lines by BT.601, and swscale converts with it too. The tags say so.
 COLOUR_TAGS = "colorprim=smpte170m:transfer=smpte170m:colormatrix=smpte170m"
@@ -42,18 +49,21 @@ class Media(NamedTuple):
     data: bytes
 
 
-def read_media(kind: str, path: Path) -> Media:
+def read_media(kind: str, source: Path | bytes) -> Media:
     """Read a file of a kind in MEDIA and check that it decodes. Images get the extension of their content.
+
+    Args:
+        source: a path, or the file's content.
 
     Raises:
         ImageError, VideoError: the file does not decode, or shards do not store its format.
     """
-    data, extension = path.read_bytes(), path.suffix.removeprefix(".").lower()
-    check_media(kind, data, str(path))
-    if kind == "image":
-        return Media(image_extension(data, str(path)), data)
-    if extension not in MEDIA["video"]:
-        raise VideoError(f"{path}: reference videos are {', '.join(MEDIA['video'])} files; convert it to one of them")
+    owner = str(source) if isinstance(source, Path) else f"the {kind}"
+    data = source.read_bytes() if isinstance(source, Path) else source
+    check_media(kind, data, owner)
+    extension = image_extension(data, owner) if kind == "image" else Path(owner).suffix.removeprefix(".").lower()
+    if extension not in MEDIA[kind]:
+        raise VideoError(f"{owner}: reference videos are {', '.join(MEDIA['video'])} files; convert it to one of them")
     return Media(extension, data)
 
 
@@ -283,3 +293,24 @@ def opened(source: str | bytes, owner: str) -> Iterator[Any]:
             yield container
     except av.error.FFmpegError as error:
         raise VideoError(f"{owner} cannot be decoded: {error}; is it complete?") from error
+
+
+def strip(video: Float[Tensor, "frames 3 height width"]) -> Image.Image:
+    """STRIP_FRAMES evenly spaced frames of a video in [0, 1] in a row, at most STRIP_HEIGHT high."""
+    count, _, height, width = video.shape
+    rows = torch.linspace(0, count - 1, min(count, STRIP_FRAMES)).round().long()
+    scale = min(1.0, STRIP_HEIGHT / height)
+    size = (round(width * scale), round(height * scale))
+    frames = [Image.fromarray(frame) for frame in as_bytes(video[rows].clamp(0, 1))]
+    return joined([frame.resize(size, Image.Resampling.LANCZOS) for frame in frames])
+
+
+def joined(images: Sequence[Image.Image], below: bool = False) -> Image.Image:
+    """Images of one size in a row, or below each other, with grey between."""
+    (width, height), steps = images[0].size, len(images) - 1
+    gap = max(1, height // 32)
+    right, down = (0, height + gap) if below else (width + gap, 0)
+    sheet = Image.new("RGB", (width + steps * right, height + steps * down), GREY)
+    for i, image in enumerate(images):
+        sheet.paste(image, (i * right, i * down))
+    return sheet

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,26 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
+from bpgo_video.cli import typed, without_common_flags
 from bpgo_video.data.records import ShardError
 from bpgo_video.files import atomic_file, write_json
 from bpgo_video.learner.priors import shrunk_means
 from bpgo_video.types import PriorAnchor, PromptBatch
 
-COMMAND = "bpgo-video priors --config FILE"
-
 Scores = dict[int, dict[str, list[float]]]  # prompt id -> reward name -> the score of each sample
+RUNS = ("train", "sft", "doctor")  # commands that take a recipe and its flags, as `priors` does
 
 
 class PriorError(ShardError):
-    """A prior that is missing, stale or incomplete."""
+    """A prior that is missing, stale or incomplete; the message ends with the command that measures it."""
+
+    def __init__(self, problem: str) -> None:
+        words = without_common_flags(sys.argv[1:])
+        if words[:1] and words[0] in RUNS:
+            words = words[1:]
+        elif not any(word.startswith("--config") or word.endswith(".yaml") for word in words):
+            words = ["RECIPE"]  # not a command line of a run
+        super().__init__(f"{problem}; run: {typed('priors', words)}")
 
 
 class PriorTable(BaseModel, frozen=True):
@@ -52,7 +61,7 @@ class PriorTable(BaseModel, frozen=True):
         if self.policy != policy:
             raise PriorError(
                 f"the prior of reward {self.reward!r} is stale: it was measured on a policy of hash {self.policy}, the "
-                f"starting policy has {policy}; run: {COMMAND}"
+                f"starting policy has {policy}"
             )
 
     def shrunk(self) -> PriorTable:
@@ -70,7 +79,7 @@ class PriorTable(BaseModel, frozen=True):
         if missing:
             raise PriorError(
                 f"the prior of reward {self.reward!r} has no anchor for {len(missing)} of {len(rows)} prompts, the "
-                f"first {batch.texts[missing[0]]!r} (id {batch.ids[missing[0]]}); run: {COMMAND}"
+                f"first {batch.texts[missing[0]]!r} (id {batch.ids[missing[0]]})"
             )
         mean, std, count = torch.tensor(rows, dtype=torch.float64).T
         return PriorAnchor(mean.float(), std.float(), count.long(), self.scale, self.version)
@@ -116,11 +125,11 @@ def load_priors(directory: Path | str, versions: Mapping[str, str]) -> dict[str,
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"])) or "content"
-            raise PriorError(f"the prior {path} cannot be read ({where}: {problem['msg']}); run: {COMMAND}") from error
+            raise PriorError(f"the prior {path} cannot be read ({where}: {problem['msg']})") from error
         if table.version != version:
             raise PriorError(
                 f"the prior {path} is stale: it was measured with version {table.version} of reward {reward!r}, which "
-                f"is now {version}; run: {COMMAND}"
+                f"is now {version}"
             )
         tables[reward] = table
     return tables
@@ -130,7 +139,7 @@ def require_priors(directory: Path | str, rewards: Iterable[str]) -> None:
     """Raise PriorError if a reward has no stored anchors. Needs no reward model, unlike `load_priors`."""
     for path in (prior_path(directory, reward) for reward in rewards):
         if not path.is_file():
-            raise PriorError(f"the prior {path} is missing; run: {COMMAND}")
+            raise PriorError(f"the prior {path} is missing")
 
 
 @dataclass(frozen=True)

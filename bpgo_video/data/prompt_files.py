@@ -1,12 +1,15 @@
-"""Prompt files (.txt, .jsonl, .csv, VBench's .json) read into checked lines, and the plan of a build over them.
+"""Prompt inputs read into checked lines, and the plan of a build over them.
 
-    .txt     one prompt per line
-    .jsonl   one object per line with FIELDS; only "prompt" is required
-    .csv     the same fields except "info"; the first line names the columns, "|" separates tags, empty cells are absent
-    .json    VBench's list of {"prompt_en", "dimension"?, ...}: dimensions become tags, other entries become "info";
-             entries with equal prompts are merged, because VBench names videos by prompt
+    .txt            one prompt per line
+    .jsonl          one object per line with the columns of FIELDS; only a prompt is required
+    .csv, .tsv      the same columns; the first line names them, "|" separates tags, empty cells are absent
+    .parquet        the same columns, read with pyarrow
+    .json           VBench's list of {"prompt_en", "dimension"?, ...}: dimensions become tags, other entries become
+                    "info"; entries with equal prompts are merged, because VBench names videos by prompt
+    FOLDER          its metadata.csv, .tsv, .jsonl or .parquet; or a data set for the `datasets` library
+    OWNER/NAME      a data set of the Hugging Face hub, through `datasets`: OWNER/NAME[/CONFIG][:SPLIT]
 
-All formats but .json are streamed: one line is in memory at a time, at most 1 MiB long.
+Files but .json are streamed: one line or a few rows are in memory at a time; a line has at most 1 MiB.
 """
 
 from __future__ import annotations
@@ -19,35 +22,33 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from bpgo_video.data import FIELDS, HELDOUT, MAX_CHARACTERS, Columns, column_flag
 from bpgo_video.data.media import MEDIA
-from bpgo_video.data.records import PromptRecord
+from bpgo_video.data.records import PromptRecord, prompt_id
+from bpgo_video.data.statistics import NearDuplicates, held_out
 
-FIELDS: Mapping[str, type] = {
-    "prompt": str,
-    "negative_prompt": str,
-    "id": int,
-    "split": str,
-    "tags": list,
-    "image": str,
-    "video": str,
-    "info": dict,
-}
-COLUMNS = FIELDS.keys() - {"info"}
+FROM_TEXT: Mapping[type, Callable[[str], Any]] = {int: int, list: lambda text: text.split("|")}
+SAVED = ("state.json", "dataset_dict.json")  # of `datasets.save_to_disk`
+LISTS = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
 MAX_LINE = 2**20  # bytes
-MAX_CHARACTERS = 2000  # of a prompt: about 512 tokens of English; encoders drop the rest
+ROWS_AT_ONCE = 64  # of a parquet file, which may hold images
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tab and line breaks
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(.+))?")
 
 
 class PromptFileError(ValueError):
     """A prompt file that cannot be used; the message names the file and the line."""
+
+    exit_code = 2
 
 
 class Rejected(NamedTuple):
@@ -59,72 +60,108 @@ class Rejected(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """A checked prompt without embeddings, its FILE:LINE, and the paths of its image and video."""
+    """A checked prompt without embeddings.
+
+    Attributes:
+        record: its split is empty if the input names none.
+        place: FILE:LINE or FILE[ROW].
+        media: path or content of its image and video.
+        unused: columns that were not read.
+    """
 
     record: PromptRecord
     place: str
-    media: Mapping[str, Path] = field(default_factory=dict)
-
-
-def prompt_id(prompt: str) -> int:
-    """The default id of a prompt: 63 bits of the blake2b hash of its text."""
-    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") >> 1
+    media: Mapping[str, Path | bytes] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
 
 
 def read_lines(
-    inputs: Iterable[Path | str], split: str = "train", max_characters: int = MAX_CHARACTERS
+    inputs: Iterable[Path | str], columns: Columns | None = None, max_characters: int = MAX_CHARACTERS
 ) -> Iterator[Line | Rejected]:
-    """Every prompt of the files in order, or the reason why it cannot be used.
+    """Every prompt of the inputs in order, or the reason why it cannot be used.
 
     Args:
-        split: for prompts that do not name one.
+        columns: to read instead of those of FIELDS; a row must have one of each field's, and no columns skip a field.
         max_characters: longer prompts are rejected.
 
     Raises:
-        PromptFileError: a file cannot be read at all: unknown format, missing, a line over 1 MiB, a CSV file without
-            the column "prompt", a .json file that is not a list.
+        PromptFileError: an input cannot be read at all: unknown format, missing, a line over 1 MiB, no such split.
     """
-    for path in map(Path, inputs):
-        if path.suffix not in FORMATS:
-            raise PromptFileError(f"{path}: the format {path.suffix!r} is unknown; give {', '.join(FORMATS)}")
-        if not path.is_file():
-            raise PromptFileError(f"{path} does not exist")
-        entries, parse = FORMATS[path.suffix]
-        yield from checked_lines(entries(path), parse, path.parent, split, max_characters)
+    for name in map(str, inputs):
+        path = Path(name)
+        path = list_of(path) or path
+        if path.is_file() or path.suffix in FORMATS:
+            if path.suffix not in FORMATS:
+                raise PromptFileError(f"{path}: the format {path.suffix!r} is unknown; give {', '.join(FORMATS)}")
+            if not path.is_file():
+                raise PromptFileError(f"{path} does not exist")
+            entries, parse = FORMATS[path.suffix]
+            yield from checked_lines(entries(path), parse, path.parent, columns or {}, max_characters)
+        else:
+            yield from checked_lines(_dataset_rows(name), dict, None, columns or {}, max_characters)
+
+
+def list_of(folder: Path) -> Path | None:
+    """The file in a folder that lists its images or videos, if there is one."""
+    return next(filter(Path.is_file, map(folder.joinpath, LISTS)), None)
 
 
 def checked_lines(
     entries: Iterable[tuple[str, Any]],
     parse: Callable[[Any], dict[str, Any]],
-    folder: Path,
-    split: str,
+    folder: Path | None,
+    columns: Columns,
     max_characters: int,
 ) -> Iterator[Line | Rejected]:
-    """Check each (place, entry) after `parse` turned the entry into FIELDS; media paths are relative to `folder`."""
+    """Check each (place, entry) after `parse` turned the entry into values by column.
+
+    Args:
+        folder: to which paths of images and videos are relative, and in which they must be; None allows any path.
+    """
     for place, entry in entries:
         try:
-            yield _checked(place, {"split": split, **parse(entry)}, folder, max_characters)
-        except (ValueError, csv.Error, RecursionError) as error:  # includes errors of UTF-8 and JSON
+            yield _checked(place, parse(entry), folder, columns, max_characters)
+        except (ValueError, RecursionError) as error:  # includes errors of UTF-8 and JSON
             yield Rejected(place, str(error))
 
 
-def _checked(place: str, fields: Mapping[str, Any], folder: Path, max_characters: int) -> Line:
-    for name, value in fields.items():
-        if name not in FIELDS:
-            raise ValueError(f"unknown field {name!r}; the fields are {', '.join(FIELDS)}")
-        if type(value) is not FIELDS[name]:
-            raise ValueError(f"{name!r} is {value!r}, which is not of type {FIELDS[name].__name__}")
-    prompt, split, tags = fields["prompt"].strip(), fields["split"], tuple(fields.get("tags", ()))
+def _fields(row: Mapping[Any, Any], columns: Columns) -> tuple[dict[str, Any], frozenset[str]]:
+    """The fields of a row, and the columns that were not read."""
+    fields: dict[str, Any] = {}
+    unused = set(row)
+    for name, (kind, guesses) in FIELDS.items():
+        names = columns.get(name, guesses)
+        column = next((column for column in names if column in row), None)
+        if column is None and names and (name in columns or name == "prompt"):
+            raise ValueError(
+                f"no column is named {' or '.join(names)}; the columns are {', '.join(map(str, row))}: "
+                f"name one with {column_flag(name)}"
+            )
+        unused.discard(column)
+        if (value := row.get(column)) is None:
+            continue
+        if isinstance(value, str) and kind in FROM_TEXT:
+            value = FROM_TEXT[kind](value)
+        if kind not in (object, type(value)):
+            raise ValueError(f"{column!r} is {value!r}, which is not of type {kind.__name__}")
+        fields[name] = value
+    return fields, frozenset(unused)
+
+
+def _checked(place: str, row: Mapping[Any, Any], folder: Path | None, columns: Columns, max_characters: int) -> Line:
+    fields, unused = _fields(row, columns)
+    prompt, split, tags = fields.get("prompt", "").strip(), fields.get("split"), tuple(fields.get("tags", ()))
     negative = fields["negative_prompt"].strip() if "negative_prompt" in fields else None
-    for name, text in (("prompt", prompt), ("split", split)):
-        if not text:
+    texts = [("prompt", prompt), ("negative prompt", negative), ("split", split), *(("tag", tag) for tag in tags)]
+    for name, text in texts:
+        if text is None and name != "tag":
+            continue
+        if not isinstance(text, str):
+            raise ValueError(f"the {name} {text!r} is not a string")
+        if not text and name in ("prompt", "split"):
             raise ValueError(f"the {name} is empty; remove it")
-    for name, text in (("prompt", prompt), ("negative prompt", negative or "")):
         if len(text) > max_characters:
             raise ValueError(f"the {name} has {len(text)} characters; the limit is {max_characters}")
-    for text in (prompt, negative or "", split, *tags):
-        if not isinstance(text, str):
-            raise ValueError(f"the tag {text!r} is not a string")
         if found := UNPRINTABLE.search(text):
             code = ord(found[0])
             kind = "text that is not UTF-8" if code >= 0xD800 else "a control character"
@@ -132,17 +169,24 @@ def _checked(place: str, fields: Mapping[str, Any], folder: Path, max_characters
     key = fields.get("id", prompt_id(prompt))
     if not 0 <= key < 2**63:
         raise ValueError(f"the id is {key}; ids go from 0 to 2^63 - 1")
-    record = PromptRecord(key, prompt, split, tags, negative, info=fields.get("info", {}))
-    return Line(record, place, {kind: _media_path(folder, fields[kind]) for kind in MEDIA if kind in fields})
+    record = PromptRecord(key, prompt, split or "", tags, negative, info=fields.get("info", {}))
+    return Line(record, place, {kind: _media(folder, fields[kind]) for kind in MEDIA if kind in fields}, unused)
 
 
-def _media_path(folder: Path, name: str) -> Path:
-    path = os.path.normpath(name)
-    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-        raise ValueError(f"the path {name!r} leads out of the folder of the prompt file; move the file into it")
-    if not (folder / path).is_file():
-        raise ValueError(f"the file {folder / path} does not exist")
-    return folder / path
+def _media(folder: Path | None, value: Any) -> Path | bytes:
+    """The content of an image or video, or its path. Tables hold either, or both as the `datasets` library does."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"an image or video is {value!r}; it must be a path or the bytes of a file")
+    path = os.path.normpath(value)
+    if folder is not None and (os.path.isabs(path) or path.split(os.sep)[0] == os.pardir):
+        raise ValueError(f"the path {value!r} leads out of the folder of the prompt file; move the file into it")
+    if not (found := (folder or Path()) / path).is_file():
+        raise ValueError(f"the file {found} does not exist")
+    return found
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -156,51 +200,67 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
             yield f"{path}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def json_object(line: bytes, *required: str) -> dict[str, Any]:
-    """The object on a line of JSON. Raises ValueError if the line is something else or lacks a required field."""
+def _json_object(line: bytes) -> dict[str, Any]:
     if not line.strip():
         raise ValueError("the line is empty; remove it")
     content = json.loads(line.decode("utf-8"))
-    if not isinstance(content, dict) or not content.keys() >= set(required):
-        names = " and a ".join(f'"{name}"' for name in required)
-        raise ValueError(f"each line must be an object with a {names}")
+    if not isinstance(content, dict):
+        raise ValueError("each line must be an object")
     return content
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, tuple[list[str], list[str] | csv.Error]]]:
-    rows = csv.reader((line.decode("utf-8", "surrogateescape") for _, line in numbered_lines(path)), strict=True)
+def _table_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[Any, Any]]]:
+    lines = (line.decode("utf-8", "surrogateescape") for _, line in numbered_lines(path))
+    rows = csv.DictReader(lines, strict=True, delimiter=delimiter)
     try:
-        header = next(rows, [])
+        yield from ((f"{path}:{rows.line_num}", row) for row in rows)
     except csv.Error as error:
-        raise PromptFileError(f"{path}: the first line cannot be read: {error}") from error
-    if "prompt" not in header or not set(header) <= COLUMNS:
-        raise PromptFileError(
-            f"{path}: the first line must name the columns, 'prompt' and any of {', '.join(sorted(COLUMNS))}, "
-            f"not {header}"
-        )
-    while True:
-        row: list[str] | csv.Error
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            row = error
-        yield f"{path}:{rows.line_num}", (header, row)
+        raise PromptFileError(f"{path}:{rows.reader.line_num}: {error}") from error
 
 
-def _csv_fields(entry: tuple[list[str], list[str] | csv.Error]) -> dict[str, Any]:
-    header, cells = entry
-    if isinstance(cells, csv.Error):
-        raise cells
-    if len(cells) != len(header):
-        raise ValueError(f"the line has {len(cells)} cells, the first line {len(header)}")
-    fields: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
-    if "id" in fields:
-        fields["id"] = int(fields["id"])
-    if "tags" in fields:
-        fields["tags"] = fields["tags"].split("|")
-    return {"prompt": "", **fields}
+def _table_cells(row: dict[Any, Any]) -> dict[str, Any]:
+    if None in row or None in row.values():  # DictReader's mark of too many or too few
+        raise ValueError("the line has another number of cells than the first line")
+    return {name: cell or None for name, cell in row.items()}
+
+
+def _needed(module: str, name: Path | str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise PromptFileError(f"{name}: {error}; install what reads it: pip install 'bpgo-video[datasets]'") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    parquet = _needed("pyarrow.parquet", path)
+    try:
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
+    except (OSError, ValueError) as error:  # pyarrow's errors are kinds of both
+        raise PromptFileError(f"{path}: {error}") from error
+
+
+def _dataset_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a folder or hub data set of the `datasets` library; images and videos as they are stored."""
+    folder, _, split = (name, "", "") if Path(name).is_dir() else name.partition(":")
+    hub_id = HUB_ID.fullmatch(name)
+    if not (Path(folder).is_dir() or hub_id):
+        raise PromptFileError(f"{name} does not exist; give a file, a folder, or a data set OWNER/NAME of the hub")
+    datasets, on_disk = _needed("datasets", name), any((Path(folder) / file).is_file() for file in SAVED)
+    source = (hub_id[1], hub_id[2]) if hub_id and not Path(folder).is_dir() else (folder,)
+    try:
+        data = datasets.load_from_disk(folder) if on_disk else datasets.load_dataset(*source, split=split or None)
+    except (OSError, ValueError) as error:
+        raise PromptFileError(f"{name} cannot be read as a data set: {error}") from error
+    splits = data if isinstance(data, dict) else {"" if on_disk else split: data}
+    if split not in splits and (split or len(splits) > 1):
+        raise PromptFileError(f"{name}: its splits are {', '.join(splits) or 'none'}; name one, as in {folder}:train")
+    data = splits[split] if split in splits else next(iter(splits.values()))
+    for column, feature in data.features.items():
+        if type(feature).__name__ in ("Image", "Video"):
+            data = data.cast_column(column, type(feature)(decode=False))
+    yield from ((f"{name}[{number}]", row) for number, row in enumerate(data))
 
 
 def _vbench_entries(path: Path) -> Iterator[tuple[str, list[Any]]]:
@@ -239,10 +299,12 @@ def _vbench_fields(entries: list[Any]) -> dict[str, Any]:
 
 
 Entries = Callable[[Path], Iterator[tuple[str, Any]]]
-FORMATS: Mapping[str, tuple[Entries, Callable[[Any], dict[str, Any]]]] = {  # extension -> entries, fields of an entry
+FORMATS: Mapping[str, tuple[Entries, Callable[[Any], dict[str, Any]]]] = {  # extension -> entries, columns of an entry
     ".txt": (numbered_lines, lambda line: {"prompt": line.decode("utf-8")}),
-    ".jsonl": (numbered_lines, lambda line: json_object(line, "prompt")),
-    ".csv": (_csv_rows, _csv_fields),
+    ".jsonl": (numbered_lines, _json_object),
+    ".csv": (_table_rows, _table_cells),
+    ".tsv": (partial(_table_rows, delimiter="\t"), _table_cells),
+    ".parquet": (_parquet_rows, dict),
     ".json": (_vbench_entries, _vbench_fields),
 }
 
@@ -258,7 +320,12 @@ class Plan:
         rejected: prompts left out.
         duplicates: usable lines, counted from 0, that are left out because an earlier line has their id.
         repeated: `prompt_id` of each text that several prompts share, negative prompts included.
-        digest: sha256 of all input, with media represented by their names.
+        digest: sha256 of all input, with files of images and videos represented by their names.
+        unused: columns of the input that are not read.
+        split: of prompts that name none and are not held out.
+        holdout: share of the prompts that are held out; 0 if the input has splits of its own.
+        heldout: `prompt_id` of the held-out texts.
+        has_splits: whether the input has splits of its own.
     """
 
     read: Callable[[], Iterable[Line | Rejected]]
@@ -268,14 +335,23 @@ class Plan:
     duplicates: frozenset[int]
     repeated: frozenset[int]
     digest: str
+    unused: frozenset[str]
+    split: str
+    holdout: float
+    heldout: frozenset[int]
+    has_splits: bool
 
     def lines(self) -> Iterator[Line | Rejected]:
-        """One pass over the input, in which later uses of an id are rejected."""
+        """One pass over the input, in which every prompt has its split, and later uses of an id are rejected."""
         number = 0
         for line in self.read():
             if isinstance(line, Line):
+                record = line.record
                 if number in self.duplicates:
-                    line = Rejected(line.place, f"its id {line.record.id} is that of an earlier prompt")
+                    line = Rejected(line.place, f"its id {record.id} is that of an earlier prompt")
+                elif not record.split:
+                    split = HELDOUT if self.heldout and prompt_id(record.prompt) in self.heldout else self.split
+                    line = replace(line, record=replace(record, split=split))
                 number += 1
             yield line
 
@@ -283,43 +359,50 @@ class Plan:
 def make_plan(
     inputs: Iterable[Path | str],
     split: str = "train",
-    max_characters: int = MAX_CHARACTERS,
     on_error: str = "stop",
+    holdout: float = 0.0,
     show_progress: bool = False,
     read: Callable[..., Iterable[Line | Rejected]] = read_lines,
+    **reading: Any,
 ) -> Plan:
-    """Read all of the input once, keeping 24 bytes per prompt.
+    """Read all of the input once, keeping 24 bytes per prompt, and 200 more and its words if prompts are held out.
 
     Args:
+        split: for prompts that do not name one.
         on_error: "stop" raises at the first prompt that cannot be used; "skip" leaves it out and counts it.
-        read: reads `inputs` as `read_lines` does.
+        holdout: share of the prompts that get the split HELDOUT instead, see `held_out`; ignored if a prompt names one.
+        read: reads `inputs` as `read_lines` does, with the arguments `reading`.
 
     Raises:
         PromptFileError: from `read`; the input holds no prompt; with "stop", a prompt cannot be used or two have one
             id. The message names the lines.
     """
-    inputs = tuple(map(Path, inputs))
-    read_again = partial(read, inputs, split=split, max_characters=max_characters)
-    digest, rejected, keys = hashlib.sha256(), 0, array("q")
+    inputs = tuple(inputs)
+    read_again = partial(read, inputs, **reading)
+    digest, keys, near = hashlib.sha256(), array("q"), NearDuplicates()
+    rejected, first, unused, has_splits = 0, "", set[str](), False
     for line in tqdm(read_again(), desc="lines", disable=not show_progress):
         if isinstance(line, Rejected):
-            rejected += 1
             if on_error == "stop":
                 raise PromptFileError(f"{line.place}: {line.reason}")
+            rejected, first = rejected + 1, first or f"; the first line is refused: {line.place}: {line.reason}"
             continue
-        record, media = line.record, {kind: str(path) for kind, path in line.media.items()}
-        negative = [] if record.negative_prompt is None else [record.negative_prompt]
-        fields = [record.id, record.prompt, record.split, record.tags, record.info, media, *negative]
-        digest.update(json.dumps(fields).encode() + b"\n")
-        keys.extend((record.id, prompt_id(record.prompt), prompt_id(negative[0]) if negative else -1))
+        digest.update(_identity(line, split) + b"\n")
+        record, negative = line.record, line.record.negative_prompt
+        keys.extend((record.id, prompt_id(record.prompt), -1 if negative is None else prompt_id(negative)))
+        unused |= line.unused
+        has_splits |= bool(record.split)
+        if holdout and not has_splits:
+            near.add(record.prompt)
     if not keys:
-        raise PromptFileError(f"there are no prompts in {', '.join(map(str, inputs))}")
+        raise PromptFileError(f"there are no prompts in {', '.join(map(str, inputs))}{first}")
     table = np.frombuffer(keys, dtype=np.int64).reshape(-1, 3)
     _, first_uses = np.unique(table[:, 0], return_index=True)
     duplicates = np.setdiff1d(np.arange(len(table)), first_uses)
     if len(duplicates) and on_error == "stop":
         raise PromptFileError(_same_id(read_again(), int(table[duplicates[0], 0])))
     texts, uses = np.unique(np.delete(table, duplicates, axis=0)[:, 1:], return_counts=True)
+    holdout = 0.0 if has_splits else holdout
     return Plan(
         read=read_again,
         on_error=on_error,
@@ -328,14 +411,29 @@ def make_plan(
         duplicates=frozenset(duplicates.tolist()),
         repeated=frozenset(texts[(uses > 1) & (texts >= 0)].tolist()),
         digest=digest.hexdigest(),
+        unused=frozenset(unused),
+        split=split,
+        has_splits=has_splits,
+        holdout=holdout,
+        heldout=held_out(table[:, 1], near.groups(), holdout) if holdout else frozenset(),
     )
+
+
+def _identity(line: Line, split: str) -> bytes:
+    """Everything of a line that the shards depend on."""
+    record, media = line.record, {}
+    for kind, source in line.media.items():
+        media[kind] = hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else str(source)
+    negative = [] if record.negative_prompt is None else [record.negative_prompt]
+    fields = [record.id, record.prompt, record.split or split, record.tags, record.info, media, *negative]
+    return json.dumps(fields).encode()
 
 
 def _same_id(lines: Iterable[Line | Rejected], key: int) -> str:
     first, second, *_ = (line for line in lines if isinstance(line, Line) and line.record.id == key)
     return (
         f"{first.place} and {second.place} have the same id {key} ({first.record.prompt!r} and "
-        f"{second.record.prompt!r}); remove one line, or give it another id in a .jsonl file"
+        f"{second.record.prompt!r}); remove one line, or give it another id in a column `id`"
     )
 
 

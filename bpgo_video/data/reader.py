@@ -44,21 +44,23 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.data.fingerprint import EncoderStamp
 from bpgo_video.data.media import check_media
 from bpgo_video.data.records import (
     KINDS,
+    NEGATIVE,
     TENSORS,
     ByteRange,
+    EncoderStamp,
     PromptRecord,
     ShardError,
     check_layout,
     damaged,
+    differences,
+    file_sha256,
     parse_header,
     read_record,
     to_layout,
 )
-from bpgo_video.data.writer import NEGATIVE, file_sha256
 from bpgo_video.files import SHARD_CACHE, atomic_file
 
 REMOTE = re.compile(r"pipe:|[a-z0-9]+://")
@@ -69,6 +71,10 @@ TAR_BLOCK = 512
 ROW = np.dtype(  # of a record; `ranges` are those of the record, its conditioning and its own negative conditioning
     [("id", np.int64), ("split", np.int32), ("shard", np.int32), ("image", np.bool_), ("ranges", np.int64, (3, 2))]
 )
+STAMPED = {  # entry of the index -> what differs if it does, and the command that makes it
+    "images": ("texts that were encoded with other images", "bpgo-video prompts build --height H --width W"),
+    "video": ("clips of another video or VAE", "bpgo-video videos build"),
+}
 BUILD = "with bpgo-video prompts build --input FILE --output DIR --policy FOLDER"
 
 
@@ -125,12 +131,21 @@ class PromptShards:
 
     def check_policy(self, policy: EncoderStamp) -> None:
         """Raise ShardError if another encoder or text length made the embeddings. The folder's name may differ."""
-        for name in ("fingerprint", "max_sequence_length"):
-            found, expected = getattr(self.policy, name), getattr(policy, name)
-            if found != expected:
+        expected = {name: getattr(policy, name) for name in ("fingerprint", "max_sequence_length")}
+        if changes := differences(vars(self.policy), expected):
+            raise ShardError(
+                f"{self.directory} was made with {self.policy.name!r} ({changes}): build shards for {policy.name!r} "
+                f"{BUILD}"
+            )
+
+    def check_stamp(self, stamp: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise ShardError, naming what differs, if a stamp of images or clips is not the index's."""
+        for kind, expected in stamp.items():
+            if changes := differences(self.index.get(kind, {}), expected):
+                what, command = STAMPED[kind]
                 raise ShardError(
-                    f"{self.directory} was made with {self.policy.name!r}, whose {name} is {found}; the policy "
-                    f"{policy.name!r} has {expected}: build shards for it with bpgo-video prompts build"
+                    f"{self.directory} holds {what} ({changes}): set the recipe's `video`, or build shards for it with "
+                    f"{command}"
                 )
 
     def require_clips(self) -> None:
@@ -146,7 +161,12 @@ class PromptShards:
         if split is None:
             return np.arange(len(self))
         if not self.splits.get(split):
-            raise ShardError(f"{self.directory} has no split {split!r}; it has {self.splits}")
+            kind = "videos" if self.clip else "prompts"
+            raise ShardError(
+                f"{self.directory} has no split {split!r}; it has {self.splits}. Name one of these in the recipe "
+                f"(evaluation.split, data.split), or hold some out: bpgo-video {kind} build --input FILE "
+                f"--output {self.directory} --policy FOLDER --holdout 0.1 --overwrite"
+            )
         return np.flatnonzero(self._rows["split"] == list(self.splits).index(split))
 
     def ids(self, rows: np.ndarray) -> np.ndarray:

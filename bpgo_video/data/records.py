@@ -1,4 +1,4 @@
-"""One prompt on disk: a group of tar members with one key. Nothing is ever unpickled.
+"""Prompts on disk: a prompt is a group of tar members with one key; shards have an index. Nothing is ever unpickled.
 
 {key}.json                  id, prompt, negative prompt, split, tags, info, and the sha256 of everything below
 {key}.safetensors           what the policy's transformer is conditioned on
@@ -15,19 +15,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import safetensors.torch
+import webdataset
 from torch import Tensor
 from torch.nn.functional import pad
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bpgo_video.data.media import MEDIA, Media
+from bpgo_video.files import atomic_file, fingerprint, write_json
 
+FORMAT_VERSION = 2  # 1 has no conditioning that refers to an earlier record of the shard
+NEGATIVE = "negative.safetensors"
 TENSORS = {"conditioning": "safetensors", "negative": "negative.safetensors"}  # field of a record -> member's extension
 CLIP = "clip.safetensors"
 KINDS = {  # member's extension -> what it holds
@@ -36,6 +42,7 @@ KINDS = {  # member's extension -> what it holds
     CLIP: "clip",
     **{f"{kind}.{extension}": kind for kind, extensions in MEDIA.items() for extension in extensions},
 }
+HASH = re.compile("[0-9a-f]{16,}")
 LATENTS = "latents"  # the tensor of a clip that flow matching learns to make; the others are conditioning
 
 
@@ -70,6 +77,27 @@ class PromptRecord:
     media: Mapping[str, Media] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
     clip: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncoderStamp:
+    """What made embeddings: the policy folder's name, the fingerprint of its text encoder, and its text length."""
+
+    name: str
+    fingerprint: str
+    max_sequence_length: int
+
+
+def encoder_stamp(folder: Path, max_sequence_length: int) -> EncoderStamp:
+    """The stamp of a policy folder's text encoders and tokenizers."""
+    further = {path.name for path in folder.iterdir() if path.name.startswith(("text_encoder_", "tokenizer_"))}
+    components = sorted({"text_encoder", "tokenizer"} | further)
+    return EncoderStamp(folder.name, fingerprint(folder, components), max_sequence_length)
+
+
+def prompt_id(prompt: str) -> int:
+    """The default id of a prompt: 63 bits of the blake2b hash of its text."""
+    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class ByteRange(NamedTuple):
@@ -209,8 +237,103 @@ def read_record(shard: Path, record: ByteRange, tensors: Mapping[str, ByteRange]
     )
 
 
+def write_shard(path: Path, records: Iterable[PromptRecord], first: int, layout: Mapping[str, Any]) -> dict[str, Any]:
+    """Write one shard from a stream of records, one in memory at a time.
+
+    Args:
+        first: the number in the first record's key.
+        layout: of every record's conditioning, see `layout_of`.
+
+    Returns:
+        The shard's name, count and sha256, the prompts of each split ("splits"), and the layout of its clips ("clip").
+
+    Raises:
+        ShardError: tensors do not fit the layout, or clips have different layouts.
+    """
+    splits: Counter[str] = Counter()
+    stored: set[str] = set()
+    clip: dict[str, Any] | None = None
+    with atomic_file(path) as aside:
+        with aside.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
+            for number, record in enumerate(records, first):
+                owner = f"prompt {record.prompt!r}"
+                for tensors in filter(None, (record.conditioning, record.negative)):
+                    to_layout(tensors, layout, owner)
+                clip = layout_of(record.clip) if clip is None else clip
+                check_layout(record.clip, clip, owner)
+                tar.write({"__key__": f"{number:09d}", **to_members(record, stored)})
+                splits[record.split] += 1
+        digest = file_sha256(aside)
+    count = sum(splits.values())
+    return {"name": path.name, "count": count, "sha256": digest, "splits": dict(splits), "clip": clip}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Store tensors without a batch axis, such as the conditioning of a folder's negative prompt."""
+    with atomic_file(path) as aside:
+        aside.write_bytes(tensor_bytes(tensors))
+
+
+def write_index(
+    output: Path,
+    shards: Sequence[Mapping[str, Any]],
+    policy: EncoderStamp,
+    negative_prompt: str = "",
+    build: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Complete a folder of shards.
+
+    Args:
+        shards: what `write_shard` returned, in order; empty shards are left out.
+        build: what the build depended on.
+        more: further entries of the index.
+
+    Raises:
+        ShardError: no shard has a record, or clips have different layouts.
+    """
+    shards = [shard for shard in shards if shard["count"]]
+    if not shards:
+        raise ShardError(f"there are no prompts to write to {output}")
+    splits: Counter[str] = Counter()
+    clip = shards[0]["clip"]
+    for shard in shards:
+        splits.update(shard["splits"])
+        if shard["clip"] != clip:
+            raise ShardError(f"{shard['name']} has clips of {shard['clip']}, {shards[0]['name']} of {clip}")
+    negative = (output / NEGATIVE).read_bytes()
+    index = {
+        "format_version": FORMAT_VERSION,
+        "count": sum(splits.values()),
+        "splits": dict(splits),
+        "policy": asdict(policy),
+        "conditioning": layout_of(safetensors.torch.load(negative), policy.max_sequence_length),
+        "negative_prompt": negative_prompt,
+        "negative_sha256": hashlib.sha256(negative).hexdigest(),
+        "shards": [{name: shard[name] for name in ("name", "count", "sha256")} for shard in shards],
+        **({"clip": clip} if clip else {}),
+        **(more or {}),
+        **({"build": dict(build)} if build else {}),
+    }
+    write_json(output / "index.json", index)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def damaged(path: Path, key: str, reason: str) -> ShardError:
     return ShardError(
         f"{path}: record {key}: {reason}. The file is damaged: copy it again, or build the folder again with the "
         "command that made it, bpgo-video prompts or videos"
+    )
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """`height 32, here 48; other encoder`: the entries of `expected` that differ; hashes are not shown."""
+    changed = {name: value for name, value in expected.items() if found.get(name) != value}
+    return "; ".join(
+        f"other {name}" if HASH.fullmatch(str(value)) else f"{name} {found.get(name)!r}, here {value!r}"
+        for name, value in changed.items()
     )

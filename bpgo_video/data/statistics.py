@@ -22,7 +22,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.data.records import prompt_id
 
 THRESHOLD = 0.8
 BANDS, ROWS, LOOK_BACK = 16, 4, 4
@@ -123,6 +123,34 @@ class NearDuplicates:
     def _similarity(self, one: int, two: int) -> float:
         first, second = (set(self._words[self._ends[row] : self._ends[row + 1]]) for row in (one, two))
         return len(first & second) / len(first | second)
+
+
+def held_out(texts: np.ndarray, groups: Sequence[Sequence[int]], share: float) -> frozenset[int]:
+    """The texts to hold out, by their keys: about `share` of them, whatever their order.
+
+    A text is held out if a hash of it is below the share, so other texts do not matter, except those that are nearly
+    equal: a group of these stays together, by the hash of the text with the smallest key. Larger groups than the share
+    are trained on. Of two or more texts, at least one is held out and at least one is not.
+
+    Args:
+        texts: `prompt_id` of each prompt's text, [prompts] int64.
+        groups: rows of nearly equal texts. If all texts are one group, only equal texts stay together.
+        share: 0 to 1.
+    """
+    _, units = np.unique(texts, return_inverse=True)
+    if [len(group) for group in groups] != [len(texts)]:
+        for group in groups:
+            units[list(group)] = units[group[0]]
+    _, units, sizes = np.unique(units, return_inverse=True, return_counts=True)
+    keys = np.full(len(sizes), np.iinfo(np.int64).max)
+    np.minimum.at(keys, units, texts)
+    draws = (keys.astype(np.uint64) * MIX[0]) / 2.0**64  # the smallest of several keys is small: mix its bits
+    chosen = (draws < share) & (sizes <= max(1, share * len(texts)))
+    if not chosen.any():
+        chosen[np.lexsort((draws, sizes))[0]] = True
+    if chosen.all():
+        chosen[draws.argmax()] = False
+    return frozenset(texts[chosen[units]].tolist())
 
 
 def words_of(text: str) -> list[int]:

@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.data.media import decode_image, fit_image
+from bpgo_video.data.media import Size, decode_image, fit_image
 from bpgo_video.data.priors import PriorTable
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import PromptRecord, ShardError
 from bpgo_video.types import PromptBatch
 
-Size = tuple[int, int]  # height, width
 LARGEST_WINDOW = 4096
 
 

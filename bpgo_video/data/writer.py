@@ -3,48 +3,59 @@
 While a build is unfinished, its folder holds `.unfinished/`: what the build depends on (identity.json), a note for each
 finished shard, and the conditioning of repeated texts. The same command continues after the last whole shard. Rank r of
 n writes the shards r, r + n, ...; ranks share nothing but the folder, and the one that finds all shards finished writes
-index.json.
+index.json. A build that replaces another one is made next to it, and takes its place when it is complete.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import secrets
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import webdataset
+import torch
+from filelock import FileLock
 from more_itertools import chunked
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.data.fingerprint import EncoderStamp
-from bpgo_video.data.media import ImageError, VideoError, read_media
+from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.data import SKIPPED
+from bpgo_video.data.clips import read_clip
+from bpgo_video.data.media import ImageError, Size, VideoError, decode_image, fit_image, read_media
 from bpgo_video.data.prompt_files import Line, Plan, PromptFileError, Rejected, make_plan, prompt_id
 from bpgo_video.data.records import (
+    LATENTS,
+    NEGATIVE,
+    EncoderStamp,
     PromptRecord,
-    ShardError,
-    check_layout,
+    differences,
     layout_of,
-    tensor_bytes,
-    to_layout,
-    to_members,
     without_batch,
+    write_index,
+    write_shard,
+    write_tensors,
 )
-from bpgo_video.files import atomic_file, write_json
+from bpgo_video.files import atomic_file, fingerprint, write_json
 
-FORMAT_VERSION = 2  # 1 has no conditioning that refers to an earlier record of the shard
-NEGATIVE = "negative.safetensors"
 UNFINISHED = ".unfinished"
-SKIPPED = "skipped.jsonl"
 
+Load = Callable[[], Any]  # loads the policy at the first call
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> tensors; axis 0 is the text
+
+
+class OutputError(FileExistsError):
+    """A folder that holds something else than the build to make or to continue."""
+
+    exit_code = 2
 
 
 def with_media(line: Line) -> PromptRecord:
@@ -68,6 +79,70 @@ class Content:
     stamp: Mapping[str, Any] = field(default_factory=dict)
 
 
+def image_text_content(policy: Load, folder: Path, size: Size) -> Content:
+    """Records with embeddings of text and image together. Equal texts with different images differ.
+
+    Args:
+        folder: the policy's pipeline folder.
+        size: of the videos that will be made.
+    """
+
+    def complete(line: Line) -> PromptRecord:
+        record = with_media(line)
+        image = fit_image(decode_image(record.media["image"].data, f"prompt {record.prompt!r}"), *size)
+        return replace(record, conditioning=without_batch(policy().encode_with_images([record.prompt], image[None])))
+
+    return Content(complete=complete, stamp=image_stamp(folder, size))
+
+
+def clip_content(policy: Load, described: Any, folder: Path, video: VideoConfig, dtype: torch.dtype) -> Content:
+    """Records with clips, encoded by the VAE; for image-to-video also with the conditioning on the first frame.
+
+    Args:
+        described: the policy without networks.
+        folder: the policy's pipeline folder.
+        dtype: of the stored tensors.
+    """
+
+    def complete(line: Line) -> PromptRecord:
+        path = line.media["video"]
+        assert isinstance(path, Path)  # of `read_clips`
+        frames = read_clip(path, line.record.info["start"], video)
+        clip = {LATENTS: policy().encode_video(frames[None])}
+        if described.takes_images:
+            clip |= policy().image_conditioning(frames[:1], video)
+        conditioning = {}
+        if described.texts_see_images:
+            conditioning = without_batch(policy().encode_with_images([line.record.prompt], frames[:1]))
+        stored = {name: value.to("cpu", dtype) for name, value in without_batch(clip).items()}
+        return replace(line.record, clip=stored, conditioning=conditioning)
+
+    images = image_stamp(folder, (video.height, video.width)) if described.texts_see_images else {}
+    return Content("clips", complete, clip_stamp(folder, video, described.takes_images) | images)
+
+
+def image_stamp(folder: Path, size: Size) -> dict[str, Any]:
+    """The index's entry on images that texts were encoded with: their size and the hash of the image processor."""
+    height, width = size
+    return {"images": {"height": height, "width": width, "processor": fingerprint(folder, ("image_processor",))}}
+
+
+def clip_stamp(folder: Path, video: VideoConfig, takes_images: bool) -> dict[str, Any]:
+    """The index's entry on clips: frames, size, frame rate, and the hash of the networks that encode them."""
+    parts = ("vae", "image_encoder") if takes_images and (folder / "image_encoder").is_dir() else ("vae",)
+    return {"video": {**asdict(video), "encoder": fingerprint(folder, parts)}}
+
+
+def require_images(plan: Plan) -> None:
+    """Raise PromptFileError, naming the line, if a prompt of the plan has no image."""
+    for line in plan.lines():
+        if isinstance(line, Line) and "image" not in line.media:
+            raise PromptFileError(
+                f"{line.place}: the prompt has no image, and this policy's text encoder reads the image with the text; "
+                "give .jsonl or .csv lines with an 'image'"
+            )
+
+
 @dataclass(frozen=True)
 class Build:
     """The build of one folder, on one rank.
@@ -79,6 +154,8 @@ class Build:
         shard_size: prompts per shard.
         batch_size: prompts encoded together.
         dtype: of the embeddings, torch's name.
+        overwrite: replace shards of other prompts or settings, once these are complete.
+        again: how to make this build with `overwrite`, for a message.
     """
 
     plan: Plan
@@ -90,6 +167,8 @@ class Build:
     batch_size: int = 32
     dtype: str = "float32"
     content: Content = Content()
+    overwrite: bool = False
+    again: str = "overwrite=True"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -97,6 +176,7 @@ class Build:
         return {
             "prompts": self.plan.digest,
             "count": self.plan.count,
+            "holdout": self.plan.holdout,
             "encoder": self.policy.fingerprint,
             "max_sequence_length": self.policy.max_sequence_length,
             **{name: getattr(self, name) for name in ("negative_prompt", "shard_size", "batch_size", "dtype")},
@@ -110,10 +190,17 @@ class Build:
             Whether the folder is complete now.
 
         Raises:
-            FileExistsError: the folder holds something else, or shards of other prompts or settings, which are named.
+            OutputError: the folder holds something else, or shards of other prompts or settings, which are named.
             PromptFileError: an image or video does not decode, and the plan's `on_error` is "stop".
         """
-        self._open()
+        with self._undisturbed():
+            changes = self._begin()
+        if changes:
+            aside = self._hidden(f"new-{hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]}")
+            complete = replace(self, output=aside, overwrite=False).run(rank, world_size, show_progress)
+            if complete:
+                self._replace_by(aside)
+            return complete
         if (self.output / "index.json").is_file():
             self._clean()
             return True
@@ -137,11 +224,19 @@ class Build:
     def _note(self, number: int) -> Path:
         return self.output / UNFINISHED / f"{number:06d}.json"
 
-    def _open(self) -> None:
-        """Start the build, or check that the folder holds the same one."""
+    def _hidden(self, name: str) -> Path:
+        """A file or folder next to the output."""
+        return self.output.with_name(f".{self.output.name}.{name}")
+
+    def _undisturbed(self) -> AbstractContextManager[Any]:
+        """The block in which no other rank replaces the output."""
+        return FileLock(self._hidden("lock")) if self.overwrite else nullcontext()
+
+    def _begin(self) -> str:
+        """Start the build, or find what differs from the one in the folder, which is wanted only with `overwrite`."""
         present = {path.name for path in self.output.iterdir()} if self.output.exists() else set()
         if present and not present & {UNFINISHED, "index.json"}:
-            raise FileExistsError(f"{self.output} exists and is not empty; name another output, or delete it first")
+            raise OutputError(f"{self.output} exists and is not empty; name another output, or delete it first")
         identity = self.output / UNFINISHED / "identity.json"
         if "index.json" in present:
             found = json.loads((self.output / "index.json").read_text("utf-8")).get("build", {})
@@ -149,14 +244,24 @@ class Build:
             found = json.loads(identity.read_text("utf-8"))
         else:
             write_json(identity, self.identity)
-            return
-        items = self.identity.items()
-        changes = [f"{name} {found.get(name)!r}, now {value!r}" for name, value in items if found.get(name) != value]
-        if changes:
-            raise FileExistsError(
-                f"{self.output} was built from other prompts or settings ({'; '.join(changes)}); name another output, "
-                "or delete it first"
+            return ""
+        changes = differences({"holdout": 0.0, **found}, self.identity)
+        if changes and not self.overwrite:
+            raise OutputError(
+                f"{self.output} was built from other prompts or settings ({changes}). To replace it, and the priors in "
+                f"it, run: {self.again}"
             )
+        return changes
+
+    def _replace_by(self, aside: Path) -> None:
+        """Let a complete build take the place of the output; the first rank that arrives does it."""
+        with self._undisturbed():
+            if aside.is_dir():
+                self.output.rename(self._hidden(f"old-{secrets.token_hex(4)}"))
+                aside.rename(self.output)
+                for kind in ("old", "new"):  # "new": of builds with `overwrite` that were given up
+                    for path in self.output.parent.glob(f"{glob.escape(self._hidden(kind).name)}-????????"):
+                        shutil.rmtree(path)
 
     def _lines_of(self, shards: frozenset[int]) -> Iterator[tuple[int, Line]]:
         usable = (line for line in self.plan.lines() if isinstance(line, Line))
@@ -191,23 +296,24 @@ class Build:
         A text that several prompts share is encoded alone and kept in a file for all ranks until the build ends. Its
         bits therefore depend neither on the batch in which it appears first nor on interruptions.
         """
-        kept = {text: self._encode_repeated(text) for text in texts if prompt_id(text) in self.plan.repeated}
+        kept = {text: self._kept(self._repeated(text), text) for text in texts if prompt_id(text) in self.plan.repeated}
         others = [text for text in texts if text not in kept]
         batch = self.encode(others) if others else {}
         rows = (without_batch(batch, row) for row in range(len(others)))
         return [kept[text] if text in kept else next(rows) for text in texts]
 
-    def _encode_repeated(self, text: str) -> dict[str, Tensor]:
+    def _repeated(self, text: str) -> Path:
         name = f"{prompt_id(text):016x}"
-        path = self.output / UNFINISHED / "texts" / name[:2] / f"{name}.safetensors"  # at most 256 files per folder
+        return self.output / UNFINISHED / "texts" / name[:2] / f"{name}.safetensors"  # at most 256 files per folder
+
+    def _kept(self, path: Path, text: str) -> dict[str, Tensor]:
+        """The conditioning of a text that is encoded alone, stored in a file."""
         if not path.is_file():
-            _write_tensors(path, without_batch(self.encode([text])))
+            write_tensors(path, without_batch(self.encode([text])))
         return safetensors.torch.load(path.read_bytes())
 
     def _layout(self) -> dict[str, Any]:
-        if not (self.output / NEGATIVE).is_file():
-            write_negative(self.output, without_batch(self.encode([self.negative_prompt])))
-        negative = safetensors.torch.load((self.output / NEGATIVE).read_bytes())
+        negative = self._kept(self.output / NEGATIVE, self.negative_prompt)
         return layout_of(negative, self.policy.max_sequence_length)
 
     def _finish(self) -> bool:
@@ -240,93 +346,3 @@ def build_shards(
 ) -> None:
     """Build shards of prompt files on this process alone; `settings` are those of Build."""
     Build(make_plan(inputs), Path(output), encode, policy, **settings).run()
-
-
-def write_shard(path: Path, records: Iterable[PromptRecord], first: int, layout: Mapping[str, Any]) -> dict[str, Any]:
-    """Write one shard from a stream of records, one in memory at a time.
-
-    Args:
-        first: the number in the first record's key.
-        layout: of every record's conditioning, see `layout_of`.
-
-    Returns:
-        The shard's name, count and sha256, the prompts of each split ("splits"), and the layout of its clips ("clip").
-
-    Raises:
-        ShardError: tensors do not fit the layout, or clips have different layouts.
-    """
-    splits: Counter[str] = Counter()
-    stored: set[str] = set()
-    clip: dict[str, Any] | None = None
-    with atomic_file(path) as aside:
-        with aside.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
-            for number, record in enumerate(records, first):
-                owner = f"prompt {record.prompt!r}"
-                for tensors in filter(None, (record.conditioning, record.negative)):
-                    to_layout(tensors, layout, owner)
-                clip = layout_of(record.clip) if clip is None else clip
-                check_layout(record.clip, clip, owner)
-                tar.write({"__key__": f"{number:09d}", **to_members(record, stored)})
-                splits[record.split] += 1
-        digest = file_sha256(aside)
-    count = sum(splits.values())
-    return {"name": path.name, "count": count, "sha256": digest, "splits": dict(splits), "clip": clip}
-
-
-def write_negative(output: Path, conditioning: Mapping[str, Tensor]) -> None:
-    """Store the conditioning of the folder's negative prompt, given without a batch axis."""
-    _write_tensors(output / NEGATIVE, conditioning)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with atomic_file(path) as aside:
-        aside.write_bytes(tensor_bytes(tensors))
-
-
-def write_index(
-    output: Path,
-    shards: Sequence[Mapping[str, Any]],
-    policy: EncoderStamp,
-    negative_prompt: str = "",
-    build: Mapping[str, Any] | None = None,
-    more: Mapping[str, Any] | None = None,
-) -> None:
-    """Complete a folder of shards.
-
-    Args:
-        shards: what `write_shard` returned, in order; empty shards are left out.
-        build: what the build depended on.
-        more: further entries of the index.
-
-    Raises:
-        ShardError: no shard has a record, or clips have different layouts.
-    """
-    shards = [shard for shard in shards if shard["count"]]
-    if not shards:
-        raise ShardError(f"there are no prompts to write to {output}")
-    splits: Counter[str] = Counter()
-    clip = shards[0]["clip"]
-    for shard in shards:
-        splits.update(shard["splits"])
-        if shard["clip"] != clip:
-            raise ShardError(f"{shard['name']} has clips of {shard['clip']}, {shards[0]['name']} of {clip}")
-    negative = (output / NEGATIVE).read_bytes()
-    index = {
-        "format_version": FORMAT_VERSION,
-        "count": sum(splits.values()),
-        "splits": dict(splits),
-        "policy": asdict(policy),
-        "conditioning": layout_of(safetensors.torch.load(negative), policy.max_sequence_length),
-        "negative_prompt": negative_prompt,
-        "negative_sha256": hashlib.sha256(negative).hexdigest(),
-        "shards": [{name: shard[name] for name in ("name", "count", "sha256")} for shard in shards],
-        **({"clip": clip} if clip else {}),
-        **(more or {}),
-        **({"build": dict(build)} if build else {}),
-    }
-    write_json(output / "index.json", index)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -34,7 +34,6 @@ from tqdm import tqdm
 from bpgo_video.cli import show_loading_once
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import read_recipe, read_yaml
-from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.media import write_video
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
@@ -43,6 +42,7 @@ from bpgo_video.evaluation import comparison as files
 from bpgo_video.evaluation.compare_report import as_table, write_report
 from bpgo_video.evaluation.comparison import DIVERSITY, MOTION, Measure, ModelScores, compare, write_comparison
 from bpgo_video.evaluation.heldout import evaluation_ranks, score_prompts, with_changes
+from bpgo_video.files import fingerprint
 from bpgo_video.inference.run_weights import WEIGHTS, load_trained, named_model
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite

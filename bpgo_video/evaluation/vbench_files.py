@@ -151,7 +151,9 @@ def read_suite(source: str, samples: int = SAMPLES) -> Suite:
     prompts = []
     for record, media in ((line.record, line.media) for line in read_prompts([path])):
         dimensions = record.tags if is_list else None
-        prompts.append(SuitePrompt(record.prompt, dimensions, record.info, media.get("image"), record.negative_prompt))
+        if isinstance(image := media.get("image"), bytes):
+            raise SuiteError(f"{path} holds the images themselves; a suite needs them as files, with their paths in it")
+        prompts.append(SuitePrompt(record.prompt, dimensions, record.info, image, record.negative_prompt))
     if problems := [problem for prompt in prompts for problem in prompt.problems]:
         raise SuiteError(f"{path} has prompts that cannot be file names:{listing(problems)}")
     verbatim = {entry["prompt_en"] for entry in json.loads(path.read_bytes())} if is_list else set()

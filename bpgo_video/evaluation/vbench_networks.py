@@ -30,9 +30,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, linear, normalize, pad
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
-from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.evaluation.vbench_files import SuitePrompt
-from bpgo_video.files import resolve_folder
+from bpgo_video.files import fingerprint, resolve_folder
 from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips
 from bpgo_video.rewards.checkpoints import linear_layers, read_weights, unpickled

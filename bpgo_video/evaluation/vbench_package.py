@@ -23,11 +23,10 @@ from typing import Any
 import yaml
 
 import bpgo_video
-from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
 from bpgo_video.evaluation import vbench_files as vbench
 from bpgo_video.evaluation.heldout import device_of, independent_ranks
-from bpgo_video.files import atomic_file
+from bpgo_video.files import atomic_file, fingerprint
 from bpgo_video.training.metrics import MalformedFile
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # the package runs as a single process

@@ -30,14 +30,22 @@ from tqdm import tqdm
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.config.generation import GenerationError, GenerationSettings
-from bpgo_video.data.contact_sheets import joined, strip
-from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.data.media import VideoError, as_bytes, decode_image, fit_image, read_media, read_video, write_video
+from bpgo_video.data.media import (
+    VideoError,
+    as_bytes,
+    decode_image,
+    fit_image,
+    joined,
+    read_media,
+    read_video,
+    strip,
+    write_video,
+)
 from bpgo_video.data.prompt_files import read_prompts
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, same_everywhere
-from bpgo_video.files import atomic_file, write_json
+from bpgo_video.files import atomic_file, fingerprint, write_json
 from bpgo_video.inference.pipeline import CallSettings, check_offload, load_pipeline, resolve
 from bpgo_video.inference.run_weights import Model, find_model
 from bpgo_video.policies import Policy

@@ -28,8 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.config.sft import Recipe
-from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.files import PACKAGE_PREFIX, resolve_folder
+from bpgo_video.files import PACKAGE_PREFIX, fingerprint, resolve_folder
 from bpgo_video.policies import family
 from bpgo_video.policies.networks import transformer_names
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from transformers import AutoTokenizer
 
-from bpgo_video.data.fingerprint import fingerprint, fingerprint_of
 from bpgo_video.errors import unknown
-from bpgo_video.files import resolve_folder
+from bpgo_video.files import fingerprint, fingerprint_of, resolve_folder
 from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameSampling
 from bpgo_video.rewards.checkpoints import load_network
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear, normalize
 from transformers import AutoConfig, CLIPConfig, CLIPModel, SiglipModel, VideoPrismClipModel, XCLIPModel
 
-from bpgo_video.data.fingerprint import fingerprint_of
 from bpgo_video.data.media import as_bytes
-from bpgo_video.files import resolve_folder
+from bpgo_video.files import fingerprint_of, resolve_folder
 from bpgo_video.rewards.backbones import (
     WITHOUT_WEIGHTS,
     Backbone,

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, normalize
 
-from bpgo_video.data.fingerprint import fingerprint
-from bpgo_video.files import resolve_folder
+from bpgo_video.files import fingerprint, resolve_folder
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameScores, RewardModel
 from bpgo_video.types import Videos

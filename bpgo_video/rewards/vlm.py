@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from bpgo_video.data.fingerprint import fingerprint_of
 from bpgo_video.errors import unknown
-from bpgo_video.files import resolve_folder
+from bpgo_video.files import fingerprint_of, resolve_folder
 from bpgo_video.rewards.backbones import (
     WITHOUT_WEIGHTS,
     Backbone,

@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.data.priors import UnfinishedPriors, write_priors
 from bpgo_video.data.stream import as_batch
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh, from_main
+from bpgo_video.files import fingerprint
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size

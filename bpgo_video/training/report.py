@@ -33,8 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from bpgo_video.data.contact_sheets import STRIP_HEIGHT, strip
-from bpgo_video.data.media import VideoError, read_video
+from bpgo_video.data.media import STRIP_HEIGHT, VideoError, read_video, strip
 from bpgo_video.files import atomic_file
 from bpgo_video.training.curves import HELDOUT, PANELS, draw_curve, keys_with
 from bpgo_video.training.metrics import METRICS_FILE, MalformedFile, Number, parse_json, read_metrics

@@ -20,18 +20,17 @@ import bpgo_video
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.reading import ds_config_file
 from bpgo_video.config.sft import Recipe, SftConfig
-from bpgo_video.data.encoding import check_image_stamp, clip_stamp
-from bpgo_video.data.fingerprint import encoder_stamp, fingerprint
 from bpgo_video.data.priors import PriorTable, load_priors, prior_path, require_priors
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.records import LATENTS, ShardError
+from bpgo_video.data.records import LATENTS, ShardError, encoder_stamp
 from bpgo_video.data.stream import EndlessOrder, PromptStream, as_batch
+from bpgo_video.data.writer import clip_stamp, image_stamp
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.ds_config import compute_dtype, read_ds_config, zero_stage
 from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, same_everywhere
 from bpgo_video.distributed.optimizer import learning_rate_factor
-from bpgo_video.files import resolve_folder
+from bpgo_video.files import fingerprint, resolve_folder
 from bpgo_video.inference.hub import this_code
 from bpgo_video.learner.priors import STORED
 from bpgo_video.policies import Policy, family, load_policy
@@ -202,7 +201,7 @@ def read_common_inputs(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
     shards = PromptShards(config.data.shards, config.data.cache)
     shards.check_policy(encoder_stamp(folder, config.policy.max_sequence_length))
     if policy_class.texts_see_images:
-        check_image_stamp(shards, folder, (config.video.height, config.video.width))
+        shards.check_stamp(image_stamp(folder, (config.video.height, config.video.width)))
     return ds_config, shards
 
 
@@ -242,14 +241,7 @@ def check_clips(config: SftConfig, shards: PromptShards) -> None:
     shards.require_clips()
     folder = resolve_folder(config.policy.folder)
     takes_images = family(folder, config.policy.family).takes_images
-    expected = clip_stamp(folder, config.video, takes_images)["video"]
-    differing = [name for name in expected if shards.video.get(name) != expected[name]]
-    if differing:
-        differences = "; ".join(f"{name} {shards.video.get(name)!r}, here {expected[name]!r}" for name in differing)
-        raise ShardError(
-            f"{shards.directory} holds clips of another video or VAE ({differences}): set the recipe's `video`, or "
-            "build shards for it with bpgo-video videos build"
-        )
+    shards.check_stamp(clip_stamp(folder, config.video, takes_images))
     if takes_images != (set(shards.clip) != {LATENTS}):
         raise ShardError(
             f"{shards.directory} holds {sorted(shards.clip)} of each clip, but {config.policy.folder} makes videos of "

@@ -140,11 +140,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_pairs_each_video_with_its_caption_and_clips(folder: Path) -> None:
-    lines = list(read_clips([folder], CUT, "heldout"))
+    lines = list(read_clips([folder], CUT))
     assert all(isinstance(line, Line) for line in lines)
     records = [line.record for line in lines]
     assert [(r.prompt, r.split, r.info) for r in records] == [
-        (f"riders of {name}", "heldout", {"video": name, "start": start})
+        (f"riders of {name}", "", {"video": name, "start": start})
         for name in ("b.mp4", "sub/a.mp4")
         for start in (0.0, 1.125)
     ]
@@ -194,8 +194,8 @@ def test_unreadable_files_stop_the_plan_or_are_listed(name: str, folder: Path) -
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"video": "b.mp4"}, 'must be an object with a "video" and a "caption"'),
-        ({"video": "b.mp4", "caption": "x", "id": 3}, "unknown field 'id'"),
+        ({"video": "b.mp4"}, "no column is named prompt or text or caption; the columns are video"),
+        ({"image": "b.mp4", "caption": "x"}, "no column is named video or file_name; the columns are image, caption"),
         ({"video": "../b.mp4", "caption": "x"}, "leads out of the folder"),
         ({"video": "none.mp4", "caption": "x"}, "does not exist"),
         ({"video": "b.mp4", "caption": "x" * 2001}, "the prompt has 2001 characters"),
@@ -211,7 +211,7 @@ def test_unusable_lines_are_named(line: dict, message: str, folder: Path) -> Non
 def test_duplicate_clips_and_invalid_inputs_are_refused(folder: Path) -> None:
     with pytest.raises(PromptFileError, match="have the same id"):
         plan([folder, folder])
-    with pytest.raises(PromptFileError, match=r"neither a folder of videos nor a \.jsonl"):
+    with pytest.raises(PromptFileError, match=r"the format '\.mp4' is unknown"):
         plan([folder / "b.mp4"])
     (folder.parent / "empty").mkdir()
     with pytest.raises(PromptFileError, match="there are no prompts in"):

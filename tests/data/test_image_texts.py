@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bpgo_video.commands import prompts as prompts_command
-from bpgo_video.commands import videos as videos_command
+from bpgo_video.commands import prompts as tool
+from bpgo_video.commands import videos
 from bpgo_video.data.clips import read_clip
-from bpgo_video.data.encoding import check_image_stamp
 from bpgo_video.data.media import decode_image, fit_image, write_video
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import LATENTS, ShardError
 from bpgo_video.data.stream import as_batch
+from bpgo_video.data.writer import image_stamp
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.training.session import read_common_inputs
@@ -38,11 +37,6 @@ LINES = [  # text, picture, the prompt's negative prompt
     (TEXT, 2, "a green triangle"),
 ]
 SIZE = ["--height", "32", "--width", "48"]
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return prompts_command
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +67,7 @@ def arguments(prompts: Path, folder: Path, output: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def built(tool: ModuleType, prompts: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(prompts: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("shards") / "out"
     assert tool.main([*arguments(prompts, folder, output), *SIZE]) == 0
     return output
@@ -109,9 +103,9 @@ def test_negative_prompts_are_encoded_with_a_black_image_and_can_share_a_batch(b
 
 
 def test_shards_of_another_size_are_not_continued_and_not_used_by_the_recipe(
-    built: Path, tool: ModuleType, prompts: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    built: Path, prompts: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool.main([*arguments(prompts, folder, built), "--height", "48", "--width", "48"]) == 1
+    assert tool.main([*arguments(prompts, folder, built), "--height", "48", "--width", "48"]) == 2
     assert "images {'height': 32, 'width': 48" in capsys.readouterr().err
     recipe = CASE.recipe(folder)
     recipe = replace(
@@ -124,30 +118,30 @@ def test_shards_of_another_size_are_not_continued_and_not_used_by_the_recipe(
 
 def test_another_image_processor_is_another_encoder(built: Path, folder: Path) -> None:
     shards = PromptShards(built)
-    check_image_stamp(shards, folder, (32, 48))
+    shards.check_stamp(image_stamp(folder, (32, 48)))
     (folder / "image_processor" / "note").write_text("another")
     with pytest.raises(ShardError, match="processor"):
-        check_image_stamp(shards, folder, (32, 48))
+        shards.check_stamp(image_stamp(folder, (32, 48)))
     (folder / "image_processor" / "note").unlink()
 
 
 def test_a_prompt_without_an_image_is_named_before_encoding_starts(
-    tool: ModuleType, folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     longer = prompts.parent / "q.jsonl"
     longer.write_text(prompts.read_text() + '{"prompt": "without"}\n')
-    assert tool.main([*arguments(longer, folder, tmp_path / "out"), *SIZE]) == 1
+    assert tool.main([*arguments(longer, folder, tmp_path / "out"), *SIZE]) == 2
     assert "q.jsonl:5: the prompt has no image" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_the_size_is_required_only_where_it_matters(
-    tool: ModuleType, folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool.main(arguments(prompts, folder, tmp_path / "out")) == 1
+    assert tool.main(arguments(prompts, folder, tmp_path / "out")) == 2
     assert "give --height and --width" in capsys.readouterr().err
     wan = random_wan(tmp_path / "wan")
-    assert tool.main([*arguments(prompts, wan, tmp_path / "out"), *SIZE]) == 1
+    assert tool.main([*arguments(prompts, wan, tmp_path / "out"), *SIZE]) == 2
     assert "this policy encodes texts alone: leave them out" in capsys.readouterr().err
 
 
@@ -162,9 +156,9 @@ def test_a_caption_is_encoded_with_the_first_frame_of_its_clip(name: str, tmp_pa
     write_video(tmp_path / "videos" / "0.mp4", clip, video.fps, crf=1)
     (tmp_path / "videos" / "0.txt").write_text(caption.text)
     flags = [*arguments(tmp_path / "videos", folder, tmp_path / "out"), *SIZE]
-    assert videos_command.main([*flags, "--num-frames", str(video.num_frames), "--fps", str(video.fps)]) == 0
+    assert videos.main([*flags, "--num-frames", str(video.num_frames), "--fps", str(video.fps)]) == 0
     shards = PromptShards(tmp_path / "out")
-    check_image_stamp(shards, folder, (video.height, video.width))
+    shards.check_stamp(image_stamp(folder, (video.height, video.width)))
     record, policy = shards.record(0), case.policy(folder)
     frames = read_clip(tmp_path / "videos" / "0.mp4", 0.0, video)
     for part, value in policy.encode_with_images([caption.text], frames[:1]).items():

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bpgo_video.commands import prompts as commands
-from bpgo_video.data.fingerprint import EncoderStamp
+from bpgo_video.commands import prompts as tool
 from bpgo_video.data.prompt_files import PromptFileError, make_plan, prompt_id, read_prompts
 from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import EncoderStamp
 from bpgo_video.data.stream import PromptStream
 from bpgo_video.data.writer import Build
 from bpgo_video.rewards import tiny_world as world
 from tools.tiny import prompts
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return commands
 
 
 def encode(texts) -> dict[str, torch.Tensor]:
@@ -67,7 +61,7 @@ def test_ids_do_not_depend_on_the_machine() -> None:
     assert 0 <= prompt_id("") < 2**63
 
 
-def test_build_then_inspect_verify_and_stats(tool, stub_policy: Path, tmp_path: Path, capsys) -> None:
+def test_build_then_inspect_verify_and_stats(stub_policy: Path, tmp_path: Path, capsys) -> None:
     output = str(tmp_path / "shards")
     arguments = ["--output", output, "--policy", str(stub_policy), "--max-sequence-length", "8", "--shard-size", "40"]
     assert tool.main(["build", "--input", str(prompts.PATH), *arguments, "--negative-prompt", "blurry"]) == 0
@@ -92,11 +86,11 @@ def test_build_then_inspect_verify_and_stats(tool, stub_policy: Path, tmp_path: 
 
     shard = Path(output, "prompts-000001.tar")
     shard.write_bytes(shard.read_bytes().replace(b"moving", b"MOVING", 1))
-    assert tool.main(["verify", output]) == 1
+    assert tool.main(["verify", output]) == 2
     assert "prompts-000001.tar: its sha256" in capsys.readouterr().err
 
 
-def test_negative_prompts_are_shown_and_counted(tool, stub_policy: Path, tmp_path: Path, capsys) -> None:
+def test_negative_prompts_are_shown_and_counted(stub_policy: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "p.csv").write_text("prompt,negative_prompt\na,dark\nb,\nc,dark\nd,blurry\n")
     output = str(tmp_path / "shards")
     arguments = ["--output", output, "--policy", str(stub_policy), "--max-sequence-length", "8"]
@@ -110,14 +104,78 @@ def test_negative_prompts_are_shown_and_counted(tool, stub_policy: Path, tmp_pat
     ]  # fmt: skip
 
 
-def help_of(tool: ModuleType, capsys) -> str:
+PLAIN = [f"prompt {i} of {'abcdefgh'[i % 8]}" for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "splits"),
+    [
+        ([], {"train": 33, "heldout": 7}),  # by the hashes of these texts
+        (["--holdout", "0.3"], {"train": 26, "heldout": 14}),
+        (["--holdout", "0.000001"], {"train": 39, "heldout": 1}),
+        (["--holdout", "0"], {"train": 40}),
+        (["--split", "test"], {"test": 40}),
+        (["--split", "test", "--holdout", "0.1"], {"test": 33, "heldout": 7}),
+    ],
+)
+def test_plain_prompts_are_held_out_by_their_texts(
+    stub_policy: Path, tmp_path: Path, capsys, flags: list[str], splits: dict[str, int]
+) -> None:
+    found = []
+    for name, lines in (("a", PLAIN), ("b", PLAIN[::-1])):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+        words = [
+            "--input",
+            str(tmp_path / f"{name}.txt"),
+            "--output",
+            str(tmp_path / name),
+            "--policy",
+            str(stub_policy),
+        ]
+        assert tool.main(["build", *words, "--max-sequence-length", "8", *flags]) == 0
+        shards = PromptShards(tmp_path / name)
+        assert shards.splits == splits
+        printed = capsys.readouterr().out
+        assert all(f"{split} {count}" in printed for split, count in splits.items())
+        found.append({record.prompt: record.split for record in shards.records()})
+    assert found[0] == found[1]
+
+
+def test_a_changed_build_prints_the_command_that_replaces_the_shards(stub_policy: Path, tmp_path: Path, capsys) -> None:
+    path, output = tmp_path / "my prompts.txt", tmp_path / "out"
+    path.write_text("".join(f"{line}\n" for line in PLAIN))
+    words = ["build", "--input", str(path), "--output", str(output), "--policy", str(stub_policy)]
+    assert tool.main([*words, "--max-sequence-length", "8"]) == 0
+    before = (output / "index.json").read_bytes()
+    path.write_text("".join(f"{line}\n" for line in PLAIN[1:]))
+    capsys.readouterr()
+    assert tool.main([*words, "--max-sequence-length", "8", "--holdout", "0"]) == 2
+    message = capsys.readouterr().err
+    assert "(other prompts; count 40, here 39; holdout 0.1, here 0.0)" in message
+    assert (output / "index.json").read_bytes() == before
+    program, command, *printed = shlex.split(message.split("run: ")[1])
+    assert (program, command, printed[-1]) == ("bpgo-video", "prompts", "--overwrite")
+    assert tool.main(printed) == 0
+    assert PromptShards(output).splits == {"train": 39}
+
+
+def test_a_share_to_hold_out_contradicts_splits_of_the_input(stub_policy: Path, tmp_path: Path, capsys) -> None:
+    words = ["build", "--input", str(prompts.PATH), "--output", str(tmp_path / "out"), "--policy", str(stub_policy)]
+    assert tool.main([*words, "--max-sequence-length", "8", "--holdout", "0.2"]) == 2
+    assert "the input names splits; leave out --holdout, or ignore them: --split-column ''" in capsys.readouterr().err
+    assert tool.main([*words, "--max-sequence-length", "8", "--holdout", "0.2", "--split-column", ""]) == 0
+    assert PromptShards(tmp_path / "out").splits.keys() == {"train", "heldout"}
+    assert "not read: the columns split;" in capsys.readouterr().out
+
+
+def help_of(capsys) -> str:
     with pytest.raises(SystemExit):
         tool.main(["build", "--help"])
     return " ".join(capsys.readouterr().out.split()).replace("LTX- Video", "LTX-Video")
 
 
-def test_help_describes_prompts(tool, capsys) -> None:
-    shown = help_of(tool, capsys)
+def test_help_describes_prompts(capsys) -> None:
+    shown = help_of(capsys)
     for words in (
         "for prompts without one of their own (empty)",
         "longer prompts are mistakes",
@@ -127,17 +185,17 @@ def test_help_describes_prompts(tool, capsys) -> None:
         assert words in shown
 
 
-def test_a_misspelt_flag_is_named_before_a_missing_one(tool, capsys) -> None:
+def test_a_misspelt_flag_is_named_before_a_missing_one(capsys) -> None:
     with pytest.raises(SystemExit):
         tool.main(["build", "--input", "a.txt", "--outptu", "x", "--policy", "p"])
     assert "--outptu: unknown flag; perhaps you meant --output" in capsys.readouterr().err
 
 
-def test_an_existing_output_is_never_overwritten(tool, stub_policy: Path, tmp_path: Path, capsys) -> None:
+def test_an_existing_output_is_never_overwritten(stub_policy: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     arguments = ["--input", str(prompts.PATH), "--output", str(tmp_path / "out"), "--policy", str(stub_policy)]
-    assert tool.main(["build", *arguments]) == 1
+    assert tool.main(["build", *arguments, "--overwrite"]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
@@ -171,22 +229,25 @@ def test_a_repeated_prompt_names_both_lines(tmp_path: Path) -> None:
         ("p.txt", b"one\n\ntwo\n", r"p.txt:2: the prompt is empty"),
         ("p.txt", b"one\n\xff\xfe\n", r"p.txt:2: .*utf-8"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"p.jsonl:2: Expecting value"),
-        ("p.jsonl", b'{"text": "a"}\n', r"p.jsonl:1: .*\"prompt\""),
-        ("p.jsonl", b'{"prompt": "a", "idd": 3}\n', r"p.jsonl:1: unknown field 'idd'"),
-        ("p.jsonl", b'{"prompt": "a", "id": "3"}\n', r"p.jsonl:1: 'id' is '3', which is not of type int"),
+        (
+            "p.jsonl",
+            b'{"label": "a"}\n',
+            r"p.jsonl:1: no column is named prompt or text or caption; .* label: ",
+        ),
+        ("p.jsonl", b'{"prompt": "a", "id": 3.5}\n', r"p.jsonl:1: 'id' is 3.5, which is not of type int"),
         ("p.jsonl", b'{"prompt": "a", "id": 9223372036854775808}\n', r"p.jsonl:1: .*2\^63"),
         ("p.jsonl", b'{"prompt": "a", "id": -1}\n', r"p.jsonl:1: .*from 0"),
         ("p.txt", b"", "no prompts"),
-        ("p.tsv", b"a", "'.tsv'"),
+        ("p.yaml", b"a", "'.yaml'"),
     ],
 )
 def test_an_input_error_is_named_before_the_model_is_loaded(
-    tool, tmp_path: Path, capsys, name: str, content: bytes, message: str
+    tmp_path: Path, capsys, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PromptFileError, match=message):
         make_plan([tmp_path / name])
     arguments = ["--input", str(tmp_path / name), "--output", str(tmp_path / "out"), "--policy", "nowhere"]
-    assert tool.main(["build", *arguments]) == 1
+    assert tool.main(["build", *arguments]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()

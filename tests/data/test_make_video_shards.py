@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-from bpgo_video.commands import videos as commands
+from bpgo_video.commands import videos as tool
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.clips import read_clip
-from bpgo_video.data.fingerprint import EncoderStamp
 from bpgo_video.data.media import write_video
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.records import LATENTS, PromptRecord
+from bpgo_video.data.records import LATENTS, EncoderStamp, PromptRecord
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.checkpoints import data_of
@@ -25,11 +23,6 @@ from tests.made.random_wan import TEXT_TOKENS, random_wan
 CLIP = VideoConfig(num_frames=world.FRAMES, height=world.SIZE, width=world.SIZE, fps=float(world.FPS))
 SIZE = ["--num-frames", "9", "--height", "64", "--width", "64", "--fps", "8", "--max-sequence-length", "16"]
 EMBEDDED = "package:bpgo_video.tiny/weights/wan"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return commands
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(tool: ModuleType, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("shards") / "out"
     more = [
         "--output",
@@ -90,9 +83,7 @@ def test_latents_decode_to_the_clip(built: Path, videos: Path, policy: Policy) -
             assert (decoded - frames.mean(dim=(0, 2, 3), keepdim=True)).abs().mean() > 0.02
 
 
-def test_shards_can_be_inspected_and_verified(
-    built: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_shards_can_be_inspected_and_verified(built: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert tool.main(["inspect", str(built)]) == 0
     assert "bikes.mp4                         3.00 a red circle moving left" in capsys.readouterr().out
     assert tool.main(["stats", str(built)]) == 0
@@ -105,11 +96,11 @@ def test_shards_can_be_inspected_and_verified(
     data = bytearray(shard.read_bytes())
     data[data.index(b"clip.safetensors") + 600] ^= 1
     shard.write_bytes(data)
-    assert tool.main(["verify", str(copy)]) == 1
+    assert tool.main(["verify", str(copy)]) == 2
     assert "its clip does not match its sha256" in capsys.readouterr().err
 
 
-def test_help_describes_clips_and_has_a_complete_example(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_clips_and_has_a_complete_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool.main(["build", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -121,7 +112,7 @@ def test_help_describes_clips_and_has_a_complete_example(tool: ModuleType, capsy
 
 
 def test_a_build_of_another_size_or_dtype_is_not_continued(
-    built: Path, tool: ModuleType, videos: Path, capsys: pytest.CaptureFixture[str]
+    built: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index = (built / "index.json").read_bytes()
     same = [
@@ -138,7 +129,7 @@ def test_a_build_of_another_size_or_dtype_is_not_continued(
     ]
     assert tool.main(["build", "--input", str(videos), *SIZE, *same]) == 0
     smaller = [text if text != "64" else "32" for text in SIZE]
-    assert tool.main(["build", "--input", str(videos), *smaller, *same]) == 1
+    assert tool.main(["build", "--input", str(videos), *smaller, *same]) == 2
     assert "video {'num_frames': 9, 'height': 64" in capsys.readouterr().err
     odd = [text if text != "64" else "60" for text in SIZE]
     assert tool.main(["build", "--input", str(videos), *odd, *same]) == 2
@@ -146,9 +137,7 @@ def test_a_build_of_another_size_or_dtype_is_not_continued(
     assert (built / "index.json").read_bytes() == index
 
 
-def test_image_to_video_shards_store_the_conditioning_of_the_first_frame(
-    tool: ModuleType, videos: Path, tmp_path: Path
-) -> None:
+def test_image_to_video_shards_store_the_conditioning_of_the_first_frame(videos: Path, tmp_path: Path) -> None:
     folder = random_wan(tmp_path / "policy", images=True, image_encoder=True)
     output = tmp_path / "out"
     more = ["--output", str(output), "--policy", str(folder), "--dtype", "bfloat16", "--max-sequence-length", "512"]
@@ -162,11 +151,9 @@ def test_image_to_video_shards_store_the_conditioning_of_the_first_frame(
         assert torch.equal(value, expected[name][0].to(torch.bfloat16))
 
 
-def test_prompts_without_clips_are_refused(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prompts_without_clips_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     embeds = {"prompt_embeds": torch.ones(4, 2)}
     prompt = PromptRecord(1, "x", conditioning=embeds)
     write_shards([prompt], tmp_path / "prompts", negative=embeds, policy=EncoderStamp("stub", "0", 4))
-    assert tool.main(["inspect", str(tmp_path / "prompts")]) == 1
+    assert tool.main(["inspect", str(tmp_path / "prompts")]) == 2
     assert "holds prompts without video clips" in capsys.readouterr().err

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bpgo_video.data.fingerprint import EncoderStamp
 from bpgo_video.data.priors import PriorError, UnfinishedPriors, load_priors, write_priors
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.records import PromptRecord
+from bpgo_video.data.records import EncoderStamp, PromptRecord
 from bpgo_video.data.stream import PromptStream
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.training import prior_estimation
@@ -45,7 +46,7 @@ def test_a_batch_contains_its_priors(directory: Path) -> None:
 
 
 def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) -> None:
-    command = r"run: bpgo-video priors --config FILE"
+    command = r"run: bpgo-video priors RECIPE$"
     with pytest.raises(PriorError, match=rf"clip.json is missing; {command}"):
         load_priors(directory, {"clip": "v1"})
     write_priors(directory, "clip", "v1", 0.25, "policyhash", {1003: (0.0, 0.0, 0)})
@@ -57,6 +58,28 @@ def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) 
     (directory / "priors" / "clip.json").write_text("[]")
     with pytest.raises(PriorError, match=rf"cannot be read .*{command}"):
         load_priors(directory, {"clip": "v1"})
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "command"),
+    [
+        ("bpgo-video train 'my run.yaml' --run.dir x", {}, "bpgo-video priors 'my run.yaml' --run.dir x"),
+        ("__main__.py --local_rank=1 doctor tiny", {"WORLD_SIZE": "8"}, "bpgo-video priors tiny --ranks 8"),
+        (
+            "train.py --local_rank=1 --config r",
+            {"WORLD_SIZE": "16", "LOCAL_SIZE": "8"},
+            "deepspeed --hostfile HOSTS --module bpgo_video priors --config r",
+        ),
+        ("pytest tests/data", {}, "bpgo-video priors RECIPE"),
+    ],
+)
+def test_a_missing_prior_prints_the_command_for_this_run(
+    words: str, environment: dict[str, str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", shlex.split(words))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert str(PriorError("it is missing")) == f"it is missing; run: {command}"
 
 
 def test_an_invalid_prior_is_not_written(directory: Path) -> None:

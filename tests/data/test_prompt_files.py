@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from bpgo_video.data.media import read_media
 from bpgo_video.data.prompt_files import Line, PromptFileError, Rejected, make_plan, prompt_id, read_lines
 
+datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
-def read(path: Path, content: str | bytes) -> list[Line | Rejected]:
+
+def read(path: Path, content: str | bytes, **reading) -> list[Line | Rejected]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return list(read_lines([path]))
+    return list(read_lines([path], **reading))
 
 
 def test_csv_and_jsonl_are_equivalent(tmp_path: Path) -> None:
@@ -41,23 +50,139 @@ def test_csv_and_jsonl_are_equivalent(tmp_path: Path) -> None:
 
 
 def test_rows_after_an_invalid_row_are_read(tmp_path: Path) -> None:
-    rows = b'prompt,id\none,1\ntwo\n\nlatin \xe9,3\nfour,4x\n"fi"ve,5\nsix,6\n'
+    rows = b"prompt,id\none,1\ntwo\n\nlatin \xe9,3\nfour,4x\nsix,6\n"
     found = read(tmp_path / "p.csv", rows)
     assert [line.record.id for line in found if isinstance(line, Line)] == [1, 6]
     reasons = [line.reason for line in found if isinstance(line, Rejected)]
-    for reason, expected in zip(
-        reasons, ["1 cells, the first line 2", "0 cells", "not UTF-8", "'4x'", "expected after"], strict=True
-    ):
+    for reason, expected in zip(reasons, ["another number of cells", "not UTF-8", "'4x'"], strict=True):
         assert expected in reason
+
+
+ROWS = [{"caption": "a cat", "file_name": "one.png", "id": 5}, {"caption": "a dog", "file_name": "two.png", "id": 6}]
+
+
+def save_list(folder: Path, suffix: str) -> str:
+    table = pyarrow.Table.from_pylist(ROWS)
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, folder / "metadata.parquet")
+    elif suffix == ".jsonl":
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    else:
+        lines = [ROWS[0], *(row.values() for row in ROWS)]
+        between = "," if suffix == ".csv" else "\t"
+        (folder / f"metadata{suffix}").write_text("".join(between.join(map(str, line)) + "\n" for line in lines))
+    return str(folder)
+
+
+def data_set(folder: Path) -> datasets.Dataset:
+    rows = [{"caption": row["caption"], "image": str(folder / row["file_name"]), "id": row["id"]} for row in ROWS]
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+
+
+def save_to_disk(folder: Path) -> str:
+    data_set(folder).save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def save_splits(folder: Path) -> str:
+    datasets.DatasetDict(test=data_set(folder), train=data_set(folder).select([0])).save_to_disk(folder / "splits")
+    return f"{folder / 'splits'}:test"
+
+
+def save_parquet(folder: Path) -> str:
+    datasets.load_from_disk(save_to_disk(folder)).to_parquet(folder / "hub" / "data.parquet")  # with the images
+    return str(folder / "hub" / "data.parquet")
+
+
+def as_on_the_hub(folder: Path) -> str:
+    """A folder in the layout of a hub repository; the same call reads both."""
+    save_parquet(folder)
+    return f"{folder / 'hub'}:train"
+
+
+SOURCES = {
+    **{suffix: partial(save_list, suffix=suffix) for suffix in (".csv", ".tsv", ".jsonl", ".parquet")},
+    **{save.__name__: save for save in (save_to_disk, save_splits, save_parquet, as_on_the_hub)},
+}
+
+
+@pytest.mark.parametrize("save", SOURCES.values(), ids=SOURCES)
+def test_tables_folders_and_data_sets_give_the_same_prompts_and_images(
+    save: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pictures = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for row, picture in zip(ROWS, pictures, strict=True):
+        picture.save(tmp_path / row["file_name"])
+    lines = list(read_lines([save(tmp_path)]))
+    assert [(line.record.prompt, line.record.id, line.record.split) for line in lines] == [
+        ("a cat", 5, ""), ("a dog", 6, "")
+    ]  # fmt: skip
+    for line, row in zip(lines, ROWS, strict=True):
+        assert read_media("image", line.media["image"]) == ("png", (tmp_path / row["file_name"]).read_bytes())
+
+
+@pytest.mark.parametrize(("module", "name"), [("pyarrow.parquet", "metadata.parquet"), ("datasets", "owner/name")])
+def test_a_missing_package_is_named(module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_list(tmp_path, ".parquet")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(PromptFileError, match=rf"{module}.*: pip install 'bpgo-video\[datasets\]'"):
+        list(read_lines([tmp_path / name if "." in name else name]))
+
+
+def test_columns_are_chosen_and_the_others_are_named(tmp_path: Path) -> None:
+    content = "text,alt,pic,score\na cat,the cat,a.png,3\n"
+    (tmp_path / "a.png").write_bytes(b"")
+    (line,) = read(tmp_path / "p.csv", content)
+    assert (line.record.prompt, line.media, line.unused) == ("a cat", {}, {"alt", "pic", "score"})
+    (line,) = read(tmp_path / "p.csv", content, columns={"prompt": ["alt"], "image": ["pic"]})
+    assert (line.record.prompt, line.media, line.unused) == (
+        "the cat",
+        {"image": tmp_path / "a.png"},
+        {"text", "score"},
+    )
+    for columns, message in (
+        (
+            {"prompt": ["label"]},
+            "named label; the columns are text, alt, pic, score: name one with --text-column",
+        ),
+        (
+            {"image": ["image"]},
+            "named image; the columns are text, alt, pic, score: name one with --image-column",
+        ),
+        ({"image": ["text"]}, "a cat does not exist"),
+        ({"tags": ["score"], "info": ["score"]}, "'score' is '3', which is not of type dict"),
+    ):
+        (rejected,) = read(tmp_path / "p.csv", content, columns=columns)
+        assert message in rejected.reason
+    with pytest.raises(PromptFileError, match=r"no prompts in .*p.csv; the first line is refused: .*p.csv:2: no"):
+        make_plan([tmp_path / "p.csv"], on_error="skip", columns={"prompt": ["label"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs/nothing/here/at/all", r"does not exist; give a file, a folder, or a data set OWNER/NAME"),
+        ("owner/name:train", r"owner/name:train cannot be read as a data set: "),  # offline
+        ("{folder}/splits", r"its splits are test, train; name one, as in .*splits:train"),
+        ("{folder}/splits:dev", r"splits:dev: its splits are test, train"),
+        ("{folder}/p.parquet", r"p.parquet: .*not a parquet file"),
+    ],
+)
+def test_sources_that_cannot_be_read_are_named(name: str, message: str, tmp_path: Path) -> None:
+    for row in ROWS:
+        Image.new("RGB", (4, 4)).save(tmp_path / row["file_name"])
+    save_splits(tmp_path)
+    (tmp_path / "p.parquet").write_bytes(b"hello, this is text")
+    with pytest.raises(PromptFileError, match=message):
+        list(read_lines([name.format(folder=tmp_path)]))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.csv", "text\nhello\n", r"must name the columns.*not \['text'\]"),
-        ("p.csv", "prompt,colour\nhello,red\n", r"must name the columns"),
-        ("p.csv", "", r"must name the columns"),
-        ("p.csv", '"prompt\n', r"unexpected end of data"),
+        ("p.csv", '"prompt\n', r"p.csv:1: unexpected end of data"),
+        ("p.csv", 'prompt\none\n"tw"o\n', r"p.csv:3: .*expected after"),
         ("p.json", "{}", r"VBench's list"),
         ("p.json", "[", r"p.json: Expecting value"),
     ],
@@ -81,10 +206,10 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_negative_prompt_may_be_empty_and_must_be_usable(tmp_path: Path) -> None:
-    lines = [{"negative_prompt": ""}, {"negative_prompt": " dark "}, {"negative_prompt": None},
+    lines = [{"negative_prompt": ""}, {"negative_prompt": " dark "}, {"negative_prompt": 3}, {"negative_prompt": None},
              {"negative_prompt": "a\u0007b"}, {"negative_prompt": "x" * 2001}]  # fmt: skip
     found = read(tmp_path / "p.jsonl", "".join(json.dumps({"prompt": "x", **line}) + "\n" for line in lines))
-    assert [line.record.negative_prompt for line in found if isinstance(line, Line)] == ["", "dark"]
+    assert [line.record.negative_prompt for line in found if isinstance(line, Line)] == ["", "dark", None]
     reasons = [line.reason for line in found if isinstance(line, Rejected)]
     for reason, expected in zip(
         reasons, ["not of type str", "control character", "negative prompt has 2001"], strict=True

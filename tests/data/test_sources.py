@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.data.fingerprint import EncoderStamp
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.records import PromptRecord, ShardError
+from bpgo_video.data.records import EncoderStamp, PromptRecord, ShardError
 from tests.made.prompt_folders import write_shards
 
 NEGATIVE = {"prompt_embeds": torch.ones(3, 2)}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.data.statistics import THRESHOLD, NearDuplicates, prompt_statistics, words_of
+from bpgo_video.data.records import prompt_id
+from bpgo_video.data.statistics import THRESHOLD, NearDuplicates, held_out, prompt_statistics, words_of
 
 VOCABULARY = [f"word{i}" for i in range(60)]
 
@@ -81,3 +83,36 @@ def test_leaks_are_the_groups_that_span_splits() -> None:
     assert found.tags == {"a": 2, "b": 1}
     assert found.media == {"image": 2, "video": 1}
     assert found.characters == (5, 13, len(long))
+
+
+def chosen(texts: list[str], share: float = 0.1) -> set[str]:
+    keys = np.array([prompt_id(text) for text in texts])
+    found = held_out(keys, groups(texts), share)
+    return {text for text in texts if prompt_id(text) in found}
+
+
+def test_a_text_is_held_out_whatever_the_others_are_and_their_order() -> None:
+    texts = [f"{'abcdefgh'[i % 8]} {'xyz'[i % 3]} number {i}" for i in range(2000)]
+    whole = chosen(texts)
+    assert 150 < len(whole) < 250
+    assert chosen(texts[::-1]) == whole
+    assert chosen(texts[::2]) == whole & set(texts[::2])
+    assert whole < chosen(texts, 0.3)
+
+
+@given(st.lists(st.sampled_from(VOCABULARY), min_size=2, max_size=30), st.sampled_from([0.01, 0.1, 0.5, 0.99]))
+def test_of_two_or_more_texts_one_is_held_out_and_one_is_not(texts: list[str], share: float) -> None:
+    assert len(chosen(texts, share)) in (range(1, len(set(texts))) if len(set(texts)) > 1 else range(1))
+
+
+def test_nearly_equal_texts_stay_together_unless_all_are() -> None:
+    draw = random.Random(1)
+    families = []
+    for _ in range(300):
+        words = draw.sample(VOCABULARY, 12)
+        families.append([" ".join(words), " ".join(words[:11]), " ".join(words).upper() + "!"])
+    whole = chosen([text for family in families for text in family])
+    taken = [sum(text in whole for text in family) for family in families]
+    assert set(taken) == {0, 3}
+    assert 15 < taken.count(3) < 50
+    assert len(chosen(families[0], 0.1)) == 1

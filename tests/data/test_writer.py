@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.data.fingerprint import EncoderStamp
 from bpgo_video.data.prompt_files import PromptFileError, make_plan, prompt_id
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.records import ShardError
+from bpgo_video.data.records import EncoderStamp, ShardError
 from bpgo_video.data.stream import as_batch
 from bpgo_video.data.writer import SKIPPED, Build, Encode, build_shards
 
@@ -182,12 +181,31 @@ def test_a_finished_build_is_unchanged_and_another_is_refused(prompts: Path, tmp
     again = Encoder(0)
     assert job(prompts, tmp_path / "out", again).run()
     assert contents(tmp_path / "out") == before
-    with pytest.raises(FileExistsError, match=r"other prompts or settings \(shard_size 1000, now 8\)"):
+    with pytest.raises(FileExistsError, match=r"or settings \(shard_size 1000, here 8\)\. .*run: overwrite=True"):
         job(prompts, tmp_path / "out", again, shard_size=8).run()
     with prompts.open("a") as stream:
         stream.write('{"prompt": "one more"}\n')
-    with pytest.raises(FileExistsError, match=r"prompts '.*'; count 25, now 26\)"):
+    with pytest.raises(FileExistsError, match=r"\(other prompts; count 25, here 26\)"):
         job(prompts, tmp_path / "out", again).run()
+
+
+def test_shards_stay_whole_until_those_that_replace_them_are_complete(prompts: Path, tmp_path: Path) -> None:
+    output, small = tmp_path / "out", {"shard_size": 4, "overwrite": True}
+    job(prompts, output, Encoder()).run()
+    before = contents(output)
+    with pytest.raises(KeyboardInterrupt):
+        job(prompts, output, Encoder(4), **small).run()
+    assert contents(output) == before
+    with pytest.raises(KeyboardInterrupt):
+        job(prompts, output, Encoder(1), shard_size=5, overwrite=True).run()
+    encoders = [Encoder(), Encoder()]
+    jobs = [job(prompts, output, encode, **small) for encode in encoders]
+    assert [one.run(rank, 2) for rank, one in enumerate(jobs)] == [False, True]
+    job(prompts, tmp_path / "whole", Encoder(), shard_size=4).run()
+    assert contents(output) == contents(tmp_path / "whole")
+    assert sum(sum(encode.texts.values()) for encode in encoders) < 22, "the interrupted build was continued"
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")]
+    assert job(prompts, output, Encoder(0), **small).run(), "a finished build is left as it is"
 
 
 STRANGE = (

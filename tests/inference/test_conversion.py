@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from bpgo_video.commands.convert import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.data.fingerprint import fingerprint
 from bpgo_video.distributed.zero_files import CheckpointError, verify_universal
+from bpgo_video.files import fingerprint
 from bpgo_video.inference.conversion import Conversion, convert, verify_output
 from bpgo_video.inference.hub import this_code
 from bpgo_video.inference.run_weights import find_checkpoint

@@ -7,9 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bpgo_video.data.fingerprint import EncoderStamp
-from bpgo_video.data.records import PromptRecord, layout_of
-from bpgo_video.data.writer import write_index, write_negative, write_shard
+from bpgo_video.data.records import (
+    NEGATIVE,
+    EncoderStamp,
+    PromptRecord,
+    layout_of,
+    write_index,
+    write_shard,
+    write_tensors,
+)
 
 
 def write_shards(
@@ -21,7 +27,7 @@ def write_shards(
     shard_size: int = 1000,
 ) -> None:
     records, shards = list(records), []
-    write_negative(output, negative)
+    write_tensors(output / NEGATIVE, negative)
     layout = layout_of(negative, policy.max_sequence_length)
     for number, first in enumerate(range(0, len(records), shard_size)):
         path = output / f"prompts-{number:06d}.tar"

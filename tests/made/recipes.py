@@ -9,7 +9,7 @@ from typing import Any
 
 from bpgo_video.config.bpgo import Config, RewardConfig
 from bpgo_video.config.reading import config_from_dict, read_yaml, to_yaml
-from bpgo_video.data.fingerprint import encoder_stamp
+from bpgo_video.data.records import encoder_stamp
 from bpgo_video.data.writer import build_shards
 from bpgo_video.files import resolve_folder
 from bpgo_video.policies import load_policy

@@ -11,7 +11,7 @@ from diffusers import WanPipeline
 
 from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.data.fingerprint import encoder_stamp
+from bpgo_video.data.records import encoder_stamp
 from bpgo_video.data.writer import build_shards
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.lora import add_lora

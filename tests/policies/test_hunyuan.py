@@ -13,8 +13,8 @@ from torch import Tensor
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.data.fingerprint import encoder_stamp
 from bpgo_video.data.reader import PromptShards
+from bpgo_video.data.records import encoder_stamp
 from bpgo_video.data.writer import build_shards
 from bpgo_video.diffusion.sde import flow_shift
 from bpgo_video.inference.pipeline import resolve

@@ -71,7 +71,7 @@ def test_a_truncated_shard_is_named(config: Config, shards: Path, tmp_path: Path
 
 def test_a_missing_prior_names_the_command(config: Config) -> None:
     config = replace(config, prior=replace(config.prior, kind="reference"))
-    with pytest.raises(PriorError, match=r"bpgo-video priors --config"):
+    with pytest.raises(PriorError, match=r"bpgo-video priors RECIPE"):
         session.check_inputs(config, MESH)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.learner import PriorConfig
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.data.fingerprint import encoder_stamp
+from bpgo_video.data.records import encoder_stamp
 from bpgo_video.data.writer import build_shards
 from bpgo_video.distributed.ds_config import read_tensor, tensor_files
 from bpgo_video.distributed.heartbeat import Heartbeat

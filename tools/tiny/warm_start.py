@@ -19,10 +19,17 @@ import torch
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.config.reading import config_from_dict
 from bpgo_video.config.sft import SftConfig
-from bpgo_video.data.encoding import clip_stamp
-from bpgo_video.data.fingerprint import encoder_stamp
-from bpgo_video.data.records import LATENTS, PromptRecord, layout_of
-from bpgo_video.data.writer import write_index, write_negative, write_shard
+from bpgo_video.data.records import (
+    LATENTS,
+    NEGATIVE,
+    PromptRecord,
+    encoder_stamp,
+    layout_of,
+    write_index,
+    write_shard,
+    write_tensors,
+)
+from bpgo_video.data.writer import clip_stamp
 from bpgo_video.files import resolve_folder
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rewards import tiny_world as world
@@ -47,7 +54,7 @@ def write_clips(policy_folder: str, output: Path, count: int, heldout: int = HEL
     folder = resolve_folder(policy_folder)
     policy = load_policy(policy_folder, max_sequence_length=TEXT_TOKENS)
     negative = {name: value[0] for name, value in policy.encode([""]).items()}
-    write_negative(output, negative)
+    write_tensors(output / NEGATIVE, negative)
     layout = layout_of(negative, TEXT_TOKENS)
     shard = write_shard(output / "clips-000000.tar", clips(policy, count, heldout, seed), 0, layout)
     stamp = clip_stamp(folder, VIDEO, policy.takes_images)
