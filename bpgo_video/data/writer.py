@@ -230,7 +230,7 @@ class Build:
 
     def _undisturbed(self) -> AbstractContextManager[Any]:
         """The block in which no other rank replaces the output."""
-        return FileLock(self._hidden("lock")) if self.overwrite else nullcontext()
+        return FileLock(self._hidden("replacing")) if self.overwrite else nullcontext()
 
     def _begin(self) -> str:
         """Start the build, or find what differs from the one in the folder, which is wanted only with `overwrite`."""

@@ -85,7 +85,7 @@ def test_prompt_shards_and_clips_of_another_vae_are_refused(config: SftConfig, t
     shutil.copytree(resolve_folder(config.policy.folder), folder)
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(ShardError, match=r"another video or VAE \(encoder '\w{16}', here '\w{16}'\)"):
+    with pytest.raises(ShardError, match=r"another video or VAE \(other encoder\)"):
         check_inputs(replace(config, policy=replace(config.policy, folder=str(folder))), MESH)
 
 
