@@ -109,7 +109,7 @@ def test_an_anchor_is_required_only_where_it_is_used() -> None:
 def test_nft_requires_every_sample(key: str) -> None:
     broken = other_starts() | {"advantage": {key: 1}, "bpgo": {"alpha": 0.0}}
     config_from_dict(broken)
-    broken["loss"] = {**broken.get("loss", {}), "objective": "nft"}
+    broken["loss"] = {"objective": "nft"}
     with pytest.raises(ConfigError, match=rf"advantage\.{key}.*loss\.objective"):
         config_from_dict(broken)
 
