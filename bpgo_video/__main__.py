@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from bpgo_video.cli import adapt_to_locale, without_common_flags
-from bpgo_video.errors import excepthook, suggestion, tell
+from bpgo_video.errors import install_excepthook, suggestion, tell
 
 COMMANDS = {  # name -> module of bpgo_video.commands, its function of (words, script's docstring), summary
     "demo": ("shipped", "demo", "post-train the embedded policy with BPGO in minutes, on any CPU"),
@@ -44,8 +43,7 @@ def main(words: Sequence[str] | None = None, script: str | None = None) -> int:
         words: the command line; None takes the program's own.
         script: docstring of the repository's script that calls this; --help shows its examples.
     """
-    if "RANK" in os.environ:
-        sys.excepthook = excepthook
+    install_excepthook()
     adapt_to_locale()
     name, *rest = without_common_flags(sys.argv[1:] if words is None else words) or ["--help"]
     if words is None and {name, *rest} & {"-h", "--help", "recipes"}:

@@ -105,9 +105,14 @@ def exit_code(error: BaseException) -> int:
     return 2 if isinstance(error, (FileNotFoundError, PermissionError)) else int(getattr(error, "exit_code", 1))
 
 
+def is_one_of_several() -> bool:
+    """Whether this process is a rank of a launch of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def tell(text: str) -> None:
     """Write to stderr, unless a rank of the same launch and host has already told why it fails."""
-    if "RANK" in os.environ:
+    if is_one_of_several():
         try:
             with _claims().open("a+") as claims:
                 fcntl.flock(claims, fcntl.LOCK_EX)  # held until the text is written: then others may exit
@@ -145,7 +150,7 @@ def _write(text: str) -> None:
 @contextmanager
 def told() -> Iterator[None]:
     """Print what the block prints before it exits, but on the ranks of a host only once."""
-    if "RANK" not in os.environ:
+    if not is_one_of_several():
         yield
         return
     printed = StringIO()
@@ -175,11 +180,16 @@ def traced(error: BaseException, summary: str) -> str:
     while earlier := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
         cause = earlier
     calls = "".join(traceback.format_tb(cause.__traceback__, limit=-CALLS))
-    named = "" if cause is error else "".join(traceback.format_exception_only(cause))
-    return f"Traceback (innermost calls last):\n{calls}{named}{summary}"
+    first = "" if cause is error else "".join(traceback.format_exception_only(cause))
+    return f"Traceback (innermost calls last):\n{calls}{first}{summary}"
 
 
-def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """`sys.excepthook` of ranks: of equal tracebacks one is enough."""
+def install_excepthook() -> None:
+    """Print an exception that ends this rank, unless another rank of its host has told."""
+    if is_one_of_several():
+        sys.excepthook = _excepthook
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     who = f"rank {os.environ.get('RANK', '0')} ({socket.gethostname()}, pid {os.getpid()})"
     tell(traced(error, f"error: {who} failed: {named(error)}"))

@@ -9,7 +9,6 @@ import inspect
 import math
 import os
 import socket
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ from bpgo_video.distributed.ds_config import (
 )
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
-from bpgo_video.errors import excepthook
+from bpgo_video.errors import install_excepthook
 
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
 
@@ -77,9 +76,8 @@ def start_ranks(timeout: timedelta = TIMEOUT) -> Mesh:
     Raises:
         ConfigError: the launcher's port is in use, or see `refuse_lone_tasks`.
     """
-    if "RANK" in os.environ:
-        sys.excepthook = excepthook
-    else:
+    install_excepthook()
+    if "RANK" not in os.environ:
         refuse_lone_tasks()
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))

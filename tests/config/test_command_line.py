@@ -102,6 +102,7 @@ def test_only_one_rank_per_host_prints_an_error(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, lines in (("1", 1), ("0", 0)):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as stopped:

@@ -75,7 +75,7 @@ def test_only_one_rank_per_host_prints_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--outptu: unknown flag" in refused("build --outptu x", capsys)
     assert refused("build --outptu x", capsys) == "", "another rank has printed it"
     print_error(ValueError("wrong"))

@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -156,9 +155,8 @@ def test_verbose_reaches_the_launcher_and_the_ranks(launched: list[str], monkeyp
 
 
 def test_invalid_uses_of_ranks_are_refused(
-    launched: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    launched: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where ranks agree who prints
     for words, code, message in (
         ("evaluate total results --ranks 2", 2, "--ranks: unknown flag"),
         ("train --config tiny_wan_bpgo --ranks 0", 2, "--ranks: 0 must be 1 or more"),

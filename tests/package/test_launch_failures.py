@@ -15,7 +15,7 @@ from bpgo_video.errors import CALLS, LINES, explained, tell, traced
 def claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder for temporary files of a process that is a rank."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     return tmp_path
 
 
@@ -28,13 +28,13 @@ def test_the_first_rank_of_a_host_tells(claims: Path, capsys: pytest.CaptureFixt
     assert [told("error: first", capsys), told("error: second", capsys)] == [True, False]
 
 
-@pytest.mark.parametrize("name", ["RANK", "MASTER_PORT"])
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "1"), ("MASTER_PORT", "29999")])
 def test_launches_do_not_silence_each_other(
-    claims: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    claims: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    """MASTER_PORT distinguishes launches; a process without RANK is no rank of a launch."""
+    """MASTER_PORT distinguishes launches; a process alone always tells."""
     assert told("error: one launch", capsys)
-    monkeypatch.setenv(name, "29999") if name == "MASTER_PORT" else monkeypatch.delenv(name)
+    monkeypatch.setenv(name, value)
     assert told("error: another", capsys)
 
 
