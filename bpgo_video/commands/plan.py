@@ -1,7 +1,9 @@
 """Compute the memory of a recipe on each rank before you request a GPU, and what to change if it does not fit.
 
-    bpgo-video plan --config wan21_1.3b_480p_8x80gb --gpus 8 --gigabytes 80
-    bpgo-video plan --model wan2.1-t2v-14b --size 480x832x81 --gpus 32 --sequence 4
+    bpgo-video plan wan21_1.3b_480p_8x80gb --gpus 8
+    bpgo-video plan my_recipe.yaml --gpus 16 --gigabytes 40 80 --rollout.micro-batch-size 2
+    bpgo-video plan --model wan2.1-t2v-14b --gpus 32 --sequence 4 --lora-rank 32
+    bpgo-video plan --model path/to/pipeline --gpus 8 --size 480x832x49 --zero 2
 
 Reads no weights and needs no GPU; `bpgo-video doctor` then measures a step on the GPUs themselves. Exit code 0 if the
 job fits on a GPU of one of the given sizes, 1 if it fits on none, 2 if the recipe or a flag is wrong.
@@ -12,9 +14,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,237 +24,194 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpgo_video.cli import above_zero, help_of, not_negative, positive, print_error
+from bpgo_video.cli import help_of, not_negative, positive, print_error
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.config.command_line import load_config
+from bpgo_video.config.command_line import apply_flags, load_config, recipe_as_flag
 from bpgo_video.config.reading import config_from_dict, ds_config_file
 from bpgo_video.distributed.ds_config import read_ds_config
-from bpgo_video.training.plan import GPUS, Advice, Job, Plan, advise, count_step, reckon, room
+from bpgo_video.training.plan import Job, Parts, Plan, advise, change, count_step, readable, reckon, room
 from bpgo_video.training.plan_models import find_model
-from bpgo_video.training.plan_zero import Parts
 
-GB = 10**9
-OFFLOADS = {
-    "none": {},
-    "optimizer": {"offload_optimizer": {"device": "cpu"}},
-    "all": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+GPUS = (24, 40, 80, 141)  # gigabytes
+PROMPTS = "--rollout.prompts-per-step"
+SHORT = {  # -> the recipe's own flag
+    "--family": "--policy.family",
+    "--prompts": PROMPTS,
+    "--group-size": "--rollout.group-size",
+    "--micro-batch": "--rollout.micro-batch-size",
+    "--sequence": "--parallel.sequence",
+    "--lora-rank": "--policy.lora.rank",
+    "--guidance": "--sampler.guidance-scale",
+    "--no-checkpointing": "--policy.no-gradient-checkpointing",
 }
-
-
-@dataclass(frozen=True)
-class ModelFlag:
-    """A flag that replaces a recipe's setting.
-
-    Attributes:
-        recipe: the recipe's own flag for the same.
-        options: of argparse.
-    """
-
-    recipe: str
-    text: str
-    default: Any = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-COUNT: dict[str, Any] = {"type": positive, "metavar": "N"}
-MODEL_FLAGS = {
-    "family": ModelFlag("--policy.family {}", "as policy.family in recipes: another pipeline, or module:Name"),
-    "size": ModelFlag(
-        "--video.height H --video.width W --video.num-frames N", "height x width x frames (480x832x81)", "480x832x81"
-    ),
-    "prompts": ModelFlag("--rollout.prompts-per-step {}", "a step (as many as fill the ranks once)", None, COUNT),
-    "group-size": ModelFlag("--rollout.group-size {}", "samples of a prompt, G (8)", 8, COUNT),
-    "micro-batch": ModelFlag("--rollout.micro-batch-size {}", "samples of a rank at once (1)", 1, COUNT),
-    "zero": ModelFlag("--deepspeed zero{}", "stage (3)", 3, {"type": int, "choices": (1, 2, 3)}),
-    "sequence": ModelFlag("--parallel.sequence {}", "ranks that share a sample's tokens (1)", 1, COUNT),
-    "lora-rank": ModelFlag("--policy.lora.rank {}", "0 trains all weights (0)", 0, {"type": int, "metavar": "R"}),
-    "offload": ModelFlag(
-        "--deepspeed FILE, of a JSON that offloads", "to the CPU (none)", "none", {"choices": tuple(OFFLOADS)}
-    ),
-    "guidance": ModelFlag(
-        "--sampler.guidance-scale {}", "above 1 both halves are computed (1)", 1.0, {"type": above_zero, "metavar": "S"}
-    ),
-    "no-checkpointing": ModelFlag(
-        "--policy.no-gradient-checkpointing", "keep all activations in replay", False, {"action": "store_true"}
-    ),
-}
+LARGEST = 4  # parts of a phase that the summary names
+Advised = dict[int, tuple[list[str], Plan]]  # gigabytes -> changes, and the plan with them
+OFFLOADS = {"optimizer": ["offload_optimizer"], "all": ["offload_optimizer", "offload_param"]}
+MODEL = "a published model, a hub id or a folder, with defaults: 480x832x81, bf16, ZeRO-3, checkpointing, groups of 8"
+FLAGS = "flags of the recipe follow, as --rollout.group-size 8; shorter ones are\n  " + "\n  ".join(
+    f"{short:20}{flag}" for short, flag in SHORT.items()
+)
 
 
 def parser(script: str | None = None) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(**help_of("plan", __doc__, script), formatter_class=formatter, allow_abbrev=False)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", type=Path, help="a recipe; its flags (--rollout.group-size 8) may follow")
-    what.add_argument("--model", help="a known model, a hub id or a folder, with the flags below in place of a recipe")
+    described = {**help_of("plan", __doc__, script), "epilog": FLAGS}
+    parser = argparse.ArgumentParser(**described, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--gpus", required=True, help="ranks of the whole run", **COUNT)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="a recipe: a file, or a shipped one; it may be the first word")
+    what.add_argument("--model", help=MODEL)
+    add("--gpus", required=True, type=positive, metavar="N", help="ranks of the whole run")
     sizes = f"of one GPU; several sizes are compared ({' '.join(map(str, GPUS))})"
     add("--gigabytes", type=positive, nargs="+", default=list(GPUS), metavar="GB", help=sizes)
     rewards = "of reward models on the policy's GPUs (0)"
     add("--reward-gigabytes", type=not_negative, default=0.0, metavar="GB", help=rewards)
-    add("--json", action="store_true", help="print JSON in place of tables")
-    group = parser.add_argument_group("with --model only")
-    for name, flag in MODEL_FLAGS.items():
-        group.add_argument(f"--{name}", help=flag.text, default=argparse.SUPPRESS, **flag.options)
+    add("--size", type=size, metavar="HxWxF", help="height x width x frames of a video")
+    add("--zero", type=int, choices=(1, 2, 3), help="stage of ZeRO, in place of the DeepSpeed JSON's")
+    add("--offload", choices=OFFLOADS, help="to the CPU, besides what the JSON offloads")
+    add("--json", action="store_true", help="print JSON in place of text")
     return parser
 
 
-def given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The MODEL_FLAGS of the command line."""
-    return {name: vars(arguments)[key] for name in MODEL_FLAGS if (key := name.replace("-", "_")) in arguments}
+def size(text: str) -> list[str]:
+    """An argument's type: a video's size, as flags of a recipe."""
+    names, numbers = ("height", "width", "num-frames"), text.split("x")
+    if len(numbers) != len(names) or not all(map(str.isdigit, numbers)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be height x width x frames, 480x832x81")
+    return [f"--video.{name}={number}" for name, number in zip(names, numbers, strict=True)]
 
 
-def all_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All MODEL_FLAGS, with defaults."""
-    return {name: flag.default for name, flag in MODEL_FLAGS.items()} | given_flags(arguments)
-
-
-def job_of(arguments: argparse.Namespace, flags: Sequence[str]) -> Job:
-    """The job of the command line.
+def job_of(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
+    """The job of the command line; `words` are flags of the recipe.
 
     Raises:
         ConfigError: values that contradict each other, or an unknown model.
     """
-    shared: dict[str, Any] = {
-        "ranks": arguments.gpus,
-        "reward_bytes": int(arguments.reward_gigabytes * GB),
-        "gigabytes": max(arguments.gigabytes),
-    }
+    parted = [word.partition("=") for word in words]
+    flags = [SHORT.get(name, name) + sign + value for name, sign, value in parted] + (arguments.size or [])
     if arguments.config:
-        for name, value in given_flags(arguments).items():
-            instead = MODEL_FLAGS[name].recipe.format(value)
-            raise ConfigError(f"--{name} is a flag of --model; with a recipe use {instead}")
         config = load_config(["--config", str(arguments.config), *flags])
-        ds_config = read_ds_config(str(ds_config_file(config.deepspeed)))
-        return Job(config, ds_config, model=find_model(config.policy.folder), **shared)
-    if flags:
-        raise ConfigError(f"{flags} are a recipe's flags, which --model does not take; see --help")
-    recipe = config_from_dict(recipe_of(arguments), "command line")
-    assert isinstance(recipe, Config)
-    return Job(recipe, ds_config_of(arguments), model=find_model(arguments.model), **shared)
+    else:
+        config = config_of(arguments.model, flags)
+    if arguments.model and not any(flag.startswith(PROMPTS) for flag in flags):
+        rollout, groups = config.rollout, max(1, arguments.gpus // config.parallel.sequence)
+        filling = -(-groups * rollout.micro_batch_size // rollout.group_size)
+        config = replace(config, rollout=replace(rollout, prompts_per_step=filling))
+    job = Job(
+        config,
+        read_ds_config(str(ds_config_file(config.deepspeed))),
+        arguments.gpus,
+        find_model(config.policy.folder),
+        reward_bytes=int(arguments.reward_gigabytes * 1e9),
+        gigabytes=max(arguments.gigabytes),
+    )
+    stage = [f"stage: {arguments.zero}"] if arguments.zero else []
+    offload = [f"{part}: {{device: cpu}}" for part in OFFLOADS.get(arguments.offload, [])]
+    return reduce(change, (f"zero_optimization.{words}" for words in stage + offload), job)
 
 
-def recipe_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The recipe that the flags describe; other settings have a recipe's defaults."""
-    flags = all_flags(arguments)
-    try:
-        height, width, frames = map(int, flags["size"].split("x"))
-    except ValueError:
-        raise ConfigError(f"--size is {flags['size']!r}; it must be height x width x frames, 480x832x81") from None
-    groups, group_size = max(1, arguments.gpus // flags["sequence"]), flags["group-size"]
-    filling = -(-groups * flags["micro-batch"] // group_size)
-    return {
+def config_of(model: str, flags: Sequence[str]) -> Config:
+    """A recipe of a model: defaults, and the flags."""
+    tokens = find_model(model).text_tokens or 512
+    tree = {
         "run": {"dir": "none"},
-        "policy": {
-            "folder": arguments.model,
-            "family": flags["family"],
-            "max_sequence_length": find_model(arguments.model).text_tokens or 512,
-            "gradient_checkpointing": not flags["no-checkpointing"],
-            "lora": {"rank": flags["lora-rank"]},
-        },
-        "video": {"num_frames": frames, "height": height, "width": width, "fps": 16},
+        "policy": {"folder": model, "max_sequence_length": tokens, "gradient_checkpointing": True},
+        "video": {"num_frames": 81, "height": 480, "width": 832, "fps": 16},
         "data": {"shards": "none"},
-        "deepspeed": "none",
+        "deepspeed": "zero3_bf16",
         "rewards": {"any": {"model": "none"}},
-        "sampler": {"guidance_scale": flags["guidance"]},
-        "rollout": {
-            "prompts_per_step": flags["prompts"] or filling,
-            "group_size": group_size,
-            "micro_batch_size": flags["micro-batch"],
-        },
-        "parallel": {"sequence": flags["sequence"]},
+        "rollout": {"prompts_per_step": 1, "group_size": 8, "micro_batch_size": 1},
     }
+    config = apply_flags(config_from_dict(tree, "--model"), flags)
+    assert isinstance(config, Config)
+    return config
 
 
-def ds_config_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """DeepSpeed's settings that the flags describe: ZeRO in bf16."""
-    flags = all_flags(arguments)
-    return {"bf16": {"enabled": True}, "zero_optimization": {"stage": flags["zero"], **OFFLOADS[flags["offload"]]}}
-
-
-def as_json(job: Job, plan: Plan, sizes: Sequence[int], advice: dict[int, Advice]) -> dict[str, Any]:
+def as_json(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> dict[str, Any]:
     return {
         "model": job.model.name,
-        "step": asdict(count_step(job)),
-        "phases": {phase.name: {**phase.parts, "total": phase.total} for phase in plan.phases},
+        "step": count_step(job),
+        "phases": {name: {**parts, "total": plan.totals[name]} for name, parts in plan.phases.items()},
         "host": plan.host,
         "gathers_for_rollout": plan.gathers,
-        "tightest": plan.tightest.name,
+        "tightest": plan.tightest,
         "fits": {str(size): plan.fits(size) for size in sizes},
-        "advice": {str(size): vars(one) for size, one in advice.items()},
+        "advice": {
+            str(size): {"changes": changes, "peak": changed.peak, "fits": changed.fits(size)}
+            for size, (changes, changed) in advised.items()
+        },
     }
 
 
-def as_text(job: Job, plan: Plan, sizes: Sequence[int], advice: dict[int, Advice]) -> str:
-    text = io.StringIO()
-    console = Console(file=text, width=100, color_system=None)
-    console.print(f"{job.model.name} ({job.model.source})\n{counts_of(job)}", highlight=False)
+def as_text(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> str:
+    console = Console(file=(text := io.StringIO()), width=100, color_system=None, highlight=False)
+    for line in (*summary(job, plan, sizes, advised), "", *counts(job), ""):
+        console.print(line, soft_wrap=True)
     console.print(memory_table(plan))
-    if plan.host:
-        console.print(f"On the host, for each rank: {_listed(plan.host)}", highlight=False)
-    for size in sizes:
-        room_left = f"{room(size) / GB:.1f} of {size} GB are for tensors"
-        verdict = "fits" if plan.fits(size) else f"does not fit, {plan.tightest.name} is the tightest"
-        console.print(f"{size} GB: {verdict} ({plan.peak / GB:.1f} GB needed, {room_left})", highlight=False)
-        if size in advice:
-            console.print(_advised(advice[size]), highlight=False)
     return text.getvalue().rstrip()
 
 
-def counts_of(job: Job) -> str:
-    """The numbers of a step, in three lines."""
+def summary(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> Iterator[str]:
+    """What fits, the largest parts of the phase that needs the most, and what to change."""
+    yield f"{job.model.name} on {job.ranks} GPUs needs {readable(plan.peak)} of each, during `{plan.tightest}`:"
+    parts = plan.phases[plan.tightest]
+    yield f"  {listed(dict(sorted(parts.items(), key=lambda part: -part[1])[:LARGEST]))}"
+    for size in sizes:
+        verdict = "fits" if plan.fits(size) else "does not fit"
+        yield f"{size} GB: {verdict} (tensors can take {readable(room(size))})"
+    for size, (changes, changed) in advised.items():
+        wanted = f"to fit {size} GB" if changed.fits(size) else f"even so it does not fit {size} GB"
+        yield f"Set, {wanted} (then {readable(changed.peak)}):" if changes else f"No setting makes it fit {size} GB."
+        yield from (f"  {words}" for words in changes)
+        if not changed.fits(size):
+            yield "Take a smaller video, or larger GPUs."
+    if plan.host:
+        yield f"On the host, for each rank: {listed(plan.host)}"
+
+
+def listed(parts: Parts) -> str:
+    return ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
+
+
+def counts(job: Job) -> tuple[str, ...]:
+    """The numbers of a step."""
     step = count_step(job)
-    passes = " + ".join(map(str, step.passes))
+    latents, passes = (
+        separator.join(map(str, step[key])) for separator, key in ((" x ", "latents"), (" + ", "passes"))
+    )
+    groups = f"{step['groups']} groups of {job.config.parallel.sequence}"
     return (
-        f"{step.ranks} ranks in {step.groups} groups; {step.samples} videos a step, {step.samples_per_group} a group "
-        f"in {step.micro_batches} micro-batches\n"
-        f"latents {' x '.join(map(str, step.latents))}; {step.forwards} forwards a rollout on each rank, "
-        f"{len(step.passes)} updates of {passes} passes\n"
-        f"{step.parameters:,} parameters, {step.trained:,} trained"
+        f"{step['parameters']:,} parameters, {step['trained']:,} trained; latents {latents} ({job.model.source})",
+        f"A step: {step['samples']} videos on {groups} GPUs, {step['micro_batches']} micro-batches for each group",
+        f"On each rank: {step['forwards']} forwards a rollout, {len(step['passes'])} updates of {passes} passes",
     )
 
 
 def memory_table(plan: Plan) -> Table:
-    """Gigabytes by part and phase."""
-    table = Table(box=box.ROUNDED, title="GB of a rank's GPU", title_justify="left")
+    """Bytes by part and phase."""
+    table = Table(box=box.ROUNDED, title="Memory of a rank's GPU", title_justify="left")
     table.add_column("")
-    for phase in plan.phases:
-        table.add_column(phase.name, justify="right")
-    for name in dict.fromkeys(name for phase in plan.phases for name in phase.parts):
-        sizes = [phase.parts.get(name) for phase in plan.phases]
-        table.add_row(name, *("" if size is None else f"{size / GB:.2f}" for size in sizes))
+    for name in plan.phases:
+        table.add_column(name, justify="right")
+    for part in dict.fromkeys(part for parts in plan.phases.values() for part in parts):
+        table.add_row(part, *(readable(parts[part]) if part in parts else "" for parts in plan.phases.values()))
     table.add_section()
-    table.add_row("together", *(f"{phase.total / GB:.2f}" for phase in plan.phases))
+    table.add_row("together", *map(readable, plan.totals.values()))
     return table
 
 
-def _listed(parts: Parts) -> str:
-    return ", ".join(f"{name} {size / GB:.2f} GB" for name, size in parts.items() if size)
-
-
-def _advised(advice: Advice) -> str:
-    if not advice.changes:
-        return "   no setting helps: take a smaller video or larger GPUs"
-    verdict = "then it fits" if advice.fits else "and it still does not fit: take a smaller video or larger GPUs"
-    return f"   change first: {'; '.join(advice.changes)}. {verdict} ({advice.peak / GB:.1f} GB)"
-
-
-def main(argv: Sequence[str] | None = None, script: str | None = None) -> int:
+def main(words: Sequence[str], script: str | None = None) -> int:
     """0 if the job fits on a GPU of one of the sizes, 1 if on none, 2 if the recipe or a flag is wrong."""
-    arguments, flags = parser(script).parse_known_args(argv)
+    arguments, flags = parser(script).parse_known_args(recipe_as_flag(words))
     try:
         job = job_of(arguments, flags)
         plan = reckon(job)
         short = [size for size in arguments.gigabytes if not plan.fits(size)]
-        advice = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
+        advised = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
     except ConfigError as error:
         return print_error(error)
     if arguments.json:
-        print(json.dumps(as_json(job, plan, arguments.gigabytes, advice), indent=1))
+        print(json.dumps(as_json(job, plan, arguments.gigabytes, advised), indent=1))
     else:
-        print(as_text(job, plan, arguments.gigabytes, advice))
+        print(as_text(job, plan, arguments.gigabytes, advised))
     return 1 if len(short) == len(arguments.gigabytes) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -49,7 +49,7 @@ def serve(args: argparse.Namespace) -> None:
 
     import torch
 
-    from bpgo_video.rewards.building import build_models
+    from bpgo_video.rewards.reward import build_models
     from bpgo_video.rewards.server import Limits, RewardServer, RewardService, check_exposure
 
     check_exposure(args.host, token)

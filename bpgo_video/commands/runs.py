@@ -5,6 +5,7 @@ Flags, the recipe and its rules are checked before torch is imported and before 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import getdoc
@@ -55,11 +56,11 @@ def priors(words: Sequence[str], script: str | None = None) -> int:
     of reward version or starting policy. To continue an interrupted measurement, repeat the command.
     """
     config = checked_recipe(priors, words, script, kind="bpgo")
-    from bpgo_video.training.prior_estimation import estimate
+    from bpgo_video.training.estimation import estimate_priors
 
     with ranks_of(config) as (mesh, heartbeat):
         heartbeat.enter("priors")
-        estimate(config, mesh)
+        estimate_priors(config, mesh)
     return 0
 
 
@@ -72,13 +73,15 @@ def doctor(words: Sequence[str], script: str | None = None) -> int:
 
     Checks in this order: the velocity equals that of the folder's transformer in fp32; the ODE rollout equals
     diffusers' sampling loop; rewards differ between samples of a prompt; replay gives a ratio of 1; the gradient flows;
-    time and memory of a step. Takes every flag of training, reads the same inputs, and saves nothing. Exit code: 0 if
-    every check passes, 1 if one fails, 2 if the inputs are wrong.
+    time and memory of a step. Ends with the command to run next. Takes every flag of training, reads the same inputs,
+    and saves nothing. Exit code: 0 if every check passes, 1 if one fails, 2 if the inputs are wrong.
     """
     config = checked_recipe(doctor, words, script, kind="bpgo")
     from bpgo_video.distributed.mesh import make_mesh
     from bpgo_video.training.doctor import diagnose
-    from bpgo_video.training.session import build_session, check_inputs
+    from bpgo_video.training.inputs import check_inputs
+    from bpgo_video.training.memory import ranks_of_this_host
+    from bpgo_video.training.session import build_session
 
     with ranks_of(config) as (mesh, heartbeat):
         check_world(config, mesh.world_size)
@@ -86,7 +89,18 @@ def doctor(words: Sequence[str], script: str | None = None) -> int:
         session = build_session(config, mesh, *check_inputs(config, mesh))
         prompts, _ = next(session.batches())
         healthy = diagnose(session, prompts, heartbeat)
+        if mesh.is_main:
+            name, when = ("train", "Next") if healthy else ("doctor", "Then repeat")
+            print(f"{when}: {command_line(name, words, mesh.world_size, ranks_of_this_host())}")
     return 0 if healthy else 1
+
+
+def command_line(name: str, words: Sequence[str], ranks: int, on_this_host: int) -> str:
+    """The command with the words of this one, on as many ranks."""
+    given = shlex.join(split_ranks(words)[1])
+    if ranks > on_this_host:
+        return f"deepspeed --hostfile HOSTS --module bpgo_video {name} {given}"
+    return f"bpgo-video {name} {given} --ranks {ranks}"
 
 
 def checked_recipe(

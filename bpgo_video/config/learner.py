@@ -16,7 +16,7 @@ FORM_TRUST = {"paper": "sigmoid", "released": "posterior"}  # the trust of each 
 @section
 class RewardConfig:
     model: str
-    """A name in `bpgo_video.rewards.building.REWARDS`, or a dotted path such as `my_pkg.rewards:MyReward`."""
+    """A name in `bpgo_video.rewards.reward.REWARDS`, or a dotted path such as `my_pkg.rewards:MyReward`."""
     weight: Annotated[NonNegative, Finite] = 1.0
     """Weight of this reward in the combined advantage."""
     aggregate: Literal["mean", "min", "soft_min", "top_share", "share_above"] = "mean"

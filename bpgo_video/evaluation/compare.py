@@ -47,7 +47,8 @@ from bpgo_video.inference.run_weights import WEIGHTS, load_trained, named_model
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.training.heldout import Scores
-from bpgo_video.training.session import check_inputs, heldout_rows, sampling_policy
+from bpgo_video.training.inputs import check_inputs, heldout_rows
+from bpgo_video.training.session import sampling_policy
 from bpgo_video.types import RolloutChunk, Videos
 
 EXPORTS = ("export", "export-ema")

@@ -32,11 +32,10 @@ from transformers import AutoModel, AutoTokenizer, CLIPModel
 
 from bpgo_video.evaluation.vbench_files import SuitePrompt
 from bpgo_video.files import fingerprint, resolve_folder
-from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips
-from bpgo_video.rewards.checkpoints import linear_layers, read_weights, unpickled
 from bpgo_video.rewards.motion import DYNAMIC, DynamicDegree, FrameConsistency, speed
-from bpgo_video.rewards.text import XClipScore
+from bpgo_video.rewards.networks import Backbones, read_weights, unpickled
+from bpgo_video.rewards.text import XClipScore, linear_layers
 
 Frames = UInt8[Tensor, "frames 3 height width"]
 Inputs = Float[Tensor, "frames 3 rows columns"]

@@ -19,8 +19,8 @@ from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.inference.model_files import load_lora
 from bpgo_video.inference.run_weights import DTYPES, WEIGHTS, Model, load_trained
 from bpgo_video.policies import Policy
-from bpgo_video.policies.execution import check_backend, choose_attention, split_vae_work
-from bpgo_video.policies.networks import Transformers
+from bpgo_video.policies.attention import check_backend, choose_attention
+from bpgo_video.policies.networks import Transformers, split_vae_work
 from bpgo_video.rollouts.rules import guidance_rules
 
 Schedulers = dict[str, Callable[[Any, float], Any]]  # name -> scheduler of (the pipeline's scheduler config, shift)

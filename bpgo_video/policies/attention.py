@@ -1,28 +1,54 @@
-"""Joint attention of a video's tokens and padded text, through diffusers' dispatcher, with one mask of keys.
+"""Attention of a transformer: its backend, a mask of keys for padded text, and the tokens of a sequence group.
 
-diffusers' own processors remove padding sample by sample (Mochi) or mask all pairs of tokens (HunyuanVideo 1.5), which
-takes gigabytes for a video of a few seconds. Padding need not be masked as queries, since nothing reads its output.
+*Masks.* diffusers' own processors remove padding sample by sample (Mochi) or mask all pairs of tokens (HunyuanVideo
+1.5), which takes gigabytes for a video of a few seconds. Padding need not be masked as queries, since nothing reads its
+output.
+
+*Sequence groups.* Every rank of a group computes a part of each video's tokens. Tokens and their rotary embeddings are
+split before the first block and joined after the output projection. In between, `distributed/ulysses.py` exchanges
+tokens for heads in self-attention. A family's `sequence_plan` names the modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.ulysses import Ulysses, attend
+from bpgo_video.policies.networks import Transformers
 
+INFERENCE_ONLY = "sage"  # its kernels have no backward
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, a row for each of the video's tokens
 Rotate = Callable[[Float[Tensor, "samples tokens heads head_dim"], Rotary], Tensor]
 
 
 @dataclass
-class JointAttention:
+class Processor:
+    """A processor of diffusers' attention that goes through its dispatcher."""
+
+    _attention_backend: Any = field(default=None, kw_only=True)  # set by diffusers' `set_attention_backend`
+    _parallel_config: Any = field(default=None, kw_only=True)  # set by `parallelise`
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The attention's output before its last layers, [samples, tokens, dim]."""
+        output = attend(
+            query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return output.flatten(2)
+
+
+@dataclass
+class JointAttention(Processor):
     """Joint attention of the video's tokens, which come first and are rotated, and of text tokens.
 
     Attributes:
@@ -30,8 +56,6 @@ class JointAttention:
     """
 
     rotate: Rotate
-    _attention_backend: Any = None  # set by diffusers' `set_attention_backend`
-    _parallel_config: Any = None  # set by `parallelise`
 
     def __call__(
         self,
@@ -42,32 +66,197 @@ class JointAttention:
         image_rotary_emb: Rotary,
     ) -> tuple[Tensor, Tensor]:
         """The attention's output for video and text tokens."""
-        query, key, value = _by_head(attn, hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        query, key, value = by_head(attn, hidden_states, attn.to_q, attn.to_k, attn.to_v)
         query, key = (self.rotate(x, image_rotary_emb) for x in (attn.norm_q(query), attn.norm_k(key)))
-        of_text = _by_head(attn, encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        of_text = by_head(attn, encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_query, text_key, text_value = attn.norm_added_q(of_text[0]), attn.norm_added_k(of_text[1]), of_text[2]
         pairs = ((query, text_query), (key, text_key), (value, text_value))
         local, group = hidden_states.shape[1], self._parallel_config
         tokens = group.tokens if isinstance(group, Ulysses) else local
-        output = attend(
-            *(torch.cat(pair, dim=1) for pair in pairs),
-            attn_mask=F.pad(attention_mask.bool(), (tokens, 0), value=True)[:, None, None],
-            backend=self._attention_backend,
-            parallel_config=group,
-        ).flatten(2)
+        mask = F.pad(attention_mask.bool(), (tokens, 0), value=True)[:, None, None]
+        query, key, value = (torch.cat(pair, dim=1) for pair in pairs)
+        output = self.attend(query, key, value, mask)
         video, text = output[:, :local], output[:, local:]
         for layer in attn.to_out:
             video = layer(video)
         return video, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
 
 
-def _by_head(attn: Any, x: Tensor, *layers: nn.Module) -> list[Tensor]:
+def by_head(attn: Any, x: Tensor, *layers: nn.Module) -> list[Tensor]:
     return [layer(x).unflatten(2, (attn.heads, -1)) for layer in layers]
 
 
-def replace_processors(transformer: Any, attention: str, processor: Callable[..., Any], *arguments: Any) -> None:
+def replace_processors(transformer: Any, *, attention: str, processor: Callable[..., Processor]) -> None:
     """Give each block's `attention` a new processor, with the backend that was chosen for the old one."""
     for block in transformer.transformer_blocks:
         module = getattr(block, attention)
         backend = getattr(module.processor, "_attention_backend", None)
-        module.processor = processor(*arguments, _attention_backend=backend)
+        module.processor = processor(_attention_backend=backend)
+
+
+SplitRope = Callable[[nn.Module, Ulysses], None]
+
+
+def split_rope(name: str, dim: int) -> SplitRope:
+    """Split the output of the transformer's module `name`: rotary embeddings, a tuple with a row per token on `dim`."""
+
+    def register(transformer: nn.Module, ulysses: Ulysses) -> None:
+        def split(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(ulysses.split(part, dim) for part in output)
+
+        transformer.get_submodule(name).register_forward_hook(split)
+
+    return register
+
+
+def declared_heads(config: Mapping[str, Any]) -> int:
+    """The number of attention heads in a transformer's config."""
+    return int(config["num_attention_heads"])
+
+
+def keep_processors(transformer: nn.Module) -> None:
+    """Nothing to replace: diffusers' own processors go through its dispatcher."""
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """The modules of a transformer at which its tokens are split and joined.
+
+    Attributes:
+        blocks: names of its lists of blocks, in order; the first argument of the first block is `hidden_states`.
+        rope: registers hooks that split whatever else has an entry per token, most often rotary embeddings.
+        head: the last module that computes on single tokens; None if that is the last block.
+        text_first: text tokens come before the video's in joint attention.
+        attention: replaces attention processors that bypass diffusers' dispatcher.
+        cross_attention: the name, within a block, of attention to text only: each rank computes it for its own tokens.
+        heads: the number of attention heads, given the transformer's config.
+    """
+
+    blocks: tuple[str, ...]
+    rope: SplitRope
+    head: str | None
+    text_first: bool = False
+    attention: Callable[[nn.Module], None] = keep_processors
+    cross_attention: str | None = None
+    heads: Callable[[Mapping[str, Any]], int] = declared_heads
+
+
+def check_heads(transformer_config: Mapping[str, Any], sequence: int, plan: SequencePlan | None) -> None:
+    """Check from the transformer's config.json that a sequence group can divide its attention heads.
+
+    Raises:
+        ConfigError: the number of heads is no multiple of `sequence`, or the family has no plan.
+    """
+    if sequence == 1:
+        return
+    if plan is None:
+        raise ConfigError(
+            f"parallel.sequence is {sequence}, but {transformer_config['_class_name']} cannot be split: its family has "
+            "no sequence_plan. Set parallel.sequence to 1, or write a plan (docs/new_family.md)"
+        )
+    heads = plan.heads(transformer_config)
+    if heads % sequence:
+        valid = [size for size in range(1, heads + 1) if heads % size == 0]
+        raise ConfigError(
+            f"parallel.sequence is {sequence}, which does not divide this policy's {heads} attention heads; set it to "
+            f"one of {valid}"
+        )
+
+
+def parallelise(transformer: nn.Module, mesh: Mesh, plan: SequencePlan | None) -> None:
+    """Register hooks so that the ranks of a sequence group share each sample's tokens in every forward.
+
+    Call it after adapters are added and before the engine takes the module. Without sequence groups nothing changes.
+    `check_heads` must have accepted the plan.
+
+    Raises:
+        ConfigError: no attention of the transformer would see the tokens of other ranks.
+    """
+    if mesh.sequence_group is None:
+        return
+    assert plan is not None
+    ulysses = Ulysses(mesh.sequence_group, plan.text_first)
+
+    def split_timestep(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        timestep = kwargs["timestep"]  # one for each sample, or for each token
+        return args, {**kwargs, "timestep": ulysses.split(timestep, 1)} if timestep.ndim > 1 else kwargs
+
+    def split(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden_states, *others = (kwargs.pop("hidden_states"),) if "hidden_states" in kwargs else args
+        ulysses.tokens = hidden_states.shape[1]
+        return (ulysses.split(hidden_states, 1), *others), kwargs
+
+    def join(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return ulysses.join(output, 1)
+
+    plan.attention(transformer)
+    transformer.register_forward_pre_hook(split_timestep, with_kwargs=True)
+    blocks = [block for name in plan.blocks for block in transformer.get_submodule(name).children()]
+    blocks[0].register_forward_pre_hook(split, with_kwargs=True)
+    plan.rope(transformer, ulysses)
+    (transformer.get_submodule(plan.head) if plan.head else blocks[-1]).register_forward_hook(join)
+    # diffusers' processors look up `dispatch_attention_fn` in their module and pass it their `_parallel_config`.
+    sys.modules[type(transformer).__module__].dispatch_attention_fn = attend  # type: ignore[attr-defined]
+    for processor in _processors(transformer, plan):
+        processor._parallel_config = ulysses
+
+
+def _processors(transformer: nn.Module, plan: SequencePlan) -> list[Any]:
+    """The processors of the blocks' attention to all tokens."""
+    named = [part for name in plan.blocks for part in transformer.get_submodule(name).named_modules()]
+    attentions = [module for name, module in named if not name.endswith(f".{plan.cross_attention}")]
+    processors = [getattr(module, "processor", None) for module in attentions]
+    parallel = [processor for processor in processors if hasattr(processor, "_parallel_config")]
+    if not parallel:
+        raise ConfigError(
+            f"the attention of {type(transformer).__name__} in {list(plan.blocks)} bypasses diffusers' dispatcher, so "
+            "its ranks cannot share tokens; give its SequencePlan an `attention`, or set parallel.sequence to 1"
+        )
+    return parallel
+
+
+def check_backend(backend: str | None, *, trains: bool) -> None:
+    """Check the name of an attention backend; None is diffusers' own choice.
+
+    Raises:
+        ConfigError: diffusers does not know it, or it has no gradient and the policy trains.
+    """
+    known = sorted(name.value for name in AttentionBackendName)
+    if backend is not None and backend not in known:
+        raise ConfigError(f"policy.attention_backend is {backend!r}; diffusers knows {known}")
+    if trains and backend is not None and INFERENCE_ONLY in backend:
+        raise ConfigError(
+            f"policy.attention_backend is {backend!r}, which has no backward and cannot train; take `flash` or `native`"
+        )
+
+
+def choose_attention(
+    transformers: Transformers, backend: str | None, plan: SequencePlan | None = None, *, trains: bool = True
+) -> None:
+    """Compute attention with a backend, in rollout and replay alike; None leaves diffusers' own choice.
+
+    Args:
+        plan: of the transformers' family; its `attention` replaces processors that bypass diffusers' dispatcher.
+
+    Raises:
+        ConfigError: see `check_backend`; or the backend is not installed, or a transformer's attention does not go
+            through diffusers' dispatcher.
+    """
+    check_backend(backend, trains=trains)
+    if backend is None:
+        return
+    for transformer in transformers.values():
+        if plan is not None:
+            plan.attention(transformer)
+        processors = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
+        if not any(hasattr(processor, "_attention_backend") for processor in processors):
+            raise ConfigError(
+                f"policy.attention_backend is {backend!r}, but {type(transformer).__name__} calls torch's "
+                "scaled_dot_product_attention directly; set it to null"
+            )
+        try:
+            transformer.set_attention_backend(backend)  # type: ignore[operator]
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"policy.attention_backend {backend!r} cannot be used here: {error}; `native` needs no package"
+            ) from error

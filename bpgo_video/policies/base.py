@@ -13,14 +13,15 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.diffusion import sde
+from bpgo_video.policies.attention import SequencePlan
 from bpgo_video.policies.networks import Transformers, class_of, networks_of, read_config, transformer_names
-from bpgo_video.policies.sequence import SequencePlan
 from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
 
 Shapes = dict[str, tuple[int, ...]]
@@ -46,6 +47,7 @@ class Policy:
         takes_images: image-to-video.
         texts_see_images: the text encoder reads a prompt together with its image.
         given_frames: latent frames at the start that the image fixes; they are not sampled.
+        image_channels: the transformer takes the image's latents as further channels of every frame.
         token_timesteps: the transformer takes a timestep for each token, 0 for those of given frames.
         padding_frames: latent frames sampled before the others and not part of the video.
         one_dtype: diffusers' pipeline needs all its networks, the VAE too, in one dtype.
@@ -68,6 +70,7 @@ class Policy:
     takes_images: ClassVar[bool] = False
     texts_see_images: ClassVar[bool] = False
     given_frames: ClassVar[int] = 0
+    image_channels: ClassVar[bool] = False
     token_timesteps: ClassVar[bool] = False
     padding_frames: int = 0
     one_dtype: ClassVar[bool] = False
@@ -210,6 +213,11 @@ class Policy:
             return self.transformer_config.get("patch_size_t") or 1, size, size
         return size[0], size[1], size[2]
 
+    def grid(self, latents: AllFrames) -> tuple[int, int, int]:
+        """Tokens along each axis of the latents: frames, rows, columns."""
+        frames, rows, columns = (size // patch for size, patch in zip(latents.shape[2:], self.patch, strict=True))
+        return frames, rows, columns
+
     def latent_shape(self, video: VideoConfig) -> LatentShape:
         """The shape of the sampled latents, without given frames.
 
@@ -290,7 +298,9 @@ class Policy:
         return torch.cat([conditioning["image_latents"].to(latents), latents], dim=2) if self.given_frames else latents
 
     def hidden_states(self, latents: Latents, conditioning: Conditioning) -> Tensor:
-        """The transformer's input: by default all frames."""
+        """The transformer's input: all frames, or with `image_channels` the frames and those of the image."""
+        if self.image_channels:
+            return torch.cat([latents, conditioning["image_latents"].to(latents.dtype)], dim=1)
         return self.all_frames(latents, conditioning)
 
     def timesteps(self, latents: Latents, sigma: Tensor) -> Tensor:
@@ -298,7 +308,7 @@ class Policy:
         steps = (sigma.to(latents.device) * self.pipeline.scheduler.config.num_train_timesteps).expand(len(latents))
         if not self.token_timesteps:
             return steps
-        frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], self.patch, strict=True))
+        frames, height, width = self.grid(latents)
         sampled = steps[:, None].expand(-1, frames * height * width)
         return torch.cat([sampled.new_zeros(len(latents), self.given_frames * height * width), sampled], dim=1)
 
@@ -389,6 +399,16 @@ class Policy:
         assert images is not None
         device = pipeline._execution_device  # the networks' own `device` is wrong while they are offloaded
         return self.all_frames(latents, {"image_latents": self.clean_latents(pipeline.vae, images[:, None], device)})
+
+
+def then_zeros(first: Tensor, frames: int) -> Tensor:
+    """Channels of the first latent frame, followed by zeros up to this number of frames."""
+    return F.pad(first, (0, 0, 0, 0, 0, frames - 1))
+
+
+def given_first(image: Tensor, frames: int) -> Tensor:
+    """Channels of an image's latents and, last, of a mask of given frames: the first of this number of frames."""
+    return then_zeros(torch.cat([image, torch.ones_like(image[:, :1])], dim=1), frames)
 
 
 def scheduled_sigmas(

@@ -12,14 +12,12 @@ alpha and s are exact at every sigma; the transformer takes the nearest timestep
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from jaxtyping import Float
@@ -27,24 +25,19 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.diffusion import sde
-from bpgo_video.distributed.ulysses import Ulysses, attend
-from bpgo_video.policies.attention import Rotary, replace_processors
-from bpgo_video.policies.base import AllFrames, Arguments, Images, LatentShape, Policy, Shapes
-from bpgo_video.policies.sequence import SequencePlan
+from bpgo_video.distributed.ulysses import Ulysses
+from bpgo_video.policies.attention import Processor, Rotary, SequencePlan, by_head, replace_processors
+from bpgo_video.policies.base import AllFrames, Arguments, Images, LatentShape, Policy, Shapes, then_zeros
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 OFFSET = 2.0  # diffusers' pipeline passes it to CogVideoX 1.5 image-to-video
 
 
-@dataclass
-class CogVideoXAttention:
+class CogVideoXAttention(Processor):
     """Joint attention of text tokens, which come first, and of the video's tokens, which are rotated; no mask.
 
     diffusers' own processor calls PyTorch's attention directly, so sequence groups and other backends would not work.
     """
-
-    _attention_backend: Any = None  # set by diffusers' `set_attention_backend`
-    _parallel_config: Any = None  # set by `parallelise`
 
     def __call__(
         self,
@@ -57,11 +50,9 @@ class CogVideoXAttention:
         """The attention's output for video and text tokens."""
         text = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = (layer(joint).unflatten(2, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = by_head(attn, joint, attn.to_q, attn.to_k, attn.to_v)
         query, key = (rotated(x, image_rotary_emb, text) for x in (attn.norm_q(query), attn.norm_k(key)))
-        output = attend(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        ).flatten(2)
+        output = self.attend(query, key, value)
         for layer in attn.to_out:
             output = layer(output)
         return output[:, text:], output[:, :text]
@@ -75,9 +66,8 @@ def rotated(x: Float[Tensor, "samples joint heads head_dim"], rotary: Rotary | N
     return torch.cat([x[:, :text], video], dim=1)
 
 
-def use_dispatcher(transformer: nn.Module) -> None:
-    """Let a CogVideoX transformer attend through diffusers' dispatcher."""
-    replace_processors(transformer, "attn1", CogVideoXAttention)
+# Attention through diffusers' dispatcher.
+use_dispatcher = partial(replace_processors, attention="attn1", processor=CogVideoXAttention)
 
 
 def split_rope_argument(transformer: nn.Module, ulysses: Ulysses) -> None:
@@ -215,7 +205,7 @@ class CogVideoXPolicy(Policy):
         config = self.transformer_config
         if not config["use_rotary_positional_embeddings"]:
             return None
-        frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], self.patch, strict=True))
+        frames, height, width = self.grid(latents)
         base_height, base_width = (config[f"sample_{name}"] // config["patch_size"] for name in ("height", "width"))
         if config["patch_size_t"] is None:  # the grid of training, stretched over this one
             crop = get_resize_crop_region_for_grid((height, width), base_width, base_height)
@@ -247,13 +237,11 @@ class CogVideoXImagePolicy(CogVideoXPolicy):
 
     pipeline_name = "CogVideoXImageToVideoPipeline"
     takes_images = True
+    image_channels = True
 
     def call_defaults(self) -> dict[str, int]:
         """Height and width; the pipeline's call has a default number of frames."""
         return {name: size for name, size in super().call_defaults().items() if name != "num_frames"}
-
-    def hidden_states(self, latents: Latents, conditioning: Conditioning) -> Tensor:
-        return torch.cat([latents, conditioning["image_latents"].to(latents.dtype)], dim=1)
 
     def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
         return {} if self.transformer_config["ofs_embed_dim"] is None else {"ofs": latents.new_full((1,), OFFSET)}
@@ -266,4 +254,4 @@ class CogVideoXImagePolicy(CogVideoXPolicy):
         """`image_latents`, as many frames as are sampled; the first is the image's."""
         first, scale = self.vae_latents(self.pipeline.vae, images[:, None]), self.vae_config["scaling_factor"]
         first = first / scale if self.vae_config["invert_scale_latents"] else first * scale  # as each was trained
-        return {"image_latents": F.pad(first, (0, 0, 0, 0, 0, self.latent_shape(video)[1] - 1))}
+        return {"image_latents": then_zeros(first, self.latent_shape(video)[1])}

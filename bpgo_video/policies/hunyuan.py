@@ -21,9 +21,18 @@ from torch.nn.functional import pad
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.distributed.ulysses import Ulysses
-from bpgo_video.policies.base import AllFrames, Arguments, Images, LatentShape, Policy, Shapes, scheduled_sigmas
+from bpgo_video.policies.attention import SequencePlan, split_rope
+from bpgo_video.policies.base import (
+    AllFrames,
+    Arguments,
+    Images,
+    LatentShape,
+    Policy,
+    Shapes,
+    given_first,
+    scheduled_sigmas,
+)
 from bpgo_video.policies.networks import class_of, read_config
-from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.types import Conditioning, Latents, Videos
 
 GUIDANCE_UNIT = 1000.0  # of the transformer's guidance input
@@ -181,9 +190,8 @@ class HunyuanConcatPolicy(HunyuanImagePolicy):
         return channels, frames + self.padding_frames, height, width
 
     def hidden_states(self, latents: Latents, conditioning: Conditioning) -> Tensor:
-        image = conditioning["image_latents"].to(latents)
-        given = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)
-        return torch.cat([latents, pad(given, (0, 0, 0, 0, 0, latents.shape[2] - 1))], dim=1)
+        given = given_first(conditioning["image_latents"].to(latents), latents.shape[2])
+        return torch.cat([latents, given], dim=1)
 
     @torch.no_grad()
     def encode_video(self, videos: Videos) -> Latents:

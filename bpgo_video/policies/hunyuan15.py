@@ -8,13 +8,13 @@ ByT5 reads what stands between quotation marks, for the letters in the video.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from jaxtyping import Float
@@ -22,10 +22,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
-from bpgo_video.policies.attention import JointAttention, Rotary, replace_processors
-from bpgo_video.policies.base import Arguments, Images, LatentShape, Policy, Shapes, scheduled_sigmas
+from bpgo_video.policies.attention import JointAttention, Rotary, SequencePlan, replace_processors, split_rope
+from bpgo_video.policies.base import Arguments, Images, LatentShape, Policy, Shapes, given_first, scheduled_sigmas
 from bpgo_video.policies.networks import class_of, read_config, read_index
-from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.types import Conditioning, Latents
 
 GUIDER = "ClassifierFreeGuidance"
@@ -39,9 +38,8 @@ def rotated(x: Float[Tensor, "samples tokens heads head_dim"], rotary: Rotary) -
     return cast(Tensor, apply_rotary_emb(x, cast(Any, rotary), sequence_dim=1))  # annotated as something else
 
 
-def mask_keys(transformer: nn.Module) -> None:
-    """Let a HunyuanVideo 1.5 transformer attend with a mask of keys."""
-    replace_processors(transformer, "attn", JointAttention, rotated)
+# Attention with a mask of keys.
+mask_keys = partial(replace_processors, attention="attn", processor=partial(JointAttention, rotated))
 
 
 class HunyuanVideo15Policy(Policy):
@@ -211,9 +209,7 @@ class HunyuanVideo15ImagePolicy(HunyuanVideo15Policy):
 
     def given_channels(self, latents: Latents, conditioning: Conditioning) -> Tensor:
         """The image's latents and ones in the first frame, zeros after it."""
-        image = conditioning["image_latents"]
-        first = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)
-        return F.pad(first, (0, 0, 0, 0, 0, latents.shape[2] - 1))
+        return given_first(conditioning["image_latents"], latents.shape[2])
 
     def image_features(self, conditioning: Conditioning) -> Tensor:
         """SigLIP's features."""

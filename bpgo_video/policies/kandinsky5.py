@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.distributed.ulysses import Ulysses
+from bpgo_video.policies.attention import SequencePlan
 from bpgo_video.policies.base import AllFrames, Arguments, Images, LatentShape, Policy, Shapes, scheduled_sigmas
-from bpgo_video.policies.sequence import SequencePlan
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 PADDING = -1  # position of a padding token
@@ -192,19 +192,18 @@ class Kandinsky5Policy(Policy):
 
     def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
         texts, device = conditioning["prompt_embeds"], latents.device
-        inputs = self.channels_last(self.all_frames(latents, conditioning)).to(texts.dtype)
-        grid, spatial = inputs.shape[1:4], self.strides[1]
+        frames = self.all_frames(latents, conditioning)
+        inputs = self.channels_last(frames).to(texts.dtype)
+        (_, height, width), spatial = inputs.shape[1:4], self.strides[1]
         prediction = self.predict(
             sigma,
             hidden_states=inputs,
             timestep=self.timesteps(latents, sigma).to(texts.dtype),
             encoder_hidden_states=texts,
             pooled_projections=conditioning["pooled_prompt_embeds"],
-            visual_rope_pos=[
-                torch.arange(size // patch, device=device) for size, patch in zip(grid, self.patch, strict=True)
-            ],
+            visual_rope_pos=[torch.arange(size, device=device) for size in self.grid(frames)],
             text_rope_pos=text_positions(conditioning["prompt_attention_mask"]),
-            scale_factor=Kandinsky5T2VPipeline._get_scale_factor(self.pipeline, grid[1] * spatial, grid[2] * spatial),
+            scale_factor=Kandinsky5T2VPipeline._get_scale_factor(self.pipeline, height * spatial, width * spatial),
         )
         return prediction.movedim(-1, 1)[:, :, self.given_frames :].float()
 

@@ -17,8 +17,8 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.policies.attention import SequencePlan, split_rope
 from bpgo_video.policies.base import AllFrames, Arguments, Images, Policy, Shapes, scheduled_sigmas
-from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 

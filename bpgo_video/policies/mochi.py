@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.diffusion import sde
-from bpgo_video.policies.attention import JointAttention, Rotary, replace_processors
+from bpgo_video.policies.attention import JointAttention, Rotary, SequencePlan, replace_processors, split_rope
 from bpgo_video.policies.base import Arguments, Policy, Shapes
-from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.types import Conditioning, Latents, Velocity
 
 THRESHOLD_NOISE = 0.025  # of the schedule in diffusers and the authors' code: its first half ends at 1 - this
@@ -28,9 +28,8 @@ def rotated(x: Float[Tensor, "samples tokens heads head_dim"], rotary: Rotary) -
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def mask_keys(transformer: nn.Module) -> None:
-    """Let a Mochi transformer attend through the dispatcher, with a mask of keys."""
-    replace_processors(transformer, "attn1", JointAttention, rotated)
+# Attention through the dispatcher, with a mask of keys.
+mask_keys = partial(replace_processors, attention="attn1", processor=partial(JointAttention, rotated))
 
 
 class MochiPolicy(Policy):

@@ -1,4 +1,4 @@
-"""Networks of a diffusers pipeline folder: their classes, configs and loading; its transformers as one module."""
+"""Networks of a diffusers pipeline folder: their classes, configs and loading; how they run, and where they rest."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.bpgo import ConfigError, PolicyConfig
 from bpgo_video.distributed.ds_config import finish_build, model_buffers, tensor_files
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
@@ -109,3 +110,74 @@ def blocks_of(module: nn.Module, names: Iterable[str]) -> tuple[type[nn.Module],
     if not blocks:
         raise ValueError(f"{type(module).__name__} has no block of {list(names)}; correct the policy's block_names")
     return blocks
+
+
+def compile_blocks(transformer: nn.Module, block_classes: tuple[type, ...]) -> None:
+    """Compile each repeated block with its adapters and checkpointing; blocks of one class share their code.
+
+    `emulate_precision_casts` keeps the model's own roundings to bf16 between operations. Rollout and replay are
+    compiled as two programs, which agree bit by bit only with these roundings.
+    """
+    for part in transformer.modules():
+        if isinstance(part, block_classes):
+            part.compile(options={"emulate_precision_casts": True})
+
+
+def save_memory(policy: Any, settings: PolicyConfig, device: torch.device) -> None:
+    """Apply `vae_tiling`, `vae_slicing` and `frozen_rest_on` to a policy that has just been loaded.
+
+    Args:
+        device: where VAE and image encoder compute.
+
+    Raises:
+        ConfigError: the VAE does not support it.
+    """
+    if policy.pipeline.vae is not None:
+        split_vae_work(policy.pipeline.vae, tiling=settings.vae_tiling, slicing=settings.vae_slicing)
+    if settings.frozen_rest_on == "cpu":
+        _rest_on_cpu(policy, device)
+
+
+def split_vae_work(vae: Any, *, tiling: bool, slicing: bool) -> None:
+    """Let a VAE compute tile by tile, or one video at a time.
+
+    Raises:
+        ConfigError: its class does not support it.
+    """
+    for enabled, name in ((tiling, "tiling"), (slicing, "slicing")):
+        if not enabled:
+            continue
+        try:
+            getattr(vae, f"enable_{name}")()
+        except (AttributeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"policy.vae_{name} is true, but {type(vae).__name__} does not support it; set it to false, or take a "
+                "smaller micro-batch"
+            ) from error
+
+
+def _rest_on_cpu(policy: Any, device: torch.device) -> None:
+    """Keep VAE and image encoder on the CPU except while `decode` or `image_conditioning` runs."""
+    networks = [
+        part
+        for name, part in policy.pipeline.components.items()
+        if isinstance(part, nn.Module) and name.startswith(("vae", "image_encoder"))
+    ]
+    for network in networks:
+        network.to("cpu")
+    for name in ("decode", "image_conditioning"):
+        setattr(policy, name, _on_device(getattr(policy, name), networks, device))
+
+
+def _on_device(method: Callable[..., Any], networks: list[nn.Module], device: torch.device) -> Callable[..., Any]:
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for network in networks:
+            network.to(device)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            for network in networks:
+                network.to("cpu")
+
+    return run

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
+from bpgo_video.policies.attention import SequencePlan, split_rope
 from bpgo_video.policies.base import Arguments, Images, LatentShape, Policy, Shapes
 from bpgo_video.policies.networks import read_index, transformer_names
-from bpgo_video.policies.sequence import SequencePlan, split_rope
 from bpgo_video.types import Conditioning, Latents
 
 TEXT_BESIDE_IMAGES = 512  # tokens: diffusers' attention takes all tokens before the last 512 for the image's
@@ -98,6 +98,7 @@ class WanImagePolicy(WanPolicy):
 
     pipeline_name = "WanImageToVideoPipeline"
     takes_images = True
+    image_channels = True
 
     @classmethod
     def variant(cls, folder: Path) -> type[Policy]:
@@ -114,9 +115,6 @@ class WanImagePolicy(WanPolicy):
                 f"{TEXT_BESIDE_IMAGES} tokens for text and those before for the image's; set it to {TEXT_BESIDE_IMAGES}"
             )
         return super().encode(texts)
-
-    def hidden_states(self, latents: Latents, conditioning: Conditioning) -> Tensor:
-        return torch.cat([latents, conditioning["image_latents"].to(latents.dtype)], dim=1)
 
     def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
         return {"encoder_hidden_states_image": conditioning.get("image_embeds")}

@@ -1,4 +1,4 @@
-"""Reward models: base.py is the contract, building.py the table of models, suite.py scores with several of them."""
+"""Reward models: base.py is the contract, reward.py the table of models, suite.py scores with several of them."""
 
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardModel
 

@@ -14,7 +14,6 @@ from torch.nn.functional import cosine_similarity, interpolate, layer_norm, norm
 from transformers import AutoModel, VJEPA2Model
 
 from bpgo_video.data.media import as_bytes
-from bpgo_video.rewards.backbones import FRAMES_AT_ONCE, Backbones, Dtype, NetworkReward
 from bpgo_video.rewards.base import (
     Clips,
     Device,
@@ -25,7 +24,7 @@ from bpgo_video.rewards.base import (
     RewardModel,
     Scores,
 )
-from bpgo_video.rewards.checkpoints import imported, release
+from bpgo_video.rewards.networks import FRAMES_AT_ONCE, Backbones, Dtype, NetworkReward, imported, release
 
 Flow = Float32[np.ndarray, "height width 2"]  # displacement of each point in pixels, right and down
 SHORTER_SIDE = 256  # pixels; larger frames are reduced to it

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate
 
 from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameSampling, RewardError, Scores
-from bpgo_video.rewards.checkpoints import data_of, imported, release
+from bpgo_video.rewards.networks import data_of, imported, release
 
 FRAMES_AT_ONCE = 8
 RADIUS, SIGMA = 3, 7 / 6  # of the local window, in pixels

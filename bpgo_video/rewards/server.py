@@ -31,8 +31,8 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.rewards.ahead import scoring_stream
 from bpgo_video.rewards.base import RewardModel
+from bpgo_video.rewards.suite import scoring_stream
 from bpgo_video.rewards.wire import MalformedMessage, PackedClips, check_clips, describe, pack_scores, unpack_clips
 
 log = logging.getLogger(__name__)

@@ -1,13 +1,21 @@
-"""The rewards of a recipe: each scores the videos of a step, and the scores are gathered over ranks."""
+"""The rewards of a recipe: each scores the videos of a step, ahead of time, and the scores are gathered over ranks.
+
+A thread of each rank scores chunks, in order, while the main thread samples the next ones. This is safe because reward
+models run no collectives: only one thread communicates with other ranks, also under ZeRO-3, where rollouts communicate.
+Rollouts draw from their own generators, so only reward models draw from torch's global one, in the same order as
+without a thread. The thread takes over its caller's number of threads; on a GPU it scores on a stream of its own.
+"""
 
 from __future__ import annotations
 
-import math
-import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain
+from queue import SimpleQueue
 from types import ModuleType
 from weakref import WeakKeyDictionary
 
@@ -17,112 +25,10 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel, Scores
-from bpgo_video.rewards.building import build_models
+from bpgo_video.rewards.networks import Backbones
+from bpgo_video.rewards.reward import Call, Reward, VideoScores, build_models, describe_samples
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
-
-NAMED_PROMPTS = 3  # in the message about a failed call, which has to fit on a screen
-TEXT_SHOWN = 120  # characters of a prompt
-
-VideoScores = Float[Tensor, "samples"]
-
-
-def soft_min(scores: Scores, at: float) -> VideoScores:
-    """-at log mean exp(-scores/at), in the score's units: the minimum for `at` -> 0, the mean for large `at`."""
-    return -at * (torch.logsumexp(-scores / at, dim=1) - math.log(scores.shape[1]))
-
-
-def top_share(scores: Scores, at: float) -> VideoScores:
-    """Mean of the best frames: the share `at` of all frames, at least one."""
-    count = max(1, round(at * scores.shape[1]))
-    return scores.topk(count, dim=1).values.mean(dim=1)
-
-
-AGGREGATES: dict[str, Callable[[Scores, float], VideoScores]] = {  # of frame scores (higher is better), `aggregate_at`
-    "mean": lambda scores, at: scores.mean(dim=1),
-    "min": lambda scores, at: scores.amin(dim=1),
-    "soft_min": soft_min,
-    "top_share": top_share,
-    "share_above": lambda scores, at: (scores > at).float().mean(dim=1),
-}
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A model with its entry of the recipe; `second` scores the same videos again, with other options."""
-
-    model: RewardModel
-    config: RewardConfig
-    second: RewardModel | None = None
-
-    @property
-    def version(self) -> str:
-        """Changes whenever a video's score does."""
-        how = "" if self.config.aggregate == "mean" else f"-{self.config.aggregate}{self.config.aggregate_at or ''}"
-        return f"{self.model.version}{how}"
-
-    @property
-    def models(self) -> list[RewardModel]:
-        return [self.model] if self.second is None else [self.model, self.second]
-
-    def aggregate(self, frame_scores: Scores) -> VideoScores:
-        """Each video's score, of frame scores for which higher is better."""
-        at = self.config.aggregate_at or 0.0
-        if self.config.aggregate == "share_above" and not self.model.higher_is_better:
-            at = -at  # the recipe states it in the model's own units
-        return AGGREGATES[self.config.aggregate](frame_scores, at)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a reward model, on the videos of a chunk.
-
-    Attributes:
-        reward: the recipe's name for the model.
-        timeout: seconds that the call may take.
-        prompt_rows, sample_index: prompt and sample of each video, as in RolloutChunk.
-    """
-
-    reward: str
-    timeout: float
-    prompts: PromptBatch
-    prompt_rows: Int[Tensor, "samples"]
-    sample_index: Int[Tensor, "samples"]
-
-    def __str__(self) -> str:
-        samples: dict[int, list[int]] = {}
-        for row, sample in zip(self.prompt_rows.tolist(), self.sample_index.tolist(), strict=True):
-            samples.setdefault(row, []).append(sample)
-        named = [describe_samples(self.prompts, *item) for item in list(samples.items())[:NAMED_PROMPTS]]
-        more = len(samples) - len(named)
-        return f"reward {self.reward!r} on {'; '.join(named)}{f' and of {more} more prompts' if more else ''}"
-
-    def score(self, model: RewardModel, clips: Clips) -> FrameScores:
-        """The model's scores, negated where lower is better; fp32, on the CPU.
-
-        Raises:
-            RewardError: the model failed, or returned anything but one row of scores per video; names the call.
-        """
-        try:
-            scores = model(clips)
-        except Exception as error:  # anything that a user's own model raises: reported with the samples
-            raise RewardError(f"{self} failed: {type(error).__name__}: {error}") from error
-        shape = tuple(scores.values.shape)
-        if len(shape) != 2 or shape[0] != len(clips) or shape[1] == 0:
-            rule = f"it must be ({len(clips)}, scored frames)"
-            raise RewardError(f"{self} returned the shape {shape} for {len(clips)} videos; {rule}")
-        if shape[1] != (1 if scores.times is None else len(scores.times)):
-            times = "no frame times" if scores.times is None else f"{len(scores.times)} frame times"
-            raise RewardError(f"{self} returned {shape[1]} scores a video with {times}; the numbers must be equal")
-        values = scores.values.float().cpu()
-        return FrameScores(values if model.higher_is_better else -values, scores.times)
-
-
-def describe_samples(prompts: PromptBatch, row: int, samples: Sequence[int]) -> str:
-    """Samples of a prompt, for messages."""
-    which = f"{'sample' if len(samples) == 1 else 'samples'} {', '.join(map(str, samples))}"
-    return f"{which} of prompt {textwrap.shorten(prompts.texts[row], TEXT_SHOWN)!r} (id {int(prompts.ids[row])})"
 
 
 @dataclass(frozen=True)
@@ -130,13 +36,16 @@ class ScoredChunk:
     """Scores of a rank's videos of one chunk, by reward name; higher is better.
 
     Attributes:
-        second: scores by the second models, nan for videos that are scored once.
+        frames: of each scored frame, or one column.
+        videos: aggregated.
+        second: of videos, by the second models; nan for videos that are scored once.
     """
 
     prompt_rows: Int[Tensor, "samples"]
     sample_index: Int[Tensor, "samples"]
-    scores: Mapping[str, FrameScores]
-    second: Mapping[str, VideoScores] = field(default_factory=dict)
+    frames: dict[str, FrameScores] = field(default_factory=dict)
+    videos: dict[str, VideoScores] = field(default_factory=dict)
+    second: dict[str, VideoScores] = field(default_factory=dict)
 
 
 class RewardSuite:
@@ -211,15 +120,16 @@ class RewardSuite:
 
         everyone = torch.arange(len(clips))
         again = everyone if prompts.twice is None else everyone[prompts.twice[rows]]
-        first, second = {}, {}
+        scored = ScoredChunk(rows, chunk.sample_index)
         for name, reward in self.rewards.items():
-            first[name] = scores(name, reward.config.timeout, reward.model, everyone)
+            scored.frames[name] = scores(name, reward.config.timeout, reward.model, everyone)
+            scored.videos[name] = reward.aggregate(scored.frames[name].values)
             if reward.second is not None:
-                second[name] = torch.full((len(clips),), torch.nan)
+                scored.second[name] = torch.full((len(clips),), torch.nan)
                 if len(again):
                     rescored = scores(f"{name}.second", reward.config.timeout, reward.second, again)
-                    second[name][again] = reward.aggregate(rescored.values)
-        return ScoredChunk(rows, chunk.sample_index, first, second)
+                    scored.second[name][again] = reward.aggregate(rescored.values)
+        return scored
 
     @torch.no_grad()
     def score_images(self, prompts: PromptBatch, num_frames: int, mesh: Mesh) -> dict[str, Float[Tensor, "prompts"]]:
@@ -231,11 +141,10 @@ class RewardSuite:
         for row in rows.split(1):
             still = prompts.images[row, None].to(mesh.device).expand(-1, num_frames, -1, -1, -1)  # without a copy
             scored.append(self.score(RolloutChunk((), still, row, torch.zeros_like(row)), first_model_only))
-        by_name = {}
-        for name, reward in self.rewards.items():
-            scores = torch.cat([reward.aggregate(chunk.scores[name].values) for chunk in scored])
-            by_name[name] = mesh.gather(scores.to(mesh.device), rows.tolist(), len(prompts))
-        return by_name
+        by_name = {name: torch.cat([chunk.videos[name] for chunk in scored]) for name in self.rewards}
+        return {
+            name: mesh.gather(scores.to(mesh.device), rows.tolist(), len(prompts)) for name, scores in by_name.items()
+        }
 
     def gather(self, chunks: Sequence[ScoredChunk], prompts: PromptBatch, group_size: int, mesh: Mesh) -> Rewards:
         """All ranks' scores as prompts x group, the same on every rank.
@@ -244,31 +153,29 @@ class RewardSuite:
             RewardError: a score is not finite, or the numbers of scored frames differ; on every rank, with the reward,
                 the prompt and the sample.
         """
-        total, shape = len(prompts) * group_size, (len(prompts), group_size)
+        shape = (len(prompts), group_size)
         items = torch.cat([chunk.prompt_rows * group_size + chunk.sample_index for chunk in chunks]).tolist()
 
-        def gathered(parts: Sequence[Tensor]) -> Tensor:
-            return mesh.gather(torch.cat(list(parts)).to(mesh.device), items, total)
+        def gathered(parts: Iterable[Tensor]) -> Tensor:
+            return mesh.gather(torch.cat(list(parts)).to(mesh.device), items, len(prompts) * group_size)
 
-        per_frame, times, by_name, second = {}, {}, {}, {}
+        per_frame, second = {}, {}
         for name, reward in self.rewards.items():
-            scores = [chunk.scores[name] for chunk in chunks]
-            widths = gathered([torch.full((len(score.values),), score.values.shape[1]) for score in scores])
+            scores = [chunk.frames[name].values for chunk in chunks]
+            widths = gathered(torch.full((len(values),), values.shape[1]) for values in scores)
             _check_widths(name, widths, prompts, group_size)
-            values = gathered([score.values for score in scores])
-            _check_finite(name, values, prompts, group_size)
-            times[name] = scores[0].times
-            per_frame[name] = values.unflatten(0, shape)
-            by_name[name] = reward.aggregate(values).unflatten(0, shape)
+            per_frame[name] = gathered(scores)
+            _check_finite(name, per_frame[name], prompts, group_size)
             if reward.second is not None:
-                again = gathered([chunk.second[name] for chunk in chunks])
-                scored = again
+                again = scored = gathered(chunk.second[name] for chunk in chunks)
                 if prompts.twice is not None:
                     scored = again.masked_fill(~prompts.twice.repeat_interleave(group_size).to(again.device), 0.0)
                 _check_finite(f"{name}.second", scored[:, None], prompts, group_size)
                 second[name] = again.unflatten(0, shape)
-        weighted = [self.weights[name] * scores for name, scores in by_name.items()]
-        return Rewards(by_name, torch.stack(weighted).sum(dim=0), per_frame, times, second)
+        by_name = {name: gathered(chunk.videos[name] for chunk in chunks).unflatten(0, shape) for name in per_frame}
+        total = torch.stack([self.weights[name] * scores for name, scores in by_name.items()]).sum(dim=0)
+        by_frame = {name: values.unflatten(0, shape) for name, values in per_frame.items()}
+        return Rewards(by_name, total, by_frame, {name: chunks[0].frames[name].times for name in by_name}, second)
 
 
 def _check_widths(name: str, widths: Tensor, prompts: PromptBatch, group_size: int) -> None:
@@ -302,3 +209,114 @@ def _modules_in(thing: object, depth: int) -> Iterator[nn.Module]:
         by_name = thing if isinstance(thing, Mapping) else getattr(thing, "__dict__", {})
         for part in list(thing if isinstance(thing, Sequence) else by_name.values()):
             yield from _modules_in(part, depth - 1)
+
+
+class ScoreAhead:
+    """Scores chunks in order while its caller makes the next ones; a context manager.
+
+    Args:
+        ahead: number of unscored chunks with which `put` returns; with 0 it waits for the score. The caller holds the
+            videos of one more.
+
+    Attributes:
+        seconds: that scoring took.
+    """
+
+    def __init__(self, suite: RewardSuite, prompts: PromptBatch, ahead: int, device: torch.device):
+        self.seconds = 0.0
+        self._suite, self._prompts, self._ahead, self._device = suite, prompts, ahead, device
+        self._chunks: SimpleQueue[RolloutChunk | None] = SimpleQueue()
+        self._scored: list[ScoredChunk] = []
+        self._changed = threading.Condition()
+        self._queued = 0
+        self._running: tuple[Call, float] | None = None  # and its deadline, on the clock of time.monotonic
+        self._error: BaseException | None = None
+        self._abandoned = False
+        # A daemon: a model that hangs must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="scoring", daemon=True)
+
+    def __enter__(self) -> ScoreAhead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._abandoned = error is not None
+        self._chunks.put(None)
+        if error is None:
+            self._thread.join()
+
+    def put(self, chunk: RolloutChunk) -> None:
+        """Queues a chunk; returns once at most `ahead` chunks are unscored.
+
+        Raises:
+            RewardError: a model failed, on this chunk or an earlier one, or its call has exceeded its timeout.
+        """
+        if self._device.type == "cuda":  # the caller's stream makes the videos, another one reads them
+            torch.cuda.current_stream(self._device).synchronize()
+        self._queued += 1
+        self._chunks.put(replace(chunk, trajectories=()))
+        self._wait(self._ahead)
+
+    def scores(self) -> list[ScoredChunk]:
+        """Scores of all chunks, in order; raises as `put` does."""
+        self._wait(0)
+        return self._scored
+
+    def _wait(self, unscored: int) -> None:
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                left = None
+                if self._running is not None:
+                    call, deadline = self._running
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        late = f"{call} has not answered within its timeout of {call.timeout:g} s"
+                        raise RewardError(f"{late}; raise `timeout` of that reward if it may take longer")
+                if self._queued - len(self._scored) <= unscored:
+                    return
+                self._changed.wait(left)
+
+    def _run(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        try:
+            with scoring_stream(self._device) as synchronize:
+                for chunk in iter(self._chunks.get, None):
+                    if self._abandoned:
+                        return
+                    started = time.perf_counter()
+                    scored = self._suite.score(chunk, self._prompts, self._begin)
+                    synchronize()
+                    del chunk  # frees its videos before the wait for the next one
+                    with self._changed:
+                        self._scored.append(scored)
+                        self.seconds += time.perf_counter() - started
+                        self._running = None
+                        self._changed.notify_all()
+        except BaseException as error:  # raised in the caller's thread, which ends the run
+            with self._changed:
+                self._error, self._running = error, None
+                self._changed.notify_all()
+
+    def _begin(self, call: Call) -> None:
+        with self._changed:
+            self._running = call, time.monotonic() + call.timeout
+            self._changed.notify_all()
+
+
+@contextmanager
+def scoring_stream(device: torch.device) -> Iterator[Callable[[], None]]:
+    """On a GPU this thread uses the scoring stream inside the block; yields a function that waits for the stream."""
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    stream = _stream(device)
+    with torch.cuda.stream(stream):
+        yield stream.synchronize
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the whole run: the allocator keeps freed memory for each stream separately."""
+    return torch.cuda.Stream(device)

@@ -10,27 +10,19 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear, normalize
 from transformers import AutoConfig, CLIPConfig, CLIPModel, SiglipModel, VideoPrismClipModel, XCLIPModel
 
 from bpgo_video.data.media import as_bytes
-from bpgo_video.files import fingerprint_of, resolve_folder
-from bpgo_video.rewards.backbones import (
-    WITHOUT_WEIGHTS,
-    Backbone,
-    Backbones,
-    Dtype,
-    NetworkReward,
-    Preprocessing,
-    version,
-)
+from bpgo_video.files import resolve_folder
 from bpgo_video.rewards.base import (
     Clips,
     Device,
@@ -41,7 +33,19 @@ from bpgo_video.rewards.base import (
     Scores,
     evenly_spread,
 )
-from bpgo_video.rewards.checkpoints import from_open_clip, imported, linear_layers, load_network, read_weights, release
+from bpgo_video.rewards.networks import (
+    WITHOUT_WEIGHTS,
+    Backbone,
+    Backbones,
+    Dtype,
+    NetworkReward,
+    Preprocessing,
+    Weights,
+    imported,
+    load_network,
+    read_weights,
+    release,
+)
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 
@@ -164,19 +168,17 @@ class HPSv2(ClipScore):
         checkpoint: str = "HPS_v2.1_compressed.pt", frames: int | None = None, frames_per_second: float | None = None,
         device: Device = "cpu", dtype: Dtype = "float32", backbones: Backbones | None = None,
     ):  # fmt: skip
-        folder, shape = resolve_folder(model, only=(checkpoint,)), resolve_folder(base, only=WITHOUT_WEIGHTS)
-        path = folder / checkpoint
+        self.files, self.processor = (checkpoint,), resolve_folder(base, only=WITHOUT_WEIGHTS)
+        super().__init__(model, frames, frames_per_second, device, dtype, backbones)
 
-        def build(dtype: torch.dtype) -> torch.nn.Module:
-            config, weights = CLIPConfig.from_pretrained(shape), from_open_clip(read_weights(path))
-            return load_network(CLIPModel, path, dtype, config=config, weights=weights)
+    def build(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        assert self.processor is not None
+        path = folder / self.files[0]
+        config, weights = CLIPConfig.from_pretrained(self.processor), from_open_clip(read_weights(path))
+        return load_network(CLIPModel, path, dtype, config=config, weights=weights)
 
-        source = (CLIPModel.__name__, str(path.resolve()), str(shape.resolve()))
-        self.use((backbones or Backbones()).get(source, device, dtype, build), shape)
-        self.preprocessing = replace(self.preprocessing, fit="pad", edge=0)
-        self.frames = FrameSampling(frames, frames_per_second)
-        files = fingerprint_of(folder, (checkpoint,)), fingerprint_of(shape, WITHOUT_WEIGHTS)
-        self.version = version(files, self.frames, dtype)
+    def preprocessing_of(self, backbone: Backbone, folder: Path) -> Preprocessing:
+        return replace(super().preprocessing_of(backbone, folder), fit="pad", edge=0)
 
 
 class Aesthetic(ClipScore):
@@ -343,3 +345,59 @@ def quoted_text(prompt: str) -> str:
 
 def folded(text: str) -> str:
     return "".join(text.split()).casefold()
+
+
+def linear_layers(weights: Weights, path: Path) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of each layer of an aesthetic head, in order, fp32.
+
+    Raises:
+        ValueError: the file is not a chain of linear layers that ends in one number.
+    """
+    names = [name.removesuffix("weight") for name in weights if name.endswith("weight")]
+    names.sort(key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
+    layers = [(weights[f"{n}weight"].float(), weights[f"{n}bias"].float()) for n in names if f"{n}bias" in weights]
+    fits = all(before.shape[0] == after.shape[1] for (before, _), (after, _) in pairwise(layers))
+    if not layers or 2 * len(layers) != len(weights) or not fits or layers[-1][0].shape[0] != 1:
+        raise ValueError(f"{path} holds {sorted(weights)}; an aesthetic head is a chain of linear layers to one number")
+    return layers
+
+
+OPEN_CLIP = {  # open_clip's names outside of the two transformers -> CLIPModel's
+    "logit_scale": "logit_scale",
+    "text_projection": "text_projection.weight",
+    "visual.proj": "visual_projection.weight",
+}
+OPEN_CLIP_TOWER = [  # the same inside one of them, without its prefix
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
+    ("class_embedding", "embeddings.class_embedding"),
+    (r"conv1\.weight", "embeddings.patch_embedding.weight"),
+    (r"ln_pre\.(\w+)", r"pre_layrnorm.\1"),
+    (r"ln_post\.(\w+)", r"post_layernorm.\1"),
+    (r"ln_final\.(\w+)", r"final_layer_norm.\1"),
+    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.(\w+)", r"encoder.layers.\1.layer_norm\2.\3"),
+    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)", r"encoder.layers.\1.self_attn.out_proj.\2"),
+    (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(\w+)", r"encoder.layers.\1.self_attn.*_proj.\2"),  # q, k and v
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)", r"encoder.layers.\1.mlp.fc1.\2"),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"encoder.layers.\1.mlp.fc2.\2"),
+]
+
+
+def from_open_clip(weights: Weights) -> dict[str, Tensor]:
+    """An open_clip checkpoint under CLIPModel's names, with separate q, k and v and projections as linear layers.
+
+    Raises:
+        ValueError: a weight that a CLIP of vision and text transformers does not have.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        tower = "vision_model." if name.startswith("visual.") else "text_model."
+        matches = ((re.fullmatch(old, name.removeprefix("visual.")), new) for old, new in OPEN_CLIP_TOWER)
+        new = OPEN_CLIP.get(name) or next((tower + match.expand(new) for match, new in matches if match), None)
+        if new is None:
+            raise ValueError(f"{name!r} is no weight of open_clip's CLIP with two transformers")
+        if "*" in new:
+            renamed |= {new.replace("*", part): rows.clone() for part, rows in zip("qkv", weight.chunk(3), strict=True)}
+        else:
+            renamed[new] = weight.T.contiguous() if "projection" in new else weight
+    return renamed

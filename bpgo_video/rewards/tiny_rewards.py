@@ -1,4 +1,4 @@
-"""Rewards of the world of moving shapes (tiny_world.py): a rule-based oracle, and a small learned motion model."""
+"""Rewards of the world of moving shapes (tiny/world.py): a rule-based oracle, and a small learned motion model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, normalize
 
 from bpgo_video.files import fingerprint, resolve_folder
-from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameScores, RewardModel
+from bpgo_video.tiny import world as world
 from bpgo_video.types import Videos
 
 FrameValues = Float[Tensor, "samples frames"]

@@ -23,19 +23,21 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLConf
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from bpgo_video.errors import unknown
-from bpgo_video.files import fingerprint_of, resolve_folder
-from bpgo_video.rewards.backbones import (
+from bpgo_video.files import resolve_folder
+from bpgo_video.policies.lora import add_adapter_in
+from bpgo_video.rewards.base import Clips, Device, FrameSampling, FrameScores, RewardError
+from bpgo_video.rewards.networks import (
     WITHOUT_WEIGHTS,
     Backbone,
     Backbones,
     Dtype,
     NetworkReward,
     Preprocessing,
+    Weights,
+    load_network,
     read_preprocessor,
-    version,
+    read_weights,
 )
-from bpgo_video.rewards.base import Clips, Device, FrameSampling, FrameScores, RewardError, RewardModel
-from bpgo_video.rewards.checkpoints import Weights, load_network, read_weights
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 START, PAD, END = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
@@ -202,7 +204,16 @@ class VlmJudge(NetworkReward):
         return ids[0]
 
 
-class VideoAlign(RewardModel):
+class VideoRewardNetwork(nn.Module):
+    """VideoAlign's network: Qwen2-VL without the vocabulary's head, and the reward's head on its last hidden states."""
+
+    def __init__(self, model: nn.Module, head: Tensor):
+        super().__init__()
+        self.model: Any = model
+        self.head = nn.Parameter(head)
+
+
+class VideoAlign(NetworkReward):
     """(head(h) - mean)/std at a special token of the question, of a fine-tuned Qwen2-VL-2B (arXiv 2501.13918).
 
     VQ (visual quality), MQ (motion quality), TA (text alignment) or their sum `overall`, one score per video: 0 is an
@@ -225,7 +236,8 @@ class VideoAlign(RewardModel):
 
     name = "videoalign"
     range = (-math.inf, math.inf)
-    differentiable = True
+    network = VideoRewardNetwork
+    files = VIDEOALIGN_FILES
 
     def __init__(
         self, template: str, score: str = "overall", model: str = "KwaiVGI/VideoReward",
@@ -234,26 +246,29 @@ class VideoAlign(RewardModel):
     ):  # fmt: skip
         if score not in SCORES:
             raise ValueError(unknown("score", score, SCORES))
-        folder = resolve_folder(model, only=VIDEOALIGN_FILES)
-        qwen = resolve_folder(base, only=WITHOUT_WEIGHTS)
         self.template, self.columns = read_template(Path(template)), SCORES[score]
+        self.settings, self.processor = (score, self.template), resolve_folder(base, only=WITHOUT_WEIGHTS)
+        super().__init__(model, None, None, device, dtype, backbones)
+
+    def check(self, folder: Path) -> None:
         path = folder / "model_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no model_config.json; is it a folder like KwaiVGI/VideoReward?")
-        settings = json.loads(path.read_text("utf-8"))
-        data, statistics = settings["data_config"], settings.get("inference_config")
-        if not statistics:
+        self.trained = json.loads(path.read_text("utf-8"))
+        if not self.trained.get("inference_config"):
             raise ValueError(f"{path} has no inference_config: the mean and std that normalise the scores")
+
+    def build(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        assert self.processor is not None
+        return load_videoalign(folder, self.processor, self.trained["peft_lora_config"], dtype)
+
+    def use(self, backbone: Backbone, folder: Path) -> None:
+        data, statistics = self.trained["data_config"], self.trained["inference_config"]
         self.frames = FrameSampling(fps=data["fps"])
-        source = (VideoAlign.__name__, str(folder.resolve()), str(qwen.resolve()))
-        backbone = (backbones or Backbones()).get(
-            source, device, dtype, lambda dtype: load_videoalign(folder, qwen, settings["peft_lora_config"], dtype)
-        )
-        self.qwen = QwenVL(backbone, Qwen2VLConfig.from_pretrained(qwen), qwen, MIN_PIXELS, data["max_frame_pixels"])
+        config = Qwen2VLConfig.from_pretrained(folder)
+        self.qwen = QwenVL(backbone, config, folder, MIN_PIXELS, data["max_frame_pixels"])
         self._add_tokens()
         self.mean, self.std = (torch.tensor([statistics[f"{p}_{which}"] for p in PARTS]) for which in ("mean", "std"))
-        files = fingerprint_of(folder, VIDEOALIGN_FILES), fingerprint_of(qwen, WITHOUT_WEIGHTS)
-        self.version = version(files, self.frames, dtype, score, self.template)
 
     def __call__(self, clips: Clips) -> FrameScores:
         key = (self.qwen.backbone.key, self.template)
@@ -319,15 +334,6 @@ def read_template(path: Path) -> str:
     return text
 
 
-class VideoRewardNetwork(nn.Module):
-    """VideoAlign's network: Qwen2-VL without the vocabulary's head, and the reward's head on its last hidden states."""
-
-    def __init__(self, model: nn.Module, head: Tensor):
-        super().__init__()
-        self.model: Any = model
-        self.head = nn.Parameter(head)
-
-
 def load_videoalign(folder: Path, base: Path, lora: dict[str, Any], dtype: torch.dtype) -> VideoRewardNetwork:
     """The network of the folder's last checkpoint with its LoRA updates merged, in `dtype`.
 
@@ -365,8 +371,8 @@ def merge_lora(weights: Weights, scale: float) -> dict[str, Tensor]:
     for name, weight in layers.items():
         layer = name.removesuffix(".base_layer.weight")
         if f"{layer}.lora_A.default.weight" in updates:
-            down, up = (updates.pop(f"{layer}.lora_{part}.default.weight").float() for part in "AB")
-            weight = (weight.float() + scale * up @ down).to(weight.dtype)
+            down, up = (updates.pop(f"{layer}.lora_{part}.default.weight") for part in "AB")
+            weight = add_adapter_in(weight, down, up, scale)
         if not name.startswith("lm_head."):
             name = re.sub(r"^model\.(visual|language_model)\.", r"\1.", name.replace(".base_layer.", "."))
             # transformers had no prefix for the language model when the checkpoint was made

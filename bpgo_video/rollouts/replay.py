@@ -17,9 +17,9 @@ from bpgo_video.diffusion.steps import flash_weight, step_weights
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
 from bpgo_video.rollouts.forward_process import ForwardProcess
-from bpgo_video.rollouts.reference import DIVERGENCES
-from bpgo_video.rollouts.rollout import guidance_of, pulls_to_previous, trainable_steps
-from bpgo_video.rollouts.updates import Objective
+from bpgo_video.rollouts.rollout import guidance_of, pulls_to_previous
+from bpgo_video.rollouts.rules import trainable_steps
+from bpgo_video.rollouts.updates import DIVERGENCES, Objective
 from bpgo_video.types import Loss, Table, Trajectory
 
 

@@ -1,10 +1,10 @@
-"""The denoising loop with guidance, for rollouts and held-out videos, and the trajectories that it records."""
+"""Conditioning, the denoising loop with guidance for rollouts and held-out videos, and the recorded trajectories."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
 from typing import Any, NamedTuple
@@ -15,14 +15,11 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import Config, ConfigError, LossConfig
 from bpgo_video.diffusion import sde
-from bpgo_video.diffusion.steps import STEP_SELECTIONS
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, guided_velocity
-from bpgo_video.policies.networks import trained_names
-from bpgo_video.randomness import generator_of, keyed_noise
+from bpgo_video.randomness import keyed_noise
+from bpgo_video.rollouts.rules import TrainedSteps, no_steps
 from bpgo_video.types import Conditioning, Guidance, Latents, PromptBatch, RolloutChunk, Trajectory, Velocity
-
-TrainedSteps = Callable[[int], tuple[int, ...]]  # prompt id -> indices of its stochastic steps
 
 LATENTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EULER_SCHEDULERS = (  # they take Euler steps on the family's noise levels (tests/policies/test_families.py)
@@ -193,47 +190,6 @@ def pulls_to_previous(loss: LossConfig) -> bool:
     return loss.kl_weight > 0 and loss.kl_reference == "previous"
 
 
-def transformers_by_step(policy: Policy, config: Config) -> list[str]:
-    """The name of the transformer that computes each denoising step; Wan 2.2 has one for high noise and one for low."""
-    sigmas = policy.sigmas(config.sampler.num_steps, config.video, config.sampler.shift)
-    return [policy.transformer_at(float(sigma)) for sigma in sigmas[:-1]]
-
-
-def trainable_steps(policy: Policy, config: Config) -> tuple[int, ...]:
-    """The denoising steps that can be trained: those of trained transformers, without the last step."""
-    trained = trained_names(policy.folder, config.policy.trained)
-    return tuple(index for index, name in enumerate(transformers_by_step(policy, config)[:-1]) if name in trained)
-
-
-def trained_steps_of(policy: Policy, config: Config, step: int) -> TrainedSteps:
-    """The denoising steps that training step `step` trains, drawn once for all prompts or for each prompt id.
-
-    Args:
-        step: below 0 stands for before training, where a moving window is at its start.
-    """
-    sampler, seed, trainable = config.sampler, config.run.seed, trainable_steps(policy, config)
-    start = sampler.window_start + (max(step, 0) // sampler.window_every if sampler.window_every else 0)
-
-    def select(prompt: int) -> tuple[int, ...]:
-        prompt_key = (prompt,) if sampler.share_steps == "group" else ()
-        generator = generator_of(seed, "trained steps", step, *prompt_key)
-        count = sampler.trained_of(len(trainable))
-        selected = STEP_SELECTIONS[sampler.train_steps](len(trainable) + 1, count, start, generator)
-        return tuple(trainable[position] for position in selected)
-
-    return select
-
-
-def sampled_steps(policy: Policy, config: Config, step: int) -> TrainedSteps:
-    """The stochastic steps of a rollout: the trained ones, or none for objectives on final videos (awm, nft)."""
-    return trained_steps_of(policy, config, step) if config.loss.replays_transitions else no_steps
-
-
-def no_steps(prompt: int) -> tuple[int, ...]:
-    """No stochastic steps: all follow the ODE."""
-    return ()
-
-
 def guidance_of(prompts: PromptBatch, rows: Int[Tensor, "samples"], device: torch.device) -> Guidance:
     """Prompt and negative prompt of each sample, moved to the device; `rows` are the samples' prompts."""
     negative_rows = torch.zeros_like(rows) if prompts.negative_rows is None else prompts.negative_rows[rows]
@@ -295,3 +251,48 @@ def _decoded(policy: Policy, trajectories: tuple[Trajectory, ...], prompts: Prom
     mine = mesh.part(len(latents))
     conditioning = rows_of(prompts.conditioning, rows[mine], mesh.device)
     return RolloutChunk(trajectories, policy.decode(latents[mine].float(), conditioning), rows[mine], samples[mine])
+
+
+def cast(conditioning: Conditioning, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Floating-point tensors in `dtype`, token masks in their own dtype, all on the device."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in conditioning.items()
+    }
+
+
+def for_each(row: Conditioning, count: int) -> dict[str, Tensor]:
+    """One row expanded to `count` samples."""
+    return {name: value.expand(count, *value.shape[1:]) for name, value in row.items()}
+
+
+def image_size(config: Config, policy: Policy) -> tuple[int, int] | None:
+    """Height and width at which the prompts' images are read; None for a policy that takes no images."""
+    return (config.video.height, config.video.width) if policy.takes_images else None
+
+
+def conditioned(
+    prompts: PromptBatch,
+    policy: Policy,
+    config: Config,
+    dtype: torch.dtype,
+    mesh: Mesh,
+    group_size: int,
+) -> PromptBatch:
+    """The prompts with their complete conditioning in `dtype`, on the CPU.
+
+    Encoding an image costs as much as encoding a video. Each rank encodes only the images of its own samples; the rows
+    of other ranks' images stay zero.
+
+    Args:
+        group_size: samples to be made of each prompt.
+    """
+    of_video = for_each(policy.video_conditioning(config.video), len(prompts))
+    conditioning, negative = {**cast(prompts.conditioning, dtype), **of_video}, cast(prompts.negative, dtype)
+    if prompts.images is not None:
+        shares = mesh.share(len(prompts) * group_size, config.rollout.micro_batch_size)
+        rows = sorted({item // group_size for items in shares for item in items})
+        for name, value in cast(policy.image_conditioning(prompts.images[rows], config.video), dtype).items():
+            conditioning[name] = value.new_zeros(len(prompts), *value.shape[1:])  # untouched pages take no memory
+            conditioning[name][rows] = value
+    return replace(prompts, conditioning=conditioning, negative=negative)

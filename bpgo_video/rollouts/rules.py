@@ -1,15 +1,60 @@
-"""Rules between a recipe's settings and its policy; each message has the values, the rule and the way out."""
+"""The denoising steps that a recipe trains, and the rules between its settings and its policy.
+
+Each message of a rule has the values, the rule and the way out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.data.reader import PromptShards
-from bpgo_video.learner.priors import FROM_IMAGES
+from bpgo_video.diffusion.steps import STEP_SELECTIONS
 from bpgo_video.policies import Policy
 from bpgo_video.policies.networks import trained_names
-from bpgo_video.rollouts.rollout import trainable_steps, transformers_by_step
+from bpgo_video.randomness import generator_of
+
+TrainedSteps = Callable[[int], tuple[int, ...]]  # prompt id -> indices of its stochastic steps
+
+
+def transformers_by_step(policy: Policy, config: Config) -> list[str]:
+    """The name of the transformer that computes each denoising step; Wan 2.2 has one for high noise and one for low."""
+    sigmas = policy.sigmas(config.sampler.num_steps, config.video, config.sampler.shift)
+    return [policy.transformer_at(float(sigma)) for sigma in sigmas[:-1]]
+
+
+def trainable_steps(policy: Policy, config: Config) -> tuple[int, ...]:
+    """The denoising steps that can be trained: those of trained transformers, without the last step."""
+    trained = trained_names(policy.folder, config.policy.trained)
+    return tuple(index for index, name in enumerate(transformers_by_step(policy, config)[:-1]) if name in trained)
+
+
+def trained_steps_of(policy: Policy, config: Config, step: int) -> TrainedSteps:
+    """The denoising steps that training step `step` trains, drawn once for all prompts or for each prompt id.
+
+    Args:
+        step: below 0 stands for before training, where a moving window is at its start.
+    """
+    sampler, seed, trainable = config.sampler, config.run.seed, trainable_steps(policy, config)
+    start = sampler.window_start + (max(step, 0) // sampler.window_every if sampler.window_every else 0)
+
+    def select(prompt: int) -> tuple[int, ...]:
+        prompt_key = (prompt,) if sampler.share_steps == "group" else ()
+        generator = generator_of(seed, "trained steps", step, *prompt_key)
+        count = sampler.trained_of(len(trainable))
+        selected = STEP_SELECTIONS[sampler.train_steps](len(trainable) + 1, count, start, generator)
+        return tuple(trainable[position] for position in selected)
+
+    return select
+
+
+def sampled_steps(policy: Policy, config: Config, step: int) -> TrainedSteps:
+    """The stochastic steps of a rollout: the trained ones, or none for objectives on final videos (awm, nft)."""
+    return trained_steps_of(policy, config, step) if config.loss.replays_transitions else no_steps
+
+
+def no_steps(prompt: int) -> tuple[int, ...]:
+    """No stochastic steps: all follow the ODE."""
+    return ()
 
 
 def check_experts(policy: Policy, config: Config) -> None:
@@ -71,25 +116,3 @@ def guidance_rules(section: str, scale: float, scale_2: float | None, names: Seq
             f"{section}guidance_scale_2 is {scale_2} with {section}guidance_scale = 1, at which diffusers' pipelines "
             "guide no step at all; set guidance_scale above 1, or guidance_scale_2 to None"
         )
-
-
-def check_images(config: Config, takes_images: bool, shards: PromptShards, splits: Sequence[str]) -> None:
-    """Check that prompts have images where the policy or the prior needs them.
-
-    Raises:
-        ConfigError: they have none; names the policy or the prior, and the split.
-        ShardError: only some prompts of a split have an image.
-    """
-    if not takes_images:
-        if config.prior.kind in FROM_IMAGES:
-            raise ConfigError(
-                f"prior.kind is {config.prior.kind!r}, which scores the images that videos continue, but "
-                f"{config.policy.folder} makes videos of texts; set prior.kind to 'reference' or 'ema'"
-            )
-        return
-    for split in splits:
-        if not shards.has_images(split):
-            raise ConfigError(
-                f"{config.policy.folder} makes videos of images, but the prompts of split {split!r} of "
-                f"{config.data.shards} have none; build the shards from .jsonl lines with an 'image'"
-            )

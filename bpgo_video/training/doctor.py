@@ -32,15 +32,16 @@ from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies.networks import Transformers, from_pretrained, networks_of
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.rollouts.conditioning import cast
-from bpgo_video.rollouts.rollout import guidance_of, training_denoiser
+from bpgo_video.rollouts.rollout import cast, guidance_of, training_denoiser
 from bpgo_video.rollouts.updates import Objective, optimise, ratio_error
 from bpgo_video.training.estimation import estimate_advantages
+from bpgo_video.training.inputs import describe_policy
 from bpgo_video.training.loop import Stopwatch
 from bpgo_video.training.memory import available_cores, ranks_of_this_host
 from bpgo_video.training.metrics import reduce_metrics
+from bpgo_video.training.plan import readable
 from bpgo_video.training.rl import PHASES, build_objective, sample_and_score
-from bpgo_video.training.session import PolicySession, Session, describe_policy
+from bpgo_video.training.session import PolicySession, Session
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # the first one at which a transformer computes is used for it
@@ -193,7 +194,7 @@ def time_and_memory(examination: Examination) -> Result:
     steps = session.config.run.num_steps
     hours = steps * sum(seconds[name] for name in PHASES) / 3600  # scoring overlaps with them
     words = f"{parts} (a first step: later ones are faster); {steps} steps in about {hours:.1f} h; "
-    return True, f"{words}at most {peak / 2**30:.1f} GiB on a rank"
+    return True, f"{words}at most {readable(peak)} on a rank"
 
 
 CHECKS: dict[str, Callable[[Examination], Result]] = {
@@ -290,8 +291,8 @@ def small_disk(config: Recipe, trained: int) -> Iterator[str]:
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
     if free < needed:
         yield (
-            f"run.dir {run.dir} has {free / 1e9:.1f} GB free; {run.keep_checkpoints + 1} checkpoints take about "
-            f"{needed / 1e9:.1f} GB: set run.keep_checkpoints, or name another folder"
+            f"run.dir {run.dir} has {readable(free)} free; {run.keep_checkpoints + 1} checkpoints take about "
+            f"{readable(needed)}: set run.keep_checkpoints, or name another folder"
         )
 
 

@@ -16,9 +16,9 @@ from bpgo_video.data.media import write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import FrameScores
-from bpgo_video.rewards.ahead import ScoreAhead
-from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rollouts.rollout import Denoiser, TrainedSteps, evaluation_denoiser, no_steps, sample_chunks
+from bpgo_video.rewards.suite import RewardSuite, ScoreAhead
+from bpgo_video.rollouts.rollout import Denoiser, evaluation_denoiser, sample_chunks
+from bpgo_video.rollouts.rules import TrainedSteps, no_steps
 from bpgo_video.statistics import corrected, effect
 from bpgo_video.training.trackers import Cell
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -30,9 +30,10 @@ from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.inference.hub import EXPORTED, CardFacts
 from bpgo_video.inference.model_files import export_pipeline
 from bpgo_video.policies.networks import trained_names
+from bpgo_video.training.inputs import Inputs, check_inputs
 from bpgo_video.training.metrics import Keys, RunLog
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
-from bpgo_video.training.session import Inputs, PolicySession, check_inputs
+from bpgo_video.training.session import PolicySession
 from bpgo_video.training.stopping import Request, StopRequests
 from bpgo_video.training.trackers import Trackers, named_trackers
 
@@ -60,7 +61,7 @@ class Trainer(ABC):
         progress: a dataclass of plain data with `step` and `seconds["total"]`; checkpoints keep it.
     """
 
-    keys: ClassVar[Keys]
+    keys: Keys
     session: Any
     progress: Any
 
@@ -110,7 +111,7 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
             vars(progress).update(load(session, run_dir / checkpoint.FOLDER / resumed))
             started -= progress.seconds["total"]
         trackers = Trackers(named_trackers(config) if mesh.is_main else (), config, progress.step)
-        with RunLog(run_dir, trackers, num_steps, progress.step, kind.keys) as log:
+        with RunLog(run_dir, trackers, num_steps, progress.step, trainer.keys) as log:
             for step in range(progress.step, num_steps):
                 record = trainer.train_step(step)
                 progress.step = step + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ from bpgo_video.files import write_json
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import with_spread
 from bpgo_video.randomness import isolated
-from bpgo_video.rewards.ahead import ScoreAhead
+from bpgo_video.rewards.suite import ScoreAhead
 from bpgo_video.rollouts.replay import OBJECTIVES, samples_to_replay
-from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollouts.rules import sampled_steps
 from bpgo_video.rollouts.updates import Objective, UpdateStats, optimise, step_metrics, step_sums
 from bpgo_video.training import loop
 from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_scored
 from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, heldout_summary
-from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, RunLog, read_metrics, reduce_metrics
+from bpgo_video.training.inputs import Inputs
+from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, Keys, RunLog, read_metrics, reduce_metrics
 from bpgo_video.training.report import LiveReport, write_report
-from bpgo_video.training.session import Inputs, Session, build_session, environment
+from bpgo_video.training.session import Session, build_session, environment
 from bpgo_video.training.summary import diagnose, summary_table
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 
@@ -64,11 +66,10 @@ class RL(loop.Trainer):
         after: the last held-out scores, of the weights that measure the run.
     """
 
-    keys = ROLLOUTS
-
     def __init__(self, config: Config, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
         self.session, self.heartbeat = build_session(config, mesh, *inputs), heartbeat
         self.progress = Progress()
+        self.keys = keys_of(config)
         self.after: HeldoutScores | None = None
         heldout = self.session.heldout
         texts = heldout.prompts.texts if heldout else ()
@@ -167,6 +168,11 @@ class RL(loop.Trainer):
 
 
 train = partial(loop.train, kind=RL)
+
+
+def keys_of(config: Config) -> Keys:
+    """The keys of a run's records; the progress line shows trust where the recipe has one."""
+    return ROLLOUTS if config.bpgo.uses_trust else replace(ROLLOUTS, shown={"reward": ROLLOUTS.shown["reward"]})
 
 
 def sample_and_score(

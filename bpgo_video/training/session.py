@@ -1,8 +1,7 @@
-"""Construction of a run: inputs are checked on every rank first, then policy, engine and data are built once."""
+"""Construction of a run from its checked inputs: policy, engine, data and rewards, each built once."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -13,49 +12,45 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import bpgo_video
 from bpgo_video.config.bpgo import Config
-from bpgo_video.config.reading import ds_config_file
-from bpgo_video.config.sft import Recipe, SftConfig
-from bpgo_video.data.priors import PriorTable, load_priors, prior_path, require_priors
+from bpgo_video.config.sft import Recipe
+from bpgo_video.data.priors import PriorTable, load_priors
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.records import LATENTS, ShardError, encoder_stamp
-from bpgo_video.data.stream import EndlessOrder, PromptStream, as_batch
-from bpgo_video.data.writer import clip_stamp, image_stamp
+from bpgo_video.data.stream import PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
-from bpgo_video.distributed.ds_config import compute_dtype, read_ds_config, zero_stage
+from bpgo_video.distributed.ds_config import compute_dtype, zero_stage
 from bpgo_video.distributed.ema import EMA
-from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, same_everywhere
+from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
 from bpgo_video.distributed.optimizer import learning_rate_factor
 from bpgo_video.files import fingerprint, resolve_folder
 from bpgo_video.inference.hub import this_code
-from bpgo_video.learner.priors import STORED
-from bpgo_video.policies import Policy, family, load_policy
-from bpgo_video.policies.execution import check_backend, choose_attention, compile_blocks, save_memory
+from bpgo_video.policies import Policy
+from bpgo_video.policies.attention import choose_attention, parallelise
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import (
     Build,
     Transformers,
     blocks_of,
+    compile_blocks,
     from_pretrained,
+    save_memory,
     trained_names,
     transformer_names,
 )
-from bpgo_video.policies.sequence import check_heads, parallelise
-from bpgo_video.rewards.backbones import Backbones
-from bpgo_video.rewards.building import reward_factory
+from bpgo_video.rewards.networks import Backbones
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rollouts.conditioning import conditioned, image_size
-from bpgo_video.rollouts.reference import Reference, adapters_off
-from bpgo_video.rollouts.rules import check_experts, check_images
+from bpgo_video.rollouts.rollout import conditioned, image_size
+from bpgo_video.rollouts.updates import Reference, adapters_off
+from bpgo_video.training.inputs import (
+    PACKAGES,
+    heldout_rows,
+    reads_priors,
+    recipe_policy,
+)
 from bpgo_video.training.memory import fits_everywhere
-from bpgo_video.training.trackers import check_trackers
 from bpgo_video.types import PromptBatch
-
-PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")  # a run's numbers depend on their versions
 
 
 @dataclass(frozen=True)
@@ -138,9 +133,6 @@ class Session(PolicySession):
         return self.engine.whole_weights() if gather else nullcontext()
 
 
-Inputs = tuple[dict[str, Any], PromptShards]  # the DeepSpeed configuration and the shards
-
-
 def environment(session: PolicySession) -> dict[str, Any]:
     """Code, package versions and hardware of a run, the same on every rank; every rank calls it."""
     device = session.mesh.device
@@ -165,123 +157,6 @@ def hardware(device: torch.device) -> str:
     return f"{models[0] if models else platform.machine()} (threads: {torch.get_num_threads()})"
 
 
-def check_inputs(config: Recipe, mesh: Mesh, need_priors: bool = True) -> Inputs:
-    """Check everything that can be checked before a model is loaded, and that all ranks read the same inputs.
-
-    Raises:
-        ConfigError, ShardError, FileNotFoundError: on every rank; with the value, the rule and the way out.
-    """
-    with all_or_none(mesh):
-        if mesh.is_main:
-            check_trackers(config)
-        ds_config, shards = read_common_inputs(config)
-        if isinstance(config, SftConfig):
-            check_clips(config, shards)
-            priors = []
-        else:
-            check_prompts(config, shards)
-            priors = list(config.rewards) if need_priors and reads_priors(config) else []
-            require_priors(shards.directory, priors)
-        identity = run_identity(config, ds_config, shards)
-        identity["priors"] = "".join(prior_path(shards.directory, name).read_text("utf-8") for name in priors)
-    same_everywhere(identity, mesh)
-    return ds_config, shards
-
-
-def read_common_inputs(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
-    """The DeepSpeed configuration and the shards, checked on this rank against the policy's folder."""
-    ds_config = read_ds_config(str(ds_config_file(config.deepspeed)))
-    engines.require_supported(ds_config)
-    check_backend(config.policy.attention_backend, trains=True)
-    folder = resolve_folder(config.policy.folder)
-    policy_class = family(folder, config.policy.family)
-    for name in trained_names(folder, config.policy.trained):
-        transformer = json.loads((folder / name / "config.json").read_text("utf-8"))
-        check_heads(transformer, config.parallel.sequence, policy_class.sequence_plan)
-    shards = PromptShards(config.data.shards, config.data.cache)
-    shards.check_policy(encoder_stamp(folder, config.policy.max_sequence_length))
-    if policy_class.texts_see_images:
-        shards.check_stamp(image_stamp(folder, (config.video.height, config.video.width)))
-    return ds_config, shards
-
-
-def run_identity(config: Recipe, ds_config: Mapping[str, Any], shards: PromptShards) -> dict[str, str]:
-    """Everything that a run's numbers depend on, as text by name."""
-    folder = resolve_folder(config.policy.folder)
-    code = sorted(Path(bpgo_video.__file__).parent.rglob("*.py"))
-    return {
-        **{f"{name} section": repr(section) for name, section in vars(config).items()},
-        "DeepSpeed configuration": repr(ds_config),
-        "prompt shards": repr(shards.index),
-        "model": fingerprint(folder, (*transformer_names(folder), "vae")),
-        "bpgo_video code": "".join(path.read_text("utf-8") for path in code),
-        "package versions": repr({name: version(name) for name in PACKAGES}),
-    }
-
-
-def check_prompts(config: Config, shards: PromptShards) -> None:
-    """Check rewards, splits, video size, trained steps and images of a run on rewards."""
-    for name, reward in {**config.rewards, **config.evaluation.rewards}.items():
-        reward_factory(name, reward)
-    splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
-    for split in splits:
-        shards.rows(split)
-    policy = describe_policy(config)
-    policy.latent_shape(config.video)  # raises for a video size that the family cannot make
-    check_experts(policy, config)
-    check_images(config, policy.takes_images, shards, splits)
-
-
-def check_clips(config: SftConfig, shards: PromptShards) -> None:
-    """Check that the shards hold clips of the recipe's video size, encoded by this policy's VAE, in its splits.
-
-    Raises:
-        ShardError: names the difference and the command to run.
-    """
-    shards.require_clips()
-    folder = resolve_folder(config.policy.folder)
-    takes_images = family(folder, config.policy.family).takes_images
-    shards.check_stamp(clip_stamp(folder, config.video, takes_images))
-    if takes_images != (set(shards.clip) != {LATENTS}):
-        raise ShardError(
-            f"{shards.directory} holds {sorted(shards.clip)} of each clip, but {config.policy.folder} makes videos of "
-            f"{'images' if takes_images else 'texts alone'}: build shards for it with bpgo-video videos build"
-        )
-    EndlessOrder(shards, config.data.split, config.run.seed, config.sft.batch_size)
-    if config.evaluation.split is not None:
-        shards.rows(config.evaluation.split)
-
-
-def reads_priors(config: Config) -> bool:
-    """Whether the run reads measured priors from the shards' folder."""
-    return config.prior.kind in STORED and config.bpgo.needs_prior
-
-
-def heldout_rows(config: Config, shards: PromptShards) -> list[int]:
-    """Rows of the held-out prompts: at most `evaluation.max_prompts`, evenly spread over the split."""
-    return spread_rows(shards, config.evaluation.split, config.evaluation.max_prompts).tolist()
-
-
-def spread_rows(shards: PromptShards, split: str | None, most: int) -> np.ndarray:
-    """At most `most` rows of a split, evenly spread over it; none without a split."""
-    if split is None:
-        return np.empty(0, dtype=np.int64)
-    rows = shards.rows(split)
-    count = min(len(rows), most)
-    return rows[np.arange(count) * len(rows) // count]
-
-
-def describe_policy(config: Recipe) -> Policy:
-    """The recipe's policy without any network."""
-    return _load_policy(config, components=())
-
-
-def _load_policy(config: Recipe, **arguments: Any) -> Policy:
-    policy = config.policy
-    arguments |= {"max_sequence_length": policy.max_sequence_length, "name": policy.family, "options": policy.options}
-    return load_policy(policy.folder, **arguments)
-
-
 def sampling_policy(
     config: Recipe,
     ds_config: Mapping[str, Any],
@@ -295,7 +170,7 @@ def sampling_policy(
         build: loads a transformer; by default whole on every rank. See `builder`.
     """
     dtype = compute_dtype(ds_config)
-    policy = _load_policy(config, components=components, dtype=dtype, device=mesh.device, build=build)
+    policy = recipe_policy(config, components=components, dtype=dtype, device=mesh.device, build=build)
     save_memory(policy, config.policy, mesh.device)
     choose_attention(policy.transformers, config.policy.attention_backend, policy.sequence_plan)
     return policy

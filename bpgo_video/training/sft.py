@@ -27,19 +27,12 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.files import write_json
 from bpgo_video.policies import Policy
 from bpgo_video.policies.networks import trained_names
-from bpgo_video.rollouts.conditioning import cast, for_each
 from bpgo_video.rollouts.forward_process import ClipBatch, ClipLoss
+from bpgo_video.rollouts.rollout import cast, for_each
 from bpgo_video.training import loop
+from bpgo_video.training.inputs import Inputs, spread_rows
 from bpgo_video.training.metrics import MATCHING, RunLog, reduce_metrics
-from bpgo_video.training.session import (
-    Inputs,
-    PolicySession,
-    build_ema,
-    build_engine,
-    builder,
-    sampling_policy,
-    spread_rows,
-)
+from bpgo_video.training.session import PolicySession, build_ema, build_engine, builder, sampling_policy
 from bpgo_video.training.summary import boxed, listed
 from bpgo_video.types import Conditioning
 

@@ -21,8 +21,8 @@ from bpgo_video.learner.equations import TRANSFORMS
 from bpgo_video.learner.losses import RATIOS, TRUST_REGIONS
 from bpgo_video.learner.priors import PRIORS
 from bpgo_video.learner.trust import TRUSTS
-from bpgo_video.rollouts.reference import DIVERGENCES
 from bpgo_video.rollouts.replay import OBJECTIVES
+from bpgo_video.rollouts.updates import DIVERGENCES
 
 
 @pytest.mark.parametrize(

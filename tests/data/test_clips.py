@@ -20,7 +20,7 @@ from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.clips import Cut, nearest, read_clip, read_clips
 from bpgo_video.data.media import VideoError, VideoHeader, fit_image, read_header
 from bpgo_video.data.prompt_files import Line, Plan, PromptFileError, Rejected, make_plan
-from bpgo_video.rewards.checkpoints import data_of
+from bpgo_video.rewards.networks import data_of
 from tests.made.real_clips import FPS, real_clip
 
 CLIP = VideoConfig(num_frames=9, height=64, width=64, fps=8.0)

@@ -20,8 +20,8 @@ from bpgo_video.data.records import LATENTS, ShardError
 from bpgo_video.data.stream import as_batch
 from bpgo_video.data.writer import image_stamp
 from bpgo_video.policies import Policy
-from bpgo_video.rewards import tiny_world as world
-from bpgo_video.training.session import read_common_inputs
+from bpgo_video.tiny import world as world
+from bpgo_video.training.inputs import read_common_inputs
 from tests.families import CASES
 from tests.families.hunyuan import HUNYUAN_FIRST_FRAME
 from tests.made.random_wan import random_wan

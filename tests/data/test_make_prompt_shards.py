@@ -17,7 +17,7 @@ from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import EncoderStamp
 from bpgo_video.data.stream import PromptStream
 from bpgo_video.data.writer import Build
-from bpgo_video.rewards import tiny_world as world
+from bpgo_video.tiny import world as world
 from tools.tiny import prompts
 
 

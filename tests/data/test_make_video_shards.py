@@ -15,8 +15,8 @@ from bpgo_video.data.media import write_video
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import LATENTS, EncoderStamp, PromptRecord
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.checkpoints import data_of
+from bpgo_video.rewards.networks import data_of
+from bpgo_video.tiny import world as world
 from tests.made.prompt_folders import write_shards
 from tests.made.random_wan import TEXT_TOKENS, random_wan
 

@@ -14,7 +14,7 @@ from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import EncoderStamp, PromptRecord
 from bpgo_video.data.stream import PromptStream
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.training import prior_estimation
+from bpgo_video.training import estimation
 from bpgo_video.types import PromptBatch
 from tests.made.prompt_folders import write_shards
 from tests.made.recipes import PROMPTS, make_shards, small_recipe
@@ -121,7 +121,7 @@ def test_notes_of_other_settings_are_replaced(tmp_path: Path) -> None:
 def test_an_interrupted_estimation_resumes_to_the_same_priors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = make_shards(tmp_path / "shards")
     config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 2})
-    mesh, score, sampled = Mesh(0, 1, torch.device("cpu")), prior_estimation.score_prompts, []
+    mesh, score, sampled = Mesh(0, 1, torch.device("cpu")), estimation.score_prompts, []
 
     def until_the_third(*arguments: object) -> object:
         prompts = arguments[2]
@@ -131,16 +131,16 @@ def test_an_interrupted_estimation_resumes_to_the_same_priors(tmp_path: Path, mo
             raise KeyboardInterrupt
         return score(*arguments)
 
-    whole = prior_estimation.estimate(config, mesh)
+    whole = estimation.estimate_priors(config, mesh)
     files = {path: path.read_bytes() for path in (shards / "priors").glob("*.json")}
     assert len(files) == len(config.rewards)
     for path in files:
         path.unlink()
-    monkeypatch.setattr(prior_estimation, "PROMPTS_AT_ONCE", 1)
-    monkeypatch.setattr(prior_estimation, "score_prompts", until_the_third)
+    monkeypatch.setattr(estimation, "PROMPTS_AT_ONCE", 1)
+    monkeypatch.setattr(estimation, "score_prompts", until_the_third)
     with pytest.raises(KeyboardInterrupt):
-        prior_estimation.estimate(config, mesh)
-    again = prior_estimation.estimate(config, mesh)
+        estimation.estimate_priors(config, mesh)
+    again = estimation.estimate_priors(config, mesh)
     assert len(sampled) == len(PROMPTS["train"]) + 1, "only the interrupted prompts are sampled again"
     for name, scores in whole.items():
         torch.testing.assert_close(again[name], scores, rtol=0, atol=1e-5)  # batches of another shape

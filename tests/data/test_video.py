@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bpgo_video.data.media import VideoError, check_video, read_pixels, read_video, write_video
-from bpgo_video.rewards import tiny_world as world
+from bpgo_video.tiny import world as world
 
 
 def clip(frames: int = 9) -> torch.Tensor:

@@ -21,8 +21,8 @@ from bpgo_video.distributed import engine
 from bpgo_video.distributed.ds_config import zero_stage
 from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.policies import Policy
+from bpgo_video.policies.attention import parallelise
 from bpgo_video.policies.networks import Build, blocks_of, from_pretrained
-from bpgo_video.policies.sequence import parallelise
 from tests.families import CASES, Case
 
 HUGE_STEP = 1e5  # the weights' change is the gradient, to many digits

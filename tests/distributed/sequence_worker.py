@@ -24,7 +24,7 @@ from torch import Tensor
 from bpgo_video.config.bpgo import OptimConfig
 from bpgo_video.distributed import engine, ulysses
 from bpgo_video.distributed.mesh import Mesh, make_mesh
-from bpgo_video.policies.sequence import parallelise
+from bpgo_video.policies.attention import parallelise
 from tests.distributed.small_transformers import FAMILIES, LATENTS, SAMPLES, inputs, random_transformer, sample_losses
 
 BLIND = "refiner_blocks.0.attn.to_k.bias"  # no key normalisation: softmax is invariant to a shift, so its gradient is 0

@@ -27,10 +27,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bpgo_video.policies.attention import SequencePlan
 from bpgo_video.policies.cogvideox import CogVideoXPolicy
 from bpgo_video.policies.hunyuan import HunyuanVideoPolicy
 from bpgo_video.policies.ltx import LTXPolicy
-from bpgo_video.policies.sequence import SequencePlan
 from bpgo_video.policies.wan import WanPolicy
 
 SAMPLES = 4

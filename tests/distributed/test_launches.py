@@ -135,6 +135,7 @@ def test_the_doctor_distinguishes_a_healthy_recipe_from_a_constant_reward(tmp_pa
     assert result.returncode == 0, result.stderr
     assert "exactly 1 before the first update" in result.stdout
     assert "Ready to train" in result.stdout
+    assert f"Next: bpgo-video train --config {tmp_path / 'healthy.yaml'} --ranks 2\n" in result.stdout
     assert not (tmp_path / "run").exists(), "nothing is saved"
 
     blind = rewarded_by(healthy, "tests.distributed.toy_rewards:Blind")
@@ -142,3 +143,4 @@ def test_the_doctor_distinguishes_a_healthy_recipe_from_a_constant_reward(tmp_pa
     assert result.returncode == 1
     assert "only gives all 4 samples of a prompt the same score" in " ".join(result.stdout.replace("│", " ").split())
     assert "Not ready: fix rewards first" in result.stdout
+    assert f"Then repeat: bpgo-video doctor --config {tmp_path / 'blind.yaml'} --ranks 2\n" in result.stdout

@@ -10,8 +10,8 @@ import torch
 
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.training.plan_rehearsal import footprint
-from bpgo_video.training.plan_zero import Weights, Zero, during_backward, during_step, held_at_rest, live_weights
+from bpgo_video.training.plan import Zero, on_gpu, zero_at_rest, zero_at_work
+from bpgo_video.training.plan_models import footprint
 from tests.distributed.conftest import run_ranks
 from tests.distributed.memory_worker import CASES, POLICY, SAMPLES, VIDEO, zero
 from tests.made.recipes import RECIPE
@@ -33,14 +33,14 @@ def planned(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
     work = footprint(
         POLICY, VIDEO, SAMPLES, torch.float32, gradient_checkpointing=checkpointing, lora=LoraConfig(rank=lora_rank)
     )
-    weights = Weights(work.trained, work.frozen, work.largest_block)
-    rest, live = sum(held_at_rest(settings, weights, config).device.values()), live_weights(settings, weights)
-    kept = live_weights(settings, weights, held_by_autograd=not checkpointing)
+    resting = zero_at_rest(settings, work.weights, config)
+    parts = [*resting, *zero_at_work(settings, work.weights, config, keeps_activations=not checkpointing)]
+    total = {phase: sum(on_gpu(parts, phase).values()) for phase in ("denoise", "replay", "update")}
     return {
-        "rest": rest,
-        "denoise": rest + live + work.forward,
-        "replay": rest + kept + work.replay + sum(during_backward(settings, weights).values()),
-        "update": rest + sum(during_step(settings, weights, config).values()),
+        "rest": sum(on_gpu(resting, "update").values()),
+        "denoise": total["denoise"] + work.forward,
+        "replay": total["replay"] + work.replay,
+        "update": total["update"],
     }
 
 

@@ -13,7 +13,7 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.rules import check_world
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.policies.sequence import check_heads
+from bpgo_video.policies.attention import check_heads
 from bpgo_video.policies.wan import WanPolicy
 from tests.made.recipes import small_recipe
 

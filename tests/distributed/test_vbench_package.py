@@ -20,7 +20,7 @@ from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS
 from bpgo_video.evaluation.vbench_files import find_suite, read_suite
 from bpgo_video.evaluation.vbench_package import PackageRequest, measure_by_package
 from bpgo_video.inference.generate import ALONE
-from bpgo_video.rewards.checkpoints import data_of
+from bpgo_video.rewards.networks import data_of
 from tests.made.real_suites import VBENCH, assert_equal, measured, write_clips
 from tests.made.recipes import ROOT
 

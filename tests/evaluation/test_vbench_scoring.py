@@ -24,7 +24,7 @@ from bpgo_video.evaluation.vbench_dimensions import DIMENSIONS, DimensionError, 
 from bpgo_video.evaluation.vbench_files import SuiteError, read_results, read_suite, videos_of
 from bpgo_video.evaluation.vbench_networks import Sources
 from bpgo_video.evaluation.vbench_scoring import Request, score_folder
-from bpgo_video.rewards.checkpoints import data_of
+from bpgo_video.rewards.networks import data_of
 from tests.evaluation.test_vbench_totals import GOLDEN
 from tests.made.fake_vbench import FAKE, fake_package
 from tests.made.random_wan import random_wan

@@ -22,7 +22,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from bpgo_video.rewards import tiny_world as world
+from bpgo_video.tiny import world as world
 
 TEXT_TOKENS = 16
 LATENTS = (4, 3, 8, 8)  # latent shape of 9 frames of 64x64

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bpgo_video.rewards import Clips, FrameScores, RewardModel
-from bpgo_video.rewards.checkpoints import data_of
+from bpgo_video.rewards.networks import data_of
 
 FPS = {"bikes": 25.0, "bigbuckbunny": 25.0, "carphone_pristine": 29.97, "carphone_distorted": 29.97}
 

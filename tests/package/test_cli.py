@@ -128,7 +128,12 @@ def test_plan_memory_shows_its_exit_codes_and_defaults(
 ) -> None:
     assert run("tools/plan_memory.py --help", monkeypatch) == 0
     shown = capsys.readouterr().out
-    for words in ("1 if it fits on none, 2 if", "(24 40 80 141)", "ranks of the whole run", "with --model only:"):
+    for words in (
+        "1 if it fits on none, 2 if",
+        "(24 40 80 141)",
+        "ranks of the whole run",
+        "--parallel.sequence",
+    ):
         assert words in shown
 
 

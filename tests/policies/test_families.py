@@ -21,14 +21,14 @@ from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies import Policy
-from bpgo_video.policies.execution import choose_attention
+from bpgo_video.policies.attention import choose_attention, parallelise
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import blocks_of, networks_of
-from bpgo_video.policies.sequence import parallelise
 from bpgo_video.rollouts.replay import Replay
-from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, training_denoiser
+from bpgo_video.rollouts.rules import trained_steps_of
 from bpgo_video.rollouts.updates import optimise
-from bpgo_video.training.plan_rehearsal import alone_in_a_group
+from bpgo_video.training.plan_models import alone_in_a_group
 from tests.families import CASES, Case
 from tests.families.case import CPU
 from tests.made.zero_checkpoints import write_checkpoint

@@ -24,8 +24,8 @@ from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.inference.generate import initial_latents, plan, read_records, sample
 from bpgo_video.inference.pipeline import load_pipeline, resolve
 from bpgo_video.inference.run_weights import find_model
+from bpgo_video.policies.attention import check_heads
 from bpgo_video.policies.kandinsky5 import Kandinsky5Policy, prepare, text_positions
-from bpgo_video.policies.sequence import check_heads
 from tests.families import CASES, load_policy
 from tests.families.case import CPU, TEXTS
 from tests.families.kandinsky5 import random_kandinsky5, random_transformer

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed import ulysses
-from bpgo_video.policies.sequence import SequencePlan, check_heads, parallelise
+from bpgo_video.policies.attention import SequencePlan, check_heads, parallelise
 from bpgo_video.training.plan import Job, reckon
-from bpgo_video.training.plan_models import find_model
-from bpgo_video.training.plan_rehearsal import alone_in_a_group, footprint
+from bpgo_video.training.plan_models import alone_in_a_group, find_model, footprint
 from tests.families import CASES, Policy
 from tests.families.page import CODE, random_skyreels
 
@@ -82,7 +81,7 @@ def test_the_plan_of_the_family_splits_its_tokens(policy: Policy, monkeypatch: p
 
 def test_a_missing_text_shapes_or_sequence_plan_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = job_of(folder)
-    assert {phase.name: phase for phase in reckon(shared).phases}["denoise"].parts["forward"] > 0
+    assert reckon(shared).phases["denoise"]["forward"] > 0
     policy_class: Any = type(shared.policy)
     footprint.cache_clear()
     with monkeypatch.context() as patched:

@@ -16,11 +16,10 @@ from transformers import CLIPModel, SiglipModel
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.files import resolve_folder
-from bpgo_video.rewards import backbones as backbones_module
-from bpgo_video.rewards.backbones import WITHOUT_WEIGHTS, Backbones, Preprocessing
-from bpgo_video.rewards.checkpoints import from_open_clip
+from bpgo_video.rewards import networks
+from bpgo_video.rewards.networks import WITHOUT_WEIGHTS, Backbones, Preprocessing
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rewards.text import Aesthetic, ClipImageScore, ClipScore, HPSv2, PickScore, SiglipScore
+from bpgo_video.rewards.text import Aesthetic, ClipImageScore, ClipScore, HPSv2, PickScore, SiglipScore, from_open_clip
 from bpgo_video.types import PromptBatch, RolloutChunk
 from tests.made import random_rewards as folders
 from tests.made.pil_reference import TEXTS, cut, normalised, resized, some_clips, unit
@@ -197,7 +196,7 @@ def test_frames_are_scored_in_small_batches(tmp_path: Path, monkeypatch) -> None
     reward, clips = ClipScore(str(folders.random_clip(tmp_path))), some_clips()
     whole, seen = reward(clips).values, []
     encode = reward.encode
-    monkeypatch.setattr(backbones_module, "FRAMES_AT_ONCE", 3)
+    monkeypatch.setattr(networks, "FRAMES_AT_ONCE", 3)
     monkeypatch.setattr(reward, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
     torch.testing.assert_close(reward(replace(clips, _cache={})).values, whole)
     assert seen == [3, 3, 3, 1]

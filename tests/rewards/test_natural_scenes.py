@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.checkpoints import data_of
+from bpgo_video.rewards.networks import data_of
 from bpgo_video.rewards.quality import Brisque, Niqe, brisque_statistics, feature_ranges, fit, niqe_statistics
 from tests.made.real_clips import blurred, noisy, real_bytes, real_clip, scored
 

@@ -13,9 +13,9 @@ from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.building import build_models
-from bpgo_video.rewards.checkpoints import ALONE, INSTALL_ALONE, data_of
 from bpgo_video.rewards.motion import DynamicDegree, FrameConsistency, ShotCuts, TemporalFlickering, frame_differences
+from bpgo_video.rewards.networks import ALONE, INSTALL_ALONE, data_of
+from bpgo_video.rewards.reward import build_models
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.text import OcrText
 from bpgo_video.types import PromptBatch, RolloutChunk

@@ -251,7 +251,7 @@ def test_a_suite_negates_remote_scores_and_names_failed_samples() -> None:
         with served(model) as server:
             config = RewardConfig(model="remote", options={"url": url_of(server)}, timeout=20.0)
             suite = RewardSuite({"far": config}, CPU, fps=8.0)
-            actual = suite.score(first, PROMPTS).scores["far"].values
+            actual = suite.score(first, PROMPTS).frames["far"].values
             assert torch.equal(actual, sign * expected(Clips(first.videos, 8.0, ("first",) * 2)))
             if isinstance(model, Breaking):
                 message = (

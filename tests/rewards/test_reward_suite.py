@@ -12,8 +12,8 @@ import torch
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.building import REWARDS
-from bpgo_video.rewards.suite import AGGREGATES, RewardSuite, ScoredChunk
+from bpgo_video.rewards.reward import AGGREGATES, REWARDS
+from bpgo_video.rewards.suite import RewardSuite, ScoredChunk
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 from tests.made.recipes import ROOT
 from tests.rewards.toys import CPU, MESH, PROMPTS, suite_of, toy
@@ -60,7 +60,9 @@ def test_images_are_scored_as_still_videos() -> None:
 def test_a_nan_names_reward_prompt_and_sample() -> None:
     scores = torch.zeros(4, 3)
     scores[3, 1] = torch.nan
-    chunk = ScoredChunk(CHUNK.prompt_rows, CHUNK.sample_index, {"toy": FrameScores(scores)})
+    chunk = ScoredChunk(
+        CHUNK.prompt_rows, CHUNK.sample_index, {"toy": FrameScores(scores)}, {"toy": scores.mean(dim=1)}
+    )
     with pytest.raises(RewardError, match=r"'toy' scored nan for sample 1 of prompt 'second' \(id 6\), scored frame 1"):
         suite_of("Brightness").gather([chunk], PROMPTS, 2, MESH)
 

@@ -18,9 +18,8 @@ from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import Clips, FrameScores
-from bpgo_video.rewards.ahead import ScoreAhead
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.suite import OFFLOADED, RewardSuite, modules_of
+from bpgo_video.rewards.suite import OFFLOADED, RewardSuite, ScoreAhead, modules_of
 from bpgo_video.training.loop import Stopwatch
 from bpgo_video.training.rl import sample_and_score
 from bpgo_video.training.session import Session
@@ -33,13 +32,13 @@ def scored(suite: RewardSuite, ahead: int, chunks: Iterator[RolloutChunk] | None
     with ScoreAhead(suite, PROMPTS, ahead, CPU) as scoring:
         for chunk in chunks_of(each=1) if chunks is None else chunks:
             scoring.put(chunk)
-        return [actual.scores["toy"].values for actual in scoring.scores()]
+        return [actual.frames["toy"].values for actual in scoring.scores()]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 9])
 def test_scores_and_their_order_equal_those_without_a_thread(ahead: int) -> None:
     torch.manual_seed(1)
-    expected = [suite_of("Drawing").score(chunk, PROMPTS).scores["toy"].values for chunk in chunks_of(each=1)]
+    expected = [suite_of("Drawing").score(chunk, PROMPTS).frames["toy"].values for chunk in chunks_of(each=1)]
     assert len(expected) == 4
     for one, alone in zip(scored(suite_of("Drawing"), ahead), expected, strict=True):
         assert torch.equal(one, alone)

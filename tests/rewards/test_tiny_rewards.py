@@ -11,9 +11,9 @@ import torch
 
 from bpgo_video.files import resolve_folder
 from bpgo_video.rewards import Clips
-from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.text import ClipScore
 from bpgo_video.rewards.tiny_rewards import LearnedMotion, ShapesOracle, oracle_scores
+from bpgo_video.tiny import world as world
 
 CLIP, MOTION = "package:bpgo_video.tiny/weights/clip", "package:bpgo_video.tiny/weights/motion"
 VALUES = {"shape": list(world.SHAPES), "colour": list(world.COLOURS), "direction": list(world.DIRECTIONS)}

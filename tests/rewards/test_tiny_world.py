@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.tiny_rewards import oracle_parts, oracle_scores
+from bpgo_video.tiny import world as world
 
 RED_CIRCLE_LEFT = world.Caption("circle", "red", "left")
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, VideoPrismClipModel, VJEPA2Model, XCLIPModel
 
-from bpgo_video.rewards import backbones
+from bpgo_video.rewards import networks
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.motion import FirstFrameConsistency, SubjectConsistency, VJepaPrediction
 from bpgo_video.rewards.text import ClipScore, SiglipScore, VideoPrismScore, XClipScore
@@ -83,7 +83,7 @@ def test_frames_of_a_short_video_are_repeated(tmp_path: Path, frames: int) -> No
 def test_videos_are_encoded_in_small_batches(tmp_path: Path, monkeypatch) -> None:
     reward, clips, seen = XClipScore(str(folders.random_xclip(tmp_path))), some_clips(4), []
     whole, forward = reward(clips).values, reward.backbone.network.forward
-    monkeypatch.setattr(backbones, "FRAMES_AT_ONCE", 4)
+    monkeypatch.setattr(networks, "FRAMES_AT_ONCE", 4)
     monkeypatch.setattr(
         reward.backbone.network, "forward", lambda **k: seen.append(len(k["pixel_values"])) or forward(**k)
     )

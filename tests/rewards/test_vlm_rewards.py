@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from bpgo_video.rewards import Clips
-from bpgo_video.rewards.backbones import Backbones
 from bpgo_video.rewards.base import RewardError
+from bpgo_video.rewards.networks import Backbones
 from bpgo_video.rewards.vlm import PatchLayout, VideoAlign, VlmJudge, frame_count, read_template
 from tests.made.random_qwen import CHAT, KINDS, MEAN, NORMALISATION, STD, random_qwen, random_videoalign, tokenizer
 

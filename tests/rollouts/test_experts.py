@@ -17,8 +17,8 @@ from bpgo_video.diffusion.steps import step_weights
 from bpgo_video.distributed.optimizer import TouchedParts, trained_parts
 from bpgo_video.policies import Policy
 from bpgo_video.rollouts.replay import Replay
-from bpgo_video.rollouts.rollout import trainable_steps, trained_steps_of, training_denoiser
-from bpgo_video.rollouts.rules import check_experts
+from bpgo_video.rollouts.rollout import training_denoiser
+from bpgo_video.rollouts.rules import check_experts, trainable_steps, trained_steps_of
 from tests.families import CASES
 
 HIGH, LOW = (0, 1), (2, 3, 4)  # of six steps, as the boundary is .875 and the shift 3; the last is never trained

@@ -15,7 +15,8 @@ from bpgo_video.learner.bpgo import GroupAdvantages, LossAdvantages
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rollouts.forward_process import ForwardProcess, VelocityMatch, awm_loss, nft_error, nft_loss
 from bpgo_video.rollouts.replay import OBJECTIVES
-from bpgo_video.rollouts.rollout import sample_chunks, sampled_steps, training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollouts.rules import sampled_steps
 from bpgo_video.rollouts.updates import optimise
 from bpgo_video.types import PromptBatch, Trajectory
 from tests.rollouts.test_replay import PlainLearner, total_loss

@@ -17,10 +17,10 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.rollouts.reference import Reference, adapters_off
 from bpgo_video.rollouts.replay import Replay
-from bpgo_video.rollouts.rollout import sample_chunks, trained_steps_of, training_denoiser
-from bpgo_video.rollouts.updates import Objective, optimise
+from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollouts.rules import trained_steps_of
+from bpgo_video.rollouts.updates import Objective, Reference, adapters_off, optimise
 from bpgo_video.types import Loss, PromptBatch, Trajectory
 
 CPU = torch.device("cpu")

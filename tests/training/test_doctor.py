@@ -1,15 +1,18 @@
-"""The doctor's verdict on the ratios of a replay."""
+"""The doctor's verdict on the ratios of a replay, the command that it names, and the progress line's values."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import Mock, PropertyMock, patch
 
 import pytest
 import torch
 
+from bpgo_video.commands.runs import command_line
 from bpgo_video.config.bpgo import Config
 from bpgo_video.training.doctor import Examination, ratio_is_one
 from bpgo_video.training.loop import Stopwatch
+from bpgo_video.training.rl import keys_of
 from bpgo_video.training.session import Session
 from bpgo_video.types import Loss, PromptBatch, Trajectory
 
@@ -37,3 +40,22 @@ def test_a_ratio_is_judged_by_the_clip_range_and_nan_fails(
         held, explanation = ratio_is_one(examination)
     assert held is holds
     assert words in explanation
+
+
+@pytest.mark.parametrize(
+    ("on_this_host", "expected"),
+    [
+        (2, "bpgo-video train 'my recipe.yaml' --run.seed 3 --ranks 2"),
+        (1, "deepspeed --hostfile HOSTS --module bpgo_video train 'my recipe.yaml' --run.seed 3"),
+    ],
+)
+def test_the_doctor_names_the_command_that_trains(on_this_host: int, expected: str) -> None:
+    words = ["my recipe.yaml", "--ranks", "2", "--run.seed", "3"]
+    assert command_line("train", words, 2, on_this_host) == expected
+
+
+def test_the_progress_line_shows_trust_where_the_recipe_has_one(recipe: Config) -> None:
+    assert list(keys_of(recipe).shown) == ["reward", "trust_mean"]
+    plain = replace(recipe, bpgo=replace(recipe.bpgo, alpha=0.0))
+    assert list(keys_of(plain).shown) == ["reward"]
+    assert keys_of(plain).required == keys_of(recipe).required

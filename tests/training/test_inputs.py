@@ -18,7 +18,7 @@ from bpgo_video.data.priors import PriorError, write_priors
 from bpgo_video.data.records import ShardError
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.training import session
+from bpgo_video.training import inputs, session
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
 from tests.made.recipes import make_shards, small_recipe
 
@@ -32,7 +32,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setattr(session, "load_policy", without_models)
+    monkeypatch.setattr(inputs, "load_policy", without_models)
     return small_recipe(tmp_path / "run", shards)
 
 
@@ -42,7 +42,7 @@ def without_models(*arguments: Any, components: Collection[str], **options: Any)
 
 
 def test_valid_input_passes(config: Config) -> None:
-    ds_config, found = session.check_inputs(config, MESH)
+    ds_config, found = inputs.check_inputs(config, MESH)
     assert ds_config["zero_optimization"]["stage"] == 3
     assert len(found) == 6
 
@@ -50,13 +50,13 @@ def test_valid_input_passes(config: Config) -> None:
 def test_a_missing_model_folder_is_named(config: Config) -> None:
     config = replace(config, policy=replace(config.policy, folder="models/nowhere/wan"))
     with pytest.raises(FileNotFoundError, match="'models/nowhere/wan' does not exist; give a local folder"):
-        session.check_inputs(config, MESH)
+        inputs.check_inputs(config, MESH)
 
 
 def test_missing_shards_name_the_tool(config: Config) -> None:
     config = replace(config, data=replace(config.data, shards="nowhere"))
     with pytest.raises(ShardError, match=r"nowhere.*bpgo-video prompts build"):
-        session.check_inputs(config, MESH)
+        inputs.check_inputs(config, MESH)
 
 
 def test_a_truncated_shard_is_named(config: Config, shards: Path, tmp_path: Path) -> None:
@@ -66,13 +66,13 @@ def test_a_truncated_shard_is_named(config: Config, shards: Path, tmp_path: Path
     tar.write_bytes(tar.read_bytes()[:700])
     config = replace(config, data=replace(config.data, shards=str(broken)))
     with pytest.raises(ShardError, match=tar.name):
-        session.check_inputs(config, MESH)
+        inputs.check_inputs(config, MESH)
 
 
 def test_a_missing_prior_names_the_command(config: Config) -> None:
     config = replace(config, prior=replace(config.prior, kind="reference"))
     with pytest.raises(PriorError, match=r"bpgo-video priors RECIPE"):
-        session.check_inputs(config, MESH)
+        inputs.check_inputs(config, MESH)
 
 
 def test_a_prior_of_another_reward_version_is_refused(config: Config, shards: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_prior_of_another_reward_version_is_refused(config: Config, shards: Pa
     changed = replace(
         config, prior=replace(config.prior, kind="reference"), data=replace(config.data, shards=str(stale))
     )
-    checked = session.check_inputs(changed, MESH)
+    checked = inputs.check_inputs(changed, MESH)
     with pytest.raises(PriorError, match="another version"):
         session.build_session(changed, MESH, *checked)
 
@@ -91,7 +91,7 @@ def test_a_prior_of_another_reward_version_is_refused(config: Config, shards: Pa
 def test_shards_of_another_text_encoder_are_refused(config: Config) -> None:
     config = replace(config, policy=replace(config.policy, max_sequence_length=32))
     with pytest.raises(ShardError, match="max_sequence_length"):
-        session.check_inputs(config, MESH)
+        inputs.check_inputs(config, MESH)
 
 
 def test_an_indivisible_world_size_is_refused(config: Config) -> None:
@@ -153,7 +153,7 @@ def test_a_misspelt_name_is_reported_before_the_folder_is_created(
         config, **{key: replace(sections[key], **value) if key in sections else value for key, value in change.items()}
     )
     with pytest.raises(ConfigError, match=message):
-        session.check_inputs(broken, MESH)
+        inputs.check_inputs(broken, MESH)
 
 
 def test_a_resume_may_change_schedules_and_devices_but_not_the_computation(config: Config) -> None:

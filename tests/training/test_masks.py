@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_map_only
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.policies.hunyuan15 import mask_keys
-from bpgo_video.training.plan_models import Model, policy_of
-from bpgo_video.training.plan_rehearsal import (
+from bpgo_video.training.plan_models import (
     Allocations,
     EveryTokenReal,
+    Model,
     decoding_bytes,
     footprint,
     measure,
+    policy_of,
     transformer_inputs,
 )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +17,38 @@ from torch.utils._pytree import tree_map_only
 
 from bpgo_video.commands import plan as command
 from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, PolicyConfig, VideoConfig
-from bpgo_video.config.command_line import load_recipe
-from bpgo_video.config.reading import config_from_dict
 from bpgo_video.distributed.engine import zero_settings
-from bpgo_video.training.plan import CHANGES, RUNTIME, Advice, Job, Plan, advise, count_step, possible, reckon, room
-from bpgo_video.training.plan_models import Model, find_model, known_models, policy_of
-from bpgo_video.training.plan_rehearsal import (
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.training.plan import (
+    CHANGES,
+    RUNTIME,
+    Job,
+    Plan,
+    Zero,
+    advise,
+    change,
+    count_step,
+    missing_weights,
+    on_gpu,
+    possible,
+    reckon,
+    room,
+    zero_at_rest,
+    zero_at_work,
+)
+from bpgo_video.training.plan_models import (
     Allocations,
-    add_lora,
+    Model,
+    Weights,
     decoding_bytes,
     diffusers_class,
+    find_model,
     footprint,
+    known_models,
     measure,
+    policy_of,
     repeated_blocks,
     transformer_inputs,
-)
-from bpgo_video.training.plan_zero import (
-    Weights,
-    Zero,
-    during_backward,
-    held_at_rest,
-    live_weights,
-    missing_weights,
 )
 from tests.made.random_wan import random_wan
 from tests.made.recipes import RECIPE, small_recipe
@@ -108,8 +120,8 @@ def test_a_dry_run_counts_the_memory_of_real_tensors(checkpointing: bool, rank: 
     forward, replay = measure(module, real)
     assert planned.forward == pytest.approx(forward, rel=0.01)
     assert planned.replay == pytest.approx(replay, rel=0.01)
-    assert sum(planned.trained) == sum(p.numel() for p in module.parameters() if p.requires_grad)
-    assert sum(planned.trained + planned.frozen) == sum(p.numel() for p in module.parameters())
+    assert sum(planned.weights.trained) == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert planned.weights.elements == sum(p.numel() for p in module.parameters())
 
 
 def test_checkpointing_and_sequence_groups_reduce_the_activations() -> None:
@@ -201,31 +213,35 @@ WEIGHTS = Weights(trained=(6_000_000, 2_000_000), frozen=(4_000_000,), largest_b
 
 def test_zero_3_shards_everything_and_zero_1_shards_the_optimiser(recipe: Config) -> None:
     """AdamW in bf16: per weight 2 bytes, 4 for its gradient, 4 for its master, 8 for its moments; plus fp32 buckets."""
-    third = held_at_rest(
-        zero(3, 4, reduce_bucket_size=1000, stage3_param_persistence_threshold=0), WEIGHTS, recipe
-    ).device
-    assert sum(third.values()) == 12_000_000 * 2 / 4 + 8_000_000 * (4 + 4 + 8) / 4 + 4000
-    first = held_at_rest(zero(1, 4), WEIGHTS, recipe).device
-    assert sum(first.values()) == 12_000_000 * 2 + 8_000_000 * (4 + 8) / 4
-    whole = during_backward(zero(1, 4, reduce_bucket_size=1000), WEIGHTS)
+    few = {"reduce_bucket_size": 1000}
+    third = zero_at_rest(zero(3, 4, stage3_param_persistence_threshold=0, **few), WEIGHTS, recipe)
+    assert sum(on_gpu(third, "update").values()) == 12_000_000 * 2 / 4 + 8_000_000 * (4 + 4 + 8) / 4 + 4000
+    first = zero_at_rest(zero(1, 4), WEIGHTS, recipe)
+    assert sum(on_gpu(first, "update").values()) == 12_000_000 * 2 + 8_000_000 * (4 + 8) / 4
+    whole = on_gpu(zero_at_work(zero(1, 4, **few), WEIGHTS, recipe), "replay")
     assert whole == {"gradients": 32_000_000, "gradient bucket": 4000}
 
 
 def test_offload_moves_all_bytes_to_the_host(recipe: Config) -> None:
     config = replace(recipe, ema=replace(recipe.ema, decay=0.9))
-    on_gpu = held_at_rest(zero(3, 4), WEIGHTS, config)
+    whole = sum(part.size for part in zero_at_rest(zero(3, 4), WEIGHTS, config))
     for offload in ({"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}):
-        moved = held_at_rest(zero(3, 4, **offload), WEIGHTS, config)
-        assert sum(moved.host.values()) > 0
-        assert sum(on_gpu.device.values()) == sum(moved.device.values()) + sum(moved.host.values())
+        moved = zero_at_rest(zero(3, 4, **offload), WEIGHTS, config)
+        on_host = sum(part.size for part in moved if part.on_host)
+        assert 0 < on_host == whole - sum(on_gpu(moved, "replay").values())
 
 
-def test_live_weights_are_bounded_by_the_json_and_by_the_model() -> None:
+def test_live_weights_are_bounded_by_the_json_and_by_the_model(recipe: Config) -> None:
     few = {"stage3_max_live_parameters": 10**6, "stage3_max_reuse_distance": 10**6}
-    assert live_weights(zero(3, 4, **few), WEIGHTS) == 2 * (10**6 + 10**6)
-    assert live_weights(zero(3, 4), WEIGHTS) == 2 * 12_000_000, "DeepSpeed's bound is 1e9 elements"
-    assert live_weights(zero(2, 4), WEIGHTS) == missing_weights(zero(2, 4), WEIGHTS) == 0
-    assert missing_weights(zero(3, 4), WEIGHTS) == 2 * 9_000_000
+
+    def fetched(zero: Zero, phase: str = "replay", **how: bool) -> int:
+        return on_gpu(zero_at_work(zero, WEIGHTS, recipe, **how), phase).get("weights fetched", 0)
+
+    assert fetched(zero(3, 4, **few)) == fetched(zero(3, 4, **few), "denoise") == 2 * (10**6 + 10**6)
+    assert fetched(zero(3, 4)) == 2 * 12_000_000, "DeepSpeed's bound is 1e9 elements"
+    assert fetched(zero(3, 4, **few), keeps_activations=True) == 2 * 12_000_000, "autograd saves them as views"
+    assert fetched(zero(2, 4)) == missing_weights(zero(2, 4), WEIGHTS) == 0
+    assert fetched(zero(3, 4, **few), "decode", gathers=True) == missing_weights(zero(3, 4), WEIGHTS) == 2 * 9_000_000
 
 
 def test_deepspeeds_defaults_are_used() -> None:
@@ -235,40 +251,41 @@ def test_deepspeeds_defaults_are_used() -> None:
 
 def test_a_plan_follows_its_settings(job: Job) -> None:
     plan = reckon(job)
-    assert [phase.name for phase in plan.phases] == ["denoise", "decode", "replay", "update"]
+    assert list(plan.phases) == ["denoise", "decode", "replay", "update"]
     gathering = reckon(
         replace(job, config=replace(job.config, rollout=replace(job.config.rollout, parameters="gathered")))
     )
-    assert [phase.name for phase in gathering.phases] == ["gather", "denoise", "decode", "replay", "update"]
+    assert list(gathering.phases) == ["gather", "denoise", "decode", "replay", "update"]
     whole = sum(job.weights.trained) * job.zero.weight_bytes  # few enough to be gathered at once
-    assert gathering.phases[0].parts["weights on their way"] == whole
-    assert gathering.phases[0].parts["weights fetched"] == gathering.phases[1].parts["weights fetched"] == whole // 2
+    assert gathering.phases["gather"]["weights on their way"] == whole
+    for phase in ("gather", "denoise"):
+        assert gathering.phases[phase]["weights fetched"] == whole // 2
     assert not plan.gathers
 
-    def part(changed: Job, phase: int, name: str) -> int:
-        return reckon(changed).phases[phase].parts.get(name, 0)
+    def part(changed: Job, phase: str, name: str) -> int:
+        return reckon(changed).phases[phase].get(name, 0)
 
     def with_rollout(**values: object) -> Job:
         return replace(job, config=replace(job.config, rollout=replace(job.config.rollout, **values)))
 
     assert reckon(with_rollout(parameters="gathered")).gathers
     offloaded = reckon(with_rollout(offload_trajectories=True))
-    assert offloaded.host["trajectories"] == part(job, 0, "trajectories") > 0
-    assert "trajectories" not in offloaded.phases[2].parts
-    waiting = part(job, 0, "videos to be scored")
-    assert part(with_rollout(score_ahead=0), 0, "videos to be scored") == waiting / 3
+    assert offloaded.host["trajectories"] == part(job, "denoise", "trajectories") > 0
+    assert "trajectories" not in offloaded.phases["replay"]
+    waiting = part(job, "denoise", "videos to be scored")
+    assert part(with_rollout(score_ahead=0), "denoise", "videos to be scored") == waiting / 3
     assert waiting == 3 * 2 * 13 * 3 * 64 * 64 * 4
     resting = replace(job, config=replace(job.config, policy=replace(job.config.policy, frozen_rest_on="cpu")))
-    assert part(resting, 2, "VAE and image encoder") == 0
-    assert part(resting, 1, "VAE and image encoder") == part(job, 1, "VAE and image encoder") > 0
+    assert part(resting, "replay", "VAE and image encoder") == 0
+    assert part(resting, "decode", "VAE and image encoder") == part(job, "decode", "VAE and image encoder") > 0
 
 
 def test_trajectories_are_counted_for_the_samples_of_one_rank(job: Job) -> None:
     steps, elements = job.config.sampler.num_steps, 4 * 4 * 16 * 16
     samples = job.config.rollout.prompts_per_step * job.config.rollout.group_size / 2
-    assert reckon(job).phases[2].parts["trajectories"] == samples * (steps + 1) * elements * 4
+    assert reckon(job).phases["replay"]["trajectories"] == samples * (steps + 1) * elements * 4
     grouped = replace(job, config=replace(job.config, parallel=replace(job.config.parallel, sequence=2)))
-    assert reckon(grouped).phases[2].parts["trajectories"] == 2 * samples * (steps + 1) * elements * 4
+    assert reckon(grouped).phases["replay"]["trajectories"] == 2 * samples * (steps + 1) * elements * 4
 
 
 def test_experts_are_sharded_together_and_one_may_be_frozen(job: Job) -> None:
@@ -289,14 +306,15 @@ def test_gathering_depends_on_free_memory(job: Job) -> None:
 def test_advice_leads_to_a_plan_that_fits_or_states_that_none_does(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = reckon(job)
     monkeypatch.setattr(Plan, "fits", lambda self, size: self.peak <= size)
-    enough = advise(job, plan, plan.peak * 0.9)
-    assert enough.fits
-    assert enough.changes
-    assert set(enough.changes) <= set(CHANGES)
-    hopeless = advise(job, plan, 1)
-    assert not hopeless.fits
-    assert hopeless.peak < plan.peak
-    assert advise(job, plan, plan.peak).changes == (), "only necessary settings are changed"
+    changes, enough = advise(job, plan, plan.peak * 0.9)
+    assert enough.peak <= plan.peak * 0.9
+    assert changes
+    assert set(changes) <= set(CHANGES)
+    assert reckon(reduce(change, changes, job)) == enough, "the settings that are printed are those that were tried"
+    changes, hopeless = advise(job, plan, 1)
+    assert 1 < hopeless.peak < plan.peak
+    assert change(job, "--gpus 4") == replace(job, ranks=4)
+    assert advise(job, plan, plan.peak) == ([], plan), "only necessary settings are changed"
 
 
 def test_changes_that_break_a_rule_are_not_advised(job: Job) -> None:
@@ -312,11 +330,12 @@ def test_the_usable_memory_is_less_than_that_of_the_card() -> None:
 def test_a_dry_run_counts_the_work_of_training(job: Job) -> None:
     rollout = job.config.rollout
     found = count_step(job)
-    assert (found.ranks, found.groups, found.samples) == (2, 2, rollout.prompts_per_step * rollout.group_size)
-    assert found.micro_batches == found.samples / 2 / rollout.micro_batch_size
-    assert found.forwards == found.micro_batches * job.config.sampler.num_steps
-    assert sum(found.passes) == found.micro_batches * job.config.sampler.trained_count
-    assert len(found.passes) == job.config.optim.updates_per_rollout
+    samples = rollout.prompts_per_step * rollout.group_size
+    assert (found["ranks"], found["groups"], found["samples"]) == (2, 2, samples)
+    assert found["micro_batches"] == samples / 2 / rollout.micro_batch_size
+    assert found["forwards"] == found["micro_batches"] * job.config.sampler.num_steps
+    assert sum(found["passes"]) == found["micro_batches"] * job.config.sampler.trained_count
+    assert len(found["passes"]) == job.config.optim.updates_per_rollout
     with pytest.raises(ConfigError, match="do not divide"):
         count_step(replace(job, ranks=5))
 
@@ -326,6 +345,7 @@ def test_the_command_plans_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*arguments, "--gigabytes", "24", "80"]) == 0
     shown = capsys.readouterr().out
     assert "24 GB: fits" in shown
+    assert not re.search(r"\b0\.0+ [GM]B", shown), "each size has a unit that shows it"
     assert "forward and backward" in shown
     assert command.main([*arguments, "--gigabytes", "24", "--json", "--rollout.group-size", "16"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -341,27 +361,24 @@ def test_the_command_names_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert "do not divide" in capsys.readouterr().err
     assert command.main(["--model", "none/such", "--gpus", "8"]) == 2
     assert "known without a download" in capsys.readouterr().err
-    assert command.main(["--model", "ltx-video", "--gpus", "8", "--size", "large"]) == 2
+    with pytest.raises(SystemExit):
+        command.main(["--model", "ltx-video", "--gpus", "8", "--size", "large"])
     assert "height x width x frames" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", command.MODEL_FLAGS)
-def test_model_flags_are_refused_together_with_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flag = command.MODEL_FLAGS[name]
-    values = [] if flag.options.get("action") else [{"offload": "all", "zero": "2"}.get(name, "1")]
-    assert command.main(["--config", str(RECIPE), "--gpus", "2", f"--{name}", *values]) == 2
-    message = capsys.readouterr().err
-    assert f"error: --{name} is a flag of --model; with a recipe use {flag.recipe.partition(' ')[0]}" in message
+def planned_job(words: str) -> Job:
+    return command.job_of(*command.parser().parse_known_args(words.split()))
 
 
-def test_flags_suggested_by_messages_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every flag that a message suggests is a recipe flag, with the given value."""
-    assert command.main(["--config", str(RECIPE), "--gpus", "2", "--sequence", "4"]) == 2
-    assert "use --parallel.sequence 4\n" in capsys.readouterr().err
-    values = {"family": "WanPipeline", "zero": "2", "guidance": "2.0"}
-    plain = {name: flag for name, flag in command.MODEL_FLAGS.items() if name not in ("size", "offload")}
-    for name, flag in plain.items():
-        load_recipe(["--config", str(RECIPE), *flag.recipe.format(values.get(name, "8")).split()])
+@pytest.mark.parametrize("base", [f"--config {RECIPE}", "--model ltx-video"])
+def test_short_flags_are_those_of_the_recipe(base: str) -> None:
+    values = {"--family": "LTXPipeline", "--guidance": "2.0", "--no-checkpointing": ""}
+    for short, flag in command.SHORT.items():
+        value = values.get(short, "8")
+        assert planned_job(f"{base} --gpus 8 {short} {value}") == planned_job(f"{base} --gpus 8 {flag} {value}")
+    sized = planned_job(f"{base} --gpus 8 --size 128x256x17 --zero 2 --offload all")
+    assert (sized.config.video.height, sized.config.video.width, sized.config.video.num_frames) == (128, 256, 17)
+    assert (sized.zero.stage, sized.zero.on_host("offload_optimizer"), sized.zero.on_host("offload_param")) == (2, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -371,12 +388,12 @@ def test_flags_suggested_by_messages_are_accepted(capsys: pytest.CaptureFixture[
         ("--gpus -1", "--gpus: -1 must be 1 or more"),
         ("--gpus 1 --gigabytes 0", "--gigabytes: 0 must be 1 or more"),
         ("--gpus 1 --reward-gigabytes -1", "--reward-gigabytes: -1.0 must be 0 or more"),
-        ("--gpus 1 --sequence 0", "--sequence: 0 must be 1 or more"),
-        ("--gpus 1 --prompts 0", "--prompts: 0 must be 1 or more"),
-        ("--gpus 1 --group-size 0", "--group-size: 0 must be 1 or more"),
-        ("--gpus 1 --micro-batch -2", "--micro-batch: -2 must be 1 or more"),
-        ("--gpus 1 --guidance 0", "--guidance: 0.0 must be above 0"),
-        ("--gpus 1 --lora-rank -1", "policy.lora.rank: Input should be greater than or equal to 0 (given: -1)"),
+        ("--gpus 1 --sequence 0", "parallel.sequence: Input should be greater than or equal to 1"),
+        ("--gpus 1 --prompts 0", "rollout.prompts_per_step: Input should be greater"),
+        ("--gpus 1 --group-size 0", "rollout.group_size: Input should be greater"),
+        ("--gpus 1 --micro-batch=-2", "rollout.micro_batch_size: Input should be greater"),
+        ("--gpus 1 --rollout.group-sise 4", "--rollout.group-sise: unknown flag"),
+        ("--gpus 1 --lora-rank=-1", "policy.lora.rank: Input should be greater than or equal to 0 (given: -1)"),
         ("--gpus 1 --guidance 0.5", "sampler.guidance_scale: Input should be greater than or equal to 1"),
         ("--gpus 1 --size 480x0x81", "video.width: Input should be greater than or equal to 1 (given: 0)"),
     ],
@@ -392,7 +409,7 @@ def test_invalid_numbers_are_named(flags: str, words: str, capsys: pytest.Captur
 
 def test_a_supervised_recipe_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        command.main(["--config", str(RECIPE.with_name("tiny_wan_sft.yaml")), "--gpus", "2"])
+        command.main([str(RECIPE.with_name("tiny_wan_sft.yaml")), "--gpus", "2"])
     assert stopped.value.code == 2
     assert "is a recipe of kind 'sft'; this command takes recipes of kind 'bpgo'" in capsys.readouterr().err
 
@@ -400,21 +417,21 @@ def test_a_supervised_recipe_is_not_planned(capsys: pytest.CaptureFixture[str]) 
 def test_the_command_fails_where_nothing_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "advise", lambda job, plan, size: Advice(("more",), 7 * 10**9, False))
+    monkeypatch.setattr(
+        command, "advise", lambda job, plan, size: (["more"], Plan({"replay": {"all": 10**10}}, {}, True))
+    )
     arguments = ["--config", str(RECIPE), "--gpus", "2", "--gigabytes", "2"]
     assert command.main(arguments) == 1
-    assert "still does not fit" in capsys.readouterr().out
+    assert "even so it does not fit 2 GB (then 10.0 GB):\n  more\nTake a smaller video" in capsys.readouterr().out
 
 
-def test_model_flags_become_a_recipe() -> None:
-    parsed = command.parser().parse_args(["--model", "ltx-video", "--gpus", "8", "--sequence", "2", "--zero", "2"])
-    config = config_from_dict(command.recipe_of(parsed))
-    assert config.policy.max_sequence_length == 128
-    assert config.parallel.sequence == 2
-    assert config.rollout.prompts_per_step == 1, "8 samples fill 4 groups"
-    assert config.policy.family is None
-    images = ["--model", "wan2.2-ti2v-5b", "--gpus", "8", "--family", "WanImageToVideoPipeline"]
-    assert config_from_dict(command.recipe_of(command.parser().parse_args(images))).policy.family == images[-1]
+def test_a_model_without_a_recipe_gets_defaults() -> None:
+    job = planned_job("--model ltx-video --gpus 8 --sequence 2 --zero 2")
+    assert job.config.policy.max_sequence_length == 128
+    assert job.config.rollout.prompts_per_step == 1, "8 samples fill 4 groups"
+    assert job.config.policy.gradient_checkpointing
+    assert (job.config.policy.family, job.zero.stage, job.zero.weight_bytes) == (None, 2, 2)
+    assert planned_job("--model ltx-video --gpus 64 --micro-batch 2").config.rollout.prompts_per_step == 16
 
 
 def test_blocks_are_the_module_lists_of_a_model() -> None:

@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.policies import hunyuan15, wan
 from bpgo_video.training.plan import Job, reckon
-from bpgo_video.training.plan_models import find_model
-from bpgo_video.training.plan_rehearsal import Allocations, footprint, transformer_inputs
+from bpgo_video.training.plan_models import Allocations, find_model, footprint, transformer_inputs
 from tests.families import CASES, Case
 
 DTYPES = {torch.float32: {}, torch.bfloat16: {"bf16": {"enabled": True}}}
@@ -111,7 +110,7 @@ def test_a_folder_is_planned_by_its_family(case: Case, folder: Path) -> None:
     assert job.latents == policy.latent_shape(case.video)
     points = job.config.sampler.num_steps + 1
     samples = job.config.rollout.prompts_per_step * job.config.rollout.group_size
-    assert reckon(job).phases[0].parts["trajectories"] == samples * points * 4 * prod(job.latents)
+    assert reckon(job).phases["denoise"]["trajectories"] == samples * points * 4 * prod(job.latents)
     noisy = (torch.zeros(1),) if policy.vae_config.get("timestep_conditioning") else ()
     pixels = policy.pipeline.vae.decode(torch.zeros(1, *job.decoded), *noisy).sample
     assert pixels.shape[2:] == (case.video.num_frames, case.video.height, case.video.width)

@@ -11,11 +11,10 @@ import torch
 
 from bpgo_video.config.reading import ds_config_file, read_yaml
 from bpgo_video.distributed.ds_config import read_ds_config
-from bpgo_video.policies.sequence import check_heads
+from bpgo_video.policies.attention import check_heads
 from bpgo_video.rollouts.rules import check_experts
 from bpgo_video.training.plan import Job, count_step, reckon
-from bpgo_video.training.plan_models import find_model
-from bpgo_video.training.plan_rehearsal import diffusers_class
+from bpgo_video.training.plan_models import diffusers_class, find_model
 from tests.families import CASES
 from tests.made.recipes import ROOT
 
@@ -83,10 +82,10 @@ def test_the_memory_plan_fits(path: Path) -> None:
     job, gigabytes = job_of(path)
     found = count_step(job)
     name = next(name for name in PARAMETERS if path.stem.startswith(name))
-    assert found.parameters / 1e9 == pytest.approx(PARAMETERS[name], abs=0.006)
-    assert found.groups * job.config.parallel.sequence == job.ranks
-    assert found.samples == found.groups * found.micro_batches * job.config.rollout.micro_batch_size
-    assert sum(found.passes) == found.micro_batches * job.config.sampler.trained_count
+    assert found["parameters"] / 1e9 == pytest.approx(PARAMETERS[name], abs=0.006)
+    assert found["groups"] * job.config.parallel.sequence == job.ranks
+    assert found["samples"] == found["groups"] * found["micro_batches"] * job.config.rollout.micro_batch_size
+    assert sum(found["passes"]) == found["micro_batches"] * job.config.sampler.trained_count
     plan = reckon(job)
-    assert plan.fits(gigabytes), f"{plan.tightest.name}: {plan.peak / 1e9:.1f} GB"
+    assert plan.fits(gigabytes), f"{plan.tightest}: {plan.peak / 1e9:.1f} GB"
     assert plan.peak > 5e9, "a smaller plan would be incomplete"

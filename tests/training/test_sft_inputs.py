@@ -20,9 +20,9 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.files import resolve_folder
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.tiny_rewards import oracle_scores
-from bpgo_video.training import session
+from bpgo_video.training import inputs
+from bpgo_video.training.inputs import check_inputs, spread_rows
 from bpgo_video.training.run_folder import check_run_dir
-from bpgo_video.training.session import check_inputs, spread_rows
 from bpgo_video.training.sft import ClipReader
 from tests.made.clip_folders import HELDOUT, TRAIN, make_clips, sft_recipe
 from tests.made.recipes import make_shards
@@ -38,7 +38,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SftConfig:
-    monkeypatch.setattr(session, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(inputs, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     recipe = sft_recipe()
     return replace(
         recipe,

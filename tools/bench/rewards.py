@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import RewardConfig
 from bpgo_video.rewards import Clips, RewardModel
-from bpgo_video.rewards.building import build_models
-from bpgo_video.rewards.checkpoints import data_of
+from bpgo_video.rewards.networks import data_of
+from bpgo_video.rewards.reward import build_models
 from tools.bench.__main__ import machine
 
 CLIPS = {"carphone_pristine": "176x144", "bikes": "640x272"}

@@ -31,12 +31,14 @@ from bpgo_video.learner.losses import PolicyShift, bpgo_loss
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.replay import Replay
-from bpgo_video.rollouts.rollout import sample_chunks, trained_steps_of, training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollouts.rules import trained_steps_of
 from bpgo_video.rollouts.updates import optimise
 from bpgo_video.training.estimation import estimate_advantages
+from bpgo_video.training.inputs import check_inputs
 from bpgo_video.training.loop import Stopwatch
 from bpgo_video.training.rl import RL, sample_and_score
-from bpgo_video.training.session import Session, build_engine, build_session, check_inputs, sampling_policy
+from bpgo_video.training.session import Session, build_engine, build_session, sampling_policy
 from bpgo_video.types import PromptBatch
 from tools.bench.overlap import in_chunks, overlap
 from tools.bench.timing import in_turn, seconds, waiting

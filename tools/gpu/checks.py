@@ -33,8 +33,9 @@ from bpgo_video.policies import load_policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.rollout import guidance_of, training_denoiser
 from bpgo_video.training.doctor import examine
+from bpgo_video.training.inputs import check_inputs
 from bpgo_video.training.rl import rollout_chunks, train
-from bpgo_video.training.session import Session, build_session, builder, check_inputs, sampling_policy
+from bpgo_video.training.session import Session, build_session, builder, sampling_policy
 from bpgo_video.types import PromptBatch, Trajectory
 from tools.gpu.bench import EMBEDDED, ROOT, Bench, release
 from tools.gpu.speed import TIMED_BACKENDS, result_or_reason

@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bpgo_video.config.bpgo import Config, ConfigError, VideoConfig
 from bpgo_video.distributed.engine import Engine
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.policies.execution import choose_attention, compile_blocks
-from bpgo_video.policies.networks import blocks_of
+from bpgo_video.policies.attention import choose_attention
+from bpgo_video.policies.networks import blocks_of, compile_blocks
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.rollout import Denoiser, training_denoiser
 from bpgo_video.training.plan import Job, reckon
@@ -274,10 +274,10 @@ def memory_plan(bench: Bench, note: Note) -> None:
     for timed in bench.timed:
         plan = reckon(Job(timed.config, bench.ds_config(), ranks=1, model=timed.model))
         results = {}
-        for phase in plan.phases:
-            if peak := timed.results.get(f"{phase.name}_peak_bytes"):
-                planned = sum(size for name, size in phase.parts.items() if name not in NOT_HELD)
-                results[phase.name] = {"planned": planned, "measured": peak, "planned_over_measured": planned / peak}
+        for phase, parts in plan.phases.items():
+            if peak := timed.results.get(f"{phase}_peak_bytes"):
+                planned = sum(size for name, size in parts.items() if name not in NOT_HELD)
+                results[phase] = {"planned": planned, "measured": peak, "planned_over_measured": planned / peak}
         note(timed.name, results)
 
 

@@ -1,4 +1,4 @@
-"""The embedded world's prompts: every caption of tiny_world.py, as lines of prompts.jsonl.
+"""The embedded world's prompts: every caption of bpgo_video/tiny/world.py, as lines of prompts.jsonl.
 
 Run `python -m tools.tiny.prompts` to rewrite the file after a change of the world.
 """
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import bpgo_video
-from bpgo_video.rewards import tiny_world as world
+from bpgo_video.tiny import world as world
 
 PATH = Path(bpgo_video.__file__).parent / "tiny" / "prompts.jsonl"
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from bpgo_video.diffusion import sde
 from bpgo_video.files import resolve_folder
 from bpgo_video.policies import load_policy
-from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.tiny_rewards import oracle_scores
+from bpgo_video.tiny import world as world
 from tools.tiny.prompts import PATH as PROMPTS
 from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, train_warm_start
 

@@ -30,8 +30,8 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from bpgo_video.diffusion import sde
 from bpgo_video.policies import guided_velocity
 from bpgo_video.policies.wan import WanPolicy
-from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.tiny_rewards import oracle_parts, oracle_scores
+from bpgo_video.tiny import world as world
 from bpgo_video.types import Guidance
 from tools.tiny.warm_start import TEXT_TOKENS, VIDEO, add_arguments, train_warm_start
 

@@ -33,10 +33,10 @@ from tqdm import trange
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from bpgo_video.rewards import Clips
-from bpgo_video.rewards import tiny_world as world
-from bpgo_video.rewards.backbones import Preprocessing
+from bpgo_video.rewards.networks import Preprocessing
 from bpgo_video.rewards.text import ClipScore
 from bpgo_video.rewards.tiny_rewards import LearnedMotion, MotionMatch
+from bpgo_video.tiny import world as world
 from tools.tiny.train_policy import build_tokenizer
 
 IMAGE_SIZE, TEXT_TOKENS = 64, 16

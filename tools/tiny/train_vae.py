@@ -16,8 +16,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from tqdm import trange
 
-from bpgo_video.rewards import tiny_world as world
 from bpgo_video.rewards.tiny_rewards import oracle_scores
+from bpgo_video.tiny import world as world
 
 LATENT_CHANNELS = 8
 

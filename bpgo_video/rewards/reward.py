@@ -1,0 +1,206 @@
+"""One reward of a recipe: the table of models, the construction of its model, a call, and a video's score."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pkgutil
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bpgo_video.config.bpgo import ConfigError, RewardConfig
+from bpgo_video.errors import unknown
+from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel, Scores
+from bpgo_video.types import PromptBatch
+
+if TYPE_CHECKING:
+    from bpgo_video.rewards.networks import Backbones
+
+REWARDS: dict[str, str] = {
+    "aesthetic": "bpgo_video.rewards.text:Aesthetic",
+    "brisque": "bpgo_video.rewards.quality:Brisque",
+    "clip_image_score": "bpgo_video.rewards.text:ClipImageScore",
+    "clip_score": "bpgo_video.rewards.text:ClipScore",
+    "dynamic_degree": "bpgo_video.rewards.motion:DynamicDegree",
+    "first_frame_consistency": "bpgo_video.rewards.motion:FirstFrameConsistency",
+    "frame_consistency": "bpgo_video.rewards.motion:FrameConsistency",
+    "hpsv2": "bpgo_video.rewards.text:HPSv2",
+    "learned_motion": "bpgo_video.rewards.tiny_rewards:LearnedMotion",
+    "niqe": "bpgo_video.rewards.quality:Niqe",
+    "ocr_text": "bpgo_video.rewards.text:OcrText",
+    "pickscore": "bpgo_video.rewards.text:PickScore",
+    "remote": "bpgo_video.rewards.remote:RemoteReward",
+    "shapes_oracle": "bpgo_video.rewards.tiny_rewards:ShapesOracle",
+    "shot_cuts": "bpgo_video.rewards.motion:ShotCuts",
+    "siglip_score": "bpgo_video.rewards.text:SiglipScore",
+    "subject_consistency": "bpgo_video.rewards.motion:SubjectConsistency",
+    "temporal_flickering": "bpgo_video.rewards.motion:TemporalFlickering",
+    "videoalign": "bpgo_video.rewards.vlm:VideoAlign",
+    "videoprism_score": "bpgo_video.rewards.text:VideoPrismScore",
+    "vjepa_prediction": "bpgo_video.rewards.motion:VJepaPrediction",
+    "vlm_judge": "bpgo_video.rewards.vlm:VlmJudge",
+    "worker": "bpgo_video.rewards.remote:WorkerReward",
+    "xclip_score": "bpgo_video.rewards.text:XClipScore",
+}
+FROM_THE_RUN = ("device", "timeout", "backbones")  # passed by the run to constructors that take them
+NAMED_PROMPTS = 3  # in the message about a failed call, which has to fit on a screen
+TEXT_SHOWN = 120  # characters of a prompt
+
+VideoScores = Float[Tensor, "samples"]
+
+
+def soft_min(scores: Scores, at: float) -> VideoScores:
+    """-at log mean exp(-scores/at), in the score's units: the minimum for `at` -> 0, the mean for large `at`."""
+    return -at * (torch.logsumexp(-scores / at, dim=1) - math.log(scores.shape[1]))
+
+
+def top_share(scores: Scores, at: float) -> VideoScores:
+    """Mean of the best frames: the share `at` of all frames, at least one."""
+    count = max(1, round(at * scores.shape[1]))
+    return scores.topk(count, dim=1).values.mean(dim=1)
+
+
+AGGREGATES: dict[str, Callable[[Scores, float], VideoScores]] = {  # of frame scores (higher is better), `aggregate_at`
+    "mean": lambda scores, at: scores.mean(dim=1),
+    "min": lambda scores, at: scores.amin(dim=1),
+    "soft_min": soft_min,
+    "top_share": top_share,
+    "share_above": lambda scores, at: (scores > at).float().mean(dim=1),
+}
+
+
+def reward_factory(name: str, reward: RewardConfig) -> Callable[..., Any]:
+    """The constructor of an entry's model, after a check that it takes the entry's options; loads no weights.
+
+    Raises:
+        ConfigError: no such name or dotted path, or options that the constructor does not take.
+    """
+    path = REWARDS.get(reward.model, reward.model)
+    if ":" not in path:
+        own = ", or a class of your own as my_pkg.rewards:MyReward"
+        raise ConfigError(unknown(f"rewards.{name}.model", reward.model, sorted(REWARDS), own))
+    try:
+        factory: Callable[..., Any] = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
+    signature = inspect.signature(factory)
+    try:
+        for options in _all_options(reward):
+            signature.bind(**_arguments(factory, options, dict.fromkeys(FROM_THE_RUN)))
+    except TypeError as error:
+        known = [option for option in signature.parameters if option not in FROM_THE_RUN]
+        raise ConfigError(f"rewards.{name} ({path}): {error}; its options are {known}") from error
+    return factory
+
+
+def build_models(
+    name: str, reward: RewardConfig, device: torch.device, twice: bool = False, backbones: Backbones | None = None
+) -> list[RewardModel]:
+    """The model of a recipe's entry; with `twice`, also its second model (`rewards.NAME.second`) if there is one.
+
+    Args:
+        backbones: networks that rewards share; None shares none.
+
+    Raises:
+        ConfigError: as `reward_factory`, or the constructor failed.
+    """
+    factory = reward_factory(name, reward)
+    from_the_run = {"device": device, "timeout": reward.timeout, "backbones": backbones}
+    try:
+        return [factory(**_arguments(factory, options, from_the_run)) for options in _all_options(reward)[: 1 + twice]]
+    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"rewards.{name} ({reward.model}) could not be built: {error}") from error
+
+
+def _all_options(reward: RewardConfig) -> list[dict[str, Any]]:
+    """Options of the model, and of the second model if there is one."""
+    return [reward.options, *([] if reward.second is None else [{**reward.options, **reward.second}])]
+
+
+def _arguments(factory: Callable[..., Any], options: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's options, and those arguments of the run that the constructor takes."""
+    parameters = inspect.signature(factory).parameters
+    return {**{name: value for name, value in run.items() if name in parameters}, **options}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A model with its entry of the recipe; `second` scores the same videos again, with other options."""
+
+    model: RewardModel
+    config: RewardConfig
+    second: RewardModel | None = None
+
+    @property
+    def version(self) -> str:
+        """Changes whenever a video's score does."""
+        how = "" if self.config.aggregate == "mean" else f"-{self.config.aggregate}{self.config.aggregate_at or ''}"
+        return f"{self.model.version}{how}"
+
+    @property
+    def models(self) -> list[RewardModel]:
+        return [self.model] if self.second is None else [self.model, self.second]
+
+    def aggregate(self, frame_scores: Scores) -> VideoScores:
+        """Each video's score, of frame scores for which higher is better."""
+        at = self.config.aggregate_at or 0.0
+        if self.config.aggregate == "share_above" and not self.model.higher_is_better:
+            at = -at  # the recipe states it in the model's own units
+        return AGGREGATES[self.config.aggregate](frame_scores, at)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a reward model, on the videos of a chunk.
+
+    Attributes:
+        reward: the recipe's name for the model.
+        timeout: seconds that the call may take.
+        prompt_rows, sample_index: prompt and sample of each video, as in RolloutChunk.
+    """
+
+    reward: str
+    timeout: float
+    prompts: PromptBatch
+    prompt_rows: Int[Tensor, "samples"]
+    sample_index: Int[Tensor, "samples"]
+
+    def __str__(self) -> str:
+        samples: dict[int, list[int]] = {}
+        for row, sample in zip(self.prompt_rows.tolist(), self.sample_index.tolist(), strict=True):
+            samples.setdefault(row, []).append(sample)
+        named = [describe_samples(self.prompts, *item) for item in list(samples.items())[:NAMED_PROMPTS]]
+        more = len(samples) - len(named)
+        return f"reward {self.reward!r} on {'; '.join(named)}{f' and of {more} more prompts' if more else ''}"
+
+    def score(self, model: RewardModel, clips: Clips) -> FrameScores:
+        """The model's scores, negated where lower is better; fp32, on the CPU.
+
+        Raises:
+            RewardError: the model failed, or returned anything but one row of scores per video; names the call.
+        """
+        try:
+            scores = model(clips)
+        except Exception as error:  # anything that a user's own model raises: reported with the samples
+            raise RewardError(f"{self} failed: {type(error).__name__}: {error}") from error
+        shape = tuple(scores.values.shape)
+        if len(shape) != 2 or shape[0] != len(clips) or shape[1] == 0:
+            rule = f"it must be ({len(clips)}, scored frames)"
+            raise RewardError(f"{self} returned the shape {shape} for {len(clips)} videos; {rule}")
+        if shape[1] != (1 if scores.times is None else len(scores.times)):
+            times = "no frame times" if scores.times is None else f"{len(scores.times)} frame times"
+            raise RewardError(f"{self} returned {shape[1]} scores a video with {times}; the numbers must be equal")
+        values = scores.values.float().cpu()
+        return FrameScores(values if model.higher_is_better else -values, scores.times)
+
+
+def describe_samples(prompts: PromptBatch, row: int, samples: Sequence[int]) -> str:
+    """Samples of a prompt, for messages."""
+    which = f"{'sample' if len(samples) == 1 else 'samples'} {', '.join(map(str, samples))}"
+    return f"{which} of prompt {textwrap.shorten(prompts.texts[row], TEXT_SHOWN)!r} (id {int(prompts.ids[row])})"
