@@ -153,7 +153,7 @@ def test_a_frame_rate_that_contradicts_the_manifest_is_named(videos: Path, capsy
     for damaged in ("{", "[]", '{"settings": {}}'):
         (videos.parent / "videos.generation.json").write_text(damaged)
         assert main(command_of(videos, "temporal_flickering")) == 1
-        assert "videos.generation.json does not have the rate of its videos" in capsys.readouterr().err
+        assert "videos.generation.json has no usable fps" in capsys.readouterr().err
     assert main([*command_of(videos, "temporal_flickering"), "--fps", "8"]) == 0
 
 
