@@ -22,8 +22,8 @@ from bpgo_video.config.generation import GenerationSettings
 def main(words: Sequence[str], script: str | None = None) -> int:
     """0 only if every video is complete."""
     ranks, rest = split_ranks(words)
-    settings = read_settings(GenerationSettings, rest, **help_of("generate", __doc__, script))
     try:
+        settings = read_settings(GenerationSettings, rest, **help_of("generate", __doc__, script))
         if ranks is not None:
             become_launcher("generate", ranks, rest)
         make_videos(settings)

@@ -94,19 +94,21 @@ def _show_help(tree: type, default: Any, usage: str, description: str) -> NoRetu
 
 
 def read_settings(tree: type[Settings], args: Sequence[str], prog: str, description: str = "") -> Settings:
-    """Settings without sections, from flags alone. On an error it exits as `load_recipe`."""
+    """Settings without sections, from flags alone.
+
+    Raises:
+        ConfigError: an unknown flag, or a value out of range.
+    """
     if {"-h", "--help"} & set(args):
         _show_help(tree, tyro.MISSING, f"{prog} FLAGS", f"{description}\n\n{COMMON_HELP}")
     data, unknown = _parse(tree, args, tyro.MISSING)
     flags = {f"--{field.name.replace('_', '-')}": field.default for field in dataclasses.fields(tree)}  # type: ignore[arg-type]
+    if unknown:
+        raise ConfigError(_explain_words(unknown, flags, args))
     try:
-        if unknown:
-            raise ConfigError(_explain_words(unknown, flags, args))
         return TypeAdapter(tree).validate_python(data)
     except ValidationError as error:
-        raise SystemExit(print_error(ConfigError(explain(error, "command line", tree)))) from None
-    except ConfigError as error:
-        raise SystemExit(print_error(error)) from None
+        raise ConfigError(explain(error, "command line", tree)) from None
 
 
 def load_config(words: Sequence[str], prog: str = "", description: str = "") -> Config:

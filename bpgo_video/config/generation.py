@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -13,6 +13,8 @@ from bpgo_video.config.fields import STRICT, NonNegative, Positive, Unit
 
 class GenerationError(ValueError):
     """Settings or an output folder that cannot be used; the message names the way out."""
+
+    exit_code: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -151,11 +151,11 @@ def test_other_settings_in_the_same_folder_are_an_error(
         ("num_steps", 4, "num_inference_steps 3 (now 4)"),
         ("policy", random_wan(tmp_path / "other", seed=1), "policy_fingerprint"),
     ):
-        assert main(flags(settings, **{name: value})) == 1
+        assert main(flags(settings, **{name: value})) == 2
         assert words in capsys.readouterr().err
     (settings.output / "generation.json").unlink()
     (settings.output / "mine.mp4").write_text("kept")
-    assert main(flags(settings)) == 1
+    assert main(flags(settings)) == 2
     assert "no generation.json" in capsys.readouterr().err
 
 
@@ -176,7 +176,7 @@ def test_invalid_settings_are_named_before_any_weights_are_loaded(
     name: str, value: object, words: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("no model may be loaded"))
-    assert main(flags(settings, **{name: value})) == 1
+    assert main(flags(settings, **{name: value})) == 2
     assert words in capsys.readouterr().err
     assert not settings.output.exists()
 
@@ -202,7 +202,7 @@ def test_an_invalid_flag_gives_the_message_of_recipes(
 
 def test_an_empty_prompt_file_is_named(settings: GenerationSettings, capsys: pytest.CaptureFixture[str]) -> None:
     settings.prompts.write_text("")
-    assert main(flags(settings)) == 1
+    assert main(flags(settings)) == 2
     assert f"there are no prompts in {settings.prompts}" in capsys.readouterr().err
 
 

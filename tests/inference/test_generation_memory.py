@@ -108,9 +108,9 @@ def test_offload_needs_a_gpu(
     flags = ["--policy", wan.policy, "--prompts", str(wan.prompts), "--output", str(wan.output), "--seed", "5"]
     size = ["--num-frames", "9", "--height", "64", "--width", "64"]
     monkeypatch.setattr(generation, "ALONE", replace(generation.ALONE, device=CPU))
-    assert main([*flags, *size, "--offload", "model"]) == 1
+    assert main([*flags, *size, "--offload", "model"]) == 2
     assert "offload is 'model', but this machine has no GPU" in capsys.readouterr().err
-    assert main([*flags, *size, "--attention-backend", "fastest"]) == 1
+    assert main([*flags, *size, "--attention-backend", "fastest"]) == 2
     assert "error: attention_backend is 'fastest'; diffusers knows" in capsys.readouterr().err
     check_offload("sequential", torch.device("cuda", 1))
 
