@@ -12,25 +12,17 @@ job fits on a GPU of one of the given sizes, 1 if it fits on none, 2 if the reci
 from __future__ import annotations
 
 import argparse
-import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from bpgo_video.cli import help_of, not_negative, positive, print_error
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.command_line import apply_flags, load_config, recipe_as_flag
 from bpgo_video.config.reading import config_from_dict, ds_config_file
-from bpgo_video.distributed.ds_config import read_ds_config
-from bpgo_video.training.plan import Job, Parts, Plan, advise, change, count_step, readable, reckon, room
-from bpgo_video.training.plan_models import find_model
 
 GPUS = (24, 40, 80, 141)  # gigabytes
 PROMPTS = "--rollout.prompts-per-step"
@@ -44,8 +36,6 @@ SHORT = {  # -> the recipe's own flag
     "--guidance": "--sampler.guidance-scale",
     "--no-checkpointing": "--policy.no-gradient-checkpointing",
 }
-LARGEST = 4  # parts of a phase that the summary names
-Advised = dict[int, tuple[list[str], Plan]]  # gigabytes -> changes, and the plan with them
 OFFLOADS = {"optimizer": ["offload_optimizer"], "all": ["offload_optimizer", "offload_param"]}
 MODEL = "a published model, a hub id or a folder, with defaults: 480x832x81, bf16, ZeRO-3, checkpointing, groups of 8"
 FLAGS = "flags of the recipe follow, as --rollout.group-size 8; shorter ones are\n  " + "\n  ".join(
@@ -81,18 +71,27 @@ def size(text: str) -> list[str]:
     return [f"--video.{name}={number}" for name, number in zip(names, numbers, strict=True)]
 
 
-def job_of(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
-    """The job of the command line; `words` are flags of the recipe.
+def job_of(arguments: argparse.Namespace, words: Sequence[str]) -> Any:
+    """The Job of the command line, checked before torch is imported; `words` are flags of the recipe.
 
     Raises:
         ConfigError: values that contradict each other, or an unknown model.
     """
     parted = [word.partition("=") for word in words]
     flags = [SHORT.get(name, name) + sign + value for name, sign, value in parted] + (arguments.size or [])
-    if arguments.config:
-        config = load_config(["--config", str(arguments.config), *flags])
-    else:
-        config = config_of(arguments.model, flags)
+    config = (
+        load_config(["--config", str(arguments.config), *flags])
+        if arguments.config
+        else config_of(arguments.model, flags)
+    )
+
+    from bpgo_video.distributed.ds_config import read_ds_config
+    from bpgo_video.training.plan import Job, change
+    from bpgo_video.training.plan_models import find_model
+
+    model = find_model(config.policy.folder)
+    if arguments.model and model.text_tokens:
+        config = config_of(arguments.model, flags, model.text_tokens)
     if arguments.model and not any(flag.startswith(PROMPTS) for flag in flags):
         rollout, groups = config.rollout, max(1, arguments.gpus // config.parallel.sequence)
         filling = -(-groups * rollout.micro_batch_size // rollout.group_size)
@@ -101,7 +100,7 @@ def job_of(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
         config,
         read_ds_config(str(ds_config_file(config.deepspeed))),
         arguments.gpus,
-        find_model(config.policy.folder),
+        model,
         reward_bytes=int(arguments.reward_gigabytes * 1e9),
         gigabytes=max(arguments.gigabytes),
     )
@@ -110,9 +109,8 @@ def job_of(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
     return reduce(change, (f"zero_optimization.{words}" for words in stage + offload), job)
 
 
-def config_of(model: str, flags: Sequence[str]) -> Config:
+def config_of(model: str, flags: Sequence[str], tokens: int = 512) -> Config:
     """A recipe of a model: defaults, and the flags."""
-    tokens = find_model(model).text_tokens or 512
     tree = {
         "run": {"dir": "none"},
         "policy": {"folder": model, "max_sequence_length": tokens, "gradient_checkpointing": True},
@@ -127,84 +125,15 @@ def config_of(model: str, flags: Sequence[str]) -> Config:
     return config
 
 
-def as_json(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> dict[str, Any]:
-    return {
-        "model": job.model.name,
-        "step": count_step(job),
-        "phases": {name: {**parts, "total": plan.totals[name]} for name, parts in plan.phases.items()},
-        "host": plan.host,
-        "gathers_for_rollout": plan.gathers,
-        "tightest": plan.tightest,
-        "fits": {str(size): plan.fits(size) for size in sizes},
-        "advice": {
-            str(size): {"changes": changes, "peak": changed.peak, "fits": changed.fits(size)}
-            for size, (changes, changed) in advised.items()
-        },
-    }
-
-
-def as_text(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> str:
-    console = Console(file=(text := io.StringIO()), width=100, color_system=None, highlight=False)
-    for line in (*summary(job, plan, sizes, advised), "", *counts(job), ""):
-        console.print(line, soft_wrap=True)
-    console.print(memory_table(plan))
-    return text.getvalue().rstrip()
-
-
-def summary(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> Iterator[str]:
-    """What fits, the largest parts of the phase that needs the most, and what to change."""
-    yield f"{job.model.name} on {job.ranks} GPUs needs {readable(plan.peak)} of each, during `{plan.tightest}`:"
-    parts = plan.phases[plan.tightest]
-    yield f"  {listed(dict(sorted(parts.items(), key=lambda part: -part[1])[:LARGEST]))}"
-    for size in sizes:
-        verdict = "fits" if plan.fits(size) else "does not fit"
-        yield f"{size} GB: {verdict} (tensors can take {readable(room(size))})"
-    for size, (changes, changed) in advised.items():
-        wanted = f"to fit {size} GB" if changed.fits(size) else f"even so it does not fit {size} GB"
-        yield f"Set, {wanted} (then {readable(changed.peak)}):" if changes else f"No setting makes it fit {size} GB."
-        yield from (f"  {words}" for words in changes)
-        if not changed.fits(size):
-            yield "Take a smaller video, or larger GPUs."
-    if plan.host:
-        yield f"On the host, for each rank: {listed(plan.host)}"
-
-
-def listed(parts: Parts) -> str:
-    return ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
-
-
-def counts(job: Job) -> tuple[str, ...]:
-    """The numbers of a step."""
-    step = count_step(job)
-    latents, passes = (
-        separator.join(map(str, step[key])) for separator, key in ((" x ", "latents"), (" + ", "passes"))
-    )
-    groups = f"{step['groups']} groups of {job.config.parallel.sequence}"
-    return (
-        f"{step['parameters']:,} parameters, {step['trained']:,} trained; latents {latents} ({job.model.source})",
-        f"A step: {step['samples']} videos on {groups} GPUs, {step['micro_batches']} micro-batches for each group",
-        f"On each rank: {step['forwards']} forwards a rollout, {len(step['passes'])} updates of {passes} passes",
-    )
-
-
-def memory_table(plan: Plan) -> Table:
-    """Bytes by part and phase."""
-    table = Table(box=box.ROUNDED, title="Memory of a rank's GPU", title_justify="left")
-    table.add_column("")
-    for name in plan.phases:
-        table.add_column(name, justify="right")
-    for part in dict.fromkeys(part for parts in plan.phases.values() for part in parts):
-        table.add_row(part, *(readable(parts[part]) if part in parts else "" for parts in plan.phases.values()))
-    table.add_section()
-    table.add_row("together", *map(readable, plan.totals.values()))
-    return table
-
-
 def main(words: Sequence[str], script: str | None = None) -> int:
     """0 if the job fits on a GPU of one of the sizes, 1 if on none, 2 if the recipe or a flag is wrong."""
     arguments, flags = parser(script).parse_known_args(recipe_as_flag(words))
     try:
         job = job_of(arguments, flags)
+
+        from bpgo_video.training.plan import advise, reckon
+        from bpgo_video.training.plan_report import as_json, as_text
+
         plan = reckon(job)
         short = [size for size in arguments.gigabytes if not plan.fits(size)]
         advised = {size: advise(job, plan, size) for size in [max(short)]} if short else {}

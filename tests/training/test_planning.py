@@ -417,9 +417,8 @@ def test_a_supervised_recipe_is_not_planned(capsys: pytest.CaptureFixture[str]) 
 def test_the_command_fails_where_nothing_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        command, "advise", lambda job, plan, size: (["more"], Plan({"replay": {"all": 10**10}}, {}, True))
-    )
+    changed = Plan({"replay": {"all": 10**10}}, {}, True)
+    monkeypatch.setattr("bpgo_video.training.plan.advise", lambda job, plan, size: (["more"], changed))
     arguments = ["--config", str(RECIPE), "--gpus", "2", "--gigabytes", "2"]
     assert command.main(arguments) == 1
     assert "even so it does not fit 2 GB (then 10.0 GB):\n  more\nTake a smaller video" in capsys.readouterr().out
