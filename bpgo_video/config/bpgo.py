@@ -124,7 +124,7 @@ class SamplerConfig:
     guidance_scale: GuidanceScale = 1.0
     """Classifier-free guidance in rollout and replay; 1 uses none."""
     guidance_scale_2: GuidanceScale | None = None
-    """GuidanceScale of the low-noise transformer if a pipeline has two (Wan 2.2); None takes guidance_scale."""
+    """Guidance scale of the low-noise transformer if a pipeline has two (Wan 2.2); None takes guidance_scale."""
     shift: AboveZero | None = None
     """Shift of the sigma schedule; None takes the pipeline's own schedule."""
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -214,7 +214,7 @@ class EvaluationConfig:
     guidance_scale: GuidanceScale = 1.0
     """Classifier-free guidance of a held-out sample; 1 uses none."""
     guidance_scale_2: GuidanceScale | None = None
-    """GuidanceScale of the low-noise transformer, as sampler.guidance_scale_2."""
+    """Guidance scale of the low-noise transformer, as sampler.guidance_scale_2."""
     videos: Count = 8
     """Held-out videos that every evaluation writes, for the report's comparison of before and after."""
     weights: Literal["raw", "ema", "both"] = "raw"
