@@ -8,7 +8,7 @@ bpgo-video plan --config wan21_1.3b_240p_1x24gb --gpus 1 --gigabytes 24 --reward
 
 # The same commands on the embedded policy. Adapters take a higher learning rate than all weights do.
 bpgo-video demo --prepare
-bpgo-video train --config tiny_wan_bpgo --policy.lora.rank 16 --policy.lora.alpha 16 --optim.learning-rate 5e-4 \
+bpgo-video train tiny_wan_bpgo --policy.lora.rank 16 --policy.lora.alpha 16 --optim.learning-rate 5e-4 \
     --run.dir runs/lora --run.num-steps 10 --evaluation.samples-per-prompt 4 --ranks 2 "$@"
 
 # The adapters alone, as `pipeline.load_lora_weights` reads them; --verify compares them with the checkpoint's.

@@ -20,6 +20,6 @@ bpgo-video prompts build --input prompts.jsonl --output runs/my-prompts --policy
 bpgo-video prompts stats runs/my-prompts      # equal and nearly equal prompts, and whether they leak into a split
 
 # The anchors: what the starting policy earns on each prompt. They are stored with the prompts.
-bpgo-video priors --config tiny_wan_bpgo --data.shards runs/my-prompts
-bpgo-video train --config tiny_wan_bpgo --data.shards runs/my-prompts --run.dir runs/my-run --run.num-steps 10 \
+bpgo-video priors tiny_wan_bpgo --data.shards runs/my-prompts
+bpgo-video train tiny_wan_bpgo --data.shards runs/my-prompts --run.dir runs/my-run --run.num-steps 10 \
     --evaluation.samples-per-prompt 4 --ranks 2 "$@"

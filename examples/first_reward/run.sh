@@ -6,5 +6,5 @@ cd "$(dirname "$0")"
 export PYTHONPATH=$PWD:${PYTHONPATH:-}    # so that recipe.yaml can name size.py
 
 bpgo-video demo --prepare                                 # prompts of the embedded policy, in runs/demo-prompts
-bpgo-video priors --config recipe.yaml                    # what the starting policy earns on each prompt: the anchors
-bpgo-video train --config recipe.yaml --ranks 2 "$@"      # open runs/size/report.html
+bpgo-video priors recipe.yaml                    # what the starting policy earns on each prompt: the anchors
+bpgo-video train recipe.yaml --ranks 2 "$@"      # open runs/size/report.html
