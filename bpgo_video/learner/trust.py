@@ -118,7 +118,8 @@ def icc_by_reward(
     found = {}
     for name, scores in second.items():
         icc = torch.tensor([history[id_]["icc"][name] if id_ in history else 0.0 for id_ in ids], dtype=torch.float64)
-        icc[twice] = group_icc(torch.stack([first[name], scores], dim=2)[twice])
+        if twice.any():  # torch warns of the variance of nothing
+            icc[twice] = group_icc(torch.stack([first[name], scores], dim=2)[twice])
         found[name] = icc
     return found
 

@@ -1,11 +1,13 @@
 """The intraclass correlation: the published example and its invariances."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.learner.trust import group_icc, pooled_icc
+from bpgo_video.learner.trust import group_icc, icc_by_reward, pooled_icc
 
 # Shrout and Fleiss (1979), table 2: six targets by four judges; their ICC(3,1) is .71, their ICC(1,1) .17
 RATINGS = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]
@@ -48,3 +50,11 @@ def test_the_icc_is_invariant_to_scale_offset_and_order(seed, shift, unit):
 def test_too_few_scores_are_refused(shape):
     with pytest.raises(ValueError, match="2 or more of each"):
         group_icc(torch.zeros(shape))
+
+
+def test_a_step_that_scores_no_prompt_twice_keeps_the_last_icc_without_a_warning():
+    scores = {"judge": torch.randn(1, 8)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = icc_by_reward({7: {"icc": {"judge": 0.4}, "passed": 1}}, [7], scores, scores, torch.tensor([False]))
+    assert found["judge"].tolist() == [0.4]

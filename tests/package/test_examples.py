@@ -20,6 +20,7 @@ SHORT = ["--run.num-steps", "2", "--rollout.prompts-per-step", "2", "--evaluatio
 SCRIPTS = [  # a script, its arguments, and files that it leaves
     ("first_reward/run.sh", SHORT, ["runs/size/report.html"]),
     ("own_prompts.sh", SHORT, ["runs/my-run/report.html"]),
+    ("noisy_rewards/run.sh", SHORT, ["runs/compared/report.html"]),
     ("lora.sh", SHORT, ["my-lora/pytorch_lora_weights.safetensors", "videos/00000-00.mp4"]),
 ]
 
@@ -54,6 +55,9 @@ def test_a_script_runs_on_the_embedded_policy(
     result = subprocess.run(command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert not [name for name in left if not (folder / name).is_file()]
+    for summary in folder.glob("runs/*/summary.json"):
+        command = [sys.executable, EXAMPLES / "read_report.py", summary.parent]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("1. Did it help?")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
