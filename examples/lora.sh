@@ -4,7 +4,7 @@
 set -euo pipefail
 
 # Does Wan 2.1 1.3B fit on a card of 24 GB? This computes it, without weights and without a GPU.
-bpgo-video plan --config wan21_1.3b_240p_1x24gb --gpus 1 --gigabytes 24 --reward-gigabytes 3
+bpgo-video plan wan21_1.3b_240p_1x24gb --gpus 1 --gigabytes 24 --reward-gigabytes 3
 
 # The same commands on the embedded policy. Adapters take a higher learning rate than all weights do.
 bpgo-video demo --prepare
