@@ -1,8 +1,8 @@
 """Publishing of an export: its model card, and its upload to the Hugging Face Hub.
 
 The card is a README.md with what was trained, how, by which code, and the weights' hashes. The code is the package's
-version and, in a checkout, the git commit. The login is that of
-huggingface's client: HF_TOKEN, or what `hf auth login` has stored. HF_ENDPOINT names another hub.
+version and, in a checkout, the git commit. The login is that of huggingface's client: HF_TOKEN, or what `hf auth login`
+has stored. HF_ENDPOINT names another hub.
 """
 
 from __future__ import annotations
