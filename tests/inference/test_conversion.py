@@ -107,7 +107,7 @@ def test_the_average_is_converted_like_the_weights(
 ) -> None:
     folder = write_run(tmp_path / "run", base, weights_of(base))
     arguments = ["--checkpoint", str(folder), "--output", str(tmp_path / "out"), "--format", "diffusers", "--verify"]
-    assert main([*arguments, "--weights", "ema"]) == 1
+    assert main([*arguments, "--weights", "ema"]) == 2
     assert "kept no average" in capsys.readouterr().err
     average = trained_weights(base)
     write_average(folder, {f"transformer.{name}": tensor for name, tensor in average.items()})
@@ -183,7 +183,7 @@ def test_verify_detects_modified_weights(base: Path, tmp_path: Path, change: str
 
 
 def fail(capsys: pytest.CaptureFixture[str], checkpoint: Path, output: Path) -> str:
-    assert main(["--checkpoint", str(checkpoint), "--output", str(output), "--format", "diffusers"]) == 1
+    assert main(["--checkpoint", str(checkpoint), "--output", str(output), "--format", "diffusers"]) == 2
     assert not output.exists() or not (output / WEIGHTS).exists()
     return capsys.readouterr().err
 
@@ -301,7 +301,7 @@ def test_exporting_adapters_of_a_run_without_adapters_is_an_error(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = write_run(tmp_path / "run", base, weights_of(base))
-    assert main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--format", "lora"]) == 1
+    assert main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--format", "lora"]) == 2
     assert "trained all weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
