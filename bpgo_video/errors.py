@@ -102,7 +102,8 @@ def some_of(names: Iterable[str], limit: int = 3) -> str:
 
 def exit_code(error: BaseException) -> int:
     """2 if the input is wrong, which the message explains; else 1."""
-    return 2 if isinstance(error, (FileNotFoundError, PermissionError)) else int(getattr(error, "exit_code", 1))
+    of_input = (FileExistsError, FileNotFoundError, PermissionError)
+    return 2 if isinstance(error, of_input) else int(getattr(error, "exit_code", 1))
 
 
 def is_one_of_several() -> bool:

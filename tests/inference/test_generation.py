@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,8 +194,8 @@ def test_invalid_settings_are_named_before_any_weights_are_loaded(
 def test_an_invalid_flag_gives_the_message_of_recipes(
     settings: GenerationSettings, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([*flags(settings, num_frames=None), *words.split()])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        sys.exit(main([*flags(settings, num_frames=None), *words.split()]))
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
