@@ -121,8 +121,8 @@ def test_tensorboard_shows_each_step_once_with_videos_and_table(config: Config) 
 
 
 def test_trackio_shows_each_step_once_with_videos_and_table(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(Path(config.run.dir).parent / "of_trackio"))  # read by its first import
+    pytest.importorskip("trackio")
     log_and_resume(config, "trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
