@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import sysconfig
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
-
-import pytest
 
 from bpgo_video.config.reading import RECIPES, shipped
 from bpgo_video.training.metrics import read_metrics
 from tests.made.recipes import ROOT
+from tests.package.conftest import run
 
 PROGRAM = """
 import sys
@@ -39,39 +34,6 @@ TWO_SMALL_STEPS = [
     *("--prior.kind", "constant", "--prior.mean", "0.1", "--prior.scale", "0.1"),
     *("--evaluation.samples-per-prompt", "1", "--evaluation.num-steps", "2", "--evaluation.videos", "1"),
 ]
-
-
-def run(command: Sequence[str | Path], folder: Path) -> str:
-    """Output of a command in a folder without access to the checkout."""
-    folders = [
-        one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not Path(one, "bpgo_video").exists()
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    words = list(map(str, command))
-    result = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the sdist, which is built from the checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    run([sys.executable, "-m", "build", "--outdir", folder, ROOT], folder)
-    return next(folder.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def binaries(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bin/ of an environment with the wheel; its dependencies come from the current environment."""
-    venv = tmp_path_factory.mktemp("installed") / "venv"
-    run([sys.executable, "-m", "venv", "--without-pip", venv], venv.parent)
-    run([sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--no-deps", wheel], venv)
-    site = next((venv / "lib").glob("python*/site-packages"))
-    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    return venv / "bin"
 
 
 def test_wheel_and_sdist_contain_only_the_package(wheel: Path) -> None:
