@@ -88,7 +88,8 @@ def reward_factory(name: str, reward: RewardConfig) -> Callable[..., Any]:
     try:
         factory: Callable[..., Any] = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}") from error
+        way_out = "install its package, or put its folder on PYTHONPATH"
+        raise ConfigError(f"rewards.{name} ({path}) could not be built: {error}; {way_out}") from error
     signature = inspect.signature(factory)
     try:
         for options in _all_options(reward):
