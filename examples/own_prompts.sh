@@ -5,18 +5,22 @@ set -euo pipefail
 policy=package:bpgo_video.tiny/weights/wan    # yours: a diffusers folder or hub id, Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 tokens=16                                     # as policy.max_sequence_length of the recipe; 512 for Wan
 
-# A prompt a line. Held-out prompts are never trained on; they decide whether training helped.
-cat > prompts.jsonl <<'END'
-{"prompt": "a red circle moving left"}
-{"prompt": "a blue square moving up"}
-{"prompt": "a green triangle moving right"}
-{"prompt": "a yellow circle moving down"}
-{"prompt": "a red square moving right", "split": "heldout"}
-{"prompt": "a blue triangle moving left", "split": "heldout"}
+# A prompt a line.
+cat > prompts.txt <<'END'
+a red circle moving left
+a blue square moving up
+a green triangle moving right
+a yellow circle moving down
+a red square moving right
+a blue triangle moving left
+a green circle moving up
+a yellow square moving left
 END
 
 # The policy's text encoder embeds each prompt once; training never loads it.
-bpgo-video prompts build --input prompts.jsonl --output runs/my-prompts --policy $policy --max-sequence-length $tokens
+# A quarter is held out: never trained on, it decides whether training helped.
+bpgo-video prompts build --input prompts.txt --output runs/my-prompts --policy $policy --max-sequence-length $tokens \
+    --holdout 0.25
 bpgo-video prompts stats runs/my-prompts      # equal and nearly equal prompts, and whether they leak into a split
 
 # The anchors: what the starting policy earns on each prompt. They are stored with the prompts.
