@@ -115,7 +115,7 @@ def tell(text: str) -> None:
     """Write to stderr, unless a rank of the same launch and host has already told why it fails."""
     if is_one_of_several():
         try:
-            with _claims().open("a+") as claims:
+            with open(_claims(), "a+", encoding="utf-8", opener=_own_file) as claims:
                 fcntl.flock(claims, fcntl.LOCK_EX)  # held until the text is written: then others may exit
                 claimed = os.fstat(claims.fileno())
                 if claimed.st_size and claimed.st_mtime > _started():
@@ -133,6 +133,11 @@ def _claims() -> Path:
     """A file of the ranks with the same parent and port; a claim from before their start is of an earlier launch."""
     launch = (socket.gethostname(), os.getuid(), os.getppid(), os.environ.get("MASTER_PORT", "0"))
     return Path(tempfile.gettempdir(), "-".join(map(str, ("bpgo-video-failed", *launch))))
+
+
+def _own_file(path: str, flags: int) -> int:
+    """Open a file in a folder that others write to as well, unless it is a link of theirs."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _started() -> float:
