@@ -163,5 +163,5 @@ def too_few(prompts: int, measures: int) -> bool:
 def can_show(prompts: int, measures: int, detectable: float | None) -> str:
     """What so many prompts can show, in words; empty if the spread of their differences is unknown."""
     if too_few(prompts, measures):
-        return f"{prompts} prompts cannot show a difference in one of {measures} measures, however large"
-    return f"{prompts} prompts show a true difference of {detectable:.2g} in {POWER:.0%} of cases" if detectable else ""
+        return f"{prompts} prompts are too few to show any difference among {measures} measures"
+    return f"{prompts} prompts can show a difference of {detectable:.2g} (with {POWER:.0%} power)" if detectable else ""

@@ -5,6 +5,7 @@ Flags, the recipe and its rules are checked before torch is imported and before 
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from bpgo_video.cli import become_launcher, help_of, print_error, print_note, sp
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.command_line import load_recipe
 from bpgo_video.config.reading import ds_config_file
-from bpgo_video.config.rules import check_world
+from bpgo_video.config.rules import check_free, check_world
 from bpgo_video.config.sft import Recipe
 
 
@@ -117,6 +118,8 @@ def checked_recipe(
     recipe = load_recipe(rest, kind=kind, report=report, **help_of(command.__name__, getdoc(command), script))
     try:
         ds_config_file(recipe.deepspeed)
+        if command in (train, sft) and "RANK" not in os.environ:  # ranks see what rank 0 may have begun
+            check_free(recipe.run)
         if ranks is not None:
             check_world(recipe, ranks)
             become_launcher(command.__name__, ranks, rest)

@@ -1,6 +1,6 @@
 """The recipe `bpgo`: its tree of sections.
 
-Each number is stated in one place: batch, optimiser and schedule here; ZeRO, precision and offload in the DeepSpeed
+Each number is stated in one place: batch, optimizer and schedule here; ZeRO, precision and offload in the DeepSpeed
 JSON that `deepspeed` names.
 """
 
@@ -23,7 +23,7 @@ from bpgo_video.config.learner import (
 )
 from bpgo_video.config.run import (
     EmaConfig,
-    OptimiserConfig,
+    OptimizerConfig,
     ParallelConfig,
     RunConfig,
     TrackerName,
@@ -177,9 +177,9 @@ class RolloutConfig:
 
 
 @section
-class OptimConfig(OptimiserConfig):
+class OptimConfig(OptimizerConfig):
     updates_per_rollout: Positive = 2
-    """Optimiser updates per rollout; each replays its share of the trained steps, against the rollout's log-probs."""
+    """Optimizer updates per rollout; each replays its share of the trained steps, against the rollout's log-probs."""
 
 
 @section
@@ -273,7 +273,7 @@ class Config:
 
     @property
     def num_updates(self) -> int:
-        """Optimiser updates of the whole run."""
+        """Optimizer updates of the whole run."""
         return self.run.num_steps * self.optim.updates_per_rollout
 
     @property

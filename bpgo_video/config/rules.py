@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfig, PolicyConfig
 from bpgo_video.config.learner import RewardConfig
+from bpgo_video.config.run import RunConfig
 
 Rules = Mapping[str, object]
+SETTINGS = "config.yaml"  # in a run's folder: its resolved recipe
 REPLAYS = "learns from final videos and replays no transition"
 LEFT_OUT = "turns advantages into probabilities: samples left out would count as average ones"
 FINAL_VIDEOS = {  # what an objective on final videos needs, and why
@@ -177,6 +180,23 @@ def check(config: Config) -> None:
     for rules in (learner_rules, sampler_rules, objective_rules):
         check_rules(rules(config))
     check_rules(common_rules(config.policy, config.parallel, config.ema, config.evaluation.weights))
+
+
+def check_free(run: RunConfig) -> bool:
+    """Whether the run's folder holds a run, which this one continues.
+
+    Raises:
+        ConfigError: it does, and `run.resume` is "never".
+    """
+    folder = Path(run.dir)
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} <= {SETTINGS}:
+        return False  # or left by a run that failed before it built its policy
+    if run.resume == "never":
+        raise ConfigError(
+            f"run.dir {run.dir!r} exists and is never overwritten; continue it with --run.resume auto, or name "
+            "another folder with --run.dir"
+        )
+    return True
 
 
 def check_rules(rules: Rules) -> None:

@@ -1,4 +1,4 @@
-"""Sections that every kind of recipe has: run, parallelism, optimiser, average of the weights, trackers."""
+"""Sections that every kind of recipe has: run, parallelism, optimizer, average of the weights, trackers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RunConfig:
     resume: Literal["never", "auto"] = "never"
     """`auto` continues from the newest complete checkpoint in `dir`, or starts if there is none."""
     resume_optimizer: Literal["keep", "fresh"] = "keep"
-    """`fresh` resumes the weights, their average, the data position and the schedule, and resets the optimiser's
+    """`fresh` resumes the weights, their average, the data position and the schedule, and resets the optimizer's
     moments. It is needed to change between ZeRO 3 and the other stages."""
     save_every: Positive = 50
     """Steps between checkpoints; the last step is always saved."""
@@ -44,7 +44,7 @@ class ParallelConfig:
 
 
 @section
-class OptimiserConfig:
+class OptimizerConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or gradient descent without momentum."""
     learning_rate: AboveZero = 1e-5

@@ -9,7 +9,7 @@ from bpgo_video.config.fields import AboveZero, Count, Positive, Unit, section
 from bpgo_video.config.rules import Rules, check_rules, common_rules
 from bpgo_video.config.run import (
     EmaConfig,
-    OptimiserConfig,
+    OptimizerConfig,
     ParallelConfig,
     RunConfig,
     TrackerName,
@@ -63,7 +63,7 @@ class SftConfig:
     """DeepSpeed JSON with ZeRO, precision and offload: a file, or the name of a shipped one, such as zero3."""
     sft: MatchingConfig = MatchingConfig()
     parallel: ParallelConfig = ParallelConfig()
-    optim: OptimiserConfig = OptimiserConfig()
+    optim: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     evaluation: MatchingEvaluationConfig = MatchingEvaluationConfig()
     trackers: tuple[TrackerName, ...] = ()
@@ -83,7 +83,7 @@ class SftConfig:
 
     @property
     def num_updates(self) -> int:
-        """Optimiser updates of the whole run."""
+        """Optimizer updates of the whole run."""
         return self.run.num_steps
 
     @property

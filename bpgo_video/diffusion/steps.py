@@ -122,7 +122,7 @@ def step_weights(
 
 
 def split_updates(trained_steps: Sequence[int], updates_per_rollout: int) -> list[tuple[int, ...]]:
-    """Distribute the trained steps round-robin over the optimiser updates of one rollout.
+    """Distribute the trained steps round-robin over the optimizer updates of one rollout.
 
     Every update gets a spread of noise levels: (0, 1, 2, 3, 4) over 2 updates is [(0, 2, 4), (1, 3)].
 

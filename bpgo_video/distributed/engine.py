@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bpgo_video.cli import free_port
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.config.run import OptimiserConfig
+from bpgo_video.config.run import OptimizerConfig
 from bpgo_video.distributed.ds_config import (
     cast_shards,
     check_parameters,
@@ -193,7 +193,7 @@ class Engine:
     def __init__(
         self,
         module: nn.Module,
-        optim: OptimiserConfig,
+        optim: OptimizerConfig,
         ds_config: Mapping[str, Any],
         *,
         micro_batch_size: int,

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.config.run import OptimiserConfig
+from bpgo_video.config.run import OptimizerConfig
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1] after the warm-up -> factor
     "constant": lambda progress: 1.0,
@@ -37,7 +37,7 @@ def learning_rate_factor(name: str, warmup_updates: int, total_updates: int) -> 
     return factor
 
 
-def make_optimizer(parts: Sequence[nn.Module], optim: OptimiserConfig) -> torch.optim.Optimizer:
+def make_optimizer(parts: Sequence[nn.Module], optim: OptimizerConfig) -> torch.optim.Optimizer:
     """torch's optimizer with one parameter group per part and dtype; DeepSpeed flattens each group into one buffer.
 
     Each group names the index of its part as `part`. A part's narrowest dtype comes first, since DeepSpeed takes the

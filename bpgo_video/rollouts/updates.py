@@ -1,4 +1,4 @@
-"""The optimiser updates of one rollout: the interface of objectives, the update loop, and its metrics."""
+"""The optimizer updates of one rollout: the interface of objectives, the update loop, and its metrics."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Learner(Protocol):
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Statistics of the optimiser updates of one rollout, on this rank.
+    """Statistics of the optimizer updates of one rollout, on this rank.
 
     Attributes:
         metrics: means over micro-batches of the loss's metrics, `grad_norm` (mean over updates) and
@@ -143,7 +143,7 @@ class UpdateStats:
 def optimise(
     learner: Learner, objective: Objective, trajectories: Sequence[Trajectory], updates_per_rollout: int
 ) -> UpdateStats:
-    """The optimiser updates of one rollout, all relative to the policy that sampled it."""
+    """The optimizer updates of one rollout, all relative to the policy that sampled it."""
     objective.prepare(trajectories, updates_per_rollout)
     shares = [split_updates(objective.passes(trajectory), updates_per_rollout) for trajectory in trajectories]
     passes: list[tuple[int, Mapping[str, Tensor]]] = []

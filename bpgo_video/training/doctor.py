@@ -192,8 +192,9 @@ def time_and_memory(examination: Examination) -> Result:
     peak = int(reduce_metrics({"peak_max": peak})["peak_max"])
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     steps = session.config.run.num_steps
-    hours = steps * sum(seconds[name] for name in PHASES) / 3600  # scoring overlaps with them
-    words = f"{parts} (a first step: later ones are faster); {steps} steps in about {hours:.1f} h; "
+    minutes = steps * sum(seconds[name] for name in PHASES) / 60  # scoring overlaps with them
+    whole = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+    words = f"{parts} (a first step: later ones are faster); {steps} steps in about {whole}; "
     return True, f"{words}at most {readable(peak)} on a rank"
 
 

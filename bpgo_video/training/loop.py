@@ -110,6 +110,8 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
         else:
             vars(progress).update(load(session, run_dir / checkpoint.FOLDER / resumed))
             started -= progress.seconds["total"]
+            if mesh.is_main:
+                print(f"continues after step {progress.step}, from {run_dir / checkpoint.FOLDER / resumed}", flush=True)
         trackers = Trackers(named_trackers(config) if mesh.is_main else (), config, progress.step)
         with RunLog(run_dir, trackers, num_steps, progress.step, trainer.keys) as log:
             for step in range(progress.step, num_steps):

@@ -124,7 +124,7 @@ def zero_at_rest(zero: Zero, weights: Weights, config: Config, reference: bool =
     return [
         *parts,
         Part("fp32 weights", share, on_host=host_optimizer),
-        Part("optimiser", share * (2 if config.optim.name == "adamw" else 0), on_host=host_optimizer),
+        Part("optimizer", share * (2 if config.optim.name == "adamw" else 0), on_host=host_optimizer),
         Part("average", share if config.ema.decay else 0, on_host=host_optimizer),
         Part("reference", resting if reference else 0, on_host=host_weights),
     ]

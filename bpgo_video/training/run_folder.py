@@ -12,12 +12,12 @@ from pathlib import Path
 
 from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.config.reading import read_recipe, to_yaml
+from bpgo_video.config.rules import SETTINGS, check_free
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
 from bpgo_video.files import atomic_file
 
-SETTINGS = "config.yaml"
 LOCATION_OPTIONS = {"worker": {"python"}, "remote": {"url", "token_env"}}  # reward options that only locate a model
 FREE_SECTIONS = ("trackers", "wandb", "trackio", "run", "deepspeed")  # may change, or are checked one by one
 PATIENCE = 60.0  # seconds; an NFS client may cache the absence of a file for this long (acdirmax)
@@ -30,14 +30,7 @@ def check_run_dir(config: Recipe) -> None:
         ConfigError: it holds a run, and this one does not resume it or has other settings.
     """
     run_dir = Path(config.run.dir)
-    if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {SETTINGS}:
-        return  # empty, or left by a run that failed before it built its policy
-    if run_dir.is_dir() and config.run.resume == "never":
-        raise ConfigError(
-            f"run.dir {str(run_dir)!r} exists and is never overwritten; continue it with --run.resume auto, or name "
-            "another folder with --run.dir"
-        )
-    if (run_dir / SETTINGS).is_file():
+    if check_free(config.run) and (run_dir / SETTINGS).is_file():
         check_same_run(read_recipe(run_dir / SETTINGS), config)
 
 

@@ -126,7 +126,7 @@ class Session(PolicySession):
     def rollout_weights(self) -> AbstractContextManager[None]:
         """The block in which videos are sampled: ZeRO-3 weights gathered, or fetched block by block in every step."""
         parameters = self.config.rollout.parameters
-        if parameters == "auto":  # decided at each rollout: the first update allocates the optimiser's state
+        if parameters == "auto":  # decided at each rollout: the first update allocates the optimizer's state
             gather = fits_everywhere(self.engine.missing_bytes, self.mesh)
         else:
             gather = parameters == "gathered"

@@ -10,7 +10,7 @@ import pytest
 
 from bpgo_video.config.bpgo import SamplerConfig
 from bpgo_video.config.learner import FORM_TRUST, AdvantageConfig, BPGOConfig, LossConfig, PriorConfig, RewardConfig
-from bpgo_video.config.run import OptimiserConfig
+from bpgo_video.config.run import OptimizerConfig
 from bpgo_video.config.sft import MatchingConfig
 from bpgo_video.diffusion.flow_matching import DENSITIES
 from bpgo_video.diffusion.sde import SAMPLERS, SOLVERS
@@ -91,7 +91,7 @@ def test_only_the_released_form_with_its_default_trust_accepts_alpha_1() -> None
         (SamplerConfig, "solver", SOLVERS),
         (SamplerConfig, "train_steps", STEP_SELECTIONS),
         (MatchingConfig, "density", DENSITIES),
-        (OptimiserConfig, "schedule", SCHEDULES),
+        (OptimizerConfig, "schedule", SCHEDULES),
     ],
 )
 def test_the_choices_of_a_key_match_its_table(section: type, key: str, table: Collection[str]) -> None:

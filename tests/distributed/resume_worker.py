@@ -75,7 +75,7 @@ def write(saves: Path, stage: int, name: str, dtype: str, mesh: Mesh) -> None:
 
 
 def by_hand(middle: Weights, name: str) -> Weights:
-    """Train from the midway weights with a fresh optimiser, in plain torch on one rank."""
+    """Train from the midway weights with a fresh optimizer, in plain torch on one rank."""
     module = Block()
     module.load_state_dict(middle, strict=False)
     torch.manual_seed(0)

@@ -46,7 +46,7 @@ def assert_same(first: Any, second: Any, where: str) -> None:
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Assert equal weights, optimiser state, average, data position, prior statistics and records."""
+    """Assert equal weights, optimizer state, average, data position, prior statistics and records."""
     names = [(run_dir / "checkpoints" / "latest").read_text() for run_dir in (first, second)]
     assert names[0] == names[1]
     folders = [run_dir / "checkpoints" / names[0] for run_dir in (first, second)]

@@ -1,4 +1,4 @@
-"""A policy of two transformers on two ranks: updates equal those of torch's optimiser and change only the used ones.
+"""A policy of two transformers on two ranks: updates equal those of torch's optimizer and change only the used ones.
 
 Also whole runs: resumed, with a single trained expert, and refused where ranks would deadlock.
 """

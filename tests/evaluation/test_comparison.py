@@ -50,7 +50,7 @@ def comparisons(*models: ModelScores) -> Sequence[Comparison]:
 
 def pitfalls(one: Comparison) -> list[str]:
     """The notes without the one about the detectable difference."""
-    return [note for note in one.notes if "true difference" not in note]
+    return [note for note in one.notes if "power" not in note]
 
 
 def with_rewards(label: str, step: int, reward: float, oracle: Sequence[float]) -> ModelScores:
@@ -115,7 +115,7 @@ def test_the_same_scores_show_no_difference() -> None:
         ),
         (12, {"gains": {"pixel_motion": -1.0}}, "Videos move less: pixel_motion fell by"),
         (12, {"gains": {"pixel_diversity": -1.0}}, "Samples of one prompt are more alike: pixel_diversity fell by"),
-        (4, {"gains": {"oracle": 9.0}}, "4 prompts cannot show a difference in one of 7 measures"),
+        (4, {"gains": {"oracle": 9.0}}, "4 prompts are too few to show any difference among 7 measures"),
         (12, {"seed": 1}, "different seeds"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_note_says_which_difference_so_many_prompts_can_show() -> None:
 def test_a_note_about_all_candidates_is_given_once_and_others_name_theirs() -> None:
     models = [results("A", 4), *(results(label, 4, gains={"oracle": 9.0}) for label in "BC"), results("D", 4, seed=1)]
     notes = compare(models).notes
-    assert [note for note in notes if "cannot show a difference in one of 21 measures" in note] == notes[:1]
+    assert [note for note in notes if "too few to show any difference among 21 measures" in note] == notes[:1]
     assert [note.partition(":")[0] for note in notes if "different seeds" in note] == ["D"]
 
 

@@ -25,7 +25,7 @@ def test_the_table_shows_every_value() -> None:
         "learner_over_step": 0.004,
         "overlap": {"chunks": 8, "bound": 1.181, "inline": {"over_longer": 1.96}, "beside": {"over_longer": 1.14}},
         "against_diffusers": {"guidance_scale 1.0": {"ratio": 0.97}},
-        "phases": {"replay": 0.5, "communication": 0.125, "optimiser": 0.01},
+        "phases": {"replay": 0.5, "communication": 0.125, "optimizer": 0.01},
         "scaling": [{"ranks": 2, "frames": 17, **times}],
     }  # fmt: skip
     table = as_markdown(found)

@@ -146,7 +146,7 @@ def test_only_transformers_with_gradients_are_updated() -> None:
     assert stepped == [3, 4]
 
 
-def test_optimisers_that_update_all_parameters_together_are_refused() -> None:
+def test_optimizers_that_update_all_parameters_together_are_refused() -> None:
     engine = SimpleNamespace(optimizer=SimpleNamespace(_optimizer_step=None), zero_cpu_offload=lambda: True)
     with pytest.raises(ConfigError, match="2 transformers are trained under ZeRO 2 with an offloaded optimizer"):
         TouchedParts([nn.Linear(1, 1), nn.Linear(1, 1)], stage=2).attach(engine)

@@ -159,8 +159,8 @@ def test_the_verdict_comes_from_the_test_over_prompts(
 @pytest.mark.parametrize(
     ("prompts", "detectable", "words"),
     [
-        (6, None, "6 prompts cannot show a difference in one of 5 measures, however large"),
-        (24, 0.0432, "24 prompts show a true difference of 0.043 in 80% of cases"),
+        (6, None, "6 prompts are too few to show any difference among 5 measures"),
+        (24, 0.0432, "24 prompts can show a difference of 0.043 (with 80% power)"),
         (24, 0.0, ""),  # all differences are equal
     ],
 )

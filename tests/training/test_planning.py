@@ -211,7 +211,7 @@ def test_shapes_are_read_from_a_model_folder(tmp_path: Path) -> None:
 WEIGHTS = Weights(trained=(6_000_000, 2_000_000), frozen=(4_000_000,), largest_block=1_000_000)
 
 
-def test_zero_3_shards_everything_and_zero_1_shards_the_optimiser(recipe: Config) -> None:
+def test_zero_3_shards_everything_and_zero_1_shards_the_optimizer(recipe: Config) -> None:
     """AdamW in bf16: per weight 2 bytes, 4 for its gradient, 4 for its master, 8 for its moments; plus fp32 buckets."""
     few = {"reduce_bucket_size": 1000}
     third = zero_at_rest(zero(3, 4, stage3_param_persistence_threshold=0, **few), WEIGHTS, recipe)

@@ -149,7 +149,7 @@ def test_every_curve_and_contact_sheet_is_present_and_described(run_dir: Path) -
 def test_the_verdict_and_its_numbers_are_on_the_page(run_dir: Path) -> None:
     text = " ".join(page_of(run_dir).text.split())
     verdict = "held-out oracle rose from 0.500 to 0.650, +0.150 [+0.100, +0.200] over 24 prompts"
-    power = "24 prompts show a true difference of 0.041 in 80% of cases"
+    power = "24 prompts can show a difference of 0.041 (with 80% power)"
     for words in ("▲ Training helped:", verdict, "+0.150 ± 0.012", "[+0.100, +0.200]", power, "seed 7"):
         assert words in text
     assert "score 0.31 → 0.78 ▲ higher" in text

@@ -152,11 +152,11 @@ def step_seconds(config: Config, mesh: Mesh) -> dict[str, float]:
 
 
 class TimedLearner:
-    """An engine that times its optimiser steps, excluding waiting."""
+    """An engine that times its optimizer steps, excluding waiting."""
 
     def __init__(self, engine: engines.Engine):
         self.engine = engine
-        self.optimiser_seconds = 0.0
+        self.optimizer_seconds = 0.0
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.backward(loss, last=last)
@@ -165,12 +165,12 @@ class TimedLearner:
         started = time.perf_counter()
         with waiting() as inside:
             norm = self.engine.step()
-        self.optimiser_seconds += time.perf_counter() - started - inside.seconds
+        self.optimizer_seconds += time.perf_counter() - started - inside.seconds
         return norm
 
 
 def phases(config: Config, mesh: Mesh) -> dict[str, float]:
-    """Seconds of one update: replay (forward, backward and their hooks), communication, and the optimiser."""
+    """Seconds of one update: replay (forward, backward and their hooks), communication, and the optimizer."""
     trainer = RL(config, mesh, check_inputs(config, mesh), idle_heartbeat(mesh))
     trainer.train_step(0)
     session, (prompts, _), watch = trainer.session, next(trainer.batches), Stopwatch(idle_heartbeat(mesh), 1)
@@ -182,9 +182,9 @@ def phases(config: Config, mesh: Mesh) -> dict[str, float]:
         total = seconds(lambda: optimise(learner, objective, trajectories, config.optim.updates_per_rollout))
     updates = config.optim.updates_per_rollout
     return {
-        "replay": (total - exposed.seconds - learner.optimiser_seconds) / updates,
+        "replay": (total - exposed.seconds - learner.optimizer_seconds) / updates,
         "communication": exposed.seconds / updates,
-        "optimiser": learner.optimiser_seconds / updates,
+        "optimizer": learner.optimizer_seconds / updates,
     }
 
 

@@ -243,7 +243,7 @@ def time_replay(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> N
 
 
 def time_update(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
-    """Time the optimiser's update, which does not depend on the video; gradients come from the smallest one."""
+    """Time the optimizer's update, which does not depend on the video; gradients come from the smallest one."""
     sample = Sample.of(bench, policy, replace(timed.config, video=bench.sizes.videos[0]))
 
     def gradients() -> None:
