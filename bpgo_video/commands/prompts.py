@@ -214,6 +214,14 @@ def shard_parser(shown: Mapping[str, Any], clips: bool) -> tuple[argparse.Argume
     return top, commands
 
 
+def add_columns(command: argparse.ArgumentParser) -> None:
+    """The options that name columns."""
+    group = command.add_argument_group("columns of tables, .jsonl lines and data sets; '' reads none")
+    for name, (_, guesses) in FIELDS.items():
+        text = f"({', or else '.join(guesses)})"
+        group.add_argument(column_flag(name), dest=f"{name}_column", metavar="NAME", help=text)
+
+
 def add_build_arguments(
     command: argparse.ArgumentParser,
     what: str,
@@ -245,10 +253,7 @@ def add_build_arguments(
         help=f"share of the {what} that get the split {HELDOUT!r}, which training evaluates on, by a hash of the text; "
         f"nearly equal texts stay together ({holdout:g}; 0 if --split is given or the input names splits)",
     )
-    group = command.add_argument_group("columns of tables, .jsonl lines and data sets; '' reads none")
-    for name, (_, guesses) in FIELDS.items():
-        text = f"({', or else '.join(guesses)})"
-        group.add_argument(column_flag(name), dest=f"{name}_column", metavar="NAME", help=text)
+    add_columns(command)
     add("--negative-prompt", default="", metavar="TEXT", help=f"{negative} (empty)")
     add(
         "--max-sequence-length",

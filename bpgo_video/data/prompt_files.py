@@ -374,8 +374,7 @@ def make_plan(
         read: reads `inputs` as `read_lines` does, with the arguments `reading`.
 
     Raises:
-        PromptFileError: from `read`; the input holds no prompt; with "stop", a prompt cannot be used or two have one
-            id. The message names the lines.
+        PromptFileError: from `read`; no prompt; with "stop", a prompt that cannot be used, or two with one id.
     """
     inputs = tuple(inputs)
     read_again = partial(read, inputs, **reading)
