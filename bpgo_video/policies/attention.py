@@ -74,7 +74,7 @@ class JointAttention(Processor):
         local, group = hidden_states.shape[1], self._parallel_config
         tokens = group.tokens if isinstance(group, Ulysses) else local
         mask = F.pad(attention_mask.bool(), (tokens, 0), value=True)[:, None, None]
-        output = self.attend(*(torch.cat(pair, dim=1) for pair in pairs), mask)  # names would keep them until the end
+        output = self.attend(*(torch.cat(pair, dim=1) for pair in pairs), mask=mask)  # names would keep them
         video, text = output[:, :local], output[:, local:]
         for layer in attn.to_out:
             video = layer(video)
