@@ -70,11 +70,12 @@ class JointAttention(Processor):
         query, key = (self.rotate(x, image_rotary_emb) for x in (attn.norm_q(query), attn.norm_k(key)))
         of_text = by_head(attn, encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_query, text_key, text_value = attn.norm_added_q(of_text[0]), attn.norm_added_k(of_text[1]), of_text[2]
-        pairs = ((query, text_query), (key, text_key), (value, text_value))
         local, group = hidden_states.shape[1], self._parallel_config
         tokens = group.tokens if isinstance(group, Ulysses) else local
         mask = F.pad(attention_mask.bool(), (tokens, 0), value=True)[:, None, None]
-        output = self.attend(*(torch.cat(pair, dim=1) for pair in pairs), mask=mask)  # names would keep them
+        output = self.attend(  # joined without names, which would keep the copies until the end
+            torch.cat([query, text_query], 1), torch.cat([key, text_key], 1), torch.cat([value, text_value], 1), mask
+        )
         video, text = output[:, :local], output[:, local:]
         for layer in attn.to_out:
             video = layer(video)
