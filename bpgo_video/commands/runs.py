@@ -6,13 +6,12 @@ Flags, the recipe and its rules are checked before torch is imported and before 
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import getdoc
 from typing import Any
 
-from bpgo_video.cli import become_launcher, help_of, print_error, print_note, split_ranks
+from bpgo_video.cli import become_launcher, help_of, print_error, print_note, split_ranks, typed
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.command_line import load_recipe
 from bpgo_video.config.reading import ds_config_file
@@ -81,7 +80,6 @@ def doctor(words: Sequence[str], script: str | None = None) -> int:
     from bpgo_video.distributed.mesh import make_mesh
     from bpgo_video.training.doctor import diagnose
     from bpgo_video.training.inputs import check_inputs
-    from bpgo_video.training.memory import ranks_of_this_host
     from bpgo_video.training.session import build_session
 
     with ranks_of(config) as (mesh, heartbeat):
@@ -92,16 +90,8 @@ def doctor(words: Sequence[str], script: str | None = None) -> int:
         healthy = diagnose(session, prompts, heartbeat)
         if mesh.is_main:
             name, when = ("train", "Next") if healthy else ("doctor", "Then repeat")
-            print(f"{when}: {command_line(name, words, mesh.world_size, ranks_of_this_host())}")
+            print(f"{when}: {typed(name, split_ranks(words)[1])}")
     return 0 if healthy else 1
-
-
-def command_line(name: str, words: Sequence[str], ranks: int, on_this_host: int) -> str:
-    """The command with the words of this one, on as many ranks."""
-    given = shlex.join(split_ranks(words)[1])
-    if ranks > on_this_host:
-        return f"deepspeed --hostfile HOSTS --module bpgo_video {name} {given}"
-    return f"bpgo-video {name} {given} --ranks {ranks}"
 
 
 def checked_recipe(

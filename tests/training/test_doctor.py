@@ -8,7 +8,7 @@ from unittest.mock import Mock, PropertyMock, patch
 import pytest
 import torch
 
-from bpgo_video.commands.runs import command_line
+from bpgo_video.cli import typed
 from bpgo_video.config.bpgo import Config
 from bpgo_video.training.doctor import Examination, ratio_is_one
 from bpgo_video.training.loop import Stopwatch
@@ -49,9 +49,12 @@ def test_a_ratio_is_judged_by_the_clip_range_and_nan_fails(
         (1, "deepspeed --hostfile HOSTS --module bpgo_video train 'my recipe.yaml' --run.seed 3"),
     ],
 )
-def test_the_doctor_names_the_command_that_trains(on_this_host: int, expected: str) -> None:
-    words = ["my recipe.yaml", "--ranks", "2", "--run.seed", "3"]
-    assert command_line("train", words, 2, on_this_host) == expected
+def test_the_command_to_type_has_the_ranks_that_run_now(
+    on_this_host: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_this_host))
+    assert typed("train", ["my recipe.yaml", "--run.seed", "3"]) == expected
 
 
 def test_the_progress_line_shows_trust_where_the_recipe_has_one(recipe: Config) -> None:
