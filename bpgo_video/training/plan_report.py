@@ -69,10 +69,10 @@ def counts(job: Job) -> tuple[str, ...]:
     latents, passes = (
         separator.join(map(str, step[key])) for separator, key in ((" x ", "latents"), (" + ", "passes"))
     )
-    groups = f"{step['groups']} groups of {job.config.parallel.sequence}"
     return (
         f"{step['parameters']:,} parameters, {step['trained']:,} trained; latents {latents} ({job.model.source})",
-        f"A step: {step['samples']} videos on {groups} GPUs, {step['micro_batches']} micro-batches for each group",
+        f"A step: {step['samples']} videos; groups x GPUs of each: {step['groups']} x {job.config.parallel.sequence}; "
+        f"micro-batches of each group: {step['micro_batches']}",
         f"On each rank: {step['forwards']} forwards a rollout, {len(step['passes'])} updates of {passes} passes",
     )
 
