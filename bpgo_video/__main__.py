@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from bpgo_video.cli import adapt_to_locale, without_common_flags
 from bpgo_video.errors import install_excepthook, suggestion, tell
+from bpgo_video.processes import watch_launcher
 
 COMMANDS = {  # name -> module of bpgo_video.commands, its function of (words, script's docstring), summary
     "demo": ("shipped", "demo", "post-train the embedded policy with BPGO in minutes, on any CPU"),
@@ -44,6 +45,7 @@ def main(words: Sequence[str] | None = None, script: str | None = None) -> int:
         script: docstring of the repository's script that calls this; --help shows its examples.
     """
     install_excepthook()
+    watch_launcher()
     adapt_to_locale()
     name, *rest = without_common_flags(sys.argv[1:] if words is None else words) or ["--help"]
     if words is None and {name, *rest} & {"-h", "--help", "recipes"}:

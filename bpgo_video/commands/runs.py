@@ -9,14 +9,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import getdoc
+from pathlib import Path
 from typing import Any
 
 from bpgo_video.cli import become_launcher, help_of, print_error, print_note, split_ranks, typed
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.command_line import load_recipe
 from bpgo_video.config.reading import ds_config_file
-from bpgo_video.config.rules import check_free, check_world
+from bpgo_video.config.rules import OWNER, check_free, check_world
 from bpgo_video.config.sft import Recipe
+from bpgo_video.training.lease import refuse_owned
 
 
 def train(words: Sequence[str], script: str | None = None) -> int:
@@ -60,7 +62,7 @@ def priors(words: Sequence[str], script: str | None = None) -> int:
 
     with ranks_of(config) as (mesh, heartbeat):
         heartbeat.enter("priors")
-        estimate_priors(config, mesh)
+        estimate_priors(config, mesh, heartbeat)
     return 0
 
 
@@ -109,6 +111,7 @@ def checked_recipe(
     try:
         ds_config_file(recipe.deepspeed)
         if command in (train, sft) and "RANK" not in os.environ:  # ranks see what rank 0 may have begun
+            refuse_owned(Path(recipe.run.dir) / OWNER)
             check_free(recipe.run)
         if ranks is not None:
             check_world(recipe, ranks)

@@ -17,6 +17,7 @@ from bpgo_video.config.run import RunConfig
 
 Rules = Mapping[str, object]
 SETTINGS = "config.yaml"  # in a run's folder: its resolved recipe
+OWNER = "owner.lease"  # in a folder that one launch at a time may write to: which one that is
 REPLAYS = "learns from final videos and replays no transition"
 LEFT_OUT = "turns advantages into probabilities: samples left out would count as average ones"
 FINAL_VIDEOS = {  # what an objective on final videos needs, and why
@@ -189,7 +190,7 @@ def check_free(run: RunConfig) -> bool:
         ConfigError: it does, and `run.resume` is "never".
     """
     folder = Path(run.dir)
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} <= {SETTINGS}:
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} <= {SETTINGS, OWNER}:
         return False  # or left by a run that failed before it built its policy
     if run.resume == "never":
         raise ConfigError(

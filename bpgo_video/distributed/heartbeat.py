@@ -30,14 +30,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from bpgo_video.distributed.mesh import Mesh, OtherRankError
 from bpgo_video.errors import exit_code, explained, named, tell, traced
+from bpgo_video.processes import end_process, machine, start_time
 
 LONGEST_INTERVAL = 2.0  # seconds between two beats
 BEATS_PER_TIMEOUT = 4
@@ -46,23 +46,6 @@ FAREWELL_SECONDS = 10.0  # for the other ranks to read the verdict before rank 0
 LONGEST_MESSAGE = 2000  # characters of an error
 GLOO = re.compile(r"\bgloo\b")  # gloo's errors name their source file; a prompt may contain "igloo"
 VERDICT = "verdict"
-
-
-def start_time(pid: int) -> str | None:
-    """The kernel's start time of a running process; None if it has ended, is a zombie, or there is no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    state, *fields = stat.rpartition(")")[2].split()  # the program's name before ")" may contain anything
-    return None if state in "ZX" else fields[18]
-
-
-def machine() -> str:
-    """The kernel's boot and the namespace of process ids, in which a pid is unique; empty without /proc."""
-    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    known = boot.is_file() and namespace.is_symlink()
-    return f"{boot.read_text('utf-8').strip()} {namespace.readlink()}" if known else ""
 
 
 @dataclass(frozen=True)
@@ -272,13 +255,22 @@ class Heartbeat:
         with suppress(dist.DistError):  # rank 0 is gone, which all others see
             self._leave(self._liveness.report(verdict))
 
-    def _end(self, verdict: Verdict) -> None:
+    def abort(self, error: Exception) -> NoReturn:
+        """End all ranks now, from any thread, by an error that its message explains."""
+        verdict = Verdict(self._mesh.rank, str(error)[:LONGEST_MESSAGE], exit_code(error))
+        if self._thread is not None:
+            with suppress(dist.DistError):  # rank 0 is gone, which all others see
+                self._end(self._liveness.report(verdict))
+        tell(self._message(verdict))
+        end_process(verdict.code)
+
+    def _end(self, verdict: Verdict) -> NoReturn:
         try:
             tell(self._message(verdict))
             if verdict.rank != 0 or self._mesh.is_main:
                 self._leave(verdict)
         finally:  # whatever else fails, this process must end
-            os._exit(verdict.code)
+            end_process(verdict.code)
 
     def _message(self, verdict: Verdict) -> str:
         """What to print; an error with exit code 2 says itself what to do."""

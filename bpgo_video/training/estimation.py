@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.rules import OWNER
 from bpgo_video.data.priors import UnfinishedPriors, write_priors
+from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.stream import as_batch
 from bpgo_video.distributed.ds_config import compute_dtype
-from bpgo_video.distributed.mesh import Mesh, from_main
+from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
 from bpgo_video.files import fingerprint
 from bpgo_video.learner.advantages import FrameLayout, segment_credit
 from bpgo_video.learner.bpgo import GroupAdvantages, step_advantages
@@ -39,13 +43,14 @@ from bpgo_video.rollouts.rollout import conditioned, image_size, training_denois
 from bpgo_video.rollouts.rules import sampled_steps
 from bpgo_video.training.heldout import score_samples
 from bpgo_video.training.inputs import check_inputs
+from bpgo_video.training.lease import Lease
 from bpgo_video.training.session import Session, sampling_policy
 from bpgo_video.types import PriorAnchor, PromptBatch, Rewards
 
 PROMPTS_AT_ONCE = 64  # gathered and saved together
 
 
-def estimate_priors(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prompts samples"]]:
+def estimate_priors(config: Config, mesh: Mesh, heartbeat: Heartbeat) -> dict[str, Float[Tensor, "prompts samples"]]:
     """Score the starting policy on all prompts of the training split; rank 0 writes the priors.
 
     An interrupted estimation with the same settings continues with the prompts that are missing.
@@ -55,8 +60,22 @@ def estimate_priors(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prom
 
     Raises:
         ConfigError: a reward gives all samples of every prompt the same score.
+        OwnedError: another launch measures priors of these prompts.
     """
     ds_config, shards = check_inputs(config, mesh, need_priors=False)
+    folder = shards.directory / "priors"
+    with Lease(folder / OWNER) as lease:
+        lease.on_loss = heartbeat.abort
+        with all_or_none(mesh):
+            if mesh.is_main:
+                folder.mkdir(exist_ok=True)
+                lease.acquire()
+        return _estimate(config, mesh, ds_config, shards, lease)
+
+
+def _estimate(
+    config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards, lease: Lease
+) -> dict[str, Float[Tensor, "prompts samples"]]:
     suite = RewardSuite(config.rewards, mesh.device, config.video.fps)
     policy = sampling_policy(config, ds_config, mesh)
     policy_hash = fingerprint(policy.folder, policy.transformer_names)
@@ -77,11 +96,13 @@ def estimate_priors(config: Config, mesh: Mesh) -> dict[str, Float[Tensor, "prom
                 for row, prompt in enumerate(batch.ids.tolist())
             }
             known |= new
+            lease.check()
             if mesh.is_main:
                 notes.add(new)
             bar.update(len(batch))
     scores = {name: torch.tensor([known[prompt][name] for prompt in ids]) for name in suite.versions}
     anchors = {name: measured(name, scores[name], version) for name, version in suite.versions.items()}
+    lease.check()
     if mesh.is_main:
         for name, anchor in anchors.items():
             store(shards.directory, name, anchor, policy_hash, ids)

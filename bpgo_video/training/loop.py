@@ -19,7 +19,7 @@ import torch
 
 from bpgo_video.cli import print_error, show_loading_once
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.config.rules import check_world
+from bpgo_video.config.rules import OWNER, check_world
 from bpgo_video.config.sft import Recipe
 from bpgo_video.data.records import ShardError
 from bpgo_video.distributed import checkpoint, engine
@@ -31,6 +31,7 @@ from bpgo_video.inference.hub import EXPORTED, CardFacts
 from bpgo_video.inference.model_files import export_pipeline
 from bpgo_video.policies.networks import trained_names
 from bpgo_video.training.inputs import Inputs, check_inputs
+from bpgo_video.training.lease import Lease
 from bpgo_video.training.metrics import Keys, RunLog
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
 from bpgo_video.training.session import PolicySession
@@ -98,11 +99,12 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
     mesh, run_dir, num_steps = engine.start_ranks(), Path(config.run.dir), config.run.num_steps
     # When a rank dies, a launcher terminates the others. The handler outlasts the heartbeat, which names the cause.
     with (
+        Lease(run_dir / OWNER) as lease,
         StopRequests(run_dir, mesh) as requests,
         Heartbeat(mesh, config.parallel.heartbeat_timeout, ADVICE, INPUT_ERRORS) as heartbeat,
     ):
-        started = time.perf_counter()
-        trainer, resumed = open_run(config, kind, mesh, requests, heartbeat)
+        started, lease.on_loss = time.perf_counter(), heartbeat.abort
+        trainer, resumed = open_run(config, kind, mesh, lease, requests, heartbeat)
         session, progress = trainer.session, trainer.progress
         if resumed is None:
             heartbeat.enter("evaluation")
@@ -116,6 +118,7 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
         with RunLog(run_dir, trackers, num_steps, progress.step, trainer.keys) as log:
             for step in range(progress.step, num_steps):
                 record = trainer.train_step(step)
+                lease.check()
                 progress.step = step + 1
                 last = progress.step == num_steps
                 if last or is_due(progress.step, config.evaluation.every):
@@ -126,12 +129,14 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
                 request = Request.NONE if last else requests.agreed()
                 if last or request or is_due(progress.step, config.run.save_every):
                     heartbeat.enter("checkpoint", step)
+                    lease.check()
                     saved = save(session, progress.step, vars(progress))
                     log.later(str(saved), saved.metrics())
                     requests.fulfilled(request, f"after {step + 1} of {num_steps} steps, in {saved.folder}")
                 if request is Request.STOP:
                     return None
         heartbeat.enter("export")
+        lease.check()
         export(session, run_dir)
         progress.seconds["total"] = time.perf_counter() - started
         summary = trainer.finish()
@@ -140,7 +145,7 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
 
 
 def open_run(
-    config: Recipe, kind: type[Trainer], mesh: Mesh, requests: StopRequests, heartbeat: Heartbeat
+    config: Recipe, kind: type[Trainer], mesh: Mesh, lease: Lease, requests: StopRequests, heartbeat: Heartbeat
 ) -> tuple[Trainer, str | None]:
     """The trainer, built from checked inputs, and the name of the checkpoint to resume from, if any."""
     check_world(config, mesh.world_size)
@@ -149,7 +154,7 @@ def open_run(
     with all_or_none(mesh):
         check_run_dir(config)
     inputs = check_inputs(config, mesh)
-    resumed = open_run_dir(config, mesh)
+    resumed = open_run_dir(config, mesh, lease)
     requests.remove_files()
     return kind(config, mesh, inputs, heartbeat), resumed
 

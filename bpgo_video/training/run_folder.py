@@ -12,11 +12,12 @@ from pathlib import Path
 
 from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.config.reading import read_recipe, to_yaml
-from bpgo_video.config.rules import SETTINGS, check_free
+from bpgo_video.config.rules import OWNER, SETTINGS, check_free
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
 from bpgo_video.files import atomic_file
+from bpgo_video.training.lease import Lease, refuse_owned
 
 LOCATION_OPTIONS = {"worker": {"python"}, "remote": {"url", "token_env"}}  # reward options that only locate a model
 FREE_SECTIONS = ("trackers", "wandb", "trackio", "run", "deepspeed")  # may change, or are checked one by one
@@ -28,8 +29,10 @@ def check_run_dir(config: Recipe) -> None:
 
     Raises:
         ConfigError: it holds a run, and this one does not resume it or has other settings.
+        OwnedError: another launch on this machine writes to it.
     """
     run_dir = Path(config.run.dir)
+    refuse_owned(run_dir / OWNER)
     if check_free(config.run) and (run_dir / SETTINGS).is_file():
         check_same_run(read_recipe(run_dir / SETTINGS), config)
 
@@ -83,14 +86,15 @@ def _without_locations(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardC
     return found
 
 
-def open_run_dir(config: Recipe, mesh: Mesh) -> str | None:
-    """Create the run's folder with its resolved configuration.
+def open_run_dir(config: Recipe, mesh: Mesh, lease: Lease) -> str | None:
+    """Create the run's folder with its resolved configuration; rank 0 acquires the lease on it.
 
     Returns:
         The name of the newest checkpoint, or None.
 
     Raises:
         ConfigError: a rank does not see the folder or cannot write to it.
+        OwnedError: another launch writes to it.
     """
     run_dir = Path(config.run.dir)
     mesh.barrier()  # every rank has checked the folder before rank 0 writes
@@ -98,6 +102,7 @@ def open_run_dir(config: Recipe, mesh: Mesh) -> str | None:
     newest = None
     with all_or_none(mesh):
         if mesh.is_main:
+            lease.acquire()
             checkpoint.clear_leftovers(run_dir)
             with atomic_file(run_dir / SETTINGS) as path:
                 path.write_text(to_yaml(config), "utf-8")

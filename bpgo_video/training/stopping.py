@@ -9,7 +9,6 @@ repeats a SIGTERM that its whole process group received, so repeats within REPEA
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.processes import end_process
 
 REPEAT_SECONDS = 5.0
 NOTICE_SECONDS = 4.0  # a launcher also sends SIGTERM after a rank's death, which ends this rank before
@@ -101,7 +101,7 @@ class StopRequests:
                     self._notice.start()
                 elif now - first > REPEAT_SECONDS:
                     self._report("a second one: ending at once")
-                    os._exit(128 + signal.SIGTERM)
+                    end_process(128 + signal.SIGTERM)
 
     def _report(self, text: str) -> None:
         sys.stderr.write(f"[rank {self._mesh.rank}] SIGTERM: {text}\n")

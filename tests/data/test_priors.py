@@ -13,6 +13,7 @@ from bpgo_video.data.priors import PriorError, UnfinishedPriors, load_priors, wr
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import EncoderStamp, PromptRecord
 from bpgo_video.data.stream import PromptStream
+from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.training import estimation
 from bpgo_video.types import PromptBatch
@@ -131,7 +132,7 @@ def test_an_interrupted_estimation_resumes_to_the_same_priors(tmp_path: Path, mo
             raise KeyboardInterrupt
         return score(*arguments)
 
-    whole = estimation.estimate_priors(config, mesh)
+    whole = estimation.estimate_priors(config, mesh, Heartbeat(mesh, timeout=60))
     files = {path: path.read_bytes() for path in (shards / "priors").glob("*.json")}
     assert len(files) == len(config.rewards)
     for path in files:
@@ -139,8 +140,8 @@ def test_an_interrupted_estimation_resumes_to_the_same_priors(tmp_path: Path, mo
     monkeypatch.setattr(estimation, "PROMPTS_AT_ONCE", 1)
     monkeypatch.setattr(estimation, "score_prompts", until_the_third)
     with pytest.raises(KeyboardInterrupt):
-        estimation.estimate_priors(config, mesh)
-    again = estimation.estimate_priors(config, mesh)
+        estimation.estimate_priors(config, mesh, Heartbeat(mesh, timeout=60))
+    again = estimation.estimate_priors(config, mesh, Heartbeat(mesh, timeout=60))
     assert len(sampled) == len(PROMPTS["train"]) + 1, "only the interrupted prompts are sampled again"
     for name, scores in whole.items():
         torch.testing.assert_close(again[name], scores, rtol=0, atol=1e-5)  # batches of another shape

@@ -13,12 +13,13 @@ import torch
 
 from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.config.reading import read_recipe, to_yaml
-from bpgo_video.config.rules import check_world
+from bpgo_video.config.rules import OWNER, check_world
 from bpgo_video.data.priors import PriorError, write_priors
 from bpgo_video.data.records import ShardError
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.training import inputs, session
+from bpgo_video.training.lease import Lease
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
 from tests.made.recipes import make_shards, small_recipe
 
@@ -126,7 +127,8 @@ def test_a_folder_with_only_settings_is_not_a_run(config: Config, resume: Any) -
         policy=replace(config.policy, attention_backend="native"),
     )
     check_run_dir(mended)
-    open_run_dir(mended, MESH)
+    with Lease(folder / OWNER) as lease:
+        open_run_dir(mended, MESH, lease)
     assert read_recipe(folder / "config.yaml") == mended
     (folder / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match=r"never overwritten|other policy settings"):
