@@ -22,11 +22,11 @@ from tests.made.recipes import ROOT, python_path, small_recipe, without_evaluati
 pytestmark = pytest.mark.slow
 
 SECONDS_TO_END = 60
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 LAUNCHERS = {
     "--ranks": ([sys.executable, "-m", "bpgo_video", "train"], ["--ranks", "2"]),
     "torchrun": (
-        [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node=2", "--master-port={port}"]
-        + ["--module", "bpgo_video", "train"],
+        [TORCHRUN, "--nproc-per-node=2", "--master-port={port}", "--module", "bpgo_video", "train"],
         [],
     ),
 }
