@@ -4,8 +4,8 @@
     GET  /reward   the model's description (`wire.Description`) and `max_bytes` of a request
     POST /score    X-Request-Id; a line of JSON (`wire.ClipsHeader`), then pixels; {"id", "version", "values", "times"}
 
-Errors are {"error": reason} with status 400, 401, 404, 408, 409, 411, 413, 429 (Retry-After) or 500; above the limit of
-connections uvicorn answers 503. Nothing is unpickled, and no prompt is logged.
+Errors are {"error": reason} with status 400, 401, 404, 408, 409, 411, 413, 429 (Retry-After) or 500; uvicorn answers
+malformed HTTP with 400, and 503 if all connections wait for scores. Nothing is unpickled, and no prompt is logged.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 
 import torch
 import uvicorn
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.rewards.base import RewardModel
+from bpgo_video.rewards.connections import ImpatientProtocol, Incomplete, Uploads
 from bpgo_video.rewards.suite import scoring_stream
 from bpgo_video.rewards.wire import MalformedMessage, PackedClips, check_clips, describe, pack_scores, unpack_clips
 
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[0-9a-zA-Z-]{8,64}")
 MAX_HEADER = 2**20  # bytes of the JSON line
+ONCE = ("Content-Length", "Authorization", "X-Request-Id")  # headers whose repetition has no one meaning
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,19 @@ class Limits:
     """A server's limits.
 
     Attributes:
-        waiting: requests in memory at once, from reading to the reply.
-        bytes: of one request.
+        waiting: complete requests at once, from their arrival to the reply.
+        bytes: of one request; all of them, arriving ones included, hold at most `waiting` times as many.
         connections: open at once.
-        patience: seconds that a request waits to be read, and that a connection may be silent.
+        patience: seconds that the head of a request may take, that a client may be silent or leave a reply unread,
+            and that a complete request waits for its turn.
+        pace: bytes per second at which a body must arrive after its first `patience` seconds.
     """
 
     waiting: int = 8
     bytes: int = 2**30
     connections: int = 256
     patience: float = 30.0
+    pace: int = 2**20
 
 
 class Refused(Exception):
@@ -134,24 +138,6 @@ def check_exposure(host: str, token: str | None) -> None:
         raise ConfigError(f"host is {host!r}, which other machines can reach, and there is no token: {fix}")
 
 
-class ImpatientProtocol(H11Protocol):
-    """uvicorn's protocol, which also closes connections that are silent before their request is complete."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def _watch(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            self._unset_keepalive_if_required()
-            wait = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
-            self.timeout_keep_alive_task = wait
-
-
 class RewardServer:
     """An ASGI application that listens from its construction on; `serve_forever` answers.
 
@@ -167,13 +153,14 @@ class RewardServer:
         check_exposure(host, token)
         self.service, self.token, self.limits = service, token, limits
         self.turns = asyncio.Semaphore(limits.waiting)
+        self.uploads = Uploads(limits.waiting * limits.bytes, limits.patience, limits.pace)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.create_server((host, port), family=family, backlog=limits.connections)
         self.server_address: tuple[Any, ...] = self.socket.getsockname()
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self, http=ImpatientProtocol, ws="none", lifespan="off", access_log=False, log_config=None,
-                log_level="warning", backlog=limits.connections, limit_concurrency=limits.connections,
+                log_level="warning", backlog=limits.connections, limit_concurrency=limits.connections + 1,
                 timeout_keep_alive=limits.patience,  # type: ignore[arg-type]
             )
         )  # fmt: skip
@@ -198,13 +185,13 @@ class RewardServer:
             status, message = 200, await self._answer(request)
         except Refused as refusal:
             status, message = refusal.args[0], {"error": refusal.args[1]}
-        path = "an unknown path" if status == 404 else request.url.path
+        path = "an unknown path" if status == 404 else scope["path"]
         log.info("%s %s %d in %.3f s", request.method, path, status, time.monotonic() - started)
         headers = {"Retry-After": "1"} if status == 429 else {}
         await Response(json.dumps(message), status, headers, "application/json")(scope, receive, send)
 
     async def _answer(self, request: Request) -> dict[str, Any]:
-        match request.method, request.url.path:
+        match request.method, request.scope["path"]:  # request.url would raise for some Host headers
             case "GET", "/health":
                 return {"status": "ok"}
             case "GET", "/reward":
@@ -220,39 +207,45 @@ class RewardServer:
             raise Refused(401, "the Authorization header does not hold this server's token")
 
     async def _score(self, request: Request) -> dict[str, Any]:
+        request_id, size = self._check_head(request)
+        try:
+            async with self.uploads.received(request.stream()) as body:
+                reply = await self._scored(request_id, body)
+        except Incomplete as error:
+            raise Refused(408, f"{error.args[0]} of {size} bytes arrived") from None
+        if "error" in reply:
+            raise Refused(500, reply["error"])
+        return {"id": request_id, "version": self.service.description["version"], **reply}
+
+    def _check_head(self, request: Request) -> tuple[str, int]:
+        """The request's id, and the size of its body."""
+        for name in ONCE:
+            if len(request.headers.getlist(name)) > 1:
+                raise Refused(400, f"the header {name} is sent twice")
         length, limit = request.headers.get("Content-Length", ""), self.limits.bytes
-        if not length.isdecimal():
-            raise Refused(411, "Content-Length must state the size of the request")
+        if not length.isdecimal() or "Transfer-Encoding" in request.headers:
+            raise Refused(411, "Content-Length must state the size of the request, without a Transfer-Encoding")
         if int(length) > limit:
             raise Refused(413, f"the request has {length} bytes; this server takes {limit}: send fewer videos at once")
         self._check_token(request)
         request_id = request.headers.get("X-Request-Id", "")
         if not REQUEST_ID.fullmatch(request_id):
             raise Refused(400, "X-Request-Id must be 8 to 64 letters, digits or hyphens")
+        return request_id, int(length)
+
+    async def _scored(self, request_id: str, body: bytearray) -> dict[str, Any]:
+        """The reply to a complete request, in its turn."""
         try:
             await asyncio.wait_for(self.turns.acquire(), self.limits.patience)
         except TimeoutError:
             raise Refused(429, f"{self.limits.waiting} requests are waiting; try again later") from None
         try:
-            reply = await asyncio.wrap_future(await self._submit(request, request_id, int(length)))
-        finally:
-            self.turns.release()
-        if "error" in reply:
-            raise Refused(500, reply["error"])
-        return {"id": request_id, "version": self.service.description["version"], **reply}
-
-    async def _submit(self, request: Request, request_id: str, size: int) -> Future[dict[str, Any]]:
-        body, chunks = bytearray(), aiter(request.stream())
-        try:
-            while len(body) < size:
-                body += await asyncio.wait_for(anext(chunks), self.limits.patience)
-        except (TimeoutError, ClientDisconnect):
-            raise Refused(408, f"{len(body)} of {size} bytes arrived") from None
-        try:
             digest, clips = await asyncio.to_thread(parse_body, body)
+            return await asyncio.wrap_future(self.service.submit(request_id, digest, clips))
         except MalformedMessage as error:
             raise Refused(400, str(error)) from None
-        return self.service.submit(request_id, digest, clips)
+        finally:
+            self.turns.release()
 
 
 def parse_body(body: bytearray) -> tuple[bytes, PackedClips]:
@@ -260,6 +253,6 @@ def parse_body(body: bytearray) -> tuple[bytes, PackedClips]:
     line = bytes(body[:MAX_HEADER]).partition(b"\n")[0]
     try:
         header = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise MalformedMessage(f"the request does not begin with a line of JSON within {MAX_HEADER} bytes") from None
     return hashlib.sha256(body).digest(), check_clips(header, memoryview(body)[len(line) + 1 :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import re
 import signal
 import socket
@@ -15,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -162,14 +163,15 @@ def test_an_unreliable_connection_changes_no_bit_and_scores_nothing_twice(monkey
 
 
 def test_many_clients_are_served_in_turn_with_a_bounded_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits, most, submit = Limits(waiting=3, patience=0.05), 0, RewardServer._submit
+    limits, most = Limits(waiting=3, patience=0.05), 0
+    submit: Callable[..., Future[dict[str, object]]] = RewardService.submit
 
-    async def counted(server: RewardServer, *arguments: object) -> Future[object]:
+    def counted(service: RewardService, *arguments: object) -> Future[dict[str, object]]:
         nonlocal most
         most = max(most, limits.waiting - server.turns._value)
-        return await submit(server, *arguments)
+        return submit(service, *arguments)
 
-    monkeypatch.setattr(RewardServer, "_submit", counted)
+    monkeypatch.setattr(RewardService, "submit", counted)
     requests, model = crowd(30), Brightness(seconds=0.01)
     with served(model, limits=limits) as server, ThreadPoolExecutor(15) as clients:
         actual = list(clients.map(RemoteReward(url_of(server)), requests))
@@ -314,11 +316,164 @@ UPLOAD = b"POST /score HTTP/1.1\r\nHost: a\r\nX-Request-Id: some-request\r\nCont
 @pytest.mark.parametrize(("begun", "uploads"), [(b"", False), (UPLOAD[:30], False), (UPLOAD, True)])
 def test_a_silent_client_is_disconnected(begun: bytes, uploads: bool) -> None:
     with served(Brightness(), limits=Limits(patience=0.2)) as server:
-        with socket.create_connection(server.server_address[:2], timeout=5) as client:
+        with connected(server) as client:
             client.sendall(begun)
             actual = b"".join(iter(lambda: client.recv(2**16), b""))
         assert actual.startswith(b"HTTP/1.1 408 ") == actual.endswith(b'"6 of 900 bytes arrived"}') == uploads
         assert server.turns._value == Limits().waiting
+
+
+def connected(server: RewardServer) -> socket.socket:
+    return socket.create_connection(server.server_address[:2], timeout=5)
+
+
+def half_uploaded(server: RewardServer, number: int, body: bytes = b"") -> socket.socket:
+    """A connection that announces 900 MB and sends only `body`."""
+    client = connected(server)
+    client.sendall(UPLOAD.partition(b"\r\n\r\n")[0].replace(b"some-request", b"request-%d" % number))
+    client.sendall(b"0" * 6 + b"\r\n\r\n" + body)
+    return client
+
+
+def test_slow_bodies_take_no_turns_and_no_memory_for_what_they_announce() -> None:
+    limits = Limits(waiting=2)
+    with served(Brightness(), limits=limits) as server, ExitStack() as clients:
+        for number in range(20):
+            clients.enter_context(closing(half_uploaded(server, number, GOOD[:500])))
+        until(lambda: server.uploads.held == 20 * 500)
+        started = time.monotonic()
+        assert post(server, GOOD).status_code == 200
+        assert time.monotonic() - started < 1
+    assert server.uploads.held == 0, "a server that ends does not wait for them"
+
+
+def test_the_slowest_body_gives_way_when_memory_is_full() -> None:
+    """Two stalled bodies fill the memory of one request; the third arrives at once."""
+    with served(Brightness(), limits=Limits(waiting=1, bytes=1000)) as server, ExitStack() as clients:
+        slow = []
+        for number in range(2):
+            head = UPLOAD.partition(b"half a")[0].replace(b"some-request", b"request-%d" % number)
+            slow.append(clients.enter_context(connected(server)))
+            slow[-1].sendall(head + GOOD[:450])
+            until(lambda: server.uploads.held == 450 * len(slow))
+        assert post(server, GOOD).status_code == 200
+        assert b"408" in slow[0].recv(100)
+        assert server.uploads.held <= 1000
+
+
+@pytest.mark.parametrize("piece", [b"X", b"a body"])
+def test_a_trickling_client_has_the_same_deadline_as_a_silent_one(piece: bytes) -> None:
+    """It is never silent for as long as the patience, but slower than the pace."""
+    with served(Brightness(), limits=Limits(patience=0.5)) as server:
+        started = time.monotonic()
+        with connected(server) as client, suppress(OSError):
+            client.sendall(UPLOAD if piece == b"a body" else UPLOAD[:10])
+            while time.monotonic() - started < 5:
+                client.sendall(piece)
+                time.sleep(0.1)
+        assert time.monotonic() - started < 2
+
+
+def test_a_body_that_keeps_the_pace_may_take_longer_than_the_patience() -> None:
+    body, limits = body_of(clips_of("steady", 8)), Limits(patience=0.3, pace=3000)
+    head = f"POST /score HTTP/1.1\r\nHost: a\r\nX-Request-Id: steady-one\r\nContent-Length: {len(body)}\r\n\r\n"
+    with served(Brightness(), limits=limits) as server, closing(connected(server)) as client:
+        client.sendall(head.encode())
+        for start in range(0, len(body), 600):
+            client.sendall(body[start : start + 600])
+            time.sleep(0.1)
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("begun", [b"", UPLOAD[:30], UPLOAD])
+def test_idle_clients_do_not_keep_others_out(begun: bytes) -> None:
+    with served(Brightness(), limits=Limits(connections=8)) as server, ExitStack() as clients:
+        for _ in range(20):
+            idle = clients.enter_context(connected(server))
+            idle.sendall(begun)
+        until(lambda: 0 < len(server._server.server_state.connections) <= 8)
+        assert post(server, GOOD).status_code == 200
+
+
+def test_connections_that_wait_for_scores_are_not_closed_for_others() -> None:
+    requests = crowd(4)
+    with served(model := Waiting(), limits=Limits(connections=4)) as server, ThreadPoolExecutor(4) as clients:
+        remotes = [RemoteReward(url_of(server)) for _ in requests]
+        work = [clients.submit(remote, clips) for remote, clips in zip(remotes, requests, strict=True)]
+        until(lambda: server.turns._value == Limits().waiting - 4)
+        assert post(server, GOOD).status_code == 503
+        model.may_score.set()
+        for scores, clips in zip(work, requests, strict=True):
+            assert torch.equal(scores.result(timeout=20).values, expected(clips))
+    assert model.received.total() == 4
+
+
+def test_a_client_that_does_not_read_its_reply_is_disconnected() -> None:
+    class Talkative(Brightness):
+        def __call__(self, clips: Clips) -> FrameScores:
+            return FrameScores(torch.zeros(len(clips), 2**20))
+
+    with served(Talkative(), limits=Limits(patience=0.3)) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(server.server_address[:2])
+        head = f"POST /score HTTP/1.1\r\nHost: a\r\nX-Request-Id: deaf-one\r\nContent-Length: {len(GOOD)}\r\n\r\n"
+        client.sendall(head.encode() + GOOD)
+        until(lambda: server.service.scored == 1)
+        until(lambda: not server._server.server_state.connections)
+
+
+HEAD = b"POST /score HTTP/1.1\r\nHost: a\r\nX-Request-Id: some-request\r\n"
+HOSTILE = {
+    "nested": HEAD + b"Content-Length: 200001\r\n\r\n" + b"[" * 200_000 + b"\n",
+    "long number": HEAD + b"Content-Length: 5011\r\n\r\n" + b'{"videos":' + b"9" * 5000 + b"\n",
+    "long length": HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
+    "20 digits": HEAD + b"Content-Length: " + b"9" * 20 + b"\r\n\r\n",
+    "negative length": HEAD + b"Content-Length: -1\r\n\r\n",
+    "two lengths": HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
+    "a length twice": HEAD + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\n01234",
+    "two ids": HEAD + b"X-Request-Id: other-request\r\nContent-Length: 5\r\n\r\n01234",
+    "chunked too": HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n",
+    "bad chunks": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nzz\r\n\r\n",
+    "not UTF-8": HEAD + b'Content-Length: 14\r\n\r\n{"fps": "\xff"}\n',
+    "a lone surrogate": HEAD + b'Content-Length: 24\r\n\r\n{"texts": ["\\ud800xxx"]}\n',
+    "infinite": HEAD + b'Content-Length: 15\r\n\r\n{"fps": 1e9999\n',
+    "no newline": HEAD + b"Content-Length: 2\r\n\r\n{}",
+    "empty": HEAD + b"Content-Length: 0\r\n\r\n",
+    "a bad host": HEAD.replace(b"Host: a", b"Host: [") + b"Content-Length: 2\r\n\r\n{}",
+    "no host": HEAD.replace(b"Host: a\r\n", b"") + b"Content-Length: 2\r\n\r\n{}",
+    "a bad path": b"GET /%ff%00%0a HTTP/1.1\r\nHost: a\r\n\r\n",
+    "a bad method": b"G\x00T / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "an upgrade": b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+    "long headers": b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 200_000,
+    "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+}
+
+
+def test_no_message_of_a_client_is_an_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    with served(model := Brightness(), limits=Limits(patience=0.3)) as server:
+        for name, message in HOSTILE.items():
+            with connected(server) as client:
+                client.sendall(message)
+                status = client.recv(2**16).partition(b" ")[2][:3]
+            allowed = {"an upgrade": b"200", "a bad path": b"404"}.get(name, b"4")
+            assert status.startswith(allowed), name
+        assert post(server, GOOD).status_code == 200
+    assert model.received == {"good": 1}
+    assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
+
+
+def test_no_sequence_of_messages_is_an_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    pieces = [piece for message in HOSTILE.values() for piece in (message[:5000], *message[:5000].split(b"\r\n"))]
+    with served(Brightness(), limits=Limits(patience=0.2)) as server:
+        for seed in range(60):
+            with connected(server) as client, suppress(OSError):
+                for piece in random.Random(seed).choices(pieces, k=6):
+                    client.sendall(piece)
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(2**16):
+                    pass
+        assert post(server, GOOD).status_code == 200
+    assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
 
 
 def test_an_id_cannot_be_reused_for_another_request() -> None:
