@@ -17,6 +17,7 @@ import bpgo_video
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.fields import explain
 from bpgo_video.config.rules import check, method_defaults
+from bpgo_video.config.secrets import check_secrets
 from bpgo_video.config.sft import Recipe, SftConfig, check_sft
 from bpgo_video.errors import suggestion, unknown
 
@@ -63,6 +64,7 @@ def config_from_dict(
 
 
 def _checked(tree: dict[str, Any], source: str) -> Recipe:
+    check_secrets(tree, source)
     kind = tree.get("recipe", "bpgo")
     if kind not in TREES:
         raise ConfigError(f"{source}:\n  {unknown('recipe', kind, TREES)}")

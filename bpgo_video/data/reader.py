@@ -65,6 +65,7 @@ from bpgo_video.files import SHARD_CACHE, atomic_file
 
 REMOTE = re.compile(r"pipe:|[a-z0-9]+://")
 SHARD = re.compile(r"(?:prompts|clips)-[^/\s]*\.tar")
+SHARD_NAME = re.compile(r"(?:prompts|clips)-[\w.-]*\.tar")  # in an index; it becomes a part of URLs and commands
 READABLE = (1, 2)  # format versions
 KEY = re.compile(r"[0-9A-Za-z-]+")
 TAR_BLOCK = 512
@@ -380,6 +381,6 @@ def _parse_index(data: bytes, where: Path | str, selected: Sequence[str]) -> dic
         raise ShardError(f"{where} has format version {version}, this program reads {READABLE}; build {BUILD}")
     if not count or count != total:
         raise ShardError(f"{where} states {count} prompts, but {total} in {len(shards)} shards; build {BUILD}")
-    if unknown := [name for name in (*selected, *shards) if name not in shards or not SHARD.fullmatch(name)]:
+    if unknown := [name for name in (*selected, *shards) if name not in shards or not SHARD_NAME.fullmatch(name)]:
         raise ShardError(f"{where} has no shard {', '.join(unknown)}; it has {', '.join(shards)}")
     return index | {"shards": [shard for name, shard in shards.items() if name in selected or not selected]}

@@ -28,8 +28,17 @@ import httpx2
 import torch
 
 import bpgo_video
+from bpgo_video.config.secrets import without_secrets
 from bpgo_video.rewards.base import Clips, Device, FrameScores
-from bpgo_video.rewards.wire import DescribedModel, MalformedMessage, PackedClips, pack_clips, unpack_scores
+from bpgo_video.rewards.wire import (
+    Capacity,
+    DescribedModel,
+    MalformedMessage,
+    PackedClips,
+    pack_clips,
+    parse,
+    unpack_scores,
+)
 
 CALL_SHARE = 0.9  # of a call's timeout that the other process may use: the rest is for reporting the error
 MAX_REPLY = 64 * 2**20  # bytes
@@ -37,8 +46,8 @@ REPLY_SHOWN = 200  # characters of a malformed reply, in its message
 WORKER_SIDE = Path(bpgo_video.__file__).parent / "worker_side"
 
 FIRST_PAUSE, MAX_PAUSE = 0.1, 10.0  # seconds between two attempts; doubled each time, with jitter
-URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/\S*)?")
-TRY_AGAIN = {429, 502, 503, 504}
+URL = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s?#]*)?")
+TRY_AGAIN = {408, 429, 502, 503, 504}
 PIECE = 2**20  # bytes of pixels that are sent at a time
 REASON_SHOWN = 500  # characters
 
@@ -146,7 +155,7 @@ class WorkerReward(DescribedModel):
         if not line:
             code = self._process.wait()
             raise ConnectionError(f"the worker ended with exit code {code}; see its own output for the reason")
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             if isinstance(message := json.loads(line), dict):
                 return message
         shown = line.rstrip()[:REPLY_SHOWN].decode(errors="replace")
@@ -198,10 +207,13 @@ class RemoteReward(DescribedModel):
         start_timeout: float = 60.0, patience: float = 120.0, timeout: float = 1500.0,
     ):  # fmt: skip
         if not URL.fullmatch(url):
-            raise ValueError(f"url is {url!r}; it must be like http://host:port or https://host:port")
+            rule = "it must be like http://host:port or https://host:port, with a token in the variable of token_env"
+            raise ValueError(f"url is {without_secrets(url)!r}; {rule}")
         if token_env is not None and not os.environ.get(token_env):
             raise ValueError(f"token_env names {token_env}, which is not set or empty in the environment of this rank")
-        headers = {} if token_env is None else {"Authorization": f"Bearer {os.environ[token_env]}"}
+        headers = {"Accept-Encoding": "identity"}
+        if token_env is not None:
+            headers["Authorization"] = f"Bearer {os.environ[token_env]}"
         # No proxy from the environment: the server is the cluster's own. Certificates are those of the system.
         self._client = httpx2.Client(headers=headers, trust_env=False, verify=ssl.create_default_context())
         self._url, self._videos_per_request = url.rstrip("/"), videos_per_request
@@ -209,7 +221,7 @@ class RemoteReward(DescribedModel):
         self._jitter = random.Random(uuid.uuid4().int)  # pauses do not draw from the run's generators
         reply = self._request("GET", "/reward", {}, time.monotonic() + start_timeout)
         self.set_members(reply)
-        self._max_bytes = int(reply["max_bytes"])
+        self._max_bytes = parse(Capacity, reply).max_bytes
 
     def __call__(self, clips: Clips) -> FrameScores:
         deadline = time.monotonic() + CALL_SHARE * self._timeout
@@ -260,10 +272,15 @@ class RemoteReward(DescribedModel):
     def _try(self, request: httpx2.Request, deadline: float) -> dict[str, Any]:
         seconds = max(0.001, min(self._patience, deadline - time.monotonic()))
         request.extensions["timeout"] = httpx2.Timeout(seconds).as_dict()
+        content = bytearray()
         try:
-            response = self._client.send(request, stream=True)
-            with closing(response):
-                content = b"".join(itertools.islice(response.iter_bytes(PIECE), MAX_REPLY // PIECE))
+            with closing(response := self._client.send(request, stream=True)):
+                if encoding := response.headers.get("Content-Encoding"):  # it could expand without bounds
+                    raise Transient(f"a reply that is compressed by {encoding[:20]!r}", 0.0)
+                for piece in response.iter_bytes():
+                    content += piece
+                    if len(content) > MAX_REPLY or time.monotonic() > deadline:
+                        raise Transient(f"a reply over {MAX_REPLY} bytes, or one that does not end", 0.0)
         except httpx2.RequestError as error:
             raise Transient(f"{type(error).__name__}: {error}", 0.0) from error
         status, shown = response.status_code, content[:REASON_SHOWN].decode(errors="replace")
@@ -274,7 +291,7 @@ class RemoteReward(DescribedModel):
             raise ConnectionError(f"{request.url} refused with status {status}: {shown}")
         try:
             reply = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Transient(f"a reply that is not JSON: {shown}", 0.0) from error
         if not isinstance(reply, dict) or reply.get("id") != request.headers.get("X-Request-Id"):
             raise Transient(f"a reply to another request: {shown}", 0.0)

@@ -49,6 +49,12 @@ class Description(BaseModel):
     frames_per_second: float | None = None
 
 
+class Capacity(BaseModel):
+    """What a server takes, besides its model's description."""
+
+    max_bytes: int
+
+
 class MalformedMessage(ValueError):
     """A message of another process that breaks the format; names what is wrong."""
 

@@ -160,6 +160,18 @@ def test_an_index_cannot_name_a_file_outside_the_cache(folder: Path, url: str, t
     assert not list(tmp_path.rglob("evil.tar"))
 
 
+def test_an_index_runs_no_command(folder: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its names become parts of the commands that copy the shards."""
+    monkeypatch.chdir(tmp_path)
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["name"] = "prompts-$(touch${IFS}run)';touch${IFS}run;'.tar"
+    (folder / "index.json").write_text(json.dumps(index))
+    for source in (url, f"pipe:cat {folder}/prompts-000000.tar"):
+        with pytest.raises(ShardError, match=r"has no shard"):
+            PromptShards(source, tmp_path / "cache")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unwritable_cache_is_named(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ShardError, match=r"data.cache .*file/cache cannot hold copies of shards"):

@@ -55,6 +55,7 @@ def test_an_export_is_uploaded_whole_and_nothing_else_is(
         form, "README.md"
     ) in uploaded
     assert not any(name.endswith((".pt", ".bin", ".yaml")) for name in uploaded), "no states of optimizers"
+    assert not any(hub.token.encode() in content for content in uploaded.values())
     for name, content in uploaded.items():
         if name.endswith(".safetensors"):
             with safe_open(export / name, framework="pt") as file:

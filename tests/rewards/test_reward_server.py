@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -523,9 +524,65 @@ def test_a_client_sends_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
             RemoteReward(url_of(server), "REWARD_TOKEN")
         with pytest.raises(ValueError, match="token_env names NO_TOKEN, which is not set"):
             RemoteReward(url_of(server), "NO_TOKEN")
-    for url in ("file:///etc/passwd", "node7:8011", "http://node7:port", "http://"):
-        with pytest.raises(ValueError, match="must be like http://host:port"):
+    urls = ("file:///etc/passwd", "node7:8011", "http://node7:port", "http://", "http://me:hidden@node7:8011",
+            "http://node7:8011/?token=hidden")  # fmt: skip
+    for url in urls:
+        with pytest.raises(ValueError, match="must be like http://host:port") as caught:
             RemoteReward(url)
+        assert "hidden" not in str(caught.value)
+
+
+@contextmanager
+def impostor(reply: bytes, size: int = 2**20, pause: float = 0.0) -> Iterator[str]:
+    """The URL of a server that sends `reply` in pieces of a size, with pauses, to one client after another."""
+
+    def answer() -> None:
+        while True:
+            try:
+                client, _ = listening.accept()
+            except OSError:
+                return
+            with client, suppress(OSError):
+                client.recv(2**16)
+                for start in range(0, len(reply), size):
+                    client.sendall(reply[start : start + size])
+                    time.sleep(pause)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[" * 100_000, "a reply that is not JSON"),
+        (b'{"name": "a", "version": "1", "range": [0, 1]}', "max_bytes: Field required"),
+        (b'{"name": "a", "version": "1", "range": [0, 1], "max_bytes": %s}' % (b"9" * 5000), "not JSON"),
+    ],
+)
+def test_a_malformed_description_is_an_error_with_a_reason(body: bytes, message: str) -> None:
+    reply = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    with impostor(reply) as url, pytest.raises((TimeoutError, MalformedMessage), match=message):
+        RemoteReward(url, start_timeout=0.2)
+
+
+def test_a_reply_that_trickles_ends_with_the_deadline() -> None:
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000
+    with impostor(reply, size=1, pause=0.01) as url:
+        started = time.monotonic()
+        with pytest.raises(TimeoutError, match="does not end"):
+            RemoteReward(url, start_timeout=1.0)
+        assert time.monotonic() - started < 3
+
+
+def test_a_compressed_reply_is_not_expanded() -> None:
+    body = gzip.compress(bytes(10_000_000))
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with impostor(head + body) as url, pytest.raises(TimeoutError, match="compressed by 'gzip'"):
+        RemoteReward(url, start_timeout=0.2)
 
 
 def test_a_request_above_the_limit_is_an_error_before_it_is_sent() -> None:
