@@ -8,6 +8,7 @@ file in the folder for temporary files: they may fail before they have met, and 
 from __future__ import annotations
 
 import difflib
+import errno
 import fcntl
 import os
 import socket
@@ -19,6 +20,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 LINES = 25  # of an error that its message explains
 CALLS = 10  # of a traceback, the innermost ones
@@ -51,6 +53,14 @@ OTHER_NAMES = {  # key or flag -> what people type for it
     "output": "output_dir out save_dir",
     "policy": "model model_path",
 }
+
+PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+class InputError(ValueError):
+    """Wrong input; the message says what happened, where, the rule, and what to type."""
+
+    exit_code: ClassVar[int] = 2
 
 
 def likely(word: str, known: Collection[str]) -> list[str]:
@@ -103,7 +113,9 @@ def some_of(names: Iterable[str], limit: int = 3) -> str:
 def exit_code(error: BaseException) -> int:
     """2 if the input is wrong, which the message explains; else 1."""
     of_input = (FileExistsError, FileNotFoundError, PermissionError)
-    return 2 if isinstance(error, of_input) else int(getattr(error, "exit_code", 1))
+    if isinstance(error, of_input) or (isinstance(error, OSError) and error.errno in PATH_ERRORS):
+        return 2
+    return int(getattr(error, "exit_code", 1))
 
 
 def is_one_of_several() -> bool:
@@ -174,7 +186,10 @@ def named(error: BaseException) -> str:
 
 def explained(error: BaseException) -> str:
     """The text for an error that the user can fix; ranks that differ from others are named by its notes."""
-    lines = ": ".join(["error", *getattr(error, "__notes__", []), str(error)]).splitlines()
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    lines = ": ".join(["error", *getattr(error, "__notes__", []), text]).splitlines()
     return "\n".join(lines if len(lines) <= LINES else [*lines[:LINES], f"... and {len(lines) - LINES} more lines"])
 
 

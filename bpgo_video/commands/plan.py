@@ -22,6 +22,7 @@ from typing import Any
 from bpgo_video.cli import help_of, not_negative, positive, print_error
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.command_line import apply_flags, load_config, recipe_as_flag
+from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.reading import config_from_dict, ds_config_file
 
 GPUS = (24, 40, 80, 141)  # gigabytes
@@ -85,7 +86,6 @@ def job_of(arguments: argparse.Namespace, words: Sequence[str]) -> Any:
         else config_of(arguments.model, flags)
     )
 
-    from bpgo_video.distributed.ds_config import read_ds_config
     from bpgo_video.training.plan import Job, change
     from bpgo_video.training.plan_models import find_model
 

@@ -7,11 +7,25 @@ JSON that `deepspeed` names.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bpgo_video.config.fields import AboveZero, Count, NonNegative, OrFunction, Positive, Unit, section
+from bpgo_video.config.fields import (
+    HELD,
+    AboveZero,
+    AtLeastOne,
+    Count,
+    Held,
+    NonNegative,
+    OrFunction,
+    Positive,
+    Several,
+    Share,
+    Switch,
+    Unit,
+    section,
+)
 from bpgo_video.config.learner import (
     AdvantageConfig,
     BPGOConfig,
@@ -30,16 +44,14 @@ from bpgo_video.config.run import (
     TrackioConfig,
     WandbConfig,
 )
+from bpgo_video.errors import InputError
 from bpgo_video.files import SHARD_CACHE
 
 FAMILY_OPTIONS = ("embedded_guidance", "decode_timestep", "decode_noise_scale")
-GuidanceScale = Annotated[float, Field(ge=1.0)]
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """The configuration breaks a rule; the message names the rule and what to change."""
-
-    exit_code: ClassVar[int] = 2
 
 
 def options_of(settings: object) -> dict[str, float]:
@@ -50,7 +62,7 @@ def options_of(settings: object) -> dict[str, float]:
 
 @section
 class LoraConfig:
-    rank: Count = 0
+    rank: Annotated[Count, Field(le=HELD)] = 0
     """Rank of the adapters; 0 trains all weights and uses no adapters."""
     alpha: Positive = 32
     """The adapters' output is multiplied by alpha/rank."""
@@ -62,7 +74,7 @@ class LoraConfig:
 class PolicyConfig:
     folder: str
     """A diffusers pipeline: local folder, hub id, or `package:module/folder`."""
-    max_sequence_length: Positive
+    max_sequence_length: Held
     """Text tokens. Wan pads without a mask, so its output depends on this (512 for Wan2.1)."""
     family: str | None = None
     """Policy class; None takes what the folder's model_index.json names. Give another pipeline of the same weights by
@@ -72,16 +84,16 @@ class PolicyConfig:
     empty trains all. The denoising steps of the others follow the ODE."""
     lora: LoraConfig = LoraConfig()
     """Train adapters and keep the base weights frozen, or train all weights (rank 0, the default)."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Switch = False
     """Recompute activations in the replay: less memory, about a third more time."""
-    compile_blocks: bool = False
+    compile_blocks: Switch = False
     """Compile the transformers' repeated blocks with torch.compile."""
     attention_backend: str | None = None
     """Attention implementation, by diffusers' names (`native`, `_native_cudnn`, `flash`, `_flash_3` ...); None takes
     diffusers' default, torch's scaled_dot_product_attention. A backend without gradients cannot train."""
-    vae_tiling: bool = False
+    vae_tiling: Switch = False
     """Encode and decode videos in overlapping tiles: much less memory, more time; tiles are blended where they meet."""
-    vae_slicing: bool = False
+    vae_slicing: Switch = False
     """Encode and decode one video at a time: the memory of one, whatever the micro-batch."""
     frozen_rest_on: Literal["device", "cpu"] = "device"
     """Where the VAE and the image encoder are while unused: `cpu` frees their memory, and copies them to the device and
@@ -103,11 +115,11 @@ class PolicyConfig:
 
 @section
 class VideoConfig:
-    num_frames: Positive
+    num_frames: Held
     """Frames of a video; a number that the policy's VAE can make, such as 4 n + 1 for Wan."""
-    height: Positive
+    height: Held
     """Pixels."""
-    width: Positive
+    width: Held
     """Pixels."""
     fps: AboveZero
     """Frames per second, for rewards and files."""
@@ -117,13 +129,13 @@ class VideoConfig:
 class SamplerConfig:
     name: Annotated[Literal["flow_sde", "dance_sde", "cps", "sage", "truncated"], OrFunction] = "flow_sde"
     """Transition of the trained steps (`bpgo_video.diffusion.sde.SAMPLERS`); the other steps follow the ODE."""
-    num_steps: Annotated[int, Field(ge=2)] = 16
+    num_steps: Several = 16
     """Denoising steps of a rollout."""
     eta: AboveZero = 0.7
     """Noise level of the transition."""
-    guidance_scale: GuidanceScale = 1.0
+    guidance_scale: AtLeastOne = 1.0
     """Classifier-free guidance in rollout and replay; 1 uses none."""
-    guidance_scale_2: GuidanceScale | None = None
+    guidance_scale_2: AtLeastOne | None = None
     """Guidance scale of the low-noise transformer if a pipeline has two (Wan 2.2); None takes guidance_scale."""
     shift: AboveZero | None = None
     """Shift of the sigma schedule; None takes the pipeline's own schedule."""
@@ -132,7 +144,7 @@ class SamplerConfig:
     train_steps: Literal["all", "random", "window", "random_window"] = "all"
     """Denoising steps that are stochastic and trained; the last step never is. `random` chooses a share of them in each
     rollout; `window` is a run of neighbouring steps from `window_start`, `random_window` one at a random position."""
-    train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    train_fraction: Share = 1.0
     """Share of the steps but the last that are trained, at least one; also the length of a window. If only one of two
     transformers is trained (`policy.trained`), this and the next keys count that transformer's steps."""
     window_start: Count = 0
@@ -157,13 +169,13 @@ class SamplerConfig:
 
 @section
 class RolloutConfig:
-    prompts_per_step: Positive = 2
+    prompts_per_step: Held = 2
     """Prompts (groups) of one training step, over all ranks."""
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Several = 8
     """G, the samples of one prompt."""
-    micro_batch_size: Positive = 8
+    micro_batch_size: Held = 8
     """Samples that one rank denoises, decodes and replays at once."""
-    same_start: bool = False
+    same_start: Switch = False
     """Start all samples of a prompt from the same noise (DanceGRPO, arXiv 2505.07818): only the trained steps make
     their rewards differ."""
     parameters: Literal["auto", "gathered", "sharded"] = "auto"
@@ -172,7 +184,7 @@ class RolloutConfig:
     score_ahead: Count = 2
     """Chunks of videos that may wait for their scores while the next one is sampled; 0 scores in line. The results are
     the same; each chunk takes the memory of a micro-batch's videos."""
-    offload_trajectories: bool = False
+    offload_trajectories: Switch = False
     """Keep trajectories on the CPU between rollout and replay, which fetches one step of them at a time."""
 
 
@@ -200,20 +212,20 @@ class EvaluationConfig:
     """Split of the shards that is held out."""
     rewards: dict[str, RewardConfig] = dataclasses.field(default_factory=dict)
     """Rewards of held-out prompts, never trained on; the first one is the run's measure. Empty: no evaluation."""
-    samples_per_prompt: Positive = 4
+    samples_per_prompt: Held = 4
     """Videos of each held-out prompt."""
     max_prompts: Positive = 256
     """Maximum number of held-out prompts, evenly spread over the split."""
-    num_steps: Positive = 16
+    num_steps: Held = 16
     """ODE steps of a held-out sample."""
     solver: Literal["euler", "adams_bashforth", "shipped"] = "euler"
     """ODE solver: first order, second order at the same cost, or the pipeline's own scheduler (UniPC for Wan), as in
     `bpgo-video generate`."""
     shift: AboveZero | None = None
     """Shift of the sigma schedule; None takes the sampler's."""
-    guidance_scale: GuidanceScale = 1.0
+    guidance_scale: AtLeastOne = 1.0
     """Classifier-free guidance of a held-out sample; 1 uses none."""
-    guidance_scale_2: GuidanceScale | None = None
+    guidance_scale_2: AtLeastOne | None = None
     """Guidance scale of the low-noise transformer, as sampler.guidance_scale_2."""
     videos: Count = 8
     """Held-out videos that every evaluation writes, for the report's comparison of before and after."""

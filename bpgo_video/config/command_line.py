@@ -25,7 +25,7 @@ from bpgo_video.config.fields import explain
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.reading import TREES, check_kind, config_from_dict, read_written
 from bpgo_video.config.sft import Recipe
-from bpgo_video.errors import likely, meant, told
+from bpgo_video.errors import InputError, likely, meant, told
 
 Settings = TypeVar("Settings")
 
@@ -149,7 +149,7 @@ def load_recipe(
         if recipe is None:
             raise ConfigError("a recipe is required as the first word, for example tiny_wan_bpgo; --help explains it")
         return apply_flags(recipe, rest, written, report)
-    except ConfigError as error:
+    except (InputError, OSError) as error:
         raise SystemExit(print_error(error)) from None
 
 

@@ -11,15 +11,25 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_o
 from pydantic import ConfigDict, Field, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.errors import likely, meant
+from bpgo_video.documents import shown
+from bpgo_video.errors import InputError, likely, meant
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Unit = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-AboveZero = Annotated[float, Field(gt=0.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+HELD = 2**20  # no machine holds more videos, tokens, pixels of a side or steps at once
+LARGEST = 2**31 - 1
+Switch = Annotated[bool, Field(strict=True)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
+Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
+Held = Annotated[int, Field(strict=True, ge=1, le=HELD)]
+Several = Annotated[int, Field(strict=True, ge=2, le=HELD)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Real = Annotated[float, Field(strict=True)]
+Unit = Annotated[Real, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[Real, Field(ge=0.0)]
+AboveZero = Annotated[Real, Field(gt=0.0)]
+Share = Annotated[Real, Field(gt=0.0, le=1.0)]
+BelowOne = Annotated[Real, Field(ge=0.0, lt=1.0)]
+AtLeastOne = Annotated[Real, Field(ge=1.0)]
 
 Section = TypeVar("Section")
 
@@ -44,7 +54,7 @@ OrFunction = WrapValidator(_or_function)  # a name of a table, or `my_package.mo
 def section(cls: type[Section]) -> type[Section]:
     """Make a frozen dataclass that checks its values; the docstrings of its fields are their help texts.
 
-    Its constructor raises ValueError, which names each wrong value and its rule.
+    Its constructor raises InputError, which names each wrong value and its rule.
     """
     checked: Any = dataclass(cls, frozen=True, config=STRICT)
     construct = checked.__init__
@@ -54,7 +64,7 @@ def section(cls: type[Section]) -> type[Section]:
         try:
             construct(self, *args, **kwargs)
         except ValidationError as error:
-            raise ValueError(explain(error, cls.__name__, checked)) from None
+            raise InputError(explain(error, cls.__name__, checked)) from None
 
     checked.__init__ = __init__
     return checked
@@ -78,7 +88,7 @@ def explain(error: ValidationError, source: str, root: type) -> str:
         elif problem["type"] == "value_error":
             lines.append(str(problem["ctx"]["error"]))
         else:
-            lines.append(f"{name}: {problem['msg']} (given: {problem['input']!r})")
+            lines.append(f"{name}: {problem['msg']} (given: {shown(problem['input'])})")
     return f"{source}:\n  " + "\n  ".join(lines)
 
 

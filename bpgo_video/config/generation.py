@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.config.fields import STRICT, NonNegative, Positive, Unit
+from bpgo_video.config.fields import STRICT, AboveZero, Held, NonNegative, Real, Switch, Unit
+from bpgo_video.errors import InputError
 
 
-class GenerationError(ValueError):
+class GenerationError(InputError):
     """Settings or an output folder that cannot be used; the message names the way out."""
-
-    exit_code: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,7 +28,7 @@ class GenerationSettings:
     these columns; VBench's .json; or a folder of prompt shards."""
     output: Path
     """Folder for the videos. The same settings continue an interrupted generation there."""
-    seed: int
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
     """Seed of the initial noise, which is a function of seed, prompt id and sample number."""
     family: str | None = None
     """As policy.family in recipes; None takes that of the run, or what the pipeline folder says."""
@@ -43,11 +42,11 @@ class GenerationSettings:
     """Split of the prompt shards; None takes all prompts."""
     negative_prompt: str = ""
     """Negative prompt for guidance, for prompts without their own."""
-    num_steps: Positive | None = None
+    num_steps: Held | None = None
     """Denoising steps; None takes the pipeline's default (50 for Wan), as for guidance_scale."""
-    guidance_scale: float | None = None
+    guidance_scale: Real | None = None
     """Scale of classifier-free guidance; 1 switches it off. HunyuanVideo's pipeline names it true_cfg_scale."""
-    guidance_scale_2: float | None = None
+    guidance_scale_2: Real | None = None
     """Scale for Wan 2.2's low-noise expert; None takes guidance_scale."""
     embedded_guidance: NonNegative | None = None
     """Guidance that HunyuanVideo's distilled transformer takes as an input (guidance_scale in its pipeline). None
@@ -56,31 +55,31 @@ class GenerationSettings:
     """Noise level at which the VAE of LTX-Video 0.9.1 and later decodes."""
     decode_noise_scale: Unit | None = None
     """Scale of the noise that LTX-Video adds before it decodes."""
-    num_frames: Positive | None = None
+    num_frames: Held | None = None
     """Frames per video. None takes that of the run's recipe for a RUN or a checkpoint, and the pipeline's default for
     any other model (Wan: 81 frames of 480 x 832), as for height and width."""
-    height: Positive | None = None
+    height: Held | None = None
     """Pixels."""
-    width: Positive | None = None
+    width: Held | None = None
     """Pixels."""
-    max_sequence_length: Positive | None = None
+    max_sequence_length: Held | None = None
     """Text tokens, as in training; None takes the pipeline's default, or the tokenizer's limit if that is lower."""
     scheduler: Literal["unipc", "dpm", "euler", "ddim"] | None = None
     """Solver: unipc, dpm or euler for flow models; ddim or dpm for CogVideoX. None takes the pipeline's."""
-    flow_shift: Annotated[float, Field(gt=0.0)] | None = None
+    flow_shift: AboveZero | None = None
     """Shift of a flow's noise levels towards noise; None takes the pipeline's. Wan's authors: 3 at 480p, 5 at 720p."""
-    fps: Annotated[float, Field(gt=0.0)] | None = None
+    fps: AboveZero | None = None
     """Frames per second of the files; None takes the run's, or what the model was trained on (16 for Wan)."""
-    samples_per_prompt: Positive = 1
+    samples_per_prompt: Held = 1
     """Videos per prompt."""
-    batch_size: Positive = 1
+    batch_size: Held = 1
     """Videos per batch; affects time and memory only."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of transformer and text encoder. The VAE stays in fp32, unless the pipeline runs in a single dtype."""
-    vae_tiling: bool | None = None
+    vae_tiling: Switch | None = None
     """Decode in overlapping tiles: slower, with a fraction of the memory; pixels differ slightly in videos larger than
     a tile. None takes the run's setting, or False. So do vae_slicing and attention_backend (diffusers' default)."""
-    vae_slicing: bool | None = None
+    vae_slicing: Switch | None = None
     """Decode the videos of a batch one by one, with the memory of one."""
     attention_backend: str | None = None
     """Attention kernel by diffusers' name (native, _native_cudnn, flash, sage ...)."""

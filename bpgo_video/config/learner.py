@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from bpgo_video.config.fields import (
+    AboveZero,
+    BelowOne,
+    NonNegative,
+    OrFunction,
+    Positive,
+    Real,
+    Several,
+    Share,
+    Switch,
+    Unit,
+    section,
+)
 
-from bpgo_video.config.fields import AboveZero, BelowOne, NonNegative, OrFunction, Positive, Unit, section
-
-Finite = Field(allow_inf_nan=False)
 FORM_TRUST = {"paper": "sigmoid", "released": "posterior"}  # the trust of each form's source
 
 
@@ -17,11 +26,11 @@ FORM_TRUST = {"paper": "sigmoid", "released": "posterior"}  # the trust of each 
 class RewardConfig:
     model: str
     """A name in `bpgo_video.rewards.reward.REWARDS`, or a dotted path such as `my_pkg.rewards:MyReward`."""
-    weight: Annotated[NonNegative, Finite] = 1.0
+    weight: NonNegative = 1.0
     """Weight of this reward in the combined advantage."""
     aggregate: Literal["mean", "min", "soft_min", "top_share", "share_above"] = "mean"
     """How the scores of a video's frames become the video's score."""
-    aggregate_at: float | None = None
+    aggregate_at: Real | None = None
     """`soft_min`: temperature, in the score's units; `top_share`: share of the best frames that is averaged;
     `share_above`: score above which a frame counts."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +41,7 @@ class RewardConfig:
     timeout: AboveZero = 1500.0
     """Seconds that one call, on the videos of one chunk, may take before the run ends and names the model. The default
     is below the half hour after which a collective gives up without a name."""
-    offload: bool = False
+    offload: Switch = False
     """Keep the model's weights on the CPU between scorings. This frees device memory for the update, and copies the
     weights to the device and back once a step."""
 
@@ -47,9 +56,9 @@ class PriorConfig:
     prompts. `ema` and `global` are moving averages of the run's rewards, per prompt and over all prompts. `first_frame`
     scores the conditioning image; `first_frame_centred` moves that to the level of the run's videos. `constant` is one
     number. `none` needs zeta = 0, and either alpha = 0 or a trust without an anchor (reliability, none)."""
-    samples: Annotated[int, Field(ge=2)] = 8
+    samples: Several = 8
     """Samples of the starting policy per prompt that bpgo-video priors takes."""
-    mean: float = 0.0
+    mean: Real = 0.0
     """`constant`: the anchor of every prompt, in the reward's units."""
     scale: AboveZero | None = None
     """s_ref, the reward's standard deviation within a group. `constant`: s_ref itself; None is 1. `ema`, `global`,
@@ -67,7 +76,7 @@ class AdvantageConfig:
     largest group std (`max_std`), or nothing (`none`). `win_rate` is the group z-score of win rates."""
     combine: Annotated[Literal["weighted_sum", "gdpo"], OrFunction] = "weighted_sum"
     """How the advantages of several rewards become one; `gdpo` divides their weighted sum by its std over the batch."""
-    drop_zero_std: bool = False
+    drop_zero_std: Switch = False
     """Average the loss over the groups whose rewards differ instead of over all groups."""
     best_of: Positive | None = None
     """Train on the n best and the n worst samples of each group only; the others are not replayed."""
@@ -88,7 +97,7 @@ class CreditConfig:
 class ReliabilityConfig:
     """Trust `reliability`: how often videos are scored a second time."""
 
-    rescore_below: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    rescore_below: Share = 1.0
     """Score a prompt twice while its last ICC by any reward is below this; otherwise its last ICC counts. 1 scores
     every prompt twice."""
     rescore_every: Positive = 5
@@ -101,7 +110,7 @@ class BPGOConfig:
 
     form: Literal["paper", "released"] = "paper"
     """`paper`: Eq 2 and Eq 4; `released`: what the authors' code computes."""
-    standardise: bool = True
+    standardise: Switch = True
     """Compute on u = (R - R_prior)/s_ref; false takes the equations verbatim, on R - R_prior. The `released`
     transformation is always verbatim: on u it would reverse the order below the anchor."""
     alpha: Unit = 0.5
@@ -113,17 +122,17 @@ class BPGOConfig:
     ras_center: Literal["none", "batch_mean"] = "none"
     """`batch_mean` subtracts the batch's mean from the argument of the trust, reward by reward: a shift that all groups
     share then changes no w."""
-    k: Annotated[AboveZero, Finite] = 1.0
+    k: AboveZero = 1.0
     """`sigmoid`: slope of Eq 2, per u (verbatim: per unit of reward)."""
-    contrast: Annotated[NonNegative, Finite] = 1.0
+    contrast: NonNegative = 1.0
     """Lambda of the contrastive reward transformation (Eq 4); a in the released form."""
-    zeta: Annotated[NonNegative, Finite] = 0.5
+    zeta: NonNegative = 0.5
     """Weight of the second surrogate, on the transformed rewards; 0 skips the transformation."""
-    prior_var: Annotated[AboveZero, Finite] = 1.0
+    prior_var: AboveZero = 1.0
     """`posterior`: variance of the prior, in u^2 (verbatim: in reward^2)."""
-    ras_on_crt: bool = False
+    ras_on_crt: Switch = False
     """Multiply the second surrogate by the trust too; the paper does not."""
-    match_rms: bool = False
+    match_rms: Switch = False
     """Multiply both advantages of a batch by RMS(A)/RMS(w A + zeta A~), before the advantage clip: the step is then as
     large as GRPO's."""
 
@@ -162,7 +171,7 @@ class LossConfig:
     objective: Annotated[Literal["policy_gradient", "awm", "nft"], OrFunction] = "policy_gradient"
     """`policy_gradient` replays the rollout's own transitions. `awm` (advantage weighted matching) and `nft`
     (DiffusionNFT) sample by the ODE and learn from final videos, at the noise levels of the trained steps."""
-    nft_beta: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    nft_beta: Share = 1.0
     """`nft`: distance of its two implicit policies from the old one."""
     clip_range: tuple[BelowOne, NonNegative] = (1e-3, 1e-3)
     """(low, high): the ratio is clipped to [1 - low, 1 + high]. Log-probs are means over latent dimensions, so this is

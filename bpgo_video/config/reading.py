@@ -10,15 +10,16 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 import bpgo_video
+from bpgo_video import documents
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.fields import explain
 from bpgo_video.config.rules import check, method_defaults
 from bpgo_video.config.secrets import check_secrets
 from bpgo_video.config.sft import Recipe, SftConfig, check_sft
+from bpgo_video.documents import plain_yaml, read_text, shown
 from bpgo_video.errors import suggestion, unknown
 
 PACKAGE = Path(bpgo_video.__file__).parent
@@ -66,7 +67,7 @@ def config_from_dict(
 def _checked(tree: dict[str, Any], source: str) -> Recipe:
     check_secrets(tree, source)
     kind = tree.get("recipe", "bpgo")
-    if kind not in TREES:
+    if not isinstance(kind, str) or kind not in TREES:
         raise ConfigError(f"{source}:\n  {unknown('recipe', kind, TREES)}")
     try:
         config: Recipe = TypeAdapter(TREES[kind]).validate_python(tree)
@@ -78,8 +79,7 @@ def _checked(tree: dict[str, Any], source: str) -> Recipe:
 
 def to_yaml(config: Recipe) -> str:
     """The recipe with all its defaults, as `read_recipe` reads it."""
-    tree = TypeAdapter(type(config)).dump_python(config, mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return documents.to_yaml(TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -122,12 +122,12 @@ def read_tree(path: Path, derived: tuple[Path, ...] = ()) -> tuple[dict[str, Any
     """
     if path.resolve() in derived:
         raise ConfigError(f"{path} is its own base, by way of {' -> '.join(map(str, derived))}")
-    try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+    tree = plain_yaml(read_text(path), path)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}; a mapping with the keys of `--help` is needed")
+        found = "is empty" if tree is None else f"holds {shown(tree)}"
+        raise ConfigError(f"{path} {found}; a recipe is a mapping with the keys of `bpgo-video train --help`")
+    if other := [key for key in tree if not isinstance(key, str)]:
+        raise ConfigError(f"{path} has the key {shown(other[0])}; the sections of a recipe have names")
     written = set() if path.resolve().parent == RECIPES.resolve() else _keys(tree)
     base = tree.pop("base", None)
     if base is None:
@@ -172,8 +172,16 @@ def ds_config_file(name: str) -> Path:
     return _file_or_shipped(Path(name), name, DS_CONFIGS, "deepspeed")
 
 
+def is_present(file: Path) -> bool:
+    """Whether there is a file; no file has a name that the system does not accept."""
+    try:
+        return file.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _file_or_shipped(file: Path, name: str, folder: Path, key: str) -> Path:
-    if file.is_file():
+    if is_present(file):
         return file
     known = {path.stem: path for path in folder.iterdir()}
     bare = name.removesuffix(".yaml").removesuffix(".json")

@@ -5,17 +5,23 @@ Each table of rules maps a message - the values, the rule, the way out - to whet
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfig, PolicyConfig
+from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfig, PolicyConfig, VideoConfig
+from bpgo_video.config.fields import HELD
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.run import RunConfig
+from bpgo_video.documents import shown
 
 Rules = Mapping[str, object]
+MOST_GIGABYTES = 4096  # of the videos of a micro-batch
+LONGEST = 255  # bytes of a name on Linux
 SETTINGS = "config.yaml"  # in a run's folder: its resolved recipe
 OWNER = "owner.lease"  # in a folder that one launch at a time may write to: which one that is
 REPLAYS = "learns from final videos and replays no transition"
@@ -63,6 +69,17 @@ def method_defaults(tree: Mapping[str, Any], written: Collection[str]) -> Iterat
             if (before := value_at(name)) != value and name not in written:
                 note = "" if before is ... else f"{name} is {value!r} in place of {before!r}, since {key} is {method!r}"
                 yield (*name.split("."), value, note)
+
+
+def size_rules(video: VideoConfig, micro_batch_size: int, described: str, samples: int) -> Rules:
+    """What no machine can hold: the videos of a micro-batch, and the samples of a step."""
+    pixels = video.num_frames * video.height * video.width
+    gigabytes = micro_batch_size * pixels * 12 / 1e9  # three channels in fp32
+    return {
+        f"{described} are more than the {HELD:,} that a step can have; lower one of them": samples > HELD,
+        f"micro_batch_size is {micro_batch_size:,} and video is {video.num_frames:,} frames of {video.height:,} x "
+        f"{video.width:,}: such a micro-batch takes {gigabytes:,.0f} GB; lower one of them": gigabytes > MOST_GIGABYTES,
+    }
 
 
 def common_rules(policy: PolicyConfig, parallel: ParallelConfig, ema: EmaConfig, evaluated: str) -> Rules:
@@ -178,6 +195,8 @@ def check(config: Config) -> None:
     for section, rewards in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
         for name, reward in rewards.items():
             check_rules(reward_rules(config, section, name, reward))
+    samples, described = config.samples
+    check_rules(size_rules(config.video, config.micro_batch_size, described, samples))
     for rules in (learner_rules, sampler_rules, objective_rules):
         check_rules(rules(config))
     check_rules(common_rules(config.policy, config.parallel, config.ema, config.evaluation.weights))
@@ -190,6 +209,7 @@ def check_free(run: RunConfig) -> bool:
         ConfigError: it does, and `run.resume` is "never".
     """
     folder = Path(run.dir)
+    check_name(folder, "run.dir", "name another folder with --run.dir")
     if not folder.is_dir() or {path.name for path in folder.iterdir()} <= {SETTINGS, OWNER}:
         return False  # or left by a run that failed before it built its policy
     if run.resume == "never":
@@ -198,6 +218,23 @@ def check_free(run: RunConfig) -> bool:
             "another folder with --run.dir"
         )
     return True
+
+
+def check_name(folder: Path, key: str, remedy: str) -> None:
+    """Raise ConfigError if there can be no folder of this name: it is a file or under one, or too long."""
+    reason = ""
+    try:
+        if longest := max((part for part in folder.parts if len(os.fsencode(part)) > LONGEST), default=""):
+            reason = f"has a name of {len(os.fsencode(longest))} bytes; at most {LONGEST} are possible"
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(folder)
+    except (OSError, ValueError) as error:  # too long in all, links in a circle, a zero byte
+        reason = reason or f"is no path: {getattr(error, 'strerror', error)}"
+    present = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), Path())
+    if not reason and not present.is_dir():
+        reason = f"cannot be a folder: {present} is {'a file' if present.exists() else 'a link to nothing'}"
+    if reason:
+        raise ConfigError(f"{key} {shown(str(folder))} {reason}; {remedy}")
 
 
 def check_rules(rules: Rules) -> None:

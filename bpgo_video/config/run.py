@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
-from bpgo_video.config.fields import AboveZero, BelowOne, Count, NonNegative, OrFunction, Positive, Unit, section
+from bpgo_video.config.fields import (
+    AboveZero,
+    AtLeastOne,
+    BelowOne,
+    Count,
+    Held,
+    NonNegative,
+    OrFunction,
+    Positive,
+    Seed,
+    Switch,
+    Unit,
+    section,
+)
 
 TrackerName = Annotated[Literal["wandb", "tensorboard", "trackio"], OrFunction]
 
@@ -18,7 +29,7 @@ class RunConfig:
     num_steps: Positive = 100
     """Training steps of the whole run. In reinforcement learning a step is a rollout with
     `optim.updates_per_rollout` updates; in a warm start it is one update."""
-    seed: Count = 0
+    seed: Seed = 0
     """Every random draw is a function of this, the step, the prompt's id and the sample's index."""
     resume: Literal["never", "auto"] = "never"
     """`auto` continues from the newest complete checkpoint in `dir`, or starts if there is none."""
@@ -35,10 +46,10 @@ class RunConfig:
 
 @section
 class ParallelConfig:
-    sequence: Positive = 1
+    sequence: Held = 1
     """Ranks that share the tokens of each sample (Ulysses). It must divide the number of ranks and of the policy's
     attention heads. Groups of that many neighbouring ranks are data-parallel to each other."""
-    heartbeat_timeout: Annotated[float, Field(ge=1.0)] = 45.0
+    heartbeat_timeout: AtLeastOne = 45.0
     """Seconds without a heartbeat after which a rank counts as dead and the others end. Raise it if code holds Python's
     interpreter lock for longer; slow rewards need no change."""
 
@@ -67,7 +78,7 @@ class OptimizerConfig:
 class EmaConfig:
     decay: BelowOne = 0.0
     """Share that the moving average of the trained weights keeps in each update; 0 keeps no average."""
-    warmup: bool = True
+    warmup: Switch = True
     """Use a decay of (1 + n) / (10 + n) after n updates while that is smaller, so that the average of a short run moves
     away from the starting weights."""
 

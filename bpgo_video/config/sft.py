@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from bpgo_video.config.bpgo import Config, DataConfig, PolicyConfig, VideoConfig
-from bpgo_video.config.fields import AboveZero, Count, Positive, Unit, section
-from bpgo_video.config.rules import Rules, check_rules, common_rules
+from bpgo_video.config.fields import AboveZero, Count, Held, Positive, Real, Unit, section
+from bpgo_video.config.rules import Rules, check_rules, common_rules, size_rules
 from bpgo_video.config.run import (
     EmaConfig,
     OptimizerConfig,
@@ -20,13 +20,13 @@ from bpgo_video.config.run import (
 
 @section
 class MatchingConfig:
-    batch_size: Positive = 32
+    batch_size: Held = 32
     """Clips of one update, over all ranks."""
-    micro_batch_size: Positive = 4
+    micro_batch_size: Held = 4
     """Clips in one forward pass of a rank; gradients of the micro-batches are accumulated."""
     density: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of the noise levels (`bpgo_video.diffusion.flow_matching.DENSITIES`), before the shift."""
-    density_mean: float = 0.0
+    density_mean: Real = 0.0
     """`logit_normal`: mean of the levels' logit; above 0 for more noise."""
     density_std: AboveZero = 1.0
     """`logit_normal`: standard deviation of the levels' logit."""
@@ -43,7 +43,7 @@ class MatchingEvaluationConfig:
     """Split whose clips are held out; None evaluates nothing."""
     every: Count = 0
     """Steps between held-out evaluations; 0 evaluates before the first and after the last step only."""
-    levels: Positive = 4
+    levels: Held = 4
     """Noise levels at which the loss of each clip is measured, evenly spaced before the shift."""
     max_clips: Positive = 256
     """Maximum number of held-out clips, evenly spread over the split."""
@@ -98,6 +98,7 @@ Recipe = Config | SftConfig
 def sft_rules(config: SftConfig) -> Rules:
     sft, split = config.sft, config.data.split
     return {
+        **size_rules(config.video, sft.micro_batch_size, f"sft.batch_size {sft.batch_size}", sft.batch_size),
         f"sft.batch_size {sft.batch_size} is no multiple of sft.micro_batch_size {sft.micro_batch_size}; change one": (
             sft.batch_size % sft.micro_batch_size
         ),

@@ -35,20 +35,21 @@ from bpgo_video.data import FIELDS, HELDOUT, MAX_CHARACTERS, Columns, column_fla
 from bpgo_video.data.media import MEDIA
 from bpgo_video.data.records import PromptRecord, prompt_id
 from bpgo_video.data.statistics import NearDuplicates, held_out
+from bpgo_video.documents import MalformedFile, decoded, plain_json, read_text
+from bpgo_video.errors import InputError
 
 FROM_TEXT: Mapping[type, Callable[[str], Any]] = {int: int, list: lambda text: text.split("|")}
 SAVED = ("state.json", "dataset_dict.json")  # of `datasets.save_to_disk`
 LISTS = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
 MAX_LINE = 2**20  # bytes
+MAX_LIST = 2**26  # bytes of a .json file, which is read whole
 ROWS_AT_ONCE = 64  # of a parquet file, which may hold images
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tab and line breaks
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(.+))?")
 
 
-class PromptFileError(ValueError):
+class PromptFileError(InputError):
     """A prompt file that cannot be used; the message names the file and the line."""
-
-    exit_code = 2
 
 
 class Rejected(NamedTuple):
@@ -121,7 +122,7 @@ def checked_lines(
     for place, entry in entries:
         try:
             yield _checked(place, parse(entry), folder, columns, max_characters)
-        except (ValueError, RecursionError) as error:  # includes errors of UTF-8 and JSON
+        except ValueError as error:  # includes errors of UTF-8 and JSON
             yield Rejected(place, str(error))
 
 
@@ -203,7 +204,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
 def _json_object(line: bytes) -> dict[str, Any]:
     if not line.strip():
         raise ValueError("the line is empty; remove it")
-    content = json.loads(line.decode("utf-8"))
+    content = plain_json(line, "the line")
     if not isinstance(content, dict):
         raise ValueError("each line must be an object")
     return content
@@ -213,6 +214,9 @@ def _table_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[An
     lines = (line.decode("utf-8", "surrogateescape") for _, line in numbered_lines(path))
     rows = csv.DictReader(lines, strict=True, delimiter=delimiter)
     try:
+        names = rows.fieldnames or []
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise PromptFileError(f"{path}:1: two columns have the name {twice[0]!r}; rename or remove one")
         yield from ((f"{path}:{rows.line_num}", row) for row in rows)
     except csv.Error as error:
         raise PromptFileError(f"{path}:{rows.reader.line_num}: {error}") from error
@@ -265,9 +269,9 @@ def _dataset_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _vbench_entries(path: Path) -> Iterator[tuple[str, list[Any]]]:
     try:
-        entries = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise PromptFileError(f"{path}: {error}") from error
+        entries = plain_json(read_text(path, MAX_LIST), path)
+    except MalformedFile as error:
+        raise PromptFileError(str(error)) from error
     if not isinstance(entries, list):
         raise PromptFileError(f'{path}: a .json file must hold VBench\'s list of {{"prompt_en", "dimension"}}')
     groups: dict[Any, tuple[str, list[Any]]] = {}
@@ -300,7 +304,7 @@ def _vbench_fields(entries: list[Any]) -> dict[str, Any]:
 
 Entries = Callable[[Path], Iterator[tuple[str, Any]]]
 FORMATS: Mapping[str, tuple[Entries, Callable[[Any], dict[str, Any]]]] = {  # extension -> entries, columns of an entry
-    ".txt": (numbered_lines, lambda line: {"prompt": line.decode("utf-8")}),
+    ".txt": (numbered_lines, lambda line: {"prompt": decoded(line, "the line")}),
     ".jsonl": (numbered_lines, _json_object),
     ".csv": (_table_rows, _table_cells),
     ".tsv": (partial(_table_rows, delimiter="\t"), _table_cells),

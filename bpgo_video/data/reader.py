@@ -23,7 +23,6 @@ webdataset's gopen opens URLs; it also supports gs://, hf:// and others.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
 import shutil
@@ -41,6 +40,7 @@ import safetensors.torch
 import webdataset
 from braceexpand import braceexpand
 from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -61,12 +61,16 @@ from bpgo_video.data.records import (
     read_record,
     to_layout,
 )
+from bpgo_video.documents import MalformedFile, plain_json, wrong_value
 from bpgo_video.files import SHARD_CACHE, atomic_file
 
 REMOTE = re.compile(r"pipe:|[a-z0-9]+://")
 SHARD = re.compile(r"(?:prompts|clips)-[^/\s]*\.tar")
 SHARD_NAME = re.compile(r"(?:prompts|clips)-[\w.-]*\.tar")  # in an index; it becomes a part of URLs and commands
 READABLE = (1, 2)  # format versions
+INNERMOST = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+MAX_SHARDS = 100_000  # that a pattern may name
 KEY = re.compile(r"[0-9A-Za-z-]+")
 TAR_BLOCK = 512
 ROW = np.dtype(  # of a record; `ranges` are those of the record, its conditioning and its own negative conditioning
@@ -305,10 +309,7 @@ def local_shards(source: str, cache: Path) -> tuple[Path, list[str]]:
     path = Path(source)
     if not REMOTE.match(source) and (path.is_dir() or not SHARD.fullmatch(path.name)):
         return path, []
-    try:
-        names = list(braceexpand(source))
-    except ValueError as error:
-        raise ShardError(f"{source}: the braces do not match") from error
+    names = _expanded(source)
     if REMOTE.match(source):
         return _copy_missing(source, names, cache)
     missing = [name for name in names if not glob(name)]
@@ -316,6 +317,28 @@ def local_shards(source: str, cache: Path) -> tuple[Path, list[str]]:
     if missing or len({shard.parent for shard in found}) != 1:
         raise ShardError(f"{source} must name shards of one folder; nothing is at {', '.join(missing) or source}")
     return found[0].parent, [shard.name for shard in found]
+
+
+def _expanded(source: str) -> list[str]:
+    """The names that braces stand for. Raises ShardError if they do not match, or stand for very many."""
+    count, rest = 1, source
+    while count <= MAX_SHARDS and (group := INNERMOST.search(rest)):
+        count *= _alternatives(group[1])
+        rest = rest[: group.start()] + rest[group.end() :]
+    if count > MAX_SHARDS:
+        raise ShardError(f"{source[:200]} stands for more than {MAX_SHARDS:,} shards; name fewer of them")
+    try:
+        return list(braceexpand(source))
+    except ValueError as error:
+        raise ShardError(f"{source}: the braces do not match") from error
+
+
+def _alternatives(text: str) -> int:
+    """How many names a pair of braces stands for, or more."""
+    if not (numbers := RANGE.fullmatch(text)):
+        return text.count(",") + 1
+    first, last, step = (float(number or 1) for number in numbers.groups())
+    return int(min(abs(last - first) / max(1.0, abs(step)), MAX_SHARDS)) + 1
 
 
 def _copy_missing(source: str, urls: list[str], cache: Path) -> tuple[Path, list[str]]:
@@ -368,15 +391,55 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
         raise ShardError(f"{url} cannot be read: {error}") from error
 
 
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Shard(_Form):
+    name: str
+    count: int
+    sha256: str
+
+
+class _Tensor(_Form):
+    shape: list[int]
+    dtype: str
+
+
+class _Policy(_Form):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: str
+    fingerprint: str
+    max_sequence_length: int
+
+
+class _Index(_Form):
+    format_version: int
+    count: int
+    splits: dict[str, int]
+    policy: _Policy
+    conditioning: dict[str, _Tensor]
+    negative_prompt: str
+    negative_sha256: str
+    shards: list[_Shard]
+    clip: dict[str, _Tensor] = {}
+    video: dict[str, Any] = {}
+    images: dict[str, Any] = {}
+    build: dict[str, Any] = {}
+
+
 def _parse_index(data: bytes, where: Path | str, selected: Sequence[str]) -> dict[str, Any]:
     """The content of an index.json, restricted to the selected shards if there are any."""
     try:
-        index = json.loads(data)
-        version, count, _ = index["format_version"], index["count"], index["negative_sha256"]
-        shards = {shard["name"]: shard for shard in index["shards"]}
-        total = sum(shard["count"] for shard in shards.values())
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{where} is not an index of prompt shards, or damaged ({error!r}); copy it again") from error
+        index = plain_json(data, where)
+        _Index.model_validate(index)
+    except (MalformedFile, ValidationError) as error:
+        raise ShardError(
+            f"{where} is not an index of prompt shards, or damaged ({wrong_value(error)}); copy it again"
+        ) from error
+    version, count = index["format_version"], index["count"]
+    shards = {shard["name"]: shard for shard in index["shards"]}
+    total = sum(shard["count"] for shard in shards.values())
     if version not in READABLE:
         raise ShardError(f"{where} has format version {version}, this program reads {READABLE}; build {BUILD}")
     if not count or count != total:

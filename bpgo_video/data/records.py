@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import webdataset
@@ -30,6 +30,8 @@ from torch.nn.functional import pad
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bpgo_video.data.media import MEDIA, Media
+from bpgo_video.documents import plain_json, shown
+from bpgo_video.errors import InputError
 from bpgo_video.files import atomic_file, fingerprint, write_json
 
 FORMAT_VERSION = 2  # 1 has no conditioning that refers to an earlier record of the shard
@@ -46,10 +48,8 @@ HASH = re.compile("[0-9a-f]{16,}")
 LATENTS = "latents"  # the tensor of a clip that flow matching learns to make; the others are conditioning
 
 
-class ShardError(ValueError):
+class ShardError(InputError):
     """Prompt shards that are missing, incomplete, damaged or made for something else."""
-
-    exit_code: ClassVar[int] = 2
 
 
 @dataclass(frozen=True)
@@ -190,15 +190,18 @@ def to_members(record: PromptRecord, stored: set[str]) -> dict[str, bytes]:
 
 def parse_header(data: bytes) -> dict[str, Any]:
     """The JSON of a record. Raises ValueError if a field is missing or has another type."""
-    header = json.loads(data)
+    header = plain_json(data, "its JSON")
     if not isinstance(header, dict):
         raise ValueError("its JSON is not an object")
     types = {"id": int, "prompt": str, "split": str, "tags": list, "conditioning_sha256": str}
     types |= {name: str for name in ("negative_prompt", "negative_sha256") if name in header}
+    types |= {"info": dict} if "info" in header else {}
     for name, kind in types.items():
         if not isinstance(header.get(name), kind):
-            raise ValueError(f"{name!r} of its JSON is {header.get(name)!r}, which is not of type {kind.__name__}")
-    return header
+            raise ValueError(f"{name!r} of its JSON is {shown(header.get(name))}, which is not of type {kind.__name__}")
+    if not 0 <= header["id"] < 2**63:
+        raise ValueError(f"'id' of its JSON is {shown(header['id'])}; ids go from 0 to 2^63 - 1")
+    return dict(header)
 
 
 def read_record(shard: Path, record: ByteRange, tensors: Mapping[str, ByteRange]) -> PromptRecord:

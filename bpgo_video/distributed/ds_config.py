@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: read, validated, completed with the recipe's settings; and the dtypes that it sets.
+"""The DeepSpeed JSON, completed with the recipe's settings; and the dtypes that it sets.
 
 It names one dtype for a policy's transformers (`bf16`). Parameters have it, except those of modules that diffusers
 keeps in fp32 (`_keep_in_fp32_modules`: Wan's time embedder, norms and modulation tables), as in the pipeline that users
@@ -7,7 +7,6 @@ sample with. Buffers, such as tables of positions, are never rounded. Nothing he
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,48 +18,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
-
-SET_BY_YAML = {
-    "train_batch_size": "rollout, or sft.batch_size,",
-    "train_micro_batch_size_per_gpu": "rollout.micro_batch_size, or sft.micro_batch_size,",
-    "gradient_accumulation_steps": "optim.updates_per_rollout, or sft.batch_size,",
-    "gradient_clipping": "optim.max_grad_norm",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-}
-
-
-def read_ds_config(path: str) -> dict[str, Any]:
-    """Read ZeRO, precision and offload settings from a DeepSpeed JSON.
-
-    Raises:
-        ConfigError: no such file, no JSON, no ZeRO stage 1 to 3, fp16, or a key that the YAML sets.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f"deepspeed: {path!r} does not exist; ds_configs/ has zero1.json, zero2.json, zero3.json ...")
-    try:
-        ds_config: dict[str, Any] = json.loads(Path(path).read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"deepspeed: {path} is not JSON: {error}") from None
-    for key in SET_BY_YAML.keys() & ds_config:
-        raise ConfigError(f"{path} sets {key!r}, which {SET_BY_YAML[key]} in the YAML sets; remove it from the JSON")
-    if zero_stage(ds_config) not in (1, 2, 3):
-        absent = "" if "zero_optimization" in ds_config else " (it has no zero_optimization)"
-        raise ConfigError(f"{path}: zero_optimization.stage is {zero_stage(ds_config)}{absent}; it must be 1, 2 or 3")
-    if ds_config.get("fp16", {}).get("enabled"):
-        raise ConfigError(f"{path} enables fp16, whose range is too small for log-probs; use bf16 or fp32")
-    precision = [f"bf16.{key}" for key in ds_config.get("bf16", {}) if key != "enabled"]
-    precision += [key for key in ("data_types", "communication_data_type", "torch_autocast") if key in ds_config]
-    if precision:
-        raise ConfigError(
-            f"{path} sets {precision[0]!r}, but precision has one switch, bf16.enabled: it makes weights bf16; masters "
-            f"and reduced gradients are always fp32. Remove {precision[0]!r} from the JSON"
-        )
-    return ds_config
-
-
-def zero_stage(ds_config: Mapping[str, Any]) -> int:
-    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:

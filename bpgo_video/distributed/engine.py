@@ -19,15 +19,18 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
 from more_itertools import constrained_batches
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from bpgo_video.cli import free_port
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.deepspeed import zero_stage
 from bpgo_video.config.run import OptimizerConfig
 from bpgo_video.distributed.ds_config import (
     cast_shards,
@@ -40,10 +43,10 @@ from bpgo_video.distributed.ds_config import (
     read_tensor,
     restore_shards,
     tensor_files,
-    zero_stage,
 )
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
+from bpgo_video.documents import wrong_value
 from bpgo_video.errors import install_excepthook
 
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
@@ -52,11 +55,17 @@ GATHERED_AT_ONCE = 500_000_000  # elements per collective, of which DeepSpeed ne
 
 
 def require_supported(ds_config: Mapping[str, Any]) -> None:
-    """Check that the accelerator supports the JSON's precision.
+    """Check that DeepSpeed accepts the JSON, and that the accelerator supports its precision.
 
     Raises:
-        ConfigError: it has no bf16.
+        ConfigError: a setting has a wrong type or value, or the accelerator has no bf16.
     """
+    zero_settings(ds_config)
+    try:
+        DeepSpeedConfig(complete(ds_config))
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:  # DeepSpeed's, of wrong types
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the DeepSpeed JSON has a wrong value: {reason}; ds_configs/ has examples") from None
     device = get_accelerator()
     if compute_dtype(ds_config) == torch.bfloat16 and not device.is_bf16_supported():
         raise ConfigError(
@@ -66,8 +75,12 @@ def require_supported(ds_config: Mapping[str, Any]) -> None:
 
 
 def zero_settings(ds_config: Mapping[str, Any]) -> DeepSpeedZeroConfig:
-    """The JSON's ZeRO settings, with DeepSpeed's defaults for the rest."""
-    return DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
+    """The JSON's ZeRO settings, with DeepSpeed's defaults for the rest. Raises ConfigError for what it refuses."""
+    settings = ds_config.get("zero_optimization", {})
+    try:
+        return DeepSpeedZeroConfig(**settings)
+    except ValidationError as error:
+        raise ConfigError(f"zero_optimization of the DeepSpeed JSON: {wrong_value(error)}; correct it") from None
 
 
 def start_ranks(timeout: timedelta = TIMEOUT) -> Mesh:

@@ -30,9 +30,9 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from bpgo_video.data.records import PromptRecord
+from bpgo_video.documents import MalformedFile, parse_json
 from bpgo_video.files import write_json
 from bpgo_video.statistics import LEVEL, RESAMPLES, Effect, can_show, corrected, effect, too_few
-from bpgo_video.training.metrics import MalformedFile, parse_json
 
 TRAINING_REWARD = "training reward"  # recipes cannot name a reward so
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)

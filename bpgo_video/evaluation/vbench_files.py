@@ -40,8 +40,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from bpgo_video.data.media import VideoError, VideoHeader, check_video, read_header
 from bpgo_video.data.prompt_files import read_prompts
+from bpgo_video.documents import parse_json
 from bpgo_video.files import write_json
-from bpgo_video.training.metrics import parse_json
 
 Setting = TypeVar("Setting", int, float)
 

@@ -28,6 +28,7 @@ from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh, all_or_none
+from bpgo_video.documents import parse_json
 from bpgo_video.evaluation import vbench_files as suites
 from bpgo_video.evaluation.vbench_files import Suite, SuiteError, listing, read_suite
 from bpgo_video.inference.generate import (
@@ -40,7 +41,6 @@ from bpgo_video.inference.generate import (
     clear_unfinished,
     generate,
 )
-from bpgo_video.training.metrics import parse_json
 
 
 class GenerationPrompt(TypedDict):

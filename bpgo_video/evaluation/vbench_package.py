@@ -24,10 +24,10 @@ import yaml
 
 import bpgo_video
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
+from bpgo_video.documents import MalformedFile
 from bpgo_video.evaluation import vbench_files as vbench
 from bpgo_video.evaluation.heldout import device_of, independent_ranks
 from bpgo_video.files import atomic_file, fingerprint
-from bpgo_video.training.metrics import MalformedFile
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # the package runs as a single process
 CLASSES = {"vbench": ("vbench", "VBench"), "vbench-i2v": ("vbench2_beta_i2v", "VBenchI2V")}

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from bpgo_video.cli import show_loading_once
 from bpgo_video.data.media import VideoError, read_header, read_pixels
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, from_main, same_everywhere
+from bpgo_video.documents import parse_json
 from bpgo_video.evaluation import vbench_files as suites
 from bpgo_video.evaluation.heldout import device_of, independent_ranks
 from bpgo_video.evaluation.vbench_dimensions import Dimension, DimensionError, Measured, find_dimension
@@ -29,7 +30,6 @@ from bpgo_video.evaluation.vbench_files import Result, Suite, SuitePrompt, Video
 from bpgo_video.evaluation.vbench_networks import Footage, Network, Sources
 from bpgo_video.files import write_json
 from bpgo_video.randomness import reseeded
-from bpgo_video.training.metrics import parse_json
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 import bpgo_video
 from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.reading import ds_config_file
 from bpgo_video.config.sft import Recipe, SftConfig
 from bpgo_video.data.priors import prior_path, require_priors
@@ -20,7 +21,6 @@ from bpgo_video.data.records import LATENTS, ShardError, encoder_stamp
 from bpgo_video.data.stream import EndlessOrder
 from bpgo_video.data.writer import clip_stamp, image_stamp
 from bpgo_video.distributed import engine as engines
-from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.distributed.mesh import Mesh, all_or_none, same_everywhere
 from bpgo_video.files import fingerprint, resolve_folder
 from bpgo_video.learner.priors import FROM_IMAGES, STORED

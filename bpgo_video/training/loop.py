@@ -18,15 +18,14 @@ from typing import Any
 import torch
 
 from bpgo_video.cli import print_error, show_loading_once
-from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.rules import OWNER, check_world
 from bpgo_video.config.sft import Recipe
-from bpgo_video.data.records import ShardError
 from bpgo_video.distributed import checkpoint, engine
 from bpgo_video.distributed.ema import load_average, save_average
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, all_or_none, make_mesh
 from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.errors import InputError
 from bpgo_video.inference.hub import EXPORTED, CardFacts
 from bpgo_video.inference.model_files import export_pipeline
 from bpgo_video.policies.networks import trained_names
@@ -39,7 +38,7 @@ from bpgo_video.training.stopping import Request, StopRequests
 from bpgo_video.training.trackers import Trackers, named_trackers
 
 ADVICE = "The run continues from its last checkpoint with the same command and --run.resume auto."
-INPUT_ERRORS = (ConfigError, ShardError, CheckpointError, FileNotFoundError, PermissionError)
+INPUT_ERRORS = (InputError, CheckpointError, FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 @contextmanager

@@ -14,20 +14,23 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import torch
 import torch.distributed as dist
-from pydantic import AfterValidator, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import AfterValidator, FiniteFloat, TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
+from bpgo_video.documents import MalformedFile, parse_json
 from bpgo_video.files import atomic_file
 from bpgo_video.training.trackers import Cell, Number, Trackers
 
 METRICS_FILE = "metrics.jsonl"
 FRAMES_FILE = "samples/frame_scores.jsonl"
+LONGEST_LINE = 2**24  # bytes
 QUIET_SECONDS = 10.0  # between progress lines if stderr is not a terminal
 
 
@@ -44,29 +47,6 @@ ROLLOUTS = Keys(
     {"reward": "reward {:.4f}", "trust_mean": "trust {:.3f}"},
 )
 MATCHING = Keys(("loss", "grad_norm", "seconds"), {"loss": "loss {:.4f}"})
-
-
-class MalformedFile(ValueError):
-    """A file that does not have the expected form; the message names the file."""
-
-
-def parse_json(form: Any, data: bytes | str, source: object, remedy: str) -> Any:
-    """JSON data as the type of `form`.
-
-    Args:
-        form: a pydantic TypeAdapter.
-        source: the file, and line if there is one, for the message.
-        remedy: the rule, or what the user can do, for the message.
-
-    Raises:
-        MalformedFile: the data has another form; names the source, the first wrong value and the remedy.
-    """
-    try:
-        return form.validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "content"
-        raise MalformedFile(f"{source}: {name}: {first['msg']} (given: {first['input']!r:.100}); {remedy}") from error
 
 
 def reduce_metrics(values: Mapping[str, Tensor | Number]) -> dict[str, float]:
@@ -195,25 +175,54 @@ def read_metrics(path: Path) -> list[dict[str, Number]]:
     Raises:
         MalformedFile: a line is not a JSON object of finite numbers with a step; names the file and the line.
     """
-    return [record for _, record in _lines(path, RECORD)]
+    records = []
+    for _, record in _lines(path, RECORD):
+        if isinstance(record, MalformedFile):
+            raise record
+        records.append(record)
+    return records
 
 
 def truncate(path: Path, form: Any, start_step: int) -> None:
-    """Keeps the lines before `start_step` alone, atomically; nothing if there is no such file."""
+    """Keeps the lines before `start_step` alone, atomically; nothing if there is no such file.
+
+    Raises:
+        MalformedFile: a line of an earlier step is damaged; names the file and the line. Later ones may be.
+    """
     if not path.exists():
         return
-    kept = [line for line, record in _lines(path, form) if record["step"] < start_step]
+    kept: list[bytes] = []
+    last, damage = -1, None
+    for line, record in _lines(path, form):
+        if isinstance(record, MalformedFile):
+            damage = damage or record
+        elif record["step"] >= start_step:
+            break
+        elif damage:
+            raise damage  # it is before a line that stays
+        else:
+            last = record["step"]
+            kept.append(line)
+    if damage and form is RECORD and last < start_step - 1:
+        raise damage  # each step has a record, so it is that of an earlier step
     with atomic_file(path) as partial:
-        partial.write_text("".join(kept), encoding="utf-8")
+        partial.write_bytes(b"".join(kept))
 
 
-def _lines(path: Path, form: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+def _lines(path: Path, form: Any) -> Iterator[tuple[bytes, dict[str, Any] | MalformedFile]]:
+    """Each line, and its record or what is wrong with it."""
+    rule = "a line must be a JSON object of finite numbers with a step; repair it, or remove the line"
+    with path.open("rb") as file:
+        for number in count(1):
+            line = file.readline(LONGEST_LINE)
+            if not line.endswith(b"\n"):
+                if len(line) == LONGEST_LINE:
+                    yield line, MalformedFile(f"{path}, line {number} has more than {LONGEST_LINE:,} bytes; {rule}")
                 return
-            rule = "a line must be a JSON object of finite numbers with a step"
-            yield line, parse_json(form, line, f"{path}, line {number}", rule)
+            try:
+                yield line, parse_json(form, line, f"{path}, line {number}", rule)
+            except MalformedFile as error:
+                yield line, error
 
 
 class _Progress:

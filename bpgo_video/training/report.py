@@ -34,9 +34,10 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from bpgo_video.data.media import STRIP_HEIGHT, VideoError, read_video, strip
+from bpgo_video.documents import MalformedFile, parse_json
 from bpgo_video.files import atomic_file
 from bpgo_video.training.curves import HELDOUT, PANELS, draw_curve, keys_with
-from bpgo_video.training.metrics import METRICS_FILE, MalformedFile, Number, parse_json, read_metrics
+from bpgo_video.training.metrics import METRICS_FILE, Number, read_metrics
 from bpgo_video.training.summary import diagnose, heldout_difference, power, summary_rows, verdict
 
 EVERY = 60.0  # seconds between the reports of an unfinished run, at least

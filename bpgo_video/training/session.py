@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from bpgo_video.config.bpgo import Config
+from bpgo_video.config.deepspeed import zero_stage
 from bpgo_video.config.sft import Recipe
 from bpgo_video.data.priors import PriorTable, load_priors
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.stream import PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
-from bpgo_video.distributed.ds_config import compute_dtype, zero_stage
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
 from bpgo_video.distributed.optimizer import learning_rate_factor

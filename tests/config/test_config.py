@@ -9,9 +9,9 @@ import yaml
 from deepspeed.accelerator import get_accelerator
 
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.reading import config_from_dict, ds_config_file, read_recipe, read_yaml, to_yaml
 from bpgo_video.config.rules import check_world
-from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.distributed.engine import require_supported
 from tests.made.recipes import RECIPE, ROOT
 
@@ -105,9 +105,9 @@ def test_an_anchor_is_required_only_where_it_is_used() -> None:
         config_from_dict(tree() | {"prior": {"kind": "none"}, "bpgo": {"trust": "none", "zeta": 0.5}})
 
 
-@pytest.mark.parametrize("key", ["best_of", "drop_zero_std"])
-def test_nft_requires_every_sample(key: str) -> None:
-    broken = other_starts() | {"advantage": {key: 1}, "bpgo": {"alpha": 0.0}}
+@pytest.mark.parametrize(("key", "value"), [("best_of", 1), ("drop_zero_std", True)])
+def test_nft_requires_every_sample(key: str, value: object) -> None:
+    broken = other_starts() | {"advantage": {key: value}, "bpgo": {"alpha": 0.0}}
     config_from_dict(broken)
     broken["loss"] = {"objective": "nft"}
     with pytest.raises(ConfigError, match=rf"advantage\.{key}.*loss\.objective"):

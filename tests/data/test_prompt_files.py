@@ -184,7 +184,7 @@ def test_sources_that_cannot_be_read_are_named(name: str, message: str, tmp_path
         ("p.csv", '"prompt\n', r"p.csv:1: unexpected end of data"),
         ("p.csv", 'prompt\none\n"tw"o\n', r"p.csv:3: .*expected after"),
         ("p.json", "{}", r"VBench's list"),
-        ("p.json", "[", r"p.json: Expecting value"),
+        ("p.json", "[", r"p.json is not JSON: Expecting value"),
     ],
 )
 def test_a_file_in_the_wrong_format_is_refused_entirely(tmp_path: Path, name: str, content: str, message: str) -> None:

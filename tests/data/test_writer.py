@@ -223,10 +223,10 @@ REASONS = {
     2: "the line is empty",
     3: "U\\+0007, a control character",
     4: "U\\+D800, text that is not UTF-8",
-    5: "utf-8",
+    5: "is not UTF-8",
     6: "has 10000 characters",
     9: "the tag 1 is not a string",
-    10: "recursion|Expecting value",
+    10: "nested more than 64 levels deep",
     7: "that of an earlier prompt",
     8: "broken.png: the file is not a PNG, JPEG, WEBP image",
 }

@@ -16,6 +16,7 @@ from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.media import read_video
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.documents import MalformedFile
 from bpgo_video.evaluation.compare import VideoStats, diversity, labelled, motion, recipe_of, thumbnails
 from bpgo_video.evaluation.compare_report import as_table
 from bpgo_video.evaluation.comparison import (
@@ -34,7 +35,6 @@ from bpgo_video.evaluation.comparison import (
 )
 from bpgo_video.statistics import can_show
 from bpgo_video.training.heldout import heldout_test
-from bpgo_video.training.metrics import MalformedFile
 from bpgo_video.types import RolloutChunk
 from tests.made.synthetic_results import MEASURES, results
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from bpgo_video.commands.evaluate import main
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.documents import MalformedFile
 from bpgo_video.evaluation import vbench_scoring as scoring
 from bpgo_video.evaluation.heldout import device_of
 from bpgo_video.evaluation.vbench_dimensions import DimensionError, Measured
@@ -30,7 +31,6 @@ from bpgo_video.evaluation.vbench_scoring import (
     read_kept,
     score_folder,
 )
-from bpgo_video.training.metrics import MalformedFile
 from tests.made.scored_clips import clips, request_of, score_command
 
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bpgo_video.documents import MalformedFile
 from bpgo_video.evaluation.vbench_files import (
     BENCHMARKS,
     Result,
@@ -23,7 +24,6 @@ from bpgo_video.evaluation.vbench_files import (
     totals,
     write_results,
 )
-from bpgo_video.training.metrics import MalformedFile
 
 GOLDEN = {
     "subject_consistency": 0.95, "background_consistency": 0.96, "temporal_flickering": 0.985,

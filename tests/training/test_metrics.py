@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bpgo_video.training.metrics import MalformedFile, RunLog, read_metrics, reduce_metrics
+from bpgo_video.documents import MalformedFile
+from bpgo_video.training.metrics import RunLog, read_metrics, reduce_metrics
 from bpgo_video.training.summary import power, summary_table, verdict
 from bpgo_video.training.trackers import Trackers
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.reading import ds_config_file, read_yaml
-from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.policies.attention import check_heads
 from bpgo_video.rollouts.rules import check_experts
 from bpgo_video.training.plan import Job, count_step, reckon

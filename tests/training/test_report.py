@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from bpgo_video.data.media import VideoError, write_video
+from bpgo_video.documents import MalformedFile
 from bpgo_video.training.curves import PANELS, draw_curve, series, smoothed
-from bpgo_video.training.metrics import MalformedFile
 from bpgo_video.training.report import LiveReport, contact_sheet, frame_limits, main, write_report
 from bpgo_video.training.summary import NOTHING
 from tests.made.browsing import started_browser, visited
