@@ -134,11 +134,12 @@ def _check_keys(mapping: yaml.MappingNode, source: object) -> None:
             lines[name] = line
 
 
-def plain_json(data: bytes | str, source: object) -> Any:
-    """Plain data of a JSON document. Raises MalformedFile."""
+def plain_json(data: bytes | str, source: object, finite: bool = True) -> Any:
+    """Plain data of a JSON document. Raises MalformedFile, for NaN and infinities too if `finite`."""
     text = decoded(data, source) if isinstance(data, bytes) else data
     try:
-        value = json.loads(text, object_pairs_hook=_distinct, parse_constant=_not_a_number, parse_float=_finite)
+        numbers: dict[str, Any] = {"parse_constant": _not_a_number, "parse_float": _finite} if finite else {}
+        value = json.loads(text, object_pairs_hook=_distinct, **numbers)
     except RecursionError:
         raise _too_deep(source) from None
     except ValueError as error:  # also an integer of more than 4300 digits
@@ -164,7 +165,7 @@ def parse_json(form: Any, data: bytes | str, source: object, remedy: str) -> Any
     try:
         text = decoded(data, source) if isinstance(data, bytes) else data
         value = form.validate_json(text)
-        plain_json(text, source)  # pydantic takes keys that appear twice, and NaN
+        plain_json(text, source, finite=False)  # pydantic takes keys that appear twice
         return value
     except MalformedFile as error:
         raise MalformedFile(f"{error}; {remedy}") from None
