@@ -128,10 +128,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def become_launcher(command: str, ranks: int, words: Sequence[str]) -> NoReturn:
+def become_launcher(command: str, ranks: int, words: Sequence[str], restarts: int = 0, run_dir: str = "") -> NoReturn:
     """Replace this process with DeepSpeed's launcher of one machine, which runs a command on `ranks` ranks.
 
     The exit code is the launcher's. If OMP_NUM_THREADS is not set, the ranks share the machine's cores.
+
+    Args:
+        restarts: how often ranks that failed start again without progress in the checkpoints of `run_dir`.
 
     Raises:
         ValueError: this process already is a rank.
@@ -144,7 +147,9 @@ def become_launcher(command: str, ranks: int, words: Sequence[str]) -> NoReturn:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     quiet, verbose = (["--log_level=critical"], []) if logging.getLogger("DeepSpeed").filters else ([], ["--verbose"])
-    launcher = ["-m", "bpgo_video.distributed.launcher", str(ranks), *quiet, f"--master_port={free_port()}"]
+    module = ["supervisor", str(restarts), run_dir] if restarts else ["launcher"]
+    launcher = ["-m", f"bpgo_video.distributed.{module[0]}", *module[1:]]
+    launcher += [str(ranks), *quiet, f"--master_port={free_port()}"]
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *launcher, "--module", "bpgo_video", *verbose, command, *words])

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from bpgo_video.errors import tell
 
 LAUNCHERS = {  # programs and modules that start ranks, and end them when one dies
-    *("deepspeed.launcher.launch", "bpgo_video.distributed.launcher"),
+    *("deepspeed.launcher.launch", "bpgo_video.distributed.launcher", "bpgo_video.distributed.supervisor"),
     *("torchrun", "torch.distributed.run", "torch.distributed.launch", "slurmstepd"),
 }
 WORDS = 6  # of a command line, among which is the program or module

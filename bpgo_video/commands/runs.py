@@ -108,6 +108,7 @@ def checked_recipe(
     ranks, rest = split_ranks(words)
     report = print_note if ranks is None else lambda _: None  # the ranks that start will print it
     recipe = load_recipe(rest, kind=kind, report=report, **help_of(command.__name__, getdoc(command), script))
+    restarts = recipe.run.max_restarts if command in (train, sft) else 0
     try:
         ds_config_file(recipe.deepspeed)
         if command in (train, sft) and "RANK" not in os.environ:  # ranks see what rank 0 may have begun
@@ -115,7 +116,9 @@ def checked_recipe(
             check_free(recipe.run)
         if ranks is not None:
             check_world(recipe, ranks)
-            become_launcher(command.__name__, ranks, rest)
+            become_launcher(command.__name__, ranks, rest, restarts, recipe.run.dir)
+        if restarts and "RANK" not in os.environ:
+            print_note(f"run.max_restarts is {restarts}, but only ranks of --ranks N are started again")
     except ValueError as error:
         raise SystemExit(print_error(error)) from None
     return recipe

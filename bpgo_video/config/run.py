@@ -38,10 +38,16 @@ class RunConfig:
     moments. It is needed to change between ZeRO 3 and the other stages."""
     save_every: Positive = 50
     """Steps between checkpoints; the last step is always saved."""
+    save_minutes: NonNegative = 30.0
+    """A checkpoint is also written after the first step that ends this many minutes after the last one, by rank 0's
+    clock; 0 counts steps alone."""
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints that are kept; older ones are deleted."""
     keep_every: Count = 0
     """Checkpoints of steps that are a multiple of this are never deleted; 0 keeps none of them."""
+    max_restarts: Count = 0
+    """With `--ranks N`: how often ranks that failed unexpectedly are started again from the newest checkpoint. Counts
+    anew after each newer checkpoint; wrong input and stops by the user start nothing."""
 
 
 @section

@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import sys
+from collections.abc import Sequence
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.launcher import launch
@@ -27,8 +28,13 @@ def devices(ranks: int, visible: str | None) -> list[str]:
     return named[:ranks]
 
 
-def main() -> None:
-    ranks, *flags = sys.argv[1:]
+def main(words: Sequence[str]) -> None:
+    """Run the launcher with the words N FLAGS until all ranks have ended.
+
+    Raises:
+        SystemExit: they did not end well; with the first one's exit code.
+    """
+    ranks, *flags = words
     kind = get_accelerator().device_name()
     try:
         found = devices(int(ranks), os.environ.get("CUDA_VISIBLE_DEVICES") if kind == "cuda" else None)
@@ -42,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -99,7 +99,7 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
     # When a rank dies, a launcher terminates the others. The handler outlasts the heartbeat, which names the cause.
     with (
         Lease(run_dir / OWNER) as lease,
-        StopRequests(run_dir, mesh) as requests,
+        StopRequests(run_dir, mesh, config.run.save_minutes) as requests,
         Heartbeat(mesh, config.parallel.heartbeat_timeout, ADVICE, INPUT_ERRORS) as heartbeat,
     ):
         started, lease.on_loss = time.perf_counter(), heartbeat.abort

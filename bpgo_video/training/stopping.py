@@ -3,8 +3,9 @@
     touch RUN/save         save and continue
     touch RUN/save_quit    save and stop; SIGTERM to any rank does the same
 
-A second SIGTERM ends a rank immediately, even if its main thread waits in a collective. The `deepspeed` launcher
-repeats a SIGTERM that its whole process group received, so repeats within REPEAT_SECONDS do not count.
+A checkpoint that is due by the clock is agreed on like a request. A second SIGTERM ends a rank immediately, even if its
+main thread waits in a collective. The `deepspeed` launcher repeats a SIGTERM that its whole process group received, so
+repeats within REPEAT_SECONDS do not count.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
@@ -25,21 +27,29 @@ NOTICE_SECONDS = 4.0  # a launcher also sends SIGTERM after a rank's death, whic
 
 
 class Request(IntEnum):
-    """A user's request; the largest one that any rank received wins."""
+    """A user's request, or that of the clock; the largest one that any rank received wins."""
 
     NONE = 0
-    SAVE = 1
-    STOP = 2
+    DUE = 1
+    SAVE = 2
+    STOP = 3
 
 
 FILES = {"save": Request.SAVE, "save_quit": Request.STOP}
 
 
 class StopRequests:
-    """Receives requests inside its `with` block, in the main thread."""
+    """Receives requests inside its `with` block, in the main thread.
 
-    def __init__(self, run_dir: Path, mesh: Mesh):
-        self._run_dir, self._mesh = run_dir, mesh
+    Args:
+        minutes: after which a checkpoint is due, on rank 0's clock; 0 for never.
+    """
+
+    def __init__(
+        self, run_dir: Path, mesh: Mesh, minutes: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._run_dir, self._mesh, self._minutes, self._clock = run_dir, mesh, minutes, clock
+        self._saved = clock()
         self._terminated = threading.Event()
         notice = "will save and stop at the end of this step; another one ends at once"
         self._notice = threading.Timer(NOTICE_SECONDS, self._report, [notice])
@@ -66,15 +76,18 @@ class StopRequests:
         received = [Request.STOP] if self._terminated.is_set() else []
         if self._mesh.is_main:
             received += [request for name, request in FILES.items() if (self._run_dir / name).exists()]
+            if self._minutes and self._clock() - self._saved >= 60 * self._minutes:
+                received.append(Request.DUE)
         return Request(self._mesh.largest(max(received, default=Request.NONE)))
 
     def fulfilled(self, request: Request, saved: str) -> None:
-        """Report a request whose checkpoint is saved, and remove its file.
+        """After a checkpoint: report the request for it, if it is a user's, and remove its file.
 
         Args:
             saved: what is saved, and where.
         """
-        if request is Request.NONE or not self._mesh.is_main:
+        self._saved = self._clock()
+        if request <= Request.DUE or not self._mesh.is_main:
             return
         self.remove_files()
         if request is Request.SAVE:

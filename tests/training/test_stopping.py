@@ -85,3 +85,25 @@ def test_a_second_sigterm_ends_a_rank_blocked_in_native_code(tmp_path: Path) -> 
     assert rank.stderr is not None
     with rank.stderr as stderr:
         assert "a second one" in stderr.read()
+
+
+def test_a_checkpoint_is_due_by_rank_0s_clock_until_one_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    requests = StopRequests(tmp_path, ALONE, minutes=2, clock=lambda: now[0])
+    never = StopRequests(tmp_path, ALONE, clock=lambda: now[0])
+    other = StopRequests(tmp_path, OTHER, minutes=2, clock=lambda: now[0])
+    for seconds, expected in ((119.0, Request.NONE), (120.0, Request.DUE), (121.0, Request.DUE)):
+        now[0] = seconds
+        assert requests.agreed() is expected
+        assert never.agreed() is other.agreed() is Request.NONE
+    (tmp_path / "save").touch()
+    assert requests.agreed() is Request.SAVE, "a user's request is reported"
+    requests.fulfilled(Request.SAVE, "here")
+    capsys.readouterr()
+    assert requests.agreed() is Request.NONE
+    now[0] = 241.0
+    requests.fulfilled(requests.agreed(), "here")
+    assert requests.agreed() is Request.NONE
+    assert capsys.readouterr().out == "", "the clock's request is routine"
