@@ -28,7 +28,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data import MAX_CHARACTERS, Columns
-from bpgo_video.data.media import VideoError, VideoHeader, fit_image, opened, read_header, upright
+from bpgo_video.data.containers import VideoError, decoded, opened
+from bpgo_video.data.media import VideoHeader, fit_image, read_header, upright
 from bpgo_video.data.prompt_files import (
     MAX_LINE,
     Line,
@@ -126,7 +127,7 @@ def _timed(container: Any, start: float, path: Path) -> Iterator[tuple[float, av
     first = stream.start_time or 0
     if start > 0:
         container.seek(first + int(start / stream.time_base), stream=stream)
-    for frame in container.decode(stream):
+    for frame in decoded(container, str(path)):
         if frame.pts is None:
             raise VideoError(f"{path} has a frame without a time; `ffmpeg -i IN -c copy OUT.mp4` may add it")
         yield float((frame.pts - first) * stream.time_base), frame
@@ -155,7 +156,7 @@ def read_clips(
     for path in map(Path, inputs):
         if path.is_dir() and list_of(path) is None:
             root = path
-            lines = checked_lines(_folder_entries(path), _folder_fields, path, columns, max_characters)
+            lines = checked_lines(_folder_entries(path), _folder_fields, [path], columns, max_characters)
         elif path.exists():
             root = path if path.is_dir() else path.parent
             lines = read_lines([path], columns, max_characters)
@@ -172,7 +173,7 @@ def _clips(line: Line, root: Path, cut: Cut) -> Iterator[Line]:
     path, record = line.media["video"], line.record
     if isinstance(path, bytes):
         raise VideoError("the list holds the video itself; write it to a file, and its path to the list")
-    name = str(path.relative_to(root))
+    name = os.path.relpath(path, root)
     for start in cut.starts(read_header(path)):
         info = {**record.info, "video": name, "start": start}
         key = prompt_id(f"{record.prompt}\0{name}\0{start:.6f}")

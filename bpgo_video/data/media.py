@@ -6,12 +6,11 @@ Pillow and PyAV do the decoding.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -21,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from bpgo_video.data.containers import MAX_PIXELS, VideoError, decoded, opened
 from bpgo_video.files import atomic_file
 
 IMAGE_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # by Pillow's name of the format
@@ -36,10 +36,6 @@ COLOUR_TAGS = "colorprim=smpte170m:transfer=smpte170m:colormatrix=smpte170m"
 
 class ImageError(ValueError):
     """An image that cannot be used; the message names it."""
-
-
-class VideoError(ValueError):
-    """A video that cannot be read, written or cut; the message names it."""
 
 
 class Media(NamedTuple):
@@ -121,10 +117,16 @@ def fit_image(
 
 
 def _open_image(data: bytes, owner: str) -> Image.Image:
+    too_large = f"at most {MAX_PIXELS:,} pixels are read; scale the image down"
     try:
-        return Image.open(io.BytesIO(data), formats=tuple(IMAGE_EXTENSIONS))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        image = Image.open(io.BytesIO(data), formats=tuple(IMAGE_EXTENSIONS))
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{owner}: {error}; {too_large}") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{owner}: the file is not a {', '.join(IMAGE_EXTENSIONS)} image: {error}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{owner}: the image is {image.width} x {image.height}; {too_large}")
+    return image
 
 
 def _from_eight_bits(image: Image.Image) -> np.ndarray:
@@ -194,12 +196,10 @@ def read_video(path: Path | str) -> tuple[Float[Tensor, "frames 3 height width"]
 
 def read_pixels(path: Path | str) -> tuple[UInt8[np.ndarray, "frames height width 3"], float]:
     """The same as 8-bit pixels, channels last. Raises VideoError as `read_video`."""
-    if not Path(path).is_file():
-        raise VideoError(f"the video {path} does not exist")
     check_end(str(path), str(path))
     with opened(str(path), str(path)) as container:
         rate = container.streams.video[0].average_rate
-        frames = [upright(frame, path) for frame in container.decode(video=0)]
+        frames = [upright(frame, path) for frame in decoded(container, str(path), held=True)]
     if not frames or not rate:
         raise VideoError(f"{path} holds no frames")
     return np.stack(frames), float(rate)
@@ -255,7 +255,7 @@ def check_video(source: str | bytes, owner: str) -> int:
     """
     check_end(source, owner)
     with opened(source, owner) as container:
-        count = sum(1 for _ in container.decode(video=0))
+        count = sum(1 for _ in decoded(container, owner))
     if not count:
         raise VideoError(f"{owner} holds no frames")
     return count
@@ -281,18 +281,6 @@ def upright(frame: av.VideoFrame, path: Path | str) -> np.ndarray:
     if frame.rotation % 90:
         raise VideoError(f"{path} is rotated by {frame.rotation} degrees; only quarter turns are read")
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-
-
-@contextmanager
-def opened(source: str | bytes, owner: str) -> Iterator[Any]:
-    """A container with a video stream, open inside the block. Any ffmpeg error in the block becomes a VideoError."""
-    try:
-        with av.open(source if isinstance(source, str) else io.BytesIO(source)) as container:
-            if not container.streams.video:
-                raise VideoError(f"{owner} holds no video stream; is it complete?")
-            yield container
-    except av.error.FFmpegError as error:
-        raise VideoError(f"{owner} cannot be decoded: {error}; is it complete?") from error
 
 
 def strip(video: Float[Tensor, "frames 3 height width"]) -> Image.Image:

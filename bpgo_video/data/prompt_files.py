@@ -21,7 +21,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -97,9 +97,9 @@ def read_lines(
             if not path.is_file():
                 raise PromptFileError(f"{path} does not exist")
             entries, parse = FORMATS[path.suffix]
-            yield from checked_lines(entries(path), parse, path.parent, columns or {}, max_characters)
+            yield from checked_lines(entries(path), parse, [path.parent], columns or {}, max_characters)
         else:
-            yield from checked_lines(_dataset_rows(name), dict, None, columns or {}, max_characters)
+            yield from checked_lines(_dataset_rows(name), dict, _dataset_folders(name), columns or {}, max_characters)
 
 
 def list_of(folder: Path) -> Path | None:
@@ -110,18 +110,18 @@ def list_of(folder: Path) -> Path | None:
 def checked_lines(
     entries: Iterable[tuple[str, Any]],
     parse: Callable[[Any], dict[str, Any]],
-    folder: Path | None,
+    folders: Sequence[Path],
     columns: Columns,
     max_characters: int,
 ) -> Iterator[Line | Rejected]:
     """Check each (place, entry) after `parse` turned the entry into values by column.
 
     Args:
-        folder: to which paths of images and videos are relative, and in which they must be; None allows any path.
+        folders: in which images and videos must be; their paths are relative to the first.
     """
     for place, entry in entries:
         try:
-            yield _checked(place, parse(entry), folder, columns, max_characters)
+            yield _checked(place, parse(entry), folders, columns, max_characters)
         except ValueError as error:  # includes errors of UTF-8 and JSON
             yield Rejected(place, str(error))
 
@@ -149,7 +149,9 @@ def _fields(row: Mapping[Any, Any], columns: Columns) -> tuple[dict[str, Any], f
     return fields, frozenset(unused)
 
 
-def _checked(place: str, row: Mapping[Any, Any], folder: Path | None, columns: Columns, max_characters: int) -> Line:
+def _checked(
+    place: str, row: Mapping[Any, Any], folders: Sequence[Path], columns: Columns, max_characters: int
+) -> Line:
     fields, unused = _fields(row, columns)
     prompt, split, tags = fields.get("prompt", "").strip(), fields.get("split"), tuple(fields.get("tags", ()))
     negative = fields["negative_prompt"].strip() if "negative_prompt" in fields else None
@@ -171,10 +173,10 @@ def _checked(place: str, row: Mapping[Any, Any], folder: Path | None, columns: C
     if not 0 <= key < 2**63:
         raise ValueError(f"the id is {key}; ids go from 0 to 2^63 - 1")
     record = PromptRecord(key, prompt, split or "", tags, negative, info=fields.get("info", {}))
-    return Line(record, place, {kind: _media(folder, fields[kind]) for kind in MEDIA if kind in fields}, unused)
+    return Line(record, place, {kind: _media(folders, fields[kind]) for kind in MEDIA if kind in fields}, unused)
 
 
-def _media(folder: Path | None, value: Any) -> Path | bytes:
+def _media(folders: Sequence[Path], value: Any) -> Path | bytes:
     """The content of an image or video, or its path. Tables hold either, or both as the `datasets` library does."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -182,10 +184,10 @@ def _media(folder: Path | None, value: Any) -> Path | bytes:
         return value
     if not isinstance(value, str):
         raise ValueError(f"an image or video is {value!r}; it must be a path or the bytes of a file")
-    path = os.path.normpath(value)
-    if folder is not None and (os.path.isabs(path) or path.split(os.sep)[0] == os.pardir):
-        raise ValueError(f"the path {value!r} leads out of the folder of the prompt file; move the file into it")
-    if not (found := (folder or Path()) / path).is_file():
+    found = Path(os.path.normpath(folders[0] / value))
+    if not any(Path(os.path.abspath(found)).is_relative_to(os.path.abspath(folder)) for folder in folders):
+        raise ValueError(f"the path {value!r} leads out of the folder {folders[0]}; move the file into it")
+    if not found.is_file():
         raise ValueError(f"the file {found} does not exist")
     return found
 
@@ -245,12 +247,22 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise PromptFileError(f"{path}: {error}") from error
 
 
+def _dataset_folders(name: str) -> list[Path]:
+    """Where a data set's own files are: its folder, or what the hub's client has copied of it."""
+    folders = [Path(part) for part in (name, name.partition(":")[0]) if Path(part).is_dir()]
+    if folders:
+        return folders[:1]
+    if (hub_id := HUB_ID.fullmatch(name)) is None:
+        raise PromptFileError(f"{name} does not exist; give a file, a folder, or a data set OWNER/NAME of the hub")
+    datasets, hub = _needed("datasets", name), _needed("huggingface_hub.constants", name)
+    copied = Path(hub.HF_HUB_CACHE, f"datasets--{hub_id[1].replace('/', '--')}")
+    return [copied, Path(datasets.config.EXTRACTED_DATASETS_PATH)]
+
+
 def _dataset_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a folder or hub data set of the `datasets` library; images and videos as they are stored."""
     folder, _, split = (name, "", "") if Path(name).is_dir() else name.partition(":")
     hub_id = HUB_ID.fullmatch(name)
-    if not (Path(folder).is_dir() or hub_id):
-        raise PromptFileError(f"{name} does not exist; give a file, a folder, or a data set OWNER/NAME of the hub")
     datasets, on_disk = _needed("datasets", name), any((Path(folder) / file).is_file() for file in SAVED)
     source = (hub_id[1], hub_id[2]) if hub_id and not Path(folder).is_dir() else (folder,)
     try:

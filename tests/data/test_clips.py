@@ -171,7 +171,7 @@ STRANGE = {
     "no_caption.mp4": (BIKES.read_bytes(), "no caption; write one to no_caption.txt next to it"),
     "lonely.txt": (b"words", "this caption has no video"),
     "notes.md": (b"words", "neither a video"),
-    "broken.mp4": (b"no video", "cannot be decoded"),
+    "broken.mp4": (b"no video", "not an mp4, mov, mkv, webm or avi file by its first bytes"),
     "empty.mp4": (BIKES.read_bytes(), "the prompt is empty"),
     "not_utf8.mp4": (BIKES.read_bytes(), "can't decode byte"),
 }

@@ -122,6 +122,41 @@ def test_tables_folders_and_data_sets_give_the_same_prompts_and_images(
         assert read_media("image", line.media["image"]) == ("png", (tmp_path / row["file_name"]).read_bytes())
 
 
+def test_a_data_set_names_no_files_outside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a set of the hub could put any image of this machine into shards that its user publishes."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "private.png")
+    (tmp_path / "set").mkdir()
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "set" / "own.png")
+    paths = [str(tmp_path / "private.png"), "../private.png", str(tmp_path / "set" / ".." / "private.png"),
+             str(tmp_path / "set" / "own.png"), "own.png"]  # fmt: skip
+    plain = [{"caption": f"image {number}", "image": path} for number, path in enumerate(paths)]
+    structs = [row | {"image": {"bytes": None, "path": row["image"]}} for row in plain]
+    for rows in (plain, structs):
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set", max_shard_size="1MB")
+        *refused, own, relative = read_lines([tmp_path / "set"])
+        assert all("leads out of the folder" in line.reason for line in refused)
+        assert (own.media["image"], relative.media["image"]) == (tmp_path / "set" / "own.png",) * 2
+
+
+def test_a_data_set_of_the_hub_names_only_files_that_came_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    copied = tmp_path / "hub" / "datasets--mine--set" / "snapshots" / "1" / "own.png"
+    other = tmp_path / "hub" / "datasets--mine--private" / "snapshots" / "1" / "own.png"
+    for path in (copied, other):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    rows = [{"caption": f"image {row}", "image": str(path)} for row, path in enumerate((copied, other))]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    own, refused = read_lines(["mine/set"])
+    assert own.media["image"] == copied
+    assert "leads out of the folder" in refused.reason
+
+
 @pytest.mark.parametrize(("module", "name"), [("pyarrow.parquet", "metadata.parquet"), ("datasets", "owner/name")])
 def test_a_missing_package_is_named(module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_list(tmp_path, ".parquet")
