@@ -193,6 +193,7 @@ class Build:
             OutputError: the folder holds something else, or shards of other prompts or settings, which are named.
             PromptFileError: an image or video does not decode, and the plan's `on_error` is "stop".
         """
+        self._restore()
         with self._undisturbed():
             changes = self._begin()
         if changes:
@@ -259,9 +260,22 @@ class Build:
             if aside.is_dir():
                 self.output.rename(self._hidden(f"old-{secrets.token_hex(4)}"))
                 aside.rename(self.output)
-                for kind in ("old", "new"):  # "new": of builds with `overwrite` that were given up
-                    for path in self.output.parent.glob(f"{glob.escape(self._hidden(kind).name)}-????????"):
-                        shutil.rmtree(path)
+                for path in (*self._asides("old"), *self._asides("new")):  # "new": of builds that were given up
+                    _remove(path)
+
+    def _asides(self, kind: str) -> list[Path]:
+        return sorted(self.output.parent.glob(f"{glob.escape(self._hidden(kind).name)}-????????"))
+
+    def _restore(self) -> None:
+        """Finish a replacement that was killed: the new shards stay if they are in place, else the old ones return."""
+        if not self._asides("old"):
+            return
+        with FileLock(self._hidden("replacing")):
+            for path in self._asides("old"):
+                if self.output.exists() or not (path / "index.json").is_file():
+                    _remove(path)
+                else:
+                    path.rename(self.output)
 
     def _lines_of(self, shards: frozenset[int]) -> Iterator[tuple[int, Line]]:
         usable = (line for line in self.plan.lines() if isinstance(line, Line))
@@ -336,9 +350,16 @@ class Build:
         return True
 
     def _clean(self) -> None:
-        for path in self.output.glob(f".{self.content.name}-*.partial-*"):  # of builds that were killed
-            path.unlink(missing_ok=True)
+        for name in (f"{self.content.name}-*", NEGATIVE):
+            for path in self.output.glob(f".{name}.partial-*"):  # of builds that were killed
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.output / UNFINISHED, ignore_errors=True)  # ranks may delete it at the same time
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of shards such that a kill leaves none that looks complete."""
+    (folder / "index.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def build_shards(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -206,6 +207,43 @@ def test_shards_stay_whole_until_those_that_replace_them_are_complete(prompts: P
     assert sum(sum(encode.texts.values()) for encode in encoders) < 22, "the interrupted build was continued"
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")]
     assert job(prompts, output, Encoder(0), **small).run(), "a finished build is left as it is"
+
+
+@pytest.mark.parametrize("at", ["between the renames", "after them", "while the old ones are removed"])
+def test_a_kill_while_shards_take_their_place_loses_none(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    output, new = tmp_path / "out", {"shard_size": 4, "overwrite": True}
+    job(prompts, output, Encoder()).run()
+    before, moved = contents(output), []
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def killed_rename(path: Path, target: Path) -> Path:
+        moved.append(path)
+        if len(moved) == 2 and at == "between the renames":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    def killed_rmtree(path: Path, **options: object) -> None:
+        if ".old-" in path.name:
+            if at == "while the old ones are removed":
+                (path / "prompts-000000.tar").unlink()
+            raise KeyboardInterrupt
+        rmtree(path, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed_rename)
+        patched.setattr(shutil, "rmtree", killed_rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            job(prompts, output, Encoder(), **new).run()
+    if at == "between the renames":
+        assert not output.exists()
+        assert job(prompts, output, Encoder(0)).run(), "the old shards are back"
+        assert contents(output) == before
+    assert job(prompts, output, Encoder(0), **new).run(), "nothing is encoded again"
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")]
+    job(prompts, tmp_path / "whole", Encoder(), shard_size=4).run()
+    assert contents(output) == contents(tmp_path / "whole")
 
 
 STRANGE = (
