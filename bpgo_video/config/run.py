@@ -35,12 +35,15 @@ class RunConfig:
     """`auto` continues from the newest complete checkpoint in `dir`, or starts if there is none."""
     resume_optimizer: Literal["keep", "fresh"] = "keep"
     """`fresh` resumes the weights, their average, the data position and the schedule, and resets the optimizer's
-    moments. It is needed to change between ZeRO 3 and the other stages."""
+    moments."""
     save_every: Positive = 50
     """Steps between checkpoints; the last step is always saved."""
     save_minutes: NonNegative = 30.0
     """A checkpoint is also written after the first step that ends this many minutes after the last one, by rank 0's
     clock; 0 counts steps alone."""
+    save_async: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory that is as large as the checkpoint's part of
+    the host; the copy is left out where it needs more than half of the free memory."""
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints that are kept; older ones are deleted."""
     keep_every: Count = 0
@@ -74,6 +77,9 @@ class OptimizerConfig:
     """Each update subtracts this times the learning rate times the weights."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are clipped to this norm over all weights; 0 does not clip."""
+    max_skipped: Count = 3
+    """An update whose gradient is not finite is skipped, on all ranks; the run ends after more than this many in a
+    row."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up; linear and cosine end at 0."""
     warmup_updates: Count = 0

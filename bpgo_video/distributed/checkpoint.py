@@ -1,131 +1,199 @@
-"""Checkpoints of a run: saved complete or not at all, pruned, and resumed on any number of ranks.
+"""Checkpoints of a run: saved complete or not at all, pruned, checked, and resumed on any number of ranks.
 
-    RUN/checkpoints/step-000050/   DeepSpeed's files, one part per rank, with the run's state
+    RUN/checkpoints/step-000050/   DeepSpeed's files, one part per rank, with the run's state, and their manifest
     RUN/checkpoints/latest         the name of the newest complete one; written last
 
-A checkpoint is written to `partial-...`, flushed to disk by the ranks that wrote it, and renamed once all have done so.
-An old one is renamed before it is removed. So every `step-...` is complete at any moment; the next save or resume
-removes leftovers. No random state is stored, since every random draw is keyed.
+A checkpoint is written to `partial-...`, by each rank while it trains on (`snapshot.py`), and flushed to disk. Once all
+ranks have done so, it gets its manifest and is renamed. An old one is renamed before it is removed. So every `step-...`
+is complete at any moment; the next save or resume removes leftovers. No random state is stored, since every random draw
+is keyed.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from bpgo_video.config.run import RunConfig
 from bpgo_video.distributed import zero_files
 from bpgo_video.distributed.engine import Engine
-from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main, rank0_first
-from bpgo_video.distributed.zero_files import CheckpointError
-from bpgo_video.files import atomic_file, flush, write_json
+from bpgo_video.distributed.manifest import (
+    CheckpointError,
+    File,
+    Layout,
+    Manifest,
+    check_files,
+    read_manifest,
+    write_manifest,
+)
+from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, from_main
+from bpgo_video.distributed.optimizer import MOMENTS
+from bpgo_video.distributed.snapshot import SaveFiles, Sink, begin
+from bpgo_video.files import atomic_file, flush
 
-LAYOUT_VERSION = 3
-LAYOUT = "layout.json"
 FOLDER = "checkpoints"
 LATEST = "latest"
 PARTIAL = "partial-"
+DAMAGED = "damaged-"
 WRITER_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error")  # in torch's messages
 
-Part = Callable[[Path, int], None]  # writes a rank's further files: (folder, rank)
-ResumeMode = Literal["as written", "universal", "weights"]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The content of layout.json: what decides how a checkpoint can be read."""
-
-    world_size: int
-    zero_stage: int
-    dtype: str
-    version: int = LAYOUT_VERSION
+Part = Callable[[Path, int, Sink], None]  # passes a rank's further files to the sink: (folder, rank, sink)
+ResumeMode = Literal["as written", "elements", "weights"]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A complete checkpoint, its size over all ranks, and how long the ranks waited for it."""
+    """A complete checkpoint, its size over all ranks, and what it cost.
+
+    Attributes:
+        seconds: that training waited for it.
+        write_seconds: from its beginning until it was complete.
+    """
 
     folder: Path
     bytes: int
     seconds: float
+    write_seconds: float
 
     def __str__(self) -> str:
-        return f"checkpoint {self.folder.name}: {self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"
+        return (
+            f"checkpoint {self.folder.name}: {self.bytes / 1e6:,.1f} MB, written in {self.write_seconds:.1f} s; "
+            f"training waited {self.seconds:.1f} s"
+        )
 
     def metrics(self) -> dict[str, float]:
-        return {"seconds/checkpoint": self.seconds, "checkpoint/bytes": float(self.bytes)}
+        return {
+            "seconds/checkpoint": self.seconds,
+            "checkpoint/write_seconds": self.write_seconds,
+            "checkpoint/bytes": float(self.bytes),
+        }
 
 
 def layout_of(engine: Engine, mesh: Mesh) -> Layout:
     return Layout(mesh.world_size, engine.stage, str(engine.dtype))
 
 
-def save(
-    engine: Engine, run: RunConfig, step: int, state: Mapping[str, Any], mesh: Mesh, parts: Sequence[Part] = ()
-) -> Saved:
-    """Write the checkpoint of a finished `step`. Collective; it is complete when any rank returns.
+@dataclass
+class _Writing:
+    """A checkpoint that this rank is writing."""
 
-    Raises:
-        CheckpointError: it could not be written; the one before is intact. A rank that fails while others wait in
-            DeepSpeed's own barriers raises alone, and the heartbeat ends them.
+    step: int
+    partial: Path
+    files: Future[dict[Path, File]]
+    started: float
+    waited: float
+
+
+class Saver:
+    """Saves a run's checkpoints, one at a time. All ranks call each method together.
+
+    Args:
+        report: called on every rank with each complete checkpoint.
     """
-    started, run_dir = time.perf_counter(), Path(run.dir)
-    folder = run_dir / FOLDER / f"step-{step:06d}"
-    partial = folder.with_name(f"{PARTIAL}{folder.name}")
-    with all_or_none(mesh), _write_errors(run_dir, step):
-        if mesh.is_main:
-            clear_leftovers(run_dir)
-    with _write_errors(run_dir, step):
-        engine.save(partial.parent, partial.name, state)
-    with all_or_none(mesh), _write_errors(run_dir, step):
-        if mesh.is_main:
-            write_json(partial / LAYOUT, asdict(layout_of(engine, mesh)))
-        for write in parts:
-            write(partial, mesh.rank)
-        for path in files_of_rank(mesh.rank, partial):
-            flush(path)
-    with all_or_none(mesh), _write_errors(run_dir, step):
-        if mesh.is_main:
-            _publish(partial, folder)
-            _prune(folder, run)
-    size = sum(path.stat().st_size for path in folder.rglob("*")) if mesh.is_main else 0
-    return Saved(folder, from_main(size, mesh), time.perf_counter() - started)
+
+    def __init__(self, engine: Engine, run: RunConfig, mesh: Mesh, report: Callable[[Saved], None]) -> None:
+        self._engine, self._run, self._mesh, self._report = engine, run, mesh, report
+        self._files = SaveFiles(run.save_async)
+        self._writing: _Writing | None = None
+        self._removed: Future[Any] = begin(list, in_thread=False)
+
+    def save(self, step: int, state: Mapping[str, Any], parts: Sequence[Part] = ()) -> None:
+        """Begin the checkpoint of a finished `step`, after completing the one before.
+
+        Raises:
+            CheckpointError: one of them could not be written; the ones before are intact. A rank that fails while
+                others wait in DeepSpeed's own barriers raises alone, and the heartbeat ends them.
+        """
+        self.finish()
+        started, mesh, run_dir = time.perf_counter(), self._mesh, Path(self._run.dir)
+        folder = folder_of(run_dir, step)
+        partial = folder.with_name(f"{PARTIAL}{folder.name}")
+        with all_or_none(mesh), _write_errors(run_dir, step):
+            if mesh.is_main:
+                clear_leftovers(run_dir)
+        with _write_errors(run_dir, step):
+            self._engine.save(partial.parent, partial.name, state, self._files.put)
+        with all_or_none(mesh), _write_errors(run_dir, step):
+            for part in parts:
+                part(partial, mesh.rank, self._files.put)
+            written = self._files.write(lambda: files_of_rank(mesh.rank, partial))
+        self._writing = _Writing(step, partial, written, started, time.perf_counter() - started)
+
+    def poll(self) -> None:
+        """Complete the checkpoint that is being written if every rank has written its part."""
+        if self._writing and not self._mesh.largest(int(not self._writing.files.done())):
+            self._complete(self._writing, in_thread=True)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and complete it. Raises CheckpointError as `save`."""
+        if self._writing:
+            self._complete(self._writing, in_thread=False)
+        with all_or_none(self._mesh):
+            self._removed.result()
+
+    def _complete(self, writing: _Writing, in_thread: bool) -> None:
+        """Publish a checkpoint when this rank has written its part; rank 0 removes old ones, perhaps in a thread."""
+        self._writing = None
+        started, mesh, run_dir = time.perf_counter(), self._mesh, Path(self._run.dir)
+        partial, folder = writing.partial, folder_of(run_dir, writing.step)
+        with all_or_none(mesh), _write_errors(run_dir, writing.step):
+            mine = {path.relative_to(partial).as_posix(): file for path, file in writing.files.result().items()}
+        files = {name: file for part in from_all(mine, mesh) for name, file in part.items()}
+        manifest = Manifest(writing.step, layout_of(self._engine, mesh), dict(sorted(files.items())))
+        with all_or_none(mesh), _write_errors(run_dir, writing.step):
+            if mesh.is_main:
+                write_manifest(manifest, partial)
+                old = [*_publish(partial, folder), *_outdated(folder, self._run)]
+                self._removed = begin(lambda: list(map(shutil.rmtree, old)), in_thread)
+        now = time.perf_counter()
+        self._report(Saved(folder, manifest.bytes, writing.waited + now - started, now - writing.started))
 
 
-def _publish(partial: Path, folder: Path) -> None:
-    """Turn a completely written folder into the newest checkpoint; each change is on disk before the next."""
-    for path in [*partial.rglob("*"), partial]:
-        flush(path)
-    if folder.exists():  # from a launch that ended before it could update `latest`
-        _remove(folder)
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / FOLDER / f"step-{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _publish(partial: Path, folder: Path) -> list[Path]:
+    """Turn a completely written folder into the newest checkpoint; what is to be removed.
+
+    Each change is on disk before the next.
+    """
+    flush(partial)
+    old = [_renamed(folder)] if folder.exists() else []  # from a launch that ended before it could update `latest`
     partial.rename(folder)
     flush(folder.parent)
     with atomic_file(folder.parent / LATEST) as path:
         path.write_text(folder.name, "utf-8")
+    return old
 
 
-def _prune(newest: Path, run: RunConfig) -> None:
-    """Remove all but the newest `keep_checkpoints` and the multiples of `keep_every`."""
-    steps = sorted(int(path.name.removeprefix("step-")) for path in newest.parent.glob("step-*") if path != newest)
-    for step in steps[: max(0, len(steps) + 1 - run.keep_checkpoints)]:
-        if not run.keep_every or step % run.keep_every:
-            _remove(newest.with_name(f"step-{step:06d}"))
+def _outdated(newest: Path, run: RunConfig) -> list[Path]:
+    """Rename all but the newest `keep_checkpoints` and the multiples of `keep_every`; later ones are not the run's."""
+    steps = sorted(step for step in map(step_of, newest.parent.glob("step-*")) if step < step_of(newest))
+    old = steps[: max(0, len(steps) + 1 - run.keep_checkpoints)]
+    return [
+        _renamed(newest.with_name(f"step-{step:06d}")) for step in old if not run.keep_every or step % run.keep_every
+    ]
 
 
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint such that a kill leaves it complete, or under a `partial-` name."""
-    renamed = folder.with_name(f"{PARTIAL}old-{folder.name}")
-    folder.rename(renamed)
-    shutil.rmtree(renamed)
+def _renamed(folder: Path) -> Path:
+    """A checkpoint that is to be removed, such that a kill leaves it complete, or under a `partial-` name."""
+    return folder.rename(folder.with_name(f"{PARTIAL}old-{folder.name}"))
 
 
 def clear_leftovers(run_dir: Path) -> None:
@@ -161,40 +229,96 @@ def newest(run_dir: Path) -> str | None:
     latest = run_dir / FOLDER / LATEST
     if not latest.is_file():
         return None
-    name = latest.read_text("utf-8").strip()
-    if not (run_dir / FOLDER / name).is_dir():
+    name = latest.read_text("utf-8", "replace").strip()
+    if not re.fullmatch(r"step-\d{6,}", name) or not (run_dir / FOLDER / name).is_dir():
         raise CheckpointError(f"{latest} names {name!r}, which does not exist; write an existing step-... into it")
     return name
 
 
-def read_layout(folder: Path) -> Layout:
-    """A checkpoint's layout.
+def candidates(run_dir: Path) -> list[Path]:
+    """The complete checkpoints that a run may continue from: `latest`, then the older ones, newest first."""
+    name = newest(run_dir)
+    if name is None:
+        return []
+    folders = sorted((run_dir / FOLDER).glob("step-*"), key=step_of, reverse=True)
+    return [folder for folder in folders if step_of(folder) <= step_of(Path(name))]
+
+
+def newest_intact(run_dir: Path, mesh: Mesh) -> Path | None:
+    """The newest checkpoint whose files are what was saved; None if the run has none yet. Collective.
+
+    The ranks share the files among them. A damaged checkpoint is reported, and renamed to `damaged-...`.
 
     Raises:
-        CheckpointError: it has another version.
+        CheckpointError: all are damaged.
     """
-    path = folder / LAYOUT
-    found = json.loads(path.read_text("utf-8")) if path.is_file() else {"version": 1}
-    if found["version"] != LAYOUT_VERSION:
-        raise CheckpointError(f"{folder} has layout version {found['version']}, this program reads {LAYOUT_VERSION}")
-    return Layout(**found)
+    with all_or_none(mesh):
+        folders = candidates(run_dir) if mesh.is_main else []
+    damaged: dict[Path, str] = {}
+    for folder in from_main(folders, mesh):
+        problems = [problem for problem in from_all(damage(folder, mesh.rank, mesh.world_size), mesh) if problem]
+        if not problems:
+            if mesh.is_main:
+                _set_aside(damaged, folder)
+            return Path(folder)
+        damaged[folder] = problems[0]
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of {run_dir} is intact: {'; '.join(damaged.values())}; copy one back from a backup, or "
+            "start another run with --run.dir"
+        )
+    return None
+
+
+def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with a checkpoint's manifest, or with a rank's share of its files; None if nothing is."""
+    try:
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, list(manifest.files)[rank::world_size])
+    except CheckpointError as error:
+        return f"{error}"
+    return None
+
+
+def _set_aside(damaged: Mapping[Path, str], used: Path) -> None:
+    for folder, problem in damaged.items():
+        aside = folder.with_name(f"{DAMAGED}{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        tqdm.write(
+            f"warning: {problem}; the checkpoint is now {aside}, and the run continues from the newest intact one, "
+            f"{used.name}",
+            file=sys.stderr,
+        )
+
+
+def check(folder: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Check a checkpoint, or a rank's share of its files, before its weights are used.
+
+    Raises:
+        CheckpointError: names the damaged file, and the newest checkpoint of the run that is intact.
+    """
+    if problem := damage(folder, rank, world_size):
+        others = sorted(folder.parent.glob("step-*"), key=step_of, reverse=True)
+        intact = next((other for other in others if other != folder and not damage(other)), None)
+        raise CheckpointError(f"{problem}; {f'{intact} is intact' if intact else 'no other checkpoint is intact'}")
 
 
 def load(engine: Engine, folder: Path, mesh: Mesh, optimizer: str = "keep") -> dict[str, Any]:
-    """Load a checkpoint's weights, optimizer and schedule into the engine; the run's state. Collective.
+    """Load a checked checkpoint's weights, optimizer and schedule into the engine; the run's state. Collective.
 
     Args:
         optimizer: `keep` its state, or start `fresh`.
 
     Raises:
-        CheckpointError: another layout or dtype, ZeRO stages that do not convert, or a file that names code.
+        CheckpointError: another dtype, or a file that names code.
     """
     with all_or_none(mesh):
-        zero_files.refuse_foreign_pickles(folder)
-        mode = resume_mode(read_layout(folder), layout_of(engine, mesh), optimizer, engine.has_optimizer_state, folder)
-    if mode == "universal":
-        return _load_universal(engine, folder, mesh)
-    return _load_weights(engine, folder, mesh) if mode == "weights" else engine.load(folder.parent, folder.name)
+        layout = read_manifest(folder).layout
+        mode = resume_mode(layout, layout_of(engine, mesh), optimizer, engine.has_optimizer_state, folder)
+    if mode == "as written":
+        return engine.load(folder.parent, folder.name)
+    return _load_elements(engine, folder, mesh, with_optimizer=mode == "elements")
 
 
 def resume_mode(written: Layout, here: Layout, optimizer: str, has_optimizer_state: bool, folder: Path) -> ResumeMode:
@@ -210,34 +334,21 @@ def resume_mode(written: Layout, here: Layout, optimizer: str, has_optimizer_sta
         )
     if written == here and optimizer == "keep":
         return "as written"
-    if optimizer == "fresh" or not has_optimizer_state:
-        return "weights"
-    if (written.zero_stage == 3) == (here.zero_stage == 3):
-        return "universal"
-    raise CheckpointError(
-        f"{folder} was written under ZeRO {written.zero_stage}, this run has ZeRO {here.zero_stage}: DeepSpeed does "
-        "not convert optimizer states between stage 3 and the others; use the stage that wrote it, or start a fresh "
-        "optimizer with --run.resume-optimizer fresh (everything else is kept)"
-    )
+    return "elements" if optimizer == "keep" and has_optimizer_state else "weights"
 
 
-def _load_universal(engine: Engine, folder: Path, mesh: Mesh) -> dict[str, Any]:
-    """Load through universal files, which rank 0 writes; they need the checkpoint's size again for a while."""
-    partial = folder.with_name(f"{PARTIAL}universal")
-    rank0_first(lambda: zero_files.to_universal(folder, partial / folder.name), mesh, partial / "done")
-    state = engine.load(partial, folder.name, universal=True)
-    mesh.barrier()
-    if mesh.is_main:
-        shutil.rmtree(partial)
-    return state
+def _load_elements(engine: Engine, folder: Path, mesh: Mesh, with_optimizer: bool) -> dict[str, Any]:
+    """Load from files of any number of ranks and any ZeRO stage: each rank reads its own elements from all of them.
 
-
-def _load_weights(engine: Engine, folder: Path, mesh: Mesh) -> dict[str, Any]:
-    """Load the masters and the schedule alone; each rank reads its own elements from all ranks' files."""
+    Tensors are mapped, not read, so that all ranks together read about one checkpoint.
+    """
     with all_or_none(mesh):
         saved = zero_files.ZeroParameters(folder)
         for shard in engine.masters.shards():
             saved.load_into(shard)
+        if with_optimizer:
+            moments = {name: zero_files.ZeroParameters(folder, name) for name in MOMENTS}
+            engine.masters.continue_moments(moments)
     engine.masters.publish()
     state: dict[str, Any] = zero_files.read_file(zero_files.model_file(folder))
     engine.continue_schedule(state["lr_scheduler"])

@@ -24,9 +24,10 @@ import torch
 from safetensors import safe_open
 
 from bpgo_video.config.bpgo import EmaConfig
+from bpgo_video.distributed.manifest import CheckpointError, write_file
 from bpgo_video.distributed.optimizer import ZeroMasters
-from bpgo_video.distributed.zero_files import CheckpointError, StoredParameters
-from bpgo_video.files import save_tensors
+from bpgo_video.distributed.snapshot import Sink
+from bpgo_video.distributed.zero_files import StoredParameters
 
 
 def decay_after(updates: int, config: EmaConfig) -> float:
@@ -71,14 +72,12 @@ class EMA:
         self._masters.publish()
 
 
-def save_average(ema: EMA, folder: Path, rank: int) -> None:
-    """Write this rank's shards of the average into a checkpoint's folder."""
+def save_average(ema: EMA, folder: Path, rank: int, sink: Sink = write_file) -> None:
+    """Pass this rank's shards of the average to `sink`, as a file of a checkpoint's folder; by default, write it."""
     header = {shard.name: {"start": shard.start, "shape": shard.shape} for shard in ema.shards}
-    save_tensors(
-        {shard.name: shard.values.contiguous() for shard in ema.shards},
-        folder / f"ema-rank-{rank:05d}.safetensors",
-        metadata={"shards": json.dumps(header), "updates": str(ema.updates)},
-    )
+    tensors = {shard.name: shard.values.contiguous() for shard in ema.shards}
+    metadata = {"shards": json.dumps(header), "updates": str(ema.updates)}
+    sink((tensors, metadata), folder / f"ema-rank-{rank:05d}.safetensors")
 
 
 def load_average(ema: EMA, folder: Path) -> None:

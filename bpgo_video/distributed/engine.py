@@ -1,6 +1,6 @@
 """The DeepSpeed engine: start ranks, build models sharded, run backward and step, save and load.
 
-This is the only file that runs DeepSpeed; `zero_files.py` reads what it wrote.
+This is the only file that runs DeepSpeed; `zero_files.py` reads what it writes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -44,9 +45,12 @@ from bpgo_video.distributed.ds_config import (
     restore_shards,
     tensor_files,
 )
+from bpgo_video.distributed.manifest import write_file
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
 from bpgo_video.documents import wrong_value
+from bpgo_video.distributed.snapshot import Sink
+from bpgo_video.distributed.zero_files import read_file
 from bpgo_video.errors import install_excepthook
 
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
@@ -188,6 +192,20 @@ def call_by_position(module: nn.Module, block_classes: tuple[type[nn.Module], ..
             block.register_forward_pre_hook(by_position, with_kwargs=True)
 
 
+class _Files(TorchCheckpointEngine):
+    """How DeepSpeed writes and reads the files of a checkpoint; reading runs no code."""
+
+    def __init__(self, sink: Sink) -> None:
+        super().__init__()
+        self._sink = sink
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._sink(state_dict, Path(path))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return read_file(Path(path), mapped=False)
+
+
 class Engine:
     """One trained module under DeepSpeed.
 
@@ -232,6 +250,8 @@ class Engine:
         for transformer in module.values() if isinstance(module, nn.ModuleDict) else [module]:
             check_parameters(transformer, self.dtype)
         self._touched.attach(self.wrapped)
+        self.wrapped.optimizer.check_grad_overflow = True  # otherwise ZeRO 1 and 2 apply a gradient of inf in bf16
+        self._skipped, self._max_skipped = 0, optim.max_skipped
         self.masters = ZeroMasters(self.wrapped, self.stage)
 
     @property
@@ -244,23 +264,33 @@ class Engine:
         self.wrapped.backward(loss)
 
     def step(self) -> float:
-        """One optimizer update; the gradient's norm before clipping.
+        """One optimizer update; the gradient's norm before clipping, over all ranks.
+
+        A gradient that is not finite updates nothing: weights, moments and schedule stay as they are. Its norm is inf.
 
         Raises:
-            FloatingPointError: the gradient is not finite; the weights in memory are corrupted, checkpoints are not.
+            FloatingPointError: that many updates in a row were skipped; see `optim.max_skipped`.
         """
         self._touched.before_step(self.wrapped)
         self.wrapped.step()
         self._touched.after_step(self.wrapped)
-        norm = self.wrapped.get_global_grad_norm()
-        if norm is None or not math.isfinite(norm):
+        norm = float(self.wrapped.get_global_grad_norm())
+        if math.isfinite(norm):
+            self._skipped = 0
+            if self.after_update is not None:
+                self.after_update()
+            return norm
+        if self.stage != 3:  # with an offloaded optimizer in bf16, DeepSpeed would add the next gradient to this one
+            gradients = self.wrapped.optimizer.averaged_gradients
+            gradients.update(dict.fromkeys(gradients))
+        self._skipped += 1
+        if self._skipped > self._max_skipped:
             raise FloatingPointError(
-                f"gradient norm is {norm}; the last checkpoint is intact: lower the learning rate, or check this "
-                "step's inputs and the records before it in metrics.jsonl"
+                f"the gradient was not finite in {self._skipped} updates in a row, more than optim.max_skipped allows "
+                f"({self._max_skipped}); none of them changed the weights, and the last checkpoint is intact: lower "
+                "the learning rate, or check this step's inputs and the records before it in metrics.jsonl"
             )
-        if self.after_update is not None:
-            self.after_update()
-        return float(norm)
+        return math.inf
 
     @contextmanager
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
@@ -291,17 +321,17 @@ class Engine:
         with unwrap_model_for_generation(self.wrapped):
             yield
 
-    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
-        """Write this rank's part and `state`, which `load` returns, into folder/tag. Collective."""
+    def save(self, folder: Path, tag: str, state: Mapping[str, Any], sink: Sink) -> None:
+        """Pass this rank's files of folder/tag to `sink`, with `state`, which `load` returns. Collective."""
+        self.wrapped.checkpoint_engine = _Files(sink)
         self.wrapped.save_checkpoint(
             str(folder), tag, dict(state), save_latest=False, exclude_frozen_parameters=not self.trains_all
         )
 
-    def load(self, folder: Path, tag: str, universal: bool = False) -> dict[str, Any]:
-        """Continue from `save`'s files of the same number of ranks, or from universal ones; the saved `state`."""
-        self.wrapped._config.load_universal_checkpoint = universal
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Continue from the files of as many ranks under the same stage; the saved `state`. Collective."""
+        self.wrapped.checkpoint_engine = _Files(write_file)
         path, state = self.wrapped.load_checkpoint(str(folder), tag, load_module_strict=self.trains_all)
-        self.wrapped._config.load_universal_checkpoint = False
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint {tag!r} in {folder}")
         return state

@@ -14,11 +14,10 @@ from __future__ import annotations
 import hashlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -174,24 +173,6 @@ def all_or_none(mesh: Mesh) -> Iterator[None]:
     if failed:
         time.sleep(POLL_SECONDS)  # the failed rank, which knows more, tells first
         raise OtherRankError(f"{failed[0][0]}{others}: {failed[0][1]}")
-
-
-def rank0_first(work: Callable[[], object], mesh: Mesh, marker: Path) -> None:
-    """Run `work` on rank 0, however long it takes, while the others wait; if it raises, every rank raises.
-
-    The others poll for the folder `marker` instead of waiting in a collective, which would time out.
-
-    Args:
-        marker: a folder that does not exist yet, on storage that all ranks share; it is not removed.
-    """
-    with all_or_none(mesh):
-        if mesh.is_main:
-            try:
-                work()
-            finally:
-                marker.mkdir(parents=True)
-        while not marker.exists():
-            time.sleep(POLL_SECONDS)
 
 
 def same_everywhere(values: Mapping[str, str], mesh: Mesh) -> None:

@@ -6,11 +6,11 @@ This file reads DeepSpeed's optimizers without importing DeepSpeed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32
@@ -24,6 +24,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1] after t
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
 }
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's averages of the gradient and of its square
 
 
 def learning_rate_factor(name: str, warmup_updates: int, total_updates: int) -> Callable[[int], float]:
@@ -126,12 +127,27 @@ class Shard:
         name, shape: of the whole parameter.
         start: index of the first element.
         values: [elements], fp32. In `ZeroMasters` a view of the optimizer's weights: writing to it changes them.
+        group, offset: which of the optimizer's vectors holds the elements, and from where.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
     values: Float32[Tensor, "elements"]
+    group: int = 0
+    offset: int = 0
+
+
+@runtime_checkable
+class SavedMoment(Protocol):
+    """A moment in a checkpoint; see `zero_files.ZeroParameters`."""
+
+    updates: dict[str, float]
+
+    def load_into(self, shard: Shard) -> None: ...
+
+
+Place = tuple[tuple[int, ...], int, int, int, int]  # shape, first element; group, offset in its vector, count
 
 
 class ZeroMasters:
@@ -155,26 +171,60 @@ class ZeroMasters:
                 "the DeepSpeed JSON offloads the optimizer to NVMe, where its weights can be neither averaged nor set; "
                 "set zero_optimization.offload_optimizer.device to 'cpu', or ema.decay to 0"
             )
-        named = self._engine.module.named_parameters()
-        shard_of = self._shard_of_zero3 if self._stage == 3 else self._shard_of_zero12
-        shards = (shard_of(name, parameter) for name, parameter in named if parameter.requires_grad)
-        return [shard for shard in shards if shard is not None]
+        locate = self._locate_zero3 if self._stage == 3 else self._locate_zero12
+        trained = [(name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad]
+        located = [(name, *place) for name, p in trained for place in [locate(p)] if place is not None]
+        return [
+            Shard(name, shape, start, self._vectors[group].detach().narrow(0, offset, count), group, offset)
+            for name, shape, start, group, offset, count in located
+        ]
 
-    def _shard_of_zero12(self, name: str, parameter: Any) -> Shard | None:
+    @property
+    def _vectors(self) -> list[Tensor]:
+        """The optimizer's flat fp32 weights on this rank, one vector per group."""
+        optimizer = self._engine.optimizer
+        found: list[Tensor] = (
+            optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        )
+        return found
+
+    def _locate_zero12(self, parameter: Any) -> Place | None:
         """ZeRO 1 and 2 flatten a group's parameters into one vector, and cut it into one part per rank."""
         mapping = parameter._hp_mapping
         if mapping is None:  # all elements are on other ranks
             return None
-        return Shard(name, tuple(parameter.shape), mapping.lp_fragment_address.start, mapping.hp_fragment.detach())
+        group, fragment = self._groups[id(parameter)], mapping.hp_fragment_address
+        return tuple(parameter.shape), mapping.lp_fragment_address.start, group, fragment.start, fragment.numel
 
-    def _shard_of_zero3(self, name: str, parameter: Any) -> Shard | None:
+    @cached_property
+    def _groups(self) -> dict[int, int]:
+        """Under ZeRO 1 and 2, the group of each trained parameter, by its identity."""
+        groups = enumerate(self._engine.optimizer.bit16_groups)
+        return {id(parameter): number for number, parameters in groups for parameter in parameters}
+
+    def _locate_zero3(self, parameter: Any) -> Place | None:
         """ZeRO 3 cuts every parameter into equal parts, and pads the last ones."""
         optimizer = self._engine.optimizer
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = length * optimizer.dp_process_group.rank()
         count = min(length, parameter.ds_numel - start)
-        masters = optimizer.fp32_partitioned_groups_flat[group].detach()
-        return Shard(name, tuple(parameter.ds_shape), start, masters.narrow(0, offset, count)) if count > 0 else None
+        return (tuple(parameter.ds_shape), start, group, offset, count) if count > 0 else None
+
+    def continue_moments(self, saved: Mapping[str, SavedMoment]) -> None:
+        """Set AdamW's moments, by their names in `MOMENTS`, and its numbers of updates; padding stays 0.
+
+        Raises:
+            ConfigError, CheckpointError: see `shards` and `SavedMoment.load_into`.
+        """
+        shards, adam = self.shards(), self._engine.optimizer.optimizer.state
+        for group, vector in enumerate(self._vectors):
+            mine = [shard for shard in shards if shard.group == group]
+            state = adam[vector] = {"step": torch.tensor(0.0)}  # a tensor on the CPU, as torch's AdamW makes it
+            for name, moment in saved.items():
+                state[name] = torch.zeros_like(vector)
+                for shard in mine:
+                    moment.load_into(replace(shard, values=state[name].narrow(0, shard.offset, shard.values.numel())))
+                    state["step"].fill_(moment.updates[shard.name])
 
     def publish(self) -> None:
         """Round the masters into the weights that the model computes with. Collective."""

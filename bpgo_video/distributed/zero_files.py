@@ -24,7 +24,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from deepspeed.checkpoint import ds_to_universal
@@ -35,17 +35,12 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from tqdm import tqdm
 
+from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.distributed.optimizer import Shard
 from bpgo_video.files import new_folder
 
 ALLOWED = (ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address)  # in DeepSpeed's own files
 ALLOWED_GLOBALS = {f"{kind.__module__}.{kind.__qualname__}" for kind in ALLOWED}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, incomplete, of another layout, or not what it claims to be."""
-
-    exit_code: ClassVar[int] = 2
 
 
 def refuse_foreign_pickles(folder: Path) -> None:
@@ -66,15 +61,18 @@ def refuse_foreign_pickles(folder: Path) -> None:
             )
 
 
-def read_file(path: Path) -> Any:
-    """A file of a checkpoint; its tensors are mapped into memory, and read when they are used.
+def read_file(path: Path, mapped: bool = True) -> Any:
+    """A file of a checkpoint.
+
+    Args:
+        mapped: tensors are mapped into memory, and read when they are used; the file must stay until then.
 
     Raises:
         CheckpointError: the file is damaged, or see `refuse_foreign_pickles`.
     """
     try:
         with safe_globals(list(ALLOWED)):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
         raise CheckpointError(f"{path} is damaged, or not a file of DeepSpeed's ({error})") from error
 
@@ -172,12 +170,19 @@ class ZeroParameters(StoredParameters):
     Bit-equal to DeepSpeed's `get_fp32_state_dict_from_zero_checkpoint(exclude_frozen_parameters=True)`. Needs no
     process group.
 
+    Args:
+        moment: one of `MOMENTS`, to read AdamW's average of each parameter's gradient instead.
+
+    Attributes:
+        updates: of the optimizer, by parameter, if a moment is read; 0 if it has never updated the parameter.
+
     Raises:
         CheckpointError: a file is damaged, missing or names code, or its length does not fit the parameters.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, moment: str | None = None):
         super().__init__(folder)
+        self.updates: dict[str, float] = {}
         model, files = read_file(model_file(folder)), optimizer_files(folder)
         states = [read_file(path)["optimizer_state_dict"] for path in files]
         saved = {name: model["module"][name] for name in model["buffer_names"] if name in model["module"]}
@@ -187,6 +192,11 @@ class ZeroParameters(StoredParameters):
         zero3 = int(states[0]["zero_stage"]) == 3
         key = "fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups"
         by_rank = [state[key] for state in states]
+        if moment is not None:
+            adam = states[0]["optimizer_state_dict" if zero3 else "base_optimizer_state"]["state"]
+            updates = [float(adam.get(number, {}).get("step", 0.0)) for number in range(len(groups))]
+            self.updates = {name: count for shapes, count in zip(groups, updates, strict=True) for name in shapes}
+            by_rank = [_moments(state, by, moment, zero3) for state, by in zip(states, by_rank, strict=True)]
         if zero3:
             self._locate({name: shape for shapes in groups for name, shape in shapes.items()}, by_rank)
         else:
@@ -222,6 +232,13 @@ class ZeroParameters(StoredParameters):
                 raise CheckpointError(
                     f"{self.folder}: the parameters take {start} values, the files hold {held}; is the copy complete?"
                 )
+
+
+def _moments(state: Mapping[str, Any], weights: Vector, moment: str, zero3: bool) -> Vector:
+    """A rank's vectors of a moment; zeros for groups that the optimizer has never updated."""
+    adam = state["optimizer_state_dict" if zero3 else "base_optimizer_state"]["state"]
+    never = torch.zeros(())
+    return [adam.get(number, {}).get(moment, never.expand(len(part))) for number, part in enumerate(weights)]
 
 
 def _cut(parts: Vector, start: int, stop: int) -> list[Tensor]:

@@ -36,8 +36,8 @@ from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import read_recipe, read_yaml
 from bpgo_video.data.media import write_video
 from bpgo_video.distributed.ds_config import compute_dtype
+from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
-from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.evaluation import comparison as files
 from bpgo_video.evaluation.compare_report import as_table, write_report
 from bpgo_video.evaluation.comparison import DIVERSITY, MOTION, Measure, ModelScores, compare, write_comparison
@@ -156,7 +156,8 @@ class Measurement:
 
     def __init__(self, request: Request, config: Config, weights: str, suite: RewardSuite, mesh: Mesh) -> None:
         self.request, self.suite, self.mesh = request, suite, mesh
-        model = named_model(request.source, config.policy.family)
+        with all_or_none(mesh):
+            model = named_model(request.source, config.policy.family, rank=mesh.rank, world_size=mesh.world_size)
         self.checkpoint = checkpoint = model.checkpoint
         policy = replace(config.policy, folder=request.source)
         if checkpoint is not None:

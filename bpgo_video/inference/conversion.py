@@ -26,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpgo_video.config.bpgo import ConfigError, LoraConfig
-from bpgo_video.distributed.zero_files import CheckpointError, to_universal, verify_universal
+from bpgo_video.distributed.manifest import CheckpointError
+from bpgo_video.distributed.zero_files import to_universal, verify_universal
 from bpgo_video.errors import some_of
 from bpgo_video.files import new_folder
 from bpgo_video.inference import model_files

@@ -244,7 +244,7 @@ def generate(
     """
     paths = paths or OutputPaths.within(settings.output)
     with all_or_none(mesh):
-        model = find_model(settings)
+        model = find_model(settings, mesh.rank, mesh.world_size)
         settings = model.complete(settings)
         prompts = read(settings, model.policy.takes_images)
         call = resolve(settings, model.policy)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.distributed.engine import Engine
+from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.errors import some_of
 from bpgo_video.files import save_tensors
 from bpgo_video.inference.hub import CardFacts, write_card

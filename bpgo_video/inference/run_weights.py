@@ -24,8 +24,8 @@ from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint
 from bpgo_video.distributed.ds_config import model_buffers, parameter_dtype, read_tensor, tensor_files
 from bpgo_video.distributed.ema import AverageParameters
+from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.distributed.zero_files import (
-    CheckpointError,
     ZeroParameters,
     model_file,
     optimizer_files,
@@ -88,8 +88,11 @@ def holds_checkpoint(path: Path) -> bool:
     return (path / checkpoint.FOLDER).is_dir() or any(path.glob("*_model_states.pt"))
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
+def find_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
     """The checkpoint at `path`, or the newest one of the run at `path`.
+
+    Args:
+        rank, world_size: of several processes that read it, each of which checks its share of the files.
 
     Raises:
         CheckpointError: no checkpoint, not a ZeRO checkpoint, incomplete, or it names code to run.
@@ -108,6 +111,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     config_file = folder.parents[1] / "config.yaml"
     if not config_file.is_file():
         raise CheckpointError(f"{config_file} is missing, which names the run's model; copy it there from the run")
+    checkpoint.check(folder, rank, world_size)
     refuse_foreign_pickles(folder)
     optimizer_files(folder)
     state = read_file(model_file(folder))
@@ -139,13 +143,13 @@ class Model:
         return replace(settings, **{name: getattr(getattr(recipe, key), name) for name, key in missing.items()})
 
 
-def find_model(settings: GenerationSettings) -> Model:
+def find_model(settings: GenerationSettings, rank: int = 0, world_size: int = 1) -> Model:
     """The pipeline folder or the training checkpoint that `settings.policy` names; see `named_model`.
 
     Raises:
         GenerationError: averaged weights of a model that is no checkpoint.
     """
-    model = named_model(settings.policy, settings.family, options_of(settings))
+    model = named_model(settings.policy, settings.family, options_of(settings), rank, world_size)
     if model.checkpoint is None and settings.weights != "raw":
         raise GenerationError(
             f"weights is {settings.weights!r}, but {settings.policy} is no training checkpoint or run; remove --weights"
@@ -153,18 +157,25 @@ def find_model(settings: GenerationSettings) -> Model:
     return model
 
 
-def named_model(policy: str, family: str | None = None, options: Mapping[str, float] | None = None) -> Model:
+def named_model(
+    policy: str,
+    family: str | None = None,
+    options: Mapping[str, float] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Model:
     """A pipeline folder, a training checkpoint, or the newest one of a run.
 
     Args:
         family: see `policies.family`; None takes the run's, or what the folder says.
         options: the family's own settings; they replace those of the run.
+        rank, world_size: see `find_checkpoint`.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: there is no such model, or it cannot be used.
     """
     path = Path(policy).expanduser()
-    checkpoint = find_checkpoint(path) if path.is_dir() and holds_checkpoint(path) else None
+    checkpoint = find_checkpoint(path, rank, world_size) if path.is_dir() and holds_checkpoint(path) else None
     folder, recipe = (str(checkpoint.base), checkpoint.config.policy) if checkpoint else (policy, None)
     values = (recipe.options if recipe else {}) | dict(options or {})
     name = family or (recipe.family if recipe else None)

@@ -143,9 +143,12 @@ def with_spread(means: Mapping[str, float]) -> dict[str, float]:
     """Means over all samples, with the spread of the ratio, which cannot be averaged over micro-batches.
 
     Returns:
-        `means` with `ratio_std` and `effective_samples`, (sum r)^2 / (n sum r^2), instead of `RATIO_ERROR`.
+        `means` with `ratio_std` and `effective_samples`, (sum r)^2 / (n sum r^2), instead of `RATIO_ERROR`, if it is
+        there: it is not if every update was skipped.
     """
     metrics = dict(means)
+    if RATIO_ERROR not in metrics:
+        return metrics
     shift, error = metrics["ratio_mean"] - 1, metrics.pop(RATIO_ERROR)
     metrics["ratio_std"] = max(error - shift**2, 0.0) ** 0.5
     metrics["effective_samples"] = (1 + shift) ** 2 / (1 + 2 * shift + error)

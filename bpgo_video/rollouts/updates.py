@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -123,7 +124,8 @@ class Learner(Protocol):
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
-    def step(self) -> float: ...
+    def step(self) -> float:
+        """Update, unless the gradient is not finite on any rank; the gradient's norm."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,9 @@ class UpdateStats:
     """Statistics of the optimizer updates of one rollout, on this rank.
 
     Attributes:
-        metrics: means over micro-batches of the loss's metrics, `grad_norm` (mean over updates) and
-            `ratio_error_first_update_max`: the largest |ratio - 1| before the first update, 0 in an exact replay.
+        metrics: means over micro-batches of the loss's metrics, `grad_norm` (mean over updates),
+            `ratio_error_first_update_max`: the largest |ratio - 1| before the first update, 0 in an exact replay, and
+            `updates_skipped`, because their gradients were not finite; such updates are left out of the means.
         passes: denoising step and metrics of each pass.
     """
 
@@ -154,16 +157,22 @@ def optimise(
             for trajectory, share in zip(trajectories, shares, strict=True)
             for index in share[update]
         ]
+        of_update: list[tuple[int, Mapping[str, Tensor]]] = []
         for number, (trajectory, index) in enumerate(micro_batches, start=1):
             loss = objective.loss(trajectory, index)
             learner.backward(loss.value / len(micro_batches), last=number == len(micro_batches))
-            passes.append((index, {**loss.metrics, "loss": loss.value.detach()}))
+            of_update.append((index, {**loss.metrics, "loss": loss.value.detach()}))
             if update == 0:
                 error = ratio_error(loss.metrics)
                 first_error = float(torch.maximum(error.new_tensor(first_error), error))  # nan stays nan
-        norms.append(learner.step())
-    metrics = {name: _reduced(name, [metrics[name] for _, metrics in passes]) for name in passes[0][1]}
-    metrics |= {"grad_norm": sum(norms) / len(norms), "ratio_error_first_update_max": first_error}
+        norm = learner.step()
+        if math.isfinite(norm):
+            norms.append(norm)
+            passes += of_update
+    metrics = {"updates_skipped": float(updates_per_rollout - len(norms)), "ratio_error_first_update_max": first_error}
+    if norms:
+        metrics |= {name: _reduced(name, [metrics[name] for _, metrics in passes]) for name in passes[0][1]}
+        metrics |= {"grad_norm": sum(norms) / len(norms)}
     return UpdateStats(metrics, passes)
 
 

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.memory import available_cores, ranks_of_this_host
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies.networks import Transformers, from_pretrained, networks_of
 from bpgo_video.randomness import keyed_noise
@@ -37,7 +38,6 @@ from bpgo_video.rollouts.updates import Objective, optimise, ratio_error
 from bpgo_video.training.estimation import estimate_advantages
 from bpgo_video.training.inputs import describe_policy
 from bpgo_video.training.loop import Stopwatch
-from bpgo_video.training.memory import available_cores, ranks_of_this_host
 from bpgo_video.training.metrics import reduce_metrics
 from bpgo_video.training.plan import readable
 from bpgo_video.training.rl import PHASES, build_objective, sample_and_score

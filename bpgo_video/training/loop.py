@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,15 +23,15 @@ from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint, engine
 from bpgo_video.distributed.ema import load_average, save_average
 from bpgo_video.distributed.heartbeat import Heartbeat
+from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.distributed.mesh import Mesh, all_or_none, make_mesh
-from bpgo_video.distributed.zero_files import CheckpointError
 from bpgo_video.errors import InputError
 from bpgo_video.inference.hub import EXPORTED, CardFacts
 from bpgo_video.inference.model_files import export_pipeline
 from bpgo_video.policies.networks import trained_names
 from bpgo_video.training.inputs import Inputs, check_inputs
 from bpgo_video.training.lease import Lease
-from bpgo_video.training.metrics import Keys, RunLog
+from bpgo_video.training.metrics import SKIPPED, Keys, RunLog
 from bpgo_video.training.run_folder import check_run_dir, open_run_dir
 from bpgo_video.training.session import PolicySession
 from bpgo_video.training.stopping import Request, StopRequests
@@ -109,12 +109,15 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
             heartbeat.enter("evaluation")
             trainer.begin()
         else:
-            vars(progress).update(load(session, run_dir / checkpoint.FOLDER / resumed))
+            vars(progress).update(load(session, resumed))
             started -= progress.seconds["total"]
             if mesh.is_main:
-                print(f"continues after step {progress.step}, from {run_dir / checkpoint.FOLDER / resumed}", flush=True)
+                print(f"continues after step {progress.step}, from {resumed}", flush=True)
         trackers = Trackers(named_trackers(config) if mesh.is_main else (), config, progress.step)
         with RunLog(run_dir, trackers, num_steps, progress.step, trainer.keys) as log:
+            saver = checkpoint.Saver(
+                session.engine, config.run, mesh, lambda saved: log.later(str(saved), saved.metrics())
+            )
             for step in range(progress.step, num_steps):
                 record = trainer.train_step(step)
                 lease.check()
@@ -123,15 +126,22 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
                 if last or is_due(progress.step, config.evaluation.every):
                     heartbeat.enter("evaluation", step)
                     record |= trainer.evaluate(step, last, log)
+                if record.get(SKIPPED):
+                    log.later(f"step {progress.step}: {record[SKIPPED]:.0f} updates skipped, gradient not finite", {})
                 log.log(step, record)
                 progress.seconds["total"] = time.perf_counter() - started
                 request = Request.NONE if last else requests.agreed()
                 if last or request or is_due(progress.step, config.run.save_every):
                     heartbeat.enter("checkpoint", step)
                     lease.check()
-                    saved = save(session, progress.step, vars(progress))
-                    log.later(str(saved), saved.metrics())
-                    requests.fulfilled(request, f"after {step + 1} of {num_steps} steps, in {saved.folder}")
+                    save(saver, session, progress)
+                    if last or request:
+                        saver.finish()
+                    requests.fulfilled(
+                        request,
+                        f"after {step + 1} of {num_steps} steps, in {checkpoint.folder_of(run_dir, progress.step)}",
+                    )
+                saver.poll()
                 if request is Request.STOP:
                     return None
         heartbeat.enter("export")
@@ -145,8 +155,8 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
 
 def open_run(
     config: Recipe, kind: type[Trainer], mesh: Mesh, lease: Lease, requests: StopRequests, heartbeat: Heartbeat
-) -> tuple[Trainer, str | None]:
-    """The trainer, built from checked inputs, and the name of the checkpoint to resume from, if any."""
+) -> tuple[Trainer, Path | None]:
+    """The trainer, built from checked inputs, and the checkpoint to resume from, if any."""
     check_world(config, mesh.world_size)
     mesh = make_mesh(mesh.device, config.parallel.sequence)
     torch.manual_seed(config.run.seed)
@@ -163,11 +173,10 @@ def is_due(steps: int, every: int) -> bool:
     return every > 0 and steps % every == 0
 
 
-def save(session: PolicySession, step: int, progress: Mapping[str, Any]) -> checkpoint.Saved:
-    """Write a checkpoint after `step` steps, with the run's progress."""
+def save(saver: checkpoint.Saver, session: PolicySession, progress: Any) -> None:
+    """Begin a checkpoint with the run's progress."""
     parts = [partial(save_average, session.ema)] if session.ema else []
-    state = {"progress": progress, "code": session.code}
-    return checkpoint.save(session.engine, session.config.run, step, state, session.mesh, parts)
+    saver.save(progress.step, {"progress": vars(progress), "code": session.code}, parts)
 
 
 def load(session: PolicySession, folder: Path) -> dict[str, Any]:

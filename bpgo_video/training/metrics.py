@@ -31,6 +31,7 @@ from bpgo_video.training.trackers import Cell, Number, Trackers
 METRICS_FILE = "metrics.jsonl"
 FRAMES_FILE = "samples/frame_scores.jsonl"
 LONGEST_LINE = 2**24  # bytes
+SKIPPED = "updates_skipped"  # key of the number of updates that a step skipped
 QUIET_SECONDS = 10.0  # between progress lines if stderr is not a terminal
 
 
@@ -97,6 +98,8 @@ class RunLog:
     def log(self, step: int, values: Mapping[str, Tensor | Number]) -> None:
         """Appends the record of `step`: finite values, the required keys, a later step than the last record's.
 
+        A step that skipped updates may lack keys, and its values that are not finite are left out.
+
         Raises:
             ValueError: on every rank, before anything is written; names the step and the key.
         """
@@ -112,7 +115,7 @@ class RunLog:
 
     def later(self, message: str, values: Mapping[str, Number]) -> None:
         """Prints a message now, and adds the values to the next record."""
-        self._pending = values
+        self._pending = {**self._pending, **values}
         if self._file is not None:
             tqdm.write(message, file=sys.stderr)
 
@@ -150,9 +153,11 @@ class RunLog:
     def _checked(self, step: int, values: Mapping[str, Tensor | Number]) -> dict[str, Number]:
         if step < self._next_step:
             raise ValueError(f"step {step} is logged already: the next record must be of step {self._next_step}")
-        if missing := [key for key in self._keys.required if key not in values]:
-            raise ValueError(f"the record of step {step} lacks {', '.join(missing)}")
         record = {key: float(value) for key, value in values.items() if key != "step"}
+        if record.get(SKIPPED):
+            return {"step": step, **{key: value for key, value in record.items() if math.isfinite(value)}}
+        if missing := [key for key in self._keys.required if key not in record]:
+            raise ValueError(f"the record of step {step} lacks {', '.join(missing)}")
         for key, value in record.items():
             if not math.isfinite(value):
                 raise ValueError(f"metric {key!r} is {value} at step {step}: only finite values can be logged")
@@ -240,7 +245,7 @@ class _Progress:
         if self._started is None:
             self._started = now - record["seconds"]
         left = (self._total - done) * (now - self._started) / (done - self._first)
-        values = [form.format(record[key]) for key, form in self._shown.items()]
+        values = [form.format(record[key]) for key, form in self._shown.items() if key in record]
         status = "  ".join([*values, f"{left:,.0f} s left"])
         self._bar.set_description_str(status, refresh=False)
         self._bar.update(done - self._bar.n)

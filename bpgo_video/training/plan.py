@@ -27,10 +27,10 @@ from bpgo_video.config.rules import check_world
 from bpgo_video.diffusion.steps import split_updates
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.engine import GATHERED_AT_ONCE, zero_settings
+from bpgo_video.distributed.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.policies import Policy
 from bpgo_video.policies.base import LatentShape
 from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous
-from bpgo_video.training.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.training.plan_models import Footprint, Model, Weights, decoding_bytes, footprint, policy_of, vae_bytes
 
 FP32 = 4  # bytes
@@ -126,8 +126,15 @@ def zero_at_rest(zero: Zero, weights: Weights, config: Config, reference: bool =
         Part("fp32 weights", share, on_host=host_optimizer),
         Part("optimizer", share * (2 if config.optim.name == "adamw" else 0), on_host=host_optimizer),
         Part("average", share if config.ema.decay else 0, on_host=host_optimizer),
+        Part("checkpoint", _checkpoint_bytes(share, config), on_host=True),
         Part("reference", resting if reference else 0, on_host=host_weights),
     ]
+
+
+def _checkpoint_bytes(share: int, config: Config) -> int:
+    """The copy that a checkpoint is written from: weights, AdamW's moments and average of a rank's share."""
+    copies = 1 + (2 if config.optim.name == "adamw" else 0) + (1 if config.ema.decay else 0)
+    return copies * share if config.run.save_async else 0
 
 
 def zero_at_work(
@@ -310,7 +317,7 @@ def reckon(job: Job) -> Plan:
 
 
 def _gathers(job: Job, resting: int) -> bool:
-    """Whether rollouts gather the weights; `auto` follows `training.memory` for a GPU of the job's size."""
+    """Whether rollouts gather the weights; `auto` follows `distributed.memory` for a GPU of the job's size."""
     if job.zero.stage != 3 or job.config.rollout.parameters != "auto":
         return job.zero.stage == 3 and job.config.rollout.parameters == "gathered"
     return missing_weights(job.zero, job.weights) <= SHARE_FOR_WEIGHTS * (room(job.gigabytes) - resting)

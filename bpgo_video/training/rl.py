@@ -53,7 +53,7 @@ class Progress(Memory):
     def count(self, record: dict[str, float], videos: int) -> None:
         """Add a training step."""
         self.videos_generated += videos
-        error = record["ratio_error_first_update_max"]
+        error = record.get("ratio_error_first_update_max", 0.0)
         self.max_ratio_error_first_update = max(self.max_ratio_error_first_update, error)
         for name in PHASES:
             self.seconds[name] += record[f"seconds/{name}"]

@@ -86,28 +86,27 @@ def _without_locations(rewards: Mapping[str, RewardConfig]) -> dict[str, RewardC
     return found
 
 
-def open_run_dir(config: Recipe, mesh: Mesh, lease: Lease) -> str | None:
+def open_run_dir(config: Recipe, mesh: Mesh, lease: Lease) -> Path | None:
     """Create the run's folder with its resolved configuration; rank 0 acquires the lease on it.
 
     Returns:
-        The name of the newest checkpoint, or None.
+        The newest intact checkpoint, or None.
 
     Raises:
         ConfigError: a rank does not see the folder or cannot write to it.
         OwnedError: another launch writes to it.
+        CheckpointError: all checkpoints are damaged.
     """
     run_dir = Path(config.run.dir)
     mesh.barrier()  # every rank has checked the folder before rank 0 writes
     check_shared(run_dir, mesh)
-    newest = None
     with all_or_none(mesh):
         if mesh.is_main:
             lease.acquire()
             checkpoint.clear_leftovers(run_dir)
             with atomic_file(run_dir / SETTINGS) as path:
                 path.write_text(to_yaml(config), "utf-8")
-            newest = checkpoint.newest(run_dir)
-    return from_main(newest, mesh)  # a network file system may show another rank an older state
+    return checkpoint.newest_intact(run_dir, mesh)
 
 
 def check_shared(run_dir: Path, mesh: Mesh, patience: float = PATIENCE) -> None:

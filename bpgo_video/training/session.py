@@ -23,6 +23,7 @@ from bpgo_video.data.stream import PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.ema import EMA
+from bpgo_video.distributed.memory import fits_everywhere
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
 from bpgo_video.distributed.optimizer import learning_rate_factor
 from bpgo_video.files import fingerprint, resolve_folder
@@ -50,7 +51,6 @@ from bpgo_video.training.inputs import (
     reads_priors,
     recipe_policy,
 )
-from bpgo_video.training.memory import fits_everywhere
 from bpgo_video.types import PromptBatch
 
 

@@ -6,6 +6,7 @@ noise level and caption dropout depend on seed, step and clip only, so every num
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,7 +146,8 @@ class SFT(loop.Trainer):
         with watch.phase("update"):
             norm = engine.step()
         metrics = reduce_metrics({"loss": torch.stack(losses).mean(), "grad_norm": norm})
-        return {**metrics, "learning_rate": learning_rate, **watch.record}
+        skipped = {"updates_skipped": float(not math.isfinite(norm))}
+        return {**metrics, **skipped, "learning_rate": learning_rate, **watch.record}
 
     def evaluate(self, step: int, last: bool, log: RunLog) -> dict[str, float]:
         self.after = self.heldout_losses()

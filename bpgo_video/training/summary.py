@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bpgo_video.statistics import can_show
-from bpgo_video.training.metrics import Number
+from bpgo_video.training.metrics import SKIPPED, Number
 
 Records = Sequence[Mapping[str, Number]]  # of metrics.jsonl
 Summary = Mapping[str, Any]  # summary.json; missing and null are the same
@@ -168,6 +168,11 @@ def _trust_findings(records: Records) -> Iterator[str]:
 
 
 def _signal_findings(records: Records) -> Iterator[str]:
+    if skipped := sum(_values(records, SKIPPED)):
+        yield (
+            f"Updates skipped: {skipped:.0f}. Their gradients were not finite: look for their steps in metrics.jsonl, "
+            "and lower the learning rate if there are more."
+        )
     if (share := fmean(_values(records, "zero_std_share") or [0])) >= FLAT_SHARE:
         yield (
             f"Zero-std groups: {share:.0%}. All rewards of such a group are equal, so it gives no gradient: use larger "

@@ -11,8 +11,6 @@ import torch
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed import engine
-from bpgo_video.distributed import mesh as agreements
-from bpgo_video.distributed.mesh import Mesh
 
 Outcomes = list[dict[str, str | None]]
 CPU = torch.device("cpu")
@@ -71,31 +69,3 @@ def test_tasks_of_one_job_do_not_run_as_separate_single_ranks(monkeypatch: pytes
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match=rf"{name} is 2.*docs/multi_node\.md"):
         engine.start_ranks()
-
-
-def test_rank_0_works_and_leaves_a_marker(tmp_path: Path) -> None:
-    done: list[str] = []
-    agreements.rank0_first(lambda: done.append("work"), Mesh(0, 1, CPU), tmp_path / "aside" / "done")
-    assert done == ["work"]
-    assert (tmp_path / "aside" / "done").is_dir()
-
-
-def test_a_failure_leaves_a_marker_so_that_other_ranks_stop_waiting(tmp_path: Path) -> None:
-    def fails() -> None:
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        agreements.rank0_first(fails, Mesh(0, 1, CPU), tmp_path / "done")
-    assert (tmp_path / "done").is_dir()
-
-
-def test_other_ranks_skip_the_work_and_continue_once_the_marker_exists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agreements, "POLL_SECONDS", 0.01)
-    looked, marker = [], tmp_path / "done"
-    monkeypatch.setattr(
-        agreements.time, "sleep", lambda seconds: looked.append(seconds) or (len(looked) == 3 and marker.mkdir())
-    )
-    agreements.rank0_first(lambda: pytest.fail("rank 1 must not work"), Mesh(1, 1, CPU), marker)
-    assert looked == [0.01] * 3

@@ -11,7 +11,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from bpgo_video.config.bpgo import EmaConfig, RunConfig
 from bpgo_video.distributed import checkpoint
 from bpgo_video.distributed.ema import EMA, load_average, save_average
 from bpgo_video.distributed.engine import Engine
+from bpgo_video.distributed.manifest import MANIFEST, CheckpointError, Layout, read_manifest
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.optimizer import Shard, ZeroMasters
-from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.distributed.snapshot import Sink
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
 KILLED = 9
@@ -51,11 +53,11 @@ class SmallEngine(Engine, ZeroMasters):
         self.weights.fill_(step)
         self.ema.shards[0].values.fill_(step)
 
-    def save(self, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, tag: str, state: Mapping[str, Any], sink: Sink) -> None:
         (folder / tag).mkdir(parents=True, exist_ok=True)
         for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
             sys.audit("test.write")
-            torch.save({"weights": self.weights, **state}, folder / tag / name)
+            sink({"weights": self.weights, **state}, folder / tag / name)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         states = [torch.load(path) for path in sorted((folder / tag).glob("*.pt"))]
@@ -67,8 +69,15 @@ class SmallEngine(Engine, ZeroMasters):
 
 def save(engine: SmallEngine, run: RunConfig, step: int) -> checkpoint.Saved:
     engine.train_to(step)
-    part = [lambda folder, rank: save_average(engine.ema, folder, rank)]
-    return checkpoint.save(engine, run, step, {"step": step}, ALONE, part)
+    return save_one(engine, run, step, [partial(save_average, engine.ema)])
+
+
+def save_one(engine: SmallEngine, run: RunConfig, step: int, parts: Sequence[checkpoint.Part] = ()) -> checkpoint.Saved:
+    found: list[checkpoint.Saved] = []
+    saver = checkpoint.Saver(engine, run, ALONE, found.append)
+    saver.save(step, {"step": step}, parts)
+    saver.finish()
+    return found[0]
 
 
 def loadable(run: RunConfig) -> int:
@@ -76,7 +85,8 @@ def loadable(run: RunConfig) -> int:
     run_dir, found = Path(run.dir), []
     for folder in sorted((run_dir / checkpoint.FOLDER).glob("step-*")):
         engine = SmallEngine()
-        assert checkpoint.read_layout(folder) == checkpoint.Layout(1, 1, "torch.float32")
+        assert read_manifest(folder).layout == Layout(1, 1, "torch.float32")
+        assert checkpoint.damage(folder) is None
         step = engine.load(folder.parent, folder.name)["step"]
         load_average(engine.ema, folder)
         assert folder.name == f"step-{step:06d}"
@@ -199,11 +209,11 @@ def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_intact(tmp_path:
 
 
 def test_another_error_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
-    def defect(folder: Path, rank: int) -> None:
+    def defect(folder: Path, rank: int, sink: Sink) -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
-        checkpoint.save(SmallEngine(), RunConfig(dir=str(tmp_path)), 1, {}, ALONE, [defect])
+        save_one(SmallEngine(), RunConfig(dir=str(tmp_path)), 1, [defect])
 
 
 @pytest.mark.parametrize(
@@ -227,11 +237,15 @@ def test_a_million_steps_are_sorted_by_number(tmp_path: Path) -> None:
 
 def test_a_save_reports_its_size_and_duration(tmp_path: Path) -> None:
     saved = save(SmallEngine(), RunConfig(dir=str(tmp_path)), 7)
-    assert saved.bytes == sum(path.stat().st_size for path in saved.folder.iterdir())
+    assert saved.bytes == sum(path.stat().st_size for path in saved.folder.iterdir() if path.name != MANIFEST)
     assert saved.bytes > 3 * 4 * 20_000
-    assert saved.metrics() == {"seconds/checkpoint": saved.seconds, "checkpoint/bytes": float(saved.bytes)}
-    assert 0 < saved.seconds < 10
-    assert str(saved).startswith("checkpoint step-000007: 0.2 MB in ")
+    assert saved.metrics() == {
+        "seconds/checkpoint": saved.seconds,
+        "checkpoint/write_seconds": saved.write_seconds,
+        "checkpoint/bytes": float(saved.bytes),
+    }
+    assert 0 < saved.seconds <= saved.write_seconds < 10
+    assert str(saved).startswith("checkpoint step-000007: 0.2 MB, written in ")
 
 
 @pytest.mark.parametrize("rank", [0, 1, 12])

@@ -107,8 +107,8 @@ def test_the_console_command_starts_ranks_in_any_folder_and_returns_their_exit_c
     command = [sys.executable, "-m", "bpgo_video", "train", "--ranks", "2", "--config", recipe]
     trained = run(command, tmp_path)
     assert trained.returncode == 0, trained.stderr[-3000:]
-    layout = json.loads((tmp_path / "run" / "checkpoints" / "step-000001" / "layout.json").read_text())
-    assert layout["world_size"] == 2
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-000001" / "manifest.json").read_text())
+    assert manifest["layout"]["world_size"] == 2
     again = run(command, tmp_path)
     assert again.returncode == 2
     assert "--run.resume auto" in again.stderr

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bpgo_video.distributed.checkpoint import Layout, resume_mode
-from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.distributed.checkpoint import resume_mode
+from bpgo_video.distributed.manifest import CheckpointError, Layout
 from tests.distributed.conftest import run_ranks
 
 BF16_BOUND = 1e-2  # gradients summed in a different order round differently, and Adam divides by them
@@ -46,10 +46,6 @@ def on_others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def assert_resumed(found: Results) -> None:
     for result in found:
-        converts = (result["written"] == 3) == (result["stage"] == 3)
-        if result["optimizer"] == "keep" and result["name"] == "adamw" and not converts:
-            assert "--run.resume-optimizer fresh" in result["refused"], result
-            continue
         assert result["position"] == 17, result
         assert result["loaded"], result
         if result["dtype"] == "float32":
@@ -68,9 +64,10 @@ HERE = Layout(world_size=4, zero_stage=2, dtype="torch.float32")
         (HERE, "keep", True, "as written"),
         (HERE, "keep", False, "as written"),
         (HERE, "fresh", True, "weights"),
-        (replace(HERE, world_size=8), "keep", True, "universal"),
-        (replace(HERE, zero_stage=1), "keep", True, "universal"),
+        (replace(HERE, world_size=8), "keep", True, "elements"),
+        (replace(HERE, zero_stage=1), "keep", True, "elements"),
         (replace(HERE, zero_stage=1), "keep", False, "weights"),
+        (replace(HERE, zero_stage=3), "keep", True, "elements"),
         (replace(HERE, zero_stage=3), "fresh", True, "weights"),
         (replace(HERE, zero_stage=3), "keep", False, "weights"),
     ],
@@ -81,21 +78,13 @@ def test_the_resume_mode_preserves_as_much_state_as_possible(
     assert resume_mode(written, HERE, optimizer, has_optimizer_state, Path("step-000003")) == mode
 
 
-@pytest.mark.parametrize(
-    ("written", "message"),
-    [
-        (replace(HERE, zero_stage=3), r"under ZeRO 3, this run has ZeRO 2.* --run.resume-optimizer fresh"),
-        (replace(HERE, dtype="torch.bfloat16"), r"in torch.bfloat16, this run computes in torch.float32"),
-    ],
-)
-def test_a_layout_that_cannot_be_loaded_is_refused(written: Layout, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        resume_mode(written, HERE, "keep", True, Path("step-000003"))
+def test_another_dtype_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"in torch.bfloat16, this run computes in torch.float32"):
+        resume_mode(replace(HERE, dtype="torch.bfloat16"), HERE, "keep", True, Path("step-000003"))
 
 
-def test_a_run_resumes_under_every_stage_with_its_optimizer_where_possible(on_as_many: Results) -> None:
+def test_a_run_resumes_under_every_stage_with_its_optimizer(on_as_many: Results) -> None:
     assert_resumed(on_as_many)
-    assert sum("refused" in result for result in on_as_many) == 8
 
 
 @pytest.mark.slow

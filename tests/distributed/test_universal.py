@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.distributed.zero_files import CheckpointError, to_universal
+from bpgo_video.distributed.manifest import CheckpointError
+from bpgo_video.distributed.zero_files import to_universal
 from tests.made.zero_checkpoints import write_checkpoint
 
 SHAPES = {"weight": (3, 5), "bias": (3,), "gate": (1,)}

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from bpgo_video.config.bpgo import EmaConfig
 from bpgo_video.distributed.ema import EMA, AverageParameters, decay_after, load_average, save_average
+from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.distributed.optimizer import Shard, ZeroMasters
-from bpgo_video.distributed.zero_files import CheckpointError
 
 SHAPES = {"a.weight": (5, 7), "a.bias": (5,), "b.weight": (3, 2, 2)}
 NO_WARMUP = EmaConfig(decay=0.9, warmup=False)

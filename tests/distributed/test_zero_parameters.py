@@ -13,7 +13,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.distributed.zero_files import CheckpointError, ZeroParameters
+from bpgo_video.distributed.manifest import CheckpointError
+from bpgo_video.distributed.zero_files import ZeroParameters
 from tests.distributed.worker import resident_megabytes
 from tests.made.zero_checkpoints import write_checkpoint
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bpgo_video.commands.convert import main
 from bpgo_video.config.bpgo import LoraConfig
-from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.inference.conversion import Conversion, convert, verify_output
 from bpgo_video.inference.model_files import write_single_file
 from bpgo_video.inference.run_weights import find_checkpoint

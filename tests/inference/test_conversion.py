@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from bpgo_video.commands.convert import main
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.distributed.zero_files import CheckpointError, verify_universal
+from bpgo_video.distributed.manifest import CheckpointError
+from bpgo_video.distributed.zero_files import verify_universal
 from bpgo_video.files import fingerprint
 from bpgo_video.inference.conversion import Conversion, convert, verify_output
 from bpgo_video.inference.hub import this_code
@@ -32,7 +33,7 @@ from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
 from bpgo_video.policies.networks import Transformers
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
 from tests.made.recipes import small_recipe
-from tests.made.zero_checkpoints import CODE, write_average, write_checkpoint
+from tests.made.zero_checkpoints import CODE, seal, write_average, write_checkpoint
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 LORA = LoraConfig(rank=4, alpha=8)
@@ -198,8 +199,10 @@ def test_a_checkpoint_with_pickled_code_is_refused_before_it_runs(
 ) -> None:
     folder = write_run(tmp_path / "run", base, weights_of(base))
     torch.save({"optimizer_state_dict": Payload()}, folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    seal(folder)
     assert "print" in fail(capsys, folder, tmp_path / "out")
     (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(pickle.dumps(Payload()))
+    seal(folder)
     assert "damaged" in fail(capsys, folder, tmp_path / "out")
     assert "has run" not in capsys.readouterr().out
 
@@ -207,8 +210,10 @@ def test_a_checkpoint_with_pickled_code_is_refused_before_it_runs(
 def test_a_missing_rank_is_an_error(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", base, weights_of(base))
     (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    seal(folder)
     assert "written by 2 ranks" in fail(capsys, folder, tmp_path / "out")
     (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+    seal(folder)
     assert "is the copy complete" in fail(capsys, folder, tmp_path / "out")
 
 

@@ -19,7 +19,7 @@ from bpgo_video.data.media import write_video
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.records import EncoderStamp
 from bpgo_video.data.writer import build_shards
-from bpgo_video.distributed.zero_files import CheckpointError
+from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.generate import generate, plan, read_records

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bpgo_video.distributed.manifest import Layout, Manifest, file_of, read_manifest, write_manifest
+
 CODE = "bpgo_video 0.0.1, commit 0123456"
 Tensors = Mapping[str, Tensor]
 
@@ -26,6 +28,14 @@ def write_average(folder: Path, average: Tensors) -> None:
         folder / "ema-rank-00000.safetensors",
         metadata={"updates": "2", "shards": json.dumps(shards)},
     )
+    seal(folder)
+
+
+def seal(folder: Path, layout: Layout | None = None) -> None:
+    """Write or renew a checkpoint's manifest; the layout stays what it was."""
+    layout = layout or read_manifest(folder).layout
+    files = {path.name: file_of(path) for path in sorted(folder.iterdir()) if path.suffix in {".pt", ".safetensors"}}
+    write_manifest(Manifest(2, layout, files), folder)
 
 
 def joined(tensors: Tensors, world_size: int) -> list[Tensor]:
@@ -80,4 +90,5 @@ def write_checkpoint(
             torch.save(model, folder / f"{name}_model_states.pt")
     if stage < 3:
         torch.save(model, folder / "mp_rank_00_model_states.pt")
+    seal(folder, Layout(world_size, stage, "torch.float32"))
     return folder

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpgo_video.distributed import memory
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.training import memory
 
 GIB = 2**30
 ALONE = Mesh(0, 1, torch.device("cpu"))
