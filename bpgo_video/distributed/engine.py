@@ -19,8 +19,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -48,9 +48,9 @@ from bpgo_video.distributed.ds_config import (
 from bpgo_video.distributed.manifest import write_file
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
-from bpgo_video.documents import wrong_value
 from bpgo_video.distributed.snapshot import Sink
 from bpgo_video.distributed.zero_files import read_file
+from bpgo_video.documents import wrong_value
 from bpgo_video.errors import install_excepthook
 
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls

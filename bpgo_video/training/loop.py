@@ -135,7 +135,7 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
                     heartbeat.enter("checkpoint", step)
                     lease.check()
                     save(saver, session, progress)
-                    if last or request:
+                    if last or request > Request.DUE:
                         saver.finish()
                     requests.fulfilled(
                         request,
