@@ -23,6 +23,10 @@ from bpgo_video.files import atomic_file, write_json
 from bpgo_video.learner.priors import shrunk_means
 from bpgo_video.types import PriorAnchor, PromptBatch
 
+Number = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Samples = Annotated[int, Field(ge=1)]
+PARTS = ("mean", "standard deviation", "number of samples")  # of an anchor
 Scores = dict[int, dict[str, list[float]]]  # prompt id -> reward name -> the score of each sample
 RUNS = ("train", "sft", "doctor")  # commands that take a recipe and its flags, as `priors` does
 
@@ -54,7 +58,7 @@ class PriorTable(BaseModel, frozen=True):
     version: str
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     policy: str
-    anchors: dict[int, tuple[float, float, int]]
+    anchors: dict[int, tuple[Number, NotNegative, Samples]]
 
     def check_policy(self, policy: str) -> None:
         """Raise PriorError if the samples came from another policy than the one with this hash."""
@@ -123,9 +127,7 @@ def load_priors(directory: Path | str, versions: Mapping[str, str]) -> dict[str,
         try:
             table = PriorTable.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "content"
-            raise PriorError(f"the prior {path} cannot be read ({where}: {problem['msg']})") from error
+            raise PriorError(f"the prior {path} cannot be read ({_first_problem(error)})") from error
         if table.version != version:
             raise PriorError(
                 f"the prior {path} is stale: it was measured with version {table.version} of reward {reward!r}, which "
@@ -133,6 +135,16 @@ def load_priors(directory: Path | str, versions: Mapping[str, str]) -> dict[str,
             )
         tables[reward] = table
     return tables
+
+
+def _first_problem(error: ValidationError) -> str:
+    """`the mean of prompt 7 is nan: Input should be a finite number`"""
+    problem = error.errors()[0]
+    match problem["loc"]:
+        case ("anchors", prompt, int(part)):
+            return f"the {PARTS[part]} of prompt {prompt} is {problem['input']}: {problem['msg']}"
+        case place:
+            return f"{'.'.join(map(str, place)) or 'content'}: {problem['msg']}"
 
 
 def require_priors(directory: Path | str, rewards: Iterable[str]) -> None:

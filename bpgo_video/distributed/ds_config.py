@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.weights import headers, weight_files, without_weights
 
 
 def compute_dtype(ds_config: Mapping[str, Any]) -> torch.dtype:
@@ -87,10 +87,7 @@ def tensor_files(folder: Path, model_class: Any) -> dict[str, Path]:
 
     Tensors that the class ignores are left out: Wan 2.1's image-to-video folders have an unused `norm_added_q`.
     """
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
+    found = {name: path for path in weight_files(folder) for name in headers([path])}
     if not found:
         raise FileNotFoundError(f"{folder} holds no .safetensors file; convert the weights to safetensors first")
     ignored = model_class._keys_to_ignore_on_load_unexpected or ()
@@ -110,9 +107,8 @@ def model_buffers(model_class: Any, folder: Path, files: Mapping[str, Path]) -> 
     Args:
         files: `tensor_files` of the folder.
     """
-    with init_empty_weights(include_buffers=False):  # parameters take no memory
-        model = model_class.from_config(model_class.load_config(folder))
-    return {name: read_tensor(files[name], name) if name in files else value for name, value in model.named_buffers()}
+    named = without_weights(model_class, folder).named_buffers()
+    return {name: read_tensor(files[name], name) if name in files else value for name, value in named}
 
 
 def finish_build(model: nn.Module, buffers: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -38,6 +38,7 @@ from bpgo_video.policies import family, load_policy, original_names
 from bpgo_video.policies.lora import ADAPTER
 from bpgo_video.policies.networks import Transformers, networks_of, transformer_names
 from bpgo_video.rollouts.rollout import cast
+from bpgo_video.weights import load_network
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # one for each transformer of a pipeline with several
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative: merged and added adapters round differently
@@ -89,7 +90,7 @@ class Conversion:
     def load(self, name: str, folder: Path | None = None) -> Any:
         """The transformer `name` of the base model, or from a folder of its own."""
         model_class = networks_of(self.checkpoint.base)[name]
-        return model_class.from_pretrained(folder or self.checkpoint.base / name, torch_dtype=self.dtype)
+        return load_network(model_class, folder or self.checkpoint.base / name, self.dtype)
 
     def transformer_folder(self, name: str, output: Path) -> Path:
         """The folder of a trained transformer in format diffusers; `output` itself for a single one alone."""

@@ -20,8 +20,8 @@ import diffusers
 import torch
 from diffusers.loaders import HunyuanVideoLoraLoaderMixin
 from more_itertools import constrained_batches, consume
-from safetensors import safe_open
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.distributed.engine import Engine
@@ -31,10 +31,12 @@ from bpgo_video.errors import some_of
 from bpgo_video.files import save_tensors
 from bpgo_video.inference.hub import CardFacts, write_card
 from bpgo_video.policies import Policy, original_names
-from bpgo_video.policies.lora import ADAPTER, merged_parameters, peft_config
+from bpgo_video.policies.lora import ADAPTER, check_adapter, merged_parameters, peft_config
+from bpgo_video.weights import WeightsError, check_dtype, check_finite, headers
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 SHARD_BYTES = 5 * 10**9
+OF_THIS_MODEL = "give adapters of this model, or download them again"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # in a safetensors header
 
 Tensors = Iterable[tuple[str, Tensor]]
@@ -108,12 +110,45 @@ def load_lora(pipeline: Any, file: Path, name: str) -> None:
     """Load adapters of either layout into the transformer `name` of a diffusers pipeline.
 
     HunyuanVideo 1.5's pipeline loads no adapters; its transformer loads diffusers' layout.
+
+    Raises:
+        WeightsError, ValueError: see `check_lora`, or diffusers does not know the layout.
     """
+    check_lora(pipeline, file, getattr(pipeline, name))
     if not hasattr(pipeline, "load_lora_weights"):
         getattr(pipeline, name).load_lora_adapter(file.parent, weight_name=file.name, adapter_name=ADAPTER)
         return
     into = {"load_into_transformer_2": True} if name == "transformer_2" else {}
     pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, **into)
+
+
+def check_lora(pipeline: Any, file: Path, transformer: nn.Module) -> None:
+    """Check a file of adapters against the transformer's layers: diffusers skips what it cannot use.
+
+    Raises:
+        WeightsError: the file is damaged, or an adapter lacks a half, has no such layer, another shape or dtype, or a
+            value that is not finite.
+    """
+    for key, (dtype, _) in headers([file]).items():
+        if not key.endswith("alpha"):
+            check_dtype(file, key, dtype, OF_THIS_MODEL)
+    read = getattr(pipeline, "lora_state_dict", None)
+    try:
+        stored = read(str(file.parent), weight_name=file.name) if read else load_file(file)
+    except KeyError as error:
+        raise WeightsError(f"{file} lacks a half of an adapter, {error}; {OF_THIS_MODEL}") from error
+    check_finite(file, stored.items(), OF_THIS_MODEL)
+    tensors, layers = {key.removeprefix("transformer."): one for key, one in stored.items()}, transformer.state_dict()
+    for layer in sorted({key.partition(".lora_")[0] for key in tensors}):
+        halves = [tensors.get(f"{layer}.lora_{half}.weight") for half in "AB"]
+        if f"{layer}.weight" not in layers:
+            raise WeightsError(f"{file} has an adapter of {layer}, but the model has no such layer; {OF_THIS_MODEL}")
+        if halves[0] is None or halves[1] is None:
+            raise WeightsError(f"{file}: the adapter of {layer} lacks its A or its B; {OF_THIS_MODEL}")
+        try:
+            check_adapter(layer, layers[f"{layer}.weight"], halves[0], halves[1])
+        except ValueError as error:
+            raise WeightsError(f"{file}: {error}; {OF_THIS_MODEL}") from None
 
 
 def write_diffusers_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipeline_class: str, file: Path) -> None:
@@ -156,11 +191,8 @@ def write_comfyui_lora(adapters: Mapping[str, Tensor], lora: LoraConfig, pipelin
 
 def shapes_of(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
     """Shapes of tensors, given the safetensors file of each; reads no values."""
-    shapes = {}
-    for name, path in files.items():
-        with safe_open(path, framework="pt") as file:
-            shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes
+    stored = headers(set(files.values()))
+    return {name: stored[name][1] for name in files}
 
 
 def write_single_file(path: Path, layout: Layout, tensors: Tensors) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -20,8 +19,9 @@ from bpgo_video.inference.model_files import load_lora
 from bpgo_video.inference.run_weights import DTYPES, WEIGHTS, Model, load_trained
 from bpgo_video.policies import Policy
 from bpgo_video.policies.attention import check_backend, choose_attention
-from bpgo_video.policies.networks import Transformers, split_vae_work
+from bpgo_video.policies.networks import Transformers, networks_of, split_vae_work
 from bpgo_video.rollouts.rules import guidance_rules
+from bpgo_video.weights import WeightsError, load_network, read_json
 
 Schedulers = dict[str, Callable[[Any, float], Any]]  # name -> scheduler of (the pipeline's scheduler config, shift)
 
@@ -108,7 +108,7 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
             raise GenerationError(f"lora_2 is {str(file)!r}, but {policy.folder} has no {name}; give --lora alone")
         if not (file.is_file() and file.suffix == ".safetensors"):
             raise GenerationError(f"lora {str(file)!r} is not a .safetensors file that exists")
-    shipped = json.loads((policy.folder / "model_index.json").read_text("utf-8"))["scheduler"][1]
+    shipped = read_json(policy.folder / "model_index.json")["scheduler"][1]
     chosen_scheduler(settings, getattr(diffusers, shipped).from_pretrained(policy.folder / "scheduler"))
     with naming_flags():
         policy.latent_shape(call.video)
@@ -143,7 +143,7 @@ def chosen_scheduler(settings: GenerationSettings, shipped: Any) -> Any:
 def tokenizer_limit(folder: Path) -> int | None:
     """`model_max_length` of the folder's tokenizer; None if it states none."""
     file = folder / "tokenizer" / "tokenizer_config.json"
-    limit = json.loads(file.read_text("utf-8")).get("model_max_length") if file.is_file() else None
+    limit = read_json(file).get("model_max_length") if file.is_file() else None
     return None if limit is None else int(limit)
 
 
@@ -161,11 +161,16 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
     """The diffusers pipeline of the model's family, with the checkpoint's weights and the adapters.
 
     Raises:
+        WeightsError: the folder does not hold its networks' weights; see `load_network`.
         GenerationError: the adapters fit no layer, or the model does not support a memory setting.
     """
     dtype, policy = DTYPES[settings.dtype], model.policy
-    dtypes = {"default": dtype, "vae": dtype if policy.one_dtype else torch.float32}
-    pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(policy.folder, dtype=dtypes)
+    dtypes = {} if policy.one_dtype else {"vae": torch.float32}
+    networks = {
+        name: load_network(kind, policy.folder / name, dtypes.get(name, dtype))
+        for name, kind in networks_of(policy.folder).items()
+    }
+    pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(policy.folder, **networks)
     pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
     if model.checkpoint is not None:
         weights = WEIGHTS[settings.weights](model.checkpoint.folder)
@@ -183,10 +188,13 @@ def add_adapters(pipeline: Any, file: Path, name: str, folder: Path) -> None:
     """Load the adapters of a file into the pipeline's transformer `name`.
 
     Raises:
+        WeightsError: see `check_lora`.
         GenerationError: they fit no layer.
     """
     try:
         load_lora(pipeline, file, name)
+    except WeightsError:
+        raise
     except ValueError as error:
         raise GenerationError(f"{file}: {error}") from error
     if not hasattr(getattr(pipeline, name), "peft_config"):

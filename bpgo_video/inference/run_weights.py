@@ -37,6 +37,7 @@ from bpgo_video.files import resolve_folder
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.lora import merged_tensors
 from bpgo_video.policies.networks import networks_of, trained_names
+from bpgo_video.weights import check_finite, check_stored, headers, without_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {"raw": ZeroParameters, "ema": AverageParameters}
@@ -75,8 +76,15 @@ class Checkpoint:
         return family(self.base, self.config.policy.family).pipeline_name
 
     def files(self, name: str) -> dict[str, Path]:
-        """The file of the base folder with each tensor of the transformer `name`."""
-        return tensor_files(self.base / name, networks_of(self.base)[name])
+        """The file of the base folder with each tensor of the transformer `name`.
+
+        Raises:
+            WeightsError: the files do not hold exactly its weights.
+        """
+        kind, folder = networks_of(self.base)[name], self.base / name
+        files = tensor_files(folder, kind)
+        check_stored(kind, folder, files, without_weights(kind, folder).state_dict())
+        return files
 
     def dtype_of(self, name: str, key: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype of tensor `key` in the transformer `name` when that computes in `dtype`."""
@@ -209,10 +217,17 @@ def trained_tensors(
 
     Raises:
         CheckpointError: the checkpoint does not fit the base folder.
+        WeightsError: the base folder does not hold exactly the transformer's weights, or one is not finite.
     """
     files, folder, lora = source.files(name), source.base / name, source.config.policy.lora
+
+    def finite(key: str) -> Tensor:
+        tensor = read_tensor(files[key], key)
+        check_finite(folder, [(key, tensor)])
+        return tensor
+
     if lora.rank:
-        base = ((key, read_tensor(file, key).to(source.dtype_of(name, key, dtype))) for key, file in files.items())
+        base = ((key, finite(key).to(source.dtype_of(name, key, dtype))) for key in files)
         adapters = adapter_tensors(source, name, weights)
         try:
             yield from merged_tensors(base, adapters, lora)
@@ -224,9 +239,15 @@ def trained_tensors(
         missing -= set(model_buffers(networks_of(source.base)[name], folder, files))
     if missing:
         raise CheckpointError(f"{source.folder} lacks tensors of {folder}: {some_of(missing)}; is it the run's model?")
-    for key, file in files.items():
+    shapes = headers(set(files.values()))
+    for key in files:
         trained = f"{name}.{key}"
-        tensor = weights[trained] if trained in weights else read_tensor(file, key)
+        tensor = weights[trained] if trained in weights else finite(key)
+        if tuple(tensor.shape) != shapes[key][1]:
+            raise CheckpointError(
+                f"{source.folder} has {trained} as {[*tensor.shape]}, but {folder} as {[*shapes[key][1]]}; is it the "
+                "run's model?"
+            )
         yield key, tensor.to(source.dtype_of(name, key, dtype))
 
 

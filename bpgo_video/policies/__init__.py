@@ -6,7 +6,6 @@ policy = load_policy("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", max_sequence_length=512
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
@@ -20,6 +19,7 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.files import resolve_folder
 from bpgo_video.policies.base import Policy, guided_velocity
 from bpgo_video.policies.networks import COMPONENTS, Build, component_of, from_pretrained, load_frozen, networks_of
+from bpgo_video.weights import read_json
 
 __all__ = ["FAMILIES", "Policy", "family", "guided_velocity", "load_policy"]
 
@@ -58,7 +58,7 @@ def family(path: Path, name: str | None = None) -> Any:
     index = path / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{path} has no model_index.json; a policy is a diffusers pipeline folder")
-    return family_of(str(path), json.loads(index.read_text("utf-8")), name)
+    return family_of(str(path), read_json(index), name)
 
 
 def family_of(folder: str, index: Mapping[str, Any], name: str | None = None) -> Any:
@@ -136,7 +136,7 @@ def load_policy(
     parts: dict[str, nn.Module | None] = dict.fromkeys(networks)
     for part, model_class in networks.items():
         component = component_of(part)
-        if component not in components or not (path / part).is_dir():
+        if component not in components:
             continue
         if component == "transformer":
             parts[part] = build(model_class, path / part, dtype).to(device)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.diffusion import sde
 from bpgo_video.policies.attention import SequencePlan
-from bpgo_video.policies.networks import Transformers, class_of, networks_of, read_config, transformer_names
+from bpgo_video.policies.networks import Transformers, class_of, networks_of, transformer_names
 from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
+from bpgo_video.weights import read_config
 
 Shapes = dict[str, tuple[int, ...]]
 Arguments = dict[str, Any]  # of a transformer's or a pipeline's call

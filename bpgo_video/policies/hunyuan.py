@@ -32,8 +32,9 @@ from bpgo_video.policies.base import (
     given_first,
     scheduled_sigmas,
 )
-from bpgo_video.policies.networks import class_of, read_config
+from bpgo_video.policies.networks import class_of
 from bpgo_video.types import Conditioning, Latents, Videos
+from bpgo_video.weights import read_config
 
 GUIDANCE_UNIT = 1000.0  # of the transformer's guidance input
 GIVEN_TOKENS = 6  # position, among a block's arguments, of the number of first tokens that are given

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.policies.attention import JointAttention, Rotary, SequencePlan, replace_processors, split_rope
 from bpgo_video.policies.base import Arguments, Images, LatentShape, Policy, Shapes, given_first, scheduled_sigmas
-from bpgo_video.policies.networks import class_of, read_config, read_index
+from bpgo_video.policies.networks import class_of, read_index
 from bpgo_video.types import Conditioning, Latents
+from bpgo_video.weights import read_config
 
 GUIDER = "ClassifierFreeGuidance"
 ASPECT = (9, 16)  # height to width of a video whose size is left out

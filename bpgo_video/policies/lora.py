@@ -74,6 +74,24 @@ def add_adapter_in(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> 
     return (weight.float() + scaling * (up.float() @ down.float())).to(weight.dtype)
 
 
+def check_adapter(layer: str, weight: Tensor, down: Tensor, up: Tensor) -> None:
+    """Check the shapes of a layer's adapter.
+
+    Args:
+        weight: W [out, in ...].
+        down, up: A, which must be [rank, in ...], and B, [out, rank ...].
+
+    Raises:
+        ValueError: they are not.
+    """
+    out, rest = tuple(weight.shape[:1]), tuple(weight.shape[1:])
+    if tuple(down.shape[1:]) != rest or tuple(up.shape[:2]) != (*out, *down.shape[:1]):
+        raise ValueError(
+            f"the adapter of {layer} has A {[*down.shape]} and B {[*up.shape]}, but the layer's weight is "
+            f"{[*weight.shape]}: A must be [rank, in] and B [out, rank] of a weight [out, in]"
+        )
+
+
 def merged_tensors(
     base: Iterable[tuple[str, Tensor]], adapters: Mapping[str, Tensor], lora: LoraConfig
 ) -> Iterator[tuple[str, Tensor]]:
@@ -82,7 +100,7 @@ def merged_tensors(
     Adapters are rounded to the dtype of the weight that they are added to.
 
     Raises:
-        ValueError: an adapter lacks its other half, or the base model has no such layer.
+        ValueError: an adapter lacks its other half, has another shape, or the base model has no such layer.
     """
     unused = set(adapters)
     for name, weight in base:
@@ -91,6 +109,7 @@ def merged_tensors(
         if unused.issuperset((down, up)):
             unused -= {down, up}
             halves = {half: adapters[half].to(weight.dtype) for half in (down, up)}  # as training held them
+            check_adapter(layer, weight, halves[down], halves[up])
             weight = add_adapter_in(weight, halves[down], halves[up], lora.alpha / lora.rank)
         yield name, weight
     if unused:

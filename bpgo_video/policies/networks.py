@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-import json
 from collections.abc import Callable, Collection, Iterable
 from functools import wraps
 from pathlib import Path
@@ -15,9 +13,9 @@ from torch import nn
 
 from bpgo_video.config.bpgo import ConfigError, PolicyConfig
 from bpgo_video.distributed.ds_config import finish_build, model_buffers, tensor_files
+from bpgo_video.weights import LIBRARIES, load_network, read_json
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
-LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # library -> its from_pretrained argument for a dtype
 COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
 
 
@@ -25,31 +23,22 @@ def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Mo
     """The whole model on this process, for inference and for ZeRO 1 and 2.
 
     Raises:
+        WeightsError: the folder does not hold exactly the model's weights; see `load_network`.
         PrecisionError: a tensor has a dtype other than the one that `ds_config.py` sets.
     """
-    model: nn.Module = model_class.from_pretrained(folder, torch_dtype=dtype)
+    model = load_network(model_class, folder, dtype)
     finish_build(model, model_buffers(model_class, folder, tensor_files(folder, model_class)), dtype)
     return model
 
 
 def load_frozen(model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """A network that is never trained, in evaluation mode."""
-    library = model_class.__module__.partition(".")[0]
-    model: nn.Module = model_class.from_pretrained(folder, **{LIBRARIES[library]: dtype})
-    return model.to(device).eval().requires_grad_(False)
+    """A network that is never trained, in evaluation mode. Raises WeightsError, see `load_network`."""
+    return load_network(model_class, folder, dtype).to(device).eval().requires_grad_(False)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The folder's model_index.json: parts and settings by name."""
-    return dict(json.loads((folder / "model_index.json").read_text("utf-8")))
-
-
-def read_config(folder: Path, model_class: Any) -> dict[str, Any]:
-    """A part's config over its class's defaults: folders of an older diffusers lack newer settings."""
-    arguments = inspect.signature(model_class.__init__).parameters.values()
-    defaults = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
-    file = folder / getattr(model_class, "config_name", "config.json")
-    return {**defaults, **json.loads(file.read_text("utf-8"))}
+    return read_json(folder / "model_index.json")
 
 
 def component_of(name: str) -> str | None:

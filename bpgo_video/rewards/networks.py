@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from bpgo_video.errors import unknown
 from bpgo_video.files import fingerprint_of, resolve_folder
 from bpgo_video.rewards.base import Clips, Device, FrameReward, FrameSampling
+from bpgo_video.weights import load_network
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,33 +72,6 @@ def unpickled(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors, and is not unpickled: {error}") from error
-
-
-def load_network(
-    network: Any, source: Path, dtype: torch.dtype, unused: Sequence[str] = (),
-    config: Any = None, weights: Weights | None = None,
-) -> nn.Module:  # fmt: skip
-    """The transformers class `network`: from the folder `source`, or of `config` with `weights` converted from it.
-
-    transformers fills missing weights at random, with a warning; here they are an error.
-
-    Args:
-        unused: prefixes of parameters that may be missing.
-
-    Raises:
-        ValueError: weights are missing or of another shape, or `weights` has others than the network.
-    """
-    folder, given = (source, {}) if weights is None else (None, {"config": config, "state_dict": weights})
-    model, loading = network.from_pretrained(folder, dtype=dtype, output_loading_info=True, **given)
-    unknown = sorted(loading["unexpected_keys"])
-    if unknown and weights is not None:
-        raise ValueError(f"{source} holds weights that {network.__name__} lacks: {unknown[:3]}")
-    missing = sorted(name for name in loading["missing_keys"] if not name.startswith(tuple(unused)))
-    wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
-    if wrong:
-        count = f"{len(wrong)} weights are missing or of another shape, the first is {wrong[0]}"
-        raise ValueError(f"{source} does not hold a whole {type(model).__name__} ({count}); is it another class's?")
-    return model
 
 
 def imported(module: str) -> ModuleType:
@@ -290,7 +264,7 @@ class Backbones:
             ValueError: the folder lacks weights, or `dtype` is not in `DTYPES`.
         """
         source = (network.__name__, str(folder.resolve()))
-        return self.get(source, device, dtype, lambda dtype: load_network(network, folder, dtype, unused))
+        return self.get(source, device, dtype, lambda dtype: load_network(network, folder, dtype, unused, whole=False))
 
     def get(
         self, source: tuple[str, ...], device: Device, dtype: str, build: Callable[[torch.dtype], nn.Module]
@@ -354,7 +328,7 @@ class NetworkReward(FrameReward):
 
     def build(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """The network with the weights of the model folder."""
-        return load_network(self.network, folder, dtype, self.unused)
+        return load_network(self.network, folder, dtype, self.unused, whole=False)
 
     def use(self, backbone: Backbone, folder: Path) -> None:
         """Sets the network, its preprocessing and the like; `folder` is `processor` or the model folder."""

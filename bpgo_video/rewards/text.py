@@ -42,10 +42,10 @@ from bpgo_video.rewards.networks import (
     Preprocessing,
     Weights,
     imported,
-    load_network,
     read_weights,
     release,
 )
+from bpgo_video.weights import load_network
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 

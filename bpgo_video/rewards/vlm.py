@@ -34,10 +34,10 @@ from bpgo_video.rewards.networks import (
     NetworkReward,
     Preprocessing,
     Weights,
-    load_network,
     read_preprocessor,
     read_weights,
 )
+from bpgo_video.weights import load_network
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 START, PAD, END = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +32,7 @@ from bpgo_video.policies.networks import (
 from bpgo_video.rewards.reward import reward_factory
 from bpgo_video.rollouts.rules import check_experts
 from bpgo_video.training.trackers import check_trackers
+from bpgo_video.weights import read_json
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers")  # a run's numbers depend on their versions
 Inputs = tuple[dict[str, Any], PromptShards]  # the DeepSpeed configuration and the shards
@@ -69,7 +69,7 @@ def read_common_inputs(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
     folder = resolve_folder(config.policy.folder)
     policy_class = family(folder, config.policy.family)
     for name in trained_names(folder, config.policy.trained):
-        transformer = json.loads((folder / name / "config.json").read_text("utf-8"))
+        transformer = read_json(folder / name / "config.json")
         check_heads(transformer, config.parallel.sequence, policy_class.sequence_plan)
     shards = PromptShards(config.data.shards, config.data.cache)
     shards.check_policy(encoder_stamp(folder, config.policy.max_sequence_length))

@@ -39,6 +39,7 @@ from bpgo_video.policies.attention import check_heads, parallelise
 from bpgo_video.policies.base import LatentShape
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import split_vae_work
+from bpgo_video.weights import read_json
 
 VAE_DTYPE = torch.float32  # as policies load it
 NO_ADAPTERS = LoraConfig()
@@ -104,14 +105,14 @@ def find_model(name: str) -> Model:
 def _from_folder(name: str) -> Model:
     folder = resolve_folder(name, only=["*.json"])
     configs = {
-        part: json.loads((folder / part / "config.json").read_text("utf-8"))
+        part: read_json(folder / part / "config.json")
         for part in ("transformer", "transformer_2", "vae")
         if (folder / part / "config.json").is_file()
     }
     return Model(
         name=name,
         source=str(folder),
-        index=json.loads((folder / "model_index.json").read_text("utf-8")),
+        index=read_json(folder / "model_index.json"),
         transformers=tuple(part for part in configs if part != "vae"),
         transformer=configs["transformer"],
         vae=configs["vae"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) 
     command = r"run: bpgo-video priors RECIPE$"
     with pytest.raises(PriorError, match=rf"clip.json is missing; {command}"):
         load_priors(directory, {"clip": "v1"})
-    write_priors(directory, "clip", "v1", 0.25, "policyhash", {1003: (0.0, 0.0, 0)})
+    write_priors(directory, "clip", "v1", 0.25, "policyhash", {1003: (0.0, 0.0, 8)})
     with pytest.raises(PriorError, match=rf"is stale: .* version v1 of reward 'clip', which is now v2; {command}"):
         load_priors(directory, {"clip": "v2"})
     tables = load_priors(directory, {"clip": "v1"}).values()
@@ -58,6 +59,27 @@ def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) 
         next(PromptStream(PromptShards(directory), "train", 0, 17, priors=tables))
     (directory / "priors" / "clip.json").write_text("[]")
     with pytest.raises(PriorError, match=rf"cannot be read .*{command}"):
+        load_priors(directory, {"clip": "v1"})
+
+
+@pytest.mark.parametrize(
+    ("anchor", "problem"),
+    [
+        ("[NaN, 0.2, 4]", "the mean of prompt 1004 is nan: .*finite number"),
+        ("[-Infinity, 0.2, 4]", "the mean of prompt 1004 is -inf: .*finite number"),
+        ("[0.1, -0.2, 4]", "the standard deviation of prompt 1004 is -0.2: .*greater than or equal to 0"),
+        ("[0.1, 0.2, 0]", "the number of samples of prompt 1004 is 0: .*greater than or equal to 1"),
+        ("[0.1]", "anchors.1004.1: Field required"),
+    ],
+)
+def test_a_prior_with_an_impossible_value_names_file_prompt_and_value(
+    directory: Path, anchor: str, problem: str
+) -> None:
+    path = write_priors(directory, "clip", "v1", 0.25, "policyhash", {1003: (0.1, 0.2, 4), 1004: (0.0, 0.0, 1)})
+    content = json.loads(path.read_text())
+    content["anchors"]["1004"] = "HERE"
+    path.write_text(json.dumps(content).replace('"HERE"', anchor))
+    with pytest.raises(PriorError, match=rf"clip.json cannot be read \({problem}\); run: bpgo-video priors"):
         load_priors(directory, {"clip": "v1"})
 
 
