@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from bpgo_video.cli import help_of, not_negative, positive, print_error
-from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.bpgo import Config
 from bpgo_video.config.command_line import apply_flags, load_config, recipe_as_flag
 from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.reading import config_from_dict, ds_config_file
+from bpgo_video.errors import exit_code
 
 GPUS = (24, 40, 80, 141)  # gigabytes
 PROMPTS = "--rollout.prompts-per-step"
@@ -137,7 +138,9 @@ def main(words: Sequence[str], script: str | None = None) -> int:
         plan = reckon(job)
         short = [size for size in arguments.gigabytes if not plan.fits(size)]
         advised = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
-    except ConfigError as error:
+    except ValueError as error:
+        if exit_code(error) == 1:  # a mistake of this program, which needs its traceback
+            raise
         return print_error(error)
     if arguments.json:
         print(json.dumps(as_json(job, plan, arguments.gigabytes, advised), indent=1))

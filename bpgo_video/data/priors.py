@@ -141,7 +141,7 @@ def _first_problem(error: ValidationError) -> str:
     """`the mean of prompt 7 is nan: Input should be a finite number`"""
     problem = error.errors()[0]
     match problem["loc"]:
-        case ("anchors", prompt, int(part)):
+        case ("anchors", prompt, int(part)) if problem["type"] != "missing":
             return f"the {PARTS[part]} of prompt {prompt} is {problem['input']}: {problem['msg']}"
         case place:
             return f"{'.'.join(map(str, place)) or 'content'}: {problem['msg']}"

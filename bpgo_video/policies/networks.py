@@ -92,12 +92,15 @@ def blocks_of(module: nn.Module, names: Iterable[str]) -> tuple[type[nn.Module],
     """The classes with these names among a module's submodules.
 
     Raises:
-        ValueError: the module has none of them.
+        ConfigError: the module has none of them.
     """
     classes = {type(part).__name__: type(part) for part in module.modules()}
     blocks = tuple(classes[name] for name in names if name in classes)
     if not blocks:
-        raise ValueError(f"{type(module).__name__} has no block of {list(names)}; correct the policy's block_names")
+        raise ConfigError(
+            f"{type(module).__name__} has no block of {list(names)}; correct the layers in its config.json, or the "
+            "block_names of the policy's class"
+        )
     return blocks
 
 

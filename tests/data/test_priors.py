@@ -107,9 +107,9 @@ def test_a_missing_prior_prints_the_command_for_this_run(
 
 def test_an_invalid_prior_is_not_written(directory: Path) -> None:
     with pytest.raises(ValueError, match=r"scale\n.*greater than 0"):
-        write_priors(directory, "clip", "v1", 0.0, "p", {1: (0.0, 0.0, 0)})
-    with pytest.raises(ValueError, match="JSON"):
-        write_priors(directory, "clip", "v1", 1.0, "p", {1: (float("nan"), 0.0, 0)})
+        write_priors(directory, "clip", "v1", 0.0, "p", {1: (0.0, 0.0, 8)})
+    with pytest.raises(ValueError, match="finite number"):
+        write_priors(directory, "clip", "v1", 1.0, "p", {1: (float("nan"), 0.0, 8)})
     with pytest.raises(ValueError, match="reward name"):
         write_priors(directory, "../clip", "v1", 1.0, "p", {})
     assert not list(directory.glob("priors/*"))
