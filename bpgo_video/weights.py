@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from bpgo_video.documents import MalformedFile, plain_json
 from bpgo_video.errors import some_of
@@ -68,7 +69,8 @@ def load_network(
         )
     missing = [name for name in loading["missing_keys"] if not name.startswith(tuple(unused))]
     skipped = loading["unexpected_keys"]
-    check_names(source, network, missing, skipped if whole or weights is not None else (), loading["mismatched_keys"])
+    unknown = skipped if whole or weights is not None else ()
+    check_names(source, type(model), missing, unknown, loading["mismatched_keys"])
     integers = {name.rpartition(".")[2] for name, one in model.named_buffers() if not one.is_floating_point()}
     for name in sorted(set(stored) - set(skipped)):
         if name.rpartition(".")[2] not in integers:
@@ -178,7 +180,9 @@ def without_weights(network: Any, folder: Path) -> nn.Module:
         with init_empty_weights(include_buffers=False):
             if hasattr(network, "load_config"):
                 return network.from_config(network.load_config(folder))
-            return network(network.config_class.from_pretrained(folder))
+            if hasattr(network, "config_class"):
+                return network(network.config_class.from_pretrained(folder))
+            return network.from_config(AutoConfig.from_pretrained(folder))  # AutoModel
     except OF_CONFIGS as error:
         words = " ".join(str(error).split())
         raise WeightsError(
