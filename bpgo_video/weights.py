@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from bpgo_video.documents import MalformedFile, plain_json
-from bpgo_video.errors import some_of
+from bpgo_video.errors import InputError, some_of
 
 LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}  # library -> its from_pretrained argument for a dtype
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of weights in a safetensors header
@@ -37,10 +37,8 @@ Shape = Sequence[int]
 Mismatch = tuple[str, Shape, Shape]  # a tensor, its shape in the files, its shape in the network
 
 
-class WeightsError(ValueError):
+class WeightsError(InputError):
     """A model folder does not hold the weights that it claims to hold."""
-
-    exit_code: ClassVar[int] = 2
 
 
 def load_network(

@@ -24,7 +24,7 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.config.command_line import apply_flags, load_config, recipe_as_flag
 from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.reading import config_from_dict, ds_config_file
-from bpgo_video.errors import exit_code
+from bpgo_video.errors import InputError
 
 GPUS = (24, 40, 80, 141)  # gigabytes
 PROMPTS = "--rollout.prompts-per-step"
@@ -138,9 +138,7 @@ def main(words: Sequence[str], script: str | None = None) -> int:
         plan = reckon(job)
         short = [size for size in arguments.gigabytes if not plan.fits(size)]
         advised = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
-    except ValueError as error:
-        if exit_code(error) == 1:  # a mistake of this program, which needs its traceback
-            raise
+    except InputError as error:
         return print_error(error)
     if arguments.json:
         print(json.dumps(as_json(job, plan, arguments.gigabytes, advised), indent=1))
