@@ -38,7 +38,7 @@ from bpgo_video.policies import family, load_policy, original_names
 from bpgo_video.policies.lora import ADAPTER
 from bpgo_video.policies.networks import Transformers, networks_of, transformer_names
 from bpgo_video.rollouts.rollout import cast
-from bpgo_video.weights import load_network
+from bpgo_video.weights import WeightsError, load_network
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # one for each transformer of a pipeline with several
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative: merged and added adapters round differently
@@ -124,7 +124,10 @@ def load_diffusers(job: Conversion, name: str) -> Any:
     if not job.transformer_only:
         check_copies(job.checkpoint.base, job.output, job.checkpoint.trained)
     folder = job.transformer_folder(name, job.output)
-    transformer = job.load(name, folder)
+    try:
+        transformer = job.load(name, folder)
+    except WeightsError as error:
+        raise CheckpointError(f"the export is not what was written: {error}") from error
     found = {key: tensor for key, tensor in transformer.state_dict().items() if not tensor.is_meta}  # meta: in no file
     check_tensors(folder, job.tensors("Comparing", name), found, found.__getitem__)
     return transformer

@@ -39,7 +39,7 @@ from bpgo_video.policies.attention import check_heads, parallelise
 from bpgo_video.policies.base import LatentShape
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import split_vae_work
-from bpgo_video.weights import read_json
+from bpgo_video.weights import WeightsError, read_json, without_weights
 
 VAE_DTYPE = torch.float32  # as policies load it
 NO_ADAPTERS = LoraConfig()
@@ -109,6 +109,10 @@ def _from_folder(name: str) -> Model:
         for part in ("transformer", "transformer_2", "vae")
         if (folder / part / "config.json").is_file()
     }
+    for part, config in configs.items():
+        network = without_weights(diffusers_class(config), folder / part)
+        if part != "vae" and not repeated_blocks(network):
+            raise WeightsError(f"{folder / part}/config.json makes a transformer without blocks; correct its layers")
     return Model(
         name=name,
         source=str(folder),

@@ -24,6 +24,7 @@ from bpgo_video.inference.pipeline import CallSettings, resolve
 from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.randomness import keyed_noise
+from bpgo_video.weights import WeightsError
 from tests.inference.videos import jobs_of, pipeline_of, videos
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
 
@@ -237,5 +238,5 @@ def test_adapters_are_loaded_onto_the_base_model(settings: GenerationSettings, t
 def test_adapters_of_another_model_are_an_error(settings: GenerationSettings, tmp_path: Path) -> None:
     foreign = {f"unet.down.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}
     save_file(foreign, tmp_path / "foreign.safetensors")
-    with pytest.raises(generation.GenerationError, match=r"foreign.safetensors"):
+    with pytest.raises(WeightsError, match=r"foreign\.safetensors has an adapter of unet\.down, but the model has no"):
         pipeline_of(replace(settings, lora=tmp_path / "foreign.safetensors"))

@@ -18,7 +18,7 @@ from bpgo_video.files import resolve_folder
 from bpgo_video.inference.model_files import write_weights
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.networks import networks_of
-from bpgo_video.training.plan_models import find_model, policy_of
+from bpgo_video.training.plan_models import find_model
 from bpgo_video.weights import WeightsError, check_finite, check_stored, load_network, without_weights
 from tests.distributed.conftest import run_ranks
 
@@ -160,12 +160,20 @@ def test_integers_empty_and_unloaded_tensors_are_finite(tmp_path: Path) -> None:
     check_finite(tmp_path, fine.items())
 
 
-def test_a_plan_refuses_a_wrong_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("num_layers", "four", "config.json: num_layers is 'four', but it must be a number above 0"),
+        ("num_layers", 0, "config.json makes a transformer without blocks"),
+        ("num_attention_heads", None, "config.json makes no WanTransformer3DModel"),
+    ],
+)
+def test_a_plan_refuses_a_wrong_config(setting: str, value: object, message: str, tmp_path: Path) -> None:
     copytree(TINY, tmp_path / "wan")
     file = tmp_path / "wan" / "transformer" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": "four"}))
-    with pytest.raises(WeightsError, match="num_layers is 'four'"):
-        policy_of(find_model(str(tmp_path / "wan")), None, 8)
+    file.write_text(json.dumps({**json.loads(file.read_text()), setting: value}))
+    with pytest.raises(WeightsError, match=message):
+        find_model(str(tmp_path / "wan"))
 
 
 SIZE = "--num-frames 5 --height 32 --width 32 --num-steps 2"
