@@ -14,9 +14,10 @@ import os
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
@@ -135,6 +136,7 @@ def tell(text: str) -> None:
                 claims.write("x")
                 claims.flush()
                 _write(text)
+            _remove_old_claims()
             return
         except OSError:  # no folder for temporary files: better twice than never
             pass
@@ -145,6 +147,14 @@ def _claims() -> Path:
     """A file of the ranks with the same parent and port; a claim from before their start is of an earlier launch."""
     launch = (socket.gethostname(), os.getuid(), os.getppid(), os.environ.get("MASTER_PORT", "0"))
     return Path(tempfile.gettempdir(), "-".join(map(str, ("bpgo-video-failed", *launch))))
+
+
+def _remove_old_claims() -> None:
+    """Those of this user's launches that failed over a day ago; no rank reads them any more."""
+    for path in Path(tempfile.gettempdir()).glob(f"bpgo-video-failed-{socket.gethostname()}-{os.getuid()}-*"):
+        with suppress(OSError):  # another rank removed it
+            if path.lstat().st_mtime < time.time() - 86400:
+                path.unlink()
 
 
 def _own_file(path: str, flags: int) -> int:

@@ -33,6 +33,7 @@ TEXT, SERIES = "#0a0b00", ("#0a0b01", "#0a0b02", "#0a0b03")  # placeholders: mat
 THEME = {TEXT: "currentColor"} | {colour: f"var(--c{i})" for i, colour in enumerate(SERIES, start=1)}
 STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names may hold any character
     "svg.hashsalt": "bpgo_video",  # the same run gives the same file
     "font.family": "sans-serif",
     "font.size": 11,

@@ -33,7 +33,7 @@ def as_json(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> dic
 
 
 def as_text(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> str:
-    console = Console(file=(text := io.StringIO()), width=100, color_system=None, highlight=False)
+    console = Console(file=(text := io.StringIO()), width=100, color_system=None, highlight=False, markup=False)
     for line in (*summary(job, plan, sizes, advised), "", *counts(job), ""):
         console.print(line, soft_wrap=True)
     console.print(memory_table(plan))

@@ -22,13 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import jinja2
 import yaml
 from jaxtyping import Float
 from markupsafe import Markup
-from pydantic import FiniteFloat, TypeAdapter
+from pydantic import Field, FiniteFloat, TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
@@ -67,7 +67,7 @@ class Sample(TypedDict):
     score_before: NotRequired[FiniteFloat | None]
     score_after: NotRequired[FiniteFloat | None]
     frames: NotRequired[dict[str, FrameRow]]
-    after: NotRequired[str]
+    after: NotRequired[Annotated[str, Field(pattern=r"^[\w-]+$")]]
 
 
 class Environment(TypedDict):

@@ -16,6 +16,7 @@ import torch
 from bpgo_video.data.media import VideoError, read_video, write_video
 from bpgo_video.evaluation.compare_report import LONGEST_SIDE, chosen_rows, disagreement, embedded, write_report
 from bpgo_video.evaluation.comparison import Compared, ModelScores, compare, video_path
+from tests.made import hostile_texts
 from tests.made.browsing import Visit, started_browser, visited
 from tests.made.synthetic_results import model_results, results
 
@@ -47,16 +48,15 @@ def report(models: Compared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(tmp_path_factory.mktemp("report"), models, shown=PROMPTS)
 
 
-def hostile_scores(scores: ModelScores) -> ModelScores:
-    """The scores with HOSTILE in every prompt, tag and the name of the first measure."""
+def hostile_scores(scores: ModelScores, text: str = HOSTILE) -> ModelScores:
+    """The scores with a text in every prompt, tag and the name of the first measure."""
     first = next(iter(scores.measures))
 
     def renamed(by_name: dict[str, Any]) -> dict[str, Any]:
-        return {HOSTILE if name == first else name: value for name, value in by_name.items()}
+        return {text if name == first else name: value for name, value in by_name.items()}
 
     lines = [
-        replace(line, prompt=HOSTILE + line.prompt, tags=[HOSTILE], scores=renamed(line.scores))
-        for line in scores.prompts
+        replace(line, prompt=text + line.prompt, tags=[text], scores=renamed(line.scores)) for line in scores.prompts
     ]
     return replace(scores, prompts=lines, measures=renamed(scores.measures))
 
@@ -99,6 +99,27 @@ def test_hostile_names_run_no_script(browser: Any, tmp_path: Path) -> None:
         assert HOSTILE in visit.page.locator(".prompt").first.inner_text()
         visit.page.get_by_role("combobox", name="Measure").select_option(HOSTILE)
         assert visit.page.locator(".pair .change").first.inner_text().startswith(HOSTILE)
+
+
+@pytest.mark.parametrize("kind", hostile_texts.HOSTILE)
+def test_hostile_results_run_no_script(kind: str, browser: Any, tmp_path: Path) -> None:
+    """A text in every string of two models' results, and in the name of the run that one of them was trained in."""
+    text = hostile_texts.HOSTILE[kind]
+    run = tmp_path / text.replace("/", "|")[:60]
+    run.mkdir()
+    lines = [{"step": step, "reward": 0.1, f"icc/{text}": 0.7, f"heldout/{text}": 0.5} for step in range(9)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "summary.json").write_text(json.dumps({"heldout_reward": text, "algorithm": text}))
+    models = [results(f"{text} {letter}", 4, spread=0.5, run=str(run), step=9) for letter in "ab"]
+    models = [
+        replace(
+            hostile_scores(model, text), source=text, starts_from=text,
+            settings=model.settings | {"pipeline": text, text: text},
+        )
+        for model in models
+    ]  # fmt: skip
+    compared = compare([model_results(tmp_path / name, model, 0.5) for name, model in zip("ab", models, strict=True)])
+    hostile_texts.check_page(browser, write_report(tmp_path, compared, shown=4))
 
 
 def test_every_picture_control_and_table_has_a_name(visit: Visit) -> None:

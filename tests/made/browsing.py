@@ -59,4 +59,4 @@ def visited(browser: Any, path: Path, **options: Any) -> Iterator[Visit]:
     visit.page.goto(path.as_uri())
     yield visit
     context.close()
-    assert visit.problems == []
+    assert visit.problems == [], visit.problems

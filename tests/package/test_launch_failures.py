@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,16 @@ def test_a_message_of_an_earlier_launch_does_not_silence_this_one(
     (claim,) = claims.iterdir()
     os.utime(claim, (1e9, 1e9))  # before this process started
     assert [told("error: now", capsys), told("error: again", capsys)] == [True, False]
+
+
+def test_files_of_launches_that_failed_long_ago_are_removed(claims: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    owner = f"bpgo-video-failed-{socket.gethostname()}-{os.getuid()}"
+    other_user, recent, old = claims / f"{owner}0-1-0", claims / f"{owner}-1-0", claims / f"{owner}-2-0"
+    for path, age in ((other_user, 1e6), (recent, 3600), (old, 1e6)):
+        path.write_text("x")
+        os.utime(path, (time.time() - age,) * 2)
+    assert told("error: now", capsys)
+    assert [path.exists() for path in (other_user, recent, old)] == [True, True, False]
 
 
 def test_without_a_folder_for_temporary_files_every_rank_tells(

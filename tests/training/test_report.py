@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from bpgo_video.data.media import VideoError, write_video
@@ -25,6 +27,7 @@ from bpgo_video.training.curves import PANELS, draw_curve, series, smoothed
 from bpgo_video.training.report import LiveReport, contact_sheet, frame_limits, main, write_report
 from bpgo_video.training.summary import NOTHING
 from tests.made.browsing import started_browser, visited
+from tests.made.hostile_texts import HOSTILE, check_page
 
 PROMPT = 'a red circle <script>alert("x")</script> & "moving" left'
 SUMMARY = {
@@ -291,6 +294,42 @@ def test_shades_are_scaled_over_all_samples_of_a_reward() -> None:
 def browser() -> Iterator[Any]:
     with started_browser() as browser:
         yield browser
+
+
+def hostile_run(folder: Path, text: str) -> Path:
+    """A run with a text in the name of its folder and in every string of its files, names of metrics included."""
+    run_dir = folder / text.replace("/", "|")[:60]
+    shutil.copytree(folder / "run", run_dir)
+    keys = ("heldout/", "heldout_ema/", "icc/", "reward/", "ras/", "seconds/", "trust/", "")
+    records = [record(step) | {f"{key}{text}": 0.5 for key in keys} for step in range(6)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    environment = {"code": [text], "packages": {text: text}, "hardware": text, "device": text}
+    summary = SUMMARY | {"algorithm": text, "heldout_reward": text, "environment": environment}
+    (run_dir / "summary.json").write_text(json.dumps(summary | {"seconds": {text: 1.0, "total": 12.0}}))
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({"run": {text: text}}, allow_unicode=True))
+    frames = {text: {"times": [0.0, 0.125], "before": [0.1, 0.5], "after": [0.9, 0.3]}}
+    (sample,) = json.loads((run_dir / "samples" / "samples.json").read_text())
+    (run_dir / "samples" / "samples.json").write_text(json.dumps([sample | {"prompt": text, "frames": frames}]))
+    return run_dir
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_run_runs_no_script_in_its_report(kind: str, browser: Any, run_dir: Path) -> None:
+    shutil.copytree(run_dir, run_dir / "run")
+    check_page(browser, write_report(hostile_run(run_dir, HOSTILE[kind])))
+    check_page(
+        browser, write_report(hostile, so_far=json.loads((hostile / "summary.json").read_text()) | {"num_steps": 9})
+    )
+
+
+def test_a_sample_names_no_video_outside_the_run(run_dir: Path) -> None:
+    """The report embeds its frames."""
+    write_video(run_dir / "private" / "000.mp4", torch.zeros(9, 3, 32, 32), fps=8.0)
+    (sample,) = json.loads((run_dir / "samples" / "samples.json").read_text())
+    for after in ("../private", str(run_dir / "private"), "..", "a/../../private"):
+        (run_dir / "samples" / "samples.json").write_text(json.dumps([sample | {"after": after}]))
+        with pytest.raises(MalformedFile, match=r"samples\.json: 0\.after"):
+            write_report(run_dir)
 
 
 def test_the_videos_of_a_sample_play_together(browser: Any, run_dir: Path) -> None:
