@@ -108,7 +108,7 @@ def boxed(rows: Iterable[Sequence[str]], header: Sequence[str] = ("", ""), words
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=WIDTH, color_system=None).print(table)
+    Console(file=text, width=WIDTH, color_system=None, markup=False).print(table)
     return text.getvalue().rstrip()
 
 
