@@ -16,6 +16,7 @@ import torch
 from bpgo_video.data.media import VideoError, read_video, write_video
 from bpgo_video.evaluation.compare_report import LONGEST_SIDE, chosen_rows, disagreement, embedded, write_report
 from bpgo_video.evaluation.comparison import Compared, ModelScores, compare, video_path
+from bpgo_video.training.summary import boxed
 from tests.made import hostile_texts
 from tests.made.browsing import Visit, started_browser, visited
 from tests.made.synthetic_results import model_results, results
@@ -120,6 +121,12 @@ def test_hostile_results_run_no_script(kind: str, browser: Any, tmp_path: Path) 
     ]  # fmt: skip
     compared = compare([model_results(tmp_path / name, model, 0.5) for name, model in zip("ab", models, strict=True)])
     hostile_texts.check_page(browser, write_report(tmp_path, compared, shown=4))
+
+
+def test_names_with_brackets_are_printed_as_they_are() -> None:
+    """And not as styles, links or errors of the library that draws tables."""
+    for name in ("[/]", "[bold]x", "[link=http://a]x[/link]"):
+        assert boxed([[name, "1"]], (name, "measure"), title=name).count(name) == 3
 
 
 def test_every_picture_control_and_table_has_a_name(visit: Visit) -> None:
