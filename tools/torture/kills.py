@@ -275,8 +275,6 @@ def jobs(base: Path) -> list[Job]:
     shards = {"shards": base / "shards"}
     convert = ("convert", "--checkpoint", str(base / "run"), "--output", "out", "--format", "diffusers")
     return [
-        Job("train", 0.3, train, run_facts, moments),
-        Job("train on 2 ranks", 0.3, train, run_facts, moments, ranks=2),
         Job("convert", 0.1, convert, lambda at: hashes(at / "out"), (ANY_TIME, "partial-out/**/*"), once="out"),
         Job(
             "prompts build", 0.1, (*build, "--output", "out", "--shard-size", "1"), lambda at: hashes(at / "out"),
@@ -292,6 +290,8 @@ def jobs(base: Path) -> list[Job]:
             lambda at: {**hashes(at / "shards" / "priors"), "left": leftovers(at / "shards")},
             (ANY_TIME, "shards/priors/unfinished.jsonl", "shards/priors/*.json"), shards,
         ),
+        Job("train", 0.3, train, run_facts, moments),
+        Job("train on 2 ranks", 0.3, train, run_facts, moments, ranks=2),
     ]  # fmt: skip
 
 
@@ -338,7 +338,7 @@ def main() -> int:
             if args.only in job.name:
                 draws = random.Random(f"{args.seed} {job.name}")
                 tallies[job.name] = Torture(job, base, draws).run(max(1, round(args.count * job.share)))
-                print(f"{job.name}: {dict(tallies[job.name].outcomes)}", flush=True)
+                print(f"{job.name}: {tallies[job.name].kills} kills, {dict(tallies[job.name].outcomes)}", flush=True)
     Console(width=160).print(table(tallies))
     return int(any(tally.outcomes[outcome] for tally in tallies.values() for outcome in BAD))
 
