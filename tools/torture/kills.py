@@ -46,7 +46,7 @@ MODULES = ("commands.runs", "commands.convert", "commands.prompts", "training.rl
 ANY_TIME = ""
 AFTER = 0.03  # seconds at most between a change to files and a kill meant to follow it
 LIMIT = 60.0  # seconds for the other ranks to end
-TIMINGS = ("seconds", "checkpoint")  # keys of records and summaries that differ between equal runs
+VARYING = ("seconds", "checkpoint", "environment")  # keys of records and summaries that differ between equal runs
 BAD = ("detected", "silent", "traceback", "slow")
 
 Facts = dict[str, Any]  # what must equal the undisturbed run's
@@ -88,10 +88,10 @@ def hashes(folder: Path, pattern: str = "**/*") -> Facts:
 
 
 def run_facts(folder: Path) -> Facts:
-    """Weights, records and summary of a run, without times."""
+    """Weights, records and summary of a run, without times and versions."""
     run = folder / "run"
     lines = [*(run / "metrics.jsonl").read_text("utf-8").splitlines(), (run / "summary.json").read_text("utf-8")]
-    records = [{key: value for key, value in json.loads(line).items() if not key.startswith(TIMINGS)} for line in lines]
+    records = [{key: value for key, value in json.loads(line).items() if not key.startswith(VARYING)} for line in lines]
     return {"weights": hashes(run / "export", "**/*.safetensors"), "records": records, "left": leftovers(run)}
 
 
