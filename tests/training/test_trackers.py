@@ -245,3 +245,16 @@ def test_with_an_unwritable_home_wandbs_files_are_in_the_run_directory(
 
 def no_home() -> Path:
     raise RuntimeError("Could not determine home directory.")  # as pathlib raises for a user without a name
+
+
+def test_secrets_of_the_environment_are_in_no_file_of_a_tracker(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "s3cr3tValue0123456789abcdef0123456789abcd"  # 40 characters, as a key of wandb
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "REWARD_TOKEN"):
+        monkeypatch.setenv(name, secret)
+    log_steps(config, range(7), "tensorboard")
+    log_steps(config, range(7), "wandb")
+    written = [path for path in Path(config.run.dir).rglob("*") if path.is_file()]
+    assert len(written) > 5
+    assert not [path for path in written if secret.encode() in path.read_bytes()]
