@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 from pydantic import ValidationError
 
@@ -23,6 +25,7 @@ MAX_VALUES = 100_000  # of a YAML file, after its aliases are expanded
 MAX_DEPTH = 64  # levels of nesting
 FLOAT = re.compile(r"[-+]?\d[\d_]*(?:\.[\d_]*)?[eE][-+]?\d+$")  # 1e-5, which is text in YAML 1.1
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+SEAL = "xxh3"  # key of a document's hash
 SHOWN = 100  # characters of a wrong value in a message
 
 
@@ -171,6 +174,22 @@ def parse_json(form: Any, data: bytes | str, source: object, remedy: str) -> Any
         raise MalformedFile(f"{error}; {remedy}") from None
     except ValidationError as error:
         raise MalformedFile(f"{source}: {wrong_value(error)}; {remedy}") from None
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON data with a hash of itself, which finds a flipped bit; see `check_seal`."""
+    return {**content, SEAL: _digest(json.loads(json.dumps(content)))}
+
+
+def check_seal(content: Mapping[str, Any], source: object) -> None:
+    """Raise MalformedFile if JSON data does not have the hash that it names; without one it may have been edited."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    if SEAL in content and content[SEAL] != _digest(rest):
+        raise MalformedFile(f"{source} is damaged: its content does not have the hash that it names")
+
+
+def _digest(content: Any) -> str:
+    return str(xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest())
 
 
 def wrong_value(error: ValueError) -> str:

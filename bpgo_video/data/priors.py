@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from bpgo_video.cli import typed, without_common_flags
 from bpgo_video.data.records import ShardError
+from bpgo_video.documents import MalformedFile, check_seal, sealed
 from bpgo_video.files import atomic_file, write_json
 from bpgo_video.learner.priors import shrunk_means
 from bpgo_video.types import PriorAnchor, PromptBatch
@@ -106,7 +107,7 @@ def write_priors(
     """Store the anchors of one reward with the prompts, replacing earlier ones. Arguments: see PriorTable."""
     table = PriorTable(reward=reward, version=version, scale=scale, policy=policy, anchors=dict(anchors))
     path = prior_path(directory, reward)
-    write_json(path, table.model_dump())
+    write_json(path, sealed(table.model_dump()))
     return path
 
 
@@ -124,10 +125,14 @@ def load_priors(directory: Path | str, versions: Mapping[str, str]) -> dict[str,
     tables = {}
     for reward, version in versions.items():
         path = prior_path(directory, reward)
+        data = path.read_bytes()
         try:
-            table = PriorTable.model_validate_json(path.read_bytes())
+            table = PriorTable.model_validate_json(data)
+            check_seal(json.loads(data), f"the prior {path}")
         except ValidationError as error:
             raise PriorError(f"the prior {path} cannot be read ({_first_problem(error)})") from error
+        except MalformedFile as error:
+            raise PriorError(f"{error}") from None
         if table.version != version:
             raise PriorError(
                 f"the prior {path} is stale: it was measured with version {table.version} of reward {reward!r}, which "

@@ -61,7 +61,7 @@ from bpgo_video.data.records import (
     read_record,
     to_layout,
 )
-from bpgo_video.documents import MalformedFile, plain_json, wrong_value
+from bpgo_video.documents import MalformedFile, check_seal, plain_json, wrong_value
 from bpgo_video.files import SHARD_CACHE, atomic_file
 
 REMOTE = re.compile(r"pipe:|[a-z0-9]+://")
@@ -446,4 +446,8 @@ def _parse_index(data: bytes, where: Path | str, selected: Sequence[str]) -> dic
         raise ShardError(f"{where} states {count} prompts, but {total} in {len(shards)} shards; build {BUILD}")
     if unknown := [name for name in (*selected, *shards) if name not in shards or not SHARD_NAME.fullmatch(name)]:
         raise ShardError(f"{where} has no shard {', '.join(unknown)}; it has {', '.join(shards)}")
+    try:
+        check_seal(index, where)
+    except MalformedFile as error:
+        raise ShardError(f"{error}; copy it again, or build {BUILD}") from None
     return index | {"shards": [shard for name, shard in shards.items() if name in selected or not selected]}

@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bpgo_video.data.media import MEDIA, Media
-from bpgo_video.documents import plain_json, shown
+from bpgo_video.documents import check_seal, plain_json, sealed, shown
 from bpgo_video.errors import InputError
 from bpgo_video.files import atomic_file, fingerprint, write_json
 
@@ -185,7 +185,7 @@ def to_members(record: PromptRecord, stored: set[str]) -> dict[str, bytes]:
         if hashes[kind] not in stored:
             stored.add(hashes[kind])
             new[TENSORS[kind]] = data
-    return {"json": json.dumps(header, ensure_ascii=False).encode(), **new, **files}
+    return {"json": json.dumps(sealed(header), ensure_ascii=False).encode(), **new, **files}
 
 
 def parse_header(data: bytes) -> dict[str, Any]:
@@ -193,6 +193,7 @@ def parse_header(data: bytes) -> dict[str, Any]:
     header = plain_json(data, "its JSON")
     if not isinstance(header, dict):
         raise ValueError("its JSON is not an object")
+    check_seal(header, "its JSON")
     types = {"id": int, "prompt": str, "split": str, "tags": list, "conditioning_sha256": str}
     types |= {name: str for name in ("negative_prompt", "negative_sha256") if name in header}
     types |= {"info": dict} if "info" in header else {}
@@ -318,7 +319,7 @@ def write_index(
         **(more or {}),
         **({"build": dict(build)} if build else {}),
     }
-    write_json(output / "index.json", index)
+    write_json(output / "index.json", sealed(index))
 
 
 def file_sha256(path: Path) -> str:

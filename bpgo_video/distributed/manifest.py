@@ -9,7 +9,6 @@ a second on one core, where SHA-256 hashes 1.4 (Intel Xeon, 2026-11-30).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import IO, Any, ClassVar, cast
 import torch
 import xxhash
 
+from bpgo_video.documents import SEAL, check_seal, plain_json, sealed
 from bpgo_video.files import flush, save_tensors, write_json
 
 VERSION = 4
@@ -144,8 +144,7 @@ def _hashed(path: Path) -> File:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    content = {"version": VERSION, **asdict(manifest)}
-    write_json(folder / MANIFEST, {**content, "xxh3": _digest(content)})
+    write_json(folder / MANIFEST, sealed({"version": VERSION, **asdict(manifest)}))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -156,26 +155,21 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        digest, version = content.pop("xxh3"), content.pop("version")
+        content = plain_json(path.read_bytes(), path)
+        check_seal(content, path)
+        version = content.pop("version")
+        del content[SEAL]
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it is no complete checkpoint of this version of bpgo-video; name a complete "
             "RUN/checkpoints/step-XXXXXX"
         ) from None
-    except (ValueError, KeyError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path} is damaged") from None
-    if digest != _digest({"version": version, **content}):
-        raise CheckpointError(f"{path} is damaged: its content does not have the hash that it names")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
     if version != VERSION:
         raise CheckpointError(f"{folder} has layout version {version}, this program reads {VERSION}")
     files = {name: File(**file) for name, file in content["files"].items()}
     return Manifest(content["step"], Layout(**content["layout"]), files)
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True)
-    return str(xxhash.xxh3_128(text.encode()).hexdigest())
 
 
 def check_files(folder: Path, manifest: Manifest, names: Collection[str] | None = None) -> None:

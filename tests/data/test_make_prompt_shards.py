@@ -87,7 +87,7 @@ def test_build_then_inspect_verify_and_stats(stub_policy: Path, tmp_path: Path, 
     shard = Path(output, "prompts-000001.tar")
     shard.write_bytes(shard.read_bytes().replace(b"moving", b"MOVING", 1))
     assert tool.main(["verify", output]) == 2
-    assert "prompts-000001.tar: its sha256" in capsys.readouterr().err
+    assert "its JSON is damaged" in capsys.readouterr().err
 
 
 def test_negative_prompts_are_shown_and_counted(stub_policy: Path, tmp_path: Path, capsys) -> None:

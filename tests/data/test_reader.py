@@ -6,11 +6,13 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import tarfile
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +130,7 @@ def test_a_reference_to_a_missing_tensor_is_named(tmp_path: Path) -> None:
 
 def test_folders_in_format_1_are_read(directory: Path) -> None:
     index = json.loads((directory / "index.json").read_text())
+    del index["xxh3"]
     (directory / "index.json").write_text(json.dumps(index | {"format_version": 1}))
     shards = PromptShards(directory)
     assert all(record.negative_prompt is None for record in shards.records())
@@ -260,10 +263,17 @@ def test_a_damaged_byte_names_file_and_record(directory: Path) -> None:
         PromptShards(directory)
 
 
-def test_a_changed_prompt_fails_the_shard_hash(directory: Path) -> None:
-    PromptShards(directory).verify()
+def test_a_changed_prompt_is_found_without_verifying(directory: Path) -> None:
     path = directory / "prompts-000002.tar"
     path.write_bytes(path.read_bytes().replace(b"prompt 15", b"prompt 51"))
+    with pytest.raises(ShardError, match=r"prompts-000002.tar: record 000000015: .*its JSON is damaged"):
+        PromptShards(directory)
+
+
+def test_a_shard_with_other_bytes_than_the_index_states_fails_its_hash(directory: Path) -> None:
+    PromptShards(directory).verify()
+    path = directory / "prompts-000002.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")  # in the padding
     with pytest.raises(ShardError, match=r"prompts-000002.tar: its sha256"):
         PromptShards(directory).verify()
 
@@ -332,3 +342,32 @@ def test_a_directory_keeps_only_its_table_in_memory(directory: Path) -> None:
     held = [value for value in vars(shards).values() if isinstance(value, np.ndarray)]
     assert [array.dtype.itemsize for array in held] == [65]  # ids and byte ranges, without texts and embeddings
     assert held[0].shape == (20,)
+
+
+@pytest.mark.parametrize("name", ["prompts-000001.tar", "index.json", "negative.safetensors"])
+def test_a_flipped_bit_is_found_or_changes_nothing(directory: Path, name: str) -> None:
+    def content() -> list[tuple[Any, ...]]:
+        shards = PromptShards(directory)
+        return [
+            (
+                r.id,
+                r.prompt,
+                r.split,
+                r.tags,
+                r.info,
+                *(t.tolist() for t in (*r.conditioning.values(), *r.negative.values())),
+            )
+            for r in shards.records()
+        ]
+
+    path, draws, before, found = directory / name, random.Random(name), content(), 0
+    whole = path.read_bytes()
+    for _ in range(100):
+        changed = bytearray(whole)
+        changed[draws.randrange(len(whole))] ^= 1 << draws.randrange(8)
+        path.write_bytes(changed)
+        try:
+            assert content() == before
+        except ShardError:
+            found += 1
+    assert found > 20
