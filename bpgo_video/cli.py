@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from bpgo_video.errors import exit_code, explained, likely, meant, tell, told
+from bpgo_video.errors import exit_code, explained, likely, meant, shown, tell, told
 
 Number = TypeVar("Number", int, float)
 RANKS = "start N ranks on this machine with DeepSpeed's launcher (one rank, or those of a launcher)"
@@ -168,16 +168,21 @@ def _number(kind: Callable[[str], Number], rule: str, holds: Callable[[Number], 
     """An argument's type: a number for which the rule holds."""
 
     def parse(text: str) -> Number:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            name = {int: "a whole number", float: "a number"}.get(kind, "a number")  # type: ignore[call-overload]
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {name}") from None
         if not (holds(value) and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{value} must be {rule}")
         return value
 
-    parse.__name__ = getattr(kind, "__name__", "number")  # argparse: "invalid int value"
     return parse
 
 
-positive = _number(int, "1 or more", lambda value: value >= 1)
+positive = _number(int, "1 or more, and at most 1,000,000", lambda value: 1 <= value <= 10**6)
+samples = _number(int, "1 or more, and at most 10,000", lambda value: 1 <= value <= 10**4)
+port = _number(int, "from 0 to 65535", lambda value: 0 <= value < 2**16)
 above_zero = _number(float, "above 0, and finite", lambda value: value > 0)
 share = _number(float, "0 or more, and below 1", lambda value: 0 <= value < 1)
 not_negative = _number(float, "0 or more, and finite", lambda value: value >= 0)

@@ -12,21 +12,21 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 import yaml
 from pydantic import ValidationError
 
-from bpgo_video.errors import InputError
+from bpgo_video.errors import SHOWN, InputError, shown
 
 MAX_BYTES = 2**18  # of a file that a person writes
+MAX_JSON = 2**28  # bytes of a file that a program writes
 MAX_VALUES = 100_000  # of a YAML file, after its aliases are expanded
 MAX_DEPTH = 64  # levels of nesting
 FLOAT = re.compile(r"[-+]?\d[\d_]*(?:\.[\d_]*)?[eE][-+]?\d+$")  # 1e-5, which is text in YAML 1.1
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 SEAL = "xxh3"  # key of a document's hash
-SHOWN = 100  # characters of a wrong value in a message
 
 
 class MalformedFile(InputError):
@@ -51,13 +51,18 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     Raises:
         MalformedFile: it is no file, is larger than `limit` bytes, or is not UTF-8.
     """
-    if path.exists() and not path.is_file():
-        raise MalformedFile(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name a file")
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         data = stream.read(limit + 1)
     if len(data) > limit:
         raise MalformedFile(f"{path} has more than {limit:,} bytes, the limit for such a file; is it the right one?")
     return decoded(data, path)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file opened to read bytes. Raises MalformedFile for a folder, and for a pipe, which may never end."""
+    if path.exists() and not path.is_file():
+        raise MalformedFile(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; a file is needed")
+    return path.open("rb")
 
 
 def decoded(data: bytes, source: object) -> str:
@@ -192,6 +197,11 @@ def _digest(content: Any) -> str:
     return str(xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest())
 
 
+def read_json(form: Any, path: Path, remedy: str) -> Any:
+    """The content of a JSON file as the type of `form`. Raises MalformedFile."""
+    return parse_json(form, read_text(path, MAX_JSON), path, remedy)
+
+
 def wrong_value(error: ValueError) -> str:
     """`shards.0.count: Input should be a valid integer (given: 'x')`, the first value that pydantic refuses."""
     if not isinstance(error, ValidationError):
@@ -200,15 +210,6 @@ def wrong_value(error: ValueError) -> str:
     name = ".".join(str(part) for part in first["loc"]) or "content"
     rule = "it must be an object, {...}" if first["type"] == "model_type" else first["msg"]
     return f"{name}: {rule} (given: {shown(first['input'])})"
-
-
-def shown(value: object) -> str:
-    """A value for a message, cut short."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more than 4300 digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

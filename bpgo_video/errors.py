@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import ClassVar
 
 LINES = 25  # of an error that its message explains
+SHOWN = 100  # characters of a wrong value in a message
 CALLS = 10  # of a traceback, the innermost ones
 OTHER_NAMES = {  # key or flag -> what people type for it
     "ranks": "gpus num_gpus nproc_per_node num_processes world_size",
@@ -109,6 +110,15 @@ def some_of(names: Iterable[str], limit: int = 3) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more
+
+
+def shown(value: object, quoted: bool = True) -> str:
+    """A value for a message, as its repr or as it is, cut short."""
+    try:
+        text = repr(value) if quoted else str(value)
+    except ValueError:  # an integer of more than 4300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def exit_code(error: BaseException) -> int:

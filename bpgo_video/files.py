@@ -99,8 +99,11 @@ def resolve_folder(name: str, only: Sequence[str] | None = None) -> Path:
             folder = Path(name)  # does not exist
     else:
         folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # a name that is too long
+        raise FileNotFoundError(f"model folder {name[:60]!r}... is no path: {error.strerror}") from error
     if name.count("/") != 1 or name.startswith((PACKAGE_PREFIX, ".", "/", "~")):
         looked = "" if str(folder) == name else f" (looked at {folder})"
         raise FileNotFoundError(

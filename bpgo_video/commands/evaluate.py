@@ -32,7 +32,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from bpgo_video.cli import Parser, add_ranks, device, help_of, positive, run_command
+from bpgo_video.cli import Parser, add_ranks, device, help_of, positive, run_command, samples
 
 Add = Callable[..., argparse.Action]
 
@@ -66,7 +66,7 @@ def add_prompt_flags(add: Add) -> None:
 def add_suite_flags(add: Add, required: bool = False) -> None:
     kinds = "'vbench' (the list in the installed package), VBench's list (.json), or prompts (.txt, .jsonl, .csv)"
     add("--suite", required=required, help=kinds)
-    add("--samples", type=positive, metavar="N", help="videos per prompt (those of the layout that made them, or 5)")
+    add("--samples", type=samples, metavar="N", help="videos per prompt (those of the layout that made them, or 5)")
 
 
 def add_video_flags(add: Add) -> None:

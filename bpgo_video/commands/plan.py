@@ -138,7 +138,7 @@ def main(words: Sequence[str], script: str | None = None) -> int:
         plan = reckon(job)
         short = [size for size in arguments.gigabytes if not plan.fits(size)]
         advised = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
-    except InputError as error:
+    except (InputError, OSError) as error:
         return print_error(error)
     if arguments.json:
         print(json.dumps(as_json(job, plan, arguments.gigabytes, advised), indent=1))

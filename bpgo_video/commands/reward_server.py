@@ -17,7 +17,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from bpgo_video.cli import Parser, device, help_of, positive, run_command
+from bpgo_video.cli import Parser, device, help_of, port, positive, run_command
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.errors import unknown
@@ -75,7 +75,7 @@ def main(words: Sequence[str], script: str | None = None) -> int:
     add = parser.add_argument
     add("--config", type=Path, required=True, help="recipe")
     add("--reward", required=True, help="name in the recipe's rewards or evaluation.rewards")
-    add("--port", type=int, required=True, help="0 takes a free one")
+    add("--port", type=port, required=True, help="0 takes a free one")
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--token-env", help="environment variable with the token that clients must send")
     add("--device", type=device, help="cpu, cuda or cuda:1 (cuda if there is one)")

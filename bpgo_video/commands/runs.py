@@ -16,7 +16,7 @@ from bpgo_video.cli import become_launcher, help_of, print_error, print_note, sp
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.command_line import load_recipe
 from bpgo_video.config.reading import ds_config_file
-from bpgo_video.config.rules import OWNER, check_free, check_world
+from bpgo_video.config.rules import OWNER, check_free, check_name, check_world
 from bpgo_video.config.sft import Recipe
 from bpgo_video.training.lease import refuse_owned
 
@@ -112,6 +112,7 @@ def checked_recipe(
     try:
         ds_config_file(recipe.deepspeed)
         if command in (train, sft) and "RANK" not in os.environ:  # ranks see what rank 0 may have begun
+            check_name(Path(recipe.run.dir), "run.dir", "name another folder with --run.dir")
             refuse_owned(Path(recipe.run.dir) / OWNER)
             check_free(recipe.run)
         if ranks is not None:

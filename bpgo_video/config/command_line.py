@@ -10,7 +10,8 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -25,7 +26,7 @@ from bpgo_video.config.fields import explain
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.reading import TREES, check_kind, config_from_dict, read_written
 from bpgo_video.config.sft import Recipe
-from bpgo_video.errors import InputError, likely, meant, told
+from bpgo_video.errors import InputError, likely, meant, shown
 
 Settings = TypeVar("Settings")
 
@@ -70,17 +71,29 @@ def _help(tree: type, name: str, hint: Any) -> str:
 
 
 def _parse(tree: type, args: Sequence[str], default: Any) -> tuple[dict[str, Any], list[str]]:
-    """Plain data of `tree`, and the words that belong to no flag. One rank of a host prints."""
-    with told():
-        data, unknown = tyro.cli(
-            tree,
-            args=args,
-            default=default,
-            return_unknown_args=True,
-            config=(tyro.conf.AvoidSubcommands,),  # for unions with None or a mapping
-            registry=PLAIN_DATA,
-        )
+    """Plain data of `tree`, and the words that belong to no flag. Raises ConfigError for a value of another type."""
+    try:
+        with redirect_stderr(io.StringIO()) as printed:
+            data, unknown = tyro.cli(
+                tree,
+                args=args,
+                default=default,
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),  # for unions with None or a mapping
+                registry=PLAIN_DATA,
+            )
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise  # --help
+        raise ConfigError(f"command line: {_boxed(printed.getvalue())}; --help explains it") from None
     return data, unknown
+
+
+def _boxed(text: str) -> str:
+    """The first paragraph in the box that tyro prints."""
+    lines = [line.strip("│|\n ") for line in text.splitlines()[1:]]
+    first = takewhile(lambda line: line.strip("─-╰╯+"), lines)
+    return shown(" ".join(first).removeprefix("Error parsing "), quoted=False)
 
 
 def _show_help(tree: type, default: Any, usage: str, description: str) -> NoReturn:

@@ -11,8 +11,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_o
 from pydantic import ConfigDict, Field, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.documents import shown
-from bpgo_video.errors import InputError, likely, meant
+from bpgo_video.errors import InputError, likely, meant, shown
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 HELD = 2**20  # no machine holds more videos, tokens, pixels of a side or steps at once

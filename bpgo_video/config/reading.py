@@ -19,8 +19,8 @@ from bpgo_video.config.fields import explain
 from bpgo_video.config.rules import check, method_defaults
 from bpgo_video.config.secrets import check_secrets
 from bpgo_video.config.sft import Recipe, SftConfig, check_sft
-from bpgo_video.documents import plain_yaml, read_text, shown
-from bpgo_video.errors import suggestion, unknown
+from bpgo_video.documents import plain_yaml, read_text
+from bpgo_video.errors import shown, suggestion, unknown
 
 PACKAGE = Path(bpgo_video.__file__).parent
 RECIPES = PACKAGE / "recipes"  # a link to pipelines/configs in the repository

@@ -17,10 +17,10 @@ from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfi
 from bpgo_video.config.fields import HELD
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.run import RunConfig
-from bpgo_video.documents import shown
+from bpgo_video.errors import shown
 
 Rules = Mapping[str, object]
-MOST_GIGABYTES = 4096  # of the videos of a micro-batch
+MOST_GIGABYTES = 256  # of the videos of a micro-batch
 LONGEST = 255  # bytes of a name on Linux
 SETTINGS = "config.yaml"  # in a run's folder: its resolved recipe
 OWNER = "owner.lease"  # in a folder that one launch at a time may write to: which one that is
@@ -209,7 +209,6 @@ def check_free(run: RunConfig) -> bool:
         ConfigError: it does, and `run.resume` is "never".
     """
     folder = Path(run.dir)
-    check_name(folder, "run.dir", "name another folder with --run.dir")
     if not folder.is_dir() or {path.name for path in folder.iterdir()} <= {SETTINGS, OWNER}:
         return False  # or left by a run that failed before it built its policy
     if run.resume == "never":

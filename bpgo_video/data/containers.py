@@ -14,6 +14,8 @@ from typing import Any
 
 import av
 
+from bpgo_video.errors import InputError
+
 MAX_PIXELS = 2**26  # of an image or a frame, as many as 8192 x 8192
 MAX_FRAMES = 10**6  # that are decoded of a video
 MAX_HELD = 2**32  # pixels of a video that is read whole: 12 GiB of bytes
@@ -24,7 +26,7 @@ SIGNATURES = {  # ffmpeg's format -> place and forms of the bytes by which a fil
 }
 
 
-class VideoError(ValueError):
+class VideoError(InputError):
     """A video that cannot be read, written or cut; the message names it."""
 
 

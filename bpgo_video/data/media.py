@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bpgo_video.data.containers import MAX_PIXELS, VideoError, decoded, opened
+from bpgo_video.errors import InputError
 from bpgo_video.files import atomic_file
 
 IMAGE_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # by Pillow's name of the format
@@ -34,7 +35,7 @@ MAX_ASPECT = 16  # a video shows a sliver of longer images, and resizing one to 
 COLOUR_TAGS = "colorprim=smpte170m:transfer=smpte170m:colormatrix=smpte170m"
 
 
-class ImageError(ValueError):
+class ImageError(InputError):
     """An image that cannot be used; the message names it."""
 
 

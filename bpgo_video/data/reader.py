@@ -23,6 +23,7 @@ webdataset's gopen opens URLs; it also supports gs://, hf:// and others.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -307,7 +308,7 @@ def local_shards(source: str, cache: Path) -> tuple[Path, list[str]]:
             be written.
     """
     path = Path(source)
-    if not REMOTE.match(source) and (path.is_dir() or not SHARD.fullmatch(path.name)):
+    if not REMOTE.match(source) and (os.path.isdir(path) or not SHARD.fullmatch(path.name)):
         return path, []
     names = _expanded(source)
     if REMOTE.match(source):

@@ -30,8 +30,8 @@ from torch.nn.functional import pad
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from bpgo_video.data.media import MEDIA, Media
-from bpgo_video.documents import check_seal, plain_json, sealed, shown
-from bpgo_video.errors import InputError
+from bpgo_video.documents import check_seal, plain_json, sealed
+from bpgo_video.errors import InputError, shown
 from bpgo_video.files import atomic_file, fingerprint, write_json
 
 FORMAT_VERSION = 2  # 1 has no conditioning that refers to an earlier record of the shard

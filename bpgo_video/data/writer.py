@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock
 from more_itertools import chunked
+from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,12 +45,21 @@ from bpgo_video.data.records import (
     write_shard,
     write_tensors,
 )
+from bpgo_video.documents import read_json
 from bpgo_video.files import atomic_file, fingerprint, write_json
 
 UNFINISHED = ".unfinished"
+IDENTITY = TypeAdapter(dict[str, Any])
 
 Load = Callable[[], Any]  # loads the policy at the first call
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]  # texts -> tensors; axis 0 is the text
+
+
+class _Index(BaseModel):
+    build: dict[str, Any] = {}
+
+
+INDEX = TypeAdapter(_Index)
 
 
 class OutputError(FileExistsError):
@@ -240,9 +250,9 @@ class Build:
             raise OutputError(f"{self.output} exists and is not empty; name another output, or delete it first")
         identity = self.output / UNFINISHED / "identity.json"
         if "index.json" in present:
-            found = json.loads((self.output / "index.json").read_text("utf-8")).get("build", {})
+            found = read_json(INDEX, self.output / "index.json", "delete the folder, to build it again").build
         elif identity.is_file():
-            found = json.loads(identity.read_text("utf-8"))
+            found = read_json(IDENTITY, identity, f"delete {identity.parent}, to build again")
         else:
             write_json(identity, self.identity)
             return ""

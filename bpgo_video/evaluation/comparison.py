@@ -30,7 +30,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from bpgo_video.data.records import PromptRecord
-from bpgo_video.documents import MalformedFile, parse_json
+from bpgo_video.documents import MalformedFile, read_json
+from bpgo_video.errors import InputError
 from bpgo_video.files import write_json
 from bpgo_video.statistics import LEVEL, RESAMPLES, Effect, can_show, corrected, effect, too_few
 
@@ -130,7 +131,7 @@ def has_scores(folder: Path) -> bool:
 def read_scores(folder: Path, **changes: str) -> ModelScores:
     """The scores in a folder; `changes` replace its label or source. Raises MalformedFile."""
     path = folder / "scores.json"
-    scores = parse_json(SCORES, path.read_bytes(), path, REMEDY)
+    scores = read_json(SCORES, path, REMEDY)
     counts = {len(values) for line in scores.prompts for values in line.scores.values()}
     if len(counts) != 1 or any(line.scores.keys() != scores.measures.keys() for line in scores.prompts):
         raise MalformedFile(f"{path}: every prompt needs as many scores of {sorted(scores.measures)}; {REMEDY}")
@@ -144,7 +145,7 @@ def write_scores(scores: ModelScores) -> None:
 
 def read_parts(folder: Path) -> dict[int, PromptLine]:
     """The prompts measured so far, by id. Raises MalformedFile."""
-    parts = [parse_json(LINES, path.read_bytes(), path, REMEDY) for path in sorted(folder.glob("parts/*.json"))]
+    parts = [read_json(LINES, path, REMEDY) for path in sorted(folder.glob("parts/*.json"))]
     return {line.id: line for lines in parts for line in lines}
 
 
@@ -167,7 +168,7 @@ COLLAPSE = (  # a statistic that falls, what that says, and what it may mean
 Effects = Mapping[str, Effect]  # by measure
 
 
-class PairingError(ValueError):
+class PairingError(InputError):
     """Two models' scores cannot be compared; the message names the difference."""
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from bpgo_video.errors import InputError
 from bpgo_video.evaluation import vbench_networks as networks
 from bpgo_video.evaluation.vbench_files import BENCHMARKS
 from bpgo_video.evaluation.vbench_networks import GRID, Encoder, Footage, Network, Sources
@@ -40,7 +41,7 @@ TOP_BOTTOM = {**ALIKE, ("up", "down"): ZOOM_IN, ("down", "up"): ZOOM_OUT}
 LEFT_RIGHT = {**ALIKE, ("left", "right"): ZOOM_IN, ("right", "left"): ZOOM_OUT}
 
 
-class DimensionError(ValueError):
+class DimensionError(InputError):
     """A dimension cannot be measured; the message states what it needs."""
 
 

@@ -40,7 +40,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from bpgo_video.data.media import VideoError, VideoHeader, check_video, read_header
 from bpgo_video.data.prompt_files import read_prompts
-from bpgo_video.documents import parse_json
+from bpgo_video.documents import MAX_JSON, plain_json, read_json, read_text
+from bpgo_video.errors import InputError, shown
 from bpgo_video.files import write_json
 
 Setting = TypeVar("Setting", int, float)
@@ -63,7 +64,7 @@ PROPERTIES: Mapping[str, Callable[[VideoHeader], str]] = {
 }
 
 
-class SuiteError(ValueError):
+class SuiteError(InputError):
     """A suite, or a folder of its videos, is not usable; the message names every problem."""
 
 
@@ -306,20 +307,20 @@ def made_with(folder: Path, setting: str, flag: str, default: Setting) -> Settin
     if not manifest.is_file():
         return default
     try:
-        return type(default)(json.loads(manifest.read_text("utf-8"))["settings"][setting])
-    except (ValueError, TypeError, KeyError) as error:
-        raise SuiteError(f"{manifest} has no usable {setting} ({error!r}); give it by {flag}") from error
+        return type(default)(plain_json(read_text(manifest, MAX_JSON), "it")["settings"][setting])
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise SuiteError(f"{manifest} has no usable {setting} ({shown(error)}); give it by {flag}") from error
 
 
 RESULTS = "*_eval_results.json"
 Number = Annotated[FiniteFloat, Field(strict=True)]
 
 
-class ResultError(ValueError):
+class ResultError(InputError):
     """Results contradict each other, or do not match the videos; the message names the dimension."""
 
 
-class TotalsError(ValueError):
+class TotalsError(InputError):
     """The scores do not define totals; the message names the dimensions."""
 
 
@@ -375,7 +376,7 @@ def read_results(path: Path) -> list[Result]:
         MalformedFile: it is empty or cut short, has another form, or a number is not finite.
     """
     form = "a result file is {dimension: [score between -1 and 1, videos]}; was its evaluation cut short?"
-    content = parse_json(FILE, path.read_bytes(), path, form)
+    content = read_json(FILE, path, form)
     return [Result(dimension, score, videos) for dimension, (score, videos) in content.items()]
 
 

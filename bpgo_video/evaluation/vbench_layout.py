@@ -28,7 +28,7 @@ from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh, all_or_none
-from bpgo_video.documents import parse_json
+from bpgo_video.documents import MAX_JSON, parse_json, read_text
 from bpgo_video.evaluation import vbench_files as suites
 from bpgo_video.evaluation.vbench_files import Suite, SuiteError, listing, read_suite
 from bpgo_video.inference.generate import (
@@ -149,7 +149,7 @@ def read_texts(path: Path, suite: Suite) -> dict[str, str]:
         SuiteError: a prompt is not in the suite, appears twice, or has no line.
     """
     rule = f'a line must be {{"prompt": TEXT, "{GENERATION_PROMPT}": TEXT}}'
-    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    lines = enumerate(read_text(path, MAX_JSON).splitlines(), start=1)
     entries = [parse_json(LINE, line, f"{path}:{number}", rule) for number, line in lines]
     counts, prompts = Counter(entry["prompt"] for entry in entries), {prompt.text for prompt in suite.prompts}
     problems = [f"{prompt!r} appears twice" for prompt, count in counts.items() if count > 1]

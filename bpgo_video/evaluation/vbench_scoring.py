@@ -22,7 +22,7 @@ from tqdm import tqdm
 from bpgo_video.cli import show_loading_once
 from bpgo_video.data.media import VideoError, read_header, read_pixels
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, from_main, same_everywhere
-from bpgo_video.documents import parse_json
+from bpgo_video.documents import read_json
 from bpgo_video.evaluation import vbench_files as suites
 from bpgo_video.evaluation.heldout import device_of, independent_ranks
 from bpgo_video.evaluation.vbench_dimensions import Dimension, DimensionError, Measured, find_dimension
@@ -232,7 +232,7 @@ def read_kept(task: Task, kept: Path) -> dict[int, Measured]:
     numbers = {}
     for place, item in enumerate(task.items):
         if (path := task.kept_file(kept, item)).is_file():
-            numbers[place] = parse_json(MEASURED, path.read_bytes(), path, "delete it to measure its video again")
+            numbers[place] = read_json(MEASURED, path, "delete it to measure its video again")
     if numbers:
         count = f"{len(numbers)} of {len(task.items)} videos"
         print(f"{task.dimension.name}: {count} were measured before ({kept})", flush=True)

@@ -24,7 +24,7 @@ from pydantic import AfterValidator, FiniteFloat, TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.documents import MalformedFile, parse_json
+from bpgo_video.documents import MalformedFile, open_file, parse_json
 from bpgo_video.files import atomic_file
 from bpgo_video.training.trackers import Cell, Number, Trackers
 
@@ -217,7 +217,7 @@ def truncate(path: Path, form: Any, start_step: int) -> None:
 def _lines(path: Path, form: Any) -> Iterator[tuple[bytes, dict[str, Any] | MalformedFile]]:
     """Each line, and its record or what is wrong with it."""
     rule = "a line must be a JSON object of finite numbers with a step; repair it, or remove the line"
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for number in count(1):
             line = file.readline(LONGEST_LINE)
             if not line.endswith(b"\n"):

@@ -33,8 +33,11 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
+from bpgo_video import documents
+from bpgo_video.cli import print_error
 from bpgo_video.data.media import STRIP_HEIGHT, VideoError, read_video, strip
-from bpgo_video.documents import MalformedFile, parse_json
+from bpgo_video.documents import MalformedFile
+from bpgo_video.errors import InputError
 from bpgo_video.files import atomic_file
 from bpgo_video.training.curves import HELDOUT, PANELS, draw_curve, keys_with
 from bpgo_video.training.metrics import METRICS_FILE, Number, read_metrics
@@ -275,7 +278,7 @@ def numbers_table(records: Sequence[Mapping[str, Number]]) -> tuple[list[str], l
 def read_json(path: Path, form: Any, default: Any) -> Any:
     """The content of a JSON file; `default` if there is no such file. Raises MalformedFile."""
     rule = "only a run of bpgo-video writes this file"
-    return parse_json(form, path.read_bytes(), path, rule) if path.exists() else default
+    return documents.read_json(form, path, rule) if path.exists() else default
 
 
 def read_config(path: Path) -> str | None:
@@ -294,8 +297,8 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, help="the run directory (run.dir)")
     try:
         print(write_report(parser.parse_args().run_dir))
-    except (FileNotFoundError, MalformedFile, VideoError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except (InputError, VideoError, OSError) as error:
+        raise SystemExit(print_error(error)) from None
 
 
 if __name__ == "__main__":

@@ -185,3 +185,9 @@ def test_an_unwritable_cache_is_named(url: str, tmp_path: Path, monkeypatch: pyt
 
 def refuse_to_expand(path: Path) -> Path:
     raise RuntimeError("Could not determine home directory.")  # pathlib raises this for a user without a name
+
+
+@pytest.mark.parametrize("braces", ["{0..999999999}", "{0..9}" * 7, "{a,b{c,d}}" * 40, "{0..-999999999..2}"])
+def test_braces_that_stand_for_very_many_names_are_refused_at_once(braces: str, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="stands for more than 100,000 shards"):
+        PromptShards(tmp_path / f"prompts-{braces}.tar")

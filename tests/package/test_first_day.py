@@ -98,7 +98,7 @@ DAY: list[tuple[str, int, list[str]]] = [
         0,
         ["temporal_flickering", "exact"],
     ),
-    ("bpgo-video evaluate total scores.json", 1, ["missing: subject_consistency", "--partial"]),
+    ("bpgo-video evaluate total scores.json", 2, ["missing: subject_consistency", "--partial"]),
     ("bpgo-video evaluate total scores.json --partial", 0, ["quality", "partial          True"]),
 ]
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from bpgo_video.documents import MalformedFile
-from bpgo_video.training.metrics import RunLog, read_metrics, reduce_metrics
+from bpgo_video.training.metrics import METRICS_FILE, RECORD, RunLog, read_metrics, reduce_metrics, truncate
 from bpgo_video.training.summary import power, summary_table, verdict
 from bpgo_video.training.trackers import Trackers
 
@@ -184,3 +184,18 @@ def test_the_final_table_states_the_paired_difference_and_the_paths(tmp_path: Pa
     for text in ("0.5000", "0.6500", "+0.1500 ± 0.0120", "3,840", "120.0", str(tmp_path / "metrics.jsonl")):
         assert text in table
     assert "\x1b" not in table
+
+
+@pytest.mark.parametrize("resumed", [1, 2, 3, 4])
+def test_a_damaged_line_matters_only_before_the_resumed_step(resumed: int, tmp_path: Path) -> None:
+    """The damaged line is that of step 2."""
+    lines = [f'{{"step": {step}, "seconds": 1.0}}\n'.encode() for step in range(5)]
+    lines[2] = b'{"step": 2, "sec\x00\xff\n'
+    (tmp_path / METRICS_FILE).write_bytes(b"".join(lines))
+    if resumed <= 2:
+        truncate(tmp_path / METRICS_FILE, RECORD, resumed)
+        assert (tmp_path / METRICS_FILE).read_bytes() == b"".join(lines[:resumed])
+        return
+    with pytest.raises(MalformedFile, match=r"metrics\.jsonl, line 3"):
+        truncate(tmp_path / METRICS_FILE, RECORD, resumed)
+    assert (tmp_path / METRICS_FILE).read_bytes() == b"".join(lines), "nothing is cut from a damaged log"
