@@ -84,9 +84,7 @@ def changed(file: str, content: str, rng: random.Random) -> bytes:
     if suffix not in (".yaml", ".json", ".jsonl") or rng.random() < 0.4:
         return change_bytes(content.encode(), rng)
     if suffix == ".yaml":
-        return yaml.safe_dump(change_tree(yaml.safe_load(content), rng), sort_keys=False).encode(
-            "utf-8", "surrogatepass"
-        )
+        return json.dumps(change_tree(yaml.safe_load(content), rng)).encode()  # JSON is YAML
     if suffix == ".json":
         return json.dumps(change_tree(json.loads(content), rng)).encode()
     return lines_of(change_tree([json.loads(line) for line in content.splitlines()], rng)).encode()
