@@ -116,7 +116,7 @@ def _become(case: Case, folder: Path, output: Path, command: Callable[[tuple[str
     for descriptor in (1, 2):
         os.dup2(target, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     sys.argv = ["bpgo-video", *case.argv]
     try:

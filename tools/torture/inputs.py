@@ -32,9 +32,9 @@ def make_base(folder: Path) -> None:
     for name, (content, _) in READERS.items():
         if content:
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(content)
+            (folder / name).write_text(content, "utf-8")
     (folder / "a").mkdir()
-    (folder / "a" / "scores.json").write_text(json.dumps(scores("a")))
+    (folder / "a" / "scores.json").write_text(json.dumps(scores("a")), "utf-8")
     (folder / "videos").mkdir()
     if code := main([*BUILD[:3], str(folder / "shards"), *BUILD[4:], str(folder / "prompts.txt")]):
         raise SystemExit(code)
@@ -60,7 +60,7 @@ def mutated(base: Path, rng: random.Random) -> Iterator[Case]:
     while True:
         file = rng.choice(list(READERS))
         argv = rng.choice(READERS[file][1])
-        content = changed(file, (base / file).read_text(), rng)
+        content = changed(file, (base / file).read_text("utf-8"), rng)
         codes = (0, 1) if argv[0] == "plan" else (0,)
         name = f"{file}: change {rng.randrange(10**6)} for {' '.join(argv[:2])}"
         yield Case(name, argv, {file: content}, codes=codes)
