@@ -20,6 +20,7 @@ rollout: {prompts_per_step: 2, group_size: 4, micro_batch_size: 4}
 optim: {updates_per_rollout: 1}
 prior: {samples: 2}
 evaluation: {every: 0, rewards: {}}
+ema: {decay: 0.9}
 """
 ANY_TIME = ""
 VARYING = ("seconds", "checkpoint", "environment")  # keys of records and summaries that differ between equal runs
@@ -68,7 +69,7 @@ def run_facts(folder: Path) -> Facts:
     run = folder / "run"
     lines = [*(run / "metrics.jsonl").read_text("utf-8").splitlines(), (run / "summary.json").read_text("utf-8")]
     records = [{key: value for key, value in json.loads(line).items() if not key.startswith(VARYING)} for line in lines]
-    return {"weights": hashes(run / "export", "**/*.safetensors"), "records": records, "left": leftovers(run)}
+    return {"weights": hashes(run, "export*/**/*.safetensors"), "records": records, "left": leftovers(run)}
 
 
 def leftovers(folder: Path) -> list[str]:

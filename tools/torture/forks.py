@@ -17,7 +17,6 @@ from pathlib import Path
 LIMIT = 5.0  # seconds
 MEMORY = 4 * 2**30  # bytes that a case may take besides what is imported
 LONGEST = 3000  # characters of a message
-BAD = ("traceback", "silent", "slow", "unclear")  # outcomes that are mistakes of the product
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case did: held (right after all), detected, or one of BAD."""
+    """What a case did: held (right after all), detected, or a mistake (`tally.py`)."""
 
     case: Case
     verdict: str

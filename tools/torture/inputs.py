@@ -8,19 +8,18 @@ exit code is 0 only if no case ends with a traceback, in silence, without a clea
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 from tools.torture.changes import changed
-from tools.torture.forks import BAD, Case, run_case
+from tools.torture.forks import Case, run_case
 from tools.torture.known import BUILD, READERS, scores, written_out
+from tools.torture.tally import Tallies, Tally, main_of
 
 
 def make_base(folder: Path) -> None:
@@ -93,27 +92,35 @@ def import_everything() -> None:
     import bpgo_video.training.sft  # noqa: F401
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--known", type=int, metavar="N", help="only every Nth of the cases that are written out")
-    parser.add_argument("--only", default="", help="cases with this in their name")
-    args = parser.parse_args()
+def judge(chosen: Iterable[Case], base: Path) -> Tallies:
+    """Run cases on the right inputs in `base`; prints the mistakes."""
+    tally = Tally()
+    for case in chosen:
+        outcome = run_case(case, base, command)
+        tally.add(outcome.verdict, outcome.seconds)
+        if outcome.verdict in tally.mistakes:
+            print(f"\n{outcome.verdict}, code {outcome.code}, {outcome.seconds:.1f} s: {outcome.case.name}")
+            print("    " + outcome.text[-1500:].strip().replace("\n", "\n    "), flush=True)
+    return {"malformed input": tally}
+
+
+def run(seed: int, count: int) -> Tallies:
+    """The cases that are written out, then random ones."""
     import_everything()
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         make_base(base)
-        chosen = islice(written_out(), 0, None, args.known) if args.known else cases(args.seed, args.count, base)
-        outcomes = [run_case(case, base, command) for case in chosen if args.only in case.name]
-    for outcome in (one for one in outcomes if one.verdict in BAD):
-        print(f"\n{outcome.verdict}, code {outcome.code}, {outcome.seconds:.1f} s: {outcome.case.name}")
-        print("    " + outcome.text[-1500:].strip().replace("\n", "\n    "))
-    counts = Counter(one.verdict for one in outcomes)
-    print(f"\n{len(outcomes)} cases, seed {args.seed}; the slowest took {max(one.seconds for one in outcomes):.1f} s")
-    print("\n".join(f"{verdict:10} {counts[verdict]}" for verdict in ("held", "detected", *BAD)))
-    return int(any(counts[verdict] for verdict in BAD))
+        return judge(cases(seed, count, base), base)
+
+
+def run_known(every: int) -> Tallies:
+    """Every nth of the cases that are written out."""
+    import_everything()
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name)
+        make_base(base)
+        return judge(islice(written_out(), 0, None, every), base)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_of(run, __doc__, 300))
