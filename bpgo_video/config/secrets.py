@@ -16,7 +16,8 @@ SECRETS = tuple(  # what precedes a secret, and the secret; `$NAME` is none: a s
         (r"\b[a-z][a-z0-9+.-]*://[^/\s?#@:]*:", r"[^/\s?#@]+(?=@)"),
         (r"\bhttps?://", r"[^/\s?#@:]+(?=@)"),
         (rf"[?&;](?:[\w.-]*{WORDS}|token|key|sig|[\w-]*signature|[\w-]*security-token)=", r"[^&\s]+"),
-        (r"\b(?:bearer|basic) +", r"[\w.~+/=-]{8,}"),
+        (r"\bauthorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic) +", r"[\w.~+/=-]{8,}"),
+        (r"\bbearer +", r"(?=\S*\d)[\w.~+/=-]{16,}"),  # prose has bearers, too
         (r"\b", r"(?:hf_|gh[opsu]_|github_pat_|glpat-|sk-|xox[abp]-|AKIA)\w[\w-]{15,}"),
     )
 )

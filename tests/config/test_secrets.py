@@ -24,6 +24,8 @@ FORMS = {
     "https://host/p?X-Amz-Signature={}&a=b": "query",
     "https://host/p?x-amz-security-token={}": "query",
     "pipe:curl -H 'Authorization: Bearer {}' https://host/p": "header",
+    "curl -H 'authorization: basic {}' https://host/p": "header",
+    "bearer {}": "header",
     "hf_{}".replace("{}", "a" * 34): "form",
     "ghp_{}".replace("{}", "b" * 36): "form",
 }
@@ -32,6 +34,7 @@ HARMLESS = (
     "pipe:ssh me@host cat prompts/prompts-{000000..000003}.tar", "org/name@main", "hf://datasets/org/name@v1/prompts",
     'pipe:curl -sf -H "Authorization: Bearer $TOKEN" https://host/p', "https://me:$PASSWORD@host/p",
     "https://host/p?sig=$SIG&x=1", "a red circle: moving @ noon", "runs/sk-1", "monkey", "package:tiny",
+    "basic composition", "answer basic questions", "a bearer carrying-something-very-heavy",
 )  # fmt: skip
 
 
