@@ -2,8 +2,8 @@
 
     python -m bpgo_video.distributed.supervisor RESTARTS RUN_DIR N FLAGS
 
-A failure is unexpected if the input is right and no user asked for the end. Restarts count anew once a newer checkpoint
-exists, so that a run with rare failures goes on, and one that always fails at the same step ends.
+A failure is unexpected if the input is right and no user asked for the end. A newer checkpoint sets the count of restarts
+back to 0, so that a run with rare failures goes on, and one that always fails at the same step ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def supervise(
 
     Args:
         launch: runs the ranks, to begin or again; returns their exit code, and whether a user stopped them.
-        progress: what grows while the run gets on: the newest checkpoint.
+        progress: the name of the newest checkpoint, which changes with progress.
     """
     failures, before, again = 0, progress(), False
     while True:
