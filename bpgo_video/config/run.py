@@ -49,8 +49,8 @@ class RunConfig:
     keep_every: Count = 0
     """Checkpoints of steps that are a multiple of this are never deleted; 0 keeps none of them."""
     max_restarts: Count = 0
-    """With `--ranks N`: how often ranks that failed unexpectedly are started again from the newest checkpoint. Counts
-    anew after each newer checkpoint; wrong input and stops by the user start nothing."""
+    """With `--ranks N`: how often ranks that failed unexpectedly are started again from the newest checkpoint. A
+    newer checkpoint sets the count back to 0; wrong input and stops by the user start nothing."""
 
 
 @section

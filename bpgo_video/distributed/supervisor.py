@@ -2,8 +2,8 @@
 
     python -m bpgo_video.distributed.supervisor RESTARTS RUN_DIR N FLAGS
 
-A failure is unexpected if the input is right and no user asked for the end. A newer checkpoint sets the count of restarts
-back to 0, so that a run with rare failures goes on, and one that always fails at the same step ends.
+A failure is unexpected if the input is right and no user asked for the end. A newer checkpoint sets the count of
+restarts back to 0, so that a run with rare failures goes on, and one that always fails at the same step ends.
 """
 
 from __future__ import annotations
