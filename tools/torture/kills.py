@@ -10,8 +10,10 @@ chain held.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +23,7 @@ from tools.torture.commands import ANY_TIME, RECIPE, Job, jobs
 from tools.torture.launching import LIMIT, Launch, import_everything, prepare
 from tools.torture.tally import MISTAKES, Tallies, Tally, main_of
 
+LAUNCHER_SECONDS = 1.0  # after which a launcher terminates the other ranks
 AFTER = 0.03  # seconds at most between a change to files and a kill meant to follow it
 
 
@@ -82,7 +85,10 @@ class Torture:
         launch.kill([rank for rank in victims if rank in launch.running])
         self.tally.tried += 1
         self.tally.at[moment or "any time"] += 1
-        self.tally.slowest = max(self.tally.slowest, launch.end(LIMIT))
+        seconds = launch.end(LAUNCHER_SECONDS)
+        for rank in launch.running:  # as launchers do: ranks that have not met do not watch each other yet
+            os.kill(rank, signal.SIGTERM)
+        self.tally.slowest = max(self.tally.slowest, seconds + launch.end(LIMIT))
         if launch.is_running():
             launch.kill(launch.running)
             launch.end()
