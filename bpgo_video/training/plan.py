@@ -126,15 +126,21 @@ def zero_at_rest(zero: Zero, weights: Weights, config: Config, reference: bool =
         Part("fp32 weights", share, on_host=host_optimizer),
         Part("optimizer", share * (2 if config.optim.name == "adamw" else 0), on_host=host_optimizer),
         Part("average", share if config.ema.decay else 0, on_host=host_optimizer),
-        Part("checkpoint", _checkpoint_bytes(share, config), on_host=True),
+        Part("checkpoint", _checkpoint_bytes(zero, weights, config), on_host=True),
         Part("reference", resting if reference else 0, on_host=host_weights),
     ]
 
 
-def _checkpoint_bytes(share: int, config: Config) -> int:
-    """The copy that a checkpoint is written from: weights, AdamW's moments and average of a rank's share."""
+def _checkpoint_bytes(zero: Zero, weights: Weights, config: Config) -> int:
+    """The copy that rank 0's part of a checkpoint is written from.
+
+    Weights, AdamW's moments and average of its share in fp32; under ZeRO 1 and 2 also the weights it computes with.
+    """
+    if not config.run.save_async:
+        return 0
     copies = 1 + (2 if config.optim.name == "adamw" else 0) + (1 if config.ema.decay else 0)
-    return copies * share if config.run.save_async else 0
+    whole = 0 if zero.stage == 3 else sum(weights.trained) * zero.weight_bytes
+    return copies * FP32 * zero.share(sum(weights.trained)) + whole
 
 
 def zero_at_work(

@@ -436,3 +436,12 @@ def test_a_model_without_a_recipe_gets_defaults() -> None:
 def test_blocks_are_the_module_lists_of_a_model() -> None:
     module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "head": nn.Linear(2, 2)})
     assert repeated_blocks(module) == list(module["blocks"])
+
+
+@pytest.mark.parametrize(("stage", "whole"), [(3, 0), (2, 2)])
+def test_the_copy_that_a_checkpoint_is_written_from_takes_memory_of_the_host(job: Job, stage: int, whole: int) -> None:
+    job = replace(job, ds_config={**BF16, "zero_optimization": {"stage": stage}})
+    trained = sum(job.weights.trained)
+    assert reckon(job).host["checkpoint"] == 3 * 4 * (trained // 2) + whole * trained
+    blocking = replace(job.config, run=replace(job.config.run, save_async=False))
+    assert not reckon(replace(job, config=blocking)).host.get("checkpoint")
