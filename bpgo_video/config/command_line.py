@@ -90,9 +90,11 @@ def _parse(tree: type, args: Sequence[str], default: Any) -> tuple[dict[str, Any
 
 
 def _boxed(text: str) -> str:
-    """The first paragraph in the box that tyro prints."""
+    """The first paragraph in the box that tyro prints; of required options, which explain themselves, the names."""
     lines = [line.strip("│|\n ") for line in text.splitlines()[1:]]
-    first = takewhile(lambda line: line.strip("─-╰╯+"), lines)
+    first = list(takewhile(lambda line: line.strip("─-╰╯+"), lines))
+    if first[0].startswith("Missing from"):
+        return f"required, and not given: {', '.join(line.split()[0] for line in first if line.startswith('--'))}"
     return shown(" ".join(first).removeprefix("Error parsing "), quoted=False)
 
 

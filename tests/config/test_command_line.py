@@ -75,6 +75,12 @@ def test_the_kind_of_recipe_determines_the_flags() -> None:
         ),
         ("recipe", "--policy.no-vae-tiling 1", "write --policy.vae-tiling or --policy.no-vae-tiling"),
         ("recipe", "--rollout.group-size 8 9", "'9' belongs to no flag; --help lists all"),
+        (
+            "recipe",
+            "--run.num-steps x",
+            "error: command line: --run.num-steps: invalid literal for int() with base 10: 'x'",
+        ),
+        ("recipe", "--optim.betas 0.5", "Missing value for argument '--optim.betas'. Expected 2 values"),
         ("recipe", "--optim.learning-rate -1", "optim.learning_rate: Input should be greater than 0 (given: -1.0)"),
         ("recipe", "--optim.betas 0.5 2", "optim.betas.1: Input should be less than or equal to 1 (given: 2.0)"),
         ("recipe", "--optim.updates-per-rollout 99", "each update needs one of its own"),

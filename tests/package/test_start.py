@@ -32,7 +32,7 @@ MISTAKES = [
     ("plan tiny_wan_bpgo --gpus 8 --rollout.group-sise 4", "perhaps you meant --rollout.group-size"),
     ("plan --model wan2.1-t2v-14b --gpus 8 --sequenze 4", "--sequenze: unknown flag"),
     ("convert --checkpoint c --output o --format gguf", "invalid choice: 'gguf'"),
-    ("generate --policy p", "required"),
+    ("generate --policy p", "required, and not given: --prompts, --output, --seed"),
     (f"generate {SETTINGS} --numsteps 3 --ranks 2", "--numsteps: unknown flag; perhaps you meant --num-steps"),
     (f"generate {SETTINGS} --batch-size 0", "batch_size: Input should be greater than or equal to 1"),
     ("reward-server --config nope --reward x --port 0", NO_RECIPE),
