@@ -21,7 +21,7 @@ from bpgo_video.config.bpgo import options_of
 from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.config.reading import read_recipe
 from bpgo_video.config.sft import Recipe
-from bpgo_video.distributed import checkpoint
+from bpgo_video.distributed import checkpoint, resume
 from bpgo_video.distributed.ds_config import model_buffers, parameter_dtype, read_tensor, tensor_files
 from bpgo_video.distributed.ema import AverageParameters
 from bpgo_video.distributed.manifest import CheckpointError
@@ -119,7 +119,7 @@ def find_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoin
     config_file = folder.parents[1] / "config.yaml"
     if not config_file.is_file():
         raise CheckpointError(f"{config_file} is missing, which names the run's model; copy it there from the run")
-    checkpoint.check(folder, rank, world_size)
+    resume.check(folder, rank, world_size)
     refuse_foreign_pickles(folder)
     optimizer_files(folder)
     state = read_file(model_file(folder))

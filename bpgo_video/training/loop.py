@@ -20,7 +20,7 @@ import torch
 from bpgo_video.cli import print_error, show_loading_once
 from bpgo_video.config.rules import OWNER, check_world
 from bpgo_video.config.sft import Recipe
-from bpgo_video.distributed import checkpoint, engine
+from bpgo_video.distributed import checkpoint, engine, resume
 from bpgo_video.distributed.ema import load_average, save_average
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.manifest import CheckpointError
@@ -181,7 +181,7 @@ def save(saver: checkpoint.Saver, session: PolicySession, progress: Any) -> None
 
 def load(session: PolicySession, folder: Path) -> dict[str, Any]:
     """Load a checkpoint into the session; returns the run's progress."""
-    state = checkpoint.load(session.engine, folder, session.mesh, session.config.run.resume_optimizer)
+    state = resume.load(session.engine, folder, session.mesh, session.config.run.resume_optimizer)
     if session.ema:
         load_average(session.ema, folder)
     earlier = state.get("code", [])

@@ -14,7 +14,7 @@ from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.config.reading import read_recipe, to_yaml
 from bpgo_video.config.rules import OWNER, SETTINGS, check_free
 from bpgo_video.config.sft import Recipe
-from bpgo_video.distributed import checkpoint
+from bpgo_video.distributed import checkpoint, resume
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
 from bpgo_video.files import atomic_file
 from bpgo_video.training.lease import Lease, refuse_owned
@@ -106,7 +106,7 @@ def open_run_dir(config: Recipe, mesh: Mesh, lease: Lease) -> Path | None:
             checkpoint.clear_leftovers(run_dir)
             with atomic_file(run_dir / SETTINGS) as path:
                 path.write_text(to_yaml(config), "utf-8")
-    return checkpoint.newest_intact(run_dir, mesh)
+    return resume.newest_intact(run_dir, mesh)
 
 
 def check_shared(run_dir: Path, mesh: Mesh, patience: float = PATIENCE) -> None:

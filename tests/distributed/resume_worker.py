@@ -18,7 +18,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from bpgo_video.config.bpgo import EmaConfig, OptimConfig, RunConfig
-from bpgo_video.distributed import checkpoint, engine
+from bpgo_video.distributed import checkpoint, engine, resume
 from bpgo_video.distributed.ema import EMA, load_average, save_average
 from bpgo_video.distributed.mesh import Mesh
 from tests.distributed.ema_worker import Block
@@ -100,7 +100,7 @@ def read(saves: Path, written: int, stage: int, name: str, dtype: str, optimizer
     result = {"written": written, "stage": stage, "optimizer": optimizer, "name": name, "dtype": dtype}
     learner = build(stage, name, dtype)
     ema = EMA(learner.masters, EmaConfig(decay=0.8))
-    state = checkpoint.load(learner, folder, mesh, optimizer)
+    state = resume.load(learner, folder, mesh, optimizer)
     load_average(ema, folder)
     reference = torch.load(run_dir / "weights.pt")
     loaded = weights(learner)

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import EmaConfig, RunConfig
-from bpgo_video.distributed import checkpoint
+from bpgo_video.distributed import checkpoint, resume
 from bpgo_video.distributed.ema import EMA, load_average, save_average
 from bpgo_video.distributed.engine import Engine
 from bpgo_video.distributed.manifest import MANIFEST, CheckpointError, Layout, read_manifest
@@ -86,7 +86,7 @@ def loadable(run: RunConfig) -> int:
     for folder in sorted((run_dir / checkpoint.FOLDER).glob("step-*")):
         engine = SmallEngine()
         assert read_manifest(folder).layout == Layout(1, 1, "torch.float32")
-        assert checkpoint.damage(folder) is None
+        assert resume.damage(folder) is None
         step = engine.load(folder.parent, folder.name)["step"]
         load_average(engine.ema, folder)
         assert folder.name == f"step-{step:06d}"

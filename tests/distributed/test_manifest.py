@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import RunConfig
-from bpgo_video.distributed import checkpoint, snapshot
+from bpgo_video.distributed import checkpoint, resume, snapshot
 from bpgo_video.distributed.manifest import MANIFEST, CheckpointError, file_of, read_manifest, write_file
 from bpgo_video.distributed.snapshot import SaveFiles, Sink
 from tests.distributed.test_checkpoint import ALONE, SmallEngine, save, save_one
@@ -49,9 +49,9 @@ def test_every_flipped_bit_is_found_and_its_file_named(run: RunConfig, name: str
     whole = path.read_bytes()
     for _ in range(50):
         flip(path, draws.randrange(len(whole)), draws.randrange(8))
-        assert str(path) in (checkpoint.damage(folder) or "")
+        assert str(path) in (resume.damage(folder) or "")
         path.write_bytes(whole)
-    assert checkpoint.damage(folder) is None
+    assert resume.damage(folder) is None
 
 
 def swapped(folder: Path) -> None:
@@ -81,38 +81,38 @@ def test_a_damaged_checkpoint_is_refused_with_the_newest_intact_one(run: RunConf
     damage, message = DAMAGES[kind]
     damage(step(run, 9))
     with pytest.raises(CheckpointError, match=rf"{message}.*step-000007 is intact"):
-        checkpoint.check(step(run, 9))
+        resume.check(step(run, 9))
 
 
 def test_a_run_falls_back_to_the_newest_intact_checkpoint(run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (9, 7):
         flip(step(run, number) / OPTIMIZER, 1000)
-    assert checkpoint.newest_intact(Path(run.dir), ALONE) == step(run, 6)
+    assert resume.newest_intact(Path(run.dir), ALONE) == step(run, 6)
     told = capsys.readouterr().err
     assert f"warning: {step(run, 9) / OPTIMIZER} is damaged: its content is not what was saved" in told
     assert "the run continues from the newest intact one, step-000006" in told
     names = {path.name for path in step(run, 6).parent.iterdir()}
     assert names == {"latest", "step-000006", "damaged-step-000007", "damaged-step-000009"}
     save(SmallEngine(), run, 7)
-    assert checkpoint.newest_intact(Path(run.dir), ALONE) == step(run, 7)
+    assert resume.newest_intact(Path(run.dir), ALONE) == step(run, 7)
 
 
 def test_a_run_without_an_intact_checkpoint_is_refused_and_nothing_is_renamed(run: RunConfig) -> None:
     for number in (6, 7, 9):
         (step(run, number) / MODEL).unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint of .* is intact: .*step-000009.*--run.dir"):
-        checkpoint.newest_intact(Path(run.dir), ALONE)
+        resume.newest_intact(Path(run.dir), ALONE)
     assert step(run, 9).is_dir()
 
 
 def test_a_run_without_checkpoints_starts(tmp_path: Path) -> None:
-    assert checkpoint.newest_intact(tmp_path, ALONE) is None
+    assert resume.newest_intact(tmp_path, ALONE) is None
 
 
 def test_checkpoints_of_an_abandoned_future_are_not_counted_when_old_ones_are_pruned(run: RunConfig) -> None:
     """A user went back to step 6 by editing `latest`."""
     (step(run, 6).parent / "latest").write_text("step-000006")
-    assert checkpoint.newest_intact(Path(run.dir), ALONE) == step(run, 6)
+    assert resume.newest_intact(Path(run.dir), ALONE) == step(run, 6)
     save(SmallEngine(), RunConfig(dir=run.dir, keep_checkpoints=2), 7)
     assert step(run, 6).is_dir()
     assert checkpoint.newest(Path(run.dir)) == "step-000007"

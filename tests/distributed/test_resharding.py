@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bpgo_video.distributed.checkpoint import resume_mode
 from bpgo_video.distributed.manifest import CheckpointError, Layout
+from bpgo_video.distributed.resume import resume_mode
 from tests.distributed.conftest import run_ranks
 
 BF16_BOUND = 1e-2  # gradients summed in a different order round differently, and Adam divides by them
