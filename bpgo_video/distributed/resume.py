@@ -1,7 +1,8 @@
 """Reading a run's checkpoints: which one is intact, and its state into an engine of any layout.
 
 A run continues from the newest checkpoint whose files are what was saved. On as many ranks and under the same ZeRO
-stage, DeepSpeed loads them, and the run continues to the bit. Otherwise each rank copies its own elements from all files.
+stage, DeepSpeed loads them, and the run continues to the bit. Otherwise each rank copies its own elements from all
+files.
 """
 
 from __future__ import annotations
