@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from itertools import takewhile
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -92,7 +92,8 @@ def _parse(tree: type, args: Sequence[str], default: Any) -> tuple[dict[str, Any
 def _boxed(text: str) -> str:
     """The first paragraph in the box that tyro prints; of required options, which explain themselves, the names."""
     lines = [line.strip("│|\n ") for line in text.splitlines()[1:]]
-    first = list(takewhile(lambda line: line.strip("─-╰╯+"), lines))
+    parts = (list(part) for is_text, part in groupby(lines, lambda line: bool(line.strip("─-╰╯+"))) if is_text)
+    first = next(parts, [""])
     if first[0].startswith("Missing from"):
         return f"required, and not given: {', '.join(line.split()[0] for line in first if line.startswith('--'))}"
     return shown(" ".join(first).removeprefix("Error parsing "), quoted=False)
