@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bpgo_video.config.bpgo import OptimConfig
+from bpgo_video.config.deepspeed import read_ds_config, zero_stage
 from bpgo_video.distributed import engine
-from bpgo_video.distributed.ds_config import compute_dtype, read_ds_config, zero_stage
+from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.policies.networks import blocks_of, from_pretrained

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bpgo_video.config.bpgo import OptimConfig
+from bpgo_video.config.deepspeed import zero_stage
 from bpgo_video.distributed import engine
-from bpgo_video.distributed.ds_config import zero_stage
 from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.policies import Policy
 from bpgo_video.policies.attention import parallelise

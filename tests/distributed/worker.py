@@ -16,9 +16,9 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
+from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed import engine
-from bpgo_video.distributed.ds_config import read_ds_config
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.files import resolve_folder
 from bpgo_video.training.rl import train

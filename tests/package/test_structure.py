@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ LAYERS = (  # a folder imports only folders before it
     *("tiny", "config", "distributed", "diffusion", "learner", "policies", "data", "rewards", "rollouts"),
     *("inference", "training", "evaluation", "commands"),
 )
+OWN = {"bpgo_video", "tests", "tools"}
 PURE = [path for folder in ("diffusion", "learner") for path in (PACKAGE / folder).glob("*.py")]
 ALLOWED_IN_PURE = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "jaxtyping", "bpgo_video"}
 DEEPSPEED = {f"distributed/{name}.py" for name in ("engine", "launcher", "zero_files")}
@@ -69,3 +71,30 @@ def test_the_worker_side_runs_under_any_python_without_packages() -> None:
     path = PACKAGE / "worker_side" / "reward_worker.py"
     ast.parse(path.read_text(), feature_version=(3, 8))
     assert {name.split(".")[0] for name in imports(path)} - {"numpy"} <= sys.stdlib_module_names
+
+
+def test_every_name_that_a_worker_or_a_tool_imports_exists() -> None:
+    """Workers and tools are imported by other processes alone, and mypy does not read them."""
+    root, missing = Path(__file__).parents[2], []
+    for path in [*root.glob("tests/**/*.py"), *root.glob("tools/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in OWN:
+                names = {alias.name for alias in node.names} - top_level_names(root, node.module)
+                missing += [f"{path.relative_to(root)}: {node.module}.{name}" for name in sorted(names)]
+    assert not missing
+
+
+@cache
+def top_level_names(root: Path, module: str) -> frozenset[str]:
+    """What can be imported from a module or package of this project."""
+    path = root.joinpath(*module.split("."))
+    names = {one.stem for one in path.glob("*")} if path.is_dir() else set()
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.walk(ast.parse(path.read_text())) if path.is_file() else ():
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return frozenset(names)
