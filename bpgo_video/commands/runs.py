@@ -15,6 +15,7 @@ from typing import Any
 from bpgo_video.cli import become_launcher, help_of, print_error, print_note, split_ranks, typed
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.command_line import load_recipe
+from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.reading import ds_config_file
 from bpgo_video.config.rules import OWNER, check_free, check_name, check_world
 from bpgo_video.config.sft import Recipe
@@ -110,7 +111,7 @@ def checked_recipe(
     recipe = load_recipe(rest, kind=kind, report=report, **help_of(command.__name__, getdoc(command), script))
     restarts = recipe.run.max_restarts if command in (train, sft) else 0
     try:
-        ds_config_file(recipe.deepspeed)
+        read_ds_config(str(ds_config_file(recipe.deepspeed)))
         if command in (train, sft) and "RANK" not in os.environ:  # ranks see what rank 0 may have begun
             check_name(Path(recipe.run.dir), "run.dir", "name another folder with --run.dir")
             refuse_owned(Path(recipe.run.dir) / OWNER)
