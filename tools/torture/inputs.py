@@ -3,7 +3,8 @@
     python -m tools.torture.inputs --seed 0 --count 300
 
 First come the cases that are written out here, which are known to be wrong, then random changes of right inputs. The
-exit code is 0 only if no case ends with a traceback, in silence, without a clear message, or after more than 5 s of processor time.
+exit code is 0 only if no case ends with a traceback, in silence, without a clear message, or after more than 5 s of
+processor time.
 """
 
 from __future__ import annotations
