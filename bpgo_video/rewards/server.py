@@ -30,6 +30,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.documents import MalformedFile, plain_json
 from bpgo_video.rewards.base import RewardModel
 from bpgo_video.rewards.connections import ImpatientProtocol, Incomplete, Uploads
 from bpgo_video.rewards.suite import scoring_stream
@@ -191,6 +192,8 @@ class RewardServer:
         await Response(json.dumps(message), status, headers, "application/json")(scope, receive, send)
 
     async def _answer(self, request: Request) -> dict[str, Any]:
+        if not (version := request.scope["http_version"]).startswith("1."):
+            raise Refused(400, f"the request states HTTP/{version}; this server speaks HTTP/1.1")
         match request.method, request.scope["path"]:  # request.url would raise for some Host headers
             case "GET", "/health":
                 return {"status": "ok"}
@@ -252,7 +255,8 @@ def parse_body(body: bytearray) -> tuple[bytes, PackedClips]:
     """Digest and validated content of a request."""
     line = bytes(body[:MAX_HEADER]).partition(b"\n")[0]
     try:
-        header = json.loads(line)
-    except (ValueError, RecursionError):
-        raise MalformedMessage(f"the request does not begin with a line of JSON within {MAX_HEADER} bytes") from None
+        header = plain_json(line, "it")
+    except MalformedFile as error:
+        rule = f"the request does not begin with a line of JSON within {MAX_HEADER} bytes"
+        raise MalformedMessage(f"{rule}: {error}") from None
     return hashlib.sha256(body).digest(), check_clips(header, memoryview(body)[len(line) + 1 :])

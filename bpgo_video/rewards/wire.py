@@ -23,8 +23,8 @@ Message = TypeVar("Message", bound=BaseModel)
 class ClipsHeader(BaseModel):
     """Layout of the pixels: videos (samples, frames, height, width, 3), then any images (samples, height, width, 3)."""
 
-    model_config = ConfigDict(extra="forbid")
-    videos: tuple[Size, Size, Size, Size]
+    model_config = ConfigDict(extra="forbid", strict=True)
+    videos: Annotated[tuple[Size, Size, Size, Size], Field(strict=False)]  # a list in JSON
     fps: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     texts: list[Text]
     images: bool = False
@@ -33,6 +33,7 @@ class ClipsHeader(BaseModel):
 class ScoresMessage(BaseModel):
     """`FrameScores` as plain lists; the message may hold other keys."""
 
+    model_config = ConfigDict(strict=True)
     values: list[list[float]]
     times: list[float] | None
 

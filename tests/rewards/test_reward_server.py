@@ -284,6 +284,12 @@ REFUSED = [
     (b'{"videos": [2, 3, 8, 6], "fps": 0, "texts": []}\n', {}, 400, "fps: Input should be greater than 0"),
     (b'{"videos": [2, -3, 8, 6], "fps": 8, "texts": []}\n', {}, 400, "videos.1: Input should be greater"),
     (HEADER.replace(b'"fps"', b'"code"') + b"\n" + PIXELS, {}, 400, "code: Extra inputs are not permitted"),
+    (HEADER.replace(b'"fps"', b'"fps": 1, "fps"') + b"\n" + PIXELS, {}, 400, "the key 'fps' appears twice"),
+    (HEADER.decode().encode("utf-16-le") + b"\n" + PIXELS, {}, 400, "a line of JSON"),
+    (HEADER.replace(b"[2, 3", b'["2", 3') + b"\n" + PIXELS, {}, 400, "videos.0: Input should be a valid integer"),
+    (HEADER.replace(b"[2, 3", b"[2.0, 3") + b"\n" + PIXELS, {}, 400, "videos.0: Input should be a valid integer"),
+    (HEADER.replace(b"8.0", b"true") + b"\n" + PIXELS, {}, 400, "fps: Input should be a valid number"),
+    (HEADER.replace(b"false", b"0") + b"\n" + PIXELS, {}, 400, "images: Input should be a valid boolean"),
     (HEADER.replace(b'"good", ', b"") + b"\n" + PIXELS, {}, 400, "1 texts for 2 videos"),
     (GOOD[:-1], {}, 400, "there are 863 bytes of pixels; [2, 3, 8, 6] need 864"),
     (GOOD, {"X-Request-Id": "../../etc"}, 400, "8 to 64 letters"),
@@ -424,6 +430,7 @@ def test_a_client_that_does_not_read_its_reply_is_disconnected() -> None:
 
 
 HEAD = b"POST /score HTTP/1.1\r\nHost: a\r\nX-Request-Id: some-request\r\n"
+MANY_KEYS = b"{" + b", ".join(b'"%d": 0' % (number % 60_000) for number in range(60_001)) + b"}"
 HOSTILE = {
     "nested": HEAD + b"Content-Length: 200001\r\n\r\n" + b"[" * 200_000 + b"\n",
     "long number": HEAD + b"Content-Length: 5011\r\n\r\n" + b'{"videos":' + b"9" * 5000 + b"\n",
@@ -438,6 +445,8 @@ HOSTILE = {
     "not UTF-8": HEAD + b'Content-Length: 14\r\n\r\n{"fps": "\xff"}\n',
     "a lone surrogate": HEAD + b'Content-Length: 24\r\n\r\n{"texts": ["\\ud800xxx"]}\n',
     "infinite": HEAD + b'Content-Length: 15\r\n\r\n{"fps": 1e9999\n',
+    "many keys": HEAD + b"Content-Length: %d\r\n\r\n" % len(MANY_KEYS) + MANY_KEYS,
+    "HTTP/2": b"GET /health HTTP/2.0\r\nHost: a\r\n\r\n",
     "no newline": HEAD + b"Content-Length: 2\r\n\r\n{}",
     "empty": HEAD + b"Content-Length: 0\r\n\r\n",
     "a bad host": HEAD.replace(b"Host: a", b"Host: [") + b"Content-Length: 2\r\n\r\n{}",
