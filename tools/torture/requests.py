@@ -2,10 +2,11 @@
 
     python -m tools.torture.requests --seed 0 --count 2000
 
-Right requests come from the client that training uses, and must return the scores of an undisturbed server bit for bit;
-those of an impatient client may fail instead, with an error that names the server. Wrong ones, written out or random
-changes of right ones, come through raw sockets and must get a status 4xx or a closed connection. The server's memory and
-open files stay bounded, and its log has no traceback. It dies once for every 200 requests, and twice at least.
+Right requests come from the client that training uses, and must return the scores of an undisturbed server bit for
+bit; those of an impatient client may fail instead, with an error that names the server. Wrong ones, written out or
+random changes of right ones, come through raw sockets and must get a status 4xx or a closed connection. The server's
+memory and open files stay bounded, and its log has no traceback. It is killed for every 200 requests, and twice at
+least.
 """
 
 from __future__ import annotations
@@ -14,13 +15,10 @@ import json
 import os
 import random
 import re
-import secrets
 import select
 import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -30,20 +28,16 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-from bpgo_video.rewards.base import Clips
 from bpgo_video.rewards.remote import RemoteReward
-from tools.torture.messages import Answer, Message, Values, clips_of, messages, right, slow_message
+from tools.torture.drafts import Values, clips_of, right
+from tools.torture.messages import Answer, Message, messages, slow_message
+from tools.torture.serving import START, Kills, Server
 from tools.torture.tally import MISTAKES, Tallies, Tally, main_of
 
-RECIPE = 'base: tiny_wan_bpgo\nrewards: {fingerprint: {model: "tools.torture.messages:Fingerprint"}}\n'
-FLAGS = ("--reward", "fingerprint", "--token-env", "TORTURE_TOKEN", "--device", "cpu", "--waiting", "4", "--kept", "64")
-PORTS = range(20_000, 32_000)  # below those that outgoing connections take while the server is down
 CLIENTS = 12
 GROWTH = 200 * 2**20  # bytes of memory above those after the start; the server may hold 4 requests of 2 MiB
-FILES = 8  # open files more than after the start, besides those of clients
+FILES = 8  # open files more than after the start
 QUIET = 2.0  # seconds without an answer after which a client of a wrong request closes its side
-START = 60.0  # seconds that a server may take to start
 WHOLE = re.compile(rb"HTTP/1\.1 (\d{3})[^\n]*\n(?:[^\n]+\n)*?content-length: (\d+)\r\n(?:[^\n]+\n)*?\r\n", re.I)
 
 
@@ -60,67 +54,6 @@ class Outcome(NamedTuple):
     verdict: str
     seconds: float = 0.0
     text: str = ""
-
-
-class Server:
-    """A reward server in a process, which can be killed and restarted on its port.
-
-    Attributes:
-        epoch: counts the kills. What begins and ends in one epoch was not disturbed.
-        peak: most memory of any of the processes above that after its start, in bytes.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.token, self.port, self.epoch, self.peak = secrets.token_hex(16), free_port(), 0, 0
-        self.up, self.log, self._folder, self._done = threading.Event(), folder / "log", folder, threading.Event()
-        os.environ["TORTURE_TOKEN"] = self.token
-        (folder / "recipe.yaml").write_text(RECIPE)
-        self.start()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "bpgo_video", "reward-server", "--config", str(self._folder / "recipe.yaml")]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, *FLAGS, "--max-megabytes", "2", "--port", str(self.port)],
-                stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
-        if self.url not in (self.process.stdout.readline() if self.process.stdout else ""):
-            raise RuntimeError(f"the server does not start:\n{self.log.read_text('utf-8', 'replace')[-3000:]}")
-        self.status = psutil.Process(self.process.pid)
-        self.memory, self.files = self.status.memory_info().rss, self.status.num_fds()
-        self.up.set()
-
-    def restart(self, pause: float) -> None:
-        self.up.clear()
-        self.epoch += 1
-        self.stop()
-        time.sleep(pause)
-        self.start()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def close(self) -> None:
-        self._done.set()
-        self.stop()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.02):
-            with suppress(psutil.Error):  # it was killed
-                self.peak = max(self.peak, self.status.memory_info().rss - self.memory)
-
-
-def free_port() -> int:
-    for port in secrets.SystemRandom().sample(PORTS, 100):
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise RuntimeError(f"no free port among 100 in {PORTS}")
 
 
 def exchange(port: int, message: Message) -> tuple[list[Answer], bytes]:
@@ -183,7 +116,9 @@ def judge(message: Message, port: int) -> Outcome:
     else:
         verdict = "detected" if all(400 <= status < 500 for status in statuses) else "silent"
     sent = b"".join(message.pieces)
-    text = "" if verdict in ("held", "detected") else f"expected {message.answers}; {received[:1500]!r} to {sent[:1500]!r}"
+    text = (
+        "" if verdict in ("held", "detected") else f"expected {message.answers}; {received[:1500]!r} to {sent[:1500]!r}"
+    )
     return Outcome(message.name, verdict, time.monotonic() - started, text)
 
 
@@ -259,42 +194,13 @@ class Torture:
         ]
 
 
-class Kills:
-    """Kills the server after random numbers of finished cases; a context manager, which waits for the last one."""
-
-    def __init__(self, server: Server, rng: random.Random, count: int, cases: int) -> None:
-        moments = sorted(rng.sample(range(cases), count))
-        self._waits = [after - before for before, after in zip([0, *moments], moments, strict=False)]
-        self._pauses = [(rng.uniform(0, 0.2), rng.uniform(0, 0.5)) for _ in moments]
-        self._server, self._finished, self._killer = server, threading.Semaphore(0), ThreadPoolExecutor(1)
-
-    def count(self, _: object) -> None:
-        """Call this when a case has finished."""
-        self._finished.release()
-
-    def _kill(self) -> None:
-        for wait, (before, down) in zip(self._waits, self._pauses, strict=True):
-            for _ in range(wait):
-                self._finished.acquire()
-            time.sleep(before)
-            self._server.restart(down)
-
-    def __enter__(self) -> Kills:
-        self._killing = self._killer.submit(self._kill)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._killer.shutdown()
-        self._killing.result()
-
-
 def outcomes(torture: Torture, rng: random.Random, count: int) -> Iterator[Outcome]:
     """Three quarters of the requests during kills, then the others, beside clients that are slow."""
     slow = [torture.slow() for _ in range(max(2, count // 50))]
     quick = list(islice(torture.cases(), count - len(slow)))
     disturbed, rest = quick[: len(quick) * 3 // 4], quick[len(quick) * 3 // 4 :]
     with ThreadPoolExecutor(CLIENTS) as clients, ThreadPoolExecutor(len(slow)) as idlers:
-        with Kills(torture.server, rng, max(2, count // 200), len(disturbed)) as kills:
+        with Kills(torture.server, rng, max(2, count // 200), len(disturbed), clients) as kills:
             work = [clients.submit(case) for case in disturbed]
             for case in work:
                 case.add_done_callback(kills.count)
