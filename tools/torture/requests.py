@@ -47,13 +47,13 @@ class Outcome(NamedTuple):
     Attributes:
         name: the kind of the case, or the kind, a colon, and what is special about this one.
         verdict: one of `tally.OUTCOMES`.
-        text: what came instead, if that is a mistake.
+        shown: what came instead, if that is a mistake.
     """
 
     name: str
     verdict: str
     seconds: float = 0.0
-    text: str = ""
+    shown: str = ""
 
 
 def exchange(port: int, message: Message) -> tuple[list[Answer], bytes]:
@@ -158,7 +158,7 @@ class Torture:
                 try:
                     outcome = judge(message, self.server.port)
                 except ConnectionError:  # nobody listens
-                    outcome = Outcome(message.name, "traceback", text="the server ended by itself")
+                    outcome = Outcome(message.name, "traceback", shown="the server ended by itself")
                 if epoch == self.server.epoch:
                     return outcome
             return Outcome(message.name, "slow", START, "the server did not start")
@@ -187,9 +187,9 @@ class Torture:
         problem = next((line for line in log.splitlines() if re.search("Traceback|Error|never retrieved", line)), "")
         return [
             self.client(self._patient, 0),
-            Outcome("afterwards: log", "traceback" if problem else "held", text=problem),
-            Outcome("afterwards: memory", "held" if server.peak <= GROWTH else "silent", text=grown),
-            Outcome("afterwards: open files", "held" if files <= FILES else "silent", text=str(files)),
+            Outcome("afterwards: log", "traceback" if problem else "held", shown=problem),
+            Outcome("afterwards: memory", "held" if server.peak <= GROWTH else "silent", shown=grown),
+            Outcome("afterwards: open files", "held" if files <= FILES else "silent", shown=str(files)),
             Outcome("afterwards: no token in the log", "silent" if server.token in log else "held"),
         ]
 
@@ -219,7 +219,7 @@ def run(seed: int, count: int) -> Tallies:
             kind, _, detail = outcome.name.partition(": ")
             tallies[f"requests: {kind}"].add(outcome.verdict, outcome.seconds, detail)
             if outcome.verdict in MISTAKES:
-                print(f"{outcome.verdict}: {outcome.name}, {outcome.seconds:.1f} s\n    {outcome.text}", flush=True)
+                print(f"{outcome.verdict}: {outcome.name}, {outcome.seconds:.1f} s\n    {outcome.shown}", flush=True)
     return dict(sorted(tallies.items()))
 
 

@@ -34,7 +34,7 @@ class Server:
         self.token, self.port, self.epoch, self.peak = secrets.token_hex(16), free_port(), 0, 0
         self.up, self.log, self._folder, self._done = threading.Event(), folder / "log", folder, threading.Event()
         os.environ["TORTURE_TOKEN"] = self.token
-        (folder / "recipe.yaml").write_text(RECIPE)
+        (folder / "recipe.yaml").write_text(RECIPE, "utf-8")
         self.start()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -47,7 +47,7 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, *FLAGS, "--max-megabytes", "2", "--port", str(self.port)],
-                stdout=subprocess.PIPE, stderr=log, text=True,
+                stdout=subprocess.PIPE, stderr=log, encoding="utf-8",
             )  # fmt: skip
         if self.url not in (self.process.stdout.readline() if self.process.stdout else ""):
             raise RuntimeError(f"the server does not start:\n{self.log.read_text('utf-8', 'replace')[-3000:]}")
