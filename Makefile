@@ -2,6 +2,7 @@
 # make demo-i2v  the same for image-to-video: makes a policy that continues images, and prompts with images
 # make test      the suite, at most 15 minutes on two cores;  make test-all adds launches, kills and long runs
 # make bench     what sharding costs and how a step grows, as ratios: runs/bench/bench.json
+# make torture   kills, changed bytes, malformed input, attacks on a reward server: half an hour
 # make gpu       checks and timings on one GPU in nine minutes: runs/gpu/gpu.json and gpu.md
 # make lint      ruff and mypy
 # make docs      the documentation as a site: build/site/index.html
@@ -21,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-i2v test test-all bench gpu lint docs clean install
+.PHONY: demo demo-i2v test test-all bench torture gpu lint docs clean install
 
 INSTALLED := .venv/installed-$(PYTHON_VERSION)
 
@@ -63,6 +64,10 @@ test-all: install
 bench: install
 	$(BPGO) demo --prepare
 	$(BIN)/python -m tools.bench --output runs/bench
+	$(BIN)/python -m tools.bench.saving --output runs/bench
+
+torture: install
+	$(BIN)/python -m tools.torture --seed $(SEED)
 
 gpu: install
 	$(BIN)/python -m tools.gpu --output runs/gpu
