@@ -33,6 +33,23 @@ OF_CONFIGS = (  # what a class may raise for a config that makes no network
 )
 AGAIN = "download the folder again, or name another one"
 
+# What a folder may hold although its network has no such weight. Everything else that is unknown is refused: it may be
+# a sign of a config.json with fewer layers than were trained.
+# Last words of buffers that classes compute themselves, and that their older versions stored:
+BUFFERS = ("position_ids", "inv_freq", "original_inv_freq", "masked_bias", "_extra_state")
+CLIP_HEADS = ("text_projection.", "visual_projection.", "logit_scale")
+BESIDES = {  # an encoder -> parts of the larger models that it is taken from, which it never runs
+    "CLIPTextModel": ("vision_model.", *CLIP_HEADS),  # of openai/clip-vit-large-patch14
+    "CLIPTextModelWithProjection": ("vision_model.", *CLIP_HEADS),
+    "CLIPVisionModel": ("text_model.", *CLIP_HEADS),  # Wan 2.1 image-to-video publishes it with its projection
+    "CLIPVisionModelWithProjection": ("text_model.", *CLIP_HEADS),
+    "LlamaModel": ("lm_head.",),
+    "Qwen2_5_VLTextModel": ("visual.", "model.visual.", "lm_head."),
+    "SiglipVisionModel": ("text_model.", "logit_scale", "logit_bias"),
+    "T5EncoderModel": ("decoder.", "lm_head."),
+    "UMT5EncoderModel": ("decoder.", "lm_head."),
+}
+
 Shape = Sequence[int]
 Mismatch = tuple[str, Shape, Shape]  # a tensor, its shape in the files, its shape in the network
 
@@ -68,7 +85,7 @@ def load_network(
     missing = [name for name in loading["missing_keys"] if not name.startswith(tuple(unused))]
     skipped = loading["unexpected_keys"]
     unknown = skipped if whole or weights is not None else ()
-    check_names(source, type(model), missing, unknown, loading["mismatched_keys"])
+    check_names(source, model, missing, unknown, loading["mismatched_keys"])
     integers = {name.rpartition(".")[2] for name, one in model.named_buffers() if not one.is_floating_point()}
     for name in sorted(set(stored) - set(skipped)):
         if name.rpartition(".")[2] not in integers:
@@ -79,19 +96,31 @@ def load_network(
 
 
 def check_names(
-    source: Path, network: Any, missing: Iterable[str], unknown: Iterable[str], mismatched: Iterable[Mismatch]
+    source: Path, network: nn.Module, missing: Iterable[str], unknown: Iterable[str], mismatched: Iterable[Mismatch]
 ) -> None:
     """Raise WeightsError for tensors that the files lack, that the network does not have, or of another shape."""
-    kind = f"{network.__name__} of its config.json"
+    name_of_class = type(network).__name__
+    kind = f"{name_of_class} of its config.json"
     for name, found, needed in sorted(mismatched):
         raise WeightsError(f"{source}: {name} has shape {[*found]}, but the {kind} needs {[*needed]}; {AGAIN}")
     if lacking := set(missing):
         raise WeightsError(
-            f"{source} does not hold a whole {network.__name__}: it lacks {len(lacking)} of the weights that its "
+            f"{source} does not hold a whole {name_of_class}: it lacks {len(lacking)} of the weights that its "
             f"config.json asks for, {some_of(lacking)}; {AGAIN}"
         )
-    if extra := set(unknown):
+    if extra := {name for name in unknown if not is_harmless(network, name)}:
         raise WeightsError(f"{source} holds weights that the {kind} does not have: {some_of(extra)}; {AGAIN}")
+
+
+def is_harmless(network: nn.Module, name: str) -> bool:
+    """Whether a folder may hold the tensor `name`, which is no weight of the network.
+
+    That is a buffer that the network computes itself, or a part of the larger model that an encoder is taken from. An
+    encoder's own weights still have to be there, all of them, so such a part changes no result: Wan 2.1's
+    image-to-video folders name a CLIPVisionModel, and hold it with a projection (huggingface/diffusers#11007).
+    """
+    computed = name.rpartition(".")[2] in BUFFERS or name in dict(network.named_buffers())
+    return computed or name.startswith(BESIDES.get(type(network).__name__, ()))
 
 
 def check_finite(source: Path, tensors: Iterable[tuple[str, Tensor]], way_out: str = AGAIN) -> None:
@@ -104,16 +133,20 @@ def check_finite(source: Path, tensors: Iterable[tuple[str, Tensor]], way_out: s
                 raise WeightsError(f"{source}: {name} holds {value}, but weights must be finite numbers; {way_out}")
 
 
-def check_stored(network: Any, folder: Path, files: Mapping[str, Path], needed: Mapping[str, Tensor]) -> None:
-    """Check a diffusers model's safetensors files against the tensors that it needs, by their headers alone.
+def check_stored(network: Any, folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
+    """Check a diffusers model's safetensors files against its config, by their headers alone.
 
     Args:
         files: the file of each tensor.
-        needed: the model's own tensors by name; those on the meta device have no values.
+
+    Returns:
+        `files` of the model's own tensors.
 
     Raises:
         WeightsError: see `check_names`, or a weight is no floating-point number.
     """
+    model = without_weights(network, folder)
+    needed: dict[str, Tensor] = model.state_dict()
     mismatched, stored = [], headers(set(files.values()))
     for name in sorted(needed.keys() & files):
         dtype, shape = stored[name]
@@ -121,7 +154,8 @@ def check_stored(network: Any, folder: Path, files: Mapping[str, Path], needed: 
             check_dtype(folder, name, dtype)
         if shape != tuple(needed[name].shape):
             mismatched.append((name, shape, needed[name].shape))
-    check_names(folder, network, needed.keys() - files, files.keys() - needed, mismatched)
+    check_names(folder, model, needed.keys() - files, files.keys() - needed, mismatched)
+    return {name: file for name, file in files.items() if name in needed}
 
 
 def check_dtype(source: Path, name: str, dtype: str, way_out: str = AGAIN) -> None:

@@ -102,13 +102,15 @@ def read_tensor(file: Path, name: str) -> Tensor:
 
 
 def model_buffers(model_class: Any, folder: Path, files: Mapping[str, Path]) -> dict[str, Tensor]:
-    """A diffusers model's buffers by name, exact, on the CPU: read from `files`, else computed by the model's code.
+    """A diffusers model's buffers by name, exact, on the CPU: computed by the model's code, or read from `files` if
+    the model stores them.
 
     Args:
         files: `tensor_files` of the folder.
     """
-    named = without_weights(model_class, folder).named_buffers()
-    return {name: read_tensor(files[name], name) if name in files else value for name, value in named}
+    model = without_weights(model_class, folder)
+    kept = files.keys() & model.state_dict()
+    return {name: read_tensor(files[name], name) if name in kept else value for name, value in model.named_buffers()}
 
 
 def finish_build(model: nn.Module, buffers: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
-"""The DeepSpeed engine: start ranks, build models sharded, run backward and step, save and load.
+"""The DeepSpeed engine: start ranks, run backward and step, save and load.
 
-This is the only file that runs DeepSpeed; `zero_files.py` reads what it writes.
+Only this file and `sharded_build.py` run DeepSpeed; `zero_files.py` reads what it writes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
 from more_itertools import constrained_batches
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bpgo_video.cli import free_port
@@ -39,21 +38,15 @@ from bpgo_video.distributed.ds_config import (
     check_parameters,
     complete,
     compute_dtype,
-    finish_build,
-    keep_fp32,
-    model_buffers,
-    read_tensor,
     restore_shards,
-    tensor_files,
 )
 from bpgo_video.distributed.manifest import write_file
-from bpgo_video.distributed.mesh import TIMEOUT, Mesh, all_or_none, make_mesh
+from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
 from bpgo_video.distributed.snapshot import Sink
 from bpgo_video.distributed.zero_files import read_file
 from bpgo_video.documents import wrong_value
 from bpgo_video.errors import install_excepthook
-from bpgo_video.weights import WeightsError, check_finite, check_stored, without_weights
 
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
 
@@ -142,50 +135,6 @@ def stop_ranks() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def build_sharded(ds_config: Mapping[str, Any], model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Construct a diffusers model already sharded (ZeRO-3), and fill it tensor by tensor from its safetensors.
-
-    No rank holds more than its shard and one whole tensor; rank 0 reads the files and broadcasts. Buffers are whole on
-    every rank, and exact.
-
-    Raises:
-        PrecisionError: a tensor does not have the dtype that `ds_config.py` states.
-        WeightsError: on every rank; the files do not hold exactly the model's weights, or one is not finite.
-    """
-    mesh = make_mesh(torch.device("cpu"))
-    with all_or_none(mesh):
-        files = tensor_files(folder, model_class)
-        check_stored(model_class, folder, files, without_weights(model_class, folder).state_dict())
-    # Init's own argument `dtype` is overridden by what the accelerator supports (DeepSpeed 0.19.8); its config is not.
-    settings = complete(ds_config) | {"bf16": {"enabled": dtype == torch.bfloat16}}
-    with deepspeed.zero.Init(config_dict_or_path=settings):
-        model = model_class.from_config(model_class.load_config(folder))
-    keep_fp32(model, dtype)
-    problem: Exception | None = None
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if mesh.is_main and problem is None:
-                problem = copy_from(files[name], name, parameter.data)
-    with all_or_none(mesh):
-        if problem is not None:
-            raise problem
-    finish_build(model, model_buffers(model_class, folder, files), dtype)
-    return model
-
-
-def copy_from(file: Path, name: str, whole: Tensor) -> Exception | None:
-    """Copy a tensor of a file. Returns its error, since the other ranks would wait for a rank that raises it."""
-    try:
-        tensor = read_tensor(file, name)
-        check_finite(file.parent, [(name, tensor)])
-    except WeightsError as error:
-        return error
-    except (SafetensorError, OSError) as error:
-        return WeightsError(f"{file} cannot be read ({error}); download it again")
-    whole.copy_(tensor)
-    return None
 
 
 def frozen(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:

@@ -33,7 +33,14 @@ from bpgo_video.files import new_folder
 from bpgo_video.inference import model_files
 from bpgo_video.inference.hub import CARD, EXPORTED, CardFacts, Repository, write_card
 from bpgo_video.inference.model_files import SHARD_BYTES, WEIGHTS_NAME, Tensors, lora_file
-from bpgo_video.inference.run_weights import WEIGHTS, Checkpoint, adapter_tensors, load_trained, trained_tensors
+from bpgo_video.inference.run_weights import (
+    WEIGHTS,
+    Checkpoint,
+    adapter_tensors,
+    load_trained,
+    trained_tensor,
+    trained_tensors,
+)
 from bpgo_video.policies import family, load_policy, original_names
 from bpgo_video.policies.lora import ADAPTER
 from bpgo_video.policies.networks import Transformers, networks_of, transformer_names
@@ -188,6 +195,8 @@ def load_comfyui(job: Conversion, name: str) -> Any:
 
 
 def write_universal(job: Conversion, folder: Path) -> str:
+    for name in job.trained:
+        trained_tensor(job.checkpoint, job.trained, name)
     to_universal(job.checkpoint.folder, folder)
     return "DeepSpeed's universal checkpoint"
 

@@ -184,10 +184,10 @@ def check_manifest(paths: OutputPaths, settings: Mapping[str, Any]) -> None:
         GenerationError: it holds videos of other settings, which the message names, or of unknown ones.
     """
     manifest, folder = paths.manifest, paths.videos
-    if not manifest.is_file():
-        if list(folder.glob("*.mp4")):
-            raise GenerationError(f"{folder} holds videos, but no {manifest.name}; name another --output")
+    if not any(folder.glob("*.mp4")):
         return
+    if not manifest.is_file():
+        raise GenerationError(f"{folder} holds videos, but no {manifest.name}; name another --output")
     try:
         earlier = json.loads(manifest.read_text("utf-8"))["settings"]
     except (ValueError, KeyError, TypeError) as error:

@@ -37,7 +37,7 @@ from bpgo_video.files import resolve_folder
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.lora import merged_tensors
 from bpgo_video.policies.networks import networks_of, trained_names
-from bpgo_video.weights import check_finite, check_stored, headers, without_weights
+from bpgo_video.weights import check_finite, check_stored, headers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {"raw": ZeroParameters, "ema": AverageParameters}
@@ -82,9 +82,7 @@ class Checkpoint:
             WeightsError: the files do not hold exactly its weights.
         """
         kind, folder = networks_of(self.base)[name], self.base / name
-        files = tensor_files(folder, kind)
-        check_stored(kind, folder, files, without_weights(kind, folder).state_dict())
-        return files
+        return check_stored(kind, folder, tensor_files(folder, kind))
 
     def dtype_of(self, name: str, key: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype of tensor `key` in the transformer `name` when that computes in `dtype`."""
@@ -190,11 +188,19 @@ def named_model(
     return Model(load_policy(folder, max_sequence_length=1, components=(), name=name, options=values), checkpoint)
 
 
+def trained_tensor(source: Checkpoint, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """A parameter of the checkpoint by its name in `weights`. Raises WeightsError if it is not finite."""
+    tensor = weights[name]
+    check_finite(source.folder, [(name, tensor)], "name an earlier checkpoint")
+    return tensor
+
+
 def adapter_tensors(source: Checkpoint, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapters of the transformer `name`, A and B of every layer, fp32.
 
     Raises:
         CheckpointError: the run trained all weights.
+        WeightsError: an adapter is not finite.
     """
     if not source.config.policy.lora.rank:
         raise CheckpointError(
@@ -202,7 +208,8 @@ def adapter_tensors(source: Checkpoint, name: str, weights: Mapping[str, Tensor]
             "--format diffusers"
         )
     prefix = f"{name}."
-    return {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix) and ".lora_" in key}
+    names = [name for name in weights if name.startswith(prefix) and ".lora_" in name]
+    return {name.removeprefix(prefix): trained_tensor(source, weights, name) for name in names}
 
 
 def trained_tensors(
@@ -217,7 +224,8 @@ def trained_tensors(
 
     Raises:
         CheckpointError: the checkpoint does not fit the base folder.
-        WeightsError: the base folder does not hold exactly the transformer's weights, or one is not finite.
+        WeightsError: the base folder does not hold exactly the transformer's weights, or one of these or of the trained
+            ones is not finite.
     """
     files, folder, lora = source.files(name), source.base / name, source.config.policy.lora
 
@@ -242,7 +250,7 @@ def trained_tensors(
     shapes = headers(set(files.values()))
     for key in files:
         trained = f"{name}.{key}"
-        tensor = weights[trained] if trained in weights else finite(key)
+        tensor = trained_tensor(source, weights, trained) if trained in weights else finite(key)
         if tuple(tensor.shape) != shapes[key][1]:
             raise CheckpointError(
                 f"{source.folder} has {trained} as {[*tensor.shape]}, but {folder} as {[*shapes[key][1]]}; is it the "

@@ -18,7 +18,15 @@ from torch import nn
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.files import resolve_folder
 from bpgo_video.policies.base import Policy, guided_velocity
-from bpgo_video.policies.networks import COMPONENTS, Build, component_of, from_pretrained, load_frozen, networks_of
+from bpgo_video.policies.networks import (
+    COMPONENTS,
+    Build,
+    Load,
+    component_of,
+    from_pretrained,
+    load_frozen,
+    networks_of,
+)
 from bpgo_video.weights import read_json
 
 __all__ = ["FAMILIES", "Policy", "family", "guided_velocity", "load_policy"]
@@ -104,6 +112,7 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     build: Build = from_pretrained,
+    load: Load = load_frozen,
     name: str | None = None,
     options: Mapping[str, float] | None = None,
 ) -> Policy:
@@ -114,6 +123,7 @@ def load_policy(
         components: which networks to load, where the folder has them; the others are None.
         dtype: of transformers and text encoders; the VAE stays in fp32, as Wan's authors run it.
         build: makes the transformers: `from_pretrained`, or the engine's sharded construction.
+        load: makes the other networks.
         name: of the family; see `family`.
         options: the family's own settings, where they differ from the pipeline's; see `PolicyConfig.options`.
 
@@ -142,7 +152,7 @@ def load_policy(
             parts[part] = build(model_class, path / part, dtype).to(device)
         else:
             own_dtype = torch.float32 if component == "vae" else dtype
-            parts[part] = load_frozen(model_class, path / part, own_dtype, device)
+            parts[part] = load(model_class, path / part, own_dtype, device)
     pipeline = policy_class.assemble(path, parts)
     policy: Policy = policy_class.variant(path)(path, pipeline, max_sequence_length)
     policy.options = {**policy_class.options, **given}

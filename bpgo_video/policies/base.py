@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.diffusion import sde
 from bpgo_video.policies.attention import SequencePlan
-from bpgo_video.policies.networks import Transformers, class_of, networks_of, transformer_names
+from bpgo_video.policies.networks import Transformers, class_of, transformer_names
 from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
 from bpgo_video.weights import read_config
 
@@ -91,9 +91,9 @@ class Policy:
         self.transformers: Any = Transformers({name: module for name, module in loaded.items() if module is not None})
         for transformer in self.transformers.values():
             self.prepare(transformer)
-        networks, first = networks_of(folder), self.transformer_names[0]
-        self.transformer_config = read_config(folder / first, networks[first])
-        self.vae_config = read_config(folder / "vae", networks["vae"])
+        first = self.transformer_names[0]
+        self.transformer_config = read_config(folder / first, class_of(folder, first))
+        self.vae_config = read_config(folder / "vae", class_of(folder, "vae"))
 
     # Loading
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Iterable
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bpgo_video.distributed.ds_config import finish_build, model_buffers, tensor
 from bpgo_video.weights import LIBRARIES, load_network, read_json
 
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
+Load = Callable[[Any, Path, torch.dtype, torch.device | str], nn.Module]  # the same, on a device
 COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
 
 
@@ -41,28 +43,64 @@ def read_index(folder: Path) -> dict[str, Any]:
     return read_json(folder / "model_index.json")
 
 
+def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
+    """Library and class name of each part of a pipeline, by its model_index.json; parts that are null are left out.
+
+    Raises:
+        ConfigError: a part is of another library than diffusers and transformers, whose code would run.
+    """
+    parts: dict[str, tuple[str, str]] = {}
+    for part, value in read_index(folder).items():
+        match value:
+            case [str(library), str(name)] if library in LIBRARIES:
+                parts[part] = (library, name)
+            case [str(), _]:
+                raise ConfigError(
+                    f"{folder / 'model_index.json'} names {value} as its {part}, but parts must be classes of "
+                    f"{' or '.join(LIBRARIES)}; correct it, or name another folder"
+                )
+    return parts
+
+
 def component_of(name: str) -> str | None:
     """The entry of COMPONENTS that a part belongs to: text_encoder for text_encoder_2, None for a tokenizer."""
     return next((component for component in COMPONENTS if name.startswith(component)), None)
 
 
 def class_of(folder: Path, part: str) -> Any:
-    """The class of a part of a pipeline, by its model_index.json."""
-    library, name = read_index(folder)[part]
-    return getattr(importlib.import_module(library), name)
+    """The class of a part of a pipeline, by its model_index.json.
+
+    Raises:
+        ConfigError: see `parts_of`, there is no such part, or the installed library has no such class.
+    """
+    file, parts = folder / "model_index.json", parts_of(folder)
+    if part not in parts:
+        raise ConfigError(f"{file} names no {part}; download the folder again, or name another one")
+    library, name = parts[part]
+    found = getattr(importlib.import_module(library), name, None)
+    if not isinstance(found, type):
+        raise ConfigError(
+            f"{file} names {name} as its {part}, which {library} {version(library)} does not have; install a version "
+            "that has it, or name another folder"
+        )
+    return found
 
 
 def networks_of(folder: Path) -> dict[str, Any]:
     """The classes of a pipeline's networks by their names in it."""
-    index = read_index(folder)
-    return {name: class_of(folder, name) for name in index if component_of(name) and index[name][0] in LIBRARIES}
+    return {part: class_of(folder, part) for part in parts_of(folder) if component_of(part)}
 
 
 def transformer_names(folder: Path) -> tuple[str, ...]:
-    """The transformers of a pipeline folder, by its model_index.json: one, or the two of Wan 2.2."""
-    return tuple(
-        name for name, part in sorted(read_index(folder).items()) if name.startswith("transformer") and part[0]
-    )
+    """The transformers of a pipeline folder, by its model_index.json: one, or the two of Wan 2.2.
+
+    Raises:
+        ConfigError: see `parts_of`, or there is none.
+    """
+    names = tuple(part for part in sorted(parts_of(folder)) if component_of(part) == "transformer")
+    if not names:
+        raise ConfigError(f"{folder / 'model_index.json'} names no transformer; name a folder of a video model")
+    return names
 
 
 def trained_names(folder: Path, names: Collection[str] = ()) -> tuple[str, ...]:

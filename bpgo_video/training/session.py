@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.deepspeed import zero_stage
@@ -26,6 +27,7 @@ from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.memory import fits_everywhere
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
 from bpgo_video.distributed.optimizer import learning_rate_factor
+from bpgo_video.distributed.sharded_build import build_sharded
 from bpgo_video.files import fingerprint, resolve_folder
 from bpgo_video.inference.hub import this_code
 from bpgo_video.policies import Policy
@@ -37,6 +39,7 @@ from bpgo_video.policies.networks import (
     blocks_of,
     compile_blocks,
     from_pretrained,
+    load_frozen,
     save_memory,
     trained_names,
     transformer_names,
@@ -162,24 +165,43 @@ def sampling_policy(
     config: Recipe,
     ds_config: Mapping[str, Any],
     mesh: Mesh,
-    build: Build = from_pretrained,
+    build: Build | None = None,
     components: Collection[str] = ("transformer", "vae", "image_encoder"),
 ) -> Policy:
     """The recipe's policy without its text encoder, whose embeddings come with the prompts.
 
     Args:
-        build: loads a transformer; by default whole on every rank. See `builder`.
+        build: loads a transformer; None loads the whole on every rank. See `builder`.
+
+    Raises:
+        WeightsError: on every rank; the folder of one of them is damaged.
     """
-    dtype = compute_dtype(ds_config)
-    policy = recipe_policy(config, components=components, dtype=dtype, device=mesh.device, build=build)
+    policy = recipe_policy(
+        config,
+        components=components,
+        dtype=compute_dtype(ds_config),
+        device=mesh.device,
+        build=build or together(from_pretrained, mesh),
+        load=together(load_frozen, mesh),
+    )
     save_memory(policy, config.policy, mesh.device)
     choose_attention(policy.transformers, config.policy.attention_backend, policy.sequence_plan)
     return policy
 
 
-def builder(ds_config: Mapping[str, Any]) -> Build:
+def together(load: Callable[..., nn.Module], mesh: Mesh) -> Callable[..., nn.Module]:
+    """`load`, which raises on all ranks if it does on one: the files of one host alone may be damaged."""
+
+    def loaded(*arguments: Any) -> nn.Module:
+        with all_or_none(mesh):
+            return load(*arguments)
+
+    return loaded
+
+
+def builder(ds_config: Mapping[str, Any]) -> Build | None:
     """The function that loads a transformer for training: under ZeRO-3 it is created sharded."""
-    return partial(engines.build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained
+    return partial(build_sharded, ds_config) if zero_stage(ds_config) == 3 else None
 
 
 def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], mesh: Mesh) -> engines.Engine:

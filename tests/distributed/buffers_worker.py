@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.sharded_build import build_sharded
 from bpgo_video.policies.networks import networks_of
 
 ZERO3_BF16 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
@@ -21,7 +21,7 @@ ZERO3_BF16 = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
 def errors(folder: Path) -> dict[str, float]:
     model_class = networks_of(folder)["transformer"]
     exact = dict(model_class.from_pretrained(folder / "transformer").named_buffers())
-    found = engine.build_sharded(ZERO3_BF16, model_class, folder / "transformer", torch.bfloat16).named_buffers()
+    found = build_sharded(ZERO3_BF16, model_class, folder / "transformer", torch.bfloat16).named_buffers()
     return {f"{folder.name}.{name}": float((buffer - exact[name]).abs().max()) for name, buffer in found}
 
 

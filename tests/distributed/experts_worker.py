@@ -22,6 +22,7 @@ from bpgo_video.config.deepspeed import read_ds_config, zero_stage
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.sharded_build import build_sharded
 from bpgo_video.policies import Policy
 from bpgo_video.policies.networks import blocks_of, from_pretrained
 from bpgo_video.rollouts.rollout import cast
@@ -62,7 +63,7 @@ class Learner:
     """The engine for the policy's transformers on this rank, which has one of the two samples."""
 
     def __init__(self, folder: Path, ds_config: dict[str, Any], inputs: Inputs, mesh: Mesh) -> None:
-        build = partial(engine.build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained
+        build = partial(build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained
         dtype = compute_dtype(ds_config)
         self.policy = CASE.policy(folder, components=("transformer",), build=build, dtype=dtype)
         for module in self.policy.transformers.values():

@@ -20,6 +20,7 @@ from bpgo_video.config.bpgo import OptimConfig
 from bpgo_video.config.deepspeed import zero_stage
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh, make_mesh
+from bpgo_video.distributed.sharded_build import build_sharded
 from bpgo_video.policies import Policy
 from bpgo_video.policies.attention import parallelise
 from bpgo_video.policies.networks import Build, blocks_of, from_pretrained
@@ -31,7 +32,7 @@ PARALLEL = ((1, 1), (3, 1), (1, 2), (3, 2))  # ZeRO stage, ranks of a sequence g
 
 
 def build_for(ds_config: dict[str, Any]) -> Build:
-    return partial(engine.build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained
+    return partial(build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained
 
 
 def one_loss(policy: Policy, inputs: tuple[Tensor, dict[str, Tensor], Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ from bpgo_video.config.bpgo import EmaConfig, OptimConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.sharded_build import build_sharded
 from bpgo_video.policies.networks import Transformers, blocks_of, from_pretrained, networks_of
 
 RATE = 0.5
@@ -118,7 +119,7 @@ def afterwards(learner: engine.Engine, twin: engine.Engine, start: dict[str, Ten
 
 
 def engine_build(ds_config: dict[str, Any]) -> Any:
-    return lambda *arguments: engine.build_sharded(ds_config, *arguments)
+    return lambda *arguments: build_sharded(ds_config, *arguments)
 
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor], kept: bool) -> float:

@@ -18,8 +18,8 @@ from diffusers import WanTransformer3DModel
 from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
 from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.run import ParallelConfig
-from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.sharded_build import build_sharded
 from bpgo_video.files import resolve_folder
 from bpgo_video.training.rl import train
 from tests.made.recipes import rewarded_by, small_recipe, without_evaluation
@@ -170,13 +170,11 @@ def sharded_memory(folder: Path) -> dict[str, float]:
     """
     set_mmap_threshold(65_536)
     ds_config = read_ds_config("ds_configs/zero3.json")
-    engine.build_sharded(
-        ds_config, WanTransformer3DModel, SMALL, torch.float32
-    )  # allocations that the first use never frees
+    build_sharded(ds_config, WanTransformer3DModel, SMALL, torch.float32)  # allocations that the first use never frees
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_megabytes("VmRSS")
-    model = engine.build_sharded(ds_config, WanTransformer3DModel, folder, torch.float32)
+    model = build_sharded(ds_config, WanTransformer3DModel, folder, torch.float32)
     peak, end = resident_megabytes("VmHWM") - before, resident_megabytes("VmRSS") - before
     set_mmap_threshold(32 * 2**20)
     whole = max(parameter.numel() for parameter in model.parameters())

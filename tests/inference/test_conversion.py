@@ -26,7 +26,7 @@ from bpgo_video.config.reading import to_yaml
 from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.distributed.zero_files import verify_universal
 from bpgo_video.files import fingerprint
-from bpgo_video.inference.conversion import Conversion, convert, verify_output
+from bpgo_video.inference.conversion import FORMATS, Conversion, convert, verify_output
 from bpgo_video.inference.hub import this_code
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.policies.lora import add_lora, merged_parameters, merged_tensors
@@ -357,3 +357,23 @@ def test_a_universal_checkpoint_has_the_weights_of_the_checkpoint(base: Path, tm
     torch.save(trained[name].flatten() + 1, output / "zero" / name / "fp32.pt")
     with pytest.raises(CheckpointError, match=name):
         verify_universal(trained, output)
+
+
+@pytest.mark.parametrize(
+    ("form", "lora"),
+    [(form, lora) for form in FORMATS for lora in (LoraConfig(), LORA) if form != "lora" or lora.rank],
+    ids=str,
+)
+def test_trained_weights_that_are_not_finite_are_named(
+    base: Path, tmp_path: Path, form: str, lora: LoraConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = adapted_transformer(base) if lora.rank else WanTransformer3DModel.from_pretrained(base / "transformer")
+    trained = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
+    name = sorted(trained)[2]
+    trained[name].view(-1)[-1] = float("inf")
+    folder = write_run(tmp_path / "run", base, trained, lora)
+    assert main(["--checkpoint", str(folder), "--output", str(tmp_path / "out"), "--format", form]) == 2
+    message = capsys.readouterr().err
+    assert f"step-000002: transformer.{name} holds inf, but weights must be finite" in message
+    assert "name an earlier checkpoint" in message
+    assert not (tmp_path / "out").exists()

@@ -95,6 +95,7 @@ def test_the_checkpoint_is_part_of_the_generation_settings(
     assert (content["complete"], content["settings"]["weights"]) == (False, "raw")
     size = {"num_frames": 9, "height": 64, "width": 64, "fps": 8}
     assert {name: content["settings"][name] for name in size} == size
+    (settings.output / "00000-00.mp4").touch()
     with pytest.raises(GenerationError, match="checkpoint_fingerprint"):
         generate(settings)
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bpgo_video import __main__ as console
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed.ds_config import tensor_files
 from bpgo_video.files import resolve_folder
 from bpgo_video.inference.model_files import write_weights
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.networks import networks_of
 from bpgo_video.training.plan_models import find_model
-from bpgo_video.weights import WeightsError, check_finite, check_stored, load_network, without_weights
+from bpgo_video.weights import WeightsError, check_finite, check_stored, load_network
 from tests.distributed.conftest import run_ranks
 
 TINY = resolve_folder("package:bpgo_video.tiny/weights/wan")
@@ -77,18 +78,23 @@ def test_headers_alone_show_what_a_sharded_build_refuses(damage: str, tmp_path: 
     folder = tmp_path / "wan" / "transformer"
     network = networks_of(folder.parent)["transformer"]
     with pytest.raises(WeightsError, match=message):
-        check_stored(network, folder, tensor_files(folder, network), without_weights(network, folder).state_dict())
+        check_stored(network, folder, tensor_files(folder, network))
 
 
 @pytest.mark.slow
 def test_a_sharded_build_ends_on_every_rank(tmp_path: Path) -> None:
     patterns = {damage: damaged(tmp_path / damage, "transformer", damage) for damage in ("nan", "shape", "missing")}
-    run_ranks(2, [str(tmp_path), *(str(tmp_path / damage) for damage in patterns)], worker="weights_worker")
+    copytree(TINY, tmp_path / "intact")
+    copytree(TINY, tmp_path / "one" / "0")
+    patterns["one"] = damaged(tmp_path / "one" / "1", "vae", "nan")  # the copy of rank 1 alone
+    folders = [str(tmp_path / name) for name in (*patterns, "intact")]
+    run_ranks(2, [str(tmp_path), *folders], worker="weights_worker")
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         for damage, pattern in patterns.items():
             with pytest.raises(ValueError, match=pattern):
                 raise ValueError(found[damage])
+        assert found["intact"] == "none"
 
 
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
@@ -176,6 +182,26 @@ def test_a_plan_refuses_a_wrong_config(setting: str, value: object, message: str
         find_model(str(tmp_path / "wan"))
 
 
+@pytest.mark.parametrize(
+    ("part", "named", "message"),
+    [
+        ("transformer", ["os", "system"], r"names \['os', 'system'\] as its transformer, .* diffusers or transformers"),
+        ("tokenizer", ["my_package", "Tokenizer"], "as its tokenizer, but parts must be classes of diffusers"),
+        ("vae", ["diffusers", "AutoencoderOfTomorrow"], "names AutoencoderOfTomorrow as its vae, which diffusers .*"),
+        ("vae", ["diffusers", "utils"], "names utils as its vae, which diffusers .* does not have"),
+        ("transformer", [None, None], "model_index.json names no transformer"),
+    ],
+)
+def test_an_index_names_classes_of_two_libraries_alone(
+    part: str, named: list[str | None], message: str, tmp_path: Path
+) -> None:
+    copytree(TINY, tmp_path / "wan")
+    index = tmp_path / "wan" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), part: named}))
+    with pytest.raises(ConfigError, match=message):
+        load_policy(str(tmp_path / "wan"), max_sequence_length=8, components=())
+
+
 SIZE = "--num-frames 5 --height 32 --width 32 --num-steps 2"
 COMMANDS = {  # the damaged part -> a command that loads it
     "text_encoder": "prompts build --input {prompts} --output {output} --policy {folder} --max-sequence-length 8",
@@ -194,3 +220,15 @@ def test_commands_end_with_one_sentence(part: str, tmp_path: Path, capsys: pytes
     assert len(errors) == 1
     assert PARTS[part] in errors[0]
     assert not list(output.glob("*.tar")) + list(output.glob("*.mp4"))
+
+
+def test_a_repaired_folder_generates_into_the_output_of_the_failed_command(tmp_path: Path) -> None:
+    damaged(tmp_path / "wan", "vae", "nan")
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    words = COMMANDS["transformer"].format(
+        prompts=tmp_path / "prompts.txt", output=tmp_path / "out", folder=tmp_path / "wan"
+    )
+    assert console.main(words.split()) == 2
+    copytree(TINY, tmp_path / "wan", dirs_exist_ok=True)
+    assert console.main(words.split()) == 0
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 1
