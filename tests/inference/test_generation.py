@@ -148,6 +148,7 @@ def test_other_settings_in_the_same_folder_are_an_error(
     monkeypatch.setattr(generation, "whole_video", lambda *_: torch.zeros(9, 3, 64, 64))
     monkeypatch.setattr(generation, "check_and_show", lambda *_: [])
     generate(settings)
+    (settings.output / "00000-00.mp4").touch()
     for name, value, words in (
         ("seed", 6, "seed 5 (now 6)"),
         ("num_steps", 4, "num_inference_steps 3 (now 4)"),
