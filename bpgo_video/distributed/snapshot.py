@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,31 +38,30 @@ class HostCopies:
     """Copies of tensors in host memory; the buffers are used again for the next copies."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int], Tensor] = {}  # by file name and position in it
+        self._buffers: dict[tuple[str, int], Tensor] = {}  # by file name, and number among its tensors
 
     def missing(self, name: str, content: Any) -> int:
         """Bytes that a copy would allocate."""
-        leaves = enumerate(tree_flatten(content, _is_leaf)[0])
-        return sum(
-            leaf.nbytes for number, leaf in leaves if isinstance(leaf, Tensor) and not self._fits(name, number, leaf)
-        )
+        tensors = [leaf for leaf in tree_flatten(content, _is_leaf)[0] if isinstance(leaf, Tensor)]
+        return sum(tensor.nbytes for number, tensor in enumerate(tensors) if not self._fits(name, number, tensor))
 
     def of(self, name: str, content: Any) -> Any:
         """The content with copied tensors and containers."""
         leaves, form = tree_flatten(content, _is_leaf)
-        return tree_unflatten([self._copy(name, number, leaf) for number, leaf in enumerate(leaves)], form)
+        numbers = count()
+        return tree_unflatten(
+            [self._copy(name, next(numbers), leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
+        )
 
     def _fits(self, name: str, number: int, tensor: Tensor) -> bool:
         buffer = self._buffers.get((name, number))
         return buffer is not None and (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype)
 
-    def _copy(self, name: str, number: int, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if not self._fits(name, number, leaf):
-            pinned = leaf.device.type == "cuda"
-            self._buffers[name, number] = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=pinned)
-        return self._buffers[name, number].copy_(leaf.detach(), non_blocking=True)
+    def _copy(self, name: str, number: int, tensor: Tensor) -> Tensor:
+        if not self._fits(name, number, tensor):
+            pinned = tensor.device.type == "cuda"
+            self._buffers[name, number] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return self._buffers[name, number].copy_(tensor.detach(), non_blocking=True)
 
 
 class SaveFiles:

@@ -15,7 +15,7 @@ import torch
 from bpgo_video.config.bpgo import RunConfig
 from bpgo_video.distributed import checkpoint, resume, snapshot
 from bpgo_video.distributed.manifest import MANIFEST, CheckpointError, file_of, read_manifest, write_file
-from bpgo_video.distributed.snapshot import SaveFiles, Sink
+from bpgo_video.distributed.snapshot import HostCopies, SaveFiles, Sink
 from tests.distributed.test_checkpoint import ALONE, SmallEngine, save, save_one
 
 OPTIMIZER = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -195,3 +195,15 @@ def test_the_manifest_lists_every_file_with_its_size(run: RunConfig) -> None:
     sizes = {path.name: path.stat().st_size for path in step(run, 9).iterdir() if path.name != MANIFEST}
     assert {name: file.bytes for name, file in manifest.files.items()} == sizes
     assert {OPTIMIZER, MODEL, AVERAGE} == set(sizes)
+
+
+def test_copies_use_their_buffers_again_while_the_rest_of_the_content_grows() -> None:
+    copies, tensor = HostCopies(), torch.arange(5)
+    for length in range(4):
+        content = {"progress": list(range(length)), "weights": tensor + length, "shape": torch.Size([2])}
+        assert copies.missing("x.pt", content) == (0 if length else tensor.nbytes)
+        copied = copies.of("x.pt", content)
+        assert copied["progress"] == list(range(length))
+        assert copied["weights"].tolist() == (tensor + length).tolist()
+        assert isinstance(copied["shape"], torch.Size)
+        assert copied["weights"].data_ptr() != content["weights"].data_ptr()
