@@ -239,7 +239,7 @@ def test_adapters_are_loaded_into_the_transformer_if_the_pipeline_cannot_load_th
     def write(layer: str) -> Path:
         file = tmp_path / layer / "pytorch_lora_weights.safetensors"
         adapters = {f"{layer}.lora_{half}.{ADAPTER}.weight": value for half, value in (("A", down), ("B", up))}
-        write_diffusers_lora(adapters, LoraConfig(rank=4, alpha=8.0), "HunyuanVideo15Pipeline", file)
+        write_diffusers_lora(adapters, LoraConfig(rank=4, alpha=8), "HunyuanVideo15Pipeline", file)
         return file
 
     pipeline = HunyuanVideo15Pipeline.from_pretrained(folder)
