@@ -92,7 +92,10 @@ def main() -> int:
         own = [port if word.startswith("--master_port=") else word for word in words]
         return launched([*own, *(["--run.resume", "auto"] if again else [])])
 
-    return supervise(launch, lambda: latest.read_text("utf-8", "replace").strip() if latest.is_file() else None, int(restarts))
+    def progress() -> str | None:
+        return latest.read_text("utf-8", "replace").strip() if latest.is_file() else None
+
+    return supervise(launch, progress, int(restarts))
 
 
 if __name__ == "__main__":

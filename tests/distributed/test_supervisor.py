@@ -44,7 +44,7 @@ def test_failures_without_progress_pause_longer_and_end(capsys: pytest.CaptureFi
     assert lines[-1] == "error: not started again: 2 restarts from the beginning made no progress"
 
 
-def test_a_newer_checkpoint_counts_restarts_anew() -> None:
+def test_a_newer_checkpoint_sets_the_count_of_restarts_back() -> None:
     reached = [None, "a", "b", "b", "c", "c"]
     assert ends([1, 1, 1, 1, 0], reached, restarts=2) == (0, [5.0, 5.0, 10.0, 5.0], [False, *[True] * 4])
 
