@@ -118,13 +118,15 @@ class Torture:
 
 def seen(folder: Path, pattern: str) -> set[tuple[str, int]]:
     """The paths that match, with the times of their last change."""
-    found = set()
-    for path in folder.glob(pattern):
+    found, paths = set(), folder.glob(pattern)
+    while True:
         try:
+            path = next(paths)
             found.add((str(path), path.stat().st_mtime_ns))
-        except FileNotFoundError:  # renamed meanwhile
+        except StopIteration:
+            return found
+        except FileNotFoundError:  # renamed meanwhile; a folder ends the search
             continue
-    return found
 
 
 def run(seed: int, count: int) -> Tallies:
