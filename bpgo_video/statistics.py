@@ -91,7 +91,8 @@ def effect(a: Scores, b: Scores) -> Effect:
     means_a, means_b = a.mean(axis=1, dtype=np.float64), b.mean(axis=1, dtype=np.float64)
     differences, scale = means_b - means_a, float(a.std(dtype=np.float64))
     low, high = interval(differences)
-    ranked = np.where(np.abs(differences) <= TIE * scale, 0.0, differences)
+    spread = max(scale, float(b.std(dtype=np.float64)))  # the same for either order of the models
+    ranked = np.where(np.abs(differences) <= TIE * spread, 0.0, differences)
     return Effect(
         prompts=len(a),
         mean_a=float(means_a.mean()),

@@ -287,7 +287,7 @@ class Engine:
         with unwrap_model_for_generation(self.wrapped):
             yield
 
-    def save(self, folder: Path, tag: str, state: Mapping[str, Any], sink: Sink) -> None:
+    def save(self, folder: Path, tag: str, state: Mapping[str, Any], sink: Sink = write_file) -> None:
         """Pass this rank's files of folder/tag to `sink`, with `state`, which `load` returns. Collective."""
         self.wrapped.checkpoint_engine = _Files(sink)
         self.wrapped.save_checkpoint(

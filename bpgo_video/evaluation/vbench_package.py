@@ -25,6 +25,7 @@ import yaml
 import bpgo_video
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
 from bpgo_video.documents import MalformedFile
+from bpgo_video.errors import InputError
 from bpgo_video.evaluation import vbench_files as vbench
 from bpgo_video.evaluation.heldout import device_of, independent_ranks
 from bpgo_video.files import atomic_file, fingerprint
@@ -121,7 +122,7 @@ def write_record(request: PackageRequest) -> None:
     """Writes measured.yaml, if there is none.
 
     Raises:
-        PackageError: OUTPUT has results of something else.
+        InputError: OUTPUT has results of something else.
     """
     path, suite = request.output / "measured.yaml", request.suite  # not .json: VBench reads each .json as a result
     record: dict[str, Any] = {
@@ -135,7 +136,7 @@ def write_record(request: PackageRequest) -> None:
             partial.write_text(yaml.safe_dump(record), "utf-8")
     earlier = yaml.safe_load(path.read_text("utf-8")) or {}
     if other := [name for name in record if earlier.get(name) != record[name]]:
-        raise PackageError(f"{request.output} has results of other {', '.join(other)}; choose another --output")
+        raise InputError(f"{request.output} has results of other {', '.join(other)}; choose another --output")
 
 
 def measure_dimension(request: PackageRequest, dimension: str, names: Collection[str]) -> vbench.Result:

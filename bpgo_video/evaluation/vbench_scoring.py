@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
 def parse_backbone(text: str) -> tuple[str, str]:
     dimension, _, network = text.partition("=")
     if not (dimension and network):
-        raise ValueError(f"--backbone {text!r} must be DIMENSION=NETWORK")
+        raise DimensionError(f"--backbone {text!r} must be DIMENSION=NETWORK")
     return dimension, network
 
 

@@ -227,8 +227,8 @@ def test_a_repeated_prompt_names_both_lines(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("p.txt", b"one\n\ntwo\n", r"p.txt:2: the prompt is empty"),
-        ("p.txt", b"one\n\xff\xfe\n", r"p.txt:2: .*utf-8"),
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"p.jsonl:2: Expecting value"),
+        ("p.txt", b"one\n\xff\xfe\n", r"p.txt:2: the line is not UTF-8"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"p.jsonl:2: the line is not JSON: Expecting value"),
         (
             "p.jsonl",
             b'{"label": "a"}\n',

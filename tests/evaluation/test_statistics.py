@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -131,6 +131,7 @@ def test_a_single_prompt_shows_nothing() -> None:
 
 
 @settings(max_examples=20, deadline=None)
+@example(4, 4, 255)  # a difference between the ties of the one's spread and of the other's
 @given(st.integers(2, 30), st.integers(1, 5), st.integers(0, 1000))
 def test_swapping_the_models_flips_every_sign(prompts: int, samples: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

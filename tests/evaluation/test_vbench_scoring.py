@@ -136,7 +136,7 @@ def test_problems_of_a_folder_are_named_before_anything_is_measured(
     write_video(first, torch.zeros(4, 3, 144, 176), fps=24)
     second.write_bytes(second.read_bytes()[:-300])
     command = command_of(videos, "dynamic_degree")
-    assert main([*command, "--suite", str(listed), "--samples", "2", "--fps", "8"]) == 1
+    assert main([*command, "--suite", str(listed), "--samples", "2", "--fps", "8"]) == 2
     printed = capsys.readouterr().err
     for words in (
         f"'{PROMPTS[0]}-1.mp4' is missing", f"'{PROMPTS[1]}-1.mp4' is missing", "'extra.mp4' is none of the suite's",
@@ -148,11 +148,11 @@ def test_problems_of_a_folder_are_named_before_anything_is_measured(
 
 def test_a_frame_rate_that_contradicts_the_manifest_is_named(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (videos.parent / "videos.generation.json").write_text(json.dumps({"settings": {"fps": 16.0}}))
-    assert main(command_of(videos, "temporal_flickering")) == 1
+    assert main(command_of(videos, "temporal_flickering")) == 2
     assert "has fps 8 where 16 is expected" in capsys.readouterr().err
     for damaged in ("{", "[]", '{"settings": {}}'):
         (videos.parent / "videos.generation.json").write_text(damaged)
-        assert main(command_of(videos, "temporal_flickering")) == 1
+        assert main(command_of(videos, "temporal_flickering")) == 2
         assert "videos.generation.json has no usable fps" in capsys.readouterr().err
     assert main([*command_of(videos, "temporal_flickering"), "--fps", "8"]) == 0
 
@@ -172,7 +172,7 @@ def test_a_frame_rate_that_contradicts_the_manifest_is_named(videos: Path, capsy
 def test_invalid_requests_are_errors(
     videos: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str
 ) -> None:
-    assert main(command_of(videos, *more)) == 1
+    assert main(command_of(videos, *more)) == 2
     assert words in capsys.readouterr().err
     assert not (videos.parent / "scores.json").exists()
 
@@ -209,18 +209,18 @@ def test_partial_sets_and_proxies_have_no_totals_unless_requested(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = write_golden(tmp_path / "results")
-    assert main(["total", *files[1:], "--json"]) == 1
+    assert main(["total", *files[1:], "--json"]) == 2
     assert "missing: aesthetic_quality, measured by a proxy: none (--partial" in capsys.readouterr().err
     assert main(["total", *files[1:], "--json", "--partial"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["partial"], found["benchmark"], found["missing"]) == (True, "vbench", ["aesthetic_quality"])
     write_golden(tmp_path / "proxies", label="proxy", network="DIS")
     mixed = [*files[:-1], str(tmp_path / "proxies" / Path(files[-1]).name)]
-    assert main(["total", *mixed, "--json"]) == 1
+    assert main(["total", *mixed, "--json"]) == 2
     assert "missing: none, measured by a proxy: temporal_style (--partial" in capsys.readouterr().err
     assert main(["total", *mixed, "--json", "--partial"]) == 0
     assert json.loads(capsys.readouterr().out)["proxy"] == ["temporal_style"]
-    assert main(["total", str(tmp_path)]) == 1
+    assert main(["total", str(tmp_path)]) == 2
     assert "there are no results" in capsys.readouterr().err
     assert main(["total", str(tmp_path / "none")]) == 2
     assert f"{tmp_path / 'none'}; bpgo-video evaluate score --output FILE.json writes" in capsys.readouterr().err
@@ -233,7 +233,7 @@ def test_results_of_too_few_videos_have_no_total(
     (tmp_path / "r.json").write_text(json.dumps(result))
     command = ["total", str(tmp_path / "r.json"), "--partial", "--suite", str(listed), "--samples"]
     assert main([*command, "1"]) == 0
-    assert main([*command, "2"]) == 1
+    assert main([*command, "2"]) == 2
     assert f"lacks 1 videos, '{PROMPTS[0]}-1.mp4' first" in capsys.readouterr().err
 
 
@@ -290,17 +290,17 @@ def test_results_of_other_videos_are_not_continued(
     assert (output / "dynamic_degree.calls").read_text() == f"cpu vbench_standard False {listed}\n"
     assert set(yaml.safe_load((output / "measured.yaml").read_text())) == {"videos", "suite", "benchmark", "options"}
     write_video(videos / f"{PROMPTS[0]}-0.mp4", torch.zeros(4, 3, 144, 176), fps=8)
-    assert main([*command, "--dimensions", "dynamic_degree"]) == 1
+    assert main([*command, "--dimensions", "dynamic_degree"]) == 2
     assert "has results of other videos; choose another --output" in capsys.readouterr().err
 
 
 def test_the_package_does_not_run_on_an_incomplete_folder(
     videos: Path, package: Path, listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(officially(videos, tmp_path / "results", "--suite", str(listed), "--samples", "3")) == 1
+    assert main(officially(videos, tmp_path / "results", "--suite", str(listed), "--samples", "3")) == 2
     assert f"'{PROMPTS[1]}-2.mp4' is missing" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
-    assert main(officially(videos, tmp_path / "results")) == 1
+    assert main(officially(videos, tmp_path / "results")) == 2
     assert "no dimensions are given: add --dimensions" in capsys.readouterr().err
 
 
@@ -317,7 +317,7 @@ def test_image_to_video_runs_in_the_folder_of_the_images(
     root, output = tmp_path / "root", tmp_path / "results"
     root.mkdir()
     command = officially(videos, output, "--benchmark", "vbench-i2v", "--resolution", "16-9", "--folder", str(root))
-    assert main([*command, "--dimensions", "dynamic_degree"]) == 1
+    assert main([*command, "--dimensions", "dynamic_degree"]) == 2
     assert "vbench-i2v needs its own list" in capsys.readouterr().err
     assert main([*command, "--dimensions", "dynamic_degree", "--suite", str(listed), "--samples", "1"]) == 0
     assert (output / "dynamic_degree.calls").read_text() == f"cpu 16-9 {root} {listed}\n"
@@ -336,7 +336,7 @@ def test_a_layout_is_generated_and_checked_from_the_command_line(
     policy, folder, prompts = random_wan(tmp_path / "wan"), tmp_path / "videos", tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
     suite = ["--suite", str(prompts), "--samples", "1", "--output", str(folder)]
-    assert main(["layout", "--check", *suite]) == 1
+    assert main(["layout", "--check", *suite]) == 2
     assert "there is no folder of videos" in capsys.readouterr().err
     small = ["--num-steps", "2", "--num-frames", "9", "--height", "64", "--width", "64", "--guidance-scale", "1"]
     assert main(["layout", "--policy", str(policy), "--seed", "3", *suite, *small, "--fps", "8"]) == 0
@@ -344,11 +344,11 @@ def test_a_layout_is_generated_and_checked_from_the_command_line(
     assert str(tmp_path / "videos.generation.json") in capsys.readouterr().out
     assert main(["layout", "--check", *suite]) == 0
     assert "2 videos, complete" in capsys.readouterr().out
-    assert main(["layout", "--check", *suite, "--num-steps", "2"]) == 1
+    assert main(["layout", "--check", *suite, "--num-steps", "2"]) == 2
     (folder / f"{PROMPTS[0]}-0.mp4").unlink()
-    assert main(["layout", "--check", *suite]) == 1
+    assert main(["layout", "--check", *suite]) == 2
     assert f"'{PROMPTS[0]}-0.mp4' is missing" in capsys.readouterr().err
-    assert main([*command_of(folder, "temporal_flickering"), "--suite", str(prompts), "--samples", "1"]) == 1
+    assert main([*command_of(folder, "temporal_flickering"), "--suite", str(prompts), "--samples", "1"]) == 2
 
 
 def test_the_help_of_layout_lists_every_flag_of_a_generation(capsys: pytest.CaptureFixture[str]) -> None:

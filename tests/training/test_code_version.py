@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from bpgo_video.distributed import checkpoint
+from bpgo_video.distributed import resume
 from bpgo_video.inference.hub import commit, this_code
 from bpgo_video.training.loop import load
 from bpgo_video.training.session import PolicySession
@@ -52,7 +52,7 @@ def test_a_folder_without_git_has_no_commit(tmp_path: Path) -> None:
 def test_a_resumed_run_records_the_code_of_all_its_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, earlier: dict[str, list[str]], now: list[str]
 ) -> None:
-    monkeypatch.setattr(checkpoint, "load", lambda *_: {"progress": {"step": 2}, **earlier})
+    monkeypatch.setattr(resume, "load", lambda *_: {"progress": {"step": 2}, **earlier})
     session = Mock(spec=PolicySession, code=["b"], ema=None, engine=None, mesh=None, config=Mock())
     assert load(session, tmp_path / "step-000002") == {"step": 2}
     assert session.code == now
