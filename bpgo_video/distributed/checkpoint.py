@@ -119,6 +119,7 @@ class Saver:
         with all_or_none(mesh), _write_errors(run_dir, step):
             for part in parts:
                 part(partial, mesh.rank, self._files.put)
+            self._engine.masters.before_change = self._files.wait_for_copies
             written = self._files.write(lambda: files_of_rank(mesh.rank, partial))
         self._writing = _Writing(step, partial, written, started, time.perf_counter() - started)
 

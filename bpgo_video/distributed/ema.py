@@ -65,6 +65,7 @@ class EMA:
         self._swap()
 
     def _swap(self) -> None:
+        self._masters.before_change()
         for average, weights in zip(self.shards, self._weights, strict=True):
             held = weights.values.clone()
             weights.values.copy_(average.values)

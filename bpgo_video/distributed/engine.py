@@ -237,6 +237,7 @@ class Engine:
         Raises:
             FloatingPointError: that many updates in a row were skipped; see `optim.max_skipped`.
         """
+        self.masters.before_change()
         self._touched.before_step(self.wrapped)
         self.wrapped.step()
         self._touched.after_step(self.wrapped)

@@ -155,7 +155,12 @@ class ZeroMasters:
 
     Every ZeRO stage keeps one master of each trained element, on one rank. The weights that the model computes with are
     rounded from the masters after every update.
+
+    Attributes:
+        before_change: called before an update, and before others set the masters.
     """
+
+    before_change: Callable[[], object] = staticmethod(lambda: None)
 
     def __init__(self, engine: Any, stage: int) -> None:
         self._engine, self._stage = engine, stage

@@ -1,8 +1,9 @@
 """Writing the files of a checkpoint while training goes on, from copies of their content in host memory.
 
-`SaveFiles` receives the files that a rank saves. With copies, it copies their tensors to buffers that it keeps from one
-checkpoint to the next, in pinned memory if they are on a GPU, and a thread writes them. Without, it writes them as they
-come. The copies take as much host memory as the rank's files take on disk.
+`SaveFiles` receives the files that a rank saves. With copies, a thread copies their tensors to buffers that are kept
+from one checkpoint to the next, in pinned memory if they are on a GPU, and writes them. The next update waits for the
+copies, which a rollout hides. Without, it writes files as they come. The copies take as much host memory as the rank's
+files take on disk.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from itertools import count
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,23 +36,43 @@ def _is_leaf(content: Any) -> bool:
     return isinstance(content, torch.Size)  # would come back as a tuple
 
 
+@dataclass(frozen=True)
+class Content:
+    """The content of a file: its containers as they are now, and its tensors, which may change."""
+
+    path: Path
+    leaves: list[Any]
+    form: Any
+
+    @classmethod
+    def of(cls, content: Any, path: Path) -> Content:
+        return cls(path, *tree_flatten(content, _is_leaf))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Any:
+        """The content with others in place of its tensors, in their order."""
+        others = iter(tensors)
+        return tree_unflatten([next(others) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves], self.form)
+
+
 class HostCopies:
     """Copies of tensors in host memory; the buffers are used again for the next copies."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], Tensor] = {}  # by file name, and number among its tensors
 
-    def missing(self, name: str, content: Any) -> int:
+    def missing(self, content: Content) -> int:
         """Bytes that a copy would allocate."""
-        tensors = [leaf for leaf in tree_flatten(content, _is_leaf)[0] if isinstance(leaf, Tensor)]
-        return sum(tensor.nbytes for number, tensor in enumerate(tensors) if not self._fits(name, number, tensor))
+        name = content.path.name
+        return sum(one.nbytes for number, one in enumerate(content.tensors) if not self._fits(name, number, one))
 
-    def of(self, name: str, content: Any) -> Any:
-        """The content with copied tensors and containers."""
-        leaves, form = tree_flatten(content, _is_leaf)
-        numbers = count()
-        return tree_unflatten(
-            [self._copy(name, next(numbers), leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
+    def of(self, content: Content) -> Any:
+        """The content with copied tensors; on a GPU, complete when the current stream is."""
+        return content.with_tensors(
+            [self._copy(content.path.name, number, tensor) for number, tensor in enumerate(content.tensors)]
         )
 
     def _fits(self, name: str, number: int, tensor: Tensor) -> bool:
@@ -73,13 +95,16 @@ class SaveFiles:
 
     def __init__(self, copies: bool) -> None:
         self._copies = HostCopies() if copies else None
-        self._queue: list[tuple[Any, Path]] = []
+        self._queue: list[Content] = []
         self._files: dict[Path, File] = {}
+        self._copied = threading.Event()
+        self._copied.set()
 
     def put(self, content: Any, path: Path) -> None:
-        """Write a file now, or copy its content for `write`. A copy that does not fit into memory is not made."""
-        if self._copies is not None and self._affordable(self._copies.missing(path.name, content)):
-            self._queue.append((self._copies.of(path.name, content), path))
+        """Write a file now, or keep its content for `write`. A copy that does not fit into memory is not made."""
+        kept = Content.of(content, path)
+        if self._copies is not None and self._affordable(self._copies.missing(kept)):
+            self._queue.append(kept)
         else:
             self._files[path] = write_file(content, path)
 
@@ -95,22 +120,45 @@ class SaveFiles:
         return False
 
     def write(self, others: Callable[[], list[Path]]) -> Future[dict[Path, File]]:
-        """Write what is left; the entries of all files that were put, and of further ones of this rank.
+        """Copy and write what was kept; the entries of all files that were put, and of further ones of this rank.
+
+        Until `wait_for_copies` returns, the tensors that were put must not change.
 
         Args:
             others: the rank's files on disk, called once all are written.
         """
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies are complete
-        queue, files = self._queue, self._files
+        queue, files, copies = self._queue, self._files, self._copies
         self._queue, self._files = [], {}
+        ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        self._copied.clear()
 
         def work() -> dict[Path, File]:
-            files.update({path: write_file(content, path) for content, path in queue})
+            try:
+                with _beside(ready):
+                    copied = [(copies.of(content), content.path) for content in queue] if copies else []
+            finally:
+                self._copied.set()
+            files.update({path: write_file(content, path) for content, path in copied})
             files.update({path: file_of(path) for path in others() if path not in files})
             return files
 
-        return begin(work, in_thread=self._copies is not None)
+        return begin(work, in_thread=copies is not None)
+
+    def wait_for_copies(self) -> None:
+        """Call it before any tensor changes that was put."""
+        self._copied.wait()
+
+
+@contextmanager
+def _beside(ready: Any) -> Iterator[None]:
+    """On a GPU, a stream of its own that starts at the event `ready`; complete at the end of the block."""
+    if ready is None:
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        torch.cuda.current_stream().wait_event(ready)
+        yield
+        torch.cuda.current_stream().synchronize()
 
 
 def begin(work: Callable[[], T], in_thread: bool) -> Future[T]:

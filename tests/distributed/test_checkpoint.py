@@ -49,7 +49,12 @@ class SmallEngine(Engine, ZeroMasters):
     def publish(self) -> None:
         pass
 
+    @property
+    def masters(self) -> ZeroMasters:
+        return self
+
     def train_to(self, step: int) -> None:
+        self.before_change()
         self.weights.fill_(step)
         self.ema.shards[0].values.fill_(step)
 

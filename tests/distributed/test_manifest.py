@@ -15,7 +15,7 @@ import torch
 from bpgo_video.config.bpgo import RunConfig
 from bpgo_video.distributed import checkpoint, resume, snapshot
 from bpgo_video.distributed.manifest import MANIFEST, CheckpointError, file_of, read_manifest, write_file
-from bpgo_video.distributed.snapshot import HostCopies, SaveFiles, Sink
+from bpgo_video.distributed.snapshot import Content, HostCopies, SaveFiles, Sink
 from tests.distributed.test_checkpoint import ALONE, SmallEngine, save, save_one
 
 OPTIMIZER = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -197,13 +197,41 @@ def test_the_manifest_lists_every_file_with_its_size(run: RunConfig) -> None:
     assert {OPTIMIZER, MODEL, AVERAGE} == set(sizes)
 
 
-def test_copies_use_their_buffers_again_while_the_rest_of_the_content_grows() -> None:
+def test_copies_use_their_buffers_again_while_the_rest_of_the_content_grows(tmp_path: Path) -> None:
     copies, tensor = HostCopies(), torch.arange(5)
     for length in range(4):
         content = {"progress": list(range(length)), "weights": tensor + length, "shape": torch.Size([2])}
-        assert copies.missing("x.pt", content) == (0 if length else tensor.nbytes)
-        copied = copies.of("x.pt", content)
+        kept = Content.of(content, tmp_path / "x.pt")
+        assert copies.missing(kept) == (0 if length else tensor.nbytes)
+        copied = copies.of(kept)
         assert copied["progress"] == list(range(length))
         assert copied["weights"].tolist() == (tensor + length).tolist()
         assert isinstance(copied["shape"], torch.Size)
         assert copied["weights"].data_ptr() != content["weights"].data_ptr()
+
+
+def test_an_update_waits_for_the_copies_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copying, writing, made = threading.Event(), threading.Event(), HostCopies.of
+
+    def copy(self: HostCopies, content: Content) -> Any:
+        assert copying.wait(10)
+        return made(self, content)
+
+    def write(content: Any, path: Path) -> Any:
+        assert writing.wait(10)
+        return write_file(content, path)
+
+    monkeypatch.setattr(HostCopies, "of", copy)
+    monkeypatch.setattr(snapshot, "write_file", write)
+    engine, updated = SmallEngine(), threading.Event()
+    saver = checkpoint.Saver(engine, RunConfig(dir=str(tmp_path)), ALONE, lambda saved: None)
+    saver.save(1, {"step": 1})
+    threading.Thread(target=lambda: (engine.train_to(2), updated.set())).start()
+    assert not updated.wait(0.2)
+    assert not engine.weights.any()
+    copying.set()
+    assert updated.wait(10)
+    writing.set()
+    saver.finish()
+    found = torch.load(checkpoint.folder_of(tmp_path, 1) / MODEL)
+    assert not found["weights"].any()

@@ -9,8 +9,10 @@ products. A checkpoint takes 12 bytes a parameter. All end on the disk. Prints t
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,7 +26,8 @@ from bpgo_video.distributed import checkpoint, engine, manifest
 from bpgo_video.distributed.mesh import Mesh
 
 WIDTH = 2000
-ROUNDS = 7
+ROUNDS = 9
+ROLLOUT = 0.5  # seconds from a save to the next update
 
 
 class NoHash:
@@ -67,27 +70,31 @@ def build(parameters: int) -> engine.Engine:
     return learner
 
 
-def measure(learner: engine.Engine, mesh: Mesh, folder: Path) -> dict[str, float]:
-    """Median seconds that training waits for a checkpoint, by way."""
+def measure(learner: engine.Engine, mesh: Mesh, folder: Path) -> dict[str, list[float]]:
+    """Seconds that training waits for each checkpoint, by way: in the save, and before the next update."""
     saved: dict[str, list[checkpoint.Saved]] = {way: [] for way in WAYS}
-    savers = {
-        way: checkpoint.Saver(
-            learner,
-            RunConfig(dir=str(folder / way), save_async=asynchronous, keep_checkpoints=1),
-            mesh,
-            saved[way].append,
-        )
-        for way, (asynchronous, _) in WAYS.items()
-    }
+    waited: dict[str, list[float]] = {way: [] for way in WAYS}
+    savers: dict[str, checkpoint.Saver] = {}
     work = torch.randn(WIDTH, WIDTH)
     for step in range(1, ROUNDS + 2):
-        for way, (_, hashing) in WAYS.items():
+        for way in WAYS if step % 2 else reversed(WAYS):  # neither is always the first
+            asynchronous, hashing = WAYS[way]
+            run = RunConfig(dir=str(folder / way), save_async=asynchronous, keep_checkpoints=1)
+            saver = savers.setdefault(way, checkpoint.Saver(learner, run, mesh, saved[way].append))
+            os.sync()  # what others wrote is no part of this save
             with hashing():
-                savers[way].save(step, {"progress": {"step": step}})
+                saver.save(step, {"progress": {"step": step}})
+                rollout_ends = time.perf_counter() + ROLLOUT
+                while time.perf_counter() < rollout_ends:
+                    work @ work
+                began = time.perf_counter()
+                learner.masters.before_change()
+                update = time.perf_counter() - began
                 while len(saved[way]) < step:
                     work @ work
-                    savers[way].poll()
-    return {way: statistics.median(one.seconds for one in found[1:]) for way, found in saved.items()}
+                    saver.poll()
+            waited[way].append(saved[way][-1].seconds + update)
+    return {way: seconds[1:] for way, seconds in waited.items()}
 
 
 def main() -> None:
@@ -100,12 +107,14 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     mesh = engine.start_ranks()
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
-        seconds = measure(build(args.parameters), mesh, Path(folder))
+        every = measure(build(args.parameters), mesh, Path(folder))
+    seconds = {way: statistics.median(found) for way, found in every.items()}
+    hashing = statistics.median(a - b for a, b in zip(every["hashed"], every["without hashes"], strict=True))
     whole = seconds["hashed"]
     print(f"medians of {ROUNDS} checkpoints of {12 * args.parameters / 1e6:,.0f} MB: training waits")
     for way, value in seconds.items():
         print(f"  {way:<18} {value:.3f} s")
-    print(f"hashing takes {1 - seconds['without hashes'] / whole:.1%} of a save")
+    print(f"hashing takes {hashing / whole:.1%} of a save (median of paired differences)")
     print(f"in the background, training waits {seconds['in the background'] / whole:.1%} of a blocking save")
 
 
