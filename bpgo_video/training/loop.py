@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -59,11 +59,13 @@ class Trainer(ABC):
         keys: keys that every record of metrics.jsonl must have.
         session: policy, engine and data.
         progress: a dataclass of plain data with `step` and `seconds["total"]`; checkpoints keep it.
+        publish: completes the checkpoint that is being written, if it is written; a step calls it where it takes long.
     """
 
     keys: Keys
     session: Any
     progress: Any
+    publish: Callable[[], object] = staticmethod(lambda: None)
 
     @abstractmethod
     def __init__(self, config: Any, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
@@ -118,9 +120,15 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
             saver = checkpoint.Saver(
                 session.engine, config.run, mesh, lambda saved: log.later(str(saved), saved.metrics())
             )
+
+            def publish() -> None:
+                lease.check()
+                saver.poll()
+
+            trainer.publish = publish
             for step in range(progress.step, num_steps):
                 record = trainer.train_step(step)
-                lease.check()
+                publish()
                 progress.step = step + 1
                 last = progress.step == num_steps
                 if last or is_due(progress.step, config.evaluation.every):
@@ -141,7 +149,6 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
                         request,
                         f"after {step + 1} of {num_steps} steps, in {checkpoint.folder_of(run_dir, progress.step)}",
                     )
-                saver.poll()
                 if request is Request.STOP:
                     return None
         heartbeat.enter("export")

@@ -91,6 +91,7 @@ class RL(loop.Trainer):
         watch = loop.Stopwatch(self.heartbeat, step)
         prompts = to_be_scored(session, prompts, progress)
         trajectories, rewards = sample_and_score(session, prompts, step, watch)
+        self.publish()
         advantages = estimate_advantages(session, prompts, rewards, progress)  # anchored, with trust
         with watch.phase("update"):
             learning_rate = session.engine.learning_rate
