@@ -76,12 +76,8 @@ def test_the_ratio_is_one_before_the_first_update_and_not_after(
 
 def test_a_gathered_rollout_equals_a_sharded_one(worlds: dict[int, Path]) -> None:
     for adapters in ("full", "lora"):
-        sharded, gathered = (
-            read_metrics(worlds[2] / f"ratio-zero3-{adapters}{name}" / "metrics.jsonl") for name in ("", "-gathered")
-        )
-        assert [{k: v for k, v in record.items() if "seconds" not in k} for record in sharded] == [
-            {k: v for k, v in record.items() if "seconds" not in k} for record in gathered
-        ]
+        run = worlds[2] / f"ratio-zero3-{adapters}"
+        assert records(run) == records(run.with_name(f"{run.name}-gathered"))
 
 
 @pytest.mark.parametrize("name", ["zero2-full", "zero3-full", "zero3-lora"])
@@ -122,13 +118,7 @@ def test_uneven_work_does_not_hang(worlds: dict[int, Path], parameters: str) -> 
 def test_scoring_during_the_rollout_changes_nothing(worlds: dict[int, Path]) -> None:
     """Offloading models and trajectories to the CPU changes nothing either."""
     inline, concurrent = (worlds[2] / f"ahead-{chunks}" for chunks in (0, 2))
-    one, other = (
-        [
-            {name: value for name, value in record.items() if not name.startswith("seconds")}
-            for record in read_metrics(folder / "metrics.jsonl")
-        ]
-        for folder in (inline, concurrent)
-    )
+    one, other = records(inline), records(concurrent)
     assert len(one) == 2
     assert one == other
     weights = exported(concurrent)
