@@ -150,7 +150,8 @@ class Saver:
                 old = [*_publish(partial, folder), *_outdated(folder, self._run)]
                 self._removed = begin(lambda: list(map(shutil.rmtree, old)), in_thread)
         now = time.perf_counter()
-        self._report(Saved(folder, manifest.bytes, writing.waited + now - started, now - writing.started))
+        waited = writing.waited + self._files.waited + now - started
+        self._report(Saved(folder, manifest.bytes, waited, now - writing.started))
 
 
 def folder_of(run_dir: Path, step: int) -> Path:

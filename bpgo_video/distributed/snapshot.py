@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -91,6 +92,9 @@ class SaveFiles:
 
     Args:
         copies: whether files are written later, by a thread.
+
+    Attributes:
+        waited: seconds that updates have waited for copies since the last `write`.
     """
 
     def __init__(self, copies: bool) -> None:
@@ -99,6 +103,7 @@ class SaveFiles:
         self._files: dict[Path, File] = {}
         self._copied = threading.Event()
         self._copied.set()
+        self.waited = 0.0
 
     def put(self, content: Any, path: Path) -> None:
         """Write a file now, or keep its content for `write`. A copy that does not fit into memory is not made."""
@@ -128,7 +133,7 @@ class SaveFiles:
             others: the rank's files on disk, called once all are written.
         """
         queue, files, copies = self._queue, self._files, self._copies
-        self._queue, self._files = [], {}
+        self._queue, self._files, self.waited = [], {}, 0.0
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         self._copied.clear()
 
@@ -146,7 +151,9 @@ class SaveFiles:
 
     def wait_for_copies(self) -> None:
         """Call it before any tensor changes that was put."""
+        began = time.perf_counter()
         self._copied.wait()
+        self.waited += time.perf_counter() - began
 
 
 @contextmanager

@@ -106,58 +106,70 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
     ):
         started, lease.on_loss = time.perf_counter(), heartbeat.abort
         trainer, resumed = open_run(config, kind, mesh, lease, requests, heartbeat)
-        session, progress = trainer.session, trainer.progress
-        if resumed is None:
-            heartbeat.enter("evaluation")
-            trainer.begin()
-        else:
-            vars(progress).update(load(session, resumed))
-            started -= progress.seconds["total"]
-            if mesh.is_main:
-                print(f"continues after step {progress.step}, from {resumed}", flush=True)
+        begin(trainer, resumed, heartbeat)
+        progress = trainer.progress
+        started -= progress.seconds["total"]  # of the launches before
         trackers = Trackers(named_trackers(config) if mesh.is_main else (), config, progress.step)
         with RunLog(run_dir, trackers, num_steps, progress.step, trainer.keys) as log:
-            saver = checkpoint.Saver(
-                session.engine, config.run, mesh, lambda saved: log.later(str(saved), saved.metrics())
-            )
-
-            def publish() -> None:
-                lease.check()
-                saver.poll()
-
-            trainer.publish = publish
-            for step in range(progress.step, num_steps):
-                record = trainer.train_step(step)
-                publish()
-                progress.step = step + 1
-                last = progress.step == num_steps
-                if last or is_due(progress.step, config.evaluation.every):
-                    heartbeat.enter("evaluation", step)
-                    record |= trainer.evaluate(step, last, log)
-                if record.get(SKIPPED):
-                    log.later(f"step {progress.step}: {record[SKIPPED]:.0f} updates skipped, gradient not finite", {})
-                log.log(step, record)
-                progress.seconds["total"] = time.perf_counter() - started
-                request = Request.NONE if last else requests.agreed()
-                if last or request or is_due(progress.step, config.run.save_every):
-                    heartbeat.enter("checkpoint", step)
-                    lease.check()
-                    save(saver, session, progress)
-                    if last or request > Request.DUE:
-                        saver.finish()
-                    requests.fulfilled(
-                        request,
-                        f"after {step + 1} of {num_steps} steps, in {checkpoint.folder_of(run_dir, progress.step)}",
-                    )
-                if request is Request.STOP:
-                    return None
+            if not run_steps(trainer, started, log, lease, requests, heartbeat):
+                return None
         heartbeat.enter("export")
         lease.check()
-        export(session, run_dir)
+        export(trainer.session, run_dir)
         progress.seconds["total"] = time.perf_counter() - started
         summary = trainer.finish()
         mesh.barrier()
         return summary
+
+
+def begin(trainer: Trainer, resumed: Path | None, heartbeat: Heartbeat) -> None:
+    """Evaluate the starting policy, or continue from a checkpoint."""
+    if resumed is None:
+        heartbeat.enter("evaluation")
+        trainer.begin()
+        return
+    vars(trainer.progress).update(load(trainer.session, resumed))
+    if trainer.session.mesh.is_main:
+        print(f"continues after step {trainer.progress.step}, from {resumed}", flush=True)
+
+
+def run_steps(
+    trainer: Trainer, started: float, log: RunLog, lease: Lease, requests: StopRequests, heartbeat: Heartbeat
+) -> bool:
+    """Train, evaluate, log and save, step by step; whether the run is finished, not stopped on request."""
+    session, progress = trainer.session, trainer.progress
+    run, evaluation = session.config.run, session.config.evaluation
+    saver = checkpoint.Saver(session.engine, run, session.mesh, lambda saved: log.later(str(saved), saved.metrics()))
+
+    def publish() -> None:
+        lease.check()
+        saver.poll()
+
+    trainer.publish = publish
+    for step in range(progress.step, run.num_steps):
+        record = trainer.train_step(step)
+        publish()
+        progress.step = step + 1
+        last = progress.step == run.num_steps
+        if last or is_due(progress.step, evaluation.every):
+            heartbeat.enter("evaluation", step)
+            record |= trainer.evaluate(step, last, log)
+        if record.get(SKIPPED):
+            log.later(f"step {progress.step}: {record[SKIPPED]:.0f} updates skipped, gradient not finite", {})
+        log.log(step, record)
+        progress.seconds["total"] = time.perf_counter() - started
+        request = Request.NONE if last else requests.agreed()
+        if last or request or is_due(progress.step, run.save_every):
+            heartbeat.enter("checkpoint", step)
+            lease.check()
+            save(saver, session, progress)
+            if last or request > Request.DUE:
+                saver.finish()
+            folder = checkpoint.folder_of(Path(run.dir), progress.step)
+            requests.fulfilled(request, f"after {progress.step} of {run.num_steps} steps, in {folder}")
+        if request is Request.STOP:
+            return False
+    return True
 
 
 def open_run(

@@ -14,7 +14,16 @@ import torch
 
 from bpgo_video.config.bpgo import RunConfig
 from bpgo_video.distributed import checkpoint, resume, snapshot
-from bpgo_video.distributed.manifest import MANIFEST, CheckpointError, file_of, read_manifest, write_file
+from bpgo_video.distributed.manifest import (
+    MANIFEST,
+    CheckpointError,
+    File,
+    Layout,
+    Manifest,
+    file_of,
+    read_manifest,
+    write_file,
+)
 from bpgo_video.distributed.snapshot import Content, HostCopies, SaveFiles, Sink
 from tests.distributed.test_checkpoint import ALONE, SmallEngine, save, save_one
 
@@ -235,3 +244,15 @@ def test_an_update_waits_for_the_copies_alone(tmp_path: Path, monkeypatch: pytes
     saver.finish()
     found = torch.load(checkpoint.folder_of(tmp_path, 1) / MODEL)
     assert not found["weights"].any()
+
+
+def test_ranks_check_equal_shares_of_every_kind_of_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"model_states": 1, "optim_states": 1000}
+    files = {f"rank_{rank}_{kind}.pt": File(size, "") for rank in range(4) for kind, size in sizes.items()}
+    checked: list[list[str]] = []
+    monkeypatch.setattr(resume, "read_manifest", lambda _: Manifest(1, Layout(4, 3, "torch.float32"), files))
+    monkeypatch.setattr(resume, "check_files", lambda folder, manifest, names: checked.append(names))
+    for rank in range(4):
+        assert resume.damage(tmp_path, rank, 4) is None
+    assert all(sorted(files[name].bytes for name in names) == [1, 1000] for names in checked)
+    assert sorted(name for names in checked for name in names) == sorted(files)

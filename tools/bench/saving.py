@@ -73,7 +73,6 @@ def build(parameters: int) -> engine.Engine:
 def measure(learner: engine.Engine, mesh: Mesh, folder: Path) -> dict[str, list[float]]:
     """Seconds that training waits for each checkpoint, by way: in the save, and before the next update."""
     saved: dict[str, list[checkpoint.Saved]] = {way: [] for way in WAYS}
-    waited: dict[str, list[float]] = {way: [] for way in WAYS}
     savers: dict[str, checkpoint.Saver] = {}
     work = torch.randn(WIDTH, WIDTH)
     for step in range(1, ROUNDS + 2):
@@ -87,14 +86,11 @@ def measure(learner: engine.Engine, mesh: Mesh, folder: Path) -> dict[str, list[
                 rollout_ends = time.perf_counter() + ROLLOUT
                 while time.perf_counter() < rollout_ends:
                     work @ work
-                began = time.perf_counter()
                 learner.masters.before_change()
-                update = time.perf_counter() - began
                 while len(saved[way]) < step:
                     work @ work
                     saver.poll()
-            waited[way].append(saved[way][-1].seconds + update)
-    return {way: seconds[1:] for way, seconds in waited.items()}
+    return {way: [one.seconds for one in found[1:]] for way, found in saved.items()}
 
 
 def main() -> None:
