@@ -57,7 +57,10 @@ class PriorConfig:
     scores the conditioning image; `first_frame_centred` moves that to the level of the run's videos. `constant` is one
     number. `none` needs zeta = 0, and either alpha = 0 or a trust without an anchor (reliability, none)."""
     samples: Several = 8
-    """Samples of the starting policy per prompt that bpgo-video priors takes."""
+    """Samples of the starting policy per prompt that bpgo-video priors takes; with `rollout.same_start` they are pairs
+    that share a start, so an even number from 4."""
+    prompts: Literal["visited", "all"] = "visited"
+    """Prompts that bpgo-video priors measures: those that the run visits, or all of the split."""
     mean: Real = 0.0
     """`constant`: the anchor of every prompt, in the reward's units."""
     scale: AboveZero | None = None

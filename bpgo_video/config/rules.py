@@ -120,7 +120,7 @@ def reward_rules(config: Config, section: str, name: str, reward: RewardConfig) 
 
 def learner_rules(config: Config) -> Rules:
     bpgo, advantage, rollout = config.bpgo, config.advantage, config.rollout
-    best, group = advantage.best_of or 0, rollout.group_size
+    best, group, samples = advantage.best_of or 0, rollout.group_size, config.prior.samples
     return {
         "rewards has none of weight above 0 to train on; add one": (
             not any(reward.weight > 0 for reward in config.rewards.values())
@@ -132,6 +132,8 @@ def learner_rules(config: Config) -> Rules:
         f"prior.kind is 'none', but bpgo.alpha = {bpgo.alpha}, bpgo.trust = {bpgo.trust!r} and bpgo.zeta = {bpgo.zeta} "
         "need an anchor; set prior.kind to 'reference' or 'constant', or bpgo.zeta to 0 and bpgo.alpha to 0 "
         "(plain GRPO) or bpgo.trust to 'reliability' or 'none'": bpgo.needs_prior and config.prior.kind == "none",
+        f"prior.samples is {samples} with rollout.same_start: a prior takes two or more pairs of samples that share a "
+        f"start; set it to {max(4, samples + samples % 2)}": rollout.same_start and (samples < 4 or samples % 2 > 0),
         f"advantage.best_of is {best}, but a group of rollout.group_size = {group} has no {best} best and {best} worst "
         f"samples; set it to {group // 2} at most": 2 * best > group,
         f"advantage.normalise is 'none' with bpgo.zeta = {bpgo.zeta}: the first advantage is then in units of the "

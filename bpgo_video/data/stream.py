@@ -90,6 +90,11 @@ class EndlessOrder:
             self._epoch, self._order = epoch, epoch_order(len(self._rows), self._seed, epoch)
         return int(self._rows[self._order[place]])
 
+    def rows(self, positions: range) -> list[int]:
+        """The rows at these positions, each once, in the order of their first visit."""
+        enough = positions[: 2 * len(self._rows)]  # they contain a whole epoch
+        return list(dict.fromkeys(self.row(position) for position in enough))
+
 
 def window(size: int) -> int:
     """How many consecutive prompts of the endless order are certainly distinct: half the split, at most 4096."""

@@ -143,7 +143,7 @@ def test_notes_of_other_settings_are_replaced(tmp_path: Path) -> None:
 
 def test_an_interrupted_estimation_resumes_to_the_same_priors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = make_shards(tmp_path / "shards")
-    config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 2})
+    config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 4})
     mesh, score, sampled = Mesh(0, 1, torch.device("cpu")), estimation.score_prompts, []
 
     def until_the_third(*arguments: object) -> object:

@@ -70,7 +70,7 @@ def test_a_reward_that_hangs_on_one_rank_ends_all(tmp_path: Path, shards: Path) 
 
 
 def test_priors_are_estimated_and_used_from_the_command_line(tmp_path: Path, shards: Path) -> None:
-    config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 2}, run={"num_steps": 2})
+    config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 4}, run={"num_steps": 2})
     recipe = recipe_file(without_evaluation(config), tmp_path / "recipe.yaml")
     first = launch("pipelines/train_video.py", "--config", recipe)
     assert first.returncode != 0

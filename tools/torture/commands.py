@@ -18,7 +18,7 @@ data: {shards: shards}
 sampler: {num_steps: 4}
 rollout: {prompts_per_step: 2, group_size: 4, micro_batch_size: 4}
 optim: {updates_per_rollout: 1}
-prior: {samples: 2}
+prior: {samples: 4}
 evaluation: {every: 0, rewards: {}}
 ema: {decay: 0.9}
 """
@@ -95,7 +95,7 @@ def jobs(base: Path) -> list[Job]:
             (ANY_TIME, ".shards.new-*/*.tar", ".shards.new-*/index.json", ".shards.old-*"), shards,
         ),
         Job(
-            "priors", 0.1, ("priors", "recipe.yaml", "--prior.samples", "3"),
+            "priors", 0.1, ("priors", "recipe.yaml", "--prior.samples", "6"),
             lambda at: {**hashes(at / "shards" / "priors"), "left": leftovers(at / "shards")},
             (ANY_TIME, "shards/priors/unfinished.jsonl", "shards/priors/*.json"), shards,
         ),
