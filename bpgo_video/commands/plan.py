@@ -132,7 +132,8 @@ def main(words: Sequence[str], script: str | None = None) -> int:
     try:
         job = job_of(arguments, flags)
 
-        from bpgo_video.training.plan import advise, reckon
+        from bpgo_video.training.plan_advice import advise
+        from bpgo_video.training.plan_memory import reckon
         from bpgo_video.training.plan_report import as_json, as_text
 
         plan = reckon(job)

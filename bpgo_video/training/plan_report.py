@@ -10,7 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpgo_video.training.plan import Job, Parts, Plan, count_step, readable, room
+from bpgo_video.training.plan import Job, count_step, readable
+from bpgo_video.training.plan_memory import Plan, room
+from bpgo_video.training.plan_zero import Parts
 
 LARGEST = 4  # parts of a phase that the summary names
 Advised = dict[int, tuple[list[str], Plan]]  # gigabytes -> changes, and the plan with them

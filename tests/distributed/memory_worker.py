@@ -18,7 +18,9 @@ from bpgo_video.config.bpgo import LoraConfig, OptimConfig, VideoConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.training.plan_models import Allocations, Model, policy_of, repeated_blocks, transformer_inputs
+from bpgo_video.training.plan_fake import Allocations
+from bpgo_video.training.plan_footprint import transformer_inputs
+from bpgo_video.training.plan_models import Model, policy_of, repeated_blocks
 
 BUCKET = 4_000_000
 MODEL = Model(

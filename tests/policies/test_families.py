@@ -28,7 +28,7 @@ from bpgo_video.rollouts.replay import Replay
 from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, training_denoiser
 from bpgo_video.rollouts.rules import trained_steps_of
 from bpgo_video.rollouts.updates import optimise
-from bpgo_video.training.plan_models import alone_in_a_group
+from bpgo_video.training.plan_fake import alone_in_a_group
 from tests.families import CASES, Case
 from tests.families.case import CPU
 from tests.made.zero_checkpoints import write_checkpoint

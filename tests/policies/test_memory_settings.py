@@ -21,7 +21,7 @@ from bpgo_video.policies import load_policy
 from bpgo_video.policies.attention import choose_attention, parallelise
 from bpgo_video.policies.networks import Transformers, blocks_of, compile_blocks, save_memory, split_vae_work
 from bpgo_video.policies.wan import WanPolicy
-from bpgo_video.training.plan_models import alone_in_a_group
+from bpgo_video.training.plan_fake import alone_in_a_group
 from bpgo_video.training.session import sampling_policy
 from tests.distributed.small_transformers import inputs, random_transformer
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan

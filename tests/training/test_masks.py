@@ -12,16 +12,9 @@ from torch.utils._pytree import tree_map_only
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.policies.hunyuan15 import mask_keys
-from bpgo_video.training.plan_models import (
-    Allocations,
-    EveryTokenReal,
-    Model,
-    decoding_bytes,
-    footprint,
-    measure,
-    policy_of,
-    transformer_inputs,
-)
+from bpgo_video.training.plan_fake import Allocations, EveryTokenReal
+from bpgo_video.training.plan_footprint import decoding_bytes, footprint, measure, transformer_inputs
+from bpgo_video.training.plan_models import Model, policy_of
 
 NAME = "HunyuanVideo15Transformer3DModel"
 MODEL = Model(

@@ -14,8 +14,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.policies import hunyuan15, wan
-from bpgo_video.training.plan import Job, reckon
-from bpgo_video.training.plan_models import Allocations, find_model, footprint, transformer_inputs
+from bpgo_video.training.plan import Job
+from bpgo_video.training.plan_fake import Allocations
+from bpgo_video.training.plan_footprint import footprint, transformer_inputs
+from bpgo_video.training.plan_memory import reckon
+from bpgo_video.training.plan_models import find_model
 from tests.families import CASES, Case
 
 DTYPES = {torch.float32: {}, torch.bfloat16: {"bf16": {"enabled": True}}}

@@ -29,7 +29,8 @@ from bpgo_video.policies.attention import choose_attention
 from bpgo_video.policies.networks import blocks_of, compile_blocks
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.rollout import Denoiser, training_denoiser
-from bpgo_video.training.plan import Job, reckon
+from bpgo_video.training.plan import Job
+from bpgo_video.training.plan_memory import reckon
 from bpgo_video.training.plan_models import Model
 from bpgo_video.training.session import build_engine, builder, sampling_policy
 from bpgo_video.types import Guidance, Latents

@@ -1,0 +1,196 @@
+"""What a policy's networks take: memory of the transformer and of the VAE, from a run on fake tensors.
+
+Attention counts as tiled (flash or memory-efficient): it saves queries, keys, values, output and one number per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from bpgo_video.config.bpgo import ConfigError, LoraConfig, VideoConfig
+from bpgo_video.policies import Policy
+from bpgo_video.policies.attention import check_heads, parallelise
+from bpgo_video.policies.base import LatentShape
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.networks import split_vae_work
+from bpgo_video.training.plan_fake import Allocations, EveryTokenReal, alone_in_a_group, fake_of, make_fake
+from bpgo_video.training.plan_models import diffusers_class, repeated_blocks
+
+VAE_DTYPE = torch.float32  # as policies load it
+NO_ADAPTERS = LoraConfig()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters that an engine shards.
+
+    Attributes:
+        trained, frozen: elements of each parameter; with adapters a transformer's own are frozen.
+        largest_block: elements of the largest unit that ZeRO-3 fetches at once.
+    """
+
+    trained: tuple[int, ...]
+    frozen: tuple[int, ...]
+    largest_block: int
+
+    @property
+    def elements(self) -> int:
+        return sum(self.trained) + sum(self.frozen)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one transformer takes on a rank.
+
+    Attributes:
+        weights: its parameters.
+        forward: bytes at the peak of a forward without gradients, besides weights.
+        replay: bytes at the peak of a forward and its backward, which releases each parameter's gradient at once.
+    """
+
+    weights: Weights
+    forward: int
+    replay: int
+
+
+@cache
+def footprint(
+    policy: Policy,
+    video: VideoConfig,
+    samples: int,
+    dtype: torch.dtype,
+    *,
+    gradient_checkpointing: bool = False,
+    lora: LoraConfig = NO_ADAPTERS,
+    sequence: int = 1,
+) -> Footprint:
+    """One of the policy's transformers, run on fake tensors.
+
+    Args:
+        samples: rows of a forward, both halves of classifier-free guidance counted.
+        dtype: that the transformer computes in.
+        sequence: ranks of a sequence group.
+
+    Raises:
+        ConfigError: the heads do not divide over the sequence group, or the policy lacks something that a plan needs.
+    """
+    check_heads(policy.transformer_config, sequence, policy.sequence_plan)
+    inputs = transformer_inputs(policy, video, samples, dtype)
+    with torch.device("meta"):  # fake tensors cannot be moved or cast in place, so modules are made here
+        module: Any = diffusers_class(policy.transformer_config).from_config(dict(policy.transformer_config))
+        if lora.rank:
+            add_lora(module, lora, seed=0)
+    with alone_in_a_group(sequence) as mesh, FakeTensorMode(), EveryTokenReal():
+        make_fake(module, dtype)
+        policy.prepare(module)
+        if gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        if policy.sequence_plan is not None:
+            policy.sequence_plan.attention(module)  # on one rank, too: Mochi's own processor needs values of the mask
+        parallelise(module, mesh, policy.sequence_plan)
+        forward, replay = measure(module, tree_map(fake_of, inputs))
+        trained, frozen = (
+            tuple(parameter.numel() for parameter in module.parameters() if parameter.requires_grad == learns)
+            for learns in (True, False)
+        )
+        return Footprint(Weights(trained, frozen, max(map(_elements, repeated_blocks(module)))), forward, replay)
+
+
+def transformer_inputs(policy: Policy, video: VideoConfig, samples: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments that the policy's `velocity` passes to its transformer, on the meta device.
+
+    Raises:
+        ConfigError: see `footprint`.
+    """
+
+    class Recorded(Exception):
+        """The transformer was called."""
+
+    recorded: dict[str, Any] = {}
+
+    def record(name: str, **inputs: Any) -> None:
+        recorded.update(inputs)
+        raise Recorded
+
+    recorder, shape = copy(policy), policy.latent_shape(video)
+    recorder.transformers = record
+    try:
+        shapes = policy.conditioning_shapes(shape, policy.max_sequence_length)
+        conditioning = {
+            name: torch.empty(samples, *size, dtype=torch.bool if "mask" in name else dtype, device="meta")
+            for name, size in shapes.items()
+        }
+        for name, row in policy.video_conditioning(video).items():
+            conditioning[name] = row.to("meta").expand(samples, *row.shape[1:])
+        recorder.velocity(torch.empty(samples, *shape, device="meta"), torch.tensor(0.5), conditioning)
+    except Recorded:
+        pass
+    except (AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"the memory of {type(policy).__name__} cannot be planned: {error}") from error
+    return recorded
+
+
+def measure(module: nn.Module, inputs: dict[str, Any]) -> tuple[int, int]:
+    """Bytes at the peak of a forward without gradients, and of a forward with its backward."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:  # ZeRO reduces gradients as they come; the plan counts what it keeps
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with Allocations([*module.parameters(), *module.buffers()]) as counted:
+        with torch.no_grad():
+            module(**inputs)
+        forward = counted.mark()
+        inputs["hidden_states"].requires_grad_()  # as in replay
+        module(**inputs)[0].float().square().mean().backward()
+    return forward, counted.peak
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@contextmanager
+def _fake_vae(policy: Policy) -> Iterator[Any]:
+    with torch.device("meta"):
+        vae = diffusers_class(policy.vae_config).from_config(dict(policy.vae_config)).eval()
+    for part in vae.modules():
+        if hasattr(part, "prepare_causal_attention_mask"):  # HunyuanVideo 1.5 fills it row by row, which takes minutes
+            part.prepare_causal_attention_mask = _empty_mask
+    with FakeTensorMode(), torch.no_grad():
+        yield make_fake(vae, VAE_DTYPE)
+
+
+def _empty_mask(
+    n_frame: int, n_hw: int, dtype: torch.dtype, device: torch.device, batch_size: int
+) -> Float[Tensor, "samples tokens tokens"]:
+    return torch.empty(n_frame * n_hw, n_frame * n_hw, dtype=dtype, device=device).expand(batch_size, -1, -1)
+
+
+@cache
+def vae_bytes(policy: Policy) -> int:
+    """Bytes of the VAE's weights."""
+    with _fake_vae(policy) as vae:
+        return _elements(vae) * VAE_DTYPE.itemsize
+
+
+@cache
+def decoding_bytes(
+    policy: Policy, latents: LatentShape, samples: int, *, tiling: bool = False, slicing: bool = False
+) -> int:
+    """Bytes at the peak of decoding that many videos at once, besides the VAE's weights."""
+    with _fake_vae(policy) as vae:
+        split_vae_work(vae, tiling=tiling, slicing=slicing or policy.slices_vae)
+        timestep = {"temb": torch.empty(samples)} if vae.config.get("timestep_conditioning") else {}
+        with Allocations([*vae.parameters(), *vae.buffers()]) as counted:
+            vae.decode(torch.empty(samples, *latents), return_dict=False, **timestep)
+    return counted.peak
