@@ -8,7 +8,7 @@ arXiv 2511.18919), replays the recorded transitions with gradients, and updates 
 
 What the package adds, with the files in bpgo_video/:
 
-    rollout      noise independent of the number of ranks, guidance, ODE steps between trained ones: rollouts/rollout.py
+    rollout      noise independent of the number of ranks, guidance, ODE steps between trained: rollouts/denoiser.py
     rewards      several models, scored during the rollout or on other machines: rewards/, docs/rewards.md
     priors       measured once and stored with the prompts, or running averages: learner/priors.py
     advantages   other trusts and norms, several rewards, best-of-n, step size: learner/bpgo.py, learner/trust.py

@@ -31,7 +31,7 @@ from bpgo_video.files import write_json
 from bpgo_video.inference.generate import ALONE, PATIENCE
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rollouts.rollout import conditioned, image_size
+from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.training.heldout import Scores, evaluate, stderr
 from bpgo_video.training.inputs import check_inputs, heldout_rows
 from bpgo_video.training.session import sampling_policy

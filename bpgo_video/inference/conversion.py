@@ -44,7 +44,7 @@ from bpgo_video.inference.run_weights import (
 from bpgo_video.policies import family, load_policy, original_names
 from bpgo_video.policies.lora import ADAPTER
 from bpgo_video.policies.networks import Transformers, networks_of, transformer_names
-from bpgo_video.rollouts.rollout import cast
+from bpgo_video.rollouts.conditioning import cast
 from bpgo_video.weights import WeightsError, load_network
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # one for each transformer of a pipeline with several

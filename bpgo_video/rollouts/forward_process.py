@@ -28,7 +28,7 @@ from bpgo_video.learner.bpgo import LossAdvantages
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss, ratio_metrics
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import generator_of, keyed_noise
-from bpgo_video.rollouts.rollout import guidance_of
+from bpgo_video.rollouts.conditioning import guidance_of
 from bpgo_video.rollouts.rules import trained_steps_of
 from bpgo_video.rollouts.updates import Objective
 from bpgo_video.types import Conditioning, Latents, Loss, Trajectory, Velocity

@@ -16,8 +16,9 @@ from bpgo_video.diffusion import sde
 from bpgo_video.diffusion.steps import flash_weight, step_weights
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
+from bpgo_video.rollouts.conditioning import guidance_of
+from bpgo_video.rollouts.denoiser import pulls_to_previous
 from bpgo_video.rollouts.forward_process import ForwardProcess
-from bpgo_video.rollouts.rollout import guidance_of, pulls_to_previous
 from bpgo_video.rollouts.rules import trainable_steps
 from bpgo_video.rollouts.updates import DIVERGENCES, Objective
 from bpgo_video.types import Loss, Table, Trajectory

@@ -21,7 +21,7 @@ from bpgo_video.diffusion.steps import split_updates
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import RATIO_ERROR, with_spread
 from bpgo_video.policies import Policy
-from bpgo_video.rollouts.rollout import Denoiser, training_denoiser
+from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
 from bpgo_video.types import Guidance, Latents, Loss, PromptBatch, Trajectory, Velocity
 
 # Metrics logged for each denoising step. The largest log ratio is also the noise floor: 0 in an exact replay.

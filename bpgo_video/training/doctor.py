@@ -33,7 +33,8 @@ from bpgo_video.distributed.memory import available_cores, ranks_of_this_host
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies.networks import Transformers, from_pretrained, networks_of
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.rollouts.rollout import cast, guidance_of, training_denoiser
+from bpgo_video.rollouts.conditioning import cast, guidance_of
+from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.updates import Objective, optimise, ratio_error
 from bpgo_video.training.estimation import estimate_advantages
 from bpgo_video.training.inputs import describe_policy

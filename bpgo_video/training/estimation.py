@@ -39,7 +39,8 @@ from bpgo_video.learner.priors import (
 from bpgo_video.learner.trust import ICCHistory, icc_by_reward, needs_second_scoring, pooled_icc, updated_history
 from bpgo_video.policies import Policy
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rollouts.rollout import conditioned, image_size, training_denoiser
+from bpgo_video.rollouts.conditioning import conditioned, image_size
+from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.rules import sampled_steps
 from bpgo_video.training.heldout import score_samples
 from bpgo_video.training.inputs import check_inputs

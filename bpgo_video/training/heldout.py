@@ -17,7 +17,8 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import FrameScores
 from bpgo_video.rewards.suite import RewardSuite, ScoreAhead
-from bpgo_video.rollouts.rollout import Denoiser, evaluation_denoiser, sample_chunks
+from bpgo_video.rollouts.denoiser import Denoiser, evaluation_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import TrainedSteps, no_steps
 from bpgo_video.statistics import corrected, effect
 from bpgo_video.training.trackers import Cell

@@ -8,7 +8,7 @@ from math import prod
 
 from bpgo_video.config.rules import check_world
 from bpgo_video.distributed.memory import SHARE_FOR_WEIGHTS
-from bpgo_video.rollouts.rollout import LATENTS_DTYPES, pulls_to_previous
+from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, pulls_to_previous
 from bpgo_video.training.plan import Job
 from bpgo_video.training.plan_footprint import decoding_bytes, vae_bytes
 from bpgo_video.training.plan_zero import (

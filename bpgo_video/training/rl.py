@@ -19,8 +19,9 @@ from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import with_spread
 from bpgo_video.randomness import isolated
 from bpgo_video.rewards.suite import ScoreAhead
+from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.replay import OBJECTIVES, samples_to_replay
-from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import sampled_steps
 from bpgo_video.rollouts.updates import Objective, UpdateStats, optimise, step_metrics, step_sums
 from bpgo_video.training import loop

@@ -46,7 +46,7 @@ from bpgo_video.policies.networks import (
 )
 from bpgo_video.rewards.networks import Backbones
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rollouts.rollout import conditioned, image_size
+from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.rollouts.updates import Reference, adapters_off
 from bpgo_video.training.inputs import (
     PACKAGES,

@@ -28,8 +28,8 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.files import write_json
 from bpgo_video.policies import Policy
 from bpgo_video.policies.networks import trained_names
+from bpgo_video.rollouts.conditioning import cast, for_each
 from bpgo_video.rollouts.forward_process import ClipBatch, ClipLoss
-from bpgo_video.rollouts.rollout import cast, for_each
 from bpgo_video.training import loop
 from bpgo_video.training.inputs import Inputs, spread_rows
 from bpgo_video.training.metrics import MATCHING, RunLog, reduce_metrics

@@ -25,7 +25,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.sharded_build import build_sharded
 from bpgo_video.policies import Policy
 from bpgo_video.policies.networks import blocks_of, from_pretrained
-from bpgo_video.rollouts.rollout import cast
+from bpgo_video.rollouts.conditioning import cast
 from tests.distributed.family_worker import inputs_of, whole
 from tests.families import CASES
 

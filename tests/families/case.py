@@ -17,7 +17,7 @@ from bpgo_video.config.bpgo import Config, PolicyConfig, VideoConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.rollouts.rollout import conditioned
+from bpgo_video.rollouts.conditioning import conditioned
 from bpgo_video.types import PromptBatch
 from tests.made.recipes import RECIPE
 

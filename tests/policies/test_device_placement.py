@@ -13,8 +13,9 @@ import torch
 
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
+from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.replay import Replay
-from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks
 from tests.families import CASES
 
 DEVICE = torch.device("meta")

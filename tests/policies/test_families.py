@@ -24,8 +24,10 @@ from bpgo_video.policies import Policy
 from bpgo_video.policies.attention import choose_attention, parallelise
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import blocks_of, networks_of
+from bpgo_video.rollouts.conditioning import guidance_of
+from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
 from bpgo_video.rollouts.replay import Replay
-from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import trained_steps_of
 from bpgo_video.rollouts.updates import optimise
 from bpgo_video.training.plan_fake import alone_in_a_group

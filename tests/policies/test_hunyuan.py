@@ -20,7 +20,8 @@ from bpgo_video.diffusion.sde import flow_shift
 from bpgo_video.inference.pipeline import resolve
 from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies import load_policy
-from bpgo_video.rollouts.rollout import Denoiser, guidance_of
+from bpgo_video.rollouts.conditioning import guidance_of
+from bpgo_video.rollouts.denoiser import Denoiser
 from tests.families import CASES
 from tests.families.case import CPU, TEXTS
 from tests.made.random_wan import random_wan

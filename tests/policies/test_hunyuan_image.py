@@ -17,7 +17,8 @@ from bpgo_video.inference.pipeline import resolve
 from bpgo_video.inference.run_weights import find_model
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollouts.denoiser import training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks
 from tests.families import CASES, Case
 from tests.families.case import CPU, TEXTS
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.policies import Policy
-from bpgo_video.rollouts.rollout import Denoiser, guidance_of
+from bpgo_video.rollouts.conditioning import guidance_of
+from bpgo_video.rollouts.denoiser import Denoiser
 from bpgo_video.types import PromptBatch
 from tests.families import CASES
 from tests.families.case import CPU, NEGATIVE, TEXTS

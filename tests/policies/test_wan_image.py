@@ -16,7 +16,8 @@ from bpgo_video.data.reader import PromptShards
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.wan import TEXT_BESIDE_IMAGES
-from bpgo_video.rollouts.rollout import Denoiser, conditioned, guidance_of
+from bpgo_video.rollouts.conditioning import conditioned, guidance_of
+from bpgo_video.rollouts.denoiser import Denoiser
 from bpgo_video.training.inputs import check_images
 from bpgo_video.types import PromptBatch
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan

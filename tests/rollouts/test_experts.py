@@ -16,8 +16,8 @@ from bpgo_video.diffusion.sde import SAMPLERS
 from bpgo_video.diffusion.steps import step_weights
 from bpgo_video.distributed.optimizer import TouchedParts, trained_parts
 from bpgo_video.policies import Policy
+from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.replay import Replay
-from bpgo_video.rollouts.rollout import training_denoiser
 from bpgo_video.rollouts.rules import check_experts, trainable_steps, trained_steps_of
 from tests.families import CASES
 

@@ -13,9 +13,10 @@ from bpgo_video.diffusion.flow_matching import matching_error
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages, LossAdvantages
 from bpgo_video.policies import Policy, load_policy
+from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.forward_process import ForwardProcess, VelocityMatch, awm_loss, nft_error, nft_loss
 from bpgo_video.rollouts.replay import OBJECTIVES
-from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import sampled_steps
 from bpgo_video.rollouts.updates import optimise
 from bpgo_video.types import PromptBatch, Trajectory

@@ -17,8 +17,9 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.replay import Replay
-from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import trained_steps_of
 from bpgo_video.rollouts.updates import Objective, Reference, adapters_off, optimise
 from bpgo_video.types import Loss, PromptBatch, Trajectory

@@ -12,7 +12,9 @@ from bpgo_video.config.bpgo import Config, VideoConfig
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.rollouts.rollout import Denoiser, guidance_of, sample_chunks, training_denoiser
+from bpgo_video.rollouts.conditioning import guidance_of
+from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import trained_steps_of
 from bpgo_video.types import Guidance, PromptBatch
 

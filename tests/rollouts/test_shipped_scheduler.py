@@ -10,7 +10,8 @@ import torch
 from diffusers import CogVideoXDPMScheduler
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.rollouts.rollout import evaluation_denoiser, guidance_of
+from bpgo_video.rollouts.conditioning import guidance_of
+from bpgo_video.rollouts.denoiser import evaluation_denoiser
 from tests.families import CASES
 from tests.families.case import CPU
 

@@ -30,8 +30,9 @@ from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
+from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.replay import Replay
-from bpgo_video.rollouts.rollout import sample_chunks, training_denoiser
+from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import trained_steps_of
 from bpgo_video.rollouts.updates import optimise
 from bpgo_video.training.estimation import estimate_advantages

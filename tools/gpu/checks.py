@@ -31,7 +31,8 @@ from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.files import resolve_folder, write_json
 from bpgo_video.policies import load_policy
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.rollouts.rollout import guidance_of, training_denoiser
+from bpgo_video.rollouts.conditioning import guidance_of
+from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.training.doctor import examine
 from bpgo_video.training.inputs import check_inputs
 from bpgo_video.training.rl import rollout_chunks, train

@@ -28,7 +28,7 @@ from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.attention import choose_attention
 from bpgo_video.policies.networks import blocks_of, compile_blocks
 from bpgo_video.randomness import keyed_noise
-from bpgo_video.rollouts.rollout import Denoiser, training_denoiser
+from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
 from bpgo_video.training.plan import Job
 from bpgo_video.training.plan_memory import reckon
 from bpgo_video.training.plan_models import Model

@@ -1,0 +1,186 @@
+"""The denoising loop with guidance, for rollouts, their replay and held-out videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bpgo_video.config.bpgo import Config, ConfigError, LossConfig
+from bpgo_video.diffusion import sde
+from bpgo_video.policies import Policy, guided_velocity
+from bpgo_video.types import Guidance, Latents, Velocity
+
+LATENTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EULER_SCHEDULERS = (  # they take Euler steps on the family's noise levels (tests/policies/test_families.py)
+    "FlowMatchEulerDiscreteScheduler",
+    "CogVideoXDDIMScheduler",
+)
+
+
+class DenoisingPath(NamedTuple):
+    """What the denoising loop records, named as in `Trajectory`; log-probs are nan at deterministic steps."""
+
+    latents: Float[Tensor, "samples points channels latent_frames latent_height latent_width"]
+    log_probs: Float[Tensor, "samples steps"]
+    means: Float[Tensor, "samples trained channels latent_frames latent_height latent_width"] | None = None
+    frame_log_probs: Float[Tensor, "samples steps latent_frames"] | None = None
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A policy with a schedule and a sampler; rollout and replay use the same one.
+
+    Attributes:
+        sigmas: noise levels of the whole schedule.
+        sampler: transition of the stochastic steps, a key of sde.SAMPLERS; the other steps follow the ODE by `solver`.
+        latents_dtype: latents are rounded to it after each step, before their log-prob is taken.
+        records_means: keep the mean of each stochastic transition, which some trust regions compare.
+        records_path: keep the latents of every noise level, not only the last.
+        records_frames: keep the log-probs of each latent frame, for credit by frames.
+        guidance_scale_2: guidance of a pipeline's second transformer; None uses guidance_scale.
+        scheduler: a diffusers scheduler of flow models, with its timesteps set, that takes the ODE's steps instead of
+            `solver`. Each video gets a copy, because a scheduler remembers its steps.
+    """
+
+    policy: Policy
+    sigmas: Tensor
+    sampler: str
+    eta: float
+    guidance_scale: float
+    latents_dtype: torch.dtype
+    solver: str = "euler"
+    records_means: bool = False
+    records_path: bool = True
+    records_frames: bool = False
+    guidance_scale_2: float | None = None
+    scheduler: Any = None
+
+    @cached_property
+    def steps(self) -> list[sde.Step]:
+        return sde.steps_of(self.sigmas)
+
+    def velocity(self, latents: Latents, index: int, guidance: Guidance) -> Velocity:
+        """The guided velocity at the start of step `index`; differentiable in the policy's parameters."""
+        return guided_velocity(self.policy, latents.float(), self.sigmas[index], guidance, self.guidance_at(index))
+
+    def guidance_at(self, index: int) -> float:
+        """The guidance scale of the transformer that computes step `index`."""
+        is_first = self.policy.transformer_at(float(self.sigmas[index])) == self.policy.transformer_names[0]
+        return self.guidance_scale if self.guidance_scale_2 is None or is_first else self.guidance_scale_2
+
+    def transition(self, latents: Latents, index: int, guidance: Guidance) -> sde.Transition:
+        """The distribution after stochastic step `index`; differentiable in the policy's parameters."""
+        return self.transition_of(self.velocity(latents, index, guidance), latents, index)
+
+    def transition_of(self, velocity: Velocity, latents: Latents, index: int) -> sde.Transition:
+        """The distribution after stochastic step `index` with this velocity."""
+        return sde.transition(self.sampler, velocity, latents.float(), self.steps[index], self.eta)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        latents: Latents,
+        guidance: Guidance,
+        noise_of: Callable[[int], Latents],
+        trained_steps: Collection[int] = (),
+    ) -> DenoisingPath:
+        """Denoise from noise to data.
+
+        Args:
+            noise_of: index of a stochastic step -> its standard normal noise.
+            trained_steps: the stochastic steps, whose log-probs are recorded.
+        """
+        latents = latents.to(self.latents_dtype)
+        points, means = [latents], []
+        num_steps, scheduler = len(self.sigmas) - 1, deepcopy(self.scheduler)
+        log_probs = torch.full((latents.shape[0], num_steps), torch.nan, device=latents.device)
+        by_frame = log_probs[:, :, None].repeat(1, 1, latents.shape[2]) if self.records_frames else None
+        previous: sde.OdeStep | None = None
+        for index in range(num_steps):
+            if index in trained_steps:
+                transition = self.transition(latents, index, guidance)
+                latents = transition.sample(noise_of(index)).to(self.latents_dtype)
+                log_probs[:, index] = transition.log_prob(latents)
+                if by_frame is not None:
+                    by_frame[:, index] = transition.frame_log_prob(latents)
+                means += [transition.mean] if self.records_means else []
+                previous = None
+            else:
+                velocity = self.velocity(latents, index, guidance)
+                if scheduler is not None:
+                    following = scheduler.step(velocity, scheduler.timesteps[index], latents, return_dict=False)[0]
+                else:
+                    step = self.steps[index]
+                    following = sde.SOLVERS[self.solver](velocity, latents.float(), step, previous)
+                    previous = (velocity, step)
+                latents = following.to(self.latents_dtype)
+            points = [*points, latents] if self.records_path else [latents]
+        return DenoisingPath(
+            torch.stack(points, dim=1), log_probs, torch.stack(means, dim=1) if means else None, by_frame
+        )
+
+
+def training_denoiser(policy: Policy, config: Config) -> Denoiser:
+    """The denoiser of rollouts and their replay."""
+    sampler = config.sampler
+    return Denoiser(
+        policy=policy,
+        sigmas=policy.sigmas(sampler.num_steps, config.video, sampler.shift),
+        sampler=sampler.name,
+        eta=sampler.eta,
+        guidance_scale=sampler.guidance_scale,
+        latents_dtype=LATENTS_DTYPES[sampler.latents_dtype],
+        solver=sampler.solver,
+        records_means=config.loss.compares_means or pulls_to_previous(config.loss),
+        records_path=config.loss.replays_transitions,
+        records_frames=config.credit.kind == "segment",
+        guidance_scale_2=sampler.guidance_scale_2,
+    )
+
+
+def evaluation_denoiser(policy: Policy, config: Config) -> Denoiser:
+    """The denoiser of held-out videos, by the recipe's section `evaluation`.
+
+    Raises:
+        ConfigError: `solver` is `shipped`, and the folder's scheduler does not take a rectified-flow velocity.
+    """
+    evaluation, scheduler = config.evaluation, policy.pipeline.scheduler
+    shift, solver = evaluation.shift_or(config.sampler), evaluation.solver
+    if solver == "shipped" and type(scheduler).__name__ not in EULER_SCHEDULERS:
+        if not scheduler.config.get("use_flow_sigmas"):
+            raise ConfigError(
+                f"evaluation.solver is 'shipped', but {policy.folder} ships a {type(scheduler).__name__}, which does "
+                "not take a velocity of rectified flow; set it to 'euler' or 'adams_bashforth'"
+            )
+        changes = {} if shift is None else {"flow_shift": shift}
+        scheduler = type(scheduler).from_config(scheduler.config, **changes)
+        scheduler.set_timesteps(evaluation.num_steps)
+        levels = scheduler.timesteps / scheduler.config.num_train_timesteps  # the pipeline passes whole timesteps
+        sigmas = torch.cat([levels, levels.new_zeros(1)])
+    else:
+        scheduler, solver = None, "euler" if solver == "shipped" else solver
+        sigmas = policy.sigmas(evaluation.num_steps, config.video, shift)
+    return Denoiser(
+        policy=policy,
+        sigmas=sigmas,
+        sampler="ode",
+        eta=0.0,
+        guidance_scale=evaluation.guidance_scale,
+        guidance_scale_2=evaluation.guidance_scale_2,
+        latents_dtype=torch.float32,
+        solver=solver,
+        scheduler=scheduler,
+        records_path=False,
+    )
+
+
+def pulls_to_previous(loss: LossConfig) -> bool:
+    """Whether the loss has a divergence from the policy that sampled the rollout."""
+    return loss.kl_weight > 0 and loss.kl_reference == "previous"
