@@ -16,7 +16,7 @@ from typing import Any
 from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfig, PolicyConfig, VideoConfig
 from bpgo_video.config.fields import HELD
 from bpgo_video.config.learner import RewardConfig
-from bpgo_video.config.run import RunConfig
+from bpgo_video.config.run import OptimizerConfig, RunConfig
 from bpgo_video.errors import shown
 
 Rules = Mapping[str, object]
@@ -82,9 +82,15 @@ def size_rules(video: VideoConfig, micro_batch_size: int, described: str, sample
     }
 
 
-def common_rules(policy: PolicyConfig, parallel: ParallelConfig, ema: EmaConfig, evaluated: str) -> Rules:
+def common_rules(
+    policy: PolicyConfig, parallel: ParallelConfig, optim: OptimizerConfig, ema: EmaConfig, evaluated: str
+) -> Rules:
     """Of recipes of every kind; `evaluated` is evaluation.weights."""
     return {
+        f"optim.average is 'update' with optim.parameters = {optim.parameters!r}: whole gradients need whole weights; "
+        "set optim.parameters to 'gathered', or optim.average to 'micro_batch'": (
+            optim.average == "update" and optim.parameters != "gathered"
+        ),
         f"policy.compile_blocks is true with parallel.sequence = {parallel.sequence}, whose exchanges are untested "
         "inside compiled blocks; set one of them to its default": policy.compile_blocks and parallel.sequence > 1,
         f"evaluation.weights is {evaluated!r} with ema.decay = 0, which keeps no average; set ema.decay (0.99 averages "
@@ -185,6 +191,10 @@ def objective_rules(config: Config) -> Rules:
         "loss.kl_reference is 'ema' with ema.decay = 0, which keeps no average; set ema.decay, say to 0.99": (
             pulls and loss.kl_reference == "ema" and config.ema.decay == 0
         ),
+        "loss.kl_reference is 'ema' with optim.parameters = 'gathered': the average replaces the weights in each pass, "
+        "and would have to be gathered every time; set optim.parameters to 'auto'": (
+            pulls and loss.kl_reference == "ema" and config.optim.parameters == "gathered"
+        ),
         "loss.kl_reference is 'previous' with optim.updates_per_rollout = 1: the policy is then the one that sampled, "
         "and the divergence is always 0; take 2 updates or more, or another reference": (
             pulls and loss.kl_reference == "previous" and config.optim.updates_per_rollout == 1
@@ -201,7 +211,7 @@ def check(config: Config) -> None:
     check_rules(size_rules(config.video, config.micro_batch_size, described, samples))
     for rules in (learner_rules, sampler_rules, objective_rules):
         check_rules(rules(config))
-    check_rules(common_rules(config.policy, config.parallel, config.ema, config.evaluation.weights))
+    check_rules(common_rules(config.policy, config.parallel, config.optim, config.ema, config.evaluation.weights))
 
 
 def check_free(run: RunConfig) -> bool:

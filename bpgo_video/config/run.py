@@ -84,6 +84,13 @@ class OptimizerConfig:
     """Learning rate after the warm-up; linear and cosine end at 0."""
     warmup_updates: Count = 0
     """Updates in which the learning rate rises linearly from 0."""
+    parameters: Literal["auto", "gathered", "sharded"] = "auto"
+    """ZeRO-3: `gathered` keeps all weights on every rank while an update's gradients are computed; `sharded` fetches
+    each block in every forward and backward; `auto` gathers if the weights take at most half of the free memory, and on
+    a GPU only if the first update, which runs sharded, left room for them. The results are the same."""
+    average: Literal["micro_batch", "update"] = "micro_batch"
+    """ZeRO-3: when ranks average their gradients, after each micro-batch or once an update. `update` needs `parameters:
+    gathered` and 4 bytes per trained weight on every rank; sums are rounded in another order."""
 
 
 @section

@@ -104,7 +104,7 @@ def sft_rules(config: SftConfig) -> Rules:
         ),
         f"evaluation.split and data.split are both {split!r}, but held-out clips must not be trained on; name another "
         "split, or null for no evaluation": config.evaluation.split == split,
-        **common_rules(config.policy, config.parallel, config.ema, config.evaluation.weights),
+        **common_rules(config.policy, config.parallel, config.optim, config.ema, config.evaluation.weights),
     }
 
 

@@ -1,6 +1,6 @@
 """The DeepSpeed engine: start ranks, run backward and step, save and load.
 
-Only this file and `sharded_build.py` run DeepSpeed; `zero_files.py` reads what it writes.
+Only this file, `gathering.py` and `sharded_build.py` run DeepSpeed; `zero_files.py` reads what it writes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
-from more_itertools import constrained_batches
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -40,6 +37,7 @@ from bpgo_video.distributed.ds_config import (
     compute_dtype,
     restore_shards,
 )
+from bpgo_video.distributed.gathering import WholeGradients, not_gathered, whole_weights
 from bpgo_video.distributed.manifest import write_file
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
@@ -49,8 +47,6 @@ from bpgo_video.documents import wrong_value
 from bpgo_video.errors import install_excepthook
 
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
-
-GATHERED_AT_ONCE = 500_000_000  # elements per collective, of which DeepSpeed needs twice the memory
 
 
 def require_supported(ds_config: Mapping[str, Any]) -> None:
@@ -185,6 +181,7 @@ class Engine:
         trains_all: whether no parameter is frozen.
         masters: the fp32 weights of this rank.
         after_update: called after each update, for example `EMA.update`.
+        gathers: the block around an update's replay; whether all weights are gathered in it (`WhenGathered`).
     """
 
     def __init__(
@@ -201,6 +198,8 @@ class Engine:
         self.has_optimizer_state = optim.name != "sgd"
         self.trains_all = all(parameter.requires_grad for parameter in module.parameters())
         self.after_update: Callable[[], None] | None = None
+        self.gathers: Callable[[], AbstractContextManager[bool]] = not_gathered
+        self._averages_once = self.stage == 3 and optim.average == "update"
         if self.stage == 3:  # each block is gathered as one unit: fewer hooks, fewer and larger collectives
             set_z3_leaf_modules(module, list(block_classes))
             call_by_position(module, block_classes)
@@ -265,28 +264,24 @@ class Engine:
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
             yield
 
-    @property
-    def missing_bytes(self) -> int:
-        """Bytes of the module's weights that this rank does not hold."""
-        sharded: list[Any] = [parameter for parameter in self.module.parameters() if hasattr(parameter, "ds_numel")]
-        return sum((p.ds_numel - p.ds_tensor.numel()) * p.element_size() for p in sharded)
-
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """All weights whole on every rank inside the block, so that forwards do not communicate.
+    def replaying(self) -> Iterator[None]:
+        """The block in which the micro-batches of an update run forward and backward; `step` follows it.
 
-        All ranks enter and leave together; inside, they may run different numbers of forwards.
+        All ranks enter and leave together. Under ZeRO-3 all weights may be gathered inside, see `gathers`.
         """
-        if self.stage != 3:
-            yield
-            return
-        every: list[Any] = list(self.module.parameters())
-        sharded = [parameter for parameter in every if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        # `unwrap_model_for_generation` alone would gather each parameter with a collective of its own.
-        for batch in constrained_batches(sharded, GATHERED_AT_ONCE, get_len=lambda p: p.ds_numel, strict=False):
-            batch[0].all_gather_coalesced(list(batch)).wait()
-        with unwrap_model_for_generation(self.wrapped):
-            yield
+        with self.gathers() as gathered:
+            if not (gathered and self._averages_once):
+                yield
+                return
+            gradients = WholeGradients(self.wrapped.optimizer)
+            with gradients.collecting():
+                yield
+            gradients.average()
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """The block in which every rank holds all weights, see `gathering.whole_weights`."""
+        return whole_weights(self.wrapped) if self.stage == 3 else nullcontext()
 
     def save(self, folder: Path, tag: str, state: Mapping[str, Any], sink: Sink = write_file) -> None:
         """Pass this rank's files of folder/tag to `sink`, with `state`, which `load` returns. Collective."""

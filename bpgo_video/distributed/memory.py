@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -58,6 +61,31 @@ def ranks_of_this_host() -> int:
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
 
-def fits_everywhere(missing_bytes: int, mesh: Mesh) -> bool:
-    """Whether `missing_bytes` of weights fit in SHARE_FOR_WEIGHTS of the free memory of every rank. Collective."""
-    return mesh.largest(missing_bytes - int(SHARE_FOR_WEIGHTS * free_bytes(mesh.device))) <= 0
+@dataclass
+class Growth:
+    """Bytes of device memory that a block's peak was above its start; 0 where it cannot be measured."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_growth(device: torch.device) -> Iterator[Growth]:
+    """Measure the memory that a block takes on a GPU. It resets the allocator's peak."""
+    growth = Growth()
+    if device.type != "cuda":
+        yield growth
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield growth
+    growth.bytes = torch.cuda.max_memory_allocated(device) - before
+
+
+def fits_everywhere(missing_bytes: int, mesh: Mesh, work: int = 0) -> bool:
+    """Whether `missing_bytes` of weights fit in SHARE_FOR_WEIGHTS of the free memory of every rank. Collective.
+
+    Args:
+        work: bytes that must stay free besides.
+    """
+    free = free_bytes(mesh.device)
+    return mesh.largest(missing_bytes - min(int(SHARE_FOR_WEIGHTS * free), free - work)) <= 0

@@ -122,6 +122,9 @@ class Objective(ABC):
 class Learner(Protocol):
     """The part of the engine that an update uses."""
 
+    def replaying(self) -> AbstractContextManager[None]:
+        """The block around the micro-batches of an update; `step` follows it."""
+
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
     def step(self) -> float:
@@ -158,13 +161,14 @@ def optimise(
             for index in share[update]
         ]
         of_update: list[tuple[int, Mapping[str, Tensor]]] = []
-        for number, (trajectory, index) in enumerate(micro_batches, start=1):
-            loss = objective.loss(trajectory, index)
-            learner.backward(loss.value / len(micro_batches), last=number == len(micro_batches))
-            of_update.append((index, {**loss.metrics, "loss": loss.value.detach()}))
-            if update == 0:
-                error = ratio_error(loss.metrics)
-                first_error = float(torch.maximum(error.new_tensor(first_error), error))  # nan stays nan
+        with learner.replaying():
+            for number, (trajectory, index) in enumerate(micro_batches, start=1):
+                loss = objective.loss(trajectory, index)
+                learner.backward(loss.value / len(micro_batches), last=number == len(micro_batches))
+                of_update.append((index, {**loss.metrics, "loss": loss.value.detach()}))
+                if update == 0:
+                    error = ratio_error(loss.metrics)
+                    first_error = float(torch.maximum(error.new_tensor(first_error), error))  # nan stays nan
         norm = learner.step()
         if math.isfinite(norm):
             norms.append(norm)

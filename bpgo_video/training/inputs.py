@@ -11,7 +11,7 @@ import numpy as np
 
 import bpgo_video
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.config.deepspeed import read_ds_config
+from bpgo_video.config.deepspeed import read_ds_config, zero_stage
 from bpgo_video.config.reading import ds_config_file
 from bpgo_video.config.sft import Recipe, SftConfig
 from bpgo_video.data.priors import prior_path, require_priors
@@ -65,6 +65,11 @@ def read_common_inputs(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
     """The DeepSpeed configuration and the shards, checked on this rank against the policy's folder."""
     ds_config = read_ds_config(str(ds_config_file(config.deepspeed)))
     engines.require_supported(ds_config)
+    if config.optim.average == "update" and zero_stage(ds_config) == 2:
+        raise ConfigError(
+            f"optim.average is 'update', but {config.deepspeed} sets stage 2, which averages gradients after each "
+            "micro-batch; set zero_optimization.stage to 1, which averages once an update, or to 3"
+        )
     check_backend(config.policy.attention_backend, trains=True)
     folder = resolve_folder(config.policy.folder)
     policy_class = family(folder, config.policy.family)

@@ -13,6 +13,8 @@ CHANGES = (  # in the order in which one would make them
     "policy.vae_tiling: true",
     "policy.frozen_rest_on: cpu",
     "rollout.offload_trajectories: true",
+    "optim.average: micro_batch",
+    "optim.parameters: sharded",
     "rollout.parameters: sharded",
     "zero_optimization.stage: 3",
     "zero_optimization.reduce_bucket_size: 50_000_000",

@@ -18,7 +18,8 @@ from typing import Any
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.distributed.ds_config import compute_dtype
-from bpgo_video.distributed.engine import GATHERED_AT_ONCE, zero_settings
+from bpgo_video.distributed.engine import zero_settings
+from bpgo_video.distributed.gathering import GATHERED_AT_ONCE
 from bpgo_video.training.plan_footprint import Weights
 
 FP32 = 4  # bytes
@@ -151,11 +152,13 @@ def zero_at_work(
     reused = max(settings.max_live_parameters, settings.max_reuse_distance) + weights.largest_block
     live = min(weights.elements, reused) * zero.weight_bytes
     missing = missing_weights(zero, weights)
+    replayed = missing if config.optim.parameters == "gathered" else live  # `auto` takes only what is free
     return [
         Part("weights fetched", missing, ("gather",)),
         Part("weights on their way", min(weights.elements, GATHERED_AT_ONCE) * zero.weight_bytes, ("gather",)),
         Part("weights fetched", missing if gathers else live, ROLLOUT),
-        Part("weights fetched", weights.elements * zero.weight_bytes if keeps_activations else live, ("replay",)),
+        Part("weights fetched", weights.elements * zero.weight_bytes if keeps_activations else replayed, ("replay",)),
+        Part("gradients", trained * FP32 if config.optim.average == "update" else 0, ("replay",)),
         update,
     ]
 

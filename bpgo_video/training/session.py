@@ -24,7 +24,7 @@ from bpgo_video.data.stream import PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.ema import EMA
-from bpgo_video.distributed.memory import fits_everywhere
+from bpgo_video.distributed.gathering import WhenGathered, not_gathered
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
 from bpgo_video.distributed.optimizer import learning_rate_factor
 from bpgo_video.distributed.sharded_build import build_sharded
@@ -127,14 +127,11 @@ class Session(PolicySession):
             ready = conditioned(prompts, self.policy, config, self.dtype, self.mesh, rollout.group_size)
             yield ready, stream.position
 
-    def rollout_weights(self) -> AbstractContextManager[None]:
-        """The block in which videos are sampled: ZeRO-3 weights gathered, or fetched block by block in every step."""
-        parameters = self.config.rollout.parameters
-        if parameters == "auto":  # decided at each rollout: the first update allocates the optimizer's state
-            gather = fits_everywhere(self.engine.missing_bytes, self.mesh)
-        else:
-            gather = parameters == "gathered"
-        return self.engine.whole_weights() if gather else nullcontext()
+    def rollout_weights(self) -> AbstractContextManager[bool]:
+        """The block in which videos are sampled: whether ZeRO-3 weights are gathered, or fetched in every step."""
+        if self.engine.stage != 3:
+            return not_gathered()
+        return WhenGathered(self.config.rollout.parameters, self.engine.wrapped, self.mesh)()
 
 
 def environment(session: PolicySession) -> dict[str, Any]:
@@ -227,6 +224,8 @@ def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], m
         learning_rate_factor=learning_rate_factor(optim.schedule, optim.warmup_updates, config.num_updates),
         block_classes=blocks,
     )
+    if engine.stage == 3:
+        engine.gathers = WhenGathered(optim.parameters, engine.wrapped, mesh, measures=True)
     policy.transformers = engine.wrapped
     return engine
 
@@ -249,6 +248,7 @@ def build_reference(
         return None
     if loss.kl_reference == "ema":
         assert ema is not None  # config/rules.py requires ema.decay > 0
+        engine.gathers = not_gathered  # swapped weights would have to be gathered in every pass
         return Reference(policy, ema.weights)
     if config.policy.lora.rank:
         return Reference(policy, partial(adapters_off, engine.module))

@@ -135,14 +135,15 @@ class SFT(loop.Trainer):
         sft, engine, watch = self.config.sft, self.session.engine, loop.Stopwatch(self.heartbeat, step)
         transformer, learning_rate = self.loss.transformer_of(step), engine.learning_rate
         shares, losses = self.session.mesh.share(sft.batch_size, sft.micro_batch_size), []
-        for number, positions in enumerate(shares, start=1):
-            with watch.phase("data"):
-                rows = [self.clips.order.row(step * sft.batch_size + position) for position in positions]
-                clips = self.clips.read(rows)
-            with watch.phase("update"):
-                loss = self.loss.errors(clips, step, transformer).mean()
-                engine.backward(loss / len(shares), last=number == len(shares))
-                losses.append(loss.detach())
+        with engine.replaying():
+            for number, positions in enumerate(shares, start=1):
+                with watch.phase("data"):
+                    rows = [self.clips.order.row(step * sft.batch_size + position) for position in positions]
+                    clips = self.clips.read(rows)
+                with watch.phase("update"):
+                    loss = self.loss.errors(clips, step, transformer).mean()
+                    engine.backward(loss / len(shares), last=number == len(shares))
+                    losses.append(loss.detach())
         with watch.phase("update"):
             norm = engine.step()
         metrics = reduce_metrics({"loss": torch.stack(losses).mean(), "grad_norm": norm})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bpgo_video.config.bpgo import OptimConfig
 from bpgo_video.config.deepspeed import read_ds_config, zero_stage
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.ds_config import compute_dtype
+from bpgo_video.distributed.gathering import WhenGathered, missing_bytes
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.sharded_build import build_sharded
 from bpgo_video.policies import Policy
@@ -62,16 +64,19 @@ def reference(folder: Path, inputs: Inputs) -> tuple[list[dict[str, Tensor]], li
 class Learner:
     """The engine for the policy's transformers on this rank, which has one of the two samples."""
 
-    def __init__(self, folder: Path, ds_config: dict[str, Any], inputs: Inputs, mesh: Mesh) -> None:
+    def __init__(self, folder: Path, ds_config: dict[str, Any], inputs: Inputs, mesh: Mesh, average: str) -> None:
         build = partial(build_sharded, ds_config) if zero_stage(ds_config) == 3 else from_pretrained
         dtype = compute_dtype(ds_config)
         self.policy = CASE.policy(folder, components=("transformer",), build=build, dtype=dtype)
         for module in self.policy.transformers.values():
             module.enable_gradient_checkpointing()
+        optim = replace(OPTIM, average=average, parameters="gathered") if average else OPTIM
         self.engine = engine.Engine(
-            self.policy.transformers, OPTIM, ds_config, micro_batch_size=1, learning_rate_factor=lambda _: 1.0,
+            self.policy.transformers, optim, ds_config, micro_batch_size=1, learning_rate_factor=lambda _: 1.0,
             block_classes=blocks_of(self.policy.transformers, self.policy.block_names),
         )  # fmt: skip
+        if average:
+            self.engine.gathers = WhenGathered("gathered", self.engine.wrapped, mesh)
         self.policy.transformers = self.engine.wrapped
         latents, conditioning, target = inputs
         mine = slice(mesh.rank, mesh.rank + 1)
@@ -84,19 +89,26 @@ class Learner:
             for sigma in (HIGH, LOW, HIGH):
                 loss_of(self.policy, self.inputs, sigma)
         levels = UPDATES[number]
-        for place, sigma in enumerate(levels, start=1):
-            loss = loss_of(self.policy, self.inputs, sigma)
-            self.engine.backward(loss / len(levels), last=place == len(levels))
+        with self.engine.replaying():
+            for place, sigma in enumerate(levels, start=1):
+                loss = loss_of(self.policy, self.inputs, sigma)
+                self.engine.backward(loss / len(levels), last=place == len(levels))
         return self.engine.step()
 
 
-def run(folder: Path, scratch: Path, ds_config: dict[str, Any], inputs: Inputs, mesh: Mesh) -> dict[str, Any]:
-    """Errors of each update, and of the last ones by a second engine that resumes from the first one's checkpoint."""
+def run(folder: Path, scratch: Path, name: str, inputs: Inputs, mesh: Mesh) -> dict[str, Any]:
+    """Errors of each update, and of the last ones by a second engine that resumes from the first one's checkpoint.
+
+    Args:
+        name: a DeepSpeed JSON, `zero3`; with gathered weights, when gradients are averaged, `zero3-update`.
+    """
+    json_name, _, average = name.partition("-")
+    ds_config = read_ds_config(f"ds_configs/{json_name}.json")
     expected, norms = reference(folder, inputs)
-    first = Learner(folder, ds_config, inputs, mesh)
+    first = Learner(folder, ds_config, inputs, mesh, average)
     held = first.engine.module.parameters()  # in bf16, some modules stay in fp32
     size = sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in held)
-    missing = first.engine.missing_bytes / size
+    missing = missing_bytes(first.engine.wrapped) / size
     errors, found_norms, moved = [], [], []
     for number in range(len(UPDATES)):
         if number == 3:
@@ -107,7 +119,7 @@ def run(folder: Path, scratch: Path, ds_config: dict[str, Any], inputs: Inputs, 
         errors.append(largest_error(after, expected[number]))
         changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
         moved.append(sorted({name.partition(".")[0] for name in changed}))
-    second = Learner(folder, ds_config, inputs, mesh)
+    second = Learner(folder, ds_config, inputs, mesh, average)
     second.engine.load(scratch, "saved")
     for number in range(3, len(UPDATES)):
         second.update(number)
@@ -128,7 +140,5 @@ def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> floa
 def main(mesh: Mesh, pipeline: str, results_folder: str, *names: str) -> None:
     folder, output = Path(pipeline), Path(results_folder)
     inputs = inputs_of(CASE, folder)
-    results = {
-        name: run(folder, output / name, read_ds_config(f"ds_configs/{name}.json"), inputs, mesh) for name in names
-    }
+    results = {name: run(folder, output / name, name, inputs, mesh) for name in names}
     (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))

@@ -91,6 +91,12 @@ def test_gathered_weights_may_take_half_of_the_free_memory(
     assert memory.fits_everywhere(missing, ALONE) is fits
 
 
+@pytest.mark.parametrize(("work", "fits"), [(600, True), (601, False)])
+def test_gathered_weights_leave_room_for_the_work(monkeypatch: pytest.MonkeyPatch, work: int, fits: bool) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    assert memory.fits_everywhere(400, ALONE, work) is fits
+
+
 def test_ranks_of_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = memory.free_bytes(ALONE.device)
     monkeypatch.setenv("LOCAL_SIZE", "4")

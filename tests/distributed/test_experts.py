@@ -21,6 +21,8 @@ from tests.made.recipes import make_shards
 pytestmark = pytest.mark.slow
 
 CONFIGS = ("zero1", "zero2", "zero3", "zero3_offload")
+GATHERED = ("zero3-micro_batch", "zero3-update", "zero3_offload-micro_batch", "zero3_offload-update")
+BF16 = ("zero3_bf16", "zero3_bf16-update")
 BOTH, HIGH, LOW = ["transformer", "transformer_2"], ["transformer"], ["transformer_2"]
 
 
@@ -29,20 +31,26 @@ def updates(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     """Each rank's results by DeepSpeed configuration."""
     output = tmp_path_factory.mktemp("experts")
     CASES["wan22"].write(output / "pipeline")
-    run_ranks(2, [str(output / "pipeline"), str(output), *CONFIGS, "zero3_bf16"], worker="experts_worker")
+    run_ranks(2, [str(output / "pipeline"), str(output), *CONFIGS, *GATHERED, *BF16], worker="experts_worker")
     return [json.loads(path.read_text()) for path in sorted(output.glob("rank*.json"))]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, *GATHERED])
 def test_updates_of_one_transformer_equal_those_of_torch(updates: list[dict[str, dict]], config: str) -> None:
     for found in updates:
         assert max(found[config]["errors"]) < 1e-5
         assert max(map(abs, found[config]["norms"])) < 1e-4
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, "zero3_bf16"])
+@pytest.mark.parametrize("config", [*CONFIGS, *GATHERED, *BF16])
 def test_the_unused_transformer_is_bit_identical(updates: list[dict[str, dict]], config: str) -> None:
     assert all(found[config]["moved"] == [BOTH, HIGH, BOTH, LOW, BOTH] for found in updates)
+
+
+@pytest.mark.parametrize("config", ["zero3", "zero3_offload"])
+def test_gathered_weights_give_the_same_bits(updates: list[dict[str, dict]], config: str) -> None:
+    for found in updates:
+        assert found[f"{config}-micro_batch"] == found[config]
 
 
 @pytest.mark.parametrize("config", ["zero3", "zero3_bf16"])
@@ -51,7 +59,7 @@ def test_memory_of_a_gathered_rollout_counts_both_transformers(updates: list[dic
         assert 0.49 < found[config]["missing"] < 0.51  # half of all weights, which the other rank has
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, *GATHERED])
 def test_an_engine_resumes_from_a_checkpoint_bit_for_bit(updates: list[dict[str, dict]], config: str) -> None:
     assert all(found[config]["resumed"] for found in updates)
 

@@ -93,7 +93,8 @@ class Launches:
 
     def __init__(self, folder: Path, shards: Path):
         self.folder = folder
-        config = small_recipe(folder / "unused", shards, run={"num_steps": STEPS, "save_every": 2, "resume": "auto"})
+        saved = {"save_every": 2, "save_async": False}  # in the background, a death may come before it is complete
+        config = small_recipe(folder / "unused", shards, run={"num_steps": STEPS, "resume": "auto", **saved})
         config = without_evaluation(rewarded_by(config, "tests.distributed.toy_rewards:ScriptedRedness"))
         (folder / "recipe.yaml").write_text(to_yaml(config))
         self.started: list[Launch] = []

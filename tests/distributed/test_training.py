@@ -74,7 +74,7 @@ def test_the_ratio_is_one_before_the_first_update_and_not_after(
     assert record["log_ratio_abs_max"] > 1e-6, "the policy must have changed before the second update"
 
 
-def test_a_gathered_rollout_equals_a_sharded_one(worlds: dict[int, Path]) -> None:
+def test_gathered_rollouts_and_updates_equal_sharded_ones(worlds: dict[int, Path]) -> None:
     for adapters in ("full", "lora"):
         run = worlds[2] / f"ratio-zero3-{adapters}"
         assert records(run) == records(run.with_name(f"{run.name}-gathered"))

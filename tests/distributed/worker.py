@@ -59,8 +59,8 @@ def exact_ratio(
     shards: Path, run_dir: Path, stage: str, lora: str, sequence: str = "1", parameters: str = "sharded"
 ) -> Config:
     """Two updates of one rollout: the ratio is 1 on the first and not on the second."""
-    rollout: dict[str, Any] = {"parameters": parameters}
-    config = small_recipe(run_dir, shards, optim={"updates_per_rollout": 2, "learning_rate": 1e-3}, rollout=rollout)
+    optim = {"updates_per_rollout": 2, "learning_rate": 1e-3, "parameters": parameters}
+    config = small_recipe(run_dir, shards, optim=optim, rollout={"parameters": parameters})
     config = with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
     config = replace(config, parallel=ParallelConfig(sequence=int(sequence)))
     rank, checkpointing = {"full": 0, "lora": 4}[lora], int(sequence) > 1

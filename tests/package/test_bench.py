@@ -26,6 +26,7 @@ def test_the_table_shows_every_value() -> None:
         "overlap": {"chunks": 8, "bound": 1.181, "inline": {"over_longer": 1.96}, "beside": {"over_longer": 1.14}},
         "against_diffusers": {"guidance_scale 1.0": {"ratio": 0.97}},
         "phases": {"replay": 0.5, "communication": 0.125, "optimizer": 0.01},
+        "updates": {"over_plain": {"zero3, sharded": 1.375}},
         "scaling": [{"ranks": 2, "frames": 17, **times}],
     }  # fmt: skip
     table = as_markdown(found)
@@ -36,6 +37,7 @@ def test_the_table_shows_every_value() -> None:
         "0.970",
         "0.125",
         "0.004",
+        "| zero3, sharded | 1.375 |",
         "1.960",
         "1.140",
         "8 chunks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -33,6 +34,9 @@ class PlainLearner:
     def __init__(self, module: torch.nn.Module, learning_rate: float):
         self.optimizer = torch.optim.SGD(module.parameters(), lr=learning_rate)
         self.updates = 0
+
+    def replaying(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -163,6 +167,9 @@ class RecordingLearner:
 
     def __init__(self) -> None:
         self.updates: list[list[float]] = [[]]
+
+    def replaying(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.updates[-1].append(float(loss))

@@ -15,6 +15,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         f"{machine['date']}, {machine['processor']}, {machine['cores']} cores, one thread a rank, `make bench`",
         _table(("ratio within this run", ""), _ratios(results)),
         _table(("one update, ZeRO-3, 2 ranks", "seconds"), [(k, f"{v:.3f}") for k, v in results["phases"].items()]),
+        _table(("update relative to plain PyTorch, 2 ranks", ""), _updates(results)),
         _table(("step of the recipe with", "ranks", "seconds", "rollout", "reward", "update"), _scaling(results)),
     ]
     return "\n\n".join(sections) + "\n"
@@ -38,6 +39,10 @@ def _ratios(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     return [(name, f"{ratio:.3f}") for name, ratio in rows]
+
+
+def _updates(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, f"{ratio:.3f}") for name, ratio in results["updates"]["over_plain"].items()]
 
 
 def _scaling(results: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -43,6 +43,7 @@ from bpgo_video.training.session import Session, build_engine, build_session, sa
 from bpgo_video.types import PromptBatch
 from tools.bench.overlap import in_chunks, overlap
 from tools.bench.timing import in_turn, seconds, waiting
+from tools.bench.update import updates
 
 ROUNDS = 15
 STEP_ROUNDS = 3
@@ -159,6 +160,8 @@ class TimedLearner:
         self.engine = engine
         self.optimizer_seconds = 0.0
 
+        self.replaying = engine.replaying
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.backward(loss, last=last)
 
@@ -260,6 +263,7 @@ def main() -> None:
         results["overlap"] = overlap(session, next(stream))
     else:
         results |= sharding(config, mesh) | {"phases": phases(config, mesh)}
+        results["updates"] = updates(config, mesh, idle_heartbeat(mesh), ROUNDS)
         results["learner_seconds"] = learner_overhead(config, mesh)
         results["learner_over_step"] = sum(results["learner_seconds"].values()) / step_seconds(config, mesh)["seconds"]
     results["scaling"] = growth(config, mesh.world_size)
