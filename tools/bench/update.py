@@ -1,7 +1,7 @@
 """Seconds of an update under each ZeRO stage, relative to a loop of plain PyTorch: part of `make bench`.
 
-The plain loop replays the same trajectories with the same objective, adds up gradients in one process per rank, averages
-them in one all-reduce, clips and steps torch's AdamW.
+The plain loop replays the same trajectories with the same objective, averages gradients in one all-reduce, clips them,
+and steps torch's AdamW.
 """
 
 from __future__ import annotations
