@@ -18,7 +18,7 @@ from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.inference.model_files import load_lora
 from bpgo_video.inference.run_weights import DTYPES, WEIGHTS, Model, load_trained
 from bpgo_video.policies import Policy
-from bpgo_video.policies.attention import check_backend, choose_attention
+from bpgo_video.policies.attention_backends import check_backend, choose_attention
 from bpgo_video.policies.networks import Transformers, networks_of, split_vae_work
 from bpgo_video.rollouts.rules import guidance_rules
 from bpgo_video.weights import WeightsError, load_network, read_json

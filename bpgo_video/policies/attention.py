@@ -1,4 +1,4 @@
-"""Attention of a transformer: its backend, a mask of keys for padded text, and the tokens of a sequence group.
+"""Attention of a transformer: a mask of keys for padded text, and the tokens of a sequence group.
 
 *Masks.* diffusers' own processors remove padding sample by sample (Mochi) or mask all pairs of tokens (HunyuanVideo
 1.5), which takes gigabytes for a video of a few seconds. Padding need not be masked as queries, since nothing reads its
@@ -18,16 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import AttentionBackendName
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.ulysses import Ulysses, attend
-from bpgo_video.policies.networks import Transformers
 
-INFERENCE_ONLY = "sage"  # its kernels have no backward
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, a row for each of the video's tokens
 Rotate = Callable[[Float[Tensor, "samples tokens heads head_dim"], Rotary], Tensor]
 
@@ -213,50 +210,3 @@ def _processors(transformer: nn.Module, plan: SequencePlan) -> list[Any]:
             "its ranks cannot share tokens; give its SequencePlan an `attention`, or set parallel.sequence to 1"
         )
     return parallel
-
-
-def check_backend(backend: str | None, *, trains: bool) -> None:
-    """Check the name of an attention backend; None is diffusers' own choice.
-
-    Raises:
-        ConfigError: diffusers does not know it, or it has no gradient and the policy trains.
-    """
-    known = sorted(name.value for name in AttentionBackendName)
-    if backend is not None and backend not in known:
-        raise ConfigError(f"policy.attention_backend is {backend!r}; diffusers knows {known}")
-    if trains and backend is not None and INFERENCE_ONLY in backend:
-        raise ConfigError(
-            f"policy.attention_backend is {backend!r}, which has no backward and cannot train; take `flash` or `native`"
-        )
-
-
-def choose_attention(
-    transformers: Transformers, backend: str | None, plan: SequencePlan | None = None, *, trains: bool = True
-) -> None:
-    """Compute attention with a backend, in rollout and replay alike; None leaves diffusers' own choice.
-
-    Args:
-        plan: of the transformers' family; its `attention` replaces processors that bypass diffusers' dispatcher.
-
-    Raises:
-        ConfigError: see `check_backend`; or the backend is not installed, or a transformer's attention does not go
-            through diffusers' dispatcher.
-    """
-    check_backend(backend, trains=trains)
-    if backend is None:
-        return
-    for transformer in transformers.values():
-        if plan is not None:
-            plan.attention(transformer)
-        processors = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
-        if not any(hasattr(processor, "_attention_backend") for processor in processors):
-            raise ConfigError(
-                f"policy.attention_backend is {backend!r}, but {type(transformer).__name__} calls torch's "
-                "scaled_dot_product_attention directly; set it to null"
-            )
-        try:
-            transformer.set_attention_backend(backend)  # type: ignore[operator]
-        except (ImportError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"policy.attention_backend {backend!r} cannot be used here: {error}; `native` needs no package"
-            ) from error

@@ -24,7 +24,8 @@ from bpgo_video.distributed.mesh import Mesh, all_or_none, same_everywhere
 from bpgo_video.files import fingerprint, resolve_folder
 from bpgo_video.learner.priors import FROM_IMAGES, STORED
 from bpgo_video.policies import Policy, family, load_policy
-from bpgo_video.policies.attention import check_backend, check_heads
+from bpgo_video.policies.attention import check_heads
+from bpgo_video.policies.attention_backends import check_backend
 from bpgo_video.policies.networks import (
     trained_names,
     transformer_names,

@@ -31,7 +31,8 @@ from bpgo_video.distributed.sharded_build import build_sharded
 from bpgo_video.files import fingerprint, resolve_folder
 from bpgo_video.inference.hub import this_code
 from bpgo_video.policies import Policy
-from bpgo_video.policies.attention import choose_attention, parallelise
+from bpgo_video.policies.attention import parallelise
+from bpgo_video.policies.attention_backends import choose_attention, try_attention
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import (
     Build,
@@ -183,6 +184,8 @@ def sampling_policy(
     )
     save_memory(policy, config.policy, mesh.device)
     choose_attention(policy.transformers, config.policy.attention_backend, policy.sequence_plan)
+    with all_or_none(mesh):  # hosts may have other kernels
+        try_attention(policy, config.policy.attention_backend, compute_dtype(ds_config), mesh.device)
     return policy
 
 

@@ -21,7 +21,8 @@ from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies import Policy
-from bpgo_video.policies.attention import choose_attention, parallelise
+from bpgo_video.policies.attention import parallelise
+from bpgo_video.policies.attention_backends import choose_attention
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import blocks_of, networks_of
 from bpgo_video.rollouts.conditioning import guidance_of

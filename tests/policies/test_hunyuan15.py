@@ -22,7 +22,7 @@ from bpgo_video.config.reading import to_yaml
 from bpgo_video.inference.model_files import write_diffusers_lora
 from bpgo_video.inference.pipeline import add_adapters, resolve
 from bpgo_video.inference.run_weights import find_model
-from bpgo_video.policies.attention import choose_attention
+from bpgo_video.policies.attention_backends import choose_attention
 from bpgo_video.policies.hunyuan15 import mask_keys
 from bpgo_video.policies.lora import ADAPTER
 from bpgo_video.policies.networks import Transformers

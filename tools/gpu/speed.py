@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bpgo_video.config.bpgo import Config, ConfigError, VideoConfig
 from bpgo_video.distributed.engine import Engine
 from bpgo_video.policies import Policy, load_policy
-from bpgo_video.policies.attention import choose_attention
+from bpgo_video.policies.attention_backends import choose_attention
 from bpgo_video.policies.networks import blocks_of, compile_blocks
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
