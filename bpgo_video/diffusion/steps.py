@@ -7,6 +7,7 @@ video.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import comb
 
 import torch
 from jaxtyping import Float
@@ -57,6 +58,23 @@ STEP_SELECTIONS: dict[str, StepSelection] = {
     "window": window,
     "random_window": random_window,
 }
+
+
+def precedes_trained(selection: str, num_steps: int, count: int, start: int, step: int) -> float:
+    """The probability that `step` comes before the first trained step, over the draws of a selection.
+
+    random: C(n - 1 - step, count) / C(n, count);   random_window: max(0, 1 - (step + 1)/(n - count + 1));
+    n = num_steps - 1
+
+    Args:
+        selection: a key of STEP_SELECTIONS; the next three arguments are the function's.
+    """
+    trainable = _trainable(num_steps, count)
+    if selection == "random":
+        return comb(max(0, trainable - 1 - step), count) / comb(trainable, count)
+    if selection == "random_window":
+        return max(0.0, 1 - (step + 1) / (trainable - count + 1))
+    return float(STEP_SELECTIONS[selection](num_steps, count, start, torch.Generator())[0] > step)
 
 
 def even_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +31,38 @@ class DenoisingPath(NamedTuple):
     log_probs: Float[Tensor, "samples steps"]
     means: Float[Tensor, "samples trained channels latent_frames latent_height latent_width"] | None = None
     frame_log_probs: Float[Tensor, "samples steps latent_frames"] | None = None
+
+
+class PartialPath(NamedTuple):
+    """Samples that are denoised up to the start of denoising step `step`.
+
+    Attributes:
+        points: latents of the noise levels so far; only the last if the denoiser records no path.
+        previous: the ODE step that led here; None at the start and after a stochastic step.
+        scheduler: the samples' own copy of the denoiser's, which remembers its steps.
+    """
+
+    points: tuple[Latents, ...]
+    step: int = 0
+    previous: sde.OdeStep | None = None
+    scheduler: Any = None
+
+    @property
+    def latents(self) -> Latents:
+        return self.points[-1]
+
+    def sample(self, position: int) -> PartialPath:
+        """One of the samples, as views."""
+        row = slice(position, position + 1)
+        previous = None if self.previous is None else (self.previous[0][row], self.previous[1])
+        return self._replace(points=tuple(point[row] for point in self.points), previous=previous)
+
+
+def joined(paths: Sequence[PartialPath]) -> PartialPath:
+    """The samples of paths of one denoiser to the same step."""
+    points = tuple(torch.cat(level) for level in zip(*(path.points for path in paths), strict=True))
+    velocities, steps = zip(*(path.previous or (None, None) for path in paths), strict=True)
+    return paths[0]._replace(points=points, previous=None if steps[0] is None else (torch.cat(velocities), steps[0]))
 
 
 @dataclass(frozen=True)
@@ -97,33 +129,58 @@ class Denoiser:
             noise_of: index of a stochastic step -> its standard normal noise.
             trained_steps: the stochastic steps, whose log-probs are recorded.
         """
-        latents = latents.to(self.latents_dtype)
-        points, means = [latents], []
-        num_steps, scheduler = len(self.sigmas) - 1, deepcopy(self.scheduler)
-        log_probs = torch.full((latents.shape[0], num_steps), torch.nan, device=latents.device)
-        by_frame = log_probs[:, :, None].repeat(1, 1, latents.shape[2]) if self.records_frames else None
-        previous: sde.OdeStep | None = None
-        for index in range(num_steps):
-            if index in trained_steps:
-                transition = self.transition(latents, index, guidance)
-                latents = transition.sample(noise_of(index)).to(self.latents_dtype)
-                log_probs[:, index] = transition.log_prob(latents)
-                if by_frame is not None:
-                    by_frame[:, index] = transition.frame_log_prob(latents)
-                means += [transition.mean] if self.records_means else []
-                previous = None
-            else:
-                velocity = self.velocity(latents, index, guidance)
-                if scheduler is not None:
-                    following = scheduler.step(velocity, scheduler.timesteps[index], latents, return_dict=False)[0]
-                else:
-                    step = self.steps[index]
-                    following = sde.SOLVERS[self.solver](velocity, latents.float(), step, previous)
-                    previous = (velocity, step)
-                latents = following.to(self.latents_dtype)
-            points = [*points, latents] if self.records_path else [latents]
+        return self.complete(self.begin(latents), guidance, noise_of, trained_steps)
+
+    def begin(self, latents: Latents) -> PartialPath:
+        """A path that is still at its noise."""
+        return PartialPath((latents.to(self.latents_dtype),), scheduler=deepcopy(self.scheduler))
+
+    @torch.no_grad()
+    def follow_ode(self, path: PartialPath, guidance: Guidance) -> PartialPath:
+        """The path after one more step of the ODE."""
+        velocity = self.velocity(path.latents, path.step, guidance)
+        if path.scheduler is not None:
+            timestep = path.scheduler.timesteps[path.step]
+            return self._to(path, path.scheduler.step(velocity, timestep, path.latents, return_dict=False)[0])
+        step = self.steps[path.step]
+        following = sde.SOLVERS[self.solver](velocity, path.latents.float(), step, path.previous)
+        return self._to(path, following, (velocity, step))
+
+    def _to(self, path: PartialPath, latents: Latents, previous: sde.OdeStep | None = None) -> PartialPath:
+        kept = path.points if self.records_path else ()
+        points = (*kept, latents.to(self.latents_dtype))
+        return path._replace(points=points, step=path.step + 1, previous=previous)
+
+    @torch.no_grad()
+    def complete(
+        self,
+        path: PartialPath,
+        guidance: Guidance,
+        noise_of: Callable[[int], Latents],
+        trained_steps: Collection[int] = (),
+    ) -> DenoisingPath:
+        """Denoise the rest of a path; its arguments are those of `denoise`.
+
+        Raises:
+            ValueError: a stochastic step is already behind the path.
+        """
+        if passed := [index for index in trained_steps if index < path.step]:
+            raise ValueError(f"the path is at step {path.step}, beyond its stochastic steps {passed}")
+        num_steps, samples, means = len(self.sigmas) - 1, len(path.latents), []
+        log_probs = torch.full((samples, num_steps), torch.nan, device=path.latents.device)
+        by_frame = log_probs[:, :, None].repeat(1, 1, path.latents.shape[2]) if self.records_frames else None
+        for index in range(path.step, num_steps):
+            if index not in trained_steps:
+                path = self.follow_ode(path, guidance)
+                continue
+            transition = self.transition(path.latents, index, guidance)
+            path = self._to(path, transition.sample(noise_of(index)))
+            log_probs[:, index] = transition.log_prob(path.latents)
+            if by_frame is not None:
+                by_frame[:, index] = transition.frame_log_prob(path.latents)
+            means += [transition.mean] if self.records_means else []
         return DenoisingPath(
-            torch.stack(points, dim=1), log_probs, torch.stack(means, dim=1) if means else None, by_frame
+            torch.stack(path.points, dim=1), log_probs, torch.stack(means, dim=1) if means else None, by_frame
         )
 
 

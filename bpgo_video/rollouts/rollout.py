@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from math import gcd
 
 import torch
+from more_itertools import chunked
+from torch import Tensor
 
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.conditioning import guidance_of, rows_of
-from bpgo_video.rollouts.denoiser import Denoiser
+from bpgo_video.rollouts.denoiser import Denoiser, PartialPath
+from bpgo_video.rollouts.prefixes import Prefixes, branched_off, branches, compute_prefixes
 from bpgo_video.rollouts.rules import TrainedSteps, no_steps
-from bpgo_video.types import Latents, PromptBatch, RolloutChunk, Trajectory
+from bpgo_video.types import Guidance, Latents, PromptBatch, RolloutChunk, Trajectory
 
 
 def sample_chunks(
@@ -35,24 +39,34 @@ def sample_chunks(
 
     Args:
         trained_steps: the stochastic steps of a prompt's samples; the same for all prompts of a micro-batch.
-        same_start: all samples of a prompt start from the noise of sample 0.
+        same_start: all samples of a prompt start from the noise of sample 0, and share what precedes their first
+            stochastic step.
     """
+    guide = partial(guidance_of, prompts, device=mesh.device)
+    stochastic = [trained_steps(prompt) for prompt in prompts.ids.tolist()]
+
+    def noise_of(rows: Tensor, samples: Tensor, step: int | str) -> Latents:
+        keys = zip(prompts.ids[rows].tolist(), samples.tolist(), strict=True)
+        return keyed_noise(latent_shape, [(*key, *own, step) for own in keys], mesh.device)
+
+    def begin(rows: Tensor, samples: Tensor, guidance: Guidance) -> PartialPath:
+        return denoiser.begin(denoiser.policy.start(noise_of(rows, samples, "start"), guidance.towards))
+
     shares = mesh.share(len(prompts) * group_size, micro_batch_size)
+    branch_steps, prefixes = [0] * len(shares), Prefixes()
+    if same_start:
+        first_steps = [min(steps, default=len(denoiser.steps)) for steps in stochastic]
+        planned = branches(first_steps, mesh, group_size, micro_batch_size)
+        branch_steps, prefixes = planned.steps, compute_prefixes(denoiser, planned, guide, begin)
     per_chunk = mesh.sequence // gcd(mesh.sequence, micro_batch_size)  # a chunk's videos divide over a sequence group
-    for first in range(0, len(shares), per_chunk):
+    for chunk in chunked(zip(shares, branch_steps, strict=True), per_chunk):
         trajectories = []
-        for items in shares[first : first + per_chunk]:
+        for items, branch_step in chunk:
             rows, samples = torch.tensor(items) // group_size, torch.tensor(items) % group_size
-            sample_keys = list(zip(prompts.ids[rows].tolist(), samples.tolist(), strict=True))
-
-            def noise_of(step: int | str, keys: list[tuple[int, int]] = sample_keys) -> Latents:
-                return keyed_noise(latent_shape, [(*key, *own, step) for own in keys], mesh.device)
-
-            guidance = guidance_of(prompts, rows, mesh.device)
-            noise = noise_of("start", [(prompt, 0) for prompt, _ in sample_keys]) if same_start else noise_of("start")
-            start = denoiser.policy.start(noise, guidance.towards)
-            steps = trained_steps(sample_keys[0][0])
-            trajectories.append(Trajectory(rows, samples, steps, *denoiser.denoise(start, guidance, noise_of, steps)))
+            guidance, steps = guide(rows), stochastic[int(rows[0])]
+            path = branched_off(prefixes, rows, branch_step) if same_start else begin(rows, samples, guidance)
+            denoised = denoiser.complete(path, guidance, partial(noise_of, rows, samples), steps)
+            trajectories.append(Trajectory(rows, samples, steps, *denoised))
         yield _decoded(denoiser.policy, tuple(trajectories), prompts, mesh)
 
 

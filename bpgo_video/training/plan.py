@@ -16,6 +16,7 @@ from bpgo_video.diffusion.steps import split_updates
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.policies import Policy
 from bpgo_video.policies.base import LatentShape
+from bpgo_video.rollouts.forwards import expected_forwards
 from bpgo_video.training.plan_footprint import Footprint, Weights, footprint
 from bpgo_video.training.plan_models import Model, policy_of
 from bpgo_video.training.plan_zero import Zero
@@ -97,23 +98,23 @@ class Job:
 def count_step(job: Job) -> dict[str, Any]:
     """Numbers of a step: of groups that share a video, of videos, and of forwards and backwards on each rank.
 
-    `passes` has one number for each update; `latents` are channels, frames, height, width; parameters are elements of
-    all transformers.
+    `forwards` is the expectation of `rollouts.forwards`; `passes` has one number for each update; `latents` are
+    channels, frames, height, width; parameters are elements of all transformers.
 
     Raises:
         ConfigError: the batch does not divide over the ranks, or the policy cannot make the video.
     """
     check_world(job.config, job.ranks)
     rollout, sampler = job.config.rollout, job.config.sampler
-    micro_batches = job.samples // rollout.micro_batch_size
+    groups, micro_batches = job.ranks // job.config.parallel.sequence, job.samples // rollout.micro_batch_size
     updates = split_updates(range(sampler.trained_count), job.config.optim.updates_per_rollout)
     return {
         "ranks": job.ranks,
-        "groups": job.ranks // job.config.parallel.sequence,
+        "groups": groups,
         "samples": rollout.prompts_per_step * rollout.group_size,
         "samples_per_group": job.samples,
         "micro_batches": micro_batches,
-        "forwards": micro_batches * sampler.num_steps,
+        "forwards": expected_forwards(job.config, groups),
         "passes": [micro_batches * len(steps) for steps in updates],
         "latents": job.latents,
         "parameters": job.weights.elements,

@@ -75,7 +75,7 @@ def counts(job: Job) -> tuple[str, ...]:
         f"{step['parameters']:,} parameters, {step['trained']:,} trained; latents {latents} ({job.model.source})",
         f"A step: {step['samples']} videos; groups x GPUs of each: {step['groups']} x {job.config.parallel.sequence}; "
         f"micro-batches of each group: {step['micro_batches']}",
-        f"On each rank: {step['forwards']} forwards a rollout, {len(step['passes'])} updates of {passes} passes",
+        f"On each rank: {step['forwards']:,.0f} forwards a rollout, {len(step['passes'])} updates of {passes} passes",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from functools import reduce
@@ -309,7 +310,13 @@ def test_a_dry_run_counts_the_work_of_training(job: Job) -> None:
     samples = rollout.prompts_per_step * rollout.group_size
     assert (found["ranks"], found["groups"], found["samples"]) == (2, 2, samples)
     assert found["micro_batches"] == samples / 2 / rollout.micro_batch_size
-    assert found["forwards"] == found["micro_batches"] * job.config.sampler.num_steps
+    later = [math.comb(6 - step, 2) / math.comb(7, 2) for step in range(5)]  # two of seven, of one prompt: P(all later)
+    shared, prefix = sum(p**2 for p in later), sum(1 - (1 - p**2) ** 2 for p in later)
+    assert found["forwards"] == pytest.approx(
+        found["micro_batches"] * (8 - shared) + prefix * 2 / rollout.micro_batch_size
+    ), "two ranks, which branch off together, with two prompts each"
+    apart = replace(job, config=replace(job.config, rollout=replace(rollout, same_start=False)))
+    assert count_step(apart)["forwards"] == found["micro_batches"] * job.config.sampler.num_steps
     assert sum(found["passes"]) == found["micro_batches"] * job.config.sampler.trained_count
     assert len(found["passes"]) == job.config.optim.updates_per_rollout
     with pytest.raises(ConfigError, match="do not divide"):
