@@ -91,6 +91,8 @@ def start_ranks(timeout: timedelta = TIMEOUT) -> Mesh:
         os.environ.update(alone, MASTER_PORT=str(free_port()))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        # Weights come and go between rollouts and updates; growing segments leave fewer gaps that no tensor fits.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:  # otherwise, init_distributed compiles a shared-memory operator that nothing here needs

@@ -50,7 +50,7 @@ def test_a_file_takes_precedence_over_a_name() -> None:
         (recipe_file, "pipelines/configs/tiny_wan_bpgo.yaml", "perhaps you meant tiny_wan_bpgo or"),
         (recipe_file, "x", "'x' is neither a file nor a shipped recipe; `bpgo-video recipes` lists them"),
         (ds_config_file, "ds_configs/zero3.json", "deepspeed 'ds_configs/zero3.json' is neither a file nor a shipped"),
-        (ds_config_file, "zero4", "they are zero1, zero2, zero3, zero3_bf16, zero3_offload"),
+        (ds_config_file, "zero4", "zero1, zero2, zero2_bf16, zero3, zero3_bf16, zero3_bf16_offload, zero3_offload"),
     ],
 )
 def test_an_unknown_name_suggests_the_nearest(find, name: str, message: str) -> None:
