@@ -65,6 +65,7 @@ bench: install
 	$(BPGO) demo --prepare
 	$(BIN)/python -m tools.bench --output runs/bench
 	$(BIN)/python -m tools.bench.saving --output runs/bench
+	$(BIN)/python -m tools.bench.prefixes
 
 torture: install
 	$(BIN)/python -m tools.torture --seed $(SEED)
