@@ -143,15 +143,19 @@ def test_without_stochastic_steps_everything_is_shared(policy: Policy, recipe: C
 
 @pytest.mark.parametrize("sequence", [1, 2])
 def test_every_rank_runs_the_same_forwards(policy: Policy, recipe: Config, forwards: Forwards, sequence: int) -> None:
-    """Of three ranks the second has samples of both prompts, and needs two prefixes; the others repeat their one."""
-    denoiser, prompts = denoiser_of(policy, recipe), prompts_of(policy, 2)
-    alone = shared(denoiser, prompts, OWN, 3, 1)
+    """Of three ranks the second has samples of both prompts, and needs two prefixes; the others repeat their one.
+
+    All branch off at step 2, where the first prompt's samples go on by the ODE, from the prefix's last velocity.
+    """
+    denoiser, prompts = denoiser_of(policy, recipe, solver="adams_bashforth"), prompts_of(policy, 2)
+    steps: Steps = {0: (3,), 1: (2, 3)}
+    alone = shared(denoiser, prompts, steps, 3, 1)
     by_rank, sampled = [], []
     for rank in range(3 * sequence):
         forwards.clear()
-        sampled.append(shared(denoiser, prompts, OWN, 3, 1, Mesh(rank, 3 * sequence, CPU, sequence)))
+        sampled.append(shared(denoiser, prompts, steps, 3, 1, Mesh(rank, 3 * sequence, CPU, sequence)))
         by_rank.append([index for index, _ in forwards])
-    assert all(one == by_rank[0] for one in by_rank)
+    assert all(one == 2 * [0, 1] + 2 * [2, 3, 4] for one in by_rank)
     together = [trajectory for of_rank in sampled[::sequence] for trajectory in of_rank]
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one.latents, other.latents), "all batches have one sample"
