@@ -60,8 +60,9 @@ class PriorAnchor:
 
     Attributes:
         mean: the anchor, in the reward's units.
-        std: standard deviation of each prompt's reference samples (ddof 1); zeros for an anchor without samples.
-        count: number of reference samples per prompt; 0 for an anchor without samples.
+        std: standard deviation (ddof 1) of the samples that the mean averages, or of the means of groups that share a
+            start; zeros for an anchor without samples.
+        count: number of those samples or groups, so that std^2/count is the mean's sampling variance; or 0.
         scale: s_ref, the pooled within-group standard deviation of the reference; above 0.
         version: version of the reward that measured the anchor.
     """

@@ -47,21 +47,25 @@ def sft(words: Sequence[str], script: str | None = None) -> int:
 
 
 def priors(words: Sequence[str], script: str | None = None) -> int:
-    """Measure the prior of every prompt: the rewards that the starting policy earns on it, stored with the prompts.
+    """Measure the prior of each prompt of a run: the rewards that the starting policy earns on it, before training.
 
         bpgo-video priors tiny_wan_bpgo --ranks 2
         bpgo-video priors my_recipe.yaml --ranks 8 --prior.samples 16
         deepspeed --hostfile HOSTS --module bpgo_video priors --config my_recipe.yaml
 
-    Samples `prior.samples` videos for each prompt of `data.split` with the recipe's sampler, scores them with its
-    rewards, and writes SHARDS/priors/REWARD.json: mean, standard deviation and count per prompt, the scale s_ref
-    (pooled within-group standard deviation), the reward's version and the policy's hash. Measure again after a change
-    of reward version or starting policy. To continue an interrupted measurement, repeat the command.
+    Samples `prior.samples` videos for each prompt that the run will visit, or with `--prior.prompts all` for each of
+    `data.split`, as training samples them, scores them with its rewards, and writes SHARDS/priors/REWARD.json: anchors,
+    the scale s_ref (pooled within-group standard deviation), and the settings that they were measured with. Anchors of
+    the same settings stay, so repeat the command to continue an interrupted measurement, or for a longer run; after a
+    change of the policy, the sampler, the video or the rewards it measures all again.
     """
     config = checked_recipe(priors, words, script, kind="bpgo")
-    from bpgo_video.training.estimation import estimate_priors
+    from bpgo_video.distributed.mesh import make_mesh
+    from bpgo_video.training.priors import estimate_priors
 
     with ranks_of(config) as (mesh, heartbeat):
+        check_world(config, mesh.world_size)
+        mesh = make_mesh(mesh.device, config.parallel.sequence)
         heartbeat.enter("priors")
         estimate_priors(config, mesh, heartbeat)
     return 0

@@ -255,6 +255,8 @@ def batch_metrics(
     if inversions:
         metrics |= _with_worst("crt/rank_inversion", inversions)
     metrics |= {f"prior/mean/{name}": anchor.mean.mean() for name, anchor in anchors.items()}
+    spreads = {name: rewards_by_name[name].double().var(dim=1).mean().sqrt().float() for name in anchors}
+    metrics |= {f"prior/group_std/{name}": spread for name, spread in spreads.items()}
     return metrics | {f"prior/scale/{name}": torch.tensor(anchor.scale) for name, anchor in anchors.items()}
 
 

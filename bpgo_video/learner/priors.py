@@ -10,7 +10,8 @@ float64, so they are equal on all ranks and exact after a resume.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
@@ -206,19 +207,44 @@ def update_running_rewards(
     return averages
 
 
+def reference_moments(rewards: Float[Tensor, "groups samples"]) -> tuple[float, float, int, float]:
+    """Mean, std, count and spread of a prompt's reference samples: groups of two or more, fp64, ddof 1.
+
+    Sample k of group g earns mu + a_g + e_gk: what its group shares, its start and the choice of steps, and the noise
+    of these steps, independent with variances B and W.
+
+    Returns:
+        mean: over all samples.
+        std, count: std^2/count is the sampling variance of the mean. Of G groups of m it is (B + W/m)/G, and B + W/m is
+            what the variance of the G group means estimates, so they are those of the group means; of a single group
+            those of its samples.
+        spread: s_i = sqrt(mean_g var_k R_gk), which estimates sqrt(W), the deviation within a training group.
+    """
+    rewards = rewards.double()
+    independent = rewards.mean(dim=1) if len(rewards) > 1 else rewards[0]
+    spread = rewards.var(dim=1).mean().sqrt()
+    return float(rewards.mean()), float(independent.std()), len(independent), float(spread)
+
+
+def pooled_scale(spreads: Iterable[float]) -> float:
+    """s_ref = sqrt(mean_i s_i^2) over prompts, whatever their order."""
+    squares = [spread**2 for spread in spreads]
+    return math.sqrt(math.fsum(squares) / len(squares))
+
+
 def shrunk_means(
     mean: Float[Tensor, "prompts"], std: Float[Tensor, "prompts"], count: Int[Tensor, "prompts"]
 ) -> Float[Tensor, "prompts"]:
     """p_i = (K R_i/v_i + p_g/tau2) / (K/v_i + 1/tau2), fp64: the empirical-Bayes form of James and Stein (1961).
 
-    R_i, K and v_i are mean, number and variance of prompt i's samples, p_g the mean of R_i, and
+    R_i is the mean of prompt i's samples, v_i/K its sampling variance (`reference_moments`), p_g the mean of R_i, and
     tau2 = max(0, var_i R_i - mean_i v_i/K) the variance between prompts that sampling does not explain (ddof 1). At
     tau2 = 0 all anchors are p_g. v_i is the mean of the prompt's own variance and that of all prompts: K samples can
     be equal by chance, and a variance of 0 would claim certainty.
 
     Args:
-        std: of each prompt's samples, ddof 1; not all 0.
-        count: samples per prompt, 1 or more.
+        std: of what each prompt's mean averages, ddof 1; not all 0.
+        count: how many it averages, 1 or more.
     """
     mean, variance, count = mean.double(), std.double().square(), count.double()
     sampling = (variance + variance.mean()) / 2 / count  # v_i / K

@@ -1,30 +1,15 @@
-"""Anchors and advantages: the starting policy's rewards on each prompt before training, and A, A~ and w of each step.
-
-The reference prior of arXiv 2511.18919 is the starting policy's mean reward on each prompt, and its scale s_ref.
-"""
+"""Advantages of a training step from its rewards: A, A~ and w, the same numbers on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.config.rules import OWNER
-from bpgo_video.data.priors import UnfinishedPriors, write_priors
-from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.stream import as_batch
-from bpgo_video.distributed.ds_config import compute_dtype
-from bpgo_video.distributed.heartbeat import Heartbeat
-from bpgo_video.distributed.mesh import Mesh, all_or_none, from_main
-from bpgo_video.files import fingerprint
 from bpgo_video.learner.advantages import FrameLayout, segment_credit
 from bpgo_video.learner.bpgo import GroupAdvantages, step_advantages
 from bpgo_video.learner.priors import (
@@ -37,109 +22,8 @@ from bpgo_video.learner.priors import (
     update_running_rewards,
 )
 from bpgo_video.learner.trust import ICCHistory, icc_by_reward, needs_second_scoring, pooled_icc, updated_history
-from bpgo_video.policies import Policy
-from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.rollouts.conditioning import conditioned, image_size
-from bpgo_video.rollouts.denoiser import training_denoiser
-from bpgo_video.rollouts.rules import sampled_steps
-from bpgo_video.training.heldout import score_samples
-from bpgo_video.training.inputs import check_inputs
-from bpgo_video.training.lease import Lease
-from bpgo_video.training.session import Session, sampling_policy
-from bpgo_video.types import PriorAnchor, PromptBatch, Rewards
-
-PROMPTS_AT_ONCE = 64  # gathered and saved together
-
-
-def estimate_priors(config: Config, mesh: Mesh, heartbeat: Heartbeat) -> dict[str, Float[Tensor, "prompts samples"]]:
-    """Score the starting policy on all prompts of the training split; rank 0 writes the priors.
-
-    An interrupted estimation with the same settings continues with the prompts that are missing.
-
-    Returns:
-        Scores by reward name.
-
-    Raises:
-        ConfigError: a reward gives all samples of every prompt the same score.
-        OwnedError: another launch measures priors of these prompts.
-    """
-    ds_config, shards = check_inputs(config, mesh, need_priors=False)
-    folder = shards.directory / "priors"
-    with Lease(folder / OWNER) as lease:
-        lease.on_loss = heartbeat.abort
-        with all_or_none(mesh):
-            if mesh.is_main:
-                folder.mkdir(exist_ok=True)
-                lease.acquire()
-        return _estimate(config, mesh, ds_config, shards, lease)
-
-
-def _estimate(
-    config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards, lease: Lease
-) -> dict[str, Float[Tensor, "prompts samples"]]:
-    suite = RewardSuite(config.rewards, mesh.device, config.video.fps)
-    policy = sampling_policy(config, ds_config, mesh)
-    policy_hash = fingerprint(policy.folder, policy.transformer_names)
-    notes = UnfinishedPriors(shards.directory, settings_of(config, suite.versions, policy_hash))
-    known = from_main(notes.begin() if mesh.is_main else {}, mesh)
-    rows = shards.rows(config.data.split)
-    ids = shards.ids(rows).tolist()
-    missing = [row for row, prompt in zip(rows.tolist(), ids, strict=True) if prompt not in known]
-    dtype, done = compute_dtype(ds_config), len(ids) - len(missing)
-    with tqdm(total=len(ids), initial=done, desc="priors", unit="prompt", disable=not mesh.is_main) as bar:
-        for start in range(0, len(missing), PROMPTS_AT_ONCE):
-            records = [shards.record(row) for row in missing[start : start + PROMPTS_AT_ONCE]]
-            batch = as_batch(records, image_size(config, policy))
-            batch = conditioned(batch, policy, config, dtype, mesh, config.prior.samples)
-            by_name = score_prompts(config, policy, batch, suite, mesh).by_name
-            new = {
-                prompt: {name: scores[row].tolist() for name, scores in by_name.items()}
-                for row, prompt in enumerate(batch.ids.tolist())
-            }
-            known |= new
-            lease.check()
-            if mesh.is_main:
-                notes.add(new)
-            bar.update(len(batch))
-    scores = {name: torch.tensor([known[prompt][name] for prompt in ids]) for name in suite.versions}
-    anchors = {name: measured(name, scores[name], version) for name, version in suite.versions.items()}
-    lease.check()
-    if mesh.is_main:
-        for name, anchor in anchors.items():
-            store(shards.directory, name, anchor, policy_hash, ids)
-        notes.remove()
-    mesh.barrier()
-    return scores
-
-
-def settings_of(config: Config, versions: Mapping[str, str], policy_hash: str) -> dict[str, str]:
-    """Everything that the scores depend on, as text."""
-    sections = {name: repr(getattr(config, name)) for name in ("policy", "video", "sampler", "data")}
-    draws = f"seed {config.run.seed}, {config.prior.samples} samples"
-    return {**sections, "rewards": repr(dict(versions)), "policy hash": policy_hash, "draws": draws}
-
-
-def score_prompts(config: Config, policy: Policy, prompts: PromptBatch, suite: RewardSuite, mesh: Mesh) -> Rewards:
-    """Score `prior.samples` videos per prompt, made by the training sampler with noise that no training step draws."""
-    steps = sampled_steps(policy, config, step=-1)(0)  # the same for all prompts: a micro-batch may hold several
-    denoiser = training_denoiser(policy, config)
-    return score_samples(denoiser, prompts, suite, config, mesh, config.prior.samples, "prior", lambda prompt: steps)
-
-
-def measured(name: str, scores: Float[Tensor, "prompts samples"], version: str) -> PriorAnchor:
-    """The anchor of a reward's scores; raises ConfigError if they have no deviation to scale by."""
-    try:
-        return PriorAnchor.of_samples(scores, version)
-    except ValueError as error:
-        raise ConfigError(f"reward {name!r}: {error}; it cannot tell the samples apart, use another reward") from error
-
-
-def store(directory: Path, name: str, anchor: PriorAnchor, policy_hash: str, ids: Sequence[int]) -> None:
-    """Write the anchors of one reward, and print a summary."""
-    rows = zip(anchor.mean.tolist(), anchor.std.tolist(), anchor.count.tolist(), strict=True)
-    path = write_priors(directory, name, anchor.version, anchor.scale, policy_hash, dict(zip(ids, rows, strict=True)))
-    mean, samples = float(anchor.mean.mean()), int(anchor.count[0])
-    print(f"{path}: {len(ids)} prompts x {samples} samples, mean {mean:.4f}, s_ref {anchor.scale:.4f}")
+from bpgo_video.training.session import Session
+from bpgo_video.types import PromptBatch, Rewards
 
 
 @dataclass

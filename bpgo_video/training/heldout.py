@@ -74,7 +74,7 @@ def evaluate(
         on_chunk: receives the videos before they are dropped.
     """
     denoiser, samples = evaluation_denoiser(policy, config), config.evaluation.samples_per_prompt
-    rewards = score_samples(denoiser, prompts, suite, config, mesh, samples, "heldout", on_chunk=on_chunk)
+    rewards = score_samples(denoiser, prompts, suite, config, mesh, samples, ("heldout",), on_chunk=on_chunk)
     frames = {
         name: FrameScores(rewards.per_frame[name][:, 0].cpu(), times)
         for name, times in rewards.frame_times.items()
@@ -90,11 +90,12 @@ def score_samples(
     config: Config,
     mesh: Mesh,
     samples: int,
-    purpose: str,
+    key: tuple[int | str, ...],
     trained_steps: TrainedSteps = no_steps,
+    same_start: bool = False,
     on_chunk: Callable[[RolloutChunk], None] = lambda chunk: None,
 ) -> Rewards:
-    """Sample and score videos of each prompt outside training; noise is keyed by the purpose."""
+    """Sample and score videos of each prompt outside training; noise is keyed by the run's seed and `key`."""
     chunks = sample_chunks(
         denoiser,
         prompts,
@@ -102,8 +103,9 @@ def score_samples(
         group_size=samples,
         micro_batch_size=config.rollout.micro_batch_size,
         latent_shape=denoiser.policy.latent_shape(config.video),
-        key=(config.run.seed, purpose),
+        key=(config.run.seed, *key),
         trained_steps=trained_steps,
+        same_start=same_start,
     )
     with suite.on_device(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
         for chunk in chunks:

@@ -9,13 +9,18 @@ The noise depends on the prompt and the group, not on the run's seed, so that ru
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import gcd, lcm
 
+import numpy as np
+
 from bpgo_video.config.bpgo import Config
+from bpgo_video.data.priors import PriorError, PriorTable
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.stream import EndlessOrder
 from bpgo_video.policies import Policy
+from bpgo_video.rollouts.forwards import expected_forwards
 from bpgo_video.rollouts.rules import TrainedSteps, sampled_steps
 
 SEED = 0
@@ -42,7 +47,7 @@ def as_sampled(config: Config) -> Config:
     return replace(
         config,
         run=replace(config.run, seed=SEED),
-        sampler=replace(config.sampler, share_steps="group"),
+        sampler=replace(config.sampler, share_steps="group", window_every=0),
         rollout=replace(config.rollout, micro_batch_size=gcd(size, prior_groups(config)[1]) if drawn else size),
     )
 
@@ -64,15 +69,41 @@ def rows_to_measure(config: Config, shards: PromptShards) -> list[int]:
     return order.rows(positions_of(config))
 
 
+def check_anchors(
+    config: Config, shards: PromptShards, priors: Mapping[str, PriorTable], positions: range, *flags: str
+) -> None:
+    """Check that the prompts at these positions of the endless order have anchors.
+
+    Args:
+        flags: what the command that measures them needs besides the run's own.
+
+    Raises:
+        PriorError: names a reward, and how many prompts have none.
+    """
+    order = EndlessOrder(shards, config.data.split, config.run.seed, config.rollout.prompts_per_step)
+    rows = order.rows(positions)
+    ids = shards.ids(np.array(rows)).tolist()
+    for name, table in priors.items():
+        missing = [row for row, id_ in zip(rows, ids, strict=True) if id_ not in table.anchors]
+        if missing:
+            raise PriorError(
+                f"the prior of reward {name!r} has no anchor for {len(missing)} of the {len(rows)} prompts that the "
+                f"run visits, the first {shards.record(missing[0]).prompt!r}",
+                *flags,
+            )
+
+
 def prompts_per_round(config: Config, ranks: int) -> int:
     """Prompts of which a group is sampled, scored and saved together: the fewest that keep all ranks busy.
 
-    They fill one micro-batch of each sequence group, or as many as divide over its ranks for decoding.
+    They fill one micro-batch of each sequence group, or as many as divide over its ranks for decoding. Pairs that share
+    a start stay together, so that what precedes their first stochastic step is computed once.
     """
     sequence, micro_batch = config.parallel.sequence, as_sampled(config).rollout.micro_batch_size
     chunk = micro_batch * sequence // gcd(sequence, micro_batch)
     size = prior_groups(config)[1]
-    return lcm(size, ranks // sequence * chunk) // size
+    per_group = lcm(chunk, size) if config.rollout.same_start else chunk
+    return lcm(size, ranks // sequence * per_group) // size
 
 
 @dataclass(frozen=True)
@@ -80,13 +111,13 @@ class PriorWork:
     """What `bpgo-video priors` samples for a recipe of which nothing is measured yet.
 
     Attributes:
-        forwards: of a rank: its micro-batches times the denoising steps.
+        forwards: of a rank, expected over the draws of steps; see `expected_forwards`.
         micro_batch_size: samples of a forward; guidance doubles its rows.
     """
 
     prompts: int
     videos: int
-    forwards: int
+    forwards: float
     micro_batch_size: int
 
 
@@ -100,8 +131,14 @@ def count_priors(config: Config, ranks: int, split_prompts: int | None = None) -
     prompts = consumed if split_prompts is None else min(consumed, split_prompts)
     if config.prior.prompts == "all" and split_prompts is not None:
         prompts = split_prompts
-    (groups, size), micro_batch = prior_groups(config), as_sampled(config).rollout.micro_batch_size
-    together, unit = prompts_per_round(config, ranks), ranks // config.parallel.sequence * micro_batch
+    (groups, size), sampled, together = prior_groups(config), as_sampled(config), prompts_per_round(config, ranks)
+
+    def forwards(prompts: int) -> float:
+        if not prompts:
+            return 0
+        rollout = replace(sampled.rollout, prompts_per_step=prompts, group_size=size)
+        return expected_forwards(replace(sampled, rollout=rollout), ranks // config.parallel.sequence)
+
     whole, rest = divmod(prompts, together)
-    micro_batches = groups * (whole * (together * size // unit) + -(-rest * size // unit))
-    return PriorWork(prompts, prompts * groups * size, micro_batches * config.sampler.num_steps, micro_batch)
+    total = groups * (whole * forwards(together) + forwards(rest))
+    return PriorWork(prompts, prompts * groups * size, total, sampled.rollout.micro_batch_size)

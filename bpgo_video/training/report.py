@@ -74,7 +74,7 @@ class Sample(TypedDict):
 
 
 class Environment(TypedDict):
-    """Where a run computed; see `session.environment`."""
+    """Where a run computed; see `environment.environment`."""
 
     code: list[str]
     packages: dict[str, str]

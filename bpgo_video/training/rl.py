@@ -25,12 +25,14 @@ from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import sampled_steps
 from bpgo_video.rollouts.updates import Objective, UpdateStats, optimise, step_metrics, step_sums
 from bpgo_video.training import loop
+from bpgo_video.training.environment import environment
 from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_scored
 from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, heldout_summary
 from bpgo_video.training.inputs import Inputs
 from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, Keys, RunLog, read_metrics, reduce_metrics
+from bpgo_video.training.prior_sampling import check_anchors
 from bpgo_video.training.report import LiveReport, write_report
-from bpgo_video.training.session import Session, build_session, environment
+from bpgo_video.training.session import Session, build_session
 from bpgo_video.training.summary import diagnose, summary_table
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 
@@ -81,7 +83,12 @@ class RL(loop.Trainer):
     @cached_property
     def batches(self) -> Iterator[tuple[PromptBatch, int]]:
         """The prompts of each step from here on, and the number of prompts consumed after it."""
-        return self.session.batches(self.progress.position)
+        session, progress = self.session, self.progress
+        config = session.config
+        left = (config.run.num_steps - progress.step) * config.rollout.prompts_per_step
+        ahead = range(progress.position, progress.position + left)  # another part, if prompts_per_step was another
+        check_anchors(config, session.shards, session.priors, ahead, "--prior.prompts", "all")
+        return session.batches(progress.position)
 
     def train_step(self, step: int) -> dict[str, float]:
         """Sample, score, anchor to the prior, weigh, replay, record."""

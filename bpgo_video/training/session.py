@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +21,7 @@ from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.ema import EMA
 from bpgo_video.distributed.gathering import WhenGathered, not_gathered
-from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all
+from bpgo_video.distributed.mesh import Mesh, all_or_none
 from bpgo_video.distributed.optimizer import learning_rate_factor
 from bpgo_video.distributed.sharded_build import build_sharded
 from bpgo_video.files import fingerprint, resolve_folder
@@ -50,11 +46,11 @@ from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.rollouts.updates import Reference, adapters_off
 from bpgo_video.training.inputs import (
-    PACKAGES,
     heldout_rows,
     reads_priors,
     recipe_policy,
 )
+from bpgo_video.training.prior_sampling import check_anchors, positions_of
 from bpgo_video.types import PromptBatch
 
 
@@ -129,34 +125,13 @@ class Session(PolicySession):
             yield ready, stream.position
 
     def rollout_weights(self) -> AbstractContextManager[bool]:
-        """The block in which videos are sampled: whether ZeRO-3 weights are gathered, or fetched in every step."""
-        if self.engine.stage != 3:
-            return not_gathered()
-        return WhenGathered(self.config.rollout.parameters, self.engine.wrapped, self.mesh)()
+        """The block in which videos are sampled, see `rollout_weights`."""
+        return rollout_weights(self.config, self.engine.wrapped, self.engine.stage, self.mesh)
 
 
-def environment(session: PolicySession) -> dict[str, Any]:
-    """Code, package versions and hardware of a run, the same on every rank; every rank calls it."""
-    device = session.mesh.device
-    ranks = from_all((platform.node(), hardware(device)), session.mesh)
-    models, hosts = Counter(model for _, model in ranks), len({host for host, _ in ranks})
-    found = ", ".join(f"{count} x {model}" for model, count in models.items())
-    return {
-        "code": session.code,
-        "packages": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "hardware": f"{found} on {hosts} {'host' if hosts == 1 else 'hosts'}",
-        "device": device.type,
-    }
-
-
-def hardware(device: torch.device) -> str:
-    """The model of a rank's device; of a CPU, with the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text("utf-8").splitlines() if listed.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()} (threads: {torch.get_num_threads()})"
+def rollout_weights(config: Config, wrapped: Any, stage: int, mesh: Mesh) -> AbstractContextManager[bool]:
+    """The block in which videos are sampled: whether ZeRO-3 weights are gathered, or fetched in every step."""
+    return WhenGathered(config.rollout.parameters, wrapped, mesh)() if stage == 3 else not_gathered()
 
 
 def sampling_policy(
@@ -255,13 +230,26 @@ def build_reference(
         return Reference(policy, ema.weights)
     if config.policy.lora.rank:
         return Reference(policy, partial(adapters_off, engine.module))
-    frozen = sampling_policy(config, ds_config, mesh, builder(ds_config), components=("transformer",))
-    trained = trained_names(frozen.folder, config.policy.trained)  # steps of the others are not trained
-    transformers = Transformers({name: frozen.transformers[name] for name in trained}).requires_grad_(False)
+    trained = trained_names(policy.folder, config.policy.trained)  # steps of the others are not trained
+    return Reference(frozen_policy(config, ds_config, mesh, components=("transformer",), names=trained))
+
+
+def frozen_policy(
+    config: Config, ds_config: Mapping[str, Any], mesh: Mesh, names: Collection[str] = (), **arguments: Any
+) -> Policy:
+    """The starting policy for inference alone, sharded under ZeRO-3, in sequence groups.
+
+    Args:
+        names: the transformers that it keeps; all if empty.
+        arguments: of `sampling_policy`.
+    """
+    policy = sampling_policy(config, ds_config, mesh, builder(ds_config), **arguments)
+    kept = {name: policy.transformers[name] for name in names or policy.transformers}
+    transformers = Transformers(kept).requires_grad_(False)
     for module in transformers.values():
-        parallelise(module, mesh, frozen.sequence_plan)
-    frozen.transformers = engines.frozen(transformers, ds_config)
-    return Reference(frozen)
+        parallelise(module, mesh, policy.sequence_plan)
+    policy.transformers = engines.frozen(transformers, ds_config)
+    return policy
 
 
 def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:
@@ -275,6 +263,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         starting_policy = fingerprint(folder, transformer_names(folder))
         for prior in priors.values():
             prior.check_policy(starting_policy)
+        check_anchors(config, shards, priors, positions_of(config))
         if config.prior.kind == "shrunk":
             priors = {name: prior.shrunk() for name, prior in priors.items()}
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config))

@@ -6,20 +6,23 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bpgo_video.data.priors import PriorError, UnfinishedPriors, load_priors, write_priors
+from bpgo_video.data.priors import (
+    PriorError,
+    PriorTable,
+    UnfinishedPriors,
+    extensible_anchors,
+    load_priors,
+    write_priors,
+)
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import EncoderStamp, PromptRecord
 from bpgo_video.data.stream import PromptStream
-from bpgo_video.distributed.heartbeat import Heartbeat
-from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.training import estimation
-from bpgo_video.types import PromptBatch
 from tests.made.prompt_folders import write_shards
-from tests.made.recipes import PROMPTS, make_shards, small_recipe
 
 
 @pytest.fixture
@@ -34,9 +37,15 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
+def table_of(anchors: dict[int, tuple[float, float, int, float]], **changes: Any) -> PriorTable:
+    """A table of the reward clip."""
+    fields: dict[str, Any] = {"reward": "clip", "version": "v1", "scale": 0.25, "policy": "policyhash", "settings": {}}
+    return PriorTable(**{**fields, **changes}, anchors=anchors)
+
+
 def test_a_batch_contains_its_priors(directory: Path) -> None:
-    anchors = {1000 + i: (i / 7, i / 100, 16) for i in reversed(range(20))}
-    write_priors(directory, "clip", "v1", 0.25, "policyhash", anchors)
+    anchors = {1000 + i: (i / 7, i / 100, 16, i / 50) for i in reversed(range(20))}
+    write_priors(directory, table_of(anchors))
     tables = load_priors(directory, {"clip": "v1"})
     batch = next(PromptStream(PromptShards(directory), "train", 0, 5, priors=tables.values()))
     prior = batch.priors["clip"]
@@ -51,7 +60,7 @@ def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) 
     command = r"run: bpgo-video priors RECIPE$"
     with pytest.raises(PriorError, match=rf"clip.json is missing; {command}"):
         load_priors(directory, {"clip": "v1"})
-    write_priors(directory, "clip", "v1", 0.25, "policyhash", {1003: (0.0, 0.0, 8)})
+    write_priors(directory, table_of({1003: (0.0, 0.0, 8, 0.1)}))
     with pytest.raises(PriorError, match=rf"is stale: .* version v1 of reward 'clip', which is now v2; {command}"):
         load_priors(directory, {"clip": "v2"})
     tables = load_priors(directory, {"clip": "v1"}).values()
@@ -65,17 +74,18 @@ def test_a_missing_stale_or_incomplete_prior_names_the_command(directory: Path) 
 @pytest.mark.parametrize(
     ("anchor", "problem"),
     [
-        ("[NaN, 0.2, 4]", "the mean of prompt 1004 is nan: .*finite number"),
-        ("[-Infinity, 0.2, 4]", "the mean of prompt 1004 is -inf: .*finite number"),
-        ("[0.1, -0.2, 4]", "the standard deviation of prompt 1004 is -0.2: .*greater than or equal to 0"),
-        ("[0.1, 0.2, 0]", "the number of samples of prompt 1004 is 0: .*greater than or equal to 1"),
+        ("[NaN, 0.2, 4, 0.1]", "the mean of prompt 1004 is nan: .*finite number"),
+        ("[-Infinity, 0.2, 4, 0.1]", "the mean of prompt 1004 is -inf: .*finite number"),
+        ("[0.1, -0.2, 4, 0.1]", "the standard deviation of prompt 1004 is -0.2: .*greater than or equal to 0"),
+        ("[0.1, 0.2, 0, 0.1]", "the count of prompt 1004 is 0: .*greater than or equal to 1"),
+        ("[0.1, 0.2, 4, Infinity]", "the spread within a group of prompt 1004 is inf: .*finite number"),
         ("[0.1]", "anchors.1004.1: Field required"),
     ],
 )
 def test_a_prior_with_an_impossible_value_names_file_prompt_and_value(
     directory: Path, anchor: str, problem: str
 ) -> None:
-    path = write_priors(directory, "clip", "v1", 0.25, "policyhash", {1003: (0.1, 0.2, 4), 1004: (0.0, 0.0, 1)})
+    path = write_priors(directory, table_of({1003: (0.1, 0.2, 4, 0.1), 1004: (0.0, 0.0, 1, 0.0)}))
     content = json.loads(path.read_text())
     content["anchors"]["1004"] = "HERE"
     path.write_text(json.dumps(content).replace('"HERE"', anchor))
@@ -107,15 +117,15 @@ def test_a_missing_prior_prints_the_command_for_this_run(
 
 def test_an_invalid_prior_is_not_written(directory: Path) -> None:
     with pytest.raises(ValueError, match=r"scale\n.*greater than 0"):
-        write_priors(directory, "clip", "v1", 0.0, "p", {1: (0.0, 0.0, 8)})
+        write_priors(directory, table_of({1: (0.0, 0.0, 8, 0.1)}, scale=0.0))
     with pytest.raises(ValueError, match="finite number"):
-        write_priors(directory, "clip", "v1", 1.0, "p", {1: (float("nan"), 0.0, 8)})
+        write_priors(directory, table_of({1: (float("nan"), 0.0, 8, 0.1)}))
     with pytest.raises(ValueError, match="reward name"):
-        write_priors(directory, "../clip", "v1", 1.0, "p", {})
+        write_priors(directory, table_of({}, reward="../clip"))
     assert not list(directory.glob("priors/*"))
 
 
-FIRST, SECOND = {7: {"clip": [0.25, 0.5]}}, {9: {"clip": [0.1, 0.3]}}
+FIRST, SECOND = {(7, 0): {"clip": [0.25, 0.5]}}, {(9, 1): {"clip": [0.1, 0.3]}}
 
 
 def test_notes_are_read_back_without_a_truncated_line(tmp_path: Path) -> None:
@@ -125,8 +135,8 @@ def test_notes_are_read_back_without_a_truncated_line(tmp_path: Path) -> None:
     notes.add(SECOND)
     notes.path.write_text(notes.path.read_text() + '{"id": 11, "sco')
     assert UnfinishedPriors(tmp_path, {"seed": "0"}).begin() == FIRST | SECOND
-    notes.add({11: {"clip": [0.2]}})
-    assert notes.begin() == FIRST | SECOND | {11: {"clip": [0.2]}}
+    notes.add({(11, 2): {"clip": [0.2]}})
+    assert notes.begin() == FIRST | SECOND | {(11, 2): {"clip": [0.2]}}
     notes.remove()
     assert notes.begin() == {}
 
@@ -141,30 +151,25 @@ def test_notes_of_other_settings_are_replaced(tmp_path: Path) -> None:
     assert UnfinishedPriors(tmp_path, {"seed": "0"}).begin() == {}
 
 
-def test_an_interrupted_estimation_resumes_to_the_same_priors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = make_shards(tmp_path / "shards")
-    config = small_recipe(tmp_path / "run", shards, prior={"kind": "reference", "samples": 4})
-    mesh, score, sampled = Mesh(0, 1, torch.device("cpu")), estimation.score_prompts, []
+def test_anchors_of_the_same_settings_are_extended_and_others_are_not(directory: Path) -> None:
+    first, second, row = {"sampler": "a"}, {"sampler": "b", "video": "c"}, (0.0, 0.0, 8, 0.1)
+    assert extensible_anchors(directory, ["clip", "motion"], first) == ({}, "")
+    write_priors(directory, table_of({1: row, 2: row}, settings=first))
+    assert extensible_anchors(directory, ["clip", "motion"], first) == ({}, ""), "a reward was not measured"
+    path = write_priors(directory, table_of({2: row, 3: row}, settings=first, reward="motion"))
+    assert extensible_anchors(directory, ["clip", "motion"], first) == ({2: {"clip": row, "motion": row}}, "")
+    found, why = extensible_anchors(directory, ["motion", "clip"], second)
+    assert found == {}
+    assert why == f"the 2 anchors of {path} were measured with another sampler, video"
+    path.write_text(path.read_text().replace("0.25", "0.75"))
+    found, why = extensible_anchors(directory, ["motion", "clip"], first)
+    assert found == {}
+    assert "motion.json" in why
+    assert "run:" not in why
 
-    def until_the_third(*arguments: object) -> object:
-        prompts = arguments[2]
-        assert isinstance(prompts, PromptBatch)
-        sampled.extend(prompts.ids.tolist())
-        if len(sampled) == 3:
-            raise KeyboardInterrupt
-        return score(*arguments)
 
-    whole = estimation.estimate_priors(config, mesh, Heartbeat(mesh, timeout=60))
-    files = {path: path.read_bytes() for path in (shards / "priors").glob("*.json")}
-    assert len(files) == len(config.rewards)
-    for path in files:
-        path.unlink()
-    monkeypatch.setattr(estimation, "PROMPTS_AT_ONCE", 1)
-    monkeypatch.setattr(estimation, "score_prompts", until_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        estimation.estimate_priors(config, mesh, Heartbeat(mesh, timeout=60))
-    again = estimation.estimate_priors(config, mesh, Heartbeat(mesh, timeout=60))
-    assert len(sampled) == len(PROMPTS["train"]) + 1, "only the interrupted prompts are sampled again"
-    for name, scores in whole.items():
-        torch.testing.assert_close(again[name], scores, rtol=0, atol=1e-5)  # batches of another shape
-    assert {path.name for path in (shards / "priors").iterdir()} == {path.name for path in files}
+def test_an_earlier_format_is_refused(directory: Path) -> None:
+    path = write_priors(directory, table_of({1: (0.0, 0.0, 8, 0.1)}))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(PriorError, match=r"format_version: .* 2\); run: bpgo-video priors"):
+        load_priors(directory, {"clip": "v1"})

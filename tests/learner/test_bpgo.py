@@ -219,8 +219,11 @@ def test_icc_trust_needs_two_scorings_and_no_anchor():
 
 
 def test_anchors_are_in_the_metrics():
-    metrics = one_reward(random_rewards(8)[0], [1.0, 2.0, 3.0, 4.0], BPGOConfig(), scale=0.3).metrics
+    rewards = random_rewards(8)[0]
+    metrics = one_reward(rewards, [1.0, 2.0, 3.0, 4.0], BPGOConfig(), scale=0.3).metrics
     assert (metrics["prior/mean/clip"].item(), metrics["prior/scale/clip"].item()) == pytest.approx((2.5, 0.3))
+    variances = [statistics.variance(group) for group in rewards.tolist()]
+    assert metrics["prior/group_std/clip"].item() == pytest.approx(statistics.mean(variances) ** 0.5)
 
 
 def test_trust_scales_the_second_surrogate_only_with_ras_on_crt():

@@ -17,7 +17,9 @@ from bpgo_video.learner.priors import (
     PRIORS,
     PriorInputs,
     image_key,
+    pooled_scale,
     pooled_spread,
+    reference_moments,
     shrunk_means,
     update_running_rewards,
 )
@@ -138,14 +140,55 @@ def test_shrunk_means_are_between_the_prompts_mean_and_the_common_one(seed):
 
 
 def test_a_stored_table_can_be_shrunk():
-    rows = torch.tensor([[0.0, 2.0, 4], [6.0, 0.0, 4], [3.0, math.sqrt(2), 4]]).double()
+    rows = torch.tensor([[0.0, 2.0, 4, 1.0], [6.0, 0.0, 4, 1.0], [3.0, math.sqrt(2), 4, 1.0]]).double()
     anchors = dict(zip((4, 5, 9), map(tuple, rows.tolist()), strict=True))
-    table = PriorTable(reward="clip", version="v1", scale=1.4, policy="policy", anchors=anchors).shrunk()
+    table = PriorTable(reward="clip", version="v1", scale=1.4, policy="policy", settings={}, anchors=anchors).shrunk()
     found = table.anchor(prompts(9, 4))
     expected = shrunk_means(rows[:, 0], rows[:, 1], rows[:, 2].long())
     torch.testing.assert_close(found.mean, expected[[2, 0]].float())
     assert found.std.tolist() == pytest.approx([math.sqrt(2), 2.0])
     assert found.scale == 1.4
+
+
+def test_moments_of_pairs_by_hand():
+    """Pairs (1, 3) and (4, 8): means 2 and 6, variances 2 and 8."""
+    mean, std, count, spread = reference_moments(torch.tensor([[1.0, 3.0], [4.0, 8.0]]))
+    assert (mean, count) == (4.0, 2)
+    assert std == pytest.approx(math.sqrt(8))
+    assert spread == pytest.approx(math.sqrt(5))
+    mean, std, count, spread = reference_moments(torch.tensor([[1.0, 3.0, 4.0, 8.0]]))  # samples of their own starts
+    assert (mean, count) == (4.0, 4)
+    assert std == spread == pytest.approx(statistics.stdev([1, 3, 4, 8]))
+
+
+def test_the_pooled_scale_does_not_depend_on_the_order():
+    spreads = [0.1 * i**3 for i in range(1, 200)]
+    assert pooled_scale(spreads) == pooled_scale(reversed(spreads))
+    assert pooled_scale([3.0, 4.0]) == pytest.approx(math.sqrt(12.5))
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_moments_find_the_variance_within_a_start_and_that_of_the_mean(groups):
+    """R = mu + a_start + e with B = 4 and W = 1: each estimate is within four standard errors over 4,000 prompts."""
+    prompts, between, within = 4000, 4.0, 1.0
+    rng = torch.Generator().manual_seed(groups)
+    starts = between**0.5 * torch.randn(prompts, groups, 1, generator=rng).double()
+    rewards = starts + within**0.5 * torch.randn(prompts, groups, 2, generator=rng).double()
+    rows = torch.tensor([reference_moments(prompt) for prompt in rewards]).double()
+    mean, std, count, spread = rows.T
+
+    def check(values, expected):
+        assert abs(values.mean() - expected) < 4 * values.std() / prompts**0.5
+
+    variance = (between + within / 2) / groups
+    check(spread**2, within)
+    check(mean**2, variance)  # the actual variance of the means, around mu = 0
+    check(std**2 / count, variance)  # what shrunk_means takes it for
+    assert pooled_scale(spread.tolist()) == pytest.approx(within**0.5, abs=4 / (2 * groups * prompts) ** 0.5)
+    # As if all samples had their own start, both would be wrong: the spread too large, the mean too certain.
+    together = torch.tensor([reference_moments(prompt.reshape(1, -1)) for prompt in rewards]).double()
+    assert pooled_scale(together[:, 3].tolist()) > 1.5 * within**0.5
+    assert (together[:, 1] ** 2 / together[:, 2]).mean() < 0.8 * variance
 
 
 class Darkness:

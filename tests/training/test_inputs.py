@@ -14,7 +14,7 @@ import torch
 from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.config.reading import read_recipe, to_yaml
 from bpgo_video.config.rules import OWNER, check_world
-from bpgo_video.data.priors import PriorError, write_priors
+from bpgo_video.data.priors import PriorError, PriorTable, write_priors
 from bpgo_video.data.records import ShardError
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
@@ -80,7 +80,9 @@ def test_a_prior_of_another_reward_version_is_refused(config: Config, shards: Pa
     stale = tmp_path / "stale"
     shutil.copytree(shards, stale)
     for name in config.rewards:
-        write_priors(stale, name, "another version", 1.0, "policy", {1: (0.0, 1.0, 8)})
+        row = {1: (0.0, 1.0, 8, 1.0)}
+        table = PriorTable(reward=name, version="another version", scale=1, policy="policy", settings={}, anchors=row)
+        write_priors(stale, table)
     changed = replace(
         config, prior=replace(config.prior, kind="reference"), data=replace(config.data, shards=str(stale))
     )

@@ -87,10 +87,20 @@ def test_the_count_is_that_of_the_rounds(
             micro_batches += len(mesh.share(part * size, sampled.rollout.micro_batch_size))
     work = count_priors(config, ranks, 50)
     assert (work.prompts, work.videos) == (prompts, prompts * samples)
-    assert work.forwards == micro_batches * config.sampler.num_steps
-    chunks = groups * lcm(sampled.rollout.micro_batch_size, sequence)  # whose videos divide over a sequence group
+    if not same_start or train_steps == "all":  # nothing precedes the first stochastic step
+        assert work.forwards == pytest.approx(micro_batches * config.sampler.num_steps)
+    else:
+        assert work.forwards <= micro_batches * config.sampler.num_steps
+    chunk = lcm(sampled.rollout.micro_batch_size, sequence)  # whose videos divide over a sequence group
+    chunks = groups * (lcm(chunk, 2) if same_start else chunk)  # pairs are not divided
     whole = [prompts for prompts in range(1, together + 1) if prompts * size % chunks == 0]
     assert whole == [together], "the fewest prompts of which no video is sampled or decoded twice"
+
+
+def test_a_pair_computes_the_steps_before_its_first_stochastic_one_once() -> None:
+    """The least of 2 of the 7 steps 0 to 6 is 5/3 on average; a forward of one sample is half of a pair's."""
+    work = count_priors(changed(read_yaml(RECIPE), run={"num_steps": 10}), 1)
+    assert work.forwards == pytest.approx(40 * 2 * (8 - 5 / 3 / 2))
 
 
 def test_the_count_without_shards_and_of_all_prompts() -> None:

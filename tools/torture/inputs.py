@@ -26,7 +26,7 @@ from tools.torture.tally import Tallies, Tally, main_of
 def make_base(folder: Path) -> None:
     """Write the right inputs, with prompt shards of the embedded policy and stale priors."""
     from bpgo_video.__main__ import main
-    from bpgo_video.data.priors import write_priors
+    from bpgo_video.data.priors import PriorTable, write_priors
     from bpgo_video.data.reader import PromptShards
 
     for name, (content, _) in READERS.items():
@@ -39,8 +39,9 @@ def make_base(folder: Path) -> None:
     if code := main([*BUILD[:3], str(folder / "shards"), *BUILD[4:], str(folder / "prompts.txt")]):
         raise SystemExit(code)
     shards = PromptShards(folder / "shards")
-    anchors = {int(id_): (0.1, 0.1, 4) for id_ in shards.ids(shards.rows())}
-    write_priors(folder / "shards", "alignment", "0", 0.1, "x", anchors)
+    anchors = {int(id_): (0.1, 0.1, 4, 0.1) for id_ in shards.ids(shards.rows())}
+    table = PriorTable(reward="alignment", version="0", scale=0.1, policy="x", settings={}, anchors=anchors)
+    write_priors(folder / "shards", table)
 
 
 def command(argv: tuple[str, ...]) -> int:
