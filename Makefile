@@ -66,6 +66,7 @@ bench: install
 	$(BIN)/python -m tools.bench --output runs/bench
 	$(BIN)/python -m tools.bench.saving --output runs/bench
 	$(BIN)/python -m tools.bench.prefixes
+	$(BIN)/python -m tools.bench.shortcuts
 
 torture: install
 	$(BIN)/python -m tools.torture --seed $(SEED)

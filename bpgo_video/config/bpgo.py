@@ -181,11 +181,23 @@ class RolloutConfig:
     parameters: Literal["auto", "gathered", "sharded"] = "auto"
     """ZeRO-3: `gathered` keeps all weights on every rank during a rollout; `sharded` fetches each block in every
     denoising step; `auto` gathers if the weights take at most half of the free memory."""
+    guidance_every: Positive = 1
+    """Steps that are not trained compute the negative prompt's half of the guidance once in so many of them, and use
+    its distance from the other half in between: at 2 a quarter less work. Other videos are sampled, and the ratio stays
+    1; bpgo-video doctor measures the difference."""
+    attention_backend: str | None = None
+    """Attention of the steps that are not trained, such as `sage`, which has no gradient; None takes
+    policy.attention_backend. Other videos are sampled, as above."""
     score_ahead: Count = 2
     """Chunks of videos that may wait for their scores while the next one is sampled; 0 scores in line. The results are
     the same; each chunk takes the memory of a micro-batch's videos."""
     offload_trajectories: Switch = False
     """Keep trajectories on the CPU between rollout and replay, which fetches one step of them at a time."""
+
+    @property
+    def takes_shortcuts(self) -> bool:
+        """Whether untrained steps are computed more cheaply than trained ones."""
+        return self.guidance_every > 1 or self.attention_backend is not None
 
 
 @section

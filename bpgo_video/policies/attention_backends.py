@@ -7,6 +7,10 @@ H100, pytorch #196678). A run would notice only after its first rollout.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
@@ -15,12 +19,14 @@ from bpgo_video.policies.attention import SequencePlan, declared_heads
 from bpgo_video.policies.base import Policy
 from bpgo_video.policies.networks import Transformers
 
+KEY = "policy.attention_backend"  # of a recipe
+ODE_KEY = "rollout.attention_backend"
 INFERENCE_ONLY = "sage"  # its kernels have no backward
 TRIED_TOKENS = 64
 HEAD_DIM = 64  # where a transformer's config states none
 
 
-def check_backend(backend: str | None, *, trains: bool) -> None:
+def check_backend(backend: str | None, *, trains: bool, key: str = KEY) -> None:
     """Check the name of an attention backend; None is diffusers' own choice.
 
     Raises:
@@ -28,11 +34,9 @@ def check_backend(backend: str | None, *, trains: bool) -> None:
     """
     known = sorted(name.value for name in AttentionBackendName)
     if backend is not None and backend not in known:
-        raise ConfigError(f"policy.attention_backend is {backend!r}; diffusers knows {known}")
+        raise ConfigError(f"{key} is {backend!r}; diffusers knows {known}")
     if trains and backend is not None and INFERENCE_ONLY in backend:
-        raise ConfigError(
-            f"policy.attention_backend is {backend!r}, which has no backward and cannot train; take `flash` or `native`"
-        )
+        raise ConfigError(f"{key} is {backend!r}, which has no backward and cannot train; take `flash` or `native`")
 
 
 def choose_attention(
@@ -67,6 +71,36 @@ def choose_attention(
             ) from error
 
 
+def set_up_attention(
+    policy: Policy, backend: str | None, of_ode: str | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Choose the backend of a policy that trains, and try it; try that of its ODE steps, see `with_backend`.
+
+    Raises:
+        ConfigError: see `choose_attention` and `try_attention`.
+    """
+    # `native` is the default; to name it replaces processors that bypass the dispatcher.
+    choose_attention(policy.transformers, backend or (of_ode and "native"), policy.sequence_plan)
+    try_attention(policy, backend, dtype, device)
+    if of_ode is not None:
+        try_attention(policy, of_ode, dtype, device, trains=False)
+
+
+@contextmanager
+def with_backend(transformers: Any, backend: str | None) -> Iterator[None]:
+    """Attention through diffusers' dispatcher uses this backend inside the block; None changes nothing."""
+    modules = transformers.modules() if backend is not None else ()
+    processors: list[Any] = [getattr(module, "processor", None) for module in modules]
+    before = [(one, one._attention_backend) for one in processors if hasattr(one, "_attention_backend")]
+    try:
+        for processor, _ in before:
+            processor._attention_backend = AttentionBackendName(backend)
+        yield
+    finally:
+        for processor, chosen in before:
+            processor._attention_backend = chosen
+
+
 def takes_masks(policy: Policy) -> bool:
     """Whether padding of texts is masked; False for a family that does not state the shapes of its conditioning."""
     try:
@@ -96,7 +130,7 @@ def try_attention(
     mask = torch.ones(1, 1, 1, TRIED_TOKENS, dtype=torch.bool, device=device)
     mask[..., TRIED_TOKENS // 2 :] = False
     name = AttentionBackendName(backend) if backend else None
-    named = f"policy.attention_backend {backend!r}" if backend else "torch's attention"
+    named = f"{KEY if trains else ODE_KEY} {backend!r}" if backend else "torch's attention"
     try:
         output = dispatch_attention_fn(query, key, value, attn_mask=mask if masked else None, backend=name)
         if trains:

@@ -430,10 +430,7 @@ def scheduled_sigmas(
 
 
 def guided_velocity(policy: Policy, latents: Latents, sigma: Tensor, guidance: Guidance, scale: float) -> Velocity:
-    """v = v_away + scale (v_towards - v_away): classifier-free guidance (arXiv 2207.12598).
-
-    Both halves pass the transformer as one batch, so that ZeRO-3 gathers its parameters once. Scale 1 needs no second
-    half.
+    """v = v_away + scale (v_towards - v_away): classifier-free guidance (arXiv 2207.12598). Scale 1 needs no v_away.
 
     Raises:
         ValueError: `scale` is not 1 and there is no negative prompt.
@@ -442,6 +439,12 @@ def guided_velocity(policy: Policy, latents: Latents, sigma: Tensor, guidance: G
         return policy.velocity(latents, sigma, guidance.towards)
     if not guidance.away:
         raise ValueError(f"guidance_scale is {scale}, but the prompts have no negative prompt; encode one, or set 1.0")
+    prompted, unprompted = both_velocities(policy, latents, sigma, guidance)
+    return unprompted + scale * (prompted - unprompted)
+
+
+def both_velocities(policy: Policy, latents: Latents, sigma: Tensor, guidance: Guidance) -> tuple[Velocity, Velocity]:
+    """v_towards and v_away, as one batch, so that ZeRO-3 gathers the transformer's parameters once."""
     both = {name: torch.cat([value, guidance.away.get(name, value)]) for name, value in guidance.towards.items()}
     prompted, unprompted = policy.velocity(torch.cat([latents, latents]), sigma, both).chunk(2)
-    return unprompted + scale * (prompted - unprompted)
+    return prompted, unprompted

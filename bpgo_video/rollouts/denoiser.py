@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,8 +15,11 @@ from torch import Tensor
 from bpgo_video.config.bpgo import Config, ConfigError, LossConfig
 from bpgo_video.diffusion import sde
 from bpgo_video.policies import Policy, guided_velocity
+from bpgo_video.policies.attention_backends import with_backend
+from bpgo_video.policies.base import both_velocities
 from bpgo_video.types import Guidance, Latents, Velocity
 
+Of = TypeVar("Of")
 LATENTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EULER_SCHEDULERS = (  # they take Euler steps on the family's noise levels (tests/policies/test_families.py)
     "FlowMatchEulerDiscreteScheduler",
@@ -39,12 +42,14 @@ class PartialPath(NamedTuple):
     Attributes:
         points: latents of the noise levels so far; only the last if the denoiser records no path.
         previous: the ODE step that led here; None at the start and after a stochastic step.
+        guided: v_towards - v_away of the guidance and the ODE step that computed it, if later ones may use it.
         scheduler: the samples' own copy of the denoiser's, which remembers its steps.
     """
 
     points: tuple[Latents, ...]
     step: int = 0
     previous: sde.OdeStep | None = None
+    guided: tuple[Velocity, int] | None = None
     scheduler: Any = None
 
     @property
@@ -54,15 +59,27 @@ class PartialPath(NamedTuple):
     def sample(self, position: int) -> PartialPath:
         """One of the samples, as views."""
         row = slice(position, position + 1)
-        previous = None if self.previous is None else (self.previous[0][row], self.previous[1])
-        return self._replace(points=tuple(point[row] for point in self.points), previous=previous)
+        points = tuple(point[row] for point in self.points)
+        return self._replace(points=points, previous=_rows(self.previous, row), guided=_rows(self.guided, row))
 
 
 def joined(paths: Sequence[PartialPath]) -> PartialPath:
     """The samples of paths of one denoiser to the same step."""
     points = tuple(torch.cat(level) for level in zip(*(path.points for path in paths), strict=True))
-    velocities, steps = zip(*(path.previous or (None, None) for path in paths), strict=True)
-    return paths[0]._replace(points=points, previous=None if steps[0] is None else (torch.cat(velocities), steps[0]))
+    previous, guided = _joined([path.previous for path in paths]), _joined([path.guided for path in paths])
+    return paths[0]._replace(points=points, previous=previous, guided=guided)
+
+
+Known = tuple[Tensor, Of] | None  # numbers of each sample, and what they are of
+
+
+def _rows(known: Known[Of], rows: slice) -> Known[Of]:
+    return None if known is None else (known[0][rows], known[1])
+
+
+def _joined(known: Sequence[Known[Of]]) -> Known[Of]:
+    given = [one for one in known if one is not None]
+    return (torch.cat([numbers for numbers, _ in given]), given[0][1]) if given else None
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,8 @@ class Denoiser:
         records_path: keep the latents of every noise level, not only the last.
         records_frames: keep the log-probs of each latent frame, for credit by frames.
         guidance_scale_2: guidance of a pipeline's second transformer; None uses guidance_scale.
+        guidance_every: ODE steps compute v_away once in so many of them, and use v_towards - v_away in between.
+        ode_attention: attention backend of ODE steps; None is the policy's.
         scheduler: a diffusers scheduler of flow models, with its timesteps set, that takes the ODE's steps instead of
             `solver`. Each video gets a copy, because a scheduler remembers its steps.
     """
@@ -92,6 +111,8 @@ class Denoiser:
     records_path: bool = True
     records_frames: bool = False
     guidance_scale_2: float | None = None
+    guidance_every: int = 1
+    ode_attention: str | None = None
     scheduler: Any = None
 
     @cached_property
@@ -104,8 +125,28 @@ class Denoiser:
 
     def guidance_at(self, index: int) -> float:
         """The guidance scale of the transformer that computes step `index`."""
-        is_first = self.policy.transformer_at(float(self.sigmas[index])) == self.policy.transformer_names[0]
+        is_first = self.transformer_at(index) == self.policy.transformer_names[0]
         return self.guidance_scale if self.guidance_scale_2 is None or is_first else self.guidance_scale_2
+
+    def transformer_at(self, index: int) -> str:
+        """The name of the transformer that computes step `index`."""
+        return self.policy.transformer_at(float(self.sigmas[index]))
+
+    def ode_velocity(self, path: PartialPath, guidance: Guidance) -> tuple[Velocity, tuple[Velocity, int] | None]:
+        """The guided velocity of an ODE step, and `guided` of the path after it.
+
+        With a `difference` of an earlier step it is v_towards + (scale - 1) difference.
+        """
+        index, scale = path.step, self.guidance_at(path.step)
+        if self.guidance_every == 1 or scale == 1.0:
+            return self.velocity(path.latents, index, guidance), None
+        latents, sigma = path.latents.float(), self.sigmas[index]
+        if path.guided is not None:
+            difference, computed = path.guided
+            if index - computed < self.guidance_every and self.transformer_at(index) == self.transformer_at(computed):
+                return self.policy.velocity(latents, sigma, guidance.towards) + (scale - 1) * difference, path.guided
+        prompted, unprompted = both_velocities(self.policy, latents, sigma, guidance)
+        return unprompted + scale * (prompted - unprompted), (prompted - unprompted, index)
 
     def transition(self, latents: Latents, index: int, guidance: Guidance) -> sde.Transition:
         """The distribution after stochastic step `index`; differentiable in the policy's parameters."""
@@ -138,18 +179,19 @@ class Denoiser:
     @torch.no_grad()
     def follow_ode(self, path: PartialPath, guidance: Guidance) -> PartialPath:
         """The path after one more step of the ODE."""
-        velocity = self.velocity(path.latents, path.step, guidance)
+        with with_backend(self.policy.transformers, self.ode_attention):
+            velocity, guided = self.ode_velocity(path, guidance)
         if path.scheduler is not None:
             timestep = path.scheduler.timesteps[path.step]
             return self._to(path, path.scheduler.step(velocity, timestep, path.latents, return_dict=False)[0])
         step = self.steps[path.step]
         following = sde.SOLVERS[self.solver](velocity, path.latents.float(), step, path.previous)
-        return self._to(path, following, (velocity, step))
+        return self._to(path, following)._replace(previous=(velocity, step), guided=guided)
 
-    def _to(self, path: PartialPath, latents: Latents, previous: sde.OdeStep | None = None) -> PartialPath:
+    def _to(self, path: PartialPath, latents: Latents) -> PartialPath:
         kept = path.points if self.records_path else ()
         points = (*kept, latents.to(self.latents_dtype))
-        return path._replace(points=points, step=path.step + 1, previous=previous)
+        return path._replace(points=points, step=path.step + 1, previous=None, guided=None)
 
     @torch.no_grad()
     def complete(
@@ -199,6 +241,8 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
         records_path=config.loss.replays_transitions,
         records_frames=config.credit.kind == "segment",
         guidance_scale_2=sampler.guidance_scale_2,
+        guidance_every=config.rollout.guidance_every,
+        ode_attention=config.rollout.attention_backend,
     )
 
 

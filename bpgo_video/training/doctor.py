@@ -1,4 +1,4 @@
-"""Checks of a recipe before a long run, from the inputs to one update, and warnings about the installation.
+"""Checks of a recipe before a long run, from the inputs to one update.
 
 The checks run the functions of training on one step, on the recipe's own ranks. They stop at the first failure, since
 each check relies on those before it. Nothing is saved.
@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import resource
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed.heartbeat import Heartbeat
-from bpgo_video.distributed.memory import available_cores, ranks_of_this_host
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies.networks import Transformers, from_pretrained, networks_of
 from bpgo_video.randomness import keyed_noise
@@ -38,11 +29,12 @@ from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.updates import Objective, optimise, ratio_error
 from bpgo_video.training.estimation import estimate_advantages
 from bpgo_video.training.inputs import describe_policy
+from bpgo_video.training.installation import warnings
 from bpgo_video.training.loop import Stopwatch
 from bpgo_video.training.metrics import reduce_metrics
 from bpgo_video.training.plan import readable
 from bpgo_video.training.rl import PHASES, build_objective, sample_and_score
-from bpgo_video.training.session import PolicySession, Session
+from bpgo_video.training.session import Session
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # the first one at which a transformer computes is used for it
@@ -110,7 +102,8 @@ def velocity_is_the_pipelines(examination: Examination) -> Result:
 def ode_is_diffusers(examination: Examination) -> Result:
     """The denoising loop without noise equals diffusers' scheduler on the same velocities."""
     session, config = examination.session, examination.session.config
-    denoiser, device = training_denoiser(session.policy, config), session.mesh.device
+    denoiser = replace(training_denoiser(session.policy, config), guidance_every=1, ode_attention=None)
+    device = session.mesh.device
     shape = session.policy.latent_shape(config.video)
     start = keyed_noise(shape, [("doctor", row) for row in range(config.rollout.micro_batch_size)], device)
     guidance = guidance_of(examination.prompts, torch.zeros(len(start), dtype=torch.long), device)
@@ -146,6 +139,33 @@ def rewards_vary(examination: Examination) -> Result:
             "score: nothing can be learned from it. Raise sampler.eta or rollout.group_size, or choose another reward"
         )
     return not constant, words
+
+
+def shortcuts_are_small(examination: Examination) -> Result | None:
+    """How far the shortcuts of untrained steps move samples and rewards, with the same noise; always holds."""
+    session, rollout = examination.session, examination.session.config.rollout
+    if not rollout.takes_shortcuts:
+        return None
+    config = replace(session.config, rollout=replace(rollout, guidance_every=1, attention_backend=None))
+    watch = Stopwatch(examination.watch.heartbeat, 0)
+    exact, rewards = sample_and_score(replace(session, config=config), examination.prompts, 0, watch)
+    distances = [
+        ((one.latents[:, -1] - other.latents[:, -1]).norm() / other.latents[:, -1].norm()).float()
+        for one, other in zip(examination.trajectories, exact, strict=True)
+    ]
+    distance = reduce_metrics({"distance": torch.stack(distances).mean()})["distance"]
+    words = f"final latents differ by {distance:.2g} of their size from those without shortcuts"
+    assert examination.rewards is not None
+    for name, expected in rewards.by_name.items():
+        found = examination.rewards.by_name[name]
+        error = float((found - expected).double().std()) / found.numel() ** 0.5
+        means = float(found.mean()), float(expected.mean())
+        spreads = float(found.std(dim=1).mean()), float(expected.std(dim=1).mean())
+        words += (
+            f"; {name} {means[0]:.4g} in place of {means[1]:.4g} (± {error:.2g}), "
+            f"within groups ± {spreads[0]:.2g} in place of {spreads[1]:.2g}"
+        )
+    return True, words
 
 
 def ratio_is_one(examination: Examination) -> Result:
@@ -199,10 +219,11 @@ def time_and_memory(examination: Examination) -> Result:
     return True, f"{words}at most {readable(peak)} on a rank"
 
 
-CHECKS: dict[str, Callable[[Examination], Result]] = {
+CHECKS: dict[str, Callable[[Examination], Result | None]] = {  # None: the recipe does not use it
     "velocity": velocity_is_the_pipelines,
     "ODE": ode_is_diffusers,
     "rewards": rewards_vary,
+    "shortcuts": shortcuts_are_small,
     "ratio": ratio_is_one,
     "gradient": gradient_flows,
     "cost": time_and_memory,
@@ -214,8 +235,9 @@ def examine(session: Session, prompts: PromptBatch, heartbeat: Heartbeat) -> lis
     examination = Examination(session, prompts, Stopwatch(heartbeat, 0))
     findings: list[Finding] = []
     for name, check in CHECKS.items():
-        findings.append(Finding(name, *check(examination)))
-        if not findings[-1].holds:
+        result = check(examination)
+        findings += [Finding(name, *result)] if result else []
+        if not all(finding.holds for finding in findings):
             break
     return findings
 
@@ -244,62 +266,3 @@ def as_table(findings: Sequence[Finding], seconds: float) -> str:
     healthy = all(finding.holds for finding in findings)
     verdict = "Ready to train" if healthy else f"Not ready: fix {findings[-1].name} first"
     return f"{text.getvalue().rstrip()}\n{verdict} ({seconds:.0f} s, nothing was saved)"
-
-
-def warnings(session: PolicySession) -> list[str]:
-    """What may slow or stop a long run on this host; none of it is an error."""
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in session.engine.module.parameters() if p.requires_grad)
-    return [*other_versions(), *crowded_cores(), *small_disk(session.config, trained), *missing_home()]
-
-
-def tested_versions() -> dict[str, str]:
-    """The versions that this release was tested with, of the packages that it requires."""
-    lines = files("bpgo_video").joinpath("constraints.txt").read_text("utf-8").splitlines()
-    pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    required = map(Requirement, requires("bpgo-video") or ())
-    used = {package.name for package in required if not package.marker or package.marker.evaluate({"extra": "rewards"})}
-    return {name: tested for name, tested in pinned.items() if canonicalize_name(name) in used}
-
-
-def other_versions() -> Iterator[str]:
-    """A line for each installed package of another version than the tested one."""
-    for name, tested in tested_versions().items():
-        try:
-            installed = version(name).partition("+")[0]  # torch's "+cpu" is a build, not a version
-        except PackageNotFoundError:
-            continue  # of an extra
-        if installed != tested:
-            yield f"{name} {installed} is installed; this release was tested with {tested}"
-
-
-def crowded_cores() -> Iterator[str]:
-    """A line if the ranks of this host have more threads than it has cores."""
-    ranks, threads, cores = ranks_of_this_host(), torch.get_num_threads(), available_cores()
-    if ranks * threads > cores:
-        advice = f"set OMP_NUM_THREADS={max(1, cores // ranks)}"
-        yield f"ranks x threads of this host is {ranks} x {threads}, but it has {cores} cores: {advice}"
-
-
-def small_disk(config: Recipe, trained: int) -> Iterator[str]:
-    """A line if the disk cannot hold the checkpoints that a run keeps and the one being written.
-
-    Args:
-        trained: number of trained weights over all ranks; frozen ones are not saved.
-    """
-    run = config.run
-    numbers = 1 + 2 * (config.optim.name != "sgd") + (config.ema.decay > 0)  # in fp32: weights, moments, average
-    needed = (run.keep_checkpoints + 1) * trained * numbers * 4
-    folder = Path(run.dir).absolute()
-    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
-    if free < needed:
-        yield (
-            f"run.dir {run.dir} has {readable(free)} free; {run.keep_checkpoints + 1} checkpoints take about "
-            f"{readable(needed)}: set run.keep_checkpoints, or name another folder"
-        )
-
-
-def missing_home() -> Iterator[str]:
-    """A line if the home directory, where libraries keep caches, is not writable."""
-    home = Path("~").expanduser() if "HOME" in os.environ else None
-    if home is None or not os.access(home, os.W_OK):
-        yield f"HOME ({home}) cannot be written: set HF_HOME, MPLCONFIGDIR and data.cache to writable folders"

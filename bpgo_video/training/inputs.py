@@ -25,7 +25,7 @@ from bpgo_video.files import fingerprint, resolve_folder
 from bpgo_video.learner.priors import FROM_IMAGES, STORED
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.attention import check_heads
-from bpgo_video.policies.attention_backends import check_backend
+from bpgo_video.policies.attention_backends import ODE_KEY, check_backend
 from bpgo_video.policies.networks import (
     trained_names,
     transformer_names,
@@ -105,6 +105,7 @@ def check_prompts(config: Config, shards: PromptShards) -> None:
     splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
     for split in splits:
         shards.rows(split)
+    check_backend(config.rollout.attention_backend, trains=False, key=ODE_KEY)
     policy = describe_policy(config)
     policy.latent_shape(config.video)  # raises for a video size that the family cannot make
     check_experts(policy, config)

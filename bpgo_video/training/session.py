@@ -28,7 +28,7 @@ from bpgo_video.files import fingerprint, resolve_folder
 from bpgo_video.inference.hub import this_code
 from bpgo_video.policies import Policy
 from bpgo_video.policies.attention import parallelise
-from bpgo_video.policies.attention_backends import choose_attention, try_attention
+from bpgo_video.policies.attention_backends import set_up_attention
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import (
     Build,
@@ -158,9 +158,9 @@ def sampling_policy(
         load=together(load_frozen, mesh),
     )
     save_memory(policy, config.policy, mesh.device)
-    choose_attention(policy.transformers, config.policy.attention_backend, policy.sequence_plan)
+    of_ode = config.rollout.attention_backend if isinstance(config, Config) else None
     with all_or_none(mesh):  # hosts may have other kernels
-        try_attention(policy, config.policy.attention_backend, compute_dtype(ds_config), mesh.device)
+        set_up_attention(policy, config.policy.attention_backend, of_ode, compute_dtype(ds_config), mesh.device)
     return policy
 
 

@@ -15,7 +15,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.conditioning import guidance_of
-from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
+from bpgo_video.rollouts.denoiser import Denoiser, PartialPath, training_denoiser
 from bpgo_video.rollouts.prefixes import branches, rows_of_ranks
 from bpgo_video.rollouts.replay import policy_shift
 from bpgo_video.rollouts.rollout import sample_chunks
@@ -71,13 +71,18 @@ def unshared(denoiser: Denoiser, prompts: PromptBatch, trajectory: Trajectory) -
 def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
     """Every forward from here on."""
     found: Forwards = []
-    velocity = Denoiser.velocity
+    transition, ode_velocity = Denoiser.transition, Denoiser.ode_velocity
 
-    def counted(self: Denoiser, latents: torch.Tensor, index: int, guidance: Any) -> torch.Tensor:
+    def stochastic(self: Denoiser, latents: torch.Tensor, index: int, guidance: Any) -> Any:
         found.append((index, len(latents)))
-        return velocity(self, latents, index, guidance)
+        return transition(self, latents, index, guidance)
 
-    monkeypatch.setattr(Denoiser, "velocity", counted)
+    def deterministic(self: Denoiser, path: PartialPath, guidance: Any) -> Any:
+        found.append((path.step, len(path.latents)))
+        return ode_velocity(self, path, guidance)
+
+    monkeypatch.setattr(Denoiser, "transition", stochastic)
+    monkeypatch.setattr(Denoiser, "ode_velocity", deterministic)
     return found
 
 
@@ -88,9 +93,10 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
         ({"latents_dtype": "bfloat16"}, {}),
         ({"solver": "adams_bashforth"}, {}),
         ({"guidance_scale": 3.0, "solver": "adams_bashforth"}, {"records_means": True, "records_frames": True}),
+        ({"guidance_scale": 3.0}, {"guidance_every": 2}),
         ({}, {"records_path": False}),
     ],
-    ids=["fp32", "bf16", "second_order", "guided_and_recorded", "only_the_end"],
+    ids=["fp32", "bf16", "second_order", "guided_and_recorded", "guided_every_other_step", "only_the_end"],
 )
 @pytest.mark.parametrize("steps", [ALIKE, OWN], ids=["alike", "own"])
 def test_with_batches_of_one_shape_sharing_changes_no_bit(

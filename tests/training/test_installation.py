@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import Config
-from bpgo_video.training import doctor
+from bpgo_video.training import installation
 
 
 def test_every_dependency_has_a_tested_version() -> None:
-    tested = doctor.tested_versions()
+    tested = installation.tested_versions()
     assert tested["torch"] == "2.13.0"
     assert {"deepspeed", "PyYAML", "opencv-python-headless"} <= set(tested)
     assert not {"ruff", "pytest", "mypy"} & set(tested), "development tools do not affect runs"
@@ -39,19 +39,19 @@ def test_another_version_is_reported_but_not_another_build_of_the_same(
             raise PackageNotFoundError(name)
         return installed
 
-    monkeypatch.setattr(doctor, "tested_versions", lambda: {"torch": "2.13.0"})
-    monkeypatch.setattr(doctor, "version", version)
-    assert list(doctor.other_versions()) == expected
+    monkeypatch.setattr(installation, "tested_versions", lambda: {"torch": "2.13.0"})
+    monkeypatch.setattr(installation, "version", version)
+    assert list(installation.other_versions()) == expected
 
 
 @pytest.mark.parametrize(("threads", "ranks", "advice"), [(1, 2, []), (2, 2, ["1"]), (4, 1, ["2"])])
 def test_more_threads_than_cores_are_reported(
     threads: int, ranks: int, advice: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "available_cores", lambda: 2)
+    monkeypatch.setattr(installation, "available_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setenv("LOCAL_SIZE", str(ranks))
-    warnings = list(doctor.crowded_cores())
+    warnings = list(installation.crowded_cores())
     assert [line.rpartition("OMP_NUM_THREADS=")[2] for line in warnings] == advice
 
 
@@ -65,10 +65,10 @@ def test_a_disk_too_small_for_three_checkpoints_is_reported(
     run = replace(recipe.run, dir=str(tmp_path / "not" / "there yet"), keep_checkpoints=2)
     config = replace(recipe, run=run, ema=replace(recipe.ema, decay=decay))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free * 10**9))
-    assert (list(doctor.small_disk(config, 10**9)) == []) is fits
+    assert (list(installation.small_disk(config, 10**9)) == []) is fits
 
 
 @pytest.mark.parametrize("home", [None, "/nonexistent/home"])
 def test_an_unwritable_home_is_reported(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
-    assert [line.partition(" cannot be written")[0] for line in doctor.missing_home()] == [f"HOME ({home})"]
+    assert [line.partition(" cannot be written")[0] for line in installation.missing_home()] == [f"HOME ({home})"]
