@@ -35,6 +35,7 @@ from bpgo_video.distributed.ds_config import (
     check_parameters,
     complete,
     compute_dtype,
+    fetching_ahead,
     restore_shards,
 )
 from bpgo_video.distributed.gathering import WholeGradients, not_gathered, whole_weights
@@ -140,6 +141,12 @@ def frozen(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:
     return deepspeed.initialize(model=module, config=complete(ds_config))[0] if zero_stage(ds_config) == 3 else module
 
 
+def largest_block(module: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> int:
+    """Elements of the largest block, sharded or whole."""
+    blocks = [block for block in module.modules() if isinstance(block, block_classes)]
+    return max(sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters()) for block in blocks)
+
+
 def call_by_position(module: nn.Module, block_classes: tuple[type[nn.Module], ...]) -> None:
     """Pass the inputs of every block of these classes by position; call it before DeepSpeed adds its hooks.
 
@@ -209,7 +216,8 @@ class Engine:
         self._touched, optimizer = TouchedParts(parts, self.stage), make_optimizer(parts, optim)
         exact = cast_shards(optimizer, self.dtype) if self.stage == 3 else {}
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
-        config = complete(ds_config, micro_batch_size, optim.max_grad_norm)
+        ahead = fetching_ahead(ds_config, largest_block(module, block_classes))
+        config = complete(ahead, micro_batch_size, optim.max_grad_norm)
         self.wrapped = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=self.schedule, config=config
         )[0]
