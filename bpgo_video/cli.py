@@ -185,6 +185,7 @@ samples = _number(int, "1 or more, and at most 10,000", lambda value: 1 <= value
 port = _number(int, "from 0 to 65535", lambda value: 0 <= value < 2**16)
 above_zero = _number(float, "above 0, and finite", lambda value: value > 0)
 share = _number(float, "0 or more, and below 1", lambda value: 0 <= value < 1)
+above_zero_share = _number(float, "above 0, and at most 1", lambda value: 0 < value <= 1)
 not_negative = _number(float, "0 or more, and finite", lambda value: value >= 0)
 
 

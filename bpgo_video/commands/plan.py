@@ -1,12 +1,17 @@
-"""Compute the memory of a recipe on each rank before you request a GPU, and what to change if it does not fit.
+"""Predict memory, hours and cost of a recipe before you request a GPU, and what to change if it does not fit.
 
     bpgo-video plan wan21_1.3b_480p_8x80gb --gpus 8
+    bpgo-video plan wan21_14b_480p_32x80gb --gpus 32 --card h100 --price 2.5
     bpgo-video plan my_recipe.yaml --gpus 16 --gigabytes 40 80 --rollout.micro-batch-size 2
     bpgo-video plan --model wan2.1-t2v-14b --gpus 32 --sequence 4 --lora-rank 32
-    bpgo-video plan --model path/to/pipeline --gpus 8 --size 480x832x49 --zero 2
+    bpgo-video plan tiny_wan_bpgo --gpus 2 --calibrate --rates rates.json
 
-Reads no weights and needs no GPU; `bpgo-video doctor` then measures a step on the GPUs themselves. Exit code 0 if the
-job fits on a GPU of one of the given sizes, 1 if it fits on none, 2 if the recipe or a flag is wrong.
+Reads no weights and needs no GPU. Seconds follow from counted operations and from a card's published rates, of which
+--mfu is reached (an assumption); --calibrate measures a few passes on this machine instead, and writes what it reaches
+to --rates, which later plans read. `bpgo-video doctor` then runs a step on the GPUs themselves.
+
+Exit code 0 if the job fits on a GPU of one of the given sizes, 1 if on none, 2 if the recipe or a flag is wrong, 3 if
+it may fit, but the size of a reward model is not known (--reward-gigabytes states it).
 """
 
 from __future__ import annotations
@@ -19,12 +24,13 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from bpgo_video.cli import help_of, not_negative, positive, print_error
-from bpgo_video.config.bpgo import Config
+from bpgo_video.cli import above_zero, above_zero_share, help_of, not_negative, positive, print_error
+from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.command_line import apply_flags, load_config, recipe_as_flag
 from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.reading import config_from_dict, ds_config_file
 from bpgo_video.errors import InputError
+from bpgo_video.training.plan_cards import CARDS, MFU, card_of, rates_of, read_rates, with_network, write_rates
 
 GPUS = (24, 40, 80, 141)  # gigabytes
 PROMPTS = "--rollout.prompts-per-step"
@@ -54,10 +60,23 @@ def parser(script: str | None = None) -> argparse.ArgumentParser:
     what.add_argument("--config", type=Path, help="a recipe: a file, or a shipped one; it may be the first word")
     what.add_argument("--model", help=MODEL)
     add("--gpus", required=True, type=positive, metavar="N", help="ranks of the whole run")
-    sizes = f"of one GPU; several sizes are compared ({' '.join(map(str, GPUS))})"
-    add("--gigabytes", type=positive, nargs="+", default=list(GPUS), metavar="GB", help=sizes)
-    rewards = "of reward models on the policy's GPUs (0)"
-    add("--reward-gigabytes", type=not_negative, default=0.0, metavar="GB", help=rewards)
+    sizes = f"of one GPU; several sizes are compared (the card's, or {' '.join(map(str, GPUS))})"
+    add("--gigabytes", type=positive, nargs="+", metavar="GB", help=sizes)
+    rewards = "of reward models on the policy's GPUs (what is known of the recipe's)"
+    add("--reward-gigabytes", type=not_negative, metavar="GB", help=rewards)
+    add("--card", choices=CARDS, help="the GPU whose rates give the seconds (the smallest of --gigabytes, or h100)")
+    add(
+        "--mfu",
+        type=above_zero_share,
+        default=MFU,
+        metavar="SHARE",
+        help="of the card's peak rate that is reached (%(default)s)",
+    )
+    network = "network rate of each GPU between hosts, in Gb/s (the card's usual machine)"
+    add("--link-gbps", type=above_zero, metavar="GBPS", help=network)
+    add("--price", type=not_negative, help="of a GPU-hour, in your currency")
+    add("--rates", type=Path, metavar="FILE", help="measured rates, in place of the card's; written by --calibrate")
+    add("--calibrate", action="store_true", help="measure this machine at the recipe's shapes, and write --rates")
     add("--size", type=size, metavar="HxWxF", help="height x width x frames of a video")
     add("--zero", type=int, choices=(1, 2, 3), help="stage of ZeRO, in place of the DeepSpeed JSON's")
     add("--offload", choices=OFFLOADS, help="to the CPU, besides what the JSON offloads")
@@ -102,12 +121,61 @@ def job_of(arguments: argparse.Namespace, words: Sequence[str]) -> Any:
         read_ds_config(str(ds_config_file(config.deepspeed))),
         arguments.gpus,
         model,
-        reward_bytes=int(arguments.reward_gigabytes * 1e9),
-        gigabytes=max(arguments.gigabytes),
+        stated_reward=stated_reward(arguments, config),
+        gigabytes=max(sizes_of(arguments)),
+        prompts=prompts_here(config.data.shards),
     )
     stage = [f"stage: {arguments.zero}"] if arguments.zero else []
     offload = [f"{part}: {{device: cpu}}" for part in OFFLOADS.get(arguments.offload, [])]
     return reduce(change, (f"zero_optimization.{words}" for words in stage + offload), job)
+
+
+def sizes_of(arguments: argparse.Namespace) -> list[int]:
+    """Gigabytes of the GPUs that are compared."""
+    if arguments.gigabytes:
+        return list(arguments.gigabytes)
+    return [CARDS[arguments.card].gigabytes] if arguments.card else list(GPUS)
+
+
+def prompts_here(shards: str) -> dict[str, int]:
+    """Prompts of each split of a local folder; none if it is elsewhere, or not built yet."""
+    if not (Path(shards) / "index.json").is_file():
+        return {}
+    from bpgo_video.data.reader import PromptShards
+
+    return dict(PromptShards(shards).splits)
+
+
+def stated_reward(arguments: argparse.Namespace, config: Config) -> Any:
+    """The rewards with the memory that the flag states; None without it. A model without a recipe has no rewards."""
+    from bpgo_video.training.plan_rewards import RewardSize, reward_size
+
+    if arguments.model:
+        return RewardSize(int((arguments.reward_gigabytes or 0) * 1e9), 0, stated=True)
+    if arguments.reward_gigabytes is None:
+        return None
+    size = int(arguments.reward_gigabytes * 1e9)
+    return replace(reward_size(config), resting=size, offloaded=0, unknown=(), stated=True)
+
+
+def rates_of_job(arguments: argparse.Namespace, job: Any) -> Any:
+    """The rates that the flags ask for; `--calibrate` measures and writes them.
+
+    Raises:
+        ConfigError: --calibrate without a file, or a file without rates.
+    """
+    card = card_of(arguments.card, min(arguments.gigabytes) if arguments.gigabytes else None)
+    rates = rates_of(card, arguments.mfu, bf16=job.zero.weight_bytes == 2, network_gbps=arguments.link_gbps)
+    if arguments.calibrate:
+        if arguments.rates is None:
+            raise ConfigError("--calibrate measures rates for later plans; name the file that it writes with --rates")
+        import torch
+
+        from bpgo_video.training.plan_calibrate import calibrate
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        write_rates(arguments.rates, calibrate(job, rates, device))
+    return rates if arguments.rates is None else with_network(read_rates(arguments.rates), arguments.link_gbps)
 
 
 def config_of(model: str, flags: Sequence[str], tokens: int = 512) -> Config:
@@ -127,22 +195,23 @@ def config_of(model: str, flags: Sequence[str], tokens: int = 512) -> Config:
 
 
 def main(words: Sequence[str], script: str | None = None) -> int:
-    """0 if the job fits on a GPU of one of the sizes, 1 if on none, 2 if the recipe or a flag is wrong."""
+    """0 if the job fits on a GPU of one of the sizes, 1 if on none, 2 if anything is wrong, 3 if it is not known."""
     arguments, flags = parser(script).parse_known_args(recipe_as_flag(words))
     try:
         job = job_of(arguments, flags)
 
         from bpgo_video.training.plan_advice import advise
         from bpgo_video.training.plan_memory import reckon
-        from bpgo_video.training.plan_report import as_json, as_text
+        from bpgo_video.training.plan_report import Report, as_json, as_text
+        from bpgo_video.training.plan_time import bill
 
-        plan = reckon(job)
-        short = [size for size in arguments.gigabytes if not plan.fits(size)]
+        plan, rates, sizes = reckon(job), rates_of_job(arguments, job), sizes_of(arguments)
+        short = [size for size in sizes if not plan.fits(size)]
         advised = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
+        report = Report(job, plan, bill(job, plan, rates), rates, sizes, advised, arguments.price)
     except (InputError, OSError) as error:
         return print_error(error)
-    if arguments.json:
-        print(json.dumps(as_json(job, plan, arguments.gigabytes, advised), indent=1))
-    else:
-        print(as_text(job, plan, arguments.gigabytes, advised))
-    return 1 if len(short) == len(arguments.gigabytes) else 0
+    print(json.dumps(as_json(report), indent=1) if arguments.json else as_text(report))
+    if len(short) == len(sizes):
+        return 1
+    return 3 if job.reward.unknown else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import gcd
 from typing import Any
@@ -13,12 +13,13 @@ import yaml
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.rules import check_world
 from bpgo_video.diffusion.steps import split_updates
-from bpgo_video.distributed.ds_config import compute_dtype
+from bpgo_video.distributed.ds_config import compute_dtype, fetching_ahead
 from bpgo_video.policies import Policy
 from bpgo_video.policies.base import LatentShape
 from bpgo_video.rollouts.forwards import expected_forwards
-from bpgo_video.training.plan_footprint import Footprint, Weights, footprint
+from bpgo_video.training.plan_footprint import Footprint, Weights, Work, decoding, footprint
 from bpgo_video.training.plan_models import Model, policy_of
+from bpgo_video.training.plan_rewards import RewardSize, reward_size
 from bpgo_video.training.plan_zero import Zero
 
 
@@ -27,20 +28,36 @@ class Job:
     """A recipe on a number of GPUs.
 
     Attributes:
-        reward_bytes: of reward models, weights and activations, if they are on the policy's GPUs.
+        stated_reward: of the reward models on the policy's GPUs; None takes what is known of the recipe's models.
         gigabytes: of one GPU; decides whether `rollout.parameters: auto` gathers.
+        prompts: number of each split, where the shards are here.
     """
 
     config: Config
     ds_config: Mapping[str, Any]
     ranks: int
     model: Model
-    reward_bytes: int = 0
+    stated_reward: RewardSize | None = None
     gigabytes: int = 80
+    prompts: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def zero(self) -> Zero:
-        return Zero.of(self.ds_config, self.ranks)
+        """With the limits of stage 3 that the engine derives from the model."""
+        zero = Zero.of(self.ds_config, self.ranks)
+        if zero.stage < 3:
+            return zero
+        return Zero.of(fetching_ahead(self.ds_config, self.weights.largest_block), self.ranks)
+
+    @cached_property
+    def reward(self) -> RewardSize:
+        return reward_size(self.config) if self.stated_reward is None else self.stated_reward
+
+    @property
+    def guided(self) -> bool:
+        """Whether a forward computes both halves of classifier-free guidance."""
+        sampler = self.config.sampler
+        return max(sampler.guidance_scale, sampler.guidance_scale_2 or 1) > 1
 
     @cached_property
     def policy(self) -> Policy:
@@ -73,17 +90,23 @@ class Job:
     @cached_property
     def footprint(self) -> Footprint:
         """Of one of the model's transformers; of several, one computes at a time."""
-        policy, sampler = self.config.policy, self.config.sampler
-        halves = 2 if max(sampler.guidance_scale, sampler.guidance_scale_2 or 1) > 1 else 1
+        policy = self.config.policy
         return footprint(
             self.policy,
             self.config.video,
-            self.config.rollout.micro_batch_size * halves,
+            self.config.rollout.micro_batch_size * (1 + self.guided),
             compute_dtype(self.ds_config),
             gradient_checkpointing=policy.gradient_checkpointing,
             lora=policy.lora,
             sequence=self.config.parallel.sequence,
         )
+
+    @cached_property
+    def decoding(self) -> Work:
+        """Of the videos that a rank decodes together."""
+        policy = self.config.policy
+        split = {"tiling": policy.vae_tiling, "slicing": policy.vae_slicing}
+        return decoding(self.policy, self.decoded, self.decoded_at_once, **split)
 
     @cached_property
     def weights(self) -> Weights:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bpgo_video.distributed.mesh import Mesh
 
@@ -64,6 +65,56 @@ class Allocations(TorchDispatchMode):
         """The peak so far; the next one starts from what is live now."""
         peak, self.peak = self.peak, self.live
         return peak
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+FORMULAS: dict[Any, Callable[..., Any]] = {  # torch's registry knows attention on GPUs only; fake tensors run the CPU's
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Counts(TorchDispatchMode):
+    """Counts what the operations inside its block take; what is recomputed counts each time.
+
+    torch's FlopCounterMode has the same formulas, but also follows modules, which keeps activations alive.
+
+    Attributes:
+        operations: floating-point ones of matrix products, convolutions and attention; a product of two numbers that is
+            added to a third is two.
+        moved: bytes that operations read and write, views excluded, as if no kernels were fused.
+        exchanged: bytes in the buffers that a rank sends to its sequence group, its own part included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.moved = self.exchanged = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if operation._overloadpacket in FORMULAS:
+            self.operations += int(FORMULAS[operation._overloadpacket](*args, **(kwargs or {}), out_val=result))
+        given = {id(tensor): tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor) and id(tensor) not in given]
+        if operation.namespace == "c10d":
+            self.exchanged += max(map(_bytes, given.values()), default=0)
+        elif made and not operation.is_view:
+            self.moved += sum(map(_bytes, (*given.values(), *made)))
+        return result
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 class EveryTokenReal(TorchFunctionMode):

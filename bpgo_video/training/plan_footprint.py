@@ -1,11 +1,11 @@
-"""What a policy's networks take: memory of the transformer and of the VAE, from a run on fake tensors.
+"""What a policy's networks take: memory and operations of transformer and VAE, from a run on fake tensors.
 
 Attention counts as tiled (flash or memory-efficient): it saves queries, keys, values, output and one number per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -24,7 +24,14 @@ from bpgo_video.policies.attention import check_heads, parallelise
 from bpgo_video.policies.base import LatentShape
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import split_vae_work
-from bpgo_video.training.plan_fake import Allocations, EveryTokenReal, alone_in_a_group, fake_of, make_fake
+from bpgo_video.training.plan_fake import (
+    Allocations,
+    Counts,
+    EveryTokenReal,
+    alone_in_a_group,
+    fake_of,
+    make_fake,
+)
 from bpgo_video.training.plan_models import diffusers_class, repeated_blocks
 
 VAE_DTYPE = torch.float32  # as policies load it
@@ -50,18 +57,37 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a pass takes on a rank.
+
+    Attributes:
+        peak: bytes at its peak, besides weights.
+        operations: floating-point operations of matrix products, convolutions and attention.
+        moved: bytes that its kernels read and write if none are fused.
+        exchanged: bytes that the rank sends to its sequence group, its own part included.
+    """
+
+    peak: int
+    operations: int
+    moved: int
+    exchanged: int
+
+
+@dataclass(frozen=True)
 class Footprint:
     """What one transformer takes on a rank.
 
     Attributes:
         weights: its parameters.
-        forward: bytes at the peak of a forward without gradients, besides weights.
-        replay: bytes at the peak of a forward and its backward, which releases each parameter's gradient at once.
+        blocks: how many of its parts ZeRO-3 fetches as one.
+        forward: of a forward without gradients.
+        replay: of a forward and its backward, which releases each parameter's gradient at once.
     """
 
     weights: Weights
-    forward: int
-    replay: int
+    blocks: int
+    forward: Work
+    replay: Work
 
 
 @cache
@@ -100,11 +126,12 @@ def footprint(
             policy.sequence_plan.attention(module)  # on one rank, too: Mochi's own processor needs values of the mask
         parallelise(module, mesh, policy.sequence_plan)
         forward, replay = measure(module, tree_map(fake_of, inputs))
+        blocks = repeated_blocks(module)
         trained, frozen = (
             tuple(parameter.numel() for parameter in module.parameters() if parameter.requires_grad == learns)
             for learns in (True, False)
         )
-        return Footprint(Weights(trained, frozen, max(map(_elements, repeated_blocks(module)))), forward, replay)
+        return Footprint(Weights(trained, frozen, max(map(_elements, blocks))), len(blocks), forward, replay)
 
 
 def transformer_inputs(policy: Policy, video: VideoConfig, samples: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -141,18 +168,29 @@ def transformer_inputs(policy: Policy, video: VideoConfig, samples: int, dtype: 
     return recorded
 
 
-def measure(module: nn.Module, inputs: dict[str, Any]) -> tuple[int, int]:
-    """Bytes at the peak of a forward without gradients, and of a forward with its backward."""
+def measure(module: nn.Module, inputs: dict[str, Any]) -> tuple[Work, Work]:
+    """A forward without gradients, and a forward with its backward."""
     for parameter in module.parameters():
         if parameter.requires_grad:  # ZeRO reduces gradients as they come; the plan counts what it keeps
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    with Allocations([*module.parameters(), *module.buffers()]) as counted:
+    weights = [*module.parameters(), *module.buffers()]
+
+    def forward() -> None:
         with torch.no_grad():
             module(**inputs)
-        forward = counted.mark()
+
+    def replay() -> None:
         inputs["hidden_states"].requires_grad_()  # as in replay
         module(**inputs)[0].float().square().mean().backward()
-    return forward, counted.peak
+
+    return work_of(forward, weights), work_of(replay, weights)
+
+
+def work_of(run: Callable[[], object], weights: Iterable[Tensor]) -> Work:
+    """What a call takes; its inputs exist already, and `weights` are not counted in its peak."""
+    with Counts() as counts, Allocations(weights) as held:
+        run()
+    return Work(held.peak, counts.operations, counts.moved, counts.exchanged)
 
 
 def _elements(module: nn.Module) -> int:
@@ -184,13 +222,12 @@ def vae_bytes(policy: Policy) -> int:
 
 
 @cache
-def decoding_bytes(
+def decoding(
     policy: Policy, latents: LatentShape, samples: int, *, tiling: bool = False, slicing: bool = False
-) -> int:
-    """Bytes at the peak of decoding that many videos at once, besides the VAE's weights."""
+) -> Work:
+    """What decoding that many videos at once takes, besides the VAE's weights."""
     with _fake_vae(policy) as vae:
         split_vae_work(vae, tiling=tiling, slicing=slicing or policy.slices_vae)
         timestep = {"temb": torch.empty(samples)} if vae.config.get("timestep_conditioning") else {}
-        with Allocations([*vae.parameters(), *vae.buffers()]) as counted:
-            vae.decode(torch.empty(samples, *latents), return_dict=False, **timestep)
-    return counted.peak
+        weights = [*vae.parameters(), *vae.buffers()]
+        return work_of(lambda: vae.decode(torch.empty(samples, *latents), return_dict=False, **timestep), weights)

@@ -10,7 +10,7 @@ from bpgo_video.config.rules import check_world
 from bpgo_video.distributed.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, pulls_to_previous
 from bpgo_video.training.plan import Job
-from bpgo_video.training.plan_footprint import decoding_bytes, vae_bytes
+from bpgo_video.training.plan_footprint import vae_bytes
 from bpgo_video.training.plan_zero import (
     FP32,
     PHASES,
@@ -25,6 +25,7 @@ from bpgo_video.training.plan_zero import (
 )
 
 RUNTIME = 2 * 10**9  # CUDA context, NCCL's buffers and cuBLAS's workspaces: an assumption, not measured
+HOST_PROCESS = 3 * 10**9  # Python, its packages and CUDA's libraries on the host: an assumption, not measured
 FRAGMENTED = 0.05  # share of a GPU's memory that its allocator cannot use: an assumption, not measured
 
 
@@ -35,12 +36,13 @@ class Plan:
     Attributes:
         phases: of a training step, each with what a rank's GPU holds at its peak.
         host: in the host's memory.
-        gathers: rollouts hold all weights on every rank.
+        gathers, gathers_update: rollouts, and updates, hold all weights on every rank.
     """
 
     phases: Mapping[str, Parts]
     host: Parts
     gathers: bool
+    gathers_update: bool = False
 
     @property
     def totals(self) -> dict[str, int]:
@@ -56,6 +58,29 @@ class Plan:
 
     def fits(self, gigabytes: float) -> bool:
         return self.peak <= room(gigabytes)
+
+
+def host_loading(job: Job, plan: Plan) -> int:
+    """Bytes of the host's memory that a rank holds at most while a run starts.
+
+    Networks are read one after the other, and go to the GPU: under ZeRO-3 the transformers by single tensors, else
+    whole; VAE, image encoder and rewards whole.
+    """
+    zero, weights = job.zero, job.weights
+    largest = max((*weights.trained, *weights.frozen))
+    encoder = job.model.image_encoder_parameters * zero.weight_bytes
+    read = (
+        (largest if zero.stage == 3 else weights.elements) * zero.weight_bytes,
+        vae_bytes(job.policy) + encoder,
+        job.reward.resting + job.reward.offloaded,
+    )
+    kept = sum(size for name, size in plan.host.items() if name != "checkpoint")
+    return HOST_PROCESS + max(read) + kept
+
+
+def host_saving(plan: Plan) -> int:
+    """Bytes of the host's memory that a rank holds while a checkpoint is written."""
+    return HOST_PROCESS + sum(plan.host.values())
 
 
 def room(gigabytes: float) -> int:
@@ -79,22 +104,24 @@ def reckon(job: Job) -> Plan:
         *zero_at_rest(zero, weights, config, reference),
         Part("VAE and image encoder", frozen + encoder, on_host=rests),
         Part("trajectories", _trajectory_bytes(job), on_host=config.rollout.offload_trajectories),
-        Part("reward models", job.reward_bytes),
+        Part("reward models", job.reward.resting),
     ]
+    resting.append(Part("reward models", job.reward.offloaded, on_host=True))
     gathers = _gathers(job, sum(on_gpu(resting, "denoise").values()))
     keeps = not settings.gradient_checkpointing
-    split = {"tiling": settings.vae_tiling, "slicing": settings.vae_slicing}
     parts = [
         *resting,
         *zero_at_work(zero, weights, config, gathers=gathers, keeps_activations=keeps),
         Part("videos to be scored", _video_bytes(job), ROLLOUT),
-        Part("forward", work.forward, ("denoise",)),
-        Part("decoding", decoding_bytes(job.policy, job.decoded, job.decoded_at_once, **split), ("decode",)),
+        Part("reward models", job.reward.offloaded + job.reward.work, ROLLOUT),
+        Part("forward", work.forward.peak, ("denoise",)),
+        Part("decoding", job.decoding.peak, ("decode",)),
         Part("VAE and image encoder", frozen if rests else 0, ("decode",)),
-        Part("forward and backward", work.replay, ("replay",)),
+        Part("forward and backward", work.replay.peak, ("replay",)),
     ]
     phases = {phase: on_gpu(parts, phase) for phase in PHASES if gathers or phase != "gather"}
-    return Plan(phases, sums(part for part in parts if part.on_host), gathers)
+    updates = _gathers_update(job, sum(on_gpu(resting, "replay").values()), sum(phases["replay"].values()))
+    return Plan(phases, sums(part for part in parts if part.on_host), gathers, updates)
 
 
 def _gathers(job: Job, resting: int) -> bool:
@@ -102,6 +129,14 @@ def _gathers(job: Job, resting: int) -> bool:
     if job.zero.stage != 3 or job.config.rollout.parameters != "auto":
         return job.zero.stage == 3 and job.config.rollout.parameters == "gathered"
     return missing_weights(job.zero, job.weights) <= SHARE_FOR_WEIGHTS * (room(job.gigabytes) - resting)
+
+
+def _gathers_update(job: Job, resting: int, replaying: int) -> bool:
+    """Whether updates gather the weights; `auto` does from the second one on, if the first leaves room for them."""
+    if job.zero.stage != 3 or job.config.optim.parameters != "auto":
+        return job.zero.stage == 3 and job.config.optim.parameters == "gathered"
+    free = room(job.gigabytes) - resting
+    return missing_weights(job.zero, job.weights) <= min(SHARE_FOR_WEIGHTS * free, free - (replaying - resting))
 
 
 def _trajectory_bytes(job: Job) -> int:

@@ -1,9 +1,10 @@
-"""A memory plan as text and as JSON: what fits, what takes the most, what to change."""
+"""A plan as text and as JSON: what fits, what takes the most, what to change, and what the run costs."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -11,14 +12,36 @@ from rich.console import Console
 from rich.table import Table
 
 from bpgo_video.training.plan import Job, count_step, readable
+from bpgo_video.training.plan_bill_report import assumptions, bill_as_json, bill_lines, step_table
+from bpgo_video.training.plan_cards import Rates
 from bpgo_video.training.plan_memory import Plan, room
+from bpgo_video.training.plan_time import Bill
 from bpgo_video.training.plan_zero import Parts
 
 LARGEST = 4  # parts of a phase that the summary names
 Advised = dict[int, tuple[list[str], Plan]]  # gigabytes -> changes, and the plan with them
 
 
-def as_json(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Report:
+    """A plan with its bill, for GPUs of some sizes.
+
+    Attributes:
+        price: of a GPU-hour.
+    """
+
+    job: Job
+    plan: Plan
+    cost: Bill
+    rates: Rates
+    sizes: Sequence[int]
+    advised: Advised
+    price: float | None = None
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    job, plan = report.job, report.plan
+    unknown = job.reward.unknown
     return {
         "model": job.model.name,
         "step": count_step(job),
@@ -26,19 +49,30 @@ def as_json(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> dic
         "host": plan.host,
         "gathers_for_rollout": plan.gathers,
         "tightest": plan.tightest,
-        "fits": {str(size): plan.fits(size) for size in sizes},
+        "fits": {str(size): None if unknown and plan.fits(size) else plan.fits(size) for size in report.sizes},
+        "rewards_of_unknown_size": unknown,
         "advice": {
             str(size): {"changes": changes, "peak": changed.peak, "fits": changed.fits(size)}
-            for size, (changes, changed) in advised.items()
+            for size, (changes, changed) in report.advised.items()
         },
+        **bill_as_json(job, plan, report.cost, report.rates, report.price),
     }
 
 
-def as_text(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> str:
+def as_text(report: Report) -> str:
+    job, plan, cost, rates = report.job, report.plan, report.cost, report.rates
     console = Console(file=(text := io.StringIO()), width=100, color_system=None, highlight=False, markup=False)
-    for line in (*summary(job, plan, sizes, advised), "", *counts(job), ""):
-        console.print(line, soft_wrap=True)
+
+    def lines(*given: str) -> None:
+        for line in given:
+            console.print(line, soft_wrap=True)
+
+    lines(*summary(job, plan, report.sizes, report.advised))
+    lines(*bill_lines(job, plan, cost, report.price), "")
+    console.print(step_table(job, cost, rates))
+    lines(*counts(job), "")
     console.print(memory_table(plan))
+    console.print(assumptions(job, rates))
     return text.getvalue().rstrip()
 
 
@@ -49,16 +83,19 @@ def summary(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> Ite
     parts = plan.phases[plan.tightest]
     yield f"  {listed(dict(sorted(parts.items(), key=lambda part: -part[1])[:LARGEST]))}"
     for size in sizes:
-        verdict = "fits" if plan.fits(size) else "does not fit"
+        verdict = "does not fit" if not plan.fits(size) else "unknown" if job.reward.unknown else "fits"
         yield f"{size} GB: {verdict} (tensors can take {readable(room(size))})"
+    if job.reward.unknown:
+        yield (
+            f"Nothing states the size of {', '.join(f'rewards.{name}' for name in job.reward.unknown)}: give that of "
+            "all reward models on a GPU with --reward-gigabytes (0 if they are elsewhere)"
+        )
     for size, (changes, changed) in advised.items():
         wanted = f"to fit {size} GB" if changed.fits(size) else f"even so it does not fit {size} GB"
         yield f"Set, {wanted} (then {readable(changed.peak)}):" if changes else f"No setting makes it fit {size} GB."
         yield from (f"  {words}" for words in changes)
         if not changed.fits(size):
             yield "Take a smaller video, or larger GPUs."
-    if plan.host:
-        yield f"On the host, for each rank: {listed(plan.host)}"
 
 
 def listed(parts: Parts) -> str:

@@ -112,21 +112,28 @@ def zero_at_rest(zero: Zero, weights: Weights, config: Config, reference: bool =
         Part("fp32 weights", share, on_host=host_optimizer),
         Part("optimizer", share * (2 if config.optim.name == "adamw" else 0), on_host=host_optimizer),
         Part("average", share if config.ema.decay else 0, on_host=host_optimizer),
-        Part("checkpoint", _checkpoint_bytes(zero, weights, config), on_host=True),
+        Part("checkpoint", _copy_bytes(zero, weights, config), on_host=True),
         Part("reference", resting if reference else 0, on_host=host_weights),
     ]
 
 
-def _checkpoint_bytes(zero: Zero, weights: Weights, config: Config) -> int:
-    """The copy that rank 0's part of a checkpoint is written from.
-
-    Weights, AdamW's moments and average of its share in fp32; under ZeRO 1 and 2 also the weights it computes with.
-    """
+def _copy_bytes(zero: Zero, weights: Weights, config: Config) -> int:
+    """The copy that rank 0's part of a checkpoint is written from; weights under ZeRO 1 and 2 are rank 0's."""
     if not config.run.save_async:
         return 0
-    copies = 1 + (2 if config.optim.name == "adamw" else 0) + (1 if config.ema.decay else 0)
     whole = 0 if zero.stage == 3 else sum(weights.trained) * zero.weight_bytes
-    return copies * FP32 * zero.share(sum(weights.trained)) + whole
+    return zero.share(_stored_numbers(config) * FP32 * sum(weights.trained)) + whole
+
+
+def checkpoint_bytes(zero: Zero, weights: Weights, config: Config) -> int:
+    """A checkpoint's files of all ranks: fp32 weights, moments, average; ZeRO 1 and 2 also store computing weights."""
+    each = _stored_numbers(config) * FP32 + (0 if zero.stage == 3 else zero.weight_bytes)
+    return each * sum(weights.trained)
+
+
+def _stored_numbers(config: Config) -> int:
+    """Of each trained weight: itself, AdamW's moments, the average."""
+    return 1 + (2 if config.optim.name == "adamw" else 0) + (1 if config.ema.decay else 0)
 
 
 def zero_at_work(

@@ -38,8 +38,8 @@ def planned(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
     total = {phase: sum(on_gpu(parts, phase).values()) for phase in ("denoise", "replay", "update")}
     return {
         "rest": sum(on_gpu(resting, "update").values()),
-        "denoise": total["denoise"] + work.forward,
-        "replay": total["replay"] + work.replay,
+        "denoise": total["denoise"] + work.forward.peak,
+        "replay": total["replay"] + work.replay.peak,
         "update": total["update"],
     }
 

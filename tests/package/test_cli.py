@@ -127,10 +127,12 @@ def test_plan_memory_shows_its_exit_codes_and_defaults(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("tools/plan_memory.py --help", monkeypatch) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     for words in (
-        "1 if it fits on none, 2 if",
-        "(24 40 80 141)",
+        "1 if on none, 2 if",
+        "3 if it may fit, but the size of a reward model is not known",
+        "24 40 80 141)",
+        "is reached (0.4)",
         "ranks of the whole run",
         "--parallel.sequence",
     ):

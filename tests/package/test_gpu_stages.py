@@ -96,7 +96,7 @@ def test_the_operation_count_is_that_of_the_published_shape() -> None:
     blocks = 30 * (self_attention + cross_attention + 2 * tokens * dim * ffn)
     patches = 2 * tokens * dim * 4 * 16  # in and out, 2x2 patches of 16 channels
     embeddings = text * (4096 * dim + dim * dim) + 256 * dim + dim * dim + dim * 6 * dim
-    assert forward_operations(model, (16, 9, 60, 104), text) == 2 * (blocks + patches + embeddings)
+    assert forward_operations(model, published().videos[0], text) == 2 * (blocks + patches + embeddings)
 
 
 def works(place: None, note: Note) -> None:

@@ -23,7 +23,7 @@ from bpgo_video.policies.lora import add_lora
 from bpgo_video.training.plan import Job, change, count_step
 from bpgo_video.training.plan_advice import CHANGES, advise, possible
 from bpgo_video.training.plan_fake import Allocations
-from bpgo_video.training.plan_footprint import Weights, decoding_bytes, footprint, measure, transformer_inputs
+from bpgo_video.training.plan_footprint import Weights, decoding, footprint, measure, transformer_inputs
 from bpgo_video.training.plan_memory import RUNTIME, Plan, reckon, room
 from bpgo_video.training.plan_models import Model, diffusers_class, find_model, known_models, policy_of, repeated_blocks
 from bpgo_video.training.plan_zero import Zero, missing_weights, on_gpu, zero_at_rest, zero_at_work
@@ -95,8 +95,8 @@ def test_a_dry_run_counts_the_memory_of_real_tensors(checkpointing: bool, rank: 
     shapes = transformer_inputs(POLICY, VIDEO, 2, torch.float32)
     real = tree_map_only(torch.Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), shapes)
     forward, replay = measure(module, real)
-    assert planned.forward == pytest.approx(forward, rel=0.01)
-    assert planned.replay == pytest.approx(replay, rel=0.01)
+    assert planned.forward.peak == pytest.approx(forward.peak, rel=0.01)
+    assert planned.replay.peak == pytest.approx(replay.peak, rel=0.01)
     assert sum(planned.weights.trained) == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert planned.weights.elements == sum(p.numel() for p in module.parameters())
 
@@ -104,7 +104,7 @@ def test_a_dry_run_counts_the_memory_of_real_tensors(checkpointing: bool, rank: 
 def test_checkpointing_and_sequence_groups_reduce_the_activations() -> None:
     large = replace(VIDEO, num_frames=29, height=128, width=128)
     plain, recomputed, shared = (
-        footprint(POLICY, large, 2, torch.float32, **settings).replay
+        footprint(POLICY, large, 2, torch.float32, **settings).replay.peak
         for settings in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "sequence": 4})
     )
     assert recomputed < 0.7 * plain
@@ -115,8 +115,8 @@ def test_checkpointing_and_sequence_groups_reduce_the_activations() -> None:
 
 def test_slicing_decodes_one_video_at_a_time() -> None:
     latents = (4, 2, 16, 16)
-    one, four = (decoding_bytes(POLICY, latents, samples) for samples in (1, 4))
-    sliced = decoding_bytes(POLICY, latents, 4, slicing=True)
+    one, four = (decoding(POLICY, latents, samples).peak for samples in (1, 4))
+    sliced = decoding(POLICY, latents, 4, slicing=True).peak
     assert four == pytest.approx(4 * one, rel=0.05)
     assert sliced < 0.6 * four
 
@@ -371,6 +371,9 @@ def test_short_flags_are_those_of_the_recipe(base: str) -> None:
         ("--gpus -1", "--gpus: -1 must be 1 or more"),
         ("--gpus 1 --gigabytes 0", "--gigabytes: 0 must be 1 or more"),
         ("--gpus 1 --reward-gigabytes -1", "--reward-gigabytes: -1.0 must be 0 or more"),
+        ("--gpus 1 --mfu 0", "--mfu: 0.0 must be above 0, and at most 1"),
+        ("--gpus 1 --link-gbps 0", "--link-gbps: 0.0 must be above 0"),
+        ("--gpus 1 --price -1", "--price: -1.0 must be 0 or more"),
         ("--gpus 1 --sequence 0", "parallel.sequence: Input should be greater than or equal to 1"),
         ("--gpus 1 --prompts 0", "rollout.prompts_per_step: Input should be greater"),
         ("--gpus 1 --group-size 0", "rollout.group_size: Input should be greater"),

@@ -15,12 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from torch.utils.flop_counter import FlopCounterMode
 
 from bpgo_video.config.bpgo import Config, ConfigError, VideoConfig
 from bpgo_video.distributed.engine import Engine
@@ -30,8 +28,9 @@ from bpgo_video.policies.networks import blocks_of, compile_blocks
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
 from bpgo_video.training.plan import Job
+from bpgo_video.training.plan_footprint import footprint
 from bpgo_video.training.plan_memory import reckon
-from bpgo_video.training.plan_models import Model
+from bpgo_video.training.plan_models import Model, policy_of
 from bpgo_video.training.session import build_engine, builder, sampling_policy
 from bpgo_video.types import Guidance, Latents
 from tools.bench.timing import seconds
@@ -97,16 +96,10 @@ def matrix_rate(bench: Bench) -> float:
     return 2 * size**3 / statistics.median(seconds(lambda: a @ b) for _ in range(30))
 
 
-def forward_operations(model: Model, latents: tuple[int, int, int, int], text_tokens: int) -> int:
-    """Floating-point operations of a forward of one row with attention, counted on the meta device."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network = getattr(diffusers, model.transformer["_class_name"]).from_config(dict(model.transformer))
-        network(
-            hidden_states=torch.empty(1, *latents),
-            timestep=torch.empty(1),
-            encoder_hidden_states=torch.empty(1, text_tokens, network.config.text_dim),
-        )
-    return counter.get_total_flops()
+def forward_operations(model: Model, video: VideoConfig, text_tokens: int) -> int:
+    """Floating-point operations of a forward of one row with attention, counted as `bpgo-video plan` does."""
+    policy = policy_of(model, family=None, max_sequence_length=text_tokens)
+    return footprint(policy, video, samples=1, dtype=torch.bfloat16).forward.operations
 
 
 @dataclass(frozen=True)
@@ -209,8 +202,7 @@ def time_steps(bench: Bench, model: Model, videos: Sequence[VideoConfig], parts:
 def time_rollout(bench: Bench, policy: Policy, engine: Engine, timed: Timed) -> None:
     """Time a forward, and a denoising step with its log-prob, with gathered weights as in rollouts."""
     config, sample = timed.config, Sample.of(bench, policy, timed.config)
-    latents = policy.latent_shape(config.video)
-    timed.add(forward_operations=forward_operations(timed.model, latents, config.policy.max_sequence_length))
+    timed.add(forward_operations=forward_operations(timed.model, config.video, config.policy.max_sequence_length))
     with engine.whole_weights():
         timed.add_timing("forward", measured(bench, sample.velocity), forwards=1)
         timed.add_timing("denoise", measured(bench, sample.step), forwards=GUIDED)
