@@ -101,7 +101,7 @@ class Saver:
         self._removed: Future[Any] = begin(list, in_thread=False)
 
     def save(self, step: int, state: Mapping[str, Any], parts: Sequence[Part] = ()) -> None:
-        """Begin the checkpoint of a finished `step`, after completing the one before.
+        """Begin the checkpoint of a finished `step`, after completing the one before; without `save_async` complete it.
 
         Raises:
             CheckpointError: one of them could not be written; the ones before are intact. A rank that fails while
@@ -122,6 +122,8 @@ class Saver:
             self._engine.masters.before_change = self._files.wait_for_copies
             written = self._files.write(lambda: files_of_rank(mesh.rank, partial))
         self._writing = _Writing(step, partial, written, started, time.perf_counter() - started)
+        if not self._run.save_async:
+            self.finish()
 
     def poll(self) -> None:
         """Complete the checkpoint that is being written if every rank has written its part."""

@@ -53,7 +53,7 @@ def test_an_error_before_the_first_measurement_ends_all_ranks_and_is_printed_onc
     failed = launched(DEEPSPEED, score_command(folder, tmp_path / "scores.json"))
     assert failed.returncode != 0
     assert failed.stderr.count("error: ") == 1, failed.stderr[-3000:]
-    assert "a man talks-1.mp4 cannot be decoded" in failed.stderr
+    assert "a man talks-1.mp4 is not an mp4, mov, mkv, webm or avi file by its first bytes" in failed.stderr
     assert not (tmp_path / "scores.json").exists()
 
 
