@@ -51,7 +51,7 @@ def explanations(job: Job) -> dict[str, str]:
     replays = f"{Passes.of(job).replays:.4g} passes with backward, {quantity(foot.replay.operations)} each"
     videos = f"{job.samples / job.config.parallel.sequence:g} videos"
     return {
-        "rollout: denoising": f"{step['forwards']:.4g} forwards, {quantity(foot.forward.operations)} each",
+        "rollout: denoising": f"{Passes.of(job).forwards:.4g} forwards, {quantity(foot.forward.operations)} each",
         "rollout: decoding": f"{videos}, {quantity(job.decoding.operations / job.decoded_at_once)} each",
         "reward": f"{videos}, {quantity(job.reward.operations + job.reward.half_operations)} each",
         "update: replay": replays,

@@ -18,7 +18,7 @@ class Passes:
     """Passes of a rank through the transformer in a step.
 
     Attributes:
-        forwards: of the rollout.
+        forwards: of the rollout; with `rollout.guidance_every` a forward of one half of guidance is half a forward.
         replays: forwards with a backward; with `advantage.best_of` as if its samples divided evenly.
         extra: further forwards of the update, without gradients: of a reference, or of old velocities.
         updates: of the optimizer.
@@ -33,7 +33,15 @@ class Passes:
     def of(cls, job: Job) -> Passes:
         step, best, group = count_step(job), job.config.advantage.best_of, job.config.rollout.group_size
         replays = sum(step["passes"]) * (1.0 if best is None else min(1.0, 2 * best / group))
-        return cls(step["forwards"], replays, replays * extra_forwards(job), len(step["passes"]))
+        forwards = step["forwards"] * (1 - guidance_saved(job))
+        return cls(forwards, replays, replays * extra_forwards(job), len(step["passes"]))
+
+
+def guidance_saved(job: Job) -> float:
+    """Share of a rollout's forwards that `rollout.guidance_every` saves: halves of steps that are not trained."""
+    sampler, every = job.config.sampler, job.config.rollout.guidance_every
+    trained = sampler.trained_count if job.config.loss.replays_transitions else 0
+    return (1 - trained / sampler.num_steps) * (1 - 1 / every) / 2 if job.guided else 0.0
 
 
 def extra_forwards(job: Job) -> int:

@@ -15,7 +15,7 @@ from bpgo_video.config.bpgo import Config, ConfigError, LossConfig
 from bpgo_video.training.plan import Job, change, count_step
 from bpgo_video.training.plan_calibrate import calibrate
 from bpgo_video.training.plan_cards import CARDS, Rates, card_of, rates_of, read_rates, write_rates
-from bpgo_video.training.plan_communication import extra_forwards
+from bpgo_video.training.plan_communication import Passes, extra_forwards
 from bpgo_video.training.plan_footprint import Footprint, Weights, footprint
 from bpgo_video.training.plan_memory import HOST_PROCESS, host_loading, host_saving, reckon
 from bpgo_video.training.plan_models import policy_of
@@ -47,15 +47,15 @@ def job(recipe: Config) -> Job:
 
 
 def each_block(**settings: Any) -> tuple[int, int, int, int]:
-    """Operations of a forward and of a replay, and bytes exchanged in both, of one block: four minus three blocks."""
+    """Operations of a forward and of a replay, and bytes exchanged in both, of one block: two minus one."""
 
     def of(blocks: int) -> Footprint:
         model = replace(MODEL, transformer={**MODEL.transformer, "num_layers": blocks})
         policy = policy_of(model, family=None, max_sequence_length=TEXT)
         return footprint(policy, VIDEO, ROWS, torch.bfloat16, **settings)
 
-    few, more = of(3), of(4)
-    assert (few.blocks, more.blocks) == (3, 4)
+    few, more = of(1), of(2)
+    assert (few.blocks, more.blocks) == (1, 2)
     return (
         more.forward.operations - few.forward.operations,
         more.replay.operations - few.replay.operations,
@@ -116,6 +116,14 @@ def test_references_and_old_velocities_take_forwards(job: Job) -> None:
     held = replace(job, config=replace(job.config, loss=LossConfig(kl_weight=0.1)))
     more = step_seconds(held, reckon(held), UNIT)[0]["replay"] - step_seconds(job, reckon(job), UNIT)[0]["replay"]
     assert more == pytest.approx(sum(count_step(job)["passes"]) * job.footprint.forward.operations / 1e6)
+
+
+def test_reused_guidance_saves_halves_of_untrained_steps(job: Job) -> None:
+    """Of eight steps two are trained; at every second one of the others half a forward is saved."""
+    often = change(job, "rollout.guidance_every: 2")
+    assert Passes.of(often).forwards == Passes.of(job).forwards == count_step(job)["forwards"]
+    guided = change(often, "sampler.guidance_scale: 5.0")
+    assert Passes.of(guided).forwards == pytest.approx(count_step(guided)["forwards"] * (1 - 6 / 8 / 4))
 
 
 def test_what_is_not_fetched_ahead_is_waited_for(job: Job) -> None:
