@@ -27,6 +27,7 @@ from bpgo_video.policies.networks import (
     load_frozen,
     networks_of,
 )
+from bpgo_video.policies.vae import speed_up
 from bpgo_video.weights import read_json
 
 __all__ = ["FAMILIES", "Policy", "family", "guided_velocity", "load_policy"]
@@ -152,7 +153,9 @@ def load_policy(
             parts[part] = build(model_class, path / part, dtype).to(device)
         else:
             own_dtype = torch.float32 if component == "vae" else dtype
-            parts[part] = load(model_class, path / part, own_dtype, device)
+            network = parts[part] = load(model_class, path / part, own_dtype, device)
+            if component == "vae":
+                speed_up(network)
     pipeline = policy_class.assemble(path, parts)
     policy: Policy = policy_class.variant(path)(path, pipeline, max_sequence_length)
     policy.options = {**policy_class.options, **given}
