@@ -95,6 +95,9 @@ class PolicyConfig:
     """Encode and decode videos in overlapping tiles: much less memory, more time; tiles are blended where they meet."""
     vae_slicing: Switch = False
     """Encode and decode one video at a time: the memory of one, whatever the micro-batch."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the VAE decodes videos and encodes images. `bfloat16` takes half of the memory and less time,
+    but changes pixels, and with them rewards. Video shards and generation stay in float32."""
     frozen_rest_on: Literal["device", "cpu"] = "device"
     """Where the VAE and the image encoder are while unused: `cpu` frees their memory, and copies them to the device and
     back for every micro-batch."""

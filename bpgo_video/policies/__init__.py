@@ -27,7 +27,7 @@ from bpgo_video.policies.networks import (
     load_frozen,
     networks_of,
 )
-from bpgo_video.policies.vae import speed_up
+from bpgo_video.policies.vae import prepare_vae
 from bpgo_video.weights import read_json
 
 __all__ = ["FAMILIES", "Policy", "family", "guided_velocity", "load_policy"]
@@ -111,6 +111,7 @@ def load_policy(
     max_sequence_length: int,
     components: Collection[str] = COMPONENTS,
     dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     build: Build = from_pretrained,
     load: Load = load_frozen,
@@ -122,7 +123,8 @@ def load_policy(
     Args:
         folder: local folder, hub id, or `package:module/folder`.
         components: which networks to load, where the folder has them; the others are None.
-        dtype: of transformers and text encoders; the VAE stays in fp32, as Wan's authors run it.
+        dtype: of transformers and text encoders.
+        vae_dtype: of the VAE; by default fp32, as Wan's authors run it.
         build: makes the transformers: `from_pretrained`, or the engine's sharded construction.
         load: makes the other networks.
         name: of the family; see `family`.
@@ -152,10 +154,8 @@ def load_policy(
         if component == "transformer":
             parts[part] = build(model_class, path / part, dtype).to(device)
         else:
-            own_dtype = torch.float32 if component == "vae" else dtype
-            network = parts[part] = load(model_class, path / part, own_dtype, device)
-            if component == "vae":
-                speed_up(network)
+            network = load(model_class, path / part, torch.float32 if component == "vae" else dtype, device)
+            parts[part] = prepare_vae(network, vae_dtype) if component == "vae" else network
     pipeline = policy_class.assemble(path, parts)
     policy: Policy = policy_class.variant(path)(path, pipeline, max_sequence_length)
     policy.options = {**policy_class.options, **given}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import bpgo_video
 from bpgo_video.config.bpgo import Config, ConfigError
@@ -181,4 +182,4 @@ def describe_policy(config: Recipe) -> Policy:
 def recipe_policy(config: Recipe, **arguments: Any) -> Policy:
     policy = config.policy
     arguments |= {"max_sequence_length": policy.max_sequence_length, "name": policy.family, "options": policy.options}
-    return load_policy(policy.folder, **arguments)
+    return load_policy(policy.folder, vae_dtype=getattr(torch, policy.vae_dtype), **arguments)

@@ -8,6 +8,7 @@ from functools import cached_property
 from math import gcd
 from typing import Any
 
+import torch
 import yaml
 
 from bpgo_video.config.bpgo import Config
@@ -101,12 +102,17 @@ class Job:
             sequence=self.config.parallel.sequence,
         )
 
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.config.policy.vae_dtype)
+        return dtype
+
     @cached_property
     def decoding(self) -> Work:
         """Of the videos that a rank decodes together."""
         policy = self.config.policy
         split = {"tiling": policy.vae_tiling, "slicing": policy.vae_slicing}
-        return decoding(self.policy, self.decoded, self.decoded_at_once, **split)
+        return decoding(self.policy, self.decoded, self.decoded_at_once, dtype=self.vae_dtype, **split)
 
     @cached_property
     def weights(self) -> Weights:

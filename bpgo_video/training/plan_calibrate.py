@@ -23,13 +23,13 @@ from bpgo_video.distributed.ds_config import compute_dtype, parameter_dtype
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import Transformers, split_vae_work
+from bpgo_video.policies.vae import prepare_vae
 from bpgo_video.rewards.base import Clips
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, Denoiser
 from bpgo_video.training.plan import Job
 from bpgo_video.training.plan_cards import Rates
 from bpgo_video.training.plan_fake import Counts
-from bpgo_video.training.plan_footprint import VAE_DTYPE
 from bpgo_video.training.plan_models import diffusers_class
 from bpgo_video.training.plan_zero import FP32
 from bpgo_video.types import Guidance
@@ -157,10 +157,10 @@ def _passes(job: Job, policy: Policy, device: torch.device) -> tuple[Callable[[]
 def _decoding(job: Job, device: torch.device) -> Callable[[], object]:
     """The VAE on the videos that a rank decodes together."""
     policy, settings = job.policy, job.config.policy
-    vae = _random(policy.vae_config, None, device, VAE_DTYPE).eval()
+    vae: Any = prepare_vae(_random(policy.vae_config, None, device, job.vae_dtype).eval(), job.vae_dtype)
     split_vae_work(vae, tiling=settings.vae_tiling, slicing=settings.vae_slicing or policy.slices_vae)
-    latents = torch.randn(job.decoded_at_once, *job.decoded, device=device)
-    timestep = {"temb": torch.zeros(len(latents), device=device)} if vae.config.get("timestep_conditioning") else {}
+    latents = torch.randn(job.decoded_at_once, *job.decoded, device=device, dtype=job.vae_dtype)
+    timestep = {"temb": latents.new_zeros(len(latents))} if vae.config.get("timestep_conditioning") else {}
 
     @torch.no_grad()
     def decode() -> object:

@@ -24,6 +24,7 @@ from bpgo_video.policies.attention import check_heads, parallelise
 from bpgo_video.policies.base import LatentShape
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import split_vae_work
+from bpgo_video.policies.vae import prepare_vae
 from bpgo_video.training.plan_fake import (
     Allocations,
     Counts,
@@ -34,7 +35,6 @@ from bpgo_video.training.plan_fake import (
 )
 from bpgo_video.training.plan_models import diffusers_class, repeated_blocks
 
-VAE_DTYPE = torch.float32  # as policies load it
 NO_ADAPTERS = LoraConfig()
 
 
@@ -198,14 +198,14 @@ def _elements(module: nn.Module) -> int:
 
 
 @contextmanager
-def _fake_vae(policy: Policy) -> Iterator[Any]:
+def _fake_vae(policy: Policy, dtype: torch.dtype) -> Iterator[Any]:
     with torch.device("meta"):
         vae = diffusers_class(policy.vae_config).from_config(dict(policy.vae_config)).eval()
     for part in vae.modules():
         if hasattr(part, "prepare_causal_attention_mask"):  # HunyuanVideo 1.5 fills it row by row, which takes minutes
             part.prepare_causal_attention_mask = _empty_mask
     with FakeTensorMode(), torch.no_grad():
-        yield make_fake(vae, VAE_DTYPE)
+        yield prepare_vae(make_fake(vae, dtype), dtype)
 
 
 def _empty_mask(
@@ -215,19 +215,29 @@ def _empty_mask(
 
 
 @cache
-def vae_bytes(policy: Policy) -> int:
+def vae_bytes(policy: Policy, dtype: torch.dtype) -> int:
     """Bytes of the VAE's weights."""
-    with _fake_vae(policy) as vae:
-        return _elements(vae) * VAE_DTYPE.itemsize
+    with _fake_vae(policy, dtype) as vae:
+        return _elements(vae) * dtype.itemsize
 
 
 @cache
 def decoding(
-    policy: Policy, latents: LatentShape, samples: int, *, tiling: bool = False, slicing: bool = False
+    policy: Policy,
+    latents: LatentShape,
+    samples: int,
+    *,
+    tiling: bool = False,
+    slicing: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Work:
     """What decoding that many videos at once takes, besides the VAE's weights."""
-    with _fake_vae(policy) as vae:
+    with _fake_vae(policy, dtype) as vae:
         split_vae_work(vae, tiling=tiling, slicing=slicing or policy.slices_vae)
-        timestep = {"temb": torch.empty(samples)} if vae.config.get("timestep_conditioning") else {}
+        timestep = {"temb": torch.empty(samples, dtype=dtype)} if vae.config.get("timestep_conditioning") else {}
         weights = [*vae.parameters(), *vae.buffers()]
-        return work_of(lambda: vae.decode(torch.empty(samples, *latents), return_dict=False, **timestep), weights)
+
+        def decode() -> None:
+            vae.decode(torch.empty(samples, *latents, dtype=dtype), return_dict=False, **timestep)
+
+        return work_of(decode, weights)

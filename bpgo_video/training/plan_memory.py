@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from bpgo_video.config.rules import check_world
 from bpgo_video.distributed.memory import SHARE_FOR_WEIGHTS
 from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, pulls_to_previous
@@ -71,7 +73,7 @@ def host_loading(job: Job, plan: Plan) -> int:
     encoder = job.model.image_encoder_parameters * zero.weight_bytes
     read = (
         (largest if zero.stage == 3 else weights.elements) * zero.weight_bytes,
-        vae_bytes(job.policy) + encoder,
+        vae_bytes(job.policy, torch.float32) + encoder,
         job.reward.resting + job.reward.offloaded,
     )
     kept = sum(size for name, size in plan.host.items() if name != "checkpoint")
@@ -97,7 +99,7 @@ def reckon(job: Job) -> Plan:
     """
     check_world(job.config, job.ranks)
     config, settings, zero, weights, work = job.config, job.config.policy, job.zero, job.weights, job.footprint
-    frozen, rests = vae_bytes(job.policy), settings.frozen_rest_on == "cpu"
+    frozen, rests = vae_bytes(job.policy, job.vae_dtype), settings.frozen_rest_on == "cpu"
     encoder = job.model.image_encoder_parameters * zero.weight_bytes
     reference = bool(config.loss.kl_weight and config.loss.kl_reference == "start" and not settings.lora.rank)
     resting = [

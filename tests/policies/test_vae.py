@@ -35,7 +35,7 @@ def folder_of(case: str, scratch: Path) -> str:
 def compare(policy: Any, theirs: Any, samples: int, frames: int) -> None:
     """Pixels of random latents, and their latents again."""
     ours = policy.pipeline.vae
-    noise = 3 * torch.randn(samples, policy.latent_channels, frames, 6, 8, generator=torch.Generator().manual_seed(0))
+    noise = 3 * torch.randn(samples, policy.latent_channels, frames, 4, 6, generator=torch.Generator().manual_seed(0))
     found, expected = (vae.decode(policy.denormalised(noise), return_dict=False)[0] for vae in (ours, theirs))
     assert expected.std() > 0.02
     assert (expected.abs() < 1).float().mean() > 0.5, "clipped pixels hide differences"
@@ -72,3 +72,33 @@ def test_weights_have_channels_last_where_that_is_faster(case: str, tmp_path: Pa
         assert weight.is_contiguous(memory_format=layout) == expected
     moved = policy.pipeline.vae.state_dict()
     assert all(torch.equal(moved[name], value) for name, value in theirs.state_dict().items())
+
+
+@torch.no_grad()
+def test_bfloat16_pixels_are_within_55_decibels_of_float32() -> None:
+    """Of a range of 1, on latents of the embedded VAE; its norms are taken in fp32."""
+    exact, rounded = (
+        load_policy(WAN, max_sequence_length=16, components=("vae",), vae_dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    noise = 3 * torch.randn(4, exact.latent_channels, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found, expected = (policy.decode(noise, {}) for policy in (rounded, exact))
+    assert found.dtype == torch.float32
+    decibels = -10 * (found - expected).square().mean().log10()
+    assert 55 < decibels < 75, "it differs, but not visibly"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["wan22_ti2v", "cogvideox_pairs", "mochi", "ltx", "hunyuan", "hunyuan15"])
+def test_every_vae_decodes_in_bfloat16(case: str, tmp_path: Path) -> None:
+    folder = folder_of(case, tmp_path)
+    exact, rounded = (
+        load_policy(folder, max_sequence_length=16, components=("vae",), vae_dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert {weight.dtype for weight in rounded.pipeline.vae.parameters()} == {torch.bfloat16}
+    buffers = dict(exact.pipeline.vae.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in rounded.pipeline.vae.named_buffers())
+    noise = torch.randn(1, exact.latent_channels, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found, expected = (policy.decode_frames(noise) for policy in (rounded, exact))
+    assert 0 < (found - expected).std() / expected.std() < 0.03

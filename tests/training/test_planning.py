@@ -23,7 +23,7 @@ from bpgo_video.policies.lora import add_lora
 from bpgo_video.training.plan import Job, change, count_step
 from bpgo_video.training.plan_advice import CHANGES, advise, possible
 from bpgo_video.training.plan_fake import Allocations
-from bpgo_video.training.plan_footprint import Weights, decoding, footprint, measure, transformer_inputs
+from bpgo_video.training.plan_footprint import Weights, decoding, footprint, measure, transformer_inputs, vae_bytes
 from bpgo_video.training.plan_memory import RUNTIME, Plan, reckon, room
 from bpgo_video.training.plan_models import Model, diffusers_class, find_model, known_models, policy_of, repeated_blocks
 from bpgo_video.training.plan_zero import Zero, missing_weights, on_gpu, zero_at_rest, zero_at_work
@@ -119,6 +119,12 @@ def test_slicing_decodes_one_video_at_a_time() -> None:
     sliced = decoding(POLICY, latents, 4, slicing=True).peak
     assert four == pytest.approx(4 * one, rel=0.05)
     assert sliced < 0.6 * four
+
+
+def test_a_vae_in_bfloat16_takes_about_half_of_the_memory() -> None:
+    sizes = {dtype: decoding(POLICY, (4, 2, 16, 16), 2, dtype=dtype).peak for dtype in (torch.float32, torch.bfloat16)}
+    assert 0.5 <= sizes[torch.bfloat16] / sizes[torch.float32] < 0.8, "norms and upsampling are computed in fp32"
+    assert vae_bytes(POLICY, torch.bfloat16) == vae_bytes(POLICY, torch.float32) / 2
 
 
 def test_published_models_have_the_parameter_counts_of_their_cards() -> None:

@@ -34,9 +34,10 @@ def _ratios(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"{scored}, scored inline", overlap["inline"]["over_longer"]),
         (f"{scored}, scored concurrently (at most {overlap['bound']:.3f})", overlap["beside"]["over_longer"]),
         *(
-            (f"rollout with log-probs / diffusers' WanPipeline, {name}, 1 rank", case["ratio"])
+            (f"rollout with log-probs, decoded / diffusers' WanPipeline, {name}, 1 rank", case["ratio"])
             for name, case in results["against_diffusers"].items()
         ),
+        ("decoding / diffusers' AutoencoderKLWan, 1 rank", results["decoding_over_diffusers"]),
     ]
     return [(name, f"{ratio:.3f}") for name, ratio in rows]
 

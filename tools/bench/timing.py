@@ -12,26 +12,30 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Work
 
+Clock = Callable[[], float]
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall seconds of one call, started by all ranks at the same time."""
+
+def seconds(work: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    """Seconds of one call, started by all ranks at the same time: wall time, unless `clock` is `time.process_time`."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
     _synchronise()
-    started = time.perf_counter()
+    started = clock()
     work()
     _synchronise()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def in_turn(
+    works: Mapping[str, Callable[[], object]], rounds: int, clock: Clock = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each after a warm-up, measured alternately so that a drift of the machine affects all alike."""
     for work in works.values():
         work()
     measured: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            measured[name].append(seconds(work))
+            measured[name].append(seconds(work, clock))
     return {name: statistics.median(times) for name, times in measured.items()}
 
 

@@ -42,7 +42,7 @@ from bpgo_video.training.rl import RL, sample_and_score
 from bpgo_video.training.session import Session, build_engine, build_session, sampling_policy
 from bpgo_video.types import PromptBatch
 from tools.bench.overlap import in_chunks, overlap
-from tools.bench.timing import in_turn, seconds, waiting
+from tools.bench.timing import Clock, in_turn, seconds, waiting
 from tools.bench.update import updates
 
 ROUNDS = 15
@@ -106,8 +106,11 @@ def sharding(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def against_diffusers(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Our rollout with log-probs against WanPipeline's loop, with the same videos, steps and embeddings."""
+def against_diffusers(config: Config, mesh: Mesh, clock: Clock = time.perf_counter) -> dict[str, Any]:
+    """Our rollout with log-probs against WanPipeline's call, decoded both, with the same videos, steps and embeddings.
+
+    `decoding` compares the VAEs alone.
+    """
     policy = sampling_policy(config, zero(0), mesh)
     pipeline = WanPipeline.from_pretrained(policy.folder, text_encoder=None, tokenizer=None)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
@@ -128,9 +131,21 @@ def against_diffusers(config: Config, mesh: Mesh) -> dict[str, Any]:
     results = {}
     for scale in (1.0, 3.0):
         guided = replace(config, sampler=replace(config.sampler, guidance_scale=scale))
-        times = in_turn({"ours": rollout(policy, guided, mesh), "diffusers": partial(theirs, scale)}, ROUNDS)
+        times = in_turn({"ours": rollout(policy, guided, mesh), "diffusers": partial(theirs, scale)}, ROUNDS, clock)
         results[f"guidance_scale {scale}"] = {**times, "ratio": times["ours"] / times["diffusers"]}
-    return {"rollout_over_diffusers": max(case["ratio"] for case in results.values()), "against_diffusers": results}
+    vaes = {"ours": policy.pipeline.vae, "diffusers": pipeline.vae}
+    times = in_turn({name: partial(decoded, vae, latents) for name, vae in vaes.items()}, ROUNDS, clock)
+    return {
+        "rollout_over_diffusers": max(case["ratio"] for case in results.values()),
+        "against_diffusers": results,
+        "decoding_over_diffusers": times["ours"] / times["diffusers"],
+    }
+
+
+@torch.no_grad()
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+    return pixels
 
 
 def session_and_prompts(config: Config, mesh: Mesh) -> tuple[Session, Iterator[PromptBatch]]:
