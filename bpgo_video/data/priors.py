@@ -207,10 +207,13 @@ class UnfinishedPriors:
         return self.directory / "priors" / "unfinished.jsonl"
 
     def begin(self) -> Scores:
-        """The stored scores. A file with other settings, or a line that was cut off, is dropped."""
+        """The stored scores. A line that was cut off is dropped; a file with other settings too, with a message."""
         head = json.dumps({"settings": self.settings}, sort_keys=True) + "\n"
         lines = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.is_file() else []
         kept = [line for line in lines if line.endswith("\n")] if lines[:1] == [head] else [head]
+        if len(lines) > 1 and lines[0] != head:
+            groups = len(lines) - 1
+            print(f"{self.path}: an unfinished measurement with other settings is dropped, scored groups: {groups}")
         with atomic_file(self.path) as aside:
             aside.write_text("".join(kept), "utf-8")
         return {(entry["id"], entry["group"]): entry["scores"] for entry in map(json.loads, kept[1:])}

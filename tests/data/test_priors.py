@@ -141,11 +141,14 @@ def test_notes_are_read_back_without_a_truncated_line(tmp_path: Path) -> None:
     assert notes.begin() == {}
 
 
-def test_notes_of_other_settings_are_replaced(tmp_path: Path) -> None:
+def test_notes_of_other_settings_are_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     UnfinishedPriors(tmp_path, {"seed": "0"}).begin()
     UnfinishedPriors(tmp_path, {"seed": "0"}).add(FIRST)
     other = UnfinishedPriors(tmp_path, {"seed": "1"})
+    assert capsys.readouterr().out == ""
     assert other.begin() == {}
+    expected = f"{other.path}: an unfinished measurement with other settings is dropped, scored groups: 1\n"
+    assert capsys.readouterr().out == expected
     other.add(SECOND)
     assert other.begin() == SECOND
     assert UnfinishedPriors(tmp_path, {"seed": "0"}).begin() == {}
