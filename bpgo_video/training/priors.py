@@ -124,7 +124,8 @@ def settings_of(
 ) -> dict[str, str]:
     """Everything that the scores depend on, as text. Ranks and micro-batches change no more than their last bits."""
     sampled, policy = as_sampled(config), config.policy
-    network = (policy.family, policy.max_sequence_length, policy.trained, policy.options, compute_dtype(ds_config))
+    dtypes = (compute_dtype(ds_config), policy.vae_dtype)
+    network = (policy.family, policy.max_sequence_length, policy.trained, policy.options, *dtypes)
     groups, size = prior_groups(config)
     return {
         "policy": f"{policy_hash} {network}",
