@@ -127,10 +127,11 @@ def settings_of(
     dtypes = (compute_dtype(ds_config), policy.vae_dtype)
     network = (policy.family, policy.max_sequence_length, policy.trained, policy.options, *dtypes)
     groups, size = prior_groups(config)
+    shortcuts = (config.rollout.guidance_every, config.rollout.attention_backend)
     return {
         "policy": f"{policy_hash} {network}",
         "video": repr(config.video),
-        "sampler": f"{sampled.sampler}{'' if config.loss.replays_transitions else ', without stochastic steps'}",
+        "sampler": f"{sampled.sampler} {shortcuts}{'' if config.loss.replays_transitions else ' no stochastic steps'}",
         "rewards": repr(dict(versions)),
         "draws": f"{groups} groups of {size}, rollout.same_start {config.rollout.same_start}",
     }
