@@ -30,7 +30,7 @@ from bpgo_video.config.command_line import apply_flags, load_config, recipe_as_f
 from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.reading import config_from_dict, ds_config_file
 from bpgo_video.errors import InputError
-from bpgo_video.training.plan_cards import CARDS, MFU, card_of, rates_of, read_rates, with_network, write_rates
+from bpgo_video.planning.cards import CARDS, MFU, card_of, rates_of, read_rates, with_network, write_rates
 
 GPUS = (24, 40, 80, 141)  # gigabytes
 PROMPTS = "--rollout.prompts-per-step"
@@ -106,8 +106,8 @@ def job_of(arguments: argparse.Namespace, words: Sequence[str]) -> Any:
         else config_of(arguments.model, flags)
     )
 
-    from bpgo_video.training.plan import Job, change
-    from bpgo_video.training.plan_models import find_model
+    from bpgo_video.planning.job import Job, change
+    from bpgo_video.planning.models import find_model
 
     model = find_model(config.policy.folder)
     if arguments.model and model.text_tokens:
@@ -148,7 +148,7 @@ def prompts_here(shards: str) -> dict[str, int]:
 
 def stated_reward(arguments: argparse.Namespace, config: Config) -> Any:
     """The rewards with the memory that the flag states; None without it. A model without a recipe has no rewards."""
-    from bpgo_video.training.plan_rewards import RewardSize, reward_size
+    from bpgo_video.planning.rewards import RewardSize, reward_size
 
     if arguments.model:
         return RewardSize(int((arguments.reward_gigabytes or 0) * 1e9), 0, stated=True)
@@ -171,7 +171,7 @@ def rates_of_job(arguments: argparse.Namespace, job: Any) -> Any:
             raise ConfigError("--calibrate measures rates for later plans; name the file that it writes with --rates")
         import torch
 
-        from bpgo_video.training.plan_calibrate import calibrate
+        from bpgo_video.planning.calibrate import calibrate
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         write_rates(arguments.rates, calibrate(job, rates, device))
@@ -200,10 +200,10 @@ def main(words: Sequence[str], script: str | None = None) -> int:
     try:
         job = job_of(arguments, flags)
 
-        from bpgo_video.training.plan_advice import advise
-        from bpgo_video.training.plan_memory import reckon
-        from bpgo_video.training.plan_report import Report, as_json, as_text
-        from bpgo_video.training.plan_time import bill
+        from bpgo_video.planning.advice import advise
+        from bpgo_video.planning.memory import reckon
+        from bpgo_video.planning.report import Report, as_json, as_text
+        from bpgo_video.planning.time import bill
 
         plan, rates, sizes = reckon(job), rates_of_job(arguments, job), sizes_of(arguments)
         short = [size for size in sizes if not plan.fits(size)]

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.learner.bpgo import GroupAdvantages
+from bpgo_video.planning.job import readable
 from bpgo_video.policies.networks import Transformers, from_pretrained, networks_of
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.conditioning import cast, guidance_of
@@ -32,7 +33,6 @@ from bpgo_video.training.inputs import describe_policy
 from bpgo_video.training.installation import warnings
 from bpgo_video.training.loop import Stopwatch
 from bpgo_video.training.metrics import reduce_metrics
-from bpgo_video.training.plan import readable
 from bpgo_video.training.rl import PHASES, build_objective, sample_and_score
 from bpgo_video.training.session import Session
 from bpgo_video.types import PromptBatch, Rewards, Trajectory

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed.memory import available_cores, ranks_of_this_host
-from bpgo_video.training.plan import readable
+from bpgo_video.planning.job import readable
 from bpgo_video.training.session import PolicySession
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from bpgo_video.config.bpgo import OptimConfig, VideoConfig
 from bpgo_video.distributed import ds_config, engine
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.training.plan_footprint import transformer_inputs
+from bpgo_video.planning.footprint import transformer_inputs
 from tests.distributed.memory_worker import MODEL, POLICY
 
 UPDATES, PASSES = 2, 2

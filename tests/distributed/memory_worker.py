@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_map_only
 from bpgo_video.config.bpgo import LoraConfig, OptimConfig, VideoConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.planning.fake import Allocations
+from bpgo_video.planning.footprint import transformer_inputs
+from bpgo_video.planning.models import Model, policy_of, repeated_blocks
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.training.plan_fake import Allocations
-from bpgo_video.training.plan_footprint import transformer_inputs
-from bpgo_video.training.plan_models import Model, policy_of, repeated_blocks
 
 BUCKET = 4_000_000
 MODEL = Model(

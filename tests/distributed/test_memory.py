@@ -10,8 +10,8 @@ import torch
 
 from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.reading import read_yaml
-from bpgo_video.training.plan_footprint import footprint
-from bpgo_video.training.plan_zero import Zero, on_gpu, zero_at_rest, zero_at_work
+from bpgo_video.planning.footprint import footprint
+from bpgo_video.planning.zero import Zero, on_gpu, zero_at_rest, zero_at_work
 from tests.distributed.conftest import run_ranks
 from tests.distributed.memory_worker import CASES, POLICY, SAMPLES, VIDEO, zero
 from tests.made.recipes import RECIPE

@@ -20,6 +20,7 @@ from bpgo_video.distributed.ulysses import Ulysses
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.learner.bpgo import GroupAdvantages
+from bpgo_video.planning.fake import alone_in_a_group
 from bpgo_video.policies import Policy
 from bpgo_video.policies.attention import parallelise
 from bpgo_video.policies.attention_backends import choose_attention
@@ -31,7 +32,6 @@ from bpgo_video.rollouts.replay import Replay
 from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import trained_steps_of
 from bpgo_video.rollouts.updates import optimise
-from bpgo_video.training.plan_fake import alone_in_a_group
 from tests.families import CASES, Case
 from tests.families.case import CPU
 from tests.made.zero_checkpoints import write_checkpoint

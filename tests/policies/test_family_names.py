@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.planning.models import known_models, policy_of
 from bpgo_video.policies import FAMILIES, family, family_of
-from bpgo_video.training.plan_models import known_models, policy_of
 
 NETWORKS = {
     "Wan": ("WanTransformer3DModel", "AutoencoderKLWan"),

@@ -17,12 +17,12 @@ from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.rules import check
 from bpgo_video.distributed import ulysses
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.planning.fake import alone_in_a_group
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.attention import parallelise
 from bpgo_video.policies.attention_backends import choose_attention
 from bpgo_video.policies.networks import Transformers, blocks_of, compile_blocks, save_memory, split_vae_work
 from bpgo_video.policies.wan import WanPolicy
-from bpgo_video.training.plan_fake import alone_in_a_group
 from bpgo_video.training.session import sampling_policy
 from tests.distributed.small_transformers import inputs, random_transformer
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan

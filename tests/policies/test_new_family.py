@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed import ulysses
+from bpgo_video.planning.fake import alone_in_a_group
+from bpgo_video.planning.footprint import footprint
+from bpgo_video.planning.job import Job
+from bpgo_video.planning.memory import reckon
+from bpgo_video.planning.models import find_model
 from bpgo_video.policies.attention import SequencePlan, check_heads, parallelise
-from bpgo_video.training.plan import Job
-from bpgo_video.training.plan_fake import alone_in_a_group
-from bpgo_video.training.plan_footprint import footprint
-from bpgo_video.training.plan_memory import reckon
-from bpgo_video.training.plan_models import find_model
 from tests.families import CASES, Policy
 from tests.families.page import CODE, random_skyreels
 

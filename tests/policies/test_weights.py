@@ -17,9 +17,9 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed.ds_config import tensor_files
 from bpgo_video.files import resolve_folder
 from bpgo_video.inference.model_files import write_weights
+from bpgo_video.planning.models import find_model
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.networks import networks_of
-from bpgo_video.training.plan_models import find_model
 from bpgo_video.weights import WeightsError, check_finite, check_stored, load_network
 from tests.distributed.conftest import run_ranks
 

@@ -21,8 +21,8 @@ import torch
 
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.planning.models import diffusers_class, known_models
 from bpgo_video.policies.vae import CHANNELS_LAST, prepare_vae
-from bpgo_video.training.plan_models import diffusers_class, known_models
 from tools.bench.timing import in_turn
 from tools.bench.worker import against_diffusers, decoded
 

@@ -21,7 +21,7 @@ from bpgo_video.config.run import EmaConfig
 from bpgo_video.distributed.engine import Engine, start_ranks
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.files import resolve_folder
-from bpgo_video.training.plan_models import Model, find_model
+from bpgo_video.planning.models import Model, find_model
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "pipelines" / "configs" / "wan21_1.3b_480p_8x80gb.yaml"

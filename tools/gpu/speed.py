@@ -22,15 +22,15 @@ from torch.nn.attention import SDPBackend
 
 from bpgo_video.config.bpgo import Config, ConfigError, VideoConfig
 from bpgo_video.distributed.engine import Engine
+from bpgo_video.planning.footprint import footprint
+from bpgo_video.planning.job import Job
+from bpgo_video.planning.memory import reckon
+from bpgo_video.planning.models import Model, policy_of
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.attention_backends import choose_attention
 from bpgo_video.policies.networks import blocks_of, compile_blocks
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
-from bpgo_video.training.plan import Job
-from bpgo_video.training.plan_footprint import footprint
-from bpgo_video.training.plan_memory import reckon
-from bpgo_video.training.plan_models import Model, policy_of
 from bpgo_video.training.session import build_engine, builder, sampling_policy
 from bpgo_video.types import Guidance, Latents
 from tools.bench.timing import seconds

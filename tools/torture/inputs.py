@@ -86,10 +86,10 @@ def import_everything() -> None:
     import bpgo_video.evaluation.vbench_scoring
     import bpgo_video.inference.conversion
     import bpgo_video.inference.generate
+    import bpgo_video.planning.report
     import bpgo_video.rewards.server
     import bpgo_video.training.doctor
     import bpgo_video.training.estimation
-    import bpgo_video.training.plan_report
     import bpgo_video.training.rl
     import bpgo_video.training.sft  # noqa: F401
 

@@ -15,13 +15,13 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.config.rules import check_world
 from bpgo_video.diffusion.steps import split_updates
 from bpgo_video.distributed.ds_config import compute_dtype, fetching_ahead
+from bpgo_video.planning.footprint import Footprint, Weights, Work, decoding, footprint
+from bpgo_video.planning.models import Model, policy_of
+from bpgo_video.planning.rewards import RewardSize, reward_size
+from bpgo_video.planning.zero import Zero
 from bpgo_video.policies import Policy
 from bpgo_video.policies.base import LatentShape
 from bpgo_video.rollouts.forwards import expected_forwards
-from bpgo_video.training.plan_footprint import Footprint, Weights, Work, decoding, footprint
-from bpgo_video.training.plan_models import Model, policy_of
-from bpgo_video.training.plan_rewards import RewardSize, reward_size
-from bpgo_video.training.plan_zero import Zero
 
 
 @dataclass(frozen=True)

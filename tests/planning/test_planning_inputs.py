@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.planning.fake import Allocations
+from bpgo_video.planning.footprint import footprint, transformer_inputs
+from bpgo_video.planning.job import Job
+from bpgo_video.planning.memory import reckon
+from bpgo_video.planning.models import find_model
 from bpgo_video.policies import hunyuan15, wan
-from bpgo_video.training.plan import Job
-from bpgo_video.training.plan_fake import Allocations
-from bpgo_video.training.plan_footprint import footprint, transformer_inputs
-from bpgo_video.training.plan_memory import reckon
-from bpgo_video.training.plan_models import find_model
 from tests.families import CASES, Case
 
 DTYPES = {torch.float32: {}, torch.bfloat16: {"bf16": {"enabled": True}}}

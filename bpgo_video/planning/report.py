@@ -11,12 +11,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpgo_video.training.plan import Job, count_step, readable
-from bpgo_video.training.plan_bill_report import assumptions, bill_as_json, bill_lines, step_table
-from bpgo_video.training.plan_cards import Rates
-from bpgo_video.training.plan_memory import Plan, room
-from bpgo_video.training.plan_time import Bill
-from bpgo_video.training.plan_zero import Parts
+from bpgo_video.planning.bill_report import assumptions, bill_as_json, bill_lines, step_table
+from bpgo_video.planning.cards import Rates
+from bpgo_video.planning.job import Job, count_step, readable
+from bpgo_video.planning.memory import Plan, room
+from bpgo_video.planning.time import Bill
+from bpgo_video.planning.zero import Parts
 
 LARGEST = 4  # parts of a phase that the summary names
 Advised = dict[int, tuple[list[str], Plan]]  # gigabytes -> changes, and the plan with them

@@ -9,8 +9,8 @@ import pytest
 
 from bpgo_video.commands import plan as command
 from bpgo_video.config.bpgo import Config, RewardConfig
+from bpgo_video.planning.rewards import RewardSize, reward_size
 from bpgo_video.rewards.base import RewardModel
-from bpgo_video.training.plan_rewards import RewardSize, reward_size
 from bpgo_video.weights import headers
 from tests.made.recipes import RECIPE, ROOT
 

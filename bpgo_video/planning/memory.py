@@ -10,10 +10,9 @@ import torch
 
 from bpgo_video.config.rules import check_world
 from bpgo_video.distributed.memory import SHARE_FOR_WEIGHTS
-from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, pulls_to_previous
-from bpgo_video.training.plan import Job
-from bpgo_video.training.plan_footprint import vae_bytes
-from bpgo_video.training.plan_zero import (
+from bpgo_video.planning.footprint import vae_bytes
+from bpgo_video.planning.job import Job
+from bpgo_video.planning.zero import (
     FP32,
     PHASES,
     ROLLOUT,
@@ -25,6 +24,7 @@ from bpgo_video.training.plan_zero import (
     zero_at_rest,
     zero_at_work,
 )
+from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, pulls_to_previous
 
 RUNTIME = 2 * 10**9  # CUDA context, NCCL's buffers and cuBLAS's workspaces: an assumption, not measured
 HOST_PROCESS = 3 * 10**9  # Python, its packages and CUDA's libraries on the host: an assumption, not measured

@@ -12,19 +12,19 @@ import torch
 
 from bpgo_video.commands import plan as command
 from bpgo_video.config.bpgo import Config, ConfigError, LossConfig
-from bpgo_video.training.plan import Job, change, count_step
-from bpgo_video.training.plan_calibrate import calibrate
-from bpgo_video.training.plan_cards import CARDS, Rates, card_of, rates_of, read_rates, write_rates
-from bpgo_video.training.plan_communication import Passes, extra_forwards
-from bpgo_video.training.plan_footprint import Footprint, Weights, footprint
-from bpgo_video.training.plan_memory import HOST_PROCESS, host_loading, host_saving, reckon
-from bpgo_video.training.plan_models import policy_of
-from bpgo_video.training.plan_rewards import RewardSize
-from bpgo_video.training.plan_time import bill, count_evaluations, step_seconds
-from bpgo_video.training.plan_zero import checkpoint_bytes
+from bpgo_video.planning.calibrate import calibrate
+from bpgo_video.planning.cards import CARDS, Rates, card_of, rates_of, read_rates, write_rates
+from bpgo_video.planning.communication import Passes, extra_forwards
+from bpgo_video.planning.footprint import Footprint, Weights, footprint
+from bpgo_video.planning.job import Job, change, count_step
+from bpgo_video.planning.memory import HOST_PROCESS, host_loading, host_saving, reckon
+from bpgo_video.planning.models import policy_of
+from bpgo_video.planning.rewards import RewardSize
+from bpgo_video.planning.time import bill, count_evaluations, step_seconds
+from bpgo_video.planning.zero import checkpoint_bytes
 from bpgo_video.training.prior_sampling import count_priors
 from tests.made.recipes import RECIPE
-from tests.training.test_planning import BF16, MODEL, VIDEO
+from tests.planning.test_planning import BF16, MODEL, VIDEO
 
 DIM, FFN, TEXT, ROWS = 64, 128, 8, 2  # of MODEL
 TOKENS = 4 * 8 * 8  # latents of 4 x 16 x 16 in patches of 2 x 2

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bpgo_video.training.plan import Job, count_step
-from bpgo_video.training.plan_cards import Rates
-from bpgo_video.training.plan_footprint import Work
-from bpgo_video.training.plan_memory import Plan
-from bpgo_video.training.plan_zero import FP32
+from bpgo_video.planning.cards import Rates
+from bpgo_video.planning.footprint import Work
+from bpgo_video.planning.job import Job, count_step
+from bpgo_video.planning.memory import Plan
+from bpgo_video.planning.zero import FP32
 
 BACKWARD = 2 / 3  # of a replayed pass, without recomputation
 
@@ -73,7 +73,7 @@ class Waits:
 
 
 def communication(job: Job, plan: Plan, rates: Rates) -> dict[str, Waits]:
-    """Collectives of a step, by the names of `plan_time.PHASES`."""
+    """Collectives of a step, by the names of `time.PHASES`."""
     passes, foot = Passes.of(job), job.footprint
     group, ours = rates.between(job.config.parallel.sequence), 1 - 1 / job.config.parallel.sequence
 

@@ -20,6 +20,11 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed.ds_config import compute_dtype, parameter_dtype
+from bpgo_video.planning.cards import Rates
+from bpgo_video.planning.fake import Counts
+from bpgo_video.planning.job import Job
+from bpgo_video.planning.models import diffusers_class
+from bpgo_video.planning.zero import FP32
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import Transformers, split_vae_work
@@ -27,11 +32,6 @@ from bpgo_video.policies.vae import prepare_vae
 from bpgo_video.rewards.base import Clips
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, Denoiser
-from bpgo_video.training.plan import Job
-from bpgo_video.training.plan_cards import Rates
-from bpgo_video.training.plan_fake import Counts
-from bpgo_video.training.plan_models import diffusers_class
-from bpgo_video.training.plan_zero import FP32
 from bpgo_video.types import Guidance
 
 ROUNDS = 5

@@ -9,7 +9,7 @@
     reduction       fp32 gradients of each pass (ZeRO 2, 3) or update (ZeRO 1); what the backward hides is left out
     sequence group  all-to-all of Ulysses, which nothing hides
 
-Counts come from `plan.count_step` and from runs on fake tensors; rates from `plan_cards`. All ranks do equal work.
+Counts come from `job.count_step` and from runs on fake tensors; rates from `cards`. All ranks do equal work.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
+from bpgo_video.planning.cards import HOST_MEMORY, Rates
+from bpgo_video.planning.communication import Passes, communication
+from bpgo_video.planning.job import Job
+from bpgo_video.planning.memory import Plan
+from bpgo_video.planning.zero import FP32, checkpoint_bytes
 from bpgo_video.training.inputs import reads_priors
-from bpgo_video.training.plan import Job
-from bpgo_video.training.plan_cards import HOST_MEMORY, Rates
-from bpgo_video.training.plan_communication import Passes, communication
-from bpgo_video.training.plan_memory import Plan
-from bpgo_video.training.plan_zero import FP32, checkpoint_bytes
 from bpgo_video.training.prior_sampling import PriorWork, count_priors
 
 PHASES: Mapping[str, tuple[str, ...]] = {  # of a step, as `seconds/*` in metrics.jsonl

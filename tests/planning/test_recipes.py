@@ -11,11 +11,11 @@ import torch
 
 from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.reading import ds_config_file, read_yaml
+from bpgo_video.planning.job import Job, count_step
+from bpgo_video.planning.memory import reckon
+from bpgo_video.planning.models import diffusers_class, find_model
 from bpgo_video.policies.attention import check_heads
 from bpgo_video.rollouts.rules import check_experts
-from bpgo_video.training.plan import Job, count_step
-from bpgo_video.training.plan_memory import reckon
-from bpgo_video.training.plan_models import diffusers_class, find_model
 from tests.families import CASES
 from tests.made.recipes import ROOT
 

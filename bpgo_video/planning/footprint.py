@@ -19,13 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from bpgo_video.config.bpgo import ConfigError, LoraConfig, VideoConfig
-from bpgo_video.policies import Policy
-from bpgo_video.policies.attention import check_heads, parallelise
-from bpgo_video.policies.base import LatentShape
-from bpgo_video.policies.lora import add_lora
-from bpgo_video.policies.networks import split_vae_work
-from bpgo_video.policies.vae import prepare_vae
-from bpgo_video.training.plan_fake import (
+from bpgo_video.planning.fake import (
     Allocations,
     Counts,
     EveryTokenReal,
@@ -33,7 +27,13 @@ from bpgo_video.training.plan_fake import (
     fake_of,
     make_fake,
 )
-from bpgo_video.training.plan_models import diffusers_class, repeated_blocks
+from bpgo_video.planning.models import diffusers_class, repeated_blocks
+from bpgo_video.policies import Policy
+from bpgo_video.policies.attention import check_heads, parallelise
+from bpgo_video.policies.base import LatentShape
+from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.networks import split_vae_work
+from bpgo_video.policies.vae import prepare_vae
 
 NO_ADAPTERS = LoraConfig()
 

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.planning.fake import Allocations, EveryTokenReal
+from bpgo_video.planning.footprint import decoding, footprint, measure, transformer_inputs
+from bpgo_video.planning.models import Model, policy_of
 from bpgo_video.policies.hunyuan15 import mask_keys
-from bpgo_video.training.plan_fake import Allocations, EveryTokenReal
-from bpgo_video.training.plan_footprint import decoding, footprint, measure, transformer_inputs
-from bpgo_video.training.plan_models import Model, policy_of
 
 NAME = "HunyuanVideo15Transformer3DModel"
 MODEL = Model(

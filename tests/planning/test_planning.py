@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_map_only
 from bpgo_video.commands import plan as command
 from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, PolicyConfig, VideoConfig
 from bpgo_video.distributed.engine import zero_settings
+from bpgo_video.planning.advice import CHANGES, advise, possible
+from bpgo_video.planning.fake import Allocations
+from bpgo_video.planning.footprint import Weights, decoding, footprint, measure, transformer_inputs, vae_bytes
+from bpgo_video.planning.job import Job, change, count_step
+from bpgo_video.planning.memory import RUNTIME, Plan, reckon, room
+from bpgo_video.planning.models import Model, diffusers_class, find_model, known_models, policy_of, repeated_blocks
+from bpgo_video.planning.zero import Zero, missing_weights, on_gpu, zero_at_rest, zero_at_work
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.training.plan import Job, change, count_step
-from bpgo_video.training.plan_advice import CHANGES, advise, possible
-from bpgo_video.training.plan_fake import Allocations
-from bpgo_video.training.plan_footprint import Weights, decoding, footprint, measure, transformer_inputs, vae_bytes
-from bpgo_video.training.plan_memory import RUNTIME, Plan, reckon, room
-from bpgo_video.training.plan_models import Model, diffusers_class, find_model, known_models, policy_of, repeated_blocks
-from bpgo_video.training.plan_zero import Zero, missing_weights, on_gpu, zero_at_rest, zero_at_work
 from tests.made.random_wan import random_wan
 from tests.made.recipes import RECIPE, small_recipe
 
@@ -410,7 +410,7 @@ def test_the_command_fails_where_nothing_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = Plan({"replay": {"all": 10**10}}, {}, True)
-    monkeypatch.setattr("bpgo_video.training.plan_advice.advise", lambda job, plan, size: (["more"], changed))
+    monkeypatch.setattr("bpgo_video.planning.advice.advise", lambda job, plan, size: (["more"], changed))
     arguments = ["--config", str(RECIPE), "--gpus", "2", "--gigabytes", "2"]
     assert command.main(arguments) == 1
     assert "even so it does not fit 2 GB (then 10.0 GB):\n  more\nTake a smaller video" in capsys.readouterr().out

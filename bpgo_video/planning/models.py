@@ -59,7 +59,7 @@ class Model:
 @cache
 def known_models() -> dict[str, Model]:
     """The table by short names."""
-    table = json.loads(files(__package__).joinpath("plan_models.json").read_text("utf-8"))
+    table = json.loads(files(__package__).joinpath("models.json").read_text("utf-8"))
     return {
         name: Model(name, **{**entry, "transformers": tuple(entry["transformers"])}) for name, entry in table.items()
     }

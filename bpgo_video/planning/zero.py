@@ -20,7 +20,7 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.engine import zero_settings
 from bpgo_video.distributed.gathering import GATHERED_AT_ONCE
-from bpgo_video.training.plan_footprint import Weights
+from bpgo_video.planning.footprint import Weights
 
 FP32 = 4  # bytes
 

@@ -8,11 +8,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bpgo_video.training.plan import Job, count_step, readable
-from bpgo_video.training.plan_cards import LINK_SHARE, Rates
-from bpgo_video.training.plan_communication import Passes
-from bpgo_video.training.plan_memory import HOST_PROCESS, Plan, host_loading, host_saving
-from bpgo_video.training.plan_time import PHASES, Bill
+from bpgo_video.planning.cards import LINK_SHARE, Rates
+from bpgo_video.planning.communication import Passes
+from bpgo_video.planning.job import Job, count_step, readable
+from bpgo_video.planning.memory import HOST_PROCESS, Plan, host_loading, host_saving
+from bpgo_video.planning.time import PHASES, Bill
 
 ROWS = {  # of the table -> parts of the seconds
     "rollout: denoising": ("denoising",),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.training.plan import Job, change
-from bpgo_video.training.plan_memory import Plan, reckon
+from bpgo_video.planning.job import Job, change
+from bpgo_video.planning.memory import Plan, reckon
 
 WORTH = 0.99  # of the peak: a change that lowers it by less is not advised
 CHANGES = (  # in the order in which one would make them
