@@ -23,8 +23,7 @@ from bpgo_video.planning.communication import Passes, communication
 from bpgo_video.planning.job import Job
 from bpgo_video.planning.memory import Plan
 from bpgo_video.planning.zero import FP32, checkpoint_bytes
-from bpgo_video.training.inputs import reads_priors
-from bpgo_video.training.prior_sampling import PriorWork, count_priors
+from bpgo_video.rollouts.prior_sampling import PriorWork, count_priors, reads_priors
 
 PHASES: Mapping[str, tuple[str, ...]] = {  # of a step, as `seconds/*` in metrics.jsonl
     "rollout": ("denoising", "decoding", "gather (rollout)", "sequence group (rollout)"),

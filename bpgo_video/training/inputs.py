@@ -23,7 +23,7 @@ from bpgo_video.data.writer import clip_stamp, image_stamp
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.mesh import Mesh, all_or_none, same_everywhere
 from bpgo_video.files import fingerprint, resolve_folder
-from bpgo_video.learner.priors import FROM_IMAGES, STORED
+from bpgo_video.learner.priors import FROM_IMAGES
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.attention import check_heads
 from bpgo_video.policies.attention_backends import ODE_KEY, check_backend
@@ -32,6 +32,7 @@ from bpgo_video.policies.networks import (
     transformer_names,
 )
 from bpgo_video.rewards.reward import reward_factory
+from bpgo_video.rollouts.prior_sampling import reads_priors
 from bpgo_video.rollouts.rules import check_experts
 from bpgo_video.training.trackers import check_trackers
 from bpgo_video.weights import read_json
@@ -153,11 +154,6 @@ def check_clips(config: SftConfig, shards: PromptShards) -> None:
     EndlessOrder(shards, config.data.split, config.run.seed, config.sft.batch_size)
     if config.evaluation.split is not None:
         shards.rows(config.evaluation.split)
-
-
-def reads_priors(config: Config) -> bool:
-    """Whether the run reads measured priors from the shards' folder."""
-    return config.prior.kind in STORED and config.bpgo.needs_prior
 
 
 def heldout_rows(config: Config, shards: PromptShards) -> list[int]:

@@ -38,16 +38,16 @@ from bpgo_video.policies.networks import transformer_names
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.rollouts.denoiser import training_denoiser
-from bpgo_video.training.heldout import score_samples
-from bpgo_video.training.inputs import check_inputs
-from bpgo_video.training.lease import Lease
-from bpgo_video.training.prior_sampling import (
+from bpgo_video.rollouts.prior_sampling import (
     as_sampled,
     prior_groups,
     prompts_per_round,
     rows_to_measure,
     steps_of_group,
 )
+from bpgo_video.training.heldout import score_samples
+from bpgo_video.training.inputs import check_inputs
+from bpgo_video.training.lease import Lease
 from bpgo_video.training.session import frozen_policy, rollout_weights
 from bpgo_video.types import PromptBatch, Rewards
 

@@ -20,6 +20,7 @@ from bpgo_video.learner.losses import with_spread
 from bpgo_video.randomness import isolated
 from bpgo_video.rewards.suite import ScoreAhead
 from bpgo_video.rollouts.denoiser import training_denoiser
+from bpgo_video.rollouts.prior_sampling import check_anchors
 from bpgo_video.rollouts.replay import OBJECTIVES, samples_to_replay
 from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import sampled_steps
@@ -30,7 +31,6 @@ from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_sc
 from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, heldout_summary
 from bpgo_video.training.inputs import Inputs
 from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, Keys, RunLog, read_metrics, reduce_metrics
-from bpgo_video.training.prior_sampling import check_anchors
 from bpgo_video.training.report import LiveReport, write_report
 from bpgo_video.training.session import Session, build_session
 from bpgo_video.training.summary import diagnose, summary_table

@@ -44,13 +44,12 @@ from bpgo_video.policies.networks import (
 from bpgo_video.rewards.networks import Backbones
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
+from bpgo_video.rollouts.prior_sampling import check_anchors, positions_of, reads_priors
 from bpgo_video.rollouts.updates import Reference, adapters_off
 from bpgo_video.training.inputs import (
     heldout_rows,
-    reads_priors,
     recipe_policy,
 )
-from bpgo_video.training.prior_sampling import check_anchors, positions_of
 from bpgo_video.types import PromptBatch
 
 

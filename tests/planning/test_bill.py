@@ -22,7 +22,7 @@ from bpgo_video.planning.models import policy_of
 from bpgo_video.planning.rewards import RewardSize
 from bpgo_video.planning.time import bill, count_evaluations, step_seconds
 from bpgo_video.planning.zero import checkpoint_bytes
-from bpgo_video.training.prior_sampling import count_priors
+from bpgo_video.rollouts.prior_sampling import count_priors
 from tests.made.recipes import RECIPE
 from tests.planning.test_planning import BF16, MODEL, VIDEO
 

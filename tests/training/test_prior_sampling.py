@@ -19,7 +19,7 @@ from bpgo_video.data.stream import EndlessOrder, PromptStream
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.documents import plain_yaml
 from bpgo_video.policies import Policy
-from bpgo_video.training.prior_sampling import (
+from bpgo_video.rollouts.prior_sampling import (
     as_sampled,
     count_priors,
     prior_groups,

@@ -22,9 +22,9 @@ from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.rollouts.denoiser import Denoiser, PartialPath
+from bpgo_video.rollouts.prior_sampling import check_anchors, positions_of
 from bpgo_video.training import priors, session
 from bpgo_video.training.inputs import check_inputs
-from bpgo_video.training.prior_sampling import check_anchors, positions_of
 from tests.made.recipes import PROMPTS, make_shards, rewarded_by, small_recipe
 
 MESH = Mesh(0, 1, torch.device("cpu"))

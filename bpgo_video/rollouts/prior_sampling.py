@@ -19,11 +19,17 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.data.priors import PriorError, PriorTable
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.stream import EndlessOrder
+from bpgo_video.learner.priors import STORED
 from bpgo_video.policies import Policy
 from bpgo_video.rollouts.forwards import expected_forwards
 from bpgo_video.rollouts.rules import TrainedSteps, sampled_steps
 
 SEED = 0
+
+
+def reads_priors(config: Config) -> bool:
+    """Whether the run reads measured priors from the shards' folder."""
+    return config.prior.kind in STORED and config.bpgo.needs_prior
 
 
 def prior_groups(config: Config) -> tuple[int, int]:
