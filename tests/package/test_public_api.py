@@ -52,7 +52,7 @@ SIGNATURES = {  # parameters in order; append a new parameter with a default her
         "Policy.velocity": "self latents sigma conditioning",
         "family": "path name",
         "guided_velocity": "policy latents sigma guidance scale",
-        "load_policy": "folder max_sequence_length components dtype device build load name options",
+        "load_policy": "folder max_sequence_length components dtype vae_dtype device build load name options",
     },
 }
 TABLES = {"bpgo_video.diffusion": {"SAMPLERS"}, "bpgo_video.policies": {"FAMILIES"}}
