@@ -17,6 +17,7 @@ from tests.made.random_wan import random_wan
 from tests.made.recipes import ROOT, make_shards, python_path
 
 STAGES = ("zero1", "zero2", "zero3")
+SMOKE = ("zero2_bf16", "zero3_bf16_offload", "zero3_offload")  # other shipped DeepSpeed configurations
 SHARED = [*(f"gradient-{stage}=gradient:{stage}" for stage in STAGES), "credited-4=credited:zero3:4"]
 WORLD_CASES = {
     1: SHARED,
@@ -29,8 +30,7 @@ WORLD_CASES = {
         "ema-whole=ema:4",
         "ema-stopped=ema:3",
         "ema-stopped=ema:4:auto",
-        "smoke-zero3_offload=smoke:zero3_offload",
-        *(f"smoke-{name}=smoke:{name}" for name in ("zero2_bf16", "zero3_bf16", "zero3_bf16_offload")),
+        *(f"smoke-{name}=smoke:{name}" for name in SMOKE),
         "gradient-zero3-sequence2=gradient:zero3:2",  # other stages: test_sequence.py
         *(f"ratio-zero3-{lora}-sequence2=exact_ratio:zero3:{lora}:2" for lora in ("full", "lora")),
         *(f"ratio-zero3-{lora}-gathered=exact_ratio:zero3:{lora}:1:gathered" for lora in ("full", "lora")),

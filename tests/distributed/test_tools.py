@@ -20,16 +20,16 @@ from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.hub import this_code
 from bpgo_video.inference.run_weights import find_checkpoint
 from bpgo_video.training.metrics import read_metrics
-from tests.distributed.conftest import STAGES
+from tests.distributed.conftest import SMOKE, STAGES
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 RUNS = [f"ratio-{stage}-{adapters}" for stage in STAGES for adapters in ("full", "lora")]
 
 
-@pytest.mark.parametrize("name", [*RUNS, "smoke-offload", "smoke-bf16"])
+@pytest.mark.parametrize("name", [*RUNS, *(f"smoke-{name}" for name in SMOKE)])
 def test_a_checkpoint_converts_to_the_export_bit_for_bit(worlds: dict[int, Path], tmp_path: Path, name: str) -> None:
     run_dir = worlds[2] / name
-    dtype = torch.bfloat16 if name == "smoke-bf16" else torch.float32
+    dtype = torch.bfloat16 if "bf16" in name else torch.float32
     output = tmp_path / "out"
     convert(Conversion(find_checkpoint(run_dir), "raw", output, dtype), "diffusers", verify=True)
     for card in (run_dir / "export" / "README.md", output / "README.md"):
@@ -42,7 +42,7 @@ def test_a_checkpoint_converts_to_the_export_bit_for_bit(worlds: dict[int, Path]
 
 
 def test_joined_parameters_equal_those_of_deepspeed_for_any_world_and_stage(worlds: dict[int, Path]) -> None:
-    names = {1: [f"gradient-{stage}" for stage in STAGES], 2: [*RUNS, "smoke-offload", "smoke-bf16", "whole"]}
+    names = {1: [f"gradient-{stage}" for stage in STAGES], 2: [*RUNS, *(f"smoke-{name}" for name in SMOKE), "whole"]}
     for folder in (worlds[size] / name for size, runs in names.items() for name in runs):
         checkpoint = find_checkpoint(folder).folder
         found = ZeroParameters(checkpoint)

@@ -17,7 +17,7 @@ from bpgo_video.data.reader import PromptShards
 from bpgo_video.files import resolve_folder
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.training.metrics import read_metrics
-from tests.distributed.conftest import STAGES
+from tests.distributed.conftest import SMOKE, STAGES
 from tests.distributed.sameness import assert_same_run, records
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
@@ -190,7 +190,7 @@ def test_the_export_generates_the_videos_of_the_trained_policy(worlds: dict[int,
     assert lost < moved, "the video is that of the trained policy, not of the starting one"
 
 
-@pytest.mark.parametrize("name", ["zero2_bf16", "zero3_bf16", "zero3_bf16_offload", "zero3_offload"])
+@pytest.mark.parametrize("name", SMOKE)
 def test_training_works_with_other_deepspeed_configurations(worlds: dict[int, Path], name: str) -> None:
     summary = summary_of(worlds[2], f"smoke-{name}", steps=2)
     assert summary["steps"] == 2
