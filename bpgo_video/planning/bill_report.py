@@ -65,7 +65,8 @@ def bill_lines(job: Job, plan: Plan, cost: Bill, price: float | None) -> Iterato
     evaluations = f"{cost.evaluations} evaluations of {60 * cost.evaluation:.3g} min" if cost.evaluations else ""
     parts = [f"{run.num_steps} steps {hours(run.num_steps * cost.step / 3600)}", *filter(None, [evaluations])]
     if cost.prior_prompts:
-        parts.append(f"priors of at most {cost.prior_prompts:,} prompts {hours(cost.priors)}, once")
+        videos = cost.prior_prompts * job.config.prior.samples
+        parts.append(f"priors of at most {cost.prior_prompts:,} prompts ({videos:,} videos) {hours(cost.priors)}, once")
     gpu_hours = cost.hours * ranks
     paid = "" if price is None else f", a cost of {price * gpu_hours:,.0f} at {price:g} each"
     yield f"{hours(cost.hours)} on {ranks} GPUs: {count(gpu_hours)} GPU-hours{paid}"

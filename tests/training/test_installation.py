@@ -12,7 +12,18 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import Config
+from bpgo_video.policies import Policy
 from bpgo_video.training import installation
+
+
+@pytest.mark.parametrize(("sequence", "height", "tokens"), [(1, 64, None), (2, 64, "24"), (2, 512, None)])
+def test_a_sequence_group_for_few_tokens_is_a_warning(
+    recipe: Config, policy: Policy, sequence: int, height: int, tokens: str | None
+) -> None:
+    video = replace(recipe.video, num_frames=9, height=height, width=height)
+    config = replace(recipe, video=video, parallel=replace(recipe.parallel, sequence=sequence))
+    lines = list(installation.few_tokens(config, policy))
+    assert [f"a rank computes {tokens} tokens" in line for line in lines] == ([True] if tokens else [])
 
 
 def test_every_dependency_has_a_tested_version() -> None:
