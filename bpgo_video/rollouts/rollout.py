@@ -15,7 +15,15 @@ from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.conditioning import guidance_of, rows_of
 from bpgo_video.rollouts.denoiser import Denoiser, PartialPath
-from bpgo_video.rollouts.prefixes import Prefixes, branched_off, branches, compute_prefixes
+from bpgo_video.rollouts.prefixes import (
+    Prefixes,
+    branched_off,
+    branches,
+    compute_prefixes,
+    exchanged,
+    micro_batches,
+    spreads,
+)
 from bpgo_video.rollouts.rules import TrainedSteps, no_steps
 from bpgo_video.types import Guidance, Latents, PromptBatch, RolloutChunk, Trajectory
 
@@ -52,12 +60,15 @@ def sample_chunks(
     def begin(rows: Tensor, samples: Tensor, guidance: Guidance) -> PartialPath:
         return denoiser.begin(denoiser.policy.start(noise_of(rows, samples, "start"), guidance.towards))
 
-    shares = mesh.share(len(prompts) * group_size, micro_batch_size)
+    # A rank encodes the images of its own samples only, so with images it has all samples of few prompts.
+    spread = same_start and prompts.images is None and spreads(mesh, group_size, micro_batch_size)
+    shares = micro_batches(mesh, len(prompts), group_size, micro_batch_size, spread)
     branch_steps, prefixes = [0] * len(shares), Prefixes()
     if same_start:
         first_steps = [min(steps, default=len(denoiser.steps)) for steps in stochastic]
-        planned = branches(first_steps, mesh, group_size, micro_batch_size)
+        planned = branches(first_steps, mesh, group_size, micro_batch_size, spread=spread)
         branch_steps, prefixes = planned.steps, compute_prefixes(denoiser, planned, guide, begin)
+        prefixes = exchanged(prefixes, mesh) if spread else prefixes
     per_chunk = mesh.sequence // gcd(mesh.sequence, micro_batch_size)  # a chunk's videos divide over a sequence group
     for chunk in chunked(zip(shares, branch_steps, strict=True), per_chunk):
         trajectories = []

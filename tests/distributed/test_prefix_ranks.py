@@ -15,27 +15,27 @@ from tests.distributed.prefix_worker import STEPS, Latents, drawn, rollout
 
 pytestmark = pytest.mark.slow
 
-# Ranks -> prompts, samples of each, micro-batch size. Two ranks divide the second of three prompts; of three ranks the
-# second has samples of both prompts, and the others of one: it needs two prefixes, and they one.
-LAYOUTS = {2: (3, 4, 2), 3: (2, 6, 1)}
+# Ranks; prompts, samples of each, micro-batch size. Of two ranks the first has two of three prompts; of three ranks the
+# second has samples of both prompts, and needs two prefixes. In the last two layouts every rank has samples of every
+# prompt, and the ranks exchange their prefixes.
+LAYOUTS = ((2, (3, 4, 4)), (3, (2, 5, 1)), (2, (3, 4, 2)), (3, (2, 6, 1)))
+Sampled = tuple[tuple[int, int, int], dict[str, Latents]]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def sampled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Latents]]:
-    """The number of ranks, and the paths of all their samples by case."""
-    ranks: int = request.param
+@pytest.fixture(scope="module", params=LAYOUTS, ids=["own", "uneven", "spread", "spread_over_three"])
+def sampled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sampled:
+    """The sizes, and the paths of all ranks' samples by case."""
+    ranks, sizes = request.param
     output: Path = tmp_path_factory.mktemp("prefixes")
-    run_ranks(ranks, [str(output), *map(str, LAYOUTS[ranks])], worker="prefix_worker", timeout=240)
+    run_ranks(ranks, [str(output), *map(str, sizes)], worker="prefix_worker", timeout=240)
     parts = [torch.load(output / f"rank{rank}.pt") for rank in range(ranks)]
-    return ranks, {case: {sample: path for part in parts for sample, path in part[case].items()} for case in parts[0]}
+    return sizes, {case: {sample: path for part in parts for sample, path in part[case].items()} for case in parts[0]}
 
 
 @pytest.mark.parametrize("share_steps", ["group", "batch"])
-def test_prefixes_on_several_ranks_equal_those_of_one(
-    sampled: tuple[int, dict[str, Latents]], policy: Policy, share_steps: str
-) -> None:
-    ranks, found = sampled
-    config, (prompts, group_size, size) = drawn(share_steps), LAYOUTS[ranks]
+def test_prefixes_on_several_ranks_equal_those_of_one(sampled: Sampled, policy: Policy, share_steps: str) -> None:
+    (prompts, group_size, size), found = sampled
+    config = drawn(share_steps)
     first = {min(trained_steps_of(policy, config, step)(row)) for step in STEPS for row in range(prompts)}
     assert len(first) > 1, "the draws differ"
     expected = rollout(policy, config, Mesh(0, 1, torch.device("cpu")), prompts, group_size, size)

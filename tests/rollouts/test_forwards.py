@@ -15,7 +15,7 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.diffusion.steps import STEP_SELECTIONS, precedes_trained
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rollouts.forwards import expected_forwards
-from bpgo_video.rollouts.prefixes import branches
+from bpgo_video.rollouts.prefixes import branches, spreads
 
 NUM_STEPS = 5  # of which the first four can be trained
 DRAWS = {
@@ -50,7 +50,8 @@ def counted(config: Config, first: list[int], ranks: int) -> float:
     """The mean over ranks of the forwards of one draw."""
     size, total = config.rollout.micro_batch_size, 0.0
     for rank in range(ranks):
-        planned = branches(first, Mesh(rank, ranks, torch.device("cpu")), config.rollout.group_size, size)
+        mesh, group_size = Mesh(rank, ranks, torch.device("cpu")), config.rollout.group_size
+        planned = branches(first, mesh, group_size, size, spread=spreads(mesh, group_size, size))
         total += sum(NUM_STEPS - step for step in planned.steps)
         total += sum(len(rows) * end for rows, end in zip(planned.batches, planned.ends, strict=True)) / size
     return total / ranks
@@ -66,6 +67,7 @@ def counted(config: Config, first: list[int], ranks: int) -> float:
         (3, {"micro_batch_size": 2}),
         (2, {"prompts_per_step": 4}),
         (4, {"prompts_per_step": 2, "micro_batch_size": 1}),
+        (2, {"prompts_per_step": 3, "micro_batch_size": 1}),
     ],
 )
 def test_the_expectation_is_the_mean_of_all_draws(

@@ -16,7 +16,7 @@ from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.conditioning import guidance_of
 from bpgo_video.rollouts.denoiser import Denoiser, PartialPath, training_denoiser
-from bpgo_video.rollouts.prefixes import branches, rows_of_ranks
+from bpgo_video.rollouts.prefixes import branches, micro_batches, rows_of_ranks, spreads
 from bpgo_video.rollouts.replay import policy_shift
 from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.types import PromptBatch, Trajectory
@@ -155,15 +155,15 @@ def test_every_rank_runs_the_same_forwards(policy: Policy, recipe: Config, forwa
     """
     denoiser, prompts = denoiser_of(policy, recipe, solver="adams_bashforth"), prompts_of(policy, 2)
     steps: Steps = {0: (3,), 1: (2, 3)}
-    alone = shared(denoiser, prompts, steps, 3, 1)
+    alone = shared(denoiser, prompts, steps, 5, 1)
     by_rank, sampled = [], []
     for rank in range(3 * sequence):
         forwards.clear()
-        sampled.append(shared(denoiser, prompts, steps, 3, 1, Mesh(rank, 3 * sequence, CPU, sequence)))
+        sampled.append(shared(denoiser, prompts, steps, 5, 1, Mesh(rank, 3 * sequence, CPU, sequence)))
         by_rank.append([index for index, _ in forwards])
-    assert all(one == 2 * [0, 1] + 2 * [2, 3, 4] for one in by_rank)
+    assert all(one == 2 * [0, 1] + 4 * [2, 3, 4] for one in by_rank)
     together = [trajectory for of_rank in sampled[::sequence] for trajectory in of_rank]
-    for one, other in zip(alone, together, strict=True):
+    for one, other in zip(alone, together[: len(alone)], strict=True):  # the last rank repeats its last sample
         assert torch.equal(one.latents, other.latents), "all batches have one sample"
 
 
@@ -194,16 +194,36 @@ def test_branches_suit_every_rank(
 ) -> None:
     """No sample branches off after its first stochastic step, none lacks its prefix, and nothing costs more."""
     meshes = [Mesh(rank, world * sequence, CPU, sequence) for rank in range(world * sequence)]
-    planned = [branches(first_steps, mesh, group_size, size) for mesh in meshes]
-    shares = rows_of_ranks(len(first_steps), meshes[0], group_size, size)
-    for mesh, found in zip(meshes, planned, strict=True):
-        assert (found.steps, found.ends) == (planned[0].steps, planned[0].ends)
-        assert len(found.batches) == len(found.ends)
-        assert all(len(rows) <= size for rows in found.batches)
-        for rows, step in zip(shares[mesh.data_rank], found.steps, strict=True):
-            assert all(step <= first_steps[row] for row in rows)
-            for row in rows:
-                assert any(row in batch and step <= end for batch, end in zip(found.batches, found.ends, strict=True))
-        assert sum(found.ends) <= sum(found.steps), "at most as many forwards as without prefixes"
-    if world == 1 and group_size % size == 0:
-        assert planned[0].steps == [first_steps[rows[0]] for rows in shares[0]], "a rank alone branches off latest"
+    for spread in {False, spreads(meshes[0], group_size, size)}:
+        planned = [branches(first_steps, mesh, group_size, size, spread=spread) for mesh in meshes]
+        shares = rows_of_ranks(len(first_steps), meshes[0], group_size, size, spread)
+        everywhere = [reach for found in planned for reach in zip(found.batches, found.ends, strict=True)]
+        for mesh, found in zip(meshes, planned, strict=True):
+            assert (found.steps, found.ends) == (planned[0].steps, planned[0].ends)
+            assert len(found.batches) == len(found.ends)
+            assert all(len(rows) <= size for rows in found.batches)
+            received = everywhere if spread else list(zip(found.batches, found.ends, strict=True))
+            for rows, step in zip(shares[mesh.data_rank], found.steps, strict=True):
+                assert all(step <= first_steps[row] for row in rows)
+                for row in rows:
+                    assert any(row in batch and step <= end for batch, end in received)
+                    assert (row, step) in found.wanted
+            assert sum(found.ends) <= sum(found.steps), "at most as many forwards as without prefixes"
+        if spread or (world == 1 and group_size % size == 0):
+            assert planned[0].steps == [first_steps[rows[0]] for rows in shares[0]], "each branches off latest"
+
+
+@given(
+    prompts=st.integers(1, 5),
+    ranks=st.integers(1, 4),
+    sequence=st.sampled_from([1, 2]),
+    each=st.integers(1, 3),
+    size=st.integers(1, 3),
+)
+def test_a_spread_group_has_each_sample_once(prompts: int, ranks: int, sequence: int, each: int, size: int) -> None:
+    group_size = ranks * each * size
+    meshes = [Mesh(rank, ranks * sequence, CPU, sequence) for rank in range(0, ranks * sequence, sequence)]
+    assert spreads(meshes[0], group_size, size) is (ranks > 1)
+    batches = [batch for mesh in meshes for batch in micro_batches(mesh, prompts, group_size, size, spread=True)]
+    assert sorted(item for batch in batches for item in batch) == list(range(prompts * group_size))
+    assert all(len(batch) == size and len({item // group_size for item in batch}) == 1 for batch in batches)
