@@ -317,10 +317,10 @@ def test_a_dry_run_counts_the_work_of_training(job: Job) -> None:
     assert (found["ranks"], found["groups"], found["samples"]) == (2, 2, samples)
     assert found["micro_batches"] == samples / 2 / rollout.micro_batch_size
     later = [math.comb(6 - step, 2) / math.comb(7, 2) for step in range(5)]  # two of seven, of one prompt: P(all later)
-    shared, prefix = sum(p**2 for p in later), sum(1 - (1 - p**2) ** 2 for p in later)
+    shared, prefix = sum(later), sum(1 - (1 - p) ** 4 for p in later)
     assert found["forwards"] == pytest.approx(
         found["micro_batches"] * (8 - shared) + prefix * 2 / rollout.micro_batch_size
-    ), "two ranks, which branch off together, with two prompts each"
+    ), "every rank has samples of all four prompts, and computes the prefixes of two until the longest one's end"
     apart = replace(job, config=replace(job.config, rollout=replace(rollout, same_start=False)))
     assert count_step(apart)["forwards"] == found["micro_batches"] * job.config.sampler.num_steps
     assert sum(found["passes"]) == found["micro_batches"] * job.config.sampler.trained_count
