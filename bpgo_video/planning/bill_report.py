@@ -28,7 +28,7 @@ ROWS = {  # of the table -> parts of the seconds
 
 def step_table(job: Job, cost: Bill, rates: Rates) -> Table:
     """Seconds of a step by part."""
-    title = f"Seconds of a step on {job.ranks} GPUs ({rates.source})"
+    title = f"Seconds of a step on {job.gpus} ({rates.source})"
     table = Table(box=box.ROUNDED, title=title, title_justify="left")
     table.add_column("")
     table.add_column("seconds", justify="right")
@@ -69,7 +69,7 @@ def bill_lines(job: Job, plan: Plan, cost: Bill, price: float | None) -> Iterato
         parts.append(f"priors of at most {cost.prior_prompts:,} prompts ({videos:,} videos) {hours(cost.priors)}, once")
     gpu_hours = cost.hours * ranks
     paid = "" if price is None else f", a cost of {price * gpu_hours:,.0f} at {price:g} each"
-    yield f"{hours(cost.hours)} on {ranks} GPUs: {count(gpu_hours)} GPU-hours{paid}"
+    yield f"{hours(cost.hours)} on {job.gpus}: {count(gpu_hours)} GPU-hours{paid}"
     yield f"  {', '.join(parts)}"
     if cost.hidden:
         yield f"  a step {number(cost.step)} s, and {number(cost.hidden)} s of communication behind its compute"

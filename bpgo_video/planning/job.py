@@ -42,6 +42,11 @@ class Job:
     gigabytes: int = 80
     prompts: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def gpus(self) -> str:
+        """Their number in words."""
+        return "1 GPU" if self.ranks == 1 else f"{self.ranks} GPUs"
+
     @cached_property
     def zero(self) -> Zero:
         """With the limits of stage 3 that the engine derives from the model."""

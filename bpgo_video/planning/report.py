@@ -78,8 +78,7 @@ def as_text(report: Report) -> str:
 
 def summary(job: Job, plan: Plan, sizes: Sequence[int], advised: Advised) -> Iterator[str]:
     """What fits, the largest parts of the phase that needs the most, and what to change."""
-    gpus = "1 GPU" if job.ranks == 1 else f"{job.ranks} GPUs"
-    yield f"{job.model.name} on {gpus} needs {readable(plan.peak)} of each, during `{plan.tightest}`:"
+    yield f"{job.model.name} on {job.gpus} needs {readable(plan.peak)} of each, during `{plan.tightest}`:"
     parts = plan.phases[plan.tightest]
     yield f"  {listed(dict(sorted(parts.items(), key=lambda part: -part[1])[:LARGEST]))}"
     for size in sizes:
