@@ -34,12 +34,12 @@ def main(words: Sequence[str], script: str | None = None) -> int:
 
 def make_videos(settings: GenerationSettings) -> None:
     """Generate this rank's share of the videos; rank 0 prints the manifest's path."""
-    from bpgo_video.distributed import engine
+    from bpgo_video.distributed import process_group
     from bpgo_video.inference.generate import ALONE, PATIENCE, generate
 
     show_loading_once()
-    mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
+    mesh = process_group.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
     manifest = generate(settings, mesh)
     if mesh.is_main:
         print(manifest)
-    engine.stop_ranks()
+    process_group.stop_ranks()

@@ -144,11 +144,11 @@ def run_recipe(recipe: Recipe) -> int:
 @contextmanager
 def ranks_of(config: Config) -> Iterator[tuple[Any, Any]]:
     """This rank among the others, with a heartbeat. An error in its inputs ends the command with exit code 2."""
-    from bpgo_video.distributed import engine
+    from bpgo_video.distributed import process_group
     from bpgo_video.distributed.heartbeat import Heartbeat
     from bpgo_video.training.loop import INPUT_ERRORS, launched
 
     with launched():
-        mesh = engine.start_ranks()
+        mesh = process_group.start_ranks()
         with Heartbeat(mesh, config.parallel.heartbeat_timeout, expected=INPUT_ERRORS) as heartbeat:
             yield mesh, heartbeat

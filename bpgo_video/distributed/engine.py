@@ -1,18 +1,16 @@
-"""The DeepSpeed engine: start ranks, run backward and step, save and load.
+"""The DeepSpeed engine: run backward and step, save and load.
 
-Only this file, `gathering.py` and `sharded_build.py` run DeepSpeed; `zero_files.py` reads what it writes.
+DeepSpeed runs only here and in `gathering.py`, `process_group.py` and `sharded_build.py`; `zero_files.py` reads what it
+writes.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from bpgo_video.cli import free_port
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.deepspeed import zero_stage
 from bpgo_video.config.run import OptimizerConfig
@@ -40,12 +37,10 @@ from bpgo_video.distributed.ds_config import (
 )
 from bpgo_video.distributed.gathering import WholeGradients, not_gathered, whole_weights
 from bpgo_video.distributed.manifest import write_file
-from bpgo_video.distributed.mesh import TIMEOUT, Mesh
 from bpgo_video.distributed.optimizer import TouchedParts, ZeroMasters, make_optimizer, trained_parts
 from bpgo_video.distributed.snapshot import Sink
 from bpgo_video.distributed.zero_files import read_file
 from bpgo_video.documents import wrong_value
-from bpgo_video.errors import install_excepthook
 
 warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
 
@@ -77,63 +72,6 @@ def zero_settings(ds_config: Mapping[str, Any]) -> DeepSpeedZeroConfig:
         return DeepSpeedZeroConfig(**settings)
     except ValidationError as error:
         raise ConfigError(f"zero_optimization of the DeepSpeed JSON: {wrong_value(error)}; correct it") from None
-
-
-def start_ranks(timeout: timedelta = TIMEOUT) -> Mesh:
-    """Join the launcher's process group; without a launcher, start a group of one.
-
-    Raises:
-        ConfigError: the launcher's port is in use, or see `refuse_lone_tasks`.
-    """
-    install_excepthook()
-    if "RANK" not in os.environ:
-        refuse_lone_tasks()
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(free_port()))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        # Weights come and go between rollouts and updates; growing segments leave fewer gaps that no tensor fits.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    else:  # otherwise, init_distributed compiles a shared-memory operator that nothing here needs
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ConfigError(
-            f"port {os.environ['MASTER_PORT']} is in use by another process of {socket.gethostname()}, and rank 0 must "
-            "listen on it; pass a free one to the launcher (deepspeed --master_port N), or start ranks with "
-            "bpgo-video ... --ranks N, which finds one"
-        ) from error
-    return Mesh(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), device=device)
-
-
-def refuse_lone_tasks() -> None:
-    """Refuse to train alone in a process that srun or mpirun started next to others without DeepSpeed's launcher.
-
-    Raises:
-        ConfigError: names the environment variable that shows it, and the way out.
-    """
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(os.environ.get(name, "1")) > 1:
-            raise ConfigError(
-                f"{name} is {os.environ[name]}, but RANK is not set: each of these processes would train alone; "
-                "start `deepspeed --no_ssh --node_rank N ...` once on every node, as docs/multi_node.md shows"
-            )
-
-
-def stop_ranks() -> None:
-    """Leave the process group together; call it once the run has ended well on every rank.
-
-    The barrier lets rank 0 print first: a launcher ends it when another rank exits with the code of a verdict.
-    """
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def frozen(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:

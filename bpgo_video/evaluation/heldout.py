@@ -22,7 +22,7 @@ from bpgo_video.config.reading import read_yaml
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.data.records import PromptRecord
 from bpgo_video.data.stream import as_batch
-from bpgo_video.distributed import engine
+from bpgo_video.distributed import process_group
 from bpgo_video.distributed.ds_config import compute_dtype
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import TIMEOUT, Mesh
@@ -145,18 +145,18 @@ def evaluation_ranks(parallel: ParallelConfig, timeout: timedelta = TIMEOUT) -> 
     Args:
         timeout: how long a rank waits for the slowest one; a rank that dies or fails ends the others within seconds.
     """
-    mesh = engine.start_ranks(timeout)
+    mesh = process_group.start_ranks(timeout)
     with Heartbeat(mesh, parallel.heartbeat_timeout, expected=(ValueError, OSError)) as heartbeat:
         heartbeat.enter("evaluation")
         yield mesh
-    engine.stop_ranks()
+    process_group.stop_ranks()
 
 
 @contextmanager
 def independent_ranks() -> Iterator[Mesh]:
     """Ranks for long work without communication; a single process starts no process group."""
     if "RANK" not in os.environ:
-        engine.refuse_lone_tasks()
+        process_group.refuse_lone_tasks()
         yield ALONE
         return
     with evaluation_ranks(ParallelConfig(), PATIENCE) as mesh:

@@ -26,7 +26,7 @@ from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.data.media import read_media
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.records import PromptRecord
-from bpgo_video.distributed import engine
+from bpgo_video.distributed import process_group
 from bpgo_video.distributed.mesh import Mesh, all_or_none
 from bpgo_video.documents import MAX_JSON, parse_json, read_text
 from bpgo_video.evaluation import vbench_files as suites
@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> None:
     words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
     settings = read_settings(GenerationSettings, [*words, *args.more], prog="bpgo-video evaluate layout")
     show_loading_once()
-    mesh = engine.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
+    mesh = process_group.start_ranks(PATIENCE) if "RANK" in os.environ else ALONE
     with all_or_none(mesh):
         suite = read_suite(args.suite, samples)
         texts = args.generation_prompts and read_texts(args.generation_prompts, suite)
     manifest = lay_out(replace(settings, prompts=suite.source), suite, mesh, args.images, texts)
     if mesh.is_main:
         print(manifest)
-    engine.stop_ranks()
+    process_group.stop_ranks()
 
 
 def check(args: argparse.Namespace) -> None:

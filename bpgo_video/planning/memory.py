@@ -10,6 +10,7 @@ import torch
 
 from bpgo_video.config.rules import check_world
 from bpgo_video.distributed.memory import SHARE_FOR_WEIGHTS
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.planning.footprint import vae_bytes
 from bpgo_video.planning.job import Job
 from bpgo_video.planning.zero import (
@@ -25,6 +26,7 @@ from bpgo_video.planning.zero import (
     zero_at_work,
 )
 from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, pulls_to_previous
+from bpgo_video.rollouts.prefixes import spreads
 
 RUNTIME = 2 * 10**9  # CUDA context, NCCL's buffers and cuBLAS's workspaces: an assumption, not measured
 HOST_PROCESS = 3 * 10**9  # Python, its packages and CUDA's libraries on the host: an assumption, not measured
@@ -114,6 +116,7 @@ def reckon(job: Job) -> Plan:
     parts = [
         *resting,
         *zero_at_work(zero, weights, config, gathers=gathers, keeps_activations=keeps),
+        Part("shared steps", _prefix_bytes(job), ROLLOUT),
         Part("videos to be scored", _video_bytes(job), ROLLOUT),
         Part("reward models", job.reward.offloaded + job.reward.work, ROLLOUT),
         Part("forward", work.forward.peak, ("denoise",)),
@@ -148,6 +151,18 @@ def _trajectory_bytes(job: Job) -> int:
     if config.loss.compares_means or pulls_to_previous(config.loss):
         each += config.sampler.trained_count * FP32
     return job.samples * each * prod(job.latents)
+
+
+def _prefix_bytes(job: Job) -> int:
+    """At most: the latents that the samples of each prompt of a rank have in common, with `rollout.same_start`."""
+    rollout, sampler = job.config.rollout, job.config.sampler
+    if not rollout.same_start:
+        return 0
+    mesh = Mesh(0, job.ranks // job.config.parallel.sequence, torch.device("cpu"))
+    held = rollout.prompts_per_step
+    if job.policy.takes_images or not spreads(mesh, rollout.group_size, rollout.micro_batch_size):
+        held = min(held, -(-job.samples // rollout.group_size) + 1)  # the first and the last may be parts of groups
+    return held * sampler.num_steps * LATENTS_DTYPES[sampler.latents_dtype].itemsize * prod(job.latents)
 
 
 def _video_bytes(job: Job) -> int:

@@ -1,7 +1,7 @@
-"""Size and operations of a recipe's reward models, from a table of published ones, a local folder or the class itself.
+"""Size and operations of a recipe's reward models, from a table of known ones, a local folder or the class itself.
 
-Operations are estimates, 2 x parameters x tokens of the networks' published sizes: rewards are a small part of a
-step's arithmetic. A class of your own states its size in the attributes `gigabytes` and `tera_operations` (of one
+Sizes of published networks are our estimates, and operations 2 x parameters x tokens of them: rewards are a small part
+of a step's arithmetic. A class of your own states its size in the attributes `gigabytes` and `tera_operations` (of one
 video); without them it is unknown, and a plan does not say that the job fits.
 """
 
@@ -41,7 +41,7 @@ class Network:
 
 
 CLIP_H = Network(0.986, 335)
-NETWORKS: Mapping[str, Network] = {  # by hub id; parameters as in the models' cards
+NETWORKS: Mapping[str, Network] = {  # by hub id; our estimates, not read from the files
     "openai/clip-vit-base-patch32": Network(0.151, 9),
     "openai/clip-vit-large-patch14": Network(0.428, 162),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": CLIP_H,

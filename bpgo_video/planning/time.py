@@ -131,7 +131,7 @@ def videos_scored(job: Job) -> float:
 
 
 def decoding_seconds(job: Job, rates: Rates) -> float:
-    """Of one call of the VAE: products, then elementwise work;."""
+    """Of one call of the VAE: products, then elementwise work."""
     elementwise = job.decoding.moved / rates.decode_memory if rates.decode_memory else 0.0
     return job.decoding.operations / rates.decode + elementwise
 

@@ -20,7 +20,7 @@ from bpgo_video.planning.job import readable
 from bpgo_video.policies import Policy
 from bpgo_video.training.session import PolicySession
 
-FEW_TOKENS = 400  # on two CPU ranks: 1.23 of the time at 168 tokens a rank, .71 at 672
+FEW_TOKENS = 700  # on two CPU ranks, groups of two took 2.1 times a step's seconds at 162 tokens a rank, 1.8 at 648
 
 
 def warnings(session: PolicySession) -> list[str]:

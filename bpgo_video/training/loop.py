@@ -20,7 +20,7 @@ import torch
 from bpgo_video.cli import print_error, show_loading_once
 from bpgo_video.config.rules import OWNER, check_world
 from bpgo_video.config.sft import Recipe
-from bpgo_video.distributed import checkpoint, engine, resume
+from bpgo_video.distributed import checkpoint, process_group, resume
 from bpgo_video.distributed.ema import load_average, save_average
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.manifest import CheckpointError
@@ -49,7 +49,7 @@ def launched() -> Iterator[None]:
         yield
     except INPUT_ERRORS as error:
         raise SystemExit(print_error(error)) from None
-    engine.stop_ranks()
+    process_group.stop_ranks()
 
 
 class Trainer(ABC):
@@ -97,7 +97,7 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
     Raises:
         ConfigError, ShardError, RewardError, CheckpointError, FloatingPointError: with the cause and the way out.
     """
-    mesh, run_dir, num_steps = engine.start_ranks(), Path(config.run.dir), config.run.num_steps
+    mesh, run_dir, num_steps = process_group.start_ranks(), Path(config.run.dir), config.run.num_steps
     # When a rank dies, a launcher terminates the others. The handler outlasts the heartbeat, which names the cause.
     with (
         Lease(run_dir / OWNER) as lease,

@@ -9,16 +9,16 @@ import sys
 from importlib import import_module
 from itertools import groupby
 
-from bpgo_video.distributed import engine
+from bpgo_video.distributed import process_group
 
 
 def main() -> None:
-    mesh = engine.start_ranks()
+    mesh = process_group.start_ranks()
     for is_separator, words in groupby(sys.argv[1:], "--".__eq__):
         if not is_separator:
             worker, *arguments = words
             import_module(f"tests.distributed.{worker}").main(mesh, *arguments)
-    engine.stop_ranks()
+    process_group.stop_ranks()
 
 
 if __name__ == "__main__":

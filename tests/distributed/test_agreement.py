@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.distributed import engine
+from bpgo_video.distributed import process_group
 
 Outcomes = list[dict[str, str | None]]
 CPU = torch.device("cpu")
@@ -64,8 +64,8 @@ def test_a_shared_run_folder_is_unchanged(outcomes: Outcomes, agreement: Path) -
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_tasks_of_one_job_do_not_run_as_separate_single_ranks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
-    engine.refuse_lone_tasks()
+    process_group.refuse_lone_tasks()
     monkeypatch.setenv(name, "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match=rf"{name} is 2.*docs/multi_node\.md"):
-        engine.start_ranks()
+        process_group.start_ranks()

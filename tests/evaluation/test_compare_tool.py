@@ -14,7 +14,7 @@ from bpgo_video.commands.evaluate import main
 from bpgo_video.config.bpgo import Config, LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.media import read_video
-from bpgo_video.distributed import engine
+from bpgo_video.distributed import process_group
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation import compare, heldout
 from bpgo_video.evaluation.compare import Request, measure
@@ -42,7 +42,7 @@ def run_dir(recipe_here: Config, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "start_ranks", lambda timeout: ONE_RANK)
+    monkeypatch.setattr(process_group, "start_ranks", lambda timeout: ONE_RANK)
 
 
 def test_scores_equal_those_of_heldout(recipe_here: Config, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_the_command_writes_both_files_and_compares_saved_results_without_ranks(
     assert content["comparisons"][0]["outcome"] == "no difference shown", "three prompts cannot show a difference"
     assert "No difference shown between wan and mine" in " ".join(printed.split())
     assert (output / "report.html").read_text().count("<video ") == 6
-    monkeypatch.setattr(engine, "start_ranks", lambda: pytest.fail("no ranks are needed"))
+    monkeypatch.setattr(process_group, "start_ranks", lambda: pytest.fail("no ranks are needed"))
     folders = [f"before={content['models'][0]['results']}", f"after={content['models'][1]['results']}"]
     assert main(["compare", *folders, "--output", str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again" / "comparison.json").read_text())

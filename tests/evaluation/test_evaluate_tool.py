@@ -13,7 +13,7 @@ import torch
 from bpgo_video.commands.evaluate import main
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.distributed import engine
+from bpgo_video.distributed import process_group
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.evaluation.comparison import PromptLine
 from bpgo_video.evaluation.heldout import by_tag, evaluate_folder, with_changes
@@ -71,7 +71,7 @@ def test_scores_are_matched_to_prompts_and_reproducible(recipe_here: Config) -> 
 def test_the_command_prints_a_table_and_writes_json(
     recipe_here: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engine, "start_ranks", lambda timeout: ONE_RANK)
+    monkeypatch.setattr(process_group, "start_ranks", lambda timeout: ONE_RANK)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe_here))
     other = random_wan(tmp_path / "other", seed=1)
     for part in ("text_encoder", "tokenizer"):  # another transformer with the same text encoder, as after training

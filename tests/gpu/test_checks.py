@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bpgo_video.distributed.engine import stop_ranks
+from bpgo_video.distributed.process_group import stop_ranks
 from tools.gpu.bench import Bench, published, start
 from tools.gpu.checks import CHECKS
 

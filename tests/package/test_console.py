@@ -17,7 +17,7 @@ from bpgo_video.commands import convert, evaluate, shipped
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.reading import read_yaml, to_yaml
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.distributed import engine
+from bpgo_video.distributed import process_group
 from bpgo_video.distributed.launcher import devices
 from bpgo_video.inference import conversion
 from bpgo_video.inference.run_weights import DTYPES, WEIGHTS
@@ -244,4 +244,4 @@ def test_a_port_in_use_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -
         for name, value in names.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=rf"port {port} is in use by another process .* --master_port N"):
-            engine.start_ranks()
+            process_group.start_ranks()

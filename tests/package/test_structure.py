@@ -19,7 +19,10 @@ LAYERS = (  # a folder imports only folders before it
 OWN = {"bpgo_video", "tests", "tools"}
 PURE = [path for folder in ("diffusion", "learner") for path in (PACKAGE / folder).glob("*.py")]
 ALLOWED_IN_PURE = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "jaxtyping", "bpgo_video"}
-DEEPSPEED = {f"distributed/{name}.py" for name in ("engine", "gathering", "launcher", "sharded_build", "zero_files")}
+DEEPSPEED = {
+    f"distributed/{name}.py"
+    for name in ("engine", "gathering", "launcher", "process_group", "sharded_build", "zero_files")
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from bpgo_video.config.bpgo import OptimConfig, RunConfig
-from bpgo_video.distributed import checkpoint, engine, manifest
+from bpgo_video.distributed import checkpoint, engine, manifest, process_group
 from bpgo_video.distributed.mesh import Mesh
 
 WIDTH = 2000
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=60_000_000)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    mesh = engine.start_ranks()
+    mesh = process_group.start_ranks()
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
         every = measure(build(args.parameters), mesh, Path(folder))
     seconds = {way: statistics.median(found) for way, found in every.items()}

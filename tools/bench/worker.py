@@ -25,6 +25,7 @@ from bpgo_video.config.reading import read_yaml
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.data.stream import PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
+from bpgo_video.distributed import process_group
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
@@ -269,7 +270,7 @@ def main() -> None:
     config = read_yaml(args.recipe)
     config = replace(config, evaluation=replace(config.evaluation, max_prompts=2))
     show_loading_once()
-    mesh = engines.start_ranks()
+    mesh = process_group.start_ranks()
 
     results: dict[str, Any] = {}
     if mesh.world_size == 1:
@@ -284,7 +285,7 @@ def main() -> None:
     results["scaling"] = growth(config, mesh.world_size)
     if mesh.is_main:
         args.output.write_text(json.dumps(results), "utf-8")
-    engines.stop_ranks()
+    process_group.stop_ranks()
 
 
 if __name__ == "__main__":

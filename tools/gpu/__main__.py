@@ -30,7 +30,7 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 
 from bpgo_video.cli import show_loading_once
-from bpgo_video.distributed.engine import stop_ranks
+from bpgo_video.distributed.process_group import stop_ranks
 from bpgo_video.inference.hub import this_code
 from tools.gpu.bench import Bench, published, start, tiny
 from tools.gpu.checks import checks

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from bpgo_video.config.bpgo import Config, VideoConfig
 from bpgo_video.config.reading import ds_config_file, read_yaml
 from bpgo_video.config.run import EmaConfig
-from bpgo_video.distributed.engine import Engine, start_ranks
+from bpgo_video.distributed.engine import Engine
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.distributed.process_group import start_ranks
 from bpgo_video.files import resolve_folder
 from bpgo_video.planning.models import Model, find_model
 
