@@ -105,7 +105,7 @@ class PromptBatch:
         negative_rows: row of each prompt's negative prompt in `negative`; None if all have the first.
         priors: anchors by the reward's name.
         images: first frames for image-to-video, RGB in [0, 1] at the video's size; None if the prompts have no images.
-        twice: the prompts whose videos the second reward models score too, if there are any; None for all.
+        again: the prompts whose videos are scored again, by rewards with several scorings; None for all.
     """
 
     ids: Int[Tensor, "prompts"]
@@ -115,7 +115,7 @@ class PromptBatch:
     negative_rows: Int[Tensor, "prompts"] | None = None
     priors: Mapping[str, PriorAnchor] = field(default_factory=dict)
     images: Float[Tensor, "prompts 3 height width"] | None = None
-    twice: Bool[Tensor, "prompts"] | None = None
+    again: Bool[Tensor, "prompts"] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -174,18 +174,18 @@ class Rewards:
     """Scores of one step's samples, gathered: the same on every rank. Higher is always better.
 
     Attributes:
-        by_name: each reward model's score per video.
+        by_name: each reward's score per video: the mean of its scorings.
         total: weighted sum of the scores, for logs; advantages are estimated per reward.
-        per_frame: each model's score per sampled frame.
+        per_frame: each model's score per sampled frame, of the first scoring.
         frame_times: time of each sampled frame in seconds; None for a model that scores videos as a whole.
-        second: scores of the second models, nan for prompts that were scored once; empty without second models.
+        scorings: each scoring of the rewards that have several; nan from the second on for prompts scored once.
     """
 
     by_name: Mapping[str, Float[Tensor, "prompts group"]]
     total: Float[Tensor, "prompts group"]
     per_frame: Mapping[str, Float[Tensor, "prompts group scored"]]
     frame_times: Mapping[str, Float[Tensor, "scored"] | None]
-    second: Mapping[str, Float[Tensor, "prompts group"]] = field(default_factory=dict)
+    scorings: Mapping[str, Float[Tensor, "prompts group scorings"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ JSON that `deepspeed` names.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -304,6 +304,32 @@ class Config:
         return self.run.num_steps * self.optim.updates_per_rollout
 
     @property
+    def trusts(self) -> dict[str, Any]:
+        """The trust of each reward that has one of its own."""
+        return {name: reward.trust for name, reward in self.rewards.items() if reward.trust is not None}
+
+    @property
+    def bpgo_by_reward(self) -> dict[str, BPGOConfig]:
+        """BPGO's settings for each reward, with its own trust."""
+        own = self.trusts
+        return {name: dataclasses.replace(self.bpgo, trust=own.get(name, self.bpgo.trust)) for name in self.rewards}
+
+    @property
+    def uses_trust(self) -> bool:
+        """Whether groups have different weights, by some reward."""
+        return any(bpgo.uses_trust for bpgo in self.bpgo_by_reward.values())
+
+    @property
+    def needs_prior(self) -> bool:
+        """Whether some reward is compared with an anchor."""
+        return any(bpgo.needs_prior for bpgo in self.bpgo_by_reward.values())
+
+    @property
+    def rescored(self) -> tuple[str, ...]:
+        """Rewards that score videos several times."""
+        return tuple(name for name, reward in self.rewards.items() if reward.rescorings)
+
+    @property
     def algorithm(self) -> str:
         """Name of the algorithm in summaries: grpo where neither trust nor transformation is used."""
-        return "bpgo" if self.bpgo.uses_trust or self.bpgo.zeta != 0 else "grpo"
+        return "bpgo" if self.uses_trust or self.needs_prior else "grpo"

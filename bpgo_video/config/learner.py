@@ -19,7 +19,9 @@ from bpgo_video.config.fields import (
     section,
 )
 
-FORM_TRUST = {"paper": "sigmoid", "released": "posterior"}  # the trust of each form's source
+FORM_TRUST = {"paper": "sigmoid", "released": "posterior", "released_exact": "posterior"}  # of each form's source
+WITHOUT_ANCHOR = ("frames", "reliability", "none")  # trusts that compare rewards with no prior
+TrustName = Annotated[Literal["sigmoid", "posterior", "frames", "reliability", "none"], OrFunction]
 
 
 @section
@@ -35,9 +37,12 @@ class RewardConfig:
     `share_above`: score above which a frame counts."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward model's constructor."""
-    second: dict[str, Any] | None = None
-    """Trust `reliability`: options that replace some of `options` for a second scoring of each video, such as other
-    `frames`."""
+    trust: TrustName | None = None
+    """Trust of this reward's groups, as bpgo.trust; None takes bpgo.trust. Each reward's advantages are weighted by its
+    own trust before rewards are summed."""
+    rescorings: tuple[dict[str, Any], ...] = ()
+    """For each further scoring of a video, options that replace some of `options`, such as other `frames` or another
+    `seed`. The mean of all scorings trains, and trust `reliability` compares them."""
     timeout: AboveZero = 1500.0
     """Seconds that one call, on the videos of one chunk, may take before the run ends and names the model. The default
     is below the half hour after which a collective gives up without a name."""
@@ -55,7 +60,8 @@ class PriorConfig:
     """`reference` reads what bpgo-video priors stored with the prompts; `shrunk` moves those towards their mean over
     prompts. `ema` and `global` are moving averages of the run's rewards, per prompt and over all prompts. `first_frame`
     scores the conditioning image; `first_frame_centred` moves that to the level of the run's videos. `constant` is one
-    number. `none` needs zeta = 0, and either alpha = 0 or a trust without an anchor (reliability, none)."""
+    number. `none` needs zeta = 0, and either alpha = 0 or a trust without an anchor (frames, reliability,
+    none)."""
     samples: Several = 8
     """Samples of the starting policy per prompt that bpgo-video priors takes; with `rollout.same_start` they are pairs
     that share a start, so an even number from 4."""
@@ -98,30 +104,31 @@ class CreditConfig:
 
 @section
 class ReliabilityConfig:
-    """Trust `reliability`: how often videos are scored a second time."""
+    """How often videos are scored again, where rewards have `rescorings`."""
 
     rescore_below: Share = 1.0
-    """Score a prompt twice while its last ICC by any reward is below this; otherwise its last ICC counts. 1 scores
-    every prompt twice."""
+    """Score a prompt again while its last ICC by any reward is below this; otherwise its last ICC counts. 1 scores
+    every prompt again."""
     rescore_every: Positive = 5
-    """Score a prompt twice at least every this many times that it is sampled."""
+    """Score a prompt again at least every this many times that it is sampled."""
 
 
 @section
 class BPGOConfig:
     """BPGO (arXiv 2511.18919); alpha = zeta = 0 is GRPO."""
 
-    form: Literal["paper", "released"] = "paper"
-    """`paper`: Eq 2 and Eq 4; `released`: what the authors' code computes."""
+    form: Literal["paper", "released", "released_exact"] = "paper"
+    """`paper`: Eq 2 and Eq 4; `released`: the equations of the authors' code in the paper's loss; `released_exact`: the
+    authors' whole step, in which transformed rewards replace the rewards and there is no second surrogate."""
     standardise: Switch = True
     """Compute on u = (R - R_prior)/s_ref; false takes the equations verbatim, on R - R_prior. The `released`
     transformation is always verbatim: on u it would reverse the order below the anchor."""
     alpha: Unit = 0.5
-    """Strength of the trust: w is in (1 - alpha, 1 + alpha). Below 1, or 1 in the released form."""
-    trust: Annotated[Literal["sigmoid", "posterior", "reliability", "none"], OrFunction] | None = None
+    """Strength of the trust: w is in (1 - alpha, 1 + alpha). Below 1, or 1 in the released forms."""
+    trust: TrustName | None = None
     """The trust w of a group: Eq 2 (`sigmoid`), the probability that its mean is above the anchor (`posterior`), the
-    ICC of two scorings (`reliability`, see `rewards.NAME.second`), or 1 (`none`). None takes the form's: sigmoid or
-    posterior."""
+    agreement of a video's frame scores (`frames`) or of several scorings (`reliability`, see
+    `rewards.NAME.rescorings`), or 1 (`none`). None takes the form's: sigmoid or posterior."""
     ras_center: Literal["none", "batch_mean"] = "none"
     """`batch_mean` subtracts the batch's mean from the argument of the trust, reward by reward: a shift that all groups
     share then changes no w."""
@@ -140,8 +147,14 @@ class BPGOConfig:
     large as GRPO's."""
 
     def __post_init__(self) -> None:
-        if self.alpha == 1 and (self.form, self.trust_kind) != ("released", "posterior"):
-            raise ValueError("bpgo.alpha is 1, which only the released form takes, with its own trust; set it below 1")
+        if self.alpha == 1 and (self.form == "paper" or self.trust_kind != "posterior"):
+            raise ValueError("bpgo.alpha is 1, which only released forms take, with their own trust; set it below 1")
+        if self.form == "released_exact" and (self.zeta != 0 or self.standardise or self.trust_kind != "posterior"):
+            raise ValueError(
+                f"bpgo.form is 'released_exact' with zeta = {self.zeta}, standardise = {self.standardise} and trust = "
+                f"{self.trust!r}: the authors' step has no second surrogate, uses raw rewards and has its own trust; "
+                "set zeta to 0, standardise to false and trust to null, or form to 'released'"
+            )
 
     @property
     def trust_kind(self) -> str:
@@ -159,14 +172,10 @@ class BPGOConfig:
         return self.ras_center == "batch_mean"
 
     @property
-    def scores_twice(self) -> bool:
-        """Whether videos are scored a second time."""
-        return self.uses_trust and self.trust == "reliability"
-
-    @property
     def needs_prior(self) -> bool:
         """Whether rewards are compared with an anchor."""
-        return self.zeta != 0 or (self.uses_trust and not self.scores_twice)
+        anchored = self.uses_trust and self.trust not in WITHOUT_ANCHOR
+        return self.zeta != 0 or anchored or self.form == "released_exact"
 
 
 @section

@@ -42,6 +42,7 @@ METHODS: dict[tuple[str, str], dict[str, Any]] = {  # (key, method) -> its own d
     **{("loss.objective", name): {key: row[0] for key, row in needs.items()} for name, needs in OBJECTIVES.items()},
     ("prior.kind", "none"): {"bpgo.zeta": 0.0, "bpgo.alpha": 0.0},
     ("bpgo.form", "paper"): {"bpgo.alpha": 0.5},
+    ("bpgo.form", "released_exact"): {"bpgo.zeta": 0.0, "bpgo.standardise": False, "bpgo.trust": None},
     ("advantage.normalise", "max_std"): {"bpgo.alpha": 0.0},
     ("advantage.normalise", "none"): {"bpgo.zeta": 0.0},
     ("advantage.normalise", "win_rate"): {"bpgo.zeta": 0.0},
@@ -102,7 +103,9 @@ def reward_rules(config: Config, section: str, name: str, reward: RewardConfig) 
     """Of one reward; `section` is rewards or evaluation.rewards."""
     trained, key = name in config.rewards, f"{section}.{name}"
     kind, at, has_number = reward.aggregate, reward.aggregate_at, reward.aggregate not in ("mean", "min")
-    same = reward.second is None or {**reward.options, **reward.second} == reward.options
+    scorings = [reward.options, *({**reward.options, **options} for options in reward.rescorings)]
+    repeats = any(options in scorings[:i] for i, options in enumerate(scorings))
+    compares = trained and config.bpgo_by_reward[name].uses_trust and config.bpgo_by_reward[name].trust == "reliability"
     return {
         f"reward name {name!r} must consist of letters, digits and any of . : _ -": (
             not re.fullmatch(r"[\w:-][\w.:-]*", name)
@@ -119,8 +122,15 @@ def reward_rules(config: Config, section: str, name: str, reward: RewardConfig) 
         f"{key}.aggregate_at is {at}; the share of top_share must be above 0 and at most 1": (
             kind == "top_share" and at is not None and not 0 < at <= 1
         ),
-        f"bpgo.trust is 'reliability', which compares two scorings, but {key}.second is {reward.second}: give it "
-        f"options that differ from {key}.options": config.bpgo.scores_twice and trained and same,
+        f"{key} has trust 'reliability', which compares several scorings of a video, and no rescorings; set "
+        f"{key}.rescorings, such as [{{frames: 4}}], or {key}.trust to 'frames' or 'none'": (
+            compares and not reward.rescorings
+        ),
+        f"{key}.rescorings is {list(reward.rescorings)}: each needs options that differ from {key}.options and from "
+        "the others', since an equal model gives an equal score": repeats,
+        f"{key} is held out, and trust and rescorings are of rewards that train; remove them from {key}": (
+            not trained and (reward.trust is not None or bool(reward.rescorings))
+        ),
     }
 
 
@@ -133,11 +143,13 @@ def learner_rules(config: Config) -> Rules:
         ),
         "bpgo.ras_center is 'batch_mean' with rollout.prompts_per_step = 1: the only group is its own mean, so its "
         "trust is always 1; take more prompts per step, or set ras_center to 'none'": (
-            bpgo.uses_trust and bpgo.ras_center == "batch_mean" and rollout.prompts_per_step == 1
+            config.uses_trust and bpgo.ras_center == "batch_mean" and rollout.prompts_per_step == 1
         ),
         f"prior.kind is 'none', but bpgo.alpha = {bpgo.alpha}, bpgo.trust = {bpgo.trust!r} and bpgo.zeta = {bpgo.zeta} "
         "need an anchor; set prior.kind to 'reference' or 'constant', or bpgo.zeta to 0 and bpgo.alpha to 0 "
-        "(plain GRPO) or bpgo.trust to 'reliability' or 'none'": bpgo.needs_prior and config.prior.kind == "none",
+        "(plain GRPO) or bpgo.trust to 'frames', 'reliability' or 'none'": (
+            config.needs_prior and config.prior.kind == "none"
+        ),
         f"prior.samples is {samples} with rollout.same_start: a prior takes two or more pairs of samples that share a "
         f"start; set it to {max(4, samples + samples % 2)}": rollout.same_start and (samples < 4 or samples % 2 > 0),
         f"advantage.best_of is {best}, but a group of rollout.group_size = {group} has no {best} best and {best} worst "
@@ -151,11 +163,11 @@ def learner_rules(config: Config) -> Rules:
         ),
         f"advantage.normalise is 'max_std' with bpgo.alpha = {bpgo.alpha}: both weigh groups against each other, one "
         "by spread and one by trust; set bpgo.alpha to 0, or normalise to 'group'": (
-            advantage.normalise == "max_std" and bpgo.uses_trust
+            advantage.normalise == "max_std" and config.uses_trust
         ),
         f"advantage.drop_zero_std is true with bpgo.alpha = {bpgo.alpha}: leaving groups out changes each batch's step "
         "size, which cannot be separated from the effect of trust; set one of them to false or 0": (
-            advantage.drop_zero_std and bpgo.uses_trust
+            advantage.drop_zero_std and config.uses_trust
         ),
     }
 

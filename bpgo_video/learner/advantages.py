@@ -21,11 +21,10 @@ DELTA = 1e-6  # added to a standard deviation, as in GRPO
 def group_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
     """A = (R - mean_j R) / (std_j R + 1e-6), std with ddof 1 (GRPO, arXiv 2402.03300).
 
-    In fp32, or fp64 if the rewards are. A group whose largest reward equals its smallest gives exactly 0:
-    there the plain formula divides rounding noise by 1e-6.
+    Computed in fp64; the result is fp32, or fp64 if the rewards are. A group whose largest reward equals its smallest
+    gives exactly 0: there the plain formula divides rounding noise by 1e-6.
     """
-    rewards = _compared(rewards)
-    return _centred(rewards, rewards.std(dim=1, keepdim=True) + DELTA)
+    return _centred(rewards, _compared(rewards).std(dim=1, keepdim=True) + DELTA)
 
 
 def batch_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
@@ -33,20 +32,17 @@ def batch_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "pr
 
     Groups keep their relative spreads (Flow-GRPO's global std, arXiv 2505.05470).
     """
-    rewards = _compared(rewards)
-    return _centred(rewards, rewards.std() + DELTA)
+    return _centred(rewards, _compared(rewards).std() + DELTA)
 
 
 def max_std_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
     """A = (R - mean_j R) / (max_i std_j R_i + 1e-6): the group with the largest std gets std 1, the others less."""
-    rewards = _compared(rewards)
-    return _centred(rewards, rewards.std(dim=1).max() + DELTA)
+    return _centred(rewards, _compared(rewards).std(dim=1).max() + DELTA)
 
 
 def mean_subtracted(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
     """A = R - mean_j R, in the reward's own units (Dr. GRPO, arXiv 2503.20783)."""
-    rewards = _compared(rewards)
-    return _centred(rewards, torch.ones_like(rewards[0, 0]))
+    return _centred(rewards, torch.ones((), dtype=torch.float64))
 
 
 def win_rate_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
@@ -56,9 +52,9 @@ def win_rate_relative(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, 
 
 def win_rates(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
     """Share of the other samples of its group that each sample beats, in [0, 1]; a tie is half a win."""
-    rewards = _compared(rewards)
-    wins_minus_losses = torch.sign(rewards[:, :, None] - rewards[:, None, :]).sum(dim=2)
-    return 0.5 + wins_minus_losses / (2 * (rewards.shape[1] - 1))
+    exact = _compared(rewards)
+    wins_minus_losses = torch.sign(exact[:, :, None] - exact[:, None, :]).sum(dim=2)
+    return (0.5 + wins_minus_losses / (2 * (rewards.shape[1] - 1))).to(result_dtype(rewards))
 
 
 NORMALISERS: Table[Callable[[Tensor], Tensor]] = Table(
@@ -72,16 +68,22 @@ NORMALISERS: Table[Callable[[Tensor], Tensor]] = Table(
 )
 
 
+def result_dtype(rewards: Tensor) -> torch.dtype:
+    """The dtype of what is computed in fp64 from rewards: theirs, fp32 at least."""
+    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
+
+
 def _compared(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts group"]:
     if rewards.shape[1] < 2:
         raise ValueError(f"group of {rewards.shape[1]}: an advantage compares samples of one prompt; use 2 or more")
-    return rewards if rewards.dtype == torch.float64 else rewards.float()
+    return rewards.double()
 
 
 def _centred(rewards: Float[Tensor, "prompts group"], divisor: Tensor) -> Float[Tensor, "prompts group"]:
-    """(R - mean_j R) / divisor, and exactly 0 in groups of equal rewards."""
-    advantage = (rewards - rewards.mean(dim=1, keepdim=True)) / divisor
-    return advantage.masked_fill(equal_groups(rewards)[:, None], 0.0)
+    """(R - mean_j R) / divisor in the rewards' dtype, fp32 at least, and exactly 0 in groups of equal rewards."""
+    exact = _compared(rewards)
+    advantage = (exact - exact.mean(dim=1, keepdim=True)) / divisor
+    return advantage.masked_fill(equal_groups(rewards)[:, None], 0.0).to(result_dtype(rewards))
 
 
 def equal_groups(rewards: Float[Tensor, "prompts group"]) -> Bool[Tensor, "prompts"]:
@@ -216,27 +218,27 @@ def segment_credit(
     weights: Mapping[str, float],
     layout: FrameLayout,
     gamma: float,
-) -> Float[Tensor, "prompts group latent_frames"]:
-    """sum_r weight_r gamma (z_{r,i,f} - mean_f z_{r,i}), to be added to A_i = sum_r weight_r A_{r,i}.
+) -> dict[str, Float[Tensor, "prompts group latent_frames"]]:
+    """gamma (z_{r,i,f} - mean_f z_{r,i}) of each reward r, to be added to A_{r,i}.
 
     Beyond the paper: it keeps a video's advantage as the mean over latent frames, and moves it towards the frames in
     which the sample beats its group. Rewards that score videos as a whole add nothing.
 
     Args:
-        times: seconds of the scored frames, by reward; None where a reward scores videos as a whole.
+        times: seconds of the scored frames, by reward name; None where a reward scores videos as a whole.
         gamma: weight of a frame's own z-score, at least 0.
 
     Raises:
         ValueError: no reward of weight above 0 scores frames.
     """
-    terms = [
-        weights[name] * frame_credit(per_frame[name], of_reward, layout)
+    credits = {
+        name: (gamma * frame_credit(per_frame[name], of_reward, layout)).float()
         for name, of_reward in times.items()
         if of_reward is not None and weights[name] > 0
-    ]
-    if not terms:
+    }
+    if not credits:
         raise ValueError(
             f"credit.kind is 'segment', but {sorted(times)} score videos as a whole; set it to 'video', or train on a "
             "reward that scores frames"
         )
-    return (gamma * torch.stack(terms).sum(dim=0)).float()
+    return credits

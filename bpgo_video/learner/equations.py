@@ -10,8 +10,9 @@ Departures:
 - By default both equations use u = (R - R_prior)/s_ref, with s_ref the within-group std of the reference policy,
   because k, lambda and the exponent have units of 1/reward. u replaces R - R_prior and, in the exponent of Eq 4, R,
   clamped to [-1, 3]: the verbatim Eq 4 falls below R_prior - 1, which makes the worst samples look average.
-- The authors' released code differs from the paper. It is the form "released" here, except that it overwrites rewards:
-  here the transformed ones make a second advantage, as in the paper, and the trust is computed from the original ones.
+- The authors' released code differs from the paper. `released_advantages` is its step: transformed rewards replace the
+  rewards. The form "released" has its equations in the paper's loss: the transformed rewards make a second advantage,
+  and the trust is computed from the original ones.
 
 Rewards are prompts x group. Everything is computed in fp64 (a few hundred numbers).
 """
@@ -26,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bpgo_video.learner.advantages import equal_groups, group_relative
+from bpgo_video.learner.advantages import DELTA, equal_groups, group_relative, result_dtype
 
 EXPONENT_RANGE = (-1.0, 3.0)  # u exp(u) has its minimum at -1; above 3 a single sample would dominate the group
 RELEASED_TAU = 5.0
@@ -59,7 +60,7 @@ def reliability_adaptive_scaling(
     x = k * _deviation(rewards, prior, scale).mean(dim=1)
     x = x - x.mean() if centre else x
     w = 1 + alpha * (2 * torch.sigmoid(x) - 1)
-    return w.to(_result_dtype(rewards))
+    return w.to(result_dtype(rewards))
 
 
 def contrastive_reward_transformation(
@@ -112,7 +113,7 @@ def released_trust(
     z = m / v.sqrt()
     z = z - z.mean() if centre else z
     w = w_min + (w_max - w_min) * torch.special.ndtr(z)
-    return (1 + alpha * (w - 1)).clamp(*RELEASED_SCALE_RANGE).to(_result_dtype(rewards))
+    return (1 + alpha * (w - 1)).clamp(*RELEASED_SCALE_RANGE).to(result_dtype(rewards))
 
 
 def released_transformation(
@@ -192,8 +193,37 @@ def bpgo_advantages(
         raise ValueError(f"zeta={zeta} but prior is None: the transformation compares rewards with an anchor")
     transformed = transform(exact, prior, scale, contrast)
     # Equal rewards stay equal whatever the last bit of exp is, which may depend on a value's position.
-    contrastive = normalise(transformed).masked_fill(equal_groups(rewards)[:, None], 0.0)
+    contrastive = (normalise(transformed) * _above_noise(exact)).masked_fill(equal_groups(rewards)[:, None], 0.0)
     return BPGOAdvantages(advantage, contrastive, w, transformed)
+
+
+def released_advantages(
+    rewards: Float[Tensor, "prompts group"],
+    prior: Float[Tensor, "prompts"],
+    alpha: float,
+    contrast: float,
+    prior_var: float,
+    normalise: Callable[[Tensor], Tensor] = group_relative,
+) -> BPGOAdvantages:
+    """The step of the authors' code: transformed rewards replace the rewards, in the advantage and in the trust.
+
+    A is the group-relative advantage of R~, w = `released_trust` of R~ with the anchor of R, and there is no second
+    surrogate. The authors use alpha = 1, contrast a = 50 and prior_var = 1. In fp64; errors as `bpgo_advantages`.
+    """
+    exact = rewards.double()
+    transformed = released_transformation(exact, prior, None, contrast)
+    advantage = normalise(transformed).masked_fill(equal_groups(rewards)[:, None], 0.0)
+    w = exact.new_ones(len(rewards)) if alpha == 0 else released_trust(transformed, prior, None, alpha, prior_var)
+    return BPGOAdvantages(advantage.to(result_dtype(rewards)), None, w, transformed)
+
+
+def _above_noise(rewards: Float[Tensor, "prompts group"]) -> Float[Tensor, "prompts 1"]:
+    """std/(std + 1e-6), std of the original rewards: the factor that the 1e-6 in A has, for A~ too.
+
+    Otherwise A~ would enlarge rewards that differ in their last bit to a full advantage.
+    """
+    std = rewards.std(dim=1, keepdim=True)
+    return std / (std + DELTA)
 
 
 def _deviation(
@@ -213,15 +243,11 @@ def _deviation(
     return deviation if scale is None else deviation / scale
 
 
-def _result_dtype(rewards: Tensor) -> torch.dtype:
-    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
-
-
 def _finite(
     transformed: Float[Tensor, "prompts group"], rewards: Float[Tensor, "prompts group"]
 ) -> Float[Tensor, "prompts group"]:
     """The transformed rewards in the result's dtype; OverflowError if the std of a group would overflow."""
-    transformed = transformed.to(_result_dtype(rewards))
+    transformed = transformed.to(result_dtype(rewards))
     overflown = ~transformed.square().sum(dim=1).isfinite()
     if bool(overflown.any()):
         prompt = int(overflown.nonzero()[0])

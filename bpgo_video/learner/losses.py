@@ -91,23 +91,23 @@ def bpgo_loss(
     move: PolicyShift,
     advantage: Float[Tensor, "samples"],
     contrastive: Float[Tensor, "samples"] | None,
-    trust: Float[Tensor, "samples"],
     zeta: float,
     settings: LossConfig,
 ) -> Loss:
-    """L = mean_s [w surr(ratio, A) + zeta surr(ratio, A~)]: the total loss of arXiv 2511.18919, per sample.
+    """L = mean_s [surr(ratio, w A) + zeta surr(ratio, A~)]: the total loss of arXiv 2511.18919, per sample.
+
+    surr(ratio, w A) is w surr(ratio, A), because w is above 0.
 
     Both surrogates use the same log_prob, so the second costs no second forward pass. Each is clipped separately,
     because surr(ratio, A + zeta A~) has other gradients where the signs differ. The paper gives no normalisation within
     a group: this is the mean over samples, hence over groups of equal size. At zeta = 0 the second term is skipped.
 
     Args:
-        advantage: A of each sample.
+        advantage: w A of each sample, w its group's trust.
         contrastive: A~ of each sample; may be None when zeta is 0.
-        trust: w of each sample's group.
     """
     surrogate = TRUST_REGIONS[settings.trust_region]
-    loss = trust * surrogate(move, advantage, settings)
+    loss = surrogate(move, advantage, settings)
     if zeta != 0:
         if contrastive is None:
             raise ValueError(f"zeta={zeta} but no contrastive advantage: estimate advantages with the same zeta")

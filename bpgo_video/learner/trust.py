@@ -1,137 +1,109 @@
-"""The table of trusts w, the intraclass correlation of two scorings, and which prompts are scored twice.
+"""The table of trusts: the weight w of each group of one reward.
 
-Beyond the paper: Eq 2 depends on a group's mean alone, so it does not detect reward noise, which averages out in a
-group. With trust `reliability` each video is scored twice, with other frames or options of the same reward, and w
-follows from the ICC of the two scorings. Where a prompt's ICC is high, its second scoring can be skipped for a while:
-the last ICC is used until the prompt is due again.
+Eq 2 and the authors' posterior compare a group's mean reward with an anchor. Beyond the paper: the level of a reward
+tells nothing of its noise, which averages out in a group's mean. The trusts `frames` and `reliability` follow from the
+reliability rho of a video's score instead, the share of its variance within the group that is not noise. The posterior
+mean of the score without noise, in units of the observed spread, is rho A; w = 1/2 + rho is a mild version of it, which
+keeps more of the signal of noisy groups (docs/bpgo.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.config.learner import BPGOConfig
+from bpgo_video.learner.agreement import frame_agreement
 from bpgo_video.learner.equations import released_trust, reliability_adaptive_scaling
 from bpgo_video.types import Table
 
 RewardsByName = Mapping[str, Float[Tensor, "prompts group"]]
+PerPrompt = Float[Tensor, "prompts"]
 
 
-def icc_trust(icc: Float[Tensor, "prompts"], alpha: float, centre: bool = False) -> Float[Tensor, "prompts"]:
-    """w = 1 + 2 alpha (r - 1/2), r the ICC clamped to [0, 1]: from 1 - alpha to 1 + alpha, the range of Eq 2.
-
-    Args:
-        centre: use r - mean_i r instead of r - 1/2, clamped to [-1/2, 1/2].
-    """
-    r = icc.double().clamp(0, 1)
-    return 1 + 2 * alpha * (r - (r.mean() if centre else 0.5)).clamp(-0.5, 0.5)
-
-
-# name -> (R, R_prior, s_ref, settings, ICC) -> w
-TRUSTS: Table[Callable[[Tensor, Any, float | None, BPGOConfig, Any], Tensor]] = Table(
-    {
-        "sigmoid": lambda r, prior, scale, c, icc: reliability_adaptive_scaling(
-            r, prior, scale, c.alpha, c.k, c.centres_trust
-        ),
-        "posterior": lambda r, prior, scale, c, icc: released_trust(
-            r, prior, scale, c.alpha, c.prior_var, c.centres_trust
-        ),
-        "reliability": lambda r, prior, scale, c, icc: icc_trust(icc, c.alpha, c.centres_trust),
-        "none": lambda r, prior, scale, c, icc: torch.ones_like(r[:, 0]),
-    }
-)
-
-
-def group_icc(scores: Float[Tensor, "prompts group scorings"]) -> Float[Tensor, "prompts"]:
-    """ICC(3,1) = (MS_samples - MS_rest) / (MS_samples + (scorings - 1) MS_rest) of each group, fp64, at most 1.
-
-    MS_samples and MS_rest are the mean squares of a two-way analysis of variance (Shrout and Fleiss, Psychological
-    Bulletin 86, 1979). 1: the scorings differ by a constant; 0 or below: they disagree on which samples are better. A
-    group whose samples all score the same gives 0. With two scorings it is 2 cov / (var + var). For a group of 8 its
-    standard error is about .35 (1 - ICC^2). It is not ICC(1,1), which counts a constant offset between the scorings as
-    noise: group-relative advantages do not depend on that offset.
-    """
-    return _icc(*_mean_squares(scores), scores.shape[2])
-
-
-def pooled_icc(scores: Float[Tensor, "prompts group scorings"]) -> Float[Tensor, ""]:
-    """ICC(3,1) of the mean squares averaged over prompts: how well one scoring ranks the samples of a group."""
-    between, rest = _mean_squares(scores)
-    return _icc(between.mean(), rest.mean(), scores.shape[2])
-
-
-def _mean_squares(
-    scores: Float[Tensor, "prompts group scorings"],
-) -> tuple[Float[Tensor, "prompts"], Float[Tensor, "prompts"]]:
-    """MS_samples and MS_rest; both 0 in a group without spread."""
-    _, group, scorings = scores.shape
-    if group < 2 or scorings < 2:
-        raise ValueError(f"scores of {group} samples by {scorings} scorings: an ICC needs 2 or more of each")
-    scores = scores.double()
-    samples, grand = scores.mean(dim=2, keepdim=True), scores.mean(dim=(1, 2), keepdim=True)
-    residual = scores - samples - scores.mean(dim=1, keepdim=True) + grand
-    between = scorings * samples.squeeze(2).var(dim=1)
-    rest = residual.square().sum(dim=(1, 2)) / ((group - 1) * (scorings - 1))
-    flat = (scores.amax(dim=1) == scores.amin(dim=1)).all(dim=1)
-    return between.masked_fill(flat, 0.0), rest.masked_fill(flat, 0.0)
-
-
-def _icc(between: Tensor, rest: Tensor, scorings: int) -> Tensor:
-    total = between + (scorings - 1) * rest
-    return torch.where(total > 0, (between - rest) / total, torch.zeros_like(total))
-
-
-class LastICC(TypedDict):
-    """The last ICC of a prompt.
+@dataclass(frozen=True)
+class GroupScores:
+    """What a trust may depend on: one reward's scores of a step's groups.
 
     Attributes:
-        icc: by reward.
-        passed: how often the prompt has been sampled since.
+        rewards: R, the scores that train; higher is better.
+        prior: R_prior, in the reward's units; None without an anchor.
+        scale: s_ref in u = (R - R_prior)/s_ref; None for the verbatim equations, or without an anchor.
+        frames: scores of single frames; None for a reward that scores videos as a whole.
+        reliability: rho of R by repeated scoring, in [0, 1]; None if no video is scored again.
     """
 
-    icc: dict[str, float]
-    passed: int
+    rewards: Float[Tensor, "prompts group"]
+    prior: PerPrompt | None = None
+    scale: float | None = None
+    frames: Float[Tensor, "prompts group frames"] | None = None
+    reliability: PerPrompt | None = None
 
 
-ICCHistory = dict[int, LastICC]  # by prompt id; plain numbers, which checkpoints store
+def agreement_trust(rho: PerPrompt, alpha: float, centre: bool = False) -> PerPrompt:
+    """w = 1 + 2 alpha (rho - 1/2): from 1 - alpha to 1 + alpha, the range of Eq 2; 1/2 + rho at alpha = 1/2.
+
+    Args:
+        rho: reliability of a video's score, in [0, 1].
+        centre: use rho - mean_i rho instead of rho - 1/2, clamped to [-1/2, 1/2].
+    """
+    rho = rho.double()
+    return 1 + 2 * alpha * (rho - (rho.mean() if centre else 0.5)).clamp(-0.5, 0.5)
 
 
-def needs_second_scoring(history: ICCHistory, ids: Sequence[int], below: float, every: int) -> Bool[Tensor, "prompts"]:
-    """New prompts, those whose last ICC by any reward is below `below`, and others every `every`-th time."""
-    return torch.tensor(
-        [
-            id_ not in history or min(history[id_]["icc"].values()) < below or history[id_]["passed"] + 1 >= every
-            for id_ in ids
-        ]
+def sigmoid(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
+    """RAS, Eq 2."""
+    anchor = _anchor_of(scores)
+    return reliability_adaptive_scaling(
+        scores.rewards, anchor, scores.scale, settings.alpha, settings.k, settings.centres_trust
     )
 
 
-def icc_by_reward(
-    history: ICCHistory, ids: Sequence[int], first: RewardsByName, second: RewardsByName, twice: Bool[Tensor, "prompts"]
-) -> dict[str, Float[Tensor, "prompts"]]:
-    """Each prompt's ICC(3,1) by reward: of this step's scorings where it is scored `twice`, else the last one."""
-    found = {}
-    for name, scores in second.items():
-        icc = torch.tensor([history[id_]["icc"][name] if id_ in history else 0.0 for id_ in ids], dtype=torch.float64)
-        if twice.any():  # torch warns of the variance of nothing
-            icc[twice] = group_icc(torch.stack([first[name], scores], dim=2)[twice])
-        found[name] = icc
-    return found
+def posterior(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
+    """The trust of the authors' code."""
+    anchor = _anchor_of(scores)
+    return released_trust(
+        scores.rewards, anchor, scores.scale, settings.alpha, settings.prior_var, settings.centres_trust
+    )
 
 
-def updated_history(
-    history: ICCHistory, ids: Sequence[int], icc: Mapping[str, Float[Tensor, "prompts"]], twice: Bool[Tensor, "prompts"]
-) -> ICCHistory:
-    """The history after a step whose prompts have these ICCs."""
-    new: ICCHistory = {}
-    for row, id_ in enumerate(ids):
-        if twice[row]:
-            new[id_] = LastICC(icc={name: float(values[row]) for name, values in icc.items()}, passed=0)
-        else:
-            new[id_] = LastICC(icc=history[id_]["icc"], passed=history[id_]["passed"] + 1)
-    return {**history, **new}
+def frames(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
+    """The agreement of a video's frame scores."""
+    if scores.frames is None or scores.frames.shape[2] < 2:
+        raise ValueError(
+            "trust 'frames' compares the scores of a video's frames, and this reward gives each video one score; set "
+            "its `trust` to 'reliability' with `rescorings`, or to 'none'"
+        )
+    return agreement_trust(frame_agreement(scores.frames), settings.alpha, settings.centres_trust)
+
+
+def reliability(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
+    """The agreement of several scorings."""
+    if scores.reliability is None:
+        raise ValueError(
+            "trust 'reliability' compares several scorings of a video, and this reward scored each once; set "
+            "`rescorings`, or its `trust` to 'frames' or 'none'"
+        )
+    if not bool(scores.reliability.isfinite().all()):
+        raise ValueError(f"its reliability is {scores.reliability.tolist()}: it must be finite")
+    return agreement_trust(scores.reliability, settings.alpha, settings.centres_trust)
+
+
+def none(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
+    """w = 1."""
+    return torch.ones_like(scores.rewards[:, 0])
+
+
+TRUSTS: Table[Callable[[GroupScores, BPGOConfig], Tensor]] = Table(
+    {"sigmoid": sigmoid, "posterior": posterior, "frames": frames, "reliability": reliability, "none": none}
+)
+
+
+def _anchor_of(scores: GroupScores) -> PerPrompt:
+    if scores.prior is None:
+        raise ValueError("this trust compares rewards with an anchor, and there is none")
+    return scores.prior

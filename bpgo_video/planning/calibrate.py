@@ -181,7 +181,7 @@ def _reward_seconds(job: Job, device: torch.device) -> float | None:
     """Seconds of scoring one video; None if a reward of the recipe cannot be built here."""
     config = job.config
     try:
-        suite = RewardSuite(config.rewards, device, config.video.fps, config.bpgo.scores_twice)
+        suite = RewardSuite(config.rewards, device, config.video.fps)
     except (ConfigError, FileNotFoundError):
         return None
     video = config.video

@@ -114,13 +114,12 @@ def reward_size(config: Config) -> RewardSize:
                 continue
             moves = weights.get(entry.key, (0, True))[1] and reward.offload
             weights[entry.key] = (entry.stored, moves)
-            operations[entry.half] += entry.operations if rewards is config.rewards else 0
+            scorings = 1 + len(reward.rescorings) if name in config.rescored else 1
+            operations[entry.half] += scorings * entry.operations if rewards is config.rewards else 0
     resting, offloaded = (
         sum(stored for stored, moves in weights.values() if moves == offload) for offload in (False, True)
     )
-    scorings = 2 if config.bpgo.scores_twice else 1
-    half, full = scorings * operations[True], scorings * operations[False]
-    return RewardSize(resting, offloaded, full, half, tuple(dict.fromkeys(missing)))
+    return RewardSize(resting, offloaded, operations[False], operations[True], tuple(dict.fromkeys(missing)))
 
 
 def _entry(name: str, reward: RewardConfig, video: VideoConfig) -> _Entry | None:

@@ -101,9 +101,9 @@ def reward_factory(name: str, reward: RewardConfig) -> Callable[..., Any]:
 
 
 def build_models(
-    name: str, reward: RewardConfig, device: torch.device, twice: bool = False, backbones: Backbones | None = None
+    name: str, reward: RewardConfig, device: torch.device, backbones: Backbones | None = None
 ) -> list[RewardModel]:
-    """The model of a recipe's entry; with `twice`, also its second model (`rewards.NAME.second`) if there is one.
+    """The models of a recipe's entry: one, and one more for each of `rewards.NAME.rescorings`.
 
     Args:
         backbones: networks that rewards share; None shares none.
@@ -114,14 +114,14 @@ def build_models(
     factory = reward_factory(name, reward)
     from_the_run = {"device": device, "timeout": reward.timeout, "backbones": backbones}
     try:
-        return [factory(**_arguments(factory, options, from_the_run)) for options in _all_options(reward)[: 1 + twice]]
+        return [factory(**_arguments(factory, options, from_the_run)) for options in _all_options(reward)]
     except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"rewards.{name} ({reward.model}) could not be built: {error}") from error
 
 
 def _all_options(reward: RewardConfig) -> list[dict[str, Any]]:
-    """Options of the model, and of the second model if there is one."""
-    return [reward.options, *([] if reward.second is None else [{**reward.options, **reward.second}])]
+    """Options of each scoring."""
+    return [reward.options, *({**reward.options, **options} for options in reward.rescorings)]
 
 
 def _arguments(factory: Callable[..., Any], options: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,21 +132,21 @@ def _arguments(factory: Callable[..., Any], options: Mapping[str, Any], run: Map
 
 @dataclass(frozen=True)
 class Reward:
-    """A model with its entry of the recipe; `second` scores the same videos again, with other options."""
+    """A model with its entry of the recipe; `rescorers` score the same videos again, with other options."""
 
     model: RewardModel
     config: RewardConfig
-    second: RewardModel | None = None
+    rescorers: tuple[RewardModel, ...] = ()
 
     @property
     def version(self) -> str:
         """Changes whenever a video's score does."""
         how = "" if self.config.aggregate == "mean" else f"-{self.config.aggregate}{self.config.aggregate_at or ''}"
-        return f"{self.model.version}{how}"
+        return f"{'+'.join(model.version for model in self.models)}{how}"
 
     @property
     def models(self) -> list[RewardModel]:
-        return [self.model] if self.second is None else [self.model, self.second]
+        return [self.model, *self.rescorers]
 
     def aggregate(self, frame_scores: Scores) -> VideoScores:
         """Each video's score, of frame scores for which higher is better."""

@@ -27,7 +27,7 @@ from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel, Scores
 from bpgo_video.rewards.networks import Backbones
-from bpgo_video.rewards.reward import Call, Reward, VideoScores, build_models, describe_samples
+from bpgo_video.rewards.reward import Call, Reward, build_models, describe_samples
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 
@@ -36,16 +36,14 @@ class ScoredChunk:
     """Scores of a rank's videos of one chunk, by reward name; higher is better.
 
     Attributes:
-        frames: of each scored frame, or one column.
-        videos: aggregated.
-        second: of videos, by the second models; nan for videos that are scored once.
+        frames: of each scored frame, or one column; of the first scoring.
+        videos: aggregated, a column for each scoring; nan from the second on for videos that are scored once.
     """
 
     prompt_rows: Int[Tensor, "samples"]
     sample_index: Int[Tensor, "samples"]
     frames: dict[str, FrameScores] = field(default_factory=dict)
-    videos: dict[str, VideoScores] = field(default_factory=dict)
-    second: dict[str, VideoScores] = field(default_factory=dict)
+    videos: dict[str, Float[Tensor, "samples scorings"]] = field(default_factory=dict)
 
 
 class RewardSuite:
@@ -53,20 +51,19 @@ class RewardSuite:
 
     Args:
         fps: of the videos.
-        twice: build the second models as well.
         backbones: networks shared with another suite.
     """
 
     def __init__(
-        self, rewards: Mapping[str, RewardConfig], device: torch.device, fps: float, twice: bool = False,
+        self, rewards: Mapping[str, RewardConfig], device: torch.device, fps: float,
         backbones: Backbones | None = None,
     ):  # fmt: skip
         self.fps = fps
         shared = backbones or Backbones()
         self.rewards: dict[str, Reward] = {}
         for name, config in rewards.items():
-            model, *second = build_models(name, config, device, twice, shared)
-            self.rewards[name] = Reward(model, config, *second)
+            model, *rescorers = build_models(name, config, device, shared)
+            self.rewards[name] = Reward(model, config, tuple(rescorers))
             if config.offload and not modules_of([model]):
                 raise ConfigError(f"rewards.{name}: {config.model} holds no torch.nn.Module; set offload: false")
         self._offload()
@@ -119,16 +116,15 @@ class RewardSuite:
             return call.score(model, clips if len(videos) == len(clips) else clips.select(videos))
 
         everyone = torch.arange(len(clips))
-        again = everyone if prompts.twice is None else everyone[prompts.twice[rows]]
+        again = everyone if prompts.again is None else everyone[prompts.again[rows]]
         scored = ScoredChunk(rows, chunk.sample_index)
         for name, reward in self.rewards.items():
             scored.frames[name] = scores(name, reward.config.timeout, reward.model, everyone)
-            scored.videos[name] = reward.aggregate(scored.frames[name].values)
-            if reward.second is not None:
-                scored.second[name] = torch.full((len(clips),), torch.nan)
-                if len(again):
-                    rescored = scores(f"{name}.second", reward.config.timeout, reward.second, again)
-                    scored.second[name][again] = reward.aggregate(rescored.values)
+            scored.videos[name] = torch.full((len(clips), len(reward.models)), torch.nan)
+            scored.videos[name][:, 0] = reward.aggregate(scored.frames[name].values)
+            for number, model in enumerate(reward.rescorers if len(again) else (), start=1):
+                rescored = scores(f"{name}.rescorings[{number - 1}]", reward.config.timeout, model, again)
+                scored.videos[name][again, number] = reward.aggregate(rescored.values)
         return scored
 
     @torch.no_grad()
@@ -136,12 +132,11 @@ class RewardSuite:
         """Score of each prompt's conditioning image as a still video of `num_frames`, by reward; gathered."""
         if prompts.images is None:
             return {}
-        first_model_only = replace(prompts, twice=torch.zeros(len(prompts), dtype=torch.bool))
         rows, scored = torch.tensor(mesh.share(len(prompts), 1)).flatten(), []
         for row in rows.split(1):
             still = prompts.images[row, None].to(mesh.device).expand(-1, num_frames, -1, -1, -1)  # without a copy
-            scored.append(self.score(RolloutChunk((), still, row, torch.zeros_like(row)), first_model_only))
-        by_name = {name: torch.cat([chunk.videos[name] for chunk in scored]) for name in self.rewards}
+            scored.append(self.score(RolloutChunk((), still, row, torch.zeros_like(row)), replace(prompts, again=None)))
+        by_name = {name: torch.cat([chunk.videos[name].mean(dim=1) for chunk in scored]) for name in self.rewards}
         return {
             name: mesh.gather(scores.to(mesh.device), rows.tolist(), len(prompts)) for name, scores in by_name.items()
         }
@@ -159,23 +154,24 @@ class RewardSuite:
         def gathered(parts: Iterable[Tensor]) -> Tensor:
             return mesh.gather(torch.cat(list(parts)).to(mesh.device), items, len(prompts) * group_size)
 
-        per_frame, second = {}, {}
+        per_frame, scorings, by_name = {}, {}, {}
         for name, reward in self.rewards.items():
             scores = [chunk.frames[name].values for chunk in chunks]
             widths = gathered(torch.full((len(values),), values.shape[1]) for values in scores)
             _check_widths(name, widths, prompts, group_size)
             per_frame[name] = gathered(scores)
             _check_finite(name, per_frame[name], prompts, group_size)
-            if reward.second is not None:
-                again = scored = gathered(chunk.second[name] for chunk in chunks)
-                if prompts.twice is not None:
-                    scored = again.masked_fill(~prompts.twice.repeat_interleave(group_size).to(again.device), 0.0)
-                _check_finite(f"{name}.second", scored[:, None], prompts, group_size)
-                second[name] = again.unflatten(0, shape)
-        by_name = {name: gathered(chunk.videos[name] for chunk in chunks).unflatten(0, shape) for name in per_frame}
+            every = gathered(chunk.videos[name] for chunk in chunks)
+            by_name[name] = every[:, 0].unflatten(0, shape)
+            if reward.rescorers:
+                again = torch.ones(len(prompts), dtype=torch.bool) if prompts.again is None else prompts.again
+                once = ~again.repeat_interleave(group_size).to(every.device)
+                _check_finite(f"{name}.rescorings", every[:, 1:].masked_fill(once[:, None], 0.0), prompts, group_size)
+                scorings[name] = every.unflatten(0, shape)
+                by_name[name] = scorings[name].nanmean(dim=2)
         total = torch.stack([self.weights[name] * scores for name, scores in by_name.items()]).sum(dim=0)
         by_frame = {name: values.unflatten(0, shape) for name, values in per_frame.items()}
-        return Rewards(by_name, total, by_frame, {name: chunks[0].frames[name].times for name in by_name}, second)
+        return Rewards(by_name, total, by_frame, {name: chunks[0].frames[name].times for name in by_name}, scorings)
 
 
 def _check_widths(name: str, widths: Tensor, prompts: PromptBatch, group_size: int) -> None:

@@ -8,7 +8,7 @@ and NFT need no log-prob of the rollout, so any solver may sample; they learn at
 - nft, DiffusionNFT (arXiv 2509.16117): with v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v, the loss
   is r |v+ - target|^2 + (1 - r) |v- - target|^2. The optimality r maps the advantage from [-limit, limit] to [0, 1].
 
-Both take BPGO's advantages: w l(A) + zeta l(A~), on one forward. "Old" is the policy that sampled: velocities recorded
+Both take BPGO's advantages: l(w A) + zeta l(A~), on one forward. "Old" is the policy that sampled: velocities recorded
 before the first update of a rollout, or with a single update the detached velocity itself.
 """
 
@@ -144,13 +144,12 @@ def nft_error(
 
 def awm_loss(match: VelocityMatch, advantages: LossAdvantages, zeta: float, settings: LossConfig) -> Loss:
     """The clipped surrogate with minus the matching error as log-prob."""
-    terms = (advantages.advantage, advantages.contrastive, advantages.trust)
-    return bpgo_loss(match.shift, *terms, zeta, settings)
+    return bpgo_loss(match.shift, advantages.advantage, advantages.contrastive, zeta, settings)
 
 
 def nft_loss(match: VelocityMatch, advantages: LossAdvantages, zeta: float, settings: LossConfig) -> Loss:
-    """w nft(A) + zeta nft(A~); the metrics are those of AWM's ratio, which NFT does not clip."""
-    loss = advantages.trust * nft_error(match, advantages.advantage, settings)
+    """nft(w A) + zeta nft(A~); the metrics are those of AWM's ratio, which NFT does not clip."""
+    loss = nft_error(match, advantages.advantage, settings)
     if zeta != 0 and advantages.contrastive is not None:
         loss = loss + zeta * nft_error(match, advantages.contrastive, settings)
     return Loss(loss.mean(), ratio_metrics(match.shift, advantages.advantage, settings))

@@ -29,7 +29,7 @@ SEED = 0
 
 def reads_priors(config: Config) -> bool:
     """Whether the run reads measured priors from the shards' folder."""
-    return config.prior.kind in STORED and config.bpgo.needs_prior
+    return config.prior.kind in STORED and config.needs_prior
 
 
 def prior_groups(config: Config) -> tuple[int, int]:

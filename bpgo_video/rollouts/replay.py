@@ -39,7 +39,7 @@ class Replay(Objective):
         return trajectory.trained_steps
 
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
-        """w surr(ratio, A) + zeta surr(ratio, A~) of one transition, times its step weight, plus the KL term."""
+        """surr(ratio, w A) + zeta surr(ratio, A~) of one transition, times its step weight, plus the KL term."""
         rows, settings = trajectory.prompt_rows, self.config.loss
         advantages = self.advantages.of(rows, trajectory.sample_index).to(self.device)
         # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
@@ -50,8 +50,7 @@ class Replay(Objective):
             reference = self.reference.velocity(self.denoiser, latents, index, guidance)
         velocity = self.denoiser.velocity(latents, index, guidance)
         shift = policy_shift(trajectory, index, self.denoiser.transition_of(velocity, latents, index))
-        terms = (advantages.advantage, advantages.contrastive, advantages.trust)
-        loss = bpgo_loss(shift, *terms, self.config.bpgo.zeta, settings)
+        loss = bpgo_loss(shift, advantages.advantage, advantages.contrastive, self.config.bpgo.zeta, settings)
         value, metrics = self.step_weights[index] * loss.value, dict(loss.metrics)
         divergence = None
         if reference is not None:

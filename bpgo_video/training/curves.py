@@ -244,8 +244,8 @@ PANELS: Mapping[str, Panel] = {
         trust_histogram,
     ),
     "reliability": (
-        "Agreement of two scorings (ICC)",
-        "Reliability of each reward: 1 means that scoring the same videos twice gives the same scores. Moving mean.",
+        "Agreement of scorings (ICC)",
+        "Reliability of each reward: 1 means that scoring the same videos again gives the same scores. Moving mean.",
         reliability,
     ),
     "ratio": (

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.learner.advantages import FrameLayout, segment_credit
+from bpgo_video.learner.agreement import pooled_icc
 from bpgo_video.learner.bpgo import GroupAdvantages, step_advantages
 from bpgo_video.learner.priors import (
     FROM_IMAGES,
@@ -21,7 +22,7 @@ from bpgo_video.learner.priors import (
     image_key,
     update_running_rewards,
 )
-from bpgo_video.learner.trust import ICCHistory, icc_by_reward, needs_second_scoring, pooled_icc, updated_history
+from bpgo_video.learner.rescoring import ICCHistory, icc_by_reward, needs_rescoring, reliability_of, updated_history
 from bpgo_video.training.session import Session
 from bpgo_video.types import PromptBatch, Rewards
 
@@ -32,7 +33,7 @@ class Memory:
 
     Attributes:
         running_rewards: averages for the priors that follow the run.
-        agreements: the last ICC of two scorings of each prompt, under its name in checkpoints.
+        agreements: the last ICC of each prompt's scorings, under its name in checkpoints.
     """
 
     running_rewards: RunningRewards = field(default_factory=dict)
@@ -40,18 +41,18 @@ class Memory:
 
 
 def to_be_scored(session: Session, prompts: PromptBatch, memory: Memory) -> PromptBatch:
-    """The prompts, with `twice` set for those whose videos are to be scored twice."""
-    if not session.config.bpgo.scores_twice:
+    """The prompts, with `again` set for those whose videos are to be scored again."""
+    if not session.config.rescored:
         return prompts
     limits, ids = session.config.reliability, prompts.ids.tolist()
-    twice = needs_second_scoring(memory.agreements, ids, limits.rescore_below, limits.rescore_every)
-    return replace(prompts, twice=twice)
+    again = needs_rescoring(memory.agreements, ids, limits.rescore_below, limits.rescore_every)
+    return replace(prompts, again=again)
 
 
 def estimate_advantages(
     session: Session, prompts: PromptBatch, rewards: Rewards, memory: Memory | None = None
 ) -> GroupAdvantages:
-    """A, A~ and w of a step's rewards: the same numbers on every rank.
+    """The advantages of a step's rewards: the same numbers on every rank.
 
     Args:
         memory: of the batches before this one; this batch is added after use.
@@ -65,17 +66,18 @@ def estimate_advantages(
             image_rewards = _on_cpu(suite.score_images(prompts, config.video.num_frames, session.mesh))
     averaged = by_name | {image_key(name): scores[:, None] for name, scores in image_rewards.items()}
     inputs = PriorInputs(prompts, suite.versions, averaged, memory.running_rewards, image_rewards)
-    by_frame = credit_by_frame(session, rewards)
-    icc, icc_metrics = icc_of_scorings(prompts, rewards, memory)
+    reliability, icc_metrics = reliability_of_scores(prompts, rewards, memory)
     advantages = step_advantages(
         by_name,
-        anchors=PRIORS[config.prior.kind](config.prior, inputs) if config.bpgo.needs_prior else {},
+        anchors=PRIORS[config.prior.kind](config.prior, inputs) if config.needs_prior else {},
         weights=suite.weights,
         bpgo=config.bpgo,
         normalisation=config.advantage,
         clip=config.loss.advantage_clip,
-        icc=icc,
-        by_frame=by_frame,
+        trusts=config.trusts,
+        frames=_on_cpu({name: rewards.per_frame[name] for name, at in rewards.frame_times.items() if at is not None}),
+        reliability=reliability,
+        credit=credit_by_frame(session, rewards),
     )
     if config.prior.kind in RUNNING:
         memory.running_rewards |= update_running_rewards(
@@ -84,26 +86,27 @@ def estimate_advantages(
     return replace(advantages, metrics={**advantages.metrics, **icc_metrics})
 
 
-def icc_of_scorings(
+def reliability_of_scores(
     prompts: PromptBatch, rewards: Rewards, memory: Memory
 ) -> tuple[dict[str, Float[Tensor, "prompts"]], dict[str, Tensor]]:
-    """Each prompt's ICC by reward, and metrics: the share of prompts scored twice, and their pooled ICC."""
-    if not rewards.second:
+    """rho of each prompt's scores by reward, and metrics: the share of prompts scored again, and their pooled ICC."""
+    if not rewards.scorings:
         return {}, {}
     ids = prompts.ids.tolist()
-    twice = torch.ones(len(prompts), dtype=torch.bool) if prompts.twice is None else prompts.twice
-    first, second = _on_cpu(rewards.by_name), _on_cpu(rewards.second)
-    icc = icc_by_reward(memory.agreements, ids, first, second, twice)
-    memory.agreements |= updated_history(memory.agreements, ids, icc, twice)
-    metrics = {"scored_twice": twice.float().mean()}
-    if bool(twice.any()):
-        pairs = {name: torch.stack([first[name], scores], dim=2)[twice] for name, scores in second.items()}
-        metrics |= {f"icc/{name}": pooled_icc(pair).float() for name, pair in pairs.items()}
-    return icc, metrics
+    again = torch.ones(len(prompts), dtype=torch.bool) if prompts.again is None else prompts.again
+    scorings = _on_cpu(rewards.scorings)
+    icc = icc_by_reward(memory.agreements, ids, scorings, again)
+    memory.agreements |= updated_history(memory.agreements, ids, icc, again)
+    metrics = {"scored_again": again.float().mean()}
+    if bool(again.any()):
+        metrics |= {f"icc/{name}": pooled_icc(scores[again]).float() for name, scores in scorings.items()}
+    return {name: reliability_of(icc[name], scores.shape[2], again) for name, scores in scorings.items()}, metrics
 
 
-def credit_by_frame(session: Session, rewards: Rewards) -> Float[Tensor, "prompts group latent_frames"] | None:
-    """What is added to a video's advantage for each latent frame; None if `credit.kind` is video."""
+def credit_by_frame(
+    session: Session, rewards: Rewards
+) -> dict[str, Float[Tensor, "prompts group latent_frames"]] | None:
+    """What each reward adds to a video's advantage for each latent frame; None if `credit.kind` is video."""
     credit, video, policy = session.config.credit, session.config.video, session.policy
     if credit.kind == "video":
         return None
@@ -111,10 +114,10 @@ def credit_by_frame(session: Session, rewards: Rewards) -> Float[Tensor, "prompt
     later_latents = policy.latent_shape(video)[1] + policy.given_frames - padding - 1
     stride = (video.num_frames - 1) // later_latents if later_latents else 1
     layout = FrameLayout(video.num_frames, video.fps, stride, policy.given_frames)
-    by_frame = segment_credit(
+    credits = segment_credit(
         _on_cpu(rewards.per_frame), rewards.frame_times, session.suite.weights, layout, credit.gamma
     )
-    return F.pad(by_frame, (padding, 0))
+    return {name: F.pad(values, (padding, 0)) for name, values in credits.items()}
 
 
 def _on_cpu(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

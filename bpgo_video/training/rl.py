@@ -181,7 +181,7 @@ train = partial(loop.train, kind=RL)
 
 def keys_of(config: Config) -> Keys:
     """The keys of a run's records; the progress line shows trust where the recipe has one."""
-    return ROLLOUTS if config.bpgo.uses_trust else replace(ROLLOUTS, shown={"reward": ROLLOUTS.shown["reward"]})
+    return ROLLOUTS if config.uses_trust else replace(ROLLOUTS, shown={"reward": ROLLOUTS.shown["reward"]})
 
 
 def sample_and_score(

@@ -255,7 +255,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     """Build rewards, policy and engine; call it after `check_inputs`."""
     with all_or_none(mesh):
         evaluation, fps, backbones = config.evaluation, config.video.fps, Backbones()
-        suite = RewardSuite(config.rewards, mesh.device, fps, config.bpgo.scores_twice, backbones)
+        suite = RewardSuite(config.rewards, mesh.device, fps, backbones)
         heldout_suite = RewardSuite(evaluation.rewards, mesh.device, fps, backbones=backbones)
         priors = load_priors(shards.directory, suite.versions) if reads_priors(config) else {}
         folder = resolve_folder(config.policy.folder)

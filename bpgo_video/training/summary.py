@@ -144,7 +144,7 @@ def _trust_findings(records: Records) -> Iterator[str]:
     if weighted := [record for record in records if all(key in record for key in keys)]:
         low, high = min(_values(weighted, "trust_min")), max(_values(weighted, "trust_max"))
         if max(1 - low, high - 1) <= IDLE:
-            reason = "The two scorings agree equally well in every group."
+            reason = "The scorings agree equally well in every group."
             if not any(key.startswith("icc/") for key in weighted[0]):
                 spread = _values(records, "reward_std")
                 scale = f"Rewards differ by {fmean(spread):.2g} within a group. " if spread else ""
@@ -187,7 +187,7 @@ def _signal_findings(records: Records) -> Iterator[str]:
     low = {key.removeprefix("icc/"): icc for key in keys if (icc := fmean(_values(records, key))) < AGREEMENT}
     if low:
         rewards = ", ".join(f"{name} {icc:.2f}" for name, icc in low.items())
-        yield f"Two scorings of the same videos hardly agree (ICC of {rewards}): much of the training signal is noise."
+        yield f"Scorings of the same videos hardly agree (ICC of {rewards}): much of the training signal is noise."
 
 
 def _values(records: Records, key: str) -> list[Number]:

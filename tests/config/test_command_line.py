@@ -180,11 +180,11 @@ def test_nested_options_pass_through_unchanged(tmp_path: Path) -> None:
         "on": True,
     }
     recipe = yaml.safe_load(RECIPE.read_text())
-    recipe["rewards"]["motion"] |= {"options": options, "second": {"answers": ["Ja"]}}
+    recipe["rewards"]["motion"] |= {"options": options, "rescorings": [{"answers": ["Ja"]}]}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     found = load_config(["--config", str(path), "--rewards.motion.options.settings.depth", "3"])
-    assert found.rewards["motion"].second == {"answers": ["Ja"]}
+    assert found.rewards["motion"].rescorings == ({"answers": ["Ja"]},)
     assert found.rewards["motion"].options == options | {"settings": {"depth": 3, "none": None}}
 
 

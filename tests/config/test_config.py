@@ -83,18 +83,34 @@ def test_bpgo_without_an_anchor_is_refused() -> None:
     assert config_from_dict(broken | {"bpgo": {"alpha": 0.0, "zeta": 0.0}}).algorithm == "grpo"
 
 
-def test_reliability_trust_needs_second_options_for_every_reward() -> None:
+def test_trust_in_reliability_needs_several_scorings_that_differ() -> None:
     broken = tree() | {"bpgo": {"trust": "reliability"}}
-    with pytest.raises(ConfigError, match=r"bpgo\.trust.*rewards\.alignment\.second is None"):
+    with pytest.raises(ConfigError, match=r"alignment has trust 'reliability'.*set rewards\.alignment\.rescorings"):
         config_from_dict(broken)
+    for again in ([broken["rewards"]["alignment"]["options"]], [{"frames": 4}, {"frames": 4}]):
+        for reward in broken["rewards"].values():
+            reward["rescorings"] = again
+        with pytest.raises(ConfigError, match="options that differ"):
+            config_from_dict(broken)
     for reward in broken["rewards"].values():
-        reward["second"] = reward["options"]
-    with pytest.raises(ConfigError, match="options that differ"):
-        config_from_dict(broken)
-    for reward in broken["rewards"].values():
-        reward["second"] = {"frames": 4}
-    assert config_from_dict(broken).bpgo.scores_twice
-    assert not config_from_dict(broken | {"bpgo": {"trust": "none"}}).bpgo.scores_twice
+        reward["rescorings"] = [{"frames": 4}, {"frames": 3}]
+    assert set(config_from_dict(broken).rescored) == set(broken["rewards"])
+    assert config_from_dict(broken | {"bpgo": {"alpha": 0.0}}).rescored, "without trust the mean trains too"
+
+
+def test_a_reward_may_have_a_trust_of_its_own() -> None:
+    recipe = tree() | {"bpgo": {"trust": "frames", "alpha": 0.5, "zeta": 0.0}, "prior": {"kind": "none"}}
+    recipe["rewards"]["motion"]["trust"] = "none"
+    config = config_from_dict(recipe)
+    assert {name: bpgo.trust for name, bpgo in config.bpgo_by_reward.items()} == {
+        "alignment": "frames",
+        "motion": "none",
+    }
+    assert config.uses_trust
+    assert not config.needs_prior
+    recipe["rewards"]["motion"]["trust"] = "sigmoid"
+    with pytest.raises(ConfigError, match=r"prior\.kind is 'none'.*need an anchor"):
+        config_from_dict(recipe)
 
 
 def test_an_anchor_is_required_only_where_it_is_used() -> None:

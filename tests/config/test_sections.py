@@ -69,14 +69,14 @@ def test_only_the_released_form_with_its_default_trust_accepts_alpha_1() -> None
     for trust in (None, "posterior"):
         assert BPGOConfig(form="released", trust=trust, alpha=1).trust_kind == "posterior"
     for wrong in ({"form": "paper"}, {"form": "released", "trust": "sigmoid"}):
-        with pytest.raises(ValueError, match="only the released form"):
+        with pytest.raises(ValueError, match="only released forms"):
             BPGOConfig(alpha=1, **wrong)
 
 
 @pytest.mark.parametrize(
     ("section", "key", "table"),
     [
-        (BPGOConfig, "form", TRANSFORMS),
+        (BPGOConfig, "form", {*TRANSFORMS, "released_exact"}),
         (BPGOConfig, "form", FORM_TRUST),
         (BPGOConfig, "trust", TRUSTS),
         (PriorConfig, "kind", PRIORS),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from bpgo_video.config.learner import AdvantageConfig, BPGOConfig, LossConfig
 from bpgo_video.learner.advantages import NORMALISERS, best_and_worst, group_relative
-from bpgo_video.learner.bpgo import rank_inversion, step_advantages, trust_histogram
+from bpgo_video.learner.agreement import frame_agreement, group_icc
+from bpgo_video.learner.bpgo import step_advantages
 from bpgo_video.learner.equations import (
     TRANSFORMS,
     contrastive_reward_transformation,
@@ -20,7 +21,8 @@ from bpgo_video.learner.equations import (
     reliability_adaptive_scaling,
 )
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
-from bpgo_video.learner.trust import group_icc, icc_trust
+from bpgo_video.learner.metrics import agreement, rank_inversion, trust_histogram
+from bpgo_video.learner.trust import agreement_trust
 from bpgo_video.types import PriorAnchor
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)  # mean 3, variance (4 + 1 + 0 + 9)/3 = 14/3
@@ -146,12 +148,12 @@ def test_combined_advantages_equal_values_computed_by_hand(form):
         transformed = released_transformation(REWARDS, PRIOR, 2.0, 2.0)[0].tolist()  # of raw rewards, for any scale
     mean, std = statistics.mean(transformed), statistics.stdev(transformed)
     contrastive = torch.tensor([(value - mean) / (std + 1e-6) for value in transformed], dtype=torch.float64)
-    torch.testing.assert_close(result.advantage, group_relative(REWARDS))
-    torch.testing.assert_close(result.contrastive[0], contrastive)
+    torch.testing.assert_close(result.advantage, trust * group_relative(REWARDS))
+    torch.testing.assert_close(result.contrastive[0], contrastive, rtol=2e-6, atol=0)  # the noise floor of A
     assert result.trust.item() == pytest.approx(trust)
     total = trust * group_relative(REWARDS)[0] + 0.5 * contrastive
     rms_ratio = total.square().mean().sqrt() / group_relative(REWARDS).square().mean().sqrt()
-    assert result.metrics["rms_ratio"].item() == pytest.approx(rms_ratio.item())
+    assert result.metrics["rms_ratio"].item() == pytest.approx(rms_ratio.item(), rel=1e-6)
 
 
 def test_each_half_can_be_used_alone():
@@ -201,21 +203,20 @@ def test_each_form_accepts_any_trust_and_has_a_default(form):
     assert all(torch.equal(result.contrastive, default.contrastive) for result in found.values())
 
 
-def test_icc_trust_needs_two_scorings_and_no_anchor():
+def test_trust_in_reliability_needs_it_and_no_anchor():
     settings = BPGOConfig(trust="reliability", zeta=0.0)
     rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 1.0, 2.0, 3.0]])
-    second = torch.tensor([[2.0, 3.0, 4.0, 7.0], [3.0, 2.0, 1.0, 0.0]])  # equal up to a shift; reversed
-    icc = {"clip": group_icc(torch.stack([rewards, second], dim=2))}
-    result = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, icc=icc)
+    rho = {"clip": torch.tensor([1.0, 0.0])}
+    result = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, reliability=rho)
     assert result.trust.tolist() == pytest.approx([1.5, 0.5])
-    assert torch.equal(result.advantage, group_relative(rewards))
-    with pytest.raises(ValueError, match=r"'clip' was scored once.*reliability"):
+    assert torch.equal(result.advantage, torch.tensor([[1.5], [0.5]]) * group_relative(rewards))
+    with pytest.raises(ValueError, match=r"'clip': trust 'reliability' compares several scorings"):
         step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
-    with pytest.raises(ValueError, match=r"'clip' has an ICC that is not finite"):
-        step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, icc={"clip": icc["clip"] / 0})
-    icc = torch.tensor([0.9, 0.4, -0.3])
-    assert icc_trust(icc, 0.5).tolist() == pytest.approx([1.4, 0.9, 0.5])
-    assert icc_trust(icc, 0.5, centre=True).tolist() == pytest.approx([1.4667, 0.9667, 0.5667], abs=1e-4)
+    with pytest.raises(ValueError, match=r"'clip': its reliability is .*nan.*finite"):
+        step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, reliability={"clip": rho["clip"] / 0})
+    rho = torch.tensor([0.9, 0.4, 0.0])
+    assert agreement_trust(rho, 0.5).tolist() == pytest.approx([1.4, 0.9, 0.5])
+    assert agreement_trust(rho, 0.5, centre=True).tolist() == pytest.approx([1.4667, 0.9667, 0.5667], abs=1e-4)
 
 
 def test_anchors_are_in_the_metrics():
@@ -229,14 +230,14 @@ def test_anchors_are_in_the_metrics():
 def test_trust_scales_the_second_surrogate_only_with_ras_on_crt():
     rewards, prior, _ = random_rewards(3)
     plain, weighed = (one_reward(rewards, prior, BPGOConfig(ras_on_crt=flag)) for flag in (False, True))
-    assert torch.equal(weighed.contrastive, plain.trust[:, None] * plain.contrastive)
+    torch.testing.assert_close(weighed.contrastive, plain.trust[:, None] * plain.contrastive)
     assert torch.equal(weighed.advantage, plain.advantage)
 
 
 SETTINGS = st.builds(
     BPGOConfig,
     form=st.sampled_from(["paper", "released"]),
-    trust=st.sampled_from([None, "sigmoid", "posterior", "reliability", "none"]),
+    trust=st.sampled_from([None, "sigmoid", "posterior", "frames", "reliability", "none"]),
     standardise=st.booleans(),
     ras_center=st.sampled_from(["none", "batch_mean"]),
     ras_on_crt=st.booleans(),
@@ -257,8 +258,12 @@ CLIPS = st.sampled_from([math.inf, 1.0])
 
 def scored_twice(rewards, second, prior, settings, advantage, clip, scale=1.0):
     anchors, weights = {"clip": anchor(prior, scale)}, {"clip": 1.0}
-    icc = group_icc(torch.stack([rewards, second], dim=2))
-    return step_advantages({"clip": rewards}, anchors, weights, settings, advantage, clip, {"clip": icc})
+    scorings = torch.stack([rewards, second], dim=2)
+    rho = group_icc(scorings).clamp(0, 1)
+    return step_advantages(
+        {"clip": rewards}, anchors, weights, settings, advantage, clip,
+        frames={"clip": scorings}, reliability={"clip": rho},
+    )  # fmt: skip
 
 
 @settings(deadline=None)
@@ -297,10 +302,7 @@ def test_equal_rewards_have_no_gradient_under_any_settings(value, bpgo, advantag
     found = scored_twice(rewards, rewards, [0.1, 0.2, 0.3], bpgo, advantage, clip)
     log_ratio = torch.zeros(18, requires_grad=True)
     contrastive = None if found.contrastive is None else found.contrastive.flatten()
-    trust = found.trust.repeat_interleave(6)
-    bpgo_loss(
-        PolicyShift(log_ratio), found.advantage.flatten(), contrastive, trust, bpgo.zeta, LossConfig()
-    ).value.backward()
+    bpgo_loss(PolicyShift(log_ratio), found.advantage.flatten(), contrastive, bpgo.zeta, LossConfig()).value.backward()
     assert torch.equal(log_ratio.grad, torch.zeros(18))
 
 
@@ -323,20 +325,66 @@ def test_several_rewards_are_anchored_one_by_one():
     first, second = REWARDS, torch.tensor([[0.3, 0.1, 0.2, 0.4]], dtype=torch.float64)
     anchors = {"vq": anchor([2.0], 2.0), "ta": anchor([0.2], 0.1)}
     result = step_advantages({"vq": first, "ta": second}, anchors, {"vq": 3.0, "ta": 1.0}, BPGOConfig())
-    torch.testing.assert_close(result.advantage, 3 * group_relative(first) + group_relative(second))
-    # mean u: (3 - 2)/2 = .5 and (.25 - .2)/.1 = .5 + rounding of fp32 anchors; 3/4 of one and 1/4 of the other
-    assert result.trust.item() == pytest.approx(1 + 0.5 * math.tanh(0.25), abs=1e-6)
+    # mean u: (3 - 2)/2 = .5 and (.25 - .2)/.1 = .5 + rounding of fp32 anchors
+    trust = 1 + 0.5 * math.tanh(0.25)
+    torch.testing.assert_close(
+        result.advantage, trust * (3 * group_relative(first) + group_relative(second)), rtol=1e-6, atol=1e-6
+    )
+    assert result.trust.item() == pytest.approx(trust, abs=1e-6)
     transformed = [
         contrastive_reward_transformation(rewards, anchors[name].mean, anchors[name].scale, 1.0)
         for name, rewards in (("vq", first), ("ta", second))
     ]
-    torch.testing.assert_close(result.contrastive, 3 * group_relative(transformed[0]) + group_relative(transformed[1]))
+    expected = 3 * group_relative(transformed[0]) + group_relative(transformed[1])
+    torch.testing.assert_close(result.contrastive, expected, rtol=1e-5, atol=1e-5)  # the noise floor of A
 
 
-def test_trust_of_several_rewards_is_their_weighted_mean():
-    anchors = {"vq": anchor([-1e6]), "ta": anchor([1e6])}  # w = 1.5 and .5
-    result = step_advantages({"vq": REWARDS, "ta": REWARDS}, anchors, {"vq": 3.0, "ta": 1.0}, BPGOConfig(zeta=0.0))
-    assert result.trust.item() == pytest.approx((3 * 1.5 + 0.5) / 4)
+@pytest.mark.parametrize("ras_on_crt", [False, True])
+def test_each_reward_is_weighted_by_its_own_trust_before_rewards_are_summed(ras_on_crt):
+    anchors, other = {"vq": anchor([-1e6]), "ta": anchor([1e6])}, -(REWARDS**2)  # w = 1.5 and .5
+    settings = BPGOConfig(zeta=0.7, ras_on_crt=ras_on_crt)
+    result = step_advantages({"vq": REWARDS, "ta": other}, anchors, {"vq": 3.0, "ta": 1.0}, settings)
+    torch.testing.assert_close(result.advantage, 3 * 1.5 * group_relative(REWARDS) + 0.5 * group_relative(other))
+    assert result.trust.item() == pytest.approx((3 * 1.5 + 0.5) / 4), "for logs: the mean by weight"
+    assert result.metrics["trust_mean/vq"].item() == pytest.approx(1.5)
+    alone = [
+        one_reward(rewards, anchors[name].mean, BPGOConfig(alpha=0.0)).contrastive
+        for name, rewards in (("vq", REWARDS), ("ta", other))
+    ]
+    factors = (3 * 1.5, 0.5) if ras_on_crt else (3, 1)
+    torch.testing.assert_close(result.contrastive, factors[0] * alone[0] + factors[1] * alone[1])
+
+
+def test_rewards_may_have_trusts_of_their_own():
+    rewards, prior, rng = random_rewards(9)
+    frames = rewards[..., None] + torch.randn(4, 6, 5, generator=rng, dtype=torch.float64)
+    settings, trusts = BPGOConfig(trust="frames", zeta=0.0), {"b": "none", "c": "sigmoid"}
+    found = step_advantages(
+        dict.fromkeys("abc", rewards), {"c": anchor(prior)}, dict.fromkeys("abc", 1.0), settings,
+        trusts=trusts, frames={"a": frames},
+    )  # fmt: skip
+    by_frames = 0.5 + frame_agreement(frames)
+    expected = by_frames + 1 + reliability_adaptive_scaling(rewards, prior, 1.0, 0.5, 1.0)
+    torch.testing.assert_close(found.advantage, expected[:, None] * group_relative(rewards))
+    with pytest.raises(ValueError, match=r"reward 'b': trust 'frames' compares.*'reliability'"):
+        step_advantages({"b": rewards}, {}, {"b": 1.0}, settings, frames={"a": frames})
+
+
+def test_equal_reliability_is_grpo_but_for_rounding_once_the_step_size_is_matched():
+    rewards, _, _ = random_rewards(11)
+    settings = BPGOConfig(trust="reliability", zeta=0.0, match_rms=True)
+    rho = {"clip": torch.full((4,), 0.3, dtype=torch.float64)}
+    found = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, reliability=rho)
+    torch.testing.assert_close(found.advantage, group_relative(rewards), rtol=1e-14, atol=1e-14)
+
+
+def test_agreement_of_rewards_is_their_mean_correlation_within_groups():
+    one = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
+    other = torch.tensor([[0.0, 5.0, 10.0], [1.0, 2.0, 0.0], [1.0, 2.0, 3.0]])  # correlations 1, -.5, none
+    found = agreement(group_relative(one), group_relative(other))
+    assert found.item() == pytest.approx((1 - 0.5 + 0) / 3)
+    metrics = step_advantages({"a": one, "b": other}, {}, {"a": 1.0, "b": 1.0}, OFF).metrics
+    assert metrics["agreement/a+b"].item() == pytest.approx(1 / 6)
 
 
 @pytest.mark.parametrize("group", [6, 8, 12, 24])
@@ -363,9 +411,9 @@ def test_equal_rewards_stay_equal_despite_rounding_in_the_transformation(monkeyp
 def test_the_advantage_clip_acts_after_the_trust():
     settings = BPGOConfig(zeta=0.5)
     result = one_reward(torch.tensor([[0.0, 1.0, 2.0, 30.0]]), [-1e6], settings)  # w = 1.5
-    limit = 1.5 * result.advantage.max().item() - 0.3
+    limit = result.advantage.max().item() - 0.3
     clipped = result.clipped(limit)
-    assert (clipped.trust[:, None] * clipped.advantage).max().item() == pytest.approx(limit)
+    assert clipped.advantage.max().item() == pytest.approx(limit)
     assert torch.equal(clipped.advantage[0, :3], result.advantage[0, :3])
     assert clipped.contrastive.abs().max() <= limit
 
@@ -390,7 +438,7 @@ def test_matching_the_rms_takes_one_factor_on_both_advantages(seed, form, ras_on
     settings = BPGOConfig(form=form, ras_on_crt=ras_on_crt, zeta=0.8)
     free = one_reward(rewards, prior, settings)
     matched = one_reward(rewards, prior, replace(settings, match_rms=True))
-    total = matched.trust[:, None] * matched.advantage + 0.8 * matched.contrastive
+    total = matched.advantage + 0.8 * matched.contrastive
     assert rms(total) == pytest.approx(rms(group_relative(rewards)))
     assert matched.metrics["rms_ratio"].item() == pytest.approx(1)
     assert torch.equal(matched.trust, free.trust)
@@ -410,8 +458,8 @@ def test_both_surrogates_use_the_same_norm(normalise):
     rewards, prior, _ = random_rewards(4)
     result = one_reward(rewards, prior, BPGOConfig(), normalise=normalise)
     transformed = contrastive_reward_transformation(rewards, prior, 1.0, 1.0)
-    torch.testing.assert_close(result.advantage, NORMALISERS[normalise](rewards))
-    torch.testing.assert_close(result.contrastive, NORMALISERS[normalise](transformed))
+    torch.testing.assert_close(result.advantage, result.trust[:, None] * NORMALISERS[normalise](rewards))
+    torch.testing.assert_close(result.contrastive, NORMALISERS[normalise](transformed), rtol=1e-5, atol=1e-5)
 
 
 def test_excluded_samples_are_zero_and_the_others_are_rescaled():
@@ -421,8 +469,8 @@ def test_excluded_samples_are_zero_and_the_others_are_rescaled():
     kept = best_and_worst(whole.advantage, 1).double()
     torch.testing.assert_close(best.advantage, 3 * kept * whole.advantage)
     torch.testing.assert_close(best.contrastive, 3 * kept * whole.contrastive)
-    per_sample = (whole.trust[:, None] * whole.advantage)[kept.bool()]
-    assert (best.trust[:, None] * best.advantage).square().mean() == pytest.approx(3 * per_sample.square().mean())
+    per_sample = whole.advantage[kept.bool()]
+    assert best.advantage.square().mean() == pytest.approx(3 * per_sample.square().mean())
 
 
 def test_the_clip_bounds_advantages_before_they_are_rescaled():
@@ -513,7 +561,7 @@ def test_frame_credit_is_scaled_with_the_advantage_and_never_clipped() -> None:
     rewards = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     by_frame = torch.tensor([3.0, -1.0, -2.0]).expand(2, 6, 3)
     found = step_advantages(
-        {"a": rewards}, {}, {"a": 1.0}, OFF, AdvantageConfig(best_of=2), clip=0.5, by_frame=by_frame
+        {"a": rewards}, {}, {"a": 1.0}, OFF, AdvantageConfig(best_of=2), clip=0.5, credit={"a": by_frame}
     )
     kept = found.advantage != 0
     assert kept.sum(dim=1).tolist() == [4, 4]
@@ -523,4 +571,61 @@ def test_frame_credit_is_scaled_with_the_advantage_and_never_clipped() -> None:
     video = found.advantage[rows, samples]
     torch.testing.assert_close(rows_of_loss.advantage.view(2, 3).mean(dim=1), video)
     torch.testing.assert_close(rows_of_loss.advantage.view(2, 3), video[:, None] + found.by_frame[rows, samples])
-    assert rows_of_loss.trust.shape == (6,)
+
+
+def test_the_step_size_is_matched_with_frame_credit_and_after_the_clip():
+    """Exact where a clip acts on some advantages, and where latent frames have advantages of their own."""
+    rewards, prior, rng = random_rewards(12)
+    credit = torch.randn(4, 6, 3, generator=rng, dtype=torch.float64)
+    credit = {"clip": credit - credit.mean(dim=2, keepdim=True)}
+    settings, anchors = BPGOConfig(zeta=0.8, match_rms=True), {"clip": anchor(prior)}
+    for clip, by_frame in ((math.inf, credit), (0.3, None), (0.3, credit)):
+        matched, grpo = (
+            step_advantages({"clip": rewards}, anchors, {"clip": 1.0}, of, clip=clip, credit=by_frame)
+            for of in (settings, OFF)
+        )
+        assert rms(matched.total(0.8)) == pytest.approx(rms(grpo.total(0)), rel=1e-12)
+        if clip < math.inf:
+            assert matched.contrastive.abs().max() == clip, "the clip acts"
+
+
+def test_rewards_that_differ_in_their_last_bit_have_no_advantage():
+    """A divides by std + 1e-6; A~ has the same floor, though its rewards are transformed to differ by about 1."""
+    equal = torch.full((1, 8), 0.3)
+    equal[0, 7] = torch.nextafter(equal[0, 0], torch.tensor(1.0))
+    for prior in (0.3, 0.0):  # the step of CRT, and its slope
+        found = one_reward(equal, [prior], BPGOConfig(), scale=1e-7)
+        assert 0 < found.advantage.max() < 0.1
+        assert 0 < found.contrastive.max() < 0.1
+
+
+def test_the_second_surrogate_restores_what_trust_takes_from_groups_below_their_anchor():
+    """Far below the anchor CRT is linear: A~ = A, and RMS(w A + zeta A~)/RMS(A) = w + zeta (arXiv 2511.18919)."""
+    rewards, _, _ = random_rewards(13)
+    far = one_reward(rewards, rewards.mean(dim=1) + 30, BPGOConfig())
+    torch.testing.assert_close(far.contrastive, group_relative(rewards), rtol=1e-4, atol=1e-4)
+    assert far.metrics["crt/distrusted_rms"].item() == pytest.approx(0.5 + 0.5, abs=1e-4)
+    weighed = one_reward(rewards, rewards.mean(dim=1) + 30, BPGOConfig(ras_on_crt=True))
+    assert weighed.metrics["crt/distrusted_rms"].item() == pytest.approx(0.5 * 1.5, abs=1e-4)
+    assert "crt/distrusted_rms" not in one_reward(rewards, [-9.0] * 4, BPGOConfig()).metrics, "all groups are trusted"
+
+
+def test_released_exact_is_the_authors_step():
+    """An independent reading of the authors' code: rewards are overwritten, and trust and advantage see R~."""
+    rewards, prior, _ = random_rewards(14)
+    settings = BPGOConfig(form="released_exact", alpha=1.0, contrast=50.0, zeta=0.0, standardise=False)
+    found = one_reward(rewards, prior, settings, scale=0.3)
+    for row, anchor_of_row, advantage, trust in zip(rewards, prior, found.advantage, found.trust, strict=True):
+        p = float(anchor_of_row)
+        new = [(50 * (r - p) + (1 if r > p else 0)) * r / (1 + math.exp(-r / 5)) for r in row.tolist()]
+        mean, s2 = statistics.mean(new), statistics.variance(new) + 1e-8
+        v = 1 / (6 / s2 + 1 / 1.0)
+        m = v * (6 * mean / s2 + p / 1.0)
+        w = 0.5 + (1.5 - 0.5) * 0.5 * (1 + math.erf((m - p) / math.sqrt(v) / math.sqrt(2)))
+        scale = min(max(1 + 1.0 * (w - 1), 0.01), 10)
+        assert float(trust) == pytest.approx(scale)
+        expected = [scale * (r - mean) / (statistics.stdev(new) + 1e-6) for r in new]
+        assert advantage.tolist() == pytest.approx(expected)
+    assert found.contrastive is None
+    with pytest.raises(ValueError, match=r"released_exact.*zeta = 0.5.*set zeta to 0"):
+        BPGOConfig(form="released_exact", standardise=False)

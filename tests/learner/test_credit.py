@@ -43,7 +43,8 @@ def test_segment_credit_equals_values_computed_by_hand() -> None:
     expected = torch.tensor([[[z, -z], [-z, z]]])
     per_frame, weights = {"a": scores, "b": scores[..., :1], "c": scores}, {"a": 2.0, "b": 1.0, "c": 0.0}
     found = segment_credit(per_frame, {"a": times, "b": None, "c": times}, weights, layout, 0.3)
-    torch.testing.assert_close(found, 2.0 * 0.3 * expected, rtol=0, atol=1e-6)
+    assert list(found) == ["a"]
+    torch.testing.assert_close(found["a"], 0.3 * expected, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match=r"\['b'\] score videos as a whole"):
         segment_credit({"b": scores[..., :1]}, {"b": None}, weights, layout, 0.3)
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpgo_video.learner.trust import group_icc, icc_by_reward, pooled_icc
+from bpgo_video.learner.agreement import frame_agreement, group_icc, pooled_icc, spearman_brown
+from bpgo_video.learner.rescoring import icc_by_reward
 
 # Shrout and Fleiss (1979), table 2: six targets by four judges; their ICC(3,1) is .71, their ICC(1,1) .17
 RATINGS = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]
@@ -53,8 +54,33 @@ def test_too_few_scores_are_refused(shape):
 
 
 def test_a_step_that_scores_no_prompt_twice_keeps_the_last_icc_without_a_warning():
-    scores = {"judge": torch.randn(1, 8)}
+    scores = {"judge": torch.randn(1, 8, 2)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = icc_by_reward({7: {"icc": {"judge": 0.4}, "passed": 1}}, [7], scores, scores, torch.tensor([False]))
+        found = icc_by_reward({7: {"icc": {"judge": 0.4}, "passed": 1}}, [7], scores, torch.tensor([False]))
     assert found["judge"].tolist() == [0.4]
+
+
+def test_frame_agreement_is_the_reliability_of_the_mean_over_frames():
+    scores = torch.randn(20, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores += torch.randn(20, 8, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(frame_agreement(scores), spearman_brown(group_icc(scores), 5))
+    # Shrout and Fleiss, table 4: BMS 11.24, EMS 1.02, so ICC(3,4) = .91
+    assert frame_agreement(torch.tensor([RATINGS]).double()).item() == pytest.approx(1 - 1.0194 / 11.2417, abs=1e-4)
+    assert frame_agreement(torch.full((1, 8, 2), 0.1)).tolist() == [0.0]
+
+
+def test_frame_agreement_estimates_the_share_of_variance_that_is_not_noise_of_frames():
+    # signal of variance 1, noise of a frame 4, so that of a mean of 8 frames is 1/2: rho = 1/(1 + 1/2)
+    rng = torch.Generator().manual_seed(0)
+    signal = torch.randn(1, 40_000, 1, generator=rng, dtype=torch.float64)
+    noise = 2 * torch.randn(1, 40_000, 8, generator=rng, dtype=torch.float64)
+    assert frame_agreement(signal + noise).item() == pytest.approx(2 / 3, abs=0.01)
+    # noise that all frames share is seen as signal
+    shared = torch.randn(1, 40_000, 1, generator=rng, dtype=torch.float64)
+    assert frame_agreement(signal + shared + noise).item() == pytest.approx(2 / 2.5, abs=0.01)
+
+
+def test_spearman_brown_equals_values_computed_by_hand():
+    assert spearman_brown(torch.tensor([-0.2, 0.0, 0.5, 1.0]), 2).tolist() == pytest.approx([0, 0, 2 / 3, 1])
+    assert spearman_brown(torch.tensor([0.5]), 1).tolist() == [0.5]

@@ -27,10 +27,10 @@ def clip(low, high):
     return LossConfig(clip_range=(low, high))
 
 
-def per_sample(result, group):
+def per_sample(result):
     """Advantages of prompts x group as vectors over samples, in prompt-major order."""
     contrastive = None if result.contrastive is None else result.contrastive.flatten()
-    return result.advantage.flatten(), contrastive, result.trust.repeat_interleave(group)
+    return result.advantage.flatten(), contrastive
 
 
 def test_clipped_surrogate_equals_values_computed_by_hand():
@@ -48,12 +48,12 @@ def test_total_loss_equals_values_computed_by_hand():
     rewards, prior = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
     result = step_advantages({"clip": rewards}, anchor(prior), {"clip": 1.0}, BPGOConfig(zeta=0.4))
     log_prob = torch.tensor([1.2, 0.8, 1.3], dtype=torch.float64).log()
-    loss = bpgo_loss(PolicyShift(log_prob), *per_sample(result, 3), 0.4, clip(0.1, 0.25))
+    loss = bpgo_loss(PolicyShift(log_prob), *per_sample(result), 0.4, clip(0.1, 0.25))
 
     w, a = 1 + 0.5 * math.tanh(0.25), 1 / (1 + 1e-6)
     transformed = [-0.5 * math.exp(-0.5), 1.5 * math.exp(0.5), 2.5 * math.exp(1.5)]
     mean, std = statistics.mean(transformed), statistics.stdev(transformed)
-    b = [(value - mean) / (std + 1e-6) for value in transformed]
+    b = [a * (value - mean) / (std + 1e-6) for value in transformed]  # with the noise floor of A: R has std 1
     assert b[0] < b[1] < 0 < b[2]
     first = [1.2 * a, 0.0, -1.25 * a]  # ratio 1.2 is not clipped for A < 0; 1.3 is clamped to 1.25 for A > 0
     second = [-1.2 * b[0], -0.9 * b[1], -1.25 * b[2]]  # ratio .8 is clamped to .9 for A~ < 0
@@ -71,9 +71,7 @@ def test_alpha_and_zeta_zero_are_grpo_bit_for_bit(clip_range):
         if learner == "bpgo":
             settings = BPGOConfig(alpha=0.0, zeta=0.0)
             result = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings)
-            value = bpgo_loss(
-                PolicyShift(log_prob - old), *per_sample(result, 6), settings.zeta, clip(*clip_range)
-            ).value
+            value = bpgo_loss(PolicyShift(log_prob - old), *per_sample(result), settings.zeta, clip(*clip_range)).value
         else:
             ratio, advantage = torch.exp(log_prob - old), group_relative(rewards).flatten()
             low, high = 1 - clip_range[0], 1 + clip_range[1]
@@ -105,7 +103,7 @@ def test_gradient_equals_finite_differences(form, sampler):
 
     def loss(theta):
         log_prob = transition(theta).log_prob(next_latents)
-        return bpgo_loss(PolicyShift(log_prob - old), *per_sample(result, group), settings.zeta, clip(0.02, 0.02))
+        return bpgo_loss(PolicyShift(log_prob - old), *per_sample(result), settings.zeta, clip(0.02, 0.02))
 
     theta = torch.tensor([0.5, -0.1, 0.2], dtype=torch.float64, requires_grad=True)
     assert 0 < loss(theta).metrics["clip_fraction"] < 1  # both sides of the clip are tested
@@ -126,9 +124,21 @@ def test_equal_rewards_give_exactly_zero_gradient(group, form):
     rng = torch.Generator().manual_seed(8)
     old = torch.randn(3 * group, generator=rng)
     log_prob = (old + 0.01 * torch.randn(3 * group, generator=rng)).requires_grad_()
-    loss = bpgo_loss(PolicyShift(log_prob - old), *per_sample(result, group), settings.zeta, clip(1e-3, 1e-3))
+    loss = bpgo_loss(PolicyShift(log_prob - old), *per_sample(result), settings.zeta, clip(1e-3, 1e-3))
     loss.value.backward()
     assert torch.equal(log_prob.grad, torch.zeros_like(log_prob))
+
+
+def test_trust_in_the_advantage_is_trust_times_the_surrogate():
+    """Eq 3: surr(r, w A) = w surr(r, A) for w > 0, on both sides of the clip, in value and gradient."""
+    rng = torch.Generator().manual_seed(2)
+    advantage, log_prob = (torch.randn(64, generator=rng, dtype=torch.float64) for _ in range(2))
+    log_prob = (0.2 * log_prob).requires_grad_()
+    trust = torch.rand(64, generator=rng, dtype=torch.float64) + 0.5
+    within = clipped_surrogate(PolicyShift(log_prob), trust * advantage, clip(0.1, 0.2))
+    outside = trust * clipped_surrogate(PolicyShift(log_prob), advantage, clip(0.1, 0.2))
+    torch.testing.assert_close(within, outside)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), log_prob)[0] for loss in (within, outside)))
 
 
 def test_the_two_surrogates_are_clipped_separately():
@@ -136,18 +146,18 @@ def test_the_two_surrogates_are_clipped_separately():
     # 1 - .5 = .5 would be clipped: no gradient.
     log_prob = torch.tensor([math.log(1.3)], dtype=torch.float64, requires_grad=True)
     one, old = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    loss = bpgo_loss(PolicyShift(log_prob - old), one, -one, 1.2 * one, 0.5, clip(0.2, 0.2))
+    loss = bpgo_loss(PolicyShift(log_prob - old), 1.2 * one, -one, 0.5, clip(0.2, 0.2))
     assert loss.value.item() == pytest.approx(-1.2 * 1.2 + 0.5 * 1.3)
     assert torch.autograd.grad(loss.value, log_prob)[0].item() == pytest.approx(0.5 * 1.3)
 
 
 def test_on_the_first_update_the_gradient_is_the_weighted_advantage():
     rng = torch.Generator().manual_seed(9)
-    old, advantage, contrastive, trust = (torch.randn(8, generator=rng) for _ in range(4))
+    old, advantage, contrastive = (torch.randn(8, generator=rng) for _ in range(3))
     log_prob = old.clone().requires_grad_()
-    loss = bpgo_loss(PolicyShift(log_prob - old), advantage, contrastive, trust, 0.3, clip(1e-5, 1e-5))
+    loss = bpgo_loss(PolicyShift(log_prob - old), advantage, contrastive, 0.3, clip(1e-5, 1e-5))
     loss.value.backward()
-    torch.testing.assert_close(log_prob.grad, -(trust * advantage + 0.3 * contrastive) / 8)
+    torch.testing.assert_close(log_prob.grad, -(advantage + 0.3 * contrastive) / 8)
     assert [loss.metrics[f"ratio_{name}"].item() for name in ("mean", "squared_error", "min", "max")] == [1, 0, 1, 1]
     assert loss.metrics["clip_fraction"] == loss.metrics["approx_kl"] == loss.metrics["log_ratio_abs_max"] == 0
 
@@ -155,7 +165,7 @@ def test_on_the_first_update_the_gradient_is_the_weighted_advantage():
 def test_metrics_equal_values_computed_by_hand():
     log_prob = torch.tensor([0.1, -0.2, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
     zeros = torch.zeros(4, dtype=torch.float64)
-    metrics = bpgo_loss(PolicyShift(log_prob), zeros, None, zeros, 0.0, clip(0.15, 0.15)).metrics
+    metrics = bpgo_loss(PolicyShift(log_prob), zeros, None, 0.0, clip(0.15, 0.15)).metrics
     assert metrics["clip_fraction"] == 0.25  # exp(.1) = 1.105 is inside, exp(-.2) = .819 is not
     assert metrics["log_ratio_abs_max"].item() == pytest.approx(0.2)
     assert metrics["approx_kl"].item() == pytest.approx((0.01 + 0.04) / 8)
@@ -166,7 +176,7 @@ def test_metrics_equal_values_computed_by_hand():
 def test_errors_name_the_value():
     one = torch.ones(2)
     with pytest.raises(ValueError, match=r"zeta=0\.5 but no contrastive"):
-        bpgo_loss(PolicyShift(one), one, None, one, 0.5, clip(0.1, 0.1))
+        bpgo_loss(PolicyShift(one), one, None, 0.5, clip(0.1, 0.1))
     with pytest.raises(ValueError, match="clip_range"):
         clip(-0.1, 0.1)
     with pytest.raises(ValueError, match=r"loss\.ratio guard compares the means"):

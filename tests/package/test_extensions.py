@@ -29,8 +29,8 @@ def constant_noise(velocity, latents, step, eta):
     return Transition(latents.float() + step.dt * velocity.float(), eta * (-step.dt).sqrt())
 
 
-def fixed_trust(rewards, prior, scale, bpgo, icc):
-    return torch.full_like(rewards[:, 0], 1.25)
+def fixed_trust(scores, settings):
+    return torch.full_like(scores.rewards[:, 0], 1.25)
 
 
 class Constant(Replay):

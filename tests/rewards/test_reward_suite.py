@@ -38,14 +38,21 @@ def test_scores_are_aggregated_weighted_and_negated_where_lower_is_better() -> N
 
 
 def test_videos_are_scored_again_with_other_options_where_requested() -> None:
-    keys = {"options": {"low": 0.1}, "second": {"columns": 1}}
-    twice = suite_of("Darkness", twice=True, **keys)
-    rewards = rewards_of(twice)
-    torch.testing.assert_close(rewards.by_name["toy"], torch.tensor([[-0.1, -0.4], [-0.1, -0.1]]))
-    torch.testing.assert_close(rewards.second["toy"], torch.tensor([[-0.1, -1.0], [-0.1, -0.1]]))
-    partly = rewards_of(twice, replace(PROMPTS, twice=torch.tensor([True, False]))).second["toy"]
-    torch.testing.assert_close(partly, torch.tensor([[-0.1, -1.0], [torch.nan] * 2]), equal_nan=True)
-    assert not rewards_of(suite_of("Darkness", **keys)).second
+    keys = {"options": {"low": 0.1}, "rescorings": ({"columns": 1}, {"low": 0.4})}
+    several = suite_of("Darkness", **keys)
+    first, second = torch.tensor([[-0.1, -0.4], [-0.1, -0.1]]), torch.tensor([[-0.1, -1.0], [-0.1, -0.1]])
+    third = torch.tensor([[-0.4, -0.7], [-0.4, -0.4]])
+    rewards = rewards_of(several)
+    torch.testing.assert_close(rewards.scorings["toy"], torch.stack([first, second, third], dim=2))
+    torch.testing.assert_close(rewards.by_name["toy"], (first + second + third) / 3)
+    torch.testing.assert_close(rewards.total, rewards.by_name["toy"])
+    partly = rewards_of(several, replace(PROMPTS, again=torch.tensor([True, False])))
+    torch.testing.assert_close(partly.scorings["toy"][1, :, 1:], torch.full((2, 2), torch.nan), equal_nan=True)
+    torch.testing.assert_close(partly.by_name["toy"], torch.stack([rewards.by_name["toy"][0], first[1]]))
+    once = rewards_of(suite_of("Darkness", options={"low": 0.1}))
+    assert not once.scorings
+    assert several.versions == {"toy": "7+7+7"}, "anchors of another number of scorings are stale"
+    torch.testing.assert_close(once.by_name["toy"], first)
 
 
 def test_images_are_scored_as_still_videos() -> None:
@@ -61,7 +68,7 @@ def test_a_nan_names_reward_prompt_and_sample() -> None:
     scores = torch.zeros(4, 3)
     scores[3, 1] = torch.nan
     chunk = ScoredChunk(
-        CHUNK.prompt_rows, CHUNK.sample_index, {"toy": FrameScores(scores)}, {"toy": scores.mean(dim=1)}
+        CHUNK.prompt_rows, CHUNK.sample_index, {"toy": FrameScores(scores)}, {"toy": scores.mean(dim=1, keepdim=True)}
     )
     with pytest.raises(RewardError, match=r"'toy' scored nan for sample 1 of prompt 'second' \(id 6\), scored frame 1"):
         suite_of("Brightness").gather([chunk], PROMPTS, 2, MESH)
@@ -77,7 +84,7 @@ def test_a_nan_names_reward_prompt_and_sample() -> None:
             toy("Brightness", options={"hue": 1}),
             r"unexpected keyword argument 'hue'; its options are \['low', 'columns', 'seconds'\]",
         ),
-        (toy("Brightness", second={"hue": 1}), "unexpected keyword argument 'hue'"),
+        (toy("Brightness", rescorings=({"hue": 1},)), "unexpected keyword argument 'hue'"),
         (
             RewardConfig("clip_score", options={"mdoel": "x"}),
             r"missing a required argument: 'model'; its options are \['model', 'frames', .*'dtype'\]",

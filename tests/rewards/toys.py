@@ -92,9 +92,9 @@ def toy(name: str, **keys: object) -> RewardConfig:
     return RewardConfig(model=f"tests.rewards.toys:{name}", **keys)
 
 
-def suite_of(name: str, twice: bool = False, **keys: object) -> RewardSuite:
+def suite_of(name: str, **keys: object) -> RewardSuite:
     """A suite with one toy, under the name `toy`."""
-    return RewardSuite({"toy": toy(name, **keys)}, CPU, fps=2.0, twice=twice)
+    return RewardSuite({"toy": toy(name, **keys)}, CPU, fps=2.0)
 
 
 def chunks_of(prompts: int = 2, videos: int = 2, each: int = 2) -> Iterator[RolloutChunk]:

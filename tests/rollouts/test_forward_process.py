@@ -53,12 +53,12 @@ def test_the_on_policy_gradient_of_nft_is_the_advantage_times_the_target_differe
 def test_the_on_policy_gradient_of_awm_is_that_of_weighted_matching() -> None:
     rng = torch.Generator().manual_seed(1)
     old, target = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(2))
-    advantage, contrastive, trust = (torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3))
+    advantage, contrastive = (torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(2))
     velocity, plain = old.clone().requires_grad_(), old.clone().requires_grad_()
     awm_loss(
-        VelocityMatch(velocity, old, target), LossAdvantages(advantage, contrastive, trust), ZETA, SETTINGS
+        VelocityMatch(velocity, old, target), LossAdvantages(advantage, contrastive), ZETA, SETTINGS
     ).value.backward()
-    ((trust * advantage + 0.5 * contrastive) * matching_error(plain, target)).mean().backward()
+    ((advantage + 0.5 * contrastive) * matching_error(plain, target)).mean().backward()
     torch.testing.assert_close(velocity.grad, plain.grad)
 
 
@@ -66,7 +66,7 @@ def test_the_on_policy_gradient_of_awm_is_that_of_weighted_matching() -> None:
 def test_gradients_equal_finite_differences(loss: Any) -> None:
     rng = torch.Generator().manual_seed(2)
     old, target, base, way = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(4))
-    own = LossAdvantages(*(torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(3)))
+    own = LossAdvantages(*(torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(2)))
     wide = replace(SETTINGS, clip_range=(0.9, 9.0))
 
     def value(theta: torch.Tensor) -> torch.Tensor:
