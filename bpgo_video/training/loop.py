@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -78,6 +78,10 @@ class Trainer(ABC):
     @abstractmethod
     def train_step(self, step: int) -> dict[str, float]:
         """Train one step; returns its record."""
+
+    def notices(self, record: Mapping[str, float]) -> Sequence[str]:
+        """What to say at once about a step's record; nothing twice."""
+        return ()
 
     @abstractmethod
     def evaluate(self, step: int, last: bool, log: RunLog) -> dict[str, float]:
@@ -150,6 +154,8 @@ def run_steps(
         record = trainer.train_step(step)
         publish()
         progress.step = step + 1
+        for notice in trainer.notices(record):
+            log.later(f"step {progress.step}: {notice}", {})
         last = progress.step == run.num_steps
         if last or is_due(progress.step, evaluation.every):
             heartbeat.enter("evaluation", step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -33,7 +33,7 @@ from bpgo_video.training.inputs import Inputs
 from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, Keys, RunLog, read_metrics, reduce_metrics
 from bpgo_video.training.report import LiveReport, write_report
 from bpgo_video.training.session import Session, build_session
-from bpgo_video.training.summary import diagnose, summary_table
+from bpgo_video.training.summary import diagnose, reversals, summary_table
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 
 PHASES = ("rollout", "reward", "update")
@@ -67,6 +67,7 @@ class RL(loop.Trainer):
 
     Attributes:
         after: the last held-out scores, of the weights that measure the run.
+        warned: rewards whose order a form reverses, and of which this launch has said so.
     """
 
     def __init__(self, config: Config, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
@@ -74,6 +75,7 @@ class RL(loop.Trainer):
         self.progress = Progress()
         self.keys = keys_of(config)
         self.after: HeldoutScores | None = None
+        self.warned: set[str] = set()
         heldout = self.session.heldout
         texts = heldout.prompts.texts if heldout else ()
         self.heldout_videos = len(texts) * config.evaluation.samples_per_prompt
@@ -109,6 +111,12 @@ class RL(loop.Trainer):
         record = {**step_record(session, rewards, advantages, stats), "learning_rate": learning_rate, **watch.record}
         progress.count(record, rewards.total.numel())
         return record
+
+    def notices(self, record: Mapping[str, float]) -> list[str]:
+        found = reversals(record, self.session.config.bpgo.form)
+        new = [name for name in found if name not in self.warned]
+        self.warned.update(new)
+        return [found[name] for name in new]
 
     def begin(self) -> None:
         before = self.heldout_scores(self.session.config.evaluation.measured[0], "before")

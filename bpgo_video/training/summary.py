@@ -30,7 +30,10 @@ UNIFORM = 0.05  # standard deviation of w over all groups below which w does not
 STEP_SIZES = (0.8, 1.25)
 FLAT_SHARE = 0.25
 REVERSED_SHARE = 0.01
-AGREEMENT = 0.5
+REVERSED = "crt/rank_inversion/"  # key prefix, before the reward's name
+AGREEMENT = 0.5  # ICC of scorings
+ALIKE = 0.9  # correlation above which the mean of two rewards has 95 % of the variance of one: the second adds little
+UNLIKE = 0.1  # correlation below which two rewards share less than 1 % of their variance
 NOTHING = "Trust, step size, groups without signal and held-out scores show nothing unusual."
 
 
@@ -127,7 +130,7 @@ def diagnose(records: Records, summary: Summary) -> list[str]:
     if not records:
         return []
     found = [*_heldout_findings(records, summary), *_trust_findings(records), *_signal_findings(records)]
-    return found or [NOTHING]
+    return [*found, *_reward_findings(records)] or [NOTHING]
 
 
 def _heldout_findings(records: Records, summary: Summary) -> Iterator[str]:
@@ -166,6 +169,34 @@ def _trust_findings(records: Records) -> Iterator[str]:
             "that learning rate, before you attribute a gain to trust."
         )
 
+    restored = _values(records, "crt/distrusted_rms")
+    if restored and (step := fmean(restored)) >= 1:
+        yield (
+            f"The second surrogate gives back what the trust takes: groups with w < 1 still get {step:.2f} times "
+            "GRPO's step. Set bpgo.ras_on_crt: true, or bpgo.zeta: 0."
+        )
+
+
+def _reward_findings(records: Records) -> Iterator[str]:
+    """Whether several rewards tell the same, and whether repeated scorings do."""
+    pairs = sorted({key for record in records for key in record if key.startswith("agreement/")})
+    means = {key.removeprefix("agreement/").replace("+", " and "): fmean(_values(records, key)) for key in pairs}
+    if alike := [f"{pair} ({mean:.2f})" for pair, mean in means.items() if mean > ALIKE]:
+        yield (
+            f"Rewards that agree on nearly every sample: {', '.join(alike)}, by the mean correlation of their "
+            "advantages. The second one adds cost and no information: replace it by a model of another kind."
+        )
+    if unlike := [f"{pair} ({mean:.2f})" for pair, mean in means.items() if mean < UNLIKE]:
+        yield (
+            f"Rewards that do not agree on which samples are better: {', '.join(unlike)}, by the mean correlation of "
+            "their advantages. They measure different things, or one is noise: rewards.NAME.rescorings would show it."
+        )
+    keys = sorted({key for record in records for key in record if key.startswith("icc/")})
+    low = {key.removeprefix("icc/"): icc for key in keys if (icc := fmean(_values(records, key))) < AGREEMENT}
+    if low:
+        rewards = ", ".join(f"{name} {icc:.2f}" for name, icc in low.items())
+        yield f"Scorings of the same videos hardly agree (ICC of {rewards}): much of the training signal is noise."
+
 
 def _signal_findings(records: Records) -> Iterator[str]:
     if skipped := sum(_values(records, SKIPPED)):
@@ -183,11 +214,21 @@ def _signal_findings(records: Records) -> Iterator[str]:
             f"The transformation reversed {share:.0%} of the pairs within groups, so that the policy was trained "
             "towards the worse sample: use bpgo.form: paper with bpgo.standardise: true, or bpgo.zeta: 0."
         )
-    keys = sorted({key for record in records for key in record if key.startswith("icc/")})
-    low = {key.removeprefix("icc/"): icc for key in keys if (icc := fmean(_values(records, key))) < AGREEMENT}
-    if low:
-        rewards = ", ".join(f"{name} {icc:.2f}" for name, icc in low.items())
-        yield f"Scorings of the same videos hardly agree (ICC of {rewards}): much of the training signal is noise."
+
+
+def reversals(record: Mapping[str, Number], form: str) -> dict[str, str]:
+    """A sentence for each reward of which the transformation reversed pairs in this step; none in a monotone form."""
+    way_out = "set bpgo.form: paper with bpgo.standardise: true"
+    if form != "released_exact":  # whose only advantage is that of the transformed rewards
+        way_out += ", or bpgo.zeta: 0"
+    return {
+        key.removeprefix(REVERSED): (
+            f"warning: the transformation of bpgo.form {form!r} reverses {share:.1%} of the pairs of reward "
+            f"{key.removeprefix(REVERSED)!r} within groups, so that the worse sample is preferred; {way_out}"
+        )
+        for key, share in record.items()
+        if key.startswith(REVERSED) and share > 0
+    }
 
 
 def _values(records: Records, key: str) -> list[Number]:

@@ -1,8 +1,12 @@
 """The diagnosis of a run: findings with numbers and a remedy, and none for an ordinary run."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from bpgo_video.training.summary import NOTHING, diagnose, summary_table
+from bpgo_video.config.learner import BPGOConfig
+from bpgo_video.training.rl import RL
+from bpgo_video.training.summary import NOTHING, diagnose, reversals, summary_table
 
 QUIET = {
     "trust_mean": 1.02,
@@ -54,6 +58,9 @@ def test_records_of_grpo_and_with_few_keys_are_accepted():
         ({"zero_std_share": 0.6}, ("Zero-std groups: 60%",)),
         ({"crt/rank_inversion": 0.09}, ("reversed 9% of the pairs", "bpgo.standardise")),
         ({"icc/clip": 0.31, "icc/motion": 0.9}, ("ICC of clip 0.31)",)),
+        ({"crt/distrusted_rms": 1.2}, ("w < 1 still get 1.20 times", "bpgo.ras_on_crt: true")),
+        ({"agreement/a+b": 0.95, "agreement/a+c": 0.5}, ("nearly every sample: a and b (0.95),", "another kind")),
+        ({"agreement/a+b": 0.02, "agreement/a+c": 0.5}, ("do not agree", "a and b (0.02),", "rescorings")),
     ],
 )
 def test_each_finding_has_its_numbers_and_a_remedy(changed, words):
@@ -75,6 +82,27 @@ def test_a_reward_that_is_exploited_is_reported(rising, after, shown, reported):
     summary = {"heldout_before": 0.5, "heldout_after": after, "heldout_shown": shown}
     found = diagnose(run(rising=rising), summary)
     assert ("Held-out scores fell from 0.500 to 0.400 while the training reward rose" in found[0]) == reported
+
+
+def test_quiet_values_of_several_rewards_are_no_finding():
+    assert diagnose(run(**{"crt/distrusted_rms": 0.9, "agreement/a+b": 0.5}), {}) == [NOTHING]
+
+
+@pytest.mark.parametrize(("form", "remedy"), [("released", "or bpgo.zeta: 0"), ("released_exact", "standardise: true")])
+def test_a_reversed_order_is_said_with_reward_share_and_remedy(form, remedy):
+    record = {"crt/rank_inversion": 0.25, "crt/rank_inversion/clip": 0.25, "crt/rank_inversion/motion": 0.0}
+    found = reversals(record, form)
+    assert list(found) == ["clip"]
+    assert all(words in found["clip"] for words in ("reverses 25.0% of the pairs", "'clip'", form))
+    assert found["clip"].endswith(remedy)
+
+
+def test_a_launch_says_so_once_per_reward():
+    trainer = object.__new__(RL)  # the method uses the recipe's form and what was said
+    trainer.session, trainer.warned = SimpleNamespace(config=SimpleNamespace(bpgo=BPGOConfig(form="released"))), set()
+    first = {"crt/rank_inversion/clip": 0.25, "crt/rank_inversion/motion": 0.0}
+    both = {**first, "crt/rank_inversion/motion": 0.1}
+    assert [len(trainer.notices(record)) for record in (first, first, both, both)] == [1, 0, 1, 0]
 
 
 def test_the_findings_follow_the_table():
