@@ -24,6 +24,7 @@ COMMANDS = {  # name -> module of bpgo_video.commands, its function of (words, s
     "sft": ("runs", "sft", "run a recipe for a warm start on videos"),
     "generate": ("generate", "main", "make videos with a base model, a run, a checkpoint or adapters"),
     "evaluate": ("evaluate", "main", "score a policy on held-out prompts, compare models, run VBench"),
+    "study": ("study", "main", "study which trust gains against GRPO, and what each knows of real groups"),
     "convert": ("convert", "main", "export a checkpoint for diffusers, as LoRA, for ComfyUI, or for any ranks"),
     "reward-server": ("reward_server", "main", "serve a reward to runs on other machines"),
 }

@@ -35,6 +35,8 @@ MISTAKES = [
     ("generate --policy p", "required, and not given: --prompts, --output, --seed"),
     (f"generate {SETTINGS} --numsteps 3 --ranks 2", "--numsteps: unknown flag; perhaps you meant --num-steps"),
     (f"generate {SETTINGS} --batch-size 0", "batch_size: Input should be greater than or equal to 1"),
+    ("study surrogate --output o --arms fames", "perhaps you meant frames"),
+    ("study signals --sead 3", "perhaps you meant --seed"),
     ("reward-server --config nope --reward x --port 0", NO_RECIPE),
     ("reward-server --config tiny_wan_bpgo --reward nope --port 0", "--reward is 'nope'; known are"),
     *((f"{name} nope --ranks 2", NO_RECIPE) for name in ("train", "sft", "priors", "doctor")),

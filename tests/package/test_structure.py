@@ -14,7 +14,7 @@ import bpgo_video
 PACKAGE = Path(bpgo_video.__file__).parent
 LAYERS = (  # a folder imports only folders before it
     *("tiny", "config", "distributed", "diffusion", "learner", "policies", "data", "rewards", "rollouts"),
-    *("inference", "planning", "training", "evaluation", "commands"),
+    *("inference", "planning", "training", "evaluation", "study", "commands"),
 )
 OWN = {"bpgo_video", "tests", "tools"}
 PURE = [path for folder in ("diffusion", "learner") for path in (PACKAGE / folder).glob("*.py")]
