@@ -200,9 +200,51 @@ class Signals:
 
 
 @section
+class VideoArm:
+    """How one arm of the video study trains; the defaults are GRPO's."""
+
+    bpgo: dict[str, Any] = field(default_factory=dict)
+    """Settings of a recipe's section `bpgo`; alpha and zeta are 0 without them."""
+    scorings: Positive = 1
+    """How often each video is scored, with independent errors; the mean trains."""
+    prompts_per_step: Positive = 4
+
+    def __post_init__(self) -> None:
+        BPGOConfig(**{"alpha": 0, "zeta": 0, **self.bpgo})
+
+
+@section
+class VideoStudy:
+    """Runs of a shipped recipe on a noisy reward."""
+
+    seeds: Positive
+    first_seed: Seed
+    equivalence: AboveZero
+    """Bound of the equivalence test (TOST), in % of GRPO's gain."""
+    recipe: str
+    steps: Positive
+    reward: str
+    """The reward that noise is added to."""
+    options: dict[str, Any]
+    noise: tuple[NonNegative, NonNegative]
+    """Standard deviation of a video's error, for captions that state every attribute and for others, in the reward's
+    units."""
+    shared: Unit
+    """Share of the error's variance that all frames of a video share."""
+    heldout_samples: Positive
+    """Videos of each held-out prompt."""
+    arms: dict[str, VideoArm]
+
+    def __post_init__(self) -> None:
+        if GRPO not in self.arms:
+            raise ValueError(f"video.arms has no {GRPO!r}, with which all arms are compared")
+
+
+@section
 class Preregistration:
     surrogate: Surrogate
     signals: Signals
+    video: VideoStudy
 
 
 def as_written(one: Regime | Arm) -> dict[str, Any]:
