@@ -254,9 +254,17 @@ def as_written(one: Regime | Arm) -> dict[str, Any]:
 
 
 def read_preregistration(path: Path = PREREGISTRATION) -> Preregistration:
-    """A pre-registration from its file. Raises MalformedFile, which names the file and each wrong value."""
+    """A pre-registration from its file; sections that the file lacks are the package's.
+
+    Raises:
+        MalformedFile: names the file and each wrong value.
+    """
+    written = plain_yaml(read_text(path), path)
+    if not isinstance(written, dict):
+        raise MalformedFile(f"{path} is no mapping of the sections surrogate, signals and video")
+    whole = {**plain_yaml(read_text(PREREGISTRATION), PREREGISTRATION), **written}
     try:
-        found: Preregistration = TypeAdapter(Preregistration).validate_python(plain_yaml(read_text(path), path) or {})
+        found: Preregistration = TypeAdapter(Preregistration).validate_python(whole)
     except ValidationError as error:
         raise MalformedFile(explain(error, str(path), Preregistration)) from None
     return found

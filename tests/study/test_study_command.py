@@ -12,8 +12,10 @@ import pytest
 from filelock import FileLock
 
 from bpgo_video.__main__ import main
+from bpgo_video.documents import MalformedFile
 from bpgo_video.errors import InputError
 from bpgo_video.study.jobs import run_study
+from bpgo_video.study.preregistration import read_preregistration
 from bpgo_video.study.report import compare, number
 from bpgo_video.study.results import LOCK, first_difference
 from tests.made.recipes import ROOT
@@ -85,6 +87,30 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, capsys: pytest.Ca
     changed.write_text(YAML.replace("noise: [0.5, 4.0]", "noise: [0.5, 5.0]"), "utf-8")
     assert main(["study", *words, "--preregistration", str(changed)]) == 2
     assert "regimes.noisy.noise = [0.5, 4.0]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("surrogate: {}", "surrogate.seeds: required, and not given"),
+        ("- surrogate", "is no mapping of the sections"),
+        (YAML.replace("arm: agreement", "arm: agrement"), "arm is 'agrement'; known are grpo, larger, agreement"),
+        (YAML.replace("trust: reliability", "trust: relaibility"), "trust: Input should be 'sigmoid'"),
+        (YAML.replace(", rho: scorings", ""), "names its source: `rho`"),
+        (YAML.replace("{learning_rate: 2.0}", "{bpgo: {alpha: 0.5}}"), "names its `prior`"),
+    ],
+)
+def test_a_mistake_in_a_preregistration_is_named(written: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(written, "utf-8")
+    with pytest.raises(MalformedFile) as raised:
+        read_preregistration(path)
+    assert str(path) in str(raised.value)
+    assert message in str(raised.value)
+
+
+def test_a_file_takes_the_sections_that_it_lacks_from_the_package(tmp_path: Path) -> None:
+    assert read_preregistration(preregistration(tmp_path)).video == read_preregistration().video
 
 
 def test_settings_differ_by_their_first_leaf_and_new_entries_do_not() -> None:
