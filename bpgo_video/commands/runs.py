@@ -93,7 +93,7 @@ def doctor(words: Sequence[str], script: str | None = None) -> int:
         check_world(config, mesh.world_size)
         mesh = make_mesh(mesh.device, config.parallel.sequence)
         session = build_session(config, mesh, *check_inputs(config, mesh))
-        prompts, _ = next(session.batches())
+        prompts = next(session.batches())
         healthy = diagnose(session, prompts, heartbeat)
         if mesh.is_main:
             name, when = ("train", "Next") if healthy else ("doctor", "Then repeat")

@@ -194,6 +194,10 @@ class RolloutConfig:
     score_ahead: Count = 2
     """Chunks of videos that may wait for their scores while the next one is sampled; 0 scores in line. The results are
     the same; each chunk takes the memory of a micro-batch's videos."""
+    sample_ahead: Switch = False
+    """Sample the next step's videos before this step's update, so that rewards score while the policy samples and
+    trains: for rewards that take longer than that. Rollouts are then one step old (their first ratio is not 1), except
+    after checkpoints and evaluations. A step's videos may wait for their scores, in place of `score_ahead` chunks."""
     offload_trajectories: Switch = False
     """Keep trajectories on the CPU between rollout and replay, which fetches one step of them at a time."""
 

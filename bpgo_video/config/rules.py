@@ -17,6 +17,7 @@ from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfi
 from bpgo_video.config.fields import HELD
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.run import OptimizerConfig, RunConfig
+from bpgo_video.config.sampling_ahead import ahead_rules
 from bpgo_video.errors import shown
 
 Rules = Mapping[str, object]
@@ -28,6 +29,7 @@ REPLAYS = "learns from final videos and replays no transition"
 LEFT_OUT = "turns advantages into probabilities: samples left out would count as average ones"
 FINAL_VIDEOS = {  # what an objective on final videos needs, and why
     "rollout.same_start": (False, "samples by the ODE: all samples of a prompt would be equal"),
+    "rollout.sample_ahead": (False, "records no log-prob of the policy that sampled"),
     "loss.step_weights": ("none", REPLAYS),
     "loss.ratio": ("plain", REPLAYS),
     "loss.trust_region": ("clip", REPLAYS),
@@ -38,8 +40,10 @@ OBJECTIVES: dict[str, dict[str, tuple[Any, str]]] = {
     "awm": FINAL_VIDEOS,
     "nft": {**FINAL_VIDEOS, "advantage.best_of": (None, LEFT_OUT), "advantage.drop_zero_std": (False, LEFT_OUT)},
 }
-METHODS: dict[tuple[str, str], dict[str, Any]] = {  # (key, method) -> its own defaults, taken while a rule is broken
+# (key, method) -> its own defaults, taken while a rule is broken
+METHODS: dict[tuple[str, str | bool], dict[str, Any]] = {
     **{("loss.objective", name): {key: row[0] for key, row in needs.items()} for name, needs in OBJECTIVES.items()},
+    ("rollout.sample_ahead", True): {"run.save_minutes": 0.0},
     ("prior.kind", "none"): {"bpgo.zeta": 0.0, "bpgo.alpha": 0.0},
     ("bpgo.form", "paper"): {"bpgo.alpha": 0.5},
     ("bpgo.form", "released_exact"): {"bpgo.zeta": 0.0, "bpgo.standardise": False, "bpgo.trust": None},
@@ -187,7 +191,7 @@ def sampler_rules(config: Config) -> Rules:
 
 
 def objective_rules(config: Config) -> Rules:
-    loss, segment = config.loss, config.credit.kind == "segment"
+    loss, segment, old = config.loss, config.credit.kind == "segment", config.rollout.sample_ahead
     pulls = loss.kl_weight != 0
     values = {key: attrgetter(key)(config) for key in OBJECTIVES.get(loss.objective, {})}
     return {
@@ -209,7 +213,7 @@ def objective_rules(config: Config) -> Rules:
         ),
         "loss.kl_reference is 'previous' with optim.updates_per_rollout = 1: the policy is then the one that sampled, "
         "and the divergence is always 0; take 2 updates or more, or another reference": (
-            pulls and loss.kl_reference == "previous" and config.optim.updates_per_rollout == 1
+            pulls and loss.kl_reference == "previous" and config.optim.updates_per_rollout == 1 and not old
         ),
     }
 
@@ -221,7 +225,7 @@ def check(config: Config) -> None:
             check_rules(reward_rules(config, section, name, reward))
     samples, described = config.samples
     check_rules(size_rules(config.video, config.micro_batch_size, described, samples))
-    for rules in (learner_rules, sampler_rules, objective_rules):
+    for rules in (learner_rules, sampler_rules, objective_rules, ahead_rules):
         check_rules(rules(config))
     check_rules(common_rules(config.policy, config.parallel, config.optim, config.ema, config.evaluation.weights))
 

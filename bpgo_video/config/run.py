@@ -53,6 +53,16 @@ class RunConfig:
     newer checkpoint sets the count back to 0; wrong input and stops by the user start nothing."""
 
 
+def is_due(steps: int, every: int) -> bool:
+    """Whether something done every `every` steps is due after `steps`; 0 means never."""
+    return every > 0 and steps % every == 0
+
+
+def pauses_after(steps: int, run: RunConfig, evaluated_every: int) -> bool:
+    """Whether a run is saved, evaluated or finished after so many steps."""
+    return steps == run.num_steps or is_due(steps, run.save_every) or is_due(steps, evaluated_every)
+
+
 @section
 class ParallelConfig:
     sequence: Held = 1

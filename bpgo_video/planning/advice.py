@@ -19,6 +19,7 @@ CHANGES = (  # in the order in which one would make them
     "zero_optimization.stage: 3",
     "zero_optimization.reduce_bucket_size: 50_000_000",
     "rollout.micro_batch_size: 1",
+    "rollout.sample_ahead: false",
     "rollout.score_ahead: 0",
     *(f"parallel.sequence: {ranks}" for ranks in (2, 4, 8)),  # within one host
     "zero_optimization.offload_optimizer: {device: cpu}",

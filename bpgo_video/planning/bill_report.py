@@ -34,11 +34,14 @@ def step_table(job: Job, cost: Bill, rates: Rates) -> Table:
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")
     table.add_column("of each GPU")
-    explained = explanations(job)
+    explained, whole = explanations(job), sum(cost.seconds.values())
     for row, parts in ROWS.items():
         seconds = sum(cost.seconds[part] for part in parts)
         if seconds or row in explained:
-            table.add_row(row, number(seconds), f"{seconds / cost.step:.0%}", explained.get(row, ""))
+            table.add_row(row, number(seconds), f"{seconds / whole:.0%}", explained.get(row, ""))
+    if cost.overlapped:
+        hides = "rewards beside rollout and update (rollout.sample_ahead)"
+        table.add_row("at the same time", f"-{number(cost.overlapped)}", f"-{cost.overlapped / whole:.0%}", hides)
     table.add_section()
     by_phase = ", ".join(f"{name} {number(cost.phase(name))}" for name in PHASES)
     table.add_row("together", number(cost.step), "", by_phase)
@@ -90,12 +93,15 @@ def assumptions(job: Job, rates: Rates) -> str:
         if job.zero.stage == 3
         else ""
     )
+    scores = "scores that do not overlap with the rollout"
+    if job.config.rollout.sample_ahead:
+        scores = "rewards on devices of their own, which score while this one samples and trains"
     return (
         f"Assumed{'' if measured else ', nothing of it measured'}: {arithmetic}; {LINK_SHARE:.0%} of the links, "
         f"{rates.link / LINK_SHARE / 1e9:g} GB/s within a host of {rates.gpus_per_host} and "
-        f"{rates.network / LINK_SHARE * 8 / 1e9:g} Gb/s for each GPU between hosts; scores that do not overlap with "
-        f"the rollout; {readable(HOST_PROCESS)} of host memory for a process; as many prompts as the "
-        f"recipe allows, where their shards are not here{ahead}. Waiting for files and for slower ranks is left out."
+        f"{rates.network / LINK_SHARE * 8 / 1e9:g} Gb/s for each GPU between hosts; {scores}; "
+        f"{readable(HOST_PROCESS)} of host memory for a process; as many prompts as the recipe allows, where their "
+        f"shards are not here{ahead}. Waiting for files and for slower ranks is left out."
     )
 
 
@@ -105,6 +111,7 @@ def bill_as_json(job: Job, plan: Plan, cost: Bill, rates: Rates, price: float | 
         "rates": {name: value for name, value in vars(rates).items() if value is not None},
         "seconds": {**cost.seconds, "step": cost.step, **{name: cost.phase(name) for name in PHASES}},
         "seconds_hidden": cost.hidden,
+        "seconds_overlapped": cost.overlapped,
         "operations": cost.work,
         "hours": {"run": cost.run, "evaluation": cost.evaluation, "priors": cost.priors, "all": cost.hours},
         "evaluations": cost.evaluations,

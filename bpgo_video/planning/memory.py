@@ -27,6 +27,7 @@ from bpgo_video.planning.zero import (
 )
 from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, pulls_to_previous
 from bpgo_video.rollouts.prefixes import spreads
+from bpgo_video.rollouts.rollout import chunks_of_rank
 
 RUNTIME = 2 * 10**9  # CUDA context, NCCL's buffers and cuBLAS's workspaces: an assumption, not measured
 HOST_PROCESS = 3 * 10**9  # Python, its packages and CUDA's libraries on the host: an assumption, not measured
@@ -112,13 +113,14 @@ def reckon(job: Job) -> Plan:
     ]
     resting.append(Part("reward models", job.reward.offloaded, on_host=True))
     gathers = _gathers(job, sum(on_gpu(resting, "denoise").values()))
-    keeps = not settings.gradient_checkpointing
+    keeps, scoring = not settings.gradient_checkpointing, PHASES if config.rollout.sample_ahead else ROLLOUT
     parts = [
         *resting,
         *zero_at_work(zero, weights, config, gathers=gathers, keeps_activations=keeps),
         Part("shared steps", _prefix_bytes(job), ROLLOUT),
-        Part("videos to be scored", _video_bytes(job), ROLLOUT),
-        Part("reward models", job.reward.offloaded + job.reward.work, ROLLOUT),
+        Part("videos to be scored", chunks_waiting(job) * _chunk_bytes(job), scoring),
+        Part("videos to be scored", _chunk_bytes(job), ROLLOUT),
+        Part("reward models", job.reward.offloaded + job.reward.work, scoring),
         Part("forward", work.forward.peak, ("denoise",)),
         Part("decoding", job.decoding.peak, ("decode",)),
         Part("VAE and image encoder", frozen if rests else 0, ("decode",)),
@@ -150,7 +152,7 @@ def _trajectory_bytes(job: Job) -> int:
     each = points * LATENTS_DTYPES[config.sampler.latents_dtype].itemsize
     if config.loss.compares_means or pulls_to_previous(config.loss):
         each += config.sampler.trained_count * FP32
-    return job.samples * each * prod(job.latents)
+    return job.samples * each * prod(job.latents) * (2 if config.rollout.sample_ahead else 1)
 
 
 def _prefix_bytes(job: Job) -> int:
@@ -165,8 +167,14 @@ def _prefix_bytes(job: Job) -> int:
     return held * sampler.num_steps * LATENTS_DTYPES[sampler.latents_dtype].itemsize * prod(job.latents)
 
 
-def _video_bytes(job: Job) -> int:
-    """Of the videos that wait for their scores, and of those just decoded."""
+def chunks_waiting(job: Job) -> int:
+    """Chunks of a rank that may wait for their scores."""
+    rollout, sequence = job.config.rollout, job.config.parallel.sequence
+    mesh = Mesh(0, job.ranks, torch.device("cpu"), sequence)
+    return chunks_of_rank(rollout, mesh) if rollout.sample_ahead else rollout.score_ahead
+
+
+def _chunk_bytes(job: Job) -> int:
+    """Of the videos that are decoded together."""
     video = job.config.video
-    each = video.num_frames * 3 * video.height * video.width * FP32
-    return (job.config.rollout.score_ahead + 1) * job.decoded_at_once * each
+    return job.decoded_at_once * video.num_frames * 3 * video.height * video.width * FP32

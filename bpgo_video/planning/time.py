@@ -2,7 +2,8 @@
 
     denoising       forwards of the transformer / rate, with their log-probs left out
     decoding        the VAE's products / rate, then its elementwise work / memory bandwidth
-    reward          products of the reward models / rate, as if they did not overlap with the rollout
+    reward          products of the reward models / rate, as if they did not overlap with the rollout; with
+                    rollout.sample_ahead the shorter of this and all else is hidden, but once between two pauses
     replay          forwards with backward (and recomputation) / rate, and forwards of a reference or of old velocities
     optimizer       bytes that AdamW reads and writes / memory bandwidth; offloaded, the host's and the link to it
     gather          weights that a rank lacks, once for a rollout or an update, or block by block behind the compute
@@ -18,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
+from bpgo_video.config.bpgo import Config
+from bpgo_video.config.run import pauses_after
 from bpgo_video.planning.cards import HOST_MEMORY, Rates
 from bpgo_video.planning.communication import Passes, communication
 from bpgo_video.planning.job import Job
@@ -39,6 +42,7 @@ class Bill:
     Attributes:
         seconds: of a training step, by the parts of `PHASES`.
         hidden: seconds of communication that the compute hides.
+        overlapped: seconds of rewards, or of all else, that `rollout.sample_ahead` hides in a step, on average.
         work: operations of a rank in a step, by part.
         run, evaluation, priors: hours of training and evaluations together, of one evaluation, and of the priors.
         evaluations: how many the run makes.
@@ -48,6 +52,7 @@ class Bill:
 
     seconds: Mapping[str, float]
     hidden: float
+    overlapped: float
     work: Mapping[str, float]
     run: float
     evaluation: float
@@ -61,7 +66,7 @@ class Bill:
     @property
     def step(self) -> float:
         """Seconds of a training step."""
-        return sum(self.seconds.values())
+        return sum(self.seconds.values()) - self.overlapped
 
     def phase(self, name: str) -> float:
         """Seconds of `rollout`, `reward` or `update`."""
@@ -77,6 +82,7 @@ def bill(job: Job, plan: Plan, rates: Rates) -> Bill:
     """The bill of a job whose memory is planned."""
     config = job.config
     seconds, hidden, work = step_seconds(job, plan, rates)
+    overlapped = seconds_overlapped(config, seconds)
     evaluation = evaluation_seconds(job, rates) / 3600
     evaluations = count_evaluations(job)
     each, saved = checkpoint_bytes(job.zero, job.weights, config), config.run
@@ -86,8 +92,9 @@ def bill(job: Job, plan: Plan, rates: Rates) -> Bill:
     return Bill(
         seconds=seconds,
         hidden=hidden,
+        overlapped=overlapped,
         work=work,
-        run=saved.num_steps * sum(seconds.values()) / 3600 + evaluations * evaluation,
+        run=saved.num_steps * (sum(seconds.values()) - overlapped) / 3600 + evaluations * evaluation,
         evaluation=evaluation,
         evaluations=evaluations,
         priors=prior_seconds(job, prior, rates) / 3600 if prior else 0.0,
@@ -118,6 +125,20 @@ def step_seconds(job: Job, plan: Plan, rates: Rates) -> tuple[dict[str, float], 
         **{name: wait.waited for name, wait in waits.items()},
     }
     return seconds, sum(wait.hidden for wait in waits.values()), operations
+
+
+def seconds_overlapped(config: Config, seconds: Mapping[str, float]) -> float:
+    """Hidden seconds of a mean step:   min(r, s) (1 - p/n),   r the reward's, s those of rollout and update.
+
+    With `rollout.sample_ahead`, m steps to the next pause take m max(r, s) + min(r, s) at most: rewards score all the
+    time, but the first rollout precedes all scores, and the last update follows them. A run of n steps has p pauses.
+    """
+    run, every = config.run, config.evaluation.every
+    if not config.rollout.sample_ahead:
+        return 0.0
+    pauses = sum(pauses_after(step, run, every) for step in range(1, run.num_steps + 1))
+    reward = sum(seconds[part] for part in PHASES["reward"])
+    return min(reward, sum(seconds.values()) - reward) * (1 - pauses / run.num_steps)
 
 
 def decodings(job: Job) -> float:

@@ -208,18 +208,27 @@ def _modules_in(thing: object, depth: int) -> Iterator[nn.Module]:
 
 
 class ScoreAhead:
-    """Scores chunks in order while its caller makes the next ones; a context manager.
+    """Scores chunks in order while its caller makes the next ones; a context manager around `put`.
 
     Args:
         ahead: number of unscored chunks with which `put` returns; with 0 it waits for the score. The caller holds the
             videos of one more.
+        after: chunks that are scored before, and count as unscored ones until then.
 
     Attributes:
         seconds: that scoring took.
     """
 
-    def __init__(self, suite: RewardSuite, prompts: PromptBatch, ahead: int, device: torch.device):
+    def __init__(
+        self,
+        suite: RewardSuite,
+        prompts: PromptBatch,
+        ahead: int,
+        device: torch.device,
+        after: ScoreAhead | None = None,
+    ):
         self.seconds = 0.0
+        self._after = after
         self._suite, self._prompts, self._ahead, self._device = suite, prompts, ahead, device
         self._chunks: SimpleQueue[RolloutChunk | None] = SimpleQueue()
         self._scored: list[ScoredChunk] = []
@@ -238,8 +247,6 @@ class ScoreAhead:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._abandoned = error is not None
         self._chunks.put(None)
-        if error is None:
-            self._thread.join()
 
     def put(self, chunk: RolloutChunk) -> None:
         """Queues a chunk; returns once at most `ahead` chunks are unscored.
@@ -251,10 +258,12 @@ class ScoreAhead:
             torch.cuda.current_stream(self._device).synchronize()
         self._queued += 1
         self._chunks.put(replace(chunk, trajectories=()))
+        if (before := self._after) is not None:
+            before._wait(max(0, self._ahead - self._queued))
         self._wait(self._ahead)
 
     def scores(self) -> list[ScoredChunk]:
-        """Scores of all chunks, in order; raises as `put` does."""
+        """Scores of all chunks, in order, after the last `put`; raises as `put` does."""
         self._wait(0)
         return self._scored
 
@@ -276,6 +285,9 @@ class ScoreAhead:
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)
+        if self._after is not None:
+            self._after._thread.join()
+            self._after = None
         try:
             with scoring_stream(self._device) as synchronize:
                 for chunk in iter(self._chunks.get, None):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from math import gcd
+from math import ceil, gcd
 
 import torch
 from more_itertools import chunked
 from torch import Tensor
 
+from bpgo_video.config.bpgo import RolloutConfig
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
@@ -69,8 +70,7 @@ def sample_chunks(
         planned = branches(first_steps, mesh, group_size, micro_batch_size, spread=spread)
         branch_steps, prefixes = planned.steps, compute_prefixes(denoiser, planned, guide, begin)
         prefixes = exchanged(prefixes, mesh) if spread else prefixes
-    per_chunk = mesh.sequence // gcd(mesh.sequence, micro_batch_size)  # a chunk's videos divide over a sequence group
-    for chunk in chunked(zip(shares, branch_steps, strict=True), per_chunk):
+    for chunk in chunked(zip(shares, branch_steps, strict=True), _per_chunk(mesh, micro_batch_size)):
         trajectories = []
         for items, branch_step in chunk:
             rows, samples = torch.tensor(items) // group_size, torch.tensor(items) % group_size
@@ -79,6 +79,17 @@ def sample_chunks(
             denoised = denoiser.complete(path, guidance, partial(noise_of, rows, samples), steps)
             trajectories.append(Trajectory(rows, samples, steps, *denoised))
         yield _decoded(denoiser.policy, tuple(trajectories), prompts, mesh)
+
+
+def chunks_of_rank(rollout: RolloutConfig, mesh: Mesh) -> int:
+    """How many chunks a rank samples in a training step."""
+    micro_batches = rollout.prompts_per_step * rollout.group_size // mesh.data_size // rollout.micro_batch_size
+    return ceil(micro_batches / _per_chunk(mesh, rollout.micro_batch_size))
+
+
+def _per_chunk(mesh: Mesh, micro_batch_size: int) -> int:
+    """Micro-batches of a chunk, whose videos divide over a sequence group."""
+    return mesh.sequence // gcd(mesh.sequence, micro_batch_size)
 
 
 def _decoded(policy: Policy, trajectories: tuple[Trajectory, ...], prompts: PromptBatch, mesh: Mesh) -> RolloutChunk:

@@ -24,6 +24,9 @@ from bpgo_video.policies import Policy
 from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
 from bpgo_video.types import Guidance, Latents, Loss, PromptBatch, Trajectory, Velocity
 
+# The largest |ratio - 1| of the first update: the replay's error, or with it how far the policy has moved since it
+# sampled, if a step sampled ahead.
+EXACT, OLDER = "ratio_error_first_update_max", "ratio_shift_first_update_max"
 # Metrics logged for each denoising step. The largest log ratio is also the noise floor: 0 in an exact replay.
 BY_STEP = ("log_ratio_abs_max", "ratio_mean", RATIO_ERROR, "clip_fraction/positive", "clip_fraction/negative")
 
@@ -115,7 +118,10 @@ class Objective(ABC):
         """The loss of one micro-batch at denoising step `index`, with gradients; batched as in the rollout."""
 
     def prepare(self, trajectories: Sequence[Trajectory], updates_per_rollout: int) -> None:  # noqa: B027
-        """Record what later updates need of the policy that sampled; called before the first update."""
+        """Record what later updates need of the policy that sampled; called before the first update.
+
+        With `rollout.sample_ahead` the policy has had the updates of a step since it sampled.
+        """
 
 
 @runtime_checkable
@@ -145,6 +151,10 @@ class UpdateStats:
     metrics: dict[str, float]
     passes: list[tuple[int, Mapping[str, Tensor]]]
 
+    def of_older_weights(self) -> UpdateStats:
+        """The same of a rollout that was sampled before the last updates: its first ratio shows no error."""
+        return replace(self, metrics={OLDER if name == EXACT else name: value for name, value in self.metrics.items()})
+
 
 def optimise(
     learner: Learner, objective: Objective, trajectories: Sequence[Trajectory], updates_per_rollout: int
@@ -173,7 +183,7 @@ def optimise(
         if math.isfinite(norm):
             norms.append(norm)
             passes += of_update
-    metrics = {"updates_skipped": float(updates_per_rollout - len(norms)), "ratio_error_first_update_max": first_error}
+    metrics = {"updates_skipped": float(updates_per_rollout - len(norms)), EXACT: first_error}
     if norms:
         metrics |= {name: _reduced(name, [metrics[name] for _, metrics in passes]) for name in passes[0][1]}
         metrics |= {"grad_norm": sum(norms) / len(norms)}

@@ -33,7 +33,8 @@ from bpgo_video.training.inputs import describe_policy
 from bpgo_video.training.installation import warnings
 from bpgo_video.training.loop import Stopwatch
 from bpgo_video.training.metrics import reduce_metrics
-from bpgo_video.training.rl import PHASES, build_objective, sample_and_score
+from bpgo_video.training.rl import PHASES, build_objective
+from bpgo_video.training.sampling import sample_and_score
 from bpgo_video.training.session import Session
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
@@ -179,7 +180,10 @@ def ratio_is_one(examination: Examination) -> Result:
     ]
     worst = reduce_metrics({"worst_max": torch.stack(errors).amax()})["worst_max"]  # nan stays nan, unlike in max()
     if worst == 0:
-        return True, "exactly 1 before the first update"
+        words = "exactly 1 before the first update"
+        if examination.session.config.rollout.sample_ahead:
+            words += "; not so in most steps of the run, whose rollouts are one step older (rollout.sample_ahead)"
+        return True, words
     clip = min(examination.session.config.loss.clip_range)
     words = f"off 1 by up to {worst:.2g} before any update, with a clip range of {clip:g}"
     if worst < NOISE_SHARE * clip:
@@ -212,8 +216,10 @@ def time_and_memory(examination: Examination) -> Result:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = int(reduce_metrics({"peak_max": peak})["peak_max"])
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    steps = session.config.run.num_steps
-    minutes = steps * sum(seconds[name] for name in PHASES) / 60  # scoring overlaps with them
+    steps, step = session.config.run.num_steps, sum(seconds[name] for name in PHASES)  # scoring overlaps with them
+    if session.config.rollout.sample_ahead:
+        step = max(seconds["reward_work"], seconds["rollout"] + seconds["update"])
+    minutes = steps * step / 60
     whole = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
     words = f"{parts} (a first step: later ones are faster); {steps} steps in about {whole}; "
     return True, f"{words}at most {readable(peak)} on a rank"

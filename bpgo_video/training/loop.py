@@ -19,6 +19,7 @@ import torch
 
 from bpgo_video.cli import print_error, show_loading_once
 from bpgo_video.config.rules import OWNER, check_world
+from bpgo_video.config.run import is_due, pauses_after
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint, process_group, resume
 from bpgo_video.distributed.ema import load_average, save_average
@@ -71,13 +72,22 @@ class Trainer(ABC):
     def __init__(self, config: Any, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
         """Build the session from checked inputs."""
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether part of the next step is done, which no checkpoint would hold."""
+        return False
+
     @abstractmethod
     def begin(self) -> None:
         """Evaluate the policy before the first step."""
 
     @abstractmethod
-    def train_step(self, step: int) -> dict[str, float]:
-        """Train one step; returns its record."""
+    def train_step(self, step: int, pause: bool) -> dict[str, float]:
+        """Train one step; returns its record.
+
+        Args:
+            pause: an evaluation, a checkpoint or the end of the run follows: do nothing of the next step.
+        """
 
     def notices(self, record: Mapping[str, float]) -> Sequence[str]:
         """What to say at once about a step's record; nothing twice."""
@@ -149,9 +159,10 @@ def run_steps(
         lease.check()
         saver.poll()
 
-    trainer.publish = publish
+    trainer.publish, request = publish, Request.NONE
     for step in range(progress.step, run.num_steps):
-        record = trainer.train_step(step)
+        pause = bool(request) or pauses_after(step + 1, run, evaluation.every)
+        record = trainer.train_step(step, pause)
         publish()
         progress.step = step + 1
         for notice in trainer.notices(record):
@@ -165,7 +176,7 @@ def run_steps(
         log.log(step, record)
         progress.seconds["total"] = time.perf_counter() - started
         request = Request.NONE if last else requests.agreed()
-        if last or request or is_due(progress.step, run.save_every):
+        if last or is_due(progress.step, run.save_every) or (request and not trainer.is_ahead):
             heartbeat.enter("checkpoint", step)
             lease.check()
             save(saver, session, progress)
@@ -173,8 +184,9 @@ def run_steps(
                 saver.finish()
             folder = checkpoint.folder_of(Path(run.dir), progress.step)
             requests.fulfilled(request, f"after {progress.step} of {run.num_steps} steps, in {folder}")
-        if request is Request.STOP:
-            return False
+            if request is Request.STOP:
+                return False
+            request = Request.NONE
     return True
 
 
@@ -191,11 +203,6 @@ def open_run(
     resumed = open_run_dir(config, mesh, lease)
     requests.remove_files()
     return kind(config, mesh, inputs, heartbeat), resumed
-
-
-def is_due(steps: int, every: int) -> bool:
-    """Whether something done every `every` steps is due after `steps`; 0 means never."""
-    return every > 0 and steps % every == 0
 
 
 def save(saver: checkpoint.Saver, session: PolicySession, progress: Any) -> None:
@@ -228,14 +235,17 @@ def export(session: PolicySession, run_dir: Path) -> None:
 class Stopwatch:
     """Seconds of one training step by phase; the heartbeat shares the current phase with the other ranks.
 
+    Args:
+        phases: that the step's record names in any case.
+
     Attributes:
         seconds: by phase.
     """
 
-    def __init__(self, heartbeat: Heartbeat, step: int) -> None:
+    def __init__(self, heartbeat: Heartbeat, step: int, phases: Sequence[str] = ()) -> None:
         self.heartbeat, self.step = heartbeat, step
         self.started = time.perf_counter()
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float, dict.fromkeys(phases, 0.0))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -107,6 +107,7 @@ class Summary(TypedDict, total=False):
     videos_generated: int | None
     seconds: dict[str, FiniteFloat]
     max_ratio_error_first_update: FiniteFloat | None
+    steps_sampled_ahead: int | None
     environment: Environment | None
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.distributed.heartbeat import Heartbeat
@@ -18,13 +15,9 @@ from bpgo_video.files import write_json
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import with_spread
 from bpgo_video.randomness import isolated
-from bpgo_video.rewards.suite import ScoreAhead
-from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.prior_sampling import check_anchors
 from bpgo_video.rollouts.replay import OBJECTIVES, samples_to_replay
-from bpgo_video.rollouts.rollout import sample_chunks
-from bpgo_video.rollouts.rules import sampled_steps
-from bpgo_video.rollouts.updates import Objective, UpdateStats, optimise, step_metrics, step_sums
+from bpgo_video.rollouts.updates import OLDER, Objective, UpdateStats, optimise, step_metrics, step_sums
 from bpgo_video.training import loop
 from bpgo_video.training.environment import environment
 from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_scored
@@ -32,9 +25,10 @@ from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, he
 from bpgo_video.training.inputs import Inputs
 from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, Keys, RunLog, read_metrics, reduce_metrics
 from bpgo_video.training.report import LiveReport, write_report
+from bpgo_video.training.sampling import Rollout, sample
 from bpgo_video.training.session import Session, build_session
 from bpgo_video.training.summary import diagnose, reversals, summary_table
-from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
+from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
 PHASES = ("rollout", "reward", "update")
 EVALUATED = (("heldout", ""), ("heldout_ema", "-ema"))  # metric prefix and folder suffix of each kind of weights
@@ -43,11 +37,18 @@ RESULTS = ("report.html", "summary.json", "metrics.jsonl", "config.yaml", "sampl
 
 @dataclass
 class Progress(Memory):
-    """The run's progress, which checkpoints keep, with what its steps remember of their prompts."""
+    """The run's progress, which checkpoints keep, with what its steps remember of their prompts.
+
+    Attributes:
+        position: number of prompts consumed.
+        sampled_ahead: number of steps whose rollouts the weights of the step before sampled.
+        max_ratio_error_first_update: of the other steps.
+    """
 
     step: int = 0
     position: int = 0
     videos_generated: int = 0
+    sampled_ahead: int = 0
     max_ratio_error_first_update: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))
     heldout_before: dict[str, list[list[float]]] | None = None
@@ -56,6 +57,7 @@ class Progress(Memory):
     def count(self, record: dict[str, float], videos: int) -> None:
         """Add a training step."""
         self.videos_generated += videos
+        self.sampled_ahead += OLDER in record
         error = record.get("ratio_error_first_update_max", 0.0)
         self.max_ratio_error_first_update = max(self.max_ratio_error_first_update, error)
         for name in PHASES:
@@ -68,6 +70,7 @@ class RL(loop.Trainer):
     Attributes:
         after: the last held-out scores, of the weights that measure the run.
         warned: rewards whose order a form reverses, and of which this launch has said so.
+        next_rollout: of the next step, if it is sampled ahead.
     """
 
     def __init__(self, config: Config, mesh: Mesh, inputs: Inputs, heartbeat: Heartbeat) -> None:
@@ -76,6 +79,7 @@ class RL(loop.Trainer):
         self.keys = keys_of(config)
         self.after: HeldoutScores | None = None
         self.warned: set[str] = set()
+        self.next_rollout: Rollout | None = None
         heldout = self.session.heldout
         texts = heldout.prompts.texts if heldout else ()
         self.heldout_videos = len(texts) * config.evaluation.samples_per_prompt
@@ -83,8 +87,8 @@ class RL(loop.Trainer):
         self.report, self.environment = LiveReport(Path(config.run.dir)), environment(self.session)
 
     @cached_property
-    def batches(self) -> Iterator[tuple[PromptBatch, int]]:
-        """The prompts of each step from here on, and the number of prompts consumed after it."""
+    def batches(self) -> Iterator[PromptBatch]:
+        """The prompts of each step from here on."""
         session, progress = self.session, self.progress
         config = session.config
         left = (config.run.num_steps - progress.step) * config.rollout.prompts_per_step
@@ -92,25 +96,38 @@ class RL(loop.Trainer):
         check_anchors(config, session.shards, session.priors, ahead, "--prior.prompts", "all")
         return session.batches(progress.position)
 
-    def train_step(self, step: int) -> dict[str, float]:
+    def train_step(self, step: int, pause: bool = True) -> dict[str, float]:
         """Sample, score, anchor to the prior, weigh, replay, record."""
         session, progress = self.session, self.progress
         if session.mesh.is_main and progress.step:
             self.report.update(self.summary)
-        prompts, progress.position = next(self.batches)
-        watch = loop.Stopwatch(self.heartbeat, step)
-        prompts = to_be_scored(session, prompts, progress)
-        trajectories, rewards = sample_and_score(session, prompts, step, watch)
+        watch = loop.Stopwatch(self.heartbeat, step, PHASES)
+        with session.suite.on_device():
+            rollout = self.next_rollout or self.sample(step, watch)
+            ahead = session.config.rollout.sample_ahead and not pause
+            self.next_rollout = self.sample(step + 1, watch, after=rollout) if ahead else None
+            rewards = rollout.rewards(session, watch)
+        progress.position += len(rollout.prompts)
         self.publish()
-        advantages = estimate_advantages(session, prompts, rewards, progress)  # anchored, with trust
+        advantages = estimate_advantages(session, rollout.prompts, rewards, progress)  # anchored, with trust
         with watch.phase("update"):
             learning_rate = session.engine.learning_rate
-            trajectories, advantages = worth_replaying(session, trajectories, advantages)
-            objective = build_objective(session, prompts, advantages, step)
+            trajectories, advantages = worth_replaying(session, rollout.trajectories, advantages)
+            objective = build_objective(session, rollout.prompts, advantages, step)
             stats = optimise(session.engine, objective, trajectories, session.config.optim.updates_per_rollout)
+        stats = stats.of_older_weights() if rollout.age else stats
         record = {**step_record(session, rewards, advantages, stats), "learning_rate": learning_rate, **watch.record}
         progress.count(record, rewards.total.numel())
         return record
+
+    def sample(self, step: int, watch: loop.Stopwatch, after: Rollout | None = None) -> Rollout:
+        """The rollout of a step, on the next prompts."""
+        prompts = to_be_scored(self.session, next(self.batches), self.progress)
+        return sample(self.session, prompts, step, watch, after)
+
+    @property
+    def is_ahead(self) -> bool:
+        return self.next_rollout is not None
 
     def notices(self, record: Mapping[str, float]) -> list[str]:
         found = reversals(record, self.session.config.bpgo.form)
@@ -192,54 +209,6 @@ def keys_of(config: Config) -> Keys:
     return ROLLOUTS if config.uses_trust else replace(ROLLOUTS, shown={"reward": ROLLOUTS.shown["reward"]})
 
 
-def sample_and_score(
-    session: Session, prompts: PromptBatch, step: int, watch: loop.Stopwatch
-) -> tuple[list[Trajectory], Rewards]:
-    """This rank's trajectories and all ranks' rewards.
-
-    Seconds of phase `reward` are the time that the rollout waits for scores; `reward_work` is the time that scoring
-    takes, most of it during the rollout.
-    """
-    suite, rollout, device = session.suite, session.config.rollout, session.mesh.device
-    stored_on = torch.device("cpu") if rollout.offload_trajectories else device
-    chunks = rollout_chunks(session, prompts, step)
-    trajectories: list[Trajectory] = []
-    with suite.on_device(), ScoreAhead(suite, prompts, rollout.score_ahead, device) as scoring, ExitStack() as weights:
-        with watch.phase("rollout"):
-            weights.enter_context(session.rollout_weights())
-        while True:
-            with watch.phase("rollout"):
-                chunk = next(chunks, None)
-            if chunk is None:
-                break
-            trajectories += [trajectory.to(stored_on) for trajectory in chunk.trajectories]
-            with watch.phase("reward"):
-                scoring.put(chunk)
-            del chunk  # frees its videos as soon as they are scored
-        with watch.phase("rollout"):
-            weights.close()
-        with watch.phase("reward"):
-            rewards = suite.gather(scoring.scores(), prompts, rollout.group_size, session.mesh)
-    watch.seconds["reward_work"] = scoring.seconds
-    return trajectories, rewards
-
-
-def rollout_chunks(session: Session, prompts: PromptBatch, step: int) -> Iterator[RolloutChunk]:
-    """This rank's samples of a training step."""
-    config = session.config
-    return sample_chunks(
-        training_denoiser(session.policy, config),
-        prompts,
-        session.mesh,
-        group_size=config.rollout.group_size,
-        micro_batch_size=config.rollout.micro_batch_size,
-        latent_shape=session.policy.latent_shape(config.video),
-        key=(config.run.seed, "rollout", step),
-        trained_steps=sampled_steps(session.policy, config, step),
-        same_start=config.rollout.same_start,
-    )
-
-
 def worth_replaying(
     session: Session, trajectories: list[Trajectory], advantages: GroupAdvantages
 ) -> tuple[list[Trajectory], GroupAdvantages]:
@@ -287,6 +256,8 @@ def summarise(session: Session, progress: Progress, after: HeldoutScores | None)
         "seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()},
         "max_ratio_error_first_update": progress.max_ratio_error_first_update,
     }
+    if session.config.rollout.sample_ahead:
+        summary["steps_sampled_ahead"] = progress.sampled_ahead
     if after is not None and progress.heldout_before is not None:
         summary |= heldout_summary(progress.heldout_before, after, session.config)
     return summary

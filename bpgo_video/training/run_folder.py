@@ -56,6 +56,8 @@ def check_same_run(saved: Recipe, config: Recipe) -> None:
         changed.append("run.seed")
     if config.optim.schedule != "constant" and saved.run.num_steps != config.run.num_steps:
         changed.append(f"run.num_steps (where the {config.optim.schedule} schedule ends)")
+    if isinstance(config, Config) and config.rollout.sample_ahead and saved.run.save_every != config.run.save_every:
+        changed.append("run.save_every (after which rollout.sample_ahead samples with the new weights)")
     if changed:
         raise ConfigError(
             f"run.dir {config.run.dir!r} was started with other {', '.join(changed)} settings (see its config.yaml); "

@@ -102,8 +102,8 @@ class Session(PolicySession):
     suite: RewardSuite
     reference: Reference | None
 
-    def batches(self, start: int = 0) -> Iterator[tuple[PromptBatch, int]]:
-        """The conditioned prompts of each training step, and the number of prompts consumed after it.
+    def batches(self, start: int = 0) -> Iterator[PromptBatch]:
+        """The conditioned prompts of each training step.
 
         Args:
             start: number of prompts consumed before.
@@ -120,8 +120,7 @@ class Session(PolicySession):
             size=size,
         )
         for prompts in stream:
-            ready = conditioned(prompts, self.policy, config, self.dtype, self.mesh, rollout.group_size)
-            yield ready, stream.position
+            yield conditioned(prompts, self.policy, config, self.dtype, self.mesh, rollout.group_size)
 
     def rollout_weights(self) -> AbstractContextManager[bool]:
         """The block in which videos are sampled, see `rollout_weights`."""

@@ -131,7 +131,7 @@ class SFT(loop.Trainer):
         before = self.heldout_losses()
         self.progress.heldout_before = [] if before is None else before.mean(dim=1).tolist()
 
-    def train_step(self, step: int) -> dict[str, float]:
+    def train_step(self, step: int, pause: bool) -> dict[str, float]:
         sft, engine, watch = self.config.sft, self.session.engine, loop.Stopwatch(self.heartbeat, step)
         transformer, learning_rate = self.loss.transformer_of(step), engine.learning_rate
         shares, losses = self.session.mesh.share(sft.batch_size, sft.micro_batch_size), []

@@ -3,9 +3,10 @@
     touch RUN/save         save and continue
     touch RUN/save_quit    save and stop; SIGTERM to any rank does the same
 
-A checkpoint that is due by the clock is agreed on like a request. A second SIGTERM ends a rank immediately, even if its
-main thread waits in a collective. The `deepspeed` launcher repeats a SIGTERM that its whole process group received, so
-repeats within REPEAT_SECONDS do not count.
+A checkpoint that is due by the clock is agreed on like a request. With `rollout.sample_ahead` a request may come after
+the next step has begun, and waits for its end. A second SIGTERM ends a rank immediately, even if its main thread waits
+in a collective. The `deepspeed` launcher repeats a SIGTERM that its whole process group received, so repeats within
+REPEAT_SECONDS do not count.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class StopRequests:
         self._run_dir, self._mesh, self._minutes, self._clock = run_dir, mesh, minutes, clock
         self._saved = clock()
         self._terminated = threading.Event()
-        notice = "will save and stop at the end of this step; another one ends at once"
+        notice = "will save and stop at the end of a step; another one ends at once"
         self._notice = threading.Timer(NOTICE_SECONDS, self._report, [notice])
         self._notice.daemon = True
 

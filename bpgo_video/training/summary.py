@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bpgo_video.rollouts.updates import OLDER
 from bpgo_video.statistics import can_show
 from bpgo_video.training.metrics import SKIPPED, Number
 
@@ -82,6 +83,7 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
         ("steps", "steps", "{:,}"),
         ("videos generated", "videos_generated", "{:,}"),
         ("ratio error, first update", "max_ratio_error_first_update", "{:.3g}"),
+        ("steps sampled ahead (not in the ratio error)", "steps_sampled_ahead", "{:,}"),
     )
     rows = []
     for label, key, form in table:
@@ -130,7 +132,7 @@ def diagnose(records: Records, summary: Summary) -> list[str]:
     if not records:
         return []
     found = [*_heldout_findings(records, summary), *_trust_findings(records), *_signal_findings(records)]
-    return [*found, *_reward_findings(records)] or [NOTHING]
+    return [*found, *_reward_findings(records), *_age_findings(records)] or [NOTHING]
 
 
 def _heldout_findings(records: Records, summary: Summary) -> Iterator[str]:
@@ -229,6 +231,17 @@ def reversals(record: Mapping[str, Number], form: str) -> dict[str, str]:
         for key, share in record.items()
         if key.startswith(REVERSED) and share > 0
     }
+
+
+def _age_findings(records: Records) -> Iterator[str]:
+    if older := [record for record in records if OLDER in record]:
+        clipped = fmean(_values(older, "clip_fraction") or [0])
+        yield (
+            f"Sampled ahead: {len(older)} of {len(records)} rollouts, with the weights before the last step's update. "
+            f"Their first ratio differed from 1 by up to {max(_values(older, OLDER)):.2g}, as it should, and "
+            f"{clipped:.0%} of their ratios were outside the clip range: if that is much more than without "
+            "rollout.sample_ahead, lower the learning rate."
+        )
 
 
 def _values(records: Records, key: str) -> list[Number]:

@@ -64,7 +64,7 @@ class Drawn(Redness):
 
 
 class ScriptedRedness(Redness):
-    """Redness that sleeps or dies at "RANK CALL" (counted from 0) of REWARD_SLEEPS or REWARD_DIES.
+    """Redness that sleeps, fails or dies at "RANK CALL" (counted from 0) of REWARD_SLEEPS, REWARD_FAILS or REWARD_DIES.
 
     It dies a second later, when the concurrent rollout has ended and the loop waits for the scores.
     """
@@ -77,6 +77,8 @@ class ScriptedRedness(Redness):
         self.calls += 1
         if os.environ.get("REWARD_SLEEPS") == now:
             time.sleep(8)
+        if os.environ.get("REWARD_FAILS") == now:
+            raise RuntimeError("the reward model ran out of patience")
         if os.environ.get("REWARD_DIES") == now:
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)

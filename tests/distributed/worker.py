@@ -17,6 +17,7 @@ from diffusers import WanTransformer3DModel
 
 from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
 from bpgo_video.config.deepspeed import read_ds_config
+from bpgo_video.config.learner import ReliabilityConfig
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.sharded_build import build_sharded
@@ -146,6 +147,31 @@ def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
     return replace(config, rewards={**rewards, "drawn": RewardConfig(model="tests.distributed.toy_rewards:Drawn")})
 
 
+def in_advance(
+    shards: Path, run_dir: Path, how: str, num_steps: str, rate: str = "1e-4", ahead: str = "on", resume: str = "never"
+) -> Config:
+    """Steps of two chunks a rank, sampled ahead but after every third; with running anchors and an average."""
+    config = ema(shards, run_dir, num_steps, resume)
+    rollout = {"micro_batch_size": 2, "sample_ahead": ahead == "on", "parameters": "gathered"}
+    if how == "sharded":
+        rollout["parameters"] = how
+    config = replace(
+        config,
+        run=replace(config.run, save_minutes=0.0),
+        rollout=replace(config.rollout, **rollout),
+        optim=replace(config.optim, learning_rate=float(rate)),
+    )
+    if how == "lora":
+        return replace(config, policy=replace(config.policy, lora=LoraConfig(rank=4)))
+    if how == "rescored":
+        again = replace(config.rewards["alignment"], rescorings=({"frames": 4},))
+        bpgo = replace(config.bpgo, trust="reliability")
+        return replace(
+            config, rewards={"alignment": again}, bpgo=bpgo, reliability=ReliabilityConfig(rescore_below=0.01)
+        )
+    return config
+
+
 def evaluated(shards: Path, run_dir: Path, every: str) -> Config:
     """Two steps with a random reward, without evaluation or with a random one of both weights after each step."""
     drawn = {"model": "tests.distributed.toy_rewards:Drawn"}
@@ -198,6 +224,7 @@ def with_stage(config: Config, stage: str) -> Config:
 CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
     "uneven": uneven, "ahead": ahead, "held": held, "credited": credited, "evaluated": evaluated,
+    "in_advance": in_advance,
     "experts": experts, "one_expert": one_expert,
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from bpgo_video.planning.job import Job, change, count_step
 from bpgo_video.planning.memory import HOST_PROCESS, host_loading, host_saving, reckon
 from bpgo_video.planning.models import policy_of
 from bpgo_video.planning.rewards import RewardSize
-from bpgo_video.planning.time import bill, count_evaluations, step_seconds
+from bpgo_video.planning.time import bill, count_evaluations, seconds_overlapped, step_seconds
 from bpgo_video.planning.zero import checkpoint_bytes
 from bpgo_video.rollouts.prior_sampling import count_priors
 from tests.made.recipes import RECIPE
@@ -124,6 +124,37 @@ def test_reused_guidance_saves_halves_of_untrained_steps(job: Job) -> None:
     assert Passes.of(often).forwards == Passes.of(job).forwards == count_step(job)["forwards"]
     guided = change(often, "sampler.guidance_scale: 5.0")
     assert Passes.of(guided).forwards == pytest.approx(count_step(guided)["forwards"] * (1 - 6 / 8 / 4))
+
+
+def seconds_of_steps(steps: int, rollout: float, reward: float, update: float) -> float:
+    """Of steps between two pauses, by a simulation of the rank and of its scoring thread."""
+    rank = sampled = rollout
+    scored = 0.0
+    for step in range(steps):
+        scored = max(scored, sampled) + reward
+        if step + 1 < steps:
+            sampled = rank = rank + rollout
+        rank = max(rank, scored) + update
+    return rank
+
+
+@pytest.mark.parametrize("reward", [0.5, 3.0, 4.0, 20.0])
+def test_sampling_ahead_hides_the_shorter_of_rewards_and_all_else(job: Job, reward: float) -> None:
+    """A pause shows all rewards of a step or, as the plan assumes no less, only a part where they are shorter."""
+    rollout, update, steps, pauses = 1.0, 3.0, 24, 4
+    run = replace(job.config.run, num_steps=steps, save_every=6)
+    config = replace(job.config, run=run, rollout=replace(job.config.rollout, sample_ahead=True))
+    parts = {"denoising": rollout, "reward": reward, "replay": update}
+    predicted = steps * (sum(parts.values()) - seconds_overlapped(config, parts))
+    simulated = pauses * seconds_of_steps(steps // pauses, rollout, reward, update)
+    shorter = reward < rollout + update
+    assert -1e-9 <= predicted - simulated <= (pauses * reward if shorter else 1e-9)
+    whole = replace(job, config=config)
+    cost = bill(whole, reckon(whole), UNIT)
+    other = bill(change(whole, "rollout.sample_ahead: false"), reckon(whole), UNIT)
+    assert cost.step == pytest.approx(other.step - cost.overlapped)
+    assert other.overlapped == 0
+    assert cost.run < other.run
 
 
 def test_what_is_not_fetched_ahead_is_waited_for(job: Job) -> None:

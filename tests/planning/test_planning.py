@@ -258,6 +258,11 @@ def test_a_plan_follows_its_settings(job: Job) -> None:
     waiting = part(job, "denoise", "videos to be scored")
     assert part(with_rollout(score_ahead=0), "denoise", "videos to be scored") == waiting / 3
     assert waiting == 3 * 2 * 13 * 3 * 64 * 64 * 4
+    ahead = with_rollout(sample_ahead=True)  # a rank's eight chunks of two samples wait, also during the update
+    assert part(ahead, "denoise", "videos to be scored") == 9 * waiting / 3
+    assert part(ahead, "update", "videos to be scored") == 8 * waiting / 3
+    assert part(job, "update", "videos to be scored") == 0
+    assert part(ahead, "replay", "trajectories") == 2 * part(job, "replay", "trajectories")
     resting = replace(job, config=replace(job.config, policy=replace(job.config.policy, frozen_rest_on="cpu")))
     assert part(resting, "replay", "VAE and image encoder") == 0
     assert part(resting, "decode", "VAE and image encoder") == part(job, "decode", "VAE and image encoder") > 0

@@ -21,7 +21,7 @@ from bpgo_video.rewards import Clips, FrameScores
 from bpgo_video.rewards.base import RewardError
 from bpgo_video.rewards.suite import OFFLOADED, RewardSuite, ScoreAhead, modules_of
 from bpgo_video.training.loop import Stopwatch
-from bpgo_video.training.rl import sample_and_score
+from bpgo_video.training.sampling import sample, sample_and_score
 from bpgo_video.training.session import Session
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk, Trajectory
 from tests.rewards.toys import CPU, MESH, PROMPTS, Weighing, chunks_of, suite_of
@@ -86,6 +86,47 @@ def test_scoring_and_the_rollout_overlap() -> None:
         sampled.release()
         assert len(scoring.scores()) == 10
     assert came_in_time == [True] * 10
+
+
+def test_chunks_of_the_next_step_are_scored_after_those_of_this_one_and_few_are_in_memory() -> None:
+    """With room for a step's chunks, two steps hold no more than that and the one just sampled."""
+    torch.manual_seed(1)
+    expected = [suite_of("Drawing").score(chunk, PROMPTS).frames["toy"].values for chunk in 2 * [*chunks_of(each=1)]]
+    assert len(expected) == 8
+    suite, alive, most = suite_of("Drawing", options={"seconds": 0.02}), weakref.WeakSet[torch.Tensor](), 0
+    torch.manual_seed(1)
+    first = ScoreAhead(suite, PROMPTS, 4, CPU)
+    second = ScoreAhead(suite, PROMPTS, 4, CPU, after=first)
+    for scoring in (first, second):
+        with scoring:
+            for chunk in chunks_of(each=1):
+                fresh = replace(chunk, videos=chunk.videos.clone())
+                alive.add(fresh.videos)
+                most = max(most, len(alive))
+                scoring.put(fresh)
+                del fresh
+    assert len(first.scores()) == 4, "which the last chunk of the second waits for"
+    found = [scored.frames["toy"].values for scored in first.scores() + second.scores()]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert most <= 5
+    assert not alive
+
+
+def test_a_model_that_fails_ends_the_rollout_of_the_next_step() -> None:
+    suite = suite_of("Breaking")
+    first = ScoreAhead(suite, PROMPTS, 2, CPU)
+    with first:
+        for chunk in chunks_of():
+            first.put(chunk)
+
+    def next_step() -> None:
+        with ScoreAhead(suite, PROMPTS, 2, CPU, after=first) as second:
+            for chunk in chunks_of():
+                second.put(chunk)
+            first.scores()
+
+    with pytest.raises(RewardError, match="'toy' on samples 0, 1 of prompt 'second'"):
+        next_step()
 
 
 WHOSE = r"samples 0, 1 of prompt 'second' \(id 6\)"
@@ -172,9 +213,9 @@ def test_a_model_without_modules_cannot_be_offloaded() -> None:
         suite_of("Brightness", offload=True)
 
 
-def step_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[list[Trajectory], Rewards, Stopwatch]:
-    """One rollout of eight videos, two per chunk."""
-    settings = {"group_size": 4, "micro_batch_size": 2, **rollout}
+def session_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[Session, PromptBatch]:
+    """Of two prompts of four samples, two samples per chunk."""
+    settings = {"group_size": 4, "prompts_per_step": 2, "micro_batch_size": 2, **rollout}
     config = replace(
         recipe,
         rollout=replace(recipe.rollout, **settings),
@@ -183,10 +224,33 @@ def step_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[list[Tra
     texts = ("a red circle moving left", "a blue object")
     prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts), policy.encode([""]))
     parts = {"config": config, "mesh": MESH, "policy": policy, "suite": suite_of("Drawing")}
-    session = Mock(spec=Session, rollout_weights=nullcontext, **parts)
+    return Mock(spec=Session, rollout_weights=nullcontext, **parts), prompts
+
+
+def step_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[list[Trajectory], Rewards, Stopwatch]:
+    """One rollout of eight videos."""
+    session, prompts = session_of(policy, recipe, **rollout)
     torch.manual_seed(1)
     watch = Stopwatch(Heartbeat(MESH, timeout=60), 0)
     return *sample_and_score(session, prompts, 0, watch), watch
+
+
+def test_a_step_that_is_sampled_ahead_has_the_videos_and_scores_of_one_that_is_not(
+    policy: Policy, recipe: Config
+) -> None:
+    session, prompts = session_of(policy, recipe, sample_ahead=True)
+    watch = Stopwatch(Heartbeat(MESH, timeout=60), 0)
+    torch.manual_seed(1)
+    expected = [sample_and_score(session, prompts, step, watch) for step in range(2)]
+    torch.manual_seed(1)
+    first = sample(session, prompts, 0, watch)
+    second = sample(session, prompts, 1, watch, after=first)
+    assert (first.age, second.age) == (0, 1)
+    for rollout, (trajectories, rewards) in zip((first, second), expected, strict=True):
+        assert torch.equal(rollout.rewards(session, watch).per_frame["toy"], rewards.per_frame["toy"])
+        for one, other in zip(rollout.trajectories, trajectories, strict=True):
+            assert torch.equal(one.latents, other.latents)
+    assert not torch.equal(expected[0][1].total, expected[1][1].total)
 
 
 def test_a_step_does_not_depend_on_scoring_ahead_or_offloading(policy: Policy, recipe: Config) -> None:

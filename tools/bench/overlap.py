@@ -15,7 +15,7 @@ from bpgo_video.config.bpgo import Config, PriorConfig, RewardConfig
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
 from bpgo_video.training.loop import Stopwatch
-from bpgo_video.training.rl import sample_and_score
+from bpgo_video.training.sampling import sample_and_score
 from bpgo_video.training.session import Session
 from bpgo_video.types import PromptBatch
 from tools.bench.timing import seconds

@@ -24,7 +24,7 @@ from bpgo_video.rollouts.updates import Learner, optimise
 from bpgo_video.training.estimation import estimate_advantages
 from bpgo_video.training.inputs import check_inputs
 from bpgo_video.training.loop import Stopwatch
-from bpgo_video.training.rl import sample_and_score
+from bpgo_video.training.sampling import sample_and_score
 from bpgo_video.training.session import build_session, sampling_policy
 from tools.bench.timing import in_turn
 
@@ -72,7 +72,7 @@ def updates(config: Config, mesh: Mesh, heartbeat: Heartbeat, rounds: int) -> di
         changed = replace(config, optim=replace(config.optim, **settings))
         ds_config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
         session = build_session(changed, mesh, ds_config, shards)
-        prompts, _ = next(session.batches())
+        prompts = next(session.batches())
         trajectories, rewards = sample_and_score(session, prompts, 0, Stopwatch(heartbeat, 0))
         rest = (changed, prompts, estimate_advantages(session, prompts, rewards), 0, mesh.device)
         works[name] = partial(update, session.engine, Replay(session.policy, *rest), trajectories)

@@ -39,7 +39,8 @@ from bpgo_video.rollouts.updates import optimise
 from bpgo_video.training.estimation import estimate_advantages
 from bpgo_video.training.inputs import check_inputs
 from bpgo_video.training.loop import Stopwatch
-from bpgo_video.training.rl import RL, sample_and_score
+from bpgo_video.training.rl import RL
+from bpgo_video.training.sampling import sample_and_score
 from bpgo_video.training.session import Session, build_engine, build_session, sampling_policy
 from bpgo_video.types import PromptBatch
 from tools.bench.overlap import in_chunks, overlap
@@ -193,7 +194,7 @@ def phases(config: Config, mesh: Mesh) -> dict[str, float]:
     """Seconds of one update: replay (forward, backward and their hooks), communication, and the optimizer."""
     trainer = RL(config, mesh, check_inputs(config, mesh), idle_heartbeat(mesh))
     trainer.train_step(0)
-    session, (prompts, _), watch = trainer.session, next(trainer.batches), Stopwatch(idle_heartbeat(mesh), 1)
+    session, prompts, watch = trainer.session, next(trainer.batches), Stopwatch(idle_heartbeat(mesh), 1)
     trajectories, rewards = sample_and_score(session, prompts, 1, watch)
     advantages = estimate_advantages(session, prompts, rewards)
     learner = TimedLearner(session.engine)

@@ -35,7 +35,8 @@ from bpgo_video.rollouts.conditioning import guidance_of
 from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.training.doctor import examine
 from bpgo_video.training.inputs import check_inputs
-from bpgo_video.training.rl import rollout_chunks, train
+from bpgo_video.training.rl import train
+from bpgo_video.training.sampling import rollout_chunks
 from bpgo_video.training.session import Session, build_session, builder, sampling_policy
 from bpgo_video.types import PromptBatch, Trajectory
 from tools.gpu.bench import EMBEDDED, ROOT, Bench, release
@@ -120,7 +121,7 @@ def ratio(bench: Bench, dtype: torch.dtype, backend: str) -> dict[str, Any]:
     """
     config = recipe(bench, "ratio", dtype, backend)
     with attention_backend("native"), session_of(bench, config) as session:
-        prompts, _ = next(session.batches())
+        prompts = next(session.batches())
         with session.rollout_weights():
             chunks = list(rollout_chunks(session, prompts, 0))
         trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
