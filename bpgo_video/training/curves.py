@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bpgo_video.training.metrics import Number
+from bpgo_video.training.metrics import HELDOUT, Number, keys_with
 
 Records = Sequence[Mapping[str, Number]]
 Summary = Mapping[str, Any]
@@ -28,7 +28,6 @@ Summary = Mapping[str, Any]
 HISTOGRAM_COLUMNS = 50
 POINTS = 1000  # of a curve, at most
 EXTREMES: Any = {"_min": min, "_max": max}
-HELDOUT = {"heldout/": "", "heldout_ema/": " (average)"}  # key prefix -> suffix in the legend
 TEXT, SERIES = "#0a0b00", ("#0a0b01", "#0a0b02", "#0a0b03")  # placeholders: matplotlib does not accept CSS variables
 THEME = {TEXT: "currentColor"} | {colour: f"var(--c{i})" for i, colour in enumerate(SERIES, start=1)}
 STYLE: Any = {
@@ -100,11 +99,6 @@ def series(records: Records, key: str) -> tuple[list[Number], list[Number]]:
         return steps, values
     parts = [slice(start, start + stride) for start in range(0, len(values), stride)]
     return [steps[part][-1] for part in parts], [merged(values[part]) for part in parts]
-
-
-def keys_with(records: Records, *prefixes: str) -> list[str]:
-    """Keys of any record that start with one of the prefixes, sorted."""
-    return sorted({key for record in records for key in record if key.startswith(prefixes)})
 
 
 def smoothed(values: Sequence[Number]) -> np.ndarray:

@@ -32,6 +32,7 @@ METRICS_FILE = "metrics.jsonl"
 FRAMES_FILE = "samples/frame_scores.jsonl"
 LONGEST_LINE = 2**24  # bytes
 SKIPPED = "updates_skipped"  # key of the number of updates that a step skipped
+HELDOUT = {"heldout/": "", "heldout_ema/": " (average)"}  # prefix of keys -> suffix of their names in legends
 QUIET_SECONDS = 10.0  # between progress lines if stderr is not a terminal
 
 
@@ -186,6 +187,11 @@ def read_metrics(path: Path) -> list[dict[str, Number]]:
             raise record
         records.append(record)
     return records
+
+
+def keys_with(records: Sequence[Mapping[str, Number]], *prefixes: str) -> list[str]:
+    """Keys of any record that start with one of the prefixes, sorted."""
+    return sorted({key for record in records for key in record if key.startswith(prefixes)})
 
 
 def truncate(path: Path, form: Any, start_step: int) -> None:

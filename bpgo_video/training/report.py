@@ -39,8 +39,7 @@ from bpgo_video.data.media import STRIP_HEIGHT, VideoError, read_video, strip
 from bpgo_video.documents import MalformedFile
 from bpgo_video.errors import InputError
 from bpgo_video.files import atomic_file
-from bpgo_video.training.curves import HELDOUT, PANELS, draw_curve, keys_with
-from bpgo_video.training.metrics import METRICS_FILE, Number, read_metrics
+from bpgo_video.training.metrics import HELDOUT, METRICS_FILE, Number, keys_with, read_metrics
 from bpgo_video.training.summary import diagnose, heldout_difference, power, summary_rows, verdict
 
 EVERY = 60.0  # seconds between the reports of an unfinished run, at least
@@ -146,6 +145,8 @@ def write_report(run_dir: Path, so_far: Mapping[str, Any] | None = None) -> Path
     """
     if not (run_dir / METRICS_FILE).exists():
         raise FileNotFoundError(f"{run_dir} is not a run directory: it has no {METRICS_FILE}")
+    from bpgo_video.training.curves import PANELS, draw_curve  # with matplotlib, which no rank but the first needs
+
     records, samples = read_metrics(run_dir / METRICS_FILE), read_samples(run_dir)
     summary = read_summary(run_dir) if so_far is None else present(so_far)
     curves = {name: curve for name in PANELS if (curve := draw_curve(name, records, summary)) is not None}

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
+from torch import Tensor
 
 from bpgo_video.config.bpgo import Config, ConfigError, PriorConfig, VideoConfig
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.wan import TEXT_BESIDE_IMAGES
 from bpgo_video.rollouts.conditioning import conditioned, guidance_of
-from bpgo_video.rollouts.denoiser import Denoiser
+from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
+from bpgo_video.rollouts.replay import Replay
+from bpgo_video.rollouts.rollout import sample_chunks
+from bpgo_video.rollouts.rules import trained_steps_of
+from bpgo_video.rollouts.updates import Learner, optimise
 from bpgo_video.training.inputs import check_images
 from bpgo_video.types import PromptBatch
 from tests.made.random_wan import LATENTS, TEXT_TOKENS, random_wan
@@ -109,6 +119,45 @@ def test_a_rank_encodes_only_the_images_of_its_samples(image_policy: Policy, rec
         own = conditioned(prompts, image_policy, config, torch.float32, Mesh(rank, 2, CPU), 4).conditioning
         torch.testing.assert_close(own["image_latents"][2 * rank : 2 * rank + 2], whole[2 * rank : 2 * rank + 2])
         assert not own["image_latents"][2 - 2 * rank : 4 - 2 * rank].any()
+
+
+def test_a_training_step_encodes_each_image_once(
+    image_policy: Policy, recipe: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of four in micro-batches of two, with guidance, two trained steps and two updates."""
+    encoded = {"vae": 0, "image_encoder": 0}
+    for name in encoded:
+        network = getattr(image_policy.pipeline, name)
+        if network is not None:
+            call = "encode" if name == "vae" else "forward"
+            monkeypatch.setattr(network, call, counting(getattr(network, call), encoded, name))
+    config = replace(
+        recipe,
+        rollout=replace(recipe.rollout, group_size=4, micro_batch_size=2),
+        sampler=replace(recipe.sampler, num_steps=3, train_steps="all", share_steps="batch", guidance_scale=3.0),
+        loss=replace(recipe.loss, step_weights="none"),
+    )
+    prompts = conditioned(prompts_of(image_policy), image_policy, config, torch.float32, Mesh(0, 1, CPU), 4)
+    chunks = sample_chunks(
+        training_denoiser(image_policy, config), prompts, Mesh(0, 1, CPU), group_size=4, micro_batch_size=2,
+        latent_shape=LATENTS, key=(0, "rollout", 0), trained_steps=trained_steps_of(image_policy, config, 0),
+    )  # fmt: skip
+    trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
+    advantages = GroupAdvantages(torch.randn(2, 4), torch.randn(2, 4), torch.ones(2), {})
+    learner = Mock(spec=Learner, replaying=nullcontext, step=lambda: 1.0)
+    optimise(learner, Replay(image_policy, config, prompts, advantages, 0, CPU), trajectories, updates_per_rollout=2)
+    assert learner.backward.call_count == 8, "four micro-batches, two steps each"
+    assert encoded == {"vae": 2, "image_encoder": 2 if image_policy.pipeline.image_encoder is not None else 0}
+
+
+def counting(call: Callable[..., Any], samples: dict[str, int], name: str) -> Callable[..., Any]:
+    """The call, which adds its samples to those of the name."""
+
+    def counted(batch: Tensor, *args: Any, **kwargs: Any) -> Any:
+        samples[name] += len(batch)
+        return call(batch, *args, **kwargs)
+
+    return counted
 
 
 class Split(PromptShards):
