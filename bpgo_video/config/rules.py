@@ -96,8 +96,6 @@ def common_rules(
         "set optim.parameters to 'gathered', or optim.average to 'micro_batch'": (
             optim.average == "update" and optim.parameters != "gathered"
         ),
-        f"policy.compile_blocks is true with parallel.sequence = {parallel.sequence}, whose exchanges are untested "
-        "inside compiled blocks; set one of them to its default": policy.compile_blocks and parallel.sequence > 1,
         f"evaluation.weights is {evaluated!r} with ema.decay = 0, which keeps no average; set ema.decay (0.99 averages "
         "over about 100 updates), or evaluate the 'raw' weights": evaluated != "raw" and ema.decay == 0,
     }

@@ -101,10 +101,12 @@ class Ulysses:
         each = -(-self.tokens // self.size)
         return min(max(first - self.rank * each, 0), each)
 
+    @torch.compiler.disable  # compiled blocks exchange outside what is compiled
     def join(self, x: Tensor, dim: int) -> Tensor:
         """The inverse of `split`: all ranks' runs along `dim`, without padding."""
         return Gathered.apply(x, self.group, dim).narrow(dim, 0, self.tokens)
 
+    @torch.compiler.disable  # likewise
     def attention(self, query: Tokens, key: Tokens, value: Tokens, **options: Any) -> Tokens:
         """Attention of this rank's video tokens and of all text tokens to all tokens.
 

@@ -25,6 +25,7 @@ from bpgo_video.config.bpgo import OptimConfig
 from bpgo_video.distributed import engine, ulysses
 from bpgo_video.distributed.mesh import Mesh, make_mesh
 from bpgo_video.policies.attention import parallelise
+from bpgo_video.policies.networks import compile_blocks
 from tests.distributed.small_transformers import FAMILIES, LATENTS, SAMPLES, inputs, random_transformer, sample_losses
 
 BLIND = "refiner_blocks.0.attn.to_k.bias"  # no key normalisation: softmax is invariant to a shift, so its gradient is 0
@@ -40,6 +41,7 @@ class Case:
     sequence: int
     checkpointing: bool
     breaks_scaling: bool = False
+    compiled: bool = False
 
 
 def cases(world_size: int, every: bool) -> Iterator[Case]:
@@ -50,6 +52,9 @@ def cases(world_size: int, every: bool) -> Iterator[Case]:
             yield Case(family, tokens, stage, sequence, checkpointing)
     if world_size > 1:
         yield Case("wan", "even", 1, world_size, checkpointing=False, breaks_scaling=True)
+    if world_size == 2 and every:  # text in cross-attention and in joint attention
+        for family, stage in product(("wan", "hunyuan"), (1, 3)):
+            yield Case(family, "odd", stage, 2, checkpointing=stage == 3, compiled=True)
 
 
 @cache
@@ -73,6 +78,8 @@ def run(case: Case, mesh: Mesh) -> dict[str, Any]:
     if case.checkpointing:
         module.enable_gradient_checkpointing()
     parallelise(module, mesh, FAMILIES[case.family].plan)
+    if case.compiled:
+        compile_blocks(module, FAMILIES[case.family].block_classes)
     learner = engine.Engine(
         module,
         OptimConfig(name="sgd", learning_rate=HUGE_STEP, max_grad_norm=0.0),

@@ -55,7 +55,7 @@ def sequences(
 def sound(sequences: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for result in sequences:
         if not result["breaks_scaling"]:
-            keys = ("family", "tokens", "stage", "sequence", "checkpointing")
+            keys = ("family", "tokens", "stage", "sequence", "checkpointing", "compiled")
             yield ", ".join(f"{key} {result[key]}" for key in keys), result
 
 

@@ -14,7 +14,6 @@ from diffusers.models.transformers import transformer_wan
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import Config, ConfigError
-from bpgo_video.config.rules import check
 from bpgo_video.distributed import ulysses
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.planning.fake import alone_in_a_group
@@ -147,14 +146,6 @@ def test_a_backend_that_cannot_train_here_is_refused(backend: str, message: str)
 def test_a_backend_is_refused_for_hard_coded_attention() -> None:
     with pytest.raises(ConfigError, match="Linear calls torch's"):
         choose_attention(Transformers({"transformer": nn.Linear(2, 2)}), "native")
-
-
-@pytest.mark.parametrize("change", [{"parallel": {"sequence": 2}}])
-def test_compiled_blocks_are_refused_with_sequence_groups(recipe: Config, change: dict[str, Any]) -> None:
-    config = replace(recipe, policy=replace(recipe.policy, compile_blocks=True))
-    check(config)
-    with pytest.raises(ConfigError, match=r"policy\.compile_blocks.*parallel\.sequence"):
-        check(replace(config, parallel=replace(config.parallel, **change["parallel"])))
 
 
 @pytest.mark.slow
