@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import deepspeed
 import torch
-from deepspeed.runtime.zero import unwrap_model_for_generation
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from more_itertools import constrained_batches
 from torch import Tensor
@@ -37,11 +37,28 @@ def whole_weights(engine: Any) -> Iterator[None]:
     """
     every: list[Any] = list(engine.module.parameters())
     sharded = [parameter for parameter in every if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-    # `unwrap_model_for_generation` alone would gather each parameter with a collective of its own.
+    # `GatheredParameters` alone would gather each parameter with a collective of its own.
     for batch in constrained_batches(sharded, GATHERED_AT_ONCE, get_len=lambda p: p.ds_numel, strict=False):
         batch[0].all_gather_coalesced(list(batch)).wait()
-    with unwrap_model_for_generation(engine):
+    with deepspeed.zero.GatheredParameters(every), without_fetching(engine):
         yield
+
+
+@contextmanager
+def without_fetching(engine: Any) -> Iterator[None]:
+    """The hooks by which ZeRO-3 fetches and frees weights are off inside the block; they compare ranks, too.
+
+    DeepSpeed's `unwrap_model_for_generation` keeps those of the whole model, and makes all others again every time.
+    """
+    fetching = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    handles = [*fetching.forward_hooks, *fetching.backward_hooks, fetching.fwd_pre_hook]
+    handles += [engine.module_forward_pre_hook, engine.module_forward_post_hook]
+    off = [(handle, handle.hooks_dict_ref().pop(handle.id)) for handle in sorted(handles, key=lambda one: one.id)]
+    try:
+        yield
+    finally:
+        for handle, hook in off:
+            handle.hooks_dict_ref()[handle.id] = hook
 
 
 class WhenGathered:

@@ -34,6 +34,8 @@ def start_ranks(timeout: timedelta = TIMEOUT) -> Mesh:
         torch.cuda.set_device(device)
     else:  # otherwise, init_distributed compiles a shared-memory operator that nothing here needs
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed's launcher sets it. Without it, ZeRO-3 starts a program for each reduction to count "devices".
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)

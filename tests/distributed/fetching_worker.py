@@ -1,4 +1,5 @@
-"""Worker that trains a transformer under ZeRO-3 with several limits on what is fetched ahead and kept.
+"""Worker that trains a transformer under ZeRO-3 with several limits on what is fetched ahead and kept, and after
+forwards with whole weights, whose number differs between the ranks.
 
 python -m tests.distributed.ranks fetching_worker OUTPUT
 """
@@ -6,6 +7,7 @@ python -m tests.distributed.ranks fetching_worker OUTPUT
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,8 +40,12 @@ def inputs(mesh: Mesh, number: int) -> dict[str, Any]:
     return made
 
 
-def train(mesh: Mesh, zero: dict[str, int]) -> tuple[dict[str, Tensor], int]:
-    """The trained weights, and elements that DeepSpeed fetches ahead."""
+def train(mesh: Mesh, zero: dict[str, int], whole: bool = False) -> tuple[dict[str, Tensor], int]:
+    """The trained weights, and elements that DeepSpeed fetches ahead.
+
+    Args:
+        whole: before each update a rank runs forwards with whole weights, one more than the rank before it.
+    """
     torch.manual_seed(0)
     module = diffusers.WanTransformer3DModel.from_config(dict(TRANSFORMER))
     module.enable_gradient_checkpointing()
@@ -49,8 +55,9 @@ def train(mesh: Mesh, zero: dict[str, int]) -> tuple[dict[str, Tensor], int]:
         learning_rate_factor=lambda _: 1.0, block_classes=(type(module.blocks[0]),),
     )  # fmt: skip
     for update in range(UPDATES):
-        with torch.no_grad():
-            learner.wrapped(**inputs(mesh, 1000 + update))
+        with torch.no_grad(), learner.whole_weights() if whole else nullcontext():
+            for _ in range(1 + whole * mesh.rank):
+                learner.wrapped(**inputs(mesh, 1000 + update))
         for number in range(PASSES):
             loss = learner.wrapped(**inputs(mesh, PASSES * update + number))[0].square().mean()
             learner.backward(loss, last=number == PASSES - 1)
@@ -66,9 +73,11 @@ def main(mesh: Mesh, output: str) -> None:
     by_blocks = {name: (0, blocks) for name, (_, blocks) in ds_config.FETCHING.items()}
     with patch.dict(ds_config.FETCHING, by_blocks):
         derived, derived_ahead = train(mesh, {})
+    after_whole, _ = train(mesh, {}, whole=True)
     results = {
         "default": {name: torch.equal(value, alone[name]) for name, value in default.items()},
         "derived": {name: torch.equal(value, alone[name]) for name, value in derived.items()},
+        "after whole weights": {name: torch.equal(value, alone[name]) for name, value in after_whole.items()},
         "ahead": [default_ahead, derived_ahead],
     }
     (Path(output) / f"rank{mesh.rank}.json").write_text(json.dumps(results))

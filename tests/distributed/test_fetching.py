@@ -37,12 +37,12 @@ def test_deepspeeds_defaults_stay_for_a_small_model_and_the_jsons_values_for_any
 
 
 @pytest.mark.slow
-def test_training_is_equal_to_the_bit_whatever_is_fetched_ahead(tmp_path: Path) -> None:
+def test_training_is_equal_to_the_bit_whatever_is_fetched_ahead_and_after_whole_weights(tmp_path: Path) -> None:
     run_ranks(2, [str(tmp_path)], worker="fetching_worker")
     with torch.device("meta"):
         module = diffusers.WanTransformer3DModel.from_config(dict(TRANSFORMER))
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found["ahead"] == [5 * 10**7, largest_block(module, (type(module.blocks[0]),))]
-        for kind in ("default", "derived"):
+        for kind in ("default", "derived", "after whole weights"):
             assert all(found[kind].values()), [name for name, equal in found[kind].items() if not equal]
