@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,15 @@ def call_by_position(module: nn.Module, block_classes: tuple[type[nn.Module], ..
     keyword has none: its weights would be freed before its own backward, which then fails.
     """
 
-    def by_position(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        bound = inspect.signature(block.forward).bind(*args, **kwargs)
-        return bound.args, bound.kwargs
+    def by_position(signature: inspect.Signature, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs:
+            bound = signature.bind(*args, **kwargs)
+            args, kwargs = bound.args, bound.kwargs
+        return args, kwargs
 
     for block in module.modules():
         if isinstance(block, block_classes):
-            block.register_forward_pre_hook(by_position, with_kwargs=True)
+            block.register_forward_pre_hook(partial(by_position, inspect.signature(block.forward)), with_kwargs=True)
 
 
 class _Files(TorchCheckpointEngine):
