@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfig, PolicyConfig, VideoConfig
+from bpgo_video.config.evaluation_rules import alarm_rules
 from bpgo_video.config.fields import HELD
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.run import OptimizerConfig, RunConfig
@@ -223,7 +224,7 @@ def check(config: Config) -> None:
             check_rules(reward_rules(config, section, name, reward))
     samples, described = config.samples
     check_rules(size_rules(config.video, config.micro_batch_size, described, samples))
-    for rules in (learner_rules, sampler_rules, objective_rules, ahead_rules):
+    for rules in (learner_rules, alarm_rules, sampler_rules, objective_rules, ahead_rules):
         check_rules(rules(config))
     check_rules(common_rules(config.policy, config.parallel, config.optim, config.ema, config.evaluation.weights))
 
