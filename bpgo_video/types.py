@@ -179,6 +179,7 @@ class Rewards:
         per_frame: each model's score per sampled frame, of the first scoring.
         frame_times: time of each sampled frame in seconds; None for a model that scores videos as a whole.
         scorings: each scoring of the rewards that have several; nan from the second on for prompts scored once.
+        stds: standard deviation of the error of each score in by_name, of the rewards that state it.
     """
 
     by_name: Mapping[str, Float[Tensor, "prompts group"]]
@@ -186,6 +187,7 @@ class Rewards:
     per_frame: Mapping[str, Float[Tensor, "prompts group scored"]]
     frame_times: Mapping[str, Float[Tensor, "scored"] | None]
     scorings: Mapping[str, Float[Tensor, "prompts group scorings"]] = field(default_factory=dict)
+    stds: Mapping[str, Float[Tensor, "prompts group"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

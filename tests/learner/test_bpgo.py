@@ -370,6 +370,19 @@ def test_rewards_may_have_trusts_of_their_own():
         step_advantages({"b": rewards}, {}, {"b": 1.0}, settings, frames={"a": frames})
 
 
+def test_trust_in_the_uncertainty_that_a_reward_states_compares_it_with_the_spread_of_the_scores():
+    settings = BPGOConfig(trust="uncertainty", zeta=0.0)
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.0, 2.0]])
+    std = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.1, 0.1, 0.1, 0.1]])
+    found = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, stds={"clip": std})
+    rho = [1 - 0.625 / (5 / 3), 1.0, 0.0, 0.0]  # var_j R of 1, 2, 3, 4 is 5/3
+    assert found.trust.tolist() == pytest.approx([0.5 + value for value in rho])
+    torch.testing.assert_close(found.advantage, found.trust[:, None] * group_relative(rewards))
+    for stds in ({}, {"other": std}):
+        with pytest.raises(ValueError, match=r"'clip': trust 'uncertainty'.*states none.*'reliability'"):
+            step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, stds=stds)
+
+
 def test_equal_reliability_is_grpo_but_for_rounding_once_the_step_size_is_matched():
     rewards, _, _ = random_rewards(11)
     settings = BPGOConfig(trust="reliability", zeta=0.0, match_rms=True)
