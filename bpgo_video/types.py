@@ -106,6 +106,7 @@ class PromptBatch:
         priors: anchors by the reward's name.
         images: first frames for image-to-video, RGB in [0, 1] at the video's size; None if the prompts have no images.
         again: the prompts whose videos are scored again, by rewards with several scorings; None for all.
+        tags: of each prompt, such as its kind; empty if none is known.
     """
 
     ids: Int[Tensor, "prompts"]
@@ -116,6 +117,7 @@ class PromptBatch:
     priors: Mapping[str, PriorAnchor] = field(default_factory=dict)
     images: Float[Tensor, "prompts 3 height width"] | None = None
     again: Bool[Tensor, "prompts"] | None = None
+    tags: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)

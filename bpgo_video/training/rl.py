@@ -14,6 +14,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.files import write_json
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import with_spread
+from bpgo_video.learner.metrics import trust_by_kind
 from bpgo_video.randomness import isolated
 from bpgo_video.rollouts.prior_sampling import check_anchors
 from bpgo_video.rollouts.replay import OBJECTIVES, samples_to_replay
@@ -32,6 +33,7 @@ from bpgo_video.training.session import Session, build_session
 from bpgo_video.training.summary import diagnose, reversals, summary_table
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
+KINDS = 6  # the most frequent tags, whose trust is recorded
 PHASES = ("rollout", "reward", "update")
 EVALUATED = (("heldout", ""), ("heldout_ema", "-ema"))  # metric prefix and folder suffix of each kind of weights
 RESULTS = ("report.html", "summary.json", "metrics.jsonl", "config.yaml", "samples", "checkpoints", "export")
@@ -72,6 +74,7 @@ class RL(loop.Trainer):
 
     Attributes:
         after: the last held-out scores, of the weights that measure the run.
+        kinds: tags whose prompts' trust is recorded.
         warned: rewards whose order a form reverses, and of which this launch has said so.
         next_rollout: of the next step, if it is sampled ahead.
     """
@@ -83,6 +86,7 @@ class RL(loop.Trainer):
         self.after: HeldoutScores | None = None
         self.warned: set[str] = set()
         self.next_rollout: Rollout | None = None
+        self.kinds = self.session.shards.common_tags(config.data.split, KINDS)
         heldout = self.session.heldout
         texts = heldout.prompts.texts if heldout else ()
         self.heldout_videos = len(texts) * config.evaluation.samples_per_prompt
@@ -121,6 +125,9 @@ class RL(loop.Trainer):
             stats = optimise(session.engine, objective, trajectories, session.config.optim.updates_per_rollout)
         stats = stats.of_older_weights() if rollout.age else stats
         record = {**step_record(session, rewards, advantages, stats), "learning_rate": learning_rate, **watch.record}
+        if session.config.uses_trust:
+            kinds = trust_by_kind(advantages.trust, rollout.prompts.tags, self.kinds)
+            record |= {name: float(value) for name, value in kinds.items()}
         progress.count(record, rewards.total.numel())
         return record
 

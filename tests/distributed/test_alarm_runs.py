@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.made.recipes import rewarded_by, small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = "16"
+STEPS, ALARM = 24, 16
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
 
 
@@ -29,24 +30,25 @@ class Hacked(Launches):
     """Launches of the recipe of a hacked reward, on two ranks."""
 
     def __init__(self, folder: Path) -> None:
-        lines = [
-            {"prompt": f"a {colour} {shape}", "split": "heldout" if shape != "triangle" else "train"}
-            for colour in COLOURS
-            for shape in SHAPES
-        ]
+        texts = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+        lines = [{"prompt": text, "split": "heldout"} for text in texts]
+        lines += [{"prompt": f"a {colour} circle moving up", "split": "train"} for colour in COLOURS]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        config = small_recipe(folder / "unused", folder / "shards", run={"num_steps": int(STEPS), "resume": "auto"})
+        run = {"num_steps": STEPS, "resume": "auto", "save_every": 8}
+        config = small_recipe(folder / "unused", folder / "shards", run=run)
         where, length = config.policy.folder, config.policy.max_sequence_length
         policy = load_policy(where, components=("text_encoder",), max_sequence_length=length)
-        build_shards(
-            [folder / "prompts.jsonl"], folder / "shards", policy.encode, encoder_stamp(resolve_folder(where), length)
-        )
+        stamp = encoder_stamp(resolve_folder(where), length)
+        build_shards([folder / "prompts.jsonl"], folder / "shards", policy.encode, stamp)
         super().__init__(folder, folder / "shards")
         heldout = {"cyan": RewardConfig(model="tests.distributed.toy_rewards:Cyan")}
-        evaluation = replace(config.evaluation, rewards=heldout, every=8)
-        config = rewarded_by(config, "tests.distributed.toy_rewards:Redness")
-        config = replace(config, evaluation=evaluation, loss=replace(config.loss, kl_weight=0.1))
-        config = replace(config, optim=replace(config.optim, learning_rate=1e-3))
+        config = replace(
+            rewarded_by(config, "tests.distributed.toy_rewards:Redness"),
+            evaluation=replace(config.evaluation, rewards=heldout, every=8),
+            optim=replace(config.optim, learning_rate=1e-2, max_grad_norm=0.0),
+            loss=replace(config.loss, kl_weight=1e-3, clip_range=(0.5, 0.5)),
+            bpgo=replace(config.bpgo, alpha=0.0, zeta=0.0),
+        )
         (folder / "recipe.yaml").write_text(to_yaml(config))
 
 
@@ -57,56 +59,49 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launch]:
         for kind in ("warn", "stop", "kl"):
             found[kind] = launches.ranks(TRAIN, kind, "--evaluation.alarm", kind).end()
         found["stop again"] = launches.ranks(TRAIN, "stop", "--evaluation.alarm", "stop").end()
-        halves = ("--evaluation.alarm", "kl", "--run.save-every", "4")
-        first = launches.ranks(TRAIN, "halves", *halves)
+        first = launches.ranks(TRAIN, "halves", "--evaluation.alarm", "kl")
         metrics = first.run_dir / "metrics.jsonl"
-        first.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 9)
+        first.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > ALARM)
         (first.run_dir / "save_quit").touch()
         found["first half"] = first.end()
-        found["halves"] = launches.ranks(TRAIN, "halves", *halves).end()
+        found["halves"] = launches.ranks(TRAIN, "halves", "--evaluation.alarm", "kl").end()
     finally:
         launches.end_what_is_left()
-    assert all(launch.codes == [0, 0] for launch in found.values()), [
-        launch.output[-3000:] for launch in found.values()
-    ]
+    for launch in found.values():
+        assert launch.codes == [0, 0], launch.output[-3000:]
     return found
 
 
-def summary(launch: Launch) -> dict[str, object]:
+def summary(launch: Launch) -> dict[str, Any]:
     return json.loads((launch.run_dir / "summary.json").read_text())
 
 
 def test_a_hacked_reward_is_said_once_and_recorded(runs: dict[str, Launch]) -> None:
     launch = runs["warn"]
     assert launch.output.count("reward hacking: held-out cyan fell") == 1
-    evaluated = [
-        record["alarm/cyan"] for record in read_metrics(launch.run_dir / "metrics.jsonl") if "alarm/cyan" in record
-    ]
-    assert evaluated[-1] == 1.0
+    alarms = [record.get("alarm/cyan") for record in read_metrics(launch.run_dir / "metrics.jsonl")]
+    at = {step: alarm for step, alarm in enumerate(alarms, start=1) if alarm is not None}
+    assert at == {8: 0.0, ALARM: 1.0, STEPS: 1.0}
     found = summary(launch)
-    assert found["steps"] == int(STEPS)
-    assert set(found["alarms"]) == {"cyan"}
+    assert (found["steps"], found["alarms"], found["ended"]) == (STEPS, {"cyan": ALARM}, None)
     assert any("Reward hacking" in sentence for sentence in found["diagnosis"])
     assert "Reward hacking" in (launch.run_dir / "report.html").read_text()
 
 
 def test_a_run_that_stops_has_its_results_and_stays_ended(runs: dict[str, Launch]) -> None:
     launch = runs["stop"]
-    found = summary(launch)
-    step = found["alarms"]["cyan"]
-    assert found["steps"] == step == 8
-    assert f"The run ended after step {step} of {STEPS}" in launch.output
-    assert len(read_metrics(launch.run_dir / "metrics.jsonl")) == step
-    assert launch.checkpoint == f"step-{step:06d}"
-    for name in ("report.html", "export/model_index.json", f"samples/step-{step:06d}"):
+    assert summary(launch)["steps"] == ALARM
+    assert f"The run ended after step {ALARM} of {STEPS}" in launch.output
+    assert len(read_metrics(launch.run_dir / "metrics.jsonl")) == ALARM
+    assert launch.checkpoint == f"step-{ALARM:06d}"
+    for name in ("report.html", "export/model_index.json", f"samples/step-{ALARM:06d}"):
         assert (launch.run_dir / name).exists(), name
-    assert summary(runs["stop again"])["steps"] == step
+    assert f"The run ended after step {ALARM}" in runs["stop again"].output
 
 
 def test_a_raised_kl_weight_survives_a_resume_to_the_bit(runs: dict[str, Launch]) -> None:
     weights = [record["kl_weight"] for record in read_metrics(runs["kl"].run_dir / "metrics.jsonl")]
-    assert weights[:8] == [0.1] * 8
-    assert weights[8:] == [pytest.approx(0.4)] * 8
+    assert weights == pytest.approx([1e-3] * ALARM + [4e-3] * (STEPS - ALARM))
+    assert "stopped on request" in runs["first half"].output
     assert records(runs["halves"].run_dir) == records(runs["kl"].run_dir)
     assert_same_run(runs["kl"].run_dir, runs["halves"].run_dir)
-    assert "stopped on request" in runs["first half"].output

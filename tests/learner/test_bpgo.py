@@ -21,7 +21,7 @@ from bpgo_video.learner.equations import (
     reliability_adaptive_scaling,
 )
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
-from bpgo_video.learner.metrics import agreement, rank_inversion, trust_histogram
+from bpgo_video.learner.metrics import agreement, rank_inversion, trust_by_kind, trust_histogram
 from bpgo_video.learner.trust import agreement_trust
 from bpgo_video.types import PriorAnchor
 
@@ -509,6 +509,13 @@ def test_the_histogram_of_trust_covers_its_range():
     assert not any("hist" in name for name in one_reward(rewards, [0.0] * 4, OFF).metrics)
     exact = trust_histogram(torch.tensor([0.76, 0.83, 0.97, 1.07, 1.24]), 0.25)  # edges .75, .8, ..., 1.25
     assert exact.tolist() == pytest.approx([0.2, 0.2, 0, 0, 0.2, 0, 0.2, 0, 0, 0.2])
+
+
+def test_the_trust_of_a_kind_of_prompts_is_the_mean_over_those_with_its_tag():
+    trust, tags = torch.tensor([0.5, 1.5, 1.0]), (("clear",), ("open", "clear"), ())
+    found = trust_by_kind(trust, tags, ["clear", "open", "absent"])
+    assert {name: value.item() for name, value in found.items()} == {"trust_kind/clear": 1.0, "trust_kind/open": 1.5}
+    assert trust_by_kind(trust, (), ["clear"]) == {}
 
 
 def test_rank_inversion_equals_values_computed_by_hand():
