@@ -119,6 +119,14 @@ def build_models(
         raise ConfigError(f"rewards.{name} ({reward.model}) could not be built: {error}") from error
 
 
+def source_of(name: str, reward: RewardConfig) -> str:
+    """What an entry scores with: its weights, server or script, or else the model's name; loads nothing."""
+    parameters = inspect.signature(reward_factory(name, reward)).parameters.values()
+    options = {**{p.name: p.default for p in parameters if p.default is not p.empty}, **reward.options}
+    named = [f"{options[key]}" for key in ("model", "url", "script") if options.get(key)]
+    return " ".join([*named, *([f"{options['settings']}"] if options.get("settings") else [])]) or reward.model
+
+
 def _all_options(reward: RewardConfig) -> list[dict[str, Any]]:
     """Options of each scoring."""
     return [reward.options, *({**reward.options, **options} for options in reward.rescorings)]

@@ -22,7 +22,7 @@ from tests.made.recipes import rewarded_by, small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS, ALARM = 24, 16
+STEPS, ALARM = 16, 8
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
 
 
@@ -34,7 +34,7 @@ class Hacked(Launches):
         lines = [{"prompt": text, "split": "heldout"} for text in texts]
         lines += [{"prompt": f"a {colour} circle moving up", "split": "train"} for colour in COLOURS]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        run = {"num_steps": STEPS, "resume": "auto", "save_every": 8}
+        run = {"num_steps": STEPS, "resume": "auto", "save_every": ALARM}
         config = small_recipe(folder / "unused", folder / "shards", run=run)
         where, length = config.policy.folder, config.policy.max_sequence_length
         policy = load_policy(where, components=("text_encoder",), max_sequence_length=length)
@@ -44,8 +44,8 @@ class Hacked(Launches):
         heldout = {"cyan": RewardConfig(model="tests.distributed.toy_rewards:Cyan")}
         config = replace(
             rewarded_by(config, "tests.distributed.toy_rewards:Redness"),
-            evaluation=replace(config.evaluation, rewards=heldout, every=8),
-            optim=replace(config.optim, learning_rate=1e-2, max_grad_norm=0.0),
+            evaluation=replace(config.evaluation, rewards=heldout, every=ALARM),
+            optim=replace(config.optim, learning_rate=5e-3, max_grad_norm=0.0),
             loss=replace(config.loss, kl_weight=1e-3, clip_range=(0.5, 0.5)),
             bpgo=replace(config.bpgo, alpha=0.0, zeta=0.0),
         )
@@ -81,7 +81,7 @@ def test_a_hacked_reward_is_said_once_and_recorded(runs: dict[str, Launch]) -> N
     assert launch.output.count("reward hacking: held-out cyan fell") == 1
     alarms = [record.get("alarm/cyan") for record in read_metrics(launch.run_dir / "metrics.jsonl")]
     at = {step: alarm for step, alarm in enumerate(alarms, start=1) if alarm is not None}
-    assert at == {8: 0.0, ALARM: 1.0, STEPS: 1.0}
+    assert at == {ALARM: 1.0, STEPS: 1.0}
     found = summary(launch)
     assert (found["steps"], found["alarms"], found["ended"]) == (STEPS, {"cyan": ALARM}, None)
     assert any("Reward hacking" in sentence for sentence in found["diagnosis"])
