@@ -9,6 +9,7 @@ without. Needs the prompts of `bpgo-video demo --prepare`.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.planning.time import seconds_overlapped
 from bpgo_video.rollouts.rollout import chunks_of_rank
 from bpgo_video.training.inputs import check_inputs
-from bpgo_video.training.rl import PHASES, RL
+from bpgo_video.training.rl import RL
 from tools.bench.timing import seconds
 
 STEPS = 6
@@ -56,20 +57,24 @@ class Runs:
         self.chunks = chunks_of_rank(chosen[True].rollout, mesh)
 
     def go_on(self, ahead: bool) -> dict[str, float]:
-        """STEPS steps; their mean seconds by phase."""
+        """STEPS steps: their mean seconds, and those of rollout and update."""
         trainer, first = self.trainers[ahead], self.steps[ahead]
         self.steps[ahead] += STEPS
         records: list[dict[str, float]] = []
         whole = seconds(
             lambda: records.extend(trainer.train_step(first + n, pause=n == STEPS - 1) for n in range(STEPS))
         )
-        phases = {name: sum(record[f"seconds/{name}"] for record in records) / STEPS for name in ("rollout", "update")}
-        return {**phases, "step": whole / STEPS}
+        work = sum(record[f"seconds/{name}"] for record in records for name in ("rollout", "update"))
+        return {"work": work / STEPS, "step": whole / STEPS}
 
     def sleep(self, each_step: float) -> None:
         for trainer in self.trainers.values():
             model: Any = trainer.session.suite.rewards["waits"].model
             model.seconds = each_step / self.chunks
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 def main() -> None:
@@ -78,25 +83,22 @@ def main() -> None:
     mesh, config = process_group.start_ranks(), read_yaml(Path("tiny_wan_bpgo"))
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(config, mesh, folder)
-    for ahead in runs.trainers:
-        runs.go_on(ahead)
-    print(f"a step with / without, {STEPS} steps to each pause, {runs.chunks} chunks a step:")
+    work = 0.0  # seconds of rollout and update in the last steps without it
+    for ahead in (True, False):
+        work = runs.go_on(ahead)["work"]
+    print(f"{STEPS} steps to each pause, {runs.chunks} chunks a step; median [least, most] of {ROUNDS} repetitions")
+    print("reward / (rollout + update)   a step with / without   with, by the plan's closed form / without")
     for multiple in MULTIPLES:
-        ratios, predicted = [], []
+        found: list[tuple[float, float, float]] = []
         for turn in range(ROUNDS):
-            runs.sleep(0.0)
-            parts = runs.go_on(False)
-            parts["reward"] = multiple * (parts["rollout"] + parts["update"])
-            runs.sleep(parts["reward"])
-            steps = {ahead: runs.go_on(ahead)["step"] for ahead in ((False, True) if turn % 2 else (True, False))}
-            ratios.append(steps[True] / steps[False])
-            hidden = seconds_overlapped(runs.trainers[True].session.config, parts)
-            predicted.append((sum(parts[name] for name in PHASES) - hidden) / steps[False])
-        print(
-            f"  reward {multiple:g} x (rollout + update)   {median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-            f", {median(predicted):.2f} by the plan's closed form",
-            flush=True,
-        )
+            reward = multiple * work
+            runs.sleep(reward)
+            steps = {ahead: runs.go_on(ahead) for ahead in ((False, True) if turn % 2 else (True, False))}
+            whole, work = steps[False]["step"], steps[False]["work"]
+            parts = {"reward": reward, "rollout": work}
+            predicted = sum(parts.values()) - seconds_overlapped(runs.trainers[True].session.config, parts)
+            found.append((reward / work, steps[True]["step"] / whole, predicted / whole))
+        print(*map(spread, zip(*found, strict=True)), sep="   ", flush=True)
     process_group.stop_ranks()
 
 
