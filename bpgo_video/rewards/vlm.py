@@ -150,9 +150,7 @@ class QwenVL:
 
 
 class VlmJudge(NetworkReward):
-    """p = P(yes)/(P(yes) + P(no)) of the first generated token, of Qwen2.5-VL or Qwen3-VL (VQAScore, arXiv 2404.01291).
-
-    p is the mean of an answer that is 1 for yes and 0 for no. Its std, sqrt(p (1 - p)), is the std of the score.
+    """P(yes)/(P(yes) + P(no)) of the first generated token, of Qwen2.5-VL or Qwen3-VL (VQAScore, arXiv 2404.01291).
 
     Args:
         model: local folder or hub id (Qwen/Qwen2.5-VL-7B-Instruct, Qwen/Qwen3-VL-8B-Instruct).
@@ -188,8 +186,7 @@ class VlmJudge(NetworkReward):
         times = clips.times[indices]
         logits = [self._logits(video[indices], times, t) for video, t in zip(clips.videos, clips.texts, strict=True)]
         yes, no = torch.stack(logits).float().unbind(dim=1)
-        p = (yes - no).sigmoid()[:, None]
-        return FrameScores(p, std=(p * (no - yes).sigmoid()[:, None]).sqrt())
+        return FrameScores((yes - no).sigmoid()[:, None])
 
     def _logits(self, frames: Frames, times: Times, prompt: str) -> Float[Tensor, "answers"]:
         qwen = self.qwen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ class Compared:
         gains: of each seed, by regime and arm; where all seeds ran.
         cells: against GRPO, corrected over all of them; the arms but GRPO.
         demands: each demand with its regime and the difference that was found.
-        cost: of each arm: scorings of a video, and the learner's seconds for a thousand groups.
+        cost: of each arm: scorings of a video, and seconds of judges and learner for a thousand groups, the median
+            over runs.
         rates: GRPO's learning rate by regime.
     """
 
@@ -73,7 +74,7 @@ def compare(plan: Surrogate, names: Mapping[str, Sequence[str]], lines: Iterable
         cells=cells,
         demands=demands,
         cost={
-            arm: (fmean(run.outcome.scorings for run in of), fmean(run.outcome.seconds for run in of) / groups)
+            arm: (fmean(run.outcome.scorings for run in of), median(run.outcome.seconds for run in of) / groups)
             for arm, of in of_arms.items()
             if of
         },
@@ -148,8 +149,13 @@ def demands_table(compared: Compared) -> str:
 
 
 def cost_table(compared: Compared) -> str:
-    rows = [(f"`{arm}`", f"{calls:.2f}", f"{seconds:.2f}") for arm, (calls, seconds) in compared.cost.items()]
-    return table(("arm", "scorings of a video", "seconds of scoring and learner, a thousand groups"), rows)
+    _, grpo = compared.cost[GRPO]
+    rows = [
+        (f"`{arm}`", f"{calls:.2f}", f"{seconds:.2f}", f"{seconds / grpo:.2f}")
+        for arm, (calls, seconds) in compared.cost.items()
+    ]
+    head = ("arm", "scorings of a video", "seconds of judges and learner, a thousand groups", "relative to GRPO")
+    return table(head, rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
