@@ -226,6 +226,8 @@ class VideoAlign(NetworkReward):
         template: file of the question: text with {text_prompt} and the three tokens, or the authors' own
             prompt_template.py, of which DETAILED_PROMPT_WITH_SPECIAL_TOKEN is read (nothing is run).
         score: name in `SCORES`.
+        frames_per_second: of the model's input; None takes what it was trained with. Another number sees other frames,
+            for a further scoring of the same videos.
         base: folder or hub id of the Qwen2-VL that was fine-tuned, whose configuration, tokenizer and chat template are
             used; its weights are not read.
 
@@ -241,13 +243,14 @@ class VideoAlign(NetworkReward):
 
     def __init__(
         self, template: str, score: str = "overall", model: str = "KwaiVGI/VideoReward",
-        base: str = "Qwen/Qwen2-VL-2B-Instruct",
+        base: str = "Qwen/Qwen2-VL-2B-Instruct", frames_per_second: float | None = None,
         device: Device = "cpu", dtype: Dtype = "float32", backbones: Backbones | None = None,
     ):  # fmt: skip
         if score not in SCORES:
             raise ValueError(unknown("score", score, SCORES))
         self.template, self.columns = read_template(Path(template)), SCORES[score]
-        self.settings, self.processor = (score, self.template), resolve_folder(base, only=WITHOUT_WEIGHTS)
+        self.settings = (score, self.template, *([] if frames_per_second is None else [frames_per_second]))
+        self.own_sampling, self.processor = frames_per_second, resolve_folder(base, only=WITHOUT_WEIGHTS)
         super().__init__(model, None, None, device, dtype, backbones)
 
     def check(self, folder: Path) -> None:
@@ -264,14 +267,14 @@ class VideoAlign(NetworkReward):
 
     def use(self, backbone: Backbone, folder: Path) -> None:
         data, statistics = self.trained["data_config"], self.trained["inference_config"]
-        self.frames = FrameSampling(fps=data["fps"])
+        self.frames = FrameSampling(fps=self.own_sampling or data["fps"])
         config = Qwen2VLConfig.from_pretrained(folder)
         self.qwen = QwenVL(backbone, config, folder, MIN_PIXELS, data["max_frame_pixels"])
         self._add_tokens()
         self.mean, self.std = (torch.tensor([statistics[f"{p}_{which}"] for p in PARTS]) for which in ("mean", "std"))
 
     def __call__(self, clips: Clips) -> FrameScores:
-        key = (self.qwen.backbone.key, self.template)
+        key = (self.qwen.backbone.key, self.template, self.frames)
         parts = clips.cached(key, lambda: torch.stack([self._parts(clips, row) for row in range(len(clips))]))
         return FrameScores(parts[:, self.columns].sum(dim=1, keepdim=True))
 

@@ -191,7 +191,8 @@ def test_nested_options_pass_through_unchanged(tmp_path: Path) -> None:
 METHODS = [
     ("tiny_wan_bpgo", "--loss.objective awm", {"loss.step_weights": "none", "rollout.same_start": False}),
     ("tiny_wan_longcat", "--loss.objective nft", {"loss.step_weights": "none", "rollout.same_start": False}),
-    ("tiny_wan_bpgo", "--prior.kind none", {"bpgo.zeta": 0.0, "bpgo.alpha": 0.0}),
+    ("tiny_wan_bpgo", "--prior.kind none", {"bpgo.zeta": 0.0}),
+    ("tiny_wan_paper", "--prior.kind none", {"bpgo.zeta": 0.0, "bpgo.alpha": 0.0}),
     ("tiny_wan_bpgo", "--prior.kind none --bpgo.trust none", {"bpgo.zeta": 0.0}),
     ("tiny_wan_bpgo", "--advantage.normalise max_std", {"bpgo.alpha": 0.0}),
     ("tiny_wan_bpgo", "--evaluation.weights ema", {"ema.decay": 0.99}),

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from bpgo_video.rewards import Clips
-from bpgo_video.rewards.base import RewardError
+from bpgo_video.rewards.base import FrameSampling, RewardError
 from bpgo_video.rewards.networks import Backbones
 from bpgo_video.rewards.vlm import PatchLayout, VideoAlign, VlmJudge, frame_count, read_template
 from tests.made.random_qwen import CHAT, KINDS, MEAN, NORMALISATION, STD, random_qwen, random_videoalign, tokenizer
@@ -193,6 +193,18 @@ def test_rewards_with_several_scores_run_the_network_once(tmp_path: Path, monkey
     for part in ("VQ", "MQ"):
         VideoAlign(score=part, backbones=backbones, **paths)(clips)
     assert len(calls) == len(clips)
+
+
+def test_a_further_scoring_sees_other_frames_with_the_same_network(tmp_path: Path) -> None:
+    paths, _, _ = videoalign(tmp_path, 1)
+    clips, backbones = replace(some_clips(41), fps=8.0), Backbones()
+    first, again = (VideoAlign(**paths, backbones=backbones, frames_per_second=rate) for rate in (None, 1.2))
+    assert first.qwen.backbone is again.qwen.backbone
+    assert first.version != again.version
+    seen = [FrameSampling(count=frame_count(41, 8.0, rate)).of(clips) for rate in (2.0, 1.2)]
+    assert [len(frames) for frames in seen] == [10, 6]
+    one, other = first(clips).values, again(clips).values
+    assert not torch.allclose(one, other), "the cached scores of the first one are not reused"
 
 
 EMBEDDINGS = "base_model.model.model.embed_tokens.weight"
