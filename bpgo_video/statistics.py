@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 from jaxtyping import Float
@@ -91,8 +92,7 @@ def effect(a: Scores, b: Scores) -> Effect:
     means_a, means_b = a.mean(axis=1, dtype=np.float64), b.mean(axis=1, dtype=np.float64)
     differences, scale = means_b - means_a, float(a.std(dtype=np.float64))
     low, high = interval(differences)
-    spread = max(scale, float(b.std(dtype=np.float64)))  # the same for either order of the models
-    ranked = np.where(np.abs(differences) <= TIE * spread, 0.0, differences)
+    ranked = paired_differences(a, b)
     return Effect(
         prompts=len(a),
         mean_a=float(means_a.mean()),
@@ -108,6 +108,13 @@ def effect(a: Scores, b: Scores) -> Effect:
         losses=int((ranked < 0).sum()),
         stderr=float(stats.sem(differences)) if len(a) > 1 else None,
     )
+
+
+def paired_differences(a: Scores, b: Scores) -> Differences:
+    """B's mean minus A's on each prompt, as the tests take them: 0 within TIE of the scores' spread."""
+    differences = b.mean(axis=1, dtype=np.float64) - a.mean(axis=1, dtype=np.float64)
+    spread = max(float(a.std(dtype=np.float64)), float(b.std(dtype=np.float64)))  # the same for either order
+    return np.where(np.abs(differences) <= TIE * spread, 0.0, differences)
 
 
 def interval(differences: Differences) -> tuple[float | None, float | None]:
@@ -159,6 +166,11 @@ def detectable(effect: Effect, measures: int) -> float | None:
 def too_few(prompts: int, measures: int) -> bool:
     """Whether the corrected test, whose smallest p value is 2 / 2^prompts, cannot show any difference."""
     return measures * 2.0 ** (1 - prompts) >= 1 - LEVEL
+
+
+def fewest_prompts(measures: int) -> int:
+    """The smallest number of prompts with which the corrected test can show a difference."""
+    return next(prompts for prompts in count(1) if not too_few(prompts, measures))
 
 
 def can_show(prompts: int, measures: int, detectable: float | None) -> str:

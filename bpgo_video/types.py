@@ -106,6 +106,7 @@ class PromptBatch:
         priors: anchors by the reward's name.
         images: first frames for image-to-video, RGB in [0, 1] at the video's size; None if the prompts have no images.
         again: the prompts whose videos are scored again, by rewards with several scorings; None for all.
+        tags: of each prompt, such as its kind; empty if none is known.
     """
 
     ids: Int[Tensor, "prompts"]
@@ -116,6 +117,7 @@ class PromptBatch:
     priors: Mapping[str, PriorAnchor] = field(default_factory=dict)
     images: Float[Tensor, "prompts 3 height width"] | None = None
     again: Bool[Tensor, "prompts"] | None = None
+    tags: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -179,6 +181,7 @@ class Rewards:
         per_frame: each model's score per sampled frame, of the first scoring.
         frame_times: time of each sampled frame in seconds; None for a model that scores videos as a whole.
         scorings: each scoring of the rewards that have several; nan from the second on for prompts scored once.
+        stds: standard deviation of the error of each score in by_name, of the rewards that state it.
     """
 
     by_name: Mapping[str, Float[Tensor, "prompts group"]]
@@ -186,6 +189,7 @@ class Rewards:
     per_frame: Mapping[str, Float[Tensor, "prompts group scored"]]
     frame_times: Mapping[str, Float[Tensor, "scored"] | None]
     scorings: Mapping[str, Float[Tensor, "prompts group scorings"]] = field(default_factory=dict)
+    stds: Mapping[str, Float[Tensor, "prompts group"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

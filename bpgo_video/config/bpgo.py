@@ -252,6 +252,13 @@ class EvaluationConfig:
     """Weights that are evaluated; `ema` and `both` need `ema.decay` above 0. `both` measures the run by the raw weights
     and logs the average's scores as `heldout_ema/NAME`."""
 
+    alarm: Literal["none", "warn", "stop", "kl"] = "warn"
+    """What to do when the trained reward rises while a held-out one falls, by a test over the run's evaluations: say so
+    once per reward (`warn`), also end the run with its results (`stop`), or also multiply loss.kl_weight by
+    `alarm_kl_factor` (`kl`), again at each further fall."""
+    alarm_kl_factor: AtLeastOne = 4.0
+    """`kl`: factor of loss.kl_weight at an alarm."""
+
     def shift_or(self, sampler: SamplerConfig) -> float | None:
         """Shift of the sigma schedule; None is the pipeline's own schedule."""
         return sampler.shift if self.shift is None else self.shift

@@ -20,8 +20,8 @@ from bpgo_video.config.fields import (
 )
 
 FORM_TRUST = {"paper": "sigmoid", "released": "posterior", "released_exact": "posterior"}  # of each form's source
-WITHOUT_ANCHOR = ("frames", "reliability", "none")  # trusts that compare rewards with no prior
-TrustName = Annotated[Literal["sigmoid", "posterior", "frames", "reliability", "none"], OrFunction]
+WITHOUT_ANCHOR = ("frames", "reliability", "uncertainty", "none")  # trusts that compare rewards with no prior
+TrustName = Annotated[Literal["sigmoid", "posterior", "frames", "reliability", "uncertainty", "none"], OrFunction]
 
 
 @section
@@ -61,7 +61,7 @@ class PriorConfig:
     prompts. `ema` and `global` are moving averages of the run's rewards, per prompt and over all prompts. `first_frame`
     scores the conditioning image; `first_frame_centred` moves that to the level of the run's videos. `constant` is one
     number. `none` needs zeta = 0, and either alpha = 0 or a trust without an anchor (frames, reliability,
-    none)."""
+    uncertainty, none)."""
     samples: Several = 8
     """Samples of the starting policy per prompt that bpgo-video priors takes; with `rollout.same_start` they are pairs
     that share a start, so an even number from 4."""
@@ -128,7 +128,8 @@ class BPGOConfig:
     trust: TrustName | None = None
     """The trust w of a group: Eq 2 (`sigmoid`), the probability that its mean is above the anchor (`posterior`), the
     agreement of a video's frame scores (`frames`) or of several scorings (`reliability`, see
-    `rewards.NAME.rescorings`), or 1 (`none`). None takes the form's: sigmoid or posterior."""
+    `rewards.NAME.rescorings`), the error that the reward states (`uncertainty`), or 1 (`none`). None takes the form's:
+    sigmoid or posterior."""
     ras_center: Literal["none", "batch_mean"] = "none"
     """`batch_mean` subtracts the batch's mean from the argument of the trust, reward by reward: a shift that all groups
     share then changes no w."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfig, PolicyConfig, VideoConfig
+from bpgo_video.config.evaluation_rules import alarm_rules
 from bpgo_video.config.fields import HELD
 from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.run import OptimizerConfig, RunConfig
@@ -107,7 +108,8 @@ def reward_rules(config: Config, section: str, name: str, reward: RewardConfig) 
     kind, at, has_number = reward.aggregate, reward.aggregate_at, reward.aggregate not in ("mean", "min")
     scorings = [reward.options, *({**reward.options, **options} for options in reward.rescorings)]
     repeats = any(options in scorings[:i] for i, options in enumerate(scorings))
-    compares = trained and config.bpgo_by_reward[name].uses_trust and config.bpgo_by_reward[name].trust == "reliability"
+    bpgo = config.bpgo_by_reward.get(name)
+    trust = bpgo.trust if bpgo and bpgo.uses_trust else None
     return {
         f"reward name {name!r} must consist of letters, digits and any of . : _ -": (
             not re.fullmatch(r"[\w:-][\w.:-]*", name)
@@ -126,8 +128,10 @@ def reward_rules(config: Config, section: str, name: str, reward: RewardConfig) 
         ),
         f"{key} has trust 'reliability', which compares several scorings of a video, and no rescorings; set "
         f"{key}.rescorings, such as [{{frames: 4}}], or {key}.trust to 'frames' or 'none'": (
-            compares and not reward.rescorings
+            trust == "reliability" and not reward.rescorings
         ),
+        f"{key} has trust 'uncertainty' with aggregate = {kind!r}: only the error of a mean over frames follows from "
+        f"theirs; set {key}.aggregate to 'mean', or {key}.trust to another": trust == "uncertainty" and kind != "mean",
         f"{key}.rescorings is {list(reward.rescorings)}: each needs options that differ from {key}.options and from "
         "the others', since an equal model gives an equal score": repeats,
         f"{key} is held out, and trust and rescorings are of rewards that train; remove them from {key}": (
@@ -149,7 +153,7 @@ def learner_rules(config: Config) -> Rules:
         ),
         f"prior.kind is 'none', but bpgo.alpha = {bpgo.alpha}, bpgo.trust = {bpgo.trust!r} and bpgo.zeta = {bpgo.zeta} "
         "need an anchor; set prior.kind to 'reference' or 'constant', or bpgo.zeta to 0 and bpgo.alpha to 0 "
-        "(plain GRPO) or bpgo.trust to 'frames', 'reliability' or 'none'": (
+        "(plain GRPO) or bpgo.trust to 'frames', 'reliability', 'uncertainty' or 'none'": (
             config.needs_prior and config.prior.kind == "none"
         ),
         f"prior.samples is {samples} with rollout.same_start: a prior takes two or more pairs of samples that share a "
@@ -223,7 +227,7 @@ def check(config: Config) -> None:
             check_rules(reward_rules(config, section, name, reward))
     samples, described = config.samples
     check_rules(size_rules(config.video, config.micro_batch_size, described, samples))
-    for rules in (learner_rules, sampler_rules, objective_rules, ahead_rules):
+    for rules in (learner_rules, alarm_rules, sampler_rules, objective_rules, ahead_rules):
         check_rules(rules(config))
     check_rules(common_rules(config.policy, config.parallel, config.optim, config.ema, config.evaluation.weights))
 

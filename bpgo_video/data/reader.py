@@ -28,6 +28,7 @@ import re
 import shlex
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,6 +72,7 @@ SHARD_NAME = re.compile(r"(?:prompts|clips)-[\w.-]*\.tar")  # in an index; it be
 READABLE = (1, 2)  # format versions
 INNERMOST = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+COUNTED_TAGS = 10_000  # of a split
 MAX_SHARDS = 100_000  # that a pattern may name
 KEY = re.compile(r"[0-9A-Za-z-]+")
 TAR_BLOCK = 512
@@ -125,6 +127,7 @@ class PromptShards:
         for path in self._paths:
             if not path.is_file():
                 raise ShardError(f"{path} is missing, though {self.directory / 'index.json'} names it; copy it again")
+        self._tags: dict[str, Counter[str]] = {split: Counter() for split in self.index["splits"]}
         self._rows = np.fromiter(self._scan(), dtype=ROW)
         ids, uses = np.unique(self._rows["id"], return_counts=True)
         if len(ids) < len(self):
@@ -178,6 +181,10 @@ class PromptShards:
     def ids(self, rows: np.ndarray) -> np.ndarray:
         """The prompts' ids, [rows] int64, without reading the records."""
         return self._rows["id"][rows]
+
+    def common_tags(self, split: str, most: int) -> list[str]:
+        """The tags that most prompts of a split have, among the first COUNTED_TAGS different ones, by number."""
+        return [tag for tag, _ in sorted(self._tags[split].items(), key=lambda item: (-item[1], item[0]))[:most]]
 
     def has_images(self, split: str) -> bool:
         """Whether the prompts of a split have images. Raises ShardError if only some have."""
@@ -254,6 +261,8 @@ class PromptShards:
                     if digest not in stored:
                         raise damaged(path, key, f"neither it nor an earlier record has its {kind} tensors")
                     ranges.append(stored[digest])
+                tags = self._tags[header["split"]]
+                tags.update(tag for tag in header["tags"] if tag in tags or len(tags) < COUNTED_TAGS)
                 yield header["id"], splits[header["split"]], number, "image" in members, ranges
                 count += 1
             if count != shard["count"]:

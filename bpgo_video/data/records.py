@@ -200,6 +200,8 @@ def parse_header(data: bytes) -> dict[str, Any]:
     for name, kind in types.items():
         if not isinstance(header.get(name), kind):
             raise ValueError(f"{name!r} of its JSON is {shown(header.get(name))}, which is not of type {kind.__name__}")
+    if not all(isinstance(tag, str) for tag in header["tags"]):
+        raise ValueError(f"'tags' of its JSON are {shown(header['tags'])}, which are not all text")
     if not 0 <= header["id"] < 2**63:
         raise ValueError(f"'id' of its JSON is {shown(header['id'])}; ids go from 0 to 2^63 - 1")
     return dict(header)

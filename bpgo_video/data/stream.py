@@ -145,6 +145,7 @@ def as_batch(records: Sequence[PromptRecord], size: Size | None = None) -> Promp
         negative=_stacked(list(negatives.values())),
         negative_rows=torch.tensor([number[record.negative_prompt] for record in records]),
         images=None if size is None else _images(records, size),
+        tags=tuple(record.tags for record in records),
     )
 
 

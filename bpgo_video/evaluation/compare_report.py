@@ -27,7 +27,7 @@ from bpgo_video.training.report import read_summary, write_page
 from bpgo_video.training.summary import WIDTH, boxed
 
 COLOURS = dict(zip(("heldout", "trained", "video"), SERIES, strict=True))
-RUN_PANELS = ("heldout", "reward", "trained_against_heldout", "trust", "trust_histogram", "reliability")
+RUN_PANELS = ("heldout", "reward", "trained_against_heldout", "trust", "trust_kinds", "trust_histogram", "reliability")
 LONGEST_SIDE = 320  # pixels of an embedded video; larger ones are scaled down
 QUALITY = 23  # x264's constant rate factor for scaled videos
 CAPTION = (

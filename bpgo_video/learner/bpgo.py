@@ -115,6 +115,7 @@ def step_advantages(
     trusts: Mapping[str, Any] | None = None,
     frames: Mapping[str, FrameScores] | None = None,
     reliability: Mapping[str, Float[Tensor, "prompts"]] | None = None,
+    stds: RewardsByName | None = None,
     credit: Mapping[str, Float[Tensor, "prompts group latent_frames"]] | None = None,
 ) -> GroupAdvantages:
     """The advantages of one step's groups; with alpha = zeta = 0 exactly A of GRPO, None and 1.
@@ -130,22 +131,22 @@ def step_advantages(
         trusts: of rewards that have a trust of their own instead of bpgo.trust.
         frames: scores of single frames, by reward name; needed for trust `frames`.
         reliability: rho in [0, 1] of each group's scores, by reward name; needed for trust `reliability`.
+        stds: standard deviation of the error of each score, by reward name; needed for trust `uncertainty`.
         credit: what a reward adds to A for each latent frame, by reward name; None credits videos as a whole.
 
     Raises:
         ValueError: names the reward that is not finite, has no anchor or one of scale 0, or lacks what its trust needs.
         OverflowError: names the reward whose transformation overflows.
     """
-    frames, reliability = frames or {}, reliability or {}
+    frames, reliability, stds = frames or {}, reliability or {}, stds or {}
     own = {name: replace(bpgo, trust=(trusts or {}).get(name, bpgo.trust)) for name in rewards_by_name}
     of_rewards = {}
     for name, rewards in rewards_by_name.items():
         _check(name, rewards, anchors, own[name])
         anchor = anchors.get(name)
         prior, scale = (None, None) if anchor is None else (anchor.mean.to(rewards.device), anchor.scale)
-        scores = GroupScores(
-            rewards, prior, scale if bpgo.standardise else None, frames.get(name), reliability.get(name)
-        )
+        scale = scale if bpgo.standardise else None
+        scores = GroupScores(rewards, prior, scale, frames.get(name), reliability.get(name), stds.get(name))
         of_rewards[name] = _of_reward(name, scores, own[name], NORMALISERS[normalisation.normalise])
     found, grpo = _combined(of_rewards, weights, bpgo.ras_on_crt, normalisation.combine, credit)
     if normalisation.best_of is not None:

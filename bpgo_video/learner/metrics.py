@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -58,6 +58,14 @@ def batch_metrics(
     spreads = {name: rewards_by_name[name].double().var(dim=1).mean().sqrt().float() for name in anchors}
     metrics |= {f"prior/group_std/{name}": spread for name, spread in spreads.items()}
     return metrics | {f"prior/scale/{name}": torch.tensor(anchor.scale) for name, anchor in anchors.items()}
+
+
+def trust_by_kind(
+    trust: Float[Tensor, "prompts"], tags: Sequence[Collection[str]], shown: Iterable[str]
+) -> dict[str, Tensor]:
+    """Mean trust of the prompts that have each of the `shown` tags; tags that no prompt has are absent."""
+    rows = {tag: torch.tensor([tag in of_prompt for of_prompt in tags], dtype=torch.bool) for tag in shown if tags}
+    return {f"trust_kind/{tag}": trust[rows[tag]].mean() for tag in rows if rows[tag].any()}
 
 
 def _with_worst(name: str, by_reward: Mapping[str, Tensor]) -> dict[str, Tensor]:

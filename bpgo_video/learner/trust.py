@@ -1,7 +1,7 @@
 """The table of trusts: the weight w of each group of one reward.
 
 Eq 2 and the authors' posterior compare a group's mean reward with an anchor. Beyond the paper: the level of a reward
-tells nothing of its noise, which averages out in a group's mean. The trusts `frames` and `reliability` follow from the
+tells nothing of its noise, which averages out in a group's mean. The other trusts follow from the
 reliability rho of a video's score instead, the share of its variance within the group that is not noise. The posterior
 mean of the score without noise, in units of the observed spread, is rho A; w = 1/2 + rho is a mild version of it, which
 keeps more of the signal of noisy groups (docs/bpgo.md).
@@ -35,6 +35,7 @@ class GroupScores:
         scale: s_ref in u = (R - R_prior)/s_ref; None for the verbatim equations, or without an anchor.
         frames: scores of single frames; None for a reward that scores videos as a whole.
         reliability: rho of R by repeated scoring, in [0, 1]; None if no video is scored again.
+        std: standard deviation of the error of each score in R, as the reward states it; None if it does not.
     """
 
     rewards: Float[Tensor, "prompts group"]
@@ -42,6 +43,7 @@ class GroupScores:
     scale: float | None = None
     frames: Float[Tensor, "prompts group frames"] | None = None
     reliability: PerPrompt | None = None
+    std: Float[Tensor, "prompts group"] | None = None
 
 
 def agreement_trust(rho: PerPrompt, alpha: float, centre: bool = False) -> PerPrompt:
@@ -93,13 +95,33 @@ def reliability(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
     return agreement_trust(scores.reliability, settings.alpha, settings.centres_trust)
 
 
+def uncertainty(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
+    """The errors that the reward itself states: rho = clip(1 - mean_j s_j^2 / var_j R, 0, 1), 0 in a flat group."""
+    if scores.std is None:
+        raise ValueError(
+            "trust 'uncertainty' compares the spread of the scores with the std that the reward states, and this one "
+            "states none (FrameScores.std), or not of all videos; set its `trust` to 'reliability' with `rescorings`, "
+            "to 'frames' or to 'none'"
+        )
+    noise, spread = scores.std.double().square().mean(dim=1), scores.rewards.double().var(dim=1)
+    rho = torch.where(spread > 0, 1 - noise / spread, 0.0).clamp(0, 1)
+    return agreement_trust(rho, settings.alpha, settings.centres_trust)
+
+
 def none(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
     """w = 1."""
     return torch.ones_like(scores.rewards[:, 0])
 
 
 TRUSTS: Table[Callable[[GroupScores, BPGOConfig], Tensor]] = Table(
-    {"sigmoid": sigmoid, "posterior": posterior, "frames": frames, "reliability": reliability, "none": none}
+    {
+        "sigmoid": sigmoid,
+        "posterior": posterior,
+        "frames": frames,
+        "reliability": reliability,
+        "uncertainty": uncertainty,
+        "none": none,
+    }
 )
 
 

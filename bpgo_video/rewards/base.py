@@ -69,10 +69,12 @@ class FrameScores:
     Attributes:
         values: one score per video and scored frame, or one column with the score of the whole video.
         times: seconds of the scored frames from the first frame, increasing; None for scores of whole videos.
+        std: standard deviation of each score's error, as the model itself estimates it; None if it does not.
     """
 
     values: Scores
     times: Float[Tensor, "scored"] | None = None
+    std: Scores | None = None
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,12 @@ class RemoteReward(DescribedModel):
         scores = [self._score(part, deadline) for part in parts]
         if len({part.values.shape[1] for part in scores}) > 1:
             raise MalformedMessage("the server's replies to one chunk differ in the number of scored frames")
-        return FrameScores(torch.cat([part.values for part in scores]), scores[0].times)
+        stds = [part.std for part in scores if part.std is not None]
+        if len(stds) not in (0, len(scores)):
+            raise MalformedMessage("some of the server's replies to one chunk state a std, and some do not")
+        return FrameScores(
+            torch.cat([part.values for part in scores]), scores[0].times, torch.cat(stds) if stds else None
+        )
 
     def _score(self, clips: Clips, deadline: float) -> FrameScores:
         packed = pack_clips(clips)

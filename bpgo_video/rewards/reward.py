@@ -119,6 +119,14 @@ def build_models(
         raise ConfigError(f"rewards.{name} ({reward.model}) could not be built: {error}") from error
 
 
+def source_of(name: str, reward: RewardConfig) -> str:
+    """What an entry scores with: its weights, server or script, or else the model's name; loads nothing."""
+    parameters = inspect.signature(reward_factory(name, reward)).parameters.values()
+    options = {**{p.name: p.default for p in parameters if p.default is not p.empty}, **reward.options}
+    named = [f"{options[key]}" for key in ("model", "url", "script") if options.get(key)]
+    return " ".join([*named, *([f"{options['settings']}"] if options.get("settings") else [])]) or reward.model
+
+
 def _all_options(reward: RewardConfig) -> list[dict[str, Any]]:
     """Options of each scoring."""
     return [reward.options, *({**reward.options, **options} for options in reward.rescorings)]
@@ -155,6 +163,15 @@ class Reward:
             at = -at  # the recipe states it in the model's own units
         return AGGREGATES[self.config.aggregate](frame_scores, at)
 
+    def aggregate_std(self, std: Scores | None) -> VideoScores | None:
+        """sqrt(sum_f s_f^2)/F, the std of the error of a mean over frames that err independently.
+
+        None if the model states no std, or the aggregate is another.
+        """
+        if std is None or self.config.aggregate != "mean":
+            return None
+        return std.square().sum(dim=1).sqrt() / std.shape[1]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -181,10 +198,11 @@ class Call:
         return f"reward {self.reward!r} on {'; '.join(named)}{f' and of {more} more prompts' if more else ''}"
 
     def score(self, model: RewardModel, clips: Clips) -> FrameScores:
-        """The model's scores, negated where lower is better; fp32, on the CPU.
+        """The model's scores, negated where lower is better, with their std; fp32, on the CPU.
 
         Raises:
-            RewardError: the model failed, or returned anything but one row of scores per video; names the call.
+            RewardError: the model failed, or returned anything but one row of scores per video, and of std, if any;
+                names the call.
         """
         try:
             scores = model(clips)
@@ -198,7 +216,18 @@ class Call:
             times = "no frame times" if scores.times is None else f"{len(scores.times)} frame times"
             raise RewardError(f"{self} returned {shape[1]} scores a video with {times}; the numbers must be equal")
         values = scores.values.float().cpu()
-        return FrameScores(values if model.higher_is_better else -values, scores.times)
+        return FrameScores(values if model.higher_is_better else -values, scores.times, self._checked_std(scores))
+
+    def _checked_std(self, scores: FrameScores) -> Scores | None:
+        if scores.std is None:
+            return None
+        std = scores.std.float().cpu()
+        if std.shape != scores.values.shape:
+            shapes = f"std of shape {tuple(std.shape)} for scores of {tuple(scores.values.shape)}"
+            raise RewardError(f"{self} returned {shapes}; each score needs its own")
+        if bad := std[~(std.isfinite() & (std >= 0))].tolist():
+            raise RewardError(f"{self} returned a std of {bad[0]}; it must be finite and 0 or more, or std None")
+        return std
 
 
 def describe_samples(prompts: PromptBatch, row: int, samples: Sequence[int]) -> str:

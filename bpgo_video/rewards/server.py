@@ -2,7 +2,7 @@
 
     GET  /health   {"status": "ok"}, without a token
     GET  /reward   the model's description (`wire.Description`) and `max_bytes` of a request
-    POST /score    X-Request-Id; a line of JSON (`wire.ClipsHeader`), then pixels; {"id", "version", "values", "times"}
+    POST /score    X-Request-Id; a line of JSON (`wire.ClipsHeader`), then pixels; id, version, `wire.ScoresMessage`
 
 Errors are {"error": reason} with status 400, 401, 404, 408, 409, 411, 413, 429 (Retry-After) or 500; uvicorn answers
 malformed HTTP with 400, and 503 if all connections wait for scores. Nothing is unpickled, and no prompt is logged.

@@ -20,7 +20,7 @@ from types import ModuleType
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
@@ -38,12 +38,14 @@ class ScoredChunk:
     Attributes:
         frames: of each scored frame, or one column; of the first scoring.
         videos: aggregated, a column for each scoring; nan from the second on for videos that are scored once.
+        stds: of their errors; nan where the model states none.
     """
 
     prompt_rows: Int[Tensor, "samples"]
     sample_index: Int[Tensor, "samples"]
     frames: dict[str, FrameScores] = field(default_factory=dict)
     videos: dict[str, Float[Tensor, "samples scorings"]] = field(default_factory=dict)
+    stds: dict[str, Float[Tensor, "samples scorings"]] = field(default_factory=dict)
 
 
 class RewardSuite:
@@ -119,12 +121,16 @@ class RewardSuite:
         again = everyone if prompts.again is None else everyone[prompts.again[rows]]
         scored = ScoredChunk(rows, chunk.sample_index)
         for name, reward in self.rewards.items():
-            scored.frames[name] = scores(name, reward.config.timeout, reward.model, everyone)
-            scored.videos[name] = torch.full((len(clips), len(reward.models)), torch.nan)
-            scored.videos[name][:, 0] = reward.aggregate(scored.frames[name].values)
-            for number, model in enumerate(reward.rescorers if len(again) else (), start=1):
-                rescored = scores(f"{name}.rescorings[{number - 1}]", reward.config.timeout, model, again)
-                scored.videos[name][again, number] = reward.aggregate(rescored.values)
+            unknown = torch.full((len(clips), len(reward.models)), torch.nan)
+            scored.videos[name], scored.stds[name] = unknown.clone(), unknown
+            for number, model in enumerate(reward.models if len(again) else [reward.model]):
+                called = f"{name}.rescorings[{number - 1}]" if number else name
+                which = again if number else everyone
+                found = scores(called, reward.config.timeout, model, which)
+                scored.frames.setdefault(name, found)
+                scored.videos[name][which, number] = reward.aggregate(found.values)
+                if (std := reward.aggregate_std(found.std)) is not None:
+                    scored.stds[name][which, number] = std
         return scored
 
     @torch.no_grad()
@@ -154,7 +160,7 @@ class RewardSuite:
         def gathered(parts: Iterable[Tensor]) -> Tensor:
             return mesh.gather(torch.cat(list(parts)).to(mesh.device), items, len(prompts) * group_size)
 
-        per_frame, scorings, by_name = {}, {}, {}
+        per_frame, scorings, by_name, stds = {}, {}, {}, {}
         for name, reward in self.rewards.items():
             scores = [chunk.frames[name].values for chunk in chunks]
             widths = gathered(torch.full((len(values),), values.shape[1]) for values in scores)
@@ -163,6 +169,9 @@ class RewardSuite:
             _check_finite(name, per_frame[name], prompts, group_size)
             every = gathered(chunk.videos[name] for chunk in chunks)
             by_name[name] = every[:, 0].unflatten(0, shape)
+            std = std_of_mean(gathered(chunk.stds[name] for chunk in chunks), every.isfinite())
+            if bool(std.isfinite().all()):
+                stds[name] = std.unflatten(0, shape)
             if reward.rescorers:
                 again = torch.ones(len(prompts), dtype=torch.bool) if prompts.again is None else prompts.again
                 once = ~again.repeat_interleave(group_size).to(every.device)
@@ -171,7 +180,15 @@ class RewardSuite:
                 by_name[name] = scorings[name].nanmean(dim=2)
         total = torch.stack([self.weights[name] * scores for name, scores in by_name.items()]).sum(dim=0)
         by_frame = {name: values.unflatten(0, shape) for name, values in per_frame.items()}
-        return Rewards(by_name, total, by_frame, {name: chunks[0].frames[name].times for name in by_name}, scorings)
+        times = {name: chunks[0].frames[name].times for name in by_name}
+        return Rewards(by_name, total, by_frame, times, scorings, stds)
+
+
+def std_of_mean(
+    std: Float[Tensor, "samples scorings"], scored: Bool[Tensor, "samples scorings"]
+) -> Float[Tensor, "samples"]:
+    """sqrt(sum_k s_k^2)/K of each video's K scorings, which err independently; nan if one of them states no std."""
+    return std.masked_fill(~scored, 0.0).square().sum(dim=1).sqrt() / scored.sum(dim=1)
 
 
 def _check_widths(name: str, widths: Tensor, prompts: PromptBatch, group_size: int) -> None:

@@ -150,7 +150,9 @@ class QwenVL:
 
 
 class VlmJudge(NetworkReward):
-    """P(yes)/(P(yes) + P(no)) of the first generated token, of Qwen2.5-VL or Qwen3-VL (VQAScore, arXiv 2404.01291).
+    """p = P(yes)/(P(yes) + P(no)) of the first generated token, of Qwen2.5-VL or Qwen3-VL (VQAScore, arXiv 2404.01291).
+
+    p is the mean of an answer that is 1 for yes and 0 for no. Its std, sqrt(p (1 - p)), is the std of the score.
 
     Args:
         model: local folder or hub id (Qwen/Qwen2.5-VL-7B-Instruct, Qwen/Qwen3-VL-8B-Instruct).
@@ -186,7 +188,8 @@ class VlmJudge(NetworkReward):
         times = clips.times[indices]
         logits = [self._logits(video[indices], times, t) for video, t in zip(clips.videos, clips.texts, strict=True)]
         yes, no = torch.stack(logits).float().unbind(dim=1)
-        return FrameScores((yes - no).sigmoid()[:, None])
+        p = (yes - no).sigmoid()[:, None]
+        return FrameScores(p, std=(p * (no - yes).sigmoid()[:, None]).sqrt())
 
     def _logits(self, frames: Frames, times: Times, prompt: str) -> Float[Tensor, "answers"]:
         qwen = self.qwen

@@ -36,6 +36,7 @@ class ScoresMessage(BaseModel):
     model_config = ConfigDict(strict=True)
     values: list[list[float]]
     times: list[float] | None
+    std: list[list[float]] | None = None
 
 
 class Description(BaseModel):
@@ -125,7 +126,8 @@ def _from_bytes(pixels: Tensor) -> Tensor:
 def pack_scores(scores: FrameScores) -> dict[str, Any]:
     """A model's own scores: the receiving suite negates them where lower is better."""
     times = None if scores.times is None else scores.times.tolist()
-    return {"values": scores.values.float().cpu().tolist(), "times": times}
+    std = None if scores.std is None else scores.std.float().cpu().tolist()
+    return {"values": scores.values.float().cpu().tolist(), "times": times, "std": std}
 
 
 def unpack_scores(message: Mapping[str, Any]) -> FrameScores:
@@ -134,10 +136,12 @@ def unpack_scores(message: Mapping[str, Any]) -> FrameScores:
         MalformedMessage: the message does not hold rows of numbers of one length.
     """
     scores = parse(ScoresMessage, message)
-    if len({len(row) for row in scores.values}) > 1:
-        raise MalformedMessage("rows of scores differ in length; all videos of a call need equally many")
+    rows = [*scores.values, *(scores.values if scores.std is None else scores.std)]
+    if len({len(row) for row in rows}) > 1 or len(rows) != 2 * len(scores.values):
+        raise MalformedMessage("rows of scores, or of std, differ in length; all videos of a call need equally many")
+    std = None if scores.std is None else torch.tensor(scores.std).reshape(len(scores.std), -1)
     times = None if scores.times is None else torch.tensor(scores.times, dtype=torch.float64)
-    return FrameScores(torch.tensor(scores.values).reshape(len(scores.values), -1), times)
+    return FrameScores(torch.tensor(scores.values).reshape(len(scores.values), -1), times, std)
 
 
 def describe(model: RewardModel) -> dict[str, Any]:

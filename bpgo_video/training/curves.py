@@ -190,12 +190,13 @@ def trust_histogram(axes: Axes, records: Records, summary: Summary) -> str | Non
     return f"{shares[len(keys) // 2 :].sum(axis=0).mean():.0%} of the groups at w = 1 or above"
 
 
-def reliability(axes: Axes, records: Records, summary: Summary) -> str | None:
+def lines(prefix: str, axes: Axes, records: Records, summary: Summary) -> str | None:
+    """The moving mean of each key with a prefix, named by the rest of the key."""
     words = []
-    for i, key in enumerate(keys := keys_with(records, "icc/")):
+    for i, key in enumerate(keys := keys_with(records, prefix)):
         steps, values = series(records, key)
-        name = key.removeprefix("icc/")
-        axes.plot(steps, smoothed(values), color=SERIES[i % len(SERIES)], linewidth=2, label=name)
+        name, style = key.removeprefix(prefix), "-" if i < len(SERIES) else "--"
+        axes.plot(steps, smoothed(values), color=SERIES[i % len(SERIES)], linewidth=2, linestyle=style, label=name)
         words.append(change(name, smoothed(values).tolist()))
     if len(keys) > 1:
         axes.legend(loc="best")
@@ -232,6 +233,11 @@ PANELS: Mapping[str, Panel] = {
         "Weight of each prompt's group in the update; 1 is GRPO. Line: mean; band: extremes.",
         partial(mean_and_extremes, "trust", "trust weight"),
     ),
+    "trust_kinds": (
+        "Trust of kinds of prompts",
+        "Mean weight of the prompts with each of the most frequent tags. Moving mean.",
+        partial(lines, "trust_kind/"),
+    ),
     "trust_histogram": (
         "Trust of the groups",
         "Share of each step's groups by trust weight, in ten bins; darker means more groups.",
@@ -240,7 +246,7 @@ PANELS: Mapping[str, Panel] = {
     "reliability": (
         "Agreement of scorings (ICC)",
         "Reliability of each reward: 1 means that scoring the same videos again gives the same scores. Moving mean.",
-        reliability,
+        partial(lines, "icc/"),
     ),
     "ratio": (
         "Probability ratio",

@@ -20,11 +20,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bpgo_video.config.bpgo import Config
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.planning.job import readable
 from bpgo_video.policies.networks import Transformers, from_pretrained, networks_of
 from bpgo_video.randomness import keyed_noise
+from bpgo_video.rewards.reward import source_of
 from bpgo_video.rollouts.conditioning import cast, guidance_of
 from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.updates import Objective, optimise, ratio_error
@@ -252,12 +254,27 @@ def diagnose(session: Session, prompts: PromptBatch, heartbeat: Heartbeat) -> bo
     """Run the checks and print the findings; whether all hold. Warnings about the installation do not count."""
     started = time.perf_counter()
     if session.mesh.is_main:
-        for warning in warnings(session):
+        for warning in [*warnings(session), *dependent_measure(session.config)]:
             print(f"warning: {warning}", flush=True)
     findings = examine(session, prompts, heartbeat)
     if session.mesh.is_main:
         print(as_table(findings, time.perf_counter() - started), flush=True)
     return all(finding.holds for finding in findings)
+
+
+def dependent_measure(config: Config) -> list[str]:
+    """A line if the run's measure scores with what a training reward scores with."""
+    held, trained = config.evaluation.rewards.items(), config.rewards.items()
+    for measure, reward in list(held)[:1]:
+        source = source_of(measure, reward)
+        same = [name for name, trains in trained if trains.weight > 0 and source_of(name, trains) == source]
+        if same:
+            return [
+                f"evaluation.rewards.{measure}, the run's measure, scores with {source}, as training reward {same[0]} "
+                "does: what that overlooks raises both, and neither verdict nor alarm shows it; put one of another "
+                "network first"
+            ]
+    return []
 
 
 def as_table(findings: Sequence[Finding], seconds: float) -> str:

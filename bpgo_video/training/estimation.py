@@ -77,6 +77,7 @@ def estimate_advantages(
         trusts=config.trusts,
         frames=_on_cpu({name: rewards.per_frame[name] for name, at in rewards.frame_times.items() if at is not None}),
         reliability=reliability,
+        stds=_on_cpu(rewards.stds),
         credit=credit_by_frame(session, rewards),
     )
     if config.prior.kind in RUNNING:

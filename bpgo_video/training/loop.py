@@ -89,6 +89,11 @@ class Trainer(ABC):
             pause: an evaluation, a checkpoint or the end of the run follows: do nothing of the next step.
         """
 
+    @property
+    def ended(self) -> str:
+        """Why the run ends before its last step, in a sentence; empty if it does not."""
+        return ""
+
     def notices(self, record: Mapping[str, float]) -> Sequence[str]:
         """What to say at once about a step's record; nothing twice."""
         return ()
@@ -129,7 +134,7 @@ def train(config: Recipe, kind: type[Trainer]) -> dict[str, Any] | None:
                 return None
         heartbeat.enter("export")
         lease.check()
-        export(trainer.session, run_dir)
+        export(trainer.session, run_dir, progress.step)
         progress.seconds["total"] = time.perf_counter() - started
         summary = trainer.finish()
         mesh.barrier()
@@ -161,6 +166,8 @@ def run_steps(
 
     trainer.publish, request = publish, Request.NONE
     for step in range(progress.step, run.num_steps):
+        if trainer.ended:
+            break
         pause = bool(request) or pauses_after(step + 1, run, evaluation.every)
         record = trainer.train_step(step, pause)
         publish()
@@ -175,12 +182,13 @@ def run_steps(
             log.later(f"step {progress.step}: {record[SKIPPED]:.0f} updates skipped, gradient not finite", {})
         log.log(step, record)
         progress.seconds["total"] = time.perf_counter() - started
-        request = Request.NONE if last else requests.agreed()
-        if last or is_due(progress.step, run.save_every) or (request and not trainer.is_ahead):
+        done = last or bool(trainer.ended)
+        request = Request.NONE if done else requests.agreed()
+        if done or is_due(progress.step, run.save_every) or (request and not trainer.is_ahead):
             heartbeat.enter("checkpoint", step)
             lease.check()
             save(saver, session, progress)
-            if last or request > Request.DUE:
+            if done or request > Request.DUE:
                 saver.finish()
             folder = checkpoint.folder_of(Path(run.dir), progress.step)
             requests.fulfilled(request, f"after {progress.step} of {run.num_steps} steps, in {folder}")
@@ -221,11 +229,11 @@ def load(session: PolicySession, folder: Path) -> dict[str, Any]:
     return dict(state["progress"])
 
 
-def export(session: PolicySession, run_dir: Path) -> None:
-    """Write the trained weights to RUN/export and their average, if any, to RUN/export-ema."""
+def export(session: PolicySession, run_dir: Path, steps: int) -> None:
+    """Write the weights of so many steps to RUN/export and their average, if any, to RUN/export-ema."""
     names = trained_names(session.policy.folder, session.config.policy.trained)
     write = partial(export_pipeline, session.engine, session.policy, names, mesh=session.mesh)
-    card = CardFacts(session.config, session.config.run.num_steps, "raw", EXPORTED, session.code)
+    card = CardFacts(session.config, steps, "raw", EXPORTED, session.code)
     write(output=run_dir / "export", card=card)
     if session.ema:
         with session.ema.weights():

@@ -103,6 +103,9 @@ class Summary(TypedDict, total=False):
     heldout_detectable: FiniteFloat | None
     heldout_prompts: int | None
     heldout_videos: int | None
+    alarms: dict[str, int] | None
+    alarm_comparisons: int | None
+    ended: str | None
     videos_generated: int | None
     seconds: dict[str, FiniteFloat]
     max_ratio_error_first_update: FiniteFloat | None

@@ -14,30 +14,34 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.files import write_json
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import with_spread
+from bpgo_video.learner.metrics import trust_by_kind
 from bpgo_video.randomness import isolated
 from bpgo_video.rollouts.prior_sampling import check_anchors
 from bpgo_video.rollouts.replay import OBJECTIVES, samples_to_replay
 from bpgo_video.rollouts.updates import OLDER, Objective, UpdateStats, optimise, step_metrics, step_sums
 from bpgo_video.training import loop
+from bpgo_video.training.alarm import AlarmMemory
 from bpgo_video.training.environment import environment
 from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_scored
 from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, heldout_summary
 from bpgo_video.training.inputs import Inputs
 from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, Keys, RunLog, read_metrics, reduce_metrics
 from bpgo_video.training.report import LiveReport, write_report
+from bpgo_video.training.response import alarm_summary, ended, raised, respond
 from bpgo_video.training.sampling import Rollout, sample
 from bpgo_video.training.session import Session, build_session
 from bpgo_video.training.summary import diagnose, reversals, summary_table
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
+KINDS = 6  # the most frequent tags, whose trust is recorded
 PHASES = ("rollout", "reward", "update")
 EVALUATED = (("heldout", ""), ("heldout_ema", "-ema"))  # metric prefix and folder suffix of each kind of weights
 RESULTS = ("report.html", "summary.json", "metrics.jsonl", "config.yaml", "samples", "checkpoints", "export")
 
 
 @dataclass
-class Progress(Memory):
-    """The run's progress, which checkpoints keep, with what its steps remember of their prompts.
+class Progress(Memory, AlarmMemory):
+    """The run's progress, which checkpoints keep, with what its steps and evaluations remember.
 
     Attributes:
         position: number of prompts consumed.
@@ -58,6 +62,7 @@ class Progress(Memory):
         """Add a training step."""
         self.videos_generated += videos
         self.sampled_ahead += OLDER in record
+        self.trained.append((self.step + 1, record["reward"]))
         error = record.get("ratio_error_first_update_max", 0.0)
         self.max_ratio_error_first_update = max(self.max_ratio_error_first_update, error)
         for name in PHASES:
@@ -69,6 +74,7 @@ class RL(loop.Trainer):
 
     Attributes:
         after: the last held-out scores, of the weights that measure the run.
+        kinds: tags whose prompts' trust is recorded.
         warned: rewards whose order a form reverses, and of which this launch has said so.
         next_rollout: of the next step, if it is sampled ahead.
     """
@@ -80,6 +86,7 @@ class RL(loop.Trainer):
         self.after: HeldoutScores | None = None
         self.warned: set[str] = set()
         self.next_rollout: Rollout | None = None
+        self.kinds = self.session.shards.common_tags(config.data.split, KINDS)
         heldout = self.session.heldout
         texts = heldout.prompts.texts if heldout else ()
         self.heldout_videos = len(texts) * config.evaluation.samples_per_prompt
@@ -98,7 +105,8 @@ class RL(loop.Trainer):
 
     def train_step(self, step: int, pause: bool = True) -> dict[str, float]:
         """Sample, score, anchor to the prior, weigh, replay, record."""
-        session, progress = self.session, self.progress
+        progress = self.progress
+        session = replace(self.session, config=raised(self.session.config, progress))
         if session.mesh.is_main and progress.step:
             self.report.update(self.summary)
         watch = loop.Stopwatch(self.heartbeat, step, PHASES)
@@ -117,6 +125,9 @@ class RL(loop.Trainer):
             stats = optimise(session.engine, objective, trajectories, session.config.optim.updates_per_rollout)
         stats = stats.of_older_weights() if rollout.age else stats
         record = {**step_record(session, rewards, advantages, stats), "learning_rate": learning_rate, **watch.record}
+        if session.config.uses_trust:
+            kinds = trust_by_kind(advantages.trust, rollout.prompts.tags, self.kinds)
+            record |= {name: float(value) for name, value in kinds.items()}
         progress.count(record, rewards.total.numel())
         return record
 
@@ -140,6 +151,7 @@ class RL(loop.Trainer):
         if before is not None:
             self.progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()}
             self.progress.frames_before = {name: frames.values.tolist() for name, frames in before.frames.items()}
+            respond(self.session.config, self.progress, 0, before, self.session.mesh)
         self.progress.videos_generated += self.heldout_videos
 
     def evaluate(self, step: int, last: bool, log: RunLog) -> dict[str, float]:
@@ -154,12 +166,19 @@ class RL(loop.Trainer):
             self.progress.videos_generated += self.heldout_videos
             if not suffix:
                 self.after = scores
+                for alarm in respond(self.session.config, self.progress, step + 1, scores, self.session.mesh):
+                    log.later(f"step {step + 1}: {alarm}", {})
+                record |= {f"alarm/{name}": float(name in self.progress.alarms) for name in self.progress.best}
         assert self.after is not None
         if last and self.progress.heldout_before is not None:
             log.table(step, "heldout_before_after", self.shown.table(self.progress.heldout_before, self.after))
         self.write_samples("after" if last else f"step-{step + 1:06d}")
         log.frames(self.shown.frame_lines(step, self.after))
         return record
+
+    @property
+    def ended(self) -> str:
+        return ended(self.session.config, self.progress)
 
     def heldout_scores(self, weights: str, name: str) -> HeldoutScores | None:
         """Held-out scores of one kind of weights; writes the shown videos to samples/NAME. Training is not affected."""
@@ -231,7 +250,9 @@ def step_record(
     session: Session, rewards: Rewards, advantages: GroupAdvantages, stats: UpdateStats
 ) -> dict[str, float]:
     """The metrics of a step, reduced over ranks."""
+    followed = {"kl_weight": session.config.loss.kl_weight} if session.config.evaluation.alarm == "kl" else {}
     return {
+        **followed,
         "reward": float(rewards.total.mean()),
         "reward_std": float(rewards.total.std(dim=1).mean()),
         **{f"reward/{name}": float(scores.mean()) for name, scores in rewards.by_name.items()},
@@ -258,6 +279,7 @@ def summarise(session: Session, progress: Progress, after: HeldoutScores | None)
     }
     if session.config.rollout.sample_ahead:
         summary["steps_sampled_ahead"] = progress.sampled_ahead
+    summary |= alarm_summary(session.config, progress)
     if after is not None and progress.heldout_before is not None:
         summary |= heldout_summary(progress.heldout_before, after, session.config)
     return summary

@@ -40,7 +40,8 @@ def check_run_dir(config: Recipe) -> None:
 def check_same_run(saved: Recipe, config: Recipe) -> None:
     """Check that a run resumes with the settings that its numbers depend on.
 
-    Length, save interval, sharding, timeouts, and where and when rewards are computed may change.
+    Length, save interval, sharding, timeouts, where and when rewards are computed, and whether an alarm stops the run
+    may change.
 
     Raises:
         ConfigError: names the changed settings.
@@ -70,11 +71,14 @@ def numeric_settings(config: Recipe) -> Recipe:
     config = replace(config, parallel=replace(config.parallel, heartbeat_timeout=1.0))
     if not isinstance(config, Config):
         return config
+    evaluation = replace(config.evaluation, rewards=_without_locations(config.evaluation.rewards))
+    if evaluation.alarm != "kl":  # the others change no number
+        evaluation = replace(evaluation, alarm="warn", alarm_kl_factor=1.0)
     return replace(
         config,
         rollout=replace(config.rollout, score_ahead=0, offload_trajectories=False),
         rewards=_without_locations(config.rewards),
-        evaluation=replace(config.evaluation, rewards=_without_locations(config.evaluation.rewards)),
+        evaluation=evaluation,
     )
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bpgo_video.rollouts.updates import OLDER
-from bpgo_video.statistics import can_show
+from bpgo_video.statistics import can_show, fewest_prompts, too_few
 from bpgo_video.training.metrics import SKIPPED, Number
 
 Records = Sequence[Mapping[str, Number]]  # of metrics.jsonl
@@ -136,7 +136,23 @@ def diagnose(records: Records, summary: Summary) -> list[str]:
 
 
 def _heldout_findings(records: Records, summary: Summary) -> Iterator[str]:
-    before, after = summary.get("heldout_before"), summary.get("heldout_after")
+    alarms, before, after = summary.get("alarms") or {}, summary.get("heldout_before"), summary.get("heldout_after")
+    if summary.get("ended"):
+        yield str(summary["ended"])
+    for name, step in alarms.items():
+        yield (
+            f"Reward hacking: after step {step} held-out {name} was lower than at its best, while the training reward "
+            "had risen: the policy exploits its reward. Take an earlier checkpoint, lower the learning rate, raise "
+            "loss.kl_weight, or add a reward."
+        )
+    looks, prompts = summary.get("alarm_comparisons"), summary.get("heldout_prompts")
+    if looks and prompts and too_few(prompts, looks):
+        yield (
+            f"The alarm for reward hacking could not sound: {prompts} held-out prompts are too few for {looks} "
+            f"comparisons of evaluations. Hold out {fewest_prompts(looks)} or more."
+        )
+    if summary.get("heldout_reward") in alarms:
+        return
     if summary.get("heldout_shown") == -1 and None not in (before, after) and _rose(_values(records, "reward")):
         yield (
             f"Held-out scores fell from {before:.3f} to {after:.3f} while the training reward rose: the policy "

@@ -13,6 +13,7 @@ Needs only the standard library of Python 3.8 or later. A script that a recipe n
         def __call__(self, clips):
             return [[...], ...]          # one row of one number per video
             return rows, times           # or one row of scores per video, with the seconds of the scored frames
+            return rows, times, std      # and rows of the standard deviations of their errors; times may be None
 
     serve(MyReward)
 
@@ -89,9 +90,13 @@ def _answer(model, request, descriptor):
     except Exception as error:  # whatever the model raises ends the run, which names the videos
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
-    rows, times = scores if isinstance(scores, tuple) else (scores, None)
-    values = [[float(value) for value in row] for row in rows]
-    return {"values": values, "times": None if times is None else [float(t) for t in times]}
+    rows, times, std = (*scores, None)[:3] if isinstance(scores, tuple) else (scores, None, None)
+    answer = {"values": _numbers(rows), "times": None if times is None else [float(t) for t in times]}
+    return answer if std is None else dict(answer, std=_numbers(std))
+
+
+def _numbers(rows):
+    return [[float(value) for value in row] for row in rows]
 
 
 def _send(replies, message):

@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import tarfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,6 +68,18 @@ def test_every_field_is_restored_bit_for_bit(directory: Path) -> None:
         "negative.safetensors",
         *(f"prompts-{i:06d}.tar" for i in range(3)),
     ]
+
+
+def test_the_most_common_tags_of_a_split_are_counted(tmp_path: Path) -> None:
+    tags = [("a",), ("b", "c"), ("b",), ("c",), ("b", "d"), (), ("c",)]
+    every = [replace(record, tags=of, split="train") for record, of in zip(records(7), tags, strict=True)]
+    other = [replace(records(8)[7], tags=("e",), split="heldout")]
+    write_shards([*every, *other], tmp_path / "shards", negative=NEGATIVE, policy=STAMP, shard_size=3)
+    shards = PromptShards(tmp_path / "shards")
+    assert shards.common_tags("train", 3) == ["b", "c", "a"], "by number, then by name"
+    assert shards.common_tags("train", 9) == ["b", "c", "a", "d"]
+    assert shards.common_tags("heldout", 3) == ["e"]
+    assert next(PromptStream(shards, "train", 0, 7)).tags != ()
 
 
 def test_embeddings_are_zero_padded_to_the_text_length_and_stored_without_padding(tmp_path: Path) -> None:

@@ -23,6 +23,13 @@ class Redness:
         return FrameScores(clips.videos[:, :, 0].mean(dim=(2, 3)), clips.times)
 
 
+class Cyan(Redness):
+    """The opposite of redness, a score of the whole video: it falls while a policy learns redness."""
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        return FrameScores(1 - clips.videos[:, :, 0].mean(dim=(1, 2, 3))[:, None])
+
+
 class NanOnSecondRank(Redness):
     """Returns NaN for one sample on the last rank from the third call on."""
 

@@ -21,7 +21,7 @@ from bpgo_video.learner.equations import (
     reliability_adaptive_scaling,
 )
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
-from bpgo_video.learner.metrics import agreement, rank_inversion, trust_histogram
+from bpgo_video.learner.metrics import agreement, rank_inversion, trust_by_kind, trust_histogram
 from bpgo_video.learner.trust import agreement_trust
 from bpgo_video.types import PriorAnchor
 
@@ -370,6 +370,19 @@ def test_rewards_may_have_trusts_of_their_own():
         step_advantages({"b": rewards}, {}, {"b": 1.0}, settings, frames={"a": frames})
 
 
+def test_trust_in_the_uncertainty_that_a_reward_states_compares_it_with_the_spread_of_the_scores():
+    settings = BPGOConfig(trust="uncertainty", zeta=0.0)
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.0, 2.0]])
+    std = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.1, 0.1, 0.1, 0.1]])
+    found = step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, stds={"clip": std})
+    rho = [1 - 0.625 / (5 / 3), 1.0, 0.0, 0.0]  # var_j R of 1, 2, 3, 4 is 5/3
+    assert found.trust.tolist() == pytest.approx([0.5 + value for value in rho])
+    torch.testing.assert_close(found.advantage, found.trust[:, None] * group_relative(rewards))
+    for stds in ({}, {"other": std}):
+        with pytest.raises(ValueError, match=r"'clip': trust 'uncertainty'.*states none.*'reliability'"):
+            step_advantages({"clip": rewards}, {}, {"clip": 1.0}, settings, stds=stds)
+
+
 def test_equal_reliability_is_grpo_but_for_rounding_once_the_step_size_is_matched():
     rewards, _, _ = random_rewards(11)
     settings = BPGOConfig(trust="reliability", zeta=0.0, match_rms=True)
@@ -496,6 +509,13 @@ def test_the_histogram_of_trust_covers_its_range():
     assert not any("hist" in name for name in one_reward(rewards, [0.0] * 4, OFF).metrics)
     exact = trust_histogram(torch.tensor([0.76, 0.83, 0.97, 1.07, 1.24]), 0.25)  # edges .75, .8, ..., 1.25
     assert exact.tolist() == pytest.approx([0.2, 0.2, 0, 0, 0.2, 0, 0.2, 0, 0, 0.2])
+
+
+def test_the_trust_of_a_kind_of_prompts_is_the_mean_over_those_with_its_tag():
+    trust, tags = torch.tensor([0.5, 1.5, 1.0]), (("clear",), ("open", "clear"), ())
+    found = trust_by_kind(trust, tags, ["clear", "open", "absent"])
+    assert {name: value.item() for name, value in found.items()} == {"trust_kind/clear": 1.0, "trust_kind/open": 1.5}
+    assert trust_by_kind(trust, (), ["clear"]) == {}
 
 
 def test_rank_inversion_equals_values_computed_by_hand():

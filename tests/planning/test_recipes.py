@@ -15,6 +15,7 @@ from bpgo_video.planning.job import Job, count_step
 from bpgo_video.planning.memory import reckon
 from bpgo_video.planning.models import diffusers_class, find_model
 from bpgo_video.policies.attention import check_heads
+from bpgo_video.rewards.reward import source_of
 from bpgo_video.rollouts.rules import check_experts
 from tests.families import CASES
 from tests.made.recipes import ROOT
@@ -51,6 +52,17 @@ def test_the_trained_steps_match_the_familys_transformers(path: Path, tmp_path: 
     case.write(tmp_path)
     config = read_yaml(path)
     check_experts(case.policy(tmp_path, components=()), replace(config, policy=replace(config.policy, family=None)))
+
+
+@pytest.mark.parametrize("path", SCALED, ids=lambda path: path.stem)
+def test_held_out_rewards_share_no_network_with_training(path: Path) -> None:
+    config = read_yaml(path)
+    held, trained = (
+        {source_of(name, reward) for name, reward in rewards.items()}
+        for rewards in (config.evaluation.rewards, config.rewards)
+    )
+    assert held
+    assert not held & trained
 
 
 def test_there_is_a_recipe_for_each_model() -> None:

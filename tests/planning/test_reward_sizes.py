@@ -78,8 +78,9 @@ def test_an_own_class_states_its_size_or_is_unknown(recipe: Config) -> None:
 
 
 def test_two_scorings_take_twice_the_operations(recipe: Config) -> None:
-    twice, pick = replace(recipe, bpgo=replace(recipe.bpgo, trust="reliability")), RewardConfig("pickscore")
-    assert size_of(twice, pick).operations == 2 * size_of(recipe, pick).operations
+    pick = RewardConfig("pickscore")
+    twice = replace(pick, rescorings=({"frames": 4},))
+    assert size_of(recipe, twice).operations == 2 * size_of(recipe, pick).operations
 
 
 @pytest.mark.parametrize(("stated", "code"), [(None, 3), (2, 0)])

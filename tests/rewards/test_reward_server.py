@@ -105,10 +105,15 @@ def test_clips_and_scores_are_transferred_unchanged(
     assert torch.equal(actual.videos, clips.videos)
     assert (actual.texts, actual.fps) == (clips.texts, clips.fps)
     assert (actual.images is None) if clips.images is None else torch.equal(actual.images, clips.images)
-    scores = FrameScores(torch.randn(samples, frames), clips.times)
+    scores = FrameScores(torch.randn(samples, frames), clips.times, torch.rand(samples, frames))
     again = unpack_scores(json.loads(json.dumps(pack_scores(scores))))
     assert torch.equal(again.values, scores.values)
     assert torch.equal(again.times, scores.times)
+    assert torch.equal(again.std, scores.std)
+    assert unpack_scores({"values": [[1.0]], "times": None}).std is None, "of servers and workers that know no std"
+    for std in ([], [[0.1, 0.2]], [[0.1], [0.2]]):
+        with pytest.raises(MalformedMessage, match="rows of scores, or of std"):
+            unpack_scores({"values": [[1.0]], "times": None, "std": std})
 
 
 def test_a_served_model_describes_itself_and_scores_the_same() -> None:

@@ -55,6 +55,31 @@ def test_videos_are_scored_again_with_other_options_where_requested() -> None:
     torch.testing.assert_close(once.by_name["toy"], first)
 
 
+def test_the_std_of_a_video_is_that_of_the_mean_over_its_frames_and_scorings() -> None:
+    rewards = rewards_of(suite_of("Uncertain"))
+    torch.testing.assert_close(rewards.stds["toy"], torch.full((2, 2), 0.5 / 3), msg="sqrt(.3^2 + .4^2)/3")
+    torch.testing.assert_close(rewards.by_name["toy"], rewards_of(suite_of("Darkness")).by_name["toy"])
+    twice = suite_of("Uncertain", rescorings=({"std": (0.0, 0.0, 1.2)},))
+    of_both = math.sqrt(0.5**2 + 1.2**2) / 3 / 2
+    torch.testing.assert_close(rewards_of(twice).stds["toy"], torch.full((2, 2), of_both))
+    partly = rewards_of(twice, replace(PROMPTS, again=torch.tensor([True, False])))
+    torch.testing.assert_close(partly.stds["toy"], torch.tensor([[of_both] * 2, [0.5 / 3] * 2]))
+
+
+def test_only_the_mean_of_frames_has_a_std_and_only_if_the_model_states_it() -> None:
+    assert not rewards_of(suite_of("Uncertain", aggregate="min")).stds
+    assert not rewards_of(suite_of("Darkness")).stds
+
+
+@pytest.mark.parametrize(
+    ("std", "words"),
+    [((0.1, -0.1, 0.1), "a std of -0.1"), ((0.1, math.nan, 0.1), "a std of nan"), ((0.1,) * 2, r"shape \(4, 2\)")],
+)
+def test_a_std_that_is_none_is_refused_with_the_name_of_the_reward(std: tuple[float, ...], words: str) -> None:
+    with pytest.raises(RewardError, match=rf"reward 'toy' on .* returned.* {words}"):
+        rewards_of(suite_of("Uncertain", options={"std": std}))
+
+
 def test_images_are_scored_as_still_videos() -> None:
     images = torch.stack([torch.full((3, 2, 2), 0.25), torch.full((3, 2, 2), 0.5)])
     suite = suite_of("Darkness", aggregate="min")
@@ -67,9 +92,8 @@ def test_images_are_scored_as_still_videos() -> None:
 def test_a_nan_names_reward_prompt_and_sample() -> None:
     scores = torch.zeros(4, 3)
     scores[3, 1] = torch.nan
-    chunk = ScoredChunk(
-        CHUNK.prompt_rows, CHUNK.sample_index, {"toy": FrameScores(scores)}, {"toy": scores.mean(dim=1, keepdim=True)}
-    )
+    videos = {"toy": scores.mean(dim=1, keepdim=True)}
+    chunk = ScoredChunk(CHUNK.prompt_rows, CHUNK.sample_index, {"toy": FrameScores(scores)}, videos, videos)
     with pytest.raises(RewardError, match=r"'toy' scored nan for sample 1 of prompt 'second' \(id 6\), scored frame 1"):
         suite_of("Brightness").gather([chunk], PROMPTS, 2, MESH)
 

@@ -56,8 +56,15 @@ def test_a_worker_scores_the_pixels_that_it_receives() -> None:
     pictured = clips_of(images=True)
     assert pictured.images is not None
     torch.testing.assert_close(model(pictured).values[:, 0], (pictured.images * 255).round().mean(dim=(1, 2, 3)))
+    assert actual.std is None
     model.close()
     assert ended(model.pid)
+
+
+def test_a_worker_may_state_the_std_of_its_scores() -> None:
+    model = worker(how="states its std")
+    assert model(clips_of(2)).std.tolist() == [[0.5] * 3] * 2
+    model.close()
 
 
 def test_a_dead_worker_is_restarted_and_scores_the_same(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_the_score_of_the_judge_is_yes_over_yes_and_no_of_the_first_token(tmp_pa
     actual = judge(clips)
     assert actual.times is None
     np.testing.assert_allclose(actual.values.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(actual.std.numpy(), np.sqrt(np.multiply(expected, 1 - np.array(expected))), atol=1e-5)
     assert abs(expected[0][0] - expected[1][0]) > 1e-3
 
 

@@ -43,6 +43,19 @@ class Darkness(Brightness):
     frames = FrameSampling(fps=4.0)
 
 
+class Uncertain(Darkness):
+    """Darkness that states the std of its errors: `std` for each frame in turn, or what else is given."""
+
+    def __init__(self, std: tuple[float, ...] = (0.3, 0.4, 0.0), low: float = 0.0) -> None:
+        super().__init__(low)
+        self.std = torch.tensor(std)
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        scores = super().__call__(clips)
+        vars(scores)["std"] = self.std.expand(len(clips), -1)  # without the constructor, which checks shapes in tests
+        return scores
+
+
 class Drawing(Brightness):
     """Adds a draw of torch's global generator, so that scores depend on the order of calls."""
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bpgo_video.cli import typed
-from bpgo_video.config.bpgo import Config
-from bpgo_video.training.doctor import Examination, ratio_is_one
+from bpgo_video.config.bpgo import Config, RewardConfig
+from bpgo_video.training.doctor import Examination, dependent_measure, ratio_is_one
 from bpgo_video.training.loop import Stopwatch
 from bpgo_video.training.rl import keys_of
 from bpgo_video.training.session import Session
@@ -55,6 +55,23 @@ def test_the_command_to_type_has_the_ranks_that_run_now(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_this_host))
     assert typed("train", ["my recipe.yaml", "--run.seed", "3"]) == expected
+
+
+def test_a_measure_that_scores_with_a_training_rewards_weights_is_warned_of(recipe: Config) -> None:
+    weights = recipe.rewards["alignment"].options["model"]
+    assert dependent_measure(recipe) == []
+    same = RewardConfig("clip_image_score", options={"model": weights, "frames": 2})
+
+    def measured(**rewards: RewardConfig) -> list[str]:
+        return dependent_measure(replace(recipe, evaluation=replace(recipe.evaluation, rewards=rewards)))
+
+    (words,) = measured(again=same, oracle=RewardConfig("shapes_oracle"))
+    assert "evaluation.rewards.again" in words
+    assert f"scores with {weights}, as training reward alignment" in words
+    assert measured(oracle=RewardConfig("shapes_oracle"), again=same) == [], (
+        "a second one of the same network may follow"
+    )
+    assert measured() == []
 
 
 def test_the_progress_line_shows_trust_where_the_recipe_has_one(recipe: Config) -> None:

@@ -39,6 +39,7 @@ TABLES: dict[str, Collection[str]] = {  # recipe key -> its choices
 WITHOUT_RECIPE = {
     ("sampler.name", "ode"): "it has no density and cannot be trained: sampler.solver takes its steps",
     ("loss.step_weights", "tempflow"): "one key, to be set in any recipe that trains several steps",
+    ("bpgo.trust", "uncertainty"): "its reward must state its uncertainty, as vlm_judge or the user's own does",
     ("prior.kind", "shrunk"): "one key in a recipe with the prior reference, whose files it reads",
     ("prior.kind", "global"): "one key in a recipe with the prior ema",
     ("prior.kind", "constant"): "its number is in the units of the user's own reward",

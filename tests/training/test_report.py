@@ -66,7 +66,7 @@ def record(step: int) -> dict[str, float]:
     }
     values |= {"ratio_mean": 1.001, "ratio_min": 0.9, "ratio_max": 1.1, "grad_norm": 0.5, "seconds": 2.0}
     values |= {f"trust/hist/{place:02d}": 0.5 * (place in (2, 7)) for place in range(10)}
-    values |= {"icc/motion": 0.8}
+    values |= {"icc/motion": 0.8, "trust_kind/clear": 1.2, "trust_kind/open": 0.9}
     values |= {"seconds/rollout": 0.9, "seconds/reward": 0.1, "seconds/update": 0.8}
     return values | ({"heldout/oracle": 0.6, "heldout/oracle_stderr": 0.02} if step % 3 == 2 else {})
 
@@ -147,6 +147,15 @@ def test_every_curve_and_contact_sheet_is_present_and_described(run_dir: Path) -
     assert greys == pytest.approx([0.25, 0.75], abs=0.02)  # before training, then after
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
+
+
+def test_kinds_of_prompts_have_a_line_each_also_if_steps_lack_some() -> None:
+    records = [{"step": step, "trust_kind/clear": 1.25} for step in range(2)]
+    records += [{"step": step, "trust_kind/clear": 1.25, "trust_kind/open": 0.5} for step in range(2, 4)]
+    curve = draw_curve("trust_kinds", records, {})
+    assert curve is not None
+    assert curve.alt == "clear from 1.25 to 1.25; open from 0.5 to 0.5"
+    assert draw_curve("trust_kinds", [{"step": 0, "reward": 1.0}], {}) is None
 
 
 def test_the_verdict_and_its_numbers_are_on_the_page(run_dir: Path) -> None:
