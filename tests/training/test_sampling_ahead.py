@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,8 @@ def digest(*parts: object) -> str:
 def tree(**changes: dict[str, Any]) -> dict[str, Any]:
     """The demo recipe with `rollout.sample_ahead` and further changes by section."""
     found = yaml.safe_load(RECIPE.read_text())
-    for section, values in {"rollout": {"sample_ahead": True}, "run": {"save_minutes": 0.0}}.items():
+    settings = {"rollout": {"sample_ahead": True}, "run": {"save_minutes": 0.0}, "bpgo": {"alpha": 0.0}}
+    for section, values in settings.items():
         changes[section] = {**values, **changes.get(section, {})}
     return {**found, **{section: {**found.get(section, {}), **values} for section, values in changes.items()}}
 
@@ -55,8 +57,8 @@ class Toy(rl.RL):
             progress, weights = copy.deepcopy(saved)
             vars(self.progress).update(progress)
         engine = SimpleNamespace(weights=weights, learning_rate=0.1, stage=3)
-        mesh = SimpleNamespace(is_main=False)
-        self.session = cast(Any, SimpleNamespace(config=config, mesh=mesh, suite=MagicMock(), engine=engine, ema=None))
+        parts = dataclasses.make_dataclass("Parts", ["config", "mesh", "suite", "engine", "ema"])
+        self.session = cast(Any, parts(config, SimpleNamespace(is_main=False), MagicMock(), engine, None))
 
     @property
     def batches(self) -> Iterator[list[int]]:  # type: ignore[override]
