@@ -94,7 +94,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
         return UpdateStats({EXACT: 0.5}, [])
 
     def step_record(session: Any, rewards: Any, advantages: Any, stats: UpdateStats) -> dict[str, float]:
-        return {**stats.metrics, "weights": float(int(session.engine.weights, 16))}
+        return {**stats.metrics, "reward": 0.0, "weights": float(int(session.engine.weights, 16))}
 
     for function in (sample, estimate_advantages, optimise, step_record):
         monkeypatch.setattr(rl, function.__name__, function)
