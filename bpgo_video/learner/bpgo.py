@@ -246,7 +246,7 @@ def _matching_factor(found: GroupAdvantages, zeta: float, clip: float, target: T
 def _distrusted(trust: Tensor, total: Tensor, grpo: Tensor, bpgo: BPGOConfig) -> dict[str, Tensor]:
     """RMS(w A + zeta A~) / RMS(A) over the groups with w < 1: the second surrogate may restore what w took."""
     rows = trust < 1
-    if not bpgo.zeta or not bool(rows.any()):
+    if not bpgo.zeta or bpgo.ras_on_crt or not bool(rows.any()):
         return {}
     return {"crt/distrusted_rms": rms_quotient(total[rows], grpo[rows])}
 

@@ -34,7 +34,7 @@ REVERSED_SHARE = 0.01
 REVERSED = "crt/rank_inversion/"  # key prefix, before the reward's name
 AGREEMENT = 0.5  # ICC of scorings
 ALIKE = 0.9  # correlation above which the mean of two rewards has 95 % of the variance of one: the second adds little
-UNLIKE = 0.1  # correlation below which two rewards share less than 1 % of their variance
+OPPOSED = -0.2  # correlation below which two rewards cancel a part of each other
 NOTHING = "Trust, step size, groups without signal and held-out scores show nothing unusual."
 
 
@@ -204,10 +204,10 @@ def _reward_findings(records: Records) -> Iterator[str]:
             f"Rewards that agree on nearly every sample: {', '.join(alike)}, by the mean correlation of their "
             "advantages. The second one adds cost and no information: replace it by a model of another kind."
         )
-    if unlike := [f"{pair} ({mean:.2f})" for pair, mean in means.items() if mean < UNLIKE]:
+    if opposed := [f"{pair} ({mean:.2f})" for pair, mean in means.items() if mean < OPPOSED]:
         yield (
-            f"Rewards that do not agree on which samples are better: {', '.join(unlike)}, by the mean correlation of "
-            "their advantages. They measure different things, or one is noise: rewards.NAME.rescorings would show it."
+            f"Rewards that oppose each other: {', '.join(opposed)}, by the mean correlation of their advantages. Much "
+            "of them cancels: decide which one counts, and lower the other's weight."
         )
     keys = sorted({key for record in records for key in record if key.startswith("icc/")})
     low = {key.removeprefix("icc/"): icc for key in keys if (icc := fmean(_values(records, key))) < AGREEMENT}

@@ -60,7 +60,7 @@ def test_records_of_grpo_and_with_few_keys_are_accepted():
         ({"icc/clip": 0.31, "icc/motion": 0.9}, ("ICC of clip 0.31)",)),
         ({"crt/distrusted_rms": 1.2}, ("w < 1 still get 1.20 times", "bpgo.ras_on_crt: true")),
         ({"agreement/a+b": 0.95, "agreement/a+c": 0.5}, ("nearly every sample: a and b (0.95),", "another kind")),
-        ({"agreement/a+b": 0.02, "agreement/a+c": 0.5}, ("do not agree", "a and b (0.02),", "rescorings")),
+        ({"agreement/a+b": -0.3, "agreement/a+c": 0.02}, ("oppose each other", "a and b (-0.30),", "weight")),
     ],
 )
 def test_each_finding_has_its_numbers_and_a_remedy(changed, words):
