@@ -48,6 +48,7 @@ class Hacked(Launches):
             optim=replace(config.optim, learning_rate=5e-3, max_grad_norm=0.0),
             loss=replace(config.loss, kl_weight=1e-3, clip_range=(0.5, 0.5)),
             bpgo=replace(config.bpgo, alpha=0.0, zeta=0.0),
+            ema=replace(config.ema, decay=0.9),
         )
         (folder / "recipe.yaml").write_text(to_yaml(config))
 
