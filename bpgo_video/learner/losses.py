@@ -151,5 +151,6 @@ def with_spread(means: Mapping[str, float]) -> dict[str, float]:
         return metrics
     shift, error = metrics["ratio_mean"] - 1, metrics.pop(RATIO_ERROR)
     metrics["ratio_std"] = max(error - shift**2, 0.0) ** 0.5
-    metrics["effective_samples"] = (1 + shift) ** 2 / (1 + 2 * shift + error)
+    square = 1 + 2 * shift + error  # mean r^2, which is 0 if every ratio underflows
+    metrics["effective_samples"] = (1 + shift) ** 2 / square if square > 0 else 0.0
     return metrics

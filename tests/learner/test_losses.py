@@ -15,6 +15,7 @@ from bpgo_video.learner.losses import (
     bpgo_loss,
     clipped_surrogate,
     divergence_masked_surrogate,
+    with_spread,
 )
 from bpgo_video.types import PriorAnchor
 
@@ -171,6 +172,13 @@ def test_metrics_equal_values_computed_by_hand():
     assert metrics["approx_kl"].item() == pytest.approx((0.01 + 0.04) / 8)
     assert metrics["ratio_mean"].item() == pytest.approx((math.exp(0.1) + math.exp(-0.2) + 2) / 4)
     assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_a_policy_whose_ratios_all_underflow_has_no_effective_samples():
+    log_ratio = torch.full((4,), -1e4, dtype=torch.float64)
+    metrics = bpgo_loss(PolicyShift(log_ratio), torch.ones(4), None, 0.0, clip(0.1, 0.1)).metrics
+    found = with_spread({name: float(value) for name, value in metrics.items()})
+    assert (found["effective_samples"], found["ratio_std"]) == (0, 0)
 
 
 def test_errors_name_the_value():
