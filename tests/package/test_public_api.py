@@ -40,7 +40,7 @@ SIGNATURES = {  # parameters in order; append a new parameter with a default her
         "Clips": "videos fps texts images",
         "FrameSampling": "count fps",
         "FrameSampling.indices": "self total fps",
-        "FrameScores": "values times",
+        "FrameScores": "values times std",
         "RewardModel.__call__": "self clips",
     },
     "bpgo_video.policies": {

@@ -137,7 +137,7 @@ def test_a_dropped_latent_frame_gets_the_advantage_of_the_video(folders: dict[st
         vars(session).update(config=config, policy=described(folders, name), suite=SimpleNamespace(weights={"a": 1.0}))
         found = credit_by_frame(session, rewards)
         assert found is not None
-        return found
+        return found["a"]
 
     plain, padded = credit("cogvideox"), credit("cogvideox_pairs")
     assert torch.equal(padded[..., 1:], plain)

@@ -31,14 +31,14 @@ def errors(text: str, seed: int = 0, count: int = 400, **keys: float) -> torch.T
     return noisy(clips).values - plain(clips).values
 
 
-@pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
-def test_errors_have_the_stated_deviation(shared: float) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_errors_have_the_stated_deviation(share: float) -> None:
     """400 draws: the standard error of a deviation is 3.5 %."""
-    clear, ambiguous = (errors(text, shared=shared) for text in ("a red circle moving left", "a red object"))
+    clear, ambiguous = (errors(text, shared=share) for text in ("a red circle moving left", "a red object"))
     assert clear.mean(dim=1).std() == pytest.approx(0.5, rel=0.15)
     assert ambiguous.mean(dim=1).std() == pytest.approx(1.5, rel=0.15)
     frames = clear.shape[1]
-    assert clear.std(dim=1).square().mean().sqrt() == pytest.approx(0.5 * ((1 - shared) * frames) ** 0.5, rel=0.15)
+    assert clear.std(dim=1).square().mean().sqrt() == pytest.approx(0.5 * ((1 - share) * frames) ** 0.5, rel=0.15)
 
 
 def test_an_error_is_a_function_of_video_and_seed() -> None:

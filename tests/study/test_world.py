@@ -77,12 +77,12 @@ def test_true_rewards_as_advantages_climb_the_expected_reward(world: World, draw
     assert found.norm() / expected.norm() == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
-def test_noise_has_the_stated_deviation_whatever_frames_share(world: World, draws: Draws, shared: float) -> None:
-    judge, found = errors(world, draws, Regime(noise=(0.5, 4.0), shared=shared))
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_noise_has_the_stated_deviation_whatever_frames_share(world: World, draws: Draws, share: float) -> None:
+    judge, found = errors(world, draws, Regime(noise=(0.5, 4.0), shared=share))
     assert int(judge.ambiguous.sum()) == 5
     torch.testing.assert_close(found.std(dim=1), judge.of_prompts((0.5, 4.0), torch.arange(10)), atol=0, rtol=0.06)
-    other = errors(world, draws, Regime(noise=(0.5, 4.0), shared=shared), scoring=1)[1]
+    other = errors(world, draws, Regime(noise=(0.5, 4.0), shared=share), scoring=1)[1]
     assert torch.corrcoef(torch.stack([found.flatten(), other.flatten()]))[0, 1].abs() < 0.02
 
 
