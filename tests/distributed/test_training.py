@@ -202,8 +202,9 @@ def test_evaluation_does_not_affect_training(worlds: dict[int, Path]) -> None:
     """Both rewards draw from torch's global generator; weights and their average are evaluated after every step."""
     alone, watched = (worlds[2] / f"evaluated-{every}" for every in ("never", "1"))
     found = records(watched)
-    names = [key for key in found[0] if key.startswith("heldout")]
+    names = [key for key in found[0] if key.startswith(("heldout", "alarm"))]
     assert sorted(names) == [
+        "alarm/heldout",
         "heldout/heldout",
         "heldout/heldout_stderr",
         "heldout_ema/heldout",
