@@ -110,6 +110,8 @@ def test_a_missing_prior_prints_the_command_for_this_run(
     words: str, environment: dict[str, str], command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", shlex.split(words))
+    for name in ("WORLD_SIZE", "LOCAL_SIZE"):  # which earlier tests of this process may have set by starting ranks
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert str(PriorError("it is missing")) == f"it is missing; run: {command}"
