@@ -6,6 +6,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +79,11 @@ class Regime:
     outlier: NonNegative = 16.0
 
 
+def learner_of(settings: Mapping[str, Any]) -> BPGOConfig:
+    """A recipe's section `bpgo` with these settings; alpha and zeta are 0 without them."""
+    return BPGOConfig(**{"alpha": 0, "zeta": 0, **settings})
+
+
 @section
 class Arm:
     """How one arm of the study trains; the defaults are GRPO's."""
@@ -125,7 +131,7 @@ class Arm:
     @property
     def learner(self) -> tuple[BPGOConfig, AdvantageConfig]:
         """The sections of a recipe that the arm sets."""
-        return BPGOConfig(**{"alpha": 0, "zeta": 0, **self.bpgo}), AdvantageConfig(**self.advantage)
+        return learner_of(self.bpgo), AdvantageConfig(**self.advantage)
 
 
 @section
@@ -210,7 +216,7 @@ class VideoArm:
     prompts_per_step: Positive = 4
 
     def __post_init__(self) -> None:
-        BPGOConfig(**{"alpha": 0, "zeta": 0, **self.bpgo})
+        learner_of(self.bpgo)
 
 
 @section

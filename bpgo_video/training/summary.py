@@ -161,7 +161,7 @@ def _heldout_findings(records: Records, summary: Summary) -> Iterator[str]:
 
 
 def _trust_findings(records: Records) -> Iterator[str]:
-    keys = ("trust/hist/00", "trust_mean", "trust_min", "trust_max", "trust_std")
+    keys, ratios = ("trust/hist/00", "trust_mean", "trust_min", "trust_max", "trust_std"), _values(records, "rms_ratio")
     if weighted := [record for record in records if all(key in record for key in keys)]:
         low, high = min(_values(weighted, "trust_min")), max(_values(weighted, "trust_max"))
         if max(1 - low, high - 1) <= IDLE:
@@ -175,18 +175,17 @@ def _trust_findings(records: Records) -> Iterator[str]:
         means = _values(late, "trust_mean")
         within = fmean(value**2 for value in _values(late, "trust_std"))
         mean, spread_of_w = fmean(means), math.sqrt(within + pstdev(means) ** 2)
-        if abs(mean - 1) >= 2 * UNIFORM and spread_of_w <= UNIFORM:
+        matched = bool(ratios) and abs(median(ratios) - 1) <= IDLE  # bpgo.match_rms takes the factor out
+        if abs(mean - 1) >= 2 * UNIFORM and spread_of_w <= UNIFORM and not matched:
             yield (
                 f"Trust acted as a learning rate: w stayed near {mean:.2f} in every group. Set bpgo.ras_center: "
                 f"batch_mean, or compare with GRPO at {mean:.2f} times the learning rate."
             )
-    ratios = _values(records, "rms_ratio")
     if ratios and not STEP_SIZES[0] <= (ratio := median(ratios)) <= STEP_SIZES[1]:
         yield (
             f"A step was {ratio:.2f} times GRPO's on the same batch: set bpgo.match_rms: true, or compare with GRPO at "
             "that learning rate, before you attribute a gain to trust."
         )
-
     restored = _values(records, "crt/distrusted_rms")
     if restored and (step := fmean(restored)) >= 1:
         yield (

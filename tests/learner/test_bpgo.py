@@ -650,3 +650,11 @@ def test_released_exact_is_the_authors_step():
     assert found.contrastive is None
     with pytest.raises(ValueError, match=r"released_exact.*zeta = 0.5.*set zeta to 0"):
         BPGOConfig(form="released_exact", standardise=False)
+
+
+@pytest.mark.parametrize(("level", "expected"), [(-3, 1.05), (-1, 1.24), (0, 1.46), (2, 1.86)])
+def test_the_step_of_both_surrogates_against_grpos(level, expected):
+    """RMS(w A + zeta A~)/RMS(A) of groups of 8 at a distance u from their anchor: the numbers of docs/bpgo.md."""
+    rewards = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + level
+    found = one_reward(rewards, torch.zeros(20_000, dtype=torch.float64), BPGOConfig())
+    assert found.metrics["rms_ratio"].item() == pytest.approx(expected, abs=0.01)

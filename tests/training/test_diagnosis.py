@@ -33,6 +33,10 @@ def test_an_ordinary_run_has_no_findings():
     assert diagnose([], {}) == []
 
 
+def test_a_matched_step_size_is_no_learning_rate():
+    assert diagnose(run(trust_mean=1.45, trust_std=0.02, rms_ratio=1.0), {}) == [NOTHING]
+
+
 def test_records_of_grpo_and_with_few_keys_are_accepted():
     grpo = [{k: v for k, v in record.items() if "hist" not in k} for record in run(trust_min=1.0, trust_max=1.0)]
     assert diagnose(grpo, {}) == [NOTHING]
