@@ -102,8 +102,8 @@ class PolicyConfig:
     """Where the VAE and the image encoder are while unused: `cpu` frees their memory, and copies them to the device and
     back for every micro-batch."""
     embedded_guidance: NonNegative | None = None
-    """HunyuanVideo: guidance input of its distilled transformer, in one pass; None takes the pipeline's 6. It is
-    independent of classifier-free guidance, `sampler.guidance_scale`."""
+    """HunyuanVideo and FLUX.1: guidance input of a distilled transformer, in one pass; None takes the pipeline's 6 or
+    3.5. It is independent of classifier-free guidance, `sampler.guidance_scale`."""
     decode_timestep: Unit | None = None
     """LTX-Video from 0.9.1 on: noise level at which its VAE, which removes remaining noise, decodes. None takes the
     pipeline's 0; diffusers' documentation recommends 0.05."""

@@ -45,12 +45,12 @@ class GenerationSettings:
     num_steps: Held | None = None
     """Denoising steps; None takes the pipeline's default (50 for Wan), as for guidance_scale."""
     guidance_scale: Real | None = None
-    """Scale of classifier-free guidance; 1 switches it off. HunyuanVideo's pipeline names it true_cfg_scale."""
+    """Scale of classifier-free guidance; 1 switches it off. Some pipelines name it true_cfg_scale."""
     guidance_scale_2: Real | None = None
     """Scale for Wan 2.2's low-noise expert; None takes guidance_scale."""
     embedded_guidance: NonNegative | None = None
-    """Guidance that HunyuanVideo's distilled transformer takes as an input (guidance_scale in its pipeline). None
-    takes the run's value, or the pipeline's. So do decode_timestep and decode_noise_scale."""
+    """Guidance that a distilled transformer takes as an input: HunyuanVideo, FLUX.1 (guidance_scale in the pipeline).
+    None takes the run's value, or the pipeline's. So do decode_timestep and decode_noise_scale."""
     decode_timestep: Unit | None = None
     """Noise level at which the VAE of LTX-Video 0.9.1 and later decodes."""
     decode_noise_scale: Unit | None = None

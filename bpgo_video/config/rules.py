@@ -130,6 +130,10 @@ def reward_rules(config: Config, section: str, name: str, reward: RewardConfig) 
         f"{key}.rescorings, such as [{{frames: 4}}], or {key}.trust to 'frames' or 'none'": (
             trust == "reliability" and not reward.rescorings
         ),
+        f"{key} has trust 'frames', which compares the scores of a video's frames, and video.num_frames is 1; set "
+        f"{key}.trust to 'sigmoid' or 'none', or to 'reliability' with rescorings": (
+            trust == "frames" and config.video.num_frames == 1
+        ),
         f"{key} has trust 'uncertainty' with aggregate = {kind!r}: only the error of a mean over frames follows from "
         f"theirs; set {key}.aggregate to 'mean', or {key}.trust to another": trust == "uncertainty" and kind != "mean",
         f"{key}.rescorings is {list(reward.rescorings)}: each needs options that differ from {key}.options and from "

@@ -339,7 +339,7 @@ def sample(
             output_type="pt",
             **arguments,
         )
-    return output.frames.float().clamp(0, 1).cpu()
+    return policy.videos_of(output).float().clamp(0, 1).cpu()
 
 
 def first_frame(job: Job, call: CallSettings) -> Float[Tensor, "3 height width"]:

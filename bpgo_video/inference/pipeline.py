@@ -93,7 +93,7 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     parameters = inspect.signature(getattr(diffusers, policy.pipeline_name).__call__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()} | policy.call_defaults()
     defaults |= {"guidance_scale": defaults[policy.guidance_argument], "fps": policy.fps}
-    if (limit := tokenizer_limit(policy.folder)) is not None:
+    if (limit := tokenizer_limit(policy.folder / policy.length_tokenizer)) is not None:
         defaults["max_sequence_length"] = min(defaults["max_sequence_length"], limit)
     given = asdict(settings) | {"num_inference_steps": settings.num_steps}
     names = [field.name for field in fields(CallSettings)]
@@ -141,8 +141,8 @@ def chosen_scheduler(settings: GenerationSettings, shipped: Any) -> Any:
 
 
 def tokenizer_limit(folder: Path) -> int | None:
-    """`model_max_length` of the folder's tokenizer; None if it states none."""
-    file = folder / "tokenizer" / "tokenizer_config.json"
+    """`model_max_length` of a tokenizer's folder; None if it states none."""
+    file = folder / "tokenizer_config.json"
     limit = read_json(file).get("model_max_length") if file.is_file() else None
     return None if limit is None else int(limit)
 

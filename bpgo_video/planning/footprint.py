@@ -30,7 +30,6 @@ from bpgo_video.planning.fake import (
 from bpgo_video.planning.models import diffusers_class, repeated_blocks
 from bpgo_video.policies import Policy
 from bpgo_video.policies.attention import check_heads, parallelise
-from bpgo_video.policies.base import LatentShape
 from bpgo_video.policies.lora import add_lora
 from bpgo_video.policies.networks import split_vae_work
 from bpgo_video.policies.vae import prepare_vae
@@ -224,7 +223,7 @@ def vae_bytes(policy: Policy, dtype: torch.dtype) -> int:
 @cache
 def decoding(
     policy: Policy,
-    latents: LatentShape,
+    latents: tuple[int, ...],
     samples: int,
     *,
     tiling: bool = False,

@@ -76,10 +76,9 @@ class Job:
         return self.policy.latent_shape(self.config.video)
 
     @property
-    def decoded(self) -> LatentShape:
-        """The latents that the VAE decodes: with given frames, without padding."""
-        channels, frames, height, width = self.latents
-        return channels, frames + self.policy.given_frames - self.policy.padding_frames, height, width
+    def decoded(self) -> tuple[int, ...]:
+        """The shape of one sample that the VAE decodes."""
+        return self.policy.decoded_shape(self.latents)
 
     @property
     def samples(self) -> int:

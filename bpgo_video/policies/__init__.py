@@ -46,6 +46,7 @@ FAMILIES: dict[str, str] = {  # diffusers' pipeline -> the class of its policy, 
     "MochiPipeline": "bpgo_video.policies.mochi:MochiPolicy",
     "Kandinsky5T2VPipeline": "bpgo_video.policies.kandinsky5:Kandinsky5Policy",
     "Kandinsky5I2VPipeline": "bpgo_video.policies.kandinsky5:Kandinsky5ImagePolicy",
+    "FluxPipeline": "bpgo_video.policies.flux:FluxPolicy",
 }
 ORIGINAL_NAMES = {  # diffusers' pipeline -> the function that maps its transformer's tensor names to the authors'
     "WanPipeline": "bpgo_video.policies.wan:original_name",

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.distributed.mesh import Mesh
@@ -102,6 +103,18 @@ def split_rope(name: str, dim: int) -> SplitRope:
             return tuple(ulysses.split(part, dim) for part in output)
 
         transformer.get_submodule(name).register_forward_hook(split)
+
+    return register
+
+
+def split_argument(name: str, dim: int) -> SplitRope:
+    """Split the transformer's argument `name`: tensors with a row per token on `dim`, or None."""
+
+    def register(transformer: nn.Module, ulysses: Ulysses) -> None:
+        def split(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, name: tree_map_only(Tensor, lambda part: ulysses.split(part, dim), kwargs[name])}
+
+        transformer.register_forward_pre_hook(split, with_kwargs=True)
 
     return register
 

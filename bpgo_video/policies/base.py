@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -51,6 +50,7 @@ class Policy:
         image_channels: the transformer takes the image's latents as further channels of every frame.
         token_timesteps: the transformer takes a timestep for each token, 0 for those of given frames.
         padding_frames: latent frames sampled before the others and not part of the video.
+        length_tokenizer: the tokenizer whose tokens `max_sequence_length` counts.
         one_dtype: diffusers' pipeline needs all its networks, the VAE too, in one dtype.
         one_text_a_call: diffusers' pipeline pads the texts of a call to one length without a mask.
         slices_vae: diffusers' VAE computes correct attention masks for a batch of one only.
@@ -74,6 +74,7 @@ class Policy:
     image_channels: ClassVar[bool] = False
     token_timesteps: ClassVar[bool] = False
     padding_frames: int = 0
+    length_tokenizer: ClassVar[str] = "tokenizer"
     one_dtype: ClassVar[bool] = False
     one_text_a_call: ClassVar[bool] = False
     slices_vae: ClassVar[bool] = False
@@ -283,8 +284,15 @@ class Policy:
             "encoder_hidden_states": texts,
             **self.transformer_arguments(latents, sigma, conditioning),
         }
-        prediction: Tensor = self.predict(sigma, **arguments)[0]
-        return prediction[:, :, self.given_frames :].float()
+        return self.sampled_frames(self.predict(sigma, **arguments)[0], latents).float()
+
+    def sampled_frames(self, prediction: Tensor, latents: Latents) -> Velocity:
+        """The sampled frames of the transformer's output, in the layout of the latents."""
+        return prediction[:, :, self.given_frames :]
+
+    def rescaled(self, guided: Velocity, prompted: Velocity) -> Velocity:
+        """A velocity of classifier-free guidance as the pipeline uses it, given the velocity of the prompt alone."""
+        return guided
 
     def predict(self, sigma: Tensor, **inputs: Any) -> Any:
         """The output of the transformer for a noise level."""
@@ -312,6 +320,13 @@ class Policy:
         frames, height, width = self.grid(latents)
         sampled = steps[:, None].expand(-1, frames * height * width)
         return torch.cat([sampled.new_zeros(len(latents), self.given_frames * height * width), sampled], dim=1)
+
+    @property
+    def embedded_guidance(self) -> float:
+        """The guidance scale that a distilled transformer takes as an input."""
+        scale = self.options["embedded_guidance"]
+        assert scale is not None
+        return scale
 
     def transformer_arguments(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Arguments:
         """Further arguments of the transformer, or replacements."""
@@ -368,7 +383,17 @@ class Policy:
         pixels = vae.decode(latents.to(vae.dtype), *arguments, return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
+    def decoded_shape(self, latents: LatentShape) -> tuple[int, ...]:
+        """The shape of one sample that the VAE decodes: sampled and given frames, without padding."""
+        channels, frames, height, width = latents
+        return channels, frames + self.given_frames - self.padding_frames, height, width
+
     # Generation with diffusers' own pipeline
+
+    def videos_of(self, output: Any) -> Videos:
+        """The videos in what the pipeline's call returned, in [0, 1]."""
+        videos: Videos = output.frames
+        return videos
 
     def call_defaults(self) -> dict[str, int]:
         """Size, text tokens and guidance by the names of `CallSettings`, where the pipeline call's defaults differ."""
@@ -412,23 +437,6 @@ def given_first(image: Tensor, frames: int) -> Tensor:
     return then_zeros(torch.cat([image, torch.ones_like(image[:, :1])], dim=1), frames)
 
 
-def scheduled_sigmas(
-    scheduler: Any, levels: Sequence[float], shift: float | None = None, mu: float | None = None
-) -> Float[Tensor, "points"]:
-    """The sigmas that diffusers' FlowMatchEulerDiscreteScheduler makes of a pipeline's `levels`, then 0.
-
-    Args:
-        scheduler: the folder's own.
-        levels: evenly spaced; the scheduler shifts them and stretches them to its last level.
-        shift: replaces the scheduler's, whatever the video's size.
-        mu: the logarithm of the shift for this size of video, where the scheduler shifts by size.
-    """
-    fixed = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
-    copy = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **fixed)
-    copy.set_timesteps(sigmas=list(levels), mu=mu)
-    return torch.as_tensor(copy.sigmas, dtype=torch.float32, device="cpu")
-
-
 def guided_velocity(policy: Policy, latents: Latents, sigma: Tensor, guidance: Guidance, scale: float) -> Velocity:
     """v = v_away + scale (v_towards - v_away): classifier-free guidance (arXiv 2207.12598). Scale 1 needs no v_away.
 
@@ -440,7 +448,7 @@ def guided_velocity(policy: Policy, latents: Latents, sigma: Tensor, guidance: G
     if not guidance.away:
         raise ValueError(f"guidance_scale is {scale}, but the prompts have no negative prompt; encode one, or set 1.0")
     prompted, unprompted = both_velocities(policy, latents, sigma, guidance)
-    return unprompted + scale * (prompted - unprompted)
+    return policy.rescaled(unprompted + scale * (prompted - unprompted), prompted)
 
 
 def both_velocities(policy: Policy, latents: Latents, sigma: Tensor, guidance: Guidance) -> tuple[Velocity, Velocity]:

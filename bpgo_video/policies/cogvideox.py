@@ -21,12 +21,11 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.diffusion import sde
-from bpgo_video.distributed.ulysses import Ulysses
-from bpgo_video.policies.attention import Processor, Rotary, SequencePlan, by_head, replace_processors
+from bpgo_video.policies.attention import Processor, Rotary, SequencePlan, by_head, replace_processors, split_argument
 from bpgo_video.policies.base import AllFrames, Arguments, Images, LatentShape, Policy, Shapes, then_zeros
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
@@ -70,16 +69,6 @@ def rotated(x: Float[Tensor, "samples joint heads head_dim"], rotary: Rotary | N
 use_dispatcher = partial(replace_processors, attention="attn1", processor=CogVideoXAttention)
 
 
-def split_rope_argument(transformer: nn.Module, ulysses: Ulysses) -> None:
-    """Split the rotary embeddings that the transformer takes as an argument, if it takes any."""
-
-    def split(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        rotary = kwargs["image_rotary_emb"]
-        return args, {**kwargs, "image_rotary_emb": rotary and tuple(ulysses.split(part, 0) for part in rotary)}
-
-    transformer.register_forward_pre_hook(split, with_kwargs=True)
-
-
 class CogVideoXPolicy(Policy):
     """CogVideoX text-to-video.
 
@@ -91,7 +80,7 @@ class CogVideoXPolicy(Policy):
     one_dtype = True
     sequence_plan = SequencePlan(
         blocks=("transformer_blocks",),
-        rope=split_rope_argument,
+        rope=split_argument("image_rotary_emb", dim=0),
         head="proj_out",
         text_first=True,
         attention=use_dispatcher,

@@ -30,9 +30,9 @@ from bpgo_video.policies.base import (
     Policy,
     Shapes,
     given_first,
-    scheduled_sigmas,
 )
 from bpgo_video.policies.networks import class_of
+from bpgo_video.policies.schedule import scheduled_sigmas
 from bpgo_video.types import Conditioning, Latents, Videos
 from bpgo_video.weights import read_config
 
@@ -98,13 +98,6 @@ class HunyuanVideoPolicy(Policy):
             "pooled_projections": conditioning["pooled_prompt_embeds"],
             "guidance": guidance if self.transformer_config["guidance_embeds"] else None,
         }
-
-    @property
-    def embedded_guidance(self) -> float:
-        """The guidance scale that the transformer takes."""
-        scale = self.options["embedded_guidance"]
-        assert scale is not None
-        return scale
 
     def call_arguments(self, pipeline: Any, latents: Latents, video: VideoConfig, images: Images | None) -> Arguments:
         """The noise, and the embedded guidance, which the pipeline's call names guidance_scale."""

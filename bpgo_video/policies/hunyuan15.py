@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.policies.attention import JointAttention, Rotary, SequencePlan, replace_processors, split_rope
-from bpgo_video.policies.base import Arguments, Images, LatentShape, Policy, Shapes, given_first, scheduled_sigmas
+from bpgo_video.policies.base import Arguments, Images, LatentShape, Policy, Shapes, given_first
 from bpgo_video.policies.networks import class_of, read_index
+from bpgo_video.policies.schedule import scheduled_sigmas
 from bpgo_video.types import Conditioning, Latents
 from bpgo_video.weights import read_config
 

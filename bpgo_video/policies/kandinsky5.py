@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.distributed.ulysses import Ulysses
 from bpgo_video.policies.attention import SequencePlan
-from bpgo_video.policies.base import AllFrames, Arguments, Images, LatentShape, Policy, Shapes, scheduled_sigmas
+from bpgo_video.policies.base import AllFrames, Arguments, Images, LatentShape, Policy, Shapes
+from bpgo_video.policies.schedule import scheduled_sigmas
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 PADDING = -1  # position of a padding token

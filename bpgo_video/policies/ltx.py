@@ -11,19 +11,17 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.policies.attention import SequencePlan, split_rope
-from bpgo_video.policies.base import AllFrames, Arguments, Images, Policy, Shapes, scheduled_sigmas
+from bpgo_video.policies.base import AllFrames, Arguments, Images, Policy, Shapes
+from bpgo_video.policies.schedule import sigmas_by_size
 from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
 from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 DECODE_NOISE = ("decode",)  # key of the noise that the VAE removes
-SHIFT_DEFAULTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
 class LTXPolicy(Policy):
@@ -64,11 +62,8 @@ class LTXPolicy(Policy):
     def sigmas(self, num_steps: int, video: VideoConfig, shift: float | None = None) -> Tensor:
         """The default shift grows with the number of tokens."""
         _, frames, height, width = self.latent_shape(video)
-        config = self.pipeline.scheduler.config
-        settings = [config.get(name, default) for name, default in SHIFT_DEFAULTS.items()]
-        mu = calculate_shift((frames + self.given_frames) * height * width, *settings)
-        levels = np.linspace(1.0, 1 / num_steps, num_steps)
-        return scheduled_sigmas(self.pipeline.scheduler, levels.tolist(), shift, mu)
+        tokens = (frames + self.given_frames) * height * width
+        return sigmas_by_size(self.pipeline.scheduler, num_steps, tokens, shift)
 
     def velocity(self, latents: Latents, sigma: Tensor, conditioning: Conditioning) -> Velocity:
         frames = self.all_frames(latents, conditioning)

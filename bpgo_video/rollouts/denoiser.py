@@ -144,9 +144,11 @@ class Denoiser:
         if path.guided is not None:
             difference, computed = path.guided
             if index - computed < self.guidance_every and self.transformer_at(index) == self.transformer_at(computed):
-                return self.policy.velocity(latents, sigma, guidance.towards) + (scale - 1) * difference, path.guided
+                prompted = self.policy.velocity(latents, sigma, guidance.towards)
+                return self.policy.rescaled(prompted + (scale - 1) * difference, prompted), path.guided
         prompted, unprompted = both_velocities(self.policy, latents, sigma, guidance)
-        return unprompted + scale * (prompted - unprompted), (prompted - unprompted, index)
+        guided = self.policy.rescaled(unprompted + scale * (prompted - unprompted), prompted)
+        return guided, (prompted - unprompted, index)
 
     def transition(self, latents: Latents, index: int, guidance: Guidance) -> sde.Transition:
         """The distribution after stochastic step `index`; differentiable in the policy's parameters."""

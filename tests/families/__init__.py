@@ -14,6 +14,7 @@ from tests.families.cogvideox import (
     COGVIDEOX_PAIRS_IMAGE,
     COGVIDEOX_PAIRS_ONE_FRAME,
 )
+from tests.families.flux import FLUX, FLUX_SCHNELL
 from tests.families.hunyuan import HUNYUAN, HUNYUAN_CONCAT, HUNYUAN_FIRST_FRAME
 from tests.families.hunyuan15 import HUNYUAN_15, HUNYUAN_15_IMAGE
 from tests.families.kandinsky5 import KANDINSKY5, KANDINSKY5_IMAGE
@@ -46,6 +47,8 @@ CASES: dict[str, Case] = {
     "hunyuan15_image": HUNYUAN_15_IMAGE,
     "kandinsky5": KANDINSKY5,
     "kandinsky5_image": KANDINSKY5_IMAGE,
+    "flux": FLUX,
+    "flux_schnell": FLUX_SCHNELL,
     "skyreels": SKYREELS,
 }
 

@@ -71,7 +71,10 @@ class Case:
         policy = PolicyConfig(str(folder), self.text_tokens, family=self.family, **own)
         sampler = replace(recipe.sampler, num_steps=4, train_steps="all", share_steps="batch", shift=None)
         loss = replace(recipe.loss, step_weights="none")
-        return replace(recipe, policy=policy, video=self.video, sampler=sampler, loss=loss)
+        rewards = recipe.rewards
+        if self.video.num_frames == 1:  # no frames to agree
+            rewards = {name: replace(reward, trust="none") for name, reward in rewards.items()}
+        return replace(recipe, policy=policy, video=self.video, sampler=sampler, loss=loss, rewards=rewards)
 
     def pictures(self) -> list[Image.Image]:
         """An image for each text, of the video's size."""
@@ -111,5 +114,5 @@ class Case:
                 prompt=text, negative_prompt=NEGATIVE, output_type="pt",
                 **{**policy.take_settings(pipeline, settings), **self.arguments, **image, **own},
             )  # fmt: skip
-            videos.append(found.frames)
+            videos.append(policy.videos_of(found))
         return torch.cat(videos)

@@ -78,10 +78,16 @@ def kandinsky5_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict
     return {"latents": latents, "guidance_scale": 2.0, "image": picture}
 
 
+def flux(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    _, channels, _, height, width = noise.shape
+    latents = pipeline._pack_latents(noise[:, :, 0], 1, channels, height, width)
+    return {"latents": latents, "guidance_scale": 2.0, "true_cfg_scale": 2.0}
+
+
 BY_HAND: dict[str, ByHand] = {
     "ltx": ltx, "ltx_image": ltx_image, "hunyuan": hunyuan, "hunyuan_image": hunyuan_image,
     "hunyuan_image_concat": hunyuan_image_concat, "kandinsky5": kandinsky5, "kandinsky5_image": kandinsky5_image,
-    "hunyuan15": hunyuan15, "hunyuan15_image": hunyuan15_image,
+    "hunyuan15": hunyuan15, "hunyuan15_image": hunyuan15_image, "flux": flux,
 }  # fmt: skip
 
 
@@ -107,13 +113,17 @@ def test_videos_equal_those_of_diffusers_in_any_batch(name: str, folder: Path, s
     pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(folder)
     for row, text in enumerate(case.texts):
         noise = keyed_noise(policy.latent_shape(case.video), [(5, "generation", prompt_id(text), 0)], "cpu")
-        given = {"height": case.video.height, "width": case.video.width, "max_sequence_length": case.text_tokens}
+        own = BY_HAND[name](pipeline, noise, case.pictures()[row])
+        given = {
+            "height": case.video.height, "width": case.video.width, "max_sequence_length": case.text_tokens,
+            "num_frames": case.video.num_frames,
+        }  # fmt: skip
         known = inspect.signature(pipeline.__call__).parameters
-        own = {"num_frames": case.video.num_frames, **BY_HAND[name](pipeline, noise, case.pictures()[row])}
-        expected = pipeline(
+        output = pipeline(
             prompt=text, negative_prompt="", num_inference_steps=3, output_type="pt",
-            **{key: value for key, value in given.items() if key in known}, **own,
-        ).frames  # fmt: skip
+            **{**{key: value for key, value in given.items() if key in known}, **own},
+        )  # fmt: skip
+        expected = output.images[:, None] if hasattr(output, "images") else output.frames
         assert expected.shape[1] == case.video.num_frames
         torch.testing.assert_close(found[row : row + 1], expected, rtol=0, atol=1e-5)
     assert (found[0] - found[1]).abs().max() > 0.01
@@ -136,6 +146,6 @@ def test_generation_runs_in_bfloat16(name: str, settings: GenerationSettings) ->
 
 def test_a_setting_of_another_family_is_refused(settings: GenerationSettings, name: str) -> None:
     foreign = {"embedded_guidance": None, "decode_timestep": None, "decode_noise_scale": None}
-    key = "decode_timestep" if name.startswith("hunyuan") else "embedded_guidance"
+    key = "decode_timestep" if name.startswith(("hunyuan", "flux")) else "embedded_guidance"
     with pytest.raises(ConfigError, match=rf"policy.{key} is 0.5, but .* knows (\[|no such)"):
         find_model(GenerationSettings(**{**vars(settings), **foreign, key: 0.5}))

@@ -164,9 +164,14 @@ def test_decoding_inverts_the_normalisation_of_encoding(
     )
     policy.decode(latents, case.prompts(policy, case.recipe(folder)).conditioning)
     whole = torch.cat([videos[:, :1].repeat(1, case.hidden_frames, 1, 1, 1), videos], dim=1)
-    expected = vae.encode((2 * whole - 1).transpose(1, 2)).latent_dist.mode()
-    own = slice(max(policy.given_frames, case.adjusted_frames), None)
-    torch.testing.assert_close(torch.cat(given)[:, :, own], expected[:, :, own], rtol=1e-5, atol=1e-5)
+    pixels = (2 * whole - 1).transpose(1, 2)
+    if len(policy.decoded_shape(policy.latent_shape(video))) == 3:  # a VAE without an axis of frames
+        own: Any = ...
+        pixels = pixels[:, :, 0]
+    else:
+        own = (slice(None), slice(None), slice(max(policy.given_frames, case.adjusted_frames), None))
+    expected = vae.encode(pixels).latent_dist.mode()
+    torch.testing.assert_close(torch.cat(given)[own], expected[own], rtol=1e-5, atol=1e-5)
 
 
 def test_transformer_blocks_are_found_and_checkpointed(policy: Policy) -> None:
