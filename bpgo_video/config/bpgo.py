@@ -315,15 +315,20 @@ class Config:
         return self.run.num_steps * self.optim.updates_per_rollout
 
     @property
+    def trained_rewards(self) -> dict[str, RewardConfig]:
+        """The rewards of weight above 0; the others are watched."""
+        return {name: reward for name, reward in self.rewards.items() if reward.weight > 0}
+
+    @property
     def trusts(self) -> dict[str, Any]:
         """The trust of each reward that has one of its own."""
         return {name: reward.trust for name, reward in self.rewards.items() if reward.trust is not None}
 
     @property
     def bpgo_by_reward(self) -> dict[str, BPGOConfig]:
-        """BPGO's settings for each reward, with its own trust."""
-        own = self.trusts
-        return {name: dataclasses.replace(self.bpgo, trust=own.get(name, self.bpgo.trust)) for name in self.rewards}
+        """BPGO's settings for each reward that trains, with its own trust."""
+        own, trained = self.trusts, self.trained_rewards
+        return {name: dataclasses.replace(self.bpgo, trust=own.get(name, self.bpgo.trust)) for name in trained}
 
     @property
     def uses_trust(self) -> bool:

@@ -29,7 +29,8 @@ class RewardConfig:
     model: str
     """A name in `bpgo_video.rewards.reward.REWARDS`, or a dotted path such as `my_pkg.rewards:MyReward`."""
     weight: NonNegative = 1.0
-    """Weight of this reward in the combined advantage."""
+    """Weight of this reward in the combined advantage. 0 only watches: nothing learns from the reward, which has no
+    anchor and no trust; metrics say how far the rewards that train, and their trust, agree with it."""
     aggregate: Literal["mean", "min", "soft_min", "top_share", "share_above"] = "mean"
     """How the scores of a video's frames become the video's score."""
     aggregate_at: Real | None = None
@@ -104,13 +105,15 @@ class CreditConfig:
 
 @section
 class ReliabilityConfig:
-    """How often videos are scored again, where rewards have `rescorings`."""
+    """How often videos are scored again, where rewards have `rescorings`, and how their agreement is averaged."""
 
     rescore_below: Share = 1.0
     """Score a prompt again while its last ICC by any reward is below this; otherwise its last ICC counts. 1 scores
     every prompt again."""
     rescore_every: Positive = 5
     """Score a prompt again at least every this many times that it is sampled."""
+    memory: BelowOne = 0.5
+    """Share of its last ICC that a prompt keeps when it is scored again; 0 takes each group's own."""
 
 
 @section

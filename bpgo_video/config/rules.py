@@ -104,7 +104,8 @@ def common_rules(
 
 def reward_rules(config: Config, section: str, name: str, reward: RewardConfig) -> Rules:
     """Of one reward; `section` is rewards or evaluation.rewards."""
-    trained, key = name in config.rewards, f"{section}.{name}"
+    of_run, key = section == "rewards", f"{section}.{name}"
+    trained = of_run and reward.weight > 0
     kind, at, has_number = reward.aggregate, reward.aggregate_at, reward.aggregate not in ("mean", "min")
     scorings = [reward.options, *({**reward.options, **options} for options in reward.rescorings)]
     repeats = any(options in scorings[:i] for i, options in enumerate(scorings))
@@ -115,7 +116,7 @@ def reward_rules(config: Config, section: str, name: str, reward: RewardConfig) 
             not re.fullmatch(r"[\w:-][\w.:-]*", name)
         ),
         f"{name!r} is in rewards and in evaluation.rewards; use two names to train on a reward and also report it on "
-        "held-out prompts": trained and name in config.evaluation.rewards,
+        "held-out prompts": of_run and name in config.evaluation.rewards,
         f"{key}.aggregate_at is {at}, which aggregate = {kind!r} does not use; remove it": (
             not has_number and at is not None
         ),
@@ -138,9 +139,8 @@ def reward_rules(config: Config, section: str, name: str, reward: RewardConfig) 
         f"theirs; set {key}.aggregate to 'mean', or {key}.trust to another": trust == "uncertainty" and kind != "mean",
         f"{key}.rescorings is {list(reward.rescorings)}: each needs options that differ from {key}.options and from "
         "the others', since an equal model gives an equal score": repeats,
-        f"{key} is held out, and trust and rescorings are of rewards that train; remove them from {key}": (
-            not trained and (reward.trust is not None or bool(reward.rescorings))
-        ),
+        f"{key} {'is watched (weight 0)' if of_run else 'is held out'}, and trust and rescorings are of rewards that "
+        f"train; remove them from {key}": not trained and (reward.trust is not None or bool(reward.rescorings)),
     }
 
 
@@ -148,9 +148,7 @@ def learner_rules(config: Config) -> Rules:
     bpgo, advantage, rollout = config.bpgo, config.advantage, config.rollout
     best, group, samples = advantage.best_of or 0, rollout.group_size, config.prior.samples
     return {
-        "rewards has none of weight above 0 to train on; add one": (
-            not any(reward.weight > 0 for reward in config.rewards.values())
-        ),
+        "rewards has none of weight above 0 to train on; add one": (not config.trained_rewards),
         "bpgo.ras_center is 'batch_mean' with rollout.prompts_per_step = 1: the only group is its own mean, so its "
         "trust is always 1; take more prompts per step, or set ras_center to 'none'": (
             config.uses_trust and bpgo.ras_center == "batch_mean" and rollout.prompts_per_step == 1

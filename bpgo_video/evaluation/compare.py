@@ -139,8 +139,7 @@ def measure(requests: Sequence[Request], config: Config, weights: str, output: P
         ConfigError, ShardError, CheckpointError, FileNotFoundError, RewardError: each states the value, the rule and
             the remedy.
     """
-    trained = {name: reward for name, reward in config.rewards.items() if reward.weight > 0}
-    rewards = {**config.evaluation.rewards, **trained}
+    rewards = {**config.evaluation.rewards, **config.trained_rewards}
     if taken := rewards.keys() & {MOTION, DIVERSITY}:
         raise ConfigError(
             f"the rewards {sorted(taken)} have names that a comparison uses for its own measures; rename them"

@@ -52,6 +52,13 @@ def spearman_brown(icc: PerPrompt, scorings: Int[Tensor, "prompts"] | int) -> Pe
     return scorings * c / (1 + (scorings - 1) * c)
 
 
+def correlation(one: Float[Tensor, "prompts group"], other: Float[Tensor, "prompts group"]) -> PerPrompt:
+    """Pearson's correlation of two rewards' scores or advantages within each group; 0 where either is constant."""
+    a, b = (scores - scores.mean(dim=1, keepdim=True) for scores in (one, other))
+    norms = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(norms > 0, (a * b).sum(dim=1) / norms, 0.0)
+
+
 def _mean_squares(scores: Scores) -> tuple[PerPrompt, PerPrompt]:
     """MS_B and MS_R; both 0 in a group without spread."""
     _, group, columns = scores.shape

@@ -26,11 +26,12 @@ from bpgo_video.learner.advantages import (
     loss_scale,
 )
 from bpgo_video.learner.equations import TRANSFORMS, BPGOAdvantages, bpgo_advantages, released_advantages
-from bpgo_video.learner.metrics import batch_metrics
+from bpgo_video.learner.metrics import batch_metrics, watched_metrics
 from bpgo_video.learner.trust import TRUSTS, GroupScores, RewardsByName
 from bpgo_video.types import PriorAnchor
 
 GRPO = AdvantageConfig()
+WATCHED = BPGOConfig(alpha=0, zeta=0)  # of a reward of weight 0: A alone, for the metrics
 MATCHES = 100  # rounds of the search for the factor of match_rms; without a clip one is enough
 FrameScores = Float[Tensor, "prompts group frames"]
 
@@ -126,7 +127,7 @@ def step_advantages(
 
     Args:
         anchors: by reward name; needed where a reward's settings compare it with an anchor.
-        weights: by reward name, 0 or more, and one above 0.
+        weights: by reward name, one above 0. A reward of weight 0 is in the metrics alone, and needs nothing else.
         clip: bound on the magnitude of an advantage, after the trust.
         trusts: of rewards that have a trust of their own instead of bpgo.trust.
         frames: scores of single frames, by reward name; needed for trust `frames`.
@@ -139,7 +140,10 @@ def step_advantages(
         OverflowError: names the reward whose transformation overflows.
     """
     frames, reliability, stds = frames or {}, reliability or {}, stds or {}
-    own = {name: replace(bpgo, trust=(trusts or {}).get(name, bpgo.trust)) for name in rewards_by_name}
+    own = {
+        name: replace(bpgo, trust=(trusts or {}).get(name, bpgo.trust)) if weights[name] else WATCHED
+        for name in rewards_by_name
+    }
     of_rewards = {}
     for name, rewards in rewards_by_name.items():
         _check(name, rewards, anchors, own[name])
@@ -148,7 +152,9 @@ def step_advantages(
         scale = scale if bpgo.standardise else None
         scores = GroupScores(rewards, prior, scale, frames.get(name), reliability.get(name), stds.get(name))
         of_rewards[name] = _of_reward(name, scores, own[name], NORMALISERS[normalisation.normalise])
-    found, grpo = _combined(of_rewards, weights, bpgo.ras_on_crt, normalisation.combine, credit)
+    train = {name: found for name, found in of_rewards.items() if weights[name]}
+    watched = {name: found.advantage for name, found in of_rewards.items() if not weights[name]}
+    found, grpo = _combined(train, weights, bpgo.ras_on_crt, normalisation.combine, credit)
     if normalisation.best_of is not None:
         counts = best_and_worst(found.advantage, normalisation.best_of).to(found.advantage.dtype)
         found, grpo = found.times(counts), grpo.times(counts)
@@ -158,9 +164,9 @@ def step_advantages(
     found = found.clipped(clip)
     rms_ratio = rms_quotient(found.total(bpgo.zeta), target)
     alpha = bpgo.alpha if any(settings.uses_trust for settings in own.values()) else 0.0
-    metrics = batch_metrics(found.trust, rewards_by_name, of_rewards, anchors, alpha)
+    metrics = batch_metrics(found.trust, rewards_by_name, train, anchors, alpha) | watched_metrics(train, watched)
     metrics |= {"rms_ratio": rms_ratio, **_distrusted(found.trust, unmatched, grpo.total(0), bpgo)}
-    equal = torch.stack([equal_groups(rewards) for name, rewards in rewards_by_name.items() if weights[name]])
+    equal = torch.stack([equal_groups(rewards_by_name[name]) for name in train])
     return replace(found.times(loss_scale(normalisation, equal.all(dim=0), found.advantage.shape[1])), metrics=metrics)
 
 
@@ -195,10 +201,10 @@ def _combined(
     credit: Mapping[str, Tensor] | None,
 ) -> tuple[GroupAdvantages, GroupAdvantages]:
     """The advantages over all rewards, and those of GRPO (w = 1, no A~), before anything bounds them."""
-    combination = COMBINATIONS[combine]
+    combination, weights = COMBINATIONS[combine], {name: weights[name] for name in of_rewards}
     plain = {name: found.advantage for name, found in of_rewards.items()}
     trust = {name: found.trust.to(plain[name].dtype) for name, found in of_rewards.items()}
-    total = sum(weights[name] for name in of_rewards)
+    total = sum(weights.values())
     mean = torch.stack([weights[name] * w for name, w in trust.items()]).sum(dim=0) / total
     second = {name: found.contrastive for name, found in of_rewards.items() if found.contrastive is not None}
     if ras_on_crt:
@@ -208,7 +214,7 @@ def _combined(
     contrastive = combination(second, weights).to(advantage.dtype) if second else None
     by_frame = grpo_by_frame = None
     if credit is not None:
-        terms = {name: weights[name] * values for name, values in credit.items()}
+        terms = {name: weight * credit[name] for name, weight in weights.items()}
         grpo_by_frame = torch.stack(list(terms.values())).sum(dim=0)
         by_frame = torch.stack([trust[name][:, None, None] * term for name, term in terms.items()]).sum(dim=0)
     found = GroupAdvantages(advantage, contrastive, mean, by_frame=by_frame)

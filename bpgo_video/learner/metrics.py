@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.learner.advantages import equal_groups
+from bpgo_video.learner.agreement import correlation
 from bpgo_video.learner.equations import BPGOAdvantages
 from bpgo_video.learner.trust import RewardsByName
 from bpgo_video.types import PriorAnchor
@@ -38,7 +39,7 @@ def batch_metrics(
     if alpha:
         shares = trust_histogram(trust, alpha)
         metrics |= {f"trust/hist/{index:02d}": share for index, share in enumerate(shares.unbind())}
-    equal = {name: equal_groups(rewards).float().mean() for name, rewards in rewards_by_name.items()}
+    equal = {name: equal_groups(rewards_by_name[name]).float().mean() for name in of_rewards}
     metrics |= _with_worst("zero_std_share", equal)
     if alpha and len(of_rewards) > 1:
         metrics |= {f"trust_mean/{name}": found.trust.mean() for name, found in of_rewards.items()}
@@ -46,7 +47,8 @@ def batch_metrics(
     names = list(of_rewards)
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
-            metrics[f"agreement/{one}+{other}"] = agreement(of_rewards[one].advantage, of_rewards[other].advantage)
+            between = correlation(of_rewards[one].advantage, of_rewards[other].advantage)
+            metrics[f"agreement/{one}+{other}"] = between.mean()
     inversions = {
         name: rank_inversion(rewards_by_name[name], found.transformed)
         for name, found in of_rewards.items()
@@ -58,6 +60,35 @@ def batch_metrics(
     spreads = {name: rewards_by_name[name].double().var(dim=1).mean().sqrt().float() for name in anchors}
     metrics |= {f"prior/group_std/{name}": spread for name, spread in spreads.items()}
     return metrics | {f"prior/scale/{name}": torch.tensor(anchor.scale) for name, anchor in anchors.items()}
+
+
+def watched_metrics(
+    train: Mapping[str, BPGOAdvantages], watched: Mapping[str, Float[Tensor, "prompts group"]]
+) -> dict[str, Tensor]:
+    """How each reward that trains agrees with each that is watched, and whether its trust knows where it does.
+
+    `agreement/A+B` is the mean correlation within groups, `trust_validity/A+B` Spearman's rank correlation, over the
+    groups, of that correlation and the trust in A; absent where either is the same in all groups.
+
+    Args:
+        watched: group-relative advantages.
+    """
+    metrics = {}
+    for name, found in train.items():
+        for other, advantage in watched.items():
+            validity = correlation(found.advantage, advantage)
+            metrics[f"agreement/{name}+{other}"] = validity.mean()
+            if (knows := spearman(found.trust, validity)) is not None:
+                metrics[f"trust_validity/{name}+{other}"] = knows
+    return metrics
+
+
+def spearman(one: Float[Tensor, "prompts"], other: Float[Tensor, "prompts"]) -> Float[Tensor, ""] | None:
+    """Rank correlation, in which equal values have their mean rank; None if all values of either are equal."""
+    if bool((one == one[0]).all()) or bool((other == other[0]).all()):
+        return None
+    ranks = ((values[:, None] > values).sum(dim=1) + (values[:, None] >= values).sum(dim=1) for values in (one, other))
+    return correlation(*(twice.double()[None] for twice in ranks))[0]
 
 
 def trust_by_kind(
@@ -92,9 +123,3 @@ def rank_inversion(
     after = torch.sign(transformed[:, :, None] - transformed[:, None, :])
     ordered = (before != 0).sum()
     return (before * after < 0).sum().float() / ordered.clamp(min=1)
-
-
-def agreement(one: Float[Tensor, "prompts group"], other: Float[Tensor, "prompts group"]) -> Float[Tensor, ""]:
-    """Mean correlation, over prompts, of two rewards' advantages within a group, in [-1, 1]; 0 without signal."""
-    scale = (one.square().sum(dim=1) * other.square().sum(dim=1)).sqrt()
-    return torch.where(scale > 0, (one * other).sum(dim=1) / scale, 0.0).mean()

@@ -75,6 +75,11 @@ class RewardSuite:
         return {name: reward.version for name, reward in self.rewards.items()}
 
     @property
+    def trained_versions(self) -> dict[str, str]:
+        """Of the rewards that train."""
+        return {name: version for name, version in self.versions.items() if self.weights[name]}
+
+    @property
     def weights(self) -> dict[str, float]:
         return {name: reward.config.weight for name, reward in self.rewards.items()}
 

@@ -112,7 +112,7 @@ class ArmLearner:
         if self.arm.scorings == 1 or self.arm.rescore == "frames":
             return {}
         ids = rows.tolist()
-        icc = icc_by_reward(self.history, ids, scorings, again)
+        icc = icc_by_reward(self.history, ids, scorings, again, self.arm.memory)
         self.history = updated_history(self.history, ids, icc, again)
         averaged_over = 1 if self.arm.trains_on == "first" else self.arm.scorings
         return {name: reliability_of(of, averaged_over, again) for name, of in icc.items()}

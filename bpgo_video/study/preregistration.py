@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bpgo_video.config.fields import (
     AboveZero,
+    BelowOne,
     NonNegative,
     Positive,
     Real,
@@ -106,6 +107,8 @@ class Arm:
     """Which prompts are scored more than once: those whose last ICC, or whose frames' agreement, is low."""
     rescore_below: Share = 0.8
     rescore_every: Positive = 5
+    memory: BelowOne = 0.0
+    """Share of its last ICC that a prompt keeps."""
     rho: Literal["scorings", "scorings_and_frames", "judges", "truth", "random", "spread_up", "spread_down"] | None = (
         None
     )

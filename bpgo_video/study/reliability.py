@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bpgo_video.learner.advantages import group_relative
-from bpgo_video.learner.agreement import frame_agreement, group_icc, spearman_brown
+from bpgo_video.learner.agreement import correlation, frame_agreement, group_icc, spearman_brown
 
 Scores = Float[Tensor, "prompts group"]
 PerPrompt = Float[Tensor, "prompts"]
@@ -96,13 +96,6 @@ SOURCES: dict[str | None, Callable[[Scored], ByJudge]] = {
 def averaged(rho: ByJudge) -> ByJudge:
     """The mean over judges, for each of them."""
     return dict.fromkeys(rho, torch.stack(list(rho.values())).mean(dim=0))
-
-
-def correlation(one: Scores, other: Scores) -> PerPrompt:
-    """Pearson's correlation within each group; 0 where one of the two is constant."""
-    a, b = (scores - scores.mean(dim=1, keepdim=True) for scores in (one, other))
-    norms = a.norm(dim=1) * b.norm(dim=1)
-    return torch.where(norms > 0, (a * b).sum(dim=1) / norms, 0.0)
 
 
 def ranks(values: PerPrompt) -> PerPrompt:

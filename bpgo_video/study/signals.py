@@ -21,13 +21,13 @@ from torch import Tensor
 
 from bpgo_video.config.learner import BPGOConfig, TrustName
 from bpgo_video.learner.advantages import group_relative
-from bpgo_video.learner.agreement import group_icc, spearman_brown
+from bpgo_video.learner.agreement import correlation, group_icc, spearman_brown
 from bpgo_video.learner.bpgo import step_advantages
 from bpgo_video.randomness import generator_of
 from bpgo_video.statistics import LEVEL
 from bpgo_video.study.groups import FrameScores, Groups
 from bpgo_video.study.preregistration import Signals
-from bpgo_video.study.reliability import correlation, ranks
+from bpgo_video.study.reliability import ranks
 from bpgo_video.types import PriorAnchor
 
 Scores = Float[Tensor, "groups group"]

@@ -238,6 +238,12 @@ PANELS: Mapping[str, Panel] = {
         "Mean weight of the prompts with each of the most frequent tags. Moving mean.",
         partial(lines, "trust_kind/"),
     ),
+    "trust_validity": (
+        "Does trust know?",
+        "Rank correlation, over a step's groups, of the trust in a reward and its agreement with a watched reward. "
+        "Above 0: trusted groups are the valid ones. Moving mean.",
+        partial(lines, "trust_validity/"),
+    ),
     "trust_histogram": (
         "Trust of the groups",
         "Share of each step's groups by trust weight, in ten bins; darker means more groups.",

@@ -38,6 +38,7 @@ from bpgo_video.training.metrics import reduce_metrics
 from bpgo_video.training.rl import PHASES, build_objective
 from bpgo_video.training.sampling import sample_and_score
 from bpgo_video.training.session import Session
+from bpgo_video.training.summary import AGREEMENT, ALIKE, OPPOSED
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # the first one at which a transformer computes is used for it
@@ -144,6 +145,29 @@ def rewards_vary(examination: Examination) -> Result:
     return not constant, words
 
 
+def rewards_agree(examination: Examination) -> Result:
+    """How far rewards agree on the samples of a prompt; always holds."""
+    assert examination.advantages is not None
+    metrics = examination.advantages.metrics
+    pairs = {key.removeprefix(AGREEMENT): float(value) for key, value in metrics.items() if key.startswith(AGREEMENT)}
+    config = examination.session.config
+    trained = "+".join(config.trained_rewards)
+    if "+" not in trained:
+        return True, (
+            f"{trained} is the only reward that trains: a second, independent one gains more than any trust does where "
+            "rewards err (docs/study.md)"
+        )
+    words = [f"{pair.replace('+', ' and ')} {value:.2f}{remark(value)}" for pair, value in pairs.items()]
+    return True, f"{', '.join(words)} (mean correlation within {config.rollout.prompts_per_step} groups)"
+
+
+def remark(agreement: float) -> str:
+    """What to do about an agreement that is extreme; empty for others."""
+    if agreement > ALIKE:
+        return ": the second adds little; replace it by a model of another kind"
+    return ": they cancel each other; lower the weight of one" if agreement < OPPOSED else ""
+
+
 def shortcuts_are_small(examination: Examination) -> Result | None:
     """How far the shortcuts of untrained steps move samples and rewards, with the same noise; always holds."""
     session, rollout = examination.session, examination.session.config.rollout
@@ -231,6 +255,7 @@ CHECKS: dict[str, Callable[[Examination], Result | None]] = {  # None: the recip
     "velocity": velocity_is_the_pipelines,
     "ODE": ode_is_diffusers,
     "rewards": rewards_vary,
+    "agreement": rewards_agree,
     "shortcuts": shortcuts_are_small,
     "ratio": ratio_is_one,
     "gradient": gradient_flows,
@@ -264,10 +289,9 @@ def diagnose(session: Session, prompts: PromptBatch, heartbeat: Heartbeat) -> bo
 
 def dependent_measure(config: Config) -> list[str]:
     """A line if the run's measure scores with what a training reward scores with."""
-    held, trained = config.evaluation.rewards.items(), config.rewards.items()
-    for measure, reward in list(held)[:1]:
+    for measure, reward in list(config.evaluation.rewards.items())[:1]:
         source = source_of(measure, reward)
-        same = [name for name, trains in trained if trains.weight > 0 and source_of(name, trains) == source]
+        same = [name for name, trains in config.trained_rewards.items() if source_of(name, trains) == source]
         if same:
             return [
                 f"evaluation.rewards.{measure}, the run's measure, scores with {source}, as training reward {same[0]} "

@@ -65,8 +65,8 @@ def estimate_advantages(
         with suite.on_device():
             image_rewards = _on_cpu(suite.score_images(prompts, config.video.num_frames, session.mesh))
     averaged = by_name | {image_key(name): scores[:, None] for name, scores in image_rewards.items()}
-    inputs = PriorInputs(prompts, suite.versions, averaged, memory.running_rewards, image_rewards)
-    reliability, icc_metrics = reliability_of_scores(prompts, rewards, memory)
+    inputs = PriorInputs(prompts, suite.trained_versions, averaged, memory.running_rewards, image_rewards)
+    reliability, icc_metrics = reliability_of_scores(prompts, rewards, memory, config.reliability.memory)
     advantages = step_advantages(
         by_name,
         anchors=PRIORS[config.prior.kind](config.prior, inputs) if config.needs_prior else {},
@@ -88,7 +88,7 @@ def estimate_advantages(
 
 
 def reliability_of_scores(
-    prompts: PromptBatch, rewards: Rewards, memory: Memory
+    prompts: PromptBatch, rewards: Rewards, memory: Memory, kept: float
 ) -> tuple[dict[str, Float[Tensor, "prompts"]], dict[str, Tensor]]:
     """rho of each prompt's scores by reward, and metrics: the share of prompts scored again, and their pooled ICC."""
     if not rewards.scorings:
@@ -96,7 +96,7 @@ def reliability_of_scores(
     ids = prompts.ids.tolist()
     again = torch.ones(len(prompts), dtype=torch.bool) if prompts.again is None else prompts.again
     scorings = _on_cpu(rewards.scorings)
-    icc = icc_by_reward(memory.agreements, ids, scorings, again)
+    icc = icc_by_reward(memory.agreements, ids, scorings, again, kept)
     memory.agreements |= updated_history(memory.agreements, ids, icc, again)
     metrics = {"scored_again": again.float().mean()}
     if bool(again.any()):

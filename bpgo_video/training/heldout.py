@@ -134,10 +134,9 @@ def heldout_summary(before: ScoresByReward, after: HeldoutScores, config: Config
 
 def heldout_test(first: Scores, last: Scores, config: Config) -> dict[str, Any]:
     """Test of the change over prompts, corrected for all measures that a comparison of policies would take."""
-    trained = {name for name, reward in config.rewards.items() if reward.weight > 0}
-    names = {*config.evaluation.rewards, *trained}
+    names = {*config.evaluation.rewards, *config.trained_rewards}
     video_measures = (config.video.num_frames > 1) + (config.evaluation.samples_per_prompt > 1)
-    measures = len(names) + (len(names & config.rewards.keys()) > 1) + video_measures
+    measures = len(names) + (len(config.trained_rewards) > 1) + video_measures
     test = corrected(effect(first.cpu().numpy(), last.cpu().numpy()), measures)
     return {
         "heldout_interval": None if test.low is None else [test.low, test.high],

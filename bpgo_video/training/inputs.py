@@ -56,7 +56,7 @@ def check_inputs(config: Recipe, mesh: Mesh, need_priors: bool = True) -> Inputs
             priors = []
         else:
             check_prompts(config, shards)
-            priors = list(config.rewards) if need_priors and reads_priors(config) else []
+            priors = list(config.trained_rewards) if need_priors and reads_priors(config) else []
             require_priors(shards.directory, priors)
         identity = run_identity(config, ds_config, shards)
         identity["priors"] = "".join(prior_path(shards.directory, name).read_bytes().hex() for name in priors)

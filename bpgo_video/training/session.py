@@ -256,7 +256,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         evaluation, fps, backbones = config.evaluation, config.video.fps, Backbones()
         suite = RewardSuite(config.rewards, mesh.device, fps, backbones)
         heldout_suite = RewardSuite(evaluation.rewards, mesh.device, fps, backbones=backbones)
-        priors = load_priors(shards.directory, suite.versions) if reads_priors(config) else {}
+        priors = load_priors(shards.directory, suite.trained_versions) if reads_priors(config) else {}
         folder = resolve_folder(config.policy.folder)
         starting_policy = fingerprint(folder, transformer_names(folder))
         for prior in priors.values():

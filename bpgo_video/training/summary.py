@@ -32,7 +32,9 @@ STEP_SIZES = (0.8, 1.25)
 FLAT_SHARE = 0.25
 REVERSED_SHARE = 0.01
 REVERSED = "crt/rank_inversion/"  # key prefix, before the reward's name
-AGREEMENT = 0.5  # ICC of scorings
+LOW_ICC = 0.5  # of scorings
+AGREEMENT = "agreement/"  # key prefix, before the names of two rewards
+VALIDITY = "trust_validity/"  # key prefix, before the names of a reward and of a watched one
 ALIKE = 0.9  # correlation above which the mean of two rewards has 95 % of the variance of one: the second adds little
 OPPOSED = -0.2  # correlation below which two rewards cancel a part of each other
 NOTHING = "Trust, step size, groups without signal and held-out scores show nothing unusual."
@@ -165,12 +167,10 @@ def _trust_findings(records: Records) -> Iterator[str]:
     if weighted := [record for record in records if all(key in record for key in keys)]:
         low, high = min(_values(weighted, "trust_min")), max(_values(weighted, "trust_max"))
         if max(1 - low, high - 1) <= IDLE:
-            reason = "The scorings agree equally well in every group."
-            if not any(key.startswith("icc/") for key in weighted[0]):
-                spread = _values(records, "reward_std")
-                scale = f"Rewards differ by {fmean(spread):.2g} within a group. " if spread else ""
-                reason = f"{scale}Set bpgo.standardise: true, or raise bpgo.k."
-            yield f"Trust had no effect: w stayed within {low:.3f}-{high:.3f}. {reason}"
+            yield (
+                f"Trust had no effect: w stayed within {low:.3f}-{high:.3f}. Trust frames or reliability: agreement is "
+                "the same in every group. Trust in an anchor: set bpgo.standardise: true, or raise bpgo.k."
+            )
         late = weighted[len(weighted) // 2 :]  # w starts near 1 and drifts while groups start to exceed their anchors
         means = _values(late, "trust_mean")
         within = fmean(value**2 for value in _values(late, "trust_std"))
@@ -186,6 +186,13 @@ def _trust_findings(records: Records) -> Iterator[str]:
             f"A step was {ratio:.2f} times GRPO's on the same batch: set bpgo.match_rms: true, or compare with GRPO at "
             "that learning rate, before you attribute a gain to trust."
         )
+    for key in sorted({key for record in records for key in record if key.startswith(VALIDITY)}):
+        found, (reward, _, watched) = _values(records, key), key.removeprefix(VALIDITY).partition("+")
+        if len(found) > 2 and (mean := fmean(found)) < -2 * stdev(found) / math.sqrt(len(found)):
+            yield (
+                f"Trust in {reward} weighs the wrong groups: its rank correlation with the agreement of {reward} and "
+                f"{watched} is {mean:.2f} on average. Choose another trust for {reward} (docs/study.md), or none."
+            )
     restored = _values(records, "crt/distrusted_rms")
     if restored and (step := fmean(restored)) >= 1:
         yield (
@@ -196,8 +203,8 @@ def _trust_findings(records: Records) -> Iterator[str]:
 
 def _reward_findings(records: Records) -> Iterator[str]:
     """Whether several rewards tell the same, and whether repeated scorings do."""
-    pairs = sorted({key for record in records for key in record if key.startswith("agreement/")})
-    means = {key.removeprefix("agreement/").replace("+", " and "): fmean(_values(records, key)) for key in pairs}
+    pairs = sorted({key for record in records for key in record if key.startswith(AGREEMENT)})
+    means = {key.removeprefix(AGREEMENT).replace("+", " and "): fmean(_values(records, key)) for key in pairs}
     if alike := [f"{pair} ({mean:.2f})" for pair, mean in means.items() if mean > ALIKE]:
         yield (
             f"Rewards that agree on nearly every sample: {', '.join(alike)}, by the mean correlation of their "
@@ -209,7 +216,7 @@ def _reward_findings(records: Records) -> Iterator[str]:
             "of them cancels: decide which one counts, and lower the other's weight."
         )
     keys = sorted({key for record in records for key in record if key.startswith("icc/")})
-    low = {key.removeprefix("icc/"): icc for key in keys if (icc := fmean(_values(records, key))) < AGREEMENT}
+    low = {key.removeprefix("icc/"): icc for key in keys if (icc := fmean(_values(records, key))) < LOW_ICC}
     if low:
         rewards = ", ".join(f"{name} {icc:.2f}" for name, icc in low.items())
         yield f"Scorings of the same videos hardly agree (ICC of {rewards}): much of the training signal is noise."

@@ -85,6 +85,7 @@ def test_bpgo_without_an_anchor_is_refused() -> None:
 
 def test_trust_in_reliability_needs_several_scorings_that_differ() -> None:
     broken = tree() | {"bpgo": {"trust": "reliability"}}
+    del broken["rewards"]["truth"]
     for reward in broken["rewards"].values():
         reward.pop("trust", None)
     with pytest.raises(ConfigError, match=r"alignment has trust 'reliability'.*set rewards\.alignment\.rescorings"):
@@ -98,6 +99,15 @@ def test_trust_in_reliability_needs_several_scorings_that_differ() -> None:
         reward["rescorings"] = [{"frames": 4}, {"frames": 3}]
     assert set(config_from_dict(broken).rescored) == set(broken["rewards"])
     assert config_from_dict(broken | {"bpgo": {"alpha": 0.0}}).rescored, "without trust the mean trains too"
+
+
+def test_a_watched_reward_has_neither_trust_nor_anchor() -> None:
+    recipe = tree()
+    assert recipe["rewards"]["truth"]["weight"] == 0
+    assert list(config_from_dict(recipe).bpgo_by_reward) == ["alignment", "motion"]
+    recipe["rewards"]["truth"]["trust"] = "none"
+    with pytest.raises(ConfigError, match=r"truth is watched \(weight 0\), and trust and rescorings"):
+        config_from_dict(recipe)
 
 
 def test_a_reward_may_have_a_trust_of_its_own() -> None:

@@ -63,7 +63,7 @@ def test_scores_equal_those_of_heldout(recipe_here: Config, tmp_path: Path) -> N
     scores = torch.from_numpy(found.table("which"))
     tested = heldout_test(scores, scores, recipe_here)["heldout_measures"]
     assert tested == len(found.roles), "a run's summary corrects for the same number of measures"
-    trained = {name: reward.weight for name, reward in recipe_here.rewards.items()}
+    trained = {name: reward.weight for name, reward in recipe_here.trained_rewards.items()}
     assert {name: found.measures[name].weight for name in trained} == trained
     videos = [read_video(path)[0] for path in sorted((found.folder / "videos").glob("*.mp4"))]
     assert [tuple(video.shape) for video in videos] == [(9, 3, 64, 64)] * 3

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bpgo_video.config.learner import AdvantageConfig, BPGOConfig, LossConfig
 from bpgo_video.learner.advantages import NORMALISERS, best_and_worst, group_relative
-from bpgo_video.learner.agreement import frame_agreement, group_icc
+from bpgo_video.learner.agreement import correlation, frame_agreement, group_icc
 from bpgo_video.learner.bpgo import step_advantages
 from bpgo_video.learner.equations import (
     TRANSFORMS,
@@ -21,7 +21,7 @@ from bpgo_video.learner.equations import (
     reliability_adaptive_scaling,
 )
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
-from bpgo_video.learner.metrics import agreement, rank_inversion, trust_by_kind, trust_histogram
+from bpgo_video.learner.metrics import rank_inversion, trust_by_kind, trust_histogram
 from bpgo_video.learner.trust import agreement_trust
 from bpgo_video.types import PriorAnchor
 
@@ -394,10 +394,26 @@ def test_equal_reliability_is_grpo_but_for_rounding_once_the_step_size_is_matche
 def test_agreement_of_rewards_is_their_mean_correlation_within_groups():
     one = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
     other = torch.tensor([[0.0, 5.0, 10.0], [1.0, 2.0, 0.0], [1.0, 2.0, 3.0]])  # correlations 1, -.5, none
-    found = agreement(group_relative(one), group_relative(other))
-    assert found.item() == pytest.approx((1 - 0.5 + 0) / 3)
+    assert correlation(one, other).tolist() == pytest.approx([1, -0.5, 0])
     metrics = step_advantages({"a": one, "b": other}, {}, {"a": 1.0, "b": 1.0}, OFF).metrics
     assert metrics["agreement/a+b"].item() == pytest.approx(1 / 6)
+
+
+def test_a_watched_reward_is_compared_with_the_others_and_changes_nothing():
+    one = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0]])
+    truth = torch.tensor([[0.0, 5.0, 10.0], [1.0, 2.0, 0.0], [1.0, 2.0, 3.0]])  # correlations 1, -.5, -.5
+    rho = {"clip": torch.tensor([0.9, 0.2, 0.4], dtype=torch.float64)}
+    settings = BPGOConfig(trust="reliability", zeta=0.5, match_rms=True)
+    anchors, weights = {"clip": anchor(torch.zeros(3))}, {"clip": 2.0}
+    alone = step_advantages({"clip": one}, anchors, weights, settings, reliability=rho)
+    watched = step_advantages({"clip": one, "o": truth}, anchors, {**weights, "o": 0.0}, settings, reliability=rho)
+    for name in ("advantage", "contrastive", "trust"):
+        assert torch.equal(getattr(watched, name), getattr(alone, name))
+    new = {name: value.item() for name, value in watched.metrics.items() if name not in alone.metrics}
+    # ranks of the trust: 3, 1, 2; of the validity: 3, 1.5, 1.5
+    assert new == pytest.approx({"agreement/clip+o": 0.0, "trust_validity/clip+o": 3**0.5 / 2}, abs=1e-6)
+    equal = step_advantages({"clip": one, "o": truth}, {}, {**weights, "o": 0.0}, OFF)
+    assert "trust_validity/clip+o" not in equal.metrics, "a trust that is the same everywhere has no rank correlation"
 
 
 @pytest.mark.parametrize("group", [6, 8, 12, 24])

@@ -51,7 +51,11 @@ def session(bpgo: BPGOConfig, prior: PriorConfig, reliability: ReliabilityConfig
         video=None,
     )
     found = object.__new__(Session)
-    parts = {"config": config, "suite": SimpleNamespace(versions={"clip": "v1"}, weights={"clip": 1.0}), "policy": None}
+    parts = {
+        "config": config,
+        "suite": SimpleNamespace(trained_versions={"clip": "v1"}, weights={"clip": 1.0}),
+        "policy": None,
+    }
     for name, part in parts.items():
         object.__setattr__(found, name, part)
     return found
@@ -94,7 +98,9 @@ def test_the_mean_of_two_scorings_trains_and_their_agreement_is_the_trust() -> N
 
 def test_a_prompt_with_high_icc_is_scored_once_with_its_last_icc() -> None:
     learner, memory = BPGOConfig(trust="reliability", zeta=0.0), Memory()
-    rescoring = session(learner, PriorConfig(kind="none"), ReliabilityConfig(rescore_below=0.9, rescore_every=3))
+    rescoring = session(
+        learner, PriorConfig(kind="none"), ReliabilityConfig(rescore_below=0.9, rescore_every=3, memory=0)
+    )
     first = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     # prompt 4 agrees but for a little noise, prompt 9 is reversed
     second = torch.stack([first[0] + 3.0 + 0.2 * torch.tensor([1.0, -1, 1, -1, 1, -1]), -first[1]])

@@ -57,8 +57,17 @@ def test_a_step_that_scores_no_prompt_twice_keeps_the_last_icc_without_a_warning
     scores = {"judge": torch.randn(1, 8, 2)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = icc_by_reward({7: {"icc": {"judge": 0.4}, "passed": 1}}, [7], scores, torch.tensor([False]))
+        found = icc_by_reward({7: {"icc": {"judge": 0.4}, "passed": 1}}, [7], scores, torch.tensor([False]), memory=0.5)
     assert found["judge"].tolist() == [0.4]
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.25])
+def test_a_prompt_keeps_a_share_of_its_last_icc(memory):
+    scores = torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own, last = group_icc(scores).tolist(), {"icc": {"judge": 0.4}, "passed": 1}
+    again = torch.tensor([True, True, False])
+    found = icc_by_reward({7: last, 9: last}, [7, 8, 9], {"judge": scores}, again, memory)["judge"]
+    assert found.tolist() == pytest.approx([memory * 0.4 + (1 - memory) * own[0], own[1], 0.4], rel=1e-12)
 
 
 def test_frame_agreement_is_the_reliability_of_the_mean_over_frames():

@@ -50,12 +50,14 @@ def test_records_of_grpo_and_with_few_keys_are_accepted():
             {"trust_min": 0.998, "trust_max": 1.002},
             (
                 "Trust had no effect: w stayed within 0.998-1.002",
-                "differ by 0.02 within",
                 "standardise",
                 "raise bpgo.k",
             ),
         ),
-        ({"trust_min": 0.998, "trust_max": 1.002, "icc/clip": 0.9}, ("Trust had no effect", "agree equally well")),
+        (
+            {"trust_validity/clip+truth": -0.3, "trust_validity/motion+truth": 0.2},
+            ("Trust in clip weighs the wrong groups", "of clip and truth is -0.30"),
+        ),
         ({"trust_mean": 1.45, "trust_std": 0.02}, ("Trust acted as a learning rate", "near 1.45", "batch_mean")),
         ({"rms_ratio": 1.6}, ("1.60 times GRPO's", "bpgo.match_rms")),
         ({"rms_ratio": 0.5}, ("0.50 times GRPO's",)),

@@ -66,7 +66,7 @@ def record(step: int) -> dict[str, float]:
     }
     values |= {"ratio_mean": 1.001, "ratio_min": 0.9, "ratio_max": 1.1, "grad_norm": 0.5, "seconds": 2.0}
     values |= {f"trust/hist/{place:02d}": 0.5 * (place in (2, 7)) for place in range(10)}
-    values |= {"icc/motion": 0.8, "trust_kind/clear": 1.2, "trust_kind/open": 0.9}
+    values |= {"icc/motion": 0.8, "trust_validity/motion+truth": 0.3, "trust_kind/clear": 1.2, "trust_kind/open": 0.9}
     values |= {"seconds/rollout": 0.9, "seconds/reward": 0.1, "seconds/update": 0.8}
     return values | ({"heldout/oracle": 0.6, "heldout/oracle_stderr": 0.02} if step % 3 == 2 else {})
 
@@ -312,7 +312,7 @@ def hostile_run(folder: Path, text: str) -> Path:
     """A run with a text in the name of its folder and in every string of its files, names of metrics included."""
     run_dir = folder / text.replace("/", "|")[:60]
     shutil.copytree(folder / "run", run_dir)
-    keys = ("heldout/", "heldout_ema/", "icc/", "reward/", "ras/", "seconds/", "trust/", "")
+    keys = ("heldout/", "heldout_ema/", "icc/", "trust_validity/", "reward/", "ras/", "seconds/", "trust/", "")
     records = [record(step) | {f"{key}{text}": 0.5 for key in keys} for step in range(6)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     environment = {"code": [text], "packages": {text: text}, "hardware": text, "device": text}
