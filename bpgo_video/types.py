@@ -53,6 +53,11 @@ class Guidance:
     towards: Conditioning
     away: Conditioning
 
+    def part(self, rows: slice) -> Guidance:
+        """That of some of the samples, as views."""
+        towards, away = ({name: value[rows] for name, value in half.items()} for half in (self.towards, self.away))
+        return Guidance(towards, away)
+
 
 @dataclass(frozen=True)
 class PriorAnchor:
@@ -148,6 +153,11 @@ class Trajectory:
     def __len__(self) -> int:
         return self.latents.shape[0]
 
+    def part(self, rows: slice) -> Trajectory:
+        """Some of the samples, as views."""
+        sliced: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **sliced)
+
     def to(self, device: torch.device) -> Trajectory:
         """The trajectory with latents, log-probs and means on a device; indices are not moved."""
         optional = {"means": self.means, "frame_log_probs": self.frame_log_probs}
@@ -159,7 +169,8 @@ class Trajectory:
 class RolloutChunk:
     """A few micro-batches of a rollout, and the videos of their samples that this rank decodes.
 
-    The ranks of a sequence group share the videos of their samples. Videos are dropped after scoring.
+    The ranks of a sequence group share the videos of their samples. Videos are dropped after scoring. Trees have more
+    samples than a chunk has videos: the first chunk has all of their trajectories, and the next ones have none.
 
     Attributes:
         prompt_rows, sample_index: prompt and sample of each video, as in Trajectory.

@@ -181,6 +181,10 @@ class RolloutConfig:
     same_start: Switch = False
     """Start all samples of a prompt from the same noise (DanceGRPO, arXiv 2505.07818): only the trained steps make
     their rewards differ."""
+    branches: tuple[Positive, ...] = ()
+    """Sample trees (BranchGRPO, arXiv 2509.06040): children of each node at the first, second ... trained step, with
+    `same_start`; their product is the group's size. [4, 2] makes 4 nodes, then 8 samples. What samples share is
+    computed and replayed once, with the mean of their advantages. Empty: samples split at every trained step."""
     parameters: Literal["auto", "gathered", "sharded"] = "auto"
     """ZeRO-3: `gathered` keeps all weights on every rank during a rollout; `sharded` fetches each block in every
     denoising step; `auto` gathers if the weights take at most half of the free memory."""

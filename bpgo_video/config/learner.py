@@ -90,6 +90,9 @@ class AdvantageConfig:
     """Average the loss over the groups whose rewards differ instead of over all groups."""
     best_of: Positive | None = None
     """Train on the n best and the n worst samples of each group only; the others are not replayed."""
+    depth_normalise: Switch = True
+    """`rollout.branches`: the mean advantages of the nodes after each split get the spread of the samples' advantages
+    (BranchGRPO); false leaves them smaller, as means are."""
 
 
 @section

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bpgo_video.config.bpgo import Config, ConfigError, EmaConfig, ParallelConfig, PolicyConfig, VideoConfig
+from bpgo_video.config.branching import branch_rules, branch_rules_of_ranks
 from bpgo_video.config.evaluation_rules import alarm_rules
 from bpgo_video.config.fields import HELD
 from bpgo_video.config.learner import RewardConfig
@@ -30,6 +31,7 @@ REPLAYS = "learns from final videos and replays no transition"
 LEFT_OUT = "turns advantages into probabilities: samples left out would count as average ones"
 FINAL_VIDEOS = {  # what an objective on final videos needs, and why
     "rollout.same_start": (False, "samples by the ODE: all samples of a prompt would be equal"),
+    "rollout.branches": ((), "has no trained steps at which samples could split"),
     "rollout.sample_ahead": (False, "records no log-prob of the policy that sampled"),
     "loss.step_weights": ("none", REPLAYS),
     "loss.ratio": ("plain", REPLAYS),
@@ -229,7 +231,7 @@ def check(config: Config) -> None:
             check_rules(reward_rules(config, section, name, reward))
     samples, described = config.samples
     check_rules(size_rules(config.video, config.micro_batch_size, described, samples))
-    for rules in (learner_rules, alarm_rules, sampler_rules, objective_rules, ahead_rules):
+    for rules in (learner_rules, alarm_rules, sampler_rules, objective_rules, ahead_rules, branch_rules):
         check_rules(rules(config))
     check_rules(common_rules(config.policy, config.parallel, config.optim, config.ema, config.evaluation.weights))
 
@@ -296,3 +298,5 @@ def check_world(config: Any, world_size: int) -> None:
             f"micro_batch_size {size} = {unit}; change one of them so that the samples are a multiple (for example "
             f"{max(unit, samples - samples % unit)})"
         )
+    if isinstance(config, Config):
+        check_rules(branch_rules_of_ranks(config, groups))

@@ -13,7 +13,7 @@ exceeds .72.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,10 @@ class Transition:
         """mean + std noise, in the mean's dtype."""
         return self.mean + self.std * noise.to(self.mean.dtype)
 
+    def repeated(self, times: int) -> Transition:
+        """Each sample's transition so many times: of the children of a node."""
+        return self if times == 1 else Transition(self.mean.repeat_interleave(times, dim=0), self.std)
+
     def log_prob(self, next_latents: Latents) -> Float[Tensor, "samples"]:
         """log N(x'; mean, std^2), averaged (not summed) over latent dimensions, in the mean's dtype.
 
@@ -84,6 +88,13 @@ class Transition:
             )
         error = (next_latents.to(self.mean.dtype) - self.mean) / self.std
         return -0.5 * error.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
+
+
+def joined(transitions: Sequence[Transition]) -> Transition:
+    """The transitions of several batches of samples at the same step."""
+    if len(transitions) == 1:
+        return transitions[0]
+    return Transition(torch.cat([one.mean for one in transitions]), transitions[0].std)
 
 
 Sampler = Callable[[Velocity, Latents, Step, float], Transition]

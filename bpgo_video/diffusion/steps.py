@@ -60,21 +60,30 @@ STEP_SELECTIONS: dict[str, StepSelection] = {
 }
 
 
-def precedes_trained(selection: str, num_steps: int, count: int, start: int, step: int) -> float:
-    """The probability that `step` comes before the first trained step, over the draws of a selection.
+def trained_before(selection: str, num_steps: int, count: int, start: int, step: int) -> list[float]:
+    """The probabilities that 0, 1, 2 ... of the trained steps come before `step`, over the draws of a selection.
 
-    random: C(n - 1 - step, count) / C(n, count);   random_window: max(0, 1 - (step + 1)/(n - count + 1));
-    n = num_steps - 1
+    random: C(m, k) C(n - m, count - k) / C(n, count), m = min(step, n), n = num_steps - 1
 
     Args:
         selection: a key of STEP_SELECTIONS; the next three arguments are the function's.
     """
     trainable = _trainable(num_steps, count)
     if selection == "random":
-        return comb(max(0, trainable - 1 - step), count) / comb(trainable, count)
+        before = min(step, trainable)
+        ways = [comb(before, k) * comb(trainable - before, count - k) for k in range(count + 1)]
+        return [way / comb(trainable, count) for way in ways]
     if selection == "random_window":
-        return max(0.0, 1 - (step + 1) / (trainable - count + 1))
-    return float(STEP_SELECTIONS[selection](num_steps, count, start, torch.Generator())[0] > step)
+        draws = [tuple(range(first, first + count)) for first in range(trainable - count + 1)]
+    else:
+        draws = [STEP_SELECTIONS[selection](num_steps, count, start, torch.Generator())]
+    found = [sum(index < step for index in draw) for draw in draws]
+    return [found.count(k) / len(found) for k in range(len(draws[0]) + 1)]
+
+
+def precedes_trained(selection: str, num_steps: int, count: int, start: int, step: int) -> float:
+    """The probability that `step` comes before the first trained step; its arguments are those of `trained_before`."""
+    return trained_before(selection, num_steps, count, start, step + 1)[0]
 
 
 def even_weight(sampler: Sampler, step: Step, eta: float) -> Float[Tensor, ""]:

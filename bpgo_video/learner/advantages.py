@@ -132,6 +132,25 @@ def clip_advantages(
     return torch.clamp(advantage, -bound, bound)
 
 
+def averaged_below(
+    advantage: Float[Tensor, "prompts group"], below: int, rescaled: bool
+) -> Float[Tensor, "prompts group"]:
+    """A_e = s mean_(i below e) A_i for each sample i below edge e of a tree: `below` neighbouring samples of a group.
+
+    s = std_i A_i / std_e A_e where `rescaled`, so that all depths have the spread of the samples (ddof 1). On A of GRPO
+    that is the depth-wise normalization of BranchGRPO (arXiv 2509.06040), and the trust in A stays. s is 1 for a single
+    edge, and where edges differ by less than 1e-6 of the spread.
+    """
+    if below == 1:
+        return advantage
+    exact = advantage.double()
+    edges = exact.unflatten(1, (-1, below)).mean(dim=2)
+    if rescaled and edges.shape[1] > 1:
+        spread, own = exact.std(dim=1, keepdim=True), edges.std(dim=1, keepdim=True)
+        edges = edges * torch.where(own > DELTA * spread, spread / own, torch.ones_like(own))
+    return edges.repeat_interleave(below, dim=1).to(advantage.dtype)
+
+
 def best_and_worst(advantage: Float[Tensor, "prompts group"], n: int) -> Bool[Tensor, "prompts group"]:
     """True for the n best and the n worst samples of each group (DanceGRPO, arXiv 2505.07818).
 

@@ -20,6 +20,7 @@ from bpgo_video.config.learner import AdvantageConfig, BPGOConfig
 from bpgo_video.learner.advantages import (
     COMBINATIONS,
     NORMALISERS,
+    averaged_below,
     best_and_worst,
     clip_advantages,
     equal_groups,
@@ -84,6 +85,11 @@ class GroupAdvantages:
         contrastive = None if self.contrastive is None else factor * self.contrastive
         by_frame = None if self.by_frame is None else factor[..., None] * self.by_frame
         return replace(self, advantage=factor * self.advantage, contrastive=contrastive, by_frame=by_frame)
+
+    def averaged_below(self, below: int, rescaled: bool) -> GroupAdvantages:
+        """Both surrogates' advantages of the edges of a tree, for each of the `below` samples that share one."""
+        contrastive = None if self.contrastive is None else averaged_below(self.contrastive, below, rescaled)
+        return replace(self, advantage=averaged_below(self.advantage, below, rescaled), contrastive=contrastive)
 
     @property
     def trains(self) -> Bool[Tensor, "prompts group"]:

@@ -13,7 +13,6 @@ import yaml
 
 from bpgo_video.config.bpgo import Config
 from bpgo_video.config.rules import check_world
-from bpgo_video.diffusion.steps import split_updates
 from bpgo_video.distributed.ds_config import compute_dtype, fetching_ahead
 from bpgo_video.planning.footprint import Footprint, Weights, Work, decoding, footprint
 from bpgo_video.planning.models import Model, policy_of
@@ -21,7 +20,7 @@ from bpgo_video.planning.rewards import RewardSize, reward_size
 from bpgo_video.planning.zero import Zero
 from bpgo_video.policies import Policy
 from bpgo_video.policies.base import LatentShape
-from bpgo_video.rollouts.forwards import expected_forwards
+from bpgo_video.rollouts.forwards import expected_forwards, expected_replays
 
 
 @dataclass(frozen=True)
@@ -131,16 +130,15 @@ class Job:
 def count_step(job: Job) -> dict[str, Any]:
     """Numbers of a step: of groups that share a video, of videos, and of forwards and backwards on each rank.
 
-    `forwards` is the expectation of `rollouts.forwards`; `passes` has one number for each update; `latents` are
+    `forwards` and `passes` are those of `rollouts.forwards`, the latter for each update; `latents` are
     channels, frames, height, width; parameters are elements of all transformers.
 
     Raises:
         ConfigError: the batch does not divide over the ranks, or the policy cannot make the video.
     """
     check_world(job.config, job.ranks)
-    rollout, sampler = job.config.rollout, job.config.sampler
+    rollout = job.config.rollout
     groups, micro_batches = job.ranks // job.config.parallel.sequence, job.samples // rollout.micro_batch_size
-    updates = split_updates(range(sampler.trained_count), job.config.optim.updates_per_rollout)
     return {
         "ranks": job.ranks,
         "groups": groups,
@@ -148,7 +146,7 @@ def count_step(job: Job) -> dict[str, Any]:
         "samples_per_group": job.samples,
         "micro_batches": micro_batches,
         "forwards": expected_forwards(job.config, groups),
-        "passes": [micro_batches * len(steps) for steps in updates],
+        "passes": expected_replays(job.config, groups),
         "latents": job.latents,
         "parameters": job.weights.elements,
         "trained": sum(job.weights.trained),

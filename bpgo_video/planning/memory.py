@@ -26,6 +26,7 @@ from bpgo_video.planning.zero import (
     zero_at_work,
 )
 from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, pulls_to_previous
+from bpgo_video.rollouts.forwards import tree_of
 from bpgo_video.rollouts.prefixes import spreads
 from bpgo_video.rollouts.rollout import chunks_of_rank
 
@@ -156,14 +157,19 @@ def _trajectory_bytes(job: Job) -> int:
 
 
 def _prefix_bytes(job: Job) -> int:
-    """At most: the latents that the samples of each prompt of a rank have in common, with `rollout.same_start`."""
+    """At most: the latents that the samples of each prompt of a rank have in common, with `rollout.same_start`.
+
+    With `rollout.branches` also the paths of the samples that are denoised together, in points and as a whole.
+    """
     rollout, sampler = job.config.rollout, job.config.sampler
     if not rollout.same_start:
         return 0
     mesh = Mesh(0, job.ranks // job.config.parallel.sequence, torch.device("cpu"))
     held = rollout.prompts_per_step
-    if job.policy.takes_images or not spreads(mesh, rollout.group_size, rollout.micro_batch_size):
+    if job.policy.takes_images or rollout.branches or not spreads(mesh, rollout.group_size, rollout.micro_batch_size):
         held = min(held, -(-job.samples // rollout.group_size) + 1)  # the first and the last may be parts of groups
+    if rollout.branches:
+        held += 2 * tree_of(job.config, mesh.data_size).samples
     return held * sampler.num_steps * LATENTS_DTYPES[sampler.latents_dtype].itemsize * prod(job.latents)
 
 

@@ -104,9 +104,7 @@ def listed(parts: Parts) -> str:
 def counts(job: Job) -> tuple[str, ...]:
     """The numbers of a step."""
     step = count_step(job)
-    latents, passes = (
-        separator.join(map(str, step[key])) for separator, key in ((" x ", "latents"), (" + ", "passes"))
-    )
+    latents, passes = " x ".join(map(str, step["latents"])), " + ".join(f"{each:g}" for each in step["passes"])
     return (
         f"{step['parameters']:,} parameters, {step['trained']:,} trained; latents {latents} ({job.model.source})",
         f"A step: {step['samples']} videos; groups x GPUs of each: {step['groups']} x {job.config.parallel.sequence}; "

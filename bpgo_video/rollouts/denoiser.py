@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,9 +17,10 @@ from bpgo_video.diffusion import sde
 from bpgo_video.policies import Policy, guided_velocity
 from bpgo_video.policies.attention_backends import with_backend
 from bpgo_video.policies.base import both_velocities
+from bpgo_video.rollouts.paths import PartialPath, joined
+from bpgo_video.rollouts.tree import Tree
 from bpgo_video.types import Guidance, Latents, Velocity
 
-Of = TypeVar("Of")
 LATENTS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EULER_SCHEDULERS = (  # they take Euler steps on the family's noise levels (tests/policies/test_families.py)
     "FlowMatchEulerDiscreteScheduler",
@@ -34,52 +35,6 @@ class DenoisingPath(NamedTuple):
     log_probs: Float[Tensor, "samples steps"]
     means: Float[Tensor, "samples trained channels latent_frames latent_height latent_width"] | None = None
     frame_log_probs: Float[Tensor, "samples steps latent_frames"] | None = None
-
-
-class PartialPath(NamedTuple):
-    """Samples that are denoised up to the start of denoising step `step`.
-
-    Attributes:
-        points: latents of the noise levels so far; only the last if the denoiser records no path.
-        previous: the ODE step that led here; None at the start and after a stochastic step.
-        guided: v_towards - v_away of the guidance and the ODE step that computed it, if later ones may use it.
-        scheduler: the samples' own copy of the denoiser's, which remembers its steps.
-    """
-
-    points: tuple[Latents, ...]
-    step: int = 0
-    previous: sde.OdeStep | None = None
-    guided: tuple[Velocity, int] | None = None
-    scheduler: Any = None
-
-    @property
-    def latents(self) -> Latents:
-        return self.points[-1]
-
-    def sample(self, position: int) -> PartialPath:
-        """One of the samples, as views."""
-        row = slice(position, position + 1)
-        points = tuple(point[row] for point in self.points)
-        return self._replace(points=points, previous=_rows(self.previous, row), guided=_rows(self.guided, row))
-
-
-def joined(paths: Sequence[PartialPath]) -> PartialPath:
-    """The samples of paths of one denoiser to the same step."""
-    points = tuple(torch.cat(level) for level in zip(*(path.points for path in paths), strict=True))
-    previous, guided = _joined([path.previous for path in paths]), _joined([path.guided for path in paths])
-    return paths[0]._replace(points=points, previous=previous, guided=guided)
-
-
-Known = tuple[Tensor, Of] | None  # numbers of each sample, and what they are of
-
-
-def _rows(known: Known[Of], rows: slice) -> Known[Of]:
-    return None if known is None else (known[0][rows], known[1])
-
-
-def _joined(known: Sequence[Known[Of]]) -> Known[Of]:
-    given = [one for one in known if one is not None]
-    return (torch.cat([numbers for numbers, _ in given]), given[0][1]) if given else None
 
 
 @dataclass(frozen=True)
@@ -202,29 +157,44 @@ class Denoiser:
         guidance: Guidance,
         noise_of: Callable[[int], Latents],
         trained_steps: Collection[int] = (),
+        tree: Tree | None = None,
     ) -> DenoisingPath:
-        """Denoise the rest of a path; its arguments are those of `denoise`.
+        """Denoise the rest of a path; its arguments are those of `denoise`, but with a tree:
+
+        Args:
+            path: of the tree's nodes at its step.
+            guidance: of each sample.
+            noise_of: index of a stochastic step -> the noise of each child of the nodes there.
+            tree: what the samples share; None is nothing, so that each node is a sample.
 
         Raises:
             ValueError: a stochastic step is already behind the path.
         """
         if passed := [index for index in trained_steps if index < path.step]:
             raise ValueError(f"the path is at step {path.step}, beyond its stochastic steps {passed}")
-        num_steps, samples, means = len(self.sigmas) - 1, len(path.latents), []
-        log_probs = torch.full((samples, num_steps), torch.nan, device=path.latents.device)
+        tree, num_steps, means = tree or Tree(len(path.latents)), len(self.sigmas) - 1, []
+        log_probs = torch.full((tree.samples, num_steps), torch.nan, device=path.latents.device)
         by_frame = log_probs[:, :, None].repeat(1, 1, path.latents.shape[2]) if self.records_frames else None
+        points = [tree.of_samples(point) for point in path.points]
         for index in range(path.step, num_steps):
+            nodes = path._replace(points=path.points[-1:])
+            count = len(nodes.latents)
+            guided = guidance.part(slice(None, None, tree.samples // count))
+            parts = [(nodes.part(rows), guided.part(rows)) for rows in tree.batches(count)]
             if index not in trained_steps:
-                path = self.follow_ode(path, guidance)
-                continue
-            transition = self.transition(path.latents, index, guidance)
-            path = self._to(path, transition.sample(noise_of(index)))
-            log_probs[:, index] = transition.log_prob(path.latents)
-            if by_frame is not None:
-                by_frame[:, index] = transition.frame_log_prob(path.latents)
-            means += [transition.mean] if self.records_means else []
+                path = joined([self.follow_ode(*part) for part in parts])
+            else:
+                transition = sde.joined([self.transition(part.latents, index, towards) for part, towards in parts])
+                means += [tree.of_samples(transition.mean)] if self.records_means else []
+                noise = noise_of(index)
+                transition = transition.repeated(len(noise) // count)
+                path = self._to(nodes, transition.sample(noise))
+                log_probs[:, index] = tree.of_samples(transition.log_prob(path.latents))
+                if by_frame is not None:
+                    by_frame[:, index] = tree.of_samples(transition.frame_log_prob(path.latents))
+            points = [*(points if self.records_path else ()), tree.of_samples(path.latents)]
         return DenoisingPath(
-            torch.stack(path.points, dim=1), log_probs, torch.stack(means, dim=1) if means else None, by_frame
+            torch.stack(points, dim=1), log_probs, torch.stack(means, dim=1) if means else None, by_frame
         )
 
 

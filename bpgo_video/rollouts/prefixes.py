@@ -26,7 +26,8 @@ from torch import Tensor
 
 from bpgo_video.diffusion.sde import Step
 from bpgo_video.distributed.mesh import Mesh, from_all
-from bpgo_video.rollouts.denoiser import Denoiser, PartialPath, joined
+from bpgo_video.rollouts.denoiser import Denoiser
+from bpgo_video.rollouts.paths import PartialPath, joined
 from bpgo_video.types import Guidance
 
 Rows = Int[Tensor, "samples"]  # of prompts
@@ -67,23 +68,31 @@ def micro_batches(mesh: Mesh, prompts: int, group_size: int, size: int, spread: 
 
 
 def branches(
-    first_steps: Sequence[int], mesh: Mesh, group_size: int, micro_batch_size: int, *, spread: bool = False
+    first_steps: Sequence[int],
+    mesh: Mesh,
+    group_size: int,
+    micro_batch_size: int,
+    *,
+    spread: bool = False,
+    at_once: int | None = None,
 ) -> Branches:
     """The branches of `group_size` samples per prompt, distributed over ranks by `micro_batches`.
 
     Args:
         first_steps: each prompt's first stochastic step; the number of steps if it has none.
+        at_once: prompts of a prefix's batch, at most; None is a micro-batch's size.
     """
     shares = rows_of_ranks(len(first_steps), mesh, group_size, micro_batch_size, spread)
     steps = [min(first_steps[row] for rows in together for row in rows) for together in zip(*shares, strict=True)]
-    batches = prefix_batches(shares, micro_batch_size, spread)
+    batches = prefix_batches(shares, at_once or micro_batch_size, spread)
     ends = [0] * max(map(len, batches))
     for share, of_rank in zip(shares, batches, strict=True):
         for number, rows in enumerate(of_rank):
             reached = [step for step, needed in zip(steps, share, strict=True) if set(needed) & set(rows)]
             ends[number] = max(ends[number], *reached)
     if sum(ends) > sum(steps):  # ranks divide their prompts so differently that prefixes cost more than they save
-        return branches([min(first_steps)] * len(first_steps), mesh, group_size, micro_batch_size, spread=spread)
+        earliest = [min(first_steps)] * len(first_steps)
+        return branches(earliest, mesh, group_size, micro_batch_size, spread=spread, at_once=at_once)
     mine = batches[mesh.data_rank]
     mine += mine[-1:] * (len(ends) - len(mine))  # to run as many forwards as other ranks
     wanted = {(row, step) for rows, step in zip(shares[mesh.data_rank], steps, strict=True) for row in rows}
@@ -127,7 +136,7 @@ def compute_prefixes(denoiser: Denoiser, planned: Branches, guide: Guide, begin:
         path = begin(rows, torch.zeros_like(rows), guidance)
         for step in range(end + 1):
             reached = [(position, row) for position, row in enumerate(prompts) if (row, step) in planned.wanted]
-            prefixes |= {(row, step): path.sample(position) for position, row in reached}
+            prefixes |= {(row, step): path.part(slice(position, position + 1)) for position, row in reached}
             if step < end:
                 path = denoiser.follow_ode(path, guidance)
     return prefixes

@@ -46,7 +46,8 @@ def as_sampled(config: Config) -> Config:
     """The recipe with the seed, the draw of steps and the micro-batch that priors are sampled with.
 
     Steps are drawn for each prompt and group, which gives each the distribution of training whatever
-    `sampler.share_steps` is. A micro-batch has one draw, so it holds samples of one group.
+    `sampler.share_steps` is. A micro-batch has one draw, so it holds samples of one group. Its two samples split at the
+    first stochastic step: `rollout.branches` are of training's groups.
     """
     drawn = config.loss.replays_transitions and config.sampler.train_steps not in ("all", "window")
     size = config.rollout.micro_batch_size
@@ -54,7 +55,9 @@ def as_sampled(config: Config) -> Config:
         config,
         run=replace(config.run, seed=SEED),
         sampler=replace(config.sampler, share_steps="group", window_every=0),
-        rollout=replace(config.rollout, micro_batch_size=gcd(size, prior_groups(config)[1]) if drawn else size),
+        rollout=replace(
+            config.rollout, branches=(), micro_batch_size=gcd(size, prior_groups(config)[1]) if drawn else size
+        ),
     )
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from more_itertools import chunked
 from torch import Tensor
 
+from bpgo_video.config.branching import leaves_below
 from bpgo_video.diffusion import sde
 from bpgo_video.diffusion.steps import flash_weight, step_weights
 from bpgo_video.distributed.mesh import Mesh
@@ -20,6 +21,7 @@ from bpgo_video.rollouts.conditioning import guidance_of
 from bpgo_video.rollouts.denoiser import pulls_to_previous
 from bpgo_video.rollouts.forward_process import ForwardProcess
 from bpgo_video.rollouts.rules import trainable_steps
+from bpgo_video.rollouts.tree import Tree
 from bpgo_video.rollouts.updates import DIVERGENCES, Objective
 from bpgo_video.types import Loss, Table, Trajectory
 
@@ -38,18 +40,36 @@ class Replay(Objective):
     def passes(self, trajectory: Trajectory) -> Sequence[int]:
         return trajectory.trained_steps
 
+    def parts(self, trajectory: Trajectory, index: int) -> list[Trajectory]:
+        """As many samples as share the nodes of a micro-batch: the nodes of the rollout's forwards."""
+        tree = self._tree(trajectory)
+        stride = tree.stride(trajectory.trained_steps.index(index))
+        batches = tree.batches(len(trajectory) // stride)
+        return [trajectory.part(slice(nodes.start * stride, nodes.stop * stride)) for nodes in batches]
+
+    def _tree(self, trajectory: Trajectory) -> Tree:
+        rollout = self.config.rollout
+        return Tree(len(trajectory), rollout.branches, rollout.micro_batch_size if rollout.branches else None)
+
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
-        """surr(ratio, w A) + zeta surr(ratio, A~) of one transition, times its step weight, plus the KL term."""
-        rows, settings = trajectory.prompt_rows, self.config.loss
-        advantages = self.advantages.of(rows, trajectory.sample_index).to(self.device)
+        """surr(ratio, w A) + zeta surr(ratio, A~) of one transition, times its step weight, plus the KL term.
+
+        In a tree one forward is of each node, and the ratios are of its children.
+        """
+        settings, tree, depth = self.config.loss, self._tree(trajectory), trajectory.trained_steps.index(index)
+        nodes, children = (trajectory.part(slice(None, None, tree.stride(level))) for level in (depth, depth + 1))
+        below = leaves_below(self.config.rollout.branches, depth + 1)
+        averaged = self.advantages.averaged_below(below, self.config.advantage.depth_normalise)
+        advantages = averaged.of(children.prompt_rows, children.sample_index).to(self.device)
         # With frozen weights under adapters, a block's hooks (ZeRO-3, checkpointing) need an input with a gradient.
-        latents = trajectory.latents[:, index].to(self.device).detach().requires_grad_()
-        guidance = guidance_of(self.prompts, rows, self.device)
+        latents = nodes.latents[:, index].to(self.device).detach().requires_grad_()
+        guidance = guidance_of(self.prompts, nodes.prompt_rows, self.device)
         reference = None
         if self.reference is not None:
             reference = self.reference.velocity(self.denoiser, latents, index, guidance)
         velocity = self.denoiser.velocity(latents, index, guidance)
-        shift = policy_shift(trajectory, index, self.denoiser.transition_of(velocity, latents, index))
+        transition = self.denoiser.transition_of(velocity, latents, index)
+        shift = policy_shift(children, index, transition.repeated(len(children) // len(nodes)))
         loss = bpgo_loss(shift, advantages.advantage, advantages.contrastive, self.config.bpgo.zeta, settings)
         value, metrics = self.step_weights[index] * loss.value, dict(loss.metrics)
         divergence = None

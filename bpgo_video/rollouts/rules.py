@@ -86,6 +86,11 @@ def training_rules(policy: Policy, config: Config) -> Iterator[str]:
             f"optim.updates_per_rollout is {updates}, but a rollout trains {count} of the denoising steps {list(steps)}"
             f", which {list(trained)} compute(s), and each update needs one; lower it to {count}, or train more steps"
         )
+    if (splits := len(config.rollout.branches)) > count:
+        yield (
+            f"rollout.branches splits at {splits} trained steps, but a rollout trains {count} of the denoising steps "
+            f"{list(steps)}, which {list(trained)} compute(s); train more steps, or give {count} branches at most"
+        )
 
 
 def sharing_rules(policy: Policy, config: Config) -> Iterator[str]:

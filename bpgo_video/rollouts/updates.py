@@ -113,6 +113,10 @@ class Objective(ABC):
     def passes(self, trajectory: Trajectory) -> Sequence[int]:
         """The denoising steps at which the loss of a micro-batch is computed; equally many for each micro-batch."""
 
+    def parts(self, trajectory: Trajectory, index: int) -> Sequence[Trajectory]:
+        """The trajectory as it is computed at denoising step `index`: in one forward, or in several."""
+        return [trajectory]
+
     @abstractmethod
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
         """The loss of one micro-batch at denoising step `index`, with gradients; batched as in the rollout."""
@@ -166,15 +170,17 @@ def optimise(
     norms, first_error = [], 0.0
     for update in range(updates_per_rollout):
         micro_batches = [
-            (trajectory, index)
+            (part, index, len(part) / len(trajectory))
             for trajectory, share in zip(trajectories, shares, strict=True)
             for index in share[update]
+            for part in objective.parts(trajectory, index)
         ]
+        count = sum(len(share[update]) for share in shares)
         of_update: list[tuple[int, Mapping[str, Tensor]]] = []
         with learner.replaying():
-            for number, (trajectory, index) in enumerate(micro_batches, start=1):
-                loss = objective.loss(trajectory, index)
-                learner.backward(loss.value / len(micro_batches), last=number == len(micro_batches))
+            for number, (part, index, weight) in enumerate(micro_batches, start=1):
+                loss = objective.loss(part, index)
+                learner.backward(loss.value * weight / count, last=number == len(micro_batches))
                 of_update.append((index, {**loss.metrics, "loss": loss.value.detach()}))
                 if update == 0:
                     error = ratio_error(loss.metrics)

@@ -200,9 +200,10 @@ def ratio_is_one(examination: Examination) -> Result:
     objective = examination.objective
     objective.prepare(examination.trajectories, 2)
     errors = [
-        ratio_error(objective.loss(trajectory, index).metrics).detach()
+        ratio_error(objective.loss(part, index).metrics).detach()
         for trajectory in examination.trajectories
         for index in objective.passes(trajectory)
+        for part in objective.parts(trajectory, index)
     ]
     worst = reduce_metrics({"worst_max": torch.stack(errors).amax()})["worst_max"]  # nan stays nan, unlike in max()
     if worst == 0:

@@ -101,4 +101,5 @@ def rollout_chunks(session: Session, prompts: PromptBatch, step: int) -> Iterato
         key=(config.run.seed, "rollout", step),
         trained_steps=sampled_steps(session.policy, config, step),
         same_start=config.rollout.same_start,
+        branching=config.rollout.branches,
     )

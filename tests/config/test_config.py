@@ -217,6 +217,33 @@ def test_combinations_that_the_learner_refuses_are_named(advantage: dict, bpgo: 
         config_from_dict(tree() | {"advantage": advantage, "bpgo": {"alpha": 0.0, "zeta": 0.0}})
 
 
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        ({"rollout": {"branches": [4]}}, ("rollout.branches", "rollout.group_size")),
+        ({"rollout": {"same_start": False}}, ("rollout.branches", "rollout.same_start")),
+        ({"rollout": {"branches": [2, 2, 2]}}, ("rollout.branches", "sampler.train_fraction")),
+        ({"rollout": {"micro_batch_size": 3, "prompts_per_step": 6}, "sampler": {"share_steps": "batch"}},
+         ("rollout.branches", "rollout.micro_batch_size")),
+        ({"advantage": {"best_of": 2}}, ("rollout.branches", "advantage.best_of")),
+        ({"credit": {"kind": "segment"}}, ("rollout.branches", "credit.kind")),
+        ({"rollout": {"same_start": False}, "loss": {"objective": "nft", "step_weights": "none"}},
+         ("rollout.branches", "loss.objective")),
+        ({"rollout": {"same_start": False}, "loss": {"objective": "awm", "step_weights": "none"}},
+         ("rollout.branches", "loss.objective")),
+    ],
+)  # fmt: skip
+def test_what_a_tree_of_samples_cannot_have_is_refused(change: dict[str, dict], keys: tuple[str, str]) -> None:
+    branched = tree()
+    branched["rollout"] = branched["rollout"] | {"branches": [4, 2]}
+    config_from_dict(branched)
+    config_from_dict(branched | {"run": branched["run"] | {"save_minutes": 0.0},
+                                 "rollout": branched["rollout"] | {"sample_ahead": True}})  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(branched | {name: branched.get(name, {}) | values for name, values in change.items()})
+    assert all(key in str(error.value) for key in keys)
+
+
 def test_centring_one_prompt_is_refused() -> None:
     broken = tree() | {"bpgo": {"ras_center": "batch_mean"}}
     config_from_dict(broken)

@@ -1,8 +1,8 @@
 """Worker for shared prefixes: rollouts of the embedded policy under ZeRO-3, with sharded and with gathered weights.
 
-    python -m tests.distributed.ranks prefix_worker OUTPUT PROMPTS GROUP_SIZE MICRO_BATCH_SIZE
+    python -m tests.distributed.ranks prefix_worker OUTPUT PROMPTS GROUP_SIZE MICRO_BATCH_SIZE [BRANCHES ...]
 
-Each rank writes the latents of its samples by case to OUTPUT/rankN.pt.
+Each rank writes the latents of its samples by case to OUTPUT/rankN.pt. With branches the prompts' steps are the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def drawn(share_steps: str) -> Config:
     return replace(recipe, sampler=replace(recipe.sampler, **sampler))
 
 
-def rollout(policy: Policy, config: Config, mesh: Mesh, prompts: int, group_size: int, size: int) -> Latents:
+def rollout(
+    policy: Policy, config: Config, mesh: Mesh, prompts: int, group_size: int, size: int, *branches: int
+) -> Latents:
     """The paths of this rank's samples in a rollout of every training step."""
     ids, texts = torch.arange(prompts), keyed_noise(TEXT, [("text", row) for row in range(prompts)], mesh.device)
     batch = PromptBatch(ids, tuple(map(str, range(prompts))), {"prompt_embeds": texts})
@@ -47,7 +49,7 @@ def rollout(policy: Policy, config: Config, mesh: Mesh, prompts: int, group_size
         chunks = sample_chunks(
             training_denoiser(policy, config), batch, mesh, group_size=group_size, micro_batch_size=size,
             latent_shape=policy.latent_shape(config.video), key=(0, "rollout", step),
-            trained_steps=trained_steps_of(policy, config, step), same_start=True,
+            trained_steps=trained_steps_of(policy, config, step), same_start=True, branching=branches,
         )  # fmt: skip
         for trajectory in (trajectory for chunk in chunks for trajectory in chunk.trajectories):
             samples = zip(trajectory.prompt_rows.tolist(), trajectory.sample_index.tolist(), strict=True)
@@ -60,7 +62,7 @@ def main(mesh: Mesh, output: str, *sizes: str) -> None:
     policy = sampling_policy(config, ds_config, mesh, builder(ds_config))
     engine = build_engine(config, policy, ds_config, mesh)
     found: dict[str, Latents] = {}
-    for share_steps in ("group", "batch"):
+    for share_steps in ("batch",) if len(sizes) > 3 else ("group", "batch"):
         for parameters, weights in (("sharded", nullcontext), ("gathered", engine.whole_weights)):
             with weights():
                 sampled = rollout(policy, drawn(share_steps), mesh, *map(int, sizes))

@@ -32,6 +32,21 @@ def sampled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return sizes, {case: {sample: path for part in parts for sample, path in part[case].items()} for case in parts[0]}
 
 
+@pytest.mark.parametrize("sizes", [(2, 4, 1, 2, 2), (1, 8, 2, 4, 2)], ids=["whole_trees", "parts_of_a_tree"])
+def test_trees_on_two_ranks_equal_those_of_one(policy: Policy, tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """Several forwards for each step of a tree, with sharded weights."""
+    run_ranks(2, [str(tmp_path), *map(str, sizes)], worker="prefix_worker", timeout=240)
+    found: dict[str, Latents] = {}
+    for rank in range(2):
+        for case, paths in torch.load(tmp_path / f"rank{rank}.pt").items():
+            found[case] = found.get(case, {}) | paths
+    expected = rollout(policy, drawn("batch"), Mesh(0, 1, torch.device("cpu")), *sizes)
+    assert found["batch-sharded"].keys() == found["batch-gathered"].keys() == expected.keys()
+    for sample, path in expected.items():
+        assert torch.equal(found["batch-sharded"][sample], found["batch-gathered"][sample])
+        torch.testing.assert_close(found["batch-sharded"][sample], path, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("share_steps", ["group", "batch"])
 def test_prefixes_on_several_ranks_equal_those_of_one(sampled: Sampled, policy: Policy, share_steps: str) -> None:
     (prompts, group_size, size), found = sampled

@@ -91,6 +91,21 @@ def steps(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") ->
     return small_recipe(run_dir, shards, run={"num_steps": int(num_steps), "save_every": 2, "resume": resume})
 
 
+def branched(
+    shards: Path, run_dir: Path, num_steps: str, resume: str = "never", sequence: str = "1", size: str = "1"
+) -> Config:
+    """Trees of four samples that split at two of three trained steps, in forwards of `size`, with sharded weights."""
+    sharded = {"parameters": "sharded"}
+    config = small_recipe(
+        run_dir,
+        shards,
+        run={"num_steps": int(num_steps), "save_every": 2, "resume": resume},
+        rollout={"branches": (2, 2), "micro_batch_size": int(size), **sharded},
+        optim=sharded,
+    )
+    return replace(without_evaluation(config), parallel=ParallelConfig(sequence=int(sequence)))
+
+
 def ema(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") -> Config:
     """A running prior and an average of the weights; the four prompts repeat after two steps."""
     config = small_recipe(
@@ -225,7 +240,7 @@ CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
     "uneven": uneven, "ahead": ahead, "held": held, "credited": credited, "evaluated": evaluated,
     "in_advance": in_advance,
-    "experts": experts, "one_expert": one_expert,
+    "experts": experts, "one_expert": one_expert, "branched": branched,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from bpgo_video.config.learner import AdvantageConfig
 from bpgo_video.learner.advantages import (
     NORMALISERS,
+    averaged_below,
     batch_relative,
     batch_standardised_sum,
     best_and_worst,
@@ -157,6 +158,28 @@ def test_rewards_are_summed_by_weight_and_a_single_reward_of_weight_one_is_uncha
     assert torch.equal(weighted_sum({"a": rewards}, {"a": 1.0}), rewards)
     with pytest.raises(ValueError, match=r"'a'.*'b'"):
         weighted_sum({"a": first}, {"b": 1.0})
+
+
+def test_edges_of_a_tree_have_the_mean_of_the_samples_below_them():
+    advantage = torch.tensor([[3.0, 1.0, -1.0, -3.0], [1.0, -1.0, 1.0, -1.0]])
+    assert averaged_below(advantage, 2, rescaled=False).tolist() == [[2.0, 2.0, -2.0, -2.0], [0.0] * 4]
+    assert averaged_below(advantage, 4, rescaled=True).tolist() == [[0.0] * 4] * 2
+    assert averaged_below(advantage, 1, rescaled=True) is advantage
+    scale = math.sqrt((9 + 1 + 1 + 9) / 3) / math.sqrt(4 + 4)  # std of four samples over that of two edges
+    expected = [[2 * scale, 2 * scale, -2 * scale, -2 * scale], [0.0] * 4]
+    torch.testing.assert_close(averaged_below(advantage, 2, rescaled=True), torch.tensor(expected))
+    tied = torch.tensor([[0.1, 0.3, 0.3, 0.1]])  # means that differ by rounding are no signal
+    assert averaged_below(tied - tied.mean(), 2, rescaled=True).abs().max() < 1e-6
+
+
+@given(seed=st.integers(0, 2**31), nodes=st.integers(2, 5), below=st.integers(2, 4), trust=st.floats(0.5, 1.5))
+def test_edges_of_grpo_are_normalised_rewards_of_their_depth(seed, nodes, below, trust):
+    """BranchGRPO (arXiv 2509.06040): means of rewards, less their mean, over their std; times the group's trust."""
+    rewards = torch.randn(2, nodes * below, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    fused = rewards.unflatten(1, (nodes, below)).mean(dim=2)
+    expected = group_relative(fused).repeat_interleave(below, dim=1)
+    found = averaged_below(trust * group_relative(rewards), below, rescaled=True)
+    torch.testing.assert_close(found, trust * expected, rtol=1e-4, atol=1e-6)
 
 
 def test_clipping_takes_one_limit_or_one_per_prompt():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bpgo_video.config.bpgo import Config
-from bpgo_video.diffusion.steps import STEP_SELECTIONS, precedes_trained
+from bpgo_video.diffusion.steps import STEP_SELECTIONS, precedes_trained, trained_before
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rollouts.forwards import expected_forwards
 from bpgo_video.rollouts.prefixes import branches, spreads
@@ -94,3 +94,17 @@ def test_the_step_before_the_first_trained_one_has_the_frequency_of_draws(select
         probability = precedes_trained(selection, 8, 3, 1, step)
         error = 5 * (probability * (1 - probability) / len(firsts)) ** 0.5
         assert float((firsts > step).double().mean()) == pytest.approx(probability, abs=error)
+
+
+@pytest.mark.parametrize("selection", STEP_SELECTIONS)
+def test_trained_steps_before_a_step_have_the_frequency_of_draws(selection: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [STEP_SELECTIONS[selection](8, 3, 1, generator) for _ in range(4000)]
+    for step in range(9):
+        before = torch.tensor([sum(index < step for index in draw) for draw in draws])
+        expected = trained_before(selection, 8, 3, 1, step)
+        assert len(expected) == len(draws[0]) + 1
+        assert sum(expected) == pytest.approx(1)
+        for count, probability in enumerate(expected):
+            error = 5 * (probability * (1 - probability) / len(draws)) ** 0.5
+            assert float((before == count).double().mean()) == pytest.approx(probability, abs=error)

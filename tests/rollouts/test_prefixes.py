@@ -15,7 +15,8 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.rollouts.conditioning import guidance_of
-from bpgo_video.rollouts.denoiser import Denoiser, PartialPath, training_denoiser
+from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
+from bpgo_video.rollouts.paths import PartialPath
 from bpgo_video.rollouts.prefixes import branches, micro_batches, rows_of_ranks, spreads
 from bpgo_video.rollouts.replay import policy_shift
 from bpgo_video.rollouts.rollout import sample_chunks

@@ -21,7 +21,8 @@ from bpgo_video.data.reader import PromptShards
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.rewards import Clips, FrameSampling, FrameScores
-from bpgo_video.rollouts.denoiser import Denoiser, PartialPath
+from bpgo_video.rollouts.denoiser import Denoiser
+from bpgo_video.rollouts.paths import PartialPath
 from bpgo_video.rollouts.prior_sampling import check_anchors, positions_of
 from bpgo_video.training import priors, session
 from bpgo_video.training.inputs import check_inputs

@@ -30,7 +30,7 @@ def main() -> None:
         for every in EVERY if step % 2 else EVERY[::-1]:
             changed = replace(config, rollout=replace(config.rollout, guidance_every=every))
             started = time.process_time()
-            sample(policy, changed, prompts, step, same_start=config.rollout.same_start)
+            sample(policy, changed, prompts, step)
             times[every] += (time.process_time() - started) * (step >= 0)
     print(f"{DRAWS} rollouts, guidance {GUIDANCE_SCALE:g}, processor seconds relative to guidance_every 1:")
     for every in EVERY[1:]:
