@@ -136,7 +136,7 @@ def test_samples_of_a_tree_are_those_of_their_own_paths(
 def test_a_tree_that_splits_once_is_todays_rollout(policy: Policy, recipe: Config) -> None:
     """With one sample in each forward no bit changes; in larger batches a node rounds as a batch of its own."""
     for size, bound in ((1, 0.0), (8, 5e-5)):
-        today, tree = settings(recipe, (), size), settings(recipe, (8,), size)
+        today, tree = (settings(recipe, branches, size, prompts=1) for branches in ((), (8,)))
         apart, together = sampled(policy, today), sampled(policy, tree)
         for name in ("latents", "log_probs"):
             one, other = (torch.cat([getattr(part, name) for part in parts]) for parts in (apart, together))
@@ -145,7 +145,7 @@ def test_a_tree_that_splits_once_is_todays_rollout(policy: Policy, recipe: Confi
         for config, parts in ((today, apart), (tree, together)):
             objective = objective_of(policy, config)
             losses.append(sum(
-                float(objective.loss(part, index).value) * len(part)
+                float(objective.loss(part, index).value.detach()) * len(part)
                 for trajectory in parts for index in trajectory.trained_steps
                 for part in objective.parts(trajectory, index)
             ))  # fmt: skip
