@@ -20,7 +20,8 @@ from bpgo_video.config.fields import (
 )
 
 FORM_TRUST = {"paper": "sigmoid", "released": "posterior", "released_exact": "posterior"}  # of each form's source
-WITHOUT_ANCHOR = ("frames", "reliability", "uncertainty", "none")  # trusts that compare rewards with no prior
+AGREEMENTS = ("frames", "reliability", "uncertainty")  # trusts that follow from the reliability of scores
+WITHOUT_ANCHOR = (*AGREEMENTS, "none")  # trusts that compare rewards with no prior
 TrustName = Annotated[Literal["sigmoid", "posterior", "frames", "reliability", "uncertainty", "none"], OrFunction]
 
 
@@ -187,11 +188,17 @@ class BPGOConfig:
 
 @section
 class LossConfig:
-    objective: Annotated[Literal["policy_gradient", "awm", "nft"], OrFunction] = "policy_gradient"
-    """`policy_gradient` replays the rollout's own transitions. `awm` (advantage weighted matching) and `nft`
-    (DiffusionNFT) sample by the ODE and learn from final videos, at the noise levels of the trained steps."""
+    objective: Annotated[Literal["policy_gradient", "awm", "nft", "dpo"], OrFunction] = "policy_gradient"
+    """`policy_gradient` replays the rollout's own transitions. `awm` (advantage weighted matching), `nft`
+    (DiffusionNFT) and `dpo` (pairs of a group's samples) sample by the ODE and learn from final videos, at the noise
+    levels of the trained steps."""
     nft_beta: Share = 1.0
     """`nft`: distance of its two implicit policies from the old one."""
+    dpo_beta: AboveZero = 100.0
+    """`dpo`: strength of the pull to the reference policy (`kl_reference`); errors are means over latent dimensions."""
+    dpo_pairs: Positive = 1
+    """`dpo`: pairs of a group: the best sample against the worst, the second best against the second worst, and so on.
+    The other samples are not trained on."""
     clip_range: tuple[BelowOne, NonNegative] = (1e-3, 1e-3)
     """(low, high): the ratio is clipped to [1 - low, 1 + high]. Log-probs are means over latent dimensions, so this is
     small."""
@@ -216,7 +223,17 @@ class LossConfig:
     @property
     def replays_transitions(self) -> bool:
         """Whether the objective needs the rollout's transitions; one from outside the package receives them."""
-        return self.objective not in ("awm", "nft")
+        return self.objective not in ("awm", "nft", "dpo")
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether the objective compares the policy with the one that sampled."""
+        return self.objective != "dpo"
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss compares the policy with one that it stays close to."""
+        return self.kl_weight != 0 or self.objective == "dpo"
 
     @property
     def compares_means(self) -> bool:

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from bpgo_video.config.branching import branch_rules, branch_rules_of_ranks
 from bpgo_video.config.evaluation_rules import alarm_rules
 from bpgo_video.config.fields import HELD
 from bpgo_video.config.learner import RewardConfig
+from bpgo_video.config.objective_rules import OBJECTIVE_DEFAULTS, objective_rules
 from bpgo_video.config.run import OptimizerConfig, RunConfig
 from bpgo_video.config.sampling_ahead import ahead_rules
 from bpgo_video.errors import shown
@@ -27,25 +27,9 @@ MOST_GIGABYTES = 256  # of the videos of a micro-batch
 LONGEST = 255  # bytes of a name on Linux
 SETTINGS = "config.yaml"  # in a run's folder: its resolved recipe
 OWNER = "owner.lease"  # in a folder that one launch at a time may write to: which one that is
-REPLAYS = "learns from final videos and replays no transition"
-LEFT_OUT = "turns advantages into probabilities: samples left out would count as average ones"
-FINAL_VIDEOS = {  # what an objective on final videos needs, and why
-    "rollout.same_start": (False, "samples by the ODE: all samples of a prompt would be equal"),
-    "rollout.branches": ((), "has no trained steps at which samples could split"),
-    "rollout.sample_ahead": (False, "records no log-prob of the policy that sampled"),
-    "loss.step_weights": ("none", REPLAYS),
-    "loss.ratio": ("plain", REPLAYS),
-    "loss.trust_region": ("clip", REPLAYS),
-    "loss.kl_weight": (0.0, "uses no reference policy"),
-    "credit.kind": ("video", "has no log-prob of frames"),
-}
-OBJECTIVES: dict[str, dict[str, tuple[Any, str]]] = {
-    "awm": FINAL_VIDEOS,
-    "nft": {**FINAL_VIDEOS, "advantage.best_of": (None, LEFT_OUT), "advantage.drop_zero_std": (False, LEFT_OUT)},
-}
 # (key, method) -> its own defaults, taken while a rule is broken
 METHODS: dict[tuple[str, str | bool], dict[str, Any]] = {
-    **{("loss.objective", name): {key: row[0] for key, row in needs.items()} for name, needs in OBJECTIVES.items()},
+    **{("loss.objective", name): settings for name, settings in OBJECTIVE_DEFAULTS.items()},
     ("rollout.sample_ahead", True): {"run.save_minutes": 0.0},
     ("prior.kind", "none"): {"bpgo.zeta": 0.0, "bpgo.alpha": 0.0},
     ("bpgo.form", "paper"): {"bpgo.alpha": 0.5},
@@ -193,34 +177,6 @@ def sampler_rules(config: Config) -> Rules:
         ),
         f"optim.updates_per_rollout is {updates}, but {trained} of {sampler.num_steps} denoising steps are trained and "
         f"each update needs one of its own; lower it to {trained}, or train more steps": updates > trained,
-    }
-
-
-def objective_rules(config: Config) -> Rules:
-    loss, segment, old = config.loss, config.credit.kind == "segment", config.rollout.sample_ahead
-    pulls = loss.kl_weight != 0
-    values = {key: attrgetter(key)(config) for key in OBJECTIVES.get(loss.objective, {})}
-    return {
-        **{
-            f"{key} is {values[key]!r} with loss.objective = {loss.objective!r}, which {why}; set it to {needed!r}, or "
-            "the objective to 'policy_gradient'": values[key] != needed
-            for key, (needed, why) in OBJECTIVES.get(loss.objective, {}).items()
-        },
-        "credit.kind is 'segment' with advantage.combine = 'gdpo', which rescales the sum of advantages by batch, so "
-        "gamma has no fixed size relative to it; set combine to 'weighted_sum', or credit.kind to 'video'": (
-            segment and config.advantage.combine == "gdpo"
-        ),
-        "loss.kl_reference is 'ema' with ema.decay = 0, which keeps no average; set ema.decay, say to 0.99": (
-            pulls and loss.kl_reference == "ema" and config.ema.decay == 0
-        ),
-        "loss.kl_reference is 'ema' with optim.parameters = 'gathered': the average replaces the weights in each pass, "
-        "and would have to be gathered every time; set optim.parameters to 'auto'": (
-            pulls and loss.kl_reference == "ema" and config.optim.parameters == "gathered"
-        ),
-        "loss.kl_reference is 'previous' with optim.updates_per_rollout = 1: the policy is then the one that sampled, "
-        "and the divergence is always 0; take 2 updates or more, or another reference": (
-            pulls and loss.kl_reference == "previous" and config.optim.updates_per_rollout == 1 and not old
-        ),
     }
 
 

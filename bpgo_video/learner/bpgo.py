@@ -28,7 +28,8 @@ from bpgo_video.learner.advantages import (
 )
 from bpgo_video.learner.equations import TRANSFORMS, BPGOAdvantages, bpgo_advantages, released_advantages
 from bpgo_video.learner.metrics import batch_metrics, watched_metrics
-from bpgo_video.learner.trust import TRUSTS, GroupScores, RewardsByName
+from bpgo_video.learner.preferences import Posterior, posterior_of
+from bpgo_video.learner.trust import RELIABILITIES, TRUSTS, GroupScores, RewardsByName
 from bpgo_video.types import PriorAnchor
 
 GRPO = AdvantageConfig()
@@ -61,6 +62,7 @@ class GroupAdvantages:
         metrics: of this batch, detached; see `batch_metrics`.
         by_frame: added to the advantage for each latent frame, with mean 0 over frames and the same trust; None
             credits videos as a whole.
+        posterior: of the samples' scores without noise, for objectives that learn from pairs.
     """
 
     advantage: Float[Tensor, "prompts group"]
@@ -68,6 +70,7 @@ class GroupAdvantages:
     trust: Float[Tensor, "prompts"]
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     by_frame: Float[Tensor, "prompts group latent_frames"] | None = None
+    posterior: Posterior | None = None
 
     def total(self, zeta: float) -> Float[Tensor, "prompts group frames"]:
         """w A + zeta A~ of each video or latent frame: the loss's gradient at ratio 1 is proportional to it."""
@@ -150,7 +153,7 @@ def step_advantages(
         name: replace(bpgo, trust=(trusts or {}).get(name, bpgo.trust)) if weights[name] else WATCHED
         for name in rewards_by_name
     }
-    of_rewards = {}
+    of_rewards, known = {}, {}
     for name, rewards in rewards_by_name.items():
         _check(name, rewards, anchors, own[name])
         anchor = anchors.get(name)
@@ -158,8 +161,11 @@ def step_advantages(
         scale = scale if bpgo.standardise else None
         scores = GroupScores(rewards, prior, scale, frames.get(name), reliability.get(name), stds.get(name))
         of_rewards[name] = _of_reward(name, scores, own[name], NORMALISERS[normalisation.normalise])
+        if own[name].uses_trust and own[name].trust_kind in RELIABILITIES:
+            known[name] = RELIABILITIES[own[name].trust_kind](scores)
     train = {name: found for name, found in of_rewards.items() if weights[name]}
     watched = {name: found.advantage for name, found in of_rewards.items() if not weights[name]}
+    posterior = posterior_of({name: found.advantage for name, found in train.items()}, weights, known)
     found, grpo = _combined(train, weights, bpgo.ras_on_crt, normalisation.combine, credit)
     if normalisation.best_of is not None:
         counts = best_and_worst(found.advantage, normalisation.best_of).to(found.advantage.dtype)
@@ -173,7 +179,8 @@ def step_advantages(
     metrics = batch_metrics(found.trust, rewards_by_name, train, anchors, alpha) | watched_metrics(train, watched)
     metrics |= {"rms_ratio": rms_ratio, **_distrusted(found.trust, unmatched, grpo.total(0), bpgo)}
     equal = torch.stack([equal_groups(rewards_by_name[name]) for name in train])
-    return replace(found.times(loss_scale(normalisation, equal.all(dim=0), found.advantage.shape[1])), metrics=metrics)
+    found = found.times(loss_scale(normalisation, equal.all(dim=0), found.advantage.shape[1]))
+    return replace(found, metrics=metrics, posterior=posterior)
 
 
 def _of_reward(

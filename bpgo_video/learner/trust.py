@@ -73,17 +73,17 @@ def posterior(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
     )
 
 
-def frames(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
+def rho_of_frames(scores: GroupScores) -> PerPrompt:
     """The agreement of a video's frame scores."""
     if scores.frames is None or scores.frames.shape[2] < 2:
         raise ValueError(
             "trust 'frames' compares the scores of a video's frames, and this reward gives each video one score; set "
             "its `trust` to 'reliability' with `rescorings`, or to 'none'"
         )
-    return agreement_trust(frame_agreement(scores.frames), settings.alpha, settings.centres_trust)
+    return frame_agreement(scores.frames)
 
 
-def reliability(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
+def rho_of_scorings(scores: GroupScores) -> PerPrompt:
     """The agreement of several scorings."""
     if scores.reliability is None:
         raise ValueError(
@@ -92,10 +92,10 @@ def reliability(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
         )
     if not bool(scores.reliability.isfinite().all()):
         raise ValueError(f"its reliability is {scores.reliability.tolist()}: it must be finite")
-    return agreement_trust(scores.reliability, settings.alpha, settings.centres_trust)
+    return scores.reliability
 
 
-def uncertainty(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
+def rho_of_stated_errors(scores: GroupScores) -> PerPrompt:
     """The errors that the reward itself states: rho = clip(1 - mean_j s_j^2 / var_j R, 0, 1), 0 in a flat group."""
     if scores.std is None:
         raise ValueError(
@@ -104,8 +104,23 @@ def uncertainty(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
             "to 'frames' or to 'none'"
         )
     noise, spread = scores.std.double().square().mean(dim=1), scores.rewards.double().var(dim=1)
-    rho = torch.where(spread > 0, 1 - noise / spread, 0.0).clamp(0, 1)
-    return agreement_trust(rho, settings.alpha, settings.centres_trust)
+    return torch.where(spread > 0, 1 - noise / spread, 0.0).clamp(0, 1)
+
+
+RELIABILITIES: dict[str, Callable[[GroupScores], PerPrompt]] = {  # trusts that follow from rho -> rho
+    "frames": rho_of_frames,
+    "reliability": rho_of_scorings,
+    "uncertainty": rho_of_stated_errors,
+}
+
+
+def by_agreement(rho: Callable[[GroupScores], PerPrompt]) -> Callable[[GroupScores, BPGOConfig], PerPrompt]:
+    """The trust that follows from a reliability."""
+
+    def trust(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
+        return agreement_trust(rho(scores), settings.alpha, settings.centres_trust)
+
+    return trust
 
 
 def none(scores: GroupScores, settings: BPGOConfig) -> PerPrompt:
@@ -117,9 +132,7 @@ TRUSTS: Table[Callable[[GroupScores, BPGOConfig], Tensor]] = Table(
     {
         "sigmoid": sigmoid,
         "posterior": posterior,
-        "frames": frames,
-        "reliability": reliability,
-        "uncertainty": uncertainty,
+        **{name: by_agreement(rho) for name, rho in RELIABILITIES.items()},
         "none": none,
     }
 )

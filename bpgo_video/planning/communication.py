@@ -19,7 +19,7 @@ class Passes:
 
     Attributes:
         forwards: of the rollout; with `rollout.guidance_every` a forward of one half of guidance is half a forward.
-        replays: forwards with a backward; with `advantage.best_of` as if its samples divided evenly.
+        replays: forwards with a backward; with `advantage.best_of` or pairs as if their samples divided evenly.
         extra: further forwards of the update, without gradients: of a reference, or of old velocities.
         updates: of the optimizer.
     """
@@ -31,7 +31,8 @@ class Passes:
 
     @classmethod
     def of(cls, job: Job) -> Passes:
-        step, best, group = count_step(job), job.config.advantage.best_of, job.config.rollout.group_size
+        step, loss, group = count_step(job), job.config.loss, job.config.rollout.group_size
+        best = loss.dpo_pairs if loss.objective == "dpo" else job.config.advantage.best_of
         replays = sum(step["passes"]) * (1.0 if best is None else min(1.0, 2 * best / group))
         forwards = step["forwards"] * (1 - guidance_saved(job))
         return cls(forwards, replays, replays * extra_forwards(job), len(step["passes"]))
@@ -47,8 +48,8 @@ def guidance_saved(job: Job) -> float:
 def extra_forwards(job: Job) -> int:
     """Forwards without gradients that each replayed pass needs besides."""
     loss, updates = job.config.loss, job.config.optim.updates_per_rollout
-    reference = loss.kl_weight > 0 and loss.kl_reference != "previous"
-    old = not loss.replays_transitions and updates > 1
+    reference = loss.uses_reference and loss.kl_reference != "previous"
+    old = loss.has_ratio and not loss.replays_transitions and updates > 1
     return int(reference) + int(old)
 
 

@@ -105,7 +105,7 @@ def reckon(job: Job) -> Plan:
     config, settings, zero, weights, work = job.config, job.config.policy, job.zero, job.weights, job.footprint
     frozen, rests = vae_bytes(job.policy, job.vae_dtype), settings.frozen_rest_on == "cpu"
     encoder = job.model.image_encoder_parameters * zero.weight_bytes
-    reference = bool(config.loss.kl_weight and config.loss.kl_reference == "start" and not settings.lora.rank)
+    reference = config.loss.uses_reference and config.loss.kl_reference == "start" and not settings.lora.rank
     resting = [
         *zero_at_rest(zero, weights, config, reference),
         Part("VAE and image encoder", frozen + encoder, on_host=rests),

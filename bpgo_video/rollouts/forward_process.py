@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bpgo_video.config.bpgo import LossConfig
@@ -190,12 +190,22 @@ class ForwardProcess(Objective):
         return matching_loss(VelocityMatch(velocity, old, target), advantages, self.config.bpgo.zeta, settings)
 
     def _velocity_and_target(self, trajectory: Trajectory, index: int) -> tuple[Velocity, Velocity]:
+        latents, target = self.noised(trajectory, index, trajectory.sample_index)
+        guidance = guidance_of(self.prompts, trajectory.prompt_rows, latents.device)
+        return self.denoiser.velocity(latents.requires_grad_(torch.is_grad_enabled()), index, guidance), target
+
+    def noised(
+        self, trajectory: Trajectory, index: int, sample_index: Int[Tensor, "samples"]
+    ) -> tuple[Latents, Velocity]:
+        """The final videos at the noise level of step `index`, and their target noise - data.
+
+        Args:
+            sample_index: the sample of the prompt whose noise each video gets.
+        """
         clean = trajectory.latents[:, -1].to(self.device).float()
         prompts = self.prompts.ids[trajectory.prompt_rows].tolist()
-        samples = zip(prompts, trajectory.sample_index.tolist(), strict=True)
+        samples = zip(prompts, sample_index.tolist(), strict=True)
         keys = [(self.config.run.seed, "forward process", self.step, *sample, index) for sample in samples]
         noise = keyed_noise(clean.shape[1:], keys, clean.device)
         sigma = self.denoiser.sigmas[index].to(clean.device)
-        latents = ((1 - sigma) * clean + sigma * noise).requires_grad_(torch.is_grad_enabled())
-        guidance = guidance_of(self.prompts, trajectory.prompt_rows, clean.device)
-        return self.denoiser.velocity(latents, index, guidance), noise - clean
+        return (1 - sigma) * clean + sigma * noise, noise - clean

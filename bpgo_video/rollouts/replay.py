@@ -20,6 +20,7 @@ from bpgo_video.learner.losses import PolicyShift, bpgo_loss
 from bpgo_video.rollouts.conditioning import guidance_of
 from bpgo_video.rollouts.denoiser import pulls_to_previous
 from bpgo_video.rollouts.forward_process import ForwardProcess
+from bpgo_video.rollouts.preferences import Preferences
 from bpgo_video.rollouts.rules import trainable_steps
 from bpgo_video.rollouts.tree import Tree
 from bpgo_video.rollouts.updates import DIVERGENCES, Objective
@@ -93,7 +94,9 @@ class Replay(Objective):
         return 2 * float(flash_weight(sampler, self.denoiser.steps[index], self.denoiser.eta)) ** 2
 
 
-OBJECTIVES: Table[type[Objective]] = Table({"policy_gradient": Replay, "awm": ForwardProcess, "nft": ForwardProcess})
+OBJECTIVES: Table[type[Objective]] = Table(
+    {"policy_gradient": Replay, "awm": ForwardProcess, "nft": ForwardProcess, "dpo": Preferences}
+)
 
 
 def policy_shift(trajectory: Trajectory, index: int, transition: sde.Transition) -> PolicyShift:

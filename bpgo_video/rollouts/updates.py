@@ -18,6 +18,7 @@ from bpgo_video.config.bpgo import Config
 from bpgo_video.diffusion.flow_matching import matching_error
 from bpgo_video.diffusion.sde import Transition
 from bpgo_video.diffusion.steps import split_updates
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import RATIO_ERROR, with_spread
 from bpgo_video.policies import Policy
@@ -127,6 +128,13 @@ class Objective(ABC):
         With `rollout.sample_ahead` the policy has had the updates of a step since it sampled.
         """
 
+    def arranged(self, trajectories: Sequence[Trajectory], mesh: Mesh) -> tuple[Objective, Sequence[Trajectory]]:
+        """The objective of the updates and their micro-batches, of those of this rank's rollout. Collective.
+
+        Every rank gets equally many.
+        """
+        return self, trajectories
+
 
 @runtime_checkable
 class Learner(Protocol):
@@ -147,7 +155,8 @@ class UpdateStats:
 
     Attributes:
         metrics: means over micro-batches of the loss's metrics, `grad_norm` (mean over updates),
-            `ratio_error_first_update_max`: the largest |ratio - 1| before the first update, 0 in an exact replay, and
+            `ratio_error_first_update_max`: the largest |ratio - 1| before the first update, 0 in an exact replay, of
+            objectives with a ratio, and
             `updates_skipped`, because their gradients were not finite; such updates are left out of the means.
         passes: denoising step and metrics of each pass.
     """
@@ -182,14 +191,15 @@ def optimise(
                 loss = objective.loss(part, index)
                 learner.backward(loss.value * weight / count, last=number == len(micro_batches))
                 of_update.append((index, {**loss.metrics, "loss": loss.value.detach()}))
-                if update == 0:
+                if update == 0 and objective.config.loss.has_ratio:
                     error = ratio_error(loss.metrics)
                     first_error = float(torch.maximum(error.new_tensor(first_error), error))  # nan stays nan
         norm = learner.step()
         if math.isfinite(norm):
             norms.append(norm)
             passes += of_update
-    metrics = {"updates_skipped": float(updates_per_rollout - len(norms)), EXACT: first_error}
+    metrics = {"updates_skipped": float(updates_per_rollout - len(norms))}
+    metrics |= {EXACT: first_error} if objective.config.loss.has_ratio else {}
     if norms:
         metrics |= {name: _reduced(name, [metrics[name] for _, metrics in passes]) for name in passes[0][1]}
         metrics |= {"grad_norm": sum(norms) / len(norms)}
@@ -213,6 +223,8 @@ def step_sums(passes: Iterable[tuple[int, Mapping[str, Tensor]]], num_steps: int
     """For each denoising step the sums of BY_STEP over passes, then the number of passes; to be summed over ranks."""
     sums = torch.zeros(num_steps, len(BY_STEP) + 1, dtype=torch.float64)
     for index, metrics in passes:
+        if not all(name in metrics for name in BY_STEP):  # of an objective without a ratio
+            continue
         sums[index, :-1] += torch.stack([metrics[name].double().cpu() for name in BY_STEP])
         sums[index, -1] += 1
     return sums

@@ -195,8 +195,10 @@ def shortcuts_are_small(examination: Examination) -> Result | None:
     return True, words
 
 
-def ratio_is_one(examination: Examination) -> Result:
+def ratio_is_one(examination: Examination) -> Result | None:
     """In a replay without an update every ratio is 1, up to the precision's noise."""
+    if not examination.session.config.loss.has_ratio:
+        return None
     objective = examination.objective
     objective.prepare(examination.trajectories, 2)
     errors = [
@@ -222,7 +224,8 @@ def gradient_flows(examination: Examination) -> Result:
     """The updates of one step have a finite gradient that is not 0."""
     session, optim = examination.session, examination.session.config.optim
     with examination.watch.phase("update"):
-        stats = optimise(session.engine, examination.objective, examination.trajectories, optim.updates_per_rollout)
+        objective, batches = examination.objective.arranged(examination.trajectories, session.mesh)
+        stats = optimise(session.engine, objective, batches, optim.updates_per_rollout)
     norm, limit = stats.metrics["grad_norm"], optim.max_grad_norm
     words = f"norm {norm:.3g}"
     if norm == 0:

@@ -122,7 +122,8 @@ class RL(loop.Trainer):
             learning_rate = session.engine.learning_rate
             trajectories, advantages = worth_replaying(session, rollout.trajectories, advantages)
             objective = build_objective(session, rollout.prompts, advantages, step)
-            stats = optimise(session.engine, objective, trajectories, session.config.optim.updates_per_rollout)
+            objective, batches = objective.arranged(trajectories, session.mesh)
+            stats = optimise(session.engine, objective, batches, session.config.optim.updates_per_rollout)
         stats = stats.of_older_weights() if rollout.age else stats
         record = {**step_record(session, rewards, advantages, stats), "learning_rate": learning_rate, **watch.record}
         if session.config.uses_trust:
@@ -225,7 +226,9 @@ train = partial(loop.train, kind=RL)
 
 def keys_of(config: Config) -> Keys:
     """The keys of a run's records; the progress line shows trust where the recipe has one."""
-    return ROLLOUTS if config.uses_trust else replace(ROLLOUTS, shown={"reward": ROLLOUTS.shown["reward"]})
+    required = tuple(key for key in ROLLOUTS.required if key != "ratio_mean" or config.loss.has_ratio)
+    shown = {key: form for key, form in ROLLOUTS.shown.items() if key != "trust_mean" or config.uses_trust}
+    return Keys(required, shown)
 
 
 def worth_replaying(
@@ -251,12 +254,13 @@ def step_record(
 ) -> dict[str, float]:
     """The metrics of a step, reduced over ranks."""
     followed = {"kl_weight": session.config.loss.kl_weight} if session.config.evaluation.alarm == "kl" else {}
+    unused = () if session.config.loss.has_ratio else ("rms_ratio",)  # a length of the step that the loss does not take
     return {
         **followed,
         "reward": float(rewards.total.mean()),
         "reward_std": float(rewards.total.std(dim=1).mean()),
         **{f"reward/{name}": float(scores.mean()) for name, scores in rewards.by_name.items()},
-        **{name: float(value) for name, value in advantages.metrics.items()},
+        **{name: float(value) for name, value in advantages.metrics.items() if name not in unused},
         **with_spread(reduce_metrics(stats.metrics)),
         **step_metrics(session.mesh.total(step_sums(stats.passes, session.config.sampler.num_steps))),
     }
@@ -264,6 +268,7 @@ def step_record(
 
 def summarise(session: Session, progress: Progress, after: HeldoutScores | None) -> dict[str, Any]:
     """The fields of summary.json."""
+    error = progress.max_ratio_error_first_update
     summary: dict[str, Any] = {
         "steps": progress.step,
         "num_steps": session.config.run.num_steps,
@@ -275,7 +280,7 @@ def summarise(session: Session, progress: Progress, after: HeldoutScores | None)
         "heldout_after": None,
         "videos_generated": progress.videos_generated,
         "seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()},
-        "max_ratio_error_first_update": progress.max_ratio_error_first_update,
+        "max_ratio_error_first_update": error if session.config.loss.has_ratio else None,
     }
     if session.config.rollout.sample_ahead:
         summary["steps_sampled_ahead"] = progress.sampled_ahead

@@ -218,9 +218,9 @@ def build_ema(config: Recipe, engine: engines.Engine) -> EMA | None:
 def build_reference(
     config: Config, policy: Policy, engine: engines.Engine, ds_config: Mapping[str, Any], mesh: Mesh, ema: EMA | None
 ) -> Reference | None:
-    """The policy of the KL term; None without one, or if it is the policy that sampled."""
+    """The policy of the KL term or of DPO; None without one, or if it is the policy that sampled."""
     loss = config.loss
-    if loss.kl_weight == 0 or loss.kl_reference == "previous":
+    if not loss.uses_reference or loss.kl_reference == "previous":
         return None
     if loss.kl_reference == "ema":
         assert ema is not None  # config/rules.py requires ema.decay > 0

@@ -191,6 +191,17 @@ def test_nested_options_pass_through_unchanged(tmp_path: Path) -> None:
 METHODS = [
     ("tiny_wan_bpgo", "--loss.objective awm", {"loss.step_weights": "none", "rollout.same_start": False}),
     ("tiny_wan_longcat", "--loss.objective nft", {"loss.step_weights": "none", "rollout.same_start": False}),
+    (
+        "tiny_wan_paper",
+        "--loss.objective dpo",
+        {
+            "loss.step_weights": "none",
+            "rollout.same_start": False,
+            "sampler.share_steps": "batch",
+            "bpgo.zeta": 0.0,
+            "bpgo.trust": "none",
+        },
+    ),
     ("tiny_wan_bpgo", "--prior.kind none", {"bpgo.zeta": 0.0}),
     ("tiny_wan_paper", "--prior.kind none", {"bpgo.zeta": 0.0, "bpgo.alpha": 0.0}),
     ("tiny_wan_bpgo", "--prior.kind none --bpgo.trust none", {"bpgo.zeta": 0.0}),

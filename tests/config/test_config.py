@@ -169,6 +169,29 @@ def test_comparing_transitions_needs_an_objective_that_replays_them(objective: s
         config_from_dict(other_starts() | {"loss": loss | {key: value}})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": {"kl_reference": "previous"}}, "loss.kl_reference is 'previous'"),
+        ({"loss": {"kl_weight": 0.1}}, "loss.kl_weight is 0.1.*loss.dpo_beta"),
+        ({"loss": {"dpo_pairs": 5}}, "loss.dpo_pairs is 5, .*lower it to 4"),
+        ({"bpgo": {"trust": "sigmoid", "zeta": 0.0}}, r"the trust of \['motion'\] weighs groups by the level"),
+        ({"rollout": {"micro_batch_size": 1}}, "micro_batch_size is 1 with loss.objective = 'dpo'"),
+        ({"advantage": {"best_of": 2}}, "advantage.best_of is 2 .*has loss.dpo_pairs instead"),
+    ],
+)
+def test_pairs_refuse_what_they_would_not_use(change: dict[str, dict], message: str) -> None:
+    recipe = yaml.safe_load(to_yaml(read_recipe(ROOT / "pipelines" / "configs" / "tiny_wan_dpo.yaml")))
+    config_from_dict(recipe)
+    recipe["rewards"]["motion"]["trust"] = None
+    recipe["bpgo"]["trust"] = "none"
+    config_from_dict(recipe)
+    for section, values in change.items():
+        recipe[section] |= values
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(recipe)
+
+
 def other_starts() -> dict:
     """The recipe with a start of its own for each sample, as objectives on final videos need."""
     return tree() | {"rollout": tree()["rollout"] | {"same_start": False}}

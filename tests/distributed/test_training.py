@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,14 @@ def test_best_and_worst_by_frames_have_the_same_gradient_on_any_world(worlds: di
     found = exported(worlds[2] / name)
     errors = {key: (found[key] - reference[key]).norm() / (reference[key] - start[key]).norm() for key in start}
     assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
+
+
+def test_pairs_of_groups_on_two_ranks_have_the_same_gradient_on_any_world(worlds: dict[int, Path]) -> None:
+    """Three pairs on two ranks, of which one has a sample against itself."""
+    start, reference, found = starting_weights(), *(exported(worlds[ranks] / "preferred") for ranks in (1, 2))
+    errors = {key: (found[key] - reference[key]).norm() / (reference[key] - start[key]).norm() for key in start}
+    assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
+    assert read_metrics(worlds[2] / "preferred" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("parameters", ["sharded", "gathered"])

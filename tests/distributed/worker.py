@@ -56,6 +56,19 @@ def credited(shards: Path, run_dir: Path, stage: str, micro_batch_size: str) -> 
     )
 
 
+def preferred(shards: Path, run_dir: Path, stage: str, lora: str = "full") -> Config:
+    """`gradient` of the best against the worst of three groups of four: on two ranks one group is on both."""
+    config = gradient(shards, run_dir, stage)
+    return replace(
+        config,
+        rollout=replace(config.rollout, prompts_per_step=3, micro_batch_size=2),
+        sampler=replace(config.sampler, share_steps="batch"),
+        loss=replace(config.loss, objective="dpo", step_weights="none"),
+        bpgo=replace(config.bpgo, trust="frames", zeta=0.0, match_rms=False),
+        policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])),
+    )
+
+
 def exact_ratio(
     shards: Path, run_dir: Path, stage: str, lora: str, sequence: str = "1", parameters: str = "sharded"
 ) -> Config:
@@ -238,8 +251,8 @@ def with_stage(config: Config, stage: str) -> Config:
 
 CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
-    "uneven": uneven, "ahead": ahead, "held": held, "credited": credited, "evaluated": evaluated,
-    "in_advance": in_advance,
+    "uneven": uneven, "ahead": ahead, "held": held, "credited": credited, "preferred": preferred,
+    "evaluated": evaluated, "in_advance": in_advance,
     "experts": experts, "one_expert": one_expert, "branched": branched,
 }  # fmt: skip
 

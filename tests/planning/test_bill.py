@@ -113,6 +113,7 @@ def test_references_and_old_velocities_take_forwards(job: Job) -> None:
     assert extra(LossConfig()) == 0
     assert extra(LossConfig(kl_weight=0.1, kl_reference="previous")) == 0
     assert extra(LossConfig(kl_weight=0.1)) == extra(LossConfig(objective="nft")) == 1
+    assert extra(LossConfig(objective="dpo")) == 1
     held = replace(job, config=replace(job.config, loss=LossConfig(kl_weight=0.1)))
     more = step_seconds(held, reckon(held), UNIT)[0]["replay"] - step_seconds(job, reckon(job), UNIT)[0]["replay"]
     assert more == pytest.approx(sum(count_step(job)["passes"]) * job.footprint.forward.operations / 1e6)
