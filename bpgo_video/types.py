@@ -44,6 +44,22 @@ class Table(dict[str, Row]):
 
 
 @dataclass(frozen=True)
+class Audio:
+    """The sound of videos.
+
+    Attributes:
+        waveform: between -1 and 1, unless a model exceeds them.
+        sampling_rate: samples of each channel a second.
+    """
+
+    waveform: Float[Tensor, "samples audio_channels audio_samples"]
+    sampling_rate: int
+
+    def __getitem__(self, rows: Any) -> Audio:
+        return replace(self, waveform=self.waveform[rows])
+
+
+@dataclass(frozen=True)
 class Guidance:
     """Conditioning of each sample for classifier-free guidance: `towards` its prompt, `away` from its negative prompt.
 
@@ -174,12 +190,18 @@ class RolloutChunk:
 
     Attributes:
         prompt_rows, sample_index: prompt and sample of each video, as in Trajectory.
+        audio: the videos' sound; None for a policy that makes none.
     """
 
     trajectories: tuple[Trajectory, ...]
     videos: Videos
     prompt_rows: Int[Tensor, "samples"]
     sample_index: Int[Tensor, "samples"]
+    audio: Audio | None = None
+
+    def sound(self, row: int) -> Audio | None:
+        """Of one of the videos."""
+        return None if self.audio is None else self.audio[row : row + 1]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -23,9 +23,11 @@ from torch.nn.functional import interpolate
 from bpgo_video.data.containers import MAX_PIXELS, VideoError, decoded, opened
 from bpgo_video.errors import InputError
 from bpgo_video.files import atomic_file
+from bpgo_video.types import Audio
 
 IMAGE_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # by Pillow's name of the format
 MEDIA = {"image": tuple(IMAGE_EXTENSIONS.values()), "video": ("mp4", "mkv", "mov", "webm")}  # what shards store
+BITS = 192_000  # of sound, a second
 STRIP_FRAMES = 5  # evenly spaced in videos of 4n + 1 frames
 STRIP_HEIGHT = 160  # pixels; larger frames are scaled down
 GREY = (127, 127, 127)
@@ -147,7 +149,11 @@ TO_PIXELS: Mapping[str, Callable[[Image.Image], np.ndarray]] = {  # by Pillow's 
 
 
 def write_video(
-    path: Path | str, video: Float[Tensor, "frames 3 height width"], fps: float | int, crf: int = 17
+    path: Path | str,
+    video: Float[Tensor, "frames 3 height width"],
+    fps: float | int,
+    crf: int = 17,
+    audio: Audio | None = None,
 ) -> None:
     """Write H.264 (yuv420p, mp4) with frames of exactly 1 / fps seconds. The file appears complete or not at all.
 
@@ -155,6 +161,7 @@ def write_video(
         video: values in [0, 1]; height and width even, as 4:2:0 requires.
         fps: frames per second; 29.97 and the like become the nearest fraction with a denominator up to 1001.
         crf: x264's constant rate factor, 0 (lossless luma) to 51.
+        audio: the video's sound, of one sample with one or two channels, written as AAC.
 
     Raises:
         VideoError: another shape, or values outside [0, 1].
@@ -171,11 +178,26 @@ def write_video(
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "x264-params": COLOUR_TAGS})
         stream.height, stream.width, stream.pix_fmt = pixels.shape[1], pixels.shape[2], "yuv420p"
         stream.time_base = 1 / rate
+        sound = None
+        if audio is not None:
+            sound = container.add_stream("aac", rate=audio.sampling_rate)
+            sound.bit_rate = BITS
+            sound.layout = "mono" if audio.waveform.shape[1] == 1 else "stereo"
         for number, image in enumerate(pixels):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts, frame.time_base = number, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if audio is not None and sound is not None:
+            _add_sound(container, sound, audio)
+
+
+def _add_sound(container: Any, stream: Any, audio: Audio) -> None:
+    samples = audio.waveform[0].detach().float().clamp(-1, 1).cpu().contiguous().numpy()
+    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=stream.layout.name)
+    frame.sample_rate, frame.pts, frame.time_base = audio.sampling_rate, 0, Fraction(1, audio.sampling_rate)
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
 
 
 def as_bytes(video: Float[Tensor, "frames 3 height width"]) -> UInt8[np.ndarray, "frames height width 3"]:

@@ -90,7 +90,8 @@ class EncoderStamp:
 
 def encoder_stamp(folder: Path, max_sequence_length: int) -> EncoderStamp:
     """The stamp of a policy folder's text encoders and tokenizers."""
-    further = {path.name for path in folder.iterdir() if path.name.startswith(("text_encoder_", "tokenizer_"))}
+    names = ("text_encoder_", "tokenizer_", "connectors")
+    further = {path.name for path in folder.iterdir() if path.name.startswith(names)}
     components = sorted({"text_encoder", "tokenizer"} | further)
     return EncoderStamp(folder.name, fingerprint(folder, components), max_sequence_length)
 

@@ -300,9 +300,10 @@ class VideoStats:
         self._items += (chunk.prompt_rows * self._samples + chunk.sample_index).tolist()
         self._motion.append(motion(chunk.videos))
         self._small.append(thumbnails(chunk.videos))
-        for video, row, sample in zip(chunk.videos, chunk.prompt_rows, chunk.sample_index, strict=True):
+        samples = zip(chunk.videos, chunk.prompt_rows, chunk.sample_index, strict=True)
+        for number, (video, row, sample) in enumerate(samples):
             if sample == 0:
-                write_video(self._paths[int(row)], video.cpu(), self._fps)
+                write_video(self._paths[int(row)], video.cpu(), self._fps, audio=chunk.sound(number))
 
     def scores(self, mesh: Mesh) -> dict[str, Scores]:
         """Both statistics of all ranks' samples, on every rank; see `measures_of` for when they are defined."""

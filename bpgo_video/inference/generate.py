@@ -50,7 +50,7 @@ from bpgo_video.inference.pipeline import CallSettings, check_offload, load_pipe
 from bpgo_video.inference.run_weights import Model, find_model
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import FixedDraws, generator_of, keyed_noise
-from bpgo_video.types import Latents, Videos
+from bpgo_video.types import Audio, Latents
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 PATIENCE = timedelta(days=1)  # longest wait for the videos of the slowest rank; a dead rank is noticed at once
@@ -309,8 +309,8 @@ def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: 
     with tqdm(total=len(jobs), desc="Videos", unit="video", disable=not mesh.is_main) as bar:
         for batch in chunked(jobs, settings.batch_size):
             videos = sample(pipeline, model.policy, batch, settings, call)
-            for job, frames in zip(batch, videos, strict=True):
-                write_video(job.file, frames, call.fps)
+            for job, (frames, audio) in zip(batch, videos, strict=True):
+                write_video(job.file, frames, call.fps, audio=audio)
                 bar.update()
 
 
@@ -321,10 +321,13 @@ def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> La
 
 def sample(
     pipeline: Any, policy: Policy, jobs: Sequence[Job], settings: GenerationSettings, call: CallSettings
-) -> Videos:
-    """Videos in [0, 1] of the jobs in one call of the pipeline, or one call each where it takes one text or image."""
+) -> list[tuple[Float[Tensor, "frames 3 height width"], Audio | None]]:
+    """The jobs' videos in [0, 1] and their sound, if any.
+
+    They are made in one call of the pipeline, or in one call each where it takes one text or image.
+    """
     if len(jobs) > 1 and (jobs[0].prompt.media or policy.one_text_a_call):
-        return torch.cat([sample(pipeline, policy, [job], settings, call) for job in jobs])
+        return [made for job in jobs for made in sample(pipeline, policy, [job], settings, call)]
     images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
     latents = initial_latents(jobs, policy.latent_shape(call.video))
     arguments = policy.take_settings(pipeline, call.given())
@@ -339,7 +342,9 @@ def sample(
             output_type="pt",
             **arguments,
         )
-    return policy.videos_of(output).float().clamp(0, 1).cpu()
+    audio = policy.audio_of(pipeline, output)
+    sounds = [None if audio is None else audio[row : row + 1] for row in range(len(jobs))]
+    return list(zip(policy.videos_of(output).float().clamp(0, 1).cpu(), sounds, strict=True))
 
 
 def first_frame(job: Job, call: CallSettings) -> Float[Tensor, "3 height width"]:

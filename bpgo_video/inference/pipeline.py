@@ -19,7 +19,7 @@ from bpgo_video.inference.model_files import load_lora
 from bpgo_video.inference.run_weights import DTYPES, WEIGHTS, Model, load_trained
 from bpgo_video.policies import Policy
 from bpgo_video.policies.attention_backends import check_backend, choose_attention
-from bpgo_video.policies.networks import Transformers, networks_of, split_vae_work
+from bpgo_video.policies.networks import Transformers, component_of, networks_of, split_vae_work
 from bpgo_video.rollouts.rules import guidance_rules
 from bpgo_video.weights import WeightsError, load_network, read_json
 
@@ -165,12 +165,12 @@ def load_pipeline(model: Model, settings: GenerationSettings, device: torch.devi
         GenerationError: the adapters fit no layer, or the model does not support a memory setting.
     """
     dtype, policy = DTYPES[settings.dtype], model.policy
-    dtypes = {} if policy.one_dtype else {"vae": torch.float32}
+    of_vae = dtype if policy.one_dtype else torch.float32
     networks = {
-        name: load_network(kind, policy.folder / name, dtypes.get(name, dtype))
+        name: load_network(kind, policy.folder / name, of_vae if component_of(name) == "vae" else dtype)
         for name, kind in networks_of(policy.folder).items()
     }
-    pipeline = getattr(diffusers, policy.pipeline_name).from_pretrained(policy.folder, **networks)
+    pipeline = policy.assemble(policy.folder, networks)
     pipeline.scheduler = chosen_scheduler(settings, pipeline.scheduler)
     if model.checkpoint is not None:
         weights = WEIGHTS[settings.weights](model.checkpoint.folder)

@@ -32,12 +32,13 @@ from bpgo_video.policies.vae import prepare_vae
 from bpgo_video.rewards.base import Clips
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.denoiser import LATENTS_DTYPES, Denoiser
-from bpgo_video.types import Guidance
+from bpgo_video.types import Audio, Guidance
 
 ROUNDS = 5
 BLOCKS = 4  # of each list, where the transformer is larger than this many parameters
 LARGE = 200_000_000
 STEP = 1  # index of the timed denoising step
+SOUND_RATE = 24_000  # of the random sound that rewards score
 
 
 def calibrate(job: Job, rates: Rates, device: torch.device) -> Rates:
@@ -186,10 +187,12 @@ def _reward_seconds(job: Job, device: torch.device) -> float | None:
         return None
     video = config.video
     pixels = torch.rand(job.decoded_at_once, video.num_frames, 3, video.height, video.width, device=device)
+    sound = torch.rand(job.decoded_at_once, 2, round(video.num_frames / video.fps * SOUND_RATE), device=device)
+    audio = Audio(sound, SOUND_RATE) if job.policy.makes_audio else None
 
     @torch.no_grad()
     def score() -> None:
-        clips = Clips(pixels, video.fps, ("a red circle moves left",) * len(pixels))
+        clips = Clips(pixels, video.fps, ("a red circle moves left",) * len(pixels), audio=audio)
         for reward in suite.rewards.values():
             for model in reward.models:
                 model(clips)

@@ -77,7 +77,7 @@ class Job:
     @property
     def decoded(self) -> tuple[int, ...]:
         """The shape of one sample that the VAE decodes."""
-        return self.policy.decoded_shape(self.latents)
+        return self.policy.decoded_shape(self.policy.video_shape(self.config.video))
 
     @property
     def samples(self) -> int:

@@ -23,7 +23,9 @@ WORK = 0.5  # of a model's weights, for its activations: an assumption, not meas
 TOKENS = 256  # of a frame, where a folder's config does not state them
 HALF = ("bfloat16", "float16")
 BYTES = {"float32": 4, **dict.fromkeys(HALF, 2)}
-WITHOUT_NETWORK = ("brisque", "dynamic_degree", "niqe", "ocr_text", "remote", "shapes_oracle", "temporal_flickering")
+WITHOUT_NETWORK = (
+    *("audible", "brisque", "dynamic_degree", "niqe", "ocr_text", "remote", "shapes_oracle", "temporal_flickering"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ NETWORKS: Mapping[str, Network] = {  # by hub id; our estimates, not read from t
     "google/siglip2-so400m-patch14-384": Network(1.136, 690),
     "facebook/dinov2-base": Network(0.087, 46),
     "facebook/dino-vitb16": Network(0.086, 35),
+    "laion/clap-htsat-unfused": Network(0.154, 20, fps=0.1),  # a pass reads 10 s of sound
     "microsoft/xclip-base-patch32": Network(0.197, 10),
     "google/videoprism-lvt-base-f16r288": Network(0.248, 60),
     "facebook/vjepa2-vitl-fpc64-256": Network(0.375, 195),

@@ -37,6 +37,7 @@ FAMILIES: dict[str, str] = {  # diffusers' pipeline -> the class of its policy, 
     "WanImageToVideoPipeline": "bpgo_video.policies.wan:WanImagePolicy",
     "LTXPipeline": "bpgo_video.policies.ltx:LTXPolicy",
     "LTXImageToVideoPipeline": "bpgo_video.policies.ltx:LTXImagePolicy",
+    "LTX2Pipeline": "bpgo_video.policies.ltx2:LTX2Policy",
     "HunyuanVideoPipeline": "bpgo_video.policies.hunyuan:HunyuanVideoPolicy",
     "HunyuanVideoImageToVideoPipeline": "bpgo_video.policies.hunyuan:HunyuanImagePolicy",
     "HunyuanVideo15Pipeline": "bpgo_video.policies.hunyuan15:HunyuanVideo15Policy",
@@ -125,7 +126,7 @@ def load_policy(
         folder: local folder, hub id, or `package:module/folder`.
         components: which networks to load, where the folder has them; the others are None.
         dtype: of transformers and text encoders.
-        vae_dtype: of the VAE; by default fp32, as Wan's authors run it.
+        vae_dtype: of the VAE; by default fp32, as Wan's authors run it. Networks of sound compute in fp32.
         build: makes the transformers: `from_pretrained`, or the engine's sharded construction.
         load: makes the other networks.
         name: of the family; see `family`.
@@ -156,7 +157,7 @@ def load_policy(
             parts[part] = build(model_class, path / part, dtype).to(device)
         else:
             network = load(model_class, path / part, torch.float32 if component == "vae" else dtype, device)
-            parts[part] = prepare_vae(network, vae_dtype) if component == "vae" else network
+            parts[part] = prepare_vae(network, vae_dtype) if part == "vae" else network
     pipeline = policy_class.assemble(path, parts)
     policy: Policy = policy_class.variant(path)(path, pipeline, max_sequence_length)
     policy.options = {**policy_class.options, **given}

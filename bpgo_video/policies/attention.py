@@ -138,7 +138,8 @@ class SequencePlan:
         head: the last module that computes on single tokens; None if that is the last block.
         text_first: text tokens come before the video's in joint attention.
         attention: replaces attention processors that bypass diffusers' dispatcher.
-        cross_attention: the name, within a block, of attention to text only: each rank computes it for its own tokens.
+        local_attention: the names, within a block, of attention that each rank computes for its own tokens, most
+            often that to text.
         heads: the number of attention heads, given the transformer's config.
     """
 
@@ -147,7 +148,7 @@ class SequencePlan:
     head: str | None
     text_first: bool = False
     attention: Callable[[nn.Module], None] = keep_processors
-    cross_attention: str | None = None
+    local_attention: tuple[str, ...] = ()
     heads: Callable[[Mapping[str, Any]], int] = declared_heads
 
 
@@ -212,9 +213,10 @@ def parallelise(transformer: nn.Module, mesh: Mesh, plan: SequencePlan | None) -
 
 
 def _processors(transformer: nn.Module, plan: SequencePlan) -> list[Any]:
-    """The processors of the blocks' attention to all tokens."""
+    """The processors of the blocks' attention among all tokens."""
     named = [part for name in plan.blocks for part in transformer.get_submodule(name).named_modules()]
-    attentions = [module for name, module in named if not name.endswith(f".{plan.cross_attention}")]
+    local = tuple(f".{name}" for name in plan.local_attention)
+    attentions = [module for name, module in named if not name.endswith(local)]
     processors = [getattr(module, "processor", None) for module in attentions]
     parallel = [processor for processor in processors if hasattr(processor, "_parallel_config")]
     if not parallel:

@@ -21,7 +21,7 @@ from bpgo_video.config.bpgo import ConfigError, VideoConfig
 from bpgo_video.diffusion import sde
 from bpgo_video.policies.attention import SequencePlan
 from bpgo_video.policies.networks import Transformers, class_of, transformer_names
-from bpgo_video.types import Conditioning, Guidance, Latents, Velocity, Videos
+from bpgo_video.types import Audio, Conditioning, Guidance, Latents, Velocity, Videos
 from bpgo_video.weights import read_config
 
 Shapes = dict[str, tuple[int, ...]]
@@ -45,6 +45,7 @@ class Policy:
         max_sequence_length: text tokens; changes the result where padding is not masked.
         fps: frames per second that the authors train on.
         takes_images: image-to-video.
+        makes_audio: the latents hold sound with the video, see `decode_audio`.
         texts_see_images: the text encoder reads a prompt together with its image.
         given_frames: latent frames at the start that the image fixes; they are not sampled.
         image_channels: the transformer takes the image's latents as further channels of every frame.
@@ -69,6 +70,7 @@ class Policy:
     block_names: ClassVar[tuple[str, ...]]
     fps: float
     takes_images: ClassVar[bool] = False
+    makes_audio: ClassVar[bool] = False
     texts_see_images: ClassVar[bool] = False
     given_frames: ClassVar[int] = 0
     image_channels: ClassVar[bool] = False
@@ -184,8 +186,12 @@ class Policy:
         for name, size in self.conditioning_shapes(shape, EXAMPLE_TOKENS).items():
             is_mask = "mask" in name
             conditioning[name] = torch.ones(1, *size).bool() if is_mask else torch.randn(1, *size, generator=generator)
-        video = VideoConfig(num_frames=1, height=1, width=1, fps=self.fps)
-        return latents, {**conditioning, **self.video_conditioning(video)}
+        return latents, {**conditioning, **self.video_conditioning(self.example_video)}
+
+    @property
+    def example_video(self) -> VideoConfig:
+        """The video of `example`, as far as `video_conditioning` reads it."""
+        return VideoConfig(num_frames=1, height=1, width=1, fps=self.fps)
 
     def example_shape(self) -> LatentShape:
         """The latents of `example`: two patches along each axis."""
@@ -235,6 +241,10 @@ class Policy:
                 f"sample; take {1 + temporal} frames or more"
             )
         return self.latent_channels, frames - self.given_frames, video.height // spatial, video.width // spatial
+
+    def video_shape(self, video: VideoConfig) -> LatentShape:
+        """The sampled latents of the pictures: all of them where there is no sound."""
+        return self.latent_shape(video)
 
     def check_size(self, video: VideoConfig, temporal: int, multiple: int) -> None:
         """Check a video's size.
@@ -294,7 +304,7 @@ class Policy:
         """A velocity of classifier-free guidance as the pipeline uses it, given the velocity of the prompt alone."""
         return guided
 
-    def predict(self, sigma: Tensor, **inputs: Any) -> Any:
+    def predict(self, sigma: Tensor, /, **inputs: Any) -> Any:
         """The output of the transformer for a noise level."""
         return self.transformers(self.transformer_at(float(sigma.max())), **inputs, return_dict=False)
 
@@ -368,6 +378,10 @@ class Policy:
         """Pixels in [0, 1] of clean latents and the given frames; no gradient."""
         return self.decode_frames(self.all_frames(latents, conditioning))
 
+    def decode_audio(self, latents: Latents, conditioning: Conditioning) -> Audio | None:
+        """The sound of clean latents; None of a family without `makes_audio`."""
+        return None
+
     def decode_frames(self, latents: AllFrames) -> Videos:
         """Pixels in [0, 1] of all latent frames."""
         return self.vae_pixels(self.denormalised(latents))
@@ -417,6 +431,10 @@ class Policy:
             latents: the noise of the sampled frames.
         """
         return {"latents": self.call_frames(pipeline, latents, images)}
+
+    def audio_of(self, pipeline: Any, output: Any) -> Audio | None:
+        """The sound of a pipeline call's output; None of a family without `makes_audio`."""
+        return None
 
     def call_frames(self, pipeline: Any, latents: Latents, images: Images | None) -> AllFrames:
         """The image's latent frame and the noise: pipelines that are given noise expect all frames."""

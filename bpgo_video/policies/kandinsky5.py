@@ -143,7 +143,7 @@ class Kandinsky5Policy(Policy):
         blocks=("visual_transformer_blocks",),
         rope=split_grid,
         head=None,
-        cross_attention="cross_attention",
+        local_attention=("cross_attention",),
         heads=heads_by_width,
     )
     required_settings = MappingProxyType({"transformer": {"attention_type": ("regular",)}})  # sparse cannot be trained

@@ -32,7 +32,7 @@ class LTXPolicy(Policy):
     fps = 25.0
     options = MappingProxyType({"decode_timestep": 0.0, "decode_noise_scale": None})
     sequence_plan = SequencePlan(
-        blocks=("transformer_blocks",), rope=split_rope("rope", dim=1), head="proj_out", cross_attention="attn2"
+        blocks=("transformer_blocks",), rope=split_rope("rope", dim=1), head="proj_out", local_attention=("attn2",)
     )
 
     @torch.no_grad()

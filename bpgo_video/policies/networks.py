@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Collection, Iterable
 from functools import wraps
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bpgo_video.weights import LIBRARIES, load_network, read_json
 Build = Callable[[Any, Path, torch.dtype], nn.Module]  # (model class, its folder, dtype) -> the loaded module
 Load = Callable[[Any, Path, torch.dtype, torch.device | str], nn.Module]  # the same, on a device
 COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")
+COMPONENT_OF = {"connectors": "text_encoder", "audio_vae": "vae", "vocoder": "vae"}  # parts with names of their own
 
 
 def from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -54,6 +56,8 @@ def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
         match value:
             case [str(library), str(name)] if library in LIBRARIES:
                 parts[part] = (library, name)
+            case [str(library), str(name)] if library.isidentifier() and find_spec(f"diffusers.pipelines.{library}"):
+                parts[part] = (f"diffusers.pipelines.{library}", name)  # LTX-2's connectors are ["ltx2", ...]
             case [str(), _]:
                 raise ConfigError(
                     f"{folder / 'model_index.json'} names {value} as its {part}, but parts must be classes of "
@@ -64,7 +68,7 @@ def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
 
 def component_of(name: str) -> str | None:
     """The entry of COMPONENTS that a part belongs to: text_encoder for text_encoder_2, None for a tokenizer."""
-    return next((component for component in COMPONENTS if name.startswith(component)), None)
+    return COMPONENT_OF.get(name) or next((one for one in COMPONENTS if name.startswith(one)), None)
 
 
 def class_of(folder: Path, part: str) -> Any:
@@ -77,10 +81,10 @@ def class_of(folder: Path, part: str) -> Any:
     if part not in parts:
         raise ConfigError(f"{file} names no {part}; download the folder again, or name another one")
     library, name = parts[part]
-    found = getattr(importlib.import_module(library), name, None)
+    found, release = getattr(importlib.import_module(library), name, None), version(library.partition(".")[0])
     if not isinstance(found, type):
         raise ConfigError(
-            f"{file} names {name} as its {part}, which {library} {version(library)} does not have; install a version "
+            f"{file} names {name} as its {part}, which {library} {release} does not have; install a version "
             "that has it, or name another folder"
         )
     return found
@@ -187,15 +191,15 @@ def split_vae_work(vae: Any, *, tiling: bool, slicing: bool) -> None:
 
 
 def _rest_on_cpu(policy: Any, device: torch.device) -> None:
-    """Keep VAE and image encoder on the CPU except while `decode` or `image_conditioning` runs."""
+    """Keep VAEs and image encoder on the CPU except while a method that needs them runs."""
     networks = [
         part
         for name, part in policy.pipeline.components.items()
-        if isinstance(part, nn.Module) and name.startswith(("vae", "image_encoder"))
+        if isinstance(part, nn.Module) and component_of(name) in ("vae", "image_encoder")
     ]
     for network in networks:
         network.to("cpu")
-    for name in ("decode", "image_conditioning"):
+    for name in ("decode", "decode_audio", "image_conditioning"):
         setattr(policy, name, _on_device(getattr(policy, name), networks, device))
 
 

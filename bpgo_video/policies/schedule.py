@@ -32,14 +32,17 @@ def scheduled_sigmas(
     return torch.as_tensor(copy.sigmas, dtype=torch.float32, device="cpu")
 
 
-def sigmas_by_size(scheduler: Any, num_steps: int, tokens: int, shift: float | None = None) -> Float[Tensor, "points"]:
+def sigmas_by_size(
+    scheduler: Any, num_steps: int, tokens: int, shift: float | None = None, **defaults: float
+) -> Float[Tensor, "points"]:
     """`scheduled_sigmas` of even levels down to 1 / num_steps, as the pipelines of FLUX, Qwen-Image and LTX-Video do.
 
     Args:
         tokens: of a sample; the logarithm of the shift is linear in it.
+        defaults: see `log_shift`.
     """
     levels = np.linspace(1.0, 1 / num_steps, num_steps).tolist()
-    return scheduled_sigmas(scheduler, levels, shift, log_shift(scheduler, tokens))
+    return scheduled_sigmas(scheduler, levels, shift, log_shift(scheduler, tokens, **defaults))
 
 
 def log_shift(scheduler: Any, tokens: int, **defaults: float) -> float:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bpgo_video.types import Videos
+from bpgo_video.types import Audio, Videos
 
 T = TypeVar("T")
 Device = torch.device | str
@@ -29,12 +29,14 @@ class Clips:
         fps: frames per second, above 0.
         texts: the prompt of each video.
         images: the image that each video continues (image-to-video), RGB in [0, 1]; None for text prompts.
+        audio: the videos' sound; None for silent videos.
     """
 
     videos: Videos
     fps: float
     texts: tuple[str, ...]
     images: Float[Tensor, "samples 3 height width"] | None = None
+    audio: Audio | None = None
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -48,7 +50,8 @@ class Clips:
     def select(self, rows: Int[Tensor, "rows"] | slice) -> Clips:
         """The videos of these rows, with an empty cache."""
         texts = self.texts[rows] if isinstance(rows, slice) else tuple(self.texts[row] for row in rows.tolist())
-        return Clips(self.videos[rows], self.fps, texts, None if self.images is None else self.images[rows])
+        images = None if self.images is None else self.images[rows]
+        return Clips(self.videos[rows], self.fps, texts, images, None if self.audio is None else self.audio[rows])
 
     def stills(self) -> Clips:
         """The conditioning images as videos of one frame."""
@@ -118,7 +121,7 @@ def evenly_spread(count: int, total: int) -> list[int]:
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """Members of a reward model. Subclasses of this class inherit the defaults.
+    """Members of a reward model. Subclasses of this class inherit the defaults. See also `listens`.
 
     Attributes:
         name, version: identify the score; the version must change whenever scores do.
@@ -138,6 +141,11 @@ class RewardModel(Protocol):
     frames: FrameSampling = FrameSampling()
 
     def __call__(self, clips: Clips) -> FrameScores: ...
+
+
+def listens(model: object) -> bool:
+    """Whether a reward model, or its class, reads `Clips.audio`: it then states `listens = True`."""
+    return getattr(model, "listens", False) is True
 
 
 class FrameReward(RewardModel):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.errors import unknown
-from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel, Scores
+from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel, Scores, listens
 from bpgo_video.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 REWARDS: dict[str, str] = {
     "aesthetic": "bpgo_video.rewards.text:Aesthetic",
+    "audible": "bpgo_video.rewards.audio:Audible",
     "brisque": "bpgo_video.rewards.quality:Brisque",
+    "clap_score": "bpgo_video.rewards.audio:ClapScore",
     "clip_image_score": "bpgo_video.rewards.text:ClipImageScore",
     "clip_score": "bpgo_video.rewards.text:ClipScore",
     "dynamic_degree": "bpgo_video.rewards.motion:DynamicDegree",
@@ -201,9 +203,11 @@ class Call:
         """The model's scores, negated where lower is better, with their std; fp32, on the CPU.
 
         Raises:
-            RewardError: the model failed, or returned anything but one row of scores per video, and of std, if any;
-                names the call.
+            RewardError: the model failed, listens to videos without sound, or returned anything but one row of scores
+                per video, and of std, if any; names the call.
         """
+        if listens(model) and clips.audio is None:
+            raise RewardError(f"{self} listens, but the videos have no sound; take a policy that makes sound (LTX-2)")
         try:
             scores = model(clips)
         except Exception as error:  # anything that a user's own model raises: reported with the samples

@@ -115,7 +115,8 @@ class RewardSuite:
         """
         rows = chunk.prompt_rows
         images = None if prompts.images is None else prompts.images[rows].to(chunk.videos.device)
-        clips = Clips(chunk.videos, self.fps, tuple(prompts.texts[row] for row in rows.tolist()), images)
+        texts = tuple(prompts.texts[row] for row in rows.tolist())
+        clips = Clips(chunk.videos, self.fps, texts, images, chunk.audio)
 
         def scores(name: str, timeout: float, model: RewardModel, videos: Tensor) -> FrameScores:
             call = Call(name, timeout, prompts, rows[videos], chunk.sample_index[videos])

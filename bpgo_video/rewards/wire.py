@@ -13,7 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardModel
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardModel, listens
 
 Size = Annotated[int, Field(ge=1, le=65536)]
 Text = Annotated[str, Field(max_length=20_000)]
@@ -145,7 +146,15 @@ def unpack_scores(message: Mapping[str, Any]) -> FrameScores:
 
 
 def describe(model: RewardModel) -> dict[str, Any]:
-    """A model's members as a `Description`."""
+    """A model's members as a `Description`.
+
+    Raises:
+        ConfigError: the model listens; clips are sent without sound.
+    """
+    if listens(model):
+        raise ConfigError(
+            f"reward {model.name!r} listens, but a server receives no sound; name it as the recipe's model"
+        )
     members = {name: getattr(model, name) for name in ("name", "version", "range", "kind", "higher_is_better")}
     return {**members, "frames": model.frames.count, "frames_per_second": model.frames.fps}
 

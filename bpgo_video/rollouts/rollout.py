@@ -120,6 +120,7 @@ def _decoded(
     for videos in torch.arange(len(latents)).split(_per_chunk(mesh, micro_batch_size) * micro_batch_size):
         mine = videos[mesh.part(len(videos))]
         conditioning = rows_of(prompts.conditioning, rows[mine], mesh.device)
-        decoded = policy.decode(latents[mine].float(), conditioning)
-        yield RolloutChunk(trajectories, decoded, rows[mine], samples[mine])
+        clean = latents[mine].float()
+        decoded, audio = policy.decode(clean, conditioning), policy.decode_audio(clean, conditioning)
+        yield RolloutChunk(trajectories, decoded, rows[mine], samples[mine], audio)
         trajectories = ()

@@ -168,9 +168,10 @@ class ShownVideos:
 
         def write(chunk: RolloutChunk) -> None:
             samples = zip(chunk.videos, chunk.prompt_rows.tolist(), chunk.sample_index.tolist(), strict=True)
-            for video, row, sample in samples:
+            for number, (video, row, sample) in enumerate(samples):
                 if sample == 0 and row in self.rows:
-                    write_video(self.path(evaluation, self.rows.index(row)), video.cpu(), self.config.video.fps)
+                    path, fps = self.path(evaluation, self.rows.index(row)), self.config.video.fps
+                    write_video(path, video.cpu(), fps, audio=chunk.sound(number))
 
         return write
 

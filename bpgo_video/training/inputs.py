@@ -28,9 +28,12 @@ from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.attention import check_heads
 from bpgo_video.policies.attention_backends import ODE_KEY, check_backend
 from bpgo_video.policies.networks import (
+    component_of,
+    parts_of,
     trained_names,
     transformer_names,
 )
+from bpgo_video.rewards.base import listens
 from bpgo_video.rewards.reward import reward_factory
 from bpgo_video.rollouts.prior_sampling import reads_priors
 from bpgo_video.rollouts.rules import check_experts
@@ -89,12 +92,13 @@ def read_common_inputs(config: Recipe) -> tuple[dict[str, Any], PromptShards]:
 def run_identity(config: Recipe, ds_config: Mapping[str, Any], shards: PromptShards) -> dict[str, str]:
     """Everything that a run's numbers depend on, as text by name."""
     folder = resolve_folder(config.policy.folder)
+    decoders = [part for part in parts_of(folder) if component_of(part) == "vae"]
     code = sorted(Path(bpgo_video.__file__).parent.rglob("*.py"))
     return {
         **{f"{name} section": repr(section) for name, section in vars(config).items()},
         "DeepSpeed configuration": repr(ds_config),
         "prompt shards": repr(shards.index),
-        "model": fingerprint(folder, (*transformer_names(folder), "vae")),
+        "model": fingerprint(folder, (*transformer_names(folder), *decoders)),
         "bpgo_video code": "".join(path.read_text("utf-8") for path in code),
         "package versions": repr({name: version(name) for name in PACKAGES}),
     }
@@ -102,8 +106,8 @@ def run_identity(config: Recipe, ds_config: Mapping[str, Any], shards: PromptSha
 
 def check_prompts(config: Config, shards: PromptShards) -> None:
     """Check rewards, splits, video size, trained steps and images of a run on rewards."""
-    for name, reward in {**config.rewards, **config.evaluation.rewards}.items():
-        reward_factory(name, reward)
+    every = {**config.rewards, **config.evaluation.rewards}.items()
+    listeners = [name for name, reward in every if listens(reward_factory(name, reward))]
     splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
     for split in splits:
         shards.rows(split)
@@ -111,7 +115,26 @@ def check_prompts(config: Config, shards: PromptShards) -> None:
     policy = describe_policy(config)
     policy.latent_shape(config.video)  # raises for a video size that the family cannot make
     check_experts(policy, config)
+    check_audio(config, policy.makes_audio, listeners)
     check_images(config, policy.takes_images, shards, splits)
+
+
+def check_audio(config: Config, makes_audio: bool, listeners: Sequence[str]) -> None:
+    """Check that rewards which listen have sound, and that credit by frames has latents of frames alone.
+
+    Raises:
+        ConfigError: names the reward, or the setting.
+    """
+    if listeners and not makes_audio:
+        raise ConfigError(
+            f"rewards.{listeners[0]} listens, but {config.policy.folder} makes silent videos; remove the reward, or "
+            "take a policy that makes sound (LTX-2)"
+        )
+    if makes_audio and config.credit.kind == "segment":
+        raise ConfigError(
+            f"credit.kind is 'segment', but {config.policy.folder} samples video and sound as one row of tokens, not "
+            "as frames; set credit.kind to 'video'"
+        )
 
 
 def check_images(config: Config, takes_images: bool, shards: PromptShards, splits: Sequence[str]) -> None:

@@ -77,6 +77,8 @@ def serve(build):
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     arguments = json.loads(sys.argv[1])
     model = build(device=arguments["device"], **arguments["settings"])
+    if getattr(model, "listens", False):
+        raise TypeError("this reward listens, but a worker receives no sound; name it as the recipe's model")
     _send(replies, {"hello": {key: getattr(model, key) for key in MEMBERS if hasattr(model, key)}})
     for line in sys.stdin:
         request = json.loads(line)

@@ -14,6 +14,7 @@ import torch
 
 from bpgo_video.data.media import VideoError, check_video, read_pixels, read_video, write_video
 from bpgo_video.tiny import world as world
+from bpgo_video.types import Audio
 
 
 def clip(frames: int = 9) -> torch.Tensor:
@@ -39,6 +40,23 @@ def test_a_written_video_is_read_back_approximately(tmp_path: Path, video: torch
     assert read.shape == video.shape
     assert fps == 8
     assert -10 * (read - video).square().mean().log10() > bar
+
+
+@pytest.mark.parametrize(("channels", "rate"), [(1, 16_000), (2, 24_000), (2, 48_000)])
+def test_sound_is_written_as_aac(tmp_path: Path, channels: int, rate: int) -> None:
+    """Two tones to 20 dB; the frames are those of the silent video."""
+    times = torch.arange(rate) / rate  # one second
+    tones = torch.stack([0.5 * (880 * (channel + 1) * times).sin() for channel in range(channels)])
+    write_video(tmp_path / "v.mp4", clip(), 8, audio=Audio(tones[None], rate))
+    write_video(tmp_path / "silent.mp4", clip(), 8)
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        stream = container.streams.audio[0]
+        assert (stream.codec_context.name, stream.rate, stream.channels) == ("aac", rate, channels)
+        frames = [(frame.pts, frame.to_ndarray()) for frame in container.decode(audio=0)]
+    read = torch.from_numpy(np.concatenate([samples for start, samples in frames if start >= 0], axis=1))[:, :rate]
+    assert read.shape == tones.shape
+    assert (read - tones).square().mean() < 0.01 * tones.square().mean()
+    assert np.array_equal(read_pixels(tmp_path / "v.mp4")[0], read_pixels(tmp_path / "silent.mp4")[0])
 
 
 @pytest.mark.parametrize("fps", [8, 16, 23.976, 24000 / 1001, 30000 / 1001])

@@ -23,6 +23,16 @@ class Redness:
         return FrameScores(clips.videos[:, :, 0].mean(dim=(2, 3)), clips.times)
 
 
+class Loudness(Redness):
+    """Root mean square of the sound, a score of the whole video."""
+
+    name, listens = "loudness", True
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        assert clips.audio is not None
+        return FrameScores(clips.audio.waveform.square().mean(dim=(1, 2)).sqrt()[:, None])
+
+
 class Cyan(Redness):
     """The opposite of redness, a score of the whole video: it falls while a policy learns redness."""
 

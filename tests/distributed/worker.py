@@ -157,6 +157,24 @@ def experts(shards: Path, run_dir: Path, stage: str, lora: str, num_steps: str, 
     return with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
 
 
+def sound(shards: Path, run_dir: Path, stage: str) -> Config:
+    """Two steps of LTX-2, rewarded for its pictures and for its sound. The pipeline is next to the shards."""
+    config = small_recipe(
+        run_dir,
+        shards,
+        run={"num_steps": 2},
+        policy={"folder": str(shards.parent / "pipeline")},
+        video={"num_frames": 9, "height": 64, "width": 96, "fps": 20.0},
+        sampler={"guidance_scale": 2.0, "shift": None},
+        optim={"learning_rate": 1e-3},
+        evaluation={"guidance_scale": 2.0, "shift": None},
+    )
+    heard = RewardConfig(model="tests.distributed.toy_rewards:Loudness", weight=1.0)
+    evaluation = replace(config.evaluation, rewards={"heldout": RewardConfig(model="audible")})
+    rewards = {"seen": RewardConfig(model=REDNESS, weight=1.0), "heard": heard}
+    return with_stage(replace(config, rewards=rewards, evaluation=evaluation), stage)
+
+
 def one_expert(shards: Path, run_dir: Path, trained: str, stage: str) -> Config:
     """Steps drawn per prompt, so that ranks train different ones: of one expert, or of both, which is refused."""
     config = experts(shards, run_dir, stage, "full", "2")
@@ -253,7 +271,7 @@ CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
     "uneven": uneven, "ahead": ahead, "held": held, "credited": credited, "preferred": preferred,
     "evaluated": evaluated, "in_advance": in_advance,
-    "experts": experts, "one_expert": one_expert, "branched": branched,
+    "experts": experts, "one_expert": one_expert, "branched": branched, "sound": sound,
 }  # fmt: skip
 
 

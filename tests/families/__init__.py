@@ -19,6 +19,7 @@ from tests.families.hunyuan import HUNYUAN, HUNYUAN_CONCAT, HUNYUAN_FIRST_FRAME
 from tests.families.hunyuan15 import HUNYUAN_15, HUNYUAN_15_IMAGE
 from tests.families.kandinsky5 import KANDINSKY5, KANDINSKY5_IMAGE
 from tests.families.ltx import LTX, LTX_IMAGE
+from tests.families.ltx2 import LTX2
 from tests.families.mochi import MOCHI
 from tests.families.page import SKYREELS
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
@@ -40,6 +41,7 @@ CASES: dict[str, Case] = {
     "mochi": MOCHI,
     "ltx": LTX,
     "ltx_image": LTX_IMAGE,
+    "ltx2": LTX2,
     "hunyuan": HUNYUAN,
     "hunyuan_image": HUNYUAN_FIRST_FRAME,
     "hunyuan_image_concat": HUNYUAN_CONCAT,

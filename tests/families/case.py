@@ -43,6 +43,7 @@ class Case:
         options: settings specific to the family.
         texts: the prompts.
         hidden_frames: frames that the VAE decodes before the video and that are dropped.
+        encodes_clips: whether it can be trained on clips.
         adjusted_frames: leading latent frames that the pipeline adjusts by the following ones before decoding.
     """
 
@@ -59,6 +60,7 @@ class Case:
     texts: tuple[str, ...] = TEXTS
     hidden_frames: int = 0
     adjusted_frames: int = 0
+    encodes_clips: bool = True
 
     def policy(self, folder: Path, **options: Any) -> Policy:
         own: dict[str, Any] = {"name": self.family, "options": self.options, **options}

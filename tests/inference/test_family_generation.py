@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance
@@ -18,7 +20,8 @@ from torch import Tensor
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.inference.generate import describe, read_records
+from bpgo_video.distributed.mesh import Mesh
+from bpgo_video.inference.generate import describe, generate, read_records
 from bpgo_video.inference.pipeline import resolve
 from bpgo_video.inference.run_weights import find_model
 from bpgo_video.randomness import generator_of, keyed_noise
@@ -67,6 +70,19 @@ def hunyuan_image_concat(pipeline: Any, noise: Tensor, picture: Image.Image) -> 
     return {"latents": noise, "num_frames": frames, "true_cfg_scale": 2.0, "image": picture}
 
 
+def ltx2(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    video, audio = noise.flatten(2).mT.split([12, 11], dim=1)  # 2 x 2 x 3 latent pixels; .45 s, 25 tokens a second
+    scales = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
+    scales |= {
+        "guidance_scale": 2.0,
+        "audio_guidance_scale": 2.0,
+        "guidance_rescale": 0.0,
+        "audio_guidance_rescale": 0.0,
+    }
+    denormalised = audio * pipeline.audio_vae.latents_std + pipeline.audio_vae.latents_mean
+    return {"latents": video, "audio_latents": denormalised, "frame_rate": 20, **scales}
+
+
 def kandinsky5(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
     return {"latents": noise.movedim(1, -1).clone(), "guidance_scale": 2.0}
 
@@ -87,7 +103,7 @@ def flux(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
 BY_HAND: dict[str, ByHand] = {
     "ltx": ltx, "ltx_image": ltx_image, "hunyuan": hunyuan, "hunyuan_image": hunyuan_image,
     "hunyuan_image_concat": hunyuan_image_concat, "kandinsky5": kandinsky5, "kandinsky5_image": kandinsky5_image,
-    "hunyuan15": hunyuan15, "hunyuan15_image": hunyuan15_image, "flux": flux,
+    "hunyuan15": hunyuan15, "hunyuan15_image": hunyuan15_image, "flux": flux, "ltx2": ltx2,
 }  # fmt: skip
 
 
@@ -149,3 +165,16 @@ def test_a_setting_of_another_family_is_refused(settings: GenerationSettings, na
     key = "decode_timestep" if name.startswith(("hunyuan", "flux")) else "embedded_guidance"
     with pytest.raises(ConfigError, match=rf"policy.{key} is 0.5, but .* knows (\[|no such)"):
         find_model(GenerationSettings(**{**vars(settings), **foreign, key: 0.5}))
+
+
+def test_videos_are_written_with_their_sound(tmp_path: Path) -> None:
+    case = CASES["ltx2"]
+    case.write(tmp_path / "pipeline")
+    generate(case_settings(case, tmp_path / "pipeline", tmp_path), Mesh(0, 1, torch.device("cpu")))
+    for name in ("00000-00.mp4", "00001-00.mp4"):
+        with av.open(str(tmp_path / "videos" / name)) as container:
+            video, audio = container.streams.video[0], container.streams.audio[0]
+            assert (audio.codec_context.name, audio.rate, audio.channels) == ("aac", 24_000, 2)
+            assert abs(audio.duration * audio.time_base - video.duration * video.time_base) < 0.1
+            levels = [np.abs(frame.to_ndarray()).max() for frame in container.decode(audio=0)]
+        assert max(levels) > 0.01

@@ -48,4 +48,4 @@ def videos(settings: GenerationSettings, pipeline: Any = None, jobs: list[Job] |
     """Videos of all jobs or of the given ones, by the settings' pipeline or the given one."""
     policy = find_model(settings).policy
     pipeline, jobs = pipeline or pipeline_of(settings), jobs_of(settings) if jobs is None else jobs
-    return sample(pipeline, policy, jobs, settings, resolve(settings, policy))
+    return torch.stack([frames for frames, _ in sample(pipeline, policy, jobs, settings, resolve(settings, policy))])

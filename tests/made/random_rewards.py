@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
     CLIPConfig,
     CLIPModel,
     Dinov2Config,
@@ -138,3 +141,14 @@ def random_vjepa(folder: Path) -> Path:
         **predictor,
     )  # fmt: skip
     return write(folder, VJEPA2Model, config, crops(32, 28, resample=2))
+
+
+def random_clap(folder: Path, fusion: bool = False) -> Path:
+    """A CLAP that reads 10 seconds at 48 kHz as laion/clap-htsat-unfused does."""
+    text = {**TEXT, "max_position_embeddings": 32, "type_vocab_size": 1, "pad_token_id": 0}
+    sound = {"patch_embeds_hidden_size": 8, "hidden_size": 16}
+    sound |= {"depths": [1, 1], "num_attention_heads": [1, 2], "enable_fusion": fusion}
+    config = ClapConfig(text_config=text, audio_config=sound, projection_dim=16)
+    write(folder, ClapModel, config, {})
+    ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(folder)
+    return folder

@@ -25,7 +25,7 @@ ONE_LAYER = {"num_layers": 1, "num_single_layers": 1}
 NAME = re.compile(r"_(?P<gpus>\d+)x(?P<gigabytes>\d+)gb$")
 PARAMETERS = {  # billions of parameters of all transformers
     "wan21_1.3b": 1.42, "wan21_14b": 14.29, "wan22_a14b": 28.58, "hunyuanvideo": 12.82, "cogvideox_5b": 5.57,
-    "ltx_video": 1.92, "flux_dev": 11.90,
+    "ltx_video": 1.92, "ltx2": 18.88, "flux_dev": 11.90,
 }  # fmt: skip
 
 
@@ -41,8 +41,8 @@ def job_of(path: Path) -> tuple[Job, int]:
 
 
 FAMILIES = {  # small pipelines of random weights
-    "wan21": "wan", "wan22_a14b": "wan22_image", "hunyuanvideo": "hunyuan", "cogvideox": "cogvideox", "ltx": "ltx",
-    "flux_dev": "flux",
+    "wan21": "wan", "wan22_a14b": "wan22_image", "hunyuanvideo": "hunyuan", "cogvideox": "cogvideox", "ltx2": "ltx2",
+    "ltx": "ltx", "flux_dev": "flux",
 }  # fmt: skip
 
 
@@ -78,7 +78,10 @@ def test_each_recipe_matches_its_model(path: Path) -> None:
     config, model = job.config, job.model
     assert config.policy.max_sequence_length == model.text_tokens
     assert set(config.policy.trained) <= set(model.transformers)
-    assert job.latents[1] == (config.video.num_frames - 1) // (8 if "ltx" in model.name else 4) + 1
+    assert (
+        job.policy.video_shape(config.video)[1]
+        == (config.video.num_frames - 1) // (8 if "ltx" in model.name else 4) + 1
+    )
     with torch.device("meta"):
         module = diffusers_class(model.transformer).from_config({**model.transformer, **ONE_LAYER})
     check_heads(

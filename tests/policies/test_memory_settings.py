@@ -69,7 +69,12 @@ class StubPolicy:
     """A policy that reports the devices of its parts during each operation."""
 
     def __init__(self, fails: bool = False) -> None:
-        self.parts = {"vae": Part(), "image_encoder": Part(), "text_encoder": Part(), "scheduler": object()}
+        self.parts: dict[str, object] = {
+            "vae": Part(),
+            "image_encoder": Part(),
+            "text_encoder": Part(),
+            "vocoder": Part(),
+        } | {"scheduler": object()}
         self.pipeline = SimpleNamespace(components=self.parts, vae=self.parts["vae"])
         self.fails = fails
 
@@ -81,6 +86,9 @@ class StubPolicy:
             raise RuntimeError("out of memory")
         return self.places()
 
+    def decode_audio(self, latents: Tensor, conditioning: object) -> list[str]:
+        return self.places()
+
     def image_conditioning(self, images: Tensor, video: object) -> list[str]:
         return self.places()
 
@@ -88,8 +96,9 @@ class StubPolicy:
 def test_parts_are_on_the_device_only_while_they_are_used(recipe: Config) -> None:
     stub, settings = StubPolicy(), replace(recipe.policy, frozen_rest_on="cpu")
     save_memory(stub, settings, torch.device("cuda", 1))
-    assert stub.places() == ["cpu", "cpu", "device"], "the text encoder is not offloaded by these operations"
-    assert stub.decode(torch.zeros(1), None) == ["cuda:1", "cuda:1", "device"]
+    assert stub.places() == ["cpu", "cpu", "device", "cpu"], "the text encoder is not offloaded by these operations"
+    assert stub.decode(torch.zeros(1), None) == ["cuda:1", "cuda:1", "device", "cuda:1"]
+    assert stub.decode_audio(torch.zeros(1), None)[3] == "cuda:1"
     assert stub.image_conditioning(torch.zeros(1), None)[:2] == ["cuda:1", "cuda:1"]
     assert stub.places()[:2] == ["cpu", "cpu"]
 

@@ -173,3 +173,17 @@ def test_a_resume_may_change_schedules_and_devices_but_not_the_computation(confi
     for reward in (replace(far, weight=2.0), replace(far, options={**far.options, "videos_per_request": 4})):
         with pytest.raises(ConfigError, match="other rewards settings"):
             check_run_dir(replace(config, rewards={"far": reward}))
+
+
+def test_a_reward_that_listens_needs_a_policy_that_makes_sound(config: Config) -> None:
+    heard = replace(config, rewards={**config.rewards, "heard": RewardConfig(model="audible")})
+    with pytest.raises(ConfigError, match=r"rewards\.heard listens, but .* makes silent videos"):
+        inputs.check_inputs(heard, MESH)
+    inputs.check_audio(heard, True, ["heard"])
+
+
+def test_segment_credit_is_refused_with_sound(config: Config) -> None:
+    credited = replace(config, credit=replace(config.credit, kind="segment"))
+    with pytest.raises(ConfigError, match=r"credit\.kind is 'segment', but .* samples video and sound as one row"):
+        inputs.check_audio(credited, True, [])
+    inputs.check_audio(credited, False, [])
