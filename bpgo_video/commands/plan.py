@@ -200,18 +200,12 @@ def main(words: Sequence[str], script: str | None = None) -> int:
     try:
         job = job_of(arguments, flags)
 
-        from bpgo_video.planning.advice import advise
-        from bpgo_video.planning.memory import reckon
-        from bpgo_video.planning.report import Report, as_json, as_text
-        from bpgo_video.planning.time import bill
+        from bpgo_video.planning.report import as_json, as_text, report_of
 
-        plan, rates, sizes = reckon(job), rates_of_job(arguments, job), sizes_of(arguments)
-        short = [size for size in sizes if not plan.fits(size)]
-        advised = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
-        report = Report(job, plan, bill(job, plan, rates), rates, sizes, advised, arguments.price)
+        report = report_of(job, rates_of_job(arguments, job), sizes_of(arguments), arguments.price)
     except (InputError, OSError) as error:
         return print_error(error)
     print(json.dumps(as_json(report), indent=1) if arguments.json else as_text(report))
-    if len(short) == len(sizes):
+    if not any(report.plan.fits(size) for size in report.sizes):
         return 1
     return 3 if job.reward.unknown else 0

@@ -86,6 +86,9 @@ class PolicyConfig:
     """Train adapters and keep the base weights frozen, or train all weights (rank 0, the default)."""
     gradient_checkpointing: Switch = False
     """Recompute activations in the replay: less memory, about a third more time."""
+    checkpointed_share: Share = 1.0
+    """Share of the transformer's blocks that `gradient_checkpointing` computes again, evenly spread over its depth. The
+    others keep their activations; `bpgo-video plan` names the smallest share that fits."""
     compile_blocks: Switch = False
     """Compile the transformers' repeated blocks with torch.compile."""
     attention_backend: str | None = None
@@ -109,6 +112,11 @@ class PolicyConfig:
     pipeline's 0; diffusers' documentation recommends 0.05."""
     decode_noise_scale: Unit | None = None
     """LTX-Video: amount of noise added before decoding; None takes decode_timestep."""
+
+    @property
+    def checkpointed(self) -> float:
+        """Share of the blocks that the backward computes again."""
+        return self.checkpointed_share if self.gradient_checkpointing else 0.0
 
     @property
     def options(self) -> dict[str, float]:

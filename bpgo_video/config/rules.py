@@ -79,6 +79,10 @@ def common_rules(
 ) -> Rules:
     """Of recipes of every kind; `evaluated` is evaluation.weights."""
     return {
+        f"policy.checkpointed_share is {policy.checkpointed_share} with gradient_checkpointing = false, which computes "
+        "no block again; set policy.gradient_checkpointing to true, or leave the share out": (
+            policy.checkpointed_share < 1 and not policy.gradient_checkpointing
+        ),
         f"optim.average is 'update' with optim.parameters = {optim.parameters!r}: whole gradients need whole weights; "
         "set optim.parameters to 'gathered', or optim.average to 'micro_batch'": (
             optim.average == "update" and optim.parameters != "gathered"

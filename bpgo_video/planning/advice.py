@@ -1,10 +1,12 @@
-"""Changes of a recipe that bring its job onto smaller GPUs."""
+"""Changes of a recipe that bring its job onto smaller GPUs, or use what a larger one leaves free."""
 
 from __future__ import annotations
 
+from math import ceil
+
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.planning.job import Job, change
-from bpgo_video.planning.memory import Plan, reckon
+from bpgo_video.planning.memory import Plan, reckon, room
 
 WORTH = 0.99  # of the peak: a change that lowers it by less is not advised
 CHANGES = (  # in the order in which one would make them
@@ -43,6 +45,26 @@ def advise(job: Job, plan: Plan, gigabytes: float) -> tuple[list[str], Plan]:
             job, plan = changed, better
             kept[words.split()[0]] = words
     return list(kept.values()), plan
+
+
+def spare(job: Job, plan: Plan, gigabytes: float) -> tuple[str, Job, Plan] | None:
+    """The setting with which memory that the replay leaves free saves recomputing blocks; None if it holds none.
+
+    Returns:
+        The setting, the job and the plan with it.
+    """
+    if not plan.fits(gigabytes) or job.config.policy.checkpointed != 1:
+        return None
+    two, three = (job.footprint_of(checkpointed=0.0, blocks=count).replay.peak for count in (2, 3))
+    blocks, each = job.footprint.blocks, three - two
+    if job.zero.stage == 3:  # activations may keep the weights
+        each += job.footprint.weights.largest_block * job.zero.weight_bytes
+    kept = min(int((room(gigabytes) - plan.totals["replay"]) / each), blocks - 1)
+    if kept < 1:
+        return None
+    words = f"policy.checkpointed_share: {ceil(100 * (blocks - kept) / blocks) / 100}"
+    changed = change(job, words)
+    return (words, changed, found) if (found := reckon(changed)).fits(gigabytes) else None
 
 
 def possible(job: Job) -> Plan | None:

@@ -27,7 +27,7 @@ from bpgo_video.planning.models import diffusers_class
 from bpgo_video.planning.zero import FP32
 from bpgo_video.policies import Policy
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.policies.networks import Transformers, split_vae_work
+from bpgo_video.policies.networks import Transformers, checkpoint_blocks, shorten, split_vae_work
 from bpgo_video.policies.vae import prepare_vae
 from bpgo_video.rewards.base import Clips
 from bpgo_video.rewards.suite import RewardSuite
@@ -97,8 +97,8 @@ def _policy(job: Job, device: torch.device) -> Policy:
     if settings.lora.rank:
         add_lora(module, settings.lora, seed=0)
     policy.prepare(module)
-    if settings.gradient_checkpointing:
-        module.enable_gradient_checkpointing()
+    if settings.checkpointed:
+        checkpoint_blocks(module, settings.checkpointed)
     if policy.sequence_plan is not None:
         policy.sequence_plan.attention(module)
     policy.transformers = Transformers({policy.transformer_names[0]: module})
@@ -109,10 +109,7 @@ def _random(config: Any, blocks: int | None, device: torch.device, dtype: torch.
     """A diffusers network of random weights; with `blocks`, that many of each list."""
     with torch.device("meta"):
         module: Any = diffusers_class(config).from_config(dict(config))
-    if blocks is not None:
-        for name, part in module.named_children():
-            if isinstance(part, nn.ModuleList):
-                setattr(module, name, part[:blocks])
+    shorten(module, blocks)
     module = module.to_empty(device=device)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -192,7 +189,7 @@ def _reward_seconds(job: Job, device: torch.device) -> float | None:
 
     @torch.no_grad()
     def score() -> None:
-        clips = Clips(pixels, video.fps, ("a red circle moves left",) * len(pixels), audio=audio)
+        clips = Clips(pixels, video.fps, ("a red circle moving left",) * len(pixels), audio=audio)
         for reward in suite.rewards.values():
             for model in reward.models:
                 model(clips)

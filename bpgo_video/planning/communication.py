@@ -107,7 +107,7 @@ def _sharded(job: Job, plan: Plan, rates: Rates, passes: Passes) -> dict[str, Wa
     whole = Waits(moved * job.weights.elements * zero.weight_bytes)
     ahead = min(1.0, zero.settings.prefetch_bucket_size / foot.weights.largest_block)
     forward, replay = foot.forward.operations / rates.forward, foot.replay.operations / rates.replay
-    fetches = 2 if job.config.policy.gradient_checkpointing else 1  # otherwise activations keep the weights
+    fetches = 1 + job.config.policy.checkpointed  # activations that are kept keep the weights
     block_by_block = Waits.behind(one, forward, ahead)
     update = Waits.behind(fetches * one, replay, ahead) * passes.replays + block_by_block * passes.extra
     reduction = _reduction(job, rates)

@@ -27,11 +27,11 @@ from bpgo_video.planning.fake import (
     fake_of,
     make_fake,
 )
-from bpgo_video.planning.models import diffusers_class, repeated_blocks
+from bpgo_video.planning.models import diffusers_class
 from bpgo_video.policies import Policy
 from bpgo_video.policies.attention import check_heads, parallelise
 from bpgo_video.policies.lora import add_lora
-from bpgo_video.policies.networks import split_vae_work
+from bpgo_video.policies.networks import checkpoint_blocks, repeated_blocks, shorten, split_vae_work
 from bpgo_video.policies.vae import prepare_vae
 
 NO_ADAPTERS = LoraConfig()
@@ -96,7 +96,8 @@ def footprint(
     samples: int,
     dtype: torch.dtype,
     *,
-    gradient_checkpointing: bool = False,
+    checkpointed: float = 0.0,
+    blocks: int | None = None,
     lora: LoraConfig = NO_ADAPTERS,
     sequence: int = 1,
 ) -> Footprint:
@@ -105,6 +106,8 @@ def footprint(
     Args:
         samples: rows of a forward, both halves of classifier-free guidance counted.
         dtype: that the transformer computes in.
+        checkpointed: share of the blocks that the backward computes again.
+        blocks: how many of each list of blocks the transformer has; None is all.
         sequence: ranks of a sequence group.
 
     Raises:
@@ -114,23 +117,24 @@ def footprint(
     inputs = transformer_inputs(policy, video, samples, dtype)
     with torch.device("meta"):  # fake tensors cannot be moved or cast in place, so modules are made here
         module: Any = diffusers_class(policy.transformer_config).from_config(dict(policy.transformer_config))
+        shorten(module, blocks)
         if lora.rank:
             add_lora(module, lora, seed=0)
     with alone_in_a_group(sequence) as mesh, FakeTensorMode(), EveryTokenReal():
         make_fake(module, dtype)
         policy.prepare(module)
-        if gradient_checkpointing:
-            module.enable_gradient_checkpointing()
+        if checkpointed:
+            checkpoint_blocks(module, checkpointed)
         if policy.sequence_plan is not None:
             policy.sequence_plan.attention(module)  # on one rank, too: Mochi's own processor needs values of the mask
         parallelise(module, mesh, policy.sequence_plan)
         forward, replay = measure(module, tree_map(fake_of, inputs))
-        blocks = repeated_blocks(module)
+        found = repeated_blocks(module)
         trained, frozen = (
             tuple(parameter.numel() for parameter in module.parameters() if parameter.requires_grad == learns)
             for learns in (True, False)
         )
-        return Footprint(Weights(trained, frozen, max(map(_elements, blocks))), len(blocks), forward, replay)
+        return Footprint(Weights(trained, frozen, max(map(_elements, found))), len(found), forward, replay)
 
 
 def transformer_inputs(policy: Policy, video: VideoConfig, samples: int, dtype: torch.dtype) -> dict[str, Any]:

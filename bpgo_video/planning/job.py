@@ -94,14 +94,18 @@ class Job:
     @cached_property
     def footprint(self) -> Footprint:
         """Of one of the model's transformers; of several, one computes at a time."""
-        policy = self.config.policy
+        return self.footprint_of(checkpointed=self.config.policy.checkpointed)
+
+    def footprint_of(self, *, checkpointed: float, blocks: int | None = None) -> Footprint:
+        """`footprint` with another share of recomputed blocks, or of a transformer with fewer blocks."""
         return footprint(
             self.policy,
             self.config.video,
             self.config.rollout.micro_batch_size * (1 + self.guided),
             compute_dtype(self.ds_config),
-            gradient_checkpointing=policy.gradient_checkpointing,
-            lora=policy.lora,
+            checkpointed=checkpointed,
+            blocks=blocks,
+            lora=self.config.policy.lora,
             sequence=self.config.parallel.sequence,
         )
 

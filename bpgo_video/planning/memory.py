@@ -114,10 +114,10 @@ def reckon(job: Job) -> Plan:
     ]
     resting.append(Part("reward models", job.reward.offloaded, on_host=True))
     gathers = _gathers(job, sum(on_gpu(resting, "denoise").values()))
-    keeps, scoring = not settings.gradient_checkpointing, PHASES if config.rollout.sample_ahead else ROLLOUT
+    keeps, scoring = 1 - settings.checkpointed, PHASES if config.rollout.sample_ahead else ROLLOUT
     parts = [
         *resting,
-        *zero_at_work(zero, weights, config, gathers=gathers, keeps_activations=keeps),
+        *zero_at_work(zero, weights, config, gathers=gathers, keeps=keeps),
         Part("shared steps", _prefix_bytes(job), ROLLOUT),
         Part("videos to be scored", chunks_waiting(job) * _chunk_bytes(job), scoring),
         Part("videos to be scored", _chunk_bytes(job), ROLLOUT),

@@ -15,11 +15,11 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import nn
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.files import resolve_folder
 from bpgo_video.policies import Policy, family_of
+from bpgo_video.policies.networks import repeated_blocks
 from bpgo_video.weights import WeightsError, read_json, without_weights
 
 TRAIN_TIMESTEPS = 1000
@@ -157,8 +157,3 @@ def diffusers_class(config: Mapping[str, Any]) -> Any:
     if not hasattr(diffusers, name):
         raise ConfigError(f"the installed diffusers {diffusers.__version__} has no {name}; install a newer one")
     return getattr(diffusers, name)
-
-
-def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The members of a transformer's lists of blocks: ZeRO-3 fetches, and checkpointing recomputes, each as one."""
-    return [block for part in module.children() if isinstance(part, nn.ModuleList) for block in part]

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bpgo_video.planning.advice import advise, spare
 from bpgo_video.planning.bill_report import assumptions, bill_as_json, bill_lines, step_table
 from bpgo_video.planning.cards import Rates
 from bpgo_video.planning.job import Job, count_step, readable
-from bpgo_video.planning.memory import Plan, room
-from bpgo_video.planning.time import Bill
+from bpgo_video.planning.memory import Plan, reckon, room
+from bpgo_video.planning.time import Bill, bill
 from bpgo_video.planning.zero import Parts
 
 LARGEST = 4  # parts of a phase that the summary names
 Advised = dict[int, tuple[list[str], Plan]]  # gigabytes -> changes, and the plan with them
+Spare = dict[
+    int, tuple[str, Plan, float]
+]  # gigabytes -> a change, the plan with it, and the seconds of a step it saves
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Report:
 
     Attributes:
         price: of a GPU-hour.
+        spare: what memory that is left free can save.
     """
 
     job: Job
@@ -37,6 +42,24 @@ class Report:
     sizes: Sequence[int]
     advised: Advised
     price: float | None = None
+    spare: Spare = field(default_factory=dict)
+
+
+def report_of(job: Job, rates: Rates, sizes: Sequence[int], price: float | None = None) -> Report:
+    """The plan and the bill of a job, what to change for the largest size that it does not fit, and what the smallest
+    that it fits leaves free.
+    """
+    plan = reckon(job)
+    cost, fits = bill(job, plan, rates), [size for size in sizes if plan.fits(size)]
+    short = [size for size in sizes if size not in fits]
+    advised = {size: advise(job, plan, size) for size in [max(short)]} if short else {}
+    left = spare(job, plan, min(fits)) if fits else None
+    saves: Spare = {}
+    if left is not None:
+        words, changed, fuller = left
+        if (saved := cost.step - bill(changed, fuller, rates).step) > 0:
+            saves = {min(fits): (words, fuller, saved)}
+    return Report(job, plan, cost, rates, sizes, advised, price, saves)
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -55,6 +78,10 @@ def as_json(report: Report) -> dict[str, Any]:
             str(size): {"changes": changes, "peak": changed.peak, "fits": changed.fits(size)}
             for size, (changes, changed) in report.advised.items()
         },
+        "spare": {
+            str(size): {"change": words, "peak": changed.peak, "seconds_saved": seconds}
+            for size, (words, changed, seconds) in report.spare.items()
+        },
         **bill_as_json(job, plan, report.cost, report.rates, report.price),
     }
 
@@ -68,6 +95,9 @@ def as_text(report: Report) -> str:
             console.print(line, soft_wrap=True)
 
     lines(*summary(job, plan, report.sizes, report.advised))
+    for size, (words, changed, seconds) in report.spare.items():
+        saved = f"about {seconds:.3g} of {cost.step:.3g} s a step"
+        lines(f"{size} GB leave room to recompute less: {words} (then {readable(changed.peak)}) saves {saved}.")
     lines(*bill_lines(job, plan, cost, report.price), "")
     console.print(step_table(job, cost, rates))
     lines(*counts(job), "")

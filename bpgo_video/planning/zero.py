@@ -137,7 +137,7 @@ def _stored_numbers(config: Config) -> int:
 
 
 def zero_at_work(
-    zero: Zero, weights: Weights, config: Config, *, gathers: bool = False, keeps_activations: bool = False
+    zero: Zero, weights: Weights, config: Config, *, gathers: bool = False, keeps: float = 0.0
 ) -> list[Part]:
     """What an engine holds in single phases.
 
@@ -145,7 +145,8 @@ def zero_at_work(
 
     Args:
         gathers: rollouts hold all weights on every rank.
-        keeps_activations: and with them all weights once fetched, since autograd saves them as views.
+        keeps: share of the blocks that keep their activations, and with them their weights once fetched, since
+            autograd saves them as views.
     """
     trained, settings = sum(weights.trained), zero.settings
     share = zero.share(trained)
@@ -153,18 +154,19 @@ def zero_at_work(
     copies = 0 if zero.on_host("offload_optimizer") else 3 if config.optim.name == "adamw" else 1
     update = Part("update", copies * at_once * FP32, ("update",))
     if zero.stage < 3:
-        kept = {1: trained, 2: 2 * share}[zero.stage] * FP32
+        gradients = {1: trained, 2: 2 * share}[zero.stage] * FP32
         buckets = (1 + bool(settings.overlap_comm)) * zero.bucket
-        return [Part("gradients", kept, ("replay",)), Part("gradient bucket", buckets, ("replay",)), update]
+        return [Part("gradients", gradients, ("replay",)), Part("gradient bucket", buckets, ("replay",)), update]
     reused = max(settings.max_live_parameters, settings.max_reuse_distance) + weights.largest_block
     live = min(weights.elements, reused) * zero.weight_bytes
     missing = missing_weights(zero, weights)
-    replayed = missing if config.optim.parameters == "gathered" else live  # `auto` takes only what is free
+    kept = min(int(keeps * weights.elements) * zero.weight_bytes + live, weights.elements * zero.weight_bytes)
+    replayed = missing if config.optim.parameters == "gathered" else kept  # `auto` takes only what is free
     return [
         Part("weights fetched", missing, ("gather",)),
         Part("weights on their way", min(weights.elements, GATHERED_AT_ONCE) * zero.weight_bytes, ("gather",)),
         Part("weights fetched", missing if gathers else live, ROLLOUT),
-        Part("weights fetched", weights.elements * zero.weight_bytes if keeps_activations else replayed, ("replay",)),
+        Part("weights fetched", replayed, ("replay",)),
         Part("gradients", trained * FP32 if config.optim.average == "update" else 0, ("replay",)),
         update,
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Collection, Iterable
 from functools import wraps
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bpgo_video.config.bpgo import ConfigError, PolicyConfig
 from bpgo_video.distributed.ds_config import finish_build, model_buffers, tensor_files
@@ -144,6 +146,38 @@ def blocks_of(module: nn.Module, names: Iterable[str]) -> tuple[type[nn.Module],
             "block_names of the policy's class"
         )
     return blocks
+
+
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """The members of a transformer's lists of blocks: ZeRO-3 fetches, and checkpointing recomputes, each as one."""
+    return [block for part in module.children() if isinstance(part, nn.ModuleList) for block in part]
+
+
+def shorten(transformer: nn.Module, blocks: int | None) -> None:
+    """Leave the first `blocks` of each list of blocks; None leaves all."""
+    for name, part in transformer.named_children():
+        if isinstance(part, nn.ModuleList):
+            setattr(transformer, name, part[:blocks])
+
+
+def checkpoint_blocks(transformer: Any, share: float = 1.0) -> None:
+    """Compute blocks again in the backward instead of keeping their activations; gradients are the same.
+
+    Args:
+        share: of the blocks, evenly spread over the depth; the others keep their activations. In (0, 1].
+    """
+    blocks = repeated_blocks(transformer)
+    kept = {block for i, block in enumerate(blocks) if round_down((i + 1) * share) == round_down(i * share)}
+
+    def call(block: nn.Module, *inputs: Any) -> Any:
+        return block(*inputs) if block in kept else checkpoint(block, *inputs, use_reentrant=False)
+
+    transformer.enable_gradient_checkpointing(call)
+
+
+def round_down(position: float) -> int:
+    """As `floor`, but for the rounding of a product: 3 for .3 * 10."""
+    return math.floor(position + 1e-9)
 
 
 def compile_blocks(transformer: nn.Module, block_classes: tuple[type, ...]) -> None:

@@ -34,6 +34,7 @@ from bpgo_video.policies.networks import (
     Build,
     Transformers,
     blocks_of,
+    checkpoint_blocks,
     compile_blocks,
     from_pretrained,
     load_frozen,
@@ -186,8 +187,8 @@ def build_engine(config: Recipe, policy: Policy, ds_config: Mapping[str, Any], m
             module.requires_grad_(False)
         elif config.policy.lora.rank:
             add_lora(module, config.policy.lora, config.run.seed)
-        if config.policy.gradient_checkpointing:
-            module.enable_gradient_checkpointing()
+        if config.policy.checkpointed:
+            checkpoint_blocks(module, config.policy.checkpointed)
         parallelise(module, mesh, policy.sequence_plan)
         if config.policy.compile_blocks:
             compile_blocks(module, blocks_of(module, policy.block_names))

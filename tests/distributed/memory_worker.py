@@ -19,8 +19,9 @@ from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.planning.fake import Allocations
 from bpgo_video.planning.footprint import transformer_inputs
-from bpgo_video.planning.models import Model, policy_of, repeated_blocks
+from bpgo_video.planning.models import Model, policy_of
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.networks import repeated_blocks
 
 BUCKET = 4_000_000
 MODEL = Model(

@@ -30,11 +30,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
 
 def planned(stage: int, lora_rank: int, checkpointing: bool) -> dict[str, int]:
     config, settings = read_yaml(RECIPE), Zero.of(zero(stage), RANKS)
-    work = footprint(
-        POLICY, VIDEO, SAMPLES, torch.float32, gradient_checkpointing=checkpointing, lora=LoraConfig(rank=lora_rank)
-    )
+    work = footprint(POLICY, VIDEO, SAMPLES, torch.float32, checkpointed=checkpointing, lora=LoraConfig(rank=lora_rank))
     resting = zero_at_rest(settings, work.weights, config)
-    parts = [*resting, *zero_at_work(settings, work.weights, config, keeps_activations=not checkpointing)]
+    parts = [*resting, *zero_at_work(settings, work.weights, config, keeps=1 - checkpointing)]
     total = {phase: sum(on_gpu(parts, phase).values()) for phase in ("denoise", "replay", "update")}
     return {
         "rest": sum(on_gpu(resting, "update").values()),

@@ -71,7 +71,7 @@ ATTENTION = ROWS * 4 * DIM * (TOKENS**2 + TOKENS * TEXT)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_blocks_operations_are_those_of_its_matrices_and_attention(checkpointing: bool) -> None:
     """A backward takes twice a forward's products; attention's takes 5/2, since it computes its scores again."""
-    forward, replay, *exchanged = each_block(gradient_checkpointing=checkpointing)
+    forward, replay, *exchanged = each_block(checkpointed=checkpointing)
     assert forward == LINEAR + ATTENTION
     assert replay == (3 + checkpointing) * LINEAR + (3.5 + checkpointing) * ATTENTION
     assert exchanged == [0, 0]
@@ -173,6 +173,8 @@ def test_what_is_not_fetched_ahead_is_waited_for(job: Job) -> None:
     alone = change(job, "zero_optimization.stage3_prefetch_bucket_size: 0")
     assert waited(alone, slow)[:3] == pytest.approx((forwards * gather, 2 * passes * gather, 0))
     assert waited(change(alone, "zero_optimization.overlap_comm: false"), slow)[2] == pytest.approx(passes * gradients)
+    half = change(alone, "policy.checkpointed_share: 0.5")
+    assert waited(half, slow)[1] == pytest.approx(1.5 * passes * gather), "half of the blocks are fetched once"
     kept = change(alone, "policy.gradient_checkpointing: false")
     assert waited(kept, slow)[1] == pytest.approx(passes * gather), "activations keep the weights for the backward"
     whole = change(change(job, "rollout.parameters: gathered"), "optim.parameters: gathered")

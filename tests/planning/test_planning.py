@@ -19,14 +19,15 @@ from torch.utils._pytree import tree_map_only
 from bpgo_video.commands import plan as command
 from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, PolicyConfig, VideoConfig
 from bpgo_video.distributed.engine import zero_settings
-from bpgo_video.planning.advice import CHANGES, advise, possible
+from bpgo_video.planning.advice import CHANGES, advise, possible, spare
 from bpgo_video.planning.fake import Allocations
 from bpgo_video.planning.footprint import Weights, decoding, footprint, measure, transformer_inputs, vae_bytes
 from bpgo_video.planning.job import Job, change, count_step
 from bpgo_video.planning.memory import RUNTIME, Plan, reckon, room
-from bpgo_video.planning.models import Model, diffusers_class, find_model, known_models, policy_of, repeated_blocks
+from bpgo_video.planning.models import Model, diffusers_class, find_model, known_models, policy_of
 from bpgo_video.planning.zero import Zero, missing_weights, on_gpu, zero_at_rest, zero_at_work
 from bpgo_video.policies.lora import add_lora
+from bpgo_video.policies.networks import checkpoint_blocks, repeated_blocks
 from tests.made.random_wan import random_wan
 from tests.made.recipes import RECIPE, small_recipe
 
@@ -81,17 +82,17 @@ def test_live_tensors_are_counted_once_until_they_are_freed() -> None:
         assert (counted.live, counted.peak) == (0, 4000)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [0, 0.5, 1])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_dry_run_counts_the_memory_of_real_tensors(checkpointing: bool, rank: int) -> None:
+def test_a_dry_run_counts_the_memory_of_real_tensors(checkpointing: float, rank: int) -> None:
     """Compared with the same forward and backward on real tensors, counted in the same way."""
     lora = LoraConfig(rank=rank)
-    planned = footprint(POLICY, VIDEO, 2, torch.float32, gradient_checkpointing=checkpointing, lora=lora)
+    planned = footprint(POLICY, VIDEO, 2, torch.float32, checkpointed=checkpointing, lora=lora)
     module: Any = WanTransformer3DModel.from_config(dict(MODEL.transformer))
     if rank:
         add_lora(module, lora, seed=0)
     if checkpointing:
-        module.enable_gradient_checkpointing()
+        checkpoint_blocks(module, checkpointing)
     shapes = transformer_inputs(POLICY, VIDEO, 2, torch.float32)
     real = tree_map_only(torch.Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), shapes)
     forward, replay = measure(module, real)
@@ -105,7 +106,7 @@ def test_checkpointing_and_sequence_groups_reduce_the_activations() -> None:
     large = replace(VIDEO, num_frames=29, height=128, width=128)
     plain, recomputed, shared = (
         footprint(POLICY, large, 2, torch.float32, **settings).replay.peak
-        for settings in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "sequence": 4})
+        for settings in ({}, {"checkpointed": 1}, {"checkpointed": 1, "sequence": 4})
     )
     assert recomputed < 0.7 * plain
     assert recomputed / 4 < shared < recomputed / 3, "the video's tokens are divided, but not the text's"
@@ -222,7 +223,7 @@ def test_live_weights_are_bounded_by_the_json_and_by_the_model(recipe: Config) -
 
     assert fetched(zero(3, 4, **few)) == fetched(zero(3, 4, **few), "denoise") == 2 * (10**6 + 10**6)
     assert fetched(zero(3, 4)) == 2 * 12_000_000, "DeepSpeed's bound is 1e9 elements"
-    assert fetched(zero(3, 4, **few), keeps_activations=True) == 2 * 12_000_000, "autograd saves them as views"
+    assert fetched(zero(3, 4, **few), keeps=1.0) == 2 * 12_000_000, "autograd saves them as views"
     assert fetched(zero(2, 4)) == missing_weights(zero(2, 4), WEIGHTS) == 0
     assert fetched(zero(3, 4, **few), "decode", gathers=True) == missing_weights(zero(3, 4), WEIGHTS) == 2 * 9_000_000
 
@@ -303,6 +304,26 @@ def test_advice_leads_to_a_plan_that_fits_or_states_that_none_does(job: Job, mon
     assert 1 < hopeless.peak < plan.peak
     assert change(job, "--gpus 4") == replace(job, ranks=4)
     assert advise(job, plan, plan.peak) == ([], plan), "only necessary settings are changed"
+
+
+def test_memory_that_is_left_free_recomputes_fewer_blocks(job: Job) -> None:
+    model = replace(MODEL, transformer={**MODEL.transformer, "num_layers": 10})
+    video = replace(job.config.video, num_frames=81, height=256, width=256)
+    job = replace(job, model=model, config=replace(job.config, video=video))
+    for words in ("zero_optimization.reduce_bucket_size: 1_000", "policy.gradient_checkpointing: true"):
+        job = change(job, words)
+    plan = reckon(job)
+    kept = [reckon(change(job, f"policy.checkpointed_share: {share}")) for share in (0.9, 0.6, 0.5)]
+    assert plan.totals["replay"] < kept[0].totals["replay"] < kept[1].totals["replay"] == kept[1].peak
+    size = next(size for size in (0.01 * i for i in range(10_000)) if kept[1].fits(size))
+    assert not kept[2].fits(size)
+    words, changed, found = spare(job, plan, size)
+    assert found == reckon(change(job, words))
+    assert found.fits(size)
+    assert words in ("policy.checkpointed_share: 0.6", "policy.checkpointed_share: 0.7"), "an estimate, one block off"
+    assert changed.footprint.replay.operations < job.footprint.replay.operations
+    assert spare(changed, found, size) is None
+    assert spare(change(job, "policy.gradient_checkpointing: false"), plan, size) is None
 
 
 def test_changes_that_break_a_rule_are_not_advised(job: Job) -> None:
@@ -415,7 +436,7 @@ def test_the_command_fails_where_nothing_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = Plan({"replay": {"all": 10**10}}, {}, True)
-    monkeypatch.setattr("bpgo_video.planning.advice.advise", lambda job, plan, size: (["more"], changed))
+    monkeypatch.setattr("bpgo_video.planning.report.advise", lambda job, plan, size: (["more"], changed))
     arguments = ["--config", str(RECIPE), "--gpus", "2", "--gigabytes", "2"]
     assert command.main(arguments) == 1
     assert "even so it does not fit 2 GB (then 10.0 GB):\n  more\nTake a smaller video" in capsys.readouterr().out

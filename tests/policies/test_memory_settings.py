@@ -20,7 +20,14 @@ from bpgo_video.planning.fake import alone_in_a_group
 from bpgo_video.policies import load_policy
 from bpgo_video.policies.attention import parallelise
 from bpgo_video.policies.attention_backends import choose_attention
-from bpgo_video.policies.networks import Transformers, blocks_of, compile_blocks, save_memory, split_vae_work
+from bpgo_video.policies.networks import (
+    Transformers,
+    blocks_of,
+    checkpoint_blocks,
+    compile_blocks,
+    save_memory,
+    split_vae_work,
+)
 from bpgo_video.policies.wan import WanPolicy
 from bpgo_video.training.session import sampling_policy
 from tests.distributed.small_transformers import inputs, random_transformer
@@ -155,6 +162,28 @@ def test_a_backend_that_cannot_train_here_is_refused(backend: str, message: str)
 def test_a_backend_is_refused_for_hard_coded_attention() -> None:
     with pytest.raises(ConfigError, match="Linear calls torch's"):
         choose_attention(Transformers({"transformer": nn.Linear(2, 2)}), "native")
+
+
+@pytest.mark.parametrize(
+    ("share", "again"), [(0.3, (0, 0, 0, 1, 0, 0, 1, 0, 0, 1)), (0.5, (0, 1) * 5), (1.0, (1,) * 10)]
+)
+def test_a_share_of_the_blocks_is_computed_again_with_the_same_gradients(share: float, again: tuple[int, ...]) -> None:
+    config = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+              "freq_dim": 16, "ffn_dim": 32, "num_layers": 10}  # fmt: skip
+    torch.manual_seed(0)
+    module: Any = transformer_wan.WanTransformer3DModel(**config)
+    inputs = (torch.randn(2, 4, 2, 4, 4), torch.tensor([500.0, 500.0]), torch.randn(2, 8, 16))
+    module(*inputs, return_dict=False)[0].square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in module.named_parameters()}
+    module.zero_grad(set_to_none=True)
+    calls = [0] * 10
+    for i, block in enumerate(module.blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    checkpoint_blocks(module, share)
+    module(*inputs, return_dict=False)[0].square().sum().backward()
+    assert tuple(count - 1 for count in calls) == again
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
 
 
 @pytest.mark.slow
