@@ -25,7 +25,8 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from bpgo_video.config.bpgo import ConfigError, LoraConfig
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.distributed.zero_files import to_universal, verify_universal
 from bpgo_video.errors import some_of

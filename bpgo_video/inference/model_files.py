@@ -23,7 +23,7 @@ from more_itertools import constrained_batches, consume
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.distributed.engine import Engine
 from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.distributed.mesh import Mesh

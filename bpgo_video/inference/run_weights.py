@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpgo_video.config.bpgo import options_of
 from bpgo_video.config.generation import GenerationError, GenerationSettings
+from bpgo_video.config.policy import options_of
 from bpgo_video.config.reading import read_recipe
 from bpgo_video.config.sft import Recipe
 from bpgo_video.distributed import checkpoint, resume

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from bpgo_video.config.bpgo import ConfigError, LoraConfig, VideoConfig
+from bpgo_video.config.bpgo import ConfigError, VideoConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.planning.fake import (
     Allocations,
     Counts,

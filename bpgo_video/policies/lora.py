@@ -10,7 +10,8 @@ from peft import LoraConfig as PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from bpgo_video.config.bpgo import ConfigError, LoraConfig
+from bpgo_video.config.bpgo import ConfigError
+from bpgo_video.config.policy import LoraConfig
 
 ADAPTER = "default"
 

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-from bpgo_video.config.bpgo import LoraConfig, OptimConfig, VideoConfig
+from bpgo_video.config.bpgo import OptimConfig, VideoConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.distributed import engine
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.planning.fake import Allocations

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.config.run import EmaConfig, ParallelConfig
 from bpgo_video.config.sft import SftConfig
 from bpgo_video.distributed.mesh import Mesh

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.planning.footprint import footprint
 from bpgo_video.planning.zero import Zero, on_gpu, zero_at_rest, zero_at_work

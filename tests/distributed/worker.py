@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
-from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
+from bpgo_video.config.bpgo import Config, RewardConfig
 from bpgo_video.config.deepspeed import read_ds_config
 from bpgo_video.config.learner import ReliabilityConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.config.run import ParallelConfig
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.sharded_build import build_sharded

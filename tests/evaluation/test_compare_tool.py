@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bpgo_video.commands.evaluate import main
-from bpgo_video.config.bpgo import Config, LoraConfig
+from bpgo_video.config.bpgo import Config
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.media import read_video
 from bpgo_video.distributed import process_group

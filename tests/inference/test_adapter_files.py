@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.files import resolve_folder
 from bpgo_video.inference.model_files import check_lora, write_comfyui_lora, write_diffusers_lora
 from bpgo_video.policies.lora import ADAPTER, add_lora, merged_tensors

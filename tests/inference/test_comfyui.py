@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 
 from bpgo_video.commands.convert import main
-from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.inference.conversion import Conversion, convert, verify_output
 from bpgo_video.inference.model_files import write_single_file

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bpgo_video.commands.convert import main
-from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.distributed.zero_files import verify_universal

@@ -14,8 +14,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from bpgo_video.commands.generate import main
-from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.generation import GenerationSettings
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.data.media import read_video
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.inference import generate as generation

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bpgo_video.commands.generate import main
-from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.generation import GenerationError, GenerationSettings
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.generate import describe, read_records
 from bpgo_video.inference.pipeline import OFFLOADS, check_offload, resolve, save_memory

@@ -13,8 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.generation import GenerationError, GenerationSettings
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.data.media import write_video
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.records import EncoderStamp

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bpgo_video.config.bpgo import LoraConfig
 from bpgo_video.config.generation import GenerationError, GenerationSettings
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.inference.conversion import Conversion, convert

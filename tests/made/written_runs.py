@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from diffusers import WanPipeline
 
-from bpgo_video.config.bpgo import Config, LoraConfig, RewardConfig
+from bpgo_video.config.bpgo import Config, RewardConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.data.records import encoder_stamp
 from bpgo_video.data.writer import build_shards

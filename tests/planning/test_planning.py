@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from bpgo_video.commands import plan as command
-from bpgo_video.config.bpgo import Config, ConfigError, LoraConfig, PolicyConfig, VideoConfig
+from bpgo_video.config.bpgo import Config, ConfigError, PolicyConfig, VideoConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.distributed.engine import zero_settings
 from bpgo_video.planning.advice import CHANGES, advise, possible, spare
 from bpgo_video.planning.fake import Allocations

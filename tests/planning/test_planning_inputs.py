@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.planning.fake import Allocations
 from bpgo_video.planning.footprint import footprint, transformer_inputs
 from bpgo_video.planning.job import Job

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from bpgo_video.config.bpgo import LoraConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.distributed.ulysses import Ulysses

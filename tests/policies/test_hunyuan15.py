@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bpgo_video.config.bpgo import ConfigError, LoraConfig
+from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.generation import GenerationSettings
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.config.reading import to_yaml
 from bpgo_video.inference.model_files import write_diffusers_lora
 from bpgo_video.inference.pipeline import add_adapters, resolve

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpgo_video.config.bpgo import LoraConfig, VideoConfig
+from bpgo_video.config.bpgo import VideoConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.diffusion.flow_matching import LevelDistribution, noised, on_schedule, without_captions
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.policies.lora import add_lora

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bpgo_video.config.bpgo import Config, CreditConfig, LoraConfig
+from bpgo_video.config.bpgo import Config, CreditConfig
+from bpgo_video.config.policy import LoraConfig
 from bpgo_video.diffusion.sde import SAMPLERS, steps_of
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
