@@ -188,10 +188,11 @@ class BPGOConfig:
 
 @section
 class LossConfig:
-    objective: Annotated[Literal["policy_gradient", "awm", "nft", "dpo"], OrFunction] = "policy_gradient"
+    objective: Annotated[Literal["policy_gradient", "awm", "nft", "dpo", "draft"], OrFunction] = "policy_gradient"
     """`policy_gradient` replays the rollout's own transitions. `awm` (advantage weighted matching), `nft`
     (DiffusionNFT) and `dpo` (pairs of a group's samples) sample by the ODE and learn from final videos, at the noise
-    levels of the trained steps."""
+    levels of the trained steps. `draft` follows the gradient of the rewards themselves, through the frames and the last
+    denoising steps; every reward must be differentiable."""
     nft_beta: Share = 1.0
     """`nft`: distance of its two implicit policies from the old one."""
     dpo_beta: AboveZero = 100.0
@@ -199,6 +200,8 @@ class LossConfig:
     dpo_pairs: Positive = 1
     """`dpo`: pairs of a group: the best sample against the worst, the second best against the second worst, and so on.
     The other samples are not trained on."""
+    draft_steps: Positive = 1
+    """`draft`: K, the last denoising steps that are differentiated (DRaFT-K), each in a pass of its own."""
     clip_range: tuple[BelowOne, NonNegative] = (1e-3, 1e-3)
     """(low, high): the ratio is clipped to [1 - low, 1 + high]. Log-probs are means over latent dimensions, so this is
     small."""
@@ -223,12 +226,17 @@ class LossConfig:
     @property
     def replays_transitions(self) -> bool:
         """Whether the objective needs the rollout's transitions; one from outside the package receives them."""
+        return self.objective not in ("awm", "nft", "dpo", "draft")
+
+    @property
+    def records_path(self) -> bool:
+        """Whether the objective needs the latents before the last."""
         return self.objective not in ("awm", "nft", "dpo")
 
     @property
     def has_ratio(self) -> bool:
         """Whether the objective compares the policy with the one that sampled."""
-        return self.objective != "dpo"
+        return self.objective not in ("dpo", "draft")
 
     @property
     def uses_reference(self) -> bool:

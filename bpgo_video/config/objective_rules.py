@@ -33,10 +33,27 @@ PAIRS = {
     "bpgo.zeta": (0.0, LEARNS_PAIRS),
     "bpgo.match_rms": (False, LEARNS_PAIRS),
 }
+ALL_OF_A_STEP = "differentiates the steps as the rollout took them"
+OWN_GRADIENT = "follows the gradient of the rewards and uses no advantage"
+DIFFERENTIATED = {
+    **FINAL_VIDEOS,
+    "rollout.sample_ahead": (False, "scores in the update, when the next videos would be scored, too"),
+    "rollout.guidance_every": (1, ALL_OF_A_STEP),
+    "rollout.attention_backend": (None, ALL_OF_A_STEP),
+    "sampler.solver": ("euler", "differentiates each step on its own"),
+    "optim.updates_per_rollout": (1, "has one gradient for a rollout"),
+    "advantage.best_of": (None, OWN_GRADIENT),
+    "advantage.drop_zero_std": (False, OWN_GRADIENT),
+    "bpgo.zeta": (0.0, OWN_GRADIENT),
+    "bpgo.alpha": (0.0, OWN_GRADIENT),
+    "bpgo.match_rms": (False, OWN_GRADIENT),
+    "policy.frozen_rest_on": ("device", "needs the VAE during the update"),
+}
 OBJECTIVES: dict[str, dict[str, tuple[Any, str]]] = {
     "awm": FINAL_VIDEOS,
     "nft": {**FINAL_VIDEOS, "advantage.best_of": (None, LEFT_OUT), "advantage.drop_zero_std": (False, LEFT_OUT)},
     "dpo": PAIRS,
+    "draft": DIFFERENTIATED,
 }
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {  # taken while a rule is broken
     **{name: {key: row[0] for key, row in needs.items()} for name, needs in OBJECTIVES.items()},
@@ -51,6 +68,9 @@ def objective_rules(config: Config) -> Mapping[str, object]:
     by_level = [
         name for name, bpgo in config.bpgo_by_reward.items() if bpgo.uses_trust and bpgo.trust_kind not in AGREEMENTS
     ]
+    draft, rewards = loss.objective == "draft", {name: one for name, one in config.rewards.items() if one.weight}
+    away = [name for name, reward in config.rewards.items() if reward.offload]
+    flat = [name for name, reward in rewards.items() if reward.aggregate == "share_above"]
     values = {key: attrgetter(key)(config) for key in OBJECTIVES.get(loss.objective, {})}
     return {
         **{
@@ -81,6 +101,16 @@ def objective_rules(config: Config) -> Mapping[str, object]:
         ),
         f"loss.dpo_pairs is {loss.dpo_pairs}, but a group of rollout.group_size = {group} has {group // 2} pairs; "
         f"lower it to {group // 2}": dpo and 2 * loss.dpo_pairs > group,
+        f"loss.draft_steps is {loss.draft_steps}, but a video takes {config.sampler.num_steps} denoising steps "
+        f"(sampler.num_steps); lower it to that": draft and loss.draft_steps > config.sampler.num_steps,
+        f"loss.draft_steps is {loss.draft_steps} with parallel.sequence = {config.parallel.sequence}: the gradient in "
+        "the latents, which all steps but the last need, is not summed over a sequence group; set one of them to 1": (
+            draft and loss.draft_steps > 1 and config.parallel.sequence > 1
+        ),
+        f"rewards {away} have offload with loss.objective = 'draft', which scores in the update, too; set offload to "
+        "false": draft and bool(away),
+        f"rewards {flat} have aggregate 'share_above' with loss.objective = 'draft', and a share has no gradient; set "
+        "aggregate to 'mean' or 'soft_min'": draft and bool(flat),
         "rollout.micro_batch_size is 1 with loss.objective = 'dpo', whose pairs are trained together; set it to 2 or "
         "more": dpo and config.rollout.micro_batch_size == 1,
     }

@@ -209,7 +209,7 @@ def _fake_vae(policy: Policy, dtype: torch.dtype) -> Iterator[Any]:
         if hasattr(part, "prepare_causal_attention_mask"):  # HunyuanVideo 1.5 fills it row by row, which takes minutes
             part.prepare_causal_attention_mask = _empty_mask
     with FakeTensorMode(), torch.no_grad():
-        yield prepare_vae(make_fake(vae, dtype), dtype)
+        yield prepare_vae(make_fake(vae, dtype), dtype).requires_grad_(False)
 
 
 def _empty_mask(
@@ -234,14 +234,19 @@ def decoding(
     tiling: bool = False,
     slicing: bool = False,
     dtype: torch.dtype = torch.float32,
+    backward: bool = False,
 ) -> Work:
-    """What decoding that many videos at once takes, besides the VAE's weights."""
+    """What decoding that many videos at once takes, besides the VAE's weights; with `backward` to the latents, too."""
     with _fake_vae(policy, dtype) as vae:
         split_vae_work(vae, tiling=tiling, slicing=slicing or policy.slices_vae)
         timestep = {"temb": torch.empty(samples, dtype=dtype)} if vae.config.get("timestep_conditioning") else {}
         weights = [*vae.parameters(), *vae.buffers()]
 
         def decode() -> None:
-            vae.decode(torch.empty(samples, *latents, dtype=dtype), return_dict=False, **timestep)
+            with torch.set_grad_enabled(backward):
+                inputs = torch.empty(samples, *latents, dtype=dtype, requires_grad=backward)
+                pixels = vae.decode(inputs, return_dict=False, **timestep)[0]
+                if backward:
+                    pixels.float().mean().backward()
 
         return work_of(decode, weights)

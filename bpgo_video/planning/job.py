@@ -122,6 +122,14 @@ class Job:
         return decoding(self.policy, self.decoded, self.decoded_at_once, dtype=self.vae_dtype, **split)
 
     @cached_property
+    def differentiated(self) -> Work | None:
+        """Of one video's decoding and its backward, if the objective follows the gradient of the rewards."""
+        if self.config.loss.objective != "draft":
+            return None
+        tiling = self.config.policy.vae_tiling
+        return decoding(self.policy, self.decoded, 1, dtype=self.vae_dtype, tiling=tiling, backward=True)
+
+    @cached_property
     def weights(self) -> Weights:
         """Of all transformers; those that are not trained have no adapters."""
         one, names = self.footprint.weights, self.model.transformers

@@ -114,6 +114,7 @@ def reckon(job: Job) -> Plan:
     ]
     resting.append(Part("reward models", job.reward.offloaded, on_host=True))
     gathers = _gathers(job, sum(on_gpu(resting, "denoise").values()))
+    pixels = _chunk_bytes(job) * config.parallel.sequence  # of a micro-batch, which each rank decodes; and gradients
     keeps, scoring = 1 - settings.checkpointed, PHASES if config.rollout.sample_ahead else ROLLOUT
     parts = [
         *resting,
@@ -126,6 +127,9 @@ def reckon(job: Job) -> Plan:
         Part("decoding", job.decoding.peak, ("decode",)),
         Part("VAE and image encoder", frozen if rests else 0, ("decode",)),
         Part("forward and backward", work.replay.peak, ("replay",)),
+        Part("decoding", job.differentiated.peak if job.differentiated else 0, ("replay",)),
+        Part("videos to be scored", 2 * pixels if job.differentiated else 0, ("replay",)),
+        Part("reward models", job.reward.work if job.differentiated else 0, ("replay",)),
     ]
     phases = {phase: on_gpu(parts, phase) for phase in PHASES if gathers or phase != "gather"}
     updates = _gathers_update(job, sum(on_gpu(resting, "replay").values()), sum(phases["replay"].values()))
@@ -149,7 +153,7 @@ def _gathers_update(job: Job, resting: int, replaying: int) -> bool:
 
 def _trajectory_bytes(job: Job) -> int:
     config = job.config
-    points = config.sampler.num_steps + 1 if config.loss.replays_transitions else 1
+    points = config.sampler.num_steps + 1 if config.loss.records_path else 1
     each = points * LATENTS_DTYPES[config.sampler.latents_dtype].itemsize
     if config.loss.compares_means or pulls_to_previous(config.loss):
         each += config.sampler.trained_count * FP32

@@ -114,13 +114,18 @@ def step_seconds(job: Job, plan: Plan, rates: Rates) -> tuple[dict[str, float], 
         "reward": videos_scored(job) * (job.reward.operations + job.reward.half_operations),
         "replay": passes.replays * foot.replay.operations + passes.extra * foot.forward.operations,
     }
+    differentiated = job.samples * (job.differentiated.operations if job.differentiated else 0)
+    scored_again = 3 * videos_scored(job) * job.config.parallel.sequence if job.differentiated else 0.0
+    operations["replay"] += differentiated + scored_again * (job.reward.operations + job.reward.half_operations)
     waits = communication(job, plan, rates)
     extra = passes.extra * foot.forward.operations / rates.forward
     seconds = {
         "denoising": operations["denoising"] / rates.forward,
         "decoding": decodings(job) * decoding_seconds(job, rates),
         "reward": videos_scored(job) * reward_seconds(job, rates),
-        "replay": passes.replays * foot.replay.operations / rates.replay + extra,
+        "replay": passes.replays * foot.replay.operations / rates.replay
+        + extra
+        + (differentiated / rates.decode + scored_again * reward_seconds(job, rates)),
         "optimizer": passes.updates * optimizer_seconds(job, rates),
         **{name: wait.waited for name, wait in waits.items()},
     }

@@ -376,6 +376,10 @@ class Policy:
     @torch.no_grad()
     def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
         """Pixels in [0, 1] of clean latents and the given frames; no gradient."""
+        return self.pixels(latents, conditioning)
+
+    def pixels(self, latents: Latents, conditioning: Conditioning) -> Videos:
+        """As `decode`, differentiable in the latents."""
         return self.decode_frames(self.all_frames(latents, conditioning))
 
     def decode_audio(self, latents: Latents, conditioning: Conditioning) -> Audio | None:

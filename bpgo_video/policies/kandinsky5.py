@@ -246,8 +246,7 @@ class Kandinsky5ImagePolicy(Kandinsky5Policy):
         channels, _, height, width = super().example_shape()
         return channels, ADJUSTED_FRAMES, height, width
 
-    @torch.no_grad()
-    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
+    def pixels(self, latents: Latents, conditioning: Conditioning) -> Videos:
         channels_last = self.all_frames(latents, conditioning).movedim(1, -1)
         adjusted = [self.pipeline.normalize_first_frame(sample) for sample in channels_last.split(1)]
         return self.decode_frames(torch.cat(adjusted).movedim(-1, 1))

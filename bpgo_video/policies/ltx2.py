@@ -201,8 +201,7 @@ class LTX2Policy(LTXPolicy):
 
     # Pixels and sound
 
-    @torch.no_grad()
-    def decode(self, latents: Latents, conditioning: Conditioning) -> Videos:
+    def pixels(self, latents: Latents, conditioning: Conditioning) -> Videos:
         grid = conditioning["video_coords"].shape[2:5]
         return self.decode_frames(latents.flatten(2)[..., : prod(grid)].unflatten(2, grid))
 

@@ -5,10 +5,18 @@ Layout and operations differ from diffusers' own computation by rounding only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AutoencoderKLWan,
+    WanCausalConv3d,
+    WanDecoder3d,
+    WanRMS_norm,
+)
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 CHANNELS_LAST = ("AutoencoderKLWan", "AutoencoderKLCogVideoX", "AutoencoderKLMochi")  # faster so on a CPU; others not
 LAYOUTS = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
@@ -45,6 +53,8 @@ def _use_fewer_operations(vae: nn.Module) -> None:
             part.__class__ = CausalConv3d
         elif type(part) is WanRMS_norm:
             part.__class__ = RMSNorm
+        elif type(part) is WanDecoder3d:
+            part.__class__ = CheckpointedDecoder
         elif isinstance(part, nn.SiLU):
             part.inplace = True  # each follows a norm, whose output nothing else reads
 
@@ -78,3 +88,35 @@ class RMSNorm(WanRMS_norm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x.float(), dim=1).to(x.dtype).mul_(self.scale * self.gamma)
+
+
+class CheckpointedDecoder(WanDecoder3d):
+    """With gradients, one latent frame's activations (of one tile) exist at a time: backward computes them again.
+
+    What later frames need of earlier ones, the inputs of convolutions, is kept.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        feat_cache: list[Any] | None = None,
+        feat_idx: list[int] | None = None,
+        first_chunk: bool = False,
+    ) -> Tensor:
+        """
+        Args:
+            x: samples, channels, frames, height, width.
+            feat_cache: inputs of the convolutions at earlier frames, changed in place; None decodes the clip at once.
+            feat_idx: position in it.
+            first_chunk: x is the start of the clip.
+        """
+        if feat_cache is None or not x.requires_grad:
+            found: Tensor = super().forward(x, feat_cache, feat_idx or [0], first_chunk)
+            return found
+
+        def run(x: Tensor, *cache: Any) -> tuple[Any, ...]:
+            own = list(cache)  # a second run must start from the same cache
+            return WanDecoder3d.forward(self, x, own, [0], first_chunk), *own
+
+        found, *feat_cache[:] = checkpoint(run, x, *feat_cache, use_reentrant=False)
+        return found

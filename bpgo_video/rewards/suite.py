@@ -113,10 +113,7 @@ class RewardSuite:
         Raises:
             RewardError: as `Call.score`.
         """
-        rows = chunk.prompt_rows
-        images = None if prompts.images is None else prompts.images[rows].to(chunk.videos.device)
-        texts = tuple(prompts.texts[row] for row in rows.tolist())
-        clips = Clips(chunk.videos, self.fps, texts, images, chunk.audio)
+        rows, clips = chunk.prompt_rows, self._clips(chunk, prompts)
 
         def scores(name: str, timeout: float, model: RewardModel, videos: Tensor) -> FrameScores:
             call = Call(name, timeout, prompts, rows[videos], chunk.sample_index[videos])
@@ -138,6 +135,46 @@ class RewardSuite:
                 if (std := reward.aggregate_std(found.std)) is not None:
                     scored.stds[name][which, number] = std
         return scored
+
+    def _clips(self, chunk: RolloutChunk, prompts: PromptBatch) -> Clips:
+        rows = chunk.prompt_rows
+        images = None if prompts.images is None else prompts.images[rows].to(chunk.videos.device)
+        texts = tuple(prompts.texts[row] for row in rows.tolist())
+        return Clips(chunk.videos, self.fps, texts, images, chunk.audio)
+
+    def total(self, chunk: RolloutChunk, prompts: PromptBatch) -> Float[Tensor, "samples"]:
+        """sum_r weight_r R_r of each video, differentiable in its pixels; R_r is the mean of the reward's scorings.
+
+        Raises:
+            RewardError: as `Call.score`, or a score has no gradient.
+        """
+        clips, terms = self._clips(chunk, prompts), []
+        for name, reward in self.rewards.items():
+            if not reward.config.weight:
+                continue
+            call = Call(name, reward.config.timeout, prompts, chunk.prompt_rows, chunk.sample_index)
+            scores = [reward.aggregate(call.score(model, clips).values) for model in reward.models]
+            if torch.is_grad_enabled() and not all(values.requires_grad for values in scores):
+                raise RewardError(f"{call} returned scores without a gradient; set its `differentiable` to False")
+            terms.append(reward.config.weight * torch.stack(scores).mean(dim=0))
+        return torch.stack(terms).sum(dim=0)
+
+    def require_differentiable(self) -> None:
+        """
+        Raises:
+            ConfigError: names the rewards of weight above 0 whose scores have no gradient.
+        """
+        trained = {name: reward for name, reward in self.rewards.items() if reward.config.weight}
+        without = [
+            f"{name} ({reward.config.model})"
+            for name, reward in trained.items()
+            if not all(getattr(model, "differentiable", False) for model in reward.models)
+        ]
+        if without:
+            raise ConfigError(
+                f"loss.objective is 'draft', but these rewards are not differentiable: {', '.join(without)}; set their "
+                "weight to 0, take another reward, or the objective 'policy_gradient'"
+            )
 
     @torch.no_grad()
     def score_images(self, prompts: PromptBatch, num_frames: int, mesh: Mesh) -> dict[str, Float[Tensor, "prompts"]]:

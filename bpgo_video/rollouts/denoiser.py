@@ -210,7 +210,7 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
         latents_dtype=LATENTS_DTYPES[sampler.latents_dtype],
         solver=sampler.solver,
         records_means=config.loss.compares_means or pulls_to_previous(config.loss),
-        records_path=config.loss.replays_transitions,
+        records_path=config.loss.records_path,
         records_frames=config.credit.kind == "segment",
         guidance_scale_2=sampler.guidance_scale_2,
         guidance_every=config.rollout.guidance_every,

@@ -62,7 +62,8 @@ def expected_replays(config: Config, data_size: int) -> list[float]:
     """Forwards with a backward of each update of a rank, in micro-batches: of the nodes before each trained step."""
     rollout, tree = config.rollout, tree_of(config, data_size)
     trees = rollout.prompts_per_step * rollout.group_size / data_size / tree.samples
-    updates = split_updates(range(config.sampler.trained_count), config.optim.updates_per_rollout)
+    steps = config.loss.draft_steps if config.loss.objective == "draft" else config.sampler.trained_count
+    updates = split_updates(range(steps), config.optim.updates_per_rollout)
     return [trees * sum(nodes(tree, depth) for depth in depths) / rollout.micro_batch_size for depths in updates]
 
 

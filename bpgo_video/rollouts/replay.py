@@ -19,6 +19,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.losses import PolicyShift, bpgo_loss
 from bpgo_video.rollouts.conditioning import guidance_of
 from bpgo_video.rollouts.denoiser import pulls_to_previous
+from bpgo_video.rollouts.draft import DifferentiatedRewards
 from bpgo_video.rollouts.forward_process import ForwardProcess
 from bpgo_video.rollouts.preferences import Preferences
 from bpgo_video.rollouts.rules import trainable_steps
@@ -95,7 +96,13 @@ class Replay(Objective):
 
 
 OBJECTIVES: Table[type[Objective]] = Table(
-    {"policy_gradient": Replay, "awm": ForwardProcess, "nft": ForwardProcess, "dpo": Preferences}
+    {
+        "policy_gradient": Replay,
+        "awm": ForwardProcess,
+        "nft": ForwardProcess,
+        "dpo": Preferences,
+        "draft": DifferentiatedRewards,
+    }
 )
 
 

@@ -22,6 +22,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.learner.losses import RATIO_ERROR, with_spread
 from bpgo_video.policies import Policy
+from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
 from bpgo_video.types import Guidance, Latents, Loss, PromptBatch, Trajectory, Velocity
 
@@ -95,7 +96,8 @@ class Objective(ABC):
     Attributes:
         step: training step, counted from 0.
         device: where the policy computes.
-        reference: the policy of the KL term, unless that is the policy that sampled.
+        reference: the policy of the KL term or of DPO, unless that is the policy that sampled.
+        suite: the rewards, for objectives that differentiate them.
     """
 
     policy: Policy
@@ -105,6 +107,7 @@ class Objective(ABC):
     step: int
     device: torch.device
     reference: Reference | None = None
+    suite: RewardSuite | None = None
 
     @cached_property
     def denoiser(self) -> Denoiser:

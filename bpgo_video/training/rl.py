@@ -246,7 +246,7 @@ def build_objective(session: Session, prompts: PromptBatch, advantages: GroupAdv
     """The objective of one training step."""
     objective = OBJECTIVES[session.config.loss.objective]
     parts = (session.policy, session.config, prompts, advantages, step, session.mesh.device, session.reference)
-    return objective(*parts)
+    return objective(*parts, suite=session.suite)
 
 
 def step_record(

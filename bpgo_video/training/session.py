@@ -256,6 +256,8 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
     with all_or_none(mesh):
         evaluation, fps, backbones = config.evaluation, config.video.fps, Backbones()
         suite = RewardSuite(config.rewards, mesh.device, fps, backbones)
+        if config.loss.objective == "draft":
+            suite.require_differentiable()
         heldout_suite = RewardSuite(evaluation.rewards, mesh.device, fps, backbones=backbones)
         priors = load_priors(shards.directory, suite.trained_versions) if reads_priors(config) else {}
         folder = resolve_folder(config.policy.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,34 @@ def test_pairs_refuse_what_they_would_not_use(change: dict[str, dict], message: 
     recipe["rewards"]["motion"]["trust"] = None
     recipe["bpgo"]["trust"] = "none"
     config_from_dict(recipe)
+    for section, values in change.items():
+        recipe[section] |= values
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bpgo": {"alpha": 0.5}}, "bpgo.alpha is 0.5 .*uses no advantage"),
+        ({"optim": {"updates_per_rollout": 2}}, "optim.updates_per_rollout is 2 .*one gradient"),
+        ({"loss": {"draft_steps": 9}}, "loss.draft_steps is 9, but a video takes 8"),
+        ({"sampler": {"solver": "adams_bashforth"}}, "sampler.solver is 'adams_bashforth'"),
+        ({"loss": {"draft_steps": 2}, "parallel": {"sequence": 2}}, "draft_steps is 2 with parallel.sequence = 2"),
+        ({"policy": {"frozen_rest_on": "cpu"}}, "policy.frozen_rest_on is 'cpu'"),
+    ],
+)
+def test_differentiated_rewards_refuse_what_they_would_not_use(change: dict[str, dict], message: str) -> None:
+    recipe = yaml.safe_load(to_yaml(read_recipe(ROOT / "pipelines" / "configs" / "tiny_wan_draft.yaml")))
+    config_from_dict(recipe)
+    for key, value, words in (
+        ("offload", True, "have offload"),
+        ("aggregate", "share_above", "a share has no gradient"),
+    ):
+        broken = copy.deepcopy(recipe)
+        broken["rewards"]["alignment"] |= {key: value, "aggregate_at": 0.5 if key == "aggregate" else None}
+        with pytest.raises(ConfigError, match=words):
+            config_from_dict(broken)
     for section, values in change.items():
         recipe[section] |= values
     with pytest.raises(ConfigError, match=message):

@@ -19,7 +19,7 @@ from tests.made.recipes import ROOT, make_shards, python_path
 STAGES = ("zero1", "zero2", "zero3")
 SMOKE = ("zero2_bf16", "zero3_bf16_offload", "zero3_offload")  # other shipped DeepSpeed configurations
 SHARED = [*(f"gradient-{stage}=gradient:{stage}" for stage in STAGES), "credited-4=credited:zero3:4"]
-SHARED.append("preferred=preferred:zero3")
+SHARED += ["preferred=preferred:zero3", *(f"drafted-{steps}=drafted:zero3:{steps}" for steps in (1, 3))]
 WORLD_CASES = {
     1: SHARED,
     2: [

@@ -119,6 +119,13 @@ def test_pairs_of_groups_on_two_ranks_have_the_same_gradient_on_any_world(worlds
     assert read_metrics(worlds[2] / "preferred" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_gradient_of_rewards_is_the_same_on_any_world(worlds: dict[int, Path], steps: int) -> None:
+    start, *found = starting_weights(), *(exported(worlds[ranks] / f"drafted-{steps}") for ranks in (1, 2))
+    errors = {key: (found[1][key] - found[0][key]).norm() / (found[0][key] - start[key]).norm() for key in start}
+    assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
+
+
 @pytest.mark.parametrize("parameters", ["sharded", "gathered"])
 def test_uneven_work_does_not_hang(worlds: dict[int, Path], parameters: str) -> None:
     assert summary_of(worlds[2], f"uneven-{parameters}")["heldout_videos"] == 3

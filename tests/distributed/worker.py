@@ -70,6 +70,19 @@ def preferred(shards: Path, run_dir: Path, stage: str, lora: str = "full") -> Co
     )
 
 
+def drafted(shards: Path, run_dir: Path, stage: str, steps: str, sequence: str = "1") -> Config:
+    """`gradient` through the frames and the last denoising steps, with the rewards of the recipe."""
+    config = small_recipe(run_dir, shards, optim={"updates_per_rollout": 1})
+    rewards, config = config.rewards, gradient(shards, run_dir, stage, sequence)
+    return replace(
+        config,
+        rewards={name: replace(reward, trust=None) for name, reward in rewards.items()},
+        rollout=replace(config.rollout, micro_batch_size=2),
+        loss=replace(config.loss, objective="draft", draft_steps=int(steps), step_weights="none"),
+        bpgo=replace(config.bpgo, alpha=0.0, zeta=0.0, match_rms=False),
+    )
+
+
 def exact_ratio(
     shards: Path, run_dir: Path, stage: str, lora: str, sequence: str = "1", parameters: str = "sharded"
 ) -> Config:
@@ -270,7 +283,7 @@ def with_stage(config: Config, stage: str) -> Config:
 
 CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
-    "uneven": uneven, "ahead": ahead, "held": held, "credited": credited, "preferred": preferred,
+    "uneven": uneven, "ahead": ahead, "held": held, "credited": credited, "preferred": preferred, "drafted": drafted,
     "evaluated": evaluated, "in_advance": in_advance,
     "experts": experts, "one_expert": one_expert, "branched": branched, "sound": sound,
 }  # fmt: skip

@@ -119,6 +119,23 @@ def test_references_and_old_velocities_take_forwards(job: Job) -> None:
     assert more == pytest.approx(sum(count_step(job)["passes"]) * job.footprint.forward.operations / 1e6)
 
 
+def test_differentiated_rewards_take_passes_of_the_last_steps_decodings_and_scorings(job: Job) -> None:
+    job = change(job, "optim.updates_per_rollout: 1")
+    one, three = (
+        replace(job, config=replace(job.config, loss=LossConfig(objective="draft", draft_steps=steps)))
+        for steps in (1, 3)
+    )
+    assert sum(count_step(three)["passes"]) == 3 * sum(count_step(one)["passes"])
+    assert one.differentiated is not None
+    assert one.differentiated.operations > 2 * one.decoding.operations / one.decoded_at_once
+    seconds = [step_seconds(each, reckon(each), UNIT)[0]["replay"] for each in (one, three)]
+    passes = 2 * count_step(one)["samples_per_group"] / job.config.rollout.micro_batch_size
+    assert seconds[1] - seconds[0] == pytest.approx(passes * job.footprint.replay.operations / 1e6)
+    peaks = [reckon(each).phases["replay"] for each in (job, one, three)]
+    assert peaks[2]["forward and backward"] == peaks[0]["forward and backward"]
+    assert peaks[1]["decoding"] == one.differentiated.peak
+
+
 def test_reused_guidance_saves_halves_of_untrained_steps(job: Job) -> None:
     """Of eight steps two are trained; at every second one of the others half a forward is saved."""
     often = change(job, "rollout.guidance_every: 2")
