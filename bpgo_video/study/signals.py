@@ -36,7 +36,7 @@ Statistics = Float[np.ndarray, "resamples"]
 Signal = Float[np.ndarray, "groups"]
 Counts = Float[np.ndarray, "resamples groups"]
 GRPO, NOISY = "GRPO", "oracle with noise"
-ALPHA = 0.5
+ALPHA, MILD = 0.5, 0.3
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def trusts(groups: Groups, first: FrameScores, second: FrameScores | None) -> di
         "RAS, own reference": weighted(one, "sigmoid", reference_anchor(groups.prompts, one)),
         "RAS, shared prior": weighted(one, "sigmoid", shared_anchor(one)),
         "agreement of frames": weighted(one, "frames", frames=first),
+        "agreement of frames, alpha .3": weighted(one, "frames", frames=first, alpha=MILD),
         "group std, larger counts more": weighted(one, "reliability", reliability=spread),
         "group std, larger counts less": weighted(one, "reliability", reliability=1 - spread),
         "no division by the std": Weighted(one - one.mean(dim=1, keepdim=True), one.std(dim=1)),
@@ -136,13 +137,14 @@ def weighted(
     anchor: PriorAnchor | None = None,
     frames: FrameScores | None = None,
     reliability: PerGroup | None = None,
+    alpha: float = ALPHA,
 ) -> Weighted:
     """The learner's w A of all groups, with what the trust needs."""
     found = step_advantages(
         {"reward": scores},
         {} if anchor is None else {"reward": anchor},
         {"reward": 1.0},
-        BPGOConfig(alpha=ALPHA, zeta=0.0, trust=trust),
+        BPGOConfig(alpha=alpha, zeta=0.0, trust=trust),
         frames={} if frames is None else {"reward": frames},
         reliability={} if reliability is None else {"reward": reliability},
     )
