@@ -177,7 +177,7 @@ def measure(module: nn.Module, inputs: dict[str, Any]) -> tuple[Work, Work]:
     for parameter in module.parameters():
         if parameter.requires_grad:  # ZeRO reduces gradients as they come; the plan counts what it keeps
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    weights = [*module.parameters(), *module.buffers()]
+    weights = kept_tensors(module)
 
     def forward() -> None:
         with torch.no_grad():
@@ -188,6 +188,12 @@ def measure(module: nn.Module, inputs: dict[str, Any]) -> tuple[Work, Work]:
         module(**inputs)[0].float().square().mean().backward()
 
     return work_of(forward, weights), work_of(replay, weights)
+
+
+def kept_tensors(module: nn.Module) -> list[Tensor]:
+    """What a module holds between forwards: parameters, buffers, and its parts' other tensors, as tables of angles."""
+    others = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    return [*module.parameters(), *module.buffers(), *others]
 
 
 def work_of(run: Callable[[], object], weights: Iterable[Tensor]) -> Work:

@@ -48,6 +48,8 @@ FAMILIES: dict[str, str] = {  # diffusers' pipeline -> the class of its policy, 
     "Kandinsky5T2VPipeline": "bpgo_video.policies.kandinsky5:Kandinsky5Policy",
     "Kandinsky5I2VPipeline": "bpgo_video.policies.kandinsky5:Kandinsky5ImagePolicy",
     "FluxPipeline": "bpgo_video.policies.flux:FluxPolicy",
+    "StableDiffusion3Pipeline": "bpgo_video.policies.sd3:SD3Policy",
+    "QwenImagePipeline": "bpgo_video.policies.qwen_image:QwenImagePolicy",
 }
 ORIGINAL_NAMES = {  # diffusers' pipeline -> the function that maps its transformer's tensor names to the authors'
     "WanPipeline": "bpgo_video.policies.wan:original_name",

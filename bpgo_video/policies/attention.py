@@ -37,12 +37,16 @@ class Processor:
     _attention_backend: Any = field(default=None, kw_only=True)  # set by diffusers' `set_attention_backend`
     _parallel_config: Any = field(default=None, kw_only=True)  # set by `parallelise`
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The attention's output before its last layers, [samples, tokens, dim]."""
         output = attend(
             query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         return output.flatten(2)
+
+    def all_tokens(self, local: int) -> int:
+        """The video's tokens on all ranks of a sequence group, given those of this rank."""
+        return self._parallel_config.tokens if isinstance(self._parallel_config, Ulysses) else local
 
 
 @dataclass
@@ -64,30 +68,50 @@ class JointAttention(Processor):
         image_rotary_emb: Rotary,
     ) -> tuple[Tensor, Tensor]:
         """The attention's output for video and text tokens."""
-        query, key, value = by_head(attn, hidden_states, attn.to_q, attn.to_k, attn.to_v)
-        query, key = (self.rotate(x, image_rotary_emb) for x in (attn.norm_q(query), attn.norm_k(key)))
-        of_text = by_head(attn, encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_query, text_key, text_value = attn.norm_added_q(of_text[0]), attn.norm_added_k(of_text[1]), of_text[2]
-        local, group = hidden_states.shape[1], self._parallel_config
-        tokens = group.tokens if isinstance(group, Ulysses) else local
-        mask = F.pad(attention_mask.bool(), (tokens, 0), value=True)[:, None, None]
-        output = self.attend(  # joined without names, which would keep the copies until the end
-            torch.cat([query, text_query], 1), torch.cat([key, text_key], 1), torch.cat([value, text_value], 1), mask
-        )
-        video, text = output[:, :local], output[:, local:]
-        for layer in attn.to_out:
-            video = layer(video)
-        return video, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
+        query, key, value = of_video(attn, hidden_states)
+        video = [self.rotate(query, image_rotary_emb), self.rotate(key, image_rotary_emb), value]
+        local = hidden_states.shape[1]
+        mask = F.pad(attention_mask.bool(), (self.all_tokens(local), 0), value=True)[:, None, None]
+        pairs = zip(video, of_text(attn, encoder_hidden_states), strict=True)
+        output = self.attend(*(torch.cat(pair, dim=1) for pair in pairs), mask=mask)
+        return projected(attn, output[:, :local], output[:, local:])
 
 
 def by_head(attn: Any, x: Tensor, *layers: nn.Module) -> list[Tensor]:
     return [layer(x).unflatten(2, (attn.heads, -1)) for layer in layers]
 
 
+def normalised(attn: Any, names: str, heads: list[Tensor]) -> list[Tensor]:
+    """Queries and keys after the norms whose names begin with `names`, where the model has them; and values."""
+    query, key, value = heads
+    norms = (getattr(attn, names + part, None) for part in "qk")
+    return [*(x if norm is None else norm(x) for norm, x in zip(norms, (query, key), strict=True)), value]
+
+
+def of_video(attn: Any, video: Float[Tensor, "samples tokens dim"]) -> list[Tensor]:
+    """Queries, keys and values of the video's tokens by head, before they are rotated."""
+    return normalised(attn, "norm_", by_head(attn, video, attn.to_q, attn.to_k, attn.to_v))
+
+
+def of_text(attn: Any, text: Float[Tensor, "samples text text_dim"]) -> list[Tensor]:
+    """Queries, keys and values of text tokens by head."""
+    return normalised(attn, "norm_added_", by_head(attn, text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+
+
+def projected(attn: Any, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention's output after its last layers; a last block may have none for text."""
+    for layer in attn.to_out:
+        video = layer(video)
+    last = getattr(attn, "to_add_out", None)
+    return video, text if last is None else last(text)
+
+
 def replace_processors(transformer: Any, *, attention: str, processor: Callable[..., Processor]) -> None:
     """Give each block's `attention` a new processor, with the backend that was chosen for the old one."""
     for block in transformer.transformer_blocks:
         module = getattr(block, attention)
+        if module is None:  # SD3's second attention, which not every block has
+            continue
         backend = getattr(module.processor, "_attention_backend", None)
         module.processor = processor(_attention_backend=backend)
 

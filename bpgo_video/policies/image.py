@@ -16,7 +16,7 @@ from bpgo_video.types import Conditioning, Latents, Velocity, Videos
 
 Tokens = Float[Tensor, "samples tokens packed"]
 TIMESTEP_UNIT = 1000  # of the pipelines; the transformers multiply by it again
-SIDE = 128  # latent pixels in a side of the pipelines' default image
+SIDE = 128  # latent pixels in a side of the default image, where the transformer's config names none
 
 
 class ImagePolicy(Policy):
@@ -36,7 +36,7 @@ class ImagePolicy(Policy):
         return channels, 1, height, width
 
     def call_defaults(self) -> dict[str, int]:
-        side = SIDE * self.strides[1]
+        side = self.transformer_config.get("sample_size", SIDE) * self.strides[1]
         return {"num_frames": 1, "height": side, "width": side}
 
     def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.ltx2 import LTX2
 from tests.families.mochi import MOCHI
 from tests.families.page import SKYREELS
+from tests.families.qwen_image import QWEN_IMAGE
+from tests.families.sd3 import SD3, SD35
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 from tests.families.wan22 import WAN_22, WAN_22_IMAGE, WAN_22_TI2V, WAN_22_TI2V_IMAGE
 
@@ -51,6 +53,9 @@ CASES: dict[str, Case] = {
     "kandinsky5_image": KANDINSKY5_IMAGE,
     "flux": FLUX,
     "flux_schnell": FLUX_SCHNELL,
+    "sd3": SD3,
+    "sd35": SD35,
+    "qwen_image": QWEN_IMAGE,
     "skyreels": SKYREELS,
 }
 

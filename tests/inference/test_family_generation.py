@@ -100,10 +100,20 @@ def flux(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
     return {"latents": latents, "guidance_scale": 2.0, "true_cfg_scale": 2.0}
 
 
+def sd3(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    return {"latents": noise[:, :, 0], "guidance_scale": 2.0}
+
+
+def qwen_image(pipeline: Any, noise: Tensor, picture: Image.Image) -> dict[str, Any]:
+    _, channels, _, height, width = noise.shape
+    return {"latents": pipeline._pack_latents(noise, 1, channels, height, width), "true_cfg_scale": 2.0}
+
+
 BY_HAND: dict[str, ByHand] = {
     "ltx": ltx, "ltx_image": ltx_image, "hunyuan": hunyuan, "hunyuan_image": hunyuan_image,
     "hunyuan_image_concat": hunyuan_image_concat, "kandinsky5": kandinsky5, "kandinsky5_image": kandinsky5_image,
     "hunyuan15": hunyuan15, "hunyuan15_image": hunyuan15_image, "flux": flux, "ltx2": ltx2,
+    "sd35": sd3, "qwen_image": qwen_image,
 }  # fmt: skip
 
 

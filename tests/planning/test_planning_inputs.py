@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bpgo_video.config.policy import LoraConfig
 from bpgo_video.planning.fake import Allocations
-from bpgo_video.planning.footprint import footprint, transformer_inputs
+from bpgo_video.planning.footprint import footprint, kept_tensors, transformer_inputs
 from bpgo_video.planning.job import Job
 from bpgo_video.planning.memory import reckon
 from bpgo_video.planning.models import find_model
@@ -96,7 +96,7 @@ def test_a_dry_run_counts_the_memory_of_the_transformer(case: Case, folder: Path
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     leaves = [part for part in tree_leaves(given) if isinstance(part, Tensor)]
-    with Allocations([*module.parameters(), *module.buffers(), *leaves]) as counted:
+    with Allocations([*kept_tensors(module), *leaves]) as counted:
         with torch.no_grad():
             module(**given)
         forward = counted.mark()
