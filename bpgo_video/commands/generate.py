@@ -5,8 +5,8 @@
     bpgo-video generate --policy Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora LORA --prompts prompts.txt --output videos ...
 
 Without --num-frames, --height and --width, a run or checkpoint makes videos of its training size; every other model
-takes the defaults of its diffusers pipeline. Writes mp4 files and a manifest, and keeps existing videos. Prints the
-path of the manifest, with exit code 0, only if every video is complete.
+takes the defaults of its diffusers pipeline. Writes mp4 files, or png files of single frames, and a manifest, and keeps
+existing videos. Prints the path of the manifest, with exit code 0, only if every video is complete.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class GenerationError(InputError):
 
 @dataclass(frozen=True, config=STRICT)
 class GenerationSettings:
-    """Generate videos with a policy: prompts in, mp4 files and a manifest out. Existing videos are kept."""
+    """Generate videos with a policy: prompts in, mp4 or png files and a manifest out. Existing files are kept."""
 
     policy: str
     """A diffusers pipeline, such as RUN/export: local folder, hub id, or `package:module/folder`. Or a training

@@ -1,6 +1,6 @@
 """Generation of videos with diffusers' own pipelines: each rank makes its share and writes mp4 files.
 
-OUTPUT/00003-01.mp4        sample 1 of prompt 3; prompts and samples count from 0
+OUTPUT/00003-01.mp4        sample 1 of prompt 3, .png if it has one frame; prompts and samples count from 0
 OUTPUT/sheets/00003.jpg    five frames of each sample of prompt 3, one sample per row
 OUTPUT/generation.json     {"complete", "settings", "videos": [{"prompt", "generation_prompt"?, "negative_prompt"?,
                            "id", "seed", "sample", "file"}]}
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.data.media import (
+    ImageError,
     VideoError,
     as_bytes,
     decode_image,
@@ -55,6 +56,7 @@ from bpgo_video.types import Audio, Latents
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 PATIENCE = timedelta(days=1)  # longest wait for the videos of the slowest rank; a dead rank is noticed at once
 MANIFEST = "generation.json"
+KINDS = ("mp4", "png")  # of files: videos, and images of one frame
 GENERATION_PROMPT = "generation_prompt"  # key of a prompt's info: the text for the model, if it is not the prompt
 
 Reader = Callable[[GenerationSettings, bool], list[PromptRecord]]  # (settings, with images) -> prompts
@@ -77,10 +79,10 @@ class OutputPaths:
     sheets: Path
 
     @classmethod
-    def within(cls, output: Path) -> OutputPaths:
+    def within(cls, output: Path, kind: str = "mp4") -> OutputPaths:
         """All files in one folder, videos by number."""
         return cls(
-            output, lambda _, number, sample: f"{number:05d}-{sample:02d}.mp4", output / MANIFEST, output / "sheets"
+            output, lambda _, number, sample: f"{number:05d}-{sample:02d}.{kind}", output / MANIFEST, output / "sheets"
         )
 
 
@@ -157,8 +159,8 @@ def whole_video(file: Path, video: VideoConfig) -> Float[Tensor, "frames 3 heigh
     if not file.is_file():
         return None
     try:
-        frames, _ = read_video(file)
-    except VideoError:
+        frames = decode_image(file.read_bytes(), str(file))[None] if file.suffix == ".png" else read_video(file)[0]
+    except (ImageError, VideoError):
         return None
     return frames if frames.shape == (video.num_frames, 3, video.height, video.width) else None
 
@@ -184,7 +186,7 @@ def check_manifest(paths: OutputPaths, settings: Mapping[str, Any]) -> None:
         GenerationError: it holds videos of other settings, which the message names, or of unknown ones.
     """
     manifest, folder = paths.manifest, paths.videos
-    if not any(folder.glob("*.mp4")):
+    if not any(any(folder.glob(f"*.{kind}")) for kind in KINDS):
         return
     if not manifest.is_file():
         raise GenerationError(f"{folder} holds videos, but no {manifest.name}; name another --output")
@@ -242,12 +244,13 @@ def generate(
         GenerationError: a size that the policy cannot make, adapters or memory settings that do not fit, an output
             folder with videos of other settings, or a video that is damaged after it was written.
     """
-    paths = paths or OutputPaths.within(settings.output)
     with all_or_none(mesh):
         model = find_model(settings, mesh.rank, mesh.world_size)
         settings = model.complete(settings)
         prompts = read(settings, model.policy.takes_images)
         call = resolve(settings, model.policy)
+        silent_image = call.num_frames == 1 and not model.policy.makes_audio
+        paths = paths or OutputPaths.within(settings.output, "png" if silent_image else "mp4")
         record = describe(settings, model, call, prompts)
         check_manifest(paths, record)
         check_offload(settings.offload, mesh.device)
@@ -310,8 +313,17 @@ def make(jobs: Sequence[Job], settings: GenerationSettings, model: Model, call: 
         for batch in chunked(jobs, settings.batch_size):
             videos = sample(pipeline, model.policy, batch, settings, call)
             for job, (frames, audio) in zip(batch, videos, strict=True):
-                write_video(job.file, frames, call.fps, audio=audio)
+                if job.file.suffix == ".png":
+                    write_image(job.file, frames[0])
+                else:
+                    write_video(job.file, frames, call.fps, audio=audio)
                 bar.update()
+
+
+def write_image(file: Path, image: Float[Tensor, "3 height width"]) -> None:
+    """Write an image in [0, 1] as png, without loss. The file appears complete or not at all."""
+    with atomic_file(file) as aside:
+        Image.fromarray(as_bytes(image[None])[0]).save(aside, format="png")
 
 
 def initial_latents(jobs: Sequence[Job], shape: tuple[int, int, int, int]) -> Latents:
