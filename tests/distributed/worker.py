@@ -129,6 +129,7 @@ def branched(
         run={"num_steps": int(num_steps), "save_every": 2, "resume": resume},
         rollout={"branches": (2, 2), "micro_batch_size": int(size), **sharded},
         optim=sharded,
+        ema={"decay": 0.9},
     )
     return replace(without_evaluation(config), parallel=ParallelConfig(sequence=int(sequence)))
 
