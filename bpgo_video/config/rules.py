@@ -32,7 +32,6 @@ METHODS: dict[tuple[str, str | bool], dict[str, Any]] = {
     **{("loss.objective", name): settings for name, settings in OBJECTIVE_DEFAULTS.items()},
     ("rollout.sample_ahead", True): {"run.save_minutes": 0.0},
     ("prior.kind", "none"): {"bpgo.zeta": 0.0, "bpgo.alpha": 0.0},
-    ("bpgo.form", "paper"): {"bpgo.alpha": 0.5},
     ("bpgo.form", "released_exact"): {"bpgo.zeta": 0.0, "bpgo.standardise": False, "bpgo.trust": None},
     ("advantage.normalise", "max_std"): {"bpgo.alpha": 0.0},
     ("advantage.normalise", "none"): {"bpgo.zeta": 0.0},
@@ -40,6 +39,7 @@ METHODS: dict[tuple[str, str | bool], dict[str, Any]] = {
     ("loss.kl_reference", "ema"): {"ema.decay": 0.99},
     ("evaluation.weights", "ema"): {"ema.decay": 0.99},
     ("evaluation.weights", "both"): {"ema.decay": 0.99},
+    ("bpgo.form", "paper"): {"bpgo.alpha": 0.5},  # last: the form of most recipes, which may have another alpha
 }
 
 

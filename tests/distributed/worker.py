@@ -204,7 +204,7 @@ def ahead(shards: Path, run_dir: Path, chunks: str) -> Config:
     rollout = {"micro_batch_size": 1, "score_ahead": int(chunks), "offload_trajectories": int(chunks) > 0}
     short = {"run": {"num_steps": 2}, "sampler": {"num_steps": 3}}
     config = without_evaluation(small_recipe(run_dir, shards, rollout=rollout, **short))
-    rewards = {name: replace(reward, offload=int(chunks) > 0) for name, reward in config.rewards.items()}
+    rewards = {name: replace(reward, offload=int(chunks) > 0) for name, reward in config.trained_rewards.items()}
     return replace(config, rewards={**rewards, "drawn": RewardConfig(model="tests.distributed.toy_rewards:Drawn")})
 
 

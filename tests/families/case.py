@@ -75,7 +75,7 @@ class Case:
         loss = replace(recipe.loss, step_weights="none")
         rewards = recipe.rewards
         if self.video.num_frames == 1:  # no frames to agree
-            rewards = {name: replace(reward, trust="none") for name, reward in rewards.items()}
+            rewards = {name: replace(reward, trust="none") for name, reward in recipe.trained_rewards.items()}
         return replace(recipe, policy=policy, video=self.video, sampler=sampler, loss=loss, rewards=rewards)
 
     def pictures(self) -> list[Image.Image]:

@@ -150,8 +150,8 @@ def test_a_contact_sheet_shows_every_sample_of_a_prompt(settings: GenerationSett
 def test_a_video_damaged_after_writing_is_detected(
     settings: GenerationSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cut(path: Path, frames: torch.Tensor, fps: float) -> None:
-        write_video(path, frames[:5] if path.name == "00001-01.mp4" else frames, fps)
+    def cut(path: Path, frames: torch.Tensor, fps: float, **sound: Any) -> None:
+        write_video(path, frames[:5] if path.name == "00001-01.mp4" else frames, fps, **sound)
 
     monkeypatch.setattr(generation, "write_video", cut)
     with pytest.raises(GenerationError, match=r"00001-01\.mp4"):

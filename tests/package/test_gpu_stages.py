@@ -54,7 +54,7 @@ def test_every_check_holds_or_gives_a_reason_why_it_cannot_run(stages: dict[str,
     native = found["ratio native bf16"]
     assert native["log_prob_drift_max"] == 0
     assert list(native["by_step"]) == list(native["by_step_in_half_the_batch"]) == ["0", "1"]
-    assert set(native["doctor"]) == {"velocity", "ODE", "rewards", "ratio", "gradient", "cost"}
+    assert set(native["doctor"]) == {"velocity", "ODE", "rewards", "agreement", "ratio", "gradient", "cost"}
 
 
 def test_every_part_of_a_step_is_timed_and_its_memory_compared_with_the_plan(stages: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ def test_a_ratio_is_judged_by_the_clip_range_and_nan_fails(
                    ((1.0, 1.0), (lowest, highest)))  # fmt: skip
     objective = Mock()
     objective.passes.return_value = (0, 1, 2)
+    objective.arranged = lambda trajectories, mesh: (objective, trajectories)
+    objective.parts = lambda trajectory, index: [trajectory]
     objective.loss.side_effect = [Loss(torch.zeros(()), metrics) for metrics in (exact, seen, exact)]
     session = Mock(spec=Session, config=recipe)
     examination = Examination(session, Mock(spec=PromptBatch), Mock(spec=Stopwatch), [Mock(spec=Trajectory)])

@@ -93,6 +93,10 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.weights = digest("update", engine.weights, trajectories, objective)
         return UpdateStats({EXACT: 0.5}, [])
 
+    def build_objective(session: Any, prompts: Any, advantages: Any, step: int) -> Any:
+        objective = digest(prompts, advantages)
+        return SimpleNamespace(arranged=lambda trajectories, mesh: (objective, trajectories))
+
     def step_record(session: Any, rewards: Any, advantages: Any, stats: UpdateStats) -> dict[str, float]:
         return {**stats.metrics, "reward": 0.0, "weights": float(int(session.engine.weights, 16))}
 
@@ -100,7 +104,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rl, function.__name__, function)
     monkeypatch.setattr(rl, "to_be_scored", lambda session, prompts, progress: prompts)
     monkeypatch.setattr(rl, "worth_replaying", lambda session, trajectories, advantages: (trajectories, advantages))
-    monkeypatch.setattr(rl, "build_objective", lambda session, prompts, advantages, step: digest(prompts, advantages))
+    monkeypatch.setattr(rl, "build_objective", build_objective)
     monkeypatch.setattr(loop.checkpoint, "Saver", MagicMock())
 
 
