@@ -156,10 +156,8 @@ def step_advantages(
     of_rewards, known = {}, {}
     for name, rewards in rewards_by_name.items():
         _check(name, rewards, anchors, own[name])
-        anchor = anchors.get(name)
-        prior, scale = (None, None) if anchor is None else (anchor.mean.to(rewards.device), anchor.scale)
-        scale = scale if bpgo.standardise else None
-        scores = GroupScores(rewards, prior, scale, frames.get(name), reliability.get(name), stds.get(name))
+        given = (frames.get(name), reliability.get(name), stds.get(name))
+        scores = GroupScores(rewards, *_anchored(anchors.get(name), rewards.device, bpgo.standardise), *given)
         of_rewards[name] = _of_reward(name, scores, own[name], NORMALISERS[normalisation.normalise])
         if own[name].uses_trust and own[name].trust_kind in RELIABILITIES:
             known[name] = RELIABILITIES[own[name].trust_kind](scores)
@@ -181,6 +179,13 @@ def step_advantages(
     equal = torch.stack([equal_groups(rewards_by_name[name]) for name in train])
     found = found.times(loss_scale(normalisation, equal.all(dim=0), found.advantage.shape[1]))
     return replace(found, metrics=metrics, posterior=posterior)
+
+
+def _anchored(
+    anchor: PriorAnchor | None, device: torch.device, standardise: bool
+) -> tuple[Float[Tensor, "prompts"] | None, float | None]:
+    """R_prior, and s_ref unless the equations are taken verbatim."""
+    return (None, None) if anchor is None else (anchor.mean.to(device), anchor.scale if standardise else None)
 
 
 def _of_reward(

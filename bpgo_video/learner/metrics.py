@@ -67,7 +67,7 @@ def watched_metrics(
 ) -> dict[str, Tensor]:
     """How each reward that trains agrees with each that is watched, and whether its trust knows where it does.
 
-    `agreement/A+B` is the mean correlation within groups, `trust_validity/A+B` Spearman's rank correlation, over the
+    `validity/A+B` is the mean correlation within groups, `trust_validity/A+B` Spearman's rank correlation, over the
     groups, of that correlation and the trust in A; absent where either is the same in all groups.
 
     Args:
@@ -77,7 +77,7 @@ def watched_metrics(
     for name, found in train.items():
         for other, advantage in watched.items():
             validity = correlation(found.advantage, advantage)
-            metrics[f"agreement/{name}+{other}"] = validity.mean()
+            metrics[f"validity/{name}+{other}"] = validity.mean()
             if (knows := spearman(found.trust, validity)) is not None:
                 metrics[f"trust_validity/{name}+{other}"] = knows
     return metrics

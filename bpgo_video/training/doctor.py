@@ -38,7 +38,7 @@ from bpgo_video.training.metrics import reduce_metrics
 from bpgo_video.training.rl import PHASES, build_objective
 from bpgo_video.training.sampling import sample_and_score
 from bpgo_video.training.session import Session
-from bpgo_video.training.summary import AGREEMENT, ALIKE, OPPOSED
+from bpgo_video.training.summary import AGREEMENT, ALIKE, OPPOSED, VALIDITY
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # the first one at which a transformer computes is used for it
@@ -146,19 +146,21 @@ def rewards_vary(examination: Examination) -> Result:
 
 
 def rewards_agree(examination: Examination) -> Result:
-    """How far rewards agree on the samples of a prompt; always holds."""
+    """How far rewards agree on the samples of a prompt, with each other and with watched ones; always holds."""
     assert examination.advantages is not None
-    metrics = examination.advantages.metrics
-    pairs = {key.removeprefix(AGREEMENT): float(value) for key, value in metrics.items() if key.startswith(AGREEMENT)}
-    config = examination.session.config
-    trained = "+".join(config.trained_rewards)
-    if "+" not in trained:
-        return True, (
-            f"{trained} is the only reward that trains: a second, independent one gains more than any trust does where "
+    words, config = [], examination.session.config
+    for key, value in examination.advantages.metrics.items():
+        for prefix, advice in ((AGREEMENT, remark(float(value))), (VALIDITY, "")):
+            if key.startswith(prefix):
+                words.append(f"{key.removeprefix(prefix).replace('+', ' and ')} {value:.2f}{advice}")
+    found = [f"{', '.join(words)} (mean correlation within {config.rollout.prompts_per_step} groups)"] if words else []
+    if len(config.trained_rewards) == 1:
+        (name,) = config.trained_rewards
+        found.append(
+            f"{name} is the only reward that trains: a second, independent one gains more than any trust does where "
             "rewards err (docs/study.md)"
         )
-    words = [f"{pair.replace('+', ' and ')} {value:.2f}{remark(value)}" for pair, value in pairs.items()]
-    return True, f"{', '.join(words)} (mean correlation within {config.rollout.prompts_per_step} groups)"
+    return True, "; ".join(found)
 
 
 def remark(agreement: float) -> str:

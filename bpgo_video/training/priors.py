@@ -79,10 +79,8 @@ def estimate_priors(config: Config, mesh: Mesh, heartbeat: Heartbeat) -> dict[st
 def _estimate(
     config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards, lease: Lease
 ) -> dict[str, PriorTable]:
-    suite, folder = (
-        RewardSuite(config.trained_rewards, mesh.device, config.video.fps),
-        resolve_folder(config.policy.folder),
-    )
+    suite = RewardSuite(config.trained_rewards, mesh.device, config.video.fps)
+    folder = resolve_folder(config.policy.folder)
     policy_hash = fingerprint(folder, transformer_names(folder))
     settings = settings_of(config, ds_config, suite.versions, policy_hash)
     unfinished = UnfinishedPriors(shards.directory, settings)

@@ -34,7 +34,7 @@ REVERSED_SHARE = 0.01
 REVERSED = "crt/rank_inversion/"  # key prefix, before the reward's name
 LOW_ICC = 0.5  # of scorings
 AGREEMENT = "agreement/"  # key prefix, before the names of two rewards
-VALIDITY = "trust_validity/"  # key prefix, before the names of a reward and of a watched one
+VALIDITY, TRUST_VALIDITY = "validity/", "trust_validity/"  # key prefixes, before a reward and a watched one
 ALIKE = 0.9  # correlation above which the mean of two rewards has 95 % of the variance of one: the second adds little
 OPPOSED = -0.2  # correlation below which two rewards cancel a part of each other
 NOTHING = "Trust, step size, groups without signal and held-out scores show nothing unusual."
@@ -186,8 +186,8 @@ def _trust_findings(records: Records) -> Iterator[str]:
             f"A step was {ratio:.2f} times GRPO's on the same batch: set bpgo.match_rms: true, or compare with GRPO at "
             "that learning rate, before you attribute a gain to trust."
         )
-    for key in sorted({key for record in records for key in record if key.startswith(VALIDITY)}):
-        found, (reward, _, watched) = _values(records, key), key.removeprefix(VALIDITY).partition("+")
+    for key in sorted({key for record in records for key in record if key.startswith(TRUST_VALIDITY)}):
+        found, (reward, _, watched) = _values(records, key), key.removeprefix(TRUST_VALIDITY).partition("+")
         if len(found) > 2 and (mean := fmean(found)) < -2 * stdev(found) / math.sqrt(len(found)):
             yield (
                 f"Trust in {reward} weighs the wrong groups: its rank correlation with the agreement of {reward} and "

@@ -177,9 +177,11 @@ def test_edges_of_grpo_are_normalised_rewards_of_their_depth(seed, nodes, below,
     """BranchGRPO (arXiv 2509.06040): means of rewards, less their mean, over their std; times the group's trust."""
     rewards = torch.randn(2, nodes * below, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     fused = rewards.unflatten(1, (nodes, below)).mean(dim=2)
-    expected = group_relative(fused).repeat_interleave(below, dim=1)
-    found = averaged_below(trust * group_relative(rewards), below, rescaled=True)
-    torch.testing.assert_close(found, trust * expected, rtol=1e-4, atol=1e-6)
+    advantage = group_relative(rewards)  # its std is 1 but for the constant beside the divisor
+    normalised = (fused - fused.mean(dim=1, keepdim=True)) / fused.std(dim=1, keepdim=True)
+    expected = (normalised * advantage.std(dim=1, keepdim=True)).repeat_interleave(below, dim=1)
+    found = averaged_below(trust * advantage, below, rescaled=True)
+    torch.testing.assert_close(found, trust * expected, rtol=1e-6, atol=1e-9)
 
 
 def test_clipping_takes_one_limit_or_one_per_prompt():

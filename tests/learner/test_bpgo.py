@@ -411,7 +411,7 @@ def test_a_watched_reward_is_compared_with_the_others_and_changes_nothing():
         assert torch.equal(getattr(watched, name), getattr(alone, name))
     new = {name: value.item() for name, value in watched.metrics.items() if name not in alone.metrics}
     # ranks of the trust: 3, 1, 2; of the validity: 3, 1.5, 1.5
-    assert new == pytest.approx({"agreement/clip+o": 0.0, "trust_validity/clip+o": 3**0.5 / 2}, abs=1e-6)
+    assert new == pytest.approx({"validity/clip+o": 0.0, "trust_validity/clip+o": 3**0.5 / 2}, abs=1e-6)
     equal = step_advantages({"clip": one, "o": truth}, {}, {**weights, "o": 0.0}, OFF)
     assert "trust_validity/clip+o" not in equal.metrics, "a trust that is the same everywhere has no rank correlation"
 
