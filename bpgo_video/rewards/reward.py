@@ -47,7 +47,7 @@ REWARDS: dict[str, str] = {
     "videoprism_score": "bpgo_video.rewards.text:VideoPrismScore",
     "vjepa_prediction": "bpgo_video.rewards.motion:VJepaPrediction",
     "vlm_judge": "bpgo_video.rewards.vlm:VlmJudge",
-    "worker": "bpgo_video.rewards.remote:WorkerReward",
+    "worker": "bpgo_video.rewards.worker:WorkerReward",
     "xclip_score": "bpgo_video.rewards.text:XClipScore",
 }
 FROM_THE_RUN = ("device", "timeout", "backbones")  # passed by the run to constructors that take them

@@ -16,6 +16,9 @@ from torch import Tensor
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardModel, listens
 
+CALL_SHARE = 0.9  # of a call's timeout that the other process may use: the rest is for reporting the error
+MAX_REPLY = 64 * 2**20  # bytes
+
 Size = Annotated[int, Field(ge=1, le=65536)]
 Text = Annotated[str, Field(max_length=20_000)]
 Message = TypeVar("Message", bound=BaseModel)

@@ -14,9 +14,9 @@ import torch
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards.base import RewardModel
-from bpgo_video.rewards.remote import WorkerReward
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rewards.wire import MalformedMessage
+from bpgo_video.rewards.worker import WorkerReward
 from tests.made.recipes import ROOT, python_path
 
 SCRIPT = str(ROOT / "tests" / "made" / "toy_worker.py")
@@ -120,7 +120,7 @@ def test_a_worker_that_cannot_start_is_a_config_error() -> None:
 OWNER = """
 import os, sys, threading, time, torch
 from bpgo_video.rewards import Clips
-from bpgo_video.rewards.remote import WorkerReward
+from bpgo_video.rewards.worker import WorkerReward
 model = WorkerReward(sys.argv[1], sys.argv[2], settings={"how": "hangs"})
 print(model.pid, flush=True)
 threading.Thread(target=model, args=(Clips(torch.zeros(1, 1, 3, 2, 2), 8.0, ("",)),), daemon=True).start()

@@ -13,8 +13,9 @@ from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.remote import RemoteReward, WorkerReward
+from bpgo_video.rewards.remote import RemoteReward
 from bpgo_video.rewards.suite import RewardSuite
+from bpgo_video.rewards.worker import WorkerReward
 from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.draft import DifferentiatedRewards
 from bpgo_video.rollouts.rollout import sample_chunks

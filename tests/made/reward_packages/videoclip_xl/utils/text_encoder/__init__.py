@@ -1,0 +1,1 @@
+from .text_encoder import *  # noqa: F403
