@@ -32,7 +32,7 @@ from torch.nn.functional import adaptive_avg_pool3d
 from tqdm import tqdm
 
 from bpgo_video.cli import show_loading_once
-from bpgo_video.config.bpgo import Config, ConfigError
+from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.config.reading import read_recipe, read_yaml
 from bpgo_video.data.media import write_video
 from bpgo_video.distributed.ds_config import compute_dtype
@@ -45,6 +45,7 @@ from bpgo_video.evaluation.heldout import evaluation_ranks, score_prompts, with_
 from bpgo_video.files import fingerprint
 from bpgo_video.inference.run_weights import WEIGHTS, load_trained, named_model
 from bpgo_video.policies import Policy
+from bpgo_video.rewards.groups import groupwise_names
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.training.heldout import Scores
 from bpgo_video.training.inputs import check_inputs, heldout_rows
@@ -139,15 +140,26 @@ def measure(requests: Sequence[Request], config: Config, weights: str, output: P
         ConfigError, ShardError, CheckpointError, FileNotFoundError, RewardError: each states the value, the rule and
             the remedy.
     """
-    rewards = {**config.evaluation.rewards, **config.trained_rewards}
-    if taken := rewards.keys() & {MOTION, DIVERSITY}:
-        raise ConfigError(
-            f"the rewards {sorted(taken)} have names that a comparison uses for its own measures; rename them"
-        )
+    rewards = compared_rewards(config)
     config = replace(config, evaluation=replace(config.evaluation, rewards=rewards))
     suite = RewardSuite(rewards, mesh.device, config.video.fps)
     models = [Measurement(request, config, weights, suite, mesh) for request in requests]
     return [model.scores(output / "models") for model in models]
+
+
+def compared_rewards(config: Config) -> dict[str, RewardConfig]:
+    """The held-out rewards, then those that train, without those that compare the samples of one policy.
+
+    Raises:
+        ConfigError: one has the name of a statistic of videos.
+    """
+    trained, own = config.trained_rewards, groupwise_names(config.trained_rewards)
+    rewards = {**config.evaluation.rewards, **{name: trained[name] for name in trained if name not in own}}
+    if taken := rewards.keys() & {MOTION, DIVERSITY}:
+        raise ConfigError(
+            f"the rewards {sorted(taken)} have names that a comparison uses for its own measures; rename them"
+        )
+    return rewards
 
 
 class Measurement:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,10 +189,15 @@ def _reward_seconds(job: Job, device: torch.device) -> float | None:
     audio = Audio(sound, SOUND_RATE) if job.policy.makes_audio else None
 
     @torch.no_grad()
-    def score() -> None:
-        clips = Clips(pixels, video.fps, ("a red circle moving left",) * len(pixels), audio=audio)
+    def score(clips: Clips, groupwise: bool) -> None:
         for reward in suite.rewards.values():
-            for model in reward.models:
+            for model in reward.models if reward.groupwise == groupwise else ():
                 model(clips)
 
-    return seconds_of(score, device) / len(pixels)
+    clips = Clips(pixels, video.fps, ("a red circle moving left",) * len(pixels), audio=audio)
+    seconds = seconds_of(partial(score, clips, False), device) / len(pixels)
+    if suite.groupwise:
+        group = clips.select(torch.zeros(config.rollout.group_size, dtype=torch.int64))
+        group = replace(group, groups=torch.zeros(len(group), dtype=torch.int64))
+        seconds += seconds_of(partial(score, group, True), device) / len(group)
+    return seconds

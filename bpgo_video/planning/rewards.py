@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig, VideoConfig
+from bpgo_video.config.bpgo import Config, ConfigError, RewardConfig
 from bpgo_video.files import PACKAGE_PREFIX, resolve_folder
 from bpgo_video.rewards.base import FrameSampling
 from bpgo_video.rewards.reward import REWARDS, reward_factory
@@ -111,7 +111,7 @@ def reward_size(config: Config) -> RewardSize:
     operations, missing = {False: 0.0, True: 0.0}, []
     for rewards in (config.rewards, config.evaluation.rewards):
         for name, reward in rewards.items():
-            entry = _entry(name, reward, config.video)
+            entry = _entry(name, reward, config)
             if entry is None:
                 missing.append(name)
                 continue
@@ -125,8 +125,9 @@ def reward_size(config: Config) -> RewardSize:
     return RewardSize(resting, offloaded, operations[False], operations[True], tuple(dict.fromkeys(missing)))
 
 
-def _entry(name: str, reward: RewardConfig, video: VideoConfig) -> _Entry | None:
+def _entry(name: str, reward: RewardConfig, config: Config) -> _Entry | None:
     """None if nothing states the size of the entry's model."""
+    video = config.video
     if reward.model in WITHOUT_NETWORK:
         return _Entry((reward.model,), 0, 0.0)
     try:
@@ -146,6 +147,8 @@ def _entry(name: str, reward: RewardConfig, video: VideoConfig) -> _Entry | None
     fps = options.get("frames_per_second") or (network.fps if "frames" not in options else None)
     frames = FrameSampling(None if fps else options.get("frames"), fps).indices(video.num_frames, video.fps)
     size, operations = BYTES.get(dtype, 4) * network.parameters, network.frame * len(frames)
+    if "opponents" in options:  # each pair is shown in two orders
+        operations *= 2 * (options["opponents"] or config.rollout.group_size - 1)
     return _Entry((model, dtype), int(1e9 * size), 1e9 * operations, half=dtype in HALF)
 
 

@@ -30,6 +30,7 @@ class Clips:
         texts: the prompt of each video.
         images: the image that each video continues (image-to-video), RGB in [0, 1]; None for text prompts.
         audio: the videos' sound; None for silent videos.
+        groups: the same number for all samples of a prompt, for models that compare them; None for the others.
     """
 
     videos: Videos
@@ -37,6 +38,7 @@ class Clips:
     texts: tuple[str, ...]
     images: Float[Tensor, "samples 3 height width"] | None = None
     audio: Audio | None = None
+    groups: Int[Tensor, "samples"] | None = None
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -51,7 +53,9 @@ class Clips:
         """The videos of these rows, with an empty cache."""
         texts = self.texts[rows] if isinstance(rows, slice) else tuple(self.texts[row] for row in rows.tolist())
         images = None if self.images is None else self.images[rows]
-        return Clips(self.videos[rows], self.fps, texts, images, None if self.audio is None else self.audio[rows])
+        audio = None if self.audio is None else self.audio[rows]
+        groups = None if self.groups is None else self.groups[rows]
+        return Clips(self.videos[rows], self.fps, texts, images, audio, groups)
 
     def stills(self) -> Clips:
         """The conditioning images as videos of one frame."""
@@ -121,7 +125,7 @@ def evenly_spread(count: int, total: int) -> list[int]:
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """Members of a reward model. Subclasses of this class inherit the defaults. See also `listens`.
+    """Members of a reward model. Subclasses of this class inherit the defaults. See also `listens`, `groupwise`.
 
     Attributes:
         name, version: identify the score; the version must change whenever scores do.
@@ -146,6 +150,14 @@ class RewardModel(Protocol):
 def listens(model: object) -> bool:
     """Whether a reward model, or its class, reads `Clips.audio`: it then states `listens = True`."""
     return getattr(model, "listens", False) is True
+
+
+def groupwise(model: object) -> bool:
+    """Whether a reward model, or its class, compares the samples of a prompt: it then states `groupwise = True`.
+
+    Its clips are whole groups, in the order of samples, with `Clips.groups`; their videos are on the CPU.
+    """
+    return getattr(model, "groupwise", False) is True
 
 
 class FrameReward(RewardModel):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, RewardConfig
 from bpgo_video.errors import unknown
-from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel, Scores, listens
+from bpgo_video.rewards.base import Clips, FrameScores, RewardError, RewardModel, Scores, groupwise, listens
 from bpgo_video.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -43,10 +43,11 @@ REWARDS: dict[str, str] = {
     "siglip_score": "bpgo_video.rewards.text:SiglipScore",
     "subject_consistency": "bpgo_video.rewards.motion:SubjectConsistency",
     "temporal_flickering": "bpgo_video.rewards.motion:TemporalFlickering",
-    "videoalign": "bpgo_video.rewards.vlm:VideoAlign",
+    "videoalign": "bpgo_video.rewards.videoalign:VideoAlign",
     "videoprism_score": "bpgo_video.rewards.text:VideoPrismScore",
     "vjepa_prediction": "bpgo_video.rewards.motion:VJepaPrediction",
     "vlm_judge": "bpgo_video.rewards.vlm:VlmJudge",
+    "vlm_pairwise": "bpgo_video.rewards.vlm:VlmPairwise",
     "worker": "bpgo_video.rewards.worker:WorkerReward",
     "xclip_score": "bpgo_video.rewards.text:XClipScore",
 }
@@ -158,6 +159,11 @@ class Reward:
     def models(self) -> list[RewardModel]:
         return [self.model, *self.rescorers]
 
+    @property
+    def groupwise(self) -> bool:
+        """Whether it compares the samples of a prompt."""
+        return groupwise(self.model)
+
     def aggregate(self, frame_scores: Scores) -> VideoScores:
         """Each video's score, of frame scores for which higher is better."""
         at = self.config.aggregate_at or 0.0
@@ -203,9 +209,11 @@ class Call:
         """The model's scores, negated where lower is better, with their std; fp32, on the CPU.
 
         Raises:
-            RewardError: the model failed, listens to videos without sound, or returned anything but one row of scores
-                per video, and of std, if any; names the call.
+            RewardError: the model failed, listens to videos without sound, compares videos that are no groups, or
+                returned anything but one row of scores per video, and of std, if any; names the call.
         """
+        if groupwise(model) and clips.groups is None:
+            raise RewardError(f"{self} compares the samples of a prompt, but these videos are not whole groups")
         if listens(model) and clips.audio is None:
             raise RewardError(f"{self} listens, but the videos have no sound; take a policy that makes sound (LTX-2)")
         try:

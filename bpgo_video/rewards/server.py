@@ -33,7 +33,7 @@ from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.documents import MalformedFile, plain_json
 from bpgo_video.rewards.base import RewardModel
 from bpgo_video.rewards.connections import ImpatientProtocol, Incomplete, Uploads
-from bpgo_video.rewards.suite import scoring_stream
+from bpgo_video.rewards.score_ahead import scoring_stream
 from bpgo_video.rewards.wire import MalformedMessage, PackedClips, check_clips, describe, pack_scores, unpack_clips
 
 log = logging.getLogger(__name__)

@@ -1,21 +1,12 @@
-"""The rewards of a recipe: each scores the videos of a step, ahead of time, and the scores are gathered over ranks.
-
-A thread of each rank scores chunks, in order, while the main thread samples the next ones. This is safe because reward
-models run no collectives: only one thread communicates with other ranks, also under ZeRO-3, where rollouts communicate.
-Rollouts draw from their own generators, so only reward models draw from torch's global one, in the same order as
-without a thread. The thread takes over its caller's number of threads; on a GPU it scores on a stream of its own.
-"""
+"""The rewards of a recipe: each scores the videos of a step, and the scores are gathered over ranks."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import partial
 from itertools import chain
-from queue import SimpleQueue
 from types import ModuleType
 from weakref import WeakKeyDictionary
 
@@ -33,7 +24,7 @@ from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """Scores of a rank's videos of one chunk, by reward name; higher is better.
+    """Scores of a rank's videos of one chunk by some of the rewards, by reward name; higher is better.
 
     Attributes:
         frames: of each scored frame, or one column; of the first scoring.
@@ -83,6 +74,11 @@ class RewardSuite:
     def weights(self) -> dict[str, float]:
         return {name: reward.config.weight for name, reward in self.rewards.items()}
 
+    @property
+    def groupwise(self) -> bool:
+        """Whether a reward compares the samples of a prompt."""
+        return any(reward.groupwise for reward in self.rewards.values())
+
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Offloaded models are on their device inside the block, and back on the CPU after it unless it failed."""
@@ -103,17 +99,24 @@ class RewardSuite:
 
     @torch.no_grad()
     def score(
-        self, chunk: RolloutChunk, prompts: PromptBatch, on_call: Callable[[Call], object] = lambda call: None
+        self,
+        chunk: RolloutChunk,
+        prompts: PromptBatch,
+        on_call: Callable[[Call], object] = lambda call: None,
+        groupwise: bool = False,
     ) -> ScoredChunk:
         """Scores of each model, higher is better, fp32, on the CPU.
 
         Args:
             on_call: receives each call before it is made.
+            groupwise: score by the rewards that compare samples, of which the chunk holds whole groups; else by the
+                others.
 
         Raises:
             RewardError: as `Call.score`.
         """
         rows, clips = chunk.prompt_rows, self._clips(chunk, prompts)
+        clips = replace(clips, groups=rows) if groupwise else clips
 
         def scores(name: str, timeout: float, model: RewardModel, videos: Tensor) -> FrameScores:
             call = Call(name, timeout, prompts, rows[videos], chunk.sample_index[videos])
@@ -124,6 +127,8 @@ class RewardSuite:
         again = everyone if prompts.again is None else everyone[prompts.again[rows]]
         scored = ScoredChunk(rows, chunk.sample_index)
         for name, reward in self.rewards.items():
+            if reward.groupwise != groupwise:
+                continue
             unknown = torch.full((len(clips), len(reward.models)), torch.nan)
             scored.videos[name], scored.stds[name] = unknown.clone(), unknown
             for number, model in enumerate(reward.models if len(again) else [reward.model]):
@@ -178,41 +183,42 @@ class RewardSuite:
 
     @torch.no_grad()
     def score_images(self, prompts: PromptBatch, num_frames: int, mesh: Mesh) -> dict[str, Float[Tensor, "prompts"]]:
-        """Score of each prompt's conditioning image as a still video of `num_frames`, by reward; gathered."""
+        """Score of each prompt's conditioning image as a still video of `num_frames`, by reward; gathered.
+
+        Rewards that compare samples give none.
+        """
         if prompts.images is None:
             return {}
         rows, scored = torch.tensor(mesh.share(len(prompts), 1)).flatten(), []
         for row in rows.split(1):
             still = prompts.images[row, None].to(mesh.device).expand(-1, num_frames, -1, -1, -1)  # without a copy
             scored.append(self.score(RolloutChunk((), still, row, torch.zeros_like(row)), replace(prompts, again=None)))
-        by_name = {name: torch.cat([chunk.videos[name].mean(dim=1) for chunk in scored]) for name in self.rewards}
+        alone = [name for name, reward in self.rewards.items() if not reward.groupwise]
+        by_name = {name: torch.cat([chunk.videos[name].mean(dim=1) for chunk in scored]) for name in alone}
         return {
             name: mesh.gather(scores.to(mesh.device), rows.tolist(), len(prompts)) for name, scores in by_name.items()
         }
 
     def gather(self, chunks: Sequence[ScoredChunk], prompts: PromptBatch, group_size: int, mesh: Mesh) -> Rewards:
-        """All ranks' scores as prompts x group, the same on every rank.
+        """All ranks' scores as prompts x group, the same on every rank; each video is in one chunk by each reward.
 
         Raises:
             RewardError: a score is not finite, or the numbers of scored frames differ; on every rank, with the reward,
                 the prompt and the sample.
         """
         shape = (len(prompts), group_size)
-        items = torch.cat([chunk.prompt_rows * group_size + chunk.sample_index for chunk in chunks]).tolist()
-
-        def gathered(parts: Iterable[Tensor]) -> Tensor:
-            return mesh.gather(torch.cat(list(parts)).to(mesh.device), items, len(prompts) * group_size)
-
-        per_frame, scorings, by_name, stds = {}, {}, {}, {}
+        per_frame, times, scorings, by_name, stds = {}, {}, {}, {}, {}
         for name, reward in self.rewards.items():
-            scores = [chunk.frames[name].values for chunk in chunks]
+            mine = [chunk for chunk in chunks if name in chunk.frames]
+            gathered = partial(_gathered, mine, len(prompts), group_size, mesh)
+            scores, times[name] = [chunk.frames[name].values for chunk in mine], mine[0].frames[name].times
             widths = gathered(torch.full((len(values),), values.shape[1]) for values in scores)
             _check_widths(name, widths, prompts, group_size)
             per_frame[name] = gathered(scores)
             _check_finite(name, per_frame[name], prompts, group_size)
-            every = gathered(chunk.videos[name] for chunk in chunks)
+            every = gathered(chunk.videos[name] for chunk in mine)
             by_name[name] = every[:, 0].unflatten(0, shape)
-            std = std_of_mean(gathered(chunk.stds[name] for chunk in chunks), every.isfinite())
+            std = std_of_mean(gathered(chunk.stds[name] for chunk in mine), every.isfinite())
             if bool(std.isfinite().all()):
                 stds[name] = std.unflatten(0, shape)
             if reward.rescorers:
@@ -223,8 +229,15 @@ class RewardSuite:
                 by_name[name] = scorings[name].nanmean(dim=2)
         total = torch.stack([self.weights[name] * scores for name, scores in by_name.items()]).sum(dim=0)
         by_frame = {name: values.unflatten(0, shape) for name, values in per_frame.items()}
-        times = {name: chunks[0].frames[name].times for name in by_name}
         return Rewards(by_name, total, by_frame, times, scorings, stds)
+
+
+def _gathered(
+    chunks: Sequence[ScoredChunk], prompts: int, group_size: int, mesh: Mesh, parts: Iterable[Tensor]
+) -> Tensor:
+    """All ranks' rows, one for each item of prompts x group; `parts` has the rows of each chunk."""
+    items = torch.cat([chunk.prompt_rows * group_size + chunk.sample_index for chunk in chunks]).tolist()
+    return mesh.gather(torch.cat(list(parts)).to(mesh.device), items, prompts * group_size)
 
 
 def std_of_mean(
@@ -265,126 +278,3 @@ def _modules_in(thing: object, depth: int) -> Iterator[nn.Module]:
         by_name = thing if isinstance(thing, Mapping) else getattr(thing, "__dict__", {})
         for part in list(thing if isinstance(thing, Sequence) else by_name.values()):
             yield from _modules_in(part, depth - 1)
-
-
-class ScoreAhead:
-    """Scores chunks in order while its caller makes the next ones; a context manager around `put`.
-
-    Args:
-        ahead: number of unscored chunks with which `put` returns; with 0 it waits for the score. The caller holds the
-            videos of one more.
-        after: chunks that are scored before, and count as unscored ones until then.
-
-    Attributes:
-        seconds: that scoring took.
-    """
-
-    def __init__(
-        self,
-        suite: RewardSuite,
-        prompts: PromptBatch,
-        ahead: int,
-        device: torch.device,
-        after: ScoreAhead | None = None,
-    ):
-        self.seconds = 0.0
-        self._after = after
-        self._suite, self._prompts, self._ahead, self._device = suite, prompts, ahead, device
-        self._chunks: SimpleQueue[RolloutChunk | None] = SimpleQueue()
-        self._scored: list[ScoredChunk] = []
-        self._changed = threading.Condition()
-        self._queued = 0
-        self._running: tuple[Call, float] | None = None  # and its deadline, on the clock of time.monotonic
-        self._error: BaseException | None = None
-        self._abandoned = False
-        # A daemon: a model that hangs must not keep the process alive.
-        self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="scoring", daemon=True)
-
-    def __enter__(self) -> ScoreAhead:
-        self._thread.start()
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._abandoned = error is not None
-        self._chunks.put(None)
-
-    def put(self, chunk: RolloutChunk) -> None:
-        """Queues a chunk; returns once at most `ahead` chunks are unscored.
-
-        Raises:
-            RewardError: a model failed, on this chunk or an earlier one, or its call has exceeded its timeout.
-        """
-        if self._device.type == "cuda":  # the caller's stream makes the videos, another one reads them
-            torch.cuda.current_stream(self._device).synchronize()
-        self._queued += 1
-        self._chunks.put(replace(chunk, trajectories=()))
-        if (before := self._after) is not None:
-            before._wait(max(0, self._ahead - self._queued))
-        self._wait(self._ahead)
-
-    def scores(self) -> list[ScoredChunk]:
-        """Scores of all chunks, in order, after the last `put`; raises as `put` does."""
-        self._wait(0)
-        return self._scored
-
-    def _wait(self, unscored: int) -> None:
-        with self._changed:
-            while True:
-                if self._error is not None:
-                    raise self._error
-                left = None
-                if self._running is not None:
-                    call, deadline = self._running
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        late = f"{call} has not answered within its timeout of {call.timeout:g} s"
-                        raise RewardError(f"{late}; raise `timeout` of that reward if it may take longer")
-                if self._queued - len(self._scored) <= unscored:
-                    return
-                self._changed.wait(left)
-
-    def _run(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        if self._after is not None:
-            self._after._thread.join()
-            self._after = None
-        try:
-            with scoring_stream(self._device) as synchronize:
-                for chunk in iter(self._chunks.get, None):
-                    if self._abandoned:
-                        return
-                    started = time.perf_counter()
-                    scored = self._suite.score(chunk, self._prompts, self._begin)
-                    synchronize()
-                    del chunk  # frees its videos before the wait for the next one
-                    with self._changed:
-                        self._scored.append(scored)
-                        self.seconds += time.perf_counter() - started
-                        self._running = None
-                        self._changed.notify_all()
-        except BaseException as error:  # raised in the caller's thread, which ends the run
-            with self._changed:
-                self._error, self._running = error, None
-                self._changed.notify_all()
-
-    def _begin(self, call: Call) -> None:
-        with self._changed:
-            self._running = call, time.monotonic() + call.timeout
-            self._changed.notify_all()
-
-
-@contextmanager
-def scoring_stream(device: torch.device) -> Iterator[Callable[[], None]]:
-    """On a GPU this thread uses the scoring stream inside the block; yields a function that waits for the stream."""
-    if device.type != "cuda":
-        yield lambda: None
-        return
-    stream = _stream(device)
-    with torch.cuda.stream(stream):
-        yield stream.synchronize
-
-
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for the whole run: the allocator keeps freed memory for each stream separately."""
-    return torch.cuda.Stream(device)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
-from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardModel, listens
+from bpgo_video.rewards.base import Clips, FrameSampling, FrameScores, RewardModel, groupwise, listens
 
 CALL_SHARE = 0.9  # of a call's timeout that the other process may use: the rest is for reporting the error
 MAX_REPLY = 64 * 2**20  # bytes
@@ -152,8 +152,13 @@ def describe(model: RewardModel) -> dict[str, Any]:
     """A model's members as a `Description`.
 
     Raises:
-        ConfigError: the model listens; clips are sent without sound.
+        ConfigError: the model listens, or compares samples; clips are sent without sound and without groups.
     """
+    if groupwise(model):
+        raise ConfigError(
+            f"reward {model.name!r} compares the samples of a prompt, but a server receives no groups; name it as the "
+            "recipe's model"
+        )
     if listens(model):
         raise ConfigError(
             f"reward {model.name!r} listens, but a server receives no sound; name it as the recipe's model"

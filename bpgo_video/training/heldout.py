@@ -16,7 +16,8 @@ from bpgo_video.data.media import write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import FrameScores
-from bpgo_video.rewards.suite import RewardSuite, ScoreAhead
+from bpgo_video.rewards.score_ahead import ScoreAhead
+from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.denoiser import Denoiser, evaluation_denoiser
 from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import TrainedSteps, no_steps
@@ -107,7 +108,8 @@ def score_samples(
         trained_steps=trained_steps,
         same_start=same_start,
     )
-    with suite.on_device(), ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device) as scoring:
+    scoring = ScoreAhead(suite, prompts, config.rollout.score_ahead, mesh.device, group_size=samples)
+    with suite.on_device(), scoring:
         for chunk in chunks:
             scoring.put(chunk)
             on_chunk(chunk)

@@ -14,6 +14,7 @@ import bpgo_video
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.deepspeed import read_ds_config, zero_stage
 from bpgo_video.config.reading import ds_config_file
+from bpgo_video.config.rules import check_rules
 from bpgo_video.config.sft import Recipe, SftConfig
 from bpgo_video.data.priors import prior_path, require_priors
 from bpgo_video.data.reader import PromptShards
@@ -23,7 +24,7 @@ from bpgo_video.data.writer import clip_stamp, image_stamp
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.mesh import Mesh, all_or_none, same_everywhere
 from bpgo_video.files import fingerprint, resolve_folder
-from bpgo_video.learner.priors import FROM_IMAGES
+from bpgo_video.learner.priors import FROM_IMAGES, STORED
 from bpgo_video.policies import Policy, family, load_policy
 from bpgo_video.policies.attention import check_heads
 from bpgo_video.policies.attention_backends import ODE_KEY, check_backend
@@ -34,7 +35,9 @@ from bpgo_video.policies.networks import (
     transformer_names,
 )
 from bpgo_video.rewards.base import listens
+from bpgo_video.rewards.groups import groupwise_names
 from bpgo_video.rewards.reward import reward_factory
+from bpgo_video.rollouts.prefixes import spreads
 from bpgo_video.rollouts.prior_sampling import reads_priors
 from bpgo_video.rollouts.rules import check_experts
 from bpgo_video.training.trackers import check_trackers
@@ -108,6 +111,7 @@ def check_prompts(config: Config, shards: PromptShards) -> None:
     """Check rewards, splits, video size, trained steps and images of a run on rewards."""
     every = {**config.rewards, **config.evaluation.rewards}.items()
     listeners = [name for name, reward in every if listens(reward_factory(name, reward))]
+    check_group_rewards(config)
     splits = [config.data.split, *([config.evaluation.split] if config.evaluation.rewards else [])]
     for split in splits:
         shards.rows(split)
@@ -135,6 +139,55 @@ def check_audio(config: Config, makes_audio: bool, listeners: Sequence[str]) -> 
             f"credit.kind is 'segment', but {config.policy.folder} samples video and sound as one row of tokens, not "
             "as frames; set credit.kind to 'video'"
         )
+
+
+def check_group_rewards(config: Config) -> None:
+    """Check that rewards which compare the samples of a prompt are used where that has a meaning.
+
+    Raises:
+        ConfigError: names the reward, and the setting.
+    """
+    said = "which compares the samples of a prompt with each other"
+    if names := groupwise_names(config.evaluation.rewards):
+        raise ConfigError(
+            f"evaluation.rewards.{names[0]} is {config.evaluation.rewards[names[0]].model}, {said}: its mean is the "
+            "same for every policy; hold out a reward that scores single videos"
+        )
+    names, kind = groupwise_names(config.trained_rewards), config.prior.kind
+    if names and config.needs_prior and kind in (*STORED, *FROM_IMAGES):
+        raise ConfigError(
+            f"rewards.{names[0]} is {config.rewards[names[0]].model}, {said}, and prior.kind is {kind!r}, which scores "
+            "the starting policy's samples or an image alone; set prior.kind to 'ema', or to 'constant' with "
+            "prior.mean 0.5"
+        )
+
+
+def check_whole_groups(config: Config, mesh: Mesh) -> None:
+    """Check that each rank has all samples of its prompts, if a reward compares them.
+
+    Raises:
+        ConfigError: names the reward, and the setting that spreads a prompt's samples over ranks.
+    """
+    rollout, ranks, names = config.rollout, mesh.data_size, groupwise_names(config.rewards)
+    if not names:
+        return
+    needs = f"rewards.{names[0]} compares the samples of a prompt, which must be on one rank, but"
+    apart = (
+        rollout.same_start
+        and not rollout.branches
+        and spreads(mesh, rollout.group_size, rollout.micro_batch_size)
+        and not describe_policy(config).takes_images
+    )
+    check_rules(
+        {
+            f"{needs} parallel.sequence = {mesh.sequence} decodes them on so many; set parallel.sequence to 1, or take "
+            "a reward that scores single videos (vlm_judge)": mesh.sequence > 1,
+            f"{needs} rollout.prompts_per_step = {rollout.prompts_per_step} does not divide over {ranks} ranks; set it "
+            f"to a multiple of {ranks}": rollout.prompts_per_step % ranks,
+            f"{needs} rollout.same_start with group_size = {rollout.group_size} and micro_batch_size = "
+            f"{rollout.micro_batch_size} spreads them over {ranks} ranks; set rollout.same_start to false": apart,
+        }
+    )
 
 
 def check_images(config: Config, takes_images: bool, shards: PromptShards, splits: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bpgo_video.rewards.suite import ScoreAhead
+from bpgo_video.rewards.score_ahead import ScoreAhead
 from bpgo_video.rollouts.denoiser import training_denoiser
 from bpgo_video.rollouts.rollout import chunks_of_rank, sample_chunks
 from bpgo_video.rollouts.rules import sampled_steps
@@ -61,7 +61,8 @@ def sample(
     waiting = chunks_of_rank(config.rollout, mesh) if config.rollout.sample_ahead else config.rollout.score_ahead
     chunks = rollout_chunks(session, prompts, step)
     trajectories: list[Trajectory] = []
-    scoring = ScoreAhead(session.suite, prompts, waiting, mesh.device, after.scoring if after else None)
+    before = after.scoring if after else None
+    scoring = ScoreAhead(session.suite, prompts, waiting, mesh.device, before, config.rollout.group_size)
     with scoring, ExitStack() as weights:
         with watch.phase("rollout"):
             weights.enter_context(session.rollout_weights())

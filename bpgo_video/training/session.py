@@ -47,10 +47,7 @@ from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
 from bpgo_video.rollouts.prior_sampling import check_anchors, positions_of, reads_priors
 from bpgo_video.rollouts.updates import Reference, adapters_off
-from bpgo_video.training.inputs import (
-    heldout_rows,
-    recipe_policy,
-)
+from bpgo_video.training.inputs import check_whole_groups, heldout_rows, recipe_policy
 from bpgo_video.types import PromptBatch
 
 
@@ -254,6 +251,7 @@ def frozen_policy(
 def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shards: PromptShards) -> Session:
     """Build rewards, policy and engine; call it after `check_inputs`."""
     with all_or_none(mesh):
+        check_whole_groups(config, mesh)
         evaluation, fps, backbones = config.evaluation, config.video.fps, Backbones()
         suite = RewardSuite(config.rewards, mesh.device, fps, backbones)
         if config.loss.objective == "draft":

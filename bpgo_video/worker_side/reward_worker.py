@@ -108,6 +108,8 @@ def _built(build, arguments):
     model = build(device=arguments["device"], **arguments["settings"])
     if getattr(model, "listens", False):
         raise TypeError("this reward listens, but a worker receives no sound; name it as the recipe's model")
+    if getattr(model, "groupwise", False):
+        raise TypeError("this reward compares samples, but a worker receives no groups; name it as the recipe's model")
     return model
 
 

@@ -19,7 +19,8 @@ from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import Clips, FrameScores
 from bpgo_video.rewards.base import RewardError
-from bpgo_video.rewards.suite import OFFLOADED, RewardSuite, ScoreAhead, modules_of
+from bpgo_video.rewards.score_ahead import ScoreAhead
+from bpgo_video.rewards.suite import OFFLOADED, RewardSuite, modules_of
 from bpgo_video.training.loop import Stopwatch
 from bpgo_video.training.sampling import sample, sample_and_score
 from bpgo_video.training.session import Session
@@ -213,7 +214,7 @@ def test_a_model_without_modules_cannot_be_offloaded() -> None:
         suite_of("Brightness", offload=True)
 
 
-def session_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[Session, PromptBatch]:
+def session_of(policy: Policy, recipe: Config, toy: str = "Drawing", **rollout: object) -> tuple[Session, PromptBatch]:
     """Of two prompts of four samples, two samples per chunk."""
     settings = {"group_size": 4, "prompts_per_step": 2, "micro_batch_size": 2, **rollout}
     config = replace(
@@ -223,13 +224,15 @@ def session_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[Sessi
     )
     texts = ("a red circle moving left", "a blue object")
     prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts), policy.encode([""]))
-    parts = {"config": config, "mesh": MESH, "policy": policy, "suite": suite_of("Drawing")}
+    parts = {"config": config, "mesh": MESH, "policy": policy, "suite": suite_of(toy)}
     return Mock(spec=Session, rollout_weights=nullcontext, **parts), prompts
 
 
-def step_of(policy: Policy, recipe: Config, **rollout: object) -> tuple[list[Trajectory], Rewards, Stopwatch]:
+def step_of(
+    policy: Policy, recipe: Config, toy: str = "Drawing", **rollout: object
+) -> tuple[list[Trajectory], Rewards, Stopwatch]:
     """One rollout of eight videos."""
-    session, prompts = session_of(policy, recipe, **rollout)
+    session, prompts = session_of(policy, recipe, toy, **rollout)
     torch.manual_seed(1)
     watch = Stopwatch(Heartbeat(MESH, timeout=60), 0)
     return *sample_and_score(session, prompts, 0, watch), watch

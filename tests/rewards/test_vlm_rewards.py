@@ -16,7 +16,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from bpgo_video.rewards import Clips
 from bpgo_video.rewards.base import FrameSampling, RewardError
 from bpgo_video.rewards.networks import Backbones
-from bpgo_video.rewards.vlm import PatchLayout, VideoAlign, VlmJudge, frame_count, read_template
+from bpgo_video.rewards.qwen_vl import PatchLayout
+from bpgo_video.rewards.videoalign import VideoAlign, frame_count, read_template
+from bpgo_video.rewards.vlm import VlmJudge
 from tests.made.random_qwen import CHAT, KINDS, MEAN, NORMALISATION, STD, random_qwen, random_videoalign, tokenizer
 
 PIXELS = {"min_pixels": 64 * 64, "max_pixels": 100 * 100}
@@ -99,6 +101,32 @@ def test_the_score_of_the_judge_is_yes_over_yes_and_no_of_the_first_token(tmp_pa
     np.testing.assert_allclose(actual.values.numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(actual.std.numpy(), np.sqrt(np.multiply(expected, 1 - np.array(expected))), atol=1e-5)
     assert abs(expected[0][0] - expected[1][0]) > 1e-3
+
+
+def test_a_rating_is_the_mean_of_its_values_after_the_opening_of_the_answer(tmp_path: Path) -> None:
+    folder, clips = random_qwen(tmp_path, "qwen2_5_vl"), some_clips(13)
+    ratings, opening = {"rate": 1.0, "a": 2.0, "red": 5.0}, "it show"
+    judge = VlmJudge(str(folder), question="does {prompt}", answers=ratings, opening=opening, frames=4, **PIXELS)
+    assert judge.range == (1.0, 5.0)
+    model, words = AutoModelForImageTextToText.from_pretrained(folder).eval(), tokenizer()
+    for row, text in enumerate(TEXTS):
+        patches, grid = judge.qwen.layout.patches(clips.videos[row, [0, 4, 8, 12]])
+        pads = "<|video_pad|>" * (grid[0] * grid[1] * grid[2] // 4)
+        chat = f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>does {text}<|im_end|>\n<|im_start|>assistant\n"
+        ids = words(chat + opening, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids, pixel_values_videos=patches, video_grid_thw=torch.tensor([grid]),
+                second_per_grid_ts=[1.0], mm_token_type_ids=2 * (ids == words.vocab["<|video_pad|>"]).int(),
+            ).logits[0, -1]  # fmt: skip
+        p = logits[[words.vocab[word] for word in ratings]].softmax(0).numpy()
+        values = np.array(list(ratings.values()))
+        scores = judge(clips)
+        assert float(scores.values[row, 0]) == pytest.approx(float(p @ values), abs=1e-5)
+        assert scores.std is not None
+        assert float(scores.std[row, 0]) == pytest.approx(float(np.sqrt(p @ (values - p @ values) ** 2)), abs=1e-5)
+    with pytest.raises(ValueError, match="a score needs two different values or more"):
+        VlmJudge(str(folder), answers={"Yes": 1.0, "No": 1.0})
 
 
 def test_the_judge_refuses_long_answers_and_templates_without_videos(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -88,6 +88,20 @@ class Breaking(Brightness):
         if self.how == "other frames":
             return FrameScores(scores.values[:, :2], clips.times[:2])
         return scores if self.how != "no times" else FrameScores(scores.values)
+
+
+class Ranked(Brightness):
+    """Rank of each video's brightness in its group, plus `low`; a score of the whole video."""
+
+    groupwise = True
+    hear: Callable[[Clips], object] = staticmethod(lambda clips: None)
+
+    def __call__(self, clips: Clips) -> FrameScores:
+        assert clips.groups is not None
+        assert len(clips.groups.unique()) == 1
+        self.hear(clips)
+        ranks = super().__call__(clips).values.mean(dim=1).argsort().argsort().float()
+        return FrameScores(self.low + ranks[:, None])
 
 
 class Weighing(Brightness):
