@@ -17,6 +17,7 @@ COMMANDS = {  # name -> module of bpgo_video.commands, its function of (words, s
     "recipes": ("shipped", "recipes", "list, show and copy the recipes that ship with the package"),
     "prompts": ("prompts", "main", "embed prompts into shards for training; inspect and verify shards"),
     "videos": ("videos", "main", "encode videos with captions into shards for a warm start"),
+    "fuse": ("fuse", "main", "fuse adapters, such as a distilled model's, into a pipeline to train from"),
     "plan": ("plan", "main", "compute the memory of a recipe on each GPU, before you request one"),
     "doctor": ("runs", "doctor", "check a recipe on its own ranks, in minutes, before a long run"),
     "priors": ("runs", "priors", "measure the prior of every prompt: the starting policy's rewards on it"),

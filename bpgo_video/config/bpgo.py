@@ -15,6 +15,7 @@ from bpgo_video.config.fields import (
     Count,
     Held,
     Positive,
+    Sigmas,
     section,
 )
 from bpgo_video.config.learner import (
@@ -80,6 +81,8 @@ class EvaluationConfig:
     `bpgo-video generate`."""
     shift: AboveZero | None = None
     """Shift of the sigma schedule; None takes the sampler's."""
+    sigmas: Sigmas = ()
+    """Noise levels at which the steps start, as sampler.sigmas; empty takes the sampler's."""
     guidance_scale: AtLeastOne = 1.0
     """Classifier-free guidance of a held-out sample; 1 uses none."""
     guidance_scale_2: AtLeastOne | None = None
@@ -100,6 +103,10 @@ class EvaluationConfig:
     def shift_or(self, sampler: SamplerConfig) -> float | None:
         """Shift of the sigma schedule; None is the pipeline's own schedule."""
         return sampler.shift if self.shift is None else self.shift
+
+    def sigmas_or(self, sampler: SamplerConfig) -> Sigmas:
+        """Noise levels at which the steps start; empty is a schedule with a shift."""
+        return self.sigmas or (sampler.sigmas if self.shift is None else ())
 
     @property
     def measured(self) -> tuple[str, ...]:

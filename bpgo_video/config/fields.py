@@ -29,6 +29,7 @@ AboveZero = Annotated[Real, Field(gt=0.0)]
 Share = Annotated[Real, Field(gt=0.0, le=1.0)]
 BelowOne = Annotated[Real, Field(ge=0.0, lt=1.0)]
 AtLeastOne = Annotated[Real, Field(ge=1.0)]
+Sigmas = tuple[Share, ...]  # noise levels at which denoising steps start
 
 Section = TypeVar("Section")
 

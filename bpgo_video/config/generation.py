@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bpgo_video.config.fields import STRICT, AboveZero, Held, NonNegative, Real, Switch, Unit
+from bpgo_video.config.fields import STRICT, AboveZero, Held, NonNegative, Real, Sigmas, Switch, Unit
 from bpgo_video.errors import InputError
 
 
@@ -64,10 +64,14 @@ class GenerationSettings:
     """Pixels."""
     max_sequence_length: Held | None = None
     """Text tokens, as in training; None takes the pipeline's default, or the tokenizer's limit if that is lower."""
-    scheduler: Literal["unipc", "dpm", "euler", "ddim"] | None = None
-    """Solver: unipc, dpm or euler for flow models; ddim or dpm for CogVideoX. None takes the pipeline's."""
+    scheduler: Literal["unipc", "dpm", "euler", "lcm", "ddim"] | None = None
+    """Solver: unipc, dpm, euler or lcm (new noise in each step, for some distilled models) for flow models; ddim or dpm
+    for CogVideoX. None takes the pipeline's, or euler with sigmas."""
     flow_shift: AboveZero | None = None
     """Shift of a flow's noise levels towards noise; None takes the pipeline's. Wan's authors: 3 at 480p, 5 at 720p."""
+    sigmas: Sigmas = ()
+    """Noise levels at which the denoising steps start, such as 1.0 0.9375 0.8333 0.625, for euler or lcm, in place of
+    num_steps and flow_shift."""
     fps: AboveZero | None = None
     """Frames per second of the files; None takes the run's, or what the model was trained on (16 for Wan)."""
     samples_per_prompt: Held = 1

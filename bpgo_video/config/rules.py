@@ -20,6 +20,7 @@ from bpgo_video.config.learner import RewardConfig
 from bpgo_video.config.objective_rules import OBJECTIVE_DEFAULTS, objective_rules
 from bpgo_video.config.run import OptimizerConfig, RunConfig
 from bpgo_video.config.sampling_ahead import ahead_rules
+from bpgo_video.config.schedule_rules import schedule_rules
 from bpgo_video.errors import shown
 
 Rules = Mapping[str, object]
@@ -191,7 +192,15 @@ def check(config: Config) -> None:
             check_rules(reward_rules(config, section, name, reward))
     samples, described = config.samples
     check_rules(size_rules(config.video, config.micro_batch_size, described, samples))
-    for rules in (learner_rules, alarm_rules, sampler_rules, objective_rules, ahead_rules, branch_rules):
+    for rules in (
+        learner_rules,
+        alarm_rules,
+        sampler_rules,
+        schedule_rules,
+        objective_rules,
+        ahead_rules,
+        branch_rules,
+    ):
         check_rules(rules(config))
     check_rules(common_rules(config.policy, config.parallel, config.optim, config.ema, config.evaluation.weights))
 

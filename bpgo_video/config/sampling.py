@@ -13,6 +13,7 @@ from bpgo_video.config.fields import (
     Positive,
     Several,
     Share,
+    Sigmas,
     Switch,
     section,
 )
@@ -32,6 +33,9 @@ class SamplerConfig:
     """Guidance scale of the low-noise transformer if a pipeline has two (Wan 2.2); None takes guidance_scale."""
     shift: AboveZero | None = None
     """Shift of the sigma schedule; None takes the pipeline's own schedule."""
+    sigmas: Sigmas = ()
+    """Noise levels at which the `num_steps` steps start, such as [1.0, 0.9375, 0.8333, 0.625] of a distilled policy;
+    the last step ends at 0. They are taken as they are, without a shift. Empty: the pipeline's own schedule."""
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
     """Latents are rounded to this before their log-prob is computed, so that the replay uses the same numbers."""
     train_steps: Literal["all", "random", "window", "random_window"] = "all"

@@ -197,6 +197,7 @@ class Measurement:
                 **{name: getattr(evaluation, name) for name in ("num_steps", "guidance_scale", "guidance_scale_2")},
                 "solver": evaluation.solver,
                 "shift": evaluation.shift_or(config.sampler),
+                "sigmas": list(evaluation.sigmas_or(config.sampler)),
                 "max_sequence_length": config.policy.max_sequence_length,
                 "dtype": str(self.dtype).removeprefix("torch."),
             },

@@ -17,11 +17,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FlowMatchLCMScheduler
 from jaxtyping import Float
 from more_itertools import chunked
 from PIL import Image
@@ -293,6 +295,7 @@ def describe(
         "generation_prompts_sha256": short_hash(json.dumps(texts).encode()) if texts else None,
         "images_sha256": short_hash(images) if model.policy.takes_images else None,
         **{name: getattr(settings, name) for name in own},
+        "sigmas": list(settings.sigmas) or None,
         "vae_tiling": bool(settings.vae_tiling),
         "attention_backend": settings.attention_backend,
         **asdict(call),
@@ -343,7 +346,10 @@ def sample(
     images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
     latents = initial_latents(jobs, policy.latent_shape(call.video))
     arguments = policy.take_settings(pipeline, call.given())
-    arguments["generator"] = [generator_of(*job.latents_key, "pipeline") for job in jobs]  # for noise of the steps
+    generators = [generator_of(*job.latents_key, "pipeline") for job in jobs]  # for noise of the steps
+    arguments["generator"] = generators
+    if isinstance(pipeline.scheduler, FlowMatchLCMScheduler):  # pipelines of flows do not pass it on
+        pipeline.scheduler.step = partial(type(pipeline.scheduler).step, pipeline.scheduler, generator=generators)
     arguments |= policy.call_arguments(pipeline, latents, call.video, images)
     if images is not None:
         arguments["image"] = Image.fromarray(as_bytes(images)[0])

@@ -31,8 +31,10 @@ from bpgo_video.config.sft import Recipe
 from bpgo_video.files import PACKAGE_PREFIX, fingerprint, resolve_folder
 from bpgo_video.policies import family
 from bpgo_video.policies.networks import transformer_names
+from bpgo_video.weights import read_json
 
 CARD = "README.md"
+FUSED = "fused.json"  # in a folder that `bpgo-video fuse` wrote, and in exports of runs that started from it
 EXPORTED = "A diffusers pipeline with its transformer"
 REMEDIES = {  # by HTTP status
     401: "the hub does not accept the login; type `hf auth login`, or set HF_TOKEN",
@@ -79,6 +81,7 @@ def write_card(facts: CardFacts, folder: Path) -> None:
         shown=shown,
         config=config,
         base_fingerprint=fingerprint(base, transformer_names(base)),
+        fused=read_json(base / FUSED) if (base / FUSED).is_file() else None,
         config_sha256=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
         written_by=this_code(),
         hashes={str(path.relative_to(folder)): sha256(path) for path in weights},

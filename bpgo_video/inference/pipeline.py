@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bpgo_video.inference.run_weights import DTYPES, WEIGHTS, Model, load_traine
 from bpgo_video.policies import Policy
 from bpgo_video.policies.attention_backends import check_backend, choose_attention
 from bpgo_video.policies.networks import Transformers, component_of, networks_of, split_vae_work
+from bpgo_video.policies.schedule import at_levels
 from bpgo_video.rollouts.rules import guidance_rules
 from bpgo_video.weights import WeightsError, load_network, read_json
 
@@ -39,6 +41,7 @@ FLOW: Schedulers = {
     "unipc": partial(_multistep, diffusers.UniPCMultistepScheduler),
     "dpm": partial(_multistep, diffusers.DPMSolverMultistepScheduler),
     "euler": lambda own, shift: diffusers.FlowMatchEulerDiscreteScheduler(own.num_train_timesteps, shift=shift),
+    "lcm": lambda own, shift: diffusers.FlowMatchLCMScheduler(own.num_train_timesteps, shift=shift),
 }
 V_PREDICTION: Schedulers = {  # CogVideoX; without a shift
     "ddim": lambda own, _: diffusers.CogVideoXDDIMScheduler.from_config(own),
@@ -95,7 +98,7 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
     defaults |= {"guidance_scale": defaults[policy.guidance_argument], "fps": policy.fps}
     if (limit := tokenizer_limit(policy.folder / policy.length_tokenizer)) is not None:
         defaults["max_sequence_length"] = min(defaults["max_sequence_length"], limit)
-    given = asdict(settings) | {"num_inference_steps": settings.num_steps}
+    given = asdict(settings) | {"num_inference_steps": len(settings.sigmas) or settings.num_steps}
     names = [field.name for field in fields(CallSettings)]
     values: dict[str, Any] = {name: defaults.get(name) if given[name] is None else given[name] for name in names}
     call = CallSettings(**values)
@@ -108,6 +111,12 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
             raise GenerationError(f"lora_2 is {str(file)!r}, but {policy.folder} has no {name}; give --lora alone")
         if not (file.is_file() and file.suffix == ".safetensors"):
             raise GenerationError(f"lora {str(file)!r} is not a .safetensors file that exists")
+    if policy.whole_timesteps and (settings.sigmas or settings.scheduler in ("euler", "lcm")):
+        chosen = f"scheduler {settings.scheduler!r}" if settings.scheduler else "sigmas"
+        raise GenerationError(
+            f"{chosen} cannot be used: {policy.pipeline_name} passes whole timesteps, which diffusers' Euler and LCM "
+            "schedulers do not take; leave it out, or write --scheduler unipc or dpm"
+        )
     shipped = read_json(policy.folder / "model_index.json")["scheduler"][1]
     chosen_scheduler(settings, getattr(diffusers, shipped).from_pretrained(policy.folder / "scheduler"))
     with naming_flags():
@@ -126,7 +135,10 @@ def chosen_scheduler(settings: GenerationSettings, shipped: Any) -> Any:
         table = V_PREDICTION
     else:
         table = {} if shipped.config.get("invert_sigmas") else FLOW  # Mochi's time runs backwards
-    name, shift = settings.scheduler, settings.flow_shift
+    name, shift, sigmas = settings.scheduler, settings.flow_shift, settings.sigmas
+    if sigmas:
+        check_sigmas(settings, table)
+        return at_levels(table[name or "euler"](shipped.config, 1.0), sigmas)
     if shift is not None and table is not FLOW:
         raise GenerationError(f"flow_shift is {shift}, but this model's scheduler has none; remove --flow-shift")
     if shift is not None and name is None:
@@ -138,6 +150,28 @@ def chosen_scheduler(settings: GenerationSettings, shipped: Any) -> Any:
         raise GenerationError(f"scheduler is {name!r}, but this model supports {supported}; change --scheduler")
     own_shift = shipped.config.get("flow_shift", shipped.config.get("shift", 1.0))
     return table[name](shipped.config, own_shift if shift is None else shift)
+
+
+def check_sigmas(settings: GenerationSettings, table: Schedulers) -> None:
+    """Check noise levels that are taken as they are.
+
+    Args:
+        table: the model's schedulers.
+
+    Raises:
+        GenerationError: they do not fall, the model has no flow, or another setting has other noise levels.
+    """
+    sigmas, name = settings.sigmas, settings.scheduler
+    shown = " ".join(map(str, sigmas))
+    if any(level <= following for level, following in pairwise(sigmas)):
+        raise GenerationError(f"sigmas {shown} must fall from each step to the next; order them from noise to data")
+    if table is not FLOW:
+        raise GenerationError(f"sigmas are {shown}, but this model supports only its own noise levels; remove --sigmas")
+    if name not in (None, "euler", "lcm"):
+        raise GenerationError(f"sigmas are {shown}, and scheduler {name!r} takes none; write --scheduler euler or lcm")
+    for flag, value in (("num_steps", settings.num_steps), ("flow_shift", settings.flow_shift)):
+        if value is not None:
+            raise GenerationError(f"sigmas {shown} state all noise levels, but {flag} is {value}; remove one of them")
 
 
 def tokenizer_limit(folder: Path) -> int | None:

@@ -41,7 +41,7 @@ class Model:
         text_tokens: the length that the model was trained with; None for a folder, which does not state it.
         image_encoder_parameters: of the encoder of conditioning images; 0 if there is none.
         folder: that it was read from; None for the table.
-        hub: ids of the hub's repositories that hold it.
+        hub: ids of the hub's repositories that hold it, and folders of shipped recipes that hold its shapes.
     """
 
     name: str

@@ -53,6 +53,7 @@ class Policy:
         padding_frames: latent frames sampled before the others and not part of the video.
         length_tokenizer: the tokenizer whose tokens `max_sequence_length` counts.
         one_dtype: diffusers' pipeline needs all its networks, the VAE too, in one dtype.
+        whole_timesteps: diffusers' pipeline passes whole timesteps, which its Euler schedulers do not take.
         one_text_a_call: diffusers' pipeline pads the texts of a call to one length without a mask.
         slices_vae: diffusers' VAE computes correct attention masks for a batch of one only.
         options: the family's own settings of the recipe's section `policy`, with the pipeline's default values.
@@ -78,6 +79,7 @@ class Policy:
     padding_frames: int = 0
     length_tokenizer: ClassVar[str] = "tokenizer"
     one_dtype: ClassVar[bool] = False
+    whole_timesteps: ClassVar[bool] = False
     one_text_a_call: ClassVar[bool] = False
     slices_vae: ClassVar[bool] = False
     options: Mapping[str, float | None] = MappingProxyType({})

@@ -15,6 +15,23 @@ from torch import Tensor
 SHIFT_DEFAULTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
+def given_sigmas(levels: Sequence[float]) -> Float[Tensor, "points"]:
+    """The noise levels at which steps start, then 0, as a schedule."""
+    return torch.tensor([*levels, 0.0])
+
+
+def at_levels(scheduler: Any, levels: Sequence[float]) -> Any:
+    """The flow scheduler with these noise levels, whatever levels and number of steps a pipeline asks it for."""
+
+    class AtLevels(type(scheduler)):  # type: ignore[misc]
+        def set_timesteps(
+            self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: Any = None
+        ) -> None:
+            super().set_timesteps(sigmas=list(levels), device=device)
+
+    return AtLevels.from_config(scheduler.config)
+
+
 def scheduled_sigmas(
     scheduler: Any, levels: Sequence[float], shift: float | None = None, mu: float | None = None
 ) -> Float[Tensor, "points"]:

@@ -69,6 +69,7 @@ class WanPolicy(Policy):
 
     @classmethod
     def check(cls, folder: Path) -> None:
+        super().check(folder)
         names, boundary = transformer_names(folder), read_index(folder).get("boundary_ratio")
         if (boundary is None) != (len(names) == 1):
             raise ConfigError(
@@ -78,7 +79,7 @@ class WanPolicy(Policy):
 
     def transformer_at(self, sigma: float) -> str:
         """The high-noise expert from the boundary on, compared in fp32 as in diffusers' pipeline."""
-        boundary = self.pipeline.config.boundary_ratio
+        boundary = getattr(self.pipeline.config, "boundary_ratio", None)  # SkyReels' pipelines have no such setting
         if boundary is None:
             return self.transformer_names[0]
         train_timesteps = self.pipeline.scheduler.config.num_train_timesteps

@@ -17,7 +17,9 @@ from bpgo_video.diffusion import sde
 from bpgo_video.policies import Policy, guided_velocity
 from bpgo_video.policies.attention_backends import with_backend
 from bpgo_video.policies.base import both_velocities
+from bpgo_video.policies.schedule import given_sigmas
 from bpgo_video.rollouts.paths import PartialPath, joined
+from bpgo_video.rollouts.rules import rollout_sigmas
 from bpgo_video.rollouts.tree import Tree
 from bpgo_video.types import Guidance, Latents, Velocity
 
@@ -203,7 +205,7 @@ def training_denoiser(policy: Policy, config: Config) -> Denoiser:
     sampler = config.sampler
     return Denoiser(
         policy=policy,
-        sigmas=policy.sigmas(sampler.num_steps, config.video, sampler.shift),
+        sigmas=rollout_sigmas(policy, config),
         sampler=sampler.name,
         eta=sampler.eta,
         guidance_scale=sampler.guidance_scale,
@@ -239,7 +241,8 @@ def evaluation_denoiser(policy: Policy, config: Config) -> Denoiser:
         sigmas = torch.cat([levels, levels.new_zeros(1)])
     else:
         scheduler, solver = None, "euler" if solver == "shipped" else solver
-        sigmas = policy.sigmas(evaluation.num_steps, config.video, shift)
+        levels = evaluation.sigmas_or(config.sampler)
+        sigmas = given_sigmas(levels) if levels else policy.sigmas(evaluation.num_steps, config.video, shift)
     return Denoiser(
         policy=policy,
         sigmas=sigmas,

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from jaxtyping import Float
+from torch import Tensor
+
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.diffusion.steps import STEP_SELECTIONS
 from bpgo_video.policies import Policy
 from bpgo_video.policies.networks import trained_names
+from bpgo_video.policies.schedule import given_sigmas
 from bpgo_video.randomness import generator_of
 
 TrainedSteps = Callable[[int], tuple[int, ...]]  # prompt id -> indices of its stochastic steps
 
 
+def rollout_sigmas(policy: Policy, config: Config) -> Float[Tensor, "points"]:
+    """The noise levels of a rollout: the recipe's own, or the family's for such a video; the last is 0."""
+    sampler = config.sampler
+    if sampler.sigmas:
+        return given_sigmas(sampler.sigmas)
+    return policy.sigmas(sampler.num_steps, config.video, sampler.shift)
+
+
 def transformers_by_step(policy: Policy, config: Config) -> list[str]:
     """The name of the transformer that computes each denoising step; Wan 2.2 has one for high noise and one for low."""
-    sigmas = policy.sigmas(config.sampler.num_steps, config.video, config.sampler.shift)
-    return [policy.transformer_at(float(sigma)) for sigma in sigmas[:-1]]
+    return [policy.transformer_at(float(sigma)) for sigma in rollout_sigmas(policy, config)[:-1]]
 
 
 def trainable_steps(policy: Policy, config: Config) -> tuple[int, ...]:

@@ -296,6 +296,40 @@ def test_what_a_tree_of_samples_cannot_have_is_refused(change: dict[str, dict], 
     assert all(key in str(error.value) for key in keys)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "evaluation", "message"),
+    [
+        ({"sigmas": [0.5, 0.9, 0.1]}, {}, r"sampler.sigmas \[0.5, 0.9, 0.1\] must fall"),
+        ({"sigmas": [1.0, 0.5]}, {}, r"are 2 steps, but sampler.num_steps is 3; set sampler.num_steps to 2"),
+        ({"shift": 3.0}, {}, r"taken as they are, but sampler.shift is 3.0; set sampler.shift to null"),
+        ({}, {"num_steps": 4}, r"evaluation.num_steps is 4; set evaluation.num_steps to 3, or evaluation.sigmas or"),
+        ({}, {"solver": "shipped"}, r"evaluation.solver is 'shipped', which has noise levels of its own"),
+        ({}, {"sigmas": [1.0, 0.5, 0.1], "shift": 3.0}, r"taken as they are, but evaluation.shift is 3.0"),
+    ],
+)
+def test_noise_levels_that_other_settings_contradict_are_refused(sampler: dict, evaluation: dict, message: str) -> None:
+    config = stated_levels()
+    config_from_dict(copy.deepcopy(config))
+    config["sampler"] |= sampler
+    config["evaluation"] |= evaluation
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(config)
+
+
+def stated_levels() -> dict:
+    config = tree()
+    config["sampler"] |= {"num_steps": 3, "sigmas": [1.0, 0.7, 0.5], "train_fraction": 1.0}
+    config["evaluation"] |= {"num_steps": 3}
+    return config
+
+
+def test_held_out_videos_may_have_another_schedule() -> None:
+    config = stated_levels()
+    config["evaluation"] |= {"num_steps": 8, "shift": 3.0}
+    found = config_from_dict(config)
+    assert found.evaluation.sigmas_or(found.sampler) == ()
+
+
 def test_centring_one_prompt_is_refused() -> None:
     broken = tree() | {"bpgo": {"ras_center": "batch_mean"}}
     config_from_dict(broken)

@@ -21,9 +21,10 @@ from tests.families.kandinsky5 import KANDINSKY5, KANDINSKY5_IMAGE
 from tests.families.ltx import LTX, LTX_IMAGE
 from tests.families.ltx2 import LTX2
 from tests.families.mochi import MOCHI
-from tests.families.page import SKYREELS
+from tests.families.page import EXAMPLE
 from tests.families.qwen_image import QWEN_IMAGE
 from tests.families.sd3 import SD3, SD35
+from tests.families.skyreels import SKYREELS_FORCING, SKYREELS_IMAGE, SKYREELS_TEXT
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 from tests.families.wan22 import WAN_22, WAN_22_IMAGE, WAN_22_TI2V, WAN_22_TI2V_IMAGE
 
@@ -56,7 +57,10 @@ CASES: dict[str, Case] = {
     "sd3": SD3,
     "sd35": SD35,
     "qwen_image": QWEN_IMAGE,
-    "skyreels": SKYREELS,
+    "skyreels": SKYREELS_TEXT,
+    "skyreels_image": SKYREELS_IMAGE,
+    "skyreels_forcing": SKYREELS_FORCING,
+    "example": EXAMPLE,
 }
 
 __all__ = ["CASES", "Case", "Policy", "load_policy"]

@@ -1,4 +1,4 @@
-"""The example family of docs/new_family.md (`skyreels`), which also runs through the tests of all families.
+"""The example family of docs/new_family.md (`example`), which also runs through the tests of all families.
 
 These tests cover what an external family must define, and the errors if it does not.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -23,9 +24,10 @@ from bpgo_video.planning.memory import reckon
 from bpgo_video.planning.models import find_model
 from bpgo_video.policies.attention import SequencePlan, check_heads, parallelise
 from tests.families import CASES, Policy
-from tests.families.page import CODE, random_skyreels
+from tests.families.page import CODE
+from tests.families.skyreels import random_skyreels
 
-CASE = CASES["skyreels"]
+CASE = CASES["example"]
 TRANSFORMER = "SkyReelsV2Transformer3DModel"
 
 
@@ -49,12 +51,16 @@ def test_the_example_is_short() -> None:
     assert len([line for line in CODE.splitlines() if line.strip()]) <= 20
 
 
-def test_without_policy_family_the_error_names_the_remedy(folder: Path) -> None:
-    message = r"is a SkyReelsV2Pipeline; known .*new_family.md.*policy.family"
+def test_without_policy_family_the_error_names_the_remedy(folder: Path, tmp_path: Path) -> None:
+    unknown = tmp_path / "unknown"
+    copytree(folder, unknown)
+    index = unknown / "model_index.json"
+    index.write_text(index.read_text().replace("SkyReelsV2Pipeline", "AllegroPipeline"))
+    message = r"is a AllegroPipeline; known .*new_family.md.*policy.family"
     with pytest.raises(ConfigError, match=message):
-        CASES["wan"].policy(folder)
+        CASES["wan"].policy(unknown)
     with pytest.raises(ConfigError, match=message):
-        reckon(job_of(folder, family=None))
+        reckon(job_of(unknown, family=None))
 
 
 def test_the_plan_of_the_family_splits_its_tokens(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
