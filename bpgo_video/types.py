@@ -126,6 +126,7 @@ class PromptBatch:
         negative_rows: row of each prompt's negative prompt in `negative`; None if all have the first.
         priors: anchors by the reward's name.
         images: first frames for image-to-video, RGB in [0, 1] at the video's size; None if the prompts have no images.
+        videos: files of the prompts' videos, which `conditioned` keeps for a policy that follows them; None without.
         again: the prompts whose videos are scored again, by rewards with several scorings; None for all.
         tags: of each prompt, such as its kind; empty if none is known.
     """
@@ -137,6 +138,7 @@ class PromptBatch:
     negative_rows: Int[Tensor, "prompts"] | None = None
     priors: Mapping[str, PriorAnchor] = field(default_factory=dict)
     images: Float[Tensor, "prompts 3 height width"] | None = None
+    videos: tuple[bytes, ...] | None = None
     again: Bool[Tensor, "prompts"] | None = None
     tags: tuple[tuple[str, ...], ...] = ()
 

@@ -86,20 +86,27 @@ class Cut:
         return starts
 
 
-def read_clip(path: Path, start: float, video: VideoConfig) -> Float[Tensor, "frames 3 height width"]:
+def read_clip(
+    source: Path | bytes, start: float, video: VideoConfig, owner: str = ""
+) -> Float[Tensor, "frames 3 height width"]:
     """The frames of one clip in [0, 1]: upright, resized to cover the clip's size and centre-cropped (`fit_image`).
 
     Seeks to the last keyframe before the clip; holds one frame of the video at a time.
 
+    Args:
+        source: a file, or its content.
+        owner: its name in errors; a file's own by default.
+
     Raises:
         VideoError: the video does not decode, ends before the clip does, or is smaller than the clip.
     """
+    owner = owner or str(source)
     moments = [start + number / video.fps for number in range(video.num_frames)]
-    with opened(str(path), str(path)) as container:
+    with opened(source if isinstance(source, bytes) else str(source), owner) as container:
         duration = 1 / float(container.streams.video[0].average_rate)
-        frames = [_fit(frame, path, video) for frame in nearest(_timed(container, start, path), moments, duration)]
+        frames = [_fit(frame, owner, video) for frame in nearest(_timed(container, start, owner), moments, duration)]
     if len(frames) < len(moments):
-        raise VideoError(f"{path} ends before {moments[len(frames)]:.2f} s, earlier than its header states")
+        raise VideoError(f"{owner} ends before {moments[len(frames)]:.2f} s, too early for {video.num_frames} frames")
     return torch.stack(frames)
 
 
@@ -122,22 +129,22 @@ def nearest(timed: Iterable[tuple[float, Item]], moments: Sequence[float], durat
             return
 
 
-def _timed(container: Any, start: float, path: Path) -> Iterator[tuple[float, av.VideoFrame]]:
+def _timed(container: Any, start: float, owner: str) -> Iterator[tuple[float, av.VideoFrame]]:
     stream = container.streams.video[0]
     first = stream.start_time or 0
     if start > 0:
         container.seek(first + int(start / stream.time_base), stream=stream)
-    for frame in decoded(container, str(path)):
+    for frame in decoded(container, owner):
         if frame.pts is None:
-            raise VideoError(f"{path} has a frame without a time; `ffmpeg -i IN -c copy OUT.mp4` may add it")
+            raise VideoError(f"{owner} has a frame without a time; `ffmpeg -i IN -c copy OUT.mp4` may add it")
         yield float((frame.pts - first) * stream.time_base), frame
 
 
-def _fit(frame: av.VideoFrame, path: Path, video: VideoConfig) -> Float[Tensor, "3 height width"]:
-    pixels = torch.from_numpy(upright(frame, path).copy()).permute(2, 0, 1)
+def _fit(frame: av.VideoFrame, owner: str, video: VideoConfig) -> Float[Tensor, "3 height width"]:
+    pixels = torch.from_numpy(upright(frame, owner).copy()).permute(2, 0, 1)
     height, width = pixels.shape[1:]
     if height < video.height or width < video.width:
-        raise VideoError(f"{path} is {width} x {height}, smaller than a clip of {video.width} x {video.height}")
+        raise VideoError(f"{owner} is {width} x {height}, smaller than a clip of {video.width} x {video.height}")
     return fit_image(pixels.float() / 255, video.height, video.width)
 
 

@@ -77,7 +77,14 @@ MAX_SHARDS = 100_000  # that a pattern may name
 KEY = re.compile(r"[0-9A-Za-z-]+")
 TAR_BLOCK = 512
 ROW = np.dtype(  # of a record; `ranges` are those of the record, its conditioning and its own negative conditioning
-    [("id", np.int64), ("split", np.int32), ("shard", np.int32), ("image", np.bool_), ("ranges", np.int64, (3, 2))]
+    [
+        ("id", np.int64),
+        ("split", np.int32),
+        ("shard", np.int32),
+        ("image", np.bool_),
+        ("video", np.bool_),
+        ("ranges", np.int64, (3, 2)),
+    ]
 )
 STAMPED = {  # entry of the index -> what differs if it does, and the command that makes it
     "images": ("texts that were encoded with other images", "bpgo-video prompts build --height H --width W"),
@@ -87,7 +94,7 @@ BUILD = "with bpgo-video prompts build --input FILE --output DIR --policy FOLDER
 
 
 class PromptShards:
-    """A folder of prompt shards. Holds 65 bytes per prompt, whatever the size of its embeddings.
+    """A folder of prompt shards. Holds 66 bytes per prompt, whatever the size of its embeddings.
 
     Args:
         source: a folder, glob, brace range or URL, see above.
@@ -188,12 +195,20 @@ class PromptShards:
 
     def has_images(self, split: str) -> bool:
         """Whether the prompts of a split have images. Raises ShardError if only some have."""
+        return self._all_have("image", split)
+
+    def has_videos(self, split: str) -> bool:
+        """Whether the prompts of a split have videos. Raises ShardError if only some have."""
+        return self._all_have("video", split)
+
+    def _all_have(self, kind: str, split: str) -> bool:
         rows = self.rows(split)
-        count = int(self._rows["image"][rows].sum())
+        count = int(self._rows[kind][rows].sum())
         if count not in (0, len(rows)):
+            article = "an" if kind == "image" else "a"
             raise ShardError(
-                f"{count} prompts of the split {split!r} of {self.directory} have an image, {len(rows) - count} have "
-                f"none; give all of them one, or put them into two splits"
+                f"{count} prompts of the split {split!r} of {self.directory} have {article} {kind}, "
+                f"{len(rows) - count} have none; give all of them one, or put them into two splits"
             )
         return count > 0
 
@@ -243,7 +258,7 @@ class PromptShards:
             raise damaged(path, "(the negative prompt)", "it does not match the index's sha256")
         return to_layout(safetensors.torch.load(data), self.index["conditioning"], str(path))
 
-    def _scan(self) -> Iterator[tuple[int, int, int, bool, list[ByteRange]]]:
+    def _scan(self) -> Iterator[tuple[int, int, int, bool, bool, list[ByteRange]]]:
         """Every record as a ROW."""
         splits = {name: code for code, name in enumerate(self.index["splits"])}
         for number, (path, shard) in enumerate(zip(self._paths, self.index["shards"], strict=True)):
@@ -263,7 +278,13 @@ class PromptShards:
                     ranges.append(stored[digest])
                 tags = self._tags[header["split"]]
                 tags.update(tag for tag in header["tags"] if tag in tags or len(tags) < COUNTED_TAGS)
-                yield header["id"], splits[header["split"]], number, "image" in members, ranges
+                yield (
+                    header["id"],
+                    splits[header["split"]],
+                    number,
+                    *(kind in members for kind in ("image", "video")),
+                    ranges,
+                )
                 count += 1
             if count != shard["count"]:
                 raise damaged(path, key, f"the last of {count} that can be read; the index states {shard['count']}")

@@ -145,6 +145,7 @@ def as_batch(records: Sequence[PromptRecord], size: Size | None = None) -> Promp
         negative=_stacked(list(negatives.values())),
         negative_rows=torch.tensor([number[record.negative_prompt] for record in records]),
         images=None if size is None else _images(records, size),
+        videos=_videos(records),
         tags=tuple(record.tags for record in records),
     )
 
@@ -159,3 +160,9 @@ def _images(records: Sequence[PromptRecord], size: Size) -> Float[Tensor, "promp
         raise ShardError(f"{len(files)} prompts have an image, {len(records) - len(files)} of the same batch have none")
     images = [fit_image(decode_image(file.data, owner), *size) for file, owner in files]
     return torch.stack(images) if images else None
+
+
+def _videos(records: Sequence[PromptRecord]) -> tuple[bytes, ...] | None:
+    """The prompts' video files; None unless all have one, which runs that need them check by the split."""
+    files = tuple(record.media["video"].data for record in records if "video" in record.media)
+    return files if len(files) == len(records) else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -126,13 +126,13 @@ def reader_of(suite: Suite, images: Path | None, texts: Mapping[str, str] | None
     """A reader of the suite's prompts for `generate`, with their images if the model continues images."""
     image = cache(lambda path: read_media("image", path))  # VBench-I2V has seven camera motions of one image
 
-    def read(_: GenerationSettings, with_images: bool) -> list[PromptRecord]:
+    def read(_: GenerationSettings, needed: Sequence[str]) -> list[PromptRecord]:
         return [
             PromptRecord(
                 prompt_id(prompt.text),
                 prompt.text,
                 negative_prompt=prompt.negative_prompt,
-                media={"image": image(suites.image_path(prompt, images))} if with_images else {},
+                media={"image": image(suites.image_path(prompt, images))} if "image" in needed else {},
                 info=prompt.info if texts is None else {GENERATION_PROMPT: texts[prompt.text]},
             )
             for prompt in suite.prompts

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.config.generation import GenerationError, GenerationSettings
+from bpgo_video.data.clips import read_clip
 from bpgo_video.data.media import (
     ImageError,
     VideoError,
@@ -61,7 +62,7 @@ MANIFEST = "generation.json"
 KINDS = ("mp4", "png")  # of files: videos, and images of one frame
 GENERATION_PROMPT = "generation_prompt"  # key of a prompt's info: the text for the model, if it is not the prompt
 
-Reader = Callable[[GenerationSettings, bool], list[PromptRecord]]  # (settings, with images) -> prompts
+Reader = Callable[[GenerationSettings, Sequence[str]], list[PromptRecord]]  # (settings, kinds of files) -> prompts
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,14 @@ class Job:
         return (self.seed, "generation", self.prompt.id, self.sample)
 
 
-def read_records(settings: GenerationSettings, with_images: bool = False) -> list[PromptRecord]:
-    """The prompts of a file or of shards, without embeddings; with their images for image-to-video.
+def read_records(settings: GenerationSettings, needed: Sequence[str] = ()) -> list[PromptRecord]:
+    """The prompts of a file or of shards, without embeddings; with their images or videos, if the model needs them.
+
+    Args:
+        needed: kinds of files, "image" and "video".
 
     Raises:
-        GenerationError: a prompt lacks its image, or a split is named without shards.
+        GenerationError: a prompt lacks a file of these kinds, or a split is named without shards.
     """
     if settings.prompts.is_dir():
         pairs = ((record, record.media) for record in PromptShards(settings.prompts).records(settings.split))
@@ -130,12 +134,13 @@ def read_records(settings: GenerationSettings, with_images: bool = False) -> lis
         pairs = ((line.record, {kind: read_media(kind, path) for kind, path in line.media.items()}) for line in lines)
     records = []
     for record, media in pairs:
-        if with_images and "image" not in media:
-            raise GenerationError(
-                f"the model makes videos of images, but prompt {record.prompt!r} has none; add 'image' to it"
-            )
-        image = {"image": media["image"]} if with_images else {}
-        records.append(replace(record, conditioning={}, negative={}, clip={}, media=image))
+        for kind in needed:
+            if kind not in media:
+                raise GenerationError(
+                    f"the model needs the {kind} of each prompt, but {record.prompt!r} has none; add {kind!r} to it"
+                )
+        files = {kind: media[kind] for kind in needed}
+        records.append(replace(record, conditioning={}, negative={}, clip={}, media=files))
     return records
 
 
@@ -249,7 +254,7 @@ def generate(
     with all_or_none(mesh):
         model = find_model(settings, mesh.rank, mesh.world_size)
         settings = model.complete(settings)
-        prompts = read(settings, model.policy.takes_images)
+        prompts = read(settings, model.policy.media)
         call = resolve(settings, model.policy)
         silent_image = call.num_frames == 1 and not model.policy.makes_audio
         paths = paths or OutputPaths.within(settings.output, "png" if silent_image else "mp4")
@@ -281,7 +286,7 @@ def describe(
     folder, checkpoint = model.policy.folder, model.checkpoint
     parts = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     prompts = settings.prompts / "index.json" if settings.prompts.is_dir() else settings.prompts
-    images = b"".join(file.data for record in records for file in record.media.values())
+    files = b"".join(file.data for record in records for file in record.media.values())
     adapters = {name: short_hash(file.read_bytes()) for name, file in settings.adapters.items()}
     texts = {str(one.id): one.info[GENERATION_PROMPT] for one in records if GENERATION_PROMPT in one.info}
     own = ("split", "seed", "negative_prompt", "samples_per_prompt", "scheduler", "flow_shift", "family", "dtype")
@@ -293,7 +298,7 @@ def describe(
         "lora_2_sha256": adapters.get("transformer_2"),
         "prompts_sha256": short_hash(prompts.read_bytes()),
         "generation_prompts_sha256": short_hash(json.dumps(texts).encode()) if texts else None,
-        "images_sha256": short_hash(images) if model.policy.takes_images else None,
+        "images_sha256": short_hash(files) if model.policy.media else None,
         **{name: getattr(settings, name) for name in own},
         "sigmas": list(settings.sigmas) or None,
         "vae_tiling": bool(settings.vae_tiling),
@@ -341,25 +346,31 @@ def sample(
 
     They are made in one call of the pipeline, or in one call each where it takes one text or image.
     """
-    if len(jobs) > 1 and (jobs[0].prompt.media or policy.one_text_a_call):
+    if len(jobs) > 1 and (jobs[0].prompt.media or policy.one_text_a_call or policy.one_video_a_call):
         return [made for job in jobs for made in sample(pipeline, policy, [job], settings, call)]
-    images = first_frame(jobs[0], call)[None] if jobs[0].prompt.media else None
+    media = jobs[0].prompt.media
+    images = first_frame(jobs[0], call)[None] if "image" in media else None
     latents = initial_latents(jobs, policy.latent_shape(call.video))
-    arguments = policy.take_settings(pipeline, call.given())
     generators = [generator_of(*job.latents_key, "pipeline") for job in jobs]  # for noise of the steps
-    arguments["generator"] = generators
-    if isinstance(pipeline.scheduler, FlowMatchLCMScheduler):  # pipelines of flows do not pass it on
-        pipeline.scheduler.step = partial(type(pipeline.scheduler).step, pipeline.scheduler, generator=generators)
+    of_jobs: dict[str, Any] = {
+        "prompt": [job.text for job in jobs],
+        "negative_prompt": [job.negative_prompt(settings.negative_prompt) for job in jobs],
+        "generator": generators,
+    }
+    if policy.one_video_a_call:
+        of_jobs = {name: values[0] for name, values in of_jobs.items()}
+    arguments = {**of_jobs, **policy.take_settings(pipeline, call.given())}
+    if isinstance(pipeline.scheduler, FlowMatchLCMScheduler):  # pipelines of flows do not pass generators on
+        kind: Any = type(pipeline.scheduler)
+        pipeline.scheduler.step = partial(kind.step, pipeline.scheduler, generator=generators)  # type: ignore[attr-defined]
     arguments |= policy.call_arguments(pipeline, latents, call.video, images)
     if images is not None:
-        arguments["image"] = Image.fromarray(as_bytes(images)[0])
+        arguments[policy.image_argument] = Image.fromarray(as_bytes(images)[0])
+    if "video" in media:
+        frames = read_clip(media["video"].data, 0.0, call.video, f"the video of prompt {jobs[0].prompt.prompt!r}")
+        arguments["video"] = [Image.fromarray(frame) for frame in as_bytes(frames)]
     with FixedDraws():
-        output = pipeline(
-            prompt=[job.text for job in jobs],
-            negative_prompt=[job.negative_prompt(settings.negative_prompt) for job in jobs],
-            output_type="pt",
-            **arguments,
-        )
+        output = pipeline(output_type="pt", **arguments)
     audio = policy.audio_of(pipeline, output)
     sounds = [None if audio is None else audio[row : row + 1] for row in range(len(jobs))]
     return list(zip(policy.videos_of(output).float().clamp(0, 1).cpu(), sounds, strict=True))

@@ -91,7 +91,8 @@ def write_card(facts: CardFacts, folder: Path) -> None:
 
 def header(config: Recipe, base: Path) -> dict[str, Any]:
     """The card's YAML, by which the hub sorts models; the license is that of the base model's card, if there is one."""
-    task = "image-to-video" if family(base, config.policy.family).takes_images else "text-to-video"
+    kind = family(base, config.policy.family)
+    task = next((f"{one}-to-video" for one in ("video", "image") if getattr(kind, f"takes_{one}s")), "text-to-video")
     tags = ["bpgo_video", config.algorithm, *(["lora"] if config.policy.lora.rank else [])]
     found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task, "tags": tags}
     if not (is_local(config.policy.folder) or config.policy.folder.startswith(PACKAGE_PREFIX)):

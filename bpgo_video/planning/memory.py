@@ -170,7 +170,7 @@ def _prefix_bytes(job: Job) -> int:
         return 0
     mesh = Mesh(0, job.ranks // job.config.parallel.sequence, torch.device("cpu"))
     held = rollout.prompts_per_step
-    if job.policy.takes_images or rollout.branches or not spreads(mesh, rollout.group_size, rollout.micro_batch_size):
+    if job.policy.media or rollout.branches or not spreads(mesh, rollout.group_size, rollout.micro_batch_size):
         held = min(held, -(-job.samples // rollout.group_size) + 1)  # the first and the last may be parts of groups
     if rollout.branches:
         held += 2 * tree_of(job.config, mesh.data_size).samples

@@ -35,6 +35,7 @@ __all__ = ["FAMILIES", "Policy", "family", "guided_velocity", "load_policy"]
 FAMILIES: dict[str, str] = {  # diffusers' pipeline -> the class of its policy, imported on demand
     "WanPipeline": "bpgo_video.policies.wan:WanPolicy",
     "WanImageToVideoPipeline": "bpgo_video.policies.wan:WanImagePolicy",
+    "WanVACEPipeline": "bpgo_video.policies.wan_vace:ControlVideoPolicy",
     "SkyReelsV2Pipeline": "bpgo_video.policies.skyreels:SkyReelsPolicy",
     "SkyReelsV2ImageToVideoPipeline": "bpgo_video.policies.skyreels:SkyReelsImagePolicy",
     "SkyReelsV2DiffusionForcingPipeline": "bpgo_video.policies.skyreels:DiffusionForcingPolicy",

@@ -230,9 +230,10 @@ def parallelise(transformer: nn.Module, mesh: Mesh, plan: SequencePlan | None) -
     blocks[0].register_forward_pre_hook(split, with_kwargs=True)
     plan.rope(transformer, ulysses)
     (transformer.get_submodule(plan.head) if plan.head else blocks[-1]).register_forward_hook(join)
-    # diffusers' processors look up `dispatch_attention_fn` in their module and pass it their `_parallel_config`.
-    sys.modules[type(transformer).__module__].dispatch_attention_fn = attend  # type: ignore[attr-defined]
     for processor in _processors(transformer, plan):
+        module: Any = sys.modules[type(processor).__module__]
+        if module.__name__.startswith("diffusers."):  # they look it up there, and pass it their _parallel_config
+            module.dispatch_attention_fn = attend
         processor._parallel_config = ulysses
 
 

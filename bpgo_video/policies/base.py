@@ -45,6 +45,7 @@ class Policy:
         max_sequence_length: text tokens; changes the result where padding is not masked.
         fps: frames per second that the authors train on.
         takes_images: image-to-video.
+        takes_videos: each prompt has a video that its samples follow, see `control_conditioning`.
         makes_audio: the latents hold sound with the video, see `decode_audio`.
         texts_see_images: the text encoder reads a prompt together with its image.
         given_frames: latent frames at the start that the image fixes; they are not sampled.
@@ -54,6 +55,8 @@ class Policy:
         length_tokenizer: the tokenizer whose tokens `max_sequence_length` counts.
         one_dtype: diffusers' pipeline needs all its networks, the VAE too, in one dtype.
         whole_timesteps: diffusers' pipeline passes whole timesteps, which its Euler schedulers do not take.
+        one_video_a_call: diffusers' pipeline makes one video a call, of a prompt that is no list.
+        image_argument: the pipeline call's name for the prompt's image.
         one_text_a_call: diffusers' pipeline pads the texts of a call to one length without a mask.
         slices_vae: diffusers' VAE computes correct attention masks for a batch of one only.
         options: the family's own settings of the recipe's section `policy`, with the pipeline's default values.
@@ -71,6 +74,7 @@ class Policy:
     block_names: ClassVar[tuple[str, ...]]
     fps: float
     takes_images: ClassVar[bool] = False
+    takes_videos: ClassVar[bool] = False
     makes_audio: ClassVar[bool] = False
     texts_see_images: ClassVar[bool] = False
     given_frames: ClassVar[int] = 0
@@ -80,6 +84,8 @@ class Policy:
     length_tokenizer: ClassVar[str] = "tokenizer"
     one_dtype: ClassVar[bool] = False
     whole_timesteps: ClassVar[bool] = False
+    one_video_a_call: ClassVar[bool] = False
+    image_argument: ClassVar[str] = "image"
     one_text_a_call: ClassVar[bool] = False
     slices_vae: ClassVar[bool] = False
     options: Mapping[str, float | None] = MappingProxyType({})
@@ -157,6 +163,19 @@ class Policy:
         if not self.takes_images:
             raise TypeError(f"{type(self).__name__} makes videos from texts only")
         return {"image_latents": self.clean_latents(self.pipeline.vae, images[:, None])}
+
+    def control_conditioning(self, videos: Videos, images: Images | None, video: VideoConfig) -> dict[str, Tensor]:
+        """Conditioning from the control video of one prompt, and its image for a policy that takes both.
+
+        Args:
+            videos: of one row, of the size and frame rate of `video`.
+        """
+        raise TypeError(f"{type(self).__name__} makes videos without control videos")
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The kinds of files that each prompt must have: image, video."""
+        return tuple(kind for kind, taken in (("image", self.takes_images), ("video", self.takes_videos)) if taken)
 
     def video_conditioning(self, video: VideoConfig) -> dict[str, Tensor]:
         """Conditioning from the video's own settings, such as its frame rate: one row, fp32."""

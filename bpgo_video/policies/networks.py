@@ -233,7 +233,7 @@ def _rest_on_cpu(policy: Any, device: torch.device) -> None:
     ]
     for network in networks:
         network.to("cpu")
-    for name in ("decode", "decode_audio", "image_conditioning"):
+    for name in ("decode", "decode_audio", "image_conditioning", "control_conditioning"):
         setattr(policy, name, _on_device(getattr(policy, name), networks, device))
 
 

@@ -51,6 +51,7 @@ class DiffusionForcingPolicy(SkyReelsPolicy):
 
     pipeline_name = "SkyReelsV2DiffusionForcingPipeline"
     whole_timesteps = True
+    one_video_a_call = True  # diffusers' code for the frame rate fails on a batch
     required_settings = MappingProxyType({"transformer": {"num_frame_per_block": (1,)}})  # others attend by blocks
 
     def timesteps(self, latents: Latents, sigma: Tensor) -> Tensor:

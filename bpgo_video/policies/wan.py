@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -63,7 +64,7 @@ class WanPolicy(Policy):
     """Wan text-to-video."""
 
     pipeline_name = "WanPipeline"
-    block_names = ("WanTransformerBlock",)
+    block_names: ClassVar[tuple[str, ...]] = ("WanTransformerBlock",)
     fps = 16.0
     sequence_plan = SequencePlan(blocks=("blocks",), rope=split_rope("rope", dim=1), head="proj_out")
 

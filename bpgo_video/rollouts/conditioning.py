@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bpgo_video.config.bpgo import Config
+from bpgo_video.data.clips import read_clip
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.types import Conditioning, Guidance, PromptBatch
@@ -55,18 +57,33 @@ def conditioned(
 ) -> PromptBatch:
     """The prompts with their complete conditioning in `dtype`, on the CPU.
 
-    Encoding an image costs as much as encoding a video. Each rank encodes only the images of its own samples; the rows
-    of other ranks' images stay zero.
+    Encoding an image costs as much as encoding a video. Each rank encodes only the images and control videos of its own
+    samples, once for all samples of a prompt; the rows of other ranks' stay zero.
 
     Args:
         group_size: samples to be made of each prompt.
     """
     of_video = for_each(policy.video_conditioning(config.video), len(prompts))
     conditioning, negative = {**cast(prompts.conditioning, dtype), **of_video}, cast(prompts.negative, dtype)
-    if prompts.images is not None:
+    prompts = replace(prompts, videos=prompts.videos if policy.takes_videos else None)
+    if prompts.images is not None or prompts.videos is not None:
         shares = mesh.share(len(prompts) * group_size, config.rollout.micro_batch_size)
         rows = sorted({item // group_size for items in shares for item in items})
-        for name, value in cast(policy.image_conditioning(prompts.images[rows], config.video), dtype).items():
+        for name, value in cast(media_conditioning(prompts, rows, policy, config), dtype).items():
             conditioning[name] = value.new_zeros(len(prompts), *value.shape[1:])  # untouched pages take no memory
             conditioning[name][rows] = value
     return replace(prompts, conditioning=conditioning, negative=negative)
+
+
+def media_conditioning(prompts: PromptBatch, rows: Sequence[int], policy: Policy, config: Config) -> dict[str, Tensor]:
+    """Conditioning from the images or control videos of these prompts, one video in memory at a time."""
+    images = None if prompts.images is None else prompts.images[rows]
+    if prompts.videos is None:
+        assert images is not None
+        return policy.image_conditioning(images, config.video)
+    found = []
+    for place, row in enumerate(rows):
+        frames = read_clip(prompts.videos[row], 0.0, config.video, f"the video of prompt {prompts.texts[row]!r}")
+        image = None if images is None else images[place : place + 1]
+        found.append(policy.control_conditioning(frames[None], image, config.video))
+    return {name: torch.cat([one[name] for one in found]) for name in found[0]}

@@ -72,8 +72,9 @@ def sample_chunks(
     def begin(rows: Tensor, samples: Tensor, guidance: Guidance) -> PartialPath:
         return denoiser.begin(denoiser.policy.start(noise_of(rows, samples, "start"), guidance.towards))
 
-    # A rank encodes the images of its own samples only, so with images it has all samples of few prompts.
-    spread = same_start and not branching and prompts.images is None and spreads(mesh, group_size, micro_batch_size)
+    # A rank encodes the images and videos of its own samples only, so with them it has all samples of few prompts.
+    alone = prompts.images is not None or prompts.videos is not None
+    spread = same_start and not branching and not alone and spreads(mesh, group_size, micro_batch_size)
     size = samples_together(branching, len(prompts), group_size, micro_batch_size, mesh.data_size)
     shares = micro_batches(mesh, len(prompts), group_size, size, spread)
     branch_steps, prefixes = [0] * len(shares), Prefixes()

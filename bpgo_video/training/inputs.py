@@ -121,6 +121,12 @@ def check_prompts(config: Config, shards: PromptShards) -> None:
     check_experts(policy, config)
     check_audio(config, policy.makes_audio, listeners)
     check_images(config, policy.takes_images, shards, splits)
+    for split in splits if policy.takes_videos else ():
+        if not shards.has_videos(split):
+            raise ConfigError(
+                f"{config.policy.folder} makes videos that follow a video, but the prompts of split {split!r} of "
+                f"{config.data.shards} have none; build the shards from .jsonl lines with a 'video'"
+            )
 
 
 def check_audio(config: Config, makes_audio: bool, listeners: Sequence[str]) -> None:

@@ -353,7 +353,7 @@ def test_another_text_encoder_or_text_length_is_refused(directory: Path, tmp_pat
 def test_a_directory_keeps_only_its_table_in_memory(directory: Path) -> None:
     shards = PromptShards(directory)
     held = [value for value in vars(shards).values() if isinstance(value, np.ndarray)]
-    assert [array.dtype.itemsize for array in held] == [65]  # ids and byte ranges, without texts and embeddings
+    assert [array.dtype.itemsize for array in held] == [66]  # ids and byte ranges, without texts and embeddings
     assert held[0].shape == (20,)
 
 

@@ -25,6 +25,7 @@ from tests.families.page import EXAMPLE
 from tests.families.qwen_image import QWEN_IMAGE
 from tests.families.sd3 import SD3, SD35
 from tests.families.skyreels import SKYREELS_FORCING, SKYREELS_IMAGE, SKYREELS_TEXT
+from tests.families.vace import VACE, VACE_BOTH, VACE_IMAGE
 from tests.families.wan import WAN, WAN_IMAGE, WAN_ONE_FRAME
 from tests.families.wan22 import WAN_22, WAN_22_IMAGE, WAN_22_TI2V, WAN_22_TI2V_IMAGE
 
@@ -57,6 +58,9 @@ CASES: dict[str, Case] = {
     "sd3": SD3,
     "sd35": SD35,
     "qwen_image": QWEN_IMAGE,
+    "vace": VACE,
+    "vace_image": VACE_IMAGE,
+    "vace_both": VACE_BOTH,
     "skyreels": SKYREELS_TEXT,
     "skyreels_image": SKYREELS_IMAGE,
     "skyreels_forcing": SKYREELS_FORCING,

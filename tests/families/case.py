@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import Config, PolicyConfig, VideoConfig
 from bpgo_video.config.reading import read_yaml
+from bpgo_video.data.clips import read_clip
+from bpgo_video.data.media import as_bytes, write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy, load_policy
 from bpgo_video.rollouts.conditioning import conditioned
@@ -84,11 +87,22 @@ class Case:
         size = (self.video.height, self.video.width, 3)
         return [Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)) for _ in self.texts]
 
+    def control_files(self) -> tuple[bytes, ...]:
+        """A video of the case's size for each text, as the content of an mp4 file."""
+        shape, files = (self.video.num_frames, 3, self.video.height, self.video.width), []
+        with TemporaryDirectory() as folder:
+            for row in range(len(self.texts)):
+                frames = torch.rand(shape, generator=torch.Generator().manual_seed(20 + row))
+                write_video(Path(folder) / f"{row}.mp4", frames, self.video.fps)
+                files.append((Path(folder) / f"{row}.mp4").read_bytes())
+        return tuple(files)
+
     def prompts(self, policy: Policy, config: Config, dtype: torch.dtype = torch.float32) -> PromptBatch:
         """The texts with all of the policy's conditioning."""
         images, negative = self._images(policy), policy.encode([NEGATIVE])
         texts = policy.encode_with_images(self.texts, images) if policy.texts_see_images else policy.encode(self.texts)
         prompts = PromptBatch(torch.tensor([1, 2]), self.texts, texts, negative, images=images)
+        prompts = replace(prompts, videos=self.control_files() if policy.takes_videos else None)
         return conditioned(prompts, policy, config, dtype, Mesh(0, 1, CPU), group_size=4)
 
     def _images(self, policy: Policy) -> Tensor | None:
@@ -110,11 +124,14 @@ class Case:
         videos, pictures = [], self._images(policy)
         for row, text in enumerate(self.texts):
             images = None if pictures is None else pictures[row : row + 1]
-            image = {"image": self.pictures()[row]} if policy.takes_images else {}
+            media: dict[str, Any] = {policy.image_argument: self.pictures()[row]} if policy.takes_images else {}
+            if policy.takes_videos:
+                frames = read_clip(self.control_files()[row], 0.0, self.video)
+                media["video"] = [Image.fromarray(frame) for frame in as_bytes(frames)]
             own = policy.call_arguments(pipeline, noise[row : row + 1], self.video, images)
             found = pipeline(
                 prompt=text, negative_prompt=NEGATIVE, output_type="pt",
-                **{**policy.take_settings(pipeline, settings), **self.arguments, **image, **own},
+                **{**policy.take_settings(pipeline, settings), **self.arguments, **media, **own},
             )  # fmt: skip
             videos.append(policy.videos_of(found))
         return torch.cat(videos)

@@ -22,13 +22,13 @@ from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.policies.wan import TEXT_BESIDE_IMAGES
 from tests.families.case import Case
 from tests.families.wan import euler
-from tests.made.random_wan import TEXT_TOKENS, random_wan
+from tests.made.random_wan import TEXT_TOKENS, random_wan, wan_vae
 
 VIDEO = VideoConfig(num_frames=9, height=64, width=64, fps=24.0)
 
 
 def random_skyreels(folder: Path, kind: Any = SkyReelsV2Pipeline, images: bool = False, **config: Any) -> Path:
-    """Wan's random encoders and VAE around a transformer of SkyReels' class."""
+    """Wan's random encoders around a transformer of SkyReels' class and a VAE of the published layout."""
     with TemporaryDirectory() as scratch:
         parts = DiffusionPipeline.from_pretrained(
             random_wan(Path(scratch), images=images, image_encoder=images)
@@ -43,6 +43,7 @@ def random_skyreels(folder: Path, kind: Any = SkyReelsV2Pipeline, images: bool =
             num_layers=2, rope_max_seq_len=32, **own, **config,
         )  # fmt: skip
         torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
+        parts["vae"] = wan_vae()
         vision = CLIPVisionModelWithProjection(
             CLIPVisionConfig(
                 hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,

@@ -158,7 +158,7 @@ def test_videos_equal_those_of_diffusers_in_any_batch(name: str, folder: Path, s
 def test_the_manifest_contains_the_familys_settings(name: str, settings: GenerationSettings) -> None:
     model = find_model(settings)
     call = resolve(settings, model.policy)
-    found = describe(settings, model, call, read_records(settings, model.policy.takes_images))
+    found = describe(settings, model, call, read_records(settings, model.policy.media))
     assert {key: found[key] for key in CASES[name].options} == CASES[name].options
     assert found["guidance_scale"] == 2.0
 

@@ -15,19 +15,26 @@ from safetensors.torch import load_file, save_file
 
 from bpgo_video.commands.fuse import main
 from bpgo_video.config.bpgo import Config
-from bpgo_video.config.generation import GenerationError
+from bpgo_video.config.command_line import read_settings
+from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.config.policy import LoraConfig
 from bpgo_video.diffusion.sde import cps, steps_of
+from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.run_weights import find_checkpoint
+from bpgo_video.learner.bpgo import GroupAdvantages
 from bpgo_video.policies.schedule import at_levels, given_sigmas
 from bpgo_video.rollouts.conditioning import guidance_of
 from bpgo_video.rollouts.denoiser import evaluation_denoiser, training_denoiser
-from bpgo_video.rollouts.rules import transformers_by_step
+from bpgo_video.rollouts.replay import Replay
+from bpgo_video.rollouts.rollout import sample_chunks
+from bpgo_video.rollouts.rules import trained_steps_of, transformers_by_step
+from bpgo_video.rollouts.updates import optimise
 from tests.families import CASES
 from tests.families.case import CPU
 from tests.inference.videos import case_settings, pipeline_of, videos
 from tests.made.written_runs import write_run
+from tests.rollouts.test_replay import PlainLearner, total_loss
 
 SIGMAS = (1.0, 0.9375, 0.8, 0.5)
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
@@ -126,6 +133,43 @@ def test_the_rollout_equals_the_pipeline_with_the_adapters_and_levels(base: Path
     assert (other.decode(path.latents[:, -1], prompts.conditioning) - expected).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("name", ["ltx", "ltx2", "flux_schnell"])
+def test_pipelines_that_compute_levels_of_their_own_take_the_stated_ones(name: str, tmp_path: Path) -> None:
+    """These pass levels to the scheduler, and a shift by the size of the video."""
+    case = replace(CASES[name], euler=lambda _: at_levels(FlowMatchEulerDiscreteScheduler(), SIGMAS))
+    case.write(tmp_path / "pipeline")
+    policy, config = case.policy(tmp_path / "pipeline"), few_steps(case.recipe(tmp_path / "pipeline"))
+    prompts = case.prompts(policy, config)
+    start = torch.randn(2, *policy.latent_shape(case.video), generator=torch.Generator().manual_seed(1))
+    path = training_denoiser(policy, config).denoise(start, guidance_of(prompts, torch.arange(2), CPU), lambda _: start)
+    found = policy.decode(path.latents[:, -1], prompts.conditioning)
+    expected = case.diffusers_videos(policy, start, len(SIGMAS), guided=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "eta"), [("cps", 1.0), ("flow_sde", 0.7)])
+def test_the_ratio_is_one_at_stated_levels_and_an_update_lowers_its_loss(fused: Path, name: str, eta: float) -> None:
+    policy, config = CASE.policy(fused), few_steps(CASE.recipe(fused))
+    loss = replace(config.loss, clip_range=(0.9, 9.0))
+    config = replace(config, loss=loss, sampler=replace(config.sampler, name=name, eta=eta))
+    prompts = CASE.prompts(policy, config)
+    chunks = sample_chunks(
+        training_denoiser(policy, config), prompts, Mesh(0, 1, CPU), group_size=2, micro_batch_size=2,
+        latent_shape=policy.latent_shape(CASE.video), key=(0, "rollout", 0),
+        trained_steps=trained_steps_of(policy, config, 0),
+    )  # fmt: skip
+    trajectories = [trajectory for chunk in chunks for trajectory in chunk.trajectories]
+    assert trajectories[0].trained_steps == (0, 1, 2)
+    advantage = torch.tensor([[1.0, -1.0], [0.2, -0.2]])
+    advantages = GroupAdvantages(advantage, advantage.flip(1), torch.tensor([1.2, 0.8]), {})
+    objective = Replay(policy, config, prompts, advantages, 0, CPU)
+    before = total_loss(objective, trajectories)
+    learner = PlainLearner(policy.transformers, learning_rate=1e-3)
+    found = optimise(learner, objective, trajectories, updates_per_rollout=1)
+    assert found.metrics["ratio_error_first_update_max"] == 0.0
+    assert total_loss(objective, trajectories) < before
+
+
 def test_an_export_keeps_the_adapters_and_its_card_the_levels(fused: Path, adapters: Path, tmp_path: Path) -> None:
     """The card's own code, run on the export, makes the video that `bpgo-video generate` makes of the run."""
     run = write_run(fused, tmp_path / "run", LoraConfig(rank=4, alpha=8), few_steps(CASE.recipe(fused)))
@@ -192,6 +236,12 @@ def test_settings_that_contradict_the_levels_are_refused(
     given = {"num_steps": None, "sigmas": SIGMAS, **changes}
     with pytest.raises(GenerationError, match=message):
         pipeline_of(case_settings(CASE, base, tmp_path, **given))
+
+
+def test_levels_are_read_from_flags() -> None:
+    required = ["--policy", "p", "--prompts", "q", "--output", "o", "--seed", "0"]
+    found = read_settings(GenerationSettings, [*required, "--sigmas", "1.0", "0.9375", "0.5"], "generate")
+    assert found.sigmas == (1.0, 0.9375, 0.5)
 
 
 def test_levels_of_a_family_with_its_own_schedule_are_refused(tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ def call_of(settings: GenerationSettings) -> CallSettings:
 
 def flags(settings: GenerationSettings, **changes: object) -> list[str]:
     values = {**vars(settings), **changes}
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value not in (None, "")]
+    pairs = [
+        (f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value not in (None, "", ())
+    ]
     return [text for pair in pairs for text in pair]
 
 

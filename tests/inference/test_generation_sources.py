@@ -172,7 +172,9 @@ def test_the_base_model_is_unchanged(base: Path, settings: GenerationSettings, t
 def test_image_to_video_starts_from_the_images_of_the_prompts(settings: GenerationSettings, tmp_path: Path) -> None:
     folder = random_wan(tmp_path / "wan", images=True, image_encoder=True)
     own = replace(settings, policy=str(folder), samples_per_prompt=1, num_steps=2)
-    with pytest.raises(GenerationError, match="makes videos of images, but prompt 'a red circle moving left' has none"):
+    with pytest.raises(
+        GenerationError, match="needs the image of each prompt, but 'a red circle moving left' has none"
+    ):
         generate(own)
     prompts = tmp_path / "prompts.jsonl"
     lines = []

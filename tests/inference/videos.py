@@ -20,10 +20,11 @@ CPU = torch.device("cpu")
 
 def case_settings(case: Case, folder: Path, root: Path, **changes: Any) -> GenerationSettings:
     """A generation of the family's pipeline in `folder`, with a prompt file and images in `root`."""
-    lines = []
+    lines, controls = [], case.control_files()
     for row, (text, picture) in enumerate(zip(case.texts, case.pictures(), strict=True)):
         picture.save(root / f"{row}.png")
-        lines.append(json.dumps({"prompt": text, "image": f"{row}.png"}))
+        (root / f"{row}.mp4").write_bytes(controls[row])
+        lines.append(json.dumps({"prompt": text, "image": f"{row}.png", "video": f"{row}.mp4"}))
     (root / "prompts.jsonl").write_text("\n".join(lines))
     settings: dict[str, Any] = {
         "policy": str(folder), "family": case.family, "prompts": root / "prompts.jsonl", "output": root / "videos",
@@ -36,7 +37,7 @@ def case_settings(case: Case, folder: Path, root: Path, **changes: Any) -> Gener
 
 def jobs_of(settings: GenerationSettings) -> list[Job]:
     """The settings' jobs, with images where the model takes them."""
-    return plan(settings, read_records(settings, find_model(settings).policy.takes_images))
+    return plan(settings, read_records(settings, find_model(settings).policy.media))
 
 
 def pipeline_of(settings: GenerationSettings) -> Any:

@@ -71,6 +71,14 @@ def random_wan(folder: Path, seed: int = 0, images: bool = False, image_encoder:
     return folder
 
 
+def wan_vae() -> AutoencoderKLWan:
+    """A small VAE with the stages of Wan 2.1's, from whose number some pipelines compute strides of 4 x 8 x 8."""
+    return AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 0.8, 1.5, 1.2],
+    )  # fmt: skip
+
+
 def word_tokenizer(before: int = 0, after: int = 0, limit: int = TEXT_TOKENS) -> PreTrainedTokenizerFast:
     """A tokenizer of the tiny world's words.
 

@@ -21,11 +21,12 @@ from tests.families import CASES
 from tests.made.recipes import ROOT
 
 SCALED = sorted((ROOT / "pipelines" / "configs").glob("*gb.yaml"))
-ONE_LAYER = {"num_layers": 1, "num_single_layers": 1}
+ONE_LAYER = {"num_layers": 1, "num_single_layers": 1, "vace_layers": [0]}
 NAME = re.compile(r"_(?P<gpus>\d+)x(?P<gigabytes>\d+)gb$")
 PARAMETERS = {  # billions of parameters of all transformers
     "wan21_1.3b": 1.42, "wan21_14b": 14.29, "wan22_a14b": 28.58, "hunyuanvideo": 12.82, "cogvideox_5b": 5.57,
     "ltx_video": 1.92, "ltx2": 18.88, "flux_dev": 11.90, "sd35_medium": 2.24, "qwen_image": 20.43,
+    "wan21_vace_1.3b": 2.15, "skyreels2_df_1.3b": 1.44,
 }  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def job_of(path: Path) -> tuple[Job, int]:
 
 
 FAMILIES = {  # small pipelines of random weights
+    "wan21_vace": "vace", "skyreels2": "skyreels_forcing",
     "wan21": "wan", "wan22_a14b": "wan22_image", "hunyuanvideo": "hunyuan", "cogvideox": "cogvideox", "ltx2": "ltx2",
     "ltx": "ltx", "flux_dev": "flux", "sd35": "sd35", "qwen_image": "qwen_image",
 }  # fmt: skip

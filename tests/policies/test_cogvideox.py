@@ -181,7 +181,7 @@ def settings_of(folder: Path, tmp_path: Path, **changes: Any) -> GenerationSetti
 
 def videos_of(settings: GenerationSettings) -> Tensor:
     model = find_model(settings)
-    jobs = plan(settings, read_records(settings, model.policy.takes_images))
+    jobs = plan(settings, read_records(settings, model.policy.media))
     pipeline = load_pipeline(model, settings, torch.device("cpu"))
     made = sample(pipeline, model.policy, jobs, settings, resolve(settings, model.policy))
     return torch.stack([video for video, _ in made])

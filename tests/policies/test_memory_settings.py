@@ -96,6 +96,9 @@ class StubPolicy:
     def decode_audio(self, latents: Tensor, conditioning: object) -> list[str]:
         return self.places()
 
+    def control_conditioning(self, videos: Tensor, images: object, video: object) -> list[str]:
+        return self.places()
+
     def image_conditioning(self, images: Tensor, video: object) -> list[str]:
         return self.places()
 
@@ -107,6 +110,7 @@ def test_parts_are_on_the_device_only_while_they_are_used(recipe: Config) -> Non
     assert stub.decode(torch.zeros(1), None) == ["cuda:1", "cuda:1", "device", "cuda:1"]
     assert stub.decode_audio(torch.zeros(1), None)[3] == "cuda:1"
     assert stub.image_conditioning(torch.zeros(1), None)[:2] == ["cuda:1", "cuda:1"]
+    assert stub.control_conditioning(torch.zeros(1), None, None)[:2] == ["cuda:1", "cuda:1"]
     assert stub.places()[:2] == ["cpu", "cpu"]
 
 

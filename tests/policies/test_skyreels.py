@@ -1,4 +1,4 @@
-"""SkyReels-V2 by diffusion forcing: one timestep for all frames, whole timesteps, the frame rate, and what is refused."""
+"""SkyReels-V2 by diffusion forcing: one timestep for all frames, whole timesteps, the frame rate, what is refused."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from diffusers import SkyReelsV2DiffusionForcingPipeline
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.generation import GenerationError
 from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.inference.pipeline import resolve
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import generator_of
 from tests.families import CASES
 from tests.families.skyreels import FORCING
-from tests.inference.videos import case_settings, pipeline_of, videos
+from tests.inference.videos import case_settings, videos
 
 CASE = CASES["skyreels_forcing"]
 SIGMA = torch.tensor(0.7237)
@@ -81,5 +82,5 @@ def test_attention_by_blocks_of_frames_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"scheduler": "euler"}, {"num_steps": None, "sigmas": (1.0, 0.5)}])
 def test_schedulers_that_need_exact_timesteps_are_refused(folder: Path, tmp_path: Path, changes: dict) -> None:
-    with pytest.raises(GenerationError, match="passes whole timesteps, .* write --scheduler unipc or dpm"):
-        pipeline_of(case_settings(CASE, folder, tmp_path, **changes))
+    with pytest.raises(GenerationError, match=r"passes whole timesteps, .* write --scheduler unipc or dpm"):
+        resolve(case_settings(CASE, folder, tmp_path, **changes), CASE.policy(folder, components=()))
