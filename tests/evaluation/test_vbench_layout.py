@@ -138,7 +138,7 @@ def test_fields_of_a_users_list_reach_the_model(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text(json.dumps(line))
     suite = read_suite(str(tmp_path / "own.jsonl"), samples=1)
     settings = GenerationSettings(policy="none", prompts=suite.source, output=tmp_path / "videos", seed=0)
-    (job,) = plan(settings, reader_of(suite, None, None)(settings, False), places_of(settings.output))
+    (job,) = plan(settings, reader_of(suite, None, None)(settings, ()), places_of(settings.output))
     assert (job.text, job.negative_prompt("other")) == ("a red circle, slowly", "blurry")
     assert job.file == tmp_path / "videos" / "a red circle-0.mp4"
 
