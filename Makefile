@@ -67,6 +67,7 @@ bench: install
 	$(BIN)/python -m tools.bench.saving --output runs/bench
 	$(BIN)/python -m tools.bench.prefixes
 	$(BIN)/python -m tools.bench.shortcuts
+	$(BIN)/python -m tools.bench.adamw
 	$(BIN)/python -m tools.bench.step
 
 torture: install

@@ -5,8 +5,9 @@ Recipes and DeepSpeed configurations are named by a file, or by the name of one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import bpgo_video
 from bpgo_video import documents
 from bpgo_video.config.bpgo import Config, ConfigError
 from bpgo_video.config.fields import explain
-from bpgo_video.config.rules import check, method_defaults
+from bpgo_video.config.rules import Replacement, check, method_defaults
 from bpgo_video.config.secrets import check_secrets
 from bpgo_video.config.sft import Recipe, SftConfig, check_sft
 from bpgo_video.documents import plain_yaml, read_text
@@ -48,20 +49,29 @@ def config_from_dict(
         ConfigError: a key is unknown or missing, a value is out of range, or values do not go together.
     """
     replaced = method_defaults(tree, _keys(tree) if written is None else written)
-    reasons: list[str] = []
+    changes: list[Replacement] = []
     while True:
         try:
-            config = _checked(tree, source)
+            config = _checked(_changed(tree, changes), source)
             break
         except ConfigError:
             if (change := next(replaced, None)) is None:
                 raise
-        section, name, value, reason = change
-        tree = tree | {section: {**tree.get(section, {}), name: value}}
-        reasons.append(reason)
-    for reason in filter(None, reasons):
-        report(reason)
+            changes.append(change)
+    for change in list(changes):  # some may have come before the one that helped
+        others = [other for other in changes if other is not change]
+        with suppress(ConfigError):
+            config, changes = _checked(_changed(tree, others), source), others
+    for *_, reason in changes:
+        if reason:
+            report(reason)
     return config
+
+
+def _changed(tree: dict[str, Any], changes: Iterable[Replacement]) -> dict[str, Any]:
+    for section, name, value, _ in changes:
+        tree = tree | {section: {**tree.get(section, {}), name: value}}
+    return tree
 
 
 def _checked(tree: dict[str, Any], source: str) -> Recipe:

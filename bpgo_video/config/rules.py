@@ -24,11 +24,12 @@ from bpgo_video.config.schedule_rules import schedule_rules
 from bpgo_video.errors import shown
 
 Rules = Mapping[str, object]
+Replacement = tuple[str, str, Any, str]  # section, key, value, and a line about the value before, if there is one
 MOST_GIGABYTES = 256  # of the videos of a micro-batch
 LONGEST = 255  # bytes of a name on Linux
 SETTINGS = "config.yaml"  # in a run's folder: its resolved recipe
 OWNER = "owner.lease"  # in a folder that one launch at a time may write to: which one that is
-# (key, method) -> its own defaults, taken while a rule is broken
+# (key, method) -> its own defaults, of which a recipe takes those without which it breaks a rule
 METHODS: dict[tuple[str, str | bool], dict[str, Any]] = {
     **{("loss.objective", name): settings for name, settings in OBJECTIVE_DEFAULTS.items()},
     ("rollout.sample_ahead", True): {"run.save_minutes": 0.0},
@@ -40,12 +41,12 @@ METHODS: dict[tuple[str, str | bool], dict[str, Any]] = {
     ("loss.kl_reference", "ema"): {"ema.decay": 0.99},
     ("evaluation.weights", "ema"): {"ema.decay": 0.99},
     ("evaluation.weights", "both"): {"ema.decay": 0.99},
-    ("bpgo.form", "paper"): {"bpgo.alpha": 0.5},  # last: the form of most recipes, which may have another alpha
+    ("bpgo.form", "paper"): {"bpgo.alpha": 0.5},
 }
 
 
-def method_defaults(tree: Mapping[str, Any], written: Collection[str]) -> Iterator[tuple[str, str, Any, str]]:
-    """Settings that the methods of a recipe replace: section, key, value, and a line about what it replaces, if any.
+def method_defaults(tree: Mapping[str, Any], written: Collection[str]) -> Iterator[Replacement]:
+    """Settings that the methods of a recipe may replace.
 
     Args:
         tree: the recipe as plain data.

@@ -52,7 +52,12 @@ def make_optimizer(parts: Sequence[nn.Module], optim: OptimizerConfig) -> torch.
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.learning_rate, weight_decay=optim.weight_decay)
     return torch.optim.AdamW(
-        groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        groups,
+        lr=optim.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,  # one pass over memory, on a GPU and on a CPU (offload)
     )
 
 
@@ -224,7 +229,7 @@ class ZeroMasters:
         shards, adam = self.shards(), self._engine.optimizer.optimizer.state
         for group, vector in enumerate(self._vectors):
             mine = [shard for shard in shards if shard.group == group]
-            state = adam[vector] = {"step": torch.tensor(0.0)}  # a tensor on the CPU, as torch's AdamW makes it
+            state = adam[vector] = {"step": torch.zeros((), device=vector.device)}  # as torch's fused AdamW makes it
             for name, moment in saved.items():
                 state[name] = torch.zeros_like(vector)
                 for shard in mine:

@@ -3,9 +3,9 @@
     bpgo-video demo --prepare
     python -m tools.bench.step
 
-Starts two ranks of one thread. Each case runs bpgo_video under several settings and the plain loop in turn, step by
-step. A line has the median of the ratios of steps that follow each other, and its 95 % interval: wall time, and
-processor time of rank 0, which other load disturbs less.
+Starts two ranks of one thread; the compiled blocks need a C++ compiler. Each case runs bpgo_video under several
+settings and the plain loop in turn, step by step. A line has the median of the ratios of steps that follow each other,
+and its 95 % interval: wall time, and processor time of rank 0, which other load disturbs less.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # recipe, and settings of `rol
     "two steps trained, the same forwards (tiny_wan_bpgo without same_start)": ("tiny_wan_bpgo", {"same_start": False}),
     "two steps trained, as shipped (tiny_wan_bpgo)": ("tiny_wan_bpgo", {}),
 }
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {  # DeepSpeed's JSON, and settings of `optim`
-    "ZeRO-1": ("zero1", {}),
-    "ZeRO-3": ("zero3", {}),
-    "ZeRO-3, optim.average: update": ("zero3", {"average": "update"}),
+WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # DeepSpeed's JSON, settings of `optim` and `policy`
+    "ZeRO-1": ("zero1", {}, {}),
+    "ZeRO-3": ("zero3", {}, {}),
+    "ZeRO-3, optim.average: update": ("zero3", {"average": "update"}, {}),
+    "the same, policy.compile_blocks": ("zero3", {"average": "update"}, {"compile_blocks": True}),
 }
 Step = Callable[[int], object]  # number of the training step
 
@@ -88,24 +89,21 @@ def median_and_interval(ratios: np.ndarray[Any, Any]) -> str:
 def compare(name: str, mesh: Mesh, rounds: int) -> None:
     """Print a case's ratios."""
     recipe, changes = CASES[name]
-    config = read_yaml(Path(recipe))
-    config = replace(
-        config,
-        rollout=replace(config.rollout, **changes),
-        evaluation=replace(config.evaluation, rewards={}),
-    )
-    works = {
-        way: ours(replace(config, deepspeed=zero, optim=replace(config.optim, **settings)), mesh)
-        for way, (zero, settings) in WAYS.items()
-    }
+    base = read_yaml(Path(recipe))
+    rollout, evaluation = replace(base.rollout, **changes), replace(base.evaluation, rewards={})
+    works = {}
+    for way, (zero, optim, policy) in WAYS.items():
+        sections = {"optim": replace(base.optim, **optim), "policy": replace(base.policy, **policy)}
+        config = replace(base, deepspeed=zero, rollout=rollout, evaluation=evaluation, **sections)
+        works[way] = ours(config, mesh)
     works["plain PyTorch"] = plain(config, mesh, next(iter(works.values())).__self__)  # type: ignore[attr-defined]
     times = measured(works, rounds)
     if not mesh.is_main:
         return
     print(f"{name}, relative to the plain loop: wall; processor")
-    base = {clock: np.array(of_clock.pop("plain PyTorch")) for clock, of_clock in times.items()}
+    plain_times = {clock: np.array(of_clock.pop("plain PyTorch")) for clock, of_clock in times.items()}
     for way in WAYS:
-        ratios = [median_and_interval(np.array(times[clock][way]) / base[clock]) for clock in CLOCKS]
+        ratios = [median_and_interval(np.array(times[clock][way]) / plain_times[clock]) for clock in CLOCKS]
         print(f"  {way}: {'; '.join(ratios)}", flush=True)
 
 
