@@ -11,7 +11,7 @@ FIELDS: Mapping[str, tuple[type, Sequence[str]]] = {  # field -> type, columns
     "negative_prompt": (str, ("negative_prompt",)),
     "id": (int, ("id",)),
     "split": (str, ("split",)),
-    "tags": (list, ("tags",)),
+    "tags": (list, ("tags", "tag")),
     "image": (object, ("image", "file_name")),
     "video": (object, ("video",)),
     "info": (dict, ("info",)),

@@ -5,8 +5,10 @@
     .csv, .tsv      the same columns; the first line names them, "|" separates tags, empty cells are absent
     .parquet        the same columns, read with pyarrow
     .json           VBench's list of {"prompt_en", "dimension"?, ...}: dimensions become tags, other entries become
-                    "info"; entries with equal prompts are merged, because VBench names videos by prompt
-    FOLDER          its metadata.csv, .tsv, .jsonl or .parquet; or a data set for the `datasets` library
+                    "info"; entries with equal prompts are merged, because VBench names videos by prompt. Or a list of
+                    objects with the columns above; each caption of a "cap" (FastVideo) is a prompt
+    FOLDER          its metadata.csv, .tsv, .jsonl or .parquet; its files of training and test prompts, which are held
+                    out; or a data set for the `datasets` library
     OWNER/NAME      a data set of the Hugging Face hub, through `datasets`: OWNER/NAME[/CONFIG][:SPLIT]
 
 Files but .json are streamed: one line or a few rows are in memory at a time; a line has at most 1 MiB.
@@ -41,6 +43,7 @@ from bpgo_video.errors import InputError
 FROM_TEXT: Mapping[type, Callable[[str], Any]] = {int: int, list: lambda text: text.split("|")}
 SAVED = ("state.json", "dataset_dict.json")  # of `datasets.save_to_disk`
 LISTS = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
+PARTS = (".txt", ".jsonl", "_metadata.jsonl")  # of train and test in a folder: flow_grpo, DiffusionNFT, Flow-Factory
 MAX_LINE = 2**20  # bytes
 MAX_LIST = 2**26  # bytes of a .json file, which is read whole
 ROWS_AT_ONCE = 64  # of a parquet file, which may hold images
@@ -90,6 +93,11 @@ def read_lines(
     """
     for name in map(str, inputs):
         path = Path(name)
+        if train_and_test := split_files(path):
+            for split, part in train_and_test.items():
+                for line in read_lines([part], columns, max_characters):
+                    yield _in_split(line, split) if isinstance(line, Line) else line
+            continue
         path = list_of(path) or path
         if path.is_file() or path.suffix in FORMATS:
             if path.suffix not in FORMATS:
@@ -105,6 +113,29 @@ def read_lines(
 def list_of(folder: Path) -> Path | None:
     """The file in a folder that lists its images or videos, if there is one."""
     return next(filter(Path.is_file, map(folder.joinpath, LISTS)), None)
+
+
+def split_files(folder: Path) -> dict[str, Path]:
+    """The files of training and of held-out prompts in a folder without a list of LISTS, by split; {} if not both.
+
+    Raises:
+        PromptFileError: there are several of one kind.
+    """
+    if list_of(folder):
+        return {}
+    found = {
+        split: [path for path in (folder / f"{stem}{ending}" for ending in PARTS) if path.is_file()]
+        for split, stem in (("train", "train"), (HELDOUT, "test"))
+    }
+    for paths in found.values():
+        if len(paths) > 1:
+            raise PromptFileError(f"{folder} holds {paths[0].name} and {paths[1].name}; give one file with --input")
+    return {split: paths[0] for split, paths in found.items()} if all(found.values()) else {}
+
+
+def _in_split(line: Line, split: str) -> Line:
+    """The line in this split, unless it names one."""
+    return replace(line, record=replace(line.record, split=line.record.split or split))
 
 
 def checked_lines(
@@ -279,13 +310,24 @@ def _dataset_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((f"{name}[{number}]", row) for number, row in enumerate(data))
 
 
-def _vbench_entries(path: Path) -> Iterator[tuple[str, list[Any]]]:
+def _json_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Entries of VBench's list by prompt, as lists; of another list the entries themselves, one for each caption."""
     try:
         entries = plain_json(read_text(path, MAX_LIST), path)
     except MalformedFile as error:
         raise PromptFileError(str(error)) from error
     if not isinstance(entries, list):
-        raise PromptFileError(f'{path}: a .json file must hold VBench\'s list of {{"prompt_en", "dimension"}}')
+        raise PromptFileError(
+            f'{path}: a .json file must hold VBench\'s list of {{"prompt_en", "dimension"}}, or a list of objects with '
+            'a "prompt", "caption" or "cap"'
+        )
+    if not any(isinstance(entry, dict) and "prompt_en" in entry for entry in entries):
+        for number, entry in enumerate(entries):
+            captions = entry.pop("cap", None) if isinstance(entry, dict) else None
+            texts = captions if isinstance(captions, list) else [captions]
+            for text in texts:
+                yield f"{path}[{number}]", entry if captions is None else {**entry, "caption": text}
+        return
     groups: dict[Any, tuple[str, list[Any]]] = {}
     for number, entry in enumerate(entries):
         prompt = entry.get("prompt_en") if isinstance(entry, dict) else None
@@ -314,6 +356,15 @@ def _vbench_fields(entries: list[Any]) -> dict[str, Any]:
     return {"prompt": merged["prompt_en"], "tags": merged.get("dimension", []), "info": info}
 
 
+def _json_fields(entry: Any) -> dict[str, Any]:
+    """Columns of an entry of `_json_entries`."""
+    if isinstance(entry, list):
+        return _vbench_fields(entry)
+    if not isinstance(entry, dict):
+        raise ValueError("each entry must be an object")
+    return entry
+
+
 Entries = Callable[[Path], Iterator[tuple[str, Any]]]
 FORMATS: Mapping[str, tuple[Entries, Callable[[Any], dict[str, Any]]]] = {  # extension -> entries, columns of an entry
     ".txt": (numbered_lines, lambda line: {"prompt": decoded(line, "the line")}),
@@ -321,7 +372,7 @@ FORMATS: Mapping[str, tuple[Entries, Callable[[Any], dict[str, Any]]]] = {  # ex
     ".csv": (_table_rows, _table_cells),
     ".tsv": (partial(_table_rows, delimiter="\t"), _table_cells),
     ".parquet": (_parquet_rows, dict),
-    ".json": (_vbench_entries, _vbench_fields),
+    ".json": (_json_entries, _json_fields),
 }
 
 

@@ -290,3 +290,34 @@ def test_contradictory_vbench_entries_are_rejected_together(tmp_path: Path) -> N
 def test_additional_fields_of_a_source_are_preserved(tmp_path: Path) -> None:
     (line,) = read(tmp_path / "p.jsonl", '{"prompt": "x", "info": {"seed": [1, 2]}}\n')
     assert line.record.info == {"seed": [1, 2]}
+
+
+def test_the_prompt_files_of_other_projects_are_read_as_they_are(tmp_path: Path) -> None:
+    """DanceGRPO's list and embedded captions, FastVideo's captions, and folders of flow_grpo and Flow-Factory."""
+    listed = read(tmp_path / "video_prompts.txt", "A cat, cinematic -motion 2\r\nein Hund \u2014 4K\n")
+    assert [line.record.prompt for line in listed] == ["A cat, cinematic -motion 2", "ein Hund \u2014 4K"]
+    embedded = [{"prompt_embed_path": "0.pt", "prompt_attention_mask": "0.pt", "caption": "a cat"}]
+    (line,) = read(tmp_path / "videos2caption.json", json.dumps(embedded))
+    assert (line.record.prompt, line.unused) == ("a cat", {"prompt_embed_path", "prompt_attention_mask"})
+    size = {"resolution": {"width": 848, "height": 480}, "fps": 30.0, "duration": 6.03}
+    raw = [{"path": "1.mp4", **size, "cap": ["one caption", "another"]}, {"path": "2.mp4", **size, "cap": "a third"}, 5]
+    found = read(tmp_path / "raw.json", json.dumps(raw))
+    assert [one.record.prompt for one in found[:3]] == ["one caption", "another", "a third"]
+    assert [one.place for one in found] == [f"{tmp_path / 'raw.json'}[{number}]" for number in (0, 0, 1, 2)]
+    assert found[3].reason == "each entry must be an object"
+
+    geneval, plain = tmp_path / "geneval", tmp_path / "ocr"
+    geneval.mkdir()
+    plain.mkdir()
+    counted = {"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "a photo of two benches"}
+    (geneval / "train_metadata.jsonl").write_text(json.dumps(counted) + "\n")
+    (geneval / "test_metadata.jsonl").write_text(json.dumps({**counted, "prompt": "a photo of a cat"}) + "\n")
+    (plain / "train.txt").write_text('a sign that reads "open"\n')
+    (plain / "test.txt").write_text('a sign that reads "closed"\n')
+    for folder, tags in ((geneval, ("counting",)), (plain, ())):
+        plan = make_plan([folder], holdout=0.5)
+        assert [(line.record.split, line.record.tags) for line in plan.lines()] == [("train", tags), ("heldout", tags)]
+        assert plan.has_splits
+    (plain / "train.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(PromptFileError, match=r"holds train.txt and train.jsonl; give one file with --input"):
+        make_plan([plain])
