@@ -160,6 +160,11 @@ class Config:
         return self.run.num_steps * self.optim.updates_per_rollout
 
     @property
+    def averages(self) -> int:
+        """Averages of the weights that the run keeps."""
+        return (self.ema.decay > 0) + (self.loss.old_decay > 0)
+
+    @property
     def trained_rewards(self) -> dict[str, RewardConfig]:
         """The rewards of weight above 0; the others are watched."""
         return {name: reward for name, reward in self.rewards.items() if reward.weight > 0}

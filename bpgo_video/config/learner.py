@@ -22,6 +22,9 @@ from bpgo_video.config.fields import (
 FORM_TRUST = {"paper": "sigmoid", "released": "posterior", "released_exact": "posterior"}  # of each form's source
 AGREEMENTS = ("frames", "reliability", "uncertainty")  # trusts that follow from the reliability of scores
 WITHOUT_ANCHOR = (*AGREEMENTS, "none")  # trusts that compare rewards with no prior
+AGAINST_OLD = ("awm", "nft")  # objectives on final videos that compare the policy with the one that sampled
+AGAINST_REFERENCE = ("dpo", "kto")  # those that compare it with a reference policy
+FINAL_VIDEOS = (*AGAINST_OLD, *AGAINST_REFERENCE)
 TrustName = Annotated[Literal["sigmoid", "posterior", "frames", "reliability", "uncertainty", "none"], OrFunction]
 
 
@@ -188,15 +191,31 @@ class BPGOConfig:
 
 @section
 class LossConfig:
-    objective: Annotated[Literal["policy_gradient", "awm", "nft", "dpo", "draft"], OrFunction] = "policy_gradient"
+    objective: Annotated[Literal["policy_gradient", "awm", "nft", "dpo", "kto", "draft"], OrFunction] = (
+        "policy_gradient"
+    )
     """`policy_gradient` replays the rollout's own transitions. `awm` (advantage weighted matching), `nft`
-    (DiffusionNFT) and `dpo` (pairs of a group's samples) sample by the ODE and learn from final videos, at the noise
-    levels of the trained steps. `draft` follows the gradient of the rewards themselves, through the frames and the last
-    denoising steps; every reward must be differentiable."""
+    (DiffusionNFT), `dpo` (pairs of a group's samples) and `kto` (samples above and below their group's mean) sample by
+    the ODE and learn from final videos, at the noise levels of the trained steps. `draft` follows the gradient of the
+    rewards themselves, through the frames and the last denoising steps; every reward must be differentiable."""
     nft_beta: Share = 1.0
-    """`nft`: distance of its two implicit policies from the old one."""
+    """`nft`: distance of its two implicit policies from the old one; above 0."""
+    nft_adaptive: Switch = False
+    """`nft`: divide the squared error of each predicted clean video by its mean absolute error, as a constant."""
+    nft_rescale: Switch = False
+    """`nft`: multiply the loss by advantage_clip / nft_beta, so that neither changes a first update's gradient."""
+    old_decay: BelowOne = 0.0
+    """`awm` and `nft`: at most this share is kept by the old policy, a moving average of the weights that samples the
+    rollouts and moves after each. 0: the old policy is the one before the updates of a rollout."""
+    old_decay_rate: AboveZero = 1e-3
+    """The share that the old policy keeps after i updates is min(old_decay_rate i, old_decay)."""
+    noise_levels: Literal["schedule", "uniform", "logit_normal"] = "schedule"
+    """`awm`, `nft`, `dpo` and `kto`: noise levels of final videos. `schedule` takes those of the trained steps; the
+    others draw one for each video (`dpo`: pair) and trained step, uniformly over the schedule and its shift, or most in
+    its middle."""
     dpo_beta: AboveZero = 100.0
-    """`dpo`: strength of the pull to the reference policy (`kl_reference`); errors are means over latent dimensions."""
+    """`dpo` and `kto`: strength of the pull to the reference policy (`kl_reference`); errors are means over latent
+    dimensions."""
     dpo_pairs: Positive = 1
     """`dpo`: pairs of a group: the best sample against the worst, the second best against the second worst, and so on.
     The other samples are not trained on."""
@@ -226,22 +245,31 @@ class LossConfig:
     @property
     def replays_transitions(self) -> bool:
         """Whether the objective needs the rollout's transitions; one from outside the package receives them."""
-        return self.objective not in ("awm", "nft", "dpo", "draft")
+        return self.records_path and self.objective != "draft"
 
     @property
     def records_path(self) -> bool:
         """Whether the objective needs the latents before the last."""
-        return self.objective not in ("awm", "nft", "dpo")
+        return self.objective not in FINAL_VIDEOS
 
     @property
     def has_ratio(self) -> bool:
         """Whether the objective compares the policy with the one that sampled."""
-        return self.objective not in ("dpo", "draft")
+        return self.objective not in (*AGAINST_REFERENCE, "draft")
+
+    def keeps_old_velocities(self, updates_per_rollout: int) -> bool:
+        """Whether the velocities of the policy that sampled are computed before the first update, and kept."""
+        return self.objective in AGAINST_OLD and (updates_per_rollout > 1 or self.old_decay > 0)
+
+    @property
+    def starts_at_ratio_one(self) -> bool:
+        """Whether the policy is the one that sampled until the first update of a rollout."""
+        return self.has_ratio and not self.old_decay
 
     @property
     def uses_reference(self) -> bool:
         """Whether the loss compares the policy with one that it stays close to."""
-        return self.kl_weight != 0 or self.objective == "dpo"
+        return self.kl_weight != 0 or self.objective in AGAINST_REFERENCE
 
     @property
     def compares_means(self) -> bool:

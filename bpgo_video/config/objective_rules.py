@@ -7,11 +7,11 @@ from operator import attrgetter
 from typing import Any
 
 from bpgo_video.config.bpgo import Config
-from bpgo_video.config.learner import AGREEMENTS
+from bpgo_video.config.learner import AGAINST_OLD, AGAINST_REFERENCE, AGREEMENTS, FINAL_VIDEOS
 
 REPLAYS = "learns from final videos and replays no transition"
 LEFT_OUT = "turns advantages into probabilities: samples left out would count as average ones"
-FINAL_VIDEOS = {  # what an objective on final videos needs, and why
+ON_FINAL_VIDEOS = {  # what an objective on final videos needs, and why
     "rollout.same_start": (False, "samples by the ODE: all samples of a prompt would be equal"),
     "rollout.branches": ((), "has no trained steps at which samples could split"),
     "rollout.sample_ahead": (False, "records no log-prob of the policy that sampled"),
@@ -23,7 +23,7 @@ FINAL_VIDEOS = {  # what an objective on final videos needs, and why
 }
 LEARNS_PAIRS = "learns which sample of a pair is better and uses no size of an advantage"
 PAIRS = {
-    **FINAL_VIDEOS,
+    **ON_FINAL_VIDEOS,
     "loss.kl_weight": (0.0, "stays close to its reference policy by loss.dpo_beta"),
     "sampler.share_steps": ("batch", "trains pairs of several prompts together, at one noise level"),
     "advantage.normalise": ("group", "takes p from z-scores within groups"),
@@ -33,10 +33,19 @@ PAIRS = {
     "bpgo.zeta": (0.0, LEARNS_PAIRS),
     "bpgo.match_rms": (False, LEARNS_PAIRS),
 }
+LEARNS_SIGNS = "learns on which side of its group's mean a sample is and uses no size of an advantage"
+SIGNS = {
+    **ON_FINAL_VIDEOS,
+    "loss.kl_weight": (0.0, "stays close to its reference policy by loss.dpo_beta"),
+    "advantage.best_of": (None, LEARNS_SIGNS),
+    "advantage.drop_zero_std": (False, LEARNS_SIGNS),
+    "bpgo.zeta": (0.0, LEARNS_SIGNS),
+    "bpgo.match_rms": (False, LEARNS_SIGNS),
+}
 ALL_OF_A_STEP = "differentiates the steps as the rollout took them"
 OWN_GRADIENT = "follows the gradient of the rewards and uses no advantage"
 DIFFERENTIATED = {
-    **FINAL_VIDEOS,
+    **ON_FINAL_VIDEOS,
     "rollout.sample_ahead": (False, "scores in the update, when the next videos would be scored, too"),
     "rollout.guidance_every": (1, ALL_OF_A_STEP),
     "rollout.attention_backend": (None, ALL_OF_A_STEP),
@@ -50,9 +59,10 @@ DIFFERENTIATED = {
     "policy.frozen_rest_on": ("device", "needs the VAE during the update"),
 }
 OBJECTIVES: dict[str, dict[str, tuple[Any, str]]] = {
-    "awm": FINAL_VIDEOS,
-    "nft": {**FINAL_VIDEOS, "advantage.best_of": (None, LEFT_OUT), "advantage.drop_zero_std": (False, LEFT_OUT)},
+    "awm": ON_FINAL_VIDEOS,
+    "nft": {**ON_FINAL_VIDEOS, "advantage.best_of": (None, LEFT_OUT), "advantage.drop_zero_std": (False, LEFT_OUT)},
     "dpo": PAIRS,
+    "kto": SIGNS,
     "draft": DIFFERENTIATED,
 }
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {  # taken while a rule is broken
@@ -82,6 +92,10 @@ def objective_rules(config: Config) -> Mapping[str, object]:
         "gamma has no fixed size relative to it; set combine to 'weighted_sum', or credit.kind to 'video'": (
             segment and config.advantage.combine == "gdpo"
         ),
+        f"loss.old_decay is {loss.old_decay} with loss.objective = {loss.objective!r}: only 'awm' and 'nft' learn from "
+        "an old policy that moves slowly; set it to 0": loss.old_decay > 0 and loss.objective not in AGAINST_OLD,
+        f"loss.noise_levels is {loss.noise_levels!r} with loss.objective = {loss.objective!r}, which trains the steps "
+        "of the schedule; set it to 'schedule'": loss.noise_levels != "schedule" and loss.objective not in FINAL_VIDEOS,
         "loss.kl_reference is 'ema' with ema.decay = 0, which keeps no average; set ema.decay, say to 0.99": (
             pulls and loss.kl_reference == "ema" and config.ema.decay == 0
         ),
@@ -93,8 +107,10 @@ def objective_rules(config: Config) -> Mapping[str, object]:
         "and the divergence is always 0; take 2 updates or more, or another reference": (
             loss.kl_weight != 0 and loss.kl_reference == "previous" and updates == 1 and not old
         ),
-        "loss.kl_reference is 'previous' with loss.objective = 'dpo', whose recipe records nothing of the policy that "
-        "sampled; set it to 'start' or 'ema'": dpo and loss.kl_reference == "previous",
+        f"loss.kl_reference is 'previous' with loss.objective = {loss.objective!r}, whose recipe records nothing of "
+        "the policy that sampled; set it to 'start' or 'ema'": (
+            loss.objective in AGAINST_REFERENCE and loss.kl_reference == "previous"
+        ),
         f"the trust of {by_level} weighs groups by the level of their rewards, and loss.objective 'dpo' weighs no "
         f"group: it makes labels of how far scores agree; set bpgo.trust to one of {AGREEMENTS} or 'none'": (
             dpo and bool(by_level)

@@ -87,6 +87,11 @@ class SftConfig:
         return self.run.num_steps
 
     @property
+    def averages(self) -> int:
+        """Averages of the weights that the run keeps."""
+        return int(self.ema.decay > 0)
+
+    @property
     def algorithm(self) -> str:
         """Name of the algorithm in summaries."""
         return "sft"

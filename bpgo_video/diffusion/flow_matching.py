@@ -62,7 +62,7 @@ class LevelDistribution:
                 return sigma
         raise ValueError(
             f"none of {MAX_DRAWS} noise levels drawn from {self.density} (mean {self.mean}, std {self.std}) is one at "
-            "which the trained transformer computes; change sft.density_mean or policy.trained"
+            "which the trained transformer computes; change sft.density_mean or policy.trained, or loss.noise_levels"
         )
 
 

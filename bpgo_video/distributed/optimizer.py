@@ -179,7 +179,7 @@ class ZeroMasters:
         if self._engine.zero_nvme_offload_optimizer():
             raise ConfigError(
                 "the DeepSpeed JSON offloads the optimizer to NVMe, where its weights can be neither averaged nor set; "
-                "set zero_optimization.offload_optimizer.device to 'cpu', or ema.decay to 0"
+                "set zero_optimization.offload_optimizer.device to 'cpu', or ema.decay and loss.old_decay to 0"
             )
         locate = self._locate_zero3 if self._stage == 3 else self._locate_zero12
         trained = [(name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -93,8 +92,7 @@ def resolve(settings: GenerationSettings, policy: Policy) -> CallSettings:
         GenerationError: a size that the policy cannot make, adapters, a scheduler or an attention backend that it
             cannot use, or a value out of range.
     """
-    parameters = inspect.signature(getattr(diffusers, policy.pipeline_name).__call__).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()} | policy.call_defaults()
+    defaults = policy.pipeline_defaults() | policy.call_defaults()
     defaults |= {"guidance_scale": defaults[policy.guidance_argument], "fps": policy.fps}
     if (limit := tokenizer_limit(policy.folder / policy.length_tokenizer)) is not None:
         defaults["max_sequence_length"] = min(defaults["max_sequence_length"], limit)

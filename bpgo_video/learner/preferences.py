@@ -1,4 +1,4 @@
-"""Preferences within a group: which of two samples is better, how probably, and DPO's loss on such pairs.
+"""Preferences within a group: which of two samples is better, how probably, DPO's loss on such pairs, and KTO's.
 
 Let y = t + n be a sample's score within its group, t ~ N(0, tau^2) the score without noise, n ~ N(0, nu^2) the noise,
 rho = tau^2/(tau^2 + nu^2) the reliability and A = y/sqrt(tau^2 + nu^2) the z-score. The posterior of the clean z-score
@@ -106,3 +106,29 @@ def dpo_loss(
     loss = counts * (p * softplus(-margin) + (1 - p) * softplus(margin))
     found = {"probability": p, "margin": margin.detach(), "accuracy": (margin > 0).to(p), "pairs": torch.ones_like(p)}
     return Loss(loss.mean(), {f"preference/{name}": (counts * values).mean() for name, values in found.items()})
+
+
+def kto_loss(
+    gain: Float[Tensor, "samples"],
+    divergence: Float[Tensor, "samples"],
+    advantage: Float[Tensor, "samples"],
+    trust: Float[Tensor, "samples"],
+    beta: float,
+) -> Loss:
+    """mean w (1 - sigmoid(s z)),   z = beta/2 (gain - divergence),   s = sign(A)
+
+    Diffusion-KTO (arXiv 2404.04465, Eq 8) with the utility of Kahneman and Tversky: a sample above its group (s = 1) is
+    desirable, one below is not, and one at its mean adds 0. beta/2 gain is the implicit reward and beta/2 divergence
+    the reference point beta KL, here in closed form at each sample, where the paper averages log-ratios of a batch.
+
+    Args:
+        gain: |v_ref - target|^2 - |v - target|^2.
+        divergence: |v - v_ref|^2, the KL of transitions in units of `gain`; it has no gradient.
+        trust: w of the sample's group.
+    """
+    sign = advantage.sign()
+    margin = beta / 2 * (gain - divergence.detach())
+    utility = torch.sigmoid(sign * margin)
+    loss = trust * sign.abs() * (1 - utility)
+    found = {"utility": utility.detach(), "margin": (sign * margin).detach(), "desirable": (advantage > 0).to(gain)}
+    return Loss(loss.mean(), {f"preference/{name}": values.mean() for name, values in found.items()})

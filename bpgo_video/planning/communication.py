@@ -49,8 +49,7 @@ def extra_forwards(job: Job) -> int:
     """Forwards without gradients that each replayed pass needs besides."""
     loss, updates = job.config.loss, job.config.optim.updates_per_rollout
     reference = loss.uses_reference and loss.kl_reference != "previous"
-    old = loss.has_ratio and not loss.replays_transitions and updates > 1
-    return int(reference) + int(old)
+    return int(reference) + int(loss.keeps_old_velocities(updates))
 
 
 @dataclass(frozen=True)

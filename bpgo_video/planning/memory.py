@@ -157,6 +157,8 @@ def _trajectory_bytes(job: Job) -> int:
     each = points * LATENTS_DTYPES[config.sampler.latents_dtype].itemsize
     if config.loss.compares_means or pulls_to_previous(config.loss):
         each += config.sampler.trained_count * FP32
+    if config.loss.keeps_old_velocities(config.optim.updates_per_rollout):
+        each += config.sampler.trained_count * FP32
     return job.samples * each * prod(job.latents) * (2 if config.rollout.sample_ahead else 1)
 
 

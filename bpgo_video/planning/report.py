@@ -14,6 +14,7 @@ from rich.table import Table
 from bpgo_video.planning.advice import advise, spare
 from bpgo_video.planning.bill_report import assumptions, bill_as_json, bill_lines, step_table
 from bpgo_video.planning.cards import Rates
+from bpgo_video.planning.deployment import differences
 from bpgo_video.planning.job import Job, count_step, readable
 from bpgo_video.planning.memory import Plan, reckon, room
 from bpgo_video.planning.time import Bill, bill
@@ -82,6 +83,7 @@ def as_json(report: Report) -> dict[str, Any]:
             str(size): {"change": words, "peak": changed.peak, "seconds_saved": seconds}
             for size, (words, changed, seconds) in report.spare.items()
         },
+        "differs_from_the_pipeline": list(differences(job.config, job.policy)),
         **bill_as_json(job, plan, report.cost, report.rates, report.price),
     }
 
@@ -103,6 +105,7 @@ def as_text(report: Report) -> str:
     lines(*counts(job), "")
     console.print(memory_table(plan))
     console.print(assumptions(job, rates))
+    lines(*(f"Note: {words}." for words in differences(job.config, job.policy)))
     return text.getvalue().rstrip()
 
 

@@ -176,7 +176,7 @@ def optimizer_seconds(job: Job, rates: Rates) -> float:
     """
     share = job.zero.share(sum(job.weights.trained))
     adam = job.config.optim.name == "adamw"
-    moved = share * FP32 * ((7 if adam else 3) + (2 if job.config.ema.decay else 0))
+    moved = share * FP32 * ((7 if adam else 3) + 2 * job.config.averages)
     if not job.zero.on_host("offload_optimizer"):
         return moved / rates.memory
     crossing = share * (FP32 + job.zero.weight_bytes) / rates.host_link

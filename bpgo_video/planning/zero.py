@@ -111,7 +111,7 @@ def zero_at_rest(zero: Zero, weights: Weights, config: Config, reference: bool =
         *parts,
         Part("fp32 weights", share, on_host=host_optimizer),
         Part("optimizer", share * (2 if config.optim.name == "adamw" else 0), on_host=host_optimizer),
-        Part("average", share if config.ema.decay else 0, on_host=host_optimizer),
+        Part("average", share * config.averages, on_host=host_optimizer),
         Part("checkpoint", _copy_bytes(zero, weights, config), on_host=True),
         Part("reference", resting if reference else 0, on_host=host_weights),
     ]
@@ -132,8 +132,8 @@ def checkpoint_bytes(zero: Zero, weights: Weights, config: Config) -> int:
 
 
 def _stored_numbers(config: Config) -> int:
-    """Of each trained weight: itself, AdamW's moments, the average."""
-    return 1 + (2 if config.optim.name == "adamw" else 0) + (1 if config.ema.decay else 0)
+    """Of each trained weight: itself, AdamW's moments, the averages."""
+    return 1 + (2 if config.optim.name == "adamw" else 0) + config.averages
 
 
 def zero_at_work(

@@ -6,6 +6,7 @@ and know nothing else of a family. The defaults fit a family like Wan; a family 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -438,6 +439,15 @@ class Policy:
         """Size, text tokens and guidance by the names of `CallSettings`, where the pipeline call's defaults differ."""
         return {}
 
+    def pipeline_defaults(self) -> dict[str, Any]:
+        """What the pipeline's call takes where nobody sets it; None where it takes that from its inputs."""
+        call = inspect.signature(getattr(diffusers, self.pipeline_name).__call__)
+        return {name: parameter.default for name, parameter in call.parameters.items()} | dict(self.default_size())
+
+    def default_size(self) -> Mapping[str, Any]:
+        """`num_frames`, `height` and `width` among `call_defaults`, without what only a loaded pipeline knows."""
+        return self.call_defaults()
+
     def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the pipeline's call; settings that the call does not take are set on the pipeline's parts.
 
@@ -497,5 +507,6 @@ def guided_velocity(policy: Policy, latents: Latents, sigma: Tensor, guidance: G
 def both_velocities(policy: Policy, latents: Latents, sigma: Tensor, guidance: Guidance) -> tuple[Velocity, Velocity]:
     """v_towards and v_away, as one batch, so that ZeRO-3 gathers the transformer's parameters once."""
     both = {name: torch.cat([value, guidance.away.get(name, value)]) for name, value in guidance.towards.items()}
-    prompted, unprompted = policy.velocity(torch.cat([latents, latents]), sigma, both).chunk(2)
+    levels = sigma if sigma.ndim == 0 else torch.cat([sigma, sigma])
+    prompted, unprompted = policy.velocity(torch.cat([latents, latents]), levels, both).chunk(2)
     return prompted, unprompted

@@ -148,14 +148,16 @@ class HunyuanVideo15Policy(Policy):
 
     def call_defaults(self) -> dict[str, Any]:
         """A wide video of the folder's resolution, the pipeline's text tokens and its guider's scale."""
-        height, width = self.bucket(*ASPECT)
         guider = self.pipeline.guider.config
         return {
-            "height": height,
-            "width": width,
+            **self.default_size(),
             "max_sequence_length": self.pipeline.tokenizer_max_length,
             "guidance_scale": guider.guidance_scale if guider.enabled else 1.0,
         }
+
+    def default_size(self) -> dict[str, int]:
+        height, width = self.bucket(*ASPECT)
+        return {"height": height, "width": width}
 
     def take_settings(self, pipeline: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The guider holds the guidance scale, and the pipeline the number of text tokens."""

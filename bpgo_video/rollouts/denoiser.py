@@ -76,9 +76,16 @@ class Denoiser:
     def steps(self) -> list[sde.Step]:
         return sde.steps_of(self.sigmas)
 
-    def velocity(self, latents: Latents, index: int, guidance: Guidance) -> Velocity:
-        """The guided velocity at the start of step `index`; differentiable in the policy's parameters."""
-        return guided_velocity(self.policy, latents.float(), self.sigmas[index], guidance, self.guidance_at(index))
+    def velocity(
+        self, latents: Latents, index: int, guidance: Guidance, sigma: Float[Tensor, "*samples"] | None = None
+    ) -> Velocity:
+        """The guided velocity at the start of step `index`; differentiable in the policy's parameters.
+
+        Args:
+            sigma: other noise levels, 0-dim or one for each sample, at which the transformer of this step computes.
+        """
+        level = self.sigmas[index] if sigma is None else sigma
+        return guided_velocity(self.policy, latents.float(), level, guidance, self.guidance_at(index))
 
     def guidance_at(self, index: int) -> float:
         """The guidance scale of the transformer that computes step `index`."""

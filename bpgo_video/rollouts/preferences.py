@@ -1,11 +1,14 @@
-"""The objective `dpo`: pairs of a group's final videos, the better against the worse, on noised latents.
+"""The objectives `dpo` and `kto`: final videos of a group, better and worse ones, against a reference policy.
 
-Online Flow-DPO: Diffusion-DPO (arXiv 2311.12908) on velocities (Flow-DPO, arXiv 2501.13918), with pairs that the policy
-sampled in this step. Both videos of a pair get the same noise and noise level, so that what differs is the videos. The
-label of a pair is the posterior probability that its winner is truly better (`learner/preferences.py`).
+`dpo`: online Flow-DPO, which is Diffusion-DPO (arXiv 2311.12908) on velocities (Flow-DPO, arXiv 2501.13918), with pairs
+that the policy sampled in this step. Both videos of a pair get the same noise and noise level, so that what differs is
+the videos. The label of a pair is the posterior probability that its winner is truly better (`learner/preferences.py`).
 
 The partners of a pair may be on different ranks, and a rank may have none: the pairs of all prompts are listed in the
 same order on every rank and divided evenly, and each rank receives the latents of its own.
+
+`kto`: online Diffusion-KTO (arXiv 2404.04465), where each video counts alone, as desirable or not by the sign of its
+advantage.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bpgo_video.diffusion.flow_matching import matching_error
 from bpgo_video.distributed.mesh import Mesh
-from bpgo_video.learner.preferences import Pairs, dpo_loss
+from bpgo_video.learner.preferences import Pairs, dpo_loss, kto_loss
 from bpgo_video.rollouts.conditioning import guidance_of
 from bpgo_video.rollouts.forward_process import ForwardProcess
 from bpgo_video.types import Loss, Trajectory
@@ -27,8 +32,46 @@ from bpgo_video.types import Loss, Trajectory
 Sample = tuple[int, int]  # a prompt's row, and the position in its group
 
 
+class Gains(NamedTuple):
+    """|v_ref - target|^2 - |v - target|^2 with gradients, and |v - v_ref|^2 without; means over latent dimensions."""
+
+    gain: Float[Tensor, "samples"]
+    distance: Float[Tensor, "samples"]
+
+
 @dataclass(frozen=True)
-class Preferences(ForwardProcess):
+class AgainstReference(ForwardProcess):
+    """What DPO and KTO share: how much better than the reference the policy predicts final videos."""
+
+    def prepare(self, trajectories: Sequence[Trajectory], updates_per_rollout: int) -> None:
+        """Nothing: the reference does not change."""
+
+    def gains(self, trajectory: Trajectory, index: int, sample_index: Int[Tensor, "samples"]) -> Gains:
+        """Of a micro-batch at the noise levels of step `index`; `sample_index` is that of `noised`."""
+        assert self.reference is not None
+        latents, target, sigma = self.noised(trajectory, index, sample_index)
+        guidance = guidance_of(self.prompts, trajectory.prompt_rows, latents.device)
+        reference = self.reference.velocity(self.denoiser, latents, index, guidance, sigma)
+        velocity = self.denoiser.velocity(latents.requires_grad_(), index, guidance, sigma)
+        gain = matching_error(reference, target) - matching_error(velocity, target)
+        return Gains(gain, matching_error(velocity.detach(), reference))
+
+
+@dataclass(frozen=True)
+class Utilities(AgainstReference):
+    """KTO on the samples of a step."""
+
+    def loss(self, trajectory: Trajectory, index: int) -> Loss:
+        """The loss of the samples of a micro-batch at the noise levels of step `index`, with gradients."""
+        rows, samples = trajectory.prompt_rows, trajectory.sample_index
+        gain, distance = self.gains(trajectory, index, samples)
+        advantage, trust = self.advantages.advantage[rows, samples], self.advantages.trust[rows]
+        found = kto_loss(gain, distance, advantage.to(gain), trust.to(gain), self.config.loss.dpo_beta)
+        return Loss(found.value, {**found.metrics, "preference/reference_distance": distance.mean()})
+
+
+@dataclass(frozen=True)
+class Preferences(AgainstReference):
     """DPO on the pairs of a step. The samples of a micro-batch are winner, loser, winner, loser, ...
 
     Attributes:
@@ -42,9 +85,6 @@ class Preferences(ForwardProcess):
         """Of all prompts; the same on every rank."""
         assert self.advantages.posterior is not None
         return self.advantages.posterior.best_against_worst(self.config.loss.dpo_pairs)
-
-    def prepare(self, trajectories: Sequence[Trajectory], updates_per_rollout: int) -> None:
-        """Nothing: the reference does not change."""
 
     def arranged(self, trajectories: Sequence[Trajectory], mesh: Mesh) -> tuple[Preferences, Sequence[Trajectory]]:
         """This rank's pairs, equally many on every rank; a sample against itself, which is no pair, fills them up."""
@@ -69,21 +109,15 @@ class Preferences(ForwardProcess):
         return replace(self, scale=len(filled) / len(pairs)), batches
 
     def loss(self, trajectory: Trajectory, index: int) -> Loss:
-        """The loss of the pairs of a micro-batch at the noise level of step `index`, with gradients."""
-        assert self.reference is not None
+        """The loss of the pairs of a micro-batch at the noise levels of step `index`, with gradients."""
         rows, samples = trajectory.prompt_rows, trajectory.sample_index
-        latents, target = self.noised(trajectory, index, samples[::2].repeat_interleave(2))
-        guidance = guidance_of(self.prompts, rows, latents.device)
-        reference = self.reference.velocity(self.denoiser, latents, index, guidance)
-        velocity = self.denoiser.velocity(latents.requires_grad_(), index, guidance)
-        gain = matching_error(reference, target) - matching_error(velocity, target)
+        gain, distance = self.gains(trajectory, index, samples[::2].repeat_interleave(2))
         winner, loser, row = samples[::2], samples[1::2], rows[::2]
         column = (self.pairs.winner[row] == winner[:, None]).int().argmax(dim=1)
         probability = self.pairs.probability[row, column].masked_fill(winner == loser, torch.nan)
         pairs = gain.unflatten(0, (-1, 2))
         found = dpo_loss(pairs, probability.to(gain), self.config.loss.dpo_beta, self.scale)
-        distance = matching_error(velocity.detach(), reference).mean()
-        return Loss(found.value, {**found.metrics, "preference/reference_distance": distance})
+        return Loss(found.value, {**found.metrics, "preference/reference_distance": distance.mean()})
 
 
 def final_latents(trajectories: Sequence[Trajectory], wanted: Collection[Sample], mesh: Mesh) -> dict[Sample, Tensor]:

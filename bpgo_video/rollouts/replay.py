@@ -21,7 +21,7 @@ from bpgo_video.rollouts.conditioning import guidance_of
 from bpgo_video.rollouts.denoiser import pulls_to_previous
 from bpgo_video.rollouts.draft import DifferentiatedRewards
 from bpgo_video.rollouts.forward_process import ForwardProcess
-from bpgo_video.rollouts.preferences import Preferences
+from bpgo_video.rollouts.preferences import Preferences, Utilities
 from bpgo_video.rollouts.rules import trainable_steps
 from bpgo_video.rollouts.tree import Tree
 from bpgo_video.rollouts.updates import DIVERGENCES, Objective
@@ -101,6 +101,7 @@ OBJECTIVES: Table[type[Objective]] = Table(
         "awm": ForwardProcess,
         "nft": ForwardProcess,
         "dpo": Preferences,
+        "kto": Utilities,
         "draft": DifferentiatedRewards,
     }
 )

@@ -27,8 +27,8 @@ from bpgo_video.rollouts.denoiser import Denoiser, training_denoiser
 from bpgo_video.types import Guidance, Latents, Loss, PromptBatch, Trajectory, Velocity
 
 # The largest |ratio - 1| of the first update: the replay's error, or with it how far the policy has moved since it
-# sampled, if a step sampled ahead.
-EXACT, OLDER = "ratio_error_first_update_max", "ratio_shift_first_update_max"
+# sampled, if a step sampled ahead, or how far it is from the average that sampled.
+EXACT, OLDER, AVERAGE = "ratio_error_first_update_max", "ratio_shift_first_update_max", "ratio_to_average_max"
 # Metrics logged for each denoising step. The largest log ratio is also the noise floor: 0 in an exact replay.
 BY_STEP = ("log_ratio_abs_max", "ratio_mean", RATIO_ERROR, "clip_fraction/positive", "clip_fraction/negative")
 
@@ -46,13 +46,15 @@ class Reference:
     weights: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @torch.no_grad()
-    def velocity(self, denoiser: Denoiser, latents: Latents, index: int, guidance: Guidance) -> Velocity:
-        """The reference's velocity at denoising step `index`.
+    def velocity(
+        self, denoiser: Denoiser, latents: Latents, index: int, guidance: Guidance, sigma: Tensor | None = None
+    ) -> Velocity:
+        """The reference's velocity at denoising step `index`; its arguments are those of `Denoiser.velocity`.
 
         Call it before the policy's own forward, whose weights must not change until its backward.
         """
         with self.weights():
-            return replace(denoiser, policy=self.policy).velocity(latents, index, guidance)
+            return replace(denoiser, policy=self.policy).velocity(latents, index, guidance, sigma)
 
 
 @contextmanager
@@ -96,7 +98,8 @@ class Objective(ABC):
     Attributes:
         step: training step, counted from 0.
         device: where the policy computes.
-        reference: the policy of the KL term or of DPO, unless that is the policy that sampled.
+        reference: the policy of the KL term or of DPO, unless that is the policy that sampled; with
+            `loss.old_decay` the slowly moving policy that sampled.
         suite: the rewards, for objectives that differentiate them.
     """
 
@@ -167,9 +170,9 @@ class UpdateStats:
     metrics: dict[str, float]
     passes: list[tuple[int, Mapping[str, Tensor]]]
 
-    def of_older_weights(self) -> UpdateStats:
-        """The same of a rollout that was sampled before the last updates: its first ratio shows no error."""
-        return replace(self, metrics={OLDER if name == EXACT else name: value for name, value in self.metrics.items()})
+    def of_other_weights(self, shift: str) -> UpdateStats:
+        """The same of a rollout that other weights sampled: its first ratio is not EXACT, but OLDER or AVERAGE."""
+        return replace(self, metrics={shift if name == EXACT else name: value for name, value in self.metrics.items()})
 
 
 def optimise(

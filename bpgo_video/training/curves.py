@@ -157,6 +157,19 @@ def heldout(axes: Axes, records: Records, summary: Summary) -> str | None:
     return "; ".join(words) or None
 
 
+def look(axes: Axes, records: Records, summary: Summary) -> str | None:
+    words, before = [], summary.get("look") or {}
+    for i, key in enumerate(keys_with(records, "look/")):
+        steps, values = series(records, key)
+        if key in before:
+            steps, values = [0, *steps], [before[key]["before"], *values]
+        axes.plot(steps, values, color=SERIES[i % len(SERIES)], label=key.removeprefix("look/"), **MARKED)
+        words.append(change(key.removeprefix("look/"), values))
+    if words:
+        axes.legend(loc="best")
+    return "; ".join(words) or None
+
+
 def trained_against_heldout(axes: Axes, records: Records, summary: Summary) -> str | None:
     """If the line turns down while it continues to the right, the policy exploits its training reward."""
     steps, rewards = series(records, "reward")
@@ -227,6 +240,12 @@ PANELS: Mapping[str, Panel] = {
         "One point per evaluation, labelled by its step. A line that turns down on its way to the right shows that the "
         "policy exploits its training reward.",
         trained_against_heldout,
+    ),
+    "look": (
+        "How held-out videos look",
+        "Mean luma, share of clipped highlights, saturation and contrast, whatever the videos show. None has a good "
+        "direction: a drift may be exploitation of the reward.",
+        look,
     ),
     "trust": (
         "Trust weight w",

@@ -23,6 +23,7 @@ from rich.table import Table
 from bpgo_video.config.bpgo import Config
 from bpgo_video.distributed.heartbeat import Heartbeat
 from bpgo_video.learner.bpgo import GroupAdvantages
+from bpgo_video.planning.deployment import differences
 from bpgo_video.planning.job import readable
 from bpgo_video.policies.networks import Transformers, from_pretrained, networks_of
 from bpgo_video.randomness import keyed_noise
@@ -39,11 +40,13 @@ from bpgo_video.training.rl import PHASES, build_objective
 from bpgo_video.training.sampling import sample_and_score
 from bpgo_video.training.session import Session
 from bpgo_video.training.summary import AGREEMENT, ALIKE, OPPOSED, VALIDITY
+from bpgo_video.training.tiles import tile_differences
 from bpgo_video.types import PromptBatch, Rewards, Trajectory
 
 NOISE_LEVELS = (0.7, 0.99, 0.05)  # the first one at which a transformer computes is used for it
 VELOCITY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # relative; small models are .004 to .010 off in bf16
 ODE_BOUND = 1e-4  # of latents of unit size, in fp32
+TILED_SHARE = 0.25  # of a reward's spread within groups
 NOISE_SHARE = 0.1  # of the clip range; more noise in a ratio blurs the clip
 
 Result = tuple[bool, str]  # whether a check holds, and an explanation
@@ -197,6 +200,28 @@ def shortcuts_are_small(examination: Examination) -> Result | None:
     return True, words
 
 
+def tiles_change_little(examination: Examination) -> Result | None:
+    """How far decoding in tiles moves rewards, next to their spread within groups; always holds."""
+    session, rewards = examination.session, examination.rewards
+    alone = [name for name, reward in session.suite.rewards.items() if not reward.groupwise]
+    if not session.config.policy.vae_tiling or not alone:
+        return None
+    assert rewards is not None
+    try:
+        found = tile_differences(session, examination.prompts, examination.trajectories[0])
+    except torch.OutOfMemoryError:
+        found = {name: torch.tensor([torch.nan]) for name in alone}
+    sizes = reduce_metrics({name: found[name].abs().mean() for name in alone})
+    if any(math.isnan(size) for size in sizes.values()):
+        return True, "a whole video does not fit on some rank, so what tiles do to rewards is not known"
+    shares = {name: size / float(rewards.by_name[name].std(dim=1).mean()) for name, size in sizes.items()}
+    each = "; ".join(f"{name} {sizes[name]:.2g}, {share:.0%} of its spread" for name, share in shares.items())
+    words = f"rewards differ from those of videos decoded whole: {each} within groups"
+    if max(shares.values()) > TILED_SHARE:
+        words += ": tiles blur what the reward compares. Set policy.vae_tiling: false, if need be with vae_slicing"
+    return True, words
+
+
 def ratio_is_one(examination: Examination) -> Result | None:
     """In a replay without an update every ratio is 1, up to the precision's noise."""
     if not examination.session.config.loss.has_ratio:
@@ -214,6 +239,8 @@ def ratio_is_one(examination: Examination) -> Result | None:
         words = "exactly 1 before the first update"
         if examination.session.config.rollout.sample_ahead:
             words += "; not so in most steps of the run, whose rollouts are one step older (rollout.sample_ahead)"
+        if examination.session.config.loss.old_decay:
+            words += "; not so in later steps, which an average of the weights samples (loss.old_decay)"
         return True, words
     clip = min(examination.session.config.loss.clip_range)
     words = f"off 1 by up to {worst:.2g} before any update, with a clip range of {clip:g}"
@@ -263,6 +290,7 @@ CHECKS: dict[str, Callable[[Examination], Result | None]] = {  # None: the recip
     "rewards": rewards_vary,
     "agreement": rewards_agree,
     "shortcuts": shortcuts_are_small,
+    "tiles": tiles_change_little,
     "ratio": ratio_is_one,
     "gradient": gradient_flows,
     "cost": time_and_memory,
@@ -285,7 +313,8 @@ def diagnose(session: Session, prompts: PromptBatch, heartbeat: Heartbeat) -> bo
     """Run the checks and print the findings; whether all hold. Warnings about the installation do not count."""
     started = time.perf_counter()
     if session.mesh.is_main:
-        for warning in [*warnings(session), *dependent_measure(session.config)]:
+        deployed = differences(session.config, session.policy)
+        for warning in [*warnings(session), *dependent_measure(session.config), *deployed]:
             print(f"warning: {warning}", flush=True)
     findings = examine(session, prompts, heartbeat)
     if session.mesh.is_main:

@@ -16,12 +16,13 @@ from bpgo_video.data.media import write_video
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.rewards import FrameScores
+from bpgo_video.rewards.look import WATCHED
 from bpgo_video.rewards.score_ahead import ScoreAhead
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.denoiser import Denoiser, evaluation_denoiser
 from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import TrainedSteps, no_steps
-from bpgo_video.statistics import corrected, effect
+from bpgo_video.statistics import LEVEL, corrected, effect, paired_differences, signed_rank
 from bpgo_video.training.trackers import Cell
 from bpgo_video.types import PromptBatch, Rewards, RolloutChunk
 
@@ -35,14 +36,16 @@ class HeldoutScores:
 
     Attributes:
         frames: scores of each frame of each prompt's first sample, by the rewards that score frames.
+        look: measures of `rewards/look.py`, by their keys in metrics.
     """
 
     by_name: Mapping[str, Scores]
     frames: Mapping[str, FrameScores] = field(default_factory=dict)
+    look: Mapping[str, Scores] = field(default_factory=dict)
 
     def metrics(self, prefix: str = "heldout") -> dict[str, float]:
-        """`PREFIX/NAME` and, with more than one video, its standard error."""
-        values = {}
+        """`PREFIX/NAME` and, with more than one video, its standard error; of the raw weights also how they look."""
+        values = {name: float(scores.mean()) for name, scores in self.look.items() if prefix == "heldout"}
         for name, scores in self.by_name.items():
             values[f"{prefix}/{name}"] = float(scores.mean())
             if scores.numel() > 1:
@@ -79,9 +82,11 @@ def evaluate(
     frames = {
         name: FrameScores(rewards.per_frame[name][:, 0].cpu(), times)
         for name, times in rewards.frame_times.items()
-        if times is not None
+        if times is not None and name not in WATCHED
     }
-    return HeldoutScores({name: scores.cpu() for name, scores in rewards.by_name.items()}, frames)
+    scores = {name: found.cpu() for name, found in rewards.by_name.items()}
+    look = {name: scores.pop(name) for name in WATCHED if name in scores}
+    return HeldoutScores(scores, frames, look)
 
 
 def score_samples(
@@ -147,6 +152,24 @@ def heldout_test(first: Scores, last: Scores, config: Config) -> dict[str, Any]:
         "heldout_shown": test.shown,
         "heldout_detectable": test.detectable,
     }
+
+
+def look_summary(before: ScoresByReward, after: HeldoutScores) -> dict[str, dict[str, float]]:
+    """Of each measure of how videos look: its mean before and after, and its drift.
+
+    The drift is the difference in standard deviations of the videos before training; 0 unless the signed-rank test over
+    prompts, corrected for all measures, shows a difference.
+    """
+    found = {}
+    for name, last in after.look.items():
+        if name not in before:
+            continue
+        first = torch.tensor(before[name])
+        p_value = len(after.look) * signed_rank(paired_differences(first.numpy(), last.numpy()))
+        spread, difference = float(first.std()) if first.numel() > 1 else 0.0, float(last.mean() - first.mean())
+        drift = difference / spread if spread and p_value < 1 - LEVEL else 0.0
+        found[name] = {"before": float(first.mean()), "after": float(last.mean()), "drift": drift}
+    return found
 
 
 class ShownVideos:

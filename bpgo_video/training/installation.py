@@ -65,7 +65,7 @@ def small_disk(config: Recipe, trained: int) -> Iterator[str]:
         trained: number of trained weights over all ranks; frozen ones are not saved.
     """
     run = config.run
-    numbers = 1 + 2 * (config.optim.name != "sgd") + (config.ema.decay > 0)  # in fp32: weights, moments, average
+    numbers = 1 + 2 * (config.optim.name != "sgd") + config.averages  # in fp32: weights, moments, averages
     needed = (run.keep_checkpoints + 1) * trained * numbers * 4
     folder = Path(run.dir).absolute()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free

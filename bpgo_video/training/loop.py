@@ -215,15 +215,15 @@ def open_run(
 
 def save(saver: checkpoint.Saver, session: PolicySession, progress: Any) -> None:
     """Begin a checkpoint with the run's progress."""
-    parts = [partial(save_average, session.ema)] if session.ema else []
+    parts = [partial(save_average, average) for average in session.averages]
     saver.save(progress.step, {"progress": vars(progress), "code": session.code}, parts)
 
 
 def load(session: PolicySession, folder: Path) -> dict[str, Any]:
     """Load a checkpoint into the session; returns the run's progress."""
     state = resume.load(session.engine, folder, session.mesh, session.config.run.resume_optimizer)
-    if session.ema:
-        load_average(session.ema, folder)
+    for average in session.averages:
+        load_average(average, folder)
     earlier = state.get("code", [])
     session.code[:] = [*earlier, *(code for code in session.code if code not in earlier[-1:])]
     return dict(state["progress"])

@@ -103,6 +103,7 @@ class Summary(TypedDict, total=False):
     heldout_detectable: FiniteFloat | None
     heldout_prompts: int | None
     heldout_videos: int | None
+    look: dict[str, dict[str, FiniteFloat]] | None
     alarms: dict[str, int] | None
     alarm_comparisons: int | None
     ended: str | None
@@ -270,7 +271,11 @@ def contact_sheet(video: Float[Tensor, "frames 3 height width"]) -> str:
 def numbers_table(records: Sequence[Mapping[str, Number]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the numbers in the curves: evenly spaced steps, the last, and all held-out evaluations."""
     heldout = keys_with(records, *HELDOUT)
-    keys = [*heldout, *(key for key in TABLE_KEYS if any(key in record for record in records))]
+    keys = [
+        *heldout,
+        *keys_with(records, "look/"),
+        *(key for key in TABLE_KEYS if any(key in record for record in records)),
+    ]
     stride = max(1, len(records) // TABLE_ROWS)
     rows = [
         [f"{record['step'] + 1:.0f}", *(f"{record[key]:.4g}" if key in record else "" for key in keys)]

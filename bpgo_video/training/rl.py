@@ -18,12 +18,12 @@ from bpgo_video.learner.metrics import trust_by_kind
 from bpgo_video.randomness import isolated
 from bpgo_video.rollouts.prior_sampling import check_anchors
 from bpgo_video.rollouts.replay import OBJECTIVES, samples_to_replay
-from bpgo_video.rollouts.updates import OLDER, Objective, UpdateStats, optimise, step_metrics, step_sums
+from bpgo_video.rollouts.updates import AVERAGE, OLDER, Objective, UpdateStats, optimise, step_metrics, step_sums
 from bpgo_video.training import loop
 from bpgo_video.training.alarm import AlarmMemory
 from bpgo_video.training.environment import environment
 from bpgo_video.training.estimation import Memory, estimate_advantages, to_be_scored
-from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, heldout_summary
+from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, heldout_summary, look_summary
 from bpgo_video.training.inputs import Inputs
 from bpgo_video.training.metrics import METRICS_FILE, ROLLOUTS, Keys, RunLog, read_metrics, reduce_metrics
 from bpgo_video.training.report import LiveReport, write_report
@@ -57,6 +57,7 @@ class Progress(Memory, AlarmMemory):
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PHASES), 0.0))
     heldout_before: dict[str, list[list[float]]] | None = None
     frames_before: dict[str, list[list[float]]] = field(default_factory=dict)
+    look_before: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def count(self, record: dict[str, float], videos: int) -> None:
         """Add a training step."""
@@ -124,7 +125,10 @@ class RL(loop.Trainer):
             objective = build_objective(session, rollout.prompts, advantages, step)
             objective, batches = objective.arranged(trajectories, session.mesh)
             stats = optimise(session.engine, objective, batches, session.config.optim.updates_per_rollout)
-        stats = stats.of_older_weights() if rollout.age else stats
+            if session.old is not None:
+                session.old.update()
+        stats = stats.of_other_weights(OLDER) if rollout.age else stats
+        stats = stats.of_other_weights(AVERAGE) if session.old else stats
         record = {**step_record(session, rewards, advantages, stats), "learning_rate": learning_rate, **watch.record}
         if session.config.uses_trust:
             kinds = trust_by_kind(advantages.trust, rollout.prompts.tags, self.kinds)
@@ -152,6 +156,7 @@ class RL(loop.Trainer):
         if before is not None:
             self.progress.heldout_before = {name: scores.tolist() for name, scores in before.by_name.items()}
             self.progress.frames_before = {name: frames.values.tolist() for name, frames in before.frames.items()}
+            self.progress.look_before = {name: scores.tolist() for name, scores in before.look.items()}
             respond(self.session.config, self.progress, 0, before, self.session.mesh)
         self.progress.videos_generated += self.heldout_videos
 
@@ -280,11 +285,12 @@ def summarise(session: Session, progress: Progress, after: HeldoutScores | None)
         "heldout_after": None,
         "videos_generated": progress.videos_generated,
         "seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()},
-        "max_ratio_error_first_update": error if session.config.loss.has_ratio else None,
+        "max_ratio_error_first_update": error if session.config.loss.starts_at_ratio_one else None,
     }
     if session.config.rollout.sample_ahead:
         summary["steps_sampled_ahead"] = progress.sampled_ahead
     summary |= alarm_summary(session.config, progress)
     if after is not None and progress.heldout_before is not None:
         summary |= heldout_summary(progress.heldout_before, after, session.config)
+        summary["look"] = look_summary(progress.look_before, after)
     return summary

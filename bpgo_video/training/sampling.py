@@ -65,6 +65,7 @@ def sample(
     scoring = ScoreAhead(session.suite, prompts, waiting, mesh.device, before, config.rollout.group_size)
     with scoring, ExitStack() as weights:
         with watch.phase("rollout"):
+            weights.enter_context(session.sampling_weights())
             weights.enter_context(session.rollout_weights())
         while True:
             with watch.phase("rollout"):

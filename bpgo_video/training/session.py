@@ -19,7 +19,7 @@ from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.stream import PromptStream, as_batch
 from bpgo_video.distributed import engine as engines
 from bpgo_video.distributed.ds_config import compute_dtype
-from bpgo_video.distributed.ema import EMA
+from bpgo_video.distributed.ema import EMA, rising_decay
 from bpgo_video.distributed.gathering import WhenGathered, not_gathered
 from bpgo_video.distributed.mesh import Mesh, all_or_none
 from bpgo_video.distributed.optimizer import learning_rate_factor
@@ -42,6 +42,7 @@ from bpgo_video.policies.networks import (
     trained_names,
     transformer_names,
 )
+from bpgo_video.rewards.look import WATCHED
 from bpgo_video.rewards.networks import Backbones
 from bpgo_video.rewards.suite import RewardSuite
 from bpgo_video.rollouts.conditioning import conditioned, image_size
@@ -71,6 +72,11 @@ class PolicySession:
         """The dtype of the transformers and their conditioning."""
         return self.engine.dtype
 
+    @property
+    def averages(self) -> list[EMA]:
+        """The averages of the weights that checkpoints keep."""
+        return [self.ema] if self.ema else []
+
     def weights(self, kind: str) -> AbstractContextManager[None]:
         """The block in which the policy computes with its weights (`raw`) or their average (`ema`)."""
         return self.ema.weights() if self.ema and kind == "ema" else nullcontext()
@@ -90,7 +96,8 @@ class Session(PolicySession):
 
     Attributes:
         heldout: None if the recipe has no held-out rewards.
-        reference: the policy of the KL term, unless that is the policy that sampled.
+        reference: see `build_reference`.
+        old: the average of the weights that samples rollouts; None if the weights themselves do.
     """
 
     config: Config
@@ -99,6 +106,15 @@ class Session(PolicySession):
     priors: Mapping[str, PriorTable]
     suite: RewardSuite
     reference: Reference | None
+    old: EMA | None = None
+
+    @property
+    def averages(self) -> list[EMA]:
+        return [*super().averages, *([self.old] if self.old else [])]
+
+    def sampling_weights(self) -> AbstractContextManager[None]:
+        """The block in which the policy computes with the weights that sample rollouts."""
+        return self.old.weights() if self.old else nullcontext()
 
     def batches(self, start: int = 0) -> Iterator[PromptBatch]:
         """The conditioned prompts of each training step.
@@ -213,11 +229,27 @@ def build_ema(config: Recipe, engine: engines.Engine) -> EMA | None:
     return ema
 
 
+def build_old_policy(config: Config, engine: engines.Engine) -> EMA | None:
+    """The average of the weights that samples rollouts, to be moved after each; None if `loss.old_decay` is 0."""
+    loss, updates = config.loss, config.optim.updates_per_rollout
+    if not loss.old_decay:
+        return None
+    return EMA(engine.masters, partial(rising_decay, rate=loss.old_decay_rate * updates, largest=loss.old_decay), "old")
+
+
 def build_reference(
-    config: Config, policy: Policy, engine: engines.Engine, ds_config: Mapping[str, Any], mesh: Mesh, ema: EMA | None
+    config: Config,
+    policy: Policy,
+    engine: engines.Engine,
+    ds_config: Mapping[str, Any],
+    mesh: Mesh,
+    ema: EMA | None,
+    old: EMA | None,
 ) -> Reference | None:
-    """The policy of the KL term or of DPO; None without one, or if it is the policy that sampled."""
+    """The policy of the KL term, of DPO, or the slowly moving old one; None if the loss compares with none of these."""
     loss = config.loss
+    if old is not None:
+        return Reference(policy, old.weights)
     if not loss.uses_reference or loss.kl_reference == "previous":
         return None
     if loss.kl_reference == "ema":
@@ -256,7 +288,8 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         suite = RewardSuite(config.rewards, mesh.device, fps, backbones)
         if config.loss.objective == "draft":
             suite.require_differentiable()
-        heldout_suite = RewardSuite(evaluation.rewards, mesh.device, fps, backbones=backbones)
+        watched = WATCHED if evaluation.rewards else {}
+        heldout_suite = RewardSuite({**evaluation.rewards, **watched}, mesh.device, fps, backbones=backbones)
         priors = load_priors(shards.directory, suite.trained_versions) if reads_priors(config) else {}
         folder = resolve_folder(config.policy.folder)
         starting_policy = fingerprint(folder, transformer_names(folder))
@@ -273,7 +306,7 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         prompts = conditioned(prompts, policy, config, dtype, mesh, evaluation.samples_per_prompt)
         heldout = Heldout(prompts, heldout_suite)
     engine = build_engine(config, policy, ds_config, mesh)
-    ema = build_ema(config, engine)
+    ema, old = build_ema(config, engine), build_old_policy(config, engine)
     return Session(
         config=config,
         mesh=mesh,
@@ -284,5 +317,6 @@ def build_session(config: Config, mesh: Mesh, ds_config: Mapping[str, Any], shar
         heldout=heldout,
         priors=priors,
         suite=suite,
-        reference=build_reference(config, policy, engine, ds_config, mesh, ema),
+        reference=build_reference(config, policy, engine, ds_config, mesh, ema, old),
+        old=old,
     )

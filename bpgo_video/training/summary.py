@@ -33,6 +33,7 @@ FLAT_SHARE = 0.25
 REVERSED_SHARE = 0.01
 REVERSED = "crt/rank_inversion/"  # key prefix, before the reward's name
 LOW_ICC = 0.5  # of scorings
+DRIFT = 1.0  # of how videos look, in standard deviations of the videos before training
 AGREEMENT = "agreement/"  # key prefix, before the names of two rewards
 VALIDITY, TRUST_VALIDITY = "validity/", "trust_validity/"  # key prefixes, before a reward and a watched one
 ALIKE = 0.9  # correlation above which the mean of two rewards has 95 % of the variance of one: the second adds little
@@ -133,7 +134,8 @@ def diagnose(records: Records, summary: Summary) -> list[str]:
     """
     if not records:
         return []
-    found = [*_heldout_findings(records, summary), *_trust_findings(records), *_signal_findings(records)]
+    found = [*_heldout_findings(records, summary), *_look_findings(summary)]
+    found += [*_trust_findings(records), *_signal_findings(records)]
     return [*found, *_reward_findings(records), *_age_findings(records)] or [NOTHING]
 
 
@@ -159,6 +161,22 @@ def _heldout_findings(records: Records, summary: Summary) -> Iterator[str]:
         yield (
             f"Held-out scores fell from {before:.3f} to {after:.3f} while the training reward rose: the policy "
             "exploits its reward. Stop earlier, lower the learning rate, or add a reward."
+        )
+
+
+def _look_findings(summary: Summary) -> Iterator[str]:
+    """How held-out videos look, where that drifted by more than they differed from each other before training."""
+    drifted = [
+        f"{name.removeprefix('look/')} {look['before']:.3f} to {look['after']:.3f} ({look['drift']:+.1f} standard "
+        "deviations)"
+        for name, look in (summary.get("look") or {}).items()
+        if abs(look["drift"]) >= DRIFT
+    ]
+    if drifted:
+        yield (
+            f"Held-out videos look different from before training, whatever they show: {'; '.join(drifted)}. Rewards "
+            "often pay for brighter, more colourful or harsher pictures: look at the videos; if that is not wanted, "
+            "raise loss.kl_weight, lower the learning rate, or add a reward that does not."
         )
 
 

@@ -19,7 +19,11 @@ from tests.made.recipes import ROOT, make_shards, python_path
 STAGES = ("zero1", "zero2", "zero3")
 SMOKE = ("zero2_bf16", "zero3_bf16_offload", "zero3_offload")  # other shipped DeepSpeed configurations
 SHARED = [*(f"gradient-{stage}=gradient:{stage}" for stage in STAGES), "credited-4=credited:zero3:4"]
-SHARED += ["preferred=preferred:zero3", *(f"drafted-{steps}=drafted:zero3:{steps}" for steps in (1, 3))]
+SHARED += [
+    "preferred=preferred:zero3",
+    "desirable=desirable:zero3",
+    *(f"drafted-{steps}=drafted:zero3:{steps}" for steps in (1, 3)),
+]
 WORLD_CASES = {
     1: SHARED,
     2: [
@@ -41,6 +45,7 @@ WORLD_CASES = {
             for weight in ("0", "1000")
         ),
         "credited-2=credited:zero3:2",
+        *(f"slow-{lora}=slow_policy:zero3:{lora}:3" for lora in ("full", "lora")),
         *(
             f"held-{stage}-{lora}-{reference}=held:{stage}:{lora}:1000:{reference}"
             for stage, lora, reference in (

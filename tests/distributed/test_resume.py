@@ -33,6 +33,9 @@ def halves(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     for stage, lora in product(STAGES, ("full", "lora")):
         cases += [f"{stage}-{lora}-whole=exact:{stage}:{lora}:4"]
         cases += [f"{stage}-{lora}-stopped=exact:{stage}:{lora}:{steps}" for steps in ("2", "4:auto")]
+    for stage, lora in (("zero2", "full"), ("zero3", "full"), ("zero3", "lora")):
+        cases += [f"slow-{stage}-{lora}-whole=slow_policy:{stage}:{lora}:4"]
+        cases += [f"slow-{stage}-{lora}-stopped=slow_policy:{stage}:{lora}:{steps}" for steps in ("2", "4:0.5:auto")]
     moves = [f"{world}-to-{3 - world}=exact:zero{world}:full" for world in (1, 2)]  # zero1 on one rank, zero2 on two
     for world_size, move in zip((1, 2), moves, strict=True):
         run_ranks(world_size, [str(shards), str(folder), f"{move}:2", *(cases if world_size == 2 else [])])
@@ -46,6 +49,13 @@ def halves(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 @pytest.mark.parametrize("lora", ["full", "lora"])
 def test_two_plus_two_steps_equal_four_steps(halves: Path, stage: str, lora: str) -> None:
     assert_same_run(halves / f"{stage}-{lora}-whole", halves / f"{stage}-{lora}-stopped")
+
+
+@pytest.mark.parametrize("name", ["zero2-full", "zero3-full", "zero3-lora"])
+def test_two_plus_two_steps_of_a_slow_old_policy_equal_four_steps(halves: Path, name: str) -> None:
+    folder = halves / f"slow-{name}-whole"
+    assert_same_run(folder, halves / f"slow-{name}-stopped")
+    assert list((folder / "checkpoints" / "step-000004").glob("old-rank-*.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["1-to-2", "2-to-1"])

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from bpgo_video.config.reading import read_yaml
 from bpgo_video.data.media import read_video
 from bpgo_video.data.reader import PromptShards
+from bpgo_video.distributed.ema import AverageParameters
+from bpgo_video.distributed.zero_files import ZeroParameters
 from bpgo_video.files import resolve_folder
 from bpgo_video.randomness import keyed_noise
 from bpgo_video.training.metrics import read_metrics
@@ -117,6 +119,33 @@ def test_pairs_of_groups_on_two_ranks_have_the_same_gradient_on_any_world(worlds
     errors = {key: (found[key] - reference[key]).norm() / (reference[key] - start[key]).norm() for key in start}
     assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
     assert read_metrics(worlds[2] / "preferred" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_desirable_and_undesirable_samples_have_the_same_gradient_on_any_world(worlds: dict[int, Path]) -> None:
+    start, reference, found = starting_weights(), *(exported(worlds[ranks] / "desirable") for ranks in (1, 2))
+    errors = {key: (found[key] - reference[key]).norm() / (reference[key] - start[key]).norm() for key in start}
+    assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
+    assert read_metrics(worlds[2] / "desirable" / "metrics.jsonl")[0]["preference/utility"] == 0.5
+
+
+@pytest.mark.parametrize("lora", ["full", "lora"])
+def test_the_old_policy_is_a_slow_average_and_its_ratio_is_one_at_the_start(worlds: dict[int, Path], lora: str) -> None:
+    """It keeps .2, .4 and .5 = min(.2 i, .5) of itself, of the weights after each step."""
+    run = worlds[2] / f"slow-{lora}"
+    steps = [run / "checkpoints" / f"step-{step:06d}" for step in (1, 2, 3)]
+    weights = [ZeroParameters(folder) for folder in steps]
+    old = [AverageParameters(folder, "old") for folder in steps]
+    for name in old[0]:
+        for i, keep in ((1, 0.4), (2, 0.5)):
+            expected = keep * old[i - 1][name] + (1 - keep) * weights[i][name]
+            torch.testing.assert_close(old[i][name], expected, rtol=1e-6, atol=1e-8)
+    for name, start in starting_weights().items() if lora == "full" else ():
+        expected = 0.2 * start + 0.8 * weights[0][f"transformer.{name}"]
+        torch.testing.assert_close(old[0][f"transformer.{name}"], expected, rtol=1e-6, atol=1e-8)
+    shifts = [record["ratio_to_average_max"] for record in read_metrics(run / "metrics.jsonl")]
+    assert shifts[0] == 0.0, "both are the starting policy, bit for bit"
+    assert all(shift > 1e-6 for shift in shifts[1:])
+    assert summary_of(worlds[2], f"slow-{lora}", 3)["max_ratio_error_first_update"] is None
 
 
 @pytest.mark.parametrize("steps", [1, 3])

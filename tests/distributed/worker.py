@@ -70,6 +70,13 @@ def preferred(shards: Path, run_dir: Path, stage: str, lora: str = "full") -> Co
     )
 
 
+def desirable(shards: Path, run_dir: Path, stage: str) -> Config:
+    """`gradient` of KTO."""
+    config = preferred(shards, run_dir, stage)
+    rollout = replace(config.rollout, prompts_per_step=2)
+    return replace(config, loss=replace(config.loss, objective="kto"), rollout=rollout)
+
+
 def drafted(shards: Path, run_dir: Path, stage: str, steps: str, sequence: str = "1") -> Config:
     """`gradient` through the frames and the last denoising steps, with the rewards of the recipe."""
     config = small_recipe(run_dir, shards, optim={"updates_per_rollout": 1})
@@ -150,6 +157,25 @@ def ema(shards: Path, run_dir: Path, num_steps: str, resume: str = "never") -> C
 def exact(shards: Path, run_dir: Path, stage: str, lora: str, num_steps: str, resume: str = "never") -> Config:
     """The same under any stage, with all weights or adapters."""
     config = with_stage(ema(shards, run_dir, num_steps, resume), stage)
+    return replace(config, policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])))
+
+
+def slow_policy(
+    shards: Path, run_dir: Path, stage: str, lora: str, num_steps: str, decay: str = "0.5", resume: str = "never"
+) -> Config:
+    """NFT as published: an average of the weights samples, and v_old is its velocity."""
+    loss: dict[str, Any] = {"objective": "nft", "step_weights": "none", "nft_adaptive": True, "nft_rescale": True}
+    config = small_recipe(
+        run_dir,
+        shards,
+        run={"num_steps": int(num_steps), "save_every": 1, "keep_checkpoints": 9, "resume": resume},
+        loss={**loss, "old_decay": float(decay), "old_decay_rate": 0.2, "noise_levels": "uniform"},
+        rollout={"same_start": False},
+        sampler={"num_steps": 3},
+        optim={"learning_rate": 1e-3, "updates_per_rollout": 1},
+        ema={"decay": 0.9},
+    )
+    config = with_stage(without_evaluation(rewarded_by(config, REDNESS)), stage)
     return replace(config, policy=replace(config.policy, lora=LoraConfig(rank={"full": 0, "lora": 4}[lora])))
 
 
@@ -285,7 +311,7 @@ def with_stage(config: Config, stage: str) -> Config:
 CASES: dict[str, Callable[..., Config]] = {
     "gradient": gradient, "exact_ratio": exact_ratio, "steps": steps, "ema": ema, "exact": exact, "smoke": smoke,
     "uneven": uneven, "ahead": ahead, "held": held, "credited": credited, "preferred": preferred, "drafted": drafted,
-    "evaluated": evaluated, "in_advance": in_advance,
+    "evaluated": evaluated, "in_advance": in_advance, "desirable": desirable, "slow_policy": slow_policy,
     "experts": experts, "one_expert": one_expert, "branched": branched, "sound": sound,
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from bpgo_video.config.learner import BPGOConfig
 from bpgo_video.learner.advantages import group_relative
 from bpgo_video.learner.bpgo import step_advantages
-from bpgo_video.learner.preferences import Posterior, dpo_loss, posterior_of
+from bpgo_video.learner.preferences import Posterior, dpo_loss, kto_loss, posterior_of
 
 NAN = math.nan
 
@@ -116,3 +116,31 @@ def test_the_loss_is_smallest_where_the_policys_preference_is_the_label() -> Non
 def test_noise_alone_makes_no_pairs() -> None:
     found = Posterior(torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
     assert found.best_against_worst(2).probability.isnan().all()
+
+
+def test_kto_equals_values_computed_by_hand() -> None:
+    # beta 2: z = gain - divergence = .5, -1, 3; the utility of an undesirable sample is sigmoid(-z)
+    gain, divergence = torch.tensor([1.0, -0.5, 3.0]), torch.tensor([0.5, 0.5, 0.0])
+    found = kto_loss(gain, divergence, torch.tensor([0.2, -4.0, 0.0]), torch.tensor([1.3, 0.7, 0.7]), beta=2.0)
+    utilities = [1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(-1.0))]
+    assert float(found.value) == pytest.approx((1.3 * (1 - utilities[0]) + 0.7 * (1 - utilities[1])) / 3)
+    assert float(found.metrics["preference/utility"]) == pytest.approx((sum(utilities) + 0.5) / 3)
+    assert float(found.metrics["preference/desirable"]) == pytest.approx(1 / 3)
+
+
+def test_the_gradient_of_kto_equals_finite_differences_with_a_fixed_reference_point() -> None:
+    gain, divergence, advantage, trust = drawn(5), drawn(5, seed=1).abs(), drawn(5, seed=2), drawn(5, seed=3).abs()
+    gain.requires_grad_()
+    divergence.requires_grad_()
+    value = kto_loss(gain, divergence, advantage, trust, 3.0).value
+    found = torch.autograd.grad(value, [gain, divergence], allow_unused=True)
+    assert found[1] is None
+    assert found[0] is not None
+    for i in range(5):
+        step = torch.zeros(5, dtype=torch.float64)
+        step[i] = 1e-6
+        ends = [
+            kto_loss(gain.detach() + way * step, divergence.detach(), advantage, trust, 3.0).value for way in (1, -1)
+        ]
+        assert float(found[0][i]) == pytest.approx(float(ends[0] - ends[1]) / 2e-6, rel=1e-6)
+        assert float(found[0][i]) * float(advantage[i]) < 0, "a desirable sample gains, an undesirable one loses"

@@ -6,9 +6,11 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -225,7 +227,7 @@ def session_of(policy: Policy, recipe: Config, toy: str = "Drawing", **rollout: 
     texts = ("a red circle moving left", "a blue object")
     prompts = PromptBatch(torch.tensor([1, 2]), texts, policy.encode(texts), policy.encode([""]))
     parts = {"config": config, "mesh": MESH, "policy": policy, "suite": suite_of(toy)}
-    return Mock(spec=Session, rollout_weights=nullcontext, **parts), prompts
+    return Mock(spec=Session, rollout_weights=nullcontext, sampling_weights=nullcontext, **parts), prompts
 
 
 def step_of(
@@ -254,6 +256,32 @@ def test_a_step_that_is_sampled_ahead_has_the_videos_and_scores_of_one_that_is_n
         for one, other in zip(rollout.trajectories, trajectories, strict=True):
             assert torch.equal(one.latents, other.latents)
     assert not torch.equal(expected[0][1].total, expected[1][1].total)
+
+
+def test_a_rollout_is_sampled_with_the_weights_that_the_session_samples_with(
+    policy: Policy, recipe: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with others, and they are gone when it ends; under ZeRO-3 they are swapped in before any is gathered."""
+    session, prompts = session_of(policy, recipe)
+    entered: list[str] = []
+
+    @contextmanager
+    def block(name: str) -> Iterator[None]:
+        entered.append(name)
+        yield
+        assert entered.pop() == name
+
+    velocity, seen = policy.velocity, []
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        seen.append(tuple(entered))
+        return velocity(*arguments)
+
+    session.sampling_weights, session.rollout_weights = partial(block, "swapped"), partial(block, "gathered")
+    monkeypatch.setattr(policy, "velocity", recorded)
+    sample_and_score(session, prompts, 0, Stopwatch(Heartbeat(MESH, timeout=60), 0))
+    assert set(seen) == {("swapped", "gathered")}
+    assert not entered
 
 
 def test_a_step_does_not_depend_on_scoring_ahead_or_offloading(policy: Policy, recipe: Config) -> None:

@@ -18,12 +18,14 @@ from bpgo_video.rollouts.forward_process import ForwardProcess, VelocityMatch, a
 from bpgo_video.rollouts.replay import OBJECTIVES
 from bpgo_video.rollouts.rollout import sample_chunks
 from bpgo_video.rollouts.rules import sampled_steps
-from bpgo_video.rollouts.updates import optimise
+from bpgo_video.rollouts.updates import Reference, optimise
 from bpgo_video.types import PromptBatch, Trajectory
 from tests.rollouts.test_replay import PlainLearner, total_loss
 
 SHAPE = (3, 1, 1, 1, 2)
 SETTINGS, ZETA = LossConfig(clip_range=(0.2, 0.2), nft_beta=0.5, advantage_clip=2.0), 0.5
+PUBLISHED = replace(SETTINGS, nft_adaptive=True, nft_rescale=True)
+SIGMA = torch.tensor(0.5)  # of losses that do not depend on it
 
 
 def row(*values: float) -> torch.Tensor:
@@ -33,7 +35,7 @@ def row(*values: float) -> torch.Tensor:
 
 def test_nft_equals_values_computed_by_hand() -> None:
     # beta .5, old (0, 0), v (1, 0), target (1, 1): v+ = (.5, 0), v- = (-.5, 0)
-    match = VelocityMatch(row(1, 0), row(0, 0), row(1, 1))
+    match = VelocityMatch(row(1, 0), row(0, 0), row(1, 1), SIGMA)
     better, worse = (0.25 + 1) / 2, (2.25 + 1) / 2
     for advantage, optimality in ((0.0, 0.5), (1.0, 0.75), (-1.0, 0.25), (2.0, 1.0), (9.0, 1.0), (-9.0, 0.0)):
         found = nft_error(match, torch.tensor([advantage], dtype=torch.float64), SETTINGS)
@@ -45,8 +47,33 @@ def test_the_on_policy_gradient_of_nft_is_the_advantage_times_the_target_differe
     old, target = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(2))
     velocity = old.clone().requires_grad_()
     advantage = torch.tensor([1.0, -0.5, 0.0], dtype=torch.float64)
-    nft_error(VelocityMatch(velocity, old, target), advantage, SETTINGS).sum().backward()
+    nft_error(VelocityMatch(velocity, old, target, SIGMA), advantage, SETTINGS).sum().backward()
     weight = SETTINGS.nft_beta * (advantage / SETTINGS.advantage_clip).view(3, 1, 1, 1, 1)
+    torch.testing.assert_close(velocity.grad, weight * 2 * (old - target) / 2)
+
+
+def test_the_published_nft_equals_values_computed_by_hand() -> None:
+    """As above at sigma .5: clean errors of v+ are (.25, .5), of v- (.75, .5); divided by their means .375 and .625."""
+    match = VelocityMatch(row(1, 0), row(0, 0), row(1, 1), torch.tensor([0.5]))
+    better, worse = (0.0625 + 0.25) / 2 / 0.375, (0.5625 + 0.25) / 2 / 0.625
+    found = nft_error(match, torch.tensor([1.0], dtype=torch.float64), PUBLISHED)
+    assert found.item() == pytest.approx(2.0 / 0.5 * (0.75 * better + 0.25 * worse))
+    exact = VelocityMatch(row(1, 1), row(1, 1), row(1, 1), torch.tensor([0.5]))
+    assert nft_error(exact, torch.zeros(1), PUBLISHED).item() == 0, "no error is divided by at least 1e-5, not by 0"
+
+
+@pytest.mark.parametrize("limit", [2.0, 5.0])
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_the_rescaled_on_policy_gradient_depends_on_neither_beta_nor_the_clip(beta: float, limit: float) -> None:
+    """It is the advantage times the gradient of the clean video's squared error over its constant absolute error."""
+    rng = torch.Generator().manual_seed(3)
+    old, target = (torch.randn(SHAPE, generator=rng, dtype=torch.float64) for _ in range(2))
+    sigma, advantage = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), torch.tensor([1.0, -0.5, 1.5]).double()
+    velocity = old.clone().requires_grad_()
+    settings = replace(PUBLISHED, nft_beta=beta, advantage_clip=limit)
+    nft_error(VelocityMatch(velocity, old, target, sigma), advantage, settings).sum().backward()
+    size = sigma * (old - target).abs().flatten(1).mean(dim=1)
+    weight = (advantage * sigma**2 / size).view(3, 1, 1, 1, 1)
     torch.testing.assert_close(velocity.grad, weight * 2 * (old - target) / 2)
 
 
@@ -56,7 +83,7 @@ def test_the_on_policy_gradient_of_awm_is_that_of_weighted_matching() -> None:
     advantage, contrastive = (torch.randn(3, generator=rng, dtype=torch.float64) for _ in range(2))
     velocity, plain = old.clone().requires_grad_(), old.clone().requires_grad_()
     awm_loss(
-        VelocityMatch(velocity, old, target), LossAdvantages(advantage, contrastive), ZETA, SETTINGS
+        VelocityMatch(velocity, old, target, SIGMA), LossAdvantages(advantage, contrastive), ZETA, SETTINGS
     ).value.backward()
     ((advantage + 0.5 * contrastive) * matching_error(plain, target)).mean().backward()
     torch.testing.assert_close(velocity.grad, plain.grad)
@@ -70,7 +97,7 @@ def test_gradients_equal_finite_differences(loss: Any) -> None:
     wide = replace(SETTINGS, clip_range=(0.9, 9.0))
 
     def value(theta: torch.Tensor) -> torch.Tensor:
-        return loss(VelocityMatch(old + 0.01 * base + theta * way, old, target), own, ZETA, wide).value
+        return loss(VelocityMatch(old + 0.01 * base + theta * way, old, target, SIGMA), own, ZETA, wide).value
 
     theta = torch.tensor(0.02, dtype=torch.float64, requires_grad=True)
     gradient = torch.autograd.grad(value(theta), theta)[0].item()
@@ -111,3 +138,73 @@ def test_an_update_lowers_its_loss(fresh_policy: Policy, recipe: Config, kind: s
     assert metrics["ratio_error_first_update_max"] == 0.0
     assert (metrics["log_ratio_abs_max"] > 1e-7) == (updates > 1), "the policy has changed before later updates"
     assert total_loss(objective, trajectories) < before
+
+
+def perturb(policy: Policy, factor: float) -> None:
+    with torch.no_grad():
+        for parameter in policy.transformers["transformer"].parameters():
+            parameter.mul_(factor)
+
+
+@pytest.mark.parametrize("levels", ["schedule", "uniform", "logit_normal"])
+def test_a_step_as_published_has_the_loss_and_gradient_of_the_papers_equations(
+    fresh_policy: Policy, policy: Policy, recipe: Config, levels: str
+) -> None:
+    """Sample by sample, on predicted clean videos; the old policy, which sampled, differs from the trained one."""
+    beta, limit, zeta = 0.3, 2.0, recipe.bpgo.zeta
+    changes: dict[str, Any] = {"nft_beta": beta, "advantage_clip": limit, "nft_adaptive": True, "nft_rescale": True}
+    loss = replace(recipe.loss, noise_levels=levels, old_decay=0.5, **changes)
+    objective, trajectories = rollout(policy, replace(recipe, loss=loss), "nft")
+    perturb(fresh_policy, 1.002)
+    objective = replace(objective, policy=fresh_policy, reference=Reference(policy))
+    objective.prepare(trajectories, updates_per_rollout=1)
+    cases = [(trajectory, index) for trajectory in trajectories for index in objective.passes(trajectory)]
+    transformer = fresh_policy.transformers["transformer"]
+    found = torch.stack([objective.loss(*case).value for case in cases]).mean()
+    found_gradient = torch.autograd.grad(found, list(transformer.parameters()))
+
+    expected, drawn = torch.zeros(()), []
+    for trajectory, index in cases:
+        noised = objective.noised(trajectory, index, trajectory.sample_index)
+        for i, (prompt, sample) in enumerate(zip(trajectory.prompt_rows, trajectory.sample_index, strict=True)):
+            x0 = trajectory.latents[i : i + 1, -1].float()
+            t, noise = noised.sigma.expand(len(trajectory))[i], noised.target[i : i + 1] + x0
+            drawn.append(float(t))
+            x_t = (1 - t) * x0 + t * noise
+            conditioning = {name: value[[int(prompt)]] for name, value in objective.prompts.conditioning.items()}
+            v = fresh_policy.velocity(x_t, t, conditioning)
+            with torch.no_grad():
+                v_old = policy.velocity(x_t, t, conditioning)
+            plus, minus = (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
+            sizes = [(x_t - t * side - x0).abs().mean().detach() for side in (plus, minus)]
+            errors = [
+                (x_t - t * side - x0).square().mean() / size for side, size in zip((plus, minus), sizes, strict=True)
+            ]
+            assert objective.advantages.contrastive is not None
+            own, other = (
+                each[prompt, sample] for each in (objective.advantages.advantage, objective.advantages.contrastive)
+            )
+            for weight, advantage in ((1.0, own), (zeta, other)):
+                r = 0.5 + 0.5 * max(-1.0, min(1.0, float(advantage) / limit))
+                expected = expected + weight * limit / beta * (r * errors[0] + (1 - r) * errors[1])
+    expected = expected / len(drawn)
+    assert len(set(drawn)) == (len(objective.passes(trajectories[0])) if levels == "schedule" else len(drawn))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    for one, other in zip(found_gradient, torch.autograd.grad(expected, list(transformer.parameters())), strict=True):
+        assert (one - other).norm() <= 1e-3 * other.norm()
+
+
+def test_drawn_levels_depend_on_the_sample_alone_and_stay_with_the_transformer_of_their_step(
+    policy: Policy, recipe: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = replace(recipe.loss, noise_levels="uniform")
+    objective, trajectories = rollout(policy, replace(recipe, loss=loss), "awm")
+    steps = objective.passes(trajectories[0])
+    monkeypatch.setattr(type(policy), "transformer_at", lambda self, sigma: "high" if sigma > 0.8 else "low")
+    for trajectory in trajectories:
+        for index in steps:
+            levels = objective.noised(trajectory, index, trajectory.sample_index).sigma
+            half = trajectory.part(slice(2, None))
+            assert torch.equal(objective.noised(half, index, half.sample_index).sigma, levels[2:])
+            assert bool(((levels > 0.8) == (objective.denoiser.sigmas[index] > 0.8)).all())
+    assert len({bool(objective.denoiser.sigmas[index] > 0.8) for index in steps}) == 2, "steps of both transformers"

@@ -90,7 +90,7 @@ def test_the_gradient_equals_that_of_dpo_written_out_pair_by_pair(
             if (int(batch.prompt_rows[i]), int(batch.sample_index[i])) == (row, winner)
         )
         assert int(batch.sample_index[place + 1]) == loser
-        _, target = objective.noised(batch, 1, batch.sample_index)
+        _, target, _ = objective.noised(batch, 1, batch.sample_index)
         noise = target[[place]] + one
         gain = [error(policy, x, noise, row).detach() - error(fresh_policy, x, noise, row) for x in (one, other)]
         margin = 150.0 * (gain[0] - gain[1])
@@ -123,3 +123,32 @@ def test_pairs_that_do_not_fill_the_micro_batches_have_the_same_mean(policy: Pol
     assert filled.scale == 2.0
     assert batches[0].sample_index.tolist() == [0, 1, 0, 0]
     assert total_loss(filled, batches) == pytest.approx(3 * math.log(2))
+
+
+def test_kto_starts_at_utility_one_half_and_moves_each_sample_to_its_side(
+    fresh_policy: Policy, policy: Policy, recipe: Config
+) -> None:
+    """At the reference the gradient is that of the matching error of each sample, times -w sign(A) beta/8."""
+    recipe = replace(recipe, loss=replace(recipe.loss, dpo_beta=300.0))
+    objective, batches = rollout(fresh_policy, recipe, "kto")
+    objective = replace(objective, reference=Reference(policy))
+    transformer = fresh_policy.transformers["transformer"]
+    for batch in batches:
+        found = objective.loss(batch, 1)
+        assert found.metrics["preference/utility"] == 0.5, "the policy is its reference, bit for bit"
+        found.value.backward()
+    gradient = gradients(transformer)
+    expected = torch.zeros(())
+    for batch in batches:
+        latents, target, sigma = objective.noised(batch, 1, batch.sample_index)
+        conditioning = {name: value[batch.prompt_rows] for name, value in objective.prompts.conditioning.items()}
+        errors = (fresh_policy.velocity(latents, sigma, conditioning) - target).square().flatten(1).mean(dim=1)
+        signs = objective.advantages.advantage[batch.prompt_rows, batch.sample_index].sign()
+        weights = objective.advantages.trust[batch.prompt_rows] * signs * 300.0 / 8
+        expected = expected + (weights * errors).mean()
+    expected.backward()
+    for one, other in zip(gradient, gradients(transformer), strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+    before = total_loss(objective, batches)
+    optimise(PlainLearner(transformer, learning_rate=1e-3), objective, batches, updates_per_rollout=3)
+    assert total_loss(objective, batches) < before

@@ -53,6 +53,6 @@ def test_a_resumed_run_records_the_code_of_all_its_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, earlier: dict[str, list[str]], now: list[str]
 ) -> None:
     monkeypatch.setattr(resume, "load", lambda *_: {"progress": {"step": 2}, **earlier})
-    session = Mock(spec=PolicySession, code=["b"], ema=None, engine=None, mesh=None, config=Mock())
+    session = Mock(spec=PolicySession, code=["b"], averages=[], engine=None, mesh=None, config=Mock())
     assert load(session, tmp_path / "step-000002") == {"step": 2}
     assert session.code == now

@@ -115,3 +115,13 @@ def test_a_launch_says_so_once_per_reward():
 def test_the_findings_follow_the_table():
     table = summary_table({"steps": 12, "diagnosis": diagnose(run(zero_std_share=0.6), {})})
     assert "- Zero-std groups: 60%" in table
+
+
+def test_a_look_that_drifted_by_a_deviation_is_named():
+    look = {
+        "look/clipped": {"before": 0.01, "after": 0.12, "drift": 2.34},
+        "look/contrast": {"before": 0.2, "after": 0.25, "drift": 0.9},
+    }
+    (sentence,) = diagnose(run(), {"look": look})
+    assert "clipped 0.010 to 0.120 (+2.3 standard deviations)." in sentence
+    assert "contrast" not in sentence

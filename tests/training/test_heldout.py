@@ -19,7 +19,7 @@ from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import FixedDraws, isolated, keyed_noise
 from bpgo_video.rewards.suite import RewardSuite
-from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate
+from bpgo_video.training.heldout import HeldoutScores, ShownVideos, evaluate, look_summary
 from bpgo_video.types import PromptBatch, RolloutChunk
 
 
@@ -65,6 +65,28 @@ def test_a_single_video_has_no_standard_error() -> None:
     assert HeldoutScores({"oracle": torch.tensor([[0.5]])}).metrics() == {"heldout/oracle": 0.5}
     both = HeldoutScores({"oracle": torch.tensor([[0.25], [0.75]])}).metrics()
     assert both == {"heldout/oracle": 0.5, "heldout/oracle_stderr": pytest.approx(0.25)}
+
+
+@pytest.mark.parametrize(("gain", "drift"), [(0.2, 2.0), (0.0, 0.0), (-0.1, -1.0)])
+def test_a_drift_of_the_look_is_in_deviations_of_the_videos_before_training(gain: float, drift: float) -> None:
+    before = 0.1 * torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    before = 0.1 * (before - before.mean()) / before.std() + 0.5
+    after = HeldoutScores({}, look={"look/brightness": before + gain, "look/contrast": before})
+    found = look_summary({"look/brightness": before.tolist()}, after)
+    assert found == {
+        "look/brightness": {
+            "before": pytest.approx(0.5), "after": pytest.approx(0.5 + gain), "drift": pytest.approx(drift, rel=1e-4)
+        }
+    }  # fmt: skip
+    assert after.metrics() == {"look/brightness": pytest.approx(0.5 + gain), "look/contrast": pytest.approx(0.5)}
+    assert after.metrics("heldout_ema") == {}
+
+
+def test_a_drift_that_few_prompts_cannot_show_is_none() -> None:
+    """Four prompts have p >= 2 / 2^4."""
+    before = torch.rand(4, 1, generator=torch.Generator().manual_seed(0))
+    found = look_summary({"look/clipped": before.tolist()}, HeldoutScores({}, look={"look/clipped": before + 9}))
+    assert found["look/clipped"]["drift"] == 0.0
 
 
 def test_raw_and_averaged_weights_are_measured_and_the_raw_ones_decide(recipe: Config) -> None:

@@ -68,7 +68,9 @@ def record(step: int) -> dict[str, float]:
     values |= {f"trust/hist/{place:02d}": 0.5 * (place in (2, 7)) for place in range(10)}
     values |= {"icc/motion": 0.8, "trust_validity/motion+truth": 0.3, "trust_kind/clear": 1.2, "trust_kind/open": 0.9}
     values |= {"seconds/rollout": 0.9, "seconds/reward": 0.1, "seconds/update": 0.8}
-    return values | ({"heldout/oracle": 0.6, "heldout/oracle_stderr": 0.02} if step % 3 == 2 else {})
+    return values | (
+        {"heldout/oracle": 0.6, "heldout/oracle_stderr": 0.02, "look/clipped": 0.1} if step % 3 == 2 else {}
+    )
 
 
 @pytest.fixture

@@ -57,8 +57,8 @@ class Toy(rl.RL):
             progress, weights = copy.deepcopy(saved)
             vars(self.progress).update(progress)
         engine = SimpleNamespace(weights=weights, learning_rate=0.1, stage=3)
-        parts = dataclasses.make_dataclass("Parts", ["config", "mesh", "suite", "engine", "ema"])
-        self.session = cast(Any, parts(config, SimpleNamespace(is_main=False), MagicMock(), engine, None))
+        parts = dataclasses.make_dataclass("Parts", ["config", "mesh", "suite", "engine", "old", "averages"])
+        self.session = cast(Any, parts(config, SimpleNamespace(is_main=False), MagicMock(), engine, None, ()))
 
     @property
     def batches(self) -> Iterator[list[int]]:  # type: ignore[override]
