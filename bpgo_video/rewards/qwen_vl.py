@@ -141,13 +141,26 @@ class QwenVL:
         self, videos: Sequence[Patches], times: Times, question: str, opening: str, answers: Sequence[int]
     ) -> Float[Tensor, "answers"]:
         """Of these tokens as the one that follows the opening of the answer; of a network with a vocabulary's head."""
+        inputs = self._positioned(videos, times, question, opening)
+        logits = self.backbone.network(**inputs, use_cache=False, logits_to_keep=1).logits
+        return logits[0, -1, list(answers)].float()
+
+    @torch.no_grad()
+    def written(self, videos: Sequence[Patches], times: Times, question: str, most: int) -> str:
+        """The most probable answer, token by token, of at most so many tokens."""
+        inputs = self._positioned(videos, times, question, "")
+        # Other ranks write other answers: the lengths must not be synchronised, whatever shards the policy.
+        ids = self.backbone.network.generate(**inputs, max_new_tokens=most, do_sample=False, synced_gpus=False)
+        return self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _positioned(self, videos: Sequence[Patches], times: Times, question: str, opening: str) -> dict[str, Any]:
+        """The arguments with what positions are computed from."""
         inputs: dict[str, Any] = self.inputs(videos, times, question, opening)
         inputs["mm_token_type_ids"] = 2 * (inputs["input_ids"] == self.config.video_token_id).int()
         if self.config.model_type == "qwen2_5_vl":  # its positions in time are in seconds
             spacing = float(times[-1] - times[0]) / max(1, len(times) - 1)
             inputs["second_per_grid_ts"] = torch.tensor([spacing * self.layout.steps] * len(videos))
-        logits = self.backbone.network(**inputs, use_cache=False, logits_to_keep=1).logits
-        return logits[0, -1, list(answers)].float()
+        return inputs
 
     def token(self, word: str) -> int:
         """

@@ -30,17 +30,22 @@ class QwenJudge(NetworkReward):
 
     Args:
         words: the answers.
+        reasoning: tokens that the judge may write first. The answer is read where it last wrote the opening and a word;
+            a judge that wrote none in time is given the opening then.
     """
 
     network = AutoModelForImageTextToText
 
     def __init__(
-        self, model: str, question: str, opening: str, words: Sequence[str], settings: tuple[object, ...],
+        self, model: str, question: str, opening: str, words: Sequence[str], reasoning: int,
+        settings: tuple[object, ...],
         frames: int | None, frames_per_second: float | None, pixels: tuple[int, int],
         device: Device, dtype: Dtype, backbones: Backbones | None,
     ):  # fmt: skip
-        self.question, self.opening, self.pixels = question, opening, pixels
-        self.settings = (*pixels, question, opening, *words, *settings)
+        if reasoning and not opening:
+            raise ValueError(f"reasoning is {reasoning} without an opening; set the text that the answer follows")
+        self.question, self.opening, self.words, self.reasoning = question, opening, list(words), reasoning
+        self.pixels, self.settings = pixels, (*pixels, question, opening, *words, reasoning, *settings)
         frames = frames if frames_per_second is None else None
         super().__init__(model, frames, frames_per_second, device, dtype, backbones)
         self.answers = [self.qwen.token(word) for word in words]
@@ -50,8 +55,16 @@ class QwenJudge(NetworkReward):
 
     def log_probabilities(self, videos: Sequence[Patches], times: Times, prompt: str) -> Float[Tensor, "answers"]:
         """Of the answers about these videos, among each other."""
-        question = self.question.replace("{prompt}", prompt)
-        return self.qwen.answer_logits(videos, times, question, self.opening, self.answers).log_softmax(dim=0)
+        question, opening = self.question.replace("{prompt}", prompt), self.opening
+        if self.reasoning:
+            opening = up_to_answer(self.qwen.written(videos, times, question, self.reasoning), opening, self.words)
+        return self.qwen.answer_logits(videos, times, question, opening, self.answers).log_softmax(dim=0)
+
+
+def up_to_answer(text: str, opening: str, words: Sequence[str]) -> str:
+    """What was written up to the last answer, which is a word after the opening; all of it and the opening if none."""
+    place = max(text.rfind(opening + word) for word in words)
+    return text[:place] + opening if place >= 0 else f"{text}\n{opening}"
 
 
 class VlmJudge(QwenJudge):
@@ -64,6 +77,7 @@ class VlmJudge(QwenJudge):
         question: {prompt} is replaced by the video's prompt.
         answers: two words, worth 1 and 0, or words with their values ({"1": 1, "2": 2}); one token each.
         opening: the beginning of the answer, which the answers follow ("Final Score: ").
+        reasoning: tokens that the judge may write before the opening; 0 asks for the answer at once.
         frames, frames_per_second: the frames of the input.
         min_pixels, max_pixels: of a resized frame; a token is 28x28 (Qwen3-VL: 32x32) pixels of two frames.
 
@@ -75,7 +89,7 @@ class VlmJudge(QwenJudge):
 
     def __init__(
         self, model: str, question: str = QUESTION, answers: Sequence[str] | Mapping[str, float] = ("Yes", "No"),
-        opening: str = "", frames: int | None = 8, frames_per_second: float | None = None,
+        opening: str = "", reasoning: int = 0, frames: int | None = 8, frames_per_second: float | None = None,
         min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS,
         device: Device = "cpu", dtype: Dtype = "float32", backbones: Backbones | None = None,
     ):  # fmt: skip
@@ -83,7 +97,7 @@ class VlmJudge(QwenJudge):
         if len(set(values.values())) < 2:
             raise ValueError(f"answers are {values}; a score needs two different values or more")
         super().__init__(
-            model, question, opening, list(values), tuple(values.values()), frames, frames_per_second,
+            model, question, opening, list(values), reasoning, tuple(values.values()), frames, frames_per_second,
             (min_pixels, max_pixels), device, dtype, backbones,
         )  # fmt: skip
         self.values = torch.tensor(list(values.values()), dtype=torch.float32)
@@ -112,6 +126,7 @@ class VlmPairwise(QwenJudge):
         question: about two videos; {prompt} is replaced by their prompt.
         answers: the words for the first and the second video, one token each.
         opening: the beginning of the answer, which the answers follow ("Video ").
+        reasoning: as for `VlmJudge`.
         opponents: others that each sample meets; None for all of its group.
         frames, frames_per_second, min_pixels, max_pixels: as for `VlmJudge`.
 
@@ -123,13 +138,14 @@ class VlmPairwise(QwenJudge):
 
     def __init__(
         self, model: str, question: str = COMPARISON, answers: Sequence[str] = ("1", "2"), opening: str = "",
+        reasoning: int = 0,
         opponents: int | None = None, frames: int | None = 8, frames_per_second: float | None = None,
         min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS,
         device: Device = "cpu", dtype: Dtype = "float32", backbones: Backbones | None = None,
     ):  # fmt: skip
         first, second = answers
         super().__init__(
-            model, question, opening, [first, second], (opponents,), frames, frames_per_second,
+            model, question, opening, [first, second], reasoning, (opponents,), frames, frames_per_second,
             (min_pixels, max_pixels), device, dtype, backbones,
         )  # fmt: skip
         self.opponents = opponents

@@ -18,7 +18,7 @@ from bpgo_video.rewards.base import FrameSampling, RewardError
 from bpgo_video.rewards.networks import Backbones
 from bpgo_video.rewards.qwen_vl import PatchLayout
 from bpgo_video.rewards.videoalign import VideoAlign, frame_count, read_template
-from bpgo_video.rewards.vlm import VlmJudge
+from bpgo_video.rewards.vlm import VlmJudge, up_to_answer
 from tests.made.random_qwen import CHAT, KINDS, MEAN, NORMALISATION, STD, random_qwen, random_videoalign, tokenizer
 
 PIXELS = {"min_pixels": 64 * 64, "max_pixels": 100 * 100}
@@ -127,6 +127,67 @@ def test_a_rating_is_the_mean_of_its_values_after_the_opening_of_the_answer(tmp_
         assert float(scores.std[row, 0]) == pytest.approx(float(np.sqrt(p @ (values - p @ values) ** 2)), abs=1e-5)
     with pytest.raises(ValueError, match="a score needs two different values or more"):
         VlmJudge(str(folder), answers={"Yes": 1.0, "No": 1.0})
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_judge_that_reasons_is_read_where_it_answers(tmp_path: Path, kind: str) -> None:
+    """The answer that it writes by itself, or else the one that follows its text and the opening."""
+    folder, clips = random_qwen(tmp_path, kind), some_clips(13)
+    plain = VlmJudge(str(folder), frames=4, **PIXELS)
+    written = {
+        (row, words): written_by_the_library(folder, plain, clips, row, words.replace("{prompt}", TEXTS[row]))
+        for row in (0, 1)
+        for words in (
+            "does {prompt}",
+            "rate the {prompt}",
+            "{prompt} it show the",
+            "{prompt} rate",
+            "show {prompt} does",
+        )
+    }
+    (row, question), text = next(item for item in written.items() if len(item[1].split()) > 1)
+    last, word = text.split()[-2:]
+    ratings = {word: 3.0, "seconds" if word != "seconds" else "it": 1.0}
+    one = clips.select(slice(row, row + 1))
+    for opening, expected in (
+        (f"{last} ", text[: text.rfind(f"{last} {word}")] + f"{last} "),
+        ("no such words ", f"{text}\nno such words "),
+    ):
+        settings = {"question": question, "answers": ratings, "frames": 4, **PIXELS}
+        judge = VlmJudge(str(folder), opening=opening, reasoning=6, **settings)
+        told = VlmJudge(str(folder), opening=expected, **settings)
+        torch.testing.assert_close(judge(one).values, told(one).values)
+        assert judge.version != told.version
+
+
+def written_by_the_library(folder: Path, judge: VlmJudge, clips: Clips, row: int, question: str) -> str:
+    """Six tokens at most, the most probable one of each pass without a cache."""
+    model, words = AutoModelForImageTextToText.from_pretrained(folder).eval(), tokenizer()
+    (patches, grid), times = judge.qwen.patches(clips.videos[row, [0, 4, 8, 12]]), clips.times[[0, 4, 8, 12]]
+    ids = judge.qwen.inputs([(patches, grid)], times, question)["input_ids"]
+    start, extra = ids.shape[1], {"second_per_grid_ts": [1.0]} if model.config.model_type == "qwen2_5_vl" else {}
+    while ids.shape[1] < start + 6 and (ids.shape[1] == start or int(ids[0, -1]) != words.eos_token_id):
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids, pixel_values_videos=patches, video_grid_thw=torch.tensor([grid]),
+                mm_token_type_ids=2 * (ids == words.vocab["<|video_pad|>"]).int(), **extra,
+            ).logits  # fmt: skip
+        ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+    text = words.decode(ids[0, start:], skip_special_tokens=True)
+    assert judge.qwen.written([(patches, grid)], times, question, 6) == text
+    return text
+
+
+def test_the_last_answer_of_a_text_is_read() -> None:
+    text = "alignment: no mark. alignment: 2, physics: 5; alignment: 4"
+    assert up_to_answer(text, "alignment: ", "12345") == text[:-1]
+    assert up_to_answer(text, "physics: ", "12345") == text[: text.index("5")]
+    assert up_to_answer("I think", "quality: ", "12") == "I think\nquality: "
+
+
+def test_reasoning_needs_an_opening(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reasoning is 8 without an opening"):
+        VlmJudge(str(random_qwen(tmp_path, "qwen2_5_vl")), reasoning=8)
 
 
 def test_the_judge_refuses_long_answers_and_templates_without_videos(tmp_path: Path) -> None:
