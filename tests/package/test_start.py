@@ -28,6 +28,7 @@ MISTAKES = [
     ("videos build --num-frames 0", "0 must be 1 or more"),
     ("evaluate compare a b --outptu c", "perhaps you meant --output"),
     ("evaluate score --videos v --dimensions d --output o --device gpu", "'gpu' is no device"),
+    ("fuse --policy p --output o --scale 0", "0.0 must be above 0, and finite"),
     ("plan nope --gpus 8", NO_RECIPE),
     ("plan tiny_wan_bpgo --gpus 8 --rollout.group-sise 4", "perhaps you meant --rollout.group-size"),
     ("plan --model wan2.1-t2v-14b --gpus 8 --sequenze 4", "--sequenze: unknown flag"),
