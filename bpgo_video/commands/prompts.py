@@ -49,7 +49,8 @@ def plan_of(args: argparse.Namespace, holdout: float, **reading: Any) -> Any:
     Raises:
         PromptFileError: a share to hold out is given, and the input has splits of its own.
     """
-    from bpgo_video.data.prompt_files import PromptFileError, make_plan
+    from bpgo_video.data.prompt_formats import PromptFileError
+    from bpgo_video.data.prompt_plan import make_plan
 
     part = args.holdout if args.holdout is not None else 0.0 if args.split else holdout
     chosen = {name: getattr(args, f"{name}_column") for name in FIELDS}

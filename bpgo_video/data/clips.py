@@ -4,7 +4,7 @@ Inputs are
 
     FOLDER     videos, also in subfolders, each with its caption in a .txt of the same name next to it; or videos and
                their metadata.csv, .jsonl or .parquet
-    FILE       a list as of prompts, see prompt_files.py, with a path in "video" or "file_name"
+    FILE       a list as of prompts, see prompt_formats.py, with a path in "video" or "file_name"
 
 Hidden files are ignored; every other file of a folder without a list must be a video or a caption. Planning reads only
 the videos' headers. A clip of n frames at f frames per second that starts at s shows the moments s, s + 1/f, ...,
@@ -30,16 +30,9 @@ from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data import MAX_CHARACTERS, Columns
 from bpgo_video.data.containers import VideoError, decoded, opened
 from bpgo_video.data.media import VideoHeader, fit_image, read_header, upright
-from bpgo_video.data.prompt_files import (
-    MAX_LINE,
-    Line,
-    PromptFileError,
-    Rejected,
-    checked_lines,
-    list_of,
-    prompt_id,
-    read_lines,
-)
+from bpgo_video.data.prompt_files import Line, Rejected, checked_lines, list_of, read_lines
+from bpgo_video.data.prompt_formats import MAX_LINE, PromptFileError
+from bpgo_video.data.records import prompt_id
 
 EXTENSIONS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})
 CAPTION = ".txt"

@@ -32,7 +32,9 @@ from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data import SKIPPED
 from bpgo_video.data.clips import read_clip
 from bpgo_video.data.media import ImageError, Size, VideoError, decode_image, fit_image, read_media
-from bpgo_video.data.prompt_files import Line, Plan, PromptFileError, Rejected, make_plan, prompt_id
+from bpgo_video.data.prompt_files import Line, Rejected
+from bpgo_video.data.prompt_formats import PromptFileError
+from bpgo_video.data.prompt_plan import Plan, make_plan
 from bpgo_video.data.records import (
     LATENTS,
     NEGATIVE,
@@ -40,6 +42,7 @@ from bpgo_video.data.records import (
     PromptRecord,
     differences,
     layout_of,
+    prompt_id,
     without_batch,
     write_index,
     write_shard,

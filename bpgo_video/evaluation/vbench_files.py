@@ -39,7 +39,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, TypeAd
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from bpgo_video.data.media import VideoError, VideoHeader, check_video, read_header
-from bpgo_video.data.prompt_files import read_prompts
+from bpgo_video.data.prompt_plan import read_prompts
 from bpgo_video.documents import MAX_JSON, plain_json, read_json, read_text
 from bpgo_video.errors import InputError, shown
 from bpgo_video.files import write_json

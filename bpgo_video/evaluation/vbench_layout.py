@@ -24,8 +24,7 @@ from bpgo_video.cli import show_loading_once
 from bpgo_video.config.command_line import read_settings
 from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.data.media import read_media
-from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.data.records import PromptRecord
+from bpgo_video.data.records import PromptRecord, prompt_id
 from bpgo_video.distributed import process_group
 from bpgo_video.distributed.mesh import Mesh, all_or_none
 from bpgo_video.documents import MAX_JSON, parse_json, read_text

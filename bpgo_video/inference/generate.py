@@ -45,7 +45,7 @@ from bpgo_video.data.media import (
     strip,
     write_video,
 )
-from bpgo_video.data.prompt_files import read_prompts
+from bpgo_video.data.prompt_plan import read_prompts
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import PromptRecord
 from bpgo_video.distributed.mesh import Mesh, all_or_none, from_all, same_everywhere

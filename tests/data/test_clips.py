@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from bpgo_video.config.bpgo import VideoConfig
 from bpgo_video.data.clips import Cut, nearest, read_clip, read_clips
 from bpgo_video.data.media import VideoError, VideoHeader, fit_image, read_header
-from bpgo_video.data.prompt_files import Line, Plan, PromptFileError, Rejected, make_plan
+from bpgo_video.data.prompt_files import Line, Rejected
+from bpgo_video.data.prompt_formats import PromptFileError
+from bpgo_video.data.prompt_plan import Plan, make_plan
 from bpgo_video.rewards.networks import data_of
 from tests.made.real_clips import FPS, real_clip
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bpgo_video.data.media import ImageError, VideoError, decode_image, fit_image, image_extension, write_video
-from bpgo_video.data.prompt_files import PromptFileError
+from bpgo_video.data.prompt_formats import PromptFileError
 from bpgo_video.data.reader import PromptShards
 from bpgo_video.data.records import EncoderStamp, ShardError
 from bpgo_video.data.stream import PromptStream, as_batch

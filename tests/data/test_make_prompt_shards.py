@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from bpgo_video.commands import prompts as tool
-from bpgo_video.data.prompt_files import PromptFileError, make_plan, prompt_id, read_prompts
+from bpgo_video.data.prompt_formats import PromptFileError
+from bpgo_video.data.prompt_plan import make_plan, read_prompts
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.records import EncoderStamp
+from bpgo_video.data.records import EncoderStamp, prompt_id
 from bpgo_video.data.stream import PromptStream
 from bpgo_video.data.writer import Build
 from bpgo_video.tiny import world as world

@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 
 from bpgo_video.data.media import read_media
-from bpgo_video.data.prompt_files import Line, PromptFileError, Rejected, make_plan, prompt_id, read_lines
+from bpgo_video.data.prompt_files import Line, Rejected, read_lines
+from bpgo_video.data.prompt_formats import PromptFileError
+from bpgo_video.data.prompt_plan import make_plan
+from bpgo_video.data.records import prompt_id
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")

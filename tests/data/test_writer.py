@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpgo_video.data.prompt_files import PromptFileError, make_plan, prompt_id
+from bpgo_video.data.prompt_formats import PromptFileError
+from bpgo_video.data.prompt_plan import make_plan
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.records import EncoderStamp, ShardError
+from bpgo_video.data.records import EncoderStamp, ShardError, prompt_id
 from bpgo_video.data.stream import as_batch
 from bpgo_video.data.writer import SKIPPED, Build, Encode, build_shards
 

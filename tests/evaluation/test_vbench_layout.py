@@ -17,7 +17,7 @@ from PIL import Image
 
 from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.data.media import VideoHeader, read_video, write_video
-from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.data.records import prompt_id
 from bpgo_video.documents import MalformedFile
 from bpgo_video.evaluation.vbench_files import ENCODING, Suite, SuiteError, header_problems, read_suite, video_problems
 from bpgo_video.evaluation.vbench_layout import lay_out, places_of, read_texts, reader_of

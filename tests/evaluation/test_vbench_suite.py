@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bpgo_video.data.media import write_video
-from bpgo_video.data.prompt_files import PromptFileError
+from bpgo_video.data.prompt_formats import PromptFileError
 from bpgo_video.evaluation import vbench_files as vbench_suite
 from bpgo_video.evaluation.vbench_files import (
     Suite,

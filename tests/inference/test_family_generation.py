@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.generation import GenerationSettings
-from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.data.records import prompt_id
 from bpgo_video.distributed.mesh import Mesh
 from bpgo_video.inference.generate import describe, generate, read_records
 from bpgo_video.inference.pipeline import resolve

@@ -17,7 +17,7 @@ from bpgo_video.commands.generate import main
 from bpgo_video.config.generation import GenerationSettings
 from bpgo_video.config.policy import LoraConfig
 from bpgo_video.data.media import read_video
-from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.data.records import prompt_id
 from bpgo_video.inference import generate as generation
 from bpgo_video.inference.generate import Job, generate, initial_latents
 from bpgo_video.inference.pipeline import CallSettings, resolve

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.config.policy import LoraConfig
 from bpgo_video.data.media import write_video
-from bpgo_video.data.prompt_files import prompt_id
-from bpgo_video.data.records import EncoderStamp
+from bpgo_video.data.records import EncoderStamp, prompt_id
 from bpgo_video.data.writer import build_shards
 from bpgo_video.distributed.manifest import CheckpointError
 from bpgo_video.inference import generate as generation

@@ -15,7 +15,7 @@ from PIL import Image
 from bpgo_video.config.generation import GenerationError, GenerationSettings
 from bpgo_video.config.policy import LoraConfig
 from bpgo_video.config.reading import to_yaml
-from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.data.records import prompt_id
 from bpgo_video.inference.conversion import Conversion, convert
 from bpgo_video.inference.generate import generate
 from bpgo_video.inference.pipeline import resolve

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bpgo_video.config.bpgo import ConfigError, CreditConfig, VideoConfig
 from bpgo_video.config.generation import GenerationError, GenerationSettings
-from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.data.records import prompt_id
 from bpgo_video.diffusion.sde import shifted_sigmas
 from bpgo_video.inference.generate import plan, read_records, sample
 from bpgo_video.inference.pipeline import load_pipeline, resolve

@@ -9,7 +9,7 @@ import torch
 from diffusers import MochiPipeline, MochiTransformer3DModel
 
 from bpgo_video.config.generation import GenerationError, GenerationSettings
-from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.data.records import prompt_id
 from bpgo_video.inference.generate import plan, read_records, sample
 from bpgo_video.inference.pipeline import load_pipeline, resolve
 from bpgo_video.inference.run_weights import find_model

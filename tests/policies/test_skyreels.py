@@ -12,7 +12,7 @@ from diffusers import SkyReelsV2DiffusionForcingPipeline
 
 from bpgo_video.config.bpgo import ConfigError
 from bpgo_video.config.generation import GenerationError
-from bpgo_video.data.prompt_files import prompt_id
+from bpgo_video.data.records import prompt_id
 from bpgo_video.inference.pipeline import resolve
 from bpgo_video.policies import Policy
 from bpgo_video.randomness import generator_of

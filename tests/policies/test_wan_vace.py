@@ -18,9 +18,8 @@ from bpgo_video.config.generation import GenerationError
 from bpgo_video.data.clips import read_clip
 from bpgo_video.data.containers import VideoError
 from bpgo_video.data.media import as_bytes
-from bpgo_video.data.prompt_files import prompt_id
 from bpgo_video.data.reader import PromptShards
-from bpgo_video.data.records import ShardError, encoder_stamp
+from bpgo_video.data.records import ShardError, encoder_stamp, prompt_id
 from bpgo_video.data.stream import PromptStream
 from bpgo_video.data.writer import build_shards
 from bpgo_video.distributed.mesh import Mesh
