@@ -19,6 +19,7 @@ from bpgo_video.distributed.ema import AverageParameters
 from bpgo_video.distributed.zero_files import ZeroParameters
 from bpgo_video.files import resolve_folder
 from bpgo_video.randomness import keyed_noise
+from bpgo_video.rewards.look import WATCHED
 from bpgo_video.training.metrics import read_metrics
 from tests.distributed.conftest import SMOKE, STAGES
 from tests.distributed.sameness import assert_same_run, records
@@ -247,13 +248,14 @@ def test_evaluation_does_not_affect_training(worlds: dict[int, Path]) -> None:
     """Both rewards draw from torch's global generator; weights and their average are evaluated after every step."""
     alone, watched = (worlds[2] / f"evaluated-{every}" for every in ("never", "1"))
     found = records(watched)
-    names = [key for key in found[0] if key.startswith(("heldout", "alarm"))]
+    names = [key for key in found[0] if key.startswith(("heldout", "alarm", "look"))]
     assert sorted(names) == [
         "alarm/heldout",
         "heldout/heldout",
         "heldout/heldout_stderr",
         "heldout_ema/heldout",
         "heldout_ema/heldout_stderr",
+        *sorted(WATCHED),
     ]
     assert found[1]["heldout/heldout"] != found[1]["heldout_ema/heldout"]
     assert [{key: value for key, value in record.items() if key not in names} for record in found] == records(alone)

@@ -37,7 +37,7 @@ SIGNATURES = {  # parameters in order; append a new parameter with a default her
         "transition": "sampler velocity latents step eta",
     },
     "bpgo_video.rewards": {
-        "Clips": "videos fps texts images audio",
+        "Clips": "videos fps texts images audio groups",
         "FrameSampling": "count fps",
         "FrameSampling.indices": "self total fps",
         "FrameScores": "values times std",
