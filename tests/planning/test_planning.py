@@ -307,6 +307,7 @@ def test_advice_leads_to_a_plan_that_fits_or_states_that_none_does(job: Job, mon
     assert advise(job, plan, plan.peak) == ([], plan), "only necessary settings are changed"
 
 
+@pytest.mark.slow
 def test_memory_that_is_left_free_recomputes_fewer_blocks(job: Job) -> None:
     model = replace(MODEL, transformer={**MODEL.transformer, "num_layers": 10})
     video = replace(job.config.video, num_frames=81, height=256, width=256)
